@@ -1,0 +1,41 @@
+"""The errors a user can act on. Command lines print them as one line and exit 2; anything else is a bug and keeps its traceback."""
+
+
+class CookbookError(Exception):
+    """Says what was wrong, where, and what to do about it."""
+
+
+class ConfigError(CookbookError):
+    """An option is unknown, misspelt, or contradicts another."""
+
+
+class DataError(CookbookError):
+    """A dataset is missing, malformed, or has nothing to train on. Names the file and the line where there is one."""
+
+
+class ModelError(CookbookError):
+    """A model cannot be found, loaded, or used for what was asked."""
+
+
+class ContextLengthError(CookbookError):
+    """A prompt, or a prompt plus the tokens to be sampled, does not fit the model's context."""
+
+
+class CheckpointError(CookbookError):
+    """A checkpoint cannot be written or does not belong to this model. The previous checkpoint is untouched."""
+
+
+class NonFiniteError(CookbookError):
+    """A loss or gradient is NaN or infinite. No weight was changed; `datum_indices` are the offending data of the call."""
+
+    def __init__(self, message: str, datum_indices: list[int] | None = None):
+        super().__init__(message)
+        self.datum_indices = datum_indices or []
+
+
+class StaleSamplerError(CookbookError):
+    """A sampling client's weights were replaced by a later weight sync."""
+
+
+class EngineError(CookbookError):
+    """The sampling engine died or was shut down; the cause is chained."""

@@ -1,0 +1,215 @@
+"""The data that crosses the backend's border, with the names and shapes of the Tinker SDK (specs: tinker_semantics 3.2).
+
+Left out: image chunks, sparse tensors. Everything here is tokens and numbers; nothing knows of chat, environments or rewards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+StopReason = Literal["stop", "length"]
+DType = Literal["float32", "int64"]
+
+
+@dataclass(frozen=True)
+class EncodedTextChunk:
+    tokens: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A token sequence in chunks. Immutable: `append` and `append_int` return a new one."""
+
+    chunks: list[EncodedTextChunk] = field(default_factory=list)
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int]) -> "ModelInput":
+        return cls([EncodedTextChunk(list(tokens))])
+
+    @classmethod
+    def empty(cls) -> "ModelInput":
+        return cls([])
+
+    def to_ints(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk.tokens]
+
+    @property
+    def length(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    def append(self, chunk: EncodedTextChunk) -> "ModelInput":
+        return ModelInput([*self.chunks, chunk])
+
+    def append_int(self, token: int) -> "ModelInput":
+        return self.append(EncodedTextChunk([token]))
+
+
+class TensorData:
+    """A float32 or int64 array: flat `data`, `dtype` and `shape`, kept as numpy so that a batch of them is cheap to make."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, data: Any, dtype: DType | None = None, shape: Sequence[int] | None = None):
+        array = np.asarray(data)
+        if dtype is None:
+            dtype = "int64" if array.dtype.kind in "iub" else "float32"
+        self.array = np.ascontiguousarray(array, dtype=dtype)
+        if shape is not None:
+            self.array = self.array.reshape(tuple(shape))
+
+    @classmethod
+    def from_torch(cls, tensor: torch.Tensor) -> "TensorData":
+        return cls(tensor.detach().cpu().numpy() if tensor.dtype != torch.bfloat16 else tensor.detach().float().cpu().numpy())
+
+    @classmethod
+    def from_numpy(cls, array: np.ndarray) -> "TensorData":
+        return cls(array)
+
+    @property
+    def data(self) -> list[int] | list[float]:
+        return self.array.reshape(-1).tolist()
+
+    @property
+    def dtype(self) -> DType:
+        return "int64" if self.array.dtype == np.int64 else "float32"
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.array.shape)
+
+    def to_numpy(self) -> np.ndarray:
+        return self.array
+
+    def to_torch(self) -> torch.Tensor:
+        return torch.from_numpy(self.array)
+
+    def tolist(self) -> list[Any]:
+        return self.array.tolist()
+
+    def __repr__(self) -> str:
+        return f"TensorData(dtype={self.dtype}, shape={self.shape})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorData) and self.dtype == other.dtype and np.array_equal(self.array, other.array)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass
+class Datum:
+    """One training sequence. `loss_fn_inputs` hold arrays with one entry per token of `model_input` (losses.py says which).
+
+    Values may be given as TensorData, torch tensors, numpy arrays or lists.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData]
+
+    def __post_init__(self) -> None:
+        self.loss_fn_inputs = {key: _as_tensor_data(value) for key, value in self.loss_fn_inputs.items()}
+
+
+def _as_tensor_data(value: Any) -> TensorData:
+    if isinstance(value, TensorData):
+        return value
+    return TensorData.from_torch(value) if isinstance(value, torch.Tensor) else TensorData(value)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. `stop`: None stops at the tokenizer's EOS; strings or token ids stop there and at EOS; [] never stops."""
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | Sequence[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """AdamW with Tinker's defaults. `grad_clip_norm` 0 means no clipping."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """`alpha` None means 32, Tinker's constant: the update is scaled by alpha / rank."""
+
+    rank: int = 32
+    seed: int | None = None
+    alpha: float | None = None
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = False
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """What was sampled, with the logprob each token had under the distribution it was drawn from (tempered and truncated).
+
+    The stop token, or the tokens that completed a stop string, are included.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True)
+class SampleResponse:
+    """`prompt_logprobs[t]` is log p(token t | tokens before t) at temperature 1; element 0 is None."""
+
+    sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None
+    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """`loss_fn_outputs[d]["logprobs"]` has one entry per token of datum d; positions with no weight and mask 0 hold 0.0."""
+
+    loss_fn_outputs: list[dict[str, TensorData]]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class OptimStepResponse:
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SaveWeightsResponse:
+    path: str
+
+
+@dataclass(frozen=True)
+class LoadWeightsResponse:
+    path: str
+
+
+@dataclass(frozen=True)
+class GetInfoResponse:
+    """`lora_rank` 0 means that all weights are trained."""
+
+    model_name: str
+    lora_rank: int
+    num_parameters: int
+    num_trainable_parameters: int
+    max_length: int
+    device: str
+    dtype: str

@@ -1,0 +1,37 @@
+"""Supervised datasets: batches of Datum addressed by index, and the configuration objects that build them."""
+
+from abc import ABC, abstractmethod
+
+import chz
+
+from backend.types import Datum
+from renderers.types import Renderer, TrainOnWhat
+
+
+class SupervisedDataset(ABC):
+    """Addressed by batch index within an epoch, so that resuming is starting at an index."""
+
+    @abstractmethod
+    def get_batch(self, index: int) -> list[Datum]:
+        """Batch `index` of the current epoch."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Reshuffles as a pure function of the dataset's seed and `epoch`; nothing depends on earlier epochs."""
+
+
+@chz.chz
+class SupervisedDatasetBuilder:
+    """Configuration that builds the training set and, where there is one, the held-out set."""
+
+    batch_size: int = chz.field(default=128, doc="examples per optimizer step")
+    max_length: int | None = chz.field(default=None, doc="most tokens per example; None = the model's context")
+    train_on_what: TrainOnWhat = chz.field(default=TrainOnWhat.ALL_ASSISTANT_MESSAGES, doc="which tokens carry loss")
+    reduction: str = chz.field(default="mean", doc="'mean': each example weighs the same; 'sum': each token does")
+    seed: int = chz.field(default=0, doc="seed of the shuffle and of the train/test split")
+
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        raise NotImplementedError
