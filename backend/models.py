@@ -3,6 +3,7 @@
 Presets exist because tests, demos and benchmarks must not download anything. Their architectures are ones that vLLM and peft know.
 """
 
+import copy
 import difflib
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
     if model_name in PRESETS:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model.config.architectures = [type(model).__name__]  # vLLM goes by it
     else:
         model = AutoModelForCausalLM.from_pretrained(Path(model_name).expanduser() if Path(model_name).is_dir() else model_name, dtype=dtype)
     return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]

@@ -1,0 +1,67 @@
+"""Policy losses as pure functions of one token's numbers. p: the trainer's logprob, q: the sampler's, A: the advantage, r = exp(p - q).
+
+Each returns the loss of every token and diagnostics of every token; the trainer sums the first and averages the second. So neither
+micro-batching, packing nor order can change a gradient. Formulas: the Tinker documentation (specs: tinker_semantics 3.3).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+LossFn = Callable[..., tuple[torch.Tensor, Tensors]]  # (p_N, inputs_N, **loss_fn_config) -> (loss_N, diagnostics_N)
+
+
+def cross_entropy(p_NK: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
+    """-w p. With K targets per position (distillation), p and w are (N, K)."""
+    return -(inputs["weights"] * p_NK), {}
+
+
+def importance_sampling(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
+    """-r A: the policy gradient, corrected for the sampler having been another policy. The ratio is unbounded."""
+    ratio_N = (p_N - inputs["logprobs"]).exp()
+    return -(ratio_N * inputs["advantages"]), {"ratio": ratio_N}
+
+
+def ppo(
+    p_N: torch.Tensor, inputs: Tensors, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2
+) -> tuple[torch.Tensor, Tensors]:
+    """-min(r A, clip(r) A), Schulman et al. 2017 eq. 7. The thresholds bound the ratio itself; they are not epsilons."""
+    ratio_N, advantages_N = (p_N - inputs["logprobs"]).exp(), inputs["advantages"]
+    unclipped_N = ratio_N * advantages_N
+    clipped_N = ratio_N.clamp(clip_low_threshold, clip_high_threshold) * advantages_N
+    return -torch.minimum(unclipped_N, clipped_N), {"ratio": ratio_N, "clip_fraction": (clipped_N < unclipped_N).float()}
+
+
+def cispo(
+    p_N: torch.Tensor, inputs: Tensors, clip_low_threshold: float = 0.0, clip_high_threshold: float = 4.0
+) -> tuple[torch.Tensor, Tensors]:
+    """-stop_gradient(clip(r)) p A, MiniMax-M1 eq. 4: clips the weight of a token's gradient, never the gradient itself."""
+    ratio_N = (p_N - inputs["logprobs"]).exp().detach()
+    weight_N = ratio_N.clamp(clip_low_threshold, clip_high_threshold)
+    return -(weight_N * p_N * inputs["advantages"]), {"ratio": ratio_N, "clip_fraction": (weight_N != ratio_N).float()}
+
+
+def dro(p_N: torch.Tensor, inputs: Tensors, beta: float) -> tuple[torch.Tensor, Tensors]:
+    """-[p A - beta / 2 (p - q)^2], Richemond et al. 2024: a quadratic pull towards the sampler instead of a ratio."""
+    gap_N = p_N - inputs["logprobs"]
+    return -(p_N * inputs["advantages"] - 0.5 * beta * gap_N.square()), {"ratio": gap_N.detach().exp()}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and the arrays that every Datum must carry for it, besides `target_tokens`."""
+
+    fn: LossFn
+    required: tuple[str, ...]
+
+
+POLICY_INPUTS = ("logprobs", "advantages")
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(cross_entropy, ("weights",)),
+    "importance_sampling": Loss(importance_sampling, POLICY_INPUTS),
+    "ppo": Loss(ppo, POLICY_INPUTS),
+    "cispo": Loss(cispo, POLICY_INPUTS),
+    "dro": Loss(dro, POLICY_INPUTS),
+}

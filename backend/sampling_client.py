@@ -1,0 +1,89 @@
+"""SamplingClient: tokens in, tokens and logprobs out, from one version of one policy's weights."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from backend.engine import EngineThread, SequenceRequest
+from backend.errors import ConfigError, ContextLengthError, DataError
+from backend.futures import APIFuture
+from backend.types import ModelInput, SampleResponse, SamplingParams
+
+
+class SamplingClient:
+    """A snapshot: once the sampler has been given later weights, calls raise StaleSamplerError. With `follow`, the live policy."""
+
+    def __init__(self, engine: EngineThread, tokenizer: PreTrainedTokenizerBase, max_length: int, follow: bool = False):
+        self._engine, self._tokenizer, self.max_length = engine, tokenizer, max_length
+        self._version = None if follow else engine.version
+        self._unseeded_calls = 0
+
+    @property
+    def policy_version(self) -> int:
+        """How many times the weights had been synced: of this snapshot, or right now when following."""
+        return self._engine.version if self._version is None else self._version
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> APIFuture[SampleResponse]:
+        """Samples `num_samples` continuations. Sample i is seeded with seed + i; without a seed, calls are numbered.
+
+        `max_tokens` None, or more than fits, means up to the end of the context.
+        """
+        tokens = prompt.to_ints()
+        room = self._check(tokens, num_samples, sampling_params)
+        max_tokens = min(room, sampling_params.max_tokens or room)
+        seed = sampling_params.seed
+        if seed is None:
+            seed = self._unseeded_calls << 20
+            self._unseeded_calls += 1
+        topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
+        requests = [
+            SequenceRequest(tokens, sampling_params, max_tokens, (seed + i) % 2**63, topk if i == 0 else None) for i in range(num_samples)
+        ]
+        return APIFuture(self._engine.submit(requests, self._version))
+
+    async def sample_async(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> SampleResponse:
+        return await self.sample(prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs)
+
+    def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
+        """log p(token t | tokens before t) at temperature 1; element 0 is None. The prompt may fill the whole context but one token."""
+        response = self.sample(prompt, 1, SamplingParams(max_tokens=1, seed=0, temperature=0.0), include_prompt_logprobs=True)
+        return response.then(_prompt_logprobs)
+
+    async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
+        return await self.compute_logprobs(prompt)
+
+    def _check(self, tokens: Sequence[int], num_samples: int, params: SamplingParams) -> int:
+        """The number of tokens that still fit behind the prompt. Bad input raises here, not inside the engine."""
+        if not tokens:
+            raise DataError("the prompt is empty: there is nothing to sample from")
+        if len(tokens) >= self.max_length:
+            raise ContextLengthError(f"the prompt has {len(tokens)} tokens and the context {self.max_length} (backend.max_length): none fits behind it")
+        if not 0 <= min(tokens) <= max(tokens) < len(self._tokenizer):
+            raise DataError(f"the prompt has a token outside the vocabulary of {len(self._tokenizer)}: was it made with another tokenizer?")
+        if num_samples < 1 or (params.max_tokens is not None and params.max_tokens < 1):
+            raise ConfigError(f"num_samples={num_samples} and max_tokens={params.max_tokens} must be at least 1")
+        if params.temperature < 0 or not 0 < params.top_p <= 1 or params.top_k < -1:
+            raise ConfigError(f"temperature >= 0, 0 < top_p <= 1 and top_k >= -1 are needed, not {params}")
+        return self.max_length - len(tokens)
+
+
+def _prompt_logprobs(response: SampleResponse) -> list[float | None]:
+    assert response.prompt_logprobs is not None
+    return response.prompt_logprobs

@@ -1,0 +1,156 @@
+"""ServiceClient: opens models on this machine and hands out the two clients.
+
+A script written for Tinker ports by changing its import: `from backend import ServiceClient`.
+"""
+
+import atexit
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from backend.checkpoints import ADAPTER_FILE, read_state
+from backend.config import BackendConfig, training_device
+from backend.engine import Engine, EngineThread
+from backend.errors import CheckpointError, ConfigError, EngineError
+from backend.models import PRESETS, context_length, load_model
+from backend.sampling_client import SamplingClient
+from backend.tokenizers import load_tokenizer
+from backend.torch_sampler import TorchSampler
+from backend.trainer import Trainer
+from backend.training_client import TrainingClient
+from backend.types import LoraConfig
+from backend.vllm_engine import VllmEngine, vllm_is_installed
+
+
+class ServiceClient:
+    """Owns every engine and thread it hands out; `close`, or leaving a `with` block, or the end of the process, stops them."""
+
+    def __init__(self, config: BackendConfig | None = None, checkpoint_dir: str | Path = "checkpoints", base_url: str | None = None):
+        if base_url is not None:
+            raise ConfigError(f"base_url={base_url!r}: this backend runs in the process and talks to no service")
+        self.config = config or BackendConfig()
+        if self.config.engine == "vllm" and not vllm_is_installed():
+            raise EngineError("backend.engine=vllm, but vllm is not installed: see the README, or take backend.engine=torch")
+        self._checkpoint_dir = Path(checkpoint_dir).expanduser()
+        self._engines: list[EngineThread] = []
+        self._training_clients: list[TrainingClient] = []
+        atexit.register(self.close)
+
+    # --- training clients -------------------------------------------------------------------------------------------------------
+
+    def create_training_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
+        """All weights are trained, or a LoRA adapter. `seed` makes a preset's weights and the adapter's."""
+        tokenizer = load_tokenizer(base_model, self.config.max_length)
+        client = TrainingClient(self, Trainer(base_model, self.config, seed, lora), tokenizer)
+        self._training_clients.append(client)
+        return client
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = False,
+        alpha: float | None = None,
+    ) -> TrainingClient:
+        """Unlike Tinker's, `train_unembed` is off: vLLM cannot load an adapter on lm_head."""
+        lora = LoraConfig(rank, seed, alpha, train_mlp, train_attn, train_unembed)
+        return self.create_training_client(base_model, lora, seed or 0)
+
+    def create_training_client_from_state(self, path: str) -> TrainingClient:
+        """The model a checkpoint was saved from, with its weights and a fresh optimizer."""
+        return self._from_state(Path(path), with_optimizer=False)
+
+    def create_training_client_from_state_with_optimizer(self, path: str) -> TrainingClient:
+        return self._from_state(Path(path), with_optimizer=True)
+
+    def _from_state(self, path: Path, with_optimizer: bool) -> TrainingClient:
+        state = read_state(path)
+        lora = LoraConfig(**state["lora"]) if state["lora"] else None
+        client = self.create_training_client(state["model_name"], lora, state["seed"])
+        (client.load_state_with_optimizer if with_optimizer else client.load_state)(str(path)).result()
+        return client
+
+    # --- sampling clients -------------------------------------------------------------------------------------------------------
+
+    def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None, seed: int = 0) -> SamplingClient:
+        """A frozen policy with an engine of its own, beside any live one: a saved folder, or a model by name."""
+        if (model_path is None) == (base_model is None):
+            raise ConfigError("create_sampling_client needs either model_path or base_model")
+        model = _load_saved(Path(model_path), seed) if model_path else load_model(str(base_model), seed, torch.device("cpu"), torch.float32)
+        name = str(model_path or base_model)
+        tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
+        engine = self.open_engine(model.config, tokenizer, length)
+        engine.sync(lambda: model.state_dict().items(), version=0)
+        return SamplingClient(engine, tokenizer, length)
+
+    def open_engine(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
+        """An engine without weights; the first sync brings them."""
+        device = training_device()
+        reproducible = device.type == "cpu" if self.config.reproducible is None else self.config.reproducible
+        use_vllm = self.config.engine == "vllm" or (self.config.engine == "auto" and vllm_is_installed())
+
+        def make() -> Engine:
+            if use_vllm:
+                return VllmEngine(hf_config, tokenizer, max_length, self.config, device, seeded=reproducible)
+            with torch.random.fork_rng(devices=[]):
+                model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+            return TorchSampler(model, tokenizer, max_length, self.config.max_num_seqs, device)
+
+        engine = EngineThread(make, deterministic=reproducible)
+        self._engines.append(engine)
+        return engine
+
+    # --- the rest ---------------------------------------------------------------------------------------------------------------
+
+    def checkpoint_path(self, name: str) -> Path:
+        """Where a checkpoint of this name goes; an absolute path is taken as it is."""
+        return self._checkpoint_dir / name
+
+    def get_server_capabilities(self) -> dict[str, Any]:
+        return {"supported_models": list(PRESETS), "device": str(training_device()), "vllm": vllm_is_installed()}
+
+    def close(self) -> None:
+        """Stops the training threads, then the engines. Idempotent."""
+        atexit.unregister(self.close)
+        while self._training_clients:
+            self._training_clients.pop().close()
+        while self._engines:
+            self._engines.pop().close()
+
+    def __enter__(self) -> "ServiceClient":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- twins ------------------------------------------------------------------------------------------------------------------
+
+    async def create_lora_training_client_async(self, base_model: str, rank: int = 32, **kwargs: Any) -> TrainingClient:
+        return self.create_lora_training_client(base_model, rank, **kwargs)
+
+    async def create_training_client_from_state_async(self, path: str) -> TrainingClient:
+        return self.create_training_client_from_state(path)
+
+    async def create_training_client_from_state_with_optimizer_async(self, path: str) -> TrainingClient:
+        return self.create_training_client_from_state_with_optimizer(path)
+
+    async def create_sampling_client_async(self, model_path: str | None = None, base_model: str | None = None, seed: int = 0) -> SamplingClient:
+        return self.create_sampling_client(model_path, base_model, seed)
+
+
+def _load_saved(path: Path, seed: int) -> PreTrainedModel:
+    """A saved policy on the CPU; an adapter is merged into its base."""
+    if not path.is_dir():
+        raise CheckpointError(f"there is no saved policy {path}")
+    if not (path / ADAPTER_FILE).exists():
+        return load_model(str(path), seed, torch.device("cpu"), torch.float32)
+    base_name = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = load_model(base_name, seed, torch.device("cpu"), torch.float32)
+    return PeftModel.from_pretrained(base, str(path)).merge_and_unload()  # type: ignore[operator]

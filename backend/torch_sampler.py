@@ -1,0 +1,182 @@
+"""Sampling with torch and transformers alone: the reference that vLLM is tested against, and the engine where there is no vLLM.
+
+A batch of prompts is padded on the left, prefilled once, and decoded with a KV cache; finished rows leave the batch. Each row draws from
+its own generator, so that its tokens do not depend on the rows beside it. Left out: joining a batch that is already decoding.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from backend.config import compute_dtype
+from backend.engine import Sampled, SequenceRequest, Weights
+from backend.logprobs import target_logprobs
+from backend.types import SampledSequence, SamplingParams, StopReason
+
+PROMPT_ROWS = 4096  # prompt positions whose full distribution is held at once when top-k prompt logprobs are asked for
+
+
+class TorchSampler:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, max_num_seqs: int, device: torch.device):
+        self._model = model.to(device=device, dtype=compute_dtype(device)).eval()  # type: ignore[arg-type]
+        self._tokenizer, self._max_length, self._max_num_seqs, self._device = tokenizer, max_length, max_num_seqs, device
+        self._waiting: list[SequenceRequest] = []
+
+    def add(self, request: SequenceRequest) -> None:
+        self._waiting.append(request)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[SequenceRequest, Sampled]]:
+        """Decodes up to max_num_seqs waiting requests to their ends."""
+        self._waiting.sort(key=lambda request: len(request.prompt))  # prompts of like length waste less padding
+        requests, self._waiting = self._waiting[: self._max_num_seqs], self._waiting[self._max_num_seqs :]
+        return list(zip(requests, self._decode(requests), strict=True))
+
+    def drop_all(self) -> None:
+        self._waiting.clear()
+
+    @torch.no_grad()
+    def load_weights(self, weights: Weights) -> None:
+        ours = self._model.state_dict()
+        for name, tensor in weights:
+            ours[name].copy_(tensor)
+
+    def close(self) -> None:
+        del self._model
+
+    # --- decoding ---------------------------------------------------------------------------------------------------------------
+
+    def _decode(self, requests: list[SequenceRequest]) -> list[Sampled]:
+        rows = [_Row(request, self._device, self._stop_condition(request.params), self._tokenizer) for request in requests]
+        width = max(len(row.request.prompt) for row in rows)
+        tokens_BT = torch.zeros((len(rows), width), dtype=torch.long)
+        mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+        for b, row in enumerate(rows):
+            tokens_BT[b, width - len(row.request.prompt) :] = torch.tensor(row.request.prompt)
+            mask_BT[b, width - len(row.request.prompt) :] = 1
+        tokens_BT, mask_BT = tokens_BT.to(self._device), mask_BT.to(self._device)
+        cache = DynamicCache(config=self._model.config)
+        hidden_BTH = self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
+        self._score_prompts(rows, hidden_BTH, width)
+        alive, hidden_BH = rows, hidden_BTH[:, -1]
+        while True:
+            next_B = _draw(alive, self._logits(hidden_BH))
+            keep = [b for b, row in enumerate(alive) if row.finish is None]
+            if not keep:
+                return [row.sampled() for row in rows]
+            if len(keep) < len(alive):
+                index = torch.tensor(keep, device=self._device)
+                cache.batch_select_indices(index)
+                alive, next_B, mask_BT = [alive[b] for b in keep], next_B[index], mask_BT[index]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
+            hidden_BH = self._forward(next_B[:, None], mask_BT, mask_BT.sum(-1, keepdim=True) - 1, cache)[:, -1]
+
+    def _forward(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        decoder = self._model.get_decoder()
+        return decoder(
+            input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden @ self._model.get_output_embeddings().weight.T).float()
+
+    def _score_prompts(self, rows: list["_Row"], hidden_BTH: torch.Tensor, width: int) -> None:
+        head = self._model.get_output_embeddings().weight
+        for b, row in enumerate(rows):
+            prompt, k = row.request.prompt, row.request.topk_prompt
+            if k is None:
+                continue
+            hidden_TH = hidden_BTH[b, width - len(prompt) : -1]
+            targets = torch.tensor(prompt[1:], device=self._device)
+            row.prompt_logprobs = [None, *target_logprobs(hidden_TH, head, targets[:, None])[:, 0].tolist()]
+            if k > 0:
+                row.topk_prompt_logprobs = [None, *self._topk(hidden_TH, targets, k)]
+
+    def _topk(self, hidden_TH: torch.Tensor, targets_T: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
+        """Per position the k most likely tokens and the prompt's own, most likely first."""
+        entries = []
+        for start in range(0, len(hidden_TH), PROMPT_ROWS):
+            logprobs_TV = self._logits(hidden_TH[start : start + PROMPT_ROWS]).log_softmax(-1)
+            for logprobs_V, target in zip(logprobs_TV, targets_T[start:].tolist(), strict=False):
+                tokens = {*logprobs_V.topk(k).indices.tolist(), target}
+                entries.append(sorted(((token, float(logprobs_V[token])) for token in tokens), key=lambda entry: -entry[1]))
+        return entries
+
+    def _stop_condition(self, params: SamplingParams) -> tuple[set[int], list[str]]:
+        """Token ids and strings that end a sequence. The model's EOS ends it too, unless stop is []."""
+        stop = [params.stop] if isinstance(params.stop, str) else params.stop
+        if stop is not None and not len(stop):
+            return set(), []
+        eos = {self._tokenizer.eos_token_id} if self._tokenizer.eos_token_id is not None else set()
+        items = list(stop or [])
+        return eos | {s for s in items if isinstance(s, int)}, [s for s in items if isinstance(s, str)]
+
+
+@dataclass(eq=False)
+class _Row:
+    """One sequence while it is decoded."""
+
+    request: SequenceRequest
+    device: torch.device
+    stop: tuple[set[int], list[str]]
+    tokenizer: PreTrainedTokenizerBase
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: StopReason | None = None
+    prompt_logprobs: list[float | None] | None = None
+    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.request.seed)
+
+    def append(self, token: int, logprob: float) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        ids, strings = self.stop
+        if token in ids or (strings and self._ends_in(strings)):
+            self.finish = "stop"
+        elif len(self.tokens) >= self.request.max_tokens:
+            self.finish = "length"
+
+    def _ends_in(self, strings: list[str]) -> bool:
+        """Whether the last token completed a stop string. Decodes only as many tokens as could hold the longest one."""
+        tail = self.tokens[-(max(map(len, strings)) * 4 + 4) :]  # a character is at most four tokens (bytes)
+        text = self.tokenizer.decode(tail, skip_special_tokens=False)
+        return any(string in text for string in strings)
+
+    def sampled(self) -> Sampled:
+        assert self.finish is not None
+        return Sampled(SampledSequence(self.tokens, self.logprobs, self.finish), self.prompt_logprobs, self.topk_prompt_logprobs)
+
+
+def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
+    """One token per row, appended to it. Inverse-CDF sampling: one uniform number from each row's own generator."""
+    temperature_B = torch.tensor([row.request.params.temperature for row in rows], device=logits_BV.device)
+    greedy_B = temperature_B == 0
+    logits_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
+    logits_BV = _truncate(logits_BV, [row.request.params for row in rows])
+    logprobs_BV = logits_BV.log_softmax(-1)
+    uniform_B = torch.stack([torch.rand((), generator=row.generator, dtype=torch.float64) for row in rows]).to(logits_BV.device)
+    cdf_BV = logprobs_BV.double().exp().cumsum(-1)
+    drawn_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+    next_B = torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
+    chosen_B = logprobs_BV.gather(-1, next_B[:, None])[:, 0]
+    for row, token, logprob in zip(rows, next_B.tolist(), chosen_B.tolist(), strict=True):
+        row.append(token, logprob)
+    return next_B
+
+
+def _truncate(logits_BV: torch.Tensor, params_B: list[SamplingParams]) -> torch.Tensor:
+    """Top-k, then top-p on what is left: the tokens outside get probability 0."""
+    if all(params.top_k <= 0 and params.top_p >= 1 for params in params_B):
+        return logits_BV
+    vocabulary = logits_BV.shape[-1]
+    top_k_B = torch.tensor([params.top_k if params.top_k > 0 else vocabulary for params in params_B], device=logits_BV.device)
+    top_p_B = torch.tensor([params.top_p for params in params_B], device=logits_BV.device)
+    sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
+    sorted_BV = sorted_BV.masked_fill(torch.arange(vocabulary, device=logits_BV.device) >= top_k_B[:, None], -torch.inf)
+    probs_BV = sorted_BV.softmax(-1)
+    before_BV = probs_BV.cumsum(-1) - probs_BV  # probability of everything more likely
+    sorted_BV = sorted_BV.masked_fill((before_BV >= top_p_B[:, None]) & (top_p_B < 1)[:, None], -torch.inf)
+    return torch.empty_like(logits_BV).scatter_(-1, order_BV, sorted_BV)

@@ -1,0 +1,214 @@
+"""The model, its optimizer and the passes over it. Synchronous; training_client.py puts it behind futures.
+
+Weights and optimizer state are fp32; on CUDA the passes run under bf16 autocast. Dropout is off everywhere: the logprobs that RL compares
+must be those of one distribution.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from backend.batching import MicroBatch, check_data, micro_batches, resolve_loss
+from backend.config import BackendConfig, compute_dtype, training_device
+from backend.errors import ModelError, NonFiniteError
+from backend.logprobs import target_logprobs
+from backend.losses import LossFn
+from backend.models import context_length, load_model
+from backend.types import AdamParams, Datum, ForwardBackwardOutput, GetInfoResponse, LoraConfig, OptimStepResponse, TensorData
+
+CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
+
+# The linear layers that vLLM, too, can put an adapter on (names of Llama, Qwen, Mistral and of GPT-2).
+ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "attn.c_proj")
+MLP_LAYERS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "mlp.c_proj")
+DEFAULT_LORA_ALPHA = 32.0
+
+
+class Trainer:
+    def __init__(self, model_name: str, config: BackendConfig, seed: int = 0, lora: LoraConfig | None = None):
+        self.model_name, self.config, self.seed, self.lora = model_name, config, seed, lora
+        self.device = training_device()
+        self.compute_dtype = compute_dtype(self.device)
+        self.max_length = context_length(model_name, config.max_length)
+        hf_model = load_model(model_name, seed, self.device, torch.float32)
+        self.hf_config = hf_model.config
+        self.vocabulary = hf_model.get_input_embeddings().weight.shape[0]
+        self.model: PreTrainedModel | PeftModel = _add_lora(hf_model, model_name, lora, seed) if lora else hf_model
+        self.base: PreTrainedModel = hf_model
+        _switch_off_dropout(self.model)
+        if config.gradient_checkpointing:
+            hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            hf_model.enable_input_require_grads()  # the frozen embedding of a LoRA run would cut the recomputed graph
+            self.model.train()
+        self.named_trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
+        self._check_head()
+
+    # --- passes -----------------------------------------------------------------------------------------------------------------
+
+    def run(
+        self, data_D: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None, backward: bool = True
+    ) -> ForwardBackwardOutput:
+        """Logprobs and loss of every Datum; with `backward`, gradients are added to those already there.
+
+        A loss that is not finite raises NonFiniteError and leaves no gradient behind.
+        """
+        loss = resolve_loss(loss_fn, loss_fn_config)
+        check_data(data_D, loss.required, self.vocabulary, self.max_length)
+        parts, loss_parts, sums = [], [], {}
+        with torch.set_grad_enabled(backward):
+            for batch in micro_batches(data_D, self.config.micro_batch_tokens, self.device):
+                p_NK = self._logprobs(batch)
+                p = p_NK if loss_fn == "cross_entropy" and batch.inputs["weights"].ndim == 2 else p_NK[:, 0]
+                loss_N, diagnostics_N = loss.fn(p, batch.inputs, **(loss_fn_config or {}))
+                if backward and len(loss_N):
+                    loss_N.sum().backward()
+                parts.append((batch, p.detach()))
+                loss_parts.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
+                for name, value_N in diagnostics_N.items():
+                    sums[name] = sums.get(name, 0.0) + value_N.detach().double().sum()
+        logprobs_D = _scatter_to_datums(data_D, parts)
+        loss_N = torch.cat(loss_parts).double().cpu()
+        if not torch.isfinite(loss_N).all():
+            self.zero_grad()
+            bad = np.concatenate([batch.datum_N for batch, _ in parts])[~torch.isfinite(loss_N).numpy()]
+            raise NonFiniteError(f"the loss of data {sorted(set(bad.tolist()))[:10]} is not finite; no gradient was kept", sorted(set(bad.tolist())))
+        metrics = {"loss:sum": float(loss_N.sum()), "num_loss_tokens:sum": float(len(loss_N))}
+        metrics |= {f"{name}:mean": float(value) / max(len(loss_N), 1) for name, value in sums.items()}
+        return ForwardBackwardOutput([{"logprobs": TensorData(logprobs)} for logprobs in logprobs_D], metrics)
+
+    def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
+        """`fn(data, logprobs_D)` gets the differentiable logprobs of all data at once: one forward, one backward.
+
+        All micro-batches' activations are alive together; gradient_checkpointing bounds that.
+        """
+        check_data(data_D, (), self.vocabulary, self.max_length)
+        parts = [(batch, self._logprobs(batch)) for batch in micro_batches(data_D, self.config.micro_batch_tokens, self.device)]
+        logprobs_D: list[Any] = [None] * len(data_D)
+        for batch, p_NK in parts:
+            for d in batch.datum_indices_B:
+                rows = torch.from_numpy(batch.datum_N == d)
+                full = torch.zeros((data_D[d].model_input.length, p_NK.shape[1]), device=p_NK.device)
+                index = torch.from_numpy(batch.position_N[batch.datum_N == d]).to(p_NK.device)
+                full = full.index_copy(0, index, p_NK[rows.to(p_NK.device)])
+                logprobs_D[d] = full if data_D[d].loss_fn_inputs["target_tokens"].array.ndim == 2 else full[:, 0]
+        loss, metrics = fn(list(data_D), logprobs_D)
+        if not torch.isfinite(loss):
+            self.zero_grad()
+            raise NonFiniteError("the custom loss is not finite; no gradient was kept")
+        loss.backward()
+        outputs = [{"logprobs": TensorData.from_torch(logprobs)} for logprobs in logprobs_D]
+        return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
+
+    def _logprobs(self, batch: MicroBatch) -> torch.Tensor:
+        """(N, K) logprobs of the rows that carry loss, under the temperature each token was sampled at."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            hidden_BTH = self.base.get_decoder()(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+        hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_N).to(self.compute_dtype)
+        return target_logprobs(hidden_NH, self._head(), batch.targets_NK, batch.inputs.get("temperature"))
+
+    def _head(self) -> torch.Tensor:
+        """The (V, H) output matrix, with its adapter applied where it has one."""
+        head = self.base.get_output_embeddings()
+        if not hasattr(head, "lora_A"):
+            return head.weight
+        return head.base_layer.weight + head.get_delta_weight("default")
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Softcaps, scales and biases between the last hidden state and the logits would make every logprob silently wrong."""
+        tokens = self.vocabulary - 1 - torch.arange(8, device=self.device)[None]
+        batch = MicroBatch([0], tokens, torch.arange(8, device=self.device), np.zeros(8), np.arange(8), tokens.T, {})
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            expected = self.base(input_ids=tokens).logits[0].float().log_softmax(-1).gather(-1, tokens.T)
+        if (self._logprobs(batch) - expected).abs().max() > (1e-3 if self.compute_dtype == torch.float32 else 0.2):
+            raise ModelError(f"{self.model_name!r} computes its logits in a way the chunked logprobs do not know (a softcap, a scale or a bias)")
+
+    # --- optimizer --------------------------------------------------------------------------------------------------------------
+
+    def optim_step(self, adam: AdamParams) -> OptimStepResponse:
+        """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is not finite raises; nothing moves."""
+        for p in self.named_trainable.values():
+            if p.grad is None:  # AdamW would skip it, and then its moments would depend on which data came first
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in self.named_trainable.values() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(grads)
+        if not torch.isfinite(grad_norm):
+            self.zero_grad()
+            raise NonFiniteError("the gradient is not finite; the step was not applied")
+        if adam.grad_clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.named_trainable.values(), adam.grad_clip_norm, grad_norm)
+        for group in self.optimizer.param_groups:
+            group.update(lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        self.optimizer.step()
+        self.zero_grad()
+        return OptimStepResponse({"grad_norm": float(grad_norm)})
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # --- weights out ------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sampler_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors as in a checkpoint, adapters merged, in the sampler's dtype, made one at a time.
+
+        From state_dict, not named_parameters: a tied lm_head must be there too, since vLLM on a CPU packs its own copy of it.
+        """
+        adapted = {name: module for name, module in self.base.named_modules() if hasattr(module, "lora_A")}
+        for name, tensor in self.base.state_dict().items():
+            if ".lora_" in name:
+                continue
+            module = adapted.get(name.rsplit(".base_layer.", 1)[0]) if name.endswith(".base_layer.weight") else None
+            if module is not None:
+                tensor = tensor + module.get_delta_weight("default")
+            yield name.replace(".base_layer.", "."), tensor.to(self.compute_dtype)
+
+    def info(self) -> GetInfoResponse:
+        parameters, trainable = sum(p.numel() for p in self.model.parameters()), sum(p.numel() for p in self.named_trainable.values())
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        rank = self.lora.rank if self.lora else 0
+        return GetInfoResponse(self.model_name, rank, parameters, trainable, self.max_length, str(self.device), dtype)
+
+
+def _add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
+    suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
+    targets = [name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)]
+    if lora.train_unembed:
+        if hf_model.config.tie_word_embeddings:
+            raise ModelError("train_unembed: this model's lm_head is its embedding, and vLLM would ignore an adapter on it")
+        targets.append("lm_head")
+    if not targets:
+        raise ModelError(f"{hf_model.config.model_type} has none of the layers that LoRA is put on: train all weights instead")
+    alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
+    conv1d = hf_model.config.model_type == "gpt2"
+    config = PeftConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, fan_in_fan_out=conv1d, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed if lora.seed is None else lora.seed)
+        model = get_peft_model(hf_model, config)
+    model.peft_config["default"].base_model_name_or_path = model_name
+    return model  # type: ignore[return-value]
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _scatter_to_datums(data_D: Sequence[Datum], parts: list[tuple[MicroBatch, torch.Tensor]]) -> list[np.ndarray]:
+    """Row logprobs back to one array per Datum, 0.0 where nothing was asked for."""
+    offsets_D = np.cumsum([0, *(datum.model_input.length for datum in data_D)])
+    columns = parts[0][1].shape[1:]
+    flat = np.zeros((int(offsets_D[-1]), *columns), dtype=np.float32)
+    for batch, p in parts:
+        flat[offsets_D[batch.datum_N] + batch.position_N] = p.float().cpu().numpy()
+    return np.split(flat, offsets_D[1:-1])

@@ -1,0 +1,162 @@
+"""vLLM inside this process: LLMEngine driven step by step, weights handed over in memory.
+
+The engine starts from the model's config with dummy weights and gets the real ones by a sync, so that one path serves presets, hub models,
+checkpoints and merged adapters. specs/vllm.md has the measurements behind each choice below.
+"""
+
+import gc
+import os
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from backend.config import BackendConfig, compute_dtype
+from backend.engine import Sampled, SequenceRequest, Weights
+from backend.errors import ModelError
+from backend.types import SampledSequence
+
+
+def vllm_is_installed() -> bool:
+    """Without importing it: that takes seconds."""
+    import importlib.util
+
+    return importlib.util.find_spec("vllm") is not None
+
+
+class VllmEngine:
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        config: BackendConfig,
+        device: torch.device,
+        seeded: bool,
+    ):
+        _set_environment(config)
+        with warnings.catch_warnings(action="ignore"):
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+        self._device, self._seeded = device, seeded
+        self._unfinished: dict[str, SequenceRequest] = {}
+        self._next_id = 0
+        with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as folder, _global_rng_kept(device):
+            hf_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            args: dict[str, Any] = {
+                "model": folder,
+                "load_format": "dummy",
+                "dtype": str(compute_dtype(device)).removeprefix("torch."),
+                "max_model_len": max_length,
+                "max_num_seqs": config.max_num_seqs,
+                # The logprobs of the distribution that was sampled from: tempered, and cut by top-k and top-p.
+                "logprobs_mode": "processed_logprobs",
+                "max_logprobs": -1,
+                "disable_log_stats": True,
+                "seed": 0,
+            }
+            if device.type == "cuda":
+                args |= {"gpu_memory_utilization": config.gpu_memory_utilization, "enforce_eager": config.enforce_eager}
+            try:
+                self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
+            except (ValueError, NotImplementedError) as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise ModelError(f"vLLM cannot serve this model: {reason}. backend.engine=torch samples with torch instead") from error
+
+    def add(self, request: SequenceRequest) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params, stop = request.params, request.params.stop
+        stop_list = [stop] if isinstance(stop, str) else list(stop or [])
+        vllm_params = SamplingParams(
+            max_tokens=request.max_tokens,
+            seed=request.seed if self._seeded else None,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            stop=[s for s in stop_list if isinstance(s, str)],
+            stop_token_ids=[s for s in stop_list if isinstance(s, int)],
+            ignore_eos=stop is not None and not stop_list,
+            logprobs=0,
+            prompt_logprobs=request.topk_prompt,
+            skip_special_tokens=False,
+            detokenize=any(isinstance(s, str) for s in stop_list),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        request_id = str(self._next_id)
+        self._next_id += 1
+        self._unfinished[request_id] = request
+        self._engine.add_request(request_id, {"prompt_token_ids": request.prompt}, vllm_params)
+
+    def step(self) -> list[tuple[SequenceRequest, Sampled]]:
+        with _global_rng_kept(self._device):
+            outputs = self._engine.step()
+        return [(self._unfinished.pop(output.request_id), _sampled(output)) for output in outputs if output.finished]
+
+    def drop_all(self) -> None:
+        self._engine.abort_request(list(self._unfinished))
+        self._unfinished.clear()
+
+    def load_weights(self, weights: Weights) -> None:
+        with _global_rng_kept(self._device):
+            if self._device.type == "cpu":  # linears are packed when loaded: only the full reload path may touch them
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            else:
+                self._engine.apply_model(lambda model: _load_in_place(model, weights))
+        # Cached prefixes were computed by the old weights; sequences still running recompute theirs.
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
+
+    def close(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._engine.engine_core.shutdown()
+        del self._engine
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def _load_in_place(model: Any, weights: Weights) -> None:
+    model.load_weights(iter(weights))
+
+
+def _set_environment(config: BackendConfig) -> None:
+    """Read by vLLM when it is imported. A user's own settings stand."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must be in this process to take weights in memory
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.sampler_memory_gb))))
+
+
+class _global_rng_kept:
+    """vLLM draws from torch's global generators, even when every request has a seed; the program around it must not notice."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+
+    def __enter__(self) -> None:
+        self._state = torch.get_rng_state()
+        self._cuda_state = torch.cuda.get_rng_state() if self._cuda else None
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_rng_state(self._state)
+        if self._cuda_state is not None:
+            torch.cuda.set_rng_state(self._cuda_state)
+
+
+def _sampled(output: Any) -> Sampled:
+    completion = output.outputs[0]
+    tokens = list(completion.token_ids)
+    logprobs = [position[token].logprob for position, token in zip(completion.logprobs, tokens, strict=True)]
+    sequence = SampledSequence(tokens, logprobs, "stop" if completion.finish_reason == "stop" else "length")
+    if output.prompt_logprobs is None:
+        return Sampled(sequence)
+    positions = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))
+    prompt = [None if entry is None else entry[token].logprob for token, entry in positions]
+    topk = [None if entry is None else sorted(((t, e.logprob) for t, e in entry.items()), key=lambda x: -x[1]) for _, entry in positions]
+    return Sampled(sequence, prompt, topk)
