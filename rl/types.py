@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import chz
 
+from backend.errors import CookbookError
 from backend.types import ModelInput, StopReason
 from renderers.types import Renderer
 
@@ -18,6 +19,10 @@ Observation = ModelInput
 StopCondition = Sequence[str] | Sequence[int] | None
 Metrics = dict[str, float]
 Logs = dict[str, str]  # what a person should see in the transcript, e.g. {"gold": "42", "extracted": "41"}
+
+
+class RolloutError(CookbookError):
+    """This rollout cannot be scored (a grader timed out, a tool was down). It leaves its group and is counted; it is never reward 0."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class TrajectoryGroup:
     final_rewards_G: list[float]  # from EnvGroupBuilder.compute_group_rewards
     metrics_G: list[Metrics]
     tags: list[str] = field(default_factory=list)
+    errors: list[RolloutError] = field(default_factory=list)  # of the members that were dropped
 
     def get_total_rewards(self) -> list[float]:
         """Step rewards plus the group's reward, one number per member."""
@@ -109,11 +115,11 @@ class RLDataset(ABC):
 
     @abstractmethod
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
-        """The groups of batch `index`; the same index always gives the same groups."""
+        """The groups of batch `index`, the same at every call. Indices past the end are later epochs."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of batches."""
+        """Number of batches in an epoch."""
 
 
 @chz.chz

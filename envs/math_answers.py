@@ -1,0 +1,119 @@
+r"""Reads answers: finds the final one in a solution, brings its notation to one form, and reads plain numbers exactly.
+
+Extraction styles: "boxed" is the last \boxed{...} with balanced braces, "hash" the rest of the line after the last "####",
+"stated" what follows the last "the answer is", "Answer:" or "A:".
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+AnswerStyle = Literal["boxed", "hash", "stated"]
+MAX_ANSWER_CHARS = 1000  # longer is not an answer, and would slow every rule that reads it
+
+
+def extract_answer(text: str, styles: Sequence[AnswerStyle] = ("boxed", "hash", "stated")) -> str | None:
+    """The answer in the first style that occurs in `text`, or None."""
+    for style in styles:
+        answer = _EXTRACTORS[style](text)
+        if answer is not None and answer.strip() and len(answer) <= MAX_ANSWER_CHARS:
+            return answer.strip()
+    return None
+
+
+def extract_boxed(text: str) -> str | None:
+    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
+    if start < 0:
+        return None
+    start = begin = text.index("{", start) + 1
+    depth = 1
+    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # an escaped brace, \{, is text
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[begin : start + match.start()]
+    return None
+
+
+def extract_hash(text: str) -> str | None:
+    found = re.findall(r"####[ \t]*([^\n#]*)", text)
+    return found[-1] if found else None
+
+
+def extract_stated(text: str) -> str | None:
+    found = re.findall(r"(?:\banswer(?: is)?:|\banswer is|^A:)\s*([^\n]+)", text, re.IGNORECASE | re.MULTILINE)
+    return re.split(r"[.!?](?:\s|$)", found[-1].replace("*", ""))[0] if found else None
+
+
+_EXTRACTORS: dict[AnswerStyle, Callable[[str], str | None]] = {
+    "boxed": extract_boxed,
+    "hash": extract_hash,
+    "stated": extract_stated,
+}
+
+
+_REPLACEMENTS = [
+    (r"[\u2212\u2013\u2012\ufe63\uff0d]", "-"),
+    (r"\\left\b|\\right\b|\\displaystyle\b|\\[!,;: ]|\\q?quad\b|[\u00a0\u202f]|~", " "),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\(?:text|textbf|mathrm|mbox|mathbf|textit)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\{,\}", ","),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree\b", " degrees "),
+    (r"\\?%", " percent "),
+    (r"\s+(?:and|or)\s+", ", "),
+    (r"\*\*", "^"),
+    (r"(?<![\\A-Za-z])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
+    (r"\s+", " "),
+]
+_COMPILED = [(re.compile(pattern), to) for pattern, to in _REPLACEMENTS]
+
+
+def normalise(answer: str) -> str:
+    text = answer.strip()
+    for left, right in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):  # math delimiters around the whole
+        if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
+            text = text[len(left) : -len(right)]
+    for pattern, replacement in _COMPILED:
+        text = pattern.sub(replacement, text)
+    return text.strip().removesuffix(".").strip()
+
+
+class Quantity(NamedTuple):
+    value: Fraction
+    unit: str  # "" where none is given
+
+
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_QUANTITY = re.compile(
+    rf"(?P<sign>[+-]?)\s*(?P<currency>\\?\$|[€£])?\s*(?P<sign2>-?)\s*(?:"
+    rf"(?:(?P<whole>\d+)\s*)?\\frac\s*\{{\s*(?P<fn>{_DECIMAL})\s*\}}\s*\{{\s*(?P<fd>{_DECIMAL})\s*\}}"
+    rf"|(?:(?P<whole2>\d+)\s+)?(?P<n>{_DECIMAL})\s*/\s*(?P<d>{_DECIMAL})"
+    rf"|(?P<decimal>{_DECIMAL}))"
+    rf"\s*(?P<unit>[A-Za-z]{{2,}}(?:[ /-][A-Za-z]+){{0,2}}(?:\s?\^?\s?\{{?[23]\}}?)?)?\.?"
+)
+_UNIT_OF_CURRENCY = {"$": "dollar", "\\$": "dollar", "€": "euro", "£": "pound", None: ""}
+# Words that change the value, or that say the number is not the answer: what they follow is not a quantity.
+_NOT_UNITS = re.compile(
+    r"\b(?:hundred|thousand|million|billion|trillion|dozen|hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|pair|score|point|over"
+    r"|plus|minus|times|to|less|more|fewer|than|not|mod|choose|factorial|squared|cubed|sin|cos|tan|log|ln|exp|pi|sqrt)\b"
+)
+
+
+def quantity(answer: str) -> Quantity | None:
+    """A plain number, fraction or mixed number, with an optional currency or unit; None for anything else."""
+    match = _QUANTITY.fullmatch(normalise(answer))
+    if match is None or _NOT_UNITS.search((match["unit"] or "").lower()):
+        return None
+    whole, over, under = match["whole"] or match["whole2"] or "0", match["fn"] or match["n"], match["fd"] or match["d"]
+    value = _fraction(match["decimal"] or over)
+    if over and (divisor := _fraction(under)) == 0:
+        return None
+    value = _fraction(whole) + value / divisor if over else value
+    negative = "-" in (match["sign"], match["sign2"])
+    unit = (match["unit"] or "").lower().removesuffix("s") or _UNIT_OF_CURRENCY[match["currency"]]
+    return Quantity(-value if negative else value, unit)
+
+
+def _fraction(decimal: str) -> Fraction:
+    return Fraction(decimal.replace(",", "").removesuffix("."))

@@ -1,0 +1,177 @@
+r"""Decides whether two answers are equal. Never by substring. The first rule that applies decides:
+
+1. the same text, after spacing, dollar signs, unicode minus and the like are normalised (math_answers.py);
+2. two numbers: exactly, as fractions. 1,000 = 1000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333. Units are dropped, unless
+   both sides have one and they differ: 5 cm = 5, $5 = 5 dollars, 5 cm is not 5 km. A percent sign is a unit: 50% = 50, not 0.5;
+3. comma-separated lists and tuples, element by element, with the same brackets: (1,2) is not 1,2. Without brackets, or in
+   braces, the order is free. 1,234 is a number, 1, 234 a list;
+4. words: by letters and digits alone, without case;
+5. anything else: sympy, through latex2sympy and math_verify, in a process that is killed when its time is over (GraderError).
+"""
+
+import asyncio
+import atexit
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from envs.math_answers import MAX_ANSWER_CHARS, normalise, quantity
+from envs.problem_env import GraderError
+
+DEFAULT_SECONDS = 5.0
+
+
+def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
+    """Whether `answer` is the gold answer. `seconds` bounds one symbolic comparison. Raises GraderError when it is exceeded."""
+    gold, answer = _strip_assignments(normalise(gold), normalise(answer))
+    if not answer or len(answer) > MAX_ANSWER_CHARS:
+        return False
+    if _without(r"\s", gold) == _without(r"\s", answer):
+        return True
+    gold_number, number = quantity(gold), quantity(answer)
+    if gold_number and number:
+        return gold_number.value == number.value and (not gold_number.unit or not number.unit or gold_number.unit == number.unit)
+    gold_sequence, sequence = _sequence(gold), _sequence(answer)
+    if gold_sequence and sequence:
+        return _sequences_equal(gold_sequence, sequence, seconds)
+    if is_words(gold) or is_words(answer):
+        return _without(r"[\W_]", gold.lower()) == _without(r"[\W_]", answer.lower())
+    if re.search(r"[\d)}]\s+\d", answer):  # "1 2": the parser would add them
+        return False
+    return bool(WORKER.ask(gold, answer, seconds)["equal"])
+
+
+async def is_equal_async(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
+    """`is_equal` without holding up the event loop: what may take long waits its turn in one thread."""
+    if quantity(gold) and quantity(answer):
+        return is_equal(gold, answer)
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, is_equal, gold, answer, seconds)
+
+
+def check_gold(gold: str, seconds: float = DEFAULT_SECONDS) -> bool:
+    """Whether a gold answer can be graded against: a number, words, an expression that parses, or a list of these."""
+    gold = normalise(gold)
+    if quantity(gold) or is_words(gold):
+        return True
+    sequence = _sequence(gold)
+    if sequence:
+        return all(check_gold(item, seconds) for item in sequence.items)
+    return bool(gold) and WORKER.ask(gold, None, seconds)["gold"]
+
+
+def is_words(text: str) -> bool:
+    """Letters that are neither a formula nor a LaTeX command: names, weekdays, the (A) of a multiple choice."""
+    plain = re.sub(r"\\[A-Za-z]+|\b(?:sin|cos|tan|log|exp|mod)\b", " ", text)
+    return bool(re.search(r"[A-Za-z]{3,}", plain)) or bool(re.fullmatch(r"\(?[A-Z]\)?", text))
+
+
+def _without(pattern: str, text: str) -> str:
+    return re.sub(pattern, "", text)
+
+
+_ASSIGNMENT = re.compile(r"(?:\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?|[A-Za-z]\([a-z]\))\s*=\s*([^=]+)")
+
+
+def _strip_assignments(gold: str, answer: str) -> tuple[str, str]:
+    """x = 5 against 5: drops the left-hand side where only one of the two has it."""
+    gold_match, match = _ASSIGNMENT.fullmatch(gold), _ASSIGNMENT.fullmatch(answer)
+    if bool(gold_match) == bool(match):
+        return gold, answer
+    return (gold_match[1], answer) if gold_match else (gold, match[1] if match else answer)
+
+
+class Items(NamedTuple):
+    brackets: str  # "", "()", "[)", "{}" ...
+    items: list[str]
+
+
+def _sequence(text: str) -> Items | None:
+    """Splits at the commas outside brackets, after taking off one pair around the whole. None where there is no such comma."""
+    text = text.replace("\\{", "{").replace("\\}", "}")
+    brackets = ""
+    if text[:1] in tuple("([{") and text[-1:] in tuple(")]}") and _closes_at_end(text):
+        brackets, text = text[0] + text[-1], text[1:-1]
+    depth, items = 0, [""]
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += char
+    items = [item.strip() for item in items]
+    return Items(brackets, items) if len(items) > 1 and all(items) else None
+
+
+def _closes_at_end(text: str) -> bool:
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if depth == 0:
+            return i == len(text) - 1
+    return False
+
+
+def _sequences_equal(gold: Items, answer: Items, seconds: float) -> bool:
+    free = {"", "{}"}
+    if len(gold.items) != len(answer.items):
+        return False
+    if not {gold.brackets, answer.brackets} <= free:
+        pairs = zip(gold.items, answer.items, strict=True)
+        return gold.brackets == answer.brackets and all(is_equal(g, a, seconds) for g, a in pairs)
+    left = list(answer.items)
+    for item in gold.items:
+        match = next((i for i, other in enumerate(left) if is_equal(item, other, seconds)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True
+
+
+class SymbolicWorker:
+    """One process, started at the first question and again after each that killed it. Safe to ask from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, gold: str, answer: str | None, seconds: float) -> dict[str, Any]:
+        """The reply of math_worker.py. Raises GraderError if the time is over or the process dies."""
+        with self._lock:
+            process = self._process or self._start()
+            try:
+                print(json.dumps({"seconds": seconds, "gold": gold, "answer": answer}), file=process.stdin, flush=True)
+                reply = process.stdout.readline() if process.stdout else ""
+            except BrokenPipeError:
+                reply = ""
+            if reply:
+                return json.loads(reply)
+            code = process.wait()
+            self.stop()
+        how = f"took longer than {seconds:g} s" if code == -signal.SIGALRM else f"crashed the grader (exit code {code})"
+        raise GraderError(f"comparing {answer!r} with the gold answer {gold!r} {how}")
+
+    def _start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-I", str(Path(__file__).with_name("math_worker.py"))]  # -I: no folder of ours on its path
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        if not (self._process.stdout and self._process.stdout.readline()):
+            self.stop()
+            raise GraderError("the math grader does not start; install its packages: pip install 'posttrain-cookbook[train]'")
+        return self._process
+
+    def stop(self) -> None:
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+            process.communicate()
+
+
+WORKER = SymbolicWorker()
+atexit.register(WORKER.stop)
+_THREAD = ThreadPoolExecutor(1, thread_name_prefix="math-grading")

@@ -1,0 +1,57 @@
+"""Advantage estimators: the rewards of one group in, one advantage per member out. Chosen in the config, so each is a chz object."""
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+
+
+@chz.chz
+class AdvantageEstimator:
+    min_group_size = 1  # a class constant: below it the estimate would be empty or undefined
+
+    def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+        """(G,) rewards to (G,) advantages, float64."""
+        raise NotImplementedError
+
+    def check_group_size(self, group_size: int) -> None:
+        if group_size < self.min_group_size:
+            raise ConfigError(f"{type(self).__name__} needs group_size >= {self.min_group_size}, not {group_size}")
+
+
+@chz.chz
+class GroupMean(AdvantageEstimator):
+    """R - mean(R). No division by the standard deviation: that would favour problems which are almost always or almost never solved."""
+
+    def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+        return rewards_G - rewards_G.mean()
+
+
+@chz.chz
+class GroupMeanStd(AdvantageEstimator):
+    """(R - mean(R)) / (std(R) + eps), GRPO: Shao et al. 2024, section 4.1. The std is the population's (ddof 0)."""
+
+    eps: float = chz.field(default=1e-6, doc="added to the standard deviation")
+
+    def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+        return (rewards_G - rewards_G.mean()) / (rewards_G.std() + self.eps)
+
+
+@chz.chz
+class LeaveOneOut(AdvantageEstimator):
+    """R_g - mean of the others, RLOO: Ahmadian et al. 2024, eq. 8. Equals GroupMean times G / (G - 1)."""
+
+    min_group_size = 2
+
+    def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+        size = len(rewards_G)
+        self.check_group_size(size)
+        return (size * rewards_G - rewards_G.sum()) / (size - 1)
+
+
+@chz.chz
+class NoBaseline(AdvantageEstimator):
+    """R itself: plain REINFORCE."""
+
+    def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+        return rewards_G.astype(np.float64)

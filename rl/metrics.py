@@ -1,0 +1,97 @@
+"""RL metrics under the names of tinker_semantics 2.3: what the environments did, and how far sampler and trainer are apart."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from backend.sampling_client import SamplingClient
+from backend.training_client import TrainingClient
+from backend.types import Datum, ModelInput, TensorData
+from rl.types import Metrics, TrajectoryGroup
+
+# Mean |difference| of one token's logprob above which weights are stale or the engines disagree; bf16 alone gives about 0.01.
+LOGPROB_GAP_ALARM = 0.05
+GOOD_REWARD = 0.5  # a constant group at or above it counts as all good
+
+
+def compute_sampling_metrics(data_D: Sequence[Datum], trainer_logprobs_D: Sequence[TensorData]) -> Metrics:
+    """Sampler against trainer on the sampled tokens: KL estimates v1 = mean(q - p) and v2 = mean((q - p)^2) / 2, the gap, the entropy."""
+    pairs = list(zip(data_D, trainer_logprobs_D, strict=True))
+    mask = np.concatenate([datum.loss_fn_inputs["mask"].array for datum, _ in pairs]) > 0
+    sampled = np.concatenate([datum.loss_fn_inputs["logprobs"].array for datum, _ in pairs])[mask].astype(np.float64)
+    trained = np.concatenate([logprobs.array for _, logprobs in pairs])[mask].astype(np.float64)
+    gap = sampled - trained
+    return {
+        "optim/kl_sample_train_v1": float(gap.mean()),
+        "optim/kl_sample_train_v2": float(0.5 * np.square(gap).mean()),
+        "optim/logprob_gap_mean": float(np.abs(gap).mean()),
+        "optim/logprob_gap_max": float(np.abs(gap).max()),
+        "optim/entropy": float(-sampled.mean()),
+    }
+
+
+async def probe_logprob_gap(training_client: TrainingClient, sampling_client: SamplingClient, sequence: ModelInput) -> float:
+    """Mean |sampler - trainer| logprob over a sequence's tokens, both fresh: what a wrong weight sync or a stale cache would blow up."""
+    tokens = sequence.to_ints()[: sampling_client.max_length - 1]
+    targets = {"target_tokens": TensorData(tokens[1:]), "weights": TensorData(np.ones(len(tokens) - 1, dtype=np.float32))}
+    trained = await training_client.forward([Datum(ModelInput.from_ints(tokens[:-1]), targets)], "cross_entropy")
+    sampled = await sampling_client.compute_logprobs_async(ModelInput.from_ints(tokens))
+    return float(np.abs(np.array(sampled[1:], dtype=np.float64) - trained.loss_fn_outputs[0]["logprobs"].array).mean())
+
+
+def compute_trajectory_metrics(groups_P: Sequence[TrajectoryGroup], prefix: str = "env") -> Metrics:
+    """`env/all/...`, and `env/<tag>/...` for every tag that only some of the groups carry."""
+    metrics = {f"{prefix}/all/{name}": value for name, value in _group_metrics(groups_P).items()}
+    for tag in sorted({tag for group in groups_P for tag in group.tags}):
+        tagged = [group for group in groups_P if tag in group.tags]
+        if len(tagged) < len(groups_P):
+            metrics |= {f"{prefix}/{tag}/{name}": value for name, value in _group_metrics(tagged).items()}
+    for error in (error for group in groups_P for error in group.errors):
+        for key in (f"rollout_errors/{type(error).__name__}", "rollout_errors/total"):
+            metrics[key] = metrics.get(key, 0.0) + 1.0
+    return metrics
+
+
+def _group_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
+    trajectories = [trajectory for group in groups_P for trajectory in group.trajectories_G]
+    turns = [transition for trajectory in trajectories for transition in trajectory.transitions]
+    if not turns:
+        return {"total_episodes": 0.0}
+    ac_tokens, ob_tokens = sum(len(turn.ac.tokens) for turn in turns), sum(turn.ob.length for turn in turns)
+    group_metrics = (metrics for group in groups_P for metrics in group.metrics_G)
+    return {
+        "ac_tokens_per_turn": ac_tokens / len(turns),
+        "ob_tokens_per_turn": ob_tokens / len(turns),
+        "turns_per_episode": len(turns) / len(trajectories),
+        "total_episodes": float(len(trajectories)),
+        "total_turns": float(len(turns)),
+        "total_ac_tokens": float(ac_tokens),
+        "total_ob_tokens": float(ob_tokens),
+        "frac_truncated": float(np.mean([turn.ac.stop_reason == "length" for turn in turns])),
+        "reward/total": float(np.mean([reward for group in groups_P for reward in group.get_total_rewards()])),
+        **_mean_by_key(turn.metrics for turn in turns),
+        **_mean_by_key(group_metrics),
+        **_by_group(groups_P),
+    }
+
+
+def _mean_by_key(dicts: Iterable[Metrics]) -> Metrics:
+    """Each key averaged over the dicts that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for metrics in dicts:
+        for key, value in metrics.items():
+            values[key].append(float(value))
+    return {key: float(np.mean(value)) for key, value in values.items()}
+
+
+def _by_group(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
+    rewards_P_G = [group.get_total_rewards() for group in groups_P if group.trajectories_G]
+    mixed = [len(set(rewards_G)) > 1 for rewards_G in rewards_P_G]
+    good = [not is_mixed and rewards_G[0] >= GOOD_REWARD for is_mixed, rewards_G in zip(mixed, rewards_P_G, strict=True)]
+    bad = [not is_mixed and rewards_G[0] < GOOD_REWARD for is_mixed, rewards_G in zip(mixed, rewards_P_G, strict=True)]
+    return {
+        "by_group/frac_mixed": float(np.mean(mixed)),
+        "by_group/frac_all_good": float(np.mean(good)),
+        "by_group/frac_all_bad": float(np.mean(bad)),
+    }

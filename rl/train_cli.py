@@ -1,0 +1,55 @@
+"""Reinforcement learning from the command line.
+
+    python rl/train_cli.py env=arithmetic model_name=tiny group_size=8
+    python -m rl.train_cli env=my_package.my_module:MyBuilder env.difficulty=3 advantage=rloo
+"""
+
+if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
+
+import chz
+
+from envs.arithmetic import ArithmeticBuilder
+from rl import train
+from rl.types import RLDatasetBuilder
+from tracking.command_line import run_command
+
+ENVS = {
+    "arithmetic": "envs.arithmetic:ArithmeticBuilder",
+    "gsm8k": "envs.math_word:Gsm8kBuilder",
+    "math": "envs.math_word:MathWordBuilder",
+}
+ADVANTAGES = {
+    "group_mean": "rl.advantages:GroupMean",
+    "group_mean_std": "rl.advantages:GroupMeanStd",
+    "rloo": "rl.advantages:LeaveOneOut",
+    "none": "rl.advantages:NoBaseline",
+}
+
+
+@chz.chz
+class CLIConfig(train.Config):
+    """Reinforcement learning of a language model on an environment."""
+
+    env: RLDatasetBuilder = chz.field(default_factory=ArithmeticBuilder, doc="builder of the training and held-out environments")
+    group_size: int | None = chz.field(default=None, doc="short for env.group_size: rollouts per problem")
+    groups_per_batch: int | None = chz.field(default=None, doc="short for env.batch_size: problems per step")
+
+    def resolved(self) -> "CLIConfig":
+        """With the two short options written into `env`."""
+        given = {"group_size": self.group_size, "batch_size": self.groups_per_batch}
+        env = chz.replace(self.env, **{name: value for name, value in given.items() if value is not None})
+        return chz.replace(self, env=env, group_size=None, groups_per_batch=None)
+
+
+def main() -> None:
+    run_command(lambda config: asyncio.run(train.main(config.resolved())), CLIConfig, {"env": ENVS, "advantage": ADVANTAGES})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Supervised data: from files, Hugging Face datasets and mixtures of them to batches of Datum.
+
+Everything is rendered once, when the dataset is built: a malformed, empty or over-long example is known before a model loads.
+Left out: streaming from sets that do not fit into memory.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError, DataError
+from backend.types import Datum, ModelInput, TensorData
+from renderers.types import Message, Renderer, TrainOnWhat
+from supervised.rows import Fields, Row, conversation, exchange, read_rows
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+
+
+def datum_from_tokens_weights(
+    tokens: Sequence[int], weights: Sequence[float], max_length: int | None = None, reduction: str = "mean"
+) -> Datum:
+    """Predict token t+1 from the tokens up to t, with the weight of token t+1; the first token's weight has no place.
+
+    Keeps the first `max_length` tokens. `reduction="mean"` divides by the sum of the weights left, "sum" leaves them as they are.
+    Raises DataError if no weight is left.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ConfigError(f"reduction={reduction!r}: it is 'mean' (each example weighs the same) or 'sum' (each token does)")
+    if len(tokens) != len(weights):
+        raise DataError(f"{len(tokens)} tokens with {len(weights)} weights")
+    tokens_T = np.asarray(tokens[:max_length], dtype=np.int64)
+    weights_T = np.asarray(weights[:max_length], dtype=np.float32)[1:]
+    total = float(weights_T.sum())
+    if not total > 0:
+        raise DataError(f"nothing to train on: the {len(tokens_T)} tokens have no weight (the first token's does not count)")
+    if reduction == "mean":
+        weights_T = weights_T / total
+    model_input = ModelInput.from_ints(tokens_T[:-1].tolist())
+    return Datum(model_input, {"target_tokens": TensorData(tokens_T[1:]), "weights": TensorData(weights_T)})
+
+
+def conversation_to_datum(
+    messages: Sequence[Message],
+    renderer: Renderer,
+    max_length: int | None = None,
+    train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+    reduction: str = "mean",
+) -> Datum:
+    """Renders and cuts to `max_length` tokens."""
+    return datum_from_tokens_weights(*renderer.build_supervised_example(messages, train_on_what), max_length, reduction)
+
+
+class SupervisedDatasetFromExamples(SupervisedDataset):
+    """Batches of a list. The order is a function of (seed, epoch) alone; the last batch of an epoch may be short."""
+
+    def __init__(self, examples: Sequence[Datum], batch_size: int, seed: int = 0, shuffle: bool = True):
+        if not 0 < batch_size <= len(examples):
+            raise DataError(f"batch_size={batch_size}, but the dataset has {len(examples):,} examples: choose between 1 and that")
+        self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order = self._order(epoch)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Indices into `examples` in the order of an epoch."""
+        n = len(self.examples)
+        return np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
+
+    def get_batch(self, index: int) -> list[Datum]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of a dataset with {len(self)} batches")
+        return [self.examples[i] for i in self.order[index * self.batch_size : (index + 1) * self.batch_size]]
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+
+class MixtureDataset(SupervisedDatasetFromExamples):
+    """Sources spread evenly over an epoch by weight; the epoch ends when each source was seen whole.
+
+    A source that is needed more often than it has examples begins again, in a new order.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Datum]], weights: Sequence[float], batch_size: int, seed: int = 0):
+        self.sizes = [len(source) for source in sources]
+        shares = np.asarray(weights) / sum(weights)
+        length = max(size / share for size, share in zip(self.sizes, shares, strict=True))
+        self.counts = [max(size, round(length * share)) for size, share in zip(self.sizes, shares, strict=True)]
+        super().__init__([datum for source in sources for datum in source], batch_size, seed)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        indices, times, offset = [], [], 0
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            passes = [
+                np.random.default_rng([self.seed, epoch, source, again]).permutation(size) for again in range(-(-count // size))
+            ]
+            indices.append(offset + np.concatenate(passes)[:count])
+            times.append((np.arange(count) + 0.5) / count)  # when in the epoch this source has its k-th turn
+            offset += size
+        return np.concatenate(indices)[np.argsort(np.concatenate(times), kind="stable")]
+
+
+@chz.chz
+class ChatDatasetBuilder(SupervisedDatasetBuilder):
+    """What all datasets of conversations share: split, rendering, length limit. Subclasses say where rows come from."""
+
+    test_size: int = chz.field(default=0, doc="examples held out from the training data, drawn by seed; 0 = none")
+    overlong: Literal["drop", "truncate", "raise"] = chz.field(
+        default="drop", doc="examples longer than max_length are dropped, cut at the right, or an error; the count is printed"
+    )
+
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        """Training rows and held-out rows (none of the latter: [])."""
+        raise NotImplementedError
+
+    def messages(self, fields: Fields) -> list[Message]:
+        """The conversation in a row. Raises DataError, without saying where the row stands."""
+        raise NotImplementedError
+
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        train, test = self.rows()
+        if self.test_size:
+            train, test = self._split(train, test)
+        dataset = SupervisedDatasetFromExamples(self._render(train, renderer), self.batch_size, self.seed)
+        return dataset, _held_out(self._render(test, renderer, " held out") if test else [], self.batch_size)
+
+    def _split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
+        if test:
+            raise ConfigError(f"test_size={self.test_size} and a held-out set of its own: give one of them")
+        if not 0 < self.test_size < len(train):
+            raise DataError(f"test_size={self.test_size} of {len(train):,} examples: it must leave some to train on")
+        held_out = set(np.random.default_rng(self.seed).permutation(len(train))[: self.test_size].tolist())
+        return [row for i, row in enumerate(train) if i not in held_out], [train[i] for i in sorted(held_out)]
+
+    def _render(self, rows: list[Row], renderer: Renderer, kind: str = "") -> list[Datum]:
+        """Prints one line: how many examples there are, and what became of those that are too long."""
+        limit = int(self.max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
+        data, overlong, emptied = [], 0, 0
+        for where, fields in rows:
+            try:
+                tokens, weights = renderer.build_supervised_example(self.messages(fields), self.train_on_what)
+                if len(tokens) > limit:
+                    overlong += 1
+                    if self.overlong == "raise":
+                        raise DataError(f"{len(tokens)} tokens, more than max_length={limit}; overlong=drop leaves it out")
+                    if self.overlong == "drop":
+                        continue
+                    if not any(weights[1:limit]):
+                        emptied += 1
+                        continue
+                data.append(datum_from_tokens_weights(tokens, weights, limit, self.reduction))
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+        line = f"{rows[0][0].rsplit(':', 1)[0]}: {len(rows):,}{kind} examples"
+        if overlong:
+            line += f", {overlong:,} longer than {limit} tokens {'dropped' if self.overlong == 'drop' else 'truncated'}"
+        if emptied:
+            line += f" ({emptied:,} of them dropped: nothing to train on was left)"
+        if not data:
+            raise DataError(f"{line}: none is left; raise max_length or check the data")
+        print(line, flush=True)
+        return data
+
+
+@chz.chz
+class JsonLinesBuilder(ChatDatasetBuilder):
+    """Rows from JSONL files."""
+
+    path: str = chz.field(doc="JSONL file to train on")
+    test_path: str | None = chz.field(default=None, doc="held-out JSONL file of the same form")
+
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
+
+
+@chz.chz
+class ConversationFileBuilder(JsonLinesBuilder):
+    """JSONL with a list of messages in each line: {"messages": [{"role": "user", "content": "hi"}, ...]}."""
+
+    def messages(self, fields: Fields) -> list[Message]:
+        return conversation(fields, "messages")
+
+
+@chz.chz
+class PromptCompletionFileBuilder(JsonLinesBuilder):
+    """JSONL with a prompt and a completion in each line; GSM8K's are prompt_field=question completion_field=answer."""
+
+    prompt_field: str = chz.field(default="prompt", doc="field with what the user says")
+    completion_field: str = chz.field(default="completion", doc="field with what the assistant answers")
+    prompt_template: str = chz.field(default="{prompt}", doc="the user's message; {prompt} stands for the prompt field")
+
+    def messages(self, fields: Fields) -> list[Message]:
+        return exchange(fields, self.prompt_field, self.completion_field, self.prompt_template)
+
+
+@chz.chz
+class HuggingFaceBuilder(ChatDatasetBuilder):
+    """A dataset of the hub, a folder of data files, or a folder written by `save_to_disk`."""
+
+    name: str = chz.field(doc="hub name or local folder")
+    subset: str | None = chz.field(default=None, doc="configuration of the hub dataset, e.g. main")
+    split: str = chz.field(default="train", doc="split to train on")
+    test_split: str | None = chz.field(default=None, doc="split held out")
+    messages_field: str = chz.field(default="messages", doc="field with the messages; unused when prompt_field is given")
+    prompt_field: str | None = chz.field(default=None, doc="field with what the user says; None = use messages_field")
+    completion_field: str = chz.field(default="completion", doc="field with what the assistant answers")
+    prompt_template: str = chz.field(default="{prompt}", doc="the user's message; {prompt} stands for the prompt field")
+
+    def messages(self, fields: Fields) -> list[Message]:
+        if self.prompt_field is None:
+            return conversation(fields, self.messages_field)
+        return exchange(fields, self.prompt_field, self.completion_field, self.prompt_template)
+
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        return self._split_rows(self.split), self._split_rows(self.test_split) if self.test_split else []
+
+    def _split_rows(self, split: str) -> list[Row]:
+        import datasets  # a second of import that the other builders need not wait for
+
+        path = Path(self.name).expanduser()
+        try:
+            if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+                saved = datasets.load_from_disk(str(path))
+                table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            else:
+                table = datasets.load_dataset(str(path) if path.exists() else self.name, self.subset, split=split)
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"dataset {self.name!r}, split {split!r}, could not be loaded: {reason}") from error
+        rows = [(f"{self.name}[{split}]:{i}", fields) for i, fields in enumerate(table)]
+        if not rows:
+            raise DataError(f"dataset {self.name!r}, split {split!r}, has no examples")
+        return rows  # type: ignore[return-value]
+
+
+@chz.chz
+class MixtureBuilder(SupervisedDatasetBuilder):
+    """Several datasets in one. Its own batch_size, max_length, train_on_what, reduction and seed hold for all of them."""
+
+    builders: list[SupervisedDatasetBuilder] = chz.field(doc="the datasets: builders.0=..., builders.0.path=..., builders.1=...")
+    weights: list[float] | None = chz.field(default=None, doc="share of each dataset in a batch; None = by size")
+
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        if not self.builders or (self.weights is not None and len(self.weights) != len(self.builders)):
+            raise ConfigError(f"a mixture of {len(self.builders)} builders with weights {self.weights}: give one weight for each")
+        if self.weights is not None and min(self.weights) <= 0:
+            raise ConfigError(f"weights={self.weights}: each must be above 0; leave a dataset out instead")
+        train, test = zip(*(self._examples(i, builder, renderer) for i, builder in enumerate(self.builders)), strict=True)
+        dataset = MixtureDataset(train, self.weights or [len(source) for source in train], self.batch_size, self.seed)
+        return dataset, _held_out([datum for source in test for datum in source], self.batch_size)
+
+    def _examples(self, i: int, builder: SupervisedDatasetBuilder, renderer: Renderer) -> tuple[list[Datum], list[Datum]]:
+        common = {name: getattr(self, name) for name in chz.chz_fields(SupervisedDatasetBuilder)}
+        default = SupervisedDatasetBuilder()
+        for name, value in common.items():
+            if getattr(builder, name) not in (getattr(default, name), value):
+                raise ConfigError(
+                    f"builders.{i}.{name}={getattr(builder, name)}: set {name} on the mixture, where it holds for all"
+                )
+        datasets = chz.replace(builder, **{**common, "batch_size": 1})(renderer)
+        train, test = ([d for b in range(len(ds)) for d in ds.get_batch(b)] if ds else [] for ds in datasets)
+        return train, test
+
+
+def _held_out(data: list[Datum], batch_size: int) -> SupervisedDataset | None:
+    return SupervisedDatasetFromExamples(data, min(batch_size, len(data)), shuffle=False) if data else None

@@ -1,0 +1,153 @@
+"""The supervised loop: a batch, one forward_backward, one optim_step, pipelined so that the trainer never waits for data.
+
+Evaluations come before the step and see the weights it starts from; there is one more at the end. Left out: warm-up, early stopping.
+"""
+
+from contextlib import closing
+from pathlib import Path
+
+import chz
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError, NonFiniteError
+from backend.futures import APIFuture
+from backend.service_client import ServiceClient
+from backend.tokenizers import load_tokenizer
+from backend.training_client import TrainingClient
+from backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse
+from renderers import get_renderer
+from supervised.learning_rate import LRSchedule, lr_multiplier
+from supervised.nll import NLLEvaluator, weighted_sums
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+from tracking.checkpointing import Checkpointer, StopRequest
+from tracking.metrics_log import MetricsLog, print_metrics_table, timed
+from tracking.nonfinite import write_offending_data
+from tracking.progress import TrainingProgress
+from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
+
+Metrics = dict[str, float]
+
+
+@chz.chz
+class Config:
+    """Supervised fine-tuning of a language model on a dataset."""
+
+    dataset: SupervisedDatasetBuilder = chz.field(doc="builder of the training and held-out data")
+    model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
+    load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint (fresh optimizer)")
+    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
+    lora_rank: int = chz.field(default=0, doc="rank of a LoRA adapter; 0 trains all weights")
+    seed: int = chz.field(default=0, doc="seed of a preset's weights and of the adapter (the data's is dataset.seed)")
+
+    learning_rate: float = chz.field(default=1e-4, doc="at the first step")
+    lr_schedule: LRSchedule = chz.field(default="linear", doc="how the learning rate falls to the last step")
+    weight_decay: float = chz.field(default=0.0, doc="AdamW's, decoupled")
+    grad_clip_norm: float = chz.field(default=0.0, doc="0 = no clipping")
+    num_epochs: int = chz.field(default=1, doc="passes over the dataset")
+    max_steps: int | None = chz.field(default=None, doc="total number of steps, if less than the epochs give")
+
+    eval_every: int = chz.field(default=20, doc="held-out loss before every this many steps, and at the end; 0 = never")
+    save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
+    keep_checkpoints: int | None = chz.field(default=None, doc="delete older checkpoints than the last this many; None = keep all")
+    log_path: str = chz.field(default="runs/sft", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
+    wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
+    wandb_name: str | None = chz.field(default=None, doc="name of the wandb run")
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains")
+
+
+async def main(config: Config) -> Metrics:
+    """Trains; returns the last metrics. Everything that can be wrong with the input is raised before the model is loaded."""
+    if config.num_epochs < 1:
+        raise ConfigError(f"num_epochs={config.num_epochs} must be at least 1")
+    tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
+    dataset, test_dataset = config.dataset(get_renderer(config.renderer_name, tokenizer))
+    folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
+    lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+    with ServiceClient(config.backend, folder.checkpoints) as service:
+        client = service.create_training_client(config.model_name, lora, config.seed)
+        evaluator = NLLEvaluator(test_dataset) if test_dataset is not None and config.eval_every else None
+        metrics = await _loop(config, folder, client, dataset, evaluator)
+    _finish(folder, metrics)
+    return metrics
+
+
+async def _loop(
+    config: Config, folder: RunFolder, client: TrainingClient, dataset: SupervisedDataset, evaluator: NLLEvaluator | None
+) -> Metrics:
+    num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
+    checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
+    start = checkpointer.start(config.load_checkpoint_path)
+    metrics: Metrics = {}
+    headline: Metrics = {}
+    with (
+        closing(MetricsLog(folder, config.wandb_project, config.wandb_name, config)) as log,
+        StopRequest() as stop,
+        TrainingProgress(num_steps, start, "sft") as progress,
+    ):
+        batch_D = _batch(dataset, start) if start < num_steps else []
+        for step in range(start, num_steps):
+            learning_rate = config.learning_rate * lr_multiplier(config.lr_schedule, step, num_steps)
+            epoch = step // len(dataset)
+            metrics = {"epoch": epoch, "progress": (step + 1) / num_steps, "learning_rate": learning_rate}
+            with timed(metrics, "total"):
+                if evaluator and step % config.eval_every == 0:
+                    with timed(metrics, "eval"):
+                        metrics |= await evaluator(client)
+                adam = AdamParams(learning_rate, eps=1e-8, weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm)
+                with timed(metrics, "train"):
+                    forward_backward, optim_step = client.forward_backward(batch_D, "cross_entropy"), client.optim_step(adam)
+                    next_D = _batch(dataset, step + 1) if step + 1 < num_steps else []  # made while the step is under way
+                    metrics |= await _step_metrics(folder, step, batch_D, forward_backward, optim_step)
+            batch_D = next_D
+            log.log(metrics, step)
+            checkpointer.after_step(step + 1)
+            headline |= {short: metrics[name] for name, short in HEADLINE.items() if name in metrics}
+            progress.update(step, headline)
+            if stop and step + 1 < num_steps:
+                checkpointer.interrupted(step + 1)
+        if evaluator:
+            final = await evaluator(client)
+            log.log(final, num_steps)
+            metrics |= final
+    checkpointer.save("final", num_steps)
+    return metrics
+
+
+HEADLINE = {"train_mean_nll": "nll", "test/nll": "test nll"}
+
+
+def _batch(dataset: SupervisedDataset, step: int) -> list[Datum]:
+    """The batch of a global step. The cursor is the step itself: nothing is repeated or skipped by a resume."""
+    epoch, index = divmod(step, len(dataset))
+    dataset.set_epoch(epoch)
+    return dataset.get_batch(index)
+
+
+async def _step_metrics(
+    folder: RunFolder,
+    step: int,
+    batch_D: list[Datum],
+    forward_backward: APIFuture[ForwardBackwardOutput],
+    optim_step: APIFuture[OptimStepResponse],
+) -> Metrics:
+    try:
+        output = await forward_backward
+        optim_metrics = (await optim_step).metrics
+    except NonFiniteError as error:
+        raise write_offending_data(folder, step, batch_D, error) from error
+    nll_sum, count = weighted_sums(batch_D, [out["logprobs"] for out in output.loss_fn_outputs])
+    return {
+        "train_mean_nll": nll_sum / count,
+        "num_sequences": len(batch_D),
+        "num_tokens": sum(datum.model_input.length for datum in batch_D),
+        "num_loss_tokens": count,
+        **{f"optim/{name}": value for name, value in optim_metrics.items()},
+    }
+
+
+def _finish(folder: RunFolder, metrics: Metrics) -> None:
+    from tracking.plots import plot_run
+
+    print_metrics_table({k: v for k, v in metrics.items() if not k.startswith("time/")}, f"{folder.path}: last step")
+    print(f"plot: {plot_run(folder.path)}\ncheckpoint: {folder.checkpoints / 'final'}")

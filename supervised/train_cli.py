@@ -1,0 +1,52 @@
+"""Supervised fine-tuning from the command line.
+
+    python supervised/train_cli.py dataset=conversations.jsonl model_name=small learning_rate=3e-4
+    python -m supervised.train_cli dataset=prompt_completion dataset.path=train.jsonl dataset.prompt_field=question
+"""
+
+if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
+
+import chz
+
+from envs.arithmetic import ArithmeticExamplesBuilder
+from supervised import train
+from supervised.types import SupervisedDatasetBuilder
+from tracking.command_line import run_command
+
+DATASETS = {
+    "arithmetic": "envs.arithmetic:ArithmeticExamplesBuilder",
+    "conversations": "supervised.data:ConversationFileBuilder",
+    "prompt_completion": "supervised.data:PromptCompletionFileBuilder",
+    "gsm8k": "supervised.data:PromptCompletionFileBuilder prompt_field=question completion_field=answer",
+    "huggingface": "supervised.data:HuggingFaceBuilder",
+    "mixture": "supervised.data:MixtureBuilder",
+    "*.jsonl": "supervised.data:ConversationFileBuilder path={}",
+}
+
+
+@chz.chz
+class CLIConfig(train.Config):
+    """Supervised fine-tuning of a language model on a dataset."""
+
+    dataset: SupervisedDatasetBuilder = chz.field(default_factory=ArithmeticExamplesBuilder, doc="builder of the training and held-out data")
+    batch_size: int | None = chz.field(default=None, doc="short for dataset.batch_size: examples per step")
+
+    def resolved(self) -> "CLIConfig":
+        """With the short option written into `dataset`."""
+        if self.batch_size is None:
+            return self
+        return chz.replace(self, dataset=chz.replace(self.dataset, batch_size=self.batch_size), batch_size=None)
+
+
+def main() -> None:
+    run_command(lambda config: asyncio.run(train.main(config.resolved())), CLIConfig, {"dataset": DATASETS})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Prints examples of a supervised dataset, coloured by weight: what the model is trained on, and what it only reads.
+
+python supervised/viz_sft_dataset.py dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl num_examples=5
+"""
+
+if not __package__:  # run as a file: this folder's types.py must not stand in for the standard library's
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from itertools import groupby
+
+import chz
+from rich.console import Console
+from rich.text import Text
+
+from backend.errors import ConfigError
+from backend.tokenizers import load_tokenizer
+from backend.types import Datum
+from renderers import get_renderer
+from renderers.turns import decode
+from renderers.types import Tokenizer
+from supervised.types import SupervisedDatasetBuilder
+from tracking.command_line import run_command
+
+
+@chz.chz
+class Config:
+    """Shows which tokens of a dataset carry loss."""
+
+    dataset: SupervisedDatasetBuilder = chz.field(doc="module:Class of the dataset's builder; its fields are dataset.FIELD=...")
+    model_name: str = chz.field(default="tiny", doc="whose tokenizer: a preset, a local folder or a hub name")
+    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = the model's own")
+    num_examples: int = chz.field(default=5, doc="examples to print")
+
+
+def colored_example(datum: Datum, tokenizer: Tokenizer) -> Text:
+    """The text with trained tokens in green, the others dim, and line breaks made visible; a new colour is a new weight."""
+    targets = datum.loss_fn_inputs["target_tokens"].tolist()
+    tokens = [*datum.model_input.to_ints()[:1], *targets]
+    weights = [0.0, *datum.loss_fn_inputs["weights"].tolist()]
+    text = Text()
+    for weight, run in groupby(zip(tokens, weights, strict=True), key=lambda pair: pair[1]):
+        piece = decode(tokenizer, [token for token, _ in run]).replace("\n", "⏎\n")
+        text.append(piece, style="dim" if weight == 0 else "bold green" if weight > 0 else "bold red")
+    return text
+
+
+def weighted_share(data: list[Datum]) -> tuple[int, int]:
+    """(tokens with weight, all tokens)."""
+    weights = [datum.loss_fn_inputs["weights"].to_numpy() for datum in data]
+    return sum(int((w != 0).sum()) for w in weights), sum(len(w) + 1 for w in weights)
+
+
+def main(config: Config) -> None:
+    if type(config.dataset) is SupervisedDatasetBuilder:
+        raise ConfigError(
+            "which dataset? Say dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl, for instance"
+        )
+    tokenizer = load_tokenizer(config.model_name)
+    dataset, _ = config.dataset(get_renderer(config.renderer_name, tokenizer))
+    console = Console()
+    data: list[Datum] = []
+    for index in range(len(dataset)):
+        if len(data) >= config.num_examples:
+            break
+        data += dataset.get_batch(index)
+    data = data[: config.num_examples]
+    for i, datum in enumerate(data):
+        weighted, total = weighted_share([datum])
+        console.rule(f"example {i}: {weighted} of {total} tokens carry loss")
+        console.print(colored_example(datum, tokenizer))
+    weighted, total = weighted_share(data)
+    console.rule()
+    console.print(f"{weighted:,} of {total:,} tokens ({weighted / total:.0%}) of these {len(data)} examples carry loss")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

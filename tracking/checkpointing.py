@@ -1,0 +1,75 @@
+"""Where a run starts and what it leaves behind: resume, save every so often, and stop on Ctrl-C without losing a step."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+from backend.training_client import TrainingClient
+from tracking.run_folder import RunFolder
+
+
+class Checkpointer:
+    """Saves `training_client` into the run folder. A checkpoint of step i holds everything that step i starts from."""
+
+    def __init__(self, run: RunFolder, training_client: TrainingClient, save_every: int, keep: int | None):
+        self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
+        self._saved_step = -1
+
+    def start(self, load_checkpoint_path: str | None) -> int:
+        """Loads what the run begins with and returns its first step: the folder's own last checkpoint, else another's weights."""
+        record = self._run.last_checkpoint()
+        if record is not None:
+            self._client.load_state_with_optimizer(str(record.path)).result()
+            self._saved_step = record.step
+        elif load_checkpoint_path:
+            self._client.load_state(load_checkpoint_path).result()
+        step = record.step if record else 0
+        self._run.truncate_metrics(step)
+        if self._run.resumed:
+            print(f"resuming {self._run.path} at step {step}" + ("" if record else ": it has no checkpoint yet"))
+        return step
+
+    def after_step(self, next_step: int, extra: dict[str, Any] | None = None) -> None:
+        if self._save_every and next_step % self._save_every == 0:
+            self.save(f"{next_step:06d}", next_step, extra)
+
+    def save(self, name: str, next_step: int, extra: dict[str, Any] | None = None) -> None:
+        path = self._run.checkpoints / name
+        self._client.save_state(str(path.resolve()), extra={"next_step": next_step, **(extra or {})}).result()
+        self._run.record_checkpoint(name, next_step, path, extra)
+        self._saved_step = next_step
+        if self._keep:
+            self._run.prune_checkpoints(self._keep)
+
+    def interrupted(self, next_step: int, extra: dict[str, Any] | None = None) -> None:
+        """Saves, unless this very step is saved already, and ends the command as Ctrl-C should."""
+        if self._saved_step != next_step:
+            self.save(f"{next_step:06d}", next_step, extra)
+        print(
+            f"stopped before step {next_step}; its state is saved. The same command with behavior_if_log_dir_exists=resume goes on from there"
+        )
+        raise KeyboardInterrupt
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM asks for a stop after the present step; a second one stops at once. Truthy once asked."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nstopping after this step, then saving; once more to stop at once", flush=True)
+
+    def __bool__(self) -> bool:
+        return self._asked

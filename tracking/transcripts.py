@@ -1,0 +1,209 @@
+"""What the policy wrote, for people and for programs: transcripts/000012.html and 000012.jsonl for iteration 12.
+
+The page is one file without scripts or links; the JSON lines hold one member of a group each, with everything that is known
+of it. Input is plain data made by the loop, so that nothing here knows of environments. Left out: search, token ids.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tracking.jsonl import write_atomically
+from tracking.metrics_log import format_number
+
+SHADES = 5  # of green and of red
+
+
+@dataclass
+class TranscriptTurn:
+    """One observation and the action it got. `tokens` are the action's, decoded one by one; the lists run along them."""
+
+    prompt_text: str
+    tokens: list[str]
+    advantages: list[float] | None = None
+    logprobs: list[float] | None = None
+    reward: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    logs: dict[str, str] = field(default_factory=dict)
+    stop_reason: str = "stop"
+
+
+@dataclass
+class TranscriptMember:
+    """One rollout. `error` says why it was dropped; its rewards mean nothing then."""
+
+    turns: list[TranscriptTurn]
+    total_reward: float
+    advantage: float | None = None
+    error: str | None = None
+
+
+@dataclass
+class TranscriptGroup:
+    members: list[TranscriptMember]
+    tags: list[str] = field(default_factory=list)
+
+
+def write_transcripts(folder: Path, iteration: int, groups: Sequence[TranscriptGroup], max_html_groups: int = 16) -> Path:
+    """Writes both files and returns the page's path. The page shows the first `max_html_groups`, the JSON lines hold all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / f"{iteration:06d}.html"
+    lines = [
+        {"iteration": iteration, "group": g, "member": m, "tags": group.tags, **asdict(member)}
+        for g, group in enumerate(groups)
+        for m, member in enumerate(group.members)
+    ]
+    text = "".join(json.dumps(_finite(line), ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(page.with_suffix(".jsonl"), text)
+    write_atomically(page, _page(iteration, groups, max_html_groups))
+    return page
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as text: JSON has none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) -> str:
+    rewards = [member.total_reward for group in groups for member in group.members if member.error is None]
+    failed = sum(member.error is not None for group in groups for member in group.members)
+    facts = [f"{len(groups)} groups", f"{len(rewards)} rollouts"]
+    facts += [f"mean reward {format_number(sum(rewards) / len(rewards))}"] if rewards else []
+    facts += [f"{failed} failed"] if failed else []
+    shown = groups[:max_groups]
+    if len(shown) < len(groups):
+        facts.append(f"the first {len(shown)} groups are shown, all are in {iteration:06d}.jsonl")
+    scale = max(
+        (abs(a) for group in shown for m in group.members for t in m.turns for a in t.advantages or [] if a == a), default=0
+    )
+    body = "".join(_group(number, group, scale) for number, group in enumerate(shown))
+    title = f"iteration {iteration}"
+    legend = (
+        '<span class="legend"><b class="n5">lower</b> <b class="n2">&nbsp;</b> <b class="p2">&nbsp;</b> <b class="p5">higher</b>'
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{_STYLE}</style><body><header><h1>{title}</h1><p>{' · '.join(facts)}</p>"
+        f"<p>{legend} advantage</span> point at a token for its numbers</p></header>{body}</body></html>\n"
+    )
+
+
+def _group(number: int, group: TranscriptGroup, scale: float) -> str:
+    chips = "".join(
+        '<span class="chip bad">error</span>' if member.error else _chip(member.total_reward, member.advantage)
+        for member in group.members
+    )
+    tags = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in group.tags)
+    prompts = [member.turns[0].prompt_text for member in group.members if member.turns]
+    hint = " ".join(prompts[0].split())[-120:] if prompts else ""
+    shared = prompts[0] if len(set(prompts)) == 1 else None
+    head = f'<div class="shared"><pre class="ob">{_visible(shared)}</pre></div>' if shared is not None else ""
+    members = head + "".join(_member(index, member, scale, shared) for index, member in enumerate(group.members))
+    opened = " open" if number == 0 else ""
+    return (
+        f'<details class="group"{opened}><summary><span class="name">group {number}</span>{tags}'
+        f'<span class="chips">{chips}</span><span class="hint">{escape(hint)}</span></summary>{members}</details>'
+    )
+
+
+def _chip(reward: float, advantage: float | None) -> str:
+    sign = "" if not advantage else "good" if advantage > 0 else "bad"
+    hover = f' title="advantage {format_number(advantage)}"' if advantage is not None else ""
+    return f'<span class="chip {sign}"{hover}>{format_number(reward)}</span>'
+
+
+def _member(index: int, member: TranscriptMember, scale: float, shared: str | None) -> str:
+    head = f'<span class="name">rollout {index}</span>'
+    if member.error:
+        head += f'<span class="chip bad">error</span> {escape(member.error)}'
+    else:
+        head += _chip(member.total_reward, member.advantage) + f'<span class="note">{_plural(len(member.turns), "turn")}</span>'
+        head += f'<span class="note">advantage {format_number(member.advantage)}</span>' if member.advantage is not None else ""
+    turns = "".join(_turn(number, turn, scale, shared if number == 0 else None) for number, turn in enumerate(member.turns))
+    return f'<details class="member" open><summary>{head}</summary>{turns}</details>'
+
+
+def _turn(number: int, turn: TranscriptTurn, scale: float, shared: str | None) -> str:
+    """The observation, unless the group shows it already, the action, and what is known of it."""
+    advantages = turn.advantages or [None] * len(turn.tokens)
+    logprobs = turn.logprobs or [None] * len(turn.tokens)
+    action = "".join(_token(*numbers, scale) for numbers in zip(turn.tokens, advantages, logprobs, strict=True))
+    facts = [("reward", format_number(turn.reward)), ("stopped by", turn.stop_reason), ("tokens", str(len(turn.tokens)))]
+    facts += [(name, format_number(value)) for name, value in turn.metrics.items()]
+    short = {name: text for name, text in turn.logs.items() if len(text) < 40 and "\n" not in text}
+    table = "".join(f"<span><i>{escape(name)}</i> {escape(value)}</span>" for name, value in facts)
+    table += "".join(f"<span><i>{escape(name)}</i> <code>{escape(text)}</code></span>" for name, text in short.items())
+    long = "".join(f"<dt>{escape(name)}</dt><dd>{_visible(text)}</dd>" for name, text in turn.logs.items() if name not in short)
+    label = f"<h3>turn {number}</h3>" if number else ""
+    observation = "" if turn.prompt_text == shared else f'<pre class="ob">{_visible(turn.prompt_text)}</pre>'
+    return (
+        f'<section>{label}{observation}<pre class="ac">{action}</pre>'
+        f'<p class="facts">{table}</p>{f"<dl>{long}</dl>" if long else ""}</section>'
+    )
+
+
+def _token(text: str, advantage: float | None, logprob: float | None, scale: float) -> str:
+    shade = math.ceil(SHADES * abs(advantage) / scale) if advantage and scale and advantage == advantage else 0
+    kind = f' class="{"p" if advantage and advantage > 0 else "n"}{shade}"' if shade else ""
+    numbers = [("logprob", logprob), ("advantage", advantage)]
+    hover = " ".join(f"{name} {format_number(value)}" for name, value in numbers if value is not None)
+    return f'<b{kind} title="{hover}">{_visible(text)}</b>'
+
+
+_MARKS = {" ": "<i class=s> </i>", "\n": "<i class=l></i>\n", "\t": "<i class=t>\t</i>"}
+
+
+def _visible(text: str) -> str:
+    """Escaped, with faint marks at white space that copying does not pick up."""
+    return re.sub("[ \n\t]", lambda match: _MARKS[match[0]], escape(text))
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1d232b;--soft:#67717e;--line:#dfe3e8;--page:#f6f7f9;--card:#fff;--inset:#f3f5f7;
+--good:22,140,70;--bad:208,52,56}
+@media(prefers-color-scheme:dark){:root{--ink:#dfe4ea;--soft:#8d97a5;--line:#30363e;--page:#14171b;--card:#1c2026;--inset:#15181c;
+--good:60,180,105;--bad:235,90,90}}
+*{box-sizing:border-box}
+body{font:14px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif;color:var(--ink);background:var(--page);
+max-width:1100px;margin:0 auto;padding:24px 20px 60px}
+h1{font-size:22px;margin:0}h3{font-size:12px;font-weight:600;color:var(--soft);margin:14px 0 4px}
+header{margin-bottom:18px}header p{margin:4px 0;color:var(--soft)}.legend{margin-right:12px}
+summary{cursor:pointer;display:flex;align-items:center;gap:8px;flex-wrap:wrap;list-style:none}
+summary::-webkit-details-marker{display:none}
+summary::before{content:"▸";color:var(--soft);width:10px}details[open]>summary::before{content:"▾"}
+.group{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:10px 0}
+.group>summary{padding:10px 14px}.group[open]>summary{border-bottom:1px solid var(--line)}
+.member{padding:10px 14px 12px;border-top:1px solid var(--line)}.shared{padding:8px 14px}summary+.member{border-top:0}
+.name{font-weight:600}.note{color:var(--soft)}
+.hint{flex:1 1 200px;min-width:0;color:var(--soft);white-space:nowrap;overflow:hidden;text-overflow:ellipsis;text-align:right}
+.chips{display:flex;gap:4px;flex-wrap:wrap}
+.chip{font-variant-numeric:tabular-nums;font-size:12px;padding:0 7px;border-radius:9px;background:var(--inset);color:var(--soft)}
+.chip.good{background:rgba(var(--good),.16);color:rgb(var(--good))}.chip.bad{background:rgba(var(--bad),.14);color:rgb(var(--bad))}
+.tag{font-size:12px;padding:0 6px;border:1px solid var(--line);border-radius:4px;color:var(--soft)}
+pre{font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
+overflow-wrap:anywhere;margin:6px 0;padding:8px 12px;border-radius:6px;max-height:420px;overflow-y:auto}
+.ob{background:var(--inset);color:var(--soft)}.ac{border:1px solid var(--line)}
+b{font-weight:400;border-radius:3px;padding:1px 0}pre b:hover{outline:1px solid var(--soft)}.legend b{padding:1px 7px}
+i{font-style:normal}.s,.t{position:relative}.s::before,.t::before,.l::before{color:var(--soft);opacity:.4}
+.s::before{content:"·";position:absolute}.t::before{content:"→";position:absolute}.l::before{content:"↵"}
+.facts{display:flex;gap:4px 18px;flex-wrap:wrap;margin:6px 0;font-variant-numeric:tabular-nums}.facts i{color:var(--soft)}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 14px;margin:6px 0}dt{color:var(--soft)}
+dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
+dd,code{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:13px}
+""" + "".join(
+    f".p{shade}{{background:rgba(var(--good),{0.07 * shade:.2f})}}.n{shade}{{background:rgba(var(--bad),{0.07 * shade:.2f})}}"
+    for shade in range(1, SHADES + 1)
+)
