@@ -23,15 +23,12 @@ def extract_answer(text: str, styles: Sequence[AnswerStyle] = ("boxed", "hash", 
 
 
 def extract_boxed(text: str) -> str | None:
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start < 0:
-        return None
-    start = begin = text.index("{", start) + 1
+    _, marked, rest = text.rpartition("\\boxed{")
     depth = 1
-    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # an escaped brace, \{, is text
+    for match in re.finditer(r"\\.|[{}]", rest if marked else "", re.DOTALL):  # an escaped brace, \{, is text
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return text[begin : start + match.start()]
+            return rest[: match.start()]
     return None
 
 
@@ -42,19 +39,15 @@ def extract_hash(text: str) -> str | None:
 
 def extract_stated(text: str) -> str | None:
     found = re.findall(r"(?:\banswer(?: is)?:|\banswer is|^A:)\s*([^\n]+)", text, re.IGNORECASE | re.MULTILINE)
-    return re.split(r"[.!?](?:\s|$)", found[-1].replace("*", ""))[0] if found else None
+    return re.split(r"[.?](?:\s|$)", found[-1].replace("*", ""))[0] if found else None
 
 
-_EXTRACTORS: dict[AnswerStyle, Callable[[str], str | None]] = {
-    "boxed": extract_boxed,
-    "hash": extract_hash,
-    "stated": extract_stated,
-}
-
+_Extractor = Callable[[str], str | None]
+_EXTRACTORS: dict[AnswerStyle, _Extractor] = {"boxed": extract_boxed, "hash": extract_hash, "stated": extract_stated}
 
 _REPLACEMENTS = [
     (r"[\u2212\u2013\u2012\ufe63\uff0d]", "-"),
-    (r"\\left\b|\\right\b|\\displaystyle\b|\\[!,;: ]|\\q?quad\b|[\u00a0\u202f]|~", " "),
+    (r"\\left\b|\\right\b|\\displaystyle\b|(?<!\\)\\[!,;: ]|\\q?quad\b|[\u00a0\u202f]|~", " "),
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\(?:text|textbf|mathrm|mbox|mathbf|textit)\s*\{([^{}]*)\}", r" \1 "),
@@ -63,7 +56,8 @@ _REPLACEMENTS = [
     (r"\\?%", " percent "),
     (r"\s+(?:and|or)\s+", ", "),
     (r"\*\*", "^"),
-    (r"(?<![\\A-Za-z])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
+    (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
+    (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\s+", " "),
 ]
 _COMPILED = [(re.compile(pattern), to) for pattern, to in _REPLACEMENTS]

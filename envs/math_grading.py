@@ -5,7 +5,7 @@ r"""Decides whether two answers are equal. Never by substring. The first rule th
    both sides have one and they differ: 5 cm = 5, $5 = 5 dollars, 5 cm is not 5 km. A percent sign is a unit: 50% = 50, not 0.5;
 3. comma-separated lists and tuples, element by element, with the same brackets: (1,2) is not 1,2. Without brackets, or in
    braces, the order is free. 1,234 is a number, 1, 234 a list;
-4. words: by letters and digits alone, without case;
+4. words (three letters in a row that are no function's name): as text, without case;
 5. anything else: sympy, through latex2sympy and math_verify, in a process that is killed when its time is over (GraderError).
 """
 
@@ -25,6 +25,7 @@ from envs.math_answers import MAX_ANSWER_CHARS, normalise, quantity
 from envs.problem_env import GraderError
 
 DEFAULT_SECONDS = 5.0
+_NO_MEANING = re.compile(r"\s+(?!\d)|(?<![\d,])\s+")  # the spaces of x + 1, but not those of 1 2 and of 1, 234
 
 
 def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
@@ -32,23 +33,27 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
     gold, answer = _strip_assignments(normalise(gold), normalise(answer))
     if not answer or len(answer) > MAX_ANSWER_CHARS:
         return False
-    if _without(r"\s", gold) == _without(r"\s", answer):
+    if _NO_MEANING.sub("", gold) == _NO_MEANING.sub("", answer):
         return True
     gold_number, number = quantity(gold), quantity(answer)
     if gold_number and number:
         return gold_number.value == number.value and (not gold_number.unit or not number.unit or gold_number.unit == number.unit)
     gold_sequence, sequence = _sequence(gold), _sequence(answer)
+    if (gold_number and sequence) or (number and gold_sequence):
+        return False
     if gold_sequence and sequence:
         return _sequences_equal(gold_sequence, sequence, seconds)
+    gold = str(gold_number.value) if gold_number else gold
+    answer = str(number.value) if number else answer
     if is_words(gold) or is_words(answer):
-        return _without(r"[\W_]", gold.lower()) == _without(r"[\W_]", answer.lower())
+        return _bare_words(gold) == _bare_words(answer)
     if re.search(r"[\d)}]\s+\d", answer):  # "1 2": the parser would add them
         return False
     return bool(WORKER.ask(gold, answer, seconds)["equal"])
 
 
 async def is_equal_async(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
-    """`is_equal` without holding up the event loop: what may take long waits its turn in one thread."""
+    """`is_equal` without holding up the event loop: all but plain numbers waits its turn in one thread."""
     if quantity(gold) and quantity(answer):
         return is_equal(gold, answer)
     return await asyncio.get_running_loop().run_in_executor(_THREAD, is_equal, gold, answer, seconds)
@@ -71,8 +76,8 @@ def is_words(text: str) -> bool:
     return bool(re.search(r"[A-Za-z]{3,}", plain)) or bool(re.fullmatch(r"\(?[A-Z]\)?", text))
 
 
-def _without(pattern: str, text: str) -> str:
-    return re.sub(pattern, "", text)
+def _bare_words(text: str) -> str:
+    return re.sub(r"[\s\"']", "", text.lower()).strip("().")
 
 
 _ASSIGNMENT = re.compile(r"(?:\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?|[A-Za-z]\([a-z]\))\s*=\s*([^=]+)")
@@ -149,6 +154,9 @@ class SymbolicWorker:
                 reply = process.stdout.readline() if process.stdout else ""
             except BrokenPipeError:
                 reply = ""
+            except BaseException:  # Ctrl-C: the next question must not read this one's answer
+                self.stop()
+                raise
             if reply:
                 return json.loads(reply)
             code = process.wait()

@@ -189,5 +189,5 @@ class Gsm8kBuilder(MathWordBuilder):
 
     def rows(self) -> tuple[Iterable[Row], Iterable[Row] | None]:
         if self.data_dir is None:
-            return MathWordBuilder.rows(self)
+            return super().rows()
         return read_rows(f"{self.data_dir}/train.jsonl"), read_rows(f"{self.data_dir}/test.jsonl")

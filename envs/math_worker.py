@@ -9,7 +9,6 @@ out: {"gold": true, "equal": false}    "gold" says whether it parsed; an answer 
 
 import json
 import logging
-import re
 import resource
 import signal
 import sys
@@ -28,8 +27,7 @@ def parse(expression: str) -> Any:
     """The whole text as one sympy object, or None. math_verify.parse would take any part of it that it understands."""
     try:
         latex = normalize_latex(expression, config=NORMALIZATION)
-        is_real = re.search(r"(?<![A-Za-z])i(?![A-Za-z])", latex) is None  # a lone i is the imaginary unit
-        return latex2sympy(latex, is_real=is_real, convert_degrees=False, normalization_config=None)
+        return latex2sympy(latex, is_real=True, convert_degrees=False, normalization_config=None)
     except MemoryError:
         raise
     except Exception:  # the parser raises bare Exception
@@ -38,8 +36,10 @@ def parse(expression: str) -> Any:
 
 def main() -> None:
     logging.disable(logging.WARNING)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    print("ready", flush=True)
+    replies, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no reply
+    print("ready", file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, request["seconds"])
@@ -49,7 +49,7 @@ def main() -> None:
         if gold is not None and answer is not None:
             equal = verify(gold, answer, timeout_seconds=None, raise_on_error=True)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps({"gold": gold is not None, "equal": bool(equal)}), flush=True)
+        print(json.dumps({"gold": gold is not None, "equal": bool(equal)}), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ class Renderer(Protocol):
         """True if the prompt of turn k+1 starts with the prompt and the action of turn k, for every conversation."""
         ...
 
-    def build_generation_prompt(self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None) -> ModelInput:
+    def build_generation_prompt(
+        self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
+    ) -> ModelInput:
         """The tokens to sample from, up to where `role` starts to speak, plus `prefill`."""
         ...
 
@@ -57,5 +59,3 @@ class Renderer(Protocol):
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
         """The sampled message, and whether it ended with its stop sequence. Two stop sequences in one response raise."""
         ...
-
-

@@ -240,7 +240,7 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
 class MixtureBuilder(SupervisedDatasetBuilder):
     """Several datasets in one. Its own batch_size, max_length, train_on_what, reduction and seed hold for all of them."""
 
-    builders: list[SupervisedDatasetBuilder] = chz.field(doc="the datasets: builders.0=..., builders.0.path=..., builders.1=...")
+    builders: list[SupervisedDatasetBuilder] = chz.field(doc="the datasets: builders.0=..., builders.0.path=..., and so on")
     weights: list[float] | None = chz.field(default=None, doc="share of each dataset in a batch; None = by size")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:

@@ -1,6 +1,6 @@
 """Prints examples of a supervised dataset, coloured by weight: what the model is trained on, and what it only reads.
 
-python supervised/viz_sft_dataset.py dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl num_examples=5
+python supervised/viz_sft_dataset.py dataset=conversations.jsonl model_name=tiny num_examples=5
 """
 
 if not __package__:  # run as a file: this folder's types.py must not stand in for the standard library's
@@ -15,12 +15,13 @@ import chz
 from rich.console import Console
 from rich.text import Text
 
-from backend.errors import ConfigError
 from backend.tokenizers import load_tokenizer
 from backend.types import Datum
+from envs.arithmetic import ArithmeticExamplesBuilder
 from renderers import get_renderer
 from renderers.turns import decode
 from renderers.types import Tokenizer
+from supervised.train_cli import DATASETS
 from supervised.types import SupervisedDatasetBuilder
 from tracking.command_line import run_command
 
@@ -29,7 +30,7 @@ from tracking.command_line import run_command
 class Config:
     """Shows which tokens of a dataset carry loss."""
 
-    dataset: SupervisedDatasetBuilder = chz.field(doc="module:Class of the dataset's builder; its fields are dataset.FIELD=...")
+    dataset: SupervisedDatasetBuilder = chz.field(default_factory=ArithmeticExamplesBuilder, doc="builder of the dataset")
     model_name: str = chz.field(default="tiny", doc="whose tokenizer: a preset, a local folder or a hub name")
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = the model's own")
     num_examples: int = chz.field(default=5, doc="examples to print")
@@ -54,10 +55,6 @@ def weighted_share(data: list[Datum]) -> tuple[int, int]:
 
 
 def main(config: Config) -> None:
-    if type(config.dataset) is SupervisedDatasetBuilder:
-        raise ConfigError(
-            "which dataset? Say dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl, for instance"
-        )
     tokenizer = load_tokenizer(config.model_name)
     dataset, _ = config.dataset(get_renderer(config.renderer_name, tokenizer))
     console = Console()
@@ -77,4 +74,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, Config)
+    run_command(main, Config, {"dataset": DATASETS})

@@ -13,18 +13,23 @@ from backend.tokenizers import character_tokenizer
 from renderers import get_renderer
 from renderers.chat_template import ChatTemplateRenderer
 from renderers.turns import decode
-from renderers.types import Message, Renderer, Tokenizer as AnyTokenizer, TrainOnWhat
+from renderers.types import Message, Renderer, TrainOnWhat
+from renderers.types import Tokenizer as AnyTokenizer
 
 SPECIAL = ["<|pad|>", "<|endoftext|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
-CORPUS = ["User: Assistant: System: hello there\n\nUser: hello hello\n\n", "what is that?\n\nAssistant: that is it.\n\nUser:"] * 20
+CORPUS = [
+    "User: Assistant: System: hello there\n\nUser: hello hello\n\n",
+    "what is that?\n\nAssistant: that is it.\n\nUser:",
+] * 20
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
 DROPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OPENS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -32,8 +37,8 @@ OPENS_THINKING = (
 )
 ALTERNATES = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
-    "{% endif %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}<|endoftext|>{% endif %}"
-    "{% endfor %}"
+    "{% endif %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}<|endoftext|>{% endif %}{% endfor %}"
 )
 CHAT: list[Message] = [
     {"role": "system", "content": "Be brief."},
@@ -115,6 +120,14 @@ def test_role_colon_by_hand():
     )
 
 
+def test_pieces_are_encoded_by_themselves():
+    """The text as a whole would merge across the border between prompt and reply, and the prompt would be no prefix."""
+    tokens, _ = RENDERERS["role_colon, BPE"].build_supervised_example(CHAT)
+    whole = BPE.encode(decode(BPE, tokens[1:]))
+    prompt = RENDERERS["role_colon, BPE"].build_generation_prompt(CHAT[:4]).to_ints()
+    assert tokens[: len(prompt)] == prompt != whole[: len(prompt)]
+
+
 def test_plain_by_hand():
     messages: list[Message] = [{"role": "user", "content": "12+34="}, {"role": "assistant", "content": "46"}]
     tokens, weights = RENDERERS["plain"].build_supervised_example(messages)
@@ -125,8 +138,8 @@ def test_plain_by_hand():
 
 def test_user_messages_of_a_template_are_found_by_their_content():
     tokens, weights = RENDERERS["chatml"].build_supervised_example(CHAT[1:3], TrainOnWhat.ALL_MESSAGES)
-    kept = decode(CHARACTERS, [t if w else CHARACTERS.pad_token_id for t, w in zip(tokens, weights, strict=True)])
-    assert kept.replace("<|pad|>", "") == "hello there<|im_end|>hello<|im_end|>"
+    kept = decode(CHARACTERS, [t for t, w in zip(tokens, weights, strict=True) if w])
+    assert kept == "hello there<|im_end|>hello<|im_end|>"
     assert weights[0] == 0.0 and weights[-1] == 0.0  # <|im_start|>, and the line break after the last turn
 
 
@@ -146,9 +159,7 @@ text = st.text(st.sampled_from("ab eU:\n?é日"), min_size=1, max_size=12).map(s
 def test_prompts_are_prefixes_and_weights_are_the_replies(name, turns):
     renderer = RENDERERS[name]
     messages: list[Message] = [
-        Message(role=role, content=said)
-        for turn in turns
-        for role, said in zip(("user", "assistant"), turn, strict=True)
+        Message(role=role, content=said) for turn in turns for role, said in zip(("user", "assistant"), turn, strict=True)
     ]
     tokens, weights = renderer.build_supervised_example(messages)
     replies = []
@@ -160,8 +171,7 @@ def test_prompts_are_prefixes_and_weights_are_the_replies(name, turns):
             if not weight:
                 break
             action.append(token)
-        parsed, ended = renderer.parse_response(action[: len(action)] if i == len(messages) - 1 else action)
-        assert ended and parsed == messages[i]
+        assert renderer.parse_response(action) == (messages[i], True)
         if i < len(messages) - 1:  # what was said and sampled is where the next prompt begins
             following = renderer.build_generation_prompt(messages[: i + 2]).to_ints()
             assert following[: len(prompt) + len(action)] == prompt + action
@@ -191,7 +201,7 @@ def test_parsing_counts_stops(name):
 def test_tokens_are_those_of_the_template(template):
     tokenizer = bpe_tokenizer(template, add_bos=True) if template else CHARACTERS
     renderer = ChatTemplateRenderer(tokenizer)
-    for messages in (CHAT[1:2], CHAT[1:4], [{**CHAT[1], "content": "a<|im_end|>日\n"}]):
+    for messages in (CHAT[1:2], CHAT[1:4], [Message(role="user", content="a<|im_end|>日\n")]):
         expected = template_tokens(tokenizer, messages, add_generation_prompt=True)
         assert renderer.build_generation_prompt(messages).to_ints() == expected
     tokens, _ = renderer.build_supervised_example(CHAT[1:5], TrainOnWhat.ALL_TOKENS)
@@ -200,7 +210,7 @@ def test_tokens_are_those_of_the_template(template):
 
 def test_template_with_thinking_dropped_from_earlier_turns():
     renderer = ChatTemplateRenderer(bpe_tokenizer(DROPS_THINKING))
-    thought: list[Message] = [{**m, "content": f"<think>\nhm\n</think>\n\n{m['content']}"} if i == 2 else m for i, m in enumerate(CHAT)]
+    thought: list[Message] = [*CHAT[:2], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nhello"}, *CHAT[3:]]
     assert not renderer.has_extension_property
     with pytest.raises(DataError, match=r"message 2 \(assistant\).*rewrites earlier turns.*last_assistant_message"):
         renderer.build_supervised_example(thought)

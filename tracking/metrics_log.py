@@ -85,7 +85,7 @@ def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
 
 def print_metrics_table(metrics: Mapping[str, float], title: str) -> None:
     """Prints one step's metrics, sorted by name, a rule between the groups (the part of a name before its first slash)."""
-    from rich.console import Console
+    from rich import get_console
     from rich.table import Table
 
     table = Table("metric", title=title, title_justify="left", header_style="dim", title_style="bold")
@@ -94,7 +94,7 @@ def print_metrics_table(metrics: Mapping[str, float], title: str) -> None:
     for name, following in zip(names, [*names[1:], None], strict=True):
         last_of_group = following is not None and following.split("/")[0] != name.split("/")[0]
         table.add_row(name, format_number(metrics[name]), end_section=last_of_group)
-    Console().print(table)
+    get_console().print(table)  # the one a progress bar is drawn on, so that the bar stays below
 
 
 def format_number(value: float) -> str:

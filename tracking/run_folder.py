@@ -157,7 +157,10 @@ def _ask(path: Path) -> BehaviorIfExists:
         )
     answers: dict[str, BehaviorIfExists] = {"r": "resume", "d": "delete", "q": "raise"}
     while True:
-        answer = input(f"{path} already holds a run: [r]esume it, [d]elete it, or [q]uit? ").strip().lower()[:1]
+        try:
+            answer = input(f"{path} already holds a run: [r]esume it, [d]elete it, or [q]uit? ").strip().lower()[:1]
+        except EOFError:
+            answer = "q"
         if answer in answers:
             return answers[answer]
 

@@ -1,0 +1,66 @@
+"""What the tests share: no network, one vLLM engine for all of them (it takes ten seconds to start), small ragged data."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backend.config import BackendConfig
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import Datum, ModelInput
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY = 260
+
+
+@pytest.fixture(scope="session")
+def vllm_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    config = BackendConfig(engine="vllm", max_num_seqs=128)
+    with ServiceClient(config, tmp_path_factory.mktemp("checkpoints")) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def vllm_client(vllm_service: ServiceClient) -> TrainingClient:
+    """A `tiny` whose live sampler is vLLM. Tests may train it; nobody relies on its weights."""
+    return vllm_service.create_training_client("tiny")
+
+
+@pytest.fixture
+def torch_service(tmp_path: Path) -> Iterator[ServiceClient]:
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path / "checkpoints") as service:
+        yield service
+
+
+def random_tokens(rng: np.random.Generator, length: int) -> list[int]:
+    return rng.integers(4, VOCABULARY, length).tolist()
+
+
+def policy_data(count: int, seed: int = 0, longest: int = 30) -> list[Datum]:
+    """Ragged data for the policy losses: a random mask, sampler logprobs near those of an untrained model."""
+    rng = np.random.default_rng(seed)
+    data = []
+    for length in rng.integers(3, longest, count):
+        tokens = random_tokens(rng, length + 1)
+        mask = (rng.random(length) < 0.6).astype(np.float32)
+        mask[0] = 1
+        inputs = {
+            "target_tokens": np.array(tokens[1:]),
+            "logprobs": rng.normal(-5.5, 0.4, length).astype(np.float32) * mask,
+            "advantages": rng.normal(0, 1, length).astype(np.float32) * mask,
+            "mask": mask,
+        }
+        data.append(Datum(ModelInput.from_ints(tokens[:-1]), inputs))  # type: ignore[arg-type]
+    return data
+
+
+def gradients(trainer) -> dict[str, torch.Tensor]:  # noqa: ANN001
+    return {name: p.grad.clone() for name, p in trainer.named_trainable.items() if p.grad is not None}

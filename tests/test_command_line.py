@@ -1,0 +1,163 @@
+"""The command lines: what a user may write, what comes out, and the one line that a mistake gets."""
+
+import subprocess
+import sys
+import textwrap
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+import chz
+import pytest
+
+from backend.errors import ConfigError
+from tracking.command_line import parse
+
+
+class Which(Enum):
+    ALL = "all"
+    LAST = "last"
+
+
+@chz.chz
+class Task:
+    group_size: int = chz.field(default=8, doc="rollouts per group")
+
+
+@chz.chz
+class Sums(Task):
+    difficulty: int = chz.field(default=1, doc="digits")
+    which: Which = chz.field(default=Which.ALL, doc="what counts")
+
+
+@chz.chz
+class Words(Task):
+    path: str = chz.field(doc="folder of the data")
+    split: str | None = chz.field(default=None, doc="part of it")
+
+
+@chz.chz
+class Baseline:
+    divide_by_std: bool = chz.field(default=False, doc="as in GRPO")
+
+
+@chz.chz
+class Options:
+    """Trains something."""
+
+    model_name: str = chz.field(default="tiny", doc="preset, folder or hub name")
+    learning_rate: float = chz.field(default=1e-3, doc="of AdamW")
+    env: Task = chz.field(default_factory=lambda: Sums(difficulty=3), doc="the task")
+    baseline: Baseline | None = chz.field(default=None, doc="what is subtracted")
+    loss_fn: Literal["ppo", "cispo"] = chz.field(default="ppo", doc="the loss")
+    loss_fn_config: dict[str, float] | None = chz.field(default=None, doc="its settings")
+
+    @chz.validate
+    def _check(self):
+        if self.learning_rate <= 0:
+            raise ValueError("learning_rate must be positive")
+
+
+SHORT_NAMES = {
+    "env": {"sums": f"{__name__}:Sums", "words": f"{__name__}:Words split=train", "*.jsonl": f"{__name__}:Words path={{}}"}
+}
+
+
+def read(*argv: str) -> Options:
+    return parse(Options, list(argv), SHORT_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], Options()),
+        (["env.group_size=2"], Options(env=Sums(difficulty=3, group_size=2))),  # the default object keeps its class and fields
+        (["...group_size=2"], Options(env=Sums(difficulty=3, group_size=2))),
+        (["env=sums", "env.which=last"], Options(env=Sums(which=Which.LAST))),
+        (["env=words", "env.path=x=y"], Options(env=Words(path="x=y", split="train"))),
+        (["env.path=p", "env.split=test", "env=words"], Options(env=Words(path="p", split="test"))),
+        (["env=data/a b.jsonl"], Options(env=Words(path="data/a b.jsonl"))),
+        ([f"env={__name__}:Words", "env.path=p"], Options(env=Words(path="p"))),
+        (["baseline.divide_by_std=true"], Options(baseline=Baseline(divide_by_std=True))),
+        (["baseline=None"], Options()),
+        (["loss_fn_config.clip=0.2"], Options(loss_fn_config={"clip": 0.2})),
+        (["--learning-rate", "0.5", "--model_name=m:n", "model_name=q"], Options(learning_rate=0.5, model_name="q")),
+    ],
+)
+def test_what_a_user_may_write(argv, expected):
+    assert read(*argv) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["env=summs"], "env=summs: no such name; did you mean sums? known: sums, words, *.jsonl, or module:Class"),
+        (["env=no_such_module:X"], "env=no_such_module:X: Could not import module 'no_such_module'"),
+        ([f"env={__name__}:Nothing"], "has no attribute 'Nothing'"),
+        ([f"env={__name__}:Baseline"], "to be a subtype of"),
+        (["env=None"], "env=None: no such name"),
+        (["env.difficultly=3"], "unknown option 'env.difficultly'; did you mean env.difficulty?"),
+        (["difficulty=3"], "unknown option 'difficulty'; did you mean env.difficulty?"),
+        (["env=words", "env.path=p", "env.difficulty=3"], "unknown option 'env.difficulty'"),
+        (["lerning_rate=3"], "unknown option 'lerning_rate'; did you mean learning_rate?"),
+        (["...grup_size=3"], "did you mean env.group_size?"),
+        (["env.group_size=abc"], "env.group_size=abc: expected int"),
+        (["loss_fn=grpo"], "loss_fn=grpo: expected ppo | cispo"),
+        (["env.which=first"], "env.which=first: expected all | last"),
+        (["learning_rate=0"], "learning_rate must be positive"),
+        (["env=words"], "env.path"),
+        (["--learning-rate"], "write learning_rate=VALUE"),
+        (["env", "sums"], "cannot read 'env'; options are written key=value"),
+    ],
+)
+def test_a_mistake_gets_one_line(argv, message):
+    with pytest.raises(ConfigError) as error:
+        read(*argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_shows_every_option_and_those_of_the_class_asked_for(capsys):
+    for argv, shown in ((["--help"], "env.difficulty"), (["env=words", "-h"], "env.path")):
+        with pytest.raises(SystemExit) as exit_code:
+            read(*argv)
+        page = capsys.readouterr().out
+        assert exit_code.value.code == 0 and shown in page and "env= takes sums, words, *.jsonl or module:Class" in page
+        assert page.startswith("Trains something.") and "ppo | cispo" in page and "baseline.divide_by_std" in page
+        assert max(map(len, page.splitlines())) <= 130
+
+
+def test_a_command_exits_2_with_one_line_130_on_ctrl_c_and_is_light(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys, chz
+        from backend.errors import DataError
+        from tracking.command_line import run_command
+        import tracking.metrics_log, tracking.plots, tracking.progress, tracking.run_folder, tracking.transcripts
+
+        @chz.chz
+        class Config:
+            how: str = "well"
+
+        def main(config):
+            assert not {"torch", "vllm", "wandb", "matplotlib", "rich"} & set(sys.modules)
+            if config.how == "badly":
+                raise DataError("a.jsonl:3: no assistant turn")
+            if config.how == "stopped":
+                raise KeyboardInterrupt
+
+        run_command(main, Config)
+    """)
+    )
+
+    def run(*argv: str) -> tuple[int, str]:
+        root = Path(__file__).parent.parent
+        done = subprocess.run(
+            [sys.executable, str(script), *argv], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(root)}
+        )
+        return done.returncode, done.stderr
+
+    assert run() == (0, "")
+    assert run("how=badly") == (2, "error: a.jsonl:3: no assistant turn\n")
+    assert run("hwo=x") == (2, "error: unknown option 'hwo'; did you mean how? --help lists the options\n")
+    assert run("how=stopped") == (130, "interrupted\n")

@@ -1,0 +1,214 @@
+"""Every loss against hand-computed numbers and against a second implementation through the whole model's logits."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from backend.batching import resolve_loss
+from backend.config import BackendConfig
+from backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
+from backend.losses import LOSSES
+from backend.trainer import Trainer
+from backend.types import AdamParams, Datum, LoraConfig, ModelInput
+from tests.conftest import gradients, policy_data
+
+P, Q, A = [-1.0, -0.5, -3.0], [-1.2, -0.2, -1.0], [2.0, -1.0, 0.5]  # ratios 1.2214, 0.7408, 0.1353
+R = [math.exp(p - q) for p, q in zip(P, Q, strict=True)]
+
+# name, config, loss of each token by hand, d loss / d p of each token by hand
+HAND_CASES = [
+    ("importance_sampling", {}, [-r * a for r, a in zip(R, A, strict=True)], [-r * a for r, a in zip(R, A, strict=True)]),
+    # min(r A, clip(r, .8, 1.2) A): clipped at 1.2; r = .74 < .8 with A < 0 takes -.8 and is flat; r = .135 with A > 0 is not clipped
+    ("ppo", {}, [-1.2 * 2, 0.8, -R[2] * 0.5], [0.0, 0.0, -R[2] * 0.5]),
+    (
+        "ppo",
+        {"clip_low_threshold": 0.5, "clip_high_threshold": 1.5},
+        [-R[0] * 2, R[1], -R[2] * 0.5],
+        [-R[0] * 2, R[1], -R[2] * 0.5],
+    ),
+    ("cispo", {}, [-r * p * a for r, p, a in zip(R, P, A, strict=True)], [-r * a for r, a in zip(R, A, strict=True)]),
+    (
+        "cispo",
+        {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+        [-1.2 * -1.0 * 2, -0.8 * -0.5 * -1, -0.8 * -3.0 * 0.5],
+        [-1.2 * 2, 0.8, -0.8 * 0.5],
+    ),
+    (
+        "dro",
+        {"beta": 0.3},
+        [-(p * a - 0.15 * (p - q) ** 2) for p, q, a in zip(P, Q, A, strict=True)],
+        [-a + 0.3 * (p - q) for p, q, a in zip(P, Q, A, strict=True)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "loss", "gradient"), HAND_CASES)
+def test_policy_losses_equal_hand_computation(name: str, config: dict, loss: list[float], gradient: list[float]) -> None:
+    p = torch.tensor(P, dtype=torch.float64, requires_grad=True)
+    inputs = {"logprobs": torch.tensor(Q, dtype=torch.float64), "advantages": torch.tensor(A, dtype=torch.float64)}
+    loss_N, _ = LOSSES[name].fn(p, inputs, **config)
+    loss_N.sum().backward()
+    assert loss_N.tolist() == pytest.approx(loss, abs=1e-9)
+    assert p.grad is not None and p.grad.tolist() == pytest.approx(gradient, abs=1e-9)
+
+
+def naive_loss(trainer: Trainer, datum: Datum, name: str, config: dict) -> torch.Tensor:
+    """The same loss through the model's full logits, one sequence at a time, written a second time."""
+    logits_TV = trainer.base(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0].float()
+    inputs = {key: value.to_torch() for key, value in datum.loss_fn_inputs.items()}
+    if "temperature" in inputs:
+        logits_TV = logits_TV / inputs["temperature"][:, None]
+    p = torch.log_softmax(logits_TV, -1)[torch.arange(len(logits_TV)), inputs["target_tokens"]]
+    if name == "cross_entropy":
+        return -(inputs["weights"] * p).sum()
+    q, advantage, mask = inputs["logprobs"], inputs["advantages"], inputs["mask"]
+    ratio = torch.exp(p - q)
+    low, high = config.get("clip_low_threshold"), config.get("clip_high_threshold")
+    per_token = {
+        "importance_sampling": lambda: ratio * advantage,
+        "ppo": lambda: torch.min(ratio * advantage, torch.clip(ratio, low or 0.8, high or 1.2) * advantage),
+        "cispo": lambda: torch.clip(ratio, low or 0.0, high or 4.0).detach() * p * advantage,
+        "dro": lambda: p * advantage - config["beta"] / 2 * (p - q) ** 2,
+    }[name]()
+    return -(per_token * mask).sum()
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"])
+@pytest.mark.parametrize("model", ["tiny", "gpt2-tiny"])
+def test_trainer_loss_and_gradient_equal_full_logits(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.logprobs.CHUNK_ELEMENTS", 260 * 7)  # many small chunks
+    trainer = Trainer(model, BackendConfig(micro_batch_tokens=64))
+    data, config = policy_data(9), {"beta": 0.2} if name == "dro" else {}
+    for d, datum in enumerate(data):
+        length = datum.model_input.length
+        if name == "cross_entropy":
+            weights = np.where(np.arange(length) % 3 == 0, 0.0, 0.5 + d)
+            datum.loss_fn_inputs = {"target_tokens": datum.loss_fn_inputs["target_tokens"]} | Datum(
+                datum.model_input, {"weights": weights.astype(np.float32)}  # type: ignore[dict-item]
+            ).loss_fn_inputs
+        else:
+            temperature = np.full(length, 0.7 if d % 2 else 1.0, dtype=np.float32)
+            datum.loss_fn_inputs |= Datum(datum.model_input, {"temperature": temperature}).loss_fn_inputs  # type: ignore[dict-item]
+    output = trainer.run(data, name, config)
+    chunked = gradients(trainer)
+    trainer.zero_grad()
+    expected = sum(naive_loss(trainer, datum, name, config) for datum in data)
+    assert isinstance(expected, torch.Tensor)
+    expected.backward()
+    assert output.metrics["loss:sum"] == pytest.approx(expected.item(), rel=2e-6)
+    for key, gradient in gradients(trainer).items():
+        assert torch.allclose(chunked[key], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-7), key
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
+def test_gradients_do_not_depend_on_micro_batches_or_order(lora: LoraConfig | None) -> None:
+    data = policy_data(24, seed=1)
+    results = []
+    for budget, order in ((10**6, range(24)), (40, range(24)), (1, range(24)), (130, reversed(range(24)))):
+        trainer = Trainer("tiny", BackendConfig(micro_batch_tokens=budget), lora=lora)
+        shuffled = list(order)
+        output = trainer.run([data[d] for d in shuffled], "importance_sampling")
+        logprobs = {d: out["logprobs"].array for d, out in zip(shuffled, output.loss_fn_outputs, strict=True)}
+        results.append((gradients(trainer), logprobs))
+    for other_gradients, other_logprobs in results[1:]:
+        for name, gradient in results[0][0].items():
+            assert (other_gradients[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+        for d, logprobs in results[0][1].items():
+            assert np.allclose(other_logprobs[d], logprobs, atol=2e-6)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    plain, checkpointed = (Trainer("tiny", BackendConfig(gradient_checkpointing=flag)) for flag in (False, True))
+    for trainer in (plain, checkpointed):
+        trainer.run(policy_data(6), "importance_sampling")
+    expected = gradients(plain)
+    for name, gradient in gradients(checkpointed).items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-5, atol=1e-6 * expected[name].abs().max().item()), name
+
+
+def test_custom_loss_is_one_autograd_pass_equal_to_the_built_in() -> None:
+    data = policy_data(8, seed=2)
+    built_in, custom = Trainer("tiny", BackendConfig(micro_batch_tokens=50)), Trainer("tiny", BackendConfig(micro_batch_tokens=50))
+    expected = built_in.run(data, "importance_sampling")
+
+    def loss(data_D: list[Datum], logprobs_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        total = torch.zeros(())
+        for datum, p in zip(data_D, logprobs_D, strict=True):
+            inputs = {key: value.to_torch() for key, value in datum.loss_fn_inputs.items()}
+            total = total - ((p - inputs["logprobs"]).exp() * inputs["advantages"] * inputs["mask"]).sum()
+        return total, {"mine": 7.0}
+
+    output = custom.run_custom(data, loss)
+    assert output.metrics["mine"] == 7.0
+    assert output.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-5)
+    for name, gradient in gradients(built_in).items():
+        assert torch.allclose(gradients(custom)[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item()), name
+
+
+def test_topk_cross_entropy_targets() -> None:
+    """(N, K) targets with weights: distillation from K candidates per position."""
+    trainer = Trainer("tiny", BackendConfig())
+    tokens, targets, weights = [5, 6, 7], [[8, 9], [10, 11], [12, 13]], [[0.7, 0.3], [1.0, 0.0], [0.0, 0.0]]
+    output = trainer.run([Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": weights})], "cross_entropy")  # type: ignore[dict-item]
+    logprobs_TV = trainer.base(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+    expected = -(0.7 * logprobs_TV[0, 8] + 0.3 * logprobs_TV[0, 9] + logprobs_TV[1, 10])
+    assert output.metrics["loss:sum"] == pytest.approx(expected.item(), rel=1e-5)
+    assert output.loss_fn_outputs[0]["logprobs"].shape == [3, 2]
+
+
+def test_adam_and_clipping_equal_torch() -> None:
+    trainer = Trainer("tiny", BackendConfig())
+    reference = {name: p.detach().clone().requires_grad_() for name, p in trainer.named_trainable.items()}
+    optimizer = torch.optim.AdamW(reference.values(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    for seed in range(3):
+        trainer.run(policy_data(4, seed), "importance_sampling")
+        for name, gradient in gradients(trainer).items():
+            reference[name].grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(reference.values(), 1.0)
+        optimizer.step()
+        response = trainer.optim_step(AdamParams(3e-3, eps=1e-8, weight_decay=0.1, grad_clip_norm=1.0))
+        assert response.metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    for name, p in trainer.named_trainable.items():
+        assert torch.allclose(p, reference[name], atol=1e-6), name
+
+
+def test_nan_gradient_changes_no_weight_and_names_the_datum() -> None:
+    trainer = Trainer("tiny", BackendConfig())
+    data = policy_data(3)
+    data[1].loss_fn_inputs["logprobs"].array[:] = -1e30  # ratio exp(1e30) is infinite
+    before = {name: p.detach().clone() for name, p in trainer.named_trainable.items()}
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.run(data, "importance_sampling")
+    assert caught.value.datum_indices == [1]
+    trainer.optim_step(AdamParams(1e-2))
+    for name, p in trainer.named_trainable.items():
+        assert torch.equal(p, before[name]), "the failed pass left a gradient behind"
+
+
+def bad_datum(**changes: object) -> Datum:
+    datum = policy_data(1)[0]
+    return Datum(datum.model_input, {**datum.loss_fn_inputs, **changes})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("datum", "error", "says"),
+    [
+        (Datum(ModelInput.empty(), {}), DataError, "empty"),
+        (Datum(ModelInput.from_ints([5]), {"target_tokens": [6]}), DataError, "lacks loss_fn_inputs"),  # type: ignore[dict-item]
+        (bad_datum(advantages=[1.0]), DataError, "advantages has shape"),
+        (bad_datum(advantages=np.full(policy_data(1)[0].model_input.length, np.nan)), DataError, "NaN"),
+        (Datum(ModelInput.from_ints([999]), {"target_tokens": [1], "logprobs": [0.0], "advantages": [0.0]}), DataError, "vocabulary"),  # type: ignore[dict-item]
+        (Datum(ModelInput.from_ints([5] * 600), {k: [1] * 600 for k in ("target_tokens", "logprobs", "advantages")}), ContextLengthError, "context"),  # type: ignore[dict-item]
+    ],
+)
+def test_bad_data_is_refused_before_torch_sees_it(datum: Datum, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        Trainer("tiny", BackendConfig()).run([datum], "importance_sampling")
+
+
+@pytest.mark.parametrize(("name", "config", "says"), [("pppo", None, "did you mean 'ppo'"), ("ppo", {"beta": 1}, "not an option"), ("dro", None, "beta")])
+def test_unknown_losses_and_options_are_refused(name: str, config: dict | None, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        resolve_loss(name, config)

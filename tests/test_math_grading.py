@@ -1,0 +1,190 @@
+"""Finding the answer in a solution and deciding equality: hand cases of both kinds, and graders that hang."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from envs.math_answers import extract_answer, quantity
+from envs.math_grading import WORKER, check_gold, is_equal, is_equal_async
+from envs.problem_env import GraderError
+from rl.types import RolloutError
+
+HANGS = "9^{9^{9^9}}"
+
+EQUAL = [
+    ("1000", "1,000"),
+    ("12", "12.0"),
+    ("3", "3.00"),
+    ("18", "$18"),
+    ("18", r"\$18.00"),
+    ("18", "18 dollars"),
+    ("18", "$18$"),
+    ("18", r"\(18\)"),
+    ("18", "18."),
+    ("-3", "\u22123"),
+    ("-5", "-$5"),
+    ("2125", "2,125 square feet"),
+    ("5", r"5\text{ cm}"),
+    ("90", r"90^\circ"),
+    ("50", "50%"),
+    (r"50\%", "50 percent"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac12", "1/2"),
+    (r"\dfrac{2}{4}", ".5"),
+    ("2.5", r"2\frac{1}{2}"),
+    ("2.5", "2 1/2"),
+    ("5", "x=5"),
+    ("x = 5", "5"),
+    ("(1,2)", r"\left( 1, 2 \right)"),
+    ("(1/2, 3)", "(0.5,3.0)"),
+    ("2, 3", "3 and 2"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    (r"\text{Evelyn}", "evelyn"),
+    (r"\text{(C)}", "C"),
+    (r"\sqrt{2}", "sqrt(2)"),
+    (r"x^2+2x+1", "(x+1)^2"),
+    (r"\frac{\sqrt{3}}{2}", r"\sqrt{3}/2"),
+    ("y=2x+1", "y = 1+2x"),
+    (r"-3<x<2", "(-3,2)"),
+    ("10!", "3628800"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    (r"\text{Tom and Jerry}", "Tom and Jerry."),
+    ("1,000 eggs", "10^3"),
+    (r"\pm 2", "-2, 2"),
+    ("2+3i", "3i+2"),
+    (r"2\sqrt{3}+1", "1 + 2sqrt(3)"),
+]
+DIFFERENT = [
+    ("12", "112"),
+    ("112", "12"),
+    ("12", "1"),
+    ("3", "-3"),
+    ("1000", "1.000"),
+    ("1,234", "1, 234"),
+    ("0.5", "50%"),
+    ("1/3", "0.333"),
+    ("0.1", "0.10000001"),
+    ("5 cm", "5 km"),
+    ("5", "5 thousand"),
+    ("5", "5 less than before"),
+    ("7", "5 or maybe 7"),
+    ("7", "5 or 7"),
+    ("3", "1 2"),
+    ("abc+2", "abc-2"),
+    ("2.5 abc", "25 abc"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}"),
+    ("12", "1 2"),
+    ("1/2", "1/0"),
+    ("x=5", "y=5"),
+    ("(1,2)", "1,2"),
+    ("(1,2)", "(2,1)"),
+    ("[0,1)", "[0,1]"),
+    ("1,2,2", "1,1,2"),
+    (r"\text{even}", "odd"),
+    ("5", ""),
+    ("5", "x"),
+    (r"\sqrt{2}", r"\sqrt{3}"),
+    (r"\pi", "3.14"),
+    ("x^2", "x^3"),
+    ("5", r"\frac{5"),
+    ("5", "9" * 2000),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer"), EQUAL)
+def test_equal_answers(gold: str, answer: str):
+    assert is_equal(gold, answer)
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_different_answers(gold: str, answer: str):
+    assert not is_equal(gold, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so \boxed{1} or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}} done", r"\{1, 2\}"),
+        (r"\boxed{\frac{1}{2}", None),
+        (r"\boxed{ }", None),
+        ("48/2 = <<48/2=24>>24\n#### 1,024\n", "1,024"),
+        ("#### 5\n#### 6 eggs", "6 eggs"),
+        ("#### \n7", None),
+        ("So the final answer is: **42**. Good luck!", "42"),
+        ("The answer is $3.50. It is not 4.", "$3.50"),
+        ("Therefore it is\nAnswer: 7 apples", "7 apples"),
+        ("She has $18\nA: 18", "18"),
+        ("I do not know. 18", None),
+        (r"the answer is 3, that is \boxed{4}", "4"),
+    ],
+)
+def test_extraction(text: str, expected: str | None):
+    assert extract_answer(text) == expected
+
+
+def test_extraction_takes_only_the_styles_asked_for():
+    assert extract_answer("the answer is 3\n#### 4", ["hash"]) == "4"
+    assert extract_answer("the answer is 3", ["hash", "boxed"]) is None
+
+
+def test_units_that_change_the_value_are_no_units():
+    assert quantity("3 dozen") is None and quantity("5 and a half") is None and quantity("2 pi") is None
+    assert quantity("5 miles per hour") == (5, "miles per hour")
+
+
+def test_golds_that_cannot_be_graded_against():
+    assert all(map(check_gold, ["5", r"\text{Evelyn}", r"\frac{\sqrt{3}}{2}", "(1, x)"]))
+    assert not any(map(check_gold, ["", r"\frac{3", "((", "1, ((3"]))
+
+
+def test_a_hanging_comparison_ends_with_a_typed_error_and_the_next_one_works():
+    with pytest.raises(GraderError, match="longer than 0.5 s"):
+        is_equal(r"\sqrt{2}", HANGS, seconds=0.5)
+    assert issubclass(GraderError, RolloutError)
+    assert is_equal(r"\sqrt{2}", "2^{1/2}")
+
+
+def test_a_crashed_worker_is_an_error_and_not_a_wrong_answer():
+    assert is_equal("x+1", "1+x")
+    process = WORKER._process
+    assert process is not None
+    process.kill()
+    with pytest.raises(GraderError, match="crashed"):
+        is_equal("x+1", "1+x")
+    assert is_equal("x+1", "1+x")
+
+
+def test_numbers_and_words_never_reach_the_worker(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(WORKER, "ask", lambda *_: pytest.fail("asked"))
+    assert is_equal("1,000", "$1000.00") and not is_equal("12", "112") and not is_equal("Monday", "Tuesday")
+
+
+def test_grading_off_the_main_thread():
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.append(is_equal(r"\sqrt{8}", r"2\sqrt{2}")))
+    thread.start()
+    thread.join()
+    assert results == [True]
+
+
+def test_grading_from_coroutines_leaves_the_loop_free():
+    async def grade() -> tuple[Sequence[bool | BaseException], int]:
+        ticks = 0
+        pending = asyncio.gather(
+            asyncio.to_thread(is_equal, r"\sqrt{2}", "2^{1/2}"),
+            is_equal_async(r"\sqrt{2}", HANGS, 0.5),
+            is_equal_async(r"\sqrt{2}", r"\sqrt{3}"),
+            is_equal_async("12", "112"),
+            return_exceptions=True,
+        )
+        while not pending.done():
+            ticks += 1
+            await asyncio.sleep(0.02)
+        return pending.result(), ticks
+
+    (equal, hung, different, numbers), ticks = asyncio.run(grade())
+    assert (equal, different, numbers) == (True, False, False) and isinstance(hung, GraderError)
+    assert ticks > 10

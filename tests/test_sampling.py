@@ -1,0 +1,253 @@
+"""vLLM against the torch sampler and both against the trainer, on the same weights; and the traps that specs/vllm.md lists."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError, ContextLengthError, DataError, EngineError, StaleSamplerError
+from backend.sampling_client import SamplingClient
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import AdamParams, Datum, ModelInput, SampleResponse, SamplingParams
+from tests.conftest import random_tokens
+
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0, stop=[])
+
+
+def prompt_of(length: int, seed: int = 0) -> ModelInput:
+    return ModelInput.from_ints(random_tokens(np.random.default_rng([seed, length]), length))
+
+
+def sample_all(client: SamplingClient, prompts: list[ModelInput], params: SamplingParams, prompt_logprobs: bool = False) -> list[SampleResponse]:
+    async def gather() -> list[SampleResponse]:
+        return await asyncio.gather(*(client.sample_async(prompt, 1, params, prompt_logprobs) for prompt in prompts))
+
+    return asyncio.run(gather())
+
+
+def trainer_logprobs(client: TrainingClient, prompt: ModelInput, tokens: list[int], temperature: float = 1.0) -> np.ndarray:
+    sequence = prompt.to_ints() + tokens
+    ones = np.ones(len(sequence) - 1, dtype=np.float32)
+    inputs = {"target_tokens": sequence[1:], "weights": ones, "temperature": ones * temperature}
+    output = client.forward([Datum(ModelInput.from_ints(sequence[:-1]), inputs)], "cross_entropy").result()  # type: ignore[arg-type]
+    return output.loss_fn_outputs[0]["logprobs"].array
+
+
+def train_a_little(client: TrainingClient, steps: int = 3, seed: int = 0) -> None:
+    """Moves the weights far from where they were, towards repeating a short cycle."""
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        cycle = random_tokens(rng, 5) * 12
+        inputs = {"target_tokens": cycle[1:], "weights": np.ones(len(cycle) - 1, dtype=np.float32)}
+        client.forward_backward([Datum(ModelInput.from_ints(cycle[:-1]), inputs)], "cross_entropy")  # type: ignore[arg-type]
+        client.optim_step(AdamParams(3e-3)).result()
+
+
+@pytest.fixture(scope="module")
+def engines(vllm_service: ServiceClient, tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+    """The same trained weights in three places: the trainer, vLLM, and the torch sampler."""
+    trained = vllm_service.create_training_client("tiny", seed=5)
+    train_a_little(trained, 10)
+    folder = trained.save_weights_for_sampler("engines").result().path
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path_factory.mktemp("torch")) as service:
+        yield trained, trained.save_weights_and_get_sampling_client(), service.create_sampling_client(model_path=folder)
+
+
+def test_vllm_equals_torch_on_200_ragged_prompts(engines) -> None:  # noqa: ANN001
+    trained, vllm, reference = engines
+    lengths = np.random.default_rng(0).integers(1, 300, 200)
+    prompts = [prompt_of(int(length), i) for i, length in enumerate(lengths)]
+    ours, theirs = (sample_all(client, prompts, GREEDY, prompt_logprobs=True) for client in (vllm, reference))
+    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+        assert a.sequences[0].tokens == b.sequences[0].tokens
+        assert a.sequences[0].logprobs == pytest.approx(b.sequences[0].logprobs, abs=1e-4)
+        assert a.prompt_logprobs is not None and a.prompt_logprobs[0] is None and len(a.prompt_logprobs) == prompt.length
+        assert a.prompt_logprobs[1:] == pytest.approx(b.prompt_logprobs[1:], abs=1e-4)  # type: ignore[index]
+    for prompt, a in list(zip(prompts, ours, strict=True))[:20]:
+        sampled = trainer_logprobs(trained, prompt, a.sequences[0].tokens)[prompt.length - 1 :]
+        assert a.sequences[0].logprobs == pytest.approx(sampled.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_logprobs_are_those_of_the_tempered_distribution(engines, which: int, temperature: float) -> None:  # noqa: ANN001
+    prompt = prompt_of(20)
+    response = engines[which].sample(prompt, 4, SamplingParams(max_tokens=12, seed=3, temperature=temperature, stop=[])).result()
+    assert len({tuple(sequence.tokens) for sequence in response.sequences}) > 1
+    for sequence in response.sequences:
+        trained = trainer_logprobs(engines[0], prompt, sequence.tokens, temperature)[prompt.length - 1 :]
+        assert sequence.logprobs == pytest.approx(trained.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
+def test_truncated_sampling_is_renormalised(engines, which: int) -> None:  # noqa: ANN001
+    prompt = prompt_of(20)
+    logprobs_V = engines[2].sample(prompt, 1, GREEDY, topk_prompt_logprobs=0).result()  # the engine answers, then:
+    assert len(logprobs_V.sequences) == 1
+    only_one = engines[which].sample(prompt, 3, SamplingParams(max_tokens=5, seed=1, top_k=1, stop=[])).result()
+    assert all(sequence.logprobs == pytest.approx([0.0] * 5, abs=1e-5) for sequence in only_one.sequences)
+    nucleus = engines[which].sample(prompt, 40, SamplingParams(max_tokens=1, seed=1, top_p=0.5, stop=[])).result()
+    probability = {sequence.tokens[0]: np.exp(sequence.logprobs[0]) for sequence in nucleus.sequences}
+    untempered = trainer_logprobs(engines[0], prompt, [next(iter(probability))])[-1]
+    assert sum(probability.values()) <= 1 + 1e-4
+    assert next(iter(probability.values())) > np.exp(untempered) + 1e-4  # mass of the tail moved into the nucleus
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
+def test_sampling_frequencies_follow_the_distribution(engines, which: int) -> None:  # noqa: ANN001
+    prompt = prompt_of(7)
+    response = engines[which].sample(prompt, 2000, SamplingParams(max_tokens=1, seed=11, stop=[])).result()
+    tokens = [sequence.tokens[0] for sequence in response.sequences]
+    logprob = {sequence.tokens[0]: sequence.logprobs[0] for sequence in response.sequences}
+    top = sorted(logprob, key=lambda token: -logprob[token])[:3]
+    for token in top:
+        p = np.exp(logprob[token])
+        assert abs(tokens.count(token) / 2000 - p) < 5 * np.sqrt(p * (1 - p) / 2000) + 1e-3
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
+def test_seeds_decide_whatever_else_is_in_the_batch(engines, which: int) -> None:  # noqa: ANN001
+    params = SamplingParams(max_tokens=10, seed=42, stop=[])
+    prompts = [prompt_of(10, i) for i in range(8)]
+    together, backwards = sample_all(engines[which], prompts, params), sample_all(engines[which], prompts[::-1], params)[::-1]
+    alone = engines[which].sample(prompts[3], 1, params).result()
+    assert [r.sequences[0].tokens for r in together] == [r.sequences[0].tokens for r in backwards]
+    assert alone.sequences[0].tokens == together[3].sequences[0].tokens
+    several = engines[which].sample(prompts[3], 3, params).result().sequences
+    assert several[0].tokens == alone.sequences[0].tokens and len({tuple(s.tokens) for s in several}) == 3
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
+def test_stops(engines, which: int) -> None:  # noqa: ANN001
+    client, prompt = engines[which], prompt_of(15)
+    tokenizer = client.get_tokenizer()
+    free = client.sample(prompt, 1, GREEDY).result().sequences[0]
+    assert free.stop_reason == "length" and len(free.tokens) == 16
+    by_id = client.sample(prompt, 1, SamplingParams(max_tokens=16, temperature=0.0, stop=[free.tokens[3]])).result().sequences[0]
+    assert by_id.stop_reason == "stop" and by_id.tokens == free.tokens[: free.tokens.index(free.tokens[3]) + 1]
+    ascii_text = client.sample(prompt_of(4, 9), 64, SamplingParams(max_tokens=12, seed=5, stop=[])).result().sequences
+    texts = [tokenizer.decode(s.tokens) for s in ascii_text]
+    index, text = next((i, t) for i, t in enumerate(texts) if "\ufffd" not in t[2:5] and len(t[2:5]) == 3)
+    stop_string = text[2:5]
+    stopped = client.sample(prompt_of(4, 9), 64, SamplingParams(max_tokens=12, seed=5, stop=[stop_string])).result().sequences[index]
+    assert stopped.stop_reason == "stop" and stop_string in tokenizer.decode(stopped.tokens)
+    assert stopped.tokens == ascii_text[index].tokens[: len(stopped.tokens)] and len(stopped.tokens) < 12
+    assert stop_string not in tokenizer.decode(stopped.tokens[:-1]) and len(stopped.logprobs) == len(stopped.tokens)
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
+def test_eos_stops_unless_told_never_to(engines, which: int) -> None:  # noqa: ANN001
+    eos, prompt = engines[which].get_tokenizer().eos_token_id, prompt_of(3)
+    free = engines[which].sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=3.0, stop=[])).result().sequences
+    for stop in (None, ["never in the text"], [259]):
+        sampled = engines[which].sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=3.0, stop=stop)).result().sequences
+        ended = [s for s in sampled if s.stop_reason == "stop" and s.tokens[-1] == eos]
+        assert ended and all(eos not in s.tokens[:-1] for s in sampled)
+    assert any(eos in s.tokens[:-1] for s in free) and all(s.stop_reason == "length" for s in free)
+
+
+def test_topk_prompt_logprobs_agree(engines) -> None:  # noqa: ANN001
+    prompt = prompt_of(12)
+    a, b = (client.sample(prompt, 1, GREEDY, topk_prompt_logprobs=3).result().topk_prompt_logprobs for client in engines[1:])
+    assert a[0] is None and len(a) == 12
+    for ours, theirs in zip(a[1:], b[1:], strict=True):
+        assert [token for token, _ in ours] == [token for token, _ in theirs]
+        assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
+
+
+def test_sync_reaches_every_weight_and_drops_cached_prefixes(vllm_client: TrainingClient) -> None:
+    """The tied lm_head, and a 200-token prompt of which vLLM caches the first 128: both silently wrong if the sync is careless."""
+    prompt = prompt_of(200)
+    before = vllm_client.save_weights_and_get_sampling_client()
+    old = sample_all(before, [prompt, prompt], GREEDY)[1].sequences[0]  # the second one finds the prefix in the cache
+    train_a_little(vllm_client)
+    after = vllm_client.save_weights_and_get_sampling_client()
+    new = after.sample(prompt, 1, GREEDY).result().sequences[0]
+    assert new.logprobs == pytest.approx(trainer_logprobs(vllm_client, prompt, new.tokens)[199:].tolist(), abs=1e-4)
+    assert abs(new.logprobs[0] - old.logprobs[0]) > 0.01, "the weights did not move: this test shows nothing"
+    with pytest.raises(StaleSamplerError, match="policy version"):
+        before.sample(prompt, 1, GREEDY).result()
+    assert after.compute_logprobs(prompt).result()[0] is None
+
+
+def test_following_client_survives_a_sync(vllm_client: TrainingClient) -> None:
+    live = vllm_client.save_weights_and_get_sampling_client(follow=True)
+    version = live.policy_version
+    train_a_little(vllm_client, 1)
+    vllm_client.save_weights_and_get_sampling_client()
+    assert len(live.sample(prompt_of(5), 1, GREEDY).result().sequences[0].tokens) == 16
+    assert live.policy_version > version
+
+
+def test_sync_in_mid_generation_fails_snapshots_and_carries_followers(vllm_client: TrainingClient) -> None:
+    params = SamplingParams(max_tokens=300, seed=1, stop=[])
+    pinned, live = (vllm_client.save_weights_and_get_sampling_client(follow=follow) for follow in (False, True))
+    running = [client.sample(prompt_of(5), 8, params) for client in (pinned, live)]
+    train_a_little(vllm_client, 1)
+    vllm_client.save_weights_and_get_sampling_client()
+    with pytest.raises(StaleSamplerError):
+        running[0].result(60)
+    assert [len(sequence.tokens) for sequence in running[1].result(60).sequences] == [300] * 8
+
+
+def test_lora_weights_reach_the_sampler(vllm_service: ServiceClient) -> None:
+    client = vllm_service.create_lora_training_client("llama-tiny", rank=4)
+    train_a_little(client, 5)
+    prompt = prompt_of(30)
+    sampled = client.save_weights_and_get_sampling_client().sample(prompt, 1, GREEDY).result().sequences[0]
+    assert sampled.logprobs == pytest.approx(trainer_logprobs(client, prompt, sampled.tokens)[29:].tolist(), abs=1e-4)
+
+
+def test_gpt2_in_vllm_and_a_frozen_policy_beside_the_live_one(vllm_service: ServiceClient) -> None:
+    client = vllm_service.create_training_client("gpt2-tiny", seed=1)
+    frozen = vllm_service.create_sampling_client(base_model="gpt2-tiny", seed=1)
+    prompt = prompt_of(30)
+    reference = frozen.compute_logprobs(prompt).result()
+    assert reference[1:] == pytest.approx(trainer_logprobs(client, prompt, [])[: 29].tolist(), abs=1e-4)
+    train_a_little(client)
+    live = client.save_weights_and_get_sampling_client().sample(prompt, 1, GREEDY).result().sequences[0]
+    assert live.logprobs == pytest.approx(trainer_logprobs(client, prompt, live.tokens)[29:].tolist(), abs=1e-4)
+    assert frozen.compute_logprobs(prompt).result() == reference
+
+
+def test_engine_leaves_torchs_global_rng_alone(vllm_client: TrainingClient) -> None:
+    client = vllm_client.save_weights_and_get_sampling_client()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    client.sample(prompt_of(10), 4, SamplingParams(max_tokens=5)).result()
+    train_a_little(vllm_client, 1)
+    vllm_client.save_weights_and_get_sampling_client()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_bad_requests_are_refused_before_the_engine(vllm_client: TrainingClient) -> None:
+    client = vllm_client.save_weights_and_get_sampling_client()
+    for prompt, params, error in (
+        (ModelInput.empty(), GREEDY, DataError),
+        (ModelInput.from_ints([9999]), GREEDY, DataError),
+        (prompt_of(512), GREEDY, ContextLengthError),
+        (prompt_of(5), SamplingParams(max_tokens=0), ConfigError),
+        (prompt_of(5), SamplingParams(temperature=-1), ConfigError),
+    ):
+        with pytest.raises(error):
+            client.sample(prompt, 1, params)
+    fitting = client.sample(prompt_of(500), 1, SamplingParams(max_tokens=100, seed=1, stop=[])).result().sequences[0]
+    assert len(fitting.tokens) == 12 and fitting.stop_reason == "length"
+
+
+def test_a_dead_engine_fails_its_callers_and_nothing_hangs(torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = torch_service.create_training_client("tiny").save_weights_and_get_sampling_client()
+
+    def explode(self: object, requests: object) -> None:
+        raise ValueError("boom")
+
+    monkeypatch.setattr("backend.torch_sampler.TorchSampler._decode", explode)
+    with pytest.raises(EngineError, match="boom") as caught:
+        client.sample(prompt_of(5), 1, GREEDY).result(10)
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(EngineError):
+        client.sample(prompt_of(5), 1, GREEDY)

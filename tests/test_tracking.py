@@ -1,0 +1,245 @@
+"""The run folder, its metrics, checkpoints, transcripts and plots: what survives a kill, what is refused, what a person sees."""
+
+import json
+import math
+import sys
+import time
+from enum import Enum
+from html.parser import HTMLParser
+from pathlib import Path
+
+import chz
+import pytest
+
+from backend.errors import CheckpointError, ConfigError, DataError
+from tracking.metrics_log import MetricsLog, print_metrics_table, read_metrics, timed
+from tracking.plots import compare_runs, main, plot_run
+from tracking.progress import TrainingProgress
+from tracking.run_folder import RunFolder, config_to_json, open_run_folder
+from tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
+
+
+class Which(Enum):
+    ALL = "all"
+
+
+@chz.chz
+class Task:
+    size: int = 3
+
+
+@chz.chz
+class HarderTask(Task):
+    which: Which = Which.ALL
+
+
+@chz.chz
+class RunConfig:
+    model_name: str = "tiny"
+    env: Task = Task()
+    learning_rate: float = 1e-3
+    folder: Path = Path("data")
+    betas: tuple[float, ...] = (0.9, math.inf)
+    loss: object = math.sqrt
+
+
+def test_a_configuration_becomes_json_with_the_classes_of_its_parts():
+    assert config_to_json(RunConfig(env=HarderTask(size=4))) == {
+        "model_name": "tiny",
+        "env": {"class": f"{__name__}:HarderTask", "size": 4, "which": "all"},
+        "learning_rate": 1e-3,
+        "folder": "data",
+        "betas": [0.9, "inf"],
+        "loss": "math:sqrt",
+    }
+
+
+def test_an_existing_run_is_resumed_deleted_or_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    run = open_run_folder(folder, "raise", RunConfig())
+    MetricsLog(run).log({"loss": 1.0}, step=0)
+    assert not run.resumed and json.loads(run.config_file.read_text())["model_name"] == "tiny"
+    with pytest.raises(ConfigError, match="already holds a run"):
+        open_run_folder(folder, "raise", RunConfig())
+    with pytest.raises(ConfigError, match="no terminal to ask; say resume, delete"):
+        monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+        open_run_folder(folder, "ask", RunConfig())
+    resumed = open_run_folder(folder, "resume", RunConfig(learning_rate=1e-4))
+    assert resumed.resumed and resumed.changed_config == {"learning_rate": (1e-3, 1e-4)} and len(read_metrics(folder)) == 1
+    assert not open_run_folder(folder, "delete", RunConfig()).resumed and read_metrics(folder) == []
+
+
+def test_a_run_is_not_resumed_as_another_run(tmp_path):
+    open_run_folder(tmp_path / "run", "raise", RunConfig())
+    with pytest.raises(ConfigError, match="model_name=tiny, not small"):
+        open_run_folder(tmp_path / "run", "resume", RunConfig(model_name="small"))
+    with pytest.raises(ConfigError, match="env.class=.*:Task, not .*:HarderTask"):
+        open_run_folder(tmp_path / "run", "resume", RunConfig(env=HarderTask()))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model_name"] == "tiny"
+
+
+def test_what_is_no_run_is_never_deleted(tmp_path):
+    (tmp_path / "config.json").write_text("{}")  # a Hugging Face model has one too
+    with pytest.raises(ConfigError, match="holds no run"):
+        open_run_folder(tmp_path, "delete", RunConfig())
+    assert (tmp_path / "config.json").exists()
+    with pytest.raises(ConfigError, match="is a file"):
+        open_run_folder(tmp_path / "config.json", "resume", RunConfig())
+
+
+def test_a_folder_of_a_run_killed_at_its_start_can_be_resumed(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert open_run_folder(tmp_path / "run", "resume", RunConfig()).resumed
+
+
+def make_checkpoint(run: RunFolder, step: int, name: str | None = None) -> Path:
+    folder = run.checkpoints / (name or f"{step:06d}")
+    folder.mkdir(exist_ok=True)
+    (folder / "weights").write_text("w")
+    run.record_checkpoint(name or f"{step:06d}", step, folder, {"epoch": 1})
+    return folder
+
+
+def test_the_last_checkpoint_is_the_last_whole_one(tmp_path):
+    run = open_run_folder(tmp_path / "run", "raise", RunConfig())
+    assert run.last_checkpoint() is None
+    make_checkpoint(run, 5)
+    gone = make_checkpoint(run, 10)
+    (gone / "weights").unlink()
+    gone.rmdir()
+    with run.checkpoints_file.open("a") as file:
+        file.write('{"name": "000015", "st')  # killed here
+    last = run.last_checkpoint()
+    assert last is not None and (last.step, last.extra) == (5, {"epoch": 1}) and last.path == run.checkpoints / "000005"
+    make_checkpoint(run, 20)  # the torn line does not swallow the next record
+    assert [record.step for record in run.list_checkpoints()] == [5, 20]
+    with pytest.raises(CheckpointError, match="not a folder"):
+        run.record_checkpoint("x", 1, tmp_path / "nowhere")
+
+
+def test_pruning_keeps_the_latest_the_final_and_what_lies_elsewhere(tmp_path):
+    run = open_run_folder(tmp_path / "run", "raise", RunConfig())
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    run.record_checkpoint("outside", 0, outside)
+    for step, name in ((1, None), (2, "final"), (3, None), (4, None), (5, None)):
+        make_checkpoint(run, step, name)
+    run.prune_checkpoints(keep=2)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["000004", "000005", "final"] and outside.exists()
+    with pytest.raises(ConfigError, match="keep_checkpoints=0"):
+        run.prune_checkpoints(keep=0)
+
+
+def test_metrics_survive_a_kill_and_a_rewind(tmp_path):
+    run = open_run_folder(tmp_path / "run", "raise", RunConfig())
+    log = MetricsLog(run)
+    for step in range(4):
+        log.log({"loss": 0.1 * step, "n": step}, step)
+    before = run.metrics_file.read_text()
+    log.log({"loss": 9.0}, 4)
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert [record["step"] for record in read_metrics(run.metrics_file)] == [0, 1, 2, 3, 4]
+    run.truncate_metrics(4)
+    assert run.metrics_file.read_text() == before
+    run.metrics_file.write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
+    with pytest.raises(DataError, match=r"metrics.jsonl:2: not a JSON record"):
+        read_metrics(tmp_path / "run")
+
+
+def test_numbers_that_are_not_finite_are_null_and_named(tmp_path):
+    run = open_run_folder(tmp_path / "run", "raise", RunConfig())
+    MetricsLog(run).log({"a": math.nan, "b": -math.inf, "c": 2}, step=7)
+    text = run.metrics_file.read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 7,
+        "a": None,
+        "b": None,
+        "c": 2,
+        "non_finite": {"a": "nan", "b": "-inf"},
+    }
+
+
+def test_wandb_is_asked_for_only_on_request_and_its_absence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = open_run_folder(tmp_path / "run", "raise", RunConfig())
+    MetricsLog(run).close()
+    with pytest.raises(ConfigError, match=r"pip install 'posttrain-cookbook\[wandb\]'"):
+        MetricsLog(run, wandb_project="p")
+
+
+def test_timers_add_up_and_the_table_shows_every_metric(capsys):
+    metrics = {"optim/loss": 0.25}
+    for _ in range(2):
+        with timed(metrics, "sampling"):
+            time.sleep(0.01)
+    assert 0.02 <= metrics["time/sampling"] < 0.5
+    print_metrics_table(metrics, "step 3")
+    printed = capsys.readouterr().out
+    assert "step 3" in printed and "optim/loss" in printed and "0.2500" in printed and "time/sampling" in printed
+
+
+def test_progress_without_a_terminal_prints_the_first_and_the_last_step_and_costs_nothing(capsys):
+    start = time.perf_counter()
+    with TrainingProgress(1000, start=10, description="rl") as progress:
+        for step in range(10, 1000):
+            progress.update(step, {"reward": 0.5})
+    assert (time.perf_counter() - start) / 990 < 1e-3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("rl  step 11/1000") and lines[1].startswith("rl  step 1000/1000")
+    assert "s/step" in lines[1] and "ETA" in lines[1] and "reward 0.5000" in lines[1]
+
+
+class Balance(HTMLParser):
+    """Follows open tags and gathers text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_transcripts_are_whole_escaped_and_in_both_forms(tmp_path):
+    evil = "<script>alert('x')</script> & more\n"
+    turn = TranscriptTurn(evil, ["<b>", " 4", "\n"], [0.5, -0.25, math.nan], [-0.1, -2.0, 0.0], 1.0, {"ok": 1}, {"gold": "<4>"})
+    second = TranscriptTurn("and then?", ["end"], logs={"proof": "long\ntext"}, stop_reason="length")
+    failed = TranscriptMember([], 0.0, error="EngineError: <died>")
+    groups = [TranscriptGroup([TranscriptMember([turn, second], 1.0, 0.5), failed], ["arith"]), TranscriptGroup([])]
+    page = write_transcripts(tmp_path, 12, groups, max_html_groups=1)
+    html = page.read_text()
+    parsed = Balance(html)
+    assert page.name == "000012.html" and parsed.open == ["html", "body"][: len(parsed.open)]
+    assert "<script" not in html and evil.strip() in parsed.text and "EngineError: <died>" in parsed.text
+    assert 'class="p5" title="logprob -0.1000 advantage 0.5000"' in html and 'class="n3"' in html
+    assert "the first 1 groups are shown" in parsed.text and "http" not in html
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "000012.jsonl").read_text().splitlines()]
+    assert [line["member"] for line in lines] == [0, 1] and lines[0]["turns"][0]["tokens"] == ["<b>", " 4", "\n"]
+    assert lines[0]["tags"] == ["arith"] and lines[1]["error"] == "EngineError: <died>"
+
+
+def test_runs_are_plotted_alone_and_together(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        log = MetricsLog(open_run_folder(tmp_path / name, "raise", RunConfig()))
+        for step in range(3):
+            metrics = {"env/all/correct": step / 3, "optim/loss": math.nan, "time/sampling": 1.0, "time/total": 2.0}
+            log.log(metrics | ({"test/env/all/correct": 0.5} if step == 0 else {}), step)
+    assert plot_run(tmp_path / "a").read_bytes().startswith(b"\x89PNG")
+    out = compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "c.png", ["env/all/correct"])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="keys=optim/nothing: no such metric"):
+        compare_runs([tmp_path / "a"], tmp_path / "d.png", ["optim/nothing"])
+    monkeypatch.setattr("sys.argv", ["plots", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_code:
+        main()
+    assert exit_code.value.code == 2 and "no metrics there" in capsys.readouterr().err
