@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from backend.errors import ConfigError, ContextLengthError, DataError
+from backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
 from backend.losses import LOSSES, Loss, LossFn
 from backend.types import Datum
 
@@ -66,7 +66,7 @@ def check_data(data_D: Sequence[Datum], required: Sequence[str], vocabulary: int
             if value.array.shape[:1] != (len(tokens),):
                 raise DataError(f"datum {d}: {key} has shape {value.shape}, model_input has {len(tokens)} tokens")
             if value.array.dtype == np.float32 and not np.isfinite(value.array).all():
-                raise DataError(f"datum {d}: {key} holds NaN or infinity at position {int(np.argmin(np.isfinite(value.array)))}")
+                raise NonFiniteError(f"datum {d}: {key} is not finite", [d])
         if max(tokens) >= vocabulary or min(tokens) < 0 or targets.max() >= vocabulary or targets.min() < 0:
             raise DataError(f"datum {d} has a token outside the vocabulary of {vocabulary}: was it made with another tokenizer?")
 

@@ -180,10 +180,18 @@ class EngineThread:
             item.future.set_exception(_stale(item.version, self.version))
         else:
             self._unsettled.add(item.loop)
-            for request in item.requests:
-                self._calls[request] = item
-                self._engine.add(request)
+            self._add(item)
         return True
+
+    def _add(self, call: _Call) -> None:
+        try:
+            for request in call.requests:
+                self._engine.add(request)
+        except ValueError as error:  # the engine refuses this request; the others go on
+            call.future.set_exception(EngineError(f"the engine refused the request: {error}"))
+            self._restart_unfinished()
+            return
+        self._calls |= dict.fromkeys(call.requests, call)
 
     def _load(self, sync: _Sync) -> None:
         try:
@@ -198,6 +206,7 @@ class EngineThread:
         sync.future.set_result(None)
 
     def _restart_unfinished(self) -> None:
+        """Starts over what is still wanted, after something else had to be withdrawn."""
         self._engine.drop_all()
         for request in self._calls:
             self._engine.add(request)

@@ -79,8 +79,8 @@ class SamplingClient:
             raise DataError(f"the prompt has a token outside the vocabulary of {len(self._tokenizer)}: was it made with another tokenizer?")
         if num_samples < 1 or (params.max_tokens is not None and params.max_tokens < 1):
             raise ConfigError(f"num_samples={num_samples} and max_tokens={params.max_tokens} must be at least 1")
-        if params.temperature < 0 or not 0 < params.top_p <= 1 or params.top_k < -1:
-            raise ConfigError(f"temperature >= 0, 0 < top_p <= 1 and top_k >= -1 are needed, not {params}")
+        if not 0 <= params.temperature <= 2 or not 0 < params.top_p <= 1 or params.top_k < -1:  # vLLM's limits
+            raise ConfigError(f"temperature from 0 to 2, top_p above 0 and up to 1, and top_k from -1 are needed, not {params}")
         return self.max_length - len(tokens)
 
 

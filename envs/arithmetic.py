@@ -24,16 +24,17 @@ FEWSHOT = 4
 
 
 class PairSpace:
-    """All "a op b=" with operands of up to `num_digits` digits, numbered 0 to size - 1, and the held-out numbers among them."""
+    """All "a op b=" with operands of `min_digits` to `num_digits` digits, numbered 0 to size - 1, and the held-out numbers among them."""
 
-    def __init__(self, num_digits: int, operators: str, num_test: int, split_seed: int):
+    def __init__(self, num_digits: int, min_digits: int, operators: str, num_test: int, split_seed: int):
         unknown = set(operators) - set(OPERATORS)
         if unknown or not operators or len(set(operators)) < len(operators):
             raise ConfigError(f"operators={operators!r}: give some of {OPERATORS!r}, each once")
-        if not 1 <= num_digits <= 9:
-            raise ConfigError(f"num_digits={num_digits} must be between 1 and 9")
+        if not 1 <= min_digits <= num_digits <= 9:
+            raise ConfigError(f"min_digits={min_digits} and num_digits={num_digits}: 1 <= min_digits <= num_digits <= 9 is needed")
         self.operators = operators
-        self.base = 10**num_digits
+        self.smallest = 10 ** (min_digits - 1) if min_digits > 1 else 0
+        self.base = 10**num_digits - self.smallest  # values an operand can have
         self.size = len(operators) * self.base**2
         if not 1 <= num_test <= self.size // 4:
             raise ConfigError(f"num_test={num_test} must be between 1 and {self.size // 4}, a quarter of all problems")
@@ -53,7 +54,7 @@ class PairSpace:
     def problem(self, number: int) -> tuple[str, str]:
         """Question and answer."""
         operator, pair = divmod(int(number), self.base**2)
-        a, b = divmod(pair, self.base)
+        a, b = (self.smallest + offset for offset in divmod(pair, self.base))
         sign = self.operators[operator]
         return f"{a}{sign}{b}=", str({"+": a + b, "-": a - b, "*": a * b}[sign])
 
@@ -105,12 +106,13 @@ class ArithmeticTask:
     """What is asked, and what is held out: give the same to both builders."""
 
     num_digits: int = chz.field(default=2, doc="most digits of an operand: the difficulty")
+    min_digits: int | None = chz.field(default=None, doc="fewest digits of an operand; None = num_digits, so that all are of one length")
     operators: str = chz.field(default="+", doc="which of + - * occur")
     num_test: int = chz.field(default=200, doc="held-out problems")
     split_seed: int = chz.field(default=0, doc="seed of the choice of held-out problems; the same for warm start and RL")
 
     def space(self) -> PairSpace:
-        return PairSpace(self.num_digits, self.operators, self.num_test, self.split_seed)
+        return PairSpace(self.num_digits, self.min_digits or self.num_digits, self.operators, self.num_test, self.split_seed)
 
 
 @chz.chz

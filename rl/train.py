@@ -11,8 +11,10 @@ from typing import Any
 
 import chz
 
+from backend.batching import resolve_loss
 from backend.config import BackendConfig
 from backend.errors import ConfigError, DataError, NonFiniteError
+from backend.learning_rate import LRSchedule, lr_multiplier
 from backend.sampling_client import SamplingClient
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
@@ -52,7 +54,8 @@ class Config:
     loss_fn: str = chz.field(default="importance_sampling", doc="importance_sampling, ppo, cispo or dro")
     loss_fn_config: dict[str, Any] | None = chz.field(default=None, doc="options of the loss, e.g. loss_fn_config='{\"beta\": 0.1}'")
     num_substeps: int = chz.field(default=1, doc="optimizer steps a batch is cut into; more than 1 is slightly off-policy")
-    learning_rate: float = chz.field(default=1e-4, doc="constant; full training of big models wants 1e-6 to 1e-5, LoRA ten times that")
+    learning_rate: float = chz.field(default=1e-4, doc="at the first step; full training of big models wants 1e-6 to 1e-5, LoRA ten times that")
+    lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
     weight_decay: float = chz.field(default=0.0, doc="AdamW's, decoupled")
     grad_clip_norm: float = chz.field(default=0.0, doc="0 = no clipping")
     num_epochs: int = chz.field(default=1, doc="passes over the dataset")
@@ -103,6 +106,8 @@ async def main(config: Config) -> Metrics:
 
 def _check(config: Config) -> None:
     config.advantage.check_group_size(config.env.group_size)
+    if "advantages" not in resolve_loss(config.loss_fn, config.loss_fn_config).required:
+        raise ConfigError(f"loss_fn={config.loss_fn} does not use advantages: it is not a loss for reinforcement learning")
     for name in ("max_tokens", "num_substeps", "num_epochs"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
@@ -123,7 +128,8 @@ async def _loop(run: _Run, source: SynchronousGroups, num_steps: int) -> Metrics
         TrainingProgress(num_steps, start, "rl") as progress,
     ):
         for step in range(start, num_steps):
-            metrics = {"progress/batch": step, "progress/done_frac": (step + 1) / num_steps, "optim/lr": config.learning_rate}
+            learning_rate = config.learning_rate * lr_multiplier(config.lr_schedule, step, num_steps)
+            metrics = {"progress/batch": step, "progress/done_frac": (step + 1) / num_steps, "optim/lr": learning_rate}
             with timed(metrics, "total"):
                 if run.evaluator and step % config.eval_every == 0:
                     metrics |= await _evaluate(run, sampling_client, step, metrics)
@@ -162,7 +168,7 @@ async def _train_step(run: _Run, groups: list[TrajectoryGroup], step: int, metri
         write_rollouts(run.folder.transcripts, step, kept[: config.num_groups_to_log], advantages, run.tokenizer)
     if not training_data.data_D:  # every group was removed: there is nothing to learn from, and nothing moves
         return training_data
-    adam = AdamParams(config.learning_rate, weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm, eps=1e-8)
+    adam = AdamParams(metrics["optim/lr"], weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm, eps=1e-8)
     submitted = [
         (substep_D, client.forward_backward(substep_D, config.loss_fn, config.loss_fn_config), client.optim_step(adam))
         for substep_D in split_substeps(training_data.data_D, config.num_substeps)

@@ -16,7 +16,7 @@ from backend.tokenizers import load_tokenizer
 from backend.training_client import TrainingClient
 from backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse
 from renderers import get_renderer
-from supervised.learning_rate import LRSchedule, lr_multiplier
+from backend.learning_rate import LRSchedule, lr_multiplier
 from supervised.nll import NLLEvaluator, weighted_sums
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 from tracking.checkpointing import Checkpointer, StopRequest

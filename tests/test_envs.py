@@ -100,7 +100,7 @@ def test_a_grader_that_cannot_decide_gives_no_reward():
 
 @pytest.mark.parametrize("operators", ["+", "+-*"])
 def test_held_out_pairs_are_never_drawn_and_all_others_are(operators: str):
-    space = PairSpace(1, operators, num_test=20, split_seed=1)
+    space = PairSpace(1, 1, operators, num_test=20, split_seed=1)
     drawn = set(space.draw_train(20_000, [0]).tolist())
     assert drawn == set(range(space.size)) - set(space.held_out_D.tolist())
     held_out = {space.problem(n)[0] for n in space.test_D}
@@ -109,7 +109,7 @@ def test_held_out_pairs_are_never_drawn_and_all_others_are(operators: str):
 
 
 def test_problems_are_right():
-    space = PairSpace(2, "+-*", num_test=10, split_seed=0)
+    space = PairSpace(2, 1, "+-*", num_test=10, split_seed=0)
     assert all(str(eval(q[:-1])) == a for q, a in map(space.problem, range(0, space.size, 7)))
 
 

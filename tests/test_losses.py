@@ -198,7 +198,7 @@ def bad_datum(**changes: object) -> Datum:
         (Datum(ModelInput.empty(), {}), DataError, "empty"),
         (Datum(ModelInput.from_ints([5]), {"target_tokens": [6]}), DataError, "lacks loss_fn_inputs"),  # type: ignore[dict-item]
         (bad_datum(advantages=[1.0]), DataError, "advantages has shape"),
-        (bad_datum(advantages=np.full(policy_data(1)[0].model_input.length, np.nan)), DataError, "NaN"),
+        (bad_datum(advantages=np.full(policy_data(1)[0].model_input.length, np.nan)), NonFiniteError, "not finite"),
         (Datum(ModelInput.from_ints([999]), {"target_tokens": [1], "logprobs": [0.0], "advantages": [0.0]}), DataError, "vocabulary"),  # type: ignore[dict-item]
         (Datum(ModelInput.from_ints([5] * 600), {k: [1] * 600 for k in ("target_tokens", "logprobs", "advantages")}), ContextLengthError, "context"),  # type: ignore[dict-item]
     ],

@@ -141,9 +141,9 @@ def test_stops(engines, which: int) -> None:  # noqa: ANN001
 @pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
 def test_eos_stops_unless_told_never_to(engines, which: int) -> None:  # noqa: ANN001
     eos, prompt = engines[which].get_tokenizer().eos_token_id, prompt_of(3)
-    free = engines[which].sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=3.0, stop=[])).result().sequences
+    free = engines[which].sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=2.0, stop=[])).result().sequences
     for stop in (None, ["never in the text"], [259]):
-        sampled = engines[which].sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=3.0, stop=stop)).result().sequences
+        sampled = engines[which].sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=2.0, stop=stop)).result().sequences
         ended = [s for s in sampled if s.stop_reason == "stop" and s.tokens[-1] == eos]
         assert ended and all(eos not in s.tokens[:-1] for s in sampled)
     assert any(eos in s.tokens[:-1] for s in free) and all(s.stop_reason == "length" for s in free)
@@ -232,6 +232,7 @@ def test_bad_requests_are_refused_before_the_engine(vllm_client: TrainingClient)
         (prompt_of(512), GREEDY, ContextLengthError),
         (prompt_of(5), SamplingParams(max_tokens=0), ConfigError),
         (prompt_of(5), SamplingParams(temperature=-1), ConfigError),
+        (prompt_of(5), SamplingParams(temperature=3), ConfigError),
     ):
         with pytest.raises(error):
             client.sample(prompt, 1, params)

@@ -1,0 +1,58 @@
+"""A race of training steps between our loop and TRL's trainer, each in its own process, in turn, from the same warm-started model."""
+
+import importlib.metadata
+import os
+import statistics
+import tempfile
+from functools import partial
+from typing import Any
+
+from benchmarks.report import ROOT, alternate, in_subprocess, spread, wait_until_quiet, write_report
+
+TRL_SITE = os.environ.get("TRL_SITE", "/tmp/trl-site")
+WARM_START_STEPS = 100  # about 10 s; enough that answers end with EOS and some of them are right
+
+
+def check_trl() -> None:
+    """TRL lives beside the virtual environment, or in it."""
+    try:
+        importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        if not os.path.isdir(f"{TRL_SITE}/trl"):
+            raise SystemExit(f"TRL is not installed: pip install --target {TRL_SITE} --no-deps trl==1.16.0") from None
+
+
+def race(name: str, ours: dict[str, list[str]], trl: list[str], rounds: int, steps: int, warmup: int, settings: dict[str, Any]) -> None:
+    """`ours`: per side the arguments of the script's --side mode; `trl`: the mode of trl_side.py. Step times of all rounds are pooled."""
+    check_trl()
+    script = str(ROOT / "benchmarks" / f"{name}.py")
+    with tempfile.TemporaryDirectory() as folder:
+        in_subprocess(script, "--side", "warm_start", "--model", f"{folder}/warm", "--steps", str(WARM_START_STEPS))
+        model = f"{folder}/warm/checkpoints/final"
+        counts = ["--steps", str(steps), "--warmup", str(warmup)]
+        sides = {side: partial(in_subprocess, script, "--side", *args, "--model", model, *counts) for side, args in ours.items()}
+        trl_script = str(ROOT / "benchmarks" / "trl_side.py")
+        sides["TRL"] = partial(in_subprocess, trl_script, *trl, model, str(steps), str(warmup), extra_path=TRL_SITE)
+        load = wait_until_quiet()
+        results = alternate(sides, rounds)
+    figures, medians, tenths = {}, {}, {}
+    for side, outcomes in results.items():
+        seconds = [second for outcome in outcomes for second in outcome["step_seconds"]]
+        medians[side], tenths[side] = statistics.median(seconds), statistics.quantiles(seconds, n=10)[0]
+        round_medians = [statistics.median(outcome["step_seconds"]) for outcome in outcomes]
+        figures |= {f"{side}: step, s": medians[side], f"{side}: spread of the rounds": spread(round_medians)}
+        figures[f"{side}: fastest tenth, s"] = tenths[side]
+        last = outcomes[-1]
+        figures |= {f"{side}: {key}": last[key] for key in ("reward", "answer_tokens", "nll") if key in last}
+        figures |= {f"{side}: {part}, s": mean for part, mean in last.get("parts", {}).items()}
+    settings |= {"steps": steps, "warmup": warmup, "rounds": rounds, "trl": _trl_version()}
+    ratios = {f"TRL / {side}": medians["TRL"] / medians[side] for side in ours}
+    # The fastest steps are those that nothing else on the machine disturbed.
+    ratios |= {f"TRL / {side}, fastest tenths": tenths["TRL"] / tenths[side] for side in ours}
+    write_report(name, figures, settings, load, ratios)
+
+
+def _trl_version() -> str:
+    found = next(iter(importlib.metadata.distributions(name="trl", path=[TRL_SITE])), None)
+    return found.version if found else importlib.metadata.version("trl")
+

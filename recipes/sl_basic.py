@@ -1,0 +1,48 @@
+"""Supervised fine-tuning from builders: a dataset builder and the loop's own configuration, with other defaults.
+
+The loop (supervised/train.py) gives the learning-rate schedule, held-out loss, checkpoints, exact resume and plots; what a recipe
+adds is the choice. Every default here, and every other field of supervised.train.Config, can be overridden:
+
+    python recipes/sl_basic.py                                             # under a minute on 2 cores; runs/sl_basic
+    python recipes/sl_basic.py dataset.num_digits=3 num_epochs=2 learning_rate=1e-3
+    python recipes/sl_basic.py dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl model_name=small
+
+Expect test/nll, in nats per token of held-out answers, to fall from 6 to below 0.1. To train on data of your own, put another
+builder where ArithmeticExamplesBuilder stands: supervised/data.py has them for JSONL files, Hugging Face datasets and mixtures.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
+
+import chz
+
+from envs.arithmetic import ArithmeticExamplesBuilder
+from supervised import train
+from supervised.types import SupervisedDatasetBuilder
+from tracking.command_line import run_command
+
+
+@chz.chz
+class Config(train.Config):
+    """Supervised fine-tuning on two-digit addition."""
+
+    dataset: SupervisedDatasetBuilder = chz.field(
+        default_factory=lambda: ArithmeticExamplesBuilder(num_digits=2, n_batches=300, batch_size=128),
+        doc="builder of the training and held-out data",
+    )
+    learning_rate: float = chz.field(default=2e-3, doc="at the first step")
+    eval_every: int = chz.field(default=50, doc="held-out loss before every this many steps, and at the end; 0 = never")
+    log_path: str = chz.field(default="runs/sl_basic", doc="the run folder")
+
+
+def main(config: Config) -> None:
+    asyncio.run(train.main(config))
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

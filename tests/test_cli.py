@@ -1,0 +1,140 @@
+"""The commands as a user runs them: they learn, they leave a readable run folder, and bad input ends in one line and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tracking.metrics_log import read_metrics
+
+SFT, RL = "supervised/train_cli.py", "rl/train_cli.py"
+GSM8K = [
+    {"question": "Tom has 3 apples and buys 4. How many?", "answer": "3+4=<<3+4=7>>7\n#### 7"},
+    {"question": "A box holds 12 eggs. How many in 3?", "answer": "12*3=<<12*3=36>>36\n#### 36"},
+    {"question": "Ann ran 5 km on 2 days. How far?", "answer": "5*2=<<5*2=10>>10\n#### 10"},
+    {"question": "Half of 18?", "answer": "18/2=<<18/2=9>>9\n#### 9"},
+]
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    script, *options = arguments
+    command = ["-m", script] if not script.endswith(".py") else [str(ROOT / script)]
+    return subprocess.run([sys.executable, *command, *options], cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+def succeeds(*arguments: str, cwd: Path = ROOT) -> str:
+    result = run(*arguments, cwd=cwd)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_warm_start_then_rl_by_vllm_learns_one_digit_sums(tmp_path: Path) -> None:
+    task = ["num_digits=1", "operators=+-", "num_test=20"]
+    sft = [f"dataset.{option}" for option in task]
+    succeeds(SFT, *sft, "renderer_name=plain", "learning_rate=2e-3", "dataset.n_batches=45", f"log_path={tmp_path / 'sft'}")
+    nll = [record["train_mean_nll"] for record in read_metrics(tmp_path / "sft") if "train_mean_nll" in record]
+    assert nll[-1] < 0.5 * nll[0]
+    rl = [f"env.{option}" for option in task]
+    output = succeeds(
+        RL, *rl, "renderer_name=plain", f"load_checkpoint_path={tmp_path / 'sft/checkpoints/final'}", "backend.engine=vllm",
+        "max_tokens=4", "learning_rate=3e-4", "env.n_batches=60", "groups_per_batch=32", "advantage=rloo", f"log_path={tmp_path / 'rl'}",
+    )  # fmt: skip
+    metrics = read_metrics(tmp_path / "rl")
+    reward = [record["env/all/reward/total"] for record in metrics if "env/all/reward/total" in record]
+    assert sum(reward[:5]) / 5 < 0.75 and sum(reward[-5:]) / 5 > 0.9, reward
+    assert all(record["optim/logprob_gap_mean"] < 1e-4 for record in metrics if "optim/logprob_gap_mean" in record)
+    assert all(record["optim/probe_logprob_gap"] < 1e-4 for record in metrics if "optim/probe_logprob_gap" in record)
+    assert "plot:" in output and (tmp_path / "rl/plots/run.png").stat().st_size > 10_000
+    page = (tmp_path / "rl/transcripts/000000.html").read_text()
+    assert "gold" in page and "<html" in page
+    config = json.loads((tmp_path / "rl/config.json").read_text())
+    assert config["env"]["class"] == "envs.arithmetic:ArithmeticBuilder" and config["advantage"]["class"].endswith("LeaveOneOut")
+
+
+def test_gsm8k_files_train_supervised_and_by_rl(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", GSM8K)
+    output = succeeds(
+        SFT, "dataset=gsm8k", f"dataset.path={tmp_path / 'train.jsonl'}", f"dataset.test_path={tmp_path / 'test.jsonl'}", "batch_size=2",
+        "num_epochs=3", "log_path=sft", cwd=tmp_path,
+    )  # fmt: skip
+    assert "4 examples" in output and len(read_metrics(tmp_path / "sft")) == 7
+    succeeds(
+        "rl.train_cli", "env=gsm8k", f"env.data_dir={tmp_path}", f"load_checkpoint_path={tmp_path / 'sft/checkpoints/final'}", "group_size=2",
+        "groups_per_batch=2", "max_tokens=16", "backend.engine=torch", f"log_path={tmp_path / 'rl'}",
+    )  # fmt: skip
+    assert {"env/all/correct", "env/all/truncated"} <= read_metrics(tmp_path / "rl")[0].keys()
+
+
+BAD_INPUT = {
+    "misspelt option": ([RL, "group_szie=4"], "did you mean group_size"),
+    "misspelt field": ([RL, "env.num_digts=3"], "env.num_digits"),
+    "wrong type": ([RL, "group_size=many"], "group_size"),
+    "unknown env": ([RL, "env=arithmetics"], "did you mean arithmetic"),
+    "unknown preset": ([RL, "model_name=tinny"], "did you mean 'tiny'"),
+    "unknown renderer": ([RL, "renderer_name=role_colom"], "role_colon"),
+    "rloo alone": ([RL, "advantage=rloo", "group_size=1"], "group_size >= 2"),
+    "context too long": ([RL, "backend.max_length=100000"], "512 tokens of context"),
+    "unknown loss": ([RL, "loss_fn=pppo"], "did you mean 'ppo'"),
+    "no such file": ([SFT, "dataset=nowhere.jsonl"], "no such file"),
+    "malformed line": ([SFT, "dataset={tmp}/bad.jsonl"], "bad.jsonl:2"),
+    "no assistant turn": ([SFT, "dataset={tmp}/user_only.jsonl"], "user_only.jsonl:1"),
+    "all too long": ([SFT, "dataset={tmp}/good.jsonl", "dataset.max_length=3"], "none is left"),
+    "existing run": ([SFT, "log_path={tmp}/old"], "already holds a run"),
+    "checkpoint of another model": ([SFT, "model_name=small", "load_checkpoint_path={tmp}/checkpoint"], "another model"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    conversation = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    write_jsonl(folder / "good.jsonl", [conversation])
+    write_jsonl(folder / "bad.jsonl", [conversation, '{"messages": [', conversation])
+    write_jsonl(folder / "user_only.jsonl", [{"messages": conversation["messages"][:1]}])
+    (folder / "old").mkdir()
+    (folder / "old" / "metrics.jsonl").write_text("")
+    (folder / "old" / "config.json").write_text("{}")
+    from backend.models import PRESETS
+    from backend.tokenizers import character_tokenizer
+
+    PRESETS["tiny"].save_pretrained(folder / "checkpoint")
+    character_tokenizer(512).save_pretrained(folder / "checkpoint")
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_in_one_line(case: str, bad_files: Path) -> None:
+    arguments, says = BAD_INPUT[case]
+    filled = [argument.replace("{tmp}", str(bad_files)) for argument in arguments]
+    if not any(argument.startswith("log_path") for argument in filled):
+        filled.append(f"log_path={bad_files / case.replace(' ', '_')}")
+    result = run(*filled, cwd=bad_files)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert lines[-1].startswith("error: ") and says in lines[-1], result.stderr
+
+
+def test_nan_loss_saves_nothing_and_leaves_the_data(tmp_path: Path) -> None:
+    arguments = [RL, "renderer_name=plain", "backend.engine=torch", "groups_per_batch=4", "group_size=4", "env.num_test=4", "max_tokens=4"]
+    options = ["learning_rate=1e39", "save_every=1", "env.n_batches=9", f"log_path={tmp_path / 'run'}"]
+    result = run(*arguments, *options)
+    assert result.returncode == 2 and "is not finite" in result.stderr.splitlines()[-1], result.stderr
+    (file,) = (tmp_path / "run").glob("nonfinite_*.jsonl")
+    assert json.loads(file.read_text().splitlines()[0])["tokens"]
+    assert not (tmp_path / "run/checkpoints/final").exists()
+    assert len(read_metrics(tmp_path / "run")) < 9
+
+
+def test_help_is_readable() -> None:
+    output = succeeds(RL, "--help")
+    assert "env.num_digits" in output and "gsm8k" in output and "group_size" in output
+    assert max(map(len, output.splitlines())) < 260

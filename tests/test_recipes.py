@@ -1,0 +1,66 @@
+"""The recipes as a user runs them: from another directory, as a file and as a module, with few steps and the torch sampler."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+
+def run_recipe(name: str, folder: Path, *arguments: str, as_module: bool = False) -> str:
+    """What it prints. One thread, since the models are tiny and the tests' own engines have the others."""
+    script = ["-m", f"recipes.{name}"] if as_module else [str(ROOT / "recipes" / f"{name}.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT) if as_module else ""}
+    done = subprocess.run(
+        [sys.executable, *script, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(pattern: str, output: str) -> list[float]:
+    return [float(found) for found in re.findall(pattern, output)]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sl_loop_learns(tmp_path):
+    output = run_recipe("sl_loop", tmp_path, "steps=40", "batch_size=32", "eval_every=20", "engine=torch")
+    losses = numbers(r"held-out loss ([\d.]+)", output)
+    assert len(losses) == 3 and losses[0] > 5 and losses[-1] < 2  # ln 10 = 2.3 would be knowing no more than that digits follow
+    assert 0 <= numbers(r"held-out accuracy ([\d.]+)", output)[0] <= 1
+    assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
+
+
+def test_rl_loop_samples_and_trains_with_the_same_policy(tmp_path):
+    small = ["warm_start_loss=10", "steps=3", "batch_size=4", "group_size=4", "eval_every=2", "engine=torch"]
+    output = run_recipe("rl_loop", tmp_path, *small, as_module=True)
+    assert len(numbers(r"reward ([\d.]+)", output)) == 3
+    assert max(numbers(r"gap ([\d.e+-]+)", output)) < 1e-4
+    assert len(numbers(r"held-out accuracy ([\d.]+)", output)) == 3
+
+
+def test_sl_basic_fills_a_run_folder(tmp_path):
+    small = ["dataset.n_batches=6", "dataset.batch_size=16", "dataset.num_test=20", "eval_every=3", "backend.engine=torch"]
+    run_recipe("sl_basic", tmp_path, *small, as_module=True)
+    run = tmp_path / "runs" / "sl_basic"
+    assert [record["step"] for record in metrics(run)] == list(range(7))
+    assert metrics(run)[-1]["test/nll"] < metrics(run)[0]["test/nll"]
+    assert (run / "checkpoints" / "final" / "model.safetensors").exists() and (run / "plots" / "run.png").exists()
+
+
+def test_rl_basic_warm_starts_and_then_trains(tmp_path):
+    sizes = ["env.batch_size=4", "env.group_size=4", "env.n_batches=2", "env.num_test=20"]
+    run_recipe("rl_basic", tmp_path, *sizes, "warm_start_steps=5", "backend.engine=torch", f"log_path={tmp_path}/rl")
+    assert metrics(tmp_path / "rl_warm_start")[-1]["test/nll"] < 6
+    config = json.loads((tmp_path / "rl" / "config.json").read_text())
+    assert config["load_checkpoint_path"] == f"{tmp_path}/rl_warm_start/checkpoints/final"
+    first, second, final = metrics(tmp_path / "rl")
+    assert max(first["optim/logprob_gap_mean"], second["optim/logprob_gap_mean"]) < 1e-4
+    assert "test/env/all/correct" in first and "test/env/all/correct" in final
+    assert list((tmp_path / "rl" / "transcripts").glob("*.html"))

@@ -1,0 +1,203 @@
+"""Flattening, advantages, metrics and rollouts, against hand-computed cases; and the estimator's expectation against the true gradient."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError
+from backend.trainer import Trainer
+from backend.types import ModelInput, TensorData
+from rl.advantages import GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline
+from rl.data_processing import assemble_training_data, compute_advantages, split_substeps, trainable_groups, trajectory_to_data
+from rl.metrics import compute_sampling_metrics, compute_trajectory_metrics
+from rl.rollouts import do_rollouts
+from rl.types import Env, EnvGroupBuilder, Metrics, Observation, RolloutError, StepResult, StopCondition, TokensWithLogprobs
+from rl.types import Trajectory, TrajectoryGroup, Transition
+
+
+def turn(ob: list[int], ac: list[int], lp: list[float], reward: float = 0.0, temperature: float = 1.0, **metrics: float) -> Transition:
+    return Transition(ModelInput.from_ints(ob), TokensWithLogprobs(ac, lp, "stop", temperature), reward, False, metrics)
+
+
+def group(rewards: Sequence[float], tags: Sequence[str] = (), **metrics: float) -> TrajectoryGroup:
+    trajectories = [Trajectory([turn([1, 2], [3, 4 + i], [-0.1, -0.2], reward, **metrics)]) for i, reward in enumerate(rewards)]
+    return TrajectoryGroup(trajectories, [0.0] * len(rewards), [{}] * len(rewards), list(tags))
+
+
+def tracks(datum) -> dict[str, list]:  # noqa: ANN001
+    return {"input": datum.model_input.to_ints()} | {key: pytest.approx(value.tolist()) for key, value in datum.loss_fn_inputs.items()}
+
+
+def test_single_turn_is_shifted_by_one() -> None:
+    (datum,) = trajectory_to_data(Trajectory([turn([1, 2], [3, 4], [-0.1, -0.2])]), 0.5)
+    assert tracks(datum) == {
+        "input": [1, 2, 3],
+        "target_tokens": [2, 3, 4],
+        "logprobs": [0, -0.1, -0.2],
+        "advantages": [0, 0.5, 0.5],
+        "mask": [0, 1, 1],
+    }
+
+
+def test_turns_that_extend_each_other_are_one_datum_and_others_are_not() -> None:
+    extending = Trajectory([turn([1, 2], [3], [-0.1]), turn([1, 2, 3, 9], [5, 6], [-0.5, -0.6])])
+    (datum,) = trajectory_to_data(extending, 2.0)
+    assert tracks(datum)["input"] == [1, 2, 3, 9, 5]
+    assert datum.loss_fn_inputs["mask"].tolist() == [0, 1, 0, 1, 1]
+    assert datum.loss_fn_inputs["advantages"].tolist() == [0, 2, 0, 2, 2]
+    breaking = Trajectory([turn([1, 2], [3], [-0.1]), turn([1, 9], [5], [-0.5])])
+    first, second = trajectory_to_data(breaking, 2.0)
+    assert (first.model_input.to_ints(), second.model_input.to_ints()) == ([1, 2], [1, 9])
+    assert second.loss_fn_inputs["target_tokens"].tolist() == [9, 5]
+
+
+def test_temperature_track_appears_when_some_token_was_tempered() -> None:
+    plain = assemble_training_data([group([0, 1])], [np.array([-0.5, 0.5])]).data_D
+    assert all("temperature" not in datum.loss_fn_inputs for datum in plain)
+    tempered = TrajectoryGroup([Trajectory([turn([1], [2, 3], [-1, -1], temperature=0.5)])], [0.0], [{}])
+    (datum,) = assemble_training_data([tempered], [np.array([1.0])]).data_D
+    assert datum.loss_fn_inputs["temperature"].tolist() == [0.5, 0.5]
+
+
+def test_advantage_estimators_by_hand() -> None:
+    rewards = np.array([1.0, 0.0, 0.0, 1.0, 1.0])
+    assert GroupMean()(rewards) == pytest.approx([0.4, -0.6, -0.6, 0.4, 0.4])
+    assert GroupMeanStd(eps=0.0)(rewards) == pytest.approx(np.array([0.4, -0.6, -0.6, 0.4, 0.4]) / np.sqrt(0.24))
+    assert LeaveOneOut()(rewards) == pytest.approx([1 - 2 / 4, 0 - 3 / 4, 0 - 3 / 4, 1 - 2 / 4, 1 - 2 / 4])
+    assert NoBaseline()(rewards) == pytest.approx(rewards)
+    assert GroupMean()(np.array([3.0])) == pytest.approx([0.0])
+    with pytest.raises(ConfigError, match="group_size >= 2"):
+        LeaveOneOut().check_group_size(1)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=9))
+def test_leave_one_out_equals_its_definition(rewards: list[float]) -> None:
+    expected = [r - np.mean(rewards[:i] + rewards[i + 1 :]) for i, r in enumerate(rewards)]
+    assert LeaveOneOut()(np.array(rewards)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_removing_constant_groups_keeps_rewards_and_trajectories_aligned() -> None:
+    groups = [group([1, 1]), group([0, 1, 0]), group([0, 0]), group([2, 1])]
+    kept = trainable_groups(groups, GroupMean(), remove_constant=True)
+    data = assemble_training_data(kept, compute_advantages(kept, GroupMean()))
+    assert [len(g.trajectories_G) for g in kept] == [3, 2]
+    assert data.origin_D == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [d.loss_fn_inputs["advantages"].array.max() for d in data.data_D] == pytest.approx([0, 2 / 3, 0, 0.5, 0])
+    assert trainable_groups(groups[:1], GroupMean(), remove_constant=True) == []
+    assert trainable_groups([group([1])], LeaveOneOut(), remove_constant=False) == []
+
+
+def test_substeps_are_cut_in_order() -> None:
+    data = assemble_training_data([group([0] * 10)], [np.zeros(10)]).data_D
+    assert [len(part) for part in split_substeps(data, 3)] == [3, 3, 4]
+    assert [d for part in split_substeps(data, 3) for d in part] == data
+    assert [len(part) for part in split_substeps(data[:2], 5)] == [1, 1]
+
+
+def test_sampler_against_trainer_metrics_by_hand() -> None:
+    (datum,) = trajectory_to_data(Trajectory([turn([1, 2], [3, 4], [-0.1, -0.2])]), 1.0)
+    trained = TensorData(np.array([-9.0, -0.2, -0.3], dtype=np.float32))
+    metrics = compute_sampling_metrics([datum], [trained])
+    expected = {"kl_sample_train_v1": 0.1, "kl_sample_train_v2": 0.005, "logprob_gap_mean": 0.1, "logprob_gap_max": 0.1, "entropy": 0.15}
+    assert metrics == {f"optim/{name}": pytest.approx(value, abs=1e-6) for name, value in expected.items()}
+
+
+def test_trajectory_metrics_by_hand() -> None:
+    mixed, good, bad = group([0, 1], ["a"], correct=0.5), group([1, 1], ["b"]), group([0, 0], ["b"])
+    metrics = compute_trajectory_metrics([mixed, good, bad])
+    assert metrics["env/all/reward/total"] == pytest.approx(0.5)
+    assert metrics["env/b/reward/total"] == pytest.approx(0.5) and metrics["env/a/reward/total"] == pytest.approx(0.5)
+    assert metrics["env/all/correct"] == 0.5 and "env/b/correct" not in metrics
+    fractions = [metrics[f"env/all/by_group/frac_{kind}"] for kind in ("mixed", "all_good", "all_bad")]
+    assert fractions == pytest.approx([1 / 3] * 3)
+    assert (metrics["env/all/total_episodes"], metrics["env/all/total_ac_tokens"], metrics["env/all/ob_tokens_per_turn"]) == (6, 12, 2)
+
+
+class CountingEnv(Env):
+    """Asks `turns` times; fails as it is told."""
+
+    def __init__(self, turns: int, failure: Exception | None = None):
+        self.turns, self.failure, self.seen = turns, failure, 0
+
+    async def initial_observation(self) -> tuple[Observation, StopCondition]:
+        return ModelInput.from_ints([10, 11]), []
+
+    async def step(self, action: list[int]) -> StepResult:
+        self.seen += 1
+        if self.failure:
+            raise self.failure
+        return StepResult(1.0, self.seen == self.turns, ModelInput.from_ints([10, 11, *action, 12]), [], {"turn": self.seen})
+
+
+class CountingBuilder(EnvGroupBuilder):
+    def __init__(self, *envs: CountingEnv):
+        self.envs = envs
+
+    async def make_envs(self) -> Sequence[Env]:
+        return self.envs
+
+    async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
+        return [(0.5, {"members": len(envs_G)}) for _ in trajectories_G]
+
+
+def rollout(*builders: CountingBuilder, seed: int = 0, torch_service) -> list[TrajectoryGroup]:  # noqa: ANN001
+    from rl.rollouts import Policy
+
+    client = torch_service.create_training_client("tiny").save_weights_and_get_sampling_client()
+    return asyncio.run(do_rollouts(builders, Policy(client, max_tokens=4), (seed,)))
+
+
+def test_rollouts_take_turns_and_the_seed_decides(torch_service) -> None:  # noqa: ANN001
+    def builders() -> list[CountingBuilder]:
+        return [CountingBuilder(CountingEnv(1), CountingEnv(3)), CountingBuilder(CountingEnv(2))]
+
+    first, again, other = (rollout(*builders(), seed=seed, torch_service=torch_service) for seed in (1, 1, 2))
+    assert [[len(t.transitions) for t in g.trajectories_G] for g in first] == [[1, 3], [2]]
+    assert [g.get_total_rewards() for g in first] == [[1.5, 3.5], [2.5]]
+    sampled = [[t.ac.tokens for g in groups for tr in g.trajectories_G for t in tr.transitions] for groups in (first, again, other)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert len({tuple(tokens) for tokens in sampled[0]}) == len(sampled[0]), "turns and members must not share a seed"
+
+
+def test_a_rollout_that_cannot_be_scored_leaves_its_group_and_is_counted(torch_service) -> None:  # noqa: ANN001
+    (g,) = rollout(CountingBuilder(CountingEnv(1), CountingEnv(1, RolloutError("grader timed out"))), torch_service=torch_service)
+    assert g.get_total_rewards() == [1.5] and g.metrics_G == [{"members": 1}]
+    metrics = compute_trajectory_metrics([g])
+    assert metrics["rollout_errors/RolloutError"] == 1 and metrics["env/all/reward/total"] == 1.5
+
+
+def test_a_bug_in_an_environment_is_raised_as_itself(torch_service) -> None:  # noqa: ANN001
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        rollout(CountingBuilder(CountingEnv(5), CountingEnv(1, ZeroDivisionError("mine"))), torch_service=torch_service)
+
+
+def test_policy_gradient_estimator_is_unbiased() -> None:
+    """One sampled token of three: the estimator summed over all groups of two, weighted by probability, is the gradient of E[R]."""
+    trainer, prompt, choices, rewards = Trainer("tiny", BackendConfig()), [7, 8, 9], [20, 21, 22], np.array([1.0, 0.2, 0.0])
+    head = trainer.base.get_output_embeddings().weight
+
+    def logprobs() -> torch.Tensor:
+        return trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[choices]
+
+    p = logprobs().exp().detach().double().numpy()
+    # Members outside the three choices would have reward 0, too; restrict the policy's support by conditioning on the choices.
+    p_given = p / p.sum()
+    (trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].softmax(-1) * torch.tensor(rewards).float()).sum().backward()
+    assert head.grad is not None
+    exact = head.grad.clone()
+    trainer.zero_grad()
+    total = torch.zeros_like(exact)
+    for i in range(3):
+        for j in range(3):
+            advantages = LeaveOneOut()(rewards[[i, j]])
+            for member, advantage in zip((i, j), advantages, strict=True):
+                conditional = trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].log_softmax(-1)[member]
+                (gradient,) = torch.autograd.grad(conditional, head)
+                total += float(p_given[i] * p_given[j] * advantage / 2) * gradient
+    assert torch.allclose(total, exact, atol=1e-6)
