@@ -18,7 +18,9 @@ class BackendConfig:
     max_num_seqs: int = chz.field(default=256, doc="sequences the sampler decodes at once")
     sampler_memory_gb: float = chz.field(default=1.0, doc="KV cache of a vLLM engine on a CPU, in GiB")
     gpu_memory_utilization: float = chz.field(default=0.4, doc="share of the GPU that a vLLM engine may take; the trainer needs the rest")
-    enforce_eager: bool = chz.field(default=False, doc="no CUDA graphs in vLLM: starts a minute faster, decodes slower")
+    enforce_eager: bool | None = chz.field(
+        default=None, doc="no compilation in vLLM; None = eager on a CPU (compiling needs g++), compiled with CUDA graphs on a GPU"
+    )
 
 
 def training_device() -> torch.device:

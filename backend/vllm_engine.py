@@ -56,11 +56,12 @@ class VllmEngine:
                 # The logprobs of the distribution that was sampled from: tempered, and cut by top-k and top-p.
                 "logprobs_mode": "processed_logprobs",
                 "max_logprobs": -1,
+                "enforce_eager": device.type == "cpu" if config.enforce_eager is None else config.enforce_eager,
                 "disable_log_stats": True,
                 "seed": 0,
             }
             if device.type == "cuda":
-                args |= {"gpu_memory_utilization": config.gpu_memory_utilization, "enforce_eager": config.enforce_eager}
+                args["gpu_memory_utilization"] = config.gpu_memory_utilization
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
             except (ValueError, NotImplementedError) as error:

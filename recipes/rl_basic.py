@@ -5,7 +5,7 @@ supervised loop first makes a checkpoint in LOG_PATH_warm_start. The two builder
 
     python recipes/rl_basic.py                                             # two minutes on 2 cores; runs/rl_basic
     python recipes/rl_basic.py advantage=rl.advantages:LeaveOneOut loss_fn=ppo num_substeps=2
-    python recipes/rl_basic.py env=envs.math_word:Gsm8kBuilder env.data_dir=gsm8k model_name=NAME warm_start_steps=0
+    python recipes/rl_basic.py load_checkpoint_path=runs/rl_basic_warm_start/checkpoints/final log_path=runs/again
 
 Expect test/env/all/correct, greedy accuracy on held-out sums, to climb from about 0.6 to above 0.9. To train on your task, put
 its builder where ArithmeticBuilder stands. Every field of rl.train.Config can be overridden.
@@ -37,7 +37,11 @@ class Config(train.Config):
         default_factory=lambda: ArithmeticBuilder(num_digits=2, batch_size=64, group_size=8, n_batches=60),
         doc="builder of the training and held-out environments",
     )
-    warm_start_steps: int = chz.field(default=180, doc="supervised steps before RL; 0, or load_checkpoint_path, does without")
+    warm_start_steps: int = chz.field(default=240, doc="supervised steps before RL; 0, or load_checkpoint_path, does without")
+    renderer_name: str | None = chz.field(
+        default="plain", doc="role_colon, chat_template or plain; None = what suits the tokenizer"
+    )
+    learning_rate: float = chz.field(default=2e-4, doc="constant")
     max_tokens: int = chz.field(default=8, doc="most tokens sampled per turn")
     log_path: str = chz.field(default="runs/rl_basic", doc="the run folder")
 

@@ -52,11 +52,11 @@ class Config:
 
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     load_checkpoint_path: str | None = chz.field(default=None, doc="start from these weights instead of a warm start")
-    warm_start_loss: float = chz.field(default=0.8, doc="nats per answer at which the warm start ends; it takes 150 to 400 steps")
+    warm_start_loss: float = chz.field(default=0.6, doc="nats per answer at which the warm start ends; it takes 150 to 400 steps")
     steps: int = chz.field(default=60, doc="RL steps")
     batch_size: int = chz.field(default=64, doc="problems per step (P)")
     group_size: int = chz.field(default=8, doc="answers sampled per problem (G)")
-    learning_rate: float = chz.field(default=1e-4, doc="of RL, constant")
+    learning_rate: float = chz.field(default=2e-4, doc="of RL, constant")
     eval_every: int = chz.field(default=10, doc="steps between greedy tests on held-out sums")
     seed: int = chz.field(default=0, doc="of the weights, the split, the batches and the sampling")
     engine: Literal["auto", "vllm", "torch"] = chz.field(default="auto", doc="sampler; auto = vLLM where there is one")

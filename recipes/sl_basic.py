@@ -5,7 +5,7 @@ adds is the choice. Every default here, and every other field of supervised.trai
 
     python recipes/sl_basic.py                                             # under a minute on 2 cores; runs/sl_basic
     python recipes/sl_basic.py dataset.num_digits=3 num_epochs=2 learning_rate=1e-3
-    python recipes/sl_basic.py dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl model_name=small
+    python recipes/sl_basic.py dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl renderer_name=None
 
 Expect test/nll, in nats per token of held-out answers, to fall from 6 to below 0.1. To train on data of your own, put another
 builder where ArithmeticExamplesBuilder stands: supervised/data.py has them for JSONL files, Hugging Face datasets and mixtures.
@@ -34,6 +34,9 @@ class Config(train.Config):
     dataset: SupervisedDatasetBuilder = chz.field(
         default_factory=lambda: ArithmeticExamplesBuilder(num_digits=2, n_batches=300, batch_size=128),
         doc="builder of the training and held-out data",
+    )
+    renderer_name: str | None = chz.field(
+        default="plain", doc="role_colon, chat_template or plain; None = what suits the tokenizer"
     )
     learning_rate: float = chz.field(default=2e-3, doc="at the first step")
     eval_every: int = chz.field(default=50, doc="held-out loss before every this many steps, and at the end; 0 = never")
