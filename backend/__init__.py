@@ -1,5 +1,19 @@
-"""The local engine: torch trains, vLLM samples. Knows tokens and tensors; nothing of chat, environments or rewards."""
+"""The local engine: torch trains, vLLM samples. Knows tokens and tensors; nothing of chat, environments or rewards.
 
-from transformers.utils import logging as _transformers_logging
+A script written for Tinker ports by its import: `import backend as tinker`, then tinker.ServiceClient(), tinker.types.Datum and so on.
+"""
 
-_transformers_logging.disable_progress_bar()  # "Writing model shards" at every checkpoint
+from importlib import import_module
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """ServiceClient, the clients and the types, loaded when first asked for: the command lines must not wait for torch to parse."""
+    if name in ("types", "errors"):
+        return import_module(f"backend.{name}")
+    if name in ("ServiceClient", "TrainingClient", "SamplingClient"):
+        module = {"ServiceClient": "service_client", "TrainingClient": "training_client", "SamplingClient": "sampling_client"}[name]
+        return getattr(import_module(f"backend.{module}"), name)
+    if not name.startswith("_") and hasattr(types := import_module("backend.types"), name):
+        return getattr(types, name)
+    raise AttributeError(f"module 'backend' has no attribute {name!r}")

@@ -18,10 +18,13 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from backend.errors import CheckpointError
 from backend.trainer import Trainer
 
+
+transformers_logging.disable_progress_bar()  # "Writing model shards" at every checkpoint
 
 STATE_FILE, OPTIMIZER_FILE, ADAPTER_FILE = "training_state.json", "optimizer.safetensors", "adapter_model.safetensors"
 

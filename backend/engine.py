@@ -9,6 +9,7 @@ and not on the clock. Environments that wait for something outside the event loo
 """
 
 import asyncio
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -92,6 +93,7 @@ class EngineThread:
 
     def __init__(self, make_engine: Callable[[], Engine], deterministic: bool):
         self.version = -1
+        self.unseeded_calls = itertools.count()  # seeds of calls that bring none: reproducible, and never the same twice
         self._deterministic = deterministic
         self._inbox: queue.SimpleQueue[_Call | _Sync | None] = queue.SimpleQueue()
         self._calls: dict[SequenceRequest, _Call] = {}

@@ -16,7 +16,6 @@ class SamplingClient:
     def __init__(self, engine: EngineThread, tokenizer: PreTrainedTokenizerBase, max_length: int, follow: bool = False):
         self._engine, self._tokenizer, self.max_length = engine, tokenizer, max_length
         self._version = None if follow else engine.version
-        self._unseeded_calls = 0
 
     @property
     def policy_version(self) -> int:
@@ -41,10 +40,7 @@ class SamplingClient:
         tokens = prompt.to_ints()
         room = self._check(tokens, num_samples, sampling_params)
         max_tokens = min(room, sampling_params.max_tokens or room)
-        seed = sampling_params.seed
-        if seed is None:
-            seed = self._unseeded_calls << 20
-            self._unseeded_calls += 1
+        seed = sampling_params.seed if sampling_params.seed is not None else next(self._engine.unseeded_calls) << 20
         topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
         requests = [
             SequenceRequest(tokens, sampling_params, max_tokens, (seed + i) % 2**63, topk if i == 0 else None) for i in range(num_samples)

@@ -1,6 +1,6 @@
 """ServiceClient: opens models on this machine and hands out the two clients.
 
-A script written for Tinker ports by changing its import: `from backend import ServiceClient`.
+A script written for Tinker ports by changing its import: `import backend as tinker`.
 """
 
 import atexit

@@ -7,8 +7,8 @@ For a sequence x_1 .. x_T made of a prompt and an answer, one step lowers
 by AdamW with a linearly falling learning rate. The task is two-digit addition, "12+34=" answered by "46<eos>". The model, `tiny`,
 has 0.8M parameters made from a seed: all it knows at the end it learnt here.
 
-    python recipes/sl_loop.py                          # a minute on 2 cores
-    python recipes/sl_loop.py model_name=small steps=300 learning_rate=5e-4
+    python recipes/sl_loop.py                          # about a minute on 2 cores
+    python recipes/sl_loop.py model_name=small learning_rate=5e-4
 
 Expect the held-out loss to fall from 6 nats per token to about 0.1, and 9 of 10 held-out sums right.
 

@@ -30,7 +30,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def test_sl_loop_learns(tmp_path):
-    output = run_recipe("sl_loop", tmp_path, "steps=40", "batch_size=32", "eval_every=20", "engine=torch")
+    output = run_recipe("sl_loop", tmp_path, "steps=30", "batch_size=32", "eval_every=15", "engine=torch")
     losses = numbers(r"held-out loss ([\d.]+)", output)
     assert len(losses) == 3 and losses[0] > 5 and losses[-1] < 2  # ln 10 = 2.3 would be knowing no more than that digits follow
     assert 0 <= numbers(r"held-out accuracy ([\d.]+)", output)[0] <= 1

@@ -1,0 +1,97 @@
+"""`make demo`: a 0.8M-parameter model made from a seed learns two-digit addition, first by imitation, then by reinforcement learning.
+
+The warm start stops short: under 70% of the held-out sums are right. Then vLLM samples in this process, torch trains on what it sampled,
+and nothing but the reward says what is right. Both stages are the project's own loops with other defaults:
+
+    python recipes/demo.py                    # runs/demo
+    python recipes/demo.py seed=1 backend.engine=torch
+
+Expect greedy accuracy on held-out sums of at least 0.95 at the end.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
+import time
+from pathlib import Path
+
+import chz
+
+from backend.learning_rate import LRSchedule
+from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from rl import train as rl_train
+from rl.types import RLDatasetBuilder
+from supervised import train as supervised_train
+from tracking.command_line import run_command
+from tracking.metrics_log import read_metrics
+from tracking.run_folder import BehaviorIfExists
+
+
+@chz.chz
+class Config(rl_train.Config):
+    """The demo: a supervised warm start, then reinforcement learning on held-out-tested sums."""
+
+    env: RLDatasetBuilder = chz.field(
+        default_factory=lambda: ArithmeticBuilder(n_batches=300, batch_size=64, group_size=8), doc="builder of the environments"
+    )
+    warm_start_steps: int = chz.field(default=240, doc="supervised steps of 128 examples before RL")
+    warm_start_learning_rate: float = chz.field(default=2e-3, doc="of the warm start, falling linearly")
+    renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
+    learning_rate: float = chz.field(default=3e-4, doc="of RL, at its first step")
+    lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
+    max_tokens: int = chz.field(default=6, doc="most tokens sampled per answer")
+    save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end")
+    log_path: str = chz.field(default="runs/demo", doc="the run folder; the warm start's is beside it")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last demo's folder")
+
+
+def warm_start(config: Config) -> supervised_train.Config:
+    assert isinstance(config.env, ArithmeticBuilder)
+    task = {name: getattr(config.env, name) for name in ("num_digits", "min_digits", "operators", "num_test", "split_seed")}
+    return supervised_train.Config(
+        dataset=ArithmeticExamplesBuilder(**task, n_batches=config.warm_start_steps, batch_size=128, seed=config.seed),
+        model_name=config.model_name,
+        renderer_name=config.renderer_name,
+        seed=config.seed,
+        learning_rate=config.warm_start_learning_rate,
+        save_every=0,
+        log_path=f"{config.log_path}_warm_start",
+        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
+        backend=config.backend,
+    )
+
+
+def print_result(config: Config, seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    records = read_metrics(config.log_path)
+    accuracy = [record["test/env/all/correct"] for record in records if "test/env/all/correct" in record]
+    gaps = [record["optim/logprob_gap_mean"] for record in records if "optim/logprob_gap_mean" in record]
+    table = Table("held-out accuracy, greedy", "", title=f"seed {config.seed}", title_justify="left")
+    table.add_row("after the supervised warm start", f"{accuracy[0]:.3f}")
+    table.add_row(f"after {len(gaps)} steps of RL", f"{accuracy[-1]:.3f}")
+    table.add_section()
+    table.add_row("largest mean |sampler - trainer| logprob of a step", f"{max(gaps):.1e}")
+    table.add_row("time, both stages", f"{seconds:.0f} s")
+    Console().print(table)
+    folder = Path(config.log_path)
+    print(f"curves: {folder / 'plots/run.png'}\nwhat it wrote, to open in a browser: {sorted((folder / 'transcripts').glob('*.html'))[-1]}")
+
+
+def main(config: Config) -> None:
+    start = time.monotonic()
+    config = chz.replace(config, env=chz.replace(config.env, seed=config.seed))
+    first = warm_start(config)
+    asyncio.run(supervised_train.main(first))
+    config = chz.replace(config, load_checkpoint_path=str(Path(first.log_path) / "checkpoints" / "final"))
+    asyncio.run(rl_train.main(config))
+    print_result(config, time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
