@@ -12,7 +12,9 @@ def __getattr__(name: str) -> Any:
     if name in ("types", "errors"):
         return import_module(f"backend.{name}")
     if name in ("ServiceClient", "TrainingClient", "SamplingClient"):
-        module = {"ServiceClient": "service_client", "TrainingClient": "training_client", "SamplingClient": "sampling_client"}[name]
+        module = {"ServiceClient": "service_client", "TrainingClient": "training_client", "SamplingClient": "sampling_client"}[
+            name
+        ]
         return getattr(import_module(f"backend.{module}"), name)
     if not name.startswith("_") and hasattr(types := import_module("backend.types"), name):
         return getattr(types, name)

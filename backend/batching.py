@@ -36,7 +36,9 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
         return Loss(loss_fn, ())
     if loss_fn not in LOSSES:
         near = difflib.get_close_matches(loss_fn, LOSSES, n=1)
-        raise ConfigError(f"loss_fn {loss_fn!r} is not one of {', '.join(LOSSES)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ConfigError(
+            f"loss_fn {loss_fn!r} is not one of {', '.join(LOSSES)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     loss = LOSSES[loss_fn]
     options = list(inspect.signature(loss.fn).parameters.values())[2:]
     given = set(loss_fn_config or {})

@@ -23,7 +23,6 @@ from transformers.utils import logging as transformers_logging
 from backend.errors import CheckpointError
 from backend.trainer import Trainer
 
-
 transformers_logging.disable_progress_bar()  # "Writing model shards" at every checkpoint
 
 STATE_FILE, OPTIMIZER_FILE, ADAPTER_FILE = "training_state.json", "optimizer.safetensors", "adapter_model.safetensors"
@@ -94,14 +93,16 @@ def load_weights(trainer: Trainer, path: Path) -> None:
     is_adapter = (path / ADAPTER_FILE).exists()
     if is_adapter != (trainer.lora is not None):
         kinds = ("a LoRA adapter", "trained in full") if is_adapter else ("a full model", "trained with LoRA")
-        raise CheckpointError(f"{path} holds {kinds[0]}, but {trainer.model_name!r} is being {kinds[1]}: change lora_rank or the checkpoint")
+        raise CheckpointError(
+            f"{path} holds {kinds[0]}, but {trainer.model_name!r} is being {kinds[1]}: change lora_rank or the checkpoint"
+        )
     _check_same_model(trainer, path)
     try:
         if is_adapter:
             _load_adapter(trainer, path)
         else:
             saved = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
-            _copy({name: tensor for name, tensor in trainer.base.state_dict().items()}, saved, path)
+            _copy(dict(trainer.base.state_dict()), saved, path)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
 
@@ -111,7 +112,9 @@ def _check_same_model(trainer: Trainer, path: Path) -> None:
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
         ours, theirs = getattr(trainer.hf_config, key, None), getattr(config, key, None)
         if ours != theirs:
-            raise CheckpointError(f"{path} is a checkpoint of another model: its {key} is {theirs}, that of {trainer.model_name!r} is {ours}")
+            raise CheckpointError(
+                f"{path} is a checkpoint of another model: its {key} is {theirs}, that of {trainer.model_name!r} is {ours}"
+            )
 
 
 def _load_adapter(trainer: Trainer, path: Path) -> None:
@@ -148,7 +151,9 @@ def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
 def load_optimizer(trainer: Trainer, path: Path) -> None:
     file = path / OPTIMIZER_FILE
     if not file.exists():
-        raise CheckpointError(f"{path} has no {OPTIMIZER_FILE}: it holds weights only. Load it with load_checkpoint_path, not by resuming")
+        raise CheckpointError(
+            f"{path} has no {OPTIMIZER_FILE}: it holds weights only. Load it with load_checkpoint_path, not by resuming"
+        )
     trainer.optimizer.state.clear()
     for key, tensor in load_file(file).items():
         slot, name = key.split(":", 1)

@@ -9,17 +9,27 @@ import torch
 @chz.chz
 class BackendConfig:
     engine: Literal["auto", "vllm", "torch"] = chz.field(default="auto", doc="sampler; auto = vllm where it can be imported")
-    max_length: int | None = chz.field(default=None, doc="context in tokens, prompt and answer; None = the model's own, at most 4096")
-    micro_batch_tokens: int = chz.field(default=16384, doc="padded tokens per forward pass; changes memory and speed, never a gradient")
-    gradient_checkpointing: bool = chz.field(default=False, doc="recompute activations in the backward pass: less memory, a third slower")
+    max_length: int | None = chz.field(
+        default=None, doc="context in tokens, prompt and answer; None = the model's own, at most 4096"
+    )
+    micro_batch_tokens: int = chz.field(
+        default=16384, doc="padded tokens per forward pass; changes memory and speed, never a gradient"
+    )
+    gradient_checkpointing: bool = chz.field(
+        default=False, doc="recompute activations in the backward pass: less memory, a third slower"
+    )
     reproducible: bool | None = chz.field(
-        default=None, doc="same seed, same tokens, bit for bit; None = on a CPU yes, on a GPU no (per-request seeds cost vLLM half its speed)"
+        default=None,
+        doc="same seed, same tokens, bit for bit; None = on a CPU yes, on a GPU no, where vLLM draws seeded requests one by one",
     )
     max_num_seqs: int = chz.field(default=256, doc="sequences the sampler decodes at once")
     sampler_memory_gb: float = chz.field(default=1.0, doc="KV cache of a vLLM engine on a CPU, in GiB")
-    gpu_memory_utilization: float = chz.field(default=0.4, doc="share of the GPU that a vLLM engine may take; the trainer needs the rest")
+    gpu_memory_utilization: float = chz.field(
+        default=0.4, doc="share of the GPU that a vLLM engine may take; the trainer needs the rest"
+    )
     enforce_eager: bool | None = chz.field(
-        default=None, doc="no compilation in vLLM; None = eager on a CPU (compiling needs g++), compiled with CUDA graphs on a GPU"
+        default=None,
+        doc="no compilation in vLLM; None = eager on a CPU (compiling needs g++), compiled with CUDA graphs on a GPU",
     )
 
 

@@ -10,7 +10,9 @@ import torch
 CHUNK_ELEMENTS = 2**26  # rows times vocabulary held at once: 256 MiB of fp32
 
 
-def target_logprobs(hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_NK: torch.Tensor, temperature_N: torch.Tensor | None = None) -> torch.Tensor:
+def target_logprobs(
+    hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_NK: torch.Tensor, temperature_N: torch.Tensor | None = None
+) -> torch.Tensor:
     """log softmax(hidden @ head.T / temperature) at `targets`, shape (N, K), fp32, differentiable in `hidden` and `head`."""
     return _TargetLogprobs.apply(hidden_NH, head_VH, targets_NK, temperature_N)  # type: ignore[no-any-return]
 
@@ -27,7 +29,9 @@ def _logits(hidden: torch.Tensor, head: torch.Tensor, temperature: torch.Tensor 
 
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor | None
+    ) -> torch.Tensor:
         head_used = head.to(hidden.dtype)
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from backend.errors import ModelError
 
@@ -26,7 +35,8 @@ def _shape(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, contex
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": context,
         "tie_word_embeddings": True,
-        "initializer_range": hidden**-0.5,  # the usual 0.02 suits models ten times as wide; narrow ones then learn five times slower
+        "initializer_range": hidden
+        ** -0.5,  # the usual 0.02 suits models ten times as wide; narrow ones then learn five times slower
     }
 
 
@@ -81,5 +91,7 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
         model.config.architectures = [type(model).__name__]  # vLLM goes by it
     else:
-        model = AutoModelForCausalLM.from_pretrained(Path(model_name).expanduser() if Path(model_name).is_dir() else model_name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            Path(model_name).expanduser() if Path(model_name).is_dir() else model_name, dtype=dtype
+        )
     return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]

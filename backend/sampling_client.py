@@ -43,7 +43,8 @@ class SamplingClient:
         seed = sampling_params.seed if sampling_params.seed is not None else next(self._engine.unseeded_calls) << 20
         topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
         requests = [
-            SequenceRequest(tokens, sampling_params, max_tokens, (seed + i) % 2**63, topk if i == 0 else None) for i in range(num_samples)
+            SequenceRequest(tokens, sampling_params, max_tokens, (seed + i) % 2**63, topk if i == 0 else None)
+            for i in range(num_samples)
         ]
         return APIFuture(self._engine.submit(requests, self._version))
 
@@ -70,9 +71,13 @@ class SamplingClient:
         if not tokens:
             raise DataError("the prompt is empty: there is nothing to sample from")
         if len(tokens) >= self.max_length:
-            raise ContextLengthError(f"the prompt has {len(tokens)} tokens and the context {self.max_length} (backend.max_length): none fits behind it")
+            raise ContextLengthError(
+                f"the prompt has {len(tokens)} tokens and the context {self.max_length} (backend.max_length): none fits behind it"
+            )
         if not 0 <= min(tokens) <= max(tokens) < len(self._tokenizer):
-            raise DataError(f"the prompt has a token outside the vocabulary of {len(self._tokenizer)}: was it made with another tokenizer?")
+            raise DataError(
+                f"the prompt has a token outside the vocabulary of {len(self._tokenizer)}: was it made with another tokenizer?"
+            )
         if num_samples < 1 or (params.max_tokens is not None and params.max_tokens < 1):
             raise ConfigError(f"num_samples={num_samples} and max_tokens={params.max_tokens} must be at least 1")
         if not 0 <= params.temperature <= 2 or not 0 < params.top_p <= 1 or params.top_k < -1:  # vLLM's limits

@@ -29,7 +29,9 @@ from backend.vllm_engine import VllmEngine, vllm_is_installed
 class ServiceClient:
     """Owns every engine and thread it hands out; `close`, or leaving a `with` block, or the end of the process, stops them."""
 
-    def __init__(self, config: BackendConfig | None = None, checkpoint_dir: str | Path = "checkpoints", base_url: str | None = None):
+    def __init__(
+        self, config: BackendConfig | None = None, checkpoint_dir: str | Path = "checkpoints", base_url: str | None = None
+    ):
         if base_url is not None:
             raise ConfigError(f"base_url={base_url!r}: this backend runs in the process and talks to no service")
         self.config = config or BackendConfig()
@@ -79,11 +81,17 @@ class ServiceClient:
 
     # --- sampling clients -------------------------------------------------------------------------------------------------------
 
-    def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None, seed: int = 0) -> SamplingClient:
+    def create_sampling_client(
+        self, model_path: str | None = None, base_model: str | None = None, seed: int = 0
+    ) -> SamplingClient:
         """A frozen policy with an engine of its own, beside any live one: a saved folder, or a model by name."""
         if (model_path is None) == (base_model is None):
             raise ConfigError("create_sampling_client needs either model_path or base_model")
-        model = _load_saved(Path(model_path), seed) if model_path else load_model(str(base_model), seed, torch.device("cpu"), torch.float32)
+        model = (
+            _load_saved(Path(model_path), seed)
+            if model_path
+            else load_model(str(base_model), seed, torch.device("cpu"), torch.float32)
+        )
         name = str(model_path or base_model)
         tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
         engine = self.open_engine(model.config, tokenizer, length)
@@ -141,7 +149,9 @@ class ServiceClient:
     async def create_training_client_from_state_with_optimizer_async(self, path: str) -> TrainingClient:
         return self.create_training_client_from_state_with_optimizer(path)
 
-    async def create_sampling_client_async(self, model_path: str | None = None, base_model: str | None = None, seed: int = 0) -> SamplingClient:
+    async def create_sampling_client_async(
+        self, model_path: str | None = None, base_model: str | None = None, seed: int = 0
+    ) -> SamplingClient:
         return self.create_sampling_client(model_path, base_model, seed)
 
 

@@ -18,7 +18,9 @@ PROMPT_ROWS = 4096  # prompt positions whose full distribution is held at once w
 
 
 class TorchSampler:
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, max_num_seqs: int, device: torch.device):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, max_num_seqs: int, device: torch.device
+    ):
         self._model = model.to(device=device, dtype=compute_dtype(device)).eval()  # type: ignore[arg-type]
         self._tokenizer, self._max_length, self._max_num_seqs, self._device = tokenizer, max_length, max_num_seqs, device
         self._waiting: list[SequenceRequest] = []
@@ -72,7 +74,9 @@ class TorchSampler:
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
             hidden_BH = self._forward(next_B[:, None], mask_BT, mask_BT.sum(-1, keepdim=True) - 1, cache)[:, -1]
 
-    def _forward(self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def _forward(
+        self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
         decoder = self._model.get_decoder()
         return decoder(
             input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
@@ -108,9 +112,10 @@ class TorchSampler:
         stop = [params.stop] if isinstance(params.stop, str) else params.stop
         if stop is not None and not len(stop):
             return set(), []
-        eos = {self._tokenizer.eos_token_id} if self._tokenizer.eos_token_id is not None else set()
-        items = list(stop or [])
-        return eos | {s for s in items if isinstance(s, int)}, [s for s in items if isinstance(s, str)]
+        ids = {item for item in stop or () if isinstance(item, int)}
+        if isinstance(self._tokenizer.eos_token_id, int):
+            ids.add(self._tokenizer.eos_token_id)
+        return ids, [item for item in stop or () if isinstance(item, str)]
 
 
 @dataclass(eq=False)

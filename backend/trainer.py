@@ -38,7 +38,7 @@ class Trainer:
         self.max_length = context_length(model_name, config.max_length)
         hf_model = load_model(model_name, seed, self.device, torch.float32)
         self.hf_config = hf_model.config
-        self.vocabulary = hf_model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = int(hf_model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
         self.model: PreTrainedModel | PeftModel = _add_lora(hf_model, model_name, lora, seed) if lora else hf_model
         self.base: PreTrainedModel = hf_model
         _switch_off_dropout(self.model)
@@ -78,7 +78,8 @@ class Trainer:
         if not torch.isfinite(loss_N).all():
             self.zero_grad()
             bad = np.concatenate([batch.datum_N for batch, _ in parts])[~torch.isfinite(loss_N).numpy()]
-            raise NonFiniteError(f"the loss of data {sorted(set(bad.tolist()))[:10]} is not finite; no gradient was kept", sorted(set(bad.tolist())))
+            indices = sorted(set(bad.tolist()))
+            raise NonFiniteError(f"the loss of data {indices[:10]} is not finite; no gradient was kept", indices)
         metrics = {"loss:sum": float(loss_N.sum()), "num_loss_tokens:sum": float(len(loss_N))}
         metrics |= {f"{name}:mean": float(value) / max(len(loss_N), 1) for name, value in sums.items()}
         return ForwardBackwardOutput([{"logprobs": TensorData(logprobs)} for logprobs in logprobs_D], metrics)
@@ -115,10 +116,8 @@ class Trainer:
 
     def _head(self) -> torch.Tensor:
         """The (V, H) output matrix, with its adapter applied where it has one."""
-        head = self.base.get_output_embeddings()
-        if not hasattr(head, "lora_A"):
-            return head.weight
-        return head.base_layer.weight + head.get_delta_weight("default")
+        head: Any = self.base.get_output_embeddings()
+        return head.base_layer.weight + head.get_delta_weight("default") if hasattr(head, "lora_A") else head.weight
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -128,7 +127,8 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             expected = self.base(input_ids=tokens).logits[0].float().log_softmax(-1).gather(-1, tokens.T)
         if (self._logprobs(batch) - expected).abs().max() > (1e-3 if self.compute_dtype == torch.float32 else 0.2):
-            raise ModelError(f"{self.model_name!r} computes its logits in a way the chunked logprobs do not know (a softcap, a scale or a bias)")
+            unknown = "computes its logits in a way the chunked logprobs do not know (a softcap, a scale or a bias)"
+            raise ModelError(f"{self.model_name!r} {unknown}")
 
     # --- optimizer --------------------------------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class Trainer:
 
         From state_dict, not named_parameters: a tied lm_head must be there too, since vLLM on a CPU packs its own copy of it.
         """
-        adapted = {name: module for name, module in self.base.named_modules() if hasattr(module, "lora_A")}
+        adapted: dict[str, Any] = {name: module for name, module in self.base.named_modules() if hasattr(module, "lora_A")}
         for name, tensor in self.base.state_dict().items():
             if ".lora_" in name:
                 continue
@@ -171,7 +171,10 @@ class Trainer:
             yield name.replace(".base_layer.", "."), tensor.to(self.compute_dtype)
 
     def info(self) -> GetInfoResponse:
-        parameters, trainable = sum(p.numel() for p in self.model.parameters()), sum(p.numel() for p in self.named_trainable.values())
+        parameters, trainable = (
+            sum(p.numel() for p in self.model.parameters()),
+            sum(p.numel() for p in self.named_trainable.values()),
+        )
         dtype = str(self.compute_dtype).removeprefix("torch.")
         rank = self.lora.rank if self.lora else 0
         return GetInfoResponse(self.model_name, rank, parameters, trainable, self.max_length, str(self.device), dtype)
@@ -188,7 +191,14 @@ def _add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed
         raise ModelError(f"{hf_model.config.model_type} has none of the layers that LoRA is put on: train all weights instead")
     alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
     conv1d = hf_model.config.model_type == "gpt2"
-    config = PeftConfig(r=lora.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, fan_in_fan_out=conv1d, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        lora_dropout=0.0,
+        fan_in_fan_out=conv1d,
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed if lora.seed is None else lora.seed)
         model = get_peft_model(hf_model, config)

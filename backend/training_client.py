@@ -80,7 +80,9 @@ class TrainingClient:
 
     # --- weights ----------------------------------------------------------------------------------------------------------------
 
-    def save_state(self, name: str, ttl_seconds: int | None = None, extra: dict[str, Any] | None = None) -> APIFuture[SaveWeightsResponse]:
+    def save_state(
+        self, name: str, ttl_seconds: int | None = None, extra: dict[str, Any] | None = None
+    ) -> APIFuture[SaveWeightsResponse]:
         """Weights and optimizer, with `extra` (JSON) for the loop; atomic, replacing one of the same name. `ttl_seconds` is ignored."""
         return self._thread.submit(self._save_state, self._service.checkpoint_path(name), extra or {})
 
@@ -149,7 +151,9 @@ class TrainingClient:
     async def forward_async(self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None):
         return self.forward(data, loss_fn, loss_fn_config)
 
-    async def forward_backward_async(self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None):
+    async def forward_backward_async(
+        self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
+    ):
         return self.forward_backward(data, loss_fn, loss_fn_config)
 
     async def forward_backward_custom_async(self, data: Sequence[Datum], fn: CustomLoss):

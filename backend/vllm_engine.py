@@ -66,7 +66,9 @@ class VllmEngine:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
             except (ValueError, NotImplementedError) as error:
                 reason = str(error).strip().splitlines()[-1]
-                raise ModelError(f"vLLM cannot serve this model: {reason}. backend.engine=torch samples with torch instead") from error
+                raise ModelError(
+                    f"vLLM cannot serve this model: {reason}. backend.engine=torch samples with torch instead"
+                ) from error
 
     def add(self, request: SequenceRequest) -> None:
         from vllm import SamplingParams
@@ -159,5 +161,8 @@ def _sampled(output: Any) -> Sampled:
         return Sampled(sequence)
     positions = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))
     prompt = [None if entry is None else entry[token].logprob for token, entry in positions]
-    topk = [None if entry is None else sorted(((t, e.logprob) for t, e in entry.items()), key=lambda x: -x[1]) for _, entry in positions]
+    topk = [
+        None if entry is None else sorted(((t, e.logprob) for t, e in entry.items()), key=lambda x: -x[1])
+        for _, entry in positions
+    ]
     return Sampled(sequence, prompt, topk)

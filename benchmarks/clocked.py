@@ -1,7 +1,7 @@
 """Our loops under a clock, each as its train_cli runs it, and the inputs that the peer gets too.
 
-A step's time is the wall clock from one step's start to the next one's, logging, progress bar and run folder included: datasets are asked
-for exactly one batch a step, so the time of asking is taken there.
+A step's time is the wall clock from one step's start to the next one's, logging, progress bar and run folder included:
+datasets are asked for exactly one batch a step, so the time of asking is taken there.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from supervised.types import SupervisedDataset
 from tracking.metrics_log import read_metrics
 
 GROUPS, GROUP_SIZE, MAX_TOKENS, SFT_BATCH, LEARNING_RATE = 64, 8, 6, 128, 1e-4
-ASKED_AT: list[float] = []
+ASKED_AT: list[tuple[float, float]] = []  # wall clock and the process's CPU time
 
 
 class ClockedDataset(RLDataset):
@@ -36,7 +36,7 @@ class ClockedDataset(RLDataset):
         return len(self.dataset)
 
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
-        ASKED_AT.append(time.perf_counter())
+        ASKED_AT.append((time.perf_counter(), time.process_time()))
         return self.dataset.get_batch(index)
 
 
@@ -55,7 +55,7 @@ class ClockedExamples(SupervisedDataset):
         return len(self.dataset)
 
     def get_batch(self, index: int) -> list[Any]:
-        ASKED_AT.append(time.perf_counter())
+        ASKED_AT.append((time.perf_counter(), time.process_time()))
         return self.dataset.get_batch(index)
 
 
@@ -66,8 +66,10 @@ class ClockedArithmeticExamples(ArithmeticExamplesBuilder):
         return ClockedExamples(dataset), test_dataset
 
 
-def step_seconds(warmup: int) -> list[float]:
-    return [later - earlier for earlier, later in zip(ASKED_AT[warmup:-1], ASKED_AT[warmup + 1 :], strict=True)]
+def step_times(marks: Sequence[tuple[float, float]], warmup: int) -> dict[str, list[float]]:
+    """Wall and CPU seconds (all threads) of the steps between marks, without the first `warmup`."""
+    steps = list(zip(marks[warmup:-1], marks[warmup + 1 :], strict=True))
+    return {f"{name}_seconds": [later[i] - earlier[i] for earlier, later in steps] for i, name in enumerate(("step", "cpu"))}
 
 
 def mean_timings(folder: Path, warmup: int) -> dict[str, float]:
@@ -94,14 +96,16 @@ def run_rl(model: str, engine: str, steps: int, warmup: int, overrides: dict[str
         metrics = asyncio.run(rl_train.main(config))
         reward, answer_tokens = metrics["env/all/reward/total"], metrics["env/all/ac_tokens_per_turn"]
         return {
-            "step_seconds": step_seconds(warmup),
+            **step_times(ASKED_AT, warmup),
             "parts": mean_timings(Path(folder, "run"), warmup),
             "reward": reward,
             "answer_tokens": answer_tokens,
         }
 
 
-def run_sft(model: str, steps: int, warmup: int, save_to: str | None = None, learning_rate: float = LEARNING_RATE) -> dict[str, Any]:
+def run_sft(
+    model: str, steps: int, warmup: int, save_to: str | None = None, learning_rate: float = LEARNING_RATE
+) -> dict[str, Any]:
     """The default supervised loop without held-out losses. `save_to`: keep the run folder."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = save_to or f"{folder}/run"
@@ -116,4 +120,4 @@ def run_sft(model: str, steps: int, warmup: int, save_to: str | None = None, lea
             log_path=path,
         )
         metrics = asyncio.run(sft_train.main(config))
-        return {"step_seconds": step_seconds(warmup), "parts": mean_timings(Path(path), warmup), "nll": metrics["train_mean_nll"]}
+        return {**step_times(ASKED_AT, warmup), "parts": mean_timings(Path(path), warmup), "nll": metrics["train_mean_nll"]}

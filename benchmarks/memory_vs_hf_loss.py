@@ -2,10 +2,11 @@
 
     python benchmarks/memory_vs_hf_loss.py
 
-The same model and tokens, every position trained on, forward and backward, each side in a process of its own: Trainer.run(data,
-"cross_entropy") against model(input_ids=..., labels=...).loss.backward(). On a CPU the peak is that of the resident memory above what
-the process held before the pass; on a GPU it is torch's own count, weights and gradients included. CPU: 2 layers, 128 wide, 4 x 1024
-tokens. GPU: Qwen2.5-0.5B's shape, 16 x 1024, bf16 autocast. Left out: the optimizer's step, the same for both.
+The same model and tokens, every position trained on, forward and backward, each side in a process of its own:
+Trainer.run(data, "cross_entropy") against model(input_ids=..., labels=...).loss.backward(). On a CPU the peak is that of the
+resident memory above what the process held before the pass; on a GPU it is torch's own count, weights and gradients included.
+CPU: 2 layers, 128 wide, 4 x 1024 tokens. GPU: Qwen2.5-0.5B's shape, 16 x 1024, bf16 autocast. Left out: the optimizer's step,
+the same for both.
 """
 
 import argparse
@@ -17,8 +18,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ GPU_MODEL, GPU_SEQUENCES, CPU_SEQUENCES, LENGTH = "qwen2.5-0.5b-shape", 16, 4, 1
 
 def save_small_model(folder: str) -> None:
     config = Qwen3Config(
-        vocab_size=VOCABULARY, num_hidden_layers=2, hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+        vocab_size=VOCABULARY, num_hidden_layers=2, hidden_size=128, intermediate_size=384, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=LENGTH, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -96,7 +97,8 @@ def compare(rounds: int) -> None:
         if not cuda:
             save_small_model(folder)
         sides = {
-            side: partial(in_subprocess, __file__, "--side", side, "--model", model, "--sequences", str(sequences)) for side in ("ours", "plain")
+            side: partial(in_subprocess, __file__, "--side", side, "--model", model, "--sequences", str(sequences))
+            for side in ("ours", "plain")
         }
         load = wait_until_quiet()
         results = alternate(sides, rounds)
@@ -104,7 +106,12 @@ def compare(rounds: int) -> None:
     write_report(
         "memory_vs_hf_loss",
         {f"{side}: {key}": value for side, measured in best.items() for key, value in measured.items()},
-        {"model": GPU_MODEL if cuda else "2 layers, 128 wide", "vocabulary": VOCABULARY, "tokens": sequences * LENGTH, "rounds": rounds},
+        {
+            "model": GPU_MODEL if cuda else "2 layers, 128 wide",
+            "vocabulary": VOCABULARY,
+            "tokens": sequences * LENGTH,
+            "rounds": rounds,
+        },
         load,
         {f"plain / ours: {key}": best["plain"][key] / best["ours"][key] for key in best["ours"]},
     )

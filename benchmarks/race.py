@@ -1,4 +1,6 @@
-"""A race of training steps between our loop and TRL's trainer, each in its own process, in turn, from the same warm-started model."""
+"""A race of training steps between our loop and TRL's trainer, each in its own process, in turn, from the same warm-started
+model.
+"""
 
 import importlib.metadata
 import os
@@ -22,8 +24,10 @@ def check_trl() -> None:
             raise SystemExit(f"TRL is not installed: pip install --target {TRL_SITE} --no-deps trl==1.16.0") from None
 
 
-def race(name: str, ours: dict[str, list[str]], trl: list[str], rounds: int, steps: int, warmup: int, settings: dict[str, Any]) -> None:
-    """`ours`: per side the arguments of the script's --side mode; `trl`: the mode of trl_side.py. Step times of all rounds are pooled."""
+def race(
+    name: str, ours: dict[str, list[str]], trl: list[str], rounds: int, steps: int, warmup: int, settings: dict[str, Any]
+) -> None:
+    """`ours`: per side the arguments of --side; `trl`: the mode of trl_side.py. The step times of all rounds are pooled."""
     check_trl()
     script = str(ROOT / "benchmarks" / f"{name}.py")
     with tempfile.TemporaryDirectory() as folder:
@@ -42,10 +46,14 @@ def race(name: str, ours: dict[str, list[str]], trl: list[str], rounds: int, ste
         round_medians = [statistics.median(outcome["step_seconds"]) for outcome in outcomes]
         figures |= {f"{side}: step, s": medians[side], f"{side}: spread of the rounds": spread(round_medians)}
         figures[f"{side}: fastest tenth, s"] = tenths[side]
+        figures[f"{side}: CPU time of a step, s"] = statistics.median(
+            second for outcome in outcomes for second in outcome["cpu_seconds"]
+        )
         last = outcomes[-1]
         figures |= {f"{side}: {key}": last[key] for key in ("reward", "answer_tokens", "nll") if key in last}
         figures |= {f"{side}: {part}, s": mean for part, mean in last.get("parts", {}).items()}
     settings |= {"steps": steps, "warmup": warmup, "rounds": rounds, "trl": _trl_version()}
+    settings["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "default")
     ratios = {f"TRL / {side}": medians["TRL"] / medians[side] for side in ours}
     # The fastest steps are those that nothing else on the machine disturbed.
     ratios |= {f"TRL / {side}, fastest tenths": tenths["TRL"] / tenths[side] for side in ours}
@@ -55,4 +63,3 @@ def race(name: str, ours: dict[str, list[str]], trl: list[str], rounds: int, ste
 def _trl_version() -> str:
     found = next(iter(importlib.metadata.distributions(name="trl", path=[TRL_SITE])), None)
     return found.version if found else importlib.metadata.version("trl")
-

@@ -1,4 +1,6 @@
-"""What every benchmark shares: sides run in turn, one printed table, and one JSON file of figures with the versions they were made with."""
+"""What every benchmark shares: sides run in turn, one printed table, and one JSON file of figures with the versions they were
+made with.
+"""
 
 import json
 import os
@@ -49,7 +51,7 @@ def in_subprocess(script: str, *arguments: str, extra_path: str | None = None) -
 
 
 def wait_until_quiet() -> float:
-    """Waits up to a minute for the other processes of the machine to pause; returns the load (running processes) it started under."""
+    """Waits up to a minute for the machine's other processes to pause; returns the load (running processes) then."""
     deadline = time.monotonic() + WAIT_SECONDS
     while (load := os.getloadavg()[0]) > QUIET_LOAD and time.monotonic() < deadline:
         time.sleep(2)
@@ -58,7 +60,14 @@ def wait_until_quiet() -> float:
 
 def write_report(name: str, figures: dict[str, Any], settings: dict[str, Any], load: float, ratios: dict[str, float]) -> None:
     """Prints the figures, the ratios last, and writes results/<name>-<device>.json."""
-    record = {"benchmark": name, **_machine(), "load_at_start": round(load, 2), "settings": settings, "figures": figures, "ratios": ratios}
+    record = {
+        "benchmark": name,
+        **_machine(),
+        "load_at_start": round(load, 2),
+        "settings": settings,
+        "figures": figures,
+        "ratios": ratios,
+    }
     record = _rounded(record)
     file = RESULTS / f"{name}-{record['device_type']}.json"
     RESULTS.mkdir(exist_ok=True)

@@ -1,11 +1,13 @@
-"""One RL step of our loop against one of TRL 1.16's GRPOTrainer: 64 problems x 8 samples of the arithmetic task, the same warm-started `tiny`.
+"""One RL step of our loop against one of TRL 1.16's GRPOTrainer: 64 problems x 8 samples of the arithmetic task, the same warm-
+started `tiny`.
 
     pip install --target /tmp/trl-site --no-deps trl==1.16.0      # beside the virtual environment, which stays as it is
     python benchmarks/rl_step_vs_trl.py [--rounds 2] [--steps 25]
 
-Both sides sample up to 6 tokens at temperature 1 and take one AdamW step at 1e-4 in fp32, without KL, clipping of gradients or division by
-the standard deviation. TRL samples with transformers' generate, as it does on a CPU. Ours does more per step: it syncs weights into a
-second engine, probes the sync, writes metrics and, every tenth step, a transcript; that is all counted. TRL_SITE names another folder.
+Both sides sample up to 6 tokens at temperature 1 and take one AdamW step at 1e-4 in fp32, without KL, clipping of gradients or
+division by the standard deviation. TRL samples with transformers' generate, as it does on a CPU. Ours does more per step: it
+syncs weights into a second engine, probes the sync, writes metrics and, every tenth step, a transcript; that is all counted.
+TRL_SITE names another folder.
 """
 
 import argparse
@@ -13,12 +15,19 @@ import json
 import os
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from benchmarks.clocked import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, run_rl, run_sft
 from benchmarks.race import race
 
-SETTINGS = {"model": "tiny", "problems": GROUPS, "samples each": GROUP_SIZE, "max_tokens": MAX_TOKENS, "learning rate": LEARNING_RATE}
+SETTINGS = {
+    "model": "tiny",
+    "problems": GROUPS,
+    "samples each": GROUP_SIZE,
+    "max_tokens": MAX_TOKENS,
+    "learning rate": LEARNING_RATE,
+}
 OURS = {"ours, engine=vllm": ["vllm"], "ours, engine=torch": ["torch"]}
 
 
@@ -27,7 +36,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=25, help="timed steps in each round")
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--side", choices=("vllm", "torch", "warm_start"), help="used by the script itself: run one side, print its times")
+    parser.add_argument(
+        "--side", choices=("vllm", "torch", "warm_start"), help="used by the script itself: run one side, print its times"
+    )
     parser.add_argument("--model", default="tiny", help="used with --side")
     arguments = parser.parse_args()
     if arguments.side == "warm_start":

@@ -2,11 +2,11 @@
 
     python benchmarks/rollouts_vs_vllm.py [--task fixed|arithmetic] [--rounds 5]
 
-One process holds two engines with the settings of backend/vllm_engine.py and the same weights: one behind SamplingClient, Policy and
-do_rollouts, the other inside vLLM's LLM class. `fixed` has random prompts and answers of one length; `arithmetic` is the demo's task with
-an untrained model, stopped at EOS. LLM.generate runs with and without per-request seeds, which cost vLLM time of their own; we seed
-every request on a CPU, and none on a GPU, so the ratio with the same setting as ours is the cost of our machinery.
-Left out: prefix caching (prompts are shorter than a block on a CPU), several turns.
+One process holds two engines with the settings of backend/vllm_engine.py and the same weights: one behind SamplingClient,
+Policy and do_rollouts, the other inside vLLM's LLM class. `fixed` has random prompts and answers of one length; `arithmetic`
+is the demo's task with an untrained model, stopped at EOS. LLM.generate runs with and without per-request seeds, which cost
+vLLM time of their own; we seed every request on a CPU, and none on a GPU, so the ratio with the same setting as ours is the
+cost of our machinery. Left out: prefix caching (prompts are shorter than a block on a CPU), several turns.
 """
 
 import argparse
@@ -17,13 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
 import torch
@@ -40,7 +40,6 @@ from envs.problem_env import ProblemGroupBuilder
 from renderers import get_renderer
 from rl.rollouts import Policy, do_rollouts
 from rl.types import Action, Observation, StepResult, StopCondition
-
 
 FIRST_BYTE = 4  # the presets' special tokens come before it
 
@@ -70,7 +69,9 @@ class FixedLengthEnv(ArithmeticEnv):
         return self.build_prompt(), []
 
     async def step(self, action: Action) -> StepResult:
-        return await super().step([token for token in action if token >= FIRST_BYTE])  # nothing stopped it, so it may hold many EOS
+        return await super().step(
+            [token for token in action if token >= FIRST_BYTE]
+        )  # nothing stopped it, so it may hold many EOS
 
 
 def fixed_groups(size: Size, renderer: Any) -> list[ProblemGroupBuilder]:
@@ -141,15 +142,12 @@ def compare(task: str, size: Size, rounds: int) -> None:
         rates = alternate(sides, rounds)
         engine.close()
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    ours, same = medians["our rollouts"], "LLM.generate, seeded" if seeded_here else "LLM.generate, unseeded"
-    write_report(
-        f"rollouts_vs_vllm-{task}",
-        {f"{name}: tokens/s": value for name, value in medians.items()} | {f"{name}: spread": spread(values) for name, values in rates.items()},
-        {"model": size.model_name, "prompts": size.num_prompts, "samples each": size.group_size, "max_tokens": size.max_tokens,
-         "max_num_seqs": size.config.max_num_seqs, "rounds": rounds, "ours seeded": seeded_here},
-        load,
-        {f"ours / {name}{' (same setting)' if name == same else ''}": ours / value for name, value in medians.items() if name != "our rollouts"},
-    )  # fmt: skip
+    ours, same = medians.pop("our rollouts"), "LLM.generate, seeded" if seeded_here else "LLM.generate, unseeded"
+    figures: dict[str, Any] = {"our rollouts: tokens/s": ours} | {f"{name}: tokens/s": rate for name, rate in medians.items()}
+    figures |= {f"{name}: spread": spread(values) for name, values in rates.items()}
+    settings = asdict(size) | {"config": {"max_num_seqs": size.config.max_num_seqs}, "rounds": rounds, "ours seeded": seeded_here}
+    ratios = {f"ours / {name}{' (our setting)' if name == same else ''}": ours / rate for name, rate in medians.items()}
+    write_report(f"rollouts_vs_vllm-{task}", figures, settings, load, ratios)
 
 
 def main() -> None:

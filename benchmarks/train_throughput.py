@@ -2,9 +2,10 @@
 
     python benchmarks/train_throughput.py [--rounds 5]
 
-A step is forward_backward and optim_step on full sequences with every token trained on. MFU is the model's arithmetic (6 per matrix
-weight and token, plus causal attention) over the machine's: on a CPU the best of square fp32 products measured in the same run; on a
-GPU the nominal 989 TFLOPS of an H100 or H200 in bf16, and the measured product beside it. Left out: recomputation, which is not used.
+A step is forward_backward and optim_step on full sequences with every token trained on. MFU is the model's arithmetic (6 per
+matrix weight and token, plus causal attention) over the machine's: on a CPU the best of square fp32 products measured in the
+same run; on a GPU the nominal 989 TFLOPS of an H100 or H200 in bf16, and the measured product beside it. Left out:
+recomputation, which is not used.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import numpy as np
 import torch
@@ -61,8 +62,10 @@ def timed(work: Callable[[], object]) -> float:
 def flops_per_token(client: TrainingClient, length: int) -> float:
     """6 per weight that multiplies (a tied head does, a looked-up embedding does not) and 6 L H T for causal attention."""
     model = client._trainer.base
-    head = model.get_output_embeddings().weight
-    weights = head.numel() + sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and p is not head)
+    head = client._trainer._head()
+    weights = head.numel() + sum(
+        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and p is not head
+    )
     config = client._trainer.hf_config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 6 * weights + 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * length

@@ -1,8 +1,8 @@
 """TRL's side of the races: GRPOTrainer and SFTTrainer on the data, sizes and settings of benchmarks/clocked.py.
 
-Run by rl_step_vs_trl.py and sft_step_vs_trl.py in a process of its own; TRL is no dependency of the project. Reporting, checkpoints,
-progress bars, gradient checkpointing and shuffling are off, and the precision is fp32, as ours is. Time runs from the end of one step
-to the end of the next.
+Run by rl_step_vs_trl.py and sft_step_vs_trl.py in a process of its own; TRL is no dependency of the project. Reporting,
+checkpoints, progress bars, gradient checkpointing and shuffling are off, and the precision is fp32, as ours is. Time runs from
+the end of one step to the end of the next.
 """
 
 import json
@@ -12,26 +12,23 @@ import tempfile
 import time
 from typing import Any
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[0] = ROOT
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
-from benchmarks.clocked import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, SFT_BATCH
+from benchmarks.clocked import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, SFT_BATCH, step_times
 from envs.arithmetic import ArithmeticTask
 
 
 class Clock(TrainerCallback):
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.marks: list[tuple[float, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
-
-    def seconds(self, warmup: int) -> list[float]:
-        return [later - earlier for earlier, later in zip(self.ends[warmup - 1 : -1], self.ends[warmup:], strict=True)]
+        self.marks.append((time.perf_counter(), time.process_time()))
 
 
 def quiet(folder: str, steps: int) -> dict[str, Any]:
@@ -76,11 +73,20 @@ def race_grpo(model_path: str, steps: int, warmup: int) -> dict[str, Any]:
         )
         model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
         trainer = GRPOTrainer(
-            model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock]
+            model=model,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[clock],
         )
         trainer.train()
         metrics = trainer.state.log_history[-1]  # means over all steps, logged when training ends
-    return {"step_seconds": clock.seconds(warmup), "reward": metrics["reward"], "answer_tokens": metrics["completions/mean_length"]}
+    return {
+        **step_times(clock.marks, warmup - 1),
+        "reward": metrics["reward"],
+        "answer_tokens": metrics["completions/mean_length"],
+    }
 
 
 def race_sft(model_path: str, steps: int, warmup: int) -> dict[str, Any]:
@@ -95,14 +101,17 @@ def race_sft(model_path: str, steps: int, warmup: int) -> dict[str, Any]:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            **quiet(folder, steps + warmup), per_device_train_batch_size=SFT_BATCH, completion_only_loss=True, shuffle_dataset=False
+            **quiet(folder, steps + warmup),
+            per_device_train_batch_size=SFT_BATCH,
+            completion_only_loss=True,
+            shuffle_dataset=False,
         )
         model = AutoModelForCausalLM.from_pretrained(model_path)
         trainer = SFTTrainer(
             model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock]
         )
         outcome = trainer.train()
-    return {"step_seconds": clock.seconds(warmup), "nll": outcome.training_loss}
+    return {**step_times(clock.marks, warmup - 1), "nll": outcome.training_loss}
 
 
 if __name__ == "__main__":

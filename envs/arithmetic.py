@@ -31,7 +31,9 @@ class PairSpace:
         if unknown or not operators or len(set(operators)) < len(operators):
             raise ConfigError(f"operators={operators!r}: give some of {OPERATORS!r}, each once")
         if not 1 <= min_digits <= num_digits <= 9:
-            raise ConfigError(f"min_digits={min_digits} and num_digits={num_digits}: 1 <= min_digits <= num_digits <= 9 is needed")
+            raise ConfigError(
+                f"min_digits={min_digits} and num_digits={num_digits}: 1 <= min_digits <= num_digits <= 9 is needed"
+            )
         self.operators = operators
         self.smallest = 10 ** (min_digits - 1) if min_digits > 1 else 0
         self.base = 10**num_digits - self.smallest  # values an operand can have
@@ -106,7 +108,9 @@ class ArithmeticTask:
     """What is asked, and what is held out: give the same to both builders."""
 
     num_digits: int = chz.field(default=2, doc="most digits of an operand: the difficulty")
-    min_digits: int | None = chz.field(default=None, doc="fewest digits of an operand; None = num_digits, so that all are of one length")
+    min_digits: int | None = chz.field(
+        default=None, doc="fewest digits of an operand; None = num_digits, so that all are of one length"
+    )
     operators: str = chz.field(default="+", doc="which of + - * occur")
     num_test: int = chz.field(default=200, doc="held-out problems")
     split_seed: int = chz.field(default=0, doc="seed of the choice of held-out problems; the same for warm start and RL")

@@ -38,8 +38,9 @@ class Config(rl_train.Config):
     env: RLDatasetBuilder = chz.field(
         default_factory=lambda: ArithmeticBuilder(n_batches=300, batch_size=64, group_size=8), doc="builder of the environments"
     )
-    warm_start_steps: int = chz.field(default=240, doc="supervised steps of 128 examples before RL")
-    warm_start_learning_rate: float = chz.field(default=2e-3, doc="of the warm start, falling linearly")
+    warm_start_nll: float = chz.field(
+        default=0.3, doc="nats per token at which the warm start ends: some seeds get there twice as fast"
+    )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     learning_rate: float = chz.field(default=3e-4, doc="of RL, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
@@ -53,11 +54,13 @@ def warm_start(config: Config) -> supervised_train.Config:
     assert isinstance(config.env, ArithmeticBuilder)
     task = {name: getattr(config.env, name) for name in ("num_digits", "min_digits", "operators", "num_test", "split_seed")}
     return supervised_train.Config(
-        dataset=ArithmeticExamplesBuilder(**task, n_batches=config.warm_start_steps, batch_size=128, seed=config.seed),
+        dataset=ArithmeticExamplesBuilder(**task, n_batches=1000, batch_size=128, seed=config.seed),
         model_name=config.model_name,
         renderer_name=config.renderer_name,
         seed=config.seed,
-        learning_rate=config.warm_start_learning_rate,
+        learning_rate=2e-3,
+        lr_schedule="constant",
+        stop_at_nll=config.warm_start_nll,
         save_every=0,
         log_path=f"{config.log_path}_warm_start",
         behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
@@ -80,7 +83,9 @@ def print_result(config: Config, seconds: float) -> None:
     table.add_row("time, both stages", f"{seconds:.0f} s")
     Console().print(table)
     folder = Path(config.log_path)
-    print(f"curves: {folder / 'plots/run.png'}\nwhat it wrote, to open in a browser: {sorted((folder / 'transcripts').glob('*.html'))[-1]}")
+    print(
+        f"curves: {folder / 'plots/run.png'}\nwhat it wrote, to open in a browser: {sorted((folder / 'transcripts').glob('*.html'))[-1]}"
+    )
 
 
 def main(config: Config) -> None:

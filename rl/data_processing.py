@@ -71,7 +71,9 @@ def compute_advantages(groups_P: Sequence[TrajectoryGroup], estimator: Advantage
     return [estimator(np.array(group.get_total_rewards())) for group in groups_P]
 
 
-def trainable_groups(groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool) -> list[TrajectoryGroup]:
+def trainable_groups(
+    groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool
+) -> list[TrajectoryGroup]:
     """Groups with enough members left for the estimator and, if asked, with more than one distinct reward (compared exactly)."""
     kept = [group for group in groups_P if len(group.trajectories_G) >= max(1, estimator.min_group_size)]
     return [group for group in kept if len(set(group.get_total_rewards())) > 1] if remove_constant else kept
@@ -79,7 +81,9 @@ def trainable_groups(groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEs
 
 def assemble_training_data(groups_P: Sequence[TrajectoryGroup], advantages_P_G: Sequence[np.ndarray]) -> TrainingData:
     """Every trajectory of every group, flattened. The temperature track is there when some token was not sampled at 1."""
-    tempered = any(tr.ac.temperature not in (0.0, 1.0) for group in groups_P for t in group.trajectories_G for tr in t.transitions)
+    tempered = any(
+        tr.ac.temperature not in (0.0, 1.0) for group in groups_P for t in group.trajectories_G for tr in t.transitions
+    )
     out = TrainingData([], [])
     for p, (group, advantages_G) in enumerate(zip(groups_P, advantages_P_G, strict=True)):
         for g, (trajectory, advantage) in enumerate(zip(group.trajectories_G, advantages_G, strict=True)):

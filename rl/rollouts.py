@@ -9,7 +9,17 @@ import numpy as np
 
 from backend.sampling_client import SamplingClient
 from backend.types import SamplingParams
-from rl.types import Env, EnvGroupBuilder, Observation, RolloutError, StopCondition, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
+from rl.types import (
+    Env,
+    EnvGroupBuilder,
+    Observation,
+    RolloutError,
+    StopCondition,
+    TokensWithLogprobs,
+    Trajectory,
+    TrajectoryGroup,
+    Transition,
+)
 
 Seed = tuple[int, ...]  # e.g. (run seed, step, group); a rollout's sampling is a pure function of it
 

@@ -52,9 +52,13 @@ class Config:
     advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
     remove_constant_reward_groups: bool = chz.field(default=False, doc="leave out groups whose members all got the same reward")
     loss_fn: str = chz.field(default="importance_sampling", doc="importance_sampling, ppo, cispo or dro")
-    loss_fn_config: dict[str, Any] | None = chz.field(default=None, doc="options of the loss, e.g. loss_fn_config='{\"beta\": 0.1}'")
+    loss_fn_config: dict[str, Any] | None = chz.field(
+        default=None, doc="options of the loss, e.g. loss_fn_config='{\"beta\": 0.1}'"
+    )
     num_substeps: int = chz.field(default=1, doc="optimizer steps a batch is cut into; more than 1 is slightly off-policy")
-    learning_rate: float = chz.field(default=1e-4, doc="at the first step; full training of big models wants 1e-6 to 1e-5, LoRA ten times that")
+    learning_rate: float = chz.field(
+        default=1e-4, doc="at the first step; full training of big models wants 1e-6 to 1e-5, LoRA ten times that"
+    )
     lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
     weight_decay: float = chz.field(default=0.0, doc="AdamW's, decoupled")
     grad_clip_norm: float = chz.field(default=0.0, doc="0 = no clipping")
@@ -64,8 +68,12 @@ class Config:
     eval_every: int = chz.field(default=20, doc="evaluate before every this many steps, and at the end; 0 = never")
     eval_temperature: float = chz.field(default=0.0, doc="0 is greedy")
     save_every: int = chz.field(default=20, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
-    keep_checkpoints: int | None = chz.field(default=None, doc="delete older checkpoints than the last this many; None = keep all")
-    transcript_every: int = chz.field(default=10, doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation")
+    keep_checkpoints: int | None = chz.field(
+        default=None, doc="delete older checkpoints than the last this many; None = keep all"
+    )
+    transcript_every: int = chz.field(
+        default=10, doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation"
+    )
     num_groups_to_log: int = chz.field(default=4, doc="groups per transcript")
     log_path: str = chz.field(default="runs/rl", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
@@ -205,7 +213,9 @@ async def _probe(run: _Run, client: SamplingClient, datum: Datum, metrics: Metri
 
 def _alarm(what: str, gap: float, step: int) -> None:
     if gap > LOGPROB_GAP_ALARM:
-        print(f"WARNING step {step}, {what}: sampler and trainer logprobs differ by {gap:.3f} on average (alarm at {LOGPROB_GAP_ALARM})")
+        print(
+            f"WARNING step {step}, {what}: sampler and trainer logprobs differ by {gap:.3f} on average (alarm at {LOGPROB_GAP_ALARM})"
+        )
 
 
 def _headline(metrics: Metrics) -> Metrics:
@@ -217,4 +227,6 @@ def _finish(run: _Run, metrics: Metrics) -> None:
     from tracking.plots import plot_run
 
     print_metrics_table({k: v for k, v in metrics.items() if not k.startswith("time/")}, f"{run.folder.path}: last step")
-    print(f"plot: {plot_run(run.folder.path)}\ntranscripts: {run.folder.transcripts}\ncheckpoint: {run.folder.checkpoints / 'final'}")
+    print(
+        f"plot: {plot_run(run.folder.path)}\ntranscripts: {run.folder.transcripts}\ncheckpoint: {run.folder.checkpoints / 'final'}"
+    )

@@ -1,7 +1,7 @@
 """Reinforcement learning from the command line.
 
-    python rl/train_cli.py env=arithmetic model_name=tiny group_size=8
-    python -m rl.train_cli env=my_package.my_module:MyBuilder env.difficulty=3 advantage=rloo
+python rl/train_cli.py env=arithmetic model_name=tiny group_size=8
+python -m rl.train_cli env=my_package.my_module:MyBuilder env.difficulty=3 advantage=rloo
 """
 
 if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's

@@ -11,7 +11,11 @@ from tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTu
 
 
 def write_rollouts(
-    folder: Path, step: int, groups_P: Sequence[TrajectoryGroup], advantages_P_G: Sequence[np.ndarray] | None, tokenizer: Tokenizer
+    folder: Path,
+    step: int,
+    groups_P: Sequence[TrajectoryGroup],
+    advantages_P_G: Sequence[np.ndarray] | None,
+    tokenizer: Tokenizer,
 ) -> Path:
     """Writes `folder`/<step>.html and .jsonl. `advantages_P_G` None: an evaluation, which has none."""
     shown = [

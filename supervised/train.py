@@ -1,6 +1,6 @@
 """The supervised loop: a batch, one forward_backward, one optim_step, pipelined so that the trainer never waits for data.
 
-Evaluations come before the step and see the weights it starts from; there is one more at the end. Left out: warm-up, early stopping.
+Evaluations come before the step and see the weights it starts from; there is one more at the end. Left out: warm-up, stopping on held-out loss.
 """
 
 from contextlib import closing
@@ -11,12 +11,12 @@ import chz
 from backend.config import BackendConfig
 from backend.errors import ConfigError, NonFiniteError
 from backend.futures import APIFuture
+from backend.learning_rate import LRSchedule, lr_multiplier
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.training_client import TrainingClient
 from backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse
 from renderers import get_renderer
-from backend.learning_rate import LRSchedule, lr_multiplier
 from supervised.nll import NLLEvaluator, weighted_sums
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 from tracking.checkpointing import Checkpointer, StopRequest
@@ -45,10 +45,15 @@ class Config:
     grad_clip_norm: float = chz.field(default=0.0, doc="0 = no clipping")
     num_epochs: int = chz.field(default=1, doc="passes over the dataset")
     max_steps: int | None = chz.field(default=None, doc="total number of steps, if less than the epochs give")
+    stop_at_nll: float | None = chz.field(
+        default=None, doc="end once a batch's train_mean_nll is below this (with a constant lr_schedule)"
+    )
 
     eval_every: int = chz.field(default=20, doc="held-out loss before every this many steps, and at the end; 0 = never")
     save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
-    keep_checkpoints: int | None = chz.field(default=None, doc="delete older checkpoints than the last this many; None = keep all")
+    keep_checkpoints: int | None = chz.field(
+        default=None, doc="delete older checkpoints than the last this many; None = keep all"
+    )
     log_path: str = chz.field(default="runs/sft", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
     wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
@@ -85,8 +90,10 @@ async def _loop(
         StopRequest() as stop,
         TrainingProgress(num_steps, start, "sft") as progress,
     ):
-        batch_D = _batch(dataset, start) if start < num_steps else []
-        for step in range(start, num_steps):
+        done = start
+        remaining = range(start, num_steps) if not (checkpointer.finished and config.stop_at_nll) else range(0)
+        batch_D = _batch(dataset, start) if remaining else []
+        for step in remaining:
             learning_rate = config.learning_rate * lr_multiplier(config.lr_schedule, step, num_steps)
             epoch = step // len(dataset)
             metrics = {"epoch": epoch, "progress": (step + 1) / num_steps, "learning_rate": learning_rate}
@@ -99,18 +106,20 @@ async def _loop(
                     forward_backward, optim_step = client.forward_backward(batch_D, "cross_entropy"), client.optim_step(adam)
                     next_D = _batch(dataset, step + 1) if step + 1 < num_steps else []  # made while the step is under way
                     metrics |= await _step_metrics(folder, step, batch_D, forward_backward, optim_step)
-            batch_D = next_D
+            batch_D, done = next_D, step + 1
             log.log(metrics, step)
             checkpointer.after_step(step + 1)
             headline |= {short: metrics[name] for name, short in HEADLINE.items() if name in metrics}
             progress.update(step, headline)
-            if stop and step + 1 < num_steps:
-                checkpointer.interrupted(step + 1)
+            if config.stop_at_nll is not None and metrics["train_mean_nll"] < config.stop_at_nll:
+                break
+            if stop and done < num_steps:
+                checkpointer.interrupted(done)
         if evaluator:
             final = await evaluator(client)
-            log.log(final, num_steps)
+            log.log(final, done)
             metrics |= final
-    checkpointer.save("final", num_steps)
+    checkpointer.save("final", done)
     return metrics
 
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning from the command line.
 
-    python supervised/train_cli.py dataset=conversations.jsonl model_name=small learning_rate=3e-4
-    python -m supervised.train_cli dataset=prompt_completion dataset.path=train.jsonl dataset.prompt_field=question
+python supervised/train_cli.py dataset=conversations.jsonl model_name=small learning_rate=3e-4
+python -m supervised.train_cli dataset=prompt_completion dataset.path=train.jsonl dataset.prompt_field=question
 """
 
 if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
@@ -34,7 +34,9 @@ DATASETS = {
 class CLIConfig(train.Config):
     """Supervised fine-tuning of a language model on a dataset."""
 
-    dataset: SupervisedDatasetBuilder = chz.field(default_factory=ArithmeticExamplesBuilder, doc="builder of the training and held-out data")
+    dataset: SupervisedDatasetBuilder = chz.field(
+        default_factory=ArithmeticExamplesBuilder, doc="builder of the training and held-out data"
+    )
     batch_size: int | None = chz.field(default=None, doc="short for dataset.batch_size: examples per step")
 
     def resolved(self) -> "CLIConfig":

@@ -19,7 +19,7 @@ class SupervisedDataset(ABC):
     def __len__(self) -> int:
         """Number of batches in an epoch."""
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int) -> None:  # noqa: B027 - a dataset without order has nothing to do
         """Reshuffles as a pure function of the dataset's seed and `epoch`; nothing depends on earlier epochs."""
 
 

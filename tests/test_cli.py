@@ -124,7 +124,15 @@ def test_bad_input_ends_in_one_line(case: str, bad_files: Path) -> None:
 
 
 def test_nan_loss_saves_nothing_and_leaves_the_data(tmp_path: Path) -> None:
-    arguments = [RL, "renderer_name=plain", "backend.engine=torch", "groups_per_batch=4", "group_size=4", "env.num_test=4", "max_tokens=4"]
+    arguments = [
+        RL,
+        "renderer_name=plain",
+        "backend.engine=torch",
+        "groups_per_batch=4",
+        "group_size=4",
+        "env.num_test=4",
+        "max_tokens=4",
+    ]
     options = ["learning_rate=1e39", "save_every=1", "env.n_batches=9", f"log_path={tmp_path / 'run'}"]
     result = run(*arguments, *options)
     assert result.returncode == 2 and "is not finite" in result.stderr.splitlines()[-1], result.stderr

@@ -86,7 +86,8 @@ def test_trainer_loss_and_gradient_equal_full_logits(name: str, model: str, monk
         if name == "cross_entropy":
             weights = np.where(np.arange(length) % 3 == 0, 0.0, 0.5 + d)
             datum.loss_fn_inputs = {"target_tokens": datum.loss_fn_inputs["target_tokens"]} | Datum(
-                datum.model_input, {"weights": weights.astype(np.float32)}  # type: ignore[dict-item]
+                datum.model_input,
+                {"weights": weights.astype(np.float32)},  # type: ignore[dict-item]
             ).loss_fn_inputs
         else:
             temperature = np.full(length, 0.7 if d % 2 else 1.0, dtype=np.float32)
@@ -130,7 +131,10 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 def test_custom_loss_is_one_autograd_pass_equal_to_the_built_in() -> None:
     data = policy_data(8, seed=2)
-    built_in, custom = Trainer("tiny", BackendConfig(micro_batch_tokens=50)), Trainer("tiny", BackendConfig(micro_batch_tokens=50))
+    built_in, custom = (
+        Trainer("tiny", BackendConfig(micro_batch_tokens=50)),
+        Trainer("tiny", BackendConfig(micro_batch_tokens=50)),
+    )
     expected = built_in.run(data, "importance_sampling")
 
     def loss(data_D: list[Datum], logprobs_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
@@ -199,8 +203,16 @@ def bad_datum(**changes: object) -> Datum:
         (Datum(ModelInput.from_ints([5]), {"target_tokens": [6]}), DataError, "lacks loss_fn_inputs"),  # type: ignore[dict-item]
         (bad_datum(advantages=[1.0]), DataError, "advantages has shape"),
         (bad_datum(advantages=np.full(policy_data(1)[0].model_input.length, np.nan)), NonFiniteError, "not finite"),
-        (Datum(ModelInput.from_ints([999]), {"target_tokens": [1], "logprobs": [0.0], "advantages": [0.0]}), DataError, "vocabulary"),  # type: ignore[dict-item]
-        (Datum(ModelInput.from_ints([5] * 600), {k: [1] * 600 for k in ("target_tokens", "logprobs", "advantages")}), ContextLengthError, "context"),  # type: ignore[dict-item]
+        (
+            Datum(ModelInput.from_ints([999]), {"target_tokens": [1], "logprobs": [0.0], "advantages": [0.0]}),
+            DataError,
+            "vocabulary",
+        ),  # type: ignore[dict-item]
+        (
+            Datum(ModelInput.from_ints([5] * 600), {k: [1] * 600 for k in ("target_tokens", "logprobs", "advantages")}),
+            ContextLengthError,
+            "context",
+        ),  # type: ignore[dict-item]
     ],
 )
 def test_bad_data_is_refused_before_torch_sees_it(datum: Datum, error: type[Exception], says: str) -> None:
@@ -208,7 +220,10 @@ def test_bad_data_is_refused_before_torch_sees_it(datum: Datum, error: type[Exce
         Trainer("tiny", BackendConfig()).run([datum], "importance_sampling")
 
 
-@pytest.mark.parametrize(("name", "config", "says"), [("pppo", None, "did you mean 'ppo'"), ("ppo", {"beta": 1}, "not an option"), ("dro", None, "beta")])
+@pytest.mark.parametrize(
+    ("name", "config", "says"),
+    [("pppo", None, "did you mean 'ppo'"), ("ppo", {"beta": 1}, "not an option"), ("dro", None, "beta")],
+)
 def test_unknown_losses_and_options_are_refused(name: str, config: dict | None, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         resolve_loss(name, config)

@@ -14,8 +14,25 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tracking.metrics_log import read_metrics
 
-SFT = ["supervised/train_cli.py", "dataset.n_batches=40", "batch_size=32", "num_epochs=2", "dataset.num_test=20", "eval_every=10", "save_every=5"]
-RL = ["rl/train_cli.py", "env.n_batches=30", "group_size=4", "groups_per_batch=8", "env.num_test=20", "max_tokens=8", "eval_every=10", "save_every=3"]
+SFT = [
+    "supervised/train_cli.py",
+    "dataset.n_batches=40",
+    "batch_size=32",
+    "num_epochs=2",
+    "dataset.num_test=20",
+    "eval_every=10",
+    "save_every=5",
+]
+RL = [
+    "rl/train_cli.py",
+    "env.n_batches=30",
+    "group_size=4",
+    "groups_per_batch=8",
+    "env.num_test=20",
+    "max_tokens=8",
+    "eval_every=10",
+    "save_every=3",
+]
 
 
 def command(arguments: list[str], folder: Path) -> list[str]:
@@ -56,7 +73,9 @@ def kill_at(arguments: list[str], folder: Path, step: int, delay: float) -> None
     process.communicate()
 
 
-@pytest.mark.parametrize(("arguments", "engine", "kills"), [(SFT, "torch", 5), (RL, "torch", 5), (RL, "vllm", 1)], ids=["sft", "rl-torch", "rl-vllm"])
+@pytest.mark.parametrize(
+    ("arguments", "engine", "kills"), [(SFT, "torch", 5), (RL, "torch", 5), (RL, "vllm", 1)], ids=["sft", "rl-torch", "rl-vllm"]
+)
 def test_killed_and_resumed_equals_uninterrupted(arguments: list[str], engine: str, kills: int, tmp_path: Path) -> None:
     arguments = [*arguments, f"backend.engine={engine}"]
     finish(arguments, tmp_path / "whole")

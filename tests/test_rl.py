@@ -17,11 +17,24 @@ from rl.advantages import GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline
 from rl.data_processing import assemble_training_data, compute_advantages, split_substeps, trainable_groups, trajectory_to_data
 from rl.metrics import compute_sampling_metrics, compute_trajectory_metrics
 from rl.rollouts import do_rollouts
-from rl.types import Env, EnvGroupBuilder, Metrics, Observation, RolloutError, StepResult, StopCondition, TokensWithLogprobs
-from rl.types import Trajectory, TrajectoryGroup, Transition
+from rl.types import (
+    Env,
+    EnvGroupBuilder,
+    Metrics,
+    Observation,
+    RolloutError,
+    StepResult,
+    StopCondition,
+    TokensWithLogprobs,
+    Trajectory,
+    TrajectoryGroup,
+    Transition,
+)
 
 
-def turn(ob: list[int], ac: list[int], lp: list[float], reward: float = 0.0, temperature: float = 1.0, **metrics: float) -> Transition:
+def turn(
+    ob: list[int], ac: list[int], lp: list[float], reward: float = 0.0, temperature: float = 1.0, **metrics: float
+) -> Transition:
     return Transition(ModelInput.from_ints(ob), TokensWithLogprobs(ac, lp, "stop", temperature), reward, False, metrics)
 
 
@@ -30,8 +43,10 @@ def group(rewards: Sequence[float], tags: Sequence[str] = (), **metrics: float) 
     return TrajectoryGroup(trajectories, [0.0] * len(rewards), [{}] * len(rewards), list(tags))
 
 
-def tracks(datum) -> dict[str, list]:  # noqa: ANN001
-    return {"input": datum.model_input.to_ints()} | {key: pytest.approx(value.tolist()) for key, value in datum.loss_fn_inputs.items()}
+def tracks(datum) -> dict:  # noqa: ANN001
+    return {"input": datum.model_input.to_ints()} | {
+        key: pytest.approx(value.tolist()) for key, value in datum.loss_fn_inputs.items()
+    }
 
 
 def test_single_turn_is_shifted_by_one() -> None:
@@ -104,7 +119,13 @@ def test_sampler_against_trainer_metrics_by_hand() -> None:
     (datum,) = trajectory_to_data(Trajectory([turn([1, 2], [3, 4], [-0.1, -0.2])]), 1.0)
     trained = TensorData(np.array([-9.0, -0.2, -0.3], dtype=np.float32))
     metrics = compute_sampling_metrics([datum], [trained])
-    expected = {"kl_sample_train_v1": 0.1, "kl_sample_train_v2": 0.005, "logprob_gap_mean": 0.1, "logprob_gap_max": 0.1, "entropy": 0.15}
+    expected = {
+        "kl_sample_train_v1": 0.1,
+        "kl_sample_train_v2": 0.005,
+        "logprob_gap_mean": 0.1,
+        "logprob_gap_max": 0.1,
+        "entropy": 0.15,
+    }
     assert metrics == {f"optim/{name}": pytest.approx(value, abs=1e-6) for name, value in expected.items()}
 
 
@@ -116,7 +137,11 @@ def test_trajectory_metrics_by_hand() -> None:
     assert metrics["env/all/correct"] == 0.5 and "env/b/correct" not in metrics
     fractions = [metrics[f"env/all/by_group/frac_{kind}"] for kind in ("mixed", "all_good", "all_bad")]
     assert fractions == pytest.approx([1 / 3] * 3)
-    assert (metrics["env/all/total_episodes"], metrics["env/all/total_ac_tokens"], metrics["env/all/ob_tokens_per_turn"]) == (6, 12, 2)
+    assert (metrics["env/all/total_episodes"], metrics["env/all/total_ac_tokens"], metrics["env/all/ob_tokens_per_turn"]) == (
+        6,
+        12,
+        2,
+    )
 
 
 class CountingEnv(Env):
@@ -160,7 +185,9 @@ def test_rollouts_take_turns_and_the_seed_decides(torch_service) -> None:  # noq
     first, again, other = (rollout(*builders(), seed=seed, torch_service=torch_service) for seed in (1, 1, 2))
     assert [[len(t.transitions) for t in g.trajectories_G] for g in first] == [[1, 3], [2]]
     assert [g.get_total_rewards() for g in first] == [[1.5, 3.5], [2.5]]
-    sampled = [[t.ac.tokens for g in groups for tr in g.trajectories_G for t in tr.transitions] for groups in (first, again, other)]
+    sampled = [
+        [t.ac.tokens for g in groups for tr in g.trajectories_G for t in tr.transitions] for groups in (first, again, other)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
     assert len({tuple(tokens) for tokens in sampled[0]}) == len(sampled[0]), "turns and members must not share a seed"
 
@@ -180,7 +207,7 @@ def test_a_bug_in_an_environment_is_raised_as_itself(torch_service) -> None:  # 
 def test_policy_gradient_estimator_is_unbiased() -> None:
     """One sampled token of three: the estimator summed over all groups of two, weighted by probability, is the gradient of E[R]."""
     trainer, prompt, choices, rewards = Trainer("tiny", BackendConfig()), [7, 8, 9], [20, 21, 22], np.array([1.0, 0.2, 0.0])
-    head = trainer.base.get_output_embeddings().weight
+    head = trainer.base.get_input_embeddings().weight  # tied
 
     def logprobs() -> torch.Tensor:
         return trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[choices]
@@ -188,7 +215,9 @@ def test_policy_gradient_estimator_is_unbiased() -> None:
     p = logprobs().exp().detach().double().numpy()
     # Members outside the three choices would have reward 0, too; restrict the policy's support by conditioning on the choices.
     p_given = p / p.sum()
-    (trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].softmax(-1) * torch.tensor(rewards).float()).sum().backward()
+    (
+        trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].softmax(-1) * torch.tensor(rewards).float()
+    ).sum().backward()
     assert head.grad is not None
     exact = head.grad.clone()
     trainer.zero_grad()

@@ -21,7 +21,9 @@ def prompt_of(length: int, seed: int = 0) -> ModelInput:
     return ModelInput.from_ints(random_tokens(np.random.default_rng([seed, length]), length))
 
 
-def sample_all(client: SamplingClient, prompts: list[ModelInput], params: SamplingParams, prompt_logprobs: bool = False) -> list[SampleResponse]:
+def sample_all(
+    client: SamplingClient, prompts: list[ModelInput], params: SamplingParams, prompt_logprobs: bool = False
+) -> list[SampleResponse]:
     async def gather() -> list[SampleResponse]:
         return await asyncio.gather(*(client.sample_async(prompt, 1, params, prompt_logprobs) for prompt in prompts))
 
@@ -132,7 +134,9 @@ def test_stops(engines, which: int) -> None:  # noqa: ANN001
     texts = [tokenizer.decode(s.tokens) for s in ascii_text]
     index, text = next((i, t) for i, t in enumerate(texts) if "\ufffd" not in t[2:5] and len(t[2:5]) == 3)
     stop_string = text[2:5]
-    stopped = client.sample(prompt_of(4, 9), 64, SamplingParams(max_tokens=12, seed=5, stop=[stop_string])).result().sequences[index]
+    stopped = (
+        client.sample(prompt_of(4, 9), 64, SamplingParams(max_tokens=12, seed=5, stop=[stop_string])).result().sequences[index]
+    )
     assert stopped.stop_reason == "stop" and stop_string in tokenizer.decode(stopped.tokens)
     assert stopped.tokens == ascii_text[index].tokens[: len(stopped.tokens)] and len(stopped.tokens) < 12
     assert stop_string not in tokenizer.decode(stopped.tokens[:-1]) and len(stopped.logprobs) == len(stopped.tokens)
@@ -143,7 +147,12 @@ def test_eos_stops_unless_told_never_to(engines, which: int) -> None:  # noqa: A
     eos, prompt = engines[which].get_tokenizer().eos_token_id, prompt_of(3)
     free = engines[which].sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=2.0, stop=[])).result().sequences
     for stop in (None, ["never in the text"], [259]):
-        sampled = engines[which].sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=2.0, stop=stop)).result().sequences
+        sampled = (
+            engines[which]
+            .sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=2.0, stop=stop))
+            .result()
+            .sequences
+        )
         ended = [s for s in sampled if s.stop_reason == "stop" and s.tokens[-1] == eos]
         assert ended and all(eos not in s.tokens[:-1] for s in sampled)
     assert any(eos in s.tokens[:-1] for s in free) and all(s.stop_reason == "length" for s in free)
@@ -206,7 +215,7 @@ def test_gpt2_in_vllm_and_a_frozen_policy_beside_the_live_one(vllm_service: Serv
     frozen = vllm_service.create_sampling_client(base_model="gpt2-tiny", seed=1)
     prompt = prompt_of(30)
     reference = frozen.compute_logprobs(prompt).result()
-    assert reference[1:] == pytest.approx(trainer_logprobs(client, prompt, [])[: 29].tolist(), abs=1e-4)
+    assert reference[1:] == pytest.approx(trainer_logprobs(client, prompt, [])[:29].tolist(), abs=1e-4)
     train_a_little(client)
     live = client.save_weights_and_get_sampling_client().sample(prompt, 1, GREEDY).result().sequences[0]
     assert live.logprobs == pytest.approx(trainer_logprobs(client, prompt, live.tokens)[29:].tolist(), abs=1e-4)

@@ -14,13 +14,14 @@ class Checkpointer:
     def __init__(self, run: RunFolder, training_client: TrainingClient, save_every: int, keep: int | None):
         self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
         self._saved_step = -1
+        self.finished = False  # whether the run that is resumed had come to its end
 
     def start(self, load_checkpoint_path: str | None) -> int:
         """Loads what the run begins with and returns its first step: the folder's own last checkpoint, else another's weights."""
         record = self._run.last_checkpoint()
         if record is not None:
             self._client.load_state_with_optimizer(str(record.path)).result()
-            self._saved_step = record.step
+            self._saved_step, self.finished = record.step, record.name == "final"
         elif load_checkpoint_path:
             self._client.load_state(load_checkpoint_path).result()
         step = record.step if record else 0

@@ -28,7 +28,7 @@ Config = TypeVar("Config")
 ShortNames = Mapping[str, Mapping[str, str]]
 
 
-def run_command(main: Callable[[Config], None], config_class: type[Config], short_names: ShortNames | None = None) -> None:
+def run_command(main: Callable[[Config], object], config_class: type[Config], short_names: ShortNames | None = None) -> None:
     """The entry point of a command: parses sys.argv, runs, and turns a CookbookError into one line and exit code 2.
 
     Ctrl-C exits with 130. Any other exception is a bug and keeps its traceback.
