@@ -36,7 +36,7 @@ class Config(rl_train.Config):
     """The demo: a supervised warm start, then reinforcement learning on held-out-tested sums."""
 
     env: RLDatasetBuilder = chz.field(
-        default_factory=lambda: ArithmeticBuilder(n_batches=300, batch_size=64, group_size=8), doc="builder of the environments"
+        default_factory=lambda: ArithmeticBuilder(n_batches=500, batch_size=64, group_size=8), doc="builder of the environments"
     )
     warm_start_nll: float = chz.field(
         default=0.3, doc="nats per token at which the warm start ends: some seeds get there twice as fast"

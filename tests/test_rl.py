@@ -1,6 +1,7 @@
 """Flattening, advantages, metrics and rollouts, against hand-computed cases; and the estimator's expectation against the true gradient."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from backend.types import ModelInput, TensorData
 from rl.advantages import GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline
 from rl.data_processing import assemble_training_data, compute_advantages, split_substeps, trainable_groups, trajectory_to_data
 from rl.metrics import compute_sampling_metrics, compute_trajectory_metrics
-from rl.rollouts import do_rollouts
+from rl.rollouts import Policy, do_rollouts
 from rl.types import (
     Env,
     EnvGroupBuilder,
@@ -145,16 +146,17 @@ def test_trajectory_metrics_by_hand() -> None:
 
 
 class CountingEnv(Env):
-    """Asks `turns` times; fails as it is told."""
+    """Asks `turns` times; fails as it is told; takes `seconds` to answer, holding up the event loop."""
 
-    def __init__(self, turns: int, failure: Exception | None = None):
-        self.turns, self.failure, self.seen = turns, failure, 0
+    def __init__(self, turns: int, failure: Exception | None = None, seconds: float = 0.0):
+        self.turns, self.failure, self.seconds, self.seen = turns, failure, seconds, 0
 
     async def initial_observation(self) -> tuple[Observation, StopCondition]:
         return ModelInput.from_ints([10, 11]), []
 
     async def step(self, action: list[int]) -> StepResult:
         self.seen += 1
+        time.sleep(self.seconds)  # noqa: ASYNC251 - that is the point
         if self.failure:
             raise self.failure
         return StepResult(1.0, self.seen == self.turns, ModelInput.from_ints([10, 11, *action, 12]), [], {"turn": self.seen})
@@ -172,8 +174,6 @@ class CountingBuilder(EnvGroupBuilder):
 
 
 def rollout(*builders: CountingBuilder, seed: int = 0, torch_service) -> list[TrajectoryGroup]:  # noqa: ANN001
-    from rl.rollouts import Policy
-
     client = torch_service.create_training_client("tiny").save_weights_and_get_sampling_client()
     return asyncio.run(do_rollouts(builders, Policy(client, max_tokens=4), (seed,)))
 
@@ -190,6 +190,21 @@ def test_rollouts_take_turns_and_the_seed_decides(torch_service) -> None:  # noq
     ]
     assert sampled[0] == sampled[1] != sampled[2]
     assert len({tuple(tokens) for tokens in sampled[0]}) == len(sampled[0]), "turns and members must not share a seed"
+
+
+def test_slow_environments_change_no_bit_of_what_vllm_samples(vllm_client) -> None:  # noqa: ANN001
+    """Which requests share a decoding step must not depend on the clock: it would show in the last digits of the logprobs."""
+    client = vllm_client.save_weights_and_get_sampling_client()
+
+    def run(seconds: float) -> list[list[float]]:
+        rng = np.random.default_rng(0)
+        builders = [
+            CountingBuilder(*(CountingEnv(2 + g % 3, seconds=seconds * rng.random()) for g in range(4))) for _ in range(6)
+        ]
+        groups = asyncio.run(do_rollouts(builders, Policy(client, max_tokens=5), (3,)))
+        return [turn.ac.logprobs for group in groups for t in group.trajectories_G for turn in t.transitions]
+
+    assert run(0.0) == run(0.02)
 
 
 def test_a_rollout_that_cannot_be_scored_leaves_its_group_and_is_counted(torch_service) -> None:  # noqa: ANN001
