@@ -14,8 +14,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from backend.batching import MicroBatch, check_data, micro_batches, resolve_loss
+from backend.batching import MicroBatch, micro_batches
 from backend.config import BackendConfig, compute_dtype, training_device
+from backend.data_checks import check_data, resolve_loss
 from backend.errors import ModelError, NonFiniteError
 from backend.logprobs import target_logprobs
 from backend.losses import LossFn
@@ -93,12 +94,15 @@ class Trainer:
         parts = [(batch, self._logprobs(batch)) for batch in micro_batches(data_D, self.config.micro_batch_tokens, self.device)]
         logprobs_D: list[Any] = [None] * len(data_D)
         for batch, p_NK in parts:
-            for d in batch.datum_indices_B:
-                rows = torch.from_numpy(batch.datum_N == d)
-                full = torch.zeros((data_D[d].model_input.length, p_NK.shape[1]), device=p_NK.device)
-                index = torch.from_numpy(batch.position_N[batch.datum_N == d]).to(p_NK.device)
-                full = full.index_copy(0, index, p_NK[rows.to(p_NK.device)])
+            for d in np.unique(batch.datum_N):
+                own = batch.datum_N == d
+                index = torch.from_numpy(batch.position_N[own]).to(p_NK.device)
+                full = p_NK.new_zeros(data_D[d].model_input.length, p_NK.shape[1])
+                full = full.index_copy(0, index, p_NK[torch.from_numpy(own).to(p_NK.device)])
                 logprobs_D[d] = full if data_D[d].loss_fn_inputs["target_tokens"].array.ndim == 2 else full[:, 0]
+        logprobs_D = [
+            torch.zeros(datum.model_input.length) if p is None else p for datum, p in zip(data_D, logprobs_D, strict=True)
+        ]
         loss, metrics = fn(list(data_D), logprobs_D)
         if not torch.isfinite(loss):
             self.zero_grad()
@@ -110,7 +114,9 @@ class Trainer:
     def _logprobs(self, batch: MicroBatch) -> torch.Tensor:
         """(N, K) logprobs of the rows that carry loss, under the temperature each token was sampled at."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            hidden_BTH = self.base.get_decoder()(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+            hidden_BTH = self.base.get_decoder()(
+                input_ids=batch.tokens_BT, attention_mask=batch.mask_B1TT, position_ids=batch.positions_BT, use_cache=False
+            ).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_N).to(self.compute_dtype)
         return target_logprobs(hidden_NH, self._head(), batch.targets_NK, batch.inputs.get("temperature"))
 
@@ -123,7 +129,7 @@ class Trainer:
     def _check_head(self) -> None:
         """Softcaps, scales and biases between the last hidden state and the logits would make every logprob silently wrong."""
         tokens = self.vocabulary - 1 - torch.arange(8, device=self.device)[None]
-        batch = MicroBatch([0], tokens, torch.arange(8, device=self.device), np.zeros(8), np.arange(8), tokens.T, {})
+        batch = MicroBatch(tokens, torch.arange(8, device=self.device), np.zeros(8), np.arange(8), tokens.T, {})
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             expected = self.base(input_ids=tokens).logits[0].float().log_softmax(-1).gather(-1, tokens.T)
         if (self._logprobs(batch) - expected).abs().max() > (1e-3 if self.compute_dtype == torch.float32 else 0.2):

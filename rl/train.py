@@ -11,8 +11,8 @@ from typing import Any
 
 import chz
 
-from backend.batching import resolve_loss
 from backend.config import BackendConfig
+from backend.data_checks import resolve_loss
 from backend.errors import ConfigError, DataError, NonFiniteError
 from backend.learning_rate import LRSchedule, lr_multiplier
 from backend.sampling_client import SamplingClient

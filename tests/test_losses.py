@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from backend.batching import resolve_loss
+from backend.batching import micro_batches
 from backend.config import BackendConfig
+from backend.data_checks import resolve_loss
 from backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
 from backend.losses import LOSSES
 from backend.trainer import Trainer
 from backend.types import AdamParams, Datum, LoraConfig, ModelInput
-from tests.conftest import gradients, policy_data
+from tests.conftest import gradients, policy_data, random_tokens
 
 P, Q, A = [-1.0, -0.5, -3.0], [-1.2, -0.2, -1.0], [2.0, -1.0, 0.5]  # ratios 1.2214, 0.7408, 0.1353
 R = [math.exp(p - q) for p, q in zip(P, Q, strict=True)]
@@ -118,6 +119,32 @@ def test_gradients_do_not_depend_on_micro_batches_or_order(lora: LoraConfig | No
             assert (other_gradients[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
         for d, logprobs in results[0][1].items():
             assert np.allclose(other_logprobs[d], logprobs, atol=2e-6)
+
+
+@pytest.mark.parametrize("model", ["tiny", "llama-tiny", "gpt2-tiny"])
+def test_sharing_the_prompts_of_groups_changes_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members of a group in one row behind their prompt, against every sequence on its own."""
+    data = []
+    for group in range(4):
+        prompt = random_tokens(np.random.default_rng(group), 5 + 3 * group)
+        for datum in policy_data(5, seed=group, longest=12):
+            own = datum.model_input.to_ints()
+            inputs = {
+                key: np.concatenate([np.zeros(len(prompt) - 1), value.array]) for key, value in datum.loss_fn_inputs.items()
+            }
+            inputs["target_tokens"] = np.array(prompt[1:] + own[:1] + datum.loss_fn_inputs["target_tokens"].array.tolist())[:-1]
+            inputs["mask"][: len(prompt) - 1] = 0
+            data.append(Datum(ModelInput.from_ints((prompt + own)[:-1]), inputs))  # type: ignore[arg-type]
+    shared, alone = (Trainer(model, BackendConfig(micro_batch_tokens=150)) for _ in range(2))
+    assert any(batch.mask_B1TT is not None for batch in micro_batches(data, 150, shared.device))
+    output = shared.run(data, "importance_sampling")
+    monkeypatch.setattr("backend.batching.SHARED_ROWS_PAY", 0.0)
+    assert all(batch.mask_B1TT is None for batch in micro_batches(data, 150, shared.device))
+    expected = alone.run(data, "importance_sampling")
+    for ours, theirs in zip(output.loss_fn_outputs, expected.loss_fn_outputs, strict=True):
+        assert np.allclose(ours["logprobs"].array, theirs["logprobs"].array, atol=5e-6)
+    for name, gradient in gradients(alone).items():
+        assert (gradients(shared)[name] - gradient).norm() <= 2e-6 * gradient.norm(), name
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
