@@ -4,8 +4,9 @@ PY := .venv/bin/python
 demo: .venv/installed
 	$(PY) recipes/demo.py
 
+# Two workers with a thread each: the models are so small that a second thread gains less than a second test.
 test: .venv/installed
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --durations=10
 
 check: .venv/installed
 	.venv/bin/ruff check .

@@ -3,8 +3,11 @@
 A script written for Tinker ports by its import: `import backend as tinker`, then tinker.ServiceClient(), tinker.types.Datum and so on.
 """
 
+import os
 from importlib import import_module
 from typing import Any
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch loads; vLLM's thread binding would print a warning at every start
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ checkpoints and merged adapters. specs/vllm.md has the measurements behind each 
 """
 
 import gc
+import logging
 import os
 import tempfile
 import warnings
@@ -37,9 +38,8 @@ class VllmEngine:
         seeded: bool,
     ):
         _set_environment(config)
-        with warnings.catch_warnings(action="ignore"):
-            from vllm.engine.arg_utils import EngineArgs
-            from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
 
         self._device, self._seeded = device, seeded
         self._unfinished: dict[str, SequenceRequest] = {}
@@ -130,6 +130,8 @@ def _load_in_place(model: Any, weights: Weights) -> None:
 
 def _set_environment(config: BackendConfig) -> None:
     """Read by vLLM when it is imported. A user's own settings stand."""
+    warnings.filterwarnings("ignore", module=r"vllm\.")
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "doesn't include CPU backend": nor is it asked to
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must be in this process to take weights in memory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
