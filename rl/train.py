@@ -207,8 +207,13 @@ async def _evaluate(run: _Run, client: SamplingClient, step: int, metrics: Metri
 async def _probe(run: _Run, client: SamplingClient, datum: Datum, metrics: Metrics) -> None:
     """Right after a sync, so that a wrong one is seen before anything is sampled from it."""
     sequence = datum.model_input.append_int(int(datum.loss_fn_inputs["target_tokens"].array[-1]))
-    metrics["optim/probe_logprob_gap"] = await probe_logprob_gap(run.training_client, client, sequence)
-    _alarm("probe", metrics["optim/probe_logprob_gap"], int(metrics["progress/batch"]))
+    step = int(metrics["progress/batch"])
+    try:
+        gap = await probe_logprob_gap(run.training_client, client, sequence)
+    except NonFiniteError as error:  # the step itself made the weights infinite
+        raise write_offending_data(run.folder, step, [datum], error) from error
+    metrics["optim/probe_logprob_gap"] = gap
+    _alarm("probe", gap, step)
 
 
 def _alarm(what: str, gap: float, step: int) -> None:
