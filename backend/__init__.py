@@ -7,7 +7,9 @@ import os
 from importlib import import_module
 from typing import Any
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch loads; vLLM's thread binding would print a warning at every start
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # read when torch loads; vLLM's thread binding would print a warning at every start
 
 
 def __getattr__(name: str) -> Any:

@@ -42,10 +42,12 @@ class _Row:
     length: int
 
 
-def micro_batches(data_D: Sequence[Datum], token_budget: int, device: torch.device) -> list[MicroBatch]:
-    """Batches of at most `token_budget` padded tokens (a longer row goes alone), longest rows first: memory peaks at once."""
-    alone = [_Row([d], [0], 0, datum.model_input.length) for d, datum in enumerate(data_D)]
-    shared = _share_prompts(data_D)
+def micro_batches(data_D: Sequence[Datum], chosen: Sequence[int], token_budget: int, device: torch.device) -> list[MicroBatch]:
+    """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone), longest rows first: memory peaks at once."""
+    if not chosen:
+        return []
+    alone = [_Row([d], [0], 0, data_D[d].model_input.length) for d in chosen]
+    shared = _share_prompts(data_D, chosen)
     pays = sum(row.length for row in shared) <= SHARED_ROWS_PAY * sum(row.length for row in alone)
     batches: list[list[_Row]] = [[]]
     for row in sorted(shared if pays else alone, key=lambda row: -row.length):
@@ -55,12 +57,12 @@ def micro_batches(data_D: Sequence[Datum], token_budget: int, device: torch.devi
     return [_collate(data_D, rows, device) for rows in batches]
 
 
-def _share_prompts(data_D: Sequence[Datum]) -> list[_Row]:
+def _share_prompts(data_D: Sequence[Datum], chosen: Sequence[int]) -> list[_Row]:
     """Data with the same tokens up to the first that carries loss, laid into common rows."""
     families: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for d, datum in enumerate(data_D):
-        carries = carries_loss({key: value.array for key, value in datum.loss_fn_inputs.items()})
-        families[tuple(datum.model_input.to_ints()[: int(carries.argmax()) + 1])].append(d)
+    for d in chosen:
+        carries = carries_loss({key: value.array for key, value in data_D[d].loss_fn_inputs.items()})
+        families[tuple(data_D[d].model_input.to_ints()[: int(carries.argmax()) + 1])].append(d)
     rows = []
     for prompt, members in families.items():
         row = None

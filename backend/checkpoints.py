@@ -62,9 +62,9 @@ def _fsync(path: Path) -> None:
 def save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None) -> None:
     """What transformers, peft and vLLM load by path: all weights, or the adapter of a LoRA run."""
     if dtype is None or trainer.lora:
-        trainer.model.save_pretrained(folder)
+        trainer.model.save_pretrained(str(folder))
     else:
-        trainer.base.save_pretrained(folder, state_dict={k: v.to(dtype) for k, v in trainer.base.state_dict().items()})
+        trainer.base.save_pretrained(str(folder), state_dict={k: v.to(dtype) for k, v in trainer.base.state_dict().items()})
     trainer.hf_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -55,13 +55,14 @@ class Loss:
 
     fn: LossFn
     required: tuple[str, ...]
+    scales_with_advantage: bool = False  # no advantage, no gradient
 
 
 POLICY_INPUTS = ("logprobs", "advantages")
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(cross_entropy, ("weights",)),
-    "importance_sampling": Loss(importance_sampling, POLICY_INPUTS),
-    "ppo": Loss(ppo, POLICY_INPUTS),
-    "cispo": Loss(cispo, POLICY_INPUTS),
+    "importance_sampling": Loss(importance_sampling, POLICY_INPUTS, scales_with_advantage=True),
+    "ppo": Loss(ppo, POLICY_INPUTS, scales_with_advantage=True),
+    "cispo": Loss(cispo, POLICY_INPUTS, scales_with_advantage=True),
     "dro": Loss(dro, POLICY_INPUTS),
 }

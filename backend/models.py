@@ -50,7 +50,7 @@ PRESETS: dict[str, PretrainedConfig] = {
     "gpt2-tiny": GPT2Config(n_layer=4, n_embd=128, n_head=4, n_positions=512, initializer_range=128**-0.5, **_GPT2, **_TOKENS),
     "gpt2-small": GPT2Config(n_layer=12, n_embd=768, n_head=12, n_positions=1024, **_GPT2, **_TOKENS),  # 85M
     # Qwen2.5-0.5B's shape with random weights: what benchmarks/ measures on a GPU, where nothing can be downloaded.
-    "qwen2.5-0.5b-shape": Qwen2Config(**_shape(24, 896, 4864, 14, 2, 32768), rope_theta=1e6, **{**_TOKENS, "vocab_size": 151936}),
+    "qwen2.5-0.5b-shape": Qwen2Config(**_shape(24, 896, 4864, 14, 2, 32768), **{**_TOKENS, "vocab_size": 151936}),
 }
 
 

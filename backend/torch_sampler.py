@@ -51,17 +51,21 @@ class TorchSampler:
 
     def _decode(self, requests: list[SequenceRequest]) -> list[Sampled]:
         rows = [_Row(request, self._device, self._stop_condition(request.params), self._tokenizer) for request in requests]
-        width = max(len(row.request.prompt) for row in rows)
-        tokens_BT = torch.zeros((len(rows), width), dtype=torch.long)
-        mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
-        for b, row in enumerate(rows):
-            tokens_BT[b, width - len(row.request.prompt) :] = torch.tensor(row.request.prompt)
-            mask_BT[b, width - len(row.request.prompt) :] = 1
+        prompts: dict[tuple[int, ...], int] = {}  # the members of a group share a prompt: it is read once
+        prompt_B = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in rows]
+        width = max(map(len, prompts))
+        tokens_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+        mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+        for prompt, b in prompts.items():
+            tokens_BT[b, width - len(prompt) :] = torch.tensor(prompt)
+            mask_BT[b, width - len(prompt) :] = 1
         tokens_BT, mask_BT = tokens_BT.to(self._device), mask_BT.to(self._device)
         cache = DynamicCache(config=self._model.config)
         hidden_BTH = self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
-        self._score_prompts(rows, hidden_BTH, width)
-        alive, hidden_BH = rows, hidden_BTH[:, -1]
+        self._score_prompts(rows, prompt_B, hidden_BTH, width)
+        index = torch.tensor(prompt_B, device=self._device)
+        cache.batch_select_indices(index)
+        alive, hidden_BH, mask_BT = rows, hidden_BTH[index, -1], mask_BT[index]
         while True:
             next_B = _draw(alive, self._logits(hidden_BH))
             keep = [b for b, row in enumerate(alive) if row.finish is None]
@@ -85,9 +89,9 @@ class TorchSampler:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return (hidden @ self._model.get_output_embeddings().weight.T).float()
 
-    def _score_prompts(self, rows: list["_Row"], hidden_BTH: torch.Tensor, width: int) -> None:
+    def _score_prompts(self, rows: list["_Row"], prompt_B: list[int], hidden_BTH: torch.Tensor, width: int) -> None:
         head = self._model.get_output_embeddings().weight
-        for b, row in enumerate(rows):
+        for b, row in zip(prompt_B, rows, strict=True):
             prompt, k = row.request.prompt, row.request.topk_prompt
             if k is None:
                 continue

@@ -19,7 +19,7 @@ from backend.config import BackendConfig, compute_dtype, training_device
 from backend.data_checks import check_data, resolve_loss
 from backend.errors import ModelError, NonFiniteError
 from backend.logprobs import target_logprobs
-from backend.losses import LossFn
+from backend.losses import Loss, LossFn
 from backend.models import context_length, load_model
 from backend.types import AdamParams, Datum, ForwardBackwardOutput, GetInfoResponse, LoraConfig, OptimStepResponse, TensorData
 
@@ -63,17 +63,18 @@ class Trainer:
         loss = resolve_loss(loss_fn, loss_fn_config)
         check_data(data_D, loss.required, self.vocabulary, self.max_length)
         parts, loss_parts, sums = [], [], {}
-        with torch.set_grad_enabled(backward):
-            for batch in micro_batches(data_D, self.config.micro_batch_tokens, self.device):
-                p_NK = self._logprobs(batch)
-                p = p_NK if loss_fn == "cross_entropy" and batch.inputs["weights"].ndim == 2 else p_NK[:, 0]
-                loss_N, diagnostics_N = loss.fn(p, batch.inputs, **(loss_fn_config or {}))
-                if backward and len(loss_N):
-                    loss_N.sum().backward()
-                parts.append((batch, p.detach()))
-                loss_parts.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
-                for name, value_N in diagnostics_N.items():
-                    sums[name] = sums.get(name, 0.0) + value_N.detach().double().sum()
+        for chosen, differentiate in self._passes(data_D, loss, backward):
+            for batch in micro_batches(data_D, chosen, self.config.micro_batch_tokens, self.device):
+                with torch.set_grad_enabled(differentiate):
+                    p_NK = self._logprobs(batch)
+                    p = p_NK if loss_fn == "cross_entropy" and batch.inputs["weights"].ndim == 2 else p_NK[:, 0]
+                    loss_N, diagnostics_N = loss.fn(p, batch.inputs, **(loss_fn_config or {}))
+                    if differentiate and len(loss_N):
+                        loss_N.sum().backward()
+                    parts.append((batch, p.detach()))
+                    loss_parts.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
+                    for name, value_N in diagnostics_N.items():
+                        sums[name] = sums.get(name, 0.0) + value_N.detach().double().sum()
         logprobs_D = _scatter_to_datums(data_D, parts)
         loss_N = torch.cat(loss_parts).double().cpu()
         if not torch.isfinite(loss_N).all():
@@ -85,13 +86,23 @@ class Trainer:
         metrics |= {f"{name}:mean": float(value) / max(len(loss_N), 1) for name, value in sums.items()}
         return ForwardBackwardOutput([{"logprobs": TensorData(logprobs)} for logprobs in logprobs_D], metrics)
 
+    def _passes(self, data_D: Sequence[Datum], loss: Loss, backward: bool) -> list[tuple[Sequence[int], bool]]:
+        """Which data need a backward pass. Groups whose members all got the same reward do not: advantage 0, gradient 0."""
+        if not backward:
+            return [(range(len(data_D)), False)]
+        needed = [not loss.scales_with_advantage or bool(datum.loss_fn_inputs["advantages"].array.any()) for datum in data_D]
+        return [([d for d, need in enumerate(needed) if need is wanted], wanted) for wanted in (True, False)]
+
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
         """`fn(data, logprobs_D)` gets the differentiable logprobs of all data at once: one forward, one backward.
 
         All micro-batches' activations are alive together; gradient_checkpointing bounds that.
         """
         check_data(data_D, (), self.vocabulary, self.max_length)
-        parts = [(batch, self._logprobs(batch)) for batch in micro_batches(data_D, self.config.micro_batch_tokens, self.device)]
+        parts = [
+            (batch, self._logprobs(batch))
+            for batch in micro_batches(data_D, range(len(data_D)), self.config.micro_batch_tokens, self.device)
+        ]
         logprobs_D: list[Any] = [None] * len(data_D)
         for batch, p_NK in parts:
             for d in np.unique(batch.datum_N):

@@ -60,6 +60,9 @@ class VllmEngine:
                 "disable_log_stats": True,
                 "seed": 0,
             }
+            if device.type == "cpu":
+                # A prompt read in two parts would make vLLM turn a seeded request's generator back, which it cannot on a CPU.
+                args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 8192)}
             if device.type == "cuda":
                 args["gpu_memory_utilization"] = config.gpu_memory_utilization
             try:

@@ -126,6 +126,9 @@ class ArithmeticBuilder(ArithmeticTask, RLDatasetBuilder):
     n_batches: int = chz.field(default=100, doc="training batches")
     include_fewshot: bool = chz.field(default=False, doc=f"put {FEWSHOT} worked examples before the question, for base models")
 
+    def recommended_max_tokens(self) -> int:
+        return 2 * self.num_digits + 2  # sign, digits of a product, EOS
+
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         space = self.space()
         train = ArithmeticDataset(space, renderer, space.fewshot() if self.include_fewshot else [], self)

@@ -44,7 +44,6 @@ class Config(rl_train.Config):
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     learning_rate: float = chz.field(default=3e-4, doc="of RL, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
-    max_tokens: int = chz.field(default=6, doc="most tokens sampled per answer")
     save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end")
     log_path: str = chz.field(default="runs/demo", doc="the run folder; the warm start's is beside it")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last demo's folder")

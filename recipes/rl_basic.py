@@ -42,7 +42,6 @@ class Config(train.Config):
         default="plain", doc="role_colon, chat_template or plain; None = what suits the tokenizer"
     )
     learning_rate: float = chz.field(default=2e-4, doc="constant")
-    max_tokens: int = chz.field(default=8, doc="most tokens sampled per turn")
     log_path: str = chz.field(default="runs/rl_basic", doc="the run folder")
 
 

@@ -15,6 +15,7 @@ from backend.config import BackendConfig
 from backend.data_checks import resolve_loss
 from backend.errors import ConfigError, DataError, NonFiniteError
 from backend.learning_rate import LRSchedule, lr_multiplier
+from backend.models import PRESETS
 from backend.sampling_client import SamplingClient
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
@@ -47,14 +48,12 @@ class Config:
     lora_rank: int = chz.field(default=0, doc="rank of a LoRA adapter; 0 trains all weights")
     seed: int = chz.field(default=0, doc="seed of a preset's weights, of the adapter and of sampling (the data's is env.seed)")
 
-    max_tokens: int = chz.field(default=256, doc="most tokens sampled per turn")
+    max_tokens: int | None = chz.field(default=None, doc="most tokens sampled per turn; None = what the environment recommends")
     temperature: float = chz.field(default=1.0, doc="sampling temperature of rollouts; training uses the same distribution")
     advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
     remove_constant_reward_groups: bool = chz.field(default=False, doc="leave out groups whose members all got the same reward")
     loss_fn: str = chz.field(default="importance_sampling", doc="importance_sampling, ppo, cispo or dro")
-    loss_fn_config: dict[str, Any] | None = chz.field(
-        default=None, doc="options of the loss, e.g. loss_fn_config='{\"beta\": 0.1}'"
-    )
+    loss_fn_config: dict[str, Any] | None = chz.field(default=None, doc="options of the loss, e.g. loss_fn_config.beta=0.1")
     num_substeps: int = chz.field(default=1, doc="optimizer steps a batch is cut into; more than 1 is slightly off-policy")
     learning_rate: float = chz.field(
         default=1e-4, doc="at the first step; full training of big models wants 1e-6 to 1e-5, LoRA ten times that"
@@ -95,6 +94,8 @@ class _Run:
 
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Everything that can be wrong with the input is raised before the model is loaded."""
+    max_tokens = config.max_tokens or config.env.recommended_max_tokens()
+    config = chz.replace(config, max_tokens=max_tokens)
     _check(config)
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
     dataset, test_dataset = await config.env(get_renderer(config.renderer_name, tokenizer))
@@ -103,12 +104,16 @@ async def main(config: Config) -> Metrics:
         raise DataError("the dataset has no batch to train on")
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+    if config.model_name in PRESETS and not config.load_checkpoint_path and not folder.resumed:
+        print(
+            f"{config.model_name} begins with random weights: warm-start it with supervised/train_cli.py and load_checkpoint_path"
+        )
     with ServiceClient(config.backend, folder.checkpoints) as service:
         training_client = service.create_training_client(config.model_name, lora, config.seed)
         evaluator = None
         if test_dataset is not None and config.eval_every:
-            evaluator = RLTestSetEvaluator(test_dataset, config.max_tokens, config.eval_temperature, config.seed)
-        source = SynchronousGroups(dataset, config.max_tokens, config.temperature, config.seed)
+            evaluator = RLTestSetEvaluator(test_dataset, max_tokens, config.eval_temperature, config.seed)
+        source = SynchronousGroups(dataset, max_tokens, config.temperature, config.seed)
         return await _loop(_Run(config, folder, tokenizer, training_client, evaluator), source, num_steps)
 
 
@@ -117,7 +122,7 @@ def _check(config: Config) -> None:
     if "advantages" not in resolve_loss(config.loss_fn, config.loss_fn_config).required:
         raise ConfigError(f"loss_fn={config.loss_fn} does not use advantages: it is not a loss for reinforcement learning")
     for name in ("max_tokens", "num_substeps", "num_epochs"):
-        if getattr(config, name) < 1:
+        if (getattr(config, name) or 0) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
     if config.temperature <= 0:
         raise ConfigError(f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0")

@@ -130,5 +130,9 @@ class RLDatasetBuilder:
     group_size: int = chz.field(default=8, doc="rollouts per group: they share one problem and one baseline")
     seed: int = chz.field(default=0, doc="seed of the data: which problems, in which order")
 
+    def recommended_max_tokens(self) -> int:
+        """Most tokens a turn needs, for runs that do not say."""
+        return 256
+
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         raise NotImplementedError

@@ -81,7 +81,7 @@ def test_vllm_loads_a_saved_policy_by_path(torch_service: ServiceClient, vllm_cl
         [{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False
     )
     tokens = list(output[0].outputs[0].token_ids)
-    greedy = client._trainer.base.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, 3:]
+    greedy = client._trainer.base.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, 3:]  # type: ignore
     assert tokens == greedy.tolist()
     llm.llm_engine.engine_core.shutdown()
 

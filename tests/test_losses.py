@@ -101,7 +101,7 @@ def test_trainer_loss_and_gradient_equal_full_logits(name: str, model: str, monk
     expected.backward()
     assert output.metrics["loss:sum"] == pytest.approx(expected.item(), rel=2e-6)
     for key, gradient in gradients(trainer).items():
-        assert torch.allclose(chunked[key], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item() + 1e-7), key
+        assert (chunked[key] - gradient).norm() <= 3e-6 * gradient.norm(), key  # two fp32 computations in different orders
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
@@ -136,10 +136,10 @@ def test_sharing_the_prompts_of_groups_changes_nothing(model: str, monkeypatch: 
             inputs["mask"][: len(prompt) - 1] = 0
             data.append(Datum(ModelInput.from_ints((prompt + own)[:-1]), inputs))  # type: ignore[arg-type]
     shared, alone = (Trainer(model, BackendConfig(micro_batch_tokens=150)) for _ in range(2))
-    assert any(batch.mask_B1TT is not None for batch in micro_batches(data, 150, shared.device))
+    assert any(batch.mask_B1TT is not None for batch in micro_batches(data, range(len(data)), 150, shared.device))
     output = shared.run(data, "importance_sampling")
     monkeypatch.setattr("backend.batching.SHARED_ROWS_PAY", 0.0)
-    assert all(batch.mask_B1TT is None for batch in micro_batches(data, 150, shared.device))
+    assert all(batch.mask_B1TT is None for batch in micro_batches(data, range(len(data)), 150, shared.device))
     expected = alone.run(data, "importance_sampling")
     for ours, theirs in zip(output.loss_fn_outputs, expected.loss_fn_outputs, strict=True):
         assert np.allclose(ours["logprobs"].array, theirs["logprobs"].array, atol=5e-6)
@@ -176,6 +176,24 @@ def test_custom_loss_is_one_autograd_pass_equal_to_the_built_in() -> None:
     assert output.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-5)
     for name, gradient in gradients(built_in).items():
         assert torch.allclose(gradients(custom)[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item()), name
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo"])
+def test_data_without_advantage_get_logprobs_and_leave_no_gradient(name: str) -> None:
+    """They skip the backward pass; metrics, logprobs and the gradient of the others must not notice."""
+    data = policy_data(8, seed=3)
+    for datum in data[::2]:
+        datum.loss_fn_inputs["advantages"].array[:] = 0
+    mixed, only_others = Trainer("tiny", BackendConfig()), Trainer("tiny", BackendConfig())
+    output, expected = mixed.run(data, name), only_others.run(data[1::2], name)
+    assert output.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-6)
+    assert output.metrics["num_loss_tokens:sum"] == sum(datum.loss_fn_inputs["mask"].array.sum() for datum in data)
+    assert all(
+        (out["logprobs"].array[datum.loss_fn_inputs["mask"].array > 0] < 0).all()
+        for out, datum in zip(output.loss_fn_outputs, data, strict=True)
+    )
+    for key, gradient in gradients(only_others).items():
+        assert (gradients(mixed)[key] - gradient).norm() <= 1e-6 * gradient.norm(), key
 
 
 def test_topk_cross_entropy_targets() -> None:
@@ -231,12 +249,12 @@ def bad_datum(**changes: object) -> Datum:
         (bad_datum(advantages=[1.0]), DataError, "advantages has shape"),
         (bad_datum(advantages=np.full(policy_data(1)[0].model_input.length, np.nan)), NonFiniteError, "not finite"),
         (
-            Datum(ModelInput.from_ints([999]), {"target_tokens": [1], "logprobs": [0.0], "advantages": [0.0]}),
+            Datum(ModelInput.from_ints([999]), {"target_tokens": [1], "logprobs": [0.0], "advantages": [0.0]}),  # type: ignore
             DataError,
             "vocabulary",
         ),  # type: ignore[dict-item]
         (
-            Datum(ModelInput.from_ints([5] * 600), {k: [1] * 600 for k in ("target_tokens", "logprobs", "advantages")}),
+            Datum(ModelInput.from_ints([5] * 600), {k: [1] * 600 for k in ("target_tokens", "logprobs", "advantages")}),  # type: ignore
             ContextLengthError,
             "context",
         ),  # type: ignore[dict-item]

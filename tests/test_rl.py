@@ -234,7 +234,7 @@ def test_policy_gradient_estimator_is_unbiased() -> None:
         trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].softmax(-1) * torch.tensor(rewards).float()
     ).sum().backward()
     assert head.grad is not None
-    exact = head.grad.clone()
+    exact = head.grad.clone()  # type: ignore
     trainer.zero_grad()
     total = torch.zeros_like(exact)
     for i in range(3):
@@ -242,6 +242,6 @@ def test_policy_gradient_estimator_is_unbiased() -> None:
             advantages = LeaveOneOut()(rewards[[i, j]])
             for member, advantage in zip((i, j), advantages, strict=True):
                 conditional = trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].log_softmax(-1)[member]
-                (gradient,) = torch.autograd.grad(conditional, head)
+                (gradient,) = torch.autograd.grad(conditional, head)  # type: ignore
                 total += float(p_given[i] * p_given[j] * advantage / 2) * gradient
     assert torch.allclose(total, exact, atol=1e-6)

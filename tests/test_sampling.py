@@ -158,6 +158,13 @@ def test_eos_stops_unless_told_never_to(engines, which: int) -> None:  # noqa: A
     assert any(eos in s.tokens[:-1] for s in free) and all(s.stop_reason == "length" for s in free)
 
 
+def test_more_prompts_than_one_step_reads(engines) -> None:  # noqa: ANN001
+    """vLLM would read a prompt in two parts, which ends a seeded request on a CPU."""
+    prompts = [prompt_of(100, seed) for seed in range(120)]
+    responses = sample_all(engines[1], prompts, SamplingParams(max_tokens=3, seed=1, stop=[]))
+    assert all(len(response.sequences[0].tokens) == 3 for response in responses)
+
+
 def test_topk_prompt_logprobs_agree(engines) -> None:  # noqa: ANN001
     prompt = prompt_of(12)
     a, b = (client.sample(prompt, 1, GREEDY, topk_prompt_logprobs=3).result().topk_prompt_logprobs for client in engines[1:])
