@@ -16,4 +16,6 @@ def write_offending_data(run: RunFolder, step: int, data_D: Sequence[Datum], err
         for d in indices:
             inputs = {key: value.tolist() for key, value in data_D[d].loss_fn_inputs.items()}
             file.write(json.dumps({"datum": d, "tokens": data_D[d].model_input.to_ints(), **inputs}) + "\n")
-    return NonFiniteError(f"step {step}: {error}. The data are in {path}; nothing was saved over the last checkpoint", error.datum_indices)
+    return NonFiniteError(
+        f"step {step}: {error}. The data are in {path}; nothing was saved over the last checkpoint", error.datum_indices
+    )
