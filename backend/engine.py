@@ -99,7 +99,8 @@ class EngineThread:
         self._calls: dict[SequenceRequest, _Call] = {}
         self._unsettled: set[asyncio.AbstractEventLoop | None] = set()
         self._error: BaseException | None = None
-        self._closed = False
+        self._stopped = False
+        self._put_lock = threading.Lock()  # nothing may enter the inbox once the thread has emptied it for the last time
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(make_engine, started), name="sampling-engine", daemon=True)
         self._thread.start()
@@ -123,15 +124,19 @@ class EngineThread:
         sync.future.result()
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._inbox.put(None)
-            self._thread.join()
+        self._inbox.put(None)
+        self._thread.join()
 
     def _put(self, item: _Call | _Sync) -> None:
-        if self._closed or self._error is not None:
-            raise EngineError("the sampling engine has stopped" + (f": {self._error!r}" if self._error else "")) from self._error
-        self._inbox.put(item)
+        with self._put_lock:
+            if self._stopped:
+                raise self._stop_reason()
+            self._inbox.put(item)
+
+    def _stop_reason(self) -> EngineError:
+        reason = EngineError("the sampling engine has stopped" + (f": {self._error!r}" if self._error else ""))
+        reason.__cause__ = self._error
+        return reason
 
     # --- the thread -------------------------------------------------------------------------------------------------------------
 
@@ -150,12 +155,12 @@ class EngineThread:
         except BaseException as error:
             self._error = error
         finally:
-            reason = EngineError("the sampling engine has stopped" + (f": {self._error!r}" if self._error else ""))
-            reason.__cause__ = self._error
-            self._fail(lambda call: True, reason)
+            with self._put_lock:
+                self._stopped = True
+            self._fail(lambda call: True, self._stop_reason())
             for item in self._drain():
                 if item is not None:
-                    item.future.set_exception(reason)
+                    item.future.set_exception(self._stop_reason())
             self._engine.close()
 
     def _take_inbox(self) -> bool:

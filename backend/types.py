@@ -3,7 +3,7 @@
 Left out: image chunks, sparse tensors. Everything here is tokens and numbers; nothing knows of chat, environments or rewards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -102,7 +102,7 @@ class TensorData:
     __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass
+@dataclass(init=False)
 class Datum:
     """One training sequence. `loss_fn_inputs` hold arrays with one entry per token of `model_input` (losses.py says which).
 
@@ -112,8 +112,9 @@ class Datum:
     model_input: ModelInput
     loss_fn_inputs: dict[str, TensorData]
 
-    def __post_init__(self) -> None:
-        self.loss_fn_inputs = {key: _as_tensor_data(value) for key, value in self.loss_fn_inputs.items()}
+    def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any]):
+        self.model_input = model_input
+        self.loss_fn_inputs = {key: _as_tensor_data(value) for key, value in loss_fn_inputs.items()}
 
 
 def _as_tensor_data(value: Any) -> TensorData:

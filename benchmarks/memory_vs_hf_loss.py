@@ -45,7 +45,7 @@ def save_small_model(folder: str) -> None:
 
 def our_pass(trainer: Trainer, tokens_BT: np.ndarray) -> None:
     weights = np.ones(LENGTH, dtype=np.float32) / tokens_BT[:, 1:].size
-    data = [Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT]  # type: ignore[arg-type]
+    data = [Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT]
     trainer.run(data, "cross_entropy")
 
 

@@ -74,7 +74,7 @@ def flops_per_token(client: TrainingClient, length: int) -> float:
 def random_data(shape: Shape, vocabulary: int) -> list[Datum]:
     tokens_BT = np.random.default_rng(0).integers(4, vocabulary, (shape.sequences, shape.length + 1))
     weights = np.ones(shape.length, dtype=np.float32) / (shape.sequences * shape.length)
-    return [Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT]  # type: ignore[arg-type]
+    return [Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT]
 
 
 def step(client: TrainingClient, data: list[Datum]) -> None:
@@ -92,7 +92,7 @@ def logprob_gap(client: TrainingClient, sampler: SamplingClient, vocabulary: int
     for prompt, sequence in zip(prompts, sequences, strict=True):
         tokens = np.array([*prompt, *sequence.tokens])
         weights = np.concatenate([np.zeros(len(prompt) - 1), np.ones(len(sequence.tokens))])
-        data.append(Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:], "weights": weights}))  # type: ignore[arg-type]
+        data.append(Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:], "weights": weights}))
     outputs = client.forward(data, "cross_entropy").result().loss_fn_outputs
     trained = np.concatenate([output["logprobs"].array[-SAMPLE_TOKENS:] for output in outputs])
     gaps = np.abs(np.concatenate([sequence.logprobs for sequence in sequences]) - trained)

@@ -46,7 +46,7 @@ class _Tokens:
         if with_temperature:
             tracks["temperature"] = self.temperature
         inputs |= {key: np.array(track[1:], dtype=np.float32) for key, track in tracks.items()}
-        return Datum(ModelInput.from_ints(self.tokens[:-1]), inputs)  # type: ignore[arg-type]
+        return Datum(ModelInput.from_ints(self.tokens[:-1]), inputs)
 
 
 def trajectory_to_data(trajectory: Trajectory, advantage: float, with_temperature: bool = False) -> list[Datum]:

@@ -26,7 +26,7 @@ from renderers.types import Tokenizer
 from rl.advantages import AdvantageEstimator, GroupMean
 from rl.data_processing import TrainingData, assemble_training_data, compute_advantages, split_substeps, trainable_groups
 from rl.evaluators import RLTestSetEvaluator
-from rl.group_sources import SynchronousGroups
+from rl.group_sources import GroupSource, SynchronousGroups
 from rl.metrics import LOGPROB_GAP_ALARM, compute_sampling_metrics, compute_trajectory_metrics, probe_logprob_gap
 from rl.transcripts import write_rollouts
 from rl.types import Metrics, RLDatasetBuilder, TrajectoryGroup
@@ -128,7 +128,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0")
 
 
-async def _loop(run: _Run, source: SynchronousGroups, num_steps: int) -> Metrics:
+async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
     config, client = run.config, run.training_client
     checkpointer = Checkpointer(run.folder, client, config.save_every, config.keep_checkpoints)
     start = checkpointer.start(config.load_checkpoint_path)

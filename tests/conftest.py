@@ -58,7 +58,7 @@ def policy_data(count: int, seed: int = 0, longest: int = 30) -> list[Datum]:
             "advantages": rng.normal(0, 1, length).astype(np.float32) * mask,
             "mask": mask,
         }
-        data.append(Datum(ModelInput.from_ints(tokens[:-1]), inputs))  # type: ignore[arg-type]
+        data.append(Datum(ModelInput.from_ints(tokens[:-1]), inputs))
     return data
 
 

@@ -88,11 +88,11 @@ def test_trainer_loss_and_gradient_equal_full_logits(name: str, model: str, monk
             weights = np.where(np.arange(length) % 3 == 0, 0.0, 0.5 + d)
             datum.loss_fn_inputs = {"target_tokens": datum.loss_fn_inputs["target_tokens"]} | Datum(
                 datum.model_input,
-                {"weights": weights.astype(np.float32)},  # type: ignore[dict-item]
+                {"weights": weights.astype(np.float32)},
             ).loss_fn_inputs
         else:
             temperature = np.full(length, 0.7 if d % 2 else 1.0, dtype=np.float32)
-            datum.loss_fn_inputs |= Datum(datum.model_input, {"temperature": temperature}).loss_fn_inputs  # type: ignore[dict-item]
+            datum.loss_fn_inputs |= Datum(datum.model_input, {"temperature": temperature}).loss_fn_inputs
     output = trainer.run(data, name, config)
     chunked = gradients(trainer)
     trainer.zero_grad()
@@ -134,7 +134,7 @@ def test_sharing_the_prompts_of_groups_changes_nothing(model: str, monkeypatch: 
             }
             inputs["target_tokens"] = np.array(prompt[1:] + own[:1] + datum.loss_fn_inputs["target_tokens"].array.tolist())[:-1]
             inputs["mask"][: len(prompt) - 1] = 0
-            data.append(Datum(ModelInput.from_ints((prompt + own)[:-1]), inputs))  # type: ignore[arg-type]
+            data.append(Datum(ModelInput.from_ints((prompt + own)[:-1]), inputs))
     shared, alone = (Trainer(model, BackendConfig(micro_batch_tokens=150)) for _ in range(2))
     assert any(batch.mask_B1TT is not None for batch in micro_batches(data, range(len(data)), 150, shared.device))
     output = shared.run(data, "importance_sampling")
@@ -200,7 +200,7 @@ def test_topk_cross_entropy_targets() -> None:
     """(N, K) targets with weights: distillation from K candidates per position."""
     trainer = Trainer("tiny", BackendConfig())
     tokens, targets, weights = [5, 6, 7], [[8, 9], [10, 11], [12, 13]], [[0.7, 0.3], [1.0, 0.0], [0.0, 0.0]]
-    output = trainer.run([Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": weights})], "cross_entropy")  # type: ignore[dict-item]
+    output = trainer.run([Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": weights})], "cross_entropy")
     logprobs_TV = trainer.base(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
     expected = -(0.7 * logprobs_TV[0, 8] + 0.3 * logprobs_TV[0, 9] + logprobs_TV[1, 10])
     assert output.metrics["loss:sum"] == pytest.approx(expected.item(), rel=1e-5)
@@ -238,26 +238,26 @@ def test_nan_gradient_changes_no_weight_and_names_the_datum() -> None:
 
 def bad_datum(**changes: object) -> Datum:
     datum = policy_data(1)[0]
-    return Datum(datum.model_input, {**datum.loss_fn_inputs, **changes})  # type: ignore[dict-item]
+    return Datum(datum.model_input, {**datum.loss_fn_inputs, **changes})
 
 
 @pytest.mark.parametrize(
     ("datum", "error", "says"),
     [
         (Datum(ModelInput.empty(), {}), DataError, "empty"),
-        (Datum(ModelInput.from_ints([5]), {"target_tokens": [6]}), DataError, "lacks loss_fn_inputs"),  # type: ignore[dict-item]
+        (Datum(ModelInput.from_ints([5]), {"target_tokens": [6]}), DataError, "lacks loss_fn_inputs"),
         (bad_datum(advantages=[1.0]), DataError, "advantages has shape"),
         (bad_datum(advantages=np.full(policy_data(1)[0].model_input.length, np.nan)), NonFiniteError, "not finite"),
         (
             Datum(ModelInput.from_ints([999]), {"target_tokens": [1], "logprobs": [0.0], "advantages": [0.0]}),  # type: ignore
             DataError,
             "vocabulary",
-        ),  # type: ignore[dict-item]
+        ),
         (
             Datum(ModelInput.from_ints([5] * 600), {k: [1] * 600 for k in ("target_tokens", "logprobs", "advantages")}),  # type: ignore
             ContextLengthError,
             "context",
-        ),  # type: ignore[dict-item]
+        ),
     ],
 )
 def test_bad_data_is_refused_before_torch_sees_it(datum: Datum, error: type[Exception], says: str) -> None:

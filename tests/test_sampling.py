@@ -34,7 +34,7 @@ def trainer_logprobs(client: TrainingClient, prompt: ModelInput, tokens: list[in
     sequence = prompt.to_ints() + tokens
     ones = np.ones(len(sequence) - 1, dtype=np.float32)
     inputs = {"target_tokens": sequence[1:], "weights": ones, "temperature": ones * temperature}
-    output = client.forward([Datum(ModelInput.from_ints(sequence[:-1]), inputs)], "cross_entropy").result()  # type: ignore[arg-type]
+    output = client.forward([Datum(ModelInput.from_ints(sequence[:-1]), inputs)], "cross_entropy").result()
     return output.loss_fn_outputs[0]["logprobs"].array
 
 
@@ -44,7 +44,7 @@ def train_a_little(client: TrainingClient, steps: int = 3, seed: int = 0) -> Non
     for _ in range(steps):
         cycle = random_tokens(rng, 5) * 12
         inputs = {"target_tokens": cycle[1:], "weights": np.ones(len(cycle) - 1, dtype=np.float32)}
-        client.forward_backward([Datum(ModelInput.from_ints(cycle[:-1]), inputs)], "cross_entropy")  # type: ignore[arg-type]
+        client.forward_backward([Datum(ModelInput.from_ints(cycle[:-1]), inputs)], "cross_entropy")
         client.optim_step(AdamParams(3e-3)).result()
 
 
