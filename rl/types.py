@@ -1,28 +1,50 @@
 """The RL protocol: environments, their groups, the datasets that make them, and what a rollout leaves behind.
 
 An Env is single-use: there is no reset. Environments that share a task or a game come from one EnvGroupBuilder; the group is what
-advantages are centred over. Builders are cheap, picklable and made from configuration; `make_envs` makes the heavy objects.
+advantages are centred over. Builders are cheap and made from configuration; `make_envs` makes the heavy objects.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import chz
 
 from backend.errors import CookbookError
-from backend.types import ModelInput, StopReason
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import Datum, ModelInput, StopReason
 from renderers.types import Renderer
 
 Action = list[int]  # the sampled tokens, stop token included
 Observation = ModelInput
 StopCondition = Sequence[str] | Sequence[int] | None
+# Why an episode ended: the environment said so, or which limit of the run was met (rollouts.RolloutLimits).
+EpisodeEnd = Literal["done", "max_turns", "max_trajectory_tokens", "max_sampled_tokens", "context_length", "timeout"]
 Metrics = dict[str, float]
 Logs = dict[str, str]  # what a person should see in the transcript, e.g. {"gold": "42", "extracted": "41"}
 
 
 class RolloutError(CookbookError):
-    """This rollout cannot be scored (a grader timed out, a tool was down). It leaves its group and is counted; it is never reward 0."""
+    """This rollout cannot be scored (a grader timed out, a tool was down). It is retried if the run says so, then leaves its group and
+    is counted under the name of its class; it is never reward 0."""
+
+
+class EnvError(RolloutError):
+    """An environment's own code raised; the exception is chained."""
+
+
+class EnvTimeout(RolloutError):
+    """One call of an environment, or one sampled turn, took longer than the run allows."""
+
+
+class MalformedStep(RolloutError):
+    """An environment returned what is no StepResult: a reward that is no finite number, an observation that is none."""
+
+
+class SeatLost(RolloutError):
+    """Another seat of the same game failed, so this one cannot be finished."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +71,15 @@ class StepResult:
 
 @dataclass
 class Transition:
+    """One turn. `token_advantages`, where a batch reward sets them, are added to the member's advantage token by token."""
+
     ob: Observation
     ac: TokensWithLogprobs
     reward: float
     episode_done: bool
     metrics: Metrics = field(default_factory=dict)
     logs: Logs = field(default_factory=dict)
+    token_advantages: list[float] | None = None
 
 
 class Env(ABC):
@@ -68,10 +93,22 @@ class Env(ABC):
     async def step(self, action: Action) -> StepResult:
         """Takes the sampled tokens. `action` lacks a stop token when it ran into the token limit."""
 
+    async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
+        """A limit of the run ends the episode here: the reward to add to the last turn, and metrics. Asked once, after the last `step`."""
+        return 0.0, {}
+
+    async def close(self) -> None:
+        """Always called at the end, also after an error or a cancellation: release what the episode holds, and wake who waits for it."""
+        return
+
 
 @dataclass
 class Trajectory:
+    """One episode. `supervised` are sequences with weights whose cross-entropy is trained beside the policy gradient (see BatchReward)."""
+
     transitions: list[Transition]
+    stop_reason: EpisodeEnd = "done"
+    supervised: list[Datum] = field(default_factory=list)
 
     @property
     def reward(self) -> float:
@@ -88,14 +125,24 @@ class TrajectoryGroup:
     metrics_G: list[Metrics]
     tags: list[str] = field(default_factory=list)
     errors: list[RolloutError] = field(default_factory=list)  # of the members that were dropped
+    num_retries: int = 0
+    builder: "EnvGroupBuilder | None" = None  # what the group was made from: a batch reward finds the task there
 
     def get_total_rewards(self) -> list[float]:
         """Step rewards plus the group's reward, one number per member."""
         return [t.reward + final for t, final in zip(self.trajectories_G, self.final_rewards_G, strict=True)]
 
+    def drop_member(self, g: int, error: RolloutError) -> None:
+        """Member `g` leaves the group; `error` says why."""
+        for members in (self.trajectories_G, self.final_rewards_G, self.metrics_G):
+            del members[g]
+        self.errors.append(error)
+
 
 class EnvGroupBuilder(ABC):
-    """Makes the environments of one group. Must pickle."""
+    """Makes the environments of one group. `make_envs` may be called again: a retry wants fresh ones."""
+
+    members_are_independent = True  # False where the members play one game: then a failure is the group's
 
     @abstractmethod
     async def make_envs(self) -> Sequence[Env]:
@@ -135,4 +182,23 @@ class RLDatasetBuilder:
         return 256
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        raise NotImplementedError
+
+
+class BatchReward(Protocol):
+    """Rewards that need a model, computed for all finished groups of a step at once, between the rollouts and the advantages."""
+
+    async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
+        """Adds, in place, to `final_rewards_G`, to a turn's `reward` or `token_advantages`, or to a trajectory's `supervised`.
+
+        Returns metrics of the step. A member that it cannot score is to be removed with `drop_member`, never scored 0.
+        """
+        ...
+
+
+@chz.chz
+class BatchRewardBuilder:
+    """Configuration of a BatchReward. `training_client` is the policy that is trained, with its present weights at every call."""
+
+    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
         raise NotImplementedError
