@@ -24,6 +24,11 @@ def importance_sampling(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tenso
     return -(ratio_N * inputs["advantages"]), {"ratio": ratio_N}
 
 
+def reinforce(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
+    """-p A: the likelihood of what was sampled, weighted (Williams 1992). Its gradient is the policy gradient on-policy only."""
+    return -(p_N * inputs["advantages"]), {"ratio": (p_N - inputs["logprobs"]).detach().exp()}
+
+
 def ppo(
     p_N: torch.Tensor, inputs: Tensors, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2
 ) -> tuple[torch.Tensor, Tensors]:
@@ -62,6 +67,7 @@ POLICY_INPUTS = ("logprobs", "advantages")
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(cross_entropy, ("weights",)),
     "importance_sampling": Loss(importance_sampling, POLICY_INPUTS, scales_with_advantage=True),
+    "reinforce": Loss(reinforce, POLICY_INPUTS, scales_with_advantage=True),
     "ppo": Loss(ppo, POLICY_INPUTS, scales_with_advantage=True),
     "cispo": Loss(cispo, POLICY_INPUTS, scales_with_advantage=True),
     "dro": Loss(dro, POLICY_INPUTS),

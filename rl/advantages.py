@@ -1,5 +1,7 @@
 """Advantage estimators: the rewards of one group in, one advantage per member out. Chosen in the config, so each is a chz object."""
 
+from collections.abc import Sequence
+
 import chz
 import numpy as np
 
@@ -8,11 +10,16 @@ from backend.errors import ConfigError
 
 @chz.chz
 class AdvantageEstimator:
-    min_group_size = 1  # a class constant: below it the estimate would be empty or undefined
+    min_group_size = 1  # class constants: below it the estimate would be empty or undefined
+    needs_whole_batch = False  # whether the advantages of a group depend on the other groups
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         """(G,) rewards to (G,) advantages, float64."""
         raise NotImplementedError
+
+    def of_batch(self, rewards_P_G: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The advantages of all groups of a batch."""
+        return [self(rewards_G) for rewards_G in rewards_P_G]
 
     def check_group_size(self, group_size: int) -> None:
         if group_size < self.min_group_size:
@@ -55,3 +62,17 @@ class NoBaseline(AdvantageEstimator):
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         return rewards_G.astype(np.float64)
+
+
+@chz.chz
+class BatchMean(AdvantageEstimator):
+    """R - the mean reward of the whole batch: REINFORCE with one baseline for all problems (the Q# star graphs, "baseline 1")."""
+
+    needs_whole_batch = True
+
+    def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+        return rewards_G - rewards_G.mean()
+
+    def of_batch(self, rewards_P_G: Sequence[np.ndarray]) -> list[np.ndarray]:
+        mean = np.concatenate(rewards_P_G).mean() if rewards_P_G else 0.0
+        return [rewards_G - mean for rewards_G in rewards_P_G]

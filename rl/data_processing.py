@@ -1,21 +1,36 @@
 """From finished groups to training data: advantages per member, trajectories flattened to Datums (specs: tinker_semantics 2.1)."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from typing import Literal, TypeVar
 
 import numpy as np
 
+from backend.errors import DataError
 from backend.types import Datum, ModelInput
 from rl.advantages import AdvantageEstimator
 from rl.types import Trajectory, TrajectoryGroup
 
+T = TypeVar("T")
+
+# What a token's loss is divided by: nothing, its trajectory's sampled tokens (GRPO), all sampled tokens of the batch (DAPO).
+Reduction = Literal["sum", "sequence_mean", "token_mean"]
+
 
 @dataclass
 class TrainingData:
-    """`origin_D[d]` is the (group, member) that datum d came from."""
+    """`origin_D[d]` is the (group, member) that datum d came from. `supervised_D[d]` are its trajectory's supervised sequences, listed at
+    the trajectory's first datum."""
 
     data_D: list[Datum]
     origin_D: list[tuple[int, int]]
+    supervised_D: list[list[Datum]]
+
+    def select(self, chosen: Sequence[bool]) -> "TrainingData":
+        kept = list(compress(zip(self.data_D, self.origin_D, self.supervised_D, strict=True), chosen))
+        return TrainingData([datum for datum, _, _ in kept], [origin for _, origin, _ in kept], [extra for _, _, extra in kept])
 
 
 @dataclass
@@ -33,10 +48,11 @@ class _Tokens:
         for track, value in ((self.logprobs, 0.0), (self.advantages, 0.0), (self.mask, 0.0), (self.temperature, 1.0)):
             track += [value] * len(tokens)
 
-    def act(self, tokens: list[int], logprobs: list[float], advantage: float, temperature: float) -> None:
+    def act(self, tokens: list[int], logprobs: list[float], advantages: list[float], temperature: float) -> None:
         self.tokens += tokens
         self.logprobs += logprobs
-        for track, value in ((self.advantages, advantage), (self.mask, 1.0), (self.temperature, temperature)):
+        self.advantages += advantages
+        for track, value in ((self.mask, 1.0), (self.temperature, temperature)):
             track += [value] * len(tokens)
 
     def datum(self, with_temperature: bool) -> Datum:
@@ -52,6 +68,8 @@ class _Tokens:
 def trajectory_to_data(trajectory: Trajectory, advantage: float, with_temperature: bool = False) -> list[Datum]:
     """One Datum where every observation extends what came before it; a new Datum from each observation that does not.
 
+    A token's advantage is the member's plus its own, where a batch reward gave it one.
+
     Tokens are never decoded and encoded again. Greedy tokens (temperature 0) have the untempered distribution's logprobs.
     """
     finished, running = [], _Tokens()
@@ -62,20 +80,23 @@ def trajectory_to_data(trajectory: Trajectory, advantage: float, with_temperatur
             running = _Tokens()
         running.observe(ob[len(running.tokens) :])
         ac = transition.ac
-        running.act(ac.tokens, ac.logprobs, advantage, ac.temperature or 1.0)
+        token_advantages = transition.token_advantages or [0.0] * len(ac.tokens)
+        if len(token_advantages) != len(ac.tokens):
+            raise DataError(f"a turn has {len(ac.tokens)} sampled tokens and {len(token_advantages)} token_advantages")
+        running.act(ac.tokens, ac.logprobs, [advantage + own for own in token_advantages], ac.temperature or 1.0)
     return [tokens.datum(with_temperature) for tokens in [*finished, running] if len(tokens.tokens) >= 2]
 
 
 def compute_advantages(groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator) -> list[np.ndarray]:
     """Per group the (G,) advantages of its members."""
-    return [estimator(np.array(group.get_total_rewards())) for group in groups_P]
+    return estimator.of_batch([np.array(group.get_total_rewards(), dtype=np.float64) for group in groups_P])
 
 
 def trainable_groups(
-    groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool
+    groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool, min_group_size: int = 1
 ) -> list[TrajectoryGroup]:
     """Groups with enough members left for the estimator and, if asked, with more than one distinct reward (compared exactly)."""
-    kept = [group for group in groups_P if len(group.trajectories_G) >= max(1, estimator.min_group_size)]
+    kept = [group for group in groups_P if len(group.trajectories_G) >= max(1, estimator.min_group_size, min_group_size)]
     return [group for group in kept if len(set(group.get_total_rewards())) > 1] if remove_constant else kept
 
 
@@ -84,16 +105,40 @@ def assemble_training_data(groups_P: Sequence[TrajectoryGroup], advantages_P_G: 
     tempered = any(
         tr.ac.temperature not in (0.0, 1.0) for group in groups_P for t in group.trajectories_G for tr in t.transitions
     )
-    out = TrainingData([], [])
+    out = TrainingData([], [], [])
     for p, (group, advantages_G) in enumerate(zip(groups_P, advantages_P_G, strict=True)):
         for g, (trajectory, advantage) in enumerate(zip(group.trajectories_G, advantages_G, strict=True)):
             data = trajectory_to_data(trajectory, float(advantage), tempered)
             out.data_D += data
             out.origin_D += [(p, g)] * len(data)
+            out.supervised_D += [trajectory.supervised, *([] for _ in data[1:])] if data else []
     return out
 
 
-def split_substeps(data_D: list[Datum], num_substeps: int) -> list[list[Datum]]:
+def without_truncated(training_data: TrainingData, groups_P: Sequence[TrajectoryGroup]) -> TrainingData:
+    """Leaves out the trajectories in which some turn ran into the token limit: they say nothing of the answer's worth (DAPO, 3.4)."""
+    return training_data.select(
+        [
+            all(turn.ac.stop_reason != "length" for turn in groups_P[p].trajectories_G[g].transitions)
+            for p, g in training_data.origin_D
+        ]
+    )
+
+
+def scale_advantages(training_data: TrainingData, reduction: Reduction) -> None:
+    """Divides the advantages, in place, by the number of sampled tokens: of the trajectory, or of all. The losses sum over tokens."""
+    if reduction == "sum":
+        return
+    counts_D = [float(datum.loss_fn_inputs["mask"].array.sum()) for datum in training_data.data_D]
+    of_trajectory: dict[tuple[int, int], float] = defaultdict(float)
+    for origin, tokens in zip(training_data.origin_D, counts_D, strict=True):
+        of_trajectory[origin] += tokens
+    for datum, origin in zip(training_data.data_D, training_data.origin_D, strict=True):
+        tokens = of_trajectory[origin] if reduction == "sequence_mean" else sum(counts_D)
+        datum.loss_fn_inputs["advantages"].array /= np.float32(max(tokens, 1.0))
+
+
+def split_substeps(data_D: Sequence[T], num_substeps: int) -> list[Sequence[T]]:
     """In order, unshuffled, cut as evenly as integers allow: 10 data in 3 substeps are 3, 3 and 4."""
     edges = np.linspace(0, len(data_D), min(num_substeps, len(data_D)) + 1).astype(int)
     return [data_D[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]

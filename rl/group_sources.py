@@ -1,30 +1,109 @@
-"""Where the finished groups of a training step come from.
+"""Where the finished groups of a training step come from, and how far ahead of it they may be sampled.
 
-Synchronous: the whole batch is rolled out with the present weights, then trained on. Streaming and asynchronous sources fit behind the same
-`next_groups`; they differ in when rollouts start and which weights they see.
+The batches of the dataset form one sequence. Batch b is sampled from the moment step b - max_steps_off_policy has its weights, and is
+trained on in step b, whole, whatever finished first. So three ways of training are two numbers:
+
+    synchronous     max_steps_off_policy 0, one minibatch: sample, train, sample, ...
+    streaming       several minibatches: training starts on the first groups of the batch that are finished
+    asynchronous    max_steps_off_policy K >= 1: batches b+1 ... b+K are being sampled while step b trains, and go on under new weights
+
+Sampling is held back instead of discarding: nothing can be older than K steps, no prompt is skipped or doubled, and short episodes are
+not favoured, as they are where a step takes what finished first. The price is waiting for the slowest group of a batch; K hides it.
 """
 
-from typing import Protocol
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
 
 from backend.sampling_client import SamplingClient
-from rl.rollouts import Policy, do_rollouts
-from rl.types import RLDataset, TrajectoryGroup
+from rl.rollout_state import group_from_json, group_to_json
+from rl.rollouts import Policy, RolloutLimits, check_failures, do_group_rollout, first_error
+from rl.types import EnvGroupBuilder, RLDataset, TrajectoryGroup
 
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1  # first number of a seed: evaluation must not change what training samples
 
 
-class GroupSource(Protocol):
-    async def next_groups(self, step: int, client: SamplingClient) -> list[TrajectoryGroup]:
-        """The groups to train on at `step`. `client` samples from the weights that the step starts with."""
-        ...
+class GroupSource:
+    """Samples ahead in tasks of its own; use it as `async with source:`. A task that crashes cancels the block and is raised from it.
 
+    `concurrent_groups`: how many groups may be under way at once; None = all that may have been started.
+    """
 
-class SynchronousGroups:
-    """On-policy: batch `step` of the dataset, as a pure function of (seed, step) and the weights."""
+    def __init__(
+        self,
+        dataset: RLDataset,
+        num_steps: int,
+        max_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        limits: RolloutLimits | None = None,
+        max_steps_off_policy: int = 0,
+        num_minibatches: int = 1,
+        concurrent_groups: int | None = None,
+    ):
+        self._dataset, self._num_steps, self._max_tokens, self._temperature = dataset, num_steps, max_tokens, temperature
+        self._seed, self._limits, self.num_minibatches = seed, limits or RolloutLimits(), num_minibatches
+        self.max_steps_off_policy = max_steps_off_policy
+        self._slots = asyncio.Semaphore(concurrent_groups or 2**31)
+        self._groups: dict[int, dict[int, asyncio.Future[TrajectoryGroup]]] = {}  # batch -> place in it -> its rollouts
+        self._policy: Policy | None = None
+        self._step = 0
 
-    def __init__(self, dataset: RLDataset, max_tokens: int, temperature: float, seed: int):
-        self._dataset, self._max_tokens, self._temperature, self._seed = dataset, max_tokens, temperature, seed
+    async def __aenter__(self) -> "GroupSource":
+        self._tasks = await asyncio.TaskGroup().__aenter__()
+        return self
 
-    async def next_groups(self, step: int, client: SamplingClient) -> list[TrajectoryGroup]:
-        policy = Policy(client, self._max_tokens, self._temperature)
-        return await do_rollouts(self._dataset.get_batch(step), policy, (self._seed, TRAINING_STREAM, step))
+    async def __aexit__(self, *exc: Any) -> None:
+        try:
+            await self._tasks.__aexit__(*exc)
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from errors
+
+    def set_policy(self, step: int, client: SamplingClient) -> None:
+        """`client` now samples from the weights that `step` starts with: starts every group that may begin."""
+        self._step, self._policy = step, Policy(client, self._max_tokens, self._temperature)
+        for batch in range(step, min(step + self.max_steps_off_policy, self._num_steps - 1) + 1):
+            groups = self._groups.setdefault(batch, {})
+            for p, builder in enumerate(self._dataset.get_batch(batch)):
+                if p not in groups:
+                    groups[p] = self._tasks.create_task(self._sample(batch, p, builder))
+
+    async def _sample(self, batch: int, p: int, builder: EnvGroupBuilder) -> TrajectoryGroup:
+        async with self._slots:
+            assert self._policy
+            step = self._step
+            group = await do_group_rollout(builder, self._policy, (self._seed, TRAINING_STREAM, batch, p), self._limits)
+            group.sampled_at_step = step
+            return group
+
+    async def minibatches(self, step: int) -> AsyncIterator[list[TrajectoryGroup]]:
+        """The groups of batch `step` in `num_minibatches` equal parts, each as soon as so many are finished, in the dataset's order."""
+        groups = self._groups[step]
+        size = -(-len(groups) // self.num_minibatches)
+        waiting, finished = dict(groups), []
+        while waiting:
+            await asyncio.wait(waiting.values(), return_when=asyncio.FIRST_COMPLETED)
+            done = [p for p, group in waiting.items() if group.done()]
+            finished += [(p, waiting.pop(p).result()) for p in done]
+            while len(finished) >= size or (finished and not waiting):
+                part, finished = sorted(finished[:size], key=lambda pair: pair[0]), finished[size:]
+                yield [group for _, group in part]
+        del self._groups[step]
+        check_failures([group.result() for group in groups.values()], self._limits)
+
+    def state(self) -> list[dict[str, Any]]:
+        """The finished groups of batches that are still to come, for a checkpoint. Unfinished ones start again when it is resumed."""
+        return [
+            {"batch": batch, "place": p, "group": group_to_json(group.result())}
+            for batch, groups in self._groups.items()
+            for p, group in groups.items()
+            if group.done()
+        ]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Takes the groups back, before the first `set_policy`."""
+        for saved in state:
+            future: asyncio.Future[TrajectoryGroup] = asyncio.get_running_loop().create_future()
+            builder = self._dataset.get_batch(saved["batch"])[saved["place"]]
+            future.set_result(group_from_json(saved["group"], builder))
+            self._groups.setdefault(saved["batch"], {})[saved["place"]] = future

@@ -1,6 +1,6 @@
 """RL metrics under the names of tinker_semantics 2.3: what the environments did, and how far sampler and trainer are apart."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -8,26 +8,30 @@ import numpy as np
 from backend.sampling_client import SamplingClient
 from backend.training_client import TrainingClient
 from backend.types import Datum, ModelInput, TensorData
-from rl.types import Metrics, TrajectoryGroup
+from rl.types import Metrics, Trajectory, TrajectoryGroup
 
 # Mean |difference| of one token's logprob above which weights are stale or the engines disagree; bf16 alone gives about 0.01.
 LOGPROB_GAP_ALARM = 0.05
+PERCENTS = (1, 50, 99)
 GOOD_REWARD = 0.5  # a constant group at or above it counts as all good
 
 
 def compute_sampling_metrics(data_D: Sequence[Datum], trainer_logprobs_D: Sequence[TensorData]) -> Metrics:
-    """Sampler against trainer on the sampled tokens: KL estimates v1 = mean(q - p) and v2 = mean((q - p)^2) / 2, the gap, the entropy."""
+    """Sampler against trainer on the sampled tokens: KL estimates v1 = mean(q - p) and v2 = mean((q - p)^2) / 2, the gap, quantiles of
+    the ratio p / q, and the entropy (the mean of -q, which estimates it without bias)."""
     pairs = list(zip(data_D, trainer_logprobs_D, strict=True))
     mask = np.concatenate([datum.loss_fn_inputs["mask"].array for datum, _ in pairs]) > 0
     sampled = np.concatenate([datum.loss_fn_inputs["logprobs"].array for datum, _ in pairs])[mask].astype(np.float64)
     trained = np.concatenate([logprobs.array for _, logprobs in pairs])[mask].astype(np.float64)
     gap = sampled - trained
+    quantiles = np.percentile(np.exp(-gap), PERCENTS)
     return {
         "optim/kl_sample_train_v1": float(gap.mean()),
         "optim/kl_sample_train_v2": float(0.5 * np.square(gap).mean()),
         "optim/logprob_gap_mean": float(np.abs(gap).mean()),
         "optim/logprob_gap_max": float(np.abs(gap).max()),
         "optim/entropy": float(-sampled.mean()),
+        **{f"optim/ratio_p{percent:02d}": float(value) for percent, value in zip(PERCENTS, quantiles, strict=True)},
     }
 
 
@@ -47,10 +51,14 @@ def compute_trajectory_metrics(groups_P: Sequence[TrajectoryGroup], prefix: str 
         tagged = [group for group in groups_P if tag in group.tags]
         if len(tagged) < len(groups_P):
             metrics |= {f"{prefix}/{tag}/{name}": value for name, value in _group_metrics(tagged).items()}
-    for error in (error for group in groups_P for error in group.errors):
-        for key in (f"rollout_errors/{type(error).__name__}", "rollout_errors/total"):
-            metrics[key] = metrics.get(key, 0.0) + 1.0
-    return metrics
+    return metrics | _error_metrics(groups_P, prefix)
+
+
+def _error_metrics(groups_P: Sequence[TrajectoryGroup], prefix: str) -> Metrics:
+    """How many rollouts were retried, and how many were lost, by the class of their error; nothing where nothing went wrong."""
+    lost = Counter(type(error).__name__ for group in groups_P for error in group.errors)
+    counts = {**lost, "total": lost.total(), "retries": sum(group.num_retries for group in groups_P)}
+    return {f"{prefix.removesuffix('env')}rollout_errors/{name}": float(count) for name, count in counts.items() if count}
 
 
 def _group_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
@@ -69,14 +77,21 @@ def _group_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
         "total_ac_tokens": float(ac_tokens),
         "total_ob_tokens": float(ob_tokens),
         "frac_truncated": float(np.mean([turn.ac.stop_reason == "length" for turn in turns])),
+        **_limit_metrics(trajectories),
         "reward/total": float(np.mean([reward for group in groups_P for reward in group.get_total_rewards()])),
-        **_mean_by_key(turn.metrics for turn in turns),
-        **_mean_by_key(group_metrics),
+        **mean_by_key(turn.metrics for turn in turns),
+        **mean_by_key(group_metrics),
         **_by_group(groups_P),
     }
 
 
-def _mean_by_key(dicts: Iterable[Metrics]) -> Metrics:
+def _limit_metrics(trajectories: Sequence[Trajectory]) -> Metrics:
+    """The part of the episodes that each limit ended, for limits that ended any."""
+    ends = Counter(trajectory.stop_reason for trajectory in trajectories)
+    return {f"ended_by/{reason}": count / len(trajectories) for reason, count in sorted(ends.items()) if reason != "done"}
+
+
+def mean_by_key(dicts: Iterable[Metrics]) -> Metrics:
     """Each key averaged over the dicts that have it."""
     values: dict[str, list[float]] = defaultdict(list)
     for metrics in dicts:

@@ -1,15 +1,17 @@
 """The RL loop: groups of rollouts, advantages, one policy-gradient step, new weights into the sampler, again.
 
-One core. Algorithms differ by data: an advantage estimator and a loss. Synchronous, streaming and asynchronous training differ by where
-groups come from (group_sources.py). Left out so far: KL penalties, the last two group sources.
+One core. Algorithms differ by data: an advantage estimator, a loss and what surrounds them (algorithms.py, train_step.py). Synchronous,
+streaming and asynchronous training differ by two numbers (group_sources.py). Left out: a critic, several machines.
 """
 
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import chz
+import numpy as np
 
 from backend.config import BackendConfig
 from backend.data_checks import resolve_loss
@@ -24,17 +26,22 @@ from backend.types import AdamParams, Datum, LoraConfig
 from renderers import get_renderer
 from renderers.types import Tokenizer
 from rl.advantages import AdvantageEstimator, GroupMean
-from rl.data_processing import TrainingData, assemble_training_data, compute_advantages, split_substeps, trainable_groups
+from rl.data_processing import Reduction
 from rl.evaluators import RLTestSetEvaluator
-from rl.group_sources import GroupSource, SynchronousGroups
-from rl.metrics import LOGPROB_GAP_ALARM, compute_sampling_metrics, compute_trajectory_metrics, probe_logprob_gap
+from rl.group_sources import GroupSource
+from rl.kl import KLPenalty, Reference
+from rl.metrics import LOGPROB_GAP_ALARM, compute_trajectory_metrics, probe_logprob_gap
+from rl.mismatch import MismatchCorrection
+from rl.rollouts import RolloutLimits
+from rl.train_step import Learner, StepOutcome, train_step
 from rl.transcripts import write_rollouts
-from rl.types import Metrics, RLDatasetBuilder, TrajectoryGroup
+from rl.types import BatchRewardBuilder, Metrics, RLDatasetBuilder
 from tracking.checkpointing import Checkpointer, StopRequest
 from tracking.metrics_log import MetricsLog, print_metrics_table, timed
 from tracking.nonfinite import write_offending_data
 from tracking.progress import TrainingProgress
 from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
+from tracking.timeline import Timeline, recording, span
 
 
 @chz.chz
@@ -50,10 +57,30 @@ class Config:
 
     max_tokens: int | None = chz.field(default=None, doc="most tokens sampled per turn; None = what the environment recommends")
     temperature: float = chz.field(default=1.0, doc="sampling temperature of rollouts; training uses the same distribution")
+    limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="when a rollout is ended, retried or given up")
+    max_steps_off_policy: int = chz.field(
+        default=0, doc="asynchronous training: batches are sampled up to this many steps ahead; 0 = synchronous"
+    )
+    num_minibatches: int = chz.field(
+        default=1, doc="streaming: training starts on each such part of a batch as soon as so many groups are finished"
+    )
+    concurrent_groups: int | None = chz.field(
+        default=None, doc="groups that are rolled out at once; None = all that may have begun"
+    )
+
+    batch_reward: BatchRewardBuilder | None = chz.field(default=None, doc="rewards that need a model, for a whole batch at once")
     advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
+    kl: KLPenalty = chz.field(default_factory=KLPenalty, doc="penalty for leaving a frozen reference policy")
     remove_constant_reward_groups: bool = chz.field(default=False, doc="leave out groups whose members all got the same reward")
-    loss_fn: str = chz.field(default="importance_sampling", doc="importance_sampling, ppo, cispo or dro")
+    train_on_truncated: bool = chz.field(default=True, doc="train on rollouts that ran into the token limit")
+    loss_fn: str = chz.field(default="importance_sampling", doc="importance_sampling, reinforce, ppo, cispo or dro")
     loss_fn_config: dict[str, Any] | None = chz.field(default=None, doc="options of the loss, e.g. loss_fn_config.beta=0.1")
+    loss_reduction: Reduction = chz.field(
+        default="sum", doc="divides each token's loss by nothing, by its rollout's tokens, or by all tokens of the batch"
+    )
+    mismatch: MismatchCorrection = chz.field(
+        default_factory=MismatchCorrection, doc="weights for a sampler that differs from the trained policy"
+    )
     num_substeps: int = chz.field(default=1, doc="optimizer steps a batch is cut into; more than 1 is slightly off-policy")
     learning_rate: float = chz.field(
         default=1e-4, doc="at the first step; full training of big models wants 1e-6 to 1e-5, LoRA ten times that"
@@ -88,8 +115,13 @@ class _Run:
     config: Config
     folder: RunFolder
     tokenizer: Tokenizer
-    training_client: TrainingClient
+    learner: Learner
     evaluator: RLTestSetEvaluator | None
+    timeline: Timeline
+
+    @property
+    def client(self) -> TrainingClient:
+        return self.learner.client
 
 
 async def main(config: Config) -> Metrics:
@@ -98,7 +130,8 @@ async def main(config: Config) -> Metrics:
     config = chz.replace(config, max_tokens=max_tokens)
     _check(config)
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
-    dataset, test_dataset = await config.env(get_renderer(config.renderer_name, tokenizer))
+    renderer = get_renderer(config.renderer_name, tokenizer)
+    dataset, test_dataset = await config.env(renderer)
     num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
     if num_steps == 0:
         raise DataError("the dataset has no batch to train on")
@@ -108,101 +141,143 @@ async def main(config: Config) -> Metrics:
         print(
             f"{config.model_name} begins with random weights: warm-start it with supervised/train_cli.py and load_checkpoint_path"
         )
-    with ServiceClient(config.backend, folder.checkpoints) as service:
-        training_client = service.create_training_client(config.model_name, lora, config.seed)
+    with ServiceClient(config.backend, folder.checkpoints) as service, recording(Timeline()) as timeline:
+        learner = Learner(config, service.create_training_client(config.model_name, lora, config.seed), folder)
+        if config.kl.coef:
+            path = config.kl.reference_path or config.load_checkpoint_path
+            learner.reference = Reference(service, config.model_name, path, lora, config.seed)
+        if config.batch_reward:
+            learner.batch_reward = await config.batch_reward(service, learner.client, renderer)
         evaluator = None
         if test_dataset is not None and config.eval_every:
             evaluator = RLTestSetEvaluator(test_dataset, max_tokens, config.eval_temperature, config.seed)
-        source = SynchronousGroups(dataset, max_tokens, config.temperature, config.seed)
-        return await _loop(_Run(config, folder, tokenizer, training_client, evaluator), source, num_steps)
+        source = GroupSource(
+            dataset,
+            num_steps,
+            max_tokens,
+            config.temperature,
+            config.seed,
+            config.limits,
+            config.max_steps_off_policy,
+            config.num_minibatches,
+            config.concurrent_groups,
+        )
+        return await _loop(_Run(config, folder, tokenizer, learner, evaluator, timeline), source, num_steps)
 
 
 def _check(config: Config) -> None:
     config.advantage.check_group_size(config.env.group_size)
-    if "advantages" not in resolve_loss(config.loss_fn, config.loss_fn_config).required:
+    loss = resolve_loss(config.loss_fn, config.loss_fn_config)
+    if "advantages" not in loss.required:
         raise ConfigError(f"loss_fn={config.loss_fn} does not use advantages: it is not a loss for reinforcement learning")
-    for name in ("max_tokens", "num_substeps", "num_epochs"):
+    for name in ("max_tokens", "num_substeps", "num_epochs", "num_minibatches"):
         if (getattr(config, name) or 0) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
+    if config.max_steps_off_policy < 0:
+        raise ConfigError(f"max_steps_off_policy={config.max_steps_off_policy}: 0 is synchronous, 1 or more asynchronous")
     if config.temperature <= 0:
         raise ConfigError(f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0")
+    if not loss.scales_with_advantage and (config.loss_reduction != "sum" or config.mismatch.mode != "none"):
+        raise ConfigError(
+            f"loss_fn={config.loss_fn} is not proportional to the advantage, so loss_reduction and mismatch do not apply"
+        )
+    _check_minibatches(config)
+
+
+def _check_minibatches(config: Config) -> None:
+    minibatches, substeps, groups = config.num_minibatches, config.num_substeps, config.env.batch_size
+    if minibatches == 1:
+        return
+    if groups % minibatches:
+        near = min((n for n in range(2, groups + 1) if groups % n == 0), key=lambda n: abs(n - minibatches))
+        raise ConfigError(
+            f"num_minibatches={minibatches} does not divide the {groups} groups of a batch; num_minibatches={near} does"
+        )
+    if minibatches % substeps and substeps % minibatches:
+        raise ConfigError(f"num_minibatches={minibatches} and num_substeps={substeps}: one must be a multiple of the other")
+    if config.advantage.needs_whole_batch or config.loss_reduction == "token_mean":
+        part = (
+            f"advantage={type(config.advantage).__name__}" if config.advantage.needs_whole_batch else "loss_reduction=token_mean"
+        )
+        raise ConfigError(
+            f"{part} needs the whole batch before the first pass: it does not go with num_minibatches={minibatches}"
+        )
 
 
 async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
-    config, client = run.config, run.training_client
+    config, client = run.config, run.client
     checkpointer = Checkpointer(run.folder, client, config.save_every, config.keep_checkpoints)
     start = checkpointer.start(config.load_checkpoint_path)
+    source.restore(checkpointer.resumed_extra.get("rollouts", []))
     metrics: Metrics = {}
     headline: Metrics = {}
-    sampling_client = await client.save_weights_and_get_sampling_client_async()
-    with (
-        closing(MetricsLog(run.folder, config.wandb_project, config.wandb_name, config)) as log,
-        StopRequest() as stop,
-        TrainingProgress(num_steps, start, "rl") as progress,
-    ):
-        for step in range(start, num_steps):
-            learning_rate = config.learning_rate * lr_multiplier(config.lr_schedule, step, num_steps)
-            metrics = {"progress/batch": step, "progress/done_frac": (step + 1) / num_steps, "optim/lr": learning_rate}
-            with timed(metrics, "total"):
-                if run.evaluator and step % config.eval_every == 0:
-                    metrics |= await _evaluate(run, sampling_client, step, metrics)
-                with timed(metrics, "sampling"):
-                    groups = await source.next_groups(step, sampling_client)
-                metrics |= compute_trajectory_metrics(groups)
-                with timed(metrics, "train"):
-                    training_data = await _train_step(run, groups, step, metrics)
-                with timed(metrics, "sync"):
-                    sampling_client = await client.save_weights_and_get_sampling_client_async()
-                if training_data.data_D:
-                    with timed(metrics, "probe"):
-                        await _probe(run, sampling_client, training_data.data_D[0], metrics)
-            log.log(metrics, step)
-            checkpointer.after_step(step + 1)
-            headline |= _headline(metrics)
-            progress.update(step, headline)
-            if stop and step + 1 < num_steps:
-                checkpointer.interrupted(step + 1)
-        if run.evaluator:
-            final = await _evaluate(run, sampling_client, num_steps, {})
-            log.log(final, num_steps)
-            metrics |= final
+    sampling_client = await _sync(run)
+    async with source:
+        with (
+            closing(MetricsLog(run.folder, config.wandb_project, config.wandb_name, config)) as log,
+            StopRequest() as stop,
+            TrainingProgress(num_steps, start, "rl") as progress,
+        ):
+            for step in range(start, num_steps):
+                metrics = {"progress/batch": step, "progress/done_frac": (step + 1) / num_steps}
+                metrics["optim/lr"] = config.learning_rate * lr_multiplier(config.lr_schedule, step, num_steps)
+                began = time.perf_counter()
+                with timed(metrics, "total"):
+                    if run.evaluator and step % config.eval_every == 0:
+                        metrics |= await _evaluate(run, sampling_client, step, metrics)
+                    source.set_policy(step, sampling_client)
+                    outcome = await train_step(run.learner, source, step, _adam(config, metrics["optim/lr"]), metrics)
+                    metrics |= compute_trajectory_metrics(outcome.groups_P)
+                    _alarm("rollouts", metrics.get("optim/logprob_gap_mean", 0.0), step, config.max_steps_off_policy)
+                    with timed(metrics, "sync"):
+                        sampling_client = await _sync(run)
+                    if outcome.data_D:
+                        with timed(metrics, "probe"):
+                            await _probe(run, sampling_client, outcome.data_D[0], metrics)
+                    _write_transcript(run, outcome, step)
+                shares = run.timeline.shares(began, time.perf_counter())
+                metrics |= {f"time_share/{kind}": share for kind, share in shares.items()}
+                log.log(metrics, step)
+                checkpointer.after_step(step + 1, {"rollouts": source.state()})
+                headline |= _headline(metrics)
+                progress.update(step, headline)
+                if stop and step + 1 < num_steps:
+                    checkpointer.interrupted(step + 1, {"rollouts": source.state()})
+            if run.evaluator:
+                final = await _evaluate(run, sampling_client, num_steps, {})
+                log.log(final, num_steps)
+                metrics |= final
     checkpointer.save("final", num_steps)
     _finish(run, metrics)
     return metrics
 
 
-async def _train_step(run: _Run, groups: list[TrajectoryGroup], step: int, metrics: Metrics) -> TrainingData:
-    """One batch: advantages, then forward_backward and optim_step for each substep, submitted back to back."""
-    config, client = run.config, run.training_client
-    kept = trainable_groups(groups, config.advantage, config.remove_constant_reward_groups)
-    metrics["train/groups_removed"] = len(groups) - len(kept)
-    training_data = assemble_training_data(kept, advantages := compute_advantages(kept, config.advantage))
-    if config.transcript_every and step % config.transcript_every == 0:
-        write_rollouts(run.folder.transcripts, step, kept[: config.num_groups_to_log], advantages, run.tokenizer)
-    if not training_data.data_D:  # every group was removed: there is nothing to learn from, and nothing moves
-        return training_data
-    adam = AdamParams(metrics["optim/lr"], weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm, eps=1e-8)
-    submitted = [
-        (substep_D, client.forward_backward(substep_D, config.loss_fn, config.loss_fn_config), client.optim_step(adam))
-        for substep_D in split_substeps(training_data.data_D, config.num_substeps)
-    ]
-    logprobs_D = []
-    for substep_D, forward_backward, optim_step in submitted:
-        try:
-            output = await forward_backward
-            metrics |= {f"optim/{name.split(':')[0]}": value for name, value in output.metrics.items()}
-            metrics |= {f"optim/{name}": value for name, value in (await optim_step).metrics.items()}
-        except NonFiniteError as error:
-            raise write_offending_data(run.folder, step, substep_D, error) from error
-        logprobs_D += [out["logprobs"] for out in output.loss_fn_outputs]
-    metrics |= compute_sampling_metrics(training_data.data_D, logprobs_D)
-    _alarm("rollouts", metrics["optim/logprob_gap_mean"], step)
-    return training_data
+def _adam(config: Config, learning_rate: float) -> AdamParams:
+    return AdamParams(learning_rate, weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm, eps=1e-8)
+
+
+async def _sync(run: _Run) -> SamplingClient:
+    """The sampler gets the present weights. Rollouts that are under way go on under them, where training is asynchronous."""
+    with span("sync"):
+        return await run.client.save_weights_and_get_sampling_client_async(follow=run.config.max_steps_off_policy > 0)
+
+
+def _write_transcript(run: _Run, outcome: StepOutcome, step: int) -> None:
+    """The first groups, and as many of those that lost members."""
+    count = run.config.num_groups_to_log
+    if not run.config.transcript_every or step % run.config.transcript_every:
+        return
+    places = list(range(len(outcome.groups_P)))
+    places = places[:count] + [p for p in places[count:] if outcome.groups_P[p].errors][:count]
+    groups_P = [outcome.groups_P[p] for p in places]
+    advantages_P_G = [outcome.advantages_P[p] for p in places]
+    advantages_P_G = [np.zeros(len(g.trajectories_G)) if a is None else a for g, a in zip(groups_P, advantages_P_G, strict=True)]
+    write_rollouts(run.folder.transcripts, step, groups_P, advantages_P_G, run.tokenizer)
 
 
 async def _evaluate(run: _Run, client: SamplingClient, step: int, metrics: Metrics) -> Metrics:
     assert run.evaluator
-    with timed(metrics, "eval"):
+    with timed(metrics, "eval"), span("eval"):
         result = await run.evaluator(client)
     shown = run.evaluator.groups[: run.config.num_groups_to_log]
     write_rollouts(run.folder.transcripts / "test", step, shown, None, run.tokenizer)
@@ -214,15 +289,16 @@ async def _probe(run: _Run, client: SamplingClient, datum: Datum, metrics: Metri
     sequence = datum.model_input.append_int(int(datum.loss_fn_inputs["target_tokens"].array[-1]))
     step = int(metrics["progress/batch"])
     try:
-        gap = await probe_logprob_gap(run.training_client, client, sequence)
+        gap = await probe_logprob_gap(run.client, client, sequence)
     except NonFiniteError as error:  # the step itself made the weights infinite
         raise write_offending_data(run.folder, step, [datum], error) from error
     metrics["optim/probe_logprob_gap"] = gap
     _alarm("probe", gap, step)
 
 
-def _alarm(what: str, gap: float, step: int) -> None:
-    if gap > LOGPROB_GAP_ALARM:
+def _alarm(what: str, gap: float, step: int, steps_off_policy: int = 0) -> None:
+    """Rollouts of older weights differ by right; the probe, right after a sync, never does."""
+    if gap > LOGPROB_GAP_ALARM and not steps_off_policy:
         print(
             f"WARNING step {step}, {what}: sampler and trainer logprobs differ by {gap:.3f} on average (alarm at {LOGPROB_GAP_ALARM})"
         )
@@ -236,6 +312,7 @@ def _headline(metrics: Metrics) -> Metrics:
 def _finish(run: _Run, metrics: Metrics) -> None:
     from tracking.plots import plot_run
 
+    run.timeline.plot(run.folder.plots / "timeline.png")
     print_metrics_table({k: v for k, v in metrics.items() if not k.startswith("time/")}, f"{run.folder.path}: last step")
     print(
         f"plot: {plot_run(run.folder.path)}\ntranscripts: {run.folder.transcripts}\ncheckpoint: {run.folder.checkpoints / 'final'}"

@@ -1,7 +1,7 @@
 """Reinforcement learning from the command line.
 
 python rl/train_cli.py env=arithmetic model_name=tiny group_size=8
-python -m rl.train_cli env=my_package.my_module:MyBuilder env.difficulty=3 advantage=rloo
+python -m rl.train_cli env=my_package.my_module:MyBuilder env.difficulty=3 algorithm=rloo
 """
 
 if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
@@ -16,6 +16,7 @@ import chz
 
 from envs.arithmetic import ArithmeticBuilder
 from rl import train
+from rl.algorithms import ALGORITHMS
 from rl.types import RLDatasetBuilder
 from tracking.command_line import run_command
 
@@ -28,6 +29,7 @@ ADVANTAGES = {
     "group_mean": "rl.advantages:GroupMean",
     "group_mean_std": "rl.advantages:GroupMeanStd",
     "rloo": "rl.advantages:LeaveOneOut",
+    "batch_mean": "rl.advantages:BatchMean",
     "none": "rl.advantages:NoBaseline",
 }
 
@@ -37,6 +39,7 @@ class CLIConfig(train.Config):
     """Reinforcement learning of a language model on an environment."""
 
     env: RLDatasetBuilder = chz.field(default_factory=ArithmeticBuilder, doc="builder of the training and held-out environments")
+    algorithm: str | None = chz.field(default=None, doc="sets several options at once, see below; None = importance_sampling")
     group_size: int | None = chz.field(default=None, doc="short for env.group_size: rollouts per problem")
     groups_per_batch: int | None = chz.field(default=None, doc="short for env.batch_size: problems per step")
 
@@ -48,7 +51,9 @@ class CLIConfig(train.Config):
 
 
 def main() -> None:
-    run_command(lambda config: asyncio.run(train.main(config.resolved())), CLIConfig, {"env": ENVS, "advantage": ADVANTAGES})
+    presets = {"algorithm": {name: algorithm.settings for name, algorithm in ALGORITHMS.items()}}
+    names = {"env": ENVS, "advantage": ADVANTAGES}
+    run_command(lambda config: asyncio.run(train.main(config.resolved())), CLIConfig, names, presets)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ class TrajectoryGroup:
     errors: list[RolloutError] = field(default_factory=list)  # of the members that were dropped
     num_retries: int = 0
     builder: "EnvGroupBuilder | None" = None  # what the group was made from: a batch reward finds the task there
+    sampled_at_step: int | None = None  # the training step whose weights it began with
 
     def get_total_rewards(self) -> list[float]:
         """Step rewards plus the group's reward, one number per member."""

@@ -126,6 +126,9 @@ def test_sampler_against_trainer_metrics_by_hand() -> None:
         "logprob_gap_mean": 0.1,
         "logprob_gap_max": 0.1,
         "entropy": 0.15,
+        "ratio_p50": np.exp(-0.1),
+        "ratio_p01": np.exp(-0.1),
+        "ratio_p99": np.exp(-0.1),
     }
     assert metrics == {f"optim/{name}": pytest.approx(value, abs=1e-6) for name, value in expected.items()}
 
@@ -214,9 +217,14 @@ def test_a_rollout_that_cannot_be_scored_leaves_its_group_and_is_counted(torch_s
     assert metrics["rollout_errors/RolloutError"] == 1 and metrics["env/all/reward/total"] == 1.5
 
 
-def test_a_bug_in_an_environment_is_raised_as_itself(torch_service) -> None:  # noqa: ANN001
+def test_a_bug_in_an_environment_is_raised_as_itself_and_a_rare_failure_is_not(torch_service) -> None:  # noqa: ANN001
+    def envs(failing: int) -> CountingBuilder:
+        return CountingBuilder(*(CountingEnv(1, ZeroDivisionError("mine") if g < failing else None) for g in range(3)))
+
     with pytest.raises(ZeroDivisionError, match="mine"):
-        rollout(CountingBuilder(CountingEnv(5), CountingEnv(1, ZeroDivisionError("mine"))), torch_service=torch_service)
+        rollout(envs(2), torch_service=torch_service)
+    (g,) = rollout(envs(1), torch_service=torch_service)
+    assert [type(error).__name__ for error in g.errors] == ["EnvError"] and len(g.trajectories_G) == 2
 
 
 def test_policy_gradient_estimator_is_unbiased() -> None:

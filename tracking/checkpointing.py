@@ -4,6 +4,7 @@ import signal
 from types import FrameType
 from typing import Any
 
+from backend.checkpoints import read_state
 from backend.training_client import TrainingClient
 from tracking.run_folder import RunFolder
 
@@ -15,6 +16,7 @@ class Checkpointer:
         self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
         self._saved_step = -1
         self.finished = False  # whether the run that is resumed had come to its end
+        self.resumed_extra: dict[str, Any] = {}  # the `extra` of the checkpoint that is resumed
 
     def start(self, load_checkpoint_path: str | None) -> int:
         """Loads what the run begins with and returns its first step: the folder's own last checkpoint, else another's weights."""
@@ -22,6 +24,7 @@ class Checkpointer:
         if record is not None:
             self._client.load_state_with_optimizer(str(record.path)).result()
             self._saved_step, self.finished = record.step, record.name == "final"
+            self.resumed_extra = read_state(record.path)["extra"]
         elif load_checkpoint_path:
             self._client.load_state(load_checkpoint_path).result()
         step = record.step if record else 0
@@ -37,7 +40,7 @@ class Checkpointer:
     def save(self, name: str, next_step: int, extra: dict[str, Any] | None = None) -> None:
         path = self._run.checkpoints / name
         self._client.save_state(str(path.resolve()), extra={"next_step": next_step, **(extra or {})}).result()
-        self._run.record_checkpoint(name, next_step, path, extra)
+        self._run.record_checkpoint(name, next_step, path)
         self._saved_step = next_step
         if self._keep:
             self._run.prune_checkpoints(self._keep)

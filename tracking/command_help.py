@@ -35,6 +35,20 @@ def help_text(
     return "\n".join(lines)
 
 
+def presets_text(presets: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
+    """What each value of a preset option sets."""
+    lines = []
+    for option, choices in presets.items():
+        lines += ["", "", f"What {option}=NAME sets; options that are given win:"]
+        width = max(len(name) for name in choices)
+        for name, settings in choices.items():
+            text = "  ".join(f"{key}={value!r}" if " " in value else f"{key}={value}" for key, value in settings.items())
+            lines += textwrap.wrap(
+                text, 126, initial_indent=f"  {name.ljust(width)}  ", subsequent_indent=" " * (width + 4), break_on_hyphens=False
+            )
+    return "\n".join(lines)
+
+
 def _value_text(path: str, values: Mapping[str, Any], parameter: Any) -> str:
     value = values.get(path, MISSING)
     if value is MISSING:

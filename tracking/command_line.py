@@ -21,20 +21,27 @@ from chz.factories import MetaFromString
 from chz.tiepin import CastError, type_repr
 
 from backend.errors import ConfigError, CookbookError
-from tracking.command_help import help_text, type_text
+from tracking.command_help import help_text, presets_text, type_text
 
 Config = TypeVar("Config")
 # option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"), whose {} is the value given.
 ShortNames = Mapping[str, Mapping[str, str]]
+# option -> its value -> the options which that value sets, unless they are given too ("algorithm=grpo")
+Presets = Mapping[str, Mapping[str, Mapping[str, str]]]
 
 
-def run_command(main: Callable[[Config], object], config_class: type[Config], short_names: ShortNames | None = None) -> None:
+def run_command(
+    main: Callable[[Config], object],
+    config_class: type[Config],
+    short_names: ShortNames | None = None,
+    presets: Presets | None = None,
+) -> None:
     """The entry point of a command: parses sys.argv, runs, and turns a CookbookError into one line and exit code 2.
 
     Ctrl-C exits with 130. Any other exception is a bug and keeps its traceback.
     """
     try:
-        main(parse(config_class, None, short_names))
+        main(parse(config_class, None, short_names, presets))
     except CookbookError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -43,7 +50,12 @@ def run_command(main: Callable[[Config], object], config_class: type[Config], sh
         sys.exit(130)
 
 
-def parse(config_class: type[Config], argv: list[str] | None = None, short_names: ShortNames | None = None) -> Config:
+def parse(
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    short_names: ShortNames | None = None,
+    presets: Presets | None = None,
+) -> Config:
     """Builds the configuration from `key=value` arguments (default: sys.argv[1:]); the last of two equal keys counts.
 
     Raises ConfigError with one line; `--help`, `-h` and `help` print the options and exit 0.
@@ -52,9 +64,10 @@ def parse(config_class: type[Config], argv: list[str] | None = None, short_names
     short_names = short_names or {}
     wants_help = any(argument in ("--help", "-h", "help") for argument in argv)
     given = _key_values([argument for argument in argv if argument not in ("--help", "-h", "help")])
+    given = _preset_values(given, presets or {}) | given
     blueprint = _choose_classes(config_class, given, short_names)
     if wants_help:
-        print(_help(config_class, blueprint, given, short_names))
+        print(_help(config_class, blueprint, given, short_names) + presets_text(presets or {}))
         sys.exit(0)
     parameters = _parameters(blueprint)
     for key, value in given.items():
@@ -83,6 +96,18 @@ def _key_values(argv: list[str]) -> dict[str, str]:
             raise ConfigError(f"cannot read {argument!r}; options are written key=value (--help lists them)")
         given[key.removeprefix("--").replace("-", "_") if dashes else key] = value
     return given
+
+
+def _preset_values(given: dict[str, str], presets: Presets) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for option, choices in presets.items():
+        if (name := given.get(option, "None")) in choices:
+            values |= choices[name]
+        elif name != "None":
+            nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            raise ConfigError(f"{option}={name}: no such name; {hint}known: {', '.join(choices)}")
+    return values
 
 
 def _choose_classes(config_class: type[Config], given: dict[str, str], short_names: ShortNames) -> Blueprint[Config]:

@@ -22,6 +22,10 @@ PANELS: dict[str, tuple[str, ...]] = {
     "accuracy": ("env/all/correct", "test/env/all/correct"),
     "negative log likelihood (nats per token)": ("train_mean_nll", "test/nll"),
     "loss": ("optim/loss",),
+    "preference loss": ("dpo_loss", "test/dpo_loss"),
+    "preference accuracy": ("accuracy", "test/accuracy"),
+    "reward margin, chosen over rejected": ("margin", "test/margin"),
+    "answer logprob (nats, summed)": ("chosen_logprob", "rejected_logprob"),
     "KL sampler to trainer (nats)": ("optim/kl_sample_train_v1", "optim/kl_sample_train_v2"),
     "|logprob gap| sampler to trainer": ("optim/logprob_gap_mean",),
     "entropy (nats)": ("optim/entropy",),
@@ -50,7 +54,7 @@ def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
         _finish(axis, title, with_legend=sum(bool(_curve(records, key)[0]) for key in keys) > 1)
     if times:
         _draw_times(axes[len(panels)], records, times)
-    return _save(figure, folder / "plots" / "run.png")
+    return save_figure(figure, folder / "plots" / "run.png")
 
 
 def compare_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], keys: Sequence[str] = ()) -> Path:
@@ -71,7 +75,7 @@ def compare_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
         _finish(axis, key, with_legend=False)
     handles = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     figure.legend(list(handles.values()), list(handles), loc="upper left", ncols=COLUMNS, frameon=False)
-    return _save(figure, Path(out))
+    return save_figure(figure, Path(out))
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
@@ -95,6 +99,8 @@ def _label(path: Path, paths: list[Path]) -> str:
 
 
 def _short(key: str) -> str:
+    if key.endswith("_logprob"):
+        return key.removesuffix("_logprob")
     return "held out" if key.startswith("test/") else key.rsplit("_", 1)[-1] if "_train_v" in key else "training"
 
 
@@ -115,6 +121,21 @@ def _grid(panels: int, title: str, legend_rows: int = 0) -> tuple[Any, list[Any]
     if title:
         figure.suptitle(title, x=0.012, y=1 - 0.1 / height, ha="left", va="top", fontsize=13, fontweight="bold")
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
+    return figure, axes
+
+
+def stacked_axes(rows: int, title: str) -> tuple[Any, list[Any]]:
+    """A wide figure with low axes over one another, for things that happen at the same time."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.9 * rows + 0.8), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(rows, 1, number + 1) for number in range(rows)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8, labelbottom=axis is axes[-1])
+    figure.suptitle(title, x=0.012, ha="left", fontsize=11)
     return figure, axes
 
 
@@ -168,7 +189,7 @@ def _finish(axis: Any, title: str, with_legend: bool) -> None:
         axis.legend(fontsize=8, frameon=False)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path

@@ -1,0 +1,103 @@
+"""Two-digit addition by every algorithm preset: one supervised warm start, then one run each from it, and one picture of all.
+
+    python recipes/algorithms/train.py                             # all presets, one after another; runs/algorithms
+    python recipes/algorithms/train.py algorithms=grpo,rloo seed=1
+
+What a preset sets is in rl/algorithms.py; everything else is the same for all. A run that is there already is resumed or kept.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+from pathlib import Path
+
+import chz
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError
+from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from rl import train
+from rl.algorithms import ALGORITHMS
+from rl.train_cli import ADVANTAGES
+from supervised import train as supervised_train
+from tracking.command_line import parse, run_command
+from tracking.metrics_log import read_metrics
+from tracking.plots import compare_runs
+
+
+@chz.chz
+class Config:
+    """Every algorithm preset on two-digit addition, from one warm start."""
+
+    algorithms: str = chz.field(default=",".join(ALGORITHMS), doc="presets to run, by comma")
+    num_steps: int = chz.field(default=500, doc="steps of RL, 64 problems by 8 rollouts each")
+    learning_rate: float = chz.field(default=3e-4, doc="of RL, at the first step; it falls to 0")
+    seed: int = chz.field(default=0, doc="of the weights, the data and the sampling")
+    log_path: str = chz.field(default="runs/algorithms", doc="folder of the runs, one for each preset")
+    backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="see backend/config.py")
+
+
+def warm_start(config: Config) -> Path:
+    """A checkpoint that gets about two sums of three right."""
+    folder = Path(config.log_path) / "warm_start"
+    final = folder / "checkpoints" / "final"
+    if not final.exists():
+        settings = supervised_train.Config(
+            dataset=ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed),
+            renderer_name="plain",
+            seed=config.seed,
+            learning_rate=2e-3,
+            lr_schedule="constant",
+            stop_at_nll=0.3,  # as in recipes/demo.py
+            save_every=0,
+            log_path=str(folder),
+            behavior_if_log_dir_exists="delete",
+            backend=config.backend,
+        )
+        asyncio.run(supervised_train.main(settings))
+    return final
+
+
+def rl_config(config: Config, algorithm: str, start: Path) -> train.Config:
+    options = [f"{option}={value}" for option, value in ALGORITHMS[algorithm].settings.items()]
+    preset = parse(train.Config, ["env=envs.arithmetic:ArithmeticBuilder", *options], {"advantage": ADVANTAGES})
+    env = ArithmeticBuilder(num_digits=2, n_batches=config.num_steps, batch_size=64, group_size=8, seed=config.seed)
+    return chz.replace(
+        preset,
+        env=env,
+        load_checkpoint_path=str(start),
+        renderer_name="plain",
+        seed=config.seed,
+        learning_rate=config.learning_rate,
+        lr_schedule="linear",
+        eval_every=25,
+        save_every=100,
+        keep_checkpoints=1,
+        transcript_every=100,
+        log_path=str(Path(config.log_path) / algorithm),
+        behavior_if_log_dir_exists="resume",
+        backend=config.backend,
+    )
+
+
+def main(config: Config) -> None:
+    names = config.algorithms.split(",")
+    if unknown := [name for name in names if name not in ALGORITHMS]:
+        raise ConfigError(f"algorithms={unknown[0]}: no such preset; known: {', '.join(ALGORITHMS)}")
+    start = warm_start(config)
+    for name in names:
+        asyncio.run(train.main(rl_config(config, name, start)))
+    folders = [Path(config.log_path) / name for name in names]
+    keys = ["test/env/all/correct", "env/all/reward/total", "optim/entropy"]
+    for folder in folders:
+        accuracy = [record["test/env/all/correct"] for record in read_metrics(folder) if "test/env/all/correct" in record]
+        print(f"{folder.name:20s} held-out accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}")
+    print(f"curves: {compare_runs(folders, Path(config.log_path) / 'compare.png', keys)}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

@@ -1,0 +1,81 @@
+"""Named algorithms: each is a set of values for the options of rl.train.Config, and nothing else. An option that is given wins over its.
+
+None has a critic; where the original normalises or samples differently, `differs` says so.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """`settings` are command-line options, option -> value. `source` is the paper."""
+
+    settings: dict[str, str]
+    source: str
+    differs: str = ""
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "importance_sampling": Algorithm(
+        {"advantage": "group_mean", "loss_fn": "importance_sampling"},
+        "the default of the Tinker cookbook: centred rewards, no division by their deviation, one step per batch",
+    ),
+    "reinforce": Algorithm(
+        {"advantage": "batch_mean", "loss_fn": "reinforce"},
+        "Williams 1992, with the mean reward of the batch as baseline",
+    ),
+    "rloo": Algorithm(
+        {"advantage": "rloo", "loss_fn": "reinforce", "kl.where": "reward"},
+        "Ahmadian et al. 2024: leave-one-out baseline; give kl.coef for their penalty, which goes into the reward",
+    ),
+    "grpo": Algorithm(
+        {
+            "advantage": "group_mean_std",
+            "loss_fn": "ppo",
+            "loss_fn_config": '{"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}',
+            "loss_reduction": "sequence_mean",
+        },
+        "Shao et al. 2024: rewards divided by the group's deviation, clipped ratio, mean over each answer's tokens",
+        "its KL (k3, in the loss) is off; kl.coef adds ours to the advantages",
+    ),
+    "dr_grpo": Algorithm(
+        {
+            "advantage": "group_mean",
+            "loss_fn": "ppo",
+            "loss_fn_config": '{"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}',
+            "loss_reduction": "sum",
+        },
+        "Liu et al. 2025: GRPO without the divisions by deviation and length, which favour easy problems and long wrong answers",
+    ),
+    "dapo": Algorithm(
+        {
+            "advantage": "group_mean_std",
+            "loss_fn": "ppo",
+            "loss_fn_config": '{"clip_low_threshold": 0.8, "clip_high_threshold": 1.28}',
+            "loss_reduction": "token_mean",
+            "remove_constant_reward_groups": "True",
+            "train_on_truncated": "False",
+        },
+        "Yu et al. 2025: clip higher, mean over all tokens, no constant groups, no truncated answers",
+        "groups that are left out are not sampled anew, so batches shrink; no soft penalty on length",
+    ),
+    "ppo": Algorithm(
+        {
+            "advantage": "group_mean",
+            "loss_fn": "ppo",
+            "loss_fn_config": '{"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}',
+            "num_substeps": "4",
+        },
+        "Schulman et al. 2017: clipped ratio, several optimizer steps per batch",
+        "the group's mean stands for the critic",
+    ),
+    "cispo": Algorithm(
+        {
+            "advantage": "group_mean_std",
+            "loss_fn": "cispo",
+            "loss_fn_config": '{"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}',
+            "loss_reduction": "token_mean",
+        },
+        "MiniMax-M1 2025: clips the weight of a token's gradient, so that no token's gradient is lost",
+    ),
+}

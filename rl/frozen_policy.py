@@ -1,0 +1,77 @@
+"""A second policy that never moves: an opponent, an answerer, a judge. Configuration, and a client that speaks in messages.
+
+It has an engine of its own, beside the live one, until the program ends. What fails here is nobody's reward: FrozenPolicyError is a
+RolloutError. Left out: policies behind a network, and sharing one engine between several FrozenPolicy objects.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import chz
+import numpy as np
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError, CookbookError
+from backend.sampling_client import SamplingClient
+from backend.service_client import ServiceClient
+from backend.types import SamplingParams
+from renderers import get_renderer
+from renderers.types import Message, Renderer
+from rl.types import RolloutError
+
+
+class FrozenPolicyError(RolloutError):
+    """A frozen policy could not be asked, or did not finish what it said; the cause is chained where there is one."""
+
+
+@dataclass(frozen=True)
+class MessageCompleter:
+    """Messages in, one message out. The seed of a reply is a function of `seed` and the prompt: equal questions, equal answers."""
+
+    client: SamplingClient
+    renderer: Renderer
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+    async def __call__(self, messages: Sequence[Message]) -> Message:
+        """Raises FrozenPolicyError where there is no reply, or one cut off by the token limit."""
+        prompt = self.renderer.build_generation_prompt(messages)
+        seed = int(np.random.SeedSequence([self.seed, *prompt.to_ints()]).generate_state(1, np.uint64)[0] >> 1)
+        params = SamplingParams(self.max_tokens, seed, self.renderer.get_stop_sequences(), self.temperature)
+        try:
+            response = await self.client.sample_async(prompt, 1, params)
+        except CookbookError as error:
+            raise FrozenPolicyError(f"the frozen policy failed with {type(error).__name__}: {error}") from error
+        message, stopped = self.renderer.parse_response(response.sequences[0].tokens)
+        if not stopped:
+            said = message["content"]
+            raise FrozenPolicyError(f"the frozen policy had not finished after {self.max_tokens} tokens: {said[-60:]!r}")
+        return message
+
+
+@chz.chz
+class FrozenPolicy:
+    """A model that does not learn, given by `model_path` or by `base_model`."""
+
+    model_path: str | None = chz.field(default=None, doc="folder of a saved policy or checkpoint")
+    base_model: str | None = chz.field(default=None, doc="a preset or a Hugging Face hub name")
+    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
+    max_tokens: int = chz.field(default=64, doc="most tokens of a reply")
+    temperature: float = chz.field(default=0.0, doc="0 is greedy")
+    seed: int = chz.field(default=0, doc="seed of its sampling, and of a preset's weights")
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how it is sampled from; its engine takes memory, too")
+
+    @chz.validate
+    def _one_model(self) -> None:
+        if (self.model_path is None) == (self.base_model is None):
+            raise ConfigError(f"model_path={self.model_path}, base_model={self.base_model}: a frozen policy needs one of the two")
+
+    def open(self) -> SamplingClient:
+        """Loads the model and starts its engine."""
+        return ServiceClient(self.backend).create_sampling_client(self.model_path, self.base_model, self.seed)
+
+    def open_completer(self) -> MessageCompleter:
+        client = self.open()
+        renderer = get_renderer(self.renderer_name, client.get_tokenizer())
+        return MessageCompleter(client, renderer, self.max_tokens, self.temperature, self.seed)

@@ -1,0 +1,85 @@
+"""Staying near a frozen reference policy: a KL penalty on every sampled token's advantage, or in the member's reward.
+
+Both use d_t = log q(token) - log ref(token) on what was sampled, whose mean estimates KL(policy || reference) ("k1").
+
+    advantage   A_t += coef * (mean of d over the batch - d_t), or its discounted future sum (tinker_semantics 2.2)
+    reward      R   -= coef * sum of d_t over the trajectory (RLOO, LaTRO): it goes through the baseline with the rest of the reward
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import chz
+import numpy as np
+
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import Datum, LoraConfig
+from rl.data_processing import TrainingData
+from rl.types import Metrics, TrajectoryGroup
+
+
+@chz.chz
+class KLPenalty:
+    coef: float = chz.field(default=0.0, doc="weight of the penalty; 0 = none, and no reference is loaded")
+    where: Literal["advantage", "reward"] = chz.field(default="advantage", doc="of each token, or summed into the reward")
+    discount: float = chz.field(default=0.0, doc="where=advantage: a token also pays for later ones, this much less per token")
+    reference_path: str | None = chz.field(default=None, doc="checkpoint of the reference; None = the weights the run began with")
+
+
+class Reference:
+    """The frozen policy, computed by torch as the trained one is, so that equal weights give equal logprobs."""
+
+    def __init__(self, service: ServiceClient, model_name: str, path: str | None, lora: LoraConfig | None, seed: int):
+        lora = lora if path else None  # without a checkpoint an adapter is still zero
+        self._client: TrainingClient = service.create_training_client(model_name, lora, seed)
+        if path:
+            self._client.load_state(path).result()
+
+    async def logprobs(self, data_D: list[Datum]) -> list[np.ndarray]:
+        """(T,) per datum, 0 where nothing was sampled; under the temperature each token was sampled at."""
+        output = await self._client.forward(data_D, "importance_sampling")
+        return [out["logprobs"].array for out in output.loss_fn_outputs]
+
+
+def sampled_minus_reference(data_D: list[Datum], reference_logprobs_D: list[np.ndarray]) -> list[np.ndarray]:
+    """d, (T,) per datum, 0 outside the mask."""
+    return [
+        (datum.loss_fn_inputs["logprobs"].array - reference_T) * datum.loss_fn_inputs["mask"].array
+        for datum, reference_T in zip(data_D, reference_logprobs_D, strict=True)
+    ]
+
+
+def kl_metrics(data_D: list[Datum], difference_D: list[np.ndarray]) -> Metrics:
+    """Per sampled token: `kl_policy_base`, the mean of d, and `kl_policy_base_k3`, the mean of exp(-d) - 1 + d, which is never negative."""
+    mask = np.concatenate([datum.loss_fn_inputs["mask"].array for datum in data_D]) > 0
+    d = np.concatenate(difference_D)[mask].astype(np.float64)
+    return {"kl_policy_base": float(d.mean()), "kl_policy_base_k3": float((np.expm1(-d) + d).mean())}
+
+
+def penalize_advantages(data_D: list[Datum], difference_D: list[np.ndarray], coef: float, discount: float) -> None:
+    """In place. Nothing outside the mask is touched, whatever the discount."""
+    tokens = sum(float(datum.loss_fn_inputs["mask"].array.sum()) for datum in data_D)
+    mean = sum(float(d_T.sum(dtype=np.float64)) for d_T in difference_D) / tokens
+    for datum, d_T in zip(data_D, difference_D, strict=True):
+        mask_T = datum.loss_fn_inputs["mask"].array
+        datum.loss_fn_inputs["advantages"].array += np.float32(coef) * mask_T * discounted((mean - d_T) * mask_T, discount)
+
+
+def discounted(x_T: np.ndarray, discount: float) -> np.ndarray:
+    """y_t = sum over k >= 0 of discount^k x_{t+k}."""
+    y_T, running = np.zeros_like(x_T), 0.0
+    for t in reversed(range(len(x_T))):
+        running = float(x_T[t]) + discount * running
+        y_T[t] = running
+    return y_T
+
+
+def penalized_rewards(
+    groups_P: list[TrajectoryGroup], training_data: TrainingData, difference_D: list[np.ndarray], coef: float
+) -> list[TrajectoryGroup]:
+    """The groups with each member's reward lower by coef * the sum of d over all its data; the groups given keep theirs."""
+    rewards_P_G = [list(group.final_rewards_G) for group in groups_P]
+    for (p, g), d_T in zip(training_data.origin_D, difference_D, strict=True):
+        rewards_P_G[p][g] -= coef * float(d_T.sum(dtype=np.float64))
+    return [replace(group, final_rewards_G=rewards_G) for group, rewards_G in zip(groups_P, rewards_P_G, strict=True)]

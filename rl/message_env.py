@@ -1,0 +1,168 @@
+"""Environments written in messages, and the adapter that makes an Env of tokens out of one.
+
+A MessageEnv hears what the model said and answers in messages; it knows no tokens. EnvFromMessageEnv renders the conversation, keeps the
+sampled tokens as they are (token in, token out), and decides by a ParsePolicy what becomes of a response that cannot be read.
+Left out: limits of turns and tokens (the run's, rl/rollouts.py), environments that rewrite what was said, structured tool calls.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import chz
+
+from backend.errors import CookbookError
+from backend.types import ModelInput
+from renderers.turns import decode, encode
+from renderers.types import Message, Renderer, TrainOnWhat
+from rl.types import (
+    Action,
+    Env,
+    EnvGroupBuilder,
+    EpisodeEnd,
+    Logs,
+    MalformedStep,
+    Metrics,
+    Observation,
+    StepResult,
+    StopCondition,
+)
+
+MessageEnd = Literal[EpisodeEnd, "parse_error"]  # why an episode ended that the environment did not end itself
+
+
+class ParseError(CookbookError):
+    """The model's message cannot be read. The text is what the model is told, if it may try again: say what was expected."""
+
+
+@chz.chz
+class ParsePolicy:
+    """What becomes of a response that ran into the token limit, or that the environment cannot read."""
+
+    failed_parse_reward: float = chz.field(default=-1.0, doc="reward of the unreadable response that ends an episode")
+    retries: int = chz.field(default=0, doc="unreadable responses of an episode that are answered with what was expected instead")
+
+
+@dataclass
+class MessageStep:
+    """`next_messages`, at least one, follow the model's message in the conversation; they are ignored when `episode_done`."""
+
+    reward: float
+    episode_done: bool
+    next_messages: Sequence[Message] = ()
+    metrics: Metrics = field(default_factory=dict)
+    logs: Logs = field(default_factory=dict)
+
+
+class MessageEnv(ABC):
+    """One episode in messages. Create it, play it once, throw it away."""
+
+    @abstractmethod
+    async def initial_messages(self) -> list[Message]:
+        """How the conversation begins. The model speaks next, as the assistant."""
+
+    @abstractmethod
+    async def step(self, message: Message) -> MessageStep:
+        """Takes what the model said. Raises ParseError, before anything has changed, if it cannot be read."""
+
+    async def cut_short(self, reason: MessageEnd) -> tuple[float, Metrics]:
+        """The episode ends here, not by the environment's will: the reward to add, and the metrics of an episode."""
+        return 0.0, {}
+
+    async def close(self) -> None:
+        """Always called at the end: release what the episode holds."""
+        return
+
+
+class EnvFromMessageEnv(Env):
+    """A MessageEnv as an Env. Every turn has the metrics `parse_error` and `truncated`, 0 or 1; a truncated one is a parse error, too.
+
+    Where the renderer has the extension property, an observation begins with the observation before it and the tokens sampled after that,
+    also if their text would be tokenized otherwise. Where it has not, the conversation is rendered anew at every turn, and
+    rl/data_processing.py makes a Datum of each.
+    """
+
+    def __init__(self, renderer: Renderer, message_env: MessageEnv, parse: ParsePolicy | None = None):
+        self.renderer, self.message_env, self.parse = renderer, message_env, parse or ParsePolicy()
+        self.conversation: list[Message] = []
+        self.tokens: list[int] = []  # the latest observation
+        self.parse_errors = 0
+
+    async def initial_observation(self) -> tuple[Observation, StopCondition]:
+        self.conversation = list(await self.message_env.initial_messages())
+        self.tokens = self.renderer.build_generation_prompt(self.conversation).to_ints()
+        return ModelInput.from_ints(self.tokens), self.renderer.get_stop_sequences()
+
+    async def step(self, action: Action) -> StepResult:
+        message, stopped = self.renderer.parse_response(action)
+        unread = {"parse_error": 0.0, "truncated": float(not stopped)}
+        try:
+            if not stopped:
+                raise ParseError("Your answer was too long and was cut off. Be brief.")
+            result = await self.message_env.step(message)
+        except ParseError as error:
+            result, unread["parse_error"] = await self._unreadable(error), 1.0
+        if not result.episode_done:
+            if not result.next_messages:
+                raise MalformedStep(f"{type(self.message_env).__name__}.step neither ended the episode nor said anything")
+            self.tokens = self._next_observation(action, message, result.next_messages)
+            self.conversation += [message, *result.next_messages]
+        return StepResult(
+            reward=result.reward,
+            episode_done=result.episode_done,
+            next_observation=ModelInput.empty() if result.episode_done else ModelInput.from_ints(self.tokens),
+            next_stop_condition=self.renderer.get_stop_sequences(),
+            metrics=unread | result.metrics,
+            logs=result.logs,
+        )
+
+    async def _unreadable(self, error: ParseError) -> MessageStep:
+        self.parse_errors += 1
+        logs = {"parse error": str(error)}
+        if self.parse_errors <= self.parse.retries:
+            return MessageStep(0.0, False, [Message(role="user", content=str(error))], logs=logs)
+        reward, metrics = await self.message_env.cut_short("parse_error")
+        return MessageStep(self.parse.failed_parse_reward + reward, True, metrics=metrics, logs=logs)
+
+    def _next_observation(self, action: Action, message: Message, next_messages: Sequence[Message]) -> list[int]:
+        said = [*self.conversation, message]
+        rendered = self.renderer.build_generation_prompt([*said, *next_messages]).to_ints()
+        if not self.renderer.has_extension_property:
+            return rendered
+        # The last weight is where the renderer ends the model's turn: what it writes from there on follows the sampled tokens.
+        tokens, weights = self.renderer.build_supervised_example(said, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+        end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
+        if rendered[:end] != tokens[:end]:  # role_colon ends a turn with "User:", and here somebody else speaks next
+            return rendered
+        return self.tokens + action + self._missing_stop(action) + rendered[end:]
+
+    def _missing_stop(self, action: Action) -> list[int]:
+        """The stop that the conversation goes on from, where the model ended by EOS or was cut off."""
+        stop, tokenizer = self.renderer.get_stop_sequences()[0], self.renderer.tokenizer
+        if isinstance(stop, int):
+            return [] if stop in action else [stop]
+        return [] if stop in decode(tokenizer, action) else encode(tokenizer, stop)
+
+    async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
+        return await self.message_env.cut_short(reason)
+
+    async def close(self) -> None:
+        await self.message_env.close()
+
+
+@dataclass(frozen=True)
+class MessageEnvGroupBuilder(EnvGroupBuilder):
+    """`num_envs` attempts at one task. `env_thunk` must pickle if the builder is to: functools.partial of a class does."""
+
+    env_thunk: Callable[[], MessageEnv]
+    num_envs: int
+    renderer: Renderer
+    parse: ParsePolicy = field(default_factory=ParsePolicy)
+    tags: list[str] = field(default_factory=list)
+
+    async def make_envs(self) -> Sequence[EnvFromMessageEnv]:
+        return [EnvFromMessageEnv(self.renderer, self.env_thunk(), self.parse) for _ in range(self.num_envs)]
+
+    def logging_tags(self) -> list[str]:
+        return self.tags

@@ -1,0 +1,213 @@
+"""A person plays an environment in the terminal, and gets what the model gets: observations, rewards, metrics and limits.
+
+    python -m rl.play env=guess_number
+    python -m rl.play env=my_package.my_module:MyBuilder split=test limits.max_turns=5
+
+The person takes the sampler's place under the loop's own rollouts, so nothing about limits is written twice. Of attempts at one problem one
+is played; the seats of a game are played in turn. A line that ends in a backslash goes on in the next. Ctrl-D ends it. Left out: a model
+as the other seat (give the environment an opponent), time limits on calls.
+"""
+
+if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from itertools import count
+from typing import Literal
+
+import chz
+
+from backend.errors import ConfigError
+from backend.sampling_client import SamplingClient
+from backend.tokenizers import load_tokenizer
+from backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
+from envs.arithmetic import ArithmeticBuilder
+from renderers import get_renderer
+from renderers.turns import decode, encode, eos
+from renderers.types import Tokenizer
+from rl.rollouts import Policy, RolloutLimits, do_single_rollout, first_error
+from rl.train_cli import ENVS
+from rl.types import Action, Env, EnvGroupBuilder, EpisodeEnd, Metrics, Observation, RLDatasetBuilder, StepResult, StopCondition
+from tracking.command_line import run_command
+
+PATIENCE = 1e9  # seconds that a call may take: a person thinks, and the other seat waits
+
+
+@chz.chz
+class Config:
+    """Play an environment as the model would."""
+
+    env: RLDatasetBuilder = chz.field(default_factory=ArithmeticBuilder, doc="builder of the environments")
+    split: Literal["train", "test"] = chz.field(default="train", doc="training or held-out problems")
+    batch: int = chz.field(default=0, doc="batch of the dataset to begin with")
+    episodes: int | None = chz.field(default=None, doc="end after so many; None = until the end of the input")
+    model_name: str = chz.field(default="tiny", doc="whose tokenizer and context")
+    max_length: int | None = chz.field(default=None, doc="context in tokens; None = the model's own, at most 4096")
+    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
+    max_tokens: int | None = chz.field(default=None, doc="most tokens per turn; None = what the environment recommends")
+    limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="when an episode is cut short")
+
+
+class EndOfInput(Exception):
+    """The person has left."""
+
+
+class Person(SamplingClient):
+    """A sampler that shows the prompt and reads the answer from the terminal. Prompts that fill the context raise, as for the model."""
+
+    def __init__(self, tokenizer: Tokenizer, seat: str):
+        self._tokenizer, self.max_length, self.seat = tokenizer, tokenizer.model_max_length, seat
+        self.seen: list[int] = []  # the last prompt and the answer to it
+
+    async def sample_async(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> SampleResponse:
+        tokens = prompt.to_ints()
+        room = self._check(tokens, num_samples, sampling_params)
+        limit = min(room, sampling_params.max_tokens or room)
+        known = len(self.seen) if tokens[: len(self.seen)] == self.seen else 0
+        print(f"\n--- {self.seat}{len(tokens)} tokens so far, answer in at most {limit} " + "-" * 20)
+        print(decode(self._tokenizer, tokens[known:]))
+        answer = answer_tokens(self._tokenizer, read_answer(), sampling_params.stop)
+        if len(answer) > limit:
+            print(f"(cut off: {len(answer)} tokens, the stop included)")
+        self.seen = tokens + answer[:limit]
+        stop_reason = "length" if len(answer) > limit else "stop"
+        return SampleResponse([SampledSequence(answer[:limit], [0.0] * len(answer[:limit]), stop_reason)])
+
+
+def read_answer() -> str:
+    """One line, or several, each but the last ending in a backslash. It holds up the event loop: nobody else has anything to do."""
+    lines = [_line()]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1].removesuffix("\\")
+        lines.append(_line())
+    return "\n".join(lines)
+
+
+def _line() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        raise EndOfInput from None
+
+
+def answer_tokens(tokenizer: Tokenizer, text: str, stop: StopCondition | str) -> list[int]:
+    """The text as a model would have sampled it, with the stop, of which the text may already hold the beginning ("]" of "]\\n")."""
+    stops = eos(tokenizer) if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    if not stops:  # never stops
+        return encode(tokenizer, text)
+    ending = stops[0]
+    if isinstance(ending, int):
+        return [token for token in encode(tokenizer, text) if token != ending] + [ending]
+    held = max(n for n in range(len(ending) + 1) if text.endswith(ending[:n]))
+    return encode(tokenizer, text.split(ending)[0] + ending if ending in text else text + ending[held:])
+
+
+class ShownEnv(Env):
+    """Prints what a step brings. Logs are for readers of transcripts and may give the answer away: they come at the end."""
+
+    def __init__(self, env: Env, seat: str):
+        self.env, self.seat = env, seat
+        self.logs: dict[str, str] = {}
+
+    async def initial_observation(self) -> tuple[Observation, StopCondition]:
+        return await self.env.initial_observation()
+
+    async def step(self, action: Action) -> StepResult:
+        result = await self.env.step(action)
+        self.logs |= result.logs
+        print(f"{self.seat}reward {result.reward:g}{_listed(result.metrics)}")
+        if result.episode_done:
+            self._end("done")
+        return result
+
+    async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
+        reward, metrics = await self.env.cut_short(reason)
+        print(f"{self.seat}reward {reward:g} more{_listed(metrics)}")
+        self._end(f"cut short: {reason}")
+        return reward, metrics
+
+    def _end(self, how: str) -> None:
+        print(f"{self.seat}end of the episode ({how})" + "".join(f"; {name}: {text}" for name, text in self.logs.items()))
+
+    async def close(self) -> None:
+        await self.env.close()
+
+
+def _listed(metrics: Metrics) -> str:
+    return "".join(f", {name} {value:g}" for name, value in metrics.items())
+
+
+async def play_group(builder: EnvGroupBuilder, tokenizer: Tokenizer, max_tokens: int, limits: RolloutLimits) -> list[float]:
+    """One problem, or one game with all its seats. Returns the total rewards."""
+    envs_G = await builder.make_envs()
+    if builder.members_are_independent:
+        for env in envs_G[1:]:
+            await env.close()
+        envs_G = envs_G[:1]
+    seats_G = [f"seat {g}: " if len(envs_G) > 1 else "" for g in range(len(envs_G))]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            players = [
+                tasks.create_task(
+                    do_single_rollout(Policy(Person(tokenizer, seat), max_tokens), ShownEnv(env, seat), (g,), limits)
+                )
+                for g, (env, seat) in enumerate(zip(envs_G, seats_G, strict=True))
+            ]
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from errors
+    trajectories_G = [player.result() for player in players]
+    rewards_G = []
+    group_rewards_G = await builder.compute_group_rewards(trajectories_G, envs_G)
+    for seat, trajectory, (reward, metrics) in zip(seats_G, trajectories_G, group_rewards_G, strict=True):
+        rewards_G.append(trajectory.reward + reward)
+        print(f"{seat}total reward {rewards_G[-1]:g}{_listed(metrics)}")
+    return rewards_G
+
+
+async def play(config: Config) -> None:
+    tokenizer = load_tokenizer(config.model_name, config.max_length)
+    builders = _builders(config, await config.env(get_renderer(config.renderer_name, tokenizer)))
+    limits = chz.replace(config.limits, env_seconds=PATIENCE, sampling_seconds=PATIENCE)
+    rewards: list[float] = []
+    try:
+        for _, builder in zip(range(config.episodes or 2**62), builders, strict=False):
+            rewards += await play_group(builder, tokenizer, config.max_tokens or config.env.recommended_max_tokens(), limits)
+    except EndOfInput:
+        pass
+    mean = f", mean reward {sum(rewards) / len(rewards):g}" if rewards else ""
+    print(f"{len(rewards)} episodes played{mean}")
+
+
+def _builders(config: Config, datasets: tuple) -> Iterator[EnvGroupBuilder]:
+    train, test = datasets
+    if config.split == "train":
+        return (builder for index in count(config.batch) for builder in train.get_batch(index))
+    if test is None:
+        raise ConfigError("split=test: this environment has no held-out problems")
+    return (builder for index in range(config.batch, len(test)) for builder in test.get_batch(index))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, _interrupt)  # asyncio's own handler would wait for the line to be finished
+    run_command(lambda config: asyncio.run(play(config)), Config, {"env": ENVS})
+
+
+if __name__ == "__main__":
+    main()

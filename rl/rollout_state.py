@@ -1,0 +1,53 @@
+"""Finished groups as JSON, so that a checkpoint of an asynchronous run can hold what is sampled and not yet trained on.
+
+Floats survive exactly. Left out: images, and what batch rewards add, since groups get those when they are trained on.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from backend.types import ModelInput
+from rl import types
+from rl.types import EnvGroupBuilder, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
+
+
+def group_to_json(group: TrajectoryGroup) -> dict[str, Any]:
+    return {
+        "trajectories": [_trajectory_to_json(trajectory) for trajectory in group.trajectories_G],
+        "final_rewards": group.final_rewards_G,
+        "metrics": group.metrics_G,
+        "tags": group.tags,
+        "errors": [[type(error).__name__, str(error)] for error in group.errors],
+        "num_retries": group.num_retries,
+        "sampled_at_step": group.sampled_at_step,
+    }
+
+
+def group_from_json(saved: dict[str, Any], builder: EnvGroupBuilder) -> TrajectoryGroup:
+    """`builder` is what the group was made from: the dataset's, at the same batch and place."""
+    return TrajectoryGroup(
+        trajectories_G=[_trajectory_from_json(trajectory) for trajectory in saved["trajectories"]],
+        final_rewards_G=saved["final_rewards"],
+        metrics_G=saved["metrics"],
+        tags=saved["tags"],
+        errors=[getattr(types, name, RolloutError)(message) for name, message in saved["errors"]],
+        num_retries=saved["num_retries"],
+        builder=builder,
+        sampled_at_step=saved["sampled_at_step"],
+    )
+
+
+def _trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
+    turns = [{**vars(turn), "ob": turn.ob.to_ints(), "ac": asdict(turn.ac)} for turn in trajectory.transitions]
+    return {
+        "turns": turns,
+        "stop_reason": trajectory.stop_reason,
+    }
+
+
+def _trajectory_from_json(saved: dict[str, Any]) -> Trajectory:
+    turns = [
+        Transition(**{**turn, "ob": ModelInput.from_ints(turn["ob"]), "ac": TokensWithLogprobs(**turn["ac"])})
+        for turn in saved["turns"]
+    ]
+    return Trajectory(turns, saved["stop_reason"])

@@ -1,0 +1,196 @@
+"""One training step: finished groups become advantages, advantages become gradients, gradients move the weights.
+
+groups -> rewards that need a model -> KL in the reward -> advantages -> flat data -> KL per token -> loss normaliser -> mismatch weights
+       -> forward_backward, as minibatches of groups arrive -> optim_step, once per substep
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from backend.errors import NonFiniteError
+from backend.futures import APIFuture
+from backend.training_client import TrainingClient
+from backend.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse
+from rl.data_processing import (
+    TrainingData,
+    assemble_training_data,
+    compute_advantages,
+    scale_advantages,
+    split_substeps,
+    trainable_groups,
+    without_truncated,
+)
+from rl.group_sources import GroupSource
+from rl.kl import Reference, kl_metrics, penalize_advantages, penalized_rewards, sampled_minus_reference
+from rl.metrics import compute_sampling_metrics, mean_by_key
+from rl.mismatch import correct_mismatch
+from rl.types import BatchReward, Metrics, TrajectoryGroup
+from tracking.metrics_log import timed
+from tracking.nonfinite import write_offending_data
+from tracking.run_folder import RunFolder
+from tracking.timeline import span
+
+if TYPE_CHECKING:
+    from rl.train import Config
+
+T = TypeVar("T")
+
+
+@dataclass
+class Learner:
+    """The policy in training and what its steps need."""
+
+    config: "Config"
+    client: TrainingClient
+    folder: RunFolder
+    reference: Reference | None = None
+    batch_reward: BatchReward | None = None
+
+
+@dataclass
+class StepOutcome:
+    """What a step was made of. `advantages_P` has None for a group that was left out."""
+
+    groups_P: list[TrajectoryGroup] = field(default_factory=list)
+    advantages_P: list[np.ndarray | None] = field(default_factory=list)
+    data_D: list[Datum] = field(default_factory=list)
+
+
+async def train_step(learner: Learner, source: GroupSource, step: int, adam: AdamParams, metrics: Metrics) -> StepOutcome:
+    """Trains on batch `step` and adds to `metrics`. A batch that leaves nothing to learn from moves nothing.
+
+    Passes are only submitted here, so that the next groups are awaited while the last ones are trained on.
+    """
+    config, outcome, of_minibatches = learner.config, StepOutcome(), []
+    steps_per_minibatch = max(1, config.num_substeps // source.num_minibatches)
+    minibatches_per_step = max(1, source.num_minibatches // config.num_substeps)
+    passes = _Passes(learner, adam)
+    minibatches = source.minibatches(step)
+    while True:
+        with timed(metrics, "sampling"):
+            groups = await anext(minibatches, None)
+        if groups is None:
+            break
+        training_data = await _prepare(learner, groups, outcome, minibatch_metrics := {})
+        of_minibatches.append(minibatch_metrics)
+        for part in split_substeps(list(zip(training_data.data_D, training_data.supervised_D, strict=True)), steps_per_minibatch):
+            passes.forward_backward([datum for datum, _ in part], [extra for _, supervised in part for extra in supervised])
+            if minibatches_per_step == 1:
+                passes.optim_step()
+        if len(of_minibatches) % minibatches_per_step == 0:
+            passes.optim_step()
+    passes.optim_step()
+    with timed(metrics, "train"):
+        metrics |= await passes.metrics(step, outcome) | mean_by_key(of_minibatches)
+    metrics |= _group_counts(outcome, source)
+    return outcome
+
+
+async def _prepare(learner: Learner, groups_P: list[TrajectoryGroup], outcome: StepOutcome, metrics: Metrics) -> TrainingData:
+    """The data of one minibatch of groups, with their final advantages."""
+    config = learner.config
+    if learner.batch_reward:
+        with timed(metrics, "batch_reward"), span("score"):
+            metrics |= await learner.batch_reward(groups_P)
+    kept = trainable_groups(groups_P, config.advantage, config.remove_constant_reward_groups, config.limits.min_group_size)
+    rewarded, difference_D = kept, []
+    if learner.reference and kept:
+        bare = assemble_training_data(kept, [np.zeros(len(group.trajectories_G)) for group in kept])
+        with timed(metrics, "reference"), span("score"):
+            difference_D = sampled_minus_reference(bare.data_D, await learner.reference.logprobs(bare.data_D))
+        metrics |= kl_metrics(bare.data_D, difference_D)
+        if config.kl.where == "reward":
+            rewarded = penalized_rewards(kept, bare, difference_D, config.kl.coef)
+    advantages = compute_advantages(rewarded, config.advantage)
+    training_data = assemble_training_data(kept, advantages)
+    if difference_D and config.kl.where == "advantage":
+        penalize_advantages(training_data.data_D, difference_D, config.kl.coef, config.kl.discount)
+    if not config.train_on_truncated:
+        training_data = without_truncated(training_data, kept)
+    scale_advantages(training_data, config.loss_reduction)
+    if config.mismatch.mode != "none" and training_data.data_D:
+        with span("score"):
+            metrics |= await correct_mismatch(learner.client, training_data.data_D, config.mismatch)
+    advantages_of = {id(group): advantages_G for group, advantages_G in zip(kept, advantages, strict=True)}
+    outcome.groups_P += groups_P
+    outcome.advantages_P += [advantages_of.get(id(group)) for group in groups_P]
+    return training_data
+
+
+class _Passes:
+    """Submits the passes of a step in order and collects what they return."""
+
+    def __init__(self, learner: Learner, adam: AdamParams):
+        self._learner, self._adam = learner, adam
+        self._data: list[list[Datum]] = []
+        self._outputs: list[asyncio.Task[ForwardBackwardOutput]] = []  # one for each entry of _data
+        self._steps: list[asyncio.Task[OptimStepResponse]] = []
+        self._supervised: list[asyncio.Task[ForwardBackwardOutput]] = []
+        self._pending = False  # gradients wait for an optim_step
+
+    def forward_backward(self, data_D: list[Datum], supervised_D: list[Datum]) -> None:
+        client, config = self._learner.client, self._learner.config
+        if data_D:
+            self._data.append(data_D)
+            self._outputs.append(_spanned(client.forward_backward(data_D, config.loss_fn, config.loss_fn_config)))
+        if supervised_D:
+            self._supervised.append(_spanned(client.forward_backward(supervised_D, "cross_entropy")))
+        self._pending = self._pending or bool(data_D or supervised_D)
+
+    def optim_step(self) -> None:
+        if self._pending:
+            self._steps.append(_spanned(self._learner.client.optim_step(self._adam)))
+            self._pending = False
+
+    async def metrics(self, step: int, outcome: StepOutcome) -> Metrics:
+        """Waits for all passes. A number that is not finite stops the run, with the data that gave it on disk."""
+        await asyncio.gather(*self._outputs, *self._supervised, *self._steps, return_exceptions=True)
+        for data_D, output in zip(self._data, self._outputs, strict=True):
+            if isinstance(error := output.exception(), NonFiniteError):
+                raise write_offending_data(self._learner.folder, step, data_D, error) from error
+        outputs, supervised = [task.result() for task in self._outputs], [task.result() for task in self._supervised]
+        steps = [task.result() for task in self._steps]
+        outcome.data_D = [datum for data_D in self._data for datum in data_D]
+        logprobs_D = [out["logprobs"] for output in outputs for out in output.loss_fn_outputs]
+        metrics = {f"optim/{name}": value for name, value in _reduced([output.metrics for output in outputs]).items()}
+        if supervised:
+            metrics["optim/supervised_loss"] = sum(output.metrics["loss:sum"] for output in supervised)
+        metrics |= {f"optim/{name}": value for name, value in mean_by_key(response.metrics for response in steps).items()}
+        return metrics | (compute_sampling_metrics(outcome.data_D, logprobs_D) if logprobs_D else {})
+
+
+def _spanned(future: APIFuture[T]) -> asyncio.Task[T]:
+    async def wait() -> T:
+        with span("train"):
+            return await future
+
+    return asyncio.create_task(wait())
+
+
+def _reduced(metrics: Sequence[dict[str, float]]) -> Metrics:
+    """The passes' metrics as those of one pass: sums added up, means weighed by the tokens they are over."""
+    tokens = [output["num_loss_tokens:sum"] for output in metrics]
+    out: Metrics = defaultdict(float)
+    for output, count in zip(metrics, tokens, strict=True):
+        for key, value in output.items():
+            name, kind = key.split(":")
+            out[name] += value if kind == "sum" else value * count / max(sum(tokens), 1.0)
+    return dict(out)
+
+
+def _group_counts(outcome: StepOutcome, source: GroupSource) -> Metrics:
+    counts = {
+        "train/groups_removed": float(sum(advantages_G is None for advantages_G in outcome.advantages_P)),
+        "train/groups_constant": float(sum(len(set(group.get_total_rewards())) <= 1 for group in outcome.groups_P)),
+    }
+    steps = [group.sampled_at_step for group in outcome.groups_P if group.sampled_at_step is not None]
+    if not source.max_steps_off_policy or not steps:
+        return counts
+    return counts | {
+        f"sampling_client/step_{kind}": float(fn(steps)) for kind, fn in (("min", min), ("max", max), ("mean", np.mean))
+    }
