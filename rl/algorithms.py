@@ -32,7 +32,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         {
             "advantage": "group_mean_std",
             "loss_fn": "ppo",
-            "loss_fn_config": '{"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}',
+            "loss_fn_config.clip_low_threshold": "0.8",
+            "loss_fn_config.clip_high_threshold": "1.2",
             "loss_reduction": "sequence_mean",
         },
         "Shao et al. 2024: rewards divided by the group's deviation, clipped ratio, mean over each answer's tokens",
@@ -42,7 +43,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         {
             "advantage": "group_mean",
             "loss_fn": "ppo",
-            "loss_fn_config": '{"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}',
+            "loss_fn_config.clip_low_threshold": "0.8",
+            "loss_fn_config.clip_high_threshold": "1.2",
             "loss_reduction": "sum",
         },
         "Liu et al. 2025: GRPO without the divisions by deviation and length, which favour easy problems and long wrong answers",
@@ -51,7 +53,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         {
             "advantage": "group_mean_std",
             "loss_fn": "ppo",
-            "loss_fn_config": '{"clip_low_threshold": 0.8, "clip_high_threshold": 1.28}',
+            "loss_fn_config.clip_low_threshold": "0.8",
+            "loss_fn_config.clip_high_threshold": "1.28",
             "loss_reduction": "token_mean",
             "remove_constant_reward_groups": "True",
             "train_on_truncated": "False",
@@ -63,7 +66,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         {
             "advantage": "group_mean",
             "loss_fn": "ppo",
-            "loss_fn_config": '{"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}',
+            "loss_fn_config.clip_low_threshold": "0.8",
+            "loss_fn_config.clip_high_threshold": "1.2",
             "num_substeps": "4",
         },
         "Schulman et al. 2017: clipped ratio, several optimizer steps per batch",
@@ -73,7 +77,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         {
             "advantage": "group_mean_std",
             "loss_fn": "cispo",
-            "loss_fn_config": '{"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}',
+            "loss_fn_config.clip_low_threshold": "0.0",
+            "loss_fn_config.clip_high_threshold": "4.0",
             "loss_reduction": "token_mean",
         },
         "MiniMax-M1 2025: clips the weight of a token's gradient, so that no token's gradient is lost",

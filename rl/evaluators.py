@@ -1,12 +1,14 @@
-"""Evaluation of a sampling client on held-out environments."""
+"""Evaluation of a sampling client on held-out environments: one attempt each, or n samples each and what k of them would give."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
+from backend.errors import ConfigError
 from backend.sampling_client import SamplingClient
 from rl.group_sources import EVALUATION_STREAM
 from rl.metrics import compute_trajectory_metrics
-from rl.rollouts import Policy, do_rollouts
-from rl.types import Metrics, RLDataset, TrajectoryGroup
+from rl.rollouts import Policy, RolloutLimits, do_rollouts
+from rl.sample_metrics import best_at_k, maj_at_k, mean_and_stderr, pass_at_k
+from rl.types import Metrics, RLDataset, Trajectory, TrajectoryGroup
 
 SamplingClientEvaluator = Callable[[SamplingClient], Awaitable[Metrics]]
 
@@ -14,12 +16,107 @@ SamplingClientEvaluator = Callable[[SamplingClient], Awaitable[Metrics]]
 class RLTestSetEvaluator:
     """Rolls out every group of a dataset; metrics are prefixed with `test/`. The last groups are kept for the transcript."""
 
-    def __init__(self, dataset: RLDataset, max_tokens: int, temperature: float = 0.0, seed: int = 0, name: str = "test"):
+    def __init__(
+        self,
+        dataset: RLDataset,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        name: str = "test",
+        limits: RolloutLimits | None = None,
+    ):
         self._builders = [builder for i in range(len(dataset)) for builder in dataset.get_batch(i)]
-        self._max_tokens, self._temperature, self._seed, self._name = max_tokens, temperature, seed, name
+        self._max_tokens, self._temperature, self._seed = max_tokens, temperature, seed
+        self._name, self._limits = name, limits
         self.groups: list[TrajectoryGroup] = []
 
     async def __call__(self, client: SamplingClient) -> Metrics:
         policy = Policy(client, self._max_tokens, self._temperature)
-        self.groups = await do_rollouts(self._builders, policy, (self._seed, EVALUATION_STREAM))
+        self.groups = await do_rollouts(self._builders, policy, (self._seed, EVALUATION_STREAM), self._limits)
         return compute_trajectory_metrics(self.groups, f"{self._name}/env")
+
+
+class SamplesEvaluator:
+    """`num_samples` rollouts of every held-out group, and `test/env/all/pass@k`, `maj@k` and `best@k` for each k, with `..._stderr`.
+
+    pass@k and maj@k are there where the episodes have a metric `correct` in their last turn; maj@k, where its logs say what was
+    `extracted`, too. A turn whose metric `format` is 0 has given no answer. best@k is the best total reward of k. The standard
+    errors are over problems. `ks` None means the powers of two up to `num_samples`. A problem that lost so many rollouts that fewer
+    than k are left is out of the metrics at k, and `samples_lost` counts the rollouts.
+    """
+
+    def __init__(
+        self,
+        dataset: RLDataset,
+        max_tokens: int,
+        num_samples: int = 8,
+        ks: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        name: str = "test",
+        limits: RolloutLimits | None = None,
+    ):
+        self._ks = tuple(ks) if ks else tuple(2**i for i in range(num_samples.bit_length()))
+        if num_samples < 1 or not all(1 <= k <= num_samples for k in self._ks):
+            raise ConfigError(f"ks={self._ks} must be between 1 and num_samples={num_samples}")
+        if temperature <= 0 and num_samples > 1:
+            raise ConfigError("temperature=0 gives the same sample every time: pass@k needs a temperature above 0")
+        self._builders = [builder for i in range(len(dataset)) for builder in dataset.get_batch(i)]
+        self._max_tokens, self._num_samples, self._temperature = max_tokens, num_samples, temperature
+        self._seed, self._name, self._limits = seed, name, limits
+        self.groups: list[TrajectoryGroup] = []  # all samples of a problem in one group, for the transcript
+
+    async def __call__(self, client: SamplingClient) -> Metrics:
+        policy = Policy(client, self._max_tokens, self._temperature)
+        seed = (self._seed, EVALUATION_STREAM, self._num_samples)
+        # Sample by sample, problem by problem: the first samples are the same whatever comes later.
+        sampled = await do_rollouts(self._builders * self._num_samples, policy, seed, self._limits)
+        self.groups = [_merged(sampled[p :: len(self._builders)]) for p in range(len(self._builders))]
+        prefix = f"{self._name}/env/all"
+        lost = sum(len(group.errors) for group in self.groups)
+        return {f"{prefix}/samples_lost": float(lost)} | sample_metrics(self.groups, self._ks, prefix)
+
+
+def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefix: str) -> Metrics:
+    """The metrics of SamplesEvaluator, of groups whose members are the samples of one problem."""
+    metrics: Metrics = {}
+    for k in ks:
+        groups = [group for group in groups_P if len(group.trajectories_G) >= k]
+        values: dict[str, list[float]] = {f"best@{k}": [best_at_k(group.get_total_rewards(), k) for group in groups]}
+        correct_P_N = [[is_correct(trajectory) for trajectory in group.trajectories_G] for group in groups]
+        graded_P_N = [[bool(correct) for correct in correct_N] for correct_N in correct_P_N if None not in correct_N]
+        if len(graded_P_N) == len(groups):
+            values[f"pass@{k}"] = [pass_at_k(sum(correct_N), len(correct_N), k) for correct_N in graded_P_N]
+            if all("extracted" in trajectory.transitions[-1].logs for group in groups for trajectory in group.trajectories_G):
+                answers_P_N = [[answer(trajectory) for trajectory in group.trajectories_G] for group in groups]
+                pairs = zip(answers_P_N, graded_P_N, strict=True)
+                values[f"maj@{k}"] = [maj_at_k(answers_N, correct_N, k) for answers_N, correct_N in pairs]
+        for name, values_P in values.items():
+            if values_P:
+                metrics[f"{prefix}/{name}"], metrics[f"{prefix}/{name}_stderr"] = mean_and_stderr(values_P)
+    return metrics
+
+
+def is_correct(trajectory: Trajectory) -> bool | None:
+    """What the environment said in the last turn; None if it does not say such things."""
+    correct = trajectory.transitions[-1].metrics.get("correct")
+    return None if correct is None else correct == 1
+
+
+def answer(trajectory: Trajectory) -> str | None:
+    """What was extracted from the last turn; None where the format was wrong."""
+    last = trajectory.transitions[-1]
+    return last.logs.get("extracted", "").strip() if last.metrics.get("format", 1.0) else None
+
+
+def _merged(groups: Sequence[TrajectoryGroup]) -> TrajectoryGroup:
+    """Several rollouts of one builder as one group."""
+    return TrajectoryGroup(
+        trajectories_G=[trajectory for group in groups for trajectory in group.trajectories_G],
+        final_rewards_G=[reward for group in groups for reward in group.final_rewards_G],
+        metrics_G=[metrics for group in groups for metrics in group.metrics_G],
+        tags=groups[0].tags,
+        errors=[error for group in groups for error in group.errors],
+        num_retries=sum(group.num_retries for group in groups),
+        builder=groups[0].builder,
+    )

@@ -236,7 +236,7 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
                             await _probe(run, sampling_client, outcome.data_D[0], metrics)
                     _write_transcript(run, outcome, step)
                 shares = run.timeline.shares(began, time.perf_counter())
-                metrics |= {f"time_share/{kind}": share for kind, share in shares.items()}
+                metrics |= {f"time/share/{kind}": share for kind, share in shares.items()}
                 log.log(metrics, step)
                 checkpointer.after_step(step + 1, {"rollouts": source.state()})
                 headline |= _headline(metrics)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from renderers.types import Tokenizer
-from rl.types import TrajectoryGroup, Transition
+from rl.types import Trajectory, TrajectoryGroup, Transition
 from tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 
 
@@ -17,7 +17,7 @@ def write_rollouts(
     advantages_P_G: Sequence[np.ndarray] | None,
     tokenizer: Tokenizer,
 ) -> Path:
-    """Writes `folder`/<step>.html and .jsonl. `advantages_P_G` None: an evaluation, which has none."""
+    """Writes `folder`/<step>.html and .jsonl, and the index. `advantages_P_G` None: an evaluation, which has none."""
     shown = [
         _group(group, [None] * len(group.trajectories_G) if advantages_P_G is None else advantages_P_G[p].tolist(), tokenizer)
         for p, group in enumerate(groups_P)
@@ -26,22 +26,47 @@ def write_rollouts(
 
 
 def _group(group: TrajectoryGroup, advantages_G: Sequence[float | None], tokenizer: Tokenizer) -> TranscriptGroup:
+    parts = (group.trajectories_G, group.get_total_rewards(), advantages_G, group.final_rewards_G, group.metrics_G)
     members = [
-        TranscriptMember([_turn(turn, advantage, tokenizer) for turn in trajectory.transitions], reward, advantage)
-        for trajectory, reward, advantage in zip(group.trajectories_G, group.get_total_rewards(), advantages_G, strict=True)
+        TranscriptMember(
+            turns=_turns(trajectory, advantage, tokenizer),
+            total_reward=reward,
+            advantage=advantage,
+            stop_reason=trajectory.stop_reason,
+            final_reward=final_reward,
+            metrics=metrics,
+        )
+        for trajectory, reward, advantage, final_reward, metrics in zip(*parts, strict=True)
     ]
     members += [TranscriptMember([], float("nan"), error=f"{type(error).__name__}: {error}") for error in group.errors]
-    return TranscriptGroup(members, group.tags)
+    are_seats = group.builder is not None and not group.builder.members_are_independent
+    return TranscriptGroup(members, group.tags, group.num_retries, are_seats)
 
 
-def _turn(turn: Transition, advantage: float | None, tokenizer: Tokenizer) -> TranscriptTurn:
+def _turns(trajectory: Trajectory, advantage: float | None, tokenizer: Tokenizer) -> list[TranscriptTurn]:
+    turns, seen = [], []
+    for turn in trajectory.transitions:
+        ob = turn.ob.to_ints()
+        continues = bool(seen) and ob[: len(seen)] == seen
+        turns.append(_turn(turn, ob[len(seen) :] if continues else ob, continues, advantage, tokenizer))
+        seen = ob + turn.ac.tokens
+    return turns
+
+
+def _turn(turn: Transition, new_ob: list[int], continues: bool, advantage: float | None, tokenizer: Tokenizer) -> TranscriptTurn:
+    tokens = turn.ac.tokens
+    advantages = None
+    if advantage is not None:
+        own = turn.token_advantages or [0.0] * len(tokens)
+        advantages = [advantage + token_advantage for token_advantage in own]
     return TranscriptTurn(
-        prompt_text=str(tokenizer.decode(turn.ob.to_ints())),
-        tokens=[str(tokenizer.decode([token])) for token in turn.ac.tokens],
-        advantages=None if advantage is None else [advantage] * len(turn.ac.tokens),
+        prompt_text=str(tokenizer.decode(new_ob)),
+        tokens=[str(tokenizer.decode([token])) for token in tokens],
+        advantages=advantages,
         logprobs=turn.ac.logprobs,
         reward=turn.reward,
         metrics=turn.metrics,
         logs=turn.logs,
         stop_reason=turn.ac.stop_reason,
+        continues=continues,
     )

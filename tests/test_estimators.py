@@ -1,0 +1,204 @@
+"""KL penalties, mismatch weights, normalisers, batch baselines and batch rewards: by hand, and through a training step."""
+
+import asyncio
+from pathlib import Path
+
+import chz
+import numpy as np
+import pytest
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError, DataError
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import AdamParams, Datum, ModelInput
+from renderers.types import Renderer
+from rl import train
+from rl.advantages import BatchMean, GroupMean
+from rl.algorithms import ALGORITHMS
+from rl.data_processing import TrainingData, assemble_training_data, compute_advantages, scale_advantages, without_truncated
+from rl.kl import KLPenalty, kl_metrics, penalize_advantages, penalized_rewards, sampled_minus_reference
+from rl.mismatch import MismatchCorrection, correct_mismatch, correction_weights
+from rl.train_cli import ADVANTAGES, CLIConfig
+from rl.types import BatchReward, BatchRewardBuilder, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
+from tests.conftest import gradients
+from tests.test_group_sources import LowTokenBuilder, config, metrics, weights
+from tests.test_rl import group, turn
+from tracking.command_line import parse
+
+
+def two_data() -> TrainingData:
+    """One group of two: prompt [1, 2]; 2 sampled tokens, then 1."""
+    long = Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0], 1.0)])
+    short = Trajectory([turn([1, 2], [5], [-0.5], 0.0)])
+    return assemble_training_data([TrajectoryGroup([long, short], [0.0, 0.0], [{}, {}])], [np.array([0.5, -0.5])])
+
+
+REFERENCE = [np.array([0.0, -1.5, -1.0], np.float32), np.array([0.0, -0.8], np.float32)]  # d = .5, -1 and .3
+
+
+def advantages(data: TrainingData) -> list[list[float]]:
+    return [datum.loss_fn_inputs["advantages"].tolist() for datum in data.data_D]
+
+
+def test_kl_in_the_advantage_is_centred_and_leaks_nowhere() -> None:
+    data = two_data()
+    d = sampled_minus_reference(data.data_D, REFERENCE)
+    assert kl_metrics(data.data_D, d)["kl_policy_base"] == pytest.approx(-0.2 / 3)
+    penalize_advantages(data.data_D, d, coef=0.1, discount=0.0)
+    mean = -0.2 / 3
+    assert advantages(data)[0] == pytest.approx([0.0, 0.5 + 0.1 * (mean - 0.5), 0.5 + 0.1 * (mean + 1.0)])
+    assert advantages(data)[1] == pytest.approx([0.0, -0.5 + 0.1 * (mean - 0.3)])
+
+
+def test_discounted_kl_pays_for_later_tokens_and_never_touches_the_prompt() -> None:
+    data, mean = two_data(), -0.2 / 3
+    penalize_advantages(data.data_D, sampled_minus_reference(data.data_D, REFERENCE), coef=0.1, discount=0.5)
+    first, second = mean - 0.5, mean + 1.0
+    assert advantages(data)[0] == pytest.approx([0.0, 0.5 + 0.1 * (first + 0.5 * second), 0.5 + 0.1 * second])
+
+
+def test_kl_in_the_reward_goes_through_the_baseline_and_leaves_the_logged_reward() -> None:
+    data = two_data()
+    original = TrajectoryGroup(
+        [Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0], 1.0)]), Trajectory([turn([1, 2], [5], [-0.5])])], [0.0, 0.0], [{}, {}]
+    )
+    (penalized,) = penalized_rewards([original], data, sampled_minus_reference(data.data_D, REFERENCE), coef=0.1)
+    assert penalized.get_total_rewards() == pytest.approx([1.0 - 0.1 * -0.5, 0.0 - 0.1 * 0.3])
+    assert original.get_total_rewards() == [1.0, 0.0]
+
+
+def test_kl_of_the_starting_weights_is_zero_and_training_is_held_back(tmp_path: Path) -> None:
+    final = {}
+    for coef in (0.0, 5.0):
+        asyncio.run(train.main(config(tmp_path / str(coef), kl=KLPenalty(coef=coef, where="reward"), temperature=0.8)))
+        final[coef] = metrics(tmp_path / str(coef))
+    assert abs(final[5.0][0]["kl_policy_base"]) < 1e-6 and "kl_policy_base" not in final[0.0][0]
+    assert weights(tmp_path / "0.0") != weights(tmp_path / "5.0")
+    assert final[5.0][0]["env/all/reward/total"] == final[0.0][0]["env/all/reward/total"]
+
+
+def test_normalisers_divide_by_the_right_number_of_tokens() -> None:
+    expected = {"sum": [0.5, -0.5], "sequence_mean": [0.5 / 2, -0.5 / 1], "token_mean": [0.5 / 3, -0.5 / 3]}
+    for reduction, (long, short) in expected.items():
+        data = two_data()
+        scale_advantages(data, reduction)  # type: ignore[arg-type]
+        assert advantages(data)[0] == pytest.approx([0, long, long]) and advantages(data)[1] == pytest.approx([0, short])
+
+
+def test_batch_mean_uses_all_groups_and_nothing_else() -> None:
+    out = BatchMean().of_batch([np.array([1.0, 0.0]), np.array([3.0])])
+    assert [a.tolist() for a in out] == [pytest.approx([-1 / 3, -4 / 3]), pytest.approx([5 / 3])]
+    assert BatchMean().of_batch([]) == []
+
+
+def test_truncated_rollouts_can_be_left_out() -> None:
+    cut = TrajectoryGroup(
+        [
+            Trajectory([Transition(ModelInput.from_ints([1]), TokensWithLogprobs([2], [-1.0], reason), 0.0, True)])
+            for reason in ("stop", "length")
+        ],
+        [0.0, 0.0],
+        [{}, {}],
+    )
+    data = assemble_training_data([cut], [np.array([1.0, -1.0])])
+    assert without_truncated(data, [cut]).origin_D == [(0, 0)]
+
+
+def test_mismatch_weights_by_hand() -> None:
+    w = np.array([0.2, 0.9, 1.5, 8.0], np.float32)
+    assert correction_weights(w, MismatchCorrection(mode="truncate", high=2.0)).tolist() == pytest.approx([0.2, 0.9, 1.5, 2.0])
+    assert correction_weights(w, MismatchCorrection(mode="mask", low=0.5, high=2.0)).tolist() == pytest.approx([0, 0.9, 1.5, 0])
+
+
+def test_mismatch_correction_weighs_the_trainers_own_policy_gradient(torch_service) -> None:  # noqa: ANN001
+    """With weight p / q and a ratio that starts at 1, the gradient is that of plain importance sampling, as long as nothing is cut."""
+    client = torch_service.create_training_client("tiny")
+
+    def data() -> list[Datum]:
+        noisy = [Trajectory([turn([1, 2], [30 + i, 40], [-5.4 + 0.1 * i, -5.6], float(i))]) for i in range(3)]
+        return assemble_training_data([TrajectoryGroup(noisy, [0.0] * 3, [{}] * 3)], [np.array([-1.0, 0.0, 1.0])]).data_D
+
+    def gradient(data_D: list[Datum], loss: str) -> dict:
+        client.forward_backward(data_D, loss).result()
+        grads = gradients(client._trainer)
+        client.optim_step(AdamParams(0.0)).result()
+        return grads
+
+    plain = gradient(data(), "importance_sampling")
+    corrected = data()
+    out = asyncio.run(correct_mismatch(client, corrected, MismatchCorrection(mode="truncate", high=1e9)))
+    assert out["mismatch/frac_changed"] == 0 and out["optim/logprob_gap_mean"] > 0.01
+    for loss in ("importance_sampling", "ppo", "reinforce"):
+        for name, expected in gradient(corrected, loss).items():
+            assert (expected - plain[name]).norm() <= 2e-6 * plain[name].norm() + 1e-9, (loss, name)
+
+
+def test_every_algorithm_preset_builds_and_an_option_given_wins() -> None:
+    presets = {"algorithm": {name: algorithm.settings for name, algorithm in ALGORITHMS.items()}}
+    for name in ALGORITHMS:
+        built = parse(
+            CLIConfig, [f"algorithm={name}", "env=envs.arithmetic:ArithmeticBuilder"], {"advantage": ADVANTAGES}, presets
+        )
+        train._check(chz.replace(built, max_tokens=4))
+        assert built.algorithm == name
+    mine = parse(
+        CLIConfig,
+        ["algorithm=ppo", "num_substeps=2", "loss_fn_config.clip_high_threshold=1.3"],
+        {"advantage": ADVANTAGES},
+        presets,
+    )
+    assert (mine.num_substeps, mine.loss_fn) == (2, "ppo")
+    with pytest.raises(ConfigError, match="did you mean grpo"):
+        parse(CLIConfig, ["algorithm=grppo"], {}, presets)
+
+
+@chz.chz
+class LikesToken(BatchRewardBuilder):
+    """Adds to the reward, to single tokens, and trains on token 77 after the prompt."""
+
+    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
+        async def reward(groups_P: list[TrajectoryGroup]) -> dict[str, float]:
+            for g in groups_P:
+                g.final_rewards_G = [10.0 * i for i in range(len(g.trajectories_G))]
+                for trajectory in g.trajectories_G:
+                    prompt = trajectory.transitions[0].ob.to_ints()
+                    inputs = {"target_tokens": np.array([*prompt[1:], 77]), "weights": np.array([0.0, 1.0], np.float32)}
+                    trajectory.supervised = [Datum(ModelInput.from_ints(prompt), inputs)]
+                    trajectory.transitions[0].token_advantages = [1.0] * len(trajectory.transitions[0].ac.tokens)
+            return {"likes": float(len(groups_P))}
+
+        return reward  # type: ignore[return-value]
+
+
+def test_a_batch_reward_reaches_rewards_tokens_and_the_supervised_loss(tmp_path: Path) -> None:
+    settings = config(tmp_path, env=LowTokenBuilder(n_batches=30), batch_reward=LikesToken(), learning_rate=3e-3, num_substeps=2)
+    asyncio.run(train.main(settings))
+    records = metrics(tmp_path)
+    assert records[0]["likes"] == 4 and records[0]["env/all/reward/total"] >= 10.0, (
+        "0, 10 and 20 beside what the environment gives"
+    )
+    assert records[0]["optim/supervised_loss"] > 12 * 4.0, "twelve tokens of about ln 260"
+    assert records[-1]["optim/supervised_loss"] < 12 * 1.0
+
+
+def test_token_advantages_are_added_to_the_members() -> None:
+    trajectory = Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0])])
+    trajectory.transitions[0].token_advantages = [0.25, -0.25]
+    scored = TrajectoryGroup([trajectory], [0.0], [{}])
+    (datum,) = assemble_training_data([scored], [np.array([1.0])]).data_D
+    assert datum.loss_fn_inputs["advantages"].tolist() == [0, 1.25, 0.75]
+    trajectory.transitions[0].token_advantages = [1.0]
+    with pytest.raises(DataError, match="2 sampled tokens and 1 token_advantages"):
+        assemble_training_data([scored], [np.array([1.0])])
+
+
+def test_constant_empty_and_truncated_batches_are_counted_and_move_nothing(tmp_path: Path) -> None:
+    settings = config(tmp_path, env=LowTokenBuilder(n_batches=2), train_on_truncated=False)  # every rollout runs into max_tokens
+    asyncio.run(train.main(settings))
+    assert [record["env/all/frac_truncated"] for record in metrics(tmp_path)] == [1.0, 1.0]
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        service.create_training_client("tiny").save_state(str(tmp_path / "untouched")).result()
+    assert weights(tmp_path) == (tmp_path / "untouched" / "model.safetensors").read_bytes()
+    constant = [group([1, 1]), group([0, 1])]
+    assert compute_advantages(constant, GroupMean())[0].tolist() == [0, 0]
