@@ -17,7 +17,7 @@ from typing import Any
 
 from backend.sampling_client import SamplingClient
 from rl.rollout_state import group_from_json, group_to_json
-from rl.rollouts import Policy, RolloutLimits, check_failures, do_group_rollout, first_error
+from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_group_rollout, first_error
 from rl.types import EnvGroupBuilder, RLDataset, TrajectoryGroup
 
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1  # first number of a seed: evaluation must not change what training samples
@@ -26,7 +26,7 @@ TRAINING_STREAM, EVALUATION_STREAM = 0, 1  # first number of a seed: evaluation 
 class GroupSource:
     """Samples ahead in tasks of its own; use it as `async with source:`. A task that crashes cancels the block and is raised from it.
 
-    `concurrent_groups`: how many groups may be under way at once; None = all that may have been started.
+    `concurrent_rollouts`: how many may be under way at once, in the order of the batches; None = all that may have begun.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class GroupSource:
         limits: RolloutLimits | None = None,
         max_steps_off_policy: int = 0,
         num_minibatches: int = 1,
-        concurrent_groups: int | None = None,
+        concurrent_rollouts: int | None = None,
     ):
         self._dataset, self._num_steps, self._max_tokens, self._temperature = dataset, num_steps, max_tokens, temperature
         self._seed, self._limits, self.num_minibatches = seed, limits or RolloutLimits(), num_minibatches
         self.max_steps_off_policy = max_steps_off_policy
-        self._slots = asyncio.Semaphore(concurrent_groups or 2**31)
+        self._slots = asyncio.Semaphore(concurrent_rollouts or NO_LIMIT)
         self._groups: dict[int, dict[int, asyncio.Future[TrajectoryGroup]]] = {}  # batch -> place in it -> its rollouts
         self._policy: Policy | None = None
         self._step = 0
@@ -69,12 +69,11 @@ class GroupSource:
                     groups[p] = self._tasks.create_task(self._sample(batch, p, builder))
 
     async def _sample(self, batch: int, p: int, builder: EnvGroupBuilder) -> TrajectoryGroup:
-        async with self._slots:
-            assert self._policy
-            step = self._step
-            group = await do_group_rollout(builder, self._policy, (self._seed, TRAINING_STREAM, batch, p), self._limits)
-            group.sampled_at_step = step
-            return group
+        assert self._policy
+        step, seed = self._step, (self._seed, TRAINING_STREAM, batch, p)
+        group = await do_group_rollout(builder, self._policy, seed, self._limits, self._slots)
+        group.sampled_at_step = step
+        return group
 
     async def minibatches(self, step: int) -> AsyncIterator[list[TrajectoryGroup]]:
         """The groups of batch `step` in `num_minibatches` equal parts, each as soon as so many are finished, in the dataset's order."""

@@ -45,7 +45,7 @@ class Config:
     env: RLDatasetBuilder = chz.field(default_factory=ArithmeticBuilder, doc="builder of the environments")
     split: Literal["train", "test"] = chz.field(default="train", doc="training or held-out problems")
     batch: int = chz.field(default=0, doc="batch of the dataset to begin with")
-    episodes: int | None = chz.field(default=None, doc="end after so many; None = until the end of the input")
+    episodes: int | None = chz.field(default=None, doc="end after so many problems or games; None = until the end of the input")
     model_name: str = chz.field(default="tiny", doc="whose tokenizer and context")
     max_length: int | None = chz.field(default=None, doc="context in tokens; None = the model's own, at most 4096")
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")

@@ -39,6 +39,7 @@ from tracking.timeline import span
 
 T = TypeVar("T")
 Seed = tuple[int, ...]  # e.g. (run seed, step, group); a rollout's sampling is a pure function of it
+NO_LIMIT = 2**31
 RETRY = 1 << 16  # in a seed: keeps the attempts of a member apart from the members
 
 
@@ -196,16 +197,32 @@ def _checked_reward(reward: object) -> float:
 
 
 async def do_group_rollout(
-    builder: EnvGroupBuilder, policy: Policy, seed: Seed, limits: RolloutLimits | None = None
+    builder: EnvGroupBuilder,
+    policy: Policy,
+    seed: Seed,
+    limits: RolloutLimits | None = None,
+    slots: asyncio.Semaphore | None = None,
 ) -> TrajectoryGroup:
-    """Rolls out one group. Members that fail are retried, then leave it; where they play one game, all of it is retried."""
-    limits = limits or RolloutLimits()
+    """Rolls out one group. Members that fail are retried, then leave it; where they play one game, all of it is retried.
+
+    Every member takes a slot while it is under way; a game takes one for all its seats, which must run together.
+    """
+    limits, slots = limits or RolloutLimits(), slots or asyncio.Semaphore(NO_LIMIT)
+    if not builder.members_are_independent:
+        async with slots:
+            return await _roll_out(builder, policy, seed, limits, asyncio.Semaphore(NO_LIMIT))
+    return await _roll_out(builder, policy, seed, limits, slots)
+
+
+async def _roll_out(
+    builder: EnvGroupBuilder, policy: Policy, seed: Seed, limits: RolloutLimits, slots: asyncio.Semaphore
+) -> TrajectoryGroup:
     attempts = 1 if builder.members_are_independent else limits.max_retries + 1
     for attempt in range(attempts):
         envs_G = await _make_envs(builder, limits)
         seeds_G = [(*seed, g) if attempt == 0 else (*seed, g, RETRY + attempt) for g in range(len(envs_G))]
         async with asyncio.TaskGroup() as tasks:
-            members = [tasks.create_task(_member(builder, policy, e, g, seeds_G[g], limits)) for g, e in enumerate(envs_G)]
+            members = [tasks.create_task(_member(builder, policy, e, g, seeds_G[g], limits, slots)) for g, e in enumerate(envs_G)]
         finished = [member.result() for member in members]
         if not any(isinstance(member.outcome, RolloutError) for member in finished):
             break
@@ -221,17 +238,20 @@ class _Member:
     retries: int
 
 
-async def _member(builder: EnvGroupBuilder, policy: Policy, env: Env, g: int, seed: Seed, limits: RolloutLimits) -> _Member:
-    for attempt in count():
-        try:
-            return _Member(env, await do_single_rollout(policy, env, seed, limits), attempt)
-        except RolloutError as error:
-            if attempt == limits.max_retries or not builder.members_are_independent:
-                return _Member(env, error, attempt)
-            seed = (*seed, RETRY + attempt)
-            env, *others = _rotated(await _make_envs(builder, limits), g)
-            for other in others:
-                await _call_env(other.close(), limits)
+async def _member(
+    builder: EnvGroupBuilder, policy: Policy, env: Env, g: int, seed: Seed, limits: RolloutLimits, slots: asyncio.Semaphore
+) -> _Member:
+    async with slots:
+        for attempt in count():
+            try:
+                return _Member(env, await do_single_rollout(policy, env, seed, limits), attempt)
+            except RolloutError as error:
+                if attempt == limits.max_retries or not builder.members_are_independent:
+                    return _Member(env, error, attempt)
+                seed = (*seed, RETRY + attempt)
+                env, *others = _rotated(await _make_envs(builder, limits), g)
+                for other in others:
+                    await _call_env(other.close(), limits)
     raise AssertionError("unreachable")
 
 

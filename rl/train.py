@@ -5,6 +5,7 @@ streaming and asynchronous training differ by two numbers (group_sources.py). Le
 """
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from renderers import get_renderer
 from renderers.types import Tokenizer
 from rl.advantages import AdvantageEstimator, GroupMean
 from rl.data_processing import Reduction
-from rl.evaluators import RLTestSetEvaluator
+from rl.evaluators import RLTestSetEvaluator, SamplesEvaluator
 from rl.group_sources import GroupSource
 from rl.kl import KLPenalty, Reference
 from rl.metrics import LOGPROB_GAP_ALARM, compute_trajectory_metrics, probe_logprob_gap
@@ -64,9 +65,7 @@ class Config:
     num_minibatches: int = chz.field(
         default=1, doc="streaming: training starts on each such part of a batch as soon as so many groups are finished"
     )
-    concurrent_groups: int | None = chz.field(
-        default=None, doc="groups that are rolled out at once; None = all that may have begun"
-    )
+    concurrent_rollouts: int | None = chz.field(default=None, doc="rollouts under way at once; None = all that may have begun")
 
     batch_reward: BatchRewardBuilder | None = chz.field(default=None, doc="rewards that need a model, for a whole batch at once")
     advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
@@ -93,6 +92,9 @@ class Config:
 
     eval_every: int = chz.field(default=20, doc="evaluate before every this many steps, and at the end; 0 = never")
     eval_temperature: float = chz.field(default=0.0, doc="0 is greedy")
+    eval_samples: int = chz.field(
+        default=0, doc="also sample each held-out problem this often at temperature 1, for pass@k, maj@k and best@k; 0 = no"
+    )
     save_every: int = chz.field(default=20, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
     keep_checkpoints: int | None = chz.field(
         default=None, doc="delete older checkpoints than the last this many; None = keep all"
@@ -116,7 +118,7 @@ class _Run:
     folder: RunFolder
     tokenizer: Tokenizer
     learner: Learner
-    evaluator: RLTestSetEvaluator | None
+    evaluators: Sequence[RLTestSetEvaluator | SamplesEvaluator]
     timeline: Timeline
 
     @property
@@ -148,9 +150,12 @@ async def main(config: Config) -> Metrics:
             learner.reference = Reference(service, config.model_name, path, lora, config.seed)
         if config.batch_reward:
             learner.batch_reward = await config.batch_reward(service, learner.client, renderer)
-        evaluator = None
+        evaluators: list[RLTestSetEvaluator | SamplesEvaluator] = []
         if test_dataset is not None and config.eval_every:
-            evaluator = RLTestSetEvaluator(test_dataset, max_tokens, config.eval_temperature, config.seed)
+            common = {"seed": config.seed, "limits": config.limits}
+            evaluators.append(RLTestSetEvaluator(test_dataset, max_tokens, config.eval_temperature, **common))
+            if config.eval_samples:
+                evaluators.append(SamplesEvaluator(test_dataset, max_tokens, config.eval_samples, **common))
         source = GroupSource(
             dataset,
             num_steps,
@@ -160,9 +165,9 @@ async def main(config: Config) -> Metrics:
             config.limits,
             config.max_steps_off_policy,
             config.num_minibatches,
-            config.concurrent_groups,
+            config.concurrent_rollouts,
         )
-        return await _loop(_Run(config, folder, tokenizer, learner, evaluator, timeline), source, num_steps)
+        return await _loop(_Run(config, folder, tokenizer, learner, evaluators, timeline), source, num_steps)
 
 
 def _check(config: Config) -> None:
@@ -223,7 +228,7 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
                 metrics["optim/lr"] = config.learning_rate * lr_multiplier(config.lr_schedule, step, num_steps)
                 began = time.perf_counter()
                 with timed(metrics, "total"):
-                    if run.evaluator and step % config.eval_every == 0:
+                    if run.evaluators and step % config.eval_every == 0:
                         metrics |= await _evaluate(run, sampling_client, step, metrics)
                     source.set_policy(step, sampling_client)
                     outcome = await train_step(run.learner, source, step, _adam(config, metrics["optim/lr"]), metrics)
@@ -243,7 +248,7 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
                 progress.update(step, headline)
                 if stop and step + 1 < num_steps:
                     checkpointer.interrupted(step + 1, {"rollouts": source.state()})
-            if run.evaluator:
+            if run.evaluators:
                 final = await _evaluate(run, sampling_client, num_steps, {})
                 log.log(final, num_steps)
                 metrics |= final
@@ -276,10 +281,12 @@ def _write_transcript(run: _Run, outcome: StepOutcome, step: int) -> None:
 
 
 async def _evaluate(run: _Run, client: SamplingClient, step: int, metrics: Metrics) -> Metrics:
-    assert run.evaluator
+    """The last evaluator's groups are those with several samples of a problem, where there are such; they make the better transcript."""
+    result: Metrics = {}
     with timed(metrics, "eval"), span("eval"):
-        result = await run.evaluator(client)
-    shown = run.evaluator.groups[: run.config.num_groups_to_log]
+        for evaluator in run.evaluators:
+            result |= await evaluator(client)
+    shown = run.evaluators[-1].groups[: run.config.num_groups_to_log]
     write_rollouts(run.folder.transcripts / "test", step, shown, None, run.tokenizer)
     return result
 

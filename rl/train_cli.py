@@ -24,6 +24,13 @@ ENVS = {
     "arithmetic": "envs.arithmetic:ArithmeticBuilder",
     "gsm8k": "envs.math_word:Gsm8kBuilder",
     "math": "envs.math_word:MathWordBuilder",
+    "code": "envs.code:CodeBuilder",
+    "tool_use": "envs.tool_use:CalculatorBuilder",
+    "guess_number": "envs.guess_number:GuessNumberBuilder",
+    "twenty_questions": "envs.twenty_questions:TwentyQuestionsBuilder",
+    "textarena": "envs.textarena:TextArenaBuilder",
+    "chain": "envs.arithmetic_chain:ChainBuilder",
+    "verifiers": "envs.verifiers_adapter:VerifiersBuilder",
 }
 ADVANTAGES = {
     "group_mean": "rl.advantages:GroupMean",

@@ -20,6 +20,13 @@ from tracking.run_folder import RunFolder
 PANELS: dict[str, tuple[str, ...]] = {
     "reward": ("env/all/reward/total", "test/env/all/reward/total"),
     "accuracy": ("env/all/correct", "test/env/all/correct"),
+    "solved": ("env/all/solved", "test/env/all/solved"),
+    "turns of an episode": ("env/all/turns", "test/env/all/turns"),
+    "true reward": ("env/all/gold", "test/env/all/gold"),
+    "proxy reward (reward model)": ("env/all/proxy", "test/env/all/proxy"),
+    "reward model's accuracy": ("train_accuracy", "test/accuracy"),
+    "Bradley-Terry loss": ("train_loss",),
+    "calibration error": ("test/ece",),
     "negative log likelihood (nats per token)": ("train_mean_nll", "test/nll"),
     "loss": ("optim/loss",),
     "preference loss": ("dpo_loss", "test/dpo_loss"),

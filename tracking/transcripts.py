@@ -1,11 +1,13 @@
 """What the policy wrote, for people and for programs: transcripts/000012.html and 000012.jsonl for iteration 12.
 
-The page is one file without scripts or links; the JSON lines hold one member of a group each, with everything that is known
-of it. Input is plain data made by the loop, so that nothing here knows of environments. Left out: search, token ids.
+The page is one file without scripts; the JSON lines hold one member of a group each, with everything that is known of it.
+index.html lists the iterations (transcript_index.py). Of an observation that goes on from the turn before, only what is new is kept.
+Input is plain data made by the loop, so that nothing here knows of environments. Left out: search, token ids.
 """
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,13 +17,18 @@ from typing import Any
 
 from tracking.jsonl import write_atomically
 from tracking.metrics_log import format_number
+from tracking.transcript_index import IndexEntry, update_index
 
 SHADES = 5  # of green and of red
+FOLDED_CHARS = 80  # a beginning shared with the observation before is folded away from this length on
 
 
 @dataclass
 class TranscriptTurn:
-    """One observation and the action it got. `tokens` are the action's, decoded one by one; the lists run along them."""
+    """One observation and the action it got. `tokens` are the action's, decoded one by one; the lists run along them.
+
+    `continues`: the observation is all that the turn before saw and did, and then `prompt_text`.
+    """
 
     prompt_text: str
     tokens: list[str]
@@ -31,22 +38,30 @@ class TranscriptTurn:
     metrics: dict[str, float] = field(default_factory=dict)
     logs: dict[str, str] = field(default_factory=dict)
     stop_reason: str = "stop"
+    continues: bool = False
 
 
 @dataclass
 class TranscriptMember:
-    """One rollout. `error` says why it was dropped; its rewards mean nothing then."""
+    """One rollout. `error` says why it was dropped; its rewards mean nothing then. `final_reward` is the group's part of the total."""
 
     turns: list[TranscriptTurn]
     total_reward: float
     advantage: float | None = None
     error: str | None = None
+    stop_reason: str = "done"
+    final_reward: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class TranscriptGroup:
+    """`are_seats`: the members play one game, and are shown side by side."""
+
     members: list[TranscriptMember]
     tags: list[str] = field(default_factory=list)
+    num_retries: int = 0
+    are_seats: bool = False
 
 
 def write_transcripts(folder: Path, iteration: int, groups: Sequence[TranscriptGroup], max_html_groups: int = 16) -> Path:
@@ -61,7 +76,20 @@ def write_transcripts(folder: Path, iteration: int, groups: Sequence[TranscriptG
     text = "".join(json.dumps(_finite(line), ensure_ascii=False) + "\n" for line in lines)
     write_atomically(page.with_suffix(".jsonl"), text)
     write_atomically(page, _page(iteration, groups, max_html_groups))
+    update_index(folder, _entry(iteration, groups))
     return page
+
+
+def _entry(iteration: int, groups: Sequence[TranscriptGroup]) -> IndexEntry:
+    members = [member for group in groups for member in group.members]
+    finished = [member for member in members if member.error is None]
+    return IndexEntry(
+        iteration=iteration,
+        mean_reward=sum(member.total_reward for member in finished) / len(finished) if finished else None,
+        rollouts=len(finished),
+        failed=len(members) - len(finished),
+        turns=sum(len(member.turns) for member in finished) / len(finished) if finished else 0.0,
+    )
 
 
 def _finite(value: Any) -> Any:
@@ -74,11 +102,11 @@ def _finite(value: Any) -> Any:
 
 
 def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) -> str:
-    rewards = [member.total_reward for group in groups for member in group.members if member.error is None]
-    failed = sum(member.error is not None for group in groups for member in group.members)
-    facts = [f"{len(groups)} groups", f"{len(rewards)} rollouts"]
-    facts += [f"mean reward {format_number(sum(rewards) / len(rewards))}"] if rewards else []
-    facts += [f"{failed} failed"] if failed else []
+    entry, retries = _entry(iteration, groups), sum(group.num_retries for group in groups)
+    facts = [f"{len(groups)} groups", f"{entry.rollouts} rollouts"]
+    facts += [f"mean reward {format_number(entry.mean_reward)}"] if entry.mean_reward is not None else []
+    facts += [f"{entry.failed} failed"] if entry.failed else []
+    facts += [f"{retries} retried"] if retries else []
     shown = groups[:max_groups]
     if len(shown) < len(groups):
         facts.append(f"the first {len(shown)} groups are shown, all are in {iteration:06d}.jsonl")
@@ -93,7 +121,8 @@ def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) ->
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{_STYLE}</style><body><header><h1>{title}</h1><p>{' · '.join(facts)}</p>"
-        f"<p>{legend} advantage</span> point at a token for its numbers</p></header>{body}</body></html>\n"
+        f"<p>{legend} advantage</span> point at a token for its numbers · "
+        f'<a href="index.html">all iterations</a></p></header>{body}</body></html>\n'
     )
 
 
@@ -103,11 +132,14 @@ def _group(number: int, group: TranscriptGroup, scale: float) -> str:
         for member in group.members
     )
     tags = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in group.tags)
+    tags += f'<span class="note">{group.num_retries} retried</span>' if group.num_retries else ""
     prompts = [member.turns[0].prompt_text for member in group.members if member.turns]
     hint = " ".join(prompts[0].split())[-120:] if prompts else ""
     shared = prompts[0] if len(set(prompts)) == 1 else None
     head = f'<div class="shared"><pre class="ob">{_visible(shared)}</pre></div>' if shared is not None else ""
-    members = head + "".join(_member(index, member, scale, shared) for index, member in enumerate(group.members))
+    name = "seat" if group.are_seats else "rollout"
+    members = "".join(_member(f"{name} {index}", member, scale, shared) for index, member in enumerate(group.members))
+    members = head + (f'<div class="seats">{members}</div>' if group.are_seats else members)
     opened = " open" if number == 0 else ""
     return (
         f'<details class="group"{opened}><summary><span class="name">group {number}</span>{tags}'
@@ -121,19 +153,25 @@ def _chip(reward: float, advantage: float | None) -> str:
     return f'<span class="chip {sign}"{hover}>{format_number(reward)}</span>'
 
 
-def _member(index: int, member: TranscriptMember, scale: float, shared: str | None) -> str:
-    head = f'<span class="name">rollout {index}</span>'
+def _member(name: str, member: TranscriptMember, scale: float, shared: str | None) -> str:
+    head = f'<span class="name">{name}</span>'
     if member.error:
         head += f'<span class="chip bad">error</span> {escape(member.error)}'
     else:
-        head += _chip(member.total_reward, member.advantage) + f'<span class="note">{_plural(len(member.turns), "turn")}</span>'
-        head += f'<span class="note">advantage {format_number(member.advantage)}</span>' if member.advantage is not None else ""
-    turns = "".join(_turn(number, turn, scale, shared if number == 0 else None) for number, turn in enumerate(member.turns))
+        notes = [_plural(len(member.turns), "turn")]
+        notes += [f"advantage {format_number(member.advantage)}"] if member.advantage is not None else []
+        notes += [f"of the group {format_number(member.final_reward)}"] if member.final_reward else []
+        notes += [f"{name} {format_number(value)}" for name, value in member.metrics.items()]
+        head += _chip(member.total_reward, member.advantage)
+        head += f'<span class="chip bad">ended by {member.stop_reason}</span>' if member.stop_reason != "done" else ""
+        head += "".join(f'<span class="note">{escape(note)}</span>' for note in notes)
+    turns = "".join(_turn(number, member.turns, scale, shared) for number in range(len(member.turns)))
     return f'<details class="member" open><summary>{head}</summary>{turns}</details>'
 
 
-def _turn(number: int, turn: TranscriptTurn, scale: float, shared: str | None) -> str:
-    """The observation, unless the group shows it already, the action, and what is known of it."""
+def _turn(number: int, turns: Sequence[TranscriptTurn], scale: float, shared: str | None) -> str:
+    """What is new in the observation, the action, and what is known of it."""
+    turn = turns[number]
     advantages = turn.advantages or [None] * len(turn.tokens)
     logprobs = turn.logprobs or [None] * len(turn.tokens)
     action = "".join(_token(*numbers, scale) for numbers in zip(turn.tokens, advantages, logprobs, strict=True))
@@ -143,12 +181,27 @@ def _turn(number: int, turn: TranscriptTurn, scale: float, shared: str | None) -
     table = "".join(f"<span><i>{escape(name)}</i> {escape(value)}</span>" for name, value in facts)
     table += "".join(f"<span><i>{escape(name)}</i> <code>{escape(text)}</code></span>" for name, text in short.items())
     long = "".join(f"<dt>{escape(name)}</dt><dd>{_visible(text)}</dd>" for name, text in turn.logs.items() if name not in short)
-    label = f"<h3>turn {number}</h3>" if number else ""
-    observation = "" if turn.prompt_text == shared else f'<pre class="ob">{_visible(turn.prompt_text)}</pre>'
+    label = f"<h3>turn {number}</h3>" if len(turns) > 1 else ""
+    observation = _observation(turn, turns[number - 1]) if number else _first_observation(turn, shared)
     return (
         f'<section>{label}{observation}<pre class="ac">{action}</pre>'
         f'<p class="facts">{table}</p>{f"<dl>{long}</dl>" if long else ""}</section>'
     )
+
+
+def _first_observation(turn: TranscriptTurn, shared: str | None) -> str:
+    """Nothing, where the group shows it already."""
+    return "" if turn.prompt_text == shared else f'<pre class="ob">{_visible(turn.prompt_text)}</pre>'
+
+
+def _observation(turn: TranscriptTurn, before: TranscriptTurn) -> str:
+    """Of a later turn. What it shares with the observation before is folded, where the text was written anew."""
+    text, note = turn.prompt_text, ""
+    same = 0 if turn.continues else len(os.path.commonprefix([before.prompt_text, text]))
+    if same >= FOLDED_CHARS:
+        note = f'<details class="same"><summary>{same} characters as before</summary><pre class="ob">{_visible(text[:same])}</pre></details>'
+        text = text[same:]
+    return note + (f'<pre class="ob">{_visible(text)}</pre>' if text else "")
 
 
 def _token(text: str, advantage: float | None, logprob: float | None, scale: float) -> str:
@@ -187,6 +240,8 @@ summary::before{content:"▸";color:var(--soft);width:10px}details[open]>summary
 .group{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:10px 0}
 .group>summary{padding:10px 14px}.group[open]>summary{border-bottom:1px solid var(--line)}
 .member{padding:10px 14px 12px;border-top:1px solid var(--line)}.shared{padding:8px 14px}summary+.member{border-top:0}
+.seats{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr))}.seats>.member{border-right:1px solid var(--line)}
+.same{margin:6px 0;color:var(--soft);font-size:12px}a{color:inherit}
 .name{font-weight:600}.note{color:var(--soft)}
 .hint{flex:1 1 200px;min-width:0;color:var(--soft);white-space:nowrap;overflow:hidden;text-overflow:ellipsis;text-align:right}
 .chips{display:flex;gap:4px;flex-wrap:wrap}
