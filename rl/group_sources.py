@@ -12,6 +12,7 @@ not favoured, as they are where a step takes what finished first. The price is w
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_group_rollout, first_error
 from rl.types import EnvGroupBuilder, RLDataset, TrajectoryGroup
 
+REPORT_SECONDS = 60.0  # without a finished group, until the user is told what is being waited for
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1  # first number of a seed: evaluation must not change what training samples
 
 
@@ -79,11 +81,15 @@ class GroupSource:
         """The groups of batch `step` in `num_minibatches` equal parts, each as soon as so many are finished, in the dataset's order."""
         groups = self._groups[step]
         size = -(-len(groups) // self.num_minibatches)
-        waiting, finished = dict(groups), []
+        waiting, finished, began = dict(groups), [], time.monotonic()
         while waiting:
-            await asyncio.wait(waiting.values(), return_when=asyncio.FIRST_COMPLETED)
-            done = [p for p, group in waiting.items() if group.done()]
-            finished += [(p, waiting.pop(p).result()) for p in done]
+            done, _ = await asyncio.wait(waiting.values(), timeout=REPORT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                print(
+                    f"step {step}: {len(waiting)} of {len(groups)} groups unfinished after {time.monotonic() - began:.0f} s",
+                    flush=True,
+                )
+            finished += [(p, waiting.pop(p).result()) for p, group in list(waiting.items()) if group.done()]
             while len(finished) >= size or (finished and not waiting):
                 part, finished = sorted(finished[:size], key=lambda pair: pair[0]), finished[size:]
                 yield [group for _, group in part]

@@ -40,7 +40,7 @@ from rl.types import BatchRewardBuilder, Metrics, RLDatasetBuilder
 from tracking.checkpointing import Checkpointer, StopRequest
 from tracking.metrics_log import MetricsLog, print_metrics_table, timed
 from tracking.nonfinite import write_offending_data
-from tracking.progress import TrainingProgress
+from tracking.progress import TrainingProgress, reported
 from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
 from tracking.timeline import Timeline, recording, span
 
@@ -264,7 +264,10 @@ def _adam(config: Config, learning_rate: float) -> AdamParams:
 async def _sync(run: _Run) -> SamplingClient:
     """The sampler gets the present weights. Rollouts that are under way go on under them, where training is asynchronous."""
     with span("sync"):
-        return await run.client.save_weights_and_get_sampling_client_async(follow=run.config.max_steps_off_policy > 0)
+        following = run.config.max_steps_off_policy > 0
+        return await reported(
+            run.client.save_weights_and_get_sampling_client_async(follow=following), "giving the sampler new weights"
+        )
 
 
 def _write_transcript(run: _Run, outcome: StepOutcome, step: int) -> None:

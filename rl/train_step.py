@@ -8,7 +8,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from rl.mismatch import correct_mismatch
 from rl.types import BatchReward, Metrics, TrajectoryGroup
 from tracking.metrics_log import timed
 from tracking.nonfinite import write_offending_data
+from tracking.progress import reported
 from tracking.run_folder import RunFolder
 from tracking.timeline import span
 
@@ -149,7 +150,7 @@ class _Passes:
 
     async def metrics(self, step: int, outcome: StepOutcome) -> Metrics:
         """Waits for all passes. A number that is not finite stops the run, with the data that gave it on disk."""
-        await asyncio.gather(*self._outputs, *self._supervised, *self._steps, return_exceptions=True)
+        await reported(_finished([*self._outputs, *self._supervised, *self._steps]), f"training on step {step}")
         for data_D, output in zip(self._data, self._outputs, strict=True):
             if isinstance(error := output.exception(), NonFiniteError):
                 raise write_offending_data(self._learner.folder, step, data_D, error) from error
@@ -162,6 +163,12 @@ class _Passes:
             metrics["optim/supervised_loss"] = sum(output.metrics["loss:sum"] for output in supervised)
         metrics |= {f"optim/{name}": value for name, value in mean_by_key(response.metrics for response in steps).items()}
         return metrics | (compute_sampling_metrics(outcome.data_D, logprobs_D) if logprobs_D else {})
+
+
+async def _finished(passes: Sequence[asyncio.Task[Any]]) -> None:
+    """Waits for all; failures stay in the tasks."""
+    if passes:
+        await asyncio.wait(passes)
 
 
 def _spanned(future: APIFuture[T]) -> asyncio.Task[T]:

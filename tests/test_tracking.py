@@ -1,5 +1,6 @@
 """The run folder, its metrics, checkpoints, transcripts and plots: what survives a kill, what is refused, what a person sees."""
 
+import asyncio
 import json
 import math
 import sys
@@ -14,8 +15,9 @@ import pytest
 from backend.errors import CheckpointError, ConfigError, DataError
 from tracking.metrics_log import MetricsLog, print_metrics_table, read_metrics, timed
 from tracking.plots import compare_runs, main, plot_run
-from tracking.progress import TrainingProgress
+from tracking.progress import TrainingProgress, reported
 from tracking.run_folder import RunFolder, config_to_json, open_run_folder
+from tracking.timeline import Span, Timeline
 from tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 
 
@@ -243,3 +245,20 @@ def test_runs_are_plotted_alone_and_together(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_code:
         main()
     assert exit_code.value.code == 2 and "no metrics there" in capsys.readouterr().err
+
+
+def test_a_long_wait_says_what_it_is_waiting_for(capsys) -> None:  # noqa: ANN001
+    assert asyncio.run(reported(asyncio.sleep(0.25, "done"), "giving the sampler new weights", seconds=0.1)) == "done"
+    assert capsys.readouterr().out.count("still giving the sampler new weights after") == 2
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(reported(asyncio.to_thread(lambda: 1 / 0), "dividing"))
+
+
+def test_shares_of_a_timeline_by_hand() -> None:
+    timeline = Timeline()
+    timeline._spans.extend([Span("sampling", 0, 4), Span("env", 3, 5), Span("env", 3, 4), Span("train", 7, 8)])
+    timeline._open.add(Span("sampling", 9))
+    assert timeline.shares(0, 10) == pytest.approx(
+        {"sampling": 0.5, "env": 0.2, "train": 0.1, "idle": 1 - 0.7, "rollouts_in_flight": 0.8}
+    )
+    assert timeline.shares(3, 5)["idle"] == 0

@@ -1,12 +1,15 @@
 """The progress bar of a training loop; plain lines, now and then, where the output is not a terminal."""
 
+import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Mapping
+from typing import Any, TypeVar
 
 from tracking.metrics_log import format_number
+
+T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
 STEPS_IN_RATE = 20  # the rate is that of the last steps: the first ones compile and warm up
@@ -52,6 +55,18 @@ class TrainingProgress:
         seconds_per_step = (last_time - first_time) / max(last_step - first_step, 1)
         parts = [f"{seconds_per_step:.2f} s/step", f"ETA {_duration(seconds_per_step * (self.total_steps - last_step))}"]
         return "  ".join(parts + [f"{name} {format_number(value)}" for name, value in (metrics or {}).items()])
+
+
+async def reported(waited_for: Awaitable[T], what: str, seconds: float = 60.0) -> T:
+    """Awaits it, and says every `seconds` that it is still under way: nothing hangs in silence."""
+    task, began = asyncio.ensure_future(waited_for), time.monotonic()
+    try:
+        while not (await asyncio.wait({task}, timeout=seconds))[0]:
+            print(f"still {what} after {_duration(time.monotonic() - began)}", flush=True)
+    finally:
+        if not task.done():
+            task.cancel()
+    return task.result()
 
 
 def _make_bar() -> Any:
