@@ -2,7 +2,8 @@
 
 Both use d_t = log q(token) - log ref(token) on what was sampled, whose mean estimates KL(policy || reference) ("k1").
 
-    advantage   A_t += coef * (mean of d over the batch - d_t), or its discounted future sum (tinker_semantics 2.2)
+    advantage   A_t += coef * (mean of d over the batch - d_t), or its discounted future sum (tinker_semantics 2.2); with streaming the mean
+                is the minibatch's
     reward      R   -= coef * sum of d_t over the trajectory (RLOO, LaTRO): it goes through the baseline with the rest of the reward
 """
 

@@ -179,11 +179,11 @@ class FaultyEnv(Env):
 
 
 class FaultyGroup(EnvGroupBuilder):
-    def __init__(self, rng: np.random.Generator, size: int):
-        self.rng, self.size = rng, size
+    def __init__(self, rng: np.random.Generator, size: int, fate: float | None):
+        self.rng, self.size, self.fate = rng, size, fate
 
     async def make_envs(self) -> Sequence[Env]:
-        return [FaultyEnv(fate) for fate in self.rng.random(self.size)]
+        return [FaultyEnv(fate if self.fate is None else self.fate) for fate in self.rng.random(self.size)]
 
 
 class FaultyDataset(RLDataset):
@@ -192,7 +192,7 @@ class FaultyDataset(RLDataset):
 
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
         seeds = ((self.builder.seed, index, p) for p in range(self.builder.batch_size))
-        return [FaultyGroup(np.random.default_rng(seed), self.builder.group_size) for seed in seeds]
+        return [FaultyGroup(np.random.default_rng(seed), self.builder.group_size, self.builder.fate) for seed in seeds]
 
     def __len__(self) -> int:
         return 50
@@ -200,8 +200,27 @@ class FaultyDataset(RLDataset):
 
 @chz.chz
 class FaultyBuilder(RLDatasetBuilder):
+    fate: float | None = chz.field(default=None, doc="of every environment; None = drawn")
+
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
         return FaultyDataset(self), None
+
+
+def test_a_batch_without_survivors_is_counted_and_moves_nothing(tmp_path: Path) -> None:
+    from tracking.metrics_log import read_metrics
+
+    settings = train.Config(
+        env=FaultyBuilder(batch_size=2, group_size=2, fate=0.0),
+        max_tokens=1,
+        max_steps=2,
+        limits=RolloutLimits(max_retries=0, max_failed_fraction=1.0),
+        log_path=str(tmp_path),
+        backend=BackendConfig(engine="torch"),
+    )
+    asyncio.run(train.main(settings))
+    for record in read_metrics(tmp_path):
+        assert record["rollout_errors/EnvError"] == 4 and record["train/groups_removed"] == 2
+        assert record["env/all/total_episodes"] == 0 and "optim/loss" not in record and "env/all/reward/total" not in record
 
 
 def test_fifty_steps_on_a_faulty_environment_end_with_clean_rewards(tmp_path: Path) -> None:

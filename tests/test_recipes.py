@@ -64,3 +64,12 @@ def test_rl_basic_warm_starts_and_then_trains(tmp_path):
     assert max(first["optim/logprob_gap_mean"], second["optim/logprob_gap_mean"]) < 1e-4
     assert "test/env/all/correct" in first and "test/env/all/correct" in final
     assert list((tmp_path / "rl" / "transcripts").glob("*.html"))
+
+
+def test_every_algorithm_preset_takes_steps_from_one_warm_start(tmp_path):
+    small = ["num_steps=2", "warm_start_nll=5", f"log_path={tmp_path}/runs"]
+    output = run_recipe("algorithms/train", tmp_path, *small)
+    names = re.findall(r"^(\w+) +held-out accuracy [\d.]+ -> [\d.]+$", output, flags=re.M)
+    assert len(names) == 8 and {path.name for path in (tmp_path / "runs").iterdir()} == {*names, "warm_start", "compare.png"}
+    moved = {(tmp_path / "runs" / name / "checkpoints" / "final" / "model.safetensors").read_bytes() for name in names}
+    assert len(moved) >= 6, "presets that differ in nothing at the first steps may coincide"

@@ -34,6 +34,7 @@ class Config:
     """Every algorithm preset on two-digit addition, from one warm start."""
 
     algorithms: str = chz.field(default=",".join(ALGORITHMS), doc="presets to run, by comma")
+    warm_start_nll: float = chz.field(default=0.3, doc="nats per token at which the warm start ends")
     num_steps: int = chz.field(default=500, doc="steps of RL, 64 problems by 8 rollouts each")
     learning_rate: float = chz.field(default=3e-4, doc="of RL, at the first step; it falls to 0")
     seed: int = chz.field(default=0, doc="of the weights, the data and the sampling")
@@ -52,7 +53,7 @@ def warm_start(config: Config) -> Path:
             seed=config.seed,
             learning_rate=2e-3,
             lr_schedule="constant",
-            stop_at_nll=0.3,  # as in recipes/demo.py
+            stop_at_nll=config.warm_start_nll,
             save_every=0,
             log_path=str(folder),
             behavior_if_log_dir_exists="delete",
