@@ -1,0 +1,255 @@
+r"""Write a program: judged by its tests in a sandbox (sandbox.py says what that holds, and what not).
+
+The answer is the last fenced code block of the response, a whole Python program, standard library only. reward = ProblemEnv's:
+format_coef * (format - 1) + correct, correct = every test passed; with `partial_credit` the fraction of tests passed instead.
+
+A file of problems has one JSON object per line; `solution` may be left out:
+
+    {"question": "Print the sum of two integers, one per line.", "tests": [{"stdin": "1\n2\n", "stdout": "3\n"}], "solution": "..."}
+    {"question": "Write double(x).", "tests": [{"assert": "assert double(2) == 4"}, {"assert": "assert double(-1) == -2"}]}
+
+Output is right if its lines are those expected, but for white space at their ends and empty lines at the end. An assert test is run
+behind the program, in the same interpreter; a program that exits before it is reached has failed it. Without a file, the problems
+are generated: "Print 3*a-2*b ...", for demos. Left out: other languages, special judges, interactive problems, sampled tests.
+"""
+
+import asyncio
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError, DataError
+from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
+from envs.sandbox import Outcome, SandboxLimits, run_program
+from renderers.types import Renderer
+from rl.types import Action, Logs, RLDataset, RLDatasetBuilder, StepResult
+from supervised.rows import Fields, read_rows
+
+FENCED = re.compile(r"^```[^\n`]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SHOWN_CHARS = 1000  # of a failed test's output, in the transcript
+
+
+@dataclass(frozen=True)
+class OutputTest:
+    """What standard input holds, and what standard output should."""
+
+    stdin: str
+    stdout: str
+
+
+@dataclass(frozen=True)
+class AssertTest:
+    """Statements that raise if the program is wrong."""
+
+    code: str
+
+
+@dataclass(frozen=True)
+class CodeProblem:
+    question: str
+    tests: tuple[OutputTest | AssertTest, ...]
+    solution: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one test ended. `detail` is what a person needs to see why."""
+
+    outcome: Outcome
+    detail: str = ""
+
+
+def extract_program(text: str) -> str | None:
+    """The last fenced block; None where there is none that is closed."""
+    blocks = FENCED.findall(text)
+    return blocks[-1] if blocks else None
+
+
+async def run_test(program: str, test: OutputTest | AssertTest, limits: SandboxLimits | None = None) -> Verdict:
+    """Runs the program against one test. Raises SandboxError if that cannot be done."""
+    if isinstance(test, AssertTest):
+        return await _run_assert(program, test, limits)
+    run = await run_program(program, test.stdin, limits)
+    if run.outcome != "passed":
+        return Verdict(run.outcome, run.stderr[-SHOWN_CHARS:])
+    if _lines(run.stdout) == _lines(test.stdout):
+        return Verdict("passed")
+    return Verdict("wrong", f"stdin {test.stdin!r}: {run.stdout[:SHOWN_CHARS]!r}, not {test.stdout[:SHOWN_CHARS]!r}")
+
+
+async def _run_assert(program: str, test: AssertTest, limits: SandboxLimits | None) -> Verdict:
+    reached = secrets.token_hex(8)  # a word that only the end of the test prints: an exit status of 0 can be had earlier
+    run = await run_program(f"{program}\n\n{test.code}\n__import__('sys').stdout.write({reached!r})\n", "", limits)
+    if run.outcome == "passed":
+        return Verdict("passed") if run.stdout.endswith(reached) else Verdict("wrong", f"it ended before {test.code!r}")
+    failed = run.outcome == "error" and run.stderr.rstrip().rsplit("\n", 1)[-1].startswith("AssertionError")
+    return Verdict("wrong", test.code) if failed else Verdict(run.outcome, run.stderr[-SHOWN_CHARS:])
+
+
+def _lines(output: str) -> list[str]:
+    return [line.rstrip() for line in output.rstrip().splitlines()]
+
+
+class CodeEnv(ProblemEnv):
+    """One problem. Metrics: format, correct, timeouts (1 if a test ran out of time); with partial credit, tests_passed."""
+
+    def __init__(
+        self,
+        problem: CodeProblem,
+        renderer: Renderer,
+        limits: SandboxLimits | None = None,
+        partial_credit: bool = False,
+        prompt_template: str = "{question}",
+    ):
+        super().__init__(renderer)
+        self.problem, self.limits, self.partial_credit = problem, limits, partial_credit
+        self.prompt_template = prompt_template
+        self.verdicts: list[Verdict] = []  # of the tests that were run: without partial credit the first failure is the last
+
+    def question(self) -> str:
+        return self.prompt_template.replace("{question}", self.problem.question)
+
+    def reference_answer(self) -> str:
+        return self.problem.solution
+
+    def check_format(self, text: str) -> bool:
+        return extract_program(text) is not None
+
+    def check_answer(self, text: str) -> bool:
+        """For use outside an event loop."""
+        return asyncio.run(self.check_answer_async(text))
+
+    async def check_answer_async(self, text: str) -> bool:
+        program = extract_program(text)
+        self.verdicts = []
+        if program is None:
+            return False
+        for test in self.problem.tests:
+            self.verdicts.append(await run_test(program, test, self.limits))
+            if self.verdicts[-1].outcome != "passed" and not self.partial_credit:
+                break
+        return self._fraction() == 1
+
+    def _fraction(self) -> float:
+        return sum(verdict.outcome == "passed" for verdict in self.verdicts) / len(self.problem.tests)
+
+    async def step(self, action: Action) -> StepResult:
+        result = await super().step(action)
+        result.metrics["timeouts"] = float(any(verdict.outcome == "timeout" for verdict in self.verdicts))
+        if self.partial_credit:
+            result.metrics["tests_passed"] = self._fraction()
+            result.reward += self._fraction() - result.metrics["correct"]
+        return result
+
+    def logs(self, text: str) -> Logs:
+        outcomes = Counter(verdict.outcome for verdict in self.verdicts)
+        first = next((verdict for verdict in self.verdicts if verdict.outcome != "passed"), None)
+        return {
+            "question": self.question(),
+            "gold": self.problem.solution,
+            "extracted": extract_program(text) or "(no program)",
+            "tests": ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "none run",
+        } | ({"first failure": f"{first.outcome}: {first.detail}"} if first else {})
+
+
+# --- where problems come from -----------------------------------------------------------------------------------------------
+
+
+def read_problem(where: str, row: Fields) -> CodeProblem:
+    """One line of a file. Raises DataError."""
+    question, tests, solution = row.get("question"), row.get("tests"), row.get("solution", "")
+    if not isinstance(question, str) or not isinstance(solution, str):
+        raise DataError(f"{where}: 'question', and 'solution' where there is one, must be text")
+    if not isinstance(tests, list) or not tests:
+        raise DataError(f"{where}: 'tests' must be a list of at least one test")
+    return CodeProblem(question, tuple(_read_test(f"{where}: tests[{i}]", test) for i, test in enumerate(tests)), solution)
+
+
+def _read_test(where: str, test: Any) -> OutputTest | AssertTest:
+    if not isinstance(test, dict) or set(test) not in ({"stdin", "stdout"}, {"assert"}):
+        raise DataError(f"{where} must have 'stdin' and 'stdout', or 'assert', not {str(test)[:80]}")
+    if not all(isinstance(value, str) for value in test.values()):
+        raise DataError(f"{where}: the values must be text")
+    if "stdin" in test:
+        return OutputTest(test["stdin"], test["stdout"])
+    try:
+        compile(test["assert"], "<assert>", "exec")
+    except (SyntaxError, ValueError) as error:
+        raise DataError(f"{where}: not Python: {error}") from error
+    return AssertTest(test["assert"])
+
+
+def generated_problems() -> list[CodeProblem]:
+    """162 of them, from "Print 1*a+1*b ..." to "Print 9*a-9*b ...", each with its solution and three tests."""
+    return [_generated(c, d, sign) for c in range(1, 10) for d in range(1, 10) for sign in "+-"]
+
+
+def _generated(c: int, d: int, sign: str) -> CodeProblem:
+    pairs = np.random.default_rng([c, d, ord(sign)]).integers(-20, 100, (3, 2)).tolist()
+    expression = f"{c}*a{sign}{d}*b"
+    answers = [c * a + (d if sign == "+" else -d) * b for a, b in pairs]
+    tests = tuple(OutputTest(f"{a}\n{b}\n", f"{answer}\n") for (a, b), answer in zip(pairs, answers, strict=True))
+    question = f"Print {expression} for integers a and b, one per line."
+    return CodeProblem(question, tests, f"a=int(input())\nb=int(input())\nprint({expression})\n")
+
+
+@chz.chz
+class CodeBuilder(RLDatasetBuilder):
+    """Programs to write, from `train_path` and `test_path`, or generated."""
+
+    train_path: str | None = chz.field(default=None, doc="JSONL file to train on; None = generated problems")
+    test_path: str | None = chz.field(default=None, doc="JSONL file to evaluate on")
+    num_test: int | None = chz.field(default=20, doc="use only the first so many test problems; None = all of a file")
+    split_seed: int = chz.field(default=0, doc="seed of the choice of generated test problems")
+    partial_credit: bool = chz.field(default=False, doc="reward the fraction of tests passed; otherwise all or nothing")
+    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    need_namespaces: bool = chz.field(
+        default=False, doc="refuse a machine whose sandbox cannot shut off the network and the files"
+    )
+    limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="what one run of a program may use")
+    overlong: Overlong = chz.field(default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never cut")
+    max_prompt_tokens: int | None = chz.field(default=None, doc="most tokens of a prompt; None = the model's context less one")
+
+    def recommended_max_tokens(self) -> int:
+        return 512 if self.train_path else 80
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        if "{question}" not in self.prompt_template:
+            raise ConfigError(f"prompt_template={self.prompt_template!r} has no {{question}}")
+        train, test = self.problems()
+        isolation = (await run_program("", limits=self.limits)).isolation  # a machine without a sandbox is found out here
+        if self.need_namespaces and not isolation.namespaces:
+            raise ConfigError(f"need_namespaces=true, and the sandbox of this machine has {isolation}")
+        print(f"code: programs run with {isolation}")
+        train_set = ProblemDataset(
+            self.envs(train, renderer, "code train"), self.batch_size, self.group_size, self.seed, tags=["code"]
+        )
+        if not test:
+            return train_set, None
+        return train_set, ProblemDataset(self.envs(test, renderer, "code test"), self.batch_size, 1, shuffle=False, tags=["code"])
+
+    def problems(self) -> tuple[Sequence[CodeProblem], Sequence[CodeProblem]]:
+        """To train on, and to evaluate on."""
+        if self.train_path:
+            train, test = (
+                [read_problem(*row) for row in read_rows(path)] if path else [] for path in (self.train_path, self.test_path)
+            )
+            return train, test[: self.num_test]
+        problems, num_test = generated_problems(), self.num_test or 0
+        if not 0 <= num_test < len(problems):
+            raise ConfigError(f"num_test={num_test}: there are {len(problems)} generated problems, to train on and to test")
+        order = np.random.default_rng(self.split_seed).permutation(len(problems))
+        return [problems[i] for i in order[num_test:]], [problems[i] for i in order[:num_test]]
+
+    def envs(self, problems: Iterable[CodeProblem], renderer: Renderer, name: str) -> list[EnvThunk]:
+        thunks = [
+            partial(CodeEnv, problem, renderer, self.limits, self.partial_credit, self.prompt_template) for problem in problems
+        ]
+        return fit_prompts(thunks, self.max_prompt_tokens, self.overlong, name)

@@ -1,0 +1,250 @@
+"""The process that runs one program for sandbox.py and outlives it. Started as a plain file, with the standard library only.
+
+    in:   {"program": ..., "stdin": ..., "limits": {...}} on one line; then standard input stays open as long as the answer is wanted
+    out:  {"outcome": ..., "stdout": ..., "stderr": ..., "isolation": {...}}   or   {"failed": why there is no sandbox}
+
+    supervisor      reads the output, watches the clock; never runs a line of the program
+      init          process 1 of a process namespace: when it ends, the kernel kills every process in there
+        program     without privileges
+
+Where root has no namespaces, the end is a kill(-1) sent by the program's own user id, which reaches all that it ever forked.
+"""
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
+SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+UIDS = range(61184, 65184)  # what systemd, too, takes for short-lived users
+MAX_FILES = 4096
+MB = 2**20
+
+libc = ctypes.CDLL(None, use_errno=True)
+is_root = os.getuid() == 0
+
+
+def check(result: int, what: str) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def claim_uid() -> tuple[int, socket.socket | None]:
+    """A user id that no other sandbox has. The name of a socket is the claim: it is gone with the process."""
+    if not is_root:
+        return os.getuid(), None
+    for i in range(len(UIDS)):
+        uid = UIDS[(os.getpid() + i) % len(UIDS)]
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0cookbook-sandbox-{uid}")
+            return uid, claim
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise OSError(errno.EAGAIN, "no free user id")
+
+
+def enter_process_namespace() -> str:
+    """The next child will be process 1 of a new process namespace. Returns why not, where that is so and root can do without."""
+    uid, gid = os.getuid(), os.getgid()
+    try:
+        check(libc.unshare(NEWPID if is_root else NEWPID | NEWUSER), "unshare")
+    except OSError as error:
+        if is_root:
+            return str(error.strerror)
+        raise OSError(error.errno, f"{error.strerror}; run as root, or allow user namespaces") from error
+    if not is_root:  # in a user namespace we may mount; the program's exec gives that up
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    return ""
+
+
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    check(libc.mount(source.encode(), target.encode(), kind.encode(), flags, options.encode()), f"mount {target}")
+
+
+def close_off(folder: Path, uid: int, file_mb: int) -> None:
+    """No network; all files read-only but those of folder/work. The interpreter is also at folder/python: its path may be root's alone."""
+    check(libc.unshare(NEWNS | NEWIPC | NEWNET), "unshare")
+    mount("none", "/", "none", MS_REC | MS_PRIVATE)
+    mount(sys.base_prefix, f"{folder}/python", "none", MS_BIND | MS_REC)
+    attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
+    check(
+        libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, len(attributes)), "mount_setattr (Linux 5.12)"
+    )
+    mount("tmpfs", f"{folder}/work", "tmpfs", MS_NOSUID | MS_NODEV, f"size={file_mb}m,nr_inodes={MAX_FILES},mode=700")
+    os.chown(f"{folder}/work", uid, -1)
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV)
+
+
+def become_program(request: dict[str, Any], folder: Path, uid: int, namespaces: bool) -> None:
+    """Gives up all privileges and executes the program. Returns only by raising."""
+    os.setsid()
+    os.umask(0o022)
+    os.chdir(folder / "work")
+    Path("program.py").write_text(request["program"], encoding="utf-8", errors="surrogatepass")
+    stdin = os.memfd_create("stdin")
+    os.write(stdin, request["stdin"].encode(errors="surrogatepass"))
+    os.lseek(stdin, 0, os.SEEK_SET)
+    os.dup2(stdin, 0)
+    set_limits(request["limits"])
+    if is_root:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    python = Path(os.path.realpath(sys.executable))
+    prefix = Path(sys.base_prefix)
+    if namespaces:
+        python, prefix = folder / "python" / python.relative_to(prefix), folder / "python"
+    # -I would be -P -s and no environment variables; there are none but these. A fixed hash seed lets a program that prints a set be
+    # right always or never.
+    environment = {"HOME": str(folder / "work"), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": str(prefix / "lib")}
+    os.execve(python, [str(python), "-P", "-s", "-S", "program.py"], environment)
+
+
+def set_limits(limits: dict[str, Any]) -> None:
+    for name, soft, hard in (
+        (resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1),  # SIGXCPU, and SIGKILL for who ignores it
+        (resource.RLIMIT_AS, limits["memory_mb"] * MB, limits["memory_mb"] * MB),
+        (resource.RLIMIT_FSIZE, limits["file_mb"] * MB, limits["file_mb"] * MB),
+        (resource.RLIMIT_NOFILE, limits["open_files"], limits["open_files"]),
+        (resource.RLIMIT_NPROC, limits["processes"], limits["processes"]),
+        (resource.RLIMIT_CORE, 0, 0),
+    ):
+        resource.setrlimit(name, (soft, hard))
+
+
+def run_init(request: dict[str, Any], folder: Path, uid: int, namespaces: bool, status: int) -> None:
+    """Starts the program, waits for it, and writes how it ended to `status`. Other orphans of the namespace are reaped meanwhile."""
+    try:
+        check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+        if namespaces:
+            close_off(folder, uid, request["limits"]["file_mb"])
+        program = os.fork()
+        if program == 0:
+            become_program(request, folder, uid, namespaces)
+        while (ended := os.wait())[0] != program:
+            pass
+        code = os.waitstatus_to_exitcode(ended[1])
+        os.write(status, f"exit {code}".encode())
+    except OSError as error:
+        hint = "; the interpreter must be readable for every user" if isinstance(error, PermissionError) else ""
+        os.write(status, f"failed {error.strerror} {error.filename or ''}{hint}\n".encode())
+    finally:
+        os._exit(0)
+
+
+def watch(limits: dict[str, Any], stdout: int, stderr: int, status: int) -> tuple[str, dict[int, bytearray]]:
+    """Reads until init has ended or a limit is met. Returns that limit's outcome, or "", and what was read from each pipe."""
+    deadline = time.monotonic() + limits["wall_seconds"]
+    read = {fd: bytearray() for fd in (stdout, stderr, status)}
+    unread = set(read)
+    while status in unread:
+        ready, _, _ = select.select([0, *unread], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return "timeout", read
+        if 0 in ready:
+            raise SystemExit("nobody waits for the answer any more")
+        for fd in ready:
+            read[fd] += (chunk := os.read(fd, 1 << 16))
+            unread -= set() if chunk else {fd}
+        if max(len(read[stdout]), len(read[stderr])) > limits["output_kb"] * 1024:
+            return "output_limit", read
+    return "", read
+
+
+def drain(fd: int, read: bytearray, limit: int) -> None:
+    """What the dead have left in a pipe."""
+    while len(read) <= limit and select.select([fd], [], [], 0)[0] and (chunk := os.read(fd, 1 << 16)):
+        read += chunk
+
+
+def kill_all(init: int, uid: int, namespaces: bool) -> None:
+    os.kill(init, signal.SIGKILL)
+    os.waitpid(init, 0)  # in a namespace it returns when every process in there is dead
+    if not namespaces:
+        if (killer := os.fork()) == 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.setresuid(uid, uid, uid)
+                os.kill(-1, signal.SIGKILL)
+            os._exit(0)
+        os.waitpid(killer, 0)
+
+
+def outcome_of(code: int, stderr: str) -> str:
+    if code == -signal.SIGXCPU:
+        return "timeout"
+    if code < 0:
+        return "killed"
+    if code == 0:
+        return "passed"
+    return "memory" if stderr.rstrip().rsplit("\n", 1)[-1].startswith("MemoryError") else "error"
+
+
+def supervise(request: dict[str, Any], folder: Path, uid: int) -> dict[str, Any]:
+    why_not = enter_process_namespace()
+    namespaces, limits = not why_not, request["limits"]
+    pipes = [os.pipe() for _ in range(3)]
+    stdout, stderr, status = (reader for reader, _ in pipes)
+    if (init := os.fork()) == 0:
+        os.dup2(pipes[0][1], 1)
+        os.dup2(pipes[1][1], 2)
+        run_init(request, folder, uid, namespaces, pipes[2][1])
+    for _, writer in pipes:
+        os.close(writer)
+    try:
+        outcome, read = watch(limits, stdout, stderr, status)
+    finally:
+        kill_all(init, uid, namespaces)
+    size = limits["output_kb"] * 1024
+    for fd in (stdout, stderr):
+        drain(fd, read[fd], size)
+    if max(len(read[stdout]), len(read[stderr])) > size:
+        outcome = "output_limit"
+    word, _, rest = read[status].decode().partition("\n")[0].partition(" ")
+    if word == "failed":
+        return {"failed": rest}
+    texts = {name: read[fd][:size].decode(errors="replace") for name, fd in (("stdout", stdout), ("stderr", stderr))}
+    outcome = outcome or (outcome_of(int(rest), texts["stderr"]) if word else "killed")
+    return {"outcome": outcome, **texts, "isolation": {"namespaces": namespaces, "root": is_root, "why_not": why_not}}
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.buffer.readline())
+    uid, claim = claim_uid()
+    folder = Path(tempfile.mkdtemp(prefix="sandbox-"))
+    try:
+        folder.chmod(0o711)
+        (folder / "python").mkdir()
+        (folder / "work").mkdir(mode=0o700)
+        os.chown(folder / "work", uid, -1)
+        reply = supervise(request, folder, uid)
+    except OSError as error:
+        reply = {"failed": str(error.strerror)}
+    finally:
+        os.rmdir(folder / "python")  # not rmtree: were the interpreter still mounted there, this fails
+        shutil.rmtree(folder)
+    print(json.dumps(reply))
+    del claim  # held until here
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Tasksets written for the verifiers library (0.4.x) as environments: its prompts, its scoring, one answer of the policy in between.
+
+Covered: tasks that are a prompt in text and `@reward` / `@metric` functions of the trace, judges that the task's own configuration reaches,
+and the taskset's configuration. Left out, and refused with the reason when the taskset is loaded: what the library's harnesses do in a
+runtime (tools, containers, setup and finalize, rewards that ask for `runtime`), and its multi-agent environments.
+
+verifiers lives in another process (verifiers_worker.py), and needs another virtual environment: it brings a package called `renderers`,
+as we do, and of that name a process can have one. Make it once, with the tasksets, and name its interpreter:
+
+    python -m venv ~/verifiers && ~/verifiers/bin/pip install "verifiers>=0.4,<0.5" my-taskset
+    python -m rl.train_cli env=envs.verifiers_adapter:VerifiersBuilder env.python=~/verifiers/bin/python env.taskset=my-taskset
+"""
+
+import asyncio
+import atexit
+import json
+import subprocess
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+from envs.problem_env import GraderError
+from renderers.types import Message, Renderer
+from rl.message_env import MessageEnv, MessageEnvGroupBuilder, MessageStep, ParsePolicy
+from rl.types import RLDataset, RLDatasetBuilder
+
+WORKER = Path(__file__).with_name("verifiers_worker.py")
+
+
+@dataclass(frozen=True)
+class TasksetSource:
+    """Where tasks come from. It is all that an environment holds on to, so that it pickles; processes are found by it."""
+
+    python: str
+    taskset: str
+    config: str  # JSON
+    limit: int
+    seconds: float
+
+
+class Worker:
+    """One process with one taskset. Safe to ask from any thread; an answer at a time."""
+
+    def __init__(self, source: TasksetSource):
+        self._source, self._lock = source, threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self.tasks: list[list[Message]] = []
+
+    def score(self, task: int, answer: str) -> dict[str, Any]:
+        """Raises GraderError if the scoring fails, dies or takes too long. The next question then finds a new process."""
+        with self._lock:
+            self._start()
+            reply = self._ask({"task": task, "answer": answer})
+        if "failed" in reply:
+            raise GraderError(f"{self._source.taskset}, task {task}: {reply['failed']}")
+        return reply
+
+    def load(self) -> list[list[Message]]:
+        """The prompts. Raises ConfigError if the taskset is not to be had."""
+        with self._lock:
+            self._start()
+        return self.tasks
+
+    def _start(self) -> None:
+        if self._process:
+            return
+        source, pipe = self._source, subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(
+                [source.python, "-I", str(WORKER)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            )
+            reply = self._ask({"taskset": source.taskset, "config": json.loads(source.config), "limit": source.limit})
+        except (OSError, GraderError) as error:
+            raise ConfigError(
+                f"no verifiers behind python={source.python} ({error}): make a virtual environment with verifiers>=0.4,<0.5 in it"
+            ) from error
+        if "failed" in reply:
+            self.stop()
+            raise ConfigError(f"the taskset {source.taskset} cannot be used: {reply['failed']}")
+        self.tasks = reply["tasks"]
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process and process.stdin and process.stdout
+        timer = threading.Timer(self._source.seconds, process.kill)
+        timer.start()
+        try:
+            print(json.dumps(request), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        except BaseException:  # Ctrl-C: the next question must not read this one's answer
+            self.stop()
+            raise
+        finally:
+            timer.cancel()
+        if not line:
+            code = process.wait()
+            self.stop()
+            raise GraderError(f"it died, or took more than {self._source.seconds:g} s (exit status {code})")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+            process.communicate()
+
+
+_WORKERS: dict[TasksetSource, Worker] = {}
+_THREADS = ThreadPoolExecutor(4, thread_name_prefix="verifiers")
+
+
+def worker(source: TasksetSource) -> Worker:
+    """The one of this source."""
+    return _WORKERS.setdefault(source, Worker(source))
+
+
+@atexit.register
+def _stop_workers() -> None:
+    for running in _WORKERS.values():
+        running.stop()
+
+
+class VerifiersEnv(MessageEnv):
+    """One task. Metrics: the taskset's own, and each reward, weighted, as reward/NAME."""
+
+    def __init__(self, source: TasksetSource, task: int, messages: Sequence[Message]):
+        self.source, self.task, self.messages = source, task, messages
+
+    async def initial_messages(self) -> list[Message]:
+        return list(self.messages)
+
+    async def step(self, message: Message) -> MessageStep:
+        answer = message["content"]
+        loop = asyncio.get_running_loop()
+        reply = await loop.run_in_executor(_THREADS, worker(self.source).score, self.task, answer)
+        rewards = {f"reward/{name}": value for name, value in reply["rewards"].items()}
+        return MessageStep(reply["reward"], True, metrics=reply["metrics"] | rewards, logs={"answer": answer})
+
+
+class VerifiersDataset(RLDataset):
+    """The tasks numbered `tasks_D`, reshuffled every epoch, or in their order where `seed` is None."""
+
+    def __init__(
+        self,
+        source: TasksetSource,
+        tasks_D: np.ndarray,
+        renderer: Renderer,
+        builder: "VerifiersBuilder",
+        group_size: int,
+        seed: int | None,
+    ):
+        self.source, self.tasks_D, self.renderer, self.config = source, tasks_D, renderer, builder
+        self.group_size, self.seed = group_size, seed
+
+    def __len__(self) -> int:
+        return -(-len(self.tasks_D) // self.config.batch_size)
+
+    def get_batch(self, index: int) -> list[MessageEnvGroupBuilder]:
+        epoch, batch = divmod(index, len(self))
+        order_D = self.tasks_D if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(self.tasks_D)
+        chosen_P = order_D[batch * self.config.batch_size : (batch + 1) * self.config.batch_size]
+        messages_D = worker(self.source).tasks
+        return [
+            MessageEnvGroupBuilder(
+                partial(VerifiersEnv, self.source, int(task), messages_D[task]),
+                self.group_size,
+                self.renderer,
+                self.config.parse,
+                [self.config.taskset],
+            )
+            for task in chosen_P
+        ]
+
+
+@chz.chz
+class VerifiersBuilder(RLDatasetBuilder):
+    """A taskset of the verifiers library."""
+
+    taskset: str = chz.field(doc="id of an installed taskset")
+    python: str = chz.field(
+        munger=lambda _, path: str(Path(path).expanduser()),
+        doc="interpreter of the virtual environment in which verifiers and the taskset are installed",
+    )
+    taskset_config: str = chz.field(default="{}", doc="the taskset's configuration, as JSON")
+    num_tasks: int = chz.field(default=1000, doc="use only the first so many tasks")
+    num_test: int = chz.field(default=0, doc="so many of them, drawn by split_seed, are held out")
+    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out tasks")
+    scoring_seconds: float = chz.field(default=60.0, doc="most seconds for loading the tasks, or for scoring an answer")
+    parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="what becomes of an answer that ran into the token limit")
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        try:
+            json.loads(self.taskset_config)
+        except ValueError as error:
+            raise ConfigError(f"taskset_config={self.taskset_config!r} is not JSON: {error}") from error
+        source = TasksetSource(self.python, self.taskset, self.taskset_config, self.num_tasks, self.scoring_seconds)
+        count = len(worker(source).load())
+        if not 0 <= self.num_test < count:
+            raise ConfigError(f"num_test={self.num_test}: the taskset {self.taskset} has {count} tasks, to train on and to test")
+        order_D = np.random.default_rng(self.split_seed).permutation(count)
+        test_D, train_D = np.sort(order_D[: self.num_test]), np.sort(order_D[self.num_test :])
+        train = VerifiersDataset(source, train_D, renderer, self, self.group_size, self.seed)
+        return train, VerifiersDataset(source, test_D, renderer, self, 1, None) if self.num_test else None

@@ -1,0 +1,195 @@
+"""Programs in the sandbox: what they are judged to be, and that none of them reaches the trainer."""
+
+import asyncio
+import json
+import os
+import secrets
+import subprocess
+import time
+from functools import partial
+
+import chz
+import pytest
+
+import envs.sandbox
+from backend.errors import DataError
+from backend.tokenizers import character_tokenizer
+from envs.code import AssertTest, CodeBuilder, CodeEnv, CodeProblem, OutputTest, extract_program, generated_problems, run_test
+from envs.sandbox import SandboxError, SandboxLimits, run_program
+from renderers import get_renderer
+from renderers.turns import encode, eos
+from rl.types import RolloutError
+
+QUICK = SandboxLimits(cpu_seconds=2, wall_seconds=5.0, memory_mb=256, file_mb=4)
+IMPATIENT = chz.replace(QUICK, wall_seconds=1.0)  # where a time-out is what is wanted
+RENDERER = get_renderer("plain", character_tokenizer(512))
+
+
+def outcome(program: str, test: OutputTest | AssertTest | None = None, limits: SandboxLimits = QUICK) -> str:
+    return asyncio.run(run_test(program, test or OutputTest("", "the right answer"), limits)).outcome
+
+
+HOSTILE = {
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "endless loop": "while True: pass",
+    "10 GB of output": "import sys\nfor _ in range(10_000): sys.stdout.write('x' * 2**20)",
+    "one large file": "f = open('f', 'w')\nfor _ in range(10_000): f.write('x' * 2**20)",
+    "many small files": "import os\nfor i in range(10**7):\n    open(f'/tmp/f{i}' if i == 0 else f'f{i}', 'w').write('x' * 4096)",
+    "the parent's environment": "import os\nprint(open(f'/proc/{os.getppid()}/environ').read())",
+    "the trainer's environment": "print(open('/proc/TRAINER/environ').read())",
+    "kill the parent": "import os\nos.kill(os.getppid(), 9)",
+    "kill the trainer": "import os\nos.kill(TRAINER, 9)",
+    "kill everyone": "import os\nos.kill(-1, 9)\nos.kill(os.getpid(), 9)",
+    "all memory": "x = []\nwhile True: x.append(bytearray(2**24))",
+}
+
+
+@pytest.mark.parametrize("program", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_programs_are_failed_tests_and_the_trainer_is_unharmed(program, monkeypatch):
+    monkeypatch.setenv("SECRET_OF_THE_TRAINER", "42")
+    program = program.replace("TRAINER", str(os.getpid()))
+    started = time.monotonic()
+    verdict = asyncio.run(run_test(program, OutputTest("", "the right answer"), IMPATIENT))
+    assert time.monotonic() - started < 10  # 1.2 s, unless the machine is busy
+    assert verdict.outcome != "passed" and "SECRET_OF_THE_TRAINER" not in verdict.detail
+
+
+def test_processes_that_leave_their_session_die_with_the_program():
+    mark = secrets.token_hex(8)
+    program = f"""
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.setsid()
+        os.closerange(0, 3)
+        os.execv(sys.executable, [sys.executable, "-S", "-c", "import time; time.sleep(1000)", "{mark}"])
+    os._exit(0)
+time.sleep(0.2)
+print("the right answer")
+"""
+    assert outcome(program) == "passed"
+    assert mark not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_every_outcome():
+    right = OutputTest("2\n3\n", "5\n\n")
+    assert outcome("print(int(input()) + int(input()), ' ')", right) == "passed"
+    assert outcome("print(int(input()) - int(input()))", right) == "wrong"
+    assert outcome("print(1 / 0)") == "error"
+    assert outcome("x = 'a' * 2**33") == "memory"
+    assert outcome("print('x' * 100_000)") == "output_limit"
+    assert outcome("import os; os.abort()") == "killed"
+    assert outcome("import time; time.sleep(100)", limits=IMPATIENT) == "timeout"
+
+
+def test_assert_tests_need_to_be_reached():
+    test = AssertTest("assert double(2) == 4")
+    assert outcome("def double(x): return 2 * x", test) == "passed"
+    assert outcome("def double(x): return x ** x + 1", test) == "wrong"
+    assert outcome("def double(x): return x.y", test) == "error"
+    assert outcome("import sys; sys.exit(0)", test) == "wrong"
+    assert outcome("import os; os._exit(0)", test) == "wrong"
+
+
+def test_programs_see_no_network_no_packages_and_the_same_hashes():
+    run = asyncio.run(run_program("import socket\nsocket.create_connection(('127.0.0.1', 1), 1)", limits=QUICK))
+    if run.isolation.namespaces:
+        assert "unreachable" in run.stderr  # not: refused
+    assert "No module named 'torch'" in asyncio.run(run_program("import torch", limits=QUICK)).stderr
+    hashes = [asyncio.run(run_program("print(hash('a'))", limits=QUICK)).stdout for _ in range(2)]
+    assert hashes[0] == hashes[1] != ""
+
+
+def test_a_cancelled_run_is_ended_at_once():
+    async def cancelled() -> float:
+        task = asyncio.create_task(run_program("while True: pass", limits=SandboxLimits(wall_seconds=60, cpu_seconds=60)))
+        await asyncio.sleep(0.3)
+        started = time.monotonic()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return time.monotonic() - started
+
+    assert asyncio.run(cancelled()) < 2
+
+
+def test_a_broken_sandbox_is_no_failed_test(tmp_path, monkeypatch):
+    broken = tmp_path / "supervisor.py"
+    broken.write_text("raise RuntimeError('out of order')")
+    monkeypatch.setattr(envs.sandbox, "SUPERVISOR", broken)
+    with pytest.raises(SandboxError, match="out of order"):
+        asyncio.run(run_program("print(1)"))
+    assert issubclass(SandboxError, RolloutError)
+
+
+def test_no_more_programs_at_once_than_there_are_places(monkeypatch):
+    running = most = 0
+
+    async def pretend(request, seconds):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.01)
+        running -= 1
+        return {"outcome": "passed", "stdout": "", "stderr": "", "isolation": {"namespaces": True, "root": True}}
+
+    async def many() -> None:
+        await asyncio.gather(*(run_program("") for _ in range(4 * envs.sandbox.MAX_CONCURRENT)))
+
+    monkeypatch.setattr(envs.sandbox, "_supervised", pretend)
+    asyncio.run(many())
+    asyncio.run(many())  # the places of one event loop are of no use to the next
+    assert most == envs.sandbox.MAX_CONCURRENT
+
+
+def step(env: CodeEnv, text: str):
+    return asyncio.run(env.step(encode(RENDERER.tokenizer, text) + eos(RENDERER.tokenizer)))
+
+
+def test_rewards_and_metrics():
+    problem = CodeProblem("Add.", (OutputTest("1\n2\n", "3"), OutputTest("2\n2\n", "4"), OutputTest("0\n0\n", "0")))
+    env = partial(CodeEnv, problem, RENDERER, limits=QUICK)
+    right = step(env(), "So:\n```python\nprint(1)\n```\nNo:\n```\nprint(int(input()) + int(input()))\n```")
+    assert (right.reward, right.metrics) == (1.0, {"format": 1, "correct": 1, "truncated": 0, "timeouts": 0})
+    times = "```python\nprint(int(input()) * int(input()))\n```"  # 2, 4, 0: two of three
+    assert step(env(), times).reward == 0 and step(env(), times).logs["tests"] == "1 wrong"
+    partly = step(env(partial_credit=True), times)
+    assert (
+        partly.reward == pytest.approx(2 / 3) and partly.metrics["correct"] == 0 and partly.logs["tests"] == "1 wrong, 2 passed"
+    )
+    assert step(env(), "print(3)").reward == pytest.approx(-0.1)
+    assert step(env(limits=IMPATIENT), "```\nimport time; time.sleep(9)\n```").metrics["timeouts"] == 1
+
+
+def test_the_last_closed_block_is_the_program():
+    assert extract_program("```py\na\n```\n```\nb\nc\n```\n") == "b\nc\n"
+    assert extract_program("```py\na\n```\n```\nb") == "a\n"
+    assert extract_program("inline ```a``` only") is None
+
+
+def test_generated_problems_are_solved_by_their_solutions():
+    problems = generated_problems()
+    assert len({problem.question for problem in problems}) == len(problems) == 162
+    program, test = problems[37].solution, problems[37].tests[0]
+    assert outcome(program, test) == "passed" and outcome(problems[38].solution, test) == "wrong"
+    train, held_out = CodeBuilder(num_test=12).problems()
+    assert len(train) == 150 and len(held_out) == 12 and not set(train) & set(held_out)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ({"question": "?", "tests": []}, "at least one test"),
+        ({"question": "?", "tests": [{"stdin": "1"}]}, "must have 'stdin' and 'stdout', or 'assert'"),
+        ({"question": "?", "tests": [{"assert": "assert ("}]}, "not Python"),
+        ({"tests": [{"assert": "pass"}]}, "'question'"),
+    ],
+)
+def test_bad_problems_are_named_by_file_and_line(tmp_path, line, what):
+    good = {"question": "Double.", "tests": [{"assert": "assert double(1) == 2"}, {"stdin": "1", "stdout": "2"}]}
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=r"problems\.jsonl:2") as error:
+        asyncio.run(CodeBuilder(train_path=str(path))(RENDERER))
+    assert what in str(error.value)

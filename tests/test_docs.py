@@ -1,0 +1,54 @@
+"""The python blocks of docs/*.md run, page by page, in the order they are read in.
+
+A block that cannot be run here stands under a line `<!-- not executed: REASON -->`.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DRIVER = """
+import os, runpy, sys
+for page in sys.argv[1:]:
+    os.chdir(os.path.dirname(page))
+    runpy.run_path(page, run_name="__main__")
+"""
+MARK = re.compile(r"<!-- not executed: \S.* -->")
+
+
+def program(page: str) -> str:
+    """The blocks that are to be run, on the lines where they stand in the page, so that a traceback points there."""
+    lines, running, fenced = [], False, False
+    previous = ""
+    for line in page.splitlines():
+        if line.startswith("```"):
+            running = not fenced and line.strip() == "```python" and not MARK.fullmatch(previous.strip())
+            fenced = not fenced
+            lines.append("")
+        else:
+            lines.append(line if running else "")
+        previous = line
+    assert not fenced, "a block is not closed"
+    return "\n".join(lines) + "\n"
+
+
+def test_blocks_keep_their_lines_and_only_a_reason_keeps_one_from_running():
+    page = "# T\n```python\na = 1\n```\n<!-- not executed: needs a GPU -->\n```python\nb\n```\n```\nc\n```\n"
+    page += "<!-- not executed: -->\n```python\nd = 2\n```\n"
+    assert {i: line for i, line in enumerate(program(page).splitlines(), start=1) if line} == {3: "a = 1", 14: "d = 2"}
+
+
+def test_every_page_runs(tmp_path: Path):
+    """One process, for torch takes seconds to import; a namespace and a folder for each page."""
+    for page in PAGES:
+        (tmp_path / page.stem).mkdir()
+        (tmp_path / page.stem / f"{page.name}.py").write_text(program(page.read_text()))
+    scripts = [str(tmp_path / page.stem / f"{page.name}.py") for page in PAGES]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", DRIVER, *scripts], env=environment, capture_output=True, text=True, timeout=300)
+    assert len(PAGES) >= 3 and done.returncode == 0, done.stderr[-3000:]
