@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.utils import logging as transformers_logging
 
 from backend.errors import CheckpointError
+from backend.models import SCALAR_HEAD_FILE
 from backend.trainer import Trainer
 
 transformers_logging.disable_progress_bar()  # "Writing model shards" at every checkpoint
@@ -65,6 +66,8 @@ def save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Pa
         trainer.model.save_pretrained(str(folder))
     else:
         trainer.base.save_pretrained(str(folder), state_dict={k: v.to(dtype) for k, v in trainer.base.state_dict().items()})
+    if trainer.scalar_head is not None:
+        save_file({"weight": trainer.scalar_head.detach()}, folder / SCALAR_HEAD_FILE)
     trainer.hf_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -87,7 +90,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_weights(trainer: Trainer, path: Path) -> None:
-    """Copies the checkpoint's weights into the trainer's tensors. Another architecture, size or kind of fine-tuning raises."""
+    """Copies the checkpoint's weights into the trainer's tensors. Another architecture, size or kind of fine-tuning raises.
+
+    A scalar model may begin with the trunk of a language model; its head is then zero.
+    """
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {path}")
     is_adapter = (path / ADAPTER_FILE).exists()
@@ -96,6 +102,8 @@ def load_weights(trainer: Trainer, path: Path) -> None:
         raise CheckpointError(
             f"{path} holds {kinds[0]}, but {trainer.model_name!r} is being {kinds[1]}: change lora_rank or the checkpoint"
         )
+    if trainer.scalar_head is None and (path / SCALAR_HEAD_FILE).exists():
+        raise CheckpointError(f"{path} holds a scalar model: open it with create_scalar_client_from_state")
     _check_same_model(trainer, path)
     try:
         if is_adapter:
@@ -103,6 +111,7 @@ def load_weights(trainer: Trainer, path: Path) -> None:
         else:
             saved = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
             _copy(dict(trainer.base.state_dict()), saved, path)
+        _load_scalar_head(trainer, path / SCALAR_HEAD_FILE)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
 
@@ -115,6 +124,12 @@ def _check_same_model(trainer: Trainer, path: Path) -> None:
             raise CheckpointError(
                 f"{path} is a checkpoint of another model: its {key} is {theirs}, that of {trainer.model_name!r} is {ours}"
             )
+
+
+@torch.no_grad()
+def _load_scalar_head(trainer: Trainer, file: Path) -> None:
+    if trainer.scalar_head is not None:
+        trainer.scalar_head.copy_(load_file(file)["weight"] if file.exists() else torch.zeros_like(trainer.scalar_head))
 
 
 def _load_adapter(trainer: Trainer, path: Path) -> None:
@@ -153,6 +168,10 @@ def load_optimizer(trainer: Trainer, path: Path) -> None:
     if not file.exists():
         raise CheckpointError(
             f"{path} has no {OPTIMIZER_FILE}: it holds weights only. Load it with load_checkpoint_path, not by resuming"
+        )
+    if trainer.scalar_head is not None and not (path / SCALAR_HEAD_FILE).exists():
+        raise CheckpointError(
+            f"{path} has no {SCALAR_HEAD_FILE}: load a language model's weights with load_state, without optimizer"
         )
     trainer.optimizer.state.clear()
     for key, tensor in load_file(file).items():

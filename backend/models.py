@@ -22,6 +22,7 @@ from transformers import (
 
 from backend.errors import ModelError
 
+SCALAR_HEAD_FILE = "scalar_head.safetensors"  # beside the trunk of a saved scalar model (scalar_trainer.py)
 # Contexts longer than this must be asked for: a hub model's own limit can be a million tokens, and the KV cache is sized for it.
 DEFAULT_MAX_LENGTH = 4096
 
@@ -84,6 +85,8 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
 
 def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model in evaluation mode (no dropout). A preset's weights depend on `seed` alone; torch's global RNG is left as it was."""
+    if (Path(model_name).expanduser() / SCALAR_HEAD_FILE).exists():
+        raise ModelError(f"{model_name} is a scalar model and no language model: open it with create_scalar_client_from_state")
     config = model_config(model_name)
     if model_name in PRESETS:
         with torch.random.fork_rng(devices=[]):

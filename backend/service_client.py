@@ -5,6 +5,7 @@ A script written for Tinker ports by changing its import: `import backend as tin
 
 import atexit
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from backend.checkpoints import ADAPTER_FILE, read_state
 from backend.config import BackendConfig, training_device
 from backend.engine import Engine, EngineThread
 from backend.errors import CheckpointError, ConfigError, EngineError
-from backend.models import PRESETS, context_length, load_model
+from backend.models import PRESETS, SCALAR_HEAD_FILE, context_length, load_model
 from backend.sampling_client import SamplingClient
+from backend.scalar_trainer import ScalarTrainer
 from backend.tokenizers import load_tokenizer
 from backend.torch_sampler import TorchSampler
 from backend.trainer import Trainer
@@ -46,8 +48,23 @@ class ServiceClient:
 
     def create_training_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
         """All weights are trained, or a LoRA adapter. `seed` makes a preset's weights and the adapter's."""
-        tokenizer = load_tokenizer(base_model, self.config.max_length)
-        client = TrainingClient(self, Trainer(base_model, self.config, seed, lora), tokenizer)
+        return self._open_training_client(Trainer(base_model, self.config, seed, lora))
+
+    def create_scalar_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
+        """A model with one number per token instead of logprobs (scalar_trainer.py): reward models, process reward models, critics.
+
+        Its head begins at zero; `load_state` of a language model's checkpoint starts from that one's trunk.
+        """
+        return self._open_training_client(ScalarTrainer(base_model, self.config, seed, lora))
+
+    def create_scalar_client_from_state(self, path: str) -> TrainingClient:
+        """The scalar model that was saved there, with a fresh optimizer. CheckpointError if the folder has no scalar head."""
+        if not (Path(path) / SCALAR_HEAD_FILE).exists():
+            raise CheckpointError(f"{path} has no {SCALAR_HEAD_FILE}: it is not the checkpoint of a scalar model")
+        return self._from_state(Path(path), with_optimizer=False, create=self.create_scalar_client)
+
+    def _open_training_client(self, trainer: Trainer) -> TrainingClient:
+        client = TrainingClient(self, trainer, load_tokenizer(trainer.model_name, self.config.max_length))
         self._training_clients.append(client)
         return client
 
@@ -67,15 +84,15 @@ class ServiceClient:
 
     def create_training_client_from_state(self, path: str) -> TrainingClient:
         """The model a checkpoint was saved from, with its weights and a fresh optimizer."""
-        return self._from_state(Path(path), with_optimizer=False)
+        return self._from_state(Path(path), with_optimizer=False, create=self.create_training_client)
 
     def create_training_client_from_state_with_optimizer(self, path: str) -> TrainingClient:
-        return self._from_state(Path(path), with_optimizer=True)
+        return self._from_state(Path(path), with_optimizer=True, create=self.create_training_client)
 
-    def _from_state(self, path: Path, with_optimizer: bool) -> TrainingClient:
+    def _from_state(self, path: Path, with_optimizer: bool, create: Callable[..., TrainingClient]) -> TrainingClient:
         state = read_state(path)
         lora = LoraConfig(**state["lora"]) if state["lora"] else None
-        client = self.create_training_client(state["model_name"], lora, state["seed"])
+        client = create(state["model_name"], lora, state["seed"])
         (client.load_state_with_optimizer if with_optimizer else client.load_state)(str(path)).result()
         return client
 

@@ -32,6 +32,9 @@ DEFAULT_LORA_ALPHA = 32.0
 
 
 class Trainer:
+    output_name = "logprobs"  # what `run` returns for every token
+    scalar_head: nn.Parameter | None = None  # (1, H) where a ScalarTrainer has one in the place of the vocabulary's head
+
     def __init__(self, model_name: str, config: BackendConfig, seed: int = 0, lora: LoraConfig | None = None):
         self.model_name, self.config, self.seed, self.lora = model_name, config, seed, lora
         self.device = training_device()
@@ -84,7 +87,7 @@ class Trainer:
             raise NonFiniteError(f"the loss of data {indices[:10]} is not finite; no gradient was kept", indices)
         metrics = {"loss:sum": float(loss_N.sum()), "num_loss_tokens:sum": float(len(loss_N))}
         metrics |= {f"{name}:mean": float(value) / max(len(loss_N), 1) for name, value in sums.items()}
-        return ForwardBackwardOutput([{"logprobs": TensorData(logprobs)} for logprobs in logprobs_D], metrics)
+        return ForwardBackwardOutput([{self.output_name: TensorData(logprobs)} for logprobs in logprobs_D], metrics)
 
     def _passes(self, data_D: Sequence[Datum], loss: Loss, backward: bool) -> list[tuple[Sequence[int], bool]]:
         """Which data need a backward pass. Groups whose members all got the same reward do not: advantage 0, gradient 0."""
@@ -96,40 +99,38 @@ class Trainer:
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
         """`fn(data, logprobs_D)` gets the differentiable logprobs of all data at once: one forward, one backward.
 
-        All micro-batches' activations are alive together; gradient_checkpointing bounds that.
+        Data that need several micro-batches are passed through a second time, with the gradient that `fn` gave their logprobs, so that
+        only one micro-batch's activations are alive at a time. The gradients are the same.
         """
         check_data(data_D, (), self.vocabulary, self.max_length)
-        parts = [
-            (batch, self._logprobs(batch))
-            for batch in micro_batches(data_D, range(len(data_D)), self.config.micro_batch_tokens, self.device)
-        ]
-        logprobs_D: list[Any] = [None] * len(data_D)
-        for batch, p_NK in parts:
-            for d in np.unique(batch.datum_N):
-                own = batch.datum_N == d
-                index = torch.from_numpy(batch.position_N[own]).to(p_NK.device)
-                full = p_NK.new_zeros(data_D[d].model_input.length, p_NK.shape[1])
-                full = full.index_copy(0, index, p_NK[torch.from_numpy(own).to(p_NK.device)])
-                logprobs_D[d] = full if data_D[d].loss_fn_inputs["target_tokens"].array.ndim == 2 else full[:, 0]
-        logprobs_D = [
-            torch.zeros(datum.model_input.length) if p is None else p for datum, p in zip(data_D, logprobs_D, strict=True)
-        ]
+        batches = micro_batches(data_D, range(len(data_D)), self.config.micro_batch_tokens, self.device)
+        with torch.set_grad_enabled(len(batches) == 1):
+            p_NK = torch.cat([self._logprobs(batch) for batch in batches])
+        if len(batches) > 1:
+            p_NK.requires_grad_()
+        logprobs_D = _split_by_datum(data_D, batches, p_NK)
         loss, metrics = fn(list(data_D), logprobs_D)
         if not torch.isfinite(loss):
             self.zero_grad()
             raise NonFiniteError("the custom loss is not finite; no gradient was kept")
         loss.backward()
-        outputs = [{"logprobs": TensorData.from_torch(logprobs)} for logprobs in logprobs_D]
+        if len(batches) > 1 and p_NK.grad is not None:
+            for batch, gradient_NK in zip(batches, p_NK.grad.split([len(batch.rows_N) for batch in batches]), strict=True):
+                self._logprobs(batch).backward(gradient_NK)
+        outputs = [{self.output_name: TensorData.from_torch(logprobs)} for logprobs in logprobs_D]
         return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
 
-    def _logprobs(self, batch: MicroBatch) -> torch.Tensor:
-        """(N, K) logprobs of the rows that carry loss, under the temperature each token was sampled at."""
+    def _hidden(self, batch: MicroBatch) -> torch.Tensor:
+        """(N, H) last hidden states of the rows that carry loss."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             hidden_BTH = self.base.get_decoder()(
                 input_ids=batch.tokens_BT, attention_mask=batch.mask_B1TT, position_ids=batch.positions_BT, use_cache=False
             ).last_hidden_state
-        hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, batch.rows_N).to(self.compute_dtype)
-        return target_logprobs(hidden_NH, self._head(), batch.targets_NK, batch.inputs.get("temperature"))
+        return hidden_BTH.flatten(0, 1).index_select(0, batch.rows_N).to(self.compute_dtype)
+
+    def _logprobs(self, batch: MicroBatch) -> torch.Tensor:
+        """(N, K) logprobs of the rows that carry loss, under the temperature each token was sampled at."""
+        return target_logprobs(self._hidden(batch), self._head(), batch.targets_NK, batch.inputs.get("temperature"))
 
     def _head(self) -> torch.Tensor:
         """The (V, H) output matrix, with its adapter applied where it has one."""
@@ -229,6 +230,16 @@ def _switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _split_by_datum(data_D: Sequence[Datum], batches: Sequence[MicroBatch], p_NK: torch.Tensor) -> list[torch.Tensor]:
+    """Differentiable: the rows of all batches back to one tensor per Datum, (T,) or (T, K) as its targets are."""
+    lengths = [datum.model_input.length for datum in data_D]
+    offsets_D = np.cumsum([0, *lengths])
+    index_N = np.concatenate([offsets_D[batch.datum_N] + batch.position_N for batch in batches])
+    flat = p_NK.new_zeros(sum(lengths), p_NK.shape[1]).index_copy(0, torch.from_numpy(index_N).to(p_NK.device), p_NK)
+    one_target = data_D[0].loss_fn_inputs["target_tokens"].array.ndim == 1
+    return list((flat[:, 0] if one_target else flat).split(lengths))
 
 
 def _scatter_to_datums(data_D: Sequence[Datum], parts: list[tuple[MicroBatch, torch.Tensor]]) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from backend import checkpoints
 from backend.engine import EngineThread
-from backend.errors import CookbookError
+from backend.errors import CookbookError, ModelError
 from backend.futures import APIFuture, InOrder
 from backend.losses import LossFn
 from backend.sampling_client import SamplingClient
@@ -123,12 +123,20 @@ class TrainingClient:
         return LoadWeightsResponse(path)
 
     def _save_for_sampler(self, path: Path) -> SaveWeightsResponse:
+        self._check_can_sample()
         with checkpoints.atomic_folder(path) as folder:
             checkpoints.save_policy(self._trainer, self._tokenizer, folder, self._trainer.compute_dtype)
         self._exported[str(path)] = self._weights_version
         return SaveWeightsResponse(str(path))
 
+    def _check_can_sample(self) -> None:
+        if self._trainer.scalar_head is not None:
+            raise ModelError(
+                "a scalar model has no vocabulary to sample from: keep its checkpoints by save_state, read its scalars by forward"
+            )
+
     def _sync(self, follow: bool) -> SamplingClient:
+        self._check_can_sample()
         if self._engine is None:
             self._engine = self._service.open_engine(self._trainer.hf_config, self._tokenizer, self._trainer.max_length)
         if self._engine.version != self._weights_version:

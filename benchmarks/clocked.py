@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import chz
+import numpy as np
 
 from backend.config import BackendConfig
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
-from renderers.types import Renderer
+from preference import train_dpo
+from preference.pairs import Pair, PairDataset
+from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
+from renderers.types import Message, Renderer
 from rl import train as rl_train
 from rl.types import EnvGroupBuilder, RLDataset
 from supervised import train as sft_train
@@ -25,6 +29,7 @@ from supervised.types import SupervisedDataset
 from tracking.metrics_log import read_metrics
 
 GROUPS, GROUP_SIZE, MAX_TOKENS, SFT_BATCH, LEARNING_RATE = 64, 8, 6, 128, 1e-4
+DPO_BATCH, DPO_PROMPT, DPO_ANSWER = 32, 96, 48  # pairs, and the characters (tokens) of a prompt and of each answer
 ASKED_AT: list[tuple[float, float]] = []  # wall clock and the process's CPU time
 
 
@@ -64,6 +69,44 @@ class ClockedArithmeticExamples(ArithmeticExamplesBuilder):
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         dataset, test_dataset = ArithmeticExamplesBuilder.__call__(self, renderer)
         return ClockedExamples(dataset), test_dataset
+
+
+class ClockedPairs(PairDataset):
+    def get_batch(self, step: int) -> list[Pair]:
+        ASKED_AT.append((time.perf_counter(), time.process_time()))
+        return super().get_batch(step)
+
+
+@chz.chz
+class RandomPairsBuilder(ComparisonDatasetBuilder):
+    """Random letters: what a step costs does not depend on what they say."""
+
+    num_pairs: int = chz.field(doc="how many")
+
+    def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
+        rng = np.random.default_rng(0)
+
+        def say(role: str, length: int) -> list[Message]:
+            return [Message(role=role, content=bytes(rng.integers(97, 123, length).tolist()).decode())]
+
+        sides = [("user", DPO_PROMPT), ("assistant", DPO_ANSWER), ("assistant", DPO_ANSWER)]
+        return [LabeledComparison(Comparison(*(say(*side) for side in sides)), "A") for _ in range(self.num_pairs)], []
+
+
+class PeakMemory:
+    """The process's highest resident memory since this was made, above what it was then."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
+        self.start = _high_water_mib()
+
+    def mib(self) -> float:
+        return _high_water_mib() - self.start
+
+
+def _high_water_mib() -> float:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def step_times(marks: Sequence[tuple[float, float]], warmup: int) -> dict[str, list[float]]:
@@ -121,3 +164,26 @@ def run_sft(
         )
         metrics = asyncio.run(sft_train.main(config))
         return {**step_times(ASKED_AT, warmup), "parts": mean_timings(Path(path), warmup), "nll": metrics["train_mean_nll"]}
+
+
+def run_dpo(model: str, steps: int, warmup: int) -> dict[str, Any]:
+    """The default preference loop without held-out metrics. The reference is computed before the first step."""
+    memory = PeakMemory()
+    train_dpo.PairDataset = ClockedPairs
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        config = train_dpo.Config(
+            dataset=RandomPairsBuilder(num_pairs=DPO_BATCH * (steps + warmup + 1)),
+            batch_size=DPO_BATCH,
+            model_name=model,
+            renderer_name="plain",
+            learning_rate=LEARNING_RATE,
+            lr_schedule="constant",
+            eval_every=0,
+            save_every=0,
+            log_path=f"{folder}/run",
+        )
+        asyncio.run(train_dpo.main(config))
+        records = read_metrics(Path(folder, "run"))
+        loss = sum(record["dpo_loss"] for record in records[:-1]) / (steps + warmup)
+        timings = mean_timings(Path(folder, "run"), warmup)
+    return {**step_times(ASKED_AT, warmup), "parts": timings, "dpo_loss": loss, "peak_mib": memory.mib()}

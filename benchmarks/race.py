@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.report import ROOT, alternate, in_subprocess, spread, wait_until_quiet, write_report
 
 TRL_SITE = os.environ.get("TRL_SITE", "/tmp/trl-site")
+MEASURED = ("reward", "answer_tokens", "nll", "dpo_loss", "peak_mib")  # what a side may report beside its times
 WARM_START_STEPS = 100  # about 10 s; enough that answers end with EOS and some of them are right
 
 
@@ -25,9 +26,15 @@ def check_trl() -> None:
 
 
 def race(
-    name: str, ours: dict[str, list[str]], trl: list[str], rounds: int, steps: int, warmup: int, settings: dict[str, Any]
+    name: str,
+    ours: dict[str, list[str]],
+    trl: dict[str, str],
+    rounds: int,
+    steps: int,
+    warmup: int,
+    settings: dict[str, Any],
 ) -> None:
-    """`ours`: per side the arguments of --side; `trl`: the mode of trl_side.py. The step times of all rounds are pooled."""
+    """`ours`: per side the arguments of --side; `trl`: per side the mode of trl_side.py. The step times of all rounds are pooled."""
     check_trl()
     script = str(ROOT / "benchmarks" / f"{name}.py")
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +43,8 @@ def race(
         counts = ["--steps", str(steps), "--warmup", str(warmup)]
         sides = {side: partial(in_subprocess, script, "--side", *args, "--model", model, *counts) for side, args in ours.items()}
         trl_script = str(ROOT / "benchmarks" / "trl_side.py")
-        sides["TRL"] = partial(in_subprocess, trl_script, *trl, model, str(steps), str(warmup), extra_path=TRL_SITE)
+        for side, mode in trl.items():
+            sides[side] = partial(in_subprocess, trl_script, mode, model, str(steps), str(warmup), extra_path=TRL_SITE)
         load = wait_until_quiet()
         results = alternate(sides, rounds)
     figures, medians, tenths = {}, {}, {}
@@ -50,13 +58,16 @@ def race(
             second for outcome in outcomes for second in outcome["cpu_seconds"]
         )
         last = outcomes[-1]
-        figures |= {f"{side}: {key}": last[key] for key in ("reward", "answer_tokens", "nll") if key in last}
+        figures |= {f"{side}: {key}": last[key] for key in MEASURED if key in last}
         figures |= {f"{side}: {part}, s": mean for part, mean in last.get("parts", {}).items()}
     settings |= {"steps": steps, "warmup": warmup, "rounds": rounds, "trl": _trl_version()}
     settings["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "default")
-    ratios = {f"TRL / {side}": medians["TRL"] / medians[side] for side in ours}
+    ratios = {f"{peer} / {side}": medians[peer] / medians[side] for peer in trl for side in ours}
     # The fastest steps are those that nothing else on the machine disturbed.
-    ratios |= {f"TRL / {side}, fastest tenths": tenths["TRL"] / tenths[side] for side in ours}
+    ratios |= {f"{peer} / {side}, fastest tenths": tenths[peer] / tenths[side] for peer in trl for side in ours}
+    for peer, side in [(peer, side) for peer in trl for side in ours if "peak_mib" in results[side][-1]]:
+        peaks = [statistics.median(outcome["peak_mib"] for outcome in results[one]) for one in (peer, side)]
+        ratios[f"{peer} / {side}, peak memory above the start"] = peaks[0] / peaks[1]
     write_report(name, figures, settings, load, ratios)
 
 

@@ -46,7 +46,7 @@ def main() -> None:
     elif arguments.side:
         print(json.dumps(run_rl(arguments.model, arguments.side, arguments.steps, arguments.warmup)))
     else:
-        race("rl_step_vs_trl", OURS, ["grpo"], arguments.rounds, arguments.steps, arguments.warmup, SETTINGS)
+        race("rl_step_vs_trl", OURS, {"TRL": "grpo"}, arguments.rounds, arguments.steps, arguments.warmup, SETTINGS)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main() -> None:
     elif arguments.side:
         print(json.dumps(run_sft(arguments.model, arguments.steps, arguments.warmup)))
     else:
-        race("sft_step_vs_trl", {"ours": ["ours"]}, ["sft"], arguments.rounds, arguments.steps, arguments.warmup, SETTINGS)
+        race("sft_step_vs_trl", {"ours": ["ours"]}, {"TRL": "sft"}, arguments.rounds, arguments.steps, arguments.warmup, SETTINGS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""TRL's side of the races: GRPOTrainer and SFTTrainer on the data, sizes and settings of benchmarks/clocked.py.
+"""TRL's side of the races: GRPOTrainer, SFTTrainer and DPOTrainer on the data, sizes and settings of benchmarks/clocked.py.
 
-Run by rl_step_vs_trl.py and sft_step_vs_trl.py in a process of its own; TRL is no dependency of the project. Reporting,
+Run by the scripts *_step_vs_trl.py in a process of its own; TRL is no dependency of the project. Reporting,
 checkpoints, progress bars, gradient checkpointing and shuffling are off, and the precision is fp32, as ours is. Time runs from
 the end of one step to the end of the next.
 """
@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 if not __package__:  # run as a file: the packages are one folder up
@@ -17,9 +18,26 @@ if not __package__:  # run as a file: the packages are one folder up
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # type: ignore[import-not-found]
+from trl import (  # type: ignore[import-not-found]
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
-from benchmarks.clocked import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, SFT_BATCH, step_times
+from benchmarks.clocked import (
+    DPO_BATCH,
+    GROUP_SIZE,
+    GROUPS,
+    LEARNING_RATE,
+    MAX_TOKENS,
+    SFT_BATCH,
+    PeakMemory,
+    RandomPairsBuilder,
+    step_times,
+)
 from envs.arithmetic import ArithmeticTask
 
 
@@ -114,6 +132,30 @@ def race_sft(model_path: str, steps: int, warmup: int) -> dict[str, Any]:
     return {**step_times(clock.marks, warmup - 1), "nll": outcome.training_loss}
 
 
+def race_dpo(model_path: str, steps: int, warmup: int, precompute: bool = False) -> dict[str, Any]:
+    """The same pairs. By default the reference is a second model, asked at every step; with `precompute`, once before the first."""
+    memory = PeakMemory()
+    comparisons, _ = RandomPairsBuilder(num_pairs=DPO_BATCH * (steps + warmup))()
+    rows = []
+    for one in comparisons:
+        messages = (one.comparison.prompt_conversation, one.comparison.completion_A, one.comparison.completion_B)
+        texts = (side[0]["content"] for side in messages)
+        rows.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            **quiet(folder, steps + warmup), per_device_train_batch_size=DPO_BATCH, precompute_ref_log_probs=precompute
+        )
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
+        trainer = DPOTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock]
+        )
+        outcome = trainer.train()
+    return {**step_times(clock.marks, warmup - 1), "dpo_loss": outcome.training_loss, "peak_mib": memory.mib()}
+
+
+RACES = {"grpo": race_grpo, "sft": race_sft, "dpo": race_dpo, "dpo_precomputed": partial(race_dpo, precompute=True)}
+
 if __name__ == "__main__":
     which, path, steps, warmup = sys.argv[1:]
-    print(json.dumps({"grpo": race_grpo, "sft": race_sft}[which](path, int(steps), int(warmup))))
+    print(json.dumps(RACES[which](path, int(steps), int(warmup))))

@@ -1,10 +1,13 @@
 """The supervised loop: a batch, one forward_backward, one optim_step, pipelined so that the trainer never waits for data.
 
-Evaluations come before the step and see the weights it starts from; there is one more at the end. Left out: warm-up, stopping on held-out loss.
+Evaluations come before the step and see the weights it starts from; there is one more at the end. What a batch is trained on is an
+Objective: the cross-entropy here, the Bradley-Terry loss in preference/train_reward_model.py. Left out: warm-up, stopping on held-out loss.
 """
 
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Protocol
 
 import chz
 
@@ -26,6 +29,26 @@ from tracking.progress import TrainingProgress
 from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
 
 Metrics = dict[str, float]
+Evaluator = Callable[[TrainingClient], Awaitable[Metrics]]
+
+
+class Objective(Protocol):
+    """What the loop does with a batch."""
+
+    def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]: ...
+
+    def metrics(self, batch_D: Sequence[Datum], output: ForwardBackwardOutput) -> Metrics:
+        """Of a training batch, from its own pass."""
+        ...
+
+
+class CrossEntropy:
+    def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
+        return client.forward_backward(batch_D, "cross_entropy")
+
+    def metrics(self, batch_D: Sequence[Datum], output: ForwardBackwardOutput) -> Metrics:
+        nll_sum, count = weighted_sums(batch_D, [out["logprobs"] for out in output.loss_fn_outputs])
+        return {"train_mean_nll": nll_sum / count, "num_loss_tokens": count}
 
 
 @chz.chz
@@ -72,14 +95,20 @@ async def main(config: Config) -> Metrics:
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, lora, config.seed)
         evaluator = NLLEvaluator(test_dataset) if test_dataset is not None and config.eval_every else None
-        metrics = await _loop(config, folder, client, dataset, evaluator)
-    _finish(folder, metrics)
+        metrics = await training_loop(config, folder, client, dataset, CrossEntropy(), evaluator)
+    finish(folder, metrics)
     return metrics
 
 
-async def _loop(
-    config: Config, folder: RunFolder, client: TrainingClient, dataset: SupervisedDataset, evaluator: NLLEvaluator | None
+async def training_loop(
+    config: Config,
+    folder: RunFolder,
+    client: TrainingClient,
+    dataset: SupervisedDataset,
+    objective: Objective,
+    evaluator: Evaluator | None,
 ) -> Metrics:
+    """From where the folder's last checkpoint ended to the last step; returns the last metrics. `config.dataset` is not read."""
     num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
     checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
     start = checkpointer.start(config.load_checkpoint_path)
@@ -103,15 +132,15 @@ async def _loop(
                         metrics |= await evaluator(client)
                 adam = AdamParams(learning_rate, eps=1e-8, weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm)
                 with timed(metrics, "train"):
-                    forward_backward, optim_step = client.forward_backward(batch_D, "cross_entropy"), client.optim_step(adam)
+                    forward_backward, optim_step = objective.forward_backward(client, batch_D), client.optim_step(adam)
                     next_D = _batch(dataset, step + 1) if step + 1 < num_steps else []  # made while the step is under way
-                    metrics |= await _step_metrics(folder, step, batch_D, forward_backward, optim_step)
+                    metrics |= await _step_metrics(folder, step, batch_D, objective, forward_backward, optim_step)
             batch_D, done = next_D, step + 1
             log.log(metrics, step)
             checkpointer.after_step(step + 1)
             headline |= {short: metrics[name] for name, short in HEADLINE.items() if name in metrics}
             progress.update(step, headline)
-            if config.stop_at_nll is not None and metrics["train_mean_nll"] < config.stop_at_nll:
+            if config.stop_at_nll is not None and metrics.get("train_mean_nll", float("inf")) < config.stop_at_nll:
                 break
             if stop and done < num_steps:
                 checkpointer.interrupted(done)
@@ -123,7 +152,13 @@ async def _loop(
     return metrics
 
 
-HEADLINE = {"train_mean_nll": "nll", "test/nll": "test nll"}
+HEADLINE = {
+    "train_mean_nll": "nll",
+    "test/nll": "test nll",
+    "train_loss": "loss",
+    "train_accuracy": "accuracy",
+    "test/accuracy": "test",
+}
 
 
 def _batch(dataset: SupervisedDataset, step: int) -> list[Datum]:
@@ -137,6 +172,7 @@ async def _step_metrics(
     folder: RunFolder,
     step: int,
     batch_D: list[Datum],
+    objective: Objective,
     forward_backward: APIFuture[ForwardBackwardOutput],
     optim_step: APIFuture[OptimStepResponse],
 ) -> Metrics:
@@ -145,17 +181,15 @@ async def _step_metrics(
         optim_metrics = (await optim_step).metrics
     except NonFiniteError as error:
         raise write_offending_data(folder, step, batch_D, error) from error
-    nll_sum, count = weighted_sums(batch_D, [out["logprobs"] for out in output.loss_fn_outputs])
     return {
-        "train_mean_nll": nll_sum / count,
+        **objective.metrics(batch_D, output),
         "num_sequences": len(batch_D),
         "num_tokens": sum(datum.model_input.length for datum in batch_D),
-        "num_loss_tokens": count,
         **{f"optim/{name}": value for name, value in optim_metrics.items()},
     }
 
 
-def _finish(folder: RunFolder, metrics: Metrics) -> None:
+def finish(folder: RunFolder, metrics: Metrics) -> None:
     from tracking.plots import plot_run
 
     print_metrics_table({k: v for k, v in metrics.items() if not k.startswith("time/")}, f"{folder.path}: last step")

@@ -1,0 +1,67 @@
+"""A language model's trunk with one linear row in the place of its vocabulary's head: a scalar per token. Reward models and process reward
+models are trained so (Bradley-Terry on the last token, or a cross-entropy on every token of a step), and critics could be.
+
+A scalar Datum has the whole sequence as its `model_input`, unshifted: the scalar at position t has read the tokens up to and including t. Its
+`weights` (or `mask`), (T,) each, name the positions: where they are 0, nothing is computed and 0.0 comes out. It needs no `target_tokens`.
+Any further array of it, such as `labels`, reaches the loss, which is a callable
+
+    (scalars_N, inputs) -> (loss_N, diagnostics_N)         with forward and forward_backward, or
+    (data_D, scalars_D) -> (loss, metrics)                 with forward_backward_custom; scalars_D[d] is (T,)
+
+and `loss_fn_outputs[d]["scalars"]` holds them afterwards. Left out: several scalars per token, a bias.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from backend.batching import MicroBatch
+from backend.config import BackendConfig
+from backend.errors import ConfigError, ModelError
+from backend.losses import LossFn
+from backend.trainer import CustomLoss, Trainer
+from backend.types import Datum, ForwardBackwardOutput, LoraConfig
+
+
+class ScalarTrainer(Trainer):
+    """The head starts at zero, so that every scalar does: a cross-entropy on them begins at ln 2."""
+
+    output_name = "scalars"
+
+    def __init__(self, model_name: str, config: BackendConfig, seed: int = 0, lora: LoraConfig | None = None):
+        if lora and lora.train_unembed:
+            raise ModelError("train_unembed: a scalar model has no vocabulary head to put an adapter on")
+        super().__init__(model_name, config, seed, lora)
+        self.scalar_head = nn.Parameter(torch.zeros(1, self.hf_config.hidden_size, device=self.device))
+        unused: Any = self.base.get_output_embeddings()
+        if not self.hf_config.tie_word_embeddings:
+            unused.requires_grad_(False)
+        trainable = {name: p for name, p in self.named_trainable.items() if p.requires_grad}
+        self.named_trainable = trainable | {"scalar_head": self.scalar_head}
+        self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
+
+    def run(
+        self, data_D: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None, backward: bool = True
+    ) -> ForwardBackwardOutput:
+        """As Trainer.run, with a callable loss: those with a name are losses of logprobs."""
+        if isinstance(loss_fn, str):
+            raise ConfigError(f"loss_fn {loss_fn!r} is a loss of logprobs, and a scalar model has none: give it a callable")
+        return super().run([_with_targets(datum) for datum in data_D], loss_fn, loss_fn_config, backward)
+
+    def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
+        return super().run_custom([_with_targets(datum) for datum in data_D], fn)
+
+    def _logprobs(self, batch: MicroBatch) -> torch.Tensor:
+        """(N, 1) scalars of the positions that carry weight, in fp32."""
+        assert self.scalar_head is not None
+        return self._hidden(batch).float() @ self.scalar_head.T
+
+    def _check_head(self) -> None:
+        """What a model does to its logits does not concern a scalar."""
+
+
+def _with_targets(datum: Datum) -> Datum:
+    """Batching wants a target for every position; nothing reads these."""
+    return Datum(datum.model_input, {"target_tokens": datum.model_input.to_ints(), **datum.loss_fn_inputs})

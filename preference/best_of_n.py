@@ -1,0 +1,38 @@
+"""Choosing one of n solutions: the best by a score, the answer most of them have, or any.
+
+Standard errors are those over problems. A majority vote that is tied counts its chance of being right under a fair draw, and solutions
+without an answer have no vote. Left out: votes weighted by score.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from preference.solutions import Solution
+
+
+def compare_selections(solutions_P_G: Sequence[Sequence[Solution]], scores_P_G: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Accuracy, and its standard error as NAME_se, of each way to choose: `sampled` (the mean over the samples), `majority`, `best_of_n`
+    (the first of the highest score), and `any`, what a perfect choice would give. Also `gain`, best_of_n - majority, paired."""
+    correct_P_G = [np.array([solution.correct for solution in group], dtype=float) for group in solutions_P_G]
+    accuracy_P = {
+        "sampled": np.array([correct_G.mean() for correct_G in correct_P_G]),
+        "majority": np.array([majority(group) for group in solutions_P_G]),
+        "best_of_n": np.array([c_G[int(np.argmax(scores_G))] for c_G, scores_G in zip(correct_P_G, scores_P_G, strict=True)]),
+        "any": np.array([correct_G.max() for correct_G in correct_P_G]),
+    }
+    accuracy_P["gain"] = accuracy_P["best_of_n"] - accuracy_P["majority"]
+    means = {name: float(values_P.mean()) for name, values_P in accuracy_P.items()}
+    errors = {f"{name}_se": float(v_P.std(ddof=1) / len(v_P) ** 0.5) for name, v_P in accuracy_P.items() if len(v_P) > 1}
+    return means | errors
+
+
+def majority(group: Sequence[Solution]) -> float:
+    """The chance that the most frequent answer is right; 0 where no solution has an answer."""
+    votes = Counter(solution.answer for solution in group if solution.answer)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    winners = [answer for answer, count in votes.items() if count == most]
+    return sum(solution.correct for solution in group if solution.answer in winners) / most / len(winners)

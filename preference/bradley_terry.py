@@ -1,0 +1,207 @@
+"""The scalar reward model: one number r for a conversation, read at its last token, trained on which of two answers is better.
+
+Under Bradley and Terry's model, P(chosen is better) = sigmoid(r_chosen - r_rejected), and the loss is its negative logarithm (Ouyang et al. 2022
+eq. 1). With a margin m it is -log sigmoid(r_chosen - r_rejected - m) (Touvron et al. 2023, eq. 2). Only differences have a meaning: r has no
+zero. A tie says nothing about which is better: ties are dropped and counted. Left out: centring r, ensembles.
+"""
+
+from collections.abc import Sequence
+
+import chz
+import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
+
+from backend.errors import ConfigError, ContextLengthError, DataError
+from backend.futures import APIFuture
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
+from preference.reward_data import RewardExamplesBuilder
+from preference.reward_types import Judge, JudgeBuilder, PreferenceModel, RewardModel, RewardModelBuilder, SavedModel
+from preference.types import Comparison, LabeledComparison
+from renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
+from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
+from supervised.data import SupervisedDatasetFromExamples
+from supervised.train import Objective
+from supervised.types import SupervisedDataset
+
+Scalars = dict[str, torch.Tensor]
+
+
+def bradley_terry(data_D: list[Datum], scalars_D: list[torch.Tensor]) -> tuple[torch.Tensor, Metrics]:
+    """Mean over pairs of -log sigmoid(r_chosen - r_rejected - m). Datum 2i is the chosen one of pair i, 2i + 1 the rejected one;
+    r and m (`margins`) are those of a sequence's last position."""
+    rewards_P2 = torch.stack([scalar_T[-1] for scalar_T in scalars_D]).reshape(-1, 2)
+    margins_P = rewards_P2.new_tensor([float(datum.loss_fn_inputs["margins"].array[-1]) for datum in data_D[::2]])
+    gaps_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    loss = -logsigmoid(gaps_P - margins_P).mean()
+    return loss, {"accuracy": float((gaps_P > 0).float().mean()), "reward_gap": float(gaps_P.detach().mean())}
+
+
+def last_token_datum(tokens: Sequence[int], margin: float = 0.0) -> Datum:
+    """A sequence whose scalar is read at its last token. `margins` is read from the chosen one of a pair."""
+    at_last_T = np.zeros(len(tokens), dtype=np.float32)
+    at_last_T[-1] = 1
+    return Datum(ModelInput.from_ints(tokens), {"weights": at_last_T, "margins": margin * at_last_T})
+
+
+def conversation_tokens(renderer: Renderer, conversation: Sequence[Message]) -> list[int]:
+    """The conversation as it is trained on, ended as an answer ends."""
+    return renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)[0]
+
+
+class ScalarModel(RewardModel):
+    """A trained scalar client. Scores are those of one forward pass over all that is asked."""
+
+    def __init__(self, client: TrainingClient, renderer: Renderer):
+        self.client, self.renderer = client, renderer
+
+    async def score(self, conversations_D: Sequence[Sequence[Message]]) -> list[float]:
+        return await self.score_tokens([conversation_tokens(self.renderer, conversation) for conversation in conversations_D])
+
+    async def score_tokens(self, tokens_D: Sequence[Sequence[int]]) -> list[float]:
+        """Scores of rendered conversations. ContextLengthError if one does not fit into the model's context."""
+        if not tokens_D:
+            return []
+        if (longest := max(map(len, tokens_D))) > (limit := self.client.get_info().max_length):
+            raise ContextLengthError(f"a conversation has {longest} tokens, the reward model's context {limit}: shorten answers")
+        output = await self.client.forward([last_token_datum(tokens) for tokens in tokens_D], _no_loss)
+        return [float(out["scalars"].array[-1]) for out in output.loss_fn_outputs]
+
+
+def _no_loss(scalars_N: torch.Tensor, inputs: Scalars) -> tuple[torch.Tensor, Scalars]:
+    return torch.zeros_like(scalars_N), {}
+
+
+class BradleyTerryJudge(PreferenceModel):
+    """A reward model as a judge: P(B is better) - P(A is better) = tanh((r_B - r_A) / 2). The order of the sides has no influence."""
+
+    def __init__(self, model: RewardModel):
+        self.model = model
+
+    async def compare(self, comparisons_D: Sequence[Comparison]) -> list[float]:
+        sides = [
+            [*comparison.prompt_conversation, *side]
+            for comparison in comparisons_D
+            for side in (comparison.completion_A, comparison.completion_B)
+        ]
+        rewards_D2 = np.array(await self.model.score(sides)).reshape(-1, 2)
+        return np.tanh((rewards_D2[:, 1] - rewards_D2[:, 0]) / 2).tolist()
+
+
+@chz.chz
+class ScalarModelBuilder(SavedModel, RewardModelBuilder):
+    """A saved scalar reward model."""
+
+    def __call__(self, tokenizer: Tokenizer) -> ScalarModel:
+        return ScalarModel(*self.open(ServiceClient.create_scalar_client_from_state, tokenizer))
+
+
+@chz.chz
+class BradleyTerryJudgeBuilder(JudgeBuilder):
+    """A reward model as a judge of pairs."""
+
+    model: RewardModelBuilder = chz.field(doc="the reward model")
+
+    def __call__(self, tokenizer: Tokenizer) -> Judge:
+        return BradleyTerryJudge(self.model(tokenizer))
+
+
+# --- training -------------------------------------------------------------------------------------------------------------------
+
+
+class BradleyTerryDataset(SupervisedDatasetFromExamples):
+    """Batches of pairs, the chosen and the rejected one side by side."""
+
+    def __init__(self, pairs: Sequence[tuple[Datum, Datum]], batch_size: int, seed: int):
+        super().__init__([chosen for chosen, _ in pairs], min(batch_size, len(pairs)), seed)
+        self.rejected = [rejected for _, rejected in pairs]
+
+    def get_batch(self, index: int) -> list[Datum]:
+        batch_P = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        return [side[i] for i in batch_P for side in (self.examples, self.rejected)]
+
+
+class BradleyTerry:
+    def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
+        return client.forward_backward_custom(batch_D, bradley_terry)
+
+    def metrics(self, batch_D: Sequence[Datum], output: ForwardBackwardOutput) -> Metrics:
+        names = {"loss:sum": "train_loss", "accuracy": "train_accuracy", "reward_gap": "train_reward_gap"}
+        return {names[name]: value for name, value in output.metrics.items()} | {"num_pairs": len(batch_D) // 2}
+
+
+@chz.chz
+class PreferencePairsBuilder(RewardExamplesBuilder):
+    """Comparisons to train a scalar reward model on."""
+
+    margin_coef: float = chz.field(default=0.0, doc="the loss's margin, as a multiple of the data's own margin; 0 = no margins")
+
+    def examples(self, renderer: Renderer, labeled_D: Sequence[LabeledComparison]) -> SupervisedDataset:
+        decided_D = [labeled for labeled in labeled_D if labeled.label != "Tie"]
+        if not decided_D:
+            raise DataError(f"all of {len(labeled_D)} comparisons are ties: there is nothing to train a scalar reward model on")
+        if len(decided_D) < len(labeled_D):
+            print(f"preference pairs: {len(labeled_D) - len(decided_D):,} ties of {len(labeled_D):,} comparisons dropped")
+        return BradleyTerryDataset([self._pair(renderer, labeled) for labeled in decided_D], self.batch_size, self.seed)
+
+    def _pair(self, renderer: Renderer, labeled: LabeledComparison) -> tuple[Datum, Datum]:
+        if self.margin_coef and labeled.margin is None:
+            raise DataError(
+                f"{labeled.where or 'comparison'}: no margin, and margin_coef={self.margin_coef} needs one; set it to 0"
+            )
+        margin = self.margin_coef * (labeled.margin or 0.0)
+        chosen, rejected = (
+            last_token_datum(conversation_tokens(renderer, [*labeled.comparison.prompt_conversation, *side]), margin)
+            for side in labeled.chosen_and_rejected()
+        )
+        return chosen, rejected
+
+    def length(self, renderer: Renderer, labeled: LabeledComparison) -> int:
+        comparison = labeled.comparison
+        sides = (comparison.completion_A, comparison.completion_B)
+        return max(len(conversation_tokens(renderer, [*comparison.prompt_conversation, *side])) for side in sides)
+
+    def create_client(self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int) -> TrainingClient:
+        return service.create_scalar_client(model_name, lora, seed)
+
+    def model(self, client: TrainingClient, renderer: Renderer) -> PreferenceModel:
+        return BradleyTerryJudge(ScalarModel(client, renderer))
+
+    def objective(self) -> Objective:
+        return BradleyTerry()
+
+
+# --- as a reward in RL ----------------------------------------------------------------------------------------------------------
+
+
+class ScalarBatchReward:
+    """Adds coef * r to every finished trajectory of a step, in one forward pass. Read are the tokens themselves: the last turn's
+    prompt and what was sampled after it, as they are."""
+
+    def __init__(self, model: ScalarModel, coef: float):
+        self.model, self.coef = model, coef
+
+    async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
+        members = [(group, g) for group in groups_P for g in range(len(group.trajectories_G))]
+        last_D = [group.trajectories_G[g].transitions[-1] for group, g in members]
+        scores_D = await self.model.score_tokens([[*turn.ob.to_ints(), *turn.ac.tokens] for turn in last_D])
+        for (group, g), score in zip(members, scores_D, strict=True):
+            group.final_rewards_G[g] += self.coef * score
+            group.metrics_G[g]["reward_model"] = score
+        return {"reward_model/mean": float(np.mean(scores_D)), "reward_model/std": float(np.std(scores_D))} if scores_D else {}
+
+
+@chz.chz
+class RewardModelReward(SavedModel, BatchRewardBuilder):
+    """A saved scalar reward model as reward for any environment. It must have been trained with the policy's renderer."""
+
+    coef: float = chz.field(default=1.0, doc="weight of the model's reward beside the environment's own")
+
+    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
+        client, own_renderer = self.open(ServiceClient.create_scalar_client_from_state, renderer.tokenizer, service)
+        if type(own_renderer) is not type(renderer):
+            kinds = f"{type(own_renderer).__name__}, the policy by {type(renderer).__name__}"
+            raise ConfigError(f"{self.path} was trained on text written by {kinds}: give both the same renderer_name")
+        return ScalarBatchReward(ScalarModel(client, own_renderer), self.coef)

@@ -1,0 +1,281 @@
+"""Sets of comparisons from files, the Hugging Face hub and scored samples: read, cleaned, counted, and split by prompt.
+
+What is dropped is counted in one printed line. Splits and swaps follow from hashes of the examples and a seed, so the order in which they
+are read changes nothing. Left out: streaming from sets that do not fit into memory.
+"""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal, TypeVar
+
+import chz
+
+from backend.errors import ConfigError, DataError
+from preference import rows as shapes
+from preference.rows import ScoredSample
+from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
+from renderers.types import Message
+from supervised.data import HuggingFaceBuilder
+from supervised.rows import Fields, Row, read_rows
+
+T = TypeVar("T")
+
+
+# --- identity, order, pairs -----------------------------------------------------------------------------------------------------
+
+
+def content_hash(*parts: object) -> str:
+    """The same text for the same content, in any process; messages are compared by role and content."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def randomly_swapped(comparisons: Sequence[LabeledComparison], seed: int = 0) -> list[LabeledComparison]:
+    """Sides exchanged for about half of them: which ones is a function of (example, seed) alone."""
+    return [one.swap() if int(content_hash(_sides(one), seed), 16) % 2 else one for one in comparisons]
+
+
+def in_both_orders(comparisons: Sequence[LabeledComparison]) -> list[LabeledComparison]:
+    """Each, followed by itself with the sides exchanged."""
+    return [side for one in comparisons for side in (one, one.swap())]
+
+
+def prompt_hash(one: LabeledComparison) -> str:
+    """Comparisons with the same prompt belong on the same side of a split."""
+    return content_hash(list(one.comparison.prompt_conversation))
+
+
+def _sides(one: LabeledComparison) -> list[list[Message]]:
+    comparison = one.comparison
+    return [list(side) for side in (comparison.prompt_conversation, comparison.completion_A, comparison.completion_B)]
+
+
+def pairs_of_samples(
+    samples: Sequence[ScoredSample], min_gap: float, max_pairs: int | None, seed: int
+) -> list[LabeledComparison]:
+    """Every sample against every other of the same prompt that scored at least `min_gap` less. The pairs of a prompt beyond
+    `max_pairs` are left out, by hash; equal scores make no pair. The margin is the difference of the scores."""
+    by_prompt: dict[str, list[ScoredSample]] = defaultdict(list)
+    for sample in samples:
+        by_prompt[content_hash(list(sample.prompt))].append(sample)
+    pairs = []
+    for group in by_prompt.values():
+        found = [
+            LabeledComparison(
+                Comparison(better.prompt, better.completion, worse.completion), "A", better.score - worse.score, better.where
+            )
+            for better in group
+            for worse in group
+            if better.score > worse.score and better.score - worse.score >= min_gap
+        ]
+        pairs += sorted(found, key=lambda one: content_hash(_sides(one), seed))[:max_pairs] if max_pairs else found
+    return pairs
+
+
+# --- cleaning and splitting -----------------------------------------------------------------------------------------------------
+
+
+def cleaned(
+    comparisons: Sequence[LabeledComparison], identical: str = "drop", empty: str = "raise"
+) -> tuple[list[LabeledComparison], Counter[str]]:
+    """Without duplicates, identical answers and empty ones, and how many of each there were. "raise" makes one a DataError.
+
+    A duplicate is the same judgement once more, whichever way round; the opposite judgement is a disagreement and stays.
+    """
+    kept: dict[str, LabeledComparison] = {}
+    dropped: Counter[str] = Counter()
+    for one in comparisons:
+        fault, option = _fault(one), {"empty answers": empty, "identical answers": identical}
+        if fault and option.get(fault, "raise") == "raise":
+            raise DataError(
+                f"{one.where}: {fault}" + (f"; {fault.split()[0]}=drop leaves such pairs out" if fault in option else "")
+            )
+        fault = fault or ("duplicates" if _judgement(one) in kept else "")
+        if fault:
+            dropped[fault] += 1
+        else:
+            kept[_judgement(one)] = one
+    return list(kept.values()), dropped
+
+
+def _fault(one: LabeledComparison) -> str:
+    prompt, a, b = _sides(one)
+    if not prompt:
+        return "no prompt before the answers"
+    if any(side and side[0]["role"] != "assistant" for side in (a, b)):
+        return "an answer that does not begin with an assistant's message"
+    if not all(side and all(message["content"].strip() for message in side) for side in (a, b)):
+        return "empty answers"
+    return "identical answers" if a == b else ""
+
+
+def _judgement(one: LabeledComparison) -> str:
+    prompt, a, b = _sides(one)
+    if one.label == "Tie":
+        return content_hash(prompt, sorted(map(content_hash, (a, b))), "Tie")
+    return content_hash(prompt, a, b) if one.label == "A" else content_hash(prompt, b, a)
+
+
+def split_by_prompt(
+    comparisons: Sequence[LabeledComparison], test_size: int, seed: int
+) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
+    """Training and held-out comparisons: prompts in the order of their hashes are held out until there are `test_size` comparisons."""
+    if not 0 <= test_size < len(comparisons):
+        raise DataError(f"test_size={test_size} of {len(comparisons):,} comparisons: it must leave some to train on")
+    prompts = [content_hash(list(one.comparison.prompt_conversation), seed) for one in comparisons]
+    held_out, count, sizes = set(), 0, Counter(prompts)
+    for prompt in sorted(sizes):
+        if count >= test_size:
+            break
+        held_out.add(prompt)
+        count += sizes[prompt]
+    train, test = (
+        [one for one, p in zip(comparisons, prompts, strict=True) if (p in held_out) is side] for side in (False, True)
+    )
+    if not train:
+        raise DataError(f"test_size={test_size} holds out every prompt: there are only {len(sizes)}")
+    return train, test
+
+
+def read_each(rows: Sequence[Row], read: Callable[[Fields], T], dropped: Counter[str] | None = None) -> Iterator[tuple[str, T]]:
+    """(place, what `read` makes of the fields). A malformed row is counted in `dropped`, or is a DataError with its place in front."""
+    for where, fields in rows:
+        try:
+            yield where, read(fields)
+        except DataError as error:
+            if dropped is None:
+                raise DataError(f"{where}: {error}") from error
+            dropped["malformed rows"] += 1
+
+
+# --- builders -------------------------------------------------------------------------------------------------------------------
+
+
+@chz.chz
+class PreferenceRowsBuilder(ComparisonDatasetBuilder):
+    """What the sets below share: where rows come from, what is dropped, the split. A subclass reads one shape of row."""
+
+    path: str = chz.field(doc="JSONL file, hub name, or local folder of a Hugging Face dataset")
+    subset: str | None = chz.field(default=None, doc="configuration of the hub dataset")
+    split: str = chz.field(default="train", doc="split to train on (not of a JSONL file)")
+    test_split: str | None = chz.field(default=None, doc="split held out (not of a JSONL file)")
+    test_path: str | None = chz.field(default=None, doc="held-out JSONL file")
+    identical: Literal["drop", "raise"] = chz.field(default="drop", doc="pairs whose two answers are the same")
+    empty: Literal["drop", "raise"] = chz.field(default="raise", doc="pairs with an empty answer")
+    malformed: Literal["drop", "raise"] = chz.field(
+        default="raise", doc="rows without a field, with a label outside the set, ..."
+    )
+
+    def comparison(self, fields: Fields) -> LabeledComparison:
+        """The comparison in a row. Raises DataError, without saying where the row stands."""
+        raise NotImplementedError
+
+    def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
+        """What the rows say. Malformed ones are counted in `dropped`; where that is None, they raise DataError."""
+        return [replace(one, where=where) for where, one in read_each(rows, self.comparison, dropped)]
+
+    def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
+        train_rows, test_rows = self._rows()
+        dropped = Counter[str]()
+        train, test = (self._clean(rows, dropped) for rows in (train_rows, test_rows))
+        if self.test_size:
+            train, test = split_by_prompt(train, self.test_size, self.split_seed)
+        asked = {prompt_hash(one) for one in test}
+        overlapping = sum(prompt_hash(one) in asked for one in train)
+        if overlapping:
+            train = [one for one in train if prompt_hash(one) not in asked]
+            dropped["training pairs on held-out prompts"] += overlapping
+        return self._reported(train, test, dropped)
+
+    def _clean(self, rows: Sequence[Row], dropped: Counter[str]) -> list[LabeledComparison]:
+        found = self.comparisons(rows, dropped if self.malformed == "drop" else None)
+        kept, counts = cleaned(found, self.identical, self.empty)
+        dropped.update(counts)
+        return kept
+
+    def _rows(self) -> tuple[list[Row], list[Row]]:
+        if self.test_size and (self.test_split or self.test_path):
+            raise ConfigError(f"test_size={self.test_size} and a held-out set of its own: give one of them")
+        if self.path.endswith(".jsonl"):
+            return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
+        return HuggingFaceBuilder(name=self.path, subset=self.subset, split=self.split, test_split=self.test_split).rows()
+
+    def _reported(
+        self, train: list[LabeledComparison], test: list[LabeledComparison], dropped: Counter[str]
+    ) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
+        """Both sets as they are, after one printed line; DataError if nothing is left to train on."""
+        ties = sum(one.label == "Tie" for one in (*train, *test))
+        counts = [f"{len(train):,} comparisons", f"{len(test):,} held out", f"{ties:,} of them ties"]
+        line = f"{self.path}: {', '.join(counts)}" + "".join(f"; {count:,} {fault} dropped" for fault, count in dropped.items())
+        if not train:
+            raise DataError(f"{line}: nothing is left to train on")
+        print(line, flush=True)
+        return train, test
+
+
+@chz.chz
+class LabeledBuilder(PreferenceRowsBuilder):
+    """{"prompt": ..., "completion_A": ..., "completion_B": ..., "label": "A", "B" or "Tie"}; sides are texts or messages."""
+
+    label_field: str = chz.field(default="label", doc="field with A, B or Tie")
+
+    def comparison(self, fields: Fields) -> LabeledComparison:
+        return shapes.labeled(fields, self.label_field)
+
+
+@chz.chz
+class ChosenRejectedBuilder(PreferenceRowsBuilder):
+    """{"prompt": ..., "chosen": ..., "rejected": ...}: texts, messages, or whole conversations (UltraFeedback, Tulu 3)."""
+
+    prompt_field: str = chz.field(default="prompt", doc="field with the prompt; unread where the answers are whole conversations")
+    chosen_field: str = chz.field(default="chosen", doc="field with the better answer")
+    rejected_field: str = chz.field(default="rejected", doc="field with the worse answer")
+
+    def comparison(self, fields: Fields) -> LabeledComparison:
+        return shapes.chosen_rejected(fields, self.prompt_field, self.chosen_field, self.rejected_field)
+
+
+@chz.chz
+class TranscriptBuilder(PreferenceRowsBuilder):
+    """{"chosen": "\\n\\nHuman: ... \\n\\nAssistant: ...", "rejected": ...}: Anthropic's HH and HHH."""
+
+    chosen_field: str = chz.field(default="chosen", doc="field with the better transcript")
+    rejected_field: str = chz.field(default="rejected", doc="field with the worse transcript")
+
+    def comparison(self, fields: Fields) -> LabeledComparison:
+        return shapes.transcripts(fields, self.chosen_field, self.rejected_field)
+
+
+@chz.chz
+class RatedPairBuilder(PreferenceRowsBuilder):
+    """Two answers and one signed rating; the defaults are HelpSteer3's."""
+
+    prompt_field: str = chz.field(default="context", doc="field with the prompt or the conversation so far")
+    a_field: str = chz.field(default="response1", doc="field with the answer that a negative rating prefers")
+    b_field: str = chz.field(default="response2", doc="field with the answer that a positive rating prefers")
+    preference_field: str = chz.field(default="overall_preference", doc="field with the rating")
+    tie_within: float = chz.field(default=0.0, doc="ratings of at most this size are ties")
+
+    def comparison(self, fields: Fields) -> LabeledComparison:
+        return shapes.rated_pair(fields, self.prompt_field, (self.a_field, self.b_field), self.preference_field, self.tie_within)
+
+
+@chz.chz
+class ScoredSamplesBuilder(PreferenceRowsBuilder):
+    """Pairs of better and worse answers to the same prompt, from answers with a score each: a row per answer (HelpSteer2, samples
+    of one's own) or a row per prompt with the answers in objects within it (UltraFeedback's ratings, GSM8K's model solutions)."""
+
+    prompt_field: str = chz.field(default="prompt", doc="field with the prompt")
+    completion_field: str = chz.field(default="completion", doc="field with the answer")
+    score_field: str = chz.field(default="score", doc="field with its score: a number, or true for correct")
+    min_gap: float = chz.field(default=0.0, doc="least difference of the scores of a pair; equal scores never make one")
+    max_pairs: int | None = chz.field(default=None, doc="pairs of one prompt to keep, drawn by pair_seed; None = all")
+    pair_seed: int = chz.field(default=0, doc="seed of the choice under max_pairs")
+
+    def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
+        names = (self.prompt_field, self.completion_field, self.score_field)
+        found = read_each(rows, lambda fields: list(shapes.scored_samples(fields, *names)), dropped)
+        samples = [replace(sample, where=where) for where, samples in found for sample in samples]
+        return pairs_of_samples(samples, self.min_gap, self.max_pairs, self.pair_seed)

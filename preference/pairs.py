@@ -1,0 +1,149 @@
+"""Comparisons in tokens: pairs of a chosen and a rejected Datum, batches of them, and their sequence logprobs.
+
+Everything is rendered once, when the data are built. Left out: cutting answers that are too long, which could make a pair of equals.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from backend.errors import DataError
+from backend.types import Datum
+from preference.losses import PairLogprobs
+from preference.types import LabeledComparison
+from renderers.types import Message, Renderer, TrainOnWhat
+from supervised.data import datum_from_tokens_weights
+
+Ties = Literal["drop", "both", "raise"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`weights` of the two Datums are 1 on the tokens of the answer. `reference` is (s_ref chosen, s_ref rejected), once it is known."""
+
+    chosen: Datum
+    rejected: Datum
+    reference: tuple[float, float] = (float("nan"), float("nan"))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of the two."""
+        return max(self.chosen.model_input.length, self.rejected.model_input.length)
+
+
+def render_pairs(
+    comparisons: Sequence[LabeledComparison],
+    renderer: Renderer,
+    max_length: int | None = None,
+    ties: Ties = "drop",
+    overlong: Literal["drop", "raise"] = "drop",
+    kind: str = "training",
+) -> list[Pair]:
+    """Prints one line with what was dropped. A tie is left out, an error, or ("both") a pair each way round, which asks for equal rewards."""
+    limit = int(max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
+    pairs, dropped = [], Counter[str]()
+    for one in comparisons:
+        if one.label == "Tie" and ties != "both":
+            if ties == "raise":
+                raise DataError(f"{one.where}: a tie; ties=drop leaves ties out, ties=both asks for equal rewards")
+            dropped["ties"] += 1
+            continue
+        rendered = [_pair(one, *answers, renderer) for answers in _orders(one)]
+        if (length := rendered[0].length + 1) > limit:
+            if overlong == "raise":
+                raise DataError(f"{one.where}: {length} tokens, more than max_length={limit}; overlong=drop leaves it out")
+            dropped[f"longer than {limit} tokens"] += 1
+        elif _targets(rendered[0].chosen) == _targets(rendered[0].rejected):
+            dropped["of the same tokens"] += 1
+        else:
+            pairs += rendered
+    line = f"{len(pairs):,} {kind} pairs" + "".join(f"; {count:,} {fault} dropped" for fault, count in dropped.items())
+    if not pairs:
+        raise DataError(f"{line}: none is left; raise max_length or check the data")
+    print(line, flush=True)
+    return pairs
+
+
+def _orders(one: LabeledComparison) -> list[tuple[Sequence[Message], Sequence[Message]]]:
+    """(better, worse), or both ways round for a tie."""
+    sides = one.comparison
+    both = [(sides.completion_A, sides.completion_B), (sides.completion_B, sides.completion_A)]
+    return both if one.label == "Tie" else [one.chosen_and_rejected()]
+
+
+def _pair(one: LabeledComparison, chosen: Sequence[Message], rejected: Sequence[Message], renderer: Renderer) -> Pair:
+    prompt = [_marked(message, False) for message in one.comparison.prompt_conversation]
+    data = []
+    for answer in (chosen, rejected):
+        marked = [_marked(message, message["role"] == "assistant") for message in answer]
+        try:
+            example = renderer.build_supervised_example([*prompt, *marked], TrainOnWhat.CUSTOMIZED)
+            data.append(datum_from_tokens_weights(*example, reduction="sum"))
+        except DataError as error:
+            raise DataError(f"{one.where}: {error}") from error
+    return Pair(*data)
+
+
+def _marked(message: Message, trainable: bool) -> Message:
+    return Message(role=message["role"], content=message["content"], trainable=trainable)
+
+
+def _targets(datum: Datum) -> list[int]:
+    return datum.loss_fn_inputs["target_tokens"].tolist()
+
+
+class PairDataset:
+    """Batches by the number of the step; the order of an epoch is a function of (seed, epoch), its last batch may be short."""
+
+    def __init__(self, pairs: Sequence[Pair], batch_size: int, seed: int = 0):
+        if not 0 < batch_size <= len(pairs):
+            raise DataError(f"batch_size={batch_size}, but there are {len(pairs):,} pairs: choose between 1 and that")
+        self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.pairs) // self.batch_size)
+
+    def get_batch(self, step: int) -> list[Pair]:
+        epoch, index = divmod(step, len(self))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+        return [self.pairs[i] for i in order[index * self.batch_size : (index + 1) * self.batch_size]]
+
+
+def as_data(pairs: Sequence[Pair]) -> list[Datum]:
+    """Chosen, rejected, chosen, rejected, ..."""
+    return [datum for pair in pairs for datum in (pair.chosen, pair.rejected)]
+
+
+def micro_batches_of_pairs(pairs: Sequence[Pair], token_budget: int) -> list[list[Pair]]:
+    """Pairs in the order of their length, cut so that two answers of each, padded, fit the budget (a longer pair goes alone)."""
+    batches: list[list[Pair]] = [[]]
+    for pair in sorted(pairs, key=lambda pair: -pair.length):
+        if batches[-1] and 2 * batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
+            batches.append([])
+        batches[-1].append(pair)
+    return batches
+
+
+def sequence_logprobs(data_D: Sequence[Datum], logprobs_D: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(D,) sums of the answers' token logprobs, in float64: the difference of two sums is what matters. Differentiable."""
+    weights_DT = torch.from_numpy(np.concatenate([datum.loss_fn_inputs["weights"].array for datum in data_D]))
+    owner_DT = torch.repeat_interleave(torch.tensor([len(logprobs) for logprobs in logprobs_D]))
+    logprobs_DT = torch.cat(list(logprobs_D))
+    weighted_DT = logprobs_DT.double() * weights_DT.to(logprobs_DT.device)
+    return weighted_DT.new_zeros(len(data_D)).index_add(0, owner_DT.to(logprobs_DT.device), weighted_DT)
+
+
+def pair_logprobs(pairs: Sequence[Pair], sequence_logprobs_D: torch.Tensor) -> PairLogprobs:
+    """From the sequence logprobs of `as_data(pairs)`."""
+    reference_P2 = sequence_logprobs_D.new_tensor([pair.reference for pair in pairs])
+    tokens_P2 = sequence_logprobs_D.new_tensor([[_num_tokens(pair.chosen), _num_tokens(pair.rejected)] for pair in pairs])
+    return PairLogprobs(*sequence_logprobs_D.view(-1, 2).T, *reference_P2.T, *tokens_P2.T)
+
+
+def _num_tokens(datum: Datum) -> float:
+    return float(datum.loss_fn_inputs["weights"].array.sum())

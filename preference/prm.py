@@ -1,0 +1,182 @@
+"""A process reward model in use: scores of the steps of sampled solutions, what they add up to, and the reward they make in RL.
+
+A step's score is the logit at its last token; its sigmoid estimates how likely the solution, so far, still leads to the right answer. The answer
+step of a malformed solution has the score `malformed_logit`, whatever the model says; a response without steps has that one score.
+
+As a reward (B-STaR, Zeng et al. 2024): reward += coef * aggregate(scores). As per-step advantages: the tokens of step k get
+coef * (p_k - p_{k-1}), the change of the estimate (Setlur et al. 2024), where p_{-1} is the mean of p_0 over the group. Left out: solutions
+of several turns.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import chz
+import numpy as np
+import torch
+
+from backend.errors import ConfigError
+from backend.losses import Tensors
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import Datum, ModelInput
+from preference.reward_types import SavedModel
+from preference.steps import Malformed, StepFormat, split_response
+from renderers.types import Renderer, Tokenizer
+from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup, Transition
+
+MALFORMED_LOGIT = -5.0
+Aggregation = Literal["min", "product", "last", "mean"]
+Scale = Literal["logit", "probability"]
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """`logits_S`, one for each step and at least one; step s is the response's tokens from `bounds[s]` to `bounds[s + 1]`."""
+
+    logits_S: np.ndarray
+    bounds: list[int]
+    malformed: Malformed | None
+
+    @property
+    def probabilities_S(self) -> np.ndarray:
+        return 1 / (1 + np.exp(-self.logits_S))
+
+    def aggregate(self, how: Aggregation, scale: Scale = "probability") -> float:
+        """One number for the solution. A product of logits means nothing: ConfigError."""
+        values_S = self.probabilities_S if scale == "probability" else self.logits_S
+        match how, scale:
+            case "product", "logit":
+                raise ConfigError("aggregation=product is of probabilities: set scale=probability, or take min, last or mean")
+            case "product", _:
+                return float(values_S.prod())
+            case "min", _:
+                return float(values_S.min())
+            case "mean", _:
+                return float(values_S.mean())
+            case _:
+                return float(values_S[-1])
+
+
+class ProcessRewardModel:
+    """A trained scalar client. `form` must be that of its training."""
+
+    def __init__(self, client: TrainingClient, renderer: Renderer, form: StepFormat, malformed_logit: float = MALFORMED_LOGIT):
+        self.client, self.renderer, self.form, self.malformed_logit = client, renderer, form, malformed_logit
+
+    async def score(self, responses_D: Sequence[tuple[list[int], list[int]]]) -> list[StepScores]:
+        """Of (prompt tokens, response tokens), every step of all of them, in one forward pass."""
+        steps_D = [split_response(response, self.renderer, self.form) for _, response in responses_D]
+        at_D = [len(prompt) + np.array(s.last_tokens, dtype=int) for (prompt, _), s in zip(responses_D, steps_D, strict=True)]
+        data = [
+            _datum([*prompt, *response], at)
+            for (prompt, response), at in zip(responses_D, at_D, strict=True)
+            if len(at)  # of a response without steps there is nothing to read
+        ]
+        outputs = iter((await self.client.forward(data, _no_loss)).loss_fn_outputs if data else ())
+        scores_D = []
+        for steps, at in zip(steps_D, at_D, strict=True):
+            logits_S = next(outputs)["scalars"].array[at].astype(np.float64) if len(at) else np.zeros(1)
+            if steps.malformed:
+                logits_S[-1] = self.malformed_logit
+            scores_D.append(StepScores(logits_S, steps.bounds, steps.malformed))
+        return scores_D
+
+
+def _datum(tokens: list[int], positions: np.ndarray) -> Datum:
+    weights = np.zeros(len(tokens), dtype=np.float32)
+    weights[positions] = 1
+    return Datum(ModelInput.from_ints(tokens), {"weights": weights})
+
+
+def _no_loss(scalars_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
+    return torch.zeros_like(scalars_N), {}
+
+
+@chz.chz
+class SavedPrm(SavedModel):
+    """A process reward model by its path."""
+
+    form: StepFormat = chz.field(default_factory=StepFormat, doc="how solutions are written: as the model was trained")
+    malformed_logit: float = chz.field(
+        default=MALFORMED_LOGIT, doc="score of the answer step of a solution that is cut off or lacks its answer"
+    )
+
+    def load(self, tokenizer: Tokenizer, service: ServiceClient | None = None) -> ProcessRewardModel:
+        client, renderer = self.open(ServiceClient.create_scalar_client_from_state, tokenizer, service)
+        return ProcessRewardModel(client, renderer, self.form, self.malformed_logit)
+
+
+# --- as a reward in RL ----------------------------------------------------------------------------------------------------------
+
+
+class ProcessReward:
+    """Scores all trajectories of a step in one forward pass."""
+
+    def __init__(self, model: ProcessRewardModel, config: "PrmReward"):
+        self.model, self.config = model, config
+
+    async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
+        turns_D = [_only_turn(trajectory.transitions) for group in groups_P for trajectory in group.trajectories_G]
+        scores = iter(await self.model.score([(turn.ob.to_ints(), turn.ac.tokens) for turn in turns_D]))
+        scores_P_G = [[next(scores) for _ in group.trajectories_G] for group in groups_P]
+        for group, scores_G in zip(groups_P, scores_P_G, strict=True):
+            if self.config.per_step:
+                self._add_advantages(group, scores_G)
+            else:
+                self._add_rewards(group, scores_G)
+        return self._metrics([score for scores_G in scores_P_G for score in scores_G])
+
+    def _add_rewards(self, group: TrajectoryGroup, scores_G: list[StepScores]) -> None:
+        for g, score in enumerate(scores_G):
+            value = score.aggregate(self.config.aggregation, self.config.scale)
+            group.final_rewards_G[g] += self.config.coef * value
+            group.metrics_G[g]["prm"] = value
+
+    def _add_advantages(self, group: TrajectoryGroup, scores_G: list[StepScores]) -> None:
+        before = float(np.mean([score.probabilities_S[0] for score in scores_G])) if scores_G else 0.0
+        for g, (trajectory, score) in enumerate(zip(group.trajectories_G, scores_G, strict=True)):
+            changes_S = self.config.coef * np.diff(score.probabilities_S, prepend=before)
+            turn = trajectory.transitions[0]
+            lengths_S = np.diff(score.bounds) if len(score.bounds) > 1 else [len(turn.ac.tokens)]
+            own = np.repeat(changes_S, lengths_S)
+            turn.token_advantages = (own + (turn.token_advantages or 0.0)).tolist()
+            group.metrics_G[g]["prm"] = score.aggregate(self.config.aggregation, self.config.scale)
+
+    def _metrics(self, scores_D: list[StepScores]) -> Metrics:
+        if not scores_D:
+            return {}
+        values_D = [score.aggregate(self.config.aggregation, self.config.scale) for score in scores_D]
+        kinds = Counter(score.malformed for score in scores_D)
+        return {
+            "prm/mean": float(np.mean(values_D)),
+            "prm/steps": float(np.mean([len(score.logits_S) for score in scores_D])),
+            **{f"prm/{kind}": kinds[kind] / len(scores_D) for kind in ("truncated", "empty", "no_answer")},
+        }
+
+
+def _only_turn(transitions: Sequence[Transition]) -> Transition:
+    if len(transitions) != 1:
+        raise ConfigError(f"a process reward model scores solutions of one turn, and a trajectory has {len(transitions)}")
+    return transitions[0]
+
+
+@chz.chz
+class PrmReward(SavedPrm, BatchRewardBuilder):
+    """A saved process reward model as a reward beside the environment's own. It must have been trained with the policy's renderer."""
+
+    coef: float = chz.field(default=0.2, doc="weight beside the environment's reward")
+    aggregation: Aggregation = chz.field(default="min", doc="of the steps' scores to one number: min, product, last or mean")
+    scale: Scale = chz.field(default="logit", doc="'logit' as B-STaR has it, unbounded; 'probability' is its sigmoid")
+    per_step: bool = chz.field(default=False, doc="per-step advantages instead: the change of the probability over each step")
+
+    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
+        if self.aggregation == "product" and self.scale == "logit":
+            raise ConfigError("aggregation=product is of probabilities: set scale=probability, or take min, last or mean")
+        model = self.load(renderer.tokenizer, service)
+        if type(model.renderer) is not type(renderer):
+            kinds = f"{type(model.renderer).__name__}, the policy by {type(renderer).__name__}"
+            raise ConfigError(f"{self.path} was trained on text written by {kinds}: give both the same renderer_name")
+        return ProcessReward(model, self)

@@ -1,0 +1,154 @@
+"""Labels for the steps of solutions from rollouts, without a human: Math-Shepherd (Wang et al. 2024, section 3.3).
+
+From the end of each step but the last, N completions are sampled. The soft label of the step is the share of them that reach the right
+answer, the hard label is 1 if any does. The last step's label is whether the answer is right, and 0 in a malformed solution.
+
+Labels are appended to a JSONL file a chunk of solutions at a time, so that a restart begins with the first solution that has none. A line has
+the fields of the "prm-v4" format, `input` (the question), `output` (the steps) and `label` (0 or 1 for each), besides our own. What a solution
+is labelled is a function of it, the settings and the policy: neither the order nor a restart changes it. Left out: binary search for the
+first wrong step, completions by another policy than the one given.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import chz
+
+from backend.errors import ConfigError, DataError
+from backend.sampling_client import SamplingClient
+from backend.types import ModelInput, SamplingParams
+from preference.solutions import GradedProblem, Solution, grade
+from preference.steps import Malformed, StepFormat, StepTokens, split_response
+from rl.types import RolloutError
+from supervised.rows import read_rows
+from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A solution with a label for each step: a line of the file. `soft` is None in files of other projects."""
+
+    input: str
+    output: list[str]
+    label: list[int]
+    soft: list[float] | None = None
+    malformed: Malformed | None = None
+    id: str = ""
+
+
+@chz.chz
+class LabelConfig:
+    """How steps are labelled."""
+
+    max_tokens: int = chz.field(doc="most tokens of a whole solution: a completion gets what the prefix leaves of them")
+    form: StepFormat = chz.field(default_factory=StepFormat, doc="how solutions are written")
+    num_completions: int = chz.field(default=8, doc="completions from the end of each step")
+    temperature: float = chz.field(default=1.0, doc="they are sampled at")
+    seed: int = chz.field(default=0, doc="of the completions")
+    chunk_size: int = chz.field(default=64, doc="solutions labelled by one engine call: a kill loses no more than these")
+
+
+async def label_solutions(
+    client: SamplingClient, solutions: Sequence[tuple[GradedProblem, Solution]], config: LabelConfig, path: Path
+) -> tuple[list[StepRecord], dict[str, int]]:
+    """A record for each distinct solution, in order; those that `path` has already are not made again.
+
+    Also counts: `labelled` now and `cached` before, `duplicate` solutions and `empty` ones (neither has a record), the other malformed ones by
+    kind, and `failed` ones, whose verifier raised RolloutError: they get no record, and a restart tries them again.
+    """
+    if config.num_completions < 1 or config.chunk_size < 1:
+        raise ConfigError(f"num_completions={config.num_completions} and chunk_size={config.chunk_size} must be at least 1")
+    drop_torn_line(path)
+    done = {line["id"]: StepRecord(**line) for line in read_jsonl(path)}
+    counts = Counter(duplicate=0, empty=0, cached=0, labelled=0, failed=0)
+    todo: dict[str, tuple[GradedProblem, Solution, StepTokens]] = {}
+    ids: dict[str, None] = {}
+    for problem, solution in solutions:
+        steps, key = split_response(solution.tokens, problem.renderer, config.form), _id(solution, config)
+        if key in ids or not steps.strings:
+            counts["duplicate" if key in ids else "empty"] += 1
+            continue
+        ids[key] = None
+        counts["cached"] += key in done
+        if steps.malformed:
+            counts[steps.malformed] += 1
+        if key not in done:
+            todo[key] = (problem, solution, steps)
+    keys = list(todo)
+    for start in range(0, len(keys), config.chunk_size):
+        chunk = keys[start : start + config.chunk_size]
+        outcomes = await asyncio.gather(*(_label(client, key, *todo[key], config) for key in chunk))
+        for key, record in zip(chunk, outcomes, strict=True):
+            counts["labelled" if record else "failed"] += 1
+            if record:
+                append_jsonl(path, asdict(record), sync=True)
+                done[key] = record
+    return [done[key] for key in ids if key in done], dict(counts)
+
+
+async def _label(
+    client: SamplingClient, key: str, problem: GradedProblem, solution: Solution, steps: StepTokens, config: LabelConfig
+) -> StepRecord | None:
+    ends = steps.bounds[1:-1]
+    try:
+        hits = await asyncio.gather(*(_hits(client, f"{key}{end:08x}", problem, solution, end, config) for end in ends))
+    except RolloutError:
+        return None
+    right = float(solution.correct and not steps.malformed)
+    soft = [*(count / config.num_completions for count in hits), right]
+    return StepRecord(solution.question, steps.strings, [int(share > 0) for share in soft], soft, steps.malformed, key)
+
+
+async def _hits(
+    client: SamplingClient, key: str, problem: GradedProblem, solution: Solution, end: int, config: LabelConfig
+) -> int:
+    """How many completions of the first `end` tokens are right."""
+    prefix = solution.tokens[:end]
+    stop, seed = problem.renderer.get_stop_sequences(), int(_digest(key), 16) >> 2
+    params = SamplingParams(config.max_tokens - end, seed, stop, config.temperature)
+    response = await client.sample_async(ModelInput.from_ints(solution.prompt + prefix), config.num_completions, params)
+    graded = [await grade(problem, solution.prompt, prefix + sequence.tokens) for sequence in response.sequences]
+    return sum(completed.correct for completed in graded)
+
+
+def _id(solution: Solution, config: LabelConfig) -> str:
+    """What a label depends on, but for the policy: one file belongs to one policy."""
+    settings = [getattr(config, name) for name in ("num_completions", "temperature", "max_tokens", "seed")]
+    return _digest(json.dumps([solution.prompt, solution.tokens, config.form.separator, config.form.answer_marker, *settings]))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_records(path: str | Path) -> list[StepRecord]:
+    """The records of a prm-v4 file, ours or another's. DataError names the line that is wrong."""
+    records = []
+    for where, fields in read_rows(path):
+        try:
+            records.append(_record(dict(fields)))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+    return records
+
+
+def _record(fields: dict[str, Any]) -> StepRecord:
+    if missing := [name for name in ("input", "output", "label") if name not in fields]:
+        raise DataError(f"no field {missing[0]!r}; the fields are {', '.join(map(repr, fields))}")
+    if not isinstance(fields["input"], str):
+        raise DataError(f"input must be a text, not {str(fields['input'])[:80]}")
+    steps, label, soft = fields["output"], fields["label"], fields.get("soft")
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
+        raise DataError("output must be a list of at least one step, each a text")
+    if not isinstance(label, list) or len(label) != len(steps) or not all(value in (0, 1) for value in label):
+        raise DataError(f"label must be a 0 or 1 for each of the {len(steps)} steps, not {str(label)[:80]}")
+    if soft is not None and (len(soft) != len(steps) or not all(0 <= share <= 1 for share in soft)):
+        raise DataError(f"soft must be a share from 0 to 1 for each of the {len(steps)} steps, not {str(soft)[:80]}")
+    question = fields["input"] + fields.get("output_prefix", "")
+    return StepRecord(question, steps, [int(value) for value in label], soft, fields.get("malformed"), fields.get("id", ""))

@@ -1,0 +1,79 @@
+"""Sequence logprobs under the reference: the policy the run started from, which never moves. Computed once per answer, kept on disk.
+
+`reference_logprobs.jsonl` in the run folder names the reference in its first line; then it has a line for each answer, under a hash of its
+tokens. A resumed run reads it, and computes its first lines anew to see that the reference is still the one it was.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backend.errors import CheckpointError
+from backend.training_client import TrainingClient
+from backend.types import Datum
+from preference.pairs import Pair, as_data, sequence_logprobs
+from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
+
+CHUNK = 256  # answers per forward call, and per look at the file
+TOLERANCE = 1e-4  # relative: other threads or another machine change the last digits
+
+
+def answer_key(datum: Datum) -> str:
+    """Of the tokens and of which of them are the answer."""
+    arrays = (
+        np.asarray(datum.model_input.to_ints()),
+        *(datum.loss_fn_inputs[name].array for name in ("target_tokens", "weights")),
+    )
+    return hashlib.sha256(b"|".join(array.tobytes() for array in arrays)).hexdigest()[:32]
+
+
+async def with_reference(pairs: Sequence[Pair], client: TrainingClient, file: Path, reference: dict[str, Any]) -> list[Pair]:
+    """The pairs with their reference logprobs. `client` must hold the reference's weights; `reference` says which those are.
+
+    Raises CheckpointError if the file is another reference's, by name or by what it computes.
+    """
+    data = {answer_key(datum): datum for datum in as_data(pairs)}
+    known = _read(file, reference)
+    chunks = [list(data)[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
+    # A chunk is computed whole, as it would have been without an interruption: which answers share a batch decides the last digits.
+    needed = [keys for i, keys in enumerate(chunks) if i == 0 or not known.keys() >= set(keys)]
+    for keys in needed:
+        computed = zip(keys, await answer_logprobs(client, [data[key] for key in keys]), strict=True)
+        new = [(key, logprob) for key, logprob in computed if _is_new(known, key, logprob, file)]
+        known |= new
+        with file.open("a") as lines:
+            lines.writelines(json.dumps({"key": key, "logprob": logprob}) + "\n" for key, logprob in new)
+    return [replace(pair, reference=(known[answer_key(pair.chosen)], known[answer_key(pair.rejected)])) for pair in pairs]
+
+
+async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> list[float]:
+    """Sums over the answers' tokens, by one forward pass without gradient."""
+    outputs = (await client.forward(data_D, "cross_entropy")).loss_fn_outputs
+    return sequence_logprobs(data_D, [output["logprobs"].to_torch() for output in outputs]).tolist()
+
+
+def _read(file: Path, reference: dict[str, Any]) -> dict[str, float]:
+    """What the file knows; a new file is begun with the name of the reference."""
+    drop_torn_line(file)
+    header, *answers = read_jsonl(file) or [{}]
+    if not header:
+        append_jsonl(file, {"reference": reference})
+    elif header.get("reference") != reference:
+        raise CheckpointError(f"{file} holds logprobs of {header.get('reference')}, but this run starts from {reference}")
+    return {answer["key"]: answer["logprob"] for answer in answers}
+
+
+def _is_new(known: dict[str, float], key: str, logprob: float, file: Path) -> bool:
+    """Whether the file lacks it. CheckpointError if it has another number."""
+    if key in known and not math.isclose(known[key], logprob, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+        raise CheckpointError(
+            f"{file}: an answer's logprob is {known[key]:.6g} there and {logprob:.6g} now: the weights that the run started from "
+            "have changed; put them back, or start another run"
+        )
+    return key not in known

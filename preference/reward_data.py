@@ -1,0 +1,59 @@
+"""What the two kinds of reward model have in common as things to be trained: comparisons in, examples, a client and an objective out."""
+
+from collections.abc import Sequence
+
+import chz
+
+from backend.errors import DataError
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import LoraConfig
+from preference.reward_types import PreferenceModel
+from preference.types import ComparisonDatasetBuilder, LabeledComparison
+from renderers.types import Renderer
+from supervised.train import Objective
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+
+
+@chz.chz
+class RewardExamplesBuilder(SupervisedDatasetBuilder):
+    """Comparisons to train a reward model on. `batch_size` counts comparisons."""
+
+    comparisons: ComparisonDatasetBuilder = chz.field(doc="builder of the comparisons")
+
+    def examples(self, renderer: Renderer, labeled_D: Sequence[LabeledComparison]) -> SupervisedDataset:
+        """Of comparisons that fit."""
+        raise NotImplementedError
+
+    def length(self, renderer: Renderer, labeled: LabeledComparison) -> int:
+        """Tokens of the longest sequence the model reads for this comparison."""
+        raise NotImplementedError
+
+    def create_client(self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int) -> TrainingClient:
+        """The model at the start of its training."""
+        raise NotImplementedError
+
+    def model(self, client: TrainingClient, renderer: Renderer) -> PreferenceModel:
+        """The model in training, to evaluate in one order of the sides at a time."""
+        raise NotImplementedError
+
+    def objective(self) -> Objective:
+        raise NotImplementedError
+
+    def load(self, renderer: Renderer) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
+        """Training and held-out comparisons without those that do not fit, which are counted on one printed line."""
+        train_D, test_D = self.comparisons()
+        limit = self.max_length or renderer.tokenizer.model_max_length
+        kept_train_D, kept_test_D = (
+            [labeled for labeled in labeled_D if self.length(renderer, labeled) <= limit] for labeled_D in (train_D, test_D)
+        )
+        total, kept = len(train_D) + len(test_D), len(kept_train_D) + len(kept_test_D)
+        if not kept_train_D or (test_D and not kept_test_D):
+            raise DataError(f"of {total:,} comparisons {kept} fit into {limit} tokens: raise max_length, or take a larger model")
+        if kept < total:
+            print(f"{type(self).__name__}: {total - kept:,} of {total:,} comparisons are longer than {limit} tokens; dropped")
+        return kept_train_D, kept_test_D
+
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        train_D, test_D = self.load(renderer)
+        return self.examples(renderer, train_D), self.examples(renderer, test_D) if test_D else None

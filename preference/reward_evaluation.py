@@ -1,0 +1,131 @@
+"""How good a judge is on comparisons whose answer is known: accuracy, calibration, agreement with itself, and what length alone would give.
+
+Each comparison is asked in both orders; its score is (AB - BA) / 2, and P(B is better) is (1 + score) / 2. Ties have no right side: they
+are counted apart, and what is reported of them is how far the judge leans anyway.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backend.errors import DataError
+from backend.training_client import TrainingClient
+from preference.reward_types import Judge, judge_all
+from preference.types import LabeledComparison
+
+NUM_BINS = 10
+TRUTH = {"A": -1, "Tie": 0, "B": 1}
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores in the data's order and, turned round, in the other; `truth_D` is 1 where B is better, -1 where A is, 0 for a tie."""
+
+    forward_D: np.ndarray
+    reverse_D: np.ndarray
+    truth_D: np.ndarray
+
+    @property
+    def decided_D(self) -> np.ndarray:
+        return self.truth_D != 0
+
+    @property
+    def score_D(self) -> np.ndarray:
+        return (self.forward_D + self.reverse_D) / 2
+
+    @property
+    def correct_D(self) -> np.ndarray:
+        """Of decided comparisons. A score of exactly 0 is not correct."""
+        return (self.score_D * self.truth_D)[self.decided_D] > 0
+
+    @property
+    def confidence_D(self) -> np.ndarray:
+        """Of decided comparisons: the probability, from 0.5 to 1, that the side the judge prefers is the better one."""
+        return (1 + np.abs(self.score_D[self.decided_D])) / 2
+
+    def reliability(self) -> list[tuple[float, float, int]]:
+        """(mean confidence, accuracy, count) of each of NUM_BINS equal parts of [0.5, 1] that is not empty."""
+        bin_D = np.minimum(((self.confidence_D - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
+        chosen = [bin_D == k for k in range(NUM_BINS)]
+        return [(float(self.confidence_D[b].mean()), float(self.correct_D[b].mean()), int(b.sum())) for b in chosen if b.any()]
+
+    def metrics(self) -> Metrics:
+        """`ece`: the expected calibration error, Guo et al. 2017 eq. 5. `swap_agreement`: how often both orders prefer the same side."""
+        count = len(self.correct_D)
+        accuracy = float(self.correct_D.mean())
+        metrics = {
+            "accuracy": accuracy,
+            "accuracy_stderr": float(np.sqrt(accuracy * (1 - accuracy) / count)),
+            "ece": sum(n * abs(confidence - correct) for confidence, correct, n in self.reliability()) / count,
+            "swap_agreement": float(np.mean((np.sign(self.forward_D) == np.sign(self.reverse_D))[self.decided_D])),
+            "comparisons": float(count),
+        }
+        if not self.decided_D.all():
+            metrics |= {
+                "ties": float((~self.decided_D).sum()),
+                "tie_leaning": float(np.abs(self.score_D[~self.decided_D]).mean()),
+            }
+        return metrics
+
+
+async def evaluate_judge(judge: Judge, labeled_D: Sequence[LabeledComparison]) -> Evaluation:
+    """Asks about every comparison in both orders."""
+    comparisons_D = [labeled.comparison for labeled in labeled_D]
+    scores_2D = np.array(await judge_all(judge, [*comparisons_D, *(c.swap() for c in comparisons_D)])).reshape(2, -1)
+    return Evaluation(scores_2D[0], -scores_2D[1], np.array([TRUTH[labeled.label] for labeled in labeled_D]))
+
+
+class RewardModelEvaluator:
+    """`test/accuracy` and the rest, of a reward model in training on held-out comparisons."""
+
+    def __init__(self, judge: Judge, train_D: Sequence[LabeledComparison], test_D: Sequence[LabeledComparison]):
+        self.judge, self.test_D = judge, test_D
+        self.baseline = length_baseline(train_D, test_D)
+        self.last: Evaluation | None = None
+
+    async def __call__(self, client: TrainingClient) -> Metrics:
+        self.last = await evaluate_judge(self.judge, self.test_D)
+        return {f"test/{name}": value for name, value in (self.last.metrics() | {"length_baseline": self.baseline}).items()}
+
+
+def length_baseline(train_D: Sequence[LabeledComparison], test_D: Sequence[LabeledComparison]) -> float:
+    """Accuracy on `test_D` of preferring the longer answer, or the shorter one if that is right more often on `train_D`.
+
+    Lengths are in characters; two of the same length are half right. DataError if all comparisons of either are ties.
+    """
+    longer_wins = np.mean(_longer_is_better(train_D)) >= 0.5
+    held_out = float(np.mean(_longer_is_better(test_D)))
+    return held_out if longer_wins else 1 - held_out
+
+
+def _longer_is_better(labeled_D: Sequence[LabeledComparison]) -> list[float]:
+    pairs = [labeled.chosen_and_rejected() for labeled in labeled_D if labeled.label != "Tie"]
+    if not pairs:
+        raise DataError(f"{len(labeled_D)} comparisons and not one that is decided: nothing to measure a judge on")
+    lengths = [[sum(len(message["content"]) for message in side) for side in pair] for pair in pairs]
+    return [0.5 * float(np.sign(chosen - rejected) + 1) for chosen, rejected in lengths]
+
+
+def plot_reliability(evaluations: dict[str, Evaluation], path: Path) -> Path:
+    """Accuracy against confidence, a panel for each judge; a calibrated judge is on the diagonal. Areas are counts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(evaluations), 3.8), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    for k, (name, evaluation) in enumerate(evaluations.items()):
+        axis: Any = figure.add_subplot(1, len(evaluations), k + 1)
+        confidence, accuracy, count = (np.array(column) for column in zip(*evaluation.reliability(), strict=True))
+        axis.plot([0.5, 1], [0.5, 1], color="#9aa3ad", linewidth=1)
+        axis.scatter(confidence, accuracy, s=10 + 600 * count / count.sum(), color="#2f6db5", alpha=0.75, linewidth=0)
+        metrics = evaluation.metrics()
+        axis.set_title(f"{name}: accuracy {metrics['accuracy']:.3f}, ECE {metrics['ece']:.3f}", loc="left", fontsize=10)
+        axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0.49, 1.02), ylim=(min(0.45, accuracy.min() - 0.05), 1.03))
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

@@ -1,0 +1,114 @@
+"""What scores answers. A preference model says which of two is better, a reward model how good one is.
+
+Rules, local models and endpoints stand behind the same two calls, and environments know nothing more. Scores are made in one batch for each
+group of answers, not for whatever happens to wait: their last bits then depend on the data and not on the clock.
+"""
+
+import asyncio
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import chz
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError, ModelError
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from preference.types import Comparison
+from renderers import get_renderer
+from renderers.types import Message, Renderer, Tokenizer
+from rl.types import RolloutError
+
+Judge = Callable[[Comparison], Awaitable[float]]  # in [-1, 1]: 1 = B is better, -1 = A is, 0 = neither
+
+
+class JudgeError(RolloutError):
+    """A judge could not be asked, or what it answered is no judgement. Whatever waits for it has no score."""
+
+
+class PreferenceModel(ABC):
+    """A Judge that takes many comparisons at once."""
+
+    @abstractmethod
+    async def compare(self, comparisons_D: Sequence[Comparison]) -> list[float]:
+        """A score in [-1, 1] for each: 1 = B is better."""
+
+    async def __call__(self, comparison: Comparison) -> float:
+        return (await self.compare([comparison]))[0]
+
+
+class RewardModel(ABC):
+    @abstractmethod
+    async def score(self, conversations_D: Sequence[Sequence[Message]]) -> list[float]:
+        """How good the last answer of each conversation is: any finite number, more is better."""
+
+    async def __call__(self, prompt: Sequence[Message], completion: Sequence[Message]) -> float:
+        return (await self.score([[*prompt, *completion]]))[0]
+
+
+async def judge_all(judge: Judge, comparisons_D: Sequence[Comparison]) -> list[float]:
+    """One call where the judge can take many, else all calls at once. JudgeError for a score outside [-1, 1]."""
+    if not comparisons_D:
+        return []
+    if isinstance(judge, PreferenceModel):
+        scores_D = await judge.compare(comparisons_D)
+    else:
+        scores_D = list(await asyncio.gather(*(judge(comparison) for comparison in comparisons_D)))
+    for score in scores_D:
+        if not (isinstance(score, int | float) and math.isfinite(score) and -1 <= score <= 1):
+            raise JudgeError(f"the judge answered {score!r:.80}: a number from -1 (A is better) to 1 (B is better) is needed")
+    return scores_D
+
+
+@chz.chz
+class JudgeBuilder:
+    """Configuration of a judge, so that an environment can carry one."""
+
+    def __call__(self, tokenizer: Tokenizer) -> Judge:
+        """`tokenizer` is that of the policy which is judged."""
+        raise NotImplementedError
+
+
+@chz.chz
+class RewardModelBuilder:
+    """Configuration of a reward model."""
+
+    def __call__(self, tokenizer: Tokenizer) -> RewardModel:
+        """`tokenizer` is that of the policy which is scored."""
+        raise NotImplementedError
+
+
+@chz.chz
+class SavedModel:
+    """Where a model was saved, and how it reads what it is shown."""
+
+    path: str = chz.field(doc="checkpoint folder, as RUN/checkpoints/final", munger=lambda _, path: str(Path(path).expanduser()))
+    renderer_name: str | None = chz.field(default=None, doc="None = that of the run which saved the model")
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine runs the model")
+
+    def open(
+        self, create: Callable[[ServiceClient, str], TrainingClient], tokenizer: Tokenizer, service: ServiceClient | None = None
+    ) -> tuple[TrainingClient, Renderer]:
+        """The frozen model in a service of its own, unless one is given. ModelError if its tokenizer is not the policy's."""
+        client = create(service or ServiceClient(self.backend), self.path)
+        own: Tokenizer = client.get_tokenizer()
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise ModelError(
+                f"{self.path} has another tokenizer than the policy ({len(own)} tokens, the policy {len(tokenizer)}): "
+                "train it from a model of the policy's family"
+            )
+        return client, get_renderer(self._renderer_name(), own)
+
+    def _renderer_name(self) -> str | None:
+        run = Path(self.path).parent.parent / "config.json"
+        if not run.is_file():
+            return self.renderer_name
+        trained_with = json.loads(run.read_text()).get("renderer_name")
+        if self.renderer_name not in (None, trained_with):
+            raise ConfigError(
+                f"renderer_name={self.renderer_name}: {self.path} was trained with renderer_name={trained_with}; leave it out"
+            )
+        return trained_with

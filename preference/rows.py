@@ -1,0 +1,117 @@
+"""Rows of preference sets, in their usual shapes, to labelled comparisons; what is malformed is a DataError that says what was needed.
+
+Every function takes the fields of one row and says nothing about where it stands: comparisons.py adds file and line.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backend.errors import DataError
+from preference.types import Comparison, Label, LabeledComparison
+from renderers.types import Message
+from supervised.rows import Fields, conversation
+
+SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """One answer to a prompt and how good it is: 0 or 1 for correctness, or any rating."""
+
+    prompt: Sequence[Message]
+    completion: Sequence[Message]
+    score: float
+    where: str = ""
+
+
+def labeled(fields: Fields, label_field: str = "label") -> LabeledComparison:
+    """{"prompt": ..., "completion_A": ..., "completion_B": ..., "label": "A" | "B" | "Tie"}, each side a text or messages."""
+    label = need(fields, label_field)
+    if label not in ("A", "B", "Tie"):
+        raise DataError(f"the field {label_field!r} is {label!r}: it must be 'A', 'B' or 'Tie'")
+    sides = [messages(fields, name, "assistant") for name in ("completion_A", "completion_B")]
+    return LabeledComparison(Comparison(messages(fields, "prompt", "user"), *sides), label)
+
+
+def chosen_rejected(fields: Fields, prompt_field: str, chosen_field: str, rejected_field: str) -> LabeledComparison:
+    """Answers with a prompt beside them, or whole conversations, whose prompt is what they begin with in common."""
+    chosen, rejected = messages(fields, chosen_field, "assistant"), messages(fields, rejected_field, "assistant")
+    if chosen and rejected and "assistant" not in (chosen[0]["role"], rejected[0]["role"]):
+        return LabeledComparison(_cut_where_they_part(chosen, rejected), "A")
+    return LabeledComparison(Comparison(messages(fields, prompt_field, "user"), chosen, rejected), "A")
+
+
+def transcripts(fields: Fields, chosen_field: str, rejected_field: str) -> LabeledComparison:
+    """Two texts like "\\n\\nHuman: hi\\n\\nAssistant: hello" (Anthropic's HH and HHH)."""
+    return LabeledComparison(_cut_where_they_part(_turns(fields, chosen_field), _turns(fields, rejected_field)), "A")
+
+
+def _turns(fields: Fields, name: str) -> list[Message]:
+    text = need(fields, name)
+    before, *rest = SPEAKER.split("\n\n" + text.lstrip("\n") if isinstance(text, str) else "no text")
+    spoken = [Message(role=ROLE_OF[who], content=said.strip()) for who, said in zip(rest[::2], rest[1::2], strict=True)]
+    if before or not spoken:
+        raise DataError(f"the field {name!r} is no transcript of 'Human:' and 'Assistant:' turns: {str(text)[:40]!r}")
+    return spoken
+
+
+def _cut_where_they_part(chosen: list[Message], rejected: list[Message]) -> Comparison:
+    """The prompt is what two conversations have in common, up to where the assistant speaks."""
+    last = min(len(chosen), len(rejected)) - 1
+    cut = next((i for i in range(last) if chosen[i] != rejected[i]), last)
+    while cut > 0 and not chosen[cut]["role"] == rejected[cut]["role"] == "assistant":
+        cut -= 1
+    if cut <= 0:
+        raise DataError("the two conversations have no prompt in common that the assistant answers")
+    return Comparison(chosen[:cut], chosen[cut:], rejected[cut:])
+
+
+def rated_pair(
+    fields: Fields, prompt_field: str, answer_fields: tuple[str, str], preference_field: str, tie_within: float
+) -> LabeledComparison:
+    """Two answers and one signed rating (HelpSteer3: -3 the first is much better, 3 the second is); near 0 is a tie."""
+    rating = number(fields, preference_field)
+    label: Label = "Tie" if abs(rating) <= tie_within else ("A" if rating < 0 else "B")
+    sides = [messages(fields, name, "assistant") for name in answer_fields]
+    margin = None if label == "Tie" else abs(rating)
+    return LabeledComparison(Comparison(messages(fields, prompt_field, "user"), *sides), label, margin)
+
+
+def scored_samples(fields: Fields, prompt_field: str, completion_field: str, score_field: str) -> Iterator[ScoredSample]:
+    """The answer in a row, or the answers in objects or lists of objects within it (a row for each problem)."""
+    prompt = messages(fields, prompt_field, "user")
+    flat = completion_field in fields
+    inner = [item for value in fields.values() for item in (value if isinstance(value, list) else [value])]
+    found = [fields] if flat else [item for item in inner if isinstance(item, Mapping) and completion_field in item]
+    if not found:
+        raise DataError(f"no field {completion_field!r}, in the row or in an object within it; there are {_names(fields)}")
+    for sample in found:
+        yield ScoredSample(prompt, messages(sample, completion_field, "assistant"), number(sample, score_field))
+
+
+def messages(fields: Fields, name: str, role: str) -> list[Message]:
+    """A conversation as it is, or a text as one message of `role`."""
+    value = need(fields, name)
+    if isinstance(value, str):
+        return [Message(role=role, content=value)]
+    return [Message(role=message["role"], content=message["content"]) for message in conversation(fields, name)]
+
+
+def number(fields: Fields, name: str) -> float:
+    value = need(fields, name)
+    if not isinstance(value, bool | int | float) or value != value:
+        raise DataError(f"the field {name!r} is {str(value)[:40]!r}, not a number")
+    return float(value)
+
+
+def need(fields: Fields, name: str) -> Any:
+    if fields.get(name) is None:
+        raise DataError(f"no field {name!r}; the fields are {_names(fields)}")
+    return fields[name]
+
+
+def _names(fields: Fields) -> str:
+    return ", ".join(map(repr, fields))

@@ -1,0 +1,133 @@
+"""Labelled steps as training data for a process reward model, and its loss: pointwise cross-entropy, in B-STaR's form (Zeng et al. 2024).
+
+    L = sum_t w_t BCE(logit_t, label of the step of t) / (sum_t w_t + 1e-6)        both sums over a batch; ln 2 for a head of zeros
+
+The label of a step is copied to all its tokens, or to its last few. Tokens of the question have no weight, nor has the last step of a malformed
+solution, whose score is defined (prm.py). A step that is sound in itself has the label 0 behind a wrong one; a small model learns to check
+single steps far sooner when it does not see those (`until_first_error`). Left out: losses that rank the steps of one solution.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import chz
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from backend.errors import ConfigError, DataError
+from backend.losses import Tensors
+from backend.types import Datum, ModelInput
+from preference.prm_labels import StepRecord, read_records
+from preference.steps import StepFormat, split_response
+from renderers.types import Renderer, TrainOnWhat
+from supervised.data import SupervisedDatasetFromExamples
+from supervised.rows import exchange
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+
+
+def step_cross_entropy(scalars_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
+    """w BCE(scalar, label), with labels from 0 to 1; the weights of a batch are divided by their sum beforehand (StepDataset)."""
+    loss_N = binary_cross_entropy_with_logits(scalars_N, inputs["labels"], reduction="none")
+    right_N = ((scalars_N > 0) == (inputs["labels"] > 0.5)).float()
+    return inputs["weights"] * loss_N, {"accuracy": right_N}
+
+
+class StepDataset(SupervisedDatasetFromExamples):
+    """Batches whose weights add up to 1."""
+
+    def get_batch(self, index: int) -> list[Datum]:
+        batch_D = super().get_batch(index)
+        total = sum(float(datum.loss_fn_inputs["weights"].array.sum()) for datum in batch_D) + 1e-6
+        return [
+            Datum(datum.model_input, {**datum.loss_fn_inputs, "weights": datum.loss_fn_inputs["weights"].array / total})
+            for datum in batch_D
+        ]
+
+
+def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuilder") -> Datum | None:
+    """`labels` and `weights` of each token, and `step_ends`, 1 at the last token of a step. None if no step is left to train on."""
+    form, last_tokens = config.form, config.last_tokens
+    text = form.separator.join(record.output)
+    messages = exchange({"prompt": record.input, "completion": text}, "prompt", "completion", config.prompt_template)
+    tokens, weights = renderer.build_supervised_example(messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+    prompt = weights.index(1.0)
+    steps = split_response(tokens[prompt:], renderer, form)
+    if len(steps.strings) != len(record.output):
+        raise DataError(f"{len(record.output)} steps, which read as {len(steps.strings)} with separator={form.separator!r}")
+    labels = record.soft if config.labels == "soft" else record.label
+    if labels is None:
+        raise DataError("no field 'soft': train on the hard labels, or label the steps again")
+    arrays = {name: np.zeros(len(tokens), dtype=np.float32) for name in ("labels", "weights", "step_ends")}
+    trained = len(labels) - bool(record.malformed)
+    if config.until_first_error and 0 in record.label:
+        trained = min(trained, record.label.index(0) + 1)
+    for start, end, label in zip(steps.bounds[:trained], steps.bounds[1:], labels, strict=False):
+        start = start if last_tokens is None else max(start, end - last_tokens)
+        arrays["labels"][prompt + start : prompt + end] = label
+        arrays["weights"][prompt + start : prompt + end] = 1
+        arrays["step_ends"][prompt + end - 1] = 1
+    return Datum(ModelInput.from_ints(tokens), arrays) if trained else None
+
+
+@chz.chz
+class StepExamplesBuilder(SupervisedDatasetBuilder):
+    """Labelled steps from a file of "prm-v4" records (prm_labels.py)."""
+
+    path: str = chz.field(doc="JSONL file to train on")
+    test_path: str | None = chz.field(default=None, doc="held-out JSONL file of the same form")
+    test_size: int = chz.field(default=0, doc="questions held out from the training file, with all their solutions; 0 = none")
+    form: StepFormat = chz.field(default_factory=StepFormat, doc="how solutions are written")
+    labels: Literal["hard", "soft"] = chz.field(default="hard", doc="soft = the share of completions that were right")
+    last_tokens: int | None = chz.field(default=None, doc="train on this many last tokens of each step; None = on all of them")
+    until_first_error: bool = chz.field(
+        default=False, doc="leave out what follows the first step labelled 0, as Lightman et al. 2023 do"
+    )
+    prompt_template: str = chz.field(default="{prompt}", doc="the user's message; {prompt} stands for the question")
+    reduction: str = chz.field(default="sum", doc="'sum': each token weighs the same; 'mean': each solution does")
+
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        if self.train_on_what != TrainOnWhat.ALL_ASSISTANT_MESSAGES or self.reduction not in ("sum", "mean"):
+            raise ConfigError("a process reward model trains on steps: leave train_on_what out, and reduction is 'sum' or 'mean'")
+        if self.last_tokens is not None and self.last_tokens < 1:
+            raise ConfigError(f"last_tokens={self.last_tokens}: at least 1, or None for all tokens of a step")
+        train, test = read_records(self.path), read_records(self.test_path) if self.test_path else []
+        if self.test_size:
+            train, test = self._split(train, test)
+        train_D, test_D = self._data(train, renderer, "training"), self._data(test, renderer, "held-out") if test else []
+        held_out = StepDataset(test_D, min(len(test_D), self.batch_size), shuffle=False) if test_D else None
+        return StepDataset(train_D, self.batch_size, self.seed), held_out
+
+    def _split(self, train: list[StepRecord], test: list[StepRecord]) -> tuple[list[StepRecord], list[StepRecord]]:
+        questions = sorted({record.input for record in train})
+        if test or not 0 < self.test_size < len(questions):
+            raise ConfigError(
+                f"test_size={self.test_size} of {len(questions)} questions: leave some to train on, and no test_path"
+            )
+        held_out = set(np.random.default_rng(self.seed).permutation(questions)[: self.test_size].tolist())
+        return [record for record in train if record.input not in held_out], [r for r in train if r.input in held_out]
+
+    def _data(self, records: Sequence[StepRecord], renderer: Renderer, kind: str) -> list[Datum]:
+        """Prints one line: how many solutions there are, and why the others were left out."""
+        limit = self.max_length or renderer.tokenizer.model_max_length
+        data, overlong, empty = [], 0, 0
+        for number, record in enumerate(records):
+            try:
+                datum = step_datum(record, renderer, self)
+            except DataError as error:
+                raise DataError(f"{self.path}, {kind} record {number}: {error}") from error
+            empty += datum is None
+            overlong += datum is not None and datum.model_input.length > limit
+            if datum is not None and datum.model_input.length <= limit:
+                data.append(self._reduced(datum))
+        print(
+            f"{self.path}: {len(data):,} {kind} solutions; dropped {overlong:,} longer than {limit} tokens, {empty:,} without steps"
+        )
+        if not data:
+            raise DataError(f"{self.path}: no {kind} solution is left to use")
+        return data
+
+    def _reduced(self, datum: Datum) -> Datum:
+        weights_T = datum.loss_fn_inputs["weights"].array
+        scale = weights_T.sum() if self.reduction == "mean" else 1.0
+        return Datum(datum.model_input, {**datum.loss_fn_inputs, "weights": weights_T / scale})

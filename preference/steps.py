@@ -1,0 +1,86 @@
+"""Steps of a solution, as spans of characters in its text; the tokens of a step follow from the spans, never from ids that a step ends with.
+
+A separator belongs to the step it ends, and the tokens that stop a response belong to the last step: so the spans cover the text, and the
+token ranges the response. Sampled tokens are located by decoding, not encoded again. A solution is malformed if it ran into the token limit
+or lacks its answer: it still has steps, the last of which has a defined score (prm.py). Left out: steps that a parser of the language finds.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import chz
+
+from backend.errors import ConfigError
+from renderers.turns import decode
+from renderers.types import Renderer, Tokenizer
+
+Span = tuple[int, int]  # characters [start, end) of a text
+Malformed = Literal["truncated", "empty", "no_answer"]
+
+
+@chz.chz
+class StepFormat:
+    """How solutions are written. B-STaR's: separator="\\n\\n" answer_marker="# Answer"."""
+
+    separator: str = chz.field(default="\n", doc="what a step ends with")
+    answer_marker: str = chz.field(default="", doc="what the last step of a whole solution begins with; empty = anything")
+
+    def spans(self, text: str) -> list[Span]:
+        """The steps of a text, in order and without gaps. Blank ones belong to their neighbours; a blank text has none."""
+        if not self.separator:
+            raise ConfigError("separator must not be empty")
+        ends = [match.end() for match in re.finditer(re.escape(self.separator), text)]
+        bounds = [0]
+        for end in [*ends, len(text)]:
+            if text[bounds[-1] : end].strip():
+                bounds.append(end)
+            elif len(bounds) > 1:
+                bounds[-1] = end
+        return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+    def strings(self, text: str) -> list[str]:
+        """The steps without their separators."""
+        return [text[start:end].replace(self.separator, "") for start, end in self.spans(text)]
+
+    def malformed(self, text: str, ended: bool) -> Malformed | None:
+        """What is wrong with the form of a response; `ended` says whether it stopped by itself."""
+        steps = self.strings(text)
+        if not ended:
+            return "truncated"
+        if not steps:
+            return "empty"
+        return None if steps[-1].startswith(self.answer_marker) else "no_answer"
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """A response cut into steps: step k is `tokens[bounds[k] : bounds[k + 1]]`, and `strings[k]` without its separator."""
+
+    tokens: list[int]
+    strings: list[str]
+    bounds: list[int]
+    malformed: Malformed | None
+
+    @property
+    def last_tokens(self) -> list[int]:
+        """Index of the last token of each step: where a model has read all of it."""
+        return [end - 1 for end in self.bounds[1:]]
+
+
+def split_response(tokens: Sequence[int], renderer: Renderer, form: StepFormat) -> StepTokens:
+    """The steps of a sampled response, stop token included."""
+    message, ended = renderer.parse_response(tokens)
+    text, whole = message["content"], decode(renderer.tokenizer, tokens)
+    start = whole.find(text)  # a renderer may strip what comes before and after
+    spans = form.spans(text)
+    inner = [_tokens_up_to(renderer.tokenizer, tokens, start + end) for _, end in spans[:-1]]
+    bounds = [0, *inner, len(tokens)] if spans else [0]
+    return StepTokens(list(tokens), form.strings(text), bounds, form.malformed(text, ended))
+
+
+def _tokens_up_to(tokenizer: Tokenizer, tokens: Sequence[int], end: int) -> int:
+    """How many tokens it takes to write the first `end` characters. A token across a border belongs to the step in which it begins."""
+    return bisect_left(range(len(tokens)), end, key=lambda count: len(decode(tokenizer, tokens[:count])))

@@ -1,0 +1,44 @@
+"""Preference optimisation from the command line.
+
+python preference/train_cli.py dataset=pairs.jsonl model_name=small load_checkpoint_path=runs/sft/checkpoints/final
+python -m preference.train_cli dataset=ultrafeedback method=rpo method.nll_coef=0.5 model_name=Qwen/Qwen2.5-0.5B-Instruct
+"""
+
+if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
+
+from preference import train_dpo
+from preference.train_dpo import Config
+from tracking.command_line import run_command
+
+COMPARISONS = "preference.comparisons:"
+DATASETS = {
+    "chosen_rejected": f"{COMPARISONS}ChosenRejectedBuilder",
+    "labeled": f"{COMPARISONS}LabeledBuilder",
+    "transcripts": f"{COMPARISONS}TranscriptBuilder",
+    "scored_samples": f"{COMPARISONS}ScoredSamplesBuilder",
+    "hhh": f"{COMPARISONS}TranscriptBuilder path=Anthropic/hh-rlhf test_split=test empty=drop malformed=drop",
+    "ultrafeedback": f"{COMPARISONS}ChosenRejectedBuilder path=HuggingFaceH4/ultrafeedback_binarized "
+    "split=train_prefs test_split=test_prefs empty=drop",
+    "tulu3": f"{COMPARISONS}ChosenRejectedBuilder path=allenai/llama-3.1-tulu-3-8b-preference-mixture test_size=1024 empty=drop",
+    "helpsteer2": f"{COMPARISONS}ScoredSamplesBuilder path=nvidia/HelpSteer2 test_split=validation "
+    "completion_field=response score_field=helpfulness empty=drop",
+    "helpsteer3": f"{COMPARISONS}RatedPairBuilder path=nvidia/HelpSteer3 test_split=validation empty=drop",
+    "gsm8k_solutions": f"{COMPARISONS}ScoredSamplesBuilder prompt_field=question completion_field=solution "
+    "score_field=is_correct test_size=200",
+    "*.jsonl": f"{COMPARISONS}ChosenRejectedBuilder path={{}}",
+}
+METHODS = {name: f"preference.losses:{name.upper()}" for name in ("dpo", "rpo", "ipo")} | {"simpo": "preference.losses:SimPO"}
+
+
+def main() -> None:
+    run_command(lambda config: asyncio.run(train_dpo.main(config)), Config, {"dataset": DATASETS, "method": METHODS})
+
+
+if __name__ == "__main__":
+    main()

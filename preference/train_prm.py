@@ -1,0 +1,111 @@
+"""Training a process reward model on labelled steps: a saved scalar model out, that prm.py opens by its path.
+
+    python preference/train_prm.py dataset=labels.jsonl dataset.test_size=100 load_checkpoint_path=runs/sft/checkpoints/final
+    python -m preference.train_prm dataset=labels.jsonl dataset.labels=soft dataset.last_tokens=3 model_name=Qwen/Qwen2.5-0.5B
+
+The loop, its run folder and its resuming are those of supervised/train.py; the loss is step_data.py's. Held-out solutions give test/loss,
+test/accuracy (of steps, at their last token), test/majority (what always guessing the commoner label would give) and test/first_error (the
+share of solutions whose first step below 1/2 is the first one labelled 0). Left out: B-STaR's warm-up.
+"""
+
+if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import asyncio
+from collections.abc import Sequence
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+from backend.futures import APIFuture
+from backend.service_client import ServiceClient
+from backend.tokenizers import load_tokenizer
+from backend.training_client import TrainingClient
+from backend.types import Datum, ForwardBackwardOutput, LoraConfig
+from preference.step_data import StepExamplesBuilder, step_cross_entropy
+from renderers import get_renderer
+from supervised import train
+from supervised.train import Metrics
+from supervised.types import SupervisedDataset
+from tracking.command_line import run_command
+from tracking.run_folder import open_run_folder
+
+DATASETS = {"*.jsonl": "preference.step_data:StepExamplesBuilder path={}"}
+
+
+@chz.chz
+class Config(train.Config):
+    """Training of a process reward model on labelled steps."""
+
+    dataset: StepExamplesBuilder = chz.field(doc="labelled steps to train on, and to hold out")
+    log_path: str = chz.field(default="runs/prm", doc="the run folder")
+
+
+class StepObjective:
+    def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
+        return client.forward_backward(batch_D, step_cross_entropy)
+
+    def metrics(self, batch_D: Sequence[Datum], output: ForwardBackwardOutput) -> Metrics:
+        found = output.metrics
+        return {
+            "train_loss": found["loss:sum"],
+            "train_accuracy": found["accuracy:mean"],
+            "num_loss_tokens": found["num_loss_tokens:sum"],
+        }
+
+
+class StepEvaluator:
+    """One forward pass over the held-out solutions."""
+
+    def __init__(self, dataset: SupervisedDataset, name: str = "test"):
+        self._batches, self._name = [dataset.get_batch(i) for i in range(len(dataset))], name
+
+    async def __call__(self, client: TrainingClient) -> Metrics:
+        submitted = [(batch_D, client.forward(batch_D, step_cross_entropy)) for batch_D in self._batches]
+        losses, right, labels, found = [], [], [], []
+        for batch_D, future in submitted:
+            output = await future
+            losses.append(output.metrics["loss:sum"])
+            for datum, out in zip(batch_D, output.loss_fn_outputs, strict=True):
+                ends_T = datum.loss_fn_inputs["step_ends"].array > 0
+                bad_S, wrong_S = out["scalars"].array[ends_T] <= 0, datum.loss_fn_inputs["labels"].array[ends_T] <= 0.5
+                right.append(bad_S == wrong_S)
+                labels.append(~wrong_S)
+                found.append(first(bad_S) == first(wrong_S))
+        good = float(np.concatenate(labels).mean())
+        metrics = {
+            "loss": float(np.mean(losses)),
+            "accuracy": float(np.concatenate(right).mean()),
+            "majority": max(good, 1 - good),
+            "first_error": float(np.mean(found)),
+        }
+        return {f"{self._name}/{key}": value for key, value in metrics.items()}
+
+
+def first(marked_S: np.ndarray) -> int | None:
+    """Index of the first True, None where there is none."""
+    return int(marked_S.argmax()) if marked_S.any() else None
+
+
+async def main(config: Config) -> Metrics:
+    """Trains; returns the last metrics. The model is LOG_PATH/checkpoints/final."""
+    if config.stop_at_nll is not None or config.num_epochs < 1:
+        raise ConfigError("num_epochs must be at least 1, and stop_at_nll is for language models: give max_steps")
+    tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
+    dataset, test_dataset = config.dataset(get_renderer(config.renderer_name, tokenizer))
+    folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
+    lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+    with ServiceClient(config.backend, folder.checkpoints) as service:
+        client = service.create_scalar_client(config.model_name, lora, config.seed)
+        evaluator = StepEvaluator(test_dataset) if test_dataset is not None and config.eval_every else None
+        metrics = await train.training_loop(config, folder, client, dataset, StepObjective(), evaluator)
+    train.finish(folder, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_command(lambda config: asyncio.run(main(config)), Config, {"dataset": DATASETS})

@@ -1,0 +1,70 @@
+"""Preference data: two answers to one conversation and which is better, and the configuration objects that build sets of them.
+
+Names are those of the Tinker cookbook. A tie is a label of its own: nothing here turns it into a preference. Left out: rankings of more than
+two answers, which `comparisons.pairs_of_samples` takes apart into pairs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import chz
+
+from backend.errors import ConfigError, DataError
+from renderers.types import Message
+
+Label = Literal["A", "B", "Tie"]
+SWAPPED: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "Tie"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two completions, each a list of messages that goes on from `prompt_conversation`."""
+
+    prompt_conversation: Sequence[Message]
+    completion_A: Sequence[Message]
+    completion_B: Sequence[Message]
+
+    def swap(self) -> "Comparison":
+        return Comparison(self.prompt_conversation, self.completion_B, self.completion_A)
+
+
+@dataclass(frozen=True)
+class LabeledComparison:
+    """`margin` (above 0) is by how much the better one wins on the data's own scale, None where the data do not say.
+    `where` is the row it came from ("path:line"), for errors."""
+
+    comparison: Comparison
+    label: Label
+    margin: float | None = None
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        if self.label not in get_args(Label):
+            raise DataError(f"{self.where or 'comparison'}: the label {self.label!r} is not one of {', '.join(get_args(Label))}")
+
+    def swap(self) -> "LabeledComparison":
+        """The same judgement with the sides exchanged."""
+        return replace(self, comparison=self.comparison.swap(), label=SWAPPED[self.label])
+
+    def chosen_and_rejected(self) -> tuple[Sequence[Message], Sequence[Message]]:
+        """The better completion and the worse one. DataError for a tie: it has none."""
+        if self.label == "Tie":
+            raise DataError(f"{self.where or 'comparison'}: a tie has no better completion; leave it out or treat it as one")
+        one = self.comparison if self.label == "A" else self.comparison.swap()
+        return one.completion_A, one.completion_B
+
+
+@chz.chz
+class ComparisonDatasetBuilder:
+    """Configuration that builds comparisons for training and held-out ones ([] if there are none); no prompt is in both.
+
+    The sides are those of the data: where a set says chosen and rejected, A is the chosen one. A model that sees both sides at once is
+    trained on `comparisons.randomly_swapped` or `comparisons.in_both_orders` of them.
+    """
+
+    test_size: int = chz.field(default=0, doc="comparisons held out from the training data, whole prompts at a time; 0 = none")
+    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out prompts")
+
+    def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
+        raise ConfigError("no set of comparisons was chosen: give dataset=NAME or dataset=module:Class (--help lists the names)")

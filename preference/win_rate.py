@@ -1,0 +1,65 @@
+"""Win rate of a policy against a reference: both answer the same prompts, and a judge compares the answers in both orders.
+
+win rate = mean over prompts of (r_AB - r_BA + 2) / 4, where A is the reference's answer, B the policy's, and r the judge's score in [-1, 1].
+So a judge that always prefers one side gives 0.5. The standard error is over prompts (ddof 1). Left out: several answers per prompt.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from backend.errors import DataError
+from backend.sampling_client import SamplingClient
+from backend.types import SamplingParams
+from preference.reward_types import Judge, judge_all
+from preference.types import Comparison
+from renderers.types import Message, Renderer
+
+Metrics = dict[str, float]
+
+
+def win_rate(scores_AB_P: Sequence[float], scores_BA_P: Sequence[float]) -> tuple[float, float]:
+    """Win rate of B and its standard error, which is nan for one prompt."""
+    won_P = (np.array(scores_AB_P) - np.array(scores_BA_P) + 2) / 4
+    return float(won_P.mean()), float(won_P.std(ddof=1) / np.sqrt(len(won_P))) if len(won_P) > 1 else float("nan")
+
+
+class WinRateEvaluator:
+    """`prompts` are conversations to answer. Greedy with temperature 0; else the two policies draw from different seeds."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        renderer: Renderer,
+        judge: Judge,
+        max_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ):
+        if not prompts:
+            raise DataError("no prompts to compare two policies on")
+        self.prompts, self.renderer, self.judge = prompts, renderer, judge
+        self.max_tokens, self.temperature, self.seed = max_tokens, temperature, seed
+        self.comparisons: list[Comparison] = []  # of the last call, to look at
+
+    async def __call__(self, policy: SamplingClient, reference: SamplingClient) -> Metrics:
+        """`win_rate`, `win_rate_stderr`, and how often the judge took the same side in both orders."""
+        answers_A, answers_B = await asyncio.gather(self._answers(reference, 0), self._answers(policy, 1))
+        self.comparisons = [Comparison(*asked) for asked in zip(self.prompts, answers_A, answers_B, strict=True)]
+        scores = await judge_all(self.judge, [*self.comparisons, *(comparison.swap() for comparison in self.comparisons)])
+        scores_AB, scores_BA = scores[: len(self.prompts)], scores[len(self.prompts) :]
+        mean, stderr = win_rate(scores_AB, scores_BA)
+        agreement = float(np.mean(np.sign(scores_AB) == -np.sign(scores_BA)))
+        return {"win_rate": mean, "win_rate_stderr": stderr, "swap_agreement": agreement, "prompts": float(len(self.prompts))}
+
+    async def _answers(self, client: SamplingClient, side: int) -> list[list[Message]]:
+        responses = await asyncio.gather(*(self._sample(client, prompt, side, p) for p, prompt in enumerate(self.prompts)))
+        return [[self.renderer.parse_response(tokens)[0]] for tokens in responses]
+
+    async def _sample(self, client: SamplingClient, prompt: Sequence[Message], side: int, p: int) -> list[int]:
+        seed = int(np.random.SeedSequence([self.seed, side, p]).generate_state(1, np.uint64)[0] >> 1)
+        stop = self.renderer.get_stop_sequences()
+        params = SamplingParams(max_tokens=self.max_tokens, seed=seed, stop=stop, temperature=self.temperature)
+        response = await client.sample_async(self.renderer.build_generation_prompt(prompt), 1, params)
+        return response.sequences[0].tokens

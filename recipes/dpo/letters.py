@@ -1,0 +1,96 @@
+"""A preference with a rule: given letters in some order, "dbeac>", the answer that writes them in alphabetical order is the better one.
+
+The warm start teaches to answer with the same letters in a random order. The set of letters decides the answer, so sets are held out, and
+both builders hold out the same ones.
+"""
+
+from itertools import combinations
+from string import ascii_lowercase
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+from backend.types import Datum
+from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
+from renderers.types import Message, Renderer
+from supervised.data import conversation_to_datum
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+
+TEST_SETS = 200
+
+
+def letter_sets(num_letters: int, alphabet: int, test_size: int, split_seed: int) -> tuple[list[str], list[str]]:
+    """All sets of `num_letters` of the first `alphabet` letters, in alphabetical order each: to train on, and held out."""
+    sets = ["".join(letters) for letters in combinations(ascii_lowercase[:alphabet], num_letters)]
+    if not 0 < test_size < len(sets):
+        raise ConfigError(f"test_size={test_size} must be above 0 and below the {len(sets)} sets of letters")
+    order = np.random.default_rng(split_seed).permutation(len(sets))
+    return [sets[i] for i in order[test_size:]], [sets[i] for i in order[:test_size]]
+
+
+def shuffled(letters: str, rng: np.random.Generator) -> str:
+    return "".join(rng.permutation(list(letters)))
+
+
+def question(letters: str) -> list[Message]:
+    return [Message(role="user", content=f"{letters}>")]
+
+
+def answer(letters: str) -> list[Message]:
+    return [Message(role="assistant", content=letters)]
+
+
+class RandomOrder(SupervisedDataset):
+    """Fresh questions in every batch, each answered with its letters in a random order."""
+
+    def __init__(self, sets: list[str], renderer: Renderer, builder: "RandomOrderBuilder", n_batches: int):
+        self.sets, self.renderer, self.config, self.n_batches, self.epoch = sets, renderer, builder, n_batches, 0
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def get_batch(self, index: int) -> list[Datum]:
+        rng = np.random.default_rng([self.config.seed, self.epoch, index])
+        chosen = [self.sets[i] for i in rng.integers(len(self.sets), size=self.config.batch_size)]
+        conversations = [question(shuffled(letters, rng)) + answer(shuffled(letters, rng)) for letters in chosen]
+        return [conversation_to_datum(messages, self.renderer) for messages in conversations]
+
+
+@chz.chz
+class RandomOrderBuilder(SupervisedDatasetBuilder):
+    """Letters answered by the same letters in a random order. The best loss is ln(n!) / (n + 1) nats per token."""
+
+    num_letters: int = chz.field(default=4, doc="letters in a question")
+    alphabet: int = chz.field(default=16, doc="letters there are")
+    n_batches: int = chz.field(default=600, doc="training batches per epoch")
+    test_size: int = chz.field(default=TEST_SETS, doc="sets of letters held out")
+    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out sets")
+
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        train, test = letter_sets(self.num_letters, self.alphabet, self.test_size, self.split_seed)
+        return RandomOrder(train, renderer, self, self.n_batches), RandomOrder(test, renderer, self, n_batches=2)
+
+
+@chz.chz
+class SortedPreferredBuilder(ComparisonDatasetBuilder):
+    """For every set of letters a question, the letters in alphabetical order (A, preferred) and in another order (B)."""
+
+    num_letters: int = chz.field(default=4, doc="letters in a question")
+    alphabet: int = chz.field(default=16, doc="letters there are")
+    test_size: int = chz.field(default=TEST_SETS, doc="sets of letters held out")
+    seed: int = chz.field(default=0, doc="seed of the questions and of the rejected answers")
+
+    def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
+        train, test = letter_sets(self.num_letters, self.alphabet, self.test_size, self.split_seed)
+        return [self.comparison(letters) for letters in train], [self.comparison(letters) for letters in test]
+
+    def comparison(self, letters: str) -> LabeledComparison:
+        rng = np.random.default_rng([self.seed, *letters.encode()])
+        asked, rejected = shuffled(letters, rng), letters
+        while rejected == letters:
+            rejected = shuffled(letters, rng)
+        return LabeledComparison(Comparison(question(asked), answer(letters), answer(rejected)), "A", where=asked)
