@@ -1,0 +1,76 @@
+"""Guess a number in several turns: a warm start that imitates play without strategy, then RL, which finds the strategy.
+
+    python recipes/guess_number/train.py                       # runs/guess_number
+    python recipes/guess_number/train.py seed=1 env.largest=49
+
+The demonstrations guess any number that is still possible. Nothing says that halving the range is better but the reward: 1 for the number,
+less `env.guess_cost` for every guess after the first, 0 after `env.max_guesses`. See README.md for what to expect.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+from pathlib import Path
+
+import chz
+
+from backend.config import BackendConfig
+from backend.learning_rate import LRSchedule
+from envs.guess_number import GuessNumber, GuessNumberBuilder, GuessNumberExamplesBuilder
+from rl import train
+from rl.types import RLDatasetBuilder
+from supervised import train as supervised_train
+from tracking.command_line import run_command
+
+
+@chz.chz
+class Config(train.Config):
+    """Reinforcement learning on a guessing game of several turns, after a supervised warm start."""
+
+    env: RLDatasetBuilder = chz.field(
+        default_factory=lambda: GuessNumberBuilder(prompt="{low}-{high}:", n_batches=130, batch_size=32),
+        doc="builder of the games",
+    )
+    warm_start_nll: float = chz.field(default=0.72, doc="nats per token at which imitation ends; play without strategy has 0.56")
+    renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
+    learning_rate: float = chz.field(default=5e-4, doc="of RL, at its first step")
+    lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
+    save_every: int = chz.field(default=50, doc="checkpoint after every this many steps, and at the end")
+    log_path: str = chz.field(default="runs/guess_number", doc="the run folder; the warm start's is beside it")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
+    )
+
+
+def warm_start(config: Config) -> supervised_train.Config:
+    assert isinstance(config.env, GuessNumberBuilder)
+    game = {name: getattr(config.env, name) for name in chz.chz_fields(GuessNumber)}
+    return supervised_train.Config(
+        dataset=GuessNumberExamplesBuilder(**game, n_batches=2000, batch_size=64, seed=config.seed),
+        model_name=config.model_name,
+        renderer_name=config.renderer_name,
+        seed=config.seed,
+        learning_rate=2e-3,
+        lr_schedule="constant",
+        stop_at_nll=config.warm_start_nll,
+        save_every=0,
+        log_path=f"{config.log_path}_warm_start",
+        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
+        backend=config.backend,
+    )
+
+
+def main(config: Config) -> None:
+    config = chz.replace(config, env=chz.replace(config.env, seed=config.seed))
+    if config.load_checkpoint_path is None:
+        asyncio.run(supervised_train.main(first := warm_start(config)))
+        config = chz.replace(config, load_checkpoint_path=str(Path(first.log_path) / "checkpoints" / "final"))
+    asyncio.run(train.main(config))
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
