@@ -1,0 +1,123 @@
+"""Who sits opposite: a random player, a perfect one (tic-tac-toe), a frozen policy. Chosen in the config, so each is a chz object.
+
+A player is asked with the game and a generator of its own, and answers with text, as a policy does. Its moves are a pure function of the
+generator's seed and of the game. Left out: search for other games than tic-tac-toe; opponents that learn (self-play has no opponent).
+"""
+
+import re
+from collections.abc import Awaitable, Callable
+from functools import cache
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError, CookbookError
+from backend.types import SamplingParams
+from envs.textarena_game import Game
+from renderers import get_renderer
+from renderers.types import Message
+from rl.frozen_policy import FrozenPolicy, FrozenPolicyError
+from rl.types import RolloutError
+
+Player = Callable[[Game, np.random.Generator], Awaitable[str]]
+
+MOVES_LINE = re.compile(r"(?:available|valid|legal|possible)[ _](?:moves|actions)[^\[\n]*\[.*", re.IGNORECASE)
+MOVE = re.compile(r"\[[^\[\]]+\]")
+
+
+@chz.chz
+class Opponent:
+    """Configuration of a player."""
+
+    name = "opponent"  # a class constant: metrics against this opponent are also logged under it
+
+    def open(self, game: Game) -> Player:
+        """Loads what is needed, once per run. `game` is one of those it will play: an opponent that cannot raises ConfigError."""
+        raise NotImplementedError
+
+
+def listed_moves(text: str) -> list[str]:
+    """The moves that a game's text lists last, in brackets, e.g. "Available Moves: '[0]', '[4]'"; empty if it lists none."""
+    lines = MOVES_LINE.findall(text)
+    return MOVE.findall(lines[-1]) if lines else []
+
+
+@chz.chz
+class RandomPlayer(Opponent):
+    """Any of the moves that the game lists, uniformly."""
+
+    name = "random"
+
+    def open(self, game: Game) -> Player:
+        if not listed_moves(game.text):
+            raise ConfigError(f"{game.name} does not list its legal moves, so a random player cannot play it: take FrozenPlayer")
+        return _random_move
+
+
+async def _random_move(game: Game, rng: np.random.Generator) -> str:
+    moves = listed_moves(game.text)
+    if not moves:
+        raise RolloutError(
+            f"{game.name} lists no moves in this position, so the random player cannot go on: {game.text[-200:]!r}"
+        )
+    return moves[rng.integers(len(moves))]
+
+
+@chz.chz
+class MinimaxPlayer(Opponent):
+    """Perfect tic-tac-toe: any of the moves with the best value, uniformly. It never loses; it does not hurry to win."""
+
+    name = "minimax"
+
+    def open(self, game: Game) -> Player:
+        if not game.name.startswith("TicTacToe-v0"):
+            raise ConfigError(f"minimax plays TicTacToe-v0 and its variants, not {game.name}")
+        return _minimax_move
+
+
+async def _minimax_move(game: Game, rng: np.random.Generator) -> str:
+    board = "".join(cell or " " for row in game.state.game_state["board"] for cell in row)
+    values = {cell: -_value(after, THEM[mark]) for cell, after, mark in _moves(board, "OX"[game.player])}
+    best = [cell for cell, value in values.items() if value == max(values.values())]
+    return f"[{best[rng.integers(len(best))]}]"
+
+
+THEM = {"X": "O", "O": "X"}
+LINES = [(0, 1, 2), (3, 4, 5), (6, 7, 8), (0, 3, 6), (1, 4, 7), (2, 5, 8), (0, 4, 8), (2, 4, 6)]
+
+
+def _moves(board: str, mark: str) -> list[tuple[int, str, str]]:
+    """Each empty cell, the board with `mark` in it, and `mark`."""
+    return [(i, board[:i] + mark + board[i + 1 :], mark) for i, cell in enumerate(board) if cell == " "]
+
+
+@cache
+def _value(board: str, mark: str) -> int:
+    """1, 0 or -1: what `mark`, who is to move, gets when both play perfectly."""
+    if any(board[a] == board[b] == board[c] == THEM[mark] for a, b, c in LINES):
+        return -1
+    return max((-_value(after, THEM[mark]) for _, after, _ in _moves(board, mark)), default=0)
+
+
+@chz.chz
+class FrozenPlayer(Opponent):
+    """A saved policy that does not learn. What it fails to finish counts as its move, as the learner's does."""
+
+    policy: FrozenPolicy = chz.field(doc="which weights, and how to sample from them; with temperature 0 it repeats itself")
+    name = "frozen"
+
+    def open(self, game: Game) -> Player:
+        client, policy = self.policy.open(), self.policy
+        renderer = get_renderer(policy.renderer_name, client.get_tokenizer())
+
+        async def move(game: Game, rng: np.random.Generator) -> str:
+            prompt = renderer.build_generation_prompt([Message(role="user", content=game.text)])
+            seed = int(rng.integers(2**62))
+            params = SamplingParams(policy.max_tokens, seed, renderer.get_stop_sequences(), policy.temperature)
+            try:
+                response = await client.sample_async(prompt, 1, params)
+            except CookbookError as error:
+                raise FrozenPolicyError(f"{game.name}: the opponent failed with {type(error).__name__}: {error}") from error
+            return renderer.parse_response(response.sequences[0].tokens)[0]["content"]
+
+        return move

@@ -1,0 +1,249 @@
+"""TextArena games as environments: alone, against an opponent, or in self-play, where all seats of one game form a group.
+
+What a seat sees is the text that TextArena shows to this player, as one user message, anew at every turn; so each turn is a Datum of its
+own. Step rewards are penalties for illegal moves; the outcome is the group's reward. In self-play it is zero-sum in most games, so that
+the mean of a group is 0 and each seat is the other's baseline. Left out: seats that learn different policies; chat between the turns.
+
+    python rl/train_cli.py env=textarena env.game=TicTacToe-v0-train env.test_opponent=envs.opponents:RandomPlayer
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+from backend.types import ModelInput
+from envs.opponents import Opponent, Player, listed_moves
+from envs.textarena_game import Game
+from renderers.types import Message, Renderer
+from rl.types import (
+    Action,
+    Env,
+    EnvGroupBuilder,
+    EpisodeEnd,
+    Metrics,
+    Observation,
+    RLDataset,
+    RLDatasetBuilder,
+    SeatLost,
+    StepResult,
+    StopCondition,
+    Trajectory,
+)
+
+TRAINING_GAMES, TEST_GAMES = 0, 1  # second number of a game's seed
+OPENING = 1000  # in the seed of the moves that nobody decides, where a player's own have the player's number
+
+
+class Table:
+    """A game and those who play it: wakes a seat when it is to move, or when nobody will any more. `opponents` move at once."""
+
+    def __init__(self, game: Game, opponents: dict[int, Player], seed: int):
+        self.game, self.opponents = game, opponents
+        self._rngs = {player: np.random.default_rng([seed, player]) for player in opponents}
+        self._changed = asyncio.Condition()
+        self._lost: int | None = None  # the seat that left before the end
+
+    async def wait_for_turn(self, seat: int) -> None:
+        """Returns when `seat` is to move or the game is over. Raises SeatLost when another seat has left it unfinished."""
+        async with self._changed:
+            await self._opponents_move()
+            await self._changed.wait_for(lambda: self.game.over or self.game.player == seat)
+            self._check_seats(seat)
+
+    async def move(self, seat: int, text: str) -> bool:
+        """The move of the seat whose turn it is. Returns whether it was legal. Raises SeatLost."""
+        async with self._changed:
+            self._check_seats(seat)
+            legal = self.game.move(text)
+            await self._opponents_move()
+            self._changed.notify_all()
+            return legal
+
+    def _check_seats(self, seat: int) -> None:
+        if self._lost is not None:
+            raise SeatLost(f"{self.game.name}: seat {self._lost} failed, so seat {seat} cannot finish its game")
+
+    async def end(self, lost_seat: int | None = None) -> None:
+        """If the game is not over, ends it without a result, or, for `lost_seat`, fails the seats that wait for it."""
+        async with self._changed:
+            if not self.game.over:
+                self._lost = lost_seat
+                self.game.abandon()
+                self._changed.notify_all()
+
+    async def _opponents_move(self) -> None:
+        while not self.game.over and self.game.player in self.opponents:
+            player = self.game.player
+            self.game.move(await self.opponents[player](self.game, self._rngs[player]))
+
+
+class Seat(Env):
+    """One player of a game."""
+
+    def __init__(self, table: Table, seat: int, renderer: Renderer, illegal_move_penalty: float = 0.0):
+        self.table, self.seat, self.renderer, self.penalty = table, seat, renderer, illegal_move_penalty
+        self.had_a_turn = False  # False if the game ended before this seat could move
+
+    async def initial_observation(self) -> tuple[Observation, StopCondition]:
+        await self.table.wait_for_turn(self.seat)
+        self.had_a_turn = not self.table.game.over
+        return self._observation(), self.renderer.get_stop_sequences()
+
+    async def step(self, action: Action) -> StepResult:
+        """The move, then the moves of all others. A seat that had no turn has nothing to move: see compute_group_rewards."""
+        if not self.had_a_turn:
+            return StepResult(0.0, True, ModelInput.empty())
+        message, _ = self.renderer.parse_response(action)
+        game, text = self.table.game, message["content"]
+        legal = await self.table.move(self.seat, text)
+        await self.table.wait_for_turn(self.seat)
+        return StepResult(
+            reward=0.0 - self.penalty * (not legal),
+            episode_done=game.over,
+            next_observation=ModelInput.empty() if game.over else self._observation(),
+            next_stop_condition=self.renderer.get_stop_sequences(),
+            metrics={"illegal": float(not legal)},
+            logs={"move": text, "legal": str(legal)} | ({"rewards": str(game.rewards)} if game.over else {}),
+        )
+
+    async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
+        """A limit that one seat meets ends the game for all, without a result."""
+        await self.table.end()
+        return 0.0, {}
+
+    async def close(self) -> None:
+        await self.table.end(lost_seat=self.seat)
+
+    def _observation(self) -> ModelInput:
+        return self.renderer.build_generation_prompt([Message(role="user", content=self.table.game.text)])
+
+
+@dataclass(frozen=True)
+class GameGroupBuilder(EnvGroupBuilder):
+    """Without opponents, the seats of one game; with them, `num_games` games of the same seed for the one seat that is left."""
+
+    config: "TextArenaBuilder"
+    renderer: Renderer
+    seed: int
+    opponents: dict[int, Player] = field(default_factory=dict)
+    num_games: int = 1
+    random_opening: int = 0
+    tags: list[str] = field(default_factory=list)
+    members_are_independent: bool = True
+
+    async def make_envs(self) -> Sequence[Seat]:
+        config, seats = self.config, [s for s in range(self.config.num_players) if s not in self.opponents]
+        tables = [Table(self._open_game(), self.opponents, self.seed) for _ in range(self.num_games)]
+        return [Seat(table, seat, self.renderer, config.illegal_move_penalty) for table in tables for seat in seats]
+
+    def _open_game(self) -> Game:
+        game, rng = self.config.open_game(self.seed), np.random.default_rng([self.seed, OPENING])
+        for _ in range(rng.integers(self.random_opening + 1)):
+            if not game.over and (moves := listed_moves(game.text)):
+                game.move(moves[rng.integers(len(moves))])
+        return game
+
+    async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
+        """Each seat's outcome. What was sampled for a seat whose game had ended before its turn is taken out: it was no move."""
+        outcomes = []
+        for trajectory, env in zip(trajectories_G, envs_G, strict=True):
+            assert isinstance(env, Seat)
+            if not env.had_a_turn:
+                trajectory.transitions.clear()
+            outcomes.append(env.table.game.outcome(env.seat))
+        return outcomes
+
+    def logging_tags(self) -> list[str]:
+        return self.tags
+
+
+class TextArenaDataset(RLDataset):
+    """Games numbered without end. Game n's seed, and with an opponent the learner's seat n modulo num_players, are functions of n."""
+
+    def __init__(self, config: "TextArenaBuilder", renderer: Renderer, opponent: Opponent | None, stream: int):
+        self.config, self.renderer, self.stream = config, renderer, stream
+        self.name = opponent.name if opponent else "alone" if config.num_players == 1 else "self_play"
+        self.player = opponent.open(config.open_game(0)) if opponent else None
+        testing = stream == TEST_GAMES
+        self.n_batches = -(-config.num_test // config.batch_size) if testing else config.n_batches
+        self.end = config.num_test if testing else None
+        self.num_games = 1 if testing or (opponent is None and config.num_players > 1) else config.group_size
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def get_batch(self, index: int) -> list[GameGroupBuilder]:
+        first = index * self.config.batch_size
+        last = min(first + self.config.batch_size, self.end or 2**62)
+        return [self._group(number) for number in range(first, last)]
+
+    def _group(self, number: int) -> GameGroupBuilder:
+        seed = int(np.random.SeedSequence([self.config.seed, self.stream, number]).generate_state(1)[0])
+        seat, tags, opponents = number % self.config.num_players, [self.name], {}
+        if self.player is not None:
+            opponents = {other: self.player for other in range(self.config.num_players) if other != seat}
+            tags.append(f"seat{seat}")
+        return GameGroupBuilder(
+            self.config,
+            self.renderer,
+            seed,
+            opponents,
+            self.num_games,
+            random_opening=self.config.random_opening if self.stream == TRAINING_GAMES else 0,
+            tags=tags,
+            members_are_independent=self.player is not None or self.config.num_players == 1,
+        )
+
+
+@chz.chz
+class TextArenaBuilder(RLDatasetBuilder):
+    """Any TextArena game. The held-out set is `num_test` games of other seeds, one attempt each, against `test_opponent`."""
+
+    game: str = chz.field(
+        default="TicTacToe-v0-train", doc="TextArena's name of the game; the ending says what a player is shown"
+    )
+    num_players: int = chz.field(default=2, doc="1 plays alone")
+    board_only: bool = chz.field(default=False, doc="show the rules and the last board, whatever the game's name ends with")
+    opponent: Opponent | None = chz.field(default=None, doc="who has all the other seats; None with several players is self-play")
+    test_opponent: Opponent | None = chz.field(default=None, doc="the same for the held-out games")
+    group_size: int = chz.field(
+        default=2, doc="games of one seed per group, alone or against an opponent; in self-play the seats of one game"
+    )
+    random_opening: int = chz.field(
+        default=0,
+        doc="up to this many first moves of a training game are random: self-play then meets more than its favourite game",
+    )
+    illegal_move_penalty: float = chz.field(
+        default=0.0, doc="taken from the reward for each illegal move, beside what the game does"
+    )
+    error_allowance: int | None = chz.field(
+        default=None, doc="illegal moves in a row that a player may take back before it loses; None = the game's own"
+    )
+    n_batches: int = chz.field(default=100, doc="training batches")
+    num_test: int = chz.field(default=100, doc="held-out games; 0 = none")
+    max_tokens: int = chz.field(default=8, doc="most tokens a move needs")
+
+    def recommended_max_tokens(self) -> int:
+        return self.max_tokens
+
+    def open_game(self, seed: int) -> Game:
+        return Game(self.game, self.num_players, seed, self.error_allowance, self.board_only)
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        self._check()
+        train = TextArenaDataset(self, renderer, self.opponent, TRAINING_GAMES)
+        return train, TextArenaDataset(self, renderer, self.test_opponent, TEST_GAMES) if self.num_test else None
+
+    def _check(self) -> None:
+        if self.num_players < 1 or (self.num_players == 1 and (self.opponent or self.test_opponent)):
+            raise ConfigError(f"num_players={self.num_players}: at least 1 is needed, and an opponent makes it 2")
+        if self.num_players > 1 and self.opponent is None and self.group_size != self.num_players:
+            raise ConfigError(
+                f"group_size={self.group_size}: in self-play a group is the {self.num_players} seats of one game; set it to that"
+            )
+        if not listed_moves(self.open_game(0).text) and self.random_opening:
+            raise ConfigError(f"random_opening={self.random_opening}: {self.game} does not list its legal moves")

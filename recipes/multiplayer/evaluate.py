@@ -1,0 +1,76 @@
+"""Plays a saved tic-tac-toe policy against a random and a perfect player, from both seats, and counts how the games end.
+
+    python recipes/multiplayer/evaluate.py model_path=runs/multiplayer/checkpoints/final games=500 temperature=0
+
+`illegal` is the share of the policy's moves that break the rules; one illegal move loses the game.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+
+import chz
+from rich.console import Console
+from rich.table import Table
+
+from backend.config import BackendConfig
+from backend.service_client import ServiceClient
+from envs.opponents import MinimaxPlayer, RandomPlayer
+from envs.textarena import TextArenaBuilder
+from renderers import get_renderer
+from rl.evaluators import RLTestSetEvaluator
+from rl.types import Metrics
+from tracking.command_line import run_command
+
+OPPONENTS = (RandomPlayer(), MinimaxPlayer())
+RESULTS = ("win", "draw", "loss", "illegal")
+
+
+@chz.chz
+class Config:
+    """Games of a saved policy against players that do not learn."""
+
+    model_path: str = chz.field(doc="a checkpoint of recipes/multiplayer/train.py")
+    games: int = chz.field(default=500, doc="against each opponent, half of them from each seat")
+    temperature: float = chz.field(default=0.0, doc="of the policy; 0 is greedy")
+    seed: int = chz.field(default=1234, doc="seed of the opponents' moves and of sampling")
+    task: TextArenaBuilder = chz.field(
+        default_factory=lambda: TextArenaBuilder(board_only=True, error_allowance=0, max_tokens=6), doc="the game, as in training"
+    )
+    renderer_name: str | None = chz.field(default="plain", doc="as in training")
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine samples")
+
+
+async def evaluate(config: Config) -> dict[str, Metrics]:
+    """Opponent's name to metrics: env/all/..., env/seat0/..., env/seat1/..."""
+    metrics = {}
+    with ServiceClient(config.backend) as service:
+        client = service.create_sampling_client(model_path=config.model_path)
+        renderer = get_renderer(config.renderer_name, client.get_tokenizer())
+        for opponent in OPPONENTS:
+            task = chz.replace(config.task, test_opponent=opponent, num_test=config.games, seed=config.seed)
+            _, games = await task(renderer)
+            assert games is not None
+            evaluator = RLTestSetEvaluator(games, task.max_tokens, config.temperature, config.seed, name=opponent.name)
+            metrics[opponent.name] = await evaluator(client)
+    return metrics
+
+
+def main(config: Config) -> None:
+    metrics = asyncio.run(evaluate(config))
+    how = "greedy" if config.temperature == 0 else f"temperature {config.temperature:g}"
+    table = Table(
+        "against", "seat", *RESULTS, title=f"{config.model_path}: {config.games} games each, {how}", title_justify="left"
+    )
+    for opponent, values in metrics.items():
+        for seat in ("all", "seat0", "seat1"):
+            table.add_row(opponent, seat, *(f"{values[f'{opponent}/env/{seat}/{result}']:.3f}" for result in RESULTS))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

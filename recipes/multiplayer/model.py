@@ -1,0 +1,66 @@
+"""A model for one game: a tokenizer trained on the game's own text, and `tiny` with that vocabulary, saved as a folder.
+
+The tokenizer is a byte-level BPE, so any text round-trips. Digits and marks (X, O) are cut out first and stay tokens of their own; what
+lies between them is the same in every game and becomes one token each: a position of 450 characters takes 50 to 100 tokens, and the nine
+cells of the board are nine of them. Left out: other games, whose pieces are not single marks.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from backend.models import PRESETS
+from envs.opponents import listed_moves
+from envs.textarena import TextArenaBuilder
+
+PIECES = r"\d|\b[XO]\b"
+SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>"]
+TOKENIZER_GAMES = 200
+
+
+def random_game(task: TextArenaBuilder, seed: list[int]) -> Iterator[tuple[str, str]]:
+    """What the player to move sees, and a legal move drawn at random, to the end of the game."""
+    rng = np.random.default_rng(seed)
+    game = task.open_game(int(rng.integers(2**31)))
+    while not game.over:
+        moves = listed_moves(game.text)
+        move = moves[rng.integers(len(moves))]
+        yield game.text, move
+        game.move(move)
+
+
+def game_tokenizer(task: TextArenaBuilder, max_length: int) -> PreTrainedTokenizerFast:
+    """Trained on random games with fixed seeds: always the same."""
+    texts = [text + move for i in range(TOKENIZER_GAMES) for text, move in random_game(task, [i])]
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PIECES), "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=SPECIAL_TOKENS, initial_alphabet=sorted(byte_level.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=SPECIAL_TOKENS[0],
+        eos_token=SPECIAL_TOKENS[1],
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_model(path: Path, task: TextArenaBuilder, seed: int) -> None:
+    """A Hugging Face folder with random weights that depend on `seed` alone; `model_name=path` opens it."""
+    config = copy.deepcopy(PRESETS["tiny"])
+    tokenizer = game_tokenizer(task, config.max_position_embeddings)
+    config.vocab_size, config.pad_token_id, config.eos_token_id = len(tokenizer), 0, 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)

@@ -1,0 +1,336 @@
+"""TextArena games by hand: seats, illegal moves, failures, seeds, opponents, and one step of self-play training."""
+
+import asyncio
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import chz
+import numpy as np
+import pytest
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError
+from backend.tokenizers import character_tokenizer, load_tokenizer
+from backend.types import ModelInput
+from envs.opponents import FrozenPlayer, MinimaxPlayer, Player, RandomPlayer, listed_moves
+from envs.textarena import GameGroupBuilder, Seat, TextArenaBuilder
+from envs.textarena_game import Game, GameUnavailable
+from recipes.multiplayer.evaluate import Config as EvaluationConfig
+from recipes.multiplayer.evaluate import evaluate
+from recipes.multiplayer.model import random_game as random_play
+from recipes.multiplayer.model import save_model
+from renderers import get_renderer
+from renderers.turns import decode
+from rl import train
+from rl.frozen_policy import FrozenPolicy, FrozenPolicyError
+from rl.types import Env, EnvGroupBuilder, Observation, RolloutError, SeatLost, TokensWithLogprobs, Trajectory, Transition
+from tracking.metrics_log import read_metrics
+
+RENDERER = get_renderer("plain", character_tokenizer(2048))
+TIC_TAC_TOE = TextArenaBuilder(batch_size=4, n_batches=2, num_test=4, test_opponent=RandomPlayer(), error_allowance=0)
+MINIMAX, RANDOM = (opponent.open(TIC_TAC_TOE.open_game(0)) for opponent in (MinimaxPlayer(), RandomPlayer()))
+
+
+def action(text: str) -> list[int]:
+    tokenizer = RENDERER.tokenizer
+    assert isinstance(tokenizer.eos_token_id, int)
+    return [*tokenizer.encode(text), tokenizer.eos_token_id]
+
+
+def text(ob: Observation) -> str:
+    return decode(RENDERER.tokenizer, ob.to_ints())
+
+
+def group(config: TextArenaBuilder = TIC_TAC_TOE, index: int = 0) -> GameGroupBuilder:
+    dataset, _ = asyncio.run(config(RENDERER))
+    (builder, *_) = dataset.get_batch(index)
+    assert isinstance(builder, GameGroupBuilder)
+    return builder
+
+
+async def play_seat(seat: Seat, moves: Sequence[str]) -> list[tuple[str, float, dict[str, float]]]:
+    """Plays a script; returns what was seen, the reward and the metrics of each turn."""
+    ob, _ = await seat.initial_observation()
+    turns = []
+    for number, move in enumerate(moves):
+        result = await seat.step(action(move))
+        turns.append((text(ob), result.reward, result.metrics))
+        ob = result.next_observation
+        assert result.episode_done == (number == len(moves) - 1)
+    await seat.close()
+    return turns
+
+
+def play(builder: GameGroupBuilder, *scripts: Sequence[str]):  # noqa: ANN201
+    """All seats at once. Returns the turns of each and the group's rewards and metrics."""
+
+    async def go():  # noqa: ANN202
+        seats = await builder.make_envs()
+        turns = await asyncio.gather(*(play_seat(seat, moves) for seat, moves in zip(seats, scripts, strict=True)))
+        trajectories = [Trajectory([]) for _ in seats]
+        return turns, await builder.compute_group_rewards(trajectories, seats)
+
+    return asyncio.run(go())
+
+
+def test_two_seats_play_a_game_to_its_end() -> None:
+    builder = group()
+    assert not builder.members_are_independent and builder.logging_tags() == ["self_play"]
+    turns, rewards = play(builder, ["[0]", "[1]", "[2]"], ["[3]", "[4]"])
+    assert [len(seat) for seat in turns] == [3, 2]
+    second = turns[1][0][0]
+    assert "You are Player 1" in second and "O | 1 | 2" in second.replace("  ", " ")
+    assert all(turn[1:] == (0.0, {"illegal": 0.0}) for seat in turns for turn in seat)
+    assert [reward for reward, _ in rewards] == [1.0, -1.0]
+    expected = {"turns": 5, "ended_illegally": 0, "win": 1, "draw": 0, "loss": 0, "unfinished": 0}
+    assert rewards[0][1] == expected and rewards[1][1] == expected | {"win": 0, "loss": 1}
+    _, draw = play(builder, ["[0]", "[2]", "[3]", "[7]", "[8]"], ["[1]", "[4]", "[5]", "[6]"])
+    assert [(reward, metrics["draw"]) for reward, metrics in draw] == [(0, 1), (0, 1)]
+
+
+def test_illegal_moves_are_counted_and_cost_what_was_set() -> None:
+    """With the game's own allowance of one the first may be taken back; the second in a row loses."""
+    config = chz.replace(TIC_TAC_TOE, error_allowance=None, illegal_move_penalty=0.25)
+    turns, rewards = play(group(config), ["[4]", "[4]", "none"], ["[0]"])
+    assert [turn[1:] for turn in turns[0]] == [(0, {"illegal": 0}), (-0.25, {"illegal": 1}), (-0.25, {"illegal": 1})]
+    assert [(reward, metrics["ended_illegally"]) for reward, metrics in rewards] == [(-1, 1), (1, 1)]
+
+
+def test_a_seat_whose_game_ends_before_its_turn_trains_on_nothing() -> None:
+    async def go() -> tuple[list[Trajectory], list[float]]:
+        seats = await builder.make_envs()
+        ended, other = await asyncio.gather(play_seat(seats[0], ["[9]"]), play_seat(seats[1], ["whatever"]))
+        assert ended[0][2] == {"illegal": 1.0} and other[0][2] == {}
+        sampled = Transition(ModelInput.from_ints([4]), TokensWithLogprobs([5], [-1.0]), 0.0, True)
+        trajectories = [Trajectory([sampled]), Trajectory([sampled])]
+        rewards = await builder.compute_group_rewards(trajectories, seats)
+        return trajectories, [reward for reward, _ in rewards]
+
+    builder = group()
+    trajectories, rewards = asyncio.run(go())
+    assert [len(trajectory.transitions) for trajectory in trajectories] == [1, 0] and rewards == [-1, 1]
+
+
+def test_a_failing_seat_frees_the_others_at_once() -> None:
+    async def go() -> tuple[object]:
+        seats = await group_now.make_envs()
+        waiting = asyncio.create_task(play_seat(seats[1], ["[0]"]))
+        ob, _ = await seats[0].initial_observation()
+        assert ob.length and not waiting.done()
+        await seats[0].close()  # as the loop does when its rollout failed
+        async with asyncio.timeout(1):
+            return await asyncio.gather(waiting, return_exceptions=True)
+
+    group_now = group()
+    (error,) = asyncio.run(go())
+    assert isinstance(error, SeatLost) and "seat 0 failed" in str(error)
+
+
+def test_a_seat_that_fails_while_another_samples_takes_its_move_away() -> None:
+    async def go() -> None:
+        first, second = await group_now.make_envs()
+        await first.initial_observation()
+        await second.close()
+        await first.step(action("[0]"))
+
+    group_now = group()
+    with pytest.raises(SeatLost):
+        asyncio.run(go())
+
+
+def test_a_limit_ends_the_game_for_all_without_a_result() -> None:
+    async def go() -> tuple[bool, list[tuple[float, dict[str, float]]]]:
+        seats = await group_now.make_envs()
+        waiting = asyncio.create_task(play_seat(seats[1], ["ignored"]))
+        await seats[0].initial_observation()
+        await seats[0].cut_short("timeout")
+        await seats[0].close()
+        await waiting
+        return waiting.done(), await group_now.compute_group_rewards([Trajectory([]), Trajectory([])], seats)
+
+    group_now = group()
+    done, rewards = asyncio.run(go())
+    assert done and [(reward, metrics["unfinished"], "win" in metrics) for reward, metrics in rewards] == [(0, 1, False)] * 2
+
+
+async def random_game(
+    name: str, num_players: int, seed: int, players: Sequence[Player]
+) -> tuple[list[str], dict[int, float] | None]:
+    """All that was seen, and the rewards; other games of the event loop go on between the moves."""
+    game, rngs, seen = Game(name, num_players, seed), [np.random.default_rng([seed, p]) for p in range(num_players)], []
+    while not game.over:
+        seen.append(game.text)
+        game.move(await players[game.player](game, rngs[game.player]))
+        await asyncio.sleep(0)
+    return seen, game.rewards
+
+
+def test_games_are_functions_of_their_seed_when_many_run_at_once() -> None:
+    """Kuhn poker deals cards from the global generator in every round; memory's cells come from it at the start."""
+
+    async def all_at_once(seeds: Sequence[int]) -> list[tuple[list[str], dict[int, float] | None]]:
+        return await asyncio.gather(*(random_game("KuhnPoker-v0-short", 2, seed, [RANDOM, RANDOM]) for seed in seeds))
+
+    random.seed(3)
+    outside = random.random()
+    random.seed(3)
+    together = asyncio.run(all_at_once(range(64)))
+    assert random.random() == outside  # the program's own generator is where it was
+    alone = [asyncio.run(random_game("KuhnPoker-v0-short", 2, seed, [RANDOM, RANDOM])) for seed in range(64)]
+    assert together == alone
+    assert len({str(game) for game in together}) == 64
+
+
+def test_minimax_never_loses_and_beats_a_random_player() -> None:
+    async def rewards(players: Sequence[Player], me: int) -> list[float]:
+        games = await asyncio.gather(*(random_game("TicTacToe-v0-train", 2, seed, players) for seed in range(40)))
+        return [game_rewards[me] for _, game_rewards in games if game_rewards]
+
+    first = asyncio.run(rewards([MINIMAX, RANDOM], 0))
+    second = asyncio.run(rewards([RANDOM, MINIMAX], 1))
+    assert min(first + second) >= 0 and np.mean(first + second) > 0.6
+    assert asyncio.run(rewards([MINIMAX, MINIMAX], 0)) == [0.0] * 40
+
+
+def test_one_learner_against_an_opponent() -> None:
+    config = chz.replace(TIC_TAC_TOE, opponent=RandomPlayer(), group_size=3, illegal_move_penalty=1.0)
+    dataset, test = asyncio.run(config(RENDERER))
+    builders = [b for i in (0, 1) for b in dataset.get_batch(i)]
+    assert all(isinstance(b, GameGroupBuilder) and b.members_are_independent for b in builders)
+    assert [b.logging_tags() for b in builders[:2]] == [["random", "seat0"], ["random", "seat1"]]
+    assert test is not None and [len(test.get_batch(i)) for i in range(len(test))] == [4]
+
+    async def first_prompts(builder) -> list[str]:  # noqa: ANN001
+        return [text((await seat.initial_observation())[0]) for seat in await builder.make_envs()]
+
+    prompts = asyncio.run(first_prompts(builders[1]))
+    assert len(set(prompts)) == 1 and len(prompts) == 3  # one seed: the opponent opens alike
+    assert "You are Player 1" in prompts[0] and len(listed_moves(prompts[0])) == 8
+    others = [asyncio.run(first_prompts(builder))[0] for builder in builders[1::2]]
+    assert len(set(others)) > 1
+
+
+def test_random_openings_are_functions_of_the_game_and_for_training_alone() -> None:
+    config = chz.replace(TIC_TAC_TOE, random_opening=4, test_opponent=None)
+    train_set, test_set = asyncio.run(config(RENDERER))
+    assert test_set is not None
+
+    def free_squares(builders: Sequence[EnvGroupBuilder]) -> list[int]:
+        async def first_seats() -> list[Env]:
+            return [(await builder.make_envs())[0] for builder in builders]
+
+        seats = asyncio.run(first_seats())
+        return [len(listed_moves(seat.table.game.text)) for seat in seats if isinstance(seat, Seat)]
+
+    training = [builder for i in range(10) for builder in train_set.get_batch(i)]
+    assert set(free_squares(training)) == {5, 6, 7, 8, 9}
+    assert free_squares(training) == free_squares(training)
+    assert set(free_squares(test_set.get_batch(0))) == {9}
+
+
+def test_a_frozen_policy_as_the_opponent() -> None:
+    """Untrained, it does not know the rules: its first move loses."""
+    policy = FrozenPolicy(base_model="small", renderer_name="plain", max_tokens=3, backend=BackendConfig(engine="torch"))
+    config = chz.replace(TIC_TAC_TOE, opponent=FrozenPlayer(policy=policy), group_size=1)
+    turns, rewards = play(group(config), ["[4]"])
+    assert turns[0][0][2] == {"illegal": 0.0} and rewards[0][0] == 1.0
+    assert rewards[0][1] | {"win": 1.0, "ended_illegally": 1.0, "turns": 2.0} == rewards[0][1]
+    too_small = FrozenPlayer(policy=chz.replace(policy, base_model="tiny"))
+    with pytest.raises(FrozenPolicyError, match="the context 512"):
+        play(group(chz.replace(config, opponent=too_small)), ["[4]"])
+
+
+def test_a_game_for_one_player() -> None:
+    config = TextArenaBuilder(game="GuessTheNumber-v0-train", num_players=1, group_size=2)
+    guesses = [f"[{n}]" for n in range(1, 12)]
+
+    async def go() -> list[tuple[float, dict[str, float]]]:
+        seats = await builder.make_envs()
+        for seat in seats:
+            ob, _ = await seat.initial_observation()
+            assert "between 1 and 20" in text(ob)
+            for guess in guesses:
+                result = await seat.step(action(guess))
+                if result.episode_done:
+                    break
+                assert "target number is" in text(result.next_observation)
+        return await builder.compute_group_rewards([Trajectory([])] * 2, seats)
+
+    builder = group(config)
+    first, second = asyncio.run(go())
+    assert builder.logging_tags() == ["alone"] and first == second  # members share the number
+    assert first[1]["win"] == float(first[0] == 1.0) and first[1]["loss"] == 1 - first[1]["win"]
+
+
+@pytest.mark.parametrize(
+    ("name", "players", "says"),
+    [
+        ("TicTakToe-v0", 2, "did you mean 'TicTacToe-v0'"),
+        ("TicTacToe-v0", 3, "set num_players"),
+        ("Debate-v0", 2, "needs a key and the network"),
+    ],
+)
+def test_games_that_cannot_be_played_here_say_why(name: str, players: int, says: str) -> None:
+    with pytest.raises(GameUnavailable, match=says):
+        Game(name, players, 0)
+
+
+def test_word_games_name_the_data_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not this machine has NLTK's word lists."""
+    import nltk.data
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr("nltk.download", lambda *args, **kwargs: False)
+    for module in [name for name in sys.modules if name.startswith("textarena.envs.Wordle")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(GameUnavailable, match="nltk.downloader words"):
+        Game("Wordle-v0", 1, 0)
+
+
+def test_a_reward_that_is_no_number_is_a_failure_of_the_rollout() -> None:
+    game = Game("Countdown-v0", 1, 0)
+    while not game.over:
+        game.move("nonsense")
+    with pytest.raises(RolloutError, match="a fault of the game"):
+        game.outcome(0)
+
+
+def test_configurations_that_make_no_sense_are_refused() -> None:
+    for wrong, says in [
+        ({"group_size": 8}, "set it to that"),
+        ({"num_players": 1, "group_size": 4}, "an opponent makes it 2"),
+        ({"game": "Nim-v0", "test_opponent": MinimaxPlayer()}, "minimax plays"),
+        ({"game": "Nim-v0"}, "does not list its legal moves"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            asyncio.run(chz.replace(TIC_TAC_TOE, **wrong)(RENDERER))
+
+
+def test_a_step_of_self_play_from_end_to_end(tmp_path: Path) -> None:
+    """Random weights: nearly every first move is illegal, so most second seats have no turn; nothing is trained on for them."""
+    config = train.Config(
+        env=chz.replace(TIC_TAC_TOE, batch_size=4, num_test=2, max_tokens=4, n_batches=1),
+        model_name="tiny",
+        renderer_name="plain",
+        log_path=str(tmp_path / "run"),
+        backend=BackendConfig(engine="torch"),
+    )
+    asyncio.run(train.main(config))
+    first, *_ = read_metrics(tmp_path / "run")
+    assert first["env/all/reward/total"] == 0.0 and first["env/all/total_episodes"] == 8
+    assert first["env/all/illegal"] > 0.9 and first["test/env/all/loss"] == 1.0
+    assert first["optim/grad_norm"] > 0 and "rollout_errors/total" not in first
+
+
+def test_the_recipes_model_reads_every_position_in_under_100_tokens(tmp_path: Path) -> None:
+    save_model(tmp_path, TIC_TAC_TOE, seed=0)
+    tokenizer = load_tokenizer(str(tmp_path))
+    texts = [text + move for game in range(50) for text, move in random_play(TIC_TAC_TOE, [game])]  # with the history of moves
+    lengths = [len(tokenizer.encode(text)) for text in texts]
+    assert max(lengths) < 100
+    assert all(decode(tokenizer, tokenizer.encode(text)) == text for text in texts)
+    assert [decode(tokenizer, [token]) for token in tokenizer.encode("[4]")] == ["[", "4", "]"]
+    metrics = asyncio.run(evaluate(EvaluationConfig(model_path=str(tmp_path), games=4, backend=BackendConfig(engine="torch"))))
+    assert set(metrics) == {"random", "minimax"} and metrics["random"]["random/env/all/loss"] == 1.0
