@@ -30,6 +30,8 @@ ENVS = {
     "twenty_questions": "envs.twenty_questions:TwentyQuestionsBuilder",
     "textarena": "envs.textarena:TextArenaBuilder",
     "chain": "envs.arithmetic_chain:ChainBuilder",
+    "pairwise": "envs.pairwise:PairwiseBuilder",
+    "reward_model": "envs.reward_model_env:RewardModelEnvBuilder",
     "verifiers": "envs.verifiers_adapter:VerifiersBuilder",
 }
 ADVANTAGES = {

@@ -28,6 +28,8 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Bradley-Terry loss": ("train_loss",),
     "calibration error": ("test/ece",),
     "negative log likelihood (nats per token)": ("train_mean_nll", "test/nll"),
+    "games (share)": ("test/env/all/win", "test/env/all/loss"),
+    "illegal moves": ("env/all/illegal", "test/env/all/illegal"),
     "loss": ("optim/loss",),
     "preference loss": ("dpo_loss", "test/dpo_loss"),
     "preference accuracy": ("accuracy", "test/accuracy"),

@@ -1,0 +1,181 @@
+"""Chains of small sums, worked one step a line: "34+7-8=" is answered "34+7=41\\n41-8=33\\n#33". A task for process rewards.
+
+The rule that wrote a chain also says which step of an attempt is the first wrong one (`Chain.first_wrong_step`). That is for evaluation:
+rewards and labels come from the answer behind the "#" alone. Chains are held out by a hash of the question, so no dataset, whatever its
+`seed`, trains on one. The single sums in them are not held out: there are too few. Left out: numbers below 0.
+"""
+
+import itertools
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+from backend.types import Datum
+from envs.problem_env import ProblemDataset, ProblemEnv, ProblemGroupBuilder
+from renderers.types import Message, Renderer
+from rl.types import RLDataset, RLDatasetBuilder
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+
+ANSWER = "#"
+HELD_OUT_SHARE = 10  # one chain in ten
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A first number and what is added to it, one signed digit a step."""
+
+    first: int
+    terms: tuple[int, ...]
+
+    @property
+    def question(self) -> str:
+        return f"{self.first}{''.join(f'{term:+d}' for term in self.terms)}="
+
+    @property
+    def steps(self) -> list[str]:
+        """The worked lines and, as the last, the answer."""
+        totals = np.cumsum([self.first, *self.terms]).tolist()
+        worked = [f"{a}{term:+d}={b}" for a, term, b in zip(totals[:-1], self.terms, totals[1:], strict=True)]
+        return [*worked, f"{ANSWER}{totals[-1]}"]
+
+    def first_wrong_step(self, steps: Sequence[str]) -> int | None:
+        """Index of the first step that is not the right one, or that is missing or too many; None where all are right."""
+        right = self.steps
+        wrong = (k for k in range(max(len(right), len(steps))) if list(steps[k : k + 1]) != right[k : k + 1])
+        return next(wrong, None)
+
+    def messages(self) -> list[Message]:
+        return [Message(role="user", content=self.question), Message(role="assistant", content="\n".join(self.steps))]
+
+
+class ChainEnv(ProblemEnv):
+    def __init__(self, chain: Chain, renderer: Renderer):
+        super().__init__(renderer)
+        self.chain = chain
+
+    def question(self) -> str:
+        return self.chain.question
+
+    def reference_answer(self) -> str:
+        return self.chain.steps[-1].removeprefix(ANSWER)
+
+    def extract(self, text: str) -> str:
+        """The number behind the last line's "#", "" where there is none."""
+        found = re.fullmatch(rf"{ANSWER}(-?\d+)", text.rsplit("\n", 1)[-1])
+        return found[1] if found else ""
+
+    def check_answer(self, text: str) -> bool:
+        return self.extract(text) == self.reference_answer()
+
+    def check_format(self, text: str) -> bool:
+        return self.extract(text) != ""
+
+
+@chz.chz
+class ChainTask:
+    """What is asked, and what is held out: give the same to all builders."""
+
+    num_steps: int = chz.field(default=4, doc="sums in a chain")
+    max_total: int = chz.field(default=99, doc="totals go from 0 to this")
+    max_term: int = chz.field(default=9, doc="what is added or taken away goes from 1 to this")
+    num_test: int = chz.field(default=200, doc="held-out chains")
+    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out chains; the same for all datasets of a task")
+
+    def draw(self, count: int, seed: Sequence[int], *, held_out: bool = False) -> list[Chain]:
+        """`count` distinct chains, a pure function of `seed`, of those that are held out or of all others."""
+        if not 1 <= self.num_steps <= 20 or not 1 <= self.max_term <= 9 <= self.max_total <= 999:
+            raise ConfigError(f"1 to 20 num_steps, max_term from 1 to 9 and max_total from 9 to 999 are needed, not {self}")
+        rng, chains = np.random.default_rng(seed), {}
+        for tries in itertools.count():
+            if len(chains) == count:
+                break
+            if tries > 100 * HELD_OUT_SHARE * count:
+                raise ConfigError(
+                    f"there are not {count} such chains: raise num_steps={self.num_steps} or max_total={self.max_total}"
+                )
+            chain = self._draw_one(rng)
+            if (zlib.crc32(f"{self.split_seed} {chain.question}".encode()) % HELD_OUT_SHARE == 0) == held_out:
+                chains[chain] = None
+        return list(chains)
+
+    def _draw_one(self, rng: np.random.Generator) -> Chain:
+        first = total = int(rng.integers(self.max_total + 1))
+        terms = []
+        digits, signs = rng.integers(1, self.max_term + 1, self.num_steps).tolist(), rng.choice([-1, 1], self.num_steps).tolist()
+        for digit, sign in zip(digits, signs, strict=True):
+            term = digit * sign if 0 <= total + digit * sign <= self.max_total else -digit * sign
+            terms.append(term)
+            total += term
+        return Chain(first, tuple(terms))
+
+    def test_chains(self) -> list[Chain]:
+        return self.draw(self.num_test, [self.split_seed], held_out=True)
+
+
+class ChainDataset(RLDataset):
+    def __init__(self, config: "ChainBuilder", renderer: Renderer):
+        self.config, self.renderer = config, renderer
+
+    def __len__(self) -> int:
+        return self.config.n_batches
+
+    def get_batch(self, index: int) -> list[ProblemGroupBuilder]:
+        chains_P = self.config.draw(self.config.batch_size, [self.config.seed, 1, index])
+        return [ProblemGroupBuilder(partial(ChainEnv, c, self.renderer), self.config.group_size, ["chain"]) for c in chains_P]
+
+
+@chz.chz
+class ChainBuilder(ChainTask, RLDatasetBuilder):
+    """Chains to practise on by reinforcement learning. The held-out set is one attempt at each held-out chain."""
+
+    n_batches: int = chz.field(default=60, doc="training batches")
+
+    def recommended_max_tokens(self) -> int:
+        digits = len(str(self.max_total))
+        return (2 * digits + 4) * self.num_steps + digits + 2  # "41-8=33\n" a step, "#33" and EOS
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        thunks = [partial(ChainEnv, chain, renderer) for chain in self.test_chains()]
+        return ChainDataset(self, renderer), ProblemDataset(thunks, self.batch_size, 1, shuffle=False, tags=["chain"])
+
+
+class ChainExamples(SupervisedDataset):
+    """`chains` in order or, where that is None, `n_batches` of fresh chains an epoch."""
+
+    def __init__(self, config: "ChainExamplesBuilder", renderer: Renderer, chains: Sequence[Chain] | None = None):
+        self.config, self.renderer, self.chains, self.epoch = config, renderer, chains, 0
+
+    def __len__(self) -> int:
+        return self.config.n_batches if self.chains is None else -(-len(self.chains) // self.config.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def get_batch(self, index: int) -> list[Datum]:
+        from supervised.data import conversation_to_datum
+
+        max_length = self.config.max_length or self.renderer.tokenizer.model_max_length
+        rendering = (self.renderer, max_length, self.config.train_on_what, self.config.reduction)
+        return [conversation_to_datum(chain.messages(), *rendering) for chain in self._chains(index)]
+
+    def _chains(self, index: int) -> Sequence[Chain]:
+        size = self.config.batch_size
+        if self.chains is None:
+            return self.config.draw(size, [self.config.seed, 2, self.epoch, index])
+        return self.chains[index * size : (index + 1) * size]
+
+
+@chz.chz
+class ChainExamplesBuilder(ChainTask, SupervisedDatasetBuilder):
+    """The same chains with their solutions, to imitate. The held-out set is the same as that of ChainBuilder."""
+
+    n_batches: int = chz.field(default=500, doc="training batches per epoch")
+
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        return ChainExamples(self, renderer), ChainExamples(self, renderer, self.test_chains())

@@ -1,0 +1,93 @@
+"""Answers that compete: the members of a group answer one prompt, and each is judged against the others.
+
+    reward_g = mean over g's matchups of (1 if g wins, -1 if it loses, or what the judge says between) + format_coef * (format - 1)
+
+So a group needs no reward model with a scale, only a judge of pairs. All pairs in both orders by default, G (G - 1) judgements; in larger groups
+members meet within chunks of `matchup_group_size`. The rewards of a group sum to 0 before the format term: progress shows in a win rate against
+a fixed policy (preference/win_rate.py), not in the reward. Left out: ratings over several groups (Elo), byes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+from envs.completion_env import CompletionEnv, GoldReward, GroupDataset, Prompt, PromptsBuilder, completions
+from preference.reward_types import Judge, JudgeBuilder, judge_all
+from preference.types import Comparison
+from renderers.types import Renderer
+from rl.types import Env, EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, RolloutError, Trajectory
+
+Matchups = Literal["all_pairs_both_ways", "all_pairs_one_way"]
+
+
+def matchups(size: int, pattern: Matchups, chunk_size: int) -> list[tuple[int, int]]:
+    """Who meets whom, as (A, B): within even chunks of at least `chunk_size` of the `size` members, so that nobody is left alone."""
+    chunks = np.array_split(np.arange(size), max(1, size // chunk_size))
+    pairs = [(int(a), int(b)) for chunk in chunks for a, b in combinations(chunk, 2)]
+    return pairs if pattern == "all_pairs_one_way" else [order for a, b in pairs for order in ((a, b), (b, a))]
+
+
+@dataclass(frozen=True)
+class PairwisePreferenceGroupBuilder(EnvGroupBuilder):
+    """`num_envs` answers to one prompt, judged in pairs."""
+
+    prompt: Prompt
+    renderer: Renderer
+    judge: Judge
+    num_envs: int
+    matchup_pattern: Matchups = "all_pairs_both_ways"
+    matchup_group_size: int = 4
+    format_coef: float = 1.0
+    gold: GoldReward | None = None
+
+    async def make_envs(self) -> Sequence[Env]:
+        return [CompletionEnv(self.prompt, self.renderer, self.format_coef, self.gold) for _ in range(self.num_envs)]
+
+    async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
+        """Win minus loss of each. RolloutError if only one member is left: it has nobody to be judged against."""
+        answers_G = completions(envs_G)
+        if len(answers_G) == 1:
+            raise RolloutError("one member is left of a group that is judged in pairs: there is nothing to compare it with")
+        pairs = matchups(len(answers_G), self.matchup_pattern, self.matchup_group_size)
+        scores = await judge_all(self.judge, [Comparison(self.prompt, answers_G[a], answers_G[b]) for a, b in pairs])
+        signed_G: list[list[float]] = [[] for _ in answers_G]
+        for (a, b), score in zip(pairs, scores, strict=True):
+            signed_G[a].append(-score)
+            signed_G[b].append(score)
+        return [(float(np.mean(signed)), {"win_minus_loss": float(np.mean(signed))}) for signed in signed_G]
+
+    def logging_tags(self) -> list[str]:
+        return ["pair_pref"]
+
+
+@chz.chz
+class PairwiseBuilder(RLDatasetBuilder):
+    """Groups of answers to prompts, judged in pairs. The held-out set is one such group for each held-out prompt."""
+
+    prompts: PromptsBuilder = chz.field(doc="builder of the prompts")
+    judge: JudgeBuilder = chz.field(doc="who judges: a saved model, an endpoint, a rule")
+    group_size: int = chz.field(default=4, doc="answers per prompt")
+    matchup_pattern: Matchups = chz.field(
+        default="all_pairs_both_ways", doc="all_pairs_both_ways, or one way with half the judgements"
+    )
+    matchup_group_size: int = chz.field(default=4, doc="answers meet within chunks of this size (or a few more)")
+    format_coef: float = chz.field(default=1.0, doc="taken from the reward of an answer that was cut off by max_tokens")
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        if min(self.group_size, self.matchup_group_size) < 2:
+            raise ConfigError(
+                f"group_size={self.group_size} and matchup_group_size={self.matchup_group_size}: a pair needs at least 2"
+            )
+        judge, gold = self.judge(renderer.tokenizer), self.prompts.gold()
+        settings = (self.group_size, self.matchup_pattern, self.matchup_group_size, self.format_coef, gold)
+        train, test = (
+            [PairwisePreferenceGroupBuilder(prompt, renderer, judge, *settings) for prompt in prompts]
+            for prompts in self.prompts()
+        )
+        held_out = GroupDataset(test, self.batch_size, shuffle=False) if test else None
+        return GroupDataset(train, self.batch_size, self.seed), held_out

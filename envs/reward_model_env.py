@@ -1,0 +1,57 @@
+"""Answers scored by a reward model: reward = coef * score + format_coef * (format - 1). A group is scored in one batched call.
+
+For a reward model beside an environment's own reward, take preference.bradley_terry.RewardModelReward, which works with any environment.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import chz
+import numpy as np
+
+from envs.completion_env import CompletionEnv, GoldReward, GroupDataset, Prompt, PromptsBuilder, completions
+from preference.reward_types import JudgeError, RewardModel, RewardModelBuilder
+from renderers.types import Renderer
+from rl.types import Env, EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, Trajectory
+
+
+@dataclass(frozen=True)
+class RewardModelGroupBuilder(EnvGroupBuilder):
+    """`num_envs` answers to one prompt, each scored by itself."""
+
+    prompt: Prompt
+    renderer: Renderer
+    reward_model: RewardModel
+    num_envs: int
+    format_coef: float = 1.0
+    coef: float = 1.0
+    gold: GoldReward | None = None
+
+    async def make_envs(self) -> Sequence[Env]:
+        return [CompletionEnv(self.prompt, self.renderer, self.format_coef, self.gold) for _ in range(self.num_envs)]
+
+    async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
+        scores_G = await self.reward_model.score([[*self.prompt, *answer] for answer in completions(envs_G)])
+        if not np.isfinite(scores_G).all():
+            raise JudgeError(f"the reward model scored {scores_G}: not all of them are finite numbers")
+        return [(self.coef * score, {"proxy": score}) for score in scores_G]
+
+
+@chz.chz
+class RewardModelEnvBuilder(RLDatasetBuilder):
+    """Prompts whose answers a reward model scores. The held-out set is one answer to each held-out prompt."""
+
+    prompts: PromptsBuilder = chz.field(doc="builder of the prompts")
+    reward_model: RewardModelBuilder = chz.field(doc="the model that scores")
+    format_coef: float = chz.field(default=1.0, doc="taken from the reward of an answer that was cut off by max_tokens")
+    coef: float = chz.field(default=1.0, doc="what the score is multiplied with")
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        model, gold = self.reward_model(renderer.tokenizer), self.prompts.gold()
+        settings = (self.format_coef, self.coef, gold)
+        train, test = (
+            [RewardModelGroupBuilder(prompt, renderer, model, size, *settings) for prompt in prompts]
+            for prompts, size in zip(self.prompts(), (self.group_size, 1), strict=True)
+        )
+        held_out = GroupDataset(test, self.batch_size, shuffle=False) if test else None
+        return GroupDataset(train, self.batch_size, self.seed), held_out

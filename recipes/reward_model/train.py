@@ -1,0 +1,113 @@
+"""Both kinds of reward model on the same comparisons, measured on held-out ones: a scalar by Bradley and Terry, and a label token.
+
+    python recipes/reward_model/train.py                       # notes with kind words; runs/reward_model
+    python recipes/reward_model/train.py comparisons=gsm8k_solutions comparisons.path=example_model_solutions.jsonl \\
+        log_path=runs/reward_model_gsm8k
+
+Printed at the end: held-out accuracy with its standard error, calibration, and how often the two orders agree, beside what preferring
+the longer (or the shorter) answer gives, and chance. reliability.png draws the calibration of both.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+from pathlib import Path
+
+import chz
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError
+from backend.tokenizers import load_tokenizer
+from envs.kind_words import KindWordsComparisons
+from preference import train_reward_model
+from preference.bradley_terry import BradleyTerryJudgeBuilder, PreferencePairsBuilder, ScalarModelBuilder
+from preference.label_model import LabelExamplesBuilder, LabelModelBuilder
+from preference.reward_data import RewardExamplesBuilder
+from preference.reward_evaluation import Evaluation, evaluate_judge, length_baseline, plot_reliability
+from preference.reward_types import JudgeBuilder
+from preference.train_cli import DATASETS
+from preference.types import ComparisonDatasetBuilder, LabeledComparison
+from renderers import get_renderer
+from tracking.command_line import run_command
+from tracking.run_folder import BehaviorIfExists
+
+
+@chz.chz
+class Config:
+    """A scalar and a label-token reward model on the same comparisons."""
+
+    comparisons: ComparisonDatasetBuilder = chz.field(default_factory=KindWordsComparisons, doc="what is learned and tested")
+    kinds: str = chz.field(default="scalar,label", doc="which reward models")
+    model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
+    renderer_name: str = chz.field(default="plain", doc="role_colon, chat_template or plain")
+    batch_size: int = chz.field(default=64, doc="examples per step; a label model has two of each comparison, one in each order")
+    num_epochs: int = chz.field(default=3, doc="passes over the comparisons")
+    eval_every: int = chz.field(default=60, doc="held-out measures before every this many steps, and at the end")
+    seed: int = chz.field(default=0, doc="of the weights and the order")
+    log_path: str = chz.field(default="runs/reward_model", doc="folder of both runs")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last runs' folders")
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains")
+
+
+LEARNING_RATES = {"scalar": 1e-3, "label": 2e-3}
+
+
+def training(config: Config, kind: str) -> train_reward_model.Config:
+    builder = PreferencePairsBuilder if kind == "scalar" else LabelExamplesBuilder
+    return train_reward_model.Config(
+        dataset=builder(comparisons=config.comparisons, batch_size=config.batch_size, seed=config.seed),
+        model_name=config.model_name,
+        renderer_name=config.renderer_name,
+        learning_rate=LEARNING_RATES[kind],
+        num_epochs=config.num_epochs,
+        eval_every=config.eval_every,
+        save_every=0,
+        seed=config.seed,
+        log_path=f"{config.log_path}/{kind}",
+        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
+        backend=config.backend,
+    )
+
+
+def saved_judge(config: Config, kind: str) -> JudgeBuilder:
+    """The trained model as an environment would open it. Evaluation asks in both orders itself."""
+    path = f"{config.log_path}/{kind}/checkpoints/final"
+    if kind == "scalar":
+        return BradleyTerryJudgeBuilder(model=ScalarModelBuilder(path=path, backend=config.backend))
+    return LabelModelBuilder(path=path, both_orders=False, backend=config.backend)
+
+
+def held_out(config: Config, dataset: RewardExamplesBuilder) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
+    return dataset.load(get_renderer(config.renderer_name, load_tokenizer(config.model_name, config.backend.max_length)))
+
+
+def main(config: Config) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    kinds = config.kinds.split(",")
+    if unknown := set(kinds) - LEARNING_RATES.keys():
+        raise ConfigError(f"kinds={config.kinds}: {', '.join(unknown)} is none; there are {', '.join(LEARNING_RATES)}")
+    table = Table("", "accuracy", "always the longer*", "chance", "ECE", "both orders agree", "held out", title=config.log_path)
+    evaluations: dict[str, Evaluation] = {}
+    for kind in kinds:
+        run = training(config, kind)
+        asyncio.run(train_reward_model.main(run))
+        train_D, test_D = held_out(config, run.dataset)
+        judge = saved_judge(config, kind)(load_tokenizer(config.model_name, config.backend.max_length))
+        evaluations[kind] = asyncio.run(evaluate_judge(judge, test_D))
+        m = evaluations[kind].metrics()
+        baseline = length_baseline(train_D, test_D)
+        row = (f"{baseline:.3f}", "0.500", f"{m['ece']:.3f}", f"{m['swap_agreement']:.3f}", f"{m['comparisons']:.0f}")
+        table.add_row(kind, f"{m['accuracy']:.3f} +- {m['accuracy_stderr']:.3f}", *row)
+    Console().print(table)
+    print("* or always the shorter, whichever is right more often on the training comparisons")
+    print(f"calibration: {plot_reliability(evaluations, Path(config.log_path) / 'reliability.png')}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config, {"comparisons": DATASETS})

@@ -1,0 +1,102 @@
+"""Pairwise rewards in their smallest form: of two answers to the same prompt, the shorter one is better.
+
+No answer has a reward by itself. The members of a group are compared with each other (envs/pairwise.py); each is paid what it wins minus what
+it loses. The policy begins as an imitator of notes of 3 to 6 words, and gets shorter from step to step:
+
+    python recipes/shorter/train.py                                        # runs/shorter
+    python recipes/shorter/train.py env.matchup_pattern=all_pairs_one_way env.group_size=8
+
+At the end the judge compares the trained policy with the one it began as, in both orders. Put another judge in place of `env.judge`, such as
+preference.label_model:LabelModelBuilder, and this is reinforcement learning from a preference model.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+from pathlib import Path
+
+import chz
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError
+from backend.learning_rate import LRSchedule
+from backend.service_client import ServiceClient
+from backend.tokenizers import load_tokenizer
+from envs.kind_words import KindWordsExamplesBuilder, KindWordsPrompts
+from envs.pairwise import PairwiseBuilder
+from preference.judges import ShorterJudgeBuilder
+from preference.win_rate import WinRateEvaluator
+from renderers import get_renderer
+from rl import train
+from rl.types import Metrics, RLDatasetBuilder
+from supervised import train as supervised_train
+from tracking.command_line import run_command
+from tracking.run_folder import BehaviorIfExists
+
+
+@chz.chz
+class Config(train.Config):
+    """Reinforcement learning from comparisons by length, after a supervised warm start."""
+
+    env: RLDatasetBuilder = chz.field(
+        default_factory=lambda: PairwiseBuilder(
+            prompts=KindWordsPrompts(repeat=4), judge=ShorterJudgeBuilder(), batch_size=16, group_size=4
+        ),
+        doc="builder of the prompts and their judge",
+    )
+    warm_start_steps: int = chz.field(default=200, doc="supervised steps before RL; load_checkpoint_path does without")
+    renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
+    max_tokens: int | None = chz.field(default=64, doc="longest answer")
+    learning_rate: float = chz.field(default=3e-4, doc="of RL, at its first step")
+    lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
+    num_epochs: int = chz.field(default=10, doc="passes over the prompts")
+    max_steps: int | None = chz.field(default=25, doc="RL steps")
+    log_path: str = chz.field(default="runs/shorter", doc="the run folder; the warm start's is beside it")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last run's folders")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
+    )
+
+
+def warm_start(config: Config) -> supervised_train.Config:
+    return supervised_train.Config(
+        dataset=KindWordsExamplesBuilder(n_batches=config.warm_start_steps, batch_size=64, seed=config.seed),
+        model_name=config.model_name,
+        renderer_name=config.renderer_name,
+        seed=config.seed,
+        learning_rate=2e-3,
+        lr_schedule="linear",
+        log_path=f"{config.log_path}_warm_start",
+        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
+        backend=config.backend,
+    )
+
+
+async def compare(config: Config, trained: str, reference: str) -> Metrics:
+    """The win rate of one saved policy against another on held-out prompts."""
+    assert isinstance(config.env, PairwiseBuilder) and config.max_tokens
+    renderer = get_renderer(config.renderer_name, load_tokenizer(config.model_name))
+    judge = config.env.judge(renderer.tokenizer)
+    evaluator = WinRateEvaluator(config.env.prompts()[1], renderer, judge, config.max_tokens, seed=config.seed)
+    with ServiceClient(config.backend) as service:
+        return await evaluator(service.create_sampling_client(trained), service.create_sampling_client(reference))
+
+
+def main(config: Config) -> None:
+    if not isinstance(config.env, PairwiseBuilder):
+        raise ConfigError("this recipe compares answers in pairs: env is envs.pairwise:PairwiseBuilder, or a subclass")
+    start = config.load_checkpoint_path
+    if start is None:
+        asyncio.run(supervised_train.main(first := warm_start(config)))
+        start = str(Path(first.log_path) / "checkpoints" / "final")
+    asyncio.run(train.main(chz.replace(config, load_checkpoint_path=start)))
+    metrics = asyncio.run(compare(config, str(Path(config.log_path) / "checkpoints" / "final"), start))
+    print(f"win rate against the warm start: {metrics['win_rate']:.3f} +- {metrics['win_rate_stderr']:.3f} (standard error)")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

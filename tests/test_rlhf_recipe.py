@@ -1,0 +1,37 @@
+"""The three-stage recipe with few steps: every stage leaves its product, is not repeated, and the curve is drawn."""
+
+import json
+
+import chz
+import pytest
+
+from backend.errors import ConfigError
+from envs.kind_words import KindWordsComparisons
+from recipes.rlhf import train
+
+
+def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
+    small = train.Config(
+        log_path=str(tmp_path), sft_steps=3, num_comparisons=80, reward_model_epochs=1, rl_steps=1, max_tokens=12
+    )
+    with pytest.raises(ConfigError, match="stages=ppo: the stages are sft, comparisons"):
+        train.main(chz.replace(small, stages="ppo"))
+    train.main(chz.replace(small, stages="sft,comparisons"))
+    file = tmp_path / "comparisons.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 80 and {row["label"] for row in rows} <= {"A", "B", "Tie"}
+    # Three steps of imitation write no words, and all is a tie. So the test puts people's notes in their place.
+    notes = [(one.comparison, one.label) for one in KindWordsComparisons(num_train=80)()[0]]
+    rows = [{"prompt": c.prompt_conversation, "completion_A": c.completion_A, "completion_B": c.completion_B} for c, _ in notes]
+    labels = [{"label": label} for _, label in notes]
+    file.write_text("".join(json.dumps(row | label) + "\n" for row, label in zip(rows, labels, strict=True)))
+    train.main(small)
+    for stage in ("rl", "rl_no_penalty"):
+        first = json.loads((tmp_path / stage / "metrics.jsonl").read_text().splitlines()[0])
+        assert {"env/all/gold", "env/all/proxy"} <= first.keys() and abs(
+            first["kl_policy_base"]
+        ) < 1e-4  # it began at the reference
+    assert (tmp_path / "curve.png").exists()
+    capsys.readouterr()
+    train.main(small)
+    assert capsys.readouterr().out.count("is there") == 5
