@@ -159,7 +159,7 @@ def prm(config: Config) -> None:
     run = train_prm.Config(
         dataset=dataset,
         model_name=config.model_name,
-        load_checkpoint_path=str(config.policy),
+        load_checkpoint_path=str(config.completer),  # its trunk can do the sums
         renderer_name="plain",
         seed=config.seed,
         learning_rate=config.prm_learning_rate,
