@@ -28,6 +28,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Bradley-Terry loss": ("train_loss",),
     "calibration error": ("test/ece",),
     "negative log likelihood (nats per token)": ("train_mean_nll", "test/nll"),
+    "log p(answer | rationale) (nats)": ("likelihood/answer_logprob",),
     "games (share)": ("test/env/all/win", "test/env/all/loss"),
     "illegal moves": ("env/all/illegal", "test/env/all/illegal"),
     "loss": ("optim/loss",),

@@ -25,7 +25,7 @@ from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_atomi
 BehaviorIfExists = Literal["ask", "resume", "delete", "raise"]
 
 # A run continued with another of these would be another run.
-FIXED_FOR_A_RUN = ("model_name", "env.class", "dataset.class")
+FIXED_FOR_A_RUN = ("model_name", "env.class", "dataset.class", "env.tasks.class", "dataset.tasks.class")
 
 
 @dataclass(frozen=True)

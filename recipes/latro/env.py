@@ -1,0 +1,135 @@
+"""LaTRO's environments: a group samples rationales for one question (training), or whole responses that are graded (evaluation).
+
+The action of training is everything that was sampled, the stop included: it is the random variable of the policy gradient, and the rationale
+is a function of it. The original gives the stop's tokens no gradient, which leaves the policy no credit for stopping where it does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import chz
+
+from backend.errors import DataError
+from backend.types import ModelInput
+from envs.completion_env import GroupDataset
+from recipes.latro.tasks import Task, TaskBuilder
+from renderers.turns import decode, encode
+from renderers.types import Message, Renderer
+from rl.truncation import stop_strings, tokens_before_stop
+from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
+
+
+def prompt_tokens(renderer: Renderer, task: Task) -> list[int]:
+    """The question up to where the model speaks: rendered straight to ids, so that there is one BOS at most."""
+    return renderer.build_generation_prompt([Message(role="user", content=task.question)]).to_ints()
+
+
+def answer_tokens(renderer: Renderer, answer: str) -> list[int]:
+    """The answer and the end of the message, as tokens to be put behind those of the rationale."""
+    end = renderer.get_stop_sequences()[0]
+    return encode(renderer.tokenizer, answer) + (encode(renderer.tokenizer, end) if isinstance(end, str) else [end])
+
+
+@dataclass(frozen=True)
+class RationaleGroup(EnvGroupBuilder):
+    """`num_envs` rationales for one question. Their reward is computed later, by rl.likelihood_reward."""
+
+    task: Task
+    prompt: list[int]
+    answer_tokens: list[int]
+    stops: list[str]
+    renderer: Renderer
+    num_envs: int
+
+    def rationale(self, action: Action) -> tuple[list[int], bool]:
+        length, finished = tokens_before_stop(self.renderer.tokenizer, action, self.stops)
+        return action[:length], finished
+
+    async def make_envs(self) -> Sequence[Env]:
+        return [RationaleEnv(self) for _ in range(self.num_envs)]
+
+
+class RationaleEnv(Env):
+    def __init__(self, group: RationaleGroup):
+        self.group = group
+
+    async def initial_observation(self) -> tuple[Observation, StopCondition]:
+        return ModelInput.from_ints(self.group.prompt), self.group.stops
+
+    async def step(self, action: Action) -> StepResult:
+        tokens, finished = self.group.rationale(action)
+        text, task = decode(self.group.renderer.tokenizer, tokens), self.group.task
+        metrics = {"finished": float(finished), "rationale_tokens": float(len(tokens)), **task.verifier.describe(text)}
+        logs = {"question": task.question, "gold": task.answer, "rationale": text}
+        return StepResult(0.0, True, ModelInput.empty(), metrics=metrics, logs=logs)
+
+
+@dataclass(frozen=True)
+class ResponseGroup(EnvGroupBuilder):
+    """One whole response, rationale and answer, to be graded."""
+
+    task: Task
+    prompt: list[int]
+    renderer: Renderer
+
+    async def make_envs(self) -> Sequence[Env]:
+        return [ResponseEnv(self)]
+
+
+class ResponseEnv(Env):
+    def __init__(self, group: ResponseGroup):
+        self.group = group
+
+    async def initial_observation(self) -> tuple[Observation, StopCondition]:
+        return ModelInput.from_ints(self.group.prompt), self.group.renderer.get_stop_sequences()
+
+    async def step(self, action: Action) -> StepResult:
+        message, _ = self.group.renderer.parse_response(action)
+        task, text = self.group.task, message["content"]
+        extracted = task.verifier.extract(text)
+        correct = float(extracted is not None and await task.verifier.is_right(extracted, task.gold))
+        metrics = {"correct": correct, "format": float(extracted is not None), **task.verifier.describe(text)}
+        logs = {"question": task.question, "gold": task.gold, "extracted": extracted or ""}
+        return StepResult(correct, True, ModelInput.empty(), metrics=metrics, logs=logs)
+
+
+@chz.chz
+class LatentRationales(RLDatasetBuilder):
+    """Questions to find rationales for, K at a time. The held-out set is the validation split of the training data."""
+
+    tasks: TaskBuilder = chz.field(doc="the data set")
+    response_length: int = chz.field(doc="most tokens of a rationale, and of an evaluated response")
+    stop_seqs: tuple[str, ...] = chz.field(doc="where a rationale ends, beside the end of the message")
+    stop_at_pad: bool = chz.field(default=True, doc="the padding token ends a rationale, too")
+
+    def recommended_max_tokens(self) -> int:
+        return self.response_length
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        train, validation = (self.groups(tasks, renderer) for tasks in self.tasks.split())
+        return GroupDataset(train, self.batch_size, self.seed), GroupDataset(responses(validation), 64, shuffle=False)
+
+    def groups(self, tasks: Sequence[Task], renderer: Renderer) -> list[RationaleGroup]:
+        """One for each task whose prompt, longest rationale and answer fit the context; the others are counted on a printed line."""
+        stops, limit = stop_strings(renderer, self.stop_seqs, self.stop_at_pad), renderer.tokenizer.model_max_length
+        groups = [
+            RationaleGroup(
+                task, prompt_tokens(renderer, task), answer_tokens(renderer, task.answer), stops, renderer, self.group_size
+            )
+            for task in tasks
+        ]
+        lengths = [len(group.prompt) + self.response_length + len(group.answer_tokens) for group in groups]
+        kept = [group for group, length in zip(groups, lengths, strict=True) if length <= limit]
+        what = f"with response_length={self.response_length} and the answer"
+        if not kept:
+            raise DataError(f"no question fits: {what} the shortest takes {min(lengths)} tokens of a context of {limit}")
+        if len(kept) < len(groups):
+            print(
+                f"{len(groups) - len(kept)} of {len(groups)} questions dropped: {what} they take up to {max(lengths)} of {limit} tokens"
+            )
+        return kept
+
+
+def responses(groups: Sequence[RationaleGroup]) -> list[ResponseGroup]:
+    """The same questions, to be answered whole."""
+    return [ResponseGroup(group.task, group.prompt, group.renderer) for group in groups]

@@ -1,0 +1,110 @@
+"""What a policy is worth on held-out questions, and which checkpoint of a run was the best so far.
+
+    answer_logprob   mean log p(gold answer | question, rationale), in nats, over rationales sampled at temperature 1
+    correct          greedy accuracy: argmax rationale and answer, one response
+    maj@k, pass@k    of k responses at temperature 1; ties go to the answer that was given first, and no answer has no vote
+
+The best checkpoint is a function of metrics.jsonl and of the checkpoints on disk, so a resumed run cannot lose or change it.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from backend.config import BackendConfig
+from backend.errors import DataError
+from backend.service_client import ServiceClient
+from backend.tokenizers import load_tokenizer
+from backend.training_client import TrainingClient
+from backend.types import Datum, LoraConfig
+from envs.completion_env import GroupDataset
+from recipes.latro.env import LatentRationales, responses
+from recipes.latro.examples import example
+from recipes.latro.tasks import Task
+from renderers import get_renderer
+from rl.evaluators import RLTestSetEvaluator, SamplesEvaluator
+from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder, answer_logprobs
+from rl.metrics import compute_trajectory_metrics
+from rl.rollouts import Policy, do_rollouts
+from rl.types import Metrics
+from tracking.metrics_log import read_metrics
+from tracking.run_folder import RunFolder
+
+VALIDATION_METRIC = "test/env/all/correct"
+HELD_OUT_STREAM = 77  # in a seed: the evaluation's rationales are the same draws for every checkpoint
+
+
+@dataclass(frozen=True)
+class Best:
+    step: int
+    path: Path | None  # None: no checkpoint was better than what the run began with
+    value: float
+
+
+def best_so_far(run: Path) -> Best | None:
+    """The checkpoint with the highest greedy accuracy on the validation split, the latest of equals. None before the first evaluation."""
+    values = {record["step"]: record[VALIDATION_METRIC] for record in read_metrics(run) if VALIDATION_METRIC in record}
+    paths: dict[int, Path | None] = {0: None} | {record.step: record.path for record in RunFolder(run).list_checkpoints()}
+    found = [Best(step, paths[step], value) for step, value in sorted(values.items()) if step in paths]
+    return max(found, key=lambda best: (best.value, best.step), default=None)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate with. `env.group_size` rationales are scored per question, and as many responses vote."""
+
+    model_name: str
+    renderer_name: str | None
+    env: LatentRationales
+    lora_rank: int = 0
+    seed: int = 0
+    backend: BackendConfig = BackendConfig()
+
+    def __call__(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
+        """`checkpoint` None is the model as it comes."""
+        return asyncio.run(self._evaluate(checkpoint, tasks))
+
+    async def _evaluate(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
+        renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
+        with ServiceClient(self.backend) as service:
+            client = self._client(service, checkpoint)
+            sampler = client.save_weights_and_get_sampling_client()
+            length, groups = self.env.response_length, self.env.groups(tasks, renderer)
+            rollouts = await do_rollouts(groups, Policy(sampler, length), (self.seed, HELD_OUT_STREAM))
+            plain = LikelihoodRewardBuilder(likelihood_coef=0.0, non_stop_penalty=False)
+            metrics = await LikelihoodReward(client, plain)(rollouts)
+            metrics |= compute_trajectory_metrics(rollouts)
+            dataset = GroupDataset(responses(groups), 64, shuffle=False)
+            metrics |= await RLTestSetEvaluator(dataset, length, seed=self.seed)(sampler)
+            metrics |= await SamplesEvaluator(dataset, length, self.env.group_size, seed=self.seed)(sampler)
+            return metrics
+
+    def diagnose(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
+        """log p(y|x) against log p(y|x, gold rationale): whether rationales are worth anything to this model. No sampling."""
+        renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
+        pairs = [
+            (example(renderer, task, "", answer_only=True), example(renderer, task, task.rationale, answer_only=True))
+            for task in tasks
+            if task.rationale
+        ]
+        pairs = [(bare, full) for bare, full in pairs if full.model_input.length <= renderer.tokenizer.model_max_length]
+        if not pairs:
+            raise DataError("method=diagnose needs gold rationales that fit the context, and the validation split has none")
+        print(f"{len(pairs)} of {len(tasks)} questions have a gold rationale that fits the context")
+        return asyncio.run(self._diagnose(checkpoint, pairs))
+
+    async def _diagnose(self, checkpoint: str | Path | None, pairs_D: list[tuple[Datum, Datum]]) -> Metrics:
+        with ServiceClient(self.backend) as service:
+            client = self._client(service, checkpoint)
+            without = float(np.mean(await answer_logprobs(client, [bare for bare, _ in pairs_D])))
+            with_gold = float(np.mean(await answer_logprobs(client, [full for _, full in pairs_D])))
+        return {"without_rationale": without, "with_gold_rationale": with_gold, "difference": with_gold - without}
+
+    def _client(self, service: ServiceClient, checkpoint: str | Path | None) -> TrainingClient:
+        lora = LoraConfig(rank=self.lora_rank, seed=self.seed) if self.lora_rank else None
+        client = service.create_training_client(self.model_name, lora, self.seed)
+        if checkpoint:
+            client.load_state(str(checkpoint)).result()
+        return client

@@ -1,0 +1,121 @@
+"""The README's figures: LaTRO, its ablations and SFT on the toy task, from one warm start per seed, in one table and one picture.
+
+    python recipes/latro/experiment.py                                     # all; runs/latro_experiment
+    python recipes/latro/experiment.py seeds=0 variants=latro,sft
+
+Runs that are there are kept, interrupted ones resumed.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import json
+from pathlib import Path
+from typing import Any
+
+import chz
+import numpy as np
+
+from recipes.latro import train
+from tracking.command_line import run_command
+from tracking.metrics_log import read_metrics
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "latro": {},
+    "sft": {"method": "sft"},
+    "likelihood_coef=0": {"likelihood_coef": 0.0},
+    "no_baseline": {"baseline": "none"},
+    "kl_coef=0": {"kl_coef": 0.0},
+}
+PANELS = {
+    "likelihood/answer_logprob": "log p(answer | question, rationale), nats",
+    "env/all/useful": "useful rationales among those sampled",
+    "test/env/all/correct": "greedy accuracy, validation split",
+}
+COLORS = ("#2f6db5", "#d9772b", "#3a9a5b", "#c0447a", "#1f2328")
+EARLY = 5  # updates whose gradients are compared: the policies have hardly moved apart
+
+
+@chz.chz
+class Config:
+    """LaTRO against its ablations and SFT."""
+
+    variants: str = chz.field(default=",".join(VARIANTS), doc="which, by comma")
+    seeds: str = chz.field(default="0,1,2", doc="seeds, by comma")
+    log_path: str = chz.field(default="runs/latro_experiment", doc="folder of the runs")
+
+
+def run(config: Config, variant: str, seed: int) -> Path:
+    """The folder of a finished run."""
+    base = train.Config(seed=seed, log_path=f"{config.log_path}/seed{seed}", behavior_if_log_dir_exists="resume")
+    begin = train.start(train.prepared(base))
+    options = chz.replace(base, load_checkpoint_path=begin, log_path=f"{base.log_path}/{variant}", **VARIANTS[variant])
+    folder = options.folder(options.method)
+    if not (folder / "summary.json").exists():
+        train.main(options)
+    return folder
+
+
+def table(folders: dict[str, list[Path]]) -> str:
+    """Mean over seeds of the test set's figures, and the least and the greatest."""
+    header = f"{'':18s} {'log p(y|x,z)':>24s} {'useful':>20s} {'greedy':>20s} {'maj@8':>20s} {'gradient norm':>14s}"
+    keys = ("likelihood/answer_logprob", "env/all/useful", "test/env/all/correct", "test/env/all/maj@8")
+    lines = [header]
+    for name, runs in folders.items():
+        summaries = [json.loads((folder / "summary.json").read_text()) for folder in runs]
+        if name == "latro":
+            lines.append(f"{'warm start':18s} " + " ".join(_spread([s["before"][key] for s in summaries]) for key in keys))
+        norms = [record["optim/grad_norm"] for folder in runs for record in read_metrics(folder)[:EARLY]]
+        norm = "" if name == "sft" else f"{np.sqrt(np.mean(np.square(norms))):14.0f}"  # another loss, another scale
+        row = " ".join(_spread([s["after"][key] for s in summaries]) for key in keys)
+        lines.append(f"{name:18s} {row} {norm}")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{np.mean(values):6.3f} ({min(values):.3f}..{max(values):.3f})"
+
+
+def picture(folders: dict[str, list[Path]], out: Path) -> Path:
+    """A thin line for each seed, a thick one for their mean; SFT has no rationales, and one accuracy at its end."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes: list[Any] = [figure.add_subplot(1, len(PANELS), k + 1) for k in range(len(PANELS))]
+    for (name, runs), color in zip(folders.items(), COLORS, strict=False):
+        if name == "sft":
+            reached = [json.loads((folder / "summary.json").read_text())["after"]["test/env/all/correct"] for folder in runs]
+            axes[-1].axhline(np.mean(reached), color=color, linestyle="--", label="sft (at its end, test set)")
+            continue
+        for axis, key in zip(axes, PANELS, strict=True):
+            curves = [[(r["step"], r[key]) for r in read_metrics(folder) if key in r] for folder in runs]
+            for curve in curves:
+                axis.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.4)
+            mean = np.mean(curves, axis=0)
+            dashes = "--" if name == "kl_coef=0" else "-"  # it lies on the first curve
+            axis.plot(mean[:, 0], mean[:, 1], dashes, color=color, linewidth=2, label=name)
+    for axis, title in zip(axes, PANELS.values(), strict=True):
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("update", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#e5e8ec", linewidth=0.8)
+    axes[-1].legend(frameon=False, fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=80)
+    return out
+
+
+def main(config: Config) -> None:
+    seeds = [int(seed) for seed in config.seeds.split(",")]
+    folders = {variant: [run(config, variant, seed) for seed in seeds] for variant in config.variants.split(",")}
+    print(table(folders))
+    print(f"picture: {picture(folders, Path(config.log_path) / 'latro.png')}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

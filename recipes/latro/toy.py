@@ -1,0 +1,89 @@
+"""Choose the useful thought: six digits, and their sum modulo 10. "374925" may be answered "+304350=0".
+
+The warm start imitates three kinds of thought, each behind its own mark:
+
+    +304350   running sums modulo 10, each step wrong with probability `noise`                          useful
+    ?......   nothing                                                                                   filler
+    ^377999   running maxima                                                                            another question's chain
+
+and then the answer that the thought supports: its last digit, or, behind filler, the right one, which no six steps of adding in the head
+will find. LaTRO then sees questions and answers only. Which thought is useful it must find out from the likelihood of the answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import chz
+import numpy as np
+
+from backend.errors import DataError
+from recipes.latro.tasks import Task, TaskBuilder, Verifier
+from rl.types import Metrics
+
+SUMS, FILLER, MAXIMA = "+?^"
+
+
+class ToyVerifier(Verifier):
+    def extract(self, text: str) -> str | None:
+        return text.partition("=")[2].strip() or None
+
+    def describe(self, rationale: str) -> Metrics:
+        return {"useful": float(rationale.startswith(SUMS)), "filler": float(rationale.startswith(FILLER))}
+
+
+VERIFIER = ToyVerifier()
+
+
+def running(digits_T: np.ndarray, mark: str, noise_T: np.ndarray) -> str:
+    """A thought of the kind `mark`. `noise_T` is added to the running sum after each step."""
+    if mark == FILLER:
+        return mark + "." * len(digits_T)
+    chain_T = (digits_T + noise_T).cumsum() % 10 if mark == SUMS else np.maximum.accumulate(digits_T)
+    return mark + "".join(map(str, chain_T))
+
+
+@chz.chz
+class ToyBuilder(TaskBuilder):
+    """Sums of digits modulo 10."""
+
+    num_tasks: int = chz.field(default=8000, doc="distinct questions, validation included")
+    num_digits: int = chz.field(default=6, doc="digits of a question")
+    useful: float = chz.field(default=0.3, doc="share of running sums in what the warm start imitates")
+    filler: float = chz.field(default=0.4, doc="share of filler; the rest are running maxima")
+    noise: float = chz.field(default=0.1, doc="probability that a step of a running sum is wrong")
+    data_seed: int = chz.field(default=0, doc="which questions, and what is imitated")
+
+    stop_seqs = ("=",)
+    response_length = 16
+    num_train_epochs = 0.1
+    warm_start_updates = 300
+
+    def train_tasks(self) -> list[Task]:
+        return self._tasks()[: self.num_tasks]
+
+    def test_tasks(self) -> list[Task]:
+        return self._tasks()[self.num_tasks :]
+
+    def _tasks(self) -> list[Task]:
+        count = self.num_tasks + (self.num_test or 0)
+        if count > 10**self.num_digits:
+            raise DataError(f"{self.num_digits} digits make {10**self.num_digits} questions: no {count} (num_tasks + num_test)")
+        numbers_D = np.random.default_rng(self.data_seed).choice(10**self.num_digits, count, replace=False)
+        return [self.task(f"{number:0{self.num_digits}d}") for number in numbers_D]
+
+    def task(self, question: str) -> Task:
+        digits_T = np.array([int(digit) for digit in question])
+        gold = str(digits_T.sum() % 10)
+        return Task(question, f"={gold}", gold, VERIFIER, running(digits_T, SUMS, np.zeros_like(digits_T)))
+
+    def demonstrations(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
+        """The tasks' answers here are what the thoughts support, right or wrong."""
+        rng = np.random.default_rng([self.data_seed, 1])
+        marks = rng.choice([SUMS, FILLER, MAXIMA], size=len(tasks), p=[self.useful, self.filler, 1 - self.useful - self.filler])
+        return [self._demonstration(task, str(mark), rng) for task, mark in zip(tasks, marks, strict=True)]
+
+    def _demonstration(self, task: Task, mark: str, rng: np.random.Generator) -> tuple[Task, str]:
+        wrong_T = rng.random(self.num_digits) < self.noise
+        noise_T = np.where(wrong_T, rng.integers(1, 10, self.num_digits), 0)
+        thought = running(np.array([int(digit) for digit in task.question]), mark, noise_T)
+        return replace(task, answer=f"={task.gold if mark == FILLER else thought[-1]}"), thought

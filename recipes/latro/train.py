@@ -1,0 +1,302 @@
+"""LaTRO (Chen et al. 2024, arXiv 2411.04282): latent reasoning, rewarded by the likelihood that the policy itself gives the gold answer.
+
+    J = E_x E_{z ~ pi(.|x)} [ log pi(y | x, z) ] - kl_coef KL( pi(.|x) || pi_0(.|x) )
+
+K rationales z are sampled for each question x; the reward of each is log pi(y | x, z) less the KL term; the baseline is the mean of the others.
+No reward model and no grader: the answer y is all that is known. On the shared loop this is one batch reward and four settings (`rl_config`).
+
+    python recipes/latro/train.py                                          # the small experiment: some minutes on 2 cores; runs/latro
+    python recipes/latro/train.py method=sft behavior_if_log_dir_exists=resume       # the baseline, from the same warm start
+    python recipes/latro/train.py method=diagnose behavior_if_log_dir_exists=resume  # log p(y|x) and log p(y|x, gold rationale)
+    python recipes/latro/train.py dataset=gsm8k model_name=Qwen/Qwen2.5-0.5B-Instruct rloo_k=16 train_batch_size=384 learning_rate=5e-7
+
+What differs from the original, and why, is in the README.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Literal
+
+import chz
+import numpy as np
+
+from backend.config import BackendConfig
+from backend.models import PRESETS
+from backend.tokenizers import load_tokenizer
+from recipes.latro.env import LatentRationales
+from recipes.latro.evaluation import Evaluation, best_so_far
+from recipes.latro.examples import TaskExamples
+from recipes.latro.sizes import Sizes, derive_sizes, estimated_minutes
+from recipes.latro.tasks import Task, TaskBuilder
+from recipes.latro.toy import ToyBuilder
+from renderers import get_renderer
+from rl import train as rl_train
+from rl.advantages import LeaveOneOut, NoBaseline
+from rl.kl import KLPenalty
+from rl.likelihood_reward import LikelihoodRewardBuilder
+from rl.types import Metrics
+from supervised import train as supervised_train
+from tracking.command_line import run_command
+from tracking.metrics_log import print_metrics_table
+from tracking.run_folder import BehaviorIfExists
+
+DATASETS = {
+    "toy": "recipes.latro.toy:ToyBuilder",
+    "gsm8k": "recipes.latro.gsm8k:Gsm8kBuilder",
+    "arc_challenge": "recipes.latro.arc_challenge:ArcChallengeBuilder",
+    "math": "recipes.latro.math_style:MathBuilder",
+    "*.jsonl": "recipes.latro.jsonl:JsonlBuilder train_path={}",
+}
+# What is printed of an evaluation.
+HEADLINES = ("likelihood/answer_logprob", "env/all/useful", "env/all/finished", "test/env/all/correct")
+
+
+@chz.chz
+class Config:
+    """Latent reasoning optimisation on a data set of questions and answers."""
+
+    method: Literal["latro", "sft", "diagnose"] = chz.field(
+        default="latro", doc="or the SFT baseline, or what rationales are worth"
+    )
+    dataset: TaskBuilder = chz.field(default_factory=ToyBuilder, doc="questions, answers and their verifier")
+    model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
+    load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint")
+    renderer_name: str | None = chz.field(default=None, doc="chat_template, plain or role_colon; None = plain for presets")
+    lora_rank: int = chz.field(default=0, doc="rank of a LoRA adapter; 0 trains all weights")
+    seed: int = chz.field(default=0, doc="of weights, order and sampling (the split's is dataset.split_seed)")
+    warm_start_updates: int | None = chz.field(
+        default=None, doc="for a preset: supervised updates on demonstrations before all; None = what the data set says, 0 = none"
+    )
+    warm_start_seed: int | None = chz.field(default=None, doc="seed of those; None = seed")
+
+    rloo_k: int = chz.field(default=8, doc="rationales per question; the original takes 16")
+    train_batch_size: int = chz.field(
+        default=128,
+        doc="rationales per update: per_device_train_batch_size * gradient_accumulation_steps * devices of the original",
+    )
+    rollout_batch_size: int | None = chz.field(default=None, doc="sequences decoded at once; None = backend.max_num_seqs")
+    response_length: int | None = chz.field(default=None, doc="most tokens of a rationale; None = what suits the data set")
+    stop_token: Literal["eos", "both"] = chz.field(
+        default="both", doc="special tokens that end a rationale: EOS, or EOS and padding"
+    )
+    stop_seqs: tuple[str, ...] | None = chz.field(default=None, doc="texts that end it; None = how the data set's answers begin")
+    non_stop_penalty: bool = chz.field(default=True, doc="rationales that never stop get penalty_reward_value * the mean reward")
+    penalty_reward_value: float = chz.field(default=2.0, doc="multiplies the mean reward, which is negative")
+    kl_coef: float = chz.field(default=0.05, doc="weight of the KL to the initial policy, in the reward")
+    likelihood_coef: float = chz.field(default=1.0, doc="weight of the likelihood term; the original ships 0 (sft_penalty)")
+    baseline: Literal["leave_one_out", "none"] = chz.field(default="leave_one_out", doc="none is for comparison")
+    sft_target: Literal["answer", "rationale"] = chz.field(default="answer", doc="method=sft: also train on the gold rationale")
+
+    num_train_epochs: float | None = chz.field(default=None, doc="passes over the questions; None = what suits the data set")
+    max_updates: int | None = chz.field(
+        default=None, doc="instead of num_train_epochs (total_episodes of the original, in updates)"
+    )
+    learning_rate: float = chz.field(default=3e-4, doc="at the first update, falling to 0; a hub model wants 5e-7 to 1e-5")
+    max_grad_norm: float = chz.field(default=1.0, doc="clips the gradient of the mean over rationales; 0 = no clipping")
+    num_evaluations: int = chz.field(default=10, doc="greedy evaluations on the validation split, with a checkpoint each")
+    sanity_check: bool = chz.field(default=False, doc="two updates on a few questions, to see that all works")
+    log_path: str = chz.field(
+        default="runs/latro", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the runs, one for each method"
+    )
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
+        default="ask", doc="what to do with runs that are there; resume also takes over a finished warm start"
+    )
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains and samples")
+
+    def folder(self, stage: str) -> Path:
+        return Path(self.log_path) / stage
+
+    @property
+    def is_preset(self) -> bool:
+        return self.model_name in PRESETS
+
+    @property
+    def renderer(self) -> str | None:
+        return self.renderer_name or ("plain" if self.is_preset else None)
+
+
+def main(config: Config) -> None:
+    config = prepared(config)
+    train, validation = config.dataset.split()
+    if config.method == "diagnose":
+        print_metrics_table(evaluation(config).diagnose(start(config), validation), "log p(answer), nats, validation split")
+        return
+    sizes = announced_sizes(config, train)
+    begin = start(config)
+    method = latro if config.method == "latro" else sft
+    final = method(config, sizes, begin)
+    evaluate = evaluation(config)
+    held_out = config.dataset.test_tasks()[: config.dataset.num_test] or validation
+    before, after = evaluate(begin, held_out), evaluate(final, held_out)
+    write_summary(config, before, after)
+
+
+def prepared(config: Config) -> Config:
+    """With what follows from other options written out."""
+    backend = config.backend
+    if config.rollout_batch_size:
+        backend = chz.replace(backend, max_num_seqs=config.rollout_batch_size)
+    if config.is_preset and backend.engine == "auto":
+        backend = chz.replace(backend, engine="torch")  # starts at once, and is faster for models of this size
+    config = chz.replace(
+        config,
+        backend=backend,
+        response_length=config.response_length or config.dataset.response_length,
+        num_train_epochs=config.num_train_epochs or config.dataset.num_train_epochs,
+        stop_seqs=config.stop_seqs or config.dataset.stop_seqs,
+        warm_start_updates=config.dataset.warm_start_updates if config.warm_start_updates is None else config.warm_start_updates,
+        warm_start_seed=config.seed if config.warm_start_seed is None else config.warm_start_seed,
+    )
+    if not config.sanity_check:
+        return config
+    few = chz.replace(config.dataset, num_train=64, num_validation=8)
+    return chz.replace(config, dataset=few, max_updates=2, num_evaluations=1, train_batch_size=2 * config.rloo_k)
+
+
+def announced_sizes(config: Config, tasks: list[Task]) -> Sizes:
+    """Prints what is going to happen, and refuses what cannot work."""
+    renderer = get_renderer(config.renderer, load_tokenizer(config.model_name, config.backend.max_length))
+    groups = environment(config).groups(tasks, renderer)
+    sizes = sizes_of(config, len(groups))
+    print(sizes.lines())
+    tokens = sizes.response_length + float(np.mean([len(group.prompt) + len(group.answer_tokens) for group in groups]))
+    print(f"in the order of {estimated_minutes(sizes, config.model_name, tokens):.1g} minutes; the progress bar will know better")
+    return sizes
+
+
+def sizes_of(config: Config, num_prompts: int) -> Sizes:
+    assert config.response_length and config.num_train_epochs
+    return derive_sizes(
+        num_prompts,
+        config.rloo_k,
+        config.train_batch_size,
+        config.num_train_epochs,
+        config.max_updates,
+        config.num_evaluations,
+        config.response_length,
+    )
+
+
+def start(config: Config) -> str | None:
+    """The checkpoint that a method begins with: the one given, for a preset a warm start, else the model as it comes."""
+    if config.load_checkpoint_path or not (config.is_preset and config.warm_start_updates):
+        return config.load_checkpoint_path
+    settings = supervised_train.Config(
+        dataset=TaskExamples(tasks=config.dataset, target="demonstrations", batch_size=128, seed=config.warm_start_seed or 0),
+        seed=config.warm_start_seed or 0,
+        learning_rate=2e-3,
+        lr_schedule="linear",
+        num_epochs=config.warm_start_updates,
+        max_steps=config.warm_start_updates,
+        eval_every=50,
+        save_every=0,
+        **common(config, "warm_start"),
+    )
+    final = config.folder("warm_start") / "checkpoints" / "final"
+    if config.behavior_if_log_dir_exists != "resume" or not final.exists():
+        asyncio.run(supervised_train.main(settings))
+    return str(final)
+
+
+def common(config: Config, stage: str) -> dict:
+    return {
+        "model_name": config.model_name,
+        "renderer_name": config.renderer,
+        "lora_rank": config.lora_rank,
+        "log_path": str(config.folder(stage)),
+        "behavior_if_log_dir_exists": config.behavior_if_log_dir_exists,
+        "backend": config.backend,
+    }
+
+
+def environment(config: Config) -> LatentRationales:
+    assert config.response_length and config.stop_seqs
+    return LatentRationales(
+        tasks=config.dataset,
+        response_length=config.response_length,
+        stop_seqs=config.stop_seqs,
+        stop_at_pad=config.stop_token == "both",
+        batch_size=config.train_batch_size // max(1, config.rloo_k),  # sizes.py refuses what cannot work
+        group_size=config.rloo_k,
+        seed=config.seed,
+    )
+
+
+def rl_config(config: Config, sizes: Sizes, begin: str | None) -> rl_train.Config:
+    """LaTRO in the terms of the loop. The losses are summed over rationales, so Adam sees samples_per_update times the mean's gradient."""
+    return rl_train.Config(
+        env=environment(config),
+        batch_reward=LikelihoodRewardBuilder(
+            likelihood_coef=config.likelihood_coef,
+            non_stop_penalty=config.non_stop_penalty,
+            penalty_reward_value=config.penalty_reward_value,
+        ),
+        advantage=LeaveOneOut() if config.baseline == "leave_one_out" else NoBaseline(),
+        kl=KLPenalty(coef=config.kl_coef, where="reward"),
+        loss_fn="reinforce",
+        grad_clip_norm=config.max_grad_norm * sizes.samples_per_update,
+        load_checkpoint_path=begin,
+        seed=config.seed,
+        learning_rate=config.learning_rate,
+        lr_schedule="linear",
+        num_epochs=sizes.updates,  # more than needed: max_steps decides
+        max_steps=sizes.updates,
+        eval_every=sizes.eval_every,
+        save_every=sizes.eval_every,
+        transcript_every=sizes.eval_every,
+        **common(config, "latro"),
+    )
+
+
+def latro(config: Config, sizes: Sizes, begin: str | None) -> str | None:
+    """Trains; returns the best checkpoint so far."""
+    asyncio.run(rl_train.main(rl_config(config, sizes, begin)))
+    best = best_so_far(config.folder("latro"))
+    assert best is not None
+    print(f"best on the validation split: {best.value:.3f} after update {best.step}: {best.path or begin}")
+    return str(best.path) if best.path else begin
+
+
+def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
+    """The baseline: as many updates, with as many sequences each, on the answers alone or behind the gold rationale."""
+    settings = supervised_train.Config(
+        dataset=TaskExamples(
+            tasks=config.dataset, target=config.sft_target, batch_size=sizes.samples_per_update, seed=config.seed
+        ),
+        load_checkpoint_path=begin,
+        seed=config.seed,
+        learning_rate=config.learning_rate,
+        lr_schedule="linear",
+        grad_clip_norm=config.max_grad_norm,
+        num_epochs=sizes.updates,
+        max_steps=sizes.updates,
+        eval_every=sizes.eval_every,
+        save_every=0,
+        **common(config, "sft"),
+    )
+    asyncio.run(supervised_train.main(settings))
+    return str(config.folder("sft") / "checkpoints" / "final")
+
+
+def evaluation(config: Config) -> Evaluation:
+    return Evaluation(config.model_name, config.renderer, environment(config), config.lora_rank, config.seed, config.backend)
+
+
+def write_summary(config: Config, before: Metrics, after: Metrics) -> None:
+    """Prints what the method made of the test set (without one, the validation split); LOG_PATH/<method>/summary.json keeps all of it."""
+    (config.folder(config.method) / "summary.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+    names = [*HEADLINES, f"test/env/all/maj@{config.rloo_k}"]
+    for name in names:
+        if name in before and name in after:
+            print(f"{name:28s} {before[name]:8.3f} -> {after[name]:8.3f}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config, {"dataset": DATASETS})

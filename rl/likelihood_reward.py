@@ -1,0 +1,111 @@
+"""Rewards from the policy's own likelihood: log p(answer | prompt, rationale), in nats, summed over exactly the answer's tokens.
+
+The self-reward of LaTRO (arXiv 2411.04282): a sampled rationale is as good as the gold answer is likely behind it. One batched forward pass
+scores a step's rationales; the answers are then trained on by cross-entropy too, which is the second half of the gradient of
+E_z[log p(answer | z)], where the policy gradient of the rationales is the first:
+
+    grad = E[ A grad log p(rationale) + likelihood_coef grad log p(answer | rationale) ]        likelihood_coef = 1 is the true gradient
+
+Both halves are summed over the members of a group, so they carry the same factor. Left out: sharing one forward pass between the score and
+the training, dividing by the answer's length.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import Datum, ModelInput
+from renderers.types import Renderer
+from rl.types import Action, BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
+
+
+@runtime_checkable
+class HasAnswer(Protocol):
+    """What the builder of a group must know."""
+
+    @property
+    def answer_tokens(self) -> list[int]:
+        """The gold answer, to stand right behind the rationale."""
+        ...
+
+    def rationale(self, action: Action) -> tuple[list[int], bool]:
+        """What of the sampled tokens is rationale, and whether they stopped by themselves."""
+        ...
+
+
+def answer_datum(context: Sequence[int], answer: Sequence[int], weight: float = 1.0) -> Datum:
+    """`weight` on each token of the answer, 0 before it. Position t predicts token t + 1."""
+    tokens_T = np.array([*context, *answer], dtype=np.int64)
+    weights_T = np.zeros(len(tokens_T) - 1, dtype=np.float32)
+    weights_T[len(context) - 1 :] = weight
+    return Datum(ModelInput.from_ints(tokens_T[:-1].tolist()), {"target_tokens": tokens_T[1:], "weights": weights_T})
+
+
+async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> np.ndarray:
+    """(D,) summed logprobs of the tokens that carry weight, under the client's present weights."""
+    output = await client.forward(data_D, "cross_entropy")
+    return np.array([out["logprobs"].array.sum(dtype=np.float64) for out in output.loss_fn_outputs])
+
+
+class LikelihoodReward(BatchReward):
+    """Adds log p(answer | prompt, rationale) to each member's reward, and the answer to what is trained by cross-entropy."""
+
+    def __init__(self, client: TrainingClient, config: "LikelihoodRewardBuilder"):
+        self._client, self._config = client, config
+
+    async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
+        members = [(group, g) for group in groups_P for g in range(len(group.trajectories_G))]
+        if not members:
+            return {}
+        parts = [_parts(group, g) for group, g in members]
+        scores_D = await answer_logprobs(self._client, [answer_datum(context, answer) for context, answer, _ in parts])
+        rewards_D = self._penalized(scores_D, np.array([finished for *_, finished in parts]))
+        for (group, g), (context, answer, _), reward in zip(members, parts, rewards_D, strict=True):
+            group.final_rewards_G[g] += float(reward)
+            if self._config.likelihood_coef:
+                group.trajectories_G[g].supervised.append(answer_datum(context, answer, self._config.likelihood_coef))
+        tokens = sum(len(answer) for _, answer, _ in parts)
+        return {
+            "likelihood/answer_logprob": float(scores_D.mean()),
+            "likelihood/answer_logprob_per_token": float(scores_D.sum() / tokens),
+            "likelihood/finished": float(np.mean([finished for *_, finished in parts])),
+        }
+
+    def _penalized(self, scores_D: np.ndarray, finished_D: np.ndarray) -> np.ndarray:
+        """A rationale that never stopped gets a multiple of the mean score, which is negative. As in the original the mean is over all
+        rationales of the call, and the answer behind an unfinished one is still trained on."""
+        if not self._config.non_stop_penalty:
+            return scores_D
+        return np.where(finished_D, scores_D, self._config.penalty_reward_value * scores_D.mean())
+
+
+def _parts(group: TrajectoryGroup, g: int) -> tuple[list[int], list[int], bool]:
+    """Prompt with rationale, answer, and whether the rationale ended by itself."""
+    if not isinstance(group.builder, HasAnswer):
+        raise ConfigError(
+            f"{type(group.builder).__name__} has no answer_tokens and rationale(action): the likelihood reward needs both (HasAnswer)"
+        )
+    turn = group.trajectories_G[g].transitions[-1]
+    rationale, finished = group.builder.rationale(turn.ac.tokens)
+    return [*turn.ob.to_ints(), *rationale], group.builder.answer_tokens, finished
+
+
+@chz.chz
+class LikelihoodRewardBuilder(BatchRewardBuilder):
+    """log p(gold answer | question, rationale) as reward."""
+
+    likelihood_coef: float = chz.field(default=1.0, doc="weight of the answers' cross-entropy; 1 = true gradient, 0 = none")
+    non_stop_penalty: bool = chz.field(default=True, doc="rationales that never stop get penalty_reward_value * the mean reward")
+    penalty_reward_value: float = chz.field(default=2.0, doc="multiplies the mean reward, which is negative")
+
+    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
+        if self.likelihood_coef < 0 or self.penalty_reward_value < 1:
+            raise ConfigError(
+                "likelihood_coef must be at least 0, and penalty_reward_value at least 1 (below, it would be a reward)"
+            )
+        return LikelihoodReward(training_client, self)
