@@ -72,10 +72,15 @@ class MinimaxPlayer(Opponent):
     def open(self, game: Game) -> Player:
         if not game.name.startswith("TicTacToe-v0"):
             raise ConfigError(f"minimax plays TicTacToe-v0 and its variants, not {game.name}")
-        return _minimax_move
+        return _minimax_player
 
 
-async def _minimax_move(game: Game, rng: np.random.Generator) -> str:
+async def _minimax_player(game: Game, rng: np.random.Generator) -> str:
+    return minimax_move(game, rng)
+
+
+def minimax_move(game: Game, rng: np.random.Generator) -> str:
+    """One of the best moves of a game of tic-tac-toe."""
     board = "".join(cell or " " for row in game.state.game_state["board"] for cell in row)
     values = {cell: -_value(after, THEM[mark]) for cell, after, mark in _moves(board, "OX"[game.player])}
     best = [cell for cell, value in values.items() if value == max(values.values())]

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from backend.models import PRESETS
-from envs.opponents import listed_moves
+from envs.opponents import listed_moves, minimax_move
 from envs.textarena import TextArenaBuilder
 
 PIECES = r"\d|\b[XO]\b"
@@ -23,13 +23,14 @@ SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>"]
 TOKENIZER_GAMES = 200
 
 
-def random_game(task: TextArenaBuilder, seed: list[int]) -> Iterator[tuple[str, str]]:
-    """What the player to move sees, and a legal move drawn at random, to the end of the game."""
+def random_game(task: TextArenaBuilder, seed: list[int], skill: float = 0.0) -> Iterator[tuple[str, str]]:
+    """What the player to move sees, and its move, to the end of the game: with probability `skill` a perfect one, else a legal one drawn at
+    random."""
     rng = np.random.default_rng(seed)
     game = task.open_game(int(rng.integers(2**31)))
     while not game.over:
         moves = listed_moves(game.text)
-        move = moves[rng.integers(len(moves))]
+        move = minimax_move(game, rng) if rng.random() < skill else moves[rng.integers(len(moves))]
         yield game.text, move
         game.move(move)
 

@@ -49,7 +49,7 @@ class RandomPlay(SupervisedDataset):
     def get_batch(self, index: int) -> list[Datum]:
         config, game, data_D = self.config, 0, []
         while len(data_D) < config.batch_size:
-            for text, move in random_game(config.task, [config.seed, index, game]):
+            for text, move in random_game(config.task, [config.seed, index, game], config.skill):
                 messages = [Message(role="user", content=text), Message(role="assistant", content=move)]
                 data_D.append(conversation_to_datum(messages, self.renderer))
             game += 1
@@ -58,9 +58,10 @@ class RandomPlay(SupervisedDataset):
 
 @chz.chz
 class RandomPlayBuilder(SupervisedDatasetBuilder):
-    """Random legal play, to imitate."""
+    """The games of a careless player, to imitate."""
 
     task: TextArenaBuilder = chz.field(doc="which game")
+    skill: float = chz.field(default=0.0, doc="share of the moves that are perfect; the others are legal and drawn at random")
     n_batches: int = chz.field(default=400, doc="training batches per epoch")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
