@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ class Timeline:
         """Of the seconds from `start` to `end`: the part in which at least one span of a kind lasted, the part in which none did
         ("idle"), and how many rollouts were in an environment or at the sampler on average ("rollouts_in_flight")."""
         clipped: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
-        for span in [*self._spans, *self._open]:
-            if span.end > start and span.start < end:
+        for span in chain(
+            self._open, takewhile(lambda span: span.end > start, reversed(self._spans))
+        ):  # kept in the order of their ends
+            if span.start < end:
                 clipped[span.kind].append((max(span.start, start), min(span.end, end)))
         length = max(end - start, 1e-9)
         shares = {kind: covered(intervals) / length for kind, intervals in clipped.items() if intervals}
