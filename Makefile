@@ -1,5 +1,7 @@
-# make demo | test | check | bench.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
+# make install | demo | test | check | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
 PY := .venv/bin/python
+
+install: .venv/installed
 
 demo: .venv/installed
 	$(PY) recipes/demo.py
@@ -20,4 +22,4 @@ check: .venv/installed
 clean:
 	rm -rf .venv runs *.egg-info
 
-.PHONY: demo test check clean
+.PHONY: install demo test check clean
