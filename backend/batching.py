@@ -1,8 +1,8 @@
 """From Datums to padded tensors: micro-batches cut by a token budget from rows sorted by length.
 
-A row is one sequence, or several that begin with the same prompt: the members of an RL group. The prompt is then computed once, and the
-continuations lie side by side behind it, each seeing the prompt and itself. Rows are padded on the right. Only positions that carry loss
-are looked up in the vocabulary. None of this can change a gradient, since losses are sums over tokens.
+A row is one sequence, or several that begin with the same prompt, laid out as a tree: the members of an RL group, and what else continues
+one of them. What they share is computed once, and each token sees its own ancestors. Rows are padded on the right. Only positions that
+carry loss are looked up in the vocabulary. None of this can change a gradient, since losses are sums over tokens.
 """
 
 from collections import defaultdict
@@ -14,8 +14,8 @@ import torch
 
 from backend.types import Datum
 
-SHARED_ROW_TOKENS = 1024  # continuations are laid behind a shared prompt up to this length of row: attention costs its square
-SHARED_ROWS_PAY = 0.8  # share prompts where that leaves at most this part of the tokens; the mask it needs is not free
+SHARED_ROW_TOKENS = 1024  # sequences are laid into a shared row up to this length: attention costs its square
+SHARED_ROWS_PAY = 0.8  # share prefixes where that leaves at most this part of the tokens; the mask it needs is not free
 
 
 @dataclass
@@ -27,18 +27,17 @@ class MicroBatch:
     datum_N: np.ndarray  # which datum a target belongs to, and
     position_N: np.ndarray  # where in it
     targets_NK: torch.Tensor
-    inputs: dict[str, torch.Tensor]
-    positions_BT: torch.Tensor | None = None  # with shared prompts: position ids, and who sees whom
+    temperature_N: torch.Tensor | None = None  # None = 1
+    positions_BT: torch.Tensor | None = None  # with shared prefixes: position ids, and who sees whom
     mask_B1TT: torch.Tensor | None = None
 
 
 @dataclass
 class _Row:
-    """`datum_indices` share their first `shared` tokens; each one's other tokens begin at its `start`."""
+    """The data in one row. Token t of `data[i]` stands in column `columns[i][t]`."""
 
-    datum_indices: list[int]
-    starts: list[int]
-    shared: int
+    data: list[int]
+    columns: list[np.ndarray]
     length: int
 
 
@@ -46,8 +45,8 @@ def micro_batches(data_D: Sequence[Datum], chosen: Sequence[int], token_budget: 
     """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone), longest rows first: memory peaks at once."""
     if not chosen:
         return []
-    alone = [_Row([d], [0], 0, data_D[d].model_input.length) for d in chosen]
-    shared = _share_prompts(data_D, chosen)
+    alone = [_Row([d], [np.arange(data_D[d].model_input.length)], data_D[d].model_input.length) for d in chosen]
+    shared = [row for family in _families(data_D, chosen) for row in _trees(family)]
     pays = sum(row.length for row in shared) <= SHARED_ROWS_PAY * sum(row.length for row in alone)
     batches: list[list[_Row]] = [[]]
     for row in sorted(shared if pays else alone, key=lambda row: -row.length):
@@ -57,72 +56,97 @@ def micro_batches(data_D: Sequence[Datum], chosen: Sequence[int], token_budget: 
     return [_collate(data_D, rows, device) for rows in batches]
 
 
-def _share_prompts(data_D: Sequence[Datum], chosen: Sequence[int]) -> list[_Row]:
-    """Data with the same tokens up to the first that carries loss, laid into common rows."""
-    families: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for d in chosen:
-        carries = carries_loss({key: value.array for key, value in data_D[d].loss_fn_inputs.items()})
-        families[tuple(data_D[d].model_input.to_ints()[: int(carries.argmax()) + 1])].append(d)
-    rows = []
-    for prompt, members in families.items():
-        row = None
-        for d in members:
-            own = data_D[d].model_input.length - len(prompt)
-            if row is None or row.length + own > SHARED_ROW_TOKENS:
-                row = _Row([], [], len(prompt), len(prompt))
-                rows.append(row)
-            row.datum_indices.append(d)
-            row.starts.append(row.length)
-            row.length += own
+def _families(data_D: Sequence[Datum], chosen: Sequence[int]) -> list[list[tuple[list[int], int]]]:
+    """(tokens, d) of the data with one prompt: their tokens up to the first that carries loss, or some beginning of those."""
+    tokens_D = [data_D[d].model_input.to_ints() for d in chosen]
+    firsts = [int(carries_loss(data_D[d]).argmax()) for d in chosen]
+    prompts = [tuple(tokens[: first + 1]) for tokens, first in zip(tokens_D, firsts, strict=True)]
+    root, roots = None, {}
+    for prompt in sorted(set(prompts)):  # right behind a prompt come those that continue it
+        root = root if root and prompt[: len(root)] == root else prompt
+        roots[prompt] = root
+    families = defaultdict(list)
+    for prompt, tokens, d in zip(prompts, tokens_D, chosen, strict=True):
+        families[roots[prompt]].append((tokens, d))
+    return list(families.values())
+
+
+def _trees(family: list[tuple[list[int], int]]) -> list[_Row]:
+    """Rows in which what continues a token lies right behind it: a walk through the tree of the sequences."""
+    rows, before_T = [], np.empty(0, dtype=np.int64)
+    for tokens, d in sorted(family):
+        tokens_T = np.array(tokens)
+        shared = _common_prefix(before_T, tokens_T)
+        if not rows or rows[-1].length + len(tokens) - shared > SHARED_ROW_TOKENS:
+            rows.append(_Row([], [], 0))
+            shared = 0
+        row, own = rows[-1], len(tokens) - shared
+        prefix_T = row.columns[-1][:shared] if shared else before_T[:0]
+        row.columns.append(np.concatenate([prefix_T, np.arange(row.length, row.length + own)]))
+        row.data.append(d)
+        row.length += own
+        before_T = tokens_T
     return rows
 
 
+def _common_prefix(a_T: np.ndarray, b_T: np.ndarray) -> int:
+    differ = a_T[: len(b_T)] != b_T[: len(a_T)]
+    return int(differ.argmax()) if differ.any() else len(differ)
+
+
 def _collate(data_D: Sequence[Datum], rows: list[_Row], device: torch.device) -> MicroBatch:
-    width, members = max(row.length for row in rows), [d for row in rows for d in row.datum_indices]
+    width, members = max(row.length for row in rows), [d for row in rows for d in row.data]
     tokens_BT, positions_BT = np.zeros((len(rows), width), dtype=np.int64), np.zeros((len(rows), width), dtype=np.int64)
-    segments_BT = np.full((len(rows), width), -1)  # 0 the prompt, then a number for each continuation, -1 padding
-    flat_positions, positions = [], []
+    # The columns that continue one lie behind it, up to its end. Padding sees itself.
+    ends_BT = np.tile(np.arange(1, width + 1), (len(rows), 1))
+    flat_columns, positions = [], []
     for b, row in enumerate(rows):
-        for number, (d, start) in enumerate(zip(row.datum_indices, row.starts, strict=True), start=1):
-            tokens = data_D[d].model_input.to_ints()
-            position_T = np.arange(len(tokens))
-            column_T = np.where(position_T < row.shared, position_T, position_T + start - row.shared)
-            tokens_BT[b, column_T], positions_BT[b, column_T], segments_BT[b, column_T] = tokens, position_T, number
-            flat_positions.append(b * width + column_T)
+        for d, column_T in zip(row.data, row.columns, strict=True):
+            position_T = np.arange(len(column_T))
+            tokens_BT[b, column_T], positions_BT[b, column_T] = data_D[d].model_input.to_ints(), position_T
+            ends_BT[b, column_T] = column_T[-1] + 1
+            flat_columns.append(b * width + column_T)
             positions.append(position_T)
-        segments_BT[b, : row.shared] = 0
-    flat = {
-        key: np.concatenate([data_D[d].loss_fn_inputs[key].array for d in members]) for key in data_D[members[0]].loss_fn_inputs
-    }
-    chosen = carries_loss(flat)
-    targets = flat.pop("target_tokens")[chosen]
+    carries = np.concatenate([carries_loss(data_D[d]) for d in members])
+    targets = np.concatenate([data_D[d].loss_fn_inputs["target_tokens"].array for d in members])[carries]
+    temperatures = _temperatures([data_D[d] for d in members])
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    shares = any(len(row.datum_indices) > 1 for row in rows)
+    shares = any(len(row.data) > 1 for row in rows)
     return MicroBatch(
         tokens_BT=tensor(tokens_BT),
-        rows_N=tensor(np.concatenate(flat_positions)[chosen]),
-        datum_N=np.repeat(members, [len(position_T) for position_T in positions])[chosen],
-        position_N=np.concatenate(positions)[chosen],
+        rows_N=tensor(np.concatenate(flat_columns)[carries]),
+        datum_N=np.repeat(members, [len(position_T) for position_T in positions])[carries],
+        position_N=np.concatenate(positions)[carries],
         targets_NK=tensor(targets if targets.ndim == 2 else targets[:, None]),
-        inputs={key: tensor(array[chosen]) for key, array in flat.items()},
+        temperature_N=None if temperatures is None else tensor(temperatures[carries]),
         positions_BT=tensor(positions_BT) if shares else None,
-        mask_B1TT=_mask(tensor(segments_BT)) if shares else None,
+        mask_B1TT=_mask(tensor(ends_BT)) if shares else None,
     )
 
 
-def _mask(segments_BT: torch.Tensor) -> torch.Tensor:
-    """True where a token may look: backwards, at the prompt and at its own continuation."""
-    own = segments_BT[:, :, None] == segments_BT[:, None, :]
-    visible = own | (segments_BT == 0)[:, None, :]
-    return (visible & torch.ones_like(visible[0]).tril())[:, None]
+def _temperatures(data_D: Sequence[Datum]) -> np.ndarray | None:
+    """Of all tokens of all data, 1 where a Datum has none; None where no Datum has any."""
+    if not any("temperature" in datum.loss_fn_inputs for datum in data_D):
+        return None
+    ones = [np.ones(datum.model_input.length, dtype=np.float32) for datum in data_D]
+    found = [datum.loss_fn_inputs.get("temperature") for datum in data_D]
+    return np.concatenate([one_T if own is None else own.array for one_T, own in zip(ones, found, strict=True)])
 
 
-def carries_loss(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Which tokens need a logprob: those of a non-zero weight, else of a non-zero mask, else all."""
+def _mask(ends_BT: torch.Tensor) -> torch.Tensor:
+    """True where a token may look: at itself and at its ancestors, which are those before it whose continuations it is among."""
+    column_T = torch.arange(ends_BT.shape[1], device=ends_BT.device)
+    visible_BTT = (column_T[:, None] >= column_T) & (column_T[:, None] < ends_BT[:, None, :])
+    return visible_BTT[:, None]
+
+
+def carries_loss(datum: Datum) -> np.ndarray:
+    """(T,) which tokens need a logprob: those of a non-zero weight, else of a non-zero mask, else all."""
     for key in ("weights", "mask"):
-        if key in arrays:
-            return arrays[key] != 0 if arrays[key].ndim == 1 else (arrays[key] != 0).any(-1)
-    return np.ones(len(arrays["target_tokens"]), dtype=bool)
+        if key in datum.loss_fn_inputs:
+            array = datum.loss_fn_inputs[key].array
+            return array != 0 if array.ndim == 1 else (array != 0).any(-1)
+    return np.ones(datum.model_input.length, dtype=bool)

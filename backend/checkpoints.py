@@ -105,6 +105,7 @@ def load_weights(trainer: Trainer, path: Path) -> None:
     if trainer.scalar_head is None and (path / SCALAR_HEAD_FILE).exists():
         raise CheckpointError(f"{path} holds a scalar model: open it with create_scalar_client_from_state")
     _check_same_model(trainer, path)
+    trainer.kept = None
     try:
         if is_adapter:
             _load_adapter(trainer, path)

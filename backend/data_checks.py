@@ -30,11 +30,11 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     return loss
 
 
-def check_data(data_D: Sequence[Datum], required: Sequence[str], vocabulary: int, max_length: int) -> None:
-    """Raises where a Datum would otherwise fail deep in torch, or be trained on silently wrong."""
+def check_data(data_D: Sequence[Datum], required: Sequence[str], vocabulary: int, max_length: int, first: int = 0) -> None:
+    """Raises where a Datum would otherwise fail deep in torch, or be trained on silently wrong. `first`: the number of the first one."""
     if not data_D:
         raise DataError("no data: forward and forward_backward need at least one Datum")
-    for d, datum in enumerate(data_D):
+    for d, datum in enumerate(data_D, start=first):
         tokens, inputs = datum.model_input.to_ints(), datum.loss_fn_inputs
         if not tokens:
             raise DataError(f"datum {d} has an empty model_input")
@@ -43,7 +43,9 @@ def check_data(data_D: Sequence[Datum], required: Sequence[str], vocabulary: int
         if missing := [key for key in ("target_tokens", *required) if key not in inputs]:
             raise DataError(f"datum {d} lacks loss_fn_inputs {missing}; it has {sorted(inputs)}")
         if inputs.keys() != data_D[0].loss_fn_inputs.keys():
-            raise DataError(f"datum {d} has loss_fn_inputs {sorted(inputs)}, datum 0 has {sorted(data_D[0].loss_fn_inputs)}")
+            raise DataError(
+                f"datum {d} has loss_fn_inputs {sorted(inputs)}, datum {first} has {sorted(data_D[0].loss_fn_inputs)}"
+            )
         targets = inputs["target_tokens"].array
         for key, value in inputs.items():
             if value.array.shape[:1] != (len(tokens),):

@@ -12,6 +12,7 @@ and `loss_fn_outputs[d]["scalars"]` holds them afterwards. Left out: several sca
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 from backend.batching import MicroBatch
 from backend.config import BackendConfig
 from backend.errors import ConfigError, ModelError
-from backend.losses import LossFn
+from backend.loss_terms import LossTerm
 from backend.trainer import CustomLoss, Trainer
 from backend.types import Datum, ForwardBackwardOutput, LoraConfig
 
@@ -42,13 +43,16 @@ class ScalarTrainer(Trainer):
         self.named_trainable = trainable | {"scalar_head": self.scalar_head}
         self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
 
-    def run(
-        self, data_D: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None, backward: bool = True
-    ) -> ForwardBackwardOutput:
-        """As Trainer.run, with a callable loss: those with a name are losses of logprobs."""
-        if isinstance(loss_fn, str):
-            raise ConfigError(f"loss_fn {loss_fn!r} is a loss of logprobs, and a scalar model has none: give it a callable")
-        return super().run([_with_targets(datum) for datum in data_D], loss_fn, loss_fn_config, backward)
+    def run_terms(self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False) -> list[ForwardBackwardOutput]:
+        """As Trainer.run_terms, with callable losses: those with a name are losses of logprobs."""
+        for term in terms:
+            if isinstance(term.loss_fn, str):
+                raise ConfigError(
+                    f"loss_fn {term.loss_fn!r} is a loss of logprobs, and a scalar model has none: give it a callable"
+                )
+        return super().run_terms(
+            [replace(term, data_D=[_with_targets(d) for d in term.data_D]) for term in terms], backward, keep
+        )
 
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
         return super().run_custom([_with_targets(datum) for datum in data_D], fn)

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from backend.batching import MicroBatch, micro_batches
 from backend.config import BackendConfig, compute_dtype, training_device
 from backend.data_checks import check_data, resolve_loss
-from backend.errors import ModelError, NonFiniteError
+from backend.errors import DataError, ModelError, NonFiniteError
 from backend.logprobs import target_logprobs
-from backend.losses import Loss, LossFn
+from backend.loss_terms import KeptForward, LossTerm, RunningTerm
+from backend.losses import LossFn
 from backend.models import context_length, load_model
 from backend.types import AdamParams, Datum, ForwardBackwardOutput, GetInfoResponse, LoraConfig, OptimStepResponse, TensorData
 
@@ -52,6 +53,7 @@ class Trainer:
             self.model.train()
         self.named_trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
+        self.kept: KeptForward | None = None  # a forward that waits for its backward; whoever changes the weights drops it
         self._check_head()
 
     # --- passes -----------------------------------------------------------------------------------------------------------------
@@ -63,38 +65,56 @@ class Trainer:
 
         A loss that is not finite raises NonFiniteError and leaves no gradient behind.
         """
-        loss = resolve_loss(loss_fn, loss_fn_config)
-        check_data(data_D, loss.required, self.vocabulary, self.max_length)
-        parts, loss_parts, sums = [], [], {}
-        for chosen, differentiate in self._passes(data_D, loss, backward):
-            for batch in micro_batches(data_D, chosen, self.config.micro_batch_tokens, self.device):
-                with torch.set_grad_enabled(differentiate):
-                    p_NK = self._logprobs(batch)
-                    p = p_NK if loss_fn == "cross_entropy" and batch.inputs["weights"].ndim == 2 else p_NK[:, 0]
-                    loss_N, diagnostics_N = loss.fn(p, batch.inputs, **(loss_fn_config or {}))
-                    if differentiate and len(loss_N):
-                        loss_N.sum().backward()
-                    parts.append((batch, p.detach()))
-                    loss_parts.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
-                    for name, value_N in diagnostics_N.items():
-                        sums[name] = sums.get(name, 0.0) + value_N.detach().double().sum()
-        logprobs_D = _scatter_to_datums(data_D, parts)
-        loss_N = torch.cat(loss_parts).double().cpu()
-        if not torch.isfinite(loss_N).all():
-            self.zero_grad()
-            bad = np.concatenate([batch.datum_N for batch, _ in parts])[~torch.isfinite(loss_N).numpy()]
-            indices = sorted(set(bad.tolist()))
-            raise NonFiniteError(f"the loss of data {indices[:10]} is not finite; no gradient was kept", indices)
-        metrics = {"loss:sum": float(loss_N.sum()), "num_loss_tokens:sum": float(len(loss_N))}
-        metrics |= {f"{name}:mean": float(value) / max(len(loss_N), 1) for name, value in sums.items()}
-        return ForwardBackwardOutput([{self.output_name: TensorData(logprobs)} for logprobs in logprobs_D], metrics)
+        return self.run_terms([LossTerm(data_D, loss_fn, loss_fn_config)], backward)[0]
 
-    def _passes(self, data_D: Sequence[Datum], loss: Loss, backward: bool) -> list[tuple[Sequence[int], bool]]:
-        """Which data need a backward pass. Groups whose members all got the same reward do not: advantage 0, gradient 0."""
-        if not backward:
-            return [(range(len(data_D)), False)]
-        needed = [not loss.scales_with_advantage or bool(datum.loss_fn_inputs["advantages"].array.any()) for datum in data_D]
-        return [([d for d, need in enumerate(needed) if need is wanted], wanted) for wanted in (True, False)]
+    def run_terms(self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False) -> list[ForwardBackwardOutput]:
+        """Several losses in the same passes, an output for each. NonFiniteError counts the data of all terms through.
+
+        With `keep` and without `backward`, a forward that fits one micro-batch is kept, and the next backward of (some of) the same data
+        under the same weights begins there. This saves a forward pass and changes nothing else.
+        """
+        running: list[RunningTerm] = []
+        data_D: list[Datum] = []
+        for term in terms:
+            loss = resolve_loss(term.loss_fn, term.loss_fn_config)
+            check_data(term.data_D, loss.required, self.vocabulary, self.max_length, first=len(data_D))
+            running.append(RunningTerm(term, loss, first=len(data_D)))
+            data_D += term.data_D
+        if len({datum.loss_fn_inputs["target_tokens"].array.shape[1:] for datum in data_D}) > 1:
+            raise DataError("data with different numbers of targets per token: run them in passes of their own")
+        needed_D = [backward and need for term in running for need in term.needs_backward()]
+        for batch, p_NK, differentiate in self._forward(data_D, needed_D, backward, keep):
+            with torch.set_grad_enabled(differentiate):
+                loss = torch.stack([term(batch, p_NK) for term in running]).sum()
+                if differentiate and len(p_NK):
+                    loss.backward()
+        if bad := [d for term in running for d in term.not_finite()]:
+            self.zero_grad()
+            raise NonFiniteError(f"the loss of data {bad[:10]} is not finite; no gradient was kept", bad)
+        return [term.output(self.output_name) for term in running]
+
+    def _forward(
+        self, data_D: Sequence[Datum], needed_D: Sequence[bool], backward: bool, keep: bool
+    ) -> Iterator[tuple[MicroBatch, torch.Tensor, bool]]:
+        """Micro-batches, their logprobs, and whether these are to be differentiated."""
+        if backward:
+            kept, self.kept = self.kept, None
+            if kept and (part := kept.of(data_D)):
+                yield *part, True
+                return
+            del kept
+        for wanted in (True, False):
+            chosen = [d for d, need in enumerate(needed_D) if need is wanted]
+            batches = micro_batches(data_D, chosen, self.config.micro_batch_tokens, self.device)
+            keep_this = (
+                keep and not backward and len(batches) == 1
+            )  # of more, more activations would be alive than were asked for
+            for batch in batches:
+                with torch.set_grad_enabled(wanted or keep_this):
+                    p_NK = self._logprobs(batch)
+                if keep_this:
+                    self.kept = KeptForward(data_D, batch, p_NK)
+                yield batch, p_NK, wanted
 
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
         """`fn(data, logprobs_D)` gets the differentiable logprobs of all data at once: one forward, one backward.
@@ -130,7 +150,7 @@ class Trainer:
 
     def _logprobs(self, batch: MicroBatch) -> torch.Tensor:
         """(N, K) logprobs of the rows that carry loss, under the temperature each token was sampled at."""
-        return target_logprobs(self._hidden(batch), self._head(), batch.targets_NK, batch.inputs.get("temperature"))
+        return target_logprobs(self._hidden(batch), self._head(), batch.targets_NK, batch.temperature_N)
 
     def _head(self) -> torch.Tensor:
         """The (V, H) output matrix, with its adapter applied where it has one."""
@@ -141,7 +161,7 @@ class Trainer:
     def _check_head(self) -> None:
         """Softcaps, scales and biases between the last hidden state and the logits would make every logprob silently wrong."""
         tokens = self.vocabulary - 1 - torch.arange(8, device=self.device)[None]
-        batch = MicroBatch(tokens, torch.arange(8, device=self.device), np.zeros(8), np.arange(8), tokens.T, {})
+        batch = MicroBatch(tokens, torch.arange(8, device=self.device), np.zeros(8), np.arange(8), tokens.T)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             expected = self.base(input_ids=tokens).logits[0].float().log_softmax(-1).gather(-1, tokens.T)
         if (self._logprobs(batch) - expected).abs().max() > (1e-3 if self.compute_dtype == torch.float32 else 0.2):
@@ -164,6 +184,7 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.named_trainable.values(), adam.grad_clip_norm, grad_norm)
         for group in self.optimizer.param_groups:
             group.update(lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        self.kept = None  # autograd would not notice that fused AdamW changes the weights it goes back through
         self.optimizer.step()
         self.zero_grad()
         return OptimStepResponse({"grad_norm": float(grad_norm)})
@@ -240,13 +261,3 @@ def _split_by_datum(data_D: Sequence[Datum], batches: Sequence[MicroBatch], p_NK
     flat = p_NK.new_zeros(sum(lengths), p_NK.shape[1]).index_copy(0, torch.from_numpy(index_N).to(p_NK.device), p_NK)
     one_target = data_D[0].loss_fn_inputs["target_tokens"].array.ndim == 1
     return list((flat[:, 0] if one_target else flat).split(lengths))
-
-
-def _scatter_to_datums(data_D: Sequence[Datum], parts: list[tuple[MicroBatch, torch.Tensor]]) -> list[np.ndarray]:
-    """Row logprobs back to one array per Datum, 0.0 where nothing was asked for."""
-    offsets_D = np.cumsum([0, *(datum.model_input.length for datum in data_D)])
-    columns = parts[0][1].shape[1:]
-    flat = np.zeros((int(offsets_D[-1]), *columns), dtype=np.float32)
-    for batch, p in parts:
-        flat[offsets_D[batch.datum_N] + batch.position_N] = p.float().cpu().numpy()
-    return np.split(flat, offsets_D[1:-1])

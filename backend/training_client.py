@@ -4,9 +4,9 @@ Every call is carried out on one thread in submission order, so a loop can submi
 meanwhile. Each method has an `_async` twin; awaiting the twin means accepted in order, awaiting what it returns means done.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,7 @@ from backend import checkpoints
 from backend.engine import EngineThread
 from backend.errors import CookbookError, ModelError
 from backend.futures import APIFuture, InOrder
+from backend.loss_terms import LossTerm
 from backend.losses import LossFn
 from backend.sampling_client import SamplingClient
 from backend.trainer import CustomLoss, Trainer
@@ -29,6 +30,8 @@ from backend.types import (
 
 if TYPE_CHECKING:
     from backend.service_client import ServiceClient
+
+T = TypeVar("T")
 
 
 class TrainingClient:
@@ -54,6 +57,14 @@ class TrainingClient:
         """Adds the gradient of the summed loss to what has accumulated since the last optim_step."""
         return self._thread.submit(self._guarded, self._trainer.run, data, loss_fn, loss_fn_config)
 
+    def forward_terms(self, terms: Sequence[LossTerm], keep: bool = False) -> APIFuture[list[ForwardBackwardOutput]]:
+        """As `forward`, several losses in one pass. `keep`: the next forward_backward of these data need not go forward again."""
+        return self._thread.submit(self._trainer.run_terms, terms, backward=False, keep=keep)
+
+    def forward_backward_terms(self, terms: Sequence[LossTerm]) -> APIFuture[list[ForwardBackwardOutput]]:
+        """As `forward_backward`, several losses in one pass."""
+        return self._thread.submit(self._guarded, self._trainer.run_terms, terms)
+
     def forward_backward_custom(self, data: Sequence[Datum], fn: CustomLoss) -> APIFuture[ForwardBackwardOutput]:
         """`fn(data, logprobs_D) -> (loss, metrics)`, differentiated through in one pass."""
         return self._thread.submit(self._guarded, self._trainer.run_custom, data, fn)
@@ -62,7 +73,7 @@ class TrainingClient:
         """One AdamW step. After a forward_backward that failed, it raises that failure and changes nothing."""
         return self._thread.submit(self._optim_step, adam_params)
 
-    def _guarded(self, run: Any, *args: Any) -> ForwardBackwardOutput:
+    def _guarded(self, run: Callable[..., T], *args: Any) -> T:
         try:
             return run(*args)
         except CookbookError as error:
@@ -163,6 +174,12 @@ class TrainingClient:
         self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
     ):
         return self.forward_backward(data, loss_fn, loss_fn_config)
+
+    async def forward_terms_async(self, terms: Sequence[LossTerm], keep: bool = False):
+        return self.forward_terms(terms, keep)
+
+    async def forward_backward_terms_async(self, terms: Sequence[LossTerm]):
+        return self.forward_backward_terms(terms)
 
     async def forward_backward_custom_async(self, data: Sequence[Datum], fn: CustomLoss):
         return self.forward_backward_custom(data, fn)

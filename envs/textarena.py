@@ -1,8 +1,9 @@
-"""TextArena games as environments: alone, against an opponent, or in self-play, where all seats of one game form a group.
+"""TextArena games as environments: alone, against an opponent, or in self-play, where all seats of a few games form a group.
 
 What a seat sees is the text that TextArena shows to this player, as one user message, anew at every turn; so each turn is a Datum of its
 own. Step rewards are penalties for illegal moves; the outcome is the group's reward. In self-play it is zero-sum in most games, so that
-the mean of a group is 0 and each seat is the other's baseline. Left out: seats that learn different policies; chat between the turns.
+the mean of a group is 0 and each seat is the other's baseline. Several games from one opening (`group_size` above the number of seats) give
+each seat a baseline of its own: rl.advantages:SeatMean. Left out: seats that learn different policies; chat between the turns.
 
     python rl/train_cli.py env=textarena env.game=TicTacToe-v0-train env.test_opponent=envs.opponents:RandomPlayer
 """
@@ -28,6 +29,7 @@ from rl.types import (
     Observation,
     RLDataset,
     RLDatasetBuilder,
+    RolloutError,
     SeatLost,
     StepResult,
     StopCondition,
@@ -124,7 +126,7 @@ class Seat(Env):
 
 @dataclass(frozen=True)
 class GameGroupBuilder(EnvGroupBuilder):
-    """Without opponents, the seats of one game; with them, `num_games` games of the same seed for the one seat that is left."""
+    """`num_games` games of one seed and opening: all seats of each, game after game, or with opponents the one seat that is left."""
 
     config: "TextArenaBuilder"
     renderer: Renderer
@@ -136,19 +138,32 @@ class GameGroupBuilder(EnvGroupBuilder):
     members_are_independent: bool = True
 
     async def make_envs(self) -> Sequence[Seat]:
-        config, seats = self.config, [s for s in range(self.config.num_players) if s not in self.opponents]
+        config, seats = self.config, self._seats()
         tables = [Table(self._open_game(), self.opponents, self.seed) for _ in range(self.num_games)]
         return [Seat(table, seat, self.renderer, config.illegal_move_penalty) for table in tables for seat in seats]
 
+    def _seats(self) -> list[int]:
+        return [seat for seat in range(self.config.num_players) if seat not in self.opponents]
+
     def _open_game(self) -> Game:
-        game, rng = self.config.open_game(self.seed), np.random.default_rng([self.seed, OPENING])
-        for _ in range(rng.integers(self.random_opening + 1)):
-            if not game.over and (moves := listed_moves(game.text)):
-                game.move(moves[rng.integers(len(moves))])
-        return game
+        """After its random opening. One that ends the game is drawn again."""
+        rng = np.random.default_rng([self.seed, OPENING])
+        while True:
+            game = self.config.open_game(self.seed)
+            for _ in range(rng.integers(self.random_opening + 1)):
+                if not game.over and (moves := listed_moves(game.text)):
+                    game.move(moves[rng.integers(len(moves))])
+            if not game.over:
+                return game
 
     async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
-        """Each seat's outcome. What was sampled for a seat whose game had ended before its turn is taken out: it was no move."""
+        """Each seat's outcome. What was sampled for a seat whose game had ended before its turn is taken out: it was no move.
+
+        Raises RolloutError where a game of several seats has lost some of them: the others' rewards would meet the wrong baseline.
+        """
+        seats = self._seats()
+        if len(seats) > 1 and [getattr(env, "seat", None) for env in envs_G] != seats * (len(envs_G) // len(seats)):
+            raise RolloutError(f"{self.config.game}: only some seats of a game could finish it")
         outcomes = []
         for trajectory, env in zip(trajectories_G, envs_G, strict=True):
             assert isinstance(env, Seat)
@@ -171,7 +186,7 @@ class TextArenaDataset(RLDataset):
         testing = stream == TEST_GAMES
         self.n_batches = -(-config.num_test // config.batch_size) if testing else config.n_batches
         self.end = config.num_test if testing else None
-        self.num_games = 1 if testing or (opponent is None and config.num_players > 1) else config.group_size
+        self.num_games = 1 if testing else config.group_size if opponent else config.group_size // config.num_players
 
     def __len__(self) -> int:
         return self.n_batches
@@ -211,7 +226,7 @@ class TextArenaBuilder(RLDatasetBuilder):
     opponent: Opponent | None = chz.field(default=None, doc="who has all the other seats; None with several players is self-play")
     test_opponent: Opponent | None = chz.field(default=None, doc="the same for the held-out games")
     group_size: int = chz.field(
-        default=2, doc="games of one seed per group, alone or against an opponent; in self-play the seats of one game"
+        default=2, doc="games of one seed per group, alone or against an opponent; in self-play so many seats: 2 in a game of two"
     )
     random_opening: int = chz.field(
         default=0,
@@ -241,9 +256,10 @@ class TextArenaBuilder(RLDatasetBuilder):
     def _check(self) -> None:
         if self.num_players < 1 or (self.num_players == 1 and (self.opponent or self.test_opponent)):
             raise ConfigError(f"num_players={self.num_players}: at least 1 is needed, and an opponent makes it 2")
-        if self.num_players > 1 and self.opponent is None and self.group_size != self.num_players:
+        if self.opponent is None and self.group_size % self.num_players:
             raise ConfigError(
-                f"group_size={self.group_size}: in self-play a group is the {self.num_players} seats of one game; set it to that"
+                f"group_size={self.group_size}: in self-play a group is the {self.num_players} seats of one or more games; set it to "
+                f"{self.num_players} or a multiple"
             )
         if not listed_moves(self.open_game(0).text) and self.random_opening:
             raise ConfigError(f"random_opening={self.random_opening}: {self.game} does not list its legal moves")

@@ -23,9 +23,9 @@ import chz
 
 from backend.learning_rate import LRSchedule
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from recipes.warm_start import warm_started
 from rl import train as rl_train
 from rl.types import RLDatasetBuilder
-from supervised import train as supervised_train
 from tracking.command_line import run_command
 from tracking.metrics_log import read_metrics
 from tracking.run_folder import BehaviorIfExists
@@ -49,22 +49,11 @@ class Config(rl_train.Config):
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last demo's folder")
 
 
-def warm_start(config: Config) -> supervised_train.Config:
+def examples(config: Config) -> ArithmeticExamplesBuilder:
+    """Of the sums that RL will train on, and none of those it holds out."""
     assert isinstance(config.env, ArithmeticBuilder)
     task = {name: getattr(config.env, name) for name in ("num_digits", "min_digits", "operators", "num_test", "split_seed")}
-    return supervised_train.Config(
-        dataset=ArithmeticExamplesBuilder(**task, n_batches=1000, batch_size=128, seed=config.seed),
-        model_name=config.model_name,
-        renderer_name=config.renderer_name,
-        seed=config.seed,
-        learning_rate=2e-3,
-        lr_schedule="constant",
-        stop_at_nll=config.warm_start_nll,
-        save_every=0,
-        log_path=f"{config.log_path}_warm_start",
-        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
-        backend=config.backend,
-    )
+    return ArithmeticExamplesBuilder(**task, n_batches=1000, batch_size=128, seed=config.seed)
 
 
 def print_result(config: Config, seconds: float) -> None:
@@ -90,9 +79,7 @@ def print_result(config: Config, seconds: float) -> None:
 def main(config: Config) -> None:
     start = time.monotonic()
     config = chz.replace(config, env=chz.replace(config.env, seed=config.seed))
-    first = warm_start(config)
-    asyncio.run(supervised_train.main(first))
-    config = chz.replace(config, load_checkpoint_path=str(Path(first.log_path) / "checkpoints" / "final"))
+    config = warm_started(config, examples(config), stop_at_nll=config.warm_start_nll)
     asyncio.run(rl_train.main(config))
     print_result(config, time.monotonic() - start)
 

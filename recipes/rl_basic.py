@@ -18,14 +18,13 @@ if not __package__:  # run as a file: put the project on the path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import asyncio
-from pathlib import Path
 
 import chz
 
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from recipes.warm_start import warm_started
 from rl import train
 from rl.types import RLDatasetBuilder
-from supervised import train as supervised_train
 from tracking.command_line import run_command
 
 
@@ -45,24 +44,10 @@ class Config(train.Config):
     log_path: str = chz.field(default="runs/rl_basic", doc="the run folder")
 
 
-def warm_start(config: Config) -> supervised_train.Config:
-    return supervised_train.Config(
-        dataset=ArithmeticExamplesBuilder(num_digits=2, batch_size=128, n_batches=config.warm_start_steps),
-        learning_rate=2e-3,
-        lr_schedule="constant",
-        model_name=config.model_name,
-        renderer_name=config.renderer_name,
-        seed=config.seed,
-        log_path=f"{config.log_path}_warm_start",
-        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
-        backend=config.backend,
-    )
-
-
 def main(config: Config) -> None:
-    if config.load_checkpoint_path is None and config.warm_start_steps:
-        asyncio.run(supervised_train.main(first := warm_start(config)))
-        config = chz.replace(config, load_checkpoint_path=str(Path(first.log_path) / "checkpoints" / "final"))
+    if config.warm_start_steps:
+        sums = ArithmeticExamplesBuilder(num_digits=2, batch_size=128, n_batches=config.warm_start_steps)
+        config = warm_started(config, sums)
     asyncio.run(train.main(config))
 
 

@@ -57,6 +57,27 @@ class LeaveOneOut(AdvantageEstimator):
 
 
 @chz.chz
+class SeatMean(AdvantageEstimator):
+    """R - the mean of the same seat, for groups of several games from one position: all seats of the first, all of the second, and so on.
+
+    The mean of a group of a zero-sum game is 0 and no baseline. SPIRAL (Liu et al. 2025, role-conditioned advantage estimation) keeps a
+    running mean of each role; here the group's own games give that of the role in this very position.
+    """
+
+    num_seats: int = chz.field(default=2, doc="players of the game")
+
+    def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+        rewards_GS = rewards_G.reshape(-1, self.num_seats)
+        return (rewards_GS - rewards_GS.mean(axis=0)).reshape(-1)
+
+    def check_group_size(self, group_size: int) -> None:
+        if group_size % self.num_seats or group_size < 2 * self.num_seats:
+            raise ConfigError(
+                f"SeatMean needs two or more games of {self.num_seats} seats in a group, not group_size={group_size}"
+            )
+
+
+@chz.chz
 class NoBaseline(AdvantageEstimator):
     """R itself: plain REINFORCE."""
 

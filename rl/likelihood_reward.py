@@ -6,8 +6,9 @@ E_z[log p(answer | z)], where the policy gradient of the rationales is the first
 
     grad = E[ A grad log p(rationale) + likelihood_coef grad log p(answer | rationale) ]        likelihood_coef = 1 is the true gradient
 
-Both halves are summed over the members of a group, so they carry the same factor. Left out: sharing one forward pass between the score and
-the training, dividing by the answer's length.
+Both halves are summed over the members of a group, so they carry the same factor. The score's forward pass takes the rationales along, and
+training goes backward from there, if all fits one micro-batch (else only the tokens are shared, and training goes forward once more). Left
+out: dividing by the answer's length.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.loss_terms import LossTerm
 from backend.service_client import ServiceClient
 from backend.training_client import TrainingClient
-from backend.types import Datum, ModelInput
+from backend.types import Datum, ForwardBackwardOutput, ModelInput
 from renderers.types import Renderer
+from rl.data_processing import assemble_training_data
 from rl.types import Action, BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
 
 
@@ -48,7 +51,10 @@ def answer_datum(context: Sequence[int], answer: Sequence[int], weight: float = 
 
 async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> np.ndarray:
     """(D,) summed logprobs of the tokens that carry weight, under the client's present weights."""
-    output = await client.forward(data_D, "cross_entropy")
+    return _sums(await client.forward(data_D, "cross_entropy"))
+
+
+def _sums(output: ForwardBackwardOutput) -> np.ndarray:
     return np.array([out["logprobs"].array.sum(dtype=np.float64) for out in output.loss_fn_outputs])
 
 
@@ -63,7 +69,7 @@ class LikelihoodReward(BatchReward):
         if not members:
             return {}
         parts = [_parts(group, g) for group, g in members]
-        scores_D = await answer_logprobs(self._client, [answer_datum(context, answer) for context, answer, _ in parts])
+        scores_D = await self._scores(groups_P, [answer_datum(context, answer) for context, answer, _ in parts])
         rewards_D = self._penalized(scores_D, np.array([finished for *_, finished in parts]))
         for (group, g), (context, answer, _), reward in zip(members, parts, rewards_D, strict=True):
             group.final_rewards_G[g] += float(reward)
@@ -75,6 +81,13 @@ class LikelihoodReward(BatchReward):
             "likelihood/answer_logprob_per_token": float(scores_D.sum() / tokens),
             "likelihood/finished": float(np.mean([finished for *_, finished in parts])),
         }
+
+    async def _scores(self, groups_P: Sequence[TrajectoryGroup], answers_D: Sequence[Datum]) -> np.ndarray:
+        """(D,) log p of the answers. What will be trained on, rationales and answers, is kept from this forward pass."""
+        rollouts = assemble_training_data(groups_P, [np.zeros(len(group.trajectories_G)) for group in groups_P])
+        terms = [LossTerm(answers_D, "cross_entropy"), LossTerm(rollouts.data_D, "reinforce")]
+        answers, _ = await self._client.forward_terms(terms, keep=True)
+        return _sums(answers)
 
     def _penalized(self, scores_D: np.ndarray, finished_D: np.ndarray) -> np.ndarray:
         """A rationale that never stopped gets a multiple of the mean score, which is negative. As in the original the mean is over all

@@ -233,7 +233,8 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
                     source.set_policy(step, sampling_client)
                     outcome = await train_step(run.learner, source, step, _adam(config, metrics["optim/lr"]), metrics)
                     metrics |= compute_trajectory_metrics(outcome.groups_P)
-                    _alarm("rollouts", metrics.get("optim/logprob_gap_mean", 0.0), step, config.max_steps_off_policy)
+                    stale = config.max_steps_off_policy + config.num_substeps - 1
+                    _alarm("rollouts", metrics.get("optim/logprob_gap_mean", 0.0), step, stale)
                     with timed(metrics, "sync"):
                         sampling_client = await _sync(run)
                     if outcome.data_D:
@@ -307,7 +308,8 @@ async def _probe(run: _Run, client: SamplingClient, datum: Datum, metrics: Metri
 
 
 def _alarm(what: str, gap: float, step: int, steps_off_policy: int = 0) -> None:
-    """Rollouts of older weights differ by right; the probe, right after a sync, never does."""
+    """Rollouts of older weights, and those that a later substep trains on, differ by right; the probe,
+    right after a sync, never does."""
     if gap > LOGPROB_GAP_ALARM and not steps_off_policy:
         print(
             f"WARNING step {step}, {what}: sampler and trainer logprobs differ by {gap:.3f} on average (alarm at {LOGPROB_GAP_ALARM})"

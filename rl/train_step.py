@@ -14,6 +14,7 @@ import numpy as np
 
 from backend.errors import NonFiniteError
 from backend.futures import APIFuture
+from backend.loss_terms import LossTerm
 from backend.training_client import TrainingClient
 from backend.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse
 from rl.data_processing import (
@@ -128,20 +129,21 @@ class _Passes:
 
     def __init__(self, learner: Learner, adam: AdamParams):
         self._learner, self._adam = learner, adam
-        self._data: list[list[Datum]] = []
-        self._outputs: list[asyncio.Task[ForwardBackwardOutput]] = []  # one for each entry of _data
+        self._terms: list[list[LossTerm]] = []  # of each pass: the policy's, and behind it the supervised one where there is one
+        self._outputs: list[asyncio.Task[list[ForwardBackwardOutput]]] = []  # one for each entry of _terms
         self._steps: list[asyncio.Task[OptimStepResponse]] = []
-        self._supervised: list[asyncio.Task[ForwardBackwardOutput]] = []
         self._pending = False  # gradients wait for an optim_step
 
     def forward_backward(self, data_D: list[Datum], supervised_D: list[Datum]) -> None:
-        client, config = self._learner.client, self._learner.config
-        if data_D:
-            self._data.append(data_D)
-            self._outputs.append(_spanned(client.forward_backward(data_D, config.loss_fn, config.loss_fn_config)))
+        if not data_D:
+            return
+        config = self._learner.config
+        terms = [LossTerm(data_D, config.loss_fn, config.loss_fn_config)]
         if supervised_D:
-            self._supervised.append(_spanned(client.forward_backward(supervised_D, "cross_entropy")))
-        self._pending = self._pending or bool(data_D or supervised_D)
+            terms.append(LossTerm(supervised_D, "cross_entropy"))
+        self._terms.append(terms)
+        self._outputs.append(_spanned(self._learner.client.forward_backward_terms(terms)))
+        self._pending = True
 
     def optim_step(self) -> None:
         if self._pending:
@@ -150,13 +152,17 @@ class _Passes:
 
     async def metrics(self, step: int, outcome: StepOutcome) -> Metrics:
         """Waits for all passes. A number that is not finite stops the run, with the data that gave it on disk."""
-        await reported(_finished([*self._outputs, *self._supervised, *self._steps]), f"training on step {step}")
-        for data_D, output in zip(self._data, self._outputs, strict=True):
+        await reported(_finished([*self._outputs, *self._steps]), f"training on step {step}")
+        for terms, output in zip(self._terms, self._outputs, strict=True):
             if isinstance(error := output.exception(), NonFiniteError):
+                data_D = [datum for term in terms for datum in term.data_D]
                 raise write_offending_data(self._learner.folder, step, data_D, error) from error
-        outputs, supervised = [task.result() for task in self._outputs], [task.result() for task in self._supervised]
+        outputs, supervised = (
+            [task.result()[0] for task in self._outputs],
+            [out for task in self._outputs for out in task.result()[1:]],
+        )
         steps = [task.result() for task in self._steps]
-        outcome.data_D = [datum for data_D in self._data for datum in data_D]
+        outcome.data_D = [datum for terms in self._terms for datum in terms[0].data_D]
         logprobs_D = [out["logprobs"] for output in outputs for out in output.loss_fn_outputs]
         metrics = {f"optim/{name}": value for name, value in _reduced([output.metrics for output in outputs]).items()}
         if supervised:

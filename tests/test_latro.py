@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from backend.config import BackendConfig
 from backend.errors import ConfigError, DataError
 from backend.futures import InOrder
+from backend.loss_terms import LossTerm
 from backend.service_client import ServiceClient
 from backend.tokenizers import character_tokenizer
 from backend.training_client import TrainingClient
@@ -59,10 +60,11 @@ class OneBatch:
 
 
 def rationale_group(
-    prompt: list[int], answer: list[int], renderer: PlainRenderer, actions_G: Sequence[list[int]]
+    prompt: list[int], answer: list[int], renderer: PlainRenderer, actions_G: Sequence[list[int]], temperature: float = 1.0
 ) -> TrajectoryGroup:
     builder = RationaleGroup(Task("", "", "", Verifier()), prompt, answer, stop_strings(renderer), renderer, len(actions_G))
-    turns_G = [Transition(ModelInput.from_ints(prompt), TokensWithLogprobs(ac, [0.0] * len(ac)), 0.0, True) for ac in actions_G]
+    sampled_G = [TokensWithLogprobs(ac, [0.0] * len(ac), temperature=temperature) for ac in actions_G]
+    turns_G = [Transition(ModelInput.from_ints(prompt), sampled, 0.0, True) for sampled in sampled_G]
     group = TrajectoryGroup([Trajectory([turn]) for turn in turns_G], [0.0] * len(actions_G), [{} for _ in actions_G])
     group.builder = builder
     return group
@@ -96,11 +98,10 @@ class Table:
     def __init__(self) -> None:
         self.thread = InOrder("table")
 
-    def forward(self, data_D: Sequence[Datum], loss_fn: str) -> Any:
-        return self.thread.submit(self.run, data_D, loss_fn)
+    def forward_terms(self, terms: Sequence[LossTerm], keep: bool = False) -> Any:
+        return self.thread.submit(lambda: [self.run(term.data_D, str(term.loss_fn)) for term in terms])
 
-    def forward_backward(self, data_D: Sequence[Datum], loss_fn: str, loss_fn_config: None = None) -> Any:
-        return self.thread.submit(self.run, data_D, loss_fn)
+    forward_backward_terms = forward_terms
 
     def optim_step(self, adam: AdamParams) -> Any:
         return self.thread.submit(OptimStepResponse, {"grad_norm": 0.0})
@@ -117,7 +118,8 @@ class Table:
                     inputs["weights"],
                 )
             else:
-                logprobs_T, weights_T = np.array([self.POLICY[k - self.FIRST] for k in targets_T]), inputs["advantages"]
+                logprobs_T = np.array([self.POLICY[k - self.FIRST] if k >= self.FIRST else 0.0 for k in targets_T])
+                weights_T = inputs["advantages"]
             values.append({"logprobs": TensorData(logprobs_T)})
             loss -= float((logprobs_T * weights_T).sum())
         return ForwardBackwardOutput(values, {"loss:sum": loss, "num_loss_tokens:sum": float(len(data_D))})

@@ -24,6 +24,7 @@ from recipes.multiplayer.model import save_model
 from renderers import get_renderer
 from renderers.turns import decode
 from rl import train
+from rl.advantages import SeatMean
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError
 from rl.types import Env, EnvGroupBuilder, Observation, RolloutError, SeatLost, TokensWithLogprobs, Trajectory, Transition
 from tracking.metrics_log import read_metrics
@@ -230,6 +231,45 @@ def test_random_openings_are_functions_of_the_game_and_for_training_alone() -> N
     assert set(free_squares(test_set.get_batch(0))) == {9}
 
 
+def test_several_games_from_one_opening_give_each_seat_its_own_baseline() -> None:
+    config = chz.replace(TIC_TAC_TOE, group_size=6, random_opening=9)
+    for index in range(2):
+        dataset, _ = asyncio.run(config(RENDERER))
+        for builder in dataset.get_batch(index):
+            seats = [seat for seat in asyncio.run(builder.make_envs()) if isinstance(seat, Seat)]
+            assert [seat.seat for seat in seats] == [0, 1] * 3 and len({seat.table.game.text for seat in seats}) == 1
+            assert not seats[0].table.game.over  # an opening that ends the game is drawn again
+    first = group(chz.replace(TIC_TAC_TOE, group_size=4))
+    wins, losses = ["[0]", "[1]", "[2]"], ["[3]", "[4]"]
+    _, rewards = play(first, wins, losses, ["[8]"], ["[8]"])
+    advantages = SeatMean()(np.array([reward for reward, _ in rewards]))
+    assert [reward for reward, _ in rewards] == [1, -1, 1, -1] and advantages.tolist() == [0, 0, 0, 0]
+    assert SeatMean()(np.array([1.0, -1.0, -1.0, 1.0, 0.0, 0.0, 1.0, -1.0])).tolist() == [
+        0.75,
+        -0.75,
+        -1.25,
+        1.25,
+        -0.25,
+        0.25,
+        0.75,
+        -0.75,
+    ]
+    assert SeatMean(num_seats=3)(np.array([1.0, 0.0, -1.0, 0.0, 2.0, -1.0])).tolist() == [0.5, -1.0, 0.0, -0.5, 1.0, 0.0]
+    for too_few in (2, 5):
+        with pytest.raises(ConfigError, match="two or more games of 2 seats"):
+            SeatMean().check_group_size(too_few)
+
+
+def test_a_game_that_lost_one_seat_is_not_scored() -> None:
+    async def go() -> None:
+        seats = await group_now.make_envs()
+        await group_now.compute_group_rewards([Trajectory([])] * 3, [seats[0], seats[2], seats[3]])
+
+    group_now = group(chz.replace(TIC_TAC_TOE, group_size=4))
+    with pytest.raises(RolloutError, match="only some seats"):
+        asyncio.run(go())
+
+
 def test_a_frozen_policy_as_the_opponent() -> None:
     """Untrained, it does not know the rules: its first move loses."""
     policy = FrozenPolicy(base_model="small", renderer_name="plain", max_tokens=3, backend=BackendConfig(engine="torch"))
@@ -299,7 +339,7 @@ def test_a_reward_that_is_no_number_is_a_failure_of_the_rollout() -> None:
 
 def test_configurations_that_make_no_sense_are_refused() -> None:
     for wrong, says in [
-        ({"group_size": 8}, "set it to that"),
+        ({"group_size": 3}, "2 or a multiple"),
         ({"num_players": 1, "group_size": 4}, "an opponent makes it 2"),
         ({"game": "Nim-v0", "test_opponent": MinimaxPlayer()}, "minimax plays"),
         ({"game": "Nim-v0"}, "does not list its legal moves"),
@@ -331,6 +371,6 @@ def test_the_recipes_model_reads_every_position_in_under_100_tokens(tmp_path: Pa
     lengths = [len(tokenizer.encode(text)) for text in texts]
     assert max(lengths) < 100
     assert all(decode(tokenizer, tokenizer.encode(text)) == text for text in texts)
-    assert [decode(tokenizer, [token]) for token in tokenizer.encode("[4]")] == ["[", "4", "]"]
+    assert [decode(tokenizer, [token]) for token in tokenizer.encode("[4]")] == ["[4]"]
     metrics = asyncio.run(evaluate(EvaluationConfig(model_path=str(tmp_path), games=4, backend=BackendConfig(engine="torch"))))
     assert set(metrics) == {"random", "minimax"} and metrics["random"]["random/env/all/loss"] == 1.0

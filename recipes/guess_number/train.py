@@ -14,16 +14,15 @@ if not __package__:  # run as a file: put the project on the path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import asyncio
-from pathlib import Path
 
 import chz
 
 from backend.config import BackendConfig
 from backend.learning_rate import LRSchedule
 from envs.guess_number import GuessNumber, GuessNumberBuilder, GuessNumberExamplesBuilder
+from recipes.warm_start import warm_started
 from rl import train
 from rl.types import RLDatasetBuilder
-from supervised import train as supervised_train
 from tracking.command_line import run_command
 
 
@@ -46,29 +45,16 @@ class Config(train.Config):
     )
 
 
-def warm_start(config: Config) -> supervised_train.Config:
+def examples(config: Config) -> GuessNumberExamplesBuilder:
+    """Play without strategy, by the rules of the games to come."""
     assert isinstance(config.env, GuessNumberBuilder)
     game = {name: getattr(config.env, name) for name in chz.chz_fields(GuessNumber)}
-    return supervised_train.Config(
-        dataset=GuessNumberExamplesBuilder(**game, n_batches=2000, batch_size=64, seed=config.seed),
-        model_name=config.model_name,
-        renderer_name=config.renderer_name,
-        seed=config.seed,
-        learning_rate=2e-3,
-        lr_schedule="constant",
-        stop_at_nll=config.warm_start_nll,
-        save_every=0,
-        log_path=f"{config.log_path}_warm_start",
-        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
-        backend=config.backend,
-    )
+    return GuessNumberExamplesBuilder(**game, n_batches=2000, batch_size=64, seed=config.seed)
 
 
 def main(config: Config) -> None:
     config = chz.replace(config, env=chz.replace(config.env, seed=config.seed))
-    if config.load_checkpoint_path is None:
-        asyncio.run(supervised_train.main(first := warm_start(config)))
-        config = chz.replace(config, load_checkpoint_path=str(Path(first.log_path) / "checkpoints" / "final"))
+    config = warm_started(config, examples(config), stop_at_nll=config.warm_start_nll)
     asyncio.run(train.main(config))
 
 

@@ -1,24 +1,19 @@
 """ARC-Challenge: science questions with options. The gold answer is the text of an option, and must be met exactly: "5" is not "15"."""
 
-from collections.abc import Iterable
-
 import chz
 
-from backend.errors import DataError
-from envs.math_word import read_hub
+from envs.arc_challenge import arc_question, read_arc
 from recipes.latro.tasks import Task, TaskBuilder, TextVerifier
-from supervised.rows import Fields, Row, read_rows
+from supervised.rows import Fields
 
 TRIGGER = "\nThink step by step, and end with: The answer is <the text of the option>."
 VERIFIER = TextVerifier()
 
 
 def arc_task(where: str, row: Fields, trigger: str) -> Task:
-    options = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-    if row["answerKey"] not in options:
-        raise DataError(f"{where}: answerKey {row['answerKey']!r} is none of the options {', '.join(options)}")
-    gold = options[row["answerKey"]].strip()
-    question = row["question"] + "\nOptions:\n" + "\n".join(options.values()) + trigger
+    asked = arc_question(where, row)
+    gold = asked.options[asked.gold]
+    question = "\n".join([asked.stem, "Options:", *asked.options]) + trigger
     return Task(question, f"\nThe answer is {gold.removesuffix('.')}.", gold, VERIFIER)
 
 
@@ -40,7 +35,4 @@ class ArcChallengeBuilder(TaskBuilder):
         return self._tasks("test")
 
     def _tasks(self, split: str) -> list[Task]:
-        rows: Iterable[Row] = (
-            read_rows(f"{self.data_dir}/{split}.jsonl") if self.data_dir else read_hub("allenai/ai2_arc", "ARC-Challenge", split)
-        )
-        return [arc_task(where, row, self.trigger) for where, row in rows]
+        return [arc_task(where, row, self.trigger) for where, row in read_arc(self.data_dir, split)]

@@ -65,6 +65,8 @@ class ToyBuilder(TaskBuilder):
         return self._tasks()[self.num_tasks :]
 
     def _tasks(self) -> list[Task]:
+        if not 1 <= self.num_digits <= 18:
+            raise DataError(f"num_digits={self.num_digits} must be from 1 to 18: questions are drawn as numbers of 64 bits")
         count = self.num_tasks + (self.num_test or 0)
         if count > 10**self.num_digits:
             raise DataError(f"{self.num_digits} digits make {10**self.num_digits} questions: no {count} (num_tasks + num_test)")

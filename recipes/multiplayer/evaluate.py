@@ -39,10 +39,10 @@ class Config:
     temperature: float = chz.field(default=0.0, doc="of the policy; 0 is greedy")
     seed: int = chz.field(default=1234, doc="seed of the opponents' moves and of sampling")
     task: TextArenaBuilder = chz.field(
-        default_factory=lambda: TextArenaBuilder(board_only=True, error_allowance=0, max_tokens=6), doc="the game, as in training"
+        default_factory=lambda: TextArenaBuilder(board_only=True, error_allowance=0, max_tokens=3), doc="the game, as in training"
     )
     renderer_name: str | None = chz.field(default="plain", doc="as in training")
-    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine samples")
+    backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine samples")
 
 
 async def evaluate(config: Config) -> dict[str, Metrics]:

@@ -1,8 +1,10 @@
-"""A model for one game: a tokenizer trained on the game's own text, and `tiny` with that vocabulary, saved as a folder.
+"""A model for one game: a tokenizer trained on the game's own text, and a small GPT-2 with that vocabulary, saved as a folder.
 
-The tokenizer is a byte-level BPE, so any text round-trips. Digits and marks (X, O) are cut out first and stay tokens of their own; what
-lies between them is the same in every game and becomes one token each: a position of 450 characters takes 50 to 100 tokens, and the nine
-cells of the board are nine of them. Left out: other games, whose pieces are not single marks.
+The tokenizer is a byte-level BPE, so any text round-trips. A row of the board and a move are cut out first and are tokens of their own; what
+lies between them is the same in every game and becomes one token each: a position of 450 characters takes 10 to 18 tokens. A row is a token
+because lines are what the game is about: with a token for each cell, the layers have first to learn which cell is where, and see lines late
+(figures in the README). GPT-2, because its learned positions say which row is which. Left out: other games, whose boards are not rows of
+three.
 """
 
 import copy
@@ -18,7 +20,7 @@ from backend.models import PRESETS
 from envs.opponents import listed_moves, minimax_move
 from envs.textarena import TextArenaBuilder
 
-PIECES = r"\d|\b[XO]\b"
+PIECES = r"'?\[\d\]'?(?:, )?| [\dXO] \| [\dXO] \| [\dXO] "  # a move, alone or in the list of legal ones; a row of the board
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>"]
 TOKENIZER_GAMES = 200
 
@@ -57,9 +59,10 @@ def game_tokenizer(task: TextArenaBuilder, max_length: int) -> PreTrainedTokeniz
 
 def save_model(path: Path, task: TextArenaBuilder, seed: int) -> None:
     """A Hugging Face folder with random weights that depend on `seed` alone; `model_name=path` opens it."""
-    config = copy.deepcopy(PRESETS["tiny"])
+    config = copy.deepcopy(PRESETS["gpt2-tiny"])
     tokenizer = game_tokenizer(task, config.max_position_embeddings)
-    config.vocab_size, config.pad_token_id, config.eos_token_id = len(tokenizer), 0, 1
+    config.vocab_size, config.bos_token_id, config.pad_token_id, config.eos_token_id = len(tokenizer), None, 0, 1
+    config.n_layer = 2  # one to gather the rows, one to compare them
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,15 +1,15 @@
 """Tic-tac-toe from nothing: a tokenizer and a model of its own, imitation of random legal play, then self-play.
 
 The warm start teaches the form of a move and which squares are free, and nothing about who wins: its moves are as random as its teacher's.
-After that both seats of every game are played by the policy itself, and the result is the only reward. A perfect or random opponent is
-met in evaluations alone.
+After that both seats of every game are played by the policy itself, and the result is the only reward. Eight games begin from one random
+opening, and each seat's baseline is its mean result over them, so that moves are compared in the same position. A perfect or random
+opponent is met in evaluations alone.
 
     python recipes/multiplayer/train.py                                     # runs/multiplayer
-    python recipes/multiplayer/train.py env.opponent=envs.opponents:RandomPlayer env.group_size=8 env.batch_size=32
+    python recipes/multiplayer/train.py env.opponent=envs.opponents:RandomPlayer env.group_size=8 advantage=rl.advantages:GroupMean
     python recipes/multiplayer/evaluate.py model_path=runs/multiplayer/checkpoints/final
 
-Watch test/env/all/loss, greedy games against a random player: it begins above 0.5. The README says what was measured so far. Every field
-of rl.train.Config can be overridden.
+Watch test/env/all/loss, greedy games against a random player. Every field of rl.train.Config can be overridden.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -23,15 +23,18 @@ from pathlib import Path
 
 import chz
 
+from backend.config import BackendConfig
 from backend.learning_rate import LRSchedule
 from backend.types import Datum
 from envs.opponents import RandomPlayer
 from envs.textarena import TextArenaBuilder
 from recipes.multiplayer.model import random_game, save_model
+from recipes.warm_start import warm_started
 from renderers.types import Message, Renderer
 from rl import train
+from rl.advantages import AdvantageEstimator, SeatMean
+from rl.kl import KLPenalty
 from rl.types import RLDatasetBuilder
-from supervised import train as supervised_train
 from supervised.data import conversation_to_datum
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 from tracking.command_line import run_command
@@ -75,39 +78,34 @@ class Config(train.Config):
     env: RLDatasetBuilder = chz.field(
         default_factory=lambda: TextArenaBuilder(
             board_only=True,
-            random_opening=4,
-            batch_size=64,
-            n_batches=150,
+            random_opening=6,
+            batch_size=32,
+            group_size=16,
+            n_batches=100,
             error_allowance=0,
             test_opponent=RandomPlayer(),
             num_test=200,
-            max_tokens=6,
+            max_tokens=3,
         ),
         doc="builder of the games",
     )
     model_name: str = chz.field(default="new", doc="new = a tokenizer and a model made for the game, in LOG_PATH_model")
-    warm_start_nll: float = chz.field(default=0.4, doc="nats per token at which the imitation of random play ends")
+    warm_start_nll: float = chz.field(default=0.8, doc="nats per token at which the imitation of random play ends")
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
-    learning_rate: float = chz.field(default=3e-4, doc="of self-play, at its first step")
+    advantage: AdvantageEstimator = chz.field(default_factory=SeatMean, doc="of the games from one opening, each seat for itself")
+    kl: KLPenalty = chz.field(
+        default_factory=lambda: KLPenalty(coef=0.15),
+        doc="to the warm start, which plays any legal move: keeps the policy from being sure of a few squares before it sees lines",
+    )
+    loss_fn: str = chz.field(default="ppo", doc="importance_sampling, reinforce, ppo, cispo or dro")
+    num_substeps: int = chz.field(default=8, doc="optimizer steps per batch; more than 1 is slightly off-policy")
+    learning_rate: float = chz.field(default=7e-4, doc="of self-play, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how it falls to the last step")
     save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end")
-    log_path: str = chz.field(default="runs/multiplayer", doc="the run folder; the warm start's and the model's are beside it")
-
-
-def warm_start(config: Config, task: TextArenaBuilder) -> supervised_train.Config:
-    return supervised_train.Config(
-        dataset=RandomPlayBuilder(task=task, batch_size=128, seed=config.seed),
-        model_name=config.model_name,
-        renderer_name=config.renderer_name,
-        seed=config.seed,
-        learning_rate=2e-3,
-        lr_schedule="constant",
-        stop_at_nll=config.warm_start_nll,
-        save_every=0,
-        log_path=f"{config.log_path}_warm_start",
-        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
-        backend=config.backend,
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="the figures in the README are of the torch sampler"
     )
+    log_path: str = chz.field(default="runs/multiplayer", doc="the run folder; the warm start's and the model's are beside it")
 
 
 def main(config: Config) -> None:
@@ -116,9 +114,8 @@ def main(config: Config) -> None:
     if config.model_name == "new":
         config = chz.replace(config, model_name=f"{config.log_path}_model")
         save_model(Path(config.model_name), task, config.seed)
-    if config.load_checkpoint_path is None:
-        asyncio.run(supervised_train.main(first := warm_start(config, task)))
-        config = chz.replace(config, load_checkpoint_path=str(Path(first.log_path) / "checkpoints" / "final"))
+    examples = RandomPlayBuilder(task=task, batch_size=128, seed=config.seed)
+    config = warm_started(config, examples, learning_rate=1e-3, stop_at_nll=config.warm_start_nll)
     asyncio.run(train.main(config))
 
 

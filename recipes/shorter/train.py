@@ -30,10 +30,10 @@ from envs.kind_words import KindWordsExamplesBuilder, KindWordsPrompts
 from envs.pairwise import PairwiseBuilder
 from preference.judges import ShorterJudgeBuilder
 from preference.win_rate import WinRateEvaluator
+from recipes.warm_start import warm_started
 from renderers import get_renderer
 from rl import train
 from rl.types import Metrics, RLDatasetBuilder
-from supervised import train as supervised_train
 from tracking.command_line import run_command
 from tracking.run_folder import BehaviorIfExists
 
@@ -62,20 +62,6 @@ class Config(train.Config):
     )
 
 
-def warm_start(config: Config) -> supervised_train.Config:
-    return supervised_train.Config(
-        dataset=KindWordsExamplesBuilder(n_batches=config.warm_start_steps, batch_size=64, seed=config.seed),
-        model_name=config.model_name,
-        renderer_name=config.renderer_name,
-        seed=config.seed,
-        learning_rate=2e-3,
-        lr_schedule="linear",
-        log_path=f"{config.log_path}_warm_start",
-        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
-        backend=config.backend,
-    )
-
-
 async def compare(config: Config, trained: str, reference: str) -> Metrics:
     """The win rate of one saved policy against another on held-out prompts."""
     assert isinstance(config.env, PairwiseBuilder) and config.max_tokens
@@ -89,12 +75,11 @@ async def compare(config: Config, trained: str, reference: str) -> Metrics:
 def main(config: Config) -> None:
     if not isinstance(config.env, PairwiseBuilder):
         raise ConfigError("this recipe compares answers in pairs: env is envs.pairwise:PairwiseBuilder, or a subclass")
-    start = config.load_checkpoint_path
-    if start is None:
-        asyncio.run(supervised_train.main(first := warm_start(config)))
-        start = str(Path(first.log_path) / "checkpoints" / "final")
-    asyncio.run(train.main(chz.replace(config, load_checkpoint_path=start)))
-    metrics = asyncio.run(compare(config, str(Path(config.log_path) / "checkpoints" / "final"), start))
+    notes = KindWordsExamplesBuilder(n_batches=config.warm_start_steps, batch_size=64, seed=config.seed)
+    config = warm_started(config, notes, lr_schedule="linear")
+    assert config.load_checkpoint_path
+    asyncio.run(train.main(config))
+    metrics = asyncio.run(compare(config, str(Path(config.log_path) / "checkpoints" / "final"), config.load_checkpoint_path))
     print(f"win rate against the warm start: {metrics['win_rate']:.3f} +- {metrics['win_rate_stderr']:.3f} (standard error)")
 
 
