@@ -2,17 +2,27 @@
 
 import signal
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from backend.checkpoints import read_state
-from backend.training_client import TrainingClient
+from backend.futures import APIFuture
 from tracking.run_folder import RunFolder
+
+
+class Checkpointed(Protocol):
+    """A TrainingClient, or another client with its checkpoints (backend/belief_state_trainer.py)."""
+
+    def save_state(self, name: str, *, extra: dict[str, Any]) -> APIFuture[Any]: ...
+
+    def load_state(self, path: str) -> APIFuture[Any]: ...
+
+    def load_state_with_optimizer(self, path: str) -> APIFuture[Any]: ...
 
 
 class Checkpointer:
     """Saves `training_client` into the run folder. A checkpoint of step i holds everything that step i starts from."""
 
-    def __init__(self, run: RunFolder, training_client: TrainingClient, save_every: int, keep: int | None):
+    def __init__(self, run: RunFolder, training_client: Checkpointed, save_every: int, keep: int | None):
         self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
         self._saved_step = -1
         self.finished = False  # whether the run that is resumed had come to its end

@@ -32,6 +32,9 @@ PANELS: dict[str, tuple[str, ...]] = {
     "games (share)": ("test/env/all/win", "test/env/all/loss"),
     "illegal moves": ("env/all/illegal", "test/env/all/illegal"),
     "loss": ("optim/loss",),
+    "loss as a next-token model (nats per token)": ("test/loss_next_token",),
+    "first hop right": ("test/first_hop",),
+    "whole path right": ("test/exact",),
     "preference loss": ("dpo_loss", "test/dpo_loss"),
     "preference accuracy": ("accuracy", "test/accuracy"),
     "reward margin, chosen over rejected": ("margin", "test/margin"),
@@ -57,11 +60,11 @@ def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
     times = [key for key in (*TIMES, "time/total") if _curve(records, key)[0]]
     if not panels and not times:
         raise DataError(f"{folder / 'metrics.jsonl'}: none of the metrics that plots know; name some with keys=a,b")
-    figure, axes = _grid(len(panels) + bool(times), folder.resolve().name)
+    figure, axes = panel_axes(len(panels) + bool(times), folder.resolve().name)
     for axis, (title, keys) in zip(axes, panels.items(), strict=False):
         for number, key in enumerate(key for key in keys if _curve(records, key)[0]):
             _draw(axis, _curve(records, key), _short(key), number)
-        _finish(axis, title, with_legend=sum(bool(_curve(records, key)[0]) for key in keys) > 1)
+        finish_axis(axis, title, with_legend=sum(bool(_curve(records, key)[0]) for key in keys) > 1)
     if times:
         _draw_times(axes[len(panels)], records, times)
     return save_figure(figure, folder / "plots" / "run.png")
@@ -78,11 +81,11 @@ def compare_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
         raise ConfigError(f"keys={','.join(missing)}: no such metric in these runs; they have {', '.join(known)}")
     if not present:
         raise DataError("none of the metrics that plots know; name some with keys=a,b")
-    figure, axes = _grid(len(present), "", legend_rows=math.ceil(len(runs) / COLUMNS))
+    figure, axes = panel_axes(len(present), "", legend_rows=math.ceil(len(runs) / COLUMNS))
     for axis, key in zip(axes, present, strict=False):
         for number, (label, records) in enumerate(runs.items()):
             _draw(axis, _curve(records, key), label, number)
-        _finish(axis, key, with_legend=False)
+        finish_axis(axis, key, with_legend=False)
     handles = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     figure.legend(list(handles.values()), list(handles), loc="upper left", ncols=COLUMNS, frameon=False)
     return save_figure(figure, Path(out))
@@ -114,7 +117,7 @@ def _short(key: str) -> str:
     return "held out" if key.startswith("test/") else key.rsplit("_", 1)[-1] if "_train_v" in key else "training"
 
 
-def _grid(panels: int, title: str, legend_rows: int = 0) -> tuple[Any, list[Any]]:
+def panel_axes(panels: int, title: str, legend_rows: int = 0) -> tuple[Any, list[Any]]:
     """A figure with `panels` axes, as many rows as they need, and room above for a title or a legend."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -164,7 +167,7 @@ def _draw_times(axis: Any, records: list[dict[str, Any]], keys: list[str]) -> No
     parts = [key for key in keys if key != "time/total"]
     if not parts:
         _draw(axis, _curve(records, "time/total"), "total", 0)
-        _finish(axis, "seconds per step", with_legend=False)
+        finish_axis(axis, "seconds per step", with_legend=False)
         return
     steps = sorted({record["step"] for record in records if any(key in record for key in keys)})
     seconds = {key: dict.fromkeys(steps, 0.0) for key in keys}
@@ -179,12 +182,12 @@ def _draw_times(axis: Any, records: list[dict[str, Any]], keys: list[str]) -> No
         names.append("other")
     colors = [*COLORS[: len(parts)], "#c3c9d1"]
     axis.stackplot(steps, layers, labels=names, colors=colors[: len(layers)], alpha=0.85, linewidth=0)
-    _finish(axis, "seconds per step", with_legend=False)
+    finish_axis(axis, "seconds per step", with_legend=False)
     above = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.98), "ncols": len(names)}
     axis.legend(**above, fontsize=7, frameon=False, handlelength=0.9, handletextpad=0.4, columnspacing=0.9)
 
 
-def _finish(axis: Any, title: str, with_legend: bool) -> None:
+def finish_axis(axis: Any, title: str, with_legend: bool, xlabel: str = "step") -> None:
     axis.set_title(title, loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#9aa3ad")
@@ -193,7 +196,7 @@ def _finish(axis: Any, title: str, with_legend: bool) -> None:
     axis.grid(axis="y", color="#e5e8ec", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("step", fontsize=8, color="#4a525c")
+    axis.set_xlabel(xlabel, fontsize=8, color="#4a525c")
     axis.margins(x=0.02)
     if with_legend:
         axis.legend(fontsize=8, frameon=False)

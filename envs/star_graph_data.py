@@ -1,0 +1,237 @@
+"""Star graphs to train on: supervised (path forward, reversed, or teacherless), and by RL with the reward "the whole path is right".
+
+Training graphs are drawn afresh for every batch, as a function of (seed, epoch, batch), or come from a file of one of the originals or a .npy
+file. The held-out graphs are in no training batch, in whatever order of their edges. Only the target's tokens carry loss.
+Teacherless (Monea et al. 2023; Bachmann and Nagarajan 2024, section 5): after '=' the model reads only '$', and so cannot look at the path it
+is to predict. Left out: several graphs in one sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError, DataError
+from backend.types import Datum, ModelInput
+from envs.star_graph import HeldOut, StarGraph, held_out, sample_graphs
+from envs.star_graph_files import graph_of_path, read_rows
+from envs.star_graph_tokens import Layout, layout_of
+from renderers.types import Renderer
+from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+
+Targets = Literal["forward", "reversed", "teacherless"]
+
+
+def path_accuracy(paths_B_L: np.ndarray, gold_B_L: np.ndarray) -> dict[str, float]:
+    """Shares of the rows with the first hop (the second node) right, with the whole path right, and with node k right, k from 1."""
+    right_B_L = np.asarray(paths_B_L) == np.asarray(gold_B_L)
+    nodes = {f"node_{k}": float(share) for k, share in enumerate(right_B_L.mean(0), start=1)}
+    return {"first_hop": float(right_B_L[:, 1].mean()), "exact": float(right_B_L.all(1).mean()), **nodes}
+
+
+@chz.chz
+class StarGraphTask:
+    """Which graphs, and which of them are held out: give the same to all builders."""
+
+    num_paths: int = chz.field(default=2, doc="arms of a graph, d")
+    path_length: int = chz.field(default=3, doc="nodes of an arm with the source, l")
+    num_nodes: int = chz.field(default=12, doc="labels a node may have, N")
+    num_test: int = chz.field(default=400, doc="held-out graphs")
+    test_seed: int = chz.field(default=0, doc="seed of the choice of held-out graphs; the same for all methods that are compared")
+    path: str | None = chz.field(
+        default=None,
+        doc="training graphs from this file (.txt of an original, or .npy) instead of fresh ones; its name tells the size",
+    )
+    test_path: str | None = chz.field(default=None, doc="held-out graphs from this file; None = drawn, or the first of `path`")
+
+    def graph(self) -> StarGraph:
+        graph = StarGraph(self.num_paths, self.path_length, self.num_nodes)
+        for path in filter(None, (self.path, self.test_path)):
+            if (named := graph_of_path(path, self.num_nodes)) != graph:
+                raise ConfigError(
+                    f"{path} holds {named.name} over {named.num_nodes} nodes, not {graph.name} over {graph.num_nodes}: "
+                    f"set num_paths={named.num_paths} path_length={named.path_length} num_nodes={named.num_nodes}"
+                )
+        return graph
+
+    def split(self) -> tuple[np.ndarray | None, HeldOut]:
+        """Training rows, None where they are drawn, and the held-out ones. Rows of a file whose graph is held out are left out."""
+        graph = self.graph()
+        rows_D_T = read_rows(self.path, graph) if self.path else None
+        if self.test_path:
+            test = HeldOut(graph, read_rows(self.test_path, graph, self.num_test))
+        elif rows_D_T is not None:
+            test = HeldOut(graph, rows_D_T[: self.num_test])
+        else:
+            test = held_out(graph, self.num_test, self.test_seed)
+        if rows_D_T is not None:
+            kept_D = ~test.contains(rows_D_T)
+            if not kept_D.any():
+                raise DataError(f"{self.path}: all {len(kept_D):,} graphs are held out (num_test={self.num_test}); none is left")
+            print(
+                f"{self.path}: {kept_D.sum():,} graphs to train on; {(~kept_D).sum():,} left out that are among the held-out ones"
+            )
+            rows_D_T = rows_D_T[kept_D]
+        return rows_D_T, test
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Training rows by batch: fresh ones, or `rows_D_T` in an order that depends on (seed, epoch)."""
+
+    graph: StarGraph
+    test: HeldOut
+    rows_D_T: np.ndarray | None
+    batch_size: int
+    n_batches: int
+    seed: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.n_batches if self.rows_D_T is None else -(-len(self.rows_D_T) // self.batch_size)
+
+    def rows(self, index: int, epoch: int = 0) -> np.ndarray:
+        if self.rows_D_T is None:
+            return sample_graphs(self.graph, self.batch_size, (*self.seed, epoch, index), self.test)
+        order_D = np.random.default_rng((*self.seed, epoch)).permutation(len(self.rows_D_T))
+        return self.rows_D_T[np.sort(order_D[index * self.batch_size : (index + 1) * self.batch_size])]
+
+
+# --- supervised -----------------------------------------------------------------------------------------------------------------
+
+
+def supervised_datum(ids_T: np.ndarray, layout: Layout, targets: Targets = "forward") -> Datum:
+    """A Datum from a row in the tokenizer's ids, which `targets` may turn round or hide. Each example weighs 1 in all."""
+    inputs_T, prefix = ids_T[:-1].copy(), layout.prefix_length
+    if targets == "teacherless":
+        inputs_T[prefix:] = layout.dollar
+    weights_T = np.zeros(len(inputs_T), dtype=np.float32)
+    weights_T[prefix - 1 :] = 1 / layout.target_length
+    return Datum(ModelInput.from_ints(inputs_T.tolist()), {"target_tokens": ids_T[1:], "weights": weights_T})
+
+
+class StarGraphExamples(SupervisedDataset):
+    def __init__(self, batches: Batches, layout: Layout, targets: Targets):
+        self.batches, self.layout, self.epoch = batches, layout, 0
+        self.targets: Targets = targets
+        self.test = batches.test
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def get_batch(self, index: int) -> list[Datum]:
+        ids_B_T = self.layout.encode(self.batches.rows(index, self.epoch))
+        if self.targets == "reversed":
+            ids_B_T = self.layout.reversed(ids_B_T)
+        return [supervised_datum(ids_T, self.layout, self.targets) for ids_T in ids_B_T]
+
+
+@chz.chz
+class StarGraphExamplesBuilder(StarGraphTask, SupervisedDatasetBuilder):
+    """Paths to imitate. The held-out set is the held-out graphs, in one batch."""
+
+    targets: Targets = chz.field(
+        default="forward",
+        doc="'forward': source to goal; 'reversed': goal to source; 'teacherless': all nodes at once, behind dummies",
+    )
+    n_batches: int = chz.field(default=1000, doc="batches of an epoch, where graphs are drawn")
+
+    def __call__(self, renderer: Renderer) -> tuple[StarGraphExamples, StarGraphExamples]:
+        rows_D_T, test = self.split()
+        layout = layout_of(renderer.tokenizer, test.graph)
+        train = Batches(test.graph, test, rows_D_T, self.batch_size, self.n_batches, (self.seed, 1))
+        held_out_rows = Batches(test.graph, test, test.tokens_B_T, len(test.tokens_B_T), 1, (0,))
+        return StarGraphExamples(train, layout, self.targets), StarGraphExamples(held_out_rows, layout, self.targets)
+
+
+# --- reinforcement learning -----------------------------------------------------------------------------------------------------
+
+
+class StarGraphEnv(Env):
+    """One graph, one answer. The episode's metrics are those of path_accuracy, with `correct` for `exact`."""
+
+    def __init__(self, ids_T: Sequence[int], layout: Layout, wrong_reward: float = 0.0, renderer: Renderer | None = None):
+        self.prompt = ModelInput.from_ints(ids_T[: layout.prefix_length])
+        self.target, self.layout, self.wrong_reward, self.renderer = (
+            list(ids_T[layout.prefix_length :]),
+            layout,
+            wrong_reward,
+            renderer,
+        )
+
+    async def initial_observation(self) -> tuple[Observation, StopCondition]:
+        return self.prompt, []  # the answer's length is known: no token ends it
+
+    async def step(self, action: Action) -> StepResult:
+        sampled = (list(action) + [-1] * len(self.target))[: len(self.target)]
+        correct = sampled == self.target
+        nodes_L = self.layout.nodes_L
+        metrics = path_accuracy(np.array(sampled)[None, nodes_L], np.array(self.target)[None, nodes_L])
+        del metrics["exact"]
+        return StepResult(
+            reward=1.0 if correct else self.wrong_reward,
+            episode_done=True,
+            next_observation=ModelInput.empty(),
+            metrics={"correct": float(correct), **metrics},
+            logs=self._logs(sampled),
+        )
+
+    def _logs(self, sampled: list[int]) -> dict[str, str]:
+        if self.renderer is None:
+            return {}
+        gold, said = (
+            str(self.renderer.tokenizer.decode(ids)) for ids in (self.target, [token for token in sampled if token >= 0])
+        )
+        return {"gold": gold, "extracted": said}
+
+
+@dataclass(frozen=True)
+class StarGraphGroup(EnvGroupBuilder):
+    ids_T: list[int]
+    layout: Layout
+    num_envs: int
+    wrong_reward: float
+    renderer: Renderer
+
+    async def make_envs(self) -> list[StarGraphEnv]:
+        return [StarGraphEnv(self.ids_T, self.layout, self.wrong_reward, self.renderer) for _ in range(self.num_envs)]
+
+
+class StarGraphDataset(RLDataset):
+    def __init__(self, batches: Batches, layout: Layout, group_size: int, wrong_reward: float, renderer: Renderer):
+        self.batches, self.layout, self.renderer = batches, layout, renderer
+        self.group_size, self.wrong_reward = group_size, wrong_reward
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def get_batch(self, index: int) -> list[StarGraphGroup]:
+        epoch, batch = divmod(index, len(self))
+        ids_B_T = self.layout.encode(self.batches.rows(batch, epoch)).tolist()
+        return [StarGraphGroup(ids_T, self.layout, self.group_size, self.wrong_reward, self.renderer) for ids_T in ids_B_T]
+
+
+@chz.chz
+class StarGraphBuilder(StarGraphTask, RLDatasetBuilder):
+    """Graphs to practise on by reinforcement learning: reward 1 for the whole path. The held-out set is one attempt at each held-out graph."""
+
+    n_batches: int = chz.field(default=100, doc="batches of an epoch, where graphs are drawn")
+    wrong_reward: float = chz.field(default=0.0, doc="reward of a wrong path; -0.1 is that of Q#'s REINFORCE without baseline")
+
+    def recommended_max_tokens(self) -> int:
+        return 2 * self.path_length - 1  # with commas; whatever follows a path is not read
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset]:
+        rows_D_T, test = self.split()
+        layout = layout_of(renderer.tokenizer, test.graph)
+        train = Batches(test.graph, test, rows_D_T, self.batch_size, self.n_batches, (self.seed, 2))
+        held_out_rows = Batches(test.graph, test, test.tokens_B_T, self.batch_size, 1, (0,))
+        return (
+            StarGraphDataset(train, layout, self.group_size, self.wrong_reward, renderer),
+            StarGraphDataset(held_out_rows, layout, 1, self.wrong_reward, renderer),
+        )

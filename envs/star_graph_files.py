@@ -1,0 +1,143 @@
+"""Star graphs in files: the text lines of the three originals (BST, Next-Token Failures, Q#), and a compact binary form for large sets.
+
+    a,b|c,d|...|y,z/s,g=p1,p2,...,pl        one graph a line, the same in all three; their files are read as they are
+    *.npy                                   rows of numeral ids in uint8 (uint16 for large N), memory-mapped when read
+
+The size is in the name: graph_{d}_{l}_sample_{n}.txt (BST, which does not say N) and deg_{d}_path_{l}_nodes_{N}_... (the other two).
+Every row that is read is checked to be a star graph of that size. Left out: lines with reversed targets, which no original writes either.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from backend.errors import ConfigError, DataError
+from envs.star_graph import HeldOut, Seed, StarGraph, sample_graphs
+
+CHUNK = 65_536  # lines parsed, or rows written, at a time
+SPACES = str.maketrans("|,/=", "    ")
+BST_NODES = 50  # N of BST's default, which its file names leave out
+
+
+def format_line(tokens_T: Sequence[int] | np.ndarray, graph: StarGraph) -> str:
+    """The line of a row, without its newline."""
+    row = [int(token) for token in tokens_T]
+    end = graph.prefix_length - 3
+    edges = "|".join(f"{row[i]},{row[i + 1]}" for i in range(0, end, 3))
+    return f"{edges}/{row[end]},{row[end + 1]}=" + ",".join(map(str, row[graph.prefix_length :]))
+
+
+def parse_line(line: str, graph: StarGraph, where: str = "line 1") -> np.ndarray:
+    """tokens_T of a line. DataError, beginning with `where`, if it is no star graph of this size or the path is not its path."""
+    return _parse([line.rstrip("\n")], graph, lambda _: where)[0]
+
+
+def write_lines(path: str | Path, tokens_B_T: np.ndarray, graph: StarGraph) -> None:
+    with Path(path).open("w", encoding="ascii") as stream:
+        stream.writelines(format_line(tokens_T, graph) + "\n" for tokens_T in tokens_B_T)
+
+
+def read_lines(path: str | Path, graph: StarGraph, max_rows: int | None = None) -> np.ndarray:
+    """tokens_B_T of a text file, or of its first `max_rows` lines. DataError with file and line number at the first bad line."""
+    path = Path(path)
+    parts, done = [], 0
+    for lines in _chunks(path, max_rows):
+        parts.append(_parse(lines, graph, lambda row, done=done: f"{path}, line {done + row + 1}"))
+        done += len(lines)
+    if not parts:
+        raise DataError(f"{path} has no lines")
+    return np.concatenate(parts)
+
+
+def _chunks(path: Path, max_rows: int | None) -> Iterator[list[str]]:
+    lines: list[str] = []
+    try:
+        with path.open(encoding="ascii") as stream:
+            for number, line in enumerate(stream):
+                if number == max_rows:
+                    break
+                lines.append(line.rstrip("\n"))
+                if len(lines) == CHUNK:
+                    yield lines
+                    lines = []
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text file of star graphs (byte {error.start} is not ASCII)") from error
+    if lines:
+        yield lines
+
+
+def _parse(lines: list[str], graph: StarGraph, where) -> np.ndarray:
+    """Rows of lines; `where(row)` names a line in an error."""
+    edges, path = graph.num_edges - 1, graph.path_length - 1
+    form = re.compile(rf"(?:\d+,\d+\|){{{edges}}}\d+,\d+/\d+,\d+=\d+(?:,\d+){{{path}}}", re.ASCII)
+    for row, line in enumerate(lines):
+        if not form.fullmatch(line):
+            raise DataError(f"{where(row)}: {_fault(line, graph)}: {line[:60]!r}")
+    numbers = np.fromstring(" ".join(lines).translate(SPACES), sep=" ")  # float64, so that no number is too long
+    numbers_B_M = np.minimum(numbers, 2**31).astype(np.int64).reshape(len(lines), -1)
+    ends_M = numbers_B_M[:, 2 * graph.num_edges : 2 * graph.num_edges + 2]
+    path_B_L = numbers_B_M[:, 2 * graph.num_edges + 2 :]
+    tokens_B_T = graph.rows(numbers_B_M[:, 0 : 2 * graph.num_edges : 2], numbers_B_M[:, 1 : 2 * graph.num_edges : 2], path_B_L)
+    tokens_B_T[:, graph.prefix_length - 3 : graph.prefix_length - 1] = ends_M
+    if fault := graph.first_fault(tokens_B_T):
+        raise DataError(f"{where(fault[0])}: {fault[1]}: {lines[fault[0]][:60]!r}")
+    return tokens_B_T
+
+
+def _fault(line: str, graph: StarGraph) -> str:
+    """What keeps a line from having the form of this size."""
+    match = re.fullmatch(r"((?:\d+,\d+\|)*\d+,\d+)/\d+,\d+=(\d+(?:,\d+)*)", line, re.ASCII)
+    if not match:
+        return "not of the form a,b|c,d|.../s,g=p1,p2,..."
+    edges, nodes = match[1].count("|") + 1, match[2].count(",") + 1
+    return (
+        f"{edges} edges and a path of {nodes} nodes, where {graph.name} has {graph.num_edges} edges and {graph.path_length} nodes"
+    )
+
+
+# --- sizes from names, binary files --------------------------------------------------------------------------------------------
+
+
+def graph_of_path(path: str | Path, num_nodes: int | None = None) -> StarGraph:
+    """The size a file's name tells. `num_nodes` is for names without N (BST's; default 50). ConfigError where the two disagree."""
+    name = Path(path).name
+    if found := re.match(r"deg_(\d+)_path_(\d+)_nodes_(\d+)", name):
+        d, length, named = map(int, found.groups())
+        if num_nodes not in (None, named):
+            raise ConfigError(f"{name} is of graphs over {named} nodes, but num_nodes={num_nodes}")
+        return StarGraph(d, length, named)
+    if found := re.match(r"graph_(\d+)_(\d+)_sample_", name):
+        return StarGraph(int(found[1]), int(found[2]), num_nodes or BST_NODES)
+    raise ConfigError(
+        f"{name}: no size in the name; name it graph_D_L_sample_COUNT.txt or deg_D_path_L_nodes_N_WHAT, or give the size"
+    )
+
+
+def read_rows(path: str | Path, graph: StarGraph, max_rows: int | None = None) -> np.ndarray:
+    """tokens_B_T of a text file, or the memory-mapped rows of a .npy file, checked."""
+    if Path(path).suffix != ".npy":
+        return read_lines(path, graph, max_rows)
+    try:
+        tokens_B_T = np.load(path, mmap_mode="r", allow_pickle=False)[:max_rows]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    for start in range(0, len(tokens_B_T), CHUNK):
+        if fault := graph.first_fault(tokens_B_T[start : start + CHUNK]):
+            raise DataError(f"{path}, row {start + fault[0] + 1}: {fault[1]}")
+    return tokens_B_T
+
+
+def write_sampled(path: str | Path, graph: StarGraph, count: int, seed: Seed, exclude: HeldOut | None = None) -> None:
+    """`count` sampled rows to a .npy file, a chunk at a time: chunk i is sample_graphs(..., seed (seed, i)). Name it so that
+    `graph_of_path` knows its size."""
+    dtype = np.uint8 if graph.vocab_size <= 256 else np.uint16
+    rows_B_T = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(count, graph.length))
+    first = seed if isinstance(seed, tuple) else (seed,)
+    for number, start in enumerate(range(0, count, CHUNK)):
+        size = min(CHUNK, count - start)
+        rows_B_T[start : start + size] = sample_graphs(graph, size, (*first, number), exclude)
+    rows_B_T.flush()

@@ -1,0 +1,164 @@
+"""Held-out stories with their middle left out, filled in by a trained model: what judge.py compares.
+
+    python recipes/belief_state/infill.py run=runs/bst out=bst.jsonl                                    # greedy, from left to right
+    python recipes/belief_state/infill.py run=runs/bst out=plan.jsonl method=plan direction=reverse
+    python recipes/belief_state/infill.py run=runs/fim out=fim.jsonl                                    # a GPT: greedy, goal first
+
+The prompt is the first `prompt_tokens` of a document, the goal its last `goal_tokens`; in a shorter document both are a quarter. A line has
+prompt, goal, generated, original, sampling_method, score, greedy, greedy_score, top_n ([text, score], best first) and complete (it ended
+by itself). A GPT that was not trained on fill-in-the-middle is not shown the goal. Documents are those of the run's config.json.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import chz
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from backend.belief_state import BeliefState, NextToken
+from backend.belief_state_decoding import Direction, Infill, infill_beam, infill_greedy, infill_plan, next_token_greedy
+from backend.belief_state_files import load_belief_state, load_next_token
+from backend.errors import CheckpointError, ConfigError, DataError
+from recipes.belief_state.text import task_name
+from recipes.belief_state.text_data import TextData
+from recipes.belief_state.tokenizer import encode_documents, open_tokenizer
+from tracking.command_line import run_command
+from tracking.jsonl import write_atomically
+from tracking.progress import TrainingProgress
+
+
+@chz.chz
+class Config:
+    """Fills in the middle of held-out documents."""
+
+    run: str = chz.field(doc="run folder of train.py with data=text", munger=lambda _, path: str(Path(path).expanduser()))
+    out: str = chz.field(doc="JSONL file to write", munger=lambda _, path: str(Path(path).expanduser()))
+    checkpoint: str = chz.field(default="final", doc="name of the checkpoint in the run folder")
+    method: Literal["greedy", "beam", "plan"] = chz.field(default="greedy", doc="a BST's; a GPT knows greedy only")
+    direction: Direction = chz.field(default="forward", doc="which end of the gap is written first")
+    rollouts: int = chz.field(default=10, doc="proposals of beam and plan")
+    top_k: int = chz.field(default=5, doc="alternatives at each place of a proposal")
+    relative: bool = chz.field(default=False, doc="plan: queue by log p(token) - log p(best)")
+    num_documents: int = chz.field(default=100, doc="held-out documents, the first ones")
+    prompt_tokens: int = chz.field(default=64, doc="beginning that is given")
+    goal_tokens: int = chz.field(default=64, doc="end that is given")
+    max_tokens: int | None = chz.field(default=None, doc="longest middle; None = what the rows of training leave room for")
+
+    @chz.validate
+    def _check(self) -> None:
+        if min(self.num_documents, self.prompt_tokens, self.goal_tokens, self.rollouts) < 1 or self.top_k < 0:
+            raise ConfigError("num_documents, prompt_tokens, goal_tokens and rollouts are at least 1, and top_k at least 0")
+
+
+@dataclass(frozen=True)
+class Gap:
+    prompt: list[int]
+    middle: list[int]
+    goal: list[int]
+
+
+def cut_out(tokens_T: np.ndarray, prompt_tokens: int, goal_tokens: int) -> Gap:
+    """Ends of the lengths asked for, if they leave a token between them; else a quarter each."""
+    if len(tokens_T) <= prompt_tokens + goal_tokens:
+        prompt_tokens = goal_tokens = len(tokens_T) // 4
+    tokens, end = tokens_T.tolist(), len(tokens_T) - goal_tokens
+    return Gap(tokens[:prompt_tokens], tokens[prompt_tokens:end], tokens[end:])
+
+
+def main(config: Config) -> None:
+    data, is_bst = trained_on(Path(config.run))
+    tokenizer, documents = held_out_documents(config, data)
+    checkpoint = Path(config.run) / "checkpoints" / config.checkpoint
+    model = (load_belief_state if is_bst else load_next_token)(checkpoint, task_name(tokenizer))
+    fim = len(tokenizer) if not is_bst and data.fill_in_the_middle else None
+    lines = []
+    with TrainingProgress(len(documents), description="infilling") as progress:
+        for number, tokens_T in enumerate(documents):
+            gap = cut_out(tokens_T, config.prompt_tokens, config.goal_tokens)
+            room = config.max_tokens or data.block_size - len(gap.prompt) - len(gap.goal) - 2
+            lines.append(_line(tokenizer, gap, config, *fill(model, gap, config, room, fim)))
+            progress.update(number)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    complete = sum(line["complete"] for line in lines)
+    print(f"{lines[0]['prompt']} [{lines[0]['generated']}] {lines[0]['goal']}")
+    print(f"{len(lines)} stories in {out}; the middle ended by itself in {complete}")
+
+
+def trained_on(run: Path) -> tuple[TextData, bool]:
+    """What the run's config.json says of its data, and whether the model is a BST."""
+    try:
+        saved = json.loads((run / "config.json").read_text())
+        data: Any = {name: saved["data"][name] for name in chz.chz_fields(TextData)}
+        is_bst = saved["model"] == "bst"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run} is no run of train.py with data=text (config.json: {error})") from error
+    data["goal_range"] = tuple(data["goal_range"])
+    return TextData(**data), is_bst
+
+
+def held_out_documents(config: Config, data: TextData) -> tuple[PreTrainedTokenizerBase, list[np.ndarray]]:
+    """With the tokenizer that the run has left; those that fit its rows."""
+    tokenizer = open_tokenizer(str(Path(config.run) / "tokenizer"))
+    documents = encode_documents(tokenizer, data.texts()[1])
+    fitting = [tokens_T for tokens_T in documents if 4 <= len(tokens_T) <= data.block_size - 2][: config.num_documents]
+    if not fitting:
+        raise DataError(f"no held-out document of {data.source} has 4 to {data.block_size - 2} tokens")
+    return tokenizer, fitting
+
+
+def fill(
+    model: BeliefState | NextToken, gap: Gap, config: Config, max_tokens: int, fim: int | None
+) -> tuple[list[Infill], Infill]:
+    """Best first, and the greedy one."""
+    if isinstance(model, NextToken):
+        if config.method != "greedy" or config.direction != "forward":
+            raise ConfigError(f"method={config.method} direction={config.direction}: a GPT decodes greedily from left to right")
+        shown = [] if fim is None else [*gap.goal, fim]
+        greedy = next_token_greedy(model, [model.config.eos_id, *shown, *gap.prompt], max_tokens)
+        return [greedy], greedy
+    ends = (gap.prompt, gap.goal, max_tokens, config.direction)
+    greedy = infill_greedy(model, *ends)
+    if config.method == "greedy":
+        return [greedy], greedy
+    if config.method == "beam":
+        found = infill_beam(model, *ends, config.rollouts, config.top_k)
+    else:
+        found = infill_plan(model, *ends, config.rollouts, config.top_k, config.relative)
+    return found, next(one for one in found if one.tokens == greedy.tokens)  # with the score of this method
+
+
+def _line(
+    tokenizer: PreTrainedTokenizerBase, gap: Gap, config: Config, found: Sequence[Infill], greedy: Infill
+) -> dict[str, Any]:
+    def text(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode([token for token in tokens if token < len(tokenizer)]))  # a GPT may say <|fim|>
+
+    best = found[0]
+    return {
+        "prompt": text(gap.prompt),
+        "goal": text(gap.goal),
+        "sampling_method": config.method if config.direction == "forward" else f"reverse_{config.method}",
+        "generated": text(best.tokens),
+        "score": best.score,
+        "complete": best.complete,
+        "greedy": text(greedy.tokens),
+        "greedy_score": greedy.score,
+        "top_n": [[text(infill.tokens), infill.score] for infill in found],
+        "original": text([*gap.prompt, *gap.middle, *gap.goal]),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

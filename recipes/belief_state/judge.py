@@ -1,0 +1,167 @@
+"""Two models' infills of the same stories before a judge: a histogram of votes, and a win rate with its confidence interval.
+
+    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl                          # by rule: fewer mistakes (stories.py)
+    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl judge=endpoint judge.base_url=http://localhost:8000/v1 judge.model=NAME
+
+The files are those of infill.py. How votes are taken and counted is in judge_votes.py. From Python the judge may be any async callable.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import chz
+
+from backend.errors import ConfigError
+from backend.tokenizers import load_tokenizer
+from preference.judges import EndpointJudgeBuilder, RuleJudge
+from preference.reward_types import Judge, JudgeBuilder, JudgeError
+from recipes.belief_state.judge_votes import Contest, Verdict, Vote, Votes, collect_votes, read_contests, verdict
+from recipes.belief_state.stories import mistakes
+from renderers.types import Tokenizer
+from tracking.command_line import run_command
+from tracking.jsonl import write_atomically
+
+INSTRUCTION = (
+    "You are comparing two short stories, A and B, written for small children. Both have the same beginning and the same end; their authors "
+    "wrote the middle. Look at plot, language and sense: say what is good and what is bad about each, argue for the better one, then decide. "
+    "The better story is the one whose middle leads from the beginning to the end with the fewest abrupt transitions. "
+    "End with a line that holds one word: A, B or Tie."
+)
+
+
+# --- judges ---------------------------------------------------------------------------------------------------------------------------
+
+
+@chz.chz
+class FewerMistakesBuilder(JudgeBuilder):
+    """The story with fewer mistakes is better: exact for the stories made here, meaningless for any others."""
+
+    def __call__(self, tokenizer: Tokenizer) -> Judge:
+        return RuleJudge(lambda comparison, story: -float(len(mistakes(story))))
+
+
+@chz.chz
+class StoryEndpointBuilder(EndpointJudgeBuilder):
+    """A model behind an endpoint. The instruction may be your own; it must ask for a last line A, B or Tie."""
+
+    instruction: str = chz.field(default=INSTRUCTION, doc="what the judge is told first")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------------------
+
+
+@chz.chz
+class Config:
+    """Judges two files of infilled stories against one another."""
+
+    first: str = chz.field(doc="JSONL file of the first model")
+    second: str = chz.field(doc="JSONL file of the second model, about the same stories in the same order")
+    first_name: str | None = chz.field(default=None, doc="what to call it; None = the file's name")
+    second_name: str | None = chz.field(default=None, doc="what to call it; None = the file's name")
+    judge: JudgeBuilder = chz.field(
+        default_factory=FewerMistakesBuilder, doc="stories, endpoint, or module:Class of a JudgeBuilder"
+    )
+    num_judges: int = chz.field(default=3, doc="votes on each story")
+    limit: int | None = chz.field(default=None, doc="judge only the first so many stories")
+    seed: int = chz.field(default=42, doc="of the order in which the two are shown")
+    max_failed_fraction: float = chz.field(default=0.1, doc="more failed votes than that end in an error")
+    out: str = chz.field(default="runs/judge", doc="folder for verdict.json, votes.jsonl and histogram.png")
+    cache: str | None = chz.field(default=None, doc="file that keeps what the judge said; None = OUT/cache.jsonl")
+
+    @chz.validate
+    def _check(self) -> None:
+        if self.num_judges < 1 or (self.limit is not None and self.limit < 1):
+            raise ConfigError(f"num_judges={self.num_judges} and limit={self.limit} must be at least 1")
+
+
+JUDGES = {
+    "judge": {
+        "stories": "recipes.belief_state.judge:FewerMistakesBuilder",
+        "endpoint": "recipes.belief_state.judge:StoryEndpointBuilder",
+    }
+}
+
+
+def judge_files(config: Config, judge: Judge | None = None, judge_name: str | None = None) -> Verdict:
+    """Any async callable may be the judge in place of the configured one; `judge_name` then stands for it in the cache."""
+    if (judge is None) != (judge_name is None):
+        raise ConfigError("give a judge and its name together: the name keeps its votes apart from another judge's")
+    contests = read_contests(config.first, config.second)[: config.limit]
+    out = Path(config.out).expanduser()
+    settings = {
+        key: value for key, value in chz.asdict(config.judge).items() if key not in ("timeout", "retries", "max_concurrent")
+    }
+    name = judge_name or json.dumps([type(config.judge).__name__, settings], default=str, sort_keys=True)
+    cache = Path(config.cache).expanduser() if config.cache else out / "cache.jsonl"
+    votes = Votes(judge or config.judge(load_tokenizer("tiny")), name, cache, config.seed)
+    collected = asyncio.run(collect_votes(contests, votes, config.num_judges))
+    found = verdict(collected, votes)
+    if found.failed > config.max_failed_fraction * len(contests) * config.num_judges:
+        error = next(vote for of_story in collected for vote in of_story if isinstance(vote, JudgeError))
+        raise JudgeError(
+            f"{found.failed} of {len(contests) * config.num_judges} votes failed (max_failed_fraction={config.max_failed_fraction}); the "
+            f"others are kept in {cache}. The first: {error}"
+        ) from error
+    names = (config.first_name or Path(config.first).stem, config.second_name or Path(config.second).stem)
+    _write(out, config, names, contests, collected, found)
+    print(_table(names, found), f"{votes.asked} votes asked now; results in {out}", sep="\n")
+    return found
+
+
+def draw_histogram(found: Verdict, names: tuple[str, str], path: Path) -> Path:
+    """Stories by how their votes fell, from all for the first model to all for the second."""
+    from tracking.plots import COLORS, save_figure, stacked_axes
+
+    title = f"{names[0]} wins {found.won_by_first:.1%} against {names[1]} (95%: {found.low:.1%} to {found.high:.1%})"
+    figure, (axis,) = stacked_axes(1, title)
+    figure.set_size_inches(7.5, 3.2)
+    margins = [int(key.split("_")[0]) - int(key.split("_")[2]) for key in found.histogram]
+    colors = [COLORS[0] if margin > 0 else COLORS[1] if margin < 0 else COLORS[7] for margin in margins]
+    order = sorted(range(len(margins)), key=lambda i: -margins[i])
+    labels, counts = list(found.histogram), list(found.histogram.values())
+    bars = axis.bar([labels[i] for i in order], [counts[i] for i in order], color=[colors[i] for i in order])
+    axis.bar_label(bars, fontsize=8)
+    axis.set_xlabel(f"votes for {names[0]} _ ties _ votes for {names[1]}", fontsize=9)
+    axis.set_ylabel("stories", fontsize=9)
+    return save_figure(figure, path)
+
+
+def _write(
+    out: Path,
+    config: Config,
+    names: tuple[str, str],
+    contests: Sequence[Contest],
+    collected: Sequence[Sequence[Vote | JudgeError]],
+    found: Verdict,
+) -> None:
+    record = {"first": names[0], "second": names[1], "num_judges": config.num_judges, "seed": config.seed}
+    write_atomically(out / "verdict.json", json.dumps(record | asdict(found), indent=2) + "\n")
+    lines = [
+        json.dumps(asdict(contest) | {"votes": [str(vote) for vote in votes]}, ensure_ascii=False)
+        for contest, votes in zip(contests, collected, strict=True)
+    ]
+    write_atomically(out / "votes.jsonl", "\n".join(lines) + "\n")
+    draw_histogram(found, names, out / "histogram.png")
+
+
+def _table(names: tuple[str, str], found: Verdict) -> str:
+    votes = f"votes: {found.first} for {names[0]}, {found.tie} ties, {found.second} for {names[1]}, {found.failed} failed"
+    wins = f"{names[0]} wins {found.won_by_first:.1%} of {found.stories} stories, ties half (95%: {found.low:.1%} to {found.high:.1%})"
+    return f"{votes}\n{wins}"
+
+
+def main(config: Config) -> None:
+    judge_files(config)
+
+
+if __name__ == "__main__":
+    run_command(main, Config, JUDGES)

@@ -1,0 +1,32 @@
+"""The run folder of a run in several processes: the first one writes it, the others only read where to go on."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from backend.distributed import Processes
+from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
+
+
+class FollowedFolder(RunFolder):
+    """The first process's folder, for the others: nothing they record reaches it."""
+
+    @property
+    def metrics_file(self) -> Path:
+        return Path(os.devnull)
+
+    def record_checkpoint(self, name: str, step: int, path: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> None:
+        pass
+
+    def prune_checkpoints(self, keep: int) -> None:
+        pass
+
+    def truncate_metrics(self, step: int) -> None:
+        pass
+
+
+def open_shared_folder(path: str, behavior: BehaviorIfExists, config: Any, processes: Processes) -> RunFolder:
+    """The folder as the first process opens it; the others wait until it has."""
+    folder = open_run_folder(path, behavior, config) if processes.is_first else None
+    processes.wait()
+    return folder or FollowedFolder(Path(path).expanduser())

@@ -1,0 +1,100 @@
+"""Star graphs for the Belief State Transformer and its next-token baseline, and the accuracy the original never measures.
+
+A row is the graph, the path and EOS. Prefixes end at "=" or later, pairs are at least two apart, so that a path of l nodes has (l + 1) l / 2 of
+them. Paths are decoded greedily, exactly l tokens, with the state of the empty suffix (belief_state.md B.9).
+The baseline is trained as the original's: on every token, the random edges too.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import chz
+import numpy as np
+import torch
+
+from backend.belief_state import BeliefState, NextToken
+from backend.belief_state_decoding import greedy_tokens
+from backend.belief_state_trainer import BeliefStateTrainer, Metrics, TokenBatch
+from envs.star_graph import HeldOut, StarGraph
+from envs.star_graph_data import Batches, StarGraphTask, path_accuracy
+from recipes.belief_state.source import TokenSourceBuilder
+
+EVAL_ROWS = 1024  # graphs decoded, or scored, at once
+
+
+@chz.chz
+class StarGraphBuilder(StarGraphTask, TokenSourceBuilder):
+    def __call__(self, batch_size: int, seed: int) -> "StarGraphSource":
+        rows_D_T, test = self.split()
+        n_batches = 1 if rows_D_T is None else -(-len(rows_D_T) // batch_size)
+        return StarGraphSource(Batches(self.graph(), test, rows_D_T, batch_size, n_batches, (seed,)))
+
+
+def task_name(graph: StarGraph) -> str:
+    return f"{graph.name} N={graph.num_nodes}"
+
+
+@dataclass(frozen=True)
+class StarGraphSource:
+    batches: Batches
+
+    @property
+    def graph(self) -> StarGraph:
+        return self.batches.graph
+
+    @property
+    def vocab_size(self) -> int:
+        return self.graph.vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        return self.graph.eos
+
+    @property
+    def task(self) -> str:
+        return task_name(self.graph)
+
+    @property
+    def context_length(self) -> int:
+        return self.graph.prefix_length - 1
+
+    def get_batch(self, step: int) -> TokenBatch:
+        epoch, index = divmod(step, len(self.batches))
+        return with_eos(self.graph, self.batches.rows(index, epoch))
+
+    def evaluate(self, trainer: BeliefStateTrainer) -> Metrics:
+        losses = held_out_losses(trainer, with_eos(self.graph, self.batches.test.tokens_B_T), EVAL_ROWS)
+        return losses | {f"test/{name}": value for name, value in accuracy(trainer.model, self.batches.test).items()}
+
+    def save(self, folder: Path) -> None:
+        """Nothing: the ids are the labels."""
+
+
+def with_eos(graph: StarGraph, tokens_B_T: np.ndarray) -> TokenBatch:
+    eos_B_1 = np.full((len(tokens_B_T), 1), graph.eos)
+    return TokenBatch(np.concatenate([tokens_B_T, eos_B_1], axis=1), packed=False)
+
+
+def accuracy(model: BeliefState | NextToken, test: HeldOut) -> Metrics:
+    """first_hop, exact and node_k of greedily decoded paths, as in envs/star_graph_data.py."""
+    graph, device = test.graph, model.embedding.weight.device
+    prefixes_B_T = torch.from_numpy(test.tokens_B_T[:, : graph.prefix_length]).to(device)
+    paths = [greedy_tokens(model, rows, graph.target_length) for rows in prefixes_B_T.split(EVAL_ROWS)]
+    return path_accuracy(torch.cat(paths).cpu().numpy(), test.tokens_B_T[:, graph.prefix_length :])
+
+
+def held_out_losses(trainer: BeliefStateTrainer, batch: TokenBatch, rows: int) -> Metrics:
+    """Losses of a large batch, `rows` at a time; a part weighs by its rows, or by its targets where a mask chooses them."""
+    totals: Metrics = {}
+    mask_B_T = batch.loss_mask_B_T
+    weight_B = np.ones(len(batch.tokens_B_T)) if mask_B_T is None else mask_B_T[:, 1:].sum(1)
+    for start in range(0, len(batch.tokens_B_T), rows):
+        part = slice(start, start + rows)
+        if not weight_B[part].any():
+            continue
+        losses = trainer.evaluate(TokenBatch(batch.tokens_B_T[part], batch.packed, None if mask_B_T is None else mask_B_T[part]))
+        for name, value in losses.items():
+            if name.startswith("loss"):
+                share = float(weight_B[part].sum() / weight_B.sum())
+                totals[f"test/{name}"] = totals.get(f"test/{name}", 0.0) + share * value
+    return totals

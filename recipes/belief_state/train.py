@@ -1,0 +1,216 @@
+"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506) and its GPT baseline, from scratch on one machine.
+
+    python recipes/belief_state/train.py                       # G(2,3) over 12 labels: some minutes of one core; runs/belief_state
+    python recipes/belief_state/train.py model=gpt log_path=runs/gpt      # the same data and sizes, next-token: stays at one half
+    python recipes/belief_state/train.py preset=star_graph data.num_paths=5       # the paper's model on G(5,5) over 50: a GPU
+    python recipes/belief_state/train.py preset=tinystories               # stories from the hub; data=text alone makes its own
+    torchrun --nproc-per-node 8 recipes/belief_state/train.py preset=large data.folder=SHARDS parallel=shard
+
+The presets are the original's configurations, as data (PRESETS). Held-out measurements come before the step whose number they carry.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import math
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+import chz
+
+from backend.belief_state import BeliefState, BeliefStateConfig, NextToken
+from backend.belief_state_pairs import PairObjective
+from backend.belief_state_trainer import BeliefStateClient, BeliefStateTrainer, Metrics, PassConfig
+from backend.distributed import ALONE, ParallelTrainer, Processes, joined_processes
+from backend.errors import ConfigError, NonFiniteError
+from backend.types import AdamParams
+from recipes.belief_state.processes import open_shared_folder
+from recipes.belief_state.source import TokenSource, TokenSourceBuilder
+from recipes.belief_state.star_graph import StarGraphBuilder
+from tracking.checkpointing import Checkpointer, StopRequest
+from tracking.command_line import run_command
+from tracking.metrics_log import MetricsLog, timed
+from tracking.progress import TrainingProgress
+from tracking.run_folder import BehaviorIfExists, RunFolder
+
+PAPER_SIZE = {"num_heads": "8", "hidden": "768", "init_std": "0.02", "batch_size": "256", "beta2": "0.95"}
+PAPER_OPTIMIZER = {"weight_decay": "0.1", "grad_clip_norm": "1.0", "lr_schedule": "cosine", "beta2": "0.95"}
+PRESETS: dict[str, Mapping[str, str]] = {
+    "star_graph": PAPER_SIZE
+    | {"num_layers": "6", "num_steps": "5000", "learning_rate": "1e-4", "warmup_steps": "0", "grad_clip_norm": "0"}
+    | {"lr_schedule": "constant"}
+    | {"data.path_length": "5", "data.num_nodes": "50", "data.num_test": "1000", "eval_every": "500", "save_every": "500"},
+    "tinystories": PAPER_SIZE
+    | PAPER_OPTIMIZER
+    | {"data": "text", "data.source": "cyrilzhang/TinyStories2-ascii", "data.test_split": "validation", "data.eval_rows": "512"}
+    | {"num_layers": "8", "objective.min_gap": "1", "num_steps": "100000", "eval_every": "1000", "save_every": "1000"}
+    | {"learning_rate": "3e-4", "min_learning_rate": "2e-4", "decay_steps": "600000", "warmup_steps": "1"},
+    # code in a vocabulary of 50,304, 24 layers of 2,048; data.folder, its shards and their weights are the user's
+    "large": PAPER_OPTIMIZER
+    | {"data": "pretokenized", "data.block_size": "2048", "num_layers": "24", "num_heads": "32", "hidden": "2048"}
+    | {"init_std": "0.02", "batch_size": "1024", "passes.rows_per_pass": "32", "passes.pairs_per_chunk": "8192"}
+    | {"objective.min_gap": "1", "objective.subsample": "0.025", "num_steps": "36000", "learning_rate": "1e-3"}
+    | {"min_learning_rate": "1e-4", "warmup_steps": "750", "eval_every": "1000", "save_every": "1000"},
+}
+SOURCES = {
+    "star_graph": "recipes.belief_state.star_graph:StarGraphBuilder",
+    "text": "recipes.belief_state.text:TextBuilder",
+    "pretokenized": "recipes.belief_state.text:PretokenizedBuilder",
+}
+HEADLINE = {"optim/loss": "loss", "test/loss_next_token": "test nll", "test/first_hop": "first hop", "test/exact": "path"}
+
+
+@chz.chz
+class Config:
+    """A Belief State Transformer, or a GPT of the same blocks."""
+
+    preset: str | None = chz.field(default=None, doc="sets several options at once, see below")
+    data: TokenSourceBuilder = chz.field(default_factory=StarGraphBuilder, doc="what it is trained and measured on")
+    model: Literal["bst", "gpt"] = chz.field(
+        default="bst", doc="gpt: the baseline, next-token or fill-in-the-middle as the data are"
+    )
+    num_layers: int = chz.field(default=2, doc="blocks of each encoder")
+    num_heads: int = chz.field(default=4, doc="attention heads")
+    hidden: int = chz.field(default=96, doc="width")
+    init_std: float = chz.field(default=0.08, doc="deviation of the first weights; the paper's 0.02 is for a width of 768")
+    objective: PairObjective = chz.field(default_factory=lambda: PairObjective(min_gap=2), doc="the pairs a BST is trained on")
+    passes: PassConfig = chz.field(default_factory=PassConfig, doc="how a batch is cut")
+    parallel: Literal["replicate", "shard"] = chz.field(
+        default="replicate", doc="where torchrun starts several processes: each has all weights (DDP), or a part of them (FSDP2)"
+    )
+    seed: int = chz.field(default=0, doc="of the weights and the order of the data")
+    load_checkpoint_path: str | None = chz.field(
+        default=None, doc="start from these weights, of the same sizes, also of another task (fresh optimizer)"
+    )
+
+    batch_size: int = chz.field(default=64, doc="rows of a step")
+    num_steps: int = chz.field(default=600, doc="optimizer steps")
+    learning_rate: float = chz.field(default=3e-3, doc="after the warm-up")
+    warmup_steps: int = chz.field(default=50, doc="steps of linear warm-up; the first step is already one of them, not of rate 0")
+    lr_schedule: Literal["constant", "cosine"] = chz.field(default="cosine", doc="after the warm-up")
+    min_learning_rate: float = chz.field(default=0.0, doc="where the cosine ends")
+    decay_steps: int | None = chz.field(default=None, doc="the step at which the cosine ends; None = num_steps")
+    weight_decay: float = chz.field(default=0.0, doc="AdamW's, on matrices")
+    beta2: float = chz.field(default=0.98, doc="AdamW's; beta1 is 0.9")
+    grad_clip_norm: float = chz.field(default=1.0, doc="of all weights together; 0 = no clipping")
+
+    eval_every: int = chz.field(default=50, doc="measure before every this many steps, and at the end; 0 = only at the end")
+    save_every: int = chz.field(default=250, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
+    keep_checkpoints: int | None = chz.field(default=1, doc="delete older checkpoints than the last this many; None = keep all")
+    log_path: str = chz.field(
+        default="runs/belief_state", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder"
+    )
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
+    wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
+    wandb_name: str | None = chz.field(default=None, doc="name of the wandb run")
+
+    @chz.validate
+    def _check(self) -> None:
+        if min(self.batch_size, self.num_steps, self.num_layers, self.num_heads, self.hidden) < 1:
+            raise ConfigError("batch_size, num_steps, num_layers, num_heads and hidden are at least 1")
+        if self.warmup_steps < 0 or self.min_learning_rate > self.learning_rate:
+            raise ConfigError("warmup_steps is at least 0, and min_learning_rate at most learning_rate")
+
+
+def main(config: Config) -> Metrics:
+    """Trains, or goes on; returns the last metrics."""
+    with joined_processes() as processes:
+        source = config.data(config.batch_size, config.seed)
+        trainer = make_trainer(config, source, processes)
+        folder = open_shared_folder(config.log_path, config.behavior_if_log_dir_exists, config, processes)
+        if processes.is_first:
+            source.save(folder.path)
+        with closing(BeliefStateClient(trainer)) as client:
+            metrics = training_loop(config, folder, client, source, processes)
+        if processes.is_first:
+            _finish(folder, metrics)
+    return metrics
+
+
+def make_trainer(config: Config, source: TokenSource, processes: Processes = ALONE) -> BeliefStateTrainer:
+    sizes = (config.num_layers, config.num_heads, config.hidden, config.init_std)
+    model_config = BeliefStateConfig(source.vocab_size, source.eos_id, *sizes, task=source.task)
+    kind = BeliefState if config.model == "bst" else NextToken
+    context_length = max(config.objective.context_length, source.context_length)
+    objective = chz.replace(config.objective, context_length=context_length)
+    model = kind(model_config, config.seed)
+    if processes.count == 1:
+        return BeliefStateTrainer(model, objective, config.passes)
+    return ParallelTrainer(model, objective, config.passes, processes, shard=config.parallel == "shard")
+
+
+def training_loop(
+    config: Config, folder: RunFolder, client: BeliefStateClient, source: TokenSource, processes: Processes = ALONE
+) -> Metrics:
+    checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
+    start = checkpointer.start(config.load_checkpoint_path)
+    metrics: Metrics = {}
+    headline: Metrics = {}
+    with (
+        closing(MetricsLog(folder, config.wandb_project, config.wandb_name, config)) as log,
+        StopRequest() as stop,
+        TrainingProgress(config.num_steps, start, config.model) as progress,
+    ):
+        done = start
+        batch = source.get_batch(start) if start < config.num_steps else None
+        for step in range(start, config.num_steps):
+            assert batch is not None
+            metrics = {"learning_rate": learning_rate(config, step), "progress": (step + 1) / config.num_steps}
+            with timed(metrics, "total"):
+                if config.eval_every and step % config.eval_every == 0:
+                    with timed(metrics, "eval"):
+                        metrics |= client.with_model(source.evaluate).result()
+                with timed(metrics, "train"):
+                    forward_backward = client.forward_backward(batch, (config.seed, step))
+                    optim_step = client.optim_step(adam_params(config, step))
+                    batch = source.get_batch(step + 1) if step + 1 < config.num_steps else None  # made meanwhile
+                    try:
+                        results = forward_backward.result() | optim_step.result().metrics
+                    except NonFiniteError as error:
+                        raise NonFiniteError(f"step {step}: {error}. Nothing was saved over the last checkpoint") from error
+                metrics |= {f"optim/{name}": value for name, value in results.items()}
+            done = step + 1
+            log.log(metrics, step)
+            checkpointer.after_step(done)
+            headline |= {short: metrics[name] for name, short in HEADLINE.items() if name in metrics}
+            progress.update(step, headline)
+            if processes.any(stop) and done < config.num_steps:
+                checkpointer.interrupted(done)
+        final = client.with_model(source.evaluate).result()
+        log.log(final, done)
+    checkpointer.save("final", done)
+    return metrics | final
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up whose first step is 1 / warmup_steps of the full rate, then constant or a cosine down to min_learning_rate."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    last = config.decay_steps or config.num_steps
+    share = min(1.0, (step - config.warmup_steps) / max(1, last - config.warmup_steps))
+    low = config.min_learning_rate
+    return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def adam_params(config: Config, step: int) -> AdamParams:
+    rate = learning_rate(config, step)
+    return AdamParams(rate, 0.9, config.beta2, 1e-8, config.weight_decay, config.grad_clip_norm)
+
+
+def _finish(folder: RunFolder, metrics: Metrics) -> None:
+    from tracking.metrics_log import print_metrics_table
+    from tracking.plots import plot_run
+
+    print_metrics_table({k: v for k, v in metrics.items() if not k.startswith("time/")}, f"{folder.path}: last step")
+    print(f"plot: {plot_run(folder.path)}\ncheckpoint: {folder.checkpoints / 'final'}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config, {"data": SOURCES}, {"preset": PRESETS})

@@ -1,0 +1,144 @@
+"""Runs of recipes/belief_state/train.py: killed and resumed they are one run; checkpoints of other tasks are refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import chz
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from backend.belief_state import BeliefState, BeliefStateConfig
+from backend.belief_state_files import load_belief_state, load_next_token
+from backend.belief_state_trainer import BeliefStateTrainer
+from backend.errors import CheckpointError, DataError
+from backend.types import AdamParams
+from benchmarks import belief_state_star_graph
+from envs.star_graph import bst_rows
+from envs.star_graph_files import write_lines
+from recipes.belief_state import train
+from recipes.belief_state.star_graph import StarGraphBuilder, accuracy, task_name, with_eos
+from tests.conftest import ROOT
+from tracking.command_line import parse
+from tracking.metrics_log import read_metrics
+
+SMALL: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "hidden": 16, "batch_size": 8, "num_steps": 12, "eval_every": 5}
+GRAPH = StarGraphBuilder(num_test=20)
+
+
+def config(folder: Path, **settings: Any) -> train.Config:
+    path, behavior = str(folder), "resume"
+    return train.Config(**{"data": GRAPH, "log_path": path, "behavior_if_log_dir_exists": behavior, **SMALL, **settings})
+
+
+def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    final = folder / "checkpoints" / "final"
+    tensors = load_file(final / "model.safetensors") | load_file(final / "optimizer.safetensors")
+    metrics = [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read_metrics(folder)]
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metrics
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    """Of a file as the original's generator writes it: drawn pairs, the cosine and the order of each epoch are functions of the step."""
+    file, graph = tmp_path / "graph_2_3_sample_90.txt", GRAPH.graph()
+    write_lines(file, bst_rows(graph, 90), graph)
+    options = [f"{name}={value}" for name, value in SMALL.items()] + [f"data.path={file}"]
+    options += ["num_steps=60", "save_every=7", "objective.subsample=0.5", "lr_schedule=cosine", "data.num_test=20"]
+    train.main(parse(train.Config, [*options, f"log_path={tmp_path / 'whole'}"], {"data": train.SOURCES}))
+    command = [sys.executable, "recipes/belief_state/train.py", *options, f"log_path={tmp_path / 'killed'}"]
+    command.append("behavior_if_log_dir_exists=resume")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while (not metrics.exists() or metrics.read_bytes().count(b"\n") < 20) and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "checkpoints" / "final").exists()
+    train.main(parse(train.Config, [*command[2:]], {"data": train.SOURCES}))
+    (weights, logged), (weights_whole, logged_whole) = outcome(tmp_path / "killed"), outcome(tmp_path / "whole")
+    assert logged == logged_whole and len(logged) == 61
+    assert weights == weights_whole
+
+
+def test_the_evaluator_and_what_is_logged(tmp_path: Path) -> None:
+    metrics = train.main(config(tmp_path / "bst"))
+    model = load_belief_state(tmp_path / "bst" / "checkpoints" / "final", task_name(GRAPH.graph()))
+    test = GRAPH.split()[1]
+    found = accuracy(model, test)
+    assert {f"test/{name}": value for name, value in found.items()}.items() <= metrics.items()
+    assert {"first_hop", "exact", "node_1", "node_2", "node_3"} == found.keys() and found["first_hop"] == found["node_2"]
+    whole, parts = (BeliefStateTrainer(model, trainer_objective()).evaluate(with_eos(test.graph, rows)) for rows in (
+        test.tokens_B_T, test.tokens_B_T[:5]
+    ))  # fmt: skip
+    assert whole["loss"] == pytest.approx(metrics["test/loss"], rel=1e-5) and parts["loss"] != whole["loss"]
+    steps = [record["step"] for record in read_metrics(tmp_path / "bst") if "test/exact" in record]
+    assert steps == [0, 5, 10, 12]
+
+
+def trainer_objective() -> Any:
+    return chz.replace(train.Config().objective, context_length=GRAPH.graph().prefix_length - 1)
+
+
+def test_checkpoints_of_other_tasks_and_models_are_refused(tmp_path: Path) -> None:
+    train.main(config(tmp_path / "run", num_steps=1))
+    final = tmp_path / "run" / "checkpoints" / "final"
+    with pytest.raises(CheckpointError, match=r"trained on G\(2,3\) N=12, not on G\(2,4\) N=12"):
+        load_belief_state(final, "G(2,4) N=12")
+    with pytest.raises(CheckpointError, match="holds a BeliefState model"):
+        load_next_token(final)
+    with pytest.raises(CheckpointError, match=r"its task is 'G\(2,3\) N=12', here it is 'G\(2,4\) N=12'"):
+        train.main(config(tmp_path / "run", data=StarGraphBuilder(path_length=4, num_test=20), num_steps=2))
+    with pytest.raises(CheckpointError, match="its vocab_size is 18, here it is 56"):
+        larger = StarGraphBuilder(num_nodes=50, num_test=20)
+        train.main(config(tmp_path / "other", data=larger, load_checkpoint_path=str(final)))
+    with pytest.raises(CheckpointError, match="no checkpoint of a Belief State Transformer"):
+        load_belief_state(tmp_path)
+    longer = StarGraphBuilder(path_length=4, num_test=20)  # the same sizes: a curriculum may begin with these weights
+    metrics = train.main(config(tmp_path / "longer", data=longer, load_checkpoint_path=str(final), num_steps=1))
+    assert np.isfinite(metrics["test/loss"])
+
+
+def test_the_first_step_is_not_wasted_and_the_cosine_ends_where_it_should() -> None:
+    settings = train.Config(learning_rate=1.0, warmup_steps=4, lr_schedule="cosine", min_learning_rate=0.2, num_steps=14)
+    rates = [train.learning_rate(settings, step) for step in range(15)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[9] == pytest.approx(0.6) and rates[14] == pytest.approx(0.2)
+
+
+def test_a_failed_pass_moves_nothing() -> None:
+    """Clipping is of one norm over all weights; decay reaches matrices only."""
+    graph = GRAPH.graph()
+    model = BeliefState(BeliefStateConfig(graph.vocab_size, graph.eos, 1, 2, 16))
+    trainer = BeliefStateTrainer(model, trainer_objective())
+    batch = with_eos(graph, GRAPH.split()[1].tokens_B_T)
+    with pytest.raises(DataError):
+        trainer.forward_backward(with_eos(graph, batch.tokens_B_T[:, :5]))
+    trainer.forward_backward(batch)
+    for p in model.parameters():
+        p.grad = None if p.grad is None else p.grad * 0
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.optim_step(AdamParams(0.1, weight_decay=0.5))
+    for name, p in model.named_parameters():
+        expected = before[name] * (1 - 0.1 * 0.5 * (p.ndim > 1))
+        assert np.allclose(p.detach().numpy(), expected.numpy(), atol=1e-7), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_gpu_benchmark_goes_on_where_its_time_was_over(tmp_path: Path) -> None:
+    piece = ["--size", "toy", "--graphs", "2,5", "--folder", str(tmp_path)]
+    assert not belief_state_star_graph.main([*piece, "--minutes", "0"])
+    assert belief_state_star_graph.main(piece)
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]["G(2,5)"]
+    assert figures["steps done"] == 40 and figures["paths right"].keys() == {"0", "20", "40"}
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_presets_are_options_that_exist(preset: str) -> None:
+    where = ["data.folder=shards"] if preset == "large" else []
+    settings = parse(train.Config, [f"preset={preset}", *where], {"data": train.SOURCES}, {"preset": train.PRESETS})
+    assert settings.hidden in (768, 2048) and settings.init_std == 0.02
