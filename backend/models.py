@@ -45,6 +45,7 @@ _TOKENS = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": None, "eos_toke
 _GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 PRESETS: dict[str, PretrainedConfig] = {
+    "micro": Qwen3Config(**_shape(2, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),  # 0.4M parameters, half of tiny's layers
     "tiny": Qwen3Config(**_shape(4, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),  # 0.8M parameters
     "small": Qwen3Config(**_shape(6, 384, 1024, 6, 2, 1024), head_dim=64, **_TOKENS),  # 9.5M
     "llama-tiny": LlamaConfig(**_shape(4, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),

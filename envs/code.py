@@ -119,6 +119,9 @@ class CodeEnv(ProblemEnv):
     def reference_answer(self) -> str:
         return self.problem.solution
 
+    def extract(self, text: str) -> str:
+        return extract_program(text) or ""
+
     def check_format(self, text: str) -> bool:
         return extract_program(text) is not None
 

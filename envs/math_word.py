@@ -55,6 +55,9 @@ class MathWordEnv(ProblemEnv):
         answer = extract_answer(text, self.answer_styles)
         return None if answer is None or (self.numbers_only and quantity(answer) is None) else answer
 
+    def extract(self, text: str) -> str:
+        return self.answer(text) or ""
+
     def check_format(self, text: str) -> bool:
         return self.answer(text) is not None
 

@@ -107,9 +107,15 @@ async def training_loop(
     dataset: SupervisedDataset,
     objective: Objective,
     evaluator: Evaluator | None,
+    until: int | None = None,
 ) -> Metrics:
-    """From where the folder's last checkpoint ended to the last step; returns the last metrics. `config.dataset` is not read."""
+    """From where the folder's last checkpoint ended to the last step; returns the last metrics. `config.dataset` is not read.
+
+    `until` ends this call before that step; its checkpoint is named by the step. The schedule is that of all steps, and a later call
+    goes on (recipes/bstar).
+    """
     num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
+    last = min(num_steps, until or num_steps)
     checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
     start = checkpointer.start(config.load_checkpoint_path)
     metrics: Metrics = {}
@@ -117,10 +123,10 @@ async def training_loop(
     with (
         closing(MetricsLog(folder, config.wandb_project, config.wandb_name, config)) as log,
         StopRequest() as stop,
-        TrainingProgress(num_steps, start, "sft") as progress,
+        TrainingProgress(last, start, "sft") as progress,
     ):
         done = start
-        remaining = range(start, num_steps) if not (checkpointer.finished and config.stop_at_nll) else range(0)
+        remaining = range(start, last) if not (checkpointer.finished and config.stop_at_nll) else range(0)
         batch_D = _batch(dataset, start) if remaining else []
         for step in remaining:
             learning_rate = config.learning_rate * lr_multiplier(config.lr_schedule, step, num_steps)
@@ -133,7 +139,7 @@ async def training_loop(
                 adam = AdamParams(learning_rate, eps=1e-8, weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm)
                 with timed(metrics, "train"):
                     forward_backward, optim_step = objective.forward_backward(client, batch_D), client.optim_step(adam)
-                    next_D = _batch(dataset, step + 1) if step + 1 < num_steps else []  # made while the step is under way
+                    next_D = _batch(dataset, step + 1) if step + 1 < last else []  # made while the step is under way
                     metrics |= await _step_metrics(folder, step, batch_D, objective, forward_backward, optim_step)
             batch_D, done = next_D, step + 1
             log.log(metrics, step)
@@ -142,13 +148,13 @@ async def training_loop(
             progress.update(step, headline)
             if config.stop_at_nll is not None and metrics.get("train_mean_nll", float("inf")) < config.stop_at_nll:
                 break
-            if stop and done < num_steps:
+            if stop and done < last:
                 checkpointer.interrupted(done)
         if evaluator:
             final = await evaluator(client)
             log.log(final, done)
             metrics |= final
-    checkpointer.save("final", done)
+    checkpointer.save("final" if last == num_steps else f"{done:06d}", done)
     return metrics
 
 

@@ -1,0 +1,53 @@
+"""The balance score (B-STaR, Zeng et al. 2024, section 4.1), its surface over temperatures and thresholds, and the choice.
+
+    bs_i = min(n'_i / n*, 1) * n'_i / n_i          0 where nothing is selected (n_i = 0)          BS = mean over all queries
+
+n_i is how many solutions of query i are selected, n'_i how many of them are right (and, as selected ones are distinct, unique), n* how many are
+wanted. The first factor is exploration, enough right solutions; the second is exploitation, how pure the selection is.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+
+from backend.errors import ConfigError, DataError
+from recipes.bstar.records import Cell
+
+Counts = tuple[int, int]  # of a query: selected, and right among them
+
+
+def canonical(number: float | str) -> str:
+    """The one text of a decimal: 0.50 and "0.5" are "0.5", 1.0 is "1", -0.0 is "0"."""
+    try:
+        text = f"{Decimal(str(number)).normalize():f}"
+    except InvalidOperation:
+        raise ConfigError(f"{number!r} is not a decimal number") from None
+    return "0" if text == "-0" else text
+
+
+def query_score(selected: int, right: int, n_star: float) -> float:
+    if not 0 <= right <= selected:
+        raise ValueError(f"{right} right of {selected} selected")
+    return min(right / n_star, 1.0) * right / selected if selected else 0.0
+
+
+def balance_score(counts_M: Sequence[Counts], n_star: float) -> float:
+    """Mean over the queries, those without a selection included; it does not depend on their order."""
+    return math.fsum(query_score(*counts, n_star) for counts in counts_M) / len(counts_M)
+
+
+def surface(
+    counts: Mapping[tuple[str, str], Sequence[Counts]], temperatures: Sequence[str], thresholds: Sequence[str], n_star: float
+) -> list[Cell]:
+    """The score of every (temperature, threshold) of the grid. A cell that was not sampled is a DataError, never a low score."""
+    grid = [(canonical(temperature), canonical(threshold)) for temperature in temperatures for threshold in thresholds]
+    if missing := [cell for cell in grid if not counts.get(cell)]:
+        raise DataError(f"no samples for (temperature, threshold) {', '.join(map(str, missing[:5]))}: sample the sweep again")
+    if more := sorted(counts.keys() - set(grid)):
+        raise DataError(f"samples of (temperature, threshold) {', '.join(map(str, more[:5]))}, which the grid does not have")
+    return [Cell(*cell, balance_score(counts[cell], n_star)) for cell in dict.fromkeys(grid)]
+
+
+def choose(cells: Sequence[Cell]) -> Cell:
+    """The highest score; of equals the lower temperature, and then the higher threshold."""
+    return max(cells, key=lambda cell: (cell.score, -Decimal(cell.temperature), Decimal(cell.threshold)))

@@ -1,0 +1,77 @@
+"""Is the paper's pattern there? Four claims about B-STaR and static online RFT, each asked of every seed.
+
+    python -m recipes.bstar.claims runs/bstar runs/bstar_1 runs/bstar_2
+
+(a) A fixed low temperature loses pass@K-4 against the best round it had; B-STaR ends no lower than its first round.
+(b) B-STaR ends above the better of the static online runs, in greedy accuracy, and in the mean over the samples (pass@1).
+(c) From the middle round on B-STaR still gains, and more than online RFT.
+(d) The chosen temperature ends above where it began, and the balance score never falls by more than `NOISE`.
+
+The figures are printed whether a claim holds or not. Left out: tests of significance; three seeds do not bear them.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from backend.errors import CookbookError, DataError
+from recipes.bstar.pictures import samples_of, value
+from recipes.bstar.records import Summary, read_summaries
+
+STATIC = ("online_rft", "online_rft_cold")
+NOISE = 0.02
+
+
+def claims(run: Path) -> dict[str, tuple[bool, str]]:
+    """Claim -> whether it holds in this run, and the figures. DataError if a method is missing."""
+    rounds = {name: read_summaries(run / name) for name in ("bstar", *STATIC)}
+    if short := [name for name, found in rounds.items() if len(found) < 3]:
+        raise DataError(f"{run}: {', '.join(short)} has fewer than two finished rounds")
+    wide = f"test/pass@{samples_of(rounds['bstar'])}-4"
+    line = {
+        (name, key): [value(one, key) for one in found]
+        for name, found in rounds.items()
+        for key in ("test/greedy", "test/pass@1", wide)
+    }
+    middle = len(rounds["bstar"]) // 2
+    cold, ours = line["online_rft_cold", wide], line["bstar", wide]
+    found = {"a": (cold[-1] < max(cold[1:]) and ours[-1] >= ours[1], f"{wide[5:]}: cold {_path(cold)}; bstar {_path(ours)}")}
+    for key in ("test/greedy", "test/pass@1"):
+        best = max(line[name, key][-1] for name in STATIC)
+        mine = line["bstar", key]
+        found[f"b, {key[5:]}"] = (mine[-1] > best, f"{mine[-1]:.3f} against {best:.3f}")
+        late = {name: line[name, key][-1] - line[name, key][middle] for name in ("bstar", "online_rft")}
+        holds = 0 < late["bstar"] > late["online_rft"]
+        found[f"c, {key[5:]}"] = (holds, f"from round {middle}: bstar {late['bstar']:+.3f}, online_rft {late['online_rft']:+.3f}")
+    return found | {"d": _chosen(rounds["bstar"][1:])}
+
+
+def _chosen(rounds: Sequence[Summary]) -> tuple[bool, str]:
+    temperatures, scores = ([value(one, key) for one in rounds] for key in ("temperature", "balance"))
+    rising = all(after >= before - NOISE for before, after in zip(scores[:-1], scores[1:], strict=True))
+    thresholds = ", ".join(str(one.threshold) for one in rounds)
+    shown = f"T {', '.join(f'{t:g}' for t in temperatures)}; threshold {thresholds}; balance {_path(scores)}"
+    return rising and temperatures[-1] > temperatures[0], shown
+
+
+def _path(values: Sequence[float]) -> str:
+    return " ".join(f"{one:.3f}" for one in values)
+
+
+def main() -> None:
+    """`python -m recipes.bstar.claims RUN [RUN ...]`"""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(__doc__)
+        return
+    try:
+        for run in map(Path, sys.argv[1:]):
+            print(run)
+            for name, (holds, figures) in claims(run).items():
+                print(f"  ({name}) {'holds' if holds else 'fails'}: {figures}")
+    except CookbookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

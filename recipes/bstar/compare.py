@@ -1,0 +1,103 @@
+"""Several seeds of the same methods over one another: a picture, a table of where they ended, and a page with both.
+
+    python -m recipes.bstar.compare runs/bstar runs/bstar_1 runs/bstar_2 out=runs/bstar_seeds
+
+Each run folder is a seed. Writes OUT.png and OUT.html. Methods that are not in every folder, and rounds that some method lacks, are left out
+and named. Left out: significance tests; with few seeds the range says more.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from backend.errors import ConfigError, CookbookError, DataError
+from recipes.bstar.pictures import as_svg, draw_comparison, samples_of, save_png, value
+from recipes.bstar.records import Summary, read_summaries
+from recipes.bstar.report import figure_html, html_page, method_folders, table
+
+Runs = dict[str, list[list[Summary]]]  # method -> seed -> rounds
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[Runs, list[str]]:
+    """What all folders have, and what was left out. DataError if nothing is left."""
+    found = [{name: read_summaries(folder) for name, folder in method_folders(run).items()} for run in folders]
+    shared = [name for name in found[0] if all(name in methods for methods in found)]
+    rest = sorted({name for methods in found for name in methods} - set(shared))
+    if not shared:
+        raise DataError(f"no method is in all of {', '.join(map(str, folders))}")
+    rounds = min(len(methods[name]) for methods in found for name in shared)
+    longest = max(len(methods[name]) for methods in found for name in shared)
+    notes = [f"{name}: not in every folder" for name in rest]
+    notes += [f"rounds {rounds} to {longest - 1}: not finished everywhere"] if longest > rounds else []
+    return {name: [methods[name][:rounds] for methods in found] for name in shared}, notes
+
+
+def final_table(runs: Runs) -> tuple[list[str], list[list[str]]]:
+    """The last round: mean over the seeds, and the values of the seeds."""
+    k = samples_of(next(iter(runs.values()))[0])
+    keys = {"P@1": "test/pass@1", "greedy": "test/greedy", f"P@{k}": f"test/pass@{k}", f"pass@{k}-4": f"test/pass@{k}-4"}
+    rows = [["warm start", *(_cell([run[0] for run in next(iter(runs.values()))], key) for key in keys.values())]]
+    rows += [[method, *(_cell([run[-1] for run in seeds], key) for key in keys.values())] for method, seeds in runs.items()]
+    return ["after the last round", *keys], rows
+
+
+def _cell(summaries: Sequence[Summary], key: str) -> str:
+    values = [value(summary, key) for summary in summaries]
+    return f"{np.mean(values):.3f}" + (f" ({', '.join(f'{each:.3f}' for each in values)})" if len(values) > 1 else "")
+
+
+def gains(runs: Mapping[str, Sequence[Sequence[Summary]]], key: str = "test/pass@1") -> dict[str, tuple[float, float]]:
+    """Of each method the mean gain of the first half of the rounds and of the second."""
+    found = {}
+    for method, seeds in runs.items():
+        values_S_R = np.array([[value(summary, key) for summary in run] for run in seeds])
+        half = (values_S_R.shape[1] - 1) // 2
+        found[method] = tuple(
+            float(part.mean()) for part in (values_S_R[:, half] - values_S_R[:, 0], values_S_R[:, -1] - values_S_R[:, half])
+        )
+    return found
+
+
+def compare(folders: Sequence[Path], out: Path) -> Path:
+    """Writes OUT.png and OUT.html; returns the page."""
+    runs, notes = read_runs(folders)
+    columns, rows = final_table(runs)
+    late = [[method, f"{first:+.3f}", f"{second:+.3f}"] for method, (first, second) in gains(runs).items()]
+    figure, rounds = draw_comparison(runs), len(next(iter(runs.values()))[0])
+    svg = as_svg(figure)
+    save_png(figure, out.with_suffix(".png"))
+    caption = f"Thick: mean of {len(folders)} seeds; thin: each." if len(folders) > 1 else ""
+    body = (
+        f"<section>{figure_html(svg, caption)}{table(columns, rows)}<h3>Gain in P@1</h3>"
+        + table(["method", f"rounds 1 to {(rounds - 1) // 2}", f"rounds {(rounds - 1) // 2 + 1} to {rounds - 1}"], late)
+        + "".join(f'<p class="soft">Left out: {note}</p>' for note in notes)
+        + "</section>"
+    )
+    page = out.with_suffix(".html")
+    page.write_text(html_page("B-STaR and its relatives", [str(folder) for folder in folders], body))
+    for note in notes:
+        print(f"left out: {note}")
+    return page
+
+
+def main() -> None:
+    """`python -m recipes.bstar.compare RUN [RUN ...] [out=PATH]`"""
+    arguments = sys.argv[1:]
+    folders = [Path(argument) for argument in arguments if "=" not in argument]
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    if not folders or str(folders[0]) in ("-h", "--help", "help"):
+        print(__doc__)
+        return
+    try:
+        if unknown := sorted(options.keys() - {"out"}):
+            raise ConfigError(f"unknown option {unknown[0]!r}; there is out=PATH")
+        print(compare(folders, Path(options.get("out", "bstar_comparison"))))
+    except CookbookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

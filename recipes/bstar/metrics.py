@@ -1,0 +1,82 @@
+"""What is watched each round (B-STaR, section 3.2), of K samples of each query:
+
+    pass@k       P(one of k is right), by the unbiased estimator                        exploration, and accuracy at k = 1
+    pass@K-S     share of queries with at least S distinct right samples of K           exploration
+    reward@K-S   share of queries whose S best samples, by the model's part of the reward, are all right      exploitation
+    diversity    share of the steps of a query's samples that are distinct, mean over queries
+
+The original's diversity counts equations, ours steps, which every task has. The part of the reward that knows the answer is left out of the
+ranking; where there is no other part there is no reward@K-S.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from backend.errors import DataError
+from preference.steps import StepFormat
+from recipes.bstar.records import Candidate, Selected
+from rl.sample_metrics import pass_at_k
+
+Metrics = dict[str, float]
+
+
+def sample_metrics(candidates: Sequence[Candidate], queries: Sequence[str], form: StepFormat) -> Metrics:
+    """Of the samples of `queries`, as many of each. Names: pass@1, pass@16-4, reward@16-4, diversity, truncated, unparsable, tokens."""
+    groups = grouped(candidates, queries)
+    k_all = len(groups[0])
+    if not k_all or any(len(group) != k_all for group in groups):
+        raise DataError(
+            f"{min(map(len, groups))} to {max(map(len, groups))} samples of a query: the same number of each is needed"
+        )
+    right_M = [sum(candidate.correct for candidate in group) for group in groups]
+    distinct_M = np.array([len({candidate.text for candidate in group if candidate.correct}) for group in groups])
+    powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < k_all]
+    metrics = {f"pass@{k}": float(np.mean([pass_at_k(right, k_all, k) for right in right_M])) for k in [*powers, k_all]}
+    metrics |= {f"pass@{k_all}-{s}": float(np.mean(distinct_M >= s)) for s in powers if s > 1}
+    metrics["distinct_right"] = float(distinct_M.mean())
+    metrics["diversity"] = float(np.mean([diversity([candidate.text for candidate in group], form) for group in groups]))
+    everything = [candidate for group in groups for candidate in group]
+    metrics["truncated"] = float(np.mean([candidate.stop == "length" for candidate in everything]))
+    metrics["unparsable"] = float(np.mean([candidate.stop == "stop" and candidate.answer is None for candidate in everything]))
+    metrics["tokens"] = float(np.mean([len(candidate.tokens) for candidate in everything]))
+    ranked = [sorted(group, key=_rank) for group in groups]
+    if any(_model_part(candidate) for candidate in everything):
+        metrics |= {f"reward@{k_all}-{s}": float(np.mean([all(c.correct for c in r[:s]) for r in ranked])) for s in powers}
+    return metrics
+
+
+def selection_metrics(selection: Sequence[Sequence[Selected]]) -> Metrics:
+    """Of what is trained on: how many, of how many queries, how many of them are right."""
+    everything = [one for chosen in selection for one in chosen]
+    return {
+        "selected": float(len(everything)),
+        "selected_queries": float(np.mean([bool(chosen) for chosen in selection])),
+        "selected_quota": float(max(len(chosen) for chosen in selection)),
+        "selected_accuracy": float(np.mean([one.correct for one in everything])) if everything else 0.0,
+    }
+
+
+def diversity(texts: Sequence[str], form: StepFormat) -> float:
+    """Distinct steps / steps of several solutions of one query; 0 where there are none."""
+    steps = [step for text in texts for step in form.strings(text)]
+    return len(set(steps)) / len(steps) if steps else 0.0
+
+
+def grouped(candidates: Sequence[Candidate], queries: Sequence[str]) -> list[list[Candidate]]:
+    """The candidates of each query, in the order of `queries`."""
+    groups: dict[str, list[Candidate]] = {query: [] for query in queries}
+    for candidate in candidates:
+        if candidate.query not in groups:
+            raise DataError(f"candidate {candidate.key} is of a query that was not asked for")
+        groups[candidate.query].append(candidate)
+    return list(groups.values())
+
+
+def _model_part(candidate: Candidate) -> float:
+    return 0.0 if candidate.reward is None else candidate.reward - float(candidate.correct)
+
+
+def _rank(candidate: Candidate) -> tuple[float, bytes]:
+    return -_model_part(candidate), hashlib.sha256(candidate.text.encode()).digest()

@@ -1,0 +1,148 @@
+"""What the stages write, and what reports read.
+
+    RUN/METHOD/round_03/sweep.jsonl           Candidates: the dev subset, sampled at every temperature of the grid
+                        choice.json           Choice: the balance surface, the temperature and the threshold taken
+                        samples.jsonl         Candidates: all training queries at that temperature
+                        selection.jsonl       Selected: what is trained on
+                        test.jsonl            Candidates: the test queries, `num_samples` at the evaluation's temperature
+                        greedy.jsonl          Candidates: the test queries, greedy, one each
+                        summary.json          Summary: the round in numbers
+    round_00 has the evaluation of the warm start alone. NAME_scores.jsonl lies beside NAME.jsonl once its candidates are scored.
+
+Temperatures and thresholds are texts, canonical decimals ("0.5", never "0.50"), so that a cell has one key. Every file is complete if it is
+there: unfinished ones have other names.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from backend.errors import DataError
+from backend.types import StopReason
+from tracking.jsonl import read_jsonl, write_atomically
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sampled solution. `answer` is None where none can be read; `sample` counts from 0 within a query and temperature.
+
+    `step_scores` are the process reward model's logits, one a step (None without such a model); `reward` is what selection goes by.
+    """
+
+    query: str
+    sample: int
+    temperature: str
+    text: str
+    tokens: list[int]
+    answer: str | None
+    correct: bool
+    stop: StopReason
+    step_scores: list[float] | None = None
+    reward: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.query, self.temperature, self.sample
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A line of the training set of a round. `sample` is None for a human solution."""
+
+    query: str
+    sample: int | None
+    reward: float
+    correct: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    temperature: str
+    threshold: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    temperature: str
+    threshold: str
+    score: float | None  # None where there was nothing to choose
+    surface: list[Cell]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`metrics` are those of metrics.py and selection.py, named train/... and test/...; `seconds` and `tokens` are by stage, and tokens are
+    those sampled or trained on."""
+
+    round: int
+    temperature: str | None = None
+    threshold: str | None = None
+    balance: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+def write_candidates(path: Path, candidates: Sequence[Candidate]) -> None:
+    write_atomically(path, "".join(candidate_line(candidate) for candidate in candidates))
+
+
+def candidate_line(candidate: Candidate) -> str:
+    """Without the scores, which have their own file."""
+    fields = {key: value for key, value in asdict(candidate).items() if key not in ("step_scores", "reward")}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def scores_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_scores.jsonl")
+
+
+def write_scores(path: Path, candidates: Sequence[Candidate]) -> None:
+    """Beside the candidates at `path`, one line each, in their order."""
+    names = ("query", "temperature", "sample", "reward", "step_scores")
+    lines = (json.dumps({name: getattr(candidate, name) for name in names}) + "\n" for candidate in candidates)
+    write_atomically(scores_path(path), "".join(lines))
+
+
+def read_candidates(path: Path) -> list[Candidate]:
+    """With their scores where they have been scored. DataError if the two files do not belong together."""
+    candidates = [Candidate(**line) for line in read_jsonl(path)]
+    if not scores_path(path).exists():
+        return candidates
+    scores = read_jsonl(scores_path(path))
+    if [c.key for c in candidates] != [(line["query"], line["temperature"], line["sample"]) for line in scores]:
+        raise DataError(f"{scores_path(path)} holds the scores of other candidates than {path.name}: delete it")
+    return [
+        replace(candidate, reward=line["reward"], step_scores=line["step_scores"])
+        for candidate, line in zip(candidates, scores, strict=True)
+    ]
+
+
+def write_selection(path: Path, selected: Sequence[Selected]) -> None:
+    write_atomically(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in selected))
+
+
+def read_selection(path: Path) -> list[Selected]:
+    return [Selected(**line) for line in read_jsonl(path)]
+
+
+def write_choice(path: Path, choice: Choice) -> None:
+    write_atomically(path, json.dumps(asdict(choice), indent=1) + "\n")
+
+
+def read_choice(path: Path) -> Choice:
+    fields = json.loads(path.read_text())
+    return Choice(**{**fields, "surface": [Cell(**cell) for cell in fields["surface"]]})
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    write_atomically(path, json.dumps(asdict(summary), indent=1) + "\n")
+
+
+def read_summaries(method_folder: Path) -> list[Summary]:
+    """Of the rounds that are finished, in order; round 0 is the warm start."""
+    files = sorted(method_folder.glob("round_*/summary.json"))
+    return [Summary(**json.loads(file.read_text())) for file in files]

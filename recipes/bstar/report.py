@@ -1,0 +1,232 @@
+"""One page for a run folder, for people: every method's rounds in a table and in pictures, and solutions with the scores of their steps.
+
+    python -m recipes.bstar.report runs/bstar            # writes runs/bstar/report.html
+
+The page is one file without scripts. It shows the rounds that are finished, so it can be made while the run goes on. Left out: the training
+curves inside a round, which the run folders of `train` have.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from html import escape
+from math import isnan
+from pathlib import Path
+
+from backend.errors import CookbookError, DataError
+from preference.steps import StepFormat
+from recipes.bstar.methods import METHODS
+from recipes.bstar.pictures import STAGES, as_svg, draw_comparison, draw_costs, draw_curves, draw_surfaces, samples_of, value
+from recipes.bstar.records import Choice, Summary, read_choice, read_summaries
+from recipes.bstar.showcase import samples_html
+from recipes.bstar.tasks import Task
+from tracking.jsonl import read_jsonl, write_atomically
+
+QUESTIONS = "questions.jsonl"
+
+
+def write_questions(run: Path, task: Task) -> None:
+    """What the ids in the records stand for: a line for each query of the training and the test set."""
+    sets = {"train": task.train, "test": task.test}
+    lines = (
+        {"query": query.id, "split": name, "question": query.problem.question(), "answer": query.problem.reference_answer()}
+        for name, queries in sets.items()
+        for query in queries
+    )
+    write_atomically(run / QUESTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def method_folders(run: Path) -> dict[str, Path]:
+    """Folders of methods with a finished round besides that of the warm start, in the order of METHODS. DataError if there is none."""
+    files = sorted(run.glob("*/round_*/summary.json"))
+    found = {file.parent.parent.name: file.parent.parent for file in files if file.parent.name != "round_00"}
+    if not found:
+        raise DataError(f"{run}: no method there has finished a round; a run folder has METHOD/round_01/summary.json")
+    order = list(METHODS)
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0])))
+
+
+def write_report(run: Path) -> Path:
+    """Writes report.html into the run folder and returns its path."""
+    folders = method_folders(run)
+    summaries = {name: read_summaries(folder) for name, folder in folders.items()}
+    settings = _settings(run)
+    links = " · ".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in folders)
+    body = [f"<nav>{links}</nav>", _overview(summaries)]
+    for name, folder in folders.items():
+        body.append(_method(name, folder, summaries[name], settings))
+    facts = [
+        f"{key} {settings[key]}" for key in ("model_name", "samples", "steps", "batch_size", "n_star", "seed") if key in settings
+    ]
+    facts += [settings["task"]["class"].partition(":")[2]] if "task" in settings else []
+    page = run / "report.html"
+    write_atomically(page, html_page(f"B-STaR: {run.resolve().name}", facts, "".join(body)))
+    return page
+
+
+def html_page(title: str, facts: Sequence[str], body: str) -> str:
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style><body><header><h1>{escape(title)}</h1>"
+        f"<p>{escape(' · '.join(facts))}</p></header>{body}</body></html>\n"
+    )
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def figure_html(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _settings(run: Path) -> dict:
+    file = run / "recipe.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _form(settings: Mapping) -> StepFormat:
+    fields = settings.get("task", {}).get("form", {})
+    return StepFormat(**{name: text for name, text in fields.items() if name != "class"})
+
+
+# --- the methods side by side -----------------------------------------------------------------------------------------------
+
+
+def _overview(summaries: Mapping[str, Sequence[Summary]]) -> str:
+    """Where each method ended."""
+    k = samples_of(next(iter(summaries.values())))
+    keys = {"greedy": "test/greedy", "P@1": "test/pass@1", f"P@{k}": f"test/pass@{k}", f"pass@{k}-4": f"test/pass@{k}-4"}
+    keys = _known(keys, [rounds[0] for rounds in summaries.values()])
+    rows = []
+    for name, rounds in summaries.items():
+        first, last = rounds[0], rounds[-1]
+        seconds, tokens = (sum(sum(getattr(one, part).values()) for one in rounds[1:]) for part in ("seconds", "tokens"))
+        changes = (f"{a} → {b}" for a, b in zip(_numbers(first, keys), _numbers(last, keys), strict=True))
+        rows.append([name, str(last.round), *changes, f"{seconds:,.0f}", f"{tokens:,}"])
+    columns = ["method", "rounds", *keys, "seconds", "tokens sampled and trained on"]
+    return "<section><h2>Methods</h2>" + table(columns, rows) + _comparison(summaries) + "</section>"
+
+
+def _comparison(summaries: Mapping[str, Sequence[Summary]]) -> str:
+    if len(summaries) == 1:
+        return ""
+    picture = draw_comparison({name: [rounds] for name, rounds in summaries.items()})
+    return figure_html(as_svg(picture), "Round 0 is the warm start, which the methods share.")
+
+
+# --- one method ---------------------------------------------------------------------------------------------------------------
+
+
+def _method(name: str, folder: Path, summaries: Sequence[Summary], settings: Mapping) -> str:
+    choices = {one.round: read_choice(_round(folder, one.round) / "choice.json") for one in summaries if one.round}
+    surfaces: dict[int, Choice] = {number: choice for number, choice in choices.items() if choice.surface}
+    parts = [f'<section id="{escape(name)}"><h2>{escape(name)}</h2>', _rounds_tables(summaries)]
+    parts.append(figure_html(as_svg(draw_curves(summaries)), "What is watched, round by round."))
+    if surfaces:
+        caption = "Balance scores of the dev subset. Framed: what was chosen; of equals the lower temperature, then the higher threshold."
+        parts.append(figure_html(as_svg(draw_surfaces(surfaces)), caption))
+    parts += [figure_html(as_svg(draw_costs(summaries)), "What a round costs."), _speeds(summaries)]
+    last = _round(folder, summaries[-1].round)
+    parts.append(samples_html(last, _form(settings), read_jsonl(folder.parent / QUESTIONS)))
+    return "".join(parts) + "</section>"
+
+
+def _round(folder: Path, number: int) -> Path:
+    return folder / f"round_{number:02d}"
+
+
+def _rounds_tables(summaries: Sequence[Summary]) -> str:
+    """What was chosen and trained on, and how good the model was then."""
+    k = samples_of(summaries)
+    training = {
+        "balance": "balance",
+        "selected": "train/selected",
+        "of them right": "train/selected_accuracy",
+        "questions covered": "train/selected_queries",
+        "truncated": "train/truncated",
+        "unparsable": "train/unparsable",
+    }
+    test = {
+        "greedy": "test/greedy",
+        "pass@1": "test/pass@1",
+        f"pass@{k}": f"test/pass@{k}",
+        f"pass@{k}-4": f"test/pass@{k}-4",
+        f"reward@{k}-4": f"test/reward@{k}-4",
+        "diversity": "test/diversity",
+    }
+    later = [one for one in summaries if one.round]
+    training, test = _known(training, later), _known(test, summaries)
+    chosen = [[str(one.round), str(one.temperature), str(one.threshold), *_numbers(one, training)] for one in later]
+    reached = [[str(one.round), *_numbers(one, test)] for one in summaries]
+    tables = table(["training", "T", "threshold", *training], chosen) + table(["test", *test], reached)
+    return f'<div class="beside">{tables}</div>'
+
+
+def _known(keys: Mapping[str, str], summaries: Sequence[Summary]) -> dict[str, str]:
+    """Those that some round has: with 4 samples there is no pass@4-4, and some methods have no balance score."""
+    return {name: key for name, key in keys.items() if any(not isnan(value(one, key)) for one in summaries)}
+
+
+def _numbers(summary: Summary, keys: Mapping[str, str]) -> list[str]:
+    """Counts as they are, the others with three decimals; nothing where the round has none."""
+    found = {key: value(summary, key) for key in keys.values()}
+    return ["" if isnan(x) else f"{x:,.0f}" if key == "train/selected" else f"{x:.3f}" for key, x in found.items()]
+
+
+def _speeds(summaries: Sequence[Summary]) -> str:
+    stages = [stage for stage in STAGES if any(stage in one.seconds for one in summaries)]
+    seconds = {stage: sum(one.seconds.get(stage, 0.0) for one in summaries) for stage in stages}
+    tokens = {stage: sum(one.tokens.get(stage, 0) for one in summaries) for stage in stages}
+    total = sum(seconds.values()) or 1.0
+    rows = [
+        ["seconds", *(f"{seconds[stage]:,.1f}" for stage in stages)],
+        ["share", *(f"{seconds[stage] / total:.0%}" for stage in stages)],
+        ["tokens/s", *(f"{tokens[stage] / seconds[stage]:,.0f}" if tokens[stage] and seconds[stage] else "" for stage in stages)],
+    ]
+    return table(["all rounds", *stages], rows)
+
+
+def main() -> None:
+    """`python -m recipes.bstar.report RUN`"""
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(__doc__)
+        return
+    try:
+        print(write_report(Path(sys.argv[1])))
+    except CookbookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1d232b;--soft:#67717e;--line:#dfe3e8;--page:#f6f7f9;--card:#fff;--inset:#f3f5f7;
+--good:22,140,70;--bad:208,52,56}
+@media(prefers-color-scheme:dark){:root{--ink:#dfe4ea;--soft:#8d97a5;--line:#30363e;--page:#14171b;--card:#1c2026;--inset:#15181c;
+--good:60,180,105;--bad:235,90,90}}
+*{box-sizing:border-box}
+body{font:14px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif;color:var(--ink);background:var(--page);
+max-width:1200px;margin:0 auto;padding:24px 20px 60px}
+h1{font-size:22px;margin:0}h2{font-size:18px;margin:0 0 10px}h3{font-size:14px;margin:18px 0 6px}
+header p{margin:4px 0;color:var(--soft)}a{color:inherit}nav{margin:8px 0}
+section{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:16px 0;padding:16px 18px}
+.wide{overflow-x:auto}.beside{display:flex;flex-wrap:wrap;gap:10px 28px;align-items:flex-end}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
+th,td{text-align:right;padding:3px 7px;border-bottom:1px solid var(--line);white-space:nowrap}th{color:var(--soft);font-weight:500}
+th:first-child,td:first-child{text-align:left}
+figure{margin:14px 0;background:#fff;border:1px solid var(--line);border-radius:6px;padding:8px}figure svg{display:block;height:auto}
+figcaption{color:#67717e;font-size:12px;padding:4px 6px 0}
+.query{border-top:1px solid var(--line);padding:8px 0}.query p{margin:2px 0 6px;white-space:pre-wrap}.soft{color:var(--soft)}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:10px}
+.card{border:1px solid var(--line);border-radius:6px;padding:8px 10px}.card h4{margin:0 0 4px;font-size:12px;font-weight:600}
+.chip{font-weight:400;white-space:nowrap;padding:0 7px;border-radius:9px;background:var(--inset);color:var(--soft);margin-left:4px}
+.chip.good{background:rgba(var(--good),.16);color:rgb(var(--good))}.chip.bad{background:rgba(var(--bad),.14);color:rgb(var(--bad))}
+pre{font:12px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
+.step{display:flex;justify-content:space-between;gap:10px;padding:0 4px;border-radius:3px}.step span{color:var(--soft);white-space:nowrap}
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""One method of methods.py, round by round: sweep, choose, sample, score, select, train, evaluate. Each stage leaves a file (records.py) and
+is passed over where that is there, so a command that was killed goes on where it was and ends in the same state.
+
+Round t samples from the weights of round t - 1; round 0 are those of the warm start. The selection is made afresh each round, nothing of
+earlier rounds is trained on again. With `keep_optimizer` all rounds are one training run, in METHOD/train: the optimizer and the schedule go on,
+the data are new. Without it each round is a run of its own, in its folder.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from backend.errors import DataError
+from backend.sampling_client import SamplingClient
+from backend.training_client import TrainingClient
+from backend.types import Datum
+from recipes.bstar.balance import Counts, choose, surface
+from recipes.bstar.budget import Plan
+from recipes.bstar.methods import Method
+from recipes.bstar.metrics import Metrics, sample_metrics, selection_metrics
+from recipes.bstar.records import (
+    Candidate,
+    Choice,
+    Selected,
+    Summary,
+    read_candidates,
+    read_choice,
+    read_selection,
+    scores_path,
+    write_choice,
+    write_scores,
+    write_selection,
+    write_summary,
+)
+from recipes.bstar.rewards import Reward, outcome
+from recipes.bstar.sampling import Pool, sample_pool
+from recipes.bstar.selection import counts, select
+from recipes.bstar.stages import policy_path
+from recipes.bstar.tasks import Query, Task
+from renderers.types import Renderer
+from supervised import train as supervised_train
+from supervised.data import conversation_to_datum, datum_from_tokens_weights
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_atomically
+from tracking.metrics_log import read_metrics
+from tracking.run_folder import open_run_folder
+
+if TYPE_CHECKING:
+    from recipes.bstar.train import Config
+
+SWEEP, SAMPLE, TEST, GREEDY = range(4)  # streams of seeds
+
+
+@dataclass
+class Lab:
+    """What all rounds of all methods share: one training client, whose sampler is the only engine, and the reward."""
+
+    config: "Config"
+    task: Task
+    renderer: Renderer
+    client: TrainingClient
+    reward: Reward
+    loaded: Path | None = None  # the checkpoint in the client, where it was not trained since
+
+    def sampler(self, policy: Path) -> SamplingClient:
+        if self.loaded != policy:
+            self.client.load_state(str(policy)).result()
+            self.loaded = policy
+        return self.client.save_weights_and_get_sampling_client()
+
+
+class RoundData(SupervisedDataset):
+    """Batches by the absolute step; those from `first_step` on go through the examples again and again, in an order of (seed, pass)."""
+
+    def __init__(self, examples: Sequence[Datum], batch_size: int, seed: Sequence[int], first_step: int, num_steps: int):
+        self.examples, self.batch_size, self.seed, self.first_step, self.num_steps = (
+            examples,
+            batch_size,
+            seed,
+            first_step,
+            num_steps,
+        )
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def get_batch(self, index: int) -> list[Datum]:
+        start, size = (index - self.first_step) * self.batch_size, len(self.examples)
+        orders = {
+            p: np.random.default_rng([*self.seed, p]).permutation(size)
+            for p in range(start // size, (start + self.batch_size - 1) // size + 1)
+        }
+        return [self.examples[orders[i // size][i % size]] for i in range(start, start + self.batch_size)]
+
+
+@dataclass
+class Round:
+    """Round `number` of a method in its folder."""
+
+    lab: Lab
+    name: str
+    method: Method
+    plan: Plan
+    number: int
+
+    @property
+    def config(self) -> "Config":
+        return self.lab.config
+
+    @property
+    def folder(self) -> Path:
+        return self.config.folder / self.name / f"round_{self.number:02d}"
+
+    def policy(self, number: int) -> Path:
+        """The weights that round `number` leaves."""
+        if number == 0:
+            return policy_path(self.config)
+        if not self.method.keep_optimizer:
+            return self.config.folder / self.name / f"round_{number:02d}" / "train" / "checkpoints" / "final"
+        step = "final" if number == self.config.rounds else f"{number * self.config.steps:06d}"
+        return self.config.folder / self.name / "train" / "checkpoints" / step
+
+    def seed(self, stream: int) -> list[int]:
+        return [self.config.seed, self.number, stream]
+
+    def pool(self, stream: int, name: str, queries: Sequence[Query], temperatures: Sequence[str], num_samples: int) -> Pool:
+        title = f"{self.name} round {self.number} {name}"
+        return Pool(
+            title, queries, temperatures, num_samples, self.lab.task.max_tokens, self.seed(stream), self.config.chunk_sequences
+        )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Notes the seconds; those of a stage that was killed are lost."""
+        start = time.perf_counter()
+        yield
+        append_jsonl(self.folder / "seconds.jsonl", {"stage": name, "seconds": time.perf_counter() - start})
+
+    # --- the stages -------------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        if (self.folder / "summary.json").exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        drop_torn_line(self.folder / "seconds.jsonl")
+        if self.number:
+            for name in ("sweep", "choose", "sample", "score", "select", "train"):
+                if not self.done(name):
+                    with self.stage(name):
+                        await getattr(self, name)()
+        await self.evaluate()
+        self.summarise()
+
+    def done(self, stage: str) -> bool:
+        match stage:
+            case "sweep":
+                return self.plan.sweep == 0 or scores_path(self.folder / "sweep.jsonl").exists()
+            case "train":
+                return self.policy(self.number).exists()
+            case _:
+                files = {
+                    "choose": "choice.json",
+                    "sample": "samples.jsonl",
+                    "score": "samples_scores.jsonl",
+                    "select": "selection.jsonl",
+                }
+                return (self.folder / files[stage]).exists()
+
+    async def sweep(self) -> None:
+        """The dev subset at every temperature, from one engine, scored."""
+        dev = [self.lab.task.train[i] for i in self.lab.task.dev]
+        pool = self.pool(SWEEP, "sweep", dev, self.temperatures, self.config.samples)
+        candidates = await sample_pool(self.lab.sampler(self.policy(self.number - 1)), pool, self.folder / "sweep.jsonl")
+        write_scores(self.folder / "sweep.jsonl", await self.score_candidates(candidates, dev))
+
+    @property
+    def temperatures(self) -> list[str]:
+        return self.config.temperatures if self.method.temperature is None else [self.method.temperature]
+
+    @property
+    def thresholds(self) -> list[str]:
+        return self.config.thresholds if self.method.threshold is None else [self.method.threshold]
+
+    def target_size(self, num_queries: int) -> int:
+        return math.ceil(self.config.wanted(self.lab.task) * num_queries)
+
+    async def score_candidates(self, candidates: Sequence[Candidate], queries: Sequence[Query]) -> list[Candidate]:
+        reward = outcome if self.method.outcome_only else self.lab.reward
+        return await reward(candidates, {query.id: query for query in queries})
+
+    async def choose(self) -> None:
+        """One pool serves all thresholds."""
+        if self.method.temperature is not None and self.method.threshold is not None:
+            write_choice(self.folder / "choice.json", Choice(self.method.temperature, self.method.threshold, None, []))
+            return
+        candidates = read_candidates(self.folder / "sweep.jsonl")
+        ids = [self.lab.task.train[i].id for i in self.lab.task.dev]
+        found: dict[tuple[str, str], list[Counts]] = {}
+        for temperature in {candidate.temperature for candidate in candidates}:
+            here = [candidate for candidate in candidates if candidate.temperature == temperature]
+            for threshold in self.thresholds:
+                found[temperature, threshold] = counts(
+                    select(here, ids, threshold, self.target_size(len(ids)), self.config.quota)
+                )
+        cells = surface(
+            found, self.temperatures, self.thresholds, self.config.n_star or math.ceil(self.config.wanted(self.lab.task))
+        )
+        best = choose(cells)
+        write_choice(self.folder / "choice.json", Choice(best.temperature, best.threshold, best.score, cells))
+
+    async def sample(self) -> None:
+        choice = read_choice(self.folder / "choice.json")
+        pool = self.pool(SAMPLE, "samples", self.lab.task.train, [choice.temperature], self.plan.samples_per_query)
+        await sample_pool(self.lab.sampler(self.policy(self.number - 1)), pool, self.folder / "samples.jsonl")
+
+    async def score(self) -> None:
+        candidates = read_candidates(self.folder / "samples.jsonl")
+        write_scores(self.folder / "samples.jsonl", await self.score_candidates(candidates, self.lab.task.train))
+
+    async def select(self) -> None:
+        choice, queries = read_choice(self.folder / "choice.json"), self.lab.task.train
+        human = (
+            {query.id: query.solution for query in queries if query.solution is not None} if self.config.human_solutions else {}
+        )
+        chosen = select(
+            read_candidates(self.folder / "samples.jsonl"),
+            [query.id for query in queries],
+            choice.threshold,
+            self.target_size(len(queries)),
+            self.config.quota,
+            human,
+        )
+        write_selection(self.folder / "selection.jsonl", [one for query in queries for one in chosen[query.id]])
+
+    async def train(self) -> None:
+        """`steps` steps on the selection, from the last weights or from the warm start's."""
+        selected, config = read_selection(self.folder / "selection.jsonl"), self.config
+        if not selected:
+            raise DataError(f"{self.folder}/selection.jsonl is empty: no sample is above the threshold; sample more, or lower it")
+        start = self.policy(self.number - 1 if self.method.start == "last" else 0)
+        keep = self.method.keep_optimizer
+        first, total = ((self.number - 1) * config.steps, config.rounds * config.steps) if keep else (0, config.steps)
+        dataset = RoundData(self.data(selected), config.batch_size, [config.seed, self.number], first, total)
+        run = supervised_train.Config(
+            dataset=SupervisedDatasetBuilder(batch_size=config.batch_size, seed=config.seed),
+            model_name=config.model_name,
+            load_checkpoint_path=str(start),
+            renderer_name=config.renderer_name,
+            lora_rank=config.lora_rank,
+            seed=config.seed,
+            learning_rate=config.learning_rate,
+            lr_schedule=config.lr_schedule,
+            grad_clip_norm=config.grad_clip_norm,
+            eval_every=0,
+            save_every=config.save_every,
+            keep_checkpoints=1,
+            log_path=str(self.train_folder),
+            behavior_if_log_dir_exists="resume",
+            backend=config.backend,
+        )
+        folder = open_run_folder(run.log_path, "resume", run)
+        self.lab.loaded = None
+        objective = supervised_train.CrossEntropy()
+        await supervised_train.training_loop(run, folder, self.lab.client, dataset, objective, None, until=first + config.steps)
+
+    @property
+    def train_folder(self) -> Path:
+        return self.folder.parent / "train" if self.method.keep_optimizer else self.folder / "train"
+
+    def data(self, selected: Sequence[Selected]) -> list[Datum]:
+        """A sampled solution is trained on as the tokens it was sampled as, its stop included; a human one is rendered."""
+        queries = {query.id: query for query in self.lab.task.train}
+        samples = {(c.query, c.sample): c.tokens for c in read_candidates(self.folder / "samples.jsonl")}
+        data = []
+        for one in selected:
+            if one.sample is None:
+                data.append(conversation_to_datum(queries[one.query].messages(), self.lab.renderer))
+            else:
+                prompt, tokens = queries[one.query].problem.build_prompt().to_ints(), samples[one.query, one.sample]
+                data.append(datum_from_tokens_weights([*prompt, *tokens], [0.0] * len(prompt) + [1.0] * len(tokens)))
+        return data
+
+    async def evaluate(self) -> None:
+        """The test set: `eval_samples` at the evaluation's temperature, scored, and one greedy answer."""
+        test, config = self.lab.task.test, self.config
+        jobs = [("greedy", GREEDY, "0", 1), ("test", TEST, config.eval_temperature, config.eval_samples)]
+        for name, stream, temperature, num_samples in jobs:
+            file = self.folder / f"{name}.jsonl"
+            if not scores_path(file).exists():
+                with self.stage(name):
+                    pool = self.pool(stream, name, test, [temperature], num_samples)
+                    candidates = await sample_pool(self.lab.sampler(self.policy(self.number)), pool, file)
+                    write_scores(file, await self.lab.reward(candidates, {query.id: query for query in test}))
+
+    # --- the round in numbers ---------------------------------------------------------------------------------------------------
+
+    def summarise(self) -> None:
+        task, test_ids = self.lab.task, [query.id for query in self.lab.task.test]
+        greedy, test = (read_candidates(self.folder / f"{name}.jsonl") for name in ("greedy", "test"))
+        metrics = {"test/greedy": float(np.mean([candidate.correct for candidate in greedy]))}
+        metrics |= {f"test/{key}": value for key, value in sample_metrics(test, test_ids, task.form).items()}
+        tokens = {"greedy": _tokens(greedy), "test": _tokens(test)}
+        choice = None
+        if self.number:
+            choice = read_choice(self.folder / "choice.json")
+            metrics |= {f"train/{key}": value for key, value in self.training_metrics().items()}
+            tokens |= {
+                "sweep": _tokens(read_candidates(self.folder / "sweep.jsonl")),
+                "sample": _tokens(read_candidates(self.folder / "samples.jsonl")),
+                "train": self.tokens_trained_on(),
+            }
+        seconds: dict[str, float] = {}
+        for line in read_jsonl(self.folder / "seconds.jsonl"):
+            seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
+        taken = (choice.temperature, choice.threshold, choice.score) if choice else (None, None, None)
+        write_summary(self.folder / "summary.json", Summary(self.number, *taken, metrics, seconds, tokens))
+        shown = {key: metrics[f"test/{key}"] for key in ("greedy", "pass@1", f"pass@{self.config.eval_samples}")}
+        settings = f" T {taken[0]} threshold {taken[1]}" if choice else ""
+        print(
+            f"{self.name} round {self.number}:{settings} ",
+            ", ".join(f"{key} {value:.3f}" for key, value in shown.items()),
+            flush=True,
+        )
+
+    def training_metrics(self) -> Metrics:
+        ids = [query.id for query in self.lab.task.train]
+        found = sample_metrics(read_candidates(self.folder / "samples.jsonl"), ids, self.lab.task.form)
+        by_query: dict[str, list[Selected]] = {query: [] for query in ids}
+        for one in read_selection(self.folder / "selection.jsonl"):
+            by_query[one.query].append(one)
+        return found | selection_metrics(list(by_query.values()))
+
+    def tokens_trained_on(self) -> int:
+        first = (self.number - 1) * self.config.steps if self.method.keep_optimizer else 0
+        records = read_metrics(self.train_folder)[first : first + self.config.steps]
+        return int(sum(record["num_tokens"] for record in records))
+
+
+def _tokens(candidates: Sequence[Candidate]) -> int:
+    return sum(len(candidate.tokens) for candidate in candidates)
+
+
+async def run_method(lab: Lab, name: str, method: Method, plan: Plan) -> None:
+    """All rounds. Round 0, what the warm start is worth, is the same for all methods: it is made once, and copied."""
+    shared = Round(lab, ".", method, plan, 0)
+    await shared.run()
+    first = lab.config.folder / name / "round_00"
+    if not (first / "summary.json").exists():
+        first.mkdir(parents=True, exist_ok=True)
+        write_atomically(first / "summary.json", (shared.folder / "summary.json").read_text())
+    for number in range(1, lab.config.rounds + 1):
+        await Round(lab, name, method, plan, number).run()

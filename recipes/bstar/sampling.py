@@ -1,0 +1,105 @@
+"""Sampling a pool of candidates into a file, a chunk of queries at a time: one engine for all temperatures, and a kill loses one chunk.
+
+What a query is answered depends on the seed, the temperature and the place of its chunk in the pool, and on nothing that a restart
+changes. A grader that fails is asked three times; then its error ends the command, which goes on from the last whole chunk.
+"""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+
+from backend.sampling_client import SamplingClient
+from backend.types import SampledSequence, SamplingParams
+from preference.solutions import Solution, grade
+from recipes.bstar.records import Candidate, candidate_line, read_candidates
+from recipes.bstar.tasks import Query
+from rl.types import RolloutError
+from tracking.progress import TrainingProgress
+
+GRADER_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What to sample: `num_samples` of each query at each temperature."""
+
+    name: str  # said while it is sampled
+    queries: Sequence[Query]
+    temperatures: Sequence[str]
+    num_samples: int
+    max_tokens: int
+    seed: Sequence[int]
+    chunk_sequences: int = 1024  # sequences in one engine call, more or less
+
+    def chunks(self) -> list[tuple[str, Sequence[Query]]]:
+        size = max(1, self.chunk_sequences // self.num_samples)
+        starts = range(0, len(self.queries), size)
+        return [(temperature, self.queries[start : start + size]) for temperature in self.temperatures for start in starts]
+
+
+async def sample_pool(client: SamplingClient, pool: Pool, path: Path) -> list[Candidate]:
+    """The candidates, in the order of temperatures, queries and samples; from `path` if they are there, else written to it."""
+    if (finished := _on_disk(path)) is not None:
+        return finished
+    unfinished = path.with_name(f"{path.stem}.unfinished.jsonl")
+    done, chunks = read_candidates(unfinished), pool.chunks()
+    sizes = [len(queries) * pool.num_samples for _, queries in chunks]
+    first = next((n for n in range(len(chunks) + 1) if sum(sizes[: n + 1]) > len(done)), len(chunks))
+    candidates, kept = done[: sum(sizes[:first])], sum(sizes[:first])
+    with unfinished.open("w", encoding="utf-8") as file, TrainingProgress(len(chunks), first, pool.name) as progress:
+        file.writelines(map(candidate_line, candidates))
+        for n, (temperature, queries) in enumerate(chunks[first:], start=first):
+            candidates += await _sample_chunk(client, pool, n, temperature, queries)
+            file.writelines(map(candidate_line, candidates[kept:]))
+            file.flush()
+            os.fsync(file.fileno())
+            kept = len(candidates)
+            progress.update(n, {"right": float(np.mean([candidate.correct for candidate in candidates]))})
+    unfinished.rename(path)
+    return candidates
+
+
+def _on_disk(path: Path) -> list[Candidate] | None:
+    return read_candidates(path) if path.exists() else None
+
+
+async def _sample_chunk(
+    client: SamplingClient, pool: Pool, number: int, temperature: str, queries: Sequence[Query]
+) -> list[Candidate]:
+    thousandths = int(Decimal(temperature) * 1000)
+    states = np.random.SeedSequence([*pool.seed, thousandths, number]).generate_state(len(queries), np.uint64)
+    seeds = (states >> np.uint64(2)).tolist()
+
+    async def answers(query: Query, seed: int) -> list[Candidate]:
+        prompt, stop = query.problem.build_prompt(), query.problem.renderer.get_stop_sequences()
+        params = SamplingParams(pool.max_tokens, seed, stop, float(temperature))
+        response = await client.sample_async(prompt, pool.num_samples, params)
+        return [await _candidate(query, n, temperature, sequence) for n, sequence in enumerate(response.sequences)]
+
+    found = await asyncio.gather(*(answers(query, seed) for query, seed in zip(queries, seeds, strict=True)))
+    return [candidate for group in found for candidate in group]
+
+
+async def _candidate(query: Query, number: int, temperature: str, sequence: SampledSequence) -> Candidate:
+    """An answer that did not end by itself is wrong, whatever it says."""
+    solution = await _graded(query, sequence.tokens)
+    message, ended = query.problem.renderer.parse_response(sequence.tokens)
+    text = message["content"]
+    answer = solution.answer if ended and query.problem.check_format(text) else None
+    return Candidate(
+        query.id, number, temperature, text, sequence.tokens, answer, solution.correct, "stop" if ended else "length"
+    )
+
+
+async def _graded(query: Query, tokens: list[int]) -> Solution:
+    for _ in range(GRADER_TRIES - 1):
+        try:
+            return await grade(query.problem, query.problem.build_prompt().to_ints(), tokens)
+        except RolloutError:
+            continue
+    return await grade(query.problem, query.problem.build_prompt().to_ints(), tokens)

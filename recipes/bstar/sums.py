@@ -1,0 +1,163 @@
+"""Sums modulo 10 of several digits, added two at a time in any order: a task on which a model can be right in many ways.
+
+"7+2+3+9=" is answered "3+2=5\\n9+7=6\\n5+6=1\\n#1", or by any other order; `modulus` None gives whole totals. The verifier reads what is
+behind the "#" and nothing else, so a wrong chain is right by luck one time in ten: something for a process reward model to find.
+`valid` says whether a derivation is sound, and is asked for in reports only. No other set has a test question's numbers, in
+whatever order. Left out: numbers below 0.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+from backend.service_client import ServiceClient
+from envs.problem_env import ProblemEnv
+from preference.steps import StepFormat
+from recipes.bstar.records import Candidate
+from recipes.bstar.rewards import Queries, Reward, RewardBuilder
+from recipes.bstar.tasks import Query, TaskBuilder
+from renderers.types import Renderer
+
+STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
+
+
+@dataclass(frozen=True)
+class Sum:
+    numbers: tuple[int, ...]
+    modulus: int | None
+
+    @property
+    def question(self) -> str:
+        return "+".join(map(str, self.numbers)) + "="
+
+    def total(self, *numbers: int) -> int:
+        return sum(numbers) % self.modulus if self.modulus else sum(numbers)
+
+    @property
+    def answer(self) -> int:
+        return self.total(*self.numbers)
+
+    def solution(self, rng: np.random.Generator) -> str:
+        """A derivation in an order drawn at random."""
+        left, lines = list(self.numbers), []
+        while len(left) > 1:
+            a, b = (left.pop(int(rng.integers(len(left)))) for _ in range(2))
+            left.append(self.total(a, b))
+            lines.append(f"{a}+{b}={left[-1]}")
+        return "\n".join([*lines, f"#{self.answer}"])
+
+    def valid(self, text: str) -> bool:
+        """Whether every step adds two numbers that are there, rightly, and the answer follows."""
+        left = Counter(self.numbers)
+        *steps, answer = text.split("\n")
+        for step in steps:
+            found = STEP.fullmatch(step)
+            if not found:
+                return False
+            a, b, total = map(int, found.groups())
+            left.subtract((a, b))
+            if total != self.total(a, b) or min(left[a], left[b]) < 0:
+                return False
+            left[total] += 1
+        return left.total() == 1 and answer == f"#{self.answer}"
+
+
+class SumEnv(ProblemEnv):
+    def __init__(self, problem: Sum, renderer: Renderer):
+        super().__init__(renderer)
+        self.problem = problem
+
+    def question(self) -> str:
+        return self.problem.question
+
+    def reference_answer(self) -> str:
+        return str(self.problem.answer)
+
+    def extract(self, text: str) -> str:
+        found = re.fullmatch(r"#(\d{1,9})", text.rsplit("\n", 1)[-1])
+        return found[1] if found else ""
+
+    def check_answer(self, text: str) -> bool:
+        return self.extract(text) == self.reference_answer()
+
+    def check_format(self, text: str) -> bool:
+        return self.extract(text) != ""
+
+
+@chz.chz
+class SumsBuilder(TaskBuilder):
+    """Sums in any order."""
+
+    num_train: int | None = chz.field(default=100, doc="training queries")
+    num_test: int | None = chz.field(default=120, doc="test queries")
+    num_warm_start: int | None = chz.field(default=8000, doc="questions with a solution to imitate first")
+    num_dev: int = chz.field(default=25, doc="training queries on which temperature and threshold are chosen")
+    num_prm: int | None = chz.field(default=300, doc="questions whose answers are labelled step by step")
+    form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="of solutions")
+    max_tokens: int = chz.field(default=40, doc="most tokens of a sampled solution")
+    operands: int = chz.field(default=5, doc="numbers in a sum")
+    largest: int = chz.field(default=9, doc="numbers go from 0 to this")
+    modulus: int | None = chz.field(default=10, doc="totals are taken modulo this; None = whole totals")
+
+    def _queries(self, renderer: Renderer, part: int) -> list[Query]:
+        """Part 0, 1, 2, 3: test, training, warm start, prm."""
+        wanted = (self.num_test, self.num_train, self.num_warm_start, self.num_prm)
+        counts = [count for count in wanted if count is not None]
+        if len(counts) < len(wanted):
+            raise ConfigError("sums are drawn: say how many, by task.num_train, num_test, num_warm_start and num_prm")
+        rng = np.random.default_rng([self.split_seed, self.operands, self.largest])
+        drawn: dict[tuple[int, ...], Sum] = {}
+        held_out: set[tuple[int, ...]] = set()
+        for _ in range(100 * sum(counts)):
+            if len(drawn) == sum(counts):
+                break
+            numbers = tuple(rng.integers(self.largest + 1, size=self.operands).tolist())
+            alike = tuple(sorted(numbers))
+            if alike not in held_out and numbers not in drawn:
+                held_out |= {alike} if len(drawn) < counts[0] else set()
+                drawn[numbers] = Sum(numbers, self.modulus)
+        else:
+            raise ConfigError(
+                f"there are not {sum(counts)} sums of {self.operands} numbers to {self.largest}: raise task.largest"
+            )
+        start = sum(counts[:part])
+        sums = list(drawn.values())[start : start + counts[part]]
+        draw = np.random.default_rng([self.split_seed, 1, part])
+        return [Query(f"{part}-{n}", SumEnv(one, renderer), one.solution(draw)) for n, one in enumerate(sums)]
+
+    def train_queries(self, renderer: Renderer) -> Sequence[Query]:
+        return self._queries(renderer, 1)
+
+    def test_queries(self, renderer: Renderer) -> Sequence[Query]:
+        return self._queries(renderer, 0)
+
+    def warm_start_queries(self, renderer: Renderer, train: Sequence[Query]) -> Sequence[Query]:
+        return self._queries(renderer, 2)
+
+    def prm_queries(self, renderer: Renderer, train: Sequence[Query]) -> Sequence[Query]:
+        return self._queries(renderer, 3)
+
+
+@chz.chz
+class OracleRewardBuilder(RewardBuilder):
+    """The outcome, and what a process reward model without error would add: the control for the one that was trained."""
+
+    coef: float = chz.field(default=0.2, doc="weight beside the outcome")
+    logit: float = chz.field(default=5.0, doc="of the worst step of a sound derivation; of an unsound one the same below 0")
+
+    def __call__(self, service: ServiceClient, renderer: Renderer, prm_path: str, form: StepFormat) -> Reward:
+        return self.score
+
+    async def score(self, candidates: Sequence[Candidate], queries: Queries) -> list[Candidate]:
+        return [replace(one, reward=float(one.correct) + self.coef * self._smallest_logit(one, queries)) for one in candidates]
+
+    def _smallest_logit(self, candidate: Candidate, queries: Queries) -> float:
+        env = queries[candidate.query].problem
+        if not isinstance(env, SumEnv):
+            raise ConfigError("reward=oracle knows sums only: set task=sums, or another reward")
+        return self.logit if env.problem.valid(candidate.text) else -self.logit

@@ -1,0 +1,198 @@
+"""B-STaR (Zeng et al. 2024): self-training whose temperature and reward threshold are chosen each round, against its relatives.
+
+    python recipes/bstar/train.py                                 # four methods, one seed; runs/bstar
+    python recipes/bstar/train.py methods=star,iterative_rft      # two more, into the same folder
+    python recipes/bstar/train.py seed=1 log_path=runs/bstar_1
+    python recipes/bstar/train.py task=gsm8k task.data_dir=DIR model_name=Qwen/Qwen2.5-0.5B renderer_name=role_colon
+
+Stages, each with its result in the run folder: warm_start, completer, prm_data, prm, and for each method the rounds of rounds.py. What is
+there is not made again; the same command, killed anywhere, goes on. methods.py has the methods, README.md the figures.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import chz
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError
+from backend.learning_rate import LRSchedule
+from backend.service_client import ServiceClient
+from backend.tokenizers import load_tokenizer
+from backend.types import LoraConfig
+from recipes.bstar.balance import canonical
+from recipes.bstar.budget import Plan, SweepCost, check_budget, plan, print_plan, projected_tokens
+from recipes.bstar.methods import METHODS
+from recipes.bstar.report import write_questions, write_report
+from recipes.bstar.rewards import PrmRewardBuilder, RewardBuilder
+from recipes.bstar.rounds import Lab, run_method
+from recipes.bstar.stages import completer, prm, prm_data, prm_path, warm_start
+from recipes.bstar.sums import SumsBuilder
+from recipes.bstar.tasks import Task, TaskBuilder
+from renderers import get_renderer
+from tracking.command_line import run_command
+from tracking.jsonl import write_atomically
+from tracking.run_folder import config_to_json
+
+TASKS = {
+    "sums": "recipes.bstar.sums:SumsBuilder",
+    "gsm8k": "recipes.bstar.gsm8k:Gsm8kBuilder",
+    "math": "recipes.bstar.math_text:MathTextBuilder",
+    "code": "recipes.bstar.code_task:CodeTaskBuilder",
+    "arc": "recipes.bstar.arc:ArcBuilder",
+}
+REWARDS = {
+    "prm": "recipes.bstar.rewards:PrmRewardBuilder",
+    "outcome": "recipes.bstar.rewards:RewardBuilder",
+    "model": "recipes.bstar.rewards:ModelRewardBuilder",
+    "oracle": "recipes.bstar.sums:OracleRewardBuilder",
+}
+
+
+def decimals(name: str, values: list[str]) -> list[str]:
+    """Canonical, in rising order, each once."""
+    if not values:
+        raise ConfigError(f"{name} is empty: give at least one number")
+    return sorted({canonical(value) for value in values}, key=Decimal)
+
+
+@chz.chz
+class Config:
+    """B-STaR and its relatives, at the same number of samples and steps."""
+
+    methods: list[str] = chz.field(
+        default_factory=lambda: ["bstar", "online_rft", "online_rft_cold", "rest_em"], doc="of methods.py; one after the other"
+    )
+    task: TaskBuilder = chz.field(default_factory=SumsBuilder, doc="the questions")
+    reward: RewardBuilder = chz.field(default_factory=PrmRewardBuilder, doc="what selection goes by")
+    model_name: str = chz.field(default="micro", doc="a preset, a local folder, or a Hugging Face hub name")
+    load_checkpoint_path: str | None = chz.field(default=None, doc="the warm start begins with the weights of this checkpoint")
+    renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain; None = by the tokenizer")
+    lora_rank: int = chz.field(default=0, doc="rank of a LoRA adapter; 0 trains all weights")
+    seed: int = chz.field(default=0, doc="of everything but the choice of the questions (task.split_seed)")
+
+    warm_start_steps: int = chz.field(default=1000, doc="most steps on human solutions")
+    warm_start_nll: float | None = chz.field(
+        default=0.36, doc="they end once a batch's loss is below this: a policy that errs; None = after all steps"
+    )
+    completer_steps: int = chz.field(
+        default=1000, doc="most steps of the model that completes prefixes, from the policy on; 0 = the policy completes them"
+    )
+    completer_nll: float | None = chz.field(
+        default=0.275, doc="they end once a batch's loss is below this; None = after all steps"
+    )
+    warm_start_batch_size: int = chz.field(default=64, doc="human solutions in a step")
+    warm_start_learning_rate: float = chz.field(default=3e-3, doc="constant, or falling linearly to 0 where all steps are made")
+    prm_solutions: int = chz.field(default=3, doc="answers of the policy to each PRM question")
+    prm_completions: int = chz.field(default=3, doc="completions from the end of each of their steps")
+    prm_batch_size: int = chz.field(default=32, doc="labelled solutions in a step")
+    prm_epochs: int = chz.field(default=6, doc="passes over the labelled solutions")
+    prm_learning_rate: float = chz.field(default=2e-3, doc="falls linearly to 0")
+
+    rounds: int = chz.field(default=6, doc="rounds T")
+    samples: int = chz.field(default=16, doc="samples K of each question, in the sweep and at least in training")
+    temperatures: list[str] = chz.field(
+        default_factory=lambda: ["0.5", "0.7", "0.9", "1.1"],
+        munger=lambda _, values: decimals("temperatures", values),
+        doc="the grid from which a temperature is chosen",
+    )
+    thresholds: list[str] = chz.field(
+        default_factory=lambda: [canonical(n / 10) for n in range(-10, 11)],
+        munger=lambda _, values: decimals("thresholds", values),
+        doc="the grid from which a threshold of the reward is chosen",
+    )
+    per_query: float | None = chz.field(
+        default=None, doc="solutions wanted of each question, on average; None = as many as the steps of a round train on"
+    )
+    quota: int | None = chz.field(
+        default=None, doc="most solutions of a question; None = the smallest that reaches the target size"
+    )
+    n_star: float | None = chz.field(default=None, doc="n* of the balance score; None = per_query, rounded up")
+    human_solutions: bool = chz.field(default=False, doc="human solutions compete for places in the selection, with reward 1")
+    sweep_cost: SweepCost = chz.field(
+        default="given", doc="the sweep's samples are charged to the methods that sweep, or the others may sample as many more"
+    )
+    max_sampled_tokens: int = chz.field(default=200_000_000, doc="refuse to start if more could be sampled in the rounds")
+
+    steps: int = chz.field(default=20, doc="optimizer steps of a round")
+    batch_size: int = chz.field(default=64, doc="solutions in a step")
+    learning_rate: float = chz.field(default=1e-3, doc="of the rounds, at their first step")
+    lr_schedule: LRSchedule = chz.field(
+        default="linear", doc="how it falls: over all rounds, or over each where the optimizer is fresh"
+    )
+    grad_clip_norm: float = chz.field(default=1.0, doc="0 = no clipping")
+    save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end of a round")
+
+    eval_samples: int = chz.field(default=16, doc="samples of each test question")
+    eval_temperature: str = chz.field(default="1", munger=lambda _, value: canonical(value), doc="they are sampled at")
+    chunk_sequences: int = chz.field(default=1024, doc="sequences sampled between two writes to the disk")
+    log_path: str = chz.field(default="runs/bstar", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch", max_num_seqs=512), doc="how this machine runs models"
+    )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.log_path)
+
+    def wanted(self, task: Task) -> float:
+        """Solutions of each question: the paper's N / M."""
+        return self.per_query or self.steps * self.batch_size / len(task.train)
+
+    def plans(self, task: Task) -> dict[str, Plan]:
+        sizes = {"queries": len(task.train), "dev": len(task.dev), "test": len(task.test), "samples": self.samples}
+        grid = {"temperatures": len(self.temperatures), "eval_samples": self.eval_samples, "sweep_cost": self.sweep_cost}
+        return {name: plan(METHODS[name], **sizes, **grid) for name in self.methods}
+
+
+def check_settings(config: Config) -> None:
+    """Refuses a folder that was filled with other settings; methods may be added to it."""
+    if unknown := [name for name in config.methods if name not in METHODS]:
+        raise ConfigError(f"methods={','.join(unknown)}: choose from {', '.join(METHODS)}")
+    if min(config.rounds, config.steps, config.samples, config.batch_size, config.eval_samples, config.warm_start_steps) < 1:
+        raise ConfigError("rounds, steps, samples, batch_size, eval_samples and warm_start_steps must be at least 1")
+    settings = config_to_json(chz.replace(config, methods=[], max_sampled_tokens=0))
+    file = config.folder / "recipe.json"
+    if file.exists() and json.loads(file.read_text()) != settings:
+        raise ConfigError(f"{config.folder} was filled with other settings ({file.name}): delete it, or choose another log_path")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(settings, indent=2) + "\n")
+
+
+async def run(config: Config) -> None:
+    renderer = get_renderer(config.renderer_name, load_tokenizer(config.model_name, config.backend.max_length))
+    task = config.task(renderer)
+    plans = config.plans(task)
+    print_plan(plans, config.rounds, config.steps, config.batch_size, task.max_tokens)
+    check_budget(projected_tokens(list(plans.values()), config.rounds, task.max_tokens), config.max_sampled_tokens)
+    check_settings(config)
+    write_questions(config.folder, task)
+    with ServiceClient(config.backend, config.folder / "checkpoints") as service:
+        lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+        client = service.create_training_client(config.model_name, lora, config.seed)
+        await warm_start(config, task, renderer, client)
+        if config.reward.needs_prm:
+            await completer(config, task, renderer, client)
+            await prm_data(config, task)
+            await prm(config, task)
+        reward = config.reward(service, renderer, str(prm_path(config)), task.form)
+        lab = Lab(config, task, renderer, client, reward)
+        for name, one in plans.items():
+            await run_method(lab, name, METHODS[name], one)
+    print(f"report: {write_report(config.folder)}")
+
+
+def main(config: Config) -> None:
+    asyncio.run(run(config))
+
+
+if __name__ == "__main__":
+    run_command(main, Config, {"task": TASKS, "reward": REWARDS})
