@@ -5,7 +5,7 @@ logprobs are computed once, before the first step (reference.py). Evaluations co
 is one more at the end. Left out: new answers sampled while training, warm-up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from tracking.progress import TrainingProgress
 from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
 
 Metrics = dict[str, float]
+Evaluator = Callable[[TrainingClient], Awaitable[Metrics]]
 HEADLINE = {"dpo_loss": "loss", "accuracy": "accuracy", "test/accuracy": "test accuracy"}
 
 
@@ -87,9 +88,13 @@ class Config:
 
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Everything that can be wrong with the input is raised before the model is loaded."""
+    return await train_on_pairs(config, *_pairs(config))
+
+
+async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], evaluator: Evaluator | None = None) -> Metrics:
+    """The loop on pairs that are tokens already; `config.dataset` is not read. `evaluator` adds metrics where `test` is evaluated."""
     if config.num_epochs < 1:
         raise ConfigError(f"num_epochs={config.num_epochs} must be at least 1")
-    train, test = _pairs(config)
     PairDataset(train, config.batch_size)  # raises if there are too few pairs
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
@@ -101,7 +106,8 @@ async def main(config: Config) -> Metrics:
             file, reference = folder.path / "reference_logprobs.jsonl", _reference(config)
             pairs = await with_reference([*train, *test], client, file, reference)
             train, test = pairs[: len(train)], pairs[len(train) :]
-        metrics = await _loop(config, folder, client, PairDataset(train, config.batch_size, config.data_seed), test)
+        dataset = PairDataset(train, config.batch_size, config.data_seed)
+        metrics = await _loop(config, folder, client, dataset, test, evaluator if config.eval_every else None)
     _finish(folder, metrics)
     return metrics
 
@@ -118,7 +124,14 @@ def _reference(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("model_name", "load_checkpoint_path", "seed", "lora_rank")}
 
 
-async def _loop(config: Config, folder: RunFolder, client: TrainingClient, dataset: PairDataset, test: list[Pair]) -> Metrics:
+async def _loop(
+    config: Config,
+    folder: RunFolder,
+    client: TrainingClient,
+    dataset: PairDataset,
+    test: list[Pair],
+    evaluator: Evaluator | None,
+) -> Metrics:
     num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
     checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
     start = checkpointer.start(None)  # the start policy is loaded already
@@ -137,9 +150,9 @@ async def _loop(config: Config, folder: RunFolder, client: TrainingClient, datas
                 "learning_rate": learning_rate,
             }
             with timed(metrics, "total"):
-                if test and step % config.eval_every == 0:
+                if (test or evaluator) and step % config.eval_every == 0:
                     with timed(metrics, "eval"):
-                        metrics |= await evaluate(client, config.method, test)
+                        metrics |= await _evaluations(config, client, test, evaluator)
                 with timed(metrics, "train"):
                     metrics |= await _train_step(config, folder, client, step, dataset.get_batch(step), learning_rate)
             log.log(metrics, step)
@@ -148,8 +161,8 @@ async def _loop(config: Config, folder: RunFolder, client: TrainingClient, datas
             progress.update(step, headline)
             if stop and step + 1 < num_steps:
                 checkpointer.interrupted(step + 1)
-        if test:
-            final = await evaluate(client, config.method, test)
+        if test or evaluator:
+            final = await _evaluations(config, client, test, evaluator)
             log.log(final, num_steps)
             metrics |= final
     checkpointer.save("final", num_steps)
@@ -185,6 +198,11 @@ def _share_of_mean(
 ) -> tuple[torch.Tensor, Metrics]:
     """What these pairs contribute to the mean over `num_pairs`."""
     return loss(pair_logprobs(pairs, sequence_logprobs(data_D, logprobs_D))).sum() / num_pairs, {}
+
+
+async def _evaluations(config: Config, client: TrainingClient, test: list[Pair], evaluator: Evaluator | None) -> Metrics:
+    metrics = await evaluate(client, config.method, test) if test else {}
+    return metrics | (await evaluator(client) if evaluator else {})
 
 
 async def evaluate(client: TrainingClient, loss: PreferenceLoss, pairs: Sequence[Pair], name: str = "test") -> Metrics:

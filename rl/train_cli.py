@@ -32,6 +32,7 @@ ENVS = {
     "chain": "envs.arithmetic_chain:ChainBuilder",
     "pairwise": "envs.pairwise:PairwiseBuilder",
     "reward_model": "envs.reward_model_env:RewardModelEnvBuilder",
+    "star_graph": "envs.star_graph_data:StarGraphBuilder",
     "verifiers": "envs.verifiers_adapter:VerifiersBuilder",
 }
 ADVANTAGES = {
@@ -39,6 +40,7 @@ ADVANTAGES = {
     "group_mean_std": "rl.advantages:GroupMeanStd",
     "rloo": "rl.advantages:LeaveOneOut",
     "batch_mean": "rl.advantages:BatchMean",
+    "seat_mean": "rl.advantages:SeatMean",
     "none": "rl.advantages:NoBaseline",
 }
 

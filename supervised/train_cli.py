@@ -26,6 +26,7 @@ DATASETS = {
     "gsm8k": "supervised.data:PromptCompletionFileBuilder prompt_field=question completion_field=answer",
     "huggingface": "supervised.data:HuggingFaceBuilder",
     "mixture": "supervised.data:MixtureBuilder",
+    "star_graph": "envs.star_graph_data:StarGraphExamplesBuilder",
     "*.jsonl": "supervised.data:ConversationFileBuilder path={}",
 }
 

@@ -1,0 +1,219 @@
+"""The classifier of Q# and CD on star graphs: will this path be right, seen from each of its tokens?
+
+A trunk and a head, read behind prompt + path: the output at token t has read token t, so it is Q(s, a) of that token. One output is the
+logit of a Bernoulli return, K outputs are a distribution over K returns from 0 to 1. The loss is the mean, over paths and all their tokens,
+of the cross-entropy with the return R of the whole path (Q#'s train_classifier.py).
+
+Pairs are those of its collect_rollouts.py: the true path, R = 1, and the first wrong one that the policy samples, R = 0; graphs on which it does
+not fail in `max_tries` are dropped. So right and wrong are 1 : 1 whatever the policy's success rate, and the probability learned is that of a
+half-and-half mix of policy and truth, not the policy's own. Rankings are the same; kl_coef is not calibrated.
+
+Differs from the original: fresh pairs in every step; a prompt is read once for both paths; the head may be bilinear, and the trunk the forward
+encoder of a Belief State Transformer, without which little is learned in minutes (GUIDANCE.md); `next_token_coef` adds the next-token loss
+of both paths. Left out: collecting again with the guided policy (the original does not for star graphs).
+"""
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from backend.belief_state import BeliefState, BeliefStateConfig
+from backend.belief_state_blocks import KVCache
+from backend.checkpoints import atomic_folder
+from backend.errors import CheckpointError
+from backend.guidance import Guidance, log_pmf
+from backend.guided_sampler import LanguageModelTrunk, Reader, ValueReader, guided_sample
+from envs.star_graph_tokens import Layout
+
+CLASSIFIER_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "classifier.json", "classifier.safetensors", "optimizer.safetensors"
+
+
+class BeliefStateTrunk(nn.Module):
+    """The forward encoder of a Belief State Transformer."""
+
+    max_length = None
+
+    def __init__(self, model: BeliefState):
+        super().__init__()
+        self.model = model
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden
+
+    def read(self, tokens_B_T: torch.Tensor, cache: KVCache | None = None) -> tuple[torch.Tensor, KVCache]:
+        cache = list(cache or [])
+        position = 1 + (cache[0][0].shape[2] if cache else 0)  # 0 is that of an EOS before the row
+        return self.model.extend(self.model.forward_encoder, tokens_B_T, position, cache), cache
+
+    def select(self, cache: KVCache, rows: torch.Tensor) -> KVCache:
+        return [(keys[rows], values[rows]) for keys, values in cache]
+
+    def next_token_logits(self, states: torch.Tensor) -> torch.Tensor:
+        return self.model.text_head(states, self.model.empty_suffix().expand_as(states))[0]
+
+
+class LinearHead(nn.Module):
+    """The original's: reads the state behind the token."""
+
+    def __init__(self, hidden: int, num_outputs: int):
+        super().__init__()
+        self.out = nn.Linear(hidden, num_outputs)
+
+    def forward(self, before: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        return self.out(behind)
+
+
+class BilinearHead(nn.Module):
+    """Also reads products of the state before the token with that behind it: a trunk that knows what should come next need not say, once
+    it has read the token, whether that came."""
+
+    def __init__(self, hidden: int, num_outputs: int):
+        super().__init__()
+        self.before, self.behind = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+        self.out = nn.Linear(2 * hidden, num_outputs)
+
+    def forward(self, before: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.cat([self.before(before) * self.behind(behind), behind], dim=-1))
+
+
+Head = Literal["linear", "bilinear"]
+
+
+class Classifier(nn.Module):
+    """`num_outputs` = 1: a Bernoulli return; K >= 2: K atoms. `seed` is that of the head."""
+
+    def __init__(
+        self, trunk: LanguageModelTrunk | BeliefStateTrunk, num_outputs: int = 1, head: Head = "bilinear", seed: int = 0
+    ):
+        super().__init__()
+        self.trunk, self.num_outputs = trunk, num_outputs
+        self.head_name: Head = head
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.head = (BilinearHead if head == "bilinear" else LinearHead)(trunk.hidden_size, num_outputs)
+
+    def reader(self) -> ValueReader:
+        return ValueReader(self.trunk, self.head)
+
+    def forward(self, prefixes_B_P: torch.Tensor, paths_2B_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two paths for each prompt, all first ones before all second ones: outputs (2B, L, K) at their tokens, and the states (2B, L, H)
+        that each token is predicted from. The prompt is read once; gradients of both paths meet in its keys and values."""
+        trunk = self.reader().trunk
+        prefix_states_B_P_H, cache = trunk.read(prefixes_B_P)
+        rows = torch.arange(len(prefixes_B_P), device=prefixes_B_P.device).repeat(2)
+        states_2B_L_H, _ = trunk.read(paths_2B_L, trunk.select(cache, rows))
+        before = torch.cat([prefix_states_B_P_H[rows, -1:], states_2B_L_H[:, :-1]], dim=1)
+        return self.head(before, states_2B_L_H), before
+
+
+def value_loss(values_B_L_K: torch.Tensor, returns_B: torch.Tensor) -> torch.Tensor:
+    """(B, L) cross-entropies, in nats, of every token's distribution with the atom nearest to the return of the whole row."""
+    log_pmf_B_L_A, returns_A = log_pmf(values_B_L_K)
+    label_B = (returns_B * (len(returns_A) - 1)).round().long()
+    return -log_pmf_B_L_A.gather(-1, label_B[:, None, None].expand(*values_B_L_K.shape[:2], 1))[..., 0]
+
+
+def judged_right(values: torch.Tensor) -> torch.Tensor:
+    """Whether the expected return is above 1/2: (..., K) to bool (...)."""
+    log_pmf_A, returns_A = log_pmf(values)
+    return (log_pmf_A.exp() * returns_A).sum(-1) > 0.5
+
+
+def collect_pairs(
+    policy: Reader, layout: Layout, rows_B_T: np.ndarray, seed: tuple[int, ...], device: torch.device, max_tries: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """prefixes_B_P and paths_2B_L in the tokenizer's ids, the true paths first; B counts the graphs on which the policy failed once.
+
+    The policy samples at temperature 1 from its full distribution. Row and try alone decide the numbers it draws with.
+    """
+    ids_B_T = torch.from_numpy(layout.encode(rows_B_T)).to(device)
+    prefixes_B_P, truth_B_L = ids_B_T[:, : layout.prefix_length], ids_B_T[:, layout.prefix_length :]
+    wrong_B_L, waiting = truth_B_L.clone(), torch.arange(len(ids_B_T), device=device)
+    for attempt in range(max_tries):
+        uniforms_B_L = torch.from_numpy(np.random.default_rng((*seed, attempt)).random(truth_B_L.shape)).to(device)
+        sample = guided_sample(policy, prefixes_B_P[waiting], truth_B_L.shape[1], Guidance(), uniforms_B_T=uniforms_B_L[waiting])
+        wrong_B_L[waiting] = sample.tokens_B_T
+        waiting = waiting[(sample.tokens_B_T == truth_B_L[waiting]).all(1)]
+        if not len(waiting):
+            break
+    failed_B = (wrong_B_L != truth_B_L).any(1)
+    return prefixes_B_P[failed_B], torch.cat([truth_B_L[failed_B], wrong_B_L[failed_B]])
+
+
+# --- trunks and files ---------------------------------------------------------------------------------------------------------------
+
+
+def new_trunk(policy: LanguageModelTrunk, copy_weights: bool, seed: int) -> LanguageModelTrunk:
+    """The policy's architecture, with its weights or with new ones that depend on `seed` alone."""
+    if copy_weights:
+        return copy.deepcopy(policy)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(policy.model.config), dtype=torch.float32)
+    return LanguageModelTrunk(model.to(policy.model.device).eval())
+
+
+def save_classifier(path: Path, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
+    """A folder that load_classifier opens, with the optimizer beside it."""
+    state = {
+        f"{key}:{name}": value.contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    about: dict[str, Any] = {"num_outputs": model.num_outputs, "head": model.head_name}
+    with atomic_folder(path) as folder:
+        if isinstance(model.trunk, BeliefStateTrunk):
+            about["belief_state"] = asdict(model.trunk.model.config)
+        else:
+            model.trunk.model.config.save_pretrained(folder)
+        save_model(model, str(folder / WEIGHTS_FILE))  # knows of tied weights
+        save_file(state, folder / OPTIMIZER_FILE)
+        (folder / CLASSIFIER_FILE).write_text(json.dumps(about, indent=2))
+
+
+def load_classifier(path: str | Path, device: torch.device) -> Classifier:
+    """Raises CheckpointError where the folder holds no classifier."""
+    path = Path(path)
+    try:
+        about = json.loads((path / CLASSIFIER_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a classifier of this project ({CLASSIFIER_FILE}: {error})") from error
+    if "belief_state" in about:
+        trunk = BeliefStateTrunk(BeliefState(BeliefStateConfig(**about["belief_state"]), seed=None))
+    else:
+        trunk = LanguageModelTrunk(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32).eval())
+    model = Classifier(trunk, about["num_outputs"], about["head"]).to(device)
+    load_weights(path, model)
+    return model
+
+
+def load_weights(path: Path, model: Classifier) -> None:
+    try:
+        load_model(model, str(path / WEIGHTS_FILE))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold the weights of this classifier (was trunk, head or num_outputs another?): {error}"
+        ) from error
+
+
+def load_optimizer(path: Path, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, tensor in load_file(path / OPTIMIZER_FILE).items():
+        slot, name = key.split(":", 1)
+        device = parameters[name].device if slot != "step" or parameters[name].is_cuda else "cpu"
+        optimizer.state[parameters[name]][slot] = tensor.to(device)

@@ -1,0 +1,59 @@
+"""Accuracy on held-out graphs: paths decoded greedily by the project's sampler, as a prompt and l tokens, all graphs at once.
+
+test/first_hop is the share of graphs whose second path node is right, the one decision of the task; test/exact is the whole path;
+test/node_k is node k. A reversed model writes the path from the goal, so its first hop comes last but one; a teacherless one gives all nodes
+in one pass over the prompt and l - 1 dummies. Left out: beams, sampling.
+"""
+
+import asyncio
+
+import numpy as np
+
+from backend.sampling_client import SamplingClient
+from backend.training_client import TrainingClient
+from backend.types import ModelInput, SamplingParams
+from envs.star_graph import HeldOut
+from envs.star_graph_data import Targets, path_accuracy
+from envs.star_graph_tokens import Layout
+
+
+async def decode_paths(sampler: SamplingClient, prefixes_B_P: np.ndarray, layout: Layout, targets: Targets) -> np.ndarray:
+    """Greedy targets, source first, in the tokenizer's ids: (B, target_length)."""
+    if targets == "teacherless":
+        return await _decode_at_once(sampler, prefixes_B_P, layout)
+    params = SamplingParams(max_tokens=layout.target_length, temperature=0.0, stop=[], seed=0)
+    prompts_B = [ModelInput.from_ints(prefix_P) for prefix_P in prefixes_B_P.tolist()]
+    responses_B = await asyncio.gather(*(sampler.sample_async(prompt, 1, params) for prompt in prompts_B))
+    tokens_B_L = np.array([response.sequences[0].tokens for response in responses_B])
+    return tokens_B_L[:, ::-1] if targets == "reversed" else tokens_B_L
+
+
+async def _decode_at_once(sampler: SamplingClient, prefixes_B_P: np.ndarray, layout: Layout) -> np.ndarray:
+    """The prompt ends in l - 1 dummies; token t of the path is the best continuation of what lies before dummy t, the last is sampled."""
+    dummies = [layout.dollar] * (layout.target_length - 1)
+    params = SamplingParams(max_tokens=1, temperature=0.0, stop=[], seed=0)
+    prompts_B = [ModelInput.from_ints([*prefix_P, *dummies]) for prefix_P in prefixes_B_P.tolist()]
+    responses_B = await asyncio.gather(*(sampler.sample_async(p, 1, params, topk_prompt_logprobs=1) for p in prompts_B))
+    paths_B = []
+    for response in responses_B:
+        assert response.topk_prompt_logprobs is not None
+        best = [entries[0][0] for entries in response.topk_prompt_logprobs[layout.prefix_length :] if entries]
+        paths_B.append(best + response.sequences[0].tokens)
+    return np.array(paths_B)
+
+
+class AccuracyEvaluator:
+    """Metrics of the policy a TrainingClient holds; the loops' evaluator."""
+
+    def __init__(self, test: HeldOut, layout: Layout, targets: Targets = "forward"):
+        self.targets: Targets = targets
+        self.layout, self.ids_B_T = layout, layout.encode(test.tokens_B_T)
+
+    async def __call__(self, client: TrainingClient) -> dict[str, float]:
+        return await self.of_sampler(await client.save_weights_and_get_sampling_client_async())
+
+    async def of_sampler(self, sampler: SamplingClient) -> dict[str, float]:
+        prefix, nodes_L = self.layout.prefix_length, self.layout.nodes_L
+        found_B_L = await decode_paths(sampler, self.ids_B_T[:, :prefix], self.layout, self.targets)
+        accuracy = path_accuracy(found_B_L[:, nodes_L], self.ids_B_T[:, prefix:][:, nodes_L])
+        return {f"test/{name}": value for name, value in accuracy.items()}

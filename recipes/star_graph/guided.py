@@ -1,0 +1,273 @@
+"""Q# and controlled decoding on star graphs: a classifier is trained beside a frozen next-token policy, and then guides its decoding.
+
+    python recipes/star_graph/guided.py policy_path=runs/star_graph/gpt/checkpoints/final        # runs/star_graph_guided
+    python recipes/star_graph/guided.py policy_path=... trunk=runs/star_graph/bst/checkpoints/final next_token_coef=0
+
+One classifier serves all methods: log_path/classifier is its run folder, log_path/qsharp and log_path/cd hold the accuracy of decoding
+with it, by the step of its training. At the end comes a table over methods and kl_coef, with the oracle in the classifier's place beside it.
+GUIDANCE.md says what works. Differs from Q#'s train_classifier.py: fresh graphs, a constant learning rate, no weight decay.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import json
+import math
+from contextlib import closing
+from pathlib import Path
+
+import chz
+import torch
+from torch.nn.functional import cross_entropy
+
+from backend.belief_state_files import CONFIG_FILE as BELIEF_STATE_FILE
+from backend.belief_state_files import load_belief_state
+from backend.config import training_device
+from backend.errors import ConfigError, DataError, NonFiniteError
+from backend.guidance import Guidance, Method
+from backend.guided_sampler import LanguageModelTrunk, Reader, check_fit, language_model
+from backend.models import load_model
+from backend.tokenizers import load_tokenizer
+from envs.star_graph_data import Batches, StarGraphTask
+from envs.star_graph_tokens import Layout, layout_of
+from recipes.belief_state.star_graph import task_name
+from recipes.star_graph.classifier import (
+    BeliefStateTrunk,
+    Classifier,
+    Head,
+    collect_pairs,
+    judged_right,
+    load_optimizer,
+    load_weights,
+    new_trunk,
+    save_classifier,
+    value_loss,
+)
+from recipes.star_graph.guided_accuracy import Row, decode, format_table, guidance_table
+from recipes.star_graph.model import check_model
+from tracking.checkpointing import StopRequest
+from tracking.command_line import run_command
+from tracking.jsonl import write_atomically
+from tracking.metrics_log import MetricsLog, read_metrics, timed
+from tracking.progress import TrainingProgress
+from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
+
+FOLDERS: dict[Method, str] = {"q_sharp": "qsharp", "cd": "cd"}
+Metrics = dict[str, float]
+
+
+@chz.chz
+class Config:
+    """Value-guided decoding on star graphs: trains the classifier and evaluates Q# and CD with it."""
+
+    policy_path: str = chz.field(doc="folder of the next-token policy that is guided; it never moves")
+    task: StarGraphTask = chz.field(default_factory=StarGraphTask, doc="the graphs, and which are held out")
+    trunk: str = chz.field(
+        default="scratch",
+        doc="what the classifier begins with: 'scratch' (the policy's architecture, new weights), 'policy' (its weights), or the folder of "
+        "a Belief State Transformer (its forward encoder) or of another language model",
+    )
+    head: Head = chz.field(default="bilinear", doc="linear is the original's; bilinear reads the state before the token as well")
+    train_trunk: bool = chz.field(default=True, doc="false: only the head learns")
+    num_outputs: int = chz.field(default=1, doc="1: a Bernoulli return; K >= 2: a distribution over K returns from 0 to 1")
+    next_token_coef: float = chz.field(
+        default=0.0, doc="weight of predicting the tokens of both paths beside; the original has none"
+    )
+    guidance: Guidance = chz.field(default_factory=Guidance, doc="kl_coef, top_k, ...; the method is not read: all are evaluated")
+    kl_coefs: list[float] = chz.field(default_factory=lambda: [0.1, 1.0], doc="those of the table at the end")
+
+    num_steps: int = chz.field(default=500, doc="optimizer steps")
+    batch_size: int = chz.field(default=64, doc="graphs of a step, each with a right and a wrong path")
+    max_tries: int = chz.field(default=8, doc="samples of the policy for a graph, until one is wrong; then the graph is dropped")
+    learning_rate: float = chz.field(default=3e-3, doc="after the warm-up")
+    warmup_steps: int = chz.field(default=30, doc="over which the learning rate rises linearly")
+    weight_decay: float = chz.field(default=0.0, doc="AdamW's, decoupled")
+    grad_clip_norm: float = chz.field(default=1.0, doc="of all gradients together")
+    seed: int = chz.field(default=0, doc="of the classifier's weights, its pairs, and sampled decoding")
+
+    eval_every: int = chz.field(default=100, doc="guided accuracy before every this many steps, and at the end")
+    save_every: int = chz.field(default=250, doc="checkpoint after every this many steps, and at the end")
+    log_path: str = chz.field(default="runs/star_graph_guided", doc="the folder of the classifier's and the methods' folders")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
+
+    @chz.validate
+    def _check(self) -> None:
+        for kl_coef in self.kl_coefs:
+            chz.replace(self.guidance, kl_coef=kl_coef)  # raises now what would otherwise be raised after training
+        for name in ("num_outputs", "batch_size", "max_tries", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def main(config: Config) -> list[Row]:
+    """Trains, or goes on, and returns the table's rows. What does not fit together is raised before training."""
+    graph, device = config.task.graph(), training_device()
+    rows_D_T, test = config.task.split()
+    check_model(config.policy_path, graph)
+    layout = layout_of(load_tokenizer(config.policy_path), graph)
+    policy = language_model(load_model(config.policy_path, 0, device, torch.float32).requires_grad_(False))
+    model = _new_classifier(config, policy, device)
+    check_fit(policy.trunk, model.trunk, layout.length)
+    batches = Batches(graph, test, rows_D_T, config.batch_size, config.num_steps, (config.seed, 3))
+    run = open_run_folder(Path(config.log_path) / "classifier", config.behavior_if_log_dir_exists, config)
+    trainer = Trainer(config, layout, policy, model, batches)
+    test_ids_B_T = torch.from_numpy(layout.encode(test.tokens_B_T)).to(device)
+    _train(config, run, trainer, test_ids_B_T)
+    rows = guidance_table(policy, model.reader(), config.guidance, config.kl_coefs, test_ids_B_T, layout, config.seed)
+    (Path(config.log_path) / "guidance.json").write_text(json.dumps(rows, indent=1))
+    print(format_table(rows))
+    return rows
+
+
+def _new_classifier(config: Config, policy: Reader, device: torch.device) -> Classifier:
+    assert isinstance(policy.trunk, LanguageModelTrunk)
+    if config.trunk in ("scratch", "policy"):
+        trunk = new_trunk(policy.trunk, config.trunk == "policy", config.seed)
+    elif (Path(config.trunk) / BELIEF_STATE_FILE).exists():
+        trunk = BeliefStateTrunk(load_belief_state(config.trunk, task_name(config.task.graph())))
+    else:
+        trunk = LanguageModelTrunk(load_model(config.trunk, 0, device, torch.float32))
+    return Classifier(trunk, config.num_outputs, config.head, config.seed).to(device)
+
+
+# --- training -----------------------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A classifier, its optimizer, and a step of its training as a function of the step's number."""
+
+    def __init__(self, config: Config, layout: Layout, policy: Reader, model: Classifier, batches: Batches):
+        self.config, self.layout, self.policy, self.model, self.batches = config, layout, policy, model, batches
+        self.device = model.head.out.weight.device
+        model.trunk.requires_grad_(config.train_trunk)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+
+    def pairs(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        epoch, index = divmod(step, len(self.batches))
+        seed = (self.config.seed, 4, step)
+        rows_B_T = self.batches.rows(index, epoch)
+        return collect_pairs(self.policy, self.layout, rows_B_T, seed, self.device, self.config.max_tries)
+
+    def step(self, step: int) -> Metrics:
+        prefixes_B_P, paths_2B_L = self.pairs(step)
+        if not len(prefixes_B_P):
+            raise DataError(
+                f"step {step}: the policy wrote all paths right {self.config.max_tries} times over: there is nothing to guide"
+            )
+        loss, metrics = self.loss(prefixes_B_P, paths_2B_L)
+        self.optimizer.zero_grad()
+        loss.backward()
+        metrics["optim/grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm))
+        if not math.isfinite(metrics["optim/grad_norm"]):
+            raise NonFiniteError(
+                f"step {step}: loss {loss.item()}, gradient norm not finite; no weight was changed. Lower learning_rate"
+            )
+        metrics["learning_rate"] = self.config.learning_rate * min(1.0, (step + 1) / max(self.config.warmup_steps, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = metrics["learning_rate"]
+        self.optimizer.step()
+        return metrics
+
+    def loss(self, prefixes_B_P: torch.Tensor, paths_2B_L: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        returns_2B = torch.arange(len(paths_2B_L), device=self.device) < len(prefixes_B_P)
+        metrics: Metrics = {"num_pairs": len(prefixes_B_P)}
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            values_2B_L_K, before_2B_L_H = self.model(prefixes_B_P, paths_2B_L)
+            nll_2B_L = value_loss(values_2B_L_K, returns_2B.float())
+            loss = nll_2B_L.mean()
+            if self.config.next_token_coef:
+                logits_2B_L_V = self.model.trunk.next_token_logits(before_2B_L_H).float()
+                next_token = cross_entropy(logits_2B_L_V.flatten(0, 1), paths_2B_L.flatten())
+                loss = loss + self.config.next_token_coef * next_token
+                metrics["classifier/next_token_nll"] = next_token.item()
+        right_2B_L = judged_right(values_2B_L_K) == returns_2B[:, None]
+        metrics["classifier/nll"] = nll_2B_L.mean().item()
+        for k, node in enumerate(self.layout.nodes_L, start=1):
+            metrics[f"classifier/nll_node_{k}"] = nll_2B_L[:, node].mean().item()
+            metrics[f"classifier/accuracy_node_{k}"] = right_2B_L[:, node].float().mean().item()
+        return loss, metrics
+
+
+def _train(config: Config, run: RunFolder, trainer: Trainer, test_ids_B_T: torch.Tensor) -> None:
+    start = _resume(run, trainer)
+    with (
+        closing(MetricsLog(run)) as log,
+        StopRequest() as stop,
+        TrainingProgress(config.num_steps, start, "classifier") as progress,
+    ):
+        headline: Metrics = {}
+        for step in range(start, config.num_steps):
+            metrics: Metrics = {}
+            with timed(metrics, "total"):
+                if step % config.eval_every == 0:
+                    metrics |= _evaluate(config, trainer, test_ids_B_T)
+                metrics |= trainer.step(step)
+            log.log(metrics, step)
+            headline |= {short: metrics[name] for name, short in HEADLINE.items() if name in metrics}
+            progress.update(step, headline)
+            if step + 1 < config.num_steps and ((step + 1) % config.save_every == 0 or stop):
+                _save(run, trainer, step + 1)
+                if stop:
+                    print(
+                        f"stopped before step {step + 1}; the same command with behavior_if_log_dir_exists=resume goes on from there"
+                    )
+                    raise KeyboardInterrupt
+        log.log(_evaluate(config, trainer, test_ids_B_T), config.num_steps)
+    _save(run, trainer, config.num_steps)
+    _write_method_folders(config, run)
+
+
+HEADLINE = {
+    "classifier/nll": "nll",
+    "classifier/accuracy_node_2": "first hop judged",
+    "q_sharp/first_hop": "Q#",
+    "cd/first_hop": "CD",
+}
+
+
+def _save(run: RunFolder, trainer: Trainer, next_step: int) -> None:
+    path = run.checkpoints / f"{next_step:06d}"
+    save_classifier(path, trainer.model, trainer.optimizer)
+    run.record_checkpoint(path.name, next_step, path)
+
+
+def _resume(run: RunFolder, trainer: Trainer) -> int:
+    """The step to go on with: the weights and the optimizer of the folder's last checkpoint are in place."""
+    record = run.last_checkpoint()
+    if record is not None:
+        load_weights(record.path, trainer.model)
+        load_optimizer(record.path, trainer.model, trainer.optimizer)
+    run.truncate_metrics(record.step if record else 0)
+    return record.step if record else 0
+
+
+def _evaluate(config: Config, trainer: Trainer, test_ids_B_T: torch.Tensor) -> Metrics:
+    metrics: Metrics = {}
+    for method in FOLDERS:
+        guidance = chz.replace(config.guidance, method=method)
+        accuracy = decode(trainer.policy, trainer.model.reader(), guidance, test_ids_B_T, trainer.layout)
+        metrics |= {f"{method}/{name}": value for name, value in accuracy.items()}
+    return metrics
+
+
+def _write_method_folders(config: Config, run: RunFolder) -> None:
+    """What the classifier's metrics say of each method, in a folder of its own, as the recipe's other methods have one."""
+    for method, name in FOLDERS.items():
+        lines = []
+        for record in read_metrics(run.path):
+            accuracy = {
+                key.replace(f"{method}/", "test/"): value for key, value in record.items() if key.startswith(f"{method}/")
+            }
+            if accuracy:
+                lines.append(json.dumps({"step": record["step"], **accuracy}) + "\n")
+        folder = Path(config.log_path) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "metrics.jsonl", "".join(lines))
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

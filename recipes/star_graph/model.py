@@ -1,0 +1,64 @@
+"""The decoder of the star-graph recipes: a small GPT-2 with random weights and the numeral tokenizer, saved as a Hugging Face folder.
+
+Learned positions, LayerNorm and GELU are the originals' (GPT-2); the sizes are for two CPU cores. The folder opens wherever a model_name is
+asked for. Which graphs it was made for is in its config and travels with every checkpoint of it.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+
+from backend.checkpoints import atomic_folder
+from backend.errors import CheckpointError
+from envs.star_graph import StarGraph
+from envs.star_graph_tokens import numeral_tokenizer
+
+INIT_STD = 0.08  # with GPT-2's 0.02 a model this narrow takes several times as long to find its look-ups
+
+
+def make_model(
+    graph: StarGraph, path: str | Path, seed: int = 0, num_layers: int = 2, num_heads: int = 4, hidden: int = 64
+) -> Path:
+    """Writes the folder, unless it is there already, and returns it. 0.1M parameters as it stands."""
+    path = Path(path)
+    if path.exists():
+        check_model(path, graph)
+        return path
+    config = GPT2Config(
+        vocab_size=graph.vocab_size,
+        n_positions=graph.length + 1,
+        n_layer=num_layers,
+        n_head=num_heads,
+        n_embd=hidden,
+        initializer_range=INIT_STD,
+        eos_token_id=graph.eos,
+        bos_token_id=None,
+        pad_token_id=graph.pad,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    config.star_graph = [graph.num_paths, graph.path_length, graph.num_nodes]  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with atomic_folder(path) as folder:
+        model.save_pretrained(folder)
+        numeral_tokenizer(graph).save_pretrained(folder)
+    return path
+
+
+def check_model(path: str | Path, graph: StarGraph) -> None:
+    """Raises CheckpointError where the folder is no model, or one made for graphs of another size."""
+    if not (Path(path) / "config.json").exists():
+        raise CheckpointError(f"{path} has no config.json: it is no checkpoint of a model")
+    made_for = getattr(AutoConfig.from_pretrained(path), "star_graph", None)
+    if made_for is None:
+        raise CheckpointError(f"{path} was not made for star graphs (recipes/star_graph/model.py makes models that are)")
+    if StarGraph(*made_for) != graph:
+        d, length, nodes = made_for
+        raise CheckpointError(
+            f"{path} was trained on G({d},{length}) over {nodes} nodes, not on {graph.name} over {graph.num_nodes}: "
+            "choose the same size, or another checkpoint"
+        )

@@ -1,0 +1,87 @@
+"""DPO and RPO on star graphs, as in Q#'s train_dpo.py (Zhou et al. 2025): the right path against a wrong one the policy sampled.
+
+    python recipes/star_graph/preferences.py model_name=runs/star_graph_gpt/checkpoints/final method=rpo pairs_path=PAIRS.jsonl
+
+The losses are preference/losses.py's: sums over the path's tokens, beta 0.1; RPO is DPO - log pi(right path). The reference is the policy the
+run starts from. Differs: fresh pairs are not collected while training (nor there), a linear schedule, no weight decay, no clipping.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+from pathlib import Path
+
+import chz
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError
+from backend.service_client import ServiceClient
+from backend.tokenizers import load_tokenizer
+from envs.star_graph import sample_graphs
+from envs.star_graph_data import StarGraphTask
+from envs.star_graph_tokens import layout_of
+from preference import train_dpo
+from preference.train_cli import METHODS
+from preference.types import ComparisonDatasetBuilder
+from recipes.star_graph.evaluation import AccuracyEvaluator
+from recipes.star_graph.model import check_model
+from recipes.star_graph.rollouts import collect_pairs, read_pairs
+from tracking.command_line import run_command
+
+
+@chz.chz
+class Config(train_dpo.Config):
+    """DPO or RPO on star graphs, from a trained policy."""
+
+    task: StarGraphTask = chz.field(default_factory=StarGraphTask, doc="which graphs, and which are held out")
+    pairs_path: str | None = chz.field(
+        default=None,
+        doc="JSONL of pairs (rollouts.py; Q#'s collect_rollouts.py); None = collected with the policy, into the run folder's parent",
+    )
+    num_prompts: int = chz.field(default=4000, doc="prompts to collect pairs on")
+    dataset: ComparisonDatasetBuilder = chz.field(
+        default_factory=ComparisonDatasetBuilder, doc="not read: the pairs are tokens already"
+    )
+    renderer_name: str | None = chz.field(default="plain", doc="not read")
+    learning_rate: float = chz.field(default=1e-4, doc="at the first step")
+    num_epochs: int = chz.field(default=4, doc="passes over the pairs")
+    eval_every: int = chz.field(default=25, doc="accuracy on held-out graphs before every this many steps, and at the end")
+    log_path: str = chz.field(default="runs/star_graph_dpo", doc="the run folder")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
+    )
+
+
+def main(config: Config) -> train_dpo.Metrics:
+    graph = config.task.graph()
+    check_model(config.model_name, graph)
+    layout = layout_of(load_tokenizer(config.model_name, config.backend.max_length), graph)
+    pairs_path = Path(config.pairs_path or Path(config.log_path).parent / "pairs.jsonl")
+    if config.pairs_path and not pairs_path.exists():
+        raise ConfigError(f"pairs_path={pairs_path} is not there")
+    if not pairs_path.exists():
+        asyncio.run(collect(config, pairs_path))
+    _, test = config.task.split()
+    evaluator = AccuracyEvaluator(test, layout)
+    return asyncio.run(train_dpo.train_on_pairs(config, read_pairs(pairs_path, layout), [], evaluator))
+
+
+async def collect(config: Config, path: Path) -> None:
+    """Pairs of the policy the run starts from, on prompts that are in no held-out graph."""
+    rows_D_T, test = config.task.split()
+    graph = test.graph
+    seed = (config.seed, 3)
+    rows_D_T = sample_graphs(graph, config.num_prompts, seed, test) if rows_D_T is None else rows_D_T[: config.num_prompts]
+    with ServiceClient(config.backend) as service:
+        sampler = service.create_sampling_client(config.model_name)
+        layout = layout_of(sampler.get_tokenizer(), graph)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        await collect_pairs(sampler, layout.encode(rows_D_T), layout, path, seed=config.seed)
+
+
+if __name__ == "__main__":
+    run_command(main, Config, {"method": METHODS})

@@ -1,0 +1,91 @@
+"""Next-token training on star graphs, and its two repairs: reversed targets and teacherless training (Bachmann and Nagarajan 2024, section 5).
+
+    python recipes/star_graph/pretrain.py dataset.targets=reversed max_steps=800          # runs/star_graph_gpt
+    python recipes/star_graph/pretrain.py dataset.path=graph_2_5_sample_8000000.txt dataset.path_length=5 dataset.num_nodes=50
+
+Supervised training with cross-entropy on the path's tokens, through supervised/. Forward targets stay at 1/d: teacher forcing shows the model
+the node it is to leave, so that looking up the successor in the edge list explains every token but the first hop (the "Clever Hans" cheat).
+Differs from Q#'s train.py: fresh graphs in every batch, a constant learning rate, no weight decay.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import chz
+
+from backend.config import BackendConfig
+from backend.learning_rate import LRSchedule
+from backend.service_client import ServiceClient
+from backend.tokenizers import load_tokenizer
+from backend.training_client import TrainingClient
+from envs.star_graph_data import StarGraphExamplesBuilder
+from envs.star_graph_tokens import Layout, layout_of
+from recipes.star_graph.evaluation import AccuracyEvaluator
+from recipes.star_graph.model import check_model, make_model
+from renderers import get_renderer
+from supervised import train
+from supervised.nll import NLLEvaluator
+from supervised.types import SupervisedDatasetBuilder
+from tracking.command_line import run_command
+from tracking.run_folder import open_run_folder
+
+
+@chz.chz
+class Config(train.Config):
+    """Supervised training on star graphs."""
+
+    dataset: SupervisedDatasetBuilder = chz.field(default_factory=StarGraphExamplesBuilder, doc="builder of the graphs")
+    model_name: str = chz.field(default="", doc="a model folder; empty = a new small GPT-2 in the run folder's parent")
+    renderer_name: str | None = chz.field(default="plain", doc="how answers end; star graphs' own ends are used")
+    learning_rate: float = chz.field(default=1e-3, doc="at the first step")
+    lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
+    eval_every: int = chz.field(
+        default=50, doc="accuracy and loss on held-out graphs before every this many steps, and at the end"
+    )
+    save_every: int = chz.field(default=250, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
+    log_path: str = chz.field(default="runs/star_graph_gpt", doc="the run folder")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
+    )
+
+
+async def main(config: Config) -> train.Metrics:
+    return await train_with(config, lambda layout: train.CrossEntropy())
+
+
+async def train_with(config: Config, objective: Callable[[Layout], train.Objective]) -> train.Metrics:
+    """The supervised loop with accuracy and loss on the held-out graphs; `objective` is what a batch is trained on."""
+    builder = config.dataset
+    assert isinstance(builder, StarGraphExamplesBuilder)
+    graph = builder.graph()
+    if config.model_name:
+        check_model(config.model_name, graph)
+    else:
+        made = make_model(graph, Path(config.log_path).parent / f"model_seed_{config.seed}", config.seed)
+        config = chz.replace(config, model_name=str(made))
+    tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
+    layout = layout_of(tokenizer, graph)
+    dataset, test_dataset = builder(get_renderer(config.renderer_name, tokenizer))
+    accuracy, loss = AccuracyEvaluator(test_dataset.test, layout, builder.targets), NLLEvaluator(test_dataset)
+
+    async def evaluate(client: TrainingClient) -> train.Metrics:
+        return await loss(client) | await accuracy(client)
+
+    folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
+    with ServiceClient(config.backend, folder.checkpoints) as service:
+        client = service.create_training_client(config.model_name, seed=config.seed)
+        evaluator = evaluate if config.eval_every else None
+        metrics = await train.training_loop(config, folder, client, dataset, objective(layout), evaluator)
+    train.finish(folder, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_command(lambda config: asyncio.run(main(config)), Config)

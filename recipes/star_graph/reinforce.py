@@ -1,0 +1,117 @@
+"""REINFORCE on star graphs in the exact form of Q#'s train_reinforce.py (Zhou et al. 2025).
+
+    python recipes/star_graph/reinforce.py model_name=runs/star_graph_gpt/checkpoints/final rollouts=sampled baseline=0
+
+One rollout of each prompt by the present policy, greedy as there (temperature 0.8 and top-k 1) or sampled; r = 1 if the whole path is right.
+
+    baseline 0   w_i = 1.1 r_i - 0.1                      baseline 1   w_i = r_i - mean of the batch's r
+    loss = (1/M) sum_i w_i sum_t -log pi(y_it)            M prompts; pi is the full softmax at temperature 1
+
+Left out: warm-up, weight decay and clipping. A baseline for each prompt, several rollouts of it and importance weights are rl/'s: train.py
+of this folder runs that variant ("rl") beside these.
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import chz
+import numpy as np
+
+from backend.errors import ConfigError
+from backend.futures import APIFuture
+from backend.sampling_client import SamplingClient
+from backend.training_client import TrainingClient
+from backend.types import Datum, ForwardBackwardOutput, ModelInput, SampledSequence, SamplingParams
+from recipes.star_graph import pretrain
+from supervised import train
+from tracking.command_line import run_command
+
+
+@chz.chz
+class Config(pretrain.Config):
+    """REINFORCE on star graphs, from a trained policy."""
+
+    rollouts: Literal["greedy", "sampled"] = chz.field(
+        default="greedy", doc="greedy, as in Q#'s code, or sampled at temperature 1"
+    )
+    baseline: Literal[0, 1] = chz.field(default=1, doc="1: the batch's mean reward; 0: none, and wrong paths weigh -0.1")
+    learning_rate: float = chz.field(default=1e-4, doc="at the first step; Q# takes 1e-5 for GPT-2")
+    log_path: str = chz.field(default="runs/star_graph_reinforce", doc="the run folder")
+
+
+def weights(rewards_B: np.ndarray, baseline: Literal[0, 1]) -> np.ndarray:
+    """w_B of rewards 0 and 1."""
+    return rewards_B - rewards_B.mean() if baseline else 1.1 * rewards_B - 0.1
+
+
+def weighted_datum(prefix: Sequence[int], rollout: SampledSequence, weight: float) -> Datum:
+    """Minus `weight` times the log-likelihood of the sampled tokens, under the loss "reinforce"."""
+    tokens, before = [*prefix, *rollout.tokens], len(prefix) - 1
+    sampled = len(rollout.tokens)
+    return Datum(
+        ModelInput.from_ints(tokens[:-1]),
+        {
+            "target_tokens": tokens[1:],
+            "logprobs": [0.0] * before + rollout.logprobs,
+            "advantages": np.array([0.0] * before + [weight] * sampled, dtype=np.float32),
+            "mask": np.array([0.0] * before + [1.0] * sampled, dtype=np.float32),
+        },
+    )
+
+
+class Reinforce:
+    """An Objective of the supervised loop: a batch's rows are prompts with their right paths; what is trained on are rollouts."""
+
+    def __init__(self, target_length: int, rollouts: Literal["greedy", "sampled"], baseline: Literal[0, 1], seed: int):
+        self.target_length, self.seed = target_length, seed
+        self.baseline: Literal[0, 1] = baseline
+        self.temperature = 0.0 if rollouts == "greedy" else 1.0
+        self.rewards_B = np.zeros(0)  # of the batch under way
+
+    def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
+        sampler = client.save_weights_and_get_sampling_client()
+        rows = [[*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].array[-1])] for datum in batch_D]
+        prefixes = [row[: -self.target_length] for row in rows]
+        with ThreadPoolExecutor(
+            1
+        ) as thread:  # an event loop of its own: this one waits, and the sampler would wait for it in turn
+            rollouts = thread.submit(asyncio.run, self._roll_out(sampler, prefixes)).result()
+        right = [rollout.tokens == row[-self.target_length :] for rollout, row in zip(rollouts, rows, strict=True)]
+        self.rewards_B = np.array(right, dtype=np.float64)
+        weights_B = weights(self.rewards_B, self.baseline) / len(batch_D)
+        data = [weighted_datum(*one) for one in zip(prefixes, rollouts, weights_B.tolist(), strict=True)]
+        return client.forward_backward(data, "reinforce")
+
+    async def _roll_out(self, sampler: SamplingClient, prefixes: Sequence[Sequence[int]]) -> list[SampledSequence]:
+        asked = [sampler.sample_async(ModelInput.from_ints(prefix), 1, self.params(prefix)) for prefix in prefixes]
+        return [response.sequences[0] for response in await asyncio.gather(*asked)]
+
+    def params(self, prefix: Sequence[int]) -> SamplingParams:
+        """The seed is a function of the prompt, so that a resumed run samples what an uninterrupted one would have."""
+        seed = int(np.random.SeedSequence([self.seed, *prefix]).generate_state(1)[0])
+        return SamplingParams(max_tokens=self.target_length, temperature=self.temperature, stop=[], seed=seed)
+
+    def metrics(self, batch_D: Sequence[Datum], output: ForwardBackwardOutput) -> train.Metrics:
+        return {"reward": float(self.rewards_B.mean()), "reinforce_loss": output.metrics["loss:sum"]}
+
+
+async def main(config: Config) -> train.Metrics:
+    if not config.model_name:
+        raise ConfigError(
+            "model_name: REINFORCE starts from a trained policy; give the checkpoint of recipes/star_graph/pretrain.py"
+        )
+    return await pretrain.train_with(
+        config, lambda layout: Reinforce(layout.target_length, config.rollouts, config.baseline, config.seed)
+    )
+
+
+if __name__ == "__main__":
+    run_command(lambda config: asyncio.run(main(config)), Config)

@@ -1,0 +1,263 @@
+"""The planning problem next-token training cannot learn, and what was tried on it: every method on one set of star graphs.
+
+    python recipes/star_graph/train.py                              # G(2,3) over 12 nodes, one seed; runs/star_graph
+    python recipes/star_graph/train.py seeds='[0,1,2]'
+    python recipes/star_graph/train.py methods=gpt,bst task.path_length=4
+
+From scratch: gpt (next-token), reversed and teacherless targets, bst (Belief State Transformer). From the trained gpt: reinforce (Q#'s form),
+rl (this project's loop: several rollouts of a prompt, their mean as baseline), dpo, rpo, and guided, which is Q# and CD with one classifier.
+Methods run side by side, each in a process of its own with its run folder <log_path>/seed_<s>/<method>; one that has finished is not run again,
+an interrupted one is resumed. At the end: a table, and first-hop accuracy against steps in <log_path>/star_graph.png.
+"""
+
+import os
+
+if not __package__:  # run as a file: put the project on the path
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import chz
+
+from backend.config import BackendConfig
+from backend.errors import ConfigError
+from envs.star_graph_data import StarGraphBuilder, StarGraphExamplesBuilder, StarGraphTask, Targets
+from preference.losses import DPO, RPO, PreferenceLoss
+from recipes.belief_state import star_graph as bst_star_graph
+from recipes.belief_state import train as bst_train
+from recipes.star_graph import guided, preferences, pretrain, reinforce
+from recipes.star_graph.comparison import picture, read_curve, table
+from recipes.star_graph.model import make_model
+from recipes.star_graph.side_by_side import Job, run_side_by_side
+from rl import train as rl_train
+from tracking.command_line import run_command
+from tracking.run_folder import config_to_json
+
+FROM_SCRATCH = ("gpt", "reversed", "teacherless", "bst")
+FROM_GPT = ("reinforce", "rl", "dpo", "rpo", "guided")
+# A method waits for these, if they are among those that run; what starts from gpt's weights needs it.
+AFTER = {**dict.fromkeys(FROM_GPT, ("gpt",)), "rpo": ("gpt", "dpo"), "guided": ("gpt", "bst")}
+
+
+@chz.chz
+class Config:
+    """Every method on star graphs, side by side."""
+
+    methods: str = chz.field(
+        default=",".join(FROM_SCRATCH + FROM_GPT), doc="which, by comma; gpt is added where another starts from it"
+    )
+    seeds: list[int] = chz.field(default_factory=lambda: [0], doc="one run of everything for each: weights, data and sampling")
+    task: StarGraphTask = chz.field(
+        default_factory=StarGraphTask, doc="the graphs, and which are held out: the same for all seeds"
+    )
+    pretrain_steps: int = chz.field(default=800, doc="steps of gpt, reversed and teacherless, 128 graphs each")
+    bst_steps: int = chz.field(default=600, doc="steps of bst, 64 graphs each")
+    policy_steps: int = chz.field(default=200, doc="steps of reinforce, rl, dpo and rpo")
+    classifier_steps: int = chz.field(default=500, doc="steps of the classifier of Q# and CD")
+    classifier_trunk: Literal["bst", "scratch", "policy"] = chz.field(
+        default="bst", doc="the classifier's: bst's forward encoder, frozen, so that only a head learns; new weights; or gpt's"
+    )
+    policy_learning_rate: float = chz.field(default=3e-4, doc="of reinforce, rl, dpo and rpo")
+    processes: int = chz.field(default=2, doc="methods that run at the same time, one thread each")
+    log_path: str = chz.field(
+        default="runs/star_graph", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the runs"
+    )
+
+
+# --- methods --------------------------------------------------------------------------------------------------------------------
+
+
+def seed_folder(config: Config, seed: int) -> Path:
+    return Path(config.log_path) / f"seed_{seed}"
+
+
+def folder_of(config: Config, method: str, seed: int) -> Path:
+    return seed_folder(config, seed) / method
+
+
+def supervised(config: Config, method: str, seed: int) -> pretrain.Config:
+    targets: Targets = "forward" if method == "gpt" else "reversed" if method == "reversed" else "teacherless"
+    return pretrain.Config(
+        dataset=StarGraphExamplesBuilder(
+            **of_task(config), targets=targets, n_batches=config.pretrain_steps, batch_size=128, seed=seed
+        ),
+        model_name=str(seed_folder(config, seed) / "model"),
+        seed=seed,
+        keep_checkpoints=1,
+        log_path=str(folder_of(config, method, seed)),
+        behavior_if_log_dir_exists="resume",
+    )
+
+
+def reinforce_config(config: Config, seed: int) -> reinforce.Config:
+    return reinforce.Config(
+        dataset=StarGraphExamplesBuilder(**of_task(config), n_batches=config.policy_steps, batch_size=256, seed=1000 + seed),
+        model_name=final_checkpoint(config, "gpt", seed),
+        learning_rate=config.policy_learning_rate,
+        seed=seed,
+        eval_every=20,
+        save_every=100,
+        keep_checkpoints=1,
+        log_path=str(folder_of(config, "reinforce", seed)),
+        behavior_if_log_dir_exists="resume",
+    )
+
+
+def rl_config(config: Config, seed: int) -> rl_train.Config:
+    return rl_train.Config(
+        env=StarGraphBuilder(**of_task(config), n_batches=config.policy_steps, batch_size=32, group_size=8, seed=seed),
+        model_name=final_checkpoint(config, "gpt", seed),
+        renderer_name="plain",
+        max_tokens=config.task.path_length,
+        learning_rate=config.policy_learning_rate,
+        seed=seed,
+        eval_every=20,
+        save_every=100,
+        keep_checkpoints=1,
+        transcript_every=100,
+        log_path=str(folder_of(config, "rl", seed)),
+        behavior_if_log_dir_exists="resume",
+        backend=BackendConfig(engine="torch"),
+    )
+
+
+def preference_config(config: Config, method: str, seed: int) -> preferences.Config:
+    loss: PreferenceLoss = RPO() if method == "rpo" else DPO()
+    return preferences.Config(
+        task=config.task,
+        method=loss,
+        model_name=final_checkpoint(config, "gpt", seed),
+        num_prompts=4096,
+        batch_size=64,
+        num_epochs=10_000,
+        max_steps=config.policy_steps,
+        data_seed=seed,
+        learning_rate=config.policy_learning_rate,
+        seed=seed,
+        eval_every=20,
+        save_every=100,
+        keep_checkpoints=1,
+        log_path=str(folder_of(config, method, seed)),
+        behavior_if_log_dir_exists="resume",
+    )
+
+
+def of_task(config: Config) -> dict:
+    return {name: getattr(config.task, name) for name in chz.chz_fields(StarGraphTask)}
+
+
+def final_checkpoint(config: Config, method: str, seed: int) -> str:
+    return str(folder_of(config, method, seed) / "checkpoints" / "final")
+
+
+def guided_config(config: Config, seed: int) -> guided.Config:
+    return guided.Config(
+        policy_path=final_checkpoint(config, "gpt", seed),
+        task=config.task,
+        trunk=final_checkpoint(config, "bst", seed) if config.classifier_trunk == "bst" else config.classifier_trunk,
+        train_trunk=config.classifier_trunk != "bst",  # with all weights trained, one of the runs never left ln 2
+        num_steps=config.classifier_steps,
+        seed=seed,
+        log_path=str(seed_folder(config, seed)),
+        behavior_if_log_dir_exists="resume",
+    )
+
+
+def bst_config(config: Config, seed: int) -> bst_train.Config:
+    return bst_train.Config(
+        data=bst_star_graph.StarGraphBuilder(**of_task(config)),
+        num_steps=config.bst_steps,
+        seed=seed,
+        log_path=str(folder_of(config, "bst", seed)),
+        behavior_if_log_dir_exists="resume",
+    )
+
+
+def method_of(config: Config, name: str, seed: int) -> tuple[Callable[[Any], Any], Any]:
+    """The function that runs a method, and its settings."""
+    match name:
+        case "bst":
+            return bst_train.main, bst_config(config, seed)
+        case "reinforce":
+            return reinforce.main, reinforce_config(config, seed)
+        case "rl":
+            return rl_train.main, rl_config(config, seed)
+        case "dpo" | "rpo":
+            return preferences.main, preference_config(config, name, seed)
+        case "guided":
+            return guided.main, guided_config(config, seed)
+    return pretrain.main, supervised(config, name, seed)
+
+
+def run_method(run: Callable[[Any], Any], settings: Any) -> None:
+    """In the process of its own."""
+    outcome = run(settings)
+    if asyncio.iscoroutine(outcome):
+        asyncio.run(outcome)
+
+
+# --- the experiment -------------------------------------------------------------------------------------------------------------
+
+
+def chosen_methods(config: Config) -> list[str]:
+    """In the order of the table, with gpt and bst where they are needed."""
+    chosen, known = config.methods.split(","), FROM_SCRATCH + FROM_GPT
+    if unknown := [name for name in chosen if name not in known]:
+        raise ConfigError(f"methods={unknown[0]}: no such method; there are {', '.join(known)}")
+    needed = set(chosen) | ({"gpt"} if set(chosen) & set(FROM_GPT) else set())
+    if "guided" in chosen and config.classifier_trunk == "bst":
+        needed.add("bst")
+    return [name for name in known if name in needed]
+
+
+def job(config: Config, method: str, seed: int) -> Job:
+    run, settings = method_of(config, method, seed)
+    steps = {"bst": config.bst_steps, "guided": config.classifier_steps, **dict.fromkeys(FROM_SCRATCH[:3], config.pretrain_steps)}
+    return Job(
+        name=f"seed_{seed}/{method}",
+        folder=folder_of(config, "classifier" if method == "guided" else method, seed),
+        num_steps=steps.get(method, config.policy_steps),
+        run=partial(run_method, run, settings),
+        settings=config_to_json(settings),
+        after=tuple(f"seed_{seed}/{name}" for name in AFTER.get(method, ())),
+    )
+
+
+def main(config: Config) -> None:
+    methods, graph = chosen_methods(config), config.task.graph()
+    if not config.seeds:
+        raise ConfigError("seeds is empty: give one or more")
+    for seed in config.seeds:
+        make_model(graph, seed_folder(config, seed) / "model", seed)
+    jobs = [job(config, method, seed) for seed in config.seeds for method in methods]
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
+    try:
+        run_side_by_side(jobs, config.processes)
+    finally:  # of what has finished, whatever has not
+        finished = [method for method in methods if all(job(config, method, seed).finished() for seed in config.seeds)]
+        if finished:
+            report(config, finished)
+
+
+def report(config: Config, methods: Sequence[str]) -> None:
+    graph, out = config.task.graph(), Path(config.log_path)
+    names = [name for method in methods for name in (("cd", "qsharp") if method == "guided" else (method,))]
+    curves = {name: [read_curve(folder_of(config, name, seed)) for seed in config.seeds] for name in names}
+    text = f"{graph.name}, N={graph.num_nodes}, {config.task.num_test} held-out graphs, greedy decoding\n{table(curves)}"
+    (out / "table.txt").write_text(text + "\n")
+    panels = {
+        "from scratch": {name: curves[name] for name in names if name in FROM_SCRATCH},
+        "from the next-token model": {name: curves[name] for name in names if name not in FROM_SCRATCH},
+    }
+    title = f"{graph.name} over {graph.num_nodes} nodes"
+    print(f"{text}\npicture: {picture(panels, 1 / graph.num_paths, title, out / 'star_graph.png')}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
