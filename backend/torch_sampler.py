@@ -24,6 +24,7 @@ class TorchSampler:
         self._model = model.to(device=device, dtype=compute_dtype(device)).eval()  # type: ignore[arg-type]
         self._tokenizer, self._max_length, self._max_num_seqs, self._device = tokenizer, max_length, max_num_seqs, device
         self._waiting: list[SequenceRequest] = []
+        self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}
 
     def add(self, request: SequenceRequest) -> None:
         self._waiting.append(request)
@@ -50,7 +51,7 @@ class TorchSampler:
     # --- decoding ---------------------------------------------------------------------------------------------------------------
 
     def _decode(self, requests: list[SequenceRequest]) -> list[Sampled]:
-        rows = [_Row(request, self._device, self._stop_condition(request.params), self._tokenizer) for request in requests]
+        rows = [_Row(request, self._stop(request.params)) for request in requests]
         prompts: dict[tuple[int, ...], int] = {}  # the members of a group share a prompt: it is read once
         prompt_B = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in rows]
         width = max(map(len, prompts))
@@ -111,15 +112,39 @@ class TorchSampler:
                 entries.append(sorted(((token, float(logprobs_V[token])) for token in tokens), key=lambda entry: -entry[1]))
         return entries
 
-    def _stop_condition(self, params: SamplingParams) -> tuple[set[int], list[str]]:
-        """Token ids and strings that end a sequence. The model's EOS ends it too, unless stop is []."""
+    def _stop(self, params: SamplingParams) -> "_Stop":
+        """What ends a sequence: token ids and strings. The model's EOS ends it too, unless stop is []."""
         stop = [params.stop] if isinstance(params.stop, str) else params.stop
-        if stop is not None and not len(stop):
-            return set(), []
         ids = {item for item in stop or () if isinstance(item, int)}
-        if isinstance(self._tokenizer.eos_token_id, int):
+        strings = tuple(item for item in stop or () if isinstance(item, str))
+        if isinstance(self._tokenizer.eos_token_id, int) and (stop is None or len(stop)):
             ids.add(self._tokenizer.eos_token_id)
-        return ids, [item for item in stop or () if isinstance(item, str)]
+        key = (frozenset(ids), strings)
+        return self._stops.setdefault(key, _Stop(*key, self._tokenizer))
+
+
+@dataclass(frozen=True)
+class _Stop:
+    ids: frozenset[int]
+    strings: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    _may_end: dict[int, bool] = field(default_factory=dict)  # whether a token can hold the end of a string
+
+    def ends(self, tokens: list[int]) -> bool:
+        """Whether the last token ends the sequence."""
+        return tokens[-1] in self.ids or (bool(self.strings) and self._completes_string(tokens))
+
+    def _completes_string(self, tokens: list[int]) -> bool:
+        """Decodes only where the last token can complete a string, and only as many tokens as could hold the longest one."""
+        last = tokens[-1]
+        if last not in self._may_end:
+            text = self.tokenizer.decode([last, last], skip_special_tokens=False)  # twice: some drop a space at the beginning
+            self._may_end[last] = "\ufffd" in text or any(string[-1] in text for string in self.strings)
+        if not self._may_end[last]:
+            return False
+        tail = tokens[-(max(map(len, self.strings)) * 4 + 4) :]  # a character is at most four tokens (bytes)
+        text = self.tokenizer.decode(tail, skip_special_tokens=False)
+        return any(string in text for string in self.strings)
 
 
 @dataclass(eq=False)
@@ -127,9 +152,7 @@ class _Row:
     """One sequence while it is decoded."""
 
     request: SequenceRequest
-    device: torch.device
-    stop: tuple[set[int], list[str]]
-    tokenizer: PreTrainedTokenizerBase
+    stop: _Stop
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: StopReason | None = None
@@ -142,17 +165,10 @@ class _Row:
     def append(self, token: int, logprob: float) -> None:
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        ids, strings = self.stop
-        if token in ids or (strings and self._ends_in(strings)):
+        if self.stop.ends(self.tokens):
             self.finish = "stop"
         elif len(self.tokens) >= self.request.max_tokens:
             self.finish = "length"
-
-    def _ends_in(self, strings: list[str]) -> bool:
-        """Whether the last token completed a stop string. Decodes only as many tokens as could hold the longest one."""
-        tail = self.tokens[-(max(map(len, strings)) * 4 + 4) :]  # a character is at most four tokens (bytes)
-        text = self.tokenizer.decode(tail, skip_special_tokens=False)
-        return any(string in text for string in strings)
 
     def sampled(self) -> Sampled:
         assert self.finish is not None
