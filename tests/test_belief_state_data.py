@@ -1,6 +1,7 @@
 """The text path of the Belief State Transformer: stories, tokenizer, packing, fill-in-the-middle, shards. Nothing lost, doubled or made up."""
 
 import json
+from typing import Any
 
 import chz
 import numpy as np
@@ -226,8 +227,8 @@ def test_gaps_are_cut_out_where_the_document_has_room():
 
 
 def test_both_models_are_trained_on_text_fill_in_the_same_stories_and_are_judged(tmp_path):
-    data = {"num_stories": 100, "test_size": 20, "vocab_size": 600, "block_size": 200, "eval_rows": 4}
-    small = {"num_layers": 1, "num_heads": 2, "hidden": 16, "batch_size": 2, "num_steps": 2, "eval_every": 0}
+    data: dict[str, Any] = {"num_stories": 100, "test_size": 20, "vocab_size": 600, "block_size": 200, "eval_rows": 4}
+    small: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "hidden": 16, "batch_size": 2, "num_steps": 2, "eval_every": 0}
     objective = PairObjective(subsample=0.01)
     for model, builder in (("bst", TextBuilder(**data)), ("gpt", TextBuilder(**data, fill_in_the_middle=True))):
         run = str(tmp_path / model)
