@@ -69,7 +69,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape("tiny", 6, 16, 8, 128, 300),
     "tiny-long": Shape("tiny", 18, 60, 16, 128, 60),
-    "small": Shape("small", 18, 60, 8, 64, 30),
+    "small": Shape("small", 18, 60, 8, 64, 120),
     "qwen2.5-0.5b-shape": Shape("qwen2.5-0.5b-shape", 18, 256, 16, 384, 0),
 }
 
