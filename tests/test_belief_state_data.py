@@ -232,7 +232,8 @@ def test_both_models_are_trained_on_text_fill_in_the_same_stories_and_are_judged
     objective = PairObjective(subsample=0.01)
     for model, builder in (("bst", TextBuilder(**data)), ("gpt", TextBuilder(**data, fill_in_the_middle=True))):
         run = str(tmp_path / model)
-        metrics = train.main(train.Config(data=builder, model=model, objective=objective, log_path=run, **small))
+        config = train.Config(data=builder, model=model, objective=objective, log_path=run, **small)  # type: ignore[arg-type]
+        metrics = train.main(config)
         assert metrics["test/loss_next_token"] == pytest.approx(np.log(600), rel=0.2)
         infill.main(infill.Config(run=run, out=f"{run}.jsonl", num_documents=3, max_tokens=5))
     planned = infill.Config(
