@@ -224,7 +224,8 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-_STYLE = """
+# Colours and body of a page; recipes/bstar/report.py begins with it too.
+PAGE_STYLE = """
 :root{color-scheme:light dark;--ink:#1d232b;--soft:#67717e;--line:#dfe3e8;--page:#f6f7f9;--card:#fff;--inset:#f3f5f7;
 --good:22,140,70;--bad:208,52,56}
 @media(prefers-color-scheme:dark){:root{--ink:#dfe4ea;--soft:#8d97a5;--line:#30363e;--page:#14171b;--card:#1c2026;--inset:#15181c;
@@ -232,7 +233,10 @@ _STYLE = """
 *{box-sizing:border-box}
 body{font:14px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif;color:var(--ink);background:var(--page);
 max-width:1100px;margin:0 auto;padding:24px 20px 60px}
-h1{font-size:22px;margin:0}h3{font-size:12px;font-weight:600;color:var(--soft);margin:14px 0 4px}
+"""
+_STYLE = (
+    PAGE_STYLE
+    + """h1{font-size:22px;margin:0}h3{font-size:12px;font-weight:600;color:var(--soft);margin:14px 0 4px}
 header{margin-bottom:18px}header p{margin:4px 0;color:var(--soft)}.legend{margin-right:12px}
 summary{cursor:pointer;display:flex;align-items:center;gap:8px;flex-wrap:wrap;list-style:none}
 summary::-webkit-details-marker{display:none}
@@ -258,7 +262,8 @@ i{font-style:normal}.s,.t{position:relative}.s::before,.t::before,.l::before{col
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 14px;margin:6px 0}dt{color:var(--soft)}
 dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 dd,code{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:13px}
-""" + "".join(
+"""
+) + "".join(
     f".p{shade}{{background:rgba(var(--good),{0.07 * shade:.2f})}}.n{shade}{{background:rgba(var(--bad),{0.07 * shade:.2f})}}"
     for shade in range(1, SHADES + 1)
 )

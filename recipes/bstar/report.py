@@ -21,6 +21,7 @@ from recipes.bstar.records import Choice, Summary, read_choice, read_summaries
 from recipes.bstar.showcase import samples_html
 from recipes.bstar.tasks import Task
 from tracking.jsonl import read_jsonl, write_atomically
+from tracking.transcripts import PAGE_STYLE
 
 QUESTIONS = "questions.jsonl"
 
@@ -201,14 +202,9 @@ def main() -> None:
         sys.exit(2)
 
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1d232b;--soft:#67717e;--line:#dfe3e8;--page:#f6f7f9;--card:#fff;--inset:#f3f5f7;
---good:22,140,70;--bad:208,52,56}
-@media(prefers-color-scheme:dark){:root{--ink:#dfe4ea;--soft:#8d97a5;--line:#30363e;--page:#14171b;--card:#1c2026;--inset:#15181c;
---good:60,180,105;--bad:235,90,90}}
-*{box-sizing:border-box}
-body{font:14px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif;color:var(--ink);background:var(--page);
-max-width:1200px;margin:0 auto;padding:24px 20px 60px}
+_STYLE = (
+    PAGE_STYLE
+    + """body{max-width:1200px}
 h1{font-size:22px;margin:0}h2{font-size:18px;margin:0 0 10px}h3{font-size:14px;margin:18px 0 6px}
 header p{margin:4px 0;color:var(--soft)}a{color:inherit}nav{margin:8px 0}
 section{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:16px 0;padding:16px 18px}
@@ -226,6 +222,7 @@ figcaption{color:#67717e;font-size:12px;padding:4px 6px 0}
 pre{font:12px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
 .step{display:flex;justify-content:space-between;gap:10px;padding:0 4px;border-radius:3px}.step span{color:var(--soft);white-space:nowrap}
 """
+)
 
 
 if __name__ == "__main__":
