@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 
 from backend.errors import EngineError, StaleSamplerError
+from backend.openmp import release_workers
 from backend.types import SampledSequence, SampleResponse, SamplingParams
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -165,8 +166,10 @@ class EngineThread:
 
     def _take_inbox(self) -> bool:
         """Adds what has arrived; waits if there is nothing to decode. False means close."""
-        if not self._calls and not self._accept(self._inbox.get()):
-            return False
+        if not self._calls:
+            release_workers()
+            if not self._accept(self._inbox.get()):
+                return False
         while True:
             if not all(self._accept(item) for item in self._drain()):
                 return False

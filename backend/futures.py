@@ -5,6 +5,8 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from backend.openmp import release_workers
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -48,7 +50,13 @@ class InOrder:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
     def submit(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> APIFuture[T]:
-        return APIFuture(self._executor.submit(fn, *args, **kwargs))
+        return APIFuture(self._executor.submit(self._run, fn, *args, **kwargs))
+
+    def _run(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            release_workers()
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)

@@ -18,6 +18,7 @@ from backend.config import BackendConfig, training_device
 from backend.engine import Engine, EngineThread
 from backend.errors import CheckpointError, ConfigError, EngineError
 from backend.models import PRESETS, SCALAR_HEAD_FILE, context_length, load_model
+from backend.openmp import release_workers
 from backend.sampling_client import SamplingClient
 from backend.scalar_trainer import ScalarTrainer
 from backend.tokenizers import load_tokenizer
@@ -66,6 +67,7 @@ class ServiceClient:
     def _open_training_client(self, trainer: Trainer) -> TrainingClient:
         client = TrainingClient(self, trainer, load_tokenizer(trainer.model_name, self.config.max_length))
         self._training_clients.append(client)
+        release_workers()  # of the calling thread, which made the weights
         return client
 
     def create_lora_training_client(
@@ -112,6 +114,7 @@ class ServiceClient:
         name = str(model_path or base_model)
         tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
         engine = self.open_engine(model.config, tokenizer, length)
+        release_workers()  # of the calling thread, which made the weights
         engine.sync(lambda: model.state_dict().items(), version=0)
         return SamplingClient(engine, tokenizer, length)
 
