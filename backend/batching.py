@@ -34,9 +34,10 @@ class MicroBatch:
 
 @dataclass
 class _Row:
-    """The data in one row. Token t of `data[i]` stands in column `columns[i][t]`."""
+    """The data in one row. `tokens[i]` are those of datum `data[i]`, and stand in `columns[i]`."""
 
     data: list[int]
+    tokens: list[np.ndarray]
     columns: list[np.ndarray]
     length: int
 
@@ -45,29 +46,30 @@ def micro_batches(data_D: Sequence[Datum], chosen: Sequence[int], token_budget: 
     """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone), longest rows first: memory peaks at once."""
     if not chosen:
         return []
-    alone = [_Row([d], [np.arange(data_D[d].model_input.length)], data_D[d].model_input.length) for d in chosen]
-    shared = [row for family in _families(data_D, chosen) for row in _trees(family)]
-    pays = sum(row.length for row in shared) <= SHARED_ROWS_PAY * sum(row.length for row in alone)
+    tokens = {d: np.array(data_D[d].model_input.to_ints(), dtype=np.int64) for d in chosen}
+    carries = {d: carries_loss(data_D[d]) for d in chosen}
+    rows = [row for family in _families(tokens, carries) for row in _trees(family)]
+    if sum(row.length for row in rows) > SHARED_ROWS_PAY * sum(map(len, tokens.values())):
+        rows = [_Row([d], [tokens_T], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()]
     batches: list[list[_Row]] = [[]]
-    for row in sorted(shared if pays else alone, key=lambda row: -row.length):
+    for row in sorted(rows, key=lambda row: -row.length):
         if batches[-1] and batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
             batches.append([])
         batches[-1].append(row)
-    return [_collate(data_D, rows, device) for rows in batches]
+    return [_collate(data_D, rows, carries, device) for rows in batches]
 
 
-def _families(data_D: Sequence[Datum], chosen: Sequence[int]) -> list[list[tuple[list[int], int]]]:
+def _families(tokens: dict[int, np.ndarray], carries: dict[int, np.ndarray]) -> list[list[tuple[list[int], int]]]:
     """(tokens, d) of the data with one prompt: their tokens up to the first that carries loss, or some beginning of those."""
-    tokens_D = [data_D[d].model_input.to_ints() for d in chosen]
-    firsts = [int(carries_loss(data_D[d]).argmax()) for d in chosen]
-    prompts = [tuple(tokens[: first + 1]) for tokens, first in zip(tokens_D, firsts, strict=True)]
+    tokens_D = {d: tokens_T.tolist() for d, tokens_T in tokens.items()}
+    prompts = {d: tuple(tokens_T[: int(carries[d].argmax()) + 1]) for d, tokens_T in tokens_D.items()}
     root, roots = None, {}
-    for prompt in sorted(set(prompts)):  # right behind a prompt come those that continue it
+    for prompt in sorted(set(prompts.values())):  # right behind a prompt come those that continue it
         root = root if root and prompt[: len(root)] == root else prompt
         roots[prompt] = root
     families = defaultdict(list)
-    for prompt, tokens, d in zip(prompts, tokens_D, chosen, strict=True):
-        families[roots[prompt]].append((tokens, d))
+    for d, prompt in prompts.items():
+        families[roots[prompt]].append((tokens_D[d], d))
     return list(families.values())
 
 
@@ -78,11 +80,12 @@ def _trees(family: list[tuple[list[int], int]]) -> list[_Row]:
         tokens_T = np.array(tokens)
         shared = _common_prefix(before_T, tokens_T)
         if not rows or rows[-1].length + len(tokens) - shared > SHARED_ROW_TOKENS:
-            rows.append(_Row([], [], 0))
+            rows.append(_Row([], [], [], 0))
             shared = 0
         row, own = rows[-1], len(tokens) - shared
         prefix_T = row.columns[-1][:shared] if shared else before_T[:0]
         row.columns.append(np.concatenate([prefix_T, np.arange(row.length, row.length + own)]))
+        row.tokens.append(tokens_T)
         row.data.append(d)
         row.length += own
         before_T = tokens_T
@@ -94,21 +97,20 @@ def _common_prefix(a_T: np.ndarray, b_T: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else len(differ)
 
 
-def _collate(data_D: Sequence[Datum], rows: list[_Row], device: torch.device) -> MicroBatch:
+def _collate(data_D: Sequence[Datum], rows: list[_Row], carries: dict[int, np.ndarray], device: torch.device) -> MicroBatch:
     width, members = max(row.length for row in rows), [d for row in rows for d in row.data]
+    columns = [column_T for row in rows for column_T in row.columns]
+    lengths = np.array([len(column_T) for column_T in columns])
+    place = np.concatenate(columns) + np.repeat([b * width for b, row in enumerate(rows) for _ in row.data], lengths)
+    position = np.arange(len(place)) - np.repeat(lengths.cumsum() - lengths, lengths)
     tokens_BT, positions_BT = np.zeros((len(rows), width), dtype=np.int64), np.zeros((len(rows), width), dtype=np.int64)
-    # The columns that continue one lie behind it, up to its end. Padding sees itself.
+    tokens_BT.flat[place] = np.concatenate([tokens_T for row in rows for tokens_T in row.tokens])
+    positions_BT.flat[place] = position
+    # The columns that continue one lie behind it, up to its end: that of the last datum it is in. Padding sees itself.
     ends_BT = np.tile(np.arange(1, width + 1), (len(rows), 1))
-    flat_columns, positions = [], []
-    for b, row in enumerate(rows):
-        for d, column_T in zip(row.data, row.columns, strict=True):
-            position_T = np.arange(len(column_T))
-            tokens_BT[b, column_T], positions_BT[b, column_T] = data_D[d].model_input.to_ints(), position_T
-            ends_BT[b, column_T] = column_T[-1] + 1
-            flat_columns.append(b * width + column_T)
-            positions.append(position_T)
-    carries = np.concatenate([carries_loss(data_D[d]) for d in members])
-    targets = np.concatenate([data_D[d].loss_fn_inputs["target_tokens"].array for d in members])[carries]
+    ends_BT.flat[place] = np.repeat([column_T[-1] + 1 for column_T in columns], lengths)
+    carries_N = np.concatenate([carries[d] for d in members])
+    targets = np.concatenate([data_D[d].loss_fn_inputs["target_tokens"].array for d in members])[carries_N]
     temperatures = _temperatures([data_D[d] for d in members])
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -117,11 +119,11 @@ def _collate(data_D: Sequence[Datum], rows: list[_Row], device: torch.device) ->
     shares = any(len(row.data) > 1 for row in rows)
     return MicroBatch(
         tokens_BT=tensor(tokens_BT),
-        rows_N=tensor(np.concatenate(flat_columns)[carries]),
-        datum_N=np.repeat(members, [len(position_T) for position_T in positions])[carries],
-        position_N=np.concatenate(positions)[carries],
+        rows_N=tensor(place[carries_N]),
+        datum_N=np.repeat(members, lengths)[carries_N],
+        position_N=position[carries_N],
         targets_NK=tensor(targets if targets.ndim == 2 else targets[:, None]),
-        temperature_N=None if temperatures is None else tensor(temperatures[carries]),
+        temperature_N=None if temperatures is None else tensor(temperatures[carries_N]),
         positions_BT=tensor(positions_BT) if shares else None,
         mask_B1TT=_mask(tensor(ends_BT)) if shares else None,
     )

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -34,23 +34,37 @@ def check_data(data_D: Sequence[Datum], required: Sequence[str], vocabulary: int
     """Raises where a Datum would otherwise fail deep in torch, or be trained on silently wrong. `first`: the number of the first one."""
     if not data_D:
         raise DataError("no data: forward and forward_backward need at least one Datum")
+    keys = data_D[0].loss_fn_inputs.keys()
     for d, datum in enumerate(data_D, start=first):
-        tokens, inputs = datum.model_input.to_ints(), datum.loss_fn_inputs
-        if not tokens:
+        length, inputs = datum.model_input.length, datum.loss_fn_inputs
+        if not length:
             raise DataError(f"datum {d} has an empty model_input")
-        if len(tokens) > max_length:
-            raise ContextLengthError(f"datum {d} has {len(tokens)} tokens; the context is {max_length} (backend.max_length)")
+        if length > max_length:
+            raise ContextLengthError(f"datum {d} has {length} tokens; the context is {max_length} (backend.max_length)")
         if missing := [key for key in ("target_tokens", *required) if key not in inputs]:
             raise DataError(f"datum {d} lacks loss_fn_inputs {missing}; it has {sorted(inputs)}")
-        if inputs.keys() != data_D[0].loss_fn_inputs.keys():
-            raise DataError(
-                f"datum {d} has loss_fn_inputs {sorted(inputs)}, datum {first} has {sorted(data_D[0].loss_fn_inputs)}"
-            )
-        targets = inputs["target_tokens"].array
+        if inputs.keys() != keys:
+            raise DataError(f"datum {d} has loss_fn_inputs {sorted(inputs)}, datum {first} has {sorted(keys)}")
         for key, value in inputs.items():
-            if value.array.shape[:1] != (len(tokens),):
-                raise DataError(f"datum {d}: {key} has shape {value.shape}, model_input has {len(tokens)} tokens")
-            if value.array.dtype == np.float32 and not np.isfinite(value.array).all():
-                raise NonFiniteError(f"datum {d}: {key} is not finite", [d])
-        if max(tokens) >= vocabulary or min(tokens) < 0 or targets.max() >= vocabulary or targets.min() < 0:
-            raise DataError(f"datum {d} has a token outside the vocabulary of {vocabulary}: was it made with another tokenizer?")
+            if value.array.shape[:1] != (length,):
+                raise DataError(f"datum {d}: {key} has shape {value.shape}, model_input has {length} tokens")
+    for key in keys:
+        arrays_D = [datum.loss_fn_inputs[key].array for datum in data_D]
+        if (d := _first(arrays_D, lambda array: ~np.isfinite(array))) is not None:
+            raise NonFiniteError(f"datum {first + d}: {key} is not finite", [first + d])
+    for tokens_D in (
+        [datum.loss_fn_inputs["target_tokens"].array for datum in data_D],
+        [np.array(datum.model_input.to_ints()) for datum in data_D],
+    ):
+        if (d := _first(tokens_D, lambda array: (array < 0) | (array >= vocabulary))) is not None:
+            raise DataError(
+                f"datum {first + d} has a token outside the vocabulary of {vocabulary}: was it made with another tokenizer?"
+            )
+
+
+def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarray]) -> int | None:
+    """The first datum whose array has a bad entry. One look at all of them together: a batch has hundreds of short ones."""
+    bad_N = bad(np.concatenate([array.reshape(-1) for array in arrays_D]))
+    if not bad_N.any():
+        return None
+    return int(np.searchsorted(np.cumsum([array.size for array in arrays_D]), bad_N.argmax(), side="right"))

@@ -14,6 +14,7 @@ from backend.engine import Sampled, SequenceRequest, Weights
 from backend.logprobs import target_logprobs
 from backend.types import SampledSequence, SamplingParams, StopReason
 
+UNIFORMS = 16  # random numbers that a row draws at a time
 PROMPT_ROWS = 4096  # prompt positions whose full distribution is held at once when top-k prompt logprobs are asked for
 
 
@@ -160,7 +161,13 @@ class _Row:
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.request.seed)
+        self._generator = torch.Generator().manual_seed(self.request.seed)
+        self._uniforms: list[float] = []
+
+    def uniform(self) -> float:
+        if not self._uniforms:
+            self._uniforms = torch.rand(UNIFORMS, generator=self._generator, dtype=torch.float64).tolist()[::-1]
+        return self._uniforms.pop()
 
     def append(self, token: int, logprob: float) -> None:
         self.tokens.append(token)
@@ -182,7 +189,7 @@ def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
     logits_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
     logits_BV = _truncate(logits_BV, [row.request.params for row in rows])
     logprobs_BV = logits_BV.log_softmax(-1)
-    uniform_B = torch.stack([torch.rand((), generator=row.generator, dtype=torch.float64) for row in rows]).to(logits_BV.device)
+    uniform_B = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=logits_BV.device)
     cdf_BV = logprobs_BV.double().exp().cumsum(-1)
     drawn_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
     next_B = torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)

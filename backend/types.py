@@ -5,6 +5,7 @@ Left out: image chunks, sparse tensors. Everything here is tokens and numbers; n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ class ModelInput:
         return cls([])
 
     def to_ints(self) -> list[int]:
-        return [token for chunk in self.chunks for token in chunk.tokens]
+        return [*chain.from_iterable(chunk.tokens for chunk in self.chunks)]
 
     @property
     def length(self) -> int:

@@ -100,19 +100,33 @@ def trainable_groups(
     return [group for group in kept if len(set(group.get_total_rewards())) > 1] if remove_constant else kept
 
 
-def assemble_training_data(groups_P: Sequence[TrajectoryGroup], advantages_P_G: Sequence[np.ndarray]) -> TrainingData:
-    """Every trajectory of every group, flattened. The temperature track is there when some token was not sampled at 1."""
+def assemble_training_data(
+    groups_P: Sequence[TrajectoryGroup], advantages_P_G: Sequence[np.ndarray] | None = None
+) -> TrainingData:
+    """Every trajectory of every group, flattened. The temperature track is there when some token was not sampled at 1.
+
+    Without `advantages_P_G` the members' own are still to come, by `add_advantages`.
+    """
     tempered = any(
         tr.ac.temperature not in (0.0, 1.0) for group in groups_P for t in group.trajectories_G for tr in t.transitions
     )
     out = TrainingData([], [], [])
-    for p, (group, advantages_G) in enumerate(zip(groups_P, advantages_P_G, strict=True)):
-        for g, (trajectory, advantage) in enumerate(zip(group.trajectories_G, advantages_G, strict=True)):
-            data = trajectory_to_data(trajectory, float(advantage), tempered)
+    for p, group in enumerate(groups_P):
+        for g, trajectory in enumerate(group.trajectories_G):
+            data = trajectory_to_data(trajectory, 0.0, tempered)
             out.data_D += data
             out.origin_D += [(p, g)] * len(data)
             out.supervised_D += [trajectory.supervised, *([] for _ in data[1:])] if data else []
+    if advantages_P_G is not None:
+        add_advantages(out, advantages_P_G)
     return out
+
+
+def add_advantages(training_data: TrainingData, advantages_P_G: Sequence[np.ndarray]) -> None:
+    """Each member's advantage to each of its sampled tokens, in place."""
+    for datum, (p, g) in zip(training_data.data_D, training_data.origin_D, strict=True):
+        inputs = datum.loss_fn_inputs
+        inputs["advantages"].array += np.float32(advantages_P_G[p][g]) * inputs["mask"].array
 
 
 def without_truncated(training_data: TrainingData, groups_P: Sequence[TrajectoryGroup]) -> TrainingData:

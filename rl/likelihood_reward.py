@@ -69,12 +69,14 @@ class LikelihoodReward(BatchReward):
         if not members:
             return {}
         parts = [_parts(group, g) for group, g in members]
-        scores_D = await self._scores(groups_P, [answer_datum(context, answer) for context, answer, _ in parts])
+        weight = self._config.likelihood_coef or 1.0  # scored where it is not 0
+        answers_D = [answer_datum(context, answer, weight) for context, answer, _ in parts]
+        scores_D = await self._scores(groups_P, answers_D)
         rewards_D = self._penalized(scores_D, np.array([finished for *_, finished in parts]))
-        for (group, g), (context, answer, _), reward in zip(members, parts, rewards_D, strict=True):
+        for (group, g), answer, reward in zip(members, answers_D, rewards_D, strict=True):
             group.final_rewards_G[g] += float(reward)
             if self._config.likelihood_coef:
-                group.trajectories_G[g].supervised.append(answer_datum(context, answer, self._config.likelihood_coef))
+                group.trajectories_G[g].supervised.append(answer)
         tokens = sum(len(answer) for _, answer, _ in parts)
         return {
             "likelihood/answer_logprob": float(scores_D.mean()),
@@ -84,7 +86,7 @@ class LikelihoodReward(BatchReward):
 
     async def _scores(self, groups_P: Sequence[TrajectoryGroup], answers_D: Sequence[Datum]) -> np.ndarray:
         """(D,) log p of the answers. What will be trained on, rationales and answers, is kept from this forward pass."""
-        rollouts = assemble_training_data(groups_P, [np.zeros(len(group.trajectories_G)) for group in groups_P])
+        rollouts = assemble_training_data(groups_P)
         terms = [LossTerm(answers_D, "cross_entropy"), LossTerm(rollouts.data_D, "reinforce")]
         answers, _ = await self._client.forward_terms(terms, keep=True)
         return _sums(answers)

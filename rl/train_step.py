@@ -19,6 +19,7 @@ from backend.training_client import TrainingClient
 from backend.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse
 from rl.data_processing import (
     TrainingData,
+    add_advantages,
     assemble_training_data,
     compute_advantages,
     scale_advantages,
@@ -100,16 +101,17 @@ async def _prepare(learner: Learner, groups_P: list[TrajectoryGroup], outcome: S
         with timed(metrics, "batch_reward"), span("score"):
             metrics |= await learner.batch_reward(groups_P)
     kept = trainable_groups(groups_P, config.advantage, config.remove_constant_reward_groups, config.limits.min_group_size)
+    training_data = assemble_training_data(kept)
     rewarded, difference_D = kept, []
-    if learner.reference and kept:
-        bare = assemble_training_data(kept, [np.zeros(len(group.trajectories_G)) for group in kept])
+    if learner.reference and training_data.data_D:
         with timed(metrics, "reference"), span("score"):
-            difference_D = sampled_minus_reference(bare.data_D, await learner.reference.logprobs(bare.data_D))
-        metrics |= kl_metrics(bare.data_D, difference_D)
+            reference_D = await learner.reference.logprobs(training_data.data_D)
+        difference_D = sampled_minus_reference(training_data.data_D, reference_D)
+        metrics |= kl_metrics(training_data.data_D, difference_D)
         if config.kl.where == "reward":
-            rewarded = penalized_rewards(kept, bare, difference_D, config.kl.coef)
+            rewarded = penalized_rewards(kept, training_data, difference_D, config.kl.coef)
     advantages = compute_advantages(rewarded, config.advantage)
-    training_data = assemble_training_data(kept, advantages)
+    add_advantages(training_data, advantages)
     if difference_D and config.kl.where == "advantage":
         penalize_advantages(training_data.data_D, difference_D, config.kl.coef, config.kl.discount)
     if not config.train_on_truncated:

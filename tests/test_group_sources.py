@@ -24,7 +24,7 @@ from rl.group_sources import TRAINING_STREAM, GroupSource
 from rl.rollouts import Policy, do_rollouts
 from rl.train_step import Learner, train_step
 from rl.types import Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
-from tests.conftest import gradients
+from tests.conftest import ROUNDING, gradients
 from tests.test_resume import finish, kill_at, steps_logged
 from tracking.run_folder import RunFolder
 
@@ -135,7 +135,7 @@ def test_streaming_gives_the_gradient_of_the_whole_batch(minibatches: int, subst
     assert asyncio.run(gradient(1)) == asyncio.run(gradient(minibatches)) == 8
     whole, streamed = taken
     for name, expected in whole.items():
-        assert (streamed[name] - expected).norm() <= 1e-6 * expected.norm() + 1e-12, name
+        assert (streamed[name] - expected).norm() <= ROUNDING * expected.norm() + 1e-12, name
 
 
 def test_asynchronous_training_is_never_older_than_allowed_and_takes_every_prompt_once(tmp_path: Path) -> None:

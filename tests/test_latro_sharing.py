@@ -19,7 +19,7 @@ from renderers.plain import PlainRenderer
 from rl.data_processing import assemble_training_data
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.types import TrajectoryGroup
-from tests.conftest import random_tokens
+from tests.conftest import ROUNDING, random_tokens
 from tests.test_latro import CHARACTERS, EOS, rationale_group
 
 CPU = torch.device("cpu")
@@ -48,11 +48,11 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """To 1e-6 of the largest entry; `expected` must not be trivial."""
+    """To rounding, relative to the largest entry; `expected` must not be trivial."""
     largest = max(float(g.abs().max()) for g in expected.values())
     assert largest > 0.1 and found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).abs().max()) < 1e-6 * largest, name
+        assert float((found[name] - gradient).abs().max()) < ROUNDING * largest, name
 
 
 def forwards(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[MicroBatch]:

@@ -1,0 +1,38 @@
+"""Threads that are idle hold no OpenMP workers."""
+
+import os
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+COUNTED = """
+import os, time
+import torch
+from backend.futures import InOrder
+from backend.openmp import release_workers
+
+def threads(expected):
+    deadline = time.monotonic() + 10  # a worker ends soon after it was told to
+    while (found := len(os.listdir("/proc/self/task"))) != expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
+
+x = torch.ones(1000, 1000)
+def compute():
+    return float((x * x).sum()), len(os.listdir("/proc/self/task"))
+
+release_workers()  # of the main thread, which has just made x
+idle = len(os.listdir("/proc/self/task"))
+thread = InOrder("training")
+first, second = thread.submit(compute).result(), thread.submit(compute).result()
+print(idle, first, second, threads(idle + 1))
+"""
+
+
+def test_workers_are_given_back_after_each_call() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", COUNTED], env=environment, capture_output=True, text=True, check=True)
+    idle = int(done.stdout.split()[0])
+    busy = (1e6, idle + 2)  # with the thread of the calls, and one worker of its own
+    assert done.stdout.split(maxsplit=1)[1].strip() == f"{busy} {busy} {idle + 1}"
