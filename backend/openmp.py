@@ -3,7 +3,8 @@
 Between two loops torch's workers spin, which costs nothing, as long as the process has no more OpenMP threads than cores. libgomp counts
 the workers of every thread that has run a kernel, busy or not; beyond that number it puts them to sleep after each loop, and waking them
 takes longer than most loops of a small model. Here the policy, the reference, the sampler and the program have a thread each, so whoever
-is done gives its workers back. On two cores this halves a forward pass of `tiny`. Results do not change: there are as many workers as before.
+is done gives its workers back: on two cores the training pass of an RL step of `tiny` takes 0.10 s instead of 0.18 s. Results do not change,
+as there are as many workers as before.
 """
 
 import ctypes

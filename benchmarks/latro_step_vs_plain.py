@@ -1,6 +1,6 @@
 """One step of recipes/latro against the straightforward composition of Hugging Face parts, on the recipe's sums of digits.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/latro_step_vs_plain.py [--shapes tiny,tiny-long,small] [--rounds 3] [--steps 8]
+    python benchmarks/latro_step_vs_plain.py [--shapes tiny,tiny-long,small] [--rounds 3] [--steps 8]
 
 The other side is what the paper's code amounts to (specs: latro A.2), with nothing in it that would slow it down: `generate` to the full
 response length, since a rationale is cut at its stop afterwards; three scoring passes (log p(z) of the policy and of the reference, log p(y|z)
