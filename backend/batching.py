@@ -46,11 +46,11 @@ def micro_batches(data_D: Sequence[Datum], chosen: Sequence[int], token_budget: 
     """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone), longest rows first: memory peaks at once."""
     if not chosen:
         return []
-    tokens = {d: np.array(data_D[d].model_input.to_ints(), dtype=np.int64) for d in chosen}
+    tokens = {d: data_D[d].model_input.to_ints() for d in chosen}
     carries = {d: carries_loss(data_D[d]) for d in chosen}
     rows = [row for family in _families(tokens, carries) for row in _trees(family)]
     if sum(row.length for row in rows) > SHARED_ROWS_PAY * sum(map(len, tokens.values())):
-        rows = [_Row([d], [tokens_T], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()]
+        rows = [_Row([d], [np.array(tokens_T)], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()]
     batches: list[list[_Row]] = [[]]
     for row in sorted(rows, key=lambda row: -row.length):
         if batches[-1] and batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
@@ -59,17 +59,16 @@ def micro_batches(data_D: Sequence[Datum], chosen: Sequence[int], token_budget: 
     return [_collate(data_D, rows, carries, device) for rows in batches]
 
 
-def _families(tokens: dict[int, np.ndarray], carries: dict[int, np.ndarray]) -> list[list[tuple[list[int], int]]]:
+def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> list[list[tuple[list[int], int]]]:
     """(tokens, d) of the data with one prompt: their tokens up to the first that carries loss, or some beginning of those."""
-    tokens_D = {d: tokens_T.tolist() for d, tokens_T in tokens.items()}
-    prompts = {d: tuple(tokens_T[: int(carries[d].argmax()) + 1]) for d, tokens_T in tokens_D.items()}
+    prompts = {d: tuple(tokens_T[: int(carries[d].argmax()) + 1]) for d, tokens_T in tokens.items()}
     root, roots = None, {}
     for prompt in sorted(set(prompts.values())):  # right behind a prompt come those that continue it
         root = root if root and prompt[: len(root)] == root else prompt
         roots[prompt] = root
     families = defaultdict(list)
     for d, prompt in prompts.items():
-        families[roots[prompt]].append((tokens_D[d], d))
+        families[roots[prompt]].append((tokens[d], d))
     return list(families.values())
 
 
