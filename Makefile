@@ -1,4 +1,4 @@
-# make install | demo | test | check | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
+# make install | demo | test | test-slow | check | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
 PY := .venv/bin/python
 
 install: .venv/installed
@@ -8,7 +8,11 @@ demo: .venv/installed
 
 # Two workers with a thread each: the models are so small that a second thread gains less than a second test.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --durations=10 -m "not slow"
+
+# What takes minutes: every model family against vLLM, long kill-and-resume runs.
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --durations=10 -m slow
 
 check: .venv/installed
 	.venv/bin/ruff check .
@@ -22,4 +26,4 @@ check: .venv/installed
 clean:
 	rm -rf .venv runs *.egg-info
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-slow check clean
