@@ -1,15 +1,15 @@
 """Choosing one of n solutions: the best by a score, the answer most of them have, or any.
 
-Standard errors are those over problems. A majority vote that is tied counts its chance of being right under a fair draw, and solutions
-without an answer have no vote. Left out: votes weighted by score.
+Standard errors are those over problems. The majority is that of rl/sample_metrics.py: a tie goes to the answer that was sampled first, and
+solutions without an answer have no vote. Left out: votes weighted by score.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from preference.solutions import Solution
+from rl.sample_metrics import majority
 
 
 def compare_selections(solutions_P_G: Sequence[Sequence[Solution]], scores_P_G: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -18,7 +18,7 @@ def compare_selections(solutions_P_G: Sequence[Sequence[Solution]], scores_P_G: 
     correct_P_G = [np.array([solution.correct for solution in group], dtype=float) for group in solutions_P_G]
     accuracy_P = {
         "sampled": np.array([correct_G.mean() for correct_G in correct_P_G]),
-        "majority": np.array([majority(group) for group in solutions_P_G]),
+        "majority": np.array([_majority_is_right(group) for group in solutions_P_G]),
         "best_of_n": np.array([c_G[int(np.argmax(scores_G))] for c_G, scores_G in zip(correct_P_G, scores_P_G, strict=True)]),
         "any": np.array([correct_G.max() for correct_G in correct_P_G]),
     }
@@ -28,11 +28,7 @@ def compare_selections(solutions_P_G: Sequence[Sequence[Solution]], scores_P_G: 
     return means | errors
 
 
-def majority(group: Sequence[Solution]) -> float:
-    """The chance that the most frequent answer is right; 0 where no solution has an answer."""
-    votes = Counter(solution.answer for solution in group if solution.answer)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == most]
-    return sum(solution.correct for solution in group if solution.answer in winners) / most / len(winners)
+def _majority_is_right(group: Sequence[Solution]) -> float:
+    """1 or 0; 0 where no solution has an answer."""
+    first = majority([solution.answer or None for solution in group])
+    return float(first is not None and group[first].correct)

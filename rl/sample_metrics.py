@@ -34,7 +34,9 @@ def best_at_k(scores_N: Sequence[float], k: int) -> float:
 
 def majority(answers_K: Sequence[str | None]) -> int | None:
     """Index of the first sample with the commonest answer. None is no answer, and does not vote. Of answers equally common, the one
-    given by the earliest sample wins. None if nobody answered."""
+    given by the earliest sample wins: a fair draw, since samples are in no order. None if nobody answered.
+
+    The one rule for votes in this project: maj@k, best-of-n and LaTRO's votes use it."""
     counts = Counter(answer for answer in answers_K if answer is not None)
     if not counts:
         return None

@@ -17,7 +17,7 @@ from backend.types import ModelInput, SampledSequence, SampleResponse, SamplingP
 from envs.arithmetic_chain import Chain, ChainBuilder, ChainEnv, ChainExamplesBuilder, ChainTask
 from envs.problem_env import GraderError
 from preference import train_prm
-from preference.best_of_n import compare_selections, majority
+from preference.best_of_n import compare_selections
 from preference.prm import PrmReward, ProcessReward, ProcessRewardModel, StepScores
 from preference.prm_labels import LabelConfig, StepRecord, label_solutions, read_records
 from preference.solutions import Solution, grade, sample_solutions
@@ -319,10 +319,11 @@ def test_ways_to_choose() -> None:
         return [Solution("q", [], [], answer, answer == "1") for answer in answers]
 
     groups = [group("1", "2", "2", ""), group("1", "2", "1", "3"), group("2", "1", "", "")]
-    assert [majority(g) for g in groups] == [0, 1, 0.5] and majority(group("")) == 0
+    alone = [compare_selections([g], [[0.0] * len(g)])["majority"] for g in [*groups, group("1", "2"), group("", "")]]
+    assert alone == [0, 1, 0, 1, 0], "a tie goes to the answer that was sampled first; no answer is no vote"
     found = compare_selections(groups, [[5, 1, 2, 3], [0, 9, 1, 2], [0, 1, 0, 0]])
     assert found["best_of_n"] == pytest.approx(2 / 3) and found["any"] == 1 and found["sampled"] == pytest.approx(1 / 3)
-    assert found["majority"] == 0.5 and found["gain"] == pytest.approx(1 / 6)
+    assert found["majority"] == pytest.approx(1 / 3) and found["gain"] == pytest.approx(1 / 3)
     assert found["best_of_n_se"] == pytest.approx(np.std([1, 0, 1], ddof=1) / 3**0.5)
 
 
