@@ -81,6 +81,22 @@ class Evaluation:
             metrics |= await SamplesEvaluator(dataset, length, self.env.group_size, seed=self.seed)(sampler)
             return metrics
 
+    def best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
+        """The checkpoint (by its step) with the highest greedy accuracy, the latest of equals: the rule of `best_so_far`."""
+        return asyncio.run(self._best_of(checkpoints, tasks))
+
+    async def _best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
+        renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
+        dataset = GroupDataset(responses(self.env.groups(tasks, renderer)), 64, shuffle=False)
+        evaluator = RLTestSetEvaluator(dataset, self.env.response_length, seed=self.seed)
+        found = []
+        for step, checkpoint in sorted(checkpoints.items()):
+            with ServiceClient(self.backend) as service:
+                sampler = self._client(service, checkpoint).save_weights_and_get_sampling_client()
+                value = (await evaluator(sampler))[VALIDATION_METRIC]
+            found.append(Best(step, Path(checkpoint) if checkpoint else None, value))
+        return max(found, key=lambda best: (best.value, best.step))
+
     def diagnose(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
         """log p(y|x) against log p(y|x, gold rationale): whether rationales are worth anything to this model. No sampling."""
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))

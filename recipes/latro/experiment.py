@@ -26,6 +26,7 @@ from tracking.metrics_log import read_metrics
 VARIANTS: dict[str, dict[str, Any]] = {
     "latro": {},
     "sft": {"method": "sft"},
+    "sft_rationale": {"method": "sft", "sft_target": "rationale"},
     "likelihood_coef=0": {"likelihood_coef": 0.0},
     "no_baseline": {"baseline": "none"},
     "kl_coef=0": {"kl_coef": 0.0},
@@ -35,7 +36,7 @@ PANELS = {
     "env/all/useful": "useful rationales among those sampled",
     "test/env/all/correct": "greedy accuracy, validation split",
 }
-COLORS = ("#2f6db5", "#d9772b", "#3a9a5b", "#c0447a", "#1f2328")
+COLORS = ("#2f6db5", "#d9772b", "#8a6d3b", "#3a9a5b", "#c0447a", "#1f2328")
 EARLY = 5  # updates whose gradients are compared: the policies have hardly moved apart
 
 
@@ -69,7 +70,7 @@ def table(folders: dict[str, list[Path]]) -> str:
         if name == "latro":
             lines.append(f"{'warm start':18s} " + " ".join(_spread([s["before"][key] for s in summaries]) for key in keys))
         norms = [record["optim/grad_norm"] for folder in runs for record in read_metrics(folder)[:EARLY]]
-        norm = "" if name == "sft" else f"{np.sqrt(np.mean(np.square(norms))):14.0f}"  # another loss, another scale
+        norm = "" if name.startswith("sft") else f"{np.sqrt(np.mean(np.square(norms))):14.0f}"  # another loss, another scale
         row = " ".join(_spread([s["after"][key] for s in summaries]) for key in keys)
         lines.append(f"{name:18s} {row} {norm}")
     return "\n".join(lines)
@@ -88,9 +89,9 @@ def picture(folders: dict[str, list[Path]], out: Path) -> Path:
     FigureCanvasAgg(figure)
     axes: list[Any] = [figure.add_subplot(1, len(PANELS), k + 1) for k in range(len(PANELS))]
     for (name, runs), color in zip(folders.items(), COLORS, strict=False):
-        if name == "sft":
+        if name.startswith("sft"):
             reached = [json.loads((folder / "summary.json").read_text())["after"]["test/env/all/correct"] for folder in runs]
-            axes[-1].axhline(np.mean(reached), color=color, linestyle="--", label="sft (at its end, test set)")
+            axes[-1].axhline(np.mean(reached), color=color, linestyle="--", label=f"{name} (its best checkpoint, test set)")
             continue
         for axis, key in zip(axes, PANELS, strict=True):
             curves = [[(r["step"], r[key]) for r in read_metrics(folder) if key in r] for folder in runs]

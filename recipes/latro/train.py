@@ -45,7 +45,7 @@ from rl.types import Metrics
 from supervised import train as supervised_train
 from tracking.command_line import run_command
 from tracking.metrics_log import print_metrics_table
-from tracking.run_folder import BehaviorIfExists
+from tracking.run_folder import BehaviorIfExists, RunFolder
 
 DATASETS = {
     "toy": "recipes.latro.toy:ToyBuilder",
@@ -265,7 +265,10 @@ def latro(config: Config, sizes: Sizes, begin: str | None) -> str | None:
 
 
 def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
-    """The baseline: as many updates, with as many sequences each, on the answers alone or behind the gold rationale."""
+    """The baseline: as many updates, with as many sequences each, on the answers alone or behind the gold rationale.
+
+    Its checkpoint is chosen as LaTRO's is: the best on the validation split.
+    """
     settings = supervised_train.Config(
         dataset=TaskExamples(
             tasks=config.dataset, target=config.sft_target, batch_size=sizes.samples_per_update, seed=config.seed
@@ -278,11 +281,14 @@ def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
         num_epochs=sizes.updates,
         max_steps=sizes.updates,
         eval_every=sizes.eval_every,
-        save_every=0,
+        save_every=sizes.eval_every,
         **common(config, "sft"),
     )
     asyncio.run(supervised_train.main(settings))
-    return str(config.folder("sft") / "checkpoints" / "final")
+    checkpoints = {record.step: record.path for record in RunFolder(config.folder("sft")).list_checkpoints()}
+    best = evaluation(config).best_of({0: begin, **checkpoints}, config.dataset.split()[1])
+    print(f"best on the validation split: {best.value:.3f} after update {best.step}: {best.path or begin}")
+    return str(best.path) if best.path else begin
 
 
 def evaluation(config: Config) -> Evaluation:
