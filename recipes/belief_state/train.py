@@ -1,7 +1,7 @@
 """The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506) and its GPT baseline, from scratch on one machine.
 
     python recipes/belief_state/train.py                       # G(2,3) over 12 labels: some minutes of one core; runs/belief_state
-    python recipes/belief_state/train.py model=gpt log_path=runs/gpt      # the same data and sizes, next-token: stays at one half
+    python recipes/belief_state/train.py model=gpt log_path=runs/gpt      # the same data and blocks, next-token, a third of the weights
     python recipes/belief_state/train.py preset=star_graph data.num_paths=5       # the paper's model on G(5,5) over 50: a GPU
     python recipes/belief_state/train.py preset=tinystories               # stories from the hub; data=text alone makes its own
     torchrun --nproc-per-node 8 recipes/belief_state/train.py preset=large data.folder=SHARDS parallel=shard

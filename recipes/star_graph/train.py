@@ -1,4 +1,4 @@
-"""The planning problem next-token training cannot learn, and what was tried on it: every method on one set of star graphs.
+"""Star graphs, on which next-token training of a small model guesses the first hop: every method on one set of graphs.
 
     python recipes/star_graph/train.py                              # G(2,3) over 12 nodes, one seed; runs/star_graph
     python recipes/star_graph/train.py seeds='[0,1,2]'
