@@ -84,6 +84,12 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
     return max_length or min(limit, DEFAULT_MAX_LENGTH)
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """The number of token ids a model can read: its tokenizer may have fewer, as where a vocabulary was padded."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
 def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model in evaluation mode (no dropout). A preset's weights depend on `seed` alone; torch's global RNG is left as it was."""
     if (Path(model_name).expanduser() / SCALAR_HEAD_FILE).exists():

@@ -9,12 +9,24 @@ from backend.errors import ConfigError, ContextLengthError, DataError
 from backend.futures import APIFuture
 from backend.types import ModelInput, SampleResponse, SamplingParams
 
+LOWEST_TEMPERATURE = 0.01  # besides 0, which is greedy
+
 
 class SamplingClient:
-    """A snapshot: once the sampler has been given later weights, calls raise StaleSamplerError. With `follow`, the live policy."""
+    """A snapshot: once the sampler has been given later weights, calls raise StaleSamplerError. With `follow`, the live policy.
 
-    def __init__(self, engine: EngineThread, tokenizer: PreTrainedTokenizerBase, max_length: int, follow: bool = False):
-        self._engine, self._tokenizer, self.max_length = engine, tokenizer, max_length
+    `vocabulary` is the number of the model's embedding rows: a model can sample, and read, ids that its tokenizer does not have.
+    """
+
+    def __init__(
+        self,
+        engine: EngineThread,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        vocabulary: int,
+        follow: bool = False,
+    ):
+        self._engine, self._tokenizer, self.max_length, self._vocabulary = engine, tokenizer, max_length, vocabulary
         self._version = None if follow else engine.version
 
     @property
@@ -74,14 +86,17 @@ class SamplingClient:
             raise ContextLengthError(
                 f"the prompt has {len(tokens)} tokens and the context {self.max_length} (backend.max_length): none fits behind it"
             )
-        if not 0 <= min(tokens) <= max(tokens) < len(self._tokenizer):
+        if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             raise DataError(
-                f"the prompt has a token outside the vocabulary of {len(self._tokenizer)}: was it made with another tokenizer?"
+                f"the prompt has a token outside the vocabulary of {self._vocabulary}: was it made with another tokenizer?"
             )
         if num_samples < 1 or (params.max_tokens is not None and params.max_tokens < 1):
             raise ConfigError(f"num_samples={num_samples} and max_tokens={params.max_tokens} must be at least 1")
-        if not 0 <= params.temperature <= 2 or not 0 < params.top_p <= 1 or params.top_k < -1:  # vLLM's limits
-            raise ConfigError(f"temperature from 0 to 2, top_p above 0 and up to 1, and top_k from -1 are needed, not {params}")
+        # vLLM's limits. It would raise a temperature between 0 and 0.01 to 0.01, unlike the trainer, which divides by the asked one.
+        temperature_fits = params.temperature == 0 or LOWEST_TEMPERATURE <= params.temperature <= 2
+        if not temperature_fits or not 0 < params.top_p <= 1 or params.top_k < -1:
+            wanted = f"temperature 0, or from {LOWEST_TEMPERATURE} to 2; top_p above 0 and up to 1; top_k from -1"
+            raise ConfigError(f"{wanted}: not {params}")
         return self.max_length - len(tokens)
 
 

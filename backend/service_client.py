@@ -17,7 +17,7 @@ from backend.checkpoints import ADAPTER_FILE, read_state
 from backend.config import BackendConfig, training_device
 from backend.engine import Engine, EngineThread
 from backend.errors import CheckpointError, ConfigError, EngineError
-from backend.models import PRESETS, SCALAR_HEAD_FILE, context_length, load_model
+from backend.models import PRESETS, SCALAR_HEAD_FILE, context_length, embedding_rows, load_model
 from backend.openmp import release_workers
 from backend.sampling_client import SamplingClient
 from backend.scalar_trainer import ScalarTrainer
@@ -116,7 +116,7 @@ class ServiceClient:
         engine = self.open_engine(model.config, tokenizer, length)
         release_workers()  # of the calling thread, which made the weights
         engine.sync(lambda: model.state_dict().items(), version=0)
-        return SamplingClient(engine, tokenizer, length)
+        return SamplingClient(engine, tokenizer, length, embedding_rows(model))
 
     def open_engine(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
         """An engine without weights; the first sync brings them."""

@@ -21,7 +21,7 @@ from backend.errors import DataError, ModelError, NonFiniteError
 from backend.logprobs import target_logprobs
 from backend.loss_terms import KeptForward, LossTerm, RunningTerm
 from backend.losses import LossFn
-from backend.models import context_length, load_model
+from backend.models import context_length, embedding_rows, load_model
 from backend.types import AdamParams, Datum, ForwardBackwardOutput, GetInfoResponse, LoraConfig, OptimStepResponse, TensorData
 
 CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
@@ -43,7 +43,7 @@ class Trainer:
         self.max_length = context_length(model_name, config.max_length)
         hf_model = load_model(model_name, seed, self.device, torch.float32)
         self.hf_config = hf_model.config
-        self.vocabulary = int(hf_model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+        self.vocabulary = embedding_rows(hf_model)
         self.model: PreTrainedModel | PeftModel = _add_lora(hf_model, model_name, lora, seed) if lora else hf_model
         self.base: PreTrainedModel = hf_model
         _switch_off_dropout(self.model)

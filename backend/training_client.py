@@ -152,7 +152,7 @@ class TrainingClient:
             self._engine = self._service.open_engine(self._trainer.hf_config, self._tokenizer, self._trainer.max_length)
         if self._engine.version != self._weights_version:
             self._engine.sync(self._trainer.sampler_weights, self._weights_version)
-        return SamplingClient(self._engine, self._tokenizer, self._trainer.max_length, follow)
+        return SamplingClient(self._engine, self._tokenizer, self._trainer.max_length, self._trainer.vocabulary, follow)
 
     # --- the rest ---------------------------------------------------------------------------------------------------------------
 

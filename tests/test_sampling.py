@@ -1,15 +1,18 @@
 """vLLM against the torch sampler and both against the trainer, on the same weights; and the traps that specs/vllm.md lists."""
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from backend.config import BackendConfig
 from backend.errors import ConfigError, ContextLengthError, DataError, EngineError, StaleSamplerError
 from backend.sampling_client import SamplingClient
 from backend.service_client import ServiceClient
+from backend.tokenizers import character_tokenizer
 from backend.training_client import TrainingClient
 from backend.types import AdamParams, Datum, ModelInput, SampleResponse, SamplingParams
 from tests.conftest import random_tokens
@@ -249,11 +252,31 @@ def test_bad_requests_are_refused_before_the_engine(vllm_client: TrainingClient)
         (prompt_of(5), SamplingParams(max_tokens=0), ConfigError),
         (prompt_of(5), SamplingParams(temperature=-1), ConfigError),
         (prompt_of(5), SamplingParams(temperature=3), ConfigError),
+        (prompt_of(5), SamplingParams(temperature=0.005), ConfigError),  # vLLM would sample at 0.01 and not say so
     ):
         with pytest.raises(error):
             client.sample(prompt, 1, params)
     fitting = client.sample(prompt_of(500), 1, SamplingParams(max_tokens=100, seed=1, stop=[])).result().sequences[0]
     assert len(fitting.tokens) == 12 and fitting.stop_reason == "length"
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
+def test_ids_beyond_the_tokenizer_may_be_in_a_prompt(engine, tmp_path: Path) -> None:  # noqa: ANN001
+    """A padded vocabulary has rows for ids that no text has: a model samples them, and its next prompt holds them."""
+    config = Qwen2Config(
+        vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "padded")
+    character_tokenizer(64).save_pretrained(tmp_path / "padded")
+    with ServiceClient(BackendConfig(engine=engine, max_length=64), tmp_path) as service:
+        for client in (
+            service.create_training_client(str(tmp_path / "padded")).save_weights_and_get_sampling_client(),
+            service.create_sampling_client(base_model=str(tmp_path / "padded")),
+        ):
+            logprobs = client.compute_logprobs(ModelInput.from_ints([5, 287, 6])).result()
+            assert logprobs[0] is None and all(p is not None and p < 0 for p in logprobs[1:])
+            with pytest.raises(DataError, match="288"):
+                client.compute_logprobs(ModelInput.from_ints([5, 288]))
 
 
 def test_a_dead_engine_fails_its_callers_and_nothing_hangs(torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch) -> None:
