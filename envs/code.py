@@ -32,7 +32,11 @@ from renderers.types import Renderer
 from rl.types import Action, Logs, RLDataset, RLDatasetBuilder, StepResult
 from supervised.rows import Fields, read_rows
 
-FENCED = re.compile(r"^```[^\n`]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# An opening fence, which may be indented or stand in a list item; the lines of the block; the closing fence.
+FENCED = re.compile(
+    r"^(?P<before>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})[^\n`]*\n(?P<block>.*?)^[ \t]*(?P=fence)",
+    re.DOTALL | re.MULTILINE,
+)
 SHOWN_CHARS = 1000  # of a failed test's output, in the transcript
 
 
@@ -67,9 +71,14 @@ class Verdict:
 
 
 def extract_program(text: str) -> str | None:
-    """The last fenced block; None where there is none that is closed."""
-    blocks = FENCED.findall(text)
-    return blocks[-1] if blocks else None
+    """The last fenced block, without the indentation of its fence; None where there is none that is closed."""
+    *_, last = [None, *FENCED.finditer(text)]
+    if last is None:
+        return None
+    lines = last["block"].splitlines(keepends=True)
+    indents = [len(line) - len(line.lstrip(" \t")) for line in lines if line.strip()]
+    margin = min([len(last["before"]), *indents])
+    return "".join(line[margin:] if line.strip() else line for line in lines)
 
 
 async def run_test(program: str, test: OutputTest | AssertTest, limits: SandboxLimits | None = None) -> Verdict:

@@ -1,7 +1,7 @@
 r"""Reads answers: finds the final one in a solution, brings its notation to one form, and reads plain numbers exactly.
 
-Extraction styles: "boxed" is the last \boxed{...} with balanced braces, "hash" the rest of the line after the last "####",
-"stated" what follows the last "the answer is", "Answer:" or "A:".
+Extraction styles: "boxed" is the last \boxed{...} with balanced braces (or \boxed 7), "hash" the rest of the line after the last
+"####", "stated" what follows the last "the answer is", "Answer:" or "A:".
 """
 
 import re
@@ -23,9 +23,13 @@ def extract_answer(text: str, styles: Sequence[AnswerStyle] = ("boxed", "hash", 
 
 
 def extract_boxed(text: str) -> str | None:
-    _, marked, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for match in re.finditer(r"\\.|[{}]", rest if marked else "", re.DOTALL):  # an escaped brace, \{, is text
+    _, marked, rest = text.rpartition("\\boxed")
+    rest = rest.lstrip() if marked else ""
+    if not rest.startswith("{"):
+        bare = re.match(r"[^\s{}$]+", rest)  # \boxed 7, \boxed7
+        return bare[0].rstrip(".,;:") if bare else None
+    rest, depth = rest[1:], 1
+    for match in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # an escaped brace, \{, is text
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return rest[: match.start()]
@@ -33,8 +37,8 @@ def extract_boxed(text: str) -> str | None:
 
 
 def extract_hash(text: str) -> str | None:
-    found = re.findall(r"####[ \t]*([^\n#]*)", text)
-    return found[-1] if found else None
+    found = re.findall(r"####[ \t:=*]*([^\n#]*)", text)
+    return found[-1].replace("**", "") if found else None
 
 
 def extract_stated(text: str) -> str | None:
@@ -49,7 +53,10 @@ _REPLACEMENTS = [
     (r"[\u2212\u2013\u2012\ufe63\uff0d]", "-"),
     (r"\\left\b|\\right\b|\\displaystyle\b|(?<!\\)\\[!,;: ]|\\q?quad\b|[\u00a0\u202f]|~", " "),
     (r"\\[dt]frac", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\d)\s*(\d|\{)", r"\\frac{\1}\2"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+    (r"(?<![A-Za-z])\\?log_\s*(?:(\w)|\{([^{}]*)\})\s*", r"\\log_{\1\2}"),
+    (r"(?<![A-Za-z\\])(?:(?<=[(,\[])\s*\+)?(?:∞|\\infty|infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
     (r"\\(?:text|textbf|mathrm|mbox|mathbf|textit)\s*\{([^{}]*)\}", r" \1 "),
     (r"\{,\}", ","),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree\b", " degrees "),
@@ -79,11 +86,14 @@ class Quantity(NamedTuple):
 
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_POWER_OF_TEN = (
+    r"[eE](?P<e>[+-]?\d{1,3})|\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*(?P<e2>[+-]?\d{1,3})\s*\}|(?P<e3>[+-]?\d{1,3}))"
+)
 _QUANTITY = re.compile(
     rf"(?P<sign>[+-]?)\s*(?P<currency>\\?\$|[€£])?\s*(?P<sign2>-?)\s*(?:"
     rf"(?:(?P<whole>\d+)\s*)?\\frac\s*\{{\s*(?P<fn>{_DECIMAL})\s*\}}\s*\{{\s*(?P<fd>{_DECIMAL})\s*\}}"
     rf"|(?:(?P<whole2>\d+)\s+)?(?P<n>{_DECIMAL})\s*/\s*(?P<d>{_DECIMAL})"
-    rf"|(?P<decimal>{_DECIMAL}))"
+    rf"|(?P<decimal>{_DECIMAL})(?:{_POWER_OF_TEN})?)"
     rf"\s*(?P<unit>[A-Za-z]{{2,}}(?:[ /-][A-Za-z]+){{0,2}}(?:\s?\^?\s?\{{?[23]\}}?)?)?\.?"
 )
 _UNIT_OF_CURRENCY = {"$": "dollar", "\\$": "dollar", "€": "euro", "£": "pound", None: ""}
@@ -95,12 +105,13 @@ _NOT_UNITS = re.compile(
 
 
 def quantity(answer: str) -> Quantity | None:
-    """A plain number, fraction or mixed number, with an optional currency or unit; None for anything else."""
+    """A plain number, also 1.5e3 or 1.5 \\times 10^3, a fraction or mixed number, with an optional currency or unit; None for anything else."""
     match = _QUANTITY.fullmatch(normalise(answer))
     if match is None or _NOT_UNITS.search((match["unit"] or "").lower()):
         return None
     whole, over, under = match["whole"] or match["whole2"] or "0", match["fn"] or match["n"], match["fd"] or match["d"]
-    value = _fraction(match["decimal"] or over)
+    power = int(match["e"] or match["e2"] or match["e3"] or 0)
+    value = _fraction(match["decimal"] or over) * Fraction(10) ** power
     if over and (divisor := _fraction(under)) == 0:
         return None
     value = _fraction(whole) + value / divisor if over else value
@@ -111,3 +122,41 @@ def quantity(answer: str) -> Quantity | None:
 
 def _fraction(decimal: str) -> Fraction:
     return Fraction(decimal.replace(",", "").removesuffix("."))
+
+
+_BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+    "sixteen": 16,
+}
+_NUMERAL = re.compile(
+    r"\(?(?P<digits>[0-9A-Z]+)\)?(?:_\s*(?:\{\s*(?P<braced>\w+)\s*\}|(?P<bare>\d+))|\s*\(?(?:in )?base[ -](?P<base>\w+)\)?)"
+)
+
+
+class Numeral(NamedTuple):
+    """Digits in a base other than ten."""
+
+    digits: str
+    base: int
+
+
+def numeral(answer: str) -> Numeral | None:
+    """1011_2, 1011_{\\text{two}}, "1011 in base 2". None for anything else, and where a digit is not one of the base."""
+    match = _NUMERAL.fullmatch(normalise(answer))
+    if match is None:
+        return None
+    named = (match["braced"] or match["bare"] or match["base"]).lower()
+    base = _BASES.get(named) or (int(named) if named.isdecimal() and len(named) < 3 else 0)
+    digits = match["digits"].lstrip("0") or "0"
+    if not 2 <= base <= 36 or max(int(digit, 36) for digit in digits) >= base:
+        return None
+    return Numeral(digits, base) if any(char.isdigit() for char in match["digits"]) or len(digits) > 1 else None

@@ -14,7 +14,7 @@ import chz
 
 from backend.errors import ConfigError, DataError
 from envs.math_answers import AnswerStyle, extract_answer, quantity
-from envs.math_grading import DEFAULT_SECONDS, check_gold, is_equal, is_equal_async
+from envs.math_grading import DEFAULT_SECONDS, TooCostly, check_gold, is_equal, is_equal_async
 from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
 from renderers.types import Renderer
 from rl.types import Logs, RLDataset, RLDatasetBuilder
@@ -163,7 +163,7 @@ class MathWordBuilder(RLDatasetBuilder):
         solution = row[self.answer_field]
         gold = solution.strip() if self.gold_style == "plain" else extract_answer(solution, [self.gold_style])
         numbers_only = self.gold_style == "hash"
-        if gold is None or not (quantity(gold) if numbers_only else check_gold(gold, self.grader_seconds)):
+        if gold is None or not (quantity(gold) if numbers_only else _gradable(gold, self.grader_seconds)):
             field = f"field {self.answer_field!r}, which ends {solution[-60:]!r}"
             raise BadGold(f"{where}: no {self.gold_style} answer that can be graded in {field}")
         return partial(
@@ -176,6 +176,13 @@ class MathWordBuilder(RLDatasetBuilder):
             numbers_only,
             self.grader_seconds,
         )
+
+
+def _gradable(gold: str, seconds: float) -> bool:
+    try:
+        return check_gold(gold, seconds)
+    except TooCostly:
+        return False
 
 
 @chz.chz

@@ -1,9 +1,10 @@
 """The process that compares mathematical expressions: one JSON line in, one out. Started by math_grading.py, run as a plain file.
 
-A hostile expression can hang inside C code, where no Python timeout reaches. So the alarm keeps its default action and kills
-the process; the parent sees the pipe close. It also ends when its standard input closes, so no orphan stays behind.
+A hostile expression can hang inside C code, where no Python timeout reaches. So the timers keep their default action and kill
+the process; the parent sees the pipe close, and by the signal whether processor time (SIGPROF) or the clock (SIGALRM) ran out.
+It also ends when its standard input closes, so no orphan stays behind.
 
-in:  {"seconds": 5.0, "gold": "...", "answer": "..." or null}    null asks only whether the gold can be parsed
+in:  {"seconds": 5.0, "patience": 20.0, "gold": "...", "answer": "..." or null}    null asks only whether the gold can be parsed
 out: {"gold": true, "equal": false}    "gold" says whether it parsed; an answer that does not parse is not equal
 """
 
@@ -42,13 +43,15 @@ def main() -> None:
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, request["seconds"])
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+        signal.setitimer(signal.ITIMER_REAL, request["seconds"] * request["patience"])
         gold = parse(request["gold"])
         answer = None if request["answer"] is None else parse(request["answer"])
         equal = False
         if gold is not None and answer is not None:
             equal = verify(gold, answer, timeout_seconds=None, raise_on_error=True)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
         print(json.dumps({"gold": gold is not None, "equal": bool(equal)}), file=replies, flush=True)
 
 

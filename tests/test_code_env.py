@@ -168,6 +168,23 @@ def test_the_last_closed_block_is_the_program():
     assert extract_program("inline ```a``` only") is None
 
 
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("  ```python\n  if a:\n      b\n  ```", "if a:\n    b\n"),
+        ("1. Like this:\n   ```python\n   a\n\n   b\n   ```\n2. Done", "a\n\nb\n"),
+        ("- ```python\n  a\n  ```", "a\n"),
+        ("* ```\na\n  b\n```", "a\n  b\n"),  # the block is not indented as its fence is
+        ("\t```\n\tif a:\n\t\tb\n\t```", "if a:\n\tb\n"),
+        ("````md\n```\na\n```\n````", "```\na\n```\n"),
+        ("~~~python\na\n~~~", "a\n"),
+        ("```python\r\na\r\n```", "a\r\n"),
+    ],
+)
+def test_fences_that_are_indented_or_in_list_items(text: str, program: str):
+    assert extract_program(text) == program
+
+
 def test_generated_problems_are_solved_by_their_solutions():
     problems = generated_problems()
     assert len({problem.question for problem in problems}) == len(problems) == 162

@@ -424,3 +424,21 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (tmp_path / "sft" / "summary.json").exists()
     train.main(chz.replace(small, method="diagnose"))
     assert "with_gold_rationale" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 18.", "18"),
+        ("The answer is 18.0", "18"),
+        ("The answer is 018", "18"),
+        ("The answer is $1,800.50.", "1800.5"),
+        ("The answer is .5", "0.5"),
+        ("The answer is -.50", "-0.5"),
+        ("The answer is -0.0", "0"),
+        ("so... 5", "5"),
+        ("so...5", "5"),
+    ],
+)
+def test_equal_numbers_are_one_vote(text: str, answer: str):
+    assert NumberVerifier().extract(text) == answer

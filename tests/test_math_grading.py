@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from envs import math_grading
 from envs.math_answers import extract_answer, quantity
 from envs.math_grading import WORKER, check_gold, is_equal, is_equal_async
+from envs.math_limits import explodes
 from envs.problem_env import GraderError
 from rl.types import RolloutError
 
@@ -55,6 +57,41 @@ EQUAL = [
     (r"\pm 2", "-2, 2"),
     ("2+3i", "3i+2"),
     (r"2\sqrt{3}+1", "1 + 2sqrt(3)"),
+    ("1011_2", "1011_{2}"),
+    ("1011_2", r"1011_{\text{two}}"),
+    ("1011_2", "(1011)_2"),
+    ("1011_2", "0001011_2"),
+    ("1011_2", "1011 (base 2)"),
+    ("BEE_{16}", "BEE_{16}"),
+    ("11_{10}", "11"),
+    ("1000", "1e3"),
+    ("1e3", "1000"),
+    ("0.00025", "2.5E-4"),
+    ("1500", r"1.5 \times 10^3"),
+    ("1500", "1.5 x 10^{3}"),
+    (r"6.02 \cdot 10^{23}", "602" + "0" * 21),
+    ("3", r"\log_2 8"),
+    ("3", r"\log_28"),
+    ("3", r"\log_{2} 8"),
+    ("3", "log_2(8)"),
+    (r"\frac{3}{4}", r"\frac3{4}"),
+    (r"\frac{3}{4}", r"\frac{3}4"),
+    ("(3,oo)", "x>3"),
+    ("x>3", "(3,oo)"),
+    ("(-oo,3)", "x<3"),
+    ("x<3", r"(-\infty, 3)"),
+    (r"[3,\infty)", r"x \ge 3"),
+    (r"x \geq 3", "3 <= x"),
+    ("(1,2]", "1 < x <= 2"),
+    ("2 >= x > 1", "(1,2]"),
+    (r"(-\infty,1)\cup[5,\infty)", r"x<1 \text{ or } x \geq 5"),
+    (r"x>\frac12", "(0.5, +∞)"),
+    (r"x \in [0,1)", "0 <= x < 1"),
+    ("2^{100}", "1267650600228229401496703205376"),
+    ("7^{2023}", "7^{2023}+0"),
+    (r"\binom{100}{2}", "4950"),
+    ("120!/118!", "14280"),
+    ("(1+x)^{10}", "(x+1)^{10}"),
 ]
 DIFFERENT = [
     ("12", "112"),
@@ -90,6 +127,48 @@ DIFFERENT = [
     ("x^2", "x^3"),
     ("5", r"\frac{5"),
     ("5", "9" * 2000),
+    ("1011_2", "1011"),
+    ("1011", "1011_2"),
+    ("1011_2", "1011_3"),
+    ("1011_2", "11"),
+    ("1011_2", "1012_2"),
+    ("5", "2_2+3_2"),
+    ("1000", "1e4"),
+    ("1000", "1e-3"),
+    ("e", "1e1"),
+    ("3", r"\log_2 9"),
+    ("(3,oo)", "x<3"),
+    ("(3,oo)", r"x \ge 3"),
+    ("x>3", "y>3"),
+    ("x>3", "x>4"),
+    ("(1,2)", "1 < x <= 2"),
+    (r"(-\infty,1)\cup[5,\infty)", "x<1"),
+    ("x>3", "3"),
+]
+# What an answer may hold to use up a grader's time; all are wrong at once, whatever the gold answer is.
+EXPLODING = [
+    "9^99999999",
+    "9^{-99999999}",
+    "9^{ 9^{ 9^9 } }",
+    "10**10**10",
+    "(9^9)^9999999",
+    "9^{9999*9999}",
+    r"9^{\left(99999999\right)}",
+    r"\left(\frac12\right)^{99999999}",
+    r"\frac{1}{9^{99999999}}",
+    r"\sqrt{9^{999999}}",
+    "x^{99999999}",
+    "(x+1)^{99999}",
+    "100000!",
+    "(10^6)!",
+    "((9!)!)!",
+    "9!!!!!!",
+    r"\binom{100000000}{50000000}",
+    r"\gamma(100000000)",
+    r"\prod_{k=1}^{1000000} k",
+    r"\sum_{i=1}^{100000000} i^i",
+    "1e999999999",
+    "0.5e-99999",
 ]
 
 
@@ -103,6 +182,43 @@ def test_different_answers(gold: str, answer: str):
     assert not is_equal(gold, answer)
 
 
+@pytest.mark.parametrize("answer", EXPLODING)
+def test_exploding_answers_are_wrong_and_cost_no_time(answer: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(WORKER, "ask", lambda *_: pytest.fail("asked"))
+    for gold in ("5", r"\sqrt{2}", "x+1"):
+        assert not is_equal(gold, answer)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        r"2^{2^3}",
+        "2024!",
+        "5!!",
+        r"\frac{20!}{10!10!}",
+        "1,000,000^2",
+        r"\sum_{k=1}^{2024} k",
+        "x^2+y^2=100000",
+        "3^{3^3}",
+        "(x+1)^{50}",
+    ],
+)
+def test_expressions_of_common_size_do_not_explode(expression: str):
+    assert not explodes(expression)
+
+
+@pytest.mark.parametrize("answer", [r"(x+y+z)^{60}", r"\int \frac{1}{x^{99}+1} dx"])
+def test_an_answer_that_is_too_costly_by_itself_is_wrong(answer: str):
+    assert not is_equal(r"\sqrt{2}", answer, seconds=0.5)
+
+
+def test_a_busy_machine_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(math_grading, "PATIENCE", 1e-4)  # the clock runs out before the processor time
+    with pytest.raises(GraderError, match="by the clock") as error:
+        is_equal(r"\sqrt{2}", r"\int \frac{1}{x^{99}+1} dx", seconds=5)
+    assert not isinstance(error.value, math_grading.TooCostly)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -110,6 +226,12 @@ def test_different_answers(gold: str, answer: str):
         (r"\boxed{\{1, 2\}} done", r"\{1, 2\}"),
         (r"\boxed{\frac{1}{2}", None),
         (r"\boxed{ }", None),
+        (r"hence \boxed 7.", "7"),
+        (r"hence $\boxed7$", "7"),
+        (r"hence \boxed {7}", "7"),
+        ("####: 55", "55"),
+        ("####55", "55"),
+        ("#### **55**", "55"),
         ("48/2 = <<48/2=24>>24\n#### 1,024\n", "1,024"),
         ("#### 5\n#### 6 eggs", "6 eggs"),
         ("#### \n7", None),
@@ -142,7 +264,7 @@ def test_golds_that_cannot_be_graded_against():
 
 def test_a_hanging_comparison_ends_with_a_typed_error_and_the_next_one_works():
     with pytest.raises(GraderError, match="longer than 0.5 s"):
-        is_equal(r"\sqrt{2}", HANGS, seconds=0.5)
+        is_equal(HANGS, r"\sqrt{2}", seconds=0.5)
     assert issubclass(GraderError, RolloutError)
     assert is_equal(r"\sqrt{2}", "2^{1/2}")
 
@@ -175,7 +297,7 @@ def test_grading_from_coroutines_leaves_the_loop_free():
         ticks = 0
         pending = asyncio.gather(
             asyncio.to_thread(is_equal, r"\sqrt{2}", "2^{1/2}"),
-            is_equal_async(r"\sqrt{2}", HANGS, 0.5),
+            is_equal_async(HANGS, r"\sqrt{2}", 0.5),
             is_equal_async(r"\sqrt{2}", r"\sqrt{3}"),
             is_equal_async("12", "112"),
             return_exceptions=True,

@@ -15,7 +15,7 @@ import numpy as np
 from backend.errors import DataError
 from rl.types import Metrics
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\.)\.\d+)")
 ANSWER_PHRASE = re.compile(r"answer\s+is:?", re.IGNORECASE)
 # Where a rationale ends and the answer begins, as models write it; the leading space or newline belongs to the stop.
 ANSWER_STOPS = tuple(
@@ -41,17 +41,25 @@ class Verifier:
 
 
 class NumberVerifier(Verifier):
-    """The first number behind the last "answer is"; where that is missing, the last number of the text."""
+    """The first number behind the last "answer is"; where that is missing, the last number of the text. 18, 18.0 and 018 are one answer."""
 
     def extract(self, text: str) -> str | None:
         *_, last = ANSWER_PHRASE.split(text)
         numbers = NUMBER.findall(last)
         if not numbers:
             return None
-        return (numbers[-1] if last == text else numbers[0]).replace(",", "")
+        return plain_number(numbers[-1] if last == text else numbers[0])
 
     async def is_right(self, extracted: str, gold: str) -> bool:
         return Fraction(extracted) == Fraction(gold.replace(",", ""))
+
+
+def plain_number(text: str) -> str:
+    """The one way to write a decimal: without commas and needless zeros, -3, 0.5, 18."""
+    digits = text.replace(",", "").lstrip("-")
+    whole, _, decimals = digits.partition(".")
+    number = (whole.lstrip("0") or "0") + ("." + decimals.rstrip("0") if decimals.strip("0") else "")
+    return "-" + number if text.startswith("-") and number != "0" else number
 
 
 class TextVerifier(Verifier):
