@@ -22,6 +22,7 @@ from backend.belief_state_losses import Sums, empty_side_losses, next_token_pass
 from backend.belief_state_pairs import PairObjective
 from backend.checkpoints import STATE_FILE, atomic_folder
 from backend.config import training_device
+from backend.device_lock import computing
 from backend.errors import DataError, NonFiniteError
 from backend.futures import APIFuture, InOrder
 from backend.types import AdamParams, OptimStepResponse, SaveWeightsResponse
@@ -74,6 +75,7 @@ class BeliefStateTrainer:
         sides = empty_side_losses(self.model, tokens_B_T, self.objective, batch.packed, self.passes.pairs_per_chunk)
         return metrics | _floats(sides)
 
+    @computing()
     def _run(self, batch: TokenBatch, seed: tuple[int, ...], backward: bool) -> Metrics:
         check_tokens(batch, self.model.config.vocab_size)
         one_pass = self._next_token if isinstance(self.model, NextToken) else self._pairs
@@ -121,6 +123,7 @@ class BeliefStateTrainer:
         tensor = torch.from_numpy(np.ascontiguousarray(array if array.dtype == bool else array.astype(np.int64)))
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
+    @computing()
     def optim_step(self, adam: AdamParams) -> OptimStepResponse:
         """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is not finite raises; nothing moves."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]

@@ -20,7 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from backend.device_lock import computing
 from backend.errors import ModelError
+from backend.random_state import drawn_from
 
 SCALAR_HEAD_FILE = "scalar_head.safetensors"  # beside the trunk of a saved scalar model (scalar_trainer.py)
 # Contexts longer than this must be asked for: a hub model's own limit can be a million tokens, and the KV cache is sized for it.
@@ -90,14 +92,14 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(embedding.weight.shape[0])
 
 
+@computing()
 def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model in evaluation mode (no dropout). A preset's weights depend on `seed` alone; torch's global RNG is left as it was."""
     if (Path(model_name).expanduser() / SCALAR_HEAD_FILE).exists():
         raise ModelError(f"{model_name} is a scalar model and no language model: open it with create_scalar_client_from_state")
     config = model_config(model_name)
     if model_name in PRESETS:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with drawn_from(seed):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
         model.config.architectures = [type(model).__name__]  # vLLM goes by it
     else:

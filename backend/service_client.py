@@ -126,7 +126,7 @@ class ServiceClient:
 
         def make() -> Engine:
             if use_vllm:
-                return VllmEngine(hf_config, tokenizer, max_length, self.config, device, seeded=reproducible)
+                return VllmEngine(hf_config, tokenizer, max_length, self.config, device, reproducible)
             with torch.random.fork_rng(devices=[]):
                 model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
             return TorchSampler(model, tokenizer, max_length, self.config.max_num_seqs, device)

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from backend.config import compute_dtype
+from backend.device_lock import computing
 from backend.engine import Sampled, SequenceRequest, Weights
 from backend.logprobs import target_logprobs
 from backend.types import SampledSequence, SamplingParams, StopReason
@@ -30,6 +31,7 @@ class TorchSampler:
     def add(self, request: SequenceRequest) -> None:
         self._waiting.append(request)
 
+    @computing()
     @torch.inference_mode()
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
         """Decodes up to max_num_seqs waiting requests to their ends."""
@@ -40,6 +42,7 @@ class TorchSampler:
     def drop_all(self) -> None:
         self._waiting.clear()
 
+    @computing()
     @torch.no_grad()
     def load_weights(self, weights: Weights) -> None:
         ours = self._model.state_dict()

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from backend.batching import MicroBatch, micro_batches
 from backend.config import BackendConfig, compute_dtype, training_device
 from backend.data_checks import check_data, resolve_loss
+from backend.device_lock import computing
 from backend.errors import DataError, ModelError, NonFiniteError
 from backend.logprobs import target_logprobs
 from backend.loss_terms import KeptForward, LossTerm, RunningTerm
 from backend.losses import LossFn
 from backend.models import context_length, embedding_rows, load_model
+from backend.random_state import drawn_from
 from backend.types import AdamParams, Datum, ForwardBackwardOutput, GetInfoResponse, LoraConfig, OptimStepResponse, TensorData
 
 CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
@@ -67,6 +69,7 @@ class Trainer:
         """
         return self.run_terms([LossTerm(data_D, loss_fn, loss_fn_config)], backward)[0]
 
+    @computing()
     def run_terms(self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False) -> list[ForwardBackwardOutput]:
         """Several losses in the same passes, an output for each. NonFiniteError counts the data of all terms through.
 
@@ -116,6 +119,7 @@ class Trainer:
                     self.kept = KeptForward(data_D, batch, p_NK)
                 yield batch, p_NK, wanted
 
+    @computing()
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
         """`fn(data, logprobs_D)` gets the differentiable logprobs of all data at once: one forward, one backward.
 
@@ -170,6 +174,7 @@ class Trainer:
 
     # --- optimizer --------------------------------------------------------------------------------------------------------------
 
+    @computing()
     def optim_step(self, adam: AdamParams) -> OptimStepResponse:
         """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is not finite raises; nothing moves."""
         for p in self.named_trainable.values():
@@ -238,8 +243,7 @@ def _add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed
         fan_in_fan_out=conv1d,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed if lora.seed is None else lora.seed)
+    with drawn_from(seed if lora.seed is None else lora.seed):
         model = get_peft_model(hf_model, config)
     model.peft_config["default"].base_model_name_or_path = model_name
     return model  # type: ignore[return-value]

@@ -7,17 +7,28 @@ checkpoints and merged adapters. specs/vllm.md has the measurements behind each 
 import gc
 import logging
 import os
+import secrets
 import tempfile
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from backend.config import BackendConfig, compute_dtype
+from backend.device_lock import alone, computing
 from backend.engine import Sampled, SequenceRequest, Weights
 from backend.errors import ModelError
+from backend.random_state import OwnTorchGenerators, global_generators_kept
 from backend.types import SampledSequence
+
+# vLLM keeps the batch that is being computed in a global variable: of several engines in the process, one may compute at a time.
+_one_engine = threading.Lock()
+_live_engines: set["VllmEngine"] = set()
 
 
 def vllm_is_installed() -> bool:
@@ -35,16 +46,16 @@ class VllmEngine:
         max_length: int,
         config: BackendConfig,
         device: torch.device,
-        seeded: bool,
+        reproducible: bool,
     ):
-        _set_environment(config)
+        _set_environment(config, device, reproducible)
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        self._device, self._seeded = device, seeded
+        self._device = device
         self._unfinished: dict[str, SequenceRequest] = {}
         self._next_id = 0
-        with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as folder, _global_rng_kept(device):
+        with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as folder, alone(), global_generators_kept():
             hf_config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             args: dict[str, Any] = {
@@ -58,7 +69,7 @@ class VllmEngine:
                 "max_logprobs": -1,
                 "enforce_eager": device.type == "cpu" if config.enforce_eager is None else config.enforce_eager,
                 "disable_log_stats": True,
-                "seed": 0,
+                "seed": 0 if reproducible else secrets.randbits(31),  # of the noise of requests that have no seed
             }
             if device.type == "cpu":
                 # A prompt read in two parts would make vLLM turn a seeded request's generator back, which it cannot on a CPU.
@@ -72,6 +83,10 @@ class VllmEngine:
                 raise ModelError(
                     f"vLLM cannot serve this model: {reason}. backend.engine=torch samples with torch instead"
                 ) from error
+            self._generators = OwnTorchGenerators(device.type == "cuda")
+            _live_engines.add(self)
+        # Where a request's noise is a function of its seed and position, a seed costs nothing; elsewhere it costs a launch per row.
+        self._seeded = reproducible or device.type == "cuda" and self._engine.vllm_config.use_v2_model_runner
 
     def add(self, request: SequenceRequest) -> None:
         from vllm import SamplingParams
@@ -100,7 +115,7 @@ class VllmEngine:
         self._engine.add_request(request_id, {"prompt_token_ids": request.prompt}, vllm_params)
 
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
-        with _global_rng_kept(self._device):
+        with _one_engine, computing(), self._generators:
             outputs = self._engine.step()
         return [(self._unfinished.pop(output.request_id), _sampled(output)) for output in outputs if output.finished]
 
@@ -109,7 +124,7 @@ class VllmEngine:
         self._unfinished.clear()
 
     def load_weights(self, weights: Weights) -> None:
-        with _global_rng_kept(self._device):
+        with _one_engine, computing(), global_generators_kept(), _in_stream_order(self._device):
             if self._device.type == "cpu":  # linears are packed when loaded: only the full reload path may touch them
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
             else:
@@ -119,42 +134,49 @@ class VllmEngine:
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
 
     def close(self) -> None:
-        from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.v1.engine import core
 
-        self._engine.engine_core.shutdown()
-        del self._engine
-        cleanup_dist_env_and_memory()
-        gc.collect()
+        with alone():
+            _live_engines.discard(self)
+            # vLLM's shutdown takes down the parallel state that all engines of the process use: only the last one may.
+            cleanup = _no_cleanup if _live_engines else core.cleanup_dist_env_and_memory
+            with patch.object(core, "cleanup_dist_env_and_memory", cleanup):
+                self._engine.engine_core.shutdown()
+            del self._engine
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _no_cleanup() -> None: ...
 
 
 def _load_in_place(model: Any, weights: Weights) -> None:
     model.load_weights(iter(weights))
 
 
-def _set_environment(config: BackendConfig) -> None:
+def _set_environment(config: BackendConfig, device: torch.device, reproducible: bool) -> None:
     """Read by vLLM when it is imported. A user's own settings stand."""
     warnings.filterwarnings("ignore", module=r"vllm\.")
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "doesn't include CPU backend": nor is it asked to
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must be in this process to take weights in memory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # never used where logprobs are returned, and its import may fail
+    if device.type == "cuda" and reproducible:
+        # Without it a kernel's rounding depends on what is decoded beside a sequence.
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.sampler_memory_gb))))
 
 
-class _global_rng_kept:
-    """vLLM draws from torch's global generators, even when every request has a seed; the program around it must not notice."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-
-    def __enter__(self) -> None:
-        self._state = torch.get_rng_state()
-        self._cuda_state = torch.cuda.get_rng_state() if self._cuda else None
-
-    def __exit__(self, *exc: object) -> None:
-        torch.set_rng_state(self._state)
-        if self._cuda_state is not None:
-            torch.cuda.set_rng_state(self._cuda_state)
+@contextmanager
+def _in_stream_order(device: torch.device) -> Iterator[None]:
+    """vLLM's thread has a CUDA stream of its own: it reads what the trainer has written, and has read it when this ends."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+    yield
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
 
 
 def _sampled(output: Any) -> Sampled:

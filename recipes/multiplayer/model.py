@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from backend.models import PRESETS
+from backend.random_state import drawn_from
 from envs.opponents import listed_moves, minimax_move
 from envs.textarena import TextArenaBuilder
 
@@ -63,8 +64,7 @@ def save_model(path: Path, task: TextArenaBuilder, seed: int) -> None:
     tokenizer = game_tokenizer(task, config.max_position_embeddings)
     config.vocab_size, config.bos_token_id, config.pad_token_id, config.eos_token_id = len(tokenizer), None, 0, 1
     config.n_layer = 2  # one to gather the rows, one to compare them
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn_from(seed):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -32,6 +32,7 @@ from backend.checkpoints import atomic_folder
 from backend.errors import CheckpointError
 from backend.guidance import Guidance, log_pmf
 from backend.guided_sampler import LanguageModelTrunk, Reader, ValueReader, guided_sample
+from backend.random_state import drawn_from
 from envs.star_graph_tokens import Layout
 
 CLASSIFIER_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "classifier.json", "classifier.safetensors", "optimizer.safetensors"
@@ -102,8 +103,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.trunk, self.num_outputs = trunk, num_outputs
         self.head_name: Head = head
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with drawn_from(seed):
             self.head = (BilinearHead if head == "bilinear" else LinearHead)(trunk.hidden_size, num_outputs)
 
     def reader(self) -> ValueReader:
@@ -161,8 +161,7 @@ def new_trunk(policy: LanguageModelTrunk, copy_weights: bool, seed: int) -> Lang
     """The policy's architecture, with its weights or with new ones that depend on `seed` alone."""
     if copy_weights:
         return copy.deepcopy(policy)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn_from(seed):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(policy.model.config), dtype=torch.float32)
     return LanguageModelTrunk(model.to(policy.model.device).eval())
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from backend.checkpoints import atomic_folder
 from backend.errors import CheckpointError
+from backend.random_state import drawn_from
 from envs.star_graph import StarGraph
 from envs.star_graph_tokens import numeral_tokenizer
 
@@ -40,8 +41,7 @@ def make_model(
         attn_pdrop=0.0,
     )
     config.star_graph = [graph.num_paths, graph.path_length, graph.num_nodes]  # type: ignore[attr-defined]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn_from(seed):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with atomic_folder(path) as folder:
         model.save_pretrained(folder)

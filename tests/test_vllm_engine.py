@@ -1,0 +1,94 @@
+"""What only a vLLM engine can get wrong: its noise, the program's random generators, engines beside each other."""
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backend.config import BackendConfig
+from backend.service_client import ServiceClient
+from backend.types import LoraConfig, SamplingParams
+from tests.test_sampling import GREEDY, prompt_of, train_a_little, trainer_logprobs
+
+
+def global_draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def seed_all() -> None:
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+
+
+@pytest.fixture(scope="module")
+def unseeded_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    config = BackendConfig(engine="vllm", max_num_seqs=64, reproducible=False, sampler_memory_gb=0.2)
+    with ServiceClient(config, tmp_path_factory.mktemp("checkpoints")) as service:
+        yield service
+
+
+def test_noise_is_new_at_every_token_and_in_every_call(unseeded_service: ServiceClient) -> None:
+    """Of a random `micro`, whose distribution is nearly flat. A generator that is put back after every step repeats its noise."""
+    client = unseeded_service.create_training_client("micro").save_weights_and_get_sampling_client()
+    params = SamplingParams(max_tokens=64, temperature=1.0, stop=[])
+    calls = [client.sample(prompt_of(10), 16, params).result().sequences for _ in range(2)]
+    tokens_G_T = np.array([sequence.tokens for sequence in calls[0]])
+    assert (tokens_G_T[:, 1:] == tokens_G_T[:, :-1]).mean() < 0.1
+    assert (tokens_G_T != np.array([sequence.tokens for sequence in calls[1]])).mean() > 0.8
+
+
+def test_global_generators_are_untouched_by_an_engine(unseeded_service: ServiceClient) -> None:
+    client = unseeded_service.create_training_client("micro")
+    seed_all()
+    expected = global_draws()
+    seed_all()
+    sampler = client.save_weights_and_get_sampling_client()  # opens the engine
+    sampler.sample(prompt_of(10), 4, SamplingParams(max_tokens=5)).result()
+    client.save_weights_and_get_sampling_client()
+    assert global_draws() == expected
+
+
+def test_engines_beside_each_other(unseeded_service: ServiceClient) -> None:
+    """vLLM has one place in the process for the batch that is computed, and one parallel state for all engines."""
+    clients = [unseeded_service.create_training_client("tiny", seed=seed) for seed in (1, 2)]
+    samplers = [client.save_weights_and_get_sampling_client() for client in clients]
+    params = SamplingParams(max_tokens=40, stop=[])
+
+    def sample(which: int) -> None:
+        for i in range(8):
+            prompt = prompt_of(20 + i)
+            for sequence in samplers[which].sample(prompt, 4, params).result().sequences:
+                expected = trainer_logprobs(clients[which], prompt, sequence.tokens)[prompt.length - 1 :]
+                assert sequence.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(sample, (0, 1)))
+
+
+def test_an_engine_survives_the_closing_of_another(unseeded_service: ServiceClient, tmp_path: Path) -> None:
+    client = unseeded_service.create_training_client("micro")
+    sampler = client.save_weights_and_get_sampling_client()
+    with ServiceClient(BackendConfig(engine="vllm", sampler_memory_gb=0.2), tmp_path) as other:
+        other.create_sampling_client(base_model="micro").sample(prompt_of(5), 1, GREEDY).result()
+    assert len(sampler.sample(prompt_of(5), 1, GREEDY).result().sequences[0].tokens) == 16
+    train_a_little(client, 1)
+    sampled = client.save_weights_and_get_sampling_client().sample(prompt_of(5), 1, GREEDY).result().sequences[0]
+    assert sampled.logprobs == pytest.approx(trainer_logprobs(client, prompt_of(5), sampled.tokens)[4:].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
+def test_global_generators_are_untouched_by_models(
+    torch_service: ServiceClient, lora: LoraConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed_all()
+    expected = global_draws()
+    seed_all()
+    # torch.manual_seed also reseeds every GPU, which nothing puts back.
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("reseeds the GPUs"))
+    torch_service.create_training_client("micro", lora).save_weights_and_get_sampling_client()
+    torch_service.create_scalar_client("micro", lora)
+    torch_service.create_sampling_client(base_model="micro")
+    assert global_draws() == expected
