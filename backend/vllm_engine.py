@@ -134,13 +134,13 @@ class VllmEngine:
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
 
     def close(self) -> None:
-        from vllm.v1.engine import core
+        from vllm.distributed import cleanup_dist_env_and_memory
 
         with alone():
             _live_engines.discard(self)
             # vLLM's shutdown takes down the parallel state that all engines of the process use: only the last one may.
-            cleanup = _no_cleanup if _live_engines else core.cleanup_dist_env_and_memory
-            with patch.object(core, "cleanup_dist_env_and_memory", cleanup):
+            cleanup = _no_cleanup if _live_engines else cleanup_dist_env_and_memory
+            with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", cleanup):
                 self._engine.engine_core.shutdown()
             del self._engine
             gc.collect()

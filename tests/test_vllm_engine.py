@@ -20,7 +20,9 @@ def global_draws() -> tuple[float, float, float]:
 
 
 def seed_all() -> None:
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
 
 
 @pytest.fixture(scope="module")
