@@ -1,24 +1,35 @@
-"""Checkpoints of the Belief State Transformer and of its baseline: a folder, written whole or not at all (backend/checkpoints.py).
+"""Checkpoints of the Belief State Transformer and of its baseline: a folder, written whole or not at all (backend/atomic_folder.py).
 
 belief_state.json     the kind of model and its configuration
 model.safetensors     the weights
-optimizer.safetensors, training_state.json    in checkpoints of a run
+training_state/       in checkpoints of a run, as in every other (backend/checkpoint_files.py)
 """
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from backend.atomic_folder import atomic_folder
 from backend.belief_state import BeliefState, BeliefStateConfig, NextToken
+from backend.checkpoint_files import (
+    OPTIMIZER_FILE,
+    REMEDY,
+    STATE_FOLDER,
+    check_is_checkpoint,
+    read_json,
+    state_file,
+    tensor_shapes,
+    write_state,
+)
 from backend.config import training_device
 from backend.errors import CheckpointError
+from backend.optimizer_state import check_optimizer, load_optimizer, write_optimizer
 
-CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "belief_state.json", "model.safetensors", "optimizer.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "belief_state.json", "model.safetensors"
 Model = BeliefState | NextToken
 M = TypeVar("M", BeliefState, NextToken)
 
@@ -27,6 +38,28 @@ def write_model(model: Model, folder: Path) -> None:
     config = {"kind": type(model).__name__, "config": asdict(model.config)}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
     save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS_FILE)
+
+
+def save_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, extra: dict[str, Any]) -> None:
+    with atomic_folder(path) as folder:
+        write_model(model, folder)
+        write_state(folder, {"extra": extra})
+        write_optimizer(dict(model.named_parameters()), optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
+
+
+def load_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, with_optimizer: bool) -> None:
+    """A run goes on only from its own task's checkpoint; weights alone may come from another one's, of the same sizes.
+
+    All is checked before anything is changed.
+    """
+    parameters, file = dict(model.named_parameters()), state_file(path, OPTIMIZER_FILE)
+    check_weights(model, path, model.config.task if with_optimizer else None)
+    if with_optimizer:
+        check_optimizer(parameters, file)
+    _copy_weights(model, path)
+    optimizer.state.clear()
+    if with_optimizer:
+        load_optimizer(parameters, optimizer, file)
 
 
 def load_belief_state(path: str | Path, task: str | None = None) -> BeliefState:
@@ -46,57 +79,42 @@ def _open(kind: type[M], path: Path, task: str | None) -> M:
         )
     with torch.device("meta"):
         model = kind(config, seed=None)
+    check_weights(model, path, config.task)
     model.to_empty(device=training_device())
-    load_weights(model, path, config.task)
+    _copy_weights(model, path)
     return model
 
 
 def read_config(path: Path, kind: type[Model]) -> BeliefStateConfig:
+    if not (path / CONFIG_FILE).exists():
+        check_is_checkpoint(path)
+        raise CheckpointError(f"{path} is no checkpoint of a Belief State Transformer or its baseline: it has no {CONFIG_FILE}")
+    saved = read_json(path / CONFIG_FILE)
     try:
-        saved = json.loads((path / CONFIG_FILE).read_text())
         config = BeliefStateConfig(**saved["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is no checkpoint of a Belief State Transformer or its baseline ({CONFIG_FILE}: {error})"
-        ) from error
-    if saved["kind"] != kind.__name__:
-        raise CheckpointError(f"{path} holds a {saved['kind']} model, not a {kind.__name__} one: give the other's checkpoint")
+        name = saved["kind"]
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{path / CONFIG_FILE} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
+    if name != kind.__name__:
+        raise CheckpointError(f"{path} holds a {name} model, not a {kind.__name__} one: give the other's checkpoint")
     return config
 
 
-@torch.no_grad()
-def load_weights(model: Model, path: Path, task: str | None) -> None:
-    """Copies the weights of a checkpoint of the same sizes, and of the same task unless `task` is None."""
+def check_weights(model: Model, path: Path, task: str | None) -> None:
+    """CheckpointError unless the checkpoint has the model's sizes and tensors, and its task, unless `task` is None."""
     saved = read_config(path, type(model))
     for key, theirs in asdict(saved).items():
         ours = task if key == "task" else getattr(model.config, key)
         if ours != theirs and ours is not None:
             raise CheckpointError(f"{path} is a checkpoint of another model: its {key} is {theirs!r}, here it is {ours!r}")
-    try:
-        tensors = load_file(path / WEIGHTS_FILE)
-        model.load_state_dict(tensors)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"could not read the weights of {path}: {error}") from error
+    found = tensor_shapes(path / WEIGHTS_FILE)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if different := [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]:
+        name = different[0]
+        raise CheckpointError(
+            f"{path / WEIGHTS_FILE}: {name} has shape {found.get(name)}, this model's has {expected.get(name)}: {REMEDY}"
+        )
 
 
-def write_optimizer(model: Model, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """AdamW's state under the parameters' names."""
-    tensors = {
-        f"{key}:{name}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    save_file(tensors, folder / OPTIMIZER_FILE)
-
-
-def load_optimizer(model: Model, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    try:
-        tensors = load_file(path / OPTIMIZER_FILE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} has no readable {OPTIMIZER_FILE}, so no run can go on from it: {error}") from error
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, tensor in tensors.items():
-        slot, name = key.split(":", 1)
-        device = parameters[name].device if slot != "step" or parameters[name].is_cuda else "cpu"
-        optimizer.state[parameters[name]][slot] = tensor.to(device)
+def _copy_weights(model: Model, path: Path) -> None:
+    model.load_state_dict(load_file(path / WEIGHTS_FILE))

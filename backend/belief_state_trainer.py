@@ -5,7 +5,6 @@ and `pairs_per_chunk` pairs, which changes memory and speed, never a gradient. O
 reaches matrices only, not gains.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ import torch
 from torch import nn
 
 from backend.belief_state import BeliefState, NextToken
-from backend.belief_state_files import Model, load_optimizer, load_weights, write_model, write_optimizer
+from backend.belief_state_files import Model, load_state, save_state
 from backend.belief_state_losses import Sums, empty_side_losses, next_token_pass, pair_pass
 from backend.belief_state_pairs import PairObjective
-from backend.checkpoints import STATE_FILE, atomic_folder
 from backend.config import training_device
 from backend.device_lock import computing
 from backend.errors import DataError, NonFiniteError
@@ -144,17 +142,11 @@ class BeliefStateTrainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def save_state(self, path: Path, extra: dict[str, Any]) -> None:
-        with atomic_folder(path) as folder:
-            write_model(self.model, folder)
-            write_optimizer(self.model, self.optimizer, folder)
-            (folder / STATE_FILE).write_text(json.dumps({"extra": extra}, indent=2))
+        save_state(self.model, self.optimizer, path, extra)
 
     def load_state(self, path: Path, with_optimizer: bool) -> None:
         """A run goes on only from its own task's checkpoint; weights alone may come from another one's, of the same sizes."""
-        load_weights(self.model, path, self.model.config.task if with_optimizer else None)
-        self.optimizer.state.clear()
-        if with_optimizer:
-            load_optimizer(self.model, self.optimizer, path)
+        load_state(self.model, self.optimizer, path, with_optimizer)
 
 
 class BeliefStateClient:
@@ -202,6 +194,10 @@ class BeliefStateClient:
 
     def load_state_with_optimizer(self, path: str) -> APIFuture[None]:
         return self._thread.submit(self.trainer.load_state, Path(path), with_optimizer=True)
+
+    def checkpoint_bytes(self) -> int:
+        """About what one save_state takes on the disk: fp32 weights and two moments of each."""
+        return 12 * sum(parameter.numel() for parameter in self.trainer.model.parameters())
 
     def close(self) -> None:
         self._thread.close()

@@ -1,124 +1,155 @@
-"""Checkpoints on disk: a normal Hugging Face folder (or peft adapter) with the optimizer beside it.
+"""Checkpoints of a Trainer: a Hugging Face folder, or a peft adapter, that any tool loads as it is, with the training state in a subfolder.
 
-A checkpoint is written under a temporary name, synced, and renamed; a crash or a full disk at any moment leaves the previous one valid.
-Files: what save_pretrained writes, the tokenizer, optimizer.safetensors, and training_state.json with what the loop wants back.
+A checkpoint is written whole or not at all (atomic_folder.py), and read after all of it was checked: a checkpoint that does not fit changes
+nothing. Its files are listed in checkpoint_files.py.
 """
 
+import copy
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from backend.adapters import absolute, check_adapter, load_adapter, write_adapter
+from backend.atomic_folder import atomic_folder
+from backend.checkpoint_files import (
+    OPTIMIZER_FILE,
+    REMEDY,
+    STATE_FOLDER,
+    check_readable,
+    is_adapter,
+    state_file,
+    tensor_shapes,
+    write_state,
+)
 from backend.errors import CheckpointError
 from backend.models import SCALAR_HEAD_FILE
+from backend.optimizer_state import check_optimizer, load_optimizer, write_optimizer
 from backend.trainer import Trainer
 
 transformers_logging.disable_progress_bar()  # "Writing model shards" at every checkpoint
 
-STATE_FILE, OPTIMIZER_FILE, ADAPTER_FILE = "training_state.json", "optimizer.safetensors", "adapter_model.safetensors"
 
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A fresh temporary folder that becomes `path` if the block succeeds, and vanishes if it does not."""
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    try:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in [*temporary.rglob("*"), temporary]:
-            _fsync(file)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _fsync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {path}: {error}. Checkpoints written before it are untouched") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """What transformers, peft and vLLM load by path: all weights, or the adapter of a LoRA run."""
-    if dtype is None or trainer.lora:
-        trainer.model.save_pretrained(str(folder))
-    else:
-        trainer.base.save_pretrained(str(folder), state_dict={k: v.to(dtype) for k, v in trainer.base.state_dict().items()})
-    if trainer.scalar_head is not None:
-        save_file({"weight": trainer.scalar_head.detach()}, folder / SCALAR_HEAD_FILE)
-    trainer.hf_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """About what save_state writes: fp32 weights (of a LoRA run, the adapter's) and two moments for each trained one."""
+    trained = sum(p.numel() for p in trainer.named_trainable.values())
+    weights = trained if trainer.lora else sum(p.numel() for p in trainer.base.parameters())
+    return 4 * weights + 8 * trained
 
 
 def save_state(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
     with atomic_folder(path) as folder:
-        save_policy(trainer, tokenizer, folder)
-        save_file(_optimizer_tensors(trainer), folder / OPTIMIZER_FILE)
         lora = asdict(trainer.lora) if trainer.lora else None
-        state = {"model_name": trainer.model_name, "seed": trainer.seed, "lora": lora, "extra": extra}
-        (folder / STATE_FILE).write_text(json.dumps(state, indent=2))
+        write_state(folder, {"model_name": absolute(trainer.model_name), "seed": trainer.seed, "lora": lora, "extra": extra})
+        save_policy(trainer, tokenizer, folder)
+        write_optimizer(trainer.named_trainable, trainer.optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """training_state.json: model_name, seed, lora and the loop's `extra`. Raises CheckpointError if `path` is not a saved state."""
-    try:
-        return json.loads((path / STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not a training state of this project ({STATE_FILE}: {error})") from error
+def save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """What transformers, peft and vLLM load by path: all weights (in `dtype`), or the adapter of a LoRA run."""
+    if trainer.lora:
+        write_adapter(trainer, folder)
+    else:
+        weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in trainer.base.state_dict().items()}
+        trainer.base.save_pretrained(str(folder), state_dict=weights)
+        if dtype is not None:
+            config = copy.deepcopy(trainer.hf_config)
+            config.dtype = dtype
+            config.save_pretrained(folder)
+    if trainer.scalar_head is not None:
+        save_file({"weight": trainer.scalar_head.detach()}, folder / SCALAR_HEAD_FILE)
+    _save_tokenizer(trainer, tokenizer, folder)
 
 
-def load_weights(trainer: Trainer, path: Path) -> None:
-    """Copies the checkpoint's weights into the trainer's tensors. Another architecture, size or kind of fine-tuning raises.
+def _save_tokenizer(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`model_max_length` is that of the model, not the context of this run, to which load_tokenizer has set it."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    of_model = getattr(trainer.hf_config.get_text_config(), "max_position_embeddings", None) or 0
+    config["model_max_length"] = max(of_model, tokenizer.init_kwargs.get("model_max_length") or 0)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    A scalar model may begin with the trunk of a language model; its head is then zero.
+
+def load_state(trainer: Trainer, path: Path, with_optimizer: bool) -> None:
+    """Copies the checkpoint's weights, and its optimizer's state or none, into the trainer's tensors.
+
+    Another architecture, size, base or kind of fine-tuning raises CheckpointError before anything is changed. A scalar model may begin with
+    the trunk of a language model; its head is then zero.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {path}")
-    is_adapter = (path / ADAPTER_FILE).exists()
-    if is_adapter != (trainer.lora is not None):
-        kinds = ("a LoRA adapter", "trained in full") if is_adapter else ("a full model", "trained with LoRA")
-        raise CheckpointError(
-            f"{path} holds {kinds[0]}, but {trainer.model_name!r} is being {kinds[1]}: change lora_rank or the checkpoint"
-        )
+    check_readable(path)
+    adapter = is_adapter(path)
+    if adapter != (trainer.lora is not None):
+        kinds = ("a LoRA adapter", "trained in full") if adapter else ("a full model", "trained with LoRA")
+        remedy = "set lora_rank to its rank" if adapter else f"give it as model_name={path}, or leave out lora_rank"
+        raise CheckpointError(f"{path} holds {kinds[0]}, but {trainer.model_name!r} is being {kinds[1]}: {remedy}")
     if trainer.scalar_head is None and (path / SCALAR_HEAD_FILE).exists():
         raise CheckpointError(f"{path} holds a scalar model: open it with create_scalar_client_from_state")
-    _check_same_model(trainer, path)
+    optimizer_file = state_file(path, OPTIMIZER_FILE)
+    if with_optimizer:
+        _check_optimizer(trainer, path, optimizer_file)
+    head = _read_scalar_head(trainer, path / SCALAR_HEAD_FILE)
+    if adapter:
+        check_adapter(trainer, path)
+        load_adapter(trainer, path)
+    else:
+        _copy(dict(trainer.base.state_dict()), _read_weights(trainer, path), path)
     trainer.kept = None
+    if head is not None and trainer.scalar_head is not None:
+        trainer.scalar_head.data.copy_(head)
+    trainer.optimizer.state.clear()
+    if with_optimizer:
+        load_optimizer(trainer.named_trainable, trainer.optimizer, optimizer_file)
+
+
+def _check_optimizer(trainer: Trainer, path: Path, file: Path) -> None:
+    if not file.exists():
+        raise CheckpointError(
+            f"{path} has no {OPTIMIZER_FILE}: it holds weights only. Load it with load_checkpoint_path, not by resuming"
+        )
+    if trainer.scalar_head is not None and not (path / SCALAR_HEAD_FILE).exists():
+        raise CheckpointError(
+            f"{path} has no {SCALAR_HEAD_FILE}: load a language model's weights with load_state, without optimizer"
+        )
+    check_optimizer(trainer.named_trainable, file)
+
+
+def _read_scalar_head(trainer: Trainer, file: Path) -> torch.Tensor | None:
+    if trainer.scalar_head is None:
+        return None
+    if not file.exists():
+        return torch.zeros_like(trainer.scalar_head)
+    if (shape := tensor_shapes(file).get("weight")) != tuple(trainer.scalar_head.shape):
+        raise CheckpointError(f"{file} holds a head of shape {shape}, this model's has {tuple(trainer.scalar_head.shape)}")
+    return load_file(file)["weight"]
+
+
+def _read_weights(trainer: Trainer, path: Path) -> dict[str, torch.Tensor]:
+    """A full checkpoint's weights, all of which are in its files."""
     try:
-        if is_adapter:
-            _load_adapter(trainer, path)
-        else:
-            saved = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
-            _copy(dict(trainer.base.state_dict()), saved, path)
-        _load_scalar_head(trainer, path / SCALAR_HEAD_FILE)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"could not read the checkpoint {path}: {error}") from error
+        config = AutoConfig.from_pretrained(path)
+        _check_same_model(trainer, config, path)
+        opened: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+        model, loading = opened
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers makes of a damaged folder
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the checkpoint {path} cannot be read ({type(error).__name__}: {reason}): {REMEDY}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, loading[kind])):
+            raise CheckpointError(
+                f"the weights of {path} are not those of its config.json ({kind.replace('_', ' ')}: {', '.join(names[:3])}): {REMEDY}"
+            )
+    return model.state_dict()
 
 
-def _check_same_model(trainer: Trainer, path: Path) -> None:
-    config = AutoConfig.from_pretrained(path)
+def _check_same_model(trainer: Trainer, config: Any, path: Path) -> None:
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
         ours, theirs = getattr(trainer.hf_config, key, None), getattr(config, key, None)
         if ours != theirs:
@@ -128,57 +159,11 @@ def _check_same_model(trainer: Trainer, path: Path) -> None:
 
 
 @torch.no_grad()
-def _load_scalar_head(trainer: Trainer, file: Path) -> None:
-    if trainer.scalar_head is not None:
-        trainer.scalar_head.copy_(load_file(file)["weight"] if file.exists() else torch.zeros_like(trainer.scalar_head))
-
-
-def _load_adapter(trainer: Trainer, path: Path) -> None:
-    assert isinstance(trainer.model, PeftModel) and trainer.lora
-    saved = load_file(path / ADAPTER_FILE)
-    ranks = {tensor.shape[0] for name, tensor in saved.items() if "lora_A" in name}
-    if ranks != {trainer.lora.rank}:
-        raise CheckpointError(f"{path} has LoRA rank {sorted(ranks)}, this run has {trainer.lora.rank}")
-    outcome = set_peft_model_state_dict(trainer.model, saved)
-    missing = [name for name in outcome.missing_keys if ".lora_" in name]
-    if missing or outcome.unexpected_keys:
-        raise CheckpointError(f"{path} adapts other layers than this run: {[*missing, *outcome.unexpected_keys][:3]}")
-
-
-@torch.no_grad()
 def _copy(ours: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], path: Path) -> None:
     if differing := sorted(name for name in ours.keys() ^ saved.keys()):
         raise CheckpointError(f"{path} is a checkpoint of another model: {differing[:3]} in only one of the two")
     for name, tensor in ours.items():
         if tensor.shape != saved[name].shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(saved[name].shape)}, this model has {tuple(tensor.shape)}")
+    for name, tensor in ours.items():
         tensor.copy_(saved[name])
-
-
-def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """AdamW's state under the parameters' names: independent of their order."""
-    return {
-        f"{key}:{name}": value.contiguous()
-        for name, parameter in trainer.named_trainable.items()
-        for key, value in trainer.optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(trainer: Trainer, path: Path) -> None:
-    file = path / OPTIMIZER_FILE
-    if not file.exists():
-        raise CheckpointError(
-            f"{path} has no {OPTIMIZER_FILE}: it holds weights only. Load it with load_checkpoint_path, not by resuming"
-        )
-    if trainer.scalar_head is not None and not (path / SCALAR_HEAD_FILE).exists():
-        raise CheckpointError(
-            f"{path} has no {SCALAR_HEAD_FILE}: load a language model's weights with load_state, without optimizer"
-        )
-    trainer.optimizer.state.clear()
-    for key, tensor in load_file(file).items():
-        slot, name = key.split(":", 1)
-        if name not in trainer.named_trainable:
-            raise CheckpointError(f"{file} belongs to another model or LoRA setting: this run does not train {name!r}")
-        parameter = trainer.named_trainable[name]
-        device = parameter.device if slot != "step" or parameter.is_cuda else "cpu"
-        trainer.optimizer.state[parameter][slot] = tensor.to(device)

@@ -13,7 +13,6 @@ processes changes a gradient by no more than the order of a sum. They also meet 
 up; where one dies of something else, torchrun ends the others. Left out: several machines' checkpoints (one file, written by the first).
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -29,11 +28,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from backend.belief_state import BeliefState
-from backend.belief_state_files import Model, load_optimizer, load_weights, write_model, write_optimizer
+from backend.belief_state_files import Model, load_state, save_state
 from backend.belief_state_losses import Sums
 from backend.belief_state_pairs import PairObjective
 from backend.belief_state_trainer import BeliefStateTrainer, PassConfig, TokenBatch
-from backend.checkpoints import STATE_FILE, atomic_folder
 from backend.config import training_device
 from backend.errors import ConfigError
 from backend.types import AdamParams, OptimStepResponse
@@ -200,10 +198,7 @@ class ParallelTrainer(BeliefStateTrainer):
             _reshard(self.model)
             model, optimizer = self._whole()
             if self.processes.is_first:
-                with atomic_folder(path) as folder:
-                    write_model(model, folder)
-                    write_optimizer(model, optimizer, folder)
-                    (folder / STATE_FILE).write_text(json.dumps({"extra": extra}, indent=2))
+                save_state(model, optimizer, path, extra)
         self.processes.wait()
 
     def load_state(self, path: Path, with_optimizer: bool) -> None:
@@ -213,9 +208,7 @@ class ParallelTrainer(BeliefStateTrainer):
         _reshard(self.model)
         model = self._empty_model()
         optimizer = torch.optim.AdamW(model.parameters())
-        load_weights(model, path, self.model.config.task if with_optimizer else None)
-        if with_optimizer:
-            load_optimizer(model, optimizer, path)
+        load_state(model, optimizer, path, with_optimizer)
         self.optimizer.state.clear()
         for ours, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
             ours.data.copy_(_cut_like(theirs, ours))

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
 from backend.device_lock import computing
 from backend.errors import ModelError
 from backend.random_state import drawn_from
@@ -65,8 +66,11 @@ def model_config(model_name: str) -> PretrainedConfig:
     path = Path(model_name).expanduser()
     if path.is_dir() and not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
         raise ModelError(f"{path} has no config.json: it is not a Hugging Face model folder")
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise ModelError(f"{path} is a LoRA adapter: open its base model, and load the adapter with load_checkpoint_path")
+    if is_adapter(path):
+        base = read_json(path / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        raise ModelError(
+            f"{path} is a LoRA adapter: open its base model {base!r}, and load the adapter with load_checkpoint_path"
+        )
     near = difflib.get_close_matches(model_name, PRESETS, n=1, cutoff=0.75)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     unknown = f"{model_name!r} is neither a preset ({', '.join(PRESETS)}), nor a local folder, nor a model the Hugging Face hub could give{hint}"
@@ -79,7 +83,12 @@ def model_config(model_name: str) -> PretrainedConfig:
 
 
 def context_length(model_name: str, max_length: int | None = None) -> int:
-    """Tokens of context to use: `max_length`, or the model's own up to DEFAULT_MAX_LENGTH. Raises if the model has less."""
+    """Tokens of context to use: `max_length`, or the model's own up to DEFAULT_MAX_LENGTH. Raises if the model has less.
+
+    An adapter's folder has the context of its base.
+    """
+    if is_adapter(folder := Path(model_name).expanduser()):
+        model_name = str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path"))
     limit = int(getattr(model_config(model_name), "max_position_embeddings", DEFAULT_MAX_LENGTH))
     if max_length is not None and max_length > limit:
         raise ModelError(f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has")

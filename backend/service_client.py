@@ -4,19 +4,18 @@ A script written for Tinker ports by changing its import: `import backend as tin
 """
 
 import atexit
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from backend.checkpoints import ADAPTER_FILE, read_state
+from backend.adapters import open_merged
+from backend.checkpoint_files import REMEDY, check_readable, is_adapter, read_state
 from backend.config import BackendConfig, training_device
 from backend.engine import Engine, EngineThread
-from backend.errors import CheckpointError, ConfigError, EngineError
+from backend.errors import CheckpointError, ConfigError, EngineError, ModelError
 from backend.models import PRESETS, SCALAR_HEAD_FILE, context_length, embedding_rows, load_model
 from backend.openmp import release_workers
 from backend.sampling_client import SamplingClient
@@ -60,9 +59,11 @@ class ServiceClient:
 
     def create_scalar_client_from_state(self, path: str) -> TrainingClient:
         """The scalar model that was saved there, with a fresh optimizer. CheckpointError if the folder has no scalar head."""
-        if not (Path(path) / SCALAR_HEAD_FILE).exists():
+        folder = Path(path).expanduser()
+        check_readable(folder)
+        if not (folder / SCALAR_HEAD_FILE).exists():
             raise CheckpointError(f"{path} has no {SCALAR_HEAD_FILE}: it is not the checkpoint of a scalar model")
-        return self._from_state(Path(path), with_optimizer=False, create=self.create_scalar_client)
+        return self._from_state(folder, with_optimizer=False, create=self.create_scalar_client)
 
     def _open_training_client(self, trainer: Trainer) -> TrainingClient:
         client = TrainingClient(self, trainer, load_tokenizer(trainer.model_name, self.config.max_length))
@@ -86,15 +87,25 @@ class ServiceClient:
 
     def create_training_client_from_state(self, path: str) -> TrainingClient:
         """The model a checkpoint was saved from, with its weights and a fresh optimizer."""
-        return self._from_state(Path(path), with_optimizer=False, create=self.create_training_client)
+        return self._from_state(Path(path).expanduser(), with_optimizer=False, create=self.create_training_client)
 
     def create_training_client_from_state_with_optimizer(self, path: str) -> TrainingClient:
-        return self._from_state(Path(path), with_optimizer=True, create=self.create_training_client)
+        return self._from_state(Path(path).expanduser(), with_optimizer=True, create=self.create_training_client)
 
     def _from_state(self, path: Path, with_optimizer: bool, create: Callable[..., TrainingClient]) -> TrainingClient:
+        check_readable(path)
         state = read_state(path)
-        lora = LoraConfig(**state["lora"]) if state["lora"] else None
-        client = create(state["model_name"], lora, state["seed"])
+        try:
+            lora = LoraConfig(**state["lora"]) if state["lora"] else None
+            name, seed = str(state["model_name"]), int(state["seed"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the training state of {path} is damaged ({type(error).__name__}: {error}): {REMEDY}"
+            ) from error
+        try:
+            client = create(name, lora, seed)
+        except ModelError as error:
+            raise CheckpointError(f"{path} was trained from {name!r}, which cannot be opened: {error}") from error
         (client.load_state_with_optimizer if with_optimizer else client.load_state)(str(path)).result()
         return client
 
@@ -103,11 +114,14 @@ class ServiceClient:
     def create_sampling_client(
         self, model_path: str | None = None, base_model: str | None = None, seed: int = 0
     ) -> SamplingClient:
-        """A frozen policy with an engine of its own, beside any live one: a saved folder, or a model by name."""
+        """A frozen policy with an engine of its own, beside any live one: a saved folder, or a model by name.
+
+        `seed` makes a preset's weights; an adapter that was saved here knows the seed of its base.
+        """
         if (model_path is None) == (base_model is None):
             raise ConfigError("create_sampling_client needs either model_path or base_model")
         model = (
-            _load_saved(Path(model_path), seed)
+            _load_saved(Path(model_path).expanduser(), seed)
             if model_path
             else load_model(str(base_model), seed, torch.device("cpu"), torch.float32)
         )
@@ -177,10 +191,7 @@ class ServiceClient:
 
 def _load_saved(path: Path, seed: int) -> PreTrainedModel:
     """A saved policy on the CPU; an adapter is merged into its base."""
-    if not path.is_dir():
-        raise CheckpointError(f"there is no saved policy {path}")
-    if not (path / ADAPTER_FILE).exists():
-        return load_model(str(path), seed, torch.device("cpu"), torch.float32)
-    base_name = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-    base = load_model(base_name, seed, torch.device("cpu"), torch.float32)
-    return PeftModel.from_pretrained(base, str(path)).merge_and_unload()  # type: ignore[operator]
+    check_readable(path)
+    if is_adapter(path):
+        return open_merged(path, seed)
+    return load_model(str(path), seed, torch.device("cpu"), torch.float32)

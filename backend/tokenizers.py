@@ -4,9 +4,12 @@ The presets' tokenizer is a byte-level BPE without merges: one token per byte, s
 never merged, and any other text still round-trips. Its chat template marks turns with two special tokens.
 """
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
 from backend.errors import ModelError
 
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -34,15 +37,22 @@ def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a preset, a local folder or a hub name. `model_max_length` is set to the context the backend will use."""
+    """The tokenizer of a preset, a local folder or a hub name; of an adapter without one, its base's.
+
+    `model_max_length` is set to the context the backend will use.
+    """
     from backend.models import PRESETS, context_length
 
     length = context_length(model_name, max_length)
     if model_name in PRESETS:
         return character_tokenizer(length)
+    folder = Path(model_name).expanduser()
+    if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
+        return load_tokenizer(str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")), max_length)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer could be loaded for {model_name!r}: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else model_name)
+    except Exception as error:  # of a damaged file, the tokenizers library raises a plain Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"no tokenizer could be loaded for {model_name!r}: {reason}") from error
     tokenizer.model_max_length = length
     return tokenizer

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from backend import checkpoints
+from backend.atomic_folder import atomic_folder
 from backend.engine import EngineThread
 from backend.errors import CookbookError, ModelError
 from backend.futures import APIFuture, InOrder
@@ -126,16 +127,13 @@ class TrainingClient:
         return SaveWeightsResponse(str(path))
 
     def _load_state(self, path: str, with_optimizer: bool) -> LoadWeightsResponse:
-        checkpoints.load_weights(self._trainer, Path(path))
+        checkpoints.load_state(self._trainer, Path(path).expanduser(), with_optimizer)
         self._weights_version += 1
-        self._trainer.optimizer.state.clear()
-        if with_optimizer:
-            checkpoints.load_optimizer(self._trainer, Path(path))
         return LoadWeightsResponse(path)
 
     def _save_for_sampler(self, path: Path) -> SaveWeightsResponse:
         self._check_can_sample()
-        with checkpoints.atomic_folder(path) as folder:
+        with atomic_folder(path) as folder:
             checkpoints.save_policy(self._trainer, self._tokenizer, folder, self._trainer.compute_dtype)
         self._exported[str(path)] = self._weights_version
         return SaveWeightsResponse(str(path))
@@ -158,6 +156,10 @@ class TrainingClient:
 
     def get_info(self) -> GetInfoResponse:
         return self._trainer.info()
+
+    def checkpoint_bytes(self) -> int:
+        """About what one save_state takes on the disk."""
+        return checkpoints.checkpoint_bytes(self._trainer)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer

@@ -147,12 +147,14 @@ def test_checkpoints_are_those_of_one_process(two, kind):
         resumed.load_state(folder / f"{kind}-{mode}", with_optimizer=True)
         for mine, metrics in zip(curve[STEPS // 2 :], train(resumed, STEPS // 2, STEPS // 2), strict=True):
             assert metrics == pytest.approx(mine, abs=2e-5)
-        assert sorted(path.name for path in (folder / f"{kind}-{mode}").iterdir()) == [
+        files = sorted(str(path.relative_to(folder)) for path in (folder / f"{kind}-{mode}").rglob("*.*"))
+        names = [
             "belief_state.json",
             "model.safetensors",
-            "optimizer.safetensors",
-            "training_state.json",
+            "training_state/optimizer.safetensors",
+            "training_state/training_state.json",
         ]
+        assert files == [f"{kind}-{mode}/{name}" for name in names]
 
 
 def test_the_recipe_in_two_processes_is_that_of_one(two, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from backend.checkpoints import read_state
+from backend.checkpoint_files import read_state
 from backend.errors import CheckpointError, NonFiniteError
 from backend.models import load_model
 from backend.service_client import ServiceClient

@@ -202,7 +202,7 @@ def steps_logged(folder: Path) -> int:
 
 def outcome(folder: Path) -> tuple[dict, list, str]:
     final = folder / "checkpoints" / "final"
-    tensors = load_file(final / "model.safetensors") | load_file(final / "optimizer.safetensors")
+    tensors = load_file(final / "model.safetensors") | load_file(final / "training_state" / "optimizer.safetensors")
     metrics = [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read_metrics(folder)]
     reference = (folder / "reference_logprobs.jsonl").read_text()
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metrics, reference

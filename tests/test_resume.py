@@ -58,7 +58,7 @@ def steps_logged(folder: Path) -> int:
 def outcome(folder: Path) -> tuple[dict, list]:
     """Final weights and optimizer, and all metrics but the times."""
     final = folder / "checkpoints" / "final"
-    tensors = load_file(final / "model.safetensors") | load_file(final / "optimizer.safetensors")
+    tensors = load_file(final / "model.safetensors") | load_file(final / "training_state" / "optimizer.safetensors")
     metrics = [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read_metrics(folder)]
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metrics
 

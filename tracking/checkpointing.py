@@ -4,9 +4,11 @@ import signal
 from types import FrameType
 from typing import Any, Protocol
 
-from backend.checkpoints import read_state
+from backend.checkpoint_files import read_state
+from backend.errors import CheckpointError
 from backend.futures import APIFuture
-from tracking.run_folder import RunFolder
+from tracking.disk_space import check_disk_space
+from tracking.run_folder import CheckpointRecord, RunFolder
 
 
 class Checkpointed(Protocol):
@@ -17,6 +19,8 @@ class Checkpointed(Protocol):
     def load_state(self, path: str) -> APIFuture[Any]: ...
 
     def load_state_with_optimizer(self, path: str) -> APIFuture[Any]: ...
+
+    def checkpoint_bytes(self) -> int: ...
 
 
 class Checkpointer:
@@ -30,17 +34,30 @@ class Checkpointer:
 
     def start(self, load_checkpoint_path: str | None) -> int:
         """Loads what the run begins with and returns its first step: the folder's own last checkpoint, else another's weights."""
-        record = self._run.last_checkpoint()
+        records = self._run.list_checkpoints()
+        record = records[-1] if records else None
+        step = 0
         if record is not None:
-            self._client.load_state_with_optimizer(str(record.path)).result()
-            self._saved_step, self.finished = record.step, record.name == "final"
-            self.resumed_extra = read_state(record.path)["extra"]
+            step = self._resume(record, before=records[-2] if len(records) > 1 else None)
         elif load_checkpoint_path:
             self._client.load_state(load_checkpoint_path).result()
-        step = record.step if record else 0
+        size = self._client.checkpoint_bytes()
+        check_disk_space(self._run.path, size, self._save_every, self._keep, existing=len(records))
         self._run.truncate_metrics(step)
         if self._run.resumed:
             print(f"resuming {self._run.path} at step {step}" + ("" if record else ": it has no checkpoint yet"))
+        return step
+
+    def _resume(self, record: CheckpointRecord, before: CheckpointRecord | None) -> int:
+        try:
+            self._client.load_state_with_optimizer(str(record.path)).result()
+            self.resumed_extra = read_state(record.path)["extra"]
+        except CheckpointError as error:
+            earlier = f"; without {record.path} the run goes on from {before.path.name}" if before else ""
+            raise CheckpointError(f"{self._run.path} cannot be resumed: {error}{earlier}") from error
+        # The checkpoint knows its own step: a kill between a replaced folder and its record leaves an older record.
+        step = int(self.resumed_extra.get("next_step", record.step))
+        self._saved_step, self.finished = step, record.name == "final"
         return step
 
     def after_step(self, next_step: int, extra: dict[str, Any] | None = None) -> None:

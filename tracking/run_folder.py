@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import chz
 
+from backend.atomic_folder import recover_folders
 from backend.errors import CheckpointError, ConfigError
 from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_atomically
 
@@ -138,6 +139,7 @@ def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, co
     run = RunFolder(path, resumed, changed)
     for folder in (run.checkpoints, run.transcripts, run.plots):
         folder.mkdir(parents=True, exist_ok=True)
+    recover_folders(run.checkpoints)
     run.metrics_file.touch()
     drop_torn_line(run.metrics_file)
     write_atomically(run.config_file, json.dumps(config_json, indent=2) + "\n")

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from backend.atomic_folder import atomic_folder
 from backend.belief_state import BeliefState, BeliefStateConfig
 from backend.belief_state_blocks import KVCache
-from backend.checkpoints import atomic_folder
 from backend.errors import CheckpointError
 from backend.guidance import Guidance, log_pmf
 from backend.guided_sampler import LanguageModelTrunk, Reader, ValueReader, guided_sample

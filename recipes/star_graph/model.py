@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from backend.checkpoints import atomic_folder
+from backend.atomic_folder import atomic_folder
 from backend.errors import CheckpointError
 from backend.random_state import drawn_from
 from envs.star_graph import StarGraph
