@@ -27,7 +27,7 @@ import numpy as np
 
 from backend.errors import ConfigError, DataError
 from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
-from envs.sandbox import Outcome, SandboxLimits, run_program
+from envs.sandbox import Outcome, SandboxLimits, check_limits, run_program
 from renderers.types import Renderer
 from rl.types import Action, Logs, RLDataset, RLDatasetBuilder, StepResult
 from supervised.rows import Fields, read_rows
@@ -236,7 +236,7 @@ class CodeBuilder(RLDatasetBuilder):
         if "{question}" not in self.prompt_template:
             raise ConfigError(f"prompt_template={self.prompt_template!r} has no {{question}}")
         train, test = self.problems()
-        isolation = (await run_program("", limits=self.limits)).isolation  # a machine without a sandbox is found out here
+        isolation = await check_limits(self.limits)  # a machine without a sandbox is found out here, too
         if self.need_namespaces and not isolation.namespaces:
             raise ConfigError(f"need_namespaces=true, and the sandbox of this machine has {isolation}")
         print(f"code: programs run with {isolation}")

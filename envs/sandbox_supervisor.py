@@ -1,6 +1,7 @@
 """The process that runs one program for sandbox.py and outlives it. Started as a plain file, with the standard library only.
 
-    in:   {"program": ..., "stdin": ..., "limits": {...}} on one line; then standard input stays open as long as the answer is wanted
+    in:   {"program": ..., "stdin": ..., "limits": {...}, "filter": a seccomp filter in base64, or null} on one line;
+          then standard input stays open as long as the answer is wanted
     out:  {"outcome": ..., "stdout": ..., "stderr": ..., "isolation": {...}}   or   {"failed": why there is no sandbox}
 
     supervisor      reads the output, watches the clock; never runs a line of the program
@@ -8,8 +9,10 @@
         program     without privileges
 
 Where root has no namespaces, the end is a kill(-1) sent by the program's own user id, which reaches all that it ever forked.
+Where another user may make none, bubblewrap makes them if it is installed: this file runs again within (`launch`), as the program.
 """
 
+import base64
 import contextlib
 import ctypes
 import errno
@@ -30,13 +33,15 @@ from typing import Any
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+SECCOMP_MODE_FILTER = 2
 UIDS = range(61184, 65184)  # what systemd, too, takes for short-lived users
 MAX_FILES = 4096
 MB = 2**20
 
 libc = ctypes.CDLL(None, use_errno=True)
 is_root = os.getuid() == 0
+bubblewrap = None if is_root else shutil.which("bwrap", path="/usr/local/bin:/usr/bin:/bin")
 
 
 def check(result: int, what: str) -> None:
@@ -61,14 +66,14 @@ def claim_uid() -> tuple[int, socket.socket | None]:
 
 
 def enter_process_namespace() -> str:
-    """The next child will be process 1 of a new process namespace. Returns why not, where that is so and root can do without."""
+    """The next child will be process 1 of a new process namespace. Returns why not, where root can do without or bubblewrap makes it."""
     uid, gid = os.getuid(), os.getgid()
     try:
         check(libc.unshare(NEWPID if is_root else NEWPID | NEWUSER), "unshare")
     except OSError as error:
-        if is_root:
+        if is_root or bubblewrap:
             return str(error.strerror)
-        raise OSError(error.errno, f"{error.strerror}; run as root, or allow user namespaces") from error
+        raise OSError(error.errno, f"{error.strerror}; run as root, allow user namespaces, or install bubblewrap") from error
     if not is_root:  # in a user namespace we may mount; the program's exec gives that up
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
@@ -110,6 +115,8 @@ def become_program(request: dict[str, Any], folder: Path, uid: int, namespaces: 
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    if request["filter"]:
+        install_filter(base64.b64decode(request["filter"]))
     python = Path(os.path.realpath(sys.executable))
     prefix = Path(sys.base_prefix)
     if namespaces:
@@ -118,6 +125,38 @@ def become_program(request: dict[str, Any], folder: Path, uid: int, namespaces: 
     # right always or never.
     environment = {"HOME": str(folder / "work"), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": str(prefix / "lib")}
     os.execve(python, [str(python), "-P", "-s", "-S", "program.py"], environment)
+
+
+def install_filter(instructions: bytes) -> None:
+    """For this process and all its children. A kernel without seccomp is an error: `filter` was sent because there should be one."""
+
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
+
+    buffer = ctypes.create_string_buffer(instructions)
+    program = Program(len(instructions) // 8, ctypes.addressof(buffer))
+    check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0), "seccomp")
+
+
+def start_in_bubblewrap(request: dict[str, Any], folder: Path, status: int) -> None:
+    """Executes bubblewrap, and in it `launch`, which gets the request in a file that has no name. Returns only by raising."""
+    sent = os.memfd_create("request", 0)
+    os.write(sent, json.dumps(request).encode())
+    os.lseek(sent, 0, os.SEEK_SET)
+    os.set_inheritable(status, True)
+    work, size = str(folder / "work"), str(request["limits"]["file_mb"] * MB)
+    walls = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--ro-bind", "/", "/"]
+    walls += ["--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", work, "--chdir", work, "--clearenv"]
+    launch = [sys.executable, "-I", "-S", __file__, "launch", str(folder), str(sent), str(status)]
+    os.execv(str(bubblewrap), [str(bubblewrap), *walls, "--", *launch])
+
+
+def launch(folder: str, sent: str, status: str) -> None:
+    """The program's half of `start_in_bubblewrap`. "started" says that bubblewrap did its part."""
+    request = json.loads(os.fdopen(int(sent)).read())
+    os.set_inheritable(int(status), False)  # closed by exec
+    os.write(int(status), b"started ")
+    become_program(request, Path(folder), os.getuid(), namespaces=False)
 
 
 def set_limits(limits: dict[str, Any]) -> None:
@@ -139,6 +178,8 @@ def run_init(request: dict[str, Any], folder: Path, uid: int, namespaces: bool, 
         if namespaces:
             close_off(folder, uid, request["limits"]["file_mb"])
         program = os.fork()
+        if program == 0 and bubblewrap and not namespaces:
+            start_in_bubblewrap(request, folder, status)
         if program == 0:
             become_program(request, folder, uid, namespaces)
         while (ended := os.wait())[0] != program:
@@ -180,7 +221,7 @@ def drain(fd: int, read: bytearray, limit: int) -> None:
 def kill_all(init: int, uid: int, namespaces: bool) -> None:
     os.kill(init, signal.SIGKILL)
     os.waitpid(init, 0)  # in a namespace it returns when every process in there is dead
-    if not namespaces:
+    if is_root and not namespaces:  # bubblewrap dies with init, and its namespace with it
         if (killer := os.fork()) == 0:
             with contextlib.suppress(ProcessLookupError):
                 os.setresuid(uid, uid, uid)
@@ -219,12 +260,21 @@ def supervise(request: dict[str, Any], folder: Path, uid: int) -> dict[str, Any]
         drain(fd, read[fd], size)
     if max(len(read[stdout]), len(read[stderr])) > size:
         outcome = "output_limit"
-    word, _, rest = read[status].decode().partition("\n")[0].partition(" ")
+    texts = {name: read[fd][:size].decode(errors="replace") for name, fd in (("stdout", stdout), ("stderr", stderr))}
+    wrapped = bool(bubblewrap and not namespaces)
+    said = read[status].decode().partition("\n")[0]
+    started = said.startswith("started ")
+    word, _, rest = said.removeprefix("started ").partition(" ")
     if word == "failed":
         return {"failed": rest}
-    texts = {name: read[fd][:size].decode(errors="replace") for name, fd in (("stdout", stdout), ("stderr", stderr))}
-    outcome = outcome or (outcome_of(int(rest), texts["stderr"]) if word else "killed")
-    return {"outcome": outcome, **texts, "isolation": {"namespaces": namespaces, "root": is_root, "why_not": why_not}}
+    if wrapped and word and not started:
+        return {"failed": f"bubblewrap: {texts['stderr'].strip()}"}
+    code = int(rest) if word else -signal.SIGKILL
+    if wrapped and code > 128:  # as a shell, bubblewrap says so where its child was killed by a signal
+        code = 128 - code
+    outcome = outcome or outcome_of(code, texts["stderr"])
+    isolation = {"namespaces": namespaces or wrapped, "root": is_root, "why_not": why_not, "filtered": bool(request["filter"])}
+    return {"outcome": outcome, **texts, "isolation": isolation}
 
 
 def main() -> None:
@@ -247,4 +297,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["launch"]:
+        launch(*sys.argv[2:])
     main()

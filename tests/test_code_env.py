@@ -1,19 +1,25 @@
 """Programs in the sandbox: what they are judged to be, and that none of them reaches the trainer."""
 
 import asyncio
+import errno
 import json
 import os
+import platform
+import re
 import secrets
 import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import chz
 import pytest
 
 import envs.sandbox
-from backend.errors import DataError
+from backend.errors import ConfigError, DataError
 from backend.tokenizers import character_tokenizer
+from envs import sandbox_filter
 from envs.code import AssertTest, CodeBuilder, CodeEnv, CodeProblem, OutputTest, extract_program, generated_problems, run_test
 from envs.sandbox import SandboxError, SandboxLimits, run_program
 from renderers import get_renderer
@@ -52,6 +58,106 @@ def test_hostile_programs_are_failed_tests_and_the_trainer_is_unharmed(program, 
     verdict = asyncio.run(run_test(program, OutputTest("", "the right answer"), IMPATIENT))
     assert time.monotonic() - started < 10  # 1.2 s, unless the machine is busy
     assert verdict.outcome != "passed" and "SECRET_OF_THE_TRAINER" not in verdict.detail
+
+
+TRY = """
+import ctypes, os, socket, threading
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = libc.mmap.restype = ctypes.c_void_p
+def call(name, *arguments):
+    ctypes.set_errno(0)
+    return getattr(libc, name)(*arguments), ctypes.get_errno()
+"""
+HOLES = {
+    "System V shared memory": "print(call('shmget', 0, 100 << 20, 0o1600))",
+    "System V messages": "print(call('msgget', 0, 0o1600))",
+    "System V semaphores": "print(call('semget', 0, 1000, 0o1600))",
+    "memfd": "print(call('memfd_create', b'x', 0))",
+    "user namespace": "print(call('unshare', 0x10000000))",
+    "user namespace of a child": "print(call('syscall', CLONE, 0x10000000 | 17, 0, 0, 0, 0))",
+    "user namespace by clone3": "print(call('syscall', 435, (ctypes.c_uint64 * 8)(0x10000000, 0, 0, 0, 17), 64))",
+    "tmpfs": "print(call('mount', b'x', b'.', b'tmpfs', 0, b''))",
+    "io_uring": "print(call('syscall', 425, 8, ctypes.create_string_buffer(120)))",
+    "AF_VSOCK": "print(call('socket', 40, 1, 0))",
+    "AF_NETLINK": "print(call('socket', 16, 3, 0))",
+}
+REFUSED = {f"(-1, {error})" for error in (errno.EPERM, errno.ENOSYS, errno.EAFNOSUPPORT)}
+
+
+@pytest.fixture(params=["as it comes", "without namespaces"])
+def supervisor(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor, and one that root's container forbids to make namespaces. Who is not root is refused without."""
+    everyones_python = "/usr/bin/python3"  # without namespaces a program cannot reach an interpreter in a folder of root's
+    if request.param == "without namespaces" and os.getuid() == 0 and os.path.exists(everyones_python):
+        monkeypatch.setattr(sys, "executable", everyones_python)
+        source = envs.sandbox.SUPERVISOR.read_text()
+        changed = source.replace(
+            "check(libc.unshare(NEWPID", 'raise OSError(1, "not allowed") if is_root else check((libc.unshare(NEWPID'
+        )
+        changed = changed.replace('NEWPID | NEWUSER), "unshare")', 'NEWPID | NEWUSER)), "unshare")')
+        (tmp_path / "supervisor.py").write_text(changed)
+        monkeypatch.setattr(envs.sandbox, "SUPERVISOR", tmp_path / "supervisor.py")
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_calls_that_leave_the_limits_or_the_namespaces_are_refused():
+    clone = {"x86_64": "56", "aarch64": "220"}[platform.machine()]
+    lines = [program.replace("CLONE", clone) for program in HOLES.values()]
+    segments = Path("/proc/sysvipc/shm").read_text()
+    run = asyncio.run(run_program(TRY + "\n".join(lines), limits=QUICK))
+    assert Path("/proc/sysvipc/shm").read_text().count("\n") <= segments.count("\n")
+    answers = dict(zip(HOLES, run.stdout.splitlines(), strict=True))
+    assert run.isolation.filtered and {hole: answer for hole, answer in answers.items() if answer not in REFUSED} == {}
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_what_programs_need_is_not_refused():
+    program = """
+import asyncio, os, socket, subprocess, sys, threading
+threading.Thread(target=print, args=(1,)).start()
+a, b = socket.socketpair()
+a.send(b"2"); print(b.recv(1).decode())
+child = os.fork()
+if child == 0: os._exit(0)
+print(3 + os.waitpid(child, 0)[1])
+print(subprocess.run([sys.executable, "-S", "-c", "print(4)"], capture_output=True, text=True).stdout, end="")
+asyncio.run(asyncio.sleep(0.01)); print(5)
+"""
+    run = asyncio.run(run_program(program, limits=QUICK))
+    assert (run.outcome, sorted(run.stdout.split())) == ("passed", list("12345")), run.stderr
+
+
+def test_the_filters_numbers_are_those_of_this_machine():
+    """x86_64's are compared with the C library's header where there is one; both tables have one number for each call."""
+    header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+    defined = dict(re.findall(r"__NR_(\w+) (\d+)", header.read_text())) if header.exists() else {}
+    assert {
+        name: numbers[0]
+        for name, numbers in sandbox_filter.REFUSED.items()
+        if defined.get(name, str(numbers[0])) != str(numbers[0])
+    } == {}
+    for column in (0, 1):
+        assert len({numbers[column] for numbers in sandbox_filter.REFUSED.values()}) == len(sandbox_filter.REFUSED)
+    filters = [sandbox_filter.seccomp_filter(machine) for machine in ("x86_64", "aarch64")]
+    assert all(filters) and filters[0] != filters[1] and sandbox_filter.seccomp_filter("riscv64") is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "what"),
+    [
+        ({"cpu_seconds": 0}, "above 0"),
+        ({"memory_mb": -1}, "above 0"),
+        ({"wall_seconds": float("nan")}, "above 0"),
+        ({"file_mb": 0}, "above 0"),
+        ({"memory_mb": 2}, "error while loading"),
+        ({"wall_seconds": 1e-3}, "timeout"),
+        ({"open_files": 2}, "error"),
+    ],
+)
+def test_limits_under_which_no_program_runs_are_an_error_when_the_environment_is_built(limits: dict[str, float], what: str):
+    builder = CodeBuilder(limits=chz.replace(QUICK, **limits))
+    with pytest.raises(ConfigError, match=what):
+        asyncio.run(builder(RENDERER))
 
 
 def test_processes_that_leave_their_session_die_with_the_program():
@@ -94,7 +200,7 @@ def test_assert_tests_need_to_be_reached():
 
 def test_programs_see_no_network_no_packages_and_the_same_hashes():
     run = asyncio.run(run_program("import socket\nsocket.create_connection(('127.0.0.1', 1), 1)", limits=QUICK))
-    if run.isolation.namespaces:
+    if run.isolation.namespaces and not run.isolation.why_not:  # bubblewrap's has a loopback device of its own
         assert "unreachable" in run.stderr  # not: refused
     assert "No module named 'torch'" in asyncio.run(run_program("import torch", limits=QUICK)).stderr
     hashes = [asyncio.run(run_program("print(hash('a'))", limits=QUICK)).stdout for _ in range(2)]
