@@ -1,8 +1,10 @@
 """From Datums to padded tensors: micro-batches cut by a token budget from rows sorted by length.
 
 A row is one sequence, or several that begin with the same prompt, laid out as a tree: the members of an RL group, and what else continues
-one of them. What they share is computed once, and each token sees its own ancestors. Rows are padded on the right. Only positions that
-carry loss are looked up in the vocabulary. None of this can change a gradient, since losses are sums over tokens.
+one of them. What they share is computed once, and each token sees its own ancestors. Rows are padded on the right. Positions that carry
+loss are looked up in the vocabulary apart from the others. None of this can change a gradient, since losses are sums over tokens.
+
+Prefixes are shared only where every layer attends to all earlier tokens (models.attends_to_all): other layers go by columns.
 """
 
 from collections import defaultdict
@@ -19,15 +21,22 @@ SHARED_ROWS_PAY = 0.8  # share prefixes where that leaves at most this part of t
 
 
 @dataclass
-class MicroBatch:
-    """`rows_N` are the flat (b * T + t) positions whose hidden states predict the targets; a shared position is there several times."""
+class Positions:
+    """Positions whose logprobs are wanted. `rows_N` are the flat (b * T + t) places whose hidden states predict the targets; a shared
+    place is there several times."""
 
-    tokens_BT: torch.Tensor
     rows_N: torch.Tensor
     datum_N: np.ndarray  # which datum a target belongs to, and
     position_N: np.ndarray  # where in it
     targets_NK: torch.Tensor
     temperature_N: torch.Tensor | None = None  # None = 1
+
+
+@dataclass
+class MicroBatch:
+    tokens_BT: torch.Tensor
+    loss: Positions  # that carry loss
+    others: Positions  # of weight 0: their logprobs are only told
     positions_BT: torch.Tensor | None = None  # with shared prefixes: position ids, and who sees whom
     mask_B1TT: torch.Tensor | None = None
 
@@ -42,14 +51,19 @@ class _Row:
     length: int
 
 
-def micro_batches(data_D: Sequence[Datum], chosen: Sequence[int], token_budget: int, device: torch.device) -> list[MicroBatch]:
-    """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone), longest rows first: memory peaks at once."""
+def micro_batches(
+    data_D: Sequence[Datum], chosen: Sequence[int], token_budget: int, device: torch.device, share: bool
+) -> list[MicroBatch]:
+    """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone), longest rows first: memory peaks at once.
+
+    `share`: data that begin alike may lie in one row.
+    """
     if not chosen:
         return []
     tokens = {d: data_D[d].model_input.to_ints() for d in chosen}
     carries = {d: carries_loss(data_D[d]) for d in chosen}
-    rows = [row for family in _families(tokens, carries) for row in _trees(family)]
-    if sum(row.length for row in rows) > SHARED_ROWS_PAY * sum(map(len, tokens.values())):
+    rows = [row for family in _families(tokens, carries) for row in _trees(family)] if share else []
+    if not share or sum(row.length for row in rows) > SHARED_ROWS_PAY * sum(map(len, tokens.values())):
         rows = [_Row([d], [np.array(tokens_T)], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()]
     batches: list[list[_Row]] = [[]]
     for row in sorted(rows, key=lambda row: -row.length):
@@ -108,21 +122,28 @@ def _collate(data_D: Sequence[Datum], rows: list[_Row], carries: dict[int, np.nd
     # The columns that continue one lie behind it, up to its end: that of the last datum it is in. Padding sees itself.
     ends_BT = np.tile(np.arange(1, width + 1), (len(rows), 1))
     ends_BT.flat[place] = np.repeat([column_T[-1] + 1 for column_T in columns], lengths)
-    carries_N = np.concatenate([carries[d] for d in members])
-    targets = np.concatenate([data_D[d].loss_fn_inputs["target_tokens"].array for d in members])[carries_N]
+    datum, carries_N = np.repeat(members, lengths), np.concatenate([carries[d] for d in members])
+    targets = np.concatenate([data_D[d].loss_fn_inputs["target_tokens"].array for d in members])
     temperatures = _temperatures([data_D[d] for d in members])
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    def positions(chosen_N: np.ndarray) -> Positions:
+        chosen = targets[chosen_N]
+        return Positions(
+            rows_N=tensor(place[chosen_N]),
+            datum_N=datum[chosen_N],
+            position_N=position[chosen_N],
+            targets_NK=tensor(chosen if chosen.ndim == 2 else chosen[:, None]),
+            temperature_N=None if temperatures is None else tensor(temperatures[chosen_N]),
+        )
+
     shares = any(len(row.data) > 1 for row in rows)
     return MicroBatch(
         tokens_BT=tensor(tokens_BT),
-        rows_N=tensor(place[carries_N]),
-        datum_N=np.repeat(members, lengths)[carries_N],
-        position_N=position[carries_N],
-        targets_NK=tensor(targets if targets.ndim == 2 else targets[:, None]),
-        temperature_N=None if temperatures is None else tensor(temperatures[carries_N]),
+        loss=positions(carries_N),
+        others=positions(~carries_N),
         positions_BT=tensor(positions_BT) if shares else None,
         mask_B1TT=_mask(tensor(ends_BT)) if shares else None,
     )

@@ -3,6 +3,7 @@
 The backward pass recomputes each chunk. For N rows and a vocabulary V the peak is CHUNK_ELEMENTS floats instead of N * V.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,45 @@ import torch
 CHUNK_ELEMENTS = 2**26  # rows times vocabulary held at once: 256 MiB of fp32
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits last: z becomes c tanh(s z / c), with `scale` s and `softcap` c (None = no cap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """In place."""
+        if self.scale != 1:
+            logits *= self.scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def backward(self, grad: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
+        """The gradient with respect to the input, from the transformed logits; overwrites both arguments."""
+        if self.softcap is not None:
+            grad *= transformed.div_(self.softcap).square_().neg_().add_(1)
+        return grad if self.scale == 1 else grad.mul_(self.scale)
+
+
+PLAIN = LogitTransform()
+
+
 def target_logprobs(
-    hidden_NH: torch.Tensor, head_VH: torch.Tensor, targets_NK: torch.Tensor, temperature_N: torch.Tensor | None = None
+    hidden_NH: torch.Tensor,
+    head_VH: torch.Tensor,
+    targets_NK: torch.Tensor,
+    temperature_N: torch.Tensor | None = None,
+    transform: LogitTransform = PLAIN,
 ) -> torch.Tensor:
-    """log softmax(hidden @ head.T / temperature) at `targets`, shape (N, K), fp32, differentiable in `hidden` and `head`."""
-    return _TargetLogprobs.apply(hidden_NH, head_VH, targets_NK, temperature_N)  # type: ignore[no-any-return]
+    """log softmax(transform(hidden @ head.T) / temperature) at `targets`, shape (N, K), fp32, differentiable in `hidden` and `head`."""
+    return _TargetLogprobs.apply(hidden_NH, head_VH, targets_NK, temperature_N, transform)  # type: ignore[no-any-return]
+
+
+def fp32_logits(hidden_NH: torch.Tensor, head_VH: torch.Tensor, transform: LogitTransform = PLAIN) -> torch.Tensor:
+    """(N, V), not differentiable. bf16 factors give fp32 logits on CUDA: rounded to bf16, they would be off by up to 0.06 at 16."""
+    if hidden_NH.is_cuda and hidden_NH.dtype == torch.bfloat16:
+        return transform(torch.mm(hidden_NH, head_VH.T, out_dtype=torch.float32))
+    return transform((hidden_NH @ head_VH.T).float())
 
 
 def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
@@ -22,44 +57,49 @@ def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
-def _logits(hidden: torch.Tensor, head: torch.Tensor, temperature: torch.Tensor | None) -> torch.Tensor:
-    logits = (hidden @ head.T).float()
-    return logits if temperature is None else logits / temperature[:, None]
-
-
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: torch.Tensor | None
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: torch.Tensor | None,
+        transform: LogitTransform,
     ) -> torch.Tensor:
         head_used = head.to(hidden.dtype)
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         for rows in _chunks(hidden.shape[0], head.shape[0]):
-            logits = _logits(hidden[rows], head_used, None if temperature is None else temperature[rows])
+            logits = fp32_logits(hidden[rows], head_used, transform)
+            if temperature is not None:
+                logits = logits / temperature[rows, None]
             normaliser[rows] = logits.logsumexp(-1)
             out[rows] = logits.gather(-1, targets[rows]) - normaliser[rows, None]
         ctx.save_for_backward(hidden, head, targets, temperature, normaliser)
+        ctx.transform = transform
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_NK,) = grad_outputs
+        if not grad_NK.any():  # positions that a loss does not use
+            return None, None, None, None, None
         hidden, head, targets, temperature, normaliser = ctx.saved_tensors
         head_used = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         for rows in _chunks(hidden.shape[0], head.shape[0]):
-            chunk_temperature = None if temperature is None else temperature[rows]
-            logits = _logits(hidden[rows], head_used, chunk_temperature)
+            transformed = fp32_logits(hidden[rows], head_used, ctx.transform)
+            logits = transformed if temperature is None else transformed / temperature[rows, None]
             # d logp_k / d logits = onehot(target_k) - softmax
             grad_logits = (logits - normaliser[rows, None]).exp_().mul_(-grad_NK[rows].sum(-1, keepdim=True))
             grad_logits.scatter_add_(-1, targets[rows], grad_NK[rows].float())
-            if chunk_temperature is not None:
-                grad_logits /= chunk_temperature[:, None]
-            grad_logits = grad_logits.to(hidden.dtype)
+            if temperature is not None:
+                grad_logits /= temperature[rows, None]
+            grad_logits = ctx.transform.backward(grad_logits, transformed).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ head_used
             if grad_head is not None:
                 grad_head += grad_logits.T @ hidden[rows]
-        return grad_hidden, grad_head, None, None
+        return grad_hidden, grad_head, None, None, None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backend.batching import MicroBatch, carries_loss
+from backend.batching import MicroBatch, Positions, carries_loss
 from backend.losses import Loss, LossFn
 from backend.types import Datum, ForwardBackwardOutput, TensorData
 
@@ -35,33 +35,53 @@ class RunningTerm:
         self._inputs = {key: np.concatenate([datum.loss_fn_inputs[key].array for datum in term.data_D]) for key in keys}
         self._several_targets = term.loss_fn == "cross_entropy" and self._inputs["weights"].ndim == 2
         self._places, self._logprobs, self._losses, self._sums = [], [], [], {}
+        self._loss_places: list[np.ndarray] = []
 
-    def __call__(self, batch: MicroBatch, p_NK: torch.Tensor) -> torch.Tensor:
-        """The loss, summed over those rows of the batch that are this term's."""
-        row_N = np.flatnonzero((batch.datum_N >= self.first) & (batch.datum_N < self.first + len(self.term.data_D)))
-        place_N = self._offsets_D[batch.datum_N[row_N] - self.first] + batch.position_N[row_N]
+    def __call__(self, batch: MicroBatch, p_NK: torch.Tensor) -> torch.Tensor | None:
+        """The loss, summed over those rows of the batch that are this term's; None where none is."""
+        row_N, place_N = self._own(batch.loss)
+        if not len(row_N):
+            return None
         device = p_NK.device
-        p_NK = p_NK[torch.from_numpy(row_N).to(device)]
-        p = p_NK if self._several_targets else p_NK[:, 0]
+        p = self._keep(place_N, p_NK[torch.from_numpy(row_N).to(device)])
         inputs = {key: torch.from_numpy(array[place_N]).to(device, non_blocking=True) for key, array in self._inputs.items()}
         loss_N, diagnostics_N = self.loss.fn(p, inputs, **(self.term.loss_fn_config or {}))
-        self._places.append(place_N)
-        self._logprobs.append(p.detach())
+        self._loss_places.append(place_N)
         self._losses.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
         for name, value_N in diagnostics_N.items():
             self._sums[name] = self._sums.get(name, 0.0) + value_N.detach().double().sum()
         return loss_N.sum()
 
+    def keep_others(self, batch: MicroBatch, p_NK: torch.Tensor) -> None:
+        """Takes the logprobs of positions that carry no loss."""
+        row_N, place_N = self._own(batch.others)
+        if len(row_N):
+            self._keep(place_N, p_NK[torch.from_numpy(row_N).to(p_NK.device)])
+
+    def _own(self, positions: Positions) -> tuple[np.ndarray, np.ndarray]:
+        """This term's among the positions, and their places among its tokens."""
+        row_N = np.flatnonzero((positions.datum_N >= self.first) & (positions.datum_N < self.first + len(self.term.data_D)))
+        return row_N, self._offsets_D[positions.datum_N[row_N] - self.first] + positions.position_N[row_N]
+
+    def _keep(self, place_N: np.ndarray, p_NK: torch.Tensor) -> torch.Tensor:
+        p = p_NK if self._several_targets else p_NK[:, 0]
+        self._places.append(place_N)
+        self._logprobs.append(p.detach())
+        return p
+
     def not_finite(self) -> list[int]:
         """The data whose loss is not finite."""
+        if not self._losses:
+            return []
         bad_N = ~torch.isfinite(torch.cat(self._losses)).cpu().numpy()
-        places = np.concatenate(self._places)[bad_N]
+        places = np.concatenate(self._loss_places)[bad_N]
         return sorted(set((self.first + np.searchsorted(self._offsets_D, places, side="right") - 1).tolist()))
 
     def output(self, name: str) -> ForwardBackwardOutput:
-        """`name` of every token, 0.0 where nothing was asked for, and the metrics."""
-        loss_N, p = torch.cat(self._losses).double().cpu(), torch.cat(self._logprobs).float().cpu().numpy()
-        flat = np.zeros((int(self._offsets_D[-1]), *p.shape[1:]), dtype=np.float32)
+        """`name` of every token, and the metrics: of data without a token that carries loss, a sum of 0."""
+        loss_N = torch.cat(self._losses).double().cpu() if self._losses else torch.zeros(0)
+        p = torch.cat(self._logprobs).float().cpu().numpy()
+        flat = np.empty((int(self._offsets_D[-1]), *p.shape[1:]), dtype=np.float32)
         flat[np.concatenate(self._places)] = p
         metrics = {"loss:sum": float(loss_N.sum()), "num_loss_tokens:sum": float(len(loss_N))}
         metrics |= {f"{key}:mean": float(value) / max(len(loss_N), 1) for key, value in self._sums.items()}
@@ -81,18 +101,26 @@ class KeptForward:
     data_D: Sequence[Datum]
     batch: MicroBatch
     p_NK: torch.Tensor
+    others_NK: torch.Tensor
 
-    def of(self, data_D: Sequence[Datum]) -> tuple[MicroBatch, torch.Tensor] | None:
+    def of(self, data_D: Sequence[Datum]) -> tuple[MicroBatch, torch.Tensor, torch.Tensor] | None:
         """The part of it that is these data's, numbered as they are; None if some were not in it."""
         number = {_asked(datum): d for d, datum in enumerate(self.data_D)}
         numbers_D = [number.get(_asked(datum)) for datum in data_D]
         if None in numbers_D:
             return None
-        rows_D = [np.flatnonzero(self.batch.datum_N == d) for d in numbers_D]
-        row_N = np.concatenate(rows_D)
-        datum_N = np.repeat(np.arange(len(data_D)), [len(rows) for rows in rows_D])
-        view = replace(self.batch, datum_N=datum_N, position_N=self.batch.position_N[row_N])
-        return view, self.p_NK[torch.from_numpy(row_N).to(self.p_NK.device)]
+        loss, p_NK = _part(self.batch.loss, self.p_NK, numbers_D)
+        others, others_NK = _part(self.batch.others, self.others_NK, numbers_D)
+        return replace(self.batch, loss=loss, others=others), p_NK, others_NK
+
+
+def _part(positions: Positions, p_NK: torch.Tensor, numbers_D: Sequence[int | None]) -> tuple[Positions, torch.Tensor]:
+    """Those of the data `numbers_D`, which become data 0, 1, ..."""
+    rows_D = [np.flatnonzero(positions.datum_N == d) for d in numbers_D]
+    row_N = np.concatenate(rows_D)
+    datum_N = np.repeat(np.arange(len(numbers_D)), [len(rows) for rows in rows_D])
+    part = replace(positions, datum_N=datum_N, position_N=positions.position_N[row_N])
+    return part, p_NK[torch.from_numpy(row_N).to(p_NK.device)]
 
 
 def _asked(datum: Datum) -> tuple[bytes, ...]:

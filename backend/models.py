@@ -5,10 +5,13 @@ Presets exist because tests, demos and benchmarks must not download anything. Th
 
 import copy
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,13 +19,16 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.utils import logging as transformers_logging
 
 from backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
 from backend.device_lock import computing
 from backend.errors import ModelError
+from backend.logprobs import LogitTransform
 from backend.random_state import drawn_from
 
 SCALAR_HEAD_FILE = "scalar_head.safetensors"  # beside the trunk of a saved scalar model (scalar_trainer.py)
@@ -71,28 +77,100 @@ def model_config(model_name: str) -> PretrainedConfig:
         raise ModelError(
             f"{path} is a LoRA adapter: open its base model {base!r}, and load the adapter with load_checkpoint_path"
         )
+    if path.is_dir():
+        source: str | Path = path
+    elif model_name.startswith(("/", ".", "~")) or model_name.count("/") > 1:
+        raise ModelError(f"there is no model folder {path}")
+    else:
+        source = model_name
     near = difflib.get_close_matches(model_name, PRESETS, n=1, cutoff=0.75)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    unknown = f"{model_name!r} is neither a preset ({', '.join(PRESETS)}), nor a local folder, nor a model the Hugging Face hub could give{hint}"
+    hint = f"; did you mean the preset {near[0]!r}?" if near else f" (presets: {', '.join(PRESETS)})"
     if near and "/" not in model_name:  # a slip of the pen: do not ask the hub, whose time-outs take half a minute
-        raise ModelError(unknown)
+        raise ModelError(f"{model_name!r} is neither a preset nor a local folder{hint}")
     try:
-        return AutoConfig.from_pretrained(path if path.is_dir() else model_name)
-    except (OSError, ValueError) as error:
-        raise ModelError(unknown) from error
+        return AutoConfig.from_pretrained(source)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}{'' if path.is_dir() else hint}") from error
+
+
+# What transformers, safetensors and the hub raise for a model that is damaged, absent or unknown.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a model could not be opened, in one line. transformers chains the hub's error to a page of advice."""
+    chain, link = [], error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for cause in chain:
+        match type(cause).__name__:
+            case "GatedRepoError":
+                return "its repository is gated: accept its terms on huggingface.co, then log in with `hf auth login`, or set HF_TOKEN"
+            case "RepositoryNotFoundError" | "HFValidationError":
+                return "the Hugging Face hub has no public repository of this name; for a private one log in with `hf auth login`"
+            case "RemoteEntryNotFoundError" | "EntryNotFoundError":
+                return "its repository lacks a file that a transformers model has, such as config.json"
+            case "LocalEntryNotFoundError" | "OfflineModeIsEnabled" | "ConnectError" | "ConnectionError" | "ConnectTimeout":
+                return "the Hugging Face hub was not reached, and the model is not in the local cache (is HF_HUB_OFFLINE set?)"
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it needs code of its own from its repository, which this project does not run"
+    if "model type" in text or "Unrecognized model" in text:
+        kind = re.search(r"model type `?([\w.-]+)`? but", text)
+        named = f"its architecture {kind[1]!r}" if kind else "its architecture (model_type in config.json)"
+        return f"{named} is unknown to transformers {transformers.__version__}: a newer version may have it"
+    if "Unrecognized configuration class" in text:
+        return "it is not a causal language model"
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
 
 
 def context_length(model_name: str, max_length: int | None = None) -> int:
     """Tokens of context to use: `max_length`, or the model's own up to DEFAULT_MAX_LENGTH. Raises if the model has less.
 
+    With LongRoPE (Phi 3 and 4 with 128k) the context ends where the rotations change: beyond, those of all positions depend on the
+    longest row beside them, so that a sequence has several logprobs.
     An adapter's folder has the context of its base.
     """
     if is_adapter(folder := Path(model_name).expanduser()):
         model_name = str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path"))
-    limit = int(getattr(model_config(model_name), "max_position_embeddings", DEFAULT_MAX_LENGTH))
+    config = model_config(model_name).get_text_config()
+    limit, why = int(getattr(config, "max_position_embeddings", DEFAULT_MAX_LENGTH)), ""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", limit)
+        limit, why = min(limit, int(original)), " with one set of rotations (LongRoPE changes them beyond)"
     if max_length is not None and max_length > limit:
-        raise ModelError(f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has")
+        raise ModelError(f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has{why}")
     return max_length or min(limit, DEFAULT_MAX_LENGTH)
+
+
+# Model types whose config has no `layer_types`: every layer is causal attention over all earlier tokens, unless a window is set.
+FULL_ATTENTION = """cohere gemma glm gpt2 gpt_neox granite granitemoe llama mistral mixtral olmo olmo2 olmoe phi phi3 qwen3_moe
+    stablelm starcoder2"""
+
+
+def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
+    """Whether the configuration says that every layer is causal attention over all of up to `max_length` earlier tokens.
+
+    Only then may several sequences share a row: a window, a chunk, a recurrent or a convolution layer would count the columns between.
+    """
+    config = config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    kinds = set(layer_types or ["full_attention" if config.model_type in FULL_ATTENTION.split() else "unknown"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window >= max_length:
+        kinds.discard("sliding_attention")
+    elif window is not None and not layer_types:
+        kinds.add("sliding_attention")
+    return kinds <= {"full_attention"} and not getattr(config, "attention_chunk_size", None)
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """The scale and the softcap of the logits: Granite's and Cohere's, Gemma 2's. `Trainer` checks that the model does no more."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
+    return LogitTransform(scale / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None))
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -112,7 +190,45 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
         model.config.architectures = [type(model).__name__]  # vLLM goes by it
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            Path(model_name).expanduser() if Path(model_name).is_dir() else model_name, dtype=dtype
-        )
+        model = read_model(model_name, dtype)
     return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]
+
+
+def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A folder or hub model with every tensor its config asks for, and no other. Raises ModelError: random layers train, but mean nothing."""
+    path, verbosity = Path(model_name).expanduser(), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of the tensors that do not fit is a page long
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path if path.is_dir() else model_name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    for kind, fault in (
+        ("missing_keys", "its weights lack tensors that its config.json asks for"),
+        ("unexpected_keys", "its weights hold tensors that its config.json does not ask for"),
+        ("mismatched_keys", "its weights and its config.json differ in shapes"),
+    ):
+        if names := sorted(name if isinstance(name, str) else name[0] for name in report[kind]):
+            raise ModelError(f"{model_name!r} cannot be opened: {fault} ({len(names)}, such as {names[0]})")
+    _join_end_tokens(model)
+    return model
+
+
+def _join_end_tokens(model: PreTrainedModel) -> None:
+    """generation_config.json may name more tokens that end an answer than config.json: both samplers go by the config."""
+    generation = model.generation_config
+    ids = dict.fromkeys([*_as_list(model.config.eos_token_id), *_as_list(generation.eos_token_id if generation else None)])
+    if len(ids) > 1:
+        model.config.eos_token_id = list(ids)
+
+
+def end_token_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The token ids that end an answer."""
+    return {*_as_list(config.get_text_config().eos_token_id), *_as_list(tokenizer.eos_token_id)}
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]

@@ -2,7 +2,7 @@
 models are trained so (Bradley-Terry on the last token, or a cross-entropy on every token of a step), and critics could be.
 
 A scalar Datum has the whole sequence as its `model_input`, unshifted: the scalar at position t has read the tokens up to and including t. Its
-`weights` (or `mask`), (T,) each, name the positions: where they are 0, nothing is computed and 0.0 comes out. It needs no `target_tokens`.
+`weights` (or `mask`), (T,) each, name the positions that the loss is given; scalars come out for all. It needs no `target_tokens`.
 Any further array of it, such as `labels`, reaches the loss, which is a callable
 
     (scalars_N, inputs) -> (loss_N, diagnostics_N)         with forward and forward_backward, or
@@ -57,10 +57,12 @@ class ScalarTrainer(Trainer):
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
         return super().run_custom([_with_targets(datum) for datum in data_D], fn)
 
-    def _logprobs(self, batch: MicroBatch) -> torch.Tensor:
-        """(N, 1) scalars of the positions that carry weight, in fp32."""
+    def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, 1) scalars of the positions that carry weight, and of the others, in fp32."""
         assert self.scalar_head is not None
-        return self._hidden(batch).float() @ self.scalar_head.T
+        hidden_RH = self._hidden(batch)
+        loss_NH, others_NH = (hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype) for at in (batch.loss, batch.others))
+        return loss_NH.float() @ self.scalar_head.T, others_NH.float() @ self.scalar_head.T
 
     def _check_head(self) -> None:
         """What a model does to its logits does not concern a scalar."""

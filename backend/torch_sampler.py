@@ -12,7 +12,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from backend.config import compute_dtype
 from backend.device_lock import computing
 from backend.engine import Sampled, SequenceRequest, Weights
-from backend.logprobs import target_logprobs
+from backend.logprobs import fp32_logits, target_logprobs
+from backend.models import end_token_ids, logit_transform
 from backend.types import SampledSequence, SamplingParams, StopReason
 
 UNIFORMS = 16  # random numbers that a row draws at a time
@@ -25,6 +26,7 @@ class TorchSampler:
     ):
         self._model = model.to(device=device, dtype=compute_dtype(device)).eval()  # type: ignore[arg-type]
         self._tokenizer, self._max_length, self._max_num_seqs, self._device = tokenizer, max_length, max_num_seqs, device
+        self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
         self._waiting: list[SequenceRequest] = []
         self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}
 
@@ -69,7 +71,7 @@ class TorchSampler:
         hidden_BTH = self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
         self._score_prompts(rows, prompt_B, hidden_BTH, width)
         index = torch.tensor(prompt_B, device=self._device)
-        cache.batch_select_indices(index)
+        cache.reorder_cache(index)  # selects in every kind of layer, convolutions' and recurrent states too
         alive, hidden_BH, mask_BT = rows, hidden_BTH[index, -1], mask_BT[index]
         while True:
             next_B = _draw(alive, self._logits(hidden_BH))
@@ -78,7 +80,7 @@ class TorchSampler:
                 return [row.sampled() for row in rows]
             if len(keep) < len(alive):
                 index = torch.tensor(keep, device=self._device)
-                cache.batch_select_indices(index)
+                cache.reorder_cache(index)
                 alive, next_B, mask_BT = [alive[b] for b in keep], next_B[index], mask_BT[index]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
             hidden_BH = self._forward(next_B[:, None], mask_BT, mask_BT.sum(-1, keepdim=True) - 1, cache)[:, -1]
@@ -92,7 +94,7 @@ class TorchSampler:
         ).last_hidden_state
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return (hidden @ self._model.get_output_embeddings().weight.T).float()
+        return fp32_logits(hidden, self._model.get_output_embeddings().weight, self._transform)
 
     def _score_prompts(self, rows: list["_Row"], prompt_B: list[int], hidden_BTH: torch.Tensor, width: int) -> None:
         head = self._model.get_output_embeddings().weight
@@ -102,7 +104,10 @@ class TorchSampler:
                 continue
             hidden_TH = hidden_BTH[b, width - len(prompt) : -1]
             targets = torch.tensor(prompt[1:], device=self._device)
-            row.prompt_logprobs = [None, *target_logprobs(hidden_TH, head, targets[:, None])[:, 0].tolist()]
+            row.prompt_logprobs = [
+                None,
+                *target_logprobs(hidden_TH, head, targets[:, None], transform=self._transform)[:, 0].tolist(),
+            ]
             if k > 0:
                 row.topk_prompt_logprobs = [None, *self._topk(hidden_TH, targets, k)]
 
@@ -117,12 +122,12 @@ class TorchSampler:
         return entries
 
     def _stop(self, params: SamplingParams) -> "_Stop":
-        """What ends a sequence: token ids and strings. The model's EOS ends it too, unless stop is []."""
+        """What ends a sequence: token ids and strings. Every EOS of the model and its tokenizer does too, unless stop is []."""
         stop = [params.stop] if isinstance(params.stop, str) else params.stop
         ids = {item for item in stop or () if isinstance(item, int)}
         strings = tuple(item for item in stop or () if isinstance(item, str))
-        if isinstance(self._tokenizer.eos_token_id, int) and (stop is None or len(stop)):
-            ids.add(self._tokenizer.eos_token_id)
+        if stop is None or len(stop):
+            ids |= self._end_ids
         key = (frozenset(ids), strings)
         return self._stops.setdefault(key, _Stop(*key, self._tokenizer))
 

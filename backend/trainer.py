@@ -14,24 +14,48 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from backend.batching import MicroBatch, micro_batches
+from backend.batching import MicroBatch, Positions, micro_batches
 from backend.config import BackendConfig, compute_dtype, training_device
 from backend.data_checks import check_data, resolve_loss
 from backend.device_lock import computing
 from backend.errors import DataError, ModelError, NonFiniteError
-from backend.logprobs import target_logprobs
+from backend.logprobs import fp32_logits, target_logprobs
 from backend.loss_terms import KeptForward, LossTerm, RunningTerm
 from backend.losses import LossFn
-from backend.models import context_length, embedding_rows, load_model
+from backend.models import attends_to_all, context_length, embedding_rows, load_model, logit_transform
 from backend.random_state import drawn_from
-from backend.types import AdamParams, Datum, ForwardBackwardOutput, GetInfoResponse, LoraConfig, OptimStepResponse, TensorData
+from backend.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoraConfig,
+    ModelInput,
+    OptimStepResponse,
+    TensorData,
+)
 
 CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
 
-# The linear layers that vLLM, too, can put an adapter on (names of Llama, Qwen, Mistral and of GPT-2).
-ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "attn.c_proj")
-MLP_LAYERS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "mlp.c_proj")
+# The linear layers that get an adapter: ends of their names in Llama and its relatives; GPT-2; Pythia; Qwen 3.5; LFM 2.
+ATTENTION_LAYERS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    *("c_attn", "attn.c_proj"),
+    *("query_key_value", "attention.dense"),
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "linear_attn.out_proj"),
+    *("self_attn.out_proj", "conv.in_proj", "conv.out_proj"),
+)
+MLP_LAYERS = (
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
+    *("c_fc", "mlp.c_proj"),
+    *("dense_h_to_4h", "dense_4h_to_h"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
 DEFAULT_LORA_ALPHA = 32.0
+
+# Above rounding, below what a wrong mask or position does: mean |logprob difference| of random tokens.
+MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
 
 
 class Trainer:
@@ -56,7 +80,10 @@ class Trainer:
         self.named_trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
         self.kept: KeptForward | None = None  # a forward that waits for its backward; whoever changes the weights drops it
+        self.transform = logit_transform(self.hf_config)
+        self.shares_prefixes = attends_to_all(self.hf_config, self.max_length)
         self._check_head()
+        self._check_rows()
 
     # --- passes -----------------------------------------------------------------------------------------------------------------
 
@@ -86,11 +113,13 @@ class Trainer:
         if len({datum.loss_fn_inputs["target_tokens"].array.shape[1:] for datum in data_D}) > 1:
             raise DataError("data with different numbers of targets per token: run them in passes of their own")
         needed_D = [backward and need for term in running for need in term.needs_backward()]
-        for batch, p_NK, differentiate in self._forward(data_D, needed_D, backward, keep):
+        for batch, p_NK, others_NK, differentiate in self._forward(data_D, needed_D, backward, keep):
             with torch.set_grad_enabled(differentiate):
-                loss = torch.stack([term(batch, p_NK) for term in running]).sum()
-                if differentiate and len(p_NK):
-                    loss.backward()
+                losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
+                if differentiate and losses:
+                    torch.stack(losses).sum().backward()
+            for term in running:
+                term.keep_others(batch, others_NK)
         if bad := [d for term in running for d in term.not_finite()]:
             self.zero_grad()
             raise NonFiniteError(f"the loss of data {bad[:10]} is not finite; no gradient was kept", bad)
@@ -98,8 +127,8 @@ class Trainer:
 
     def _forward(
         self, data_D: Sequence[Datum], needed_D: Sequence[bool], backward: bool, keep: bool
-    ) -> Iterator[tuple[MicroBatch, torch.Tensor, bool]]:
-        """Micro-batches, their logprobs, and whether these are to be differentiated."""
+    ) -> Iterator[tuple[MicroBatch, torch.Tensor, torch.Tensor, bool]]:
+        """Micro-batches, the logprobs of their positions with and without loss, and whether the first are to be differentiated."""
         if backward:
             kept, self.kept = self.kept, None
             if kept and (part := kept.of(data_D)):
@@ -108,69 +137,131 @@ class Trainer:
             del kept
         for wanted in (True, False):
             chosen = [d for d, need in enumerate(needed_D) if need is wanted]
-            batches = micro_batches(data_D, chosen, self.config.micro_batch_tokens, self.device)
+            batches = self._micro_batches(data_D, chosen)
             keep_this = (
                 keep and not backward and len(batches) == 1
             )  # of more, more activations would be alive than were asked for
             for batch in batches:
                 with torch.set_grad_enabled(wanted or keep_this):
-                    p_NK = self._logprobs(batch)
+                    p_NK, others_NK = self._logprobs(batch)
+                others_NK = others_NK.detach()
                 if keep_this:
-                    self.kept = KeptForward(data_D, batch, p_NK)
-                yield batch, p_NK, wanted
+                    self.kept = KeptForward(data_D, batch, p_NK, others_NK)
+                yield batch, p_NK, others_NK, wanted
 
     @computing()
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
-        """`fn(data, logprobs_D)` gets the differentiable logprobs of all data at once: one forward, one backward.
+        """`fn(data, logprobs_D)` gets the differentiable logprobs of all positions at once: one forward, one backward.
 
         Data that need several micro-batches are passed through a second time, with the gradient that `fn` gave their logprobs, so that
         only one micro-batch's activations are alive at a time. The gradients are the same.
         """
         check_data(data_D, (), self.vocabulary, self.max_length)
-        batches = micro_batches(data_D, range(len(data_D)), self.config.micro_batch_tokens, self.device)
+        batches = self._micro_batches(data_D, range(len(data_D)))
         with torch.set_grad_enabled(len(batches) == 1):
-            p_NK = torch.cat([self._logprobs(batch) for batch in batches])
+            parts = [p_NK for batch in batches for p_NK in self._logprobs(batch)]
         if len(batches) > 1:
-            p_NK.requires_grad_()
-        logprobs_D = _split_by_datum(data_D, batches, p_NK)
+            for p_NK in parts:
+                p_NK.requires_grad_()
+        logprobs_D = _split_by_datum(data_D, [positions for batch in batches for positions in (batch.loss, batch.others)], parts)
         loss, metrics = fn(list(data_D), logprobs_D)
         if not torch.isfinite(loss):
             self.zero_grad()
             raise NonFiniteError("the custom loss is not finite; no gradient was kept")
+        if not loss.requires_grad:
+            raise DataError(f"the custom loss returned {loss.item()}, which does not depend on the logprobs: was it detached?")
         loss.backward()
-        if len(batches) > 1 and p_NK.grad is not None:
-            for batch, gradient_NK in zip(batches, p_NK.grad.split([len(batch.rows_N) for batch in batches]), strict=True):
-                self._logprobs(batch).backward(gradient_NK)
+        if len(batches) > 1:
+            for batch, *cut in zip(batches, parts[::2], parts[1::2], strict=True):
+                torch.autograd.backward(self._logprobs(batch), [p_NK.grad for p_NK in cut])
         outputs = [{self.output_name: TensorData.from_torch(logprobs)} for logprobs in logprobs_D]
         return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
 
+    def _micro_batches(self, data_D: Sequence[Datum], chosen: Sequence[int]) -> list[MicroBatch]:
+        return micro_batches(data_D, chosen, self.config.micro_batch_tokens, self.device, self.shares_prefixes)
+
     def _hidden(self, batch: MicroBatch) -> torch.Tensor:
-        """(N, H) last hidden states of the rows that carry loss."""
+        """(BT, H) last hidden states."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             hidden_BTH = self.base.get_decoder()(
                 input_ids=batch.tokens_BT, attention_mask=batch.mask_B1TT, position_ids=batch.positions_BT, use_cache=False
             ).last_hidden_state
-        return hidden_BTH.flatten(0, 1).index_select(0, batch.rows_N).to(self.compute_dtype)
+        return hidden_BTH.flatten(0, 1)
 
-    def _logprobs(self, batch: MicroBatch) -> torch.Tensor:
-        """(N, K) logprobs of the rows that carry loss, under the temperature each token was sampled at."""
-        return target_logprobs(self._hidden(batch), self._head(), batch.targets_NK, batch.temperature_N)
+    def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, K) logprobs of the positions that carry loss, and of the others, under the temperature each token was sampled at."""
+        hidden_RH, head_VH = self._hidden(batch), self._head()
+        loss_NK, others_NK = (
+            target_logprobs(
+                hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype),
+                head_VH,
+                at.targets_NK,
+                at.temperature_N,
+                self.transform,
+            )
+            for at in (batch.loss, batch.others)
+        )
+        return loss_NK, others_NK
 
     def _head(self) -> torch.Tensor:
         """The (V, H) output matrix, with its adapter applied where it has one."""
         head: Any = self.base.get_output_embeddings()
         return head.base_layer.weight + head.get_delta_weight("default") if hasattr(head, "lora_A") else head.weight
 
+    # --- checks of the architecture, when a model is opened -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def row_gap(self, data_D: Sequence[Datum], share: bool) -> float:
+        """Mean |logprob in one micro-batch of all data - logprob alone| over all positions. `share`: behind shared prefixes."""
+        together = self._told(data_D, micro_batches(data_D, range(len(data_D)), 2**62, self.device, share))
+        alone = [self._told([datum], micro_batches([datum], [0], 2**62, self.device, False)) for datum in data_D]
+        return float((together - torch.cat(alone)).abs().mean())
+
+    def _told(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Logprobs of all positions of all data, flat."""
+        positions = [positions for batch in batches for positions in (batch.loss, batch.others)]
+        parts = [p_NK for batch in batches for p_NK in Trainer._logprobs(self, batch)]
+        return torch.cat([p.flatten() for p in _split_by_datum(data_D, positions, parts)])
+
+    def _check_rows(self) -> None:
+        """Rows of several sequences, or with padding, must give each its own logprobs. Where only sharing does not, nothing is shared."""
+        data_D, limit = row_check_data(self.vocabulary, self.max_length), MOST_ROW_GAP[self.compute_dtype]
+        if (gap := self.row_gap(data_D, share=False)) > limit:
+            raise ModelError(
+                f"{self.model_name!r} cannot be trained in batches: a sequence's logprobs differ by {gap:.2g} on average "
+                "when a longer one is beside it"
+            )
+        self.shares_prefixes = self.shares_prefixes and self.row_gap(data_D, share=True) <= limit
+
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Softcaps, scales and biases between the last hidden state and the logits would make every logprob silently wrong."""
-        tokens = self.vocabulary - 1 - torch.arange(8, device=self.device)[None]
-        batch = MicroBatch(tokens, torch.arange(8, device=self.device), np.zeros(8), np.arange(8), tokens.T)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            expected = self.base(input_ids=tokens).logits[0].float().log_softmax(-1).gather(-1, tokens.T)
-        if (self._logprobs(batch) - expected).abs().max() > (1e-3 if self.compute_dtype == torch.float32 else 0.2):
-            unknown = "computes its logits in a way the chunked logprobs do not know (a softcap, a scale or a bias)"
-            raise ModelError(f"{self.model_name!r} {unknown}")
+        """What `logit_transform` does not know between the last hidden state and the logits would make every logprob silently wrong.
+
+        Once with the model's own hidden states, which a random model has small, and once with some large enough for any softcap.
+        """
+        tokens, found = self.vocabulary - 1 - torch.arange(8, device=self.device)[None], []
+        head_VH = self._head()
+        large_BTH = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, head_VH.shape[1]))).to(head_VH)
+        large_BTH *= LARGE_LOGITS / fp32_logits(large_BTH[0], head_VH).std()
+        for replaced_BTH in (None, large_BTH):
+
+            def replace(module: Any, args: Any, output: Any, replaced_BTH: torch.Tensor | None = replaced_BTH) -> Any:
+                if replaced_BTH is not None:
+                    output.last_hidden_state = replaced_BTH
+                found.append(output.last_hidden_state)
+                return output
+
+            hook = self.base.get_decoder().register_forward_hook(replace)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+                expected = self.base(input_ids=tokens).logits[0].float().log_softmax(-1).gather(-1, tokens.T)
+            hook.remove()
+            hidden_TH = found.pop()[0].to(self.compute_dtype)
+            gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=self.transform) - expected).abs().max()
+            if gap > (1e-3 if self.compute_dtype == torch.float32 else 0.3):
+                unknown = (
+                    "computes its logits in a way the chunked logprobs do not know (a bias, or a scale or softcap of its own)"
+                )
+                raise ModelError(f"{self.model_name!r} {unknown}")
 
     # --- optimizer --------------------------------------------------------------------------------------------------------------
 
@@ -224,6 +315,15 @@ class Trainer:
         return GetInfoResponse(self.model_name, rank, parameters, trainable, self.max_length, str(self.device), dtype)
 
 
+def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:
+    """Three sequences that begin alike and a longer one that does not, of random tokens."""
+    rng, prompt, answer = np.random.default_rng(0), max(1, min(24, max_length // 2)), max(1, min(8, max_length // 4))
+    shared = rng.integers(vocabulary, size=prompt)
+    rows = [np.append(shared, rng.integers(vocabulary, size=answer)) for _ in range(3)]
+    rows.append(rng.integers(vocabulary, size=min(40, max_length)))
+    return [Datum(ModelInput.from_ints(row.tolist()), {"target_tokens": np.roll(row, -1)}) for row in rows]
+
+
 def _add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
     suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
     targets = [name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)]
@@ -231,8 +331,15 @@ def _add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed
         if hf_model.config.tie_word_embeddings:
             raise ModelError("train_unembed: this model's lm_head is its embedding, and vLLM would ignore an adapter on it")
         targets.append("lm_head")
+    experts = any(".experts." in name for name, _ in hf_model.named_parameters())
     if not targets:
-        raise ModelError(f"{hf_model.config.model_type} has none of the layers that LoRA is put on: train all weights instead")
+        where = "outside its experts, which get no adapter" if experts else "that LoRA is put on"
+        raise ModelError(f"{hf_model.config.model_type} has none of the layers asked for {where}: train all weights instead")
+    if lora.train_mlp and experts:
+        print(
+            f"LoRA on {model_name}: its attention, and layers all tokens share; experts and their router stay as they are",
+            flush=True,
+        )
     alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
     conv1d = hf_model.config.model_type == "gpt2"
     config = PeftConfig(
@@ -257,11 +364,12 @@ def _switch_off_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def _split_by_datum(data_D: Sequence[Datum], batches: Sequence[MicroBatch], p_NK: torch.Tensor) -> list[torch.Tensor]:
-    """Differentiable: the rows of all batches back to one tensor per Datum, (T,) or (T, K) as its targets are."""
+def _split_by_datum(data_D: Sequence[Datum], positions: Sequence[Positions], parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Differentiable: the (N, K) parts, for those positions, back to one tensor per Datum, (T,) or (T, K) as its targets are."""
     lengths = [datum.model_input.length for datum in data_D]
     offsets_D = np.cumsum([0, *lengths])
-    index_N = np.concatenate([offsets_D[batch.datum_N] + batch.position_N for batch in batches])
+    index_N = np.concatenate([offsets_D[at.datum_N] + at.position_N for at in positions])
+    p_NK = torch.cat(list(parts))
     flat = p_NK.new_zeros(sum(lengths), p_NK.shape[1]).index_copy(0, torch.from_numpy(index_N).to(p_NK.device), p_NK)
     one_target = data_D[0].loss_fn_inputs["target_tokens"].array.ndim == 1
     return list((flat[:, 0] if one_target else flat).split(lengths))

@@ -38,7 +38,7 @@ class Reference:
             self._client.load_state(path).result()
 
     async def logprobs(self, data_D: list[Datum]) -> list[np.ndarray]:
-        """(T,) per datum, 0 where nothing was sampled; under the temperature each token was sampled at."""
+        """(T,) per datum, under the temperature each token was sampled at."""
         output = await self._client.forward(data_D, "importance_sampling")
         return [out["logprobs"].array for out in output.loss_fn_outputs]
 

@@ -51,11 +51,12 @@ def answer_datum(context: Sequence[int], answer: Sequence[int], weight: float = 
 
 async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> np.ndarray:
     """(D,) summed logprobs of the tokens that carry weight, under the client's present weights."""
-    return _sums(await client.forward(data_D, "cross_entropy"))
+    return _sums(data_D, await client.forward(data_D, "cross_entropy"))
 
 
-def _sums(output: ForwardBackwardOutput) -> np.ndarray:
-    return np.array([out["logprobs"].array.sum(dtype=np.float64) for out in output.loss_fn_outputs])
+def _sums(data_D: Sequence[Datum], output: ForwardBackwardOutput) -> np.ndarray:
+    pairs = zip(output.loss_fn_outputs, (datum.loss_fn_inputs["weights"].array != 0 for datum in data_D), strict=True)
+    return np.array([(out["logprobs"].array * carries_T).sum(dtype=np.float64) for out, carries_T in pairs])
 
 
 class LikelihoodReward(BatchReward):
@@ -89,7 +90,7 @@ class LikelihoodReward(BatchReward):
         rollouts = assemble_training_data(groups_P)
         terms = [LossTerm(answers_D, "cross_entropy"), LossTerm(rollouts.data_D, "reinforce")]
         answers, _ = await self._client.forward_terms(terms, keep=True)
-        return _sums(answers)
+        return _sums(answers_D, answers)
 
     def _penalized(self, scores_D: np.ndarray, finished_D: np.ndarray) -> np.ndarray:
         """A rationale that never stopped gets a multiple of the mean score, which is negative. As in the original the mean is over all

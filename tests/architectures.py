@@ -83,7 +83,6 @@ def _long_rope() -> dict[str, Any]:
         "partial_rotary_factor": 0.75,
         "short_factor": [1.0 + 0.1 * i for i in range(turned)],
         "long_factor": [2.0 + i for i in range(turned)],
-        "original_max_position_embeddings": CONTEXT // 2,
     }
 
 
@@ -112,7 +111,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "Gemma 3": lambda: Gemma3TextConfig(**_SHAPE, **_SLIDING, head_dim=32, query_pre_attn_scalar=32),
     "Phi 3": lambda: Phi3Config(**_SHAPE, sliding_window=WINDOW),
-    "Phi 4-mini": lambda: Phi3Config(**_SHAPE, rope_parameters=_long_rope(), tie_word_embeddings=True),
+    "Phi 4-mini": lambda: Phi3Config(
+        **_SHAPE, rope_parameters=_long_rope(), original_max_position_embeddings=CONTEXT // 2, tie_word_embeddings=True
+    ),
     "OLMo 2": lambda: Olmo2Config(**{**_SHAPE, "num_key_value_heads": 4}),
     "SmolLM 3": lambda: SmolLM3Config(**_SHAPE, no_rope_layers=[1, 0], use_sliding_window=False),
     "Pythia": lambda: GPTNeoXConfig(**_without("num_key_value_heads"), rope_parameters=_QUARTER_ROPE, tie_word_embeddings=False),

@@ -102,7 +102,7 @@ def test_gradients_do_not_depend_on_how_pairs_are_cut(monkeypatch: pytest.Monkey
     """Micro-batches of pairs by the loop, and of sequences by the trainer, against one pass over everything."""
     pairs, forwards, results = letter_pairs(24), [], []
     forward = Trainer._logprobs
-    monkeypatch.setattr(Trainer, "_logprobs", lambda self, batch: forwards.append(len(batch.rows_N)) or forward(self, batch))
+    monkeypatch.setattr(Trainer, "_logprobs", lambda self, batch: forwards.append(len(batch.loss.rows_N)) or forward(self, batch))
     for budget, cut_by_loop in ((10**6, False), (50, True), (50, False)):
         trainer = Trainer("tiny", BackendConfig(micro_batch_tokens=budget))
         parts = micro_batches_of_pairs(pairs, budget) if cut_by_loop else [pairs]

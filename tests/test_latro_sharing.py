@@ -126,7 +126,7 @@ def test_rows_are_trees_in_which_each_token_sees_its_ancestors(monkeypatch: pyte
         weights[: min(d, len(tokens) - 1)] = 0  # loss begins at different places
         data_D.append(Datum(ModelInput.from_ints(tokens), {"target_tokens": [*tokens[1:], 20 + d], "weights": weights}))
     shared, alone = Trainer("tiny", BackendConfig()), Trainer("tiny", BackendConfig())
-    (batch,) = micro_batches(data_D, range(7), 1000, CPU)
+    (batch,) = micro_batches(data_D, range(7), 1000, CPU, share=True)
     assert batch.tokens_BT.tolist() == [[7, 8, 9, 5, 5, 6, 4, 11, 12, 30, 31], [9, 9] + [0] * 9]
     assert batch.mask_B1TT is not None
     seen_by_31 = [

@@ -10,6 +10,8 @@ from backend.batching import micro_batches
 from backend.config import BackendConfig
 from backend.data_checks import check_data, resolve_loss
 from backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
+from backend.logprobs import LogitTransform, target_logprobs
+from backend.loss_terms import LossTerm
 from backend.losses import LOSSES
 from backend.trainer import Trainer
 from backend.types import AdamParams, Datum, LoraConfig, ModelInput
@@ -136,10 +138,10 @@ def test_sharing_the_prompts_of_groups_changes_nothing(model: str, monkeypatch: 
             inputs["mask"][: len(prompt) - 1] = 0
             data.append(Datum(ModelInput.from_ints((prompt + own)[:-1]), inputs))
     shared, alone = (Trainer(model, BackendConfig(micro_batch_tokens=150)) for _ in range(2))
-    assert any(batch.mask_B1TT is not None for batch in micro_batches(data, range(len(data)), 150, shared.device))
+    assert any(batch.mask_B1TT is not None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True))
     output = shared.run(data, "importance_sampling")
     monkeypatch.setattr("backend.batching.SHARED_ROWS_PAY", 0.0)
-    assert all(batch.mask_B1TT is None for batch in micro_batches(data, range(len(data)), 150, shared.device))
+    assert all(batch.mask_B1TT is None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True))
     expected = alone.run(data, "importance_sampling")
     for ours, theirs in zip(output.loss_fn_outputs, expected.loss_fn_outputs, strict=True):
         assert np.allclose(ours["logprobs"].array, theirs["logprobs"].array, atol=5e-6)
@@ -285,3 +287,97 @@ def test_the_one_bad_datum_of_a_batch_is_named(d: int, t: int) -> None:
 def test_unknown_losses_and_options_are_refused(name: str, config: dict | None, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         resolve_loss(name, config)
+
+
+@pytest.mark.parametrize("budget", [10**6, 40])
+def test_every_position_has_its_logprob_whatever_its_weight(budget: int) -> None:
+    """In every pass: what carries no loss is told, too, and a custom loss over all positions is differentiated at all of them."""
+    data, trainer = policy_data(6, seed=4), Trainer("tiny", BackendConfig(micro_batch_tokens=budget))
+    plain = [Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in data]
+    for datum in data[::2]:
+        datum.loss_fn_inputs["advantages"].array[:] = 0  # passes without a backward
+
+    def mean_over_all(data_D: list[Datum], logprobs_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        return torch.cat(logprobs_D).mean(), {}
+
+    logits_D = [trainer.base(input_ids=torch.tensor([d.model_input.to_ints()])).logits[0].float() for d in data]
+    targets_D = [d.loss_fn_inputs["target_tokens"].to_torch() for d in data]
+    expected_D = [z.log_softmax(-1).gather(-1, t[:, None])[:, 0] for z, t in zip(logits_D, targets_D, strict=True)]
+    torch.cat(expected_D).mean().backward()
+    expected = gradients(trainer)
+    trainer.zero_grad()
+    outputs = [
+        trainer.run_custom(data, mean_over_all),
+        trainer.run(data, "importance_sampling"),
+        trainer.run(data, "importance_sampling", backward=False),
+        trainer.run(plain, lambda p_N, inputs: (-p_N, {}), backward=False),
+    ]
+    for output in outputs:
+        for out, p in zip(output.loss_fn_outputs, expected_D, strict=True):
+            assert np.allclose(out["logprobs"].array, p.detach().numpy(), atol=5e-6)
+    trainer.zero_grad()
+    trainer.run_custom(data, mean_over_all)
+    for name, gradient in gradients(trainer).items():
+        assert (gradient - expected[name]).norm() <= 2 * ROUNDING * expected[name].norm() + 1e-9, name
+
+
+def without_weight(data: list[Datum]) -> list[Datum]:
+    for datum in data:
+        datum.loss_fn_inputs["mask"].array[:] = 0
+    return data
+
+
+def test_data_without_any_weight_have_loss_zero_and_no_gradient() -> None:
+    data, trainer = without_weight(policy_data(3)), Trainer("tiny", BackendConfig())
+
+    def weighted(data_D: list[Datum], logprobs_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        masks_D = [datum.loss_fn_inputs["mask"].to_torch() for datum in data_D]
+        return torch.stack([(p * mask).sum() for p, mask in zip(logprobs_D, masks_D, strict=True)]).sum(), {}
+
+    for output in (trainer.run(data, "ppo"), trainer.run_custom(data, weighted), trainer.run(data, "ppo", backward=False)):
+        assert output.metrics["loss:sum"] == 0 and all(out["logprobs"].array.all() for out in output.loss_fn_outputs)
+    before = {name: p.clone() for name, p in trainer.named_trainable.items()}
+    assert trainer.optim_step(AdamParams(1e-2)).metrics["grad_norm"] == 0
+    assert all(torch.equal(p, before[name]) for name, p in trainer.named_trainable.items())
+    with pytest.raises(DataError, match="detached"):
+        trainer.run_custom(data, lambda data_D, logprobs_D: (logprobs_D[0].sum().detach(), {}))
+
+
+def test_a_micro_batch_may_lack_a_loss() -> None:
+    """The longest rows fill the first micro-batch: they have no token of one of the losses, or of none."""
+    rng = np.random.default_rng(0)
+    silent, long, short = without_weight(policy_data(1)), policy_data(2, seed=1), policy_data(2, seed=2, longest=6)
+    silent[0] = Datum(
+        ModelInput.from_ints(random_tokens(rng, 60)),
+        {key: np.zeros(60, dtype=value.array.dtype) for key, value in silent[0].loss_fn_inputs.items()},
+    )
+    for datum in short:  # the same arrays, for a loss of another kind
+        datum.loss_fn_inputs["weights"] = datum.loss_fn_inputs["mask"]
+    results = []
+    for budget in (10**6, 30):
+        trainer = Trainer("tiny", BackendConfig(micro_batch_tokens=budget))
+        terms = [LossTerm(silent + long, "importance_sampling"), LossTerm(short, "cross_entropy")]
+        results.append((trainer.run_terms(terms), gradients(trainer)))
+    (whole, expected), (cut, found) = results
+    assert [out.metrics for out in cut] == [pytest.approx(out.metrics, rel=1e-4) for out in whole]
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 2 * ROUNDING * gradient.norm(), name
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(0.25), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)])
+@pytest.mark.parametrize("tempered", [False, True])
+def test_scaled_and_capped_logits_forward_and_backward(transform: LogitTransform, tempered: bool, monkeypatch) -> None:  # noqa: ANN001
+    monkeypatch.setattr("backend.logprobs.CHUNK_ELEMENTS", 60)
+    torch.manual_seed(0)
+    hidden, head = (torch.randn(size, 8, requires_grad=True) for size in (7, 20))
+    targets, temperature = torch.randint(20, (7, 2)), torch.rand(7) + 0.5 if tempered else None
+    logits = transform.scale * hidden @ head.T
+    if transform.softcap:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    expected = (logits / (1 if temperature is None else temperature[:, None])).log_softmax(-1).gather(-1, targets)
+    found = target_logprobs(hidden, head, targets, temperature, transform)
+    assert torch.allclose(found, expected, atol=1e-6)
+    weight = torch.randn(7, 2)
+    theirs = torch.autograd.grad((expected * weight).sum(), (hidden, head))
+    for ours, gradient in zip(torch.autograd.grad((found * weight).sum(), (hidden, head)), theirs, strict=True):
+        assert torch.allclose(ours, gradient, atol=1e-5)
