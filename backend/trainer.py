@@ -80,6 +80,8 @@ class Trainer:
         self.named_trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
         self.kept: KeptForward | None = None  # a forward that waits for its backward; whoever changes the weights drops it
+        # Rows are padded behind their ends, where nothing looks: GPT-2 need not warn of it.
+        setattr(self.base.get_decoder(), "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
         self.transform = logit_transform(self.hf_config)
         self.shares_prefixes = attends_to_all(self.hf_config, self.max_length)
         self._check_head()
