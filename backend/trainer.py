@@ -212,6 +212,7 @@ class Trainer:
 
     # --- checks of the architecture, when a model is opened -----------------------------------------------------------------------
 
+    @computing()
     @torch.no_grad()
     def row_gap(self, data_D: Sequence[Datum], share: bool) -> float:
         """Mean |logprob in one micro-batch of all data - logprob alone| over all positions. `share`: behind shared prefixes."""
@@ -235,6 +236,7 @@ class Trainer:
             )
         self.shares_prefixes = self.shares_prefixes and self.row_gap(data_D, share=True) <= limit
 
+    @computing()
     @torch.no_grad()
     def _check_head(self) -> None:
         """What `logit_transform` does not know between the last hidden state and the logits would make every logprob silently wrong.
