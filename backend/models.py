@@ -84,7 +84,7 @@ def model_config(model_name: str) -> PretrainedConfig:
     else:
         source = model_name
     near = difflib.get_close_matches(model_name, PRESETS, n=1, cutoff=0.75)
-    hint = f"; did you mean the preset {near[0]!r}?" if near else f" (presets: {', '.join(PRESETS)})"
+    hint = f"; did you mean {near[0]!r}?" if near else f" (presets: {', '.join(PRESETS)})"
     if near and "/" not in model_name:  # a slip of the pen: do not ask the hub, whose time-outs take half a minute
         raise ModelError(f"{model_name!r} is neither a preset nor a local folder{hint}")
     try:
@@ -199,13 +199,14 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     path, verbosity = Path(model_name).expanduser(), transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of the tensors that do not fit is a page long
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             path if path.is_dir() else model_name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    model, report = opened
     for kind, fault in (
         ("missing_keys", "its weights lack tensors that its config.json asks for"),
         ("unexpected_keys", "its weights hold tensors that its config.json does not ask for"),
@@ -230,5 +231,5 @@ def end_token_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) 
     return {*_as_list(config.get_text_config().eos_token_id), *_as_list(tokenizer.eos_token_id)}
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
+def _as_list(ids: Any) -> list[int]:
     return [] if ids is None else ids if isinstance(ids, list) else [ids]

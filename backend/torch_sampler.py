@@ -5,6 +5,7 @@ its own generator, so that its tokens do not depend on the rows beside it. Left 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +68,7 @@ class TorchSampler:
             tokens_BT[b, width - len(prompt) :] = torch.tensor(prompt)
             mask_BT[b, width - len(prompt) :] = 1
         tokens_BT, mask_BT = tokens_BT.to(self._device), mask_BT.to(self._device)
-        cache = DynamicCache(config=self._model.config)
+        cache: Any = DynamicCache(config=self._model.config)
         hidden_BTH = self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
         self._score_prompts(rows, prompt_B, hidden_BTH, width)
         index = torch.tensor(prompt_B, device=self._device)
