@@ -139,17 +139,27 @@ def without_truncated(training_data: TrainingData, groups_P: Sequence[Trajectory
     )
 
 
-def scale_advantages(training_data: TrainingData, reduction: Reduction) -> None:
-    """Divides the advantages, in place, by the number of sampled tokens: of the trajectory, or of all. The losses sum over tokens."""
+def scale_losses(training_data: TrainingData, reduction: Reduction) -> None:
+    """Divides each trajectory's loss by the number of its sampled tokens, or by that of all. The losses sum over tokens.
+
+    Both halves are divided: the advantages in place, and the weights of the supervised sequences, which become new Datums, since the
+    trajectories hold the old ones.
+    """
     if reduction == "sum":
         return
     counts_D = [float(datum.loss_fn_inputs["mask"].array.sum()) for datum in training_data.data_D]
     of_trajectory: dict[tuple[int, int], float] = defaultdict(float)
     for origin, tokens in zip(training_data.origin_D, counts_D, strict=True):
         of_trajectory[origin] += tokens
-    for datum, origin in zip(training_data.data_D, training_data.origin_D, strict=True):
-        tokens = of_trajectory[origin] if reduction == "sequence_mean" else sum(counts_D)
-        datum.loss_fn_inputs["advantages"].array /= np.float32(max(tokens, 1.0))
+    for d, (datum, origin) in enumerate(zip(training_data.data_D, training_data.origin_D, strict=True)):
+        tokens = np.float32(max(of_trajectory[origin] if reduction == "sequence_mean" else sum(counts_D), 1.0))
+        datum.loss_fn_inputs["advantages"].array /= tokens
+        training_data.supervised_D[d] = [_with_weights_divided(extra, tokens) for extra in training_data.supervised_D[d]]
+
+
+def _with_weights_divided(datum: Datum, divisor: np.float32) -> Datum:
+    inputs = datum.loss_fn_inputs
+    return Datum(datum.model_input, {**inputs, "weights": inputs["weights"].array / divisor})
 
 
 def split_substeps(data_D: Sequence[T], num_substeps: int) -> list[Sequence[T]]:

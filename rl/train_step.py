@@ -22,7 +22,7 @@ from rl.data_processing import (
     add_advantages,
     assemble_training_data,
     compute_advantages,
-    scale_advantages,
+    scale_losses,
     split_substeps,
     trainable_groups,
     without_truncated,
@@ -116,7 +116,7 @@ async def _prepare(learner: Learner, groups_P: list[TrajectoryGroup], outcome: S
         penalize_advantages(training_data.data_D, difference_D, config.kl.coef, config.kl.discount)
     if not config.train_on_truncated:
         training_data = without_truncated(training_data, kept)
-    scale_advantages(training_data, config.loss_reduction)
+    scale_losses(training_data, config.loss_reduction)
     if config.mismatch.mode != "none" and training_data.data_D:
         with span("score"):
             metrics |= await correct_mismatch(learner.client, training_data.data_D, config.mismatch)

@@ -1,4 +1,9 @@
-"""Negative log-likelihood: of a training batch from its own forward pass, and of a held-out set."""
+"""Negative log-likelihood: of a training batch from its own forward pass, and of a held-out set. Two means of it are logged:
+
+nll             over the tokens that carry loss, each of them alike: what papers report
+weighted_nll    over the same tokens by their weights: what is trained. Under reduction="mean", the default, the weights of an example
+                add up to 1, so this is the mean over examples of each example's own mean; under "sum" it equals `nll`
+"""
 
 from collections.abc import Sequence
 
@@ -9,16 +14,22 @@ from backend.types import Datum, TensorData
 from supervised.types import SupervisedDataset
 
 
-def weighted_sums(data_D: Sequence[Datum], logprobs_D: Sequence[TensorData]) -> tuple[float, float]:
-    """(sum of -w log p, sum of w) over all tokens, where every token that carries loss weighs 1 whatever the reduction made of w."""
-    pairs = list(zip(data_D, logprobs_D, strict=True))
-    counted = np.concatenate([datum.loss_fn_inputs["weights"].array > 0 for datum, _ in pairs])
-    logprobs = np.concatenate([logprobs.array for _, logprobs in pairs]).astype(np.float64)
-    return float(-logprobs[counted].sum()), float(counted.sum())
+def nll_sums(data_D: Sequence[Datum], logprobs_D: Sequence[TensorData]) -> np.ndarray:
+    """(4,) over the tokens that carry loss: the sum of -log p, their number, the sum of -w log p, and the sum of w."""
+    weights = np.concatenate([datum.loss_fn_inputs["weights"].array for datum in data_D]).astype(np.float64)
+    nll = -np.concatenate([logprobs.array for logprobs in logprobs_D]).astype(np.float64)
+    counted = weights > 0
+    return np.array([nll[counted].sum(), counted.sum(), (weights * nll)[counted].sum(), weights[counted].sum()])
+
+
+def nll_means(sums: np.ndarray) -> tuple[float, float]:
+    """`nll` and `weighted_nll` from the sums of nll_sums."""
+    nll, count, weighted_nll, weight = sums.tolist()
+    return nll / count, weighted_nll / weight
 
 
 class NLLEvaluator:
-    """`test/nll` in nats per token that carries loss: one forward pass over the held-out set, no gradient."""
+    """`test/nll` and `test/weighted_nll` in nats per token: one forward pass over the held-out set, no gradient."""
 
     def __init__(self, dataset: SupervisedDataset, name: str = "test"):
         self._batches = [dataset.get_batch(i) for i in range(len(dataset))]
@@ -26,6 +37,6 @@ class NLLEvaluator:
 
     async def __call__(self, client: TrainingClient) -> dict[str, float]:
         submitted = [(batch, client.forward(batch, "cross_entropy")) for batch in self._batches]
-        sums = [weighted_sums(batch, [out["logprobs"] for out in (await future).loss_fn_outputs]) for batch, future in submitted]
-        total, count = map(sum, zip(*sums, strict=True))
-        return {f"{self._name}/nll": total / count}
+        sums = [nll_sums(batch, [out["logprobs"] for out in (await future).loss_fn_outputs]) for batch, future in submitted]
+        nll, weighted_nll = nll_means(np.sum(sums, axis=0))
+        return {f"{self._name}/nll": nll, f"{self._name}/weighted_nll": weighted_nll}

@@ -1,4 +1,4 @@
-"""The supervised loop: a batch, one forward_backward, one optim_step, pipelined so that the trainer never waits for data.
+"""The supervised loop: a batch, one forward_backward, one optim_step. The next batch is made while they are under way.
 
 Evaluations come before the step and see the weights it starts from; there is one more at the end. What a batch is trained on is an
 Objective: the cross-entropy here, the Bradley-Terry loss in preference/train_reward_model.py. Left out: warm-up, stopping on held-out loss.
@@ -20,7 +20,7 @@ from backend.tokenizers import load_tokenizer
 from backend.training_client import TrainingClient
 from backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse
 from renderers import get_renderer
-from supervised.nll import NLLEvaluator, weighted_sums
+from supervised.nll import NLLEvaluator, nll_means, nll_sums
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 from tracking.checkpointing import Checkpointer, StopRequest
 from tracking.metrics_log import MetricsLog, print_metrics_table, timed
@@ -43,12 +43,15 @@ class Objective(Protocol):
 
 
 class CrossEntropy:
+    """`train_mean_nll` is a mean over tokens, `train_weighted_nll` the mean that is trained on (nll.py)."""
+
     def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
         return client.forward_backward(batch_D, "cross_entropy")
 
     def metrics(self, batch_D: Sequence[Datum], output: ForwardBackwardOutput) -> Metrics:
-        nll_sum, count = weighted_sums(batch_D, [out["logprobs"] for out in output.loss_fn_outputs])
-        return {"train_mean_nll": nll_sum / count, "num_loss_tokens": count}
+        sums = nll_sums(batch_D, [out["logprobs"] for out in output.loss_fn_outputs])
+        mean, weighted = nll_means(sums)
+        return {"train_mean_nll": mean, "train_weighted_nll": weighted, "num_loss_tokens": float(sums[1])}
 
 
 @chz.chz
@@ -69,7 +72,7 @@ class Config:
     num_epochs: int = chz.field(default=1, doc="passes over the dataset")
     max_steps: int | None = chz.field(default=None, doc="total number of steps, if less than the epochs give")
     stop_at_nll: float | None = chz.field(
-        default=None, doc="end once a batch's train_mean_nll is below this (with a constant lr_schedule)"
+        default=None, doc="end once a batch's train_mean_nll, a mean over tokens, is below this (with a constant lr_schedule)"
     )
 
     eval_every: int = chz.field(default=20, doc="held-out loss before every this many steps, and at the end; 0 = never")

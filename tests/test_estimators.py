@@ -16,7 +16,7 @@ from renderers.types import Renderer
 from rl import train
 from rl.advantages import BatchMean, GroupMean
 from rl.algorithms import ALGORITHMS
-from rl.data_processing import TrainingData, assemble_training_data, compute_advantages, scale_advantages, without_truncated
+from rl.data_processing import TrainingData, assemble_training_data, compute_advantages, scale_losses, without_truncated
 from rl.kl import KLPenalty, kl_metrics, penalize_advantages, penalized_rewards, sampled_minus_reference
 from rl.mismatch import MismatchCorrection, correct_mismatch, correction_weights
 from rl.train_cli import ADVANTAGES, CLIConfig
@@ -82,8 +82,26 @@ def test_normalisers_divide_by_the_right_number_of_tokens() -> None:
     expected = {"sum": [0.5, -0.5], "sequence_mean": [0.5 / 2, -0.5 / 1], "token_mean": [0.5 / 3, -0.5 / 3]}
     for reduction, (long, short) in expected.items():
         data = two_data()
-        scale_advantages(data, reduction)  # type: ignore[arg-type]
+        scale_losses(data, reduction)  # type: ignore[arg-type]
         assert advantages(data)[0] == pytest.approx([0, long, long]) and advantages(data)[1] == pytest.approx([0, short])
+
+
+@pytest.mark.parametrize(
+    ("reduction", "long", "short"), [("sum", 1, 1), ("sequence_mean", 2, 1), ("token_mean", 3, 3)], ids=lambda value: str(value)
+)
+def test_normalisers_divide_supervised_sequences_as_the_policys_tokens(reduction: str, long: int, short: int) -> None:
+    """Both halves of a trajectory's loss carry one factor: 1 / (2 or 1 sampled tokens of its own, or 3 of the batch)."""
+    trajectories = [Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0])]), Trajectory([turn([1, 2], [5], [-0.5])])]
+    for trajectory, weight in zip(trajectories, (1.0, 0.6), strict=True):
+        inputs = {"target_tokens": [6, 7, 8], "weights": [0.0, weight, weight]}
+        trajectory.supervised = [Datum(ModelInput.from_ints([1, 2, 6]), inputs)]
+    data = assemble_training_data([TrajectoryGroup(trajectories, [0.0] * 2, [{}] * 2)], [np.array([0.5, -0.5])])
+    scale_losses(data, reduction)  # type: ignore[arg-type]
+    weights = [extra.loss_fn_inputs["weights"].tolist() for supervised in data.supervised_D for extra in supervised]
+    assert weights == [pytest.approx([0, 1 / long, 1 / long]), pytest.approx([0, 0.6 / short, 0.6 / short])]
+    assert advantages(data) == [pytest.approx([0, 0.5 / long, 0.5 / long]), pytest.approx([0, -0.5 / short])]
+    kept = [t.supervised[0].loss_fn_inputs["weights"].tolist() for t in trajectories]
+    assert kept == [pytest.approx([0, 1, 1]), pytest.approx([0, 0.6, 0.6])], "a trajectory's own sequences stay as they are"
 
 
 def test_batch_mean_uses_all_groups_and_nothing_else() -> None:

@@ -146,6 +146,17 @@ def test_worked_batch(coef: float, total: float):
     assert (metrics["optim/loss"] + metrics.get("optim/supervised_loss", 0.0)) / 4 == pytest.approx(total, abs=1e-6)
 
 
+@pytest.mark.parametrize(("reduction", "tokens"), [("sum", 1), ("sequence_mean", 1), ("token_mean", 4)])
+def test_worked_batch_under_every_reduction(reduction: str, tokens: int):
+    """Case D2 with coef 1: four rationales of one token each, so the whole loss is divided by 1, or by all 4."""
+    group = rationale_group([5], [Table.GOLD], PlainRenderer(CHARACTERS), [[Table.FIRST + k] for k in range(4)])
+    for trajectory, logprob in zip(group.trajectories_G, Table.POLICY, strict=True):
+        trajectory.transitions[0].ac.logprobs[0] = logprob
+    config = settings(rloo_k=4, kl_coef=0.05, likelihood_coef=1.0, non_stop_penalty=False)
+    metrics, _ = step(client := Table(), chz.replace(config, loss_reduction=reduction), client, [group])
+    assert (metrics["optim/loss"] + metrics["optim/supervised_loss"]) / 4 == pytest.approx(2.7466667 / tokens, abs=1e-6)
+
+
 def test_rationales_that_never_stop_get_twice_the_mean():
     client = Table()
     group = rationale_group([5], [Table.GOLD], PlainRenderer(CHARACTERS), [[10, EOS], [11], [12]])

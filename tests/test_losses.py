@@ -14,7 +14,9 @@ from backend.logprobs import LogitTransform, target_logprobs
 from backend.loss_terms import LossTerm
 from backend.losses import LOSSES
 from backend.trainer import Trainer
-from backend.types import AdamParams, Datum, LoraConfig, ModelInput
+from backend.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
+from supervised.data import datum_from_tokens_weights
+from supervised.nll import nll_means, nll_sums
 from tests.conftest import ROUNDING, VOCABULARY, gradients, policy_data, random_tokens
 
 P, Q, A = [-1.0, -0.5, -3.0], [-1.2, -0.2, -1.0], [2.0, -1.0, 0.5]  # ratios 1.2214, 0.7408, 0.1353
@@ -55,6 +57,21 @@ def test_policy_losses_equal_hand_computation(name: str, config: dict, loss: lis
     loss_N.sum().backward()
     assert loss_N.tolist() == pytest.approx(loss, abs=1e-9)
     assert p.grad is not None and p.grad.tolist() == pytest.approx(gradient, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weighted"), [("mean", ((1 + 2 + 3) / 3 + 8) / 2), ("sum", (1 + 2 + 3 + 8) / 4)], ids=["mean", "sum"]
+)
+def test_both_means_of_the_likelihood_by_hand(reduction: str, weighted: float) -> None:
+    """An answer of 3 tokens with nll 1, 2, 3, and one of a single token with nll 8. The weighted mean is the loss that is trained on."""
+    data = [
+        datum_from_tokens_weights([9, 5, 6, 7, 8], [0, 0, 1, 1, 1], reduction=reduction),
+        datum_from_tokens_weights([9, 5, 6], [0, 0, 1], reduction=reduction),
+    ]
+    logprobs = [TensorData([0.0, -1.0, -2.0, -3.0]), TensorData([0.0, -8.0])]
+    assert nll_means(nll_sums(data, logprobs)) == pytest.approx((14 / 4, weighted))
+    loss = -sum(float(d.loss_fn_inputs["weights"].array @ p.array) for d, p in zip(data, logprobs, strict=True))
+    assert weighted == pytest.approx(loss / (2 if reduction == "mean" else 4))
 
 
 def naive_loss(trainer: Trainer, datum: Datum, name: str, config: dict) -> torch.Tensor:
