@@ -5,6 +5,8 @@ from typing import Literal
 import chz
 import torch
 
+AlarmAction = Literal["stop", "warn"]
+
 
 @chz.chz
 class BackendConfig:
@@ -30,6 +32,10 @@ class BackendConfig:
     enforce_eager: bool | None = chz.field(
         default=None,
         doc="no compilation in vLLM; None = eager on a CPU (compiling needs g++), compiled with CUDA graphs on a GPU",
+    )
+    alarm: AlarmAction = chz.field(
+        default="stop",
+        doc="what happens when sampler and trainer, or a batch and its sequences alone, differ by more than rounding explains",
     )
 
 

@@ -33,6 +33,10 @@ class NonFiniteError(CookbookError):
         self.datum_indices = datum_indices or []
 
 
+class LogprobGapError(CookbookError):
+    """An alarm stopped the run (alarms.py): two computations of the same logprobs differ by more than rounding. Nothing was saved since."""
+
+
 class StaleSamplerError(CookbookError):
     """A sampling client's weights were replaced by a later weight sync."""
 

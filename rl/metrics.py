@@ -5,13 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from backend.sampling_client import SamplingClient
-from backend.training_client import TrainingClient
-from backend.types import Datum, ModelInput, TensorData
+from backend.types import Datum, TensorData
 from rl.types import Metrics, Trajectory, TrajectoryGroup
 
-# Mean |difference| of one token's logprob above which weights are stale or the engines disagree; bf16 alone gives about 0.01.
-LOGPROB_GAP_ALARM = 0.05
 PERCENTS = (1, 50, 99)
 GOOD_REWARD = 0.5  # a constant group at or above it counts as all good
 
@@ -33,15 +29,6 @@ def compute_sampling_metrics(data_D: Sequence[Datum], trainer_logprobs_D: Sequen
         "optim/entropy": float(-sampled.mean()),
         **{f"optim/ratio_p{percent:02d}": float(value) for percent, value in zip(PERCENTS, quantiles, strict=True)},
     }
-
-
-async def probe_logprob_gap(training_client: TrainingClient, sampling_client: SamplingClient, sequence: ModelInput) -> float:
-    """Mean |sampler - trainer| logprob over a sequence's tokens, both fresh: what a wrong weight sync or a stale cache would blow up."""
-    tokens = sequence.to_ints()[: sampling_client.max_length - 1]
-    targets = {"target_tokens": TensorData(tokens[1:]), "weights": TensorData(np.ones(len(tokens) - 1, dtype=np.float32))}
-    trained = await training_client.forward([Datum(ModelInput.from_ints(tokens[:-1]), targets)], "cross_entropy")
-    sampled = await sampling_client.compute_logprobs_async(ModelInput.from_ints(tokens))
-    return float(np.abs(np.array(sampled[1:], dtype=np.float64) - trained.loss_fn_outputs[0]["logprobs"].array).mean())
 
 
 def compute_trajectory_metrics(groups_P: Sequence[TrajectoryGroup], prefix: str = "env") -> Metrics:

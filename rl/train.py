@@ -14,6 +14,16 @@ from typing import Any
 import chz
 import numpy as np
 
+from backend.alarms import (
+    BATCHED,
+    PROBE_SAMPLES,
+    SAMPLED,
+    Alarms,
+    check_at_start,
+    compare_with_sampler,
+    least_certain,
+    sampler_gaps,
+)
 from backend.config import BackendConfig
 from backend.data_checks import resolve_loss
 from backend.errors import ConfigError, DataError, NonFiniteError
@@ -31,7 +41,7 @@ from rl.data_processing import Reduction
 from rl.evaluators import RLTestSetEvaluator, SamplesEvaluator
 from rl.group_sources import GroupSource
 from rl.kl import KLPenalty, Reference
-from rl.metrics import LOGPROB_GAP_ALARM, compute_trajectory_metrics, probe_logprob_gap
+from rl.metrics import compute_trajectory_metrics
 from rl.mismatch import MismatchCorrection
 from rl.rollouts import RolloutLimits
 from rl.train_step import Learner, StepOutcome, train_step
@@ -120,6 +130,7 @@ class _Run:
     learner: Learner
     evaluators: Sequence[RLTestSetEvaluator | SamplesEvaluator]
     timeline: Timeline
+    alarms: Alarms
 
     @property
     def client(self) -> TrainingClient:
@@ -167,7 +178,8 @@ async def main(config: Config) -> Metrics:
             config.num_minibatches,
             config.concurrent_rollouts,
         )
-        return await _loop(_Run(config, folder, tokenizer, learner, evaluators, timeline), source, num_steps)
+        alarms = Alarms(learner.client.get_info(), config.backend.alarm)
+        return await _loop(_Run(config, folder, tokenizer, learner, evaluators, timeline, alarms), source, num_steps)
 
 
 def _check(config: Config) -> None:
@@ -217,6 +229,8 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
     metrics: Metrics = {}
     headline: Metrics = {}
     sampling_client = await _sync(run)
+    if start < num_steps:
+        await check_at_start(client, run.alarms, sampling_client, config.temperature)
     async with source:
         with (
             closing(MetricsLog(run.folder, config.wandb_project, config.wandb_name, config)) as log,
@@ -233,8 +247,7 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
                     source.set_policy(step, sampling_client)
                     outcome = await train_step(run.learner, source, step, _adam(config, metrics["optim/lr"]), metrics)
                     metrics |= compute_trajectory_metrics(outcome.groups_P)
-                    stale = config.max_steps_off_policy + config.num_substeps - 1
-                    _alarm("rollouts", metrics.get("optim/logprob_gap_mean", 0.0), step, stale)
+                    _compare_rollouts(run, outcome, metrics)
                     with timed(metrics, "sync"):
                         sampling_client = await _sync(run)
                     if outcome.data_D:
@@ -243,7 +256,9 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
                     _write_transcript(run, outcome, step)
                 shares = run.timeline.shares(began, time.perf_counter())
                 metrics |= {f"time/share/{kind}": share for kind, share in shares.items()}
+                metrics |= run.alarms.metrics()
                 log.log(metrics, step)
+                run.alarms.decide(f"step {step}")
                 checkpointer.after_step(step + 1, {"rollouts": source.state()})
                 headline |= _headline(metrics)
                 progress.update(step, headline)
@@ -296,24 +311,25 @@ async def _evaluate(run: _Run, client: SamplingClient, step: int, metrics: Metri
 
 
 async def _probe(run: _Run, client: SamplingClient, datum: Datum, metrics: Metrics) -> None:
-    """Right after a sync, so that a wrong one is seen before anything is sampled from it."""
-    sequence = datum.model_input.append_int(int(datum.loss_fn_inputs["target_tokens"].array[-1]))
-    step = int(metrics["progress/batch"])
+    """Right after a sync, so that a wrong one is seen before anything is sampled from it; behind a prompt of this step's rollouts, which a
+    prefix cache that was not dropped still has."""
+    tokens = [*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].array[-1])][: client.max_length - 1]
+    cut = min(least_certain(datum), len(tokens) - 1)
+    temperature = run.config.temperature
     try:
-        gap = await probe_logprob_gap(run.client, client, sequence)
+        whole, sampled = await sampler_gaps(run.client, client, tokens, cut, temperature, PROBE_SAMPLES, max_tokens=1)
     except NonFiniteError as error:  # the step itself made the weights infinite
-        raise write_offending_data(run.folder, step, [datum], error) from error
-    metrics["optim/probe_logprob_gap"] = gap
-    _alarm("probe", gap, step)
+        raise write_offending_data(run.folder, int(metrics["progress/batch"]), [datum], error) from error
+    metrics |= {"optim/probe_logprob_gap": whole.mean, "optim/probe_sampled_gap": sampled.mean}
+    compare_with_sampler(run.alarms, whole, sampled)
 
 
-def _alarm(what: str, gap: float, step: int, steps_off_policy: int = 0) -> None:
-    """Rollouts of older weights, and those that a later substep trains on, differ by right; the probe,
-    right after a sync, never does."""
-    if gap > LOGPROB_GAP_ALARM and not steps_off_policy:
-        print(
-            f"WARNING step {step}, {what}: sampler and trainer logprobs differ by {gap:.3f} on average (alarm at {LOGPROB_GAP_ALARM})"
-        )
+def _compare_rollouts(run: _Run, outcome: StepOutcome, metrics: Metrics) -> None:
+    """Rollouts of older weights, and those that a later substep trains on, differ by right; all others are on-policy."""
+    if gap := outcome.on_policy_gap:
+        metrics["optim/on_policy_logprob_gap"] = gap.mean
+        what = f"rollouts sampled from the present weights (temperature={run.config.temperature:g}) and the trainer's logprobs of them"
+        run.alarms.compare("rollouts", gap, what, f"{SAMPLED}; or in the trainer, {BATCHED}")
 
 
 def _headline(metrics: Metrics) -> Metrics:

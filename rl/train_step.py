@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from backend.alarms import Gap
 from backend.errors import NonFiniteError
 from backend.futures import APIFuture
 from backend.loss_terms import LossTerm
 from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse
+from backend.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse, TensorData
 from rl.data_processing import (
     TrainingData,
     add_advantages,
@@ -57,11 +58,13 @@ class Learner:
 
 @dataclass
 class StepOutcome:
-    """What a step was made of. `advantages_P` has None for a group that was left out."""
+    """What a step was made of. `advantages_P` has None for a group that was left out. `on_policy_gap` is between sampler and trainer, on
+    the data whose logprobs both computed with the same weights; None where there were none."""
 
     groups_P: list[TrajectoryGroup] = field(default_factory=list)
     advantages_P: list[np.ndarray | None] = field(default_factory=list)
     data_D: list[Datum] = field(default_factory=list)
+    on_policy_gap: Gap | None = None
 
 
 async def train_step(learner: Learner, source: GroupSource, step: int, adam: AdamParams, metrics: Metrics) -> StepOutcome:
@@ -79,10 +82,12 @@ async def train_step(learner: Learner, source: GroupSource, step: int, adam: Ada
             groups = await anext(minibatches, None)
         if groups is None:
             break
-        training_data = await _prepare(learner, groups, outcome, minibatch_metrics := {})
+        training_data, sampled_D = await _prepare(learner, groups, step, outcome, minibatch_metrics := {})
         of_minibatches.append(minibatch_metrics)
-        for part in split_substeps(list(zip(training_data.data_D, training_data.supervised_D, strict=True)), steps_per_minibatch):
-            passes.forward_backward([datum for datum, _ in part], [extra for _, supervised in part for extra in supervised])
+        rows = list(zip(training_data.data_D, training_data.supervised_D, sampled_D, strict=True))
+        for part in split_substeps(rows, steps_per_minibatch):
+            data_D, supervised_D, sampled = ([row[i] for row in part] for i in range(3))
+            passes.forward_backward(data_D, [extra for supervised in supervised_D for extra in supervised], sampled)
             if minibatches_per_step == 1:
                 passes.optim_step()
         if len(of_minibatches) % minibatches_per_step == 0:
@@ -94,8 +99,11 @@ async def train_step(learner: Learner, source: GroupSource, step: int, adam: Ada
     return outcome
 
 
-async def _prepare(learner: Learner, groups_P: list[TrajectoryGroup], outcome: StepOutcome, metrics: Metrics) -> TrainingData:
-    """The data of one minibatch of groups, with their final advantages."""
+async def _prepare(
+    learner: Learner, groups_P: list[TrajectoryGroup], step: int, outcome: StepOutcome, metrics: Metrics
+) -> tuple[TrainingData, list[np.ndarray | None]]:
+    """The data of one minibatch of groups, with their final advantages; and the sampler's (T,) logprobs of each Datum that was sampled
+    under the weights this step begins with, None for the others."""
     config = learner.config
     if learner.batch_reward:
         with timed(metrics, "batch_reward"), span("score"):
@@ -117,13 +125,17 @@ async def _prepare(learner: Learner, groups_P: list[TrajectoryGroup], outcome: S
     if not config.train_on_truncated:
         training_data = without_truncated(training_data, kept)
     scale_losses(training_data, config.loss_reduction)
+    sampled_D = [
+        datum.loss_fn_inputs["logprobs"].array if kept[p].sampled_at_step == step else None
+        for datum, (p, _) in zip(training_data.data_D, training_data.origin_D, strict=True)
+    ]  # before a mismatch correction puts the trainer's in their place
     if config.mismatch.mode != "none" and training_data.data_D:
         with span("score"):
             metrics |= await correct_mismatch(learner.client, training_data.data_D, config.mismatch)
     advantages_of = {id(group): advantages_G for group, advantages_G in zip(kept, advantages, strict=True)}
     outcome.groups_P += groups_P
     outcome.advantages_P += [advantages_of.get(id(group)) for group in groups_P]
-    return training_data
+    return training_data, sampled_D
 
 
 class _Passes:
@@ -133,10 +145,13 @@ class _Passes:
         self._learner, self._adam = learner, adam
         self._terms: list[list[LossTerm]] = []  # of each pass: the policy's, and behind it the supervised one where there is one
         self._outputs: list[asyncio.Task[list[ForwardBackwardOutput]]] = []  # one for each entry of _terms
+        self._sampled_D: list[
+            np.ndarray | None
+        ] = []  # of each Datum, the sampler's logprobs if its pass has the sampler's weights
         self._steps: list[asyncio.Task[OptimStepResponse]] = []
         self._pending = False  # gradients wait for an optim_step
 
-    def forward_backward(self, data_D: list[Datum], supervised_D: list[Datum]) -> None:
+    def forward_backward(self, data_D: list[Datum], supervised_D: list[Datum], sampled_D: list[np.ndarray | None]) -> None:
         if not data_D:
             return
         config = self._learner.config
@@ -144,6 +159,7 @@ class _Passes:
         if supervised_D:
             terms.append(LossTerm(supervised_D, "cross_entropy"))
         self._terms.append(terms)
+        self._sampled_D += [None] * len(data_D) if self._steps else sampled_D
         self._outputs.append(_spanned(self._learner.client.forward_backward_terms(terms)))
         self._pending = True
 
@@ -166,11 +182,24 @@ class _Passes:
         steps = [task.result() for task in self._steps]
         outcome.data_D = [datum for terms in self._terms for datum in terms[0].data_D]
         logprobs_D = [out["logprobs"] for output in outputs for out in output.loss_fn_outputs]
+        outcome.on_policy_gap = _on_policy_gap(outcome.data_D, self._sampled_D, logprobs_D)
         metrics = {f"optim/{name}": value for name, value in _reduced([output.metrics for output in outputs]).items()}
         if supervised:
             metrics["optim/supervised_loss"] = sum(output.metrics["loss:sum"] for output in supervised)
         metrics |= {f"optim/{name}": value for name, value in mean_by_key(response.metrics for response in steps).items()}
         return metrics | (compute_sampling_metrics(outcome.data_D, logprobs_D) if logprobs_D else {})
+
+
+def _on_policy_gap(
+    data_D: Sequence[Datum], sampled_D: Sequence[np.ndarray | None], trained_D: Sequence[TensorData]
+) -> Gap | None:
+    """Over the sampled tokens of the data that have a `sampled_D`."""
+    masked = [
+        (sampled_T[mask_T], trained_T.array[mask_T])
+        for datum, sampled_T, trained_T in zip(data_D, sampled_D, trained_D, strict=True)
+        if sampled_T is not None and (mask_T := datum.loss_fn_inputs["mask"].array > 0).any()
+    ]
+    return Gap.between([sampled for sampled, _ in masked], [trained for _, trained in masked]) if masked else None
 
 
 async def _finished(passes: Sequence[asyncio.Task[Any]]) -> None:
