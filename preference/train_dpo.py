@@ -14,6 +14,7 @@ from typing import Any, Literal
 import chz
 import torch
 
+from backend.alarms import Alarms, check_at_start
 from backend.config import BackendConfig
 from backend.errors import ConfigError, NonFiniteError
 from backend.learning_rate import LRSchedule, lr_multiplier
@@ -102,12 +103,13 @@ async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], ev
         client = service.create_training_client(config.model_name, lora, config.seed)
         if config.load_checkpoint_path:
             await client.load_state(config.load_checkpoint_path)
+        await check_at_start(client, alarms := Alarms(client.get_info(), config.backend.alarm))
         if config.method.needs_reference:  # before a resumed run's own weights are loaded
             file, reference = folder.path / "reference_logprobs.jsonl", _reference(config)
             pairs = await with_reference([*train, *test], client, file, reference)
             train, test = pairs[: len(train)], pairs[len(train) :]
         dataset = PairDataset(train, config.batch_size, config.data_seed)
-        metrics = await _loop(config, folder, client, dataset, test, evaluator if config.eval_every else None)
+        metrics = await _loop(config, folder, client, dataset, test, evaluator if config.eval_every else None, alarms)
     _finish(folder, metrics)
     return metrics
 
@@ -131,6 +133,7 @@ async def _loop(
     dataset: PairDataset,
     test: list[Pair],
     evaluator: Evaluator | None,
+    alarms: Alarms,
 ) -> Metrics:
     num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
     checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
@@ -155,6 +158,7 @@ async def _loop(
                         metrics |= await _evaluations(config, client, test, evaluator)
                 with timed(metrics, "train"):
                     metrics |= await _train_step(config, folder, client, step, dataset.get_batch(step), learning_rate)
+            metrics |= alarms.metrics()
             log.log(metrics, step)
             checkpointer.after_step(step + 1)
             headline |= {short: metrics[name] for name, short in HEADLINE.items() if name in metrics}

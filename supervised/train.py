@@ -11,6 +11,7 @@ from typing import Protocol
 
 import chz
 
+from backend.alarms import Alarms, check_at_start
 from backend.config import BackendConfig
 from backend.errors import ConfigError, NonFiniteError
 from backend.futures import APIFuture
@@ -121,6 +122,9 @@ async def training_loop(
     last = min(num_steps, until or num_steps)
     checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
     start = checkpointer.start(config.load_checkpoint_path)
+    alarms = Alarms(client.get_info(), config.backend.alarm)
+    if start < last:
+        await check_at_start(client, alarms)
     metrics: Metrics = {}
     headline: Metrics = {}
     with (
@@ -145,6 +149,7 @@ async def training_loop(
                     next_D = _batch(dataset, step + 1) if step + 1 < last else []  # made while the step is under way
                     metrics |= await _step_metrics(folder, step, batch_D, objective, forward_backward, optim_step)
             batch_D, done = next_D, step + 1
+            metrics |= alarms.metrics()
             log.log(metrics, step)
             checkpointer.after_step(step + 1)
             headline |= {short: metrics[name] for name, short in HEADLINE.items() if name in metrics}
