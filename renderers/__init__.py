@@ -6,16 +6,23 @@ from backend.errors import ConfigError
 from renderers.chat_template import ChatTemplateRenderer
 from renderers.plain import PlainRenderer
 from renderers.role_colon import RoleColonRenderer
+from renderers.template_check import difference_from_template
 from renderers.types import Renderer, Tokenizer
 
 RENDERERS = {"role_colon": RoleColonRenderer, "chat_template": ChatTemplateRenderer, "plain": PlainRenderer}
 
 
 def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
-    """The renderer called `name`; None follows the tokenizer's chat template, or is role_colon if it has none."""
+    """The renderer called `name`; None follows the tokenizer's chat template, or is role_colon if it has none.
+
+    A renderer that imitates the chat template and writes something else is warned of, with the first difference.
+    """
     if name is None:
         name = "chat_template" if tokenizer.chat_template else "role_colon"
     if name not in RENDERERS:
         near = difflib.get_close_matches(name, RENDERERS, n=1, cutoff=0)[0]
         raise ConfigError(f"no renderer is called {name!r}; did you mean {near!r}? There are {', '.join(RENDERERS)}")
-    return RENDERERS[name](tokenizer)
+    renderer = RENDERERS[name](tokenizer)
+    if difference := difference_from_template(renderer):
+        print(f"WARNING {difference}. The model was trained on its template: renderer_name=chat_template follows it")
+    return renderer

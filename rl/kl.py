@@ -8,14 +8,19 @@ Both use d_t = log q(token) - log ref(token) on what was sampled, whose mean est
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import chz
 import numpy as np
 
+from backend.checkpoints import read_state
+from backend.errors import CheckpointError, ConfigError
 from backend.service_client import ServiceClient
+from backend.tokenizers import load_tokenizer
 from backend.training_client import TrainingClient
 from backend.types import Datum, LoraConfig
+from renderers.types import Tokenizer
 from rl.data_processing import TrainingData
 from rl.types import Metrics, TrajectoryGroup
 
@@ -25,22 +30,67 @@ class KLPenalty:
     coef: float = chz.field(default=0.0, doc="weight of the penalty; 0 = none, and no reference is loaded")
     where: Literal["advantage", "reward"] = chz.field(default="advantage", doc="of each token, or summed into the reward")
     discount: float = chz.field(default=0.0, doc="where=advantage: a token also pays for later ones, this much less per token")
-    reference_path: str | None = chz.field(default=None, doc="checkpoint of the reference; None = the weights the run began with")
+    reference_path: str | None = chz.field(
+        default=None,
+        munger=lambda _, path: path and str(Path(path).expanduser()),
+        doc="the reference: a checkpoint or a model with the policy's tokenizer; None = the weights the run began with",
+    )
 
 
 class Reference:
     """The frozen policy, computed by torch as the trained one is, so that equal weights give equal logprobs."""
 
-    def __init__(self, service: ServiceClient, model_name: str, path: str | None, lora: LoraConfig | None, seed: int):
-        lora = lora if path else None  # without a checkpoint an adapter is still zero
-        self._client: TrainingClient = service.create_training_client(model_name, lora, seed)
-        if path:
-            self._client.load_state(path).result()
+    def __init__(self, client: TrainingClient):
+        self._client = client
 
     async def logprobs(self, data_D: list[Datum]) -> list[np.ndarray]:
         """(T,) per datum, under the temperature each token was sampled at."""
         output = await self._client.forward(data_D, "importance_sampling")
         return [out["logprobs"].array for out in output.loss_fn_outputs]
+
+
+def starting_weights(
+    service: ServiceClient, model_name: str, path: str | None, lora: LoraConfig | None, seed: int
+) -> TrainingClient:
+    """A second copy of what the run begins with; without a checkpoint an adapter is still zero, and left out."""
+    client = service.create_training_client(model_name, lora if path else None, seed)
+    if path:
+        client.load_state(path).result()
+    return client
+
+
+def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> TrainingClient:
+    """kl.reference_path: a checkpoint of this project, of any architecture, in full or LoRA; or a model by folder or name.
+
+    ConfigError where it has a shorter context than the policy.
+    """
+    saved = _saved_model_name(path) is not None
+    client = service.create_training_client_from_state(path) if saved else service.create_training_client(path)
+    ours, theirs = policy.get_info().max_length, client.get_info().max_length
+    if theirs < ours:
+        raise ConfigError(
+            f"kl.reference_path={path}: it reads {theirs} tokens, the policy {ours}: give backend.max_length={theirs}, or another reference"
+        )
+    return client
+
+
+def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+    """ConfigError where the reference has another vocabulary: it would score other text than was sampled."""
+    theirs, ours = load_tokenizer(_saved_model_name(path) or path).get_vocab(), tokenizer.get_vocab()
+    if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):
+        token, number = differing[0]
+        raise ConfigError(
+            f"kl.reference_path={path}: its tokenizer has {len(theirs)} tokens, the policy's {len(ours)}, and {token!r} is number {number} "
+            "in only one of them: a reference must have the policy's vocabulary"
+        )
+
+
+def _saved_model_name(path: str) -> str | None:
+    """The model that a checkpoint of this project was trained from; None if `path` is no such checkpoint."""
+    try:
+        return read_state(Path(path))["model_name"]
+    except CheckpointError:
+        return None
 
 
 def sampled_minus_reference(data_D: list[Datum], reference_logprobs_D: list[np.ndarray]) -> list[np.ndarray]:

@@ -40,7 +40,7 @@ from rl.advantages import AdvantageEstimator, GroupMean
 from rl.data_processing import Reduction
 from rl.evaluators import RLTestSetEvaluator, SamplesEvaluator
 from rl.group_sources import GroupSource
-from rl.kl import KLPenalty, Reference
+from rl.kl import KLPenalty, Reference, check_reference_tokenizer, other_model, starting_weights
 from rl.metrics import compute_trajectory_metrics
 from rl.mismatch import MismatchCorrection
 from rl.rollouts import RolloutLimits
@@ -143,6 +143,8 @@ async def main(config: Config) -> Metrics:
     config = chz.replace(config, max_tokens=max_tokens)
     _check(config)
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
+    if config.kl.coef and config.kl.reference_path:
+        check_reference_tokenizer(config.kl.reference_path, tokenizer)
     renderer = get_renderer(config.renderer_name, tokenizer)
     dataset, test_dataset = await config.env(renderer)
     num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
@@ -157,8 +159,11 @@ async def main(config: Config) -> Metrics:
     with ServiceClient(config.backend, folder.checkpoints) as service, recording(Timeline()) as timeline:
         learner = Learner(config, service.create_training_client(config.model_name, lora, config.seed), folder)
         if config.kl.coef:
-            path = config.kl.reference_path or config.load_checkpoint_path
-            learner.reference = Reference(service, config.model_name, path, lora, config.seed)
+            if path := config.kl.reference_path:
+                frozen = other_model(service, path, learner.client)
+            else:
+                frozen = starting_weights(service, config.model_name, config.load_checkpoint_path, lora, config.seed)
+            learner.reference = Reference(frozen)
         if config.batch_reward:
             learner.batch_reward = await config.batch_reward(service, learner.client, renderer)
         evaluators: list[RLTestSetEvaluator | SamplesEvaluator] = []

@@ -34,7 +34,7 @@ from recipes.latro.tasks import ANSWER_STOPS, NumberVerifier, Task, TextVerifier
 from recipes.latro.toy import ToyBuilder
 from renderers.plain import PlainRenderer
 from renderers.turns import decode
-from rl.kl import Reference
+from rl.kl import Reference, starting_weights
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.train_step import Learner, train_step
 from rl.truncation import stop_strings, tokens_before_stop
@@ -233,7 +233,7 @@ def test_estimator_is_unbiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     prompt, answer = [2, 3], [4, 0]
     with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
         client = enumerable_policy(service, tmp_path / "model")
-        reference = Reference(service, str(tmp_path / "model"), None, None, 0)
+        reference = Reference(starting_weights(service, str(tmp_path / "model"), None, None, 0))
         trainer, renderer = client._trainer, PlainRenderer(words(list("abcdef")))
 
         def logprobs(model: Any, tokens: list[int]) -> torch.Tensor:

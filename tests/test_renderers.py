@@ -10,9 +10,13 @@ from transformers import PreTrainedTokenizerFast
 
 from backend.errors import ConfigError, DataError
 from backend.tokenizers import character_tokenizer
+from backend.types import ModelInput
+from renderers import RENDERERS as BY_NAME
 from renderers import get_renderer
 from renderers.chat_template import ChatTemplateRenderer
-from renderers.turns import decode
+from renderers.plain import PlainRenderer
+from renderers.role_colon import RoleColonRenderer
+from renderers.turns import decode, encode
 from renderers.types import Message, Renderer, TrainOnWhat
 from renderers.types import Tokenizer as AnyTokenizer
 
@@ -269,3 +273,29 @@ def test_choice_by_name():
 def test_renderers_pickle(name):
     renderer = pickle.loads(pickle.dumps(RENDERERS[name]))
     assert renderer.build_supervised_example(CHAT) == RENDERERS[name].build_supervised_example(CHAT)
+
+
+class ImitatedTemplate(PlainRenderer):
+    """Writes the presets' template by hand, with `after_role` where the template has a line break."""
+
+    after_role = "\n"
+
+    def build_generation_prompt(self, messages, role="assistant", prefill=None):  # noqa: ANN001, ANN201
+        said = "".join(f"<|im_start|>{m['role']}{self.after_role}{m['content']}<|im_end|>\n" for m in messages)
+        return ModelInput.from_ints(encode(self.tokenizer, f"{said}<|im_start|>{role}{self.after_role}"))
+
+
+class WrongTemplate(ImitatedTemplate):
+    after_role = " "
+
+
+@pytest.mark.parametrize("kind", [ImitatedTemplate, WrongTemplate, PlainRenderer, RoleColonRenderer, ChatTemplateRenderer])
+def test_a_template_that_is_imitated_wrongly_is_warned_of_and_nothing_else(
+    kind: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BY_NAME, "mine", kind)
+    get_renderer("mine", character_tokenizer(512))
+    said = capsys.readouterr().out
+    assert ("WARNING" in said) == (kind is WrongTemplate)
+    if kind is WrongTemplate:
+        assert "it writes ' Be brie', the template '\\nBe brie'" in said and "system, user" in said
