@@ -1,0 +1,219 @@
+"""Every fault between sampler and trainer, made on purpose, ends the run at its start or within one step; healthy runs raise no alarm."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import backend.batching
+from backend.alarms import PROBE_SAMPLES, Alarms, Gap, sampler_gaps
+from backend.config import BackendConfig
+from backend.errors import LogprobGapError
+from backend.torch_sampler import TorchSampler
+from backend.trainer import Trainer
+from backend.training_client import TrainingClient
+from backend.types import GetInfoResponse, ModelInput, SamplingParams
+from rl import train
+from rl.group_sources import GroupSource
+from rl.kl import KLPenalty
+from rl.mismatch import MismatchCorrection
+from tests.conftest import random_tokens
+from tests.test_group_sources import LowTokenBuilder, config, metrics
+from tests.test_sampling import train_a_little
+from tracking.command_line import run_command
+
+MODES: dict[str, dict[str, Any]] = {
+    "synchronous": {},
+    "streaming": {"num_minibatches": 2},
+    "asynchronous": {"max_steps_off_policy": 2},
+    "substeps": {"num_substeps": 2},
+}
+Sabotage = Callable[[pytest.MonkeyPatch], None]
+
+
+def wrapped(patch: pytest.MonkeyPatch, owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Puts `around(original, *args)` in the place of `owner.name`."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *args: around(original, *args))
+
+
+def stale_weights(patch: pytest.MonkeyPatch) -> None:
+    """From the first step on, syncs do nothing."""
+    patch.setattr(TorchSampler, "load_weights", lambda self, new: None)
+
+
+def one_weight_not_sent(patch: pytest.MonkeyPatch) -> None:
+    def without(load: Any, self: Any, new: Any) -> None:
+        load(self, ((name, tensor) for name, tensor in new if "layers.1.mlp.up_proj" not in name))
+
+    wrapped(patch, TorchSampler, "load_weights", without)
+
+
+def wrong_temperature(patch: pytest.MonkeyPatch) -> None:
+    def hotter(add: Any, self: Any, request: Any) -> None:
+        request.params = replace(request.params, temperature=request.params.temperature * 1.1)
+        add(self, request)
+
+    wrapped(patch, TorchSampler, "add", hotter)
+
+
+def shifted_logprobs(patch: pytest.MonkeyPatch) -> None:
+    def shifted(step: Any, self: Any) -> Any:
+        finished = step(self)
+        for _, sampled in finished:
+            sampled.sequence.logprobs[:] = [*sampled.sequence.logprobs[1:], sampled.sequence.logprobs[0]]
+        return finished
+
+    wrapped(patch, TorchSampler, "step", shifted)
+
+
+def trainer_ignores_temperature(patch: pytest.MonkeyPatch) -> None:
+    wrapped(patch, Trainer, "_logprobs", lambda logprobs, self, batch: logprobs(self, replace(batch, temperature_N=None)))
+
+
+def members_of_a_row_see_each_other(patch: pytest.MonkeyPatch) -> None:
+    def causal(mask: Any, ends_BT: Any) -> Any:
+        return mask(ends_BT.new_full(ends_BT.shape, ends_BT.shape[1]))
+
+    wrapped(patch, backend.batching, "_mask", causal)
+
+
+AT_START = [
+    one_weight_not_sent,
+    wrong_temperature,
+    shifted_logprobs,
+    trainer_ignores_temperature,
+    members_of_a_row_see_each_other,
+]
+
+
+def run(folder: Path, **settings: Any) -> None:
+    asyncio.run(train.main(config(folder, temperature=0.8, **settings)))
+
+
+@pytest.mark.parametrize("sabotage", AT_START, ids=lambda sabotage: sabotage.__name__)
+@pytest.mark.parametrize("mode", MODES)
+def test_faults_are_found_before_the_first_step(
+    mode: str, sabotage: Sabotage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sabotage(monkeypatch)
+    with pytest.raises(LogprobGapError, match="comparison at the start: .*differ by .*Likely causes.*backend.alarm=warn"):
+        run(tmp_path, **MODES[mode])
+    assert not (tmp_path / "checkpoints" / "final").exists()
+
+
+@pytest.mark.parametrize("sabotage", [stale_weights, *AT_START], ids=lambda sabotage: sabotage.__name__)
+@pytest.mark.parametrize("mode", MODES)
+def test_faults_that_begin_with_the_first_step_end_it(
+    mode: str, sabotage: Sabotage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a healthy start, at the learning rate of a real run; a checkpoint is due after every step, and none is written."""
+
+    def armed(set_policy: Any, self: GroupSource, step: int, client: Any) -> None:
+        if step == 0:
+            sabotage(monkeypatch)
+        set_policy(self, step, client)
+
+    wrapped(monkeypatch, GroupSource, "set_policy", armed)
+    with pytest.raises(LogprobGapError, match="step 0: "):
+        run(tmp_path, save_every=1, learning_rate=3e-4, **MODES[mode])
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    (record,) = metrics(tmp_path)
+    assert record["alarms/total"] >= 1
+
+
+def test_a_prefix_cache_that_is_not_dropped_is_found_at_the_first_sync(
+    vllm_client: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM keeps blocks of 128 tokens on a CPU. A prompt's own logprobs are computed without the cache, so only sampling shows it."""
+    tokens = random_tokens(np.random.default_rng(5), 160)
+    engine = vllm_client.save_weights_and_get_sampling_client()._engine._engine._engine  # type: ignore[attr-defined]
+
+    def gaps_after_a_step() -> tuple[Gap, Gap]:
+        train_a_little(vllm_client, 1)
+        sampler = vllm_client.save_weights_and_get_sampling_client()
+        sampler.sample(ModelInput.from_ints(tokens[:150]), 1, SamplingParams(max_tokens=1, seed=0)).result()  # as a rollout would
+        return asyncio.run(sampler_gaps(vllm_client, sampler, tokens, 150, 0.8, PROBE_SAMPLES, 1))
+
+    healthy = gaps_after_a_step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "reset_prefix_cache", lambda **_: True)
+        whole, sampled = gaps_after_a_step()
+    again = gaps_after_a_step()
+    assert sampled.mean > 0.01 and whole.mean < 1e-4
+    assert max(gap.mean for gap in (*healthy, *again)) < 1e-4
+
+
+def test_a_warning_lets_the_run_go_on_and_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong_temperature(monkeypatch)
+    run(tmp_path, env=LowTokenBuilder(n_batches=2), backend=BackendConfig(engine="torch", alarm="warn"))
+    said = capsys.readouterr().out
+    assert "WARNING comparison at the start" in said and "WARNING step 1" in said
+    last = metrics(tmp_path)[-1]
+    assert last["alarms/total"] == last["alarms/sampled"] + last["alarms/rollouts"] == 5
+    assert (tmp_path / "checkpoints" / "final").exists() and "alarms/total" in said
+
+
+def test_a_run_that_an_alarm_stopped_exits_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong_temperature(monkeypatch)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda _: run(tmp_path), BackendConfig)
+    assert ended.value.code == 2 and "another temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *MODES.values(),
+        {"lora_rank": 4, "max_steps_off_policy": 1},
+        {"kl": KLPenalty(coef=0.1), "mismatch": MismatchCorrection(mode="truncate"), "num_substeps": 2},
+    ],
+    ids=str,
+)
+def test_healthy_runs_raise_no_alarm(settings: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, env=LowTokenBuilder(n_batches=4), **settings)
+    records = metrics(tmp_path)
+    assert len(records) == 4 and all(record["alarms/total"] == 0 for record in records)
+    gaps = [value for record in records for name, value in record.items() if name in GAPS]
+    assert max(gaps) < 1e-5
+    on_policy = [record["progress/batch"] for record in records if "optim/on_policy_logprob_gap" in record]
+    assert on_policy == ([0] if settings.get("max_steps_off_policy") else [0, 1, 2, 3])
+
+
+GAPS = ("optim/on_policy_logprob_gap", "optim/probe_logprob_gap", "optim/probe_sampled_gap")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "gap", "rings"),
+    [
+        ("cpu", "float32", Gap(9e-4, 0.01), False),
+        ("cpu", "float32", Gap(2e-3, 0.01), True),
+        ("cpu", "float32", Gap(1e-4, 0.1), True),  # one sequence of many
+        ("cpu", "float32", Gap(float("nan"), 0.0), True),
+        ("cuda:0", "float32", Gap(5e-3, 0.1), False),
+        ("cuda:0", "bfloat16", Gap(0.03, 0.8), False),
+        ("cuda:0", "bfloat16", Gap(0.06, 0.8), True),
+    ],
+)
+def test_limits_are_those_of_the_device_and_its_dtype(device: str, dtype: str, gap: Gap, rings: bool) -> None:
+    alarms = Alarms(GetInfoResponse("m", 0, 1, 1, 512, device, dtype), "stop")
+    alarms.compare("sampler", gap, "two numbers", "none")
+    assert alarms.metrics()["alarms/total"] == float(rings)
+    if rings:
+        with pytest.raises(LogprobGapError, match="step 7: two numbers differ"):
+            alarms.decide("step 7")
+    alarms.decide("step 8")
+
+
+def test_the_gap_by_hand() -> None:
+    gap = Gap.between([np.array([-1.0, -2.0]), np.array([-3.0])], [np.array([-1.5, -2.0]), np.array([-2.0])])
+    assert (gap.mean, gap.largest) == (0.5, 1.0) and Gap.between([], []) == Gap(0.0, 0.0)
