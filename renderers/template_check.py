@@ -20,14 +20,15 @@ def difference_from_template(renderer: Renderer) -> str | None:
     tokenizer = renderer.tokenizer
     if not tokenizer.chat_template:
         return None
-    text_only = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    ends = (tokenizer.bos_token, tokenizer.eos_token)
+    controls = {token for token in tokenizer.all_special_tokens if token not in ends}
     for messages in CONVERSATIONS:
         try:
             ours = renderer.build_generation_prompt(messages).to_ints()
-            if not set(ours) & (set(tokenizer.all_special_ids) - text_only):
+            if not controls & set(tokenizer.convert_ids_to_tokens(ours)):
                 continue
             theirs = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                messages,  # type: ignore[arg-type]
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
@@ -36,7 +37,7 @@ def difference_from_template(renderer: Renderer) -> str | None:
         except (jinja2.TemplateError, CookbookError):  # no system role, say
             continue
         if ours != theirs:
-            return _first_difference(renderer, [message["role"] for message in messages], ours, list(theirs))
+            return _first_difference(renderer, [message["role"] for message in messages], ours, theirs)  # type: ignore[arg-type]
     return None
 
 

@@ -14,8 +14,8 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.checkpoints import read_state
-from backend.errors import CheckpointError, ConfigError
+from backend.checkpoint_files import ADAPTER_CONFIG_FILE, STATE_FILE, is_adapter, read_json, state_file
+from backend.errors import ConfigError
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.training_client import TrainingClient
@@ -64,8 +64,7 @@ def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> Tr
 
     ConfigError where it has a shorter context than the policy.
     """
-    saved = _saved_model_name(path) is not None
-    client = service.create_training_client_from_state(path) if saved else service.create_training_client(path)
+    client = _open(service, Path(path))
     ours, theirs = policy.get_info().max_length, client.get_info().max_length
     if theirs < ours:
         raise ConfigError(
@@ -76,7 +75,7 @@ def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> Tr
 
 def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
     """ConfigError where the reference has another vocabulary: it would score other text than was sampled."""
-    theirs, ours = load_tokenizer(_saved_model_name(path) or path).get_vocab(), tokenizer.get_vocab()
+    theirs, ours = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
     if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):
         token, number = differing[0]
         raise ConfigError(
@@ -85,12 +84,16 @@ def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def _saved_model_name(path: str) -> str | None:
-    """The model that a checkpoint of this project was trained from; None if `path` is no such checkpoint."""
-    try:
-        return read_state(Path(path))["model_name"]
-    except CheckpointError:
-        return None
+def _open(service: ServiceClient, path: Path) -> TrainingClient:
+    if state_file(path, STATE_FILE).exists():
+        return service.create_training_client_from_state(str(path))
+    if not is_adapter(path):
+        return service.create_training_client(str(path))
+    adapter = read_json(path / ADAPTER_CONFIG_FILE)  # one that another tool made
+    lora = LoraConfig(rank=int(adapter["r"]), alpha=float(adapter["lora_alpha"]))
+    client = service.create_training_client(str(adapter["base_model_name_or_path"]), lora)
+    client.load_state(str(path)).result()
+    return client
 
 
 def sampled_minus_reference(data_D: list[Datum], reference_logprobs_D: list[np.ndarray]) -> list[np.ndarray]:

@@ -86,8 +86,8 @@ async def train_step(learner: Learner, source: GroupSource, step: int, adam: Ada
         of_minibatches.append(minibatch_metrics)
         rows = list(zip(training_data.data_D, training_data.supervised_D, sampled_D, strict=True))
         for part in split_substeps(rows, steps_per_minibatch):
-            data_D, supervised_D, sampled = ([row[i] for row in part] for i in range(3))
-            passes.forward_backward(data_D, [extra for supervised in supervised_D for extra in supervised], sampled)
+            supervised = [extra for _, supervised, _ in part for extra in supervised]
+            passes.forward_backward([datum for datum, _, _ in part], supervised, [sampled_T for *_, sampled_T in part])
             if minibatches_per_step == 1:
                 passes.optim_step()
         if len(of_minibatches) % minibatches_per_step == 0:
@@ -125,7 +125,7 @@ async def _prepare(
     if not config.train_on_truncated:
         training_data = without_truncated(training_data, kept)
     scale_losses(training_data, config.loss_reduction)
-    sampled_D = [
+    sampled_D: list[np.ndarray | None] = [
         datum.loss_fn_inputs["logprobs"].array if kept[p].sampled_at_step == step else None
         for datum, (p, _) in zip(training_data.data_D, training_data.origin_D, strict=True)
     ]  # before a mismatch correction puts the trainer's in their place

@@ -11,17 +11,28 @@ from backend.config import BackendConfig
 from backend.errors import ConfigError, DataError
 from backend.service_client import ServiceClient
 from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, ModelInput
+from backend.types import AdamParams, Datum, LoraConfig, ModelInput
+from envs.star_graph import StarGraph
+from recipes.star_graph.model import make_model
 from renderers.types import Renderer
 from rl import train
 from rl.advantages import BatchMean, GroupMean
 from rl.algorithms import ALGORITHMS
 from rl.data_processing import TrainingData, assemble_training_data, compute_advantages, scale_losses, without_truncated
-from rl.kl import KLPenalty, kl_metrics, penalize_advantages, penalized_rewards, sampled_minus_reference
+from rl.kl import (
+    KLPenalty,
+    Reference,
+    check_reference_tokenizer,
+    kl_metrics,
+    other_model,
+    penalize_advantages,
+    penalized_rewards,
+    sampled_minus_reference,
+)
 from rl.mismatch import MismatchCorrection, correct_mismatch, correction_weights
 from rl.train_cli import ADVANTAGES, CLIConfig
 from rl.types import BatchReward, BatchRewardBuilder, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
-from tests.conftest import gradients
+from tests.conftest import gradients, policy_data
 from tests.test_group_sources import LowTokenBuilder, config, metrics, weights
 from tests.test_rl import group, turn
 from tracking.command_line import parse
@@ -76,6 +87,51 @@ def test_kl_of_the_starting_weights_is_zero_and_training_is_held_back(tmp_path: 
     assert abs(final[5.0][0]["kl_policy_base"]) < 1e-6 and "kl_policy_base" not in final[0.0][0]
     assert weights(tmp_path / "0.0") != weights(tmp_path / "5.0")
     assert final[5.0][0]["env/all/reward/total"] == final[0.0][0]["env/all/reward/total"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["another architecture", "full for a LoRA run", "LoRA for a full run", "plain peft adapter", "preset"]
+)
+def test_the_reference_may_be_any_model_of_the_same_vocabulary(kind: str, tmp_path: Path) -> None:
+    """Its logprobs are those of the model that was saved, opened by itself."""
+    lora = LoraConfig(rank=2, alpha=8.0) if kind in ("LoRA for a full run", "plain peft adapter") else None
+    name = "gpt2-tiny" if kind == "another architecture" else "micro"
+    path, rank = str(tmp_path / "saved"), 4 if kind == "full for a LoRA run" else 0
+    data = policy_data(3)
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        saved = service.create_training_client(name, lora, seed=0)
+        for _ in range(3):
+            saved.forward_backward(data, "importance_sampling")
+            saved.optim_step(AdamParams(1e-2)).result()
+        expected = saved.forward(data, "importance_sampling").result() if kind != "preset" else None
+        saved.save_state(path).result()
+        if kind == "plain peft adapter":
+            for file in Path(path).rglob("*"):
+                if file.is_file() and "adapter" not in file.name:
+                    file.unlink()
+        policy = service.create_training_client("tiny")
+        check_reference_tokenizer(path, policy.get_tokenizer())
+        reference = Reference(other_model(service, "llama-tiny" if kind == "preset" else path, policy))
+        logprobs = asyncio.run(reference.logprobs(data))
+    if expected:
+        assert all(
+            np.allclose(ours, out["logprobs"].array, atol=1e-6)
+            for ours, out in zip(logprobs, expected.loss_fn_outputs, strict=True)
+        )
+    settings = config(
+        tmp_path / "run", env=LowTokenBuilder(n_batches=1), kl=KLPenalty(coef=0.1, reference_path=path), lora_rank=rank
+    )
+    assert asyncio.run(train.main(settings))["kl_policy_base_k3"] > 0
+
+
+def test_a_reference_that_cannot_serve_is_refused_before_the_run(tmp_path: Path) -> None:
+    numerals = make_model(StarGraph(2, 3, 10), tmp_path / "numerals")
+    with pytest.raises(ConfigError, match="its tokenizer has .* tokens, the policy's 260"):
+        asyncio.run(train.main(config(tmp_path / "run", kl=KLPenalty(coef=0.1, reference_path=str(numerals)))))
+    assert not (tmp_path / "run").exists()
+    longer = config(tmp_path / "run", model_name="small", kl=KLPenalty(coef=0.1, reference_path="tiny"))
+    with pytest.raises(ConfigError, match="backend.max_length=512"):
+        asyncio.run(train.main(longer))
 
 
 def test_normalisers_divide_by_the_right_number_of_tokens() -> None:

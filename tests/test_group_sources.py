@@ -85,8 +85,8 @@ class LowTokenBuilder(RLDatasetBuilder):
 
 
 def config(folder: Path, **kwargs) -> train.Config:  # noqa: ANN003
-    settings = {"env": LowTokenBuilder(), "max_tokens": 4, "learning_rate": 1e-3, "transcript_every": 0} | kwargs
-    settings = {"backend": BackendConfig(engine="torch")} | settings
+    settings = {"env": LowTokenBuilder(), "max_tokens": 4, "learning_rate": 1e-3, "transcript_every": 0}
+    settings |= {"backend": BackendConfig(engine="torch")} | kwargs
     return train.Config(log_path=str(folder), behavior_if_log_dir_exists="delete", **settings)
 
 
