@@ -1,24 +1,28 @@
 """Rollouts: environments stepped with sampled tokens, many at once, until every episode of a group is done.
 
 What can go wrong with an episode is of three kinds. A limit of the run is met: the episode ends there, with a reason, and counts. It
-cannot be scored (the environment raised, hung, or returned nonsense): it is retried, then leaves its group as a RolloutError and is
-counted; it never gets a reward. Anything else (the engine died, a builder crashed): the exception propagates and ends the run.
+cannot be scored (the environment raised, hung, or returned nonsense: env_calls.py, step_checks.py): it is retried, then leaves its group
+as a RolloutError and is counted; it never gets a reward. Anything else (the engine died, a builder crashed): the exception propagates and
+ends the run.
 """
 
 import asyncio
-import math
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import chz
 import numpy as np
 
-from backend.errors import ContextLengthError, CookbookError
+from backend.errors import ContextLengthError, DataError
 from backend.sampling_client import SamplingClient
-from backend.types import ModelInput, SamplingParams
+from backend.types import SamplingParams
+from rl import step_checks
+from rl.env_calls import SamplingClock, call, call_now
 from rl.types import (
     Env,
     EnvError,
@@ -28,7 +32,6 @@ from rl.types import (
     MalformedStep,
     Observation,
     RolloutError,
-    StepResult,
     StopCondition,
     TokensWithLogprobs,
     Trajectory,
@@ -87,30 +90,44 @@ def _seed_number(seed: Seed) -> int:
 # --- one episode ----------------------------------------------------------------------------------------------------------------
 
 
-async def do_single_rollout(policy: Policy, env: Env, seed: Seed, limits: RolloutLimits | None = None) -> Trajectory:
-    """One episode. Raises RolloutError where it cannot be scored. The environment is closed in any case."""
-    limits = limits or RolloutLimits()
-    started, transitions = time.monotonic(), []
+async def do_single_rollout(
+    policy: Policy, env: Env, seed: Seed, limits: RolloutLimits | None = None, clock: SamplingClock | None = None
+) -> Trajectory:
+    """One episode. Raises RolloutError where it cannot be scored. The environment is closed in any case.
+
+    `clock` is shared by the seats of a game, which wait for one another.
+    """
+    limits, clock = limits or RolloutLimits(), clock or SamplingClock()
     try:
-        ob, stop = _checked_observation(await _call_env(env.initial_observation(), limits))
-        for turn in count():
-            if reason := _limit_met(limits, transitions, ob, started):
-                return await _cut_short(env, transitions, reason, limits)
-            try:
+        trajectory = await _episode(policy, env, seed, limits, clock)
+    except BaseException:
+        with suppress(RolloutError):  # the first error is the one that says what happened
+            await call(step_checks.nothing, limits.env_seconds, clock, env, "close")
+        raise
+    await call(step_checks.nothing, limits.env_seconds, clock, env, "close")
+    return trajectory
+
+
+async def _episode(policy: Policy, env: Env, seed: Seed, limits: RolloutLimits, clock: SamplingClock) -> Trajectory:
+    started, seconds = time.monotonic(), limits.env_seconds
+    transitions: list[Transition] = []
+    ob, stop = await call(step_checks.first_observation, seconds, clock, env, "initial_observation")
+    for turn in count():
+        if reason := _limit_met(limits, transitions, ob, started):
+            return await _cut_short(env, transitions, reason, seconds, clock)
+        try:
+            with clock:
                 ac = await _sample(policy, ob, stop, (*seed, turn), limits, transitions)
-            except ContextLengthError as error:
-                if not transitions:
-                    raise RolloutError(f"the first observation cannot be answered: {error}") from error
-                return await _cut_short(env, transitions, "context_length", limits)
-            result = _checked_step(await _call_env(env.step(ac.tokens), limits))
-            metrics = {name: float(value) for name, value in result.metrics.items()}
-            transitions.append(Transition(ob, ac, float(result.reward), result.episode_done, metrics, result.logs))
-            if result.episode_done:
-                return Trajectory(transitions)
-            ob, stop = result.next_observation, result.next_stop_condition
-        raise AssertionError("unreachable")
-    finally:
-        await _call_env(env.close(), limits)
+        except ContextLengthError as error:
+            if not transitions:
+                raise RolloutError(f"the first observation cannot be answered: {error}") from error
+            return await _cut_short(env, transitions, "context_length", seconds, clock)
+        result = await call(step_checks.step_result, seconds, clock, env, "step", list(ac.tokens))
+        transitions.append(Transition(ob, ac, result.reward, result.episode_done, result.metrics, result.logs))
+        if result.episode_done:
+            return Trajectory(transitions)
+        ob, stop = result.next_observation, result.next_stop_condition
+    raise AssertionError("unreachable")
 
 
 async def _sample(
@@ -124,6 +141,8 @@ async def _sample(
                 return await policy(ob, stop, seed, min(room, default=None))
     except TimeoutError as error:
         raise EnvTimeout(f"sampling turn {len(transitions)} took more than {limits.sampling_seconds:g} s") from error
+    except DataError as error:  # a token outside the vocabulary
+        raise MalformedStep(f"the observation of turn {len(transitions)} cannot be sampled from: {error}") from error
 
 
 def _limit_met(limits: RolloutLimits, transitions: list[Transition], ob: Observation, started: float) -> EpisodeEnd | None:
@@ -148,49 +167,13 @@ def _sampled(transitions: list[Transition]) -> int:
     return sum(len(transition.ac.tokens) for transition in transitions)
 
 
-async def _cut_short(env: Env, transitions: list[Transition], reason: EpisodeEnd, limits: RolloutLimits) -> Trajectory:
-    reward, metrics = await _call_env(env.cut_short(reason), limits)
+async def _cut_short(
+    env: Env, transitions: list[Transition], reason: EpisodeEnd, seconds: float, clock: SamplingClock
+) -> Trajectory:
+    reward, metrics = await call(step_checks.reward_and_metrics, seconds, clock, env, "cut_short", reason)
     last = transitions[-1]
-    last.reward, last.metrics = last.reward + _checked_reward(reward), last.metrics | metrics
+    last.reward, last.metrics = last.reward + reward, last.metrics | metrics
     return Trajectory(transitions, reason)
-
-
-async def _call_env(call: Awaitable[T], limits: RolloutLimits) -> T:
-    """What an environment's own code raises becomes an EnvError; errors that already say what they are pass."""
-    try:
-        with span("env"):
-            async with asyncio.timeout(limits.env_seconds):
-                return await call
-    except CookbookError:
-        raise
-    except TimeoutError as error:
-        raise EnvTimeout(f"the environment took more than {limits.env_seconds:g} s, or met a time-out of its own") from error
-    except Exception as error:
-        raise EnvError(f"the environment raised {type(error).__name__}: {error}") from error
-
-
-def _checked_observation(observation: object) -> tuple[Observation, StopCondition]:
-    match observation:
-        case (ModelInput() as ob, stop) if ob.length:
-            return ob, stop
-    raise MalformedStep(f"initial_observation returned {observation!r:.100}, not a prompt and a stop condition")
-
-
-def _checked_step(result: object) -> StepResult:
-    if not isinstance(result, StepResult):
-        raise MalformedStep(f"step returned {result!r:.100}, not a StepResult")
-    _checked_reward(result.reward)
-    if not result.episode_done and not (isinstance(result.next_observation, ModelInput) and result.next_observation.length):
-        raise MalformedStep(f"next_observation is {result.next_observation!r:.100}, not a prompt")
-    if bad := [name for name, value in result.metrics.items() if not isinstance(value, int | float | np.number)]:
-        raise MalformedStep(f"the metrics {bad} are not numbers")
-    return result
-
-
-def _checked_reward(reward: object) -> float:
-    if not isinstance(reward, int | float | np.number) or not math.isfinite(reward):
-        raise MalformedStep(f"the reward is {reward!r:.100}, not a finite number")
-    return float(reward)
 
 
 # --- a group --------------------------------------------------------------------------------------------------------------------
@@ -208,10 +191,21 @@ async def do_group_rollout(
     Every member takes a slot while it is under way; a game takes one for all its seats, which must run together.
     """
     limits, slots = limits or RolloutLimits(), slots or asyncio.Semaphore(NO_LIMIT)
-    if not builder.members_are_independent:
-        async with slots:
-            return await _roll_out(builder, policy, seed, limits, asyncio.Semaphore(NO_LIMIT))
-    return await _roll_out(builder, policy, seed, limits, slots)
+    try:
+        if builder.members_are_independent:
+            group = await _roll_out(builder, policy, seed, limits, slots)
+        else:
+            async with slots:
+                group = await _roll_out(builder, policy, seed, limits, asyncio.Semaphore(NO_LIMIT))
+    except BaseException:
+        with suppress(RolloutError):  # the first error is the one that says what happened
+            await _call_builder(builder, step_checks.nothing, limits, "cleanup")
+        raise
+    try:
+        await _call_builder(builder, step_checks.nothing, limits, "cleanup")
+    except RolloutError as error:
+        _lose_all(group, error)
+    return group
 
 
 async def _roll_out(
@@ -221,8 +215,12 @@ async def _roll_out(
     for attempt in range(attempts):
         envs_G = await _make_envs(builder, limits)
         seeds_G = [(*seed, g) if attempt == 0 else (*seed, g, RETRY + attempt) for g in range(len(envs_G))]
+        clock = None if builder.members_are_independent else SamplingClock()
         async with asyncio.TaskGroup() as tasks:
-            members = [tasks.create_task(_member(builder, policy, e, g, seeds_G[g], limits, slots)) for g, e in enumerate(envs_G)]
+            members = [
+                tasks.create_task(_member(builder, policy, env, g, seeds_G[g], limits, slots, clock))
+                for g, env in enumerate(envs_G)
+            ]
         finished = [member.result() for member in members]
         if not any(isinstance(member.outcome, RolloutError) for member in finished):
             break
@@ -239,59 +237,89 @@ class _Member:
 
 
 async def _member(
-    builder: EnvGroupBuilder, policy: Policy, env: Env, g: int, seed: Seed, limits: RolloutLimits, slots: asyncio.Semaphore
+    builder: EnvGroupBuilder,
+    policy: Policy,
+    env: Env,
+    g: int,
+    seed: Seed,
+    limits: RolloutLimits,
+    slots: asyncio.Semaphore,
+    clock: SamplingClock | None,
 ) -> _Member:
     async with slots:
         for attempt in count():
             try:
-                return _Member(env, await do_single_rollout(policy, env, seed, limits), attempt)
+                if attempt:
+                    seed = (*seed, RETRY + attempt - 1)
+                    env = await _make_env_again(builder, g, limits)
+                return _Member(env, await do_single_rollout(policy, env, seed, limits, clock), attempt)
             except RolloutError as error:
                 if attempt == limits.max_retries or not builder.members_are_independent:
                     return _Member(env, error, attempt)
-                seed = (*seed, RETRY + attempt)
-                env, *others = _rotated(await _make_envs(builder, limits), g)
-                for other in others:
-                    await _call_env(other.close(), limits)
     raise AssertionError("unreachable")
 
 
+async def _make_env_again(builder: EnvGroupBuilder, g: int, limits: RolloutLimits) -> Env:
+    """A fresh environment for member `g`. The others that are made with it are closed at once."""
+    envs_G = await _make_envs(builder, limits)
+    for other in (*envs_G[:g], *envs_G[g + 1 :]):
+        await call(step_checks.nothing, limits.env_seconds, SamplingClock(), other, "close")
+    if g >= len(envs_G):
+        raise MalformedStep(f"{type(builder).__name__}.make_envs returned {len(envs_G)} environments for a retry of member {g}")
+    return envs_G[g]
+
+
 async def _make_envs(builder: EnvGroupBuilder, limits: RolloutLimits) -> Sequence[Env]:
-    """A builder that raises or hangs is no chance failure of one rollout: it ends the run."""
+    """A builder that raises or hangs is no chance failure of one rollout: it ends the run, with its own exception and traceback."""
     try:
-        with span("env"):
-            async with asyncio.timeout(limits.env_seconds):
-                return await builder.make_envs()
-    except TimeoutError as error:
-        raise EnvTimeout(f"{type(builder).__name__}.make_envs took more than {limits.env_seconds:g} s") from error
+        return await _call_builder(builder, partial(step_checks.environments, builder), limits, "make_envs")
+    except EnvError as error:
+        raise _own_exception(error) from None
 
 
-def _rotated(envs_G: Sequence[Env], g: int) -> list[Env]:
-    return [*envs_G[g:], *envs_G[:g]]
+async def _call_builder(
+    builder: EnvGroupBuilder, check: Callable[[Any], T], limits: RolloutLimits, method: str, *arguments: object
+) -> T:
+    return await call(check, limits.env_seconds, SamplingClock(), builder, method, *arguments)
+
+
+def _own_exception(error: RolloutError) -> Exception:
+    """What the environment's own code raised, with its traceback. SystemExit and its like, which say nothing, stay an EnvError."""
+    cause = error.__cause__ if isinstance(error, EnvError) else None
+    return cause if isinstance(cause, Exception) and not isinstance(cause, StopIteration | StopAsyncIteration) else error
 
 
 async def _score(builder: EnvGroupBuilder, members_G: Sequence[_Member], limits: RolloutLimits) -> TrajectoryGroup:
     """The group of those that finished, with the rewards that the builder gives; if it cannot, none is left."""
     alive = [(member.env, member.outcome) for member in members_G if isinstance(member.outcome, Trajectory)]
-    errors = [member.outcome for member in members_G if isinstance(member.outcome, RolloutError)]
     trajectories_G = [trajectory for _, trajectory in alive]
+    group = TrajectoryGroup(trajectories_G, [0.0 for _ in alive], [{} for _ in alive], builder=builder)
+    group.errors = [member.outcome for member in members_G if isinstance(member.outcome, RolloutError)]
     try:
-        async with asyncio.timeout(limits.env_seconds):
-            rewards_and_metrics_G = await builder.compute_group_rewards(trajectories_G, [env for env, _ in alive])
-        rewards_G = [_checked_reward(reward) for reward, _ in rewards_and_metrics_G]
-    except (RolloutError, TimeoutError) as error:
-        typed = (
-            error if isinstance(error, RolloutError) else EnvTimeout(f"the group's rewards took over {limits.env_seconds:g} s")
-        )
-        trajectories_G, rewards_G, rewards_and_metrics_G = [], [], []
-        errors += [typed] * len(alive)
-    return TrajectoryGroup(
-        trajectories_G=trajectories_G,
-        final_rewards_G=rewards_G,
-        metrics_G=[{name: float(value) for name, value in metrics.items()} for _, metrics in rewards_and_metrics_G],
-        tags=builder.logging_tags(),
-        errors=errors,
-        builder=builder,
-    )
+        group.tags = call_now(partial(step_checks.tags, builder), builder, "logging_tags")
+        if alive and getattr(builder.compute_group_rewards, "__func__", None) is not EnvGroupBuilder.compute_group_rewards:
+            await _add_group_rewards(group, [env for env, _ in alive], limits)
+    except RolloutError as error:
+        _lose_all(group, error)
+    return group
+
+
+async def _add_group_rewards(group: TrajectoryGroup, envs_G: list[Env], limits: RolloutLimits) -> None:
+    """The builder sees copies. The turns that it takes out of a copy leave the trajectory: they were no moves."""
+    builder = group.builder
+    assert builder is not None
+    copies_G = [trajectory.copy() for trajectory in group.trajectories_G]
+    turns_G = [copy.transitions.copy() for copy in copies_G]
+    check = partial(step_checks.group_rewards, builder, turns_G, copies_G)
+    rewards_G, metrics_G, kept_G = await _call_builder(builder, check, limits, "compute_group_rewards", [*copies_G], envs_G)
+    group.final_rewards_G, group.metrics_G = rewards_G, metrics_G
+    for trajectory, kept in zip(group.trajectories_G, kept_G, strict=True):
+        trajectory.transitions = [turn for turn, is_kept in zip(trajectory.transitions, kept, strict=True) if is_kept]
+
+
+def _lose_all(group: TrajectoryGroup, error: RolloutError) -> None:
+    while group.trajectories_G:
+        group.drop_member(0, error)
 
 
 # --- many groups ----------------------------------------------------------------------------------------------------------------
@@ -316,7 +344,7 @@ def check_failures(groups_P: Sequence[TrajectoryGroup], limits: RolloutLimits) -
     errors = [error for group in groups_P for error in group.errors]
     total = len(errors) + sum(len(group.trajectories_G) for group in groups_P)
     if errors and len(errors) > limits.max_failed_fraction * total:
-        first = errors[0].__cause__ if isinstance(errors[0], EnvError) and errors[0].__cause__ else errors[0]
+        first = _own_exception(errors[0])
         first.add_note(
             f"{len(errors)} of {total} rollouts failed, retries included (limits.max_failed_fraction); this is the first"
         )

@@ -6,7 +6,7 @@ advantages are centred over. Builders are cheap and made from configuration; `ma
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import chz
@@ -104,7 +104,11 @@ class Env(ABC):
 
 @dataclass
 class Trajectory:
-    """One episode. `supervised` are sequences with weights whose cross-entropy is trained beside the policy gradient (see BatchReward)."""
+    """One episode. `supervised` are sequences with weights whose cross-entropy is trained beside the policy gradient (see BatchReward).
+
+    A seat whose game ended before its turn has no transition: its reward counts, in its group's baseline as in the metrics, and there is
+    nothing of it to train on, to grade or to score.
+    """
 
     transitions: list[Transition]
     stop_reason: EpisodeEnd = "done"
@@ -114,6 +118,21 @@ class Trajectory:
     def reward(self) -> float:
         """Sum of the step rewards, without the group's reward."""
         return sum(transition.reward for transition in self.transitions)
+
+    def copy(self) -> "Trajectory":
+        """One that shares nothing with this one, for code that may change it. Without `supervised`."""
+        turns = [
+            Transition(
+                ob=ModelInput.from_ints(turn.ob.to_ints()),
+                ac=replace(turn.ac, tokens=[*turn.ac.tokens], logprobs=[*turn.ac.logprobs]),
+                reward=turn.reward,
+                episode_done=turn.episode_done,
+                metrics={**turn.metrics},
+                logs={**turn.logs},
+            )
+            for turn in self.transitions
+        ]
+        return Trajectory(turns, self.stop_reason)
 
 
 @dataclass
@@ -150,12 +169,19 @@ class EnvGroupBuilder(ABC):
         """One Env per member of the group."""
 
     async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
-        """A reward and metrics for each finished trajectory, given all of them; added to the step rewards."""
+        """A reward and metrics for each finished trajectory, given all of them; added to the step rewards.
+
+        The trajectories are copies. A turn that is taken out of one (it was no move) is not trained on; other changes have no effect.
+        """
         return [(0.0, {}) for _ in trajectories_G]
 
     def logging_tags(self) -> list[str]:
         """Names under which this group's metrics are also logged, e.g. ["gsm8k"]."""
         return []
+
+    async def cleanup(self) -> None:
+        """Always called at the end of the group, scored or failed: release what `make_envs` made for all members together."""
+        return
 
 
 class RLDataset(ABC):

@@ -1,0 +1,207 @@
+"""What an environment, a group's builder or a dataset hands over, as checked, copied, plain values. What comes later relies on them.
+
+A number may be any real number, NumPy's and zero-dimensional arrays included; it becomes a float. Logs may be anything and become text.
+Anything else that the types of rl/types.py do not allow raises MalformedStep, or, where it is the dataset's or the builder's, DataError.
+"""
+
+import numbers
+import traceback
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from backend.errors import CookbookError, DataError
+from backend.types import EncodedTextChunk, ModelInput
+from rl.types import (
+    Env,
+    EnvGroupBuilder,
+    Logs,
+    MalformedStep,
+    Metrics,
+    Observation,
+    RLDataset,
+    StepResult,
+    StopCondition,
+    Trajectory,
+    Transition,
+)
+
+MAX_REWARD = 1e9  # what is larger overflows fp32 in the norm of a gradient, and would end the run there
+
+# --- of an environment ----------------------------------------------------------------------------------------------------------
+
+
+def first_observation(result: object) -> tuple[Observation, StopCondition]:
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise MalformedStep(f"initial_observation returned {result!r:.100}, not a prompt and a stop condition")
+    return _prompt(result[0], "the first observation"), _stop_condition(result[1])
+
+
+def step_result(result: object) -> StepResult:
+    """A copy. Where the episode is done, `next_observation` is empty."""
+    if not isinstance(result, StepResult):
+        raise MalformedStep(f"step returned {result!r:.100}, not a StepResult")
+    done = _truth(result.episode_done)
+    return StepResult(
+        reward=reward(result.reward),
+        episode_done=done,
+        next_observation=ModelInput.empty() if done else _prompt(result.next_observation, "next_observation"),
+        next_stop_condition=None if done else _stop_condition(result.next_stop_condition),
+        metrics=_metrics(result.metrics),
+        logs=_logs(result.logs),
+    )
+
+
+def reward_and_metrics(result: object) -> tuple[float, Metrics]:
+    """Of `cut_short`, and of each member of `compute_group_rewards`."""
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise MalformedStep(f"{result!r:.100} is not a reward and a dict of metrics")
+    return reward(result[0]), _metrics(result[1])
+
+
+def nothing(result: object) -> None:
+    """Of `close` and `cleanup`: whatever they return means nothing."""
+
+
+def reward(value: object) -> float:
+    number = _number(value, "the reward")
+    if not -MAX_REWARD <= number <= MAX_REWARD:  # not a number is refused here, too
+        raise MalformedStep(f"the reward is {number}: it must be finite, and between -{MAX_REWARD:g} and {MAX_REWARD:g}")
+    return number
+
+
+def _number(value: object, name: str) -> float:
+    if type(value) is float:
+        return value
+    plain: Any = value.item() if getattr(value, "shape", None) == () else value  # type: ignore[attr-defined]
+    if isinstance(plain, numbers.Real | np.bool_):
+        try:
+            return float(plain)
+        except OverflowError:
+            pass
+    raise MalformedStep(f"{name} is {value!r:.100}, not a number")
+
+
+def _truth(value: object) -> bool:
+    if type(value) is bool:
+        return value
+    number = _number(value, "episode_done")
+    if number not in (0.0, 1.0):
+        raise MalformedStep(f"episode_done is {value!r:.100}, neither true nor false")
+    return number == 1.0
+
+
+def _metrics(metrics: object) -> Metrics:
+    if not isinstance(metrics, Mapping):
+        raise MalformedStep(f"the metrics are {metrics!r:.100}, not a dict of numbers")
+    return {plain_text(name): _number(value, f"metric {name!r:.100}") for name, value in metrics.items()}
+
+
+def _logs(logs: object) -> Logs:
+    if not isinstance(logs, Mapping):
+        raise MalformedStep(f"the logs are {logs!r:.100}, not a dict of texts")
+    return {plain_text(name): plain_text(value) for name, value in logs.items()}
+
+
+def plain_text(value: object) -> str:
+    """`str(value)`, with lone surrogates, which no file can hold, spelt out."""
+    text = value if type(value) is str else str(value)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _prompt(observation: object, name: str) -> ModelInput:
+    """Whether the tokens are of the model's vocabulary is for the sampling client to say, before it samples."""
+    if not isinstance(observation, ModelInput):
+        raise MalformedStep(f"{name} is {observation!r:.100}, not a ModelInput")
+    try:
+        tokens = array("q", observation.to_ints()).tolist()
+    except (TypeError, OverflowError, AttributeError) as error:
+        raise MalformedStep(f"{name} holds something that is no token id: {error}") from error
+    if not tokens:
+        raise MalformedStep(f"{name} is empty")
+    return ModelInput([EncodedTextChunk(tokens)])
+
+
+def _stop_condition(stop: object) -> StopCondition:
+    if stop is None:
+        return None
+    if isinstance(stop, str):
+        return [_stop(stop)]
+    if not isinstance(stop, Sequence | set | frozenset):
+        raise MalformedStep(f"the stop condition is {stop!r:.100}, not texts or token ids, nor None")
+    return [_stop(item) for item in stop]
+
+
+def _stop(item: object) -> Any:
+    if isinstance(item, str):
+        if item and item == plain_text(item):
+            return str(item)
+    elif isinstance(item, int | np.integer) and not isinstance(item, bool) and 0 <= int(item) < 2**31:
+        return int(item)
+    raise MalformedStep(f"the stop condition holds {item!r:.100}, which is no token id and no text")
+
+
+# --- of a group's builder -------------------------------------------------------------------------------------------------------
+
+
+def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
+    name = f"{type(builder).__name__}.make_envs"
+    if not isinstance(result, Sequence) or isinstance(result, str):
+        raise MalformedStep(f"{name} returned {result!r:.100}, not a list of environments")
+    envs_G = list(result)
+    if not envs_G:
+        raise MalformedStep(f"{name} returned no environment")
+    if bad := [env for env in envs_G if not isinstance(env, Env)]:
+        raise MalformedStep(f"{name} returned {bad[0]!r:.100}, which is no Env")
+    if len({id(env) for env in envs_G}) < len(envs_G):
+        raise MalformedStep(f"{name} returned one environment several times: each member of a group needs its own")
+    return envs_G
+
+
+def group_rewards(
+    builder: EnvGroupBuilder, turns_G: Sequence[Sequence[Transition]], seen_G: Sequence[Trajectory], result: object
+) -> tuple[list[float], list[Metrics], list[list[bool]]]:
+    """Rewards, metrics, and which of the turns that the builder was shown (`turns_G`) it has left in the trajectories (`seen_G`)."""
+    name = f"{type(builder).__name__}.compute_group_rewards"
+    if not isinstance(result, Sequence) or isinstance(result, str):
+        raise MalformedStep(f"{name} returned {result!r:.100}, not a list of rewards and metrics")
+    if len(result) != len(seen_G):
+        raise MalformedStep(f"{name} returned {len(result)} rewards for {len(seen_G)} trajectories")
+    try:
+        pairs_G = [reward_and_metrics(one) for one in result]
+    except MalformedStep as error:
+        raise MalformedStep(f"{name}: {error}") from error
+    left_G = [{id(turn) for turn in seen.transitions} for seen in seen_G]
+    kept_G = [[id(turn) in left for turn in turns] for turns, left in zip(turns_G, left_G, strict=True)]
+    return [reward for reward, _ in pairs_G], [metrics for _, metrics in pairs_G], kept_G
+
+
+def tags(builder: EnvGroupBuilder, result: object) -> list[str]:
+    if not isinstance(result, Sequence) or isinstance(result, str) or not all(isinstance(tag, str) for tag in result):
+        raise MalformedStep(f"{type(builder).__name__}.logging_tags returned {result!r:.100}, not a list of texts")
+    return [plain_text(tag) for tag in result]
+
+
+# --- of a dataset ---------------------------------------------------------------------------------------------------------------
+
+
+def batch(dataset: RLDataset, index: int) -> list[EnvGroupBuilder]:
+    """The groups of a batch. Raises DataError, naming the dataset's class, where there are none."""
+    name = f"{type(dataset).__name__}.get_batch({index})"
+    try:
+        result: object = dataset.get_batch(index)
+    except CookbookError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(f"{name} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
+    if not isinstance(result, Sequence) or isinstance(result, str):
+        raise DataError(f"{name} returned {result!r:.100}, not a list of EnvGroupBuilders")
+    builders_P = list(result)
+    if not builders_P:
+        raise DataError(f"{name} returned no group: there is nothing to train on")
+    if bad := [builder for builder in builders_P if not isinstance(builder, EnvGroupBuilder)]:
+        raise DataError(f"{name} returned {bad[0]!r:.100}, which is no EnvGroupBuilder")
+    return builders_P
