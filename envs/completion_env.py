@@ -13,7 +13,7 @@ import numpy as np
 from backend.errors import ConfigError, DataError
 from backend.types import ModelInput
 from preference.comparisons import content_hash
-from preference.types import ComparisonDatasetBuilder
+from preference.types import ComparisonDatasetBuilder, LabeledComparison
 from renderers.types import Message, Renderer
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, StepResult, StopCondition
 
@@ -62,16 +62,20 @@ class PromptsBuilder:
 
 @chz.chz
 class ComparisonPrompts(PromptsBuilder):
-    """The prompts of a set of comparisons, each once."""
+    """The prompts of a set of comparisons, each once. Where some are equal, a line says how many."""
 
     comparisons: ComparisonDatasetBuilder = chz.field(doc="builder of the comparisons; their answers are not read")
 
     def __call__(self) -> tuple[list[Prompt], list[Prompt]]:
-        train, test = (
-            {content_hash(list(one.comparison.prompt_conversation)): one.comparison.prompt_conversation for one in labeled_D}
-            for labeled_D in self.comparisons()
-        )
-        return list(train.values()), list(test.values())
+        train_D, test_D = self.comparisons()
+        return _distinct_prompts(train_D, "training"), _distinct_prompts(test_D, "held-out")
+
+
+def _distinct_prompts(labeled_D: Sequence[LabeledComparison], name: str) -> list[Prompt]:
+    prompts = {content_hash(list(one.comparison.prompt_conversation)): one.comparison.prompt_conversation for one in labeled_D}
+    if len(prompts) < len(labeled_D):
+        print(f"{len(labeled_D)} {name} comparisons are of {len(prompts)} different prompts: each is asked once")
+    return list(prompts.values())
 
 
 class GroupDataset(RLDataset):

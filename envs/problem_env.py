@@ -31,7 +31,7 @@ class ProblemEnv(Env):
     def __init__(self, renderer: Renderer, prefix: Sequence[Message] = ()):
         self.renderer = renderer
         self.prefix = prefix
-        self.prompt: ModelInput | None = None  # set by build_prompt; a group renders its question once and shares it
+        self._rendered: ModelInput | None = None  # set by build_prompt; a group renders its question once and shares it
 
     @abstractmethod
     def question(self) -> str: ...
@@ -56,10 +56,10 @@ class ProblemEnv(Env):
         return self.check_answer(text)
 
     def build_prompt(self) -> ModelInput:
-        if self.prompt is None:
+        if self._rendered is None:
             user = Message(role="user", content=self.question())
-            self.prompt = self.renderer.build_generation_prompt([*self.prefix, user])
-        return self.prompt
+            self._rendered = self.renderer.build_generation_prompt([*self.prefix, user])
+        return self._rendered
 
     async def initial_observation(self) -> tuple[Observation, StopCondition]:
         return self.build_prompt(), self.renderer.get_stop_sequences()
@@ -97,7 +97,7 @@ class ProblemGroupBuilder(EnvGroupBuilder):
         envs_G = [self.env_thunk() for _ in range(self.num_envs)]
         prompt = envs_G[0].build_prompt()
         for env in envs_G:
-            env.prompt = prompt
+            env._rendered = prompt
         return envs_G
 
     def logging_tags(self) -> list[str]:

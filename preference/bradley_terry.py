@@ -184,7 +184,7 @@ class ScalarBatchReward:
         self.model, self.coef = model, coef
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
-        members = [(group, g) for group in groups_P for g in range(len(group.trajectories_G))]
+        members = [(group, g) for group in groups_P for g, member in enumerate(group.trajectories_G) if member.transitions]
         last_D = [group.trajectories_G[g].transitions[-1] for group, g in members]
         scores_D = await self.model.score_tokens([[*turn.ob.to_ints(), *turn.ac.tokens] for turn in last_D])
         for (group, g), score in zip(members, scores_D, strict=True):

@@ -112,6 +112,9 @@ class SavedPrm(SavedModel):
 # --- as a reward in RL ----------------------------------------------------------------------------------------------------------
 
 
+Scored = tuple[int, Transition, StepScores]  # a member of a group, its only turn, and what the model says of it
+
+
 class ProcessReward:
     """Scores all trajectories of a step in one forward pass."""
 
@@ -119,27 +122,28 @@ class ProcessReward:
         self.model, self.config = model, config
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
-        turns_D = [_only_turn(trajectory.transitions) for group in groups_P for trajectory in group.trajectories_G]
-        scores = iter(await self.model.score([(turn.ob.to_ints(), turn.ac.tokens) for turn in turns_D]))
-        scores_P_G = [[next(scores) for _ in group.trajectories_G] for group in groups_P]
-        for group, scores_G in zip(groups_P, scores_P_G, strict=True):
+        turns_P_G = [[_only_turn(t.transitions) for t in group.trajectories_G] for group in groups_P]
+        asked_D = [(turn.ob.to_ints(), turn.ac.tokens) for turns_G in turns_P_G for turn in turns_G if turn]
+        scores_D = await self.model.score(asked_D)
+        scores = iter(scores_D)
+        for group, turns_G in zip(groups_P, turns_P_G, strict=True):
+            scored = [(g, turn, next(scores)) for g, turn in enumerate(turns_G) if turn]
             if self.config.per_step:
-                self._add_advantages(group, scores_G)
+                self._add_advantages(group, scored)
             else:
-                self._add_rewards(group, scores_G)
-        return self._metrics([score for scores_G in scores_P_G for score in scores_G])
+                self._add_rewards(group, scored)
+        return self._metrics(scores_D)
 
-    def _add_rewards(self, group: TrajectoryGroup, scores_G: list[StepScores]) -> None:
-        for g, score in enumerate(scores_G):
+    def _add_rewards(self, group: TrajectoryGroup, scored: list[Scored]) -> None:
+        for g, _, score in scored:
             value = score.aggregate(self.config.aggregation, self.config.scale)
             group.final_rewards_G[g] += self.config.coef * value
             group.metrics_G[g]["prm"] = value
 
-    def _add_advantages(self, group: TrajectoryGroup, scores_G: list[StepScores]) -> None:
-        before = float(np.mean([score.probabilities_S[0] for score in scores_G])) if scores_G else 0.0
-        for g, (trajectory, score) in enumerate(zip(group.trajectories_G, scores_G, strict=True)):
+    def _add_advantages(self, group: TrajectoryGroup, scored: list[Scored]) -> None:
+        before = float(np.mean([score.probabilities_S[0] for _, _, score in scored])) if scored else 0.0
+        for g, turn, score in scored:
             changes_S = self.config.coef * np.diff(score.probabilities_S, prepend=before)
-            turn = trajectory.transitions[0]
             lengths_S = np.diff(score.bounds) if len(score.bounds) > 1 else [len(turn.ac.tokens)]
             own = np.repeat(changes_S, lengths_S)
             turn.token_advantages = (own + (turn.token_advantages or 0.0)).tolist()
@@ -157,10 +161,11 @@ class ProcessReward:
         }
 
 
-def _only_turn(transitions: Sequence[Transition]) -> Transition:
-    if len(transitions) != 1:
+def _only_turn(transitions: Sequence[Transition]) -> Transition | None:
+    """None of a trajectory without a turn: it has no solution to score."""
+    if len(transitions) > 1:
         raise ConfigError(f"a process reward model scores solutions of one turn, and a trajectory has {len(transitions)}")
-    return transitions[0]
+    return transitions[0] if transitions else None
 
 
 @chz.chz

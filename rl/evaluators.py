@@ -1,16 +1,26 @@
 """Evaluation of a sampling client on held-out environments: one attempt each, or n samples each and what k of them would give."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from copy import copy
 
-from backend.errors import ConfigError
+from backend.errors import ConfigError, DataError
 from backend.sampling_client import SamplingClient
+from rl import step_checks
 from rl.group_sources import EVALUATION_STREAM
 from rl.metrics import compute_trajectory_metrics
 from rl.rollouts import Policy, RolloutLimits, do_rollouts
 from rl.sample_metrics import best_at_k, maj_at_k, mean_and_stderr, pass_at_k
-from rl.types import Metrics, RLDataset, Trajectory, TrajectoryGroup
+from rl.types import EnvGroupBuilder, Metrics, RLDataset, Trajectory, TrajectoryGroup
 
 SamplingClientEvaluator = Callable[[SamplingClient], Awaitable[Metrics]]
+
+
+def all_groups(dataset: RLDataset) -> list[EnvGroupBuilder]:
+    """Those of one epoch, in order. Raises DataError where there is none."""
+    builders = [builder for index in range(len(dataset)) for builder in step_checks.batch(dataset, index)]
+    if not builders:
+        raise DataError(f"{type(dataset).__name__} has no batch to evaluate on")
+    return builders
 
 
 class RLTestSetEvaluator:
@@ -25,7 +35,7 @@ class RLTestSetEvaluator:
         name: str = "test",
         limits: RolloutLimits | None = None,
     ):
-        self._builders = [builder for i in range(len(dataset)) for builder in dataset.get_batch(i)]
+        self._builders = all_groups(dataset)
         self._max_tokens, self._temperature, self._seed = max_tokens, temperature, seed
         self._name, self._limits = name, limits
         self.groups: list[TrajectoryGroup] = []
@@ -61,7 +71,7 @@ class SamplesEvaluator:
             raise ConfigError(f"ks={self._ks} must be between 1 and num_samples={num_samples}")
         if temperature <= 0 and num_samples > 1:
             raise ConfigError("temperature=0 gives the same sample every time: pass@k needs a temperature above 0")
-        self._builders = [builder for i in range(len(dataset)) for builder in dataset.get_batch(i)]
+        self._builders = all_groups(dataset)
         self._max_tokens, self._num_samples, self._temperature = max_tokens, num_samples, temperature
         self._seed, self._name, self._limits = seed, name, limits
         self.groups: list[TrajectoryGroup] = []  # all samples of a problem in one group, for the transcript
@@ -70,7 +80,9 @@ class SamplesEvaluator:
         policy = Policy(client, self._max_tokens, self._temperature)
         seed = (self._seed, EVALUATION_STREAM, self._num_samples)
         # Sample by sample, problem by problem: the first samples are the same whatever comes later.
-        sampled = await do_rollouts(self._builders * self._num_samples, policy, seed, self._limits)
+        # Copies, since each builder's `cleanup` is called when its own rollouts are over.
+        builders = [copy(builder) for _ in range(self._num_samples) for builder in self._builders]
+        sampled = await do_rollouts(builders, policy, seed, self._limits)
         self.groups = [_merged(sampled[p :: len(self._builders)]) for p in range(len(self._builders))]
         prefix = f"{self._name}/env/all"
         lost = sum(len(group.errors) for group in self.groups)
@@ -87,7 +99,10 @@ def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefi
         graded_P_N = [[bool(correct) for correct in correct_N] for correct_N in correct_P_N if None not in correct_N]
         if len(graded_P_N) == len(groups):
             values[f"pass@{k}"] = [pass_at_k(sum(correct_N), len(correct_N), k) for correct_N in graded_P_N]
-            if all("extracted" in trajectory.transitions[-1].logs for group in groups for trajectory in group.trajectories_G):
+            turns = [
+                trajectory.transitions[-1] for group in groups for trajectory in group.trajectories_G if trajectory.transitions
+            ]
+            if all("extracted" in turn.logs for turn in turns):
                 answers_P_N = [[answer(trajectory) for trajectory in group.trajectories_G] for group in groups]
                 pairs = zip(answers_P_N, graded_P_N, strict=True)
                 values[f"maj@{k}"] = [maj_at_k(answers_N, correct_N, k) for answers_N, correct_N in pairs]
@@ -98,13 +113,17 @@ def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefi
 
 
 def is_correct(trajectory: Trajectory) -> bool | None:
-    """What the environment said in the last turn; None if it does not say such things."""
+    """What the environment said in the last turn; None if it does not say such things. Without a turn there is no right answer."""
+    if not trajectory.transitions:
+        return False
     correct = trajectory.transitions[-1].metrics.get("correct")
     return None if correct is None else correct == 1
 
 
 def answer(trajectory: Trajectory) -> str | None:
-    """What was extracted from the last turn; None where the format was wrong."""
+    """What was extracted from the last turn; None where the format was wrong, or where there is no turn."""
+    if not trajectory.transitions:
+        return None
     last = trajectory.transitions[-1]
     return last.logs.get("extracted", "").strip() if last.metrics.get("format", 1.0) else None
 

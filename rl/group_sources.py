@@ -16,9 +16,11 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from backend.errors import ConfigError
 from backend.sampling_client import SamplingClient
 from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_group_rollout, first_error
+from rl.step_checks import batch as groups_of_batch
 from rl.types import EnvGroupBuilder, RLDataset, TrajectoryGroup
 
 REPORT_SECONDS = 60.0  # without a finished group, until the user is told what is being waited for
@@ -66,7 +68,7 @@ class GroupSource:
         self._step, self._policy = step, Policy(client, self._max_tokens, self._temperature)
         for batch in range(step, min(step + self.max_steps_off_policy, self._num_steps - 1) + 1):
             groups = self._groups.setdefault(batch, {})
-            for p, builder in enumerate(self._dataset.get_batch(batch)):
+            for p, builder in enumerate(groups_of_batch(self._dataset, batch)):
                 if p not in groups:
                     groups[p] = self._tasks.create_task(self._sample(batch, p, builder))
 
@@ -78,7 +80,10 @@ class GroupSource:
         return group
 
     async def minibatches(self, step: int) -> AsyncIterator[list[TrajectoryGroup]]:
-        """The groups of batch `step` in `num_minibatches` equal parts, each as soon as so many are finished, in the dataset's order."""
+        """The groups of batch `step` in `num_minibatches` equal parts, each as soon as so many are finished, in the dataset's order.
+
+        Raises before the last part is handed out where too many rollouts of the batch failed.
+        """
         groups = self._groups[step]
         size = -(-len(groups) // self.num_minibatches)
         waiting, finished, began = dict(groups), [], time.monotonic()
@@ -90,11 +95,12 @@ class GroupSource:
                     flush=True,
                 )
             finished += [(p, waiting.pop(p).result()) for p, group in list(waiting.items()) if group.done()]
+            if not waiting:
+                check_failures([group.result() for group in groups.values()], self._limits)
             while len(finished) >= size or (finished and not waiting):
                 part, finished = sorted(finished[:size], key=lambda pair: pair[0]), finished[size:]
                 yield [group for _, group in part]
         del self._groups[step]
-        check_failures([group.result() for group in groups.values()], self._limits)
 
     def state(self) -> list[dict[str, Any]]:
         """The finished groups of batches that are still to come, for a checkpoint. Unfinished ones start again when it is resumed."""
@@ -109,6 +115,12 @@ class GroupSource:
         """Takes the groups back, before the first `set_policy`."""
         for saved in state:
             future: asyncio.Future[TrajectoryGroup] = asyncio.get_running_loop().create_future()
-            builder = self._dataset.get_batch(saved["batch"])[saved["place"]]
-            future.set_result(group_from_json(saved["group"], builder))
-            self._groups.setdefault(saved["batch"], {})[saved["place"]] = future
+            batch, place = saved["batch"], saved["place"]
+            builders_P = groups_of_batch(self._dataset, batch)
+            if place >= len(builders_P):
+                raise ConfigError(
+                    f"the checkpoint holds finished group {place} of batch {batch}, and {type(self._dataset).__name__}.get_batch({batch}) "
+                    f"now has only {len(builders_P)} groups: resume with the env.batch_size (groups_per_batch) the run began with"
+                )
+            future.set_result(group_from_json(saved["group"], builders_P[place]))
+            self._groups.setdefault(batch, {})[place] = future

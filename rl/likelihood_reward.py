@@ -66,7 +66,7 @@ class LikelihoodReward(BatchReward):
         self._client, self._config = client, config
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
-        members = [(group, g) for group in groups_P for g in range(len(group.trajectories_G))]
+        members = [(group, g) for group in groups_P for g, member in enumerate(group.trajectories_G) if member.transitions]
         if not members:
             return {}
         parts = [_parts(group, g) for group, g in members]

@@ -52,7 +52,7 @@ def _group_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
     trajectories = [trajectory for group in groups_P for trajectory in group.trajectories_G]
     turns = [transition for trajectory in trajectories for transition in trajectory.transitions]
     if not turns:
-        return {"total_episodes": 0.0}
+        return {"total_episodes": float(len(trajectories))}
     ac_tokens, ob_tokens = sum(len(turn.ac.tokens) for turn in turns), sum(turn.ob.length for turn in turns)
     group_metrics = (metrics for group in groups_P for metrics in group.metrics_G)
     return {

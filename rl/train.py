@@ -28,6 +28,7 @@ from backend.config import BackendConfig
 from backend.data_checks import resolve_loss
 from backend.errors import ConfigError, DataError, NonFiniteError
 from backend.learning_rate import LRSchedule, lr_multiplier
+from backend.losses import LossFn
 from backend.models import PRESETS
 from backend.sampling_client import SamplingClient
 from backend.service_client import ServiceClient
@@ -48,7 +49,7 @@ from rl.train_step import Learner, StepOutcome, train_step
 from rl.transcripts import write_rollouts
 from rl.types import BatchRewardBuilder, Metrics, RLDatasetBuilder
 from tracking.checkpointing import Checkpointer, StopRequest
-from tracking.metrics_log import MetricsLog, print_metrics_table, timed
+from tracking.metrics_log import MetricsLog, print_metrics_table, read_metrics, timed
 from tracking.nonfinite import write_offending_data
 from tracking.progress import TrainingProgress, reported
 from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
@@ -82,7 +83,9 @@ class Config:
     kl: KLPenalty = chz.field(default_factory=KLPenalty, doc="penalty for leaving a frozen reference policy")
     remove_constant_reward_groups: bool = chz.field(default=False, doc="leave out groups whose members all got the same reward")
     train_on_truncated: bool = chz.field(default=True, doc="train on rollouts that ran into the token limit")
-    loss_fn: str = chz.field(default="importance_sampling", doc="importance_sampling, reinforce, ppo, cispo or dro")
+    loss_fn: str | LossFn = chz.field(
+        default="importance_sampling", doc="importance_sampling, reinforce, ppo, cispo or dro; from Python also a function"
+    )
     loss_fn_config: dict[str, Any] | None = chz.field(default=None, doc="options of the loss, e.g. loss_fn_config.beta=0.1")
     loss_reduction: Reduction = chz.field(
         default="sum", doc="divides each token's loss by nothing, by its rollout's tokens, or by all tokens of the batch"
@@ -190,7 +193,7 @@ async def main(config: Config) -> Metrics:
 def _check(config: Config) -> None:
     config.advantage.check_group_size(config.env.group_size)
     loss = resolve_loss(config.loss_fn, config.loss_fn_config)
-    if "advantages" not in loss.required:
+    if isinstance(config.loss_fn, str) and "advantages" not in loss.required:
         raise ConfigError(f"loss_fn={config.loss_fn} does not use advantages: it is not a loss for reinforcement learning")
     for name in ("max_tokens", "num_substeps", "num_epochs", "num_minibatches"):
         if (getattr(config, name) or 0) < 1:
@@ -229,7 +232,9 @@ def _check_minibatches(config: Config) -> None:
 async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
     config, client = run.config, run.client
     checkpointer = Checkpointer(run.folder, client, config.save_every, config.keep_checkpoints)
-    start = checkpointer.start(config.load_checkpoint_path)
+    start = checkpointer.start(config.load_checkpoint_path, num_steps)
+    if checkpointer.nothing_left:
+        return _nothing_to_do(run)
     source.restore(checkpointer.resumed_extra.get("rollouts", []))
     metrics: Metrics = {}
     headline: Metrics = {}
@@ -264,16 +269,24 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
                 metrics |= run.alarms.metrics()
                 log.log(metrics, step)
                 run.alarms.decide(f"step {step}")
-                checkpointer.after_step(step + 1, {"rollouts": source.state()})
+                checkpointer.after_step(step + 1, lambda: {"rollouts": source.state()})
                 headline |= _headline(metrics)
                 progress.update(step, headline)
                 if stop and step + 1 < num_steps:
-                    checkpointer.interrupted(step + 1, {"rollouts": source.state()})
+                    checkpointer.interrupted(step + 1, lambda: {"rollouts": source.state()})
             if run.evaluators:
                 final = await _evaluate(run, sampling_client, num_steps, {})
                 log.log(final, num_steps)
                 metrics |= final
     checkpointer.save("final", num_steps)
+    _finish(run, metrics)
+    return metrics
+
+
+def _nothing_to_do(run: _Run) -> Metrics:
+    """A run that was resumed at or past its last step: nothing is written, and its last metrics are shown again."""
+    record = next(reversed(read_metrics(run.folder.path)), {})
+    metrics = {name: float(value) for name, value in record.items() if isinstance(value, int | float) and name != "step"}
     _finish(run, metrics)
     return metrics
 

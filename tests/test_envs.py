@@ -54,7 +54,7 @@ def test_a_group_shares_one_prompt_and_pickles():
     builder = ProblemGroupBuilder(partial(ArithmeticEnv, "1+2=", "3", RENDERER), 4, ["sums"])
     copy = pickle.loads(pickle.dumps(builder))
     envs_G = asyncio.run(copy.make_envs())
-    assert len(envs_G) == 4 and copy.logging_tags() == ["sums"] and len({id(env.prompt) for env in envs_G}) == 1
+    assert len(envs_G) == 4 and copy.logging_tags() == ["sums"] and len({id(env.build_prompt()) for env in envs_G}) == 1
     prompt, stop = asyncio.run(envs_G[3].initial_observation())
     assert TOKENIZER.decode(prompt.to_ints()) == "1+2=" and stop == [TOKENIZER.eos_token_id]
 

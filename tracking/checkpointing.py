@@ -1,6 +1,7 @@
 """Where a run starts and what it leaves behind: resume, save every so often, and stop on Ctrl-C without losing a step."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
@@ -30,10 +31,14 @@ class Checkpointer:
         self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
         self._saved_step = -1
         self.finished = False  # whether the run that is resumed had come to its end
+        self.nothing_left = False  # and has no step to do now
         self.resumed_extra: dict[str, Any] = {}  # the `extra` of the checkpoint that is resumed
 
-    def start(self, load_checkpoint_path: str | None) -> int:
-        """Loads what the run begins with and returns its first step: the folder's own last checkpoint, else another's weights."""
+    def start(self, load_checkpoint_path: str | None, num_steps: int | None = None) -> int:
+        """Loads what the run begins with and returns its first step: the folder's own last checkpoint, else another's weights.
+
+        A run that has finished `num_steps` steps, or has more, keeps its metrics: there is nothing left to do.
+        """
         records = self._run.list_checkpoints()
         record = records[-1] if records else None
         step = 0
@@ -41,6 +46,10 @@ class Checkpointer:
             step = self._resume(record, before=records[-2] if len(records) > 1 else None)
         elif load_checkpoint_path:
             self._client.load_state(load_checkpoint_path).result()
+        self.nothing_left = num_steps is not None and (step > num_steps or (self.finished and step == num_steps))
+        if self.nothing_left:
+            print(f"{self._run.path} is at step {step} of {num_steps} already: there is nothing to train")
+            return step
         size = self._client.checkpoint_bytes()
         check_disk_space(self._run.path, size, self._save_every, self._keep, existing=len(records))
         self._run.truncate_metrics(step)
@@ -60,9 +69,10 @@ class Checkpointer:
         self._saved_step, self.finished = step, record.name == "final"
         return step
 
-    def after_step(self, next_step: int, extra: dict[str, Any] | None = None) -> None:
+    def after_step(self, next_step: int, extra: Callable[[], dict[str, Any]] | None = None) -> None:
+        """`extra` is asked for only where a checkpoint is written."""
         if self._save_every and next_step % self._save_every == 0:
-            self.save(f"{next_step:06d}", next_step, extra)
+            self.save(f"{next_step:06d}", next_step, extra() if extra else None)
 
     def save(self, name: str, next_step: int, extra: dict[str, Any] | None = None) -> None:
         path = self._run.checkpoints / name
@@ -72,10 +82,10 @@ class Checkpointer:
         if self._keep:
             self._run.prune_checkpoints(self._keep)
 
-    def interrupted(self, next_step: int, extra: dict[str, Any] | None = None) -> None:
+    def interrupted(self, next_step: int, extra: Callable[[], dict[str, Any]] | None = None) -> None:
         """Saves, unless this very step is saved already, and ends the command as Ctrl-C should."""
         if self._saved_step != next_step:
-            self.save(f"{next_step:06d}", next_step, extra)
+            self.save(f"{next_step:06d}", next_step, extra() if extra else None)
         print(
             f"stopped before step {next_step}; its state is saved. The same command with behavior_if_log_dir_exists=resume goes on from there"
         )

@@ -1,0 +1,208 @@
+"""The two ends of an RL run: what it may be given from Python, when its state is collected, and resumes that have nothing to do. And members
+without a turn, in everything that reads a trajectory."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backend.errors import ConfigError
+from backend.losses import reinforce
+from backend.types import ForwardBackwardOutput, ModelInput, TensorData
+from envs.completion_env import ComparisonPrompts
+from envs.kind_words import KindWordsComparisons
+from envs.problem_env import ProblemEnv
+from preference.bradley_terry import ScalarBatchReward
+from preference.prm import PrmReward, ProcessReward, StepScores
+from renderers import get_renderer
+from rl import train
+from rl.data_processing import assemble_training_data
+from rl.evaluators import sample_metrics
+from rl.group_sources import GroupSource
+from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
+from rl.metrics import compute_trajectory_metrics
+from rl.transcripts import write_rollouts
+from rl.types import EnvGroupBuilder, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
+from tests.test_group_sources import LowTokenBuilder, LowTokenDataset, config, metrics, weights
+
+
+def run(folder: Path, behavior: str = "delete", **settings: Any) -> dict[str, float]:
+    import chz
+
+    return asyncio.run(train.main(chz.replace(config(folder, **settings), behavior_if_log_dir_exists=behavior)))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that a run has written, without pictures, the configuration and the record of the code."""
+    kept = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "plots"]
+    return {str(path): path.read_bytes() for path in kept if path.name not in ("config.json", "code.diff")}
+
+
+def test_a_run_that_is_resumed_at_its_end_or_past_it_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = run(tmp_path, max_steps=3, save_every=2, eval_every=0)
+    before = files(tmp_path)
+    for max_steps in (3, 2, 1):
+        capsys.readouterr()
+        again = run(tmp_path, "resume", max_steps=max_steps, save_every=2, eval_every=0)
+        assert files(tmp_path) == before
+        assert again["env/all/reward/total"] == last["env/all/reward/total"]
+        output = capsys.readouterr().out
+        assert "nothing to train" in output and "env/all/reward/total" in output
+
+
+def test_an_unfinished_run_past_the_steps_that_are_asked_for_is_left_as_it_is(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train, "_headline", lambda record: stop_at_step_3(record, Stop))
+        run(tmp_path, max_steps=6, save_every=1, eval_every=0)
+    before = files(tmp_path)
+    run(tmp_path, "resume", max_steps=2, eval_every=0)
+    assert {path for path in files(tmp_path) if "checkpoints" in path} == {path for path in before if "checkpoints" in path}
+
+
+def stop_at_step_3(record: dict[str, float], error: type[Exception]) -> dict[str, float]:
+    if record["progress/batch"] == 3:
+        raise error
+    return {}
+
+
+def test_a_function_may_be_the_loss(tmp_path: Path) -> None:
+    run(tmp_path / "name", loss_fn="reinforce", max_steps=2)
+    run(tmp_path / "function", loss_fn=reinforce, max_steps=2)
+    assert weights(tmp_path / "function") == weights(tmp_path / "name")
+
+
+def test_finished_groups_become_json_only_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(GroupSource, "state", lambda self: calls.append(1) or [])
+    run(tmp_path, max_steps=5, save_every=0)
+    assert not calls
+    run(tmp_path, max_steps=5, save_every=2)
+    assert len(calls) == 2
+
+
+def test_a_resume_with_smaller_batches_is_refused_by_name() -> None:
+    async def restore() -> None:
+        group = {"trajectories": [], "final_rewards": [], "metrics": [], "tags": [], "errors": []}
+        saved = {"batch": 1, "place": 3, "group": group | {"num_retries": 0, "sampled_at_step": 0}}
+        async with GroupSource(LowTokenDataset(LowTokenBuilder(batch_size=2)), 6, 4) as source:
+            source.restore([saved])
+
+    with pytest.raises(ConfigError, match=r"group 3 of batch 1, and LowTokenDataset.get_batch\(1\) now has only 2 groups"):
+        asyncio.run(restore())
+
+
+# --- members without a turn -----------------------------------------------------------------------------------------------------
+
+
+class Answered(EnvGroupBuilder):
+    answer_tokens = [9, 9]
+
+    def rationale(self, action: list[int]) -> tuple[list[int], bool]:
+        return action, True
+
+    async def make_envs(self) -> Sequence[Any]:
+        return []
+
+
+def two_members() -> TrajectoryGroup:
+    """One turn that is right, and none."""
+    turn = Transition(
+        ModelInput.from_ints([1, 2]), TokensWithLogprobs([3, 4], [-0.1, -0.2]), 1.0, True, {"correct": 1.0}, {"extracted": "4"}
+    )
+    return TrajectoryGroup([Trajectory([turn]), Trajectory([])], [0.0, -1.0], [{}, {}], builder=Answered())
+
+
+class ConstantScores:
+    """A reward model, a process reward model and a training client that score all they are asked for with 0.5."""
+
+    async def score_tokens(self, tokens_D: Sequence[Any]) -> list[float]:
+        return [0.5 for _ in tokens_D]
+
+    async def score(self, responses_D: Sequence[Any]) -> list[StepScores]:
+        return [StepScores(np.array([0.5]), [0, 2], None) for _ in responses_D]
+
+    async def forward_terms(self, terms: Sequence[Any], keep: bool) -> list[ForwardBackwardOutput]:
+        return [
+            ForwardBackwardOutput([{"logprobs": TensorData([-0.5])} for _ in term.data_D], {"loss:sum": 0.0}) for term in terms
+        ]
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        (ScalarBatchReward(ConstantScores(), 2.0), 2.0),  # type: ignore[arg-type]
+        (ProcessReward(ConstantScores(), PrmReward(path="", coef=1.0)), 1.5),  # type: ignore[arg-type]
+        (ProcessReward(ConstantScores(), PrmReward(path="", per_step=True)), 1.0),  # type: ignore[arg-type]
+        (LikelihoodReward(ConstantScores(), LikelihoodRewardBuilder()), 0.5),  # type: ignore[arg-type]
+    ],
+    ids=["reward model", "process reward", "process reward per step", "likelihood"],
+)
+def test_a_member_without_a_turn_keeps_its_reward_and_has_nothing_to_score(reward: Any, expected: float) -> None:
+    group = two_members()
+    asyncio.run(reward([group]))
+    assert group.get_total_rewards() == [expected, -1.0] and not group.trajectories_G[1].supervised
+
+
+def test_a_member_without_a_turn_counts_in_the_metrics_and_not_in_the_data(tmp_path: Path) -> None:
+    group = two_members()
+    found = compute_trajectory_metrics([group])
+    assert (found["env/all/reward/total"], found["env/all/total_episodes"], found["env/all/total_turns"]) == (0.0, 2, 1)
+    assert sample_metrics([group], [1, 2], "test")["test/pass@1"] == 0.5
+    data = assemble_training_data([group], [np.array([1.0, -1.0])])
+    assert data.origin_D == [(0, 0)]
+    lines = write_rollouts(tmp_path, 0, [group], [np.array([1.0, -1.0])], _tokenizer()).with_suffix(".jsonl").read_text()
+    assert [len(json.loads(line)["turns"]) for line in lines.splitlines()] == [1, 0]
+    nobody = TrajectoryGroup([Trajectory([])], [2.0], [{}])
+    assert compute_trajectory_metrics([nobody]) == {"env/all/total_episodes": 1.0}
+
+
+def _tokenizer() -> Any:
+    from backend.tokenizers import load_tokenizer
+
+    return load_tokenizer("tiny")
+
+
+# --- names and prompts of the user's ----------------------------------------------------------------------------------------------
+
+
+def test_a_problem_may_have_a_prompt_of_its_own() -> None:
+    class Poem(ProblemEnv):
+        def __init__(self, renderer: Any):
+            super().__init__(renderer)
+            self.prompt = "a poem about "
+
+        def question(self) -> str:
+            return self.prompt + "rain"
+
+        def check_answer(self, text: str) -> bool:
+            return True
+
+        def check_format(self, text: str) -> bool:
+            return True
+
+        def reference_answer(self) -> str:
+            return ""
+
+    tokenizer = _tokenizer()
+    env = Poem(get_renderer("plain", tokenizer))
+    assert "a poem about rain" in tokenizer.decode(env.build_prompt().to_ints()) and env.prompt == "a poem about "
+
+
+def test_equal_prompts_of_comparisons_are_counted_aloud(capsys: pytest.CaptureFixture[str]) -> None:
+    train_prompts, _ = ComparisonPrompts(comparisons=KindWordsComparisons(num_train=200, test_size=20))()
+    output = capsys.readouterr().out
+    assert f"200 training comparisons are of {len(train_prompts)} different prompts" in output
+    assert len({json.dumps(prompt) for prompt in train_prompts}) == len(train_prompts) < 200
+
+
+def test_metrics_of_a_resumed_run_are_those_of_its_steps(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=2, eval_every=0)
+    run(tmp_path, "resume", max_steps=4, eval_every=0)
+    assert [record["step"] for record in metrics(tmp_path)] == [0, 1, 2, 3]
