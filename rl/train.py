@@ -84,7 +84,7 @@ class Config:
     remove_constant_reward_groups: bool = chz.field(default=False, doc="leave out groups whose members all got the same reward")
     train_on_truncated: bool = chz.field(default=True, doc="train on rollouts that ran into the token limit")
     loss_fn: str | LossFn = chz.field(
-        default="importance_sampling", doc="importance_sampling, reinforce, ppo, cispo or dro; from Python also a function"
+        default="importance_sampling", doc="importance_sampling, reinforce, ppo, cispo, dro, or a function of your own"
     )
     loss_fn_config: dict[str, Any] | None = chz.field(default=None, doc="options of the loss, e.g. loss_fn_config.beta=0.1")
     loss_reduction: Reduction = chz.field(
