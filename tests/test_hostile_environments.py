@@ -187,8 +187,8 @@ async def change_what_was_returned(env: TwoTurns, action: list[int]) -> StepResu
 
 
 async def shout(env: TwoTurns, action: list[int]) -> StepResult:
-    for _ in range(200):
-        print("\udc80 noise".encode("utf-8", "replace"), flush=False)
+    for _ in range(20):
+        print("noise", end=" ")
         warnings.warn("noise", stacklevel=1)
     return await TwoTurns._step(env, action)
 
@@ -462,7 +462,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setattr(train, "write_rollouts", write_and_keep)
         asyncio.run(train.main(settings))
     done.metrics = read_metrics(folder / "hostile")
-    for file in sorted((folder / "hostile" / "transcripts").glob("*.jsonl")):
+    for file in sorted((folder / "hostile" / "transcripts").glob("0*.jsonl")):
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
             done.lines.setdefault("".join(line["tags"]), []).append(line)
         assert "<!doctype html>" in file.with_suffix(".html").read_text(encoding="utf-8")
