@@ -159,21 +159,6 @@ def _take_cancellation() -> Generator[None, None, None]:
 class _Watch:
     """Who cancels the task during a call: its deadline, the call itself, or the run."""
 
-    __slots__ = (
-        "_began",
-        "_clock",
-        "_own",
-        "_sampled",
-        "_seconds",
-        "_task",
-        "_timer",
-        "_was",
-        "cancelled_itself",
-        "closed",
-        "expired",
-        "left",
-    )
-
     def __init__(self, seconds: float, clock: SamplingClock):
         task = asyncio.current_task()
         assert task is not None, "environments are called from an asyncio task"
