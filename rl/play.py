@@ -152,6 +152,13 @@ def _listed(metrics: Metrics) -> str:
 
 async def play_group(builder: EnvGroupBuilder, tokenizer: Tokenizer, max_tokens: int, limits: RolloutLimits) -> list[float]:
     """One problem, or one game with all its seats. Returns the total rewards."""
+    try:
+        return await _play_group(builder, tokenizer, max_tokens, limits)
+    finally:
+        await builder.cleanup()
+
+
+async def _play_group(builder: EnvGroupBuilder, tokenizer: Tokenizer, max_tokens: int, limits: RolloutLimits) -> list[float]:
     envs_G = await builder.make_envs()
     if builder.members_are_independent:
         for env in envs_G[1:]:
