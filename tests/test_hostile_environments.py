@@ -40,7 +40,7 @@ from rl.types import (
 from tracking.metrics_log import read_metrics
 
 PROMPT = [10, 11]
-SECONDS = 0.4  # that a call of an environment may take here
+SECONDS = 3.0  # that a call of an environment may take here
 GROUP_SIZE, HOSTILE = 4, 1  # members of a group, and the one that misbehaves
 
 
@@ -413,8 +413,12 @@ class HostileDataset(RLDataset):
     groups_per_batch = 16
 
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
-        kinds = list(KINDS)[index :: len(self)]  # dealt out, so that no batch has only groups that are lost as a whole
-        return [HostileGroup(kind) for kind in kinds]
+        return [HostileGroup(kind) for kind in self.kinds(index)]
+
+    def kinds(self, index: int) -> list[str]:
+        """First those that hang, together; the others dealt out, so that no batch has only groups that are lost as a whole."""
+        hanging = [kind for kind, (_, error) in KINDS.items() if error == TIMEOUT]
+        return hanging if index == 0 else [kind for kind in KINDS if kind not in hanging][index - 1 :: len(self) - 1]
 
     def __len__(self) -> int:
         return -(-len(KINDS) // self.groups_per_batch)
@@ -588,7 +592,7 @@ def test_a_seat_is_not_billed_for_what_the_others_sample(torch_service: Any) -> 
 
     class SlowPolicy(Policy):
         async def __call__(self, *arguments: Any) -> Any:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1.5)
             return await super().__call__(*arguments)
 
     class Game(EnvGroupBuilder):
@@ -615,9 +619,9 @@ def test_a_seat_is_not_billed_for_what_the_others_sample(torch_service: Any) -> 
             return [TwoTurns(0.0, {"step": last_step}), TwoTurns(1.0, {"initial_observation": wait})]
 
     client = torch_service.create_training_client("tiny").save_weights_and_get_sampling_client()
-    limits = RolloutLimits(max_retries=0, env_seconds=0.6, max_failed_fraction=1.0)
+    limits = RolloutLimits(max_retries=0, env_seconds=2.0, max_failed_fraction=1.0)
     games = asyncio.run(do_rollouts([Game(False), Game(True)], SlowPolicy(client, 3), (0,), limits))
-    assert [len(game.trajectories_G) for game in games] == [2, 1] and "more than 0.6 s" in str(games[1].errors[0])
+    assert [len(game.trajectories_G) for game in games] == [2, 1] and "more than 2 s" in str(games[1].errors[0])
 
 
 def test_a_sampled_turn_that_takes_too_long_costs_one_rollout(torch_service: Any) -> None:
@@ -628,9 +632,9 @@ def test_a_sampled_turn_that_takes_too_long_costs_one_rollout(torch_service: Any
             return await super().__call__(ob, stop, seed, *others)
 
     client = torch_service.create_training_client("tiny").save_weights_and_get_sampling_client()
-    limits = RolloutLimits(max_retries=1, sampling_seconds=0.5)
+    limits = RolloutLimits(max_retries=0, sampling_seconds=5.0)
     (group,) = asyncio.run(do_rollouts([HostileGroup("prints and warns")], LosesSamples(client, 3), (0,), limits))
-    assert group.get_total_rewards() == [0.0, 0.5, 0.75] and "sampling turn 0 took more than 0.5 s" in str(group.errors[0])
+    assert group.get_total_rewards() == [0.0, 0.5, 0.75] and "sampling turn 0 took more than 5 s" in str(group.errors[0])
 
 
 def test_a_second_ctrl_c_stops_at_once_also_inside_an_environment(tmp_path: Path) -> None:
