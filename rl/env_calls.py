@@ -6,6 +6,7 @@ those that raise SystemExit or KeyboardInterrupt in a task they have started the
 """
 
 import asyncio
+import ctypes
 import signal
 import time
 import traceback
@@ -139,10 +140,12 @@ def _driven(start: Callable[[], Coroutine[Any, Any, Any]], watch: "_Watch") -> G
 
 
 def _leave(coroutine: Coroutine[Any, Any, Any]) -> None:
+    """The last request to end. A coroutine that goes on even so must never be collected: that would run it once more, in any thread,
+    without an event loop, where `while True: try ... except: continue` never ends."""
     try:
         coroutine.close()
-    except BaseException:  # it was asked three times to end; nobody waits for what it says to that
-        return
+    except BaseException:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(coroutine))
 
 
 @types.coroutine

@@ -141,6 +141,11 @@ async def _sample(
                 return await policy(ob, stop, seed, min(room, default=None))
     except TimeoutError as error:
         raise EnvTimeout(f"sampling turn {len(transitions)} took more than {limits.sampling_seconds:g} s") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():  # by the run
+            raise
+        raise EnvError(f"sampling turn {len(transitions)} was cancelled, and not by the run") from error
     except DataError as error:  # a token outside the vocabulary
         raise MalformedStep(f"the observation of turn {len(transitions)} cannot be sampled from: {error}") from error
 
