@@ -128,7 +128,7 @@ def _driven(start: Callable[[], Coroutine[Any, Any, Any]], watch: "_Watch") -> G
                 proceed = partial(coroutine.send, None)
             except GeneratorExit:  # the rollout's own coroutine is thrown away
                 watch.closed = True
-                coroutine.close()
+                _leave(coroutine)
                 raise
             except BaseException as error:
                 if watch.left:
