@@ -180,7 +180,9 @@ async def change_what_was_returned(env: TwoTurns, action: list[int]) -> StepResu
         env.shared = (ModelInput.from_ints(env.tokens), ["a"], {"turn": 0.0}, {"turn": "0"})  # type: ignore[attr-defined]
     result = await TwoTurns._step(env, action)
     observation, stops, metrics, logs = env.shared  # type: ignore[attr-defined]
-    observation.chunks[0].tokens.extend([*action, 12])
+    tokens = observation.chunks[0].tokens
+    assert isinstance(tokens, list)
+    tokens += [*action, 12]
     stops.append("b")
     metrics["turn"], logs["turn"] = float(env.turn), str(env.turn)
     return StepResult(result.reward, result.episode_done, observation, stops, metrics, logs)
