@@ -43,17 +43,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_that_is_resumed_at_its_end_or_past_it_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    last = run(tmp_path, max_steps=3, save_every=2, eval_every=0)
+    last = run(tmp_path, max_steps=2, save_every=0, eval_every=0)
     before = files(tmp_path)
-    for max_steps in (3, 2):
+    for max_steps in (2, 1):
         capsys.readouterr()
-        again = run(tmp_path, "resume", max_steps=max_steps, save_every=2, eval_every=0)
+        again = run(tmp_path, "resume", max_steps=max_steps, save_every=0, eval_every=0)
         assert files(tmp_path) == before
         assert again["env/all/reward/total"] == last["env/all/reward/total"]
         output = capsys.readouterr().out
         assert "nothing to train" in output and "env/all/reward/total" in output
-    run(tmp_path, "resume", max_steps=4, eval_every=0)
-    assert [record["step"] for record in metrics(tmp_path)] == [0, 1, 2, 3], "and a longer run goes on"
 
 
 def test_an_unfinished_run_past_the_steps_that_are_asked_for_is_left_as_it_is(tmp_path: Path) -> None:
@@ -75,18 +73,16 @@ def stop_at_step_3(record: dict[str, float], error: type[Exception]) -> dict[str
 
 
 def test_a_function_may_be_the_loss(tmp_path: Path) -> None:
-    run(tmp_path / "name", loss_fn="reinforce", max_steps=2)
-    run(tmp_path / "function", loss_fn=reinforce, max_steps=2)
+    run(tmp_path / "name", loss_fn="reinforce", max_steps=1)
+    run(tmp_path / "function", loss_fn=reinforce, max_steps=1)
     # Not bit for bit: of a function nobody knows that an advantage of 0 has no gradient, so it is computed.
     by_function, by_name = ([record["optim/loss"] for record in metrics(tmp_path / kind)] for kind in ("function", "name"))
-    assert by_function == pytest.approx(by_name, rel=1e-4) and len(by_name) == 2
+    assert by_function == pytest.approx(by_name, rel=1e-4) and len(by_name) == 1
 
 
 def test_finished_groups_become_json_only_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(GroupSource, "state", lambda self: calls.append(1) or [])
-    run(tmp_path, max_steps=2, save_every=0)
-    assert not calls
     run(tmp_path, max_steps=3, save_every=2)
     assert len(calls) == 1
 
@@ -134,7 +130,10 @@ class ConstantScores:
 
     async def forward_terms(self, terms: Sequence[Any], keep: bool) -> list[ForwardBackwardOutput]:
         return [
-            ForwardBackwardOutput([{"logprobs": TensorData([-0.5])} for _ in term.data_D], {"loss:sum": 0.0}) for term in terms
+            ForwardBackwardOutput(
+                [{"logprobs": TensorData(np.full(d.model_input.length, -0.25))} for d in term.data_D], {"loss:sum": 0.0}
+            )
+            for term in terms
         ]
 
 
