@@ -22,6 +22,7 @@ from rl.types import (
     Metrics,
     Observation,
     RLDataset,
+    RLDatasetBuilder,
     StepResult,
     StopCondition,
     Trajectory,
@@ -30,7 +31,7 @@ from rl.types import (
 
 MAX_REWARD = 1e9  # what is larger overflows fp32 in the norm of a gradient, and would end the run there
 
-# --- of an environment ----------------------------------------------------------------------------------------------------------
+# --- of an environment ---------------------------------------------------------------------------------------------------------
 
 
 def first_observation(result: object) -> tuple[Observation, StopCondition]:
@@ -143,7 +144,7 @@ def _stop(item: object) -> Any:
     raise MalformedStep(f"the stop condition holds {item!r:.100}, which is no token id and no text")
 
 
-# --- of a group's builder -------------------------------------------------------------------------------------------------------
+# --- of a group's builder ------------------------------------------------------------------------------------------------------
 
 
 def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
@@ -184,7 +185,19 @@ def tags(builder: EnvGroupBuilder, result: object) -> list[str]:
     return [plain_text(tag) for tag in result]
 
 
-# --- of a dataset ---------------------------------------------------------------------------------------------------------------
+# --- of a dataset and its builder ----------------------------------------------------------------------------------------------
+
+
+def datasets(builder: RLDatasetBuilder, result: object) -> tuple[RLDataset, RLDataset | None]:
+    """What `await builder(renderer)` returned."""
+    name = type(builder).__name__
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise DataError(f"{name} returned {result!r:.100}, not a training set and a held-out set (which may be None)")
+    train, test = result
+    for dataset in (train, *(() if test is None else (test,))):
+        if not isinstance(dataset, RLDataset):
+            raise DataError(f"{name} returned {dataset!r:.100}, which is no RLDataset")
+    return train, test
 
 
 def batch(dataset: RLDataset, index: int) -> list[EnvGroupBuilder]:

@@ -37,6 +37,7 @@ from backend.training_client import TrainingClient
 from backend.types import AdamParams, Datum, LoraConfig
 from renderers import get_renderer
 from renderers.types import Tokenizer
+from rl import step_checks
 from rl.advantages import AdvantageEstimator, GroupMean
 from rl.data_processing import Reduction
 from rl.evaluators import RLTestSetEvaluator, SamplesEvaluator
@@ -149,7 +150,7 @@ async def main(config: Config) -> Metrics:
     if config.kl.coef and config.kl.reference_path:
         check_reference_tokenizer(config.kl.reference_path, tokenizer)
     renderer = get_renderer(config.renderer_name, tokenizer)
-    dataset, test_dataset = await config.env(renderer)
+    dataset, test_dataset = step_checks.datasets(config.env, await config.env(renderer))
     num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
     if num_steps == 0:
         raise DataError("the dataset has no batch to train on")

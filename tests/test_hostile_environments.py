@@ -663,6 +663,18 @@ def test_a_second_ctrl_c_stops_at_once_also_inside_an_environment(tmp_path: Path
         asyncio.run(train.main(settings))
 
 
+@pytest.mark.parametrize("built", [None, HostileDataset(), (None, None), (HostileDataset(), [1])])
+def test_a_builder_without_datasets_is_named(built: Any, tmp_path: Path) -> None:
+    @chz.chz
+    class OddBuilder(RLDatasetBuilder):
+        async def __call__(self, renderer: Renderer) -> Any:
+            return built
+
+    settings = train.Config(env=OddBuilder(), log_path=str(tmp_path / "run"))
+    with pytest.raises(DataError, match="OddBuilder returned"):
+        asyncio.run(train.main(settings))
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
