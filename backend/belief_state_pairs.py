@@ -21,29 +21,31 @@ import chz
 import torch
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import COUNT, POSITIVE_SHARE, WHOLE
 
 
 @chz.chz
 class PairObjective:
     """The pairs that count."""
 
-    context_length: int = chz.field(default=0, doc="first position of a prefix: what comes before it in a row is only read")
-    min_gap: int = chz.field(default=1, doc="least j - i; 2 leaves out the pairs that predict that nothing is missing")
-    max_gap: int | None = chz.field(default=None, doc="largest j - i, itself allowed; None = no limit")
+    context_length: int = chz.field(
+        default=0, validator=WHOLE, doc="first position of a prefix: what comes before it in a row is only read"
+    )
+    min_gap: int = chz.field(
+        default=1, validator=COUNT, doc="least j - i; 2 leaves out the pairs that predict that nothing is missing"
+    )
+    max_gap: int | None = chz.field(default=None, validator=COUNT, doc="largest j - i, itself allowed; None = no limit")
     single_gap: Literal["eos", "next_token"] = chz.field(
         default="eos", doc="targets where nothing is between: EOS, or the two tokens x_j and x_i themselves"
     )
-    subsample: float = chz.field(default=1.0, doc="share of the pairs without an EOS that is kept, drawn anew at every step")
+    subsample: float = chz.field(
+        default=1.0, validator=POSITIVE_SHARE, doc="share of the pairs without an EOS that is kept, drawn anew at every step"
+    )
 
     @chz.validate
     def _check(self) -> None:
-        if self.context_length < 0 or self.min_gap < 1 or (self.max_gap is not None and self.max_gap < self.min_gap):
-            raise ConfigError(
-                f"context_length={self.context_length} min_gap={self.min_gap} max_gap={self.max_gap}: no pair fits; "
-                "context_length is at least 0, and 1 <= min_gap <= max_gap"
-            )
-        if not 0 < self.subsample <= 1:
-            raise ConfigError(f"subsample={self.subsample} is not a share: more than 0, at most 1")
+        if self.max_gap is not None and self.max_gap < self.min_gap:
+            raise ConfigError(f"min_gap={self.min_gap} is above max_gap={self.max_gap}: no pair fits")
 
 
 @dataclass(frozen=True)

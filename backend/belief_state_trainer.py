@@ -23,6 +23,7 @@ from backend.config import training_device
 from backend.device_lock import computing
 from backend.errors import DataError, NonFiniteError
 from backend.futures import APIFuture, InOrder
+from backend.ranges import COUNT
 from backend.types import AdamParams, OptimStepResponse, SaveWeightsResponse
 
 Metrics = dict[str, float]
@@ -41,8 +42,8 @@ class TokenBatch:
 class PassConfig:
     """How a batch is cut, and what is compiled; none of it changes what is learned."""
 
-    rows_per_pass: int = chz.field(default=256, doc="rows that go through the encoders at once")
-    pairs_per_chunk: int = chz.field(default=32768, doc="pairs that go through the text head at once")
+    rows_per_pass: int = chz.field(default=256, validator=COUNT, doc="rows that go through the encoders at once")
+    pairs_per_chunk: int = chz.field(default=32768, validator=COUNT, doc="pairs that go through the text head at once")
     compile: bool = chz.field(
         default=False, doc="torch.compile the encoders and the head (needs a C++ compiler; some minutes at first)"
     )

@@ -5,6 +5,8 @@ from typing import Literal
 import chz
 import torch
 
+from backend.ranges import COUNT, POSITIVE, POSITIVE_SHARE
+
 AlarmAction = Literal["stop", "warn"]
 
 
@@ -12,10 +14,10 @@ AlarmAction = Literal["stop", "warn"]
 class BackendConfig:
     engine: Literal["auto", "vllm", "torch"] = chz.field(default="auto", doc="sampler; auto = vllm where it can be imported")
     max_length: int | None = chz.field(
-        default=None, doc="context in tokens, prompt and answer; None = the model's own, at most 4096"
+        default=None, validator=COUNT, doc="context in tokens, prompt and answer; None = the model's own, at most 4096"
     )
     micro_batch_tokens: int = chz.field(
-        default=16384, doc="padded tokens per forward pass; changes memory and speed, never a gradient"
+        default=16384, validator=COUNT, doc="padded tokens per forward pass; changes memory and speed, never a gradient"
     )
     gradient_checkpointing: bool = chz.field(
         default=False, doc="recompute activations in the backward pass: less memory, a third slower"
@@ -24,10 +26,10 @@ class BackendConfig:
         default=None,
         doc="same seed, same tokens, bit for bit; None = on a CPU yes, on a GPU no, where vLLM draws seeded requests one by one",
     )
-    max_num_seqs: int = chz.field(default=256, doc="sequences the sampler decodes at once")
-    sampler_memory_gb: float = chz.field(default=1.0, doc="KV cache of a vLLM engine on a CPU, in GiB")
+    max_num_seqs: int = chz.field(default=256, validator=COUNT, doc="sequences the sampler decodes at once")
+    sampler_memory_gb: float = chz.field(default=1.0, validator=POSITIVE, doc="KV cache of a vLLM engine on a CPU, in GiB")
     gpu_memory_utilization: float = chz.field(
-        default=0.4, doc="share of the GPU that a vLLM engine may take; the trainer needs the rest"
+        default=0.4, validator=POSITIVE_SHARE, doc="share of the GPU that a vLLM engine may take; the trainer needs the rest"
     )
     enforce_eager: bool | None = chz.field(
         default=None,

@@ -16,13 +16,12 @@ A trap: `kl_coef` is `eta` of Q#'s star-graph code (0.1), and 1 / `--eta` of its
 classifier's pass, and offsets from an MSE head.
 """
 
-import math
 from typing import Literal
 
 import chz
 import torch
 
-from backend.errors import ConfigError
+from backend.ranges import COUNT, POSITIVE
 
 Method = Literal["q_sharp", "cd", "cd_code"]
 
@@ -31,26 +30,17 @@ Method = Literal["q_sharp", "cd", "cd_code"]
 class Guidance:
     method: Method = chz.field(default="q_sharp", doc="q_sharp, cd (expectation / kl_coef) or cd_code (log P(right))")
     kl_coef: float = chz.field(
-        default=0.1, doc="weight of the KL to the reference: smaller trusts the classifier more; cd_code has none"
+        default=0.1,
+        validator=POSITIVE,
+        doc="weight of the KL to the reference: smaller trusts the classifier more; cd_code has none",
     )
     top_k: int | None = chz.field(
-        default=10, doc="the reference's likeliest tokens that the classifier is asked about; None = all"
+        default=10, validator=COUNT, doc="the reference's likeliest tokens that the classifier is asked about; None = all"
     )
     others: Literal["dropped", "kept"] = chz.field(
         default="dropped", doc="the other tokens: never sampled, or (Q#'s math code) with their logits as they are"
     )
-    temperature: float = chz.field(default=1.0, doc="of the reference's logits, before they are shifted")
-
-    @chz.validate
-    def _check(self) -> None:
-        if not 0 < self.kl_coef < math.inf:
-            raise ConfigError(
-                f"kl_coef={self.kl_coef}: the weight of the KL must be positive (its reciprocal multiplies the return)"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k={self.top_k}: at least one candidate, or None for all tokens")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature={self.temperature}: must be positive; greedy decoding is chosen at the call")
+    temperature: float = chz.field(default=1.0, validator=POSITIVE, doc="of the reference's logits, before they are shifted")
 
     def offsets(self, values_B_C_K: torch.Tensor) -> torch.Tensor:
         """offsets_B_C of the candidates, from the classifier's outputs for them (see `log_pmf`)."""

@@ -26,6 +26,7 @@ import chz
 import numpy as np
 
 from backend.config import BackendConfig
+from backend.ranges import COUNT
 from backend.types import ModelInput
 from benchmarks.report import wait_until_quiet, write_report
 from renderers.types import Renderer
@@ -86,8 +87,8 @@ class SlowDataset(RLDataset):
 
 @chz.chz
 class SlowBuilder(RLDatasetBuilder):
-    n_batches: int = chz.field(default=12, doc="batches")
-    batch_size: int = chz.field(default=GROUPS, doc="groups per batch")
+    n_batches: int = chz.field(default=12, validator=COUNT, doc="batches")
+    batch_size: int = chz.field(default=GROUPS, validator=COUNT, doc="groups per batch")
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
         return SlowDataset(self.n_batches), None

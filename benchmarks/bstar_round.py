@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from backend.config import BackendConfig
+from backend.ranges import COUNT
 from benchmarks.report import wait_until_quiet, write_report
 from envs.problem_env import ProblemEnv
 from preference.steps import StepFormat
@@ -65,9 +66,9 @@ class LinesBuilder(TaskBuilder):
     """Random lines of random digits."""
 
     form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="of solutions")
-    prompt_tokens: int = chz.field(doc="digits of a question")
-    line_tokens: int = chz.field(doc="digits of a line")
-    mean_lines: int = chz.field(doc="lines of a solution, on average")
+    prompt_tokens: int = chz.field(validator=COUNT, doc="digits of a question")
+    line_tokens: int = chz.field(validator=COUNT, doc="digits of a line")
+    mean_lines: int = chz.field(validator=COUNT, doc="lines of a solution, on average")
 
     def _queries(self, split: str, count: int, renderer: Renderer) -> list[Query]:
         rng = np.random.default_rng([self.split_seed, count, len(split)])

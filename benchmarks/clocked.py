@@ -17,6 +17,7 @@ import chz
 import numpy as np
 
 from backend.config import BackendConfig
+from backend.ranges import COUNT
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from preference import train_dpo
 from preference.pairs import Pair, PairDataset
@@ -81,7 +82,7 @@ class ClockedPairs(PairDataset):
 class RandomPairsBuilder(ComparisonDatasetBuilder):
     """Random letters: what a step costs does not depend on what they say."""
 
-    num_pairs: int = chz.field(doc="how many")
+    num_pairs: int = chz.field(validator=COUNT, doc="how many")
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         rng = np.random.default_rng(0)

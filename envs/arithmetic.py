@@ -13,6 +13,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, SEED, WHOLE
 from backend.types import Datum
 from envs.problem_env import ProblemDataset, ProblemEnv, ProblemGroupBuilder, fit_prompts
 from renderers.types import Message, Renderer
@@ -107,13 +108,15 @@ class ArithmeticDataset(RLDataset):
 class ArithmeticTask:
     """What is asked, and what is held out: give the same to both builders."""
 
-    num_digits: int = chz.field(default=2, doc="most digits of an operand: the difficulty")
+    num_digits: int = chz.field(default=2, validator=COUNT, doc="most digits of an operand: the difficulty")
     min_digits: int | None = chz.field(
-        default=None, doc="fewest digits of an operand; None = num_digits, so that all are of one length"
+        default=None, validator=COUNT, doc="fewest digits of an operand; None = num_digits, so that all are of one length"
     )
     operators: str = chz.field(default="+", doc="which of + - * occur")
-    num_test: int = chz.field(default=200, doc="held-out problems")
-    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out problems; the same for warm start and RL")
+    num_test: int = chz.field(default=200, validator=WHOLE, doc="held-out problems")
+    split_seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of the choice of held-out problems; the same for warm start and RL"
+    )
 
     def space(self) -> PairSpace:
         return PairSpace(self.num_digits, self.min_digits or self.num_digits, self.operators, self.num_test, self.split_seed)
@@ -123,7 +126,7 @@ class ArithmeticTask:
 class ArithmeticBuilder(ArithmeticTask, RLDatasetBuilder):
     """Sums to practise on by reinforcement learning. The held-out set is one attempt at each held-out problem."""
 
-    n_batches: int = chz.field(default=100, doc="training batches")
+    n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
     include_fewshot: bool = chz.field(default=False, doc=f"put {FEWSHOT} worked examples before the question, for base models")
 
     def recommended_max_tokens(self) -> int:
@@ -170,7 +173,7 @@ class ArithmeticExamples(SupervisedDataset):
 class ArithmeticExamplesBuilder(ArithmeticTask, SupervisedDatasetBuilder):
     """The same sums with their answers, to imitate. The held-out set is the same as that of ArithmeticBuilder."""
 
-    n_batches: int = chz.field(default=30, doc="training batches per epoch")
+    n_batches: int = chz.field(default=30, validator=COUNT, doc="training batches per epoch")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         space = self.space()

@@ -16,6 +16,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, SEED, WHOLE
 from backend.types import Datum
 from envs.problem_env import ProblemDataset, ProblemEnv, ProblemGroupBuilder
 from renderers.types import Message, Renderer
@@ -81,11 +82,13 @@ class ChainEnv(ProblemEnv):
 class ChainTask:
     """What is asked, and what is held out: give the same to all builders."""
 
-    num_steps: int = chz.field(default=4, doc="sums in a chain")
-    max_total: int = chz.field(default=99, doc="totals go from 0 to this")
-    max_term: int = chz.field(default=9, doc="what is added or taken away goes from 1 to this")
-    num_test: int = chz.field(default=200, doc="held-out chains")
-    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out chains; the same for all datasets of a task")
+    num_steps: int = chz.field(default=4, validator=COUNT, doc="sums in a chain")
+    max_total: int = chz.field(default=99, validator=COUNT, doc="totals go from 0 to this")
+    max_term: int = chz.field(default=9, validator=COUNT, doc="what is added or taken away goes from 1 to this")
+    num_test: int = chz.field(default=200, validator=WHOLE, doc="held-out chains")
+    split_seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of the choice of held-out chains; the same for all datasets of a task"
+    )
 
     def draw(self, count: int, seed: Sequence[int], *, held_out: bool = False) -> list[Chain]:
         """`count` distinct chains, a pure function of `seed`, of those that are held out or of all others."""
@@ -134,7 +137,7 @@ class ChainDataset(RLDataset):
 class ChainBuilder(ChainTask, RLDatasetBuilder):
     """Chains to practise on by reinforcement learning. The held-out set is one attempt at each held-out chain."""
 
-    n_batches: int = chz.field(default=60, doc="training batches")
+    n_batches: int = chz.field(default=60, validator=COUNT, doc="training batches")
 
     def recommended_max_tokens(self) -> int:
         digits = len(str(self.max_total))
@@ -175,7 +178,7 @@ class ChainExamples(SupervisedDataset):
 class ChainExamplesBuilder(ChainTask, SupervisedDatasetBuilder):
     """The same chains with their solutions, to imitate. The held-out set is the same as that of ChainBuilder."""
 
-    n_batches: int = chz.field(default=500, doc="training batches per epoch")
+    n_batches: int = chz.field(default=500, validator=COUNT, doc="training batches per epoch")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         return ChainExamples(self, renderer), ChainExamples(self, renderer, self.test_chains())

@@ -26,6 +26,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import COUNT, SEED, WHOLE
 from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
 from envs.sandbox import Outcome, SandboxLimits, check_limits, run_program
 from renderers.types import Renderer
@@ -218,8 +219,10 @@ class CodeBuilder(RLDatasetBuilder):
 
     train_path: str | None = chz.field(default=None, doc="JSONL file to train on; None = generated problems")
     test_path: str | None = chz.field(default=None, doc="JSONL file to evaluate on")
-    num_test: int | None = chz.field(default=20, doc="use only the first so many test problems; None = all of a file")
-    split_seed: int = chz.field(default=0, doc="seed of the choice of generated test problems")
+    num_test: int | None = chz.field(
+        default=20, validator=WHOLE, doc="use only the first so many test problems; None = all of a file"
+    )
+    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of generated test problems")
     partial_credit: bool = chz.field(default=False, doc="reward the fraction of tests passed; otherwise all or nothing")
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
     need_namespaces: bool = chz.field(
@@ -227,7 +230,9 @@ class CodeBuilder(RLDatasetBuilder):
     )
     limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="what one run of a program may use")
     overlong: Overlong = chz.field(default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never cut")
-    max_prompt_tokens: int | None = chz.field(default=None, doc="most tokens of a prompt; None = the model's context less one")
+    max_prompt_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="most tokens of a prompt; None = the model's context less one"
+    )
 
     def recommended_max_tokens(self) -> int:
         return 512 if self.train_path else 80

@@ -14,6 +14,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, NON_NEGATIVE, WHOLE
 from envs.text_games import TextGame, TextGameBuilder, TextGameExamplesBuilder
 from renderers.types import Message
 from rl.message_env import MessageEnd, MessageEnv, MessageStep, ParseError
@@ -65,11 +66,11 @@ class GuessNumberEnv(MessageEnv):
 class GuessNumber(TextGame):
     """Which numbers are asked for."""
 
-    smallest: int = chz.field(default=10, doc="smallest number of any range")
-    largest: int = chz.field(default=29, doc="largest number of any range")
-    min_span: int = chz.field(default=8, doc="fewest numbers in a range")
-    max_span: int = chz.field(default=16, doc="most numbers in a range")
-    num_test: int = chz.field(default=150, doc="held-out tasks")
+    smallest: int = chz.field(default=10, validator=WHOLE, doc="smallest number of any range")
+    largest: int = chz.field(default=29, validator=COUNT, doc="largest number of any range")
+    min_span: int = chz.field(default=8, validator=COUNT, doc="fewest numbers in a range")
+    max_span: int = chz.field(default=16, validator=COUNT, doc="most numbers in a range")
+    num_test: int = chz.field(default=150, validator=WHOLE, doc="held-out tasks")
     prompt: str = chz.field(default="Guess my number from {low} to {high}.", doc="how an episode begins")
 
     def opening(self, task: Range) -> Message:
@@ -102,9 +103,15 @@ class GuessNumber(TextGame):
 class GuessNumberBuilder(GuessNumber, TextGameBuilder):
     """Numbers to guess by reinforcement learning."""
 
-    max_guesses: int = chz.field(default=4, doc="guesses after which an episode is lost; ceil(log2(max_span + 1)) always suffice")
-    guess_cost: float = chz.field(default=0.05, doc="taken off the reward for every guess after the first")
-    impossible_cost: float = chz.field(default=0.2, doc="taken off for a guess that the answers so far rule out")
+    max_guesses: int = chz.field(
+        default=4, validator=COUNT, doc="guesses after which an episode is lost; ceil(log2(max_span + 1)) always suffice"
+    )
+    guess_cost: float = chz.field(
+        default=0.05, validator=NON_NEGATIVE, doc="taken off the reward for every guess after the first"
+    )
+    impossible_cost: float = chz.field(
+        default=0.2, validator=NON_NEGATIVE, doc="taken off for a guess that the answers so far rule out"
+    )
     tag: str = chz.field(default="guess_number", doc="name under which metrics are logged too")
 
     def recommended_max_tokens(self) -> int:

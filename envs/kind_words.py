@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import chz
 import numpy as np
 
+from backend.ranges import COUNT, SEED, WHOLE
 from backend.types import Datum
 from envs.completion_env import GoldReward, Prompt, PromptsBuilder
 from preference.types import Comparison, ComparisonDatasetBuilder, Label, LabeledComparison
@@ -65,7 +66,7 @@ def note(rng: np.random.Generator) -> list[Message]:
 class KindWordsPrompts(PromptsBuilder):
     """Every name, `repeat` times: a batch may hold more prompts than there are names."""
 
-    repeat: int = chz.field(default=8, doc="times each prompt occurs in an epoch, and among the held-out ones")
+    repeat: int = chz.field(default=8, validator=COUNT, doc="times each prompt occurs in an epoch, and among the held-out ones")
 
     def __call__(self) -> tuple[list[Prompt], list[Prompt]]:
         train: list[Prompt] = [prompt(name) for name in names(False)]
@@ -80,9 +81,9 @@ class KindWordsPrompts(PromptsBuilder):
 class KindWordsComparisons(ComparisonDatasetBuilder):
     """Pairs of notes to one name; better is what the gold reward says, by how much is the margin, equal is a tie."""
 
-    num_train: int = chz.field(default=4000, doc="comparisons to train on")
-    test_size: int = chz.field(default=500, doc="held-out comparisons, on held-out names")
-    seed: int = chz.field(default=0, doc="seed of the notes")
+    num_train: int = chz.field(default=4000, validator=COUNT, doc="comparisons to train on")
+    test_size: int = chz.field(default=500, validator=WHOLE, doc="held-out comparisons, on held-out names")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the notes")
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         return self._draw(self.num_train, False), self._draw(self.test_size, True)
@@ -123,7 +124,7 @@ class KindWordsExamples(SupervisedDataset):
 
 @chz.chz
 class KindWordsExamplesBuilder(SupervisedDatasetBuilder):
-    n_batches: int = chz.field(default=200, doc="training batches per epoch")
+    n_batches: int = chz.field(default=200, validator=COUNT, doc="training batches per epoch")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         return KindWordsExamples(renderer, self, False), KindWordsExamples(renderer, self, True)

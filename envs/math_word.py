@@ -13,6 +13,7 @@ from typing import Literal
 import chz
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import COUNT, POSITIVE, WHOLE
 from envs.math_answers import AnswerStyle, extract_answer, quantity
 from envs.math_grading import DEFAULT_SECONDS, TooCostly, check_gold, is_equal, is_equal_async
 from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
@@ -110,11 +111,15 @@ class MathWordBuilder(RLDatasetBuilder):
     bad_gold: Literal["raise", "drop"] = chz.field(
         default="raise", doc="a reference answer that cannot be graded: raise, or drop (and count)"
     )
-    num_train: int | None = chz.field(default=None, doc="use only the first so many training problems")
-    num_test: int | None = chz.field(default=200, doc="use only the first so many test problems; None = all")
+    num_train: int | None = chz.field(default=None, validator=COUNT, doc="use only the first so many training problems")
+    num_test: int | None = chz.field(default=200, validator=WHOLE, doc="use only the first so many test problems; None = all")
     overlong: Overlong = chz.field(default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never cut")
-    max_prompt_tokens: int | None = chz.field(default=None, doc="most tokens of a prompt; None = the model's context less one")
-    grader_seconds: float = chz.field(default=DEFAULT_SECONDS, doc="most seconds for comparing two expressions")
+    max_prompt_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="most tokens of a prompt; None = the model's context less one"
+    )
+    grader_seconds: float = chz.field(
+        default=DEFAULT_SECONDS, validator=POSITIVE, doc="most seconds for comparing two expressions"
+    )
     tag: str = chz.field(default="math", doc="name under which metrics are logged too")
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:

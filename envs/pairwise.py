@@ -16,6 +16,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, NON_NEGATIVE
 from envs.completion_env import CompletionEnv, GoldReward, GroupDataset, Prompt, PromptsBuilder, completions
 from preference.reward_types import Judge, JudgeBuilder, judge_all
 from preference.types import Comparison
@@ -71,12 +72,14 @@ class PairwiseBuilder(RLDatasetBuilder):
 
     prompts: PromptsBuilder = chz.field(doc="builder of the prompts")
     judge: JudgeBuilder = chz.field(doc="who judges: a saved model, an endpoint, a rule")
-    group_size: int = chz.field(default=4, doc="answers per prompt")
+    group_size: int = chz.field(default=4, validator=COUNT, doc="answers per prompt")
     matchup_pattern: Matchups = chz.field(
         default="all_pairs_both_ways", doc="all_pairs_both_ways, or one way with half the judgements"
     )
-    matchup_group_size: int = chz.field(default=4, doc="answers meet within chunks of this size (or a few more)")
-    format_coef: float = chz.field(default=1.0, doc="taken from the reward of an answer that was cut off by max_tokens")
+    matchup_group_size: int = chz.field(default=4, validator=COUNT, doc="answers meet within chunks of this size (or a few more)")
+    format_coef: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="taken from the reward of an answer that was cut off by max_tokens"
+    )
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         if min(self.group_size, self.matchup_group_size) < 2:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import chz
 import numpy as np
 
+from backend.ranges import NON_NEGATIVE
 from envs.completion_env import CompletionEnv, GoldReward, GroupDataset, Prompt, PromptsBuilder, completions
 from preference.reward_types import JudgeError, RewardModel, RewardModelBuilder
 from renderers.types import Renderer
@@ -43,8 +44,10 @@ class RewardModelEnvBuilder(RLDatasetBuilder):
 
     prompts: PromptsBuilder = chz.field(doc="builder of the prompts")
     reward_model: RewardModelBuilder = chz.field(doc="the model that scores")
-    format_coef: float = chz.field(default=1.0, doc="taken from the reward of an answer that was cut off by max_tokens")
-    coef: float = chz.field(default=1.0, doc="what the score is multiplied with")
+    format_coef: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="taken from the reward of an answer that was cut off by max_tokens"
+    )
+    coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="what the score is multiplied with")
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         model, gold = self.reward_model(renderer.tokenizer), self.prompts.gold()

@@ -39,6 +39,7 @@ from weakref import WeakKeyDictionary
 import chz
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, POSITIVE
 from envs.sandbox_filter import seccomp_filter
 from rl.types import RolloutError
 
@@ -58,13 +59,19 @@ class SandboxError(RolloutError):
 class SandboxLimits:
     """What one run of a program may use."""
 
-    cpu_seconds: int = chz.field(default=5, doc="CPU time of one process")
-    wall_seconds: float = chz.field(default=10.0, doc="time by the clock; it does not include waiting for a free place")
-    memory_mb: int = chz.field(default=512, doc="address space of one process")
-    processes: int = chz.field(default=16, doc="processes and threads at once")
-    file_mb: int = chz.field(default=16, doc="size of a file, and of all files together where namespaces are to be had")
-    open_files: int = chz.field(default=64, doc="open files of one process")
-    output_kb: int = chz.field(default=64, doc="standard output, and standard error; at one more byte the program is killed")
+    cpu_seconds: int = chz.field(default=5, validator=COUNT, doc="CPU time of one process")
+    wall_seconds: float = chz.field(
+        default=10.0, validator=POSITIVE, doc="time by the clock; it does not include waiting for a free place"
+    )
+    memory_mb: int = chz.field(default=512, validator=COUNT, doc="address space of one process")
+    processes: int = chz.field(default=16, validator=COUNT, doc="processes and threads at once")
+    file_mb: int = chz.field(
+        default=16, validator=COUNT, doc="size of a file, and of all files together where namespaces are to be had"
+    )
+    open_files: int = chz.field(default=64, validator=COUNT, doc="open files of one process")
+    output_kb: int = chz.field(
+        default=64, validator=COUNT, doc="standard output, and standard error; at one more byte the program is killed"
+    )
 
 
 @dataclass(frozen=True)

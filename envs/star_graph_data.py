@@ -14,6 +14,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import COUNT, NUMBER, SEED, WHOLE
 from backend.types import Datum, ModelInput
 from envs.star_graph import HeldOut, StarGraph, held_out, sample_graphs
 from envs.star_graph_files import graph_of_path, read_rows
@@ -36,11 +37,13 @@ def path_accuracy(paths_B_L: np.ndarray, gold_B_L: np.ndarray) -> dict[str, floa
 class StarGraphTask:
     """Which graphs, and which of them are held out: give the same to all builders."""
 
-    num_paths: int = chz.field(default=2, doc="arms of a graph, d")
-    path_length: int = chz.field(default=3, doc="nodes of an arm with the source, l")
-    num_nodes: int = chz.field(default=12, doc="labels a node may have, N")
-    num_test: int = chz.field(default=400, doc="held-out graphs")
-    test_seed: int = chz.field(default=0, doc="seed of the choice of held-out graphs; the same for all methods that are compared")
+    num_paths: int = chz.field(default=2, validator=COUNT, doc="arms of a graph, d")
+    path_length: int = chz.field(default=3, validator=COUNT, doc="nodes of an arm with the source, l")
+    num_nodes: int = chz.field(default=12, validator=COUNT, doc="labels a node may have, N")
+    num_test: int = chz.field(default=400, validator=WHOLE, doc="held-out graphs")
+    test_seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of the choice of held-out graphs; the same for all methods that are compared"
+    )
     path: str | None = chz.field(
         default=None,
         doc="training graphs from this file (.txt of an original, or .npy) instead of fresh ones; its name tells the size",
@@ -139,7 +142,7 @@ class StarGraphExamplesBuilder(StarGraphTask, SupervisedDatasetBuilder):
         default="forward",
         doc="'forward': source to goal; 'reversed': goal to source; 'teacherless': all nodes at once, behind dummies",
     )
-    n_batches: int = chz.field(default=1000, doc="batches of an epoch, where graphs are drawn")
+    n_batches: int = chz.field(default=1000, validator=COUNT, doc="batches of an epoch, where graphs are drawn")
 
     def __call__(self, renderer: Renderer) -> tuple[StarGraphExamples, StarGraphExamples]:
         rows_D_T, test = self.split()
@@ -220,8 +223,10 @@ class StarGraphDataset(RLDataset):
 class StarGraphBuilder(StarGraphTask, RLDatasetBuilder):
     """Graphs to practise on by reinforcement learning: reward 1 for the whole path. The held-out set is one attempt at each held-out graph."""
 
-    n_batches: int = chz.field(default=100, doc="batches of an epoch, where graphs are drawn")
-    wrong_reward: float = chz.field(default=0.0, doc="reward of a wrong path; -0.1 is that of Q#'s REINFORCE without baseline")
+    n_batches: int = chz.field(default=100, validator=COUNT, doc="batches of an epoch, where graphs are drawn")
+    wrong_reward: float = chz.field(
+        default=0.0, validator=NUMBER, doc="reward of a wrong path; -0.1 is that of Q#'s REINFORCE without baseline"
+    )
 
     def recommended_max_tokens(self) -> int:
         return 2 * self.path_length - 1  # with commas; whatever follows a path is not read

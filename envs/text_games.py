@@ -13,6 +13,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, SEED, WHOLE
 from backend.types import Datum
 from renderers.types import Message, Renderer
 from rl.message_env import MessageEnv, MessageEnvGroupBuilder, ParsePolicy
@@ -26,8 +27,10 @@ Task = Any  # whatever a game is made from: a number, a word, an expression; it 
 class TextGame:
     """Give the same values to both builders of a game."""
 
-    num_test: int = chz.field(default=100, doc="held-out tasks")
-    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out tasks; the same for warm start and RL")
+    num_test: int = chz.field(default=100, validator=WHOLE, doc="held-out tasks")
+    split_seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of the choice of held-out tasks; the same for warm start and RL"
+    )
 
     def tasks(self) -> Sequence[Task]:
         """All of them, always in the same order."""
@@ -80,7 +83,7 @@ class TextGameDataset(RLDataset):
 class TextGameBuilder(TextGame, RLDatasetBuilder):
     """A game to play by reinforcement learning. The held-out set are the held-out tasks, each once."""
 
-    n_batches: int = chz.field(default=100, doc="training batches")
+    n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
     parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="what becomes of responses that cannot be read")
     tag: str = chz.field(default="", doc="name under which metrics are logged too")
 
@@ -129,7 +132,7 @@ class TextGameExamples(SupervisedDataset):
 class TextGameExamplesBuilder(TextGame, SupervisedDatasetBuilder):
     """The same game to imitate. The held-out set are demonstrations of the tasks that TextGameBuilder holds out."""
 
-    n_batches: int = chz.field(default=30, doc="training batches per epoch")
+    n_batches: int = chz.field(default=30, validator=COUNT, doc="training batches per epoch")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train, test = self.split()

@@ -16,6 +16,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, NON_NEGATIVE, WHOLE
 from backend.types import ModelInput
 from envs.opponents import Opponent, Player, listed_moves
 from envs.textarena_game import Game
@@ -221,26 +222,31 @@ class TextArenaBuilder(RLDatasetBuilder):
     game: str = chz.field(
         default="TicTacToe-v0-train", doc="TextArena's name of the game; the ending says what a player is shown"
     )
-    num_players: int = chz.field(default=2, doc="1 plays alone")
+    num_players: int = chz.field(default=2, validator=COUNT, doc="1 plays alone")
     board_only: bool = chz.field(default=False, doc="show the rules and the last board, whatever the game's name ends with")
     opponent: Opponent | None = chz.field(default=None, doc="who has all the other seats; None with several players is self-play")
     test_opponent: Opponent | None = chz.field(default=None, doc="the same for the held-out games")
     group_size: int = chz.field(
-        default=2, doc="games of one seed per group, alone or against an opponent; in self-play so many seats: 2 in a game of two"
+        default=2,
+        validator=COUNT,
+        doc="games of one seed per group, alone or against an opponent; in self-play so many seats: 2 in a game of two",
     )
     random_opening: int = chz.field(
         default=0,
+        validator=WHOLE,
         doc="up to this many first moves of a training game are random: self-play then meets more than its favourite game",
     )
     illegal_move_penalty: float = chz.field(
-        default=0.0, doc="taken from the reward for each illegal move, beside what the game does"
+        default=0.0, validator=NON_NEGATIVE, doc="taken from the reward for each illegal move, beside what the game does"
     )
     error_allowance: int | None = chz.field(
-        default=None, doc="illegal moves in a row that a player may take back before it loses; None = the game's own"
+        default=None,
+        validator=WHOLE,
+        doc="illegal moves in a row that a player may take back before it loses; None = the game's own",
     )
-    n_batches: int = chz.field(default=100, doc="training batches")
-    num_test: int = chz.field(default=100, doc="held-out games; 0 = none")
-    max_tokens: int = chz.field(default=8, doc="most tokens a move needs")
+    n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
+    num_test: int = chz.field(default=100, validator=WHOLE, doc="held-out games; 0 = none")
+    max_tokens: int = chz.field(default=8, validator=COUNT, doc="most tokens a move needs")
 
     def recommended_max_tokens(self) -> int:
         return self.max_tokens

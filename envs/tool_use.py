@@ -18,6 +18,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError, CookbookError
+from backend.ranges import COUNT, WHOLE
 from envs.text_games import TextGame, TextGameBuilder, TextGameExamplesBuilder
 from renderers.types import Message
 from rl.message_env import MessageEnd, MessageEnv, MessageStep, ParseError
@@ -131,8 +132,10 @@ class CalculatorEnv(MessageEnv):
 class Calculator(TextGame):
     """Expressions with two operations, some in parentheses."""
 
-    num_digits: int = chz.field(default=2, doc="most digits of a number")
-    num_tasks: int = chz.field(default=5000, doc="expressions there are, held-out ones included; split_seed draws them")
+    num_digits: int = chz.field(default=2, validator=COUNT, doc="most digits of a number")
+    num_tasks: int = chz.field(
+        default=5000, validator=COUNT, doc="expressions there are, held-out ones included; split_seed draws them"
+    )
     prompt: str = chz.field(
         default="What is {expression}? Write calc: EXPRESSION to use the calculator, or answer: NUMBER.",
         doc="how an episode begins",
@@ -160,7 +163,9 @@ class Calculator(TextGame):
 class CalculatorBuilder(Calculator, TextGameBuilder):
     """Expressions to work out with a calculator by reinforcement learning."""
 
-    max_calls: int = chz.field(default=4, doc="calls of the calculator that are answered; one more ends the episode")
+    max_calls: int = chz.field(
+        default=4, validator=WHOLE, doc="calls of the calculator that are answered; one more ends the episode"
+    )
     tag: str = chz.field(default="tool_use", doc="name under which metrics are logged too")
 
     def recommended_max_tokens(self) -> int:

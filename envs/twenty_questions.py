@@ -16,6 +16,7 @@ from functools import partial
 import chz
 import numpy as np
 
+from backend.ranges import COUNT, NON_NEGATIVE, WHOLE
 from envs.text_games import TextGame, TextGameBuilder, TextGameExamplesBuilder
 from renderers.types import Message
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError, MessageCompleter
@@ -160,8 +161,8 @@ class TwentyQuestionsEnv(MessageEnv):
 class TwentyQuestions(TextGame):
     """Which things are asked for. A held-out thing is never the right one in training; a small table rewards to learn that by heart."""
 
-    num_test: int = chz.field(default=6, doc="held-out things")
-    max_questions: int = chz.field(default=20, doc="questions after which an episode is lost")
+    num_test: int = chz.field(default=6, validator=WHOLE, doc="held-out things")
+    max_questions: int = chz.field(default=20, validator=COUNT, doc="questions after which an episode is lost")
 
     def tasks(self) -> Sequence[str]:
         return list(THINGS)
@@ -183,7 +184,9 @@ class TwentyQuestions(TextGame):
 class TwentyQuestionsBuilder(TwentyQuestions, TextGameBuilder):
     """Things to find out by reinforcement learning."""
 
-    question_cost: float = chz.field(default=0.02, doc="taken off the reward for every question after the first")
+    question_cost: float = chz.field(
+        default=0.02, validator=NON_NEGATIVE, doc="taken off the reward for every question after the first"
+    )
     answerer: FrozenPolicy | None = chz.field(default=None, doc="a second policy that answers; None = the table does")
     tag: str = chz.field(default="twenty_questions", doc="name under which metrics are logged too")
 

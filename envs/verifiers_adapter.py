@@ -27,6 +27,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, POSITIVE, SEED, WHOLE
 from envs.problem_env import GraderError
 from renderers.types import Message, Renderer
 from rl.message_env import MessageEnv, MessageEnvGroupBuilder, MessageStep, ParsePolicy
@@ -192,10 +193,12 @@ class VerifiersBuilder(RLDatasetBuilder):
         doc="interpreter of the virtual environment in which verifiers and the taskset are installed",
     )
     taskset_config: str = chz.field(default="{}", doc="the taskset's configuration, as JSON")
-    num_tasks: int = chz.field(default=1000, doc="use only the first so many tasks")
-    num_test: int = chz.field(default=0, doc="so many of them, drawn by split_seed, are held out")
-    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out tasks")
-    scoring_seconds: float = chz.field(default=60.0, doc="most seconds for loading the tasks, or for scoring an answer")
+    num_tasks: int = chz.field(default=1000, validator=COUNT, doc="use only the first so many tasks")
+    num_test: int = chz.field(default=0, validator=WHOLE, doc="so many of them, drawn by split_seed, are held out")
+    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of held-out tasks")
+    scoring_seconds: float = chz.field(
+        default=60.0, validator=POSITIVE, doc="most seconds for loading the tasks, or for scoring an answer"
+    )
     parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="what becomes of an answer that ran into the token limit")
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:

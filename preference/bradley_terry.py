@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from backend.errors import ConfigError, ContextLengthError, DataError
 from backend.futures import APIFuture
+from backend.ranges import NON_NEGATIVE
 from backend.service_client import ServiceClient
 from backend.training_client import TrainingClient
 from backend.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
@@ -136,7 +137,9 @@ class BradleyTerry:
 class PreferencePairsBuilder(RewardExamplesBuilder):
     """Comparisons to train a scalar reward model on."""
 
-    margin_coef: float = chz.field(default=0.0, doc="the loss's margin, as a multiple of the data's own margin; 0 = no margins")
+    margin_coef: float = chz.field(
+        default=0.0, validator=NON_NEGATIVE, doc="the loss's margin, as a multiple of the data's own margin; 0 = no margins"
+    )
 
     def examples(self, renderer: Renderer, labeled_D: Sequence[LabeledComparison]) -> SupervisedDataset:
         decided_D = [labeled for labeled in labeled_D if labeled.label != "Tie"]
@@ -197,7 +200,7 @@ class ScalarBatchReward:
 class RewardModelReward(SavedModel, BatchRewardBuilder):
     """A saved scalar reward model as reward for any environment. It must have been trained with the policy's renderer."""
 
-    coef: float = chz.field(default=1.0, doc="weight of the model's reward beside the environment's own")
+    coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight of the model's reward beside the environment's own")
 
     async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
         client, own_renderer = self.open(ServiceClient.create_scalar_client_from_state, renderer.tokenizer, service)

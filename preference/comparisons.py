@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 import chz
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import COUNT, NON_NEGATIVE, SEED
 from preference import rows as shapes
 from preference.rows import ScoredSample
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
@@ -256,7 +257,7 @@ class RatedPairBuilder(PreferenceRowsBuilder):
     a_field: str = chz.field(default="response1", doc="field with the answer that a negative rating prefers")
     b_field: str = chz.field(default="response2", doc="field with the answer that a positive rating prefers")
     preference_field: str = chz.field(default="overall_preference", doc="field with the rating")
-    tie_within: float = chz.field(default=0.0, doc="ratings of at most this size are ties")
+    tie_within: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="ratings of at most this size are ties")
 
     def comparison(self, fields: Fields) -> LabeledComparison:
         return shapes.rated_pair(fields, self.prompt_field, (self.a_field, self.b_field), self.preference_field, self.tie_within)
@@ -270,9 +271,13 @@ class ScoredSamplesBuilder(PreferenceRowsBuilder):
     prompt_field: str = chz.field(default="prompt", doc="field with the prompt")
     completion_field: str = chz.field(default="completion", doc="field with the answer")
     score_field: str = chz.field(default="score", doc="field with its score: a number, or true for correct")
-    min_gap: float = chz.field(default=0.0, doc="least difference of the scores of a pair; equal scores never make one")
-    max_pairs: int | None = chz.field(default=None, doc="pairs of one prompt to keep, drawn by pair_seed; None = all")
-    pair_seed: int = chz.field(default=0, doc="seed of the choice under max_pairs")
+    min_gap: float = chz.field(
+        default=0.0, validator=NON_NEGATIVE, doc="least difference of the scores of a pair; equal scores never make one"
+    )
+    max_pairs: int | None = chz.field(
+        default=None, validator=COUNT, doc="pairs of one prompt to keep, drawn by pair_seed; None = all"
+    )
+    pair_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice under max_pairs")
 
     def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
         names = (self.prompt_field, self.completion_field, self.score_field)

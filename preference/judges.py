@@ -17,6 +17,7 @@ from itertools import count
 
 import chz
 
+from backend.ranges import COUNT, POSITIVE, WHOLE
 from preference.label_model import question
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, PreferenceModel
 from preference.types import Comparison
@@ -61,10 +62,12 @@ class EndpointJudgeBuilder(JudgeBuilder):
     model: str = chz.field(doc="the model's name there")
     api_key_variable: str | None = chz.field(default=None, doc="environment variable that holds the key, if one is needed")
     instruction: str = chz.field(default=INSTRUCTION, doc="what the judge is told before it sees prompt and answers")
-    max_tokens: int = chz.field(default=512, doc="most tokens of its answer")
-    timeout: float = chz.field(default=60.0, doc="seconds for one judgement")
-    retries: int = chz.field(default=2, doc="times a request that failed is sent again, after 1, 2, 4 ... seconds")
-    max_concurrent: int = chz.field(default=16, doc="requests under way at once")
+    max_tokens: int = chz.field(default=512, validator=COUNT, doc="most tokens of its answer")
+    timeout: float = chz.field(default=60.0, validator=POSITIVE, doc="seconds for one judgement")
+    retries: int = chz.field(
+        default=2, validator=WHOLE, doc="times a request that failed is sent again, after 1, 2, 4 ... seconds"
+    )
+    max_concurrent: int = chz.field(default=16, validator=COUNT, doc="requests under way at once")
 
     def __call__(self, tokenizer: Tokenizer) -> Judge:
         return EndpointJudge(self)

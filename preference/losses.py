@@ -11,7 +11,7 @@ import chz
 import torch
 from torch.nn.functional import logsigmoid
 
-from backend.errors import ConfigError
+from backend.ranges import NON_NEGATIVE, POSITIVE, Range
 
 Pairwise = tuple[torch.Tensor, torch.Tensor]  # of the chosen answers, of the rejected ones
 
@@ -41,7 +41,9 @@ class PairLogprobs:
 class PreferenceLoss:
     needs_reference = True  # a class constant: whether s_ref is read
 
-    beta: float = chz.field(default=0.1, doc="strength of the pull towards the reference: rewards are beta * (s - s_ref)")
+    beta: float = chz.field(
+        default=0.1, validator=POSITIVE, doc="strength of the pull towards the reference: rewards are beta * (s - s_ref)"
+    )
 
     def __call__(self, logprobs: PairLogprobs) -> torch.Tensor:
         """The loss of each pair."""
@@ -51,11 +53,6 @@ class PreferenceLoss:
         """The implicit rewards of the chosen and the rejected answers: a pair is judged rightly where the first is greater."""
         raise NotImplementedError
 
-    @chz.validate
-    def _beta_is_positive(self) -> None:
-        if not self.beta > 0:
-            raise ConfigError(f"beta={self.beta} must be above 0")
-
 
 @chz.chz
 class DPO(PreferenceLoss):
@@ -64,7 +61,9 @@ class DPO(PreferenceLoss):
     e > 0 is the conservative DPO of Mitchell 2023; length_normalised divides s and s_ref by |y| (Lambert et al. 2024, Tulu 3, section 5).
     """
 
-    label_smoothing: float = chz.field(default=0.0, doc="e, the share of labels taken to be wrong, below 0.5")
+    label_smoothing: float = chz.field(
+        default=0.0, validator=Range(0, 0.5, below=True), doc="e, the share of labels taken to be wrong, below 0.5"
+    )
     length_normalised: bool = chz.field(default=False, doc="logprobs per token instead of summed (then with a beta of 2 to 10)")
 
     def rewards(self, logprobs: PairLogprobs) -> Pairwise:
@@ -76,18 +75,15 @@ class DPO(PreferenceLoss):
         right_P, wrong_P = logsigmoid(chosen_P - rejected_P), logsigmoid(rejected_P - chosen_P)
         return -(1 - self.label_smoothing) * right_P - self.label_smoothing * wrong_P
 
-    @chz.validate
-    def _smoothing_leaves_a_preference(self) -> None:
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ConfigError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 0.5")
-
 
 @chz.chz
 class RPO(DPO):
     """DPO - a s_c: the likelihood of the chosen answer beside the preference. The sum over its tokens is that of the star-graph paper's
     code; nll_per_token, a s_c / |y_c|, is iterative RPO (Pang et al. 2024, equation 1)."""
 
-    nll_coef: float = chz.field(default=1.0, doc="a, the weight of the chosen answer's negative log-likelihood")
+    nll_coef: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="a, the weight of the chosen answer's negative log-likelihood"
+    )
     nll_per_token: bool = chz.field(default=False, doc="likelihood per token instead of summed")
 
     def __call__(self, logprobs: PairLogprobs) -> torch.Tensor:
@@ -116,8 +112,10 @@ class SimPO(PreferenceLoss):
 
     needs_reference = False
 
-    beta: float = chz.field(default=2.0, doc="scale of the reward, the logprob per token")
-    gamma: float = chz.field(default=1.0, doc="by how much the chosen answer's reward should be the greater one")
+    beta: float = chz.field(default=2.0, validator=POSITIVE, doc="scale of the reward, the logprob per token")
+    gamma: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="by how much the chosen answer's reward should be the greater one"
+    )
 
     def rewards(self, logprobs: PairLogprobs) -> Pairwise:
         chosen_P = self.beta * logprobs.policy_chosen_P / logprobs.chosen_tokens_P

@@ -19,6 +19,7 @@ import torch
 
 from backend.errors import ConfigError
 from backend.losses import Tensors
+from backend.ranges import NON_NEGATIVE, NUMBER
 from backend.service_client import ServiceClient
 from backend.training_client import TrainingClient
 from backend.types import Datum, ModelInput
@@ -101,7 +102,9 @@ class SavedPrm(SavedModel):
 
     form: StepFormat = chz.field(default_factory=StepFormat, doc="how solutions are written: as the model was trained")
     malformed_logit: float = chz.field(
-        default=MALFORMED_LOGIT, doc="score of the answer step of a solution that is cut off or lacks its answer"
+        default=MALFORMED_LOGIT,
+        validator=NUMBER,
+        doc="score of the answer step of a solution that is cut off or lacks its answer",
     )
 
     def load(self, tokenizer: Tokenizer, service: ServiceClient | None = None) -> ProcessRewardModel:
@@ -172,7 +175,7 @@ def _only_turn(transitions: Sequence[Transition]) -> Transition | None:
 class PrmReward(SavedPrm, BatchRewardBuilder):
     """A saved process reward model as a reward beside the environment's own. It must have been trained with the policy's renderer."""
 
-    coef: float = chz.field(default=0.2, doc="weight beside the environment's reward")
+    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight beside the environment's reward")
     aggregation: Aggregation = chz.field(default="min", doc="of the steps' scores to one number: min, product, last or mean")
     scale: Scale = chz.field(default="logit", doc="'logit' as B-STaR has it, unbounded; 'probability' is its sigmoid")
     per_step: bool = chz.field(default=False, doc="per-step advantages instead: the change of the probability over each step")

@@ -20,7 +20,8 @@ from typing import Any
 
 import chz
 
-from backend.errors import ConfigError, DataError
+from backend.errors import DataError
+from backend.ranges import COUNT, SEED, TEMPERATURE
 from backend.sampling_client import SamplingClient
 from backend.types import ModelInput, SamplingParams
 from preference.solutions import GradedProblem, Solution, grade
@@ -46,12 +47,16 @@ class StepRecord:
 class LabelConfig:
     """How steps are labelled."""
 
-    max_tokens: int = chz.field(doc="most tokens of a whole solution: a completion gets what the prefix leaves of them")
+    max_tokens: int = chz.field(
+        validator=COUNT, doc="most tokens of a whole solution: a completion gets what the prefix leaves of them"
+    )
     form: StepFormat = chz.field(default_factory=StepFormat, doc="how solutions are written")
-    num_completions: int = chz.field(default=8, doc="completions from the end of each step")
-    temperature: float = chz.field(default=1.0, doc="they are sampled at")
-    seed: int = chz.field(default=0, doc="of the completions")
-    chunk_size: int = chz.field(default=64, doc="solutions labelled by one engine call: a kill loses no more than these")
+    num_completions: int = chz.field(default=8, validator=COUNT, doc="completions from the end of each step")
+    temperature: float = chz.field(default=1.0, validator=TEMPERATURE, doc="they are sampled at")
+    seed: int = chz.field(default=0, validator=SEED, doc="of the completions")
+    chunk_size: int = chz.field(
+        default=64, validator=COUNT, doc="solutions labelled by one engine call: a kill loses no more than these"
+    )
 
 
 async def label_solutions(
@@ -62,8 +67,6 @@ async def label_solutions(
     Also counts: `labelled` now and `cached` before, `duplicate` solutions and `empty` ones (neither has a record), the other malformed ones by
     kind, and `failed` ones, whose verifier raised RolloutError: they get no record, and a restart tries them again.
     """
-    if config.num_completions < 1 or config.chunk_size < 1:
-        raise ConfigError(f"num_completions={config.num_completions} and chunk_size={config.chunk_size} must be at least 1")
     drop_torn_line(path)
     done = {line["id"]: StepRecord(**line) for line in read_jsonl(path)}
     counts = Counter(duplicate=0, empty=0, cached=0, labelled=0, failed=0)

@@ -17,6 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from backend.errors import ConfigError, DataError
 from backend.losses import Tensors
+from backend.ranges import COUNT, WHOLE
 from backend.types import Datum, ModelInput
 from preference.prm_labels import StepRecord, read_records
 from preference.steps import StepFormat, split_response
@@ -76,10 +77,14 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
 
     path: str = chz.field(doc="JSONL file to train on")
     test_path: str | None = chz.field(default=None, doc="held-out JSONL file of the same form")
-    test_size: int = chz.field(default=0, doc="questions held out from the training file, with all their solutions; 0 = none")
+    test_size: int = chz.field(
+        default=0, validator=WHOLE, doc="questions held out from the training file, with all their solutions; 0 = none"
+    )
     form: StepFormat = chz.field(default_factory=StepFormat, doc="how solutions are written")
     labels: Literal["hard", "soft"] = chz.field(default="hard", doc="soft = the share of completions that were right")
-    last_tokens: int | None = chz.field(default=None, doc="train on this many last tokens of each step; None = on all of them")
+    last_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="train on this many last tokens of each step; None = on all of them"
+    )
     until_first_error: bool = chz.field(
         default=False, doc="leave out what follows the first step labelled 0, as Lightman et al. 2023 do"
     )
@@ -89,8 +94,6 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         if self.train_on_what != TrainOnWhat.ALL_ASSISTANT_MESSAGES or self.reduction not in ("sum", "mean"):
             raise ConfigError("a process reward model trains on steps: leave train_on_what out, and reduction is 'sum' or 'mean'")
-        if self.last_tokens is not None and self.last_tokens < 1:
-            raise ConfigError(f"last_tokens={self.last_tokens}: at least 1, or None for all tokens of a step")
         train, test = read_records(self.path), read_records(self.test_path) if self.test_path else []
         if self.test_size:
             train, test = self._split(train, test)

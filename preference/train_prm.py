@@ -93,8 +93,8 @@ def first(marked_S: np.ndarray) -> int | None:
 
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. The model is LOG_PATH/checkpoints/final."""
-    if config.stop_at_nll is not None or config.num_epochs < 1:
-        raise ConfigError("num_epochs must be at least 1, and stop_at_nll is for language models: give max_steps")
+    if config.stop_at_nll is not None:
+        raise ConfigError("stop_at_nll is for language models: give max_steps")
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
     dataset, test_dataset = config.dataset(get_renderer(config.renderer_name, tokenizer))
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)

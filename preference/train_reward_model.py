@@ -43,8 +43,8 @@ class Config(train.Config):
 
 async def main(config: Config) -> train.Metrics:
     """Trains; returns the last metrics. The model is LOG_PATH/checkpoints/final."""
-    if config.stop_at_nll is not None or config.num_epochs < 1:
-        raise ConfigError("num_epochs must be at least 1, and stop_at_nll is for language models: give max_steps")
+    if config.stop_at_nll is not None:
+        raise ConfigError("stop_at_nll is for language models: give max_steps")
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
     renderer = get_renderer(config.renderer_name, tokenizer)
     train_D, test_D = config.dataset.load(renderer)

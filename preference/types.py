@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import chz
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import SEED, WHOLE
 from renderers.types import Message
 
 Label = Literal["A", "B", "Tie"]
@@ -63,8 +64,10 @@ class ComparisonDatasetBuilder:
     trained on `comparisons.randomly_swapped` or `comparisons.in_both_orders` of them.
     """
 
-    test_size: int = chz.field(default=0, doc="comparisons held out from the training data, whole prompts at a time; 0 = none")
-    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out prompts")
+    test_size: int = chz.field(
+        default=0, validator=WHOLE, doc="comparisons held out from the training data, whole prompts at a time; 0 = none"
+    )
+    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of held-out prompts")
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         raise ConfigError("no set of comparisons was chosen: give dataset=NAME or dataset=module:Class (--help lists the names)")

@@ -22,6 +22,7 @@ from pathlib import Path
 import chz
 
 from backend.learning_rate import LRSchedule
+from backend.ranges import LEARNING_RATE, NON_NEGATIVE, WHOLE
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from recipes.warm_start import warm_started
 from rl import train as rl_train
@@ -39,12 +40,12 @@ class Config(rl_train.Config):
         default_factory=lambda: ArithmeticBuilder(n_batches=500, batch_size=64, group_size=8), doc="builder of the environments"
     )
     warm_start_nll: float = chz.field(
-        default=0.3, doc="nats per token at which the warm start ends: some seeds get there twice as fast"
+        default=0.3, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends: some seeds get there twice as fast"
     )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
-    learning_rate: float = chz.field(default=3e-4, doc="of RL, at its first step")
+    learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
-    save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end")
+    save_every: int = chz.field(default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end")
     log_path: str = chz.field(default="runs/demo", doc="the run folder; the warm start's is beside it")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last demo's folder")
 

@@ -21,6 +21,7 @@ import asyncio
 
 import chz
 
+from backend.ranges import LEARNING_RATE, WHOLE
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from recipes.warm_start import warm_started
 from rl import train
@@ -36,11 +37,13 @@ class Config(train.Config):
         default_factory=lambda: ArithmeticBuilder(num_digits=2, batch_size=64, group_size=8, n_batches=60),
         doc="builder of the training and held-out environments",
     )
-    warm_start_steps: int = chz.field(default=240, doc="supervised steps before RL; 0, or load_checkpoint_path, does without")
+    warm_start_steps: int = chz.field(
+        default=240, validator=WHOLE, doc="supervised steps before RL; 0, or load_checkpoint_path, does without"
+    )
     renderer_name: str | None = chz.field(
         default="plain", doc="role_colon, chat_template or plain; None = what suits the tokenizer"
     )
-    learning_rate: float = chz.field(default=2e-4, doc="constant")
+    learning_rate: float = chz.field(default=2e-4, validator=LEARNING_RATE, doc="constant")
     log_path: str = chz.field(default="runs/rl_basic", doc="the run folder")
 
 

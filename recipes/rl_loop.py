@@ -37,6 +37,7 @@ import chz
 import numpy as np
 
 from backend.config import BackendConfig
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED, WHOLE
 from backend.sampling_client import SamplingClient
 from backend.service_client import ServiceClient
 from backend.types import AdamParams, Datum, ModelInput, SampledSequence, SamplingParams, TensorData
@@ -52,13 +53,15 @@ class Config:
 
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     load_checkpoint_path: str | None = chz.field(default=None, doc="start from these weights instead of a warm start")
-    warm_start_loss: float = chz.field(default=0.6, doc="nats per answer at which the warm start ends; some 200 steps for tiny")
-    steps: int = chz.field(default=60, doc="RL steps")
-    batch_size: int = chz.field(default=64, doc="problems per step (P)")
-    group_size: int = chz.field(default=8, doc="answers sampled per problem (G)")
-    learning_rate: float = chz.field(default=2e-4, doc="of RL, constant")
-    eval_every: int = chz.field(default=10, doc="steps between greedy tests on held-out sums")
-    seed: int = chz.field(default=0, doc="of the weights, the split, the batches and the sampling")
+    warm_start_loss: float = chz.field(
+        default=0.6, validator=NON_NEGATIVE, doc="nats per answer at which the warm start ends; some 200 steps for tiny"
+    )
+    steps: int = chz.field(default=60, validator=COUNT, doc="RL steps")
+    batch_size: int = chz.field(default=64, validator=COUNT, doc="problems per step (P)")
+    group_size: int = chz.field(default=8, validator=COUNT, doc="answers sampled per problem (G)")
+    learning_rate: float = chz.field(default=2e-4, validator=LEARNING_RATE, doc="of RL, constant")
+    eval_every: int = chz.field(default=10, validator=WHOLE, doc="steps between greedy tests on held-out sums")
+    seed: int = chz.field(default=0, validator=SEED, doc="of the weights, the split, the batches and the sampling")
     engine: Literal["auto", "vllm", "torch"] = chz.field(default="auto", doc="sampler; auto = vLLM where there is one")
 
 

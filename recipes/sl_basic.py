@@ -21,6 +21,7 @@ import asyncio
 
 import chz
 
+from backend.ranges import LEARNING_RATE, WHOLE
 from envs.arithmetic import ArithmeticExamplesBuilder
 from supervised import train
 from supervised.types import SupervisedDatasetBuilder
@@ -38,8 +39,10 @@ class Config(train.Config):
     renderer_name: str | None = chz.field(
         default="plain", doc="role_colon, chat_template or plain; None = what suits the tokenizer"
     )
-    learning_rate: float = chz.field(default=2e-3, doc="at the first step")
-    eval_every: int = chz.field(default=50, doc="held-out loss before every this many steps, and at the end; 0 = never")
+    learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="at the first step")
+    eval_every: int = chz.field(
+        default=50, validator=WHOLE, doc="held-out loss before every this many steps, and at the end; 0 = never"
+    )
     log_path: str = chz.field(default="runs/sl_basic", doc="the run folder")
 
 

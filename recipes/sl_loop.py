@@ -30,6 +30,7 @@ import chz
 import numpy as np
 
 from backend.config import BackendConfig
+from backend.ranges import COUNT, LEARNING_RATE, SEED, WHOLE
 from backend.service_client import ServiceClient
 from backend.types import AdamParams, Datum, ModelInput, SamplingParams, TensorData
 from tracking.command_line import run_command
@@ -42,11 +43,11 @@ class Config:
     """Supervised fine-tuning on two-digit addition, in one file."""
 
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
-    steps: int = chz.field(default=300, doc="optimizer steps")
-    batch_size: int = chz.field(default=128, doc="examples per step")
-    learning_rate: float = chz.field(default=2e-3, doc="at the first step; falls to 0 at the last")
-    eval_every: int = chz.field(default=50, doc="steps between held-out losses")
-    seed: int = chz.field(default=0, doc="of the weights, the split and the batches")
+    steps: int = chz.field(default=300, validator=COUNT, doc="optimizer steps")
+    batch_size: int = chz.field(default=128, validator=COUNT, doc="examples per step")
+    learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="at the first step; falls to 0 at the last")
+    eval_every: int = chz.field(default=50, validator=WHOLE, doc="steps between held-out losses")
+    seed: int = chz.field(default=0, validator=SEED, doc="of the weights, the split and the batches")
     engine: Literal["auto", "vllm", "torch"] = chz.field(
         default="auto", doc="sampler of the final test; auto = vLLM where there is one"
     )

@@ -6,6 +6,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, POSITIVE
 
 
 @chz.chz
@@ -38,7 +39,7 @@ class GroupMean(AdvantageEstimator):
 class GroupMeanStd(AdvantageEstimator):
     """(R - mean(R)) / (std(R) + eps), GRPO: Shao et al. 2024, section 4.1. The std is the population's (ddof 0)."""
 
-    eps: float = chz.field(default=1e-6, doc="added to the standard deviation")
+    eps: float = chz.field(default=1e-6, validator=POSITIVE, doc="added to the standard deviation")
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         return (rewards_G - rewards_G.mean()) / (rewards_G.std() + self.eps)
@@ -64,7 +65,7 @@ class SeatMean(AdvantageEstimator):
     running mean of each role; here the group's own games give that of the role in this very position.
     """
 
-    num_seats: int = chz.field(default=2, doc="players of the game")
+    num_seats: int = chz.field(default=2, validator=COUNT, doc="players of the game")
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         rewards_GS = rewards_G.reshape(-1, self.num_seats)

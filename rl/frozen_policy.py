@@ -12,6 +12,7 @@ import numpy as np
 
 from backend.config import BackendConfig
 from backend.errors import ConfigError, CookbookError
+from backend.ranges import COUNT, SEED, TEMPERATURE
 from backend.sampling_client import SamplingClient
 from backend.service_client import ServiceClient
 from backend.types import SamplingParams
@@ -57,9 +58,9 @@ class FrozenPolicy:
     model_path: str | None = chz.field(default=None, doc="folder of a saved policy or checkpoint")
     base_model: str | None = chz.field(default=None, doc="a preset or a Hugging Face hub name")
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
-    max_tokens: int = chz.field(default=64, doc="most tokens of a reply")
-    temperature: float = chz.field(default=0.0, doc="0 is greedy")
-    seed: int = chz.field(default=0, doc="seed of its sampling, and of a preset's weights")
+    max_tokens: int = chz.field(default=64, validator=COUNT, doc="most tokens of a reply")
+    temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="0 is greedy")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of its sampling, and of a preset's weights")
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how it is sampled from; its engine takes memory, too")
 
     @chz.validate

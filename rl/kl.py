@@ -16,6 +16,7 @@ import numpy as np
 
 from backend.checkpoint_files import ADAPTER_CONFIG_FILE, STATE_FILE, is_adapter, read_json, state_file
 from backend.errors import ConfigError
+from backend.ranges import NON_NEGATIVE, SHARE
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.training_client import TrainingClient
@@ -27,9 +28,13 @@ from rl.types import Metrics, TrajectoryGroup
 
 @chz.chz
 class KLPenalty:
-    coef: float = chz.field(default=0.0, doc="weight of the penalty; 0 = none, and no reference is loaded")
+    coef: float = chz.field(
+        default=0.0, validator=NON_NEGATIVE, doc="weight of the penalty; 0 = none, and no reference is loaded"
+    )
     where: Literal["advantage", "reward"] = chz.field(default="advantage", doc="of each token, or summed into the reward")
-    discount: float = chz.field(default=0.0, doc="where=advantage: a token also pays for later ones, this much less per token")
+    discount: float = chz.field(
+        default=0.0, validator=SHARE, doc="where=advantage: a token also pays for later ones, this much less per token"
+    )
     reference_path: str | None = chz.field(
         default=None,
         munger=lambda _, path: path and str(Path(path).expanduser()),

@@ -19,6 +19,7 @@ import numpy as np
 
 from backend.errors import ConfigError
 from backend.loss_terms import LossTerm
+from backend.ranges import LARGEST, NON_NEGATIVE, Range
 from backend.service_client import ServiceClient
 from backend.training_client import TrainingClient
 from backend.types import Datum, ForwardBackwardOutput, ModelInput
@@ -115,13 +116,13 @@ def _parts(group: TrajectoryGroup, g: int) -> tuple[list[int], list[int], bool]:
 class LikelihoodRewardBuilder(BatchRewardBuilder):
     """log p(gold answer | question, rationale) as reward."""
 
-    likelihood_coef: float = chz.field(default=1.0, doc="weight of the answers' cross-entropy; 1 = true gradient, 0 = none")
+    likelihood_coef: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="weight of the answers' cross-entropy; 1 = true gradient, 0 = none"
+    )
     non_stop_penalty: bool = chz.field(default=True, doc="rationales that never stop get penalty_reward_value * the mean reward")
-    penalty_reward_value: float = chz.field(default=2.0, doc="multiplies the mean reward, which is negative")
+    penalty_reward_value: float = chz.field(
+        default=2.0, validator=Range(1, LARGEST), doc="multiplies the mean reward, which is negative"
+    )
 
     async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
-        if self.likelihood_coef < 0 or self.penalty_reward_value < 1:
-            raise ConfigError(
-                "likelihood_coef must be at least 0, and penalty_reward_value at least 1 (below, it would be a reward)"
-            )
         return LikelihoodReward(training_client, self)

@@ -13,6 +13,7 @@ from typing import Literal
 import chz
 
 from backend.errors import CookbookError
+from backend.ranges import NUMBER, WHOLE
 from backend.types import ModelInput
 from renderers.turns import decode, encode
 from renderers.types import Message, Renderer, TrainOnWhat
@@ -40,8 +41,12 @@ class ParseError(CookbookError):
 class ParsePolicy:
     """What becomes of a response that ran into the token limit, or that the environment cannot read."""
 
-    failed_parse_reward: float = chz.field(default=-1.0, doc="reward of the unreadable response that ends an episode")
-    retries: int = chz.field(default=0, doc="unreadable responses of an episode that are answered with what was expected instead")
+    failed_parse_reward: float = chz.field(
+        default=-1.0, validator=NUMBER, doc="reward of the unreadable response that ends an episode"
+    )
+    retries: int = chz.field(
+        default=0, validator=WHOLE, doc="unreadable responses of an episode that are answered with what was expected instead"
+    )
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Literal
 import chz
 import numpy as np
 
+from backend.ranges import NON_NEGATIVE
 from backend.training_client import TrainingClient
 from backend.types import Datum, TensorData
 from rl.metrics import compute_sampling_metrics
@@ -23,8 +24,8 @@ class MismatchCorrection:
     mode: Literal["none", "truncate", "mask"] = chz.field(
         default="none", doc="what becomes of tokens whose weight is off; see mismatch.py"
     )
-    low: float = chz.field(default=0.5, doc="mask: smallest weight that is kept")
-    high: float = chz.field(default=2.0, doc="largest weight")
+    low: float = chz.field(default=0.5, validator=NON_NEGATIVE, doc="mask: smallest weight that is kept")
+    high: float = chz.field(default=2.0, validator=NON_NEGATIVE, doc="largest weight")
 
 
 async def correct_mismatch(client: TrainingClient, data_D: list[Datum], correction: MismatchCorrection) -> Metrics:

@@ -23,6 +23,7 @@ from typing import Literal
 import chz
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, WHOLE
 from backend.sampling_client import SamplingClient
 from backend.tokenizers import load_tokenizer
 from backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
@@ -44,12 +45,18 @@ class Config:
 
     env: RLDatasetBuilder = chz.field(default_factory=ArithmeticBuilder, doc="builder of the environments")
     split: Literal["train", "test"] = chz.field(default="train", doc="training or held-out problems")
-    batch: int = chz.field(default=0, doc="batch of the dataset to begin with")
-    episodes: int | None = chz.field(default=None, doc="end after so many problems or games; None = until the end of the input")
+    batch: int = chz.field(default=0, validator=WHOLE, doc="batch of the dataset to begin with")
+    episodes: int | None = chz.field(
+        default=None, validator=COUNT, doc="end after so many problems or games; None = until the end of the input"
+    )
     model_name: str = chz.field(default="tiny", doc="whose tokenizer and context")
-    max_length: int | None = chz.field(default=None, doc="context in tokens; None = the model's own, at most 4096")
+    max_length: int | None = chz.field(
+        default=None, validator=COUNT, doc="context in tokens; None = the model's own, at most 4096"
+    )
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
-    max_tokens: int | None = chz.field(default=None, doc="most tokens per turn; None = what the environment recommends")
+    max_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="most tokens per turn; None = what the environment recommends"
+    )
     limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="when an episode is cut short")
 
 
@@ -62,6 +69,7 @@ class Person(SamplingClient):
 
     def __init__(self, tokenizer: Tokenizer, seat: str):
         self._tokenizer, self.max_length, self.seat = tokenizer, tokenizer.model_max_length, seat
+        self._vocabulary = len(tokenizer)
         self.seen: list[int] = []  # the last prompt and the answer to it
 
     async def sample_async(

@@ -19,6 +19,7 @@ import chz
 import numpy as np
 
 from backend.errors import ContextLengthError, DataError
+from backend.ranges import COUNT, POSITIVE, SHARE, WHOLE
 from backend.sampling_client import SamplingClient
 from backend.types import SamplingParams
 from rl import step_checks
@@ -50,16 +51,27 @@ RETRY = 1 << 16  # in a seed: keeps the attempts of a member apart from the memb
 class RolloutLimits:
     """When an episode is ended, retried or given up."""
 
-    max_turns: int | None = chz.field(default=None, doc="ends the episode after this many turns")
-    max_trajectory_tokens: int | None = chz.field(default=None, doc="ends it when prompt and turns together reach this")
-    max_sampled_tokens: int | None = chz.field(default=None, doc="ends it when the sampled tokens of all its turns reach this")
-    rollout_seconds: float | None = chz.field(default=None, doc="ends it after the turn in which this time is reached")
-    env_seconds: float = chz.field(default=300.0, doc="one call of an environment that takes longer is a failure")
-    sampling_seconds: float = chz.field(default=1800.0, doc="one sampled turn that takes longer is a failure")
-    max_retries: int = chz.field(default=1, doc="times a failed rollout is tried again, before it leaves its group")
-    min_group_size: int = chz.field(default=1, doc="a group with fewer members left is not trained on")
+    max_turns: int | None = chz.field(default=None, validator=COUNT, doc="ends the episode after this many turns")
+    max_trajectory_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="ends it when prompt and turns together reach this"
+    )
+    max_sampled_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="ends it when the sampled tokens of all its turns reach this"
+    )
+    rollout_seconds: float | None = chz.field(
+        default=None, validator=POSITIVE, doc="ends it after the turn in which this time is reached"
+    )
+    env_seconds: float = chz.field(
+        default=300.0, validator=POSITIVE, doc="one call of an environment that takes longer is a failure"
+    )
+    sampling_seconds: float = chz.field(default=1800.0, validator=POSITIVE, doc="one sampled turn that takes longer is a failure")
+    max_retries: int = chz.field(
+        default=1, validator=WHOLE, doc="times a failed rollout is tried again, before it leaves its group"
+    )
+    min_group_size: int = chz.field(default=1, validator=COUNT, doc="a group with fewer members left is not trained on")
     max_failed_fraction: float = chz.field(
         default=0.5,
+        validator=SHARE,
         doc="a step that loses a larger part of its rollouts stops the run with the first error: the fault is not chance",
     )
 

@@ -30,6 +30,7 @@ from backend.errors import ConfigError, DataError, NonFiniteError
 from backend.learning_rate import LRSchedule, lr_multiplier
 from backend.losses import LossFn
 from backend.models import PRESETS
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SAMPLING_TEMPERATURE, SEED, TEMPERATURE, WHOLE
 from backend.sampling_client import SamplingClient
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
@@ -65,19 +66,29 @@ class Config:
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint (fresh optimizer)")
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
-    lora_rank: int = chz.field(default=0, doc="rank of a LoRA adapter; 0 trains all weights")
-    seed: int = chz.field(default=0, doc="seed of a preset's weights, of the adapter and of sampling (the data's is env.seed)")
+    lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
+    seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of a preset's weights, of the adapter and of sampling (the data's is env.seed)"
+    )
 
-    max_tokens: int | None = chz.field(default=None, doc="most tokens sampled per turn; None = what the environment recommends")
-    temperature: float = chz.field(default=1.0, doc="sampling temperature of rollouts; training uses the same distribution")
+    max_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="most tokens sampled per turn; None = what the environment recommends"
+    )
+    temperature: float = chz.field(
+        default=1.0, validator=SAMPLING_TEMPERATURE, doc="sampling temperature of rollouts; training uses the same distribution"
+    )
     limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="when a rollout is ended, retried or given up")
     max_steps_off_policy: int = chz.field(
-        default=0, doc="asynchronous training: batches are sampled up to this many steps ahead; 0 = synchronous"
+        default=0, validator=WHOLE, doc="asynchronous training: batches are sampled up to this many steps ahead; 0 = synchronous"
     )
     num_minibatches: int = chz.field(
-        default=1, doc="streaming: training starts on each such part of a batch as soon as so many groups are finished"
+        default=1,
+        validator=COUNT,
+        doc="streaming: training starts on each such part of a batch as soon as so many groups are finished",
     )
-    concurrent_rollouts: int | None = chz.field(default=None, doc="rollouts under way at once; None = all that may have begun")
+    concurrent_rollouts: int | None = chz.field(
+        default=None, validator=COUNT, doc="rollouts under way at once; None = all that may have begun"
+    )
 
     batch_reward: BatchRewardBuilder | None = chz.field(default=None, doc="rewards that need a model, for a whole batch at once")
     advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
@@ -94,29 +105,39 @@ class Config:
     mismatch: MismatchCorrection = chz.field(
         default_factory=MismatchCorrection, doc="weights for a sampler that differs from the trained policy"
     )
-    num_substeps: int = chz.field(default=1, doc="optimizer steps a batch is cut into; more than 1 is slightly off-policy")
+    num_substeps: int = chz.field(
+        default=1, validator=COUNT, doc="optimizer steps a batch is cut into; more than 1 is slightly off-policy"
+    )
     learning_rate: float = chz.field(
-        default=1e-4, doc="at the first step; full training of big models wants 1e-6 to 1e-5, LoRA ten times that"
+        default=1e-4,
+        validator=LEARNING_RATE,
+        doc="at the first step; full training of big models wants 1e-6 to 1e-5, LoRA ten times that",
     )
     lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
-    weight_decay: float = chz.field(default=0.0, doc="AdamW's, decoupled")
-    grad_clip_norm: float = chz.field(default=0.0, doc="0 = no clipping")
-    num_epochs: int = chz.field(default=1, doc="passes over the dataset")
-    max_steps: int | None = chz.field(default=None, doc="total number of steps, if less than the epochs give")
+    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
+    grad_clip_norm: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="0 = no clipping")
+    num_epochs: int = chz.field(default=1, validator=COUNT, doc="passes over the dataset")
+    max_steps: int | None = chz.field(default=None, validator=COUNT, doc="total number of steps, if less than the epochs give")
 
-    eval_every: int = chz.field(default=20, doc="evaluate before every this many steps, and at the end; 0 = never")
-    eval_temperature: float = chz.field(default=0.0, doc="0 is greedy")
-    eval_samples: int = chz.field(
-        default=0, doc="also sample each held-out problem this often at temperature 1, for pass@k, maj@k and best@k; 0 = no"
+    eval_every: int = chz.field(
+        default=20, validator=WHOLE, doc="evaluate before every this many steps, and at the end; 0 = never"
     )
-    save_every: int = chz.field(default=20, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
+    eval_temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="0 is greedy")
+    eval_samples: int = chz.field(
+        default=0,
+        validator=WHOLE,
+        doc="also sample each held-out problem this often at temperature 1, for pass@k, maj@k and best@k; 0 = no",
+    )
+    save_every: int = chz.field(
+        default=20, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
+    )
     keep_checkpoints: int | None = chz.field(
-        default=None, doc="delete older checkpoints than the last this many; None = keep all"
+        default=None, validator=COUNT, doc="delete older checkpoints than the last this many; None = keep all"
     )
     transcript_every: int = chz.field(
-        default=10, doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation"
+        default=10, validator=WHOLE, doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation"
     )
-    num_groups_to_log: int = chz.field(default=4, doc="groups per transcript")
+    num_groups_to_log: int = chz.field(default=4, validator=WHOLE, doc="groups per transcript")
     log_path: str = chz.field(default="runs/rl", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
     wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")

@@ -14,6 +14,7 @@ import asyncio
 
 import chz
 
+from backend.ranges import COUNT
 from envs.arithmetic import ArithmeticBuilder
 from rl import train
 from rl.algorithms import ALGORITHMS
@@ -51,8 +52,8 @@ class CLIConfig(train.Config):
 
     env: RLDatasetBuilder = chz.field(default_factory=ArithmeticBuilder, doc="builder of the training and held-out environments")
     algorithm: str | None = chz.field(default=None, doc="sets several options at once, see below; None = importance_sampling")
-    group_size: int | None = chz.field(default=None, doc="short for env.group_size: rollouts per problem")
-    groups_per_batch: int | None = chz.field(default=None, doc="short for env.batch_size: problems per step")
+    group_size: int | None = chz.field(default=None, validator=COUNT, doc="short for env.group_size: rollouts per problem")
+    groups_per_batch: int | None = chz.field(default=None, validator=COUNT, doc="short for env.batch_size: problems per step")
 
     def resolved(self) -> "CLIConfig":
         """With the two short options written into `env`."""

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import chz
 
 from backend.errors import CookbookError
+from backend.ranges import COUNT, SEED
 from backend.service_client import ServiceClient
 from backend.training_client import TrainingClient
 from backend.types import Datum, ModelInput, StopReason
@@ -200,9 +201,9 @@ class RLDataset(ABC):
 class RLDatasetBuilder:
     """Configuration that builds the training set and, where there is one, the held-out set."""
 
-    batch_size: int = chz.field(default=64, doc="groups (problems) per batch")
-    group_size: int = chz.field(default=8, doc="rollouts per group: they share one problem and one baseline")
-    seed: int = chz.field(default=0, doc="seed of the data: which problems, in which order")
+    batch_size: int = chz.field(default=64, validator=COUNT, doc="groups (problems) per batch")
+    group_size: int = chz.field(default=8, validator=COUNT, doc="rollouts per group: they share one problem and one baseline")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the data: which problems, in which order")
 
     def recommended_max_tokens(self) -> int:
         """Most tokens a turn needs, for runs that do not say."""

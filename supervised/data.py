@@ -12,6 +12,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import POSITIVE, WHOLE
 from backend.types import Datum, ModelInput, TensorData
 from renderers.types import Message, Renderer, TrainOnWhat
 from supervised.rows import Fields, Row, conversation, exchange, read_rows
@@ -107,7 +108,9 @@ class MixtureDataset(SupervisedDatasetFromExamples):
 class ChatDatasetBuilder(SupervisedDatasetBuilder):
     """What all datasets of conversations share: split, rendering, length limit. Subclasses say where rows come from."""
 
-    test_size: int = chz.field(default=0, doc="examples held out from the training data, drawn by seed; 0 = none")
+    test_size: int = chz.field(
+        default=0, validator=WHOLE, doc="examples held out from the training data, drawn by seed; 0 = none"
+    )
     overlong: Literal["drop", "truncate", "raise"] = chz.field(
         default="drop", doc="examples longer than max_length are dropped, cut at the right, or an error; the count is printed"
     )
@@ -241,13 +244,13 @@ class MixtureBuilder(SupervisedDatasetBuilder):
     """Several datasets in one. Its own batch_size, max_length, train_on_what, reduction and seed hold for all of them."""
 
     builders: list[SupervisedDatasetBuilder] = chz.field(doc="the datasets: builders.0=..., builders.0.path=..., and so on")
-    weights: list[float] | None = chz.field(default=None, doc="share of each dataset in a batch; None = by size")
+    weights: list[float] | None = chz.field(
+        default=None, validator=POSITIVE, doc="share of each dataset in a batch; None = by size"
+    )
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         if not self.builders or (self.weights is not None and len(self.weights) != len(self.builders)):
             raise ConfigError(f"a mixture of {len(self.builders)} builders with weights {self.weights}: give one weight for each")
-        if self.weights is not None and min(self.weights) <= 0:
-            raise ConfigError(f"weights={self.weights}: each must be above 0; leave a dataset out instead")
         train, test = zip(*(self._examples(i, builder, renderer) for i, builder in enumerate(self.builders)), strict=True)
         dataset = MixtureDataset(train, self.weights or [len(source) for source in train], self.batch_size, self.seed)
         return dataset, _held_out([datum for source in test for datum in source], self.batch_size)

@@ -16,6 +16,7 @@ from backend.config import BackendConfig
 from backend.errors import ConfigError, NonFiniteError
 from backend.futures import APIFuture
 from backend.learning_rate import LRSchedule, lr_multiplier
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED, WHOLE
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.training_client import TrainingClient
@@ -63,23 +64,31 @@ class Config:
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint (fresh optimizer)")
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
-    lora_rank: int = chz.field(default=0, doc="rank of a LoRA adapter; 0 trains all weights")
-    seed: int = chz.field(default=0, doc="seed of a preset's weights and of the adapter (the data's is dataset.seed)")
-
-    learning_rate: float = chz.field(default=1e-4, doc="at the first step")
-    lr_schedule: LRSchedule = chz.field(default="linear", doc="how the learning rate falls to the last step")
-    weight_decay: float = chz.field(default=0.0, doc="AdamW's, decoupled")
-    grad_clip_norm: float = chz.field(default=0.0, doc="0 = no clipping")
-    num_epochs: int = chz.field(default=1, doc="passes over the dataset")
-    max_steps: int | None = chz.field(default=None, doc="total number of steps, if less than the epochs give")
-    stop_at_nll: float | None = chz.field(
-        default=None, doc="end once a batch's train_mean_nll, a mean over tokens, is below this (with a constant lr_schedule)"
+    lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
+    seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of a preset's weights and of the adapter (the data's is dataset.seed)"
     )
 
-    eval_every: int = chz.field(default=20, doc="held-out loss before every this many steps, and at the end; 0 = never")
-    save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
+    learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="at the first step")
+    lr_schedule: LRSchedule = chz.field(default="linear", doc="how the learning rate falls to the last step")
+    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
+    grad_clip_norm: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="0 = no clipping")
+    num_epochs: int = chz.field(default=1, validator=COUNT, doc="passes over the dataset")
+    max_steps: int | None = chz.field(default=None, validator=COUNT, doc="total number of steps, if less than the epochs give")
+    stop_at_nll: float | None = chz.field(
+        default=None,
+        validator=NON_NEGATIVE,
+        doc="end once a batch's train_mean_nll, a mean over tokens, is below this (with a constant lr_schedule)",
+    )
+
+    eval_every: int = chz.field(
+        default=20, validator=WHOLE, doc="held-out loss before every this many steps, and at the end; 0 = never"
+    )
+    save_every: int = chz.field(
+        default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
+    )
     keep_checkpoints: int | None = chz.field(
-        default=None, doc="delete older checkpoints than the last this many; None = keep all"
+        default=None, validator=COUNT, doc="delete older checkpoints than the last this many; None = keep all"
     )
     log_path: str = chz.field(default="runs/sft", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")

@@ -14,6 +14,7 @@ import asyncio
 
 import chz
 
+from backend.ranges import COUNT
 from envs.arithmetic import ArithmeticExamplesBuilder
 from supervised import train
 from supervised.types import SupervisedDatasetBuilder
@@ -38,7 +39,7 @@ class CLIConfig(train.Config):
     dataset: SupervisedDatasetBuilder = chz.field(
         default_factory=ArithmeticExamplesBuilder, doc="builder of the training and held-out data"
     )
-    batch_size: int | None = chz.field(default=None, doc="short for dataset.batch_size: examples per step")
+    batch_size: int | None = chz.field(default=None, validator=COUNT, doc="short for dataset.batch_size: examples per step")
 
     def resolved(self) -> "CLIConfig":
         """With the short option written into `dataset`."""

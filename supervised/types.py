@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 
 import chz
 
+from backend.ranges import COUNT, SEED
 from backend.types import Datum
 from renderers.types import Renderer, TrainOnWhat
 
@@ -27,11 +28,11 @@ class SupervisedDataset(ABC):
 class SupervisedDatasetBuilder:
     """Configuration that builds the training set and, where there is one, the held-out set."""
 
-    batch_size: int = chz.field(default=128, doc="examples per optimizer step")
-    max_length: int | None = chz.field(default=None, doc="most tokens per example; None = the model's context")
+    batch_size: int = chz.field(default=128, validator=COUNT, doc="examples per optimizer step")
+    max_length: int | None = chz.field(default=None, validator=COUNT, doc="most tokens per example; None = the model's context")
     train_on_what: TrainOnWhat = chz.field(default=TrainOnWhat.ALL_ASSISTANT_MESSAGES, doc="which tokens carry loss")
     reduction: str = chz.field(default="mean", doc="'mean': each example weighs the same; 'sum': each token does")
-    seed: int = chz.field(default=0, doc="seed of the shuffle and of the train/test split")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the shuffle and of the train/test split")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         raise NotImplementedError

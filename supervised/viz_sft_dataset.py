@@ -15,6 +15,7 @@ import chz
 from rich.console import Console
 from rich.text import Text
 
+from backend.ranges import COUNT
 from backend.tokenizers import load_tokenizer
 from backend.types import Datum
 from envs.arithmetic import ArithmeticExamplesBuilder
@@ -33,7 +34,7 @@ class Config:
     dataset: SupervisedDatasetBuilder = chz.field(default_factory=ArithmeticExamplesBuilder, doc="builder of the dataset")
     model_name: str = chz.field(default="tiny", doc="whose tokenizer: a preset, a local folder or a hub name")
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = the model's own")
-    num_examples: int = chz.field(default=5, doc="examples to print")
+    num_examples: int = chz.field(default=5, validator=COUNT, doc="examples to print")
 
 
 def colored_example(datum: Datum, tokenizer: Tokenizer) -> Text:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
+import chz
 from chz.blueprint import Castable
 from chz.tiepin import type_repr
 from chz.util import MISSING
+
+from backend.ranges import Range
 
 Row = tuple[str, str, str, str]  # option, type, value it would have, doc
 
@@ -17,12 +20,15 @@ Row = tuple[str, str, str, str]  # option, type, value it would have, doc
 def help_text(
     title: str, parameters: Mapping[str, Any], values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]
 ) -> str:
-    """The page. `parameters` are chz's, by dotted path; `values` are the settings that differ from their defaults."""
+    """The page. `parameters` are chz's, by dotted path; `values` are the settings that differ from their defaults, and the classes of
+    the objects; "" is the configuration's own."""
     objects = ["", *(path for path in parameters if path in names or any(other.startswith(f"{path}.") for other in parameters))]
     rows: dict[str, list[Row]] = {parent: [] for parent in objects}
     for path, parameter in parameters.items():
         if path not in objects:
-            row = (path, type_text(parameter.type), _value_text(path, values, parameter), parameter.doc)
+            number, bar, rest = type_text(parameter.type).partition(" |")
+            kind = f"{number}{_range_text(path, values)}{bar}{rest}"
+            row = (path, kind, _value_text(path, values, parameter), parameter.doc)
             rows[path.rpartition(".")[0]].append(row)
     widths = [min(38, max(len(row[column]) for part in rows.values() for row in part)) for column in range(3)]
     lines = [title, "", "Options are written key=value. Name, type, value if not given:", ""]
@@ -47,6 +53,13 @@ def presets_text(presets: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
                 text, 126, initial_indent=f"  {name.ljust(width)}  ", subsequent_indent=" " * (width + 4), break_on_hyphens=False
             )
     return "\n".join(lines)
+
+
+def _range_text(path: str, values: Mapping[str, Any]) -> str:
+    parent, _, name = path.rpartition(".")
+    owner = values.get(parent)
+    field = chz.chz_fields(owner).get(name) if owner is not None and chz.is_chz(owner) else None
+    return next((f" {check.text}" for check in (field._validator if field else ()) if isinstance(check, Range)), "")
 
 
 def _value_text(path: str, values: Mapping[str, Any], parameter: Any) -> str:

@@ -21,6 +21,7 @@ from chz.factories import MetaFromString
 from chz.tiepin import CastError, type_repr
 
 from backend.errors import ConfigError, CookbookError
+from backend.ranges import RangeError
 from tracking.command_help import help_text, presets_text, type_text
 
 Config = TypeVar("Config")
@@ -75,6 +76,9 @@ def parse(
     blueprint.apply({key: Castable(value) for key, value in given.items()})
     try:
         return blueprint.make()
+    except RangeError as error:
+        option = next((key for key in given if key.rpartition(".")[2] == error.name), error.name)
+        raise ConfigError(f"{option}={error.value!r} must be {error.needs}") from None
     except CookbookError:
         raise
     except (EntrypointException, TypeError, ValueError) as error:  # a missing option, or a validator of the config
@@ -143,7 +147,7 @@ def _help(config_class: type, blueprint: Blueprint[Any], given: Mapping[str, str
     values = dict(blueprint._arg_map._layers[0]._args)
     values |= {path: Castable(value) for key, value in given.items() for path in _matches(key, parameters)}
     title = (config_class.__doc__ or config_class.__name__).strip().split("\n")[0]
-    return help_text(title, parameters, values, short_names)
+    return help_text(title, parameters, {"": config_class, **values}, short_names)
 
 
 def _object_settings(of: Any, prefix: str = "") -> dict[str, Any]:

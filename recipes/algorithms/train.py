@@ -19,6 +19,7 @@ import chz
 
 from backend.config import BackendConfig
 from backend.errors import ConfigError
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from rl import train
 from rl.algorithms import ALGORITHMS
@@ -34,10 +35,10 @@ class Config:
     """Every algorithm preset on two-digit addition, from one warm start."""
 
     algorithms: str = chz.field(default=",".join(ALGORITHMS), doc="presets to run, by comma")
-    warm_start_nll: float = chz.field(default=0.3, doc="nats per token at which the warm start ends")
-    num_steps: int = chz.field(default=500, doc="steps of RL, 64 problems by 8 rollouts each")
-    learning_rate: float = chz.field(default=3e-4, doc="of RL, at the first step; it falls to 0")
-    seed: int = chz.field(default=0, doc="of the weights, the data and the sampling")
+    warm_start_nll: float = chz.field(default=0.3, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends")
+    num_steps: int = chz.field(default=500, validator=COUNT, doc="steps of RL, 64 problems by 8 rollouts each")
+    learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at the first step; it falls to 0")
+    seed: int = chz.field(default=0, validator=SEED, doc="of the weights, the data and the sampling")
     log_path: str = chz.field(default="runs/algorithms", doc="folder of the runs, one for each preset")
     backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="see backend/config.py")
 

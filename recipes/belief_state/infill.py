@@ -29,6 +29,7 @@ from backend.belief_state import BeliefState, NextToken
 from backend.belief_state_decoding import Direction, Infill, infill_beam, infill_greedy, infill_plan, next_token_greedy
 from backend.belief_state_files import load_belief_state, load_next_token
 from backend.errors import CheckpointError, ConfigError, DataError
+from backend.ranges import COUNT, WHOLE
 from recipes.belief_state.text import task_name
 from recipes.belief_state.text_data import TextData
 from recipes.belief_state.tokenizer import encode_documents, open_tokenizer
@@ -46,18 +47,15 @@ class Config:
     checkpoint: str = chz.field(default="final", doc="name of the checkpoint in the run folder")
     method: Literal["greedy", "beam", "plan"] = chz.field(default="greedy", doc="a BST's; a GPT knows greedy only")
     direction: Direction = chz.field(default="forward", doc="which end of the gap is written first")
-    rollouts: int = chz.field(default=10, doc="proposals of beam and plan")
-    top_k: int = chz.field(default=5, doc="alternatives at each place of a proposal")
+    rollouts: int = chz.field(default=10, validator=COUNT, doc="proposals of beam and plan")
+    top_k: int = chz.field(default=5, validator=WHOLE, doc="alternatives at each place of a proposal")
     relative: bool = chz.field(default=False, doc="plan: queue by log p(token) - log p(best)")
-    num_documents: int = chz.field(default=100, doc="held-out documents, the first ones")
-    prompt_tokens: int = chz.field(default=64, doc="beginning that is given")
-    goal_tokens: int = chz.field(default=64, doc="end that is given")
-    max_tokens: int | None = chz.field(default=None, doc="longest middle; None = what the rows of training leave room for")
-
-    @chz.validate
-    def _check(self) -> None:
-        if min(self.num_documents, self.prompt_tokens, self.goal_tokens, self.rollouts) < 1 or self.top_k < 0:
-            raise ConfigError("num_documents, prompt_tokens, goal_tokens and rollouts are at least 1, and top_k at least 0")
+    num_documents: int = chz.field(default=100, validator=COUNT, doc="held-out documents, the first ones")
+    prompt_tokens: int = chz.field(default=64, validator=COUNT, doc="beginning that is given")
+    goal_tokens: int = chz.field(default=64, validator=COUNT, doc="end that is given")
+    max_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="longest middle; None = what the rows of training leave room for"
+    )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 import chz
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, SEED, SHARE
 from backend.tokenizers import load_tokenizer
 from preference.judges import EndpointJudgeBuilder, RuleJudge
 from preference.reward_types import Judge, JudgeBuilder, JudgeError
@@ -70,17 +71,12 @@ class Config:
     judge: JudgeBuilder = chz.field(
         default_factory=FewerMistakesBuilder, doc="stories, endpoint, or module:Class of a JudgeBuilder"
     )
-    num_judges: int = chz.field(default=3, doc="votes on each story")
-    limit: int | None = chz.field(default=None, doc="judge only the first so many stories")
-    seed: int = chz.field(default=42, doc="of the order in which the two are shown")
-    max_failed_fraction: float = chz.field(default=0.1, doc="more failed votes than that end in an error")
+    num_judges: int = chz.field(default=3, validator=COUNT, doc="votes on each story")
+    limit: int | None = chz.field(default=None, validator=COUNT, doc="judge only the first so many stories")
+    seed: int = chz.field(default=42, validator=SEED, doc="of the order in which the two are shown")
+    max_failed_fraction: float = chz.field(default=0.1, validator=SHARE, doc="more failed votes than that end in an error")
     out: str = chz.field(default="runs/judge", doc="folder for verdict.json, votes.jsonl and histogram.png")
     cache: str | None = chz.field(default=None, doc="file that keeps what the judge said; None = OUT/cache.jsonl")
-
-    @chz.validate
-    def _check(self) -> None:
-        if self.num_judges < 1 or (self.limit is not None and self.limit < 1):
-            raise ConfigError(f"num_judges={self.num_judges} and limit={self.limit} must be at least 1")
 
 
 JUDGES = {

@@ -23,6 +23,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import COUNT
 from recipes.belief_state.text_data import TextData
 from recipes.belief_state.tokenizer import encode_documents
 from tracking.command_line import run_command
@@ -169,7 +170,7 @@ class Config:
 
     out: str = chz.field(doc="folder for the shards and the tokenizer")
     data: TextData = chz.field(default_factory=TextData, doc="the documents")
-    shard_size: int = chz.field(default=SHARD_SIZE, doc="tokens in a shard")
+    shard_size: int = chz.field(default=SHARD_SIZE, validator=COUNT, doc="tokens in a shard")
 
 
 def main(config: Config) -> None:

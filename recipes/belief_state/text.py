@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from backend.belief_state_trainer import BeliefStateTrainer, Metrics, TokenBatch
+from backend.ranges import COUNT
 from recipes.belief_state.pretokenized import open_shards
 from recipes.belief_state.source import TokenSourceBuilder
 from recipes.belief_state.star_graph import held_out_losses
@@ -23,7 +24,7 @@ EVAL_ROWS_AT_ONCE = 32
 class TextBuilder(TextData, TokenSourceBuilder):
     """Any text, or the stories made here; for a GPT also turned around for fill-in-the-middle."""
 
-    eval_rows: int = chz.field(default=64, doc="held-out rows whose loss is measured")
+    eval_rows: int = chz.field(default=64, validator=COUNT, doc="held-out rows whose loss is measured")
 
     def __call__(self, batch_size: int, seed: int) -> "TextSource":
         text = self.text_set()
@@ -41,8 +42,8 @@ class PretokenizedBuilder(TokenSourceBuilder):
     )
     test_files: list[str] = chz.field(default_factory=lambda: ["test_*.npy"], doc="the same, held out")
     tokenizer: str | None = chz.field(default=None, doc="folder, tokenizer.json or hub name; None = FOLDER/tokenizer")
-    block_size: int = chz.field(default=256, doc="tokens in a row")
-    eval_rows: int = chz.field(default=64, doc="held-out rows whose loss is measured")
+    block_size: int = chz.field(default=256, validator=COUNT, doc="tokens in a row")
+    eval_rows: int = chz.field(default=64, validator=COUNT, doc="held-out rows whose loss is measured")
 
     def __call__(self, batch_size: int, seed: int) -> "TextSource":
         tokenizer = open_tokenizer(self.tokenizer or str(Path(self.folder).expanduser() / "tokenizer"))

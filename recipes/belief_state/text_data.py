@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import COUNT, SEED, WHOLE
 from recipes.belief_state import stories
 from recipes.belief_state.tokenizer import encode_documents, open_tokenizer, train_tokenizer
 from supervised.data import HuggingFaceBuilder
@@ -150,19 +151,21 @@ class TextData:
     """Documents, their tokenizer, and the rows that a model is trained on."""
 
     source: str = chz.field(default="stories", doc="stories (made here), a .txt or .jsonl file, a hub name or a local folder")
-    num_stories: int = chz.field(default=20_000, doc="of source=stories: how many to train on")
+    num_stories: int = chz.field(default=20_000, validator=COUNT, doc="of source=stories: how many to train on")
     text_field: str = chz.field(default="text", doc="field that holds the document (not of a .txt file)")
     split: str = chz.field(default="train", doc="split to train on (of a hub name or folder)")
     test_split: str | None = chz.field(default=None, doc="split held out, as validation")
     test_path: str | None = chz.field(default=None, doc="held-out file")
-    test_size: int = chz.field(default=200, doc="documents held out where neither of the two is given")
+    test_size: int = chz.field(default=200, validator=WHOLE, doc="documents held out where neither of the two is given")
     tokenizer: str | None = chz.field(default=None, doc="folder, tokenizer.json or hub name; None = train one on the documents")
-    vocab_size: int = chz.field(default=1000, doc="of the tokenizer that is trained")
-    block_size: int = chz.field(default=256, doc="tokens in a row")
+    vocab_size: int = chz.field(default=1000, validator=COUNT, doc="of the tokenizer that is trained")
+    block_size: int = chz.field(default=256, validator=COUNT, doc="tokens in a row")
     cut_long: bool = chz.field(default=False, doc="cut documents that fit no row into several; else drop them, as the paper does")
     fill_in_the_middle: bool = chz.field(default=False, doc="turn documents around for a GPT that is shown how they end")
-    goal_range: tuple[int, int] = chz.field(default=(25, 75), doc="shortest and longest suffix that it is shown, in tokens")
-    seed: int = chz.field(default=0, doc="of the stories, the held-out documents and the cuts")
+    goal_range: tuple[int, int] = chz.field(
+        default=(25, 75), validator=COUNT, doc="shortest and longest suffix that it is shown, in tokens"
+    )
+    seed: int = chz.field(default=0, validator=SEED, doc="of the stories, the held-out documents and the cuts")
 
     def text_set(self) -> TextSet:
         tokenizer, texts = self.tokenizer_and_texts()

@@ -28,6 +28,7 @@ from backend.belief_state_pairs import PairObjective
 from backend.belief_state_trainer import BeliefStateClient, BeliefStateTrainer, Metrics, PassConfig
 from backend.distributed import ALONE, ParallelTrainer, Processes, joined_processes
 from backend.errors import ConfigError, NonFiniteError
+from backend.ranges import COUNT, DECAY, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
 from backend.types import AdamParams
 from recipes.belief_state.processes import open_shared_folder
 from recipes.belief_state.source import TokenSource, TokenSourceBuilder
@@ -74,34 +75,44 @@ class Config:
     model: Literal["bst", "gpt"] = chz.field(
         default="bst", doc="gpt: the baseline, next-token or fill-in-the-middle as the data are"
     )
-    num_layers: int = chz.field(default=2, doc="blocks of each encoder")
-    num_heads: int = chz.field(default=4, doc="attention heads")
-    hidden: int = chz.field(default=96, doc="width")
-    init_std: float = chz.field(default=0.08, doc="deviation of the first weights; the paper's 0.02 is for a width of 768")
+    num_layers: int = chz.field(default=2, validator=COUNT, doc="blocks of each encoder")
+    num_heads: int = chz.field(default=4, validator=COUNT, doc="attention heads")
+    hidden: int = chz.field(default=96, validator=COUNT, doc="width")
+    init_std: float = chz.field(
+        default=0.08, validator=POSITIVE, doc="deviation of the first weights; the paper's 0.02 is for a width of 768"
+    )
     objective: PairObjective = chz.field(default_factory=lambda: PairObjective(min_gap=2), doc="the pairs a BST is trained on")
     passes: PassConfig = chz.field(default_factory=PassConfig, doc="how a batch is cut")
     parallel: Literal["replicate", "shard"] = chz.field(
         default="replicate", doc="where torchrun starts several processes: each has all weights (DDP), or a part of them (FSDP2)"
     )
-    seed: int = chz.field(default=0, doc="of the weights and the order of the data")
+    seed: int = chz.field(default=0, validator=SEED, doc="of the weights and the order of the data")
     load_checkpoint_path: str | None = chz.field(
         default=None, doc="start from these weights, of the same sizes, also of another task (fresh optimizer)"
     )
 
-    batch_size: int = chz.field(default=64, doc="rows of a step")
-    num_steps: int = chz.field(default=600, doc="optimizer steps")
-    learning_rate: float = chz.field(default=3e-3, doc="after the warm-up")
-    warmup_steps: int = chz.field(default=50, doc="steps of linear warm-up; the first step is already one of them, not of rate 0")
+    batch_size: int = chz.field(default=64, validator=COUNT, doc="rows of a step")
+    num_steps: int = chz.field(default=600, validator=COUNT, doc="optimizer steps")
+    learning_rate: float = chz.field(default=3e-3, validator=LEARNING_RATE, doc="after the warm-up")
+    warmup_steps: int = chz.field(
+        default=50, validator=WHOLE, doc="steps of linear warm-up; the first step is already one of them, not of rate 0"
+    )
     lr_schedule: Literal["constant", "cosine"] = chz.field(default="cosine", doc="after the warm-up")
-    min_learning_rate: float = chz.field(default=0.0, doc="where the cosine ends")
-    decay_steps: int | None = chz.field(default=None, doc="the step at which the cosine ends; None = num_steps")
-    weight_decay: float = chz.field(default=0.0, doc="AdamW's, on matrices")
-    beta2: float = chz.field(default=0.98, doc="AdamW's; beta1 is 0.9")
-    grad_clip_norm: float = chz.field(default=1.0, doc="of all weights together; 0 = no clipping")
+    min_learning_rate: float = chz.field(default=0.0, validator=LEARNING_RATE, doc="where the cosine ends")
+    decay_steps: int | None = chz.field(default=None, validator=COUNT, doc="the step at which the cosine ends; None = num_steps")
+    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, on matrices")
+    beta2: float = chz.field(default=0.98, validator=DECAY, doc="AdamW's; beta1 is 0.9")
+    grad_clip_norm: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="of all weights together; 0 = no clipping")
 
-    eval_every: int = chz.field(default=50, doc="measure before every this many steps, and at the end; 0 = only at the end")
-    save_every: int = chz.field(default=250, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
-    keep_checkpoints: int | None = chz.field(default=1, doc="delete older checkpoints than the last this many; None = keep all")
+    eval_every: int = chz.field(
+        default=50, validator=WHOLE, doc="measure before every this many steps, and at the end; 0 = only at the end"
+    )
+    save_every: int = chz.field(
+        default=250, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
+    )
+    keep_checkpoints: int | None = chz.field(
+        default=1, validator=COUNT, doc="delete older checkpoints than the last this many; None = keep all"
+    )
     log_path: str = chz.field(
         default="runs/belief_state", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder"
     )
@@ -111,10 +122,8 @@ class Config:
 
     @chz.validate
     def _check(self) -> None:
-        if min(self.batch_size, self.num_steps, self.num_layers, self.num_heads, self.hidden) < 1:
-            raise ConfigError("batch_size, num_steps, num_layers, num_heads and hidden are at least 1")
-        if self.warmup_steps < 0 or self.min_learning_rate > self.learning_rate:
-            raise ConfigError("warmup_steps is at least 0, and min_learning_rate at most learning_rate")
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
 
 
 def main(config: Config) -> Metrics:

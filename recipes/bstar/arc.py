@@ -10,6 +10,7 @@ from itertools import islice
 
 import chz
 
+from backend.ranges import COUNT
 from envs.arc_challenge import ANSWER_PHRASE, ArcEnv, arc_question, read_arc
 from envs.problem_env import ProblemEnv, fit_prompts
 from preference.steps import StepFormat
@@ -30,12 +31,12 @@ class ArcBuilder(TaskBuilder):
     trigger: str = chz.field(default=TRIGGER, doc="follows the options")
     bare_answers: bool = chz.field(default=False, doc="take the right answer without a reasoning for a human solution")
     max_prompt_tokens: int | None = chz.field(
-        default=None, doc="drop longer prompts; None = those that leave no room for max_tokens"
+        default=None, validator=COUNT, doc="drop longer prompts; None = those that leave no room for max_tokens"
     )
     form: StepFormat = chz.field(
         default_factory=lambda: StepFormat(separator="\n", answer_marker=ANSWER_PHRASE), doc="of solutions"
     )
-    max_tokens: int = chz.field(default=256, doc="most tokens of a sampled solution")
+    max_tokens: int = chz.field(default=256, validator=COUNT, doc="most tokens of a sampled solution")
 
     def train_queries(self, renderer: Renderer) -> Sequence[Query]:
         return self._queries("train", renderer, self.num_train)

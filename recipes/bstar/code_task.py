@@ -9,6 +9,7 @@ from functools import partial
 
 import chz
 
+from backend.ranges import COUNT, WHOLE
 from envs.code import CodeBuilder, CodeEnv, CodeProblem
 from envs.problem_env import ProblemEnv, fit_prompts
 from envs.sandbox import SandboxLimits
@@ -24,14 +25,18 @@ class CodeTaskBuilder(TaskBuilder):
 
     train_path: str | None = chz.field(default=None, doc="JSONL file to train on; None = generated problems")
     test_path: str | None = chz.field(default=None, doc="JSONL file of the test set")
-    num_test: int | None = chz.field(default=20, doc="use only the first so many test problems; None = all of a file")
+    num_test: int | None = chz.field(
+        default=20, validator=WHOLE, doc="use only the first so many test problems; None = all of a file"
+    )
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
     limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="what one run of a program may use")
     max_prompt_tokens: int | None = chz.field(
-        default=None, doc="drop longer prompts; None = those that leave no room for max_tokens"
+        default=None, validator=COUNT, doc="drop longer prompts; None = those that leave no room for max_tokens"
     )
     form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="```"), doc="of solutions")
-    max_tokens: int = chz.field(default=80, doc="most tokens of a sampled program; some hundreds for problems that people wrote")
+    max_tokens: int = chz.field(
+        default=80, validator=COUNT, doc="most tokens of a sampled program; some hundreds for problems that people wrote"
+    )
 
     def train_queries(self, renderer: Renderer) -> Sequence[Query]:
         return self._queries("train", self._source().problems()[0][: self.num_train], renderer)

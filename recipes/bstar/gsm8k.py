@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import chz
 
+from backend.ranges import COUNT
 from envs.math_word import Gsm8kBuilder as Gsm8kSource
 from envs.math_word import MathWordEnv
 from preference.steps import StepFormat
@@ -21,10 +22,10 @@ class Gsm8kBuilder(TaskBuilder):
     calculator_marks: bool = chz.field(default=False, doc="keep <<48/2=24>> in the human solutions")
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
     max_prompt_tokens: int | None = chz.field(
-        default=None, doc="drop longer prompts; None = those that leave no room for max_tokens"
+        default=None, validator=COUNT, doc="drop longer prompts; None = those that leave no room for max_tokens"
     )
     form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="####"), doc="of solutions")
-    max_tokens: int = chz.field(default=320, doc="most tokens of a sampled solution")
+    max_tokens: int = chz.field(default=320, validator=COUNT, doc="most tokens of a sampled solution")
 
     def train_queries(self, renderer: Renderer) -> Sequence[Query]:
         return self._queries(renderer, "train", self.num_train)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import chz
 
+from backend.ranges import COUNT
 from envs.math_word import MathWordBuilder, MathWordEnv
 from preference.steps import StepFormat
 from recipes.bstar.fitting import as_queries, room_for_prompts
@@ -43,10 +44,10 @@ class MathTextBuilder(TaskBuilder):
     solution_field: str = chz.field(default="solution", doc="field with the worked solution")
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
     max_prompt_tokens: int | None = chz.field(
-        default=None, doc="drop longer prompts; None = those that leave no room for max_tokens"
+        default=None, validator=COUNT, doc="drop longer prompts; None = those that leave no room for max_tokens"
     )
     form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker=ANSWER), doc="of solutions")
-    max_tokens: int = chz.field(default=768, doc="most tokens of a sampled solution")
+    max_tokens: int = chz.field(default=768, validator=COUNT, doc="most tokens of a sampled solution")
 
     def train_queries(self, renderer: Renderer) -> Sequence[Query]:
         return self._queries(renderer, "train", self.num_train)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import chz
 
+from backend.ranges import COUNT
 from recipes.bstar.balance import canonical
 
 CHOSEN = None  # by the balance score, of the grid
@@ -24,7 +25,7 @@ class Method:
     keep_optimizer: bool = chz.field(
         default=True, doc="optimizer state and one schedule over all rounds, or fresh ones each round"
     )
-    samples: int | None = chz.field(default=None, doc="samples of a query; None = what the budget allows")
+    samples: int | None = chz.field(default=None, validator=COUNT, doc="samples of a query; None = what the budget allows")
     outcome_only: bool = chz.field(default=False, doc="select by the answer alone, whatever the reward is otherwise")
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import chz
 
+from backend.ranges import NON_NEGATIVE, NUMBER
 from backend.service_client import ServiceClient
 from preference.prm import MALFORMED_LOGIT, ProcessRewardModel, SavedPrm
 from preference.reward_types import RewardModel, RewardModelBuilder
@@ -51,8 +52,10 @@ async def outcome(candidates: Sequence[Candidate], queries: Queries) -> list[Can
 class PrmRewardBuilder(RewardBuilder):
     """The outcome, and the smallest step score of a process reward model."""
 
-    coef: float = chz.field(default=0.2, doc="weight of the smallest step logit beside the outcome")
-    malformed_logit: float = chz.field(default=MALFORMED_LOGIT, doc="score of the answer step of a solution without an answer")
+    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight of the smallest step logit beside the outcome")
+    malformed_logit: float = chz.field(
+        default=MALFORMED_LOGIT, validator=NUMBER, doc="score of the answer step of a solution without an answer"
+    )
     path: str | None = chz.field(default=None, doc="a saved process reward model; None = the one that the stage prm trains")
 
     @property
@@ -89,7 +92,7 @@ class ModelRewardBuilder(RewardBuilder):
     """The outcome, and what a reward model says of the whole answer."""
 
     model: RewardModelBuilder = chz.field(doc="builder of the reward model")
-    coef: float = chz.field(default=0.2, doc="weight of its score beside the outcome")
+    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight of its score beside the outcome")
 
     def __call__(self, service: ServiceClient, renderer: Renderer, prm_path: str, form: StepFormat) -> Reward:
         return OutcomeAndModel(self.model(renderer.tokenizer), self.coef)

@@ -15,6 +15,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, NON_NEGATIVE, NUMBER, WHOLE
 from backend.service_client import ServiceClient
 from envs.problem_env import ProblemEnv
 from preference.steps import StepFormat
@@ -93,16 +94,16 @@ class SumEnv(ProblemEnv):
 class SumsBuilder(TaskBuilder):
     """Sums in any order."""
 
-    num_train: int | None = chz.field(default=100, doc="training queries")
-    num_test: int | None = chz.field(default=120, doc="test queries")
-    num_warm_start: int | None = chz.field(default=8000, doc="questions with a solution to imitate first")
-    num_dev: int = chz.field(default=25, doc="training queries on which temperature and threshold are chosen")
-    num_prm: int | None = chz.field(default=300, doc="questions whose answers are labelled step by step")
+    num_train: int | None = chz.field(default=100, validator=COUNT, doc="training queries")
+    num_test: int | None = chz.field(default=120, validator=WHOLE, doc="test queries")
+    num_warm_start: int | None = chz.field(default=8000, validator=COUNT, doc="questions with a solution to imitate first")
+    num_dev: int = chz.field(default=25, validator=COUNT, doc="training queries on which temperature and threshold are chosen")
+    num_prm: int | None = chz.field(default=300, validator=COUNT, doc="questions whose answers are labelled step by step")
     form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="of solutions")
-    max_tokens: int = chz.field(default=40, doc="most tokens of a sampled solution")
-    operands: int = chz.field(default=5, doc="numbers in a sum")
-    largest: int = chz.field(default=9, doc="numbers go from 0 to this")
-    modulus: int | None = chz.field(default=10, doc="totals are taken modulo this; None = whole totals")
+    max_tokens: int = chz.field(default=40, validator=COUNT, doc="most tokens of a sampled solution")
+    operands: int = chz.field(default=5, validator=COUNT, doc="numbers in a sum")
+    largest: int = chz.field(default=9, validator=COUNT, doc="numbers go from 0 to this")
+    modulus: int | None = chz.field(default=10, validator=COUNT, doc="totals are taken modulo this; None = whole totals")
 
     def _queries(self, renderer: Renderer, part: int) -> list[Query]:
         """Part 0, 1, 2, 3: test, training, warm start, prm."""
@@ -147,8 +148,10 @@ class SumsBuilder(TaskBuilder):
 class OracleRewardBuilder(RewardBuilder):
     """The outcome, and what a process reward model without error would add: the control for the one that was trained."""
 
-    coef: float = chz.field(default=0.2, doc="weight beside the outcome")
-    logit: float = chz.field(default=5.0, doc="of the worst step of a sound derivation; of an unsound one the same below 0")
+    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight beside the outcome")
+    logit: float = chz.field(
+        default=5.0, validator=NUMBER, doc="of the worst step of a sound derivation; of an unsound one the same below 0"
+    )
 
     def __call__(self, service: ServiceClient, renderer: Renderer, prm_path: str, form: StepFormat) -> Reward:
         return self.score

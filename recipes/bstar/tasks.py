@@ -13,6 +13,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError, DataError
+from backend.ranges import COUNT, SEED, WHOLE
 from envs.problem_env import ProblemEnv
 from preference.steps import StepFormat
 from renderers.types import Message, Renderer
@@ -51,16 +52,22 @@ class Task:
 class TaskBuilder:
     """Configuration of a data set: what all of them share."""
 
-    num_train: int | None = chz.field(default=None, doc="use only the first so many training queries; None = all")
-    num_test: int | None = chz.field(default=200, doc="use only the first so many test queries; None = all")
-    num_dev: int = chz.field(
-        default=40, doc="training queries on which temperature and threshold are chosen, drawn by split_seed"
+    num_train: int | None = chz.field(
+        default=None, validator=COUNT, doc="use only the first so many training queries; None = all"
     )
-    num_warm_start: int | None = chz.field(default=None, doc="imitate only the first so many human solutions; None = all")
-    num_prm: int | None = chz.field(default=None, doc="label steps of answers to only so many queries; None = all")
-    split_seed: int = chz.field(default=0, doc="seed of the choice of the dev subset, and of sets that are drawn")
+    num_test: int | None = chz.field(default=200, validator=WHOLE, doc="use only the first so many test queries; None = all")
+    num_dev: int = chz.field(
+        default=40, validator=COUNT, doc="training queries on which temperature and threshold are chosen, drawn by split_seed"
+    )
+    num_warm_start: int | None = chz.field(
+        default=None, validator=COUNT, doc="imitate only the first so many human solutions; None = all"
+    )
+    num_prm: int | None = chz.field(
+        default=None, validator=COUNT, doc="label steps of answers to only so many queries; None = all"
+    )
+    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of the dev subset, and of sets that are drawn")
     form: StepFormat = chz.field(default_factory=StepFormat, doc="what a step ends with, and what the answer step begins with")
-    max_tokens: int = chz.field(default=256, doc="most tokens of a sampled solution")
+    max_tokens: int = chz.field(default=256, validator=COUNT, doc="most tokens of a sampled solution")
 
     def train_queries(self, renderer: Renderer) -> Sequence[Query]:
         raise NotImplementedError

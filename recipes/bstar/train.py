@@ -25,6 +25,7 @@ import chz
 from backend.config import BackendConfig
 from backend.errors import ConfigError
 from backend.learning_rate import LRSchedule
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.types import LoraConfig
@@ -76,29 +77,35 @@ class Config:
     model_name: str = chz.field(default="micro", doc="a preset, a local folder, or a Hugging Face hub name")
     load_checkpoint_path: str | None = chz.field(default=None, doc="the warm start begins with the weights of this checkpoint")
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain; None = by the tokenizer")
-    lora_rank: int = chz.field(default=0, doc="rank of a LoRA adapter; 0 trains all weights")
-    seed: int = chz.field(default=0, doc="of everything but the choice of the questions (task.split_seed)")
+    lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
+    seed: int = chz.field(default=0, validator=SEED, doc="of everything but the choice of the questions (task.split_seed)")
 
-    warm_start_steps: int = chz.field(default=1000, doc="most steps on human solutions")
+    warm_start_steps: int = chz.field(default=1000, validator=COUNT, doc="most steps on human solutions")
     warm_start_nll: float | None = chz.field(
-        default=0.36, doc="they end once a batch's loss is below this: a policy that errs; None = after all steps"
+        default=0.36,
+        validator=NON_NEGATIVE,
+        doc="they end once a batch's loss is below this: a policy that errs; None = after all steps",
     )
     completer_steps: int = chz.field(
-        default=1000, doc="most steps of the model that completes prefixes, from the policy on; 0 = the policy completes them"
+        default=1000,
+        validator=WHOLE,
+        doc="most steps of the model that completes prefixes, from the policy on; 0 = the policy completes them",
     )
     completer_nll: float | None = chz.field(
-        default=0.275, doc="they end once a batch's loss is below this; None = after all steps"
+        default=0.275, validator=NON_NEGATIVE, doc="they end once a batch's loss is below this; None = after all steps"
     )
-    warm_start_batch_size: int = chz.field(default=64, doc="human solutions in a step")
-    warm_start_learning_rate: float = chz.field(default=3e-3, doc="constant, or falling linearly to 0 where all steps are made")
-    prm_solutions: int = chz.field(default=3, doc="answers of the policy to each PRM question")
-    prm_completions: int = chz.field(default=3, doc="completions from the end of each of their steps")
-    prm_batch_size: int = chz.field(default=32, doc="labelled solutions in a step")
-    prm_epochs: int = chz.field(default=6, doc="passes over the labelled solutions")
-    prm_learning_rate: float = chz.field(default=2e-3, doc="falls linearly to 0")
+    warm_start_batch_size: int = chz.field(default=64, validator=COUNT, doc="human solutions in a step")
+    warm_start_learning_rate: float = chz.field(
+        default=3e-3, validator=LEARNING_RATE, doc="constant, or falling linearly to 0 where all steps are made"
+    )
+    prm_solutions: int = chz.field(default=3, validator=COUNT, doc="answers of the policy to each PRM question")
+    prm_completions: int = chz.field(default=3, validator=COUNT, doc="completions from the end of each of their steps")
+    prm_batch_size: int = chz.field(default=32, validator=COUNT, doc="labelled solutions in a step")
+    prm_epochs: int = chz.field(default=6, validator=COUNT, doc="passes over the labelled solutions")
+    prm_learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="falls linearly to 0")
 
-    rounds: int = chz.field(default=6, doc="rounds T")
-    samples: int = chz.field(default=16, doc="samples K of each question, in the sweep and at least in training")
+    rounds: int = chz.field(default=6, validator=COUNT, doc="rounds T")
+    samples: int = chz.field(default=16, validator=COUNT, doc="samples K of each question, in the sweep and at least in training")
     temperatures: list[str] = chz.field(
         default_factory=lambda: ["0.5", "0.7", "0.9", "1.1"],
         munger=lambda _, values: decimals("temperatures", values),
@@ -110,30 +117,38 @@ class Config:
         doc="the grid from which a threshold of the reward is chosen",
     )
     per_query: float | None = chz.field(
-        default=None, doc="solutions wanted of each question, on average; None = as many as the steps of a round train on"
+        default=None,
+        validator=POSITIVE,
+        doc="solutions wanted of each question, on average; None = as many as the steps of a round train on",
     )
     quota: int | None = chz.field(
-        default=None, doc="most solutions of a question; None = the smallest that reaches the target size"
+        default=None, validator=COUNT, doc="most solutions of a question; None = the smallest that reaches the target size"
     )
-    n_star: float | None = chz.field(default=None, doc="n* of the balance score; None = per_query, rounded up")
+    n_star: float | None = chz.field(
+        default=None, validator=POSITIVE, doc="n* of the balance score; None = per_query, rounded up"
+    )
     human_solutions: bool = chz.field(default=False, doc="human solutions compete for places in the selection, with reward 1")
     sweep_cost: SweepCost = chz.field(
         default="given", doc="the sweep's samples are charged to the methods that sweep, or the others may sample as many more"
     )
-    max_sampled_tokens: int = chz.field(default=200_000_000, doc="refuse to start if more could be sampled in the rounds")
+    max_sampled_tokens: int = chz.field(
+        default=200_000_000, validator=COUNT, doc="refuse to start if more could be sampled in the rounds"
+    )
 
-    steps: int = chz.field(default=20, doc="optimizer steps of a round")
-    batch_size: int = chz.field(default=64, doc="solutions in a step")
-    learning_rate: float = chz.field(default=1e-3, doc="of the rounds, at their first step")
+    steps: int = chz.field(default=20, validator=COUNT, doc="optimizer steps of a round")
+    batch_size: int = chz.field(default=64, validator=COUNT, doc="solutions in a step")
+    learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="of the rounds, at their first step")
     lr_schedule: LRSchedule = chz.field(
         default="linear", doc="how it falls: over all rounds, or over each where the optimizer is fresh"
     )
-    grad_clip_norm: float = chz.field(default=1.0, doc="0 = no clipping")
-    save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end of a round")
+    grad_clip_norm: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="0 = no clipping")
+    save_every: int = chz.field(
+        default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end of a round"
+    )
 
-    eval_samples: int = chz.field(default=16, doc="samples of each test question")
+    eval_samples: int = chz.field(default=16, validator=COUNT, doc="samples of each test question")
     eval_temperature: str = chz.field(default="1", munger=lambda _, value: canonical(value), doc="they are sampled at")
-    chunk_sequences: int = chz.field(default=1024, doc="sequences sampled between two writes to the disk")
+    chunk_sequences: int = chz.field(default=1024, validator=COUNT, doc="sequences sampled between two writes to the disk")
     log_path: str = chz.field(default="runs/bstar", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch", max_num_seqs=512), doc="how this machine runs models"
@@ -157,9 +172,7 @@ def check_settings(config: Config) -> None:
     """Refuses a folder that was filled with other settings; methods may be added to it."""
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise ConfigError(f"methods={','.join(unknown)}: choose from {', '.join(METHODS)}")
-    if min(config.rounds, config.steps, config.samples, config.batch_size, config.eval_samples, config.warm_start_steps) < 1:
-        raise ConfigError("rounds, steps, samples, batch_size, eval_samples and warm_start_steps must be at least 1")
-    settings = config_to_json(chz.replace(config, methods=[], max_sampled_tokens=0))
+    settings = config_to_json(chz.replace(config, methods=[], max_sampled_tokens=1))
     file = config.folder / "recipe.json"
     if file.exists() and json.loads(file.read_text()) != settings:
         raise ConfigError(f"{config.folder} was filled with other settings ({file.name}): delete it, or choose another log_path")

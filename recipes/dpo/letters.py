@@ -11,6 +11,7 @@ import chz
 import numpy as np
 
 from backend.errors import ConfigError
+from backend.ranges import COUNT, SEED, WHOLE
 from backend.types import Datum
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
 from renderers.types import Message, Renderer
@@ -64,11 +65,11 @@ class RandomOrder(SupervisedDataset):
 class RandomOrderBuilder(SupervisedDatasetBuilder):
     """Letters answered by the same letters in a random order. The best loss is ln(n!) / (n + 1) nats per token."""
 
-    num_letters: int = chz.field(default=4, doc="letters in a question")
-    alphabet: int = chz.field(default=16, doc="letters there are")
-    n_batches: int = chz.field(default=600, doc="training batches per epoch")
-    test_size: int = chz.field(default=TEST_SETS, doc="sets of letters held out")
-    split_seed: int = chz.field(default=0, doc="seed of the choice of held-out sets")
+    num_letters: int = chz.field(default=4, validator=COUNT, doc="letters in a question")
+    alphabet: int = chz.field(default=16, validator=COUNT, doc="letters there are")
+    n_batches: int = chz.field(default=600, validator=COUNT, doc="training batches per epoch")
+    test_size: int = chz.field(default=TEST_SETS, validator=WHOLE, doc="sets of letters held out")
+    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of held-out sets")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train, test = letter_sets(self.num_letters, self.alphabet, self.test_size, self.split_seed)
@@ -79,10 +80,10 @@ class RandomOrderBuilder(SupervisedDatasetBuilder):
 class SortedPreferredBuilder(ComparisonDatasetBuilder):
     """For every set of letters a question, the letters in alphabetical order (A, preferred) and in another order (B)."""
 
-    num_letters: int = chz.field(default=4, doc="letters in a question")
-    alphabet: int = chz.field(default=16, doc="letters there are")
-    test_size: int = chz.field(default=TEST_SETS, doc="sets of letters held out")
-    seed: int = chz.field(default=0, doc="seed of the questions and of the rejected answers")
+    num_letters: int = chz.field(default=4, validator=COUNT, doc="letters in a question")
+    alphabet: int = chz.field(default=16, validator=COUNT, doc="letters there are")
+    test_size: int = chz.field(default=TEST_SETS, validator=WHOLE, doc="sets of letters held out")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the questions and of the rejected answers")
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         train, test = letter_sets(self.num_letters, self.alphabet, self.test_size, self.split_seed)

@@ -19,6 +19,7 @@ from pathlib import Path
 import chz
 
 from backend.config import BackendConfig
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.types import SamplingParams
@@ -38,12 +39,14 @@ RENDERER = "plain"
 class Config:
     """DPO against RPO on letters that should be answered in alphabetical order."""
 
-    warm_start_nll: float = chz.field(default=0.72, doc="imitate random orders until a batch's loss is below this")
-    learning_rate: float = chz.field(default=1e-4, doc="constant")
-    num_epochs: int = chz.field(default=8, doc="passes over the pairs")
-    beta: float = chz.field(default=0.1, doc="of both losses")
-    nll_coef: float = chz.field(default=1.0, doc="RPO's weight of the chosen answer's likelihood")
-    seed: int = chz.field(default=0, doc="seed of the model, the questions and their order")
+    warm_start_nll: float = chz.field(
+        default=0.72, validator=NON_NEGATIVE, doc="imitate random orders until a batch's loss is below this"
+    )
+    learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="constant")
+    num_epochs: int = chz.field(default=8, validator=COUNT, doc="passes over the pairs")
+    beta: float = chz.field(default=0.1, validator=POSITIVE, doc="of both losses")
+    nll_coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="RPO's weight of the chosen answer's likelihood")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the model, the questions and their order")
     log_path: str = chz.field(default="runs/dpo_recipe", doc="folder of the runs: warm_start, dpo and rpo")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with existing run folders")
     backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains")

@@ -19,6 +19,7 @@ import chz
 
 from backend.config import BackendConfig
 from backend.learning_rate import LRSchedule
+from backend.ranges import LEARNING_RATE, NON_NEGATIVE, WHOLE
 from envs.guess_number import GuessNumber, GuessNumberBuilder, GuessNumberExamplesBuilder
 from recipes.warm_start import warm_started
 from rl import train
@@ -34,11 +35,13 @@ class Config(train.Config):
         default_factory=lambda: GuessNumberBuilder(prompt="{low}-{high}:", n_batches=130, batch_size=32),
         doc="builder of the games",
     )
-    warm_start_nll: float = chz.field(default=0.72, doc="nats per token at which imitation ends; play without strategy has 0.56")
+    warm_start_nll: float = chz.field(
+        default=0.72, validator=NON_NEGATIVE, doc="nats per token at which imitation ends; play without strategy has 0.56"
+    )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
-    learning_rate: float = chz.field(default=5e-4, doc="of RL, at its first step")
+    learning_rate: float = chz.field(default=5e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
-    save_every: int = chz.field(default=50, doc="checkpoint after every this many steps, and at the end")
+    save_every: int = chz.field(default=50, validator=WHOLE, doc="checkpoint after every this many steps, and at the end")
     log_path: str = chz.field(default="runs/guess_number", doc="the run folder; the warm start's is beside it")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"

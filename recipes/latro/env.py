@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import chz
 
 from backend.errors import DataError
+from backend.ranges import COUNT
 from backend.types import ModelInput
 from envs.completion_env import GroupDataset
 from recipes.latro.tasks import Task, TaskBuilder
@@ -98,7 +99,7 @@ class LatentRationales(RLDatasetBuilder):
     """Questions to find rationales for, K at a time. The held-out set is the validation split of the training data."""
 
     tasks: TaskBuilder = chz.field(doc="the data set")
-    response_length: int = chz.field(doc="most tokens of a rationale, and of an evaluated response")
+    response_length: int = chz.field(validator=COUNT, doc="most tokens of a rationale, and of an evaluated response")
     stop_seqs: tuple[str, ...] = chz.field(doc="where a rationale ends, beside the end of the message")
     stop_at_pad: bool = chz.field(default=True, doc="the padding token ends a rationale, too")
 

@@ -13,6 +13,7 @@ import chz
 import numpy as np
 
 from backend.errors import DataError
+from backend.ranges import COUNT, SEED, WHOLE
 from rl.types import Metrics
 
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\.)\.\d+)")
@@ -96,10 +97,14 @@ class Task:
 class TaskBuilder:
     """Configuration of a data set."""
 
-    num_validation: int = chz.field(default=200, doc="tasks held out of the training set, for model selection")
-    split_seed: int = chz.field(default=0, doc="seed of that choice")
-    num_test: int | None = chz.field(default=200, doc="use only the first so many tasks of the test set; None = all")
-    num_train: int | None = chz.field(default=None, doc="use only this many tasks of the training file, validation included")
+    num_validation: int = chz.field(default=200, validator=WHOLE, doc="tasks held out of the training set, for model selection")
+    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of that choice")
+    num_test: int | None = chz.field(
+        default=200, validator=WHOLE, doc="use only the first so many tasks of the test set; None = all"
+    )
+    num_train: int | None = chz.field(
+        default=None, validator=COUNT, doc="use only this many tasks of the training file, validation included"
+    )
 
     stop_seqs = ANSWER_STOPS  # class constants, which the recipe's options override
     response_length = 200

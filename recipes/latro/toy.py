@@ -17,6 +17,7 @@ import chz
 import numpy as np
 
 from backend.errors import DataError
+from backend.ranges import COUNT, SEED, SHARE
 from recipes.latro.tasks import Task, TaskBuilder, Verifier
 from rl.types import Metrics
 
@@ -46,12 +47,12 @@ def running(digits_T: np.ndarray, mark: str, noise_T: np.ndarray) -> str:
 class ToyBuilder(TaskBuilder):
     """Sums of digits modulo 10."""
 
-    num_tasks: int = chz.field(default=8000, doc="distinct questions, validation included")
-    num_digits: int = chz.field(default=6, doc="digits of a question")
-    useful: float = chz.field(default=0.3, doc="share of running sums in what the warm start imitates")
-    filler: float = chz.field(default=0.4, doc="share of filler; the rest are running maxima")
-    noise: float = chz.field(default=0.1, doc="probability that a step of a running sum is wrong")
-    data_seed: int = chz.field(default=0, doc="which questions, and what is imitated")
+    num_tasks: int = chz.field(default=8000, validator=COUNT, doc="distinct questions, validation included")
+    num_digits: int = chz.field(default=6, validator=COUNT, doc="digits of a question")
+    useful: float = chz.field(default=0.3, validator=SHARE, doc="share of running sums in what the warm start imitates")
+    filler: float = chz.field(default=0.4, validator=SHARE, doc="share of filler; the rest are running maxima")
+    noise: float = chz.field(default=0.1, validator=SHARE, doc="probability that a step of a running sum is wrong")
+    data_seed: int = chz.field(default=0, validator=SEED, doc="which questions, and what is imitated")
 
     stop_seqs = ("=",)
     response_length = 16

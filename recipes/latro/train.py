@@ -29,6 +29,7 @@ import numpy as np
 
 from backend.config import BackendConfig
 from backend.models import PRESETS
+from backend.ranges import COUNT, LARGEST, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE, Range
 from backend.tokenizers import load_tokenizer
 from recipes.latro.env import LatentRationales
 from recipes.latro.evaluation import Evaluation, best_so_far
@@ -69,38 +70,57 @@ class Config:
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint")
     renderer_name: str | None = chz.field(default=None, doc="chat_template, plain or role_colon; None = plain for presets")
-    lora_rank: int = chz.field(default=0, doc="rank of a LoRA adapter; 0 trains all weights")
-    seed: int = chz.field(default=0, doc="of weights, order and sampling (the split's is dataset.split_seed)")
+    lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
+    seed: int = chz.field(default=0, validator=SEED, doc="of weights, order and sampling (the split's is dataset.split_seed)")
     warm_start_updates: int | None = chz.field(
-        default=None, doc="for a preset: supervised updates on demonstrations before all; None = what the data set says, 0 = none"
+        default=None,
+        validator=WHOLE,
+        doc="for a preset: supervised updates on demonstrations before all; None = what the data set says, 0 = none",
     )
-    warm_start_seed: int | None = chz.field(default=None, doc="seed of those; None = seed")
+    warm_start_seed: int | None = chz.field(default=None, validator=SEED, doc="seed of those; None = seed")
 
-    rloo_k: int = chz.field(default=8, doc="rationales per question; the original takes 16")
+    rloo_k: int = chz.field(default=8, validator=COUNT, doc="rationales per question; the original takes 16")
     train_batch_size: int = chz.field(
         default=128,
+        validator=COUNT,
         doc="rationales per update: per_device_train_batch_size * gradient_accumulation_steps * devices of the original",
     )
-    rollout_batch_size: int | None = chz.field(default=None, doc="sequences decoded at once; None = backend.max_num_seqs")
-    response_length: int | None = chz.field(default=None, doc="most tokens of a rationale; None = what suits the data set")
+    rollout_batch_size: int | None = chz.field(
+        default=None, validator=COUNT, doc="sequences decoded at once; None = backend.max_num_seqs"
+    )
+    response_length: int | None = chz.field(
+        default=None, validator=COUNT, doc="most tokens of a rationale; None = what suits the data set"
+    )
     stop_token: Literal["eos", "both"] = chz.field(
         default="both", doc="special tokens that end a rationale: EOS, or EOS and padding"
     )
     stop_seqs: tuple[str, ...] | None = chz.field(default=None, doc="texts that end it; None = how the data set's answers begin")
     non_stop_penalty: bool = chz.field(default=True, doc="rationales that never stop get penalty_reward_value * the mean reward")
-    penalty_reward_value: float = chz.field(default=2.0, doc="multiplies the mean reward, which is negative")
-    kl_coef: float = chz.field(default=0.05, doc="weight of the KL to the initial policy, in the reward")
-    likelihood_coef: float = chz.field(default=1.0, doc="weight of the likelihood term; the original ships 0 (sft_penalty)")
+    penalty_reward_value: float = chz.field(
+        default=2.0, validator=Range(1, LARGEST), doc="multiplies the mean reward, which is negative"
+    )
+    kl_coef: float = chz.field(default=0.05, validator=NON_NEGATIVE, doc="weight of the KL to the initial policy, in the reward")
+    likelihood_coef: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="weight of the likelihood term; the original ships 0 (sft_penalty)"
+    )
     baseline: Literal["leave_one_out", "none"] = chz.field(default="leave_one_out", doc="none is for comparison")
     sft_target: Literal["answer", "rationale"] = chz.field(default="answer", doc="method=sft: also train on the gold rationale")
 
-    num_train_epochs: float | None = chz.field(default=None, doc="passes over the questions; None = what suits the data set")
-    max_updates: int | None = chz.field(
-        default=None, doc="instead of num_train_epochs (total_episodes of the original, in updates)"
+    num_train_epochs: float | None = chz.field(
+        default=None, validator=POSITIVE, doc="passes over the questions; None = what suits the data set"
     )
-    learning_rate: float = chz.field(default=3e-4, doc="at the first update, falling to 0; a hub model wants 5e-7 to 1e-5")
-    max_grad_norm: float = chz.field(default=1.0, doc="clips the gradient of the mean over rationales; 0 = no clipping")
-    num_evaluations: int = chz.field(default=10, doc="greedy evaluations on the validation split, with a checkpoint each")
+    max_updates: int | None = chz.field(
+        default=None, validator=COUNT, doc="instead of num_train_epochs (total_episodes of the original, in updates)"
+    )
+    learning_rate: float = chz.field(
+        default=3e-4, validator=LEARNING_RATE, doc="at the first update, falling to 0; a hub model wants 5e-7 to 1e-5"
+    )
+    max_grad_norm: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="clips the gradient of the mean over rationales; 0 = no clipping"
+    )
+    num_evaluations: int = chz.field(
+        default=10, validator=COUNT, doc="greedy evaluations on the validation split, with a checkpoint each"
+    )
     sanity_check: bool = chz.field(default=False, doc="two updates on a few questions, to see that all works")
     log_path: str = chz.field(
         default="runs/latro", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the runs, one for each method"

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from backend.config import BackendConfig
+from backend.ranges import COUNT, SEED, TEMPERATURE
 from backend.service_client import ServiceClient
 from envs.opponents import MinimaxPlayer, RandomPlayer
 from envs.textarena import TextArenaBuilder
@@ -35,9 +36,9 @@ class Config:
     """Games of a saved policy against players that do not learn."""
 
     model_path: str = chz.field(doc="a checkpoint of recipes/multiplayer/train.py")
-    games: int = chz.field(default=500, doc="against each opponent, half of them from each seat")
-    temperature: float = chz.field(default=0.0, doc="of the policy; 0 is greedy")
-    seed: int = chz.field(default=1234, doc="seed of the opponents' moves and of sampling")
+    games: int = chz.field(default=500, validator=COUNT, doc="against each opponent, half of them from each seat")
+    temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="of the policy; 0 is greedy")
+    seed: int = chz.field(default=1234, validator=SEED, doc="seed of the opponents' moves and of sampling")
     task: TextArenaBuilder = chz.field(
         default_factory=lambda: TextArenaBuilder(board_only=True, error_allowance=0, max_tokens=3), doc="the game, as in training"
     )

@@ -25,6 +25,7 @@ import chz
 
 from backend.config import BackendConfig
 from backend.learning_rate import LRSchedule
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE, WHOLE
 from backend.types import Datum
 from envs.opponents import RandomPlayer
 from envs.textarena import TextArenaBuilder
@@ -64,8 +65,10 @@ class RandomPlayBuilder(SupervisedDatasetBuilder):
     """The games of a careless player, to imitate."""
 
     task: TextArenaBuilder = chz.field(doc="which game")
-    skill: float = chz.field(default=0.0, doc="share of the moves that are perfect; the others are legal and drawn at random")
-    n_batches: int = chz.field(default=400, doc="training batches per epoch")
+    skill: float = chz.field(
+        default=0.0, validator=SHARE, doc="share of the moves that are perfect; the others are legal and drawn at random"
+    )
+    n_batches: int = chz.field(default=400, validator=COUNT, doc="training batches per epoch")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         return RandomPlay(self, renderer), None
@@ -90,7 +93,9 @@ class Config(train.Config):
         doc="builder of the games",
     )
     model_name: str = chz.field(default="new", doc="new = a tokenizer and a model made for the game, in LOG_PATH_model")
-    warm_start_nll: float = chz.field(default=0.8, doc="nats per token at which the imitation of random play ends")
+    warm_start_nll: float = chz.field(
+        default=0.8, validator=NON_NEGATIVE, doc="nats per token at which the imitation of random play ends"
+    )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     advantage: AdvantageEstimator = chz.field(default_factory=SeatMean, doc="of the games from one opening, each seat for itself")
     kl: KLPenalty = chz.field(
@@ -98,10 +103,10 @@ class Config(train.Config):
         doc="to the warm start, which plays any legal move: keeps the policy from being sure of a few squares before it sees lines",
     )
     loss_fn: str = chz.field(default="ppo", doc="importance_sampling, reinforce, ppo, cispo or dro")
-    num_substeps: int = chz.field(default=8, doc="optimizer steps per batch; more than 1 is slightly off-policy")
-    learning_rate: float = chz.field(default=7e-4, doc="of self-play, at its first step")
+    num_substeps: int = chz.field(default=8, validator=COUNT, doc="optimizer steps per batch; more than 1 is slightly off-policy")
+    learning_rate: float = chz.field(default=7e-4, validator=LEARNING_RATE, doc="of self-play, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how it falls to the last step")
-    save_every: int = chz.field(default=100, doc="checkpoint after every this many steps, and at the end")
+    save_every: int = chz.field(default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="the figures in the README are of the torch sampler"
     )

@@ -25,6 +25,7 @@ import chz
 
 from backend.config import BackendConfig
 from backend.errors import ConfigError
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.types import SamplingParams
@@ -62,16 +63,20 @@ class Config:
         doc="the chains, and what is held out",
     )
     model_name: str = chz.field(default="tiny", doc="the policy, and the trunk of its process reward model")
-    seed: int = chz.field(default=0, doc="of everything but the choice of held-out chains")
-    warm_start_nll: float = chz.field(default=0.05, doc="imitate until a batch's loss is below this: a policy that errs")
-    completer_nll: float = chz.field(default=0.004, doc="the completer goes on imitating until this: it errs seldom")
-    num_problems: int = chz.field(default=1800, doc="training chains that are solved and labelled")
-    solutions_per_problem: int = chz.field(default=3, doc="solutions of each")
-    num_completions: int = chz.field(default=3, doc="completions from the end of each step")
-    prm_epochs: int = chz.field(default=8, doc="passes over the labelled solutions")
-    prm_learning_rate: float = chz.field(default=2e-3, doc="falls linearly to 0")
-    rl_steps: int = chz.field(default=30, doc="steps of each run of the stage rl")
-    best_of: int = chz.field(default=8, doc="solutions of each held-out chain to choose from")
+    seed: int = chz.field(default=0, validator=SEED, doc="of everything but the choice of held-out chains")
+    warm_start_nll: float = chz.field(
+        default=0.05, validator=NON_NEGATIVE, doc="imitate until a batch's loss is below this: a policy that errs"
+    )
+    completer_nll: float = chz.field(
+        default=0.004, validator=NON_NEGATIVE, doc="the completer goes on imitating until this: it errs seldom"
+    )
+    num_problems: int = chz.field(default=1800, validator=COUNT, doc="training chains that are solved and labelled")
+    solutions_per_problem: int = chz.field(default=3, validator=COUNT, doc="solutions of each")
+    num_completions: int = chz.field(default=3, validator=COUNT, doc="completions from the end of each step")
+    prm_epochs: int = chz.field(default=8, validator=COUNT, doc="passes over the labelled solutions")
+    prm_learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="falls linearly to 0")
+    rl_steps: int = chz.field(default=30, validator=COUNT, doc="steps of each run of the stage rl")
+    best_of: int = chz.field(default=8, validator=COUNT, doc="solutions of each held-out chain to choose from")
     log_path: str = chz.field(default="runs/prm", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
     backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine runs models")
 

@@ -21,6 +21,7 @@ import chz
 
 from backend.config import BackendConfig
 from backend.errors import ConfigError
+from backend.ranges import COUNT, SEED, WHOLE
 from backend.tokenizers import load_tokenizer
 from envs.kind_words import KindWordsComparisons
 from preference import train_reward_model
@@ -44,10 +45,12 @@ class Config:
     kinds: str = chz.field(default="scalar,label", doc="which reward models")
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str = chz.field(default="plain", doc="role_colon, chat_template or plain")
-    batch_size: int = chz.field(default=64, doc="examples per step; a label model has two of each comparison, one in each order")
-    num_epochs: int = chz.field(default=3, doc="passes over the comparisons")
-    eval_every: int = chz.field(default=60, doc="held-out measures before every this many steps, and at the end")
-    seed: int = chz.field(default=0, doc="of the weights and the order")
+    batch_size: int = chz.field(
+        default=64, validator=COUNT, doc="examples per step; a label model has two of each comparison, one in each order"
+    )
+    num_epochs: int = chz.field(default=3, validator=COUNT, doc="passes over the comparisons")
+    eval_every: int = chz.field(default=60, validator=WHOLE, doc="held-out measures before every this many steps, and at the end")
+    seed: int = chz.field(default=0, validator=SEED, doc="of the weights and the order")
     log_path: str = chz.field(default="runs/reward_model", doc="folder of both runs")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last runs' folders")
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains")

@@ -31,6 +31,7 @@ import numpy as np
 
 from backend.config import BackendConfig
 from backend.errors import ConfigError
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.types import SamplingParams
@@ -57,14 +58,14 @@ class Config:
     stages: str = chz.field(default="sft,comparisons,reward_model,rl,rl_no_penalty,curve", doc="which to run, in this order")
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str = chz.field(default="plain", doc="role_colon, chat_template or plain")
-    seed: int = chz.field(default=0, doc="of weights, data and sampling")
-    sft_steps: int = chz.field(default=200, doc="steps of imitation")
-    num_comparisons: int = chz.field(default=3000, doc="pairs of notes that are judged")
-    reward_model_epochs: int = chz.field(default=3, doc="passes over the comparisons")
-    rl_steps: int = chz.field(default=80, doc="steps of each of the two RL stages")
-    rl_learning_rate: float = chz.field(default=3e-4, doc="at the first step; falls linearly")
-    kl_coef: float = chz.field(default=0.5, doc="weight of the KL penalty per token in the stage rl")
-    max_tokens: int = chz.field(default=64, doc="longest note; those who imitate write up to 40")
+    seed: int = chz.field(default=0, validator=SEED, doc="of weights, data and sampling")
+    sft_steps: int = chz.field(default=200, validator=COUNT, doc="steps of imitation")
+    num_comparisons: int = chz.field(default=3000, validator=COUNT, doc="pairs of notes that are judged")
+    reward_model_epochs: int = chz.field(default=3, validator=COUNT, doc="passes over the comparisons")
+    rl_steps: int = chz.field(default=80, validator=COUNT, doc="steps of each of the two RL stages")
+    rl_learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="at the first step; falls linearly")
+    kl_coef: float = chz.field(default=0.5, validator=NON_NEGATIVE, doc="weight of the KL penalty per token in the stage rl")
+    max_tokens: int = chz.field(default=64, validator=COUNT, doc="longest note; those who imitate write up to 40")
     log_path: str = chz.field(
         default="runs/rlhf", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the stages"
     )

@@ -24,6 +24,7 @@ import chz
 from backend.config import BackendConfig
 from backend.errors import ConfigError
 from backend.learning_rate import LRSchedule
+from backend.ranges import COUNT, LEARNING_RATE, WHOLE
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from envs.kind_words import KindWordsExamplesBuilder, KindWordsPrompts
@@ -48,13 +49,15 @@ class Config(train.Config):
         ),
         doc="builder of the prompts and their judge",
     )
-    warm_start_steps: int = chz.field(default=200, doc="supervised steps before RL; load_checkpoint_path does without")
+    warm_start_steps: int = chz.field(
+        default=200, validator=WHOLE, doc="supervised steps before RL; load_checkpoint_path does without"
+    )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
-    max_tokens: int | None = chz.field(default=64, doc="longest answer")
-    learning_rate: float = chz.field(default=3e-4, doc="of RL, at its first step")
+    max_tokens: int | None = chz.field(default=64, validator=COUNT, doc="longest answer")
+    learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
-    num_epochs: int = chz.field(default=10, doc="passes over the prompts")
-    max_steps: int | None = chz.field(default=25, doc="RL steps")
+    num_epochs: int = chz.field(default=10, validator=COUNT, doc="passes over the prompts")
+    max_steps: int | None = chz.field(default=25, validator=COUNT, doc="RL steps")
     log_path: str = chz.field(default="runs/shorter", doc="the run folder; the warm start's is beside it")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last run's folders")
     backend: BackendConfig = chz.field(

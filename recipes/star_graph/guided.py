@@ -26,10 +26,11 @@ from torch.nn.functional import cross_entropy
 from backend.belief_state_files import CONFIG_FILE as BELIEF_STATE_FILE
 from backend.belief_state_files import load_belief_state
 from backend.config import training_device
-from backend.errors import ConfigError, DataError, NonFiniteError
+from backend.errors import DataError, NonFiniteError
 from backend.guidance import Guidance, Method
 from backend.guided_sampler import LanguageModelTrunk, Reader, check_fit, language_model
 from backend.models import load_model
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
 from backend.tokenizers import load_tokenizer
 from envs.star_graph_data import Batches, StarGraphTask
 from envs.star_graph_tokens import Layout, layout_of
@@ -72,24 +73,28 @@ class Config:
     )
     head: Head = chz.field(default="bilinear", doc="linear is the original's; bilinear reads the state before the token as well")
     train_trunk: bool = chz.field(default=True, doc="false: only the head learns")
-    num_outputs: int = chz.field(default=1, doc="1: a Bernoulli return; K >= 2: a distribution over K returns from 0 to 1")
+    num_outputs: int = chz.field(
+        default=1, validator=COUNT, doc="1: a Bernoulli return; K >= 2: a distribution over K returns from 0 to 1"
+    )
     next_token_coef: float = chz.field(
-        default=0.0, doc="weight of predicting the tokens of both paths beside; the original has none"
+        default=0.0, validator=NON_NEGATIVE, doc="weight of predicting the tokens of both paths beside; the original has none"
     )
     guidance: Guidance = chz.field(default_factory=Guidance, doc="kl_coef, top_k, ...; the method is not read: all are evaluated")
-    kl_coefs: list[float] = chz.field(default_factory=lambda: [0.1, 1.0], doc="those of the table at the end")
+    kl_coefs: list[float] = chz.field(default_factory=lambda: [0.1, 1.0], validator=POSITIVE, doc="those of the table at the end")
 
-    num_steps: int = chz.field(default=500, doc="optimizer steps")
-    batch_size: int = chz.field(default=64, doc="graphs of a step, each with a right and a wrong path")
-    max_tries: int = chz.field(default=8, doc="samples of the policy for a graph, until one is wrong; then the graph is dropped")
-    learning_rate: float = chz.field(default=3e-3, doc="after the warm-up")
-    warmup_steps: int = chz.field(default=30, doc="over which the learning rate rises linearly")
-    weight_decay: float = chz.field(default=0.0, doc="AdamW's, decoupled")
-    grad_clip_norm: float = chz.field(default=1.0, doc="of all gradients together")
-    seed: int = chz.field(default=0, doc="of the classifier's weights, its pairs, and sampled decoding")
+    num_steps: int = chz.field(default=500, validator=COUNT, doc="optimizer steps")
+    batch_size: int = chz.field(default=64, validator=COUNT, doc="graphs of a step, each with a right and a wrong path")
+    max_tries: int = chz.field(
+        default=8, validator=COUNT, doc="samples of the policy for a graph, until one is wrong; then the graph is dropped"
+    )
+    learning_rate: float = chz.field(default=3e-3, validator=LEARNING_RATE, doc="after the warm-up")
+    warmup_steps: int = chz.field(default=30, validator=WHOLE, doc="over which the learning rate rises linearly")
+    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
+    grad_clip_norm: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="of all gradients together")
+    seed: int = chz.field(default=0, validator=SEED, doc="of the classifier's weights, its pairs, and sampled decoding")
 
-    eval_every: int = chz.field(default=100, doc="guided accuracy before every this many steps, and at the end")
-    save_every: int = chz.field(default=250, doc="checkpoint after every this many steps, and at the end")
+    eval_every: int = chz.field(default=100, validator=COUNT, doc="guided accuracy before every this many steps, and at the end")
+    save_every: int = chz.field(default=250, validator=COUNT, doc="checkpoint after every this many steps, and at the end")
     log_path: str = chz.field(default="runs/star_graph_guided", doc="the folder of the classifier's and the methods' folders")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
 
@@ -97,9 +102,6 @@ class Config:
     def _check(self) -> None:
         for kl_coef in self.kl_coefs:
             chz.replace(self.guidance, kl_coef=kl_coef)  # raises now what would otherwise be raised after training
-        for name in ("num_outputs", "batch_size", "max_tries", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 def main(config: Config) -> list[Row]:

@@ -19,6 +19,7 @@ import chz
 
 from backend.config import BackendConfig
 from backend.errors import ConfigError
+from backend.ranges import COUNT, LEARNING_RATE, WHOLE
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from envs.star_graph import sample_graphs
@@ -42,14 +43,16 @@ class Config(train_dpo.Config):
         default=None,
         doc="JSONL of pairs (rollouts.py; Q#'s collect_rollouts.py); None = collected with the policy, into the run folder's parent",
     )
-    num_prompts: int = chz.field(default=4000, doc="prompts to collect pairs on")
+    num_prompts: int = chz.field(default=4000, validator=COUNT, doc="prompts to collect pairs on")
     dataset: ComparisonDatasetBuilder = chz.field(
         default_factory=ComparisonDatasetBuilder, doc="not read: the pairs are tokens already"
     )
     renderer_name: str | None = chz.field(default="plain", doc="not read")
-    learning_rate: float = chz.field(default=1e-4, doc="at the first step")
-    num_epochs: int = chz.field(default=4, doc="passes over the pairs")
-    eval_every: int = chz.field(default=25, doc="accuracy on held-out graphs before every this many steps, and at the end")
+    learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="at the first step")
+    num_epochs: int = chz.field(default=4, validator=COUNT, doc="passes over the pairs")
+    eval_every: int = chz.field(
+        default=25, validator=WHOLE, doc="accuracy on held-out graphs before every this many steps, and at the end"
+    )
     log_path: str = chz.field(default="runs/star_graph_dpo", doc="the run folder")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"

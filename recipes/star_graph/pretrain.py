@@ -22,6 +22,7 @@ import chz
 
 from backend.config import BackendConfig
 from backend.learning_rate import LRSchedule
+from backend.ranges import LEARNING_RATE, WHOLE
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.training_client import TrainingClient
@@ -44,12 +45,14 @@ class Config(train.Config):
     dataset: SupervisedDatasetBuilder = chz.field(default_factory=StarGraphExamplesBuilder, doc="builder of the graphs")
     model_name: str = chz.field(default="", doc="a model folder; empty = a new small GPT-2 in the run folder's parent")
     renderer_name: str | None = chz.field(default="plain", doc="how answers end; star graphs' own ends are used")
-    learning_rate: float = chz.field(default=1e-3, doc="at the first step")
+    learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="at the first step")
     lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
     eval_every: int = chz.field(
-        default=50, doc="accuracy and loss on held-out graphs before every this many steps, and at the end"
+        default=50, validator=WHOLE, doc="accuracy and loss on held-out graphs before every this many steps, and at the end"
     )
-    save_every: int = chz.field(default=250, doc="checkpoint after every this many steps, and at the end; 0 = only at the end")
+    save_every: int = chz.field(
+        default=250, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
+    )
     log_path: str = chz.field(default="runs/star_graph_gpt", doc="the run folder")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"

@@ -27,6 +27,7 @@ import numpy as np
 
 from backend.errors import ConfigError
 from backend.futures import APIFuture
+from backend.ranges import LEARNING_RATE
 from backend.sampling_client import SamplingClient
 from backend.training_client import TrainingClient
 from backend.types import Datum, ForwardBackwardOutput, ModelInput, SampledSequence, SamplingParams
@@ -43,7 +44,7 @@ class Config(pretrain.Config):
         default="greedy", doc="greedy, as in Q#'s code, or sampled at temperature 1"
     )
     baseline: Literal[0, 1] = chz.field(default=1, doc="1: the batch's mean reward; 0: none, and wrong paths weigh -0.1")
-    learning_rate: float = chz.field(default=1e-4, doc="at the first step; Q# takes 1e-5 for GPT-2")
+    learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="at the first step; Q# takes 1e-5 for GPT-2")
     log_path: str = chz.field(default="runs/star_graph_reinforce", doc="the run folder")
 
 

@@ -27,6 +27,7 @@ import chz
 
 from backend.config import BackendConfig
 from backend.errors import ConfigError
+from backend.ranges import COUNT, LEARNING_RATE, SEED
 from envs.star_graph_data import StarGraphBuilder, StarGraphExamplesBuilder, StarGraphTask, Targets
 from preference.losses import DPO, RPO, PreferenceLoss
 from recipes.belief_state import star_graph as bst_star_graph
@@ -52,19 +53,21 @@ class Config:
     methods: str = chz.field(
         default=",".join(FROM_SCRATCH + FROM_GPT), doc="which, by comma; gpt is added where another starts from it"
     )
-    seeds: list[int] = chz.field(default_factory=lambda: [0], doc="one run of everything for each: weights, data and sampling")
+    seeds: list[int] = chz.field(
+        default_factory=lambda: [0], validator=SEED, doc="one run of everything for each: weights, data and sampling"
+    )
     task: StarGraphTask = chz.field(
         default_factory=StarGraphTask, doc="the graphs, and which are held out: the same for all seeds"
     )
-    pretrain_steps: int = chz.field(default=800, doc="steps of gpt, reversed and teacherless, 128 graphs each")
-    bst_steps: int = chz.field(default=600, doc="steps of bst, 64 graphs each")
-    policy_steps: int = chz.field(default=200, doc="steps of reinforce, rl, dpo and rpo")
-    classifier_steps: int = chz.field(default=500, doc="steps of the classifier of Q# and CD")
+    pretrain_steps: int = chz.field(default=800, validator=COUNT, doc="steps of gpt, reversed and teacherless, 128 graphs each")
+    bst_steps: int = chz.field(default=600, validator=COUNT, doc="steps of bst, 64 graphs each")
+    policy_steps: int = chz.field(default=200, validator=COUNT, doc="steps of reinforce, rl, dpo and rpo")
+    classifier_steps: int = chz.field(default=500, validator=COUNT, doc="steps of the classifier of Q# and CD")
     classifier_trunk: Literal["bst", "scratch", "policy"] = chz.field(
         default="bst", doc="the classifier's: bst's forward encoder, frozen, so that only a head learns; new weights; or gpt's"
     )
-    policy_learning_rate: float = chz.field(default=3e-4, doc="of reinforce, rl, dpo and rpo")
-    processes: int = chz.field(default=2, doc="methods that run at the same time, one thread each")
+    policy_learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of reinforce, rl, dpo and rpo")
+    processes: int = chz.field(default=2, validator=COUNT, doc="methods that run at the same time, one thread each")
     log_path: str = chz.field(
         default="runs/star_graph", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the runs"
     )

@@ -1,0 +1,106 @@
+"""Every numeric option of every configuration has a range, and what is outside it is an error of one line before anything is opened."""
+
+import importlib
+import math
+import pkgutil
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import chz
+import pytest
+
+from backend.errors import ConfigError
+from backend.ranges import COUNT, SEED, SHARE, TEMPERATURE, Range
+from rl.train_cli import ENVS
+from rl.train_cli import CLIConfig as RLConfig
+from supervised.train_cli import DATASETS
+from supervised.train_cli import CLIConfig as SupervisedConfig
+from tests.conftest import ROOT
+from tracking.command_line import parse
+
+PACKAGES = ("backend", "renderers", "tracking", "supervised", "preference", "rl", "envs", "recipes")
+WORKERS = {"envs.verifiers_worker"}  # runs in an environment of its own
+PROBES = (-1, 0, math.nan, math.inf, -math.inf, 10**30, -(10**30), 1.5, True, "7")
+
+
+def _configs() -> list[type]:
+    names = [m.name for package in PACKAGES for m in pkgutil.walk_packages([str(ROOT / package)], f"{package}.")]
+    modules = [importlib.import_module(name) for name in names if name not in WORKERS]
+    found = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type) and chz.is_chz(kind)}
+    return sorted((kind for kind in found if kind.__module__.split(".")[0] in PACKAGES), key=lambda kind: kind.__qualname__)
+
+
+def _numeric_fields(kind: type) -> dict[str, Range | None]:
+    fields = {name: field for name, field in chz.chz_fields(kind).items() if _is_numeric(field)}
+    return {name: next((v for v in field._validator if isinstance(v, Range)), None) for name, field in fields.items()}
+
+
+def _is_numeric(field: Any) -> bool:
+    return bool(re.search(r"\b(int|float)\b", str(field.x_type)))
+
+
+def test_every_numeric_option_declares_its_range():
+    configs = _configs()
+    missing = [
+        f"{kind.__module__}:{kind.__qualname__}.{name}"
+        for kind in configs
+        for name, r in _numeric_fields(kind).items()
+        if r is None
+    ]
+    assert len(configs) > 100 and not missing
+
+
+def test_values_outside_a_range_are_an_error_of_one_line_that_names_the_option():
+    checked = 0
+    for kind in _configs():
+        for name, accepted in _numeric_fields(kind).items():
+            assert accepted is not None
+            for value in PROBES:
+                if accepted.needs(value) is None:
+                    assert not isinstance(value, bool | str)
+                    assert value == accepted.also or accepted.low <= value <= accepted.high
+                    continue
+                with pytest.raises(ConfigError, match=rf"^{name}=.* must be .+$") as error:
+                    accepted(SimpleNamespace(**{name: value}), name)
+                assert "\n" not in str(error.value)
+                checked += 1
+    assert checked > 2000
+
+
+@pytest.mark.parametrize(
+    "accepted, inside, outside",
+    [
+        (COUNT, (1, 2**31 - 1), (0, -1, 2**31, 1.0)),
+        (SEED, (0, 2**63 - 1), (-1, 2**63)),
+        (SHARE, (0, 1, 0.5), (-0.01, 1.01, math.nan)),
+        (TEMPERATURE, (0, 0.01, 2), (0.005, -0.0001, 2.01)),
+        (Range(0, 0.5, below=True), (0, 0.49), (0.5,)),
+        (Range(0, 1, above=True), (1e-9, 1), (0,)),
+    ],
+)
+def test_the_ends_of_ranges(accepted: Range, inside: tuple[float, ...], outside: tuple[float, ...]):
+    assert [accepted.needs(value) for value in inside] == [None] * len(inside)
+    assert all(accepted.needs(value) for value in outside)
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "1e30", "99999999999999999999"])
+@pytest.mark.parametrize(
+    "config, arguments, names",
+    [(RLConfig, ["env=arithmetic"], {"env": ENVS}), (SupervisedConfig, ["dataset=arithmetic"], {"dataset": DATASETS})],
+)
+def test_a_command_line_names_the_whole_path(config: type, arguments: list[str], names: dict, value: str):
+    """Whole numbers and others, of the configuration itself and of the objects in it."""
+    builder = arguments[0].split("=")[0]
+    for option in ("learning_rate", "num_epochs", "backend.max_num_seqs", f"{builder}.n_batches"):
+        with pytest.raises(ConfigError, match=rf"^{option}=\S+(:| must be) ") as error:
+            parse(config, [*arguments, f"{option}={value}"], names)
+        assert "\n" not in str(error.value)
+
+
+def test_help_shows_the_range(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse(RLConfig, ["env=arithmetic", "--help"], {"env": ENVS})
+    shown = capsys.readouterr().out
+    assert re.search(r"max_tokens +int >= 1 \| None ", shown) and re.search(r"env.n_batches +int >= 1 ", shown)
+    assert re.search(r" temperature +float 0.01..2 ", shown)
