@@ -47,6 +47,9 @@ class Range:
             return "a finite number"
         if self.whole and not isinstance(number, numbers.Integral):
             return "a whole number"
+        return self._limits(float(number))
+
+    def _limits(self, number: float) -> str | None:
         if number == self.also:
             return None
         or_also = "" if self.also is None else f", or {self.also:g}"
