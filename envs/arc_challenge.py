@@ -5,7 +5,7 @@ is right if the letter behind its last "answer is" is. Left out: an RLDatasetBui
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
 
@@ -13,7 +13,7 @@ from backend.errors import DataError
 from envs.math_word import read_hub
 from envs.problem_env import ProblemEnv
 from renderers.types import Renderer
-from supervised.rows import Fields, Row, read_rows
+from supervised.rows import Fields, Row, read_rows, text_of
 
 ANSWER_PHRASE = "The answer is"
 _ANSWER = re.compile(r"answer is:?\s*\(?([A-Z])\b")
@@ -34,12 +34,21 @@ def read_arc(data_dir: str | None, split: str) -> Iterable[Row]:
 
 
 def arc_question(where: str, row: Fields) -> ArcQuestion:
-    """DataError where the key is none of the options."""
-    options = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-    if row["answerKey"] not in options:
-        raise DataError(f"{where}: answerKey {row['answerKey']!r} is none of the options {', '.join(options)}")
+    """DataError where a field is missing or of another kind, or the key is none of the options."""
+    choices = row.get("choices")
+    columns = [choices.get(name) for name in ("label", "text")] if isinstance(choices, Mapping) else []
+    if not columns or not all(_are_texts(column) and len(column) == len(columns[0]) for column in columns):
+        raise DataError(f"{where}: 'choices' must hold a 'label' and a 'text' list of the same length, not {str(choices)[:80]}")
+    stem, key = text_of(where, row, "question"), text_of(where, row, "answerKey")
+    options = dict(zip(*columns, strict=True))
+    if key not in options:
+        raise DataError(f"{where}: answerKey {key!r} is none of the options {', '.join(options)}")
     texts = tuple(text.strip() for text in options.values())
-    return ArcQuestion(row["question"], texts, list(options).index(row["answerKey"]))
+    return ArcQuestion(stem, texts, list(options).index(key))
+
+
+def _are_texts(column: object) -> bool:
+    return isinstance(column, list) and all(isinstance(text, str) for text in column)
 
 
 class ArcEnv(ProblemEnv):

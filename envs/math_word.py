@@ -19,6 +19,7 @@ from envs.math_grading import DEFAULT_SECONDS, TooCostly, check_gold, is_equal, 
 from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
 from renderers.types import Renderer
 from rl.types import Logs, RLDataset, RLDatasetBuilder
+from supervised.data import HuggingFaceBuilder
 from supervised.rows import Fields, Row, read_rows
 
 GoldStyle = Literal["boxed", "hash", "plain"]
@@ -80,14 +81,7 @@ def strip_calculator_marks(text: str) -> str:
 
 
 def read_hub(name: str, config: str | None, split: str) -> Iterator[Row]:
-    from datasets import load_dataset  # a second to import, and only needed here
-
-    try:
-        rows = load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
-        raise DataError(f"dataset {name} ({config}, {split}) could not be loaded: {str(error).splitlines()[0]}") from error
-    for number, row in enumerate(rows):
-        yield f"{name}/{split}[{number}]", dict(row)
+    yield from HuggingFaceBuilder(name=name, subset=config, split=split).rows()[0]
 
 
 @chz.chz

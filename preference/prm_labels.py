@@ -151,7 +151,12 @@ def _record(fields: dict[str, Any]) -> StepRecord:
         raise DataError("output must be a list of at least one step, each a text")
     if not isinstance(label, list) or len(label) != len(steps) or not all(value in (0, 1) for value in label):
         raise DataError(f"label must be a 0 or 1 for each of the {len(steps)} steps, not {str(label)[:80]}")
-    if soft is not None and (len(soft) != len(steps) or not all(0 <= share <= 1 for share in soft)):
+    if soft is not None and (
+        not isinstance(soft, list)
+        or not all(isinstance(share, int | float) for share in soft)
+        or len(soft) != len(steps)
+        or not all(0 <= share <= 1 for share in soft)
+    ):
         raise DataError(f"soft must be a share from 0 to 1 for each of the {len(steps)} steps, not {str(soft)[:80]}")
     question = fields["input"] + fields.get("output_prefix", "")
     return StepRecord(question, steps, [int(value) for value in label], soft, fields.get("malformed"), fields.get("id", ""))

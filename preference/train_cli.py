@@ -31,7 +31,7 @@ DATASETS = {
     "helpsteer3": f"{COMPARISONS}RatedPairBuilder path=nvidia/HelpSteer3 test_split=validation empty=drop",
     "gsm8k_solutions": f"{COMPARISONS}ScoredSamplesBuilder prompt_field=question completion_field=solution "
     "score_field=is_correct test_size=200",
-    "*.jsonl": f"{COMPARISONS}ChosenRejectedBuilder path={{}}",
+    "*.jsonl": "preference.forms:FileBuilder path={}",
 }
 METHODS = {name: f"preference.losses:{name.upper()}" for name in ("dpo", "rpo", "ipo")} | {"simpo": "preference.losses:SimPO"}
 

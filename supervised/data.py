@@ -14,7 +14,9 @@ import numpy as np
 from backend.errors import ConfigError, DataError
 from backend.ranges import POSITIVE, WHOLE
 from backend.types import Datum, ModelInput, TensorData
+from renderers.turns import bos, encode, eos
 from renderers.types import Message, Renderer, TrainOnWhat
+from supervised.forms import customized, form_of, one_form
 from supervised.rows import Fields, Row, conversation, exchange, read_rows
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
@@ -123,6 +125,10 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         """The conversation in a row. Raises DataError, without saying where the row stands."""
         raise NotImplementedError
 
+    def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
+        """Tokens of a row and their weights."""
+        return renderer.build_supervised_example(self.messages(fields), self.train_on_what)
+
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train, test = self.rows()
         if self.test_size:
@@ -144,7 +150,7 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         data, overlong, emptied = [], 0, 0
         for where, fields in rows:
             try:
-                tokens, weights = renderer.build_supervised_example(self.messages(fields), self.train_on_what)
+                tokens, weights = self.example(fields, renderer)
                 if len(tokens) > limit:
                     overlong += 1
                     if self.overlong == "raise":
@@ -177,6 +183,25 @@ class JsonLinesBuilder(ChatDatasetBuilder):
 
     def rows(self) -> tuple[list[Row], list[Row]]:
         return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
+
+
+@chz.chz
+class FileBuilder(JsonLinesBuilder):
+    """JSONL of any form in supervised/forms.py, found by the fields of its rows. Texts are trained on whole, between BOS and EOS."""
+
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        train, test = super().rows()
+        form = one_form(train + test, form_of)
+        print(f"{self.path}: read as {form.name} ({', '.join(form.fields)})", flush=True)
+        return train, test
+
+    def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
+        read = form_of(fields).read(fields)
+        if not isinstance(read, str):
+            return renderer.build_supervised_example(*customized(read, self.train_on_what))
+        start, tokenizer = bos(renderer.tokenizer), renderer.tokenizer
+        tokens = start + encode(tokenizer, read) + eos(tokenizer)
+        return tokens, [0.0] * len(start) + [1.0] * (len(tokens) - len(start))
 
 
 @chz.chz
@@ -230,8 +255,9 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
                 table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
                 table = datasets.load_dataset(str(path) if path.exists() else self.name, self.subset, split=split)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ else error
+            reason = " ".join(str(cause).split())[:300]
             raise DataError(f"dataset {self.name!r}, split {split!r}, could not be loaded: {reason}") from error
         rows = [(f"{self.name}[{split}]:{i}", fields) for i, fields in enumerate(table)]
         if not rows:

@@ -1,7 +1,7 @@
 """Rows of a dataset, and the conversations in them; what is malformed is a DataError that says what a row should have had."""
 
+import codecs
 import difflib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,34 +9,76 @@ from typing import Any
 
 from backend.errors import ConfigError, DataError
 from renderers.types import Message
+from tracking.jsonl import parse_json
 
 Fields = Mapping[str, Any]
 Row = tuple[str, Fields]  # where it stands, for errors: "path:line" or "name[split]:index"; and what it holds
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
+LONG_LINE = 1 << 20  # bytes of an example that is announced: tokenizing 20 MB takes a minute
+
+
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The objects of a JSONL file; blank lines are passed over."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        siblings = [sibling.name for sibling in file.parent.iterdir()] if file.parent.is_dir() else []
-        near = difflib.get_close_matches(file.name, siblings, n=1)
-        raise DataError(f"{path}: no such file" + (f"; did you mean {file.parent / near[0]}?" if near else ""))
+    """The objects of a JSONL file; blank lines are passed over. DataError, with the line and a remedy, for whatever else it holds."""
+    file = _data_file(path)
     rows = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(fields, dict):
-                raise DataError(f"{path}:{number}: a {type(fields).__name__}, where an object with fields is needed")
-            rows.append((f"{path}:{number}", fields))
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"{path}:{number}"
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                    _check_text(line, where)
+                if not line.strip():
+                    continue
+                if len(line) > LONG_LINE:
+                    print(f"{where}: one example of {len(line) / 1e6:.0f} MB, which takes a while to read", flush=True)
+                fields = parse_json(line, where, "repair or delete that line")
+                if not isinstance(fields, dict):
+                    raise DataError(f"{where}: a {type(fields).__name__}, where an object with fields is needed, one in a line")
+                rows.append((where, fields))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions, or choose another file") from error
     if not rows:
         raise DataError(f"{path}: the file has no examples")
     return rows
+
+
+def _data_file(path: str | os.PathLike[str]) -> Path:
+    file = Path(path).expanduser()
+    try:
+        if file.is_dir():
+            found = sorted(sibling.name for sibling in file.glob("*.jsonl"))
+            raise DataError(f"{path} is a folder; give a file in it" + (f", as {file / found[0]}" if found else ""))
+        if not file.is_file():
+            siblings = [sibling.name for sibling in file.parent.iterdir()] if file.parent.is_dir() else []
+            near = difflib.get_close_matches(file.name, siblings, n=1)
+            raise DataError(f"{path}: no such file" + (f"; did you mean {file.parent / near[0]}?" if near else ""))
+    except (OSError, ValueError) as error:  # a folder of another user, a null byte in the name
+        raise DataError(f"{path} cannot be read ({error}); check the path and its permissions") from error
+    return file
+
+
+def _check_text(line: bytes, where: str) -> None:
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{where}: the file is in UTF-16; save it as UTF-8")
+    if b"\0" in line:
+        raise DataError(
+            f"{where}: a binary file, not lines of JSON; is it compressed, or Parquet? For the latter dataset=huggingface"
+        )
+    if line.lstrip().startswith(b"["):
+        raise DataError(
+            f"{where}: a list, where each line is to be one object: jq -c '.[]' FILE.json > FILE.jsonl makes that of a JSON file"
+        )
+
+
+def text_of(where: str, fields: Fields, name: str) -> str:
+    """The text in the field `name`."""
+    try:
+        return _field(fields, name, str)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def conversation(fields: Fields, name: str) -> list[Message]:

@@ -28,7 +28,7 @@ DATASETS = {
     "huggingface": "supervised.data:HuggingFaceBuilder",
     "mixture": "supervised.data:MixtureBuilder",
     "star_graph": "envs.star_graph_data:StarGraphExamplesBuilder",
-    "*.jsonl": "supervised.data:ConversationFileBuilder path={}",
+    "*.jsonl": "supervised.data:FileBuilder path={}",
 }
 
 

@@ -8,6 +8,21 @@ from typing import Any
 from backend.errors import DataError
 
 
+def parse_json(text: str | bytes, where: str, remedy: str = "repair or delete it") -> Any:
+    """DataError for anything that is not JSON in UTF-8, is nested too deep, or has half of a surrogate pair, which is no text."""
+    try:
+        value = json.loads(text)
+        if b"\\u" in text if isinstance(text, bytes) else "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise DataError(f"{where}: nested too deep; {remedy}") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which is no text; {remedy}") from None
+    except ValueError as error:  # not JSON, or bytes that are not UTF-8
+        raise DataError(f"{where}: not JSON ({error}); {remedy}") from None
+
+
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a file, [] where there is none. A torn last line is left out; any other bad line is a DataError."""
     path = Path(path)

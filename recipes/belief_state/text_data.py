@@ -224,11 +224,13 @@ class TextData:
 def _read_text_file(path: str) -> list[str]:
     """Documents stand between lines <|endoftext|>; in a file without them, between blank lines."""
     try:
-        content = Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8") from error
+        content = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
+        raise DataError(f"{path} cannot be read ({error}); give a text file") from error
+    if "\0" in content:
+        raise DataError(f"{path}: byte {content.index(chr(0))} is 0: a binary file, where a text is needed")
     parts = content.split(SEPARATOR) if SEPARATOR in content else content.replace("\r\n", "\n").split("\n\n")
     if not (documents := [part.strip() for part in parts if part.strip()]):
         raise DataError(f"{path}: the file has no documents")

@@ -236,7 +236,17 @@ class Round:
             self.config.quota,
             human,
         )
+        if missing := self.shortfall(sum(map(len, chosen.values()))):
+            print(
+                f"{self.name} round {self.number}: {missing} fewer solutions could be selected than the {self.target_size(len(queries))} "
+                f"wanted: too few distinct ones are above the threshold {choice.threshold}; raise samples_per_query or lower the threshold",
+                flush=True,
+            )
         write_selection(self.folder / "selection.jsonl", [one for query in queries for one in chosen[query.id]])
+
+    def shortfall(self, selected: int) -> int:
+        """How many solutions are missing of the target size; 0 where a quota is given, which has none."""
+        return 0 if self.config.quota else max(0, self.target_size(len(self.lab.task.train)) - selected)
 
     async def train(self) -> None:
         """`steps` steps on the selection, from the last weights or from the warm start's."""
@@ -334,7 +344,8 @@ class Round:
         by_query: dict[str, list[Selected]] = {query: [] for query in ids}
         for one in read_selection(self.folder / "selection.jsonl"):
             by_query[one.query].append(one)
-        return found | selection_metrics(list(by_query.values()))
+        missing = self.shortfall(sum(map(len, by_query.values())))
+        return found | selection_metrics(list(by_query.values())) | {"selected_shortfall": float(missing)}
 
     def tokens_trained_on(self) -> int:
         first = (self.number - 1) * self.config.steps if self.method.keep_optimizer else 0

@@ -7,7 +7,7 @@ import chz
 from backend.errors import DataError
 from envs.math_word import read_hub, strip_calculator_marks
 from recipes.latro.tasks import NumberVerifier, Task, TaskBuilder, is_number
-from supervised.rows import Row, read_rows
+from supervised.rows import Row, read_rows, text_of
 
 TRIGGER = "\nLet's think step by step, and end with: The answer is <number>."
 VERIFIER = NumberVerifier()
@@ -40,4 +40,6 @@ class Gsm8kBuilder(TaskBuilder):
         rows: Iterable[Row] = (
             read_rows(f"{self.data_dir}/{split}.jsonl") if self.data_dir else read_hub("openai/gsm8k", "main", split)
         )
-        return [gsm8k_task(where, str(row["question"]), str(row["answer"]), self.trigger) for where, row in rows]
+        return [
+            gsm8k_task(where, text_of(where, row, "question"), text_of(where, row, "answer"), self.trigger) for where, row in rows
+        ]

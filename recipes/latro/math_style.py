@@ -6,7 +6,7 @@ from backend.errors import DataError
 from envs.math_answers import extract_answer, extract_boxed
 from envs.math_grading import is_equal_async
 from recipes.latro.tasks import Task, TaskBuilder, Verifier
-from supervised.rows import read_rows
+from supervised.rows import read_rows, text_of
 
 TRIGGER = "\nLet's think step by step, and end with: The answer is \\boxed{...}."
 
@@ -41,7 +41,10 @@ class MathBuilder(TaskBuilder):
         return self._tasks(self.test_path) if self.test_path else []
 
     def _tasks(self, path: str) -> list[Task]:
-        return [self._task(where, str(row[self.question_field]), str(row[self.solution_field])) for where, row in read_rows(path)]
+        return [
+            self._task(where, text_of(where, row, self.question_field), text_of(where, row, self.solution_field))
+            for where, row in read_rows(path)
+        ]
 
     def _task(self, where: str, question: str, solution: str) -> Task:
         gold = extract_boxed(solution)

@@ -1,0 +1,101 @@
+"""The forms that files of preferences come in, told apart by the names of their fields. docs/data_formats.md has the table."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import chz
+
+from backend.errors import DataError
+from preference.comparisons import (
+    ChosenRejectedBuilder,
+    LabeledBuilder,
+    PreferenceRowsBuilder,
+    RatedPairBuilder,
+    ScoredSamplesBuilder,
+    TranscriptBuilder,
+)
+from preference.rows import SPEAKER
+from preference.types import Comparison, LabeledComparison
+from renderers.types import Message
+from supervised.forms import has, names_of, one_form, unknown
+from supervised.rows import Fields, Row
+
+
+@chz.chz
+class SharedPrefixBuilder(PreferenceRowsBuilder):
+    """{"chosen": "The sky is blue.", "rejected": "The sky is green."}: the prompt is the words that both texts begin with."""
+
+    def comparison(self, fields: Fields) -> LabeledComparison:
+        chosen, rejected = fields.get("chosen"), fields.get("rejected")
+        if not isinstance(chosen, str) or not isinstance(rejected, str):
+            raise DataError("'chosen' and 'rejected' must both be texts")
+        shared = os.path.commonprefix([chosen, rejected])
+        cut = max(shared.rfind(space) for space in (" ", "\n"))
+        if not shared[: max(cut, 0)].strip():
+            raise DataError(
+                "'chosen' and 'rejected' do not begin with the same words, so there is no prompt; give a field 'prompt'"
+            )
+        answers = [[Message(role="assistant", content=text[cut:])] for text in (chosen, rejected)]
+        return LabeledComparison(Comparison([Message(role="user", content=chosen[:cut])], *answers), "A")
+
+
+class Form(NamedTuple):
+    name: str
+    fields: tuple[str, ...]
+    builder: type[PreferenceRowsBuilder]
+    settings: Mapping[str, str] = {}
+
+
+LABELED = Form("labelled comparisons", ("prompt", "completion_A", "completion_B", "label"), LabeledBuilder)
+CHOSEN = Form("chosen and rejected", ("prompt", "chosen", "rejected"), ChosenRejectedBuilder)
+CONVERSATIONS = Form("chosen and rejected conversations", ("chosen", "rejected"), ChosenRejectedBuilder)
+TRANSCRIPTS = Form("chosen and rejected transcripts", ("chosen", "rejected"), TranscriptBuilder)
+SHARED_PREFIX = Form("chosen and rejected texts with the prompt in both", ("chosen", "rejected"), SharedPrefixBuilder)
+RATED = Form("rated pairs", ("context", "response1", "response2", "overall_preference"), RatedPairBuilder)
+SCORED = Form("scored answers", ("prompt", "completion", "score"), ScoredSamplesBuilder)
+KTO = Form("answers marked good and bad", ("prompt", "completion", "label"), ScoredSamplesBuilder, {"score_field": "label"})
+FORMS = (LABELED, CHOSEN, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX, RATED, SCORED, KTO)
+
+
+def form_of(fields: Fields) -> Form:
+    """DataError where the fields are those of no form, or of two."""
+    found = [form for form in (LABELED, RATED, SCORED, KTO) if has(fields, form.fields)]
+    if has(fields, ("chosen", "rejected")):
+        found.append(_chosen_rejected(fields))
+    if len(found) > 1:
+        raise DataError(
+            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in found)}: say which, as "
+            "dataset=chosen_rejected dataset.path=FILE or dataset=scored_samples dataset.path=FILE"
+        )
+    if not found:
+        raise unknown(fields, {form.name: form.fields for form in FORMS}, "dataset.chosen_field=NAME and the like")
+    return found[0]
+
+
+def _chosen_rejected(fields: Fields) -> Form:
+    if not isinstance(fields["chosen"], str):
+        return CHOSEN if has(fields, ("prompt",)) else CONVERSATIONS
+    if has(fields, ("prompt",)):
+        return CHOSEN
+    return TRANSCRIPTS if SPEAKER.match("\n\n" + fields["chosen"].lstrip("\n")) else SHARED_PREFIX
+
+
+@chz.chz
+class FileBuilder(PreferenceRowsBuilder):
+    """JSONL of any form in preference/forms.py, found by the fields of its rows."""
+
+    def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
+        if not rows:
+            return []
+        form: Form = one_form(rows if dropped is None else rows[:1], form_of)
+        print(f"{rows[0][0].rsplit(':', 1)[0]}: read as {form.name} ({', '.join(form.fields)})", flush=True)
+        common = {name: getattr(self, name) for name in chz.chz_fields(PreferenceRowsBuilder)}
+        found = form.builder(**common, **form.settings).comparisons(rows, dropped)
+        if form is KTO and not found:
+            raise DataError(
+                f"{self.path}: no prompt has both a good and a bad answer, so there are no pairs; a loss for unpaired answers (KTO) is not "
+                "here: train on the good ones with supervised/train_cli.py, without the field 'label'"
+            )
+        return found

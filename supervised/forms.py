@@ -1,0 +1,143 @@
+"""The forms that conversation files come in, told apart by the names of their fields. docs/data_formats.md has the table.
+
+What is no form, or two at once, is a DataError that names the fields and the known forms. Left out: tools, images, several answers in one row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from backend.errors import DataError
+from renderers.types import Message, TrainOnWhat
+from supervised.rows import Fields, Row, conversation, exchange
+
+
+class Form(NamedTuple):
+    """`read` gives the messages of a row, or a plain text to train on whole."""
+
+    name: str
+    fields: tuple[str, ...]
+    read: Callable[[Fields], list[Message] | str]
+
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+
+
+def sharegpt(fields: Fields) -> list[Message]:
+    """{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}; roles and contents are read, too."""
+    turns = fields["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataError("the field 'conversations' is no list of objects")
+    renamed = [
+        {"role": SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+        if "from" in turn
+        else turn
+        for turn in turns
+    ]
+    return conversation({"conversations": renamed}, "conversations")
+
+
+def prompt_completion(fields: Fields) -> list[Message]:
+    """{"prompt": ..., "completion": ...}: texts, or lists of messages of which only the completion's are trained on."""
+    if isinstance(fields["prompt"], str) and isinstance(fields["completion"], str):
+        return exchange(fields, "prompt", "completion", "{prompt}")
+    asked, answered = (
+        [Message(role=role, content=fields[name])] if isinstance(fields[name], str) else conversation(fields, name)
+        for name, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    marked = [(message, False) for message in asked] + [(message, message["role"] == "assistant") for message in answered]
+    return [Message(role=message["role"], content=message["content"], trainable=trained) for message, trained in marked]
+
+
+def alpaca(fields: Fields) -> list[Message]:
+    """{"instruction": ..., "input": ..., "output": ...}; an empty input is left out."""
+    given = fields.get("input") or ""
+    if not isinstance(given, str) or not isinstance(fields["instruction"], str):
+        raise DataError("'instruction' and 'input' must be texts")
+    asked = fields["instruction"] + (f"\n\n{given}" if given else "")
+    return exchange({"prompt": asked, "completion": fields["output"]}, "prompt", "completion", "{prompt}")
+
+
+def plain_text(fields: Fields) -> str:
+    if not isinstance(fields["text"], str) or not fields["text"]:
+        raise DataError("the field 'text' is empty or no text")
+    return fields["text"]
+
+
+FORMS = (
+    Form("messages", ("messages",), lambda fields: conversation(fields, "messages")),
+    Form("ShareGPT", ("conversations",), sharegpt),
+    Form("prompt and completion", ("prompt", "completion"), prompt_completion),
+    Form("question and answer", ("question", "answer"), lambda fields: exchange(fields, "question", "answer", "{prompt}")),
+    Form("Alpaca", ("instruction", "output"), alpaca),
+)
+TEXT = Form("text", ("text",), plain_text)  # often a rendered copy beside other fields, so only where there are no others
+ELSEWHERE = {
+    ("chosen", "rejected"): "preferences, which preference/train_cli.py trains on",
+    ("completion_A", "completion_B", "label"): "preferences, which preference/train_cli.py trains on",
+    (
+        "prompt",
+        "completion",
+        "label",
+    ): "answers marked good and bad (KTO): keep the good ones without 'label', or give the file to "
+    "preference/train_cli.py, which pairs good with bad answers to the same prompt",
+}
+
+
+def form_of(fields: Fields) -> Form:
+    """DataError where the fields are those of no form, or of two."""
+    found = [form for form in FORMS if has(fields, form.fields)]
+    for names, what in ELSEWHERE.items():
+        if has(fields, names) and all(set(form.fields) <= set(names) for form in found):
+            raise DataError(f"the fields {names_of(fields)} are {what}")
+    if len(found) > 1:
+        raise DataError(
+            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in found)}: say which with "
+            "dataset=conversations (messages) or dataset=prompt_completion, and dataset.path=FILE"
+        )
+    if not found and has(fields, TEXT.fields):
+        return TEXT
+    if not found:
+        raise unknown(
+            fields, {form.name: form.fields for form in (*FORMS, TEXT)}, "dataset.prompt_field=NAME dataset.completion_field=NAME"
+        )
+    return found[0]
+
+
+def has(fields: Fields, names: Sequence[str]) -> bool:
+    return all(fields.get(name) is not None for name in names)
+
+
+def names_of(fields: Fields) -> str:
+    return ", ".join(map(repr, fields)) or "(none)"
+
+
+def unknown(fields: Fields, forms: Mapping[str, Sequence[str]], remedy: str) -> DataError:
+    known = "; ".join(f"{name}: {', '.join(names)}" for name, names in forms.items())
+    return DataError(
+        f"the fields {names_of(fields)} are of no known form. Known are {known}. Other names: dataset=NAME dataset.path=FILE with {remedy}"
+    )
+
+
+def one_form(rows: Sequence[Row], of: Callable[[Fields], Any]) -> Any:
+    """The form of all rows. DataError, with the place, at the first row that has none or another than the first row."""
+    first = None
+    for where, fields in rows:
+        try:
+            form = of(fields)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        if first is not None and form.name != first.name:
+            raise DataError(
+                f"{where}: a row of the form {form.name}, where the first row has the form {first.name}: make two files of them"
+            )
+        first = form
+    return first
+
+
+def customized(messages: Sequence[Message], train_on_what: TrainOnWhat) -> tuple[list[Message], TrainOnWhat]:
+    """Marks of `prompt_completion` count where all assistant messages are to be trained on; otherwise they are taken off."""
+    if not any("trainable" in message for message in messages) or train_on_what == TrainOnWhat.CUSTOMIZED:
+        return list(messages), train_on_what
+    if train_on_what == TrainOnWhat.ALL_ASSISTANT_MESSAGES:
+        return list(messages), TrainOnWhat.CUSTOMIZED
+    return [Message(role=message["role"], content=message["content"]) for message in messages], train_on_what
