@@ -17,7 +17,7 @@ from backend.errors import ConfigError, DataError
 from backend.ranges import COUNT, NUMBER, SEED, WHOLE
 from backend.types import Datum, ModelInput
 from envs.star_graph import HeldOut, StarGraph, held_out, sample_graphs
-from envs.star_graph_files import graph_of_path, read_rows
+from envs.star_graph_files import KeptRows, graph_of_path, read_rows, without
 from envs.star_graph_tokens import Layout, layout_of
 from renderers.types import Renderer
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
@@ -37,9 +37,17 @@ def path_accuracy(paths_B_L: np.ndarray, gold_B_L: np.ndarray) -> dict[str, floa
 class StarGraphTask:
     """Which graphs, and which of them are held out: give the same to all builders."""
 
-    num_paths: int = chz.field(default=2, validator=COUNT, doc="arms of a graph, d")
-    path_length: int = chz.field(default=3, validator=COUNT, doc="nodes of an arm with the source, l")
-    num_nodes: int = chz.field(default=12, validator=COUNT, doc="labels a node may have, N")
+    num_paths: int | None = chz.field(
+        default=None, validator=COUNT, doc="arms of a graph, d; None = 2, or what the name of `path` says"
+    )
+    path_length: int | None = chz.field(
+        default=None, validator=COUNT, doc="nodes of an arm with the source, l; None = 3, or as the name says"
+    )
+    num_nodes: int | None = chz.field(
+        default=None,
+        validator=COUNT,
+        doc="labels a node may have, N; None = 12, or as the name says (50 where it does not, as BST's)",
+    )
     num_test: int = chz.field(default=400, validator=WHOLE, doc="held-out graphs")
     test_seed: int = chz.field(
         default=0, validator=SEED, doc="seed of the choice of held-out graphs; the same for all methods that are compared"
@@ -51,16 +59,20 @@ class StarGraphTask:
     test_path: str | None = chz.field(default=None, doc="held-out graphs from this file; None = drawn, or the first of `path`")
 
     def graph(self) -> StarGraph:
-        graph = StarGraph(self.num_paths, self.path_length, self.num_nodes)
-        for path in filter(None, (self.path, self.test_path)):
-            if (named := graph_of_path(path, self.num_nodes)) != graph:
+        asked = (self.num_paths, self.path_length, self.num_nodes)
+        named = {path: graph_of_path(path, self.num_nodes) for path in (self.path, self.test_path) if path}
+        sizes = {path: (graph.num_paths, graph.path_length, graph.num_nodes) for path, graph in named.items()}
+        found = next(iter(sizes.values()), (2, 3, 12))
+        graph = StarGraph(*(given or default for given, default in zip(asked, found, strict=True)))
+        for path, held in named.items():
+            if held != graph:
                 raise ConfigError(
-                    f"{path} holds {named.name} over {named.num_nodes} nodes, not {graph.name} over {graph.num_nodes}: "
-                    f"set num_paths={named.num_paths} path_length={named.path_length} num_nodes={named.num_nodes}"
+                    f"{path} holds {held.name} over {held.num_nodes} nodes, not {graph.name} over {graph.num_nodes}: "
+                    "leave num_paths, path_length and num_nodes out, and give files of the same size"
                 )
         return graph
 
-    def split(self) -> tuple[np.ndarray | None, HeldOut]:
+    def split(self) -> tuple[KeptRows | None, HeldOut]:
         """Training rows, None where they are drawn, and the held-out ones. Rows of a file whose graph is held out are left out."""
         graph = self.graph()
         rows_D_T = read_rows(self.path, graph) if self.path else None
@@ -70,15 +82,14 @@ class StarGraphTask:
             test = HeldOut(graph, rows_D_T[: self.num_test])
         else:
             test = held_out(graph, self.num_test, self.test_seed)
-        if rows_D_T is not None:
-            kept_D = ~test.contains(rows_D_T)
-            if not kept_D.any():
-                raise DataError(f"{self.path}: all {len(kept_D):,} graphs are held out (num_test={self.num_test}); none is left")
-            print(
-                f"{self.path}: {kept_D.sum():,} graphs to train on; {(~kept_D).sum():,} left out that are among the held-out ones"
-            )
-            rows_D_T = rows_D_T[kept_D]
-        return rows_D_T, test
+        if rows_D_T is None:
+            return None, test
+        kept = without(rows_D_T, test)
+        if not len(kept):
+            raise DataError(f"{self.path}: all {len(rows_D_T):,} graphs are held out (num_test={self.num_test}); none is left")
+        left_out = len(rows_D_T) - len(kept)
+        print(f"{self.path}: {len(kept):,} graphs to train on; {left_out:,} left out that are among the held-out ones")
+        return kept, test
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Batches:
 
     graph: StarGraph
     test: HeldOut
-    rows_D_T: np.ndarray | None
+    rows_D_T: KeptRows | None
     batch_size: int
     n_batches: int
     seed: tuple[int, ...]
@@ -229,7 +240,7 @@ class StarGraphBuilder(StarGraphTask, RLDatasetBuilder):
     )
 
     def recommended_max_tokens(self) -> int:
-        return 2 * self.path_length - 1  # with commas; whatever follows a path is not read
+        return 2 * self.graph().path_length - 1  # with commas; whatever follows a path is not read
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset]:
         rows_D_T, test = self.split()

@@ -40,32 +40,45 @@ def write_lines(path: str | Path, tokens_B_T: np.ndarray, graph: StarGraph) -> N
 
 
 def read_lines(path: str | Path, graph: StarGraph, max_rows: int | None = None) -> np.ndarray:
-    """tokens_B_T of a text file, or of its first `max_rows` lines. DataError with file and line number at the first bad line."""
+    """tokens_B_T of a text file, or of its first `max_rows` lines, in `dtype_of(graph)`. Blank lines at the end are passed over.
+
+    DataError with file and line number at the first bad line.
+    """
     path = Path(path)
     parts, done = [], 0
     for lines in _chunks(path, max_rows):
-        parts.append(_parse(lines, graph, lambda row, done=done: f"{path}, line {done + row + 1}"))
+        parts.append(_parse(lines, graph, lambda row, done=done: f"{path}, line {done + row + 1}").astype(dtype_of(graph)))
         done += len(lines)
     if not parts:
         raise DataError(f"{path} has no lines")
     return np.concatenate(parts)
 
 
+def dtype_of(graph: StarGraph) -> type[np.unsignedinteger]:
+    """The smallest that holds the ids of a row, in memory and in .npy files."""
+    return np.uint8 if graph.vocab_size <= 256 else np.uint16 if graph.vocab_size <= 65_536 else np.uint32
+
+
 def _chunks(path: Path, max_rows: int | None) -> Iterator[list[str]]:
     lines: list[str] = []
+    blank: list[str] = []  # an error only where a graph follows
     try:
-        with path.open(encoding="ascii") as stream:
+        with path.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream):
                 if number == max_rows:
                     break
-                lines.append(line.rstrip("\n"))
-                if len(lines) == CHUNK:
+                if not line.strip():
+                    blank.append("")
+                    continue
+                lines += [*blank, line.rstrip()]
+                blank = []
+                if len(lines) >= CHUNK:
                     yield lines
                     lines = []
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text file of star graphs (byte {error.start} is not ASCII)") from error
+        raise DataError(f"{path} is no text file of star graphs (byte {error.start} is not ASCII); give a text file") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; choose another file") from error
     if lines:
         yield lines
 
@@ -118,24 +131,52 @@ def graph_of_path(path: str | Path, num_nodes: int | None = None) -> StarGraph:
 
 
 def read_rows(path: str | Path, graph: StarGraph, max_rows: int | None = None) -> np.ndarray:
-    """tokens_B_T of a text file, or the memory-mapped rows of a .npy file, checked."""
+    """tokens_B_T of a text file, or the memory-mapped rows of a .npy file, checked a chunk at a time."""
     if Path(path).suffix != ".npy":
         return read_lines(path, graph, max_rows)
     try:
-        tokens_B_T = np.load(path, mmap_mode="r", allow_pickle=False)[:max_rows]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        tokens_B_T = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); give a .npy file as write_sampled makes them, or lines of text"
+        ) from error
+    if not isinstance(tokens_B_T, np.ndarray) or tokens_B_T.ndim != 2 or tokens_B_T.dtype.kind not in "iu" or not len(tokens_B_T):
+        what = f"{tokens_B_T.dtype} of shape {tokens_B_T.shape}" if isinstance(tokens_B_T, np.ndarray) else "several arrays"
+        raise DataError(f"{path} holds {what}, where rows of whole numbers are needed")
+    tokens_B_T = tokens_B_T[:max_rows]
     for start in range(0, len(tokens_B_T), CHUNK):
         if fault := graph.first_fault(tokens_B_T[start : start + CHUNK]):
             raise DataError(f"{path}, row {start + fault[0] + 1}: {fault[1]}")
     return tokens_B_T
 
 
+class KeptRows:
+    """Some rows of a table that stays where it is: only those that are asked for are copied."""
+
+    def __init__(self, rows_D_T: np.ndarray, kept_K: np.ndarray):
+        """`kept_K` are indices into the table."""
+        self.rows_D_T, self.kept_K = rows_D_T, kept_K
+
+    def __len__(self) -> int:
+        return len(self.kept_K)
+
+    def __getitem__(self, which: np.ndarray | slice) -> np.ndarray:
+        return self.rows_D_T[self.kept_K[which]]
+
+
+def without(rows_D_T: np.ndarray, test: HeldOut) -> KeptRows:
+    """The rows whose graph is not held out."""
+    kept = [
+        np.flatnonzero(~test.contains(rows_D_T[start : start + CHUNK])).astype(np.uint32) + np.uint32(start)
+        for start in range(0, len(rows_D_T), CHUNK)
+    ]
+    return KeptRows(rows_D_T, np.concatenate(kept))
+
+
 def write_sampled(path: str | Path, graph: StarGraph, count: int, seed: Seed, exclude: HeldOut | None = None) -> None:
     """`count` sampled rows to a .npy file, a chunk at a time: chunk i is sample_graphs(..., seed (seed, i)). Name it so that
     `graph_of_path` knows its size."""
-    dtype = np.uint8 if graph.vocab_size <= 256 else np.uint16
-    rows_B_T = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(count, graph.length))
+    rows_B_T = np.lib.format.open_memmap(path, mode="w+", dtype=dtype_of(graph), shape=(count, graph.length))
     first = seed if isinstance(seed, tuple) else (seed,)
     for number, start in enumerate(range(0, count, CHUNK)):
         size = min(CHUNK, count - start)

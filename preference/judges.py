@@ -5,15 +5,12 @@ what waits for it has no score. Such judges like one side: ask in both orders, a
 """
 
 import asyncio
-import http.client
 import json
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from typing import Any
 
 import chz
 
@@ -76,15 +73,18 @@ class EndpointJudgeBuilder(JudgeBuilder):
 class EndpointJudge:
     def __init__(self, config: EndpointJudgeBuilder):
         self.config, self.url = config, config.base_url.rstrip("/") + "/chat/completions"
-        self._slots, self._threads = asyncio.Semaphore(config.max_concurrent), ThreadPoolExecutor(config.max_concurrent)
+        self._slots = asyncio.Semaphore(config.max_concurrent)
 
     async def __call__(self, comparison: Comparison) -> float:
+        """No thread waits for the answer, so none is held by an endpoint that sends a byte now and then: `timeout` is for the whole of it."""
+        import httpx  # a third of a second to import
+
         for attempt in count():
             try:
-                async with self._slots, asyncio.timeout(self.config.timeout):
-                    answer = await asyncio.get_running_loop().run_in_executor(self._threads, self._ask, comparison)
+                async with self._slots, asyncio.timeout(self.config.timeout), httpx.AsyncClient(timeout=None) as client:
+                    answer = await self._ask(client, comparison)
                 return self._score(answer)
-            except (TimeoutError, OSError, http.client.HTTPException) as error:
+            except (TimeoutError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
                 if attempt == self.config.retries:
                     timed_out = isinstance(error, TimeoutError)
                     what = f"no answer in {self.config.timeout:g} s" if timed_out else str(error) or repr(error)
@@ -92,7 +92,8 @@ class EndpointJudge:
             await asyncio.sleep(2**attempt)
         raise AssertionError("unreachable")
 
-    def _ask(self, comparison: Comparison) -> bytes:
+    async def _ask(self, client: Any, comparison: Comparison) -> bytes:
+        """The first MOST_BYTES of what `client`, an httpx.AsyncClient, is answered."""
         text = f"{self.config.instruction}\n\n{question(comparison)[0]['content']}"
         body = {
             "model": self.config.model,
@@ -100,12 +101,17 @@ class EndpointJudge:
             "max_tokens": self.config.max_tokens,
             "temperature": 0,
         }
-        headers = {"Content-Type": "application/json"}
+        headers = {}
         if self.config.api_key_variable:
             headers["Authorization"] = f"Bearer {os.environ.get(self.config.api_key_variable, '')}"
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self.config.timeout) as response:
-            return response.read(MOST_BYTES)
+        received = b""
+        async with client.stream("POST", self.url, json=body, headers=headers) as response:
+            response.raise_for_status()
+            async for piece in response.aiter_bytes():
+                received += piece
+                if len(received) > MOST_BYTES:
+                    break
+        return received[:MOST_BYTES]
 
     def _score(self, answer: bytes) -> float:
         try:

@@ -57,7 +57,8 @@ def weighted_share(data: list[Datum]) -> tuple[int, int]:
 
 def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model_name)
-    dataset, _ = config.dataset(get_renderer(config.renderer_name, tokenizer))
+    builder = chz.replace(config.dataset, batch_size=1)  # a set may have fewer examples than a batch
+    dataset, _ = builder(get_renderer(config.renderer_name, tokenizer))
     console = Console()
     data: list[Datum] = []
     for index in range(len(dataset)):

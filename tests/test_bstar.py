@@ -28,7 +28,7 @@ from recipes.bstar.records import (
     write_summary,
 )
 from recipes.bstar.rewards import ModelRewardBuilder, OutcomeAndModel, OutcomeAndSteps, RewardBuilder
-from recipes.bstar.selection import counts, select
+from recipes.bstar.selection import counts, select, shortfall
 from recipes.bstar.sums import OracleRewardBuilder, Sum, SumsBuilder
 from recipes.bstar.tasks import TaskBuilder
 from recipes.bstar.train import Config, check_settings
@@ -175,6 +175,7 @@ def test_selection_by_hand():
         "a1"
     ]  # duplicates eat no place
     assert sum(map(len, select(everything, ["q", "p"], 0, target_size=99).values())) == 5  # not so many: all
+    assert [shortfall(chosen.values(), wanted) for wanted in (2, 3, 10)] == [0, 0, 7]
 
 
 def test_cut_off_and_unreadable_candidates_are_not_selected():

@@ -163,6 +163,8 @@ def test_every_stage_leaves_a_file_that_says_what_it_did(reference: Path):
     for one in selection:
         assert (one.text, one.reward) == (samples[one.query, one.sample].text, samples[one.query, one.sample].reward)  # type: ignore[index]
         assert one.reward > float(choice.threshold)
+    summary = json.loads((first / "summary.json").read_text())
+    assert summary["metrics"]["train/selected_shortfall"] >= 0
 
 
 def test_one_schedule_by_the_absolute_step_or_one_each_round(reference: Path):

@@ -149,6 +149,8 @@ class Endpoint(ThreadingHTTPServer):
         self.requests: list[dict] = []
         self.replies: list[str | bytes | int] = []
         self.delay = 0.0
+        self.drip: bytes = b""  # sent before the rest, and then a byte now and then, for ever
+        self.hung_up = threading.Event()
 
     @property
     def url(self) -> str:
@@ -162,6 +164,9 @@ class EndpointHandler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
         time.sleep(self.server.delay)
+        if self.server.drip:
+            self._drip()
+            return
         reply = self.server.replies.pop(0) if len(self.server.replies) > 1 else self.server.replies[0]
         self.send_response(reply if isinstance(reply, int) else 200)
         self.end_headers()
@@ -169,6 +174,15 @@ class EndpointHandler(BaseHTTPRequestHandler):
             reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}).encode()
         if isinstance(reply, bytes):
             self.wfile.write(reply)
+
+    def _drip(self) -> None:
+        try:
+            self.wfile.write(self.server.drip)
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+        except OSError:
+            self.server.hung_up.set()
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -228,8 +242,22 @@ def test_time_outs_and_dead_endpoints_are_errors_and_a_retry_may_succeed(endpoin
     assert ask(endpoint, retries=1) == 1.0
     endpoint.shutdown()
     endpoint.server_close()
-    with pytest.raises(JudgeError, match="refused"):
+    with pytest.raises(JudgeError, match="connection"):
         ask(endpoint)
+
+
+@pytest.mark.parametrize(
+    "before", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nServer: ", b"H"], ids=["body", "header", "status"]
+)
+def test_an_endpoint_that_drips_is_left_when_the_time_is_over(endpoint: Endpoint, before: bytes):
+    endpoint.drip = before
+    threads = {thread.name for thread in threading.enumerate() if not thread.daemon}
+    with pytest.raises(JudgeError, match="no answer in 0.5 s|illegal|peer"):
+        ask(endpoint, timeout=0.5)
+    assert endpoint.hung_up.wait(60)
+    assert {
+        thread.name for thread in threading.enumerate() if not thread.daemon
+    } <= threads  # nothing keeps the command from ending
 
 
 def test_many_judgements_are_under_way_at_once(endpoint):

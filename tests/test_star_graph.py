@@ -1,7 +1,9 @@
 """Star graphs: rows, lines and files of the originals, held-out graphs, tokenizers, the datasets made of them."""
 
 import asyncio
+import tracemalloc
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,7 +130,7 @@ def test_sizes_that_cannot_be():
 )
 def test_lines_that_are_no_star_graph_are_named(tmp_path, line: str, wrong: str):
     graph, path = StarGraph(2, 3, 10), tmp_path / "deg_2_path_3_nodes_10_train.txt"
-    path.write_text("9,0|6,9|2,4|6,2/6,0=6,9,0\n" + line + "\n")
+    path.write_text("9,0|6,9|2,4|6,2/6,0=6,9,0\n" + line + "\n9,0|6,9|2,4|6,2/6,0=6,9,0\n")
     with pytest.raises(DataError) as error:
         read_lines(path, graph)
     assert str(error.value).startswith(f"{path}, line 2: ") and wrong in str(error.value)
@@ -243,8 +245,10 @@ def test_a_file_of_an_original_trains_without_conversion(tmp_path, capsys):
     train, _ = builder(renderer)
     assert [datum.model_input.to_ints() for datum in train.get_batch(0)] == [parse_line(lines[1], G_2_5).tolist()[:-1]]
     assert "1 graphs to train on; 2 left out" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"holds G\(2,5\) over 12 nodes, not G\(2,3\)"):
-        StarGraphExamplesBuilder(path=str(path))(renderer)
+    as_it_is, _ = StarGraphExamplesBuilder(path=str(path), num_test=1, batch_size=8)(renderer)  # the name tells the size
+    assert as_it_is.get_batch(0) == train.get_batch(0)
+    with pytest.raises(ConfigError, match=r"holds G\(2,5\) over 50 nodes, not G\(3,5\)"):
+        StarGraphExamplesBuilder(path=str(path), num_paths=3)(renderer)
     with pytest.raises(DataError, match="all 3 graphs are held out"):
         StarGraphExamplesBuilder(path=str(path), num_test=3, **task)(renderer)
 
@@ -279,3 +283,31 @@ def test_accuracy_by_hand():
 def test_held_out_from_a_file_is_a_held_out_set():
     rows_B_T = bst_rows(SMALL, 4)
     assert HeldOut(SMALL, rows_B_T[:2]).contains(rows_B_T).tolist() == [True, True, False, False]
+
+
+def test_memory_mapped_rows_are_not_copied(tmp_path: Path):
+    graph = StarGraph(2, 3, 12)
+    path = tmp_path / "deg_2_path_3_nodes_12_train.npy"
+    write_sampled(path, graph, 200_000, 0)
+    task = StarGraphExamplesBuilder(path=str(path), num_test=50)
+    tracemalloc.start()
+    rows, test = task.split()
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows is not None and isinstance(rows.rows_D_T, np.memmap) and rows.rows_D_T.dtype == np.uint8
+    assert kept < path.stat().st_size  # the indices of the rows that are trained on
+    assert len(rows) < 200_000 and not test.contains(rows[:1000]).any()
+    assert (rows[np.array([5, 7])] == rows.rows_D_T[rows.kept_K[[5, 7]]]).all()
+
+
+def test_text_is_held_in_one_byte_a_token_and_blank_lines_at_its_end_are_no_graphs(tmp_path: Path):
+    rows_B_T = sample_graphs(SMALL, 5, 0)
+    path = tmp_path / "graph_2_3_sample_5.txt"
+    write_lines(path, rows_B_T, SMALL)
+    text = path.read_text()
+    path.write_bytes(b"\xef\xbb\xbf" + (text + "\n  \n").replace("\n", "\r\n").encode())
+    read = read_lines(path, SMALL)
+    assert read.dtype == np.uint8 and (read == rows_B_T).all()
+    path.write_text(text + "\n" + text)
+    with pytest.raises(DataError, match="line 6: not of the form"):
+        read_lines(path, SMALL)

@@ -276,7 +276,7 @@ def test_viz_colours_by_weight_and_runs_as_a_file_from_anywhere(tmp_path):
         ("5<|endoftext|>", "bold green"),
     ]
     script = supervised.viz_sft_dataset.__file__
-    options = [f"dataset.path={write(tmp_path / 'sums.jsonl', sums(4))}", "dataset.batch_size=2", "num_examples=3"]
+    options = [f"dataset.path={write(tmp_path / 'sums.jsonl', sums(4))}", "dataset.batch_size=128", "num_examples=3"]
     command = [sys.executable, script, "dataset=prompt_completion", "renderer_name=plain", *options]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr

@@ -8,7 +8,7 @@ the data are new. Without it each round is a run of its own, in its folder.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from recipes.bstar.records import (
 )
 from recipes.bstar.rewards import Reward, outcome
 from recipes.bstar.sampling import Pool, sample_pool
-from recipes.bstar.selection import counts, select
+from recipes.bstar.selection import counts, select, shortfall
 from recipes.bstar.stages import policy_path
 from recipes.bstar.tasks import Query, Task
 from renderers.types import Renderer
@@ -236,17 +236,17 @@ class Round:
             self.config.quota,
             human,
         )
-        if missing := self.shortfall(sum(map(len, chosen.values()))):
+        if missing := self.shortfall(chosen.values()):
             print(
-                f"{self.name} round {self.number}: {missing} fewer solutions could be selected than the {self.target_size(len(queries))} "
-                f"wanted: too few distinct ones are above the threshold {choice.threshold}; raise samples_per_query or lower the threshold",
+                f"{self.name} round {self.number}: {missing} solutions fewer than wanted were selected: too few distinct ones are above "
+                f"the threshold {choice.threshold}; sample more, or lower it",
                 flush=True,
             )
         write_selection(self.folder / "selection.jsonl", [one for query in queries for one in chosen[query.id]])
 
-    def shortfall(self, selected: int) -> int:
-        """How many solutions are missing of the target size; 0 where a quota is given, which has none."""
-        return 0 if self.config.quota else max(0, self.target_size(len(self.lab.task.train)) - selected)
+    def shortfall(self, selection: Iterable[Sequence[Selected]]) -> int:
+        """0 where a quota is given, for which any number is enough."""
+        return 0 if self.config.quota else shortfall(selection, self.target_size(len(self.lab.task.train)))
 
     async def train(self) -> None:
         """`steps` steps on the selection, from the last weights or from the warm start's."""
@@ -344,8 +344,8 @@ class Round:
         by_query: dict[str, list[Selected]] = {query: [] for query in ids}
         for one in read_selection(self.folder / "selection.jsonl"):
             by_query[one.query].append(one)
-        missing = self.shortfall(sum(map(len, by_query.values())))
-        return found | selection_metrics(list(by_query.values())) | {"selected_shortfall": float(missing)}
+        missing = float(self.shortfall(by_query.values()))
+        return found | selection_metrics(list(by_query.values())) | {"selected_shortfall": missing}
 
     def tokens_trained_on(self) -> int:
         first = (self.number - 1) * self.config.steps if self.method.keep_optimizer else 0

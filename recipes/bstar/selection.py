@@ -46,6 +46,11 @@ def select(
     return {query: ranked[:places] for query, ranked in kept.items()}
 
 
+def shortfall(selection: Iterable[Sequence[Selected]], target_size: int) -> int:
+    """How many fewer were selected than wanted: distinct candidates above the threshold were too few."""
+    return max(0, target_size - sum(map(len, selection)))
+
+
 def counts(selection: Mapping[str, Sequence[Selected]]) -> list[Counts]:
     """(selected, right among them) of each query, human solutions left out: what the balance score is made of."""
     sampled = [[one for one in chosen if one.sample is not None] for chosen in selection.values()]

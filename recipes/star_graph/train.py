@@ -117,7 +117,7 @@ def rl_config(config: Config, seed: int) -> rl_train.Config:
         env=StarGraphBuilder(**of_task(config), n_batches=config.policy_steps, batch_size=32, group_size=8, seed=seed),
         model_name=final_checkpoint(config, "gpt", seed),
         renderer_name="plain",
-        max_tokens=config.task.path_length,
+        max_tokens=config.task.graph().path_length,
         learning_rate=config.policy_learning_rate,
         seed=seed,
         eval_every=20,
