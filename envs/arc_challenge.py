@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
+from typing import Any
 
 from backend.errors import DataError
 from envs.math_word import read_hub
@@ -36,8 +37,8 @@ def read_arc(data_dir: str | None, split: str) -> Iterable[Row]:
 def arc_question(where: str, row: Fields) -> ArcQuestion:
     """DataError where a field is missing or of another kind, or the key is none of the options."""
     choices = row.get("choices")
-    columns = [choices.get(name) for name in ("label", "text")] if isinstance(choices, Mapping) else []
-    if not columns or not all(_are_texts(column) and len(column) == len(columns[0]) for column in columns):
+    columns: list[Any] = [choices.get(name) for name in ("label", "text")] if isinstance(choices, Mapping) else []
+    if not columns or not all(map(_are_texts, columns)) or len({*map(len, columns)}) > 1:
         raise DataError(f"{where}: 'choices' must hold a 'label' and a 'text' list of the same length, not {str(choices)[:80]}")
     stem, key = text_of(where, row, "question"), text_of(where, row, "answerKey")
     options = dict(zip(*columns, strict=True))

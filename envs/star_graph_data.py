@@ -98,7 +98,7 @@ class Batches:
 
     graph: StarGraph
     test: HeldOut
-    rows_D_T: KeptRows | None
+    rows_D_T: KeptRows | np.ndarray | None
     batch_size: int
     n_batches: int
     seed: tuple[int, ...]

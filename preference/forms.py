@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chz
 
@@ -45,7 +45,7 @@ class Form(NamedTuple):
     name: str
     fields: tuple[str, ...]
     builder: type[PreferenceRowsBuilder]
-    settings: Mapping[str, str] = {}
+    settings: Mapping[str, Any] = {}
 
 
 LABELED = Form("labelled comparisons", ("prompt", "completion_A", "completion_B", "label"), LabeledBuilder)
@@ -91,7 +91,7 @@ class FileBuilder(PreferenceRowsBuilder):
             return []
         form: Form = one_form(rows if dropped is None else rows[:1], form_of)
         print(f"{rows[0][0].rsplit(':', 1)[0]}: read as {form.name} ({', '.join(form.fields)})", flush=True)
-        common = {name: getattr(self, name) for name in chz.chz_fields(PreferenceRowsBuilder)}
+        common: dict[str, Any] = {name: getattr(self, name) for name in chz.chz_fields(PreferenceRowsBuilder)}
         found = form.builder(**common, **form.settings).comparisons(rows, dropped)
         if form is KTO and not found:
             raise DataError(

@@ -247,6 +247,7 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
 
     def _split_rows(self, split: str) -> list[Row]:
         import datasets  # a second of import that the other builders need not wait for
+        from datasets.exceptions import DatasetsError
 
         path = Path(self.name).expanduser()
         try:
@@ -255,8 +256,8 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
                 table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
                 table = datasets.load_dataset(str(path) if path.exists() else self.name, self.subset, split=split)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ else error
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
+            cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
             reason = " ".join(str(cause).split())[:300]
             raise DataError(f"dataset {self.name!r}, split {split!r}, could not be loaded: {reason}") from error
         rows = [(f"{self.name}[{split}]:{i}", fields) for i, fields in enumerate(table)]
