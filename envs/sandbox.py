@@ -115,9 +115,6 @@ async def run_program(program: str, stdin: str = "", limits: SandboxLimits | Non
 
 async def check_limits(limits: SandboxLimits) -> Isolation:
     """Runs a program that computes nothing. ConfigError where it does not end well: then no program would, and every reward be 0."""
-    for name, value in chz.asdict(limits).items():
-        if not 0 < value < 2**31:
-            raise ConfigError(f"limits.{name}={value}: it must be above 0 and below 2^31, or no program runs within it")
     run = await run_program(STARTS, "2", limits)
     if (run.outcome, run.stdout.strip()) != ("passed", "4"):
         said = run.stderr.strip().rsplit("\n", 1)[-1][:200]
