@@ -79,7 +79,7 @@ LARGEST_COUNT = 2**31 - 1
 
 COUNT = Range(1, LARGEST_COUNT, whole=True)
 WHOLE = Range(0, LARGEST_COUNT, whole=True)
-SEED = Range(0, 2**63 - 1, whole=True)
+SEED = Range(0, 2**53, whole=True)  # what JSON and a float hold exactly
 NUMBER = Range(-LARGEST, LARGEST)
 NON_NEGATIVE = Range(0, LARGEST)
 POSITIVE = Range(0, LARGEST, above=True)

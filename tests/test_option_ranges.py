@@ -72,7 +72,7 @@ def test_values_outside_a_range_are_an_error_of_one_line_that_names_the_option()
     "accepted, inside, outside",
     [
         (COUNT, (1, 2**31 - 1), (0, -1, 2**31, 1.0)),
-        (SEED, (0, 2**63 - 1), (-1, 2**63)),
+        (SEED, (0, 2**53), (-1, 2**54)),
         (SHARE, (0, 1, 0.5), (-0.01, 1.01, math.nan)),
         (TEMPERATURE, (0, 0.01, 2), (0.005, -0.0001, 2.01)),
         (Range(0, 0.5, below=True), (0, 0.49), (0.5,)),
