@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
@@ -94,7 +96,7 @@ def model_config(model_name: str) -> PretrainedConfig:
 
 
 # What transformers, safetensors and the hub raise for a model that is damaged, absent or unknown.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError)
 
 
 def _reason(error: BaseException) -> str:
@@ -190,6 +192,10 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
         model.config.architectures = [type(model).__name__]  # vLLM goes by it
     else:
+        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "").endswith("ForConditionalGeneration"):
+            raise ModelError(
+                f"{model_name!r} reads images or sound besides text ({config.model_type}): only text models can be opened"
+            )
         model = read_model(model_name, dtype)
     return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]
 

@@ -243,6 +243,9 @@ class Trainer:
 
         Once with the model's own hidden states, which a random model has small, and once with some large enough for any softcap.
         """
+        head: Any = self.base.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise ModelError(f"{self.model_name!r} has a bias in its output layer, which the chunked logprobs do not add")
         tokens, found = self.vocabulary - 1 - torch.arange(8, device=self.device)[None], []
         head_VH = self._head()
         large_BTH = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, head_VH.shape[1]))).to(head_VH)
@@ -262,9 +265,7 @@ class Trainer:
             hidden_TH = found.pop()[0].to(self.compute_dtype)
             gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=self.transform) - expected).abs().max()
             if gap > (1e-3 if self.compute_dtype == torch.float32 else 0.3):
-                unknown = (
-                    "computes its logits in a way the chunked logprobs do not know (a bias, or a scale or softcap of its own)"
-                )
+                unknown = "computes its logits in a way the chunked logprobs do not know (a scale or a softcap of its own)"
                 raise ModelError(f"{self.model_name!r} {unknown}")
 
     # --- optimizer --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+"""Opening models: damaged, foreign and unreachable ones are refused in one line; what the config says of context and end tokens counts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma3Config, PhiConfig, Qwen2Config, T5Config
+
+from backend.config import BackendConfig
+from backend.errors import ModelError
+from backend.logprobs import PLAIN
+from backend.models import context_length, load_model, model_config
+from backend.service_client import ServiceClient
+from backend.tokenizers import character_tokenizer
+from backend.trainer import Trainer, row_check_data
+from backend.types import ModelInput, SamplingParams
+from tests.architectures import CONTEXT, FAMILIES, save_random_model
+from tests.conftest import random_tokens
+
+CPU = torch.device("cpu")
+Tensors = dict[str, torch.Tensor]
+LAYER = "model.layers.0.mlp.up_proj.weight"
+
+
+def with_tensors(change: Callable[[Tensors], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def with_config(**changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a layer more in the config": (with_config(num_hidden_layers=3), "lack tensors"),
+    "a layer less in the config": (with_config(num_hidden_layers=1), "does not ask for"),
+    "another width": (with_config(intermediate_size=128), "differ in shapes"),
+    "a missing tensor": (with_tensors(lambda tensors: tensors.pop(LAYER)), LAYER),
+    "one too many": (with_tensors(lambda tensors: tensors.update(more=torch.zeros(2))), "such as more"),
+    "another shape": (with_tensors(lambda tensors: tensors.update({LAYER: torch.zeros(3, 2)})), LAYER),
+    "truncated weights": (lambda folder: truncate(folder / "model.safetensors"), "SafetensorError"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "SafetensorError"),
+    "truncated config": (lambda folder: truncate(folder / "config.json"), "config.json"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    "an unknown architecture": (with_config(model_type="zebra"), "architecture 'zebra' is unknown to transformers"),
+    "an impossible config": (with_config(num_attention_heads="many"), "num_attention_heads"),
+    "an encoder": (lambda folder: T5Config().save_pretrained(folder), "not a causal language model"),
+    "pictures too": (lambda folder: Gemma3Config().save_pretrained(folder), "only text models"),
+}
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_foreign_folder_is_refused_in_one_line(damage: str, tmp_path: Path) -> None:
+    folder = save_random_model("Llama 3", tmp_path / "model")
+    change, says = DAMAGES[damage]
+    change(folder)
+    with pytest.raises(ModelError) as caught:
+        load_model(str(folder), 0, CPU, torch.float32)
+    assert says in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    """As transformers raises it: OSError with a page of advice, from the hub's own."""
+    error = OSError("We could not...\nmore\nadvice")
+    error.__cause__ = kind.__new__(kind)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (hub_error(GatedRepoError), "gated"),
+        (hub_error(RepositoryNotFoundError), "no public repository"),
+        (hub_error(HFValidationError), "no public repository"),
+        (hub_error(LocalEntryNotFoundError), "not reached"),
+        (ValueError("...requires you to execute... set `trust_remote_code=True`..."), "code of its own"),
+        (ValueError("has model type `zebra` but Transformers does not recognize"), "'zebra' is unknown"),
+    ],
+)
+def test_each_reason_for_a_hub_model_has_its_own_line(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr("backend.models.AutoConfig.from_pretrained", fail)
+    with pytest.raises(ModelError, match=says) as caught:
+        model_config("someone/something")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_no_hub_names_are_not_asked_for() -> None:
+    for name in ("runs/x/checkpoints/final", "./x", "/no/such/folder", "~/nothing"):
+        with pytest.raises(ModelError, match="there is no model folder"):
+            model_config(name)
+
+
+def test_the_context_ends_where_long_rope_changes_the_rotations(tmp_path: Path) -> None:
+    """Beyond, the logprobs of a short row would depend on the longest one beside it."""
+    folder = str(save_random_model("Phi 4-mini", tmp_path))
+    assert context_length(folder) == CONTEXT // 2
+    with pytest.raises(ModelError, match="LongRoPE"):
+        context_length(folder, CONTEXT)
+
+
+def test_every_end_token_of_both_configs_ends_an_answer(tmp_path: Path) -> None:
+    folder = save_random_model("Qwen 2.5", tmp_path / "model")
+    prompt = ModelInput.from_ints(random_tokens(np.random.default_rng(0), 9))
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        greedy = SamplingParams(max_tokens=8, temperature=0.0, stop=[])
+        free = service.create_sampling_client(base_model=str(folder)).sample(prompt, 1, greedy).result().sequences[0]
+        end = free.tokens[2]
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
+        client = service.create_sampling_client(base_model=str(folder))
+        found = client.sample(prompt, 1, SamplingParams(max_tokens=8, temperature=0.0)).result().sequences[0]
+        assert found.tokens == free.tokens[: free.tokens.index(end) + 1] and found.stop_reason == "stop"
+        assert client.sample(prompt, 1, greedy).result().sequences[0].tokens == free.tokens
+    assert load_model(str(folder), 0, CPU, torch.float32).config.eos_token_id == [1, end]  # what vLLM is given
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(
+        PhiConfig(vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    model.save_pretrained(tmp_path)
+    character_tokenizer(64).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="bias"):
+        Trainer(str(tmp_path), BackendConfig())
+
+
+@pytest.mark.parametrize("family", ["Gemma 2", "Granite", "Command R"])
+def test_logits_of_a_kind_that_is_not_known_are_refused(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.trainer.logit_transform", lambda config: PLAIN)
+    with pytest.raises(ModelError, match="softcap"):
+        Trainer(str(save_random_model(family, tmp_path)), BackendConfig())
+
+
+@pytest.mark.parametrize("family", ["Qwen 3.5", "LFM 2", "Gemma 3", "Mistral, window"])
+def test_a_config_that_hides_its_windows_is_found_when_the_model_is_opened(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an architecture would whose config says nothing: a shared row is compared with each sequence alone."""
+    monkeypatch.setattr("backend.trainer.attends_to_all", lambda config, max_length: True)
+    trainer = Trainer(str(save_random_model(family, tmp_path)), BackendConfig())
+    assert not trainer.shares_prefixes
+    data_D = row_check_data(trainer.vocabulary, trainer.max_length)
+    assert trainer.row_gap(data_D, share=True) > 0.01 and trainer.row_gap(data_D, share=False) < 1e-5
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "ahead", lambda: Qwen2Config(**{**FAMILIES["Qwen 2.5"]().to_dict(), "is_causal": False}))
+    folder = save_random_model("ahead", tmp_path)
+    with pytest.raises(ModelError, match="cannot be trained in batches"):
+        Trainer(str(folder), BackendConfig())
