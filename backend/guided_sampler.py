@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from backend.errors import ContextLengthError, ModelError
 from backend.guidance import Guidance, candidates, guided_logits
+from backend.models import DEFAULT_MAX_LENGTH, attends_to_all, logit_transform
 
 
 class Trunk(Protocol):
@@ -85,7 +86,7 @@ class LanguageModelTrunk(torch.nn.Module):
 
     def next_token_logits(self, states: torch.Tensor) -> torch.Tensor:
         head: Any = self.model.get_output_embeddings()
-        return head(states)
+        return logit_transform(self.model.config)(head(states))
 
     def _copy(self, cache: DynamicCache, rows: torch.Tensor | None = None) -> DynamicCache:
         """Shares the tensors: transformers appends by concatenation, and never writes to them."""
@@ -98,6 +99,9 @@ class LanguageModelTrunk(torch.nn.Module):
 
 
 def language_model(model: PreTrainedModel) -> Reader:
+    """Raises ModelError for layers whose caches cannot be copied here: windows, recurrent and convolution layers."""
+    if not attends_to_all(model.config, getattr(model.config, "max_position_embeddings", DEFAULT_MAX_LENGTH)):
+        raise ModelError(f"guided sampling needs attention over all tokens in every layer: {model.config.model_type} has others")
     trunk = LanguageModelTrunk(model)
     return Reader(trunk, trunk.next_token_logits)
 

@@ -131,6 +131,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "Command R7B": lambda: Cohere2Config(**_SHAPE, **_SLIDING, **_HEAD_DIM, logit_scale=0.25),
 }
 
+# What vLLM's refusal says of the families that it does not serve on a CPU; test_vllm_architectures.py compares the others.
+VLLM_REFUSES = {"Qwen 3.5": "torchvision", "gpt-oss": "does not take 10 of its own weights"}
+
 
 def _without(name: str) -> dict[str, Any]:
     return {key: value for key, value in _SHAPE.items() if key != name}

@@ -1,10 +1,11 @@
 """Every family of tests/architectures.py is right in all passes, full and with LoRA, or refused with its reason; the table in docs says which.
 
 The measure is the logits of transformers' own forward of one sequence. `POSTTRAIN_WRITE_DOCS=1 pytest tests/test_architectures.py` rewrites
-docs/architectures.md. vLLM is compared in test_vllm_architectures.py, which leaves what it found in vllm_families.json.
+the table in docs/architectures.md. Left out: vLLM, which test_vllm_architectures.py compares.
 """
 
 import asyncio
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,10 +25,10 @@ from backend.service_client import ServiceClient
 from backend.trainer import Trainer
 from backend.training_client import TrainingClient
 from backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
-from tests.architectures import FAMILIES, WINDOW, save_random_model
+from tests.architectures import FAMILIES, VLLM_REFUSES, WINDOW, save_random_model
 from tests.conftest import ROOT, gradients, random_tokens
 
-DOCS, VLLM = ROOT / "docs" / "architectures.md", ROOT / "tests" / "vllm_families.json"
+DOCS = ROOT / "docs" / "architectures.md"
 ATOL = 2e-4  # of a logprob in fp32, after two layers computed in another order
 ADAPTERS = {"full": None, "lora": LoraConfig(rank=4)}
 # Whatever is not listed here must say True: no window, no recurrent or convolution layer.
@@ -179,3 +180,30 @@ def test_a_family_is_right_in_every_pass_or_refused(family: str, kind: str) -> N
     found = verdict(family, kind)
     assert isinstance(found, Verdict), found
     assert found.shared == (family not in UNSHARED)
+
+
+def table() -> list[str]:
+    """The rows of docs/architectures.md, from what was found."""
+    rows = [
+        "| family | `model_type` | full | LoRA on | prefixes shared | torch sampler | vLLM on a CPU |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for family, config in FAMILIES.items():
+        full, lora = verdict(family, "full"), verdict(family, "lora")
+        cells = [
+            "yes" if isinstance(full, Verdict) else full,
+            lora.adapted if isinstance(lora, Verdict) else lora,
+            "yes" if isinstance(full, Verdict) and full.shared else "no",
+            "yes" if isinstance(full, Verdict) else "no",  # a verdict is given only where it is right
+            f"refused: {VLLM_REFUSES[family]}" if family in VLLM_REFUSES else "yes",
+        ]
+        rows.append(f"| {family} | `{config().model_type}` | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_in_docs_says_what_was_found() -> None:
+    before, after = DOCS.read_text().split("<!-- table -->\n")[::2]
+    written = "\n".join([*table(), ""]).join(["<!-- table -->\n"] * 2)
+    if os.environ.get("POSTTRAIN_WRITE_DOCS"):
+        DOCS.write_text(before + written + after)
+    assert DOCS.read_text() == before + written + after, "POSTTRAIN_WRITE_DOCS=1 rewrites it"

@@ -28,6 +28,7 @@ from recipes.star_graph.classifier import BeliefStateTrunk, Classifier, collect_
 from recipes.star_graph.guided_accuracy import decode
 from recipes.star_graph.model import make_model
 from recipes.star_graph.oracle import LOGIT, oracle, true_paths
+from tests.architectures import save_random_model
 
 GRAPH = StarGraph(2, 3, 12)
 CPU = torch.device("cpu")
@@ -380,3 +381,16 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, trunk: str) ->
     assert [row["exact_greedy"] for row in rows if row["classifier"] == "oracle"] == [1.0, 1.0, 1.0]
     with pytest.raises(CheckpointError, match="num_outputs"):
         guided.main(chz.replace(config, log_path=str(tmp_path / "parts"), num_outputs=1))
+
+
+def test_policies_of_other_families_are_sampled_right_or_refused(tmp_path: Path) -> None:
+    """Granite scales its logits; caches of windows and of convolutions cannot be copied for the candidates."""
+    model = load_model(str(save_random_model("Granite", tmp_path / "granite")), 0, CPU, torch.float32)
+    policy, tokens_B_T = language_model(model), torch.arange(20)[None] + 4
+    with torch.no_grad():
+        logits_V = policy.head(policy.trunk.read(tokens_B_T)[0][:, -1])[0]
+        assert torch.allclose(logits_V, model(input_ids=tokens_B_T).logits[0, -1], atol=1e-5)
+    for family in ("Gemma 3", "LFM 2", "Qwen 3.5"):
+        other = load_model(str(save_random_model(family, tmp_path / family)), 0, CPU, torch.float32)
+        with pytest.raises(ModelError, match="attention over all tokens"):
+            language_model(other)
