@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import backend.batching
+import supervised.train
 from backend.alarms import PROBE_SAMPLES, Alarms, Gap, sampler_gaps
 from backend.config import BackendConfig
 from backend.errors import LogprobGapError
@@ -17,6 +18,9 @@ from backend.torch_sampler import TorchSampler
 from backend.trainer import Trainer
 from backend.training_client import TrainingClient
 from backend.types import GetInfoResponse, ModelInput, SamplingParams
+from envs.arithmetic import ArithmeticExamplesBuilder
+from preference import train_dpo
+from recipes.dpo.letters import SortedPreferredBuilder
 from rl import train
 from rl.group_sources import GroupSource
 from rl.kl import KLPenalty
@@ -72,14 +76,17 @@ def shifted_logprobs(patch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_ignores_temperature(patch: pytest.MonkeyPatch) -> None:
-    wrapped(patch, Trainer, "_logprobs", lambda logprobs, self, batch: logprobs(self, replace(batch, temperature_N=None)))
+    patch.setattr("backend.batching._temperatures", lambda data_D: None)
 
 
 def members_of_a_row_see_each_other(patch: pytest.MonkeyPatch) -> None:
+    """And the trainer, which looks for that when it is opened, sees nothing."""
+
     def causal(mask: Any, ends_BT: Any) -> Any:
         return mask(ends_BT.new_full(ends_BT.shape, ends_BT.shape[1]))
 
     wrapped(patch, backend.batching, "_mask", causal)
+    patch.setattr(Trainer, "_check_rows", lambda self: None)
 
 
 AT_START = [
@@ -124,6 +131,28 @@ def test_faults_that_begin_with_the_first_step_end_it(
     assert not list((tmp_path / "checkpoints").glob("*"))
     (record,) = metrics(tmp_path)
     assert record["alarms/total"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("module", "dataset"),
+    [(supervised.train, ArithmeticExamplesBuilder(batch_size=8)), (train_dpo, SortedPreferredBuilder())],
+    ids=["sft", "dpo"],
+)
+def test_runs_without_a_sampler_compare_a_batch_with_its_sequences_alone(
+    module: Any, dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step, and before DPO computes its reference."""
+
+    def settings(folder: str) -> Any:
+        backend = BackendConfig(engine="torch")
+        return module.Config(dataset=dataset, log_path=str(tmp_path / folder), max_steps=1, eval_every=0, backend=backend)
+
+    asyncio.run(module.main(settings("healthy")))
+    assert metrics(tmp_path / "healthy")[0]["alarms/total"] == 0
+    members_of_a_row_see_each_other(monkeypatch)
+    with pytest.raises(LogprobGapError, match="comparison at the start: logprobs in a batch and alone differ"):
+        asyncio.run(module.main(settings("broken")))
+    assert not (tmp_path / "broken" / "reference_logprobs.jsonl").exists()
 
 
 def test_a_prefix_cache_that_is_not_dropped_is_found_at_the_first_sync(
