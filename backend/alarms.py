@@ -188,10 +188,11 @@ def _scored(tokens: Sequence[int], first: int, temperature: float = 1.0) -> Datu
 
 async def _values(client: TrainingClient, data_D: Sequence[Datum]) -> list[np.ndarray]:
     """Logprobs, or scalars, of what is asked for."""
-    outputs = (await client.forward(data_D, _no_loss)).loss_fn_outputs
+    outputs = (await client.forward(data_D, _negative)).loss_fn_outputs
     asked_D: Iterable[np.ndarray] = (datum.loss_fn_inputs["weights"].array > 0 for datum in data_D)
     return [next(iter(out.values())).array[asked_T] for out, asked_T in zip(outputs, asked_D, strict=True)]
 
 
-def _no_loss(values_N: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return torch.zeros_like(values_N), {}
+def _negative(values_N: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss that is not finite where a value is not: then the trainer raises NonFiniteError, and names the cause that no gap would."""
+    return -values_N, {}
