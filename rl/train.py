@@ -359,7 +359,8 @@ async def _probe(run: _Run, client: SamplingClient, datum: Datum, metrics: Metri
     try:
         whole, sampled = await sampler_gaps(run.client, client, tokens, cut, temperature, PROBE_SAMPLES, max_tokens=1)
     except NonFiniteError as error:  # the step itself made the weights infinite
-        raise write_offending_data(run.folder, int(metrics["progress/batch"]), [datum], error) from error
+        infinite = NonFiniteError("after this step the policy's logprobs are not finite: its weights are no longer")
+        raise write_offending_data(run.folder, int(metrics["progress/batch"]), [datum], infinite) from error
     metrics |= {"optim/probe_logprob_gap": whole.mean, "optim/probe_sampled_gap": sampled.mean}
     compare_with_sampler(run.alarms, whole, sampled)
 

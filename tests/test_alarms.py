@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import backend.batching
 import supervised.train
 from backend.alarms import PROBE_SAMPLES, Alarms, Gap, sampler_gaps
 from backend.config import BackendConfig
-from backend.errors import LogprobGapError
+from backend.errors import LogprobGapError, NonFiniteError
 from backend.torch_sampler import TorchSampler
 from backend.trainer import Trainer
 from backend.training_client import TrainingClient
@@ -175,6 +176,21 @@ def test_a_prefix_cache_that_is_not_dropped_is_found_at_the_first_sync(
     again = gaps_after_a_step()
     assert sampled.mean > 0.01 and whole.mean < 1e-4
     assert max(gap.mean for gap in (*healthy, *again)) < 1e-4
+
+
+def test_weights_that_a_step_made_infinite_are_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not as a gap between sampler and trainer, which they are too. Nothing is saved but the data."""
+
+    def overflowing(optim_step: Any, self: Trainer, adam: Any) -> Any:
+        response = optim_step(self, adam)
+        with torch.no_grad():
+            next(iter(self.named_trainable.values())).mul_(float("inf"))
+        return response
+
+    wrapped(monkeypatch, Trainer, "optim_step", overflowing)
+    with pytest.raises(NonFiniteError, match="logprobs are not finite"):
+        run(tmp_path, save_every=1)
+    assert list(tmp_path.glob("nonfinite_*.jsonl")) and not list((tmp_path / "checkpoints").glob("*"))
 
 
 def test_a_warning_lets_the_run_go_on_and_is_counted(

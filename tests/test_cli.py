@@ -123,25 +123,6 @@ def test_bad_input_ends_in_one_line(case: str, bad_files: Path) -> None:
     assert lines[-1].startswith("error: ") and says in lines[-1], result.stderr
 
 
-def test_nan_loss_saves_nothing_and_leaves_the_data(tmp_path: Path) -> None:
-    arguments = [
-        RL,
-        "renderer_name=plain",
-        "backend.engine=torch",
-        "groups_per_batch=4",
-        "group_size=4",
-        "env.num_test=4",
-        "max_tokens=4",
-    ]
-    options = ["learning_rate=1e39", "save_every=1", "env.n_batches=9", f"log_path={tmp_path / 'run'}"]
-    result = run(*arguments, *options)
-    assert result.returncode == 2 and "is not finite" in result.stderr.splitlines()[-1], result.stderr
-    (file,) = (tmp_path / "run").glob("nonfinite_*.jsonl")
-    assert json.loads(file.read_text().splitlines()[0])["tokens"]
-    assert not (tmp_path / "run/checkpoints/final").exists()
-    assert len(read_metrics(tmp_path / "run")) < 9
-
-
 def test_help_is_readable() -> None:
     output = succeeds(RL, "--help")
     assert "env.num_digits" in output and "gsm8k" in output and "group_size" in output
