@@ -1,7 +1,7 @@
 """Every family of tests/architectures.py is right in all passes, full and with LoRA, or refused with its reason; the table in docs says which.
 
 The measure is the logits of transformers' own forward of one sequence. `POSTTRAIN_WRITE_DOCS=1 pytest tests/test_architectures.py` rewrites
-the table in docs/architectures.md. Left out: vLLM, which test_vllm_architectures.py compares.
+the table in docs/architectures.md. Left out: vLLM, whose column is `NOT_WITH_VLLM`.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from backend.service_client import ServiceClient
 from backend.trainer import Trainer
 from backend.training_client import TrainingClient
 from backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
-from tests.architectures import FAMILIES, VLLM_REFUSES, WINDOW, save_random_model
+from tests.architectures import FAMILIES, NOT_WITH_VLLM, WINDOW, save_random_model
 from tests.conftest import ROOT, gradients, random_tokens
 
 DOCS = ROOT / "docs" / "architectures.md"
@@ -195,7 +195,7 @@ def table() -> list[str]:
             lora.adapted if isinstance(lora, Verdict) else lora,
             "yes" if isinstance(full, Verdict) and full.shared else "no",
             "yes" if isinstance(full, Verdict) else "no",  # a verdict is given only where it is right
-            f"refused: {VLLM_REFUSES[family]}" if family in VLLM_REFUSES else "yes",
+            f"no: {NOT_WITH_VLLM[family]}" if family in NOT_WITH_VLLM else "yes",
         ]
         rows.append(f"| {family} | `{config().model_type}` | {' | '.join(cells)} |")
     return rows
