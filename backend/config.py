@@ -1,5 +1,6 @@
 """How this machine trains and samples: everything about the backend that is not the model's name."""
 
+import os
 from typing import Literal
 
 import chz
@@ -12,7 +13,9 @@ AlarmAction = Literal["stop", "warn"]
 
 @chz.chz
 class BackendConfig:
-    engine: Literal["auto", "vllm", "torch"] = chz.field(default="auto", doc="sampler; auto = vllm where it can be imported")
+    engine: Literal["auto", "vllm", "torch"] = chz.field(
+        default="auto", doc="sampler; auto = vllm where it is installed and serves the model, else torch"
+    )
     max_length: int | None = chz.field(
         default=None, validator=COUNT, doc="context in tokens, prompt and answer; None = the model's own, at most 4096"
     )
@@ -24,12 +27,23 @@ class BackendConfig:
     )
     reproducible: bool | None = chz.field(
         default=None,
-        doc="same seed, same tokens, bit for bit; None = on a CPU yes, on a GPU no, where vLLM draws seeded requests one by one",
+        doc="same seed, same tokens; None = on a CPU yes (bit for bit), on a GPU no: there vLLM draws seeded requests one by one, and "
+        "kernels round alike only as far as VLLM_BATCH_INVARIANT=1, which is then set, reaches",
     )
     max_num_seqs: int = chz.field(default=256, validator=COUNT, doc="sequences the sampler decodes at once")
-    sampler_memory_gb: float = chz.field(default=1.0, validator=POSITIVE, doc="KV cache of a vLLM engine on a CPU, in GiB")
+    sampler_memory_gb: float | None = chz.field(
+        default=None,
+        validator=POSITIVE,
+        doc="KV cache of each vLLM engine, in GiB; None = 1 on a CPU, and on a GPU what max_num_seqs full sequences need, within the share",
+    )
     gpu_memory_utilization: float = chz.field(
-        default=0.4, validator=POSITIVE_SHARE, doc="share of the GPU that a vLLM engine may take; the trainer needs the rest"
+        default=0.4,
+        validator=POSITIVE_SHARE,
+        doc="share of the GPU's free memory that the KV cache of a vLLM engine may take; the trainer needs the rest",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
+        default="auto",
+        doc="activations and sampler weights; auto = float32 on a CPU, bfloat16 on a GPU. Trained weights are float32",
     )
     enforce_eager: bool | None = chz.field(
         default=None,
@@ -42,10 +56,19 @@ class BackendConfig:
 
 
 def training_device() -> torch.device:
-    """The one place that decides: CUDA when there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The one place that decides: CUDA when there is one, else the CPU.
+
+    Of several GPUs the one of this process (torchrun's LOCAL_RANK), by its number: a current device holds for one thread only.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
+AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:
     """Activations and sampler weights. Trained weights are fp32 everywhere: bf16 would swallow RL's small updates."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    asked = config.dtype if config else "auto"
+    return getattr(torch, AUTO_DTYPES[device.type] if asked == "auto" else asked)

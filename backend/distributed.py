@@ -71,32 +71,23 @@ ALONE = Processes()
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """The process group that torchrun's variables describe; without them, one process. Only the first prints.
-
-    Call it before anything touches CUDA.
-    """
+    """The process group that torchrun's variables describe; without them, one process. Only the first prints."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE
         return
-    _see_own_gpu_only(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    device = training_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     processes = Processes(dist.get_rank(), count)
     try:
         with open(os.devnull, "w") as nowhere, nullcontext() if processes.is_first else redirect_stdout(nowhere):
             yield processes
     finally:
         dist.destroy_process_group()
-
-
-def _see_own_gpu_only(local_rank: int) -> None:
-    """Then "cuda" is the right GPU in every thread; torch.cuda.set_device holds for one thread only."""
-    if torch.cuda.is_initialized():
-        raise ConfigError("CUDA is in use already: processes must be joined before the first tensor is put on a GPU")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(index) for index in range(local_rank + 1)]
-    if local_rank < len(devices):
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local_rank]
 
 
 class ParallelTrainer(BeliefStateTrainer):

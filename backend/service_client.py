@@ -140,10 +140,15 @@ class ServiceClient:
 
         def make() -> Engine:
             if use_vllm:
-                return VllmEngine(hf_config, tokenizer, max_length, self.config, device, reproducible)
+                try:
+                    return VllmEngine(hf_config, tokenizer, max_length, self.config, device, reproducible)
+                except ModelError as error:
+                    if self.config.engine == "vllm":
+                        raise
+                    print(f"sampling with torch, since {error}", flush=True)
             with torch.random.fork_rng(devices=[]):
                 model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-            return TorchSampler(model, tokenizer, max_length, self.config.max_num_seqs, device)
+            return TorchSampler(model, tokenizer, max_length, self.config, device)
 
         engine = EngineThread(make, deterministic=reproducible)
         self._engines.append(engine)

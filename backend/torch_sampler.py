@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from backend.config import compute_dtype
+from backend.config import BackendConfig, compute_dtype
 from backend.device_lock import computing
 from backend.engine import Sampled, SequenceRequest, Weights
 from backend.logprobs import fp32_logits, target_logprobs
@@ -23,10 +23,15 @@ PROMPT_ROWS = 4096  # prompt positions whose full distribution is held at once w
 
 class TorchSampler:
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, max_num_seqs: int, device: torch.device
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        config: BackendConfig,
+        device: torch.device,
     ):
-        self._model = model.to(device=device, dtype=compute_dtype(device)).eval()  # type: ignore[arg-type]
-        self._tokenizer, self._max_length, self._max_num_seqs, self._device = tokenizer, max_length, max_num_seqs, device
+        self._model = model.to(device=device, dtype=compute_dtype(device, config)).eval()  # type: ignore[arg-type]
+        self._tokenizer, self._max_length, self._max_num_seqs, self._device = tokenizer, max_length, config.max_num_seqs, device
         self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
         self._waiting: list[SequenceRequest] = []
         self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}

@@ -22,7 +22,9 @@ from backend.errors import DataError, ModelError, NonFiniteError
 from backend.logprobs import fp32_logits, target_logprobs
 from backend.loss_terms import KeptForward, LossTerm, RunningTerm
 from backend.losses import LossFn
-from backend.models import attends_to_all, context_length, embedding_rows, load_model, logit_transform
+from backend.memory import check_fits
+from backend.merged_lora import compute_merged
+from backend.models import attends_to_all, context_length, embedding_rows, load_model, logit_transform, model_config
 from backend.random_state import drawn_from
 from backend.types import (
     AdamParams,
@@ -65,13 +67,17 @@ class Trainer:
     def __init__(self, model_name: str, config: BackendConfig, seed: int = 0, lora: LoraConfig | None = None):
         self.model_name, self.config, self.seed, self.lora = model_name, config, seed, lora
         self.device = training_device()
-        self.compute_dtype = compute_dtype(self.device)
+        self.compute_dtype = compute_dtype(self.device, config)
         self.max_length = context_length(model_name, config.max_length)
+        if self.device.type == "cuda":
+            check_fits(model_name, model_config(model_name), lora is not None, torch.cuda.mem_get_info(self.device)[0])
         hf_model = load_model(model_name, seed, self.device, torch.float32)
         self.hf_config = hf_model.config
         self.vocabulary = embedding_rows(hf_model)
         self.model: PreTrainedModel | PeftModel = _add_lora(hf_model, model_name, lora, seed) if lora else hf_model
         self.base: PreTrainedModel = hf_model
+        if lora and self.compute_dtype != torch.float32:
+            compute_merged(self.model, self.compute_dtype)
         _switch_off_dropout(self.model)
         if config.gradient_checkpointing:
             hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -17,14 +17,19 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from backend.config import BackendConfig, compute_dtype
 from backend.device_lock import alone, computing
 from backend.engine import Sampled, SequenceRequest, Weights
-from backend.errors import ModelError
+from backend.errors import CookbookError, EngineError, ModelError
+from backend.memory import kv_cache_bytes
 from backend.random_state import OwnTorchGenerators, global_generators_kept
 from backend.types import SampledSequence
+from backend.vllm_weights import CheckpointForm, has_only_attention, pack_experts, parameters_left_out
+
+USE_TORCH = "backend.engine=torch samples with torch instead"
 
 # vLLM keeps the batch that is being computed in a global variable: of several engines in the process, one may compute at a time.
 _one_engine = threading.Lock()
@@ -48,11 +53,13 @@ class VllmEngine:
         device: torch.device,
         reproducible: bool,
     ):
-        _set_environment(config, device, reproducible)
+        _set_environment(device, reproducible)
+        from vllm.distributed.parallel_state import destroy_model_parallel
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        self._device = device
+        self._device, self._dtype = device, compute_dtype(device, config)
+        self._checkpoint_form = CheckpointForm(hf_config)
         self._unfinished: dict[str, SequenceRequest] = {}
         self._next_id = 0
         with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as folder, alone(), global_generators_kept():
@@ -61,7 +68,8 @@ class VllmEngine:
             args: dict[str, Any] = {
                 "model": folder,
                 "load_format": "dummy",
-                "dtype": str(compute_dtype(device)).removeprefix("torch."),
+                "dtype": str(self._dtype).removeprefix("torch."),
+                "kv_cache_memory_bytes": kv_cache_bytes(hf_config, max_length, config, device),
                 "max_model_len": max_length,
                 "max_num_seqs": config.max_num_seqs,
                 # The logprobs of the distribution that was sampled from: tempered, and cut by top-k and top-p.
@@ -74,15 +82,20 @@ class VllmEngine:
             if device.type == "cpu":
                 # A prompt read in two parts would make vLLM turn a seeded request's generator back, which it cannot on a CPU.
                 args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 8192)}
-            if device.type == "cuda":
-                args["gpu_memory_utilization"] = config.gpu_memory_utilization
+                # Recurrent and convolution layers keep states at the ends of prefixes only where prompts are read in parts.
+                args |= {} if has_only_attention(hf_config) else {"enable_prefix_caching": False}
+            else:
+                args["gpu_memory_utilization"] = 0.01  # vLLM wants this much to be free; the KV cache's bytes are given
             try:
-                self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
-            except (ValueError, NotImplementedError) as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise ModelError(
-                    f"vLLM cannot serve this model: {reason}. backend.engine=torch samples with torch instead"
-                ) from error
+                vllm_config = EngineArgs(**args).create_engine_config()
+                if _live_engines and vllm_config.model_config.is_moe:
+                    destroy_model_parallel()  # vLLM makes it anew; what it made for another kind of model has no group for experts
+                with _transformers_classes_kept(self._checkpoint_form.model, vllm_config):
+                    self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+                self._check_every_parameter(vllm_config)
+            except Exception as error:  # whatever vLLM meets in a model that it does not know
+                self._shut_down()
+                raise error if isinstance(error, CookbookError) else _refusal(error, hf_config) from error
             self._generators = OwnTorchGenerators(device.type == "cuda")
             _live_engines.add(self)
         # Where a request's noise is a function of its seed and position, a seed costs nothing; elsewhere it costs a launch per row.
@@ -123,10 +136,22 @@ class VllmEngine:
         self._engine.abort_request(list(self._unfinished))
         self._unfinished.clear()
 
+    def _check_every_parameter(self, vllm_config: Any) -> None:
+        """vLLM's loaders leave out names that they do not know without a word: loads zeros, and counts."""
+        zeros = self._checkpoint_form(self._checkpoint_form.zeros(self._dtype, self._device))
+        names = self._engine.apply_model(lambda model: parameters_left_out(model, zeros, vllm_config))[0]
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ModelError(
+                f"vLLM cannot serve this model: it does not take {len(names)} of its own weights ({some}). {USE_TORCH}"
+            )
+
     def load_weights(self, weights: Weights) -> None:
+        weights = self._checkpoint_form(weights)
         with _one_engine, computing(), global_generators_kept(), _in_stream_order(self._device):
             if self._device.type == "cpu":  # linears are packed when loaded: only the full reload path may touch them
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+                self._engine.apply_model(pack_experts)
             else:
                 self._engine.apply_model(lambda model: _load_in_place(model, weights))
         # Cached prefixes were computed by the old weights; sequences still running recompute theirs.
@@ -134,18 +159,23 @@ class VllmEngine:
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
 
     def close(self) -> None:
+        with alone():
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        """Also of an engine that did not come up."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        with alone():
-            _live_engines.discard(self)
+        _live_engines.discard(self)
+        if hasattr(self, "_engine"):
             # vLLM's shutdown takes down the parallel state that all engines of the process use: only the last one may.
             cleanup = _no_cleanup if _live_engines else cleanup_dist_env_and_memory
             with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", cleanup):
                 self._engine.engine_core.shutdown()
             del self._engine
-            gc.collect()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _no_cleanup() -> None: ...
@@ -155,10 +185,13 @@ def _load_in_place(model: Any, weights: Weights) -> None:
     model.load_weights(iter(weights))
 
 
-def _set_environment(config: BackendConfig, device: torch.device, reproducible: bool) -> None:
+def _set_environment(device: torch.device, reproducible: bool) -> None:
     """Read by vLLM when it is imported. A user's own settings stand."""
     warnings.filterwarnings("ignore", module=r"vllm\.")
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "doesn't include CPU backend": nor is it asked to
+    logging.getLogger("vllm.model_executor.models.registry").setLevel(
+        logging.CRITICAL
+    )  # its tracebacks become a refusal in one line
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must be in this process to take weights in memory
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -166,7 +199,51 @@ def _set_environment(config: BackendConfig, device: torch.device, reproducible: 
     if device.type == "cuda" and reproducible:
         # Without it a kernel's rounding depends on what is decoded beside a sequence.
         os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.sampler_memory_gb))))
+
+
+@contextmanager
+def _transformers_classes_kept(model: Any, vllm_config: Any) -> Iterator[None]:
+    """Where vLLM has no class of its own for a model, it changes transformers' class for all its users, the trainer among them.
+
+    Only its compiled models need the change.
+    """
+    decoder = type(model.get_decoder())
+    before, bases = dict(vars(decoder)), decoder.__bases__
+    yield
+    changed = [name for name, value in vars(decoder).items() if name not in before or before[name] is not value]
+    if decoder.__bases__ == bases and not changed:
+        return
+    decoder.__bases__ = bases
+    for name in changed:
+        if name in before:
+            setattr(decoder, name, before[name])
+        else:
+            delattr(decoder, name)
+    if not vllm_config.model_config.enforce_eager:
+        raise ModelError(f"vLLM runs {decoder.__name__} through transformers: set backend.enforce_eager=true. Or {USE_TORCH}")
+
+
+def _refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:
+    """One line with vLLM's reason: of a validation error the message, of others the first line."""
+    details = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    if "failed to be inspected" in details and (cause := _import_error(hf_config)):
+        error, details = cause, str(cause)
+    reason = f"{details.strip().splitlines()[0] if details.strip() else ''} ({type(error).__name__})".rstrip(".")
+    if isinstance(error, torch.OutOfMemoryError) or "memory" in details.lower() or "KV cache" in details:
+        hint = "lower backend.max_num_seqs, backend.max_length or backend.sampler_memory_gb, or close engines that are not needed"
+        return EngineError(f"there is too little memory for a vLLM engine: {reason}. {hint}")
+    return ModelError(f"vLLM cannot serve this model: {reason}. {USE_TORCH}")
+
+
+def _import_error(hf_config: PretrainedConfig) -> Exception | None:
+    """Why vLLM's file for this architecture cannot be imported: vLLM tries it in a process of its own and keeps the reason."""
+    from vllm.model_executor.models import ModelRegistry
+
+    try:
+        ModelRegistry.models[(hf_config.architectures or [""])[0]].load_model_cls()
+    except Exception as error:
+        return error
+    return None
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def write_report(name: str, figures: dict[str, Any], settings: dict[str, Any], l
     for group in ("settings", "figures", "ratios"):
         for key, value in record[group].items():
             print(f"{group[:-1]:8} {key:45} {value}")
-    print(f"written: {file.relative_to(ROOT)}")
+    print(f"written: {file}")
 
 
 def _rounded(value: Any) -> Any:
@@ -102,8 +102,11 @@ def _machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, marked where the tree has changes it does not hold; empty outside a git checkout."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    """The commit, marked where the tree has changes it does not hold; empty outside a git checkout and without git."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
     return done.stdout.strip()
 
 

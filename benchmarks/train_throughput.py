@@ -109,6 +109,7 @@ def measure(shape: Shape, rounds: int, ceilings: dict[str, float]) -> tuple[dict
         for _ in range(2):
             step(client, data)
         seconds = [timed(lambda: step(client, data)) for _ in range(rounds)]
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0  # an engine's start would reset it
         client.save_weights_and_get_sampling_client()
         syncs = []
         for _ in range(rounds):
@@ -125,7 +126,7 @@ def measure(shape: Shape, rounds: int, ceilings: dict[str, float]) -> tuple[dict
         f"{name}: |dlogp| max": gap_max,
     }
     if torch.cuda.is_available():
-        figures[f"{name}: peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        figures[f"{name}: peak GiB"] = peak / 2**30
     return figures, {f"{name}: MFU of {ceiling}": flops / most for ceiling, most in ceilings.items()}
 
 

@@ -1,0 +1,58 @@
+"""A LoRA adapter that computes with the weights the sampler gets: base and adapter merged, then rounded.
+
+The sampler rounds W + scaling * B A to bf16, which drops what is below half a step of W. A trainer that
+added the adapter's output unrounded would score with another policy than the one that sampled. Here the
+forward pass uses the rounded sum, and the gradient passes the rounding as if it were not there, which is
+what full training in bf16 does to its fp32 weights.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from torch.nn import functional as F
+
+
+def merged_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The adapted layer's matrix as the sampler gets it, laid out as the base layer's."""
+    return (layer.base_layer.weight + layer.get_delta_weight("default")).to(dtype)
+
+
+def compute_merged(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes every adapted linear layer of a peft model compute with its merged weight in `dtype`."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            layer.forward = MethodType(_forward, layer)
+            layer.merged_dtype = dtype  # type: ignore[assignment]
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # autocast would round B A before it is added
+        weight = merged_weight(layer, layer.merged_dtype)
+        weight_OI = weight.T if layer.fan_in_fan_out else weight
+    a_RI, b_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    y: Any = _MergedLinear.apply(x.to(weight.dtype), a_RI, b_OR, weight_OI, layer.scaling["default"])
+    bias = layer.base_layer.bias
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class _MergedLinear(torch.autograd.Function):
+    """x W^T with W fixed; the gradients of A and B are those of scaling * B A inside W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, weight_OI: torch.Tensor, scaling: float):
+        ctx.save_for_backward(x, a_RI, b_OR, weight_OI)
+        ctx.scaling = scaling
+        return F.linear(x, weight_OI)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor):
+        x, a_RI, b_OR, weight_OI = ctx.saved_tensors
+        (gradient,) = gradients
+        x_NI, gradient_NO = x.flatten(0, -2), gradient.flatten(0, -2)
+        a, b = a_RI.to(x.dtype), b_OR.to(x.dtype)
+        gradient_a = ctx.scaling * (gradient_NO @ b).T @ x_NI
+        gradient_b = ctx.scaling * gradient_NO.T @ (x_NI @ a.T)
+        return gradient @ weight_OI, gradient_a.to(a_RI.dtype), gradient_b.to(b_OR.dtype), None, None

@@ -1,0 +1,128 @@
+"""Every model family with vLLM: what it samples is the trainer's distribution, in full training and with
+LoRA, and plain vLLM reads what is saved. Or the engine refuses when it is opened, with the reason and the
+alternative. All engines live in one process, as they do in a run that has several models.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backend.config import BackendConfig
+from backend.errors import ModelError
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+from tests.architectures import FAMILIES, save_random_model
+from tests.test_sampling import prompt_of, trainer_logprobs
+
+pytestmark = pytest.mark.slow
+
+VLLM_REFUSES = {
+    "Qwen 3.5": "torchvision",
+    "gpt-oss": "does not take 10 of its own weights",
+}
+SERVED = [family for family in FAMILIES if family not in VLLM_REFUSES]
+ROUNDING = 1e-4  # fp32, through logits of a few nats
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    with pytest.MonkeyPatch.context() as patch:
+        import vllm.model_executor.models.registry as registry
+
+        # vLLM looks at every new architecture in a process of its own, for ten seconds each.
+        patch.setattr(registry, "_run_in_subprocess", lambda fn: fn())
+        config = BackendConfig(engine="vllm", max_num_seqs=8, sampler_memory_gb=0.1)
+        with ServiceClient(config, tmp_path_factory.mktemp("checkpoints")) as service:
+            yield service
+
+
+def move_every_weight(client: TrainingClient) -> None:
+    tokens = prompt_of(60).to_ints()
+    inputs = {"target_tokens": tokens[1:], "weights": np.ones(len(tokens) - 1, dtype=np.float32)}
+    for _ in range(2):  # LoRA's first step moves B alone
+        client.forward_backward([Datum(ModelInput.from_ints(tokens[:-1]), inputs)], "cross_entropy")
+        client.optim_step(AdamParams(1e-2)).result()
+
+
+def largest_gap(client: TrainingClient) -> float:
+    """Of sampled logprobs from the trainer's, over prompts beyond a window and two calls, the second of which finds a cached prefix."""
+    sampler = client.save_weights_and_get_sampling_client()
+    gaps = []
+    for prompt in (prompt_of(40), prompt_of(150), prompt_of(150)):
+        params = SamplingParams(max_tokens=16, seed=1, temperature=0.7, stop=[])
+        for sequence in sampler.sample(prompt, 2, params).result().sequences:
+            trained = trainer_logprobs(client, prompt, sequence.tokens, temperature=0.7)[prompt.length - 1 :]
+            gaps.append(float(np.abs(trained - np.array(sequence.logprobs)).max()))
+    return max(gaps)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_sampled_logprobs_are_the_trainers(service: ServiceClient, family: str, tmp_path: Path) -> None:
+    folder = str(save_random_model(family, tmp_path / "model"))
+    for lora in (None, LoraConfig(rank=4)):
+        client = service.create_training_client(folder, lora)
+        assert largest_gap(client) < ROUNDING
+        before = client.save_weights_and_get_sampling_client().compute_logprobs(prompt_of(40)).result()[1:]
+        move_every_weight(client)
+        assert largest_gap(client) < ROUNDING
+        after = client.save_weights_and_get_sampling_client().compute_logprobs(prompt_of(40)).result()[1:]
+        assert max(abs(a - b) for a, b in zip(after, before, strict=True) if a is not None and b is not None) > 0.05
+        client.close()
+
+
+@pytest.mark.parametrize("family", VLLM_REFUSES)
+def test_a_family_that_vllm_cannot_serve_is_refused_when_its_engine_is_opened(
+    service: ServiceClient, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(save_random_model(family, tmp_path / "model"))
+    with pytest.raises(ModelError, match=f"{VLLM_REFUSES[family]}.*backend.engine=torch"):
+        service.create_training_client(folder).save_weights_and_get_sampling_client()
+    with ServiceClient(BackendConfig(engine="auto"), tmp_path) as auto:
+        auto.create_sampling_client(base_model=folder)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "sampling with torch" in line]
+    assert len(lines) == 1 and VLLM_REFUSES[family] in lines[0]
+
+
+PLAIN_VLLM = """
+import json, sys
+from unittest.mock import patch
+from vllm import LLM, SamplingParams
+
+prompt, folders = json.loads(sys.argv[1]), sys.argv[2:]
+with patch("vllm.model_executor.models.registry._run_in_subprocess", lambda fn: fn()):
+    for folder in folders:
+        llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, kv_cache_memory_bytes=2**26)
+        prompts = [{"prompt_token_ids": prompt}]
+        (output,) = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        entries = list(zip(prompt, output.prompt_logprobs))[1:]
+        print("READ", json.dumps([entry[token].logprob for token, entry in entries]), flush=True)
+        llm.llm_engine.engine_core.shutdown()
+"""
+
+
+def test_plain_vllm_reads_what_is_saved(tmp_path: Path) -> None:
+    prompt = prompt_of(40)
+    expected, folders = [], []
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        for family in SERVED:
+            client = service.create_training_client(str(save_random_model(family, tmp_path / "model" / family)))
+            move_every_weight(client)
+            saves = [client.save_state] if family != "Qwen 2.5" else [client.save_state, client.save_weights_for_sampler]
+            for save in saves:
+                folders.append(save(f"{family} {save.__name__}").result().path)
+                expected.append(trainer_logprobs(client, prompt, []).tolist())
+            client.close()
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-c", PLAIN_VLLM, json.dumps(prompt.to_ints()), *folders]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    read = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("READ ")]
+    assert len(read) == len(folders), done.stderr[-3000:]
+    for folder, ours, theirs in zip(folders, expected, read, strict=True):
+        assert theirs == pytest.approx(ours, abs=ROUNDING), folder
