@@ -1,0 +1,32 @@
+"""A block's record: named checks with a bound, and figures."""
+
+import json
+from typing import Any
+
+import torch
+
+from backend.config import training_device
+
+
+class Record:
+    """Printed as one JSON line. `passed` is whether every check held; a check that does not hold does not end the block."""
+
+    def __init__(self) -> None:
+        device = training_device()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self._record: dict[str, Any] = {"passed": True, "device": name, "failed": []}
+
+    def figure(self, name: str, value: Any) -> None:
+        self._record[name] = float(f"{value:.4g}") if isinstance(value, float) else value
+
+    def at_most(self, name: str, value: float, bound: float) -> None:
+        self.figure(name, value)
+        self.holds(f"{name} <= {bound:g}", value <= bound)
+
+    def holds(self, name: str, condition: bool) -> None:
+        if not condition:
+            self._record["passed"] = False
+            self._record["failed"].append(name)
+
+    def print(self) -> None:
+        print(json.dumps(self._record), flush=True)

