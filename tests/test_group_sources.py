@@ -98,6 +98,7 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.cpu_only
 def test_nothing_off_policy_is_the_synchronous_run_bit_for_bit(tmp_path: Path) -> None:
     """Against a loop written out here: sample a batch with the present weights, train on it, again."""
     asyncio.run(train.main(config(tmp_path / "run", max_steps_off_policy=0)))

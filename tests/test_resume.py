@@ -73,6 +73,7 @@ def kill_at(arguments: list[str], folder: Path, step: int, delay: float) -> None
     process.communicate()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("arguments", "engine", "kills"), [(SFT, "torch", 5), (RL, "torch", 5), (RL, "vllm", 1)], ids=["sft", "rl-torch", "rl-vllm"]
 )

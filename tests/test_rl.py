@@ -195,6 +195,7 @@ def test_rollouts_take_turns_and_the_seed_decides(torch_service) -> None:  # noq
     assert len({tuple(tokens) for tokens in sampled[0]}) == len(sampled[0]), "turns and members must not share a seed"
 
 
+@pytest.mark.cpu_only
 def test_slow_environments_change_no_bit_of_what_vllm_samples(vllm_client) -> None:  # noqa: ANN001
     """Which requests share a decoding step must not depend on the clock: it would show in the last digits of the logprobs."""
     client = vllm_client.save_weights_and_get_sampling_client()
