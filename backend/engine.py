@@ -49,6 +49,7 @@ class Sampled:
     sequence: SampledSequence
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    failure: str | None = None  # why the engine gave the sequence up; the call it belongs to fails
 
 
 class Engine(Protocol):
@@ -227,7 +228,10 @@ class EngineThread:
             call.done[request] = sampled
             if len(call.done) == len(call.requests):
                 self._unsettled.add(call.loop)
-                call.future.set_result(_response(call))
+                if failures := [done.failure for done in call.done.values() if done.failure]:
+                    call.future.set_exception(EngineError(f"the engine gave a sequence up: {failures[0]}"))
+                else:
+                    call.future.set_result(_response(call))
 
     def _fail(self, which: Callable[[_Call], bool], error: Exception) -> None:
         for request, call in list(self._calls.items()):
