@@ -17,19 +17,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from backend.config import BackendConfig, compute_dtype
 from backend.device_lock import alone, computing
 from backend.engine import Sampled, SequenceRequest, Weights
-from backend.errors import CookbookError, EngineError, ModelError
+from backend.errors import CookbookError, ModelError
 from backend.memory import kv_cache_bytes
 from backend.random_state import OwnTorchGenerators, global_generators_kept
 from backend.types import SampledSequence
+from backend.vllm_refusals import USE_TORCH, computed_otherwise, refusal
 from backend.vllm_weights import CheckpointForm, has_only_attention, pack_experts, parameters_left_out
-
-USE_TORCH = "backend.engine=torch samples with torch instead"
 
 # vLLM keeps the batch that is being computed in a global variable: of several engines in the process, one may compute at a time.
 _one_engine = threading.Lock()
@@ -58,6 +56,8 @@ class VllmEngine:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        if device.type == "cpu" and (reason := computed_otherwise(hf_config, max_length)):
+            raise ModelError(f"vLLM cannot serve this model on a CPU: {reason}. {USE_TORCH}")
         self._device, self._dtype = device, compute_dtype(device, config)
         self._checkpoint_form = CheckpointForm(hf_config)
         self._unfinished: dict[str, SequenceRequest] = {}
@@ -92,10 +92,12 @@ class VllmEngine:
                     destroy_model_parallel()  # vLLM makes it anew; what it made for another kind of model has no group for experts
                 with _transformers_classes_kept(self._checkpoint_form.model, vllm_config):
                     self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+                (has_head,) = self._engine.apply_model(lambda model: hasattr(model, "lm_head"))
+                self._checkpoint_form.with_head = has_head or not hf_config.tie_word_embeddings
                 self._check_every_parameter(vllm_config)
             except Exception as error:  # whatever vLLM meets in a model that it does not know
                 self._shut_down()
-                raise error if isinstance(error, CookbookError) else _refusal(error, hf_config) from error
+                raise error if isinstance(error, CookbookError) else refusal(error, hf_config) from error
             self._generators = OwnTorchGenerators(device.type == "cuda")
             _live_engines.add(self)
         # Where a request's noise is a function of its seed and position, a seed costs nothing; elsewhere it costs a launch per row.
@@ -221,29 +223,6 @@ def _transformers_classes_kept(model: Any, vllm_config: Any) -> Iterator[None]:
             delattr(decoder, name)
     if not vllm_config.model_config.enforce_eager:
         raise ModelError(f"vLLM runs {decoder.__name__} through transformers: set backend.enforce_eager=true. Or {USE_TORCH}")
-
-
-def _refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:
-    """One line with vLLM's reason: of a validation error the message, of others the first line."""
-    details = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-    if "failed to be inspected" in details and (cause := _import_error(hf_config)):
-        error, details = cause, str(cause)
-    reason = f"{details.strip().splitlines()[0] if details.strip() else ''} ({type(error).__name__})".rstrip(".")
-    if isinstance(error, torch.OutOfMemoryError) or "memory" in details.lower() or "KV cache" in details:
-        hint = "lower backend.max_num_seqs, backend.max_length or backend.sampler_memory_gb, or close engines that are not needed"
-        return EngineError(f"there is too little memory for a vLLM engine: {reason}. {hint}")
-    return ModelError(f"vLLM cannot serve this model: {reason}. {USE_TORCH}")
-
-
-def _import_error(hf_config: PretrainedConfig) -> Exception | None:
-    """Why vLLM's file for this architecture cannot be imported: vLLM tries it in a process of its own and keeps the reason."""
-    from vllm.model_executor.models import ModelRegistry
-
-    try:
-        ModelRegistry.models[(hf_config.architectures or [""])[0]].load_model_cls()
-    except Exception as error:
-        return error
-    return None
 
 
 @contextmanager

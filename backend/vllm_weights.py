@@ -16,6 +16,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from backend.engine import Weights
 
+TIED_HEAD = "lm_head.weight"
+
 
 class CheckpointForm:
     """Turns a model's own tensors into those of its checkpoints."""
@@ -24,9 +26,11 @@ class CheckpointForm:
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(hf_config)
         self._is_converted = bool(get_model_conversion_mapping(self.model, add_legacy=False))
+        self.with_head = True  # of tied embeddings: a few of vLLM's models know their output layer by its other name alone
 
     def __call__(self, weights: Weights) -> Weights:
         """One tensor at a time, or all at once where the model's tensors are not those of the checkpoint."""
+        weights = ((name, tensor) for name, tensor in weights if self.with_head or name != TIED_HEAD)
         return revert_weight_conversion(self.model, dict(weights)).items() if self._is_converted else weights
 
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -135,13 +135,13 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "Command R7B": lambda: Cohere2Config(**_SHAPE, **_SLIDING, **_HEAD_DIM, logit_scale=0.25),
 }
 
-# Families that vLLM 0.32 on a CPU does not sample from as transformers computes them, with weights as this project hands them over.
+# The reasons why families are refused by vLLM 0.32 on a CPU (tests/test_vllm_architectures.py), as they stand in the message.
 NOT_WITH_VLLM = {
-    "Qwen 3.5": "asks for torchvision",
-    "Gemma 2": "does not take the tied output layer",
-    "LFM 2": "other logprobs from the second token on",
-    "gpt-oss": "does not take the experts",
-    "Command R7B": "its window is one token longer than transformers': right in contexts up to the window",
+    "Qwen 3.5": "No module named 'torchvision'",
+    "Gemma 2": "its attention kernel caps scores otherwise than transformers",
+    "LFM 2": "its convolution layers give other logprobs from the second sampled token on",
+    "gpt-oss": "it does not take 10 of its own weights",
+    "Command R7B": "its window is one token longer than transformers'",
 }
 
 

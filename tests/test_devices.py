@@ -33,7 +33,7 @@ def test_engines_are_sized_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kv_bytes_per_token(config, itemsize=2) == 2 * 24 * 2 * 64 * 2  # keys and values, layers, heads, width, bytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * GIB, 140 * GIB))
     cuda = torch.device("cuda")
-    few = BackendConfig(max_num_seqs=16)
+    few = BackendConfig(max_num_seqs=16, dtype="bfloat16")
     assert kv_cache_bytes(config, 2048, few, cuda) == 16 * (2048 + 16) * 12_288
     assert kv_cache_bytes(config, 32768, BackendConfig(max_num_seqs=1024), cuda) == int(0.4 * 100 * GIB)
     assert kv_cache_bytes(config, 2048, BackendConfig(sampler_memory_gb=2.5), cuda) == int(2.5 * GIB)
