@@ -1,7 +1,7 @@
 """Every family of tests/architectures.py is right in all passes, full and with LoRA, or refused with its reason; the table in docs says which.
 
 The measure is the logits of transformers' own forward of one sequence. `POSTTRAIN_WRITE_DOCS=1 pytest tests/test_architectures.py` rewrites
-the table in docs/architectures.md. Left out: vLLM, whose column is `NOT_WITH_VLLM`.
+the table in docs/architectures.md. Left out: vLLM, whose column is that of tests/test_vllm_architectures.py.
 """
 
 import asyncio
