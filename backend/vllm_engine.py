@@ -237,12 +237,12 @@ def _in_stream_order(device: torch.device) -> Iterator[None]:
 
 def _sampled(output: Any) -> Sampled:
     completion = output.outputs[0]
-    tokens = list(completion.token_ids)
-    logprobs = [position[token].logprob for position, token in zip(completion.logprobs or (), tokens, strict=False)]
     reason = completion.finish_reason
-    sequence = SampledSequence(tokens, logprobs, "stop" if reason == "stop" else "length")
     if reason not in ("stop", "length"):  # aborted, an error inside vLLM, a repetition that it does not bear
-        return Sampled(sequence, failure=f"vLLM finished it with {reason!r}")
+        return Sampled(SampledSequence([], [], "length"), failure=f"vLLM finished it with {reason!r}")
+    tokens = list(completion.token_ids)
+    logprobs: list[float] = [position[token].logprob for position, token in zip(completion.logprobs, tokens, strict=True)]
+    sequence = SampledSequence(tokens, logprobs, reason)
     if output.prompt_logprobs is None:
         return Sampled(sequence)
     positions = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))

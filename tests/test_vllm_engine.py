@@ -4,13 +4,18 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import backend.vllm_engine
 from backend.config import BackendConfig
+from backend.engine import Sampled
+from backend.errors import EngineError
 from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
 from backend.types import LoraConfig, SamplingParams
 from tests.test_sampling import GREEDY, prompt_of, train_a_little, trainer_logprobs
 
@@ -79,6 +84,23 @@ def test_an_engine_survives_the_closing_of_another(unseeded_service: ServiceClie
     train_a_little(client, 1)
     sampled = client.save_weights_and_get_sampling_client().sample(prompt_of(5), 1, GREEDY).result().sequences[0]
     assert sampled.logprobs == pytest.approx(trainer_logprobs(client, prompt_of(5), sampled.tokens)[4:].tolist(), abs=1e-4)
+
+
+def test_a_sequence_that_vllm_gives_up_is_no_answer(vllm_client: TrainingClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything but "stop" and "length" is an error of the call, and the others go on."""
+    sampler = vllm_client.save_weights_and_get_sampling_client()
+    prompt, whole = prompt_of(5), backend.vllm_engine._sampled
+
+    def gives_up_eights(output: Any) -> Sampled:
+        if len(output.outputs[0].token_ids) == 8:
+            output.outputs[0].finish_reason = "error"
+        return whole(output)
+
+    monkeypatch.setattr(backend.vllm_engine, "_sampled", gives_up_eights)
+    futures = [sampler.sample(prompt, 2, SamplingParams(max_tokens=length, stop=[])) for length in (8, 9)]
+    with pytest.raises(EngineError, match="finished it with 'error'"):
+        futures[0].result()
+    assert [len(sequence.tokens) for sequence in futures[1].result().sequences] == [9, 9]
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])

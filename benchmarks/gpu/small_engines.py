@@ -60,10 +60,10 @@ def seed_all() -> None:
 def check_sampling(record: Record, name: str, client: TrainingClient, sampler: SamplingClient) -> None:
     prompt, tokenizer = prompt_of(15), sampler.get_tokenizer()
     free = sampler.sample(prompt, 1, SamplingParams(max_tokens=24, temperature=0.0, stop=[])).result().sequences[0]
-    text = tokenizer.decode(free.tokens[3:5])
+    text = str(tokenizer.decode(free.tokens[3:5]))
     stopped = sampler.sample(prompt, 1, SamplingParams(max_tokens=24, temperature=0.0, stop=[text])).result().sequences[0]
     ends_there = stopped.stop_reason == "stop" and stopped.tokens == free.tokens[: len(stopped.tokens)]
-    record.holds(f"{name}: stop string", ends_there and text in tokenizer.decode(stopped.tokens))
+    record.holds(f"{name}: stop string", ends_there and text in str(tokenizer.decode(stopped.tokens)))
     nucleus = sampler.sample(prompt, 64, SamplingParams(max_tokens=1, top_p=0.5, stop=[])).result().sequences
     probability = {sequence.tokens[0]: float(np.exp(sequence.logprobs[0])) for sequence in nucleus}
     record.at_most(f"{name}: probability of the nucleus", sum(probability.values()), 1.02)
