@@ -68,7 +68,10 @@ def save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 def _save_tokenizer(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """`model_max_length` is that of the model, not the context of this run, to which load_tokenizer has set it."""
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises a plain one where the disk is full
+        raise OSError(f"the tokenizer: {error}") from error
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     of_model = getattr(trainer.hf_config.get_text_config(), "max_position_embeddings", None) or 0

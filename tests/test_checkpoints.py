@@ -1,21 +1,34 @@
 """Checkpoints: complete or absent, exact, readable by transformers, peft and vLLM, and refused by another model."""
 
+import json
 import resource
+import shutil
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from backend.checkpoint_files import read_state
-from backend.errors import CheckpointError, NonFiniteError
+from backend import checkpoints
+from backend.atomic_folder import atomic_folder
+from backend.checkpoint_files import FORMAT, read_state
+from backend.config import BackendConfig
+from backend.errors import CheckpointError, ModelError, NonFiniteError
 from backend.models import load_model
 from backend.service_client import ServiceClient
 from backend.training_client import TrainingClient
-from backend.types import AdamParams
+from backend.types import AdamParams, LoraConfig, ModelInput
 from tests.conftest import policy_data
+from tracking.checkpointing import Checkpointer
+from tracking.disk_space import check_disk_space
+from tracking.run_folder import open_run_folder
 
 CPU = torch.device("cpu")
 
@@ -86,21 +99,41 @@ def test_vllm_loads_a_saved_policy_by_path(torch_service: ServiceClient, vllm_cl
     llm.llm_engine.engine_core.shutdown()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_valid(torch_service: ServiceClient) -> None:
-    client = torch_service.create_training_client("tiny")
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file may grow past `limit` bytes: what a full disk looks like to each file in turn."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("limit", [0, 300, 5_000, 100_000])
+@pytest.mark.parametrize("rank", [0, 16])
+def test_a_full_disk_leaves_the_previous_checkpoint_valid(torch_service: ServiceClient, rank: int, limit: int) -> None:
+    client = torch_service.create_training_client("micro", LoraConfig(rank) if rank else None)
+    train(client, range(1))
     path = Path(client.save_state("last").result().path)
     before = weights(client)
     train(client, range(1))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may grow past 100 kB: what a full disk looks like
-    try:
-        with pytest.raises(CheckpointError, match="untouched"):
-            client.save_state("last").result()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(limit), pytest.raises(CheckpointError, match="untouched") as caught:
+        client.save_state("last").result()
+    assert "\n" not in str(caught.value)
     assert [p.name for p in path.parent.iterdir()] == ["last"], "no half-written folder may stay"
     assert_equal(weights(torch_service.create_training_client_from_state_with_optimizer(str(path))), before)
+
+
+def test_a_full_disk_met_by_the_tokenizer(torch_service: ServiceClient, tmp_path: Path) -> None:
+    client = torch_service.create_training_client("micro")
+    with (
+        full_disk(1000),
+        pytest.raises(CheckpointError, match="the tokenizer: File too large"),
+        atomic_folder(tmp_path / "x") as folder,
+    ):
+        checkpoints._save_tokenizer(client._trainer, client.get_tokenizer(), folder)
 
 
 def test_checkpoints_of_another_model_are_refused(torch_service: ServiceClient, tmp_path: Path) -> None:
@@ -132,3 +165,272 @@ def test_failed_forward_backward_cancels_the_queued_step(torch_service: ServiceC
     assert_equal(weights(client), before)
     train(client, range(1))
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(client).items())
+
+
+# --- what does not fit is refused whole -----------------------------------------------------------------------------------------------
+
+OPTIMIZER = "training_state/optimizer.safetensors"
+NAME = "exp_avg:model.layers.0.mlp.down_proj.weight"
+
+
+def without(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != NAME}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensors: without(tensors), f"lacks {NAME}"),
+        (lambda tensors: tensors | {"exp_avg:other": torch.zeros(2)}, "exp_avg:other"),
+        (lambda tensors: tensors | {"garbage": torch.zeros(2)}, "garbage"),
+        (lambda tensors: tensors | {NAME: tensors[NAME][:5].clone()}, r"has shape \(5, 384\), this run needs \(128, 384\)"),
+        (lambda tensors: tensors | {NAME: tensors[NAME].T.contiguous()}, r"has shape \(384, 128\)"),
+        (lambda tensors: tensors | {NAME.replace("exp_avg", "step"): torch.zeros(3)}, "step:.* has shape"),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_changes_nothing(
+    torch_service: ServiceClient, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], says: str
+) -> None:
+    client = torch_service.create_training_client("micro")
+    train(client, range(1))
+    path = client.save_state("saved").result().path
+    train(client, range(1, 2))
+    before = weights(client)
+    save_file(change(load_file(f"{path}/{OPTIMIZER}")), f"{path}/{OPTIMIZER}")
+    with pytest.raises(CheckpointError, match=says):
+        client.load_state_with_optimizer(path).result()
+    assert_equal(weights(client), before)
+    client.load_state(path).result()  # its weights are good
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused(torch_service: ServiceClient) -> None:
+    client = torch_service.create_training_client("micro")
+    path = client.save_state("saved").result().path
+    tensors = load_file(f"{path}/model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, f"{path}/model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"missing keys: {name}"):
+            client.load_state(path).result()
+    save_file(tensors | {"model.layers.7.mlp.up_proj.weight": torch.zeros(2)}, f"{path}/model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="unexpected keys: model.layers.7"):
+        client.load_state(path).result()
+
+
+# --- adapters and their bases ---------------------------------------------------------------------------------------------------------
+
+
+def adapter(service: ServiceClient, name: str = "adapter", seed: int = 0, **options: Any) -> str:
+    client = service.create_lora_training_client("micro", 4, seed, **options)
+    train(client, range(2))
+    return client.save_state(name).result().path
+
+
+def logprobs(client: TrainingClient) -> torch.Tensor:
+    outputs = client.forward(policy_data(4), "importance_sampling").result().loss_fn_outputs
+    return torch.cat([output["logprobs"].to_torch() for output in outputs])
+
+
+def sampler_logprobs(service: ServiceClient, path: str) -> torch.Tensor:
+    sampler = service.create_sampling_client(path)
+    return torch.tensor(sampler.compute_logprobs(TOKENS).result()[1:])
+
+
+TOKENS = ModelInput.from_ints([5, 6, 7, 8, 9, 30, 31])
+
+
+def test_an_adapter_is_put_on_the_base_it_was_trained_on(torch_service: ServiceClient) -> None:
+    client = torch_service.create_lora_training_client("micro", 4, seed=3)
+    train(client, range(2))
+    for path in (client.save_state("state").result().path, client.save_weights_for_sampler("policy").result().path):
+        live = torch.tensor(client.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:])
+        torch.testing.assert_close(sampler_logprobs(torch_service, path), live, rtol=0, atol=1e-5)
+        other = torch_service.create_lora_training_client("micro", 4, seed=0)
+        with pytest.raises(CheckpointError, match="base model 'micro' with seed 3, and this run's is 'micro' with seed 0"):
+            other.load_state(path).result()
+    reopened = torch_service.create_training_client_from_state(str(Path(path).with_name("state")))
+    assert torch.equal(logprobs(reopened), logprobs(client))
+
+
+def test_a_base_folder_that_moved_or_changed(torch_service: ServiceClient, tmp_path: Path) -> None:
+    full = torch_service.create_training_client("micro", seed=5)
+    base = full.save_weights_for_sampler("base").result().path
+    client = torch_service.create_lora_training_client(base, 4)
+    train(client, range(2))
+    path = client.save_state("adapter").result().path
+    expected = sampler_logprobs(torch_service, path)
+    moved = shutil.copytree(base, tmp_path / "moved")
+    torch_service.create_lora_training_client(str(moved), 4).load_state(path).result()  # the same weights under another name
+    train(full, range(1))
+    full.save_weights_for_sampler("base").result()
+    with pytest.raises(CheckpointError, match="weights have changed since"):
+        sampler_logprobs(torch_service, path)
+    with pytest.raises(CheckpointError, match=f"{base}.*{base}.*whose weights are others"):
+        torch_service.create_lora_training_client(base, 4).load_state(path).result()
+    shutil.rmtree(base)
+    with pytest.raises(CheckpointError, match=f"the base model of the adapter {path} cannot be opened"):
+        sampler_logprobs(torch_service, path)
+    shutil.copytree(moved, base)
+    assert torch.equal(sampler_logprobs(torch_service, path), expected)
+
+
+@pytest.mark.parametrize(
+    ("ours", "says"),
+    [
+        ({"alpha": 4.0}, "LoRA alpha 32.*this run has 4.*set lora_alpha=32"),
+        ({"rank": 8}, "LoRA rank 4, this run has 8: set lora_rank=4"),
+        ({"train_mlp": False}, "adapts layers that this run does not train: .*mlp"),
+        ({"train_attn": False}, "adapts layers that this run does not train: .*attn"),
+    ],
+)
+def test_an_adapter_of_other_settings_is_refused(torch_service: ServiceClient, ours: dict[str, Any], says: str) -> None:
+    path = adapter(torch_service)
+    with pytest.raises(CheckpointError, match=says):
+        torch_service.create_lora_training_client("micro", **({"rank": 4} | ours)).load_state(path).result()
+
+
+def test_layers_that_an_adapter_lacks_begin_at_zero(torch_service: ServiceClient, capsys: pytest.CaptureFixture[str]) -> None:
+    path = adapter(torch_service, train_mlp=False)
+    client = torch_service.create_lora_training_client("micro", 4)
+    train(client, range(1))
+    client.load_state(path).result()
+    assert "no adapter for 6 of the layers" in capsys.readouterr().out
+    assert torch.equal(logprobs(client), logprobs(torch_service.create_training_client_from_state(path)))
+    with pytest.raises(CheckpointError, match="lacks .*mlp"):
+        client.load_state_with_optimizer(path).result()
+
+
+def test_an_adapter_made_by_peft_is_a_start(torch_service: ServiceClient, tmp_path: Path) -> None:
+    base = load_model("micro", 0, CPU, torch.float32)
+    config = PeftConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = "micro"
+    model.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
+    assert not (tmp_path / "peft" / "config.json").exists()
+    expected = model(input_ids=torch.tensor([TOKENS.to_ints()])).logits[0].log_softmax(-1)
+    expected = expected[:-1].gather(-1, torch.tensor(TOKENS.to_ints()[1:])[:, None])[:, 0].detach()
+    client = torch_service.create_lora_training_client("micro", 8, alpha=16)
+    client.load_state(str(tmp_path / "peft")).result()
+    live = torch.tensor(client.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:])
+    torch.testing.assert_close(live, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sampler_logprobs(torch_service, str(tmp_path / "peft")), expected, rtol=0, atol=1e-5)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    for setting, says in (
+        ({"use_rslora": True}, "use_rslora"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"peft_type": "IA3"}, "IA3"),
+    ):
+        (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config | setting))
+        with pytest.raises(CheckpointError, match=says):
+            client.load_state(str(tmp_path / "peft")).result()
+
+
+def test_an_adapter_given_as_a_model_is_named(torch_service: ServiceClient) -> None:
+    path = adapter(torch_service)
+    with pytest.raises(ModelError, match="is a LoRA adapter: open its base model 'micro'"):
+        torch_service.create_training_client(path)
+    with pytest.raises(CheckpointError, match="holds a LoRA adapter"):
+        torch_service.create_training_client("micro").load_state(path).result()
+    full = torch_service.create_training_client("micro").save_state("full").result().path
+    with pytest.raises(CheckpointError, match=f"give it as model_name={full}"):
+        torch_service.create_lora_training_client("micro", 4).load_state(full).result()
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------------------------
+
+
+def to_format_1(path: Path) -> None:
+    """The layout of older checkpoints: all in one folder, an adapter with the config.json of its base and without base_model.json."""
+    for file in (path / "training_state").iterdir():
+        file.rename(path / file.name)
+    (path / "training_state").rmdir()
+    state = json.loads((path / "training_state.json").read_text())
+    del state["format"]
+    (path / "training_state.json").write_text(json.dumps(state))
+    if (path / "adapter_config.json").exists():
+        (path / "base_model.json").unlink()
+        load_model("micro", 0, CPU, torch.float32).config.save_pretrained(path)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_checkpoints_of_format_1_still_load(torch_service: ServiceClient, rank: int) -> None:
+    client = torch_service.create_training_client("micro", LoraConfig(rank) if rank else None, seed=2)
+    train(client, range(2))
+    path = Path(client.save_state("old", extra={"next_step": 2}).result().path)
+    expected = sampler_logprobs(torch_service, str(path))
+    to_format_1(path)
+    assert read_state(path)["extra"] == {"next_step": 2}
+    resumed = torch_service.create_training_client_from_state_with_optimizer(str(path))
+    torch.testing.assert_close(sampler_logprobs(torch_service, str(path)), expected, rtol=0, atol=0)
+    for each in (client, resumed):
+        train(each, range(2, 4))
+    assert_equal(weights(resumed), weights(client))
+    if rank:
+        with pytest.raises(CheckpointError, match="'micro' with seed 2, and this run's is 'micro' with seed 0"):
+            torch_service.create_lora_training_client("micro", rank).load_state(str(path)).result()
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(torch_service: ServiceClient) -> None:
+    path = Path(torch_service.create_training_client("micro").save_state("new").result().path)
+    file = path / "training_state" / "training_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": FORMAT + 1}))
+    with pytest.raises(
+        CheckpointError, match=f"newer version of this project .format {FORMAT + 1}, this one reads up to {FORMAT}"
+    ):
+        torch_service.create_training_client_from_state(str(path))
+
+
+def test_what_is_no_checkpoint_is_told_from_where_one_is(torch_service: ServiceClient, tmp_path: Path) -> None:
+    client = torch_service.create_training_client("micro")
+    run = open_run_folder(tmp_path / "run", "raise", None)
+    with pytest.raises(CheckpointError, match="a run's folder without a checkpoint"):
+        client.load_state(str(run.path)).result()
+    for name in ("000001", "final"):
+        client.save_state(str(run.checkpoints / name)).result()
+    final = run.checkpoints / "final"
+    for path in (run.path, run.checkpoints, final / "training_state", final / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=f"{final}$"):
+            client.load_state(str(path)).result()
+        with pytest.raises(CheckpointError, match=f"{final}$"):
+            torch_service.create_sampling_client(str(path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        client.load_state(str(tmp_path / "empty")).result()
+
+
+def test_a_saved_tokenizer_has_the_models_length(tmp_path: Path) -> None:
+    with ServiceClient(BackendConfig(engine="torch", max_length=64), tmp_path) as service:
+        client = service.create_training_client("micro")
+        path = client.save_weights_for_sampler("policy").result().path
+        assert client.get_tokenizer().model_max_length == 64
+    assert AutoTokenizer.from_pretrained(path).model_max_length == 512
+
+
+def test_the_disk_is_checked_before_a_run(
+    torch_service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for client in (torch_service.create_training_client("micro"), torch_service.create_lora_training_client("micro", 8)):
+        train(client, range(1))
+        folder = Path(client.save_state("sized").result().path)
+        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        assert size == pytest.approx(client.checkpoint_bytes(), rel=0.15)
+    usage = type("Usage", (), {"free": 1_000_000_000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    check_disk_space(tmp_path, 200_000_000, save_every=5, keep=3, existing=0)
+    assert "200 MB each, every 5 steps and at the end; the last 3 and `final` are kept; 1 GB free" in capsys.readouterr().out
+    check_disk_space(tmp_path, 400_000_000, save_every=5, keep=3, existing=0)
+    assert "warning: up to 2 GB more will be needed" in capsys.readouterr().out
+    check_disk_space(tmp_path, 400_000_000, save_every=5, keep=3, existing=4)
+    assert "warning" not in capsys.readouterr().out
+    usage.free = 100_000
+    run = open_run_folder(tmp_path / "run", "raise", None)
+    with pytest.raises(CheckpointError, match="a checkpoint takes .* has 100 kB free: free some space"):
+        Checkpointer(run, torch_service.create_training_client("micro"), 1, None).start(None)
+
+
+def test_a_kill_between_a_replaced_checkpoint_and_its_record(torch_service: ServiceClient, tmp_path: Path) -> None:
+    """The record says step 1, the folder holds step 2: the folder is believed."""
+    client = torch_service.create_training_client("micro")
+    run = open_run_folder(tmp_path / "run", "raise", None)
+    Checkpointer(run, client, 0, None).save("final", 1)
+    client.save_state(str(run.checkpoints / "final"), extra={"next_step": 2}).result()
+    assert Checkpointer(run, client, 0, None).start(None) == 2
