@@ -20,6 +20,7 @@ from backend.errors import CheckpointError
 
 STATE_FOLDER, STATE_FILE, OPTIMIZER_FILE = "training_state", "training_state.json", "optimizer.safetensors"
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 2
 MODEL_FILES = {"config.json", ADAPTER_CONFIG_FILE, "belief_state.json"}  # one of them is in every checkpoint
 REMEDY = "copy it again, or take another checkpoint"
@@ -27,8 +28,12 @@ REMEDY = "copy it again, or take another checkpoint"
 
 def is_adapter(path: Path) -> bool:
     """Whether the folder holds an adapter and no whole model."""
-    weights = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
-    return (path / ADAPTER_CONFIG_FILE).exists() and not weights
+    return (path / ADAPTER_CONFIG_FILE).exists() and not _weight_files(path)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """Those of a whole model."""
+    return [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
 
 
 def state_file(path: Path, name: str) -> Path:
@@ -92,12 +97,16 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def check_readable(path: Path) -> None:
     """CheckpointError with the file's name where a file that a loader would read is damaged."""
     check_is_checkpoint(path)
-    for name in ("config.json", ADAPTER_CONFIG_FILE, "generation_config.json", "model.safetensors.index.json"):
+    for name in ("config.json", ADAPTER_CONFIG_FILE, "generation_config.json", INDEX_FILE):
         if name in _names(path):
             read_json(path / name)
-    for name in _names(path):
-        if name.endswith(".safetensors"):
-            tensor_shapes(path / name)
+    wanted = {name for name in _names(path) if name.endswith(".safetensors")}
+    if (path / INDEX_FILE).exists():
+        wanted |= set(map(str, read_json(path / INDEX_FILE).get("weight_map", {}).values()))
+    for name in sorted(wanted):
+        tensor_shapes(path / name)
+    if not is_adapter(path) and not _weight_files(path):
+        raise CheckpointError(f"{path / 'model.safetensors'} is missing, and so are weights of any other name: {REMEDY}")
 
 
 def check_is_checkpoint(path: Path) -> None:
