@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from backend.adapters import absolute, check_adapter, load_adapter, write_adapter
@@ -27,8 +27,8 @@ from backend.checkpoint_files import (
     tensor_shapes,
     write_state,
 )
-from backend.errors import CheckpointError
-from backend.models import SCALAR_HEAD_FILE
+from backend.errors import CheckpointError, ModelError
+from backend.models import SCALAR_HEAD_FILE, model_config, read_model
 from backend.optimizer_state import check_optimizer, load_optimizer, write_optimizer
 from backend.trainer import Trainer
 
@@ -133,26 +133,15 @@ def _read_scalar_head(trainer: Trainer, file: Path) -> torch.Tensor | None:
 
 
 def _read_weights(trainer: Trainer, path: Path) -> dict[str, torch.Tensor]:
-    """A full checkpoint's weights, all of which are in its files."""
+    """A full checkpoint's weights: every tensor that its config.json asks for, and no other."""
     try:
-        config = AutoConfig.from_pretrained(path)
-        _check_same_model(trainer, config, path)
-        opened: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
-        model, loading = opened
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever transformers makes of a damaged folder
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the checkpoint {path} cannot be read ({type(error).__name__}: {reason}): {REMEDY}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, loading[kind])):
-            raise CheckpointError(
-                f"the weights of {path} are not those of its config.json ({kind.replace('_', ' ')}: {', '.join(names[:3])}): {REMEDY}"
-            )
-    return model.state_dict()
+        _check_same_model(trainer, model_config(str(path)), path)
+        return read_model(str(path), torch.float32).state_dict()
+    except ModelError as error:
+        raise CheckpointError(f"{error}: {REMEDY}") from error
 
 
-def _check_same_model(trainer: Trainer, config: Any, path: Path) -> None:
+def _check_same_model(trainer: Trainer, config: PretrainedConfig, path: Path) -> None:
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
         ours, theirs = getattr(trainer.hf_config, key, None), getattr(config, key, None)
         if ours != theirs:

@@ -209,10 +209,10 @@ def test_weights_that_are_not_those_of_the_config_are_refused(torch_service: Ser
     tensors = load_file(f"{path}/model.safetensors")
     for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
         save_file({key: tensor for key, tensor in tensors.items() if key != name}, f"{path}/model.safetensors", {"format": "pt"})
-        with pytest.raises(CheckpointError, match=f"missing keys: {name}"):
+        with pytest.raises(CheckpointError, match=f"weights lack tensors .*{name}"):
             client.load_state(path).result()
     save_file(tensors | {"model.layers.7.mlp.up_proj.weight": torch.zeros(2)}, f"{path}/model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="unexpected keys: model.layers.7"):
+    with pytest.raises(CheckpointError, match="hold tensors that .*model.layers.7"):
         client.load_state(path).result()
 
 
