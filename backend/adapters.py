@@ -21,6 +21,7 @@ from backend.checkpoint_files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, REMEDY, 
 from backend.errors import CheckpointError, ModelError
 from backend.models import PRESETS, load_model
 from backend.trainer import Trainer
+from backend.types import LoraConfig
 
 BASE_FILE = "base_model.json"
 # Settings of peft's LoraConfig under which the update is not B A alpha / r on each layer.
@@ -90,6 +91,13 @@ def adapter_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} lacks r or lora_alpha: {REMEDY}")
     return config
+
+
+def read_lora(path: Path) -> LoraConfig:
+    """The settings under which training goes on from an adapter. All layers are trained: those it lacks begin at zero."""
+    config = adapter_config(path)
+    on_head = any("lm_head" in name for name in tensor_shapes(path / ADAPTER_FILE))
+    return LoraConfig(config["r"], alpha=float(config["lora_alpha"]), train_unembed=on_head)
 
 
 def check_adapter(trainer: Trainer, path: Path) -> None:

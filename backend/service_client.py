@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from backend.adapters import open_merged
-from backend.checkpoint_files import REMEDY, check_readable, is_adapter, read_state
+from backend.adapters import open_merged, read_base, read_lora
+from backend.checkpoint_files import REMEDY, STATE_FILE, check_readable, is_adapter, read_state, state_file
 from backend.config import BackendConfig, training_device
 from backend.engine import Engine, EngineThread
 from backend.errors import CheckpointError, ConfigError, EngineError, ModelError
@@ -86,7 +86,7 @@ class ServiceClient:
         return self.create_training_client(base_model, lora, seed or 0)
 
     def create_training_client_from_state(self, path: str) -> TrainingClient:
-        """The model a checkpoint was saved from, with its weights and a fresh optimizer."""
+        """The model of a checkpoint, with a fresh optimizer: of this project's, or a model or an adapter that another tool wrote."""
         return self._from_state(Path(path).expanduser(), with_optimizer=False, create=self.create_training_client)
 
     def create_training_client_from_state_with_optimizer(self, path: str) -> TrainingClient:
@@ -94,14 +94,13 @@ class ServiceClient:
 
     def _from_state(self, path: Path, with_optimizer: bool, create: Callable[..., TrainingClient]) -> TrainingClient:
         check_readable(path)
-        state = read_state(path)
-        try:
-            lora = LoraConfig(**state["lora"]) if state["lora"] else None
-            name, seed = str(state["model_name"]), int(state["seed"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the training state of {path} is damaged ({type(error).__name__}: {error}): {REMEDY}"
-            ) from error
+        if with_optimizer or state_file(path, STATE_FILE).exists():
+            name, lora, seed = _trained_from(path)
+        elif is_adapter(path):
+            base = read_base(path)
+            name, lora, seed = base.name, read_lora(path), base.seed or 0
+        else:
+            return create(str(path), None, 0)
         try:
             client = create(name, lora, seed)
         except ModelError as error:
@@ -192,6 +191,16 @@ class ServiceClient:
         self, model_path: str | None = None, base_model: str | None = None, seed: int = 0
     ) -> SamplingClient:
         return self.create_sampling_client(model_path, base_model, seed)
+
+
+def _trained_from(path: Path) -> tuple[str, LoraConfig | None, int]:
+    """Model name, LoRA settings and seed of a checkpoint of this project."""
+    state = read_state(path)
+    try:
+        lora = LoraConfig(**state["lora"]) if state["lora"] else None
+        return str(state["model_name"]), lora, int(state["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the training state of {path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
 
 
 def _load_saved(path: Path, seed: int) -> PreTrainedModel:

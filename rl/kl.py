@@ -14,7 +14,6 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.checkpoint_files import ADAPTER_CONFIG_FILE, STATE_FILE, is_adapter, read_json, state_file
 from backend.errors import ConfigError
 from backend.ranges import NON_NEGATIVE, SHARE
 from backend.service_client import ServiceClient
@@ -69,7 +68,8 @@ def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> Tr
 
     ConfigError where it has a shorter context than the policy.
     """
-    client = _open(service, Path(path))
+    folder = Path(path).expanduser()
+    client = service.create_training_client_from_state(path) if folder.is_dir() else service.create_training_client(path)
     ours, theirs = policy.get_info().max_length, client.get_info().max_length
     if theirs < ours:
         raise ConfigError(
@@ -87,18 +87,6 @@ def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
             f"kl.reference_path={path}: its tokenizer has {len(theirs)} tokens, the policy's {len(ours)}, and {token!r} is number {number} "
             "in only one of them: a reference must have the policy's vocabulary"
         )
-
-
-def _open(service: ServiceClient, path: Path) -> TrainingClient:
-    if state_file(path, STATE_FILE).exists():
-        return service.create_training_client_from_state(str(path))
-    if not is_adapter(path):
-        return service.create_training_client(str(path))
-    adapter = read_json(path / ADAPTER_CONFIG_FILE)  # one that another tool made
-    lora = LoraConfig(rank=int(adapter["r"]), alpha=float(adapter["lora_alpha"]))
-    client = service.create_training_client(str(adapter["base_model_name_or_path"]), lora)
-    client.load_state(str(path)).result()
-    return client
 
 
 def sampled_minus_reference(data_D: list[Datum], reference_logprobs_D: list[np.ndarray]) -> list[np.ndarray]:

@@ -313,6 +313,8 @@ def test_an_adapter_made_by_peft_is_a_start(torch_service: ServiceClient, tmp_pa
     live = torch.tensor(client.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:])
     torch.testing.assert_close(live, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(sampler_logprobs(torch_service, str(tmp_path / "peft")), expected, rtol=0, atol=1e-5)
+    opened = torch_service.create_training_client_from_state(str(tmp_path / "peft"))
+    assert torch.equal(logprobs(opened), logprobs(client))
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     for setting, says in (
         ({"use_rslora": True}, "use_rslora"),
