@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,9 +284,9 @@ def test_a_base_folder_that_moved_or_changed(torch_service: ServiceClient, tmp_p
     ],
 )
 def test_an_adapter_of_other_settings_is_refused(torch_service: ServiceClient, ours: dict[str, Any], says: str) -> None:
-    path = adapter(torch_service)
+    path, settings = adapter(torch_service), dict[str, Any](rank=4) | ours
     with pytest.raises(CheckpointError, match=says):
-        torch_service.create_lora_training_client("micro", **({"rank": 4} | ours)).load_state(path).result()
+        torch_service.create_lora_training_client("micro", **settings).load_state(path).result()
 
 
 def test_layers_that_an_adapter_lacks_begin_at_zero(torch_service: ServiceClient, capsys: pytest.CaptureFixture[str]) -> None:
@@ -415,7 +416,7 @@ def test_the_disk_is_checked_before_a_run(
         folder = Path(client.save_state("sized").result().path)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         assert size == pytest.approx(client.checkpoint_bytes(), rel=0.15)
-    usage = type("Usage", (), {"free": 1_000_000_000})
+    usage = SimpleNamespace(free=1_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     check_disk_space(tmp_path, 200_000_000, save_every=5, keep=3, existing=0)
     assert "200 MB each, every 5 steps and at the end; the last 3 and `final` are kept; 1 GB free" in capsys.readouterr().out
