@@ -18,7 +18,7 @@ from backend.alarms import Alarms, check_at_start
 from backend.config import BackendConfig
 from backend.errors import ConfigError, NonFiniteError
 from backend.learning_rate import LRSchedule, lr_multiplier
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED, WHOLE
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.training_client import TrainingClient
@@ -69,6 +69,9 @@ class Config:
     load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint (fresh optimizer)")
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
+    lora_alpha: float | None = chz.field(
+        default=None, validator=POSITIVE, doc="the adapter is scaled by lora_alpha / lora_rank; None = 32"
+    )
     seed: int = chz.field(default=0, validator=SEED, doc="seed of a preset's weights and of the adapter")
 
     learning_rate: float = chz.field(default=1e-5, validator=LEARNING_RATE, doc="at the first step")
@@ -85,7 +88,7 @@ class Config:
         default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
     )
     keep_checkpoints: int | None = chz.field(
-        default=None, validator=COUNT, doc="delete older checkpoints than the last this many; None = keep all"
+        default=3, validator=COUNT, doc="delete older checkpoints than the last this many and `final`; None = keep all"
     )
     log_path: str = chz.field(default="runs/dpo", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
@@ -105,7 +108,7 @@ async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], ev
         raise ConfigError(f"num_epochs={config.num_epochs} must be at least 1")
     PairDataset(train, config.batch_size)  # raises if there are too few pairs
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
-    lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+    lora = LoraConfig(config.lora_rank, config.seed, config.lora_alpha) if config.lora_rank else None
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, lora, config.seed)
         if config.load_checkpoint_path:

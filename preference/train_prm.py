@@ -98,7 +98,7 @@ async def main(config: Config) -> Metrics:
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
     dataset, test_dataset = config.dataset(get_renderer(config.renderer_name, tokenizer))
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
-    lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+    lora = LoraConfig(config.lora_rank, config.seed, config.lora_alpha) if config.lora_rank else None
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_scalar_client(config.model_name, lora, config.seed)
         evaluator = StepEvaluator(test_dataset) if test_dataset is not None and config.eval_every else None

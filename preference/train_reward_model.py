@@ -50,7 +50,7 @@ async def main(config: Config) -> train.Metrics:
     train_D, test_D = config.dataset.load(renderer)
     dataset = config.dataset.examples(renderer, train_D)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
-    lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+    lora = LoraConfig(config.lora_rank, config.seed, config.lora_alpha) if config.lora_rank else None
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = config.dataset.create_client(service, config.model_name, lora, config.seed)
         evaluator = None

@@ -30,7 +30,7 @@ from backend.errors import ConfigError, DataError, NonFiniteError
 from backend.learning_rate import LRSchedule, lr_multiplier
 from backend.losses import LossFn
 from backend.models import PRESETS
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SAMPLING_TEMPERATURE, SEED, TEMPERATURE, WHOLE
+from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SAMPLING_TEMPERATURE, SEED, TEMPERATURE, WHOLE
 from backend.sampling_client import SamplingClient
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
@@ -67,6 +67,9 @@ class Config:
     load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint (fresh optimizer)")
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
+    lora_alpha: float | None = chz.field(
+        default=None, validator=POSITIVE, doc="the adapter is scaled by lora_alpha / lora_rank; None = 32"
+    )
     seed: int = chz.field(
         default=0, validator=SEED, doc="seed of a preset's weights, of the adapter and of sampling (the data's is env.seed)"
     )
@@ -132,7 +135,7 @@ class Config:
         default=20, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
     )
     keep_checkpoints: int | None = chz.field(
-        default=None, validator=COUNT, doc="delete older checkpoints than the last this many; None = keep all"
+        default=3, validator=COUNT, doc="delete older checkpoints than the last this many and `final`; None = keep all"
     )
     transcript_every: int = chz.field(
         default=10, validator=WHOLE, doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation"
@@ -176,7 +179,7 @@ async def main(config: Config) -> Metrics:
     if num_steps == 0:
         raise DataError("the dataset has no batch to train on")
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
-    lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+    lora = LoraConfig(config.lora_rank, config.seed, config.lora_alpha) if config.lora_rank else None
     if config.model_name in PRESETS and not config.load_checkpoint_path and not folder.resumed:
         print(
             f"{config.model_name} begins with random weights: warm-start it with supervised/train_cli.py and load_checkpoint_path"

@@ -83,23 +83,6 @@ def test_saved_policies_load_elsewhere(torch_service: ServiceClient) -> None:
     assert torch.allclose(adapted(input_ids=tokens).logits, lora._trainer.model(input_ids=tokens).logits, atol=1e-5)
 
 
-def test_vllm_loads_a_saved_policy_by_path(torch_service: ServiceClient, vllm_client: TrainingClient) -> None:
-    vllm_client.save_weights_and_get_sampling_client()  # its engine is in this process, and so will be the next
-    from vllm import LLM, SamplingParams
-
-    client = torch_service.create_training_client("llama-tiny")
-    train(client, range(3))
-    path = client.save_weights_for_sampler("for-vllm").result().path
-    llm = LLM(path, dtype="float32", max_model_len=64, max_num_seqs=4, disable_log_stats=True)
-    output = llm.generate(
-        [{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False
-    )
-    tokens = list(output[0].outputs[0].token_ids)
-    greedy = client._trainer.base.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, 3:]  # type: ignore
-    assert tokens == greedy.tolist()
-    llm.llm_engine.engine_core.shutdown()
-
-
 @contextmanager
 def full_disk(limit: int) -> Iterator[None]:
     """No file may grow past `limit` bytes: what a full disk looks like to each file in turn."""

@@ -93,8 +93,13 @@ def test_full_checkpoints_load_everywhere(service: ServiceClient, tmp_path: Path
         expected.append(ours(client))
         assert of_torch(AutoModelForCausalLM.from_pretrained(folders[-1])) == pytest.approx(expected[-1], abs=1e-4), name
         assert AutoTokenizer.from_pretrained(folders[-1]).encode("12+3") == client.get_tokenizer().encode("12+3")
+        if name == FULL[-1]:  # what save_weights_for_sampler writes
+            folders.append(client.save_weights_for_sampler("for sampling").result().path)
+            expected.append(expected[-1])
         client.close()
-    for name, found, wanted in zip(FULL, of_vllm([(folder, None) for folder in folders], tmp_path), expected, strict=True):
+    for name, found, wanted in zip(
+        [*FULL, "for sampling"], of_vllm([(folder, None) for folder in folders], tmp_path), expected, strict=True
+    ):
         assert found == pytest.approx(wanted, abs=2e-4), name
 
 

@@ -230,6 +230,7 @@ def common(config: Config, stage: str) -> dict:
         "model_name": config.model_name,
         "renderer_name": config.renderer,
         "lora_rank": config.lora_rank,
+        "keep_checkpoints": None,  # the best of all is taken
         "log_path": str(config.folder(stage)),
         "behavior_if_log_dir_exists": config.behavior_if_log_dir_exists,
         "backend": config.backend,
