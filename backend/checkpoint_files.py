@@ -28,12 +28,8 @@ REMEDY = "copy it again, or take another checkpoint"
 
 def is_adapter(path: Path) -> bool:
     """Whether the folder holds an adapter and no whole model."""
-    return (path / ADAPTER_CONFIG_FILE).exists() and not _weight_files(path)
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """Those of a whole model."""
-    return [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
+    weights = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
+    return (path / ADAPTER_CONFIG_FILE).exists() and not weights
 
 
 def state_file(path: Path, name: str) -> Path:
@@ -105,8 +101,6 @@ def check_readable(path: Path) -> None:
         wanted |= set(map(str, read_json(path / INDEX_FILE).get("weight_map", {}).values()))
     for name in sorted(wanted):
         tensor_shapes(path / name)
-    if not is_adapter(path) and not _weight_files(path):
-        raise CheckpointError(f"{path / 'model.safetensors'} is missing, and so are weights of any other name: {REMEDY}")
 
 
 def check_is_checkpoint(path: Path) -> None:

@@ -78,7 +78,7 @@ def with_eos(graph: StarGraph, tokens_B_T: np.ndarray) -> TokenBatch:
 def accuracy(model: BeliefState | NextToken, test: HeldOut) -> Metrics:
     """first_hop, exact and node_k of greedily decoded paths, as in envs/star_graph_data.py."""
     graph, device = test.graph, model.embedding.weight.device
-    prefixes_B_T = torch.from_numpy(test.tokens_B_T[:, : graph.prefix_length]).to(device)
+    prefixes_B_T = torch.from_numpy(test.tokens_B_T[:, : graph.prefix_length].astype(np.int64)).to(device)
     paths = [greedy_tokens(model, rows, graph.target_length) for rows in prefixes_B_T.split(EVAL_ROWS)]
     return path_accuracy(torch.cat(paths).cpu().numpy(), test.tokens_B_T[:, graph.prefix_length :])
 
