@@ -27,6 +27,9 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
         raise ConfigError(f"loss_fn_config {sorted(unknown)} is not an option of {loss_fn}: it has {[o.name for o in options]}")
     if missing := {o.name for o in options if o.default is inspect.Parameter.empty} - given:
         raise ConfigError(f"loss_fn {loss_fn} needs loss_fn_config with {sorted(missing)}")
+    for name, value in (loss_fn_config or {}).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise ConfigError(f"loss_fn_config.{name}={value!r}: a number is needed")
     return loss
 
 

@@ -18,7 +18,7 @@ from backend.batching import MicroBatch, Positions, micro_batches
 from backend.config import BackendConfig, compute_dtype, training_device
 from backend.data_checks import check_data, resolve_loss
 from backend.device_lock import computing
-from backend.errors import DataError, ModelError, NonFiniteError
+from backend.errors import ConfigError, DataError, ModelError, NonFiniteError
 from backend.logprobs import fp32_logits, target_logprobs
 from backend.loss_terms import KeptForward, LossTerm, RunningTerm
 from backend.losses import LossFn
@@ -69,6 +69,8 @@ class Trainer:
         self.device = training_device()
         self.compute_dtype = compute_dtype(self.device, config)
         self.max_length = context_length(model_name, config.max_length)
+        if lora:
+            _check_rank(model_name, lora)
         if self.device.type == "cuda":
             check_fits(model_name, model_config(model_name), lora is not None, torch.cuda.mem_get_info(self.device)[0])
         hf_model = load_model(model_name, seed, self.device, torch.float32)
@@ -324,6 +326,16 @@ class Trainer:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         rank = self.lora.rank if self.lora else 0
         return GetInfoResponse(self.model_name, rank, parameters, trainable, self.max_length, str(self.device), dtype)
+
+
+def _check_rank(model_name: str, lora: LoraConfig) -> None:
+    """Before any weight is made: an adapter of a higher rank than the hidden state has more weights than what it adapts."""
+    hidden = int(getattr(model_config(model_name).get_text_config(), "hidden_size", 2**31))
+    if lora.rank > hidden:
+        raise ConfigError(
+            f"lora_rank={lora.rank} is more than the hidden size of {model_name!r}, {hidden}: it would have more weights "
+            "than it adapts; choose 8 to 64, or lora_rank=0 to train all weights"
+        )
 
 
 def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:

@@ -16,7 +16,7 @@ from backend.types import Datum
 from preference.losses import PairLogprobs
 from preference.types import LabeledComparison
 from renderers.types import Message, Renderer, TrainOnWhat
-from supervised.data import datum_from_tokens_weights
+from supervised.data import datum_from_tokens_weights, fitting_batch_size
 
 Ties = Literal["drop", "both", "raise"]
 
@@ -100,9 +100,7 @@ class PairDataset:
     """Batches by the number of the step; the order of an epoch is a function of (seed, epoch), its last batch may be short."""
 
     def __init__(self, pairs: Sequence[Pair], batch_size: int, seed: int = 0):
-        if not 0 < batch_size <= len(pairs):
-            raise DataError(f"batch_size={batch_size}, but there are {len(pairs):,} pairs: choose between 1 and that")
-        self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
+        self.pairs, self.batch_size, self.seed = pairs, fitting_batch_size(batch_size, len(pairs), "pairs"), seed
 
     def __len__(self) -> int:
         """Batches in an epoch."""

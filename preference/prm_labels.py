@@ -28,7 +28,7 @@ from preference.solutions import GradedProblem, Solution, grade
 from preference.steps import Malformed, StepFormat, StepTokens, split_response
 from rl.types import RolloutError
 from supervised.rows import read_rows
-from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
+from tracking.jsonl import append_jsonl, drop_torn_line, read_dataclasses
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ async def label_solutions(
     kind, and `failed` ones, whose verifier raised RolloutError: they get no record, and a restart tries them again.
     """
     drop_torn_line(path)
-    done = {line["id"]: StepRecord(**line) for line in read_jsonl(path)}
+    done = {record.id: record for record in read_dataclasses(path, StepRecord)}
     counts = Counter(duplicate=0, empty=0, cached=0, labelled=0, failed=0)
     todo: dict[str, tuple[GradedProblem, Solution, StepTokens]] = {}
     ids: dict[str, None] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from backend.errors import CheckpointError
+from backend.errors import CheckpointError, DataError
 from backend.training_client import TrainingClient
 from backend.types import Datum
 from preference.pairs import Pair, as_data, sequence_logprobs
@@ -39,7 +39,7 @@ async def with_reference(pairs: Sequence[Pair], client: TrainingClient, file: Pa
     Raises CheckpointError if the file is another reference's, by name or by what it computes.
     """
     data = {answer_key(datum): datum for datum in as_data(pairs)}
-    known = _read(file, reference)
+    known = read_reference(file, reference)
     chunks = [list(data)[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
     # A chunk is computed whole, as it would have been without an interruption: which answers share a batch decides the last digits.
     needed = [keys for i, keys in enumerate(chunks) if i == 0 or not known.keys() >= set(keys)]
@@ -58,7 +58,7 @@ async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> li
     return sequence_logprobs(data_D, [output["logprobs"].to_torch() for output in outputs]).tolist()
 
 
-def _read(file: Path, reference: dict[str, Any]) -> dict[str, float]:
+def read_reference(file: Path, reference: dict[str, Any]) -> dict[str, float]:
     """What the file knows; a new file is begun with the name of the reference."""
     drop_torn_line(file)
     header, *answers = read_jsonl(file) or [{}]
@@ -66,6 +66,9 @@ def _read(file: Path, reference: dict[str, Any]) -> dict[str, float]:
         append_jsonl(file, {"reference": reference})
     elif header.get("reference") != reference:
         raise CheckpointError(f"{file} holds logprobs of {header.get('reference')}, but this run starts from {reference}")
+    for number, answer in enumerate(answers, start=2):
+        if not isinstance(answer.get("key"), str) or not isinstance(answer.get("logprob"), float):
+            raise DataError(f"{file}:{number}: no key or no logprob; delete the file, and the logprobs are computed again")
     return {answer["key"]: answer["logprob"] for answer in answers}
 
 

@@ -5,7 +5,6 @@ group of answers, not for whatever happens to wait: their last bits then depend 
 """
 
 import asyncio
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,6 +20,7 @@ from preference.types import Comparison
 from renderers import get_renderer
 from renderers.types import Message, Renderer, Tokenizer
 from rl.types import RolloutError
+from tracking.settings import read_settings
 
 Judge = Callable[[Comparison], Awaitable[float]]  # in [-1, 1]: 1 = B is better, -1 = A is, 0 = neither
 
@@ -106,7 +106,7 @@ class SavedModel:
         run = Path(self.path).parent.parent / "config.json"
         if not run.is_file():
             return self.renderer_name
-        trained_with = json.loads(run.read_text()).get("renderer_name")
+        trained_with = read_settings(run).get("renderer_name")
         if self.renderer_name not in (None, trained_with):
             raise ConfigError(
                 f"renderer_name={self.renderer_name}: {self.path} was trained with renderer_name={trained_with}; leave it out"

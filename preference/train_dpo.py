@@ -38,7 +38,7 @@ from preference.reference import with_reference
 from preference.types import ComparisonDatasetBuilder
 from renderers import get_renderer
 from tracking.checkpointing import Checkpointer, StopRequest
-from tracking.metrics_log import MetricsLog, print_metrics_table, timed
+from tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
 from tracking.nonfinite import write_offending_data
 from tracking.progress import TrainingProgress
 from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
@@ -106,7 +106,8 @@ async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], ev
     """The loop on pairs that are tokens already; `config.dataset` is not read. `evaluator` adds metrics where `test` is evaluated."""
     if config.num_epochs < 1:
         raise ConfigError(f"num_epochs={config.num_epochs} must be at least 1")
-    PairDataset(train, config.batch_size)  # raises if there are too few pairs
+    if config.batch_size < 1:
+        raise ConfigError(f"batch_size={config.batch_size} must be at least 1")
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     lora = LoraConfig(config.lora_rank, config.seed, config.lora_alpha) if config.lora_rank else None
     with ServiceClient(config.backend, folder.checkpoints) as service:
@@ -147,7 +148,9 @@ async def _loop(
 ) -> Metrics:
     num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
     checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
-    start = checkpointer.start(None)  # the start policy is loaded already
+    start = checkpointer.start(None, num_steps)  # the start policy is loaded already
+    if checkpointer.nothing_left:
+        return read_last_metrics(folder.path)
     metrics: Metrics = {}
     headline: Metrics = {}
     with (
@@ -177,9 +180,9 @@ async def _loop(
                 checkpointer.interrupted(step + 1)
         if test or evaluator:
             final = await _evaluations(config, client, test, evaluator)
-            log.log(final, num_steps)
+            log.log(final, max(start, num_steps))
             metrics |= final
-    checkpointer.save("final", num_steps)
+    checkpointer.save("final", max(start, num_steps))
     return metrics
 
 
@@ -233,5 +236,5 @@ def _metrics(loss: PreferenceLoss, pairs: Sequence[Pair], outputs_D: Sequence[di
 def _finish(folder: RunFolder, metrics: Metrics) -> None:
     from tracking.plots import plot_run
 
-    print_metrics_table({k: v for k, v in metrics.items() if not k.startswith("time/")}, f"{folder.path}: last step")
+    print_last_metrics(folder, metrics)
     print(f"plot: {plot_run(folder.path)}\ncheckpoint: {folder.checkpoints / 'final'}")

@@ -51,7 +51,7 @@ from rl.train_step import Learner, StepOutcome, train_step
 from rl.transcripts import write_rollouts
 from rl.types import BatchRewardBuilder, Metrics, RLDatasetBuilder
 from tracking.checkpointing import Checkpointer, StopRequest
-from tracking.metrics_log import MetricsLog, print_metrics_table, read_metrics, timed
+from tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
 from tracking.nonfinite import write_offending_data
 from tracking.progress import TrainingProgress, reported
 from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
@@ -310,8 +310,7 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
 
 def _nothing_to_do(run: _Run) -> Metrics:
     """A run that was resumed at or past its last step: nothing is written, and its last metrics are shown again."""
-    record = next(reversed(read_metrics(run.folder.path)), {})
-    metrics = {name: float(value) for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+    metrics = read_last_metrics(run.folder.path)
     _finish(run, metrics)
     return metrics
 
@@ -385,7 +384,7 @@ def _finish(run: _Run, metrics: Metrics) -> None:
     from tracking.plots import plot_run
 
     run.timeline.plot(run.folder.plots / "timeline.png")
-    print_metrics_table({k: v for k, v in metrics.items() if not k.startswith("time/")}, f"{run.folder.path}: last step")
+    print_last_metrics(run.folder, metrics)
     print(
         f"plot: {plot_run(run.folder.path)}\ntranscripts: {run.folder.transcripts}\ncheckpoint: {run.folder.checkpoints / 'final'}"
     )

@@ -39,8 +39,9 @@ def _group(group: TrajectoryGroup, advantages_G: Sequence[float | None], tokeniz
         for trajectory, reward, advantage, final_reward, metrics in zip(*parts, strict=True)
     ]
     members += [TranscriptMember([], float("nan"), error=f"{type(error).__name__}: {error}") for error in group.errors]
-    are_seats = group.builder is not None and not group.builder.members_are_independent
-    return TranscriptGroup(members, group.tags, group.num_retries, are_seats)
+    seats = group.builder is not None and not group.builder.members_are_independent
+    num_seats = max(1, len(members) // group.builder.num_games) if group.builder is not None and seats else 0
+    return TranscriptGroup(members, group.tags, group.num_retries, num_seats)
 
 
 def _turns(trajectory: Trajectory, advantage: float | None, tokenizer: Tokenizer) -> list[TranscriptTurn]:

@@ -164,6 +164,7 @@ class EnvGroupBuilder(ABC):
     """Makes the environments of one group. `make_envs` may be called again: a retry wants fresh ones."""
 
     members_are_independent = True  # False where the members play one game: then a failure is the group's
+    num_games: int = 1  # that the members play, where they are not independent: all seats of the first, then of the second
 
     @abstractmethod
     async def make_envs(self) -> Sequence[Env]:

@@ -20,6 +20,8 @@ from supervised.forms import customized, form_of, one_form
 from supervised.rows import Fields, Row, conversation, exchange, read_rows
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
+LONG_EXAMPLE = 1_000_000  # characters; a tokenizer takes seconds for them
+
 
 def datum_from_tokens_weights(
     tokens: Sequence[int], weights: Sequence[float], max_length: int | None = None, reduction: str = "mean"
@@ -55,13 +57,21 @@ def conversation_to_datum(
     return datum_from_tokens_weights(*renderer.build_supervised_example(messages, train_on_what), max_length, reduction)
 
 
+def fitting_batch_size(batch_size: int, available: int, what: str) -> int:
+    """At most what there is, with a line that says so. DataError where there is nothing, or a batch would be empty."""
+    if batch_size < 1 or not available:
+        raise DataError(f"batch_size={batch_size} and {available:,} {what}: a batch needs at least one")
+    if batch_size > available:
+        print(f"batch_size={batch_size} is more than the {available:,} {what} there are: each batch is all of them", flush=True)
+    return min(batch_size, available)
+
+
 class SupervisedDatasetFromExamples(SupervisedDataset):
     """Batches of a list. The order is a function of (seed, epoch) alone; the last batch of an epoch may be short."""
 
     def __init__(self, examples: Sequence[Datum], batch_size: int, seed: int = 0, shuffle: bool = True):
-        if not 0 < batch_size <= len(examples):
-            raise DataError(f"batch_size={batch_size}, but the dataset has {len(examples):,} examples: choose between 1 and that")
-        self.examples, self.batch_size, self.seed, self.shuffle = examples, batch_size, seed, shuffle
+        self.examples, self.seed, self.shuffle = examples, seed, shuffle
+        self.batch_size = fitting_batch_size(batch_size, len(examples), "examples")
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -256,11 +266,11 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
                 table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
                 table = datasets.load_dataset(str(path) if path.exists() else self.name, self.subset, split=split)
+            rows = [(f"{self.name}[{split}]:{i}", fields) for i, fields in enumerate(table)]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
             cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
             reason = " ".join(str(cause).split())[:300]
             raise DataError(f"dataset {self.name!r}, split {split!r}, could not be loaded: {reason}") from error
-        rows = [(f"{self.name}[{split}]:{i}", fields) for i, fields in enumerate(table)]
         if not rows:
             raise DataError(f"dataset {self.name!r}, split {split!r}, has no examples")
         return rows  # type: ignore[return-value]

@@ -25,7 +25,7 @@ from renderers import get_renderer
 from supervised.nll import NLLEvaluator, nll_means, nll_sums
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 from tracking.checkpointing import Checkpointer, StopRequest
-from tracking.metrics_log import MetricsLog, print_metrics_table, timed
+from tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
 from tracking.nonfinite import write_offending_data
 from tracking.progress import TrainingProgress
 from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
@@ -133,7 +133,9 @@ async def training_loop(
     num_steps = min(len(dataset) * config.num_epochs, config.max_steps or 2**62)
     last = min(num_steps, until or num_steps)
     checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
-    start = checkpointer.start(config.load_checkpoint_path)
+    start = checkpointer.start(config.load_checkpoint_path, last, may_end_early=config.stop_at_nll is not None)
+    if checkpointer.nothing_left:
+        return read_last_metrics(folder.path)
     alarms = Alarms(client.get_info(), config.backend.alarm)
     if start < last:
         await check_at_start(client, alarms)
@@ -145,9 +147,8 @@ async def training_loop(
         TrainingProgress(last, start, "sft") as progress,
     ):
         done = start
-        remaining = range(start, last) if not (checkpointer.finished and config.stop_at_nll) else range(0)
-        batch_D = _batch(dataset, start) if remaining else []
-        for step in remaining:
+        batch_D = _batch(dataset, start) if start < last else []
+        for step in range(start, last):
             learning_rate = config.learning_rate * lr_multiplier(config.lr_schedule, step, num_steps)
             epoch = step // len(dataset)
             metrics = {"epoch": epoch, "progress": (step + 1) / num_steps, "learning_rate": learning_rate}
@@ -218,5 +219,5 @@ async def _step_metrics(
 def finish(folder: RunFolder, metrics: Metrics) -> None:
     from tracking.plots import plot_run
 
-    print_metrics_table({k: v for k, v in metrics.items() if not k.startswith("time/")}, f"{folder.path}: last step")
+    print_last_metrics(folder, metrics)
     print(f"plot: {plot_run(folder.path)}\ncheckpoint: {folder.checkpoints / 'final'}")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from backend.config import BackendConfig
-from backend.errors import CheckpointError, ConfigError, DataError
+from backend.errors import CheckpointError, ConfigError
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.trainer import Trainer
@@ -156,9 +156,15 @@ def test_every_method_learns_to_prefer(method: PreferenceLoss, tmp_path: Path) -
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="batch_size=1000, but there are 86 pairs"):
-        asyncio.run(train_dpo.main(config(tmp_path / "run", batch_size=1000)))
+    with pytest.raises(ConfigError, match="batch_size=0 must be at least 1"):
+        asyncio.run(train_dpo.main(config(tmp_path / "run", batch_size=0)))
     assert not (tmp_path / "run").exists()
+
+
+def test_fewer_pairs_than_a_batch_are_trained_on_and_said_once(tmp_path: Path, capsys) -> None:
+    asyncio.run(train_dpo.main(config(tmp_path / "run", batch_size=1000, max_steps=1, eval_every=0)))
+    assert capsys.readouterr().out.count("batch_size=1000 is more than the 86 pairs there are") == 1
+    assert read_metrics(tmp_path / "run")[0]["num_pairs"] == 86
 
 
 def letters_file(folder: Path) -> str:

@@ -276,7 +276,7 @@ def test_runs_side_by_side_wait_fail_and_are_not_run_twice(tmp_path: Path, capfd
     assert (
         tmp_path / "early" / "metrics.jsonl"
     ).stat().st_mtime_ns == written and "early: has finished before" in capfd.readouterr().out
-    with pytest.raises(ConfigError, match="was run with steps=3, not 4"):
+    with pytest.raises(ConfigError, match=r"was run with steps=3 \(now 4\)"):
         run_side_by_side([job("early", 4)], 2)
     assert read_curve(tmp_path / "early") == Curve([0, 1, 2], [0.5] * 3, [0.0, 0.1, 0.2])
     assert table({"gpt": [Curve([0, 9], [0.1, 0.4], [0, 0.4]), Curve([0, 9], [0.1, 0.6], [0, 0.5])]}).splitlines()[1].split() == [

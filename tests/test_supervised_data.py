@@ -115,8 +115,30 @@ def test_epochs_differ_and_bounds_are_checked():
     assert numbers(pickle.loads(pickle.dumps(dataset)).get_batch(0)) == numbers(dataset.get_batch(0))
     with pytest.raises(IndexError):
         dataset.get_batch(1)
-    with pytest.raises(DataError, match="batch_size=128, but the dataset has 50 examples"):
-        SupervisedDatasetFromExamples(numbered(50), 128)
+    with pytest.raises(DataError, match="batch_size=0 and 50 examples: a batch needs at least one"):
+        SupervisedDatasetFromExamples(numbered(50), 0)
+
+
+def test_fewer_examples_than_a_batch_are_trained_on_and_said(capsys):
+    whole = SupervisedDatasetFromExamples(numbered(50), 50)
+    assert capsys.readouterr().out == ""
+    dataset = SupervisedDatasetFromExamples(numbered(50), 128)
+    assert len(dataset) == 1 and numbers(dataset.get_batch(0)) == numbers(whole.get_batch(0))
+    assert capsys.readouterr().out == "batch_size=128 is more than the 50 examples there are: each batch is all of them\n"
+
+
+def test_a_huggingface_set_that_cannot_be_built_is_one_line(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"messages": [1]}\n{"messages": {"a": 2}}\n{"other": "x"\n')
+    with pytest.raises(DataError, match="could not be loaded: ") as error:
+        HuggingFaceBuilder(name=str(tmp_path))(PLAIN)
+    assert "\n" not in str(error.value)
+
+
+def test_a_very_long_example_says_why_it_takes_so_long(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("supervised.data.LONG_EXAMPLE", 5)
+    path = write(tmp_path / "long.jsonl", [{"prompt": "123", "completion": "456"}])
+    PromptCompletionFileBuilder(path=path, batch_size=1)(PLAIN)
+    assert f"{path}:1: tokenizing an example of 6 characters" in capsys.readouterr().out
 
 
 def test_gsm8k_rows_train_directly(tmp_path, capsys):

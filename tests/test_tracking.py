@@ -13,7 +13,8 @@ import chz
 import pytest
 
 from backend.errors import CheckpointError, ConfigError, DataError
-from tracking.metrics_log import MetricsLog, print_metrics_table, read_metrics, timed
+from recipes.prm.picture import CHOICES, draw
+from tracking.metrics_log import MetricsLog, print_last_metrics, print_metrics_table, read_metrics, timed
 from tracking.plots import compare_runs, main, plot_run
 from tracking.progress import TrainingProgress, reported
 from tracking.run_folder import RunFolder, config_to_json, open_run_folder
@@ -63,11 +64,10 @@ def test_an_existing_run_is_resumed_deleted_or_refused(tmp_path, monkeypatch):
     assert not run.resumed and json.loads(run.config_file.read_text())["model_name"] == "tiny"
     with pytest.raises(ConfigError, match="already holds a run"):
         open_run_folder(folder, "raise", RunConfig())
-    with pytest.raises(ConfigError, match="no terminal to ask; say resume, delete"):
+    with pytest.raises(ConfigError, match="no terminal to ask; add behavior_if_log_dir_exists=resume to go on"):
         monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
         open_run_folder(folder, "ask", RunConfig())
-    resumed = open_run_folder(folder, "resume", RunConfig(learning_rate=1e-4))
-    assert resumed.resumed and resumed.changed_config == {"learning_rate": (1e-3, 1e-4)} and len(read_metrics(folder)) == 1
+    assert open_run_folder(folder, "resume", RunConfig()).resumed and len(read_metrics(folder)) == 1
     assert not open_run_folder(folder, "delete", RunConfig()).resumed and read_metrics(folder) == []
 
 
@@ -98,7 +98,7 @@ def make_checkpoint(run: RunFolder, step: int, name: str | None = None) -> Path:
     folder = run.checkpoints / (name or f"{step:06d}")
     folder.mkdir(exist_ok=True)
     (folder / "weights").write_text("w")
-    run.record_checkpoint(name or f"{step:06d}", step, folder, {"epoch": 1})
+    run.record_checkpoint(name or f"{step:06d}", step, folder)
     return folder
 
 
@@ -112,7 +112,7 @@ def test_the_last_checkpoint_is_the_last_whole_one(tmp_path):
     with run.checkpoints_file.open("a") as file:
         file.write('{"name": "000015", "st')  # killed here
     last = run.last_checkpoint()
-    assert last is not None and (last.step, last.extra) == (5, {"epoch": 1}) and last.path == run.checkpoints / "000005"
+    assert last is not None and last.step == 5 and last.path == run.checkpoints / "000005"
     make_checkpoint(run, 20)  # the torn line does not swallow the next record
     assert [record.step for record in run.list_checkpoints()] == [5, 20]
     with pytest.raises(CheckpointError, match="not a folder"):
@@ -145,7 +145,7 @@ def test_metrics_survive_a_kill_and_a_rewind(tmp_path):
     run.truncate_metrics(4)
     assert run.metrics_file.read_text() == before
     run.metrics_file.write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
-    with pytest.raises(DataError, match=r"metrics.jsonl:2: not a JSON record"):
+    with pytest.raises(DataError, match=r"metrics.jsonl:2: not JSON"):
         read_metrics(tmp_path / "run")
 
 
@@ -166,7 +166,7 @@ def test_wandb_is_asked_for_only_on_request_and_its_absence_says_what_to_install
     monkeypatch.setitem(sys.modules, "wandb", None)
     run = open_run_folder(tmp_path / "run", "raise", RunConfig())
     MetricsLog(run).close()
-    with pytest.raises(ConfigError, match=r"pip install 'posttrain-cookbook\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[wandb\]'"):
         MetricsLog(run, wandb_project="p")
 
 
@@ -262,3 +262,54 @@ def test_shares_of_a_timeline_by_hand() -> None:
         {"sampling": 0.5, "env": 0.2, "train": 0.1, "idle": 1 - 0.7, "rollouts_in_flight": 0.8}
     )
     assert timeline.shares(3, 5)["idle"] == 0
+
+
+def test_the_last_table_shows_eight_metrics_and_says_where_the_others_are(tmp_path, capsys) -> None:
+    run = open_run_folder(tmp_path / "run", "raise", RunConfig())
+    metrics = {f"optim/{n}": 1.0 for n in range(30)} | {
+        "env/all/reward/total": 0.5,
+        "test/env/all/correct": 0.25,
+        "alarm/gap": 2.0,
+    }
+    metrics |= dict.fromkeys(("optim/entropy", "optim/grad_norm", "optim/lr", "optim/loss", "learning_rate", "num_tokens"), 0.1)
+    print_last_metrics(run, metrics)
+    printed = capsys.readouterr().out
+    assert sum("│" in line for line in printed.splitlines()) == 9 and "alarm/gap" in printed and "optim/12" not in printed
+    assert printed.index("test/env/all/correct") < printed.index("env/all/reward/total") or "0.2500" in printed
+    assert "30 more in" in printed.replace("\n", "") and "metrics.jsonl" in printed
+    print_metrics_table({}, "nothing")  # and no traceback
+
+
+def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> None:
+    log = MetricsLog(open_run_folder(tmp_path / "run", "raise", RunConfig()))
+    for step in range(4):
+        noise = {"optim/logprob_gap_mean": 1e-7 * step, "optim/entropy": 2.0 + 1e-9 * step, "optim/grad_norm": 1.0 + step}
+        log.log({"env/all/correct": step / 4, "env/all/reward/total": step / 4, **noise}, step)
+    figures = []
+    monkeypatch.setattr("tracking.plots.save_figure", lambda figure, path: figures.append(figure) or path)
+    plot_run(tmp_path / "run")
+    limits = {axis.get_title("left"): axis.get_ylim() for axis in figures[0].axes}
+    assert list(limits) == ["reward = accuracy", "|logprob gap| sampler to trainer", "entropy (nats)", "gradient norm"]
+    spans = {title: high - low for title, (low, high) in limits.items()}
+    assert spans["|logprob gap| sampler to trainer"] == pytest.approx(1e-3) and spans["entropy (nats)"] == pytest.approx(0.1)
+    assert 3 < spans["gradient norm"] < 3.5  # what moves is drawn as before
+
+
+def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:
+    figures = []
+    monkeypatch.setattr("tracking.plots.save_figure", lambda figure, path: figures.append(figure) or path)
+    timeline = Timeline()
+    began = timeline._began
+    timeline._spans.extend([Span("sampling", began + 40, began + 50), Span("train", began + 45, began + 48)])
+    timeline.plot(tmp_path / "t.png")
+    assert figures[0]._suptitle.get_text().startswith("the last 10 seconds of the run: how many of each kind")
+    last = figures[0].axes[-1]
+    assert last.get_xlim() == pytest.approx((40, 50)) and last.get_xlabel() == "seconds since the run was started"
+    assert all(float(tick).is_integer() for axis in figures[0].axes for tick in axis.get_yticks())
+
+
+def test_the_picture_of_a_process_reward_model_needs_no_right_chain(tmp_path) -> None:
+    MetricsLog(open_run_folder(tmp_path / "prm", "raise", RunConfig())).log({"train_loss": 1.0}, 0)
+    results = {name: 0.0 for choice in CHOICES for name in (choice, f"{choice}_se")}
+    for aligned in ({}, {0: [0.1] * 29}, {0: [0.1] * 30}):
+        assert draw(tmp_path / "prm", results, aligned, tmp_path / "prm.png").stat().st_size > 5000

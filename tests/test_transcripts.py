@@ -85,3 +85,16 @@ def test_the_index_lists_every_iteration_once(tmp_path):
     assert all((tmp_path / link).exists() for link in index.links)
     records = [json.loads(line) for line in (tmp_path / "index.jsonl").read_text().splitlines()]
     assert [record["mean_reward"] for record in records] == [0.5, 0.5, None]
+
+
+def test_the_seats_of_a_game_stand_in_one_row(tmp_path):
+    class TwoGames(Game):
+        num_games = 2
+
+    episodes = [Trajectory([turn("board:", f"move {n}")]) for n in range(4)]
+    group = TrajectoryGroup(episodes, [1.0, -1.0, 0.0, 0.0], [{} for _ in episodes], builder=TwoGames())
+    page = write_rollouts(tmp_path, 0, [group], None, TOKENIZER).read_text()
+    text = Text(page).text
+    rows = page.split('<div class="seats">')[1:]
+    assert len(rows) == 2 and [row.count('<details class="member"') for row in rows] == [2, 2]
+    assert text.count("seat 0") == text.count("seat 1") == 2 and "game 0" in text and "game 1" in text

@@ -1,8 +1,6 @@
-"""Where a run starts and what it leaves behind: resume, save every so often, and stop on Ctrl-C without losing a step."""
+"""Where a run starts and what it leaves behind: resume, save every so often, and stop without losing a step."""
 
-import signal
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, Protocol
 
 from backend.checkpoint_files import read_state
@@ -10,6 +8,9 @@ from backend.errors import CheckpointError
 from backend.futures import APIFuture
 from tracking.disk_space import check_disk_space
 from tracking.run_folder import CheckpointRecord, RunFolder
+from tracking.stop_request import StopRequest
+
+__all__ = ["Checkpointed", "Checkpointer", "StopRequest"]
 
 
 class Checkpointed(Protocol):
@@ -34,21 +35,22 @@ class Checkpointer:
         self.nothing_left = False  # and has no step to do now
         self.resumed_extra: dict[str, Any] = {}  # the `extra` of the checkpoint that is resumed
 
-    def start(self, load_checkpoint_path: str | None, num_steps: int | None = None) -> int:
+    def start(self, load_checkpoint_path: str | None, num_steps: int | None = None, may_end_early: bool = False) -> int:
         """Loads what the run begins with and returns its first step: the folder's own last checkpoint, else another's weights.
 
-        A run that has finished `num_steps` steps, or has more, keeps its metrics: there is nothing left to do.
+        A run that has ended after `num_steps` steps, or has more, keeps its metrics: there is nothing left to do. With `may_end_early`, one
+        that has ended is at its end wherever that was.
         """
-        records = self._run.list_checkpoints()
-        record = records[-1] if records else None
+        record, records = self._run.last_checkpoint(), self._run.list_checkpoints()
         step = 0
         if record is not None:
             step = self._resume(record, before=records[-2] if len(records) > 1 else None)
         elif load_checkpoint_path:
             self._client.load_state(load_checkpoint_path).result()
-        self.nothing_left = num_steps is not None and (step > num_steps or (self.finished and step == num_steps))
+        past_the_end = num_steps is not None and step > num_steps
+        self.nothing_left = past_the_end or (self.finished and (may_end_early or step == num_steps))
         if self.nothing_left:
-            print(f"{self._run.path} is at step {step} of {num_steps} already: there is nothing to train")
+            print(f"{self._run.path} has ended at step {step} already: there is nothing to train")
             return step
         size = self._client.checkpoint_bytes()
         check_disk_space(self._run.path, size, self._save_every, self._keep, existing=len(records))
@@ -90,27 +92,3 @@ class Checkpointer:
             f"stopped before step {next_step}; its state is saved. The same command with behavior_if_log_dir_exists=resume goes on from there"
         )
         raise KeyboardInterrupt
-
-
-class StopRequest:
-    """Ctrl-C or SIGTERM asks for a stop after the present step; a second one stops at once. Truthy once asked."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        print("\nstopping after this step, then saving; once more to stop at once", flush=True)
-
-    def __bool__(self) -> bool:
-        return self._asked

@@ -7,11 +7,13 @@ references (`a@=b`).
 """
 
 import difflib
+import errno
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import chz
 from chz.blueprint import Blueprint, Castable
@@ -23,12 +25,30 @@ from chz.tiepin import CastError, type_repr
 from backend.errors import ConfigError, CookbookError
 from backend.ranges import RangeError
 from tracking.command_help import help_text, presets_text, type_text
+from tracking.stop_request import silence
 
 Config = TypeVar("Config")
 # option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"), whose {} is the value given.
 ShortNames = Mapping[str, Mapping[str, str]]
 # option -> its value -> the options which that value sets, unless they are given too ("algorithm=grpo")
 Presets = Mapping[str, Mapping[str, Mapping[str, str]]]
+
+# what other programs call our options
+USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
+    "lr": ("learning_rate",),
+    **dict.fromkeys(("bs", "batch", "batch_size"), ("batch_size", "groups_per_batch", "dataset.batch_size", "env.batch_size")),
+    **dict.fromkeys(("model", "base_model", "model_name_or_path"), ("model_name",)),
+    **dict.fromkeys(("lora", "lora_r", "rank", "r"), ("lora_rank",)),
+    **dict.fromkeys(("steps", "num_steps", "n_steps"), ("max_steps", "num_steps")),
+    **dict.fromkeys(("epochs", "num_train_epochs"), ("num_epochs",)),
+    **dict.fromkeys(("output_dir", "out", "output"), ("log_path",)),
+    **dict.fromkeys(("data", "train_file"), ("dataset", "env")),
+    **dict.fromkeys(("ctx", "max_seq_length", "max_length"), ("backend.max_length",)),
+    **dict.fromkeys(("wandb", "project"), ("wandb_project",)),
+    **dict.fromkeys(("checkpoint", "init_from"), ("load_checkpoint_path",)),
+    **dict.fromkeys(("resume", "overwrite"), ("behavior_if_log_dir_exists",)),
+    **dict.fromkeys(("temp",), ("temperature",)),
+}
 
 
 def run_command(
@@ -37,18 +57,50 @@ def run_command(
     short_names: ShortNames | None = None,
     presets: Presets | None = None,
 ) -> None:
-    """The entry point of a command: parses sys.argv, runs, and turns a CookbookError into one line and exit code 2.
+    """The entry point of a command: parses sys.argv and runs; what ends it, and how, is `one_line_errors`."""
+    with one_line_errors():
+        main(parse(config_class, None, short_names, presets))
 
-    Ctrl-C exits with 130. Any other exception is a bug and keeps its traceback.
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a CookbookError, and an error of the operating system that names a file or a full disk, into one line and exit code 2.
+
+    Ctrl-C exits with 130, a standard output that nobody reads with 141. Any other exception is a bug and keeps its traceback.
     """
     try:
-        main(parse(config_class, None, short_names, presets))
+        yield
+        sys.stdout.flush()
     except CookbookError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(f"error: {' '.join(str(error).split())}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave("interrupted", 130)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        sys.exit(141)
+    except OSError as error:
+        if (text := _os_error_text(error)) is None:
+            raise
+        _leave(f"error: {text}", 2)
+
+
+def _leave(text: str, status: int) -> NoReturn:
+    with suppress(OSError):  # the terminal may be gone
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _os_error_text(error: OSError) -> str | None:
+    """None for what no user could mend: a socket, a process."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{place}{error.strerror}; what was saved before is whole. Free some space, or delete old checkpoints "
+            "(keep_checkpoints=2 keeps few); then add behavior_if_log_dir_exists=resume"
+        )
+    if error.errno is not None and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its permissions, or choose another"
+    return None
 
 
 def parse(
@@ -187,7 +239,11 @@ def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict
         return value, {}
     nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    raise ConfigError(f"{path}={value}: no such name; {hint}known: {', '.join(names)}, or module:Class")
+    fault = "no such name"
+    if os.path.exists(value):
+        fault = f"a {'folder' if os.path.isdir(value) else 'file'} that no short name reads"
+        hint = f"huggingface with {path}.name={value} reads folders; " if os.path.isdir(value) and "huggingface" in names else ""
+    raise ConfigError(f"{path}={value}: {fault}; {hint}known: {', '.join(names)}, or module:Class")
 
 
 def _load_class(path: str, target: str, parameter: Any) -> type:
@@ -227,6 +283,9 @@ def _nearest(key: str, parameters: Mapping[str, Any]) -> str:
         whole, last = (difflib.SequenceMatcher(a=ours, b=theirs).ratio() for ours, theirs in pairs)
         return max(whole, last) + 0.01 * whole  # among equals, the one at the same place
 
+    usual = [path for path in USUAL_NAMES.get(key.strip("."), ()) if path in parameters]
+    if usual:
+        return f"did you mean {' or '.join(usual)}? "
     best = sorted(parameters, key=likeness, reverse=True)[:3]
     best = [path for path in best if likeness(path) > max(0.65, likeness(best[0]) - 0.15)]
     return f"did you mean {' or '.join(best)}? " if best else ""

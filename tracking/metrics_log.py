@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _start_wandb(run_folder: RunFolder, project: str, name: str | None, config: 
         wandb = import_module("wandb")
     except ImportError:
         raise ConfigError(
-            f"wandb_project={project} needs wandb, which is not installed: pip install 'posttrain-cookbook[wandb]'"
+            f"wandb_project={project} needs wandb, which is not installed: pip install -e '.[wandb]' in the project's folder"
         ) from None
     id_file = run_folder.path / "wandb_run_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else None
@@ -69,7 +70,15 @@ def _start_wandb(run_folder: RunFolder, project: str, name: str | None, config: 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a run folder or of a metrics.jsonl, in order; a torn last line is left out."""
     path = Path(path)
-    return read_jsonl(path / "metrics.jsonl" if path.is_dir() else path)
+    return read_jsonl(path / "metrics.jsonl" if path.is_dir() else path, {"step": int})
+
+
+def read_last_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
+    """What a finished run returned: the metrics of its last step, and those measured after it."""
+    records = read_metrics(path)
+    last = records[-1]["step"] if records else 0
+    merged = {name: value for record in records if record["step"] >= last - 1 for name, value in record.items()}
+    return {name: math.nan if value is None else value for name, value in merged.items() if name not in ("step", "non_finite")}
 
 
 @contextmanager
@@ -91,10 +100,37 @@ def print_metrics_table(metrics: Mapping[str, float], title: str) -> None:
     table = Table("metric", title=title, title_justify="left", header_style="dim", title_style="bold")
     table.add_column("value", justify="right")
     names = sorted(metrics)
-    for name, following in zip(names, [*names[1:], None], strict=True):
+    for name, following in zip_longest(names, names[1:]):
         last_of_group = following is not None and following.split("/")[0] != name.split("/")[0]
         table.add_row(name, format_number(metrics[name]), end_section=last_of_group)
     get_console().print(table)  # the one a progress bar is drawn on, so that the bar stays below
+
+
+# What a person looks at first, in this order; a run has a few of them.
+IMPORTANT = (
+    *("test/env/all/correct", "test/env/all/reward/total", "env/all/correct", "env/all/reward/total"),
+    *("test/nll", "train_mean_nll", "test/dpo_loss", "dpo_loss", "train_loss", "test/loss_next_token"),
+    *("test/accuracy", "accuracy", "train_accuracy", "test/exact", "test/first_hop", "test/margin", "margin"),
+    *("optim/logprob_gap_mean", "optim/entropy", "kl_policy_base", "env/all/ac_tokens_per_turn", "env/all/turns"),
+    *("optim/loss", "optim/grad_norm", "optim/lr", "learning_rate", "num_tokens"),
+)
+ROWS = 8
+
+
+def print_last_metrics(run_folder: RunFolder, metrics: Mapping[str, float]) -> None:
+    """The end of a run: the eight metrics that matter most (and all whose name begins with "alarm"), and where the others are."""
+    from rich import get_console
+    from rich.table import Table
+
+    shown = [name for name in metrics if name.startswith("alarm")]
+    shown += [name for name in IMPORTANT if name in metrics][:ROWS]
+    table = Table("metric", title=f"{run_folder.path}: last step", title_justify="left", header_style="dim", title_style="bold")
+    table.add_column("value", justify="right")
+    for name in shown:
+        table.add_row(name, format_number(metrics[name]))
+    get_console().print(table)
+    if rest := len(metrics) - len(shown):
+        print(f"{rest} more in {run_folder.metrics_file}")
 
 
 def format_number(value: float) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backend.errors import ConfigError, CookbookError, DataError
+from backend.errors import ConfigError, DataError
+from tracking.command_line import one_line_errors
 from tracking.metrics_log import read_metrics
 from tracking.run_folder import RunFolder
 
@@ -49,6 +50,9 @@ PANELS: dict[str, tuple[str, ...]] = {
 }
 TIMES = ("time/sampling", "time/train", "time/sync", "time/eval")
 COLUMNS = 3
+# The least that a panel's axis spans: below it there is only rounding.
+FLOORS: dict[str, float] = dict.fromkeys(("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/logprob_gap_mean", "optim/loss"), 1e-3)
+SMALLEST_SPAN = 0.05  # of the largest value
 Curve = tuple[list[int], list[float]]
 
 
@@ -56,7 +60,7 @@ def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
     """Draws plots/run.png of a run folder and returns its path. DataError where the run has no metrics."""
     folder = run_folder.path if isinstance(run_folder, RunFolder) else Path(run_folder)
     records = _records(folder)
-    panels = {title: keys for title, keys in PANELS.items() if any(_curve(records, key)[0] for key in keys)}
+    panels = _panels(records)
     times = [key for key in (*TIMES, "time/total") if _curve(records, key)[0]]
     if not panels and not times:
         raise DataError(f"{folder / 'metrics.jsonl'}: none of the metrics that plots know; name some with keys=a,b")
@@ -64,10 +68,25 @@ def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
     for axis, (title, keys) in zip(axes, panels.items(), strict=False):
         for number, key in enumerate(key for key in keys if _curve(records, key)[0]):
             _draw(axis, _curve(records, key), _short(key), number)
+        _widen(axis, max(FLOORS.get(key, 0.0) for key in keys))
         finish_axis(axis, title, with_legend=sum(bool(_curve(records, key)[0]) for key in keys) > 1)
     if times:
         _draw_times(axes[len(panels)], records, times)
     return save_figure(figure, folder / "plots" / "run.png")
+
+
+def _panels(records: list[dict[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Those of PANELS that have something to show; one that would show the same curves as another is named in its title instead."""
+    shown: dict[str, tuple[list[Curve], str, tuple[str, ...]]] = {}
+    for title, keys in PANELS.items():
+        curves = [curve for key in keys if (curve := _curve(records, key))[0]]
+        same = next((name for name, (others, _, _) in shown.items() if others == curves), None)
+        if curves and same:
+            others, text, kept = shown[same]
+            shown[same] = (others, f"{text} = {title}", kept)
+        elif curves:
+            shown[title] = (curves, title, keys)
+    return {text: keys for _, text, keys in shown.values()}
 
 
 def compare_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], keys: Sequence[str] = ()) -> Path:
@@ -85,6 +104,7 @@ def compare_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
     for axis, key in zip(axes, present, strict=False):
         for number, (label, records) in enumerate(runs.items()):
             _draw(axis, _curve(records, key), label, number)
+        _widen(axis, FLOORS.get(key, 0.0))
         finish_axis(axis, key, with_legend=False)
     handles = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     figure.legend(list(handles.values()), list(handles), loc="upper left", ncols=COLUMNS, frameon=False)
@@ -123,7 +143,9 @@ def panel_axes(panels: int, title: str, legend_rows: int = 0) -> tuple[Any, list
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plots need matplotlib, which is not installed: pip install 'posttrain-cookbook[train]'") from None
+        raise ConfigError(
+            "plots need matplotlib, which is not installed: pip install -e '.[train]' in the project's folder"
+        ) from None
     columns = 2 if panels == 4 else min(COLUMNS, panels)
     rows = math.ceil(panels / columns)
     head = 0.4 if title else 0.3 * legend_rows + 0.1
@@ -160,6 +182,18 @@ def _draw(axis: Any, curve: Curve, label: str, number: int) -> None:
     sparse = len(steps) < 30 or label == "held out"
     marker = {"marker": "o", "markersize": 3.5} if sparse else {}
     axis.plot(steps, values, label=label, color=COLORS[number % len(COLORS)], linewidth=1.5, **marker)
+
+
+def _widen(axis: Any, floor: float) -> None:
+    """Noise fills no panel: the axis spans at least `floor`, and at least a part of the largest value."""
+    values = [abs(y) for line in axis.get_lines() for y in line.get_ydata() if y == y]
+    low, high = axis.get_ylim()
+    span = max(floor, SMALLEST_SPAN * max(values, default=0.0))
+    if high - low < span:
+        positive = min((y for line in axis.get_lines() for y in line.get_ydata() if y == y), default=0.0) >= 0
+        middle = (low + high) / 2
+        bottom = max(middle - span / 2, -0.04 * span) if positive else middle - span / 2
+        axis.set_ylim(bottom, bottom + span)
 
 
 def _draw_times(axis: Any, records: list[dict[str, Any]], keys: list[str]) -> None:
@@ -216,7 +250,7 @@ def main() -> None:
     if not folders or folders[0] in ("-h", "--help", "help"):
         print(main.__doc__)
         return
-    try:
+    with one_line_errors():
         if unknown := sorted(options.keys() - {"out", "keys"}):
             raise ConfigError(f"unknown option {unknown[0]!r}; there are out=FILE.png and keys=METRIC,METRIC")
         if len(folders) == 1 and not options:
@@ -224,9 +258,6 @@ def main() -> None:
         else:
             keys = [key for key in options.get("keys", "").split(",") if key]
             print(compare_runs(folders, options.get("out", "compare.png"), keys))
-    except CookbookError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,51 +1,52 @@
 """The folder of one run: its configuration, metrics, checkpoints, transcripts and plots.
 
-    config.json  metrics.jsonl  checkpoints.jsonl  checkpoints/  transcripts/  plots/  code.diff
+    config.json  metrics.jsonl  checkpoints.jsonl  checkpoints/  transcripts/  plots/  code.diff  lock
 
-A folder that already holds a run is resumed, deleted or refused, never overwritten. Left out: what a checkpoint contains
-(the training loop writes it, this file only records that it is complete) and remote storage.
+A folder that already holds a run is resumed, deleted or refused, never overwritten; one process at a time has it (run_lock.py). It is
+resumed with the settings that made it, or after saying which differ: config_changes.jsonl keeps those that were let through.
+Left out: what a checkpoint contains (the training loop writes it, this file only records that it is complete) and remote storage.
 """
 
 import json
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
-from enum import Enum
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import chz
-
 from backend.atomic_folder import recover_folders
 from backend.errors import CheckpointError, ConfigError
+from tracking.code_diff import append_code_diff
 from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_atomically
+from tracking.run_lock import LOCK_FILE, RunLock, lock_folder
+from tracking.settings import MAY_GROW, Changes, changes, changes_text, config_to_json, read_settings, write_settings
 
-BehaviorIfExists = Literal["ask", "resume", "delete", "raise"]
+__all__ = ["BehaviorIfExists", "CheckpointRecord", "RunFolder", "config_to_json", "open_run_folder"]
 
-# A run continued with another of these would be another run.
+BehaviorIfExists = Literal["ask", "resume", "resume_changed", "delete", "raise"]
+
+# A run continued with another of these would be another run, whatever the user says.
 FIXED_FOR_A_RUN = ("model_name", "env.class", "dataset.class", "env.tasks.class", "dataset.tasks.class")
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """`step` is the next step to run. `extra` is whatever the loop needs beside the folder (epoch, sampler path, ...)."""
+    """`step` is the next step to run."""
 
     name: str
     step: int
     path: Path
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of an open run. `changed_config` holds, on resume, the options that differ: name -> (before, now)."""
+    """Paths of an open run. `lock` keeps other processes out as long as this object lives; None: opened only to read."""
 
     path: Path
     resumed: bool = False
-    changed_config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    lock: RunLock | None = field(default=None, compare=False, repr=False)
 
     @property
     def config_file(self) -> Path:
@@ -71,7 +72,7 @@ class RunFolder:
     def plots(self) -> Path:
         return self.path / "plots"
 
-    def record_checkpoint(self, name: str, step: int, path: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> None:
+    def record_checkpoint(self, name: str, step: int, path: str | os.PathLike[str]) -> None:
         """Notes that the folder `path` is a complete checkpoint, from which step `step` is the next. On disk on return."""
         folder = Path(path).resolve()
         if not folder.is_dir():
@@ -79,21 +80,29 @@ class RunFolder:
         inside = folder.is_relative_to(self.path.resolve())
         stored = folder.relative_to(self.path.resolve()) if inside else folder  # relative, so that a run can be moved
         drop_torn_line(self.checkpoints_file)
-        append_jsonl(self.checkpoints_file, {"name": name, "step": step, "path": str(stored), "extra": extra or {}}, sync=True)
+        append_jsonl(self.checkpoints_file, {"name": name, "step": step, "path": str(stored)}, sync=True)
 
     def list_checkpoints(self) -> list[CheckpointRecord]:
         """Records whose folder is still there, oldest first; a folder recorded again counts once, as its last record."""
         records: dict[Path, CheckpointRecord] = {}
-        for line in read_jsonl(self.checkpoints_file):
+        for line in read_jsonl(self.checkpoints_file, {"name": str, "step": int, "path": str}):
             folder = self.path / line["path"]
             records.pop(folder, None)
             if folder.is_dir():
-                records[folder] = CheckpointRecord(line["name"], line["step"], folder, line["extra"])
+                records[folder] = CheckpointRecord(line["name"], line["step"], folder)
         return list(records.values())
 
     def last_checkpoint(self) -> CheckpointRecord | None:
-        """The latest complete checkpoint, or None."""
-        return next(reversed(self.list_checkpoints()), None)
+        """The latest complete checkpoint, or None. CheckpointError where there are several, and no record of any."""
+        records = self.list_checkpoints()
+        found = sorted(path.name for path in self.checkpoints.iterdir() if path.is_dir()) if self.checkpoints.is_dir() else []
+        found = [name for name in found if not name.startswith(".") and "." not in name]
+        if not records and len(found) > 1:  # one may be there without a record: a kill came between the two
+            raise CheckpointError(
+                f"{self.checkpoints_file} has no record of the checkpoints that are there ({', '.join(found)}): put it back, "
+                "or begin another run with load_checkpoint_path"
+            )
+        return records[-1] if records else None
 
     def prune_checkpoints(self, keep: int) -> None:
         """Deletes all but the last `keep` checkpoints (>= 1) and the one named "final". Call it after recording a new one."""
@@ -108,125 +117,121 @@ class RunFolder:
 
     def truncate_metrics(self, step: int) -> None:
         """Forgets the metrics of `step` and later, so that a resumed run's metrics are those of an uninterrupted one."""
-        kept = [record for record in read_jsonl(self.metrics_file) if record["step"] < step]
+        kept = [record for record in read_jsonl(self.metrics_file, {"step": int}) if record["step"] < step]
         write_atomically(self.metrics_file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
 def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, config: Any) -> RunFolder:
     """Makes the run folder, or decides by `behavior` what becomes of the one that is there, and writes config.json into it.
 
-    Raises ConfigError where a run exists and may not be touched, where the folder holds something that is no run, and where
-    a run would be resumed with another model, environment or dataset.
+    Raises ConfigError where a run exists and may not be touched or belongs to another process, where the folder holds something that
+    is no run, and where a run would be resumed with another model, environment or dataset, or with other settings (in a terminal the
+    user is asked; "resume_changed" lets them through).
     """
     path = Path(path).expanduser()
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file; choose another run folder")
-    resumed = False
-    if path.is_dir() and any(path.iterdir()):
-        if not _is_run_folder(path):
-            raise ConfigError(f"{path} is not empty and holds no run (no metrics.jsonl); choose another run folder")
-        if behavior == "ask":
-            behavior = _ask(path)
-        if behavior == "raise":
-            raise ConfigError(
-                f"{path} already holds a run; continue it, delete it (behavior resume or delete), or choose another"
-            )
-        resumed = behavior == "resume"
-        if behavior == "delete":
-            shutil.rmtree(path)
-    config_json = config_to_json(config)
-    changed = _compare_with_saved(path, config_json) if resumed else {}
-    run = RunFolder(path, resumed, changed)
+    there = _holds_a_run(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be a run folder ({error}); choose another log_path") from error
+    if there and behavior == "ask":
+        behavior = _ask(path)
+    if there and behavior == "raise":
+        raise ConfigError(f"{path} already holds a run; {REMEDY}")
+    if there and behavior == "delete":
+        _empty(path)
+    resumed = there and behavior != "delete"
+    run, config_json = RunFolder(path, resumed, lock), config_to_json(config)
+    if resumed:
+        _check_settings(run, behavior, config_json)
     for folder in (run.checkpoints, run.transcripts, run.plots):
         folder.mkdir(parents=True, exist_ok=True)
     recover_folders(run.checkpoints)
-    run.metrics_file.touch()
+    if not os.path.lexists(run.metrics_file):
+        run.metrics_file.touch()
     drop_torn_line(run.metrics_file)
-    write_atomically(run.config_file, json.dumps(config_json, indent=2) + "\n")
-    _write_code_diff(path / "code.diff")
+    write_settings(run.config_file, config_json)
+    append_code_diff(path / "code.diff", config_json)
     return run
 
 
+REMEDY = (
+    "add behavior_if_log_dir_exists=resume to go on with it, behavior_if_log_dir_exists=delete to start over, "
+    "or choose another log_path"
+)
+
+
+def _holds_a_run(path: Path) -> bool:
+    """ConfigError where the path is something else than a run folder, an empty folder or nothing."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; choose another run folder")
+        entries = [entry for entry in path.iterdir() if entry.name != LOCK_FILE] if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be a run folder ({error}); choose another log_path") from error
+    if entries and not _is_run_folder(path):
+        raise ConfigError(f"{path} is not empty and holds no run (no metrics.jsonl); choose another run folder")
+    return bool(entries)
+
+
+def _empty(path: Path) -> None:
+    """All but the lock, which stays held meanwhile."""
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK_FILE:
+            entry.unlink()
+
+
 def _is_run_folder(path: Path) -> bool:
-    # config.json alone would also fit a Hugging Face model. Killed before metrics.jsonl, a run leaves only empty folders.
-    return (path / "metrics.jsonl").is_file() or not any(entry.is_file() for entry in path.rglob("*"))
+    # config.json alone would also fit a Hugging Face model. Killed before metrics.jsonl, a run leaves only empty folders and its lock.
+    files = (entry for entry in path.rglob("*") if entry.is_file() and entry != path / LOCK_FILE)
+    return os.path.lexists(path / "metrics.jsonl") or not any(files)
 
 
 def _ask(path: Path) -> BehaviorIfExists:
     if not sys.stdin.isatty():
-        raise ConfigError(
-            f"{path} already holds a run and there is no terminal to ask; say resume, delete or raise, or choose another"
-        )
+        raise ConfigError(f"{path} already holds a run, and there is no terminal to ask; {REMEDY}")
     answers: dict[str, BehaviorIfExists] = {"r": "resume", "d": "delete", "q": "raise"}
+    return answers[_answer(f"{path} already holds a run: [r]esume it, [d]elete it, or [q]uit? ", "rdq")]
+
+
+def _answer(question: str, letters: str) -> str:
+    """One of the letters; the last one where the input ends."""
     while True:
         try:
-            answer = input(f"{path} already holds a run: [r]esume it, [d]elete it, or [q]uit? ").strip().lower()[:1]
+            answer = input(question).strip().lower()[:1]
         except EOFError:
-            answer = "q"
-        if answer in answers:
-            return answers[answer]
+            return letters[-1]
+        if answer and answer in letters:
+            return answer
 
 
-def config_to_json(config: Any) -> Any:
-    """A configuration as JSON values. A nested object keeps its class ("module:Class") beside its fields."""
-    return _to_json(config, top=True)
-
-
-def _to_json(value: Any, top: bool = False) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value.value if isinstance(value, Enum) else value
-    if isinstance(value, float):
-        return value if value - value == 0 else str(value)  # inf and nan are not JSON
-    if isinstance(value, Enum):
-        return _to_json(value.value)
-    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-        return f"{value.__module__}:{value.__qualname__}"
-    if chz.is_chz(value) or is_dataclass(value):
-        names = chz.chz_fields(value) if chz.is_chz(value) else vars(value)
-        # The top class is left out: it is __main__:Config or rl.train_cli:Config according to how the script was started.
-        kind = {} if top else {"class": f"{type(value).__module__}:{type(value).__qualname__}"}
-        return kind | {name: _to_json(getattr(value, name)) for name in names}
-    if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_to_json(item) for item in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]
-    return str(value) if isinstance(value, os.PathLike) else repr(value)
-
-
-def _compare_with_saved(path: Path, now: Any) -> dict[str, tuple[Any, Any]]:
-    """Options that differ from those in config.json; ConfigError where the run would no longer be the same one."""
-    if not (path / "config.json").exists():
-        return {}
-    before_flat, now_flat = _flatten(json.loads((path / "config.json").read_text())), _flatten(now)
-    names = [*before_flat, *(name for name in now_flat if name not in before_flat)]
-    changed = {n: (before_flat.get(n), now_flat.get(n)) for n in names if before_flat.get(n) != now_flat.get(n)}
-    for name in FIXED_FOR_A_RUN:
-        if name in changed:
-            before, after = changed[name]
-            raise ConfigError(
-                f"{path} was run with {name}={before}, not {after}; resume with the same or choose another run folder"
-            )
-    return changed
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    parts = [_flatten(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
-    return {name: leaf for part in parts for name, leaf in part.items()}
-
-
-def _write_code_diff(file: Path) -> None:
-    """Appends the commit and the uncommitted changes this code runs from; outside a git checkout it writes nothing."""
-    repository = Path(__file__).resolve().parent.parent
-    if not (repository / ".git").exists():
+def _check_settings(run: RunFolder, behavior: BehaviorIfExists, now: Any) -> None:
+    """Names what differs from config.json. ConfigError unless nothing does, or the user lets it through."""
+    if not os.path.lexists(run.config_file):
         return
-    output = ""
-    for arguments in (["rev-parse", "HEAD"], ["diff", "--no-ext-diff", "--no-color", "HEAD"]):
-        try:
-            command = ["git", "--no-optional-locks", "-C", str(repository), *arguments]
-            output += subprocess.run(command, capture_output=True, timeout=5, check=True).stdout.decode("utf-8", "replace")
-        except (OSError, subprocess.SubprocessError):
-            return  # no git, no commit yet, or a slow disk: the run matters more
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(f"commit {output}\n")
+    saved = read_settings(run.config_file, "put it back, or delete it to go on without a comparison of the settings")
+    found = changes(saved, now, may_grow=MAY_GROW)
+    for name in FIXED_FOR_A_RUN:
+        if name in found:
+            before, after = found[name]
+            raise ConfigError(
+                f"{run.path} was run with {name}={before}, not {after}; resume with the same or choose another run folder"
+            )
+    if not found:
+        return
+    if behavior != "resume_changed":
+        _ask_about(run.path, found)
+    print(f"{run.path} goes on with other settings than before: {changes_text(found)}")
+    append_jsonl(run.path / "config_changes.jsonl", {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changes": found})
+
+
+def _ask_about(path: Path, found: Changes) -> None:
+    text = f"{path} was made with {changes_text(found)}"
+    if not sys.stdin.isatty() or _answer(f"{text}. [c]ontinue with the new settings, or [q]uit? ", "cq") == "q":
+        raise ConfigError(
+            f"{text}: give the settings of before, behavior_if_log_dir_exists=resume_changed to go on with the new ones, "
+            "or another log_path"
+        )

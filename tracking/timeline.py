@@ -34,6 +34,7 @@ class Timeline:
     def __init__(self) -> None:
         self._spans: deque[Span] = deque(maxlen=PICTURE_SPANS)
         self._open: set[Span] = set()
+        self._began = time.perf_counter()
 
     @contextmanager
     def span(self, kind: str) -> Iterator[None]:
@@ -70,13 +71,16 @@ class Timeline:
         end = max(span.end for span in self._spans)
         start = max(end - seconds, min(span.start for span in self._spans))
         kinds = [kind for kind in KINDS if any(span.kind == kind and span.end > start for span in self._spans)]
-        figure, axes = stacked_axes(len(kinds), "what ran at the same time")
+        title = f"the last {end - start:.0f} seconds of the run: how many of each kind were under way at each moment"
+        figure, axes = stacked_axes(len(kinds), title)
         for axis, kind, color in zip(axes, kinds, COLORS, strict=False):
             times, counts = concurrency([span for span in self._spans if span.kind == kind and span.end > start])
-            axis.fill_between([t - start for t in times], counts, step="post", color=color, linewidth=0)
-            axis.set_xlim(0, end - start)
+            axis.fill_between([t - self._began for t in times], counts, step="post", color=color, linewidth=0)
+            axis.set_xlim(start - self._began, end - self._began)
+            axis.set_ylim(0, 1.05 * max(counts))
+            axis.yaxis.get_major_locator().set_params(integer=True, nbins=3)
             axis.set_ylabel(kind, rotation=0, ha="right", va="center", fontsize=9)
-        axes[-1].set_xlabel("seconds", fontsize=9)
+        axes[-1].set_xlabel("seconds since the run was started", fontsize=9)
         return save_figure(figure, path)
 
 

@@ -8,7 +8,7 @@ from html import escape
 from json import dumps
 from pathlib import Path
 
-from tracking.jsonl import read_jsonl, write_atomically
+from tracking.jsonl import read_dataclasses, write_atomically
 from tracking.metrics_log import format_number
 
 
@@ -26,7 +26,7 @@ class IndexEntry:
 def update_index(folder: Path, entry: IndexEntry) -> None:
     """Adds the entry, or replaces the one of the same iteration, and writes the page again."""
     records = folder / "index.jsonl"
-    entries = {record["iteration"]: IndexEntry(**record) for record in read_jsonl(records)} | {entry.iteration: entry}
+    entries = {known.iteration: known for known in read_dataclasses(records, IndexEntry)} | {entry.iteration: entry}
     ordered = [entries[iteration] for iteration in sorted(entries)]
     write_atomically(records, "".join(dumps(asdict(each)) + "\n" for each in ordered))
     write_atomically(folder / "index.html", _page(folder, ordered))

@@ -56,12 +56,12 @@ class TranscriptMember:
 
 @dataclass
 class TranscriptGroup:
-    """`are_seats`: the members play one game, and are shown side by side."""
+    """`num_seats`: so many members, one after the other, play one game, and are shown side by side; 0: each is on its own."""
 
     members: list[TranscriptMember]
     tags: list[str] = field(default_factory=list)
     num_retries: int = 0
-    are_seats: bool = False
+    num_seats: int = 0
 
 
 def write_transcripts(folder: Path, iteration: int, groups: Sequence[TranscriptGroup], max_html_groups: int = 16) -> Path:
@@ -137,14 +137,24 @@ def _group(number: int, group: TranscriptGroup, scale: float) -> str:
     hint = " ".join(prompts[0].split())[-120:] if prompts else ""
     shared = prompts[0] if len(set(prompts)) == 1 else None
     head = f'<div class="shared"><pre class="ob">{_visible(shared)}</pre></div>' if shared is not None else ""
-    name = "seat" if group.are_seats else "rollout"
-    members = "".join(_member(f"{name} {index}", member, scale, shared) for index, member in enumerate(group.members))
-    members = head + (f'<div class="seats">{members}</div>' if group.are_seats else members)
+    members = head + (_games(group, scale, shared) if group.num_seats else _members("rollout", group.members, scale, shared))
     opened = " open" if number == 0 else ""
     return (
         f'<details class="group"{opened}><summary><span class="name">group {number}</span>{tags}'
         f'<span class="chips">{chips}</span><span class="hint">{escape(hint)}</span></summary>{members}</details>'
     )
+
+
+def _games(group: TranscriptGroup, scale: float, shared: str | None) -> str:
+    """A row for each game, a column for each of its seats."""
+    games = [group.members[first : first + group.num_seats] for first in range(0, len(group.members), group.num_seats)]
+    rows = (f'<div class="seats">{_members("seat", game, scale, shared)}</div>' for game in games)
+    titles = (f"<h3>game {number}</h3>" if len(games) > 1 else "" for number in range(len(games)))
+    return "".join(title + row for title, row in zip(titles, rows, strict=True))
+
+
+def _members(name: str, members: Sequence[TranscriptMember], scale: float, shared: str | None) -> str:
+    return "".join(_member(f"{name} {index}", member, scale, shared) for index, member in enumerate(members))
 
 
 def _chip(reward: float, advantage: float | None) -> str:
@@ -244,7 +254,8 @@ summary::before{content:"▸";color:var(--soft);width:10px}details[open]>summary
 .group{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:10px 0}
 .group>summary{padding:10px 14px}.group[open]>summary{border-bottom:1px solid var(--line)}
 .member{padding:10px 14px 12px;border-top:1px solid var(--line)}.shared{padding:8px 14px}summary+.member{border-top:0}
-.seats{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr))}.seats>.member{border-right:1px solid var(--line)}
+.seats{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(260px,1fr);overflow-x:auto}
+.seats>.member{border-right:1px solid var(--line)}.group>h3{margin:14px 14px 6px}
 .same{margin:6px 0;color:var(--soft);font-size:12px}a{color:inherit}
 .name{font-weight:600}.note{color:var(--soft)}
 .hint{flex:1 1 200px;min-width:0;color:var(--soft);white-space:nowrap;overflow:hidden;text-overflow:ellipsis;text-align:right}

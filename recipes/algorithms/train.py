@@ -1,9 +1,10 @@
 """Two-digit addition by every algorithm preset: one supervised warm start, then one run each from it, and one picture of all.
 
     python recipes/algorithms/train.py                             # all presets, one after another; runs/algorithms
-    python recipes/algorithms/train.py algorithms=grpo,rloo seed=1
+    python recipes/algorithms/train.py algorithms=grpo,rloo seed=1 log_path=runs/algorithms_1
 
-What a preset sets is in rl/algorithms.py; everything else is the same for all. A run that is there already is resumed or kept.
+What a preset sets is in rl/algorithms.py; everything else is the same for all. A run that is there already is resumed or kept; a folder
+that was filled with other settings is refused.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -28,6 +29,7 @@ from supervised import train as supervised_train
 from tracking.command_line import parse, run_command
 from tracking.metrics_log import read_metrics
 from tracking.plots import compare_runs
+from tracking.settings import claim_folder
 
 
 @chz.chz
@@ -46,22 +48,20 @@ class Config:
 def warm_start(config: Config) -> Path:
     """A checkpoint that gets about two sums of three right."""
     folder = Path(config.log_path) / "warm_start"
-    final = folder / "checkpoints" / "final"
-    if not final.exists():
-        settings = supervised_train.Config(
-            dataset=ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed),
-            renderer_name="plain",
-            seed=config.seed,
-            learning_rate=2e-3,
-            lr_schedule="constant",
-            stop_at_nll=config.warm_start_nll,
-            save_every=0,
-            log_path=str(folder),
-            behavior_if_log_dir_exists="delete",
-            backend=config.backend,
-        )
-        asyncio.run(supervised_train.main(settings))
-    return final
+    settings = supervised_train.Config(
+        dataset=ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed),
+        renderer_name="plain",
+        seed=config.seed,
+        learning_rate=2e-3,
+        lr_schedule="constant",
+        stop_at_nll=config.warm_start_nll,
+        save_every=0,
+        log_path=str(folder),
+        behavior_if_log_dir_exists="resume",
+        backend=config.backend,
+    )
+    asyncio.run(supervised_train.main(settings))
+    return folder / "checkpoints" / "final"
 
 
 def rl_config(config: Config, algorithm: str, start: Path) -> train.Config:
@@ -90,6 +90,7 @@ def main(config: Config) -> None:
     names = config.algorithms.split(",")
     if unknown := [name for name in names if name not in ALGORITHMS]:
         raise ConfigError(f"algorithms={unknown[0]}: no such preset; known: {', '.join(ALGORITHMS)}")
+    claim_folder(Path(config.log_path), config, free=("algorithms",))
     start = warm_start(config)
     for name in names:
         asyncio.run(train.main(rl_config(config, name, start)))

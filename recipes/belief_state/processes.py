@@ -15,7 +15,7 @@ class FollowedFolder(RunFolder):
     def metrics_file(self) -> Path:
         return Path(os.devnull)
 
-    def record_checkpoint(self, name: str, step: int, path: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> None:
+    def record_checkpoint(self, name: str, step: int, path: str | os.PathLike[str]) -> None:
         pass
 
     def prune_checkpoints(self, keep: int) -> None:

@@ -35,7 +35,7 @@ from recipes.belief_state.source import TokenSource, TokenSourceBuilder
 from recipes.belief_state.star_graph import StarGraphBuilder
 from tracking.checkpointing import Checkpointer, StopRequest
 from tracking.command_line import run_command
-from tracking.metrics_log import MetricsLog, timed
+from tracking.metrics_log import MetricsLog, read_last_metrics, timed
 from tracking.progress import TrainingProgress
 from tracking.run_folder import BehaviorIfExists, RunFolder
 
@@ -157,7 +157,9 @@ def training_loop(
     config: Config, folder: RunFolder, client: BeliefStateClient, source: TokenSource, processes: Processes = ALONE
 ) -> Metrics:
     checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
-    start = checkpointer.start(config.load_checkpoint_path)
+    start = checkpointer.start(config.load_checkpoint_path, config.num_steps)
+    if checkpointer.nothing_left:
+        return read_last_metrics(folder.path)
     metrics: Metrics = {}
     headline: Metrics = {}
     with (
@@ -214,10 +216,10 @@ def adam_params(config: Config, step: int) -> AdamParams:
 
 
 def _finish(folder: RunFolder, metrics: Metrics) -> None:
-    from tracking.metrics_log import print_metrics_table
+    from tracking.metrics_log import print_last_metrics
     from tracking.plots import plot_run
 
-    print_metrics_table({k: v for k, v in metrics.items() if not k.startswith("time/")}, f"{folder.path}: last step")
+    print_last_metrics(folder, metrics)
     print(f"plot: {plot_run(folder.path)}\ncheckpoint: {folder.checkpoints / 'final'}")
 
 

@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from backend.errors import CookbookError, DataError
+from backend.errors import DataError
 from recipes.bstar.pictures import samples_of, value
 from recipes.bstar.records import Summary, read_summaries
+from tracking.command_line import one_line_errors
 
 STATIC = ("online_rft", "online_rft_cold")
 NOISE = 0.02
@@ -63,14 +64,11 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(__doc__)
         return
-    try:
+    with one_line_errors():
         for run in map(Path, sys.argv[1:]):
             print(run)
             for name, (holds, figures) in claims(run).items():
                 print(f"  ({name}) {'holds' if holds else 'fails'}: {figures}")
-    except CookbookError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

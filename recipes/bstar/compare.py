@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from backend.errors import ConfigError, CookbookError, DataError
+from backend.errors import ConfigError, DataError
 from recipes.bstar.pictures import as_svg, draw_comparison, samples_of, save_png, value
 from recipes.bstar.records import Summary, read_summaries
 from recipes.bstar.report import figure_html, html_page, method_folders, table
+from tracking.command_line import one_line_errors
 
 Runs = dict[str, list[list[Summary]]]  # method -> seed -> rounds
 
@@ -90,13 +91,10 @@ def main() -> None:
     if not folders or str(folders[0]) in ("-h", "--help", "help"):
         print(__doc__)
         return
-    try:
+    with one_line_errors():
         if unknown := sorted(options.keys() - {"out"}):
             raise ConfigError(f"unknown option {unknown[0]!r}; there is out=PATH")
         print(compare(folders, Path(options.get("out", "bstar_comparison"))))
-    except CookbookError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

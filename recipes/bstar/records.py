@@ -20,7 +20,8 @@ from pathlib import Path
 
 from backend.errors import DataError
 from backend.types import StopReason
-from tracking.jsonl import read_jsonl, write_atomically
+from tracking.jsonl import as_dataclass, read_dataclasses, read_jsonl, write_atomically
+from tracking.settings import read_settings
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,14 @@ def write_scores(path: Path, candidates: Sequence[Candidate]) -> None:
 
 def read_candidates(path: Path) -> list[Candidate]:
     """With their scores where they have been scored. DataError if the two files do not belong together."""
-    candidates = [Candidate(**line) for line in read_jsonl(path)]
+    candidates = read_dataclasses(path, Candidate)
     if not scores_path(path).exists():
         return candidates
     scores = read_jsonl(scores_path(path))
-    if [c.key for c in candidates] != [(line["query"], line["temperature"], line["sample"]) for line in scores]:
+    if [c.key for c in candidates] != [(line.get("query"), line.get("temperature"), line.get("sample")) for line in scores]:
         raise DataError(f"{scores_path(path)} holds the scores of other candidates than {path.name}: delete it")
     return [
-        replace(candidate, reward=line["reward"], step_scores=line["step_scores"])
+        replace(candidate, reward=line.get("reward"), step_scores=line.get("step_scores"))
         for candidate, line in zip(candidates, scores, strict=True)
     ]
 
@@ -126,7 +127,7 @@ def write_selection(path: Path, selected: Sequence[Selected]) -> None:
 
 
 def read_selection(path: Path) -> list[Selected]:
-    return [Selected(**line) for line in read_jsonl(path)]
+    return read_dataclasses(path, Selected)
 
 
 def write_choice(path: Path, choice: Choice) -> None:
@@ -134,8 +135,8 @@ def write_choice(path: Path, choice: Choice) -> None:
 
 
 def read_choice(path: Path) -> Choice:
-    fields = json.loads(path.read_text())
-    return Choice(**{**fields, "surface": [Cell(**cell) for cell in fields["surface"]]})
+    choice = as_dataclass(read_settings(path), Choice, str(path))
+    return replace(choice, surface=[as_dataclass(cell, Cell, str(path)) for cell in choice.surface])
 
 
 def write_summary(path: Path, summary: Summary) -> None:
@@ -145,4 +146,4 @@ def write_summary(path: Path, summary: Summary) -> None:
 def read_summaries(method_folder: Path) -> list[Summary]:
     """Of the rounds that are finished, in order; round 0 is the warm start."""
     files = sorted(method_folder.glob("round_*/summary.json"))
-    return [Summary(**json.loads(file.read_text())) for file in files]
+    return [as_dataclass(read_settings(file), Summary, str(file)) for file in files]

@@ -13,13 +13,14 @@ from html import escape
 from math import isnan
 from pathlib import Path
 
-from backend.errors import CookbookError, DataError
+from backend.errors import DataError
 from preference.steps import StepFormat
 from recipes.bstar.methods import METHODS
 from recipes.bstar.pictures import STAGES, as_svg, draw_comparison, draw_costs, draw_curves, draw_surfaces, samples_of, value
 from recipes.bstar.records import Choice, Summary, read_choice, read_summaries
 from recipes.bstar.showcase import samples_html
 from recipes.bstar.tasks import Task
+from tracking.command_line import one_line_errors
 from tracking.jsonl import read_jsonl, write_atomically
 from tracking.transcripts import PAGE_STYLE
 
@@ -195,11 +196,8 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(__doc__)
         return
-    try:
+    with one_line_errors():
         print(write_report(Path(sys.argv[1])))
-    except CookbookError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 _STYLE = (

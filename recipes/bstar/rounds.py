@@ -253,8 +253,8 @@ class Round:
         selected, config = read_selection(self.folder / "selection.jsonl"), self.config
         if not selected:
             raise DataError(f"{self.folder}/selection.jsonl is empty: no sample is above the threshold; sample more, or lower it")
-        start = self.policy(self.number - 1 if self.method.start == "last" else 0)
-        keep = self.method.keep_optimizer
+        keep = self.method.keep_optimizer  # then only the first round begins with a checkpoint of another run
+        start = self.policy(self.number - 1 if self.method.start == "last" and not keep else 0)
         first, total = ((self.number - 1) * config.steps, config.rounds * config.steps) if keep else (0, config.steps)
         dataset = RoundData(self.data(selected), config.batch_size, [config.seed, self.number], first, total)
         run = supervised_train.Config(

@@ -23,7 +23,7 @@ from renderers.types import Renderer
 from supervised import train as supervised_train
 from supervised.data import SupervisedDatasetFromExamples, conversation_to_datum
 from supervised.types import SupervisedDatasetBuilder
-from tracking.jsonl import read_jsonl, write_atomically
+from tracking.jsonl import as_dataclass, read_jsonl, write_atomically
 from tracking.run_folder import open_run_folder
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ async def prm_data(config: "Config", task: Task) -> None:
             groups = await sample_solutions(client, problems, config.prm_solutions, params)
         lines = (json.dumps({"solutions": [asdict(solution) for solution in group]}) + "\n" for group in groups)
         write_atomically(folder / "solutions.jsonl", "".join(lines))
-    groups = [[Solution(**fields) for fields in line["solutions"]] for line in read_jsonl(folder / "solutions.jsonl")]
+    lines_P = read_jsonl(folder / "solutions.jsonl", {"solutions": list})
+    groups = [[as_dataclass(fields, Solution, str(folder)) for fields in line["solutions"]] for line in lines_P]
     pairs = [(problem, solution) for problem, group in zip(problems, groups, strict=True) for solution in group]
     labelling = LabelConfig(
         max_tokens=task.max_tokens, form=task.form, num_completions=config.prm_completions, seed=config.seed, chunk_size=256

@@ -16,7 +16,6 @@ if not __package__:  # run as a file: put the project on the path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import asyncio
-import json
 from decimal import Decimal
 from pathlib import Path
 
@@ -40,8 +39,7 @@ from recipes.bstar.sums import SumsBuilder
 from recipes.bstar.tasks import Task, TaskBuilder
 from renderers import get_renderer
 from tracking.command_line import run_command
-from tracking.jsonl import write_atomically
-from tracking.run_folder import config_to_json
+from tracking.settings import claim_folder
 
 TASKS = {
     "sums": "recipes.bstar.sums:SumsBuilder",
@@ -172,12 +170,7 @@ def check_settings(config: Config) -> None:
     """Refuses a folder that was filled with other settings; methods may be added to it."""
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise ConfigError(f"methods={','.join(unknown)}: choose from {', '.join(METHODS)}")
-    settings = config_to_json(chz.replace(config, methods=[], max_sampled_tokens=1))
-    file = config.folder / "recipe.json"
-    if file.exists() and json.loads(file.read_text()) != settings:
-        raise ConfigError(f"{config.folder} was filled with other settings ({file.name}): delete it, or choose another log_path")
-    config.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(settings, indent=2) + "\n")
+    claim_folder(config.folder, config, free=("methods", "max_sampled_tokens"))
 
 
 async def run(config: Config) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from recipes.latro import train
 from tracking.command_line import run_command
 from tracking.metrics_log import read_metrics
+from tracking.settings import already_made
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "latro": {},
@@ -55,7 +56,7 @@ def run(config: Config, variant: str, seed: int) -> Path:
     begin = train.start(train.prepared(base))
     options = chz.replace(base, load_checkpoint_path=begin, log_path=f"{base.log_path}/{variant}", **VARIANTS[variant])
     folder = options.folder(options.method)
-    if not (folder / "summary.json").exists():
+    if not already_made(folder / "summary.json", options, Path(options.log_path) / "made_with.json"):
         train.main(options)
     return folder
 

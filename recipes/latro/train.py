@@ -47,6 +47,7 @@ from supervised import train as supervised_train
 from tracking.command_line import run_command
 from tracking.metrics_log import print_metrics_table
 from tracking.run_folder import BehaviorIfExists, RunFolder
+from tracking.settings import claim_folder
 
 DATASETS = {
     "toy": "recipes.latro.toy:ToyBuilder",
@@ -57,6 +58,12 @@ DATASETS = {
 }
 # What is printed of an evaluation.
 HEADLINES = ("likelihood/answer_logprob", "env/all/useful", "env/all/finished", "test/env/all/correct")
+
+# The settings of the warm start, which all methods in a folder begin with.
+SHARED = (
+    *("dataset", "model_name", "load_checkpoint_path", "renderer_name", "lora_rank"),
+    *("warm_start_updates", "warm_start_seed"),
+)
 
 
 @chz.chz
@@ -144,6 +151,8 @@ class Config:
 
 def main(config: Config) -> None:
     config = prepared(config)
+    shared = {name: getattr(config, name) for name in SHARED}
+    claim_folder(Path(config.log_path), shared)
     train, validation = config.dataset.split()
     if config.method == "diagnose":
         print_metrics_table(evaluation(config).diagnose(start(config), validation), "log p(answer), nats, validation split")
@@ -219,10 +228,8 @@ def start(config: Config) -> str | None:
         save_every=0,
         **common(config, "warm_start"),
     )
-    final = config.folder("warm_start") / "checkpoints" / "final"
-    if config.behavior_if_log_dir_exists != "resume" or not final.exists():
-        asyncio.run(supervised_train.main(settings))
-    return str(final)
+    asyncio.run(supervised_train.main(settings))
+    return str(config.folder("warm_start") / "checkpoints" / "final")
 
 
 def common(config: Config, stage: str) -> dict:

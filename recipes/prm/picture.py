@@ -10,6 +10,8 @@ from tracking.metrics_log import read_metrics
 
 CHOICES = {"sampled": "mean of\nthe samples", "majority": "majority", "best_of_n": "best by\nthe PRM", "any": "any right"}
 
+LEAST_SCORES = 30  # at a distance from the first wrong step, for it to be drawn
+
 
 def draw(run: Path, results: Mapping[str, float], aligned: Aligned, out: Path) -> Path:
     import matplotlib
@@ -25,11 +27,11 @@ def draw(run: Path, results: Mapping[str, float], aligned: Aligned, out: Path) -
         ("test/majority", "one guess for all steps"),
     ):
         points = [(record["step"], record[key]) for record in records if key in record]
-        left.plot(*zip(*points, strict=True), label=label)
+        left.plot([step for step, _ in points], [value for _, value in points], label=label)
     left.set(title="held-out labels predicted", xlabel="training step", ylim=(0, 1.02))
     left.legend(frameon=False, loc="lower right")
-    offsets = [offset for offset in sorted(aligned) if len(aligned[offset]) >= 30]
-    quartiles = np.array([np.percentile(aligned[offset], (25, 50, 75)) for offset in offsets]).T
+    offsets = [offset for offset in sorted(aligned) if len(aligned[offset]) >= LEAST_SCORES]
+    quartiles = np.array([np.percentile(aligned[offset], (25, 50, 75)) for offset in offsets]).reshape(-1, 3).T  # none: empty
     middle.fill_between(offsets, quartiles[0], quartiles[2], alpha=0.2)
     middle.plot(offsets, [np.mean(aligned[offset]) for offset in offsets], marker="o")
     middle.set(title="score of a step (mean, quartiles)", xlabel="steps after the first wrong one", ylim=(0, 1.02))

@@ -42,10 +42,10 @@ from renderers import get_renderer
 from rl import train as rl_train
 from supervised import train as supervised_train
 from tracking.command_line import run_command
-from tracking.jsonl import read_jsonl, write_atomically
+from tracking.jsonl import as_dataclass, read_jsonl, write_atomically
 from tracking.metrics_log import print_metrics_table
 from tracking.plots import compare_runs
-from tracking.run_folder import config_to_json
+from tracking.settings import claim_folder
 
 STAGES = ("warm_start", "completer", "solutions", "labels", "prm", "evaluate", "rl")
 FORM = StepFormat(separator="\n", answer_marker=ANSWER)
@@ -236,19 +236,15 @@ def _sample(config: Config, chains: Sequence[Chain], count: int, file: Path, str
 
 
 def _read(file: Path) -> list[list[Solution]]:
-    return [[Solution(**fields) for fields in line["solutions"]] for line in read_jsonl(file)]
+    groups = read_jsonl(file, {"solutions": list})
+    return [[as_dataclass(fields, Solution, str(file)) for fields in group["solutions"]] for group in groups]
 
 
 def main(config: Config) -> None:
     """Runs the stages that have no result yet. A folder that was filled with other settings is refused."""
     if unknown := set(config.stages) - set(STAGES):
         raise ConfigError(f"stages={sorted(unknown)}: choose from {', '.join(STAGES)}")
-    settings = config_to_json(chz.replace(config, stages=[]))
-    file = config.folder / "recipe.json"
-    if file.exists() and json.loads(file.read_text()) != settings:
-        raise ConfigError(f"{config.folder} was filled with other settings ({file.name}): delete it, or choose another log_path")
-    config.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(settings, indent=2) + "\n")
+    claim_folder(config.folder, config, free=("stages",))
     results = {
         "warm_start": (warm_start, config.policy),
         "completer": (completer, config.completer),

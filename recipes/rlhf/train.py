@@ -7,7 +7,8 @@
     rl_no_penalty  the same without the penalty
     curve          true and proxy reward against the KL to the imitator (Gao et al. 2022): over-optimisation
 
-Each stage leaves a folder in LOG_PATH. A stage that is there is not run again, one that was interrupted goes on where it was:
+Each stage leaves a folder in LOG_PATH, and beside it the settings that made it and what it was made from. A stage that is there is not
+run again, one that was interrupted goes on where it was, one that was made with other settings is refused:
 
     python recipes/rlhf/train.py                               # all stages; runs/rlhf
     rm -r runs/rlhf/rl && python recipes/rlhf/train.py kl_coef=0.1
@@ -47,6 +48,8 @@ from rl import train as rl_train
 from rl.kl import KLPenalty
 from supervised import train as supervised_train
 from tracking.command_line import run_command
+from tracking.jsonl import write_atomically
+from tracking.settings import already_made, read_settings
 
 WATCH_ONLY = 1e-9  # a KL penalty too small to matter: the KL is measured all the same
 
@@ -110,11 +113,7 @@ def comparisons(config: Config) -> None:
         | {"completion_B": one.comparison.completion_B, "label": one.label}
         for one in labeled_D
     ]
-    file = config.folder("comparisons.jsonl")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unfinished.rename(file)
+    write_atomically(config.folder("comparisons.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def reward_model(config: Config) -> None:
@@ -163,7 +162,7 @@ def rl_no_penalty(config: Config) -> None:
 
 
 def curve(config: Config) -> None:
-    penalty = json.loads((config.folder("rl") / "config.json").read_text())["kl"]["coef"]  # what that run was made with
+    penalty = read_settings(config.folder("rl") / "config.json")["kl"]["coef"]  # what that run was made with
     runs = {f"KL penalty {penalty:g}": config.folder("rl"), "no penalty": config.folder("rl_no_penalty")}
     print(f"over-optimisation curve: {plot_curve(runs, config.folder('curve.png'))}")
 
@@ -187,10 +186,27 @@ STAGES: dict[str, Callable[[Config], None]] = {
 }
 
 
+# The settings that each stage depends on, those of the stages before it included.
+_SFT = ("model_name", "renderer_name", "seed", "sft_steps", "backend")
+_COMPARISONS = (*_SFT, "num_comparisons", "max_tokens")
+_REWARD_MODEL = (*_COMPARISONS, "reward_model_epochs")
+_RL = (*_REWARD_MODEL, "rl_steps", "rl_learning_rate")
+DEPENDS_ON = {
+    "sft": _SFT,
+    "comparisons": _COMPARISONS,
+    "reward_model": _REWARD_MODEL,
+    "rl": (*_RL, "kl_coef"),
+    "rl_no_penalty": _RL,
+}
+
+
 def is_done(config: Config, stage: str) -> bool:
-    if stage == "comparisons":
-        return config.folder("comparisons.jsonl").exists()
-    return Path(config.final(stage)).exists()
+    """ConfigError where it was done with other settings."""
+    if stage == "curve":
+        return False
+    result = config.folder("comparisons.jsonl") if stage == "comparisons" else Path(config.final(stage))
+    settings = {name: getattr(config, name) for name in DEPENDS_ON[stage]}
+    return already_made(result, settings, config.folder(f"{stage}.made_with.json"))
 
 
 def main(config: Config) -> None:

@@ -14,6 +14,7 @@ from backend.errors import CheckpointError
 from backend.random_state import drawn_from
 from envs.star_graph import StarGraph
 from envs.star_graph_tokens import numeral_tokenizer
+from tracking.settings import already_made
 
 INIT_STD = 0.08  # with GPT-2's 0.02 a model this narrow takes several times as long to find its look-ups
 
@@ -21,10 +22,11 @@ INIT_STD = 0.08  # with GPT-2's 0.02 a model this narrow takes several times as 
 def make_model(
     graph: StarGraph, path: str | Path, seed: int = 0, num_layers: int = 2, num_heads: int = 4, hidden: int = 64
 ) -> Path:
-    """Writes the folder, unless it is there already, and returns it. 0.1M parameters as it stands."""
-    path = Path(path)
+    """Writes the folder, unless it is there already with the same settings, and returns it. 0.1M parameters as it stands."""
+    path, sizes = Path(path), {"num_layers": num_layers, "num_heads": num_heads, "hidden": hidden}
     if path.exists():
         check_model(path, graph)
+    if already_made(path, {"graph": graph, "seed": seed, **sizes}):
         return path
     config = GPT2Config(
         vocab_size=graph.vocab_size,

@@ -32,6 +32,7 @@ from recipes.star_graph.evaluation import AccuracyEvaluator
 from recipes.star_graph.model import check_model
 from recipes.star_graph.rollouts import collect_pairs, read_pairs
 from tracking.command_line import run_command
+from tracking.settings import already_made
 
 
 @chz.chz
@@ -66,8 +67,10 @@ def main(config: Config) -> train_dpo.Metrics:
     pairs_path = Path(config.pairs_path or Path(config.log_path).parent / "pairs.jsonl")
     if config.pairs_path and not pairs_path.exists():
         raise ConfigError(f"pairs_path={pairs_path} is not there")
-    if not pairs_path.exists():
-        asyncio.run(collect(config, pairs_path))
+    if not config.pairs_path:
+        made_with = {name: getattr(config, name) for name in ("task", "model_name", "num_prompts", "seed", "backend")}
+        if not already_made(pairs_path, made_with):
+            asyncio.run(collect(config, pairs_path))
     _, test = config.task.split()
     evaluator = AccuracyEvaluator(test, layout)
     return asyncio.run(train_dpo.train_on_pairs(config, read_pairs(pairs_path, layout), [], evaluator))

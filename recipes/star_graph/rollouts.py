@@ -24,7 +24,7 @@ from backend.sampling_client import SamplingClient
 from backend.types import Datum, ModelInput, SamplingParams
 from envs.star_graph_tokens import Layout
 from preference.pairs import Pair
-from tracking.jsonl import write_atomically
+from tracking.jsonl import parse_json, read_bytes, write_atomically
 
 WAVE = 2048  # prompts sampled at once
 
@@ -79,15 +79,12 @@ def _record(ids_T: np.ndarray, wrong: list[int], layout: Layout, index: int, n_t
 
 def read_pairs(path: str | Path, layout: Layout) -> list[Pair]:
     """Pairs for preference/, with weight 1 on the tokens of the paths. DataError names the line that is not of this form or size."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    lines = read_bytes(path).splitlines()
     pairs, dropped = [], 0
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line, where)
             chosen, rejected = list(map(int, record["y_pred_chosen"])), list(map(int, record["y_pred_reject"]))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{where}: not a pair as collect_rollouts.py writes it ({error})") from error

@@ -21,6 +21,7 @@ from typing import Any
 
 from backend.errors import ConfigError, CookbookError
 from tracking.jsonl import write_atomically
+from tracking.settings import changes, changes_text, read_settings
 
 TAIL = 1 << 16  # bytes at the end of a metrics file that are read for the progress bar
 SECONDS_BETWEEN_LINES = 30.0
@@ -49,13 +50,8 @@ class Job:
         """ConfigError if it was run with other settings."""
         if not self.marker.exists():
             return False
-        before = json.loads(self.marker.read_text())
-        now = json.loads(json.dumps(self.settings))
-        if changed := [key for key in {*before, *now} if before.get(key) != now.get(key)]:
-            key = sorted(changed)[0]
-            raise ConfigError(
-                f"{self.folder} was run with {key}={before.get(key)!r}, not {now.get(key)!r}: delete it or choose another log_path"
-            )
+        if found := changes(read_settings(self.marker), json.loads(json.dumps(self.settings))):
+            raise ConfigError(f"{self.folder} was run with {changes_text(found)}: delete it or choose another log_path")
         return True
 
 

@@ -38,7 +38,7 @@ from recipes.star_graph.model import make_model
 from recipes.star_graph.side_by_side import Job, run_side_by_side
 from rl import train as rl_train
 from tracking.command_line import run_command
-from tracking.run_folder import config_to_json
+from tracking.settings import config_to_json
 
 FROM_SCRATCH = ("gpt", "reversed", "teacherless", "bst")
 FROM_GPT = ("reinforce", "rl", "dpo", "rpo", "guided")
@@ -219,6 +219,12 @@ def chosen_methods(config: Config) -> list[str]:
     return [name for name in known if name in needed]
 
 
+def settings_of(config: Config, method: str, seed: int) -> dict[str, Any]:
+    """Of a method, and of those whose results it begins with."""
+    before = {name: settings_of(config, name, seed) for name in AFTER.get(method, ())}
+    return config_to_json(method_of(config, method, seed)[1]) | ({"after": before} if before else {})
+
+
 def job(config: Config, method: str, seed: int) -> Job:
     run, settings = method_of(config, method, seed)
     steps = {"bst": config.bst_steps, "guided": config.classifier_steps, **dict.fromkeys(FROM_SCRATCH[:3], config.pretrain_steps)}
@@ -227,7 +233,7 @@ def job(config: Config, method: str, seed: int) -> Job:
         folder=folder_of(config, "classifier" if method == "guided" else method, seed),
         num_steps=steps.get(method, config.policy_steps),
         run=partial(run_method, run, settings),
-        settings=config_to_json(settings),
+        settings=settings_of(config, method, seed),
         after=tuple(f"seed_{seed}/{name}" for name in AFTER.get(method, ())),
     )
 

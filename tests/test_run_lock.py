@@ -1,0 +1,168 @@
+"""One process per run folder, and what asks a run to save and stop: signals, a closed terminal, a reader of its output that has gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backend.errors import ConfigError
+from tests.conftest import ROOT
+from tracking.command_line import one_line_errors
+from tracking.metrics_log import read_metrics
+from tracking.run_folder import open_run_folder
+from tracking.stop_request import StopRequest
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def holder(folder: Path, then: str) -> "subprocess.Popen[str]":
+    """A process that opens the run folder, says so, and does `then`."""
+    script = textwrap.dedent(f"""
+        import os, signal, subprocess, sys, time
+        from tracking.run_folder import open_run_folder
+        run = open_run_folder({str(folder)!r}, "resume", {{}})
+    """)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script + then], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    assert process.stdout is not None
+    process.child = int(process.stdout.readline())  # type: ignore[attr-defined]
+    return process
+
+
+def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
+    process = holder(tmp_path / "run", "print(0, flush=True); time.sleep(600)")
+    with pytest.raises(ConfigError) as refused:
+        open_run_folder(tmp_path / "run", "delete", {})
+    text = str(refused.value)
+    assert f"in use by process {process.pid} on {os.uname().nodename} since 2" in text and "choose another log_path" in text
+    process.kill()
+    process.wait()
+    run = open_run_folder(tmp_path / "run", "resume", {})  # the kernel gave it back
+    assert run.lock is not None and str(os.getpid()) in run.lock.file.read_text()
+    open_run_folder(tmp_path / "run", "delete", {})  # the same process may open it again
+    del run
+    assert holder(tmp_path / "run", "print(0, flush=True)").wait() == 0  # and lets go of what it no longer uses
+
+
+CHILDREN = {
+    "forked": "child = os.fork()\nif not child: time.sleep(600)\nprint(child, flush=True)\nos._exit(0) if child else None",
+    "executed": "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid\nprint(child, flush=True)\nos._exit(0)",
+    "with its descriptors": "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, close_fds=False).pid\n"
+    "print(child, flush=True)\nos._exit(0)",
+}
+
+
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_a_child_that_outlives_the_run_does_not_keep_the_lock(kind: str, tmp_path: Path) -> None:
+    process = holder(tmp_path / "run", CHILDREN[kind])
+    child = process.child  # type: ignore[attr-defined]
+    process.wait()
+    try:
+        os.kill(child, 0)  # it is alive
+        open_run_folder(tmp_path / "run", "resume", {})
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("signals", "at_once"),
+    [
+        ([signal.SIGINT], False),
+        ([signal.SIGTERM], False),
+        ([signal.SIGHUP], False),
+        ([signal.SIGHUP, signal.SIGHUP], False),  # a closed terminal: from the kernel and from the shell
+        ([signal.SIGHUP, signal.SIGTERM], True),
+        ([signal.SIGINT, signal.SIGINT], True),
+    ],
+)
+def test_signals_ask_for_a_stop_and_a_second_one_stops_at_once(signals: list[int], at_once: bool) -> None:
+    stopped_at_once = False
+    with StopRequest() as stop:
+        assert not stop
+        try:
+            for number in signals:
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            stopped_at_once = True
+        assert stop
+    assert stopped_at_once == at_once
+
+
+def test_nohup_holds() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_output_that_nobody_reads_asks_for_a_stop_and_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with open(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with StopRequest() as stop:
+            print("step 1", flush=True)
+            os.close(reading)
+            assert not stop
+            print("step 2", flush=True)
+            assert stop
+            print("step 3", flush=True)
+        print("the table at the end", flush=True)
+
+
+def test_an_output_that_was_closed_before_the_run_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as left, one_line_errors():
+            print("4 examples", flush=True)
+        assert left.value.code == 141
+
+
+def close_terminal(process: "subprocess.Popen[bytes]") -> None:
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+
+
+def close_output(process: "subprocess.Popen[bytes]") -> None:
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("end", [close_terminal, close_output])
+def test_a_run_whose_terminal_or_reader_goes_away_saves_its_step(end: Callable, tmp_path: Path) -> None:
+    options = [
+        "dataset.n_batches=100000",
+        "batch_size=4",
+        "model_name=micro",
+        "eval_every=0",
+        "save_every=0",
+        f"log_path={tmp_path}",
+    ]
+    script = textwrap.dedent("""
+        import sys, tracking.progress
+        tracking.progress.SECONDS_BETWEEN_LINES = 0.0
+        from supervised.train_cli import main
+        main()
+    """)
+    command = [sys.executable, "-c", script, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    while process.poll() is None and not ((tmp_path / "metrics.jsonl").exists() and len(read_metrics(tmp_path)) >= 3):
+        time.sleep(0.02)
+    end(process)
+    assert process.wait(timeout=300) == 130
+    logged = len(read_metrics(tmp_path))
+    assert logged < 100_000 and (tmp_path / "checkpoints" / f"{logged:06d}" / "model.safetensors").exists()

@@ -1,0 +1,248 @@
+"""Results carry the settings that made them: asked for with others they are refused, made anew or let through, never passed off as another's."""
+
+import asyncio
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import chz
+import pytest
+
+from backend.config import BackendConfig
+from backend.data_checks import resolve_loss
+from backend.errors import ConfigError, DataError
+from backend.service_client import ServiceClient
+from backend.types import LoraConfig
+from envs.arithmetic import ArithmeticExamplesBuilder
+from recipes.algorithms import train as algorithms
+from recipes.latro import train as latro
+from recipes.latro.toy import ToyBuilder
+from recipes.rlhf import train as rlhf
+from recipes.star_graph.model import make_model
+from recipes.star_graph.side_by_side import Job
+from supervised import train
+from tests.conftest import ROOT
+from tracking.metrics_log import read_metrics
+from tracking.run_folder import open_run_folder
+from tracking.settings import already_made, changes, changes_text, claim_folder
+
+
+@chz.chz
+class Task:
+    batch_size: int = 8
+    group_size: int = 4
+
+
+@chz.chz
+class RunConfig:
+    model_name: str = "tiny"
+    env: Task = Task()
+    learning_rate: float = 1e-3
+    seed: int = 0
+    max_steps: int | None = 10
+    loss_fn_config: dict | None = None
+    eval_every: int = 20
+    log_path: str = "runs"
+    backend: BackendConfig = BackendConfig()
+
+
+NAMED = [
+    ({"learning_rate": 1e-4}, "learning_rate=0.001 (now 0.0001)"),
+    (
+        {"seed": 1, "env": Task(batch_size=16, group_size=2)},
+        "env.batch_size=8 (now 16), env.group_size=4 (now 2), seed=0 (now 1)",
+    ),
+    ({"max_steps": 9}, "max_steps=10 (now 9)"),
+    ({"loss_fn_config": {"clip": 0.1}}, "loss_fn_config.clip=None (now 0.1)"),
+    ({"backend": BackendConfig(max_length=64)}, "backend.max_length=None (now 64)"),
+]
+FREE = [
+    {"max_steps": 11},
+    {"max_steps": None},
+    {"eval_every": 0, "log_path": "elsewhere"},
+    {"backend": BackendConfig(micro_batch_tokens=99)},
+]
+
+
+@pytest.mark.parametrize(("changed", "names"), NAMED, ids=[names.split("=")[0] for _, names in NAMED])
+def test_a_resume_with_other_settings_names_them(
+    changed: dict[str, Any], names: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    open_run_folder(tmp_path / "run", "raise", RunConfig())
+    before = (tmp_path / "run" / "config.json").read_text()
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    with pytest.raises(ConfigError) as refused:
+        open_run_folder(tmp_path / "run", "resume", RunConfig(**changed))
+    assert names in str(refused.value) and "behavior_if_log_dir_exists=resume_changed" in str(refused.value)
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "q" if names in question else pytest.fail(question))
+    with pytest.raises(ConfigError):
+        open_run_folder(tmp_path / "run", "resume", RunConfig(**changed))
+    monkeypatch.setattr("builtins.input", lambda question: "c")
+    assert open_run_folder(tmp_path / "run", "resume", RunConfig(**changed)).resumed
+    assert json.loads((tmp_path / "run" / "config_changes.jsonl").read_text())["changes"].keys() == {
+        name.split("=")[0] for name in names.split(", ")
+    }
+    monkeypatch.setattr("builtins.input", pytest.fail)
+    assert open_run_folder(tmp_path / "run", "resume_changed", RunConfig()).resumed  # and back again
+    assert "goes on with other settings than before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", FREE, ids=[" ".join(one) for one in FREE])
+def test_what_does_not_change_a_step_may_change_on_resume(changed: dict[str, Any], tmp_path: Path) -> None:
+    open_run_folder(tmp_path / "run", "raise", RunConfig())
+    assert open_run_folder(tmp_path / "run", "resume", RunConfig(**changed)).resumed
+    assert not (tmp_path / "run" / "config_changes.jsonl").exists()
+
+
+def test_a_long_list_of_changes_is_cut() -> None:
+    found = changes({str(n): n for n in range(9)}, {str(n): -n for n in range(9)})
+    assert len(found) == 8 and changes_text(found).endswith(" and 2 more")
+
+
+def test_a_result_is_taken_over_only_with_its_own_settings(tmp_path: Path) -> None:
+    result = tmp_path / "pairs.jsonl"
+    assert not already_made(result, RunConfig())
+    assert not already_made(result, RunConfig(seed=1))  # still not made: these settings are the ones that will make it
+    result.write_text("{}\n")
+    assert already_made(result, RunConfig(seed=1, eval_every=3))
+    for other in (RunConfig(), RunConfig(seed=1, max_steps=11)):  # a finished result does not grow
+        with pytest.raises(ConfigError, match=r"was made with .*\(now .*delete it to make it anew, or choose another log_path"):
+            already_made(result, other)
+    (tmp_path / "pairs.jsonl.made_with.json").unlink()
+    with pytest.raises(ConfigError, match="which would say what made it"):
+        already_made(result, RunConfig(seed=1))
+
+
+def test_a_folder_belongs_to_the_settings_that_filled_it(tmp_path: Path) -> None:
+    claim_folder(tmp_path, RunConfig(), free=("seed",))
+    claim_folder(tmp_path, RunConfig(seed=3), free=("seed",))
+    with pytest.raises(ConfigError, match=r"filled with learning_rate=0.001 \(now 0.1\): choose another log_path"):
+        claim_folder(tmp_path, RunConfig(learning_rate=0.1), free=("seed",))
+    (tmp_path / "recipe.json").write_text("[]")
+    with pytest.raises(DataError, match="recipe.json: a list, where an object"):
+        claim_folder(tmp_path, RunConfig())
+
+
+TORCH = BackendConfig(engine="torch")
+
+
+def test_algorithms_of_another_seed_are_not_those_of_the_first(tmp_path: Path, capsys) -> None:
+    first = algorithms.Config(algorithms="grpo", num_steps=1, warm_start_nll=9.0, log_path=str(tmp_path), backend=TORCH)
+    algorithms.main(first)
+    saved = (tmp_path / "grpo" / "config.json").read_bytes()
+    line = [line for line in capsys.readouterr().out.splitlines() if "held-out accuracy" in line]
+    with pytest.raises(ConfigError, match=r"filled with seed=0 \(now 1\)"):
+        algorithms.main(chz.replace(first, seed=1))
+    assert (tmp_path / "grpo" / "config.json").read_bytes() == saved
+    algorithms.main(first)  # the same command again: nothing is done twice, the same is reported
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("has finished before") >= 1 and [one for one in printed.splitlines() if "held-out accuracy" in one] == line
+    )
+
+
+def test_stages_of_rlhf_depend_on_those_before_them(tmp_path: Path) -> None:
+    config = rlhf.Config(log_path=str(tmp_path))
+    for stage in ("sft", "comparisons", "reward_model", "rl"):
+        assert not rlhf.is_done(config, stage)
+        result = tmp_path / "comparisons.jsonl" if stage == "comparisons" else Path(config.final(stage))
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text("")
+        assert rlhf.is_done(config, stage)
+    assert rlhf.is_done(chz.replace(config, kl_coef=0.1), "reward_model")
+    for setting, stage in (({"kl_coef": 0.1}, "rl"), ({"sft_steps": 7}, "rl"), ({"seed": 1}, "comparisons")):
+        with pytest.raises(ConfigError, match=next(iter(setting))):
+            rlhf.is_done(chz.replace(config, **setting), stage)
+
+
+def test_latro_begins_with_the_warm_start_it_asks_for(tmp_path: Path) -> None:
+    task = ToyBuilder(num_train=32, num_validation=4)
+    config = latro.prepared(
+        latro.Config(dataset=task, warm_start_updates=2, log_path=str(tmp_path), behavior_if_log_dir_exists="resume")
+    )
+    final = latro.start(config)
+    assert final is not None
+    made = (Path(final) / "model.safetensors").stat().st_mtime_ns
+    assert latro.start(chz.replace(config, learning_rate=1.0)) == final  # not a setting of the warm start
+    assert (Path(final) / "model.safetensors").stat().st_mtime_ns == made
+    with pytest.raises(ConfigError, match=r"seed=0 \(now 5\)"):
+        latro.start(chz.replace(config, warm_start_seed=5))
+    claim = {name: getattr(config, name) for name in latro.SHARED}
+    claim_folder(tmp_path, claim)
+    with pytest.raises(ConfigError, match=r"filled with warm_start_updates=2 \(now 3\)"):
+        latro.main(chz.replace(config, method="sft", warm_start_updates=3))
+
+
+def test_star_graph_models_and_jobs_are_those_asked_for(tmp_path: Path) -> None:
+    from envs.star_graph import StarGraph
+
+    make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16)
+    make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16)
+    with pytest.raises(ConfigError, match=r"was made with seed=0 \(now 1\)"):
+        make_model(StarGraph(2, 3, 8), tmp_path / "model", 1, 1, 2, 16)
+    (tmp_path / "finished.json").write_text(json.dumps({"max_steps": 3, "after": {"gpt": {"max_steps": 5}}}))
+    for settings in ({"max_steps": 4, "after": {"gpt": {"max_steps": 5}}}, {"max_steps": 3, "after": {"gpt": {"max_steps": 9}}}):
+        with pytest.raises(ConfigError, match="max_steps"):
+            Job("dpo", tmp_path, 3, print, settings).finished()
+
+
+@pytest.mark.parametrize("eval_every", [0, 2])
+def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(eval_every: int, tmp_path: Path, capsys) -> None:
+    config = train.Config(
+        dataset=ArithmeticExamplesBuilder(n_batches=3, batch_size=4, num_test=4),
+        renderer_name="plain",
+        model_name="micro",
+        eval_every=eval_every,
+        log_path=str(tmp_path),
+        behavior_if_log_dir_exists="resume",
+    )
+    metrics = asyncio.run(train.main(config))
+    files = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "checkpoints.jsonl", "config.json")}
+    capsys.readouterr()
+    again = asyncio.run(train.main(config))
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
+    assert again == metrics
+    printed = capsys.readouterr().out
+    assert "has finished before, after 3 steps" in printed and "train_mean_nll" in printed and "more in" in printed
+    longer = asyncio.run(train.main(chz.replace(config, num_epochs=2)))  # the end is no end any more
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(6 + bool(eval_every))) and longer != metrics
+
+
+def test_the_code_diff_holds_the_users_own_modules(tmp_path: Path) -> None:
+    """A module outside the repository that the configuration names, and what it imports from its own folder."""
+    (tmp_path / "my_parts.py").write_text("SIZE = 7  # a part\n")
+    (tmp_path / "my_task.py").write_text(
+        "import chz\nfrom my_parts import SIZE\n\n\n@chz.chz\nclass MyTask:\n    size: int = SIZE  # my task\n"
+    )
+    script = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import my_task, json
+        from tracking.run_folder import open_run_folder
+        open_run_folder({str(tmp_path / "run")!r}, "raise", {{"env": my_task.MyTask()}})
+    """)
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    text = (tmp_path / "run" / "code.diff").read_text()
+    assert f"+++ {tmp_path}/my_task.py" in text and "+    size: int = SIZE  # my task" in text and "+SIZE = 7  # a part" in text
+    assert "/chz/" not in text and f"+++ {ROOT}/tracking" not in text
+
+
+@pytest.mark.parametrize("model_name", ["tiny", "gpt2-tiny"])
+def test_a_lora_rank_above_the_hidden_size_is_refused_at_once(model_name: str, torch_service: ServiceClient) -> None:
+    for create in (torch_service.create_training_client, torch_service.create_scalar_client):
+        with pytest.raises(ConfigError, match="lora_rank=100000 is more than the hidden size of .*, 128"):
+            create(model_name, LoraConfig(rank=100_000))
+
+
+@pytest.mark.parametrize("value", ["many", None, True, math.nan, [1]])
+def test_options_of_a_loss_are_numbers(value: Any) -> None:
+    assert resolve_loss("ppo", {"clip_low_threshold": 0.9}).scales_with_advantage
+    with pytest.raises(ConfigError, match="loss_fn_config.clip_low_threshold=.*a number is needed"):
+        resolve_loss("ppo", {"clip_low_threshold": value})

@@ -1,0 +1,91 @@
+"""Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and a closed standard output (`| head`) ask a run to save and stop after the present step.
+
+A second Ctrl-C or SIGTERM stops at once; a closed terminal may send several SIGHUPs. `nohup` holds: SIGHUP stays ignored where it was.
+Left out: threads other than the main one, which get no signals.
+"""
+
+import errno
+import os
+import signal
+import sys
+from contextlib import suppress
+from types import FrameType
+from typing import Any, TextIO, cast
+
+GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is no more
+
+
+class StopRequest:
+    """`with StopRequest() as stop: ... if stop: save and leave`."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
+        self._stdout = sys.stdout
+        sys.stdout = cast(TextIO, _WatchedOutput(sys.stdout, self))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        sys.stdout = self._stdout
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and number != signal.SIGHUP:
+            raise KeyboardInterrupt
+        if not self._asked:
+            _say(b"\nstopping after this step, then saving; once more to stop at once\n")
+        self._asked = True
+
+    def ask(self) -> None:
+        self._asked = True
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+
+class _WatchedOutput:
+    """Standard output; what is written after nobody reads it any more goes nowhere, and the run is asked to stop."""
+
+    def __init__(self, stream: TextIO, stop: StopRequest):
+        self._stream, self._stop = stream, stop
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        if error.errno not in GONE:
+            raise error
+        silence(self._stream)
+        self._stop.ask()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _say(text: bytes) -> None:
+    """From a signal handler, where print could find its own buffer in the middle of a write."""
+    with suppress(OSError):  # the terminal may be what has gone
+        os.write(1, text)
+
+
+def silence(stream: TextIO) -> None:
+    """What is still to be written to a stream that nobody reads goes nowhere, at the interpreter's end too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
