@@ -51,7 +51,9 @@ PANELS: dict[str, tuple[str, ...]] = {
 TIMES = ("time/sampling", "time/train", "time/sync", "time/eval")
 COLUMNS = 3
 # The least that a panel's axis spans: below it there is only rounding.
-FLOORS: dict[str, float] = dict.fromkeys(("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/logprob_gap_mean", "optim/loss"), 1e-3)
+FLOORS: dict[str, float] = dict.fromkeys(
+    ("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/logprob_gap_mean", "optim/loss"), 1e-3
+)
 SMALLEST_SPAN = 0.05  # of the largest value
 Curve = tuple[list[int], list[float]]
 

@@ -1,7 +1,7 @@
 """Guess a number in several turns: a warm start that imitates play without strategy, then RL, which finds the strategy.
 
     python recipes/guess_number/train.py                       # runs/guess_number
-    python recipes/guess_number/train.py seed=1 env.largest=49
+    python recipes/guess_number/train.py seed=1 env.largest=49 log_path=runs/guess_49
 
 The demonstrations guess any number that is still possible. Nothing says that halving the range is better but the reward: 1 for the number,
 less `env.guess_cost` for every guess after the first, 0 after `env.max_guesses`. See README.md for what to expect.
