@@ -42,6 +42,23 @@ class Baseline:
 
 
 @chz.chz
+class Judge:
+    def __call__(self) -> int:
+        raise NotImplementedError
+
+
+@chz.chz
+class Strict(Judge):
+    def __call__(self) -> int:
+        return 1
+
+
+@chz.chz
+class Contest(Task):
+    judge: Judge = chz.field(doc="who says what is better")
+
+
+@chz.chz
 class Options:
     """Trains something."""
 
@@ -80,6 +97,7 @@ def read(*argv: str) -> Options:
         ([f"env={__name__}:Words", "env.path=p"], Options(env=Words(path="p"))),
         (["baseline.divide_by_std=true"], Options(baseline=Baseline(divide_by_std=True))),
         (["baseline=None"], Options()),
+        ([f"env={__name__}:Contest", f"env.judge={__name__}:Strict"], Options(env=Contest(judge=Strict()))),
         (["loss_fn_config.clip=0.2"], Options(loss_fn_config={"clip": 0.2})),
         (["--learning-rate", "0.5", "--model_name=m:n", "model_name=q"], Options(learning_rate=0.5, model_name="q")),
     ],
@@ -103,6 +121,7 @@ def test_what_a_user_may_write(argv, expected):
         (["--lr", "3"], "unknown option 'lr'; did you mean learning_rate?"),
         (["model=m"], "unknown option 'model'; did you mean model_name?"),
         (["data=x"], "unknown option 'data'; did you mean env?"),
+        ([f"env={__name__}:Contest"], f"env.judge: not given; give env.judge=module:Class (such as {__name__}:Strict)"),
         (["env=/etc"], "env=/etc: a folder that no short name reads; known: sums"),
         (["...grup_size=3"], "did you mean env.group_size?"),
         (["env.group_size=abc"], "env.group_size=abc: expected int"),

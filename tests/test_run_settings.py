@@ -15,8 +15,10 @@ import pytest
 
 from backend.config import BackendConfig
 from backend.data_checks import resolve_loss
-from backend.errors import ConfigError, DataError
+from backend.errors import ConfigError, DataError, ModelError
+from backend.models import PRESETS
 from backend.service_client import ServiceClient
+from backend.tokenizers import load_tokenizer
 from backend.types import LoraConfig
 from envs.arithmetic import ArithmeticExamplesBuilder
 from recipes.algorithms import train as algorithms
@@ -246,3 +248,9 @@ def test_options_of_a_loss_are_numbers(value: Any) -> None:
     assert resolve_loss("ppo", {"clip_low_threshold": 0.9}).scales_with_advantage
     with pytest.raises(ConfigError, match="loss_fn_config.clip_low_threshold=.*a number is needed"):
         resolve_loss("ppo", {"clip_low_threshold": value})
+
+
+def test_a_model_folder_without_a_tokenizer_is_said_to_have_none(tmp_path: Path) -> None:
+    PRESETS["micro"].save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"has no tokenizer \(tokenizer.json, tokenizer_config.json\)"):
+        load_tokenizer(str(tmp_path))

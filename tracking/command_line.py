@@ -125,6 +125,7 @@ def parse(
     parameters = _parameters(blueprint)
     for key, value in given.items():
         _check_option(key, value, parameters)
+    _check_chosen(blueprint, parameters)
     blueprint.apply({key: Castable(value) for key, value in given.items()})
     try:
         return blueprint.make()
@@ -256,6 +257,35 @@ def _load_class(path: str, target: str, parameter: Any) -> type:
     if not isinstance(found, type):
         raise ConfigError(f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}")
     return found
+
+
+def _check_chosen(blueprint: Blueprint[Any], parameters: Mapping[str, Any]) -> None:
+    """ConfigError for required objects of which nobody said what they are: chz would build the annotated class, whose methods raise
+    NotImplementedError."""
+    chosen = blueprint._arg_map._layers[0]._args
+    missing = [path for path, one in parameters.items() if one.default is None and path not in chosen and _is_abstract(one.type)]
+    if missing:
+        wanted = [f"{path}=module:Class ({_known_subclasses(parameters[path].type)})" for path in missing]
+        raise ConfigError(f"{', '.join(missing)}: not given; give {' and '.join(wanted)}")
+
+
+def _is_abstract(kind: Any) -> bool:
+    if not (isinstance(kind, type) and chz.is_chz(kind)):
+        return False
+    methods = (getattr(kind, name, None) for name in dir(kind))
+    return any("NotImplementedError" in method.__code__.co_names for method in methods if hasattr(method, "__code__"))
+
+
+def _known_subclasses(kind: type) -> str:
+    """Those that are loaded and can be used."""
+    found = [f"{child.__module__}:{child.__name__}" for child in _descendants(kind) if not _is_abstract(child)]
+    return f"such as {', '.join(sorted(set(found))[:4])}" if found else f"a subclass of {kind.__module__}:{kind.__name__}"
+
+
+def _descendants(kind: type) -> Iterator[type]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _descendants(child)
 
 
 def _check_option(key: str, value: str, parameters: Mapping[str, Any]) -> None:
