@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
 from backend.errors import ModelError
 
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -49,6 +50,10 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
     folder = Path(model_name).expanduser()
     if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")), max_length)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):  # transformers makes an empty one
+        raise ModelError(
+            f"{model_name} has no tokenizer (tokenizer.json, tokenizer_config.json): save the model's tokenizer into it"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else model_name)
     except Exception as error:  # of a damaged file, the tokenizers library raises a plain Exception

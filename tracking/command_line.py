@@ -272,8 +272,8 @@ def _check_chosen(blueprint: Blueprint[Any], parameters: Mapping[str, Any]) -> N
 def _is_abstract(kind: Any) -> bool:
     if not (isinstance(kind, type) and chz.is_chz(kind)):
         return False
-    methods = (getattr(kind, name, None) for name in dir(kind))
-    return any("NotImplementedError" in method.__code__.co_names for method in methods if hasattr(method, "__code__"))
+    codes = (getattr(getattr(kind, name, None), "__code__", None) for name in dir(kind))
+    return any(code is not None and "NotImplementedError" in code.co_names for code in codes)
 
 
 def _known_subclasses(kind: type) -> str:
