@@ -26,7 +26,7 @@ FREE = {
 }
 FREE_OF_BACKEND = (
     *("micro_batch_tokens", "gradient_checkpointing", "max_num_seqs"),
-    *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager"),
+    *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager", "alarm"),
 )
 MAY_GROW = ("max_steps", "num_epochs", "num_steps")  # of a run that goes on; None is no limit
 SHOWN = 6  # differences in a message
