@@ -193,7 +193,8 @@ def test_pairs_are_read_and_bad_ones_named(tmp_path: Path, capsys):
     logprobs_D = [torch.arange(17.0), torch.ones(17)]
     assert sequence_logprobs(as_data([pair]), logprobs_D).tolist() == [14 + 15 + 16, 3]
     for bad, what in (
-        ("{", "not a pair"),
+        ("{", "not JSON"),
+        ("{}", "not a pair"),
         (pair_line(GRAPH, row[:-1], wrong), "17 tokens; G.2,3. has 18"),
         (pair_line(GRAPH, row, [*other[:15], *wrong[15:]]), "must differ and follow the same prefix"),
         (pair_line(GRAPH, row, row), "must differ"),
