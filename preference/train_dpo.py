@@ -106,8 +106,6 @@ async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], ev
     """The loop on pairs that are tokens already; `config.dataset` is not read. `evaluator` adds metrics where `test` is evaluated."""
     if config.num_epochs < 1:
         raise ConfigError(f"num_epochs={config.num_epochs} must be at least 1")
-    if config.batch_size < 1:
-        raise ConfigError(f"batch_size={config.batch_size} must be at least 1")
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     lora = LoraConfig(config.lora_rank, config.seed, config.lora_alpha) if config.lora_rank else None
     with ServiceClient(config.backend, folder.checkpoints) as service:

@@ -20,8 +20,6 @@ from supervised.forms import customized, form_of, one_form
 from supervised.rows import Fields, Row, conversation, exchange, read_rows
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
-LONG_EXAMPLE = 1_000_000  # characters; a tokenizer takes seconds for them
-
 
 def datum_from_tokens_weights(
     tokens: Sequence[int], weights: Sequence[float], max_length: int | None = None, reduction: str = "mean"

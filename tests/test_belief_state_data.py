@@ -282,4 +282,4 @@ def test_a_model_is_trained_on_shards_and_resumed_as_if_never_stopped(tmp_path):
     assert {k: v for k, v in resumed.items() if "time" not in k} == {k: v for k, v in whole.items() if "time" not in k}
     other = TextBuilder(num_stories=60, test_size=20, vocab_size=500, block_size=64, cut_long=True, seed=5)
     with pytest.raises(CheckpointError, match="vocabulary"):
-        train.main(chz.replace(base, data=other, log_path=str(tmp_path / "parts"), behavior_if_log_dir_exists="resume"))
+        train.main(chz.replace(base, data=other, log_path=str(tmp_path / "parts"), behavior_if_log_dir_exists="resume_changed"))

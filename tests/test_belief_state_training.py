@@ -93,7 +93,8 @@ def test_checkpoints_of_other_tasks_and_models_are_refused(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="holds a BeliefState model"):
         load_next_token(final)
     with pytest.raises(CheckpointError, match=r"its task is 'G\(2,3\) N=12', here it is 'G\(2,4\) N=12'"):
-        train.main(config(tmp_path / "run", data=StarGraphBuilder(path_length=4, num_test=20), num_steps=2))
+        other = StarGraphBuilder(path_length=4, num_test=20)
+        train.main(config(tmp_path / "run", data=other, num_steps=2, behavior_if_log_dir_exists="resume_changed"))
     with pytest.raises(CheckpointError, match="its vocab_size is 18, here it is 56"):
         larger = StarGraphBuilder(num_nodes=50, num_test=20)
         train.main(config(tmp_path / "other", data=larger, load_checkpoint_path=str(final)))

@@ -270,7 +270,7 @@ def test_a_run_that_costs_too_much_or_was_begun_otherwise_is_refused(tmp_path):
     config = Config(log_path=str(tmp_path / "run"))
     check_settings(config)
     check_settings(chz.replace(config, methods=["star"]))  # methods may be added
-    with pytest.raises(ConfigError, match="filled with other settings"):
+    with pytest.raises(ConfigError, match=r"filled with seed=0 \(now 1\)"):
         check_settings(chz.replace(config, seed=1))
     with pytest.raises(ConfigError, match="methods=astar"):
         check_settings(chz.replace(config, methods=["astar"]))

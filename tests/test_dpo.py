@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from backend.config import BackendConfig
-from backend.errors import CheckpointError, ConfigError
+from backend.errors import CheckpointError, ConfigError, DataError
 from backend.service_client import ServiceClient
 from backend.tokenizers import load_tokenizer
 from backend.trainer import Trainer
@@ -156,8 +156,8 @@ def test_every_method_learns_to_prefer(method: PreferenceLoss, tmp_path: Path) -
 
 
 def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="batch_size=0 must be at least 1"):
-        asyncio.run(train_dpo.main(config(tmp_path / "run", batch_size=0)))
+    with pytest.raises(DataError, match="none is left; raise max_length"):
+        asyncio.run(train_dpo.main(config(tmp_path / "run", max_length=2)))
     assert not (tmp_path / "run").exists()
 
 

@@ -70,6 +70,8 @@ def test_every_algorithm_preset_takes_steps_from_one_warm_start(tmp_path):
     small = ["num_steps=2", "warm_start_nll=5", f"log_path={tmp_path}/runs"]
     output = run_recipe("algorithms/train", tmp_path, *small)
     names = re.findall(r"^(\w+) +held-out accuracy [\d.]+ -> [\d.]+$", output, flags=re.M)
-    assert len(names) == 8 and {path.name for path in (tmp_path / "runs").iterdir()} == {*names, "warm_start", "compare.png"}
+    assert len(names) == 8 and {path.name for path in (tmp_path / "runs").iterdir()} == {
+        *(*names, "warm_start", "compare.png", "recipe.json")
+    }
     moved = {(tmp_path / "runs" / name / "checkpoints" / "final" / "model.safetensors").read_bytes() for name in names}
     assert len(moved) >= 6, "presets that differ in nothing at the first steps may coincide"

@@ -37,9 +37,10 @@ def run(folder: Path, behavior: str = "delete", **settings: Any) -> dict[str, fl
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All that a run has written, without pictures, the configuration and the record of the code."""
+    """All that a run has written, without pictures, the lock, the configuration and the record of the code."""
     kept = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "plots"]
-    return {str(path): path.read_bytes() for path in kept if path.name not in ("config.json", "code.diff")}
+    passed_over = ("config.json", "config_changes.jsonl", "code.diff", "lock")
+    return {str(path): path.read_bytes() for path in kept if path.name not in passed_over}
 
 
 def test_a_run_that_is_resumed_at_its_end_or_past_it_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +48,7 @@ def test_a_run_that_is_resumed_at_its_end_or_past_it_changes_nothing(tmp_path: P
     before = files(tmp_path)
     for max_steps in (2, 1):
         capsys.readouterr()
-        again = run(tmp_path, "resume", max_steps=max_steps, save_every=0, eval_every=0)
+        again = run(tmp_path, "resume_changed", max_steps=max_steps, save_every=0, eval_every=0)
         assert files(tmp_path) == before
         assert again["env/all/reward/total"] == last["env/all/reward/total"]
         output = capsys.readouterr().out
@@ -62,7 +63,7 @@ def test_an_unfinished_run_past_the_steps_that_are_asked_for_is_left_as_it_is(tm
         patch.setattr(train, "_headline", lambda record: stop_at_step_3(record, Stop))
         run(tmp_path, max_steps=6, save_every=3, eval_every=0)
     before = files(tmp_path)
-    run(tmp_path, "resume", max_steps=2, eval_every=0)
+    run(tmp_path, "resume_changed", max_steps=2, eval_every=0)
     assert {path for path in files(tmp_path) if "checkpoints" in path} == {path for path in before if "checkpoints" in path}
 
 

@@ -146,7 +146,8 @@ def test_algorithms_of_another_seed_are_not_those_of_the_first(tmp_path: Path, c
     algorithms.main(first)  # the same command again: nothing is done twice, the same is reported
     printed = capsys.readouterr().out
     assert (
-        printed.count("has finished before") >= 1 and [one for one in printed.splitlines() if "held-out accuracy" in one] == line
+        printed.count("there is nothing to train") == 2
+        and [one for one in printed.splitlines() if "held-out accuracy" in one] == line
     )
 
 
@@ -212,7 +213,11 @@ def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(eval_every: 
     assert {name: (tmp_path / name).read_bytes() for name in files} == files
     assert again == metrics
     printed = capsys.readouterr().out
-    assert "has finished before, after 3 steps" in printed and "train_mean_nll" in printed and "more in" in printed
+    assert (
+        "has ended at step 3 already: there is nothing to train" in printed
+        and "train_mean_nll" in printed
+        and "more in" in printed
+    )
     longer = asyncio.run(train.main(chz.replace(config, num_epochs=2)))  # the end is no end any more
     assert [record["step"] for record in read_metrics(tmp_path)] == list(range(6 + bool(eval_every))) and longer != metrics
 

@@ -134,13 +134,6 @@ def test_a_huggingface_set_that_cannot_be_built_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_very_long_example_says_why_it_takes_so_long(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("supervised.data.LONG_EXAMPLE", 5)
-    path = write(tmp_path / "long.jsonl", [{"prompt": "123", "completion": "456"}])
-    PromptCompletionFileBuilder(path=path, batch_size=1)(PLAIN)
-    assert f"{path}:1: tokenizing an example of 6 characters" in capsys.readouterr().out
-
-
 def test_gsm8k_rows_train_directly(tmp_path, capsys):
     builder = PromptCompletionFileBuilder(
         path=write(tmp_path / "train.jsonl", WORD_PROBLEMS[:2]),
