@@ -12,15 +12,20 @@ os.environ.setdefault(
 )  # read when torch loads; vLLM's thread binding would print a warning at every start
 
 
+_MODULE_OF = {
+    "ServiceClient": "service_client",
+    "TrainingClient": "training_client",
+    "SamplingClient": "sampling_client",
+    "APIFuture": "futures",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """ServiceClient, the clients and the types, loaded when first asked for: the command lines must not wait for torch to parse."""
+    """The clients, types and errors, loaded when first asked for: the command lines must not wait for torch to parse."""
     if name in ("types", "errors"):
         return import_module(f"backend.{name}")
-    if name in ("ServiceClient", "TrainingClient", "SamplingClient"):
-        module = {"ServiceClient": "service_client", "TrainingClient": "training_client", "SamplingClient": "sampling_client"}[
-            name
-        ]
-        return getattr(import_module(f"backend.{module}"), name)
-    if not name.startswith("_") and hasattr(types := import_module("backend.types"), name):
-        return getattr(types, name)
+    if not name.startswith("_"):
+        for module in [_MODULE_OF[name]] if name in _MODULE_OF else ["errors", "types"]:
+            if hasattr(found := import_module(f"backend.{module}"), name):
+                return getattr(found, name)
     raise AttributeError(f"module 'backend' has no attribute {name!r}")

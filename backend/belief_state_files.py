@@ -26,6 +26,7 @@ from backend.checkpoint_files import (
     write_state,
 )
 from backend.config import training_device
+from backend.data_checks import check_finite
 from backend.errors import CheckpointError
 from backend.optimizer_state import check_optimizer, load_optimizer, write_optimizer
 
@@ -41,6 +42,7 @@ def write_model(model: Model, folder: Path) -> None:
 
 
 def save_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, extra: dict[str, Any]) -> None:
+    check_finite(dict(model.named_parameters()), optimizer)
     with atomic_folder(path) as folder:
         write_model(model, folder)
         write_state(folder, {"extra": extra})

@@ -21,7 +21,7 @@ from backend.belief_state_losses import Sums, empty_side_losses, next_token_pass
 from backend.belief_state_pairs import PairObjective
 from backend.config import training_device
 from backend.device_lock import computing
-from backend.errors import DataError, NonFiniteError
+from backend.errors import DataError, NonFiniteError, PassCancelledError
 from backend.futures import APIFuture, InOrder
 from backend.ranges import COUNT
 from backend.types import AdamParams, OptimStepResponse, SaveWeightsResponse
@@ -151,32 +151,42 @@ class BeliefStateTrainer:
 
 
 class BeliefStateClient:
-    """The trainer behind futures: calls run on one thread in submission order. After a pass that failed, optim_step raises that failure."""
+    """The trainer behind futures: calls run on one thread in submission order. After a pass that failed, or was cancelled before its
+    turn, optim_step raises that failure."""
 
     def __init__(self, trainer: BeliefStateTrainer):
         self.trainer = trainer
         self._thread = InOrder("belief-state")
-        self._failed: Exception | None = None
+        self._failed: BaseException | None = None
 
     def forward_backward(self, batch: TokenBatch, seed: tuple[int, ...] = (0,)) -> APIFuture[Metrics]:
-        return self._thread.submit(self._forward_backward, batch, seed)
+        return self._thread.submit(self._forward_backward, batch, seed, if_cancelled=self._pass_cancelled)
 
     def _forward_backward(self, batch: TokenBatch, seed: tuple[int, ...]) -> Metrics:
         try:
             return self.trainer.forward_backward(batch, seed)
-        except Exception as error:
+        except BaseException as error:
             self._failed = self._failed or error
             raise
 
+    def _pass_cancelled(self) -> None:
+        cancelled = PassCancelledError("a forward_backward of this step was cancelled before its turn: no step was taken")
+        self._failed = self._failed or cancelled
+
     def optim_step(self, adam: AdamParams) -> APIFuture[OptimStepResponse]:
-        return self._thread.submit(self._optim_step, adam)
+        return self._thread.submit(self._optim_step, adam, if_cancelled=self._drop_gradient)
 
     def _optim_step(self, adam: AdamParams) -> OptimStepResponse:
-        if self._failed is not None:
-            failure, self._failed = self._failed, None
-            self.trainer.zero_grad()
-            raise failure
-        return self.trainer.optim_step(adam)
+        try:
+            if self._failed is not None:
+                raise self._failed
+            return self.trainer.optim_step(adam)
+        finally:
+            self._drop_gradient()
+
+    def _drop_gradient(self) -> None:
+        self._failed = None
+        self.trainer.zero_grad()
 
     def with_model(self, fn: Callable[[BeliefStateTrainer], Metrics]) -> APIFuture[Metrics]:
         """`fn` of the trainer, in its turn: how evaluations see the weights between two steps."""

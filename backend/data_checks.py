@@ -2,9 +2,11 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
+from torch.nn.utils import get_total_norm
 
 from backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
 from backend.losses import LOSSES, Loss, LossFn
@@ -71,3 +73,17 @@ def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarra
     if not bad_N.any():
         return None
     return int(np.searchsorted(np.cumsum([array.size for array in arrays_D]), bad_N.argmax(), side="right"))
+
+
+def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """NonFiniteError if a weight of `named`, or a state of its optimizer, is NaN or infinite. One pass over them."""
+    tensors = dict(named)
+    for name, parameter in named.items():
+        tensors |= {f"{key} of {name}": state for key, state in optimizer.state.get(parameter, {}).items() if state.ndim}
+    largest = get_total_norm([tensor.detach() for tensor in tensors.values()], torch.inf)
+    if not torch.isfinite(largest):
+        bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        raise NonFiniteError(
+            f"{len(bad)} of {len(tensors)} tensors are not finite, first {bad[0]!r}: an optimizer step went too far, and nothing was "
+            "saved. Go back to the last checkpoint with a lower learning rate, or clip the gradient"
+        )

@@ -37,9 +37,31 @@ class LogprobGapError(CookbookError):
     """An alarm stopped the run (alarms.py): two computations of the same logprobs differ by more than rounding. Nothing was saved since."""
 
 
+class PassCancelledError(CookbookError):
+    """A forward_backward was cancelled before its turn, so the gradient of this step is incomplete. No weight was changed."""
+
+
 class StaleSamplerError(CookbookError):
     """A sampling client's weights were replaced by a later weight sync."""
 
 
 class EngineError(CookbookError):
     """The sampling engine died or was shut down; the cause is chained."""
+
+
+class ClosedError(CookbookError):
+    """A client was closed before this call began."""
+
+
+# --- the names of the Tinker SDK, for the `except` clauses of scripts written for it -------------------------------------------------
+
+TinkerError = RequestFailedError = CookbookError
+
+
+class APIError(CookbookError):
+    """Of a service behind a network. Nothing here raises it."""
+
+
+APIStatusError = APIConnectionError = APITimeoutError = APIResponseValidationError = APIError
+BadRequestError = AuthenticationError = BillingError = PermissionDeniedError = NotFoundError = APIError
+ConflictError = UnprocessableEntityError = RateLimitError = InternalServerError = APIError

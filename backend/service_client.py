@@ -3,10 +3,9 @@
 A script written for Tinker ports by changing its import: `import backend as tinker`.
 """
 
-import atexit
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,33 +15,48 @@ from backend.checkpoint_files import REMEDY, STATE_FILE, check_readable, is_adap
 from backend.config import BackendConfig, training_device
 from backend.engine import Engine, EngineThread
 from backend.errors import CheckpointError, ConfigError, EngineError, ModelError
+from backend.futures import in_thread
 from backend.models import PRESETS, SCALAR_HEAD_FILE, context_length, embedding_rows, load_model
 from backend.openmp import release_workers
 from backend.sampling_client import SamplingClient
 from backend.scalar_trainer import ScalarTrainer
+from backend.sdk_keywords import ignore, say_once
 from backend.tokenizers import load_tokenizer
 from backend.torch_sampler import TorchSampler
 from backend.trainer import Trainer
 from backend.training_client import TrainingClient
-from backend.types import LoraConfig
+from backend.types import GetServerCapabilitiesResponse, LoraConfig, SupportedModel
 from backend.vllm_engine import VllmEngine, vllm_is_installed
 
 
 class ServiceClient:
-    """Owns every engine and thread it hands out; `close`, or leaving a `with` block, or the end of the process, stops them."""
+    """Opens models; `close`, or leaving a `with` block, stops every engine and thread it handed out.
+
+    A client that nobody refers to any more is closed by itself, and an engine goes with its last client.
+    """
 
     def __init__(
-        self, config: BackendConfig | None = None, checkpoint_dir: str | Path = "checkpoints", base_url: str | None = None
+        self,
+        config: BackendConfig | None = None,
+        checkpoint_dir: str | Path = "checkpoints",
+        base_url: str | None = None,
+        *,
+        user_metadata: dict[str, str] | None = None,
+        project_id: str | None = None,
+        display_name: str | None = None,
+        api_key: str | None = None,
+        default_headers_overrides: Mapping[str, str] | None = None,
     ):
+        ignore(user_metadata=user_metadata, project_id=project_id, display_name=display_name, api_key=api_key)
+        ignore(default_headers_overrides=default_headers_overrides)
         if base_url is not None:
             raise ConfigError(f"base_url={base_url!r}: this backend runs in the process and talks to no service")
         self.config = config or BackendConfig()
         if self.config.engine == "vllm" and not vllm_is_installed():
             raise EngineError("backend.engine=vllm, but vllm is not installed: see the README, or take backend.engine=torch")
         self._checkpoint_dir = Path(checkpoint_dir).expanduser()
-        self._engines: list[EngineThread] = []
-        self._training_clients: list[TrainingClient] = []
-        atexit.register(self.close)
+        self._engines: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+        self._training_clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
 
     # --- training clients -------------------------------------------------------------------------------------------------------
 
@@ -67,7 +81,7 @@ class ServiceClient:
 
     def _open_training_client(self, trainer: Trainer) -> TrainingClient:
         client = TrainingClient(self, trainer, load_tokenizer(trainer.model_name, self.config.max_length))
-        self._training_clients.append(client)
+        self._training_clients.add(client)
         release_workers()  # of the calling thread, which made the weights
         return client
 
@@ -78,18 +92,41 @@ class ServiceClient:
         seed: int | None = None,
         train_mlp: bool = True,
         train_attn: bool = True,
-        train_unembed: bool = False,
+        train_unembed: bool | None = None,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: object = None,
+        *,
         alpha: float | None = None,
     ) -> TrainingClient:
-        """Unlike Tinker's, `train_unembed` is off: vLLM cannot load an adapter on lm_head."""
-        lora = LoraConfig(rank, seed, alpha, train_mlp, train_attn, train_unembed)
+        """Unlike Tinker's, `train_unembed` is off unless it is True: vLLM cannot load an adapter on lm_head. One line says so."""
+        ignore(user_metadata=user_metadata)
+        _check_optimizer(optimizer)
+        if train_unembed is None:
+            say_once("train_unembed is off by default here (in Tinker it is on): vLLM cannot load an adapter on lm_head")
+        lora = LoraConfig(rank, seed, alpha, train_mlp, train_attn, bool(train_unembed))
         return self.create_training_client(base_model, lora, seed or 0)
 
-    def create_training_client_from_state(self, path: str) -> TrainingClient:
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: object = None,
+    ) -> TrainingClient:
         """The model of a checkpoint, with a fresh optimizer: of this project's, or a model or an adapter that another tool wrote."""
+        ignore(base_model=base_model, user_metadata=user_metadata, weights_access_token=weights_access_token)
+        _check_optimizer(optimizer)
         return self._from_state(Path(path).expanduser(), with_optimizer=False, create=self.create_training_client)
 
-    def create_training_client_from_state_with_optimizer(self, path: str) -> TrainingClient:
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> TrainingClient:
+        ignore(base_model=base_model, user_metadata=user_metadata, weights_access_token=weights_access_token)
         return self._from_state(Path(path).expanduser(), with_optimizer=True, create=self.create_training_client)
 
     def _from_state(self, path: Path, with_optimizer: bool, create: Callable[..., TrainingClient]) -> TrainingClient:
@@ -111,12 +148,19 @@ class ServiceClient:
     # --- sampling clients -------------------------------------------------------------------------------------------------------
 
     def create_sampling_client(
-        self, model_path: str | None = None, base_model: str | None = None, seed: int = 0
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
+        *,
+        seed: int = 0,
     ) -> SamplingClient:
         """A frozen policy with an engine of its own, beside any live one: a saved folder, or a model by name.
 
         `seed` makes a preset's weights; an adapter that was saved here knows the seed of its base.
         """
+        ignore(retry_config=retry_config, record_stability_info=record_stability_info)
         if (model_path is None) == (base_model is None):
             raise ConfigError("create_sampling_client needs either model_path or base_model")
         model = (
@@ -128,8 +172,12 @@ class ServiceClient:
         tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
         engine = self.open_engine(model.config, tokenizer, length)
         release_workers()  # of the calling thread, which made the weights
-        engine.sync(lambda: model.state_dict().items(), version=0)
-        return SamplingClient(engine, tokenizer, length, embedding_rows(model))
+        try:
+            engine.sync(lambda: model.state_dict().items(), version=0)
+            return SamplingClient(engine, tokenizer, length, embedding_rows(model), base_model=name)
+        except BaseException:
+            engine.close()
+            raise
 
     def open_engine(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
         """An engine without weights; the first sync brings them."""
@@ -150,7 +198,7 @@ class ServiceClient:
             return TorchSampler(model, tokenizer, max_length, self.config, device)
 
         engine = EngineThread(make, deterministic=reproducible)
-        self._engines.append(engine)
+        self._engines.add(engine)
         return engine
 
     # --- the rest ---------------------------------------------------------------------------------------------------------------
@@ -159,16 +207,16 @@ class ServiceClient:
         """Where a checkpoint of this name goes; an absolute path is taken as it is."""
         return self._checkpoint_dir / name
 
-    def get_server_capabilities(self) -> dict[str, Any]:
-        return {"supported_models": list(PRESETS), "device": str(training_device()), "vllm": vllm_is_installed()}
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        models = [SupportedModel(name, context_length(name, self.config.max_length)) for name in PRESETS]
+        return GetServerCapabilitiesResponse(models, str(training_device()), vllm_is_installed())
 
-    def close(self) -> None:
-        """Stops the training threads, then the engines. Idempotent."""
-        atexit.unregister(self.close)
-        while self._training_clients:
-            self._training_clients.pop().close()
-        while self._engines:
-            self._engines.pop().close()
+    def close(self, status: str = "success", detail: str | None = None) -> None:
+        """Stops the training threads, then the engines. Idempotent. `status` and `detail` are the SDK's, and are not used."""
+        for client in list(self._training_clients):
+            client.close()
+        for engine in list(self._engines):
+            engine.close()
 
     def __enter__(self) -> "ServiceClient":
         return self
@@ -178,19 +226,16 @@ class ServiceClient:
 
     # --- twins ------------------------------------------------------------------------------------------------------------------
 
-    async def create_lora_training_client_async(self, base_model: str, rank: int = 32, **kwargs: Any) -> TrainingClient:
-        return self.create_lora_training_client(base_model, rank, **kwargs)
+    create_lora_training_client_async = in_thread(create_lora_training_client)
+    create_training_client_from_state_async = in_thread(create_training_client_from_state)
+    create_training_client_from_state_with_optimizer_async = in_thread(create_training_client_from_state_with_optimizer)
+    create_sampling_client_async = in_thread(create_sampling_client)
+    get_server_capabilities_async = in_thread(get_server_capabilities)
 
-    async def create_training_client_from_state_async(self, path: str) -> TrainingClient:
-        return self.create_training_client_from_state(path)
 
-    async def create_training_client_from_state_with_optimizer_async(self, path: str) -> TrainingClient:
-        return self.create_training_client_from_state_with_optimizer(path)
-
-    async def create_sampling_client_async(
-        self, model_path: str | None = None, base_model: str | None = None, seed: int = 0
-    ) -> SamplingClient:
-        return self.create_sampling_client(model_path, base_model, seed)
+def _check_optimizer(optimizer: object) -> None:
+    if getattr(optimizer, "type", "adamw") != "adamw":
+        raise ConfigError(f"optimizer={optimizer!r}: models are trained with AdamW here")
 
 
 def _trained_from(path: Path) -> tuple[str, LoraConfig | None, int]:

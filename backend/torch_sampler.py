@@ -4,6 +4,7 @@ A batch of prompts is padded on the left, prefilled once, and decoded with a KV 
 its own generator, so that its tokens do not depend on the rows beside it. Left out: joining a batch that is already decoding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +46,11 @@ class TorchSampler:
         """Decodes up to max_num_seqs waiting requests to their ends."""
         self._waiting.sort(key=lambda request: len(request.prompt))  # prompts of like length waste less padding
         requests, self._waiting = self._waiting[: self._max_num_seqs], self._waiting[self._max_num_seqs :]
-        return list(zip(requests, self._decode(requests), strict=True))
+        return self._decode(requests) if requests else []
 
-    def drop_all(self) -> None:
-        self._waiting.clear()
+    def drop(self, requests: Sequence[SequenceRequest]) -> None:
+        dropped = set(requests)
+        self._waiting = [request for request in self._waiting if request not in dropped]
 
     @computing()
     @torch.no_grad()
@@ -62,7 +64,8 @@ class TorchSampler:
 
     # --- decoding ---------------------------------------------------------------------------------------------------------------
 
-    def _decode(self, requests: list[SequenceRequest]) -> list[Sampled]:
+    def _decode(self, requests: list[SequenceRequest]) -> list[tuple[SequenceRequest, Sampled]]:
+        """Those that finish; rows of abandoned requests leave the batch like finished ones."""
         rows = [_Row(request, self._stop(request.params)) for request in requests]
         prompts: dict[tuple[int, ...], int] = {}  # the members of a group share a prompt: it is read once
         prompt_B = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in rows]
@@ -81,9 +84,9 @@ class TorchSampler:
         alive, hidden_BH, mask_BT = rows, hidden_BTH[index, -1], mask_BT[index]
         while True:
             next_B = _draw(alive, self._logits(hidden_BH))
-            keep = [b for b, row in enumerate(alive) if row.finish is None]
+            keep = [b for b, row in enumerate(alive) if row.finish is None and not row.request.abandoned]
             if not keep:
-                return [row.sampled() for row in rows]
+                return [(row.request, row.sampled()) for row in rows if row.finish is not None]
             if len(keep) < len(alive):
                 index = torch.tensor(keep, device=self._device)
                 cache.reorder_cache(index)

@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -126,17 +126,20 @@ class VllmEngine:
         )
         request_id = str(self._next_id)
         self._next_id += 1
-        self._unfinished[request_id] = request
         self._engine.add_request(request_id, {"prompt_token_ids": request.prompt}, vllm_params)
+        self._unfinished[request_id] = request
 
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
         with _one_engine, computing(), self._generators:
             outputs = self._engine.step()
         return [(self._unfinished.pop(output.request_id), _sampled(output)) for output in outputs if output.finished]
 
-    def drop_all(self) -> None:
-        self._engine.abort_request(list(self._unfinished))
-        self._unfinished.clear()
+    def drop(self, requests: Sequence[SequenceRequest]) -> None:
+        dropped = set(requests)
+        ids = [request_id for request_id, request in self._unfinished.items() if request in dropped]
+        self._engine.abort_request(ids)
+        for request_id in ids:
+            del self._unfinished[request_id]
 
     def _check_every_parameter(self, vllm_config: Any) -> None:
         """vLLM's loaders leave out names that they do not know without a word: loads zeros, and counts."""

@@ -7,7 +7,9 @@ from renderers.chat_template import ChatTemplateRenderer
 from renderers.plain import PlainRenderer
 from renderers.role_colon import RoleColonRenderer
 from renderers.template_check import difference_from_template
+from renderers.types import Message as Message
 from renderers.types import Renderer, Tokenizer
+from renderers.types import TrainOnWhat as TrainOnWhat
 
 RENDERERS = {"role_colon": RoleColonRenderer, "chat_template": ChatTemplateRenderer, "plain": PlainRenderer}
 
@@ -26,3 +28,8 @@ def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
     if difference := difference_from_template(renderer):
         print(f"WARNING {difference}. The model was trained on its template: renderer_name=chat_template follows it")
     return renderer
+
+
+def get_text_content(message: Message) -> str:
+    """The text of a message. The cookbook's name: there, a message can hold other things too."""
+    return message["content"]

@@ -7,12 +7,13 @@ those that raise SystemExit or KeyboardInterrupt in a task they have started the
 
 import asyncio
 import ctypes
+import inspect
 import signal
 import time
 import traceback
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from rl.step_checks import plain_text
@@ -49,13 +50,22 @@ class SamplingClock:
 
 
 async def call(
-    check: Callable[[Any], T], seconds: float, clock: SamplingClock, owner: object, method: str, *arguments: object
+    check: Callable[[Any], T],
+    seconds: float,
+    clock: SamplingClock,
+    owner: object,
+    method: str,
+    *arguments: object,
+    **keywords: object,
 ) -> T:
-    """`check(await owner.method(*arguments))`. What is raised is a RolloutError, unless the run itself is cancelled or interrupted."""
+    """`check(await owner.method(*arguments, **keywords))`.
+
+    What is raised is a RolloutError, unless the run itself is cancelled or interrupted.
+    """
     watch = _Watch(seconds, clock)
     try:
         with span("env"):
-            result = check(await _driven(partial(_started, owner, method, arguments), watch))
+            result = check(await _driven(partial(_started, owner, method, arguments, keywords), watch))
         if not watch.disturbed:
             return result
         failure = None
@@ -98,8 +108,17 @@ def _rollout_error(what: str, failure: BaseException) -> RolloutError:
     return error
 
 
-def _started(owner: object, method: str, arguments: tuple[object, ...]) -> Coroutine[Any, Any, Any]:
-    result = getattr(owner, method)(*arguments)
+@cache
+def takes_extra(env_class: type) -> bool:
+    """Whether its `step` has the keyword `extra`, as those of the Tinker cookbook's environments have."""
+    try:
+        return "extra" in inspect.signature(env_class.step).parameters  # type: ignore[attr-defined]
+    except Exception:  # no `step`, or none that can be looked at: the call will say so
+        return False
+
+
+def _started(owner: object, method: str, arguments: tuple[object, ...], keywords: dict[str, object]) -> Coroutine[Any, Any, Any]:
+    result = getattr(owner, method)(*arguments, **keywords)
     if type(result) is types.CoroutineType:
         return result
     if isinstance(result, Awaitable):

@@ -1,6 +1,6 @@
 """A second policy that never moves: an opponent, an answerer, a judge. Configuration, and a client that speaks in messages.
 
-It has an engine of its own, beside the live one, until the program ends. What fails here is nobody's reward: FrozenPolicyError is a
+It has an engine of its own, beside the live one, until nobody refers to its client. What fails here is nobody's reward: FrozenPolicyError is a
 RolloutError. Left out: policies behind a network, and sharing one engine between several FrozenPolicy objects.
 """
 
@@ -70,7 +70,7 @@ class FrozenPolicy:
 
     def open(self) -> SamplingClient:
         """Loads the model and starts its engine."""
-        return ServiceClient(self.backend).create_sampling_client(self.model_path, self.base_model, self.seed)
+        return ServiceClient(self.backend).create_sampling_client(self.model_path, self.base_model, seed=self.seed)
 
     def open_completer(self) -> MessageCompleter:
         client = self.open()

@@ -16,7 +16,7 @@ if not __package__:  # run as a file: this folder, first on the path, has a type
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 from typing import Literal
 
@@ -31,6 +31,7 @@ from envs.arithmetic import ArithmeticBuilder
 from renderers import get_renderer
 from renderers.turns import decode, encode, eos
 from renderers.types import Tokenizer
+from rl.env_calls import takes_extra
 from rl.rollouts import Policy, RolloutLimits, do_single_rollout, first_error
 from rl.train_cli import ENVS
 from rl.types import Action, Env, EnvGroupBuilder, EpisodeEnd, Metrics, Observation, RLDatasetBuilder, StepResult, StopCondition
@@ -134,7 +135,8 @@ class ShownEnv(Env):
         return await self.env.initial_observation()
 
     async def step(self, action: Action) -> StepResult:
-        result = await self.env.step(action)
+        step: Callable[..., Awaitable[StepResult]] = self.env.step
+        result = await step(action, **({"extra": {"stop_reason": "stop"}} if takes_extra(type(self.env)) else {}))
         self.logs |= result.logs
         print(f"{self.seat}reward {result.reward:g}{_listed(result.metrics)}")
         if result.episode_done:

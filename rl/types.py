@@ -92,7 +92,10 @@ class Env(ABC):
 
     @abstractmethod
     async def step(self, action: Action) -> StepResult:
-        """Takes the sampled tokens. `action` lacks a stop token when it ran into the token limit."""
+        """Takes the sampled tokens. `action` lacks a stop token when it ran into the token limit.
+
+        A class whose `step` has the keyword `extra`, as the Tinker cookbook's have, is also given {"stop_reason": "stop" or "length"}.
+        """
 
     async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
         """A limit of the run ends the episode here: the reward to add to the last turn, and metrics. Asked once, after the last `step`."""

@@ -11,17 +11,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from backend.types.tensor_data import TensorData as TensorData
+from backend.types.tensor_data import TensorDtype as TensorDtype
+
 StopReason = Literal["stop", "length"]
-DType = Literal["float32", "int64"]
+LossFnType = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "reinforce"]
 
 
 @dataclass(frozen=True)
 class EncodedTextChunk:
     tokens: Sequence[int]
+    type: Literal["encoded_text"] = "encoded_text"
 
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+
+ModelInputChunk = EncodedTextChunk  # the only kind: no images, no audio
 
 
 @dataclass(frozen=True)
@@ -50,57 +57,6 @@ class ModelInput:
 
     def append_int(self, token: int) -> "ModelInput":
         return self.append(EncodedTextChunk([token]))
-
-
-class TensorData:
-    """A float32 or int64 array: flat `data`, `dtype` and `shape`, kept as numpy so that a batch of them is cheap to make."""
-
-    __slots__ = ("array",)
-
-    def __init__(self, data: Any, dtype: DType | None = None, shape: Sequence[int] | None = None):
-        array = np.asarray(data)
-        if dtype is None:
-            dtype = "int64" if array.dtype.kind in "iub" else "float32"
-        self.array = np.ascontiguousarray(array, dtype=dtype)
-        if shape is not None:
-            self.array = self.array.reshape(tuple(shape))
-
-    @classmethod
-    def from_torch(cls, tensor: torch.Tensor) -> "TensorData":
-        return cls(tensor.detach().cpu().numpy() if tensor.dtype != torch.bfloat16 else tensor.detach().float().cpu().numpy())
-
-    @classmethod
-    def from_numpy(cls, array: np.ndarray) -> "TensorData":
-        return cls(array)
-
-    @property
-    def data(self) -> list[int] | list[float]:
-        return self.array.reshape(-1).tolist()
-
-    @property
-    def dtype(self) -> DType:
-        return "int64" if self.array.dtype == np.int64 else "float32"
-
-    @property
-    def shape(self) -> list[int]:
-        return list(self.array.shape)
-
-    def to_numpy(self) -> np.ndarray:
-        return self.array
-
-    def to_torch(self) -> torch.Tensor:
-        return torch.from_numpy(self.array)
-
-    def tolist(self) -> list[Any]:
-        return self.array.tolist()
-
-    def __repr__(self) -> str:
-        return f"TensorData(dtype={self.dtype}, shape={self.shape})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TensorData) and self.dtype == other.dtype and np.array_equal(self.array, other.array)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(init=False)
@@ -171,6 +127,16 @@ class SampledSequence:
     logprobs: list[float]
     stop_reason: StopReason
 
+    @property
+    def tokens_np(self) -> np.ndarray:
+        """(T,) int32"""
+        return np.array(self.tokens, dtype=np.int32)
+
+    @property
+    def logprobs_np(self) -> np.ndarray:
+        """(T,) float32"""
+        return np.array(self.logprobs, dtype=np.float32)
+
 
 @dataclass(frozen=True)
 class SampleResponse:
@@ -180,6 +146,11 @@ class SampleResponse:
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
 
+    @property
+    def prompt_logprobs_np(self) -> np.ndarray | None:
+        """(T,) float32, NaN where there is no logprob"""
+        return None if self.prompt_logprobs is None else np.array(self.prompt_logprobs, dtype=np.float32)
+
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
@@ -187,6 +158,7 @@ class ForwardBackwardOutput:
 
     loss_fn_outputs: list[dict[str, TensorData]]
     metrics: dict[str, float]
+    loss_fn_output_type: str = "ArrayRecord"
 
 
 @dataclass(frozen=True)
@@ -205,6 +177,11 @@ class LoadWeightsResponse:
 
 
 @dataclass(frozen=True)
+class ModelData:
+    model_name: str
+
+
+@dataclass(frozen=True)
 class GetInfoResponse:
     """`lora_rank` 0 means that all weights are trained."""
 
@@ -215,3 +192,32 @@ class GetInfoResponse:
     max_length: int
     device: str
     dtype: str
+
+    @property
+    def is_lora(self) -> bool:
+        return self.lora_rank > 0
+
+    @property
+    def model_id(self) -> str:
+        return self.model_name
+
+    @property
+    def model_data(self) -> ModelData:
+        return ModelData(self.model_name)
+
+
+@dataclass(frozen=True)
+class SupportedModel:
+    model_name: str
+    max_context_length: int | None = None
+    trainable: bool = True
+    sampleable: bool = True
+
+
+@dataclass(frozen=True)
+class GetServerCapabilitiesResponse:
+    """`supported_models` are the presets; any model of the Hugging Face hub, or in a local folder, can be named too."""
+
+    supported_models: list[SupportedModel]
+    device: str
+    vllm: bool
