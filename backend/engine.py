@@ -185,6 +185,8 @@ class EngineThread:
         """Ends the engine; calls in flight fail with EngineError."""
         self._closing = True
         self._inbox.put(_LookUp)
+        for request in list(self._calls):
+            request.abandoned = True  # an engine that decodes to the end within one step leaves it
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
