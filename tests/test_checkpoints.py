@@ -225,13 +225,14 @@ TOKENS = ModelInput.from_ints([5, 6, 7, 8, 9, 30, 31])
 def test_an_adapter_is_put_on_the_base_it_was_trained_on(torch_service: ServiceClient) -> None:
     client = torch_service.create_lora_training_client("micro", 4, seed=3)
     train(client, range(2))
-    for path in (client.save_state("state").result().path, client.save_weights_for_sampler("policy").result().path):
+    state = client.save_state("state").result().path
+    for path in (state, client.save_weights_for_sampler("policy").result().path):
         live = torch.tensor(client.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:])
         torch.testing.assert_close(sampler_logprobs(torch_service, path), live, rtol=0, atol=1e-5)
         other = torch_service.create_lora_training_client("micro", 4, seed=0)
         with pytest.raises(CheckpointError, match="base model 'micro' with seed 3, and this run's is 'micro' with seed 0"):
             other.load_state(path).result()
-    reopened = torch_service.create_training_client_from_state(str(Path(path).with_name("state")))
+    reopened = torch_service.create_training_client_from_state(state)
     assert torch.equal(logprobs(reopened), logprobs(client))
 
 
