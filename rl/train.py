@@ -284,7 +284,7 @@ async def _loop(run: _Run, source: GroupSource, num_steps: int) -> Metrics:
                     metrics |= compute_trajectory_metrics(outcome.groups_P)
                     _compare_rollouts(run, outcome, metrics)
                     with timed(metrics, "sync"):
-                        sampling_client = await _sync(run)
+                        sampling_client = await _sync(run, step, outcome.data_D)
                     if outcome.data_D:
                         with timed(metrics, "probe"):
                             await _probe(run, sampling_client, outcome.data_D[0], metrics)
@@ -319,13 +319,21 @@ def _adam(config: Config, learning_rate: float) -> AdamParams:
     return AdamParams(learning_rate, weight_decay=config.weight_decay, grad_clip_norm=config.grad_clip_norm, eps=1e-8)
 
 
-async def _sync(run: _Run) -> SamplingClient:
-    """The sampler gets the present weights. Rollouts that are under way go on under them, where training is asynchronous."""
+async def _sync(run: _Run, step: int = 0, data_D: Sequence[Datum] = ()) -> SamplingClient:
+    """The sampler gets the present weights. Rollouts that are under way go on under them, where training is asynchronous.
+
+    `data_D` are those of the step before, to be written down if it made the weights infinite.
+    """
     with span("sync"):
         following = run.config.max_steps_off_policy > 0
-        return await reported(
-            run.client.save_weights_and_get_sampling_client_async(follow=following), "giving the sampler new weights"
-        )
+        try:
+            return await reported(
+                run.client.save_weights_and_get_sampling_client_async(follow=following), "giving the sampler new weights"
+            )
+        except NonFiniteError as error:
+            if not data_D:
+                raise
+            raise write_offending_data(run.folder, step, data_D, error) from error
 
 
 def _write_transcript(run: _Run, outcome: StepOutcome, step: int) -> None:
