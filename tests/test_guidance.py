@@ -379,8 +379,11 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, trunk: str) ->
         ].keys()
     rows = json.loads((tmp_path / "whole" / "guidance.json").read_text())
     assert [row["exact_greedy"] for row in rows if row["classifier"] == "oracle"] == [1.0, 1.0, 1.0]
+    other = chz.replace(config, log_path=str(tmp_path / "parts"), num_outputs=1)
+    with pytest.raises(ConfigError, match=r"num_outputs=3 \(now 1\)"):
+        guided.main(other)
     with pytest.raises(CheckpointError, match="num_outputs"):
-        guided.main(chz.replace(config, log_path=str(tmp_path / "parts"), num_outputs=1))
+        guided.main(chz.replace(other, behavior_if_log_dir_exists="resume_changed"))
 
 
 def test_policies_of_other_families_are_sampled_right_or_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,15 @@ def test_a_child_that_outlives_the_run_does_not_keep_the_lock(kind: str, tmp_pat
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """SIGHUP as it is in a terminal; under `nohup pytest` it would be ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(
     ("signals", "at_once"),
     [
@@ -142,6 +151,7 @@ def close_output(process: "subprocess.Popen[bytes]") -> None:
     process.stdout.close()
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("end", [close_terminal, close_output])
 def test_a_run_whose_terminal_or_reader_goes_away_saves_its_step(end: Callable, tmp_path: Path) -> None:
     options = [
