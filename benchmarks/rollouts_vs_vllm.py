@@ -63,7 +63,7 @@ class FixedLengthEnv(ArithmeticEnv):
 
     def __init__(self, prompt: list[int], renderer: Any):
         super().__init__("", "", renderer)
-        self.prompt = ModelInput.from_ints(prompt)
+        self._rendered = ModelInput.from_ints(prompt)
 
     async def initial_observation(self) -> tuple[Observation, StopCondition]:
         return self.build_prompt(), []

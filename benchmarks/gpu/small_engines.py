@@ -26,12 +26,19 @@ def gap_bound() -> float:
     return 1e-4 if compute_dtype(training_device()) == torch.float32 else 0.05
 
 
-def mean_gap(client: TrainingClient, sampler: SamplingClient, temperature: float = 1.0) -> float:
+def mean_gap(
+    client: TrainingClient,
+    sampler: SamplingClient,
+    temperature: float = 1.0,
+    prompts: int = 4,
+    samples: int = 2,
+    max_tokens: int = 16,
+) -> float:
     gaps = []
-    for seed in range(4):
+    for seed in range(prompts):
         prompt = prompt_of(40 + 40 * seed, seed)
-        params = SamplingParams(max_tokens=16, temperature=temperature, stop=[])
-        for sequence in sampler.sample(prompt, 2, params).result().sequences:
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=[])
+        for sequence in sampler.sample(prompt, samples, params).result().sequences:
             gaps.append(np.abs(trainer_logprobs(client, prompt, sequence.tokens, temperature) - sequence.logprobs).mean())
     return float(np.mean(gaps))
 
@@ -58,26 +65,38 @@ def seed_all() -> None:
 
 
 def check_sampling(record: Record, name: str, client: TrainingClient, sampler: SamplingClient) -> None:
+    check_stop_string(record, name, sampler)
+    nucleus = sampler.sample(prompt_of(15), 64, SamplingParams(max_tokens=1, top_p=0.5, stop=[])).result().sequences
+    probability = {sequence.tokens[0]: float(np.exp(sequence.logprobs[0])) for sequence in nucleus}
+    record.at_most(f"{name}: probability of the nucleus", sum(probability.values()), 1.02)
+    check_prompt_logprobs(record, name, client, sampler)
+
+
+def check_stop_string(record: Record, name: str, sampler: SamplingClient) -> None:
+    """Of a model that samples ids of its tokenizer."""
     prompt, tokenizer = prompt_of(15), sampler.get_tokenizer()
     free = sampler.sample(prompt, 1, SamplingParams(max_tokens=24, temperature=0.0, stop=[])).result().sequences[0]
     text = str(tokenizer.decode(free.tokens[3:5]))
+    if not text:
+        record.holds(f"{name}: a sampled text to stop at", False)
+        return
     stopped = sampler.sample(prompt, 1, SamplingParams(max_tokens=24, temperature=0.0, stop=[text])).result().sequences[0]
     ends_there = stopped.stop_reason == "stop" and stopped.tokens == free.tokens[: len(stopped.tokens)]
     record.holds(f"{name}: stop string", ends_there and text in str(tokenizer.decode(stopped.tokens)))
-    nucleus = sampler.sample(prompt, 64, SamplingParams(max_tokens=1, top_p=0.5, stop=[])).result().sequences
-    probability = {sequence.tokens[0]: float(np.exp(sequence.logprobs[0])) for sequence in nucleus}
-    record.at_most(f"{name}: probability of the nucleus", sum(probability.values()), 1.02)
+
+
+def check_prompt_logprobs(record: Record, name: str, client: TrainingClient, sampler: SamplingClient) -> None:
     scored = sampler.compute_logprobs(prompt_of(200)).result()[1:]
     trained = trainer_logprobs(client, ModelInput.from_ints(prompt_of(200).to_ints()[:1]), prompt_of(200).to_ints()[1:])
     gap = np.abs(np.array(scored, dtype=np.float64) - trained).mean()
     record.at_most(f"{name}: prompt logprobs", float(gap), gap_bound())
 
 
-def train_step(client: TrainingClient, seed: int) -> None:
+def train_step(client: TrainingClient, seed: int, learning_rate: float = 1e-3) -> None:
     tokens = np.array(prompt_of(5, seed).to_ints() * 12)
     inputs = {"target_tokens": tokens[1:], "weights": np.ones(len(tokens) - 1, dtype=np.float32)}
     client.forward_backward([Datum(ModelInput.from_ints(tokens[:-1].tolist()), inputs)], "cross_entropy")
-    client.optim_step(AdamParams(1e-3)).result()
+    client.optim_step(AdamParams(learning_rate)).result()
 
 
 def check_training(record: Record, name: str, client: TrainingClient) -> None:

@@ -1,0 +1,144 @@
+"""Block `half_b_engine`: an engine of Qwen2.5-0.5B's shape with CUDA graphs: its noise and logprobs, a sync in its parts, memory.
+
+On a CPU: `tiny`, eager.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from backend.config import BackendConfig, training_device
+from backend.sampling_client import SamplingClient
+from backend.service_client import ServiceClient
+from backend.training_client import TrainingClient
+from backend.vllm_engine import VllmEngine
+from benchmarks.gpu.checks import Record
+from benchmarks.gpu.small_engines import (
+    check_noise,
+    check_prompt_logprobs,
+    check_stop_string,
+    gap_bound,
+    mean_gap,
+    train_step,
+)
+
+ON_GPU = training_device().type == "cuda"
+MODEL = "qwen2.5-0.5b-shape" if ON_GPU else "tiny"
+CONFIG = BackendConfig(
+    engine="vllm",
+    max_length=1024 if ON_GPU else 512,
+    max_num_seqs=256,
+    reproducible=False,
+    sampler_memory_gb=4 if ON_GPU else 0.25,
+)
+LEARNING_RATE = 1e-5 if ON_GPU else 1e-3
+TOKENIZER_STEPS = 40  # after which a model of 151,936 rows samples ids of its tokenizer
+SYNCS = 10
+
+
+def memory(record: Record, when: str) -> float:
+    """GiB of this process's tensors."""
+    if not ON_GPU:
+        return 0.0
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    tensors = torch.cuda.memory_allocated() / 2**30
+    record.figure(f"GiB of the card in use {when}", (total - free) / 2**30)
+    record.figure(f"GiB of tensors {when}", tensors)
+    return tensors
+
+
+def check_gaps(record: Record, when: str, client: TrainingClient, sampler: SamplingClient) -> None:
+    for temperature in (0.7, 1.0):
+        gap = mean_gap(client, sampler, temperature, prompts=8, samples=8, max_tokens=32)
+        record.at_most(f"{when}: |dlogp| at temperature {temperature}", gap, gap_bound())
+
+
+class Stopwatch:
+    """Milliseconds spent in wrapped methods since the last `take`."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+
+    def wrap(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self._spent[name] = self._spent.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+
+        return timed
+
+    def take(self) -> dict[str, float]:
+        spent, self._spent = self._spent, {}
+        return spent
+
+
+def sync_parts(record: Record, client: TrainingClient) -> None:
+    """The loaders' loop (which casts, too), waiting for their copies, the prefix cache, and what is left: threads and guards.
+
+    Each reset has one short answer's blocks to forget, and walks all blocks of the cache.
+    """
+    thread = client._engine
+    assert thread is not None and isinstance(thread._engine, VllmEngine)
+    vllm_engine, stopwatch, parts = thread._engine._engine, Stopwatch(), []
+    with ExitStack() as stack:
+        for name, owner, method in (
+            ("weight loaders' loop", vllm_engine, "collective_rpc"),
+            ("prefix cache reset", vllm_engine, "reset_prefix_cache"),
+            ("load in all", thread._engine, "load_weights"),
+        ):
+            stack.enter_context(patch.object(owner, method, stopwatch.wrap(name, getattr(owner, method))))
+        if ON_GPU:
+            synchronize = stopwatch.wrap("waiting for the stream", torch.cuda.Stream.synchronize)
+            stack.enter_context(patch.object(torch.cuda.Stream, "synchronize", synchronize))
+        sync = stopwatch.wrap("in all", thread.sync)
+        for step in range(SYNCS):
+            train_step(client, step, LEARNING_RATE)
+            stopwatch.take()
+            sync(client._trainer.sampler_weights, thread.version)
+            parts.append(stopwatch.take())
+    for name in parts[0]:
+        record.figure(f"sync: {name}, ms", float(np.median([part.get(name, 0.0) for part in parts])))
+
+
+def main() -> None:
+    record = Record()
+    record.figure("model", MODEL)
+    with ServiceClient(CONFIG) as service:
+        client = service.create_training_client(MODEL)
+        train_step(client, 0, 1e-7)  # the optimizer's moments and a pass's buffers exist when memory is read
+        before = memory(record, "before the engine")
+        if ON_GPU:
+            record.figure("trainer's peak of a small step, GiB", torch.cuda.max_memory_allocated() / 2**30)
+        start = time.perf_counter()
+        sampler = client.save_weights_and_get_sampling_client()
+        record.figure("start, s", time.perf_counter() - start)
+        memory(record, "beside the engine")
+        check_noise(record, MODEL, sampler)
+        check_prompt_logprobs(record, MODEL, client, sampler)
+        check_gaps(record, "at first", client, sampler)
+        for step in range(3):
+            train_step(client, step, LEARNING_RATE)
+            sampler = client.save_weights_and_get_sampling_client()
+            check_gaps(record, f"after step {step + 1}", client, sampler)
+        sync_parts(record, client)
+        for step in range(TOKENIZER_STEPS if ON_GPU else 0):
+            train_step(client, step, 1e-4)
+        sampler = client.save_weights_and_get_sampling_client()
+        check_stop_string(record, MODEL, sampler)
+        check_gaps(record, "of the trained model", client, sampler)
+        memory(record, "before closing")
+    record.at_most("GiB of tensors that closing left", memory(record, "after closing") - before, 0.1)
+    del client  # held until here: the trainer's tensors are in both sums
+    record.print()
+
+
+if __name__ == "__main__":
+    main()
