@@ -7,6 +7,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import torch.multiprocessing as processes
 
 from backend.config import compute_dtype, training_device
 from benchmarks.gpu.checks import Record
@@ -33,6 +34,31 @@ def seconds_of(run, device: torch.device, repeats: int = 5) -> float:  # noqa: A
     return best
 
 
+def adds_one(received: "processes.Queue[torch.Tensor]", done: "processes.Queue[bool]") -> None:
+    tensor = received.get()
+    tensor += 1
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize()
+    del tensor  # before its owner frees it
+    done.put(True)
+
+
+def memory_is_shared(device: torch.device) -> bool | str:
+    """Whether another process writes into a tensor of this one: on a GPU by CUDA IPC."""
+    try:
+        context = processes.get_context("spawn")
+        sent, done = context.Queue(), context.Queue()
+        child = context.Process(target=adds_one, args=(sent, done))
+        child.start()
+        tensor = torch.zeros(1000, device=device)
+        sent.put(tensor)
+        done.get(timeout=40)
+        child.join(10)
+        return bool((tensor == 1).all())
+    except Exception as error:  # whatever the machine refuses: that is the answer
+        return f"{type(error).__name__}: {error}"[:200]
+
+
 def main() -> None:
     record, device = Record(), training_device()
     record.figure("python", platform.python_version())
@@ -44,6 +70,7 @@ def main() -> None:
     record.figure("matmul TFLOPS", 2 * size**3 / seconds_of(lambda: a @ a, device) / 1e12)
     b = torch.empty_like(a)
     record.figure("copy GB/s", 2 * a.numel() * a.element_size() / seconds_of(lambda: b.copy_(a), device) / 1e9)
+    record.figure("memory shared between processes", memory_is_shared(device))
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         record.figure("GiB", properties.total_memory / 2**30)

@@ -1,6 +1,6 @@
 """The first half hour on a GPU: blocks of checks, the most important first, each in a process of its own with a time limit.
 
-    python benchmarks/gpu/first_light.py [--out FOLDER] [--blocks facts,trainer,small_engines]
+    python benchmarks/gpu/first_light.py [--out FOLDER] [--blocks facts,trainer,...]
 
 A block prints one JSON object on its last line, which becomes FOLDER/NAME.json; what else it prints goes to FOLDER/NAME.log. A block
 that fails or runs out of time is recorded as such and the next one runs. Blocks whose JSON says that they passed are skipped, so
@@ -18,7 +18,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = {"facts": 60, "trainer": 120, "small_engines": 240}  # limits; vLLM compiles nothing in them
+# Limits. Blocks up to `belief_state` need no vLLM.
+SECONDS = {
+    "facts": 60,
+    "trainer": 120,
+    "attention": 60,
+    "head": 60,
+    "train_step": 120,
+    "large_models": 90,
+    "belief_state": 60,
+    "small_engines": 240,
+    "half_b_engine": 180,
+    "sampling": 430,
+    "user_runs": 150,
+}
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1"}
 
 

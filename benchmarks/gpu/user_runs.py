@@ -1,0 +1,54 @@
+"""Block `user_runs`: what a user types first: supervised training, then RL from its checkpoint, with vLLM.
+
+Long enough to see that both learn. The command lines' own checks (sampler against trainer, alarms) end a run that is wrong.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.checks import Record
+
+SFT = "supervised/train_cli.py dataset=arithmetic dataset.n_batches=300 dataset.batch_size=64 model_name=tiny learning_rate=2e-3 eval_every=100"
+RL = "rl/train_cli.py env=arithmetic env.n_batches=30 env.batch_size=32 env.group_size=8 model_name=tiny learning_rate=3e-4 eval_every=15"
+VLLM = "backend.engine=vllm backend.sampler_memory_gb=1"
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(record: Record, name: str, command: str, folder: Path) -> list[dict[str, Any]]:
+    start = time.perf_counter()
+    ended = subprocess.run([sys.executable, *command.split(), f"log_path={folder}"], capture_output=True, text=True)
+    record.figure(f"{name}: s", time.perf_counter() - start)
+    print(ended.stdout[-3000:], ended.stderr[-3000:])
+    record.holds(f"{name}: exit status {ended.returncode}", ended.returncode == 0)
+    return metrics_of(folder) if ended.returncode == 0 else []
+
+
+def main() -> None:
+    record = Record()
+    small = "" if torch.cuda.is_available() else " max_steps=4"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if steps := run(record, "sft", SFT + small, folder / "sft"):
+            record.figure("sft: held-out nll", [step["test/nll"] for step in steps if "test/nll" in step])
+        start = f" load_checkpoint_path={folder / 'sft/checkpoints/final'} {VLLM}"
+        if steps := run(record, "rl", RL + start + small, folder / "rl"):
+            correct = "test/env/all/correct"
+            record.figure("rl: held-out correct", [step[correct] for step in steps if correct in step])
+            gaps = [step["optim/logprob_gap_mean"] for step in steps if "optim/logprob_gap_mean" in step]
+            record.at_most("rl: largest mean |dlogp|", max(gaps), 0.05)
+            record.figure("rl: s/step", sorted(step["time/total"] for step in steps if "time/total" in step)[len(steps) // 2])
+    record.print()
+
+
+if __name__ == "__main__":
+    main()
