@@ -32,7 +32,11 @@ SECONDS = {
     "sampling": 430,
     "user_runs": 150,
 }
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1"}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 def has_passed(file: Path) -> bool:
