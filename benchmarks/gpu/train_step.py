@@ -1,0 +1,169 @@
+"""Block `train_step`: tokens/s and peak memory of a step of 16 x 1,024 tokens of the 0.5B shape, its time by class of kernel, and variants.
+
+"ours" is the Trainer with other settings; "mock" changes it from outside, to see what a change would bring: compiled decoder layers;
+bf16 weights with fp32 masters in the optimizer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import chz
+import numpy as np
+import torch
+import torch._dynamo
+from torch import nn
+from torch.autograd import DeviceType
+
+from backend import logprobs
+from backend.config import BackendConfig, training_device
+from backend.trainer import Trainer
+from backend.types import AdamParams, Datum, ModelInput
+from benchmarks.gpu.checks import Record
+from benchmarks.gpu.timing import attempt, peak_gib, seconds
+
+HEAD = "block: head"
+CLASSES = {  # parts of kernels' names, the first class that fits
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "GEMM": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
+    "optimizer, norm": ("multi_tensor", "fusedadam", "lpnorm"),
+    "copies, casts": ("copy", "memcpy", "memset", "catarray"),
+}
+Step = Callable[[], object]
+
+
+def random_data(rows: int, length: int, vocabulary: int) -> list[Datum]:
+    tokens_BT = np.random.default_rng(0).integers(4, vocabulary, (rows, length + 1))
+    weights = np.full(length, 1 / (rows * length), dtype=np.float32)
+    return [Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT]
+
+
+def train_step(trainer: Trainer, data: list[Datum]) -> None:
+    trainer.run(data, "cross_entropy")
+    trainer.optim_step(AdamParams(1e-5))
+
+
+def speed(step: Step, tokens: int, steps: int = 4) -> dict[str, float]:
+    """After two steps that compile and allocate."""
+    first = seconds(step)
+    step()
+    best = min(seconds(step) for _ in range(steps))
+    return {"tokens/s": tokens / best, "ms": 1e3 * best, "first step, s": first, "GiB": peak_gib()}
+
+
+def kernel_class(name: str, in_head: bool) -> str:
+    lower = name.lower()
+    found = next((kind for kind, parts in CLASSES.items() if any(part in lower for part in parts)), "element-wise")
+    return f"{'head' if in_head else 'body'} {found}" if found in ("GEMM", "element-wise") else found
+
+
+def by_class(kernels: list[tuple[str, float, float]], heads: list[tuple[float, float]]) -> dict[str, float]:
+    """Milliseconds of each class, from names, starts and ends in microseconds; `heads`: when the GPU worked for the head."""
+    found: dict[str, float] = {}
+    busy, reached = 0.0, 0.0
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        kind = kernel_class(name, any(a <= start < b for a, b in heads))
+        found[kind] = found.get(kind, 0.0) + (end - start) / 1e3
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    span = reached - min(start for _, start, _ in kernels)
+    return found | {"launches": float(len(kernels)), "idle share": 1 - busy / span, "span, ms": span / 1e3}
+
+
+def marked(function: Callable[..., Any]) -> staticmethod:
+    def run(*arguments: Any) -> Any:
+        with torch.profiler.record_function(HEAD):
+            return function(*arguments)
+
+    return staticmethod(run)
+
+
+def profiled(step: Step) -> dict[str, Any]:
+    head = logprobs._TargetLogprobs
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with patch.object(head, "forward", marked(head.forward)), patch.object(head, "backward", marked(head.backward)):
+        step()
+        with torch.profiler.profile(activities=activities) as profile:
+            step()
+            torch.cuda.synchronize()
+    on_gpu = [(e.name, e.time_range.start, e.time_range.end) for e in profile.events() or [] if e.device_type == DeviceType.CUDA]
+    heads = [(start, end) for name, start, end in on_gpu if name == HEAD]
+    kernels = [k for k in on_gpu if not k[0].startswith((HEAD, "Optimizer.", "ProfilerStep"))]
+    longest: dict[str, float] = {}
+    for name, start, end in kernels:
+        longest[name[:80]] = longest.get(name[:80], 0.0) + (end - start) / 1e3
+    top = {name: round(ms, 2) for name, ms in sorted(longest.items(), key=lambda item: -item[1])[:12]}
+    return {**by_class(kernels, heads), "head's ranges found": len(heads), "longest, ms": top}
+
+
+def compile_layers(trainer: Trainer) -> None:
+    for layer in trainer.base.get_decoder().layers:  # type: ignore[union-attr]
+        layer.compile(dynamic=False)
+
+
+def in_bf16(trainer: Trainer, data: list[Datum]) -> Step:
+    """Weights and gradients bf16, masters and moments fp32. The trainer's own optimizer is of no more use."""
+    trainer.optimizer.state.clear()
+    parameters = list(trainer.named_trainable.values())
+    masters = [nn.Parameter(p.detach().clone()) for p in parameters]
+    for p in parameters:
+        p.data = p.data.bfloat16()
+    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
+
+    def step() -> None:
+        trainer.run(data, "cross_entropy")
+        for master, p in zip(masters, parameters, strict=True):
+            assert p.grad is not None
+            master.grad, p.grad = p.grad.float(), None
+        nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_([p.data for p in parameters], [m.data for m in masters])
+
+    return step
+
+
+def main() -> None:
+    record, cuda = Record(), training_device().type == "cuda"
+    torch._dynamo.config.recompile_limit = 64
+    name, rows, length = ("qwen2.5-0.5b-shape", 16, 1024) if cuda else ("tiny", 4, 64)
+    opened: list[Trainer] = []
+    attempt(record, "open, s", lambda: seconds(lambda: opened.append(Trainer(name, BackendConfig()))))
+    trainer, tokens = opened[0], rows * length
+    data = random_data(rows, length, trainer.vocabulary)
+
+    def ours() -> None:
+        train_step(trainer, data)
+
+    def measure(title: str, step: Step, chunk: int = 2**26, micro_batch: int = 16384) -> None:
+        trainer.config = chz.replace(trainer.config, micro_batch_tokens=micro_batch)
+        with patch.object(logprobs, "CHUNK_ELEMENTS", chunk):
+            attempt(record, title, lambda: speed(step, tokens))
+
+    measure("ours", ours, logprobs.CHUNK_ELEMENTS)
+    if cuda:
+        attempt(record, "ours, profile", lambda: profiled(ours))
+    measure("ours, micro-batches of 8192", ours, micro_batch=8192)
+    measure("ours, head chunk 2^28", ours, 2**28)
+    measure("ours, head chunk 2^29", ours, 2**29)
+    step = in_bf16(trainer, data)
+    measure("mock: bf16 weights", step)
+    measure("mock: bf16 weights, head chunk 2^29", step, 2**29)
+    compile_layers(trainer)
+    measure("mock: bf16 weights, compiled layers, head chunk 2^29", step, 2**29)
+    measure("mock: the same, micro-batches of 8192", step, 2**29, 8192)
+    if cuda:
+        attempt(record, "mock: profile of bf16, compiled, chunk 2^26", lambda step=step: profiled(step))
+    opened.clear()
+    step = ours
+    del trainer
+    trainer = Trainer(name, BackendConfig())
+    compile_layers(trainer)
+    measure("mock: compiled layers", ours)
+    measure("mock: compiled layers, head chunk 2^29", ours, 2**29)
+    record.print()
+
+
+if __name__ == "__main__":
+    main()
