@@ -268,11 +268,13 @@ class Trainer:
 
             hook = self.base.get_decoder().register_forward_hook(replace)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-                expected = self.base(input_ids=tokens).logits[0].float().log_softmax(-1).gather(-1, tokens.T)
+                logits_TV = self.base(input_ids=tokens).logits[0].float()
+                expected = logits_TV.log_softmax(-1).gather(-1, tokens.T)
             hook.remove()
             hidden_TH = found.pop()[0].to(self.compute_dtype)
             gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=self.transform) - expected).abs().max()
-            if gap > (1e-3 if self.compute_dtype == torch.float32 else 0.3):
+            # On CUDA the chunked logits are fp32, and the model's own rounded to bf16: by up to 1/256 of the largest.
+            if gap > (1e-3 if self.compute_dtype == torch.float32 else 0.3 + float(logits_TV.abs().max()) / 64):
                 unknown = "computes its logits in a way the chunked logprobs do not know (a scale or a softcap of its own)"
                 raise ModelError(f"{self.model_name!r} {unknown}")
 

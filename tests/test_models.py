@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, PhiConfig, Qwen2Con
 
 from backend.config import BackendConfig
 from backend.errors import ModelError
-from backend.logprobs import PLAIN
+from backend.logprobs import PLAIN, LogitTransform
 from backend.models import context_length, load_model, model_config
 from backend.service_client import ServiceClient
 from backend.tokenizers import character_tokenizer
@@ -169,3 +169,17 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path, monkeypatch: pytest
     folder = save_random_model("ahead", tmp_path)
     with pytest.raises(ModelError, match="cannot be trained in batches"):
         Trainer(str(folder), BackendConfig())
+
+
+def test_the_check_of_the_head_allows_for_a_model_that_rounds_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA the chunked logits of bf16 factors are fp32, the model's own bf16: far apart where logits are large."""
+
+    def unrounded(hidden_NH: torch.Tensor, head_VH: torch.Tensor, transform: LogitTransform = PLAIN) -> torch.Tensor:
+        return transform(hidden_NH.float() @ head_VH.float().T)
+
+    monkeypatch.setattr("backend.logprobs.fp32_logits", unrounded)
+    monkeypatch.setattr("backend.trainer.LARGE_LOGITS", 80.0)
+    Trainer("tiny", BackendConfig(dtype="bfloat16"))
+    monkeypatch.setattr("backend.trainer.logit_transform", lambda _: LogitTransform(softcap=50.0))
+    with pytest.raises(ModelError, match="softcap"):
+        Trainer("tiny", BackendConfig(dtype="bfloat16"))

@@ -23,10 +23,11 @@ from benchmarks.gpu.train_step import random_data, speed, train_step
 
 def shapes(cuda: bool) -> dict[str, PretrainedConfig]:
     if not cuda:
-        small = {"vocab_size": 260, "eos_token_id": 1}
+        small: dict[str, Any] = {"vocab_size": 260, "eos_token_id": 1}
         return {name: LlamaConfig(**_shape(2, 64, 128, 4, 2, 256), **small) for name in ("8b", "1.5b", "3b")}
+    llama: dict[str, Any] = {**_shape(32, 4096, 14336, 32, 8, 8192), "tie_word_embeddings": False, "vocab_size": 128256}
     return {
-        "8b": LlamaConfig(**_shape(32, 4096, 14336, 32, 8, 8192) | {"tie_word_embeddings": False}, vocab_size=128256),
+        "8b": LlamaConfig(**llama),
         "1.5b": Qwen2Config(**_shape(28, 1536, 8960, 12, 2, 32768), vocab_size=151936),
         "3b": Qwen2Config(**_shape(36, 2048, 11008, 16, 2, 32768), vocab_size=151936),
     }

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch._dynamo
 from torch import nn
-from torch.autograd import DeviceType
 
 from backend import logprobs
 from backend.config import BackendConfig, training_device
@@ -86,7 +85,7 @@ def profiled(step: Step) -> dict[str, Any]:
         with torch.profiler.profile(activities=activities) as profile:
             step()
             torch.cuda.synchronize()
-    on_gpu = [(e.name, e.time_range.start, e.time_range.end) for e in profile.events() or [] if e.device_type == DeviceType.CUDA]
+    on_gpu = [(e.name, e.time_range.start, e.time_range.end) for e in profile.events() or [] if e.device_type.name == "CUDA"]
     heads = [(start, end) for name, start, end in on_gpu if name == HEAD]
     kernels = [k for k in on_gpu if not k[0].startswith((HEAD, "Optimizer.", "ProfilerStep"))]
     longest: dict[str, float] = {}
@@ -119,7 +118,7 @@ def in_bf16(trainer: Trainer, data: list[Datum]) -> Step:
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_copy_([p.data for p in parameters], [m.data for m in masters])
+            torch.ops.aten._foreach_copy_([p.data for p in parameters], [m.data for m in masters])
 
     return step
 
