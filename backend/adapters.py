@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from backend.checkpoint_files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, REMEDY, STATE_FILE, read_json, state_file, tensor_shapes
 from backend.errors import CheckpointError, ModelError
 from backend.models import PRESETS, load_model
+from backend.ranges import RangeError
 from backend.trainer import Trainer
 from backend.types import LoraConfig
 
@@ -97,7 +98,10 @@ def read_lora(path: Path) -> LoraConfig:
     """The settings under which training goes on from an adapter. All layers are trained: those it lacks begin at zero."""
     config = adapter_config(path)
     on_head = any("lm_head" in name for name in tensor_shapes(path / ADAPTER_FILE))
-    return LoraConfig(config["r"], alpha=float(config["lora_alpha"]), train_unembed=on_head)
+    try:
+        return LoraConfig(config["r"], alpha=float(config["lora_alpha"]), train_unembed=on_head)
+    except RangeError as error:
+        raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} says {error}: {REMEDY}") from error
 
 
 def check_adapter(trainer: Trainer, path: Path) -> None:

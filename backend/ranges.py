@@ -2,13 +2,13 @@
 
     batch_size: int = chz.field(default=64, validator=COUNT, doc="...")
 
-None passes where the field allows it; a list or tuple is checked number by number. Limits between several fields belong to the code
-that uses them.
+Dataclasses call `check_ranges` in __post_init__. None passes where the field allows it; a list or tuple is checked
+number by number. Limits between several fields belong to the code that uses them.
 """
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from backend.errors import ConfigError
@@ -68,6 +68,15 @@ class Range:
         if self.low <= -LARGEST:
             low = "finite"
         return low if self.also is None else f"{self.also:g}, {low}"
+
+
+def check_ranges(instance: Any, **ranges: Range) -> None:
+    """For dataclasses: RangeError unless each field named is in its range, or None where None is its default."""
+    defaults = {field.name: field.default for field in fields(instance)}
+    for name, allowed in ranges.items():
+        if getattr(instance, name) is None and defaults[name] is not None:
+            raise RangeError(name, None, "a number")
+        allowed(instance, name)
 
 
 def _text(number: float) -> str:

@@ -8,11 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from backend.engine import EngineThread, SequenceRequest
 from backend.errors import ClosedError, ConfigError, ContextLengthError, DataError
 from backend.futures import APIFuture, Ready, accepted, answered
+from backend.ranges import COUNT, RangeError
 from backend.types import ModelInput, SampleResponse, SamplingParams, TensorData
 
 T = TypeVar("T")
-
-LOWEST_TEMPERATURE = 0.01  # besides 0, which is greedy
 
 
 class SamplingClient(Ready):
@@ -68,7 +67,7 @@ class SamplingClient(Ready):
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
         tokens = prompt.to_ints()
-        room = self._check(tokens, num_samples, sampling_params)
+        room = self._check(tokens, num_samples)
         max_tokens = min(room, sampling_params.max_tokens or room)
         seed = sampling_params.seed if sampling_params.seed is not None else next(self._engine.unseeded_calls) << 20
         topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
@@ -84,7 +83,7 @@ class SamplingClient(Ready):
         """log p(token t | tokens before t) at temperature 1; element 0 is None. The prompt may fill the whole context but one token."""
         _refuse(prompt_logprobs_last_n=prompt_logprobs_last_n)
         tokens, params = prompt.to_ints(), SamplingParams(max_tokens=1, seed=0, temperature=0.0)
-        self._check(tokens, 1, params)
+        self._check(tokens, 1)
         return self._submit([SequenceRequest(tokens, params, 1, seed=0, topk_prompt=0)], _prompt_logprobs)
 
     compute_logprobs_async = answered(compute_logprobs)
@@ -115,7 +114,7 @@ class SamplingClient(Ready):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check(self, tokens: Sequence[int], num_samples: int, params: SamplingParams) -> int:
+    def _check(self, tokens: Sequence[int], num_samples: int) -> int:
         """The number of tokens that still fit behind the prompt. Bad input raises here, not inside the engine."""
         if not tokens:
             raise DataError("the prompt is empty: there is nothing to sample from")
@@ -127,13 +126,8 @@ class SamplingClient(Ready):
             raise DataError(
                 f"the prompt has a token outside the vocabulary of {self._vocabulary}: was it made with another tokenizer?"
             )
-        if num_samples < 1 or (params.max_tokens is not None and params.max_tokens < 1):
-            raise ConfigError(f"num_samples={num_samples} and max_tokens={params.max_tokens} must be at least 1")
-        # vLLM's limits. It would raise a temperature between 0 and 0.01 to 0.01, unlike the trainer, which divides by the asked one.
-        temperature_fits = params.temperature == 0 or LOWEST_TEMPERATURE <= params.temperature <= 2
-        if not temperature_fits or not 0 < params.top_p <= 1 or params.top_k < -1:
-            wanted = f"temperature 0, or from {LOWEST_TEMPERATURE} to 2; top_p above 0 and up to 1; top_k from -1"
-            raise ConfigError(f"{wanted}: not {params}")
+        if needs := COUNT.needs(num_samples):
+            raise RangeError("num_samples", num_samples, needs)
         return self.max_length - len(tokens)
 
 

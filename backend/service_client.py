@@ -18,6 +18,7 @@ from backend.errors import CheckpointError, ConfigError, EngineError, ModelError
 from backend.futures import in_thread
 from backend.models import PRESETS, SCALAR_HEAD_FILE, context_length, embedding_rows, load_model
 from backend.openmp import release_workers
+from backend.ranges import RangeError
 from backend.sampling_client import SamplingClient
 from backend.scalar_trainer import ScalarTrainer
 from backend.sdk_keywords import ignore, say_once
@@ -244,7 +245,7 @@ def _trained_from(path: Path) -> tuple[str, LoraConfig | None, int]:
     try:
         lora = LoraConfig(**state["lora"]) if state["lora"] else None
         return str(state["model_name"]), lora, int(state["seed"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RangeError) as error:
         raise CheckpointError(f"the training state of {path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
 
 

@@ -1,5 +1,6 @@
 """Every numeric option of every configuration has a range, and what is outside it is an error of one line before anything is opened."""
 
+import dataclasses
 import importlib
 import math
 import pkgutil
@@ -8,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import chz
+import numpy as np
 import pytest
 
 from backend.errors import ConfigError
-from backend.ranges import COUNT, SEED, SHARE, TEMPERATURE, Range
+from backend.ranges import COUNT, SEED, SHARE, TEMPERATURE, Range, RangeError
+from backend.types import AdamParams, LoraConfig, SamplingParams
 from rl.train_cli import ENVS
 from rl.train_cli import CLIConfig as RLConfig
 from supervised.train_cli import DATASETS
@@ -82,6 +85,40 @@ def test_values_outside_a_range_are_an_error_of_one_line_that_names_the_option()
 def test_the_ends_of_ranges(accepted: Range, inside: tuple[float, ...], outside: tuple[float, ...]):
     assert [accepted.needs(value) for value in inside] == [None] * len(inside)
     assert all(accepted.needs(value) for value in outside)
+
+
+@pytest.mark.parametrize("kind", [AdamParams, SamplingParams, LoraConfig])
+def test_numbers_given_in_python_are_checked_when_the_object_is_built(kind: type):
+    named = {field.name: str(field.type) for field in dataclasses.fields(kind) if field.name != "stop"}
+    fields = [name for name, annotation in named.items() if re.search(r"\b(int|float)\b", annotation)]
+    assert len(fields) >= 2
+    for name in fields:
+        for value in (-5, math.nan, math.inf, 10**30, True, "7"):
+            with pytest.raises(RangeError, match=rf"^{name}=.* must be .+$"):
+                kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "outside"),
+    [
+        (
+            AdamParams,
+            {"learning_rate": 0.0, "beta1": 0.0, "grad_clip_norm": 0.0, "weight_decay": 10.0},
+            {"learning_rate": None, "beta1": 1.0, "beta2": 1.0, "eps": 0.0},
+        ),
+        (
+            SamplingParams,  # vLLM would sample at 0.01 where 0.005 is asked for, and not say so
+            {"temperature": 0, "top_p": np.float32(1), "top_k": 0, "max_tokens": None, "seed": 2**63 - 1},
+            {"temperature": 0.005, "top_p": 0.0, "top_k": -2, "max_tokens": 0, "seed": -1},
+        ),
+        (LoraConfig, {"rank": np.int64(1), "alpha": None, "seed": 0}, {"rank": 0, "alpha": 0.0, "seed": -1}),
+    ],
+)
+def test_the_ends_of_the_ranges_of_objects(kind: type, inside: dict[str, Any], outside: dict[str, Any]):
+    assert {name: getattr(kind(**inside), name) for name in inside} == inside
+    for name, value in outside.items():
+        with pytest.raises(RangeError, match=rf"^{name}={value!r} must be .+$"):
+            kind(**{name: value})
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "1e30", "99999999999999999999"])

@@ -11,10 +11,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from backend.ranges import (
+    COUNT,
+    DECAY,
+    LARGEST_COUNT,
+    LEARNING_RATE,
+    NON_NEGATIVE,
+    POSITIVE,
+    POSITIVE_SHARE,
+    SEED,
+    TEMPERATURE,
+    Range,
+    check_ranges,
+)
 from backend.types.tensor_data import TensorData as TensorData
 from backend.types.tensor_data import TensorDtype as TensorDtype
 
 StopReason = Literal["stop", "length"]
+SAMPLING_SEED = Range(0, 2**63, whole=True)
+TOP_K = Range(-1, LARGEST_COUNT, whole=True)
 LossFnType = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "reinforce"]
 
 
@@ -82,7 +97,10 @@ def _as_tensor_data(value: Any) -> TensorData:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `stop`: None stops at the tokenizer's EOS; strings or token ids stop there and at EOS; [] never stops."""
+    """How to sample. `stop`: None stops at the tokenizer's EOS; strings or token ids stop there and at EOS; [] never stops.
+
+    `top_k` -1 or 0 means all tokens. RangeError for a number that no sampler takes.
+    """
 
     max_tokens: int | None = None
     seed: int | None = None
@@ -91,10 +109,13 @@ class SamplingParams:
     top_k: int = -1
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_ranges(self, max_tokens=COUNT, seed=SAMPLING_SEED, temperature=TEMPERATURE, top_k=TOP_K, top_p=POSITIVE_SHARE)
+
 
 @dataclass(frozen=True)
 class AdamParams:
-    """AdamW with Tinker's defaults. `grad_clip_norm` 0 means no clipping."""
+    """AdamW with Tinker's defaults. `grad_clip_norm` 0 means no clipping. RangeError for a number it cannot step with."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -103,10 +124,14 @@ class AdamParams:
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_ranges(self, learning_rate=LEARNING_RATE, beta1=DECAY, beta2=DECAY, eps=POSITIVE)
+        check_ranges(self, weight_decay=NON_NEGATIVE, grad_clip_norm=NON_NEGATIVE)
+
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """`alpha` None means 32, Tinker's constant: the update is scaled by alpha / rank."""
+    """`alpha` None means 32, Tinker's constant: the update is scaled by alpha / rank. RangeError for a rank below 1."""
 
     rank: int = 32
     seed: int | None = None
@@ -114,6 +139,9 @@ class LoraConfig:
     train_mlp: bool = True
     train_attn: bool = True
     train_unembed: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self, rank=COUNT, seed=SEED, alpha=POSITIVE)
 
 
 @dataclass(frozen=True)
