@@ -24,6 +24,10 @@ from backend.sampling_client import SamplingClient
 from backend.service_client import ServiceClient
 from backend.training_client import TrainingClient
 from backend.types import AdamParams, ModelInput, SampleResponse, SamplingParams
+from envs.twenty_questions import TwentyQuestionsBuilder
+from rl import train
+from rl.frozen_policy import FrozenPolicy
+from rl.rollouts import RolloutLimits
 from tests.conftest import ROOT, policy_data, random_tokens
 
 PATIENCE = 120.0  # seconds until a wait is taken for a hang
@@ -458,6 +462,28 @@ def test_an_engine_goes_with_its_last_client(torch_service: ServiceClient, new_e
     for _ in range(3):
         service = ServiceClient(BackendConfig(engine="torch"))
         assert service.create_sampling_client(base_model="micro").sample(prompt_of(5), 1, LONG).result(PATIENCE)
+    wait_until(lambda: new_engines() == 0)
+
+
+def test_the_engine_of_a_frozen_policy_goes_with_the_run_that_asked_it(tmp_path: Path, new_engines: Callable[[], int]) -> None:
+    answerer = FrozenPolicy(base_model="micro", renderer_name="plain", max_tokens=3, backend=BackendConfig(engine="torch"))
+    completer = answerer.open_completer()
+    assert new_engines() == 1
+    del completer
+    wait_until(lambda: new_engines() == 0)
+    env = TwentyQuestionsBuilder(answerer=answerer, batch_size=1, group_size=2, n_batches=1)
+    config = train.Config(
+        env=env,
+        model_name="micro",
+        renderer_name="plain",
+        max_tokens=2,
+        eval_every=0,
+        log_path=str(tmp_path / "run"),
+        limits=RolloutLimits(max_failed_fraction=1.0),
+        backend=BackendConfig(engine="torch"),
+    )
+    asyncio.run(train.main(config))
+    del config, env
     wait_until(lambda: new_engines() == 0)
 
 
