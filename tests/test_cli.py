@@ -123,6 +123,27 @@ def test_bad_input_ends_in_one_line(case: str, bad_files: Path) -> None:
     assert lines[-1].startswith("error: ") and says in lines[-1], result.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("supervised.train_cli", ["dataset.n_batches=9", "lr_schedule=constant"]),
+        ("supervised.train_cli", ["dataset.n_batches=9", "lr_schedule=constant", "lora_rank=4"]),
+        ("rl.train_cli", ["env=arithmetic", "env.n_batches=9", "groups_per_batch=4", "group_size=4", "max_tokens=4"]),
+    ],
+    ids=["sft", "sft-lora", "rl"],
+)
+def test_a_run_that_diverges_saves_nothing_and_leaves_the_data(script: str, options: list[str], tmp_path: Path) -> None:
+    """Every option is within its range; weights grow by 1e9 at each step."""
+    shared = ["model_name=micro", "renderer_name=plain", "backend.engine=torch", "eval_every=0", "save_every=9"]
+    diverging = ["learning_rate=1", "weight_decay=1e9", f"log_path={tmp_path / 'run'}"]
+    result = run(script, *options, *shared, *diverging)
+    (file,) = (tmp_path / "run").glob("nonfinite_*.jsonl")
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and last.startswith("error: step ") and str(file) in last, result.stderr
+    assert "Traceback" not in result.stderr and json.loads(file.read_text().splitlines()[0])["tokens"]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()) and len(read_metrics(tmp_path / "run")) < 9
+
+
 def test_help_is_readable() -> None:
     output = succeeds(RL, "--help")
     assert "env.num_digits" in output and "gsm8k" in output and "group_size" in output
