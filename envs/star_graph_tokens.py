@@ -112,6 +112,7 @@ def _one_token(tokenizer: PreTrainedTokenizerBase, piece: str, graph: StarGraph)
     if len(ids) != 1 or ids[0] in (tokenizer.unk_token_id, tokenizer.pad_token_id):
         raise ModelError(
             f"the tokenizer writes {piece!r} in {len(ids)} tokens of its own, and star graphs over {graph.num_nodes} nodes need one "
-            "for every number and separator: was it made for another number of nodes? The model of recipes/star_graph/model.py has one that fits"
+            "for every number and separator: was it made for another number of nodes? Give num_nodes as the graphs have it, or a model "
+            "of recipes/star_graph/model.py"
         )
     return int(ids[0])

@@ -5,17 +5,19 @@ import pickle
 import subprocess
 import sys
 
+import chz
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import supervised.viz_sft_dataset
-from backend.errors import ConfigError, DataError
+from backend.errors import ConfigError, DataError, ModelError
 from backend.tokenizers import character_tokenizer
 from backend.types import Datum, ModelInput
+from envs.star_graph_data import StarGraphExamplesBuilder
 from renderers import get_renderer
 from renderers.turns import decode
 from renderers.types import TrainOnWhat
+from supervised import viz_sft_dataset
 from supervised.data import (
     ConversationFileBuilder,
     HuggingFaceBuilder,
@@ -282,6 +284,18 @@ def test_builders_are_reachable_from_the_command_line():
     assert [part.path for part in mixture.builders] == ["a", "b"] and mixture.weights == [1.0, 3.0]  # type: ignore[attr-defined]
 
 
+def test_viz_shows_a_star_graph_file_or_says_what_to_set(tmp_path, capsys):
+    """`tiny` has a token for each digit and none for 10: it reads graphs over up to ten nodes."""
+    lines = ["1,2|2,3|1,4|4,5/1,3=1,2,3", "0,2|2,3|0,4|4,5/0,5=0,4,5"]
+    (tmp_path / "graph_2_3_sample_2.txt").write_text("\n".join(lines) + "\n")
+    graphs = StarGraphExamplesBuilder(path=str(tmp_path / "graph_2_3_sample_2.txt"), path_length=3, num_nodes=6, num_test=0)
+    viz_sft_dataset.main(viz_sft_dataset.Config(dataset=graphs))
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in lines) and "10 of 50 tokens (20%) of these 2 examples carry loss" in shown
+    with pytest.raises(ModelError, match="writes '10' in 2 tokens .* Give num_nodes as the graphs have it"):
+        viz_sft_dataset.main(viz_sft_dataset.Config(dataset=chz.replace(graphs, num_nodes=50)))
+
+
 def test_viz_colours_by_weight_and_runs_as_a_file_from_anywhere(tmp_path):
     datum = conversation_to_datum([{"role": "user", "content": "2+é="}, {"role": "assistant", "content": "5"}], PLAIN)
     text = colored_example(datum, TOKENIZER)
@@ -290,7 +304,7 @@ def test_viz_colours_by_weight_and_runs_as_a_file_from_anywhere(tmp_path):
         ("2+é=", "dim"),
         ("5<|endoftext|>", "bold green"),
     ]
-    script = supervised.viz_sft_dataset.__file__
+    script = viz_sft_dataset.__file__
     options = [f"dataset.path={write(tmp_path / 'sums.jsonl', sums(4))}", "dataset.batch_size=128", "num_examples=3"]
     command = [sys.executable, script, "dataset=prompt_completion", "renderer_name=plain", *options]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
