@@ -82,7 +82,7 @@ class Person(SamplingClient):
         topk_prompt_logprobs: int = 0,
     ) -> SampleResponse:
         tokens = prompt.to_ints()
-        room = self._check(tokens, num_samples, sampling_params)
+        room = self._check(tokens, num_samples)
         limit = min(room, sampling_params.max_tokens or room)
         known = len(self.seen) if tokens[: len(self.seen)] == self.seen else 0
         print(f"\n--- {self.seat}{len(tokens)} tokens so far, answer in at most {limit} " + "-" * 20)
