@@ -25,15 +25,15 @@ if not __package__:  # run as a file: the packages are one folder up
 import chz
 import numpy as np
 
-from backend.config import BackendConfig
-from backend.ranges import COUNT
-from backend.types import ModelInput
 from benchmarks.report import wait_until_quiet, write_report
-from renderers.types import Renderer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.ranges import COUNT
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.metrics_log import read_metrics
 from rl import train
 from rl.rollouts import RolloutLimits
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
-from tracking.metrics_log import read_metrics
 
 GROUPS, GROUP_SIZE, TURNS, MAX_TOKENS, PROMPT = 8, 8, 2, 16, 64
 SLOWEST, FASTEST = 2.0, 0.2  # seconds of a turn

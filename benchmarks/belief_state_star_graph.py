@@ -24,12 +24,12 @@ if not __package__:  # run as a file: the packages are one folder up
 
 import torch
 
-from backend.config import compute_dtype, training_device
 from benchmarks.report import write_report
+from posttrain.backend.config import compute_dtype, training_device
+from posttrain.tracking.command_line import parse
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_folder import RunFolder
 from recipes.belief_state import train
-from tracking.command_line import parse
-from tracking.metrics_log import read_metrics
-from tracking.run_folder import RunFolder
 
 ORIGINAL_STEPS_PER_SECOND = 1.2  # G(5,5) on one H100
 LOSS_STEPS = (100, 4000)

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from backend.belief_state import BeliefState, BeliefStateConfig
-from backend.belief_state_losses import pair_pass
-from backend.belief_state_pairs import PairObjective, find_pairs
 from benchmarks.report import alternate, spread, wait_until_quiet, write_report
 from envs.star_graph import StarGraph, sample_graphs
+from recipes.libraries.belief_state.losses import pair_pass
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
+from recipes.libraries.belief_state.pairs import PairObjective, find_pairs
 
 
 @dataclass(frozen=True)

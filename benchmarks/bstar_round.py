@@ -25,16 +25,16 @@ import chz
 import numpy as np
 import torch
 
-from backend.config import BackendConfig
-from backend.ranges import COUNT
 from benchmarks.report import wait_until_quiet, write_report
 from envs.problem_env import ProblemEnv
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.ranges import COUNT
+from posttrain.renderers.types import Renderer
 from preference.steps import StepFormat
 from recipes.bstar.pictures import STAGES
 from recipes.bstar.records import Summary, read_summaries
 from recipes.bstar.tasks import Query, TaskBuilder
 from recipes.bstar.train import Config, run
-from renderers.types import Renderer
 
 
 class LinesEnv(ProblemEnv):

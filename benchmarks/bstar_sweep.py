@@ -28,11 +28,11 @@ if not __package__:  # run as a file: the packages are one folder up
 import numpy as np
 import torch
 
-from backend.config import BackendConfig
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.types import ModelInput, SamplingParams
 from benchmarks.report import alternate, in_subprocess, spread, wait_until_quiet, write_report
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import ModelInput, SamplingParams
 
 TEMPERATURES = (0.5, 0.7, 0.9, 1.0, 1.1, 1.2)
 FIRST_BYTE = 4  # the presets' special tokens come before it

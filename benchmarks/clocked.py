@@ -16,18 +16,18 @@ from typing import Any
 import chz
 import numpy as np
 
-from backend.config import BackendConfig
-from backend.ranges import COUNT
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.ranges import COUNT
+from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.metrics_log import read_metrics
 from preference import train_dpo
 from preference.pairs import Pair, PairDataset
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
-from renderers.types import Message, Renderer
 from rl import train as rl_train
 from rl.types import EnvGroupBuilder, RLDataset
 from supervised import train as sft_train
 from supervised.types import SupervisedDataset
-from tracking.metrics_log import read_metrics
 
 GROUPS, GROUP_SIZE, MAX_TOKENS, SFT_BATCH, LEARNING_RATE = 64, 8, 6, 128, 1e-4
 DPO_BATCH, DPO_PROMPT, DPO_ANSWER = 32, 96, 48  # pairs, and the characters (tokens) of a prompt and of each answer

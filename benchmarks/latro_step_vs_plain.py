@@ -36,20 +36,20 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from backend.config import BackendConfig, compute_dtype, training_device
-from backend.models import load_model
-from backend.tokenizers import load_tokenizer
 from benchmarks.clocked import ASKED_AT, ClockedDataset, mean_timings, step_times
 from benchmarks.report import ROOT, alternate, in_subprocess, spread, wait_until_quiet, write_report
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.models import load_model
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.metrics_log import read_metrics
 from recipes.latro import train
 from recipes.latro.env import LatentRationales, RationaleGroup
 from recipes.latro.toy import ToyBuilder
-from renderers import get_renderer
-from renderers.types import Renderer
 from rl import train as rl_train
 from rl.advantages import LeaveOneOut
 from rl.types import RLDataset
-from tracking.metrics_log import read_metrics
 
 QUESTIONS = 2000
 

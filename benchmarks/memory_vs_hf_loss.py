@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from backend.config import BackendConfig
-from backend.trainer import Trainer
-from backend.types import Datum, ModelInput
 from benchmarks.report import alternate, in_subprocess, wait_until_quiet, write_report
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import Datum, ModelInput
 
 VOCABULARY = 151_936
 GPU_MODEL, GPU_SEQUENCES, CPU_SEQUENCES, LENGTH = "qwen2.5-0.5b-shape", 16, 4, 1024

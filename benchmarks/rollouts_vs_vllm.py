@@ -2,7 +2,7 @@
 
     python benchmarks/rollouts_vs_vllm.py [--task fixed|arithmetic] [--rounds N]
 
-One process holds two engines with the settings of backend/vllm_engine.py and the same weights: one behind SamplingClient,
+One process holds two engines with the settings of posttrain/backend/vllm_engine.py and the same weights: one behind SamplingClient,
 Policy and do_rollouts, the other inside vLLM's LLM class. `fixed` has random prompts and answers of one length; `arithmetic`
 is the demo's task with an untrained model, stopped at EOS. LLM.generate runs with and without per-request seeds, which cost
 vLLM time of their own; we seed every request on a CPU, and none on a GPU, so the ratio with the same setting as ours is the
@@ -28,16 +28,16 @@ if not __package__:  # run as a file: the packages are one folder up
 import numpy as np
 import torch
 
-from backend.config import BackendConfig, training_device
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import ModelInput
-from backend.vllm_engine import VllmEngine
 from benchmarks.report import alternate, spread, wait_until_quiet, write_report
 from envs.arithmetic import ArithmeticBuilder, ArithmeticEnv
 from envs.problem_env import ProblemGroupBuilder
-from renderers import get_renderer
+from posttrain.backend.config import BackendConfig, training_device
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import ModelInput
+from posttrain.backend.vllm_engine import VllmEngine
+from posttrain.renderers import get_renderer
 from rl.rollouts import Policy, do_rollouts
 from rl.types import Action, Observation, StepResult, StopCondition
 

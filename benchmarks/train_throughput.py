@@ -22,12 +22,12 @@ if not __package__:  # run as a file: the packages are one folder up
 import numpy as np
 import torch
 
-from backend.config import BackendConfig, compute_dtype, training_device
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, ModelInput, SamplingParams
 from benchmarks.report import spread, wait_until_quiet, write_report
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams
 
 NOMINAL_GPU_FLOPS = 989e12
 MATMUL = 2048

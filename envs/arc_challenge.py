@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from backend.errors import DataError
 from envs.math_word import read_hub
 from envs.problem_env import ProblemEnv
-from renderers.types import Renderer
+from posttrain.backend.errors import DataError
+from posttrain.renderers.types import Renderer
 from supervised.rows import Fields, Row, read_rows, text_of
 
 ANSWER_PHRASE = "The answer is"

@@ -12,11 +12,11 @@ from functools import partial
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, SEED, WHOLE
-from backend.types import Datum
 from envs.problem_env import ProblemDataset, ProblemEnv, ProblemGroupBuilder, fit_prompts
-from renderers.types import Message, Renderer
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.backend.types import Datum
+from posttrain.renderers.types import Message, Renderer
 from rl.types import RLDataset, RLDatasetBuilder
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 

@@ -25,11 +25,11 @@ from typing import Any
 import chz
 import numpy as np
 
-from backend.errors import ConfigError, DataError
-from backend.ranges import COUNT, SEED, WHOLE
 from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
 from envs.sandbox import Outcome, SandboxLimits, check_limits, run_program
-from renderers.types import Renderer
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.renderers.types import Renderer
 from rl.types import Action, Logs, RLDataset, RLDatasetBuilder, StepResult
 from supervised.rows import Fields, read_rows
 

@@ -10,11 +10,11 @@ from typing import Any
 import chz
 import numpy as np
 
-from backend.errors import ConfigError, DataError
-from backend.types import ModelInput
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.types import Message, Renderer
 from preference.comparisons import content_hash
 from preference.types import ComparisonDatasetBuilder, LabeledComparison
-from renderers.types import Message, Renderer
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, StepResult, StopCondition
 
 Prompt = Sequence[Message]

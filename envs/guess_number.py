@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, NON_NEGATIVE, WHOLE
 from envs.text_games import TextGame, TextGameBuilder, TextGameExamplesBuilder
-from renderers.types import Message
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, NON_NEGATIVE, WHOLE
+from posttrain.renderers.types import Message
 from rl.message_env import MessageEnd, MessageEnv, MessageStep, ParseError
 from rl.types import Metrics
 

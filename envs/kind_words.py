@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import chz
 import numpy as np
 
-from backend.ranges import COUNT, SEED, WHOLE
-from backend.types import Datum
 from envs.completion_env import GoldReward, Prompt, PromptsBuilder
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.backend.types import Datum
+from posttrain.renderers.types import Message, Renderer
 from preference.types import Comparison, ComparisonDatasetBuilder, Label, LabeledComparison
-from renderers.types import Message, Renderer
 from supervised.data import conversation_to_datum
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 

@@ -12,12 +12,12 @@ from typing import Literal
 
 import chz
 
-from backend.errors import ConfigError, DataError
-from backend.ranges import COUNT, POSITIVE, WHOLE
 from envs.math_answers import AnswerStyle, extract_answer, quantity
 from envs.math_grading import DEFAULT_SECONDS, TooCostly, check_gold, is_equal, is_equal_async
 from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
-from renderers.types import Renderer
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT, POSITIVE, WHOLE
+from posttrain.renderers.types import Renderer
 from rl.types import Logs, RLDataset, RLDatasetBuilder
 from supervised.data import HuggingFaceBuilder
 from supervised.rows import Fields, Row, read_rows

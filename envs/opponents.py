@@ -11,11 +11,11 @@ from functools import cache
 import chz
 import numpy as np
 
-from backend.errors import ConfigError, CookbookError
-from backend.types import SamplingParams
 from envs.textarena_game import Game
-from renderers import get_renderer
-from renderers.types import Message
+from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.types import SamplingParams
+from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Message
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError
 from rl.types import RolloutError
 

@@ -15,12 +15,12 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, NON_NEGATIVE
 from envs.completion_env import CompletionEnv, GoldReward, GroupDataset, Prompt, PromptsBuilder, completions
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, NON_NEGATIVE
+from posttrain.renderers.types import Renderer
 from preference.reward_types import Judge, JudgeBuilder, judge_all
 from preference.types import Comparison
-from renderers.types import Renderer
 from rl.types import Env, EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, RolloutError, Trajectory
 
 Matchups = Literal["all_pairs_both_ways", "all_pairs_one_way"]

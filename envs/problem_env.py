@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from backend.errors import ConfigError, DataError
-from backend.types import ModelInput
-from renderers.types import Message, Renderer
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.types import Message, Renderer
 from rl.types import Action, Env, EnvGroupBuilder, Logs, Observation, RLDataset, RolloutError, StepResult, StopCondition
 
 Overlong = Literal["drop", "raise"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import chz
 import numpy as np
 
-from backend.ranges import NON_NEGATIVE
 from envs.completion_env import CompletionEnv, GoldReward, GroupDataset, Prompt, PromptsBuilder, completions
+from posttrain.backend.ranges import NON_NEGATIVE
+from posttrain.renderers.types import Renderer
 from preference.reward_types import JudgeError, RewardModel, RewardModelBuilder
-from renderers.types import Renderer
 from rl.types import Env, EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, Trajectory
 
 

@@ -38,9 +38,9 @@ from weakref import WeakKeyDictionary
 
 import chz
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, POSITIVE
 from envs.sandbox_filter import seccomp_filter
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, POSITIVE
 from rl.types import RolloutError
 
 # wrong is the judge's word; the sandbox itself says how the program ended. killed: by a signal. error: exit status other than 0.

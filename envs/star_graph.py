@@ -19,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
-from backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError, DataError
 
 Seed = int | tuple[int, ...]
 CHUNK = 4096  # rows drawn at a time: they stay in the processor's cache

@@ -13,13 +13,13 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.errors import ConfigError, DataError
-from backend.ranges import COUNT, NUMBER, SEED, WHOLE
-from backend.types import Datum, ModelInput
 from envs.star_graph import HeldOut, StarGraph, held_out, sample_graphs
 from envs.star_graph_files import KeptRows, graph_of_path, read_rows, without
 from envs.star_graph_tokens import Layout, layout_of
-from renderers.types import Renderer
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT, NUMBER, SEED, WHOLE
+from posttrain.backend.types import Datum, ModelInput
+from posttrain.renderers.types import Renderer
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from backend.errors import ConfigError, DataError
 from envs.star_graph import HeldOut, Seed, StarGraph, sample_graphs
+from posttrain.backend.errors import ConfigError, DataError
 
 CHUNK = 65_536  # lines parsed, or rows written, at a time
 SPACES = str.maketrans("|,/=", "    ")

@@ -12,9 +12,9 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from backend.errors import ModelError
 from envs.star_graph import StarGraph, sample_graphs
 from envs.star_graph_files import format_line
+from posttrain.backend.errors import ModelError
 
 SYMBOLS = ["|", "=", "/", "$"]
 SPECIAL = ["<eos>", "<pad>"]

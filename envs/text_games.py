@@ -12,10 +12,10 @@ from typing import Any
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, SEED, WHOLE
-from backend.types import Datum
-from renderers.types import Message, Renderer
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.backend.types import Datum
+from posttrain.renderers.types import Message, Renderer
 from rl.message_env import MessageEnv, MessageEnvGroupBuilder, ParsePolicy
 from rl.types import RLDataset, RLDatasetBuilder
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, NON_NEGATIVE, WHOLE
-from backend.types import ModelInput
 from envs.opponents import Opponent, Player, listed_moves
 from envs.textarena_game import Game
-from renderers.types import Message, Renderer
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, NON_NEGATIVE, WHOLE
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.types import Message, Renderer
 from rl.types import (
     Action,
     Env,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from backend.errors import CookbookError
+from posttrain.backend.errors import CookbookError
 from rl.types import Metrics, RolloutError
 
 SOLVED = 1.0  # the reward from which a game for one player counts as won

@@ -17,10 +17,10 @@ from functools import partial
 import chz
 import numpy as np
 
-from backend.errors import ConfigError, CookbookError
-from backend.ranges import COUNT, WHOLE
 from envs.text_games import TextGame, TextGameBuilder, TextGameExamplesBuilder
-from renderers.types import Message
+from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.ranges import COUNT, WHOLE
+from posttrain.renderers.types import Message
 from rl.message_env import MessageEnd, MessageEnv, MessageStep, ParseError
 from rl.types import Metrics
 

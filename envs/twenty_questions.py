@@ -16,9 +16,9 @@ from functools import partial
 import chz
 import numpy as np
 
-from backend.ranges import COUNT, NON_NEGATIVE, WHOLE
 from envs.text_games import TextGame, TextGameBuilder, TextGameExamplesBuilder
-from renderers.types import Message
+from posttrain.backend.ranges import COUNT, NON_NEGATIVE, WHOLE
+from posttrain.renderers.types import Message
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError, MessageCompleter
 from rl.message_env import MessageEnd, MessageEnv, MessageStep, ParseError
 from rl.types import Metrics

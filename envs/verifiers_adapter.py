@@ -26,10 +26,10 @@ from typing import Any
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, POSITIVE, SEED, WHOLE
 from envs.problem_env import GraderError
-from renderers.types import Message, Renderer
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, POSITIVE, SEED, WHOLE
+from posttrain.renderers.types import Message, Renderer
 from rl.message_env import MessageEnv, MessageEnvGroupBuilder, MessageStep, ParsePolicy
 from rl.types import RLDataset, RLDatasetBuilder
 

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from backend.errors import ConfigError, ContextLengthError, DataError
-from backend.futures import APIFuture
-from backend.ranges import NON_NEGATIVE
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
+from posttrain.backend.errors import ConfigError, ContextLengthError, DataError
+from posttrain.backend.futures import APIFuture
+from posttrain.backend.ranges import NON_NEGATIVE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
+from posttrain.renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import Judge, JudgeBuilder, PreferenceModel, RewardModel, RewardModelBuilder, SavedModel
 from preference.types import Comparison, LabeledComparison
-from renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
 from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
 from supervised.data import SupervisedDatasetFromExamples
 from supervised.train import Objective

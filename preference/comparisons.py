@@ -13,12 +13,12 @@ from typing import Literal, TypeVar
 
 import chz
 
-from backend.errors import ConfigError, DataError
-from backend.ranges import COUNT, NON_NEGATIVE, SEED
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT, NON_NEGATIVE, SEED
+from posttrain.renderers.types import Message
 from preference import rows as shapes
 from preference.rows import ScoredSample
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
-from renderers.types import Message
 from supervised.data import HuggingFaceBuilder
 from supervised.rows import Fields, Row, read_rows
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import chz
 
-from backend.errors import DataError
+from posttrain.backend.errors import DataError
+from posttrain.renderers.types import Message
 from preference.comparisons import (
     ChosenRejectedBuilder,
     LabeledBuilder,
@@ -18,7 +19,6 @@ from preference.comparisons import (
 )
 from preference.rows import SPEAKER
 from preference.types import Comparison, LabeledComparison
-from renderers.types import Message
 from supervised.forms import has, names_of, one_form, unknown
 from supervised.rows import Fields, Row
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import chz
 
-from backend.ranges import COUNT, POSITIVE, WHOLE
+from posttrain.backend.ranges import COUNT, POSITIVE, WHOLE
+from posttrain.renderers.types import Tokenizer
 from preference.label_model import question
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, PreferenceModel
 from preference.types import Comparison
-from renderers.types import Tokenizer
 
 INSTRUCTION = "Two answers to the same prompt follow. Which one is better? End with a line that holds one word: A, B or Tie."
 SCORES = {"a": -1.0, "tie": 0.0, "b": 1.0}

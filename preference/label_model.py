@@ -11,15 +11,15 @@ from typing import get_args
 import chz
 import numpy as np
 
-from backend.errors import ConfigError, ContextLengthError
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import Datum, LoraConfig, ModelInput
+from posttrain.backend.errors import ConfigError, ContextLengthError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, LoraConfig, ModelInput
+from posttrain.renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
 from preference.comparisons import in_both_orders, randomly_swapped
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, PreferenceModel, SavedModel
 from preference.types import Comparison, Label, LabeledComparison
-from renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
 from supervised.data import SupervisedDatasetFromExamples, datum_from_tokens_weights
 from supervised.train import CrossEntropy, Objective
 from supervised.types import SupervisedDataset

@@ -11,7 +11,7 @@ import chz
 import torch
 from torch.nn.functional import logsigmoid
 
-from backend.ranges import NON_NEGATIVE, POSITIVE, Range
+from posttrain.backend.ranges import NON_NEGATIVE, POSITIVE, Range
 
 Pairwise = tuple[torch.Tensor, torch.Tensor]  # of the chosen answers, of the rejected ones
 

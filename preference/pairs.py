@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from backend.errors import DataError
-from backend.types import Datum
+from posttrain.backend.errors import DataError
+from posttrain.backend.types import Datum
+from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from preference.losses import PairLogprobs
 from preference.types import LabeledComparison
-from renderers.types import Message, Renderer, TrainOnWhat
 from supervised.data import datum_from_tokens_weights, fitting_batch_size
 
 Ties = Literal["drop", "both", "raise"]

@@ -17,15 +17,15 @@ import chz
 import numpy as np
 import torch
 
-from backend.errors import ConfigError
-from backend.losses import Tensors
-from backend.ranges import NON_NEGATIVE, NUMBER
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import Datum, ModelInput
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.losses import Tensors
+from posttrain.backend.ranges import NON_NEGATIVE, NUMBER
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, ModelInput
+from posttrain.renderers.types import Renderer, Tokenizer
 from preference.reward_types import SavedModel
 from preference.steps import Malformed, StepFormat, split_response
-from renderers.types import Renderer, Tokenizer
 from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup, Transition
 
 MALFORMED_LOGIT = -5.0

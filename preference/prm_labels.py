@@ -20,15 +20,15 @@ from typing import Any
 
 import chz
 
-from backend.errors import DataError
-from backend.ranges import COUNT, SEED, TEMPERATURE
-from backend.sampling_client import SamplingClient
-from backend.types import ModelInput, SamplingParams
+from posttrain.backend.errors import DataError
+from posttrain.backend.ranges import COUNT, SEED, TEMPERATURE
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.types import ModelInput, SamplingParams
+from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_dataclasses
 from preference.solutions import GradedProblem, Solution, grade
 from preference.steps import Malformed, StepFormat, StepTokens, split_response
 from rl.types import RolloutError
 from supervised.rows import read_rows
-from tracking.jsonl import append_jsonl, drop_torn_line, read_dataclasses
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from backend.errors import CheckpointError, DataError
-from backend.training_client import TrainingClient
-from backend.types import Datum
+from posttrain.backend.errors import CheckpointError, DataError
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum
+from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
 from preference.pairs import Pair, as_data, sequence_logprobs
-from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
 
 CHUNK = 256  # answers per forward call, and per look at the file
 TOLERANCE = 1e-4  # relative: other threads or another machine change the last digits

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import chz
 
-from backend.errors import DataError
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import LoraConfig
+from posttrain.backend.errors import DataError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import LoraConfig
+from posttrain.renderers.types import Renderer
 from preference.reward_types import PreferenceModel
 from preference.types import ComparisonDatasetBuilder, LabeledComparison
-from renderers.types import Renderer
 from supervised.train import Objective
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 

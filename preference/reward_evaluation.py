@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from backend.errors import DataError
-from backend.training_client import TrainingClient
+from posttrain.backend.errors import DataError
+from posttrain.backend.training_client import TrainingClient
 from preference.reward_types import Judge, judge_all
 from preference.types import LabeledComparison
 

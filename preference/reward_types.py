@@ -12,15 +12,15 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError, ModelError
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, ModelError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Message, Renderer, Tokenizer
+from posttrain.tracking.settings import read_settings
 from preference.types import Comparison
-from renderers import get_renderer
-from renderers.types import Message, Renderer, Tokenizer
 from rl.types import RolloutError
-from tracking.settings import read_settings
 
 Judge = Callable[[Comparison], Awaitable[float]]  # in [-1, 1]: 1 = B is better, -1 = A is, 0 = neither
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backend.errors import DataError
+from posttrain.backend.errors import DataError
+from posttrain.renderers.types import Message
 from preference.types import Comparison, Label, LabeledComparison
-from renderers.types import Message
 from supervised.rows import Fields, conversation
 
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")

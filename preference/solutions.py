@@ -7,9 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
-from backend.sampling_client import SamplingClient
-from backend.types import ModelInput, SamplingParams
-from renderers.types import Renderer
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.types import ModelInput, SamplingParams
+from posttrain.renderers.types import Renderer
 
 
 class GradedProblem(Protocol):

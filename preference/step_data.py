@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from backend.errors import ConfigError, DataError
-from backend.losses import Tensors
-from backend.ranges import COUNT, WHOLE
-from backend.types import Datum, ModelInput
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.losses import Tensors
+from posttrain.backend.ranges import COUNT, WHOLE
+from posttrain.backend.types import Datum, ModelInput
+from posttrain.renderers.types import Renderer, TrainOnWhat
 from preference.prm_labels import StepRecord, read_records
 from preference.steps import StepFormat, split_response
-from renderers.types import Renderer, TrainOnWhat
 from supervised.data import SupervisedDatasetFromExamples
 from supervised.rows import exchange
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder

@@ -13,9 +13,9 @@ from typing import Literal
 
 import chz
 
-from backend.errors import ConfigError
-from renderers.turns import decode
-from renderers.types import Renderer, Tokenizer
+from posttrain.backend.errors import ConfigError
+from posttrain.renderers.turns import decode
+from posttrain.renderers.types import Renderer, Tokenizer
 
 Span = tuple[int, int]  # characters [start, end) of a text
 Malformed = Literal["truncated", "empty", "no_answer"]

@@ -12,9 +12,9 @@ if not __package__:  # run as a file: this folder, first on the path, has a type
 
 import asyncio
 
+from posttrain.tracking.command_line import run_command
 from preference import train_dpo
 from preference.train_dpo import Config
-from tracking.command_line import run_command
 
 COMPARISONS = "preference.comparisons:"
 DATASETS = {

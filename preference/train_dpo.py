@@ -14,15 +14,21 @@ from typing import Any, Literal
 import chz
 import torch
 
-from backend.alarms import Alarms, check_at_start
-from backend.config import BackendConfig
-from backend.errors import ConfigError, NonFiniteError
-from backend.learning_rate import LRSchedule, lr_multiplier
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, LoraConfig
+from posttrain.backend.alarms import Alarms, check_at_start
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, NonFiniteError
+from posttrain.backend.learning_rate import LRSchedule, lr_multiplier
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, LoraConfig
+from posttrain.renderers import get_renderer
+from posttrain.tracking.checkpointing import Checkpointer, StopRequest
+from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
+from posttrain.tracking.nonfinite import write_offending_data
+from posttrain.tracking.progress import TrainingProgress
+from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
 from preference.losses import DPO, PreferenceLoss, pair_metrics
 from preference.pairs import (
     Pair,
@@ -36,12 +42,6 @@ from preference.pairs import (
 )
 from preference.reference import with_reference
 from preference.types import ComparisonDatasetBuilder
-from renderers import get_renderer
-from tracking.checkpointing import Checkpointer, StopRequest
-from tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
-from tracking.nonfinite import write_offending_data
-from tracking.progress import TrainingProgress
-from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
 
 Metrics = dict[str, float]
 Evaluator = Callable[[TrainingClient], Awaitable[Metrics]]
@@ -232,7 +232,7 @@ def _metrics(loss: PreferenceLoss, pairs: Sequence[Pair], outputs_D: Sequence[di
 
 
 def _finish(folder: RunFolder, metrics: Metrics) -> None:
-    from tracking.plots import plot_run
+    from posttrain.tracking.plots import plot_run
 
     print_last_metrics(folder, metrics)
     print(f"plot: {plot_run(folder.path)}\ncheckpoint: {folder.checkpoints / 'final'}")

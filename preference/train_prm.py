@@ -20,19 +20,19 @@ from collections.abc import Sequence
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.futures import APIFuture
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.training_client import TrainingClient
-from backend.types import Datum, ForwardBackwardOutput, LoraConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.futures import APIFuture
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_folder import open_run_folder
 from preference.step_data import StepExamplesBuilder, step_cross_entropy
-from renderers import get_renderer
 from supervised import train
 from supervised.train import Metrics
 from supervised.types import SupervisedDataset
-from tracking.command_line import run_command
-from tracking.run_folder import open_run_folder
 
 DATASETS = {"*.jsonl": "preference.step_data:StepExamplesBuilder path={}"}
 

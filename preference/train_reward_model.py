@@ -18,17 +18,17 @@ import asyncio
 
 import chz
 
-from backend.errors import ConfigError
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.types import LoraConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import LoraConfig
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_folder import open_run_folder
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_evaluation import RewardModelEvaluator, plot_reliability
 from preference.train_cli import DATASETS
-from renderers import get_renderer
 from supervised import train
-from tracking.command_line import run_command
-from tracking.run_folder import open_run_folder
 
 KINDS = {"scalar": "preference.bradley_terry:PreferencePairsBuilder", "label": "preference.label_model:LabelExamplesBuilder"}
 

@@ -10,9 +10,9 @@ from typing import Literal, get_args
 
 import chz
 
-from backend.errors import ConfigError, DataError
-from backend.ranges import SEED, WHOLE
-from renderers.types import Message
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import SEED, WHOLE
+from posttrain.renderers.types import Message
 
 Label = Literal["A", "B", "Tie"]
 SWAPPED: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "Tie"}

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from backend.errors import DataError
-from backend.sampling_client import SamplingClient
-from backend.types import SamplingParams
+from posttrain.backend.errors import DataError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.types import SamplingParams
+from posttrain.renderers.types import Message, Renderer
 from preference.reward_types import Judge, judge_all
 from preference.types import Comparison
-from renderers.types import Message, Renderer
 
 Metrics = dict[str, float]
 

@@ -21,15 +21,15 @@ from pathlib import Path
 
 import chz
 
-from backend.learning_rate import LRSchedule
-from backend.ranges import LEARNING_RATE, NON_NEGATIVE, WHOLE
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from posttrain.backend.learning_rate import LRSchedule
+from posttrain.backend.ranges import LEARNING_RATE, NON_NEGATIVE, WHOLE
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_folder import BehaviorIfExists
 from recipes.warm_start import warm_started
 from rl import train as rl_train
 from rl.types import RLDatasetBuilder
-from tracking.command_line import run_command
-from tracking.metrics_log import read_metrics
-from tracking.run_folder import BehaviorIfExists
 
 
 @chz.chz

@@ -21,12 +21,12 @@ import asyncio
 
 import chz
 
-from backend.ranges import LEARNING_RATE, WHOLE
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from posttrain.backend.ranges import LEARNING_RATE, WHOLE
+from posttrain.tracking.command_line import run_command
 from recipes.warm_start import warm_started
 from rl import train
 from rl.types import RLDatasetBuilder
-from tracking.command_line import run_command
 
 
 @chz.chz

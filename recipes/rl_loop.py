@@ -36,12 +36,12 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.config import BackendConfig
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED, WHOLE
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.types import AdamParams, Datum, ModelInput, SampledSequence, SamplingParams, TensorData
-from tracking.command_line import run_command
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED, WHOLE
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import AdamParams, Datum, ModelInput, SampledSequence, SamplingParams, TensorData
+from posttrain.tracking.command_line import run_command
 
 NUM_HELD_OUT = 200
 MAX_TOKENS = 8

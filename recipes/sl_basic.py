@@ -21,11 +21,11 @@ import asyncio
 
 import chz
 
-from backend.ranges import LEARNING_RATE, WHOLE
 from envs.arithmetic import ArithmeticExamplesBuilder
+from posttrain.backend.ranges import LEARNING_RATE, WHOLE
+from posttrain.tracking.command_line import run_command
 from supervised import train
 from supervised.types import SupervisedDatasetBuilder
-from tracking.command_line import run_command
 
 
 @chz.chz

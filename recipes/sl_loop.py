@@ -29,11 +29,11 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.config import BackendConfig
-from backend.ranges import COUNT, LEARNING_RATE, SEED, WHOLE
-from backend.service_client import ServiceClient
-from backend.types import AdamParams, Datum, ModelInput, SamplingParams, TensorData
-from tracking.command_line import run_command
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED, WHOLE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams, TensorData
+from posttrain.tracking.command_line import run_command
 
 NUM_HELD_OUT = 200
 

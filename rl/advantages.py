@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, NON_NEGATIVE
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, NON_NEGATIVE
 
 
 @chz.chz

@@ -8,8 +8,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from backend.errors import DataError
-from backend.types import Datum, ModelInput
+from posttrain.backend.errors import DataError
+from posttrain.backend.types import Datum, ModelInput
 from rl.advantages import AdvantageEstimator
 from rl.types import Trajectory, TrajectoryGroup
 

@@ -16,9 +16,9 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from functools import cache, partial
 from typing import Any, TypeVar
 
+from posttrain.tracking.timeline import span
 from rl.step_checks import plain_text
 from rl.types import EnvError, EnvTimeout, MalformedStep, RolloutError
-from tracking.timeline import span
 
 T = TypeVar("T")
 

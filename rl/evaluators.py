@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
 
-from backend.errors import ConfigError, DataError
-from backend.sampling_client import SamplingClient
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.sampling_client import SamplingClient
 from rl import step_checks
 from rl.group_sources import EVALUATION_STREAM
 from rl.metrics import compute_trajectory_metrics

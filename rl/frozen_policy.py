@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import chz
 import numpy as np
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError, CookbookError
-from backend.ranges import COUNT, SEED, TEMPERATURE
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.types import SamplingParams
-from renderers import get_renderer
-from renderers.types import Message, Renderer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.ranges import COUNT, SEED, TEMPERATURE
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import SamplingParams
+from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Message, Renderer
 from rl.types import RolloutError
 
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from backend.errors import ConfigError
-from backend.sampling_client import SamplingClient
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.sampling_client import SamplingClient
 from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_group_rollout, first_error
 from rl.step_checks import batch as groups_of_batch

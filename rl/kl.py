@@ -14,13 +14,13 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import NON_NEGATIVE, SHARE
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.training_client import TrainingClient
-from backend.types import Datum, LoraConfig
-from renderers.types import Tokenizer
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import NON_NEGATIVE, SHARE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, LoraConfig
+from posttrain.renderers.types import Tokenizer
 from rl.data_processing import TrainingData
 from rl.types import Metrics, TrajectoryGroup
 

@@ -17,13 +17,13 @@ from typing import Protocol, runtime_checkable
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.loss_terms import LossTerm
-from backend.ranges import LARGEST, NON_NEGATIVE, Range
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import Datum, ForwardBackwardOutput, ModelInput
-from renderers.types import Renderer
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.ranges import LARGEST, NON_NEGATIVE, Range
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, ForwardBackwardOutput, ModelInput
+from posttrain.renderers.types import Renderer
 from rl.data_processing import assemble_training_data
 from rl.types import Action, BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
 

@@ -12,11 +12,11 @@ from typing import Literal
 
 import chz
 
-from backend.errors import CookbookError
-from backend.ranges import NUMBER, WHOLE
-from backend.types import ModelInput
-from renderers.turns import decode, encode
-from renderers.types import Message, Renderer, TrainOnWhat
+from posttrain.backend.errors import CookbookError
+from posttrain.backend.ranges import NUMBER, WHOLE
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.turns import decode, encode
+from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from rl.types import (
     Action,
     Env,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from backend.types import Datum, TensorData
+from posttrain.backend.types import Datum, TensorData
 from rl.types import Metrics, Trajectory, TrajectoryGroup
 
 PERCENTS = (1, 50, 99)

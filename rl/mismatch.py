@@ -12,9 +12,9 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.ranges import NON_NEGATIVE
-from backend.training_client import TrainingClient
-from backend.types import Datum, TensorData
+from posttrain.backend.ranges import NON_NEGATIVE
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, TensorData
 from rl.metrics import compute_sampling_metrics
 from rl.types import Metrics
 

@@ -22,20 +22,20 @@ from typing import Literal
 
 import chz
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, WHOLE
-from backend.sampling_client import SamplingClient
-from backend.tokenizers import load_tokenizer
-from backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from envs.arithmetic import ArithmeticBuilder
-from renderers import get_renderer
-from renderers.turns import decode, encode, eos
-from renderers.types import Tokenizer
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, WHOLE
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
+from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import decode, encode, eos
+from posttrain.renderers.types import Tokenizer
+from posttrain.tracking.command_line import run_command
 from rl.env_calls import takes_extra
 from rl.rollouts import Policy, RolloutLimits, do_single_rollout, first_error
 from rl.train_cli import ENVS
 from rl.types import Action, Env, EnvGroupBuilder, EpisodeEnd, Metrics, Observation, RLDatasetBuilder, StepResult, StopCondition
-from tracking.command_line import run_command
 
 PATIENCE = 1e9  # seconds that a call may take: a person thinks, and the other seat waits
 

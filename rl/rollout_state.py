@@ -6,7 +6,7 @@ Floats survive exactly. Left out: images, and what batch rewards add, since grou
 from dataclasses import asdict
 from typing import Any
 
-from backend.types import ModelInput
+from posttrain.backend.types import ModelInput
 from rl import types
 from rl.types import EnvGroupBuilder, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 

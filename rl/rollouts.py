@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import chz
 import numpy as np
 
-from backend.errors import ContextLengthError, DataError
-from backend.ranges import COUNT, POSITIVE, SHARE, WHOLE
-from backend.sampling_client import SamplingClient
-from backend.types import SamplingParams
+from posttrain.backend.errors import ContextLengthError, DataError
+from posttrain.backend.ranges import COUNT, POSITIVE, SHARE, WHOLE
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.types import SamplingParams
+from posttrain.tracking.timeline import span
 from rl import step_checks
 from rl.env_calls import SamplingClock, call, call_now, takes_extra
 from rl.types import (
@@ -39,7 +40,6 @@ from rl.types import (
     TrajectoryGroup,
     Transition,
 )
-from tracking.timeline import span
 
 T = TypeVar("T")
 Seed = tuple[int, ...]  # e.g. (run seed, step, group); a rollout's sampling is a pure function of it

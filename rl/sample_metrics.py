@@ -13,7 +13,7 @@ from math import comb
 
 import numpy as np
 
-from backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError
 
 MAX_SUBSETS = 2000
 

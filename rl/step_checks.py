@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from backend.errors import CookbookError, DataError
-from backend.types import EncodedTextChunk, ModelInput
+from posttrain.backend.errors import CookbookError, DataError
+from posttrain.backend.types import EncodedTextChunk, ModelInput
 from rl.types import (
     Env,
     EnvGroupBuilder,

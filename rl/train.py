@@ -14,7 +14,7 @@ from typing import Any
 import chz
 import numpy as np
 
-from backend.alarms import (
+from posttrain.backend.alarms import (
     BATCHED,
     PROBE_SAMPLES,
     SAMPLED,
@@ -24,20 +24,26 @@ from backend.alarms import (
     least_certain,
     sampler_gaps,
 )
-from backend.config import BackendConfig
-from backend.data_checks import resolve_loss
-from backend.errors import ConfigError, DataError, NonFiniteError
-from backend.learning_rate import LRSchedule, lr_multiplier
-from backend.losses import LossFn
-from backend.models import PRESETS
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SAMPLING_TEMPERATURE, SEED, TEMPERATURE, WHOLE
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, LoraConfig
-from renderers import get_renderer
-from renderers.types import Tokenizer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.data_checks import resolve_loss
+from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
+from posttrain.backend.learning_rate import LRSchedule, lr_multiplier
+from posttrain.backend.losses import LossFn
+from posttrain.backend.models import PRESETS
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SAMPLING_TEMPERATURE, SEED, TEMPERATURE, WHOLE
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, LoraConfig
+from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Tokenizer
+from posttrain.tracking.checkpointing import Checkpointer, StopRequest
+from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
+from posttrain.tracking.nonfinite import write_offending_data
+from posttrain.tracking.progress import TrainingProgress, reported
+from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
+from posttrain.tracking.timeline import Timeline, recording, span
 from rl import step_checks
 from rl.advantages import AdvantageEstimator, GroupMean
 from rl.data_processing import Reduction
@@ -50,12 +56,6 @@ from rl.rollouts import RolloutLimits
 from rl.train_step import Learner, StepOutcome, train_step
 from rl.transcripts import write_rollouts
 from rl.types import BatchRewardBuilder, Metrics, RLDatasetBuilder
-from tracking.checkpointing import Checkpointer, StopRequest
-from tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
-from tracking.nonfinite import write_offending_data
-from tracking.progress import TrainingProgress, reported
-from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
-from tracking.timeline import Timeline, recording, span
 
 
 @chz.chz
@@ -389,7 +389,7 @@ def _headline(metrics: Metrics) -> Metrics:
 
 
 def _finish(run: _Run, metrics: Metrics) -> None:
-    from tracking.plots import plot_run
+    from posttrain.tracking.plots import plot_run
 
     run.timeline.plot(run.folder.plots / "timeline.png")
     print_last_metrics(run.folder, metrics)

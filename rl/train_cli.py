@@ -14,12 +14,12 @@ import asyncio
 
 import chz
 
-from backend.ranges import COUNT
 from envs.arithmetic import ArithmeticBuilder
+from posttrain.backend.ranges import COUNT
+from posttrain.tracking.command_line import run_command
 from rl import train
 from rl.algorithms import ALGORITHMS
 from rl.types import RLDatasetBuilder
-from tracking.command_line import run_command
 
 ENVS = {
     "arithmetic": "envs.arithmetic:ArithmeticBuilder",

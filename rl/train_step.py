@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from backend.alarms import Gap
-from backend.errors import NonFiniteError
-from backend.futures import APIFuture
-from backend.loss_terms import LossTerm
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse, TensorData
+from posttrain.backend.alarms import Gap
+from posttrain.backend.errors import NonFiniteError
+from posttrain.backend.futures import APIFuture
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse, TensorData
+from posttrain.tracking.metrics_log import timed
+from posttrain.tracking.nonfinite import write_offending_data
+from posttrain.tracking.progress import reported
+from posttrain.tracking.run_folder import RunFolder
+from posttrain.tracking.timeline import span
 from rl.data_processing import (
     TrainingData,
     add_advantages,
@@ -33,11 +38,6 @@ from rl.kl import Reference, kl_metrics, penalize_advantages, penalized_rewards,
 from rl.metrics import compute_sampling_metrics, mean_by_key
 from rl.mismatch import correct_mismatch
 from rl.types import BatchReward, Metrics, TrajectoryGroup
-from tracking.metrics_log import timed
-from tracking.nonfinite import write_offending_data
-from tracking.progress import reported
-from tracking.run_folder import RunFolder
-from tracking.timeline import span
 
 if TYPE_CHECKING:
     from rl.train import Config

@@ -1,13 +1,13 @@
-"""Rollouts as tracking.transcripts wants them: decoded, with advantages and errors. Decoding is for reading only; nothing trains on it."""
+"""Rollouts as posttrain.tracking.transcripts wants them: decoded, with advantages and errors. For reading only; nothing trains on it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from renderers.types import Tokenizer
+from posttrain.renderers.types import Tokenizer
+from posttrain.tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 from rl.types import Trajectory, TrajectoryGroup, Transition
-from tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 
 
 def write_rollouts(

@@ -6,8 +6,8 @@ stop). A token that is partly before the stop and partly in it does not count as
 
 from collections.abc import Sequence
 
-from renderers.turns import decode
-from renderers.types import Renderer, Tokenizer
+from posttrain.renderers.turns import decode
+from posttrain.renderers.types import Renderer, Tokenizer
 
 
 def tokens_before_stop(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str]) -> tuple[int, bool]:

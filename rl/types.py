@@ -11,12 +11,12 @@ from typing import Literal, Protocol
 
 import chz
 
-from backend.errors import CookbookError
-from backend.ranges import COUNT, SEED
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import Datum, ModelInput, StopReason
-from renderers.types import Renderer
+from posttrain.backend.errors import CookbookError
+from posttrain.backend.ranges import COUNT, SEED
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, ModelInput, StopReason
+from posttrain.renderers.types import Renderer
 
 Action = list[int]  # the sampled tokens, stop token included
 Observation = ModelInput

@@ -11,11 +11,11 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.errors import ConfigError, DataError
-from backend.ranges import POSITIVE, WHOLE
-from backend.types import Datum, ModelInput, TensorData
-from renderers.turns import bos, encode, eos
-from renderers.types import Message, Renderer, TrainOnWhat
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import POSITIVE, WHOLE
+from posttrain.backend.types import Datum, ModelInput, TensorData
+from posttrain.renderers.turns import bos, encode, eos
+from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from supervised.forms import customized, form_of, one_form
 from supervised.rows import Fields, Row, conversation, exchange, read_rows
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder

@@ -6,8 +6,8 @@ What is no form, or two at once, is a DataError that names the fields and the kn
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from backend.errors import DataError
-from renderers.types import Message, TrainOnWhat
+from posttrain.backend.errors import DataError
+from posttrain.renderers.types import Message, TrainOnWhat
 from supervised.rows import Fields, Row, conversation, exchange
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from backend.training_client import TrainingClient
-from backend.types import Datum, TensorData
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, TensorData
 from supervised.types import SupervisedDataset
 
 

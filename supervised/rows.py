@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backend.errors import ConfigError, DataError
-from renderers.types import Message
-from tracking.jsonl import parse_json
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.renderers.types import Message
+from posttrain.tracking.jsonl import parse_json
 
 Fields = Mapping[str, Any]
 Row = tuple[str, Fields]  # where it stands, for errors: "path:line" or "name[split]:index"; and what it holds

@@ -11,24 +11,24 @@ from typing import Protocol
 
 import chz
 
-from backend.alarms import Alarms, check_at_start
-from backend.config import BackendConfig
-from backend.errors import ConfigError, NonFiniteError
-from backend.futures import APIFuture
-from backend.learning_rate import LRSchedule, lr_multiplier
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse
-from renderers import get_renderer
+from posttrain.backend.alarms import Alarms, check_at_start
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, NonFiniteError
+from posttrain.backend.futures import APIFuture
+from posttrain.backend.learning_rate import LRSchedule, lr_multiplier
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse
+from posttrain.renderers import get_renderer
+from posttrain.tracking.checkpointing import Checkpointer, StopRequest
+from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
+from posttrain.tracking.nonfinite import write_offending_data
+from posttrain.tracking.progress import TrainingProgress
+from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
 from supervised.nll import NLLEvaluator, nll_means, nll_sums
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
-from tracking.checkpointing import Checkpointer, StopRequest
-from tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
-from tracking.nonfinite import write_offending_data
-from tracking.progress import TrainingProgress
-from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
 
 Metrics = dict[str, float]
 Evaluator = Callable[[TrainingClient], Awaitable[Metrics]]
@@ -217,7 +217,7 @@ async def _step_metrics(
 
 
 def finish(folder: RunFolder, metrics: Metrics) -> None:
-    from tracking.plots import plot_run
+    from posttrain.tracking.plots import plot_run
 
     print_last_metrics(folder, metrics)
     print(f"plot: {plot_run(folder.path)}\ncheckpoint: {folder.checkpoints / 'final'}")

@@ -14,11 +14,11 @@ import asyncio
 
 import chz
 
-from backend.ranges import COUNT
 from envs.arithmetic import ArithmeticExamplesBuilder
+from posttrain.backend.ranges import COUNT
+from posttrain.tracking.command_line import run_command
 from supervised import train
 from supervised.types import SupervisedDatasetBuilder
-from tracking.command_line import run_command
 
 DATASETS = {
     "arithmetic": "envs.arithmetic:ArithmeticExamplesBuilder",

@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 
 import chz
 
-from backend.ranges import COUNT, SEED
-from backend.types import Datum
-from renderers.types import Renderer, TrainOnWhat
+from posttrain.backend.ranges import COUNT, SEED
+from posttrain.backend.types import Datum
+from posttrain.renderers.types import Renderer, TrainOnWhat
 
 
 class SupervisedDataset(ABC):

@@ -15,16 +15,16 @@ import chz
 from rich.console import Console
 from rich.text import Text
 
-from backend.ranges import COUNT
-from backend.tokenizers import load_tokenizer
-from backend.types import Datum
 from envs.arithmetic import ArithmeticExamplesBuilder
-from renderers import get_renderer
-from renderers.turns import decode
-from renderers.types import Tokenizer
+from posttrain.backend.ranges import COUNT
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import Datum
+from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import decode
+from posttrain.renderers.types import Tokenizer
+from posttrain.tracking.command_line import run_command
 from supervised.train_cli import DATASETS
 from supervised.types import SupervisedDatasetBuilder
-from tracking.command_line import run_command
 
 
 @chz.chz

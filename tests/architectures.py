@@ -34,12 +34,12 @@ from transformers import (
     SmolLM3Config,
 )
 
-from backend.tokenizers import character_tokenizer
+from posttrain.backend.tokenizers import character_tokenizer
 
 WINDOW = 16  # of sliding attention: rows in the tests are two to four times as long
 CONTEXT = 256
 HIDDEN = 128
-VOCABULARY = 260  # that of backend.tokenizers.character_tokenizer
+VOCABULARY = 260  # that of posttrain.backend.tokenizers.character_tokenizer
 
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
 _SHAPE: dict[str, Any] = {

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-import backend.config
-from backend.config import BackendConfig
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import Datum, ModelInput
+import posttrain.backend.config
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, ModelInput
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
 # The suite computes in fp32 on every device: its tolerances are fp32's. bf16 is tested where a test asks for it.
-backend.config.AUTO_DTYPES["cuda"] = "float32"
+posttrain.backend.config.AUTO_DTYPES["cuda"] = "float32"
 # Two fp32 computations of one gradient in different orders, relative to it. Kernels differ by processor: up to 2.2e-6 was seen with AVX-512.
-ROUNDING = {"cpu": 3e-6, "cuda": 3e-5}[backend.config.training_device().type]
+ROUNDING = {"cpu": 3e-6, "cuda": 3e-5}[posttrain.backend.config.training_device().type]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

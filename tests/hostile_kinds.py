@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from backend.errors import ContextLengthError, EngineError
-from backend.types import ModelInput
+from posttrain.backend.errors import ContextLengthError, EngineError
+from posttrain.backend.types import ModelInput
 from rl.types import (
     Env,
     EpisodeEnd,

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-import backend.batching
+import posttrain.backend.batching
 import supervised.train
-from backend.alarms import PROBE_SAMPLES, Alarms, Gap, sampler_gaps
-from backend.config import BackendConfig
-from backend.errors import LogprobGapError, NonFiniteError
-from backend.torch_sampler import TorchSampler
-from backend.trainer import Trainer
-from backend.training_client import TrainingClient
-from backend.types import GetInfoResponse, ModelInput, SamplingParams
 from envs.arithmetic import ArithmeticExamplesBuilder
+from posttrain.backend.alarms import PROBE_SAMPLES, Alarms, Gap, sampler_gaps
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import LogprobGapError, NonFiniteError
+from posttrain.backend.torch_sampler import TorchSampler
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import GetInfoResponse, ModelInput, SamplingParams
+from posttrain.tracking.command_line import run_command
 from preference import train_dpo
 from recipes.dpo.letters import SortedPreferredBuilder
 from rl import train
@@ -29,7 +30,6 @@ from rl.mismatch import MismatchCorrection
 from tests.conftest import random_tokens
 from tests.test_group_sources import LowTokenBuilder, config, metrics
 from tests.test_sampling import train_a_little
-from tracking.command_line import run_command
 
 MODES: dict[str, dict[str, Any]] = {
     "synchronous": {},
@@ -77,7 +77,7 @@ def shifted_logprobs(patch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_ignores_temperature(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("backend.batching._temperatures", lambda data_D: None)
+    patch.setattr("posttrain.backend.batching._temperatures", lambda data_D: None)
 
 
 def members_of_a_row_see_each_other(patch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def members_of_a_row_see_each_other(patch: pytest.MonkeyPatch) -> None:
     def causal(mask: Any, ends_BT: Any) -> Any:
         return mask(ends_BT.new_full(ends_BT.shape, ends_BT.shape[1]))
 
-    wrapped(patch, backend.batching, "_mask", causal)
+    wrapped(patch, posttrain.backend.batching, "_mask", causal)
     patch.setattr(Trainer, "_check_rows", lambda self: None)
 
 

@@ -18,13 +18,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from backend.config import BackendConfig
-from backend.errors import ModelError
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.trainer import Trainer
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ModelError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.architectures import FAMILIES, NOT_WITH_VLLM, WINDOW, save_random_model
 from tests.conftest import ROOT, gradients, random_tokens
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from backend.atomic_folder import atomic_folder, recover_folders
-from backend.errors import CheckpointError
+from posttrain.backend.atomic_folder import atomic_folder, recover_folders
+from posttrain.backend.errors import CheckpointError
 from tests.conftest import ROOT
 
 # Writes version 2 over version 1 in a forked child that dies before its n-th change of the file system, for n = 1, 2, ... until it lives.
@@ -17,7 +17,7 @@ KILLER = textwrap.dedent(
     """
     import ctypes, os, signal, sys
     from pathlib import Path
-    from backend import atomic_folder as module
+    from posttrain.backend import atomic_folder as module
 
     folder, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
     if not exchange:

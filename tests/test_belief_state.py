@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from backend.belief_state import BeliefState, BeliefStateConfig, NextToken, documents
-from backend.belief_state_losses import empty_side_losses, pair_pass
-from backend.belief_state_pairs import PairObjective, find_pairs
-from backend.belief_state_trainer import BeliefStateTrainer, PassConfig, TokenBatch
-from backend.errors import ConfigError, DataError
 from envs.star_graph import StarGraph, sample_graphs
+from posttrain.backend.errors import ConfigError, DataError
+from recipes.libraries.belief_state.losses import empty_side_losses, pair_pass
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig, NextToken, documents
+from recipes.libraries.belief_state.pairs import PairObjective, find_pairs
+from recipes.libraries.belief_state.trainer import BeliefStateTrainer, PassConfig, TokenBatch
 
 EOS = 9
 TINY = BeliefStateConfig(vocab_size=10, eos_id=EOS, num_layers=2, num_heads=2, hidden=16)

@@ -7,14 +7,14 @@ import chz
 import numpy as np
 import pytest
 
-from backend.belief_state_pairs import PairObjective
-from backend.errors import CheckpointError, ConfigError, DataError, ModelError
+from posttrain.backend.errors import CheckpointError, ConfigError, DataError, ModelError
 from recipes.belief_state import infill, judge, pretokenized, train
 from recipes.belief_state.pretokenized import Shard, WeightedShards, open_shards, write_shards
 from recipes.belief_state.stories import generate, mistakes
 from recipes.belief_state.text import PretokenizedBuilder, TextBuilder
 from recipes.belief_state.text_data import FillInTheMiddle, PackedDocuments, ShuffledBatches, TextData, fim_loss_mask
 from recipes.belief_state.tokenizer import encode_documents, open_tokenizer, train_tokenizer
+from recipes.libraries.belief_state.pairs import PairObjective
 
 EOS, FIM = 1, 99
 

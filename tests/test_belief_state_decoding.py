@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 import torch
 
-from backend.belief_state import BeliefState, BeliefStateConfig, NextToken
-from backend.belief_state_decoding import (
+from posttrain.backend.errors import DataError
+from recipes.libraries.belief_state.decoding import (
     Direction,
     greedy_tokens,
     infill_beam,
@@ -16,7 +16,7 @@ from backend.belief_state_decoding import (
     infill_plan,
     next_token_greedy,
 )
-from backend.errors import DataError
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig, NextToken
 
 EOS, VOCAB = 4, 5
 CONFIG = BeliefStateConfig(VOCAB, EOS, num_layers=2, num_heads=2, hidden=16, init_std=0.15)

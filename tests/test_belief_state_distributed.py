@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from backend.belief_state import BeliefState, BeliefStateConfig, NextToken
-from backend.belief_state_files import Model
-from backend.belief_state_pairs import PairObjective
-from backend.belief_state_trainer import BeliefStateTrainer, PassConfig, TokenBatch
-from backend.distributed import ParallelTrainer, Processes, joined_processes
-from backend.errors import ConfigError
-from backend.types import AdamParams
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.types import AdamParams
+from posttrain.tracking.metrics_log import read_metrics
 from recipes.belief_state import train as recipe
 from recipes.belief_state.star_graph import StarGraphBuilder
-from tracking.metrics_log import read_metrics
+from recipes.libraries.belief_state.distributed import ParallelTrainer, Processes, joined_processes
+from recipes.libraries.belief_state.files import Model
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig, NextToken
+from recipes.libraries.belief_state.pairs import PairObjective
+from recipes.libraries.belief_state.trainer import BeliefStateTrainer, PassConfig, TokenBatch
 
 EOS, STEPS = 1, 4
 CONFIG = BeliefStateConfig(vocab_size=17, eos_id=EOS, num_layers=2, num_heads=2, hidden=32)

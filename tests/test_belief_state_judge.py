@@ -9,7 +9,7 @@ import chz
 import numpy as np
 import pytest
 
-from backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError, DataError
 from preference.reward_types import JudgeError
 from preference.types import Comparison
 from recipes.belief_state.judge import INSTRUCTION, Config, StoryEndpointBuilder, judge_files

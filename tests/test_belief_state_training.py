@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from backend.belief_state import BeliefState, BeliefStateConfig
-from backend.belief_state_files import load_belief_state, load_next_token
-from backend.belief_state_trainer import BeliefStateTrainer
-from backend.errors import CheckpointError, DataError
-from backend.types import AdamParams
 from benchmarks import belief_state_star_graph
 from envs.star_graph import bst_rows
 from envs.star_graph_files import write_lines
+from posttrain.backend.errors import CheckpointError, DataError
+from posttrain.backend.types import AdamParams
+from posttrain.tracking.command_line import parse
+from posttrain.tracking.metrics_log import read_metrics
 from recipes.belief_state import train
 from recipes.belief_state.star_graph import StarGraphBuilder, accuracy, task_name, with_eos
+from recipes.libraries.belief_state.files import load_belief_state, load_next_token
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
+from recipes.libraries.belief_state.trainer import BeliefStateTrainer
 from tests.conftest import ROOT
-from tracking.command_line import parse
-from tracking.metrics_log import read_metrics
 
 SMALL: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "hidden": 16, "batch_size": 8, "num_steps": 12, "eval_every": 5}
 GRAPH = StarGraphBuilder(num_test=20)

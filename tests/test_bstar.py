@@ -8,8 +8,9 @@ import chz
 import numpy as np
 import pytest
 
-from backend.errors import ConfigError, DataError
-from backend.tokenizers import load_tokenizer
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
 from preference.prm import StepScores
 from preference.steps import StepFormat
 from recipes.bstar import metrics
@@ -32,7 +33,6 @@ from recipes.bstar.selection import counts, select, shortfall
 from recipes.bstar.sums import OracleRewardBuilder, Sum, SumsBuilder
 from recipes.bstar.tasks import TaskBuilder
 from recipes.bstar.train import Config, check_settings
-from renderers import get_renderer
 
 FORM = StepFormat(separator="\n", answer_marker="#")
 

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from backend.errors import DataError
 from benchmarks import bstar_round
+from posttrain.backend.errors import DataError
 from preference.steps import StepFormat
 from recipes.bstar import compare as compare_page
 from recipes.bstar import report

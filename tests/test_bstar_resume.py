@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from backend.config import BackendConfig
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.tracking.metrics_log import read_metrics
 from recipes.bstar.records import read_candidates, read_choice, read_selection, read_summaries
 from recipes.bstar.sampling import Pool, sample_pool
 from recipes.bstar.sums import SumsBuilder
 from recipes.bstar.train import Config, main
-from renderers import get_renderer
-from tracking.metrics_log import read_metrics
 
 ARGUMENTS = {
     "methods": ["bstar", "rest_em"],

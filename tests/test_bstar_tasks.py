@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from backend.errors import DataError
-from backend.tokenizers import load_tokenizer
+from posttrain.backend.errors import DataError
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
 from preference.solutions import grade
 from recipes.bstar.arc import ArcBuilder
 from recipes.bstar.code_task import CodeTaskBuilder
 from recipes.bstar.gsm8k import Gsm8kBuilder
 from recipes.bstar.math_text import STEP_END, MathTextBuilder
 from recipes.bstar.tasks import Query, Task, TaskBuilder
-from renderers import get_renderer
 
 RENDERER = get_renderer("plain", load_tokenizer("tiny"))
 GSM8K = [

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from backend.config import BackendConfig
-from backend.engine import EngineThread
-from backend.errors import ClosedError, EngineError, NonFiniteError, PassCancelledError
-from backend.futures import APIFuture, InOrder
-from backend.loss_terms import LossTerm
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, ModelInput, SampleResponse, SamplingParams
 from envs.twenty_questions import TwentyQuestionsBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.engine import EngineThread
+from posttrain.backend.errors import ClosedError, EngineError, NonFiniteError, PassCancelledError
+from posttrain.backend.futures import APIFuture, InOrder
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, ModelInput, SampleResponse, SamplingParams
 from rl import train
 from rl.frozen_policy import FrozenPolicy
 from rl.rollouts import RolloutLimits
@@ -497,7 +497,7 @@ def test_opening_a_client_that_is_cancelled_or_fails_leaves_no_engine(
 
     asyncio.run(cancelled())
     wait_until(lambda: new_engines() == 0)
-    monkeypatch.setattr("backend.torch_sampler.TorchSampler.load_weights", lambda self, weights: {}["missing"])
+    monkeypatch.setattr("posttrain.backend.torch_sampler.TorchSampler.load_weights", lambda self, weights: {}["missing"])
     with pytest.raises(KeyError):
         torch_service.create_sampling_client(base_model="micro")
     wait_until(lambda: new_engines() == 0)
@@ -538,8 +538,8 @@ def test_an_interrupted_start_leaves_no_engine(new_engines: Callable[[], int]) -
 
 SCRIPT = """
 import asyncio
-import backend as tinker
-from backend.config import BackendConfig
+import posttrain.backend as tinker
+from posttrain.backend.config import BackendConfig
 service = tinker.ServiceClient(BackendConfig(engine="torch"))
 client = service.create_training_client("micro")
 sampler = client.save_weights_and_get_sampling_client()

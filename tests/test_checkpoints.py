@@ -17,19 +17,19 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from backend import checkpoints
-from backend.atomic_folder import atomic_folder
-from backend.checkpoint_files import FORMAT, read_state
-from backend.config import BackendConfig
-from backend.errors import CheckpointError, ModelError, NonFiniteError
-from backend.models import load_model
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, LoraConfig, ModelInput
+from posttrain.backend import checkpoints
+from posttrain.backend.atomic_folder import atomic_folder
+from posttrain.backend.checkpoint_files import FORMAT, read_state
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import CheckpointError, ModelError, NonFiniteError
+from posttrain.backend.models import load_model
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, LoraConfig, ModelInput
+from posttrain.tracking.checkpointing import Checkpointer
+from posttrain.tracking.disk_space import check_disk_space
+from posttrain.tracking.run_folder import open_run_folder
 from tests.conftest import policy_data
-from tracking.checkpointing import Checkpointer
-from tracking.disk_space import check_disk_space
-from tracking.run_folder import open_run_folder
 
 CPU = torch.device("cpu")
 

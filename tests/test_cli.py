@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.tracking.metrics_log import read_metrics
 from tests.conftest import ROOT
-from tracking.metrics_log import read_metrics
 
 SFT, RL = "supervised/train_cli.py", "rl/train_cli.py"
 GSM8K = [
@@ -103,8 +103,8 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "old").mkdir()
     (folder / "old" / "metrics.jsonl").write_text("")
     (folder / "old" / "config.json").write_text("{}")
-    from backend.models import PRESETS
-    from backend.tokenizers import character_tokenizer
+    from posttrain.backend.models import PRESETS
+    from posttrain.backend.tokenizers import character_tokenizer
 
     PRESETS["tiny"].save_pretrained(folder / "checkpoint")
     character_tokenizer(512).save_pretrained(folder / "checkpoint")

@@ -17,13 +17,13 @@ import chz
 import pytest
 
 import envs.sandbox
-from backend.errors import ConfigError, DataError
-from backend.tokenizers import character_tokenizer
 from envs import sandbox_filter
 from envs.code import AssertTest, CodeBuilder, CodeEnv, CodeProblem, OutputTest, extract_program, generated_problems, run_test
 from envs.sandbox import SandboxError, SandboxLimits, run_program
-from renderers import get_renderer
-from renderers.turns import encode, eos
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import encode, eos
 from rl.types import RolloutError
 
 QUICK = SandboxLimits(cpu_seconds=2, wall_seconds=5.0, memory_mb=256, file_mb=4)

@@ -10,8 +10,8 @@ from typing import Literal
 import chz
 import pytest
 
-from backend.errors import ConfigError
-from tracking.command_line import parse
+from posttrain.backend.errors import ConfigError
+from posttrain.tracking.command_line import parse
 
 
 class Which(Enum):
@@ -154,9 +154,10 @@ def test_a_command_exits_2_with_one_line_130_on_ctrl_c_and_is_light(tmp_path):
     script.write_text(
         textwrap.dedent("""
         import sys, chz
-        from backend.errors import DataError
-        from tracking.command_line import run_command
-        import tracking.metrics_log, tracking.plots, tracking.progress, tracking.run_folder, tracking.transcripts
+        from posttrain.backend.errors import DataError
+        from posttrain.tracking.command_line import run_command
+        import posttrain.tracking.metrics_log, posttrain.tracking.plots, posttrain.tracking.progress
+        import posttrain.tracking.run_folder, posttrain.tracking.transcripts
 
         @chz.chz
         class Config:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from backend.errors import ConfigError, DataError
-from backend.tokenizers import load_tokenizer
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Message
 from preference.comparisons import (
     ChosenRejectedBuilder,
     LabeledBuilder,
@@ -22,8 +24,6 @@ from preference.comparisons import (
 )
 from preference.pairs import render_pairs
 from preference.types import Comparison, LabeledComparison
-from renderers import get_renderer
-from renderers.types import Message
 
 
 def say(role: str, content: str) -> Message:

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from backend.belief_state import BeliefState, BeliefStateConfig
-from backend.belief_state_files import load_belief_state
-from backend.belief_state_pairs import PairObjective
-from backend.belief_state_trainer import BeliefStateClient, BeliefStateTrainer, TokenBatch
-from backend.config import BackendConfig
-from backend.errors import CookbookError
-from backend.service_client import ServiceClient
-from backend.types import AdamParams, Datum, LoraConfig, ModelInput
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import CookbookError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput
+from posttrain.tracking.checkpointing import Checkpointer
+from posttrain.tracking.run_folder import open_run_folder
+from recipes.libraries.belief_state.files import load_belief_state
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
+from recipes.libraries.belief_state.pairs import PairObjective
+from recipes.libraries.belief_state.trainer import BeliefStateClient, BeliefStateTrainer, TokenBatch
 from tests.conftest import policy_data
-from tracking.checkpointing import Checkpointer
-from tracking.run_folder import open_run_folder
 
 pytestmark = pytest.mark.slow
 DATA = policy_data(2, longest=8)

@@ -9,21 +9,21 @@ from typing import Any
 import chz
 import pytest
 
-from backend.errors import CookbookError, DataError
-from backend.tokenizers import load_tokenizer
+from posttrain.backend.errors import CookbookError, DataError
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import one_line_errors
+from posttrain.tracking.jsonl import append_jsonl, parse_json, write_atomically
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_folder import RunFolder, open_run_folder
+from posttrain.tracking.settings import claim_folder
+from posttrain.tracking.transcript_index import IndexEntry, update_index
 from preference.comparisons import LabeledBuilder
 from preference.prm_labels import read_records
 from preference.reference import read_reference
 from recipes.bstar.records import read_candidates, read_choice, read_selection, read_summaries
 from recipes.latro.jsonl import JsonlBuilder
-from renderers import get_renderer
 from supervised.data import ConversationFileBuilder, PromptCompletionFileBuilder
-from tracking.command_line import one_line_errors
-from tracking.jsonl import append_jsonl, parse_json, write_atomically
-from tracking.metrics_log import read_metrics
-from tracking.run_folder import RunFolder, open_run_folder
-from tracking.settings import claim_folder
-from tracking.transcript_index import IndexEntry, update_index
 
 
 @chz.chz

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backend.errors import CookbookError, DataError
-from backend.tokenizers import character_tokenizer
 from envs.arc_challenge import arc_question, read_arc
 from envs.code import CodeBuilder
 from envs.completion_env import ComparisonPrompts
 from envs.math_word import Gsm8kBuilder, MathWordBuilder
 from envs.star_graph import StarGraph, sample_graphs
 from envs.star_graph_files import format_line, read_rows
+from posttrain.backend.errors import CookbookError, DataError
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import decode
+from posttrain.renderers.types import TrainOnWhat
 from preference.forms import FileBuilder as PreferenceFile
 from preference.forms import form_of
 from preference.prm_labels import read_records
@@ -25,9 +28,6 @@ from recipes.belief_state.text_data import TextData
 from recipes.latro.gsm8k import Gsm8kBuilder as LatroGsm8k
 from recipes.latro.jsonl import JsonlBuilder
 from recipes.latro.math_style import MathBuilder
-from renderers import get_renderer
-from renderers.turns import decode
-from renderers.types import TrainOnWhat
 from supervised.data import FileBuilder
 
 TOKENIZER = character_tokenizer(512)

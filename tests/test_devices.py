@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import benchmarks.report
-from backend.config import BackendConfig, compute_dtype, training_device
-from backend.errors import ModelError
-from backend.memory import GIB, check_fits, kv_bytes_per_token, kv_cache_bytes
-from backend.models import model_config
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.errors import ModelError
+from posttrain.backend.memory import GIB, check_fits, kv_bytes_per_token, kv_cache_bytes
+from posttrain.backend.models import model_config
 
 
 def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,20 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from backend.config import BackendConfig
-from backend.errors import CheckpointError, ConfigError, DataError
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.trainer import Trainer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import CheckpointError, ConfigError, DataError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.trainer import Trainer
+from posttrain.renderers import get_renderer
+from posttrain.tracking.metrics_log import read_metrics
 from preference import train_dpo
 from preference.losses import DPO, IPO, RPO, PairLogprobs, PreferenceLoss, SimPO, pair_metrics
 from preference.pairs import Pair, as_data, micro_batches_of_pairs, render_pairs
 from preference.reference import with_reference
 from recipes.dpo import train as recipe
 from recipes.dpo.letters import SortedPreferredBuilder
-from renderers import get_renderer
 from tests.conftest import ROOT, gradients
-from tracking.metrics_log import read_metrics
 
 # star_graph.md E.4: policy chosen -2, -.5, rejected -1, -4; reference chosen -3, -1, rejected -1.5, -2. Tokens are our own.
 CASE = ([-2.0, -0.5], [-1.0, -4.0], [-3.0, -1.0], [-1.5, -2.0], [4.0, 2.0], [2.0, 8.0])

@@ -10,14 +10,14 @@ import chz
 import numpy as np
 import pytest
 
-from backend.errors import ConfigError, DataError
-from backend.tokenizers import character_tokenizer
-from backend.types import Datum
 from envs.arithmetic import ArithmeticBuilder, ArithmeticEnv, ArithmeticExamplesBuilder, PairSpace
 from envs.math_word import Gsm8kBuilder, MathWordBuilder, MathWordEnv
 from envs.problem_env import GraderError, ProblemDataset, ProblemEnv, ProblemGroupBuilder, fit_prompts
-from renderers.plain import PlainRenderer
-from renderers.turns import encode
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.types import Datum
+from posttrain.renderers.plain import PlainRenderer
+from posttrain.renderers.turns import encode
 from rl.types import EnvGroupBuilder, RLDataset
 
 TOKENIZER = character_tokenizer(128)

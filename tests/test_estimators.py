@@ -7,14 +7,15 @@ import chz
 import numpy as np
 import pytest
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError, DataError
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, LoraConfig, ModelInput
 from envs.star_graph import StarGraph
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.command_line import parse
 from recipes.star_graph.model import make_model
-from renderers.types import Renderer
 from rl import train
 from rl.advantages import BatchMean, GroupMean
 from rl.algorithms import ALGORITHMS
@@ -35,7 +36,6 @@ from rl.types import BatchReward, BatchRewardBuilder, TokensWithLogprobs, Trajec
 from tests.conftest import gradients, policy_data
 from tests.test_group_sources import LowTokenBuilder, config, metrics, weights
 from tests.test_rl import group, turn
-from tracking.command_line import parse
 
 
 def two_data() -> TrainingData:

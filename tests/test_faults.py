@@ -9,9 +9,9 @@ import chz
 import numpy as np
 import pytest
 
-from backend.config import BackendConfig
-from backend.types import ModelInput
-from renderers.types import Renderer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.types import Renderer
 from rl import train
 from rl.metrics import compute_trajectory_metrics
 from rl.rollouts import Policy, RolloutLimits, do_rollouts
@@ -207,7 +207,7 @@ class FaultyBuilder(RLDatasetBuilder):
 
 
 def test_a_batch_without_survivors_is_counted_and_moves_nothing(tmp_path: Path) -> None:
-    from tracking.metrics_log import read_metrics
+    from posttrain.tracking.metrics_log import read_metrics
 
     settings = train.Config(
         env=FaultyBuilder(batch_size=2, group_size=2, fate=0.0),
@@ -224,7 +224,7 @@ def test_a_batch_without_survivors_is_counted_and_moves_nothing(tmp_path: Path) 
 
 
 def test_fifty_steps_on_a_faulty_environment_end_with_clean_rewards(tmp_path: Path) -> None:
-    from tracking.metrics_log import read_metrics
+    from posttrain.tracking.metrics_log import read_metrics
 
     settings = train.Config(
         env=FaultyBuilder(batch_size=4, group_size=4),

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.service_client import ServiceClient
-from backend.types import AdamParams, ModelInput
-from renderers.types import Renderer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import AdamParams, ModelInput
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.run_folder import RunFolder
 from rl import train
 from rl.advantages import BatchMean, GroupMean
 from rl.data_processing import assemble_training_data, compute_advantages
@@ -26,7 +27,6 @@ from rl.train_step import Learner, train_step
 from rl.types import Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
 from tests.conftest import ROUNDING, gradients
 from tests.test_resume import finish, kill_at, steps_logged
-from tracking.run_folder import RunFolder
 
 
 class LowTokenEnv(Env):

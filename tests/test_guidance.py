@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 
-from backend.belief_state import BeliefState, BeliefStateConfig
-from backend.belief_state_files import write_model
-from backend.errors import CheckpointError, ConfigError, ContextLengthError, ModelError
-from backend.guidance import Guidance, candidates, cd, cd_code, guided_logits, q_sharp
-from backend.guided_sampler import Reader, guided_sample, language_model
-from backend.models import load_model
 from envs.star_graph import StarGraph, held_out, sample_graphs
 from envs.star_graph_data import Batches, StarGraphTask
 from envs.star_graph_tokens import Layout, gpt2_stand_in, layout_of, numeral_layout
+from posttrain.backend.errors import CheckpointError, ConfigError, ContextLengthError, ModelError
+from posttrain.backend.models import load_model
 from recipes.belief_state.star_graph import task_name
+from recipes.libraries.belief_state.files import write_model
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
+from recipes.libraries.value_guidance.guidance import Guidance, candidates, cd, cd_code, guided_logits, q_sharp
+from recipes.libraries.value_guidance.guided_sampler import Reader, guided_sample, language_model
 from recipes.star_graph import guided
 from recipes.star_graph.classifier import BeliefStateTrunk, Classifier, collect_pairs, load_classifier, new_trunk, value_loss
 from recipes.star_graph.guided_accuracy import decode

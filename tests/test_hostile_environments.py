@@ -12,9 +12,10 @@ from typing import Any
 import chz
 import pytest
 
-from backend.config import BackendConfig
-from backend.errors import CookbookError, DataError
-from renderers.types import Renderer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import CookbookError, DataError
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.metrics_log import read_metrics
 from rl import env_calls, train
 from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import Policy, RolloutLimits, do_rollouts
@@ -41,7 +42,6 @@ from tests.hostile_kinds import (
     raises,
     returns,
 )
-from tracking.metrics_log import read_metrics
 
 SECONDS = 3.0  # that a call of an environment may take here
 GROUP_SIZE, HOSTILE = 4, 1  # members of a group, and the one that misbehaves

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from backend.config import BackendConfig
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, LoraConfig, ModelInput
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, LoraConfig, ModelInput
 from tests.architectures import save_random_model
 from tests.conftest import policy_data
 

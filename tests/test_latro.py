@@ -13,14 +13,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError, DataError
-from backend.futures import InOrder
-from backend.loss_terms import LossTerm
-from backend.service_client import ServiceClient
-from backend.tokenizers import character_tokenizer
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, OptimStepResponse, TensorData
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.futures import InOrder
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, OptimStepResponse, TensorData
+from posttrain.renderers.plain import PlainRenderer
+from posttrain.renderers.turns import decode
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_folder import open_run_folder
 from recipes.latro import train
 from recipes.latro.arc_challenge import ArcChallengeBuilder
 from recipes.latro.env import LatentRationales, RationaleGroup, answer_tokens, prompt_tokens
@@ -32,16 +36,12 @@ from recipes.latro.math_style import MathBuilder
 from recipes.latro.sizes import derive_sizes
 from recipes.latro.tasks import ANSWER_STOPS, NumberVerifier, Task, TextVerifier, Verifier
 from recipes.latro.toy import ToyBuilder
-from renderers.plain import PlainRenderer
-from renderers.turns import decode
 from rl.kl import Reference, starting_weights
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.train_step import Learner, train_step
 from rl.truncation import stop_strings, tokens_before_stop
 from rl.types import Metrics, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import random_tokens
-from tracking.metrics_log import read_metrics
-from tracking.run_folder import open_run_folder
 
 CHARACTERS = character_tokenizer(512)
 EOS = 1  # of CHARACTERS

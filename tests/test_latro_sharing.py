@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from backend.batching import MicroBatch, micro_batches
-from backend.config import BackendConfig
-from backend.errors import DataError, NonFiniteError
-from backend.loss_terms import LossTerm
-from backend.service_client import ServiceClient
-from backend.trainer import Trainer
-from backend.types import AdamParams, Datum, ModelInput
-from renderers.plain import PlainRenderer
+from posttrain.backend.batching import MicroBatch, micro_batches
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import DataError, NonFiniteError
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import AdamParams, Datum, ModelInput
+from posttrain.renderers.plain import PlainRenderer
 from rl.data_processing import assemble_training_data
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.types import TrajectoryGroup
@@ -139,7 +139,7 @@ def test_rows_are_trees_in_which_each_token_sees_its_ancestors(monkeypatch: pyte
         assert np.allclose(ours["logprobs"].array, theirs["logprobs"].array, atol=5e-6)
     assert_close(gradients(shared), gradients(alone))
     monkeypatch.setattr(
-        "backend.batching.SHARED_ROW_TOKENS", 8
+        "posttrain.backend.batching.SHARED_ROW_TOKENS", 8
     )  # rows that are full: their continuation begins with the prompt again
     shared.zero_grad()
     shared.run(data_D, "cross_entropy")

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from backend.batching import micro_batches
-from backend.config import BackendConfig
-from backend.data_checks import check_data, resolve_loss
-from backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
-from backend.logprobs import LogitTransform, target_logprobs
-from backend.loss_terms import LossTerm
-from backend.losses import LOSSES
-from backend.trainer import Trainer
-from backend.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
+from posttrain.backend.batching import micro_batches
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.data_checks import check_data, resolve_loss
+from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
+from posttrain.backend.logprobs import LogitTransform, target_logprobs
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.losses import LOSSES
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 from supervised.data import datum_from_tokens_weights
 from supervised.nll import nll_means, nll_sums
 from tests.conftest import ROUNDING, VOCABULARY, gradients, policy_data, random_tokens
@@ -98,7 +98,7 @@ def naive_loss(trainer: Trainer, datum: Datum, name: str, config: dict) -> torch
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"])
 @pytest.mark.parametrize("model", ["tiny", "gpt2-tiny"])
 def test_trainer_loss_and_gradient_equal_full_logits(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backend.logprobs.CHUNK_ELEMENTS", 260 * 7)  # many small chunks
+    monkeypatch.setattr("posttrain.backend.logprobs.CHUNK_ELEMENTS", 260 * 7)  # many small chunks
     trainer = Trainer(model, BackendConfig(micro_batch_tokens=64))
     data, config = policy_data(9), {"beta": 0.2} if name == "dro" else {}
     for d, datum in enumerate(data):
@@ -157,7 +157,7 @@ def test_sharing_the_prompts_of_groups_changes_nothing(model: str, monkeypatch: 
     shared, alone = (Trainer(model, BackendConfig(micro_batch_tokens=150)) for _ in range(2))
     assert any(batch.mask_B1TT is not None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True))
     output = shared.run(data, "importance_sampling")
-    monkeypatch.setattr("backend.batching.SHARED_ROWS_PAY", 0.0)
+    monkeypatch.setattr("posttrain.backend.batching.SHARED_ROWS_PAY", 0.0)
     assert all(batch.mask_B1TT is None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True))
     expected = alone.run(data, "importance_sampling")
     for ours, theirs in zip(output.loss_fn_outputs, expected.loss_fn_outputs, strict=True):
@@ -384,7 +384,7 @@ def test_a_micro_batch_may_lack_a_loss() -> None:
 @pytest.mark.parametrize("transform", [LogitTransform(0.25), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)])
 @pytest.mark.parametrize("tempered", [False, True])
 def test_scaled_and_capped_logits_forward_and_backward(transform: LogitTransform, tempered: bool, monkeypatch) -> None:  # noqa: ANN001
-    monkeypatch.setattr("backend.logprobs.CHUNK_ELEMENTS", 60)
+    monkeypatch.setattr("posttrain.backend.logprobs.CHUNK_ELEMENTS", 60)
     torch.manual_seed(0)
     hidden, head = (torch.randn(size, 8, requires_grad=True) for size in (7, 20))
     targets, temperature = torch.randint(20, (7, 2)), torch.rand(7) + 0.5 if tempered else None

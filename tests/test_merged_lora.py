@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from backend.config import BackendConfig
-from backend.merged_lora import compute_merged
-from backend.trainer import Trainer
-from backend.types import LoraConfig
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.merged_lora import compute_merged
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import LoraConfig
 from tests.conftest import gradients, policy_data
 
 

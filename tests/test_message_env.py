@@ -7,16 +7,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.sampling_client import SamplingClient
-from backend.tokenizers import character_tokenizer
-from backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
-from renderers.chat_template import ChatTemplateRenderer
-from renderers.plain import PlainRenderer
-from renderers.role_colon import RoleColonRenderer
-from renderers.turns import decode, encode
-from renderers.types import Message, Renderer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
+from posttrain.renderers.chat_template import ChatTemplateRenderer
+from posttrain.renderers.plain import PlainRenderer
+from posttrain.renderers.role_colon import RoleColonRenderer
+from posttrain.renderers.turns import decode, encode
+from posttrain.renderers.types import Message, Renderer
 from rl.data_processing import trajectory_to_data
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError, MessageCompleter
 from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageStep, ParseError, ParsePolicy

@@ -12,14 +12,14 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, PhiConfig, Qwen2Config, T5Config
 
-from backend.config import BackendConfig
-from backend.errors import ModelError
-from backend.logprobs import PLAIN, LogitTransform
-from backend.models import context_length, load_model, model_config
-from backend.service_client import ServiceClient
-from backend.tokenizers import character_tokenizer
-from backend.trainer import Trainer, row_check_data
-from backend.types import ModelInput, SamplingParams
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ModelError
+from posttrain.backend.logprobs import PLAIN, LogitTransform
+from posttrain.backend.models import context_length, load_model, model_config
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.trainer import Trainer, row_check_data
+from posttrain.backend.types import ModelInput, SamplingParams
 from tests.architectures import CONTEXT, FAMILIES, save_random_model
 from tests.conftest import random_tokens
 
@@ -100,7 +100,7 @@ def test_each_reason_for_a_hub_model_has_its_own_line(error: Exception, says: st
     def fail(name: str) -> None:
         raise error
 
-    monkeypatch.setattr("backend.models.AutoConfig.from_pretrained", fail)
+    monkeypatch.setattr("posttrain.backend.models.AutoConfig.from_pretrained", fail)
     with pytest.raises(ModelError, match=says) as caught:
         model_config("someone/something")
     assert "\n" not in str(caught.value)
@@ -147,7 +147,7 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["Gemma 2", "Granite", "Command R"])
 def test_logits_of_a_kind_that_is_not_known_are_refused(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backend.trainer.logit_transform", lambda config: PLAIN)
+    monkeypatch.setattr("posttrain.backend.trainer.logit_transform", lambda config: PLAIN)
     with pytest.raises(ModelError, match="softcap"):
         Trainer(str(save_random_model(family, tmp_path)), BackendConfig())
 
@@ -157,7 +157,7 @@ def test_a_config_that_hides_its_windows_is_found_when_the_model_is_opened(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As an architecture would whose config says nothing: a shared row is compared with each sequence alone."""
-    monkeypatch.setattr("backend.trainer.attends_to_all", lambda config, max_length: True)
+    monkeypatch.setattr("posttrain.backend.trainer.attends_to_all", lambda config, max_length: True)
     trainer = Trainer(str(save_random_model(family, tmp_path)), BackendConfig())
     assert not trainer.shares_prefixes
     data_D = row_check_data(trainer.vocabulary, trainer.max_length)
@@ -177,9 +177,9 @@ def test_the_check_of_the_head_allows_for_a_model_that_rounds_its_logits(monkeyp
     def unrounded(hidden_NH: torch.Tensor, head_VH: torch.Tensor, transform: LogitTransform = PLAIN) -> torch.Tensor:
         return transform(hidden_NH.float() @ head_VH.float().T)
 
-    monkeypatch.setattr("backend.logprobs.fp32_logits", unrounded)
-    monkeypatch.setattr("backend.trainer.LARGE_LOGITS", 80.0)
+    monkeypatch.setattr("posttrain.backend.logprobs.fp32_logits", unrounded)
+    monkeypatch.setattr("posttrain.backend.trainer.LARGE_LOGITS", 80.0)
     Trainer("tiny", BackendConfig(dtype="bfloat16"))
-    monkeypatch.setattr("backend.trainer.logit_transform", lambda _: LogitTransform(softcap=50.0))
+    monkeypatch.setattr("posttrain.backend.trainer.logit_transform", lambda _: LogitTransform(softcap=50.0))
     with pytest.raises(ModelError, match="softcap"):
         Trainer("tiny", BackendConfig(dtype="bfloat16"))

@@ -9,8 +9,8 @@ from tests.conftest import ROOT
 COUNTED = """
 import os, time
 import torch
-from backend.futures import InOrder
-from backend.openmp import release_workers
+from posttrain.backend.futures import InOrder
+from posttrain.backend.openmp import release_workers
 
 def threads(expected):
     deadline = time.monotonic() + 10  # a worker ends soon after it was told to

@@ -12,17 +12,17 @@ import chz
 import numpy as np
 import pytest
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, SEED, SHARE, TEMPERATURE, Range, RangeError
-from backend.types import AdamParams, LoraConfig, SamplingParams
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, SEED, SHARE, TEMPERATURE, Range, RangeError
+from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
+from posttrain.tracking.command_line import parse
 from rl.train_cli import ENVS
 from rl.train_cli import CLIConfig as RLConfig
 from supervised.train_cli import DATASETS
 from supervised.train_cli import CLIConfig as SupervisedConfig
 from tests.conftest import ROOT
-from tracking.command_line import parse
 
-PACKAGES = ("backend", "renderers", "tracking", "supervised", "preference", "rl", "envs", "recipes")
+PACKAGES = ("posttrain", "supervised", "preference", "rl", "envs", "recipes")
 WORKERS = {"envs.verifiers_worker"}  # runs in an environment of its own
 PROBES = (-1, 0, math.nan, math.inf, -math.inf, 10**30, -(10**30), 1.5, True, "7")
 

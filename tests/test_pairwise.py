@@ -12,19 +12,19 @@ import chz
 import numpy as np
 import pytest
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.tokenizers import load_tokenizer
 from envs.completion_env import GoldReward
 from envs.kind_words import KindWordsPrompts, prompt
 from envs.pairwise import PairwiseBuilder, PairwisePreferenceGroupBuilder, matchups
 from envs.reward_model_env import RewardModelGroupBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Message, Renderer, Tokenizer
 from preference.judges import EndpointJudge, EndpointJudgeBuilder, RuleJudge
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, RewardModel, judge_all
 from preference.types import Comparison
 from preference.win_rate import WinRateEvaluator, win_rate
-from renderers import get_renderer
-from renderers.types import Message, Renderer, Tokenizer
 from rl import train
 from rl.rollouts import Policy, do_group_rollout
 from rl.types import EnvGroupBuilder, TokensWithLogprobs, TrajectoryGroup

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from backend.errors import ConfigError, DataError
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from envs.arithmetic_chain import Chain, ChainBuilder, ChainEnv, ChainExamplesBuilder, ChainTask
 from envs.problem_env import GraderError
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
+from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import decode
+from posttrain.renderers.types import Renderer
 from preference import train_prm
 from preference.best_of_n import compare_selections
 from preference.prm import PrmReward, ProcessReward, ProcessRewardModel, StepScores
@@ -23,9 +26,6 @@ from preference.prm_labels import LabelConfig, StepRecord, label_solutions, read
 from preference.solutions import Solution, grade, sample_solutions
 from preference.step_data import StepExamplesBuilder, step_cross_entropy, step_datum
 from preference.steps import StepFormat, split_response
-from renderers import get_renderer
-from renderers.turns import decode
-from renderers.types import Renderer
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 
 LINES = StepFormat(answer_marker="#")

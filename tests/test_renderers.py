@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from backend.errors import ConfigError, DataError
-from backend.tokenizers import character_tokenizer
-from backend.types import ModelInput
-from renderers import RENDERERS as BY_NAME
-from renderers import get_renderer
-from renderers.chat_template import ChatTemplateRenderer
-from renderers.plain import PlainRenderer
-from renderers.role_colon import RoleColonRenderer
-from renderers.turns import decode, encode
-from renderers.types import Message, Renderer, TrainOnWhat
-from renderers.types import Tokenizer as AnyTokenizer
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.types import ModelInput
+from posttrain.renderers import RENDERERS as BY_NAME
+from posttrain.renderers import get_renderer
+from posttrain.renderers.chat_template import ChatTemplateRenderer
+from posttrain.renderers.plain import PlainRenderer
+from posttrain.renderers.role_colon import RoleColonRenderer
+from posttrain.renderers.turns import decode, encode
+from posttrain.renderers.types import Message, Renderer, TrainOnWhat
+from posttrain.renderers.types import Tokenizer as AnyTokenizer
 
 SPECIAL = ["<|pad|>", "<|endoftext|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [

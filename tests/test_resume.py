@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from posttrain.tracking.metrics_log import read_metrics
 from tests.conftest import ROOT
-from tracking.metrics_log import read_metrics
 
 SFT = [
     "supervised/train_cli.py",

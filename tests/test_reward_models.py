@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError, ContextLengthError, DataError, ModelError
-from backend.tokenizers import character_tokenizer, load_tokenizer
-from backend.types import ModelInput
 from envs.kind_words import KindWordsComparisons, gold_reward
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, ModelError
+from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
+from posttrain.backend.types import ModelInput
+from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Message
 from preference import train_reward_model
 from preference.bradley_terry import (
     BradleyTerryJudge,
@@ -32,8 +34,6 @@ from preference.label_model import LABELS, LabelExamplesBuilder, LabelFormat, La
 from preference.reward_evaluation import Evaluation, evaluate_judge, length_baseline
 from preference.reward_types import JudgeError, PreferenceModel, RewardModel, judge_all
 from preference.types import Comparison, ComparisonDatasetBuilder, Label, LabeledComparison
-from renderers import get_renderer
-from renderers.types import Message
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import ROOT
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.trainer import Trainer
-from backend.types import ModelInput, TensorData
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import ModelInput, TensorData
 from rl.advantages import GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline
 from rl.data_processing import assemble_training_data, compute_advantages, split_substeps, trainable_groups, trajectory_to_data
 from rl.metrics import compute_sampling_metrics, compute_trajectory_metrics

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backend.errors import ConfigError
-from backend.losses import reinforce
-from backend.types import ForwardBackwardOutput, ModelInput, TensorData
 from envs.completion_env import ComparisonPrompts
 from envs.kind_words import KindWordsComparisons
 from envs.problem_env import ProblemEnv
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.losses import reinforce
+from posttrain.backend.types import ForwardBackwardOutput, ModelInput, TensorData
+from posttrain.renderers import get_renderer
 from preference.bradley_terry import ScalarBatchReward
 from preference.prm import PrmReward, ProcessReward, StepScores
-from renderers import get_renderer
 from rl import train
 from rl.data_processing import assemble_training_data
 from rl.evaluators import sample_metrics
@@ -168,7 +168,7 @@ def test_a_member_without_a_turn_counts_in_the_metrics_and_not_in_the_data(tmp_p
 
 
 def _tokenizer() -> Any:
-    from backend.tokenizers import load_tokenizer
+    from posttrain.backend.tokenizers import load_tokenizer
 
     return load_tokenizer("tiny")
 

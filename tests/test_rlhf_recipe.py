@@ -5,8 +5,8 @@ import json
 import chz
 import pytest
 
-from backend.errors import ConfigError
 from envs.kind_words import KindWordsComparisons
+from posttrain.backend.errors import ConfigError
 from recipes.rlhf import train
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError
+from posttrain.tracking.command_line import one_line_errors
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_folder import open_run_folder
+from posttrain.tracking.stop_request import StopRequest
 from tests.conftest import ROOT
-from tracking.command_line import one_line_errors
-from tracking.metrics_log import read_metrics
-from tracking.run_folder import open_run_folder
-from tracking.stop_request import StopRequest
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
@@ -25,7 +25,7 @@ def holder(folder: Path, then: str) -> "subprocess.Popen[str]":
     """A process that opens the run folder, says so, and does `then`."""
     script = textwrap.dedent(f"""
         import os, signal, subprocess, sys, time
-        from tracking.run_folder import open_run_folder
+        from posttrain.tracking.run_folder import open_run_folder
         run = open_run_folder({str(folder)!r}, "resume", {{}})
     """)
     process = subprocess.Popen(
@@ -163,8 +163,8 @@ def test_a_run_whose_terminal_or_reader_goes_away_saves_its_step(end: Callable, 
         f"log_path={tmp_path}",
     ]
     script = textwrap.dedent("""
-        import sys, tracking.progress
-        tracking.progress.SECONDS_BETWEEN_LINES = 0.0
+        import sys, posttrain.tracking.progress
+        posttrain.tracking.progress.SECONDS_BETWEEN_LINES = 0.0
         from supervised.train_cli import main
         main()
     """)

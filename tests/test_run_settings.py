@@ -13,14 +13,17 @@ from typing import Any
 import chz
 import pytest
 
-from backend.config import BackendConfig
-from backend.data_checks import resolve_loss
-from backend.errors import ConfigError, DataError, ModelError
-from backend.models import PRESETS
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.types import LoraConfig
 from envs.arithmetic import ArithmeticExamplesBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.data_checks import resolve_loss
+from posttrain.backend.errors import ConfigError, DataError, ModelError
+from posttrain.backend.models import PRESETS
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import LoraConfig
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_folder import open_run_folder
+from posttrain.tracking.settings import already_made, changes, changes_text, claim_folder
 from recipes.algorithms import train as algorithms
 from recipes.latro import train as latro
 from recipes.latro.toy import ToyBuilder
@@ -29,9 +32,6 @@ from recipes.star_graph.model import make_model
 from recipes.star_graph.side_by_side import Job
 from supervised import train
 from tests.conftest import ROOT
-from tracking.metrics_log import read_metrics
-from tracking.run_folder import open_run_folder
-from tracking.settings import already_made, changes, changes_text, claim_folder
 
 
 @chz.chz
@@ -232,7 +232,7 @@ def test_the_code_diff_holds_the_users_own_modules(tmp_path: Path) -> None:
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
         import my_task, json
-        from tracking.run_folder import open_run_folder
+        from posttrain.tracking.run_folder import open_run_folder
         open_run_folder({str(tmp_path / "run")!r}, "raise", {{"env": my_task.MyTask()}})
     """)
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

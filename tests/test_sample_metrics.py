@@ -6,9 +6,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from backend.errors import ConfigError
 from envs.arithmetic import ArithmeticBuilder
-from renderers import get_renderer
+from posttrain.backend.errors import ConfigError
+from posttrain.renderers import get_renderer
 from rl.evaluators import SamplesEvaluator, sample_metrics
 from rl.sample_metrics import best_at_k, maj_at_k, majority, mean_and_stderr, pass_at_k
 from rl.types import ModelInput, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition

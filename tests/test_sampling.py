@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError, ContextLengthError, DataError, EngineError, StaleSamplerError
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.tokenizers import character_tokenizer
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, ModelInput, SampleResponse, SamplingParams
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, EngineError, StaleSamplerError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, ModelInput, SampleResponse, SamplingParams
 from tests.conftest import random_tokens
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, stop=[])
@@ -283,7 +283,7 @@ def test_a_dead_engine_fails_its_callers_and_nothing_hangs(torch_service: Servic
     def explode(self: object, requests: object) -> None:
         raise ValueError("boom")
 
-    monkeypatch.setattr("backend.torch_sampler.TorchSampler._decode", explode)
+    monkeypatch.setattr("posttrain.backend.torch_sampler.TorchSampler._decode", explode)
     with pytest.raises(EngineError, match="boom") as caught:
         client.sample(prompt_of(5), 1, GREEDY).result(10)
     assert isinstance(caught.value.__cause__, ValueError)

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from backend.config import BackendConfig
-from backend.errors import CheckpointError, ConfigError, ModelError
-from backend.losses import Tensors
-from backend.scalar_trainer import ScalarTrainer
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, LoraConfig, ModelInput
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import CheckpointError, ConfigError, ModelError
+from posttrain.backend.losses import Tensors
+from posttrain.backend.scalar_trainer import ScalarTrainer
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput
 from tests.conftest import gradients, random_tokens
 
 

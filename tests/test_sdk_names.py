@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import backend as tinker
-from backend import sdk_keywords, types
-from backend.config import BackendConfig
-from backend.errors import CheckpointError, ConfigError, CookbookError
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
+import posttrain.backend as tinker
+from posttrain.backend import sdk_keywords, types
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import CheckpointError, ConfigError, CookbookError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
 
 NO = inspect.Parameter.empty
 PASS = {"data": NO, "loss_fn": NO, "loss_fn_config": None}
@@ -87,8 +87,8 @@ RateLimitError InternalServerError"""
 
 
 def test_names() -> None:
-    from backend.types.tensor_data import TensorData
-    from renderers import Message, TrainOnWhat, get_text_content
+    from posttrain.backend.types.tensor_data import TensorData
+    from posttrain.renderers import Message, TrainOnWhat, get_text_content
 
     assert all(hasattr(tinker, name) for name in NAMES.split())
     assert types.TensorData is TensorData and types.GetServerCapabilitiesResponse and types.LossFnType

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backend.errors import ConfigError, DataError, ModelError
 from envs.star_graph import HeldOut, StarGraph, bst_rows, held_out, sample_graphs
 from envs.star_graph_data import StarGraphBuilder, StarGraphExamplesBuilder, path_accuracy, supervised_datum
 from envs.star_graph_files import (
@@ -22,7 +21,8 @@ from envs.star_graph_files import (
     write_sampled,
 )
 from envs.star_graph_tokens import gpt2_stand_in, layout_of, numeral_layout, numeral_tokenizer
-from renderers import get_renderer
+from posttrain.backend.errors import ConfigError, DataError, ModelError
+from posttrain.renderers import get_renderer
 
 SMALL = StarGraph(2, 3, 12)
 G_2_5, G_5_5, G_2_10 = StarGraph(2, 5, 50), StarGraph(5, 5, 50), StarGraph(2, 10, 50)
@@ -193,7 +193,7 @@ def test_lengths_and_the_token_of_the_decision(graph: StarGraph, numeral: tuple[
 def test_tokenizers_that_do_not_fit_are_refused():
     with pytest.raises(ModelError, match="made for another number of nodes"):
         layout_of(numeral_tokenizer(SMALL), G_2_5)
-    from backend.tokenizers import character_tokenizer
+    from posttrain.backend.tokenizers import character_tokenizer
 
     with pytest.raises(ModelError, match="'10' in 2 tokens"):
         layout_of(character_tokenizer(64), SMALL)

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from backend.config import BackendConfig
-from backend.errors import CheckpointError, ConfigError, DataError
-from backend.models import load_model
-from backend.service_client import ServiceClient
-from backend.types import ModelInput
 from envs.star_graph import StarGraph, held_out, sample_graphs
 from envs.star_graph_data import StarGraphExamplesBuilder, StarGraphTask, supervised_datum
 from envs.star_graph_tokens import numeral_layout
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import CheckpointError, ConfigError, DataError
+from posttrain.backend.models import load_model
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import ModelInput
+from posttrain.tracking.metrics_log import read_metrics
 from preference.losses import DPO, RPO
 from preference.pairs import as_data, sequence_logprobs
 from recipes.star_graph import preferences, reinforce, train
@@ -28,7 +29,6 @@ from recipes.star_graph.evaluation import AccuracyEvaluator, decode_paths
 from recipes.star_graph.model import check_model, make_model
 from recipes.star_graph.rollouts import collect_pairs, read_pairs
 from recipes.star_graph.side_by_side import Job, RunFailed, run_side_by_side
-from tracking.metrics_log import read_metrics
 
 GRAPH = StarGraph(2, 3, 8)
 LAYOUT = numeral_layout(GRAPH)

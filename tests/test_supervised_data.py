@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backend.errors import ConfigError, DataError, ModelError
-from backend.tokenizers import character_tokenizer
-from backend.types import Datum, ModelInput
 from envs.star_graph_data import StarGraphExamplesBuilder
-from renderers import get_renderer
-from renderers.turns import decode
-from renderers.types import TrainOnWhat
+from posttrain.backend.errors import ConfigError, DataError, ModelError
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.types import Datum, ModelInput
+from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import decode
+from posttrain.renderers.types import TrainOnWhat
+from posttrain.tracking.command_line import parse
 from supervised import viz_sft_dataset
 from supervised.data import (
     ConversationFileBuilder,
@@ -30,7 +31,6 @@ from supervised.data import (
 )
 from supervised.types import SupervisedDatasetBuilder
 from supervised.viz_sft_dataset import colored_example
-from tracking.command_line import parse
 
 TOKENIZER = character_tokenizer(512)
 PLAIN = get_renderer("plain", TOKENIZER)

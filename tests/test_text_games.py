@@ -14,9 +14,6 @@ import chz
 import numpy as np
 import pytest
 
-from backend.errors import ConfigError
-from backend.tokenizers import character_tokenizer
-from backend.types import Datum
 from envs.guess_number import GuessNumberBuilder, GuessNumberEnv, GuessNumberExamplesBuilder
 from envs.text_games import TextGameBuilder, TextGameExamplesBuilder
 from envs.tool_use import CalculatorBuilder, CalculatorEnv, CalculatorError, CalculatorExamplesBuilder, calculate, read_number
@@ -29,9 +26,13 @@ from envs.twenty_questions import (
     TwentyQuestionsExamplesBuilder,
     answer_from_table,
 )
-from renderers.plain import PlainRenderer
-from renderers.turns import decode
-from renderers.types import Message
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.types import Datum
+from posttrain.renderers.plain import PlainRenderer
+from posttrain.renderers.turns import decode
+from posttrain.renderers.types import Message
+from posttrain.tracking.command_line import parse
 from rl import play
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError, MessageCompleter
 from rl.message_env import EnvFromMessageEnv, MessageEnv, MessageStep, ParseError
@@ -40,7 +41,6 @@ from rl.types import Env, EnvGroupBuilder, RLDataset, StepResult
 from supervised.types import SupervisedDataset
 from tests.conftest import ROOT
 from tests.test_message_env import Scripted, say
-from tracking.command_line import parse
 
 TOKENIZER = character_tokenizer(1024)
 RENDERER = PlainRenderer(TOKENIZER)

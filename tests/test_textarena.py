@@ -10,24 +10,24 @@ import chz
 import numpy as np
 import pytest
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.tokenizers import character_tokenizer, load_tokenizer
-from backend.types import ModelInput
 from envs.opponents import FrozenPlayer, MinimaxPlayer, Player, RandomPlayer, listed_moves
 from envs.textarena import GameGroupBuilder, Seat, TextArenaBuilder
 from envs.textarena_game import Game, GameUnavailable
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
+from posttrain.backend.types import ModelInput
+from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import decode
+from posttrain.tracking.metrics_log import read_metrics
 from recipes.multiplayer.evaluate import Config as EvaluationConfig
 from recipes.multiplayer.evaluate import evaluate
 from recipes.multiplayer.model import random_game as random_play
 from recipes.multiplayer.model import save_model
-from renderers import get_renderer
-from renderers.turns import decode
 from rl import train
 from rl.advantages import SeatMean
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError
 from rl.types import Env, EnvGroupBuilder, Observation, RolloutError, SeatLost, TokensWithLogprobs, Trajectory, Transition
-from tracking.metrics_log import read_metrics
 
 RENDERER = get_renderer("plain", character_tokenizer(2048))
 TIC_TAC_TOE = TextArenaBuilder(batch_size=4, n_batches=2, num_test=4, test_opponent=RandomPlayer(), error_allowance=0)

@@ -12,14 +12,14 @@ from pathlib import Path
 import chz
 import pytest
 
-from backend.errors import CheckpointError, ConfigError, DataError
+from posttrain.backend.errors import CheckpointError, ConfigError, DataError
+from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, print_metrics_table, read_metrics, timed
+from posttrain.tracking.plots import compare_runs, main, plot_run
+from posttrain.tracking.progress import TrainingProgress, reported
+from posttrain.tracking.run_folder import RunFolder, config_to_json, open_run_folder
+from posttrain.tracking.timeline import Span, Timeline
+from posttrain.tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 from recipes.prm.picture import CHOICES, draw
-from tracking.metrics_log import MetricsLog, print_last_metrics, print_metrics_table, read_metrics, timed
-from tracking.plots import compare_runs, main, plot_run
-from tracking.progress import TrainingProgress, reported
-from tracking.run_folder import RunFolder, config_to_json, open_run_folder
-from tracking.timeline import Span, Timeline
-from tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 
 
 class Which(Enum):
@@ -286,7 +286,7 @@ def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> Non
         noise = {"optim/logprob_gap_mean": 1e-7 * step, "optim/entropy": 2.0 + 1e-9 * step, "optim/grad_norm": 1.0 + step}
         log.log({"env/all/correct": step / 4, "env/all/reward/total": step / 4, **noise}, step)
     figures = []
-    monkeypatch.setattr("tracking.plots.save_figure", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr("posttrain.tracking.plots.save_figure", lambda figure, path: figures.append(figure) or path)
     plot_run(tmp_path / "run")
     limits = {axis.get_title("left"): axis.get_ylim() for axis in figures[0].axes}
     assert list(limits) == ["reward = accuracy", "|logprob gap| sampler to trainer", "entropy (nats)", "gradient norm"]
@@ -297,7 +297,7 @@ def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> Non
 
 def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:
     figures = []
-    monkeypatch.setattr("tracking.plots.save_figure", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr("posttrain.tracking.plots.save_figure", lambda figure, path: figures.append(figure) or path)
     timeline = Timeline()
     began = timeline._began
     timeline._spans.extend([Span("sampling", began + 40, began + 50), Span("train", began + 45, began + 48)])

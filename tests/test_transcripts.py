@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from backend.tokenizers import character_tokenizer
-from backend.types import ModelInput
-from renderers.turns import encode
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.turns import encode
 from rl.transcripts import write_rollouts
 from rl.types import EnvGroupBuilder, EnvTimeout, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 

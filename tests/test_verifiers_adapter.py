@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import envs.verifiers_adapter as adapter
-from backend.errors import ConfigError
-from backend.tokenizers import character_tokenizer
 from envs.problem_env import GraderError
 from envs.verifiers_adapter import VerifiersBuilder, VerifiersEnv
-from renderers import get_renderer
-from renderers.turns import decode, encode, eos
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import decode, encode, eos
 from rl.message_env import MessageEnvGroupBuilder
 from rl.types import RLDataset
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backend.config import BackendConfig
-from backend.errors import ModelError
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ModelError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.architectures import FAMILIES, NOT_WITH_VLLM, save_random_model
 from tests.test_sampling import prompt_of, trainer_logprobs
 

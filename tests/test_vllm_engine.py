@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import backend.vllm_engine
-from backend.config import BackendConfig
-from backend.engine import Sampled
-from backend.errors import EngineError
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import LoraConfig, SamplingParams
+import posttrain.backend.vllm_engine
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.engine import Sampled
+from posttrain.backend.errors import EngineError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import LoraConfig, SamplingParams
 from tests.test_sampling import GREEDY, prompt_of, train_a_little, trainer_logprobs
 
 
@@ -89,14 +89,14 @@ def test_an_engine_survives_the_closing_of_another(unseeded_service: ServiceClie
 def test_a_sequence_that_vllm_gives_up_is_no_answer(vllm_client: TrainingClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anything but "stop" and "length" is an error of the call, and the others go on."""
     sampler = vllm_client.save_weights_and_get_sampling_client()
-    prompt, whole = prompt_of(5), backend.vllm_engine._sampled
+    prompt, whole = prompt_of(5), posttrain.backend.vllm_engine._sampled
 
     def gives_up_eights(output: Any) -> Sampled:
         if len(output.outputs[0].token_ids) == 8:
             output.outputs[0].finish_reason = "error"
         return whole(output)
 
-    monkeypatch.setattr(backend.vllm_engine, "_sampled", gives_up_eights)
+    monkeypatch.setattr(posttrain.backend.vllm_engine, "_sampled", gives_up_eights)
     futures = [sampler.sample(prompt, 2, SamplingParams(max_tokens=length, stop=[])) for length in (8, 9)]
     with pytest.raises(EngineError, match="finished it with 'error'"):
         futures[0].result()

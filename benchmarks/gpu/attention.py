@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from backend.config import compute_dtype, training_device
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.timing import attempt, milliseconds, peak_gib, relative
+from posttrain.backend.config import compute_dtype, training_device
 
 HEADS, KV_HEADS, HEAD_DIM, ANSWERS = 14, 2, 64, 8
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,7 +28,7 @@ def tree_ends(length: int, device: torch.device) -> torch.Tensor:
 
 
 def tree_mask(length: int, rows: int, device: torch.device) -> torch.Tensor:
-    """(B, 1, T, T) as backend/batching.py makes it."""
+    """(B, 1, T, T) as posttrain/backend/batching.py makes it."""
     column_T, ends_T = torch.arange(length, device=device), tree_ends(length, device)
     visible_TT = (column_T[:, None] >= column_T) & (column_T[:, None] < ends_T)
     return visible_TT.expand(rows, 1, length, length).contiguous()

@@ -7,11 +7,11 @@ import time
 
 import chz
 
-from backend.config import training_device
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.timing import attempt, peak_gib, seconds
+from posttrain.backend.config import training_device
+from posttrain.tracking.command_line import parse
 from recipes.belief_state import train
-from tracking.command_line import parse
 
 TOY = ["hidden=32", "num_heads=2", "num_layers=1", "batch_size=8", "data.num_test=10"]
 PAPER = ["data.num_paths=5", "data.path_length=5", "preset=star_graph"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from backend.config import training_device
+from posttrain.backend.config import training_device
 
 
 class Record:

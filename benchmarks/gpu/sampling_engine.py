@@ -27,17 +27,17 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-import backend.vllm_engine
-from backend.config import BackendConfig, compute_dtype, training_device
-from backend.engine import Sampled
-from backend.models import model_config
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.types import ModelInput, SampledSequence, SamplingParams
+import posttrain.backend.vllm_engine
 from benchmarks.gpu.data import FIRST, VOCABULARY
 from benchmarks.rollouts_vs_vllm import Size, fixed_groups, our_rollouts
-from renderers import get_renderer
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.engine import Sampled
+from posttrain.backend.models import model_config
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import ModelInput, SampledSequence, SamplingParams
+from posttrain.renderers import get_renderer
 
 ON_GPU = training_device().type == "cuda"
 MODEL, ROWS, PROMPT, NEW = ("qwen2.5-0.5b-shape", 1024, 128, 256) if ON_GPU else ("tiny", 64, 16, 48)
@@ -73,7 +73,7 @@ def timed(run: Callable[[], int]) -> Round:
 
 
 def open_llm(name: str) -> Callable[[str, int], Round]:
-    backend.vllm_engine._set_environment(training_device(), reproducible=False)
+    posttrain.backend.vllm_engine._set_environment(training_device(), reproducible=False)
     from vllm import LLM
     from vllm import SamplingParams as VllmParams
 
@@ -154,7 +154,7 @@ def tuned() -> Iterator[None]:
     with (
         patch.object(arg_utils, "EngineArgs", partial(arg_utils.EngineArgs, **TUNED)),
         patch.object(vllm, "SamplingParams", partial(vllm.SamplingParams, flat_logprobs=True)),
-        patch.object(backend.vllm_engine, "_sampled", flat_sampled),
+        patch.object(posttrain.backend.vllm_engine, "_sampled", flat_sampled),
     ):
         yield
 

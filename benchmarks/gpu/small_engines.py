@@ -9,13 +9,13 @@ import time
 import numpy as np
 import torch
 
-from backend.config import BackendConfig, compute_dtype, training_device
-from backend.sampling_client import SamplingClient
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import AdamParams, Datum, ModelInput, SamplingParams
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.data import prompt_of, trainer_logprobs
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams
 
 CONFIG = BackendConfig(engine="vllm", max_num_seqs=64, enforce_eager=True, reproducible=False, sampler_memory_gb=0.25)
 STEPS = 20

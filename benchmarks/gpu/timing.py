@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from backend.config import training_device
 from benchmarks.gpu.checks import Record
+from posttrain.backend.config import training_device
 
 GIB = 2**30
 

@@ -14,12 +14,12 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from backend import logprobs
-from backend.config import BackendConfig, training_device
-from backend.trainer import Trainer
-from backend.types import AdamParams, Datum, ModelInput
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.timing import attempt, peak_gib, seconds
+from posttrain.backend import logprobs
+from posttrain.backend.config import BackendConfig, training_device
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import AdamParams, Datum, ModelInput
 
 HEAD = "block: head"
 CLASSES = {  # parts of kernels' names, the first class that fits

@@ -6,11 +6,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from backend.config import BackendConfig, training_device
-from backend.trainer import Trainer
-from backend.types import AdamParams, Datum, LoraConfig
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.data import policy_data
+from posttrain.backend.config import BackendConfig, training_device
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import AdamParams, Datum, LoraConfig
 
 GRADIENT_BOUND = 0.05  # relative, of bf16 activations
 LOGPROB_BOUND = 0.05  # mean over tokens
@@ -48,7 +48,7 @@ def main() -> None:
     low = {} if device.type == "cuda" else {"dtype": "bfloat16"}
     for name, (config, lora, run, temperature) in CASES.items():
         data = policy_data(12, temperature)
-        with patch("backend.trainer.training_device", lambda: torch.device("cpu")):
+        with patch("posttrain.backend.trainer.training_device", lambda: torch.device("cpu")):
             reference = Trainer("tiny", config, lora=lora)
         trainer = Trainer("tiny", BackendConfig(**{**vars_of(config), **low}), lora=lora)
         ours, theirs = run(trainer, data), run(reference, data)

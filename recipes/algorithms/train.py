@@ -18,18 +18,18 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
+from posttrain.tracking.command_line import parse, run_command
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.plots import compare_runs
+from posttrain.tracking.settings import claim_folder
 from rl import train
 from rl.algorithms import ALGORITHMS
 from rl.train_cli import ADVANTAGES
 from supervised import train as supervised_train
-from tracking.command_line import parse, run_command
-from tracking.metrics_log import read_metrics
-from tracking.plots import compare_runs
-from tracking.settings import claim_folder
 
 
 @chz.chz
@@ -42,7 +42,9 @@ class Config:
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at the first step; it falls to 0")
     seed: int = chz.field(default=0, validator=SEED, doc="of the weights, the data and the sampling")
     log_path: str = chz.field(default="runs/algorithms", doc="folder of the runs, one for each preset")
-    backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="see backend/config.py")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="see posttrain/backend/config.py"
+    )
 
 
 def warm_start(config: Config) -> Path:

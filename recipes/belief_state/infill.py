@@ -25,17 +25,17 @@ import chz
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from backend.belief_state import BeliefState, NextToken
-from backend.belief_state_decoding import Direction, Infill, infill_beam, infill_greedy, infill_plan, next_token_greedy
-from backend.belief_state_files import load_belief_state, load_next_token
-from backend.errors import CheckpointError, ConfigError, DataError
-from backend.ranges import COUNT, WHOLE
+from posttrain.backend.errors import CheckpointError, ConfigError, DataError
+from posttrain.backend.ranges import COUNT, WHOLE
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.progress import TrainingProgress
 from recipes.belief_state.text import task_name
 from recipes.belief_state.text_data import TextData
 from recipes.belief_state.tokenizer import encode_documents, open_tokenizer
-from tracking.command_line import run_command
-from tracking.jsonl import write_atomically
-from tracking.progress import TrainingProgress
+from recipes.libraries.belief_state.decoding import Direction, Infill, infill_beam, infill_greedy, infill_plan, next_token_greedy
+from recipes.libraries.belief_state.files import load_belief_state, load_next_token
+from recipes.libraries.belief_state.model import BeliefState, NextToken
 
 
 @chz.chz

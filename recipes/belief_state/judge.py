@@ -20,16 +20,16 @@ from pathlib import Path
 
 import chz
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, SEED, SHARE
-from backend.tokenizers import load_tokenizer
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, SEED, SHARE
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers.types import Tokenizer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.jsonl import write_atomically
 from preference.judges import EndpointJudgeBuilder, RuleJudge
 from preference.reward_types import Judge, JudgeBuilder, JudgeError
 from recipes.belief_state.judge_votes import Contest, Verdict, Vote, Votes, collect_votes, read_contests, verdict
 from recipes.belief_state.stories import mistakes
-from renderers.types import Tokenizer
-from tracking.command_line import run_command
-from tracking.jsonl import write_atomically
 
 INSTRUCTION = (
     "You are comparing two short stories, A and B, written for small children. Both have the same beginning and the same end; their authors "
@@ -115,7 +115,7 @@ def judge_files(config: Config, judge: Judge | None = None, judge_name: str | No
 
 def draw_histogram(found: Verdict, names: tuple[str, str], path: Path) -> Path:
     """Stories by how their votes fell, from all for the first model to all for the second."""
-    from tracking.plots import COLORS, save_figure, stacked_axes
+    from posttrain.tracking.plots import COLORS, save_figure, stacked_axes
 
     title = f"{names[0]} wins {found.won_by_first:.1%} against {names[1]} (95%: {found.low:.1%} to {found.high:.1%})"
     figure, (axis,) = stacked_axes(1, title)

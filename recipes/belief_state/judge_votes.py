@@ -20,13 +20,13 @@ from typing import Literal
 
 import numpy as np
 
-from backend.errors import DataError
+from posttrain.backend.errors import DataError
+from posttrain.renderers.types import Message
+from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
+from posttrain.tracking.progress import TrainingProgress
 from preference.reward_types import Judge, JudgeError, judge_all
 from preference.types import Comparison
-from renderers.types import Message
 from supervised.rows import read_rows
-from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
-from tracking.progress import TrainingProgress
 
 Vote = Literal["first", "tie", "second"]
 SHARED_FIELDS = ("original", "prompt", "goal")

@@ -22,11 +22,11 @@ from pathlib import Path
 import chz
 import numpy as np
 
-from backend.errors import ConfigError, DataError
-from backend.ranges import COUNT
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT
+from posttrain.tracking.command_line import run_command
 from recipes.belief_state.text_data import TextData
 from recipes.belief_state.tokenizer import encode_documents
-from tracking.command_line import run_command
 
 DTYPE = np.dtype(np.uint16)
 SHARD_SIZE = 100_000_000

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from backend.distributed import Processes
-from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
+from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
+from recipes.libraries.belief_state.distributed import Processes
 
 
 class FollowedFolder(RunFolder):

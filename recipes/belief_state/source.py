@@ -5,7 +5,7 @@ from typing import Protocol
 
 import chz
 
-from backend.belief_state_trainer import BeliefStateTrainer, Metrics, TokenBatch
+from recipes.libraries.belief_state.trainer import BeliefStateTrainer, Metrics, TokenBatch
 
 
 class TokenSource(Protocol):

@@ -12,12 +12,12 @@ import chz
 import numpy as np
 import torch
 
-from backend.belief_state import BeliefState, NextToken
-from backend.belief_state_decoding import greedy_tokens
-from backend.belief_state_trainer import BeliefStateTrainer, Metrics, TokenBatch
 from envs.star_graph import HeldOut, StarGraph
 from envs.star_graph_data import Batches, StarGraphTask, path_accuracy
 from recipes.belief_state.source import TokenSourceBuilder
+from recipes.libraries.belief_state.decoding import greedy_tokens
+from recipes.libraries.belief_state.model import BeliefState, NextToken
+from recipes.libraries.belief_state.trainer import BeliefStateTrainer, Metrics, TokenBatch
 
 EVAL_ROWS = 1024  # graphs decoded, or scored, at once
 

@@ -9,13 +9,13 @@ import chz
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from backend.belief_state_trainer import BeliefStateTrainer, Metrics, TokenBatch
-from backend.ranges import COUNT
+from posttrain.backend.ranges import COUNT
 from recipes.belief_state.pretokenized import open_shards
 from recipes.belief_state.source import TokenSourceBuilder
 from recipes.belief_state.star_graph import held_out_losses
 from recipes.belief_state.text_data import Rows, ShuffledBatches, TextData, fim_loss_mask
 from recipes.belief_state.tokenizer import open_tokenizer
+from recipes.libraries.belief_state.trainer import BeliefStateTrainer, Metrics, TokenBatch
 
 EVAL_ROWS_AT_ONCE = 32
 

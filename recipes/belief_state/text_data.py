@@ -15,8 +15,8 @@ import chz
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from backend.errors import ConfigError, DataError
-from backend.ranges import COUNT, SEED, WHOLE
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from recipes.belief_state import stories
 from recipes.belief_state.tokenizer import encode_documents, open_tokenizer, train_tokenizer
 from supervised.data import HuggingFaceBuilder

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from backend.errors import DataError, ModelError
+from posttrain.backend.errors import DataError, ModelError
 
 PAD, EOS = "<|pad|>", "<|eos|>"
 TEXTS_AT_ONCE = 10_000

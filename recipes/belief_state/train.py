@@ -23,21 +23,21 @@ from typing import Literal
 
 import chz
 
-from backend.belief_state import BeliefState, BeliefStateConfig, NextToken
-from backend.belief_state_pairs import PairObjective
-from backend.belief_state_trainer import BeliefStateClient, BeliefStateTrainer, Metrics, PassConfig
-from backend.distributed import ALONE, ParallelTrainer, Processes, joined_processes
-from backend.errors import ConfigError, NonFiniteError
-from backend.ranges import COUNT, DECAY, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
-from backend.types import AdamParams
+from posttrain.backend.errors import ConfigError, NonFiniteError
+from posttrain.backend.ranges import COUNT, DECAY, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
+from posttrain.backend.types import AdamParams
+from posttrain.tracking.checkpointing import Checkpointer, StopRequest
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.metrics_log import MetricsLog, read_last_metrics, timed
+from posttrain.tracking.progress import TrainingProgress
+from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder
 from recipes.belief_state.processes import open_shared_folder
 from recipes.belief_state.source import TokenSource, TokenSourceBuilder
 from recipes.belief_state.star_graph import StarGraphBuilder
-from tracking.checkpointing import Checkpointer, StopRequest
-from tracking.command_line import run_command
-from tracking.metrics_log import MetricsLog, read_last_metrics, timed
-from tracking.progress import TrainingProgress
-from tracking.run_folder import BehaviorIfExists, RunFolder
+from recipes.libraries.belief_state.distributed import ALONE, ParallelTrainer, Processes, joined_processes
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig, NextToken
+from recipes.libraries.belief_state.pairs import PairObjective
+from recipes.libraries.belief_state.trainer import BeliefStateClient, BeliefStateTrainer, Metrics, PassConfig
 
 PAPER_SIZE = {"num_heads": "8", "hidden": "768", "init_std": "0.02", "batch_size": "256", "beta2": "0.95"}
 PAPER_OPTIMIZER = {"weight_decay": "0.1", "grad_clip_norm": "1.0", "lr_schedule": "cosine", "beta2": "0.95"}
@@ -216,8 +216,8 @@ def adam_params(config: Config, step: int) -> AdamParams:
 
 
 def _finish(folder: RunFolder, metrics: Metrics) -> None:
-    from tracking.metrics_log import print_last_metrics
-    from tracking.plots import plot_run
+    from posttrain.tracking.metrics_log import print_last_metrics
+    from posttrain.tracking.plots import plot_run
 
     print_last_metrics(folder, metrics)
     print(f"plot: {plot_run(folder.path)}\ncheckpoint: {folder.checkpoints / 'final'}")

@@ -10,13 +10,13 @@ from itertools import islice
 
 import chz
 
-from backend.ranges import COUNT
 from envs.arc_challenge import ANSWER_PHRASE, ArcEnv, arc_question, read_arc
 from envs.problem_env import ProblemEnv, fit_prompts
+from posttrain.backend.ranges import COUNT
+from posttrain.renderers.types import Renderer
 from preference.steps import StepFormat
 from recipes.bstar.fitting import as_queries, room_for_prompts
 from recipes.bstar.tasks import Query, TaskBuilder
-from renderers.types import Renderer
 
 TRIGGER = f"\nThink step by step, and end with: {ANSWER_PHRASE} <letter>."
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 
-from backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError, DataError
 from recipes.bstar.records import Cell
 
 Counts = tuple[int, int]  # of a query: selected, and right among them

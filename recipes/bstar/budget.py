@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError
 from recipes.bstar.methods import Method
 
 SweepCost = Literal["given", "charged"]

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from backend.errors import DataError
+from posttrain.backend.errors import DataError
+from posttrain.tracking.command_line import one_line_errors
 from recipes.bstar.pictures import samples_of, value
 from recipes.bstar.records import Summary, read_summaries
-from tracking.command_line import one_line_errors
 
 STATIC = ("online_rft", "online_rft_cold")
 NOISE = 0.02

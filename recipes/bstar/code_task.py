@@ -9,14 +9,14 @@ from functools import partial
 
 import chz
 
-from backend.ranges import COUNT, WHOLE
 from envs.code import CodeBuilder, CodeEnv, CodeProblem
 from envs.problem_env import ProblemEnv, fit_prompts
 from envs.sandbox import SandboxLimits
+from posttrain.backend.ranges import COUNT, WHOLE
+from posttrain.renderers.types import Renderer
 from preference.steps import StepFormat
 from recipes.bstar.fitting import as_queries, room_for_prompts
 from recipes.bstar.tasks import Query, TaskBuilder
-from renderers.types import Renderer
 
 
 @chz.chz

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.tracking.command_line import one_line_errors
 from recipes.bstar.pictures import as_svg, draw_comparison, samples_of, save_png, value
 from recipes.bstar.records import Summary, read_summaries
 from recipes.bstar.report import figure_html, html_page, method_folders, table
-from tracking.command_line import one_line_errors
 
 Runs = dict[str, list[list[Summary]]]  # method -> seed -> rounds
 

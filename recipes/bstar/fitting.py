@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from envs.problem_env import ProblemEnv
+from posttrain.renderers.types import Renderer
 from recipes.bstar.tasks import Query
-from renderers.types import Renderer
 
 E = TypeVar("E", bound=ProblemEnv)
 

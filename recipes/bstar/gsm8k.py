@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import chz
 
-from backend.ranges import COUNT
 from envs.math_word import Gsm8kBuilder as Gsm8kSource
 from envs.math_word import MathWordEnv
+from posttrain.backend.ranges import COUNT
+from posttrain.renderers.types import Renderer
 from preference.steps import StepFormat
 from recipes.bstar.fitting import as_queries, room_for_prompts
 from recipes.bstar.math_text import Split, word_problems
 from recipes.bstar.tasks import Query, TaskBuilder
-from renderers.types import Renderer
 
 
 @chz.chz

@@ -11,12 +11,12 @@ from typing import Literal
 
 import chz
 
-from backend.ranges import COUNT
 from envs.math_word import MathWordBuilder, MathWordEnv
+from posttrain.backend.ranges import COUNT
+from posttrain.renderers.types import Renderer
 from preference.steps import StepFormat
 from recipes.bstar.fitting import as_queries, room_for_prompts
 from recipes.bstar.tasks import Query, TaskBuilder
-from renderers.types import Renderer
 
 ANSWER = "# Answer:"
 Split = Literal["train", "test"]

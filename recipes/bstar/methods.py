@@ -9,7 +9,7 @@ from typing import Literal
 
 import chz
 
-from backend.ranges import COUNT
+from posttrain.backend.ranges import COUNT
 from recipes.bstar.balance import canonical
 
 CHOSEN = None  # by the balance score, of the grid

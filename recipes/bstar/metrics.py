@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from backend.errors import DataError
+from posttrain.backend.errors import DataError
 from preference.steps import StepFormat
 from recipes.bstar.records import Candidate, Selected
 from rl.sample_metrics import pass_at_k

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.tracking.plots import COLORS, finish_axis, panel_axes, save_figure
 from recipes.bstar.records import Choice, Summary
-from tracking.plots import COLORS, finish_axis, panel_axes, save_figure
 
 PAGE_INCHES = 13.2  # a figure of this width fills the page
 STAGES = ("sweep", "choose", "sample", "score", "select", "train", "greedy", "test")  # in the order they run

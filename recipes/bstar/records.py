@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from backend.errors import DataError
-from backend.types import StopReason
-from tracking.jsonl import as_dataclass, read_dataclasses, read_jsonl, write_atomically
-from tracking.settings import read_settings
+from posttrain.backend.errors import DataError
+from posttrain.backend.types import StopReason
+from posttrain.tracking.jsonl import as_dataclass, read_dataclasses, read_jsonl, write_atomically
+from posttrain.tracking.settings import read_settings
 
 
 @dataclass(frozen=True)

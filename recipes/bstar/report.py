@@ -13,16 +13,16 @@ from html import escape
 from math import isnan
 from pathlib import Path
 
-from backend.errors import DataError
+from posttrain.backend.errors import DataError
+from posttrain.tracking.command_line import one_line_errors
+from posttrain.tracking.jsonl import read_jsonl, write_atomically
+from posttrain.tracking.transcripts import PAGE_STYLE
 from preference.steps import StepFormat
 from recipes.bstar.methods import METHODS
 from recipes.bstar.pictures import STAGES, as_svg, draw_comparison, draw_costs, draw_curves, draw_surfaces, samples_of, value
 from recipes.bstar.records import Choice, Summary, read_choice, read_summaries
 from recipes.bstar.showcase import samples_html
 from recipes.bstar.tasks import Task
-from tracking.command_line import one_line_errors
-from tracking.jsonl import read_jsonl, write_atomically
-from tracking.transcripts import PAGE_STYLE
 
 QUESTIONS = "questions.jsonl"
 

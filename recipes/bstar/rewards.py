@@ -12,14 +12,14 @@ from typing import Protocol
 
 import chz
 
-from backend.ranges import NON_NEGATIVE, NUMBER
-from backend.service_client import ServiceClient
+from posttrain.backend.ranges import NON_NEGATIVE, NUMBER
+from posttrain.backend.service_client import ServiceClient
+from posttrain.renderers.types import Message, Renderer
 from preference.prm import MALFORMED_LOGIT, ProcessRewardModel, SavedPrm
 from preference.reward_types import RewardModel, RewardModelBuilder
 from preference.steps import StepFormat
 from recipes.bstar.records import Candidate
 from recipes.bstar.tasks import Query
-from renderers.types import Message, Renderer
 
 Queries = Mapping[str, Query]  # by id
 SCORED_AT_ONCE = 2048  # responses in one forward pass

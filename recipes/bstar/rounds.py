@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from backend.errors import DataError
-from backend.sampling_client import SamplingClient
-from backend.training_client import TrainingClient
-from backend.types import Datum
+from posttrain.backend.errors import DataError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_atomically
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_folder import open_run_folder
 from recipes.bstar.balance import Counts, choose, surface
 from recipes.bstar.budget import Plan
 from recipes.bstar.methods import Method
@@ -43,13 +47,9 @@ from recipes.bstar.sampling import Pool, sample_pool
 from recipes.bstar.selection import counts, select, shortfall
 from recipes.bstar.stages import policy_path
 from recipes.bstar.tasks import Query, Task
-from renderers.types import Renderer
 from supervised import train as supervised_train
 from supervised.data import conversation_to_datum, datum_from_tokens_weights
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
-from tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_atomically
-from tracking.metrics_log import read_metrics
-from tracking.run_folder import open_run_folder
 
 if TYPE_CHECKING:
     from recipes.bstar.train import Config

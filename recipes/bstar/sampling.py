@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from backend.sampling_client import SamplingClient
-from backend.types import SampledSequence, SamplingParams
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.types import SampledSequence, SamplingParams
+from posttrain.tracking.progress import TrainingProgress
 from preference.solutions import Solution, grade
 from recipes.bstar.records import Candidate, candidate_line, read_candidates
 from recipes.bstar.tasks import Query
 from rl.types import RolloutError
-from tracking.progress import TrainingProgress
 
 GRADER_TRIES = 3
 

@@ -9,7 +9,7 @@ order of the candidates nor their numbers change what is selected. Left out: bal
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError, DataError
 from recipes.bstar.balance import Counts
 from recipes.bstar.records import Candidate, Selected
 

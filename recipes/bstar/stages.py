@@ -11,20 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backend.service_client import ServiceClient
-from backend.training_client import TrainingClient
-from backend.types import SamplingParams
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import SamplingParams
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.jsonl import as_dataclass, read_jsonl, write_atomically
+from posttrain.tracking.run_folder import open_run_folder
 from preference import train_prm
 from preference.prm_labels import LabelConfig, label_solutions
 from preference.solutions import Solution, sample_solutions
 from preference.step_data import StepExamplesBuilder
 from recipes.bstar.tasks import Task
-from renderers.types import Renderer
 from supervised import train as supervised_train
 from supervised.data import SupervisedDatasetFromExamples, conversation_to_datum
 from supervised.types import SupervisedDatasetBuilder
-from tracking.jsonl import as_dataclass, read_jsonl, write_atomically
-from tracking.run_folder import open_run_folder
 
 if TYPE_CHECKING:
     from recipes.bstar.train import Config

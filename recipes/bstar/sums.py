@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, NON_NEGATIVE, NUMBER, WHOLE
-from backend.service_client import ServiceClient
 from envs.problem_env import ProblemEnv
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, NON_NEGATIVE, NUMBER, WHOLE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.renderers.types import Renderer
 from preference.steps import StepFormat
 from recipes.bstar.records import Candidate
 from recipes.bstar.rewards import Queries, Reward, RewardBuilder
 from recipes.bstar.tasks import Query, TaskBuilder
-from renderers.types import Renderer
 
 STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import chz
 import numpy as np
 
-from backend.errors import ConfigError, DataError
-from backend.ranges import COUNT, SEED, WHOLE
 from envs.problem_env import ProblemEnv
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.renderers.types import Message, Renderer
 from preference.steps import StepFormat
-from renderers.types import Message, Renderer
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,16 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.learning_rate import LRSchedule
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.types import LoraConfig
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.learning_rate import LRSchedule
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import LoraConfig
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.settings import claim_folder
 from recipes.bstar.balance import canonical
 from recipes.bstar.budget import Plan, SweepCost, check_budget, plan, print_plan, projected_tokens
 from recipes.bstar.methods import METHODS
@@ -37,9 +40,6 @@ from recipes.bstar.rounds import Lab, run_method
 from recipes.bstar.stages import completer, prm, prm_data, prm_path, warm_start
 from recipes.bstar.sums import SumsBuilder
 from recipes.bstar.tasks import Task, TaskBuilder
-from renderers import get_renderer
-from tracking.command_line import run_command
-from tracking.settings import claim_folder
 
 TASKS = {
     "sums": "recipes.bstar.sums:SumsBuilder",

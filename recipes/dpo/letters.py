@@ -10,11 +10,11 @@ from string import ascii_lowercase
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.ranges import COUNT, SEED, WHOLE
-from backend.types import Datum
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.backend.types import Datum
+from posttrain.renderers.types import Message, Renderer
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
-from renderers.types import Message, Renderer
 from supervised.data import conversation_to_datum
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 

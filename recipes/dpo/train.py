@@ -18,19 +18,19 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.types import SamplingParams
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import SamplingParams
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.plots import compare_runs
+from posttrain.tracking.run_folder import BehaviorIfExists
 from preference import train_dpo
 from preference.losses import DPO, RPO, PreferenceLoss
 from recipes.dpo.letters import RandomOrderBuilder, SortedPreferredBuilder
-from renderers import get_renderer
 from supervised import train as supervised_train
-from tracking.command_line import run_command
-from tracking.plots import compare_runs
-from tracking.run_folder import BehaviorIfExists
 
 RENDERER = "plain"
 

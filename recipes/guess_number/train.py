@@ -17,14 +17,14 @@ import asyncio
 
 import chz
 
-from backend.config import BackendConfig
-from backend.learning_rate import LRSchedule
-from backend.ranges import LEARNING_RATE, NON_NEGATIVE, WHOLE
 from envs.guess_number import GuessNumber, GuessNumberBuilder, GuessNumberExamplesBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.learning_rate import LRSchedule
+from posttrain.backend.ranges import LEARNING_RATE, NON_NEGATIVE, WHOLE
+from posttrain.tracking.command_line import run_command
 from recipes.warm_start import warm_started
 from rl import train
 from rl.types import RLDatasetBuilder
-from tracking.command_line import run_command
 
 
 @chz.chz

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import chz
 
-from backend.errors import DataError
-from backend.ranges import COUNT
-from backend.types import ModelInput
 from envs.completion_env import GroupDataset
+from posttrain.backend.errors import DataError
+from posttrain.backend.ranges import COUNT
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.turns import decode, encode
+from posttrain.renderers.types import Message, Renderer
 from recipes.latro.tasks import Task, TaskBuilder
-from renderers.turns import decode, encode
-from renderers.types import Message, Renderer
 from rl.truncation import stop_strings, tokens_before_stop
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
 

@@ -13,24 +13,24 @@ from pathlib import Path
 
 import numpy as np
 
-from backend.config import BackendConfig
-from backend.errors import DataError
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.training_client import TrainingClient
-from backend.types import Datum, LoraConfig
 from envs.completion_env import GroupDataset
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import DataError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, LoraConfig
+from posttrain.renderers import get_renderer
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_folder import RunFolder
 from recipes.latro.env import LatentRationales, responses
 from recipes.latro.examples import example
 from recipes.latro.tasks import Task
-from renderers import get_renderer
 from rl.evaluators import RLTestSetEvaluator, SamplesEvaluator
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder, answer_logprobs
 from rl.metrics import compute_trajectory_metrics
 from rl.rollouts import Policy, do_rollouts
 from rl.types import Metrics
-from tracking.metrics_log import read_metrics
-from tracking.run_folder import RunFolder
 
 VALIDATION_METRIC = "test/env/all/correct"
 HELD_OUT_STREAM = 77  # in a seed: the evaluation's rationales are the same draws for every checkpoint

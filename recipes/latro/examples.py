@@ -5,11 +5,11 @@ from typing import Literal
 
 import chz
 
-from backend.types import Datum
+from posttrain.backend.types import Datum
+from posttrain.renderers.turns import encode
+from posttrain.renderers.types import Renderer
 from recipes.latro.env import answer_tokens, prompt_tokens
 from recipes.latro.tasks import Task, TaskBuilder
-from renderers.turns import encode
-from renderers.types import Renderer
 from rl.likelihood_reward import answer_datum
 from supervised.data import SupervisedDatasetFromExamples
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder

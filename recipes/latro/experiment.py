@@ -19,10 +19,10 @@ from typing import Any
 import chz
 import numpy as np
 
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.settings import already_made
 from recipes.latro import train
-from tracking.command_line import run_command
-from tracking.metrics_log import read_metrics
-from tracking.settings import already_made
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "latro": {},

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import chz
 
-from backend.errors import DataError
 from envs.math_word import read_hub, strip_calculator_marks
+from posttrain.backend.errors import DataError
 from recipes.latro.tasks import NumberVerifier, Task, TaskBuilder, is_number
 from supervised.rows import Row, read_rows, text_of
 

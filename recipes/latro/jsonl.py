@@ -6,7 +6,7 @@ renderer_name=plain. `responses` is the answer in its template ("The answer is 7
 
 import chz
 
-from backend.errors import DataError
+from posttrain.backend.errors import DataError
 from recipes.latro.tasks import NumberVerifier, Task, TaskBuilder, TextVerifier, is_number
 from supervised.rows import Fields, read_rows
 

@@ -2,9 +2,9 @@ r"""Problems with a free-form mathematical answer in \boxed{...}, as in MATH. An
 
 import chz
 
-from backend.errors import DataError
 from envs.math_answers import extract_answer, extract_boxed
 from envs.math_grading import is_equal_async
+from posttrain.backend.errors import DataError
 from recipes.latro.tasks import Task, TaskBuilder, Verifier
 from supervised.rows import read_rows, text_of
 

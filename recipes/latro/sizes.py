@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM
 
-from backend.config import compute_dtype, training_device
-from backend.errors import ConfigError
-from backend.models import model_config
+from posttrain.backend.config import compute_dtype, training_device
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.models import model_config
 
 # Per parameter and token: 2 each to sample, for the reference and to score, 6 to train. (An update that fits one micro-batch needs 10.)
 FLOPS = 12

@@ -12,8 +12,8 @@ from fractions import Fraction
 import chz
 import numpy as np
 
-from backend.errors import DataError
-from backend.ranges import COUNT, SEED, WHOLE
+from posttrain.backend.errors import DataError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from rl.types import Metrics
 
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\.)\.\d+)")

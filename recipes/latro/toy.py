@@ -16,8 +16,8 @@ from dataclasses import replace
 import chz
 import numpy as np
 
-from backend.errors import DataError
-from backend.ranges import COUNT, SEED, SHARE
+from posttrain.backend.errors import DataError
+from posttrain.backend.ranges import COUNT, SEED, SHARE
 from recipes.latro.tasks import Task, TaskBuilder, Verifier
 from rl.types import Metrics
 

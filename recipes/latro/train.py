@@ -27,27 +27,27 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.config import BackendConfig
-from backend.models import PRESETS
-from backend.ranges import COUNT, LARGEST, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE, Range
-from backend.tokenizers import load_tokenizer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.models import PRESETS
+from posttrain.backend.ranges import COUNT, LARGEST, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE, Range
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.metrics_log import print_metrics_table
+from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder
+from posttrain.tracking.settings import claim_folder
 from recipes.latro.env import LatentRationales
 from recipes.latro.evaluation import Evaluation, best_so_far
 from recipes.latro.examples import TaskExamples
 from recipes.latro.sizes import Sizes, derive_sizes, estimated_minutes
 from recipes.latro.tasks import Task, TaskBuilder
 from recipes.latro.toy import ToyBuilder
-from renderers import get_renderer
 from rl import train as rl_train
 from rl.advantages import LeaveOneOut, NoBaseline
 from rl.kl import KLPenalty
 from rl.likelihood_reward import LikelihoodRewardBuilder
 from rl.types import Metrics
 from supervised import train as supervised_train
-from tracking.command_line import run_command
-from tracking.metrics_log import print_metrics_table
-from tracking.run_folder import BehaviorIfExists, RunFolder
-from tracking.settings import claim_folder
 
 DATASETS = {
     "toy": "recipes.latro.toy:ToyBuilder",

@@ -17,15 +17,15 @@ import chz
 from rich.console import Console
 from rich.table import Table
 
-from backend.config import BackendConfig
-from backend.ranges import COUNT, SEED, TEMPERATURE
-from backend.service_client import ServiceClient
 from envs.opponents import MinimaxPlayer, RandomPlayer
 from envs.textarena import TextArenaBuilder
-from renderers import get_renderer
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.ranges import COUNT, SEED, TEMPERATURE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
 from rl.evaluators import RLTestSetEvaluator
 from rl.types import Metrics
-from tracking.command_line import run_command
 
 OPPONENTS = (RandomPlayer(), MinimaxPlayer())
 RESULTS = ("win", "draw", "loss", "illegal")

@@ -16,10 +16,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from backend.models import PRESETS
-from backend.random_state import drawn_from
 from envs.opponents import listed_moves, minimax_move
 from envs.textarena import TextArenaBuilder
+from posttrain.backend.models import PRESETS
+from posttrain.backend.random_state import drawn_from
 
 PIECES = r"'?\[\d\]'?(?:, )?| [\dXO] \| [\dXO] \| [\dXO] "  # a move, alone or in the list of legal ones; a row of the board
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>"]

@@ -23,22 +23,22 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.learning_rate import LRSchedule
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE, WHOLE
-from backend.types import Datum
 from envs.opponents import RandomPlayer
 from envs.textarena import TextArenaBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.learning_rate import LRSchedule
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE, WHOLE
+from posttrain.backend.types import Datum
+from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.command_line import run_command
 from recipes.multiplayer.model import random_game, save_model
 from recipes.warm_start import warm_started
-from renderers.types import Message, Renderer
 from rl import train
 from rl.advantages import AdvantageEstimator, SeatMean
 from rl.kl import KLPenalty
 from rl.types import RLDatasetBuilder
 from supervised.data import conversation_to_datum
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
-from tracking.command_line import run_command
 
 
 class RandomPlay(SupervisedDataset):

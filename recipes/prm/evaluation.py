@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from envs.arithmetic_chain import Chain
+from posttrain.renderers.types import Renderer
 from preference.best_of_n import compare_selections
 from preference.prm import StepScores
 from preference.prm_labels import read_records
 from preference.solutions import Solution
 from preference.steps import StepFormat, split_response
 from preference.train_prm import first
-from renderers.types import Renderer
 
 Aligned = dict[int, list[float]]  # step relative to the first wrong one -> the model's probabilities
 

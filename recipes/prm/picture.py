@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from posttrain.tracking.metrics_log import read_metrics
 from recipes.prm.evaluation import Aligned
-from tracking.metrics_log import read_metrics
 
 CHOICES = {"sampled": "mean of\nthe samples", "majority": "majority", "best_of_n": "best by\nthe PRM", "any": "any right"}
 

@@ -23,13 +23,19 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.types import SamplingParams
 from envs.arithmetic_chain import ANSWER, Chain, ChainBuilder, ChainEnv, ChainExamplesBuilder, ChainTask
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import SamplingParams
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.jsonl import as_dataclass, read_jsonl, write_atomically
+from posttrain.tracking.metrics_log import print_metrics_table
+from posttrain.tracking.plots import compare_runs
+from posttrain.tracking.settings import claim_folder
 from preference import train_prm
 from preference.prm import PrmReward, SavedPrm
 from preference.prm_labels import LabelConfig, label_solutions
@@ -38,14 +44,8 @@ from preference.step_data import StepExamplesBuilder
 from preference.steps import StepFormat
 from recipes.prm.evaluation import evaluate, label_noise
 from recipes.prm.picture import draw
-from renderers import get_renderer
 from rl import train as rl_train
 from supervised import train as supervised_train
-from tracking.command_line import run_command
-from tracking.jsonl import as_dataclass, read_jsonl, write_atomically
-from tracking.metrics_log import print_metrics_table
-from tracking.plots import compare_runs
-from tracking.settings import claim_folder
 
 STAGES = ("warm_start", "completer", "solutions", "labels", "prm", "evaluate", "rl")
 FORM = StepFormat(separator="\n", answer_marker=ANSWER)

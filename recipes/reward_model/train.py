@@ -19,11 +19,14 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.ranges import COUNT, SEED, WHOLE
-from backend.tokenizers import load_tokenizer
 from envs.kind_words import KindWordsComparisons
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_folder import BehaviorIfExists
 from preference import train_reward_model
 from preference.bradley_terry import BradleyTerryJudgeBuilder, PreferencePairsBuilder, ScalarModelBuilder
 from preference.label_model import LabelExamplesBuilder, LabelModelBuilder
@@ -32,9 +35,6 @@ from preference.reward_evaluation import Evaluation, evaluate_judge, length_base
 from preference.reward_types import JudgeBuilder
 from preference.train_cli import DATASETS
 from preference.types import ComparisonDatasetBuilder, LabeledComparison
-from renderers import get_renderer
-from tracking.command_line import run_command
-from tracking.run_folder import BehaviorIfExists
 
 
 @chz.chz

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from backend.errors import DataError
-from tracking.metrics_log import read_metrics
+from posttrain.backend.errors import DataError
+from posttrain.tracking.metrics_log import read_metrics
 
 PANELS = {"env/all/gold": "true reward (the rule)", "env/all/proxy": "proxy reward (the reward model)"}
 COLORS = ("#2f6db5", "#d9772b", "#3a9a5b", "#7a5cc2")

@@ -30,26 +30,26 @@ from pathlib import Path
 import chz
 import numpy as np
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.types import SamplingParams
 from envs.kind_words import KindWordsExamplesBuilder, KindWordsPrompts, labeled_by_gold, names, prompt
 from envs.reward_model_env import RewardModelEnvBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import SamplingParams
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.settings import already_made, read_settings
 from preference import train_reward_model
 from preference.bradley_terry import PreferencePairsBuilder, ScalarModelBuilder
 from preference.comparisons import LabeledBuilder
 from preference.types import Comparison
 from recipes.rlhf.curve import plot_curve
-from renderers import get_renderer
 from rl import train as rl_train
 from rl.kl import KLPenalty
 from supervised import train as supervised_train
-from tracking.command_line import run_command
-from tracking.jsonl import write_atomically
-from tracking.settings import already_made, read_settings
 
 WATCH_ONLY = 1e-9  # a KL penalty too small to matter: the KL is measured all the same
 

@@ -21,22 +21,22 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.learning_rate import LRSchedule
-from backend.ranges import COUNT, LEARNING_RATE, WHOLE
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
 from envs.kind_words import KindWordsExamplesBuilder, KindWordsPrompts
 from envs.pairwise import PairwiseBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.learning_rate import LRSchedule
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, WHOLE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_folder import BehaviorIfExists
 from preference.judges import ShorterJudgeBuilder
 from preference.win_rate import WinRateEvaluator
 from recipes.warm_start import warm_started
-from renderers import get_renderer
 from rl import train
 from rl.types import Metrics, RLDatasetBuilder
-from tracking.command_line import run_command
-from tracking.run_folder import BehaviorIfExists
 
 
 @chz.chz

@@ -26,14 +26,14 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from backend.atomic_folder import atomic_folder
-from backend.belief_state import BeliefState, BeliefStateConfig
-from backend.belief_state_blocks import KVCache
-from backend.errors import CheckpointError
-from backend.guidance import Guidance, log_pmf
-from backend.guided_sampler import LanguageModelTrunk, Reader, ValueReader, guided_sample
-from backend.random_state import drawn_from
 from envs.star_graph_tokens import Layout
+from posttrain.backend.atomic_folder import atomic_folder
+from posttrain.backend.errors import CheckpointError
+from posttrain.backend.random_state import drawn_from
+from recipes.libraries.belief_state.blocks import KVCache
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
+from recipes.libraries.value_guidance.guidance import Guidance, log_pmf
+from recipes.libraries.value_guidance.guided_sampler import LanguageModelTrunk, Reader, ValueReader, guided_sample
 
 CLASSIFIER_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "classifier.json", "classifier.safetensors", "optimizer.safetensors"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tracking.metrics_log import read_metrics
-from tracking.plots import COLORS, finish_axis, save_figure
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.plots import COLORS, finish_axis, save_figure
 
 KEYS = {  # as the loops name them: test/ by an evaluator, test/env/all/ by rl/
     "first_hop": ("test/first_hop", "test/env/all/first_hop"),

@@ -9,12 +9,12 @@ import asyncio
 
 import numpy as np
 
-from backend.sampling_client import SamplingClient
-from backend.training_client import TrainingClient
-from backend.types import ModelInput, SamplingParams
 from envs.star_graph import HeldOut
 from envs.star_graph_data import Targets, path_accuracy
 from envs.star_graph_tokens import Layout
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import ModelInput, SamplingParams
 
 
 async def decode_paths(sampler: SamplingClient, prefixes_B_P: np.ndarray, layout: Layout, targets: Targets) -> np.ndarray:

@@ -23,18 +23,24 @@ import chz
 import torch
 from torch.nn.functional import cross_entropy
 
-from backend.belief_state_files import CONFIG_FILE as BELIEF_STATE_FILE
-from backend.belief_state_files import load_belief_state
-from backend.config import training_device
-from backend.errors import DataError, NonFiniteError
-from backend.guidance import Guidance, Method
-from backend.guided_sampler import LanguageModelTrunk, Reader, check_fit, language_model
-from backend.models import load_model
-from backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
-from backend.tokenizers import load_tokenizer
 from envs.star_graph_data import Batches, StarGraphTask
 from envs.star_graph_tokens import Layout, layout_of
+from posttrain.backend.config import training_device
+from posttrain.backend.errors import DataError, NonFiniteError
+from posttrain.backend.models import load_model
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.tracking.checkpointing import StopRequest
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.metrics_log import MetricsLog, read_metrics, timed
+from posttrain.tracking.progress import TrainingProgress
+from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
 from recipes.belief_state.star_graph import task_name
+from recipes.libraries.belief_state.files import CONFIG_FILE as BELIEF_STATE_FILE
+from recipes.libraries.belief_state.files import load_belief_state
+from recipes.libraries.value_guidance.guidance import Guidance, Method
+from recipes.libraries.value_guidance.guided_sampler import LanguageModelTrunk, Reader, check_fit, language_model
 from recipes.star_graph.classifier import (
     BeliefStateTrunk,
     Classifier,
@@ -49,12 +55,6 @@ from recipes.star_graph.classifier import (
 )
 from recipes.star_graph.guided_accuracy import Row, decode, format_table, guidance_table
 from recipes.star_graph.model import check_model
-from tracking.checkpointing import StopRequest
-from tracking.command_line import run_command
-from tracking.jsonl import write_atomically
-from tracking.metrics_log import MetricsLog, read_metrics, timed
-from tracking.progress import TrainingProgress
-from tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
 
 FOLDERS: dict[Method, str] = {"q_sharp": "qsharp", "cd": "cd"}
 Metrics = dict[str, float]

@@ -7,10 +7,10 @@ import chz
 import numpy as np
 import torch
 
-from backend.guidance import Guidance, Method
-from backend.guided_sampler import Reader, ValueReader, guided_sample
 from envs.star_graph_data import path_accuracy
 from envs.star_graph_tokens import Layout
+from recipes.libraries.value_guidance.guidance import Guidance, Method
+from recipes.libraries.value_guidance.guided_sampler import Reader, ValueReader, guided_sample
 from recipes.star_graph.oracle import oracle
 
 DECODED_AT_ONCE = 512  # graphs; with top_k=10, the classifier's cache has ten times as many rows

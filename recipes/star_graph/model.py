@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from backend.atomic_folder import atomic_folder
-from backend.errors import CheckpointError
-from backend.random_state import drawn_from
 from envs.star_graph import StarGraph
 from envs.star_graph_tokens import numeral_tokenizer
-from tracking.settings import already_made
+from posttrain.backend.atomic_folder import atomic_folder
+from posttrain.backend.errors import CheckpointError
+from posttrain.backend.random_state import drawn_from
+from posttrain.tracking.settings import already_made
 
 INIT_STD = 0.08  # with GPT-2's 0.02 a model this narrow takes several times as long to find its look-ups
 

@@ -6,8 +6,8 @@ What guidance does with a perfect classifier is then known exactly, and what a t
 import numpy as np
 import torch
 
-from backend.guided_sampler import ValueReader
 from envs.star_graph_tokens import Layout
+from recipes.libraries.value_guidance.guided_sampler import ValueReader
 
 LOGIT = 20.0  # P(right) is 1 - 2e-9 or 2e-9
 

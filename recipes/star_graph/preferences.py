@@ -17,22 +17,22 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.ranges import COUNT, LEARNING_RATE, WHOLE
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
 from envs.star_graph import sample_graphs
 from envs.star_graph_data import StarGraphTask
 from envs.star_graph_tokens import layout_of
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, WHOLE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.settings import already_made
 from preference import train_dpo
 from preference.train_cli import METHODS
 from preference.types import ComparisonDatasetBuilder
 from recipes.star_graph.evaluation import AccuracyEvaluator
 from recipes.star_graph.model import check_model
 from recipes.star_graph.rollouts import collect_pairs, read_pairs
-from tracking.command_line import run_command
-from tracking.settings import already_made
 
 
 @chz.chz

@@ -20,22 +20,22 @@ from pathlib import Path
 
 import chz
 
-from backend.config import BackendConfig
-from backend.learning_rate import LRSchedule
-from backend.ranges import LEARNING_RATE, WHOLE
-from backend.service_client import ServiceClient
-from backend.tokenizers import load_tokenizer
-from backend.training_client import TrainingClient
 from envs.star_graph_data import StarGraphExamplesBuilder
 from envs.star_graph_tokens import Layout, layout_of
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.learning_rate import LRSchedule
+from posttrain.backend.ranges import LEARNING_RATE, WHOLE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.renderers import get_renderer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_folder import open_run_folder
 from recipes.star_graph.evaluation import AccuracyEvaluator
 from recipes.star_graph.model import check_model, make_model
-from renderers import get_renderer
 from supervised import train
 from supervised.nll import NLLEvaluator
 from supervised.types import SupervisedDatasetBuilder
-from tracking.command_line import run_command
-from tracking.run_folder import open_run_folder
 
 
 @chz.chz

@@ -25,15 +25,15 @@ from typing import Literal
 import chz
 import numpy as np
 
-from backend.errors import ConfigError
-from backend.futures import APIFuture
-from backend.ranges import LEARNING_RATE
-from backend.sampling_client import SamplingClient
-from backend.training_client import TrainingClient
-from backend.types import Datum, ForwardBackwardOutput, ModelInput, SampledSequence, SamplingParams
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.futures import APIFuture
+from posttrain.backend.ranges import LEARNING_RATE
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, ForwardBackwardOutput, ModelInput, SampledSequence, SamplingParams
+from posttrain.tracking.command_line import run_command
 from recipes.star_graph import pretrain
 from supervised import train
-from tracking.command_line import run_command
 
 
 @chz.chz

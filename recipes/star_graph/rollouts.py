@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from backend.errors import DataError
-from backend.sampling_client import SamplingClient
-from backend.types import Datum, ModelInput, SamplingParams
 from envs.star_graph_tokens import Layout
+from posttrain.backend.errors import DataError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.types import Datum, ModelInput, SamplingParams
+from posttrain.tracking.jsonl import parse_json, read_bytes, write_atomically
 from preference.pairs import Pair
-from tracking.jsonl import parse_json, read_bytes, write_atomically
 
 WAVE = 2048  # prompts sampled at once
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from backend.errors import ConfigError, CookbookError
-from tracking.jsonl import write_atomically
-from tracking.settings import changes, changes_text, read_settings
+from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.settings import changes, changes_text, read_settings
 
 TAIL = 1 << 16  # bytes at the end of a metrics file that are read for the progress bar
 SECONDS_BETWEEN_LINES = 30.0

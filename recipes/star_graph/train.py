@@ -25,10 +25,12 @@ from typing import Any, Literal
 
 import chz
 
-from backend.config import BackendConfig
-from backend.errors import ConfigError
-from backend.ranges import COUNT, LEARNING_RATE, SEED
 from envs.star_graph_data import StarGraphBuilder, StarGraphExamplesBuilder, StarGraphTask, Targets
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.settings import config_to_json
 from preference.losses import DPO, RPO, PreferenceLoss
 from recipes.belief_state import star_graph as bst_star_graph
 from recipes.belief_state import train as bst_train
@@ -37,8 +39,6 @@ from recipes.star_graph.comparison import picture, read_curve, table
 from recipes.star_graph.model import make_model
 from recipes.star_graph.side_by_side import Job, run_side_by_side
 from rl import train as rl_train
-from tracking.command_line import run_command
-from tracking.settings import config_to_json
 
 FROM_SCRATCH = ("gpt", "reversed", "teacherless", "bst")
 FROM_GPT = ("reinforce", "rl", "dpo", "rpo", "guided")

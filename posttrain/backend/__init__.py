@@ -1,0 +1,31 @@
+"""The local engine: torch trains, vLLM samples. Knows tokens and tensors; nothing of chat, environments or rewards.
+
+A script written for Tinker ports by its import: `import posttrain.backend as tinker`, then tinker.ServiceClient(), tinker.types.Datum and so on.
+"""
+
+import os
+from importlib import import_module
+from typing import Any
+
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # read when torch loads; vLLM's thread binding would print a warning at every start
+
+
+_MODULE_OF = {
+    "ServiceClient": "service_client",
+    "TrainingClient": "training_client",
+    "SamplingClient": "sampling_client",
+    "APIFuture": "futures",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The clients, types and errors, loaded when first asked for: the command lines must not wait for torch to parse."""
+    if name in ("types", "errors"):
+        return import_module(f"posttrain.backend.{name}")
+    if not name.startswith("_"):
+        for module in [_MODULE_OF[name]] if name in _MODULE_OF else ["errors", "types"]:
+            if hasattr(found := import_module(f"posttrain.backend.{module}"), name):
+                return getattr(found, name)
+    raise AttributeError(f"module 'posttrain.backend' has no attribute {name!r}")

@@ -1,0 +1,192 @@
+"""LoRA adapters on disk: what peft writes, and a base_model.json that says which weights the adapter belongs to.
+
+base_model.json holds the base's name, the seed of a preset's weights, and a fingerprint of the weights themselves. An adapter that peft
+wrote elsewhere has none: it is taken where its tensors fit. Left out: adapters other than plain LoRA on linear layers.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from posttrain.backend.checkpoint_files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    REMEDY,
+    STATE_FILE,
+    read_json,
+    state_file,
+    tensor_shapes,
+)
+from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.models import PRESETS, load_model
+from posttrain.backend.ranges import RangeError
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import LoraConfig
+
+BASE_FILE = "base_model.json"
+# Settings of peft's LoraConfig under which the update is not B A alpha / r on each layer.
+NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication",
+             "trainable_token_indices", "target_parameters")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter was trained on. `seed` is that of a preset's weights; None where unknown, as is the fingerprint."""
+
+    name: str
+    seed: int | None = None
+    fingerprint: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name!r} with seed {self.seed}" if self.name in PRESETS and self.seed is not None else repr(self.name)
+
+
+def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of the base's tensor names, shapes and 32 values of each, in fp32; an adapter on them changes nothing of it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in weights if ".lora_" not in name):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 32)][:32]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def write_adapter(trainer: Trainer, folder: Path) -> None:
+    assert isinstance(trainer.model, PeftModel)
+    name = absolute(trainer.model_name)
+    trainer.model.peft_config["default"].base_model_name_or_path = name
+    trainer.model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub for the base's config
+    (folder / BASE_FILE).write_text(json.dumps(asdict(base_of(trainer)), indent=2))
+
+
+def base_of(trainer: Trainer) -> Base:
+    return Base(absolute(trainer.model_name), trainer.seed, fingerprint(trainer.base.state_dict().items()))
+
+
+def absolute(model_name: str) -> str:
+    """A folder's whole path, so that it is found from elsewhere; a preset or a hub name as it is."""
+    folder = Path(model_name).expanduser()
+    return str(folder.resolve()) if model_name not in PRESETS and folder.is_dir() else model_name
+
+
+def read_base(path: Path) -> Base:
+    """The base of a saved adapter: of this project's, of format 1 (name and seed), or of peft's (name)."""
+    config = adapter_config(path)
+    name, seed, print_ = config.get("base_model_name_or_path"), None, None
+    if (path / BASE_FILE).exists():
+        saved = read_json(path / BASE_FILE)
+        name, seed, print_ = (saved.get(key) for key in ("name", "seed", "fingerprint"))
+    elif state_file(path, STATE_FILE).exists():
+        seed = read_json(state_file(path, STATE_FILE)).get("seed")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{path} does not say which model it adapts: set base_model_name_or_path in {ADAPTER_CONFIG_FILE}")
+    return Base(name, seed, print_)
+
+
+def adapter_config(path: Path) -> dict[str, Any]:
+    config = read_json(path / ADAPTER_CONFIG_FILE)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path} is an adapter of type {config.get('peft_type')}: only LoRA is supported")
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+        raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} lacks r or lora_alpha: {REMEDY}")
+    return config
+
+
+def read_lora(path: Path) -> LoraConfig:
+    """The settings under which training goes on from an adapter. All layers are trained: those it lacks begin at zero."""
+    config = adapter_config(path)
+    on_head = any("lm_head" in name for name in tensor_shapes(path / ADAPTER_FILE))
+    try:
+        return LoraConfig(config["r"], alpha=float(config["lora_alpha"]), train_unembed=on_head)
+    except RangeError as error:
+        raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} says {error}: {REMEDY}") from error
+
+
+def check_adapter(trainer: Trainer, path: Path) -> None:
+    """CheckpointError where the adapter, put into the trainer, would be another function than it was."""
+    assert trainer.lora and isinstance(trainer.model, PeftModel)
+    config, saved = adapter_config(path), tensor_shapes(path / ADAPTER_FILE)
+    _check_same_base(trainer, path)
+    if unusual := [name for name in NOT_PLAIN if config.get(name)]:
+        raise CheckpointError(
+            f"{path} is a LoRA adapter with {unusual[0]}={config[unusual[0]]}, which training here does not know"
+        )
+    ours = trainer.model.peft_config["default"]
+    for option, theirs, mine in (("rank", config["r"], ours.r), ("alpha", config["lora_alpha"], ours.lora_alpha)):  # type: ignore[attr-defined]
+        if theirs != mine:
+            raise CheckpointError(f"{path} has LoRA {option} {theirs}, this run has {mine}: set lora_{option}={theirs}")
+    expected = {name: tuple(tensor.shape) for name, tensor in _tensors(trainer.model).items()}
+    if unexpected := sorted(saved.keys() - expected.keys()):
+        raise CheckpointError(f"{path} adapts layers that this run does not train: {', '.join(unexpected[:3])}")
+    for name, shape in saved.items():
+        if shape != expected[name]:
+            raise CheckpointError(
+                f"{path}: {name} has shape {shape}, this run's has {expected[name]}: another rank or base model"
+            )
+    if not saved:
+        raise CheckpointError(f"{path / ADAPTER_FILE} holds no tensor: {REMEDY}")
+
+
+def _check_same_base(trainer: Trainer, path: Path) -> None:
+    theirs, ours = read_base(path), Base(absolute(trainer.model_name), trainer.seed)
+    if theirs.fingerprint:
+        same = theirs.fingerprint == fingerprint(trainer.base.state_dict().items())
+    else:
+        same = theirs.name not in PRESETS or ours.name not in PRESETS or theirs.seed is None or theirs == ours
+        if Path(theirs.name).name != Path(ours.name).name:
+            print(f"warning: the adapter {path} says that it was trained on {theirs}; it is put on {ours}")
+    if not same:
+        raise CheckpointError(
+            f"{path} was trained on the base model {theirs}, and this run's is {ours}, whose weights are others: "
+            "give the same model_name and seed"
+        )
+
+
+def load_adapter(trainer: Trainer, path: Path) -> None:
+    """The adapter's tensors; layers that it does not have begin at an update of zero, and are named."""
+    assert isinstance(trainer.model, PeftModel)
+    saved = load_file(path / ADAPTER_FILE)
+    ours = _tensors(trainer.model)
+    missing = sorted(ours.keys() - saved.keys())
+    zero = {name: torch.zeros_like(ours[name]) if ".lora_B" in name else ours[name] for name in missing}
+    if missing:
+        print(
+            f"{path} has no adapter for {len(missing) // 2} of the layers to be trained ({missing[0]}, ...): they begin at zero"
+        )
+    set_peft_model_state_dict(trainer.model, saved | zero)
+
+
+def open_merged(path: Path, seed: int) -> PreTrainedModel:
+    """A saved adapter merged into its base, on the CPU in fp32. `seed` is that of a preset's weights where the adapter does not say."""
+    base, saved = read_base(path), tensor_shapes(path / ADAPTER_FILE)
+    try:
+        model = load_model(base.name, seed if base.seed is None else base.seed, torch.device("cpu"), torch.float32)
+    except ModelError as error:
+        raise CheckpointError(f"the base model of the adapter {path} cannot be opened: {error}") from error
+    if base.fingerprint and base.fingerprint != fingerprint(model.state_dict().items()):
+        raise CheckpointError(
+            f"{path} was trained on the base model {base}, whose weights have changed since: give it back its own"
+        )
+    try:
+        with warnings.catch_warnings(action="ignore"):  # missing tensors, which the next lines make an error
+            adapted = PeftModel.from_pretrained(model, str(path))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the adapter {path} does not fit its base model {base}: {reason}") from error
+    if different := sorted(_tensors(adapted).keys() ^ saved.keys()):
+        raise CheckpointError(f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two")
+    return adapted.merge_and_unload()  # type: ignore[operator]
+
+
+def _tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    return get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -1,0 +1,198 @@
+"""Alarms: two computations of the same logprobs that do not agree. What older weights or rounding cannot explain stops the run.
+
+    what is compared                          when                        found by it
+    a batch against each sequence alone       at the start of a run       layers that do not keep the sequences of a row apart, padding
+    sampler against trainer, temperature 1    there, after every sync     weights that did not arrive, another computation of the model
+    sampled tokens, at the run's temperature  there, after every sync     a wrong temperature, prefixes cached under older weights, shifts
+    rollouts against trainer (rl/)            every step, where they are  all of it, on what is trained on
+                                              of the present weights
+    a prompt against the chat template        renderers/get_renderer      a template that is imitated wrongly: a warning
+
+Only public methods of the clients are used, so that a check shares no code with what it checks. Left out: logprobs of weight 0.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from posttrain.backend.config import AlarmAction
+from posttrain.backend.errors import LogprobGapError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum, GetInfoResponse, ModelInput, SamplingParams
+
+PROBE_SEED = 20260101  # of the tokens that are only compared: no seed of a run is used up
+PROBE_SAMPLES = 4  # of one token each, after a sync
+# Tokens of a sequence at the start of a run: more than a block of vLLM's prefix cache, which has 128 on a CPU and 16 on a GPU.
+START_TOKENS = {"cpu": 192, "cuda": 1000}
+TAIL = 16  # of these, the tokens that are compared; what is before them is shared
+
+TEXT = (
+    "The river rises in the hills to the north and runs for two hundred miles before it meets the sea. In spring the melting snow fills it to "
+    "the top of its banks, and the villages along it keep their boats tied high. By late summer a child can walk across it at the old ford, "
+    "where the stones are flat and the water is no deeper than 12 inches. Most of the mills that once stood here are gone; 3 of the 40 still "
+    "turn, and one of them grinds flour for the bakery in the market square. "
+)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Nats per token that rounding may explain: on average, and for any one token."""
+
+    mean: float
+    largest: float
+
+
+# Measured: 5e-7 on average in fp32 on a CPU, 0.01 to 0.03 in bf16, where a single unlikely token can be far off.
+LIMITS = {
+    ("cpu", "float32"): Limit(1e-3, 0.05),
+    ("cuda", "float32"): Limit(0.01, 0.5),  # a kernel may multiply in tf32
+}
+BF16_LIMIT = Limit(0.05, float("inf"))
+
+
+@dataclass(frozen=True)
+class Gap:
+    """|difference| of the logprobs of the same tokens, in nats."""
+
+    mean: float
+    largest: float
+
+    @classmethod
+    def between(cls, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> "Gap":
+        """Over all tokens of all sequences; of none, 0."""
+        pairs = list(zip(ours, theirs, strict=True))
+        gap = np.concatenate([np.abs(a.astype(np.float64) - b) for a, b in pairs]) if pairs else np.zeros(0)
+        return cls(float(gap.mean()), float(gap.max())) if len(gap) else cls(0.0, 0.0)
+
+
+class Alarms:
+    """Judges gaps, counts those that are too large, and stops the run for them, or warns.
+
+    `compare` only notes, so that all that a step shows is known, and logged, when `decide` raises.
+    """
+
+    def __init__(self, info: GetInfoResponse, action: AlarmAction):
+        self.limit = LIMITS.get((info.device.split(":")[0], info.dtype), BF16_LIMIT)
+        self._action = action
+        self._counts: Counter[str] = Counter()
+        self._noted: list[str] = []
+
+    def compare(self, kind: str, gap: Gap, what: str, causes: str) -> None:
+        """`kind` is the name in `alarms/...`; `what` and `causes` are for the message."""
+        if gap.mean <= self.limit.mean and gap.largest <= self.limit.largest:  # not a number: neither
+            return
+        self._counts[kind] += 1
+        self._noted.append(
+            f"{what} differ by {gap.mean:.3g} nats per token (largest {gap.largest:.3g}; rounding explains {self.limit.mean:g}). "
+            f"Likely causes: {causes}"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """How often each alarm rang in this process; `alarms/total` is there also where none did."""
+        return {"alarms/total": float(self._counts.total())} | {f"alarms/{kind}": float(n) for kind, n in self._counts.items()}
+
+    def decide(self, when: str) -> None:
+        """Raises LogprobGapError if something was noted since the last call; prints it under backend.alarm=warn."""
+        noted, self._noted = self._noted, []
+        if not noted:
+            return
+        message = f"{when}: {'; '.join(noted)}"
+        if self._action == "stop":
+            raise LogprobGapError(f"{message}. The last checkpoint is untouched; backend.alarm=warn goes on all the same")
+        print(f"WARNING {message}", flush=True)
+
+
+WEIGHTS = "the sampler does not hold the trainer's weights (a sync that was skipped, or left some out), or computes this model otherwise"
+SAMPLED = (
+    "the sampler draws at another temperature, reads prefixes cached under older weights, or hands out logprobs of other tokens"
+)
+BATCHED = "layers of this architecture do not keep the sequences of a row apart, or see the padding"
+
+
+async def check_at_start(
+    client: TrainingClient, alarms: Alarms, sampler: SamplingClient | None = None, temperature: float = 1.0
+) -> None:
+    """The comparisons of a run's start, in a second or so; raises LogprobGapError where one fails. Scalar models are compared by their
+    scalars, which say nothing while the head is still zero."""
+    first, second, other = example_sequences(client)
+    shared = len(first) - min(TAIL, len(first) // 4)
+    data = [_scored(first, shared), _scored(second, shared), _scored(other, 1)]
+    together, *alone = [await _values(client, batch) for batch in (data, *([datum] for datum in data))]
+    alarms.compare(
+        "batch", Gap.between(together, [v for values in alone for v in values]), "logprobs in a batch and alone", BATCHED
+    )
+    if sampler:
+        compare_with_sampler(alarms, *await sampler_gaps(client, sampler, first, shared, temperature, 2, TAIL))
+    alarms.decide("comparison at the start")
+
+
+def compare_with_sampler(alarms: Alarms, whole: Gap, sampled: Gap) -> None:
+    alarms.compare("sampler", whole, "sampler and trainer logprobs of one sequence", WEIGHTS)
+    alarms.compare("sampled", sampled, "sampler and trainer logprobs of freshly sampled tokens", SAMPLED)
+
+
+async def sampler_gaps(
+    client: TrainingClient,
+    sampler: SamplingClient,
+    tokens: Sequence[int],
+    cut: int,
+    temperature: float,
+    num_samples: int,
+    max_tokens: int,
+) -> tuple[Gap, Gap]:
+    """Sampler against trainer, both with the present weights: of `tokens` at temperature 1, and of what is sampled after the first `cut`.
+
+    The engine computes `tokens` from scratch, since logprobs of a prompt are asked for. Sampling then reads the beginning from the prefix
+    cache: from blocks of older weights, if the sync left them there. The two requests come one after the other, so that the first, whose
+    blocks later rollouts may read, is computed alone.
+    """
+    whole = await sampler.compute_logprobs_async(ModelInput.from_ints(tokens))
+    params = SamplingParams(max_tokens=max_tokens, seed=PROBE_SEED, temperature=temperature, stop=[])
+    drawn = (await sampler.sample_async(ModelInput.from_ints(tokens[:cut]), num_samples, params)).sequences
+    behind = [_scored([*tokens[:cut], *sequence.tokens], cut, temperature) for sequence in drawn]
+    trained_whole, *trained = await _values(client, [_scored(tokens, 1), *behind])
+    return (
+        Gap.between([np.array(whole[1:], dtype=np.float64)], [trained_whole]),
+        Gap.between([np.array(sequence.logprobs) for sequence in drawn], trained),
+    )
+
+
+def least_certain(datum: Datum) -> int:
+    """How many tokens of a rollout come before its least likely sampled token: where a temperature shows most."""
+    mask_T, logprobs_T = (datum.loss_fn_inputs[key].array for key in ("mask", "logprobs"))
+    return int(np.where(mask_T > 0, logprobs_T, np.inf).argmin()) + 1
+
+
+def example_sequences(client: TrainingClient) -> tuple[list[int], list[int], list[int]]:
+    """Two sequences of equal length that differ in their tails only, and a shorter one of its own."""
+    info, tokenizer = client.get_info(), client.get_tokenizer()
+    length = min(START_TOKENS[info.device.split(":")[0]], info.max_length - 1)
+    text = tokenizer.encode(TEXT, add_special_tokens=False)
+    tokens = (text * (2 * length // len(text) + 1))[: 2 * length]
+    tail = min(TAIL, length // 4)
+    shared = tokens[: length - tail]
+    return tokens[:length], shared + tokens[length : length + tail][::-1], tokens[length : length + length // 3 + 2]
+
+
+def _scored(tokens: Sequence[int], first: int, temperature: float = 1.0) -> Datum:
+    """The tokens from number `first` on are asked for."""
+    ones_T = np.ones(len(tokens) - 1, dtype=np.float32)
+    weights_T = ones_T * (np.arange(1, len(tokens)) >= first)
+    inputs = {"target_tokens": np.array(tokens[1:]), "weights": weights_T, "temperature": ones_T * np.float32(temperature)}
+    return Datum(ModelInput.from_ints(tokens[:-1]), inputs)
+
+
+async def _values(client: TrainingClient, data_D: Sequence[Datum]) -> list[np.ndarray]:
+    """Logprobs, or scalars, of what is asked for."""
+    outputs = (await client.forward(data_D, _negative)).loss_fn_outputs
+    asked_D: Iterable[np.ndarray] = (datum.loss_fn_inputs["weights"].array > 0 for datum in data_D)
+    return [next(iter(out.values())).array[asked_T] for out, asked_T in zip(outputs, asked_D, strict=True)]
+
+
+def _negative(values_N: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss that is not finite where a value is not: then the trainer raises NonFiniteError, and names the cause that no gap would."""
+    return -values_N, {}

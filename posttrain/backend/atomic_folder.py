@@ -1,0 +1,105 @@
+"""A folder that is written whole or not at all, and replaced in one operation. Imports nothing heavy.
+
+The new folder is written under a temporary name and synced. Where `path` exists already, the two change places by renameat2 with
+RENAME_EXCHANGE: at every moment one complete folder has the name. A kernel or a file system without it (NFS, macOS) gets two renames; a
+kill between them leaves both folders under other names, and `recover_folder` puts the older one back.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from posttrain.backend.errors import CheckpointError
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A fresh temporary folder that becomes `path` if the block succeeds, and vanishes if it does not.
+
+    Raises CheckpointError where the folder cannot be written; what was at `path` is untouched then.
+    """
+    path = Path(os.path.realpath(path))  # of a link, the folder behind it is replaced
+    temporary = _temporary(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "there is a file in the folder's place", str(path))
+        recover_folder(path)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _fsync(file)
+        _replace(path, temporary)
+        _fsync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not write {path}: {error}. Checkpoints written before it are untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Undoes what a killed atomic_folder(path) left half done: the previous folder gets its name back, the rest is deleted."""
+    temporary, previous = _temporary(path), _previous(path)
+    if previous.exists() and not path.exists():
+        previous.rename(path)
+    for leftover in (temporary, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def recover_folders(parent: Path) -> None:
+    """`recover_folder` for every folder of `parent`. No other process may be writing there."""
+    for leftover in [*parent.glob(".*.tmp"), *parent.glob(".*.old")]:
+        recover_folder(parent / leftover.name[1:-4])
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _replace(path: Path, temporary: Path) -> None:
+    """`temporary` gets the name `path`; the folder that had it is deleted, after the new one has its place."""
+    if not path.exists():
+        temporary.rename(path)
+    elif not _exchange(path, temporary):
+        previous = _previous(path)
+        path.rename(previous)
+        try:
+            temporary.rename(path)
+        except OSError:
+            previous.rename(path)
+            raise
+        _fsync(path.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps the names of two folders in one operation. False where the kernel or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in NOT_SUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), str(a))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,174 @@
+"""From Datums to padded tensors: micro-batches cut by a token budget from rows sorted by length.
+
+A row is one sequence, or several that begin with the same prompt, laid out as a tree: the members of an RL group, and what else continues
+one of them. What they share is computed once, and each token sees its own ancestors. Rows are padded on the right. Positions that carry
+loss are looked up in the vocabulary apart from the others. None of this can change a gradient, since losses are sums over tokens.
+
+Prefixes are shared only where every layer attends to all earlier tokens (models.attends_to_all): other layers go by columns.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from posttrain.backend.types import Datum
+
+SHARED_ROW_TOKENS = 1024  # sequences are laid into a shared row up to this length: attention costs its square
+SHARED_ROWS_PAY = 0.8  # share prefixes where that leaves at most this part of the tokens; the mask it needs is not free
+
+
+@dataclass
+class Positions:
+    """Positions whose logprobs are wanted. `rows_N` are the flat (b * T + t) places whose hidden states predict the targets; a shared
+    place is there several times."""
+
+    rows_N: torch.Tensor
+    datum_N: np.ndarray  # which datum a target belongs to, and
+    position_N: np.ndarray  # where in it
+    targets_NK: torch.Tensor
+    temperature_N: torch.Tensor | None = None  # None = 1
+
+
+@dataclass
+class MicroBatch:
+    tokens_BT: torch.Tensor
+    loss: Positions  # that carry loss
+    others: Positions  # of weight 0: their logprobs are only told
+    positions_BT: torch.Tensor | None = None  # with shared prefixes: position ids, and who sees whom
+    mask_B1TT: torch.Tensor | None = None
+
+
+@dataclass
+class _Row:
+    """The data in one row. `tokens[i]` are those of datum `data[i]`, and stand in `columns[i]`."""
+
+    data: list[int]
+    tokens: list[np.ndarray]
+    columns: list[np.ndarray]
+    length: int
+
+
+def micro_batches(
+    data_D: Sequence[Datum], chosen: Sequence[int], token_budget: int, device: torch.device, share: bool
+) -> list[MicroBatch]:
+    """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone), longest rows first: memory peaks at once.
+
+    `share`: data that begin alike may lie in one row.
+    """
+    if not chosen:
+        return []
+    tokens = {d: data_D[d].model_input.to_ints() for d in chosen}
+    carries = {d: carries_loss(data_D[d]) for d in chosen}
+    rows = [row for family in _families(tokens, carries) for row in _trees(family)] if share else []
+    if not share or sum(row.length for row in rows) > SHARED_ROWS_PAY * sum(map(len, tokens.values())):
+        rows = [_Row([d], [np.array(tokens_T)], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()]
+    batches: list[list[_Row]] = [[]]
+    for row in sorted(rows, key=lambda row: -row.length):
+        if batches[-1] and batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
+            batches.append([])
+        batches[-1].append(row)
+    return [_collate(data_D, rows, carries, device) for rows in batches]
+
+
+def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> list[list[tuple[list[int], int]]]:
+    """(tokens, d) of the data with one prompt: their tokens up to the first that carries loss, or some beginning of those."""
+    prompts = {d: tuple(tokens_T[: int(carries[d].argmax()) + 1]) for d, tokens_T in tokens.items()}
+    root, roots = None, {}
+    for prompt in sorted(set(prompts.values())):  # right behind a prompt come those that continue it
+        root = root if root and prompt[: len(root)] == root else prompt
+        roots[prompt] = root
+    families = defaultdict(list)
+    for d, prompt in prompts.items():
+        families[roots[prompt]].append((tokens[d], d))
+    return list(families.values())
+
+
+def _trees(family: list[tuple[list[int], int]]) -> list[_Row]:
+    """Rows in which what continues a token lies right behind it: a walk through the tree of the sequences."""
+    rows, before_T = [], np.empty(0, dtype=np.int64)
+    for tokens, d in sorted(family):
+        tokens_T = np.array(tokens)
+        shared = _common_prefix(before_T, tokens_T)
+        if not rows or rows[-1].length + len(tokens) - shared > SHARED_ROW_TOKENS:
+            rows.append(_Row([], [], [], 0))
+            shared = 0
+        row, own = rows[-1], len(tokens) - shared
+        prefix_T = row.columns[-1][:shared] if shared else before_T[:0]
+        row.columns.append(np.concatenate([prefix_T, np.arange(row.length, row.length + own)]))
+        row.tokens.append(tokens_T)
+        row.data.append(d)
+        row.length += own
+        before_T = tokens_T
+    return rows
+
+
+def _common_prefix(a_T: np.ndarray, b_T: np.ndarray) -> int:
+    differ = a_T[: len(b_T)] != b_T[: len(a_T)]
+    return int(differ.argmax()) if differ.any() else len(differ)
+
+
+def _collate(data_D: Sequence[Datum], rows: list[_Row], carries: dict[int, np.ndarray], device: torch.device) -> MicroBatch:
+    width, members = max(row.length for row in rows), [d for row in rows for d in row.data]
+    columns = [column_T for row in rows for column_T in row.columns]
+    lengths = np.array([len(column_T) for column_T in columns])
+    place = np.concatenate(columns) + np.repeat([b * width for b, row in enumerate(rows) for _ in row.data], lengths)
+    position = np.arange(len(place)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    tokens_BT, positions_BT = np.zeros((len(rows), width), dtype=np.int64), np.zeros((len(rows), width), dtype=np.int64)
+    tokens_BT.flat[place] = np.concatenate([tokens_T for row in rows for tokens_T in row.tokens])
+    positions_BT.flat[place] = position
+    # The columns that continue one lie behind it, up to its end: that of the last datum it is in. Padding sees itself.
+    ends_BT = np.tile(np.arange(1, width + 1), (len(rows), 1))
+    ends_BT.flat[place] = np.repeat([column_T[-1] + 1 for column_T in columns], lengths)
+    datum, carries_N = np.repeat(members, lengths), np.concatenate([carries[d] for d in members])
+    targets = np.concatenate([data_D[d].loss_fn_inputs["target_tokens"].array for d in members])
+    temperatures = _temperatures([data_D[d] for d in members])
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    def positions(chosen_N: np.ndarray) -> Positions:
+        chosen = targets[chosen_N]
+        return Positions(
+            rows_N=tensor(place[chosen_N]),
+            datum_N=datum[chosen_N],
+            position_N=position[chosen_N],
+            targets_NK=tensor(chosen if chosen.ndim == 2 else chosen[:, None]),
+            temperature_N=None if temperatures is None else tensor(temperatures[chosen_N]),
+        )
+
+    shares = any(len(row.data) > 1 for row in rows)
+    return MicroBatch(
+        tokens_BT=tensor(tokens_BT),
+        loss=positions(carries_N),
+        others=positions(~carries_N),
+        positions_BT=tensor(positions_BT) if shares else None,
+        mask_B1TT=_mask(tensor(ends_BT)) if shares else None,
+    )
+
+
+def _temperatures(data_D: Sequence[Datum]) -> np.ndarray | None:
+    """Of all tokens of all data, 1 where a Datum has none; None where no Datum has any."""
+    if not any("temperature" in datum.loss_fn_inputs for datum in data_D):
+        return None
+    ones = [np.ones(datum.model_input.length, dtype=np.float32) for datum in data_D]
+    found = [datum.loss_fn_inputs.get("temperature") for datum in data_D]
+    return np.concatenate([one_T if own is None else own.array for one_T, own in zip(ones, found, strict=True)])
+
+
+def _mask(ends_BT: torch.Tensor) -> torch.Tensor:
+    """True where a token may look: at itself and at its ancestors, which are those before it whose continuations it is among."""
+    column_T = torch.arange(ends_BT.shape[1], device=ends_BT.device)
+    visible_BTT = (column_T[:, None] >= column_T) & (column_T[:, None] < ends_BT[:, None, :])
+    return visible_BTT[:, None]
+
+
+def carries_loss(datum: Datum) -> np.ndarray:
+    """(T,) which tokens need a logprob: those of a non-zero weight, else of a non-zero mask, else all."""
+    for key in ("weights", "mask"):
+        if key in datum.loss_fn_inputs:
+            array = datum.loss_fn_inputs[key].array
+            return array != 0 if array.ndim == 1 else (array != 0).any(-1)
+    return np.ones(datum.model_input.length, dtype=bool)

@@ -1,0 +1,147 @@
+"""The files of a checkpoint folder: where they lie, and how one that is missing or damaged is named.
+
+    config.json, model.safetensors, ...              what transformers and vLLM load; or
+    adapter_config.json, adapter_model.safetensors   what peft loads, with base_model.json (adapters.py)
+    tokenizer.json, tokenizer_config.json, ...
+    scalar_head.safetensors                          of a scalar model
+    training_state/training_state.json               format, and what the loop wants back
+    training_state/optimizer.safetensors             (optimizer_state.py)
+
+Format 1 had the last two files in the folder itself, and a config.json beside an adapter. It is still read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from posttrain.backend.errors import CheckpointError
+
+STATE_FOLDER, STATE_FILE, OPTIMIZER_FILE = "training_state", "training_state.json", "optimizer.safetensors"
+ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FORMAT = 2
+MODEL_FILES = {"config.json", ADAPTER_CONFIG_FILE, "belief_state.json"}  # one of them is in every checkpoint
+REMEDY = "copy it again, or take another checkpoint"
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether the folder holds an adapter and no whole model."""
+    weights = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
+    return (path / ADAPTER_CONFIG_FILE).exists() and not weights
+
+
+def state_file(path: Path, name: str) -> Path:
+    """Where STATE_FILE or OPTIMIZER_FILE of a checkpoint lies, in the present format or in format 1."""
+    file = path / STATE_FOLDER / name
+    return path / name if not file.exists() and (path / name).exists() else file
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """training_state.json. CheckpointError where `state` is not JSON."""
+    (folder / STATE_FOLDER).mkdir(exist_ok=True)
+    try:
+        text = json.dumps({"format": FORMAT, **state}, indent=2)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the state to be saved with {folder.name} is not JSON ({error}): save numbers and text") from error
+    (folder / STATE_FOLDER / STATE_FILE).write_text(text)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """training_state.json: format, the loop's `extra`, and of a TrainingClient also model_name, seed and lora."""
+    if not state_file(path, STATE_FILE).exists():
+        check_is_checkpoint(path)
+        raise CheckpointError(
+            f"{path} has no {STATE_FILE}: it holds weights only, and no run can go on from it. "
+            "Start from its weights with load_checkpoint_path, or load_state"
+        )
+    file = state_file(path, STATE_FILE)
+    state = {"format": 1, "extra": {}} | read_json(file)
+    if not isinstance(state["format"], int) or not isinstance(state["extra"], dict):
+        raise CheckpointError(f"{file} is damaged (format {state['format']!r}, extra {state['extra']!r}): {REMEDY}")
+    if state["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} was written by a newer version of this project (format {state['format']}, this one reads up to {FORMAT}): "
+            "update the project"
+        )
+    return state
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file. CheckpointError names the file where it is missing or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({_reason(error)}): {REMEDY}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds {type(found).__name__} where an object is expected: {REMEDY}")
+    return found
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file's tensors, without their values. CheckpointError where it is missing or damaged."""
+    try:
+        if not file.is_file():
+            raise FileNotFoundError("no such file" if not file.exists() else "not a file")
+        with safe_open(file, "pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({_reason(error)}): {REMEDY}") from error
+
+
+def check_readable(path: Path) -> None:
+    """CheckpointError with the file's name where a file that a loader would read is damaged."""
+    check_is_checkpoint(path)
+    for name in ("config.json", ADAPTER_CONFIG_FILE, "generation_config.json", INDEX_FILE):
+        if name in _names(path):
+            read_json(path / name)
+    wanted = {name for name in _names(path) if name.endswith(".safetensors")}
+    if (path / INDEX_FILE).exists():
+        wanted |= set(map(str, read_json(path / INDEX_FILE).get("weight_map", {}).values()))
+    for name in sorted(wanted):
+        tensor_shapes(path / name)
+
+
+def check_is_checkpoint(path: Path) -> None:
+    """CheckpointError where `path` is no folder with a model in it; of a run's folder it says which checkpoint to give."""
+    if _is_checkpoint(path):
+        return
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint folder {path}")
+    for parent, says in ((path / "checkpoints", "a run's folder"), (path, "a folder of checkpoints")):
+        if found := _checkpoints_in(parent):
+            raise CheckpointError(f"{path} is {says}, not a checkpoint: give its last one, {found[-1]}")
+    if path.is_file() or path.name == STATE_FOLDER:
+        raise CheckpointError(f"{path} is a part of a checkpoint: give its folder, {path.parent}")
+    what = (
+        "a run's folder without a checkpoint"
+        if _is_run(path)
+        else f"not a checkpoint (it has none of {', '.join(sorted(MODEL_FILES))})"
+    )
+    raise CheckpointError(f"{path} is {what}: give a folder that save_state, transformers or peft wrote")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return bool(MODEL_FILES & _names(path)) and not _is_run(path)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "metrics.jsonl").exists()
+
+
+def _checkpoints_in(parent: Path) -> list[Path]:
+    """Checkpoint folders, in the order in which they were written."""
+    found = [parent / name for name in _names(parent) if name[0] != "." and _is_checkpoint(parent / name)]
+    return sorted(found, key=lambda child: child.stat().st_mtime)
+
+
+def _names(path: Path) -> set[str]:
+    return {child.name for child in path.iterdir()} if path.is_dir() else set()
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the path that the message has already."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,161 @@
+"""Checkpoints of a Trainer: a Hugging Face folder, or a peft adapter, that any tool loads as it is, with the training state in a subfolder.
+
+A checkpoint is written whole or not at all (atomic_folder.py), and read after all of it was checked: a checkpoint that does not fit changes
+nothing. Its files are listed in checkpoint_files.py.
+"""
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from posttrain.backend.adapters import absolute, check_adapter, load_adapter, write_adapter
+from posttrain.backend.atomic_folder import atomic_folder
+from posttrain.backend.checkpoint_files import (
+    OPTIMIZER_FILE,
+    REMEDY,
+    STATE_FOLDER,
+    check_readable,
+    is_adapter,
+    state_file,
+    tensor_shapes,
+    write_state,
+)
+from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.models import SCALAR_HEAD_FILE, model_config, read_model
+from posttrain.backend.optimizer_state import check_optimizer, load_optimizer, write_optimizer
+from posttrain.backend.trainer import Trainer
+
+transformers_logging.disable_progress_bar()  # "Writing model shards" at every checkpoint
+
+
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """About what save_state writes: fp32 weights (of a LoRA run, the adapter's) and two moments for each trained one."""
+    trained = sum(p.numel() for p in trainer.named_trainable.values())
+    weights = trained if trainer.lora else sum(p.numel() for p in trainer.base.parameters())
+    return 4 * weights + 8 * trained
+
+
+def save_state(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
+    with atomic_folder(path) as folder:
+        lora = asdict(trainer.lora) if trainer.lora else None
+        write_state(folder, {"model_name": absolute(trainer.model_name), "seed": trainer.seed, "lora": lora, "extra": extra})
+        save_policy(trainer, tokenizer, folder)
+        write_optimizer(trainer.named_trainable, trainer.optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
+
+
+def save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """What transformers, peft and vLLM load by path: all weights (in `dtype`), or the adapter of a LoRA run."""
+    if trainer.lora:
+        write_adapter(trainer, folder)
+    else:
+        weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in trainer.base.state_dict().items()}
+        trainer.base.save_pretrained(str(folder), state_dict=weights)
+        if dtype is not None:
+            config = copy.deepcopy(trainer.hf_config)
+            config.dtype = dtype
+            config.save_pretrained(folder)
+    if trainer.scalar_head is not None:
+        save_file({"weight": trainer.scalar_head.detach()}, folder / SCALAR_HEAD_FILE)
+    _save_tokenizer(trainer, tokenizer, folder)
+
+
+def _save_tokenizer(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`model_max_length` is that of the model, not the context of this run, to which load_tokenizer has set it."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises a plain one where the disk is full
+        raise OSError(f"the tokenizer: {error}") from error
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    of_model = getattr(trainer.hf_config.get_text_config(), "max_position_embeddings", None) or 0
+    config["model_max_length"] = max(of_model, tokenizer.init_kwargs.get("model_max_length") or 0)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_state(trainer: Trainer, path: Path, with_optimizer: bool) -> None:
+    """Copies the checkpoint's weights, and its optimizer's state or none, into the trainer's tensors.
+
+    Another architecture, size, base or kind of fine-tuning raises CheckpointError before anything is changed. A scalar model may begin with
+    the trunk of a language model; its head is then zero.
+    """
+    check_readable(path)
+    adapter = is_adapter(path)
+    if adapter != (trainer.lora is not None):
+        kinds = ("a LoRA adapter", "trained in full") if adapter else ("a full model", "trained with LoRA")
+        remedy = "set lora_rank to its rank" if adapter else f"give it as model_name={path}, or leave out lora_rank"
+        raise CheckpointError(f"{path} holds {kinds[0]}, but {trainer.model_name!r} is being {kinds[1]}: {remedy}")
+    if trainer.scalar_head is None and (path / SCALAR_HEAD_FILE).exists():
+        raise CheckpointError(f"{path} holds a scalar model: open it with create_scalar_client_from_state")
+    optimizer_file = state_file(path, OPTIMIZER_FILE)
+    if with_optimizer:
+        _check_optimizer(trainer, path, optimizer_file)
+    head = _read_scalar_head(trainer, path / SCALAR_HEAD_FILE)
+    if adapter:
+        check_adapter(trainer, path)
+        load_adapter(trainer, path)
+    else:
+        _copy(dict(trainer.base.state_dict()), _read_weights(trainer, path), path)
+    trainer.kept = None
+    if head is not None and trainer.scalar_head is not None:
+        trainer.scalar_head.data.copy_(head)
+    trainer.optimizer.state.clear()
+    if with_optimizer:
+        load_optimizer(trainer.named_trainable, trainer.optimizer, optimizer_file)
+
+
+def _check_optimizer(trainer: Trainer, path: Path, file: Path) -> None:
+    if not file.exists():
+        raise CheckpointError(
+            f"{path} has no {OPTIMIZER_FILE}: it holds weights only. Load it with load_checkpoint_path, not by resuming"
+        )
+    if trainer.scalar_head is not None and not (path / SCALAR_HEAD_FILE).exists():
+        raise CheckpointError(
+            f"{path} has no {SCALAR_HEAD_FILE}: load a language model's weights with load_state, without optimizer"
+        )
+    check_optimizer(trainer.named_trainable, file)
+
+
+def _read_scalar_head(trainer: Trainer, file: Path) -> torch.Tensor | None:
+    if trainer.scalar_head is None:
+        return None
+    if not file.exists():
+        return torch.zeros_like(trainer.scalar_head)
+    if (shape := tensor_shapes(file).get("weight")) != tuple(trainer.scalar_head.shape):
+        raise CheckpointError(f"{file} holds a head of shape {shape}, this model's has {tuple(trainer.scalar_head.shape)}")
+    return load_file(file)["weight"]
+
+
+def _read_weights(trainer: Trainer, path: Path) -> dict[str, torch.Tensor]:
+    """A full checkpoint's weights: every tensor that its config.json asks for, and no other."""
+    try:
+        _check_same_model(trainer, model_config(str(path)), path)
+        return read_model(str(path), torch.float32).state_dict()
+    except ModelError as error:
+        raise CheckpointError(f"{error}: {REMEDY}") from error
+
+
+def _check_same_model(trainer: Trainer, config: PretrainedConfig, path: Path) -> None:
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
+        ours, theirs = getattr(trainer.hf_config, key, None), getattr(config, key, None)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{path} is a checkpoint of another model: its {key} is {theirs}, that of {trainer.model_name!r} is {ours}"
+            )
+
+
+@torch.no_grad()
+def _copy(ours: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], path: Path) -> None:
+    if differing := sorted(name for name in ours.keys() ^ saved.keys()):
+        raise CheckpointError(f"{path} is a checkpoint of another model: {differing[:3]} in only one of the two")
+    for name, tensor in ours.items():
+        if tensor.shape != saved[name].shape:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(saved[name].shape)}, this model has {tuple(tensor.shape)}")
+    for name, tensor in ours.items():
+        tensor.copy_(saved[name])

@@ -1,0 +1,74 @@
+"""How this machine trains and samples: everything about the backend that is not the model's name."""
+
+import os
+from typing import Literal
+
+import chz
+import torch
+
+from posttrain.backend.ranges import COUNT, POSITIVE, POSITIVE_SHARE
+
+AlarmAction = Literal["stop", "warn"]
+
+
+@chz.chz
+class BackendConfig:
+    engine: Literal["auto", "vllm", "torch"] = chz.field(
+        default="auto", doc="sampler; auto = vllm where it is installed and serves the model, else torch"
+    )
+    max_length: int | None = chz.field(
+        default=None, validator=COUNT, doc="context in tokens, prompt and answer; None = the model's own, at most 4096"
+    )
+    micro_batch_tokens: int = chz.field(
+        default=16384, validator=COUNT, doc="padded tokens per forward pass; changes memory and speed, never a gradient"
+    )
+    gradient_checkpointing: bool = chz.field(
+        default=False, doc="recompute activations in the backward pass: less memory, a third slower"
+    )
+    reproducible: bool | None = chz.field(
+        default=None,
+        doc="same seed, same tokens; None = on a CPU yes (bit for bit), on a GPU no: there vLLM draws seeded requests one by one, and "
+        "kernels round alike only as far as VLLM_BATCH_INVARIANT=1, which is then set, reaches",
+    )
+    max_num_seqs: int = chz.field(default=256, validator=COUNT, doc="sequences the sampler decodes at once")
+    sampler_memory_gb: float | None = chz.field(
+        default=None,
+        validator=POSITIVE,
+        doc="KV cache of each vLLM engine, in GiB; None = 1 on a CPU, and on a GPU what max_num_seqs full sequences need, within the share",
+    )
+    gpu_memory_utilization: float = chz.field(
+        default=0.4,
+        validator=POSITIVE_SHARE,
+        doc="share of the GPU's free memory that the KV cache of a vLLM engine may take; the trainer needs the rest",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
+        default="auto",
+        doc="activations and sampler weights; auto = float32 on a CPU, bfloat16 on a GPU. Trained weights are float32",
+    )
+    enforce_eager: bool | None = chz.field(
+        default=None,
+        doc="no compilation in vLLM; None = eager on a CPU (compiling needs g++), compiled with CUDA graphs on a GPU",
+    )
+    alarm: AlarmAction = chz.field(
+        default="stop",
+        doc="what happens when sampler and trainer, or a batch and its sequences alone, differ by more than rounding explains",
+    )
+
+
+def training_device() -> torch.device:
+    """The one place that decides: CUDA when there is one, else the CPU.
+
+    Of several GPUs the one of this process (torchrun's LOCAL_RANK), by its number: a current device holds for one thread only.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:
+    """Activations and sampler weights. Trained weights are fp32 everywhere: bf16 would swallow RL's small updates."""
+    asked = config.dtype if config else "auto"
+    return getattr(torch, AUTO_DTYPES[device.type] if asked == "auto" else asked)

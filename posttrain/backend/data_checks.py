@@ -1,0 +1,89 @@
+"""Checks before a pass: what would otherwise fail deep in torch, or train on something silently wrong."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch.nn.utils import get_total_norm
+
+from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
+from posttrain.backend.losses import LOSSES, Loss, LossFn
+from posttrain.backend.types import Datum
+
+
+def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
+    """The loss by name, or a callable with the same signature. Unknown names and options raise."""
+    if not isinstance(loss_fn, str):
+        return Loss(loss_fn, ())
+    if loss_fn not in LOSSES:
+        near = difflib.get_close_matches(loss_fn, LOSSES, n=1)
+        raise ConfigError(
+            f"loss_fn {loss_fn!r} is not one of {', '.join(LOSSES)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    loss = LOSSES[loss_fn]
+    options = list(inspect.signature(loss.fn).parameters.values())[2:]
+    given = set(loss_fn_config or {})
+    if unknown := given - {option.name for option in options}:
+        raise ConfigError(f"loss_fn_config {sorted(unknown)} is not an option of {loss_fn}: it has {[o.name for o in options]}")
+    if missing := {o.name for o in options if o.default is inspect.Parameter.empty} - given:
+        raise ConfigError(f"loss_fn {loss_fn} needs loss_fn_config with {sorted(missing)}")
+    for name, value in (loss_fn_config or {}).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise ConfigError(f"loss_fn_config.{name}={value!r}: a number is needed")
+    return loss
+
+
+def check_data(data_D: Sequence[Datum], required: Sequence[str], vocabulary: int, max_length: int, first: int = 0) -> None:
+    """Raises where a Datum would otherwise fail deep in torch, or be trained on silently wrong. `first`: the number of the first one."""
+    if not data_D:
+        raise DataError("no data: forward and forward_backward need at least one Datum")
+    keys = data_D[0].loss_fn_inputs.keys()
+    for d, datum in enumerate(data_D, start=first):
+        length, inputs = datum.model_input.length, datum.loss_fn_inputs
+        if not length:
+            raise DataError(f"datum {d} has an empty model_input")
+        if length > max_length:
+            raise ContextLengthError(f"datum {d} has {length} tokens; the context is {max_length} (backend.max_length)")
+        if missing := [key for key in ("target_tokens", *required) if key not in inputs]:
+            raise DataError(f"datum {d} lacks loss_fn_inputs {missing}; it has {sorted(inputs)}")
+        if inputs.keys() != keys:
+            raise DataError(f"datum {d} has loss_fn_inputs {sorted(inputs)}, datum {first} has {sorted(keys)}")
+        for key, value in inputs.items():
+            if value.array.shape[:1] != (length,):
+                raise DataError(f"datum {d}: {key} has shape {value.shape}, model_input has {length} tokens")
+    for key in keys:
+        arrays_D = [datum.loss_fn_inputs[key].array for datum in data_D]
+        if (d := _first(arrays_D, lambda array: ~np.isfinite(array))) is not None:
+            raise NonFiniteError(f"datum {first + d}: {key} is not finite", [first + d])
+    for tokens_D in (
+        [datum.loss_fn_inputs["target_tokens"].array for datum in data_D],
+        [np.array(datum.model_input.to_ints()) for datum in data_D],
+    ):
+        if (d := _first(tokens_D, lambda array: (array < 0) | (array >= vocabulary))) is not None:
+            raise DataError(
+                f"datum {first + d} has a token outside the vocabulary of {vocabulary}: was it made with another tokenizer?"
+            )
+
+
+def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarray]) -> int | None:
+    """The first datum whose array has a bad entry. One look at all of them together: a batch has hundreds of short ones."""
+    bad_N = bad(np.concatenate([array.reshape(-1) for array in arrays_D]))
+    if not bad_N.any():
+        return None
+    return int(np.searchsorted(np.cumsum([array.size for array in arrays_D]), bad_N.argmax(), side="right"))
+
+
+def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """NonFiniteError if a weight of `named`, or a state of its optimizer, is NaN or infinite. One pass over them."""
+    tensors = dict(named)
+    for name, parameter in named.items():
+        tensors |= {f"{key} of {name}": state for key, state in optimizer.state.get(parameter, {}).items() if state.ndim}
+    largest = get_total_norm([tensor.detach() for tensor in tensors.values()], torch.inf)
+    if not torch.isfinite(largest):
+        bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        raise NonFiniteError(
+            f"{len(bad)} of {len(tensors)} tensors are not finite, first {bad[0]!r}: an optimizer step went too far, and nothing was "
+            "saved. Go back to the last checkpoint with a lower learning rate, or clip the gradient"
+        )

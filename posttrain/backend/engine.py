@@ -1,0 +1,356 @@
+"""What a sampling engine is, and the one thread that drives it.
+
+Callers, from any thread or event loop, submit requests and get futures. The thread adds what has arrived, lets the engine decode one step,
+hands out what finished, and carries out weight syncs between two steps.
+
+On a CPU a run must be reproducible bit for bit, and a sequence's logprobs depend in their last digits on what is decoded beside it. So
+before a step the thread lets everyone who was just answered react (`_settle`): which requests share a step then depends on the program
+and not on the clock. Environments that wait for something outside the event loop are, by nature, not covered.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from posttrain.backend.errors import EngineError, StaleSamplerError
+from posttrain.backend.futures import APIFuture, work_for
+from posttrain.backend.openmp import release_workers
+from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
+
+T = TypeVar("T")
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+# Event-loop turns granted to callers between an answer and the next step; an answer reaches the next request in three or four.
+SETTLE_TURNS = 12
+# Seconds to wait for a busy event loop (a slow grader inside `step`), and for the next request of a caller that has no event loop.
+SETTLE_LOOP_SECONDS, SETTLE_THREAD_SECONDS = 2.0, 0.002
+
+
+@dataclass(eq=False)
+class SequenceRequest:
+    """One sequence to sample. `topk_prompt`: None = no prompt logprobs, 0 = those of the prompt's tokens, k = the k most likely too."""
+
+    prompt: list[int]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    topk_prompt: int | None = None
+    abandoned: bool = False  # nobody waits for it any more; set by any thread, at any moment
+
+
+@dataclass
+class Sampled:
+    """A finished sequence, and the prompt's logprobs where they were asked for."""
+
+    sequence: SampledSequence
+    prompt_logprobs: list[float | None] | None = None
+    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    failure: str | None = None  # why the engine gave the sequence up; the call it belongs to fails
+
+
+class Engine(Protocol):
+    """Not thread-safe; one thread calls it."""
+
+    def add(self, request: SequenceRequest) -> None: ...
+
+    def step(self) -> list[tuple[SequenceRequest, Sampled]]:
+        """Decodes a while; returns the sequences that finished."""
+        ...
+
+    def drop(self, requests: Sequence[SequenceRequest]) -> None:
+        """Forgets these requests and gives their places back. Those that have finished, or were never added, are passed over."""
+        ...
+
+    def load_weights(self, weights: Weights) -> None:
+        """Replaces all weights and forgets everything cached that depends on them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(eq=False)
+class _Call:
+    """A client's call: one response for `len(requests)` sequences of one prompt. `client` is kept alive, and with it the engine."""
+
+    client: object
+    requests: list[SequenceRequest]
+    version: int | None  # the weights it insists on; None = whatever is live
+    answer: Callable[[SampleResponse], Any]
+    future: APIFuture[Any]
+    loop: asyncio.AbstractEventLoop | None
+    done: dict[SequenceRequest, Sampled] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Sync:
+    weights: Callable[[], Weights]
+    version: int
+    future: "Future[None]"
+
+
+@dataclass(eq=False)
+class _Withdrawn:
+    call: _Call
+
+
+_LookUp = None  # an empty message: look whether the engine is still held
+_Message = _Call | _Sync | _Withdrawn | None
+
+_running: set["EngineThread"] = set()
+
+
+@atexit.register
+def _close_running_engines() -> None:
+    for engine in list(_running):
+        engine.close()
+
+
+class EngineThread:
+    """Drives one engine. `version` counts the weights it has been given; `deterministic` turns settling on.
+
+    Clients `hold` it. It ends when the last has let go and no call is in flight, or at once by `close`.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], deterministic: bool):
+        self.version = -1
+        self.unseeded_calls = itertools.count()  # seeds of calls that bring none: reproducible, and never the same twice
+        self._deterministic = deterministic
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._calls: dict[SequenceRequest, _Call] = {}
+        self._unsettled: set[asyncio.AbstractEventLoop | None] = set()
+        self._holders: set[object] = set()
+        self._let_go = self._closing = False
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._put_lock = threading.Lock()  # nothing may enter the inbox once the thread has emptied it for the last time
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(make_engine, started), name="sampling-engine", daemon=True)
+        self._thread.start()
+        try:
+            started.result()
+        except BaseException:  # where the wait was interrupted, the engine would start all the same
+            self._closing = True
+            self._inbox.put(_LookUp)
+            raise
+
+    # --- called from anywhere ---------------------------------------------------------------------------------------------------
+
+    @property
+    def num_in_flight(self) -> int:
+        """Sequences that the engine is at work on, or will be next."""
+        return len(self._calls)
+
+    def submit(
+        self, client: object, requests: list[SequenceRequest], version: int | None, answer: Callable[[SampleResponse], T]
+    ) -> APIFuture[T]:
+        """The future of `answer` of the response. Cancelled, it gives the places of its requests back."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        future: APIFuture[T] = APIFuture(self)
+        call = _Call(client, requests, version, answer, future, loop)
+        future.when_cancelled = partial(self._withdraw, call)
+        self._put(call)
+        return future
+
+    def sync(self, weights: Callable[[], Weights], version: int) -> None:
+        """Blocks until the engine runs on `weights`. Unfinished calls that insist on older weights fail with StaleSamplerError."""
+        sync = _Sync(weights, version, Future())
+        self._put(sync)
+        sync.future.result()
+
+    def hold(self, client: object) -> Callable[[], object]:
+        """Keeps the engine until what this returns is called, or `client` is garbage."""
+        holder = object()
+        self._holders.add(holder)
+        return weakref.finalize(client, self._release, holder)
+
+    def close_if_unheld(self) -> None:
+        if not self._holders:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the engine; calls in flight fail with EngineError."""
+        self._closing = True
+        self._inbox.put(_LookUp)
+        for request in list(self._calls):
+            request.abandoned = True  # an engine that decodes to the end within one step leaves it
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _release(self, holder: object) -> None:
+        """Called by the garbage collector too, in any thread at any moment: takes no lock and waits for nothing."""
+        self._holders.discard(holder)
+        self._let_go = True
+        self._inbox.put(_LookUp)
+
+    def _withdraw(self, call: _Call) -> None:
+        self._inbox.put(_Withdrawn(call))  # first: what the engine leaves out must not be waited for
+        for request in call.requests:
+            request.abandoned = True
+
+    def _put(self, item: _Message) -> None:
+        with self._put_lock:
+            if self._stopped:
+                raise self._stop_reason()
+            self._inbox.put(item)
+
+    def _stop_reason(self) -> EngineError:
+        reason = EngineError("the sampling engine has stopped" + (f": {self._error!r}" if self._error else ""))
+        reason.__cause__ = self._error
+        return reason
+
+    # --- the thread -------------------------------------------------------------------------------------------------------------
+
+    def _run(self, make_engine: Callable[[], Engine], started: "Future[None]") -> None:
+        work_for(self)
+        try:
+            self._engine = make_engine()
+        except BaseException as error:
+            self._error, self._stopped = error, True
+            started.set_exception(error)
+            return
+        _running.add(self)
+        started.set_result(None)
+        try:
+            while self._take_inbox():
+                if self._calls:
+                    self._deliver(self._engine.step())
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._put_lock:
+                self._stopped = True
+            for call in self._calls.values():
+                call.future.fail(self._stop_reason())
+            self._calls.clear()
+            for item in self._drain():
+                if isinstance(item, _Call):
+                    item.future.fail(self._stop_reason())
+                elif isinstance(item, _Sync):
+                    item.future.set_exception(self._stop_reason())
+            _running.discard(self)
+            self._engine.close()
+
+    def _is_wanted(self) -> bool:
+        return not self._closing and (bool(self._holders or self._calls) or not self._let_go)
+
+    def _take_inbox(self) -> bool:
+        """Adds what has arrived; waits if there is nothing to decode. False means close."""
+        if not self._calls and self._is_wanted():
+            release_workers()
+            self._accept(self._inbox.get())
+        while self._is_wanted():
+            for item in self._drain():
+                self._accept(item)
+            if not (self._deterministic and self._unsettled):
+                break
+            self._settle()
+        return self._is_wanted()
+
+    def _drain(self) -> Iterator[_Message]:
+        while not self._inbox.empty():
+            yield self._inbox.get()
+
+    def _accept(self, item: _Message) -> None:
+        if isinstance(item, _Sync):
+            self._load(item)
+        elif isinstance(item, _Withdrawn):
+            self._remove(item.call)
+        elif isinstance(item, _Call) and not item.future.done():  # else it was cancelled before it came here
+            if item.version is not None and item.version != self.version:
+                item.future.fail(_stale(item.version, self.version))
+            else:
+                self._unsettled.add(item.loop)
+                self._add(item)
+
+    def _add(self, call: _Call) -> None:
+        try:
+            for request in call.requests:
+                self._engine.add(request)
+        except Exception as error:  # the engine refuses this request; the others go on
+            self._engine.drop(call.requests)
+            refused = EngineError(f"the engine refused the request: {error}")
+            refused.__cause__ = error
+            call.future.fail(refused)
+            return
+        self._calls |= dict.fromkeys(call.requests, call)
+
+    def _remove(self, call: _Call) -> None:
+        """Takes what is unfinished of a call out of the engine."""
+        unfinished = [request for request in call.requests if self._calls.pop(request, None)]
+        if unfinished:
+            self._engine.drop(unfinished)
+
+    def _load(self, sync: _Sync) -> None:
+        try:
+            for call in [*self._calls.values()]:
+                if call.version is not None:
+                    self._remove(call)
+                    call.future.fail(_stale(self.version, sync.version))
+            self._engine.load_weights(sync.weights())
+        except BaseException as error:
+            sync.future.set_exception(error)
+            raise
+        self.version = sync.version
+        sync.future.set_result(None)
+
+    def _deliver(self, finished: list[tuple[SequenceRequest, Sampled]]) -> None:
+        for request, sampled in finished:
+            call = self._calls.pop(request)
+            call.done[request] = sampled
+            if len(call.done) == len(call.requests):
+                self._unsettled.add(call.loop)
+                if failures := [done.failure for done in call.done.values() if done.failure]:
+                    call.future.fail(EngineError(f"the engine gave a sequence up: {failures[0]}"))
+                else:
+                    call.future.succeed(call.answer(_response(call)))
+
+    def _settle(self) -> None:
+        """Returns once everyone answered since the last step has had the time to ask again."""
+        waiting, self._unsettled = self._unsettled, set()
+        for loop in waiting:
+            if loop is None or not loop.is_running():
+                self._wait_for_quiet()
+                continue
+            reacted = threading.Event()
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(_after_turns, loop, SETTLE_TURNS, reacted)
+                reacted.wait(SETTLE_LOOP_SECONDS)
+
+    def _wait_for_quiet(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while self._is_wanted():
+                self._accept(self._inbox.get(timeout=SETTLE_THREAD_SECONDS))
+
+
+def _after_turns(loop: asyncio.AbstractEventLoop, turns: int, reacted: threading.Event) -> None:
+    if turns:
+        loop.call_soon(_after_turns, loop, turns - 1, reacted)
+    else:
+        reacted.set()
+
+
+def _response(call: _Call) -> SampleResponse:
+    first = call.done[call.requests[0]]
+    sequences = [call.done[request].sequence for request in call.requests]
+    return SampleResponse(sequences, first.prompt_logprobs, first.topk_prompt_logprobs)
+
+
+def _stale(asked: int, live: int) -> StaleSamplerError:
+    return StaleSamplerError(
+        f"this sampling client is of policy version {asked}, and the sampler now holds version {live}: take a new client from "
+        "save_weights_and_get_sampling_client, or make one that follows the live policy with follow=True"
+    )

@@ -1,0 +1,236 @@
+"""Futures in Tinker's shape, and one worker thread that runs what it is given in the order it was given."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+from posttrain.backend.errors import ClosedError
+from posttrain.backend.openmp import release_workers
+
+C = TypeVar("C")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_lock = threading.Lock()  # of the counters below; held for a line at a time
+_working_for = threading.local()  # .owner: what stands for the InOrder or the engine whose thread this is
+
+
+class APIFuture(Future[T]):
+    """The outcome of a submitted call: a `concurrent.futures.Future` that can also be awaited, in any event loop.
+
+    A failure is raised here, in the caller. `cancel`, or the cancellation of a task that awaits, withdraws a call that has not begun,
+    unless somebody else waits for it; a call that has begun is carried through. A `result(timeout)` that times out withdraws nothing.
+    """
+
+    def __init__(self, owner: object = None):
+        super().__init__()
+        self._owner = owner  # whose thread sets the outcome
+        self.when_cancelled: Callable[[], object] | None = None  # called where `cancel` succeeds, in the canceller's thread
+        self._claimed = False
+        self._num_waiting = 0
+
+    # --- for the caller ---------------------------------------------------------------------------------------------------------
+
+    def result(self, timeout: float | None = None) -> T:
+        with self._waiting():
+            return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        with self._waiting():
+            return super().exception(timeout)
+
+    async def result_async(self, timeout: float | None = None) -> T:
+        """As `await`; TimeoutError after `timeout` seconds, which is a cancellation of this waiter."""
+        async with asyncio.timeout(timeout):
+            return await self._wait()
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._wait().__await__()
+
+    async def coroutine(self) -> T:
+        """For what takes a coroutine and no other awaitable, such as `asyncio.create_task`."""
+        return await self._wait()
+
+    def future(self) -> Self:
+        """This future: it is a `concurrent.futures.Future` itself."""
+        return self
+
+    def cancel(self) -> bool:
+        withdraw = self.when_cancelled
+        cancelled = super().cancel()
+        if cancelled:
+            self.start()  # tells concurrent.futures.wait and as_completed
+            if withdraw is not None:
+                withdraw()
+        return cancelled
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
+        """What `fn` raises is logged; it stops neither other callbacks nor the worker's thread."""
+        super().add_done_callback(partial(_call_back, fn))
+
+    async def _wait(self) -> T:
+        if not self.done():
+            loop = asyncio.get_running_loop()
+            waiter: asyncio.Future[None] = loop.create_future()
+            self.add_done_callback(partial(_wake, loop, waiter))
+            try:
+                with self._waiting():
+                    await waiter
+            except asyncio.CancelledError:
+                if not self._num_waiting:
+                    self.cancel()
+                raise
+        if self.cancelled():
+            raise asyncio.CancelledError
+        return super().result()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Generator[None, None, None]:
+        if not self.done() and self._owner is not None and getattr(_working_for, "owner", None) is self._owner:
+            raise RuntimeError(
+                "this call waits for the thread that makes it: do not wait for a client inside its own callback or loss"
+            )
+        with _lock:
+            self._num_waiting += 1
+        try:
+            yield
+        finally:
+            with _lock:
+                self._num_waiting -= 1
+
+    # --- for the worker ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> bool:
+        """True if the call is still wanted; from then on it cannot be cancelled. True once at most."""
+        with _lock:
+            first, self._claimed = not self._claimed, True
+        self.when_cancelled = None
+        return first and self.set_running_or_notify_cancel()
+
+    def succeed(self, result: T) -> None:
+        if self.start():
+            self.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        if self.start():
+            self.set_exception(error)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None], _: Future[Any]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits in it any more
+        loop.call_soon_threadsafe(lambda: None if waiter.done() else waiter.set_result(None))
+
+
+def _call_back(fn: Callable[[Future[T]], object], future: Future[T]) -> None:
+    try:
+        fn(future)
+    except Exception:
+        raise  # Future logs these
+    except BaseException as error:
+        raise RuntimeError(f"a callback of a future raised {error!r}") from error
+
+
+def work_for(owner: object) -> None:
+    """Says that the present thread sets the outcome of `owner`'s futures, and so must not wait for them."""
+    _working_for.owner = owner
+
+
+class Ready:
+    """A client that can be used at once and is its own future too, since the SDK's methods return a future of a client."""
+
+    def result(self, timeout: float | None = None) -> Self:
+        return self
+
+    async def result_async(self, timeout: float | None = None) -> Self:
+        return self
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self.result_async().__await__()
+
+
+def accepted(method: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
+    """The `_async` twin of a method that returns at once. Awaiting it means that the call was accepted in its order."""
+
+    @wraps(method)
+    async def twin(self: C, *args: P.args, **kwargs: P.kwargs) -> T:
+        return method(self, *args, **kwargs)
+
+    return twin
+
+
+def answered(method: Callable[Concatenate[C, P], APIFuture[T]]) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
+    """The `_async` twin of a method whose twin gives the answer itself."""
+
+    @wraps(method)
+    async def twin(self: C, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await method(self, *args, **kwargs)
+
+    return twin
+
+
+def in_thread(method: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
+    """The `_async` twin of a method that takes long: the event loop goes on meanwhile."""
+
+    @wraps(method)
+    async def twin(self: C, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.to_thread(method, self, *args, **kwargs)
+
+    return twin
+
+
+class InOrder:
+    """One thread; calls run one at a time in submission order, whatever thread submits them."""
+
+    def __init__(self, name: str):
+        self._name, self._closed = name, False
+        self._owner = object()  # not self: the thread would keep the executor, and so itself
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+    def submit(
+        self, fn: Callable[..., T], *args: Any, if_cancelled: Callable[[], object] | None = None, **kwargs: Any
+    ) -> APIFuture[T]:
+        """`if_cancelled` is called in the place of a call that was cancelled before its turn. ClosedError after `close`."""
+        future: APIFuture[T] = APIFuture(self._owner)
+        call = partial(fn, *args, **kwargs)
+        try:
+            self._executor.submit(self._run, future, call, if_cancelled)
+        except RuntimeError as error:
+            raise self._closed_error() from error
+        return future
+
+    def _run(self, future: APIFuture[T], call: Callable[[], T], if_cancelled: Callable[[], object] | None) -> None:
+        work_for(self._owner)
+        try:
+            if self._closed:
+                future.fail(self._closed_error())
+            elif future.start():
+                future.set_result(call())
+            elif if_cancelled is not None:
+                if_cancelled()
+        except BaseException as error:
+            future.set_exception(_as_outcome(error))
+        finally:
+            release_workers()
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(f"the {self._name} thread was closed before this call")
+
+    def close(self) -> None:
+        """Waits for the call that runs; those behind it fail with ClosedError. May be called from a call itself."""
+        self._closed = True
+        self._executor.shutdown(wait=getattr(_working_for, "owner", None) is not self._owner)
+
+
+def _as_outcome(error: BaseException) -> BaseException:
+    """Errors that mean something to whoever waits are wrapped: a CancelledError would read as the waiter's own cancellation, and an
+    asyncio future takes no StopIteration."""
+    if not isinstance(error, asyncio.CancelledError | concurrent.futures.CancelledError | StopIteration):
+        return error
+    wrapped = RuntimeError(f"the call was ended by {error!r} from inside it")
+    wrapped.__cause__ = error
+    return wrapped

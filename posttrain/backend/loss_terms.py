@@ -1,0 +1,129 @@
+"""Several losses through one forward and one backward pass: data that begin alike are computed once, though they are for different losses.
+
+LaTRO trains a sampled rationale by policy gradient and the answer behind it by cross-entropy: one begins with the other. trainer.py runs the
+model; here is what it is asked for, what each loss takes of a micro-batch, and the forward pass that was kept for a later backward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from posttrain.backend.batching import MicroBatch, Positions, carries_loss
+from posttrain.backend.losses import Loss, LossFn
+from posttrain.backend.types import Datum, ForwardBackwardOutput, TensorData
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """Data and the loss they are for. In one pass, all terms have as many targets per token."""
+
+    data_D: Sequence[Datum]
+    loss_fn: str | LossFn
+    loss_fn_config: dict[str, Any] | None = None
+
+
+class RunningTerm:
+    """A term while the micro-batches go by. Its data are numbered from `first` on."""
+
+    def __init__(self, term: LossTerm, loss: Loss, first: int):
+        self.term, self.loss, self.first = term, loss, first
+        self._offsets_D = np.cumsum([0, *(datum.model_input.length for datum in term.data_D)])
+        keys = term.data_D[0].loss_fn_inputs.keys() - {"target_tokens"}
+        self._inputs = {key: np.concatenate([datum.loss_fn_inputs[key].array for datum in term.data_D]) for key in keys}
+        self._several_targets = term.loss_fn == "cross_entropy" and self._inputs["weights"].ndim == 2
+        self._places, self._logprobs, self._losses, self._sums = [], [], [], {}
+        self._loss_places: list[np.ndarray] = []
+
+    def __call__(self, batch: MicroBatch, p_NK: torch.Tensor) -> torch.Tensor | None:
+        """The loss, summed over those rows of the batch that are this term's; None where none is."""
+        row_N, place_N = self._own(batch.loss)
+        if not len(row_N):
+            return None
+        device = p_NK.device
+        p = self._keep(place_N, p_NK[torch.from_numpy(row_N).to(device)])
+        inputs = {key: torch.from_numpy(array[place_N]).to(device, non_blocking=True) for key, array in self._inputs.items()}
+        loss_N, diagnostics_N = self.loss.fn(p, inputs, **(self.term.loss_fn_config or {}))
+        self._loss_places.append(place_N)
+        self._losses.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
+        for name, value_N in diagnostics_N.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value_N.detach().double().sum()
+        return loss_N.sum()
+
+    def keep_others(self, batch: MicroBatch, p_NK: torch.Tensor) -> None:
+        """Takes the logprobs of positions that carry no loss."""
+        row_N, place_N = self._own(batch.others)
+        if len(row_N):
+            self._keep(place_N, p_NK[torch.from_numpy(row_N).to(p_NK.device)])
+
+    def _own(self, positions: Positions) -> tuple[np.ndarray, np.ndarray]:
+        """This term's among the positions, and their places among its tokens."""
+        row_N = np.flatnonzero((positions.datum_N >= self.first) & (positions.datum_N < self.first + len(self.term.data_D)))
+        return row_N, self._offsets_D[positions.datum_N[row_N] - self.first] + positions.position_N[row_N]
+
+    def _keep(self, place_N: np.ndarray, p_NK: torch.Tensor) -> torch.Tensor:
+        p = p_NK if self._several_targets else p_NK[:, 0]
+        self._places.append(place_N)
+        self._logprobs.append(p.detach())
+        return p
+
+    def not_finite(self) -> list[int]:
+        """The data whose loss is not finite."""
+        if not self._losses:
+            return []
+        bad_N = ~torch.isfinite(torch.cat(self._losses)).cpu().numpy()
+        places = np.concatenate(self._loss_places)[bad_N]
+        return sorted(set((self.first + np.searchsorted(self._offsets_D, places, side="right") - 1).tolist()))
+
+    def output(self, name: str) -> ForwardBackwardOutput:
+        """`name` of every token, and the metrics: of data without a token that carries loss, a sum of 0."""
+        loss_N = torch.cat(self._losses).double().cpu() if self._losses else torch.zeros(0)
+        p = torch.cat(self._logprobs).float().cpu().numpy()
+        flat = np.empty((int(self._offsets_D[-1]), *p.shape[1:]), dtype=np.float32)
+        flat[np.concatenate(self._places)] = p
+        metrics = {"loss:sum": float(loss_N.sum()), "num_loss_tokens:sum": float(len(loss_N))}
+        metrics |= {f"{key}:mean": float(value) / max(len(loss_N), 1) for key, value in self._sums.items()}
+        return ForwardBackwardOutput([{name: TensorData(own)} for own in np.split(flat, self._offsets_D[1:-1])], metrics)
+
+    def needs_backward(self) -> list[bool]:
+        """Groups whose members all got the same reward do not: advantage 0, gradient 0."""
+        if not self.loss.scales_with_advantage:
+            return [True] * len(self.term.data_D)
+        return [bool(datum.loss_fn_inputs["advantages"].array.any()) for datum in self.term.data_D]
+
+
+@dataclass
+class KeptForward:
+    """A forward pass whose graph waits for its backward."""
+
+    data_D: Sequence[Datum]
+    batch: MicroBatch
+    p_NK: torch.Tensor
+    others_NK: torch.Tensor
+
+    def of(self, data_D: Sequence[Datum]) -> tuple[MicroBatch, torch.Tensor, torch.Tensor] | None:
+        """The part of it that is these data's, numbered as they are; None if some were not in it."""
+        number = {_asked(datum): d for d, datum in enumerate(self.data_D)}
+        numbers_D = [number.get(_asked(datum)) for datum in data_D]
+        if None in numbers_D:
+            return None
+        loss, p_NK = _part(self.batch.loss, self.p_NK, numbers_D)
+        others, others_NK = _part(self.batch.others, self.others_NK, numbers_D)
+        return replace(self.batch, loss=loss, others=others), p_NK, others_NK
+
+
+def _part(positions: Positions, p_NK: torch.Tensor, numbers_D: Sequence[int | None]) -> tuple[Positions, torch.Tensor]:
+    """Those of the data `numbers_D`, which become data 0, 1, ..."""
+    rows_D = [np.flatnonzero(positions.datum_N == d) for d in numbers_D]
+    row_N = np.concatenate(rows_D)
+    datum_N = np.repeat(np.arange(len(numbers_D)), [len(rows) for rows in rows_D])
+    part = replace(positions, datum_N=datum_N, position_N=positions.position_N[row_N])
+    return part, p_NK[torch.from_numpy(row_N).to(p_NK.device)]
+
+
+def _asked(datum: Datum) -> tuple[bytes, ...]:
+    """All that a Datum's logprobs depend on."""
+    tracks = [datum.loss_fn_inputs[key].array for key in ("target_tokens", "temperature") if key in datum.loss_fn_inputs]
+    return tuple(array.tobytes() for array in (np.array(datum.model_input.to_ints()), carries_loss(datum), *tracks))

@@ -1,0 +1,241 @@
+"""Models by name: a built-in preset made from a seed, a local folder, or a Hugging Face hub name.
+
+Presets exist because tests, demos and benchmarks must not download anything. Their architectures are ones that vLLM and peft know.
+"""
+
+import copy
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from posttrain.backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
+from posttrain.backend.device_lock import computing
+from posttrain.backend.errors import ModelError
+from posttrain.backend.logprobs import LogitTransform
+from posttrain.backend.random_state import drawn_from
+
+SCALAR_HEAD_FILE = "scalar_head.safetensors"  # beside the trunk of a saved scalar model (scalar_trainer.py)
+# Contexts longer than this must be asked for: a hub model's own limit can be a million tokens, and the KV cache is sized for it.
+DEFAULT_MAX_LENGTH = 4096
+
+
+def _shape(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, context: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": True,
+        "initializer_range": hidden
+        ** -0.5,  # the usual 0.02 suits models ten times as wide; narrow ones then learn five times slower
+    }
+
+
+_TOKENS = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}  # tokenizers.character_tokenizer
+_GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+PRESETS: dict[str, PretrainedConfig] = {
+    "micro": Qwen3Config(**_shape(2, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),  # 0.4M parameters, half of tiny's layers
+    "tiny": Qwen3Config(**_shape(4, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),  # 0.8M parameters
+    "small": Qwen3Config(**_shape(6, 384, 1024, 6, 2, 1024), head_dim=64, **_TOKENS),  # 9.5M
+    "llama-tiny": LlamaConfig(**_shape(4, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),
+    "gpt2-tiny": GPT2Config(n_layer=4, n_embd=128, n_head=4, n_positions=512, initializer_range=128**-0.5, **_GPT2, **_TOKENS),
+    "gpt2-small": GPT2Config(n_layer=12, n_embd=768, n_head=12, n_positions=1024, **_GPT2, **_TOKENS),  # 85M
+    # Qwen2.5-0.5B's shape with random weights: what benchmarks/ measures on a GPU, where nothing can be downloaded.
+    "qwen2.5-0.5b-shape": Qwen2Config(**_shape(24, 896, 4864, 14, 2, 32768), **{**_TOKENS, "vocab_size": 151936}),
+}
+
+
+def model_config(model_name: str) -> PretrainedConfig:
+    """The Hugging Face config behind a name. Raises ModelError, naming the nearest preset, before any weight is touched."""
+    if model_name in PRESETS:
+        return PRESETS[model_name]
+    path = Path(model_name).expanduser()
+    if path.is_dir() and not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+        raise ModelError(f"{path} has no config.json: it is not a Hugging Face model folder")
+    if is_adapter(path):
+        base = read_json(path / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        raise ModelError(
+            f"{path} is a LoRA adapter: open its base model {base!r}, and load the adapter with load_checkpoint_path"
+        )
+    if path.is_dir():
+        source: str | Path = path
+    elif model_name.startswith(("/", ".", "~")) or model_name.count("/") > 1:
+        raise ModelError(f"there is no model folder {path}")
+    else:
+        source = model_name
+    near = difflib.get_close_matches(model_name, PRESETS, n=1, cutoff=0.75)
+    hint = f"; did you mean {near[0]!r}?" if near else f" (presets: {', '.join(PRESETS)})"
+    if near and "/" not in model_name:  # a slip of the pen: do not ask the hub, whose time-outs take half a minute
+        raise ModelError(f"{model_name!r} is neither a preset nor a local folder{hint}")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}{'' if path.is_dir() else hint}") from error
+
+
+# What transformers, safetensors and the hub raise for a model that is damaged, absent or unknown.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a model could not be opened, in one line. transformers chains the hub's error to a page of advice."""
+    chain, link = [], error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for cause in chain:
+        match type(cause).__name__:
+            case "GatedRepoError":
+                return "its repository is gated: accept its terms on huggingface.co, then log in with `hf auth login`, or set HF_TOKEN"
+            case "RepositoryNotFoundError" | "HFValidationError":
+                return "the Hugging Face hub has no public repository of this name; for a private one log in with `hf auth login`"
+            case "RemoteEntryNotFoundError" | "EntryNotFoundError":
+                return "its repository lacks a file that a transformers model has, such as config.json"
+            case "LocalEntryNotFoundError" | "OfflineModeIsEnabled" | "ConnectError" | "ConnectionError" | "ConnectTimeout":
+                return "the Hugging Face hub was not reached, and the model is not in the local cache (is HF_HUB_OFFLINE set?)"
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it needs code of its own from its repository, which this project does not run"
+    if "model type" in text or "Unrecognized model" in text:
+        kind = re.search(r"model type `?([\w.-]+)`? but", text)
+        named = f"its architecture {kind[1]!r}" if kind else "its architecture (model_type in config.json)"
+        return f"{named} is unknown to transformers {transformers.__version__}: a newer version may have it"
+    if "Unrecognized configuration class" in text:
+        return "it is not a causal language model"
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+
+
+def context_length(model_name: str, max_length: int | None = None) -> int:
+    """Tokens of context to use: `max_length`, or the model's own up to DEFAULT_MAX_LENGTH. Raises if the model has less.
+
+    With LongRoPE (Phi 3 and 4 with 128k) the context ends where the rotations change: beyond, those of all positions depend on the
+    longest row beside them, so that a sequence has several logprobs.
+    An adapter's folder has the context of its base.
+    """
+    if is_adapter(folder := Path(model_name).expanduser()):
+        model_name = str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path"))
+    config = model_config(model_name).get_text_config()
+    limit, why = int(getattr(config, "max_position_embeddings", DEFAULT_MAX_LENGTH)), ""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", limit)
+        limit, why = min(limit, int(original)), " with one set of rotations (LongRoPE changes them beyond)"
+    if max_length is not None and max_length > limit:
+        raise ModelError(f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has{why}")
+    return max_length or min(limit, DEFAULT_MAX_LENGTH)
+
+
+# Model types whose config has no `layer_types`: every layer is causal attention over all earlier tokens, unless a window is set.
+FULL_ATTENTION = """cohere gemma glm gpt2 gpt_neox granite granitemoe llama mistral mixtral olmo olmo2 olmoe phi phi3 qwen3_moe
+    stablelm starcoder2"""
+
+
+def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
+    """Whether the configuration says that every layer is causal attention over all of up to `max_length` earlier tokens.
+
+    Only then may several sequences share a row: a window, a chunk, a recurrent or a convolution layer would count the columns between.
+    """
+    config = config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    kinds = set(layer_types or ["full_attention" if config.model_type in FULL_ATTENTION.split() else "unknown"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window >= max_length:
+        kinds.discard("sliding_attention")
+    elif window is not None and not layer_types:
+        kinds.add("sliding_attention")
+    return kinds <= {"full_attention"} and not getattr(config, "attention_chunk_size", None)
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """The scale and the softcap of the logits: Granite's and Cohere's, Gemma 2's. `Trainer` checks that the model does no more."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
+    return LogitTransform(scale / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None))
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """The number of token ids a model can read: its tokenizer may have fewer, as where a vocabulary was padded."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+@computing()
+def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in evaluation mode (no dropout). A preset's weights depend on `seed` alone; torch's global RNG is left as it was."""
+    if (Path(model_name).expanduser() / SCALAR_HEAD_FILE).exists():
+        raise ModelError(f"{model_name} is a scalar model and no language model: open it with create_scalar_client_from_state")
+    config = model_config(model_name)
+    if model_name in PRESETS:
+        with drawn_from(seed):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        model.config.architectures = [type(model).__name__]  # vLLM goes by it
+    else:
+        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "").endswith("ForConditionalGeneration"):
+            raise ModelError(
+                f"{model_name!r} reads images or sound besides text ({config.model_type}): only text models can be opened"
+            )
+        model = read_model(model_name, dtype)
+    return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]
+
+
+def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A folder or hub model with every tensor its config asks for, and no other. Raises ModelError: random layers train, but mean nothing."""
+    path, verbosity = Path(model_name).expanduser(), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of the tensors that do not fit is a page long
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            path if path.is_dir() else model_name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model, report = opened
+    for kind, fault in (
+        ("missing_keys", "its weights lack tensors that its config.json asks for"),
+        ("unexpected_keys", "its weights hold tensors that its config.json does not ask for"),
+        ("mismatched_keys", "its weights and its config.json differ in shapes"),
+    ):
+        if names := sorted(name if isinstance(name, str) else name[0] for name in report[kind]):
+            raise ModelError(f"{model_name!r} cannot be opened: {fault} ({len(names)}, such as {names[0]})")
+    _join_end_tokens(model)
+    return model
+
+
+def _join_end_tokens(model: PreTrainedModel) -> None:
+    """generation_config.json may name more tokens that end an answer than config.json: both samplers go by the config."""
+    generation = model.generation_config
+    ids = dict.fromkeys([*_as_list(model.config.eos_token_id), *_as_list(generation.eos_token_id if generation else None)])
+    if len(ids) > 1:
+        model.config.eos_token_id = list(ids)
+
+
+def end_token_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The token ids that end an answer."""
+    return {*_as_list(config.get_text_config().eos_token_id), *_as_list(tokenizer.eos_token_id)}
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]

@@ -1,0 +1,68 @@
+"""AdamW's state in a safetensors file: `exp_avg:NAME`, `exp_avg_sq:NAME` and `step:NAME` for every trained parameter NAME.
+
+Independent of the parameters' order. A state that lacks a parameter, has one too many or one of another shape is refused as a whole.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from posttrain.backend.checkpoint_files import tensor_shapes
+from posttrain.backend.errors import CheckpointError
+
+SLOTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def write_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Before the first step there is no state, and the file is empty of tensors."""
+    tensors = {
+        f"{slot}:{name}": value.contiguous()
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+    save_file(tensors, file)
+
+
+def check_optimizer(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+    """CheckpointError unless the file has exactly the state of these parameters, or none at all."""
+    found = tensor_shapes(file)
+    expected = {
+        f"{slot}:{name}": () if slot == "step" else tuple(parameter.shape)
+        for name, parameter in parameters.items()
+        for slot in SLOTS
+    }
+    if not found:
+        return
+    remedy = "load the weights alone with load_checkpoint_path, or load_state, and the optimizer starts afresh"
+    for names, says in (
+        (expected.keys() - found.keys(), "lacks"),
+        (found.keys() - expected.keys(), "has, and this run does not train,"),
+    ):
+        if names:
+            raise CheckpointError(f"{file} {says} {_some(names)}: it belongs to another model or LoRA setting; {remedy}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{file}: {name} has shape {found[name]}, this run needs {shape}; {remedy}")
+
+
+@torch.no_grad()
+def load_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Replaces the optimizer's state. Nothing is changed where check_optimizer refuses the file."""
+    check_optimizer(parameters, file)
+    optimizer.state.clear()
+    with safe_open(file, "pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            slot, name = key.split(":", 1)
+            parameter = parameters[name]
+            on_cpu = slot == "step" and not parameter.is_cuda
+            dtype = torch.float32 if slot == "step" else parameter.dtype
+            optimizer.state[parameter][slot] = tensors.get_tensor(key).to("cpu" if on_cpu else parameter.device, dtype)
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,101 @@
+"""What a numeric option takes: validators of chz fields. A value outside is a ConfigError when the configuration is built.
+
+    batch_size: int = chz.field(default=64, validator=COUNT, doc="...")
+
+Dataclasses call `check_ranges` in __post_init__. None passes where the field allows it; a list or tuple is checked
+number by number. Limits between several fields belong to the code that uses them.
+"""
+
+import math
+import numbers
+from dataclasses import dataclass, fields
+from typing import Any
+
+from posttrain.backend.errors import ConfigError
+
+
+class RangeError(ConfigError):
+    """An option's value is outside its range. `name` is the field's, without the path of the object it is in."""
+
+    def __init__(self, name: str, value: object, needs: str):
+        super().__init__(f"{name}={value!r} must be {needs}")
+        self.name, self.value, self.needs = name, value, needs
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` (itself out where `above`) to `high` (itself out where `below`). `also` is one more value that is allowed."""
+
+    low: float
+    high: float
+    whole: bool = False
+    above: bool = False
+    below: bool = False
+    also: float | None = None
+
+    def __call__(self, instance: Any, name: str) -> None:
+        value = getattr(instance, name)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if number is not None and (needs := self.needs(number)):
+                raise RangeError(name.removeprefix("X_"), value, needs)  # chz's name of a field before its munger
+
+    def needs(self, number: object) -> str | None:
+        """What `number` would have to be; None where it is in the range."""
+        if isinstance(number, bool) or not isinstance(number, numbers.Real):
+            return "a whole number" if self.whole else "a number"
+        if not math.isfinite(number):
+            return "a finite number"
+        if self.whole and not isinstance(number, numbers.Integral):
+            return "a whole number"
+        return self._limits(float(number))
+
+    def _limits(self, number: float) -> str | None:
+        if number == self.also:
+            return None
+        or_also = "" if self.also is None else f", or {self.also:g}"
+        if number < self.low or (self.above and number == self.low):
+            return f"{'above' if self.above else 'at least'} {self.low:g}{or_also}"
+        if number > self.high or (self.below and number == self.high):
+            return f"{'below' if self.below else 'at most'} {_text(self.high)}"
+        return None
+
+    @property
+    def text(self) -> str:
+        """For --help: `>= 1`, `> 0`, `0..1`."""
+        low = f"{'>' if self.above else '>='} {self.low:g}"
+        if self.high < LARGEST:
+            low = f"{'>' if self.above else ''}{self.low:g}..{'<' if self.below else ''}{self.high:g}"
+        if self.low <= -LARGEST:
+            low = "finite"
+        return low if self.also is None else f"{self.also:g}, {low}"
+
+
+def check_ranges(instance: Any, **ranges: Range) -> None:
+    """For dataclasses: RangeError unless each field named is in its range, or None where None is its default."""
+    defaults = {field.name: field.default for field in fields(instance)}
+    for name, allowed in ranges.items():
+        if getattr(instance, name) is None and defaults[name] is not None:
+            raise RangeError(name, None, "a number")
+        allowed(instance, name)
+
+
+def _text(number: float) -> str:
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
+LARGEST = 1e9  # of a number that is no count: beyond it fp32 sums lose everything else
+LARGEST_COUNT = 2**31 - 1
+
+COUNT = Range(1, LARGEST_COUNT, whole=True)
+WHOLE = Range(0, LARGEST_COUNT, whole=True)
+SEED = Range(0, 2**53, whole=True)  # what JSON and a float hold exactly
+NUMBER = Range(-LARGEST, LARGEST)
+NON_NEGATIVE = Range(0, LARGEST)
+POSITIVE = Range(0, LARGEST, above=True)
+SHARE = Range(0, 1)
+POSITIVE_SHARE = Range(0, 1, above=True)
+DECAY = Range(0, 1, below=True)  # Adam's betas
+LEARNING_RATE = Range(0, 1)
+# vLLM raises temperatures between 0 and 0.01 to 0.01, and its limit is 2.
+TEMPERATURE = Range(0.01, 2, also=0)
+SAMPLING_TEMPERATURE = Range(0.01, 2)

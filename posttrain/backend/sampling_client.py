@@ -1,0 +1,141 @@
+"""SamplingClient: tokens in, tokens and logprobs out, from one version of one policy's weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from posttrain.backend.engine import EngineThread, SequenceRequest
+from posttrain.backend.errors import ClosedError, ConfigError, ContextLengthError, DataError
+from posttrain.backend.futures import APIFuture, Ready, accepted, answered
+from posttrain.backend.ranges import COUNT, RangeError
+from posttrain.backend.types import ModelInput, SampleResponse, SamplingParams, TensorData
+
+T = TypeVar("T")
+
+
+class SamplingClient(Ready):
+    """A snapshot: once the sampler has been given later weights, calls raise StaleSamplerError. With `follow`, the live policy.
+
+    `vocabulary` is the number of the model's embedding rows: a model can sample, and read, ids that its tokenizer does not have.
+    """
+
+    def __init__(
+        self,
+        engine: EngineThread,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        vocabulary: int,
+        follow: bool = False,
+        base_model: str = "",
+    ):
+        self._base_model = base_model
+        self._engine, self._tokenizer, self.max_length, self._vocabulary = engine, tokenizer, max_length, vocabulary
+        self._version = None if follow else engine.version
+        self._let_go = engine.hold(self)
+        self._closed = False
+
+    @property
+    def policy_version(self) -> int:
+        """How many times the weights had been synced: of this snapshot, or right now when following."""
+        return self._engine.version if self._version is None else self._version
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def sample(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+    ) -> APIFuture[SampleResponse]:
+        """Samples `num_samples` continuations. Sample i is seeded with seed + i; without a seed, calls are numbered.
+
+        `max_tokens` None, or more than fits, means up to the end of the context. The last four options are the SDK's; what they ask for
+        is not there yet, and asking raises ConfigError.
+        """
+        _refuse(
+            topk_sample_logprobs=topk_sample_logprobs,
+            target_prompt_logprobs=target_prompt_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+        )
+        tokens = prompt.to_ints()
+        room = self._check(tokens, num_samples)
+        max_tokens = min(room, sampling_params.max_tokens or room)
+        seed = sampling_params.seed if sampling_params.seed is not None else next(self._engine.unseeded_calls) << 20
+        topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
+        requests = [
+            SequenceRequest(tokens, sampling_params, max_tokens, (seed + i) % 2**63, topk if i == 0 else None)
+            for i in range(num_samples)
+        ]
+        return self._submit(requests, lambda response: response)
+
+    sample_async = answered(sample)
+
+    def compute_logprobs(self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None) -> APIFuture[list[float | None]]:
+        """log p(token t | tokens before t) at temperature 1; element 0 is None. The prompt may fill the whole context but one token."""
+        _refuse(prompt_logprobs_last_n=prompt_logprobs_last_n)
+        tokens, params = prompt.to_ints(), SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+        self._check(tokens, 1)
+        return self._submit([SequenceRequest(tokens, params, 1, seed=0, topk_prompt=0)], _prompt_logprobs)
+
+    compute_logprobs_async = answered(compute_logprobs)
+
+    def get_base_model(self) -> str:
+        """The name or folder that the model was opened by."""
+        return self._base_model
+
+    get_base_model_async = accepted(get_base_model)
+
+    def _submit(self, requests: list[SequenceRequest], answer: Callable[[SampleResponse], T]) -> APIFuture[T]:
+        if self._closed:
+            raise ClosedError("this sampling client was closed")
+        return self._engine.submit(self, requests, self._version, answer)
+
+    def close(self) -> None:
+        """Gives the sampler up. An engine that no other client holds ends, and calls in flight on it fail with EngineError.
+
+        A client that nobody refers to any more is closed by itself, after its last call.
+        """
+        self._closed = True
+        self._let_go()
+        self._engine.close_if_unheld()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check(self, tokens: Sequence[int], num_samples: int) -> int:
+        """The number of tokens that still fit behind the prompt. Bad input raises here, not inside the engine."""
+        if not tokens:
+            raise DataError("the prompt is empty: there is nothing to sample from")
+        if len(tokens) >= self.max_length:
+            raise ContextLengthError(
+                f"the prompt has {len(tokens)} tokens and the context {self.max_length} (backend.max_length): none fits behind it"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+            raise DataError(
+                f"the prompt has a token outside the vocabulary of {self._vocabulary}: was it made with another tokenizer?"
+            )
+        if needs := COUNT.needs(num_samples):
+            raise RangeError("num_samples", num_samples, needs)
+        return self.max_length - len(tokens)
+
+
+def _prompt_logprobs(response: SampleResponse) -> list[float | None]:
+    assert response.prompt_logprobs is not None
+    return response.prompt_logprobs
+
+
+def _refuse(**asked_for: object) -> None:
+    if named := [name for name, value in asked_for.items() if value is not None and value != 0]:
+        raise ConfigError(f"{', '.join(named)}: this sampler does not offer it")

@@ -1,0 +1,73 @@
+"""A language model's trunk with one linear row in the place of its vocabulary's head: a scalar per token. Reward models and process reward
+models are trained so (Bradley-Terry on the last token, or a cross-entropy on every token of a step), and critics could be.
+
+A scalar Datum has the whole sequence as its `model_input`, unshifted: the scalar at position t has read the tokens up to and including t. Its
+`weights` (or `mask`), (T,) each, name the positions that the loss is given; scalars come out for all. It needs no `target_tokens`.
+Any further array of it, such as `labels`, reaches the loss, which is a callable
+
+    (scalars_N, inputs) -> (loss_N, diagnostics_N)         with forward and forward_backward, or
+    (data_D, scalars_D) -> (loss, metrics)                 with forward_backward_custom; scalars_D[d] is (T,)
+
+and `loss_fn_outputs[d]["scalars"]` holds them afterwards. Left out: several scalars per token, a bias.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from posttrain.backend.batching import MicroBatch
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, ModelError
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.trainer import CustomLoss, Trainer
+from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig
+
+
+class ScalarTrainer(Trainer):
+    """The head starts at zero, so that every scalar does: a cross-entropy on them begins at ln 2."""
+
+    output_name = "scalars"
+
+    def __init__(self, model_name: str, config: BackendConfig, seed: int = 0, lora: LoraConfig | None = None):
+        if lora and lora.train_unembed:
+            raise ModelError("train_unembed: a scalar model has no vocabulary head to put an adapter on")
+        super().__init__(model_name, config, seed, lora)
+        self.scalar_head = nn.Parameter(torch.zeros(1, self.hf_config.hidden_size, device=self.device))
+        unused: Any = self.base.get_output_embeddings()
+        if not self.hf_config.tie_word_embeddings:
+            unused.requires_grad_(False)
+        trainable = {name: p for name, p in self.named_trainable.items() if p.requires_grad}
+        self.named_trainable = trainable | {"scalar_head": self.scalar_head}
+        self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
+
+    def run_terms(self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False) -> list[ForwardBackwardOutput]:
+        """As Trainer.run_terms, with callable losses: those with a name are losses of logprobs."""
+        for term in terms:
+            if isinstance(term.loss_fn, str):
+                raise ConfigError(
+                    f"loss_fn {term.loss_fn!r} is a loss of logprobs, and a scalar model has none: give it a callable"
+                )
+        return super().run_terms(
+            [replace(term, data_D=[_with_targets(d) for d in term.data_D]) for term in terms], backward, keep
+        )
+
+    def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
+        return super().run_custom([_with_targets(datum) for datum in data_D], fn)
+
+    def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, 1) scalars of the positions that carry weight, and of the others, in fp32."""
+        assert self.scalar_head is not None
+        hidden_RH = self._hidden(batch)
+        loss_NH, others_NH = (hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype) for at in (batch.loss, batch.others))
+        return loss_NH.float() @ self.scalar_head.T, others_NH.float() @ self.scalar_head.T
+
+    def _check_head(self) -> None:
+        """What a model does to its logits does not concern a scalar."""
+
+
+def _with_targets(datum: Datum) -> Datum:
+    """Batching wants a target for every position; nothing reads these."""
+    return Datum(datum.model_input, {"target_tokens": datum.model_input.to_ints(), **datum.loss_fn_inputs})

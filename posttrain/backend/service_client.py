@@ -1,0 +1,257 @@
+"""ServiceClient: opens models on this machine and hands out the two clients.
+
+A script written for Tinker ports by changing its import: `import backend as tinker`.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.backend.adapters import open_merged, read_base, read_lora
+from posttrain.backend.checkpoint_files import REMEDY, STATE_FILE, check_readable, is_adapter, read_state, state_file
+from posttrain.backend.config import BackendConfig, training_device
+from posttrain.backend.engine import Engine, EngineThread
+from posttrain.backend.errors import CheckpointError, ConfigError, EngineError, ModelError
+from posttrain.backend.futures import in_thread
+from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, context_length, embedding_rows, load_model
+from posttrain.backend.openmp import release_workers
+from posttrain.backend.ranges import RangeError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.scalar_trainer import ScalarTrainer
+from posttrain.backend.sdk_keywords import ignore, say_once
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.torch_sampler import TorchSampler
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import GetServerCapabilitiesResponse, LoraConfig, SupportedModel
+from posttrain.backend.vllm_engine import VllmEngine, vllm_is_installed
+
+
+class ServiceClient:
+    """Opens models; `close`, or leaving a `with` block, stops every engine and thread it handed out.
+
+    A client that nobody refers to any more is closed by itself, and an engine goes with its last client.
+    """
+
+    def __init__(
+        self,
+        config: BackendConfig | None = None,
+        checkpoint_dir: str | Path = "checkpoints",
+        base_url: str | None = None,
+        *,
+        user_metadata: dict[str, str] | None = None,
+        project_id: str | None = None,
+        display_name: str | None = None,
+        api_key: str | None = None,
+        default_headers_overrides: Mapping[str, str] | None = None,
+    ):
+        ignore(user_metadata=user_metadata, project_id=project_id, display_name=display_name, api_key=api_key)
+        ignore(default_headers_overrides=default_headers_overrides)
+        if base_url is not None:
+            raise ConfigError(f"base_url={base_url!r}: this backend runs in the process and talks to no service")
+        self.config = config or BackendConfig()
+        if self.config.engine == "vllm" and not vllm_is_installed():
+            raise EngineError("backend.engine=vllm, but vllm is not installed: see the README, or take backend.engine=torch")
+        self._checkpoint_dir = Path(checkpoint_dir).expanduser()
+        self._engines: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+        self._training_clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
+
+    # --- training clients -------------------------------------------------------------------------------------------------------
+
+    def create_training_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
+        """All weights are trained, or a LoRA adapter. `seed` makes a preset's weights and the adapter's."""
+        return self._open_training_client(Trainer(base_model, self.config, seed, lora))
+
+    def create_scalar_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
+        """A model with one number per token instead of logprobs (scalar_trainer.py): reward models, process reward models, critics.
+
+        Its head begins at zero; `load_state` of a language model's checkpoint starts from that one's trunk.
+        """
+        return self._open_training_client(ScalarTrainer(base_model, self.config, seed, lora))
+
+    def create_scalar_client_from_state(self, path: str) -> TrainingClient:
+        """The scalar model that was saved there, with a fresh optimizer. CheckpointError if the folder has no scalar head."""
+        folder = Path(path).expanduser()
+        check_readable(folder)
+        if not (folder / SCALAR_HEAD_FILE).exists():
+            raise CheckpointError(f"{path} has no {SCALAR_HEAD_FILE}: it is not the checkpoint of a scalar model")
+        return self._from_state(folder, with_optimizer=False, create=self.create_scalar_client)
+
+    def _open_training_client(self, trainer: Trainer) -> TrainingClient:
+        client = TrainingClient(self, trainer, load_tokenizer(trainer.model_name, self.config.max_length))
+        self._training_clients.add(client)
+        release_workers()  # of the calling thread, which made the weights
+        return client
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool | None = None,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: object = None,
+        *,
+        alpha: float | None = None,
+    ) -> TrainingClient:
+        """Unlike Tinker's, `train_unembed` is off unless it is True: vLLM cannot load an adapter on lm_head. One line says so."""
+        ignore(user_metadata=user_metadata)
+        _check_optimizer(optimizer)
+        if train_unembed is None:
+            say_once("train_unembed is off by default here (in Tinker it is on): vLLM cannot load an adapter on lm_head")
+        lora = LoraConfig(rank, seed, alpha, train_mlp, train_attn, bool(train_unembed))
+        return self.create_training_client(base_model, lora, seed or 0)
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: object = None,
+    ) -> TrainingClient:
+        """The model of a checkpoint, with a fresh optimizer: of this project's, or a model or an adapter that another tool wrote."""
+        ignore(base_model=base_model, user_metadata=user_metadata, weights_access_token=weights_access_token)
+        _check_optimizer(optimizer)
+        return self._from_state(Path(path).expanduser(), with_optimizer=False, create=self.create_training_client)
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> TrainingClient:
+        ignore(base_model=base_model, user_metadata=user_metadata, weights_access_token=weights_access_token)
+        return self._from_state(Path(path).expanduser(), with_optimizer=True, create=self.create_training_client)
+
+    def _from_state(self, path: Path, with_optimizer: bool, create: Callable[..., TrainingClient]) -> TrainingClient:
+        check_readable(path)
+        if with_optimizer or state_file(path, STATE_FILE).exists():
+            name, lora, seed = _trained_from(path)
+        elif is_adapter(path):
+            base = read_base(path)
+            name, lora, seed = base.name, read_lora(path), base.seed or 0
+        else:
+            return create(str(path), None, 0)
+        try:
+            client = create(name, lora, seed)
+        except ModelError as error:
+            raise CheckpointError(f"{path} was trained from {name!r}, which cannot be opened: {error}") from error
+        (client.load_state_with_optimizer if with_optimizer else client.load_state)(str(path)).result()
+        return client
+
+    # --- sampling clients -------------------------------------------------------------------------------------------------------
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
+        *,
+        seed: int = 0,
+    ) -> SamplingClient:
+        """A frozen policy with an engine of its own, beside any live one: a saved folder, or a model by name.
+
+        `seed` makes a preset's weights; an adapter that was saved here knows the seed of its base.
+        """
+        ignore(retry_config=retry_config, record_stability_info=record_stability_info)
+        if (model_path is None) == (base_model is None):
+            raise ConfigError("create_sampling_client needs either model_path or base_model")
+        model = (
+            _load_saved(Path(model_path).expanduser(), seed)
+            if model_path
+            else load_model(str(base_model), seed, torch.device("cpu"), torch.float32)
+        )
+        name = str(model_path or base_model)
+        tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
+        engine = self.open_engine(model.config, tokenizer, length)
+        release_workers()  # of the calling thread, which made the weights
+        try:
+            engine.sync(lambda: model.state_dict().items(), version=0)
+            return SamplingClient(engine, tokenizer, length, embedding_rows(model), base_model=name)
+        except BaseException:
+            engine.close()
+            raise
+
+    def open_engine(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
+        """An engine without weights; the first sync brings them."""
+        device = training_device()
+        reproducible = device.type == "cpu" if self.config.reproducible is None else self.config.reproducible
+        use_vllm = self.config.engine == "vllm" or (self.config.engine == "auto" and vllm_is_installed())
+
+        def make() -> Engine:
+            if use_vllm:
+                try:
+                    return VllmEngine(hf_config, tokenizer, max_length, self.config, device, reproducible)
+                except ModelError as error:
+                    if self.config.engine == "vllm":
+                        raise
+                    print(f"sampling with torch, since {error}", flush=True)
+            with torch.random.fork_rng(devices=[]):
+                model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+            return TorchSampler(model, tokenizer, max_length, self.config, device)
+
+        engine = EngineThread(make, deterministic=reproducible)
+        self._engines.add(engine)
+        return engine
+
+    # --- the rest ---------------------------------------------------------------------------------------------------------------
+
+    def checkpoint_path(self, name: str) -> Path:
+        """Where a checkpoint of this name goes; an absolute path is taken as it is."""
+        return self._checkpoint_dir / name
+
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        models = [SupportedModel(name, context_length(name, self.config.max_length)) for name in PRESETS]
+        return GetServerCapabilitiesResponse(models, str(training_device()), vllm_is_installed())
+
+    def close(self, status: str = "success", detail: str | None = None) -> None:
+        """Stops the training threads, then the engines. Idempotent. `status` and `detail` are the SDK's, and are not used."""
+        for client in list(self._training_clients):
+            client.close()
+        for engine in list(self._engines):
+            engine.close()
+
+    def __enter__(self) -> "ServiceClient":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- twins ------------------------------------------------------------------------------------------------------------------
+
+    create_lora_training_client_async = in_thread(create_lora_training_client)
+    create_training_client_from_state_async = in_thread(create_training_client_from_state)
+    create_training_client_from_state_with_optimizer_async = in_thread(create_training_client_from_state_with_optimizer)
+    create_sampling_client_async = in_thread(create_sampling_client)
+    get_server_capabilities_async = in_thread(get_server_capabilities)
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if getattr(optimizer, "type", "adamw") != "adamw":
+        raise ConfigError(f"optimizer={optimizer!r}: models are trained with AdamW here")
+
+
+def _trained_from(path: Path) -> tuple[str, LoraConfig | None, int]:
+    """Model name, LoRA settings and seed of a checkpoint of this project."""
+    state = read_state(path)
+    try:
+        lora = LoraConfig(**state["lora"]) if state["lora"] else None
+        return str(state["model_name"]), lora, int(state["seed"])
+    except (KeyError, TypeError, ValueError, RangeError) as error:
+        raise CheckpointError(f"the training state of {path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
+
+
+def _load_saved(path: Path, seed: int) -> PreTrainedModel:
+    """A saved policy on the CPU; an adapter is merged into its base."""
+    check_readable(path)
+    if is_adapter(path):
+        return open_merged(path, seed)
+    return load_model(str(path), seed, torch.device("cpu"), torch.float32)

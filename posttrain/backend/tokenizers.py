@@ -1,0 +1,63 @@
+"""Loads tokenizers, and makes the one that the built-in presets share.
+
+The presets' tokenizer is a byte-level BPE without merges: one token per byte, so that every character of ASCII is one token, digits are
+never merged, and any other text still round-trips. Its chat template marks turns with two special tokens.
+"""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from posttrain.backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
+from posttrain.backend.errors import ModelError
+
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
+SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """The presets' tokenizer: ids 0 to 3 are the special tokens, then the 256 bytes."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a preset, a local folder or a hub name; of an adapter without one, its base's.
+
+    `model_max_length` is set to the context the backend will use.
+    """
+    from posttrain.backend.models import PRESETS, context_length
+
+    length = context_length(model_name, max_length)
+    if model_name in PRESETS:
+        return character_tokenizer(length)
+    folder = Path(model_name).expanduser()
+    if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
+        return load_tokenizer(str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")), max_length)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):  # transformers makes an empty one
+        raise ModelError(
+            f"{model_name} has no tokenizer (tokenizer.json, tokenizer_config.json): save the model's tokenizer into it"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else model_name)
+    except Exception as error:  # of a damaged file, the tokenizers library raises a plain Exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"no tokenizer could be loaded for {model_name!r}: {reason}") from error
+    tokenizer.model_max_length = length
+    return tokenizer

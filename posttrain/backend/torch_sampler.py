@@ -1,0 +1,231 @@
+"""Sampling with torch and transformers alone: the reference that vLLM is tested against, and the engine where there is no vLLM.
+
+A batch of prompts is padded on the left, prefilled once, and decoded with a KV cache; finished rows leave the batch. Each row draws from
+its own generator, so that its tokens do not depend on the rows beside it. Left out: joining a batch that is already decoding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from posttrain.backend.config import BackendConfig, compute_dtype
+from posttrain.backend.device_lock import computing
+from posttrain.backend.engine import Sampled, SequenceRequest, Weights
+from posttrain.backend.logprobs import fp32_logits, target_logprobs
+from posttrain.backend.models import end_token_ids, logit_transform
+from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
+
+UNIFORMS = 16  # random numbers that a row draws at a time
+PROMPT_ROWS = 4096  # prompt positions whose full distribution is held at once when top-k prompt logprobs are asked for
+
+
+class TorchSampler:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        config: BackendConfig,
+        device: torch.device,
+    ):
+        self._model = model.to(device=device, dtype=compute_dtype(device, config)).eval()  # type: ignore[arg-type]
+        self._tokenizer, self._max_length, self._max_num_seqs, self._device = tokenizer, max_length, config.max_num_seqs, device
+        self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
+        self._waiting: list[SequenceRequest] = []
+        self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}
+
+    def add(self, request: SequenceRequest) -> None:
+        self._waiting.append(request)
+
+    @computing()
+    @torch.inference_mode()
+    def step(self) -> list[tuple[SequenceRequest, Sampled]]:
+        """Decodes up to max_num_seqs waiting requests to their ends."""
+        self._waiting.sort(key=lambda request: len(request.prompt))  # prompts of like length waste less padding
+        requests, self._waiting = self._waiting[: self._max_num_seqs], self._waiting[self._max_num_seqs :]
+        return self._decode(requests) if requests else []
+
+    def drop(self, requests: Sequence[SequenceRequest]) -> None:
+        dropped = set(requests)
+        self._waiting = [request for request in self._waiting if request not in dropped]
+
+    @computing()
+    @torch.no_grad()
+    def load_weights(self, weights: Weights) -> None:
+        ours = self._model.state_dict()
+        for name, tensor in weights:
+            ours[name].copy_(tensor)
+
+    def close(self) -> None:
+        del self._model
+
+    # --- decoding ---------------------------------------------------------------------------------------------------------------
+
+    def _decode(self, requests: list[SequenceRequest]) -> list[tuple[SequenceRequest, Sampled]]:
+        """Those that finish; rows of abandoned requests leave the batch like finished ones."""
+        rows = [_Row(request, self._stop(request.params)) for request in requests]
+        prompts: dict[tuple[int, ...], int] = {}  # the members of a group share a prompt: it is read once
+        prompt_B = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in rows]
+        width = max(map(len, prompts))
+        tokens_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+        mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+        for prompt, b in prompts.items():
+            tokens_BT[b, width - len(prompt) :] = torch.tensor(prompt)
+            mask_BT[b, width - len(prompt) :] = 1
+        tokens_BT, mask_BT = tokens_BT.to(self._device), mask_BT.to(self._device)
+        cache: Any = DynamicCache(config=self._model.config)
+        hidden_BTH = self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
+        self._score_prompts(rows, prompt_B, hidden_BTH, width)
+        index = torch.tensor(prompt_B, device=self._device)
+        cache.reorder_cache(index)  # selects in every kind of layer, convolutions' and recurrent states too
+        alive, hidden_BH, mask_BT = rows, hidden_BTH[index, -1], mask_BT[index]
+        while True:
+            next_B = _draw(alive, self._logits(hidden_BH))
+            keep = [b for b, row in enumerate(alive) if row.finish is None and not row.request.abandoned]
+            if not keep:
+                return [(row.request, row.sampled()) for row in rows if row.finish is not None]
+            if len(keep) < len(alive):
+                index = torch.tensor(keep, device=self._device)
+                cache.reorder_cache(index)
+                alive, next_B, mask_BT = [alive[b] for b in keep], next_B[index], mask_BT[index]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
+            hidden_BH = self._forward(next_B[:, None], mask_BT, mask_BT.sum(-1, keepdim=True) - 1, cache)[:, -1]
+
+    def _forward(
+        self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        decoder = self._model.get_decoder()
+        return decoder(
+            input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return fp32_logits(hidden, self._model.get_output_embeddings().weight, self._transform)
+
+    def _score_prompts(self, rows: list["_Row"], prompt_B: list[int], hidden_BTH: torch.Tensor, width: int) -> None:
+        head = self._model.get_output_embeddings().weight
+        for b, row in zip(prompt_B, rows, strict=True):
+            prompt, k = row.request.prompt, row.request.topk_prompt
+            if k is None:
+                continue
+            hidden_TH = hidden_BTH[b, width - len(prompt) : -1]
+            targets = torch.tensor(prompt[1:], device=self._device)
+            row.prompt_logprobs = [
+                None,
+                *target_logprobs(hidden_TH, head, targets[:, None], transform=self._transform)[:, 0].tolist(),
+            ]
+            if k > 0:
+                row.topk_prompt_logprobs = [None, *self._topk(hidden_TH, targets, k)]
+
+    def _topk(self, hidden_TH: torch.Tensor, targets_T: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
+        """Per position the k most likely tokens and the prompt's own, most likely first."""
+        entries = []
+        for start in range(0, len(hidden_TH), PROMPT_ROWS):
+            logprobs_TV = self._logits(hidden_TH[start : start + PROMPT_ROWS]).log_softmax(-1)
+            for logprobs_V, target in zip(logprobs_TV, targets_T[start:].tolist(), strict=False):
+                tokens = {*logprobs_V.topk(k).indices.tolist(), target}
+                entries.append(sorted(((token, float(logprobs_V[token])) for token in tokens), key=lambda entry: -entry[1]))
+        return entries
+
+    def _stop(self, params: SamplingParams) -> "_Stop":
+        """What ends a sequence: token ids and strings. Every EOS of the model and its tokenizer does too, unless stop is []."""
+        stop = [params.stop] if isinstance(params.stop, str) else params.stop
+        ids = {item for item in stop or () if isinstance(item, int)}
+        strings = tuple(item for item in stop or () if isinstance(item, str))
+        if stop is None or len(stop):
+            ids |= self._end_ids
+        key = (frozenset(ids), strings)
+        return self._stops.setdefault(key, _Stop(*key, self._tokenizer))
+
+
+@dataclass(frozen=True)
+class _Stop:
+    ids: frozenset[int]
+    strings: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    _may_end: dict[int, bool] = field(default_factory=dict)  # whether a token can hold the end of a string
+
+    def ends(self, tokens: list[int]) -> bool:
+        """Whether the last token ends the sequence."""
+        return tokens[-1] in self.ids or (bool(self.strings) and self._completes_string(tokens))
+
+    def _completes_string(self, tokens: list[int]) -> bool:
+        """Decodes only where the last token can complete a string, and only as many tokens as could hold the longest one."""
+        last = tokens[-1]
+        if last not in self._may_end:
+            text = self.tokenizer.decode([last, last], skip_special_tokens=False)  # twice: some drop a space at the beginning
+            self._may_end[last] = "\ufffd" in text or any(string[-1] in text for string in self.strings)
+        if not self._may_end[last]:
+            return False
+        tail = tokens[-(max(map(len, self.strings)) * 4 + 4) :]  # a character is at most four tokens (bytes)
+        text = self.tokenizer.decode(tail, skip_special_tokens=False)
+        return any(string in text for string in self.strings)
+
+
+@dataclass(eq=False)
+class _Row:
+    """One sequence while it is decoded."""
+
+    request: SequenceRequest
+    stop: _Stop
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: StopReason | None = None
+    prompt_logprobs: list[float | None] | None = None
+    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.request.seed)
+        self._uniforms: list[float] = []
+
+    def uniform(self) -> float:
+        if not self._uniforms:
+            self._uniforms = torch.rand(UNIFORMS, generator=self._generator, dtype=torch.float64).tolist()[::-1]
+        return self._uniforms.pop()
+
+    def append(self, token: int, logprob: float) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.stop.ends(self.tokens):
+            self.finish = "stop"
+        elif len(self.tokens) >= self.request.max_tokens:
+            self.finish = "length"
+
+    def sampled(self) -> Sampled:
+        assert self.finish is not None
+        return Sampled(SampledSequence(self.tokens, self.logprobs, self.finish), self.prompt_logprobs, self.topk_prompt_logprobs)
+
+
+def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
+    """One token per row, appended to it. Inverse-CDF sampling: one uniform number from each row's own generator."""
+    temperature_B = torch.tensor([row.request.params.temperature for row in rows], device=logits_BV.device)
+    greedy_B = temperature_B == 0
+    logits_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
+    logits_BV = _truncate(logits_BV, [row.request.params for row in rows])
+    logprobs_BV = logits_BV.log_softmax(-1)
+    uniform_B = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=logits_BV.device)
+    cdf_BV = logprobs_BV.double().exp().cumsum(-1)
+    drawn_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+    next_B = torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
+    chosen_B = logprobs_BV.gather(-1, next_B[:, None])[:, 0]
+    for row, token, logprob in zip(rows, next_B.tolist(), chosen_B.tolist(), strict=True):
+        row.append(token, logprob)
+    return next_B
+
+
+def _truncate(logits_BV: torch.Tensor, params_B: list[SamplingParams]) -> torch.Tensor:
+    """Top-k, then top-p on what is left: the tokens outside get probability 0."""
+    if all(params.top_k <= 0 and params.top_p >= 1 for params in params_B):
+        return logits_BV
+    vocabulary = logits_BV.shape[-1]
+    top_k_B = torch.tensor([params.top_k if params.top_k > 0 else vocabulary for params in params_B], device=logits_BV.device)
+    top_p_B = torch.tensor([params.top_p for params in params_B], device=logits_BV.device)
+    sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
+    sorted_BV = sorted_BV.masked_fill(torch.arange(vocabulary, device=logits_BV.device) >= top_k_B[:, None], -torch.inf)
+    probs_BV = sorted_BV.softmax(-1)
+    before_BV = probs_BV.cumsum(-1) - probs_BV  # probability of everything more likely
+    sorted_BV = sorted_BV.masked_fill((before_BV >= top_p_B[:, None]) & (top_p_B < 1)[:, None], -torch.inf)
+    return torch.empty_like(logits_BV).scatter_(-1, order_BV, sorted_BV)

@@ -1,0 +1,400 @@
+"""The model, its optimizer and the passes over it. Synchronous; training_client.py puts it behind futures.
+
+Weights and optimizer state are fp32; on CUDA the passes run under bf16 autocast. Dropout is off everywhere: the logprobs that RL compares
+must be those of one distribution.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from posttrain.backend.batching import MicroBatch, Positions, micro_batches
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.data_checks import check_data, resolve_loss
+from posttrain.backend.device_lock import computing
+from posttrain.backend.errors import ConfigError, DataError, ModelError, NonFiniteError
+from posttrain.backend.logprobs import fp32_logits, target_logprobs
+from posttrain.backend.loss_terms import KeptForward, LossTerm, RunningTerm
+from posttrain.backend.losses import LossFn
+from posttrain.backend.memory import check_fits
+from posttrain.backend.merged_lora import compute_merged
+from posttrain.backend.models import attends_to_all, context_length, embedding_rows, load_model, logit_transform, model_config
+from posttrain.backend.random_state import drawn_from
+from posttrain.backend.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoraConfig,
+    ModelInput,
+    OptimStepResponse,
+    TensorData,
+)
+
+CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
+
+# The linear layers that get an adapter: ends of their names in Llama and its relatives; GPT-2; Pythia; Qwen 3.5; LFM 2.
+ATTENTION_LAYERS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    *("c_attn", "attn.c_proj"),
+    *("query_key_value", "attention.dense"),
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "linear_attn.out_proj"),
+    *("self_attn.out_proj", "conv.in_proj", "conv.out_proj"),
+)
+MLP_LAYERS = (
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
+    *("c_fc", "mlp.c_proj"),
+    *("dense_h_to_4h", "dense_4h_to_h"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
+DEFAULT_LORA_ALPHA = 32.0
+
+# Above rounding, below what a wrong mask or position does: mean |logprob difference| of random tokens.
+MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
+
+
+class Trainer:
+    output_name = "logprobs"  # what `run` returns for every token
+    scalar_head: nn.Parameter | None = None  # (1, H) where a ScalarTrainer has one in the place of the vocabulary's head
+
+    def __init__(self, model_name: str, config: BackendConfig, seed: int = 0, lora: LoraConfig | None = None):
+        self.model_name, self.config, self.seed, self.lora = model_name, config, seed, lora
+        self.device = training_device()
+        self.compute_dtype = compute_dtype(self.device, config)
+        self.max_length = context_length(model_name, config.max_length)
+        if lora:
+            _check_rank(model_name, lora)
+        if self.device.type == "cuda":
+            check_fits(model_name, model_config(model_name), lora is not None, torch.cuda.mem_get_info(self.device)[0])
+        hf_model = load_model(model_name, seed, self.device, torch.float32)
+        self.hf_config = hf_model.config
+        self.vocabulary = embedding_rows(hf_model)
+        self.model: PreTrainedModel | PeftModel = _add_lora(hf_model, model_name, lora, seed) if lora else hf_model
+        self.base: PreTrainedModel = hf_model
+        if lora and self.compute_dtype != torch.float32:
+            compute_merged(self.model, self.compute_dtype)
+        _switch_off_dropout(self.model)
+        if config.gradient_checkpointing:
+            hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            hf_model.enable_input_require_grads()  # the frozen embedding of a LoRA run would cut the recomputed graph
+            self.model.train()
+        self.named_trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
+        self.kept: KeptForward | None = None  # a forward that waits for its backward; whoever changes the weights drops it
+        # Rows are padded behind their ends, where nothing looks: GPT-2 need not warn of it.
+        setattr(self.base.get_decoder(), "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
+        self.transform = logit_transform(self.hf_config)
+        self.shares_prefixes = attends_to_all(self.hf_config, self.max_length)
+        self._check_head()
+        self._check_rows()
+
+    # --- passes -----------------------------------------------------------------------------------------------------------------
+
+    def run(
+        self, data_D: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None, backward: bool = True
+    ) -> ForwardBackwardOutput:
+        """Logprobs and loss of every Datum; with `backward`, gradients are added to those already there.
+
+        A loss that is not finite raises NonFiniteError and leaves no gradient behind.
+        """
+        return self.run_terms([LossTerm(data_D, loss_fn, loss_fn_config)], backward)[0]
+
+    @computing()
+    def run_terms(self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False) -> list[ForwardBackwardOutput]:
+        """Several losses in the same passes, an output for each. NonFiniteError counts the data of all terms through.
+
+        With `keep` and without `backward`, a forward that fits one micro-batch is kept, and the next backward of (some of) the same data
+        under the same weights begins there. This saves a forward pass and changes nothing else.
+        """
+        running: list[RunningTerm] = []
+        data_D: list[Datum] = []
+        for term in terms:
+            loss = resolve_loss(term.loss_fn, term.loss_fn_config)
+            check_data(term.data_D, loss.required, self.vocabulary, self.max_length, first=len(data_D))
+            running.append(RunningTerm(term, loss, first=len(data_D)))
+            data_D += term.data_D
+        if len({datum.loss_fn_inputs["target_tokens"].array.shape[1:] for datum in data_D}) > 1:
+            raise DataError("data with different numbers of targets per token: run them in passes of their own")
+        needed_D = [backward and need for term in running for need in term.needs_backward()]
+        for batch, p_NK, others_NK, differentiate in self._forward(data_D, needed_D, backward, keep):
+            with torch.set_grad_enabled(differentiate):
+                losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
+                if differentiate and losses:
+                    torch.stack(losses).sum().backward()
+            for term in running:
+                term.keep_others(batch, others_NK)
+        if bad := [d for term in running for d in term.not_finite()]:
+            self.zero_grad()
+            raise NonFiniteError(f"the loss of data {bad[:10]} is not finite; no gradient was kept", bad)
+        return [term.output(self.output_name) for term in running]
+
+    def _forward(
+        self, data_D: Sequence[Datum], needed_D: Sequence[bool], backward: bool, keep: bool
+    ) -> Iterator[tuple[MicroBatch, torch.Tensor, torch.Tensor, bool]]:
+        """Micro-batches, the logprobs of their positions with and without loss, and whether the first are to be differentiated."""
+        if backward:
+            kept, self.kept = self.kept, None
+            if kept and (part := kept.of(data_D)):
+                yield *part, True
+                return
+            del kept
+        for wanted in (True, False):
+            chosen = [d for d, need in enumerate(needed_D) if need is wanted]
+            batches = self._micro_batches(data_D, chosen)
+            keep_this = (
+                keep and not backward and len(batches) == 1
+            )  # of more, more activations would be alive than were asked for
+            for batch in batches:
+                with torch.set_grad_enabled(wanted or keep_this):
+                    p_NK, others_NK = self._logprobs(batch)
+                others_NK = others_NK.detach()
+                if keep_this:
+                    self.kept = KeptForward(data_D, batch, p_NK, others_NK)
+                yield batch, p_NK, others_NK, wanted
+
+    @computing()
+    def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
+        """`fn(data, logprobs_D)` gets the differentiable logprobs of all positions at once: one forward, one backward.
+
+        Data that need several micro-batches are passed through a second time, with the gradient that `fn` gave their logprobs, so that
+        only one micro-batch's activations are alive at a time. The gradients are the same.
+        """
+        check_data(data_D, (), self.vocabulary, self.max_length)
+        batches = self._micro_batches(data_D, range(len(data_D)))
+        with torch.set_grad_enabled(len(batches) == 1):
+            parts = [p_NK for batch in batches for p_NK in self._logprobs(batch)]
+        if len(batches) > 1:
+            for p_NK in parts:
+                p_NK.requires_grad_()
+        logprobs_D = _split_by_datum(data_D, [positions for batch in batches for positions in (batch.loss, batch.others)], parts)
+        loss, metrics = fn(list(data_D), logprobs_D)
+        if not torch.isfinite(loss):
+            self.zero_grad()
+            raise NonFiniteError("the custom loss is not finite; no gradient was kept")
+        if not loss.requires_grad:
+            raise DataError(f"the custom loss returned {loss.item()}, which does not depend on the logprobs: was it detached?")
+        loss.backward()
+        if len(batches) > 1:
+            for batch, *cut in zip(batches, parts[::2], parts[1::2], strict=True):
+                torch.autograd.backward(self._logprobs(batch), [p_NK.grad for p_NK in cut])
+        outputs = [{self.output_name: TensorData.from_torch(logprobs)} for logprobs in logprobs_D]
+        return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
+
+    def _micro_batches(self, data_D: Sequence[Datum], chosen: Sequence[int]) -> list[MicroBatch]:
+        return micro_batches(data_D, chosen, self.config.micro_batch_tokens, self.device, self.shares_prefixes)
+
+    def _hidden(self, batch: MicroBatch) -> torch.Tensor:
+        """(BT, H) last hidden states."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            hidden_BTH = self.base.get_decoder()(
+                input_ids=batch.tokens_BT, attention_mask=batch.mask_B1TT, position_ids=batch.positions_BT, use_cache=False
+            ).last_hidden_state
+        return hidden_BTH.flatten(0, 1)
+
+    def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, K) logprobs of the positions that carry loss, and of the others, under the temperature each token was sampled at."""
+        hidden_RH, head_VH = self._hidden(batch), self._head()
+        loss_NK, others_NK = (
+            target_logprobs(
+                hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype),
+                head_VH,
+                at.targets_NK,
+                at.temperature_N,
+                self.transform,
+            )
+            for at in (batch.loss, batch.others)
+        )
+        return loss_NK, others_NK
+
+    def _head(self) -> torch.Tensor:
+        """The (V, H) output matrix, with its adapter applied where it has one."""
+        head: Any = self.base.get_output_embeddings()
+        return head.base_layer.weight + head.get_delta_weight("default") if hasattr(head, "lora_A") else head.weight
+
+    # --- checks of the architecture, when a model is opened -----------------------------------------------------------------------
+
+    @computing()
+    @torch.no_grad()
+    def row_gap(self, data_D: Sequence[Datum], share: bool) -> float:
+        """Mean |logprob in one micro-batch of all data - logprob alone| over all positions. `share`: behind shared prefixes."""
+        together = self._told(data_D, micro_batches(data_D, range(len(data_D)), 2**62, self.device, share))
+        alone = [self._told([datum], micro_batches([datum], [0], 2**62, self.device, False)) for datum in data_D]
+        return float((together - torch.cat(alone)).abs().mean())
+
+    def _told(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Logprobs of all positions of all data, flat."""
+        positions = [positions for batch in batches for positions in (batch.loss, batch.others)]
+        parts = [p_NK for batch in batches for p_NK in Trainer._logprobs(self, batch)]
+        return torch.cat([p.flatten() for p in _split_by_datum(data_D, positions, parts)])
+
+    def _check_rows(self) -> None:
+        """Rows of several sequences, or with padding, must give each its own logprobs. Where only sharing does not, nothing is shared."""
+        data_D, limit = row_check_data(self.vocabulary, self.max_length), MOST_ROW_GAP[self.compute_dtype]
+        if (gap := self.row_gap(data_D, share=False)) > limit:
+            raise ModelError(
+                f"{self.model_name!r} cannot be trained in batches: a sequence's logprobs differ by {gap:.2g} on average "
+                "when a longer one is beside it"
+            )
+        self.shares_prefixes = self.shares_prefixes and self.row_gap(data_D, share=True) <= limit
+
+    @computing()
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """What `logit_transform` does not know between the last hidden state and the logits would make every logprob silently wrong.
+
+        Once with the model's own hidden states, which a random model has small, and once with some large enough for any softcap.
+        """
+        head: Any = self.base.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise ModelError(f"{self.model_name!r} has a bias in its output layer, which the chunked logprobs do not add")
+        tokens, found = self.vocabulary - 1 - torch.arange(8, device=self.device)[None], []
+        head_VH = self._head()
+        large_BTH = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, head_VH.shape[1]))).to(head_VH)
+        large_BTH *= LARGE_LOGITS / fp32_logits(large_BTH[0], head_VH).std()
+        for replaced_BTH in (None, large_BTH):
+
+            def replace(module: Any, args: Any, output: Any, replaced_BTH: torch.Tensor | None = replaced_BTH) -> Any:
+                if replaced_BTH is not None:
+                    output.last_hidden_state = replaced_BTH
+                found.append(output.last_hidden_state)
+                return output
+
+            hook = self.base.get_decoder().register_forward_hook(replace)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+                logits_TV = self.base(input_ids=tokens).logits[0].float()
+                expected = logits_TV.log_softmax(-1).gather(-1, tokens.T)
+            hook.remove()
+            hidden_TH = found.pop()[0].to(self.compute_dtype)
+            gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=self.transform) - expected).abs().max()
+            # On CUDA the chunked logits are fp32, and the model's own rounded to bf16: by up to 1/256 of the largest.
+            if gap > (1e-3 if self.compute_dtype == torch.float32 else 0.3 + float(logits_TV.abs().max()) / 64):
+                unknown = "computes its logits in a way the chunked logprobs do not know (a scale or a softcap of its own)"
+                raise ModelError(f"{self.model_name!r} {unknown}")
+
+    # --- optimizer --------------------------------------------------------------------------------------------------------------
+
+    @computing()
+    def optim_step(self, adam: AdamParams) -> OptimStepResponse:
+        """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is not finite raises; nothing moves."""
+        for p in self.named_trainable.values():
+            if p.grad is None:  # AdamW would skip it, and then its moments would depend on which data came first
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in self.named_trainable.values() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(grads)
+        if not torch.isfinite(grad_norm):
+            self.zero_grad()
+            raise NonFiniteError("the gradient is not finite; the step was not applied")
+        if adam.grad_clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.named_trainable.values(), adam.grad_clip_norm, grad_norm)
+        for group in self.optimizer.param_groups:
+            group.update(lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
+        self.kept = None  # autograd would not notice that fused AdamW changes the weights it goes back through
+        self.optimizer.step()
+        self.zero_grad()
+        return OptimStepResponse({"grad_norm": float(grad_norm)})
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # --- weights out ------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sampler_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors as in a checkpoint, adapters merged, in the sampler's dtype, made one at a time.
+
+        From state_dict, not named_parameters: a tied lm_head must be there too, since vLLM on a CPU packs its own copy of it.
+        """
+        adapted: dict[str, Any] = {name: module for name, module in self.base.named_modules() if hasattr(module, "lora_A")}
+        for name, tensor in self.base.state_dict().items():
+            if ".lora_" in name:
+                continue
+            module = adapted.get(name.rsplit(".base_layer.", 1)[0]) if name.endswith(".base_layer.weight") else None
+            if module is not None:
+                tensor = tensor + module.get_delta_weight("default")
+            yield name.replace(".base_layer.", "."), tensor.to(self.compute_dtype)
+
+    def info(self) -> GetInfoResponse:
+        parameters, trainable = (
+            sum(p.numel() for p in self.model.parameters()),
+            sum(p.numel() for p in self.named_trainable.values()),
+        )
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        rank = self.lora.rank if self.lora else 0
+        return GetInfoResponse(self.model_name, rank, parameters, trainable, self.max_length, str(self.device), dtype)
+
+
+def _check_rank(model_name: str, lora: LoraConfig) -> None:
+    """Before any weight is made: an adapter of a higher rank than the hidden state has more weights than what it adapts."""
+    hidden = int(getattr(model_config(model_name).get_text_config(), "hidden_size", 2**31))
+    if lora.rank > hidden:
+        raise ConfigError(
+            f"lora_rank={lora.rank} is more than the hidden size of {model_name!r}, {hidden}: it would have more weights "
+            "than it adapts; choose 8 to 64, or lora_rank=0 to train all weights"
+        )
+
+
+def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:
+    """Three sequences that begin alike and a longer one that does not, of random tokens."""
+    rng, prompt, answer = np.random.default_rng(0), max(1, min(24, max_length // 2)), max(1, min(8, max_length // 4))
+    shared = rng.integers(vocabulary, size=prompt)
+    rows = [np.append(shared, rng.integers(vocabulary, size=answer)) for _ in range(3)]
+    rows.append(rng.integers(vocabulary, size=min(40, max_length)))
+    return [Datum(ModelInput.from_ints(row.tolist()), {"target_tokens": np.roll(row, -1)}) for row in rows]
+
+
+def _add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
+    suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
+    targets = [name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)]
+    if lora.train_unembed:
+        if hf_model.config.tie_word_embeddings:
+            raise ModelError("train_unembed: this model's lm_head is its embedding, and vLLM would ignore an adapter on it")
+        targets.append("lm_head")
+    experts = any(".experts." in name for name, _ in hf_model.named_parameters())
+    if not targets:
+        where = "outside its experts, which get no adapter" if experts else "that LoRA is put on"
+        raise ModelError(f"{hf_model.config.model_type} has none of the layers asked for {where}: train all weights instead")
+    if lora.train_mlp and experts:
+        print(
+            f"LoRA on {model_name}: its attention, and layers all tokens share; experts and their router stay as they are",
+            flush=True,
+        )
+    alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
+    conv1d = hf_model.config.model_type == "gpt2"
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        lora_dropout=0.0,
+        fan_in_fan_out=conv1d,
+        task_type="CAUSAL_LM",
+    )
+    with drawn_from(seed if lora.seed is None else lora.seed):
+        model = get_peft_model(hf_model, config)
+    model.peft_config["default"].base_model_name_or_path = model_name
+    return model  # type: ignore[return-value]
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _split_by_datum(data_D: Sequence[Datum], positions: Sequence[Positions], parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Differentiable: the (N, K) parts, for those positions, back to one tensor per Datum, (T,) or (T, K) as its targets are."""
+    lengths = [datum.model_input.length for datum in data_D]
+    offsets_D = np.cumsum([0, *lengths])
+    index_N = np.concatenate([offsets_D[at.datum_N] + at.position_N for at in positions])
+    p_NK = torch.cat(list(parts))
+    flat = p_NK.new_zeros(sum(lengths), p_NK.shape[1]).index_copy(0, torch.from_numpy(index_N).to(p_NK.device), p_NK)
+    one_target = data_D[0].loss_fn_inputs["target_tokens"].array.ndim == 1
+    return list((flat[:, 0] if one_target else flat).split(lengths))

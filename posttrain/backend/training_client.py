@@ -1,0 +1,300 @@
+"""TrainingClient: the trainer behind futures, in Tinker's names.
+
+Every call is carried out on one thread in submission order, so a loop can submit forward_backward and optim_step back to back and roll out
+meanwhile. Each method has an `_async` twin; awaiting the twin means accepted in order, awaiting what it returns means done.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from posttrain.backend import checkpoints
+from posttrain.backend.atomic_folder import atomic_folder
+from posttrain.backend.data_checks import check_finite
+from posttrain.backend.engine import EngineThread
+from posttrain.backend.errors import ConfigError, CookbookError, ModelError, PassCancelledError
+from posttrain.backend.futures import APIFuture, InOrder, Ready, accepted
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.losses import LossFn
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.sdk_keywords import ignore
+from posttrain.backend.trainer import CustomLoss, Trainer
+from posttrain.backend.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoadWeightsResponse,
+    OptimStepResponse,
+    SaveWeightsResponse,
+)
+
+if TYPE_CHECKING:
+    from posttrain.backend.service_client import ServiceClient
+
+T = TypeVar("T")
+SAMPLER_FOLDER = Path("sampler_weights")
+
+
+class TrainingClient(Ready):
+    def __init__(self, service: "ServiceClient", trainer: Trainer, tokenizer: PreTrainedTokenizerBase):
+        self._service, self._trainer, self._tokenizer = service, trainer, tokenizer
+        self._thread = InOrder("training")
+        self._engine: EngineThread | None = None
+        self._weights_version = 0  # counts changes of the trainer's weights
+        self._exported: dict[str, int] = {}  # sampler folders written, with the weights version they hold
+        self._failed: BaseException | None = None
+
+    # --- training ---------------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Loss and logprobs, no gradient."""
+        return self._thread.submit(self._trainer.run, data, loss_fn, loss_fn_config, backward=False)
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Adds the gradient of the summed loss to what has accumulated since the last optim_step."""
+        return self._submit_pass(self._trainer.run, data, loss_fn, loss_fn_config)
+
+    def forward_terms(self, terms: Sequence[LossTerm], keep: bool = False) -> APIFuture[list[ForwardBackwardOutput]]:
+        """As `forward`, several losses in one pass. `keep`: the next forward_backward of these data need not go forward again."""
+        return self._thread.submit(self._trainer.run_terms, terms, backward=False, keep=keep)
+
+    def forward_backward_terms(self, terms: Sequence[LossTerm]) -> APIFuture[list[ForwardBackwardOutput]]:
+        """As `forward_backward`, several losses in one pass."""
+        return self._submit_pass(self._trainer.run_terms, terms)
+
+    def forward_backward_custom(
+        self, data: Sequence[Datum], loss_fn: CustomLoss, *, loss_type_input: Literal["logprobs"] | None = None
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """`loss_fn(data, logprobs_D) -> (loss, metrics)`, differentiated through in one pass."""
+        if loss_type_input not in (None, "logprobs"):
+            raise ConfigError(f"loss_type_input={loss_type_input!r}: a custom loss is given logprobs")
+        return self._submit_pass(self._trainer.run_custom, data, loss_fn)
+
+    def optim_step(
+        self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
+    ) -> APIFuture[OptimStepResponse]:
+        """One AdamW step on the accumulated gradient, which is then dropped.
+
+        After a forward_backward that failed or was cancelled, it raises that failure (PassCancelledError), drops the gradient and changes
+        nothing. If it is cancelled itself, the gradient is dropped too.
+        """
+        params = adam_params if optim_params is None else optim_params
+        if not isinstance(params, AdamParams) or None not in (optim_params, adam_params):
+            raise ConfigError(f"optim_step takes one AdamParams, not optim_params={optim_params}, adam_params={adam_params}")
+        return self._thread.submit(self._optim_step, params, if_cancelled=self._drop_gradient)
+
+    def _submit_pass(self, run: Callable[..., T], *args: Any) -> APIFuture[T]:
+        return self._thread.submit(self._pass, run, *args, if_cancelled=self._pass_cancelled)
+
+    def _pass(self, run: Callable[..., T], *args: Any) -> T:
+        try:
+            return run(*args)
+        except BaseException as error:
+            self._pass_failed(error)
+            raise
+
+    def _pass_failed(self, error: BaseException) -> None:
+        """What the gradient lacks, or has by half, no step follows."""
+        self._failed = self._failed or error
+        self._trainer.zero_grad()
+
+    def _pass_cancelled(self) -> None:
+        self._pass_failed(PassCancelledError("a forward_backward of this step was cancelled before its turn: no step was taken"))
+
+    def _drop_gradient(self) -> None:
+        self._failed = None
+        self._trainer.zero_grad()
+
+    def _optim_step(self, adam_params: AdamParams) -> OptimStepResponse:
+        try:
+            if self._failed is not None:
+                raise self._failed
+            with self._changing_weights():
+                return self._trainer.optim_step(adam_params)
+        finally:
+            self._drop_gradient()
+
+    @contextmanager
+    def _changing_weights(self) -> Iterator[None]:
+        """The next sync is not skipped, unless an error of this project says that nothing has moved."""
+        try:
+            yield
+        except CookbookError:
+            raise
+        except BaseException:
+            self._weights_version += 1
+            raise
+        self._weights_version += 1
+
+    # --- weights ----------------------------------------------------------------------------------------------------------------
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+        *,
+        extra: dict[str, Any] | None = None,
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Weights and optimizer, with `extra` (JSON) for the loop; atomic. One of the same name is always replaced.
+
+        NonFiniteError if a weight or a state of the optimizer is NaN or infinite.
+        """
+        ignore(ttl_seconds=ttl_seconds, overwrite=overwrite, user_metadata=user_metadata)
+        return self._thread.submit(self._save_state, self._service.checkpoint_path(name), extra or {})
+
+    def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
+        """Weights only; the optimizer starts afresh, and a gradient that had accumulated is dropped."""
+        ignore(weights_access_token=weights_access_token)
+        return self._thread.submit(self._load_state, path, False)
+
+    def load_state_with_optimizer(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
+        ignore(weights_access_token=weights_access_token)
+        return self._thread.submit(self._load_state, path, True)
+
+    def save_weights_for_sampler(
+        self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
+    ) -> APIFuture[SaveWeightsResponse]:
+        """A Hugging Face folder (or peft adapter) in the sampler's dtype. NonFiniteError as in `save_state`.
+
+        It lies in the folder sampler_weights: a state saved under the same name is another checkpoint, as in the SDK.
+        """
+        ignore(ttl_seconds=ttl_seconds, user_metadata=user_metadata)
+        return self._thread.submit(self._save_for_sampler, self._service.checkpoint_path(str(SAMPLER_FOLDER / name)))
+
+    def save_weights_and_get_sampling_client(
+        self,
+        name: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
+        kind: Literal["snapshot", "inflight"] = "snapshot",
+        *,
+        follow: bool = False,
+    ) -> SamplingClient:
+        """Syncs the weights into the sampler in memory. Snapshots taken earlier become stale; `follow` makes a client that does not.
+
+        kind="inflight" is the SDK's name for `follow`. NonFiniteError if a weight is NaN or infinite.
+        """
+        return self._submit_sync(name, retry_config, record_stability_info, kind, follow).result()
+
+    async def save_weights_and_get_sampling_client_async(
+        self,
+        name: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
+        kind: Literal["snapshot", "inflight"] = "snapshot",
+        *,
+        follow: bool = False,
+    ) -> SamplingClient:
+        return await self._submit_sync(name, retry_config, record_stability_info, kind, follow)
+
+    def _submit_sync(
+        self, name: str | None, retry_config: object, record_stability_info: bool, kind: str, follow: bool
+    ) -> APIFuture[SamplingClient]:
+        ignore(name=name, retry_config=retry_config, record_stability_info=record_stability_info)
+        if kind not in ("snapshot", "inflight"):
+            raise ConfigError(f"kind={kind!r} is neither 'snapshot' nor 'inflight'")
+        return self._thread.submit(self._sync, follow or kind == "inflight")
+
+    def create_sampling_client(
+        self, model_path: str, retry_config: object = None, record_stability_info: bool = False
+    ) -> SamplingClient:
+        """The live sampler if the folder holds the present weights, else an engine of its own."""
+        ignore(retry_config=retry_config, record_stability_info=record_stability_info)
+        return self._thread.submit(self._create_sampling_client, model_path).result()
+
+    async def create_sampling_client_async(
+        self, model_path: str, retry_config: object = None, record_stability_info: bool = False
+    ) -> SamplingClient:
+        ignore(retry_config=retry_config, record_stability_info=record_stability_info)
+        return await self._thread.submit(self._create_sampling_client, model_path)
+
+    def _create_sampling_client(self, model_path: str) -> SamplingClient:
+        if self._exported.get(model_path) == self._weights_version:
+            return self._sync(follow=False)
+        return self._service.create_sampling_client(model_path=model_path)
+
+    def _save_state(self, path: Path, extra: dict[str, Any]) -> SaveWeightsResponse:
+        check_finite(self._trainer.named_trainable, self._trainer.optimizer)
+        checkpoints.save_state(self._trainer, self._tokenizer, path, extra)
+        return SaveWeightsResponse(str(path))
+
+    def _load_state(self, path: str, with_optimizer: bool) -> LoadWeightsResponse:
+        with self._changing_weights():
+            checkpoints.load_state(self._trainer, Path(path).expanduser(), with_optimizer)
+            self._drop_gradient()  # it was another model's
+        return LoadWeightsResponse(path)
+
+    def _save_for_sampler(self, path: Path) -> SaveWeightsResponse:
+        self._check_can_sample()
+        check_finite(self._trainer.named_trainable, self._trainer.optimizer)
+        with atomic_folder(path) as folder:
+            checkpoints.save_policy(self._trainer, self._tokenizer, folder, self._trainer.compute_dtype)
+        self._exported[str(path)] = self._weights_version
+        return SaveWeightsResponse(str(path))
+
+    def _check_can_sample(self) -> None:
+        if self._trainer.scalar_head is not None:
+            raise ModelError(
+                "a scalar model has no vocabulary to sample from: keep its checkpoints by save_state, read its scalars by forward"
+            )
+
+    def _sync(self, follow: bool) -> SamplingClient:
+        self._check_can_sample()
+        if self._engine is None:
+            self._engine = self._service.open_engine(self._trainer.hf_config, self._tokenizer, self._trainer.max_length)
+            self._let_go = self._engine.hold(self)
+        if self._engine.version != self._weights_version:
+            check_finite(self._trainer.named_trainable, self._trainer.optimizer)
+            self._engine.sync(self._trainer.sampler_weights, self._weights_version)
+        return SamplingClient(
+            self._engine, self._tokenizer, self._trainer.max_length, self._trainer.vocabulary, follow, self._trainer.model_name
+        )
+
+    # --- the rest ---------------------------------------------------------------------------------------------------------------
+
+    def get_info(self) -> GetInfoResponse:
+        return self._trainer.info()
+
+    def checkpoint_bytes(self) -> int:
+        """About what one save_state takes on the disk."""
+        return checkpoints.checkpoint_bytes(self._trainer)
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._tokenizer
+
+    def close(self) -> None:
+        """Ends the training thread, and the engine if no sampling client holds it. Queued calls fail with ClosedError."""
+        self._thread.close()
+        if self._engine is not None:
+            self._let_go()
+            self._engine.close_if_unheld()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- twins ------------------------------------------------------------------------------------------------------------------
+
+    forward_async = accepted(forward)
+    forward_backward_async = accepted(forward_backward)
+    forward_terms_async = accepted(forward_terms)
+    forward_backward_terms_async = accepted(forward_backward_terms)
+    forward_backward_custom_async = accepted(forward_backward_custom)
+    optim_step_async = accepted(optim_step)
+    save_state_async = accepted(save_state)
+    load_state_async = accepted(load_state)
+    load_state_with_optimizer_async = accepted(load_state_with_optimizer)
+    save_weights_for_sampler_async = accepted(save_weights_for_sampler)
+    get_info_async = accepted(get_info)

@@ -1,0 +1,251 @@
+"""The data that crosses the backend's border, with the names and shapes of the Tinker SDK (specs: tinker_semantics 3.2).
+
+Left out: image chunks, sparse tensors. Everything here is tokens and numbers; nothing knows of chat, environments or rewards.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from posttrain.backend.ranges import (
+    COUNT,
+    DECAY,
+    LARGEST_COUNT,
+    LEARNING_RATE,
+    NON_NEGATIVE,
+    POSITIVE,
+    POSITIVE_SHARE,
+    SEED,
+    TEMPERATURE,
+    Range,
+    check_ranges,
+)
+from posttrain.backend.types.tensor_data import TensorData as TensorData
+from posttrain.backend.types.tensor_data import TensorDtype as TensorDtype
+
+StopReason = Literal["stop", "length"]
+SAMPLING_SEED = Range(0, 2**63, whole=True)
+TOP_K = Range(-1, LARGEST_COUNT, whole=True)
+LossFnType = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "reinforce"]
+
+
+@dataclass(frozen=True)
+class EncodedTextChunk:
+    tokens: Sequence[int]
+    type: Literal["encoded_text"] = "encoded_text"
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+ModelInputChunk = EncodedTextChunk  # the only kind: no images, no audio
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A token sequence in chunks. Immutable: `append` and `append_int` return a new one."""
+
+    chunks: list[EncodedTextChunk] = field(default_factory=list)
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int]) -> "ModelInput":
+        return cls([EncodedTextChunk(list(tokens))])
+
+    @classmethod
+    def empty(cls) -> "ModelInput":
+        return cls([])
+
+    def to_ints(self) -> list[int]:
+        return [*chain.from_iterable(chunk.tokens for chunk in self.chunks)]
+
+    @property
+    def length(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    def append(self, chunk: EncodedTextChunk) -> "ModelInput":
+        return ModelInput([*self.chunks, chunk])
+
+    def append_int(self, token: int) -> "ModelInput":
+        return self.append(EncodedTextChunk([token]))
+
+
+@dataclass(init=False)
+class Datum:
+    """One training sequence. `loss_fn_inputs` hold arrays with one entry per token of `model_input` (losses.py says which).
+
+    Values may be given as TensorData, torch tensors, numpy arrays or lists.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData]
+
+    def __init__(self, model_input: ModelInput, loss_fn_inputs: Mapping[str, Any]):
+        self.model_input = model_input
+        self.loss_fn_inputs = {key: _as_tensor_data(value) for key, value in loss_fn_inputs.items()}
+
+
+def _as_tensor_data(value: Any) -> TensorData:
+    if isinstance(value, TensorData):
+        return value
+    return TensorData.from_torch(value) if isinstance(value, torch.Tensor) else TensorData(value)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. `stop`: None stops at the tokenizer's EOS; strings or token ids stop there and at EOS; [] never stops.
+
+    `top_k` -1 or 0 means all tokens. RangeError for a number that no sampler takes.
+    """
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | Sequence[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, max_tokens=COUNT, seed=SAMPLING_SEED, temperature=TEMPERATURE, top_k=TOP_K, top_p=POSITIVE_SHARE)
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """AdamW with Tinker's defaults. `grad_clip_norm` 0 means no clipping. RangeError for a number it cannot step with."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, learning_rate=LEARNING_RATE, beta1=DECAY, beta2=DECAY, eps=POSITIVE)
+        check_ranges(self, weight_decay=NON_NEGATIVE, grad_clip_norm=NON_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """`alpha` None means 32, Tinker's constant: the update is scaled by alpha / rank. RangeError for a rank below 1."""
+
+    rank: int = 32
+    seed: int | None = None
+    alpha: float | None = None
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self, rank=COUNT, seed=SEED, alpha=POSITIVE)
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """What was sampled, with the logprob each token had under the distribution it was drawn from (tempered and truncated).
+
+    The stop token, or the tokens that completed a stop string, are included.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: StopReason
+
+    @property
+    def tokens_np(self) -> np.ndarray:
+        """(T,) int32"""
+        return np.array(self.tokens, dtype=np.int32)
+
+    @property
+    def logprobs_np(self) -> np.ndarray:
+        """(T,) float32"""
+        return np.array(self.logprobs, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class SampleResponse:
+    """`prompt_logprobs[t]` is log p(token t | tokens before t) at temperature 1; element 0 is None."""
+
+    sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None
+    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+
+    @property
+    def prompt_logprobs_np(self) -> np.ndarray | None:
+        """(T,) float32, NaN where there is no logprob"""
+        return None if self.prompt_logprobs is None else np.array(self.prompt_logprobs, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """`loss_fn_outputs[d]["logprobs"]` has one entry per token of datum d; positions with no weight and mask 0 hold 0.0."""
+
+    loss_fn_outputs: list[dict[str, TensorData]]
+    metrics: dict[str, float]
+    loss_fn_output_type: str = "ArrayRecord"
+
+
+@dataclass(frozen=True)
+class OptimStepResponse:
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SaveWeightsResponse:
+    path: str
+
+
+@dataclass(frozen=True)
+class LoadWeightsResponse:
+    path: str
+
+
+@dataclass(frozen=True)
+class ModelData:
+    model_name: str
+
+
+@dataclass(frozen=True)
+class GetInfoResponse:
+    """`lora_rank` 0 means that all weights are trained."""
+
+    model_name: str
+    lora_rank: int
+    num_parameters: int
+    num_trainable_parameters: int
+    max_length: int
+    device: str
+    dtype: str
+
+    @property
+    def is_lora(self) -> bool:
+        return self.lora_rank > 0
+
+    @property
+    def model_id(self) -> str:
+        return self.model_name
+
+    @property
+    def model_data(self) -> ModelData:
+        return ModelData(self.model_name)
+
+
+@dataclass(frozen=True)
+class SupportedModel:
+    model_name: str
+    max_context_length: int | None = None
+    trainable: bool = True
+    sampleable: bool = True
+
+
+@dataclass(frozen=True)
+class GetServerCapabilitiesResponse:
+    """`supported_models` are the presets; any model of the Hugging Face hub, or in a local folder, can be named too."""
+
+    supported_models: list[SupportedModel]
+    device: str
+    vllm: bool

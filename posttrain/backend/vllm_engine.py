@@ -1,0 +1,257 @@
+"""vLLM inside this process: LLMEngine driven step by step, weights handed over in memory.
+
+The engine starts from the model's config with dummy weights and gets the real ones by a sync, so that one path serves presets, hub models,
+checkpoints and merged adapters. specs/vllm.md has the measurements behind each choice below.
+"""
+
+import gc
+import logging
+import os
+import secrets
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from posttrain.backend.config import BackendConfig, compute_dtype
+from posttrain.backend.device_lock import alone, computing
+from posttrain.backend.engine import Sampled, SequenceRequest, Weights
+from posttrain.backend.errors import CookbookError, ModelError
+from posttrain.backend.memory import kv_cache_bytes
+from posttrain.backend.random_state import OwnTorchGenerators, global_generators_kept
+from posttrain.backend.types import SampledSequence
+from posttrain.backend.vllm_refusals import USE_TORCH, computed_otherwise, refusal
+from posttrain.backend.vllm_weights import CheckpointForm, has_only_attention, pack_experts, parameters_left_out
+
+# vLLM keeps the batch that is being computed in a global variable: of several engines in the process, one may compute at a time.
+_one_engine = threading.Lock()
+_live_engines: set["VllmEngine"] = set()
+
+
+def vllm_is_installed() -> bool:
+    """Without importing it: that takes seconds."""
+    import importlib.util
+
+    return importlib.util.find_spec("vllm") is not None
+
+
+class VllmEngine:
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        config: BackendConfig,
+        device: torch.device,
+        reproducible: bool,
+    ):
+        _set_environment(device, reproducible)
+        from vllm.distributed.parallel_state import destroy_model_parallel
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        if device.type == "cpu" and (reason := computed_otherwise(hf_config, max_length)):
+            raise ModelError(f"vLLM cannot serve this model on a CPU: {reason}. {USE_TORCH}")
+        self._device, self._dtype = device, compute_dtype(device, config)
+        self._checkpoint_form = CheckpointForm(hf_config)
+        self._unfinished: dict[str, SequenceRequest] = {}
+        self._next_id = 0
+        with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as folder, alone(), global_generators_kept():
+            hf_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            args: dict[str, Any] = {
+                "model": folder,
+                "load_format": "dummy",
+                "dtype": str(self._dtype).removeprefix("torch."),
+                "kv_cache_memory_bytes": kv_cache_bytes(hf_config, max_length, config, device),
+                "max_model_len": max_length,
+                "max_num_seqs": config.max_num_seqs,
+                # The logprobs of the distribution that was sampled from: tempered, and cut by top-k and top-p.
+                "logprobs_mode": "processed_logprobs",
+                "max_logprobs": -1,
+                "enforce_eager": device.type == "cpu" if config.enforce_eager is None else config.enforce_eager,
+                "disable_log_stats": True,
+                "seed": 0 if reproducible else secrets.randbits(31),  # of the noise of requests that have no seed
+            }
+            if device.type == "cpu":
+                # A prompt read in two parts would make vLLM turn a seeded request's generator back, which it cannot on a CPU.
+                args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 8192)}
+                # Recurrent and convolution layers keep states at the ends of prefixes only where prompts are read in parts.
+                args |= {} if has_only_attention(hf_config) else {"enable_prefix_caching": False}
+            else:
+                args["gpu_memory_utilization"] = 0.01  # vLLM wants this much to be free; the KV cache's bytes are given
+            try:
+                vllm_config = EngineArgs(**args).create_engine_config()
+                if _live_engines and vllm_config.model_config.is_moe:
+                    destroy_model_parallel()  # vLLM makes it anew; what it made for another kind of model has no group for experts
+                with _transformers_classes_kept(self._checkpoint_form.model, vllm_config):
+                    self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+                (has_head,) = self._engine.apply_model(lambda model: hasattr(model, "lm_head"))
+                self._checkpoint_form.with_head = has_head or not hf_config.tie_word_embeddings
+                self._check_every_parameter(vllm_config)
+            except Exception as error:  # whatever vLLM meets in a model that it does not know
+                self._shut_down()
+                raise error if isinstance(error, CookbookError) else refusal(error, hf_config) from error
+            self._generators = OwnTorchGenerators(device.type == "cuda")
+            _live_engines.add(self)
+        # Where a request's noise is a function of its seed and position, a seed costs nothing; elsewhere it costs a launch per row.
+        self._seeded = reproducible or device.type == "cuda" and self._engine.vllm_config.use_v2_model_runner
+
+    def add(self, request: SequenceRequest) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params, stop = request.params, request.params.stop
+        stop_list = [stop] if isinstance(stop, str) else list(stop or [])
+        vllm_params = SamplingParams(
+            max_tokens=request.max_tokens,
+            seed=request.seed if self._seeded else None,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            stop=[s for s in stop_list if isinstance(s, str)],
+            stop_token_ids=[s for s in stop_list if isinstance(s, int)],
+            ignore_eos=stop is not None and not stop_list,
+            logprobs=0,
+            prompt_logprobs=request.topk_prompt,
+            skip_special_tokens=False,
+            detokenize=any(isinstance(s, str) for s in stop_list),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        request_id = str(self._next_id)
+        self._next_id += 1
+        self._engine.add_request(request_id, {"prompt_token_ids": request.prompt}, vllm_params)
+        self._unfinished[request_id] = request
+
+    def step(self) -> list[tuple[SequenceRequest, Sampled]]:
+        with _one_engine, computing(), self._generators:
+            outputs = self._engine.step()
+        return [(self._unfinished.pop(output.request_id), _sampled(output)) for output in outputs if output.finished]
+
+    def drop(self, requests: Sequence[SequenceRequest]) -> None:
+        dropped = set(requests)
+        ids = [request_id for request_id, request in self._unfinished.items() if request in dropped]
+        self._engine.abort_request(ids)
+        for request_id in ids:
+            del self._unfinished[request_id]
+
+    def _check_every_parameter(self, vllm_config: Any) -> None:
+        """vLLM's loaders leave out names that they do not know without a word: loads zeros, and counts."""
+        zeros = self._checkpoint_form(self._checkpoint_form.zeros(self._dtype, self._device))
+        names = self._engine.apply_model(lambda model: parameters_left_out(model, zeros, vllm_config))[0]
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ModelError(
+                f"vLLM cannot serve this model: it does not take {len(names)} of its own weights ({some}). {USE_TORCH}"
+            )
+
+    def load_weights(self, weights: Weights) -> None:
+        weights = self._checkpoint_form(weights)
+        with _one_engine, computing(), global_generators_kept(), _in_stream_order(self._device):
+            if self._device.type == "cpu":  # linears are packed when loaded: only the full reload path may touch them
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+                self._engine.apply_model(pack_experts)
+            else:
+                self._engine.apply_model(lambda model: _load_in_place(model, weights))
+        # Cached prefixes were computed by the old weights; sequences still running recompute theirs.
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
+
+    def close(self) -> None:
+        with alone():
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        """Also of an engine that did not come up."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        _live_engines.discard(self)
+        if hasattr(self, "_engine"):
+            # vLLM's shutdown takes down the parallel state that all engines of the process use: only the last one may.
+            cleanup = _no_cleanup if _live_engines else cleanup_dist_env_and_memory
+            with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", cleanup):
+                self._engine.engine_core.shutdown()
+            del self._engine
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _no_cleanup() -> None: ...
+
+
+def _load_in_place(model: Any, weights: Weights) -> None:
+    model.load_weights(iter(weights))
+
+
+def _set_environment(device: torch.device, reproducible: bool) -> None:
+    """Read by vLLM when it is imported. A user's own settings stand."""
+    warnings.filterwarnings("ignore", module=r"vllm\.")
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "doesn't include CPU backend": nor is it asked to
+    logging.getLogger("vllm.model_executor.models.registry").setLevel(
+        logging.CRITICAL
+    )  # its tracebacks become a refusal in one line
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must be in this process to take weights in memory
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # never used where logprobs are returned, and its import may fail
+    if device.type == "cuda" and reproducible:
+        # Without it a kernel's rounding depends on what is decoded beside a sequence.
+        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+
+
+@contextmanager
+def _transformers_classes_kept(model: Any, vllm_config: Any) -> Iterator[None]:
+    """Where vLLM has no class of its own for a model, it changes transformers' class for all its users, the trainer among them.
+
+    Only its compiled models need the change.
+    """
+    decoder = type(model.get_decoder())
+    before, bases = dict(vars(decoder)), decoder.__bases__
+    yield
+    changed = [name for name, value in vars(decoder).items() if name not in before or before[name] is not value]
+    if decoder.__bases__ == bases and not changed:
+        return
+    decoder.__bases__ = bases
+    for name in changed:
+        if name in before:
+            setattr(decoder, name, before[name])
+        else:
+            delattr(decoder, name)
+    if not vllm_config.model_config.enforce_eager:
+        raise ModelError(f"vLLM runs {decoder.__name__} through transformers: set backend.enforce_eager=true. Or {USE_TORCH}")
+
+
+@contextmanager
+def _in_stream_order(device: torch.device) -> Iterator[None]:
+    """vLLM's thread has a CUDA stream of its own: it reads what the trainer has written, and has read it when this ends."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+    yield
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+
+
+def _sampled(output: Any) -> Sampled:
+    completion = output.outputs[0]
+    reason = completion.finish_reason
+    if reason not in ("stop", "length"):  # aborted, an error inside vLLM, a repetition that it does not bear
+        return Sampled(SampledSequence([], [], "length"), failure=f"vLLM finished it with {reason!r}")
+    tokens = list(completion.token_ids)
+    logprobs: list[float] = [position[token].logprob for position, token in zip(completion.logprobs, tokens, strict=True)]
+    sequence = SampledSequence(tokens, logprobs, reason)
+    if output.prompt_logprobs is None:
+        return Sampled(sequence)
+    positions = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))
+    prompt = [None if entry is None else entry[token].logprob for token, entry in positions]
+    topk = [
+        None if entry is None else sorted(((t, e.logprob) for t, e in entry.items()), key=lambda x: -x[1])
+        for _, entry in positions
+    ]
+    return Sampled(sequence, prompt, topk)

@@ -1,0 +1,89 @@
+"""Weights on their way into a vLLM engine: under the names of a checkpoint, and every parameter of the engine accounted for.
+
+transformers holds some models in another form than their checkpoints have (the experts of a layer
+in one tensor), and vLLM reads checkpoints. What vLLM's loaders do not know they leave out without a
+word, and what they were not given keeps its dummy value.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
+
+from posttrain.backend.engine import Weights
+
+TIED_HEAD = "lm_head.weight"
+
+
+class CheckpointForm:
+    """Turns a model's own tensors into those of its checkpoints."""
+
+    def __init__(self, hf_config: PretrainedConfig):
+        with torch.device("meta"):
+            self.model: Any = AutoModelForCausalLM.from_config(hf_config)
+        self._is_converted = bool(get_model_conversion_mapping(self.model, add_legacy=False))
+        self.with_head = True  # of tied embeddings: a few of vLLM's models know their output layer by its other name alone
+
+    def __call__(self, weights: Weights) -> Weights:
+        """One tensor at a time, or all at once where the model's tensors are not those of the checkpoint."""
+        weights = ((name, tensor) for name, tensor in weights if self.with_head or name != TIED_HEAD)
+        return revert_weight_conversion(self.model, dict(weights)).items() if self._is_converted else weights
+
+    def zeros(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """All weights' names and shapes."""
+        for name, tensor in self.model.state_dict().items():
+            yield name, torch.zeros(tensor.shape, dtype=dtype, device=device)
+
+
+def has_only_attention(hf_config: PretrainedConfig) -> bool:
+    """Whether no layer is recurrent or a convolution."""
+    layer_types = getattr(hf_config.get_text_config(), "layer_types", None) or []
+    return all(layer_type.endswith("attention") and layer_type != "linear_attention" for layer_type in layer_types)
+
+
+@torch.no_grad()
+def parameters_left_out(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
+    """Loads `weights` into an engine that still has its dummies, and names the parameters that did not get all of their elements."""
+    if next(vllm_model.parameters()).device.type == "cpu":
+        return _left_out_by_reload(vllm_model, weights, vllm_config)
+    parameters = {name: p for name, p in vllm_model.named_parameters() if p.is_floating_point()}
+    for parameter in parameters.values():
+        parameter.fill_(torch.nan)
+    vllm_model.load_weights(iter(weights))
+    return [name for name, parameter in parameters.items() if parameter.isnan().any()]
+
+
+def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
+    """On a CPU linears are packed once they are loaded, so that only the reload itself knows how much of a layer it was given."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    initialize_layerwise_reload(vllm_model)
+    vllm_model.load_weights(iter(weights))
+    names = []
+    for layer_name, layer in vllm_model.named_modules():
+        parameters = dict(layer.named_parameters(recurse=False))
+        info = get_layerwise_info(layer)
+        if info.can_load() and info.load_numel < sum(p.numel() for p in parameters.values()) - _padding(layer):
+            given = {name for name, _ in info.loaded_weights}
+            names += [f"{layer_name}.{name}" for name in parameters if name not in given] or [layer_name]
+    finalize_layerwise_reload(vllm_model, vllm_config.model_config)
+    return names
+
+
+def pack_experts(vllm_model: Any) -> None:
+    """For a CPU's kernels vLLM 0.32 packs the experts of a mixture when they are loaded first, and leaves that out in a reload."""
+    for layer in vllm_model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def _padding(layer: nn.Module) -> int:
+    """Elements of a vocabulary's matrix that no token has."""
+    rows = getattr(layer, "num_embeddings_padded", 0) - getattr(layer, "org_vocab_size", 0)
+    return rows * getattr(layer, "embedding_dim", 0)

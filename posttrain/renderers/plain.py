@@ -1,0 +1,41 @@
+"""Text without roles: the contents one after the other, EOS after what the assistant says. "12+34=" is answered "46<eos>"."""
+
+from collections.abc import Sequence
+
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example
+from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
+
+
+class PlainRenderer:
+    has_extension_property: bool = True
+
+    def __init__(self, tokenizer: Tokenizer):
+        if not eos(tokenizer):
+            raise ConfigError("renderer_name=plain ends answers with EOS, and this tokenizer has none: use role_colon")
+        self.tokenizer = tokenizer
+        self.bos, self.eos = bos(tokenizer), eos(tokenizer)
+
+    def _turn(self, message: Message) -> Turn:
+        end = self.eos if message["role"] == "assistant" else []
+        return Turn([], encode(self.tokenizer, message["content"]) + end)
+
+    def build_generation_prompt(
+        self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
+    ) -> ModelInput:
+        """`role` leaves no trace."""
+        tokens = self.bos + [token for message in messages for token in self._turn(message).output]
+        return ModelInput.from_ints(tokens + encode(self.tokenizer, prefill or ""))
+
+    def build_supervised_example(
+        self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
+    ) -> tuple[list[int], list[float]]:
+        return supervised_example(self.bos, [self._turn(message) for message in messages], messages, train_on_what)
+
+    def get_stop_sequences(self) -> list[str] | list[int]:
+        return self.eos
+
+    def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
+        text, ended = cut_at_stop(self.tokenizer, tokens, self.eos)
+        return {"role": "assistant", "content": text}, ended

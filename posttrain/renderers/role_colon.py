@@ -1,0 +1,57 @@
+"""Conversations as plain text, for base models: "User: hi\\n\\nAssistant: hello\\n\\nUser:".
+
+The assistant ends by giving the word back: its output includes the "\\n\\nUser:" that is also the next user's header, within a
+conversation and at its end alike. So a trained model stops at the stop sequence, and the next prompt extends what was sampled.
+EOS is how a base model knows to end a document: a response that ends so is whole too (but the next prompt does not repeat it).
+
+Every piece is encoded by itself: the generation prompt is then an exact prefix of the training example, whatever merges a BPE
+would make across the border. Left out: escaping a "\\n\\nUser:" that is part of a message.
+"""
+
+from collections.abc import Sequence
+
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example
+from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
+
+STOP = "\n\nUser:"
+
+
+class RoleColonRenderer:
+    has_extension_property: bool = True
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.bos = bos(tokenizer)
+
+    def _turns(self, messages: Sequence[Message], next_role: str) -> list[Turn]:
+        """The messages, and the bare header of `next_role`."""
+        roles = [message["role"] for message in messages] + [next_role]
+        outputs = [" " + message["content"] for message in messages] + [""]
+        turns, word_given = [], False
+        for i, (role, output) in enumerate(zip(roles, outputs, strict=True)):
+            header = "" if word_given else ("\n\n" if i else "") + f"{role.capitalize()}:"
+            word_given = role == "assistant" and roles[i + 1 : i + 2] == ["user"]
+            stop = encode(self.tokenizer, STOP) if word_given else []
+            turns.append(Turn(encode(self.tokenizer, header), encode(self.tokenizer, output) + stop))
+        return turns
+
+    def build_generation_prompt(
+        self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
+    ) -> ModelInput:
+        turns = self._turns(messages, next_role=role)
+        tokens = self.bos + [token for turn in turns for token in turn.header + turn.output]
+        return ModelInput.from_ints(tokens + (encode(self.tokenizer, " " + prefill) if prefill else []))
+
+    def build_supervised_example(
+        self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
+    ) -> tuple[list[int], list[float]]:
+        turns = self._turns(messages, next_role="user")[:-1]
+        return supervised_example(self.bos, turns, messages, train_on_what)
+
+    def get_stop_sequences(self) -> list[str] | list[int]:
+        return [STOP]
+
+    def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
+        text, ended = cut_at_stop(self.tokenizer, tokens, eos(self.tokenizer), STOP)
+        return {"role": "assistant", "content": text.removeprefix(" ")}, ended

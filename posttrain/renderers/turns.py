@@ -1,0 +1,97 @@
+"""What the renderers share: which messages are trained on, how weights follow from that, and where a sampled message ends.
+
+A message is a header, which says who speaks, and an output: what they say and how they end. Training weighs outputs; headers only
+under ALL_TOKENS.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message in tokens."""
+
+    header: list[int]
+    output: list[int]
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a piece of a longer text: without BOS or EOS, of any length."""
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text as it is: special tokens stay visible, spaces untouched."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def bos(tokenizer: Tokenizer) -> list[int]:
+    """[BOS] if this tokenizer begins its texts with it, else []."""
+    first = tokenizer.encode("a")[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def eos(tokenizer: Tokenizer) -> list[int]:
+    """[EOS] if the tokenizer has one, else []."""
+    return [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
+
+
+def trained_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[bool]:
+    """Whether each message carries loss. Raises DataError if none does, or if `trainable` marks and `train_on_what` disagree."""
+    if not messages:
+        raise DataError("a conversation without messages")
+    customized = train_on_what == TrainOnWhat.CUSTOMIZED
+    for i, message in enumerate(messages):
+        if customized != ("trainable" in message):
+            need = "needs" if customized else "must not have"
+            raise DataError(f"message {i} ({message['role']}) {need} a 'trainable' mark under train_on_what={train_on_what}")
+    roles = [message["role"] for message in messages]
+    match train_on_what:
+        case TrainOnWhat.LAST_ASSISTANT_MESSAGE:
+            if roles[-1] != "assistant":
+                raise DataError(f"the last message is the {roles[-1]}'s: nothing to train on with train_on_what={train_on_what}")
+            trained = [False] * (len(roles) - 1) + [True]
+        case TrainOnWhat.ALL_ASSISTANT_MESSAGES:
+            trained = [role == "assistant" for role in roles]
+        case TrainOnWhat.ALL_USER_AND_SYSTEM_MESSAGES:
+            trained = [role in ("user", "system") for role in roles]
+        case TrainOnWhat.CUSTOMIZED:
+            trained = [bool(message.get("trainable")) for message in messages]
+        case _:
+            trained = [True] * len(roles)
+    if not any(trained):
+        raise DataError(f"no message to train on: the roles are {', '.join(roles)} and train_on_what={train_on_what}")
+    return trained
+
+
+def supervised_example(
+    start: list[int], turns: Sequence[Turn], messages: Sequence[Message], train_on_what: TrainOnWhat
+) -> tuple[list[int], list[float]]:
+    """`start` (BOS or nothing) and the turns in one sequence, with a weight for each token."""
+    everything = float(train_on_what == TrainOnWhat.ALL_TOKENS)
+    tokens, weights = list(start), [everything] * len(start)
+    for turn, trained in zip(turns, trained_messages(messages, train_on_what), strict=True):
+        tokens += turn.header + turn.output
+        weights += [everything] * len(turn.header) + [float(trained)] * len(turn.output)
+    return tokens, weights
+
+
+def cut_at_stop(
+    tokenizer: Tokenizer, tokens: Sequence[int], stop_ids: Collection[int], stop_text: str | None = None
+) -> tuple[str, bool]:
+    """The text before the stop, and whether there was one. Two stops mean that sampling was not told to stop: ConfigError."""
+    pieces: list[list[int]] = [[]]
+    for token in tokens:
+        if token in stop_ids:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    texts = [decode(tokenizer, piece) for piece in pieces]
+    stops = len(pieces) - 1 + (sum(text.count(stop_text) for text in texts) if stop_text else 0)
+    if stops > 1:
+        raise ConfigError(f"{stops} stops in one response: sample with stop=renderer.get_stop_sequences()")
+    return texts[0].split(stop_text)[0] if stop_text else texts[0], stops == 1

@@ -1,0 +1,94 @@
+"""Where a run starts and what it leaves behind: resume, save every so often, and stop without losing a step."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from posttrain.backend.checkpoint_files import read_state
+from posttrain.backend.errors import CheckpointError
+from posttrain.backend.futures import APIFuture
+from posttrain.tracking.disk_space import check_disk_space
+from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
+from posttrain.tracking.stop_request import StopRequest
+
+__all__ = ["Checkpointed", "Checkpointer", "StopRequest"]
+
+
+class Checkpointed(Protocol):
+    """A TrainingClient, or another client with its checkpoints (recipes/libraries/belief_state/trainer.py)."""
+
+    def save_state(self, name: str, *, extra: dict[str, Any]) -> APIFuture[Any]: ...
+
+    def load_state(self, path: str) -> APIFuture[Any]: ...
+
+    def load_state_with_optimizer(self, path: str) -> APIFuture[Any]: ...
+
+    def checkpoint_bytes(self) -> int: ...
+
+
+class Checkpointer:
+    """Saves `training_client` into the run folder. A checkpoint of step i holds everything that step i starts from."""
+
+    def __init__(self, run: RunFolder, training_client: Checkpointed, save_every: int, keep: int | None):
+        self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
+        self._saved_step = -1
+        self.finished = False  # whether the run that is resumed had come to its end
+        self.nothing_left = False  # and has no step to do now
+        self.resumed_extra: dict[str, Any] = {}  # the `extra` of the checkpoint that is resumed
+
+    def start(self, load_checkpoint_path: str | None, num_steps: int | None = None, may_end_early: bool = False) -> int:
+        """Loads what the run begins with and returns its first step: the folder's own last checkpoint, else another's weights.
+
+        A run that has ended after `num_steps` steps, or has more, keeps its metrics: there is nothing left to do. With `may_end_early`, one
+        that has ended is at its end wherever that was.
+        """
+        record, records = self._run.last_checkpoint(), self._run.list_checkpoints()
+        step = 0
+        if record is not None:
+            step = self._resume(record, before=records[-2] if len(records) > 1 else None)
+        elif load_checkpoint_path:
+            self._client.load_state(load_checkpoint_path).result()
+        past_the_end = num_steps is not None and step > num_steps
+        self.nothing_left = past_the_end or (self.finished and (may_end_early or step == num_steps))
+        if self.nothing_left:
+            print(f"{self._run.path} has ended at step {step} already: there is nothing to train")
+            return step
+        size = self._client.checkpoint_bytes()
+        check_disk_space(self._run.path, size, self._save_every, self._keep, existing=len(records))
+        self._run.truncate_metrics(step)
+        if self._run.resumed:
+            print(f"resuming {self._run.path} at step {step}" + ("" if record else ": it has no checkpoint yet"))
+        return step
+
+    def _resume(self, record: CheckpointRecord, before: CheckpointRecord | None) -> int:
+        try:
+            self._client.load_state_with_optimizer(str(record.path)).result()
+            self.resumed_extra = read_state(record.path)["extra"]
+        except CheckpointError as error:
+            earlier = f"; without {record.path} the run goes on from {before.path.name}" if before else ""
+            raise CheckpointError(f"{self._run.path} cannot be resumed: {error}{earlier}") from error
+        # The checkpoint knows its own step: a kill between a replaced folder and its record leaves an older record.
+        step = int(self.resumed_extra.get("next_step", record.step))
+        self._saved_step, self.finished = step, record.name == "final"
+        return step
+
+    def after_step(self, next_step: int, extra: Callable[[], dict[str, Any]] | None = None) -> None:
+        """`extra` is asked for only where a checkpoint is written."""
+        if self._save_every and next_step % self._save_every == 0:
+            self.save(f"{next_step:06d}", next_step, extra() if extra else None)
+
+    def save(self, name: str, next_step: int, extra: dict[str, Any] | None = None) -> None:
+        path = self._run.checkpoints / name
+        self._client.save_state(str(path.resolve()), extra={"next_step": next_step, **(extra or {})}).result()
+        self._run.record_checkpoint(name, next_step, path)
+        self._saved_step = next_step
+        if self._keep:
+            self._run.prune_checkpoints(self._keep)
+
+    def interrupted(self, next_step: int, extra: Callable[[], dict[str, Any]] | None = None) -> None:
+        """Saves, unless this very step is saved already, and ends the command as Ctrl-C should."""
+        if self._saved_step != next_step:
+            self.save(f"{next_step:06d}", next_step, extra() if extra else None)
+        print(
+            f"stopped before step {next_step}; its state is saved. The same command with behavior_if_log_dir_exists=resume goes on from there"
+        )
+        raise KeyboardInterrupt

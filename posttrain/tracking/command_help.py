@@ -1,0 +1,104 @@
+"""The --help of the command lines: options by nested object, in aligned columns. Left out: colours, paging."""
+
+import shutil
+import textwrap
+import types
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin
+
+import chz
+from chz.blueprint import Castable
+from chz.tiepin import type_repr
+from chz.util import MISSING
+
+from posttrain.backend.ranges import Range
+
+Row = tuple[str, str, str, str]  # option, type, value it would have, doc
+
+
+def help_text(
+    title: str, parameters: Mapping[str, Any], values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]
+) -> str:
+    """The page. `parameters` are chz's, by dotted path; `values` are the settings that differ from their defaults, and the classes of
+    the objects; "" is the configuration's own."""
+    objects = ["", *(path for path in parameters if path in names or any(other.startswith(f"{path}.") for other in parameters))]
+    rows: dict[str, list[Row]] = {parent: [] for parent in objects}
+    for path, parameter in parameters.items():
+        if path not in objects:
+            number, bar, rest = type_text(parameter.type).partition(" |")
+            kind = f"{number}{_range_text(path, values)}{bar}{rest}"
+            row = (path, kind, _value_text(path, values, parameter), parameter.doc)
+            rows[path.rpartition(".")[0]].append(row)
+    widths = [min(38, max(len(row[column]) for part in rows.values() for row in part)) for column in range(3)]
+    lines = [title, "", "Options are written key=value. Name, type, value if not given:", ""]
+    for parent in objects:
+        if parent:
+            lines += ["", f"{parent}={_value_text(parent, values, parameters[parent])}  {parameters[parent].doc}".rstrip()]
+            if choices := names.get(parent):
+                lines.append(f"  {parent}= takes {', '.join(choices)} or module:Class; {parent}=NAME --help shows its options")
+        lines += [line for row in rows[parent] for line in _row_lines(row, widths)]
+    return "\n".join(lines)
+
+
+def presets_text(presets: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
+    """What each value of a preset option sets."""
+    lines = []
+    for option, choices in presets.items():
+        lines += ["", "", f"What {option}=NAME sets; options that are given win:"]
+        width = max(len(name) for name in choices)
+        for name, settings in choices.items():
+            text = "  ".join(f"{key}={value!r}" if " " in value else f"{key}={value}" for key, value in settings.items())
+            lines += textwrap.wrap(
+                text, 126, initial_indent=f"  {name.ljust(width)}  ", subsequent_indent=" " * (width + 4), break_on_hyphens=False
+            )
+    return "\n".join(lines)
+
+
+def _range_text(path: str, values: Mapping[str, Any]) -> str:
+    parent, _, name = path.rpartition(".")
+    owner = values.get(parent)
+    field = chz.chz_fields(owner).get(name) if owner is not None and chz.is_chz(owner) else None
+    return next((f" {check.text}" for check in (field._validator if field else ()) if isinstance(check, Range)), "")
+
+
+def _value_text(path: str, values: Mapping[str, Any], parameter: Any) -> str:
+    value = values.get(path, MISSING)
+    if value is MISSING:
+        if parameter.default is None:
+            return "(required)"
+        value = parameter.default.value
+        if value is MISSING:
+            return "(computed)"
+    if isinstance(value, Castable):
+        return value.value
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, type) or callable(value):
+        return type_repr(value)
+    return str(value) if value != "" else "''"
+
+
+def _row_lines(row: tuple[str, str, str, str], widths: list[int]) -> list[str]:
+    """A row of the table; cells wider than their column push the next one along, and the doc wraps below itself."""
+    cells = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
+    indent = sum(widths) + 8
+    width = max(shutil.get_terminal_size((130, 24)).columns, indent + 30)
+    if len(cells) + 2 > indent:
+        return [cells.rstrip(), *textwrap.wrap(row[3], width, initial_indent=" " * indent, subsequent_indent=" " * indent)]
+    return textwrap.wrap(row[3], width, initial_indent=cells + "  ", subsequent_indent=" " * indent) or [cells.rstrip()]
+
+
+def type_text(kind: Any) -> str:
+    """A type as a user writes its values: int, float | None, a | b | c."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " | ".join(type_text(part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " | ".join(str(choice) for choice in get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return " | ".join(str(member.value) for member in kind)
+    if kind is type(None):
+        return "None"
+    if get_origin(kind) is Callable:
+        return "module:function"
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else type_repr(kind)

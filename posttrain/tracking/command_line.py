@@ -1,0 +1,321 @@
+"""The command lines: chz `key=value` arguments, short names for polymorphic fields, a readable --help and one-line errors.
+
+chz casts and builds. This file adds what it leaves to its caller: short names (`env=arithmetic`), default objects that survive
+the setting of one of their fields, the nearest names for a misspelt option, and errors of one line. To do so it reads the list
+of options from a Blueprint, which chz 0.4 keeps private (`_parameters`). Left out: options from files, and chz's
+references (`a@=b`).
+"""
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
+
+import chz
+from chz.blueprint import Blueprint, Castable
+from chz.blueprint._entrypoint import EntrypointException
+from chz.blueprint._wildcard import wildcard_key_to_regex
+from chz.factories import MetaFromString
+from chz.tiepin import CastError, type_repr
+
+from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.ranges import RangeError
+from posttrain.tracking.command_help import help_text, presets_text, type_text
+from posttrain.tracking.stop_request import silence
+
+Config = TypeVar("Config")
+# option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"), whose {} is the value given.
+ShortNames = Mapping[str, Mapping[str, str]]
+# option -> its value -> the options which that value sets, unless they are given too ("algorithm=grpo")
+Presets = Mapping[str, Mapping[str, Mapping[str, str]]]
+
+# what other programs call our options
+USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
+    "lr": ("learning_rate",),
+    **dict.fromkeys(("bs", "batch", "batch_size"), ("batch_size", "groups_per_batch", "dataset.batch_size", "env.batch_size")),
+    **dict.fromkeys(("model", "base_model", "model_name_or_path"), ("model_name",)),
+    **dict.fromkeys(("lora", "lora_r", "rank", "r"), ("lora_rank",)),
+    **dict.fromkeys(("steps", "num_steps", "n_steps"), ("max_steps", "num_steps")),
+    **dict.fromkeys(("epochs", "num_train_epochs"), ("num_epochs",)),
+    **dict.fromkeys(("output_dir", "out", "output"), ("log_path",)),
+    **dict.fromkeys(("data", "train_file"), ("dataset", "env")),
+    **dict.fromkeys(("ctx", "max_seq_length", "max_length"), ("backend.max_length",)),
+    **dict.fromkeys(("wandb", "project"), ("wandb_project",)),
+    **dict.fromkeys(("checkpoint", "init_from"), ("load_checkpoint_path",)),
+    **dict.fromkeys(("resume", "overwrite"), ("behavior_if_log_dir_exists",)),
+    **dict.fromkeys(("temp",), ("temperature",)),
+}
+
+
+def run_command(
+    main: Callable[[Config], object],
+    config_class: type[Config],
+    short_names: ShortNames | None = None,
+    presets: Presets | None = None,
+) -> None:
+    """The entry point of a command: parses sys.argv and runs; what ends it, and how, is `one_line_errors`."""
+    with one_line_errors():
+        main(parse(config_class, None, short_names, presets))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a CookbookError, and an error of the operating system that names a file or a full disk, into one line and exit code 2.
+
+    Ctrl-C exits with 130, a standard output that nobody reads with 141. Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except CookbookError as error:
+        _leave(f"error: {' '.join(str(error).split())}", 2)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        sys.exit(141)
+    except OSError as error:
+        if (text := _os_error_text(error)) is None:
+            raise
+        _leave(f"error: {text}", 2)
+
+
+def _leave(text: str, status: int) -> NoReturn:
+    with suppress(OSError):  # the terminal may be gone
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _os_error_text(error: OSError) -> str | None:
+    """None for what no user could mend: a socket, a process."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{place}{error.strerror}; what was saved before is whole. Free some space, or delete old checkpoints "
+            "(keep_checkpoints=2 keeps few); then add behavior_if_log_dir_exists=resume"
+        )
+    if error.errno is not None and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its permissions, or choose another"
+    return None
+
+
+def parse(
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    short_names: ShortNames | None = None,
+    presets: Presets | None = None,
+) -> Config:
+    """Builds the configuration from `key=value` arguments (default: sys.argv[1:]); the last of two equal keys counts.
+
+    Raises ConfigError with one line; `--help`, `-h` and `help` print the options and exit 0.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    short_names = short_names or {}
+    wants_help = any(argument in ("--help", "-h", "help") for argument in argv)
+    given = _key_values([argument for argument in argv if argument not in ("--help", "-h", "help")])
+    given = _preset_values(given, presets or {}) | given
+    blueprint = _choose_classes(config_class, given, short_names)
+    if wants_help:
+        print(_help(config_class, blueprint, given, short_names) + presets_text(presets or {}))
+        sys.exit(0)
+    parameters = _parameters(blueprint)
+    for key, value in given.items():
+        _check_option(key, value, parameters)
+    _check_chosen(blueprint, parameters)
+    blueprint.apply({key: Castable(value) for key, value in given.items()})
+    try:
+        return blueprint.make()
+    except RangeError as error:
+        option = next((key for key in given if key.rpartition(".")[2] == error.name), error.name)
+        raise ConfigError(f"{option}={error.value!r} must be {error.needs}") from None
+    except CookbookError:
+        raise
+    except (EntrypointException, TypeError, ValueError) as error:  # a missing option, or a validator of the config
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _key_values(argv: list[str]) -> dict[str, str]:
+    """`key=value`, `--key=value` and `--key value`, in order."""
+    given = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        dashes = key.startswith("--")
+        if dashes and not equals:
+            value = next(arguments, "--")
+            if value.startswith("--") or "=" in value:
+                raise ConfigError(f"{key} has no value; write {key.lstrip('-').replace('-', '_')}=VALUE")
+        elif not equals or not key or (key.startswith("-") and not dashes):
+            raise ConfigError(f"cannot read {argument!r}; options are written key=value (--help lists them)")
+        given[key.removeprefix("--").replace("-", "_") if dashes else key] = value
+    return given
+
+
+def _preset_values(given: dict[str, str], presets: Presets) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for option, choices in presets.items():
+        if (name := given.get(option, "None")) in choices:
+            values |= choices[name]
+        elif name != "None":
+            nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            raise ConfigError(f"{option}={name}: no such name; {hint}known: {', '.join(choices)}")
+    return values
+
+
+def _choose_classes(config_class: type[Config], given: dict[str, str], short_names: ShortNames) -> Blueprint[Config]:
+    """A blueprint with the default objects, and the classes that `given` names in their place; those options leave `given`.
+
+    For `env.field=value` alone chz would build the annotated base class, so the default's class and fields are laid under it.
+    """
+    settings = _object_settings(config_class)
+    for key in sorted(given, key=lambda key: key.count(".")):  # an outer class decides which inner options there are
+        parameters = _parameters(Blueprint(config_class).apply(settings))
+        objects = [path for path in _matches(key, parameters) if _is_object(path, parameters[path].type, short_names)]
+        for path in objects:
+            settings = {name: value for name, value in settings.items() if not name.startswith(f"{path}.")}
+            if given[key] == "None" and type(None) in get_args(parameters[path].type):
+                settings[path] = None
+                continue
+            target, fields = _resolve(path, given[key], short_names.get(path, {}))
+            settings[path] = _load_class(path, target, parameters[path])
+            settings |= _object_settings(settings[path], f"{path}.")
+            settings |= {f"{path}.{name}": Castable(value) for name, value in fields.items()}
+        if objects:
+            del given[key]
+    return Blueprint(config_class).apply(settings)
+
+
+def _parameters(blueprint: Blueprint[Any]) -> dict[str, Any]:
+    """Every option the blueprint has with the classes chosen so far, by dotted path; each has type, default, doc and cast."""
+    return {path: parameter for path, parameter in blueprint._make_lazy().all_params.items() if path}
+
+
+def _help(config_class: type, blueprint: Blueprint[Any], given: Mapping[str, str], short_names: ShortNames) -> str:
+    parameters = _parameters(blueprint)
+    values = dict(blueprint._arg_map._layers[0]._args)
+    values |= {path: Castable(value) for key, value in given.items() for path in _matches(key, parameters)}
+    title = (config_class.__doc__ or config_class.__name__).strip().split("\n")[0]
+    return help_text(title, parameters, {"": config_class, **values}, short_names)
+
+
+def _object_settings(of: Any, prefix: str = "") -> dict[str, Any]:
+    """Blueprint values that rebuild the chz objects among the defaults of a class, or an instance."""
+    settings = {}
+    for name, field in (chz.chz_fields(of) if chz.is_chz(of) else {}).items():
+        if not isinstance(of, type):
+            value = getattr(of, field.x_name)
+        elif callable(field._default_factory) and _is_object(name, field.x_type, {}):
+            value = field._default_factory()
+        else:
+            value = field._default
+        if chz.is_chz(value) and not isinstance(value, type):
+            settings |= {prefix + name: type(value)} | _object_settings(value, f"{prefix}{name}.")
+        elif not isinstance(of, type) and value != field._default:
+            settings[prefix + name] = value
+    return settings
+
+
+def _is_object(path: str, kind: Any, short_names: ShortNames) -> bool:
+    return path in short_names or any(isinstance(part, type) and chz.is_chz(part) for part in (kind, *get_args(kind)))
+
+
+def _matches(key: str, parameters: Mapping[str, Any]) -> list[str]:
+    """The options a key reaches; `a...b` reaches any b below a."""
+    pattern = wildcard_key_to_regex(key) if "..." in key and not key.endswith("...") else None
+    return [path for path in parameters if (pattern.fullmatch(path) if pattern else path == key)]
+
+
+def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """The "module:Class" behind a short name, and the fields the name sets."""
+    name = value if value in names else next((name for name in names if "*" in name and fnmatch(value, name)), None)
+    if name is not None:
+        target, *fields = (part.replace("{}", value) for part in names[name].split())
+        return target, dict(field.split("=", 1) for field in fields)
+    if ":" in value or not names:
+        return value, {}
+    nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    fault = "no such name"
+    if os.path.exists(value):
+        fault = f"a {'folder' if os.path.isdir(value) else 'file'} that no short name reads"
+        hint = f"huggingface with {path}.name={value} reads folders; " if os.path.isdir(value) and "huggingface" in names else ""
+    raise ConfigError(f"{path}={value}: {fault}; {hint}known: {', '.join(names)}, or module:Class")
+
+
+def _load_class(path: str, target: str, parameter: Any) -> type:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own module lies where the command is run
+    try:
+        found = parameter.meta_factory.from_string(target)
+    except (MetaFromString, ValueError) as error:
+        raise ConfigError(f"{path}={target}: {' '.join(str(error).split())}") from None
+    if not isinstance(found, type):
+        raise ConfigError(f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}")
+    return found
+
+
+def _check_chosen(blueprint: Blueprint[Any], parameters: Mapping[str, Any]) -> None:
+    """ConfigError for required objects of which nobody said what they are: chz would build the annotated class, whose methods raise
+    NotImplementedError."""
+    chosen = blueprint._arg_map._layers[0]._args
+    missing = [path for path, one in parameters.items() if one.default is None and path not in chosen and _is_abstract(one.type)]
+    if missing:
+        wanted = [f"{path}=module:Class ({_known_subclasses(parameters[path].type)})" for path in missing]
+        raise ConfigError(f"{', '.join(missing)}: not given; give {' and '.join(wanted)}")
+
+
+def _is_abstract(kind: Any) -> bool:
+    if not (isinstance(kind, type) and chz.is_chz(kind)):
+        return False
+    codes = (getattr(getattr(kind, name, None), "__code__", None) for name in dir(kind))
+    return any(code is not None and "NotImplementedError" in code.co_names for code in codes)
+
+
+def _known_subclasses(kind: type) -> str:
+    """Those that are loaded and can be used."""
+    found = [f"{child.__module__}:{child.__name__}" for child in _descendants(kind) if not _is_abstract(child)]
+    return f"such as {', '.join(sorted(set(found))[:4])}" if found else f"a subclass of {kind.__module__}:{kind.__name__}"
+
+
+def _descendants(kind: type) -> Iterator[type]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _descendants(child)
+
+
+def _check_option(key: str, value: str, parameters: Mapping[str, Any]) -> None:
+    """ConfigError for a name that is no option and for a value that is not of the option's type."""
+    paths = _matches(key, parameters)
+    ancestors = [key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1)]
+    ancestor = next((path for path in ancestors if path in parameters), None)
+    if not paths and (ancestor is None or not _takes_any_key(parameters[ancestor].type)):
+        raise ConfigError(f"unknown option {key!r}; {_nearest(key, parameters)}--help lists the options")
+    for path in paths:
+        try:
+            parameters[path].cast(value)
+        except CastError:
+            if ":" not in value:  # else it may name a factory, which chz tries when it builds
+                raise ConfigError(f"{path}={value}: expected {type_text(parameters[path].type)}") from None
+
+
+def _takes_any_key(kind: Any) -> bool:
+    return any(get_origin(part) in (dict, list, tuple) for part in (kind, *get_args(kind)))
+
+
+def _nearest(key: str, parameters: Mapping[str, Any]) -> str:
+    def likeness(path: str) -> float:
+        pairs = [(key.strip("."), path), (key.rsplit(".", 1)[-1], path.rsplit(".", 1)[-1])]
+        whole, last = (difflib.SequenceMatcher(a=ours, b=theirs).ratio() for ours, theirs in pairs)
+        return max(whole, last) + 0.01 * whole  # among equals, the one at the same place
+
+    usual = [path for path in USUAL_NAMES.get(key.strip("."), ()) if path in parameters]
+    if usual:
+        return f"did you mean {' or '.join(usual)}? "
+    best = sorted(parameters, key=likeness, reverse=True)[:3]
+    best = [path for path in best if likeness(path) > max(0.65, likeness(best[0]) - 0.15)]
+    return f"did you mean {' or '.join(best)}? " if best else ""

@@ -1,0 +1,36 @@
+"""Whether a run's checkpoints fit on the disk, said before its first step. Left out: quotas, and what else writes to the same disk."""
+
+import shutil
+from pathlib import Path
+
+from posttrain.backend.errors import CheckpointError
+
+
+def check_disk_space(folder: Path, checkpoint_bytes: int, save_every: int, keep: int | None, existing: int) -> None:
+    """Prints the size and the number of the checkpoints to come; `existing` are there already.
+
+    Raises CheckpointError where not even one more fits, and warns where those that will be kept do not.
+    """
+    free = shutil.disk_usage(folder).free
+    when = f"every {save_every} steps and at the end" if save_every else "at the end"
+    kept = f"the last {keep} and `final` are kept" if keep else "all are kept"
+    print(f"checkpoints: {size_text(checkpoint_bytes)} each, {when}; {kept}; {size_text(free)} free at {folder}")
+    remedy = "free some space, choose another log_path, or train an adapter (lora_rank), whose checkpoints are small"
+    if free < checkpoint_bytes:
+        raise CheckpointError(
+            f"a checkpoint takes {size_text(checkpoint_bytes)}, and {folder} has {size_text(free)} free: {remedy}"
+        )
+    together = 1 + (keep or 1) if save_every else 1  # `final` and the last ones
+    at_once = together + 1 - min(existing, together)  # an old one goes after the new one has come
+    if free < at_once * checkpoint_bytes:
+        total = size_text(at_once * checkpoint_bytes)
+        print(f"warning: up to {total} more will be needed, and {size_text(free)} are free: {remedy}, or lower keep_checkpoints")
+
+
+def size_text(count: float) -> str:
+    """Decimal, as disks are sold: 5.6 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,109 @@
+"""JSON files, and append-only JSON lines that survive a kill: a line is there whole or, if it was being written, not at all.
+
+What cannot be read is a DataError of one line with the file, the place and the remedy, whatever is the matter with it.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from posttrain.backend.errors import DataError
+
+T = TypeVar("T")
+EXAMPLE_CHARS = 80  # of a bad value in a message
+
+
+def read_bytes(path: str | os.PathLike[str], remedy: str = "choose another file") -> bytes:
+    """The file's content. DataError where it is not there, is a folder, or cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}") from error
+
+
+def parse_json(text: str | bytes, where: str, remedy: str = "repair or delete it") -> Any:
+    """DataError for anything that is not JSON in UTF-8, is nested too deep, or has half of a surrogate pair, which is no text."""
+    try:
+        value = json.loads(text)
+        if b"\\u" in text if isinstance(text, bytes) else "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise DataError(f"{where}: nested too deep; {remedy}") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which is no text; {remedy}") from None
+    except ValueError as error:  # not JSON, or bytes that are not UTF-8
+        raise DataError(f"{where}: not JSON ({error}); {remedy}") from None
+
+
+def read_json(path: str | os.PathLike[str], remedy: str = "repair or delete it") -> Any:
+    return parse_json(read_bytes(path, remedy), str(path), remedy)
+
+
+def read_jsonl(path: str | os.PathLike[str], fields: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The records of a file, [] where there is none. A torn last line is left out; any other bad line is a DataError.
+
+    `fields` are names that every record must have, each with its type.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return []
+    records = []
+    lines = read_bytes(path, "put it back, or delete it").split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or number == len(lines):  # what follows the last newline is empty or torn
+            continue
+        where = f"{path}:{number}"
+        record = parse_json(line, where, "repair or delete that line")
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: not a JSON record but {str(record)[:EXAMPLE_CHARS]}; repair or delete that line")
+        for name, kind in (fields or {}).items():
+            if not isinstance(record.get(name), kind):
+                raise DataError(f"{where}: no {name!r}, or one of another type; repair or delete that line")
+        records.append(record)
+    return records
+
+
+def read_dataclasses(path: str | os.PathLike[str], kind: type[T]) -> list[T]:
+    """The records of a file as objects of a dataclass."""
+    return [as_dataclass(record, kind, f"{path}:{n}") for n, record in enumerate(read_jsonl(path), start=1)]
+
+
+def as_dataclass(record: Any, kind: type[T], where: str) -> T:
+    """DataError where the record has other fields."""
+    try:
+        return kind(**record)
+    except TypeError as error:
+        reason = str(error).replace(f"{kind.__name__}.__init__()", f"{kind.__name__}:")
+        raise DataError(f"{where}: {reason}; it is of another version, or damaged: delete it") from None
+
+
+def append_jsonl(path: Path, record: dict[str, Any], *, sync: bool = False) -> None:
+    """Adds one line. With `sync` it is on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cuts what follows the last newline, so that the next append starts a line of its own."""
+    if os.path.lexists(path) and (content := read_bytes(path)) and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces the file by `text`: a reader, or a run that is killed here, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # the disk is full: what was written of it only takes room
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,140 @@
+"""Metrics of a run: one JSON line per step in metrics.jsonl, wandb when asked for, a console table, and timers."""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from posttrain.backend.errors import ConfigError
+from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
+from posttrain.tracking.run_folder import RunFolder, config_to_json
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and, given `wandb_project`, to a wandb run whose id is kept in the folder for resuming."""
+
+    def __init__(
+        self, run_folder: RunFolder, wandb_project: str | None = None, wandb_name: str | None = None, config: Any = None
+    ):
+        self.file = run_folder.metrics_file
+        drop_torn_line(self.file)
+        self._wandb_run = _start_wandb(run_folder, wandb_project, wandb_name, config) if wandb_project else None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Writes `{"step": step, **metrics}`. What is not finite becomes null and is named under "non_finite"."""
+        record: dict[str, Any] = {"step": step}
+        non_finite = {}
+        for name, value in metrics.items():
+            value = value if type(value) is int else float(value)
+            record[name] = value if math.isfinite(value) else None
+            if record[name] is None:
+                non_finite[name] = str(value)
+        if non_finite:
+            record["non_finite"] = non_finite
+        append_jsonl(self.file, record)
+        if self._wandb_run is not None:
+            self._wandb_run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+            self._wandb_run = None
+
+
+def _start_wandb(run_folder: RunFolder, project: str, name: str | None, config: Any) -> Any:
+    try:
+        wandb = import_module("wandb")
+    except ImportError:
+        raise ConfigError(
+            f"wandb_project={project} needs wandb, which is not installed: pip install -e '.[wandb]' in the project's folder"
+        ) from None
+    id_file = run_folder.path / "wandb_run_id.txt"
+    run_id = id_file.read_text().strip() if id_file.exists() else None
+    run = wandb.init(
+        project=project,
+        name=name,
+        id=run_id,
+        resume="allow" if run_id else None,
+        dir=str(run_folder.path),
+        config=config_to_json(config) if config is not None else None,
+    )
+    id_file.write_text(run.id + "\n")
+    return run
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a run folder or of a metrics.jsonl, in order; a torn last line is left out."""
+    path = Path(path)
+    return read_jsonl(path / "metrics.jsonl" if path.is_dir() else path, {"step": int})
+
+
+def read_last_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
+    """What a finished run returned: the metrics of its last step, and those measured after it."""
+    records = read_metrics(path)
+    last = records[-1]["step"] if records else 0
+    merged = {name: value for record in records if record["step"] >= last - 1 for name, value in record.items()}
+    return {name: math.nan if value is None else value for name, value in merged.items() if name not in ("step", "non_finite")}
+
+
+@contextmanager
+def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds spent inside to `metrics["time/<name>"]`, also when the block raises."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        key = f"time/{name}"
+        metrics[key] = metrics.get(key, 0.0) + time.perf_counter() - start
+
+
+def print_metrics_table(metrics: Mapping[str, float], title: str) -> None:
+    """Prints one step's metrics, sorted by name, a rule between the groups (the part of a name before its first slash)."""
+    from rich import get_console
+    from rich.table import Table
+
+    table = Table("metric", title=title, title_justify="left", header_style="dim", title_style="bold")
+    table.add_column("value", justify="right")
+    names = sorted(metrics)
+    for name, following in zip_longest(names, names[1:]):
+        last_of_group = following is not None and following.split("/")[0] != name.split("/")[0]
+        table.add_row(name, format_number(metrics[name]), end_section=last_of_group)
+    get_console().print(table)  # the one a progress bar is drawn on, so that the bar stays below
+
+
+# What a person looks at first, in this order; a run has a few of them.
+IMPORTANT = (
+    *("test/env/all/correct", "test/env/all/reward/total", "env/all/correct", "env/all/reward/total"),
+    *("test/nll", "train_mean_nll", "test/dpo_loss", "dpo_loss", "train_loss", "test/loss_next_token"),
+    *("test/accuracy", "accuracy", "train_accuracy", "test/exact", "test/first_hop", "test/margin", "margin"),
+    *("optim/logprob_gap_mean", "optim/entropy", "kl_policy_base", "env/all/ac_tokens_per_turn", "env/all/turns"),
+    *("optim/loss", "optim/grad_norm", "optim/lr", "learning_rate", "num_tokens"),
+)
+ROWS = 8
+
+
+def print_last_metrics(run_folder: RunFolder, metrics: Mapping[str, float]) -> None:
+    """The end of a run: the eight metrics that matter most (and all whose name begins with "alarm"), and where the others are."""
+    from rich import get_console
+    from rich.table import Table
+
+    shown = [name for name in metrics if name.startswith("alarm")]
+    shown += [name for name in IMPORTANT if name in metrics][:ROWS]
+    table = Table("metric", title=f"{run_folder.path}: last step", title_justify="left", header_style="dim", title_style="bold")
+    table.add_column("value", justify="right")
+    for name in shown:
+        table.add_row(name, format_number(metrics[name]))
+    get_console().print(table)
+    if rest := len(metrics) - len(shown):
+        print(f"{rest} more in {run_folder.metrics_file}")
+
+
+def format_number(value: float) -> str:
+    """About four significant digits, never more than ten characters: 1234567, 0.7125, 3.1e-05."""
+    if isinstance(value, int) or (value == int(value) if math.isfinite(value) else False):
+        return f"{value:.0f}" if abs(value) < 1e9 else f"{value:.3e}"
+    return f"{value:.4g}" if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.4f}"

@@ -1,0 +1,21 @@
+"""What is left behind when a loss is not finite: the data that did it, as JSONL."""
+
+import json
+from collections.abc import Sequence
+
+from posttrain.backend.errors import NonFiniteError
+from posttrain.backend.types import Datum
+from posttrain.tracking.run_folder import RunFolder
+
+
+def write_offending_data(run: RunFolder, step: int, data_D: Sequence[Datum], error: NonFiniteError) -> NonFiniteError:
+    """Writes the data of a failed step (the offending ones, where known) and returns the error with the file's name in it."""
+    path = run.path / f"nonfinite_{step:06d}.jsonl"
+    indices = error.datum_indices or range(len(data_D))
+    with path.open("w") as file:
+        for d in indices:
+            inputs = {key: value.tolist() for key, value in data_D[d].loss_fn_inputs.items()}
+            file.write(json.dumps({"datum": d, "tokens": data_D[d].model_input.to_ints(), **inputs}) + "\n")
+    return NonFiniteError(
+        f"step {step}: {error}. The data are in {path}; nothing was saved over the last checkpoint", error.datum_indices
+    )

@@ -1,0 +1,82 @@
+"""One process per run folder: a lock that the kernel gives back when its holder ends, however that happens.
+
+The file `lock` in the folder says who holds it; what a dead holder left in it means nothing. Threads of one process share the lock.
+Left out: file systems without locks, where a line says so and the run goes on.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from weakref import WeakSet
+
+from posttrain.backend.errors import ConfigError
+
+LOCK_FILE = "lock"
+
+
+class RunLock:
+    """Held as long as this object lives."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / LOCK_FILE
+        self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)  # Python closes it in what is executed
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = self.file.read_bytes()
+            self.close()
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ConfigError(
+                    f"{folder} is in use{_holder_text(holder)}: stop that run, or choose another log_path"
+                ) from None
+            print(f"{folder}: no lock on this file system ({error.strerror}); take care that one process alone runs here")
+            return
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.truncate(self._descriptor, 0)
+        os.write(self._descriptor, (json.dumps(about) + "\n").encode())
+        _held.add(self)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.close()
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether this is the lock of that very folder, not of one that was deleted and made again."""
+        try:
+            return self._descriptor >= 0 and os.path.samestat(os.fstat(self._descriptor), (folder / LOCK_FILE).stat())
+        except OSError:
+            return False
+
+
+_held: WeakSet[RunLock] = WeakSet()
+
+
+def lock_folder(folder: Path) -> RunLock:
+    """The lock of an existing folder. ConfigError, with its holder, where another process has it."""
+    return next((lock for lock in list(_held) if lock.is_of(folder)), None) or RunLock(folder)
+
+
+def _holder_text(content: bytes) -> str:
+    try:
+        about = json.loads(content)
+        return f" by process {about['pid']} on {about['host']} since {about['since']}"
+    except (ValueError, KeyError, TypeError):
+        return " by another process"  # it has not written its name yet
+
+
+def _let_go_in_child() -> None:
+    """A forked child has the parent's descriptors, and would keep the lock after the parent's end."""
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

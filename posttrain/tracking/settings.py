@@ -1,0 +1,136 @@
+"""The settings that made a result: as JSON, beside the result, and compared when the result is asked for again.
+
+A run folder has its config.json (run_folder.py). A file or folder that a recipe makes has NAME.made_with.json beside it
+(`already_made`). A folder that one command fills has one recipe.json (`claim_folder`).
+"""
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import chz
+
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.tracking.jsonl import read_json, write_atomically
+
+Changes = dict[str, tuple[Any, Any]]  # option -> (before, now)
+
+# These change when a run is measured, saved or said to be over, and how fast it is; not what a step does.
+FREE = {
+    *("log_path", "behavior_if_log_dir_exists", "wandb_project", "wandb_name"),
+    *("eval_every", "save_every", "keep_checkpoints", "transcript_every", "num_groups_to_log", "concurrent_rollouts"),
+}
+FREE_OF_BACKEND = (
+    *("micro_batch_tokens", "gradient_checkpointing", "max_num_seqs"),
+    *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager", "alarm"),
+)
+MAY_GROW = ("max_steps", "num_epochs", "num_steps")  # of a run that goes on; None is no limit
+SHOWN = 6  # differences in a message
+
+
+def config_to_json(config: Any) -> Any:
+    """A configuration as JSON values. A nested object keeps its class ("module:Class") beside its fields."""
+    return _to_json(config, top=True)
+
+
+def _to_json(value: Any, top: bool = False) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, float):
+        return value if value - value == 0 else str(value)  # inf and nan are not JSON
+    if isinstance(value, Enum):
+        return _to_json(value.value)
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return f"{value.__module__}:{value.__qualname__}"
+    if chz.is_chz(value) or is_dataclass(value):
+        names = chz.chz_fields(value) if chz.is_chz(value) else vars(value)
+        # The top class is left out: it is __main__:Config or rl.train_cli:Config according to how the script was started.
+        kind = {} if top else {"class": f"{type(value).__module__}:{type(value).__qualname__}"}
+        return kind | {name: _to_json(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_to_json(item) for item in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]
+    return str(value) if isinstance(value, os.PathLike) else repr(value)
+
+
+def changes(before: Any, now: Any, free: Collection[str] = (), may_grow: Collection[str] = ()) -> Changes:
+    """Options of two configurations in JSON that differ in what they make; `free` are names that may differ besides FREE."""
+    before_flat, now_flat = _flatten(before), _flatten(now)
+    names = [*before_flat, *(name for name in now_flat if name not in before_flat)]
+    differing = {n: (before_flat.get(n), now_flat.get(n)) for n in names if before_flat.get(n) != now_flat.get(n)}
+    return {
+        name: pair
+        for name, pair in differing.items()
+        if not (name in free or _is_free(name) or name in may_grow and _grows(*pair))
+    }
+
+
+def _is_free(name: str) -> bool:
+    *path, last = name.split(".")
+    return last in FREE or (path[-1:] == ["backend"] and last in FREE_OF_BACKEND)
+
+
+def _grows(before: Any, now: Any) -> bool:
+    return now is None or (isinstance(before, int | float) and now >= before)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        # Classes named in folders of version 0.1 have no "posttrain." before their module.
+        return {prefix: value.removeprefix("posttrain.") if isinstance(value, str) else value}
+    parts = [_flatten(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
+    return {name: leaf for part in parts for name, leaf in part.items()}
+
+
+def changes_text(found: Changes) -> str:
+    """ "learning_rate=0.001 (now 0.0001), seed=0 (now 1)"."""
+    shown = [f"{name}={before} (now {now})" for name, (before, now) in list(found.items())[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+
+
+def read_settings(file: Path, remedy: str = "put it back, or delete what lies beside it to make both anew") -> dict[str, Any]:
+    """The object in a file of settings. DataError, with the remedy, where it cannot be read."""
+    settings = read_json(file, remedy)
+    if not isinstance(settings, dict):
+        raise DataError(f"{file}: a {type(settings).__name__}, where an object with settings is needed; {remedy}")
+    return settings
+
+
+def write_settings(file: Path, settings: Any) -> None:
+    write_atomically(file, json.dumps(config_to_json(settings), indent=2) + "\n")
+
+
+def already_made(result: Path, settings: Any, record: Path | None = None) -> bool:
+    """Whether `result` is there, made with `settings`; else notes in `record` that it is going to be made with them.
+
+    ConfigError where it was made with others: what is asked for is never answered with another's result.
+    """
+    record = record or result.with_name(f"{result.name}.made_with.json")
+    if not result.exists():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_settings(record, settings)
+        return False
+    if not record.exists():
+        raise ConfigError(
+            f"{result} is there, but not {record}, which would say what made it: delete {result.name} or choose another log_path"
+        )
+    if found := changes(read_settings(record), config_to_json(settings)):
+        raise ConfigError(f"{result} was made with {changes_text(found)}: delete it to make it anew, or choose another log_path")
+    return True
+
+
+def claim_folder(folder: Path, settings: Any, free: Collection[str] = ()) -> None:
+    """Writes recipe.json into a folder that one recipe fills. ConfigError where it was filled with other settings.
+
+    `free` are options that may differ from one command to the next.
+    """
+    file = folder / "recipe.json"
+    if os.path.lexists(file) and (found := changes(read_settings(file), config_to_json(settings), free)):
+        raise ConfigError(f"{folder} was filled with {changes_text(found)}: choose another log_path, or delete that folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_settings(file, settings)

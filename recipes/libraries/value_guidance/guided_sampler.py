@@ -1,0 +1,218 @@
+"""Decoding from a language model whose next token is judged, before it is drawn, by a classifier (guidance.py): Q#, CD, FUDGE.
+
+Both read with a KV cache. At each step the classifier's cache is repeated for every candidate, all candidates of all prompts are judged in one
+pass of one token, and the rows of the tokens drawn are what is left of the cache: a token is never read twice. Without a classifier this
+samples from the language model. vLLM has no place for a second model's cache per candidate, so all of it is torch.
+
+Left out: prompts of different lengths in one batch, stop strings, and sharing a prompt's keys between its candidates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from posttrain.backend.errors import ContextLengthError, ModelError
+from posttrain.backend.models import DEFAULT_MAX_LENGTH, attends_to_all, logit_transform
+from recipes.libraries.value_guidance.guidance import Guidance, candidates, guided_logits
+
+
+class Trunk(Protocol):
+    """Reads tokens from left to right. A cache is never changed by what follows it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def max_length(self) -> int | None: ...
+
+    def read(self, tokens_B_T: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        """states_B_T_H of tokens that follow those in `cache`, and the cache with them. Gradients flow through the cache."""
+        ...
+
+    def select(self, cache: Any, rows: torch.Tensor) -> Any:
+        """The cache of these rows, repeated or left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A language model: a trunk, and the logits (..., V) that are read off its states (..., H)."""
+
+    trunk: Trunk
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ValueReader:
+    """A classifier: a trunk, and what its head makes of the states before and behind a token, (..., H) each: the token's outputs (..., K)."""
+
+    trunk: Trunk
+    head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LanguageModelTrunk(torch.nn.Module):
+    """A transformers model."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def max_length(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def read(self, tokens_B_T: torch.Tensor, cache: DynamicCache | None = None) -> tuple[torch.Tensor, DynamicCache]:
+        cache = DynamicCache(config=self.model.config) if cache is None else self._copy(cache)
+        seen_B_T = tokens_B_T.new_ones(
+            len(tokens_B_T), cache.get_seq_length() + tokens_B_T.shape[1]
+        )  # padding ids are tokens as others
+        output = self.model.base_model(input_ids=tokens_B_T, attention_mask=seen_B_T, past_key_values=cache, use_cache=True)
+        return output.last_hidden_state, cache
+
+    def select(self, cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
+        return self._copy(cache, rows)
+
+    def next_token_logits(self, states: torch.Tensor) -> torch.Tensor:
+        head: Any = self.model.get_output_embeddings()
+        return logit_transform(self.model.config)(head(states))
+
+    def _copy(self, cache: DynamicCache, rows: torch.Tensor | None = None) -> DynamicCache:
+        """Shares the tensors: transformers appends by concatenation, and never writes to them."""
+        copy = DynamicCache(config=self.model.config)
+        layers: list[Any] = cache.layers
+        for number, layer in enumerate(layers):
+            keys, values = layer.keys, layer.values
+            copy.update(keys if rows is None else keys[rows], values if rows is None else values[rows], number)
+        return copy
+
+
+def language_model(model: PreTrainedModel) -> Reader:
+    """Raises ModelError for layers whose caches cannot be copied here: windows, recurrent and convolution layers."""
+    if not attends_to_all(model.config, getattr(model.config, "max_position_embeddings", DEFAULT_MAX_LENGTH)):
+        raise ModelError(f"guided sampling needs attention over all tokens in every layer: {model.config.model_type} has others")
+    trunk = LanguageModelTrunk(model)
+    return Reader(trunk, trunk.next_token_logits)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`tokens_B_T` without the prompt; behind an EOS there are only EOS, with 0 in the other two.
+
+    `logprobs_B_T` under the guided distribution, `kl_B_T` of that from the unguided one, at each token.
+    """
+
+    tokens_B_T: torch.Tensor
+    logprobs_B_T: torch.Tensor
+    kl_B_T: torch.Tensor
+
+
+@torch.no_grad()
+def guided_sample(
+    policy: Reader,
+    prompts_B_P: torch.Tensor,
+    num_tokens: int,
+    guidance: Guidance,
+    classifier: ValueReader | None = None,
+    uniforms_B_T: torch.Tensor | None = None,
+    eos_id: int | None = None,
+) -> Sample:
+    """`num_tokens` for each prompt, the likeliest ones, or drawn with the numbers in [0, 1) of `uniforms_B_T`.
+
+    Without `classifier`, of `guidance` only the temperature counts. Raises ModelError where the two have other vocabularies.
+    """
+    check_fit(policy.trunk, classifier.trunk if classifier else None, prompts_B_P.shape[1] + num_tokens)
+    states_B_T_H, policy_cache = policy.trunk.read(prompts_B_P)
+    value_states, value_cache = classifier.trunk.read(prompts_B_P) if classifier else (states_B_T_H, None)
+    before_B_H = value_states[:, -1]  # the classifier's state that the next token is judged from
+    tokens: list[torch.Tensor] = []
+    logprobs: list[torch.Tensor] = []
+    kls: list[torch.Tensor] = []
+    ended_B = torch.zeros(len(prompts_B_P), dtype=torch.bool, device=prompts_B_P.device)
+    for t in range(num_tokens):
+        logits_B_V = policy.head(states_B_T_H[:, -1]).float() / guidance.temperature
+        guided_B_V, judged = logits_B_V, None
+        if classifier:
+            judged = _judge(classifier, candidates(logits_B_V, guidance.top_k), before_B_H, value_cache)
+            guided_B_V = guided_logits(logits_B_V, judged.ids_B_C, guidance.offsets(judged.values_B_C_K), guidance.others)
+        logprobs_B_V = guided_B_V.log_softmax(-1)
+        next_B = logprobs_B_V.argmax(-1) if uniforms_B_T is None else _draw(logprobs_B_V, uniforms_B_T[:, t])
+        if eos_id is not None:
+            next_B = torch.where(ended_B, eos_id, next_B)
+        alive_B = (~ended_B).float()
+        tokens.append(next_B)
+        logprobs.append(logprobs_B_V.gather(-1, next_B[:, None])[:, 0].where(~ended_B, 0))
+        kls.append(_kl(logprobs_B_V, logits_B_V.log_softmax(-1)) * alive_B)
+        if eos_id is not None:
+            ended_B = ended_B | (next_B == eos_id)
+        if t + 1 == num_tokens or (eos_id is not None and bool(ended_B.all())):
+            break
+        if classifier and judged:
+            before_B_H, value_cache = _advance(classifier.trunk, value_cache, judged, next_B, guidance)
+        states_B_T_H, policy_cache = policy.trunk.read(next_B[:, None], policy_cache)
+    return Sample(torch.stack(tokens, 1), torch.stack(logprobs, 1), torch.stack(kls, 1))
+
+
+def check_fit(policy: Trunk, classifier: Trunk | None, length: int) -> None:
+    """Raises ModelError for two vocabularies, ContextLengthError where `length` tokens are more than one of them can read."""
+    if classifier and classifier.vocab_size != policy.vocab_size:
+        raise ModelError(
+            f"the classifier reads {classifier.vocab_size} token ids and the policy writes {policy.vocab_size}: "
+            "it was trained for another vocabulary; train one for this policy"
+        )
+    for name, trunk in (("policy", policy), ("classifier", classifier)):
+        if trunk and trunk.max_length is not None and length > trunk.max_length:
+            raise ContextLengthError(
+                f"{length} tokens, prompt and answer, are more than the {trunk.max_length} the {name} can read"
+            )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What the classifier makes of each candidate. Row b C + c of `states_BC_H` and `cache` has read candidate c of row b."""
+
+    ids_B_C: torch.Tensor
+    values_B_C_K: torch.Tensor
+    states_BC_H: torch.Tensor
+    cache: Any
+
+
+def _judge(classifier: ValueReader, ids_B_C: torch.Tensor, before_B_H: torch.Tensor, cache: Any) -> _Judged:
+    rows_BC = torch.arange(len(ids_B_C), device=ids_B_C.device).repeat_interleave(ids_B_C.shape[1])
+    states_BC_1_H, expanded = classifier.trunk.read(ids_B_C.reshape(-1, 1), classifier.trunk.select(cache, rows_BC))
+    values_BC_K = classifier.head(before_B_H[rows_BC], states_BC_1_H[:, 0])
+    return _Judged(ids_B_C, values_BC_K.unflatten(0, ids_B_C.shape), states_BC_1_H[:, 0], expanded)
+
+
+def _advance(trunk: Trunk, cache: Any, judged: _Judged, next_B: torch.Tensor, guidance: Guidance) -> tuple[torch.Tensor, Any]:
+    """The classifier's states and cache with the tokens drawn: theirs among the candidates', where they must be one of these."""
+    if guidance.others == "kept":
+        states_B_1_H, cache = trunk.read(next_B[:, None], cache)
+        return states_B_1_H[:, 0], cache
+    which_B = (judged.ids_B_C == next_B[:, None]).int().argmax(-1)  # behind an EOS, any
+    rows_B = torch.arange(len(next_B), device=next_B.device) * judged.ids_B_C.shape[1] + which_B
+    return judged.states_BC_H[rows_B], trunk.select(judged.cache, rows_B)
+
+
+def _draw(logprobs_B_V: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """By the inverse of the distribution function: a row's token depends on its own number alone."""
+    cdf_B_V = logprobs_B_V.double().exp().cumsum(-1)
+    drawn_B = torch.searchsorted(cdf_B_V, uniform_B.to(cdf_B_V)[:, None] * cdf_B_V[:, -1:], right=True)[:, 0]
+    return drawn_B.clamp(max=logprobs_B_V.shape[-1] - 1)
+
+
+def _kl(guided_B_V: torch.Tensor, reference_B_V: torch.Tensor) -> torch.Tensor:
+    """KL of two log-distributions, whose first may have zeros."""
+    difference_B_V = torch.where(guided_B_V == -torch.inf, 0, guided_B_V - reference_B_V)
+    return (guided_B_V.exp() * difference_B_V).sum(-1)
