@@ -8,7 +8,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from posttrain.tracking.nonfinite import write_offending_data
 from posttrain.tracking.progress import reported
 from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.timeline import span
+from rl.config import Config
 from rl.data_processing import (
     TrainingData,
     add_advantages,
@@ -39,9 +40,6 @@ from rl.metrics import compute_sampling_metrics, mean_by_key
 from rl.mismatch import correct_mismatch
 from rl.types import BatchReward, Metrics, TrajectoryGroup
 
-if TYPE_CHECKING:
-    from rl.train import Config
-
 T = TypeVar("T")
 
 
@@ -49,7 +47,7 @@ T = TypeVar("T")
 class Learner:
     """The policy in training and what its steps need."""
 
-    config: "Config"
+    config: Config
     client: TrainingClient
     folder: RunFolder
     reference: Reference | None = None

@@ -19,6 +19,7 @@ from recipes.star_graph.model import make_model
 from rl import train
 from rl.advantages import BatchMean, GroupMean
 from rl.algorithms import ALGORITHMS
+from rl.config import check_config
 from rl.data_processing import TrainingData, assemble_training_data, compute_advantages, scale_losses, without_truncated
 from rl.kl import (
     KLPenalty,
@@ -214,7 +215,7 @@ def test_every_algorithm_preset_builds_and_an_option_given_wins() -> None:
         built = parse(
             CLIConfig, [f"algorithm={name}", "env=envs.arithmetic:ArithmeticBuilder"], {"advantage": ADVANTAGES}, presets
         )
-        train._check(chz.replace(built, max_tokens=4))
+        check_config(chz.replace(built, max_tokens=4))
         assert built.algorithm == name
     mine = parse(
         CLIConfig,

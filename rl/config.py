@@ -1,0 +1,150 @@
+"""What can be set about an RL run (train.py), and which options do not go together."""
+
+from pathlib import Path
+from typing import Any
+
+import chz
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.data_checks import resolve_loss
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.learning_rate import LRSchedule
+from posttrain.backend.losses import LossFn
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SAMPLING_TEMPERATURE, SEED, TEMPERATURE, WHOLE
+from posttrain.tracking.run_folder import BehaviorIfExists
+from rl.advantages import AdvantageEstimator, GroupMean
+from rl.data_processing import Reduction
+from rl.kl import KLPenalty
+from rl.mismatch import MismatchCorrection
+from rl.rollouts import RolloutLimits
+from rl.types import BatchRewardBuilder, RLDatasetBuilder
+
+
+@chz.chz
+class Config:
+    """Reinforcement learning of a language model on an environment."""
+
+    env: RLDatasetBuilder = chz.field(doc="builder of the training and held-out environments")
+    model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
+    load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint (fresh optimizer)")
+    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
+    lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
+    lora_alpha: float | None = chz.field(
+        default=None, validator=POSITIVE, doc="the adapter is scaled by lora_alpha / lora_rank; None = 32"
+    )
+    seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of a preset's weights, of the adapter and of sampling (the data's is env.seed)"
+    )
+
+    max_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="most tokens sampled per turn; None = what the environment recommends"
+    )
+    temperature: float = chz.field(
+        default=1.0, validator=SAMPLING_TEMPERATURE, doc="sampling temperature of rollouts; training uses the same distribution"
+    )
+    limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="when a rollout is ended, retried or given up")
+    max_steps_off_policy: int = chz.field(
+        default=0, validator=WHOLE, doc="asynchronous training: batches are sampled up to this many steps ahead; 0 = synchronous"
+    )
+    num_minibatches: int = chz.field(
+        default=1,
+        validator=COUNT,
+        doc="streaming: training starts on each such part of a batch as soon as so many groups are finished",
+    )
+    concurrent_rollouts: int | None = chz.field(
+        default=None, validator=COUNT, doc="rollouts under way at once; None = all that may have begun"
+    )
+
+    batch_reward: BatchRewardBuilder | None = chz.field(default=None, doc="rewards that need a model, for a whole batch at once")
+    advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
+    kl: KLPenalty = chz.field(default_factory=KLPenalty, doc="penalty for leaving a frozen reference policy")
+    remove_constant_reward_groups: bool = chz.field(default=False, doc="leave out groups whose members all got the same reward")
+    train_on_truncated: bool = chz.field(default=True, doc="train on rollouts that ran into the token limit")
+    loss_fn: str | LossFn = chz.field(
+        default="importance_sampling", doc="importance_sampling, reinforce, ppo, cispo, dro, or a function of your own"
+    )
+    loss_fn_config: dict[str, Any] | None = chz.field(default=None, doc="options of the loss, e.g. loss_fn_config.beta=0.1")
+    loss_reduction: Reduction = chz.field(
+        default="sum", doc="divides each token's loss by nothing, by its rollout's tokens, or by all tokens of the batch"
+    )
+    mismatch: MismatchCorrection = chz.field(
+        default_factory=MismatchCorrection, doc="weights for a sampler that differs from the trained policy"
+    )
+    num_substeps: int = chz.field(
+        default=1, validator=COUNT, doc="optimizer steps a batch is cut into; more than 1 is slightly off-policy"
+    )
+    learning_rate: float = chz.field(
+        default=1e-4,
+        validator=LEARNING_RATE,
+        doc="at the first step; full training of big models wants 1e-6 to 1e-5, LoRA ten times that",
+    )
+    lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
+    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
+    grad_clip_norm: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="0 = no clipping")
+    num_epochs: int = chz.field(default=1, validator=COUNT, doc="passes over the dataset")
+    max_steps: int | None = chz.field(default=None, validator=COUNT, doc="total number of steps, if less than the epochs give")
+
+    eval_every: int = chz.field(
+        default=20, validator=WHOLE, doc="evaluate before every this many steps, and at the end; 0 = never"
+    )
+    eval_temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="0 is greedy")
+    eval_samples: int = chz.field(
+        default=0,
+        validator=WHOLE,
+        doc="also sample each held-out problem this often at temperature 1, for pass@k, maj@k and best@k; 0 = no",
+    )
+    save_every: int = chz.field(
+        default=20, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
+    )
+    keep_checkpoints: int | None = chz.field(
+        default=3, validator=COUNT, doc="delete older checkpoints than the last this many and `final`; None = keep all"
+    )
+    transcript_every: int = chz.field(
+        default=10, validator=WHOLE, doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation"
+    )
+    num_groups_to_log: int = chz.field(default=4, validator=WHOLE, doc="groups per transcript")
+    log_path: str = chz.field(default="runs/rl", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
+    wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
+    wandb_name: str | None = chz.field(default=None, doc="name of the wandb run")
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains and samples")
+
+
+def check_config(config: Config) -> None:
+    """Raises ConfigError for options that do not go together."""
+    config.advantage.check_group_size(config.env.group_size)
+    loss = resolve_loss(config.loss_fn, config.loss_fn_config)
+    if isinstance(config.loss_fn, str) and "advantages" not in loss.required:
+        raise ConfigError(f"loss_fn={config.loss_fn} does not use advantages: it is not a loss for reinforcement learning")
+    for name in ("max_tokens", "num_substeps", "num_epochs", "num_minibatches"):
+        if (getattr(config, name) or 0) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
+    if config.max_steps_off_policy < 0:
+        raise ConfigError(f"max_steps_off_policy={config.max_steps_off_policy}: 0 is synchronous, 1 or more asynchronous")
+    if config.temperature <= 0:
+        raise ConfigError(f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0")
+    if not loss.scales_with_advantage and (config.loss_reduction != "sum" or config.mismatch.mode != "none"):
+        raise ConfigError(
+            f"loss_fn={config.loss_fn} is not proportional to the advantage, so loss_reduction and mismatch do not apply"
+        )
+    _check_minibatches(config)
+
+
+def _check_minibatches(config: Config) -> None:
+    minibatches, substeps, groups = config.num_minibatches, config.num_substeps, config.env.batch_size
+    if minibatches == 1:
+        return
+    if groups % minibatches:
+        near = min((n for n in range(2, groups + 1) if groups % n == 0), key=lambda n: abs(n - minibatches))
+        raise ConfigError(
+            f"num_minibatches={minibatches} does not divide the {groups} groups of a batch; num_minibatches={near} does"
+        )
+    if minibatches % substeps and substeps % minibatches:
+        raise ConfigError(f"num_minibatches={minibatches} and num_substeps={substeps}: one must be a multiple of the other")
+    if config.advantage.needs_whole_batch or config.loss_reduction == "token_mean":
+        part = (
+            f"advantage={type(config.advantage).__name__}" if config.advantage.needs_whole_batch else "loss_reduction=token_mean"
+        )
+        raise ConfigError(
+            f"{part} needs the whole batch before the first pass: it does not go with num_minibatches={minibatches}"
+        )
