@@ -3,8 +3,8 @@
     python recipes/star_graph/pretrain.py dataset.targets=reversed max_steps=800          # runs/star_graph_gpt
     python recipes/star_graph/pretrain.py dataset.path=graph_2_5_sample_8000000.txt dataset.path_length=5 dataset.num_nodes=50
 
-Supervised training with cross-entropy on the path's tokens, through supervised/. Forward targets stay at 1/d: teacher forcing shows the model
-the node it is to leave, so that looking up the successor in the edge list explains every token but the first hop (the "Clever Hans" cheat).
+Supervised training with cross-entropy on the path's tokens, through supervised/. Forward targets can leave a small model at 1/d: teacher
+forcing shows it the node it is to leave, so that looking up the successor explains every token but the first hop (the "Clever Hans" cheat).
 Differs from Q#'s train.py: fresh graphs in every batch, a constant learning rate, no weight decay.
 """
 
