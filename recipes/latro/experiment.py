@@ -86,13 +86,13 @@ def picture(folders: dict[str, list[Path]], out: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 4.2), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes: list[Any] = [figure.add_subplot(1, len(PANELS), k + 1) for k in range(len(PANELS))]
     for (name, runs), color in zip(folders.items(), COLORS, strict=False):
         if name.startswith("sft"):
             reached = [json.loads((folder / "summary.json").read_text())["after"]["test/env/all/correct"] for folder in runs]
-            axes[-1].axhline(np.mean(reached), color=color, linestyle="--", label=f"{name} (its best checkpoint, test set)")
+            axes[-1].axhline(np.mean(reached), color=color, linestyle="--", label=f"{name}: its best checkpoint, on the test set")
             continue
         for axis, key in zip(axes, PANELS, strict=True):
             curves = [[(r["step"], r[key]) for r in read_metrics(folder) if key in r] for folder in runs]
@@ -106,7 +106,7 @@ def picture(folders: dict[str, list[Path]], out: Path) -> Path:
         axis.set_xlabel("update", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e5e8ec", linewidth=0.8)
-    axes[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=80)
     return out
