@@ -12,12 +12,15 @@ from functools import partial
 import chz
 import numpy as np
 
-from envs.problem_env import ProblemDataset, ProblemEnv, ProblemGroupBuilder, fit_prompts
+from envs.problem_env import EnvThunk, ProblemEnv, ProblemGroupBuilder, fit_prompts, problem_dataset
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.seeds import EXAMPLES, GROUPS
 from rl.types import RLDataset, RLDatasetBuilder
+from supervised.data import render
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 OPERATORS = "+-*"
@@ -88,22 +91,6 @@ class ArithmeticEnv(ProblemEnv):
         return re.fullmatch(r"-?\d+", text.strip()) is not None
 
 
-class ArithmeticDataset(RLDataset):
-    def __init__(self, space: PairSpace, renderer: Renderer, prefix: Sequence[Message], builder: "ArithmeticBuilder"):
-        self.space, self.renderer, self.prefix, self.config = space, renderer, prefix, builder
-
-    def __len__(self) -> int:
-        return self.config.n_batches
-
-    def get_batch(self, index: int) -> list[ProblemGroupBuilder]:
-        numbers_P = self.space.draw_train(self.config.batch_size, [self.config.seed, 1, index])
-        return [ProblemGroupBuilder(self.env_thunk(n), self.config.group_size, ["arithmetic"]) for n in numbers_P]
-
-    def env_thunk(self, number: int) -> "partial[ArithmeticEnv]":
-        question, answer = self.space.problem(number)
-        return partial(ArithmeticEnv, question, answer, self.renderer, self.prefix)
-
-
 @chz.chz
 class ArithmeticTask:
     """What is asked, and what is held out: give the same to both builders."""
@@ -126,6 +113,7 @@ class ArithmeticTask:
 class ArithmeticBuilder(ArithmeticTask, RLDatasetBuilder):
     """Sums to practise on by reinforcement learning. The held-out set is one attempt at each held-out problem."""
 
+    env_class = ArithmeticEnv
     n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
     include_fewshot: bool = chz.field(default=False, doc=f"put {FEWSHOT} worked examples before the question, for base models")
 
@@ -134,39 +122,18 @@ class ArithmeticBuilder(ArithmeticTask, RLDatasetBuilder):
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         space = self.space()
-        train = ArithmeticDataset(space, renderer, space.fewshot() if self.include_fewshot else [], self)
-        thunks = fit_prompts([train.env_thunk(n) for n in space.test_D], overlong="raise", name="arithmetic")
-        return train, ProblemDataset(thunks, self.batch_size, 1, shuffle=False, tags=["arithmetic"])
+        prefix = space.fewshot() if self.include_fewshot else []
 
+        def draw(epoch: int, index: int) -> list[ProblemGroupBuilder]:
+            numbers_P = space.draw_train(self.batch_size, [self.seed, GROUPS, epoch * self.n_batches + index])
+            return [ProblemGroupBuilder(thunk(n), self.group_size, ["arithmetic"]) for n in numbers_P]
 
-class ArithmeticExamples(SupervisedDataset):
-    """The problems numbered `numbers_D`, or, where that is None, `n_batches` of fresh training problems an epoch."""
+        def thunk(number: int) -> EnvThunk:
+            return partial(self.env_class, *space.problem(number), renderer, prefix)
 
-    def __init__(
-        self, space: PairSpace, renderer: Renderer, builder: "ArithmeticExamplesBuilder", numbers_D: np.ndarray | None = None
-    ):
-        self.space, self.renderer, self.config, self.numbers_D, self.epoch = space, renderer, builder, numbers_D, 0
-
-    def __len__(self) -> int:
-        return self.config.n_batches if self.numbers_D is None else -(-len(self.numbers_D) // self.config.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def get_batch(self, index: int) -> list[Datum]:
-        size = self.config.batch_size
-        if self.numbers_D is None:
-            numbers_D = self.space.draw_train(size, [self.config.seed, 2, self.epoch, index])
-        else:
-            numbers_D = self.numbers_D[index * size : (index + 1) * size]
-        return [self._datum(self.space.messages(n)) for n in numbers_D]
-
-    def _datum(self, messages: list[Message]) -> Datum:
-        from supervised.data import datum_from_tokens_weights
-
-        tokens, weights = self.renderer.build_supervised_example(messages, self.config.train_on_what)
-        max_length = self.config.max_length or self.renderer.tokenizer.model_max_length
-        return datum_from_tokens_weights(tokens, weights, max_length, self.config.reduction)
+        test = fit_prompts([thunk(n) for n in space.test_D], overlong="raise", name="arithmetic")
+        held_out = problem_dataset(test, self.batch_size, 1, shuffle=False, tags=["arithmetic"])
+        return DrawnDataset(draw, self.n_batches), held_out
 
 
 @chz.chz
@@ -177,4 +144,11 @@ class ArithmeticExamplesBuilder(ArithmeticTask, SupervisedDatasetBuilder):
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         space = self.space()
-        return ArithmeticExamples(space, renderer, self), ArithmeticExamples(space, renderer, self, space.test_D)
+
+        def data(numbers_D: np.ndarray) -> list[Datum]:
+            return render([space.messages(number) for number in numbers_D], renderer, self)
+
+        def draw(epoch: int, index: int) -> list[Datum]:
+            return data(space.draw_train(self.batch_size, [self.seed, EXAMPLES, epoch, index]))
+
+        return DrawnDataset(draw, self.n_batches), ListDataset(data(space.test_D), self.batch_size, shuffle=False)

@@ -15,12 +15,15 @@ from functools import partial
 import chz
 import numpy as np
 
-from envs.problem_env import ProblemDataset, ProblemEnv, ProblemGroupBuilder
+from envs.problem_env import ProblemEnv, ProblemGroupBuilder, problem_dataset
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.seeds import EXAMPLES, GROUPS
 from rl.types import RLDataset, RLDatasetBuilder
+from supervised.data import render
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 ANSWER = "#"
@@ -121,18 +124,6 @@ class ChainTask:
         return self.draw(self.num_test, [self.split_seed], held_out=True)
 
 
-class ChainDataset(RLDataset):
-    def __init__(self, config: "ChainBuilder", renderer: Renderer):
-        self.config, self.renderer = config, renderer
-
-    def __len__(self) -> int:
-        return self.config.n_batches
-
-    def get_batch(self, index: int) -> list[ProblemGroupBuilder]:
-        chains_P = self.config.draw(self.config.batch_size, [self.config.seed, 1, index])
-        return [ProblemGroupBuilder(partial(ChainEnv, c, self.renderer), self.config.group_size, ["chain"]) for c in chains_P]
-
-
 @chz.chz
 class ChainBuilder(ChainTask, RLDatasetBuilder):
     """Chains to practise on by reinforcement learning. The held-out set is one attempt at each held-out chain."""
@@ -145,33 +136,12 @@ class ChainBuilder(ChainTask, RLDatasetBuilder):
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         thunks = [partial(ChainEnv, chain, renderer) for chain in self.test_chains()]
-        return ChainDataset(self, renderer), ProblemDataset(thunks, self.batch_size, 1, shuffle=False, tags=["chain"])
 
+        def draw(epoch: int, index: int) -> list[ProblemGroupBuilder]:
+            chains_P = self.draw(self.batch_size, [self.seed, GROUPS, epoch * self.n_batches + index])
+            return [ProblemGroupBuilder(partial(ChainEnv, c, renderer), self.group_size, ["chain"]) for c in chains_P]
 
-class ChainExamples(SupervisedDataset):
-    """`chains` in order or, where that is None, `n_batches` of fresh chains an epoch."""
-
-    def __init__(self, config: "ChainExamplesBuilder", renderer: Renderer, chains: Sequence[Chain] | None = None):
-        self.config, self.renderer, self.chains, self.epoch = config, renderer, chains, 0
-
-    def __len__(self) -> int:
-        return self.config.n_batches if self.chains is None else -(-len(self.chains) // self.config.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def get_batch(self, index: int) -> list[Datum]:
-        from supervised.data import conversation_to_datum
-
-        max_length = self.config.max_length or self.renderer.tokenizer.model_max_length
-        rendering = (self.renderer, max_length, self.config.train_on_what, self.config.reduction)
-        return [conversation_to_datum(chain.messages(), *rendering) for chain in self._chains(index)]
-
-    def _chains(self, index: int) -> Sequence[Chain]:
-        size = self.config.batch_size
-        if self.chains is None:
-            return self.config.draw(size, [self.config.seed, 2, self.epoch, index])
-        return self.chains[index * size : (index + 1) * size]
+        return DrawnDataset(draw, self.n_batches), problem_dataset(thunks, self.batch_size, 1, shuffle=False, tags=["chain"])
 
 
 @chz.chz
@@ -181,4 +151,10 @@ class ChainExamplesBuilder(ChainTask, SupervisedDatasetBuilder):
     n_batches: int = chz.field(default=500, validator=COUNT, doc="training batches per epoch")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-        return ChainExamples(self, renderer), ChainExamples(self, renderer, self.test_chains())
+        def data(chains: Sequence[Chain]) -> list[Datum]:
+            return render([chain.messages() for chain in chains], renderer, self)
+
+        def draw(epoch: int, index: int) -> list[Datum]:
+            return data(self.draw(self.batch_size, [self.seed, EXAMPLES, epoch, index]))
+
+        return DrawnDataset(draw, self.n_batches), ListDataset(data(self.test_chains()), self.batch_size, shuffle=False)

@@ -25,7 +25,7 @@ from typing import Any
 import chz
 import numpy as np
 
-from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
+from envs.problem_env import EnvThunk, Overlong, ProblemEnv, fit_prompts, problem_dataset
 from envs.sandbox import Outcome, SandboxLimits, check_limits, run_program
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
@@ -245,12 +245,14 @@ class CodeBuilder(RLDatasetBuilder):
         if self.need_namespaces and not isolation.namespaces:
             raise ConfigError(f"need_namespaces=true, and the sandbox of this machine has {isolation}")
         print(f"code: programs run with {isolation}")
-        train_set = ProblemDataset(
+        train_set = problem_dataset(
             self.envs(train, renderer, "code train"), self.batch_size, self.group_size, self.seed, tags=["code"]
         )
         if not test:
             return train_set, None
-        return train_set, ProblemDataset(self.envs(test, renderer, "code test"), self.batch_size, 1, shuffle=False, tags=["code"])
+        return train_set, problem_dataset(
+            self.envs(test, renderer, "code test"), self.batch_size, 1, shuffle=False, tags=["code"]
+        )
 
     def problems(self) -> tuple[Sequence[CodeProblem], Sequence[CodeProblem]]:
         """To train on, and to evaluate on."""

@@ -5,17 +5,14 @@ how good an answer truly is, its verdict is the metric `gold` (the term of Gao e
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import chz
-import numpy as np
 
-from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Message, Renderer
 from preference.comparisons import content_hash
 from preference.types import ComparisonDatasetBuilder, LabeledComparison
-from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, StepResult, StopCondition
+from rl.types import Action, Env, Observation, StepResult, StopCondition
 
 Prompt = Sequence[Message]
 GoldReward = Callable[[Prompt, str], float]
@@ -76,23 +73,3 @@ def _distinct_prompts(labeled_D: Sequence[LabeledComparison], name: str) -> list
     if len(prompts) < len(labeled_D):
         print(f"{len(labeled_D)} {name} comparisons are of {len(prompts)} different prompts: each is asked once")
     return list(prompts.values())
-
-
-class GroupDataset(RLDataset):
-    """A list of groups, reshuffled every epoch; the last batch of an epoch may be short. Batch i depends on (seed, i) alone."""
-
-    def __init__(self, builders: Sequence[EnvGroupBuilder], batch_size: int, seed: int = 0, *, shuffle: bool = True):
-        if not builders:
-            raise DataError("the dataset has no prompts")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1")
-        self.builders, self.batch_size, self.seed, self.shuffle = builders, batch_size, seed, shuffle
-
-    def __len__(self) -> int:
-        return -(-len(self.builders) // self.batch_size)
-
-    def get_batch(self, index: int) -> list[Any]:
-        epoch, batch = divmod(index, len(self))
-        count = len(self.builders)
-        order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        return [self.builders[i] for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]

@@ -9,6 +9,7 @@ words are kind, and never meets a repetition: an answer that repeats one kind wo
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import chz
 import numpy as np
@@ -17,8 +18,9 @@ from envs.completion_env import GoldReward, Prompt, PromptsBuilder
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.datasets import DrawnDataset
 from preference.types import Comparison, ComparisonDatasetBuilder, Label, LabeledComparison
-from supervised.data import conversation_to_datum
+from supervised.data import render
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 KIND = ("thanks", "great", "lovely", "brave", "warm", "gentle", "superb", "dear")
@@ -103,28 +105,16 @@ def labeled_by_gold(comparison: Comparison) -> LabeledComparison:
     return LabeledComparison(comparison, label, abs(a - b) or None)
 
 
-class KindWordsExamples(SupervisedDataset):
-    """Notes as people write them, to imitate: fresh ones in every batch, or, `held_out`, one batch to held-out names."""
-
-    def __init__(self, renderer: Renderer, builder: "KindWordsExamplesBuilder", held_out: bool):
-        self.renderer, self.config, self.held_out, self.epoch = renderer, builder, held_out, 0
-
-    def __len__(self) -> int:
-        return 1 if self.held_out else self.config.n_batches
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def get_batch(self, index: int) -> list[Datum]:
-        rng = np.random.default_rng([self.config.seed, 2 + self.held_out, self.epoch, index])
-        chosen_D = rng.choice(names(self.held_out), size=self.config.batch_size)
-        conversations = [[*prompt(str(name)), *note(rng)] for name in chosen_D]
-        return [conversation_to_datum(messages, self.renderer, reduction=self.config.reduction) for messages in conversations]
-
-
 @chz.chz
 class KindWordsExamplesBuilder(SupervisedDatasetBuilder):
+    """Notes as people write them, to imitate: fresh ones in every batch, and one batch to held-out names."""
+
     n_batches: int = chz.field(default=200, validator=COUNT, doc="training batches per epoch")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-        return KindWordsExamples(renderer, self, False), KindWordsExamples(renderer, self, True)
+        def draw(epoch: int, index: int, held_out: bool = False) -> list[Datum]:
+            rng = np.random.default_rng([self.seed, 2 + held_out, epoch, index])
+            chosen_D = rng.choice(names(held_out), size=self.batch_size)
+            return render([[*prompt(str(name)), *note(rng)] for name in chosen_D], renderer, self)
+
+        return DrawnDataset(draw, self.n_batches), DrawnDataset(partial(draw, held_out=True), 1)

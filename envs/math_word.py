@@ -14,7 +14,7 @@ import chz
 
 from envs.math_answers import AnswerStyle, extract_answer, quantity
 from envs.math_grading import DEFAULT_SECONDS, TooCostly, check_gold, is_equal, is_equal_async
-from envs.problem_env import EnvThunk, Overlong, ProblemDataset, ProblemEnv, fit_prompts
+from envs.problem_env import EnvThunk, Overlong, ProblemEnv, fit_prompts, problem_dataset
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, POSITIVE, WHOLE
 from posttrain.renderers.types import Renderer
@@ -121,11 +121,11 @@ class MathWordBuilder(RLDatasetBuilder):
             raise ConfigError(f"prompt_template={self.prompt_template!r} has no {{question}}")
         train_rows, test_rows = self.rows()
         train = self.problems(train_rows, renderer, self.num_train, f"{self.tag} train")
-        train_set = ProblemDataset(train, self.batch_size, self.group_size, self.seed, tags=[self.tag])
+        train_set = problem_dataset(train, self.batch_size, self.group_size, self.seed, tags=[self.tag])
         if test_rows is None:
             return train_set, None
         test = self.problems(test_rows, renderer, self.num_test, f"{self.tag} test")
-        return train_set, ProblemDataset(test, self.batch_size, 1, shuffle=False, tags=[self.tag])
+        return train_set, problem_dataset(test, self.batch_size, 1, shuffle=False, tags=[self.tag])
 
     def rows(self) -> tuple[Iterable[Row], Iterable[Row] | None]:
         """Training and held-out rows."""

@@ -15,10 +15,11 @@ from typing import Literal
 import chz
 import numpy as np
 
-from envs.completion_env import CompletionEnv, GoldReward, GroupDataset, Prompt, PromptsBuilder, completions
+from envs.completion_env import CompletionEnv, GoldReward, Prompt, PromptsBuilder, completions
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, NON_NEGATIVE
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.datasets import ListDataset
 from preference.reward_types import Judge, JudgeBuilder, judge_all
 from preference.types import Comparison
 from rl.types import Env, EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, RolloutError, Trajectory
@@ -92,5 +93,5 @@ class PairwiseBuilder(RLDatasetBuilder):
             [PairwisePreferenceGroupBuilder(prompt, renderer, judge, *settings) for prompt in prompts]
             for prompts in self.prompts()
         )
-        held_out = GroupDataset(test, self.batch_size, shuffle=False) if test else None
-        return GroupDataset(train, self.batch_size, self.seed), held_out
+        held_out = ListDataset(test, self.batch_size, shuffle=False) if test else None
+        return ListDataset(train, self.batch_size, self.seed), held_out

@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
-from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.errors import DataError
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Message, Renderer
-from rl.types import Action, Env, EnvGroupBuilder, Logs, Observation, RLDataset, RolloutError, StepResult, StopCondition
+from posttrain.tracking.datasets import ListDataset
+from rl.types import Action, Env, EnvGroupBuilder, Logs, Observation, RolloutError, StepResult, StopCondition
 
 Overlong = Literal["drop", "raise"]
 
@@ -104,40 +103,18 @@ class ProblemGroupBuilder(EnvGroupBuilder):
         return self.tags
 
 
-class ProblemDataset(RLDataset):
-    """A list of problems, reshuffled every epoch. The last batch of an epoch may be short: no problem is lost.
-
-    Batch i depends on (seed, i) alone. `shuffle=False` keeps the order, for held-out sets.
-    """
-
-    def __init__(
-        self,
-        env_thunks: Sequence[EnvThunk],
-        batch_size: int,
-        group_size: int,
-        seed: int = 0,
-        *,
-        shuffle: bool = True,
-        tags: Sequence[str] = (),
-    ):
-        if not env_thunks:
-            raise DataError("the dataset has no problems")
-        if min(batch_size, group_size) < 1:
-            raise ConfigError(f"batch_size {batch_size} and group_size {group_size} must be at least 1")
-        self.env_thunks = env_thunks
-        self.batch_size, self.group_size, self.seed = batch_size, group_size, seed
-        self.shuffle, self.tags = shuffle, list(tags)
-        self.n_batches = -(-len(env_thunks) // batch_size)
-
-    def __len__(self) -> int:
-        return self.n_batches
-
-    def get_batch(self, index: int) -> list[ProblemGroupBuilder]:
-        epoch, batch = divmod(index, self.n_batches)
-        count = len(self.env_thunks)
-        order = np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        chosen_P = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-        return [ProblemGroupBuilder(self.env_thunks[i], self.group_size, self.tags) for i in chosen_P]
+def problem_dataset(
+    env_thunks: Sequence[EnvThunk],
+    batch_size: int,
+    group_size: int,
+    seed: int = 0,
+    *,
+    shuffle: bool = True,
+    tags: Sequence[str] = (),
+) -> ListDataset[ProblemGroupBuilder]:
+    """A list of problems, reshuffled every epoch. `shuffle=False` keeps the order, for held-out sets."""
+    groups = [ProblemGroupBuilder(thunk, group_size, list(tags)) for thunk in env_thunks]
+    return ListDataset(groups, batch_size, seed, shuffle=shuffle)
 
 
 def fit_prompts(

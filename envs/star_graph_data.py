@@ -20,6 +20,8 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, NUMBER, SEED, WHOLE
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.seeds import GRAPH_GROUPS, GRAPHS
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
@@ -126,25 +128,6 @@ def supervised_datum(ids_T: np.ndarray, layout: Layout, targets: Targets = "forw
     return Datum(ModelInput.from_ints(inputs_T.tolist()), {"target_tokens": ids_T[1:], "weights": weights_T})
 
 
-class StarGraphExamples(SupervisedDataset):
-    def __init__(self, batches: Batches, layout: Layout, targets: Targets):
-        self.batches, self.layout, self.epoch = batches, layout, 0
-        self.targets: Targets = targets
-        self.test = batches.test
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def get_batch(self, index: int) -> list[Datum]:
-        ids_B_T = self.layout.encode(self.batches.rows(index, self.epoch))
-        if self.targets == "reversed":
-            ids_B_T = self.layout.reversed(ids_B_T)
-        return [supervised_datum(ids_T, self.layout, self.targets) for ids_T in ids_B_T]
-
-
 @chz.chz
 class StarGraphExamplesBuilder(StarGraphTask, SupervisedDatasetBuilder):
     """Paths to imitate. The held-out set is the held-out graphs, in one batch."""
@@ -155,12 +138,26 @@ class StarGraphExamplesBuilder(StarGraphTask, SupervisedDatasetBuilder):
     )
     n_batches: int = chz.field(default=1000, validator=COUNT, doc="batches of an epoch, where graphs are drawn")
 
-    def __call__(self, renderer: Renderer) -> tuple[StarGraphExamples, StarGraphExamples]:
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset]:
+        return self.datasets(renderer)[:2]
+
+    def datasets(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset, HeldOut]:
+        """Training set, held-out set, and the held-out graphs."""
         rows_D_T, test = self.split()
         layout = layout_of(renderer.tokenizer, test.graph)
-        train = Batches(test.graph, test, rows_D_T, self.batch_size, self.n_batches, (self.seed, 1))
-        held_out_rows = Batches(test.graph, test, test.tokens_B_T, len(test.tokens_B_T), 1, (0,))
-        return StarGraphExamples(train, layout, self.targets), StarGraphExamples(held_out_rows, layout, self.targets)
+
+        def data(rows_B_T: np.ndarray) -> list[Datum]:
+            ids_B_T = layout.encode(rows_B_T)
+            if self.targets == "reversed":
+                ids_B_T = layout.reversed(ids_B_T)
+            return [supervised_datum(ids_T, layout, self.targets) for ids_T in ids_B_T]
+
+        train = Batches(test.graph, test, rows_D_T, self.batch_size, self.n_batches, (self.seed, GRAPHS))
+        return (
+            DrawnDataset(lambda epoch, index: data(train.rows(index, epoch)), len(train)),
+            ListDataset(data(test.tokens_B_T), len(test.tokens_B_T), shuffle=False),
+            test,
+        )
 
 
 # --- reinforcement learning -----------------------------------------------------------------------------------------------------
@@ -216,20 +213,6 @@ class StarGraphGroup(EnvGroupBuilder):
         return [StarGraphEnv(self.ids_T, self.layout, self.wrong_reward, self.renderer) for _ in range(self.num_envs)]
 
 
-class StarGraphDataset(RLDataset):
-    def __init__(self, batches: Batches, layout: Layout, group_size: int, wrong_reward: float, renderer: Renderer):
-        self.batches, self.layout, self.renderer = batches, layout, renderer
-        self.group_size, self.wrong_reward = group_size, wrong_reward
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def get_batch(self, index: int) -> list[StarGraphGroup]:
-        epoch, batch = divmod(index, len(self))
-        ids_B_T = self.layout.encode(self.batches.rows(batch, epoch)).tolist()
-        return [StarGraphGroup(ids_T, self.layout, self.group_size, self.wrong_reward, self.renderer) for ids_T in ids_B_T]
-
-
 @chz.chz
 class StarGraphBuilder(StarGraphTask, RLDatasetBuilder):
     """Graphs to practise on by reinforcement learning: reward 1 for the whole path. The held-out set is one attempt at each held-out graph."""
@@ -245,9 +228,14 @@ class StarGraphBuilder(StarGraphTask, RLDatasetBuilder):
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset]:
         rows_D_T, test = self.split()
         layout = layout_of(renderer.tokenizer, test.graph)
-        train = Batches(test.graph, test, rows_D_T, self.batch_size, self.n_batches, (self.seed, 2))
+        train = Batches(test.graph, test, rows_D_T, self.batch_size, self.n_batches, (self.seed, GRAPH_GROUPS))
+
+        def groups(rows_B_T: np.ndarray, num_envs: int) -> list[StarGraphGroup]:
+            ids_B_T = layout.encode(rows_B_T).tolist()
+            return [StarGraphGroup(ids_T, layout, num_envs, self.wrong_reward, renderer) for ids_T in ids_B_T]
+
         held_out_rows = Batches(test.graph, test, test.tokens_B_T, self.batch_size, 1, (0,))
         return (
-            StarGraphDataset(train, layout, self.group_size, self.wrong_reward, renderer),
-            StarGraphDataset(held_out_rows, layout, 1, self.wrong_reward, renderer),
+            DrawnDataset(lambda epoch, index: groups(train.rows(index, epoch), self.group_size), len(train)),
+            DrawnDataset(lambda epoch, index: groups(held_out_rows.rows(index, epoch), 1), len(held_out_rows)),
         )

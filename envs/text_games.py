@@ -16,8 +16,11 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.seeds import EXAMPLES, GROUPS, HELD_OUT_EXAMPLES
 from rl.message_env import MessageEnv, MessageEnvGroupBuilder, ParsePolicy
 from rl.types import RLDataset, RLDatasetBuilder
+from supervised.data import render
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 Task = Any  # whatever a game is made from: a number, a word, an expression; it pickles
@@ -49,36 +52,6 @@ class TextGame:
         return [tasks[i] for i in order[self.num_test :]], [tasks[i] for i in order[: self.num_test]]
 
 
-class TextGameDataset(RLDataset):
-    """`n_batches` of tasks drawn anew, or, where that is None, each task once and in order. `env_of` makes a task's environment."""
-
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        env_of: Callable[[Task], MessageEnv],
-        renderer: Renderer,
-        config: "TextGameBuilder",
-        n_batches: int | None = None,
-    ):
-        self.tasks, self.env_of, self.renderer, self.config, self.n_batches = tasks, env_of, renderer, config, n_batches
-
-    def __len__(self) -> int:
-        return -(-len(self.tasks) // self.config.batch_size) if self.n_batches is None else self.n_batches
-
-    def get_batch(self, index: int) -> list[MessageEnvGroupBuilder]:
-        size = self.config.batch_size
-        if self.n_batches is None:
-            chosen_P = self.tasks[index * size : (index + 1) * size]
-            return [self._builder(task, 1) for task in chosen_P]
-        drawn_P = np.random.default_rng([self.config.seed, 1, index]).integers(len(self.tasks), size=size)
-        return [self._builder(self.tasks[i], self.config.group_size) for i in drawn_P]
-
-    def _builder(self, task: Task, num_envs: int) -> MessageEnvGroupBuilder:
-        return MessageEnvGroupBuilder(
-            partial(self.env_of, task), num_envs, self.renderer, self.config.parse, [self.config.tag] if self.config.tag else []
-        )
-
-
 @chz.chz
 class TextGameBuilder(TextGame, RLDatasetBuilder):
     """A game to play by reinforcement learning. The held-out set are the held-out tasks, each once."""
@@ -93,39 +66,17 @@ class TextGameBuilder(TextGame, RLDatasetBuilder):
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         train, test = self.split()
-        env_of = self.open_env()
-        return TextGameDataset(train, env_of, renderer, self, self.n_batches), TextGameDataset(test, env_of, renderer, self)
+        env_of, tags = self.open_env(), [self.tag] if self.tag else []
 
+        def group(task: Task, num_envs: int) -> MessageEnvGroupBuilder:
+            return MessageEnvGroupBuilder(partial(env_of, task), num_envs, renderer, self.parse, tags)
 
-class TextGameExamples(SupervisedDataset):
-    """Demonstrations of `n_batches` of tasks drawn anew in each epoch, or, where that is None, of each task once."""
+        def draw(epoch: int, index: int) -> list[MessageEnvGroupBuilder]:
+            rng = np.random.default_rng([self.seed, GROUPS, epoch * self.n_batches + index])
+            return [group(train[i], self.group_size) for i in rng.integers(len(train), size=self.batch_size)]
 
-    def __init__(
-        self, tasks: Sequence[Task], renderer: Renderer, config: "TextGameExamplesBuilder", n_batches: int | None = None
-    ):
-        self.tasks, self.renderer, self.config, self.n_batches, self.epoch = tasks, renderer, config, n_batches, 0
-
-    def __len__(self) -> int:
-        return -(-len(self.tasks) // self.config.batch_size) if self.n_batches is None else self.n_batches
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def get_batch(self, index: int) -> list[Datum]:
-        size = self.config.batch_size
-        if self.n_batches is None:
-            rng = np.random.default_rng([self.config.split_seed, 3, index])
-            chosen_D = self.tasks[index * size : (index + 1) * size]
-        else:
-            rng = np.random.default_rng([self.config.seed, 2, self.epoch, index])
-            chosen_D = [self.tasks[i] for i in rng.integers(len(self.tasks), size=size)]
-        return [self._datum(self.config.demonstration(task, rng)) for task in chosen_D]
-
-    def _datum(self, messages: list[Message]) -> Datum:
-        from supervised.data import conversation_to_datum
-
-        max_length = self.config.max_length or self.renderer.tokenizer.model_max_length
-        return conversation_to_datum(messages, self.renderer, max_length, self.config.train_on_what, self.config.reduction)
+        held_out = ListDataset([group(task, 1) for task in test], self.batch_size, shuffle=False)
+        return DrawnDataset(draw, self.n_batches), held_out
 
 
 @chz.chz
@@ -136,4 +87,15 @@ class TextGameExamplesBuilder(TextGame, SupervisedDatasetBuilder):
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train, test = self.split()
-        return TextGameExamples(train, renderer, self, self.n_batches), TextGameExamples(test, renderer, self)
+        size = self.batch_size
+
+        def draw(epoch: int, index: int) -> list[Datum]:
+            rng = np.random.default_rng([self.seed, EXAMPLES, epoch, index])
+            chosen_D = [train[i] for i in rng.integers(len(train), size=size)]
+            return render([self.demonstration(task, rng) for task in chosen_D], renderer, self)
+
+        def held_out(epoch: int, index: int) -> list[Datum]:
+            rng = np.random.default_rng([self.split_seed, HELD_OUT_EXAMPLES, index])
+            return render([self.demonstration(task, rng) for task in test[index * size : (index + 1) * size]], renderer, self)
+
+        return DrawnDataset(draw, self.n_batches), DrawnDataset(held_out, -(-len(test) // size))

@@ -9,7 +9,7 @@ each seat a baseline of its own: rl.advantages:SeatMean. Left out: seats that le
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import chz
@@ -21,6 +21,8 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, NON_NEGATIVE, WHOLE
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.seeds import TEST_GAMES, TRAINING_GAMES
 from rl.types import (
     Action,
     Env,
@@ -37,7 +39,6 @@ from rl.types import (
     Trajectory,
 )
 
-TRAINING_GAMES, TEST_GAMES = 0, 1  # second number of a game's seed
 OPENING = 1000  # in the seed of the moves that nobody decides, where a player's own have the player's number
 
 
@@ -177,44 +178,6 @@ class GameGroupBuilder(EnvGroupBuilder):
         return self.tags
 
 
-class TextArenaDataset(RLDataset):
-    """Games numbered without end. Game n's seed, and with an opponent the learner's seat n modulo num_players, are functions of n."""
-
-    def __init__(self, config: "TextArenaBuilder", renderer: Renderer, opponent: Opponent | None, stream: int):
-        self.config, self.renderer, self.stream = config, renderer, stream
-        self.name = opponent.name if opponent else "alone" if config.num_players == 1 else "self_play"
-        self.player = opponent.open(config.open_game(0)) if opponent else None
-        testing = stream == TEST_GAMES
-        self.n_batches = -(-config.num_test // config.batch_size) if testing else config.n_batches
-        self.end = config.num_test if testing else None
-        self.num_games = 1 if testing else config.group_size if opponent else config.group_size // config.num_players
-
-    def __len__(self) -> int:
-        return self.n_batches
-
-    def get_batch(self, index: int) -> list[GameGroupBuilder]:
-        first = index * self.config.batch_size
-        last = min(first + self.config.batch_size, self.end or 2**62)
-        return [self._group(number) for number in range(first, last)]
-
-    def _group(self, number: int) -> GameGroupBuilder:
-        seed = int(np.random.SeedSequence([self.config.seed, self.stream, number]).generate_state(1)[0])
-        seat, tags, opponents = number % self.config.num_players, [self.name], {}
-        if self.player is not None:
-            opponents = {other: self.player for other in range(self.config.num_players) if other != seat}
-            tags.append(f"seat{seat}")
-        return GameGroupBuilder(
-            self.config,
-            self.renderer,
-            seed,
-            opponents,
-            self.num_games,
-            random_opening=self.config.random_opening if self.stream == TRAINING_GAMES else 0,
-            tags=tags,
-            members_are_independent=self.player is not None or self.config.num_players == 1,
-        )
-
-
 @chz.chz
 class TextArenaBuilder(RLDatasetBuilder):
     """Any TextArena game. The held-out set is `num_test` games of other seeds, one attempt each, against `test_opponent`."""
@@ -256,8 +219,43 @@ class TextArenaBuilder(RLDatasetBuilder):
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         self._check()
-        train = TextArenaDataset(self, renderer, self.opponent, TRAINING_GAMES)
-        return train, TextArenaDataset(self, renderer, self.test_opponent, TEST_GAMES) if self.num_test else None
+        group, size = self._groups(renderer, self.opponent, TRAINING_GAMES), self.batch_size
+
+        def draw(epoch: int, index: int) -> list[GameGroupBuilder]:
+            first = (epoch * self.n_batches + index) * size
+            return [group(number) for number in range(first, first + size)]
+
+        train = DrawnDataset(draw, self.n_batches)
+        if not self.num_test:
+            return train, None
+        held_out = map(self._groups(renderer, self.test_opponent, TEST_GAMES), range(self.num_test))
+        return train, ListDataset(list(held_out), size, shuffle=False)
+
+    def _groups(self, renderer: Renderer, opponent: Opponent | None, stream: int) -> Callable[[int], GameGroupBuilder]:
+        """Makes game n, whose seed, and with an opponent the learner's seat n modulo num_players, are functions of n."""
+        name = opponent.name if opponent else "alone" if self.num_players == 1 else "self_play"
+        player = opponent.open(self.open_game(0)) if opponent else None
+        training = stream == TRAINING_GAMES
+        num_games = 1 if not training else self.group_size if opponent else self.group_size // self.num_players
+
+        def group(number: int) -> GameGroupBuilder:
+            seed = int(np.random.SeedSequence([self.seed, stream, number]).generate_state(1)[0])
+            seat, tags, opponents = number % self.num_players, [name], {}
+            if player is not None:
+                opponents = {other: player for other in range(self.num_players) if other != seat}
+                tags.append(f"seat{seat}")
+            return GameGroupBuilder(
+                self,
+                renderer,
+                seed,
+                opponents,
+                num_games,
+                random_opening=self.random_opening if training else 0,
+                tags=tags,
+                members_are_independent=player is not None or self.num_players == 1,
+            )
+
+        return group
 
     def _check(self) -> None:
         if self.num_players < 1 or (self.num_players == 1 and (self.opponent or self.test_opponent)):

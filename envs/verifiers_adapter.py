@@ -30,6 +30,7 @@ from envs.problem_env import GraderError
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, POSITIVE, SEED, WHOLE
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.datasets import ListDataset
 from rl.message_env import MessageEnv, MessageEnvGroupBuilder, MessageStep, ParsePolicy
 from rl.types import RLDataset, RLDatasetBuilder
 
@@ -148,41 +149,6 @@ class VerifiersEnv(MessageEnv):
         return MessageStep(reply["reward"], True, metrics=reply["metrics"] | rewards, logs={"answer": answer})
 
 
-class VerifiersDataset(RLDataset):
-    """The tasks numbered `tasks_D`, reshuffled every epoch, or in their order where `seed` is None."""
-
-    def __init__(
-        self,
-        source: TasksetSource,
-        tasks_D: np.ndarray,
-        renderer: Renderer,
-        builder: "VerifiersBuilder",
-        group_size: int,
-        seed: int | None,
-    ):
-        self.source, self.tasks_D, self.renderer, self.config = source, tasks_D, renderer, builder
-        self.group_size, self.seed = group_size, seed
-
-    def __len__(self) -> int:
-        return -(-len(self.tasks_D) // self.config.batch_size)
-
-    def get_batch(self, index: int) -> list[MessageEnvGroupBuilder]:
-        epoch, batch = divmod(index, len(self))
-        order_D = self.tasks_D if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(self.tasks_D)
-        chosen_P = order_D[batch * self.config.batch_size : (batch + 1) * self.config.batch_size]
-        messages_D = worker(self.source).tasks
-        return [
-            MessageEnvGroupBuilder(
-                partial(VerifiersEnv, self.source, int(task), messages_D[task]),
-                self.group_size,
-                self.renderer,
-                self.config.parse,
-                [self.config.taskset],
-            )
-            for task in chosen_P
-        ]
-
-
 @chz.chz
 class VerifiersBuilder(RLDatasetBuilder):
     """A taskset of the verifiers library."""
@@ -212,5 +178,11 @@ class VerifiersBuilder(RLDatasetBuilder):
             raise ConfigError(f"num_test={self.num_test}: the taskset {self.taskset} has {count} tasks, to train on and to test")
         order_D = np.random.default_rng(self.split_seed).permutation(count)
         test_D, train_D = np.sort(order_D[: self.num_test]), np.sort(order_D[self.num_test :])
-        train = VerifiersDataset(source, train_D, renderer, self, self.group_size, self.seed)
-        return train, VerifiersDataset(source, test_D, renderer, self, 1, None) if self.num_test else None
+
+        def groups(tasks_D: np.ndarray, num_envs: int) -> list[MessageEnvGroupBuilder]:
+            messages_D, tags = worker(source).tasks, [self.taskset]
+            thunks = [partial(VerifiersEnv, source, int(task), messages_D[task]) for task in tasks_D]
+            return [MessageEnvGroupBuilder(thunk, num_envs, renderer, self.parse, tags) for thunk in thunks]
+
+        train = ListDataset(groups(train_D, self.group_size), self.batch_size, self.seed)
+        return train, ListDataset(groups(test_D, 1), self.batch_size, shuffle=False) if self.num_test else None

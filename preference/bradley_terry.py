@@ -6,6 +6,7 @@ zero. A tie says nothing about which is better: ties are dropped and counted. Le
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import chz
 import numpy as np
@@ -19,11 +20,11 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
 from posttrain.renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
+from posttrain.tracking.datasets import DrawnDataset, ListDataset
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import Judge, JudgeBuilder, PreferenceModel, RewardModel, RewardModelBuilder, SavedModel
 from preference.types import Comparison, LabeledComparison
 from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
-from supervised.data import SupervisedDatasetFromExamples
 from supervised.train import Objective
 from supervised.types import SupervisedDataset
 
@@ -112,18 +113,6 @@ class BradleyTerryJudgeBuilder(JudgeBuilder):
 # --- training -------------------------------------------------------------------------------------------------------------------
 
 
-class BradleyTerryDataset(SupervisedDatasetFromExamples):
-    """Batches of pairs, the chosen and the rejected one side by side."""
-
-    def __init__(self, pairs: Sequence[tuple[Datum, Datum]], batch_size: int, seed: int):
-        super().__init__([chosen for chosen, _ in pairs], min(batch_size, len(pairs)), seed)
-        self.rejected = [rejected for _, rejected in pairs]
-
-    def get_batch(self, index: int) -> list[Datum]:
-        batch_P = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        return [side[i] for i in batch_P for side in (self.examples, self.rejected)]
-
-
 class BradleyTerry:
     def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
         return client.forward_backward_custom(batch_D, bradley_terry)
@@ -147,7 +136,11 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
             raise DataError(f"all of {len(labeled_D)} comparisons are ties: there is nothing to train a scalar reward model on")
         if len(decided_D) < len(labeled_D):
             print(f"preference pairs: {len(labeled_D) - len(decided_D):,} ties of {len(labeled_D):,} comparisons dropped")
-        return BradleyTerryDataset([self._pair(renderer, labeled) for labeled in decided_D], self.batch_size, self.seed)
+        pairs = ListDataset(
+            [self._pair(renderer, labeled) for labeled in decided_D], min(self.batch_size, len(decided_D)), self.seed
+        )
+        sides = chain.from_iterable  # of the pairs of a batch: the chosen and the rejected one side by side
+        return DrawnDataset(lambda epoch, index: list(sides(pairs.batch(epoch, index))), len(pairs))
 
     def _pair(self, renderer: Renderer, labeled: LabeledComparison) -> tuple[Datum, Datum]:
         if self.margin_coef and labeled.margin is None:

@@ -16,11 +16,12 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig, ModelInput
 from posttrain.renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
+from posttrain.tracking.datasets import ListDataset
 from preference.comparisons import in_both_orders, randomly_swapped
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, PreferenceModel, SavedModel
 from preference.types import Comparison, Label, LabeledComparison
-from supervised.data import SupervisedDatasetFromExamples, datum_from_tokens_weights
+from supervised.data import datum_from_tokens_weights
 from supervised.train import CrossEntropy, Objective
 from supervised.types import SupervisedDataset
 
@@ -134,7 +135,7 @@ class LabelExamplesBuilder(RewardExamplesBuilder):
         ordered = in_both_orders(labeled_D) if self.both_orders else randomly_swapped(labeled_D, self.seed)
         label_format = LabelFormat(renderer)
         data_D = [label_format.example(labeled) for labeled in ordered]
-        return SupervisedDatasetFromExamples(data_D, min(self.batch_size, len(data_D)), self.seed)
+        return ListDataset(data_D, min(self.batch_size, len(data_D)), self.seed)
 
     def length(self, renderer: Renderer, labeled: LabeledComparison) -> int:
         return renderer.build_generation_prompt(question(labeled.comparison)).length + LABEL_ROOM

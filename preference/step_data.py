@@ -20,30 +20,33 @@ from posttrain.backend.losses import Tensors
 from posttrain.backend.ranges import COUNT, WHOLE
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Renderer, TrainOnWhat
+from posttrain.tracking.datasets import DrawnDataset, ListDataset
 from preference.prm_labels import StepRecord, read_records
 from preference.steps import StepFormat, split_response
-from supervised.data import SupervisedDatasetFromExamples
 from supervised.rows import exchange
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
 def step_cross_entropy(scalars_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """w BCE(scalar, label), with labels from 0 to 1; the weights of a batch are divided by their sum beforehand (StepDataset)."""
+    """w BCE(scalar, label), with labels from 0 to 1; the weights of a batch are divided by their sum beforehand (step_dataset)."""
     loss_N = binary_cross_entropy_with_logits(scalars_N, inputs["labels"], reduction="none")
     right_N = ((scalars_N > 0) == (inputs["labels"] > 0.5)).float()
     return inputs["weights"] * loss_N, {"accuracy": right_N}
 
 
-class StepDataset(SupervisedDatasetFromExamples):
+def step_dataset(examples: Sequence[Datum], batch_size: int, seed: int = 0, *, shuffle: bool = True) -> DrawnDataset[Datum]:
     """Batches whose weights add up to 1."""
+    examples_D = ListDataset(examples, batch_size, seed, shuffle=shuffle)
 
-    def get_batch(self, index: int) -> list[Datum]:
-        batch_D = super().get_batch(index)
+    def batch(epoch: int, index: int) -> list[Datum]:
+        batch_D = examples_D.batch(epoch, index)
         total = sum(float(datum.loss_fn_inputs["weights"].array.sum()) for datum in batch_D) + 1e-6
         return [
             Datum(datum.model_input, {**datum.loss_fn_inputs, "weights": datum.loss_fn_inputs["weights"].array / total})
             for datum in batch_D
         ]
+
+    return DrawnDataset(batch, len(examples_D))
 
 
 def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuilder") -> Datum | None:
@@ -98,8 +101,8 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
         if self.test_size:
             train, test = self._split(train, test)
         train_D, test_D = self._data(train, renderer, "training"), self._data(test, renderer, "held-out") if test else []
-        held_out = StepDataset(test_D, min(len(test_D), self.batch_size), shuffle=False) if test_D else None
-        return StepDataset(train_D, self.batch_size, self.seed), held_out
+        held_out = step_dataset(test_D, self.batch_size, shuffle=False) if test_D else None
+        return step_dataset(train_D, self.batch_size, self.seed), held_out
 
     def _split(self, train: list[StepRecord], test: list[StepRecord]) -> tuple[list[StepRecord], list[StepRecord]]:
         questions = sorted({record.input for record in train})

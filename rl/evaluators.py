@@ -5,8 +5,8 @@ from copy import copy
 
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.sampling_client import SamplingClient
+from posttrain.tracking.seeds import EVALUATION
 from rl import step_checks
-from rl.group_sources import EVALUATION_STREAM
 from rl.metrics import compute_trajectory_metrics
 from rl.rollouts import Policy, RolloutLimits, do_rollouts
 from rl.sample_metrics import best_at_k, maj_at_k, mean_and_stderr, pass_at_k
@@ -42,7 +42,7 @@ class RLTestSetEvaluator:
 
     async def __call__(self, client: SamplingClient) -> Metrics:
         policy = Policy(client, self._max_tokens, self._temperature)
-        self.groups = await do_rollouts(self._builders, policy, (self._seed, EVALUATION_STREAM), self._limits)
+        self.groups = await do_rollouts(self._builders, policy, (self._seed, EVALUATION), self._limits)
         return compute_trajectory_metrics(self.groups, f"{self._name}/env")
 
 
@@ -78,7 +78,7 @@ class SamplesEvaluator:
 
     async def __call__(self, client: SamplingClient) -> Metrics:
         policy = Policy(client, self._max_tokens, self._temperature)
-        seed = (self._seed, EVALUATION_STREAM, self._num_samples)
+        seed = (self._seed, EVALUATION, self._num_samples)
         # Sample by sample, problem by problem: the first samples are the same whatever comes later.
         # Copies, since each builder's `cleanup` is called when its own rollouts are over.
         builders = [copy(builder) for _ in range(self._num_samples) for builder in self._builders]

@@ -18,13 +18,13 @@ from typing import Any
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.sampling_client import SamplingClient
+from posttrain.tracking.seeds import TRAINING
 from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_group_rollout, first_error
 from rl.step_checks import batch as groups_of_batch
 from rl.types import EnvGroupBuilder, RLDataset, TrajectoryGroup
 
 REPORT_SECONDS = 60.0  # without a finished group, until the user is told what is being waited for
-TRAINING_STREAM, EVALUATION_STREAM = 0, 1  # first number of a seed: evaluation must not change what training samples
 
 
 class GroupSource:
@@ -74,7 +74,7 @@ class GroupSource:
 
     async def _sample(self, batch: int, p: int, builder: EnvGroupBuilder) -> TrajectoryGroup:
         assert self._policy
-        step, seed = self._step, (self._seed, TRAINING_STREAM, batch, p)
+        step, seed = self._step, (self._seed, TRAINING, batch, p)
         group = await do_group_rollout(builder, self._policy, seed, self._limits, self._slots)
         group.sampled_at_step = step
         return group

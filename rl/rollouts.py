@@ -22,6 +22,7 @@ from posttrain.backend.errors import ContextLengthError, DataError
 from posttrain.backend.ranges import COUNT, POSITIVE, SHARE, WHOLE
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import SamplingParams
+from posttrain.tracking.seeds import RETRY
 from posttrain.tracking.timeline import span
 from rl import step_checks
 from rl.env_calls import SamplingClock, call, call_now, takes_extra
@@ -44,7 +45,6 @@ from rl.types import (
 T = TypeVar("T")
 Seed = tuple[int, ...]  # e.g. (run seed, step, group); a rollout's sampling is a pure function of it
 NO_LIMIT = 2**31
-RETRY = 1 << 16  # in a seed: keeps the attempts of a member apart from the members
 
 
 @chz.chz

@@ -7,7 +7,7 @@ advantages are centred over. Builders are cheap and made from configuration; `ma
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import chz
 
@@ -189,8 +189,9 @@ class EnvGroupBuilder(ABC):
         return
 
 
-class RLDataset(ABC):
-    """Batches of groups, addressed by index, so that resuming is starting at an index."""
+@runtime_checkable
+class RLDataset(Protocol):
+    """Batches of groups, addressed by index, so that resuming is starting at an index. posttrain/tracking/datasets.py has two."""
 
     @abstractmethod
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:

@@ -16,6 +16,7 @@ from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import Datum, ModelInput, TensorData
 from posttrain.renderers.turns import bos, encode, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
+from posttrain.tracking.datasets import ListDataset
 from supervised.forms import customized, form_of, one_form
 from supervised.rows import Fields, Row, conversation, exchange, read_rows
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
@@ -55,6 +56,13 @@ def conversation_to_datum(
     return datum_from_tokens_weights(*renderer.build_supervised_example(messages, train_on_what), max_length, reduction)
 
 
+def render(conversations: Sequence[Sequence[Message]], renderer: Renderer, builder: SupervisedDatasetBuilder) -> list[Datum]:
+    """A Datum of each conversation, by the builder's max_length, train_on_what and reduction."""
+    max_length = builder.max_length or renderer.tokenizer.model_max_length
+    how = (renderer, max_length, builder.train_on_what, builder.reduction)
+    return [conversation_to_datum(messages, *how) for messages in conversations]
+
+
 def fitting_batch_size(batch_size: int, available: int, what: str) -> int:
     """At most what there is, with a line that says so. DataError where there is nothing, or a batch would be empty."""
     if batch_size < 1 or not available:
@@ -64,32 +72,7 @@ def fitting_batch_size(batch_size: int, available: int, what: str) -> int:
     return min(batch_size, available)
 
 
-class SupervisedDatasetFromExamples(SupervisedDataset):
-    """Batches of a list. The order is a function of (seed, epoch) alone; the last batch of an epoch may be short."""
-
-    def __init__(self, examples: Sequence[Datum], batch_size: int, seed: int = 0, shuffle: bool = True):
-        self.examples, self.seed, self.shuffle = examples, seed, shuffle
-        self.batch_size = fitting_batch_size(batch_size, len(examples), "examples")
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.order = self._order(epoch)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """Indices into `examples` in the order of an epoch."""
-        n = len(self.examples)
-        return np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
-
-    def get_batch(self, index: int) -> list[Datum]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"batch {index} of a dataset with {len(self)} batches")
-        return [self.examples[i] for i in self.order[index * self.batch_size : (index + 1) * self.batch_size]]
-
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.batch_size)
-
-
-class MixtureDataset(SupervisedDatasetFromExamples):
+class MixtureDataset(ListDataset[Datum]):
     """Sources spread evenly over an epoch by weight; the epoch ends when each source was seen whole.
 
     A source that is needed more often than it has examples begins again, in a new order.
@@ -102,7 +85,7 @@ class MixtureDataset(SupervisedDatasetFromExamples):
         self.counts = [max(size, round(length * share)) for size, share in zip(self.sizes, shares, strict=True)]
         super().__init__([datum for source in sources for datum in source], batch_size, seed)
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         indices, times, offset = [], [], 0
         for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             passes = [
@@ -141,7 +124,7 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         train, test = self.rows()
         if self.test_size:
             train, test = self._split(train, test)
-        dataset = SupervisedDatasetFromExamples(self._render(train, renderer), self.batch_size, self.seed)
+        dataset = ListDataset(self._render(train, renderer), self.batch_size, self.seed)
         return dataset, _held_out(self._render(test, renderer, " held out") if test else [], self.batch_size)
 
     def _split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -304,4 +287,4 @@ class MixtureBuilder(SupervisedDatasetBuilder):
 
 
 def _held_out(data: list[Datum], batch_size: int) -> SupervisedDataset | None:
-    return SupervisedDatasetFromExamples(data, min(batch_size, len(data)), shuffle=False) if data else None
+    return ListDataset(data, batch_size, shuffle=False) if data else None

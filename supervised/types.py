@@ -1,6 +1,7 @@
 """Supervised datasets: batches of Datum addressed by index, and the configuration objects that build them."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from typing import Protocol
 
 import chz
 
@@ -9,8 +10,8 @@ from posttrain.backend.types import Datum
 from posttrain.renderers.types import Renderer, TrainOnWhat
 
 
-class SupervisedDataset(ABC):
-    """Addressed by batch index within an epoch, so that resuming is starting at an index."""
+class SupervisedDataset(Protocol):
+    """Addressed by batch index within an epoch, so that resuming is starting at an index. posttrain/tracking/datasets.py has two."""
 
     @abstractmethod
     def get_batch(self, index: int) -> list[Datum]:

@@ -12,7 +12,7 @@ import pytest
 
 from envs.arithmetic import ArithmeticBuilder, ArithmeticEnv, ArithmeticExamplesBuilder, PairSpace
 from envs.math_word import Gsm8kBuilder, MathWordBuilder, MathWordEnv
-from envs.problem_env import GraderError, ProblemDataset, ProblemEnv, ProblemGroupBuilder, fit_prompts
+from envs.problem_env import GraderError, ProblemEnv, ProblemGroupBuilder, fit_prompts, problem_dataset
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.types import Datum
@@ -68,12 +68,12 @@ def questions(dataset: RLDataset, index: int) -> list[str]:
 
 
 def test_every_epoch_has_every_problem_once_in_a_new_order():
-    dataset = ProblemDataset(thunks(10), batch_size=4, group_size=2, seed=3)
+    dataset = problem_dataset(thunks(10), batch_size=4, group_size=2, seed=3)
     assert len(dataset) == 3
     epochs = [[q for i in range(3) for q in questions(dataset, 3 * epoch + i)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"{i}+0=" for i in range(10)) and epochs[0] != epochs[1]
-    assert questions(ProblemDataset(thunks(10), 4, 2, seed=3), 4) == questions(dataset, 4)
-    assert [q for i in range(3) for q in questions(ProblemDataset(thunks(10), 4, 1, shuffle=False), i)] == sorted(epochs[0])
+    assert questions(problem_dataset(thunks(10), 4, 2, seed=3), 4) == questions(dataset, 4)
+    assert [q for i in range(3) for q in questions(problem_dataset(thunks(10), 4, 1, shuffle=False), i)] == sorted(epochs[0])
 
 
 def test_overlong_prompts_are_dropped_and_counted_or_refused(capsys: pytest.CaptureFixture[str]):

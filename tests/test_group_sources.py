@@ -18,10 +18,11 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams, ModelInput
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.run_folder import RunFolder
+from posttrain.tracking.seeds import TRAINING
 from rl import train
 from rl.advantages import BatchMean, GroupMean
 from rl.data_processing import assemble_training_data, compute_advantages
-from rl.group_sources import TRAINING_STREAM, GroupSource
+from rl.group_sources import GroupSource
 from rl.rollouts import Policy, do_rollouts
 from rl.train_step import Learner, train_step
 from rl.types import Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
@@ -107,7 +108,7 @@ def test_nothing_off_policy_is_the_synchronous_run_bit_for_bit(tmp_path: Path) -
     async def synchronous(client) -> None:  # noqa: ANN001
         for step in range(len(dataset)):
             policy = Policy(await client.save_weights_and_get_sampling_client_async(), max_tokens=4)
-            groups = await do_rollouts(dataset.get_batch(step), policy, (0, TRAINING_STREAM, step))
+            groups = await do_rollouts(dataset.get_batch(step), policy, (0, TRAINING, step))
             data = assemble_training_data(groups, compute_advantages(groups, GroupMean())).data_D
             await client.forward_backward(data, "importance_sampling")
             await client.optim_step(AdamParams(1e-3, eps=1e-8))

@@ -21,9 +21,11 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.datasets import DrawnDataset
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_atomically
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import open_run_folder
+from posttrain.tracking.seeds import GREEDY, SAMPLE, SWEEP, TEST
 from recipes.bstar.balance import Counts, choose, surface
 from recipes.bstar.budget import Plan
 from recipes.bstar.methods import Method
@@ -49,12 +51,10 @@ from recipes.bstar.stages import policy_path
 from recipes.bstar.tasks import Query, Task
 from supervised import train as supervised_train
 from supervised.data import conversation_to_datum, datum_from_tokens_weights
-from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+from supervised.types import SupervisedDatasetBuilder
 
 if TYPE_CHECKING:
     from recipes.bstar.train import Config
-
-SWEEP, SAMPLE, TEST, GREEDY = range(4)  # streams of seeds
 
 
 @dataclass
@@ -75,28 +75,19 @@ class Lab:
         return self.client.save_weights_and_get_sampling_client()
 
 
-class RoundData(SupervisedDataset):
+def round_data(
+    examples: Sequence[Datum], batch_size: int, seed: Sequence[int], first_step: int, num_steps: int
+) -> DrawnDataset[Datum]:
     """Batches by the absolute step; those from `first_step` on go through the examples again and again, in an order of (seed, pass)."""
+    size = len(examples)
 
-    def __init__(self, examples: Sequence[Datum], batch_size: int, seed: Sequence[int], first_step: int, num_steps: int):
-        self.examples, self.batch_size, self.seed, self.first_step, self.num_steps = (
-            examples,
-            batch_size,
-            seed,
-            first_step,
-            num_steps,
-        )
+    def draw(epoch: int, step: int) -> list[Datum]:
+        start = (step - first_step) * batch_size
+        passes = range(start // size, (start + batch_size - 1) // size + 1)
+        orders = {p: np.random.default_rng([*seed, p]).permutation(size) for p in passes}
+        return [examples[orders[i // size][i % size]] for i in range(start, start + batch_size)]
 
-    def __len__(self) -> int:
-        return self.num_steps
-
-    def get_batch(self, index: int) -> list[Datum]:
-        start, size = (index - self.first_step) * self.batch_size, len(self.examples)
-        orders = {
-            p: np.random.default_rng([*self.seed, p]).permutation(size)
-            for p in range(start // size, (start + self.batch_size - 1) // size + 1)
-        }
-        return [self.examples[orders[i // size][i % size]] for i in range(start, start + self.batch_size)]
+    return DrawnDataset(draw, num_steps)
 
 
 @dataclass
@@ -256,7 +247,7 @@ class Round:
         keep = self.method.keep_optimizer  # then only the first round begins with a checkpoint of another run
         start = self.policy(self.number - 1 if self.method.start == "last" and not keep else 0)
         first, total = ((self.number - 1) * config.steps, config.rounds * config.steps) if keep else (0, config.steps)
-        dataset = RoundData(self.data(selected), config.batch_size, [config.seed, self.number], first, total)
+        dataset = round_data(self.data(selected), config.batch_size, [config.seed, self.number], first, total)
         run = supervised_train.Config(
             dataset=SupervisedDatasetBuilder(batch_size=config.batch_size, seed=config.seed),
             model_name=config.model_name,

@@ -15,6 +15,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.jsonl import as_dataclass, read_jsonl, write_atomically
 from posttrain.tracking.run_folder import open_run_folder
 from preference import train_prm
@@ -23,7 +24,7 @@ from preference.solutions import Solution, sample_solutions
 from preference.step_data import StepExamplesBuilder
 from recipes.bstar.tasks import Task
 from supervised import train as supervised_train
-from supervised.data import SupervisedDatasetFromExamples, conversation_to_datum
+from supervised.data import conversation_to_datum
 from supervised.types import SupervisedDatasetBuilder
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ async def _imitate(
     if _is_there(config.folder / name / "checkpoints" / "final", name):
         return
     data = [conversation_to_datum(query.messages(), renderer) for query in task.warm_start]
-    dataset = SupervisedDatasetFromExamples(data, min(config.warm_start_batch_size, len(data)), data_seed)
+    dataset = ListDataset(data, min(config.warm_start_batch_size, len(data)), data_seed)
     run = supervised_train.Config(
         dataset=SupervisedDatasetBuilder(batch_size=dataset.batch_size, seed=data_seed),
         model_name=config.model_name,

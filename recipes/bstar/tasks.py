@@ -16,6 +16,7 @@ from envs.problem_env import ProblemEnv
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.seeds import DEV
 from preference.steps import StepFormat
 
 
@@ -99,7 +100,7 @@ class TaskBuilder:
             raise DataError(f"{len(train)} training and {len(test)} test queries: both sets need some")
         if not 1 <= self.num_dev <= len(train):
             raise ConfigError(f"num_dev={self.num_dev}: from 1 to the {len(train)} training queries")
-        dev = sorted(np.random.default_rng([self.split_seed, 7]).permutation(len(train))[: self.num_dev].tolist())
+        dev = sorted(np.random.default_rng([self.split_seed, DEV]).permutation(len(train))[: self.num_dev].tolist())
         return Task(warm_start, prm, train, test, dev, self.form, self.max_tokens)
 
 

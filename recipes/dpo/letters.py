@@ -4,6 +4,7 @@ The warm start teaches to answer with the same letters in a random order. The se
 both builders hold out the same ones.
 """
 
+from functools import partial
 from itertools import combinations
 from string import ascii_lowercase
 
@@ -14,8 +15,9 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.datasets import DrawnDataset
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
-from supervised.data import conversation_to_datum
+from supervised.data import render
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 TEST_SETS = 200
@@ -42,28 +44,9 @@ def answer(letters: str) -> list[Message]:
     return [Message(role="assistant", content=letters)]
 
 
-class RandomOrder(SupervisedDataset):
-    """Fresh questions in every batch, each answered with its letters in a random order."""
-
-    def __init__(self, sets: list[str], renderer: Renderer, builder: "RandomOrderBuilder", n_batches: int):
-        self.sets, self.renderer, self.config, self.n_batches, self.epoch = sets, renderer, builder, n_batches, 0
-
-    def __len__(self) -> int:
-        return self.n_batches
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def get_batch(self, index: int) -> list[Datum]:
-        rng = np.random.default_rng([self.config.seed, self.epoch, index])
-        chosen = [self.sets[i] for i in rng.integers(len(self.sets), size=self.config.batch_size)]
-        conversations = [question(shuffled(letters, rng)) + answer(shuffled(letters, rng)) for letters in chosen]
-        return [conversation_to_datum(messages, self.renderer) for messages in conversations]
-
-
 @chz.chz
 class RandomOrderBuilder(SupervisedDatasetBuilder):
-    """Letters answered by the same letters in a random order. The best loss is ln(n!) / (n + 1) nats per token."""
+    """Fresh letters in every batch, answered by the same letters in a random order. The best loss is ln(n!) / (n + 1) nats per token."""
 
     num_letters: int = chz.field(default=4, validator=COUNT, doc="letters in a question")
     alphabet: int = chz.field(default=16, validator=COUNT, doc="letters there are")
@@ -73,7 +56,14 @@ class RandomOrderBuilder(SupervisedDatasetBuilder):
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train, test = letter_sets(self.num_letters, self.alphabet, self.test_size, self.split_seed)
-        return RandomOrder(train, renderer, self, self.n_batches), RandomOrder(test, renderer, self, n_batches=2)
+
+        def draw(sets: list[str], epoch: int, index: int) -> list[Datum]:
+            rng = np.random.default_rng([self.seed, epoch, index])
+            chosen = [sets[i] for i in rng.integers(len(sets), size=self.batch_size)]
+            conversations = [question(shuffled(letters, rng)) + answer(shuffled(letters, rng)) for letters in chosen]
+            return render(conversations, renderer, self)
+
+        return DrawnDataset(partial(draw, train), self.n_batches), DrawnDataset(partial(draw, test), 2)
 
 
 @chz.chz

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import chz
 
-from envs.completion_env import GroupDataset
 from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import COUNT
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.turns import decode, encode
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.datasets import ListDataset
 from recipes.latro.tasks import Task, TaskBuilder
 from rl.truncation import stop_strings, tokens_before_stop
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
@@ -108,7 +108,7 @@ class LatentRationales(RLDatasetBuilder):
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         train, validation = (self.groups(tasks, renderer) for tasks in self.tasks.split())
-        return GroupDataset(train, self.batch_size, self.seed), GroupDataset(responses(validation), 64, shuffle=False)
+        return ListDataset(train, self.batch_size, self.seed), ListDataset(responses(validation), 64, shuffle=False)
 
     def groups(self, tasks: Sequence[Task], renderer: Renderer) -> list[RationaleGroup]:
         """One for each task whose prompt, longest rationale and answer fit the context; the others are counted on a printed line."""

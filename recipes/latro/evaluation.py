@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.completion_env import GroupDataset
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import DataError
 from posttrain.backend.service_client import ServiceClient
@@ -21,8 +20,10 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig
 from posttrain.renderers import get_renderer
+from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import RunFolder
+from posttrain.tracking.seeds import LIKELIHOOD
 from recipes.latro.env import LatentRationales, responses
 from recipes.latro.examples import example
 from recipes.latro.tasks import Task
@@ -33,7 +34,6 @@ from rl.rollouts import Policy, do_rollouts
 from rl.types import Metrics
 
 VALIDATION_METRIC = "test/env/all/correct"
-HELD_OUT_STREAM = 77  # in a seed: the evaluation's rationales are the same draws for every checkpoint
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Evaluation:
             client = self._client(service, checkpoint)
             sampler = client.save_weights_and_get_sampling_client()
             length, groups = self.env.response_length, self.env.groups(tasks, renderer)
-            rollouts = await do_rollouts(groups, Policy(sampler, length), (self.seed, HELD_OUT_STREAM))
+            rollouts = await do_rollouts(groups, Policy(sampler, length), (self.seed, LIKELIHOOD))
             plain = LikelihoodRewardBuilder(likelihood_coef=0.0, non_stop_penalty=False)
             metrics = await LikelihoodReward(client, plain)(rollouts)
             metrics |= compute_trajectory_metrics(rollouts)
-            dataset = GroupDataset(responses(groups), 64, shuffle=False)
+            dataset = ListDataset(responses(groups), 64, shuffle=False)
             metrics |= await RLTestSetEvaluator(dataset, length, seed=self.seed)(sampler)
             metrics |= await SamplesEvaluator(dataset, length, self.env.group_size, seed=self.seed)(sampler)
             return metrics
@@ -87,7 +87,7 @@ class Evaluation:
 
     async def _best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
-        dataset = GroupDataset(responses(self.env.groups(tasks, renderer)), 64, shuffle=False)
+        dataset = ListDataset(responses(self.env.groups(tasks, renderer)), 64, shuffle=False)
         evaluator = RLTestSetEvaluator(dataset, self.env.response_length, seed=self.seed)
         found = []
         for step, checkpoint in sorted(checkpoints.items()):

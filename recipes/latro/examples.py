@@ -8,10 +8,10 @@ import chz
 from posttrain.backend.types import Datum
 from posttrain.renderers.turns import encode
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.datasets import ListDataset
 from recipes.latro.env import answer_tokens, prompt_tokens
 from recipes.latro.tasks import Task, TaskBuilder
 from rl.likelihood_reward import answer_datum
-from supervised.data import SupervisedDatasetFromExamples
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 # answer: the answer right behind the question. rationale: the gold rationale, where there is one, and the answer. demonstrations: the
@@ -48,8 +48,7 @@ class TaskExamples(SupervisedDatasetBuilder):
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train, validation = (self._examples(tasks, renderer) for tasks in self.tasks.split())
         size = min(self.batch_size, len(train))
-        held_out = SupervisedDatasetFromExamples(validation, min(size, len(validation)), shuffle=False)
-        return SupervisedDatasetFromExamples(train, size, self.seed), held_out
+        return ListDataset(train, size, self.seed), ListDataset(validation, size, shuffle=False)
 
     def _examples(self, tasks: Sequence[Task], renderer: Renderer) -> list[Datum]:
         limit = min(self.max_length or renderer.tokenizer.model_max_length, renderer.tokenizer.model_max_length)

@@ -31,38 +31,20 @@ from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE, 
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.datasets import DrawnDataset
 from recipes.multiplayer.model import random_game, save_model
 from recipes.warm_start import warm_started
 from rl import train
 from rl.advantages import AdvantageEstimator, SeatMean
 from rl.kl import KLPenalty
 from rl.types import RLDatasetBuilder
-from supervised.data import conversation_to_datum
+from supervised.data import render
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
-
-
-class RandomPlay(SupervisedDataset):
-    """Positions of random games, each with a legal move drawn at random. Batch i is a function of (seed, i)."""
-
-    def __init__(self, config: "RandomPlayBuilder", renderer: Renderer):
-        self.config, self.renderer = config, renderer
-
-    def __len__(self) -> int:
-        return self.config.n_batches
-
-    def get_batch(self, index: int) -> list[Datum]:
-        config, game, data_D = self.config, 0, []
-        while len(data_D) < config.batch_size:
-            for text, move in random_game(config.task, [config.seed, index, game], config.skill):
-                messages = [Message(role="user", content=text), Message(role="assistant", content=move)]
-                data_D.append(conversation_to_datum(messages, self.renderer))
-            game += 1
-        return data_D[: config.batch_size]
 
 
 @chz.chz
 class RandomPlayBuilder(SupervisedDatasetBuilder):
-    """The games of a careless player, to imitate."""
+    """Positions of a careless player's games, each with the move, to imitate."""
 
     task: TextArenaBuilder = chz.field(doc="which game")
     skill: float = chz.field(
@@ -71,7 +53,15 @@ class RandomPlayBuilder(SupervisedDatasetBuilder):
     n_batches: int = chz.field(default=400, validator=COUNT, doc="training batches per epoch")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-        return RandomPlay(self, renderer), None
+        def draw(epoch: int, index: int) -> list[Datum]:  # the same games in every epoch
+            game, conversations = 0, []
+            while len(conversations) < self.batch_size:
+                for text, move in random_game(self.task, [self.seed, index, game], self.skill):
+                    conversations.append([Message(role="user", content=text), Message(role="assistant", content=move)])
+                game += 1
+            return render(conversations[: self.batch_size], renderer, self)
+
+        return DrawnDataset(draw, self.n_batches), None
 
 
 @chz.chz

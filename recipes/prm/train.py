@@ -35,6 +35,7 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import as_dataclass, read_jsonl, write_atomically
 from posttrain.tracking.metrics_log import print_metrics_table
 from posttrain.tracking.plots import compare_runs
+from posttrain.tracking.seeds import PRM_CHAINS
 from posttrain.tracking.settings import claim_folder
 from preference import train_prm
 from preference.prm import PrmReward, SavedPrm
@@ -101,7 +102,7 @@ class Config:
         return ChainBuilder(num_steps=self.task.num_steps).recommended_max_tokens()
 
     def chains(self) -> list[Chain]:
-        return self.task.draw(self.num_problems, [self.seed, 3])
+        return self.task.draw(self.num_problems, [self.seed, PRM_CHAINS])
 
 
 def warm_start(config: Config) -> None:

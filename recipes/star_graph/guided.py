@@ -36,6 +36,7 @@ from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.metrics_log import MetricsLog, read_metrics, timed
 from posttrain.tracking.progress import TrainingProgress
 from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
+from posttrain.tracking.seeds import GUIDED, GUIDED_PAIRS
 from recipes.belief_state.star_graph import task_name
 from recipes.libraries.belief_state.files import CONFIG_FILE as BELIEF_STATE_FILE
 from recipes.libraries.belief_state.files import load_belief_state
@@ -113,7 +114,7 @@ def main(config: Config) -> list[Row]:
     policy = language_model(load_model(config.policy_path, 0, device, torch.float32).requires_grad_(False))
     model = _new_classifier(config, policy, device)
     check_fit(policy.trunk, model.trunk, layout.length)
-    batches = Batches(graph, test, rows_D_T, config.batch_size, config.num_steps, (config.seed, 3))
+    batches = Batches(graph, test, rows_D_T, config.batch_size, config.num_steps, (config.seed, GUIDED))
     run = open_run_folder(Path(config.log_path) / "classifier", config.behavior_if_log_dir_exists, config)
     trainer = Trainer(config, layout, policy, model, batches)
     test_ids_B_T = torch.from_numpy(layout.encode(test.tokens_B_T)).to(device)
@@ -150,7 +151,7 @@ class Trainer:
 
     def pairs(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = divmod(step, len(self.batches))
-        seed = (self.config.seed, 4, step)
+        seed = (self.config.seed, GUIDED_PAIRS, step)
         rows_B_T = self.batches.rows(index, epoch)
         return collect_pairs(self.policy, self.layout, rows_B_T, seed, self.device, self.config.max_tries)
 

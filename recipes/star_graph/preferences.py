@@ -26,6 +26,7 @@ from posttrain.backend.ranges import COUNT, LEARNING_RATE, WHOLE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.seeds import GUIDED
 from posttrain.tracking.settings import already_made
 from preference import train_dpo
 from preference.train_cli import METHODS
@@ -80,7 +81,7 @@ async def collect(config: Config, path: Path) -> None:
     """Pairs of the policy the run starts from, on prompts that are in no held-out graph."""
     rows_D_T, test = config.task.split()
     graph = test.graph
-    seed = (config.seed, 3)
+    seed = (config.seed, GUIDED)
     rows_D_T = sample_graphs(graph, config.num_prompts, seed, test) if rows_D_T is None else rows_D_T[: config.num_prompts]
     with ServiceClient(config.backend) as service:
         sampler = service.create_sampling_client(config.model_name)

@@ -75,8 +75,8 @@ async def train_with(config: Config, objective: Callable[[Layout], train.Objecti
         config = chz.replace(config, model_name=str(made))
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
     layout = layout_of(tokenizer, graph)
-    dataset, test_dataset = builder(get_renderer(config.renderer_name, tokenizer))
-    accuracy, loss = AccuracyEvaluator(test_dataset.test, layout, builder.targets), NLLEvaluator(test_dataset)
+    dataset, test_dataset, test = builder.datasets(get_renderer(config.renderer_name, tokenizer))
+    accuracy, loss = AccuracyEvaluator(test, layout, builder.targets), NLLEvaluator(test_dataset)
 
     async def evaluate(client: TrainingClient) -> train.Metrics:
         return await loss(client) | await accuracy(client)

@@ -1,0 +1,61 @@
+"""The two kinds of dataset, for supervised training, preferences and RL alike: a list reshuffled every epoch, and batches drawn anew.
+
+Batches are addressed by index, so that resuming is starting at an index. Index 0 is the first batch of the epoch that is set; indices past
+the end are of later epochs. What is random in a batch is a function of (seed, epoch, index) alone; seeds.py has the streams.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from posttrain.backend.errors import DataError
+
+T = TypeVar("T")
+
+
+class DrawnDataset(Generic[T]):
+    """`n_batches` an epoch, each made when it is asked for: batch `index` of `epoch` is `draw(epoch, index)`, a pure function of both."""
+
+    def __init__(self, draw: Callable[[int, int], Sequence[T]], n_batches: int):
+        self.draw, self.n_batches, self.epoch = draw, n_batches, 0
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def get_batch(self, index: int) -> list[T]:
+        later, batch = divmod(index, self.n_batches)
+        return list(self.draw(self.epoch + later, batch))
+
+
+class ListDataset(DrawnDataset[T]):
+    """Batches of a list in the order of (seed, epoch), or, without `shuffle`, in its own. The last batch of an epoch may be short.
+
+    A `batch_size` above the length makes each batch all of the list, which a line says where it is shuffled. DataError for an empty list.
+    """
+
+    def __init__(self, items: Sequence[T], batch_size: int, seed: int = 0, *, shuffle: bool = True):
+        self.items, self.seed, self.shuffle = items, seed, shuffle
+        self._order = (0, self.order(0))
+        length = len(self._order[1])
+        if batch_size < 1 or not length:
+            raise DataError(f"batch_size={batch_size} and {len(items):,} examples: a batch needs at least one")
+        if shuffle and batch_size > length:
+            print(
+                f"batch_size={batch_size} is more than the {length:,} examples there are: each batch is all of them", flush=True
+            )
+        self.batch_size = min(batch_size, length)
+        super().__init__(self.batch, -(-length // self.batch_size))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices into `items` in the order of an epoch."""
+        count = len(self.items)
+        return np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
+
+    def batch(self, epoch: int, index: int) -> list[T]:
+        if self._order[0] != epoch:
+            self._order = (epoch, self.order(epoch))
+        return [self.items[i] for i in self._order[1][index * self.batch_size : (index + 1) * self.batch_size]]

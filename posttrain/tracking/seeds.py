@@ -1,0 +1,38 @@
+"""The streams of random numbers that come from one seed: which numbers follow it in the list that NumPy's SeedSequence is given.
+
+NumPy takes zeros at the end for nothing, [1, 2] and [1, 2, 0] are one stream; beyond that no two lists share numbers. Streams of the same
+seed that one command uses differ in their second number, or are of one dataset, whose batches differ in the others.
+
+    seed of              list after the seed                     what is drawn
+    env, dataset         epoch                                   the order of a list (datasets.py), of BST's rows
+                         epoch, source, pass                     the order of a source in a mixture
+                         GROUPS, batch                           tasks of an RL batch, with replacement
+                         EXAMPLES, epoch, batch                  tasks to imitate; the rows of a supervised star-graph batch
+                         GRAPH_GROUPS, epoch, batch              the star graphs of an RL batch
+                         GUIDED, epoch, batch / GUIDED_PAIRS, step    the graphs of Q#'s classifier / what is sampled on them
+                         TRAINING_GAMES or TEST_GAMES, game      TextArena
+                         0 or 1 / 2 or 3, epoch, batch           kind words: comparisons / notes, each to train on or held out
+                         batch, game                             tic-tac-toe: random play to imitate
+                         epoch, batch / letters                  letters: random orders / one comparison
+    split_seed           (nothing)                               which items of a list are held out
+                         HELD_OUT_EXAMPLES, batch                demonstrations of held-out games
+                         DEV                                     B-STaR's dev subset
+                         operands, largest / 1, part             B-STaR's sums / their human solutions
+    the run              TRAINING, batch, group, member, turn    rollouts; a retry adds RETRY + its number
+                         EVALUATION, ...                         rollouts of evaluations
+                         LIKELIHOOD, ...                         LaTRO: rationales of evaluations
+                         PRM_CHAINS                              the PRM recipe's chains
+                         round, SWEEP to GREEDY, T, chunk        B-STaR's pools
+                         round, pass                             the order of what a round of B-STaR is trained on
+
+Seeds of supervised runs beside each other differ by 1 or 1000 (a completer after its policy, a seed of star_graph's policy).
+"""
+
+GROUPS, EXAMPLES, HELD_OUT_EXAMPLES = 1, 2, 3  # tasks drawn anew: for RL, to imitate, and the demonstrations of held-out ones
+TRAINING_GAMES, TEST_GAMES = 0, 1
+GRAPHS, GRAPH_GROUPS, GUIDED, GUIDED_PAIRS = 1, 2, 3, 4  # star graphs
+PRM_CHAINS = 3
+DEV = 7
+TRAINING, EVALUATION, LIKELIHOOD = 0, 1, 77  # sampling: evaluation must not change what training samples
+RETRY = 1 << 16  # keeps the attempts of a member apart from the members
+SWEEP, SAMPLE, TEST, GREEDY = range(4)
