@@ -20,7 +20,7 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, NUMBER, SEED, WHOLE
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Renderer
-from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.datasets import DrawnDataset
 from posttrain.tracking.seeds import GRAPH_GROUPS, GRAPHS
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
@@ -155,7 +155,7 @@ class StarGraphExamplesBuilder(StarGraphTask, SupervisedDatasetBuilder):
         train = Batches(test.graph, test, rows_D_T, self.batch_size, self.n_batches, (self.seed, GRAPHS))
         return (
             DrawnDataset(lambda epoch, index: data(train.rows(index, epoch)), len(train)),
-            ListDataset(data(test.tokens_B_T), len(test.tokens_B_T), shuffle=False),
+            DrawnDataset(lambda epoch, index: data(test.tokens_B_T), 1),
             test,
         )
 
