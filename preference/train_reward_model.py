@@ -25,9 +25,9 @@ from posttrain.backend.types import LoraConfig
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.run_folder import open_run_folder
+from preference.names import DATASETS
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_evaluation import RewardModelEvaluator, plot_reliability
-from preference.train_cli import DATASETS
 from supervised import train
 
 KINDS = {"scalar": "preference.bradley_terry:PreferencePairsBuilder", "label": "preference.label_model:LabelExamplesBuilder"}

@@ -22,7 +22,6 @@ from typing import Literal
 
 import chz
 
-from envs.arithmetic import ArithmeticBuilder
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, WHOLE
 from posttrain.backend.sampling_client import SamplingClient
@@ -31,10 +30,10 @@ from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse,
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode, encode, eos
 from posttrain.renderers.types import Tokenizer
-from posttrain.tracking.command_line import run_command
+from posttrain.tracking.command_line import by_name, run_command
 from rl.env_calls import takes_extra
+from rl.names import ENVS
 from rl.rollouts import Policy, RolloutLimits, do_single_rollout, first_error
-from rl.train_cli import ENVS
 from rl.types import Action, Env, EnvGroupBuilder, EpisodeEnd, Metrics, Observation, RLDatasetBuilder, StepResult, StopCondition
 
 PATIENCE = 1e9  # seconds that a call may take: a person thinks, and the other seat waits
@@ -44,7 +43,7 @@ PATIENCE = 1e9  # seconds that a call may take: a person thinks, and the other s
 class Config:
     """Play an environment as the model would."""
 
-    env: RLDatasetBuilder = chz.field(default_factory=ArithmeticBuilder, doc="builder of the environments")
+    env: RLDatasetBuilder = chz.field(default_factory=by_name(ENVS["arithmetic"]), doc="builder of the environments")
     split: Literal["train", "test"] = chz.field(default="train", doc="training or held-out problems")
     batch: int = chz.field(default=0, validator=WHOLE, doc="batch of the dataset to begin with")
     episodes: int | None = chz.field(

@@ -14,22 +14,11 @@ import asyncio
 
 import chz
 
-from envs.arithmetic import ArithmeticExamplesBuilder
 from posttrain.backend.ranges import COUNT
-from posttrain.tracking.command_line import run_command
+from posttrain.tracking.command_line import by_name, run_command
 from supervised import train
+from supervised.names import DATASETS
 from supervised.types import SupervisedDatasetBuilder
-
-DATASETS = {
-    "arithmetic": "envs.arithmetic:ArithmeticExamplesBuilder",
-    "conversations": "supervised.data:ConversationFileBuilder",
-    "prompt_completion": "supervised.data:PromptCompletionFileBuilder",
-    "gsm8k": "supervised.data:PromptCompletionFileBuilder prompt_field=question completion_field=answer",
-    "huggingface": "supervised.data:HuggingFaceBuilder",
-    "mixture": "supervised.data:MixtureBuilder",
-    "star_graph": "envs.star_graph_data:StarGraphExamplesBuilder",
-    "*.jsonl": "supervised.data:FileBuilder path={}",
-}
 
 
 @chz.chz
@@ -37,7 +26,7 @@ class CLIConfig(train.Config):
     """Supervised fine-tuning of a language model on a dataset."""
 
     dataset: SupervisedDatasetBuilder = chz.field(
-        default_factory=ArithmeticExamplesBuilder, doc="builder of the training and held-out data"
+        default_factory=by_name(DATASETS["arithmetic"]), doc="builder of the training and held-out data"
     )
     batch_size: int | None = chz.field(default=None, validator=COUNT, doc="short for dataset.batch_size: examples per step")
 

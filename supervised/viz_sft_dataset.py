@@ -15,15 +15,14 @@ import chz
 from rich.console import Console
 from rich.text import Text
 
-from envs.arithmetic import ArithmeticExamplesBuilder
 from posttrain.backend.ranges import COUNT
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import Datum
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Tokenizer
-from posttrain.tracking.command_line import run_command
-from supervised.train_cli import DATASETS
+from posttrain.tracking.command_line import by_name, run_command
+from supervised.names import DATASETS
 from supervised.types import SupervisedDatasetBuilder
 
 
@@ -31,7 +30,7 @@ from supervised.types import SupervisedDatasetBuilder
 class Config:
     """Shows which tokens of a dataset carry loss."""
 
-    dataset: SupervisedDatasetBuilder = chz.field(default_factory=ArithmeticExamplesBuilder, doc="builder of the dataset")
+    dataset: SupervisedDatasetBuilder = chz.field(default_factory=by_name(DATASETS["arithmetic"]), doc="builder of the dataset")
     model_name: str = chz.field(default="tiny", doc="whose tokenizer: a preset, a local folder or a hub name")
     renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = the model's own")
     num_examples: int = chz.field(default=5, validator=COUNT, doc="examples to print")

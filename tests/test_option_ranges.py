@@ -16,9 +16,9 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, SEED, SHARE, TEMPERATURE, Range, RangeError
 from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
 from posttrain.tracking.command_line import parse
-from rl.train_cli import ENVS
+from rl.names import ENVS
 from rl.train_cli import CLIConfig as RLConfig
-from supervised.train_cli import DATASETS
+from supervised.names import DATASETS
 from supervised.train_cli import CLIConfig as SupervisedConfig
 from tests.conftest import ROOT
 

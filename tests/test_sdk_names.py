@@ -87,7 +87,7 @@ RateLimitError InternalServerError"""
 
 
 def test_names() -> None:
-    from posttrain.backend.types.tensor_data import TensorData
+    from posttrain.backend.tensor_data import TensorData
     from posttrain.renderers import Message, TrainOnWhat, get_text_content
 
     assert all(hasattr(tinker, name) for name in NAMES.split())

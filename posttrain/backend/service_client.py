@@ -1,33 +1,29 @@
 """ServiceClient: opens models on this machine and hands out the two clients.
 
-A script written for Tinker ports by changing its import: `import backend as tinker`.
+A script written for Tinker ports by changing its import: `import posttrain.backend as tinker`.
 """
 
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from posttrain.backend.adapters import open_merged, read_base, read_lora
+from posttrain.backend.adapters import read_base, read_lora
 from posttrain.backend.checkpoint_files import REMEDY, STATE_FILE, check_readable, is_adapter, read_state, state_file
 from posttrain.backend.config import BackendConfig, training_device
-from posttrain.backend.engine import Engine, EngineThread
-from posttrain.backend.errors import CheckpointError, ConfigError, EngineError, ModelError
+from posttrain.backend.engines import Engines
+from posttrain.backend.errors import CheckpointError, ConfigError, ModelError
 from posttrain.backend.futures import in_thread
-from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, context_length, embedding_rows, load_model
+from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, context_length
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.ranges import RangeError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.scalar_trainer import ScalarTrainer
 from posttrain.backend.sdk_keywords import ignore, say_once
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import GetServerCapabilitiesResponse, LoraConfig, SupportedModel
-from posttrain.backend.vllm_engine import VllmEngine, vllm_is_installed
+from posttrain.backend.vllm_engine import vllm_is_installed
 
 
 class ServiceClient:
@@ -53,10 +49,8 @@ class ServiceClient:
         if base_url is not None:
             raise ConfigError(f"base_url={base_url!r}: this backend runs in the process and talks to no service")
         self.config = config or BackendConfig()
-        if self.config.engine == "vllm" and not vllm_is_installed():
-            raise EngineError("backend.engine=vllm, but vllm is not installed: see the README, or take backend.engine=torch")
         self._checkpoint_dir = Path(checkpoint_dir).expanduser()
-        self._engines: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+        self._engines = Engines(self.config)
         self._training_clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
 
     # --- training clients -------------------------------------------------------------------------------------------------------
@@ -81,7 +75,8 @@ class ServiceClient:
         return self._from_state(folder, with_optimizer=False, create=self.create_scalar_client)
 
     def _open_training_client(self, trainer: Trainer) -> TrainingClient:
-        client = TrainingClient(self, trainer, load_tokenizer(trainer.model_name, self.config.max_length))
+        tokenizer = load_tokenizer(trainer.model_name, self.config.max_length)
+        client = TrainingClient(trainer, tokenizer, self._engines, self._checkpoint_dir)
         self._training_clients.add(client)
         release_workers()  # of the calling thread, which made the weights
         return client
@@ -164,43 +159,9 @@ class ServiceClient:
         ignore(retry_config=retry_config, record_stability_info=record_stability_info)
         if (model_path is None) == (base_model is None):
             raise ConfigError("create_sampling_client needs either model_path or base_model")
-        model = (
-            _load_saved(Path(model_path).expanduser(), seed)
-            if model_path
-            else load_model(str(base_model), seed, torch.device("cpu"), torch.float32)
-        )
-        name = str(model_path or base_model)
-        tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
-        engine = self.open_engine(model.config, tokenizer, length)
-        release_workers()  # of the calling thread, which made the weights
-        try:
-            engine.sync(lambda: model.state_dict().items(), version=0)
-            return SamplingClient(engine, tokenizer, length, embedding_rows(model), base_model=name)
-        except BaseException:
-            engine.close()
-            raise
-
-    def open_engine(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
-        """An engine without weights; the first sync brings them."""
-        device = training_device()
-        reproducible = device.type == "cpu" if self.config.reproducible is None else self.config.reproducible
-        use_vllm = self.config.engine == "vllm" or (self.config.engine == "auto" and vllm_is_installed())
-
-        def make() -> Engine:
-            if use_vllm:
-                try:
-                    return VllmEngine(hf_config, tokenizer, max_length, self.config, device, reproducible)
-                except ModelError as error:
-                    if self.config.engine == "vllm":
-                        raise
-                    print(f"sampling with torch, since {error}", flush=True)
-            with torch.random.fork_rng(devices=[]):
-                model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-            return TorchSampler(model, tokenizer, max_length, self.config, device)
-
-        engine = EngineThread(make, deterministic=reproducible)
-        self._engines.add(engine)
-        return engine
+        if model_path:
+            return self._engines.open_saved(model_path, seed)
+        return self._engines.open_named(str(base_model), seed)
 
     # --- the rest ---------------------------------------------------------------------------------------------------------------
 
@@ -216,8 +177,7 @@ class ServiceClient:
         """Stops the training threads, then the engines. Idempotent. `status` and `detail` are the SDK's, and are not used."""
         for client in list(self._training_clients):
             client.close()
-        for engine in list(self._engines):
-            engine.close()
+        self._engines.close()
 
     def __enter__(self) -> "ServiceClient":
         return self
@@ -247,11 +207,3 @@ def _trained_from(path: Path) -> tuple[str, LoraConfig | None, int]:
         return str(state["model_name"]), lora, int(state["seed"])
     except (KeyError, TypeError, ValueError, RangeError) as error:
         raise CheckpointError(f"the training state of {path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
-
-
-def _load_saved(path: Path, seed: int) -> PreTrainedModel:
-    """A saved policy on the CPU; an adapter is merged into its base."""
-    check_readable(path)
-    if is_adapter(path):
-        return open_merged(path, seed)
-    return load_model(str(path), seed, torch.device("cpu"), torch.float32)

@@ -7,7 +7,7 @@ meanwhile. Each method has an `_async` twin; awaiting the twin means accepted in
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +15,7 @@ from posttrain.backend import checkpoints
 from posttrain.backend.atomic_folder import atomic_folder
 from posttrain.backend.data_checks import check_finite
 from posttrain.backend.engine import EngineThread
+from posttrain.backend.engines import Engines
 from posttrain.backend.errors import ConfigError, CookbookError, ModelError, PassCancelledError
 from posttrain.backend.futures import APIFuture, InOrder, Ready, accepted
 from posttrain.backend.loss_terms import LossTerm
@@ -32,16 +33,14 @@ from posttrain.backend.types import (
     SaveWeightsResponse,
 )
 
-if TYPE_CHECKING:
-    from posttrain.backend.service_client import ServiceClient
-
 T = TypeVar("T")
 SAMPLER_FOLDER = Path("sampler_weights")
 
 
 class TrainingClient(Ready):
-    def __init__(self, service: "ServiceClient", trainer: Trainer, tokenizer: PreTrainedTokenizerBase):
-        self._service, self._trainer, self._tokenizer = service, trainer, tokenizer
+    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, engines: Engines, checkpoint_dir: Path):
+        self._trainer, self._tokenizer = trainer, tokenizer
+        self._engines, self._checkpoint_dir = engines, checkpoint_dir
         self._thread = InOrder("training")
         self._engine: EngineThread | None = None
         self._weights_version = 0  # counts changes of the trainer's weights
@@ -150,7 +149,7 @@ class TrainingClient(Ready):
         NonFiniteError if a weight or a state of the optimizer is NaN or infinite.
         """
         ignore(ttl_seconds=ttl_seconds, overwrite=overwrite, user_metadata=user_metadata)
-        return self._thread.submit(self._save_state, self._service.checkpoint_path(name), extra or {})
+        return self._thread.submit(self._save_state, self._checkpoint_dir / name, extra or {})
 
     def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
         """Weights only; the optimizer starts afresh, and a gradient that had accumulated is dropped."""
@@ -169,7 +168,7 @@ class TrainingClient(Ready):
         It lies in the folder sampler_weights: a state saved under the same name is another checkpoint, as in the SDK.
         """
         ignore(ttl_seconds=ttl_seconds, user_metadata=user_metadata)
-        return self._thread.submit(self._save_for_sampler, self._service.checkpoint_path(str(SAMPLER_FOLDER / name)))
+        return self._thread.submit(self._save_for_sampler, self._checkpoint_dir / SAMPLER_FOLDER / name)
 
     def save_weights_and_get_sampling_client(
         self,
@@ -221,7 +220,7 @@ class TrainingClient(Ready):
     def _create_sampling_client(self, model_path: str) -> SamplingClient:
         if self._exported.get(model_path) == self._weights_version:
             return self._sync(follow=False)
-        return self._service.create_sampling_client(model_path=model_path)
+        return self._engines.open_saved(model_path)
 
     def _save_state(self, path: Path, extra: dict[str, Any]) -> SaveWeightsResponse:
         check_finite(self._trainer.named_trainable, self._trainer.optimizer)
@@ -251,7 +250,7 @@ class TrainingClient(Ready):
     def _sync(self, follow: bool) -> SamplingClient:
         self._check_can_sample()
         if self._engine is None:
-            self._engine = self._service.open_engine(self._trainer.hf_config, self._tokenizer, self._trainer.max_length)
+            self._engine = self._engines.open(self._trainer.hf_config, self._tokenizer, self._trainer.max_length)
             self._let_go = self._engine.hold(self)
         if self._engine.version != self._weights_version:
             check_finite(self._trainer.named_trainable, self._trainer.optimizer)

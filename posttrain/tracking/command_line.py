@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from importlib import import_module
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import chz
@@ -49,6 +50,16 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("resume", "overwrite"), ("behavior_if_log_dir_exists",)),
     **dict.fromkeys(("temp",), ("temperature",)),
 }
+
+
+def by_name(target: str) -> Callable[[], Any]:
+    """A default_factory for "module:Class", imported when it is called: a package offers what lies above it without importing it."""
+
+    def make() -> Any:
+        module, _, name = target.partition(":")
+        return getattr(import_module(module), name)()
+
+    return make
 
 
 def run_command(

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from posttrain.tracking.run_folder import open_run_folder
 from posttrain.tracking.seeds import GREEDY, SAMPLE, SWEEP, TEST
 from recipes.bstar.balance import Counts, choose, surface
 from recipes.bstar.budget import Plan
+from recipes.bstar.config import Config
 from recipes.bstar.methods import Method
 from recipes.bstar.metrics import Metrics, sample_metrics, selection_metrics
 from recipes.bstar.records import (
@@ -53,15 +53,12 @@ from supervised import train as supervised_train
 from supervised.data import conversation_to_datum, datum_from_tokens_weights
 from supervised.types import SupervisedDatasetBuilder
 
-if TYPE_CHECKING:
-    from recipes.bstar.train import Config
-
 
 @dataclass
 class Lab:
     """What all rounds of all methods share: one training client, whose sampler is the only engine, and the reward."""
 
-    config: "Config"
+    config: Config
     task: Task
     renderer: Renderer
     client: TrainingClient
@@ -101,7 +98,7 @@ class Round:
     number: int
 
     @property
-    def config(self) -> "Config":
+    def config(self) -> Config:
         return self.lab.config
 
     @property

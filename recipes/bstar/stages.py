@@ -9,7 +9,6 @@ never moves. Each stage is passed over where its result is there.
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
@@ -22,40 +21,38 @@ from preference import train_prm
 from preference.prm_labels import LabelConfig, label_solutions
 from preference.solutions import Solution, sample_solutions
 from preference.step_data import StepExamplesBuilder
+from recipes.bstar.config import Config
 from recipes.bstar.tasks import Task
 from supervised import train as supervised_train
 from supervised.data import conversation_to_datum
 from supervised.types import SupervisedDatasetBuilder
 
-if TYPE_CHECKING:
-    from recipes.bstar.train import Config
 
-
-def policy_path(config: "Config") -> Path:
+def policy_path(config: Config) -> Path:
     return config.folder / "warm_start" / "checkpoints" / "final"
 
 
-def completer_path(config: "Config") -> Path:
+def completer_path(config: Config) -> Path:
     return config.folder / "completer" / "checkpoints" / "final" if config.completer_steps else policy_path(config)
 
 
-def prm_path(config: "Config") -> Path:
+def prm_path(config: Config) -> Path:
     return config.folder / "prm" / "checkpoints" / "final"
 
 
-async def warm_start(config: "Config", task: Task, renderer: Renderer, client: TrainingClient) -> None:
+async def warm_start(config: Config, task: Task, renderer: Renderer, client: TrainingClient) -> None:
     start, steps = config.load_checkpoint_path, config.warm_start_steps
     await _imitate(config, "warm_start", task, renderer, client, start, steps, config.warm_start_nll, config.seed)
 
 
-async def completer(config: "Config", task: Task, renderer: Renderer, client: TrainingClient) -> None:
+async def completer(config: Config, task: Task, renderer: Renderer, client: TrainingClient) -> None:
     if config.completer_steps:
         start, steps = str(policy_path(config)), config.completer_steps
         await _imitate(config, "completer", task, renderer, client, start, steps, config.completer_nll, config.seed + 1)
 
 
 async def _imitate(
-    config: "Config",
+    config: Config,
     name: str,
     task: Task,
     renderer: Renderer,
@@ -98,7 +95,7 @@ def _is_there(result: Path, name: str) -> bool:
     return result.exists()
 
 
-async def prm_data(config: "Config", task: Task) -> None:
+async def prm_data(config: Config, task: Task) -> None:
     """prm_data/solutions.jsonl, then labels.jsonl."""
     folder = config.folder / "prm_data"
     folder.mkdir(exist_ok=True)
@@ -126,7 +123,7 @@ async def prm_data(config: "Config", task: Task) -> None:
     print("labels:", ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
-async def prm(config: "Config", task: Task) -> None:
+async def prm(config: Config, task: Task) -> None:
     if _is_there(prm_path(config), "prm"):
         return
     labels = config.folder / "prm_data" / "labels.jsonl"

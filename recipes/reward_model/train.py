@@ -30,10 +30,10 @@ from posttrain.tracking.run_folder import BehaviorIfExists
 from preference import train_reward_model
 from preference.bradley_terry import BradleyTerryJudgeBuilder, PreferencePairsBuilder, ScalarModelBuilder
 from preference.label_model import LabelExamplesBuilder, LabelModelBuilder
+from preference.names import DATASETS
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_evaluation import Evaluation, evaluate_judge, length_baseline, plot_reliability
 from preference.reward_types import JudgeBuilder
-from preference.train_cli import DATASETS
 from preference.types import ComparisonDatasetBuilder, LabeledComparison
 
 

@@ -24,8 +24,8 @@ from posttrain.backend.ranges import (
     Range,
     check_ranges,
 )
-from posttrain.backend.types.tensor_data import TensorData as TensorData
-from posttrain.backend.types.tensor_data import TensorDtype as TensorDtype
+from posttrain.backend.tensor_data import TensorData as TensorData
+from posttrain.backend.tensor_data import TensorDtype as TensorDtype
 
 StopReason = Literal["stop", "length"]
 SAMPLING_SEED = Range(0, 2**63, whole=True)

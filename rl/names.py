@@ -1,0 +1,25 @@
+"""Short names of the command line: of environments and of advantage estimators."""
+
+ENVS = {
+    "arithmetic": "envs.arithmetic:ArithmeticBuilder",
+    "gsm8k": "envs.math_word:Gsm8kBuilder",
+    "math": "envs.math_word:MathWordBuilder",
+    "code": "envs.code:CodeBuilder",
+    "tool_use": "envs.tool_use:CalculatorBuilder",
+    "guess_number": "envs.guess_number:GuessNumberBuilder",
+    "twenty_questions": "envs.twenty_questions:TwentyQuestionsBuilder",
+    "textarena": "envs.textarena:TextArenaBuilder",
+    "chain": "envs.arithmetic_chain:ChainBuilder",
+    "pairwise": "envs.pairwise:PairwiseBuilder",
+    "reward_model": "envs.reward_model_env:RewardModelEnvBuilder",
+    "star_graph": "envs.star_graph_data:StarGraphBuilder",
+    "verifiers": "envs.verifiers_adapter:VerifiersBuilder",
+}
+ADVANTAGES = {
+    "group_mean": "rl.advantages:GroupMean",
+    "group_mean_std": "rl.advantages:GroupMeanStd",
+    "rloo": "rl.advantages:LeaveOneOut",
+    "batch_mean": "rl.advantages:BatchMean",
+    "seat_mean": "rl.advantages:SeatMean",
+    "none": "rl.advantages:NoBaseline",
+}

@@ -1,0 +1,12 @@
+"""Short names of the command line: of supervised datasets."""
+
+DATASETS = {
+    "arithmetic": "envs.arithmetic:ArithmeticExamplesBuilder",
+    "conversations": "supervised.data:ConversationFileBuilder",
+    "prompt_completion": "supervised.data:PromptCompletionFileBuilder",
+    "gsm8k": "supervised.data:PromptCompletionFileBuilder prompt_field=question completion_field=answer",
+    "huggingface": "supervised.data:HuggingFaceBuilder",
+    "mixture": "supervised.data:MixtureBuilder",
+    "star_graph": "envs.star_graph_data:StarGraphExamplesBuilder",
+    "*.jsonl": "supervised.data:FileBuilder path={}",
+}
