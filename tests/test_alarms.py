@@ -1,5 +1,7 @@
 """Every fault between sampler and trainer, made on purpose, ends the run at its start or within one step; healthy runs raise no alarm."""
 
+# Trap: weights, temperature, cached prefixes, masks or tokens that go wrong in a run.
+
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace

@@ -4,6 +4,8 @@ The measure is the logits of transformers' own forward of one sequence. `POSTTRA
 the table in docs/architectures.md. Left out: vLLM, whose column is that of tests/test_vllm_architectures.py.
 """
 
+# Trap: a family whose windows, recurrent layers, experts or softcaps make a pass wrong.
+
 import asyncio
 import os
 from dataclasses import dataclass

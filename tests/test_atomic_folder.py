@@ -63,6 +63,7 @@ KILLER = textwrap.dedent(
 )
 
 
+# Trap: a kill while a checkpoint is replaced.
 @pytest.mark.parametrize("how", ["exchange", "renames"])
 def test_a_kill_at_any_moment_leaves_a_whole_folder(how: str, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path), how], cwd=ROOT, capture_output=True, text=True)

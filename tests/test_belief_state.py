@@ -54,6 +54,7 @@ def test_documents_of_packed_rows_begin_at_their_eos() -> None:
     assert from_the_right_B_T.flip(1)[0].tolist() == [0, 3, 2, 1, 0, 2, 1, 0, 2, 1]
 
 
+# Trap: states that see the other side, or another document.
 @pytest.mark.parametrize("packed", [True, False])
 def test_no_state_sees_the_other_side(packed: bool) -> None:
     rows_B_T, m = PACKED[2:], model()
@@ -141,6 +142,7 @@ def naive_loss(m: BeliefState, tokens_B_T: torch.Tensor, objective: PairObjectiv
     return torch.stack(rows).mean()
 
 
+# Trap: a two-stage backward that is not the joint gradient; a loss that depends on chunks or passes.
 @pytest.mark.parametrize(("objective", "pairs_per_chunk"), [(OBJECTIVES[0], 7), (OBJECTIVES[1], 1000), (OBJECTIVES[2], 1000)])
 def test_the_two_stage_backward_is_the_joint_one(objective: PairObjective, pairs_per_chunk: int) -> None:
     m, naive = model(), model()
@@ -183,6 +185,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(kind: Any) -> None:
         assert torch.allclose(gradient, gradients(cut)[name], atol=1e-6), name
 
 
+# Trap: subsampled pairs that favour the EOS, 0/0.
 def test_subsampling_keeps_eos_pairs_and_is_unbiased() -> None:
     rows_B_T = PACKED[:1]
     full = find_pairs(rows_B_T, EOS, PairObjective(), packed=True)

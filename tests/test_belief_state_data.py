@@ -154,6 +154,7 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, content, message):
 # --- shards ---------------------------------------------------------------------------------------------------------------------
 
 
+# Trap: garbage at a shard's end, ids of another vocabulary.
 def test_shards_hold_each_token_once_and_no_garbage(tmp_path):
     written = write_shards(documents(3, 2, 4), tmp_path, "train", EOS, vocab_size=50, shard_size=5)
     assert [path.name for path in written] == ["train_000000.npy", "train_000001.npy", "train_000002.npy"]

@@ -75,6 +75,7 @@ def test_a_search_with_room_for_all_finds_every_gap(model: BeliefState, directio
     assert [infill.score for infill in found] == sorted((infill.score for infill in found), reverse=True)
 
 
+# Trap: reverse decoding with the wrong side fixed.
 @pytest.mark.parametrize(("rollouts", "relative"), [(1, False), (4, True)])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_plans_are_ranked_by_the_far_sides_tokens(

@@ -1,5 +1,7 @@
 """Two processes on the CPU train what one trains: the same gradients, curves and checkpoints, with whole weights and with sharded ones."""
 
+# Trap: more processes changing a gradient; FSDP weights in place of the parameters the optimizer knows.
+
 import os
 import socket
 from pathlib import Path

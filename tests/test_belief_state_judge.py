@@ -55,6 +55,7 @@ def test_the_interval_by_hand():
     assert high == pytest.approx(1.0) and low == pytest.approx(10 / (10 + 1.959964**2))
 
 
+# Trap: a judge that likes a side.
 def test_a_judge_that_likes_a_side_wins_nobody_anything(tmp_path):
     async def left(comparison: Comparison) -> float:
         return -1.0
@@ -67,6 +68,7 @@ def test_a_judge_that_likes_a_side_wins_nobody_anything(tmp_path):
     assert 50 < sum(order) < 100
 
 
+# Trap: a failed vote counted as a tie.
 def test_votes_are_kept_by_content_and_failures_are_asked_again(tmp_path):
     asked: list[str] = []
 

@@ -85,6 +85,7 @@ def trainer_objective() -> Any:
     return chz.replace(train.Config().objective, context_length=GRAPH.graph().prefix_length - 1)
 
 
+# Trap: a checkpoint of another graph.
 def test_checkpoints_of_other_tasks_and_models_are_refused(tmp_path: Path) -> None:
     train.main(config(tmp_path / "run", num_steps=1))
     final = tmp_path / "run" / "checkpoints" / "final"

@@ -49,6 +49,7 @@ def task(**fields):
 # --- balance.py -----------------------------------------------------------------------------------------------------------------
 
 
+# Trap: questions without a selection that vanish from the mean.
 def test_balance_score_of_the_worked_cases():
     cases = {(6, 6): 1.0, (12, 6): 0.5, (4, 4): 2 / 3, (10, 8): 0.8, (6, 0): 0.0, (1, 1): 1 / 6, (8, 7): 0.875, (0, 0): 0.0}
     assert {case: query_score(*case, 6) for case in cases} == pytest.approx(cases)
@@ -60,6 +61,7 @@ def test_balance_score_of_the_worked_cases():
     assert balance_score(shuffled, 6) == balance_score(counted, 6)
 
 
+# Trap: a cell of B-STaR's grid skipped because 0.5 is also 0.50.
 def test_cells_have_one_name_and_a_missing_one_is_an_error():
     assert [canonical(x) for x in (0.5, "0.50", 1.0, "1", -0.0, "-.1", "1e-1", 10)] == [
         "0.5",
@@ -154,6 +156,7 @@ def pool() -> list[Candidate]:
     return [candidate(text[0], n % 10, text, float(ord(text[1]) % 3) / 2, correct=n % 3 > 0) for n, text in enumerate(texts)]
 
 
+# Trap: duplicates that eat places.
 def test_selection_by_hand():
     rewards = {"a1": 1.2, "b1": 1.1, "c2": 0.4, "d1": 0.3}
     sampled = [candidate("q", n, text, reward, text != "c2") for n, (text, reward) in enumerate([*rewards.items()])]
@@ -195,6 +198,7 @@ def test_human_solutions_compete_and_are_not_counted():
     assert counts(chosen) == [(2, 2), (0, 0)]
 
 
+# Trap: selections that depend on the order of samples.
 def test_neither_the_order_nor_the_numbers_of_samples_change_a_selection():
     found = [
         [(one.query, one.text) for kept in select(order, list("zyx"), "0", 9).values() for one in kept] for order in _orders()
@@ -248,6 +252,7 @@ def test_scores_are_read_with_their_candidates_or_refused(tmp_path):
         read_candidates(path)
 
 
+# Trap: baselines with fewer samples.
 def test_every_method_gets_the_same_number_of_samples():
     sizes = {"queries": 100, "dev": 20, "test": 50, "samples": 16, "temperatures": 5, "eval_samples": 16}
     given = {name: plan(method, **sizes, sweep_cost="given") for name, method in METHODS.items()}
@@ -298,6 +303,7 @@ def test_claims_about_a_run_by_hand(tmp_path):
 # --- tasks.py, sums.py ----------------------------------------------------------------------------------------------------------
 
 
+# Trap: test questions met in training.
 def test_the_sets_of_a_task_are_apart():
     sums = task()
     assert (len(sums.train), len(sums.test), len(sums.warm_start), len(sums.prm)) == (8, 5, 6, 4)

@@ -113,6 +113,7 @@ def finished(folder: Path) -> Iterator[tuple[str, int, int]]:
             yield str(file.relative_to(folder)), file.stat().st_ino, file.stat().st_mtime_ns
 
 
+# Trap: stages repeated or changed by a kill.
 def test_killed_at_any_stage_repeats_no_finished_work_and_ends_in_the_same_state(reference: Path, tmp_path: Path):
     folder = tmp_path / "killed"
     context = multiprocessing.get_context("forkserver")

@@ -66,6 +66,7 @@ def tasks(tmp_path: Path) -> dict[str, Task]:
     }
 
 
+# Trap: human solutions that the verifier or the step rule does not take.
 def test_human_solutions_are_right_and_fall_into_the_steps_of_their_form(tmp_path):
     steps = {
         "gsm8k": ["There are 3*4 = 12 apples.", "#### 12"],

@@ -1,5 +1,8 @@
 """Any future may be cancelled and any caller may go away, at any moment: nobody else notices, and no step follows a pass that failed."""
 
+# Trap: a cancelled request that kills the engine or keeps its place; a cancelled or failed pass followed by a step;
+# engines that stay.
+
 import asyncio
 import concurrent.futures
 import gc
@@ -227,6 +230,7 @@ def test_calls_cancelled_at_random_leave_the_weights_that_the_others_make(torch_
     assert same(weights(client), weights(replayed))
 
 
+# Trap: infinite weights in a checkpoint.
 @pytest.mark.parametrize("where", ["weight", "optimizer"])
 def test_what_is_not_finite_is_never_saved(torch_service: ServiceClient, where: str) -> None:
     client = torch_service.create_training_client("micro")

@@ -95,6 +95,7 @@ def full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+# Trap: a checkpoint half written.
 @pytest.mark.parametrize("limit", [0, 300, 5_000, 100_000])
 @pytest.mark.parametrize("rank", [0, 16])
 def test_a_full_disk_leaves_the_previous_checkpoint_valid(torch_service: ServiceClient, rank: int, limit: int) -> None:
@@ -120,6 +121,7 @@ def test_a_full_disk_met_by_the_tokenizer(torch_service: ServiceClient, tmp_path
         checkpoints._save_tokenizer(client._trainer, client.get_tokenizer(), folder)
 
 
+# Trap: one of another model.
 def test_checkpoints_of_another_model_are_refused(torch_service: ServiceClient, tmp_path: Path) -> None:
     tiny = torch_service.create_training_client("tiny")
     full = tiny.save_state("tiny").result().path
@@ -161,6 +163,7 @@ def without(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name != NAME}
 
 
+# Trap: an optimizer's state of another shape.
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -222,6 +225,7 @@ def sampler_logprobs(service: ServiceClient, path: str) -> torch.Tensor:
 TOKENS = ModelInput.from_ints([5, 6, 7, 8, 9, 30, 31])
 
 
+# Trap: an adapter on another base, or with another alpha.
 def test_an_adapter_is_put_on_the_base_it_was_trained_on(torch_service: ServiceClient) -> None:
     client = torch_service.create_lora_training_client("micro", 4, seed=3)
     train(client, range(2))

@@ -50,6 +50,7 @@ HOSTILE = {
 }
 
 
+# Trap: a program that harms the trainer, or outlives its run.
 @pytest.mark.parametrize("program", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_programs_are_failed_tests_and_the_trainer_is_unharmed(program, monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_TRAINER", "42")
@@ -99,6 +100,7 @@ def supervisor(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(envs.sandbox, "SUPERVISOR", tmp_path / "supervisor.py")
 
 
+# Trap: memory, namespaces and sockets beyond the sandbox's limits.
 @pytest.mark.usefixtures("supervisor")
 def test_calls_that_leave_the_limits_or_the_namespaces_are_refused():
     clone = {"x86_64": "56", "aarch64": "220"}[platform.machine()]
@@ -142,6 +144,7 @@ def test_the_filters_numbers_are_those_of_this_machine():
     assert all(filters) and filters[0] != filters[1] and sandbox_filter.seccomp_filter("riscv64") is None
 
 
+# Trap: limits under which every program fails.
 @pytest.mark.parametrize(
     ("limits", "what"),
     [
@@ -219,6 +222,7 @@ def test_a_cancelled_run_is_ended_at_once():
     assert asyncio.run(cancelled()) < 2
 
 
+# Trap: a sandbox that fails, scored as a wrong program.
 def test_a_broken_sandbox_is_no_failed_test(tmp_path, monkeypatch):
     broken = tmp_path / "supervisor.py"
     broken.write_text("raise RuntimeError('out of order')")

@@ -84,6 +84,7 @@ def read(*argv: str) -> Options:
     return parse(Options, list(argv), SHORT_NAMES)
 
 
+# Trap: `env.field=value` building the base class instead of the default.
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

@@ -76,6 +76,7 @@ def test_conversations_are_cut_where_they_part(tmp_path: Path) -> None:
     assert list(one.comparison.prompt_conversation) == start and len(one.comparison.completion_B) == 3
 
 
+# Trap: a tie turned into a preference.
 def test_sides_swap_with_their_label_and_ties_have_no_better_side() -> None:
     assert pair("p", "x", "y", "B").swap() == pair("p", "y", "x", "A")
     tie = pair("p", "x", "y", "Tie")
@@ -157,6 +158,7 @@ def test_scored_samples_pair_better_with_worse_and_never_equals(tmp_path: Path) 
     assert len(few) == 2 and all(one in found and one.margin and one.margin > 0.5 for one in few)
 
 
+# Trap: one prompt on both sides of a split.
 def test_whole_prompts_are_held_out_whatever_the_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many = [pair(f"p{i // 3}", "x", f"y{i}") for i in range(30)]
     train, test = split_by_prompt(many, 5, seed=0)

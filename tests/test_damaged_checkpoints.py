@@ -1,5 +1,7 @@
 """Each file of a checkpoint damaged in turn, met by every way of opening it: one line that names the place, or the undamaged result."""
 
+# Trap: a damaged file of a checkpoint.
+
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Every file that is read is met truncated, empty, full of garbage, of another kind, unreadable: one line says which file, and what to do."""
 
+# Trap: a damaged file that ends in a traceback, or is passed over.
+
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

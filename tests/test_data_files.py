@@ -228,6 +228,7 @@ def damaged(path: Path, content: bytes, good: dict[str, Any]) -> str:
     return str(path)
 
 
+# Trap: a damaged data file that ends in a traceback.
 @pytest.mark.parametrize("damage", DAMAGED)
 @pytest.mark.parametrize("reader", READERS)
 def test_damaged_files_are_one_line_with_the_file_and_the_line(tmp_path: Path, reader: str, damage: str):

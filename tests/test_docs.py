@@ -43,6 +43,7 @@ def test_blocks_keep_their_lines_and_only_a_reason_keeps_one_from_running():
     assert {i: line for i, line in enumerate(program(page).splitlines(), start=1) if line} == {3: "a = 1", 14: "d = 2"}
 
 
+# Trap: documentation that no longer runs.
 def test_every_page_runs(tmp_path: Path):
     """One process, for torch takes seconds to import; a namespace and a folder for each page."""
     for page in PAGES:

@@ -98,6 +98,7 @@ def letter_pairs(count: int) -> list[Pair]:
     return render_pairs(train[:count], get_renderer("plain", load_tokenizer("tiny")))
 
 
+# Trap: all activations alive in a custom loss; gradients that depend on the cut.
 def test_gradients_do_not_depend_on_how_pairs_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches of pairs by the loop, and of sequences by the trainer, against one pass over everything."""
     pairs, forwards, results = letter_pairs(24), [], []
@@ -116,6 +117,7 @@ def test_gradients_do_not_depend_on_how_pairs_are_cut(monkeypatch: pytest.Monkey
         assert all((other[name] - gradient).norm() <= 2e-6 * gradient.norm() for name, gradient in results[0].items())
 
 
+# Trap: a DPO reference that moves, or is taken from resumed weights.
 def test_the_reference_is_cached_by_content_and_another_one_is_refused(tmp_path: Path) -> None:
     file, pairs = tmp_path / "reference_logprobs.jsonl", letter_pairs(30)
     with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:

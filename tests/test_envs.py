@@ -76,6 +76,7 @@ def test_every_epoch_has_every_problem_once_in_a_new_order():
     assert [q for i in range(3) for q in questions(problem_dataset(thunks(10), 4, 1, shuffle=False), i)] == sorted(epochs[0])
 
 
+# Trap: prompts and examples cut or dropped without a word.
 def test_overlong_prompts_are_dropped_and_counted_or_refused(capsys: pytest.CaptureFixture[str]):
     short, long = partial(sum_env, "1+1="), partial(sum_env, "1111+1111=")
     assert fit_prompts([short, long], 5, "drop", "sums") == [short]
@@ -98,6 +99,7 @@ def test_a_grader_that_cannot_decide_gives_no_reward():
 # --- arithmetic ---
 
 
+# Trap: held-out problems met in training, as themselves or mirrored.
 @pytest.mark.parametrize("operators", ["+", "+-*"])
 def test_held_out_pairs_are_never_drawn_and_all_others_are(operators: str):
     space = PairSpace(1, 1, operators, num_test=20, split_seed=1)

@@ -63,6 +63,7 @@ def test_kl_in_the_advantage_is_centred_and_leaks_nowhere() -> None:
     assert advantages(data)[1] == pytest.approx([0.0, -0.5 + 0.1 * (mean - 0.3)])
 
 
+# Trap: KL that reaches prompt tokens through its discount.
 def test_discounted_kl_pays_for_later_tokens_and_never_touches_the_prompt() -> None:
     data, mean = two_data(), -0.2 / 3
     penalize_advantages(data.data_D, sampled_minus_reference(data.data_D, REFERENCE), coef=0.1, discount=0.5)
@@ -143,6 +144,7 @@ def test_normalisers_divide_by_the_right_number_of_tokens() -> None:
         assert advantages(data)[0] == pytest.approx([0, long, long]) and advantages(data)[1] == pytest.approx([0, short])
 
 
+# Trap: one half of a loss normalised and the other not.
 @pytest.mark.parametrize(
     ("reduction", "long", "short"), [("sum", 1, 1), ("sequence_mean", 2, 1), ("token_mean", 3, 3)], ids=lambda value: str(value)
 )

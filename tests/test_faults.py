@@ -223,6 +223,7 @@ def test_a_batch_without_survivors_is_counted_and_moves_nothing(tmp_path: Path) 
         assert record["env/all/total_episodes"] == 0 and "optim/loss" not in record and "env/all/reward/total" not in record
 
 
+# Trap: environments that raise, hang or return nonsense, scored 0 or stopping the run.
 def test_fifty_steps_on_a_faulty_environment_end_with_clean_rewards(tmp_path: Path) -> None:
     from posttrain.tracking.metrics_log import read_metrics
 

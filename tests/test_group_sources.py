@@ -99,6 +99,7 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+# Trap: asynchronous at 0 being another algorithm.
 @pytest.mark.cpu_only
 def test_nothing_off_policy_is_the_synchronous_run_bit_for_bit(tmp_path: Path) -> None:
     """Against a loop written out here: sample a batch with the present weights, train on it, again."""
@@ -119,6 +120,7 @@ def test_nothing_off_policy_is_the_synchronous_run_bit_for_bit(tmp_path: Path) -
     assert weights(tmp_path / "run") == (tmp_path / "by_hand" / "model.safetensors").read_bytes()
 
 
+# Trap: streaming changing the gradient.
 @pytest.mark.parametrize(("minibatches", "substeps"), [(2, 1), (4, 1), (8, 1)])
 def test_streaming_gives_the_gradient_of_the_whole_batch(minibatches: int, substeps: int, torch_service, tmp_path: Path) -> None:  # noqa: ANN001
     client = torch_service.create_training_client("tiny")
@@ -140,6 +142,7 @@ def test_streaming_gives_the_gradient_of_the_whole_batch(minibatches: int, subst
         assert (streamed[name] - expected).norm() <= ROUNDING * expected.norm() + 1e-12, name
 
 
+# Trap: data older than allowed, prompts skipped or doubled, also after kills.
 def test_asynchronous_training_is_never_older_than_allowed_and_takes_every_prompt_once(tmp_path: Path) -> None:
     LowTokenGroup.made.clear()
     settings = config(
@@ -210,6 +213,7 @@ def test_an_asynchronous_run_killed_five_times_trains_on_every_prompt_once(tmp_p
     assert max(record["progress/batch"] - record["sampling_client/step_min"] for record in metrics(tmp_path)) <= 2
 
 
+# Trap: a crash in a task that nobody awaits.
 @pytest.mark.parametrize("steps_off_policy", [0, 3])
 def test_a_crashing_builder_stops_the_run_with_its_own_traceback(steps_off_policy: int, tmp_path: Path) -> None:
     settings = config(

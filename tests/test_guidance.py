@@ -58,6 +58,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 # --- formulas -----------------------------------------------------------------------------------------------------------------------
 
 
+# Trap: kl_coef upside down.
 def test_offsets_by_hand() -> None:
     values = torch.tensor([[[0.0], [math.log(3)]]], dtype=torch.float64)  # P(right) 1/2 and 3/4
     expected = {
@@ -114,6 +115,7 @@ def test_q_sharp_is_the_optimum_of_the_regularised_problem(num_returns: int) -> 
     assert objective("cd")[0] < value
 
 
+# Trap: p e^(1/kl_coef) over- or underflowing.
 def test_nothing_underflows_or_cancels() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         z = torch.tensor([-2000.0, -80.0, 80.0, 1024.0], dtype=dtype)[:, None]
@@ -170,6 +172,7 @@ def sample_without_caches(
     return tokens_B, logprobs_B
 
 
+# Trap: a classifier's cache that keeps another candidate's tokens.
 @pytest.mark.parametrize("kind", ["language_model", "belief_state"])
 def test_cached_decoding_equals_reading_everything_anew(policy: Reader, kind: str) -> None:
     prompts_B_P = torch.from_numpy(sample_graphs(GRAPH, 5, 0))[:, : GRAPH.prefix_length]
@@ -197,6 +200,7 @@ def test_a_row_depends_on_its_own_numbers_and_ends_at_eos(policy: Reader) -> Non
     assert ended.tokens_B_T[0].tolist() == together.tokens_B_T[0, : first + 1].tolist()
 
 
+# Trap: guidance by a classifier of another vocabulary, or a BST of another graph.
 def test_models_that_do_not_fit_together(policy: Reader, tmp_path: Path) -> None:
     prompts_B_P = torch.from_numpy(sample_graphs(GRAPH, 1, 3))[:, : GRAPH.prefix_length]
     other = make_model(StarGraph(2, 3, 20), tmp_path / "other", num_layers=1, num_heads=2, hidden=16)

@@ -1,5 +1,7 @@
 """A checkpoint folder, as save_state left it, in plain transformers, plain peft and plain vLLM: the same logprobs everywhere."""
 
+# Trap: a checkpoint that other tools cannot load.
+
 import json
 import os
 import subprocess

@@ -167,6 +167,7 @@ def test_rationales_that_never_stop_get_twice_the_mean():
     assert all(len(trajectory.supervised) == 1 for trajectory in group.trajectories_G)
 
 
+# Trap: stop strings missed because they were tokenized otherwise.
 def test_rationales_end_before_the_stop_string_however_it_was_tokenized():
     """Case D6, with stops as text, and tokens that are not characters."""
     stops = [decode(CHARACTERS, [2]), decode(CHARACTERS, [50, 51])]
@@ -226,6 +227,7 @@ def enumerable_policy(service: ServiceClient, folder: Path) -> TrainingClient:
     return client
 
 
+# Trap: a biased estimator: the stop without gradient, K in one term only.
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_estimator_is_unbiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl_coef: float):
     """The average over all pairs of one-token rationales is the analytic gradient. One of the tokens is the stop: its rationale is empty,
@@ -276,6 +278,7 @@ def test_estimator_is_unbiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert float((total - g).abs().max()) < 1e-6 * max(1.0, largest)
 
 
+# Trap: a likelihood reward that scores a token of the rationale, or padding.
 def test_rewards_score_exactly_the_answer_whatever_the_batch(torch_service: ServiceClient, tmp_path: Path):
     """Ragged prompts, rationales and answers: the same as one unpadded pass each, in one batch and in micro-batches of one row."""
     rng, renderer = np.random.default_rng(0), PlainRenderer(CHARACTERS)

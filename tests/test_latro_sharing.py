@@ -62,6 +62,7 @@ def forwards(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[MicroBat
     return seen
 
 
+# Trap: a shared pass with another gradient than separate ones.
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_score_and_training_share_one_forward(torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch, temperature: float):
     """The gradient is that of a pass for each loss, which know nothing of each other."""
@@ -84,6 +85,7 @@ def test_score_and_training_share_one_forward(torch_service: ServiceClient, monk
             assert np.allclose(a["logprobs"].array, b["logprobs"].array, atol=5e-6)
 
 
+# Trap: a kept forward used under other weights (fused AdamW does not raise torch's version counter).
 def test_a_kept_forward_serves_part_of_its_data_once_and_under_its_own_weights(
     torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch
 ):
@@ -117,6 +119,7 @@ def test_a_kept_forward_serves_part_of_its_data_once_and_under_its_own_weights(
     assert trained(policy)[0] > 0  # more activations than one micro-batch's
 
 
+# Trap: sequences of one row that see each other.
 def test_rows_are_trees_in_which_each_token_sees_its_ancestors(monkeypatch: pytest.MonkeyPatch):
     """Sequences that part at several depths, one that is the beginning of another, equal ones: the logprobs of each on its own."""
     tokens_D = [[7, 8, 9, 5, 5], [7, 8, 9, 5, 6, 4], [7, 8, 9, 5, 6, 4, 11, 12], [7, 8, 30, 31], [7, 8, 9, 5, 5], [7, 8], [9, 9]]

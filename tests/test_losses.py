@@ -123,6 +123,7 @@ def test_trainer_loss_and_gradient_equal_full_logits(name: str, model: str, monk
         assert (chunked[key] - gradient).norm() <= ROUNDING * gradient.norm(), key
 
 
+# Trap: gradients that depend on how a batch was cut.
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
 def test_gradients_do_not_depend_on_micro_batches_or_order(lora: LoraConfig | None) -> None:
     data = policy_data(24, seed=1)
@@ -140,6 +141,7 @@ def test_gradients_do_not_depend_on_micro_batches_or_order(lora: LoraConfig | No
             assert np.allclose(other_logprobs[d], logprobs, atol=2e-6)
 
 
+# Trap: continuations behind a shared prompt that see each other.
 @pytest.mark.parametrize("model", ["tiny", "llama-tiny", "gpt2-tiny"])
 def test_sharing_the_prompts_of_groups_changes_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Members of a group in one row behind their prompt, against every sequence on its own."""
@@ -242,6 +244,7 @@ def test_adam_and_clipping_equal_torch() -> None:
         assert torch.allclose(p, reference[name], atol=1e-6), name
 
 
+# Trap: a step applied after a NaN, or after a failed pass.
 def test_nan_gradient_changes_no_weight_and_names_the_datum() -> None:
     trainer = Trainer("tiny", BackendConfig())
     data = policy_data(3)
@@ -284,6 +287,7 @@ def test_bad_data_is_refused_before_torch_sees_it(datum: Datum, error: type[Exce
         Trainer("tiny", BackendConfig()).run([datum], "importance_sampling")
 
 
+# Trap: an error that names another datum than the bad one.
 @pytest.mark.parametrize("d", [0, 3, 4])
 @pytest.mark.parametrize("t", [0, -1])
 def test_the_one_bad_datum_of_a_batch_is_named(d: int, t: int) -> None:
@@ -306,6 +310,7 @@ def test_unknown_losses_and_options_are_refused(name: str, config: dict | None, 
         resolve_loss(name, config)
 
 
+# Trap: zeros in the place of logprobs; a loss over all positions without its gradient.
 @pytest.mark.parametrize("budget", [10**6, 40])
 def test_every_position_has_its_logprob_whatever_its_weight(budget: int) -> None:
     """In every pass: what carries no loss is told, too, and a custom loss over all positions is differentiated at all of them."""
@@ -360,6 +365,7 @@ def test_data_without_any_weight_have_loss_zero_and_no_gradient() -> None:
         trainer.run_custom(data, lambda data_D, logprobs_D: (logprobs_D[0].sum().detach(), {}))
 
 
+# Trap: a micro-batch, or all data, without a token of a loss.
 def test_a_micro_batch_may_lack_a_loss() -> None:
     """The longest rows fill the first micro-batch: they have no token of one of the losses, or of none."""
     rng = np.random.default_rng(0)

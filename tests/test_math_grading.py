@@ -182,6 +182,7 @@ def test_different_answers(gold: str, answer: str):
     assert not is_equal(gold, answer)
 
 
+# Trap: an answer that uses up the grader's time, and so escapes its zero.
 @pytest.mark.parametrize("answer", EXPLODING)
 def test_exploding_answers_are_wrong_and_cost_no_time(answer: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(WORKER, "ask", lambda *_: pytest.fail("asked"))
@@ -262,6 +263,7 @@ def test_golds_that_cannot_be_graded_against():
     assert not any(map(check_gold, ["", r"\frac{3", "((", "1, ((3"]))
 
 
+# Trap: a grader that hangs, scored as wrong.
 def test_a_hanging_comparison_ends_with_a_typed_error_and_the_next_one_works():
     with pytest.raises(GraderError, match="longer than 0.5 s"):
         is_equal(HANGS, r"\sqrt{2}", seconds=0.5)

@@ -55,6 +55,7 @@ def test_gradients_are_those_of_the_separate_adapter(name: str) -> None:
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
+# Trap: a LoRA update that bf16 rounds away in the sampler alone.
 def test_the_model_is_the_one_with_merged_weights() -> None:
     """Of the update, the separate adapter sees all, and the rounded sum of weights hardly anything."""
     trainer, data = adapted("bfloat16"), policy_data(8)

@@ -122,6 +122,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", model_max_length=512)
 
 
+# Trap: sampled tokens re-tokenized on the way into the next prompt.
 @pytest.mark.parametrize("kind", [PlainRenderer, RoleColonRenderer])
 def test_sampled_tokens_are_kept_where_their_text_is_tokenized_otherwise(kind: type[PlainRenderer] | type[RoleColonRenderer]):
     tokenizer = merging_tokenizer()
@@ -152,6 +153,7 @@ def test_a_conversation_goes_on_from_a_stop_that_was_not_sampled():
     assert [turn.metrics["parse_error"] for turn in cut_off.transitions] == [1, 0] and cut_off.reward == 1
 
 
+# Trap: templates that rewrite history trained on as one sequence.
 def test_templates_that_rewrite_what_was_said_are_rendered_anew():
     tokenizer = character_tokenizer(512)
     tokenizer.chat_template = (

@@ -68,6 +68,7 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+# Trap: random layers that train because a folder lacks tensors.
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_or_foreign_folder_is_refused_in_one_line(damage: str, tmp_path: Path) -> None:
     folder = save_random_model("Llama 3", tmp_path / "model")
@@ -85,6 +86,7 @@ def hub_error(kind: type[Exception]) -> Exception:
     return error
 
 
+# Trap: one message for every reason.
 @pytest.mark.parametrize(
     ("error", "says"),
     [

@@ -30,6 +30,7 @@ print(idle, first, second, threads(idle + 1))
 """
 
 
+# Trap: idle threads whose OpenMP workers slow the one that computes.
 def test_workers_are_given_back_after_each_call() -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", COUNTED], env=environment, capture_output=True, text=True, check=True)

@@ -215,6 +215,7 @@ def test_an_endpoint_judges(endpoint, monkeypatch):
     assert shown.index("Ada:") < shown.index("[A]\none") < shown.index("[B]\ntwo")
 
 
+# Trap: a judge that is down, answers garbage, or likes one side.
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
@@ -246,6 +247,7 @@ def test_time_outs_and_dead_endpoints_are_errors_and_a_retry_may_succeed(endpoin
         ask(endpoint)
 
 
+# Trap: a judge that drips a byte at a time.
 @pytest.mark.parametrize(
     "before", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nServer: ", b"H"], ids=["body", "header", "status"]
 )

@@ -61,6 +61,7 @@ def test_spans_cover_the_text_and_blank_lines_are_no_steps(
     assert form.spans(text) == spans and form.strings(text) == strings
 
 
+# Trap: steps found by token ids, or by encoding again.
 @pytest.mark.parametrize("renderer_name", ["plain", "role_colon", "chat_template"])
 def test_tokens_of_steps_are_located_without_encoding_again(renderer_name: str) -> None:
     renderer = get_renderer(renderer_name, load_tokenizer("tiny"))
@@ -132,6 +133,7 @@ def test_labels_are_the_share_of_completions_that_are_right(plain: Renderer, tmp
     assert read_records(tmp_path / "labels.jsonl") == records
 
 
+# Trap: a restarted labelling that repeats or changes labels.
 def test_a_killed_labelling_goes_on_where_it_was(plain: Renderer, tmp_path: Path) -> None:
     solutions, path = [solve(GOOD, plain), solve(BAD, plain)], tmp_path / "labels.jsonl"
     with pytest.raises(KeyboardInterrupt):

@@ -183,6 +183,7 @@ def test_prompts_are_prefixes_and_weights_are_the_replies(name, turns):
     assert replies == [t for t, w in zip(tokens, weights, strict=True) if w]
 
 
+# Trap: two stop sequences in one response.
 @pytest.mark.parametrize("name", RENDERERS)
 def test_parsing_counts_stops(name):
     renderer = RENDERERS[name]
@@ -212,6 +213,7 @@ def test_tokens_are_those_of_the_template(template):
     assert tokens == template_tokens(tokenizer, CHAT[1:5])
 
 
+# Trap: chat templates that rewrite earlier turns.
 def test_template_with_thinking_dropped_from_earlier_turns():
     renderer = ChatTemplateRenderer(bpe_tokenizer(DROPS_THINKING))
     thought: list[Message] = [*CHAT[:2], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nhello"}, *CHAT[3:]]
@@ -289,6 +291,7 @@ class WrongTemplate(ImitatedTemplate):
     after_role = " "
 
 
+# Trap: a chat template imitated wrongly.
 @pytest.mark.parametrize("kind", [ImitatedTemplate, WrongTemplate, PlainRenderer, RoleColonRenderer, ChatTemplateRenderer])
 def test_a_template_that_is_imitated_wrongly_is_warned_of_and_nothing_else(
     kind: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,7 @@
 """Runs killed at random moments, or interrupted, and resumed, end as an uninterrupted run does: same weights, same metrics, bit for bit."""
 
+# Trap: `types.py` in a script's folder shadowing the standard library's.
+
 import os
 import random
 import signal
@@ -73,6 +75,7 @@ def kill_at(arguments: list[str], folder: Path, step: int, delay: float) -> None
     process.communicate()
 
 
+# Trap: a resumed run that is another run.
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("arguments", "engine", "kills"), [(SFT, "torch", 5), (RL, "torch", 5), (RL, "vllm", 1)], ids=["sft", "rl-torch", "rl-vllm"]
@@ -91,6 +94,7 @@ def test_killed_and_resumed_equals_uninterrupted(arguments: list[str], engine: s
     assert weights == weights_whole
 
 
+# Trap: orphan processes after Ctrl-C.
 def test_ctrl_c_saves_the_step_and_leaves_no_process(tmp_path: Path) -> None:
     arguments = [*RL, "backend.engine=torch", "save_every=0"]
     process = start(arguments, tmp_path)

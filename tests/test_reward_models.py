@@ -123,6 +123,7 @@ def test_the_labels_token_is_what_is_trained_and_asked(name):
     assert label_format.inquiry(comparison).model_input.to_ints() == label_format.prompt(comparison)
 
 
+# Trap: a model that was never taught labels read as "tie".
 def test_label_probabilities_are_those_of_the_language_model(torch_service):
     renderer = get_renderer("plain", load_tokenizer("tiny"))
     client = torch_service.create_training_client("tiny")
@@ -160,6 +161,7 @@ def reward_config(dataset, folder, **settings) -> train_reward_model.Config:
     return train_reward_model.Config(dataset=dataset, log_path=str(folder), backend=TORCH, **(defaults | settings))
 
 
+# Trap: a reward model of another tokenizer or renderer.
 def test_a_scalar_model_learns_is_saved_and_scores_rollouts(tmp_path, torch_service):
     dataset = PreferencePairsBuilder(comparisons=LetterComparisons(), batch_size=32)
     metrics = asyncio.run(train_reward_model.main(reward_config(dataset, tmp_path / "rm", num_epochs=4)))

@@ -50,6 +50,7 @@ def tracks(datum) -> dict:  # noqa: ANN001
     }
 
 
+# Trap: targets off by one.
 def test_single_turn_is_shifted_by_one() -> None:
     (datum,) = trajectory_to_data(Trajectory([turn([1, 2], [3, 4], [-0.1, -0.2])]), 0.5)
     assert tracks(datum) == {
@@ -98,6 +99,7 @@ def test_leave_one_out_equals_its_definition(rewards: list[float]) -> None:
     assert LeaveOneOut()(np.array(rewards)) == pytest.approx(expected, abs=1e-9)
 
 
+# Trap: rewards and trajectories misaligned once groups are removed.
 def test_removing_constant_groups_keeps_rewards_and_trajectories_aligned() -> None:
     groups = [group([1, 1]), group([0, 1, 0]), group([0, 0]), group([2, 1])]
     kept = trainable_groups(groups, GroupMean(), remove_constant=True)
@@ -195,6 +197,7 @@ def test_rollouts_take_turns_and_the_seed_decides(torch_service) -> None:  # noq
     assert len({tuple(tokens) for tokens in sampled[0]}) == len(sampled[0]), "turns and members must not share a seed"
 
 
+# Trap: bits that depend on the clock.
 @pytest.mark.cpu_only
 def test_slow_environments_change_no_bit_of_what_vllm_samples(vllm_client) -> None:  # noqa: ANN001
     """Which requests share a decoding step must not depend on the clock: it would show in the last digits of the logprobs."""
@@ -211,6 +214,7 @@ def test_slow_environments_change_no_bit_of_what_vllm_samples(vllm_client) -> No
     assert run(0.0) == run(0.02)
 
 
+# Trap: a rollout that failed scored 0.
 def test_a_rollout_that_cannot_be_scored_leaves_its_group_and_is_counted(torch_service) -> None:  # noqa: ANN001
     (g,) = rollout(CountingBuilder(CountingEnv(1), CountingEnv(1, RolloutError("grader timed out"))), torch_service=torch_service)
     assert g.get_total_rewards() == [1.5] and g.metrics_G == [{"members": 1}]
@@ -218,6 +222,7 @@ def test_a_rollout_that_cannot_be_scored_leaves_its_group_and_is_counted(torch_s
     assert metrics["rollout_errors/RolloutError"] == 1 and metrics["env/all/reward/total"] == 1.5
 
 
+# Trap: a bug taken for one.
 def test_a_bug_in_an_environment_is_raised_as_itself_and_a_rare_failure_is_not(torch_service) -> None:  # noqa: ANN001
     def envs(failing: int) -> CountingBuilder:
         return CountingBuilder(*(CountingEnv(1, ZeroDivisionError("mine") if g < failing else None) for g in range(3)))

@@ -43,6 +43,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in kept if path.name not in passed_over}
 
 
+# Trap: a finished run trained on, or written again, by a resume.
 def test_a_run_that_is_resumed_at_its_end_or_past_it_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     last = run(tmp_path, max_steps=2, save_every=0, eval_every=0)
     before = files(tmp_path)

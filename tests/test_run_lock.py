@@ -36,6 +36,7 @@ def holder(folder: Path, then: str) -> "subprocess.Popen[str]":
     return process
 
 
+# Trap: two processes in one run folder.
 def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
     process = holder(tmp_path / "run", "print(0, flush=True); time.sleep(600)")
     with pytest.raises(ConfigError) as refused:
@@ -59,6 +60,7 @@ CHILDREN = {
 }
 
 
+# Trap: a lock kept by a child.
 @pytest.mark.parametrize("kind", CHILDREN)
 def test_a_child_that_outlives_the_run_does_not_keep_the_lock(kind: str, tmp_path: Path) -> None:
     process = holder(tmp_path / "run", CHILDREN[kind])
@@ -151,6 +153,7 @@ def close_output(process: "subprocess.Popen[bytes]") -> None:
     process.stdout.close()
 
 
+# Trap: a step lost to a closed terminal or output.
 @pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("end", [close_terminal, close_output])
 def test_a_run_whose_terminal_or_reader_goes_away_saves_its_step(end: Callable, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Results carry the settings that made them: asked for with others they are refused, made anew or let through, never passed off as another's."""
 
+# Trap: a result reported as that of other settings; a resume with others.
+
 import asyncio
 import json
 import math

@@ -24,6 +24,7 @@ def vote(answers: list[str | None]) -> str | None:
     return min(set(given), key=lambda answer: (-given.count(answer), given.index(answer)), default=None)
 
 
+# Trap: biased pass@k, ties of a majority.
 @pytest.mark.parametrize("seed", range(20))
 def test_estimators_equal_the_enumeration_of_all_subsets(seed):
     rng = np.random.default_rng(seed)

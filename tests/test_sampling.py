@@ -61,6 +61,7 @@ def engines(vllm_service: ServiceClient, tmp_path_factory: pytest.TempPathFactor
         yield trained, trained.save_weights_and_get_sampling_client(), service.create_sampling_client(model_path=folder)
 
 
+# Trap: sampler and trainer apart.
 def test_vllm_equals_torch_on_200_ragged_prompts(engines) -> None:  # noqa: ANN001
     trained, vllm, reference = engines
     lengths = np.random.default_rng(0).integers(1, 300, 200)
@@ -76,6 +77,7 @@ def test_vllm_equals_torch_on_200_ragged_prompts(engines) -> None:  # noqa: ANN0
         assert a.sequences[0].logprobs == pytest.approx(sampled.tolist(), abs=1e-4)
 
 
+# Trap: logprobs of the untempered, untruncated distribution.
 @pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_logprobs_are_those_of_the_tempered_distribution(engines, which: int, temperature: float) -> None:  # noqa: ANN001
@@ -113,6 +115,7 @@ def test_sampling_frequencies_follow_the_distribution(engines, which: int) -> No
         assert abs(tokens.count(token) / 2000 - p) < 5 * np.sqrt(p * (1 - p) / 2000) + 1e-3
 
 
+# Trap: what a sequence becomes depending on its neighbours.
 @pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
 def test_seeds_decide_whatever_else_is_in_the_batch(engines, which: int) -> None:  # noqa: ANN001
     params = SamplingParams(max_tokens=10, seed=42, stop=[])
@@ -161,6 +164,7 @@ def test_eos_stops_unless_told_never_to(engines, which: int) -> None:  # noqa: A
     assert any(eos in s.tokens[:-1] for s in free) and all(s.stop_reason == "length" for s in free)
 
 
+# Trap: seeded requests that vLLM on a CPU dies of, when it reads a prompt in two parts.
 def test_more_prompts_than_one_step_reads(engines) -> None:  # noqa: ANN001
     """vLLM would read a prompt in two parts, which ends a seeded request on a CPU."""
     prompts = [prompt_of(100, seed) for seed in range(120)]
@@ -177,6 +181,7 @@ def test_topk_prompt_logprobs_agree(engines) -> None:  # noqa: ANN001
         assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
 
 
+# Trap: a tied lm_head left out of a sync; cached prefixes of old weights (they begin at 128 tokens).
 def test_sync_reaches_every_weight_and_drops_cached_prefixes(vllm_client: TrainingClient) -> None:
     """The tied lm_head, and a 200-token prompt of which vLLM caches the first 128: both silently wrong if the sync is careless."""
     prompt = prompt_of(200)
@@ -201,6 +206,7 @@ def test_following_client_survives_a_sync(vllm_client: TrainingClient) -> None:
     assert live.policy_version > version
 
 
+# Trap: rollouts from weights that were replaced meanwhile.
 def test_sync_in_mid_generation_fails_snapshots_and_carries_followers(vllm_client: TrainingClient) -> None:
     params = SamplingParams(max_tokens=300, seed=1, stop=[])
     pinned, live = (vllm_client.save_weights_and_get_sampling_client(follow=follow) for follow in (False, True))
@@ -212,6 +218,7 @@ def test_sync_in_mid_generation_fails_snapshots_and_carries_followers(vllm_clien
     assert [len(sequence.tokens) for sequence in running[1].result(60).sequences] == [300] * 8
 
 
+# Trap: LoRA weights that never reach the sampler.
 def test_lora_weights_reach_the_sampler(vllm_service: ServiceClient) -> None:
     client = vllm_service.create_lora_training_client("llama-tiny", rank=4)
     train_a_little(client, 5)
@@ -220,6 +227,7 @@ def test_lora_weights_reach_the_sampler(vllm_service: ServiceClient) -> None:
     assert sampled.logprobs == pytest.approx(trainer_logprobs(client, prompt, sampled.tokens)[29:].tolist(), abs=1e-4)
 
 
+# Trap: a reference policy that moves with the live one.
 def test_gpt2_in_vllm_and_a_frozen_policy_beside_the_live_one(vllm_service: ServiceClient) -> None:
     client = vllm_service.create_training_client("gpt2-tiny", seed=1)
     frozen = vllm_service.create_sampling_client(base_model="gpt2-tiny", seed=1)
@@ -243,6 +251,7 @@ def test_engine_leaves_torchs_global_rng_alone(vllm_client: TrainingClient) -> N
     assert torch.equal(torch.rand(3), expected)
 
 
+# Trap: temperatures that vLLM changes.
 def test_bad_requests_are_refused_before_the_engine(vllm_client: TrainingClient) -> None:
     client = vllm_client.save_weights_and_get_sampling_client()
     for prompt, params, error in (
@@ -258,6 +267,7 @@ def test_bad_requests_are_refused_before_the_engine(vllm_client: TrainingClient)
     assert len(fitting.tokens) == 12 and fitting.stop_reason == "length"
 
 
+# Trap: ids of a padded vocabulary in a prompt.
 @pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_ids_beyond_the_tokenizer_may_be_in_a_prompt(engine, tmp_path: Path) -> None:  # noqa: ANN001
     """A padded vocabulary has rows for ids that no text has: a model samples them, and its next prompt holds them."""
@@ -277,6 +287,7 @@ def test_ids_beyond_the_tokenizer_may_be_in_a_prompt(engine, tmp_path: Path) -> 
                 client.compute_logprobs(ModelInput.from_ints([5, 288]))
 
 
+# Trap: callers that wait for ever on a dead engine.
 def test_a_dead_engine_fails_its_callers_and_nothing_hangs(torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch) -> None:
     client = torch_service.create_training_client("tiny").save_weights_and_get_sampling_client()
 

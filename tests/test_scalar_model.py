@@ -127,6 +127,7 @@ def test_saved_and_resumed_bit_by_bit(torch_service: ServiceClient, lora: LoraCo
     assert np.array_equal(scalars(opened), scalars(first))
 
 
+# Trap: a scalar model taken for a policy, or the other way round.
 def test_a_trunk_comes_from_a_language_model_and_the_two_are_not_mistaken(torch_service: ServiceClient) -> None:
     policy, model = torch_service.create_training_client("tiny", seed=3), torch_service.create_scalar_client("tiny")
     policy_path = policy.save_state("policy").result().path

@@ -1,5 +1,7 @@
 """Scripts written for the Tinker SDK (0.38) run here: its names, keywords and defaults, and one script in its idiom."""
 
+# Trap: a keyword of the Tinker SDK that is a TypeError here.
+
 import asyncio
 import concurrent.futures
 import inspect

@@ -65,6 +65,7 @@ def test_samples_are_graphs_and_functions_of_their_seed():
         assert (rows_B_T == sample_graphs(graph, 5000, (1, 2))).all() and (rows_B_T != sample_graphs(graph, 5000, (1, 3))).any()
 
 
+# Trap: a fast sampler of another distribution.
 def test_samples_are_distributed_as_the_originals():
     """Each token's distribution, and where the first hop's edge lies, against the line-by-line generator: chi-square over 20,000 rows each."""
     graph = StarGraph(2, 3, 6)
@@ -84,6 +85,7 @@ def test_samples_are_distributed_as_the_originals():
         assert chi_square <= freedom + 5 * np.sqrt(2 * max(freedom, 1))
 
 
+# Trap: a held-out graph met in training with its edges in another order.
 def test_held_out_graphs_are_never_drawn_in_any_order_of_their_edges():
     graph = StarGraph(2, 2, 4)  # 24 graphs with goal, 2 orders each
     test = held_out(graph, 12, 3)
@@ -110,6 +112,7 @@ def test_sizes_that_cannot_be():
 # --- files ----------------------------------------------------------------------------------------------------------------------
 
 
+# Trap: a line that is no star graph trained on.
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
@@ -165,6 +168,7 @@ def test_sizes_are_read_from_the_originals_names():
 # --- tokenizers -----------------------------------------------------------------------------------------------------------------
 
 
+# Trap: a tokenizer that joins or splits numbers.
 @pytest.mark.parametrize(
     ("graph", "numeral", "gpt2"),
     [

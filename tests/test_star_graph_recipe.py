@@ -119,6 +119,7 @@ def test_the_reinforce_step_is_that_of_the_original(model_path: str, rollouts, b
         assert parameter.grad is not None and torch.allclose(grads[name], parameter.grad, atol=1e-6), name
 
 
+# Trap: rollouts of a resumed REINFORCE run being others.
 def test_reinforce_stopped_and_resumed_is_the_uninterrupted_run(model_path: str, tmp_path: Path):
     def run(folder: str, steps: int) -> None:
         config = reinforce.Config(
@@ -260,6 +261,7 @@ def test_methods_bring_what_they_start_from_and_wait_for_it(tmp_path: Path):
         train.main(chz.replace(config, seeds=[]))
 
 
+# Trap: a finished run repeated.
 def test_runs_side_by_side_wait_fail_and_are_not_run_twice(tmp_path: Path, capfd):
     def job(name: str, steps: int, after: tuple[str, ...] = ()) -> Job:
         """Writes metrics; 0 steps stands for a bad option."""

@@ -86,6 +86,7 @@ def texts_of(dataset: SupervisedDataset, index: int) -> list[str]:
     return [decode(TOKENIZER, whole(datum)) for datum in dataset.get_batch(index)]
 
 
+# Trap: held-out games met by the warm start or by RL.
 @pytest.mark.parametrize(("game", "examples"), GAMES, ids=ids)
 def test_held_out_tasks_are_met_by_neither_loop(game: TextGameBuilder, examples: TextGameExamplesBuilder):
     train, test = build(chz.replace(game, batch_size=16))
@@ -202,6 +203,7 @@ def test_a_second_policy_answers_what_is_no_guess():
     assert heard(steps) == ["yes", "no", "no"] and steps[-1].metrics["solved"] == 1
 
 
+# Trap: an answerer's nonsense turned into a reward.
 def test_a_rollout_whose_answerer_talks_nonsense_has_no_reward():
     class Group(EnvGroupBuilder):
         async def make_envs(self) -> Sequence[Env]:
@@ -280,6 +282,7 @@ def run(*command: str, typed: str = "", cwd: Path) -> str:
     return done.stdout
 
 
+# Trap: a person who gets other limits than the model.
 def test_a_person_plays_under_the_models_limits(tmp_path: Path):
     game = GuessNumberBuilder()
     first, second, third = (task[2] for task in tasks_of(build(game)[0], [0])[:3])

@@ -114,6 +114,7 @@ def test_a_seat_whose_game_ends_before_its_turn_trains_on_nothing() -> None:
     assert [len(trajectory.transitions) for trajectory in trajectories] == [1, 0] and rewards == [-1, 1]
 
 
+# Trap: a seat that waits for ever.
 def test_a_failing_seat_frees_the_others_at_once() -> None:
     async def go() -> tuple[object]:
         seats = await group_now.make_envs()
@@ -168,6 +169,7 @@ async def random_game(
     return seen, game.rewards
 
 
+# Trap: games that share a generator.
 def test_games_are_functions_of_their_seed_when_many_run_at_once() -> None:
     """Kuhn poker deals cards from the global generator in every round; memory's cells come from it at the start."""
 
@@ -231,6 +233,7 @@ def test_random_openings_are_functions_of_the_game_and_for_training_alone() -> N
     assert set(free_squares(test_set.get_batch(0))) == {9}
 
 
+# Trap: a seat's reward measured against another seat's baseline.
 def test_several_games_from_one_opening_give_each_seat_its_own_baseline() -> None:
     config = chz.replace(TIC_TAC_TOE, group_size=6, random_opening=9)
     for index in range(2):
@@ -260,6 +263,7 @@ def test_several_games_from_one_opening_give_each_seat_its_own_baseline() -> Non
             SeatMean().check_group_size(too_few)
 
 
+# Trap: openings that are over already.
 def test_a_game_that_lost_one_seat_is_not_scored() -> None:
     async def go() -> None:
         seats = await group_now.make_envs()

@@ -132,6 +132,7 @@ def test_pruning_keeps_the_latest_the_final_and_what_lies_elsewhere(tmp_path):
         run.prune_checkpoints(keep=0)
 
 
+# Trap: metrics logged twice, or torn by a kill.
 def test_metrics_survive_a_kill_and_a_rewind(tmp_path):
     run = open_run_folder(tmp_path / "run", "raise", RunConfig())
     log = MetricsLog(run)

@@ -90,6 +90,7 @@ def numbers(dataset: RLDataset, index: int) -> list[int]:
     return [env.task for group in groups if isinstance(env := group.env_thunk(), VerifiersEnv)]
 
 
+# Trap: another library's scoring that hangs, or answers the last question.
 @pytest.mark.parametrize(("answer", "why"), [("raise", "KeyError"), ("die", "exit status 3"), ("hang", "more than 1 s")])
 def test_scoring_that_fails_is_no_score_and_the_next_one_works(answer, why):
     with pytest.raises(GraderError, match=why):

@@ -60,6 +60,7 @@ def largest_gap(client: TrainingClient) -> float:
     return max(gaps)
 
 
+# Trap: weights that vLLM's loader skips.
 @pytest.mark.parametrize("family", SERVED)
 def test_sampled_logprobs_are_the_trainers(service: ServiceClient, family: str, tmp_path: Path) -> None:
     folder = str(save_random_model(family, tmp_path / "model"))

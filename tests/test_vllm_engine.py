@@ -47,6 +47,7 @@ def test_noise_is_new_at_every_token_and_in_every_call(unseeded_service: Service
     assert (tokens_G_T != np.array([sequence.tokens for sequence in calls[1]])).mean() > 0.8
 
 
+# Trap: the engine drawing from the program's generators, or repeating its own noise at every token.
 def test_global_generators_are_untouched_by_an_engine(unseeded_service: ServiceClient) -> None:
     client = unseeded_service.create_training_client("micro")
     seed_all()
@@ -58,6 +59,7 @@ def test_global_generators_are_untouched_by_an_engine(unseeded_service: ServiceC
     assert global_draws() == expected
 
 
+# Trap: engines that compute with one another's batch, or die with one another.
 def test_engines_beside_each_other(unseeded_service: ServiceClient) -> None:
     """vLLM has one place in the process for the batch that is computed, and one parallel state for all engines."""
     clients = [unseeded_service.create_training_client("tiny", seed=seed) for seed in (1, 2)]
