@@ -1,6 +1,7 @@
-"""The local engine: torch trains, vLLM samples. Knows tokens and tensors; nothing of chat, environments or rewards.
+"""The local engine: torch trains, vLLM samples. Tokens and tensors; no chat, no environments.
 
-A script written for Tinker ports by its import: `import posttrain.backend as tinker`, then tinker.ServiceClient(), tinker.types.Datum and so on.
+A script written for Tinker ports by its import: `import posttrain.backend as tinker`, then
+tinker.ServiceClient(), tinker.types.Datum and so on.
 """
 
 import os
@@ -25,7 +26,7 @@ def __getattr__(name: str) -> Any:
     if name in ("types", "errors"):
         return import_module(f"posttrain.backend.{name}")
     if not name.startswith("_"):
-        for module in [_MODULE_OF[name]] if name in _MODULE_OF else ["errors", "types"]:
-            if hasattr(found := import_module(f"posttrain.backend.{module}"), name):
-                return getattr(found, name)
+        for file in [_MODULE_OF[name]] if name in _MODULE_OF else ["errors", "types"]:
+            if hasattr(module := import_module(f"posttrain.backend.{file}"), name):
+                return getattr(module, name)
     raise AttributeError(f"module 'posttrain.backend' has no attribute {name!r}")

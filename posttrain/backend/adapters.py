@@ -1,7 +1,8 @@
-"""LoRA adapters on disk: what peft writes, and a base_model.json that says which weights the adapter belongs to.
+"""LoRA adapters on disk: peft's files, and base_model.json, which says what they were trained on.
 
-base_model.json holds the base's name, the seed of a preset's weights, and a fingerprint of the weights themselves. An adapter that peft
-wrote elsewhere has none: it is taken where its tensors fit. Left out: adapters other than plain LoRA on linear layers.
+base_model.json holds the base's name, the seed of a preset's weights, and a fingerprint of the
+weights. An adapter that peft wrote elsewhere has none: it is taken where its tensors fit. Left out:
+adapters other than plain LoRA on linear layers.
 """
 
 import hashlib
@@ -121,10 +122,10 @@ def check_adapter(trainer: Trainer, path: Path) -> None:
         raise CheckpointError(
             f"{path} is a LoRA adapter with {unusual[0]}={config[unusual[0]]}, which training here does not know"
         )
-    ours = trainer.model.peft_config["default"]
-    for option, theirs, mine in (("rank", config["r"], ours.r), ("alpha", config["lora_alpha"], ours.lora_alpha)):  # type: ignore[attr-defined]
-        if theirs != mine:
-            raise CheckpointError(f"{path} has LoRA {option} {theirs}, this run has {mine}: set lora_{option}={theirs}")
+    live: Any = trainer.model.peft_config["default"]
+    for option, before, now in (("rank", config["r"], live.r), ("alpha", config["lora_alpha"], live.lora_alpha)):
+        if before != now:
+            raise CheckpointError(f"{path} has LoRA {option} {before}, this run has {now}: set lora_{option}={before}")
     expected = {name: tuple(tensor.shape) for name, tensor in _tensors(trainer.model).items()}
     if unexpected := sorted(saved.keys() - expected.keys()):
         raise CheckpointError(f"{path} adapts layers that this run does not train: {', '.join(unexpected[:3])}")
@@ -138,16 +139,16 @@ def check_adapter(trainer: Trainer, path: Path) -> None:
 
 
 def _check_same_base(trainer: Trainer, path: Path) -> None:
-    theirs, ours = read_base(path), Base(absolute(trainer.model_name), trainer.seed)
-    if theirs.fingerprint:
-        same = theirs.fingerprint == fingerprint(trainer.base.state_dict().items())
+    saved, live = read_base(path), Base(absolute(trainer.model_name), trainer.seed)
+    if saved.fingerprint:
+        same = saved.fingerprint == fingerprint(trainer.base.state_dict().items())
     else:
-        same = theirs.name not in PRESETS or ours.name not in PRESETS or theirs.seed is None or theirs == ours
-        if Path(theirs.name).name != Path(ours.name).name:
-            print(f"warning: the adapter {path} says that it was trained on {theirs}; it is put on {ours}")
+        same = saved.name not in PRESETS or live.name not in PRESETS or saved.seed is None or saved == live
+        if Path(saved.name).name != Path(live.name).name:
+            print(f"warning: the adapter {path} says that it was trained on {saved}; it is put on {live}")
     if not same:
         raise CheckpointError(
-            f"{path} was trained on the base model {theirs}, and this run's is {ours}, whose weights are others: "
+            f"{path} was trained on the base model {saved}, and this run's is {live}, whose weights are others: "
             "give the same model_name and seed"
         )
 
@@ -156,9 +157,9 @@ def load_adapter(trainer: Trainer, path: Path) -> None:
     """The adapter's tensors; layers that it does not have begin at an update of zero, and are named."""
     assert isinstance(trainer.model, PeftModel)
     saved = load_file(path / ADAPTER_FILE)
-    ours = _tensors(trainer.model)
-    missing = sorted(ours.keys() - saved.keys())
-    zero = {name: torch.zeros_like(ours[name]) if ".lora_B" in name else ours[name] for name in missing}
+    live = _tensors(trainer.model)
+    missing = sorted(live.keys() - saved.keys())
+    zero = {name: torch.zeros_like(live[name]) if ".lora_B" in name else live[name] for name in missing}
     if missing:
         print(
             f"{path} has no adapter for {len(missing) // 2} of the layers to be trained ({missing[0]}, ...): they begin at zero"

@@ -1,14 +1,8 @@
-"""Alarms: two computations of the same logprobs that do not agree. What older weights or rounding cannot explain stops the run.
+"""Alarms: compares two computations of the same logprobs, and stops the run if they disagree.
 
-    what is compared                          when                        found by it
-    a batch against each sequence alone       at the start of a run       layers that do not keep the sequences of a row apart, padding
-    sampler against trainer, temperature 1    there, after every sync     weights that did not arrive, another computation of the model
-    sampled tokens, at the run's temperature  there, after every sync     a wrong temperature, prefixes cached under older weights, shifts
-    rollouts against trainer (rl/)            every step, where they are  all of it, on what is trained on
-                                              of the present weights
-    a prompt against the chat template        renderers/get_renderer      a template that is imitated wrongly: a warning
-
-Only public methods of the clients are used, so that a check shares no code with what it checks. Left out: logprobs of weight 0.
+Rounding and stale weights explain a small gap; a larger one is an error (`Alarms` lists the
+checks). The checks use only public methods of the clients, so they share no code with what they
+check. Left out: logprobs of weight 0.
 """
 
 from collections import Counter
@@ -62,15 +56,22 @@ class Gap:
     largest: float
 
     @classmethod
-    def between(cls, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> "Gap":
+    def between(cls, first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> "Gap":
         """Over all tokens of all sequences; of none, 0."""
-        pairs = list(zip(ours, theirs, strict=True))
+        pairs = list(zip(first, second, strict=True))
         gap = np.concatenate([np.abs(a.astype(np.float64) - b) for a, b in pairs]) if pairs else np.zeros(0)
         return cls(float(gap.mean()), float(gap.max())) if len(gap) else cls(0.0, 0.0)
 
 
 class Alarms:
     """Judges gaps, counts those that are too large, and stops the run for them, or warns.
+
+    | kind | compared | when | finds |
+    | --- | --- | --- | --- |
+    | batch | a batch, and each sequence alone | start | padding, layers that mix the sequences of a row |
+    | sampler | sampler and trainer at temperature 1 | start, each sync | weights that did not arrive |
+    | sampled | the same, at the run's temperature | start, each sync | temperature, stale prefix cache, shifts |
+    | rollouts | on-policy rollouts and trainer (rl/) | each step | all of these, on the training data |
 
     `compare` only notes, so that all that a step shows is known, and logged, when `decide` raises.
     """
@@ -81,13 +82,13 @@ class Alarms:
         self._counts: Counter[str] = Counter()
         self._noted: list[str] = []
 
-    def compare(self, kind: str, gap: Gap, what: str, causes: str) -> None:
-        """`kind` is the name in `alarms/...`; `what` and `causes` are for the message."""
+    def compare(self, kind: str, gap: Gap, pair: str, causes: str) -> None:
+        """`kind` is the name in `alarms/...`; `pair`, the two that are compared, and `causes` are for the message."""
         if gap.mean <= self.limit.mean and gap.largest <= self.limit.largest:  # not a number: neither
             return
         self._counts[kind] += 1
         self._noted.append(
-            f"{what} differ by {gap.mean:.3g} nats per token (largest {gap.largest:.3g}; rounding explains {self.limit.mean:g}). "
+            f"{pair} differ by {gap.mean:.3g} nats per token (largest {gap.largest:.3g}; rounding explains {self.limit.mean:g}). "
             f"Likely causes: {causes}"
         )
 
@@ -153,8 +154,8 @@ async def sampler_gaps(
     whole = await sampler.compute_logprobs_async(ModelInput.from_ints(tokens))
     params = SamplingParams(max_tokens=max_tokens, seed=PROBE_SEED, temperature=temperature, stop=[])
     drawn = (await sampler.sample_async(ModelInput.from_ints(tokens[:cut]), num_samples, params)).sequences
-    behind = [_scored([*tokens[:cut], *sequence.tokens], cut, temperature) for sequence in drawn]
-    trained_whole, *trained = await _values(client, [_scored(tokens, 1), *behind])
+    continued = [_scored([*tokens[:cut], *sequence.tokens], cut, temperature) for sequence in drawn]
+    trained_whole, *trained = await _values(client, [_scored(tokens, 1), *continued])
     return (
         Gap.between([np.array(whole[1:], dtype=np.float64)], [trained_whole]),
         Gap.between([np.array(sequence.logprobs) for sequence in drawn], trained),
@@ -180,17 +181,17 @@ def example_sequences(client: TrainingClient) -> tuple[list[int], list[int], lis
 
 def _scored(tokens: Sequence[int], first: int, temperature: float = 1.0) -> Datum:
     """The tokens from number `first` on are asked for."""
-    ones_T = np.ones(len(tokens) - 1, dtype=np.float32)
-    weights_T = ones_T * (np.arange(1, len(tokens)) >= first)
-    inputs = {"target_tokens": np.array(tokens[1:]), "weights": weights_T, "temperature": ones_T * np.float32(temperature)}
+    weights_T = (np.arange(1, len(tokens)) >= first).astype(np.float32)
+    temperature_T = np.full(len(weights_T), temperature, dtype=np.float32)
+    inputs = {"target_tokens": np.array(tokens[1:]), "weights": weights_T, "temperature": temperature_T}
     return Datum(ModelInput.from_ints(tokens[:-1]), inputs)
 
 
 async def _values(client: TrainingClient, data_D: Sequence[Datum]) -> list[np.ndarray]:
     """Logprobs, or scalars, of what is asked for."""
     outputs = (await client.forward(data_D, _negative)).loss_fn_outputs
-    asked_D: Iterable[np.ndarray] = (datum.loss_fn_inputs["weights"].array > 0 for datum in data_D)
-    return [next(iter(out.values())).array[asked_T] for out, asked_T in zip(outputs, asked_D, strict=True)]
+    mask_D: Iterable[np.ndarray] = (datum.loss_fn_inputs["weights"].array > 0 for datum in data_D)
+    return [next(iter(out.values())).array[mask_T] for out, mask_T in zip(outputs, mask_D, strict=True)]
 
 
 def _negative(values_N: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,8 +1,8 @@
-"""A folder that is written whole or not at all, and replaced in one operation. Imports nothing heavy.
+"""A folder that is written whole or not at all, and replaced in one operation.
 
-The new folder is written under a temporary name and synced. Where `path` exists already, the two change places by renameat2 with
-RENAME_EXCHANGE: at every moment one complete folder has the name. A kernel or a file system without it (NFS, macOS) gets two renames; a
-kill between them leaves both folders under other names, and `recover_folder` puts the older one back.
+The new folder is written under a temporary name and synced; then the two change places by renameat2
+with RENAME_EXCHANGE. Where this is missing (NFS, macOS) two renames do it, and `recover_folder`
+puts the older folder back after a kill between them.
 """
 
 import ctypes

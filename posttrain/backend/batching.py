@@ -1,10 +1,8 @@
-"""From Datums to padded tensors: micro-batches cut by a token budget from rows sorted by length.
+"""From Datums to padded tensors: micro-batches cut by a token budget, from rows sorted by length.
 
-A row is one sequence, or several that begin with the same prompt, laid out as a tree: the members of an RL group, and what else continues
-one of them. What they share is computed once, and each token sees its own ancestors. Rows are padded on the right. Positions that carry
-loss are looked up in the vocabulary apart from the others. None of this can change a gradient, since losses are sums over tokens.
-
-Prefixes are shared only where every layer attends to all earlier tokens (models.attends_to_all): other layers go by columns.
+A row is one sequence, or a tree of sequences with a common prompt (prefix sharing): shared tokens
+are computed once, and each token sees its own ancestors. Rows are padded on the right. Gradients do
+not depend on any of this, since losses are sums over tokens. Sharing needs models.attends_to_all.
 """
 
 from collections import defaultdict
@@ -95,12 +93,12 @@ def _trees(family: list[tuple[list[int], int]]) -> list[_Row]:
         if not rows or rows[-1].length + len(tokens) - shared > SHARED_ROW_TOKENS:
             rows.append(_Row([], [], [], 0))
             shared = 0
-        row, own = rows[-1], len(tokens) - shared
+        row, added = rows[-1], len(tokens) - shared
         prefix_T = row.columns[-1][:shared] if shared else before_T[:0]
-        row.columns.append(np.concatenate([prefix_T, np.arange(row.length, row.length + own)]))
+        row.columns.append(np.concatenate([prefix_T, np.arange(row.length, row.length + added)]))
         row.tokens.append(tokens_T)
         row.data.append(d)
-        row.length += own
+        row.length += added
         before_T = tokens_T
     return rows
 
@@ -153,9 +151,10 @@ def _temperatures(data_D: Sequence[Datum]) -> np.ndarray | None:
     """Of all tokens of all data, 1 where a Datum has none; None where no Datum has any."""
     if not any("temperature" in datum.loss_fn_inputs for datum in data_D):
         return None
-    ones = [np.ones(datum.model_input.length, dtype=np.float32) for datum in data_D]
-    found = [datum.loss_fn_inputs.get("temperature") for datum in data_D]
-    return np.concatenate([one_T if own is None else own.array for one_T, own in zip(ones, found, strict=True)])
+    given_D = [datum.loss_fn_inputs.get("temperature") for datum in data_D]
+    lengths_D = [datum.model_input.length for datum in data_D]
+    pairs = zip(given_D, lengths_D, strict=True)
+    return np.concatenate([np.ones(length, np.float32) if given is None else given.array for given, length in pairs])
 
 
 def _mask(ends_BT: torch.Tensor) -> torch.Tensor:

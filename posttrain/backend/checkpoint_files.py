@@ -1,13 +1,8 @@
-"""The files of a checkpoint folder: where they lie, and how one that is missing or damaged is named.
+"""The files of a checkpoint folder, and errors that name a file that is missing or damaged.
 
-    config.json, model.safetensors, ...              what transformers and vLLM load; or
-    adapter_config.json, adapter_model.safetensors   what peft loads, with base_model.json (adapters.py)
-    tokenizer.json, tokenizer_config.json, ...
-    scalar_head.safetensors                          of a scalar model
-    training_state/training_state.json               format, and what the loop wants back
-    training_state/optimizer.safetensors             (optimizer_state.py)
-
-Format 1 had the last two files in the folder itself, and a config.json beside an adapter. It is still read.
+A Hugging Face model, or a peft adapter with base_model.json (adapters.py); its tokenizer; a scalar
+model's scalar_head.safetensors; training_state/ with training_state.json (format, the loop's data)
+and optimizer.safetensors. Format 1, still read, had these two in the folder itself.
 """
 
 import json
@@ -71,12 +66,12 @@ def read_state(path: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a file. CheckpointError names the file where it is missing or damaged."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({_reason(error)}): {REMEDY}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} holds {type(found).__name__} where an object is expected: {REMEDY}")
-    return found
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds {type(content).__name__} where an object is expected: {REMEDY}")
+    return content
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -96,10 +91,10 @@ def check_readable(path: Path) -> None:
     for name in ("config.json", ADAPTER_CONFIG_FILE, "generation_config.json", INDEX_FILE):
         if name in _names(path):
             read_json(path / name)
-    wanted = {name for name in _names(path) if name.endswith(".safetensors")}
+    files = {name for name in _names(path) if name.endswith(".safetensors")}
     if (path / INDEX_FILE).exists():
-        wanted |= set(map(str, read_json(path / INDEX_FILE).get("weight_map", {}).values()))
-    for name in sorted(wanted):
+        files |= set(map(str, read_json(path / INDEX_FILE).get("weight_map", {}).values()))
+    for name in sorted(files):
         tensor_shapes(path / name)
 
 
@@ -110,16 +105,16 @@ def check_is_checkpoint(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint folder {path}")
     for parent, says in ((path / "checkpoints", "a run's folder"), (path, "a folder of checkpoints")):
-        if found := _checkpoints_in(parent):
-            raise CheckpointError(f"{path} is {says}, not a checkpoint: give its last one, {found[-1]}")
+        if checkpoints := _checkpoints_in(parent):
+            raise CheckpointError(f"{path} is {says}, not a checkpoint: give its last one, {checkpoints[-1]}")
     if path.is_file() or path.name == STATE_FOLDER:
         raise CheckpointError(f"{path} is a part of a checkpoint: give its folder, {path.parent}")
-    what = (
+    kind = (
         "a run's folder without a checkpoint"
         if _is_run(path)
         else f"not a checkpoint (it has none of {', '.join(sorted(MODEL_FILES))})"
     )
-    raise CheckpointError(f"{path} is {what}: give a folder that save_state, transformers or peft wrote")
+    raise CheckpointError(f"{path} is {kind}: give a folder that save_state, transformers or peft wrote")
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -132,8 +127,8 @@ def _is_run(path: Path) -> bool:
 
 def _checkpoints_in(parent: Path) -> list[Path]:
     """Checkpoint folders, in the order in which they were written."""
-    found = [parent / name for name in _names(parent) if name[0] != "." and _is_checkpoint(parent / name)]
-    return sorted(found, key=lambda child: child.stat().st_mtime)
+    checkpoints = [parent / name for name in _names(parent) if name[0] != "." and _is_checkpoint(parent / name)]
+    return sorted(checkpoints, key=lambda child: child.stat().st_mtime)
 
 
 def _names(path: Path) -> set[str]:

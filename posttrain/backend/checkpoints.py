@@ -1,7 +1,7 @@
-"""Checkpoints of a Trainer: a Hugging Face folder, or a peft adapter, that any tool loads as it is, with the training state in a subfolder.
+"""Checkpoints of a Trainer: a Hugging Face folder or a peft adapter, and the training state.
 
-A checkpoint is written whole or not at all (atomic_folder.py), and read after all of it was checked: a checkpoint that does not fit changes
-nothing. Its files are listed in checkpoint_files.py.
+A checkpoint is written whole or not at all (atomic_folder.py), and read after all of it was
+checked: one that does not fit changes nothing. Its files are listed in checkpoint_files.py.
 """
 
 import copy
@@ -143,19 +143,19 @@ def _read_weights(trainer: Trainer, path: Path) -> dict[str, torch.Tensor]:
 
 def _check_same_model(trainer: Trainer, config: PretrainedConfig, path: Path) -> None:
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
-        ours, theirs = getattr(trainer.hf_config, key, None), getattr(config, key, None)
-        if ours != theirs:
+        live, saved = getattr(trainer.hf_config, key, None), getattr(config, key, None)
+        if live != saved:
             raise CheckpointError(
-                f"{path} is a checkpoint of another model: its {key} is {theirs}, that of {trainer.model_name!r} is {ours}"
+                f"{path} is a checkpoint of another model: its {key} is {saved}, that of {trainer.model_name!r} is {live}"
             )
 
 
 @torch.no_grad()
-def _copy(ours: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], path: Path) -> None:
-    if differing := sorted(name for name in ours.keys() ^ saved.keys()):
+def _copy(live: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], path: Path) -> None:
+    if differing := sorted(name for name in live.keys() ^ saved.keys()):
         raise CheckpointError(f"{path} is a checkpoint of another model: {differing[:3]} in only one of the two")
-    for name, tensor in ours.items():
+    for name, tensor in live.items():
         if tensor.shape != saved[name].shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(saved[name].shape)}, this model has {tuple(tensor.shape)}")
-    for name, tensor in ours.items():
+    for name, tensor in live.items():
         tensor.copy_(saved[name])

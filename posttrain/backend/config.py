@@ -70,5 +70,5 @@ AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:
     """Activations and sampler weights. Trained weights are fp32 everywhere: bf16 would swallow RL's small updates."""
-    asked = config.dtype if config else "auto"
-    return getattr(torch, AUTO_DTYPES[device.type] if asked == "auto" else asked)
+    dtype = config.dtype if config else "auto"
+    return getattr(torch, AUTO_DTYPES[device.type] if dtype == "auto" else dtype)

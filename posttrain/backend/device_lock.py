@@ -1,12 +1,8 @@
 """One lock for the process: starting and closing a vLLM engine excludes all other computing.
 
-While vLLM records CUDA graphs, an allocation by any other thread breaks the recording or that
-thread, and closing the last engine takes down vLLM's global state. On any device, a model that vLLM
-runs through transformers' own classes changes these classes while it is built. So passes, optimizer
-steps and sampling share the lock, and an engine that starts or closes holds it alone.
-
-Code of one's own that uses the GPU beside a run (a reward model, say) does so inside
-`with computing():`.
+While vLLM records CUDA graphs, an allocation by another thread breaks the recording or that thread.
+Closing the last engine ends vLLM's global state; building a model from transformers' classes
+changes them. GPU code of yours beside a run goes inside `with computing():`.
 """
 
 import threading

@@ -1,11 +1,8 @@
 """What a sampling engine is, and the one thread that drives it.
 
-Callers, from any thread or event loop, submit requests and get futures. The thread adds what has arrived, lets the engine decode one step,
-hands out what finished, and carries out weight syncs between two steps.
-
-On a CPU a run must be reproducible bit for bit, and a sequence's logprobs depend in their last digits on what is decoded beside it. So
-before a step the thread lets everyone who was just answered react (`_settle`): which requests share a step then depends on the program
-and not on the clock. Environments that wait for something outside the event loop are, by nature, not covered.
+Callers submit requests from any thread or event loop and get futures. The thread adds what has
+arrived, decodes one step, hands out what finished, and syncs weights between two steps. Left out:
+settling (`_settle`) for environments that wait for something outside the event loop.
 """
 
 import asyncio
@@ -319,7 +316,11 @@ class EngineThread:
                     call.future.succeed(call.answer(_response(call)))
 
     def _settle(self) -> None:
-        """Returns once everyone answered since the last step has had the time to ask again."""
+        """Returns once everyone answered since the last step has had the time to ask again.
+
+        The last digits of a sequence's logprobs depend on what is decoded beside it. With this, which requests share a step
+        depends on the program and not on the clock: a run on a CPU is reproducible bit for bit.
+        """
         waiting, self._unsettled = self._unsettled, set()
         for loop in waiting:
             if loop is None or not loop.is_running():
@@ -349,8 +350,8 @@ def _response(call: _Call) -> SampleResponse:
     return SampleResponse(sequences, first.prompt_logprobs, first.topk_prompt_logprobs)
 
 
-def _stale(asked: int, live: int) -> StaleSamplerError:
+def _stale(version: int, live: int) -> StaleSamplerError:
     return StaleSamplerError(
-        f"this sampling client is of policy version {asked}, and the sampler now holds version {live}: take a new client from "
+        f"this sampling client is of policy version {version}, and the sampler now holds version {live}: take a new client from "
         "save_weights_and_get_sampling_client, or make one that follows the live policy with follow=True"
     )

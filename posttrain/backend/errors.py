@@ -1,4 +1,4 @@
-"""The errors a user can act on. Command lines print them as one line and exit 2; anything else is a bug and keeps its traceback."""
+"""The errors a user can act on. Command lines print one line and exit 2; all others are bugs."""
 
 
 class CookbookError(Exception):

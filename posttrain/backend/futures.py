@@ -1,4 +1,4 @@
-"""Futures in Tinker's shape, and one worker thread that runs what it is given in the order it was given."""
+"""Futures in Tinker's shape, and one worker thread that carries out calls in order."""
 
 import asyncio
 import concurrent.futures

@@ -1,6 +1,7 @@
-"""Logprobs of target tokens without ever holding the logits: lm_head and logsumexp a chunk of rows at a time, in fp32.
+"""Logprobs of target tokens without the logits: lm_head and logsumexp in chunks of rows, in fp32.
 
-The backward pass recomputes each chunk. For N rows and a vocabulary V the peak is CHUNK_ELEMENTS floats instead of N * V.
+The backward pass recomputes each chunk. For N rows and a vocabulary V the peak is CHUNK_ELEMENTS
+floats instead of N * V.
 """
 
 from dataclasses import dataclass

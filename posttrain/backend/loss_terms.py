@@ -1,7 +1,7 @@
-"""Several losses through one forward and one backward pass: data that begin alike are computed once, though they are for different losses.
+"""Several losses in one forward and one backward pass: data that begin alike are computed once.
 
-LaTRO trains a sampled rationale by policy gradient and the answer behind it by cross-entropy: one begins with the other. trainer.py runs the
-model; here is what it is asked for, what each loss takes of a micro-batch, and the forward pass that was kept for a later backward.
+LaTRO trains a sampled rationale by policy gradient and the answer after it by cross-entropy. Here
+are the terms, what each takes of a micro-batch, and the forward pass kept for a later backward.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ class RunningTerm:
         flat[np.concatenate(self._places)] = p
         metrics = {"loss:sum": float(loss_N.sum()), "num_loss_tokens:sum": float(len(loss_N))}
         metrics |= {f"{key}:mean": float(value) / max(len(loss_N), 1) for key, value in self._sums.items()}
-        return ForwardBackwardOutput([{name: TensorData(own)} for own in np.split(flat, self._offsets_D[1:-1])], metrics)
+        return ForwardBackwardOutput([{name: TensorData(array)} for array in np.split(flat, self._offsets_D[1:-1])], metrics)
 
     def needs_backward(self) -> list[bool]:
         """Groups whose members all got the same reward do not: advantage 0, gradient 0."""

@@ -1,7 +1,8 @@
-"""Policy losses as pure functions of one token's numbers. p: the trainer's logprob, q: the sampler's, A: the advantage, r = exp(p - q).
+"""Policy losses as pure functions of p and q, the trainer's and the sampler's logprob of a token.
 
-Each returns the loss of every token and diagnostics of every token; the trainer sums the first and averages the second. So neither
-micro-batching, packing nor order can change a gradient. Formulas: the Tinker documentation (specs: tinker_semantics 3.3).
+A is the advantage and r = exp(p - q). Each returns a loss and diagnostics per token; the trainer
+sums the first and averages the second, so micro-batching, packing and order change no gradient.
+Formulas: the Tinker documentation (specs: tinker_semantics 3.3).
 """
 
 from collections.abc import Callable

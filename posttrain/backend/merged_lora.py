@@ -1,9 +1,8 @@
-"""A LoRA adapter that computes with the weights the sampler gets: base and adapter merged, then rounded.
+"""A LoRA adapter that computes with the sampler's weights: base and adapter merged, then rounded.
 
-The sampler rounds W + scaling * B A to bf16, which drops what is below half a step of W. A trainer that
-added the adapter's output unrounded would score with another policy than the one that sampled. Here the
-forward pass uses the rounded sum, and the gradient passes the rounding as if it were not there, which is
-what full training in bf16 does to its fp32 weights.
+Rounding W + scaling * B A to bf16 drops what is below half a step of W; an unrounded adapter would
+score with another policy than the one that sampled. The gradient passes the rounding unchanged, as
+in full training in bf16 with fp32 weights.
 """
 
 from types import MethodType

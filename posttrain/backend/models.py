@@ -1,6 +1,7 @@
-"""Models by name: a built-in preset made from a seed, a local folder, or a Hugging Face hub name.
+"""Models by name: a preset made from a seed, a local folder, or a Hugging Face hub name.
 
-Presets exist because tests, demos and benchmarks must not download anything. Their architectures are ones that vLLM and peft know.
+Presets are for tests, demos and benchmarks, which download nothing. vLLM and peft know their
+architectures.
 """
 
 import copy

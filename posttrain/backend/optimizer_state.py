@@ -1,6 +1,7 @@
-"""AdamW's state in a safetensors file: `exp_avg:NAME`, `exp_avg_sq:NAME` and `step:NAME` for every trained parameter NAME.
+"""AdamW's state in a safetensors file: `exp_avg:NAME`, `exp_avg_sq:NAME` and `step:NAME`.
 
-Independent of the parameters' order. A state that lacks a parameter, has one too many or one of another shape is refused as a whole.
+NAME is a trained parameter's; their order does not matter. A state that lacks a parameter, has one
+too many or one of another shape is refused as a whole.
 """
 
 from collections.abc import Mapping
@@ -29,24 +30,24 @@ def write_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.opt
 
 def check_optimizer(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
     """CheckpointError unless the file has exactly the state of these parameters, or none at all."""
-    found = tensor_shapes(file)
+    saved = tensor_shapes(file)
     expected = {
         f"{slot}:{name}": () if slot == "step" else tuple(parameter.shape)
         for name, parameter in parameters.items()
         for slot in SLOTS
     }
-    if not found:
+    if not saved:
         return
     remedy = "load the weights alone with load_checkpoint_path, or load_state, and the optimizer starts afresh"
     for names, says in (
-        (expected.keys() - found.keys(), "lacks"),
-        (found.keys() - expected.keys(), "has, and this run does not train,"),
+        (expected.keys() - saved.keys(), "lacks"),
+        (saved.keys() - expected.keys(), "has, and this run does not train,"),
     ):
         if names:
             raise CheckpointError(f"{file} {says} {_some(names)}: it belongs to another model or LoRA setting; {remedy}")
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise CheckpointError(f"{file}: {name} has shape {found[name]}, this run needs {shape}; {remedy}")
+        if saved[name] != shape:
+            raise CheckpointError(f"{file}: {name} has shape {saved[name]}, this run needs {shape}; {remedy}")
 
 
 @torch.no_grad()

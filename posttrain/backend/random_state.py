@@ -1,4 +1,4 @@
-"""The global random generators belong to the program: what the backend draws from them must leave no trace there."""
+"""The backend draws random numbers without changing the program's global generators."""
 
 import random
 from collections.abc import Iterator

@@ -1,9 +1,8 @@
-"""What a numeric option takes: validators of chz fields. A value outside is a ConfigError when the configuration is built.
+"""The range of a numeric option: validators of chz fields. A value outside is a ConfigError.
 
     batch_size: int = chz.field(default=64, validator=COUNT, doc="...")
 
-Dataclasses call `check_ranges` in __post_init__. None passes where the field allows it; a list or tuple is checked
-number by number. Limits between several fields belong to the code that uses them.
+Dataclasses call `check_ranges` in __post_init__. Left out: limits between several fields.
 """
 
 import math
@@ -24,7 +23,10 @@ class RangeError(ConfigError):
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` (itself out where `above`) to `high` (itself out where `below`). `also` is one more value that is allowed."""
+    """Numbers from `low` (excluded where `above`) to `high` (excluded where `below`), and `also`.
+
+    A list or tuple is checked number by number; None passes.
+    """
 
     low: float
     high: float

@@ -136,6 +136,6 @@ def _prompt_logprobs(response: SampleResponse) -> list[float | None]:
     return response.prompt_logprobs
 
 
-def _refuse(**asked_for: object) -> None:
-    if named := [name for name, value in asked_for.items() if value is not None and value != 0]:
+def _refuse(**options: object) -> None:
+    if named := [name for name, value in options.items() if value is not None and value != 0]:
         raise ConfigError(f"{', '.join(named)}: this sampler does not offer it")

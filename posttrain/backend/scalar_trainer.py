@@ -1,14 +1,7 @@
-"""A language model's trunk with one linear row in the place of its vocabulary's head: a scalar per token. Reward models and process reward
-models are trained so (Bradley-Terry on the last token, or a cross-entropy on every token of a step), and critics could be.
+"""A language model's trunk with one linear row in place of the vocabulary's head: a scalar a token.
 
-A scalar Datum has the whole sequence as its `model_input`, unshifted: the scalar at position t has read the tokens up to and including t. Its
-`weights` (or `mask`), (T,) each, name the positions that the loss is given; scalars come out for all. It needs no `target_tokens`.
-Any further array of it, such as `labels`, reaches the loss, which is a callable
-
-    (scalars_N, inputs) -> (loss_N, diagnostics_N)         with forward and forward_backward, or
-    (data_D, scalars_D) -> (loss, metrics)                 with forward_backward_custom; scalars_D[d] is (T,)
-
-and `loss_fn_outputs[d]["scalars"]` holds them afterwards. Left out: several scalars per token, a bias.
+For reward models (Bradley-Terry on the last token), process reward models (a loss on every token of
+a step) and critics. Left out: several scalars per token, a bias.
 """
 
 from collections.abc import Sequence
@@ -27,7 +20,16 @@ from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig
 
 
 class ScalarTrainer(Trainer):
-    """The head starts at zero, so that every scalar does: a cross-entropy on them begins at ln 2."""
+    """A Datum's `model_input` is the whole sequence: the scalar at position t has read tokens 0 to t.
+
+    `weights` or `mask`, (T,), choose the positions that the loss gets; further arrays, such as `labels`, reach it as `inputs`.
+    No `target_tokens` are needed. `loss_fn_outputs[d]["scalars"]` holds the scalars of all positions.
+
+        (scalars_N, inputs) -> (loss_N, diagnostics_N)    a loss for forward and forward_backward
+        (data_D, scalars_D) -> (loss, metrics)            for forward_backward_custom; scalars_D[d] is (T,)
+
+    The head starts at zero, so that every scalar does: a cross-entropy on them begins at ln 2.
+    """
 
     output_name = "scalars"
 

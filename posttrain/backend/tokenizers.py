@@ -1,7 +1,8 @@
-"""Loads tokenizers, and makes the one that the built-in presets share.
+"""Loads tokenizers, and makes the one that the presets share.
 
-The presets' tokenizer is a byte-level BPE without merges: one token per byte, so that every character of ASCII is one token, digits are
-never merged, and any other text still round-trips. Its chat template marks turns with two special tokens.
+That is a byte-level BPE without merges: a token per byte, so every ASCII character is one token,
+digits are never merged, and any text round-trips. Its chat template marks turns with two special
+tokens.
 """
 
 from pathlib import Path

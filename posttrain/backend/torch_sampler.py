@@ -1,7 +1,8 @@
-"""Sampling with torch and transformers alone: the reference that vLLM is tested against, and the engine where there is no vLLM.
+"""Sampling with torch and transformers: the reference for vLLM, and the engine where it is missing.
 
-A batch of prompts is padded on the left, prefilled once, and decoded with a KV cache; finished rows leave the batch. Each row draws from
-its own generator, so that its tokens do not depend on the rows beside it. Left out: joining a batch that is already decoding.
+A batch of prompts is padded on the left, prefilled once, and decoded with a KV cache; finished rows
+leave it. Each row draws from its own generator, so its tokens do not depend on the rows beside it.
+Left out: joining a batch that is already decoding.
 """
 
 from collections.abc import Sequence
@@ -55,9 +56,9 @@ class TorchSampler:
     @computing()
     @torch.no_grad()
     def load_weights(self, weights: Weights) -> None:
-        ours = self._model.state_dict()
+        live = self._model.state_dict()
         for name, tensor in weights:
-            ours[name].copy_(tensor)
+            live[name].copy_(tensor)
 
     def close(self) -> None:
         del self._model

@@ -1,7 +1,7 @@
-"""The model, its optimizer and the passes over it. Synchronous; training_client.py puts it behind futures.
+"""The model, its optimizer and its passes. Synchronous; training_client.py has the futures.
 
-Weights and optimizer state are fp32; on CUDA the passes run under bf16 autocast. Dropout is off everywhere: the logprobs that RL compares
-must be those of one distribution.
+Weights and optimizer state are fp32; on CUDA the passes run under bf16 autocast. Dropout is off:
+the logprobs that RL compares must be those of one distribution.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -254,7 +254,7 @@ class Trainer:
         head: Any = self.base.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             raise ModelError(f"{self.model_name!r} has a bias in its output layer, which the chunked logprobs do not add")
-        tokens, found = self.vocabulary - 1 - torch.arange(8, device=self.device)[None], []
+        tokens, hidden_states = self.vocabulary - 1 - torch.arange(8, device=self.device)[None], []
         head_VH = self._head()
         large_BTH = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, head_VH.shape[1]))).to(head_VH)
         large_BTH *= LARGE_LOGITS / fp32_logits(large_BTH[0], head_VH).std()
@@ -263,7 +263,7 @@ class Trainer:
             def replace(module: Any, args: Any, output: Any, replaced_BTH: torch.Tensor | None = replaced_BTH) -> Any:
                 if replaced_BTH is not None:
                     output.last_hidden_state = replaced_BTH
-                found.append(output.last_hidden_state)
+                hidden_states.append(output.last_hidden_state)
                 return output
 
             hook = self.base.get_decoder().register_forward_hook(replace)
@@ -271,7 +271,7 @@ class Trainer:
                 logits_TV = self.base(input_ids=tokens).logits[0].float()
                 expected = logits_TV.log_softmax(-1).gather(-1, tokens.T)
             hook.remove()
-            hidden_TH = found.pop()[0].to(self.compute_dtype)
+            hidden_TH = hidden_states.pop()[0].to(self.compute_dtype)
             gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=self.transform) - expected).abs().max()
             # On CUDA the chunked logits are fp32, and the model's own rounded to bf16: by up to 1/256 of the largest.
             if gap > (1e-3 if self.compute_dtype == torch.float32 else 0.3 + float(logits_TV.abs().max()) / 64):

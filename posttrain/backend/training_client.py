@@ -1,7 +1,8 @@
 """TrainingClient: the trainer behind futures, in Tinker's names.
 
-Every call is carried out on one thread in submission order, so a loop can submit forward_backward and optim_step back to back and roll out
-meanwhile. Each method has an `_async` twin; awaiting the twin means accepted in order, awaiting what it returns means done.
+One thread carries out all calls in the order of submission, so a loop may submit forward_backward
+and optim_step back to back and sample meanwhile. Of the `_async` twins: awaiting the twin means
+accepted in order, awaiting what it returns means done.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
-"""The data that crosses the backend's border, with the names and shapes of the Tinker SDK (specs: tinker_semantics 3.2).
+"""The data of the backend's API, with the names and shapes of the Tinker SDK.
 
-Left out: image chunks, sparse tensors. Everything here is tokens and numbers; nothing knows of chat, environments or rewards.
+Tokens and numbers only (specs: tinker_semantics 3.2). Left out: image chunks, sparse tensors.
 """
 
 from collections.abc import Mapping, Sequence

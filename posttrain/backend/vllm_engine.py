@@ -1,7 +1,7 @@
 """vLLM inside this process: LLMEngine driven step by step, weights handed over in memory.
 
-The engine starts from the model's config with dummy weights and gets the real ones by a sync, so that one path serves presets, hub models,
-checkpoints and merged adapters. specs/vllm.md has the measurements behind each choice below.
+The engine starts from the model's config with dummy weights and gets the real ones by a sync: one
+path for presets, hub models, checkpoints and merged adapters. Measurements: specs/vllm.md.
 """
 
 import gc

@@ -1,8 +1,8 @@
-"""Weights on their way into a vLLM engine: under the names of a checkpoint, and every parameter of the engine accounted for.
+"""Weights for a vLLM engine: under a checkpoint's names, with every parameter accounted for.
 
-transformers holds some models in another form than their checkpoints have (the experts of a layer
-in one tensor), and vLLM reads checkpoints. What vLLM's loaders do not know they leave out without a
-word, and what they were not given keeps its dummy value.
+transformers holds some models in another form than their checkpoints (a layer's experts in one
+tensor), and vLLM reads checkpoints. Its loaders skip unknown names silently, and what they are not
+given keeps its dummy value.
 """
 
 from collections.abc import Iterator
