@@ -109,7 +109,7 @@ def test_what_fails_here_is_a_tinker_error_and_never_one_of_a_network(torch_serv
 def test_keywords_without_a_meaning_are_ignored_with_one_line_each(
     torch_service: ServiceClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdk_keywords, "_said", set())
+    monkeypatch.setattr(sdk_keywords, "_printed", set())
     for _ in range(2):
         with ServiceClient(BackendConfig(engine="torch"), project_id="p", user_metadata={"a": "b"}, api_key="k"):
             pass

@@ -39,7 +39,7 @@ class RunningTerm:
 
     def __call__(self, batch: MicroBatch, p_NK: torch.Tensor) -> torch.Tensor | None:
         """The loss, summed over those rows of the batch that are this term's; None where none is."""
-        row_N, place_N = self._own(batch.loss)
+        row_N, place_N = self._targets_in(batch.loss)
         if not len(row_N):
             return None
         device = p_NK.device
@@ -54,11 +54,11 @@ class RunningTerm:
 
     def keep_others(self, batch: MicroBatch, p_NK: torch.Tensor) -> None:
         """Takes the logprobs of positions that carry no loss."""
-        row_N, place_N = self._own(batch.others)
+        row_N, place_N = self._targets_in(batch.others)
         if len(row_N):
             self._keep(place_N, p_NK[torch.from_numpy(row_N).to(p_NK.device)])
 
-    def _own(self, positions: Positions) -> tuple[np.ndarray, np.ndarray]:
+    def _targets_in(self, positions: Positions) -> tuple[np.ndarray, np.ndarray]:
         """This term's among the positions, and their places among its tokens."""
         row_N = np.flatnonzero((positions.datum_N >= self.first) & (positions.datum_N < self.first + len(self.term.data_D)))
         return row_N, self._offsets_D[positions.datum_N[row_N] - self.first] + positions.position_N[row_N]
@@ -105,8 +105,8 @@ class KeptForward:
 
     def of(self, data_D: Sequence[Datum]) -> tuple[MicroBatch, torch.Tensor, torch.Tensor] | None:
         """The part of it that is these data's, numbered as they are; None if some were not in it."""
-        number = {_asked(datum): d for d, datum in enumerate(self.data_D)}
-        numbers_D = [number.get(_asked(datum)) for datum in data_D]
+        number = {_inputs_key(datum): d for d, datum in enumerate(self.data_D)}
+        numbers_D = [number.get(_inputs_key(datum)) for datum in data_D]
         if None in numbers_D:
             return None
         loss, p_NK = _part(self.batch.loss, self.p_NK, numbers_D)
@@ -123,7 +123,7 @@ def _part(positions: Positions, p_NK: torch.Tensor, numbers_D: Sequence[int | No
     return part, p_NK[torch.from_numpy(row_N).to(p_NK.device)]
 
 
-def _asked(datum: Datum) -> tuple[bytes, ...]:
+def _inputs_key(datum: Datum) -> tuple[bytes, ...]:
     """All that a Datum's logprobs depend on."""
     tracks = [datum.loss_fn_inputs[key].array for key in ("target_tokens", "temperature") if key in datum.loss_fn_inputs]
     return tuple(array.tobytes() for array in (np.array(datum.model_input.to_ints()), carries_loss(datum), *tracks))

@@ -37,15 +37,15 @@ class OwnTorchGenerators:
 
     def __init__(self, cuda: bool):
         self._cuda = cuda
-        self._own = _torch_states(cuda)
+        self._engine_states = _torch_states(cuda)
 
     def __enter__(self) -> None:
-        self._program = _torch_states(self._cuda)
-        _set_torch_states(self._own)
+        self._program_states = _torch_states(self._cuda)
+        _set_torch_states(self._engine_states)
 
     def __exit__(self, *exc: object) -> None:
-        self._own = _torch_states(self._cuda)
-        _set_torch_states(self._program)
+        self._engine_states = _torch_states(self._cuda)
+        _set_torch_states(self._program_states)
 
 
 def _torch_states(cuda: bool) -> list[Any]:

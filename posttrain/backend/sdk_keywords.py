@@ -1,12 +1,12 @@
 """Keywords of the Tinker SDK that mean something to a hosted service and nothing on one's own machine."""
 
-_said: set[str] = set()
+_printed: set[str] = set()
 
 
 def say_once(line: str) -> None:
     """Prints the line, once per process."""
-    if line not in _said:
-        _said.add(line)
+    if line not in _printed:
+        _printed.add(line)
         print(line, flush=True)
 
 

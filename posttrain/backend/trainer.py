@@ -145,19 +145,19 @@ class Trainer:
                 yield *part, True
                 return
             del kept
-        for wanted in (True, False):
-            chosen = [d for d, need in enumerate(needed_D) if need is wanted]
+        for differentiate in (True, False):
+            chosen = [d for d, need in enumerate(needed_D) if need is differentiate]
             batches = self._micro_batches(data_D, chosen)
             keep_this = (
                 keep and not backward and len(batches) == 1
             )  # of more, more activations would be alive than were asked for
             for batch in batches:
-                with torch.set_grad_enabled(wanted or keep_this):
+                with torch.set_grad_enabled(differentiate or keep_this):
                     p_NK, others_NK = self._logprobs(batch)
                 others_NK = others_NK.detach()
                 if keep_this:
                     self.kept = KeptForward(data_D, batch, p_NK, others_NK)
-                yield batch, p_NK, others_NK, wanted
+                yield batch, p_NK, others_NK, differentiate
 
     @computing()
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
@@ -224,11 +224,11 @@ class Trainer:
     @torch.no_grad()
     def row_gap(self, data_D: Sequence[Datum], share: bool) -> float:
         """Mean |logprob in one micro-batch of all data - logprob alone| over all positions. `share`: behind shared prefixes."""
-        together = self._told(data_D, micro_batches(data_D, range(len(data_D)), 2**62, self.device, share))
-        alone = [self._told([datum], micro_batches([datum], [0], 2**62, self.device, False)) for datum in data_D]
+        together = self._flat_logprobs(data_D, micro_batches(data_D, range(len(data_D)), 2**62, self.device, share))
+        alone = [self._flat_logprobs([datum], micro_batches([datum], [0], 2**62, self.device, False)) for datum in data_D]
         return float((together - torch.cat(alone)).abs().mean())
 
-    def _told(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor:
+    def _flat_logprobs(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Logprobs of all positions of all data, flat."""
         positions = [positions for batch in batches for positions in (batch.loss, batch.others)]
         parts = [p_NK for batch in batches for p_NK in Trainer._logprobs(self, batch)]
@@ -396,5 +396,5 @@ def _split_by_datum(data_D: Sequence[Datum], positions: Sequence[Positions], par
     index_N = np.concatenate([offsets_D[at.datum_N] + at.position_N for at in positions])
     p_NK = torch.cat(list(parts))
     flat = p_NK.new_zeros(sum(lengths), p_NK.shape[1]).index_copy(0, torch.from_numpy(index_N).to(p_NK.device), p_NK)
-    one_target = data_D[0].loss_fn_inputs["target_tokens"].array.ndim == 1
-    return list((flat[:, 0] if one_target else flat).split(lengths))
+    single_target = data_D[0].loss_fn_inputs["target_tokens"].array.ndim == 1
+    return list((flat[:, 0] if single_target else flat).split(lengths))

@@ -30,7 +30,7 @@ from posttrain.backend.vllm_refusals import USE_TORCH, computed_otherwise, refus
 from posttrain.backend.vllm_weights import CheckpointForm, has_only_attention, pack_experts, parameters_left_out
 
 # vLLM keeps the batch that is being computed in a global variable: of several engines in the process, one may compute at a time.
-_one_engine = threading.Lock()
+_computing = threading.Lock()
 _live_engines: set["VllmEngine"] = set()
 
 
@@ -130,7 +130,7 @@ class VllmEngine:
         self._unfinished[request_id] = request
 
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
-        with _one_engine, computing(), self._generators:
+        with _computing, computing(), self._generators:
             outputs = self._engine.step()
         return [(self._unfinished.pop(output.request_id), _sampled(output)) for output in outputs if output.finished]
 
@@ -153,7 +153,7 @@ class VllmEngine:
 
     def load_weights(self, weights: Weights) -> None:
         weights = self._checkpoint_form(weights)
-        with _one_engine, computing(), global_generators_kept(), _in_stream_order(self._device):
+        with _computing, computing(), global_generators_kept(), _in_stream_order(self._device):
             if self._device.type == "cpu":  # linears are packed when loaded: only the full reload path may touch them
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
                 self._engine.apply_model(pack_experts)
