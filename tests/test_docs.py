@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +47,17 @@ def test_blocks_keep_their_lines_and_only_a_reason_keeps_one_from_running():
 
 
 # Trap: documentation that no longer runs.
+# Trap: a page that names a file that was moved.
+@pytest.mark.parametrize("page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path):
+    """Links, and paths in backticks; those of ARCHITECTURE.md may be below posttrain/."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    paths = re.findall(r"`((?:[a-z_]+/)+\w+\.(?:py|md))`", page.read_text())
+    folders = (ROOT, ROOT / "posttrain", ROOT / "tests")
+    assert [path for path in paths if not any((folder / path).exists() for folder in folders)] == []
+
+
 def test_every_page_runs(tmp_path: Path):
     """One process, for torch takes seconds to import; a namespace and a folder for each page."""
     for page in PAGES:
