@@ -7,12 +7,12 @@ are counted apart, and what is reported of them is how far the judge leans anywa
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from posttrain.backend.errors import DataError
 from posttrain.backend.training_client import TrainingClient
+from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_figure
 from preference.reward_types import Judge, judge_all
 from preference.types import LabeledComparison
 
@@ -112,20 +112,13 @@ def _longer_is_better(labeled_D: Sequence[LabeledComparison]) -> list[float]:
 
 def plot_reliability(evaluations: dict[str, Evaluation], path: Path) -> Path:
     """Accuracy against confidence, a panel for each judge; a calibrated judge is on the diagonal. Areas are counts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(evaluations), 3.8), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    for k, (name, evaluation) in enumerate(evaluations.items()):
-        axis: Any = figure.add_subplot(1, len(evaluations), k + 1)
+    figure, axes = panel_axes(len(evaluations), size=(4.2, 3.7))
+    for axis, (name, evaluation) in zip(axes, evaluations.items(), strict=True):
         confidence, accuracy, count = (np.array(column) for column in zip(*evaluation.reliability(), strict=True))
-        axis.plot([0.5, 1], [0.5, 1], color="#9aa3ad", linewidth=1)
-        axis.scatter(confidence, accuracy, s=10 + 600 * count / count.sum(), color="#2f6db5", alpha=0.75, linewidth=0)
+        axis.plot([0.5, 1], [0.5, 1], color=COLORS[-1], linewidth=1)
+        axis.scatter(confidence, accuracy, s=10 + 600 * count / count.sum(), color=COLORS[0], alpha=0.75, linewidth=0)
         metrics = evaluation.metrics()
-        axis.set_title(f"{name}: accuracy {metrics['accuracy']:.3f}, ECE {metrics['ece']:.3f}", loc="left", fontsize=10)
-        axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0.49, 1.02), ylim=(min(0.45, accuracy.min() - 0.05), 1.03))
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path
+        title = f"{name}: accuracy {metrics['accuracy']:.3f}, ECE {metrics['ece']:.3f}"
+        finish_axis(axis, title, xlabel="confidence", integer=False)
+        axis.set(ylabel="accuracy", xlim=(0.49, 1.02), ylim=(min(0.45, accuracy.min() - 0.05), 1.03))
+    return save_figure(figure, path)

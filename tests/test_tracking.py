@@ -298,7 +298,7 @@ def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> Non
 
 def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:
     figures = []
-    monkeypatch.setattr("posttrain.tracking.plots.save_figure", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr("posttrain.tracking.figures.save_figure", lambda figure, path: figures.append(figure) or path)
     timeline = Timeline()
     began = timeline._began
     timeline._spans.extend([Span("sampling", began + 40, began + 50), Span("train", began + 45, began + 48)])

@@ -95,12 +95,12 @@ def drop_torn_line(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file by `text`: a reader, or a run that is killed here, sees the old file or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces the file's content: a reader, or a run that is killed here, sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -66,13 +66,18 @@ class Timeline:
         """Draws the last `seconds`: how many spans of each kind lasted at each moment. None where nothing was recorded."""
         if not self._spans:
             return None
-        from posttrain.tracking.plots import COLORS, save_figure, stacked_axes  # draws, so it is imported when something is drawn
+        from posttrain.tracking.figures import (  # draws, so it is imported when something is drawn
+            COLORS,
+            finish_axis,
+            panel_axes,
+            save_figure,
+        )
 
         end = max(span.end for span in self._spans)
         start = max(end - seconds, min(span.start for span in self._spans))
         kinds = [kind for kind in KINDS if any(span.kind == kind and span.end > start for span in self._spans)]
         title = f"the last {end - start:.0f} seconds of the run: how many of each kind were under way at each moment"
-        figure, axes = stacked_axes(len(kinds), title)
+        figure, axes = panel_axes(len(kinds), title, columns=1, size=(11, 1.0))
         for axis, kind, color in zip(axes, kinds, COLORS, strict=False):
             times, counts = concurrency([span for span in self._spans if span.kind == kind and span.end > start])
             axis.fill_between([t - self._began for t in times], counts, step="post", color=color, linewidth=0)
@@ -80,7 +85,8 @@ class Timeline:
             axis.set_ylim(0, 1.05 * max(counts))
             axis.yaxis.get_major_locator().set_params(integer=True, nbins=3)
             axis.set_ylabel(kind, rotation=0, ha="right", va="center", fontsize=9)
-        axes[-1].set_xlabel("seconds since the run was started", fontsize=9)
+            finish_axis(axis, "", xlabel="seconds since the run was started" if axis is axes[-1] else "")
+            axis.tick_params(labelbottom=axis is axes[-1])
         return save_figure(figure, path)
 
 

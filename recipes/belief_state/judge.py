@@ -25,6 +25,7 @@ from posttrain.backend.ranges import COUNT, SEED, SHARE
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_figure
 from posttrain.tracking.jsonl import write_atomically
 from preference.judges import EndpointJudgeBuilder, RuleJudge
 from preference.reward_types import Judge, JudgeBuilder, JudgeError
@@ -115,19 +116,16 @@ def judge_files(config: Config, judge: Judge | None = None, judge_name: str | No
 
 def draw_histogram(found: Verdict, names: tuple[str, str], path: Path) -> Path:
     """Stories by how their votes fell, from all for the first model to all for the second."""
-    from posttrain.tracking.plots import COLORS, save_figure, stacked_axes
-
     title = f"{names[0]} wins {found.won_by_first:.1%} against {names[1]} (95%: {found.low:.1%} to {found.high:.1%})"
-    figure, (axis,) = stacked_axes(1, title)
-    figure.set_size_inches(7.5, 3.2)
+    figure, (axis,) = panel_axes(1, title, size=(7.5, 2.8))
     margins = [int(key.split("_")[0]) - int(key.split("_")[2]) for key in found.histogram]
     colors = [COLORS[0] if margin > 0 else COLORS[1] if margin < 0 else COLORS[7] for margin in margins]
     order = sorted(range(len(margins)), key=lambda i: -margins[i])
     labels, counts = list(found.histogram), list(found.histogram.values())
     bars = axis.bar([labels[i] for i in order], [counts[i] for i in order], color=[colors[i] for i in order])
     axis.bar_label(bars, fontsize=8)
-    axis.set_xlabel(f"votes for {names[0]} _ ties _ votes for {names[1]}", fontsize=9)
-    axis.set_ylabel("stories", fontsize=9)
+    finish_axis(axis, "", xlabel=f"votes for {names[0]} _ ties _ votes for {names[1]}", integer=False)
+    axis.set_ylabel("stories", fontsize=8)
     return save_figure(figure, path)
 
 

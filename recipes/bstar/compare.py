@@ -14,7 +14,8 @@ import numpy as np
 
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.tracking.command_line import one_line_errors
-from recipes.bstar.pictures import as_svg, draw_comparison, samples_of, save_png, value
+from posttrain.tracking.figures import save_figure
+from recipes.bstar.pictures import as_svg, draw_comparison, samples_of, value
 from recipes.bstar.records import Summary, read_summaries
 from recipes.bstar.report import figure_html, html_page, method_folders, table
 
@@ -68,7 +69,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     late = [[method, f"{first:+.3f}", f"{second:+.3f}"] for method, (first, second) in gains(runs).items()]
     figure, rounds = draw_comparison(runs), len(next(iter(runs.values()))[0])
     svg = as_svg(figure)
-    save_png(figure, out.with_suffix(".png"))
+    save_figure(figure, out.with_suffix(".png"))
     caption = f"Thick: mean of {len(folders)} seeds; thin: each." if len(folders) > 1 else ""
     body = (
         f"<section>{figure_html(svg, caption)}{table(columns, rows)}<h3>Gain in P@1</h3>"

@@ -7,12 +7,11 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posttrain.tracking.plots import COLORS, finish_axis, panel_axes, save_figure
+from posttrain.tracking.figures import COLORS, SHARE, Curve, Panel, draw_panels, finish_axis, panel_axes
 from recipes.bstar.records import Choice, Summary
 
 PAGE_INCHES = 13.2  # a figure of this width fills the page
@@ -55,17 +54,15 @@ def panels(summaries: Sequence[Summary]) -> dict[str, dict[str, str]]:
 
 def draw_curves(summaries: Sequence[Summary]) -> Any:
     """What is watched of one method, over the rounds."""
-    wanted, rounds = panels(summaries), [summary.round for summary in summaries]
-    figure, axes = panel_axes(len(wanted), "")
-    for axis, (title, lines) in zip(axes, wanted.items(), strict=True):
-        for number, (label, key) in enumerate(lines.items()):
-            axis.plot(rounds, [value(one, key) for one in summaries], "o-", ms=3.5, lw=1.5, color=COLORS[number], label=label)
-        if "" not in lines:
-            axis.set_ylim(-0.03, 1.03)
-        finish_axis(axis, title, len(lines) > 1, "round")
-        if len(rounds) < 12:
-            axis.set_xticks(rounds)
-    return figure
+    drawn = []
+    for title, lines in panels(summaries).items():
+        curves = {label: [_curve(summaries, key)] for label, key in lines.items()}
+        drawn.append(Panel(title, curves, limits=None if "" in lines else SHARE, xlabel="round"))
+    return draw_panels(drawn)
+
+
+def _curve(summaries: Sequence[Summary], key: str) -> Curve:
+    return Curve([summary.round for summary in summaries], [value(summary, key) for summary in summaries])
 
 
 def draw_surfaces(choices_R: Mapping[int, Choice]) -> Any:
@@ -118,7 +115,7 @@ def draw_costs(summaries: Sequence[Summary]) -> Any:
 
 
 def draw_comparison(runs_by_method: Mapping[str, Sequence[Sequence[Summary]]]) -> Any:
-    """Methods over one another; of several seeds the mean as a thick line, and each as a thin one."""
+    """Methods over one another, of one seed or several."""
     some = next(iter(runs_by_method.values()))[0]
     k = samples_of(some)
     wanted = {
@@ -129,18 +126,11 @@ def draw_comparison(runs_by_method: Mapping[str, Sequence[Sequence[Summary]]]) -
         "threshold": "threshold",
         "accuracy of what is trained on": "train/selected_accuracy",
     }
-    figure, axes = panel_axes(len(wanted), "", legend_rows=1 + (len(runs_by_method) - 1) // 6)
-    for axis, (title, key) in zip(axes, wanted.items(), strict=True):
-        for number, (method, runs_S) in enumerate(runs_by_method.items()):
-            rounds = [summary.round for summary in runs_S[0]]
-            values_S_R = np.array([[value(summary, key) for summary in run] for run in runs_S])
-            if len(runs_S) > 1:
-                axis.plot(rounds, values_S_R.T, lw=0.7, alpha=0.45, color=COLORS[number])
-            axis.plot(rounds, values_S_R.mean(0), "o-", ms=3.5, lw=1.8, color=COLORS[number], label=method)
-        finish_axis(axis, title, False, "round")
-    handles = {line.get_label(): line for line in axes[0].get_lines() if not line.get_label().startswith("_")}
-    figure.legend(list(handles.values()), list(handles), loc="upper left", ncols=6, frameon=False)
-    return figure
+    drawn = [
+        Panel(title, {method: [_curve(run, key) for run in runs_S] for method, runs_S in runs_by_method.items()}, xlabel="round")
+        for title, key in wanted.items()
+    ]
+    return draw_panels(drawn, shared_legend=True)
 
 
 def as_svg(figure: Any) -> str:
@@ -153,7 +143,3 @@ def as_svg(figure: Any) -> str:
     text = re.sub(r"font-family: [^;]*; ", "", buffer.getvalue())  # the page's
     width = f'width="{min(100.0, 100 * figure.get_figwidth() / PAGE_INCHES):.0f}%"'
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', width, text[text.index("<svg") :], count=1)
-
-
-def save_png(figure: Any, path: Path) -> Path:
-    return save_figure(figure, path)

@@ -13,6 +13,7 @@ if not __package__:  # run as a file: put the project on the path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import chz
 import numpy as np
 
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.figures import Panel, curves_by_label, draw_panels, save_figure
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.settings import already_made
 from recipes.latro import train
@@ -37,7 +39,6 @@ PANELS = {
     "env/all/useful": "useful rationales among those sampled",
     "test/env/all/correct": "greedy accuracy, validation split",
 }
-COLORS = ("#2f6db5", "#d9772b", "#8a6d3b", "#3a9a5b", "#c0447a", "#1f2328")
 EARLY = 5  # updates whose gradients are compared: the policies have hardly moved apart
 
 
@@ -67,7 +68,7 @@ def table(folders: dict[str, list[Path]]) -> str:
     keys = ("likelihood/answer_logprob", "env/all/useful", "test/env/all/correct", "test/env/all/maj@8")
     lines = [header]
     for name, runs in folders.items():
-        summaries = [json.loads((folder / "summary.json").read_text()) for folder in runs]
+        summaries = [_summary(folder) for folder in runs]
         if name == "latro":
             lines.append(f"{'warm start':18s} " + " ".join(_spread([s["before"][key] for s in summaries]) for key in keys))
         norms = [record["optim/grad_norm"] for folder in runs for record in read_metrics(folder)[:EARLY]]
@@ -83,33 +84,25 @@ def _spread(values: list[float]) -> str:
 
 def picture(folders: dict[str, list[Path]], out: Path) -> Path:
     """A thin line for each seed, a thick one for their mean; SFT has no rationales, and one accuracy at its end."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    runs = {name: [read_metrics(seed) for seed in seeds] for name, seeds in folders.items() if not name.startswith("sft")}
+    panels = [
+        Panel(title, curves_by_label(runs, key), dashed=["kl_coef=0"], xlabel="update")  # dashed: it lies on the first curve
+        for key, title in PANELS.items()
+    ]
+    levels = {
+        f"{name}: its best checkpoint, on the test set": float(
+            np.mean([_summary(seed)["after"]["test/env/all/correct"] for seed in seeds])
+        )
+        for name, seeds in folders.items()
+        if name.startswith("sft")
+    }
+    panels[-1] = replace(panels[-1], levels=levels)
+    return save_figure(draw_panels(panels, shared_legend=True), out)
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes: list[Any] = [figure.add_subplot(1, len(PANELS), k + 1) for k in range(len(PANELS))]
-    for (name, runs), color in zip(folders.items(), COLORS, strict=False):
-        if name.startswith("sft"):
-            reached = [json.loads((folder / "summary.json").read_text())["after"]["test/env/all/correct"] for folder in runs]
-            axes[-1].axhline(np.mean(reached), color=color, linestyle="--", label=f"{name}: its best checkpoint, on the test set")
-            continue
-        for axis, key in zip(axes, PANELS, strict=True):
-            curves = [[(r["step"], r[key]) for r in read_metrics(folder) if key in r] for folder in runs]
-            for curve in curves:
-                axis.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.4)
-            mean = np.mean(curves, axis=0)
-            dashes = "--" if name == "kl_coef=0" else "-"  # it lies on the first curve
-            axis.plot(mean[:, 0], mean[:, 1], dashes, color=color, linewidth=2, label=name)
-    for axis, title in zip(axes, PANELS.values(), strict=True):
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel("update", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e5e8ec", linewidth=0.8)
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=80)
-    return out
+
+def _summary(folder: Path) -> dict[str, dict[str, float]]:
+    """Metrics `before` and `after` the run."""
+    return json.loads((folder / "summary.json").read_text())
 
 
 def main(config: Config) -> None:

@@ -4,15 +4,14 @@ python -m recipes.rlhf.curve RUN [RUN ...] out=curve.png
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from posttrain.backend.errors import DataError
+from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_figure
 from posttrain.tracking.metrics_log import read_metrics
 
 PANELS = {"env/all/gold": "true reward (the rule)", "env/all/proxy": "proxy reward (the reward model)"}
-COLORS = ("#2f6db5", "#d9772b", "#3a9a5b", "#7a5cc2")
 Curve = tuple[np.ndarray, dict[str, np.ndarray]]  # (steps,) nats, and (steps,) of each metric in PANELS
 
 
@@ -32,23 +31,12 @@ def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
 
 def plot_curve(runs: dict[str, Path], out: Path) -> Path:
     """Dots are steps, lines their running means."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes: list[Any] = [figure.add_subplot(1, len(PANELS), k + 1) for k in range(len(PANELS))]
+    figure, axes = panel_axes(len(PANELS), size=(4.8, 3.7))
     for (label, run), color in zip(runs.items(), COLORS, strict=False):
         kl, rewards = read_curve(run)
         for axis, key in zip(axes, PANELS, strict=True):
             axis.scatter(kl, rewards[key], s=9, color=color, alpha=0.35, linewidth=0)
             axis.plot(smooth(kl), smooth(rewards[key]), color=color, linewidth=1.8, label=label)
     for axis, title in zip(axes, PANELS.values(), strict=True):
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel("KL to the SFT policy (nats per answer)")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e5e8ec", linewidth=0.8)
-        axis.legend(frameon=False, fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    return out
+        finish_axis(axis, title, True, "KL to the SFT policy (nats per answer)", integer=False)
+    return save_figure(figure, out)

@@ -30,12 +30,13 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.settings import config_to_json
 from preference.losses import DPO, RPO, PreferenceLoss
 from recipes.belief_state import star_graph as bst_star_graph
 from recipes.belief_state import train as bst_train
 from recipes.star_graph import guided, preferences, pretrain, reinforce
-from recipes.star_graph.comparison import picture, read_curve, table
+from recipes.star_graph.comparison import picture, table
 from recipes.star_graph.model import make_model
 from recipes.star_graph.side_by_side import Job, run_side_by_side
 from rl import train as rl_train
@@ -257,12 +258,12 @@ def main(config: Config) -> None:
 def report(config: Config, methods: Sequence[str]) -> None:
     graph, out = config.task.graph(), Path(config.log_path)
     names = [name for method in methods for name in (("cd", "qsharp") if method == "guided" else (method,))]
-    curves = {name: [read_curve(folder_of(config, name, seed)) for seed in config.seeds] for name in names}
-    text = f"{graph.name}, N={graph.num_nodes}, {config.task.num_test} held-out graphs, greedy decoding\n{table(curves)}"
+    runs = {name: [read_metrics(folder_of(config, name, seed)) for seed in config.seeds] for name in names}
+    text = f"{graph.name}, N={graph.num_nodes}, {config.task.num_test} held-out graphs, greedy decoding\n{table(runs)}"
     (out / "table.txt").write_text(text + "\n")
     panels = {
-        "from scratch": {name: curves[name] for name in names if name in FROM_SCRATCH},
-        "from the next-token model": {name: curves[name] for name in names if name not in FROM_SCRATCH},
+        "from scratch": {name: runs[name] for name in names if name in FROM_SCRATCH},
+        "from the next-token model": {name: runs[name] for name in names if name not in FROM_SCRATCH},
     }
     title = f"{graph.name} over {graph.num_nodes} nodes"
     print(f"{text}\npicture: {picture(panels, 1 / graph.num_paths, title, out / 'star_graph.png')}")

@@ -1,0 +1,156 @@
+"""Figures of panels in one style: curves by label, with a thin line for each seed and a thick one for their mean.
+
+Left out: smoothing; what is drawn is what was logged. matplotlib is imported when something is drawn, without a window system.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from posttrain.backend.errors import ConfigError
+from posttrain.tracking.jsonl import write_atomically
+
+COLORS = ("#2f6db5", "#d9772b", "#3a9a5b", "#c0447a", "#7a5cc2", "#8a6d4b", "#4aa8b8", "#6b7280")
+COLUMNS = 3
+SHARE = (-0.03, 1.03)  # limits of an axis that shows shares
+SMALLEST_SPAN = 0.05  # of the largest value; below it there is only noise
+SPARSE = 30  # with fewer steps each is marked
+Records = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
+
+
+class Curve(NamedTuple):
+    """The steps at which a metric was logged, and its values; NaN leaves a gap."""
+
+    steps_K: list[int]
+    values_K: list[float]
+
+
+Curves = Mapping[str, Sequence[Curve]]  # label -> a curve for each seed
+
+
+@dataclass(frozen=True)
+class Panel:
+    """`levels` are dashed lines across (chance, a target), `dashed` the labels of curves that lie on others. Without `limits`
+    the axis fits the curves and spans at least `least_span`."""
+
+    title: str
+    curves: Curves
+    levels: Mapping[str, float] = field(default_factory=dict)
+    limits: tuple[float, float] | None = None
+    least_span: float = 0.0
+    dashed: Sequence[str] = ()
+    xlabel: str = "step"
+
+
+def curve(records: Records, *keys: str) -> Curve:
+    """Of the first of `keys` that was logged; empty where none was, or never a number (null stands for NaN)."""
+    key = next((key for key in keys if any(record.get(key) is not None for record in records)), None)
+    points = [(record["step"], record[key]) for record in records if key in record]
+    return Curve([step for step, _ in points], [math.nan if value is None else value for _, value in points])
+
+
+def curves_by_label(runs: Mapping[str, Sequence[Records]], *keys: str) -> Curves:
+    """`runs`: label -> the records of each seed."""
+    return {label: [curve(records, *keys) for records in seeds] for label, seeds in runs.items()}
+
+
+def mean_curve(curves_S: Sequence[Curve]) -> Curve:
+    """Over seeds, at the steps that all of them have."""
+    at = [dict(zip(*each, strict=True)) for each in curves_S]
+    shared = sorted(set.intersection(*map(set, at))) if at else []
+    return Curve(shared, [sum(values[step] for values in at) / len(at) for step in shared])
+
+
+def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = False) -> Any:
+    """The figure. With `shared_legend` a label has one colour in all panels, and the legend lies above them."""
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.curves)) if shared_legend else []
+    levels = {level for panel in panels for level in panel.levels} if shared_legend else set()
+    figure, axes = panel_axes(len(panels), title, legend_rows=math.ceil(len([*labels, *levels]) / COLUMNS))
+    for axis, panel in zip(axes, panels, strict=True):
+        draw_panel(axis, panel, labels)
+    if shared_legend:
+        handles = {line.get_label(): line for axis in axes for line in axis.get_lines() if line.get_label()[0] != "_"}
+        figure.legend(list(handles.values()), list(handles), loc="upper left", ncols=COLUMNS, frameon=False)
+    return figure
+
+
+def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
+    """`labels` give the order of the colours; without them it is the panel's, and the panel gets a legend where it has several."""
+    order = list(labels or panel.curves)
+    for label, seeds in panel.curves.items():
+        color, curves_S = COLORS[order.index(label) % len(COLORS)], [each for each in seeds if each.steps_K]
+        for each in curves_S if len(curves_S) > 1 else ():
+            axis.plot(*each, color=color, linewidth=0.7, alpha=0.4)
+        mean = mean_curve(curves_S)
+        style = {"marker": "o", "markersize": 3.5} if len(mean.steps_K) < SPARSE else {}
+        if mean.steps_K:
+            style["linestyle"] = "--" if label in panel.dashed else "-"
+            axis.plot(*mean, label=label, color=color, linewidth=1.5 if len(curves_S) == 1 else 2.0, **style)
+    for (label, level), color in zip(panel.levels.items(), reversed(COLORS), strict=False):
+        axis.axhline(level, label=label, color=color, linestyle="--", linewidth=1.2)
+    if panel.limits:
+        axis.set_ylim(panel.limits)
+    else:
+        _widen(axis, panel.least_span)
+    finish_axis(axis, panel.title, not labels and len([*panel.curves, *panel.levels]) > 1, panel.xlabel)
+
+
+def _widen(axis: Any, least_span: float) -> None:
+    """Noise fills no panel: the axis spans at least `least_span`, and at least a part of the largest value."""
+    values = [y for line in axis.get_lines() for y in line.get_ydata() if y == y]
+    low, high = axis.get_ylim()
+    span = max(least_span, SMALLEST_SPAN * max(map(abs, values), default=0.0))
+    if high - low < span:
+        middle = (low + high) / 2
+        bottom = middle - span / 2 if min(values, default=0.0) < 0 else max(middle - span / 2, -0.04 * span)
+        axis.set_ylim(bottom, bottom + span)
+
+
+def panel_axes(
+    panels: int, title: str = "", legend_rows: int = 0, columns: int = 0, size: tuple[float, float] = (4.4, 2.6)
+) -> tuple[Any, list[Any]]:
+    """A figure with `panels` axes of `size` inches, as many rows as they need, and room above for a title or a legend."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "plots need matplotlib, which is not installed: pip install -e '.[train]' in the project's folder"
+        ) from None
+    columns = columns or (2 if panels == 4 else min(COLUMNS, panels))
+    rows = math.ceil(panels / columns)
+    head = 0.4 if title else 0.3 * legend_rows + 0.1
+    height = size[1] * rows + head
+    figure = Figure(figsize=(size[0] * columns, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)  # not pyplot: no window system, no global state
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - head / height), w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr]
+    if title:
+        figure.suptitle(title, x=0.012, y=1 - 0.1 / height, ha="left", va="top", fontsize=13, fontweight="bold")
+    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
+
+
+def finish_axis(axis: Any, title: str, with_legend: bool = False, xlabel: str = "step", integer: bool = True) -> None:
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#9aa3ad")
+    axis.tick_params(labelsize=8, color="#9aa3ad", labelcolor="#4a525c")
+    axis.yaxis.get_offset_text().set_fontsize(8)
+    axis.grid(axis="y", color="#e5e8ec", linewidth=0.8)
+    axis.set_axisbelow(True)
+    if integer:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel(xlabel, fontsize=8, color="#4a525c")
+    axis.margins(x=0.02)
+    if with_legend:
+        axis.legend(fontsize=8, frameon=False)
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+    return path
