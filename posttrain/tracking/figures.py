@@ -95,7 +95,7 @@ def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
         axis.set_ylim(panel.limits)
     else:
         _widen(axis, panel.least_span)
-    finish_axis(axis, panel.title, not labels and len([*panel.curves, *panel.levels]) > 1, panel.xlabel)
+    finish_axis(axis, panel.title, not labels and len(axis.get_legend_handles_labels()[1]) > 1, panel.xlabel)
 
 
 def _widen(axis: Any, least_span: float) -> None:
