@@ -47,7 +47,7 @@ class Panel:
 
 def curve(records: Records, *keys: str) -> Curve:
     """Of the first of `keys` that was logged; empty where none was, or never a number (null stands for NaN)."""
-    key = next((key for key in keys if any(record.get(key) is not None for record in records)), None)
+    key = next((key for key in keys if any(record.get(key) is not None for record in records)), "")
     points = [(record["step"], record[key]) for record in records if key in record]
     return Curve([step for step, _ in points], [math.nan if value is None else value for _, value in points])
 
