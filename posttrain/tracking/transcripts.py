@@ -17,6 +17,7 @@ from typing import Any
 
 from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.metrics_log import format_number
+from posttrain.tracking.pages import html_page
 from posttrain.tracking.transcript_index import IndexEntry, update_index
 
 SHADES = 5  # of green and of red
@@ -114,16 +115,13 @@ def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) ->
         (abs(a) for group in shown for m in group.members for t in m.turns for a in t.advantages or [] if a == a), default=0
     )
     body = "".join(_group(number, group, scale) for number, group in enumerate(shown))
-    title = f"iteration {iteration}"
-    legend = (
-        '<span class="legend"><b class="n5">lower</b> <b class="n2">&nbsp;</b> <b class="p2">&nbsp;</b> <b class="p5">higher</b>'
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{_STYLE}</style><body><header><h1>{title}</h1><p>{' · '.join(facts)}</p>"
-        f"<p>{legend} advantage</span> point at a token for its numbers · "
-        f'<a href="index.html">all iterations</a></p></header>{body}</body></html>\n'
-    )
+    head = f"<p>{_LEGEND} advantage</span> point at a token for its numbers</p>"
+    return html_page(f"iteration {iteration}", facts, {"index.html": "all iterations"}, head + body, _STYLE)
+
+
+_LEGEND = (
+    '<span class="legend"><b class="n5">lower</b> <b class="n2">&nbsp;</b> <b class="p2">&nbsp;</b> <b class="p5">higher</b>'
+)
 
 
 def _group(number: int, group: TranscriptGroup, scale: float) -> str:
@@ -234,20 +232,8 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-# Colours and body of a page; recipes/bstar/report.py begins with it too.
-PAGE_STYLE = """
-:root{color-scheme:light dark;--ink:#1d232b;--soft:#67717e;--line:#dfe3e8;--page:#f6f7f9;--card:#fff;--inset:#f3f5f7;
---good:22,140,70;--bad:208,52,56}
-@media(prefers-color-scheme:dark){:root{--ink:#dfe4ea;--soft:#8d97a5;--line:#30363e;--page:#14171b;--card:#1c2026;--inset:#15181c;
---good:60,180,105;--bad:235,90,90}}
-*{box-sizing:border-box}
-body{font:14px/1.5 system-ui,-apple-system,"Segoe UI","DejaVu Sans",sans-serif;color:var(--ink);background:var(--page);
-max-width:1100px;margin:0 auto;padding:24px 20px 60px}
-"""
-_STYLE = (
-    PAGE_STYLE
-    + """h1{font-size:22px;margin:0}h3{font-size:12px;font-weight:600;color:var(--soft);margin:14px 0 4px}
-header{margin-bottom:18px}header p{margin:4px 0;color:var(--soft)}.legend{margin-right:12px}
+_STYLE = """
+h3{font-size:12px;font-weight:600;color:var(--soft);margin:14px 0 4px}.legend{margin-right:12px}
 summary{cursor:pointer;display:flex;align-items:center;gap:8px;flex-wrap:wrap;list-style:none}
 summary::-webkit-details-marker{display:none}
 summary::before{content:"▸";color:var(--soft);width:10px}details[open]>summary::before{content:"▾"}
@@ -256,25 +242,19 @@ summary::before{content:"▸";color:var(--soft);width:10px}details[open]>summary
 .member{padding:10px 14px 12px;border-top:1px solid var(--line)}.shared{padding:8px 14px}summary+.member{border-top:0}
 .seats{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(260px,1fr);overflow-x:auto}
 .seats>.member{border-right:1px solid var(--line)}.group>h3{margin:14px 14px 6px}
-.same{margin:6px 0;color:var(--soft);font-size:12px}a{color:inherit}
+.same{margin:6px 0;color:var(--soft);font-size:12px}
 .name{font-weight:600}.note{color:var(--soft)}
 .hint{flex:1 1 200px;min-width:0;color:var(--soft);white-space:nowrap;overflow:hidden;text-overflow:ellipsis;text-align:right}
 .chips{display:flex;gap:4px;flex-wrap:wrap}
-.chip{font-variant-numeric:tabular-nums;font-size:12px;padding:0 7px;border-radius:9px;background:var(--inset);color:var(--soft)}
-.chip.good{background:rgba(var(--good),.16);color:rgb(var(--good))}.chip.bad{background:rgba(var(--bad),.14);color:rgb(var(--bad))}
 .tag{font-size:12px;padding:0 6px;border:1px solid var(--line);border-radius:4px;color:var(--soft)}
-pre{font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
-overflow-wrap:anywhere;margin:6px 0;padding:8px 12px;border-radius:6px;max-height:420px;overflow-y:auto}
+pre{margin:6px 0;padding:8px 12px;border-radius:6px;max-height:420px;overflow-y:auto}
 .ob{background:var(--inset);color:var(--soft)}.ac{border:1px solid var(--line)}
 b{font-weight:400;border-radius:3px;padding:1px 0}pre b:hover{outline:1px solid var(--soft)}.legend b{padding:1px 7px}
 i{font-style:normal}.s,.t{position:relative}.s::before,.t::before,.l::before{color:var(--soft);opacity:.4}
 .s::before{content:"·";position:absolute}.t::before{content:"→";position:absolute}.l::before{content:"↵"}
 .facts{display:flex;gap:4px 18px;flex-wrap:wrap;margin:6px 0;font-variant-numeric:tabular-nums}.facts i{color:var(--soft)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 14px;margin:6px 0}dt{color:var(--soft)}
-dd{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
-dd,code{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:13px}
-"""
-) + "".join(
+""" + "".join(
     f".p{shade}{{background:rgba(var(--good),{0.07 * shade:.2f})}}.n{shade}{{background:rgba(var(--bad),{0.07 * shade:.2f})}}"
     for shade in range(1, SHADES + 1)
 )

@@ -8,6 +8,7 @@ and named. Left out: significance tests; with few seeds the range says more.
 
 import sys
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import numpy as np
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.tracking.command_line import one_line_errors
 from posttrain.tracking.figures import save_figure
+from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.pages import figure_html, html_page, table
 from recipes.bstar.pictures import as_svg, draw_comparison, samples_of, value
 from recipes.bstar.records import Summary, read_summaries
-from recipes.bstar.report import figure_html, html_page, method_folders, table
+from recipes.bstar.report import STYLE, method_folders
 
 Runs = dict[str, list[list[Summary]]]  # method -> seed -> rounds
 
@@ -41,7 +44,9 @@ def final_table(runs: Runs) -> tuple[list[str], list[list[str]]]:
     k = samples_of(next(iter(runs.values()))[0])
     keys = {"P@1": "test/pass@1", "greedy": "test/greedy", f"P@{k}": f"test/pass@{k}", f"pass@{k}-4": f"test/pass@{k}-4"}
     rows = [["warm start", *(_cell([run[0] for run in next(iter(runs.values()))], key) for key in keys.values())]]
-    rows += [[method, *(_cell([run[-1] for run in seeds], key) for key in keys.values())] for method, seeds in runs.items()]
+    rows += [
+        [escape(method), *(_cell([run[-1] for run in seeds], key) for key in keys.values())] for method, seeds in runs.items()
+    ]
     return ["after the last round", *keys], rows
 
 
@@ -66,7 +71,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     """Writes OUT.png and OUT.html; returns the page."""
     runs, notes = read_runs(folders)
     columns, rows = final_table(runs)
-    late = [[method, f"{first:+.3f}", f"{second:+.3f}"] for method, (first, second) in gains(runs).items()]
+    late = [[escape(method), f"{first:+.3f}", f"{second:+.3f}"] for method, (first, second) in gains(runs).items()]
     figure, rounds = draw_comparison(runs), len(next(iter(runs.values()))[0])
     svg = as_svg(figure)
     save_figure(figure, out.with_suffix(".png"))
@@ -74,11 +79,11 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     body = (
         f"<section>{figure_html(svg, caption)}{table(columns, rows)}<h3>Gain in P@1</h3>"
         + table(["method", f"rounds 1 to {(rounds - 1) // 2}", f"rounds {(rounds - 1) // 2 + 1} to {rounds - 1}"], late)
-        + "".join(f'<p class="soft">Left out: {note}</p>' for note in notes)
+        + "".join(f'<p class="soft">Left out: {escape(note)}</p>' for note in notes)
         + "</section>"
     )
     page = out.with_suffix(".html")
-    page.write_text(html_page("B-STaR and its relatives", [str(folder) for folder in folders], body))
+    write_atomically(page, html_page("B-STaR and its relatives", [str(folder) for folder in folders], {}, body, STYLE))
     for note in notes:
         print(f"left out: {note}")
     return page

@@ -16,7 +16,7 @@ from pathlib import Path
 from posttrain.backend.errors import DataError
 from posttrain.tracking.command_line import one_line_errors
 from posttrain.tracking.jsonl import read_jsonl, write_atomically
-from posttrain.tracking.transcripts import PAGE_STYLE
+from posttrain.tracking.pages import figure_html, html_page, table
 from preference.steps import StepFormat
 from recipes.bstar.methods import METHODS
 from recipes.bstar.pictures import STAGES, as_svg, draw_comparison, draw_costs, draw_curves, draw_surfaces, samples_of, value
@@ -53,8 +53,7 @@ def write_report(run: Path) -> Path:
     folders = method_folders(run)
     summaries = {name: read_summaries(folder) for name, folder in folders.items()}
     settings = _settings(run)
-    links = " · ".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in folders)
-    body = [f"<nav>{links}</nav>", _overview(summaries)]
+    body = [_overview(summaries)]
     for name, folder in folders.items():
         body.append(_method(name, folder, summaries[name], settings))
     facts = [
@@ -62,26 +61,9 @@ def write_report(run: Path) -> Path:
     ]
     facts += [settings["task"]["class"].partition(":")[2]] if "task" in settings else []
     page = run / "report.html"
-    write_atomically(page, html_page(f"B-STaR: {run.resolve().name}", facts, "".join(body)))
+    links = {f"#{name}": name for name in folders}
+    write_atomically(page, html_page(f"B-STaR: {run.resolve().name}", facts, links, "".join(body), STYLE))
     return page
-
-
-def html_page(title: str, facts: Sequence[str], body: str) -> str:
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style><body><header><h1>{escape(title)}</h1>"
-        f"<p>{escape(' · '.join(facts))}</p></header>{body}</body></html>\n"
-    )
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def figure_html(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _settings(run: Path) -> dict:
@@ -107,7 +89,7 @@ def _overview(summaries: Mapping[str, Sequence[Summary]]) -> str:
         first, last = rounds[0], rounds[-1]
         seconds, tokens = (sum(sum(getattr(one, part).values()) for one in rounds[1:]) for part in ("seconds", "tokens"))
         changes = (f"{a} → {b}" for a, b in zip(_numbers(first, keys), _numbers(last, keys), strict=True))
-        rows.append([name, str(last.round), *changes, f"{seconds:,.0f}", f"{tokens:,}"])
+        rows.append([escape(name), str(last.round), *changes, f"{seconds:,.0f}", f"{tokens:,}"])
     columns = ["method", "rounds", *keys, "seconds", "tokens sampled and trained on"]
     return "<section><h2>Methods</h2>" + table(columns, rows) + _comparison(summaries) + "</section>"
 
@@ -200,27 +182,16 @@ def main() -> None:
         print(write_report(Path(sys.argv[1])))
 
 
-_STYLE = (
-    PAGE_STYLE
-    + """body{max-width:1200px}
-h1{font-size:22px;margin:0}h2{font-size:18px;margin:0 0 10px}h3{font-size:14px;margin:18px 0 6px}
-header p{margin:4px 0;color:var(--soft)}a{color:inherit}nav{margin:8px 0}
+STYLE = """
+h3{font-size:14px;margin:18px 0 6px}
 section{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:16px 0;padding:16px 18px}
-.wide{overflow-x:auto}.beside{display:flex;flex-wrap:wrap;gap:10px 28px;align-items:flex-end}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
-th,td{text-align:right;padding:3px 7px;border-bottom:1px solid var(--line);white-space:nowrap}th{color:var(--soft);font-weight:500}
-th:first-child,td:first-child{text-align:left}
-figure{margin:14px 0;background:#fff;border:1px solid var(--line);border-radius:6px;padding:8px}figure svg{display:block;height:auto}
-figcaption{color:#67717e;font-size:12px;padding:4px 6px 0}
-.query{border-top:1px solid var(--line);padding:8px 0}.query p{margin:2px 0 6px;white-space:pre-wrap}.soft{color:var(--soft)}
+.beside{display:flex;flex-wrap:wrap;gap:10px 28px;align-items:flex-end}
+.query{border-top:1px solid var(--line);padding:8px 0}.query p{margin:2px 0 6px;white-space:pre-wrap}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:10px}
 .card{border:1px solid var(--line);border-radius:6px;padding:8px 10px}.card h4{margin:0 0 4px;font-size:12px;font-weight:600}
-.chip{font-weight:400;white-space:nowrap;padding:0 7px;border-radius:9px;background:var(--inset);color:var(--soft);margin-left:4px}
-.chip.good{background:rgba(var(--good),.16);color:rgb(var(--good))}.chip.bad{background:rgba(var(--bad),.14);color:rgb(var(--bad))}
-pre{font:12px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
+.chip{margin-left:4px}
 .step{display:flex;justify-content:space-between;gap:10px;padding:0 4px;border-radius:3px}.step span{color:var(--soft);white-space:nowrap}
 """
-)
 
 
 if __name__ == "__main__":
