@@ -73,9 +73,9 @@ class ClockedArithmeticExamples(ArithmeticExamplesBuilder):
 
 
 class ClockedPairs(PairDataset):
-    def get_batch(self, step: int) -> list[Pair]:
+    def get_batch(self, index: int) -> list[Pair]:
         ASKED_AT.append((time.perf_counter(), time.process_time()))
-        return super().get_batch(step)
+        return super().get_batch(index)
 
 
 @chz.chz

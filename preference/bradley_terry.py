@@ -14,7 +14,6 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from posttrain.backend.errors import ConfigError, ContextLengthError, DataError
-from posttrain.backend.futures import APIFuture
 from posttrain.backend.ranges import NON_NEGATIVE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
@@ -25,7 +24,7 @@ from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import Judge, JudgeBuilder, PreferenceModel, RewardModel, RewardModelBuilder, SavedModel
 from preference.types import Comparison, LabeledComparison
 from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
-from supervised.train import Objective
+from supervised.train import Objective, Pass
 from supervised.types import SupervisedDataset
 
 Scalars = dict[str, torch.Tensor]
@@ -114,12 +113,12 @@ class BradleyTerryJudgeBuilder(JudgeBuilder):
 
 
 class BradleyTerry:
-    def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
-        return client.forward_backward_custom(batch_D, bradley_terry)
+    async def passes(self, client: TrainingClient, batch: list[Datum]) -> list[Pass]:
+        return [(batch, client.forward_backward_custom(batch, bradley_terry))]
 
-    def metrics(self, batch_D: Sequence[Datum], output: ForwardBackwardOutput) -> Metrics:
+    def metrics(self, batch: list[Datum], outputs: Sequence[ForwardBackwardOutput]) -> Metrics:
         names = {"loss:sum": "train_loss", "accuracy": "train_accuracy", "reward_gap": "train_reward_gap"}
-        return {names[name]: value for name, value in output.metrics.items()} | {"num_pairs": len(batch_D) // 2}
+        return {names[name]: value for name, value in outputs[0].metrics.items()} | {"num_pairs": len(batch) // 2}
 
 
 @chz.chz
@@ -165,7 +164,7 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
     def model(self, client: TrainingClient, renderer: Renderer) -> PreferenceModel:
         return BradleyTerryJudge(ScalarModel(client, renderer))
 
-    def objective(self) -> Objective:
+    def objective(self) -> Objective[list[Datum]]:
         return BradleyTerry()
 
 

@@ -146,5 +146,5 @@ class LabelExamplesBuilder(RewardExamplesBuilder):
     def model(self, client: TrainingClient, renderer: Renderer) -> PreferenceModel:
         return LabelModel(client, renderer, both_orders=False, min_label_mass=0.0)  # untrained, it says anything but a label
 
-    def objective(self) -> Objective:
+    def objective(self) -> Objective[list[Datum]]:
         return CrossEntropy()

@@ -97,19 +97,21 @@ def _targets(datum: Datum) -> list[int]:
 
 
 class PairDataset:
-    """Batches by the number of the step; the order of an epoch is a function of (seed, epoch), its last batch may be short."""
+    """Batches of an epoch, whose order is a function of (seed, epoch); the last batch may be short."""
 
     def __init__(self, pairs: Sequence[Pair], batch_size: int, seed: int = 0):
         self.pairs, self.batch_size, self.seed = pairs, fitting_batch_size(batch_size, len(pairs), "pairs"), seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return -(-len(self.pairs) // self.batch_size)
 
-    def get_batch(self, step: int) -> list[Pair]:
-        epoch, index = divmod(step, len(self))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
-        return [self.pairs[i] for i in order[index * self.batch_size : (index + 1) * self.batch_size]]
+    def get_batch(self, index: int) -> list[Pair]:
+        return [self.pairs[i] for i in self._order[index * self.batch_size : (index + 1) * self.batch_size]]
 
 
 def as_data(pairs: Sequence[Pair]) -> list[Datum]:

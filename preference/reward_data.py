@@ -7,7 +7,7 @@ import chz
 from posttrain.backend.errors import DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import LoraConfig
+from posttrain.backend.types import Datum, LoraConfig
 from posttrain.renderers.types import Renderer
 from preference.reward_types import PreferenceModel
 from preference.types import ComparisonDatasetBuilder, LabeledComparison
@@ -37,7 +37,7 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
         """The model in training, to evaluate in one order of the sides at a time."""
         raise NotImplementedError
 
-    def objective(self) -> Objective:
+    def objective(self) -> Objective[list[Datum]]:
         raise NotImplementedError
 
     def load(self, renderer: Renderer) -> tuple[list[LabeledComparison], list[LabeledComparison]]:

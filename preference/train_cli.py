@@ -10,8 +10,6 @@ if not __package__:  # run as a file: this folder, first on the path, has a type
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import asyncio
-
 from posttrain.tracking.command_line import run_command
 from preference import train_dpo
 from preference.names import DATASETS, METHODS
@@ -19,7 +17,7 @@ from preference.train_dpo import Config
 
 
 def main() -> None:
-    run_command(lambda config: asyncio.run(train_dpo.main(config)), Config, {"dataset": DATASETS, "method": METHODS})
+    run_command(train_dpo.main, Config, {"dataset": DATASETS, "method": METHODS})
 
 
 if __name__ == "__main__":

@@ -14,48 +14,40 @@ if not __package__:  # run as a file: this folder, first on the path, has a type
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import asyncio
 from collections.abc import Sequence
 
 import chz
 import numpy as np
 
-from posttrain.backend.errors import ConfigError
-from posttrain.backend.futures import APIFuture
 from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig
-from posttrain.renderers import get_renderer
+from posttrain.backend.types import Datum, ForwardBackwardOutput
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run import Metrics, finish
+from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from posttrain.tracking.run_folder import open_run_folder
 from preference.step_data import StepExamplesBuilder, step_cross_entropy
 from supervised import train
-from supervised.train import Metrics
 from supervised.types import SupervisedDataset
 
 DATASETS = {"*.jsonl": "preference.step_data:StepExamplesBuilder path={}"}
 
 
 @chz.chz
-class Config(train.Config):
+class Config(LanguageModelRunConfig):
     """Training of a process reward model on labelled steps."""
 
     dataset: StepExamplesBuilder = chz.field(doc="labelled steps to train on, and to hold out")
-    log_path: str = chz.field(default="runs/prm", doc="the run folder")
+    log_path: str = log_path_field("runs/prm")
 
 
 class StepObjective:
-    def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
-        return client.forward_backward(batch_D, step_cross_entropy)
+    async def passes(self, client: TrainingClient, batch: list[Datum]) -> list[train.Pass]:
+        return [(batch, client.forward_backward(batch, step_cross_entropy))]
 
-    def metrics(self, batch_D: Sequence[Datum], output: ForwardBackwardOutput) -> Metrics:
-        found = output.metrics
-        return {
-            "train_loss": found["loss:sum"],
-            "train_accuracy": found["accuracy:mean"],
-            "num_loss_tokens": found["num_loss_tokens:sum"],
-        }
+    def metrics(self, batch: list[Datum], outputs: Sequence[ForwardBackwardOutput]) -> Metrics:
+        names = {"train_loss": "loss:sum", "train_accuracy": "accuracy:mean", "num_loss_tokens": "num_loss_tokens:sum"}
+        return {name: outputs[0].metrics[source] for name, source in names.items()}
 
 
 class StepEvaluator:
@@ -93,19 +85,15 @@ def first(marked_S: np.ndarray) -> int | None:
 
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. The model is LOG_PATH/checkpoints/final."""
-    if config.stop_at_nll is not None:
-        raise ConfigError("stop_at_nll is for language models: give max_steps")
-    tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
-    dataset, test_dataset = config.dataset(get_renderer(config.renderer_name, tokenizer))
+    dataset, test_dataset = config.dataset(config.renderer())
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
-    lora = LoraConfig(config.lora_rank, config.seed, config.lora_alpha) if config.lora_rank else None
     with ServiceClient(config.backend, folder.checkpoints) as service:
-        client = service.create_scalar_client(config.model_name, lora, config.seed)
+        client = service.create_scalar_client(config.model_name, config.lora(), config.seed)
         evaluator = StepEvaluator(test_dataset) if test_dataset is not None and config.eval_every else None
-        metrics = await train.training_loop(config, folder, client, dataset, StepObjective(), evaluator)
-    train.finish(folder, metrics)
+        metrics = await train.training_loop(config, folder, client, dataset, StepObjective(), evaluator, name="prm")
+    finish(folder, metrics)
     return metrics
 
 
 if __name__ == "__main__":
-    run_command(lambda config: asyncio.run(main(config)), Config, {"dataset": DATASETS})
+    run_command(main, Config, {"dataset": DATASETS})

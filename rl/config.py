@@ -1,17 +1,15 @@
 """What can be set about an RL run (train.py), and which options do not go together."""
 
-from pathlib import Path
 from typing import Any
 
 import chz
 
-from posttrain.backend.config import BackendConfig
 from posttrain.backend.data_checks import resolve_loss
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.losses import LossFn
-from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SAMPLING_TEMPERATURE, SEED, TEMPERATURE, WHOLE
-from posttrain.tracking.run_folder import BehaviorIfExists
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, SAMPLING_TEMPERATURE, TEMPERATURE, WHOLE
+from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from rl.advantages import AdvantageEstimator, GroupMean
 from rl.data_processing import Reduction
 from rl.kl import KLPenalty
@@ -21,21 +19,10 @@ from rl.types import BatchRewardBuilder, RLDatasetBuilder
 
 
 @chz.chz
-class Config:
+class Config(LanguageModelRunConfig):
     """Reinforcement learning of a language model on an environment."""
 
     env: RLDatasetBuilder = chz.field(doc="builder of the training and held-out environments")
-    model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
-    load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint (fresh optimizer)")
-    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
-    lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
-    lora_alpha: float | None = chz.field(
-        default=None, validator=POSITIVE, doc="the adapter is scaled by lora_alpha / lora_rank; None = 32"
-    )
-    seed: int = chz.field(
-        default=0, validator=SEED, doc="seed of a preset's weights, of the adapter and of sampling (the data's is env.seed)"
-    )
-
     max_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens sampled per turn; None = what the environment recommends"
     )
@@ -76,17 +63,10 @@ class Config:
     learning_rate: float = chz.field(
         default=1e-4,
         validator=LEARNING_RATE,
-        doc="at the first step; full training of big models wants 1e-6 to 1e-5, LoRA ten times that",
+        doc="the highest, after the warm-up; full training of big models wants 1e-6 to 1e-5, LoRA ten times that",
     )
     lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
-    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
-    grad_clip_norm: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="0 = no clipping")
-    num_epochs: int = chz.field(default=1, validator=COUNT, doc="passes over the dataset")
-    max_steps: int | None = chz.field(default=None, validator=COUNT, doc="total number of steps, if less than the epochs give")
 
-    eval_every: int = chz.field(
-        default=20, validator=WHOLE, doc="evaluate before every this many steps, and at the end; 0 = never"
-    )
     eval_temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="0 is greedy")
     eval_samples: int = chz.field(
         default=0,
@@ -96,18 +76,11 @@ class Config:
     save_every: int = chz.field(
         default=20, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
     )
-    keep_checkpoints: int | None = chz.field(
-        default=3, validator=COUNT, doc="delete older checkpoints than the last this many and `final`; None = keep all"
-    )
     transcript_every: int = chz.field(
         default=10, validator=WHOLE, doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation"
     )
     num_groups_to_log: int = chz.field(default=4, validator=WHOLE, doc="groups per transcript")
-    log_path: str = chz.field(default="runs/rl", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
-    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
-    wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
-    wandb_name: str | None = chz.field(default=None, doc="name of the wandb run")
-    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains and samples")
+    log_path: str = log_path_field("runs/rl")
 
 
 def check_config(config: Config) -> None:

@@ -10,8 +10,6 @@ if not __package__:  # run as a file: this folder, first on the path, has a type
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import asyncio
-
 import chz
 
 from posttrain.backend.ranges import COUNT
@@ -43,7 +41,7 @@ class CLIConfig(train.Config):
 def main() -> None:
     presets = {"algorithm": {name: algorithm.settings for name, algorithm in ALGORITHMS.items()}}
     names = {"env": ENVS, "advantage": ADVANTAGES}
-    run_command(lambda config: asyncio.run(train.main(config.resolved())), CLIConfig, names, presets)
+    run_command(lambda config: train.main(config.resolved()), CLIConfig, names, presets)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_checkpoints_of_other_tasks_and_models_are_refused(tmp_path: Path) -> No
 
 def test_the_first_step_is_not_wasted_and_the_cosine_ends_where_it_should() -> None:
     settings = train.Config(learning_rate=1.0, warmup_steps=4, lr_schedule="cosine", min_learning_rate=0.2, num_steps=14)
-    rates = [train.learning_rate(settings, step) for step in range(15)]
+    rates = [settings.adam(step, settings.num_steps).learning_rate for step in range(15)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[9] == pytest.approx(0.6) and rates[14] == pytest.approx(0.2)
 
 

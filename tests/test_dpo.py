@@ -102,7 +102,7 @@ def letter_pairs(count: int) -> list[Pair]:
 def test_gradients_do_not_depend_on_how_pairs_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches of pairs by the loop, and of sequences by the trainer, against one pass over everything."""
     pairs, forwards, results = letter_pairs(24), [], []
-    forward = Trainer._logprobs
+    forward, objective = Trainer._logprobs, train_dpo.PreferenceObjective(SimPO(), 50)
     monkeypatch.setattr(Trainer, "_logprobs", lambda self, batch: forwards.append(len(batch.loss.rows_N)) or forward(self, batch))
     for budget, cut_by_loop in ((10**6, False), (50, True), (50, False)):
         trainer = Trainer("tiny", BackendConfig(micro_batch_tokens=budget))
@@ -110,7 +110,7 @@ def test_gradients_do_not_depend_on_how_pairs_are_cut(monkeypatch: pytest.Monkey
         assert len(parts) == (12 if cut_by_loop else 1)
         forwards.clear()  # the constructor's own check
         for part in parts:
-            trainer.run_custom(as_data(part), partial(train_dpo._share_of_mean, SimPO(), part, len(pairs)))
+            trainer.run_custom(as_data(part), partial(objective._share_of_mean, part, len(pairs)))
         results.append(gradients(trainer))
         assert (len(forwards) == len(parts)) == (budget > 50 or cut_by_loop)  # one forward each, unless the trainer has to cut
     for other in results[1:]:

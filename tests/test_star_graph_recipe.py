@@ -102,7 +102,8 @@ def test_the_reinforce_step_is_that_of_the_original(model_path: str, rollouts, b
         paths_B_L = np.array([response.sequences[0].tokens for response in drawn])
         rows_B_T[:10, prefix:] = paths_B_L[:10]  # what an untrained model writes counts as right on ten of the prompts
         batch_D = [supervised_datum(row_T, LAYOUT) for row_T in rows_B_T]
-        output = objective.forward_backward(client, batch_D).result()
+        [(_, future)] = asyncio.run(objective.passes(client, batch_D))
+        output = future.result()
         grads = {name: p.grad.clone() for name, p in client._trainer.named_trainable.items() if p.grad is not None}
     greedy_B = logits_of(model_path, rows_B_T[:, :prefix])[:, -1].argmax(-1).numpy()
     assert (rollouts == "greedy") == bool((greedy_B == paths_B_L[:, 0]).all())
@@ -114,7 +115,7 @@ def test_the_reinforce_step_is_that_of_the_original(model_path: str, rollouts, b
     nll_B = -logprobs_B_L_V.gather(-1, torch.from_numpy(paths_B_L)[..., None])[..., 0].sum(1).double()
     loss = (torch.from_numpy(weights_B) * nll_B).mean()
     loss.backward()
-    assert objective.metrics(batch_D, output) == {"reward": 10 / 32, "reinforce_loss": pytest.approx(loss.item(), abs=1e-6)}
+    assert objective.metrics(batch_D, [output]) == {"reward": 10 / 32, "reinforce_loss": pytest.approx(loss.item(), abs=1e-6)}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.allclose(grads[name], parameter.grad, atol=1e-6), name
 

@@ -37,7 +37,7 @@ def speed(settings: train.Config, steps: int, all_pairs: bool = False) -> dict[s
         metrics = trainer.forward_backward(batches[index], (settings.seed, index))
         losses.append(metrics["loss"])
         pairs = metrics["num_pairs"]
-        trainer.optim_step(train.adam_params(settings, index))
+        trainer.optim_step(settings.adam(index, settings.num_steps))
 
     for index in range(3):
         step(index)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a multiplier at step t of N (specs: tinker_semantics 2.5). No warm-up."""
+"""Learning-rate schedules: warm-up, then constant, linear or cosine (the last two fall from the peak to a floor)."""
 
 import math
 from typing import Literal
@@ -6,10 +6,18 @@ from typing import Literal
 LRSchedule = Literal["linear", "cosine", "constant"]
 
 
-def lr_multiplier(schedule: LRSchedule, step: int, num_steps: int) -> float:
-    """1 at step 0; linear 1 - t / N, cosine (1 + cos(pi t / N)) / 2."""
-    if schedule == "linear":
-        return 1 - step / num_steps
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * step / num_steps))
-    return 1.0
+def learning_rate_at(
+    step: int, peak: float, schedule: LRSchedule, num_steps: int, warmup_steps: int = 0, floor: float = 0.0
+) -> float:
+    """The rate of `step`, counted from 0. The warm-up is linear; its first step has 1 / warmup_steps of the peak.
+
+    With t = (step - warmup_steps) / (num_steps - warmup_steps), at most 1, the rate above the floor is (1 - t) of the whole
+    (linear) or (1 + cos(pi t)) / 2 of it (cosine).
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    t = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    share = 1 - t if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * t))
+    return floor + (peak - floor) * share

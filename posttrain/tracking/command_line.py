@@ -6,11 +6,12 @@ of options from a Blueprint, which chz 0.4 keeps private (`_parameters`). Left o
 references (`a@=b`).
 """
 
+import asyncio
 import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from importlib import import_module
@@ -63,14 +64,16 @@ def by_name(target: str) -> Callable[[], Any]:
 
 
 def run_command(
-    main: Callable[[Config], object],
+    main: Callable[[Config], object],  # or an async function
     config_class: type[Config],
     short_names: ShortNames | None = None,
     presets: Presets | None = None,
 ) -> None:
     """The entry point of a command: parses sys.argv and runs; what ends it, and how, is `one_line_errors`."""
     with one_line_errors():
-        main(parse(config_class, None, short_names, presets))
+        outcome = main(parse(config_class, None, short_names, presets))
+        if isinstance(outcome, Coroutine):
+            asyncio.run(outcome)
 
 
 @contextmanager

@@ -21,7 +21,16 @@ from posttrain.backend.errors import CheckpointError, ConfigError
 from posttrain.tracking.code_diff import append_code_diff
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_atomically
 from posttrain.tracking.run_lock import LOCK_FILE, RunLock, lock_folder
-from posttrain.tracking.settings import MAY_GROW, Changes, changes, changes_text, config_to_json, read_settings, write_settings
+from posttrain.tracking.settings import (
+    MAY_GROW,
+    Changes,
+    changes,
+    changes_text,
+    config_to_json,
+    defaults_to_json,
+    read_settings,
+    write_settings,
+)
 
 __all__ = ["BehaviorIfExists", "CheckpointRecord", "RunFolder", "config_to_json", "open_run_folder"]
 
@@ -144,7 +153,7 @@ def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, co
     resumed = there and behavior != "delete"
     run, config_json = RunFolder(path, resumed, lock), config_to_json(config)
     if resumed:
-        _check_settings(run, behavior, config_json)
+        _check_settings(run, behavior, config, config_json)
     for folder in (run.checkpoints, run.transcripts, run.plots):
         folder.mkdir(parents=True, exist_ok=True)
     recover_folders(run.checkpoints)
@@ -208,12 +217,13 @@ def _answer(question: str, letters: str) -> str:
             return answer
 
 
-def _check_settings(run: RunFolder, behavior: BehaviorIfExists, now: Any) -> None:
+def _check_settings(run: RunFolder, behavior: BehaviorIfExists, config: Any, now: Any) -> None:
     """Names what differs from config.json. ConfigError unless nothing does, or the user lets it through."""
     if not os.path.lexists(run.config_file):
         return
     saved = read_settings(run.config_file, "put it back, or delete it to go on without a comparison of the settings")
-    found = changes(saved, now, may_grow=MAY_GROW)
+    later = {name: value for name, value in defaults_to_json(config).items() if name not in saved}  # options of a newer version
+    found = changes(saved | later, now, may_grow=MAY_GROW)
     for name in FIXED_FOR_A_RUN:
         if name in found:
             before, after = found[name]

@@ -37,6 +37,12 @@ def config_to_json(config: Any) -> Any:
     return _to_json(config, top=True)
 
 
+def defaults_to_json(config: Any) -> dict[str, Any]:
+    """The plain values that options of the configuration's class have when they are not given."""
+    fields = chz.chz_fields(config).items() if chz.is_chz(config) else ()
+    return {name: _to_json(field._default) for name, field in fields if isinstance(field._default, bool | int | float | str)}
+
+
 def _to_json(value: Any, top: bool = False) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value.value if isinstance(value, Enum) else value

@@ -15,22 +15,21 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import math
+import asyncio
 from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Literal
 
 import chz
 
-from posttrain.backend.errors import ConfigError, NonFiniteError
+from posttrain.backend.errors import NonFiniteError
+from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.ranges import COUNT, DECAY, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
-from posttrain.backend.types import AdamParams
-from posttrain.tracking.checkpointing import Checkpointer, StopRequest
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.metrics_log import MetricsLog, read_last_metrics, timed
-from posttrain.tracking.progress import TrainingProgress
-from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder
+from posttrain.tracking.metrics_log import timed
+from posttrain.tracking.run import Run, finish
+from posttrain.tracking.run_config import RunConfig, log_path_field
+from posttrain.tracking.run_folder import RunFolder
 from recipes.belief_state.processes import open_shared_folder
 from recipes.belief_state.source import TokenSource, TokenSourceBuilder
 from recipes.belief_state.star_graph import StarGraphBuilder
@@ -67,7 +66,7 @@ HEADLINE = {"optim/loss": "loss", "test/loss_next_token": "test nll", "test/firs
 
 
 @chz.chz
-class Config:
+class Config(RunConfig):
     """A Belief State Transformer, or a GPT of the same blocks."""
 
     preset: str | None = chz.field(default=None, doc="sets several options at once, see below")
@@ -93,15 +92,16 @@ class Config:
 
     batch_size: int = chz.field(default=64, validator=COUNT, doc="rows of a step")
     num_steps: int = chz.field(default=600, validator=COUNT, doc="optimizer steps")
-    learning_rate: float = chz.field(default=3e-3, validator=LEARNING_RATE, doc="after the warm-up")
+    learning_rate: float = chz.field(default=3e-3, validator=LEARNING_RATE, doc="the highest, after the warm-up")
     warmup_steps: int = chz.field(
         default=50, validator=WHOLE, doc="steps of linear warm-up; the first step is already one of them, not of rate 0"
     )
-    lr_schedule: Literal["constant", "cosine"] = chz.field(default="cosine", doc="after the warm-up")
-    min_learning_rate: float = chz.field(default=0.0, validator=LEARNING_RATE, doc="where the cosine ends")
-    decay_steps: int | None = chz.field(default=None, validator=COUNT, doc="the step at which the cosine ends; None = num_steps")
+    lr_schedule: LRSchedule = chz.field(default="cosine", doc="after the warm-up")
+    decay_steps: int | None = chz.field(
+        default=None, validator=COUNT, doc="the step at which the schedule ends; None = num_steps"
+    )
     weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, on matrices")
-    beta2: float = chz.field(default=0.98, validator=DECAY, doc="AdamW's; beta1 is 0.9")
+    beta2: float = chz.field(default=0.98, validator=DECAY, doc="AdamW's decay of the gradient's square")
     grad_clip_norm: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="of all weights together; 0 = no clipping")
 
     eval_every: int = chz.field(
@@ -113,17 +113,7 @@ class Config:
     keep_checkpoints: int | None = chz.field(
         default=1, validator=COUNT, doc="delete older checkpoints than the last this many; None = keep all"
     )
-    log_path: str = chz.field(
-        default="runs/belief_state", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder"
-    )
-    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
-    wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
-    wandb_name: str | None = chz.field(default=None, doc="name of the wandb run")
-
-    @chz.validate
-    def _check(self) -> None:
-        if self.min_learning_rate > self.learning_rate:
-            raise ConfigError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
+    log_path: str = log_path_field("runs/belief_state")
 
 
 def main(config: Config) -> Metrics:
@@ -137,7 +127,7 @@ def main(config: Config) -> Metrics:
         with closing(BeliefStateClient(trainer)) as client:
             metrics = training_loop(config, folder, client, source, processes)
         if processes.is_first:
-            _finish(folder, metrics)
+            finish(folder, metrics)
     return metrics
 
 
@@ -156,71 +146,31 @@ def make_trainer(config: Config, source: TokenSource, processes: Processes = ALO
 def training_loop(
     config: Config, folder: RunFolder, client: BeliefStateClient, source: TokenSource, processes: Processes = ALONE
 ) -> Metrics:
-    checkpointer = Checkpointer(folder, client, config.save_every, config.keep_checkpoints)
-    start = checkpointer.start(config.load_checkpoint_path, config.num_steps)
-    if checkpointer.nothing_left:
-        return read_last_metrics(folder.path)
-    metrics: Metrics = {}
-    headline: Metrics = {}
-    with (
-        closing(MetricsLog(folder, config.wandb_project, config.wandb_name, config)) as log,
-        StopRequest() as stop,
-        TrainingProgress(config.num_steps, start, config.model) as progress,
-    ):
-        done = start
-        batch = source.get_batch(start) if start < config.num_steps else None
-        for step in range(start, config.num_steps):
-            assert batch is not None
-            metrics = {"learning_rate": learning_rate(config, step), "progress": (step + 1) / config.num_steps}
-            with timed(metrics, "total"):
-                if config.eval_every and step % config.eval_every == 0:
-                    with timed(metrics, "eval"):
-                        metrics |= client.with_model(source.evaluate).result()
-                with timed(metrics, "train"):
-                    forward_backward = client.forward_backward(batch, (config.seed, step))
-                    optim_step = client.optim_step(adam_params(config, step))
-                    batch = source.get_batch(step + 1) if step + 1 < config.num_steps else None  # made meanwhile
-                    try:
-                        results = forward_backward.result() | optim_step.result().metrics
-                    except NonFiniteError as error:
-                        raise NonFiniteError(f"step {step}: {error}. Nothing was saved over the last checkpoint") from error
-                metrics |= {f"optim/{name}": value for name, value in results.items()}
-            done = step + 1
-            log.log(metrics, step)
-            checkpointer.after_step(done)
-            headline |= {short: metrics[name] for name, short in HEADLINE.items() if name in metrics}
-            progress.update(step, headline)
-            if processes.any(stop) and done < config.num_steps:
-                checkpointer.interrupted(done)
-        final = client.with_model(source.evaluate).result()
-        log.log(final, done)
-    checkpointer.save("final", done)
-    return metrics | final
+    async def evaluate(step: int) -> Metrics:
+        return await client.with_model(source.evaluate)
 
+    run = Run(config=config, folder=folder, client=client, name=config.model, num_steps=config.num_steps, headline=HEADLINE)
+    run.evaluate, run.must_stop = evaluate, processes.any
+    if not run.start(config.load_checkpoint_path):
+        return run.last_metrics()
+    batch = source.get_batch(run.first_step) if run.first_step < config.num_steps else None
 
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up whose first step is 1 / warmup_steps of the full rate, then constant or a cosine down to min_learning_rate."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    last = config.decay_steps or config.num_steps
-    share = min(1.0, (step - config.warmup_steps) / max(1, last - config.warmup_steps))
-    low = config.min_learning_rate
-    return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * share))
+    async def step(number: int, metrics: Metrics) -> None:
+        nonlocal batch
+        assert batch is not None
+        adam = config.adam(number, config.decay_steps or config.num_steps)
+        metrics |= {"learning_rate": adam.learning_rate, "progress": (number + 1) / config.num_steps}
+        with timed(metrics, "train"):
+            forward_backward = client.forward_backward(batch, (config.seed, number))
+            optim_step = client.optim_step(adam)
+            batch = source.get_batch(number + 1) if number + 1 < config.num_steps else None  # made meanwhile
+            try:
+                results = await forward_backward | (await optim_step).metrics
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {number}: {error}. Nothing was saved over the last checkpoint") from error
+        metrics |= {f"optim/{name}": value for name, value in results.items()}
 
-
-def adam_params(config: Config, step: int) -> AdamParams:
-    rate = learning_rate(config, step)
-    return AdamParams(rate, 0.9, config.beta2, 1e-8, config.weight_decay, config.grad_clip_norm)
-
-
-def _finish(folder: RunFolder, metrics: Metrics) -> None:
-    from posttrain.tracking.metrics_log import print_last_metrics
-    from posttrain.tracking.plots import plot_run
-
-    print_last_metrics(folder, metrics)
-    print(f"plot: {plot_run(folder.path)}\ncheckpoint: {folder.checkpoints / 'final'}")
+    return asyncio.run(run.steps(step))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ async def _imitate(
         backend=config.backend,
     )
     folder = open_run_folder(run.log_path, "resume", run)
-    await supervised_train.training_loop(run, folder, client, dataset, supervised_train.CrossEntropy(), None)
+    objective = supervised_train.CrossEntropy()
+    await supervised_train.training_loop(run, folder, client, dataset, objective, None, stop_at_nll=stop_at_nll)
 
 
 def _is_there(result: Path, name: str) -> bool:

@@ -13,7 +13,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 from pathlib import Path
 
 import chz
@@ -118,4 +117,4 @@ async def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda config: asyncio.run(main(config)), Config)
+    run_command(main, Config)

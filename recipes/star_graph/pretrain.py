@@ -14,7 +14,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +27,11 @@ from posttrain.backend.ranges import LEARNING_RATE, WHOLE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import Datum
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run import Metrics, finish
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import open_run_folder
 from recipes.star_graph.evaluation import AccuracyEvaluator
 from recipes.star_graph.model import check_model, make_model
@@ -53,17 +55,17 @@ class Config(train.Config):
     save_every: int = chz.field(
         default=250, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
     )
-    log_path: str = chz.field(default="runs/star_graph_gpt", doc="the run folder")
+    log_path: str = log_path_field("runs/star_graph_gpt")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
     )
 
 
-async def main(config: Config) -> train.Metrics:
+async def main(config: Config) -> Metrics:
     return await train_with(config, lambda layout: train.CrossEntropy())
 
 
-async def train_with(config: Config, objective: Callable[[Layout], train.Objective]) -> train.Metrics:
+async def train_with(config: Config, objective: Callable[[Layout], train.Objective[list[Datum]]]) -> Metrics:
     """The supervised loop with accuracy and loss on the held-out graphs; `objective` is what a batch is trained on."""
     builder = config.dataset
     assert isinstance(builder, StarGraphExamplesBuilder)
@@ -78,7 +80,7 @@ async def train_with(config: Config, objective: Callable[[Layout], train.Objecti
     dataset, test_dataset, test = builder.datasets(get_renderer(config.renderer_name, tokenizer))
     accuracy, loss = AccuracyEvaluator(test, layout, builder.targets), NLLEvaluator(test_dataset)
 
-    async def evaluate(client: TrainingClient) -> train.Metrics:
+    async def evaluate(client: TrainingClient) -> Metrics:
         return await loss(client) | await accuracy(client)
 
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
@@ -86,9 +88,9 @@ async def train_with(config: Config, objective: Callable[[Layout], train.Objecti
         client = service.create_training_client(config.model_name, seed=config.seed)
         evaluator = evaluate if config.eval_every else None
         metrics = await train.training_loop(config, folder, client, dataset, objective(layout), evaluator)
-    train.finish(folder, metrics)
+    finish(folder, metrics)
     return metrics
 
 
 if __name__ == "__main__":
-    run_command(lambda config: asyncio.run(main(config)), Config)
+    run_command(main, Config)

@@ -19,19 +19,17 @@ if not __package__:  # run as a file: put the project on the path
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import chz
 import numpy as np
 
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.futures import APIFuture
 from posttrain.backend.ranges import LEARNING_RATE
-from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput, ModelInput, SampledSequence, SamplingParams
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_config import log_path_field
 from recipes.star_graph import pretrain
 from supervised import train
 
@@ -45,7 +43,7 @@ class Config(pretrain.Config):
     )
     baseline: Literal[0, 1] = chz.field(default=1, doc="1: the batch's mean reward; 0: none, and wrong paths weigh -0.1")
     learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="at the first step; Q# takes 1e-5 for GPT-2")
-    log_path: str = chz.field(default="runs/star_graph_reinforce", doc="the run folder")
+    log_path: str = log_path_field("runs/star_graph_reinforce")
 
 
 def weights(rewards_B: np.ndarray, baseline: Literal[0, 1]) -> np.ndarray:
@@ -77,31 +75,25 @@ class Reinforce:
         self.temperature = 0.0 if rollouts == "greedy" else 1.0
         self.rewards_B = np.zeros(0)  # of the batch under way
 
-    def forward_backward(self, client: TrainingClient, batch_D: Sequence[Datum]) -> APIFuture[ForwardBackwardOutput]:
-        sampler = client.save_weights_and_get_sampling_client()
-        rows = [[*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].array[-1])] for datum in batch_D]
+    async def passes(self, client: TrainingClient, batch: list[Datum]) -> list[train.Pass]:
+        sampler = await client.save_weights_and_get_sampling_client_async()
+        rows = [[*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].array[-1])] for datum in batch]
         prefixes = [row[: -self.target_length] for row in rows]
-        with ThreadPoolExecutor(
-            1
-        ) as thread:  # an event loop of its own: this one waits, and the sampler would wait for it in turn
-            rollouts = thread.submit(asyncio.run, self._roll_out(sampler, prefixes)).result()
+        sampled = [sampler.sample_async(ModelInput.from_ints(prefix), 1, self.params(prefix)) for prefix in prefixes]
+        rollouts = [response.sequences[0] for response in await asyncio.gather(*sampled)]
         right = [rollout.tokens == row[-self.target_length :] for rollout, row in zip(rollouts, rows, strict=True)]
         self.rewards_B = np.array(right, dtype=np.float64)
-        weights_B = weights(self.rewards_B, self.baseline) / len(batch_D)
-        data = [weighted_datum(*one) for one in zip(prefixes, rollouts, weights_B.tolist(), strict=True)]
-        return client.forward_backward(data, "reinforce")
-
-    async def _roll_out(self, sampler: SamplingClient, prefixes: Sequence[Sequence[int]]) -> list[SampledSequence]:
-        asked = [sampler.sample_async(ModelInput.from_ints(prefix), 1, self.params(prefix)) for prefix in prefixes]
-        return [response.sequences[0] for response in await asyncio.gather(*asked)]
+        weights_B = weights(self.rewards_B, self.baseline) / len(batch)
+        data = [weighted_datum(*member) for member in zip(prefixes, rollouts, weights_B.tolist(), strict=True)]
+        return [(data, client.forward_backward(data, "reinforce"))]
 
     def params(self, prefix: Sequence[int]) -> SamplingParams:
         """The seed is a function of the prompt, so that a resumed run samples what an uninterrupted one would have."""
         seed = int(np.random.SeedSequence([self.seed, *prefix]).generate_state(1)[0])
         return SamplingParams(max_tokens=self.target_length, temperature=self.temperature, stop=[], seed=seed)
 
-    def metrics(self, batch_D: Sequence[Datum], output: ForwardBackwardOutput) -> train.Metrics:
-        return {"reward": float(self.rewards_B.mean()), "reinforce_loss": output.metrics["loss:sum"]}
+    def metrics(self, batch: list[Datum], outputs: Sequence[ForwardBackwardOutput]) -> train.Metrics:
+        return {"reward": float(self.rewards_B.mean()), "reinforce_loss": outputs[0].metrics["loss:sum"]}
 
 
 async def main(config: Config) -> train.Metrics:
@@ -115,4 +107,4 @@ async def main(config: Config) -> train.Metrics:
 
 
 if __name__ == "__main__":
-    run_command(lambda config: asyncio.run(main(config)), Config)
+    run_command(main, Config)

@@ -1,0 +1,102 @@
+"""A training run: everything around its steps. It resumes, evaluates, times, logs, saves, stops, and shows its progress.
+
+run = Run(config=config, folder=folder, client=client, name="sft", num_steps=1000, evaluate=evaluate)
+run.start(config.load_checkpoint_path)
+metrics = await run.steps(step)      # async def step(number, metrics): trains, and adds to the metrics
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from posttrain.backend.alarms import Alarms
+from posttrain.tracking.checkpointing import Checkpointed, Checkpointer, StopRequest
+from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
+from posttrain.tracking.progress import TrainingProgress
+from posttrain.tracking.run_config import RunConfig
+from posttrain.tracking.run_folder import RunFolder
+
+Metrics = dict[str, float]
+Step = Callable[[int, Metrics], Awaitable[None]]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Evaluations come before the step and see the weights it starts from; there is one more at the end."""
+
+    config: RunConfig
+    folder: RunFolder
+    client: Checkpointed
+    name: str
+    num_steps: int
+    """This call ends before this step."""
+    headline: Mapping[str, str] = field(default_factory=dict)
+    """Metrics beside the progress bar, and their short names there."""
+    evaluate: Callable[[int], Awaitable[Metrics]] | None = None
+    """Held-out metrics before the step of this number."""
+    alarms: Alarms | None = None
+    extra: Callable[[], dict[str, Any]] = dict
+    """What a checkpoint in the middle holds beside the weights; `resumed_extra` has it after a resume."""
+    ends_early: Callable[[Metrics], bool] | None = None
+    """Whether the step with these metrics was the last."""
+    must_stop: Callable[[StopRequest], bool] = bool
+    """Several processes stop together: recipes/libraries/belief_state/distributed.py."""
+    final_name: str | None = "final"
+    """Of the last checkpoint. None: the number of the next step, for a run that another call goes on with."""
+
+    def start(self, load_checkpoint_path: str | None) -> bool:
+        """Loads what the run begins with. False if it has ended already: `last_metrics` are its result."""
+        config = self.config
+        self._checkpointer = Checkpointer(self.folder, self.client, config.save_every, config.keep_checkpoints)
+        self.first_step = self._checkpointer.start(load_checkpoint_path, self.num_steps, self.ends_early is not None)
+        self.resumed_extra = self._checkpointer.resumed_extra
+        return not self._checkpointer.nothing_left
+
+    def last_metrics(self) -> Metrics:
+        return read_last_metrics(self.folder.path)
+
+    async def steps(self, train_step: Step) -> Metrics:
+        """Takes all steps that are left; returns the last metrics."""
+        config, checkpointer, metrics, headline, done = self.config, self._checkpointer, {}, {}, self.first_step
+        with (
+            closing(MetricsLog(self.folder, config.wandb_project, config.wandb_name, config)) as log,
+            StopRequest() as stop,
+            TrainingProgress(self.num_steps, self.first_step, self.name) as progress,
+        ):
+            for step in range(self.first_step, self.num_steps):
+                metrics = {}
+                with timed(metrics, "total"):
+                    if self.evaluate and config.eval_every and step % config.eval_every == 0:
+                        with timed(metrics, "eval"):
+                            metrics |= await self.evaluate(step)
+                    await train_step(step, metrics)
+                metrics |= self.alarms.metrics() if self.alarms else {}
+                log.log(metrics, step)
+                if self.alarms:
+                    self.alarms.decide(f"step {step}")
+                done = step + 1
+                checkpointer.after_step(done, self.extra)
+                headline |= {short: metrics[name] for name, short in self.headline.items() if name in metrics}
+                progress.update(step, headline)
+                if self.ends_early and self.ends_early(metrics):
+                    break
+                if self.must_stop(stop) and done < self.num_steps:
+                    checkpointer.interrupted(done, self.extra)
+            if self.evaluate:
+                final = await self.evaluate(done)
+                log.log(final, done)
+                metrics |= final
+        checkpointer.save(self.final_name or f"{done:06d}", done)
+        return metrics
+
+
+def finish(folder: RunFolder, metrics: Mapping[str, float]) -> None:
+    """The end of a command: the last metrics, and where the plot, the transcripts and the model are."""
+    from posttrain.tracking.plots import plot_run
+
+    print_last_metrics(folder, metrics)
+    print(f"plot: {plot_run(folder.path)}")
+    if any(folder.transcripts.iterdir()):
+        print(f"transcripts: {folder.transcripts}")
+    print(f"checkpoint: {folder.checkpoints / 'final'}")
