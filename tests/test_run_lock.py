@@ -53,7 +53,7 @@ def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
 
 
 CHILDREN = {
-    "forked": "child = os.fork()\nif not child: time.sleep(600)\nprint(child, flush=True)\nos._exit(0) if child else None",
+    "forked": "if os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\ntime.sleep(600)",
     "executed": "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid\nprint(child, flush=True)\nos._exit(0)",
     "with its descriptors": "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, close_fds=False).pid\n"
     "print(child, flush=True)\nos._exit(0)",
