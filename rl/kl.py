@@ -7,6 +7,7 @@ Both use d_t = log q(token) - log ref(token) on what was sampled, whose mean est
     reward      R   -= coef * sum of d_t over the trajectory (RLOO, LaTRO): it goes through the baseline with the rest of the reward
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig
 from posttrain.renderers.types import Tokenizer
-from rl.data_processing import TrainingData
+from rl.data_processing import Row
 from rl.types import Metrics, TrajectoryGroup
 
 
@@ -47,7 +48,7 @@ class Reference:
     def __init__(self, client: TrainingClient):
         self._client = client
 
-    async def logprobs(self, data_D: list[Datum]) -> list[np.ndarray]:
+    async def logprobs(self, data_D: Sequence[Datum]) -> list[np.ndarray]:
         """(T,) per datum, under the temperature each token was sampled at."""
         output = await self._client.forward(data_D, "importance_sampling")
         return [out["logprobs"].array for out in output.loss_fn_outputs]
@@ -89,28 +90,29 @@ def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def sampled_minus_reference(data_D: list[Datum], reference_logprobs_D: list[np.ndarray]) -> list[np.ndarray]:
-    """d, (T,) per datum, 0 outside the mask."""
-    return [
-        (datum.loss_fn_inputs["logprobs"].array - reference_T) * datum.loss_fn_inputs["mask"].array
-        for datum, reference_T in zip(data_D, reference_logprobs_D, strict=True)
-    ]
+def sampled_minus_reference(rows: Sequence[Row], reference_logprobs_D: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """d, (T,) per row, 0 outside the mask."""
+    return [(row.logprobs_T - reference_T) * row.mask_T for row, reference_T in zip(rows, reference_logprobs_D, strict=True)]
 
 
-def kl_metrics(data_D: list[Datum], difference_D: list[np.ndarray]) -> Metrics:
+def kl_metrics(rows: Sequence[Row], difference_D: Sequence[np.ndarray]) -> Metrics:
     """Per sampled token: `kl_policy_base`, the mean of d, and `kl_policy_base_k3`, the mean of exp(-d) - 1 + d, which is never negative."""
-    mask = np.concatenate([datum.loss_fn_inputs["mask"].array for datum in data_D]) > 0
+    mask = np.concatenate([row.mask_T for row in rows]) > 0
     d = np.concatenate(difference_D)[mask].astype(np.float64)
     return {"kl_policy_base": float(d.mean()), "kl_policy_base_k3": float((np.expm1(-d) + d).mean())}
 
 
-def penalize_advantages(data_D: list[Datum], difference_D: list[np.ndarray], coef: float, discount: float) -> None:
-    """In place. Nothing outside the mask is touched, whatever the discount."""
-    tokens = sum(float(datum.loss_fn_inputs["mask"].array.sum()) for datum in data_D)
+def penalized_advantages(rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float, discount: float) -> list[Row]:
+    """Nothing outside the mask is touched, whatever the discount."""
+    tokens = sum(float(row.mask_T.sum()) for row in rows)
     mean = sum(float(d_T.sum(dtype=np.float64)) for d_T in difference_D) / tokens
-    for datum, d_T in zip(data_D, difference_D, strict=True):
-        mask_T = datum.loss_fn_inputs["mask"].array
-        datum.loss_fn_inputs["advantages"].array += np.float32(coef) * mask_T * discounted((mean - d_T) * mask_T, discount)
+    return [
+        replace(
+            row,
+            advantages_T=row.advantages_T + np.float32(coef) * row.mask_T * discounted((mean - d_T) * row.mask_T, discount),
+        )
+        for row, d_T in zip(rows, difference_D, strict=True)
+    ]
 
 
 def discounted(x_T: np.ndarray, discount: float) -> np.ndarray:
@@ -123,10 +125,11 @@ def discounted(x_T: np.ndarray, discount: float) -> np.ndarray:
 
 
 def penalized_rewards(
-    groups_P: list[TrajectoryGroup], training_data: TrainingData, difference_D: list[np.ndarray], coef: float
+    groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float
 ) -> list[TrajectoryGroup]:
-    """The groups with each member's reward lower by coef * the sum of d over all its data; the groups given keep theirs."""
+    """The groups with each member's reward lower by coef * the sum of d over all its rows; the groups given keep theirs."""
     rewards_P_G = [list(group.final_rewards_G) for group in groups_P]
-    for (p, g), d_T in zip(training_data.origin_D, difference_D, strict=True):
+    for row, d_T in zip(rows, difference_D, strict=True):
+        p, g = row.origin
         rewards_P_G[p][g] -= coef * float(d_T.sum(dtype=np.float64))
     return [replace(group, final_rewards_G=rewards_G) for group, rewards_G in zip(groups_P, rewards_P_G, strict=True)]

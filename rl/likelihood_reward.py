@@ -18,13 +18,13 @@ import chz
 import numpy as np
 
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.loss_terms import KeptRow, LossTerm
 from posttrain.backend.ranges import LARGEST, NON_NEGATIVE, Range
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput, ModelInput
 from posttrain.renderers.types import Renderer
-from rl.data_processing import assemble_training_data
+from rl.data_processing import rows_of
 from rl.types import Action, BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
 
 
@@ -73,12 +73,13 @@ class LikelihoodReward(BatchReward):
         parts = [_parts(group, g) for group, g in members]
         weight = self._config.likelihood_coef or 1.0  # scored where it is not 0
         answers_D = [answer_datum(context, answer, weight) for context, answer, _ in parts]
-        scores_D = await self._scores(groups_P, answers_D)
+        scores_D, kept_D = await self._scores(groups_P, answers_D)
         rewards_D = self._penalized(scores_D, np.array([finished for *_, finished in parts]))
-        for (group, g), answer, reward in zip(members, answers_D, rewards_D, strict=True):
+        for (group, g), answer, kept, reward in zip(members, answers_D, kept_D, rewards_D, strict=True):
             group.final_rewards_G[g] += float(reward)
             if self._config.likelihood_coef:
                 group.trajectories_G[g].supervised.append(answer)
+                group.trajectories_G[g].kept_supervised += [kept] if kept else []
         tokens = sum(len(answer) for _, answer, _ in parts)
         return {
             "likelihood/answer_logprob": float(scores_D.mean()),
@@ -86,12 +87,17 @@ class LikelihoodReward(BatchReward):
             "likelihood/finished": float(np.mean([finished for *_, finished in parts])),
         }
 
-    async def _scores(self, groups_P: Sequence[TrajectoryGroup], answers_D: Sequence[Datum]) -> np.ndarray:
-        """(D,) log p of the answers. What will be trained on, rationales and answers, is kept from this forward pass."""
-        rollouts = assemble_training_data(groups_P)
-        terms = [LossTerm(answers_D, "cross_entropy"), LossTerm(rollouts.data_D, "reinforce")]
-        answers, _ = await self._client.forward_terms(terms, keep=True)
-        return _sums(answers_D, answers)
+    async def _scores(
+        self, groups_P: Sequence[TrajectoryGroup], answers_D: Sequence[Datum]
+    ) -> tuple[np.ndarray, Sequence[KeptRow | None]]:
+        """(D,) log p of the answers, and their rows in this forward pass, which training goes on from. The trajectories get theirs."""
+        rows = rows_of(groups_P)
+        terms = [LossTerm(answers_D, "cross_entropy"), LossTerm([row.datum() for row in rows], "reinforce")]
+        answers, rollouts = await self._client.forward_terms(terms, keep=True)
+        for row, kept in zip(rows, rollouts.kept_D or (), strict=False):
+            p, g = row.origin
+            groups_P[p].trajectories_G[g].kept.append(kept)
+        return _sums(answers_D, answers), answers.kept_D or [None] * len(answers_D)
 
     def _penalized(self, scores_D: np.ndarray, finished_D: np.ndarray) -> np.ndarray:
         """A rationale that never stopped gets a multiple of the mean score, which is negative. As in the original the mean is over all

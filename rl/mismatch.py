@@ -7,6 +7,8 @@ loss's own ratio then starts from the trainer's logprobs, so that clipping measu
     mask        w where low <= w <= high, else 0 (IcePop)
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import chz
@@ -14,7 +16,7 @@ import numpy as np
 
 from posttrain.backend.ranges import NON_NEGATIVE
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import Datum, TensorData
+from rl.data_processing import Row
 from rl.metrics import compute_sampling_metrics
 from rl.types import Metrics
 
@@ -28,30 +30,26 @@ class MismatchCorrection:
     high: float = chz.field(default=2.0, validator=NON_NEGATIVE, doc="largest weight")
 
 
-async def correct_mismatch(client: TrainingClient, data_D: list[Datum], correction: MismatchCorrection) -> Metrics:
-    """One forward pass of the policy; then, in place, weighs `advantages` and replaces `logprobs` by the trainer's."""
+async def corrected(client: TrainingClient, rows: Sequence[Row], correction: MismatchCorrection) -> tuple[list[Row], Metrics]:
+    """One forward pass of the policy; the rows with weighted advantages, and the trainer's logprobs in place of the sampler's."""
+    data_D = [row.datum() for row in rows]
     output = await client.forward(data_D, "importance_sampling")
-    metrics = compute_sampling_metrics(
-        data_D, [out["logprobs"] for out in output.loss_fn_outputs]
-    )  # while `logprobs` are the sampler's
-    mask = np.concatenate([datum.loss_fn_inputs["mask"].array for datum in data_D]) > 0
-    weights = []
-    for datum, out in zip(data_D, output.loss_fn_outputs, strict=True):
-        inputs = datum.loss_fn_inputs
-        trained_T, sampled_T = out["logprobs"].array, inputs["logprobs"].array
-        w_T = np.exp(trained_T - sampled_T)
+    metrics = compute_sampling_metrics(data_D, [out["logprobs"] for out in output.loss_fn_outputs])
+    mask = np.concatenate([row.mask_T for row in rows]) > 0
+    new_rows, weights = [], []
+    for row, out in zip(rows, output.loss_fn_outputs, strict=True):
+        trained_T = out["logprobs"].array
+        w_T = np.exp(trained_T - row.logprobs_T)
         weight_T = correction_weights(w_T, correction)
-        inputs["advantages"] = TensorData(inputs["advantages"].array * weight_T)
-        inputs["logprobs"] = TensorData(trained_T * inputs["mask"].array)
         weights.append((w_T, weight_T))
+        new_rows.append(replace(row, advantages_T=row.advantages_T * weight_T, logprobs_T=trained_T * row.mask_T))
     w, weight = (np.concatenate(arrays)[mask] for arrays in zip(*weights, strict=True))
-    return metrics | {
+    effective = float(weight.sum() ** 2 / (len(weight) * np.square(weight).sum())) if weight.any() else 0.0
+    return new_rows, metrics | {
         "mismatch/weight_mean": float(w.mean()),
         "mismatch/weight_max": float(w.max()),
         "mismatch/frac_changed": float((weight != w).mean()),
-        "mismatch/effective_sample_size": float(weight.sum() ** 2 / (len(weight) * np.square(weight).sum()))
-        if weight.any()
-        else 0.0,
+        "mismatch/effective_sample_size": effective,
     }
 
 

@@ -1,6 +1,6 @@
 """One training step: finished groups become advantages, advantages become gradients, gradients move the weights.
 
-groups -> rewards that need a model -> KL in the reward -> advantages -> flat data -> KL per token -> loss normaliser -> mismatch weights
+groups -> rewards that need a model -> KL in the reward -> advantages -> KL per token -> reduction -> mismatch weights -> Datums
        -> forward_backward, as minibatches of groups arrive -> optim_step, once per substep
 """
 
@@ -25,19 +25,19 @@ from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.timeline import span
 from rl.config import Config
 from rl.data_processing import (
-    TrainingData,
-    add_advantages,
-    assemble_training_data,
+    Row,
     compute_advantages,
-    scale_losses,
+    reduced,
+    rows_of,
     split_substeps,
     trainable_groups,
+    with_advantages,
     without_truncated,
 )
 from rl.group_sources import GroupSource
-from rl.kl import Reference, kl_metrics, penalize_advantages, penalized_rewards, sampled_minus_reference
+from rl.kl import Reference, kl_metrics, penalized_advantages, penalized_rewards, sampled_minus_reference
 from rl.metrics import compute_sampling_metrics, mean_by_key
-from rl.mismatch import correct_mismatch
+from rl.mismatch import corrected
 from rl.types import BatchReward, Metrics, TrajectoryGroup
 
 T = TypeVar("T")
@@ -80,12 +80,10 @@ async def train_step(learner: Learner, source: GroupSource, step: int, adam: Ada
             groups = await anext(minibatches, None)
         if groups is None:
             break
-        training_data, sampled_D = await _prepare(learner, groups, step, outcome, minibatch_metrics := {})
+        rows, sampled_D = await _prepare(learner, groups, step, outcome, minibatch_metrics := {})
         of_minibatches.append(minibatch_metrics)
-        rows = list(zip(training_data.data_D, training_data.supervised_D, sampled_D, strict=True))
-        for part in split_substeps(rows, steps_per_minibatch):
-            supervised = [extra for _, supervised, _ in part for extra in supervised]
-            passes.forward_backward([datum for datum, _, _ in part], supervised, [sampled_T for *_, sampled_T in part])
+        for part in split_substeps(list(zip(rows, sampled_D, strict=True)), steps_per_minibatch):
+            passes.forward_backward([row for row, _ in part], [sampled_T for _, sampled_T in part])
             if minibatches_per_step == 1:
                 passes.optim_step()
         if len(of_minibatches) % minibatches_per_step == 0:
@@ -99,41 +97,41 @@ async def train_step(learner: Learner, source: GroupSource, step: int, adam: Ada
 
 async def _prepare(
     learner: Learner, groups_P: list[TrajectoryGroup], step: int, outcome: StepOutcome, metrics: Metrics
-) -> tuple[TrainingData, list[np.ndarray | None]]:
-    """The data of one minibatch of groups, with their final advantages; and the sampler's (T,) logprobs of each Datum that was sampled
+) -> tuple[list[Row], list[np.ndarray | None]]:
+    """The rows of one minibatch of groups, with their final advantages; and the sampler's (T,) logprobs of each row that was sampled
     under the weights this step begins with, None for the others."""
     config = learner.config
     if learner.batch_reward:
         with timed(metrics, "batch_reward"), span("score"):
             metrics |= await learner.batch_reward(groups_P)
-    kept = trainable_groups(groups_P, config.advantage, config.remove_constant_reward_groups, config.limits.min_group_size)
-    training_data = assemble_training_data(kept)
-    rewarded, difference_D = kept, []
-    if learner.reference and training_data.data_D:
+    places = trainable_groups(groups_P, config.advantage, config.remove_constant_reward_groups, config.limits.min_group_size)
+    rewarded_P = kept_P = [groups_P[p] for p in places]
+    rows, difference_D = rows_of(kept_P), []
+    if learner.reference and rows:
         with timed(metrics, "reference"), span("score"):
-            reference_D = await learner.reference.logprobs(training_data.data_D)
-        difference_D = sampled_minus_reference(training_data.data_D, reference_D)
-        metrics |= kl_metrics(training_data.data_D, difference_D)
+            reference_D = await learner.reference.logprobs([row.datum() for row in rows])
+        difference_D = sampled_minus_reference(rows, reference_D)
+        metrics |= kl_metrics(rows, difference_D)
         if config.kl.where == "reward":
-            rewarded = penalized_rewards(kept, training_data, difference_D, config.kl.coef)
-    advantages = compute_advantages(rewarded, config.advantage)
-    add_advantages(training_data, advantages)
+            rewarded_P = penalized_rewards(kept_P, rows, difference_D, config.kl.coef)
+    advantages_P_G = compute_advantages(rewarded_P, config.advantage)
+    rows = with_advantages(rows, advantages_P_G)
     if difference_D and config.kl.where == "advantage":
-        penalize_advantages(training_data.data_D, difference_D, config.kl.coef, config.kl.discount)
+        rows = penalized_advantages(rows, difference_D, config.kl.coef, config.kl.discount)
     if not config.train_on_truncated:
-        training_data = without_truncated(training_data, kept)
-    scale_losses(training_data, config.loss_reduction)
-    sampled_D: list[np.ndarray | None] = [
-        datum.loss_fn_inputs["logprobs"].array if kept[p].sampled_at_step == step else None
-        for datum, (p, _) in zip(training_data.data_D, training_data.origin_D, strict=True)
-    ]  # before a mismatch correction puts the trainer's in their place
-    if config.mismatch.mode != "none" and training_data.data_D:
+        rows = without_truncated(rows, kept_P)
+    rows = reduced(rows, config.loss_reduction)
+    sampled_D = [row.logprobs_T if kept_P[row.origin[0]].sampled_at_step == step else None for row in rows]
+    if config.mismatch.mode != "none" and rows:
         with span("score"):
-            metrics |= await correct_mismatch(learner.client, training_data.data_D, config.mismatch)
-    advantages_of = {id(group): advantages_G for group, advantages_G in zip(kept, advantages, strict=True)}
+            rows, mismatch_metrics = await corrected(learner.client, rows, config.mismatch)
+        metrics |= mismatch_metrics
+    advantages_P: list[np.ndarray | None] = [None] * len(groups_P)
+    for p, advantages_G in zip(places, advantages_P_G, strict=True):
+        advantages_P[p] = advantages_G
     outcome.groups_P += groups_P
-    outcome.advantages_P += [advantages_of.get(id(group)) for group in groups_P]
-    return training_data, sampled_D
+    outcome.advantages_P += advantages_P
+    return rows, sampled_D
 
 
 class _Passes:
@@ -149,13 +147,14 @@ class _Passes:
         self._steps: list[asyncio.Task[OptimStepResponse]] = []
         self._pending = False  # gradients wait for an optim_step
 
-    def forward_backward(self, data_D: list[Datum], supervised_D: list[Datum], sampled_D: list[np.ndarray | None]) -> None:
-        if not data_D:
+    def forward_backward(self, rows: Sequence[Row], sampled_D: Sequence[np.ndarray | None]) -> None:
+        if not rows:
             return
         config = self._learner.config
-        terms = [LossTerm(data_D, config.loss_fn, config.loss_fn_config)]
-        if supervised_D:
-            terms.append(LossTerm(supervised_D, "cross_entropy"))
+        data_D, kept_D = [row.datum() for row in rows], [row.kept for row in rows]
+        terms = [LossTerm(data_D, config.loss_fn, config.loss_fn_config, kept_D)]
+        if supervised := [extra for row in rows for extra in row.supervised]:
+            terms.append(LossTerm([datum for datum, _ in supervised], "cross_entropy", None, [kept for _, kept in supervised]))
         self._terms.append(terms)
         self._sampled_D += [None] * len(data_D) if self._steps else sampled_D
         self._outputs.append(_spanned(self._learner.client.forward_backward_terms(terms)))

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 import chz
 
 from posttrain.backend.errors import CookbookError
+from posttrain.backend.loss_terms import KeptRow
 from posttrain.backend.ranges import COUNT, SEED
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
@@ -117,6 +118,10 @@ class Trajectory:
     transitions: list[Transition]
     stop_reason: EpisodeEnd = "done"
     supervised: list[Datum] = field(default_factory=list)
+    kept: list[KeptRow] = field(
+        default_factory=list
+    )  # where a batch reward's forward pass has its rows, for training to go on from
+    kept_supervised: list[KeptRow] = field(default_factory=list)  # and those of `supervised`
 
     @property
     def reward(self) -> float:

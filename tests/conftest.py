@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ModelInput
+from rl.data_processing import rows_of, with_advantages
+from rl.types import TrajectoryGroup
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
@@ -76,3 +78,8 @@ def policy_data(count: int, seed: int = 0, longest: int = 30) -> list[Datum]:
 
 def gradients(trainer) -> dict[str, torch.Tensor]:  # noqa: ANN001
     return {name: p.grad.clone() for name, p in trainer.named_trainable.items() if p.grad is not None}
+
+
+def training_data(groups_P: Sequence[TrajectoryGroup], advantages_P_G: Sequence[np.ndarray]) -> list[Datum]:
+    """All rows of the groups as Datums, with their members' advantages and nothing else."""
+    return [row.datum() for row in with_advantages(rows_of(groups_P), advantages_P_G)]

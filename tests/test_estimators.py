@@ -20,18 +20,18 @@ from rl import train
 from rl.advantages import BatchMean, GroupMean
 from rl.algorithms import ALGORITHMS
 from rl.config import check_config
-from rl.data_processing import TrainingData, assemble_training_data, compute_advantages, scale_losses, without_truncated
+from rl.data_processing import Row, compute_advantages, reduced, rows_of, with_advantages, without_truncated
 from rl.kl import (
     KLPenalty,
     Reference,
     check_reference_tokenizer,
     kl_metrics,
     other_model,
-    penalize_advantages,
+    penalized_advantages,
     penalized_rewards,
     sampled_minus_reference,
 )
-from rl.mismatch import MismatchCorrection, correct_mismatch, correction_weights
+from rl.mismatch import MismatchCorrection, corrected, correction_weights
 from rl.train_cli import ADVANTAGES, CLIConfig
 from rl.types import BatchReward, BatchRewardBuilder, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import gradients, policy_data
@@ -39,25 +39,25 @@ from tests.test_group_sources import LowTokenBuilder, config, metrics, weights
 from tests.test_rl import group, turn
 
 
-def two_data() -> TrainingData:
+def two_data() -> list[Row]:
     """One group of two: prompt [1, 2]; 2 sampled tokens, then 1."""
     long = Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0], 1.0)])
     short = Trajectory([turn([1, 2], [5], [-0.5], 0.0)])
-    return assemble_training_data([TrajectoryGroup([long, short], [0.0, 0.0], [{}, {}])], [np.array([0.5, -0.5])])
+    return with_advantages(rows_of([TrajectoryGroup([long, short], [0.0, 0.0], [{}, {}])]), [np.array([0.5, -0.5])])
 
 
 REFERENCE = [np.array([0.0, -1.5, -1.0], np.float32), np.array([0.0, -0.8], np.float32)]  # d = .5, -1 and .3
 
 
-def advantages(data: TrainingData) -> list[list[float]]:
-    return [datum.loss_fn_inputs["advantages"].tolist() for datum in data.data_D]
+def advantages(rows: list[Row]) -> list[list[float]]:
+    return [row.datum().loss_fn_inputs["advantages"].tolist() for row in rows]
 
 
 def test_kl_in_the_advantage_is_centred_and_leaks_nowhere() -> None:
     data = two_data()
-    d = sampled_minus_reference(data.data_D, REFERENCE)
-    assert kl_metrics(data.data_D, d)["kl_policy_base"] == pytest.approx(-0.2 / 3)
-    penalize_advantages(data.data_D, d, coef=0.1, discount=0.0)
+    d = sampled_minus_reference(data, REFERENCE)
+    assert kl_metrics(data, d)["kl_policy_base"] == pytest.approx(-0.2 / 3)
+    data = penalized_advantages(data, d, coef=0.1, discount=0.0)
     mean = -0.2 / 3
     assert advantages(data)[0] == pytest.approx([0.0, 0.5 + 0.1 * (mean - 0.5), 0.5 + 0.1 * (mean + 1.0)])
     assert advantages(data)[1] == pytest.approx([0.0, -0.5 + 0.1 * (mean - 0.3)])
@@ -66,7 +66,7 @@ def test_kl_in_the_advantage_is_centred_and_leaks_nowhere() -> None:
 # Trap: KL that reaches prompt tokens through its discount.
 def test_discounted_kl_pays_for_later_tokens_and_never_touches_the_prompt() -> None:
     data, mean = two_data(), -0.2 / 3
-    penalize_advantages(data.data_D, sampled_minus_reference(data.data_D, REFERENCE), coef=0.1, discount=0.5)
+    data = penalized_advantages(data, sampled_minus_reference(data, REFERENCE), coef=0.1, discount=0.5)
     first, second = mean - 0.5, mean + 1.0
     assert advantages(data)[0] == pytest.approx([0.0, 0.5 + 0.1 * (first + 0.5 * second), 0.5 + 0.1 * second])
 
@@ -76,7 +76,7 @@ def test_kl_in_the_reward_goes_through_the_baseline_and_leaves_the_logged_reward
     original = TrajectoryGroup(
         [Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0], 1.0)]), Trajectory([turn([1, 2], [5], [-0.5])])], [0.0, 0.0], [{}, {}]
     )
-    (penalized,) = penalized_rewards([original], data, sampled_minus_reference(data.data_D, REFERENCE), coef=0.1)
+    (penalized,) = penalized_rewards([original], data, sampled_minus_reference(data, REFERENCE), coef=0.1)
     assert penalized.get_total_rewards() == pytest.approx([1.0 - 0.1 * -0.5, 0.0 - 0.1 * 0.3])
     assert original.get_total_rewards() == [1.0, 0.0]
 
@@ -139,8 +139,7 @@ def test_a_reference_that_cannot_serve_is_refused_before_the_run(tmp_path: Path)
 def test_normalisers_divide_by_the_right_number_of_tokens() -> None:
     expected = {"sum": [0.5, -0.5], "sequence_mean": [0.5 / 2, -0.5 / 1], "token_mean": [0.5 / 3, -0.5 / 3]}
     for reduction, (long, short) in expected.items():
-        data = two_data()
-        scale_losses(data, reduction)  # type: ignore[arg-type]
+        data = reduced(two_data(), reduction)  # type: ignore[arg-type]
         assert advantages(data)[0] == pytest.approx([0, long, long]) and advantages(data)[1] == pytest.approx([0, short])
 
 
@@ -154,9 +153,9 @@ def test_normalisers_divide_supervised_sequences_as_the_policys_tokens(reduction
     for trajectory, weight in zip(trajectories, (1.0, 0.6), strict=True):
         inputs = {"target_tokens": [6, 7, 8], "weights": [0.0, weight, weight]}
         trajectory.supervised = [Datum(ModelInput.from_ints([1, 2, 6]), inputs)]
-    data = assemble_training_data([TrajectoryGroup(trajectories, [0.0] * 2, [{}] * 2)], [np.array([0.5, -0.5])])
-    scale_losses(data, reduction)  # type: ignore[arg-type]
-    weights = [extra.loss_fn_inputs["weights"].tolist() for supervised in data.supervised_D for extra in supervised]
+    rows = with_advantages(rows_of([TrajectoryGroup(trajectories, [0.0] * 2, [{}] * 2)]), [np.array([0.5, -0.5])])
+    data = reduced(rows, reduction)  # type: ignore[arg-type]
+    weights = [extra.loss_fn_inputs["weights"].tolist() for row in data for extra, _ in row.supervised]
     assert weights == [pytest.approx([0, 1 / long, 1 / long]), pytest.approx([0, 0.6 / short, 0.6 / short])]
     assert advantages(data) == [pytest.approx([0, 0.5 / long, 0.5 / long]), pytest.approx([0, -0.5 / short])]
     kept = [t.supervised[0].loss_fn_inputs["weights"].tolist() for t in trajectories]
@@ -178,8 +177,7 @@ def test_truncated_rollouts_can_be_left_out() -> None:
         [0.0, 0.0],
         [{}, {}],
     )
-    data = assemble_training_data([cut], [np.array([1.0, -1.0])])
-    assert without_truncated(data, [cut]).origin_D == [(0, 0)]
+    assert [row.origin for row in without_truncated(rows_of([cut]), [cut])] == [(0, 0)]
 
 
 def test_mismatch_weights_by_hand() -> None:
@@ -192,22 +190,21 @@ def test_mismatch_correction_weighs_the_trainers_own_policy_gradient(torch_servi
     """With weight p / q and a ratio that starts at 1, the gradient is that of plain importance sampling, as long as nothing is cut."""
     client = torch_service.create_training_client("tiny")
 
-    def data() -> list[Datum]:
+    def rows() -> list[Row]:
         noisy = [Trajectory([turn([1, 2], [30 + i, 40], [-5.4 + 0.1 * i, -5.6], float(i))]) for i in range(3)]
-        return assemble_training_data([TrajectoryGroup(noisy, [0.0] * 3, [{}] * 3)], [np.array([-1.0, 0.0, 1.0])]).data_D
+        return with_advantages(rows_of([TrajectoryGroup(noisy, [0.0] * 3, [{}] * 3)]), [np.array([-1.0, 0.0, 1.0])])
 
-    def gradient(data_D: list[Datum], loss: str) -> dict:
-        client.forward_backward(data_D, loss).result()
+    def gradient(rows: list[Row], loss: str) -> dict:
+        client.forward_backward([row.datum() for row in rows], loss).result()
         grads = gradients(client._trainer)
         client.optim_step(AdamParams(0.0)).result()
         return grads
 
-    plain = gradient(data(), "importance_sampling")
-    corrected = data()
-    out = asyncio.run(correct_mismatch(client, corrected, MismatchCorrection(mode="truncate", high=1e9)))
+    plain = gradient(rows(), "importance_sampling")
+    weighted, out = asyncio.run(corrected(client, rows(), MismatchCorrection(mode="truncate", high=1e9)))
     assert out["mismatch/frac_changed"] == 0 and out["optim/logprob_gap_mean"] > 0.01
     for loss in ("importance_sampling", "ppo", "reinforce"):
-        for name, expected in gradient(corrected, loss).items():
+        for name, expected in gradient(weighted, loss).items():
             assert (expected - plain[name]).norm() <= 2e-6 * plain[name].norm() + 1e-9, (loss, name)
 
 
@@ -263,11 +260,11 @@ def test_token_advantages_are_added_to_the_members() -> None:
     trajectory = Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0])])
     trajectory.transitions[0].token_advantages = [0.25, -0.25]
     scored = TrajectoryGroup([trajectory], [0.0], [{}])
-    (datum,) = assemble_training_data([scored], [np.array([1.0])]).data_D
+    (datum,) = [row.datum() for row in with_advantages(rows_of([scored]), [np.array([1.0])])]
     assert datum.loss_fn_inputs["advantages"].tolist() == [0, 1.25, 0.75]
     trajectory.transitions[0].token_advantages = [1.0]
     with pytest.raises(DataError, match="2 sampled tokens and 1 token_advantages"):
-        assemble_training_data([scored], [np.array([1.0])])
+        rows_of([scored])
 
 
 def test_constant_empty_and_truncated_batches_are_counted_and_move_nothing(tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.seeds import TRAINING
 from rl import train
 from rl.advantages import BatchMean, GroupMean
-from rl.data_processing import assemble_training_data, compute_advantages
+from rl.data_processing import compute_advantages
 from rl.group_sources import GroupSource
 from rl.rollouts import Policy, do_rollouts
 from rl.train_step import Learner, train_step
 from rl.types import Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
-from tests.conftest import ROUNDING, gradients
+from tests.conftest import ROUNDING, gradients, training_data
 from tests.test_resume import finish, kill_at, steps_logged
 
 
@@ -110,7 +110,7 @@ def test_nothing_off_policy_is_the_synchronous_run_bit_for_bit(tmp_path: Path) -
         for step in range(len(dataset)):
             policy = Policy(await client.save_weights_and_get_sampling_client_async(), max_tokens=4)
             groups = await do_rollouts(dataset.get_batch(step), policy, (0, TRAINING, step))
-            data = assemble_training_data(groups, compute_advantages(groups, GroupMean())).data_D
+            data = training_data(groups, compute_advantages(groups, GroupMean()))
             await client.forward_backward(data, "importance_sampling")
             await client.optim_step(AdamParams(1e-3, eps=1e-8))
 

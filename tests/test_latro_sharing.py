@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from posttrain.backend.errors import DataError, NonFiniteError
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.trainer import Trainer
+from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput
 from posttrain.renderers.plain import PlainRenderer
-from rl.data_processing import assemble_training_data
+from rl.data_processing import rows_of, with_advantages
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.types import TrajectoryGroup
 from tests.conftest import ROUNDING, random_tokens
@@ -38,9 +40,18 @@ def groups(rng: np.random.Generator, temperature: float = 1.0) -> list[Trajector
 
 def terms(groups_P: Sequence[TrajectoryGroup], rng: np.random.Generator) -> list[LossTerm]:
     """What a step of LaTRO trains on, once the groups have been scored."""
-    data = assemble_training_data(groups_P, [rng.normal(size=len(group.trajectories_G)) for group in groups_P])
-    answers_D = [answer for supervised in data.supervised_D for answer in supervised]
-    return [LossTerm(data.data_D, "reinforce"), LossTerm(answers_D, "cross_entropy")]
+    rows = with_advantages(rows_of(groups_P), [rng.normal(size=len(group.trajectories_G)) for group in groups_P])
+    answers_D, kept_D = zip(*(answer for row in rows for answer in row.supervised), strict=True)
+    return [
+        LossTerm([row.datum() for row in rows], "reinforce", kept_D=[row.kept for row in rows]),
+        LossTerm(answers_D, "cross_entropy", kept_D=kept_D),
+    ]
+
+
+def kept(client: TrainingClient, terms: Sequence[LossTerm]) -> list[LossTerm]:
+    """The terms after a forward pass that was kept, if it was."""
+    outputs = client.forward_terms(terms, keep=True).result()
+    return [replace(term, kept_D=output.kept_D) for term, output in zip(terms, outputs, strict=True)]
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -94,7 +105,8 @@ def test_a_kept_forward_serves_part_of_its_data_once_and_under_its_own_weights(
     trainer = client._trainer
     asyncio.run(LikelihoodReward(client, LikelihoodRewardBuilder())(groups_P))
     policy, answers = terms(groups_P, np.random.default_rng(3))
-    part = LossTerm(policy.data_D[3:9], "reinforce")
+    assert policy.kept_D and answers.kept_D
+    part = LossTerm(policy.data_D[3:9], "reinforce", kept_D=policy.kept_D[3:9])
     seen = forwards(trainer, monkeypatch)
 
     def trained(*given: LossTerm) -> tuple[int, dict[str, torch.Tensor]]:
@@ -105,18 +117,20 @@ def test_a_kept_forward_serves_part_of_its_data_once_and_under_its_own_weights(
         trainer.zero_grad()
         return len(seen) - before, found
 
-    (first, kept), (second, plain) = trained(part), trained(part)
+    (first, shared), (second, plain) = trained(part), trained(part)
     assert first == 0 and second > 0
-    assert_close(kept, plain)
-    client.forward_terms([policy, answers], keep=True).result()
+    assert_close(shared, plain)
+    policy, answers = kept(client, [policy, answers])
     other = LossTerm([Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [1.0, 1.0]})], "cross_entropy")
     assert trained(policy, other)[0] > 0  # something that was not in it
-    client.forward_terms([policy, answers], keep=True).result()
+    policy, answers = kept(client, [policy, answers])
+    assert trained(policy)[0] == 0
+    policy, answers = kept(client, [policy, answers])
     client.optim_step(AdamParams(1e-3)).result()
     assert trained(policy)[0] > 0  # other weights
     monkeypatch.setattr(trainer, "config", BackendConfig(micro_batch_tokens=16))
-    client.forward_terms([policy, answers], keep=True).result()
-    assert trained(policy)[0] > 0  # more activations than one micro-batch's
+    policy, answers = kept(client, [policy, answers])
+    assert policy.kept_D is None and trained(policy)[0] > 0  # more activations than one micro-batch's
 
 
 # Trap: sequences of one row that see each other.

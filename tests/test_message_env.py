@@ -17,7 +17,7 @@ from posttrain.renderers.plain import PlainRenderer
 from posttrain.renderers.role_colon import RoleColonRenderer
 from posttrain.renderers.turns import decode, encode
 from posttrain.renderers.types import Message, Renderer
-from rl.data_processing import trajectory_to_data
+from rl.data_processing import trajectory_rows
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError, MessageCompleter
 from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageStep, ParseError, ParsePolicy
 from rl.rollouts import Policy, RolloutLimits, do_single_rollout
@@ -80,7 +80,7 @@ def one_sequence(trajectory: Trajectory) -> list[int]:
     for turn, following in zip(trajectory.transitions, trajectory.transitions[1:], strict=False):
         so_far = turn.ob.to_ints() + turn.ac.tokens
         assert following.ob.to_ints()[: len(so_far)] == so_far
-    assert len(trajectory_to_data(trajectory, 1.0)) == 1
+    assert len(trajectory_rows(trajectory)) == 1
     last = trajectory.transitions[-1]
     return last.ob.to_ints() + last.ac.tokens
 
@@ -164,7 +164,7 @@ def test_templates_that_rewrite_what_was_said_are_rendered_anew():
     assert not renderer.has_extension_property
     trajectory = roll_out(renderer, Echo(2), [encode(tokenizer, f"<think>x</think>{text}<|im_end|>") for text in "ab"])
     assert "<think>" not in decode(tokenizer, trajectory.transitions[1].ob.to_ints())
-    assert len(trajectory_to_data(trajectory, 1.0)) == 2  # each with the tokens that were sampled
+    assert len(trajectory_rows(trajectory)) == 2  # each with the tokens that were sampled
     assert trajectory.transitions[1].ac.tokens == encode(tokenizer, "<think>x</think>b<|im_end|>")
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.trainer import Trainer
-from posttrain.backend.types import ModelInput, TensorData
+from posttrain.backend.types import Datum, ModelInput, TensorData
 from rl.advantages import GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline
-from rl.data_processing import assemble_training_data, compute_advantages, split_substeps, trainable_groups, trajectory_to_data
+from rl.data_processing import compute_advantages, rows_of, split_substeps, trainable_groups, with_advantages
 from rl.metrics import compute_sampling_metrics, compute_trajectory_metrics
 from rl.rollouts import Policy, do_rollouts
 from rl.types import (
@@ -31,6 +31,7 @@ from rl.types import (
     TrajectoryGroup,
     Transition,
 )
+from tests.conftest import training_data
 
 
 def turn(
@@ -50,9 +51,13 @@ def tracks(datum) -> dict:  # noqa: ANN001
     }
 
 
+def one_member(trajectory: Trajectory, advantage: float) -> list[Datum]:
+    return training_data([TrajectoryGroup([trajectory], [0.0], [{}])], [np.array([advantage])])
+
+
 # Trap: targets off by one.
 def test_single_turn_is_shifted_by_one() -> None:
-    (datum,) = trajectory_to_data(Trajectory([turn([1, 2], [3, 4], [-0.1, -0.2])]), 0.5)
+    (datum,) = one_member(Trajectory([turn([1, 2], [3, 4], [-0.1, -0.2])]), 0.5)
     assert tracks(datum) == {
         "input": [1, 2, 3],
         "target_tokens": [2, 3, 4],
@@ -64,21 +69,21 @@ def test_single_turn_is_shifted_by_one() -> None:
 
 def test_turns_that_extend_each_other_are_one_datum_and_others_are_not() -> None:
     extending = Trajectory([turn([1, 2], [3], [-0.1]), turn([1, 2, 3, 9], [5, 6], [-0.5, -0.6])])
-    (datum,) = trajectory_to_data(extending, 2.0)
+    (datum,) = one_member(extending, 2.0)
     assert tracks(datum)["input"] == [1, 2, 3, 9, 5]
     assert datum.loss_fn_inputs["mask"].tolist() == [0, 1, 0, 1, 1]
     assert datum.loss_fn_inputs["advantages"].tolist() == [0, 2, 0, 2, 2]
     breaking = Trajectory([turn([1, 2], [3], [-0.1]), turn([1, 9], [5], [-0.5])])
-    first, second = trajectory_to_data(breaking, 2.0)
+    first, second = one_member(breaking, 2.0)
     assert (first.model_input.to_ints(), second.model_input.to_ints()) == ([1, 2], [1, 9])
     assert second.loss_fn_inputs["target_tokens"].tolist() == [9, 5]
 
 
 def test_temperature_track_appears_when_some_token_was_tempered() -> None:
-    plain = assemble_training_data([group([0, 1])], [np.array([-0.5, 0.5])]).data_D
+    plain = training_data([group([0, 1])], [np.array([-0.5, 0.5])])
     assert all("temperature" not in datum.loss_fn_inputs for datum in plain)
     tempered = TrajectoryGroup([Trajectory([turn([1], [2, 3], [-1, -1], temperature=0.5)])], [0.0], [{}])
-    (datum,) = assemble_training_data([tempered], [np.array([1.0])]).data_D
+    (datum,) = training_data([tempered], [np.array([1.0])])
     assert datum.loss_fn_inputs["temperature"].tolist() == [0.5, 0.5]
 
 
@@ -102,24 +107,24 @@ def test_leave_one_out_equals_its_definition(rewards: list[float]) -> None:
 # Trap: rewards and trajectories misaligned once groups are removed.
 def test_removing_constant_groups_keeps_rewards_and_trajectories_aligned() -> None:
     groups = [group([1, 1]), group([0, 1, 0]), group([0, 0]), group([2, 1])]
-    kept = trainable_groups(groups, GroupMean(), remove_constant=True)
-    data = assemble_training_data(kept, compute_advantages(kept, GroupMean()))
-    assert [len(g.trajectories_G) for g in kept] == [3, 2]
-    assert data.origin_D == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
-    assert [d.loss_fn_inputs["advantages"].array.max() for d in data.data_D] == pytest.approx([0, 2 / 3, 0, 0.5, 0])
+    assert trainable_groups(groups, GroupMean(), remove_constant=True) == [1, 3]
+    kept = [groups[1], groups[3]]
+    rows = with_advantages(rows_of(kept), compute_advantages(kept, GroupMean()))
+    assert [row.origin for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [row.advantages_T.max() for row in rows] == pytest.approx([0, 2 / 3, 0, 0.5, 0])
     assert trainable_groups(groups[:1], GroupMean(), remove_constant=True) == []
     assert trainable_groups([group([1])], LeaveOneOut(), remove_constant=False) == []
 
 
 def test_substeps_are_cut_in_order() -> None:
-    data = assemble_training_data([group([0] * 10)], [np.zeros(10)]).data_D
+    data = training_data([group([0] * 10)], [np.zeros(10)])
     assert [len(part) for part in split_substeps(data, 3)] == [3, 3, 4]
     assert [d for part in split_substeps(data, 3) for d in part] == data
     assert [len(part) for part in split_substeps(data[:2], 5)] == [1, 1]
 
 
 def test_sampler_against_trainer_metrics_by_hand() -> None:
-    (datum,) = trajectory_to_data(Trajectory([turn([1, 2], [3, 4], [-0.1, -0.2])]), 1.0)
+    (datum,) = one_member(Trajectory([turn([1, 2], [3, 4], [-0.1, -0.2])]), 1.0)
     trained = TensorData(np.array([-9.0, -0.2, -0.3], dtype=np.float32))
     metrics = compute_sampling_metrics([datum], [trained])
     expected = {

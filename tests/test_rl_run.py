@@ -20,7 +20,7 @@ from posttrain.renderers import get_renderer
 from preference.bradley_terry import ScalarBatchReward
 from preference.prm import PrmReward, ProcessReward, StepScores
 from rl import train
-from rl.data_processing import assemble_training_data
+from rl.data_processing import rows_of
 from rl.evaluators import sample_metrics
 from rl.group_sources import GroupSource
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
@@ -160,8 +160,7 @@ def test_a_member_without_a_turn_counts_in_the_metrics_and_not_in_the_data(tmp_p
     found = compute_trajectory_metrics([group])
     assert (found["env/all/reward/total"], found["env/all/total_episodes"], found["env/all/total_turns"]) == (0.0, 2, 1)
     assert sample_metrics([group], [1, 2], "test")["test/pass@1"] == 0.5
-    data = assemble_training_data([group], [np.array([1.0, -1.0])])
-    assert data.origin_D == [(0, 0)]
+    assert [row.origin for row in rows_of([group])] == [(0, 0)]
     lines = write_rollouts(tmp_path, 0, [group], [np.array([1.0, -1.0])], _tokenizer()).with_suffix(".jsonl").read_text()
     assert [len(json.loads(line)["turns"]) for line in lines.splitlines()] == [1, 0]
     nobody = TrajectoryGroup([Trajectory([])], [2.0], [{}])

@@ -11,18 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.backend.batching import MicroBatch, Positions, carries_loss
+from posttrain.backend.batching import MicroBatch, Positions
 from posttrain.backend.losses import Loss, LossFn
 from posttrain.backend.types import Datum, ForwardBackwardOutput, TensorData
+
+KeptRow = tuple[int, int]  # the number of a forward pass that was kept, and of a Datum in it
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """Data and the loss they are for. In one pass, all terms have as many targets per token."""
+    """Data and the loss they are for. In one pass, all terms have as many targets per token.
+
+    `kept_D` are the rows of these data, with the same tokens, targets, temperatures and places that carry loss, in a forward
+    pass that was kept (the output's `kept_D`): a backward pass goes on from there, if the weights have not changed since.
+    """
 
     data_D: Sequence[Datum]
     loss_fn: str | LossFn
     loss_fn_config: dict[str, Any] | None = None
+    kept_D: Sequence[KeptRow | None] | None = None
 
 
 class RunningTerm:
@@ -98,32 +105,25 @@ class RunningTerm:
 class KeptForward:
     """A forward pass whose graph waits for its backward."""
 
-    data_D: Sequence[Datum]
+    number: int
     batch: MicroBatch
     p_NK: torch.Tensor
     others_NK: torch.Tensor
 
-    def of(self, data_D: Sequence[Datum]) -> tuple[MicroBatch, torch.Tensor, torch.Tensor] | None:
-        """The part of it that is these data's, numbered as they are; None if some were not in it."""
-        number = {_inputs_key(datum): d for d, datum in enumerate(self.data_D)}
-        numbers_D = [number.get(_inputs_key(datum)) for datum in data_D]
-        if None in numbers_D:
+    def of(self, kept_D: Sequence[KeptRow | None]) -> tuple[MicroBatch, torch.Tensor, torch.Tensor] | None:
+        """The part of it that is these rows', numbered as they are; None if some are not its own."""
+        numbers_D = [kept[1] for kept in kept_D if kept and kept[0] == self.number]
+        if len(numbers_D) < len(kept_D):
             return None
         loss, p_NK = _part(self.batch.loss, self.p_NK, numbers_D)
         others, others_NK = _part(self.batch.others, self.others_NK, numbers_D)
         return replace(self.batch, loss=loss, others=others), p_NK, others_NK
 
 
-def _part(positions: Positions, p_NK: torch.Tensor, numbers_D: Sequence[int | None]) -> tuple[Positions, torch.Tensor]:
+def _part(positions: Positions, p_NK: torch.Tensor, numbers_D: Sequence[int]) -> tuple[Positions, torch.Tensor]:
     """Those of the data `numbers_D`, which become data 0, 1, ..."""
     rows_D = [np.flatnonzero(positions.datum_N == d) for d in numbers_D]
     row_N = np.concatenate(rows_D)
     datum_N = np.repeat(np.arange(len(numbers_D)), [len(rows) for rows in rows_D])
     part = replace(positions, datum_N=datum_N, position_N=positions.position_N[row_N])
     return part, p_NK[torch.from_numpy(row_N).to(p_NK.device)]
-
-
-def _inputs_key(datum: Datum) -> tuple[bytes, ...]:
-    """All that a Datum's logprobs depend on."""
-    tracks = [datum.loss_fn_inputs[key].array for key in ("target_tokens", "temperature") if key in datum.loss_fn_inputs]
-    return tuple(array.tobytes() for array in (np.array(datum.model_input.to_ints()), carries_loss(datum), *tracks))

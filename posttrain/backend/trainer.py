@@ -4,7 +4,9 @@ Weights and optimizer state are fp32; on CUDA the passes run under bf16 autocast
 the logprobs that RL compares must be those of one distribution.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from posttrain.backend.data_checks import check_data, resolve_loss
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ConfigError, DataError, ModelError, NonFiniteError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
-from posttrain.backend.loss_terms import KeptForward, LossTerm, RunningTerm
+from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory import check_fits
 from posttrain.backend.merged_lora import compute_merged
@@ -87,6 +89,7 @@ class Trainer:
             self.model.train()
         self.named_trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
+        self._kept_numbers = itertools.count()
         self.kept: KeptForward | None = None  # a forward that waits for its backward; whoever changes the weights drops it
         # Rows are padded behind their ends, where nothing looks: GPT-2 need not warn of it.
         setattr(self.base.get_decoder(), "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
@@ -110,9 +113,10 @@ class Trainer:
     def run_terms(self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False) -> list[ForwardBackwardOutput]:
         """Several losses in the same passes, an output for each. NonFiniteError counts the data of all terms through.
 
-        With `keep` and without `backward`, a forward that fits one micro-batch is kept, and the next backward of (some of) the same data
-        under the same weights begins there. This saves a forward pass and changes nothing else.
+        With `keep` and without `backward`, a forward that fits one micro-batch is kept, and the outputs name its rows: the next
+        backward of terms that name them begins there. This saves a forward pass and changes nothing else.
         """
+        self.kept = None if keep else self.kept
         running: list[RunningTerm] = []
         data_D: list[Datum] = []
         for term in terms:
@@ -123,7 +127,8 @@ class Trainer:
         if len({datum.loss_fn_inputs["target_tokens"].array.shape[1:] for datum in data_D}) > 1:
             raise DataError("data with different numbers of targets per token: run them in passes of their own")
         needed_D = [backward and need for term in running for need in term.needs_backward()]
-        for batch, p_NK, others_NK, differentiate in self._forward(data_D, needed_D, backward, keep):
+        kept_D = [kept for term in terms for kept in term.kept_D or [None] * len(term.data_D)]
+        for batch, p_NK, others_NK, differentiate in self._forward(data_D, needed_D, backward, keep, kept_D):
             with torch.set_grad_enabled(differentiate):
                 losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
                 if differentiate and losses:
@@ -133,15 +138,19 @@ class Trainer:
         if bad := [d for term in running for d in term.not_finite()]:
             self.zero_grad()
             raise NonFiniteError(f"the loss of data {bad[:10]} is not finite; no gradient was kept", bad)
-        return [term.output(self.output_name) for term in running]
+        outputs = [term.output(self.output_name) for term in running]
+        if keep and self.kept:
+            rows = [[(self.kept.number, term.first + d) for d in range(len(term.term.data_D))] for term in running]
+            return [replace(output, kept_D=kept_D) for output, kept_D in zip(outputs, rows, strict=True)]
+        return outputs
 
     def _forward(
-        self, data_D: Sequence[Datum], needed_D: Sequence[bool], backward: bool, keep: bool
+        self, data_D: Sequence[Datum], needed_D: Sequence[bool], backward: bool, keep: bool, kept_D: Sequence[KeptRow | None]
     ) -> Iterator[tuple[MicroBatch, torch.Tensor, torch.Tensor, bool]]:
         """Micro-batches, the logprobs of their positions with and without loss, and whether the first are to be differentiated."""
         if backward:
             kept, self.kept = self.kept, None
-            if kept and (part := kept.of(data_D)):
+            if kept and (part := kept.of(kept_D)):
                 yield *part, True
                 return
             del kept
@@ -156,7 +165,7 @@ class Trainer:
                     p_NK, others_NK = self._logprobs(batch)
                 others_NK = others_NK.detach()
                 if keep_this:
-                    self.kept = KeptForward(data_D, batch, p_NK, others_NK)
+                    self.kept = KeptForward(next(self._kept_numbers), batch, p_NK, others_NK)
                 yield batch, p_NK, others_NK, differentiate
 
     @computing()

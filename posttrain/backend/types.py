@@ -187,6 +187,9 @@ class ForwardBackwardOutput:
     loss_fn_outputs: list[dict[str, TensorData]]
     metrics: dict[str, float]
     loss_fn_output_type: str = "ArrayRecord"
+    kept_D: list[tuple[int, int]] | None = (
+        None  # of forward_terms(keep=True): the rows that a LossTerm may name (loss_terms.KeptRow)
+    )
 
 
 @dataclass(frozen=True)
