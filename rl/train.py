@@ -180,15 +180,15 @@ class Loop:
             infinite = NonFiniteError("after this step the policy's logprobs are not finite: its weights are no longer")
             raise write_offending_data(self.folder, step, [datum], infinite) from error
         metrics |= {"optim/probe_logprob_gap": whole.mean, "optim/probe_sampled_gap": sampled.mean}
-        compare_with_sampler(self.alarms, whole, sampled)
+        compare_with_sampler(self.alarms, whole, sampled, temperature)
 
     def compare_rollouts(self, outcome: StepOutcome, metrics: Metrics) -> None:
         """Rollouts of older weights, and those that a later substep trains on, differ by right; all others are on-policy."""
         if gap := outcome.on_policy_gap:
             metrics["optim/on_policy_logprob_gap"] = gap.mean
-            temperature = f"temperature={self.config.temperature:g}"
-            what = f"rollouts sampled from the present weights ({temperature}) and the trainer's logprobs of them"
-            self.alarms.compare("rollouts", gap, what, f"{SAMPLED}; or in the trainer, {BATCHED}")
+            temperature = self.config.temperature
+            what = f"rollouts sampled from the present weights (temperature={temperature:g}) and the trainer's logprobs of them"
+            self.alarms.compare("rollouts", gap, what, f"{SAMPLED}; or in the trainer, {BATCHED}", temperature)
 
     def write_transcript(self, outcome: StepOutcome, step: int) -> None:
         """The first groups, and as many of those that lost members."""

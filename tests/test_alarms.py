@@ -261,6 +261,17 @@ def test_limits_are_those_of_the_device_and_its_dtype(device: str, dtype: str, g
     alarms.decide("step 8")
 
 
+def test_rounding_grows_as_the_temperature_falls() -> None:
+    alarms = Alarms(GetInfoResponse("m", 0, 1, 1, 512, "cuda:0", "bfloat16"), "stop")
+    for temperature in (0.7, 0.5):
+        alarms.compare("sampled", Gap(0.06, 0.8), "two numbers", "none", temperature)
+    alarms.decide("a limit of 0.05 / temperature")
+    for temperature in (1.0, 2.0):
+        alarms.compare("sampled", Gap(0.06, 0.8), "two numbers", "none", temperature)
+        with pytest.raises(LogprobGapError, match="rounding explains 0.05"):
+            alarms.decide("and no less than 0.05")
+
+
 def test_the_gap_by_hand() -> None:
     gap = Gap.between([np.array([-1.0, -2.0]), np.array([-3.0])], [np.array([-1.5, -2.0]), np.array([-2.0])])
     assert (gap.mean, gap.largest) == (0.5, 1.0) and Gap.between([], []) == Gap(0.0, 0.0)

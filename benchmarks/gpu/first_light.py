@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = {
     "facts": 60,
     "trainer": 120,
-    "attention": 60,
+    "attention": 90,
     "head": 60,
     "train_step": 120,
     "large_models": 90,

@@ -56,7 +56,8 @@ def memory(record: Record, when: str) -> float:
 def check_gaps(record: Record, when: str, client: TrainingClient, sampler: SamplingClient) -> None:
     for temperature in (0.7, 1.0):
         gap = mean_gap(client, sampler, temperature, prompts=8, samples=8, max_tokens=32)
-        record.at_most(f"{when}: |dlogp| at temperature {temperature}", gap, gap_bound())
+        bound = gap_bound() / temperature  # logits, and their rounding, are divided by it
+        record.at_most(f"{when}: |dlogp| at temperature {temperature}", gap, bound)
 
 
 class Stopwatch:
