@@ -11,6 +11,7 @@ from typing import Any, Literal
 import chz
 import torch
 
+from posttrain.backend.alarms import Alarms, check_at_start
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
@@ -67,6 +68,7 @@ async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], ev
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)
+        await check_at_start(client, alarms := Alarms(client.get_info(), config.backend.alarm))
         if config.method.needs_reference:  # before a resumed run's own weights are loaded
             if config.load_checkpoint_path:
                 await client.load_state(config.load_checkpoint_path)
@@ -87,6 +89,7 @@ async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], ev
             evaluate if config.eval_every and (test or evaluator) else None,
             name="dpo",
             headline=HEADLINE,
+            alarms=alarms,
         )
     finish(folder, metrics)
     return metrics

@@ -104,18 +104,20 @@ async def training_loop(
     *,
     name: str = "sft",
     headline: dict[str, str] = HEADLINE,
+    alarms: Alarms | None = None,
     until: int | None = None,
     stop_at_nll: float | None = None,
 ) -> Metrics:
     """From where the folder's last checkpoint ended to the last step; returns the last metrics.
 
+    `alarms` are those of a caller who has made the comparison at the start already.
     `until` ends this call before that step; its checkpoint is named by the step. The schedule is that of all steps, and a later call
     goes on (recipes/bstar).
     """
     num_steps = config.num_steps(len(dataset))
     last = min(num_steps, until or num_steps)
     run = Run(config=config, folder=folder, client=client, name=name, num_steps=last, headline=headline)
-    run.alarms = alarms = Alarms(client.get_info(), config.backend.alarm)
+    run.alarms = alarms or Alarms(client.get_info(), config.backend.alarm)
     run.final_name = "final" if last == num_steps else None
     if evaluator:
         run.evaluate = lambda _: evaluator(client)
@@ -123,8 +125,8 @@ async def training_loop(
         run.ends_early = lambda metrics: metrics.get("train_mean_nll", float("inf")) < stop_at_nll
     if not run.start(config.load_checkpoint_path):
         return run.last_metrics()
-    if run.first_step < last:
-        await check_at_start(client, alarms)
+    if run.first_step < last and not alarms:
+        await check_at_start(client, run.alarms)
     batch = _batch(dataset, run.first_step) if run.first_step < last else None
 
     async def step(number: int, metrics: Metrics) -> None:
