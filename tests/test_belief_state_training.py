@@ -1,11 +1,7 @@
 """Runs of recipes/belief_state/train.py: killed and resumed they are one run; checkpoints of other tasks are refused."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,7 @@ from recipes.belief_state.star_graph import StarGraphBuilder, accuracy, task_nam
 from recipes.libraries.belief_state.files import load_belief_state, load_next_token
 from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer
-from tests.conftest import ROOT
+from tests.commands import Command
 
 SMALL: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "hidden": 16, "batch_size": 8, "num_steps": 12, "eval_every": 5}
 GRAPH = StarGraphBuilder(num_test=20)
@@ -51,16 +47,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     options = [f"{name}={value}" for name, value in SMALL.items()] + [f"data.path={file}"]
     options += ["num_steps=60", "save_every=7", "objective.subsample=0.5", "lr_schedule=cosine", "data.num_test=20"]
     train.main(parse(train.Config, [*options, f"log_path={tmp_path / 'whole'}"], {"data": train.SOURCES}))
-    command = [sys.executable, "recipes/belief_state/train.py", *options, f"log_path={tmp_path / 'killed'}"]
+    command = ["recipes/belief_state/train.py", *options, f"log_path={tmp_path / 'killed'}"]
     command.append("behavior_if_log_dir_exists=resume")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while (not metrics.exists() or metrics.read_bytes().count(b"\n") < 20) and process.poll() is None:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert Command(*command, killed_at=("metrics.jsonl", 24)).wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "checkpoints" / "final").exists()
-    train.main(parse(train.Config, [*command[2:]], {"data": train.SOURCES}))
+    train.main(parse(train.Config, [*command[1:]], {"data": train.SOURCES}))
     (weights, logged), (weights_whole, logged_whole) = outcome(tmp_path / "killed"), outcome(tmp_path / "whole")
     assert logged == logged_whole and len(logged) == 61
     assert weights == weights_whole

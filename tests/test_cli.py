@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from posttrain.tracking.metrics_log import read_metrics
+from tests import commands
 from tests.conftest import ROOT
 
 SFT, RL = "supervised/train_cli.py", "rl/train_cli.py"
@@ -22,7 +22,7 @@ GSM8K = [
 def run(*arguments: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
     script, *options = arguments
     command = ["-m", script] if not script.endswith(".py") else [str(ROOT / script)]
-    return subprocess.run([sys.executable, *command, *options], cwd=cwd, capture_output=True, text=True, timeout=280)
+    return commands.run(*command, *options, cwd=cwd)
 
 
 def succeeds(*arguments: str, cwd: Path = ROOT) -> str:

@@ -3,14 +3,12 @@
 A block that cannot be run here stands under a line `<!-- not executed: REASON -->`.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,6 +62,5 @@ def test_every_page_runs(tmp_path: Path):
         (tmp_path / page.stem).mkdir()
         (tmp_path / page.stem / f"{page.name}.py").write_text(program(page.read_text()))
     scripts = [str(tmp_path / page.stem / f"{page.name}.py") for page in PAGES]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", DRIVER, *scripts], env=environment, capture_output=True, text=True, timeout=300)
+    done = commands.run("-c", DRIVER, *scripts, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert len(PAGES) >= 3 and done.returncode == 0, done.stderr[-3000:]

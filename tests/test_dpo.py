@@ -3,11 +3,7 @@
 import asyncio
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +24,8 @@ from preference.pairs import Pair, as_data, micro_batches_of_pairs, render_pairs
 from preference.reference import with_reference
 from recipes.dpo import train as recipe
 from recipes.dpo.letters import SortedPreferredBuilder
-from tests.conftest import ROOT, gradients
+from tests.commands import Command
+from tests.conftest import gradients
 
 # star_graph.md E.4: policy chosen -2, -.5, rejected -1, -4; reference chosen -3, -1, rejected -1.5, -2. Tokens are our own.
 CASE = ([-2.0, -0.5], [-1.0, -4.0], [-3.0, -1.0], [-1.5, -2.0], [4.0, 2.0], [2.0, 8.0])
@@ -182,7 +179,7 @@ def letters_file(folder: Path) -> str:
     return str(path)
 
 
-def start(solutions: str, folder: Path) -> "subprocess.Popen[str]":
+def start(solutions: str, folder: Path, killed_at: tuple[str, int] | None = None) -> Command:
     """From the command line, by short names; micro-batches of 8 pairs."""
     arguments = [
         "dataset=gsm8k_solutions",
@@ -198,9 +195,7 @@ def start(solutions: str, folder: Path) -> "subprocess.Popen[str]":
         f"log_path={folder}",
         "behavior_if_log_dir_exists=resume",
     ]
-    command = [sys.executable, str(ROOT / "preference" / "train_cli.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Command("preference/train_cli.py", *arguments, killed_at=killed_at)
 
 
 def steps_logged(folder: Path) -> int:
@@ -218,15 +213,10 @@ def outcome(folder: Path) -> tuple[dict, list, str]:
 
 def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     solutions = letters_file(tmp_path)
-    whole, killed = start(solutions, tmp_path / "whole"), start(solutions, tmp_path / "killed")
-    while steps_logged(tmp_path / "killed") < 15 and killed.poll() is None:
-        time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert 15 <= steps_logged(tmp_path / "killed") < 40
+    whole, killed = start(solutions, tmp_path / "whole"), start(solutions, tmp_path / "killed", ("metrics.jsonl", 20))
+    assert killed.wait() == -signal.SIGKILL and 10 < steps_logged(tmp_path / "killed") < 40
     for process in (whole, again := start(solutions, tmp_path / "killed")):
-        output, _ = process.communicate(timeout=100)
-        assert process.returncode == 0 and ("resuming" in output) == (process is again), output
+        assert process.wait() == 0 and ("resuming" in process.output()) == (process is again), process.output()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     saved = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert saved["method"]["class"] == "preference.losses:RPO" and saved["method"]["nll_coef"] == 0.5

@@ -1,22 +1,18 @@
 """The recipes as a user runs them: from another directory, as a file and as a module, with few steps and the torch sampler."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import commands
 from tests.conftest import ROOT
 
 
 def run_recipe(name: str, folder: Path, *arguments: str, as_module: bool = False) -> str:
     """What it prints. One thread, since the models are tiny and the tests' own engines have the others."""
     script = ["-m", f"recipes.{name}"] if as_module else [str(ROOT / "recipes" / f"{name}.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT) if as_module else ""}
-    done = subprocess.run(
-        [sys.executable, *script, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT) if as_module else ""}
+    done = commands.run(*script, *arguments, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,8 +3,6 @@
 import asyncio
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import chz
@@ -35,6 +33,7 @@ from preference.reward_evaluation import Evaluation, evaluate_judge, length_base
 from preference.reward_types import JudgeError, PreferenceModel, RewardModel, judge_all
 from preference.types import Comparison, ComparisonDatasetBuilder, Label, LabeledComparison
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
+from tests import commands
 from tests.conftest import ROOT
 
 TORCH = BackendConfig(engine="torch")
@@ -228,7 +227,6 @@ def test_the_command_trains_from_a_file(tmp_path):
     rows = [{"prompt": f"q{i}", "completion_A": "a" * (i % 5 + 1), "completion_B": "bb", "label": "B"} for i in range(40)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [
-        sys.executable,
         str(ROOT / "preference" / "train_reward_model.py"),
         "dataset=scalar",
         "max_steps=2",
@@ -236,7 +234,7 @@ def test_the_command_trains_from_a_file(tmp_path):
     ]
     comparisons = ["=labeled", ".path=pairs.jsonl", ".test_size=8"]
     command += ["dataset.batch_size=8", *(f"dataset.comparisons{option}" for option in comparisons)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = commands.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "runs" / "reward_model" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"test/accuracy", "test/ece", "test/swap_agreement", "test/length_baseline"} <= last.keys()

@@ -17,6 +17,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.losses import reinforce
 from posttrain.backend.types import ForwardBackwardOutput, ModelInput, TensorData
 from posttrain.renderers import get_renderer
+from posttrain.tracking.progress import TrainingProgress
 from preference.bradley_terry import ScalarBatchReward
 from preference.prm import PrmReward, ProcessReward, StepScores
 from rl import train
@@ -61,17 +62,16 @@ def test_an_unfinished_run_past_the_steps_that_are_asked_for_is_left_as_it_is(tm
         pass
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(train, "_headline", lambda record: stop_at_step_3(record, Stop))
+        patch.setattr(TrainingProgress, "update", lambda self, step, metrics: stop_at_step_3(step, Stop))
         run(tmp_path, max_steps=6, save_every=3, eval_every=0)
     before = files(tmp_path)
     run(tmp_path, "resume_changed", max_steps=2, eval_every=0)
     assert {path for path in files(tmp_path) if "checkpoints" in path} == {path for path in before if "checkpoints" in path}
 
 
-def stop_at_step_3(record: dict[str, float], error: type[Exception]) -> dict[str, float]:
-    if record["progress/batch"] == 3:
+def stop_at_step_3(step: int, error: type[Exception]) -> None:
+    if step == 3:
         raise error
-    return {}
 
 
 def test_a_function_may_be_the_loss(tmp_path: Path) -> None:

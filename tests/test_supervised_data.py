@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 
 import chz
 import pytest
@@ -31,6 +29,7 @@ from supervised.data import (
 )
 from supervised.types import SupervisedDatasetBuilder
 from supervised.viz_sft_dataset import colored_example
+from tests import commands
 
 TOKENIZER = character_tokenizer(512)
 PLAIN = get_renderer("plain", TOKENIZER)
@@ -307,7 +306,7 @@ def test_viz_colours_by_weight_and_runs_as_a_file_from_anywhere(tmp_path):
     ]
     script = viz_sft_dataset.__file__
     options = [f"dataset.path={write(tmp_path / 'sums.jsonl', sums(4))}", "dataset.batch_size=128", "num_examples=3"]
-    command = [sys.executable, script, "dataset=prompt_completion", "renderer_name=plain", *options]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [script, "dataset=prompt_completion", "renderer_name=plain", *options]
+    shown = commands.run(*command, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "6 of 18 tokens (33%) of these 3 examples carry loss" in shown.stdout

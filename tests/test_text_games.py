@@ -2,10 +2,7 @@
 
 import asyncio
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +36,7 @@ from rl.message_env import EnvFromMessageEnv, MessageEnv, MessageStep, ParseErro
 from rl.rollouts import Policy, RolloutLimits, do_group_rollout
 from rl.types import Env, EnvGroupBuilder, RLDataset, StepResult
 from supervised.types import SupervisedDataset
+from tests import commands
 from tests.conftest import ROOT
 from tests.test_message_env import Scripted, say
 
@@ -274,10 +272,7 @@ def test_tool_use_by_hand():
 
 
 def run(*command: str, typed: str = "", cwd: Path) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, input=typed, capture_output=True, text=True, timeout=120
-    )
+    done = commands.run(*command, cwd=cwd, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, typed=typed)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
