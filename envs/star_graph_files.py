@@ -10,6 +10,7 @@ Every row that is read is checked to be a star graph of that size. Left out: lin
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tokenize import TokenError  # of a damaged .npy header
 
 import numpy as np
 
@@ -136,7 +137,7 @@ def read_rows(path: str | Path, graph: StarGraph, max_rows: int | None = None) -
         return read_lines(path, graph, max_rows)
     try:
         tokens_B_T = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, TokenError) as error:
         raise DataError(
             f"{path} cannot be read ({error}); give a .npy file as write_sampled makes them, or lines of text"
         ) from error

@@ -7,13 +7,12 @@ those that raise SystemExit or KeyboardInterrupt in a task they have started the
 
 import asyncio
 import ctypes
-import inspect
 import signal
 import time
 import traceback
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 from posttrain.tracking.timeline import span
@@ -106,15 +105,6 @@ def _rollout_error(what: str, failure: BaseException) -> RolloutError:
     error = EnvError(f"{what} raised {type(failure).__name__}: {plain_text(message[:MESSAGE_CHARS])}")
     error.__cause__ = failure
     return error
-
-
-@cache
-def takes_extra(env_class: type) -> bool:
-    """Whether its `step` has the keyword `extra`, as those of the Tinker cookbook's environments have."""
-    try:
-        return "extra" in inspect.signature(env_class.step).parameters  # type: ignore[attr-defined]
-    except Exception:  # no `step`, or none that can be looked at: the call will say so
-        return False
 
 
 def _started(owner: object, method: str, arguments: tuple[object, ...], keywords: dict[str, object]) -> Coroutine[Any, Any, Any]:

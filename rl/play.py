@@ -31,9 +31,9 @@ from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode, encode, eos
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.command_line import by_name, run_command
-from rl.env_calls import takes_extra
 from rl.names import ENVS
 from rl.rollouts import Policy, RolloutLimits, do_single_rollout, first_error
+from rl.step_checks import takes_extra
 from rl.types import Action, Env, EnvGroupBuilder, EpisodeEnd, Metrics, Observation, RLDatasetBuilder, StepResult, StopCondition
 
 PATIENCE = 1e9  # seconds that a call may take: a person thinks, and the other seat waits

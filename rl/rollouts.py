@@ -25,7 +25,7 @@ from posttrain.backend.types import SamplingParams
 from posttrain.tracking.seeds import RETRY
 from posttrain.tracking.timeline import span
 from rl import step_checks
-from rl.env_calls import SamplingClock, call, call_now, takes_extra
+from rl.env_calls import SamplingClock, call, call_now
 from rl.types import (
     Env,
     EnvError,
@@ -134,7 +134,7 @@ async def _episode(policy: Policy, env: Env, seed: Seed, limits: RolloutLimits, 
             if not transitions:
                 raise RolloutError(f"the first observation cannot be answered: {error}") from error
             return await _cut_short(env, transitions, "context_length", seconds, clock)
-        extra = {"extra": {"stop_reason": ac.stop_reason}} if takes_extra(type(env)) else {}
+        extra = {"extra": {"stop_reason": ac.stop_reason}} if step_checks.takes_extra(type(env)) else {}
         result = await call(step_checks.step_result, seconds, clock, env, "step", list(ac.tokens), **extra)
         transitions.append(Transition(ob, ac, result.reward, result.episode_done, result.metrics, result.logs))
         if result.episode_done:

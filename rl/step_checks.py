@@ -4,10 +4,12 @@ A number may be any real number, NumPy's and zero-dimensional arrays included; i
 Anything else that the types of rl/types.py do not allow raises MalformedStep, or, where it is the dataset's or the builder's, DataError.
 """
 
+import inspect
 import numbers
 import traceback
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -147,6 +149,30 @@ def _stop(item: object) -> Any:
 # --- of a group's builder ------------------------------------------------------------------------------------------------------
 
 
+@cache
+def takes_extra(env_class: type) -> bool:
+    """Whether its `step` has the keyword `extra`, as those of the Tinker cookbook's environments have."""
+    try:
+        return "extra" in inspect.signature(env_class.step).parameters  # type: ignore[attr-defined]
+    except Exception:  # no `step`, or none that can be looked at: the call will say so
+        return False
+
+
+def check_step(env: Env) -> None:
+    """Its `step` has to take what rollouts give it."""
+    try:
+        signature = inspect.signature(env.step)
+    except Exception:  # none that can be looked at: the call will say so
+        return
+    try:
+        signature.bind([], **({"extra": {}} if takes_extra(type(env)) else {}))
+    except TypeError as error:
+        raise MalformedStep(
+            f"{type(env).__name__}.step cannot be called: {error}; rollouts call step(action), or step(action, extra=...) "
+            "where it has that keyword"
+        ) from error
+
+
 def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
     name = f"{type(builder).__name__}.make_envs"
     if not isinstance(result, Sequence) or isinstance(result, str):
@@ -156,6 +182,8 @@ def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
         raise MalformedStep(f"{name} returned no environment")
     if bad := [env for env in envs_G if not isinstance(env, Env)]:
         raise MalformedStep(f"{name} returned {bad[0]!r:.100}, which is no Env")
+    for env in {type(env): env for env in envs_G}.values():
+        check_step(env)
     if len({id(env) for env in envs_G}) < len(envs_G):
         raise MalformedStep(f"{name} returned one environment several times: each member of a group needs its own")
     return envs_G
@@ -218,3 +246,11 @@ def batch(dataset: RLDataset, index: int) -> list[EnvGroupBuilder]:
     if bad := [builder for builder in builders_P if not isinstance(builder, EnvGroupBuilder)]:
         raise DataError(f"{name} returned {bad[0]!r:.100}, which is no EnvGroupBuilder")
     return builders_P
+
+
+def short_batches(builder: RLDatasetBuilder, dataset: RLDataset) -> str | None:
+    """A line for a person whose data set is smaller than a batch."""
+    wanted = getattr(builder, "batch_size", None)
+    if not isinstance(wanted, int) or len(dataset) > 1 or (available := len(batch(dataset, 0))) >= wanted:
+        return None
+    return f"env.batch_size={wanted} is more than the {available:,} problems there are: each batch is all of them"

@@ -57,6 +57,8 @@ async def main(config: Config) -> Metrics:
     num_steps = config.num_steps(len(dataset))
     if num_steps == 0:
         raise DataError("the dataset has no batch to train on")
+    if short := step_checks.short_batches(config.env, dataset):
+        print(short, flush=True)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     if config.model_name in PRESETS and not config.load_checkpoint_path and not folder.resumed:
         print(

@@ -248,7 +248,7 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
             else:
                 table = datasets.load_dataset(str(path) if path.exists() else self.name, self.subset, split=split)
             rows = [(f"{self.name}[{split}]:{i}", fields) for i, fields in enumerate(table)]
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, DatasetsError) as error:
             cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
             reason = " ".join(str(cause).split())[:300]
             raise DataError(f"dataset {self.name!r}, split {split!r}, could not be loaded: {reason}") from error

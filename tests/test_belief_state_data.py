@@ -1,5 +1,6 @@
 """The text path of the Belief State Transformer: stories, tokenizer, packing, fill-in-the-middle, shards. Nothing lost, doubled or made up."""
 
+import io
 import json
 from typing import Any
 
@@ -185,6 +186,11 @@ def test_weights_repeat_or_cut_shards(tmp_path):
             WeightedShards([shard], weights)
 
 
+def npy(tokens: int) -> bytes:
+    np.save(file := io.BytesIO(), np.arange(tokens, dtype=np.uint16))
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
@@ -193,6 +199,11 @@ def test_weights_repeat_or_cut_shards(tmp_path):
         (np.array([1, 2, 3, 999, 5, 6], dtype=np.uint16), "token 3 of 6: the id 999 is beyond the 50 tokens"),
         (np.array([1, 2], dtype=np.uint16), "2 tokens do not fill one row of 4"),
         (b"no array", "no array of numpy"),
+        (b"", "no array of numpy"),
+        (bytes(range(256)) * 40, "no array of numpy"),
+        (npy(8)[:-4], "no array of numpy"),
+        (npy(8)[:40], "no array of numpy"),
+        (npy(8).replace(b"(8,)", b"(8, "), "no array of numpy"),
         (None, "no such shard; there are other.npy"),
     ],
 )

@@ -278,10 +278,14 @@ def test_a_long_example_is_announced_and_dropped(tmp_path: Path, capsys: pytest.
 
 GRAPH = StarGraph(2, 3, 12)
 LINE = format_line(sample_graphs(GRAPH, 1, 0)[0], GRAPH).encode()
+BROKEN_HEADER = (
+    b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, ".ljust(117) + b"\n" + bytes(80)
+)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\n\n", b"\x00\xff" * 50, LINE + b"\n7,7", LINE[:-3], "ä".encode(), LINE.replace(b",", b";")]
+    "content",
+    [b"", b"\n\n", b"\x00\xff" * 50, LINE + b"\n7,7", LINE[:-3], "ä".encode(), LINE.replace(b",", b";"), BROKEN_HEADER],
 )
 @pytest.mark.parametrize("suffix", [".txt", ".npy"])
 def test_damaged_star_graphs_are_named(tmp_path: Path, content: bytes, suffix: str):

@@ -202,6 +202,19 @@ def test_a_builder_that_makes_no_environments_is_named(made: Any, torch_service:
         rollouts(torch_service, OddGroup())
 
 
+def test_a_step_that_needs_what_no_rollout_gives_is_refused_before_sampling(torch_service: Any) -> None:
+    class Demanding(TwoTurns):
+        async def step(self, action: list[int], *, extra: dict, clock: float) -> StepResult:  # type: ignore[override]
+            raise AssertionError
+
+    class Group(EnvGroupBuilder):
+        async def make_envs(self) -> Sequence[Env]:
+            return [Demanding(0.0, {})]
+
+    with pytest.raises(CookbookError, match="Demanding.step cannot be called: missing a required .*'clock'"):
+        rollouts(torch_service, Group())
+
+
 @pytest.mark.parametrize("later", [None, [], [ENV]])
 def test_a_retry_that_gets_fewer_environments_is_the_members_failure(later: Any, torch_service: Any) -> None:
     class Group(EnvGroupBuilder):

@@ -271,6 +271,19 @@ def test_choice_by_name():
         get_renderer("chat_template", BPE)
 
 
+def test_a_renderer_that_writes_another_template_is_warned_of(monkeypatch, capsys):
+    class WithoutTheHeaders(ChatTemplateRenderer):
+        def build_generation_prompt(self, messages):
+            tokens = super().build_generation_prompt(messages).to_ints()
+            return ModelInput.from_ints(tokens[:-1])
+
+    monkeypatch.setitem(BY_NAME, "mine", WithoutTheHeaders)
+    get_renderer("chat_template", CHARACTERS)
+    assert "WARNING" not in capsys.readouterr().out
+    get_renderer("mine", CHARACTERS)
+    assert "WARNING WithoutTheHeaders writes a prompt of system, user otherwise than the tokenizer's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", RENDERERS)
 def test_renderers_pickle(name):
     renderer = pickle.loads(pickle.dumps(RENDERERS[name]))

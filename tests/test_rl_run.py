@@ -26,6 +26,7 @@ from rl.evaluators import sample_metrics
 from rl.group_sources import GroupSource
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.metrics import compute_trajectory_metrics
+from rl.step_checks import short_batches
 from rl.transcripts import write_rollouts
 from rl.types import EnvGroupBuilder, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.test_group_sources import LowTokenBuilder, LowTokenDataset, config, metrics
@@ -197,6 +198,16 @@ def test_a_problem_may_have_a_prompt_of_its_own() -> None:
     tokenizer = _tokenizer()
     env = Poem(get_renderer("plain", tokenizer))
     assert "a poem about rain" in tokenizer.decode(env.build_prompt().to_ints()) and env.prompt == "a poem about "
+
+
+def test_fewer_problems_than_a_batch_are_trained_on_and_said() -> None:
+    class Few(LowTokenDataset):
+        def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
+            return super().get_batch(index)[:3]
+
+    whole, few = LowTokenBuilder(n_batches=1), LowTokenBuilder(n_batches=2)
+    assert short_batches(whole, LowTokenDataset(whole)) is None and short_batches(few, Few(few)) is None
+    assert short_batches(whole, Few(whole)) == "env.batch_size=4 is more than the 3 problems there are: each batch is all of them"
 
 
 def test_equal_prompts_of_comparisons_are_counted_aloud(capsys: pytest.CaptureFixture[str]) -> None:

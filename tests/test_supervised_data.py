@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import chz
 import pytest
@@ -33,6 +34,7 @@ from tests import commands
 
 TOKENIZER = character_tokenizer(512)
 PLAIN = get_renderer("plain", TOKENIZER)
+SAVED_FILES = ("state.json", "dataset_info.json", "data-00000-of-00001.arrow")  # of `datasets.save_to_disk`
 WORD_PROBLEMS = [
     {"question": "Ana has 3 pears and eats 1. How many are left?", "answer": "She has 3 - 1 = <<3-1=2>>2 left.\n#### 2"},
     {"question": "A box holds 4 pens. How many are in 6 boxes?", "answer": "4 * 6 = <<4*6=24>>24 pens.\n#### 24"},
@@ -244,6 +246,22 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
         HuggingFaceBuilder(name=str(tmp_path / "saved"), split="dev")(PLAIN)
     with pytest.raises(DataError, match=r"saved\[train\]:0: no field 'messages'"):
         HuggingFaceBuilder(name=str(tmp_path / "saved"))(PLAIN)
+
+
+@pytest.mark.parametrize("file", ["dataset_dict.json", *(f"train/{name}" for name in SAVED_FILES)])
+def test_a_damaged_file_of_a_saved_hugging_face_set_is_one_line(tmp_path: Path, file: str):
+    import datasets
+
+    splits = datasets.DatasetDict()
+    splits["train"] = datasets.Dataset.from_list(WORD_PROBLEMS[:2])
+    splits.save_to_disk(str(tmp_path / "saved"))
+    path = tmp_path / "saved" / file
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) * 2 // 3], bytes(range(256)) * 40, b"[1, 2]"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"saved', split 'train', could not be loaded: .") as error:
+            HuggingFaceBuilder(name=str(tmp_path / "saved"), prompt_field="question", completion_field="answer")(PLAIN)
+        assert "\n" not in str(error.value)
 
 
 def test_mixture_follows_its_weights_everywhere_in_the_epoch():

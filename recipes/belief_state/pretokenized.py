@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tokenize import TokenError  # of a damaged .npy header
 
 import chz
 import numpy as np
@@ -95,7 +96,7 @@ class Shard:
                 ", ".join(sorted(path.name for path in self.path.parent.glob("*.npy"))[:5]) if self.path.parent.is_dir() else ""
             )
             raise DataError(f"{self.path}: no such shard" + (f"; there are {near}" if near else "")) from None
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, TokenError) as error:
             raise DataError(
                 f"{self.path}: no array of numpy can be read from it: {' '.join(str(error).split())[:120]}"
             ) from error
