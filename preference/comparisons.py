@@ -35,21 +35,21 @@ def content_hash(*parts: object) -> str:
 
 def randomly_swapped(comparisons: Sequence[LabeledComparison], seed: int = 0) -> list[LabeledComparison]:
     """Sides exchanged for about half of them: which ones is a function of (example, seed) alone."""
-    return [one.swap() if int(content_hash(_sides(one), seed), 16) % 2 else one for one in comparisons]
+    return [labeled.swap() if int(content_hash(_sides(labeled), seed), 16) % 2 else labeled for labeled in comparisons]
 
 
 def in_both_orders(comparisons: Sequence[LabeledComparison]) -> list[LabeledComparison]:
     """Each, followed by itself with the sides exchanged."""
-    return [side for one in comparisons for side in (one, one.swap())]
+    return [side for labeled in comparisons for side in (labeled, labeled.swap())]
 
 
-def prompt_hash(one: LabeledComparison) -> str:
+def prompt_hash(labeled: LabeledComparison) -> str:
     """Comparisons with the same prompt belong on the same side of a split."""
-    return content_hash(list(one.comparison.prompt_conversation))
+    return content_hash(list(labeled.comparison.prompt_conversation))
 
 
-def _sides(one: LabeledComparison) -> list[list[Message]]:
-    comparison = one.comparison
+def _sides(labeled: LabeledComparison) -> list[list[Message]]:
+    comparison = labeled.comparison
     return [list(side) for side in (comparison.prompt_conversation, comparison.completion_A, comparison.completion_B)]
 
 
@@ -63,7 +63,7 @@ def pairs_of_samples(
         by_prompt[content_hash(list(sample.prompt))].append(sample)
     pairs = []
     for group in by_prompt.values():
-        found = [
+        of_prompt = [
             LabeledComparison(
                 Comparison(better.prompt, better.completion, worse.completion), "A", better.score - worse.score, better.where
             )
@@ -71,7 +71,9 @@ def pairs_of_samples(
             for worse in group
             if better.score > worse.score and better.score - worse.score >= min_gap
         ]
-        pairs += sorted(found, key=lambda one: content_hash(_sides(one), seed))[:max_pairs] if max_pairs else found
+        pairs += (
+            sorted(of_prompt, key=lambda labeled: content_hash(_sides(labeled), seed))[:max_pairs] if max_pairs else of_prompt
+        )
     return pairs
 
 
@@ -87,22 +89,22 @@ def cleaned(
     """
     kept: dict[str, LabeledComparison] = {}
     dropped: Counter[str] = Counter()
-    for one in comparisons:
-        fault, option = _fault(one), {"empty answers": empty, "identical answers": identical}
+    for labeled in comparisons:
+        fault, option = _fault(labeled), {"empty answers": empty, "identical answers": identical}
         if fault and option.get(fault, "raise") == "raise":
             raise DataError(
-                f"{one.where}: {fault}" + (f"; {fault.split()[0]}=drop leaves such pairs out" if fault in option else "")
+                f"{labeled.where}: {fault}" + (f"; {fault.split()[0]}=drop leaves such pairs out" if fault in option else "")
             )
-        fault = fault or ("duplicates" if _judgement(one) in kept else "")
+        fault = fault or ("duplicates" if _judgement(labeled) in kept else "")
         if fault:
             dropped[fault] += 1
         else:
-            kept[_judgement(one)] = one
+            kept[_judgement(labeled)] = labeled
     return list(kept.values()), dropped
 
 
-def _fault(one: LabeledComparison) -> str:
-    prompt, a, b = _sides(one)
+def _fault(labeled: LabeledComparison) -> str:
+    prompt, a, b = _sides(labeled)
     if not prompt:
         return "no prompt before the answers"
     if any(side and side[0]["role"] != "assistant" for side in (a, b)):
@@ -112,11 +114,11 @@ def _fault(one: LabeledComparison) -> str:
     return "identical answers" if a == b else ""
 
 
-def _judgement(one: LabeledComparison) -> str:
-    prompt, a, b = _sides(one)
-    if one.label == "Tie":
+def _judgement(labeled: LabeledComparison) -> str:
+    prompt, a, b = _sides(labeled)
+    if labeled.label == "Tie":
         return content_hash(prompt, sorted(map(content_hash, (a, b))), "Tie")
-    return content_hash(prompt, a, b) if one.label == "A" else content_hash(prompt, b, a)
+    return content_hash(prompt, a, b) if labeled.label == "A" else content_hash(prompt, b, a)
 
 
 def split_by_prompt(
@@ -125,7 +127,7 @@ def split_by_prompt(
     """Training and held-out comparisons: prompts in the order of their hashes are held out until there are `test_size` comparisons."""
     if not 0 <= test_size < len(comparisons):
         raise DataError(f"test_size={test_size} of {len(comparisons):,} comparisons: it must leave some to train on")
-    prompts = [content_hash(list(one.comparison.prompt_conversation), seed) for one in comparisons]
+    prompts = [content_hash(list(labeled.comparison.prompt_conversation), seed) for labeled in comparisons]
     held_out, count, sizes = set(), 0, Counter(prompts)
     for prompt in sorted(sizes):
         if count >= test_size:
@@ -133,7 +135,7 @@ def split_by_prompt(
         held_out.add(prompt)
         count += sizes[prompt]
     train, test = (
-        [one for one, p in zip(comparisons, prompts, strict=True) if (p in held_out) is side] for side in (False, True)
+        [labeled for labeled, p in zip(comparisons, prompts, strict=True) if (p in held_out) is side] for side in (False, True)
     )
     if not train:
         raise DataError(f"test_size={test_size} holds out every prompt: there are only {len(sizes)}")
@@ -175,7 +177,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
 
     def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
         """What the rows say. Malformed ones are counted in `dropped`; where that is None, they raise DataError."""
-        return [replace(one, where=where) for where, one in read_each(rows, self.comparison, dropped)]
+        return [replace(labeled, where=where) for where, labeled in read_each(rows, self.comparison, dropped)]
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         train_rows, test_rows = self._rows()
@@ -183,16 +185,16 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
         train, test = (self._clean(rows, dropped) for rows in (train_rows, test_rows))
         if self.test_size:
             train, test = split_by_prompt(train, self.test_size, self.split_seed)
-        asked = {prompt_hash(one) for one in test}
-        overlapping = sum(prompt_hash(one) in asked for one in train)
+        test_prompts = {prompt_hash(labeled) for labeled in test}
+        overlapping = sum(prompt_hash(labeled) in test_prompts for labeled in train)
         if overlapping:
-            train = [one for one in train if prompt_hash(one) not in asked]
+            train = [labeled for labeled in train if prompt_hash(labeled) not in test_prompts]
             dropped["training pairs on held-out prompts"] += overlapping
         return self._reported(train, test, dropped)
 
     def _clean(self, rows: Sequence[Row], dropped: Counter[str]) -> list[LabeledComparison]:
-        found = self.comparisons(rows, dropped if self.malformed == "drop" else None)
-        kept, counts = cleaned(found, self.identical, self.empty)
+        comparisons = self.comparisons(rows, dropped if self.malformed == "drop" else None)
+        kept, counts = cleaned(comparisons, self.identical, self.empty)
         dropped.update(counts)
         return kept
 
@@ -207,7 +209,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
         self, train: list[LabeledComparison], test: list[LabeledComparison], dropped: Counter[str]
     ) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         """Both sets as they are, after one printed line; DataError if nothing is left to train on."""
-        ties = sum(one.label == "Tie" for one in (*train, *test))
+        ties = sum(labeled.label == "Tie" for labeled in (*train, *test))
         counts = [f"{len(train):,} comparisons", f"{len(test):,} held out", f"{ties:,} of them ties"]
         line = f"{self.path}: {', '.join(counts)}" + "".join(f"; {count:,} {fault} dropped" for fault, count in dropped.items())
         if not train:
@@ -281,6 +283,6 @@ class ScoredSamplesBuilder(PreferenceRowsBuilder):
 
     def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
         names = (self.prompt_field, self.completion_field, self.score_field)
-        found = read_each(rows, lambda fields: list(shapes.scored_samples(fields, *names)), dropped)
-        samples = [replace(sample, where=where) for where, samples in found for sample in samples]
+        read = read_each(rows, lambda fields: list(shapes.scored_samples(fields, *names)), dropped)
+        samples = [replace(sample, where=where) for where, samples in read for sample in samples]
         return pairs_of_samples(samples, self.min_gap, self.max_pairs, self.pair_seed)

@@ -61,17 +61,17 @@ FORMS = (LABELED, CHOSEN, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX, RATED, SCOR
 
 def form_of(fields: Fields) -> Form:
     """DataError where the fields are those of no form, or of two."""
-    found = [form for form in (LABELED, RATED, SCORED, KTO) if has(fields, form.fields)]
+    forms = [form for form in (LABELED, RATED, SCORED, KTO) if has(fields, form.fields)]
     if has(fields, ("chosen", "rejected")):
-        found.append(_chosen_rejected(fields))
-    if len(found) > 1:
+        forms.append(_chosen_rejected(fields))
+    if len(forms) > 1:
         raise DataError(
-            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in found)}: say which, as "
+            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say which, as "
             "dataset=chosen_rejected dataset.path=FILE or dataset=scored_samples dataset.path=FILE"
         )
-    if not found:
+    if not forms:
         raise unknown(fields, {form.name: form.fields for form in FORMS}, "dataset.chosen_field=NAME and the like")
-    return found[0]
+    return forms[0]
 
 
 def _chosen_rejected(fields: Fields) -> Form:
@@ -92,10 +92,10 @@ class FileBuilder(PreferenceRowsBuilder):
         form: Form = one_form(rows if dropped is None else rows[:1], form_of)
         print(f"{rows[0][0].rsplit(':', 1)[0]}: read as {form.name} ({', '.join(form.fields)})", flush=True)
         common: dict[str, Any] = {name: getattr(self, name) for name in chz.chz_fields(PreferenceRowsBuilder)}
-        found = form.builder(**common, **form.settings).comparisons(rows, dropped)
-        if form is KTO and not found:
+        comparisons = form.builder(**common, **form.settings).comparisons(rows, dropped)
+        if form is KTO and not comparisons:
             raise DataError(
                 f"{self.path}: no prompt has both a good and a bad answer, so there are no pairs; a loss for unpaired answers (KTO) is not "
                 "here: train on the good ones with supervised/train_cli.py, without the field 'label'"
             )
-        return found
+        return comparisons

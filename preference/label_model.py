@@ -46,9 +46,9 @@ class LabelFormat:
 
     def __init__(self, renderer: Renderer):
         self.renderer = renderer
-        asked = [Message(role="user", content="?")]
-        prompt = renderer.build_generation_prompt(asked).to_ints()
-        spoken = [self._answered(asked, label) for label in LABELS]
+        question = [Message(role="user", content="?")]
+        prompt = renderer.build_generation_prompt(question).to_ints()
+        spoken = [self._answered(question, label) for label in LABELS]
         if any(tokens[: len(prompt)] != prompt for tokens in spoken):
             raise ConfigError(
                 "this renderer's training examples do not begin with its prompts: no label can be asked for with it"
@@ -59,8 +59,8 @@ class LabelFormat:
         if len(set(self.label_tokens)) < len(LABELS):
             raise ConfigError(f"the labels {LABELS} do not differ in one token under this tokenizer: use the scalar reward model")
 
-    def _answered(self, asked: list[Message], label: Label) -> list[int]:
-        example = [*asked, Message(role="assistant", content=label)]
+    def _answered(self, question: list[Message], label: Label) -> list[int]:
+        example = [*question, Message(role="assistant", content=label)]
         return self.renderer.build_supervised_example(example, TrainOnWhat.LAST_ASSISTANT_MESSAGE)[0]
 
     def prompt(self, comparison: Comparison) -> list[int]:

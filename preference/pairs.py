@@ -46,16 +46,16 @@ def render_pairs(
     """Prints one line with what was dropped. A tie is left out, an error, or ("both") a pair each way round, which asks for equal rewards."""
     limit = int(max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
     pairs, dropped = [], Counter[str]()
-    for one in comparisons:
-        if one.label == "Tie" and ties != "both":
+    for labeled in comparisons:
+        if labeled.label == "Tie" and ties != "both":
             if ties == "raise":
-                raise DataError(f"{one.where}: a tie; ties=drop leaves ties out, ties=both asks for equal rewards")
+                raise DataError(f"{labeled.where}: a tie; ties=drop leaves ties out, ties=both asks for equal rewards")
             dropped["ties"] += 1
             continue
-        rendered = [_pair(one, *answers, renderer) for answers in _orders(one)]
+        rendered = [_pair(labeled, *answers, renderer) for answers in _orders(labeled)]
         if (length := rendered[0].length + 1) > limit:
             if overlong == "raise":
-                raise DataError(f"{one.where}: {length} tokens, more than max_length={limit}; overlong=drop leaves it out")
+                raise DataError(f"{labeled.where}: {length} tokens, more than max_length={limit}; overlong=drop leaves it out")
             dropped[f"longer than {limit} tokens"] += 1
         elif _targets(rendered[0].chosen) == _targets(rendered[0].rejected):
             dropped["of the same tokens"] += 1
@@ -68,15 +68,15 @@ def render_pairs(
     return pairs
 
 
-def _orders(one: LabeledComparison) -> list[tuple[Sequence[Message], Sequence[Message]]]:
+def _orders(labeled: LabeledComparison) -> list[tuple[Sequence[Message], Sequence[Message]]]:
     """(better, worse), or both ways round for a tie."""
-    sides = one.comparison
+    sides = labeled.comparison
     both = [(sides.completion_A, sides.completion_B), (sides.completion_B, sides.completion_A)]
-    return both if one.label == "Tie" else [one.chosen_and_rejected()]
+    return both if labeled.label == "Tie" else [labeled.chosen_and_rejected()]
 
 
-def _pair(one: LabeledComparison, chosen: Sequence[Message], rejected: Sequence[Message], renderer: Renderer) -> Pair:
-    prompt = [_marked(message, False) for message in one.comparison.prompt_conversation]
+def _pair(labeled: LabeledComparison, chosen: Sequence[Message], rejected: Sequence[Message], renderer: Renderer) -> Pair:
+    prompt = [_marked(message, False) for message in labeled.comparison.prompt_conversation]
     data = []
     for answer in (chosen, rejected):
         marked = [_marked(message, message["role"] == "assistant") for message in answer]
@@ -84,7 +84,7 @@ def _pair(one: LabeledComparison, chosen: Sequence[Message], rejected: Sequence[
             example = renderer.build_supervised_example([*prompt, *marked], TrainOnWhat.CUSTOMIZED)
             data.append(datum_from_tokens_weights(*example, reduction="sum"))
         except DataError as error:
-            raise DataError(f"{one.where}: {error}") from error
+            raise DataError(f"{labeled.where}: {error}") from error
     return Pair(*data)
 
 

@@ -148,8 +148,8 @@ class ProcessReward:
         for g, turn, score in scored:
             changes_S = self.config.coef * np.diff(score.probabilities_S, prepend=before)
             lengths_S = np.diff(score.bounds) if len(score.bounds) > 1 else [len(turn.ac.tokens)]
-            own = np.repeat(changes_S, lengths_S)
-            turn.token_advantages = (own + (turn.token_advantages or 0.0)).tolist()
+            changes_T = np.repeat(changes_S, lengths_S)
+            turn.token_advantages = (changes_T + (turn.token_advantages or 0.0)).tolist()
             group.metrics_G[g]["prm"] = score.aggregate(self.config.aggregation, self.config.scale)
 
     def _metrics(self, scores_D: list[StepScores]) -> Metrics:

@@ -52,7 +52,7 @@ def transcripts(fields: Fields, chosen_field: str, rejected_field: str) -> Label
 def _turns(fields: Fields, name: str) -> list[Message]:
     text = need(fields, name)
     before, *rest = SPEAKER.split("\n\n" + text.lstrip("\n") if isinstance(text, str) else "no text")
-    spoken = [Message(role=ROLE_OF[who], content=said.strip()) for who, said in zip(rest[::2], rest[1::2], strict=True)]
+    spoken = [Message(role=ROLE_OF[role], content=text.strip()) for role, text in zip(rest[::2], rest[1::2], strict=True)]
     if before or not spoken:
         raise DataError(f"the field {name!r} is no transcript of 'Human:' and 'Assistant:' turns: {str(text)[:40]!r}")
     return spoken
@@ -85,10 +85,10 @@ def scored_samples(fields: Fields, prompt_field: str, completion_field: str, sco
     prompt = messages(fields, prompt_field, "user")
     flat = completion_field in fields
     inner = [item for value in fields.values() for item in (value if isinstance(value, list) else [value])]
-    found = [fields] if flat else [item for item in inner if isinstance(item, Mapping) and completion_field in item]
-    if not found:
+    items = [fields] if flat else [item for item in inner if isinstance(item, Mapping) and completion_field in item]
+    if not items:
         raise DataError(f"no field {completion_field!r}, in the row or in an object within it; there are {_names(fields)}")
-    for sample in found:
+    for sample in items:
         yield ScoredSample(prompt, messages(sample, completion_field, "assistant"), number(sample, score_field))
 
 

@@ -58,7 +58,7 @@ class StepEvaluator:
 
     async def __call__(self, client: TrainingClient) -> Metrics:
         submitted = [(batch_D, client.forward(batch_D, step_cross_entropy)) for batch_D in self._batches]
-        losses, right, labels, found = [], [], [], []
+        losses, right, labels, first_found = [], [], [], []
         for batch_D, future in submitted:
             output = await future
             losses.append(output.metrics["loss:sum"])
@@ -67,13 +67,13 @@ class StepEvaluator:
                 bad_S, wrong_S = out["scalars"].array[ends_T] <= 0, datum.loss_fn_inputs["labels"].array[ends_T] <= 0.5
                 right.append(bad_S == wrong_S)
                 labels.append(~wrong_S)
-                found.append(first(bad_S) == first(wrong_S))
+                first_found.append(first(bad_S) == first(wrong_S))
         good = float(np.concatenate(labels).mean())
         metrics = {
             "loss": float(np.mean(losses)),
             "accuracy": float(np.concatenate(right).mean()),
             "majority": max(good, 1 - good),
-            "first_error": float(np.mean(found)),
+            "first_error": float(np.mean(first_found)),
         }
         return {f"{self._name}/{key}": value for key, value in metrics.items()}
 

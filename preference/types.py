@@ -52,8 +52,8 @@ class LabeledComparison:
         """The better completion and the worse one. DataError for a tie: it has none."""
         if self.label == "Tie":
             raise DataError(f"{self.where or 'comparison'}: a tie has no better completion; leave it out or treat it as one")
-        one = self.comparison if self.label == "A" else self.comparison.swap()
-        return one.completion_A, one.completion_B
+        comparison = self.comparison if self.label == "A" else self.comparison.swap()
+        return comparison.completion_A, comparison.completion_B
 
 
 @chz.chz

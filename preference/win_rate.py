@@ -46,7 +46,7 @@ class WinRateEvaluator:
     async def __call__(self, policy: SamplingClient, reference: SamplingClient) -> Metrics:
         """`win_rate`, `win_rate_stderr`, and how often the judge took the same side in both orders."""
         answers_A, answers_B = await asyncio.gather(self._answers(reference, 0), self._answers(policy, 1))
-        self.comparisons = [Comparison(*asked) for asked in zip(self.prompts, answers_A, answers_B, strict=True)]
+        self.comparisons = [Comparison(*sides) for sides in zip(self.prompts, answers_A, answers_B, strict=True)]
         scores = await judge_all(self.judge, [*self.comparisons, *(comparison.swap() for comparison in self.comparisons)])
         scores_AB, scores_BA = scores[: len(self.prompts)], scores[len(self.prompts) :]
         mean, stderr = win_rate(scores_AB, scores_BA)

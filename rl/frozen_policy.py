@@ -46,8 +46,8 @@ class MessageCompleter:
             raise FrozenPolicyError(f"the frozen policy failed with {type(error).__name__}: {error}") from error
         message, stopped = self.renderer.parse_response(response.sequences[0].tokens)
         if not stopped:
-            said = message["content"]
-            raise FrozenPolicyError(f"the frozen policy had not finished after {self.max_tokens} tokens: {said[-60:]!r}")
+            text = message["content"]
+            raise FrozenPolicyError(f"the frozen policy had not finished after {self.max_tokens} tokens: {text[-60:]!r}")
         return message
 
 

@@ -71,21 +71,23 @@ def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> Tr
     """
     folder = Path(path).expanduser()
     client = service.create_training_client_from_state(path) if folder.is_dir() else service.create_training_client(path)
-    ours, theirs = policy.get_info().max_length, client.get_info().max_length
-    if theirs < ours:
+    policy_length, reference_length = policy.get_info().max_length, client.get_info().max_length
+    if reference_length < policy_length:
         raise ConfigError(
-            f"kl.reference_path={path}: it reads {theirs} tokens, the policy {ours}: give backend.max_length={theirs}, or another reference"
+            f"kl.reference_path={path}: it reads {reference_length} tokens, the policy {policy_length}: give "
+            f"backend.max_length={reference_length}, or another reference"
         )
     return client
 
 
 def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
     """ConfigError where the reference has another vocabulary: it would score other text than was sampled."""
-    theirs, ours = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
-    if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):
+    reference_vocabulary, policy_vocabulary = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
+    if differing := sorted(policy_vocabulary.items() ^ reference_vocabulary.items(), key=lambda item: item[1]):
         token, number = differing[0]
         raise ConfigError(
-            f"kl.reference_path={path}: its tokenizer has {len(theirs)} tokens, the policy's {len(ours)}, and {token!r} is number {number} "
+            f"kl.reference_path={path}: its tokenizer has {len(reference_vocabulary)} tokens, the policy's "
+            f"{len(policy_vocabulary)}, and {token!r} is number {number} "
             "in only one of them: a reference must have the policy's vocabulary"
         )
 

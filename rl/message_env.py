@@ -131,12 +131,12 @@ class EnvFromMessageEnv(Env):
         return MessageStep(self.parse.failed_parse_reward + reward, True, metrics=metrics, logs=logs)
 
     def _next_observation(self, action: Action, message: Message, next_messages: Sequence[Message]) -> list[int]:
-        said = [*self.conversation, message]
-        rendered = self.renderer.build_generation_prompt([*said, *next_messages]).to_ints()
+        conversation = [*self.conversation, message]
+        rendered = self.renderer.build_generation_prompt([*conversation, *next_messages]).to_ints()
         if not self.renderer.has_extension_property:
             return rendered
         # The last weight is where the renderer ends the model's turn: what it writes from there on follows the sampled tokens.
-        tokens, weights = self.renderer.build_supervised_example(said, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+        tokens, weights = self.renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
         end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
         if rendered[:end] != tokens[:end]:  # role_colon ends a turn with "User:", and here somebody else speaks next
             return rendered

@@ -199,7 +199,7 @@ def group_rewards(
     if len(result) != len(seen_G):
         raise MalformedStep(f"{name} returned {len(result)} rewards for {len(seen_G)} trajectories")
     try:
-        pairs_G = [reward_and_metrics(one) for one in result]
+        pairs_G = [reward_and_metrics(item) for item in result]
     except MalformedStep as error:
         raise MalformedStep(f"{name}: {error}") from error
     left_G = [{id(turn) for turn in seen.transitions} for seen in seen_G]

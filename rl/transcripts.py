@@ -58,8 +58,8 @@ def _turn(turn: Transition, new_ob: list[int], continues: bool, advantage: float
     tokens = turn.ac.tokens
     advantages = None
     if advantage is not None:
-        own = turn.token_advantages or [0.0] * len(tokens)
-        advantages = [advantage + token_advantage for token_advantage in own]
+        token_advantages = turn.token_advantages or [0.0] * len(tokens)
+        advantages = [advantage + token_advantage for token_advantage in token_advantages]
     return TranscriptTurn(
         prompt_text=str(tokenizer.decode(new_ob)),
         tokens=[str(tokenizer.decode([token])) for token in tokens],

@@ -40,11 +40,11 @@ def prompt_completion(fields: Fields) -> list[Message]:
     """{"prompt": ..., "completion": ...}: texts, or lists of messages of which only the completion's are trained on."""
     if isinstance(fields["prompt"], str) and isinstance(fields["completion"], str):
         return exchange(fields, "prompt", "completion", "{prompt}")
-    asked, answered = (
+    prompt, answered = (
         [Message(role=role, content=fields[name])] if isinstance(fields[name], str) else conversation(fields, name)
         for name, role in (("prompt", "user"), ("completion", "assistant"))
     )
-    marked = [(message, False) for message in asked] + [(message, message["role"] == "assistant") for message in answered]
+    marked = [(message, False) for message in prompt] + [(message, message["role"] == "assistant") for message in answered]
     return [Message(role=message["role"], content=message["content"], trainable=trained) for message, trained in marked]
 
 
@@ -53,8 +53,8 @@ def alpaca(fields: Fields) -> list[Message]:
     given = fields.get("input") or ""
     if not isinstance(given, str) or not isinstance(fields["instruction"], str):
         raise DataError("'instruction' and 'input' must be texts")
-    asked = fields["instruction"] + (f"\n\n{given}" if given else "")
-    return exchange({"prompt": asked, "completion": fields["output"]}, "prompt", "completion", "{prompt}")
+    prompt = fields["instruction"] + (f"\n\n{given}" if given else "")
+    return exchange({"prompt": prompt, "completion": fields["output"]}, "prompt", "completion", "{prompt}")
 
 
 def plain_text(fields: Fields) -> str:
@@ -85,22 +85,22 @@ ELSEWHERE = {
 
 def form_of(fields: Fields) -> Form:
     """DataError where the fields are those of no form, or of two."""
-    found = [form for form in FORMS if has(fields, form.fields)]
+    forms = [form for form in FORMS if has(fields, form.fields)]
     for names, what in ELSEWHERE.items():
-        if has(fields, names) and all(set(form.fields) <= set(names) for form in found):
+        if has(fields, names) and all(set(form.fields) <= set(names) for form in forms):
             raise DataError(f"the fields {names_of(fields)} are {what}")
-    if len(found) > 1:
+    if len(forms) > 1:
         raise DataError(
-            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in found)}: say which with "
+            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say which with "
             "dataset=conversations (messages) or dataset=prompt_completion, and dataset.path=FILE"
         )
-    if not found and has(fields, TEXT.fields):
+    if not forms and has(fields, TEXT.fields):
         return TEXT
-    if not found:
+    if not forms:
         raise unknown(
             fields, {form.name: form.fields for form in (*FORMS, TEXT)}, "dataset.prompt_field=NAME dataset.completion_field=NAME"
         )
-    return found[0]
+    return forms[0]
 
 
 def has(fields: Fields, names: Sequence[str]) -> bool:

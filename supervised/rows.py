@@ -49,8 +49,8 @@ def _data_file(path: str | os.PathLike[str]) -> Path:
     file = Path(path).expanduser()
     try:
         if file.is_dir():
-            found = sorted(sibling.name for sibling in file.glob("*.jsonl"))
-            raise DataError(f"{path} is a folder; give a file in it" + (f", as {file / found[0]}" if found else ""))
+            names = sorted(sibling.name for sibling in file.glob("*.jsonl"))
+            raise DataError(f"{path} is a folder; give a file in it" + (f", as {file / names[0]}" if names else ""))
         if not file.is_file():
             siblings = [sibling.name for sibling in file.parent.iterdir()] if file.parent.is_dir() else []
             near = difflib.get_close_matches(file.name, siblings, n=1)
