@@ -13,7 +13,6 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,39 +25,16 @@ import numpy as np
 import torch
 
 from benchmarks.report import wait_until_quiet, write_report
-from envs.problem_env import ProblemEnv
+from envs.graders import LastLine
+from envs.problem import Problem
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.ranges import COUNT
 from posttrain.renderers.types import Renderer
 from preference.steps import StepFormat
 from recipes.bstar.pictures import STAGES
 from recipes.bstar.records import Summary, read_summaries
-from recipes.bstar.tasks import Query, TaskBuilder
+from recipes.bstar.tasks import Sets, TaskBuilder
 from recipes.bstar.train import Config, run
-
-
-class LinesEnv(ProblemEnv):
-    """Asks with random digits, and takes one digit for right."""
-
-    def __init__(self, prompt: str, gold: str, renderer: Renderer):
-        super().__init__(renderer)
-        self.prompt_text, self.gold = prompt, gold
-
-    def question(self) -> str:
-        return self.prompt_text
-
-    def reference_answer(self) -> str:
-        return self.gold
-
-    def extract(self, text: str) -> str:
-        *_, last = text.split("\n")
-        return last[1:] if last.startswith("#") else ""
-
-    def check_answer(self, text: str) -> bool:
-        return self.extract(text) == self.gold
-
-    def check_format(self, text: str) -> bool:
-        return self.extract(text) != ""
 
 
 @chz.chz
@@ -70,26 +46,23 @@ class LinesBuilder(TaskBuilder):
     line_tokens: int = chz.field(validator=COUNT, doc="digits of a line")
     mean_lines: int = chz.field(validator=COUNT, doc="lines of a solution, on average")
 
-    def _queries(self, split: str, count: int, renderer: Renderer) -> list[Query]:
+    def _problems(self, split: str, count: int) -> list[Problem]:
         rng = np.random.default_rng([self.split_seed, count, len(split)])
-        return [Query(f"{split}-{n}", self._env(rng, renderer), self._solution(rng)) for n in range(count)]
+        return [self._problem(rng, f"{split}-{n}") for n in range(count)]
 
-    def _env(self, rng: np.random.Generator, renderer: Renderer) -> LinesEnv:
-        return LinesEnv(_digits(rng, self.prompt_tokens) + "=", _digits(rng, 1), renderer)
+    def _problem(self, rng: np.random.Generator, id: str) -> Problem:
+        """Random digits, of which one is taken for right."""
+        question, gold, solution = _digits(rng, self.prompt_tokens) + "=", _digits(rng, 1), self._solution(rng)
+        return Problem(question, gold, LastLine("#(.*)"), solution, id=id)
 
     def _solution(self, rng: np.random.Generator) -> str:
         most = self.max_tokens // (self.line_tokens + 1) - 1
         lines = min(most, int(rng.geometric(1 / self.mean_lines)))
         return "\n".join([*(_digits(rng, self.line_tokens) for _ in range(lines)), f"#{_digits(rng, 1)}"])
 
-    def train_queries(self, renderer: Renderer) -> Sequence[Query]:
-        return self._queries("train", self.num_train or 0, renderer)
-
-    def test_queries(self, renderer: Renderer) -> Sequence[Query]:
-        return self._queries("test", self.num_test or 0, renderer)
-
-    def warm_start_queries(self, renderer: Renderer, train: Sequence[Query]) -> Sequence[Query]:
-        return self._queries("warm", self.num_warm_start or 0, renderer)
+    def sets(self, renderer: Renderer) -> Sets:
+        train = self._problems("train", self.num_train or 0)
+        return Sets(self._problems("warm", self.num_warm_start or 0), train, train, self._problems("test", self.num_test or 0))
 
 
 def _digits(rng: np.random.Generator, count: int) -> str:

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from benchmarks.report import alternate, spread, wait_until_quiet, write_report
-from envs.arithmetic import ArithmeticBuilder, ArithmeticEnv
-from envs.problem_env import ProblemGroupBuilder
+from envs.arithmetic import ArithmeticBuilder
+from envs.problem import Problem
+from envs.problem_env import ProblemEnv, ProblemGroupBuilder
 from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
@@ -58,11 +59,11 @@ CPU = Size("tiny", 64, 8, 40, 32, BackendConfig(engine="vllm", max_num_seqs=256)
 GPU = Size("qwen2.5-0.5b-shape", 128, 8, 128, 256, BackendConfig(engine="vllm", max_length=2048, max_num_seqs=1024))
 
 
-class FixedLengthEnv(ArithmeticEnv):
+class FixedLengthEnv(ProblemEnv):
     """Asks with given tokens and never stops: every answer has max_tokens tokens, which are decoded and graded like any other."""
 
     def __init__(self, prompt: list[int], renderer: Any):
-        super().__init__("", "", renderer)
+        super().__init__(Problem("", ""), renderer)
         self._rendered = ModelInput.from_ints(prompt)
 
     async def initial_observation(self) -> tuple[Observation, StopCondition]:

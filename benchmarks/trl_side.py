@@ -76,7 +76,7 @@ def race_grpo(model_path: str, steps: int, warmup: int) -> dict[str, Any]:
     """The same problems in the same order: 64 of each step's batch, 8 samples each, one optimizer step on all of them."""
     space = ArithmeticTask().space()
     numbers = [number for i in range(steps + warmup) for number in space.draw_train(GROUPS, [0, 1, i])]
-    rows = [dict(zip(("prompt", "answer"), space.problem(number), strict=True)) for number in numbers]
+    rows = [{"prompt": problem.question, "answer": problem.gold} for problem in map(space.problem, numbers)]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
@@ -113,7 +113,8 @@ def race_sft(model_path: str, steps: int, warmup: int) -> dict[str, Any]:
     rows = []
     for i in range(steps + warmup):
         for number in space.draw_train(SFT_BATCH, [0, 2, 0, i]):
-            question, answer = (tokenizer.encode(text) for text in space.problem(number))
+            problem = space.problem(number)
+            question, answer = tokenizer.encode(problem.question), tokenizer.encode(problem.gold)
             answer = [*answer, tokenizer.eos_token_id]
             rows.append({"input_ids": question + answer, "completion_mask": [0] * len(question) + [1] * len(answer)})
     clock = Clock()

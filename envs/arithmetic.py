@@ -7,21 +7,17 @@ Left out: division, three operands.
 
 import re
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache
+from typing import Any
 
 import chz
 import numpy as np
 
-from envs.problem_env import EnvThunk, ProblemEnv, ProblemGroupBuilder, fit_prompts, problem_dataset
+from envs.problem import Grader, Problem
+from envs.problem_env import DrawnExamplesBuilder, DrawnProblems, DrawnProblemsBuilder
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.ranges import COUNT, SEED, WHOLE
-from posttrain.backend.types import Datum
-from posttrain.renderers.types import Message, Renderer
-from posttrain.tracking.datasets import DrawnDataset, ListDataset
-from posttrain.tracking.seeds import EXAMPLES, GROUPS
-from rl.types import RLDataset, RLDatasetBuilder
-from supervised.data import render
-from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+from posttrain.backend.ranges import COUNT
+from posttrain.renderers.types import Message
 
 OPERATORS = "+-*"
 FEWSHOT = 4
@@ -57,42 +53,35 @@ class PairSpace:
         below_D = self.held_out_D - np.arange(len(self.held_out_D))
         return drawn_D + np.searchsorted(below_D, drawn_D, side="right")
 
-    def problem(self, number: int) -> tuple[str, str]:
-        """Question and answer."""
+    def problem(self, number: int) -> Problem:
         operator, pair = divmod(int(number), self.base**2)
         a, b = (self.smallest + offset for offset in divmod(pair, self.base))
         sign = self.operators[operator]
-        return f"{a}{sign}{b}=", str({"+": a + b, "-": a - b, "*": a * b}[sign])
-
-    def messages(self, number: int) -> list[Message]:
-        question, answer = self.problem(number)
-        return [Message(role="user", content=question), Message(role="assistant", content=answer)]
+        answer = str({"+": a + b, "-": a - b, "*": a * b}[sign])
+        return Problem(f"{a}{sign}{b}=", answer, WholeNumber(), answer, ("arithmetic",))
 
     def fewshot(self) -> list[Message]:
         """Worked examples from the training split, the same for all problems."""
-        return [message for number in self.draw_train(FEWSHOT, [0, 0]) for message in self.messages(number)]
+        return [message for number in self.draw_train(FEWSHOT, [0, 0]) for message in self.problem(number).messages()]
 
 
-class ArithmeticEnv(ProblemEnv):
-    def __init__(self, problem: str, answer: str, renderer: Renderer, prefix: Sequence[Message] = ()):
-        super().__init__(renderer, prefix)
-        self.problem, self.answer = problem, answer
+@lru_cache(maxsize=4)
+def _space(*settings: Any) -> PairSpace:
+    return PairSpace(*settings)
 
-    def question(self) -> str:
-        return self.problem
 
-    def reference_answer(self) -> str:
-        return self.answer
+class WholeNumber(Grader):
+    """The whole response is one number, written as the gold one is."""
 
-    def check_answer(self, text: str) -> bool:
-        return text.strip() == self.answer
+    def extract(self, text: str) -> str | None:
+        return text.strip() if re.fullmatch(r"-?\d+", text.strip()) else None
 
-    def check_format(self, text: str) -> bool:
-        return re.fullmatch(r"-?\d+", text.strip()) is not None
+    def shown(self, text: str) -> str:
+        return text
 
 
 @chz.chz
-class ArithmeticTask:
+class ArithmeticTask(DrawnProblems):
     """What is asked, and what is held out: give the same to both builders."""
 
     num_digits: int = chz.field(default=2, validator=COUNT, doc="most digits of an operand: the difficulty")
@@ -100,55 +89,32 @@ class ArithmeticTask:
         default=None, validator=COUNT, doc="fewest digits of an operand; None = num_digits, so that all are of one length"
     )
     operators: str = chz.field(default="+", doc="which of + - * occur")
-    num_test: int = chz.field(default=200, validator=WHOLE, doc="held-out problems")
-    split_seed: int = chz.field(
-        default=0, validator=SEED, doc="seed of the choice of held-out problems; the same for warm start and RL"
-    )
 
     def space(self) -> PairSpace:
-        return PairSpace(self.num_digits, self.min_digits or self.num_digits, self.operators, self.num_test, self.split_seed)
+        return _space(self.num_digits, self.min_digits or self.num_digits, self.operators, self.num_test, self.split_seed)
+
+    def draw(self, count: int, seed: Sequence[int]) -> list[Problem]:
+        space = self.space()
+        return [space.problem(number) for number in space.draw_train(count, seed)]
+
+    def held_out(self) -> list[Problem]:
+        space = self.space()
+        return [space.problem(number) for number in space.test_D]
 
 
 @chz.chz
-class ArithmeticBuilder(ArithmeticTask, RLDatasetBuilder):
-    """Sums to practise on by reinforcement learning. The held-out set is one attempt at each held-out problem."""
+class ArithmeticBuilder(ArithmeticTask, DrawnProblemsBuilder):
+    """Sums to practise on by reinforcement learning."""
 
-    env_class = ArithmeticEnv
-    n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
     include_fewshot: bool = chz.field(default=False, doc=f"put {FEWSHOT} worked examples before the question, for base models")
 
     def recommended_max_tokens(self) -> int:
         return 2 * self.num_digits + 2  # sign, digits of a product, EOS
 
-    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
-        space = self.space()
-        prefix = space.fewshot() if self.include_fewshot else []
-
-        def draw(epoch: int, index: int) -> list[ProblemGroupBuilder]:
-            numbers_P = space.draw_train(self.batch_size, [self.seed, GROUPS, epoch * self.n_batches + index])
-            return [ProblemGroupBuilder(thunk(n), self.group_size, ["arithmetic"]) for n in numbers_P]
-
-        def thunk(number: int) -> EnvThunk:
-            return partial(self.env_class, *space.problem(number), renderer, prefix)
-
-        test = fit_prompts([thunk(n) for n in space.test_D], overlong="raise", name="arithmetic")
-        held_out = problem_dataset(test, self.batch_size, 1, shuffle=False, tags=["arithmetic"])
-        return DrawnDataset(draw, self.n_batches), held_out
+    def prefix(self) -> Sequence[Message]:
+        return self.space().fewshot() if self.include_fewshot else ()
 
 
 @chz.chz
-class ArithmeticExamplesBuilder(ArithmeticTask, SupervisedDatasetBuilder):
-    """The same sums with their answers, to imitate. The held-out set is the same as that of ArithmeticBuilder."""
-
-    n_batches: int = chz.field(default=30, validator=COUNT, doc="training batches per epoch")
-
-    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-        space = self.space()
-
-        def data(numbers_D: np.ndarray) -> list[Datum]:
-            return render([space.messages(number) for number in numbers_D], renderer, self)
-
-        def draw(epoch: int, index: int) -> list[Datum]:
-            return data(space.draw_train(self.batch_size, [self.seed, EXAMPLES, epoch, index]))
-
-        return DrawnDataset(draw, self.n_batches), ListDataset(data(space.test_D), self.batch_size, shuffle=False)
+class ArithmeticExamplesBuilder(ArithmeticTask, DrawnExamplesBuilder):
+    """The same sums with their answers, to imitate."""

@@ -6,25 +6,18 @@ rewards and labels come from the answer behind the "#" alone. Chains are held ou
 """
 
 import itertools
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import chz
 import numpy as np
 
-from envs.problem_env import ProblemEnv, ProblemGroupBuilder, problem_dataset
+from envs.graders import LastLine
+from envs.problem import Problem
+from envs.problem_env import DrawnExamplesBuilder, DrawnProblems, DrawnProblemsBuilder
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.ranges import COUNT, SEED, WHOLE
-from posttrain.backend.types import Datum
-from posttrain.renderers.types import Message, Renderer
-from posttrain.tracking.datasets import DrawnDataset, ListDataset
-from posttrain.tracking.seeds import EXAMPLES, GROUPS
-from rl.types import RLDataset, RLDatasetBuilder
-from supervised.data import render
-from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+from posttrain.backend.ranges import COUNT
 
 ANSWER = "#"
 HELD_OUT_SHARE = 10  # one chain in ten
@@ -54,46 +47,27 @@ class Chain:
         wrong = (k for k in range(max(len(right), len(steps))) if list(steps[k : k + 1]) != right[k : k + 1])
         return next(wrong, None)
 
-    def messages(self) -> list[Message]:
-        return [Message(role="user", content=self.question), Message(role="assistant", content="\n".join(self.steps))]
-
-
-class ChainEnv(ProblemEnv):
-    def __init__(self, chain: Chain, renderer: Renderer):
-        super().__init__(renderer)
-        self.chain = chain
-
-    def question(self) -> str:
-        return self.chain.question
-
-    def reference_answer(self) -> str:
-        return self.chain.steps[-1].removeprefix(ANSWER)
-
-    def extract(self, text: str) -> str:
-        """The number behind the last line's "#", "" where there is none."""
-        found = re.fullmatch(rf"{ANSWER}(-?\d+)", text.rsplit("\n", 1)[-1])
-        return found[1] if found else ""
-
-    def check_answer(self, text: str) -> bool:
-        return self.extract(text) == self.reference_answer()
-
-    def check_format(self, text: str) -> bool:
-        return self.extract(text) != ""
+    @property
+    def problem(self) -> Problem:
+        gold = self.steps[-1].removeprefix(ANSWER)
+        return Problem(self.question, gold, LastLine(rf"{ANSWER}(-?\d+)"), "\n".join(self.steps), ("chain",))
 
 
 @chz.chz
-class ChainTask:
+class ChainTask(DrawnProblems):
     """What is asked, and what is held out: give the same to all builders."""
 
     num_steps: int = chz.field(default=4, validator=COUNT, doc="sums in a chain")
     max_total: int = chz.field(default=99, validator=COUNT, doc="totals go from 0 to this")
     max_term: int = chz.field(default=9, validator=COUNT, doc="what is added or taken away goes from 1 to this")
-    num_test: int = chz.field(default=200, validator=WHOLE, doc="held-out chains")
-    split_seed: int = chz.field(
-        default=0, validator=SEED, doc="seed of the choice of held-out chains; the same for all datasets of a task"
-    )
 
-    def draw(self, count: int, seed: Sequence[int], *, held_out: bool = False) -> list[Chain]:
+    def draw(self, count: int, seed: Sequence[int]) -> list[Problem]:
+        return [chain.problem for chain in self.chains(count, seed)]
+
+    def held_out(self) -> list[Problem]:
+        return [chain.problem for chain in self.test_chains()]
+
+    def chains(self, count: int, seed: Sequence[int], *, held_out: bool = False) -> list[Chain]:
         """`count` distinct chains, a pure function of `seed`, of those that are held out or of all others."""
         if not 1 <= self.num_steps <= 20 or not 1 <= self.max_term <= 9 <= self.max_total <= 999:
             raise ConfigError(f"1 to 20 num_steps, max_term from 1 to 9 and max_total from 9 to 999 are needed, not {self}")
@@ -121,12 +95,12 @@ class ChainTask:
         return Chain(first, tuple(terms))
 
     def test_chains(self) -> list[Chain]:
-        return self.draw(self.num_test, [self.split_seed], held_out=True)
+        return self.chains(self.num_test, [self.split_seed], held_out=True)
 
 
 @chz.chz
-class ChainBuilder(ChainTask, RLDatasetBuilder):
-    """Chains to practise on by reinforcement learning. The held-out set is one attempt at each held-out chain."""
+class ChainBuilder(ChainTask, DrawnProblemsBuilder):
+    """Chains to practise on by reinforcement learning."""
 
     n_batches: int = chz.field(default=60, validator=COUNT, doc="training batches")
 
@@ -134,27 +108,9 @@ class ChainBuilder(ChainTask, RLDatasetBuilder):
         digits = len(str(self.max_total))
         return (2 * digits + 4) * self.num_steps + digits + 2  # "41-8=33\n" a step, "#33" and EOS
 
-    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
-        thunks = [partial(ChainEnv, chain, renderer) for chain in self.test_chains()]
-
-        def draw(epoch: int, index: int) -> list[ProblemGroupBuilder]:
-            chains_P = self.draw(self.batch_size, [self.seed, GROUPS, epoch * self.n_batches + index])
-            return [ProblemGroupBuilder(partial(ChainEnv, c, renderer), self.group_size, ["chain"]) for c in chains_P]
-
-        return DrawnDataset(draw, self.n_batches), problem_dataset(thunks, self.batch_size, 1, shuffle=False, tags=["chain"])
-
 
 @chz.chz
-class ChainExamplesBuilder(ChainTask, SupervisedDatasetBuilder):
-    """The same chains with their solutions, to imitate. The held-out set is the same as that of ChainBuilder."""
+class ChainExamplesBuilder(ChainTask, DrawnExamplesBuilder):
+    """The same chains with their solutions, to imitate."""
 
     n_batches: int = chz.field(default=500, validator=COUNT, doc="training batches per epoch")
-
-    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-        def data(chains: Sequence[Chain]) -> list[Datum]:
-            return render([chain.messages() for chain in chains], renderer, self)
-
-        def draw(epoch: int, index: int) -> list[Datum]:
-            return data(self.draw(self.batch_size, [self.seed, EXAMPLES, epoch, index]))
-
-        return DrawnDataset(draw, self.n_batches), ListDataset(data(self.test_chains()), self.batch_size, shuffle=False)

@@ -1,7 +1,7 @@
 r"""Write a program: judged by its tests in a sandbox (sandbox.py says what that holds, and what not).
 
-The answer is the last fenced code block of the response, a whole Python program, standard library only. reward = ProblemEnv's:
-format_coef * (format - 1) + correct, correct = every test passed; with `partial_credit` the fraction of tests passed instead.
+The answer is the last fenced code block of the response, a whole Python program, standard library only. It is right if every test passed;
+with `partial_credit` the reward is the fraction of tests passed.
 
 A file of problems has one JSON object per line; `solution` may be left out:
 
@@ -13,24 +13,23 @@ behind the program, in the same interpreter; a program that exits before it is r
 are generated: "Print 3*a-2*b ...", for demos. Left out: other languages, special judges, interactive problems, sampled tests.
 """
 
-import asyncio
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import chz
 import numpy as np
 
-from envs.problem_env import EnvThunk, Overlong, ProblemEnv, fit_prompts, problem_dataset
+from envs.problem import Grade, Grader, Problem, ProblemSet, Split
+from envs.problem_env import ProblemSetBuilder
 from envs.sandbox import Outcome, SandboxLimits, check_limits, run_program
 from posttrain.backend.errors import ConfigError, DataError
-from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.backend.ranges import SEED, WHOLE
 from posttrain.renderers.types import Renderer
-from rl.types import Action, Logs, RLDataset, RLDatasetBuilder, StepResult
+from rl.types import Logs, RLDataset
 from supervised.rows import Fields, read_rows
 
 # An opening fence, which may be indented or stand in a list item; the lines of the block; the closing fence.
@@ -54,13 +53,6 @@ class AssertTest:
     """Statements that raise if the program is wrong."""
 
     code: str
-
-
-@dataclass(frozen=True)
-class CodeProblem:
-    question: str
-    tests: tuple[OutputTest | AssertTest, ...]
-    solution: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,82 +99,58 @@ def _lines(output: str) -> list[str]:
     return [line.rstrip() for line in output.rstrip().splitlines()]
 
 
-class CodeEnv(ProblemEnv):
-    """One problem. Metrics: format, correct, timeouts (1 if a test ran out of time); with partial credit, tests_passed."""
+@dataclass(frozen=True)
+class CodeGrader(Grader):
+    """Runs `tests`. Metrics: timeouts (1 if a test ran out of time); with partial credit, tests_passed, which is the reward."""
 
-    def __init__(
-        self,
-        problem: CodeProblem,
-        renderer: Renderer,
-        limits: SandboxLimits | None = None,
-        partial_credit: bool = False,
-        prompt_template: str = "{question}",
-    ):
-        super().__init__(renderer)
-        self.problem, self.limits, self.partial_credit = problem, limits, partial_credit
-        self.prompt_template = prompt_template
-        self.verdicts: list[Verdict] = []  # of the tests that were run: without partial credit the first failure is the last
+    tests: tuple[OutputTest | AssertTest, ...]
+    limits: SandboxLimits | None = None
+    partial_credit: bool = False
 
-    def question(self) -> str:
-        return self.prompt_template.replace("{question}", self.problem.question)
+    def extract(self, text: str) -> str | None:
+        return extract_program(text)
 
-    def reference_answer(self) -> str:
-        return self.problem.solution
+    def shown(self, text: str) -> str:
+        return extract_program(text) or "(no program)"
 
-    def extract(self, text: str) -> str:
-        return extract_program(text) or ""
-
-    def check_format(self, text: str) -> bool:
-        return extract_program(text) is not None
-
-    def check_answer(self, text: str) -> bool:
-        """For use outside an event loop."""
-        return asyncio.run(self.check_answer_async(text))
-
-    async def check_answer_async(self, text: str) -> bool:
-        program = extract_program(text)
-        self.verdicts = []
-        if program is None:
-            return False
-        for test in self.problem.tests:
-            self.verdicts.append(await run_test(program, test, self.limits))
-            if self.verdicts[-1].outcome != "passed" and not self.partial_credit:
+    async def grade(self, text: str, gold: str) -> Grade:
+        program, verdicts = extract_program(text), []
+        for test in self.tests if program is not None else ():
+            verdicts.append(await run_test(program or "", test, self.limits))
+            if verdicts[-1].outcome != "passed" and not self.partial_credit:
                 break
-        return self._fraction() == 1
-
-    def _fraction(self) -> float:
-        return sum(verdict.outcome == "passed" for verdict in self.verdicts) / len(self.problem.tests)
-
-    async def step(self, action: Action) -> StepResult:
-        result = await super().step(action)
-        result.metrics["timeouts"] = float(any(verdict.outcome == "timeout" for verdict in self.verdicts))
+        passed = sum(verdict.outcome == "passed" for verdict in verdicts) / len(self.tests)
+        metrics = {"timeouts": float(any(verdict.outcome == "timeout" for verdict in verdicts))}
         if self.partial_credit:
-            result.metrics["tests_passed"] = self._fraction()
-            result.reward += self._fraction() - result.metrics["correct"]
-        return result
+            metrics["tests_passed"] = passed
+        return Grade(program, passed == 1, passed if self.partial_credit else None, metrics, _logs(verdicts))
 
-    def logs(self, text: str) -> Logs:
-        outcomes = Counter(verdict.outcome for verdict in self.verdicts)
-        first = next((verdict for verdict in self.verdicts if verdict.outcome != "passed"), None)
-        return {
-            "question": self.question(),
-            "gold": self.problem.solution,
-            "extracted": extract_program(text) or "(no program)",
-            "tests": ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "none run",
-        } | ({"first failure": f"{first.outcome}: {first.detail}"} if first else {})
+
+def _logs(verdicts: Sequence[Verdict]) -> Logs:
+    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    logs = {"tests": ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "none run"}
+    first = next((verdict for verdict in verdicts if verdict.outcome != "passed"), None)
+    return logs | ({"first failure": f"{first.outcome}: {first.detail}"} if first else {})
 
 
 # --- where problems come from -----------------------------------------------------------------------------------------------
 
 
-def read_problem(where: str, row: Fields) -> CodeProblem:
-    """One line of a file. Raises DataError."""
+def read_problem(where: str, row: Fields) -> Problem:
+    """One line of a file; the program is its gold answer. Raises DataError."""
     question, tests, solution = row.get("question"), row.get("tests"), row.get("solution", "")
     if not isinstance(question, str) or not isinstance(solution, str):
         raise DataError(f"{where}: 'question', and 'solution' where there is one, must be text")
     if not isinstance(tests, list) or not tests:
         raise DataError(f"{where}: 'tests' must be a list of at least one test")
-    return CodeProblem(question, tuple(_read_test(f"{where}: tests[{i}]", test) for i, test in enumerate(tests)), solution)
+    checked = tuple(_read_test(f"{where}: tests[{i}]", test) for i, test in enumerate(tests))
+    return _problem(question, checked, solution, where)
+
+
+def _problem(question: str, tests: tuple[OutputTest | AssertTest, ...], program: str, id: str) -> Problem:
+    """The worked solution is the program in a fenced block, None where there is none."""
+    solution = f"```python\n{program.rstrip()}\n```" if program.rstrip() else None
+    return Problem(question, program, CodeGrader(tests), solution, ("code",), id)
 
 
 def _read_test(where: str, test: Any) -> OutputTest | AssertTest:
@@ -199,22 +167,22 @@ def _read_test(where: str, test: Any) -> OutputTest | AssertTest:
     return AssertTest(test["assert"])
 
 
-def generated_problems() -> list[CodeProblem]:
+def generated_problems() -> list[Problem]:
     """162 of them, from "Print 1*a+1*b ..." to "Print 9*a-9*b ...", each with its solution and three tests."""
     return [_generated(c, d, sign) for c in range(1, 10) for d in range(1, 10) for sign in "+-"]
 
 
-def _generated(c: int, d: int, sign: str) -> CodeProblem:
+def _generated(c: int, d: int, sign: str) -> Problem:
     pairs = np.random.default_rng([c, d, ord(sign)]).integers(-20, 100, (3, 2)).tolist()
     expression = f"{c}*a{sign}{d}*b"
     answers = [c * a + (d if sign == "+" else -d) * b for a, b in pairs]
     tests = tuple(OutputTest(f"{a}\n{b}\n", f"{answer}\n") for (a, b), answer in zip(pairs, answers, strict=True))
     question = f"Print {expression} for integers a and b, one per line."
-    return CodeProblem(question, tests, f"a=int(input())\nb=int(input())\nprint({expression})\n")
+    return _problem(question, tests, f"a=int(input())\nb=int(input())\nprint({expression})\n", expression)
 
 
 @chz.chz
-class CodeBuilder(RLDatasetBuilder):
+class CodeProblems(ProblemSet):
     """Programs to write, from `train_path` and `test_path`, or generated."""
 
     train_path: str | None = chz.field(default=None, doc="JSONL file to train on; None = generated problems")
@@ -224,51 +192,41 @@ class CodeBuilder(RLDatasetBuilder):
     )
     split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of generated test problems")
     partial_credit: bool = chz.field(default=False, doc="reward the fraction of tests passed; otherwise all or nothing")
-    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="what one run of a program may use")
+
+    def read(self, split: Split, limit: int | None) -> list[Problem]:
+        problems = self._read_file(split) if self.train_path else self._generated(split)
+        return [
+            replace(p, grader=replace(p.grader, limits=self.limits, partial_credit=self.partial_credit))  # type: ignore[type-var]
+            for p in problems[:limit]
+        ]
+
+    def _read_file(self, split: Split) -> list[Problem]:
+        path = self.train_path if split == "train" else self.test_path
+        return [read_problem(*row) for row in read_rows(path)] if path else []
+
+    def _generated(self, split: Split) -> list[Problem]:
+        problems, num_test = generated_problems(), self.num_test or 0
+        if not 0 <= num_test < len(problems):
+            raise ConfigError(f"num_test={num_test}: there are {len(problems)} generated problems, to train on and to test")
+        order = np.random.default_rng(self.split_seed).permutation(len(problems))
+        return [problems[i] for i in (order[:num_test] if split == "test" else order[num_test:])]
+
+
+@chz.chz
+class CodeBuilder(CodeProblems, ProblemSetBuilder):
+    """Programs to write by reinforcement learning."""
+
     need_namespaces: bool = chz.field(
         default=False, doc="refuse a machine whose sandbox cannot shut off the network and the files"
-    )
-    limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="what one run of a program may use")
-    overlong: Overlong = chz.field(default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never cut")
-    max_prompt_tokens: int | None = chz.field(
-        default=None, validator=COUNT, doc="most tokens of a prompt; None = the model's context less one"
     )
 
     def recommended_max_tokens(self) -> int:
         return 512 if self.train_path else 80
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
-        if "{question}" not in self.prompt_template:
-            raise ConfigError(f"prompt_template={self.prompt_template!r} has no {{question}}")
-        train, test = self.problems()
-        isolation = await check_limits(self.limits)  # a machine without a sandbox is found out here, too
+        isolation = await check_limits(self.limits)  # a machine without a sandbox is found out here
         if self.need_namespaces and not isolation.namespaces:
             raise ConfigError(f"need_namespaces=true, and the sandbox of this machine has {isolation}")
         print(f"code: programs run with {isolation}")
-        train_set = problem_dataset(
-            self.envs(train, renderer, "code train"), self.batch_size, self.group_size, self.seed, tags=["code"]
-        )
-        if not test:
-            return train_set, None
-        return train_set, problem_dataset(
-            self.envs(test, renderer, "code test"), self.batch_size, 1, shuffle=False, tags=["code"]
-        )
-
-    def problems(self) -> tuple[Sequence[CodeProblem], Sequence[CodeProblem]]:
-        """To train on, and to evaluate on."""
-        if self.train_path:
-            train, test = (
-                [read_problem(*row) for row in read_rows(path)] if path else [] for path in (self.train_path, self.test_path)
-            )
-            return train, test[: self.num_test]
-        problems, num_test = generated_problems(), self.num_test or 0
-        if not 0 <= num_test < len(problems):
-            raise ConfigError(f"num_test={num_test}: there are {len(problems)} generated problems, to train on and to test")
-        order = np.random.default_rng(self.split_seed).permutation(len(problems))
-        return [problems[i] for i in order[num_test:]], [problems[i] for i in order[:num_test]]
-
-    def envs(self, problems: Iterable[CodeProblem], renderer: Renderer, name: str) -> list[EnvThunk]:
-        thunks = [
-            partial(CodeEnv, problem, renderer, self.limits, self.partial_credit, self.prompt_template) for problem in problems
-        ]
-        return fit_prompts(thunks, self.max_prompt_tokens, self.overlong, name)
+        return await ProblemSetBuilder.__call__(self, renderer)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from envs.math_answers import MAX_ANSWER_CHARS, normalise, numeral, quantity
 from envs.math_intervals import Solution, inequality, intervals
 from envs.math_limits import explodes
-from envs.problem_env import GraderError
+from envs.problem import GraderError
 
 DEFAULT_SECONDS = 5.0
 PATIENCE = 20.0  # a grader that has not used up its processor time by so many times `seconds` is stuck on a busy machine

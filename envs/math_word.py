@@ -6,19 +6,19 @@ alone, the text that supervised training uses too. Left out: tool use, process r
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import chz
 
 from envs.math_answers import AnswerStyle, extract_answer, quantity
-from envs.math_grading import DEFAULT_SECONDS, TooCostly, check_gold, is_equal, is_equal_async
-from envs.problem_env import EnvThunk, Overlong, ProblemEnv, fit_prompts, problem_dataset
+from envs.math_grading import DEFAULT_SECONDS, TooCostly, check_gold, is_equal_async
+from envs.problem import Grader, Problem, ProblemSet, Split
+from envs.problem_env import ProblemSetBuilder
 from posttrain.backend.errors import ConfigError, DataError
-from posttrain.backend.ranges import COUNT, POSITIVE, WHOLE
-from posttrain.renderers.types import Renderer
-from rl.types import Logs, RLDataset, RLDatasetBuilder
+from posttrain.backend.ranges import POSITIVE
 from supervised.data import HuggingFaceBuilder
 from supervised.rows import Fields, Row, read_rows
 
@@ -29,50 +29,23 @@ class BadGold(DataError):
     """A reference answer that cannot be graded."""
 
 
-class MathWordEnv(ProblemEnv):
-    """`solution` is the worked reference, for recipes that train on it or score it."""
+@dataclass(frozen=True)
+class MathGrader(Grader):
+    """The final answer in one of `styles`, equal to the gold one as a number or an expression. `numbers_only`: others are no answers."""
 
-    def __init__(
-        self,
-        problem: str,
-        gold: str,
-        solution: str,
-        renderer: Renderer,
-        answer_styles: Sequence[AnswerStyle],
-        numbers_only: bool = False,
-        grader_seconds: float = DEFAULT_SECONDS,
-    ):
-        super().__init__(renderer)
-        self.problem, self.gold, self.solution = problem, gold, solution
-        self.answer_styles, self.numbers_only, self.grader_seconds = answer_styles, numbers_only, grader_seconds
+    styles: tuple[AnswerStyle, ...] = ("boxed", "hash", "stated")
+    numbers_only: bool = False
+    seconds: float = DEFAULT_SECONDS
 
-    def question(self) -> str:
-        return self.problem
-
-    def reference_answer(self) -> str:
-        return self.gold
-
-    def answer(self, text: str) -> str | None:
-        """The final answer of a response; None where there is none, or where a number is asked for and it is not one."""
-        answer = extract_answer(text, self.answer_styles)
+    def extract(self, text: str) -> str | None:
+        answer = extract_answer(text, self.styles)
         return None if answer is None or (self.numbers_only and quantity(answer) is None) else answer
 
-    def extract(self, text: str) -> str:
-        return self.answer(text) or ""
+    async def is_right(self, answer: str, gold: str) -> bool:
+        return await is_equal_async(gold, answer, self.seconds)
 
-    def check_format(self, text: str) -> bool:
-        return self.answer(text) is not None
-
-    def check_answer(self, text: str) -> bool:
-        answer = self.answer(text)
-        return answer is not None and is_equal(self.gold, answer, self.grader_seconds)
-
-    async def check_answer_async(self, text: str) -> bool:
-        answer = self.answer(text)
-        return answer is not None and await is_equal_async(self.gold, answer, self.grader_seconds)
-
-    def logs(self, text: str) -> Logs:
-        return super().logs(text) | {"extracted": extract_answer(text, self.answer_styles) or "(none)"}
+    def shown(self, text: str) -> str:
+        return extract_answer(text, self.styles) or "(none)"
 
 
 def strip_calculator_marks(text: str) -> str:
@@ -85,7 +58,7 @@ def read_hub(name: str, config: str | None, split: str) -> Iterator[Row]:
 
 
 @chz.chz
-class MathWordBuilder(RLDatasetBuilder):
+class WordProblems(ProblemSet):
     """Problems from `train_path` and `test_path`, or from the hub's `hub_name`. The fields' defaults are those of MATH."""
 
     train_path: str | None = chz.field(default=None, doc="JSONL file to train on")
@@ -100,62 +73,43 @@ class MathWordBuilder(RLDatasetBuilder):
     answer_styles: tuple[AnswerStyle, ...] = chz.field(
         default=("boxed", "hash", "stated"), doc="accepted in responses; the first found counts"
     )
-    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
     strip_marks: bool = chz.field(default=True, doc="remove calculator marks <<1+1=2>> from the reference solution")
     bad_gold: Literal["raise", "drop"] = chz.field(
         default="raise", doc="a reference answer that cannot be graded: raise, or drop (and count)"
-    )
-    num_train: int | None = chz.field(default=None, validator=COUNT, doc="use only the first so many training problems")
-    num_test: int | None = chz.field(default=200, validator=WHOLE, doc="use only the first so many test problems; None = all")
-    overlong: Overlong = chz.field(default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never cut")
-    max_prompt_tokens: int | None = chz.field(
-        default=None, validator=COUNT, doc="most tokens of a prompt; None = the model's context less one"
     )
     grader_seconds: float = chz.field(
         default=DEFAULT_SECONDS, validator=POSITIVE, doc="most seconds for comparing two expressions"
     )
     tag: str = chz.field(default="math", doc="name under which metrics are logged too")
 
-    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
-        if "{question}" not in self.prompt_template:
-            raise ConfigError(f"prompt_template={self.prompt_template!r} has no {{question}}")
-        train_rows, test_rows = self.rows()
-        train = self.problems(train_rows, renderer, self.num_train, f"{self.tag} train")
-        train_set = problem_dataset(train, self.batch_size, self.group_size, self.seed, tags=[self.tag])
-        if test_rows is None:
-            return train_set, None
-        test = self.problems(test_rows, renderer, self.num_test, f"{self.tag} test")
-        return train_set, problem_dataset(test, self.batch_size, 1, shuffle=False, tags=[self.tag])
-
-    def rows(self) -> tuple[Iterable[Row], Iterable[Row] | None]:
-        """Training and held-out rows."""
+    def rows(self, split: Split) -> Iterable[Row]:
         if self.train_path:
-            return read_rows(self.train_path), read_rows(self.test_path) if self.test_path else None
+            path = self.train_path if split == "train" else self.test_path
+            return read_rows(path) if path else ()
         if not self.hub_name:
             raise ConfigError("give train_path=FILE.jsonl or hub_name=OWNER/DATASET")
-        test = read_hub(self.hub_name, self.hub_config, self.test_split) if self.test_split else None
-        return read_hub(self.hub_name, self.hub_config, self.train_split), test
+        hub_split = self.train_split if split == "train" else self.test_split
+        return read_hub(self.hub_name, self.hub_config, hub_split) if hub_split else ()
 
-    def problems(self, rows: Iterable[Row], renderer: Renderer, limit: int | None, name: str) -> list[EnvThunk]:
-        """An env for each of the first `limit` rows whose gold answer can be graded and whose prompt fits."""
-        thunks: list[EnvThunk] = []
+    def read(self, split: Split, limit: int | None) -> list[Problem]:
+        problems: list[Problem] = []
         bad = 0
-        for where, row in rows:
-            if limit is not None and len(thunks) + bad == limit:
-                break
+        for where, row in islice(self.rows(split), limit):
             try:
-                thunks.append(self.problem(where, row, renderer))
+                problems.append(self.problem(where, row))
             except BadGold as error:
                 if self.bad_gold == "raise":
                     raise DataError(f"{error}; correct it, or set bad_gold=drop") from error
                 bad += 1
         if bad:
-            print(f"{name}: {bad} of {bad + len(thunks)} problems have a reference answer that cannot be graded; dropped")
-        if not thunks:
-            raise DataError(f"{name}: no problems")
-        return fit_prompts(thunks, self.max_prompt_tokens, self.overlong, name)
+            print(
+                f"{self.tag} {split}: {bad} of {bad + len(problems)} problems have a reference answer that cannot be graded; dropped"
+            )
+        if not problems and split == "train":
+            raise DataError(f"{self.tag} {split}: no problems")
+        return problems
 
-    def problem(self, where: str, row: Fields, renderer: Renderer) -> EnvThunk:
+    def problem(self, where: str, row: Fields) -> Problem:
         for name in (self.question_field, self.answer_field):
             if not isinstance(row.get(name), str):
                 raise DataError(f"{where}: no text in field {name!r}; it has {', '.join(row) or 'none'}")
@@ -165,16 +119,9 @@ class MathWordBuilder(RLDatasetBuilder):
         if gold is None or not (quantity(gold) if numbers_only else _gradable(gold, self.grader_seconds)):
             field = f"field {self.answer_field!r}, which ends {solution[-60:]!r}"
             raise BadGold(f"{where}: no {self.gold_style} answer that can be graded in {field}")
-        return partial(
-            MathWordEnv,
-            self.prompt_template.replace("{question}", row[self.question_field]),
-            gold,
-            strip_calculator_marks(solution) if self.strip_marks else solution,
-            renderer,
-            self.answer_styles,
-            numbers_only,
-            self.grader_seconds,
-        )
+        solution = strip_calculator_marks(solution) if self.strip_marks else solution
+        grader = MathGrader(self.answer_styles, numbers_only, self.grader_seconds)
+        return Problem(row[self.question_field], gold, grader, solution, (self.tag,), where)
 
 
 def _gradable(gold: str, seconds: float) -> bool:
@@ -185,7 +132,7 @@ def _gradable(gold: str, seconds: float) -> bool:
 
 
 @chz.chz
-class Gsm8kBuilder(MathWordBuilder):
+class Gsm8k(WordProblems):
     """GSM8K, from `data_dir` (a folder with train.jsonl and test.jsonl) or else from the hub."""
 
     data_dir: str | None = chz.field(default=None, doc="folder with train.jsonl and test.jsonl")
@@ -196,7 +143,15 @@ class Gsm8kBuilder(MathWordBuilder):
     gold_style: GoldStyle = chz.field(default="hash", doc="how the reference marks its answer")
     tag: str = chz.field(default="gsm8k", doc="name under which metrics are logged too")
 
-    def rows(self) -> tuple[Iterable[Row], Iterable[Row] | None]:
-        if self.data_dir is None:
-            return super().rows()
-        return read_rows(f"{self.data_dir}/train.jsonl"), read_rows(f"{self.data_dir}/test.jsonl")
+    def rows(self, split: Split) -> Iterable[Row]:
+        return super().rows(split) if self.data_dir is None else read_rows(f"{self.data_dir}/{split}.jsonl")
+
+
+@chz.chz
+class MathWordBuilder(WordProblems, ProblemSetBuilder):
+    """Word problems to practise on by reinforcement learning."""
+
+
+@chz.chz
+class Gsm8kBuilder(Gsm8k, ProblemSetBuilder):
+    """GSM8K to practise on by reinforcement learning."""

@@ -1,25 +1,29 @@
-"""A question, one answer, a verifier: the single-turn environment, its group, and a dataset over a list of problems.
+"""A Problem as a single-turn environment, its group, and datasets of them for RL and for imitation.
 
 reward = format_coef * (format - 1) + correct, with format and correct in {0, 1}. A response that ran into the token limit is a
-format failure, whatever it says. Left out: several turns, tools, partial credit.
+format failure, whatever it says. Left out: several turns, tools.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
-from posttrain.backend.errors import DataError
-from posttrain.backend.types import ModelInput
+import chz
+
+from envs.problem import Grade, Problem, ProblemSet
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Message, Renderer
-from posttrain.tracking.datasets import ListDataset
-from rl.types import Action, Env, EnvGroupBuilder, Logs, Observation, RolloutError, StepResult, StopCondition
+from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.seeds import EXAMPLES, GROUPS
+from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
+from supervised.data import ChatDatasetBuilder, render
+from supervised.rows import Fields, Row
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 Overlong = Literal["drop", "raise"]
-
-
-class GraderError(RolloutError):
-    """A grader crashed or ran out of time: the response has no reward."""
 
 
 class ProblemEnv(Env):
@@ -27,36 +31,23 @@ class ProblemEnv(Env):
 
     format_coef = 0.1
 
-    def __init__(self, renderer: Renderer, prefix: Sequence[Message] = ()):
-        self.renderer = renderer
-        self.prefix = prefix
+    def __init__(self, problem: Problem, renderer: Renderer, prefix: Sequence[Message] = ()):
+        self.problem, self.renderer, self.prefix = problem, renderer, prefix
         self._rendered: ModelInput | None = None  # set by build_prompt; a group renders its question once and shares it
 
-    @abstractmethod
-    def question(self) -> str: ...
+    def question(self) -> str:
+        return self.problem.question
 
-    @abstractmethod
-    def check_answer(self, text: str) -> bool:
-        """Whether the response is right. Raises GraderError if that cannot be decided."""
+    def messages(self) -> list[Message]:
+        """The question and the worked solution, to imitate."""
+        return self.problem.messages(self.prefix)
 
-    @abstractmethod
-    def check_format(self, text: str) -> bool:
-        """Whether the response holds an answer where one was asked for."""
-
-    @abstractmethod
-    def reference_answer(self) -> str: ...
-
-    def extract(self, text: str) -> str:
-        """The part of the response that is graded, for the transcript."""
-        return text
-
-    async def check_answer_async(self, text: str) -> bool:
-        """Override it where grading may take long, so as not to hold up the other rollouts."""
-        return self.check_answer(text)
+    async def grade(self, text: str) -> Grade:
+        return await self.problem.grader.grade(text, self.problem.gold)
 
     def build_prompt(self) -> ModelInput:
         if self._rendered is None:
-            user = Message(role="user", content=self.question())
+            user = Message(role="user", content=self.problem.question)
             self._rendered = self.renderer.build_generation_prompt([*self.prefix, user])
         return self._rendered
 
@@ -65,20 +56,19 @@ class ProblemEnv(Env):
 
     async def step(self, action: Action) -> StepResult:
         message, stopped = self.renderer.parse_response(action)
-        text = message["content"]
-        formatted = float(stopped and self.check_format(text))
-        correct = float(await self.check_answer_async(text))
+        text, grader = message["content"], self.problem.grader
+        grade = await self.grade(text)
+        formatted, correct = float(stopped and grade.answer is not None), float(grade.correct)
+        metrics = {"format": formatted, "correct": correct, "truncated": float(not stopped)}
+        logs = {"question": self.problem.question, "gold": self.problem.gold, "extracted": grader.shown(text)}
         return StepResult(
-            reward=self.format_coef * (formatted - 1) + correct,
+            reward=self.format_coef * (formatted - 1) + (correct if grade.credit is None else grade.credit),
             episode_done=True,
             next_observation=ModelInput.empty(),
             next_stop_condition=self.renderer.get_stop_sequences(),
-            metrics={"format": formatted, "correct": correct, "truncated": float(not stopped)},
-            logs=self.logs(text),
+            metrics=metrics | grade.metrics | grader.describe(text),
+            logs=logs | grade.logs,
         )
-
-    def logs(self, text: str) -> Logs:
-        return {"question": self.question(), "gold": self.reference_answer(), "extracted": self.extract(text)}
 
 
 EnvThunk = Callable[[], ProblemEnv]
@@ -103,40 +93,149 @@ class ProblemGroupBuilder(EnvGroupBuilder):
         return self.tags
 
 
-def problem_dataset(
-    env_thunks: Sequence[EnvThunk],
-    batch_size: int,
+def problem_groups(
+    problems: Sequence[Problem],
+    renderer: Renderer,
     group_size: int,
-    seed: int = 0,
-    *,
-    shuffle: bool = True,
-    tags: Sequence[str] = (),
-) -> ListDataset[ProblemGroupBuilder]:
-    """A list of problems, reshuffled every epoch. `shuffle=False` keeps the order, for held-out sets."""
-    groups = [ProblemGroupBuilder(thunk, group_size, list(tags)) for thunk in env_thunks]
-    return ListDataset(groups, batch_size, seed, shuffle=shuffle)
+    prefix: Sequence[Message] = (),
+    env_class: type[ProblemEnv] = ProblemEnv,
+) -> list[ProblemGroupBuilder]:
+    """A group of each problem, with its tags."""
+    return [
+        ProblemGroupBuilder(partial(env_class, problem, renderer, prefix), group_size, list(problem.tags)) for problem in problems
+    ]
 
 
-def fit_prompts(
-    env_thunks: Sequence[EnvThunk], max_prompt_tokens: int | None = None, overlong: Overlong = "drop", name: str = "dataset"
-) -> list[EnvThunk]:
+def fit_problems(
+    problems: Sequence[Problem],
+    renderer: Renderer,
+    max_prompt_tokens: int | None = None,
+    overlong: Overlong = "drop",
+    name: str = "dataset",
+    prefix: Sequence[Message] = (),
+) -> list[Problem]:
     """The problems whose prompt fits; the others are dropped and counted on one printed line, or refused. Never cut.
 
     `max_prompt_tokens` None means the model's context less one token to sample. Raises DataError, also when none fits.
     """
-    kept, longest, limit = [], 0, max_prompt_tokens or 0
-    for thunk in env_thunks:
-        env = thunk()
-        limit = max_prompt_tokens or env.renderer.tokenizer.model_max_length - 1
-        length = env.build_prompt().length
-        longest = max(longest, length)
-        if length <= limit:
-            kept.append(thunk)
-    dropped = len(env_thunks) - len(kept)
-    found = f"{name}: {dropped} of {len(env_thunks)} prompts are longer than {limit} tokens (the longest has {longest})"
+    limit = max_prompt_tokens or renderer.tokenizer.model_max_length - 1
+    lengths = [ProblemEnv(problem, renderer, prefix).build_prompt().length for problem in problems]
+    kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= limit]
+    dropped = len(problems) - len(kept)
+    count = (
+        f"{name}: {dropped} of {len(problems)} prompts are longer than {limit} tokens (the longest has {max(lengths, default=0)})"
+    )
     if dropped and (overlong == "raise" or not kept):
         also = ", or set overlong=drop" if kept else ""
-        raise DataError(f"{found}; raise max_prompt_tokens or the model's max_length{also}")
+        raise DataError(f"{count}; raise max_prompt_tokens or the model's max_length{also}")
     if dropped:
-        print(f"{found}; dropped")
+        print(f"{count}; dropped")
     return kept
+
+
+def asked(template: str, problems: Sequence[Problem]) -> list[Problem]:
+    """The problems with `template` around their question."""
+    if "{question}" not in template:
+        raise ConfigError(f"prompt_template={template!r} has no {{question}}")
+    return [replace(problem, question=template.replace("{question}", problem.question)) for problem in problems]
+
+
+# --- sets that are read ---------------------------------------------------------------------------------------------------------
+
+
+@chz.chz
+class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
+    """A set of problems to practise on by reinforcement learning; mix it with the ProblemSet. Held out is one attempt at each test problem."""
+
+    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    overlong: Overlong = chz.field(default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never cut")
+    max_prompt_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="most tokens of a prompt; None = the model's context less one"
+    )
+    env_class = ProblemEnv
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        train, test = (asked(self.prompt_template, problems) for problems in self.splits())
+        train_groups = self.groups(train, renderer, self.group_size, "train")
+        dataset = ListDataset(train_groups, self.batch_size, self.seed)
+        if not test:
+            return dataset, None
+        return dataset, ListDataset(self.groups(test, renderer, 1, "test"), self.batch_size, shuffle=False)
+
+    def groups(self, problems: list[Problem], renderer: Renderer, size: int, split: str) -> list[ProblemGroupBuilder]:
+        name = f"{problems[0].tags[0] if problems and problems[0].tags else 'problems'} {split}"
+        fitting = fit_problems(problems, renderer, self.max_prompt_tokens, self.overlong, name)
+        return problem_groups(fitting, renderer, size, env_class=self.env_class)
+
+
+@chz.chz
+class ProblemExamples(ChatDatasetBuilder):
+    """Questions with their worked solutions, to imitate. Problems without one are left out."""
+
+    problems: ProblemSet = chz.field(doc="the data set")
+    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        train, test = (asked(self.prompt_template, problems) for problems in self.problems.splits())
+        return [(p.id, {"problem": p}) for p in train if p.solution], [(p.id, {"problem": p}) for p in test if p.solution]
+
+    def messages(self, fields: Fields) -> list[Message]:
+        return fields["problem"].messages()
+
+
+# --- sets that are drawn --------------------------------------------------------------------------------------------------------
+
+
+@chz.chz
+class DrawnProblems:
+    """A space of problems without end: training problems are drawn, as a pure function of a seed, and some of all are held out."""
+
+    num_test: int = chz.field(default=200, validator=WHOLE, doc="held-out problems")
+    split_seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of the choice of held-out problems; the same for warm start and RL"
+    )
+
+    def draw(self, count: int, seed: Sequence[int]) -> list[Problem]:
+        """`count` problems that are not held out."""
+        raise NotImplementedError
+
+    def held_out(self) -> list[Problem]:
+        raise NotImplementedError
+
+
+@chz.chz
+class DrawnProblemsBuilder(DrawnProblems, RLDatasetBuilder):
+    """Problems to practise on by reinforcement learning. Held out is one attempt at each held-out problem."""
+
+    n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
+    env_class = ProblemEnv
+
+    def prefix(self) -> Sequence[Message]:
+        """What is said before each training question."""
+        return ()
+
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        prefix = self.prefix()
+
+        def draw(epoch: int, index: int) -> list[ProblemGroupBuilder]:
+            problems = self.draw(self.batch_size, [self.seed, GROUPS, epoch * self.n_batches + index])
+            return problem_groups(problems, renderer, self.group_size, prefix, self.env_class)
+
+        test = fit_problems(self.held_out(), renderer, overlong="raise", prefix=prefix)
+        held_out = problem_groups(test, renderer, 1, prefix, self.env_class)
+        return DrawnDataset(draw, self.n_batches), ListDataset(held_out, self.batch_size, shuffle=False)
+
+
+@chz.chz
+class DrawnExamplesBuilder(DrawnProblems, SupervisedDatasetBuilder):
+    """The same problems with their solutions, to imitate. Held out are the same problems."""
+
+    n_batches: int = chz.field(default=30, validator=COUNT, doc="training batches per epoch")
+
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        def draw(epoch: int, index: int) -> list[Datum]:
+            problems = self.draw(self.batch_size, [self.seed, EXAMPLES, epoch, index])
+            return render([problem.messages() for problem in problems], renderer, self)
+
+        held_out = render([problem.messages() for problem in self.held_out()], renderer, self)
+        return DrawnDataset(draw, self.n_batches), ListDataset(held_out, self.batch_size, shuffle=False)

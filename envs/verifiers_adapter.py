@@ -26,7 +26,7 @@ from typing import Any
 import chz
 import numpy as np
 
-from envs.problem_env import GraderError
+from envs.problem import GraderError
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, POSITIVE, SEED, WHOLE
 from posttrain.renderers.types import Message, Renderer

@@ -116,7 +116,7 @@ async def _hits(
     stop, seed = problem.renderer.get_stop_sequences(), int(_digest(key), 16) >> 2
     params = SamplingParams(config.max_tokens - end, seed, stop, config.temperature)
     response = await client.sample_async(ModelInput.from_ints(solution.prompt + prefix), config.num_completions, params)
-    graded = [await grade(problem, solution.prompt, prefix + sequence.tokens) for sequence in response.sequences]
+    graded = [await grade(problem, prefix + sequence.tokens) for sequence in response.sequences]
     return sum(completed.correct for completed in graded)
 
 

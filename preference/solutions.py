@@ -1,19 +1,30 @@
-"""Several sampled and graded answers to each of many problems: what step labels are made for, and what best-of-n chooses from."""
+"""Sampled and graded answers: several to each of many problems, in one engine call. Step labels, best-of-n and B-STaR use it."""
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import ModelInput, SamplingParams
 from posttrain.renderers.types import Renderer
+from rl.types import RolloutError
+
+
+class Graded(Protocol):
+    """What a verifier says: the answer in a response, None where there is none, and whether it is right."""
+
+    @property
+    def answer(self) -> str | None: ...
+
+    @property
+    def correct(self) -> bool: ...
 
 
 class GradedProblem(Protocol):
-    """A question with a verifier; every envs.problem_env.ProblemEnv is one."""
+    """A question with a verifier; envs.problem_env.ProblemEnv is one."""
 
     renderer: Renderer
 
@@ -21,11 +32,56 @@ class GradedProblem(Protocol):
 
     def build_prompt(self) -> ModelInput: ...
 
-    def extract(self, text: str) -> str:
-        """The answer in a response, "" where there is none."""
-        ...
+    async def grade(self, text: str) -> Graded: ...
 
-    async def check_answer_async(self, text: str) -> bool: ...
+
+class Response(NamedTuple):
+    """A sampled response as graded. One that did not end by itself has no answer and is wrong, whatever it says."""
+
+    tokens: list[int]
+    text: str
+    ended: bool
+    answer: str | None
+    correct: bool
+
+
+async def grade(problem: GradedProblem, tokens: list[int], tries: int = 1) -> Response:
+    """A verifier that fails raises its RolloutError at the last of `tries`: nothing is scored in its place."""
+    message, ended = problem.renderer.parse_response(tokens)
+    text = message["content"]
+    if not ended:
+        return Response(tokens, text, False, None, False)
+    while True:
+        try:
+            graded = await problem.grade(text)
+            return Response(tokens, text, True, graded.answer, graded.correct)
+        except RolloutError:
+            tries -= 1
+            if tries < 1:
+                raise
+
+
+async def sample_and_grade(
+    client: SamplingClient,
+    problems_P: Sequence[GradedProblem],
+    num_samples: int,
+    params: SamplingParams,
+    seeds_P: Sequence[int],
+    tries: int = 1,
+) -> list[list[Response]]:
+    """`num_samples` responses to each problem, all in one engine call. They stop where the renderer says."""
+
+    async def responses(problem: GradedProblem, seed: int) -> list[Response]:
+        seeded = replace(params, seed=seed, stop=problem.renderer.get_stop_sequences())
+        sampled = await client.sample_async(problem.build_prompt(), num_samples, seeded)
+        return [await grade(problem, sequence.tokens, tries) for sequence in sampled.sequences]
+
+    return await asyncio.gather(*(responses(problem, seed) for problem, seed in zip(problems_P, seeds_P, strict=True)))
+
+
+def sampling_seeds(entropy: int | Sequence[int], count: int) -> list[int]:
+    """A seed for each of `count` problems, from one."""
+    return (np.random.SeedSequence(entropy).generate_state(count, np.uint64) >> np.uint64(2)).tolist()
 
 
 @dataclass(frozen=True)
@@ -39,26 +95,15 @@ class Solution:
     correct: bool
 
 
+def solution_of(problem: GradedProblem, response: Response) -> Solution:
+    prompt = problem.build_prompt().to_ints()
+    return Solution(problem.question(), prompt, response.tokens, response.answer or "", response.correct)
+
+
 async def sample_solutions(
     client: SamplingClient, problems_P: Sequence[GradedProblem], num_samples: int, params: SamplingParams
 ) -> list[list[Solution]]:
-    """`num_samples` solutions of each problem, all in one engine call. They stop where the renderer says; problem p is sampled with the
-    p-th seed that follows from params.seed. A verifier that fails raises its RolloutError: nothing is scored in its place.
-    """
-    seeds_P = np.random.SeedSequence(params.seed or 0).generate_state(len(problems_P), np.uint64) >> np.uint64(2)
-
-    async def one(problem: GradedProblem, seed: int) -> list[Solution]:
-        prompt = problem.build_prompt()
-        seeded = replace(params, seed=seed, stop=problem.renderer.get_stop_sequences())
-        response = await client.sample_async(prompt, num_samples, seeded)
-        return [await grade(problem, prompt.to_ints(), sequence.tokens) for sequence in response.sequences]
-
-    return await asyncio.gather(*(one(problem, int(seed)) for problem, seed in zip(problems_P, seeds_P, strict=True)))
-
-
-async def grade(problem: GradedProblem, prompt: list[int], tokens: list[int]) -> Solution:
-    """A response that did not stop by itself is wrong, whatever it says."""
-    message, ended = problem.renderer.parse_response(tokens)
-    text = message["content"]
-    correct = ended and await problem.check_answer_async(text)
-    return Solution(problem.question(), prompt, tokens, problem.extract(text) if ended else "", correct)
+    """`num_samples` solutions of each problem; problem p is sampled with the p-th seed that follows from params.seed."""
+    seeds_P = sampling_seeds(params.seed or 0, len(problems_P))
+    responses_P_G = await sample_and_grade(client, problems_P, num_samples, params, seeds_P)
+    return [[solution_of(p, response) for response in group] for p, group in zip(problems_P, responses_P_G, strict=True)]

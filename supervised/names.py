@@ -5,6 +5,7 @@ DATASETS = {
     "conversations": "supervised.data:ConversationFileBuilder",
     "prompt_completion": "supervised.data:PromptCompletionFileBuilder",
     "gsm8k": "supervised.data:PromptCompletionFileBuilder prompt_field=question completion_field=answer",
+    "problems": "envs.problem_env:ProblemExamples",
     "huggingface": "supervised.data:HuggingFaceBuilder",
     "mixture": "supervised.data:MixtureBuilder",
     "star_graph": "envs.star_graph_data:StarGraphExamplesBuilder",

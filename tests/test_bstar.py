@@ -115,7 +115,7 @@ def test_reward_is_the_outcome_and_a_fifth_of_the_smallest_step_logit():
     texts, logits = ["a1", "b1", "c2", "d2"], [[2, 1, 3], [-6, 1], [4, 2], [-5, 0]]
     sampled = [candidate("1-0", n, text, None, correct=n < 2) for n, text in enumerate(texts)]
     model = FixedSteps({tuple(c.tokens): found for c, found in zip(sampled, logits, strict=True)})
-    queries = {query.id: query for query in task().train}
+    queries = {query.problem.id: query for query in task().train}
     twice = [*sampled, replace(sampled[0], sample=4)]
     scored = asyncio.run(OutcomeAndSteps(model, 0.2)(twice, queries))  # type: ignore[arg-type]
     assert [c.reward for c in scored] == pytest.approx([1.2, -0.2, 0.4, -1.0, 1.2])
@@ -129,7 +129,7 @@ def test_reward_is_the_outcome_and_a_fifth_of_the_smallest_step_logit():
 
 def test_rewards_by_composition():
     sampled = [candidate("1-0", 0, "#3", None), candidate("1-0", 1, "#4", None, correct=False)]
-    queries = {query.id: query for query in task().train}
+    queries = {query.problem.id: query for query in task().train}
     outcome = RewardBuilder()(None, None, "", FORM)  # type: ignore[arg-type]
     assert [c.reward for c in asyncio.run(outcome(sampled, queries))] == [1.0, 0.0]
 
@@ -140,8 +140,8 @@ def test_rewards_by_composition():
 
     assert [c.reward for c in asyncio.run(OutcomeAndModel(Length(), 0.5)(sampled, queries))] == [2.0, 1.0]  # type: ignore[arg-type]
     assert not ModelRewardBuilder(model=None).needs_prm  # type: ignore[arg-type]
-    env = queries["1-0"].problem
-    sound, lucky = queries["1-0"].solution or "", f"1+1=2\n#{env.reference_answer()}"
+    problem = queries["1-0"].problem
+    sound, lucky = problem.solution or "", f"1+1=2\n#{problem.gold}"
     oracle = OracleRewardBuilder()(None, None, "", FORM)  # type: ignore[arg-type]
     scored = asyncio.run(oracle([candidate("1-0", 0, sound, None), candidate("1-0", 1, lucky, None)], queries))
     assert [one.reward for one in scored] == [2.0, 0.0]
@@ -311,11 +311,12 @@ def test_the_sets_of_a_task_are_apart():
 
     @chz.chz
     class Leaky(SumsBuilder):
-        def test_queries(self, renderer):
-            return self.train_queries(renderer)[:1]
+        def sets(self, renderer):
+            sets = super().sets(renderer)
+            return replace(sets, test=sets.train[:1])
 
     renderer = get_renderer("plain", load_tokenizer("micro"))
-    with pytest.raises(DataError, match="1 training queries are in the test set"):
+    with pytest.raises(DataError, match=r"1 training problems are in the test set too, first 1-0 \(as 1-0\)"):
         Leaky(num_train=8, num_test=5, num_warm_start=6, num_prm=4, num_dev=3)(renderer)
     with pytest.raises(ConfigError, match="num_dev=9"):
         TaskBuilder.__call__(SumsBuilder(num_train=8, num_test=5, num_warm_start=1, num_prm=1, num_dev=9), renderer)
@@ -329,5 +330,5 @@ def test_sums_have_many_valid_derivations_and_lucky_ones_are_not_valid():
     assert one.valid("3+2=5\n9+7=6\n5+6=1\n#1")
     for wrong in ("3+2=5\n9+7=6\n5+6=1\n#2", "3+2=6\n9+7=5\n5+6=1\n#1", "3+3=6\n9+7=6\n6+6=1\n#1", "3+2=5\n9+7=6\n#1", "#1"):
         assert not one.valid(wrong)
-    env = task().train[0].problem
-    assert env.check_answer(f"1+1=3\n#{env.reference_answer()}") and not env.check_format("1+1=2")
+    env = task().train[0]
+    assert asyncio.run(env.grade(f"1+1=3\n#{env.problem.gold}")).correct and not asyncio.run(env.grade("1+1=2")).answer

@@ -10,11 +10,16 @@ from posttrain.backend.errors import DataError
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from preference.solutions import grade
-from recipes.bstar.arc import ArcBuilder
-from recipes.bstar.code_task import CodeTaskBuilder
-from recipes.bstar.gsm8k import Gsm8kBuilder
-from recipes.bstar.math_text import STEP_END, MathTextBuilder
-from recipes.bstar.tasks import Query, Task, TaskBuilder
+from recipes.bstar.tasks import (
+    STEP_END,
+    ArcBuilder,
+    CodeTaskBuilder,
+    Gsm8kBuilder,
+    MathTextBuilder,
+    Query,
+    Task,
+    TaskBuilder,
+)
 
 RENDERER = get_renderer("plain", load_tokenizer("tiny"))
 GSM8K = [
@@ -50,8 +55,8 @@ def build(builder: TaskBuilder) -> Task:
 def judged(query: Query, text: str) -> tuple[bool, str]:
     """Whether the verifier takes a response, and the answer it reads."""
     tokens: list[int] = RENDERER.tokenizer(f"{text}{RENDERER.tokenizer.eos_token}")["input_ids"]  # type: ignore[assignment]
-    solution = asyncio.run(grade(query.problem, query.problem.build_prompt().to_ints(), tokens))
-    return solution.correct, solution.answer
+    response = asyncio.run(grade(query, tokens))
+    return response.correct, response.answer or ""
 
 
 def tasks(tmp_path: Path) -> dict[str, Task]:
@@ -81,10 +86,10 @@ def test_human_solutions_are_right_and_fall_into_the_steps_of_their_form(tmp_pat
     }
     for name, task in tasks(tmp_path).items():
         (query,) = task.train
-        assert task.warm_start == task.prm == task.train and query.solution, name
-        assert judged(query, query.solution)[0], name
-        assert task.form.strings(query.solution) == steps[name]
-        assert task.form.malformed(query.solution, ended=True) is None, name
+        assert task.warm_start == task.prm == task.train and query.problem.solution, name
+        assert judged(query, query.problem.solution)[0], name
+        assert task.form.strings(query.problem.solution) == steps[name]
+        assert task.form.malformed(query.problem.solution, ended=True) is None, name
 
 
 @pytest.mark.parametrize(
@@ -110,14 +115,14 @@ def test_what_verifiers_take_and_read(tmp_path, name, split, text, correct, answ
 
 def test_arc_numbers_become_letters_and_has_nothing_to_imitate(tmp_path):
     task = build(ArcBuilder(data_dir=str(write(tmp_path, ARC)), num_dev=1))
-    assert task.train[0].problem.question().startswith("Which is a metal?\nA. iron\nB. wood\nC. salt\nThink")
-    assert task.warm_start == [] and task.train[0].solution is None
+    assert task.train[0].problem.question.startswith("Which is a metal?\nA. iron\nB. wood\nC. salt\nThink")
+    assert task.warm_start == [] and task.train[0].problem.solution is None
 
 
 def test_generated_programs_are_held_out(tmp_path):
     task = build(CodeTaskBuilder(num_train=5, num_test=3, num_dev=2))
     assert len(task.train) == 5 and len(task.test) == 3
-    assert task.form.strings(str(task.train[0].solution))[0] == "```python"
+    assert task.form.strings(str(task.train[0].problem.solution))[0] == "```python"
 
 
 def test_prompts_that_leave_no_room_for_a_solution_are_dropped_and_counted(tmp_path, capsys):
@@ -125,14 +130,14 @@ def test_prompts_that_leave_no_room_for_a_solution_are_dropped_and_counted(tmp_p
     long = GSM8K[0] | {"question": "Count. " * 60 + "How many?"}
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (long, GSM8K[0])))
     task = build(Gsm8kBuilder(data_dir=str(folder), num_dev=1, max_tokens=200))
-    assert [query.id for query in task.train] == [
+    assert [query.problem.id for query in task.train] == [
         "train-0"
     ] and "train: 1 of 2 prompts are longer than 312" in capsys.readouterr().out
 
 
 def test_human_solutions_longer_than_the_models_are_left_out_and_counted(tmp_path, capsys):
     task = build(Gsm8kBuilder(data_dir=str(write(tmp_path, GSM8K)), num_dev=1, max_tokens=20))
-    assert task.warm_start == [] and task.train[0].solution is None
+    assert task.warm_start == [] and task.train[0].problem.solution is None
     assert "train: 1 of 1 human solutions are longer than max_tokens=20" in capsys.readouterr().out
 
 

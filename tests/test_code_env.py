@@ -10,7 +10,6 @@ import secrets
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import chz
@@ -18,7 +17,9 @@ import pytest
 
 import envs.sandbox
 from envs import sandbox_filter
-from envs.code import AssertTest, CodeBuilder, CodeEnv, CodeProblem, OutputTest, extract_program, generated_problems, run_test
+from envs.code import AssertTest, CodeBuilder, CodeGrader, OutputTest, extract_program, generated_problems, run_test
+from envs.problem import Problem
+from envs.problem_env import ProblemEnv
 from envs.sandbox import SandboxError, SandboxLimits, run_program
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import character_tokenizer
@@ -252,13 +253,16 @@ def test_no_more_programs_at_once_than_there_are_places(monkeypatch):
     assert most == envs.sandbox.MAX_CONCURRENT
 
 
-def step(env: CodeEnv, text: str):
+def step(env: ProblemEnv, text: str):
     return asyncio.run(env.step(encode(RENDERER.tokenizer, text) + eos(RENDERER.tokenizer)))
 
 
 def test_rewards_and_metrics():
-    problem = CodeProblem("Add.", (OutputTest("1\n2\n", "3"), OutputTest("2\n2\n", "4"), OutputTest("0\n0\n", "0")))
-    env = partial(CodeEnv, problem, RENDERER, limits=QUICK)
+    tests = (OutputTest("1\n2\n", "3"), OutputTest("2\n2\n", "4"), OutputTest("0\n0\n", "0"))
+
+    def env(limits: SandboxLimits = QUICK, partial_credit: bool = False) -> ProblemEnv:
+        return ProblemEnv(Problem("Add.", "", CodeGrader(tests, limits, partial_credit)), RENDERER)
+
     right = step(env(), "So:\n```python\nprint(1)\n```\nNo:\n```\nprint(int(input()) + int(input()))\n```")
     assert (right.reward, right.metrics) == (1.0, {"format": 1, "correct": 1, "truncated": 0, "timeouts": 0})
     times = "```python\nprint(int(input()) * int(input()))\n```"  # 2, 4, 0: two of three
@@ -297,9 +301,9 @@ def test_fences_that_are_indented_or_in_list_items(text: str, program: str):
 def test_generated_problems_are_solved_by_their_solutions():
     problems = generated_problems()
     assert len({problem.question for problem in problems}) == len(problems) == 162
-    program, test = problems[37].solution, problems[37].tests[0]
-    assert outcome(program, test) == "passed" and outcome(problems[38].solution, test) == "wrong"
-    train, held_out = CodeBuilder(num_test=12).problems()
+    program, test = problems[37].gold, problems[37].grader.tests[0]  # type: ignore[attr-defined]
+    assert outcome(program, test) == "passed" and outcome(problems[38].gold, test) == "wrong"
+    train, held_out = CodeBuilder(num_test=12).splits()
     assert len(train) == 150 and len(held_out) == 12 and not set(train) & set(held_out)
 
 

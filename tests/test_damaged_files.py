@@ -24,7 +24,7 @@ from preference.comparisons import LabeledBuilder
 from preference.prm_labels import read_records
 from preference.reference import read_reference
 from recipes.bstar.records import read_candidates, read_choice, read_selection, read_summaries
-from recipes.latro.jsonl import JsonlBuilder
+from recipes.latro.tasks import JsonlBuilder
 from supervised.data import ConversationFileBuilder, PromptCompletionFileBuilder
 
 
@@ -104,7 +104,7 @@ READS = [
     Read(
         "latro.jsonl",
         lines({"queries": "1+1", "responses": "is 2", "groundtruth": "2"}),
-        lambda path: JsonlBuilder(train_path=str(path)).train_tasks(),
+        lambda path: JsonlBuilder(train_path=str(path)).tasks("train", None),
     ),
     Read("samples.jsonl", lines(CANDIDATE, CANDIDATE), read_candidates, TORN),
     Read(

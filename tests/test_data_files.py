@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.arc_challenge import arc_question, read_arc
+from envs.arc_challenge import ArcChallenge
 from envs.code import CodeBuilder
 from envs.completion_env import ComparisonPrompts
 from envs.math_word import Gsm8kBuilder, MathWordBuilder
@@ -25,9 +25,8 @@ from preference.forms import form_of
 from preference.prm_labels import read_records
 from recipes.belief_state.judge_votes import read_contests
 from recipes.belief_state.text_data import TextData
-from recipes.latro.gsm8k import Gsm8kBuilder as LatroGsm8k
-from recipes.latro.jsonl import JsonlBuilder
-from recipes.latro.math_style import MathBuilder
+from recipes.latro.tasks import Gsm8kBuilder as LatroGsm8k
+from recipes.latro.tasks import JsonlBuilder, MathBuilder
 from supervised.data import FileBuilder
 
 TOKENIZER = character_tokenizer(512)
@@ -185,19 +184,19 @@ READERS: dict[str, tuple[dict[str, Any], Reader]] = {
         lambda path: ComparisonPrompts(comparisons=PreferenceFile(path=path))(),
     ),
     "step labels": ({"input": "2+3=", "output": ["5"], "label": [1]}, read_records),
-    "code": ({"question": "?", "tests": [{"assert": "pass"}]}, lambda path: CodeBuilder(train_path=path).problems()),
+    "code": ({"question": "?", "tests": [{"assert": "pass"}]}, lambda path: CodeBuilder(train_path=path).splits()),
     "math": (
         {"problem": "2+3", "solution": r"\boxed{5}"},
         lambda path: asyncio.run(MathWordBuilder(train_path=path, batch_size=1)(PLAIN)),
     ),
     "gsm8k": (PROBLEM, lambda path: asyncio.run(Gsm8kBuilder(data_dir=str(Path(path).parent), batch_size=1)(PLAIN))),
-    "arc": (ARC, lambda path: [arc_question(where, row) for where, row in read_arc(str(Path(path).parent), "train")]),
+    "arc": (ARC, lambda path: ArcChallenge(data_dir=str(Path(path).parent)).read("train", None)),
     "LaTRO jsonl": (
         {"queries": "2+3=", "responses": "5", "groundtruth": "5"},
-        lambda path: JsonlBuilder(train_path=path).train_tasks(),
+        lambda path: JsonlBuilder(train_path=path).tasks("train", None),
     ),
-    "LaTRO gsm8k": (PROBLEM, lambda path: LatroGsm8k(data_dir=str(Path(path).parent)).train_tasks()),
-    "LaTRO math": ({"problem": "2+3", "solution": r"\boxed{5}"}, lambda path: MathBuilder(train_path=path).train_tasks()),
+    "LaTRO gsm8k": (PROBLEM, lambda path: LatroGsm8k(data_dir=str(Path(path).parent)).tasks("train", None)),
+    "LaTRO math": ({"problem": "2+3", "solution": r"\boxed{5}"}, lambda path: MathBuilder(train_path=path).tasks("train", None)),
     "stories to judge": ({"prompt": "a", "goal": "c", "original": "b", "generated": "b"}, lambda path: read_contests(path, path)),
     "documents": ({"text": "abc"}, lambda path: TextData(source=path)._read(path, "train")),
 }
@@ -263,7 +262,7 @@ def test_files_that_are_not_there_or_are_folders(tmp_path: Path, reader: str):
 @pytest.mark.parametrize("reader", READERS)
 def test_marks_line_ends_and_blank_lines_do_no_harm(tmp_path: Path, reader: str):
     good, read = READERS[reader]
-    write(tmp_path / "test.jsonl", good)
+    write(tmp_path / "test.jsonl", good | ({"question": "1+1="} if "question" in good else {}))
     line = json.dumps(good).encode()
     (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n\n \n")
     assert read(str(tmp_path / "train.jsonl"))

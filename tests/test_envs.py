@@ -10,14 +10,16 @@ import chz
 import numpy as np
 import pytest
 
-from envs.arithmetic import ArithmeticBuilder, ArithmeticEnv, ArithmeticExamplesBuilder, PairSpace
-from envs.math_word import Gsm8kBuilder, MathWordBuilder, MathWordEnv
-from envs.problem_env import GraderError, ProblemEnv, ProblemGroupBuilder, fit_prompts, problem_dataset
+from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder, PairSpace, WholeNumber
+from envs.math_word import Gsm8k, Gsm8kBuilder, MathWordBuilder
+from envs.problem import GraderError, Problem, split_off
+from envs.problem_env import ProblemEnv, ProblemExamples, ProblemGroupBuilder, ProblemSetBuilder, fit_problems, problem_groups
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.types import Datum
 from posttrain.renderers.plain import PlainRenderer
 from posttrain.renderers.turns import encode
+from posttrain.tracking.datasets import ListDataset
 from rl.types import EnvGroupBuilder, RLDataset
 
 TOKENIZER = character_tokenizer(128)
@@ -28,8 +30,8 @@ def action(text: str, stopped: bool = True) -> list[int]:
     return encode(TOKENIZER, text) + RENDERER.eos * stopped
 
 
-def sum_env(problem: str = "12+34=") -> ArithmeticEnv:
-    return ArithmeticEnv(problem, str(eval(problem[:-1])), RENDERER)
+def sum_problem(question: str = "12+34=") -> Problem:
+    return Problem(question, str(eval(question[:-1])), WholeNumber())
 
 
 @pytest.mark.parametrize(
@@ -44,14 +46,14 @@ def sum_env(problem: str = "12+34=") -> ArithmeticEnv:
     ],
 )
 def test_reward_is_correctness_less_a_tenth_for_bad_format(text: str, stopped: bool, formatted: int, correct: int, reward: float):
-    result = asyncio.run(sum_env().step(action(text, stopped)))
+    result = asyncio.run(ProblemEnv(sum_problem(), RENDERER).step(action(text, stopped)))
     assert result.reward == pytest.approx(reward) and result.episode_done
     assert result.metrics == {"format": formatted, "correct": correct, "truncated": not stopped}
     assert result.logs == {"question": "12+34=", "gold": "46", "extracted": text}
 
 
 def test_a_group_shares_one_prompt_and_pickles():
-    builder = ProblemGroupBuilder(partial(ArithmeticEnv, "1+2=", "3", RENDERER), 4, ["sums"])
+    builder = ProblemGroupBuilder(partial(ProblemEnv, sum_problem("1+2="), RENDERER), 4, ["sums"])
     copy = pickle.loads(pickle.dumps(builder))
     envs_G = asyncio.run(copy.make_envs())
     assert len(envs_G) == 4 and copy.logging_tags() == ["sums"] and len({id(env.build_prompt()) for env in envs_G}) == 1
@@ -59,8 +61,8 @@ def test_a_group_shares_one_prompt_and_pickles():
     assert TOKENIZER.decode(prompt.to_ints()) == "1+2=" and stop == [TOKENIZER.eos_token_id]
 
 
-def thunks(count: int) -> list:
-    return [partial(ArithmeticEnv, f"{i}+0=", str(i), RENDERER) for i in range(count)]
+def groups(count: int) -> list[ProblemGroupBuilder]:
+    return problem_groups([sum_problem(f"{i}+0=") for i in range(count)], RENDERER, 2)
 
 
 def questions(dataset: RLDataset, index: int) -> list[str]:
@@ -68,32 +70,32 @@ def questions(dataset: RLDataset, index: int) -> list[str]:
 
 
 def test_every_epoch_has_every_problem_once_in_a_new_order():
-    dataset = problem_dataset(thunks(10), batch_size=4, group_size=2, seed=3)
+    dataset = ListDataset(groups(10), batch_size=4, seed=3)
     assert len(dataset) == 3
     epochs = [[q for i in range(3) for q in questions(dataset, 3 * epoch + i)] for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(f"{i}+0=" for i in range(10)) and epochs[0] != epochs[1]
-    assert questions(problem_dataset(thunks(10), 4, 2, seed=3), 4) == questions(dataset, 4)
-    assert [q for i in range(3) for q in questions(problem_dataset(thunks(10), 4, 1, shuffle=False), i)] == sorted(epochs[0])
+    assert questions(ListDataset(groups(10), 4, seed=3), 4) == questions(dataset, 4)
+    assert [q for i in range(3) for q in questions(ListDataset(groups(10), 4, shuffle=False), i)] == sorted(epochs[0])
 
 
 # Trap: prompts and examples cut or dropped without a word.
 def test_overlong_prompts_are_dropped_and_counted_or_refused(capsys: pytest.CaptureFixture[str]):
-    short, long = partial(sum_env, "1+1="), partial(sum_env, "1111+1111=")
-    assert fit_prompts([short, long], 5, "drop", "sums") == [short]
+    short, long = sum_problem("1+1="), sum_problem("1111+1111=")
+    assert fit_problems([short, long], RENDERER, 5, "drop", "sums") == [short]
     assert capsys.readouterr().out == "sums: 1 of 2 prompts are longer than 5 tokens (the longest has 10); dropped\n"
     with pytest.raises(DataError, match="1 of 2 prompts"):
-        fit_prompts([short, long], 5, "raise")
+        fit_problems([short, long], RENDERER, 5, "raise")
     with pytest.raises(DataError, match="1 of 1 prompts"):
-        fit_prompts([long], 5, "drop")
+        fit_problems([long], RENDERER, 5, "drop")
 
 
 def test_a_grader_that_cannot_decide_gives_no_reward():
-    class Broken(ArithmeticEnv):
-        def check_answer(self, text: str) -> bool:
+    class Broken(WholeNumber):
+        async def is_right(self, answer: str, gold: str) -> bool:
             raise GraderError("timed out")
 
     with pytest.raises(GraderError):
-        asyncio.run(Broken("1+1=", "2", RENDERER).step(action("2")))
+        asyncio.run(ProblemEnv(Problem("1+1=", "2", Broken()), RENDERER).step(action("2")))
 
 
 # --- arithmetic ---
@@ -105,14 +107,15 @@ def test_held_out_pairs_are_never_drawn_and_all_others_are(operators: str):
     space = PairSpace(1, 1, operators, num_test=20, split_seed=1)
     drawn = set(space.draw_train(20_000, [0]).tolist())
     assert drawn == set(range(space.size)) - set(space.held_out_D.tolist())
-    held_out = {space.problem(n)[0] for n in space.test_D}
+    held_out = {space.problem(n).question for n in space.test_D}
     mirrored = {q[2] + q[1] + q[0] + "=" for q in held_out}
-    assert len(held_out) == 20 and not {space.problem(n)[0] for n in drawn} & (held_out | mirrored)
+    assert len(held_out) == 20 and not {space.problem(n).question for n in drawn} & (held_out | mirrored)
 
 
 def test_problems_are_right():
     space = PairSpace(2, 1, "+-*", num_test=10, split_seed=0)
-    assert all(str(eval(q[:-1])) == a for q, a in map(space.problem, range(0, space.size, 7)))
+    problems = map(space.problem, range(0, space.size, 7))
+    assert all(str(eval(problem.question[:-1])) == problem.gold for problem in problems)
 
 
 def build(builder: ArithmeticBuilder) -> tuple[RLDataset, RLDataset]:
@@ -179,19 +182,19 @@ def gsm8k_row(answer: str = "1,018", question: str = "How many?") -> dict:
     return {"question": question, "answer": f"9*2 = <<9*2=18>>18\n#### {answer}"}
 
 
-def first_env(builder: MathWordBuilder) -> MathWordEnv:
+def first_env(builder: ProblemSetBuilder) -> ProblemEnv:
     train, _ = asyncio.run(builder(RENDERER))
     env = asyncio.run(train.get_batch(0)[0].make_envs())[0]
-    assert isinstance(env, MathWordEnv)
+    assert isinstance(env, ProblemEnv)
     return env
 
 
 def test_gsm8k_from_a_folder(tmp_path: Path):
     write(tmp_path / "train.jsonl", [gsm8k_row(), gsm8k_row("-3")])
-    write(tmp_path / "test.jsonl", [gsm8k_row("5"), gsm8k_row("6")])
+    write(tmp_path / "test.jsonl", [gsm8k_row("5", "Which?"), gsm8k_row("6", "Who?")])
     builder = Gsm8kBuilder(data_dir=str(tmp_path), num_train=1, batch_size=2, prompt_template="{question} {x}")
     env = first_env(builder)
-    assert (env.question(), env.reference_answer(), env.solution) == ("How many? {x}", "1,018", "9*2 = 18\n#### 1,018")
+    assert (env.question(), env.problem.gold, env.problem.solution) == ("How many? {x}", "1,018", "9*2 = 18\n#### 1,018")
     for text, correct, formatted in [
         ("#### 1018", 1, 1),
         (r"\boxed{1018.0}", 1, 1),
@@ -204,6 +207,18 @@ def test_gsm8k_from_a_folder(tmp_path: Path):
     assert asyncio.run(env.step(action("#### 18"))).logs["extracted"] == "18"
     _, test = asyncio.run(builder(RENDERER))
     assert test is not None and len(test.get_batch(0)) == 2
+    examples, held_out = ProblemExamples(problems=Gsm8k(data_dir=str(tmp_path), num_train=1))(RENDERER)
+    assert [text_of(datum) for datum in examples.get_batch(0)] == ["How many?9*2 = 18\n#### 1,018"]
+    assert held_out is not None and len(held_out.get_batch(0)) == 2
+
+
+def test_a_question_in_both_splits_is_an_error_with_the_first_example(tmp_path: Path):
+    write(tmp_path / "train.jsonl", [gsm8k_row(question="Who?"), gsm8k_row("-3"), gsm8k_row()])
+    write(tmp_path / "test.jsonl", [gsm8k_row("5", "Which?"), gsm8k_row("6")])
+    with pytest.raises(DataError, match=r"^2 training .*, first .*train.jsonl:2 \(as .*test.jsonl:2\): 'How many\?'"):
+        Gsm8k(data_dir=str(tmp_path)).splits()
+    train, held_out = split_off(Gsm8k(data_dir=str(tmp_path)).read("train", None), 1, 0, "num_validation")
+    assert not {problem.question for problem in train} & {problem.question for problem in held_out}
 
 
 def test_math_style_answers_are_compared_symbolically(tmp_path: Path):

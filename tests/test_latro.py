@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from envs.graders import StatedNumber, StatedText
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.futures import InOrder
@@ -26,15 +27,11 @@ from posttrain.renderers.turns import decode
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import open_run_folder
 from recipes.latro import train
-from recipes.latro.arc_challenge import ArcChallengeBuilder
 from recipes.latro.env import LatentRationales, RationaleGroup, answer_tokens, prompt_tokens
 from recipes.latro.evaluation import Best, best_so_far
 from recipes.latro.examples import example
-from recipes.latro.gsm8k import Gsm8kBuilder
-from recipes.latro.jsonl import JsonlBuilder
-from recipes.latro.math_style import MathBuilder
 from recipes.latro.sizes import derive_sizes
-from recipes.latro.tasks import ANSWER_STOPS, NumberVerifier, Task, TextVerifier, Verifier
+from recipes.latro.tasks import ANSWER_STOPS, ArcChallengeBuilder, Gsm8kBuilder, JsonlBuilder, MathBuilder, Task
 from recipes.latro.toy import ToyBuilder
 from rl.kl import Reference, starting_weights
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
@@ -62,7 +59,7 @@ class OneBatch:
 def rationale_group(
     prompt: list[int], answer: list[int], renderer: PlainRenderer, actions_G: Sequence[list[int]], temperature: float = 1.0
 ) -> TrajectoryGroup:
-    builder = RationaleGroup(Task("", "", "", Verifier()), prompt, answer, stop_strings(renderer), renderer, len(actions_G))
+    builder = RationaleGroup(Task("", ""), prompt, answer, stop_strings(renderer), renderer, len(actions_G))
     sampled_G = [TokensWithLogprobs(ac, [0.0] * len(ac), temperature=temperature) for ac in actions_G]
     turns_G = [Transition(ModelInput.from_ints(prompt), sampled, 0.0, True) for sampled in sampled_G]
     group = TrajectoryGroup([Trajectory([turn]) for turn in turns_G], [0.0] * len(actions_G), [{} for _ in actions_G])
@@ -184,7 +181,7 @@ def test_rationales_end_before_the_stop_string_however_it_was_tokenized():
 
 def test_answers_are_read_exactly():
     """Case D15, and the difference between an option and a part of one."""
-    number, text = NumberVerifier(), TextVerifier()
+    number, text = StatedNumber(), StatedText()
     assert number.extract("The answer is 1,234.") == "1234"
     assert number.extract("so 3 and 4") == "4"
     assert number.extract("The answer is 3. No: the answer is 5, not 6.") == "5"
@@ -318,24 +315,24 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_datasets_become_tasks(tmp_path: Path):
     solution = "She sold 48/2 = <<48/2=24>>24.\nIn all 72.\n#### 72"
     write_rows(tmp_path / "train.jsonl", [{"question": "How many?", "answer": solution}] * 4)
-    gsm8k = Gsm8kBuilder(data_dir=str(tmp_path)).train_tasks()[0]
-    assert (gsm8k.rationale, gsm8k.answer, gsm8k.gold) == ("She sold 48/2 = 24.\nIn all 72.", "\nThe answer is 72.", "72")
+    gsm8k = Gsm8kBuilder(data_dir=str(tmp_path)).tasks("train", None)[0]
+    assert (gsm8k.solution, gsm8k.answer, gsm8k.gold) == ("She sold 48/2 = 24.\nIn all 72.", "\nThe answer is 72.", "72")
     row = {"question": "How many legs?", "choices": {"text": ["15", "5"], "label": ["A", "B"]}, "answerKey": "B"}
     write_rows(tmp_path / "train.jsonl", [row])
-    arc = ArcChallengeBuilder(data_dir=str(tmp_path)).train_tasks()[0]
-    assert arc.answer == "\nThe answer is 5." and arc.rationale is None and "Options:\n15\n5\n" in arc.question
+    arc = ArcChallengeBuilder(data_dir=str(tmp_path)).tasks("train", None)[0]
+    assert arc.answer == "\nThe answer is 5." and arc.solution is None and "Options:\n15\n5\n" in arc.question
     file = write_rows(tmp_path / "math.jsonl", [{"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$."}])
-    task = MathBuilder(train_path=str(file)).train_tasks()[0]
-    assert task.gold == "\\frac{1}{2}" and asyncio.run(task.verifier.is_right("0.5", task.gold))
+    task = MathBuilder(train_path=str(file)).tasks("train", None)[0]
+    assert task.gold == "\\frac{1}{2}" and asyncio.run(task.grader.is_right("0.5", task.gold))
     rows = [
         {"queries": "1+1?", "responses": "The answer is 2.", "groundtruth": 2},
         {"queries": "Sky?", "responses": "The answer is blue."},
     ]
     file = write_rows(tmp_path / "three.jsonl", rows[:1])
-    assert JsonlBuilder(train_path=str(file)).train_tasks()[0].answer == "\nThe answer is 2."
+    assert JsonlBuilder(train_path=str(file)).tasks("train", None)[0].answer == "\nThe answer is 2."
     with pytest.raises(DataError, match=r"three.jsonl:2: no groundtruth; the columns are queries, responses, groundtruth"):
-        JsonlBuilder(train_path=str(write_rows(file, rows))).train_tasks()
-    with pytest.raises(DataError, match="num_validation=4 of 4 tasks: it must be from 1 to 3"):
+        JsonlBuilder(train_path=str(write_rows(file, rows))).tasks("train", None)
+    with pytest.raises(DataError, match="num_validation=4 of 4 problems: it must be from 1 to 3"):
         write_rows(tmp_path / "train.jsonl", [{"question": "How many?", "answer": solution}] * 4)
         Gsm8kBuilder(data_dir=str(tmp_path), num_validation=4).split()
 
@@ -350,7 +347,7 @@ def test_the_splits_share_no_question():
 
 def test_one_bos_and_answers_begin_where_the_stop_was():
     tokenizer = words(["Why?", "So", "\nThe", "answer", "is", "7."], bos=True)
-    renderer, task = PlainRenderer(tokenizer), Task("Why?", "\nThe answer is 7.", "7", NumberVerifier(), "So")
+    renderer, task = PlainRenderer(tokenizer), Task("Why?", "7", StatedNumber(), "So", answer="\nThe answer is 7.")
     datum = example(renderer, task, "So")
     tokens = [*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].array[-1])]
     assert tokens.count(1) == 1 and tokens[0] == 1  # <s>
@@ -392,7 +389,7 @@ def test_sizes_that_cannot_work_name_the_nearest_that_do(options: dict[str, int]
 def test_questions_that_do_not_fit_are_counted_or_refused(capsys: pytest.CaptureFixture[str]):
     renderer = PlainRenderer(character_tokenizer(20))
     env = LatentRationales(tasks=ToyBuilder(), response_length=8, stop_seqs=("=",), batch_size=2, group_size=2)
-    tasks = [Task("1234567890", "=1", "1", Verifier()), Task("12", "=1", "1", Verifier())]
+    tasks = [Task("1234567890", "1", answer="=1"), Task("12", "1", answer="=1")]
     assert [group.task.question for group in env.groups(tasks, renderer)] == ["12"]
     assert "1 of 2 questions dropped: with response_length=8" in capsys.readouterr().out
     with pytest.raises(DataError, match="no question fits: with response_length=80"):
@@ -455,4 +452,4 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ],
 )
 def test_equal_numbers_are_one_vote(text: str, answer: str):
-    assert NumberVerifier().extract(text) == answer
+    assert StatedNumber().extract(text) == answer

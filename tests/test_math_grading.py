@@ -10,7 +10,7 @@ from envs import math_grading
 from envs.math_answers import extract_answer, quantity
 from envs.math_grading import WORKER, check_gold, is_equal, is_equal_async
 from envs.math_limits import explodes
-from envs.problem_env import GraderError
+from envs.problem import GraderError
 from rl.types import RolloutError
 
 HANGS = "9^{9^{9^9}}"

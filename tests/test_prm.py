@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from envs.arithmetic_chain import Chain, ChainBuilder, ChainEnv, ChainExamplesBuilder, ChainTask
-from envs.problem_env import GraderError
+from envs.arithmetic_chain import Chain, ChainBuilder, ChainExamplesBuilder, ChainTask
+from envs.graders import LastLine
+from envs.problem import GraderError
+from envs.problem_env import ProblemEnv
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
@@ -23,7 +25,7 @@ from preference import train_prm
 from preference.best_of_n import compare_selections
 from preference.prm import PrmReward, ProcessReward, ProcessRewardModel, StepScores
 from preference.prm_labels import LabelConfig, StepRecord, label_solutions, read_records
-from preference.solutions import Solution, grade, sample_solutions
+from preference.solutions import Solution, grade, sample_solutions, solution_of
 from preference.step_data import StepExamplesBuilder, step_cross_entropy, step_datum
 from preference.steps import StepFormat, split_response
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
@@ -104,9 +106,9 @@ class ScriptedSampler:
         return SampleResponse([SampledSequence(response(text, self.renderer), [], "stop") for text in texts])
 
 
-def solve(text: str, renderer: Renderer, ended: bool = True, chain: Chain = CHAIN) -> tuple[ChainEnv, Solution]:
-    env = ChainEnv(chain, renderer)
-    return env, asyncio.run(grade(env, env.build_prompt().to_ints(), response(text, renderer, ended)))
+def solve(text: str, renderer: Renderer, ended: bool = True, chain: Chain = CHAIN) -> tuple[ProblemEnv, Solution]:
+    env = ProblemEnv(chain.problem, renderer)
+    return env, solution_of(env, asyncio.run(grade(env, response(text, renderer, ended))))
 
 
 GOOD: str = "34+7=41\n41-8=33\n#33"
@@ -115,7 +117,7 @@ BROKEN: str = "34+7=41\n41"
 SHARES = {"34+7=41\n": 6, "34+7=41\n41-8=33\n": 8, "34+7=42\n": 2, "34+7=42\n42-8=34\n": 0}
 
 
-def label(sampler: ScriptedSampler, solutions: list[tuple[ChainEnv, Solution]], path: Path, chunk_size: int = 64):  # noqa: ANN201
+def label(sampler: ScriptedSampler, solutions: list[tuple[ProblemEnv, Solution]], path: Path, chunk_size: int = 64):  # noqa: ANN201
     config = LabelConfig(max_tokens=40, form=LINES, num_completions=8, chunk_size=chunk_size)
     return asyncio.run(label_solutions(sampler, solutions, config, path))  # type: ignore[arg-type]
 
@@ -151,11 +153,11 @@ def test_a_killed_labelling_goes_on_where_it_was(plain: Renderer, tmp_path: Path
 def test_a_verifier_that_fails_leaves_no_label(plain: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     solutions = [solve(GOOD, plain)]
 
-    async def fail(self: ChainEnv, text: str) -> bool:
+    async def fail(self: LastLine, answer: str, gold: str) -> bool:
         raise GraderError("down")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ChainEnv, "check_answer_async", fail)
+        patch.setattr(LastLine, "is_right", fail)
         records, counts = label(ScriptedSampler(plain, SHARES), solutions, tmp_path / "labels.jsonl")
         assert records == [] and counts["failed"] == 1
     assert label(ScriptedSampler(plain, SHARES), solutions, tmp_path / "labels.jsonl")[1]["labelled"] == 1
@@ -338,7 +340,7 @@ def test_chains_and_their_first_wrong_step(plain: Renderer) -> None:
     assert CHAIN.first_wrong_step(["34+7=41"]) == 1 and CHAIN.first_wrong_step([*CHAIN.steps, "#33"]) == 3
     env, solution = solve(GOOD, plain)
     assert solution.correct and solution.answer == "33" and not solve(GOOD, plain, ended=False)[1].correct
-    assert env.extract("34+7=41\n33") == "" and not solve(BAD, plain)[1].correct
+    assert env.problem.grader.extract("34+7=41\n33") is None and not solve(BAD, plain)[1].correct
 
 
 def test_held_out_chains_are_never_trained_on(plain: Renderer) -> None:
@@ -352,7 +354,7 @@ def test_held_out_chains_are_never_trained_on(plain: Renderer) -> None:
         shown = [decode(plain.tokenizer, datum.model_input.to_ints()).split("=")[0] + "=" for datum in examples.get_batch(seed)]
         assert not held_out & {*drawn, *shown}
         assert test is not None and {b.env_thunk().question() for b in test.get_batch(0)} <= held_out  # type: ignore[attr-defined]
-    totals = [int(step.split("=")[-1].strip("#")) for chain in task.draw(300, [5]) for step in chain.steps]
+    totals = [int(step.split("=")[-1].strip("#")) for chain in task.chains(300, [5]) for step in chain.steps]
     assert min(totals) >= 0 and max(totals) <= 99
     with pytest.raises(ConfigError, match="there are not 30 such chains"):
         ChainTask(num_steps=1, max_total=9, max_term=1).draw(30, [0])
@@ -360,7 +362,7 @@ def test_held_out_chains_are_never_trained_on(plain: Renderer) -> None:
 
 def test_sampled_solutions_are_graded_and_reproducible(plain: Renderer, torch_service: ServiceClient) -> None:
     client = torch_service.create_sampling_client(base_model="tiny")
-    problems = [ChainEnv(chain, plain) for chain in ChainTask(num_steps=2).draw(3, [1])]
+    problems = [ProblemEnv(problem, plain) for problem in ChainTask(num_steps=2).draw(3, [1])]
     first, second = (asyncio.run(sample_solutions(client, problems, 2, SamplingParams(12, 7))) for _ in range(2))
     assert first == second and [len(group) for group in first] == [2, 2, 2]
     assert len({tuple(solution.tokens) for group in first for solution in group}) == 6

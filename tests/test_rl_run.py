@@ -12,11 +12,13 @@ import pytest
 
 from envs.completion_env import ComparisonPrompts
 from envs.kind_words import KindWordsComparisons
+from envs.problem import Problem
 from envs.problem_env import ProblemEnv
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.losses import reinforce
 from posttrain.backend.types import ForwardBackwardOutput, ModelInput, TensorData
 from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Message
 from posttrain.tracking.progress import TrainingProgress
 from preference.bradley_terry import ScalarBatchReward
 from preference.prm import PrmReward, ProcessReward, StepScores
@@ -179,24 +181,13 @@ def _tokenizer() -> Any:
 
 def test_a_problem_may_have_a_prompt_of_its_own() -> None:
     class Poem(ProblemEnv):
-        def __init__(self, renderer: Any):
-            super().__init__(renderer)
-            self.prompt = "a poem about "
+        prompt = "a poem about "
 
-        def question(self) -> str:
-            return self.prompt + "rain"
-
-        def check_answer(self, text: str) -> bool:
-            return True
-
-        def check_format(self, text: str) -> bool:
-            return True
-
-        def reference_answer(self) -> str:
-            return ""
+        def build_prompt(self) -> ModelInput:
+            return self.renderer.build_generation_prompt([Message(role="user", content=self.prompt + self.question())])
 
     tokenizer = _tokenizer()
-    env = Poem(get_renderer("plain", tokenizer))
+    env = Poem(Problem("rain", ""), get_renderer("plain", tokenizer))
     assert "a poem about rain" in tokenizer.decode(env.build_prompt().to_ints()) and env.prompt == "a poem about "
 
 

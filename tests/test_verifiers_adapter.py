@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import envs.verifiers_adapter as adapter
-from envs.problem_env import GraderError
+from envs.problem import GraderError
 from envs.verifiers_adapter import VerifiersBuilder, VerifiersEnv
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.tokenizers import character_tokenizer

@@ -31,7 +31,7 @@ def write_questions(run: Path, task: Task) -> None:
     """What the ids in the records stand for: a line for each query of the training and the test set."""
     sets = {"train": task.train, "test": task.test}
     lines = (
-        {"query": query.id, "split": name, "question": query.problem.question(), "answer": query.problem.reference_answer()}
+        {"query": query.problem.id, "split": name, "question": query.problem.question, "answer": query.problem.gold}
         for name, queries in sets.items()
         for query in queries
     )

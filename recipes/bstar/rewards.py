@@ -73,7 +73,7 @@ class OutcomeAndSteps:
 
     async def __call__(self, candidates: Sequence[Candidate], queries: Queries) -> list[Candidate]:
         distinct = {(candidate.query, tuple(candidate.tokens)): candidate for candidate in candidates}
-        prompts = {query: queries[query].problem.build_prompt().to_ints() for query, _ in distinct}
+        prompts = {query: queries[query].build_prompt().to_ints() for query, _ in distinct}
         responses = [(prompts[one.query], one.tokens) for one in distinct.values()]
         scores = []
         for start in range(0, len(responses), SCORED_AT_ONCE):
@@ -111,6 +111,4 @@ class OutcomeAndModel:
 
 
 def _conversation(candidate: Candidate, queries: Queries) -> list[Message]:
-    problem = queries[candidate.query].problem
-    answer = Message(role="assistant", content=candidate.text)
-    return [*problem.prefix, Message(role="user", content=problem.question()), answer]
+    return replace(queries[candidate.query].problem, solution=candidate.text).messages(queries[candidate.query].prefix)

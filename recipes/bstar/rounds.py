@@ -180,7 +180,7 @@ class Round:
 
     async def score_candidates(self, candidates: Sequence[Candidate], queries: Sequence[Query]) -> list[Candidate]:
         reward = outcome if self.method.outcome_only else self.lab.reward
-        return await reward(candidates, {query.id: query for query in queries})
+        return await reward(candidates, {query.problem.id: query for query in queries})
 
     async def choose(self) -> None:
         """One pool serves all thresholds."""
@@ -188,7 +188,7 @@ class Round:
             write_choice(self.folder / "choice.json", Choice(self.method.temperature, self.method.threshold, None, []))
             return
         candidates = read_candidates(self.folder / "sweep.jsonl")
-        ids = [self.lab.task.train[i].id for i in self.lab.task.dev]
+        ids = [self.lab.task.train[i].problem.id for i in self.lab.task.dev]
         found: dict[tuple[str, str], list[Counts]] = {}
         for temperature in {candidate.temperature for candidate in candidates}:
             here = [candidate for candidate in candidates if candidate.temperature == temperature]
@@ -214,11 +214,13 @@ class Round:
     async def select(self) -> None:
         choice, queries = read_choice(self.folder / "choice.json"), self.lab.task.train
         human = (
-            {query.id: query.solution for query in queries if query.solution is not None} if self.config.human_solutions else {}
+            {query.problem.id: query.problem.solution for query in queries if query.problem.solution is not None}
+            if self.config.human_solutions
+            else {}
         )
         chosen = select(
             read_candidates(self.folder / "samples.jsonl"),
-            [query.id for query in queries],
+            [query.problem.id for query in queries],
             choice.threshold,
             self.target_size(len(queries)),
             self.config.quota,
@@ -230,7 +232,7 @@ class Round:
                 f"the threshold {choice.threshold}; sample more, or lower it",
                 flush=True,
             )
-        write_selection(self.folder / "selection.jsonl", [one for query in queries for one in chosen[query.id]])
+        write_selection(self.folder / "selection.jsonl", [one for query in queries for one in chosen[query.problem.id]])
 
     def shortfall(self, selection: Iterable[Sequence[Selected]]) -> int:
         """0 where a quota is given, for which any number is enough."""
@@ -273,14 +275,14 @@ class Round:
 
     def data(self, selected: Sequence[Selected]) -> list[Datum]:
         """A sampled solution is trained on as the tokens it was sampled as, its stop included; a human one is rendered."""
-        queries = {query.id: query for query in self.lab.task.train}
+        queries = {query.problem.id: query for query in self.lab.task.train}
         samples = {(c.query, c.sample): c.tokens for c in read_candidates(self.folder / "samples.jsonl")}
         data = []
         for one in selected:
             if one.sample is None:
                 data.append(conversation_to_datum(queries[one.query].messages(), self.lab.renderer))
             else:
-                prompt, tokens = queries[one.query].problem.build_prompt().to_ints(), samples[one.query, one.sample]
+                prompt, tokens = queries[one.query].build_prompt().to_ints(), samples[one.query, one.sample]
                 data.append(datum_from_tokens_weights([*prompt, *tokens], [0.0] * len(prompt) + [1.0] * len(tokens)))
         return data
 
@@ -294,12 +296,12 @@ class Round:
                 with self.stage(name):
                     pool = self.pool(stream, name, test, [temperature], num_samples)
                     candidates = await sample_pool(self.lab.sampler(self.policy(self.number)), pool, file)
-                    write_scores(file, await self.lab.reward(candidates, {query.id: query for query in test}))
+                    write_scores(file, await self.lab.reward(candidates, {query.problem.id: query for query in test}))
 
     # --- the round in numbers ---------------------------------------------------------------------------------------------------
 
     def summarise(self) -> None:
-        task, test_ids = self.lab.task, [query.id for query in self.lab.task.test]
+        task, test_ids = self.lab.task, [query.problem.id for query in self.lab.task.test]
         greedy, test = (read_candidates(self.folder / f"{name}.jsonl") for name in ("greedy", "test"))
         metrics = {"test/greedy": float(np.mean([candidate.correct for candidate in greedy]))}
         metrics |= {f"test/{key}": value for key, value in sample_metrics(test, test_ids, task.form).items()}
@@ -327,7 +329,7 @@ class Round:
         )
 
     def training_metrics(self) -> Metrics:
-        ids = [query.id for query in self.lab.task.train]
+        ids = [query.problem.id for query in self.lab.task.train]
         found = sample_metrics(read_candidates(self.folder / "samples.jsonl"), ids, self.lab.task.form)
         by_query: dict[str, list[Selected]] = {query: [] for query in ids}
         for one in read_selection(self.folder / "selection.jsonl"):

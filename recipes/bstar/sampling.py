@@ -4,7 +4,6 @@ What a query is answered depends on the seed, the temperature and the place of i
 changes. A grader that fails is asked three times; then its error ends the command, which goes on from the last whole chunk.
 """
 
-import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from posttrain.backend.sampling_client import SamplingClient
-from posttrain.backend.types import SampledSequence, SamplingParams
+from posttrain.backend.types import SamplingParams
 from posttrain.tracking.progress import TrainingProgress
-from preference.solutions import Solution, grade
+from preference.solutions import sample_and_grade, sampling_seeds
 from recipes.bstar.records import Candidate, candidate_line, read_candidates
 from recipes.bstar.tasks import Query
-from rl.types import RolloutError
 
 GRADER_TRIES = 3
 
@@ -72,34 +70,11 @@ async def _sample_chunk(
     client: SamplingClient, pool: Pool, number: int, temperature: str, queries: Sequence[Query]
 ) -> list[Candidate]:
     thousandths = int(Decimal(temperature) * 1000)
-    states = np.random.SeedSequence([*pool.seed, thousandths, number]).generate_state(len(queries), np.uint64)
-    seeds = (states >> np.uint64(2)).tolist()
-
-    async def answers(query: Query, seed: int) -> list[Candidate]:
-        prompt, stop = query.problem.build_prompt(), query.problem.renderer.get_stop_sequences()
-        params = SamplingParams(pool.max_tokens, seed, stop, float(temperature))
-        response = await client.sample_async(prompt, pool.num_samples, params)
-        return [await _candidate(query, n, temperature, sequence) for n, sequence in enumerate(response.sequences)]
-
-    found = await asyncio.gather(*(answers(query, seed) for query, seed in zip(queries, seeds, strict=True)))
-    return [candidate for group in found for candidate in group]
-
-
-async def _candidate(query: Query, number: int, temperature: str, sequence: SampledSequence) -> Candidate:
-    """An answer that did not end by itself is wrong, whatever it says."""
-    solution = await _graded(query, sequence.tokens)
-    message, ended = query.problem.renderer.parse_response(sequence.tokens)
-    text = message["content"]
-    answer = solution.answer if ended and query.problem.check_format(text) else None
-    return Candidate(
-        query.id, number, temperature, text, sequence.tokens, answer, solution.correct, "stop" if ended else "length"
-    )
-
-
-async def _graded(query: Query, tokens: list[int]) -> Solution:
-    for _ in range(GRADER_TRIES - 1):
-        try:
-            return await grade(query.problem, query.problem.build_prompt().to_ints(), tokens)
-        except RolloutError:
-            continue
-    return await grade(query.problem, query.problem.build_prompt().to_ints(), tokens)
+    seeds = sampling_seeds([*pool.seed, thousandths, number], len(queries))
+    params = SamplingParams(pool.max_tokens, temperature=float(temperature))
+    responses = await sample_and_grade(client, queries, pool.num_samples, params, seeds, GRADER_TRIES)
+    return [
+        Candidate(query.problem.id, n, temperature, r.text, r.tokens, r.answer, r.correct, "stop" if r.ended else "length")
+        for query, group in zip(queries, responses, strict=True)
+        for n, r in enumerate(group)
+    ]

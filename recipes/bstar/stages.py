@@ -102,7 +102,7 @@ async def prm_data(config: Config, task: Task) -> None:
     folder.mkdir(exist_ok=True)
     if _is_there(folder / "labels.jsonl", "prm_data"):
         return
-    problems = [query.problem for query in task.prm]
+    problems = task.prm
     if not (folder / "solutions.jsonl").exists():
         with ServiceClient(config.backend) as service:
             client = service.create_sampling_client(str(policy_path(config)))

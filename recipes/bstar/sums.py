@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import chz
 import numpy as np
 
-from envs.problem_env import ProblemEnv
+from envs.graders import LastLine
+from envs.problem import Problem
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, NON_NEGATIVE, NUMBER, WHOLE
 from posttrain.backend.service_client import ServiceClient
@@ -22,7 +23,7 @@ from posttrain.renderers.types import Renderer
 from preference.steps import StepFormat
 from recipes.bstar.records import Candidate
 from recipes.bstar.rewards import Queries, Reward, RewardBuilder
-from recipes.bstar.tasks import Query, TaskBuilder
+from recipes.bstar.tasks import Sets, TaskBuilder
 
 STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
 
@@ -68,26 +69,11 @@ class Sum:
         return left.total() == 1 and answer == f"#{self.answer}"
 
 
-class SumEnv(ProblemEnv):
-    def __init__(self, problem: Sum, renderer: Renderer):
-        super().__init__(renderer)
-        self.problem = problem
+@dataclass(frozen=True)
+class SumGrader(LastLine):
+    """The number after the "#" of the last line."""
 
-    def question(self) -> str:
-        return self.problem.question
-
-    def reference_answer(self) -> str:
-        return str(self.problem.answer)
-
-    def extract(self, text: str) -> str:
-        found = re.fullmatch(r"#(\d{1,9})", text.rsplit("\n", 1)[-1])
-        return found[1] if found else ""
-
-    def check_answer(self, text: str) -> bool:
-        return self.extract(text) == self.reference_answer()
-
-    def check_format(self, text: str) -> bool:
-        return self.extract(text) != ""
+    sum: Sum
 
 
 @chz.chz
@@ -105,8 +91,8 @@ class SumsBuilder(TaskBuilder):
     largest: int = chz.field(default=9, validator=COUNT, doc="numbers go from 0 to this")
     modulus: int | None = chz.field(default=10, validator=COUNT, doc="totals are taken modulo this; None = whole totals")
 
-    def _queries(self, renderer: Renderer, part: int) -> list[Query]:
-        """Part 0, 1, 2, 3: test, training, warm start, prm."""
+    def sets(self, renderer: Renderer) -> Sets:
+        """One after the other from one draw: test, training, warm start, prm."""
         wanted = (self.num_test, self.num_train, self.num_warm_start, self.num_prm)
         counts = [count for count in wanted if count is not None]
         if len(counts) < len(wanted):
@@ -126,22 +112,17 @@ class SumsBuilder(TaskBuilder):
             raise ConfigError(
                 f"there are not {sum(counts)} sums of {self.operands} numbers to {self.largest}: raise task.largest"
             )
-        start = sum(counts[:part])
-        sums = list(drawn.values())[start : start + counts[part]]
-        draw = np.random.default_rng([self.split_seed, 1, part])
-        return [Query(f"{part}-{n}", SumEnv(one, renderer), one.solution(draw)) for n, one in enumerate(sums)]
+        test, train, warm_start, prm = (
+            self._problems(part, list(drawn.values())[sum(counts[:part]) : sum(counts[: part + 1])]) for part in range(4)
+        )
+        return Sets(warm_start, prm, train, test)
 
-    def train_queries(self, renderer: Renderer) -> Sequence[Query]:
-        return self._queries(renderer, 1)
-
-    def test_queries(self, renderer: Renderer) -> Sequence[Query]:
-        return self._queries(renderer, 0)
-
-    def warm_start_queries(self, renderer: Renderer, train: Sequence[Query]) -> Sequence[Query]:
-        return self._queries(renderer, 2)
-
-    def prm_queries(self, renderer: Renderer, train: Sequence[Query]) -> Sequence[Query]:
-        return self._queries(renderer, 3)
+    def _problems(self, part: int, sums: Sequence[Sum]) -> list[Problem]:
+        rng = np.random.default_rng([self.split_seed, 1, part])
+        return [
+            Problem(each.question, str(each.answer), SumGrader(r"#(\d{1,9})", each), each.solution(rng), ("sums",), f"{part}-{n}")
+            for n, each in enumerate(sums)
+        ]
 
 
 @chz.chz
@@ -160,7 +141,7 @@ class OracleRewardBuilder(RewardBuilder):
         return [replace(one, reward=float(one.correct) + self.coef * self._smallest_logit(one, queries)) for one in candidates]
 
     def _smallest_logit(self, candidate: Candidate, queries: Queries) -> float:
-        env = queries[candidate.query].problem
-        if not isinstance(env, SumEnv):
+        grader = queries[candidate.query].problem.grader
+        if not isinstance(grader, SumGrader):
             raise ConfigError("reward=oracle knows sums only: set task=sums, or another reward")
-        return self.logit if env.problem.valid(candidate.text) else -self.logit
+        return self.logit if grader.sum.valid(candidate.text) else -self.logit

@@ -1,44 +1,46 @@
-"""What B-STaR needs of a data set: questions with a verifier each, in three sets that do not meet, and a little to imitate first.
+"""What B-STaR needs of a data set: problems with a verifier each, in sets that do not meet, and a little to imitate first.
 
-A new task is one file: a subclass of TaskBuilder with `train_queries`, `test_queries` and, where there are human solutions, those. Prompt,
-verifier and format check are the ones of any ProblemEnv of envs/; a solution is written as the model is to write it, answer included.
-Whoever builds a Task gets the separation checked: ids are unique, and no question is in both the training and the test set. The dev
-subset, on which temperature and threshold are chosen, is a fixed part of the training queries.
+A new task is a subclass of TaskBuilder with `sets`, or of ReadTaskBuilder where a ProblemSet of envs/ reads it; a solution is written as the
+model is to write it, answer included. Whoever builds a Task gets the separation checked: ids are unique, and no question is in both the
+training and the test set. The dev subset, on which temperature and threshold are chosen, is a fixed part of the training queries.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import chz
 import numpy as np
 
-from envs.problem_env import ProblemEnv
+from envs.arc_challenge import ANSWER_PHRASE, ArcChallenge
+from envs.code import CodeProblems
+from envs.math_word import Gsm8k, WordProblems
+from envs.problem import Problem, ProblemSet, check_apart
+from envs.problem_env import ProblemEnv, asked, fit_problems
+from envs.sandbox import SandboxLimits
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
-from posttrain.renderers.types import Message, Renderer
+from posttrain.renderers.types import Renderer
 from posttrain.tracking.seeds import DEV
 from preference.steps import StepFormat
 
+Query = ProblemEnv  # `problem.id` names it in all records, `problem.solution` is a human's
+
 
 @dataclass(frozen=True)
-class Query:
-    """A question: its environment asks it and grades answers. `solution` is a human's, None where there is none."""
+class Sets:
+    """`warm_start` is imitated first; from `prm` the steps of the reward model's training set come."""
 
-    id: str
-    problem: ProblemEnv
-    solution: str | None = None
-
-    def messages(self) -> list[Message]:
-        """The question with the human solution, to imitate."""
-        if self.solution is None:
-            raise DataError(f"query {self.id} has no human solution")
-        user = Message(role="user", content=self.problem.question())
-        return [*self.problem.prefix, user, Message(role="assistant", content=self.solution)]
+    warm_start: list[Problem]
+    prm: list[Problem]
+    train: list[Problem]
+    test: list[Problem]
 
 
 @dataclass(frozen=True)
 class Task:
-    """`dev` are indices into `train`. `warm_start` is imitated first; from `prm` the steps of the reward model's training set come."""
+    """The sets as environments. `dev` are indices into `train`."""
 
     warm_start: list[Query]
     prm: list[Query]
@@ -70,42 +72,190 @@ class TaskBuilder:
     form: StepFormat = chz.field(default_factory=StepFormat, doc="what a step ends with, and what the answer step begins with")
     max_tokens: int = chz.field(default=256, validator=COUNT, doc="most tokens of a sampled solution")
 
-    def train_queries(self, renderer: Renderer) -> Sequence[Query]:
+    def sets(self, renderer: Renderer) -> Sets:
         raise NotImplementedError
-
-    def test_queries(self, renderer: Renderer) -> Sequence[Query]:
-        raise NotImplementedError
-
-    def warm_start_queries(self, renderer: Renderer, train: Sequence[Query]) -> Sequence[Query]:
-        """Queries with solutions to imitate: those of the training set that have one."""
-        return [query for query in train if query.solution is not None]
-
-    def prm_queries(self, renderer: Renderer, train: Sequence[Query]) -> Sequence[Query]:
-        """Queries whose answers are labelled step by step."""
-        return train
 
     def __call__(self, renderer: Renderer) -> Task:
         """Raises DataError for sets that are empty, too small, or not apart."""
-        train = list(self.train_queries(renderer))[: self.num_train]
-        test = list(self.test_queries(renderer))[: self.num_test]
-        warm_start = list(self.warm_start_queries(renderer, train))[: self.num_warm_start]
-        prm = list(self.prm_queries(renderer, train))[: self.num_prm]
-        for name, queries in (("training", train), ("test", test), ("warm-start", warm_start), ("prm", prm)):
-            _check_ids(name, queries)
-        questions = {query.problem.question() for query in test}
-        for name, queries in (("training", train), ("warm-start", warm_start), ("prm", prm)):
-            if both := [query.id for query in queries if query.problem.question() in questions]:
-                raise DataError(f"{len(both)} {name} queries are in the test set too, first {both[0]}: keep the sets apart")
+        sets = self.sets(renderer)
+        train, test = sets.train[: self.num_train], sets.test[: self.num_test]
+        warm_start, prm = sets.warm_start[: self.num_warm_start], sets.prm[: self.num_prm]
+        for name, problems in (("training", train), ("test", test), ("warm-start", warm_start), ("prm", prm)):
+            _check_ids(name, problems)
+            if name != "test":
+                check_apart(problems, test, name)
         if not train or not test:
             raise DataError(f"{len(train)} training and {len(test)} test queries: both sets need some")
         if not 1 <= self.num_dev <= len(train):
             raise ConfigError(f"num_dev={self.num_dev}: from 1 to the {len(train)} training queries")
         dev = sorted(np.random.default_rng([self.split_seed, DEV]).permutation(len(train))[: self.num_dev].tolist())
+        query = cache(lambda problem: ProblemEnv(problem, renderer))
+        warm_start, prm, train, test = ([query(problem) for problem in part] for part in (warm_start, prm, train, test))
         return Task(warm_start, prm, train, test, dev, self.form, self.max_tokens)
 
 
-def _check_ids(name: str, queries: Sequence[Query]) -> None:
-    ids = [query.id for query in queries]
+def _check_ids(name: str, problems: Sequence[Problem]) -> None:
+    ids = [problem.id for problem in problems]
     if len(set(ids)) < len(ids):
         twice = next(id for id in ids if ids.count(id) > 1)
         raise DataError(f"two {name} queries have the id {twice!r}: ids tell the samples of queries apart")
+
+
+# --- data sets of envs/ ---------------------------------------------------------------------------------------------------------
+
+
+@chz.chz
+class ReadTaskBuilder(TaskBuilder):
+    """A ProblemSet: the training problems that have human solutions are imitated first, and all are labelled."""
+
+    max_prompt_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="drop longer prompts; None = those that leave no room for max_tokens"
+    )
+
+    def source(self) -> ProblemSet:
+        raise NotImplementedError
+
+    def written(self, problems: list[Problem]) -> list[Problem]:
+        """The questions as they are asked, and the solutions as the model is to write them."""
+        return problems
+
+    def sets(self, renderer: Renderer) -> Sets:
+        train, test = (
+            self._fitting(self.written(problems), split, renderer)
+            for split, problems in zip(("train", "test"), self.source().splits(), strict=True)
+        )
+        return Sets([problem for problem in train if problem.solution is not None], train, train, test)
+
+    def _fitting(self, problems: list[Problem], split: str, renderer: Renderer) -> list[Problem]:
+        """Problems with a name each. What does not fit is dropped and counted: prompts without room, solutions over max_tokens."""
+        room = self.max_prompt_tokens or renderer.tokenizer.model_max_length - self.max_tokens
+        fitting, overlong = [], 0
+        for n, problem in enumerate(fit_problems(problems, renderer, room, name=split)):
+            solution = problem.solution
+            if solution and len(renderer.tokenizer.encode(solution, add_special_tokens=False)) >= self.max_tokens:
+                solution, overlong = None, overlong + 1
+            fitting.append(replace(problem, id=f"{split}-{n}", solution=solution))
+        if overlong:
+            print(f"{split}: {overlong} of {len(fitting)} human solutions are longer than max_tokens={self.max_tokens}; left out")
+        return fitting
+
+
+@chz.chz
+class Gsm8kBuilder(ReadTaskBuilder):
+    """GSM8K, from `data_dir` or else from the hub: a line a step, the answer after "####". The human solutions are its own."""
+
+    data_dir: str | None = chz.field(default=None, doc="folder with train.jsonl and test.jsonl; None = openai/gsm8k of the hub")
+    calculator_marks: bool = chz.field(default=False, doc="keep <<48/2=24>> in the human solutions")
+    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="####"), doc="of solutions")
+    max_tokens: int = chz.field(default=320, validator=COUNT, doc="most tokens of a sampled solution")
+
+    def source(self) -> ProblemSet:
+        return Gsm8k(
+            data_dir=self.data_dir,
+            strip_marks=not self.calculator_marks,
+            answer_styles=("hash",),
+            num_train=self.num_train,
+            num_test=self.num_test,
+        )
+
+    def written(self, problems: list[Problem]) -> list[Problem]:
+        return [replace(p, solution=(p.solution or "").strip()) for p in asked(self.prompt_template, problems)]
+
+
+MATH_ANSWER = "# Answer:"
+STEP_END = re.compile(r"\s*\n\s*|(?<=[.!?])\s+(?=[A-Z$\\])")  # a line, or a sentence: what follows a full stop begins like one
+
+
+@chz.chz
+class MathTextBuilder(ReadTaskBuilder):
+    r"""JSONL files of problems with a worked solution whose last \boxed{...} is the answer. The fields' defaults are those of MATH.
+
+    A human solution is rewritten: one sentence or line a step, and a last step "# Answer: \boxed{...}". The original has blank lines between
+    steps and a heading over the answer; MATH itself does not. Left out: diagrams ([asy] code stands in the text as it is).
+    """
+
+    train_path: str = chz.field(doc="JSONL file to train on")
+    test_path: str = chz.field(doc="JSONL file of the test set")
+    question_field: str = chz.field(default="problem", doc="field with the question")
+    solution_field: str = chz.field(default="solution", doc="field with the worked solution")
+    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    form: StepFormat = chz.field(
+        default_factory=lambda: StepFormat(separator="\n", answer_marker=MATH_ANSWER), doc="of solutions"
+    )
+    max_tokens: int = chz.field(default=768, validator=COUNT, doc="most tokens of a sampled solution")
+
+    def source(self) -> ProblemSet:
+        return WordProblems(
+            train_path=self.train_path,
+            test_path=self.test_path,
+            question_field=self.question_field,
+            answer_field=self.solution_field,
+            answer_styles=("boxed",),
+            bad_gold="drop",
+            num_train=self.num_train,
+            num_test=self.num_test,
+        )
+
+    def written(self, problems: list[Problem]) -> list[Problem]:
+        return [replace(p, solution=_in_steps(p)) for p in asked(self.prompt_template, problems)]
+
+
+def _in_steps(problem: Problem) -> str:
+    return "\n".join([*STEP_END.split((problem.solution or "").strip()), f"{MATH_ANSWER} \\boxed{{{problem.gold}}}"])
+
+
+@chz.chz
+class ArcBuilder(ReadTaskBuilder):
+    """ARC-Challenge, from `data_dir` or else from the hub, for a model that can already reason in words: no solutions to imitate.
+
+    The reward is the outcome's alone, as in the paper: set reward=outcome. With `bare_answers`, answers without a reasoning count as human
+    solutions, for a model that was never taught to answer at all.
+    """
+
+    data_dir: str | None = chz.field(
+        default=None, doc="folder with train.jsonl and test.jsonl; None = allenai/ai2_arc of the hub"
+    )
+    trigger: str = chz.field(default=f"\nThink step by step, and end with: {ANSWER_PHRASE} <letter>.", doc="follows the options")
+    bare_answers: bool = chz.field(default=False, doc="take the right answer without a reasoning for a human solution")
+    form: StepFormat = chz.field(
+        default_factory=lambda: StepFormat(separator="\n", answer_marker=ANSWER_PHRASE), doc="of solutions"
+    )
+    max_tokens: int = chz.field(default=256, validator=COUNT, doc="most tokens of a sampled solution")
+
+    def source(self) -> ProblemSet:
+        return ArcChallenge(data_dir=self.data_dir, num_train=self.num_train, num_test=self.num_test)
+
+    def written(self, problems: list[Problem]) -> list[Problem]:
+        solutions = [f"{ANSWER_PHRASE} {problem.gold}." if self.bare_answers else None for problem in problems]
+        return [
+            replace(p, question=p.question + self.trigger, solution=text) for p, text in zip(problems, solutions, strict=True)
+        ]
+
+
+@chz.chz
+class CodeTaskBuilder(ReadTaskBuilder):
+    """Programs to write, judged by their tests: JSONL files or, without `train_path`, the generated problems of envs/code.py.
+
+    The reward is the outcome's alone, as in the paper: set reward=outcome. A human solution is the reference program in a fenced block; a step
+    is a line, and the answer step the line that closes the block. Left out: partial credit.
+    """
+
+    train_path: str | None = chz.field(default=None, doc="JSONL file to train on; None = generated problems")
+    test_path: str | None = chz.field(default=None, doc="JSONL file of the test set")
+    num_test: int | None = chz.field(
+        default=20, validator=WHOLE, doc="use only the first so many test problems; None = all of a file"
+    )
+    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="what one run of a program may use")
+    form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="```"), doc="of solutions")
+    max_tokens: int = chz.field(
+        default=80, validator=COUNT, doc="most tokens of a sampled program; some hundreds for problems that people wrote"
+    )
+
+    def source(self) -> ProblemSet:
+        names = ("train_path", "test_path", "num_train", "num_test", "split_seed", "limits")
+        return CodeProblems(**{name: getattr(self, name) for name in names})
+
+    def written(self, problems: list[Problem]) -> list[Problem]:
+        return asked(self.prompt_template, problems)

@@ -33,10 +33,10 @@ from recipes.bstar.stages import completer, prm, prm_data, prm_path, warm_start
 
 TASKS = {
     "sums": "recipes.bstar.sums:SumsBuilder",
-    "gsm8k": "recipes.bstar.gsm8k:Gsm8kBuilder",
-    "math": "recipes.bstar.math_text:MathTextBuilder",
-    "code": "recipes.bstar.code_task:CodeTaskBuilder",
-    "arc": "recipes.bstar.arc:ArcBuilder",
+    "gsm8k": "recipes.bstar.tasks:Gsm8kBuilder",
+    "math": "recipes.bstar.tasks:MathTextBuilder",
+    "code": "recipes.bstar.tasks:CodeTaskBuilder",
+    "arc": "recipes.bstar.tasks:ArcBuilder",
 }
 REWARDS = {
     "prm": "recipes.bstar.rewards:PrmRewardBuilder",

@@ -6,9 +6,11 @@ is a function of it. The original gives the stop's tokens no gradient, which lea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import chz
 
+from envs.problem_env import ProblemEnv, ProblemGroupBuilder
 from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import COUNT
 from posttrain.backend.types import ModelInput
@@ -60,38 +62,21 @@ class RationaleEnv(Env):
     async def step(self, action: Action) -> StepResult:
         tokens, finished = self.group.rationale(action)
         text, task = decode(self.group.renderer.tokenizer, tokens), self.group.task
-        metrics = {"finished": float(finished), "rationale_tokens": float(len(tokens)), **task.verifier.describe(text)}
+        metrics = {"finished": float(finished), "rationale_tokens": float(len(tokens)), **task.grader.describe(text)}
         logs = {"question": task.question, "gold": task.answer, "rationale": text}
         return StepResult(0.0, True, ModelInput.empty(), metrics=metrics, logs=logs)
 
 
-@dataclass(frozen=True)
-class ResponseGroup(EnvGroupBuilder):
-    """One whole response, rationale and answer, to be graded."""
-
-    task: Task
-    prompt: list[int]
-    renderer: Renderer
-
-    async def make_envs(self) -> Sequence[Env]:
-        return [ResponseEnv(self)]
-
-
-class ResponseEnv(Env):
-    def __init__(self, group: ResponseGroup):
-        self.group = group
-
-    async def initial_observation(self) -> tuple[Observation, StopCondition]:
-        return ModelInput.from_ints(self.group.prompt), self.group.renderer.get_stop_sequences()
+class ResponseEnv(ProblemEnv):
+    """One whole response, rationale and answer. Reward 1 if it is right; the format is right where an answer can be read."""
 
     async def step(self, action: Action) -> StepResult:
-        message, _ = self.group.renderer.parse_response(action)
-        task, text = self.group.task, message["content"]
-        extracted = task.verifier.extract(text)
-        correct = float(extracted is not None and await task.verifier.is_right(extracted, task.gold))
-        metrics = {"correct": correct, "format": float(extracted is not None), **task.verifier.describe(text)}
-        logs = {"question": task.question, "gold": task.gold, "extracted": extracted or ""}
-        return StepResult(correct, True, ModelInput.empty(), metrics=metrics, logs=logs)
+        result = await super().step(action)
+        text = self.renderer.parse_response(action)[0]["content"]
+        result.metrics["format"] = float(self.problem.grader.extract(text) is not None)
+        del result.metrics["truncated"]
+        result.reward = result.metrics["correct"]
+        return result
 
 
 @chz.chz
@@ -131,6 +116,6 @@ class LatentRationales(RLDatasetBuilder):
         return kept
 
 
-def responses(groups: Sequence[RationaleGroup]) -> list[ResponseGroup]:
+def responses(groups: Sequence[RationaleGroup]) -> list[ProblemGroupBuilder]:
     """The same questions, to be answered whole."""
-    return [ResponseGroup(group.task, group.prompt, group.renderer) for group in groups]
+    return [ProblemGroupBuilder(partial(ResponseEnv, group.task, group.renderer), 1) for group in groups]

@@ -101,9 +101,9 @@ class Evaluation:
         """log p(y|x) against log p(y|x, gold rationale): whether rationales are worth anything to this model. No sampling."""
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
         pairs = [
-            (example(renderer, task, "", answer_only=True), example(renderer, task, task.rationale, answer_only=True))
+            (example(renderer, task, "", answer_only=True), example(renderer, task, task.solution, answer_only=True))
             for task in tasks
-            if task.rationale
+            if task.solution
         ]
         pairs = [(bare, full) for bare, full in pairs if full.model_input.length <= renderer.tokenizer.model_max_length]
         if not pairs:

@@ -23,7 +23,7 @@ def targets(builder: TaskBuilder, tasks: Sequence[Task], what: Target) -> list[t
     """Tasks and the rationale that stands between question and answer."""
     if what == "demonstrations":
         return builder.demonstrations(tasks)
-    return [(task, (task.rationale or "") if what == "rationale" else "") for task in tasks]
+    return [(task, (task.solution or "") if what == "rationale" else "") for task in tasks]
 
 
 def example(renderer: Renderer, task: Task, rationale: str, answer_only: bool = False) -> Datum:

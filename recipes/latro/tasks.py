@@ -1,23 +1,22 @@
-"""What a task is: {question, rationale (optional), answer, verifier}, and the builders that read tasks and split them.
+"""LaTRO's data sets: problems of envs/ with a trigger after the question and, apart from the rationale, the answer as it is to be written.
 
-A new data set is one file: a subclass of TaskBuilder whose `train_tasks` returns Tasks (gsm8k.py is the model), and its line in DATASETS of
-train.py. The validation split is cut from the training tasks by `split_seed`; test tasks are read only when asked for.
+A new data set is a subclass of TaskBuilder whose `tasks` reads them, and its line in
+DATASETS of train.py. The validation split is cut from the training tasks by `split_seed`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import chz
-import numpy as np
 
+from envs.arc_challenge import ArcChallenge
+from envs.graders import StatedNumber, StatedText, is_number
+from envs.math_word import Gsm8k, WordProblems
+from envs.problem import Problem, Split, check_apart, split_off
 from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
-from rl.types import Metrics
+from supervised.rows import Fields, read_rows
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\.)\.\d+)")
-ANSWER_PHRASE = re.compile(r"answer\s+is:?", re.IGNORECASE)
 # Where a rationale ends and the answer begins, as models write it; the leading space or newline belongs to the stop.
 ANSWER_STOPS = tuple(
     space + phrase
@@ -26,71 +25,11 @@ ANSWER_STOPS = tuple(
 )
 
 
-class Verifier:
-    """Reads the answer out of a whole response, and compares it. Exact comparison of strings; subclasses know better."""
-
-    def extract(self, text: str) -> str | None:
-        """The answer, in a form in which equal answers are equal strings; None if there is none."""
-        return text.strip() or None
-
-    async def is_right(self, extracted: str, gold: str) -> bool:
-        return extracted == gold
-
-    def describe(self, rationale: str) -> Metrics:
-        """What can be said of a sampled rationale; logged, never a reward."""
-        return {}
-
-
-class NumberVerifier(Verifier):
-    """The first number behind the last "answer is"; where that is missing, the last number of the text. 18, 18.0 and 018 are one answer."""
-
-    def extract(self, text: str) -> str | None:
-        *_, last = ANSWER_PHRASE.split(text)
-        numbers = NUMBER.findall(last)
-        if not numbers:
-            return None
-        return plain_number(numbers[-1] if last == text else numbers[0])
-
-    async def is_right(self, extracted: str, gold: str) -> bool:
-        return Fraction(extracted) == Fraction(gold.replace(",", ""))
-
-
-def plain_number(text: str) -> str:
-    """The one way to write a decimal: without commas and needless zeros, -3, 0.5, 18."""
-    digits = text.replace(",", "").lstrip("-")
-    whole, _, decimals = digits.partition(".")
-    number = (whole.lstrip("0") or "0") + ("." + decimals.rstrip("0") if decimals.strip("0") else "")
-    return "-" + number if text.startswith("-") and number != "0" else number
-
-
-class TextVerifier(Verifier):
-    """What stands behind the last "answer is", to the end of its line; equal to the gold text but for case, quotes, brackets, full stops."""
-
-    def extract(self, text: str) -> str | None:
-        before, *behind = ANSWER_PHRASE.split(text)
-        return _normalised(behind[-1].strip().split("\n")[0]) or None if behind else None
-
-    async def is_right(self, extracted: str, gold: str) -> bool:
-        return extracted == _normalised(gold)
-
-
-def _normalised(text: str) -> str:
-    return " ".join(text.casefold().strip(" \t\n.'\"`*[](){}").split())
-
-
-def is_number(text: str) -> bool:
-    return NUMBER.fullmatch(text.strip()) is not None
-
-
 @dataclass(frozen=True)
-class Task:
-    """`answer` is the text that is to stand right behind the rationale, separator included: "\\nThe answer is 72."."""
+class Task(Problem):
+    """`solution` is the rationale alone. `answer` is to stand right after it, separator included: "\nThe answer is 72."."""
 
-    question: str
-    answer: str
-    gold: str
-    verifier: Verifier
-    rationale: str | None = None
+    answer: str = ""
 
 
 @chz.chz
@@ -111,24 +50,118 @@ class TaskBuilder:
     num_train_epochs = 6.0
     warm_start_updates = 0  # for a preset, whose weights are random: supervised updates before the method begins
 
-    def train_tasks(self) -> list[Task]:
+    def tasks(self, split: Split, limit: int | None) -> list[Task]:
+        """The first `limit` training tasks, validation included, or test tasks; [] where there are none."""
         raise NotImplementedError
-
-    def test_tasks(self) -> list[Task]:
-        """Tasks that neither training nor model selection sees; [] where there are none."""
-        return []
 
     def demonstrations(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
         """Tasks with a rationale each, to imitate in a warm start."""
-        return [(task, task.rationale) for task in tasks if task.rationale is not None]
+        return [(task, task.solution) for task in tasks if task.solution is not None]
 
     def split(self) -> tuple[list[Task], list[Task]]:
         """Training and validation tasks."""
-        tasks = self.train_tasks()[: self.num_train]
-        if not 1 <= self.num_validation < len(tasks):
+        return split_off(self.tasks("train", self.num_train), self.num_validation, self.split_seed, "num_validation")
+
+    def test_tasks(self) -> list[Task]:
+        """Tasks that neither training nor model selection sees."""
+        test = self.tasks("test", self.num_test)
+        check_apart(self.tasks("train", self.num_train), test)
+        return test
+
+
+def stated(problem: Problem, answer: str, trigger: str, rationale: str | None = None) -> Task:
+    answer = f"\nThe answer is {answer}."
+    return Task(problem.question + trigger, problem.gold, problem.grader, rationale, problem.tags, problem.id, answer)
+
+
+@chz.chz
+class Gsm8kBuilder(TaskBuilder):
+    """GSM8K, from `data_dir` or else from the hub. The rationale is the worked solution without calculator marks; LaTRO does not read it."""
+
+    data_dir: str | None = chz.field(default=None, doc="folder with train.jsonl and test.jsonl; None = openai/gsm8k of the hub")
+    trigger: str = chz.field(
+        default="\nLet's think step by step, and end with: The answer is <number>.", doc="follows the question"
+    )
+
+    warm_start_updates = 300
+
+    def tasks(self, split: Split, limit: int | None) -> list[Task]:
+        return [self.task(problem) for problem in Gsm8k(data_dir=self.data_dir).read(split, limit)]
+
+    def task(self, problem: Problem) -> Task:
+        gold, (rationale, marked, _) = problem.gold.replace(",", ""), (problem.solution or "").rpartition("\n####")
+        if not marked or not is_number(gold):
+            raise DataError(f"{problem.id}: the solution does not end in a line '#### <number>', but {problem.gold!r}")
+        return stated(Problem(problem.question, gold, StatedNumber(), id=problem.id), gold, self.trigger, rationale)
+
+
+@chz.chz
+class ArcChallengeBuilder(TaskBuilder):
+    """ARC-Challenge, from `data_dir` or else from the hub. The text of an option must be met exactly: "5" is not "15"."""
+
+    data_dir: str | None = chz.field(
+        default=None, doc="folder with train.jsonl and test.jsonl; None = allenai/ai2_arc of the hub"
+    )
+    trigger: str = chz.field(
+        default="\nThink step by step, and end with: The answer is <the text of the option>.", doc="follows the options"
+    )
+
+    num_train_epochs = 12.0
+
+    def tasks(self, split: Split, limit: int | None) -> list[Task]:
+        problems = ArcChallenge(data_dir=self.data_dir, letters=False).read(split, limit)
+        return [stated(problem, problem.gold.removesuffix("."), self.trigger) for problem in problems]
+
+
+@chz.chz
+class MathBuilder(TaskBuilder):
+    r"""MATH-style rows: a problem, and a solution whose last \boxed{...} is the answer, compared as an expression: 1/2 is \frac{1}{2}."""
+
+    train_path: str = chz.field(doc="JSONL file to train on")
+    test_path: str | None = chz.field(default=None, doc="JSONL file of the test set")
+    question_field: str = chz.field(default="problem", doc="field with the question")
+    solution_field: str = chz.field(default="solution", doc="field with the worked solution")
+    trigger: str = chz.field(
+        default="\nLet's think step by step, and end with: The answer is \\boxed{...}.", doc="follows the question"
+    )
+
+    response_length = 500
+
+    def tasks(self, split: Split, limit: int | None) -> list[Task]:
+        source = WordProblems(
+            train_path=self.train_path,
+            test_path=self.test_path,
+            question_field=self.question_field,
+            answer_field=self.solution_field,
+            answer_styles=("boxed", "stated"),
+            strip_marks=False,
+            bad_gold="drop",
+        )
+        return [stated(p, f"\\boxed{{{p.gold}}}", self.trigger, p.solution) for p in source.read(split, limit)]
+
+
+@chz.chz
+class JsonlBuilder(TaskBuilder):
+    """JSONL with the columns of the original LaTRO code: queries, responses, groundtruth, and optionally rationales.
+
+    `queries` is what the user says, with a trigger; where the file's are rendered conversations, take renderer_name=plain. `responses` is
+    the answer in its template ("The answer is 7."), without an end token. Numbers are compared as numbers, other ground truths as text.
+    """
+
+    train_path: str = chz.field(doc="JSONL file to train on")
+    test_path: str | None = chz.field(default=None, doc="JSONL file of the test set")
+    separator: str = chz.field(default="\n", doc="stands between rationale and response")
+
+    def tasks(self, split: Split, limit: int | None) -> list[Task]:
+        path = self.train_path if split == "train" else self.test_path
+        return [self.task(*row) for row in read_rows(path)[:limit]] if path else []
+
+    def task(self, where: str, row: Fields) -> Task:
+        columns = ("queries", "responses", "groundtruth")
+        if missing := [column for column in columns if not isinstance(row.get(column), str | int | float)]:
             raise DataError(
-                f"num_validation={self.num_validation} of {len(tasks)} tasks: it must be from 1 to {len(tasks) - 1}, "
-                f"for instance {max(1, len(tasks) // 10)}"
+                f"{where}: no {', '.join(missing)}; the columns are {', '.join(columns)}, and rationales if there are"
             )
-        held_out = set(np.random.default_rng(self.split_seed).permutation(len(tasks))[: self.num_validation].tolist())
-        return [task for i, task in enumerate(tasks) if i not in held_out], [tasks[i] for i in sorted(held_out)]
+        query, response, gold = (str(row[column]) for column in columns)
+        grader = StatedNumber() if is_number(gold) else StatedText()
+        return Task(query, gold, grader, row.get("rationales"), id=where, answer=self.separator + response)

@@ -16,23 +16,21 @@ from dataclasses import replace
 import chz
 import numpy as np
 
+from envs.problem import Grader, Split
 from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import COUNT, SEED, SHARE
-from recipes.latro.tasks import Task, TaskBuilder, Verifier
+from recipes.latro.tasks import Task, TaskBuilder
 from rl.types import Metrics
 
 SUMS, FILLER, MAXIMA = "+?^"
 
 
-class ToyVerifier(Verifier):
+class ToyGrader(Grader):
     def extract(self, text: str) -> str | None:
         return text.partition("=")[2].strip() or None
 
-    def describe(self, rationale: str) -> Metrics:
-        return {"useful": float(rationale.startswith(SUMS)), "filler": float(rationale.startswith(FILLER))}
-
-
-VERIFIER = ToyVerifier()
+    def describe(self, text: str) -> Metrics:
+        return {"useful": float(text.startswith(SUMS)), "filler": float(text.startswith(FILLER))}
 
 
 def running(digits_T: np.ndarray, mark: str, noise_T: np.ndarray) -> str:
@@ -59,25 +57,20 @@ class ToyBuilder(TaskBuilder):
     num_train_epochs = 0.1
     warm_start_updates = 300
 
-    def train_tasks(self) -> list[Task]:
-        return self._tasks()[: self.num_tasks]
-
-    def test_tasks(self) -> list[Task]:
-        return self._tasks()[self.num_tasks :]
-
-    def _tasks(self) -> list[Task]:
+    def tasks(self, split: Split, limit: int | None) -> list[Task]:
         if not 1 <= self.num_digits <= 18:
             raise DataError(f"num_digits={self.num_digits} must be from 1 to 18: questions are drawn as numbers of 64 bits")
         count = self.num_tasks + (self.num_test or 0)
         if count > 10**self.num_digits:
             raise DataError(f"{self.num_digits} digits make {10**self.num_digits} questions: no {count} (num_tasks + num_test)")
         numbers_D = np.random.default_rng(self.data_seed).choice(10**self.num_digits, count, replace=False)
-        return [self.task(f"{number:0{self.num_digits}d}") for number in numbers_D]
+        tasks = [self.task(f"{number:0{self.num_digits}d}") for number in numbers_D]
+        return (tasks[: self.num_tasks] if split == "train" else tasks[self.num_tasks :])[:limit]
 
     def task(self, question: str) -> Task:
         digits_T = np.array([int(digit) for digit in question])
         gold = str(digits_T.sum() % 10)
-        return Task(question, f"={gold}", gold, VERIFIER, running(digits_T, SUMS, np.zeros_like(digits_T)))
+        return Task(question, gold, ToyGrader(), running(digits_T, SUMS, np.zeros_like(digits_T)), answer=f"={gold}")
 
     def demonstrations(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
         """The tasks' answers here are what the thoughts support, right or wrong."""

@@ -51,10 +51,10 @@ from supervised import train as supervised_train
 
 DATASETS = {
     "toy": "recipes.latro.toy:ToyBuilder",
-    "gsm8k": "recipes.latro.gsm8k:Gsm8kBuilder",
-    "arc_challenge": "recipes.latro.arc_challenge:ArcChallengeBuilder",
-    "math": "recipes.latro.math_style:MathBuilder",
-    "*.jsonl": "recipes.latro.jsonl:JsonlBuilder train_path={}",
+    "gsm8k": "recipes.latro.tasks:Gsm8kBuilder",
+    "arc_challenge": "recipes.latro.tasks:ArcChallengeBuilder",
+    "math": "recipes.latro.tasks:MathBuilder",
+    "*.jsonl": "recipes.latro.tasks:JsonlBuilder train_path={}",
 }
 # What is printed of an evaluation.
 HEADLINES = ("likelihood/answer_logprob", "env/all/useful", "env/all/finished", "test/env/all/correct")
@@ -154,6 +154,7 @@ def main(config: Config) -> None:
     shared = {name: getattr(config, name) for name in SHARED}
     claim_folder(Path(config.log_path), shared)
     train, validation = config.dataset.split()
+    held_out = config.dataset.test_tasks() or validation
     if config.method == "diagnose":
         print_metrics_table(evaluation(config).diagnose(start(config), validation), "log p(answer), nats, validation split")
         return
@@ -162,7 +163,6 @@ def main(config: Config) -> None:
     method = latro if config.method == "latro" else sft
     final = method(config, sizes, begin)
     evaluate = evaluation(config)
-    held_out = config.dataset.test_tasks()[: config.dataset.num_test] or validation
     before, after = evaluate(begin, held_out), evaluate(final, held_out)
     write_summary(config, before, after)
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import chz
 
-from envs.arithmetic_chain import ANSWER, Chain, ChainBuilder, ChainEnv, ChainExamplesBuilder, ChainTask
+from envs.arithmetic_chain import ANSWER, Chain, ChainBuilder, ChainExamplesBuilder, ChainTask
+from envs.problem_env import ProblemEnv
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
@@ -102,7 +103,7 @@ class Config:
         return ChainBuilder(num_steps=self.task.num_steps).recommended_max_tokens()
 
     def chains(self) -> list[Chain]:
-        return self.task.draw(self.num_problems, [self.seed, PRM_CHAINS])
+        return self.task.chains(self.num_problems, [self.seed, PRM_CHAINS])
 
 
 def warm_start(config: Config) -> None:
@@ -221,9 +222,9 @@ def rl(config: Config) -> None:
     compare_runs(folders, config.folder / "rl.png", ["env/all/correct", "test/env/all/correct"])
 
 
-def _envs(config: Config, chains: Sequence[Chain]) -> list[ChainEnv]:
+def _envs(config: Config, chains: Sequence[Chain]) -> list[ProblemEnv]:
     renderer = get_renderer("plain", load_tokenizer(config.model_name))
-    return [ChainEnv(chain, renderer) for chain in chains]
+    return [ProblemEnv(chain.problem, renderer) for chain in chains]
 
 
 def _sample(config: Config, chains: Sequence[Chain], count: int, file: Path, stream: int) -> None:

@@ -1,0 +1,65 @@
+"""Verifiers of short answers: a number or a text after "the answer is", and what a pattern finds in the last line.
+
+math_word.py has the grader of mathematical expressions, code.py that of programs.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from envs.problem import Grader
+
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\.)\.\d+)")
+ANSWER_PHRASE = re.compile(r"answer\s+is:?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LastLine(Grader):
+    """The last line is to match `pattern` as a whole; its first group is the answer."""
+
+    pattern: str
+
+    def extract(self, text: str) -> str | None:
+        match = re.fullmatch(self.pattern, text.rsplit("\n", 1)[-1])
+        return match[1] if match else None
+
+
+class StatedNumber(Grader):
+    """The first number after the last "answer is"; where that is missing, the last number of the text. 18, 18.0 and 018 are equal."""
+
+    def extract(self, text: str) -> str | None:
+        *_, last = ANSWER_PHRASE.split(text)
+        numbers = NUMBER.findall(last)
+        if not numbers:
+            return None
+        return plain_number(numbers[-1] if last == text else numbers[0])
+
+    async def is_right(self, answer: str, gold: str) -> bool:
+        return Fraction(answer) == Fraction(gold.replace(",", ""))
+
+
+def is_number(text: str) -> bool:
+    return NUMBER.fullmatch(text.strip()) is not None
+
+
+def plain_number(text: str) -> str:
+    """The one way to write a decimal: without commas and needless zeros, -3, 0.5, 18."""
+    digits = text.replace(",", "").lstrip("-")
+    whole, _, decimals = digits.partition(".")
+    number = (whole.lstrip("0") or "0") + ("." + decimals.rstrip("0") if decimals.strip("0") else "")
+    return "-" + number if text.startswith("-") and number != "0" else number
+
+
+class StatedText(Grader):
+    """What stands after the last "answer is", to the end of its line; equal but for case, quotes, brackets, full stops."""
+
+    def extract(self, text: str) -> str | None:
+        _, *after = ANSWER_PHRASE.split(text)
+        return _normalised(after[-1].strip().split("\n")[0]) or None if after else None
+
+    async def is_right(self, answer: str, gold: str) -> bool:
+        return answer == _normalised(gold)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().strip(" \t\n.'\"`*[](){}").split())

@@ -1,0 +1,125 @@
+"""A question with a verifier, and sets of them: what RL, warm starts, LaTRO, B-STaR and process reward models have in common.
+
+A Problem is text: no tokenizer, no environment (problem_env.py has that). A new verifier is a Grader; a new data set is a ProblemSet that
+reads its rows (math_word.py, arc_challenge.py and code.py are the models).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import chz
+import numpy as np
+
+from posttrain.backend.errors import DataError
+from posttrain.backend.ranges import COUNT, WHOLE
+from posttrain.renderers.types import Message
+from rl.types import Logs, Metrics, RolloutError
+
+Split = Literal["train", "test"]
+
+
+class GraderError(RolloutError):
+    """A grader crashed or ran out of time: the response has no reward."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a grader says of a response. `answer` is None where there is none: the format is wrong. `credit` replaces `correct` as reward."""
+
+    answer: str | None
+    correct: bool
+    credit: float | None = None
+    metrics: Metrics = field(default_factory=dict)
+    logs: Logs = field(default_factory=dict)
+
+
+class Grader:
+    """Reads the answer out of a response and compares it. Here the whole response is the answer, and must be equal to the gold one."""
+
+    def extract(self, text: str) -> str | None:
+        """The answer, None where the response holds none."""
+        return text.strip() or None
+
+    async def is_right(self, answer: str, gold: str) -> bool:
+        """Raises GraderError if that cannot be decided."""
+        return answer == gold
+
+    async def grade(self, text: str, gold: str) -> Grade:
+        answer = self.extract(text)
+        return Grade(answer, answer is not None and await self.is_right(answer, gold))
+
+    def shown(self, text: str) -> str:
+        """What the transcript shows as extracted."""
+        return self.extract(text) or ""
+
+    def describe(self, text: str) -> Metrics:
+        """What else can be said of a response or a rationale; logged, never a reward."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`solution` is a worked one, answer included, where there is one. `id` names the problem: where it was read, or its place in a set."""
+
+    question: str
+    gold: str
+    grader: Grader = field(default_factory=Grader, compare=False)
+    solution: str | None = None
+    tags: tuple[str, ...] = ()
+    id: str = ""
+
+    def messages(self, prefix: Sequence[Message] = ()) -> list[Message]:
+        """The question and the worked solution, to imitate."""
+        if self.solution is None:
+            raise DataError(f"problem {self.id or self.question!r} has no worked solution")
+        return [
+            *prefix,
+            Message(role="user", content=self.question),
+            Message(role="assistant", content=self.solution),
+        ]
+
+
+def check_apart(train: Sequence[Problem], test: Sequence[Problem], name: str = "training") -> None:
+    """DataError, with the first example, where a question is in both: what is measured must not be trained on."""
+    held_out = {problem.question: problem for problem in test}
+    if both := [problem for problem in train if problem.question in held_out]:
+        first, twin = both[0], held_out[both[0].question]
+        raise DataError(
+            f"{len(both)} {name} problems are in the test set too, first {first.id} (as {twin.id}): {first.question[:80]!r}; "
+            "take them out of one of the sets"
+        )
+
+
+P = TypeVar("P", bound=Problem)
+
+
+def split_off(problems: Sequence[P], count: int, seed: int, name: str) -> tuple[list[P], list[P]]:
+    """The others, and `count` problems drawn by `seed`, each in their order. No others have the question of one that was drawn."""
+    if not 1 <= count < len(problems):
+        raise DataError(
+            f"{name}={count} of {len(problems)} problems: it must be from 1 to {len(problems) - 1}, "
+            f"for instance {max(1, len(problems) // 10)}"
+        )
+    drawn = np.random.default_rng(seed).permutation(len(problems))[:count].tolist()
+    held_out = [problems[i] for i in sorted(drawn)]
+    questions = {problem.question for problem in held_out}
+    return [problem for problem in problems if problem.question not in questions], held_out
+
+
+@chz.chz
+class ProblemSet:
+    """Configuration of a data set with a training and a test split."""
+
+    num_train: int | None = chz.field(default=None, validator=COUNT, doc="use only the first so many training problems")
+    num_test: int | None = chz.field(default=200, validator=WHOLE, doc="use only the first so many test problems; None = all")
+
+    def read(self, split: Split, limit: int | None) -> list[Problem]:
+        """The problems in the first `limit` rows of "train" or "test"; [] for a test split that there is not."""
+        raise NotImplementedError
+
+    def splits(self) -> tuple[list[Problem], list[Problem]]:
+        """Training and test problems. DataError where a question is in both."""
+        train, test = self.read("train", self.num_train), self.read("test", self.num_test)
+        check_apart(train, test)
+        return train, test
