@@ -44,6 +44,10 @@ class Panel:
     dashed: Sequence[str] = ()
     xlabel: str = "step"
 
+    @property
+    def empty(self) -> bool:
+        return not any(each.steps_K for seeds in self.curves.values() for each in seeds)
+
 
 def curve(records: Records, *keys: str) -> Curve:
     """Of the first of `keys` that was logged; empty where none was, or never a number (null stands for NaN)."""

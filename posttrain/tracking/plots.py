@@ -5,7 +5,6 @@
 How a panel is drawn is in figures.py.
 """
 
-import math
 import os
 import re
 import sys
@@ -104,7 +103,7 @@ def compare_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
     runs = {_run_name(path, paths): [_records(path)] for path in paths}
     wanted = keys or dict.fromkeys(key for known in (*PANELS.values(), ("time/total",)) for key in known)
     panels = [Panel(key, curves_by_label(runs, key), least_span=FLOORS.get(key, 0.0)) for key in wanted]
-    panels = [panel for panel in panels if any(drawn.steps_K for (drawn,) in panel.curves.values())]
+    panels = [panel for panel in panels if not panel.empty]
     if missing := [key for key in keys if key not in {panel.title for panel in panels}]:
         known = sorted({name for (records,) in runs.values() for record in records for name in record} - {"step", "non_finite"})
         raise ConfigError(f"keys={','.join(missing)}: no such metric in these runs; they have {', '.join(known)}")
@@ -137,21 +136,16 @@ def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
     if not parts:
         draw_panel(axis, Panel("seconds per step", {"total": [curve(records, "time/total")]}))
         return
-    steps = sorted({record["step"] for record in records if any(key in record for key in keys)})
-    seconds = {key: dict.fromkeys(steps, 0.0) for key in keys}
-    for key in keys:
-        for step, value in zip(*curve(records, key), strict=True):
-            seconds[key][step] += 0.0 if math.isnan(value) else value
-    layers = [[seconds[key][step] for step in steps] for key in parts]
-    names = [key.removeprefix("time/") for key in parts]
-    if "time/total" in keys:
-        spent = [sum(layer[i] for layer in layers) for i in range(len(steps))]
-        layers.append([max(seconds["time/total"][step] - used, 0.0) for step, used in zip(steps, spent, strict=True)])
-        names.append("other")
-    colors = [*COLORS[: len(parts)], "#c3c9d1"]
-    axis.stackplot(steps, layers, labels=names, colors=colors[: len(layers)], alpha=0.85, linewidth=0)
+    seconds = {key: dict(zip(*curve(records, key), strict=True)) for key in keys}
+    steps = sorted(set().union(*seconds.values()))
+    layers = {key.removeprefix("time/"): [seconds[key].get(step, 0.0) for step in steps] for key in parts}
+    if total := seconds.get("time/total"):
+        layers["other"] = [max(total.get(step, 0.0) - sum(seconds[key].get(step, 0.0) for key in parts), 0.0) for step in steps]
+    axis.stackplot(
+        steps, *layers.values(), labels=list(layers), colors=[*COLORS[: len(parts)], "#c3c9d1"], alpha=0.85, linewidth=0
+    )
     finish_axis(axis, "seconds per step")
-    above = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.98), "ncols": len(names)}
+    above = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.98), "ncols": len(layers)}
     axis.legend(**above, fontsize=7, frameon=False, handlelength=0.9, handletextpad=0.4, columnspacing=0.9)
 
 

@@ -11,17 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.tracking.figures import COLORS, SHARE, Curve, Panel, draw_panels, finish_axis, panel_axes
+from posttrain.tracking.figures import COLORS, SHARE, Panel, curve, curves_by_label, draw_panels, finish_axis, panel_axes
 from recipes.bstar.records import Choice, Summary
 
 PAGE_INCHES = 13.2  # a figure of this width fills the page
 STAGES = ("sweep", "choose", "sample", "score", "select", "train", "greedy", "test")  # in the order they run
 
 
+def record(summary: Summary) -> dict[str, float]:
+    """The round's metrics, and what was chosen, as a line of a metrics.jsonl whose steps are rounds."""
+    chosen = {"temperature": summary.temperature, "threshold": summary.threshold, "balance": summary.balance}
+    known = {name: float(number) for name, number in chosen.items() if number is not None}
+    return {"step": summary.round} | known | summary.metrics
+
+
 def value(summary: Summary, key: str) -> float:
     """A metric by name, or the chosen temperature, threshold or balance score; NaN where the round has none."""
-    found = getattr(summary, key) if key in ("temperature", "threshold", "balance") else summary.metrics.get(key)
-    return float("nan") if found is None else float(found)
+    return record(summary).get(key, float("nan"))
 
 
 def samples_of(summaries: Sequence[Summary]) -> int:
@@ -30,10 +36,10 @@ def samples_of(summaries: Sequence[Summary]) -> int:
     return max(int(match[1]) for match in found if match)
 
 
-def panels(summaries: Sequence[Summary]) -> dict[str, dict[str, str]]:
-    """Title -> label -> key; what no round has is left out."""
-    k, known = samples_of(summaries), {key for summary in summaries for key in summary.metrics}
-    wanted = {
+def panels(summaries: Sequence[Summary]) -> list[Panel]:
+    """What is watched of one method; what no round has is left out."""
+    k, records = samples_of(summaries), [record(summary) for summary in summaries]
+    shares = {
         "test accuracy": {"greedy": "test/greedy", "pass@1": "test/pass@1", f"pass@{k}": f"test/pass@{k}"},
         f"exploration: {k} samples with S distinct right ones": {f"pass@{k}-{s}": f"test/pass@{k}-{s}" for s in (2, 4, 8, 16)},
         "exploitation: the S best by the reward model are right": {f"reward@{k}-{s}": f"test/reward@{k}-{s}" for s in (1, 2, 4)},
@@ -43,26 +49,13 @@ def panels(summaries: Sequence[Summary]) -> dict[str, dict[str, str]]:
             f"{fault}, {split}": f"{split}/{fault}" for fault in ("truncated", "unparsable") for split in ("train", "test")
         },
     }
+    watched = [
+        Panel(title, {label: [curve(records, key)] for label, key in lines.items()}, limits=SHARE, xlabel="round")
+        for title, lines in shares.items()
+    ]
     chosen = {"temperature": "temperature", "threshold": "threshold", "balance score": "balance"}
-    present = {
-        title: {label: key for label, key in lines.items() if key in known} for title, lines in wanted.items()
-    } | {
-        title: {"": key} for title, key in chosen.items() if any(not np.isnan(value(one, key)) for one in summaries)
-    }  # fmt: skip
-    return {title: lines for title, lines in present.items() if lines}
-
-
-def draw_curves(summaries: Sequence[Summary]) -> Any:
-    """What is watched of one method, over the rounds."""
-    drawn = []
-    for title, lines in panels(summaries).items():
-        curves = {label: [_curve(summaries, key)] for label, key in lines.items()}
-        drawn.append(Panel(title, curves, limits=None if "" in lines else SHARE, xlabel="round"))
-    return draw_panels(drawn)
-
-
-def _curve(summaries: Sequence[Summary], key: str) -> Curve:
-    return Curve([summary.round for summary in summaries], [value(summary, key) for summary in summaries])
+    watched += [Panel(title, {"": [curve(records, key)]}, xlabel="round") for title, key in chosen.items()]
+    return [panel for panel in watched if not panel.empty]
 
 
 def draw_surfaces(choices_R: Mapping[int, Choice]) -> Any:
@@ -108,16 +101,14 @@ def draw_costs(summaries: Sequence[Summary]) -> Any:
                 axis.bar(rounds, heights, bottom=bottom, label=stage, color=COLORS[number], width=0.7)
                 bottom += heights
         finish_axis(axis, f"{title} of a round", False, "round")
-    handles = {bar.get_label(): bar for axis in axes for bar in axis.containers}
-    names = [stage for stage in STAGES if stage in handles]
-    figure.legend([handles[name] for name in names], names, loc="outside right center", fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
 def draw_comparison(runs_by_method: Mapping[str, Sequence[Sequence[Summary]]]) -> Any:
     """Methods over one another, of one seed or several."""
-    some = next(iter(runs_by_method.values()))[0]
-    k = samples_of(some)
+    runs = {method: [[record(summary) for summary in run] for run in runs_S] for method, runs_S in runs_by_method.items()}
+    k = samples_of(next(iter(runs_by_method.values()))[0])
     wanted = {
         "P@1, test": "test/pass@1",
         f"P@{k}, test": f"test/pass@{k}",
@@ -126,10 +117,8 @@ def draw_comparison(runs_by_method: Mapping[str, Sequence[Sequence[Summary]]]) -
         "threshold": "threshold",
         "accuracy of what is trained on": "train/selected_accuracy",
     }
-    drawn = [
-        Panel(title, {method: [_curve(run, key) for run in runs_S] for method, runs_S in runs_by_method.items()}, xlabel="round")
-        for title, key in wanted.items()
-    ]
+    drawn = [Panel(title, curves_by_label(runs, key), xlabel="round") for title, key in wanted.items()]
+    drawn = [panel for panel in drawn if not panel.empty]
     return draw_panels(drawn, shared_legend=True)
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from posttrain.backend.errors import DataError
 from posttrain.tracking.command_line import one_line_errors
+from posttrain.tracking.figures import draw_panels
 from posttrain.tracking.jsonl import read_jsonl, write_atomically
 from posttrain.tracking.pages import figure_html, html_page, table
 from preference.steps import StepFormat
 from recipes.bstar.methods import METHODS
-from recipes.bstar.pictures import STAGES, as_svg, draw_comparison, draw_costs, draw_curves, draw_surfaces, samples_of, value
+from recipes.bstar.pictures import STAGES, as_svg, draw_comparison, draw_costs, draw_surfaces, panels, samples_of, value
 from recipes.bstar.records import Choice, Summary, read_choice, read_summaries
 from recipes.bstar.showcase import samples_html
 from recipes.bstar.tasks import Task
@@ -108,7 +109,7 @@ def _method(name: str, folder: Path, summaries: Sequence[Summary], settings: Map
     choices = {one.round: read_choice(_round(folder, one.round) / "choice.json") for one in summaries if one.round}
     surfaces: dict[int, Choice] = {number: choice for number, choice in choices.items() if choice.surface}
     parts = [f'<section id="{escape(name)}"><h2>{escape(name)}</h2>', _rounds_tables(summaries)]
-    parts.append(figure_html(as_svg(draw_curves(summaries)), "What is watched, round by round."))
+    parts.append(figure_html(as_svg(draw_panels(panels(summaries))), "What is watched, round by round."))
     if surfaces:
         caption = "Balance scores of the dev subset. Framed: what was chosen; of equals the lower temperature, then the higher threshold."
         parts.append(figure_html(as_svg(draw_surfaces(surfaces)), caption))
