@@ -8,36 +8,18 @@ process held after its imports. TRL runs twice: as it comes, with the reference 
 reference's logprobs computed before the first step, as ours are. That computation is in nobody's step. TRL_SITE names another folder.
 """
 
-import argparse
-import json
 import os
 import sys
 
 if not __package__:  # run as a file: the packages are one folder up
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from benchmarks.clocked import DPO_ANSWER, DPO_BATCH, DPO_PROMPT, LEARNING_RATE, run_dpo, run_sft
+from benchmarks.clocked import DPO_ANSWER, DPO_BATCH, DPO_PROMPT, LEARNING_RATE, run_dpo
 from benchmarks.race import race
 
 SETTINGS = {"model": "tiny", "pairs": DPO_BATCH, "prompt": DPO_PROMPT, "answer": DPO_ANSWER, "learning rate": LEARNING_RATE}
 PEERS = {"TRL": "dpo", "TRL precomputed": "dpo_precomputed"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps in each round")
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--side", choices=("ours", "warm_start"), help="used by the script itself: run one side, print its times")
-    parser.add_argument("--model", default="tiny", help="used with --side")
-    arguments = parser.parse_args()
-    if arguments.side == "warm_start":
-        print(json.dumps(run_sft("tiny", arguments.steps, 0, save_to=arguments.model, learning_rate=1e-3)))
-    elif arguments.side:
-        print(json.dumps(run_dpo(arguments.model, arguments.steps, arguments.warmup)))
-    else:
-        race("dpo_step_vs_trl", {"ours": ["ours"]}, PEERS, arguments.rounds, arguments.steps, arguments.warmup, SETTINGS)
-
-
 if __name__ == "__main__":
-    main()
+    race(__doc__, "dpo_step_vs_trl", {"ours": run_dpo}, PEERS, SETTINGS, rounds=3, steps=20, warmup=3)

@@ -2,17 +2,22 @@
 model.
 """
 
+import argparse
 import importlib.metadata
+import json
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from benchmarks.clocked import run_sft
 from benchmarks.report import ROOT, alternate, in_subprocess, spread, wait_until_quiet, write_report
 
 TRL_SITE = os.environ.get("TRL_SITE", "/tmp/trl-site")
 MEASURED = ("reward", "answer_tokens", "nll", "dpo_loss", "peak_mib")  # what a side may report beside its times
+Ours = dict[str, Callable[..., dict[str, Any]]]
 WARM_START_STEPS = 100  # about 10 s; enough that answers end with EOS and some of them are right
 
 
@@ -26,22 +31,37 @@ def check_trl() -> None:
 
 
 def race(
-    name: str,
-    ours: dict[str, list[str]],
-    trl: dict[str, str],
-    rounds: int,
-    steps: int,
-    warmup: int,
-    settings: dict[str, Any],
+    document: str, name: str, ours: Ours, trl: dict[str, str], settings: dict[str, Any], rounds: int, steps: int, warmup: int
 ) -> None:
-    """`ours`: per side the arguments of --side; `trl`: per side the mode of trl_side.py. The step times of all rounds are pooled."""
+    """The command line of NAME.py; `rounds`, `steps` and `warmup` are defaults. `ours`: side -> what runs it; `trl`: side -> the
+    mode of trl_side.py. The step times of all rounds are pooled.
+    """
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--steps", type=int, default=steps, help="timed steps in each round")
+    parser.add_argument("--warmup", type=int, default=warmup)
+    choices = (*ours, "warm_start")
+    parser.add_argument("--side", choices=choices, help="used by the script itself: run one side, print its times")
+    parser.add_argument("--model", default="tiny", help="used with --side")
+    given = parser.parse_args()
+    if given.side == "warm_start":
+        print(json.dumps(run_sft("tiny", given.steps, 0, save_to=given.model, learning_rate=1e-3)))
+    elif given.side:
+        print(json.dumps(ours[given.side](given.model, steps=given.steps, warmup=given.warmup)))
+    else:
+        _race(name, list(ours), trl, settings, given.rounds, given.steps, given.warmup)
+
+
+def _race(
+    name: str, ours: list[str], trl: dict[str, str], settings: dict[str, Any], rounds: int, steps: int, warmup: int
+) -> None:
     check_trl()
     script = str(ROOT / "benchmarks" / f"{name}.py")
     with tempfile.TemporaryDirectory() as folder:
         in_subprocess(script, "--side", "warm_start", "--model", f"{folder}/warm", "--steps", str(WARM_START_STEPS))
         model = f"{folder}/warm/checkpoints/final"
         counts = ["--steps", str(steps), "--warmup", str(warmup)]
-        sides = {side: partial(in_subprocess, script, "--side", *args, "--model", model, *counts) for side, args in ours.items()}
+        sides = {side: partial(in_subprocess, script, "--side", side, "--model", model, *counts) for side in ours}
         trl_script = str(ROOT / "benchmarks" / "trl_side.py")
         for side, mode in trl.items():
             sides[side] = partial(in_subprocess, trl_script, mode, model, str(steps), str(warmup), extra_path=TRL_SITE)

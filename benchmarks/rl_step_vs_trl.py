@@ -10,15 +10,14 @@ syncs weights into a second engine, probes the sync, writes metrics and, every t
 TRL_SITE names another folder.
 """
 
-import argparse
-import json
 import os
 import sys
+from functools import partial
 
 if not __package__:  # run as a file: the packages are one folder up
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from benchmarks.clocked import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, run_rl, run_sft
+from benchmarks.clocked import GROUP_SIZE, GROUPS, LEARNING_RATE, MAX_TOKENS, run_rl
 from benchmarks.race import race
 
 SETTINGS = {
@@ -28,26 +27,8 @@ SETTINGS = {
     "max_tokens": MAX_TOKENS,
     "learning rate": LEARNING_RATE,
 }
-OURS = {"ours, engine=vllm": ["vllm"], "ours, engine=torch": ["torch"]}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=25, help="timed steps in each round")
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument(
-        "--side", choices=("vllm", "torch", "warm_start"), help="used by the script itself: run one side, print its times"
-    )
-    parser.add_argument("--model", default="tiny", help="used with --side")
-    arguments = parser.parse_args()
-    if arguments.side == "warm_start":
-        print(json.dumps(run_sft("tiny", arguments.steps, 0, save_to=arguments.model, learning_rate=1e-3)))
-    elif arguments.side:
-        print(json.dumps(run_rl(arguments.model, arguments.side, arguments.steps, arguments.warmup)))
-    else:
-        race("rl_step_vs_trl", OURS, {"TRL": "grpo"}, arguments.rounds, arguments.steps, arguments.warmup, SETTINGS)
+OURS = {f"ours, engine={engine}": partial(run_rl, engine=engine) for engine in ("vllm", "torch")}
 
 
 if __name__ == "__main__":
-    main()
+    race(__doc__, "rl_step_vs_trl", OURS, {"TRL": "grpo"}, SETTINGS, rounds=2, steps=25, warmup=5)

@@ -8,8 +8,6 @@ Both take one AdamW step at 1e-4 in fp32 with loss on the answers alone. TRL get
 renders them in the loop, as it always does, and writes its metrics. TRL_SITE names another folder.
 """
 
-import argparse
-import json
 import os
 import sys
 
@@ -22,21 +20,5 @@ from benchmarks.race import race
 SETTINGS = {"model": "tiny", "batch": SFT_BATCH, "learning rate": LEARNING_RATE}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="timed steps in each round")
-    parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--side", choices=("ours", "warm_start"), help="used by the script itself: run one side, print its times")
-    parser.add_argument("--model", default="tiny", help="used with --side")
-    arguments = parser.parse_args()
-    if arguments.side == "warm_start":
-        print(json.dumps(run_sft("tiny", arguments.steps, 0, save_to=arguments.model, learning_rate=1e-3)))
-    elif arguments.side:
-        print(json.dumps(run_sft(arguments.model, arguments.steps, arguments.warmup)))
-    else:
-        race("sft_step_vs_trl", {"ours": ["ours"]}, {"TRL": "sft"}, arguments.rounds, arguments.steps, arguments.warmup, SETTINGS)
-
-
 if __name__ == "__main__":
-    main()
+    race(__doc__, "sft_step_vs_trl", {"ours": run_sft}, {"TRL": "sft"}, SETTINGS, rounds=3, steps=60, warmup=10)
