@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import chz
@@ -74,6 +75,20 @@ def run_command(
         outcome = main(parse(config_class, None, short_names, presets))
         if isinstance(outcome, Coroutine):
             asyncio.run(outcome)
+
+
+def run_on_folders(main: Callable[..., object], **options: str) -> None:
+    """The entry point of `python -m MODULE RUN [RUN ...] [option=value ...]`: prints main(folders, **options), and the module's
+    docstring where no folder is given. `options` have their defaults."""
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    folders = [argument for argument in sys.argv[1:] if "=" not in argument]
+    if not folders or folders[0] in ("-h", "--help", "help"):
+        print(sys.modules[main.__module__].__doc__)
+        return
+    with one_line_errors():
+        if unknown := sorted(given.keys() - options):
+            raise ConfigError(f"unknown option {unknown[0]!r}; there is {', '.join(options) or 'none'}")
+        print(main([Path(folder) for folder in folders], **options | given))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""The curves of a run as small multiples, and of several runs over one another.
+"""The curves of a run as small multiples (plots/run.png), and of several runs over one another.
 
+    python -m posttrain.tracking.plots runs/a
     python -m posttrain.tracking.plots runs/a runs/b out=compare.png keys=env/all/correct,optim/entropy
 
 How a panel is drawn is in figures.py.
@@ -7,14 +8,13 @@ How a panel is drawn is in figures.py.
 
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from posttrain.backend.errors import ConfigError, DataError
-from posttrain.tracking.command_line import one_line_errors
+from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import (
     COLORS,
     Panel,
@@ -149,22 +149,15 @@ def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
     axis.legend(**above, fontsize=7, frameon=False, handlelength=0.9, handletextpad=0.4, columnspacing=0.9)
 
 
+def draw(folders: Sequence[Path], out: str, keys: str) -> Path:
+    """Of one run without options its plots/run.png."""
+    if len(folders) == 1 and not out and not keys:
+        return plot_run(folders[0])
+    return compare_runs(folders, out or "compare.png", [key for key in keys.split(",") if key])
+
+
 def main() -> None:
-    """`python -m posttrain.tracking.plots RUN [RUN ...] [out=compare.png] [keys=a,b]`; one run without options gets its plots/run.png."""
-    arguments = sys.argv[1:]
-    folders = [argument for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if not folders or folders[0] in ("-h", "--help", "help"):
-        print(main.__doc__)
-        return
-    with one_line_errors():
-        if unknown := sorted(options.keys() - {"out", "keys"}):
-            raise ConfigError(f"unknown option {unknown[0]!r}; there are out=FILE.png and keys=METRIC,METRIC")
-        if len(folders) == 1 and not options:
-            print(plot_run(folders[0]))
-        else:
-            keys = [key for key in options.get("keys", "").split(",") if key]
-            print(compare_runs(folders, options.get("out", "compare.png"), keys))
+    run_on_folders(draw, out="", keys="")
 
 
 if __name__ == "__main__":

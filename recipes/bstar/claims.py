@@ -10,12 +10,11 @@
 The figures are printed whether a claim holds or not. Left out: tests of significance; three seeds do not bear them.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.backend.errors import DataError
-from posttrain.tracking.command_line import one_line_errors
+from posttrain.tracking.command_line import run_on_folders
 from recipes.bstar.pictures import samples_of, value
 from recipes.bstar.records import Summary, read_summaries
 
@@ -59,17 +58,13 @@ def _path(values: Sequence[float]) -> str:
     return " ".join(f"{one:.3f}" for one in values)
 
 
-def main() -> None:
-    """`python -m recipes.bstar.claims RUN [RUN ...]`"""
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
-        print(__doc__)
-        return
-    with one_line_errors():
-        for run in map(Path, sys.argv[1:]):
-            print(run)
-            for name, (holds, figures) in claims(run).items():
-                print(f"  ({name}) {'holds' if holds else 'fails'}: {figures}")
+def text(folders: Sequence[Path]) -> str:
+    lines = []
+    for run in folders:
+        shown = (f"  ({name}) {'holds' if holds else 'fails'}: {figures}" for name, (holds, figures) in claims(run).items())
+        lines += [str(run), *shown]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    run_on_folders(text)

@@ -6,15 +6,14 @@ Each run folder is a seed. Writes OUT.png and OUT.html. Methods that are not in 
 and named. Left out: significance tests; with few seeds the range says more.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from posttrain.backend.errors import ConfigError, DataError
-from posttrain.tracking.command_line import one_line_errors
+from posttrain.backend.errors import DataError
+from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import save_figure
 from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.pages import figure_html, html_page, table
@@ -89,19 +88,5 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     return page
 
 
-def main() -> None:
-    """`python -m recipes.bstar.compare RUN [RUN ...] [out=PATH]`"""
-    arguments = sys.argv[1:]
-    folders = [Path(argument) for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    if not folders or str(folders[0]) in ("-h", "--help", "help"):
-        print(__doc__)
-        return
-    with one_line_errors():
-        if unknown := sorted(options.keys() - {"out"}):
-            raise ConfigError(f"unknown option {unknown[0]!r}; there is out=PATH")
-        print(compare(folders, Path(options.get("out", "bstar_comparison"))))
-
-
 if __name__ == "__main__":
-    main()
+    run_on_folders(lambda folders, out: compare(folders, Path(out)), out="bstar_comparison")

@@ -7,14 +7,13 @@ curves inside a round, which the run folders of `train` have.
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from math import isnan
 from pathlib import Path
 
 from posttrain.backend.errors import DataError
-from posttrain.tracking.command_line import one_line_errors
+from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import draw_panels
 from posttrain.tracking.jsonl import read_jsonl, write_atomically
 from posttrain.tracking.pages import figure_html, html_page, table
@@ -174,15 +173,6 @@ def _speeds(summaries: Sequence[Summary]) -> str:
     return table(["all rounds", *stages], rows)
 
 
-def main() -> None:
-    """`python -m recipes.bstar.report RUN`"""
-    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help", "help"):
-        print(__doc__)
-        return
-    with one_line_errors():
-        print(write_report(Path(sys.argv[1])))
-
-
 STYLE = """
 h3{font-size:14px;margin:18px 0 6px}
 section{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:16px 0;padding:16px 18px}
@@ -196,4 +186,4 @@ section{background:var(--card);border:1px solid var(--line);border-radius:8px;ma
 
 
 if __name__ == "__main__":
-    main()
+    run_on_folders(lambda folders: "\n".join(str(write_report(run)) for run in folders))

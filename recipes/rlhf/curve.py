@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from posttrain.backend.errors import DataError
+from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_figure
 from posttrain.tracking.metrics_log import read_metrics
 
@@ -40,3 +41,7 @@ def plot_curve(runs: dict[str, Path], out: Path) -> Path:
     for axis, title in zip(axes, PANELS.values(), strict=True):
         finish_axis(axis, title, True, "KL to the SFT policy (nats per answer)", integer=False)
     return save_figure(figure, out)
+
+
+if __name__ == "__main__":
+    run_on_folders(lambda runs, out: plot_curve({run.name: run for run in runs}, Path(out)), out="curve.png")
