@@ -5,7 +5,8 @@ What cannot be read is a DataError of one line with the file, the place and the 
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,6 +94,12 @@ def drop_torn_line(path: Path) -> None:
     """Cuts what follows the last newline, so that the next append starts a line of its own."""
     if os.path.lexists(path) and (content := read_bytes(path)) and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """Replaces the file by a line for each record, a dict or a dataclass; atomically."""
+    lines = (json.dumps(asdict(each) if is_dataclass(each) else each, ensure_ascii=False) for each in records)
+    write_atomically(path, "".join(line + "\n" for line in lines))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

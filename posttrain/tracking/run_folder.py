@@ -7,7 +7,6 @@ resumed with the settings that made it, or after saying which differ: config_cha
 Left out: what a checkpoint contains (the training loop writes it, this file only records that it is complete) and remote storage.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from typing import Any, Literal
 from posttrain.backend.atomic_folder import recover_folders
 from posttrain.backend.errors import CheckpointError, ConfigError
 from posttrain.tracking.code_diff import append_code_diff
-from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_atomically
+from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_jsonl
 from posttrain.tracking.run_lock import LOCK_FILE, RunLock, lock_folder
 from posttrain.tracking.settings import (
     MAY_GROW,
@@ -127,7 +126,7 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> None:
         """Forgets the metrics of `step` and later, so that a resumed run's metrics are those of an uninterrupted one."""
         kept = [record for record in read_jsonl(self.metrics_file, {"step": int}) if record["step"] < step]
-        write_atomically(self.metrics_file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+        write_jsonl(self.metrics_file, kept)
 
 
 def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, config: Any) -> RunFolder:

@@ -3,11 +3,10 @@
 The numbers are those of the rollouts in the transcripts, which may be a part of the step's. Left out: curves (see plots/).
 """
 
-from dataclasses import asdict, dataclass
-from json import dumps
+from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.tracking.jsonl import read_dataclasses, write_atomically
+from posttrain.tracking.jsonl import read_dataclasses, write_atomically, write_jsonl
 from posttrain.tracking.metrics_log import format_number
 from posttrain.tracking.pages import html_page, table
 
@@ -28,7 +27,7 @@ def update_index(folder: Path, entry: IndexEntry) -> None:
     records = folder / "index.jsonl"
     entries = {known.iteration: known for known in read_dataclasses(records, IndexEntry)} | {entry.iteration: entry}
     ordered = [entries[iteration] for iteration in sorted(entries)]
-    write_atomically(records, "".join(dumps(asdict(each)) + "\n" for each in ordered))
+    write_jsonl(records, ordered)
     write_atomically(folder / "index.html", _page(folder, ordered))
 
 

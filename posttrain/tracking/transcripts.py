@@ -5,7 +5,6 @@ index.html lists the iterations (transcript_index.py). Of an observation that go
 Input is plain data made by the loop, so that nothing here knows of environments. Left out: search, token ids.
 """
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.jsonl import write_atomically, write_jsonl
 from posttrain.tracking.metrics_log import format_number
 from posttrain.tracking.pages import html_page
 from posttrain.tracking.transcript_index import IndexEntry, update_index
@@ -74,8 +73,7 @@ def write_transcripts(folder: Path, iteration: int, groups: Sequence[TranscriptG
         for g, group in enumerate(groups)
         for m, member in enumerate(group.members)
     ]
-    text = "".join(json.dumps(_finite(line), ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(page.with_suffix(".jsonl"), text)
+    write_jsonl(page.with_suffix(".jsonl"), map(_finite, lines))
     write_atomically(page, _page(iteration, groups, max_html_groups))
     update_index(folder, _entry(iteration, groups))
     return page

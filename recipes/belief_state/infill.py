@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.backend.errors import CheckpointError, ConfigError, DataError
 from posttrain.backend.ranges import COUNT, WHOLE
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.jsonl import write_jsonl
 from posttrain.tracking.progress import TrainingProgress
 from recipes.belief_state.text import task_name
 from recipes.belief_state.text_data import TextData
@@ -88,7 +88,7 @@ def main(config: Config) -> None:
             progress.update(number)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_jsonl(out, lines)
     complete = sum(line["complete"] for line in lines)
     print(f"{lines[0]['prompt']} [{lines[0]['generated']}] {lines[0]['goal']}")
     print(f"{len(lines)} stories in {out}; the middle ended by itself in {complete}")

@@ -26,7 +26,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_figure
-from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.jsonl import write_atomically, write_jsonl
 from preference.judges import EndpointJudgeBuilder, RuleJudge
 from preference.reward_types import Judge, JudgeBuilder, JudgeError
 from recipes.belief_state.judge_votes import Contest, Verdict, Vote, Votes, collect_votes, read_contests, verdict
@@ -140,10 +140,9 @@ def _write(
     record = {"first": names[0], "second": names[1], "num_judges": config.num_judges, "seed": config.seed}
     write_atomically(out / "verdict.json", json.dumps(record | asdict(found), indent=2) + "\n")
     lines = [
-        json.dumps(asdict(contest) | {"votes": [str(vote) for vote in votes]}, ensure_ascii=False)
-        for contest, votes in zip(contests, collected, strict=True)
+        asdict(contest) | {"votes": [str(vote) for vote in votes]} for contest, votes in zip(contests, collected, strict=True)
     ]
-    write_atomically(out / "votes.jsonl", "\n".join(lines) + "\n")
+    write_jsonl(out / "votes.jsonl", lines)
     draw_histogram(found, names, out / "histogram.png")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from posttrain.backend.errors import DataError
 from posttrain.backend.types import StopReason
-from posttrain.tracking.jsonl import as_dataclass, read_dataclasses, read_jsonl, write_atomically
+from posttrain.tracking.jsonl import as_dataclass, read_dataclasses, read_jsonl, write_atomically, write_jsonl
 from posttrain.tracking.settings import read_settings
 
 
@@ -104,8 +104,7 @@ def scores_path(path: Path) -> Path:
 def write_scores(path: Path, candidates: Sequence[Candidate]) -> None:
     """Beside the candidates at `path`, one line each, in their order."""
     names = ("query", "temperature", "sample", "reward", "step_scores")
-    lines = (json.dumps({name: getattr(candidate, name) for name in names}) + "\n" for candidate in candidates)
-    write_atomically(scores_path(path), "".join(lines))
+    write_jsonl(scores_path(path), ({name: getattr(candidate, name) for name in names} for candidate in candidates))
 
 
 def read_candidates(path: Path) -> list[Candidate]:
@@ -123,7 +122,7 @@ def read_candidates(path: Path) -> list[Candidate]:
 
 
 def write_selection(path: Path, selected: Sequence[Selected]) -> None:
-    write_atomically(path, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in selected))
+    write_jsonl(path, selected)
 
 
 def read_selection(path: Path) -> list[Selected]:

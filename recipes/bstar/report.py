@@ -15,7 +15,7 @@ from pathlib import Path
 from posttrain.backend.errors import DataError
 from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import draw_panels
-from posttrain.tracking.jsonl import read_jsonl, write_atomically
+from posttrain.tracking.jsonl import read_jsonl, write_atomically, write_jsonl
 from posttrain.tracking.pages import figure_html, html_page, table
 from preference.steps import StepFormat
 from recipes.bstar.methods import METHODS
@@ -35,7 +35,7 @@ def write_questions(run: Path, task: Task) -> None:
         for name, queries in sets.items()
         for query in queries
     )
-    write_atomically(run / QUESTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_jsonl(run / QUESTIONS, lines)
 
 
 def method_folders(run: Path) -> dict[str, Path]:

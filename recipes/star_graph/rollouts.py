@@ -13,7 +13,6 @@ Left out: rows of other lengths, which Q#'s loaders drop too (here the count is 
 """
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from envs.star_graph_tokens import Layout
 from posttrain.backend.errors import DataError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import Datum, ModelInput, SamplingParams
-from posttrain.tracking.jsonl import parse_json, read_bytes, write_atomically
+from posttrain.tracking.jsonl import parse_json, read_bytes, write_jsonl
 from preference.pairs import Pair
 
 WAVE = 2048  # prompts sampled at once
@@ -47,7 +46,7 @@ async def collect_pairs(
         f"{path}: {len(records):,} pairs; {len(ids_B_T) - len(records):,} prompts had no wrong path in {max_tries} tries",
         flush=True,
     )
-    write_atomically(Path(path), "".join(json.dumps(records[b]) + "\n" for b in sorted(records)))
+    write_jsonl(Path(path), (records[b] for b in sorted(records)))
     return len(records)
 
 
