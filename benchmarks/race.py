@@ -31,7 +31,14 @@ def check_trl() -> None:
 
 
 def race(
-    document: str, name: str, ours: Ours, trl: dict[str, str], settings: dict[str, Any], rounds: int, steps: int, warmup: int
+    document: str | None,
+    name: str,
+    ours: Ours,
+    trl: dict[str, str],
+    settings: dict[str, Any],
+    rounds: int,
+    steps: int,
+    warmup: int,
 ) -> None:
     """The command line of NAME.py; `rounds`, `steps` and `warmup` are defaults. `ours`: side -> what runs it; `trl`: side -> the
     mode of trl_side.py. The step times of all rounds are pooled.
