@@ -20,9 +20,10 @@ from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.ranges import COUNT
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.metrics_log import read_metrics
 from preference import train_dpo
-from preference.pairs import Pair, PairDataset
+from preference.pairs import Pair
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
 from rl import train as rl_train
 from rl.types import EnvGroupBuilder, RLDataset
@@ -72,7 +73,7 @@ class ClockedArithmeticExamples(ArithmeticExamplesBuilder):
         return ClockedExamples(dataset), test_dataset
 
 
-class ClockedPairs(PairDataset):
+class ClockedPairs(ListDataset[Pair]):
     def get_batch(self, index: int) -> list[Pair]:
         ASKED_AT.append((time.perf_counter(), time.process_time()))
         return super().get_batch(index)
@@ -170,7 +171,7 @@ def run_sft(
 def run_dpo(model: str, steps: int, warmup: int) -> dict[str, Any]:
     """The default preference loop without held-out metrics. The reference is computed before the first step."""
     memory = PeakMemory()
-    train_dpo.PairDataset = ClockedPairs
+    train_dpo.ListDataset = ClockedPairs
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = train_dpo.Config(
             dataset=RandomPairsBuilder(num_pairs=DPO_BATCH * (steps + warmup + 1)),

@@ -16,7 +16,7 @@ from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from preference.losses import PairLogprobs
 from preference.types import LabeledComparison
-from supervised.data import datum_from_tokens_weights, fitting_batch_size
+from supervised.data import datum_from_tokens_weights
 
 Ties = Literal["drop", "both", "raise"]
 
@@ -94,24 +94,6 @@ def _marked(message: Message, trainable: bool) -> Message:
 
 def _targets(datum: Datum) -> list[int]:
     return datum.loss_fn_inputs["target_tokens"].tolist()
-
-
-class PairDataset:
-    """Batches of an epoch, whose order is a function of (seed, epoch); the last batch may be short."""
-
-    def __init__(self, pairs: Sequence[Pair], batch_size: int, seed: int = 0):
-        self.pairs, self.batch_size, self.seed = pairs, fitting_batch_size(batch_size, len(pairs), "pairs"), seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return -(-len(self.pairs) // self.batch_size)
-
-    def get_batch(self, index: int) -> list[Pair]:
-        return [self.pairs[i] for i in self._order[index * self.batch_size : (index + 1) * self.batch_size]]
 
 
 def as_data(pairs: Sequence[Pair]) -> list[Datum]:

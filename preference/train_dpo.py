@@ -16,13 +16,13 @@ from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput
+from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.run import Metrics, finish
 from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from posttrain.tracking.run_folder import open_run_folder
 from preference.losses import DPO, PreferenceLoss, pair_metrics
 from preference.pairs import (
     Pair,
-    PairDataset,
     Ties,
     as_data,
     micro_batches_of_pairs,
@@ -84,7 +84,7 @@ async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], ev
             config,
             folder,
             client,
-            PairDataset(train, config.batch_size, config.data_seed),
+            ListDataset(train, config.batch_size, config.data_seed, noun="pairs"),
             PreferenceObjective(config.method, config.backend.micro_batch_tokens),
             evaluate if config.eval_every and (test or evaluator) else None,
             name="dpo",

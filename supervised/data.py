@@ -63,15 +63,6 @@ def render(conversations: Sequence[Sequence[Message]], renderer: Renderer, build
     return [conversation_to_datum(messages, *how) for messages in conversations]
 
 
-def fitting_batch_size(batch_size: int, available: int, what: str) -> int:
-    """At most what there is, with a line that says so. DataError where there is nothing, or a batch would be empty."""
-    if batch_size < 1 or not available:
-        raise DataError(f"batch_size={batch_size} and {available:,} {what}: a batch needs at least one")
-    if batch_size > available:
-        print(f"batch_size={batch_size} is more than the {available:,} {what} there are: each batch is all of them", flush=True)
-    return min(batch_size, available)
-
-
 class MixtureDataset(ListDataset[Datum]):
     """Sources spread evenly over an epoch by weight; the epoch ends when each source was seen whole.
 

@@ -34,19 +34,18 @@ class DrawnDataset(Generic[T]):
 class ListDataset(DrawnDataset[T]):
     """Batches of a list in the order of (seed, epoch), or, without `shuffle`, in its own. The last batch of an epoch may be short.
 
-    A `batch_size` above the length makes each batch all of the list, which a line says where it is shuffled. DataError for an empty list.
+    A `batch_size` above the length makes each batch all of the list, which a line says where it is shuffled. `noun` is what the
+    lines call the items. DataError for an empty list.
     """
 
-    def __init__(self, items: Sequence[T], batch_size: int, seed: int = 0, *, shuffle: bool = True):
+    def __init__(self, items: Sequence[T], batch_size: int, seed: int = 0, *, shuffle: bool = True, noun: str = "examples"):
         self.items, self.seed, self.shuffle = items, seed, shuffle
         self._order = (0, self.order(0))
         length = len(self._order[1])
         if batch_size < 1 or not length:
-            raise DataError(f"batch_size={batch_size} and {len(items):,} examples: a batch needs at least one")
+            raise DataError(f"batch_size={batch_size} and {len(items):,} {noun}: a batch needs at least one")
         if shuffle and batch_size > length:
-            print(
-                f"batch_size={batch_size} is more than the {length:,} examples there are: each batch is all of them", flush=True
-            )
+            print(f"batch_size={batch_size} is more than the {length:,} {noun} there are: each batch is all of them", flush=True)
         self.batch_size = min(batch_size, length)
         super().__init__(self.batch, -(-length // self.batch_size))
 
