@@ -46,10 +46,10 @@ class Panel:
 
     @property
     def empty(self) -> bool:
-        return not any(each.steps_K for seeds in self.curves.values() for each in seeds)
+        return not any(curve.steps_K for seeds in self.curves.values() for curve in seeds)
 
 
-def curve(records: Records, *keys: str) -> Curve:
+def read_curve(records: Records, *keys: str) -> Curve:
     """Of the first of `keys` that was logged; empty where none was, or never a number (null stands for NaN)."""
     key = next((key for key in keys if any(record.get(key) is not None for record in records)), "")
     points = [(record["step"], record[key]) for record in records if key in record]
@@ -58,12 +58,12 @@ def curve(records: Records, *keys: str) -> Curve:
 
 def curves_by_label(runs: Mapping[str, Sequence[Records]], *keys: str) -> Curves:
     """`runs`: label -> the records of each seed."""
-    return {label: [curve(records, *keys) for records in seeds] for label, seeds in runs.items()}
+    return {label: [read_curve(records, *keys) for records in seeds] for label, seeds in runs.items()}
 
 
 def mean_curve(curves_S: Sequence[Curve]) -> Curve:
     """Over seeds, at the steps that all of them have."""
-    at = [dict(zip(*each, strict=True)) for each in curves_S]
+    at = [dict(zip(*curve, strict=True)) for curve in curves_S]
     shared = sorted(set.intersection(*map(set, at))) if at else []
     return Curve(shared, [sum(values[step] for values in at) / len(at) for step in shared])
 
@@ -85,9 +85,9 @@ def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
     """`labels` give the order of the colours; without them it is the panel's, and the panel gets a legend where it has several."""
     order = list(labels or panel.curves)
     for label, seeds in panel.curves.items():
-        color, curves_S = COLORS[order.index(label) % len(COLORS)], [each for each in seeds if each.steps_K]
-        for each in curves_S if len(curves_S) > 1 else ():
-            axis.plot(*each, color=color, linewidth=0.7, alpha=0.4)
+        color, curves_S = COLORS[order.index(label) % len(COLORS)], [curve for curve in seeds if curve.steps_K]
+        for curve in curves_S if len(curves_S) > 1 else ():
+            axis.plot(*curve, color=color, linewidth=0.7, alpha=0.4)
         mean = mean_curve(curves_S)
         style = {"marker": "o", "markersize": 3.5} if len(mean.steps_K) < SPARSE else {}
         if mean.steps_K:

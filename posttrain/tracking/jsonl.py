@@ -98,8 +98,8 @@ def drop_torn_line(path: Path) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """Replaces the file by a line for each record, a dict or a dataclass; atomically."""
-    fields = (asdict(each) if is_dataclass(each) and not isinstance(each, type) else each for each in records)
-    write_atomically(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in fields))
+    fields = (asdict(record) if is_dataclass(record) and not isinstance(record, type) else record for record in records)
+    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in fields))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

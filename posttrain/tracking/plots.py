@@ -3,7 +3,7 @@
     python -m posttrain.tracking.plots runs/a
     python -m posttrain.tracking.plots runs/a runs/b out=compare.png keys=env/all/correct,optim/entropy
 
-How a panel is drawn is in figures.py.
+How a panel is curve is in figures.py.
 """
 
 import os
@@ -19,18 +19,18 @@ from posttrain.tracking.figures import (
     COLORS,
     Panel,
     Records,
-    curve,
     curves_by_label,
     draw_panel,
     draw_panels,
     finish_axis,
     panel_axes,
+    read_curve,
     save_figure,
 )
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import RunFolder
 
-# panel title -> the metrics it shows, training ones first; a panel is drawn when one of them was logged
+# panel title -> the metrics it shows, training ones first; a panel is curve when one of them was logged
 PANELS: dict[str, tuple[str, ...]] = {
     "reward": ("env/all/reward/total", "test/env/all/reward/total"),
     "accuracy": ("env/all/correct", "test/env/all/correct"),
@@ -73,7 +73,7 @@ def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
     folder = run_folder.path if isinstance(run_folder, RunFolder) else Path(run_folder)
     records = _records(folder)
     panels = _panels(records)
-    times = [key for key in (*TIMES, "time/total") if curve(records, key).steps_K]
+    times = [key for key in (*TIMES, "time/total") if read_curve(records, key).steps_K]
     if not panels and not times:
         raise DataError(f"{folder / 'metrics.jsonl'}: none of the metrics that plots know; name some with keys=a,b")
     figure, axes = panel_axes(len(panels) + bool(times), folder.resolve().name)
@@ -88,7 +88,7 @@ def _panels(records: Records) -> list[Panel]:
     """Those of PANELS that have something to show; one that would show the same curves as another is named in its title instead."""
     panels: list[Panel] = []
     for title, keys in PANELS.items():
-        logged = {label: [drawn] for label, key in _labels(keys).items() if (drawn := curve(records, key)).steps_K}
+        logged = {label: [curve] for label, key in _labels(keys).items() if (curve := read_curve(records, key)).steps_K}
         twin = next((n for n, panel in enumerate(panels) if [*panel.curves.values()] == [*logged.values()]), None)
         if twin is not None:
             panels[twin] = replace(panels[twin], title=f"{panels[twin].title} = {title}")
@@ -134,9 +134,9 @@ def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
     """Seconds of a step, stacked by what they went to; the rest of the total is "other"."""
     parts = [key for key in keys if key != "time/total"]
     if not parts:
-        draw_panel(axis, Panel("seconds per step", {"total": [curve(records, "time/total")]}))
+        draw_panel(axis, Panel("seconds per step", {"total": [read_curve(records, "time/total")]}))
         return
-    seconds = {key: dict(zip(*curve(records, key), strict=True)) for key in keys}
+    seconds = {key: dict(zip(*read_curve(records, key), strict=True)) for key in keys}
     steps = sorted(set().union(*seconds.values()))
     layers = {key.removeprefix("time/"): [seconds[key].get(step, 0.0) for step in steps] for key in parts}
     if total := seconds.get("time/total"):

@@ -25,37 +25,39 @@ NOISE = 0.02
 def claims(run: Path) -> dict[str, tuple[bool, str]]:
     """Claim -> whether it holds in this run, and the figures. DataError if a method is missing."""
     rounds = {name: read_summaries(run / name) for name in ("bstar", *STATIC)}
-    if short := [name for name, found in rounds.items() if len(found) < 3]:
+    if short := [name for name, summaries in rounds.items() if len(summaries) < 3]:
         raise DataError(f"{run}: {', '.join(short)} has fewer than two finished rounds")
     wide = f"test/pass@{samples_of(rounds['bstar'])}-4"
     line = {
-        (name, key): [value(one, key) for one in found]
-        for name, found in rounds.items()
+        (name, key): [value(summary, key) for summary in summaries]
+        for name, summaries in rounds.items()
         for key in ("test/greedy", "test/pass@1", wide)
     }
     middle = len(rounds["bstar"]) // 2
-    cold, ours = line["online_rft_cold", wide], line["bstar", wide]
-    found = {"a": (cold[-1] < max(cold[1:]) and ours[-1] >= ours[1], f"{wide[5:]}: cold {_path(cold)}; bstar {_path(ours)}")}
+    cold, bstar = line["online_rft_cold", wide], line["bstar", wide]
+    holds = cold[-1] < max(cold[1:]) and bstar[-1] >= bstar[1]
+    outcomes = {"a": (holds, f"{wide[5:]}: cold {_path(cold)}; bstar {_path(bstar)}")}
     for key in ("test/greedy", "test/pass@1"):
         best = max(line[name, key][-1] for name in STATIC)
-        mine = line["bstar", key]
-        found[f"b, {key[5:]}"] = (mine[-1] > best, f"{mine[-1]:.3f} against {best:.3f}")
+        reached = line["bstar", key][-1]
+        outcomes[f"b, {key[5:]}"] = (reached > best, f"{reached:.3f} against {best:.3f}")
         late = {name: line[name, key][-1] - line[name, key][middle] for name in ("bstar", "online_rft")}
         holds = 0 < late["bstar"] > late["online_rft"]
-        found[f"c, {key[5:]}"] = (holds, f"from round {middle}: bstar {late['bstar']:+.3f}, online_rft {late['online_rft']:+.3f}")
-    return found | {"d": _chosen(rounds["bstar"][1:])}
+        figures = f"from round {middle}: bstar {late['bstar']:+.3f}, online_rft {late['online_rft']:+.3f}"
+        outcomes[f"c, {key[5:]}"] = (holds, figures)
+    return outcomes | {"d": _chosen(rounds["bstar"][1:])}
 
 
 def _chosen(rounds: Sequence[Summary]) -> tuple[bool, str]:
-    temperatures, scores = ([value(one, key) for one in rounds] for key in ("temperature", "balance"))
+    temperatures, scores = ([value(summary, key) for summary in rounds] for key in ("temperature", "balance"))
     rising = all(after >= before - NOISE for before, after in zip(scores[:-1], scores[1:], strict=True))
-    thresholds = ", ".join(str(one.threshold) for one in rounds)
+    thresholds = ", ".join(str(summary.threshold) for summary in rounds)
     shown = f"T {', '.join(f'{t:g}' for t in temperatures)}; threshold {thresholds}; balance {_path(scores)}"
     return rising and temperatures[-1] > temperatures[0], shown
 
 
 def _path(values: Sequence[float]) -> str:
-    return " ".join(f"{one:.3f}" for one in values)
+    return " ".join(f"{number:.3f}" for number in values)
 
 
 def text(folders: Sequence[Path]) -> str:

@@ -17,7 +17,7 @@ from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import save_figure
 from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.pages import figure_html, html_page, table
-from recipes.bstar.pictures import as_svg, draw_comparison, samples_of, value
+from recipes.bstar.pictures import as_svg, draw_comparison, test_keys, value
 from recipes.bstar.records import Summary, read_summaries
 from recipes.bstar.report import STYLE, method_folders
 
@@ -26,44 +26,41 @@ Runs = dict[str, list[list[Summary]]]  # method -> seed -> rounds
 
 def read_runs(folders: Sequence[Path]) -> tuple[Runs, list[str]]:
     """What all folders have, and what was left out. DataError if nothing is left."""
-    found = [{name: read_summaries(folder) for name, folder in method_folders(run).items()} for run in folders]
-    shared = [name for name in found[0] if all(name in methods for methods in found)]
-    rest = sorted({name for methods in found for name in methods} - set(shared))
+    runs = [{name: read_summaries(folder) for name, folder in method_folders(run).items()} for run in folders]
+    shared = [name for name in runs[0] if all(name in methods for methods in runs)]
+    rest = sorted({name for methods in runs for name in methods} - set(shared))
     if not shared:
         raise DataError(f"no method is in all of {', '.join(map(str, folders))}")
-    rounds = min(len(methods[name]) for methods in found for name in shared)
-    longest = max(len(methods[name]) for methods in found for name in shared)
+    lengths = [len(methods[name]) for methods in runs for name in shared]
+    rounds, longest = min(lengths), max(lengths)
     notes = [f"{name}: not in every folder" for name in rest]
     notes += [f"rounds {rounds} to {longest - 1}: not finished everywhere"] if longest > rounds else []
-    return {name: [methods[name][:rounds] for methods in found] for name in shared}, notes
+    return {name: [methods[name][:rounds] for methods in runs] for name in shared}, notes
 
 
 def final_table(runs: Runs) -> tuple[list[str], list[list[str]]]:
     """The last round: mean over the seeds, and the values of the seeds."""
-    k = samples_of(next(iter(runs.values()))[0])
-    keys = {"P@1": "test/pass@1", "greedy": "test/greedy", f"P@{k}": f"test/pass@{k}", f"pass@{k}-4": f"test/pass@{k}-4"}
-    rows = [["warm start", *(_cell([run[0] for run in next(iter(runs.values()))], key) for key in keys.values())]]
-    rows += [
-        [escape(method), *(_cell([run[-1] for run in seeds], key) for key in keys.values())] for method, seeds in runs.items()
-    ]
+    start = next(iter(runs.values()))
+    keys = test_keys(start[0])
+    last = {"warm start": [run[0] for run in start]} | {method: [run[-1] for run in seeds] for method, seeds in runs.items()}
+    rows = [[escape(name), *(_cell(summaries, key) for key in keys.values())] for name, summaries in last.items()]
     return ["after the last round", *keys], rows
 
 
 def _cell(summaries: Sequence[Summary], key: str) -> str:
     values = [value(summary, key) for summary in summaries]
-    return f"{np.mean(values):.3f}" + (f" ({', '.join(f'{each:.3f}' for each in values)})" if len(values) > 1 else "")
+    return f"{np.mean(values):.3f}" + (f" ({', '.join(f'{number:.3f}' for number in values)})" if len(values) > 1 else "")
 
 
 def gains(runs: Mapping[str, Sequence[Sequence[Summary]]], key: str = "test/pass@1") -> dict[str, tuple[float, float]]:
     """Of each method the mean gain of the first half of the rounds and of the second."""
-    found = {}
+    gained = {}
     for method, seeds in runs.items():
-        values_S_R = np.array([[value(summary, key) for summary in run] for run in seeds])
-        half = (values_S_R.shape[1] - 1) // 2
-        found[method] = tuple(
-            float(part.mean()) for part in (values_S_R[:, half] - values_S_R[:, 0], values_S_R[:, -1] - values_S_R[:, half])
+        first_S, half_S, last_S = (
+            np.array([value(run[place], key) for run in seeds]) for place in (0, (len(seeds[0]) - 1) // 2, -1)
         )
-    return found
+        gained[method] = (float((half_S - first_S).mean()), float((last_S - half_S).mean()))
+    return gained
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:

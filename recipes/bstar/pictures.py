@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.tracking.figures import COLORS, SHARE, Panel, curve, curves_by_label, draw_panels, finish_axis, panel_axes
+from posttrain.tracking.figures import COLORS, SHARE, Panel, curves_by_label, draw_panels, finish_axis, panel_axes, read_curve
 from recipes.bstar.records import Choice, Summary
 
 PAGE_INCHES = 13.2  # a figure of this width fills the page
@@ -32,8 +32,14 @@ def value(summary: Summary, key: str) -> float:
 
 def samples_of(summaries: Sequence[Summary]) -> int:
     """K of the test set's pass@K."""
-    found = [re.fullmatch(r"test/pass@(\d+)", key) for key in summaries[0].metrics]
-    return max(int(match[1]) for match in found if match)
+    matches = [re.fullmatch(r"test/pass@(\d+)", key) for key in summaries[0].metrics]
+    return max(int(match[1]) for match in matches if match)
+
+
+def test_keys(summaries: Sequence[Summary]) -> dict[str, str]:
+    """Column -> metric of the tables that say where a method ended."""
+    k = samples_of(summaries)
+    return {"P@1": "test/pass@1", "greedy": "test/greedy", f"P@{k}": f"test/pass@{k}", f"pass@{k}-4": f"test/pass@{k}-4"}
 
 
 def panels(summaries: Sequence[Summary]) -> list[Panel]:
@@ -50,11 +56,11 @@ def panels(summaries: Sequence[Summary]) -> list[Panel]:
         },
     }
     watched = [
-        Panel(title, {label: [curve(records, key)] for label, key in lines.items()}, limits=SHARE, xlabel="round")
+        Panel(title, {label: [read_curve(records, key)] for label, key in lines.items()}, limits=SHARE, xlabel="round")
         for title, lines in shares.items()
     ]
     chosen = {"temperature": "temperature", "threshold": "threshold", "balance score": "balance"}
-    watched += [Panel(title, {"": [curve(records, key)]}, xlabel="round") for title, key in chosen.items()]
+    watched += [Panel(title, {"": [read_curve(records, key)]}, xlabel="round") for title, key in chosen.items()]
     return [panel for panel in watched if not panel.empty]
 
 

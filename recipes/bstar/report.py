@@ -7,6 +7,7 @@ curves inside a round, which the run folders of `train` have.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from math import isnan
@@ -19,7 +20,17 @@ from posttrain.tracking.jsonl import read_jsonl, write_atomically, write_jsonl
 from posttrain.tracking.pages import figure_html, html_page, table
 from preference.steps import StepFormat
 from recipes.bstar.methods import METHODS
-from recipes.bstar.pictures import STAGES, as_svg, draw_comparison, draw_costs, draw_surfaces, panels, samples_of, value
+from recipes.bstar.pictures import (
+    STAGES,
+    as_svg,
+    draw_comparison,
+    draw_costs,
+    draw_surfaces,
+    panels,
+    samples_of,
+    test_keys,
+    value,
+)
 from recipes.bstar.records import Choice, Summary, read_choice, read_summaries
 from recipes.bstar.showcase import samples_html
 from recipes.bstar.tasks import Task
@@ -41,11 +52,11 @@ def write_questions(run: Path, task: Task) -> None:
 def method_folders(run: Path) -> dict[str, Path]:
     """Folders of methods with a finished round besides that of the warm start, in the order of METHODS. DataError if there is none."""
     files = sorted(run.glob("*/round_*/summary.json"))
-    found = {file.parent.parent.name: file.parent.parent for file in files if file.parent.name != "round_00"}
-    if not found:
+    folders = {file.parent.parent.name: file.parent.parent for file in files if file.parent.name != "round_00"}
+    if not folders:
         raise DataError(f"{run}: no method there has finished a round; a run folder has METHOD/round_01/summary.json")
     order = list(METHODS)
-    return dict(sorted(found.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0])))
+    return dict(sorted(folders.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0])))
 
 
 def write_report(run: Path) -> Path:
@@ -53,12 +64,9 @@ def write_report(run: Path) -> Path:
     folders = method_folders(run)
     summaries = {name: read_summaries(folder) for name, folder in folders.items()}
     settings = _settings(run)
-    body = [_overview(summaries)]
-    for name, folder in folders.items():
-        body.append(_method(name, folder, summaries[name], settings))
-    facts = [
-        f"{key} {settings[key]}" for key in ("model_name", "samples", "steps", "batch_size", "n_star", "seed") if key in settings
-    ]
+    body = [_overview(summaries), *(_method(name, folder, summaries[name], settings) for name, folder in folders.items())]
+    shown = ("model_name", "samples", "steps", "batch_size", "n_star", "seed")
+    facts = [f"{key} {settings[key]}" for key in shown if key in settings]
     facts += [settings["task"]["class"].partition(":")[2]] if "task" in settings else []
     page = run / "report.html"
     links = {f"#{name}": name for name in folders}
@@ -81,31 +89,26 @@ def _form(settings: Mapping) -> StepFormat:
 
 def _overview(summaries: Mapping[str, Sequence[Summary]]) -> str:
     """Where each method ended."""
-    k = samples_of(next(iter(summaries.values())))
-    keys = {"greedy": "test/greedy", "P@1": "test/pass@1", f"P@{k}": f"test/pass@{k}", f"pass@{k}-4": f"test/pass@{k}-4"}
-    keys = _known(keys, [rounds[0] for rounds in summaries.values()])
+    keys = _known(test_keys(next(iter(summaries.values()))), [rounds[0] for rounds in summaries.values()])
     rows = []
     for name, rounds in summaries.items():
         first, last = rounds[0], rounds[-1]
-        seconds, tokens = (sum(sum(getattr(one, part).values()) for one in rounds[1:]) for part in ("seconds", "tokens"))
+        seconds, tokens = (sum(sum(getattr(summary, part).values()) for summary in rounds[1:]) for part in ("seconds", "tokens"))
         changes = (f"{a} → {b}" for a, b in zip(_numbers(first, keys), _numbers(last, keys), strict=True))
         rows.append([escape(name), str(last.round), *changes, f"{seconds:,.0f}", f"{tokens:,}"])
     columns = ["method", "rounds", *keys, "seconds", "tokens sampled and trained on"]
-    return "<section><h2>Methods</h2>" + table(columns, rows) + _comparison(summaries) + "</section>"
-
-
-def _comparison(summaries: Mapping[str, Sequence[Summary]]) -> str:
-    if len(summaries) == 1:
-        return ""
-    picture = draw_comparison({name: [rounds] for name, rounds in summaries.items()})
-    return figure_html(as_svg(picture), "Round 0 is the warm start, which the methods share.")
+    picture = ""
+    if len(summaries) > 1:
+        svg = as_svg(draw_comparison({name: [rounds] for name, rounds in summaries.items()}))
+        picture = figure_html(svg, "Round 0 is the warm start, which the methods share.")
+    return "<section><h2>Methods</h2>" + table(columns, rows) + picture + "</section>"
 
 
 # --- one method ---------------------------------------------------------------------------------------------------------------
 
 
 def _method(name: str, folder: Path, summaries: Sequence[Summary], settings: Mapping) -> str:
-    choices = {one.round: read_choice(_round(folder, one.round) / "choice.json") for one in summaries if one.round}
+    choices = {n: read_choice(_round(folder, n) / "choice.json") for n in (summary.round for summary in summaries) if n}
     surfaces: dict[int, Choice] = {number: choice for number, choice in choices.items() if choice.surface}
     parts = [f'<section id="{escape(name)}"><h2>{escape(name)}</h2>', _rounds_tables(summaries)]
     parts.append(figure_html(as_svg(draw_panels(panels(summaries))), "What is watched, round by round."))
@@ -141,29 +144,33 @@ def _rounds_tables(summaries: Sequence[Summary]) -> str:
         f"reward@{k}-4": f"test/reward@{k}-4",
         "diversity": "test/diversity",
     }
-    later = [one for one in summaries if one.round]
+    later = [summary for summary in summaries if summary.round]
     training, test = _known(training, later), _known(test, summaries)
-    chosen = [[str(one.round), str(one.temperature), str(one.threshold), *_numbers(one, training)] for one in later]
-    reached = [[str(one.round), *_numbers(one, test)] for one in summaries]
+    chosen = [
+        [str(summary.round), str(summary.temperature), str(summary.threshold), *_numbers(summary, training)] for summary in later
+    ]
+    reached = [[str(summary.round), *_numbers(summary, test)] for summary in summaries]
     tables = table(["training", "T", "threshold", *training], chosen) + table(["test", *test], reached)
     return f'<div class="beside">{tables}</div>'
 
 
 def _known(keys: Mapping[str, str], summaries: Sequence[Summary]) -> dict[str, str]:
     """Those that some round has: with 4 samples there is no pass@4-4, and some methods have no balance score."""
-    return {name: key for name, key in keys.items() if any(not isnan(value(one, key)) for one in summaries)}
+    return {name: key for name, key in keys.items() if any(not isnan(value(summary, key)) for summary in summaries)}
 
 
 def _numbers(summary: Summary, keys: Mapping[str, str]) -> list[str]:
     """Counts as they are, the others with three decimals; nothing where the round has none."""
-    found = {key: value(summary, key) for key in keys.values()}
-    return ["" if isnan(x) else f"{x:,.0f}" if key == "train/selected" else f"{x:.3f}" for key, x in found.items()]
+    values = {key: value(summary, key) for key in keys.values()}
+    return ["" if isnan(x) else f"{x:,.0f}" if key == "train/selected" else f"{x:.3f}" for key, x in values.items()]
 
 
 def _speeds(summaries: Sequence[Summary]) -> str:
-    stages = [stage for stage in STAGES if any(stage in one.seconds for one in summaries)]
-    seconds = {stage: sum(one.seconds.get(stage, 0.0) for one in summaries) for stage in stages}
-    tokens = {stage: sum(one.tokens.get(stage, 0) for one in summaries) for stage in stages}
+    seconds, tokens = Counter[str](), Counter[str]()
+    for summary in summaries:
+        seconds.update(summary.seconds)  # type: ignore[arg-type]  # a Counter adds floats too
+        tokens.update(summary.tokens)
+    stages = [stage for stage in STAGES if stage in seconds]
     total = sum(seconds.values()) or 1.0
     rows = [
         ["seconds", *(f"{seconds[stage]:,.1f}" for stage in stages)],

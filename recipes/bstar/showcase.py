@@ -17,42 +17,42 @@ SHOWN_QUERIES, SHOWN_CHARS = 4, 800
 
 def samples_html(folder: Path, form: StepFormat, questions: Sequence[Mapping[str, Any]]) -> str:
     """`folder` is a round's; `questions` are the lines of questions.jsonl. Questions answered both ways come first."""
-    taken = {(one.query, one.sample) for one in read_selection(folder / "selection.jsonl")}
-    asked = {line["query"]: line for line in questions}
+    taken = {(line.query, line.sample) for line in read_selection(folder / "selection.jsonl")}
+    texts = {line["query"]: line for line in questions}
     groups: dict[str, list[Candidate]] = {}
     for candidate in read_candidates(folder / "samples.jsonl"):
         groups.setdefault(candidate.query, []).append(candidate)
-    mixed = [query for query, group in groups.items() if 0 < sum(one.correct for one in group) < len(group)]
+    mixed = [query for query, group in groups.items() if 0 < sum(candidate.correct for candidate in group) < len(group)]
     shown = [*mixed, *(query for query in groups if query not in mixed)][:SHOWN_QUERIES]
-    blocks = "".join(_query(query, groups[query], asked.get(query, {}), taken, form) for query in shown)
+    blocks = "".join(_query(query, groups[query], texts.get(query, {}), taken, form) for query in shown)
     return f"<h3>Samples of {escape(folder.name.replace('_', ' '))}</h3>{blocks}"
 
 
 def _query(
-    query: str, group: Sequence[Candidate], asked: Mapping[str, Any], taken: set[tuple[str, int | None]], form: StepFormat
+    query: str, group: Sequence[Candidate], text: Mapping[str, Any], taken: set[tuple[str, int | None]], form: StepFormat
 ) -> str:
-    right, chosen = sum(one.correct for one in group), sum((query, one.sample) in taken for one in group)
+    right, chosen = sum(candidate.correct for candidate in group), sum((query, candidate.sample) in taken for candidate in group)
     facts = f"{right} of {len(group)} right, {chosen} selected"
-    cards = "".join(_card(why, one, form) for why, one in _examples(group, taken).items())
-    question = f"<p>{escape(str(asked.get('question', '')))[:SHOWN_CHARS]}</p>" if asked else ""
-    answer = f" · answer {escape(str(asked['answer']))[:80]}" if asked else ""
+    cards = "".join(_card(why, candidate, form) for why, candidate in _examples(group, taken).items())
+    question = f"<p>{escape(str(text.get('question', '')))[:SHOWN_CHARS]}</p>" if text else ""
+    answer = f" · answer {escape(str(text['answer']))[:80]}" if text else ""
     return f'<div class="query"><div class="soft">{escape(query)} · {facts}{answer}</div>{question}<div class="cards">{cards}</div></div>'
 
 
 def _examples(group: Sequence[Candidate], taken: set[tuple[str, int | None]]) -> dict[str, Candidate]:
     """By what they are examples of; no solution twice."""
-    ranked = sorted(group, key=lambda one: -(one.reward or 0.0))
+    ranked = sorted(group, key=lambda candidate: -(candidate.reward or 0.0))
     wanted = {
-        "best selected": [one for one in ranked if (one.query, one.sample) in taken],
-        "best wrong": [one for one in ranked if not one.correct and one.stop == "stop"],
-        "worst right": [one for one in reversed(ranked) if one.correct],
-        "cut off": [one for one in ranked if one.stop == "length"],
+        "best selected": [candidate for candidate in ranked if (candidate.query, candidate.sample) in taken],
+        "best wrong": [candidate for candidate in ranked if not candidate.correct and candidate.stop == "stop"],
+        "worst right": [candidate for candidate in reversed(ranked) if candidate.correct],
+        "cut off": [candidate for candidate in ranked if candidate.stop == "length"],
     }
-    found: dict[str, Candidate] = {}
+    examples: dict[str, Candidate] = {}
     for why, candidates in wanted.items():
-        fresh = [one for one in candidates if one.text not in {other.text for other in found.values()}]
-        found |= {why: fresh[0]} if fresh else {}
-    return found
+        fresh = [candidate for candidate in candidates if candidate.text not in {other.text for other in examples.values()}]
+        examples |= {why: fresh[0]} if fresh else {}
+    return examples
 
 
 def _card(why: str, candidate: Candidate, form: StepFormat) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posttrain.tracking.figures import COLORS, SHARE, Panel, curve, draw_panel, finish_axis, panel_axes, save_figure
+from posttrain.tracking.figures import COLORS, SHARE, Panel, draw_panel, finish_axis, panel_axes, read_curve, save_figure
 from posttrain.tracking.metrics_log import read_metrics
 from recipes.prm.evaluation import Aligned
 
@@ -17,7 +17,7 @@ LEAST_SCORES = 30  # at a distance from the first wrong step, for it to be drawn
 def draw(run: Path, results: Mapping[str, float], aligned: Aligned, out: Path) -> Path:
     figure, (left, middle, right) = panel_axes(3, size=(4, 3.3))
     records = read_metrics(run)
-    accuracies = {label: [curve(records, f"test/{key}")] for label, key in LABELS.items()}
+    accuracies = {label: [read_curve(records, f"test/{key}")] for label, key in LABELS.items()}
     draw_panel(left, Panel("held-out labels predicted", accuracies, limits=SHARE, xlabel="training step"))
     offsets = [offset for offset in sorted(aligned) if len(aligned[offset]) >= LEAST_SCORES]
     quartiles = np.array([np.percentile(aligned[offset], (25, 50, 75)) for offset in offsets]).reshape(-1, 3).T  # none: empty
