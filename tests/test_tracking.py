@@ -13,6 +13,7 @@ import chz
 import pytest
 
 from posttrain.backend.errors import CheckpointError, ConfigError, DataError
+from posttrain.tracking.figures import Curve, Panel, curves_by_label, draw_panels, mean_curve
 from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, print_metrics_table, read_metrics, timed
 from posttrain.tracking.plots import compare_runs, main, plot_run
 from posttrain.tracking.progress import TrainingProgress, reported
@@ -294,6 +295,18 @@ def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> Non
     spans = {title: high - low for title, (low, high) in limits.items()}
     assert spans["|logprob gap| sampler to trainer"] == pytest.approx(1e-3) and spans["entropy (nats)"] == pytest.approx(0.1)
     assert 3 < spans["gradient norm"] < 3.5  # what moves is drawn as before
+
+
+def test_curves_of_seeds_are_averaged_at_the_steps_they_share(tmp_path) -> None:
+    seeds = [[{"step": step, "test/hop": float(step + seed)} for step in (0, 4, 9 + seed)] for seed in (0, 2)]
+    runs = {"a": [[{"step": 0, "hop": None}, *seeds[0]], seeds[1]], "b": [[{"step": 0, "hop": 1.0}]]}
+    curves = curves_by_label(runs, "hop", "test/hop")
+    assert curves["a"][0] == Curve([0, 4, 9], [0.0, 4.0, 9.0]) and curves["b"] == [Curve([0], [1.0])]
+    assert mean_curve(curves["a"]) == Curve([0, 4], [1.0, 5.0])
+    figure = draw_panels([Panel("one", {"b": curves["b"]}, levels={"chance": 0.5}), Panel("all", curves)], shared_legend=True)
+    colors = [{line.get_label(): line.get_color() for line in axis.get_lines()} for axis in figure.axes]
+    assert colors[0]["b"] == colors[1]["b"] != colors[1]["a"] and len(figure.axes[1].get_lines()) == 4
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["b", "chance", "a"]
 
 
 def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:

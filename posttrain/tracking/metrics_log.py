@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import zip_longest
@@ -92,16 +92,16 @@ def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
         metrics[key] = metrics.get(key, 0.0) + time.perf_counter() - start
 
 
-def print_metrics_table(metrics: Mapping[str, float], title: str) -> None:
-    """Prints one step's metrics, sorted by name, a rule between the groups (the part of a name before its first slash)."""
+def print_metrics_table(metrics: Mapping[str, float], title: str, names: Sequence[str] | None = None) -> None:
+    """Prints `names`, by default all, sorted, with a rule between the groups (the part of a name before its first slash)."""
     from rich import get_console
     from rich.table import Table
 
     table = Table("metric", title=title, title_justify="left", header_style="dim", title_style="bold")
     table.add_column("value", justify="right")
-    names = sorted(metrics)
-    for name, following in zip_longest(names, names[1:]):
-        last_of_group = following is not None and following.split("/")[0] != name.split("/")[0]
+    shown = sorted(metrics) if names is None else names
+    for name, following in zip_longest(shown, shown[1:]):
+        last_of_group = names is None and following is not None and following.split("/")[0] != name.split("/")[0]
         table.add_row(name, format_number(metrics[name]), end_section=last_of_group)
     get_console().print(table)  # the one a progress bar is drawn on, so that the bar stays below
 
@@ -119,16 +119,9 @@ ROWS = 8
 
 def print_last_metrics(run_folder: RunFolder, metrics: Mapping[str, float]) -> None:
     """The end of a run: the eight metrics that matter most (and all whose name begins with "alarm"), and where the others are."""
-    from rich import get_console
-    from rich.table import Table
-
     shown = [name for name in metrics if name.startswith("alarm")]
     shown += [name for name in IMPORTANT if name in metrics][:ROWS]
-    table = Table("metric", title=f"{run_folder.path}: last step", title_justify="left", header_style="dim", title_style="bold")
-    table.add_column("value", justify="right")
-    for name in shown:
-        table.add_row(name, format_number(metrics[name]))
-    get_console().print(table)
+    print_metrics_table(metrics, f"{run_folder.path}: last step", shown)
     if rest := len(metrics) - len(shown):
         print(f"{rest} more in {run_folder.metrics_file}")
 
