@@ -9,7 +9,6 @@ another and are selected, and nothing need be downloaded. Left out: the stages b
 """
 
 import argparse
-import asyncio
 import os
 import sys
 import tempfile
@@ -34,7 +33,8 @@ from preference.steps import StepFormat
 from recipes.bstar.pictures import STAGES
 from recipes.bstar.records import Summary, read_summaries
 from recipes.bstar.tasks import Sets, TaskBuilder
-from recipes.bstar.train import Config, run
+from recipes.bstar.train import Config
+from recipes.bstar.train import main as run
 
 
 @chz.chz
@@ -154,7 +154,7 @@ def figures_of(summary: Summary) -> dict[str, float]:
 
 def measure(size: Size, method: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="bstar-round-") as folder:
-        asyncio.run(run(config(size, method, folder)))
+        run(config(size, method, folder))
         figures = figures_of(read_summaries(Path(folder) / method)[-1])
     if torch.cuda.is_available():
         figures["peak memory of the trainer: GiB"] = torch.cuda.max_memory_allocated() / 2**30

@@ -44,6 +44,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.stages import run_stages
 from recipes.latro import train
 from recipes.latro.env import LatentRationales, RationaleGroup
 from recipes.latro.toy import ToyBuilder
@@ -229,7 +230,10 @@ def run_plain(shape: Shape, begin: str | None, steps: int, warmup: int) -> dict[
 def race(name: str, begin: str, rounds: int, counts: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
     shape, script = SHAPES[name], str(ROOT / "benchmarks" / "latro_step_vs_plain.py")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        begin = begin or train.start(recipe(shape, folder)) or ""
+        config = recipe(shape, folder)
+        needs = [] if begin else train.beginning(config)
+        run_stages(needs)
+        begin = begin or train.begin_path(config, needs) or ""
         sides = {
             side: partial(in_subprocess, script, "--side", side, "--shapes", name, "--begin", begin, *counts)
             for side in ("ours", "plain")

@@ -1,11 +1,13 @@
-"""Imitation before reinforcement: the supervised run that recipes on a preset, whose weights are random, begin with."""
+"""Imitation before anything else: the supervised run that most recipes begin with."""
 
-import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import chz
 
+from posttrain.tracking.run_folder import BehaviorIfExists
+from posttrain.tracking.stages import Stage, run_stages, training_stage
 from rl import train as rl_train
 from supervised import train as supervised_train
 from supervised.types import SupervisedDatasetBuilder
@@ -13,20 +15,37 @@ from supervised.types import SupervisedDatasetBuilder
 RLConfig = TypeVar("RLConfig", bound=rl_train.Config)
 
 
-def warm_started(config: RLConfig, dataset: SupervisedDatasetBuilder, **settings: Any) -> RLConfig:
-    """`config`, to begin at the end of a supervised run on `dataset`, which is carried out here, in LOG_PATH_warm_start.
+def shared_settings(config: Any) -> dict[str, Any]:
+    """What all runs of a recipe have in common, as far as its `config` has it."""
+    return {n: getattr(config, n) for n in ("model_name", "renderer_name", "seed", "backend") if hasattr(config, n)}
 
-    A config that names a checkpoint stays as it is. `settings` are those of supervised.train.Config, e.g. stop_at_nll=0.3.
+
+def warm_start(
+    config: Any,
+    dataset: SupervisedDatasetBuilder,
+    log_path: str | Path,
+    name: str = "warm_start",
+    needs: Sequence[Stage] = (),
+    **settings: Any,
+) -> Stage:
+    """A supervised run in `log_path` with the model, renderer, seed and backend of a recipe's `config`, where it has these.
+
+    `settings` are others of supervised.train.Config, e.g. stop_at_nll=0.3. It begins with what it needs, if it needs a stage.
+    """
+    defaults = {"learning_rate": 2e-3, "lr_schedule": "constant", "save_every": 0, **shared_settings(config)}
+    defaults |= {"load_checkpoint_path": str(needs[0].result)} if needs else {}
+    run = supervised_train.Config(dataset=dataset, log_path=str(log_path), **(defaults | settings))
+    behavior: BehaviorIfExists = getattr(config, "behavior_if_log_dir_exists", "resume")
+    return training_stage(name, supervised_train.main, run, needs, behavior)
+
+
+def warm_started(config: RLConfig, dataset: SupervisedDatasetBuilder, **settings: Any) -> RLConfig:
+    """`config`, to begin at the end of a warm start in LOG_PATH_warm_start, which is made here.
+
+    A config that names a checkpoint stays as it is.
     """
     if config.load_checkpoint_path is not None:
         return config
-    common = ("model_name", "renderer_name", "seed", "behavior_if_log_dir_exists", "backend")
-    defaults = {
-        "learning_rate": 2e-3,
-        "lr_schedule": "constant",
-        "save_every": 0,
-        **{name: getattr(config, name) for name in common},
-    }
-    run = supervised_train.Config(dataset=dataset, log_path=f"{config.log_path}_warm_start", **(defaults | settings))
-    asyncio.run(supervised_train.main(run))
-    return chz.replace(config, load_checkpoint_path=str(Path(run.log_path) / "checkpoints" / "final"))
+    stage = warm_start(config, dataset, f"{config.log_path}_warm_start", **settings)
+    run_stages([stage])
+    return chz.replace(config, load_checkpoint_path=str(stage.result))

@@ -11,12 +11,14 @@ import pytest
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
+from posttrain.tracking.settings import write_settings
 from preference.prm import StepScores
 from preference.steps import StepFormat
 from recipes.bstar import metrics
 from recipes.bstar.balance import balance_score, canonical, choose, query_score, surface
 from recipes.bstar.budget import check_budget, plan, projected_tokens
 from recipes.bstar.claims import claims
+from recipes.bstar.config import Config
 from recipes.bstar.methods import METHODS
 from recipes.bstar.records import (
     Candidate,
@@ -32,7 +34,7 @@ from recipes.bstar.rewards import ModelRewardBuilder, OutcomeAndModel, OutcomeAn
 from recipes.bstar.selection import counts, select, shortfall
 from recipes.bstar.sums import OracleRewardBuilder, Sum, SumsBuilder
 from recipes.bstar.tasks import TaskBuilder
-from recipes.bstar.train import Config, check_settings
+from recipes.bstar.train import main, stages_of
 
 FORM = StepFormat(separator="\n", answer_marker="#")
 
@@ -272,13 +274,18 @@ def test_a_run_that_costs_too_much_or_was_begun_otherwise_is_refused(tmp_path):
     assert projected_tokens([one], rounds=3, max_tokens=10) == (40 + 40 + 8) * 30
     with pytest.raises(ConfigError, match="max_sampled_tokens=2,639"):
         check_budget(2640, 2639)
-    config = Config(log_path=str(tmp_path / "run"))
-    check_settings(config)
-    check_settings(chz.replace(config, methods=["star"]))  # methods may be added
-    with pytest.raises(ConfigError, match=r"filled with seed=0 \(now 1\)"):
-        check_settings(chz.replace(config, seed=1))
+    config = Config(log_path=str(tmp_path / "run"), methods=["bstar"])
+    (bstar,) = stages_of(config, task(), pytest.fail)
+    assert list(bstar.made_with()) == ["warm_start", "solutions", "completer", "labels", "prm", "round_00", "bstar"]
+    (bstar.path / "round_01").mkdir(parents=True)
+    write_settings(bstar.record, bstar.made_with())
+    added = stages_of(chz.replace(config, methods=["bstar", "star"]), task(), pytest.fail)  # methods may be added
+    assert [stage.is_finished() for stage in added] == [False, False]
+    for changed, text in (({"seed": 1}, r"warm_start.seed=0 \(now 1\)"), ({"steps": 7}, r"bstar.steps=20 \(now 7\)")):
+        with pytest.raises(ConfigError, match=text):
+            stages_of(chz.replace(config, **changed), task(), pytest.fail)[0].is_finished()
     with pytest.raises(ConfigError, match="methods=astar"):
-        check_settings(chz.replace(config, methods=["astar"]))
+        main(chz.replace(config, methods=["astar"]))
     assert Config(temperatures=["1.0", "0.50", "1"]).temperatures == ["0.5", "1"]
     assert config.wanted(task()) == 20 * 64 / 8  # as many of each question as the steps of a round train on
 

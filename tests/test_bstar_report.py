@@ -91,7 +91,7 @@ def write_run(
         "model_name": "micro",
         "task": {"class": "a:SumsBuilder", "form": {"class": "b", "separator": "\n", "answer_marker": "#"}},
     }
-    (run / "recipe.json").write_text(json.dumps(settings))
+    (run / f"{methods[0]}.made_with.json").write_text(json.dumps({methods[0]: settings}))
     lines = [{"query": f"train-{n}", "split": "train", "question": f"{n}+<5>=", "answer": "5"} for n in range(size)]
     (run / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run

@@ -18,7 +18,7 @@ from posttrain.tracking.command_line import one_line_errors
 from posttrain.tracking.jsonl import append_jsonl, parse_json, write_atomically
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import RunFolder, open_run_folder
-from posttrain.tracking.settings import claim_folder
+from posttrain.tracking.stages import Stage
 from posttrain.tracking.transcript_index import IndexEntry, update_index
 from preference.comparisons import LabeledBuilder
 from preference.prm_labels import read_records
@@ -72,6 +72,11 @@ def rendered(builder: type) -> Callable[[Path], Any]:
     return lambda path: builder(path=str(path), batch_size=1)(get_renderer("plain", load_tokenizer("tiny")))
 
 
+def finished_stage(path: Path) -> bool:
+    (path.parent / "data").touch()
+    return Stage("data", path.parent / "data", {"seed": 0}, print).is_finished()
+
+
 TORN = ("empty", "truncated")  # what a kill may leave of a file of records; a command goes on from what is whole
 STEPS = lines({"step": 0}, {"step": 1})
 ENTRY = IndexEntry(0, 1.0, 1, 0, 1.0)
@@ -92,7 +97,7 @@ READS = [
         TORN,
     ),
     Read("index.jsonl", lines(asdict(ENTRY)), lambda path: update_index(path.parent, ENTRY), TORN),
-    Read("recipe.json", json.dumps({"seed": 0}, indent=2) + "\n", lambda path: claim_folder(path.parent, {"seed": 0})),
+    Read("data.made_with.json", json.dumps({"data": {"seed": 0}}, indent=2) + "\n", finished_stage),
     Read("messages.jsonl", lines({"messages": HELLO}, {"messages": HELLO}), rendered(ConversationFileBuilder)),
     Read(
         "completions.jsonl",

@@ -67,7 +67,7 @@ def test_every_algorithm_preset_takes_steps_from_one_warm_start(tmp_path):
     output = run_recipe("algorithms/train", tmp_path, *small)
     names = re.findall(r"^(\w+) +held-out accuracy [\d.]+ -> [\d.]+$", output, flags=re.M)
     assert len(names) == 8 and {path.name for path in (tmp_path / "runs").iterdir()} == {
-        *(*names, "warm_start", "compare.png", "recipe.json")
+        *(*names, "warm_start", "compare.png", *(f"{name}.made_with.json" for name in (*names, "warm_start")))
     }
     moved = {(tmp_path / "runs" / name / "checkpoints" / "final" / "model.safetensors").read_bytes() for name in names}
     assert len(moved) >= 6, "presets that differ in nothing at the first steps may coincide"

@@ -18,20 +18,20 @@ import pytest
 from envs.arithmetic import ArithmeticExamplesBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.data_checks import resolve_loss
-from posttrain.backend.errors import ConfigError, DataError, ModelError
+from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.models import PRESETS
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import LoraConfig
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import open_run_folder
-from posttrain.tracking.settings import already_made, changes, changes_text, claim_folder
+from posttrain.tracking.settings import changes, changes_text, write_settings
+from posttrain.tracking.stages import run_stages
 from recipes.algorithms import train as algorithms
 from recipes.latro import train as latro
 from recipes.latro.toy import ToyBuilder
 from recipes.rlhf import train as rlhf
 from recipes.star_graph.model import make_model
-from recipes.star_graph.side_by_side import Job
 from supervised import train
 from tests.conftest import ROOT
 
@@ -110,30 +110,6 @@ def test_a_long_list_of_changes_is_cut() -> None:
     assert len(found) == 8 and changes_text(found).endswith(" and 2 more")
 
 
-def test_a_result_is_taken_over_only_with_its_own_settings(tmp_path: Path) -> None:
-    result = tmp_path / "pairs.jsonl"
-    assert not already_made(result, RunConfig())
-    assert not already_made(result, RunConfig(seed=1))  # still not made: these settings are the ones that will make it
-    result.write_text("{}\n")
-    assert already_made(result, RunConfig(seed=1, eval_every=3))
-    for other in (RunConfig(), RunConfig(seed=1, max_steps=11)):  # a finished result does not grow
-        with pytest.raises(ConfigError, match=r"was made with .*\(now .*delete it to make it anew, or choose another log_path"):
-            already_made(result, other)
-    (tmp_path / "pairs.jsonl.made_with.json").unlink()
-    with pytest.raises(ConfigError, match="which would say what made it"):
-        already_made(result, RunConfig(seed=1))
-
-
-def test_a_folder_belongs_to_the_settings_that_filled_it(tmp_path: Path) -> None:
-    claim_folder(tmp_path, RunConfig(), free=("seed",))
-    claim_folder(tmp_path, RunConfig(seed=3), free=("seed",))
-    with pytest.raises(ConfigError, match=r"filled with learning_rate=0.001 \(now 0.1\): choose another log_path"):
-        claim_folder(tmp_path, RunConfig(learning_rate=0.1), free=("seed",))
-    (tmp_path / "recipe.json").write_text("[]")
-    with pytest.raises(DataError, match="recipe.json: a list, where an object"):
-        claim_folder(tmp_path, RunConfig())
-
-
 TORCH = BackendConfig(engine="torch")
 
 
@@ -142,29 +118,30 @@ def test_algorithms_of_another_seed_are_not_those_of_the_first(tmp_path: Path, c
     algorithms.main(first)
     saved = (tmp_path / "grpo" / "config.json").read_bytes()
     line = [line for line in capsys.readouterr().out.splitlines() if "held-out accuracy" in line]
-    with pytest.raises(ConfigError, match=r"filled with seed=0 \(now 1\)"):
+    with pytest.raises(ConfigError, match=r"grpo was made with .*warm_start.seed=0 \(now 1\)"):
         algorithms.main(chz.replace(first, seed=1))
     assert (tmp_path / "grpo" / "config.json").read_bytes() == saved
     algorithms.main(first)  # the same command again: nothing is done twice, the same is reported
     printed = capsys.readouterr().out
-    assert (
-        printed.count("there is nothing to train") == 2
-        and [one for one in printed.splitlines() if "held-out accuracy" in one] == line
-    )
+    assert "grpo is there" in printed and [text for text in printed.splitlines() if "held-out accuracy" in text] == line
 
 
 def test_stages_of_rlhf_depend_on_those_before_them(tmp_path: Path) -> None:
     config = rlhf.Config(log_path=str(tmp_path))
-    for stage in ("sft", "comparisons", "reward_model", "rl"):
-        assert not rlhf.is_done(config, stage)
-        result = tmp_path / "comparisons.jsonl" if stage == "comparisons" else Path(config.final(stage))
-        result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text("")
-        assert rlhf.is_done(config, stage)
-    assert rlhf.is_done(chz.replace(config, kl_coef=0.1), "reward_model")
-    for setting, stage in (({"kl_coef": 0.1}, "rl"), ({"sft_steps": 7}, "rl"), ({"seed": 1}, "comparisons")):
-        with pytest.raises(ConfigError, match=next(iter(setting))):
-            rlhf.is_done(chz.replace(config, **setting), stage)
+    for stage in rlhf.stages_of(config)[:4]:
+        assert not stage.is_finished()
+        stage.result.parent.mkdir(parents=True, exist_ok=True)
+        write_settings(stage.record, stage.made_with())
+        stage.result.write_text("")
+        assert stage.is_finished()
+    sft, comparisons, _, rl, *_ = rlhf.stages_of(chz.replace(config, kl_coef=0.1))
+    assert sft.is_finished() and comparisons.is_finished()
+    with pytest.raises(ConfigError, match=r"rl was made with rl.kl.coef=0.5 \(now 0.1\): delete it to make it anew"):
+        rl.is_finished()
+    for setting, name in (({"sft_steps": 7}, "sft.dataset.n_batches=200 .now 7"), ({"seed": 1}, "sft.seed=0 .now 1")):
+        for stage in rlhf.stages_of(chz.replace(config, **setting))[:4]:
+            with pytest.raises(ConfigError, match=name):
+                stage.is_finished()
 
 
 def test_latro_begins_with_the_warm_start_it_asks_for(tmp_path: Path) -> None:
@@ -172,30 +149,24 @@ def test_latro_begins_with_the_warm_start_it_asks_for(tmp_path: Path) -> None:
     config = latro.prepared(
         latro.Config(dataset=task, warm_start_updates=2, log_path=str(tmp_path), behavior_if_log_dir_exists="resume")
     )
-    final = latro.start(config)
-    assert final is not None
-    made = (Path(final) / "model.safetensors").stat().st_mtime_ns
-    assert latro.start(chz.replace(config, learning_rate=1.0)) == final  # not a setting of the warm start
-    assert (Path(final) / "model.safetensors").stat().st_mtime_ns == made
+    (stage,) = latro.beginning(config)
+    run_stages([stage])
+    assert (stage.result / "model.safetensors").exists()
+    (other,) = latro.beginning(chz.replace(config, learning_rate=1.0))  # not a setting of the warm start
+    assert other.is_finished() and latro.begin_path(config, [other]) == str(stage.result)
     with pytest.raises(ConfigError, match=r"seed=0 \(now 5\)"):
-        latro.start(chz.replace(config, warm_start_seed=5))
-    claim = {name: getattr(config, name) for name in latro.SHARED}
-    claim_folder(tmp_path, claim)
-    with pytest.raises(ConfigError, match=r"filled with warm_start_updates=2 \(now 3\)"):
+        run_stages(latro.beginning(chz.replace(config, warm_start_seed=5)))
+    with pytest.raises(ConfigError, match=r"made with .*warm_start.max_steps=2 \(now 3\)"):
         latro.main(chz.replace(config, method="sft", warm_start_updates=3))
 
 
-def test_star_graph_models_and_jobs_are_those_asked_for(tmp_path: Path) -> None:
+def test_star_graph_models_are_those_asked_for(tmp_path: Path) -> None:
     from envs.star_graph import StarGraph
 
     make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16)
     make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16)
-    with pytest.raises(ConfigError, match=r"was made with seed=0 \(now 1\)"):
+    with pytest.raises(ConfigError, match=r"was made with model.seed=0 \(now 1\)"):
         make_model(StarGraph(2, 3, 8), tmp_path / "model", 1, 1, 2, 16)
-    (tmp_path / "finished.json").write_text(json.dumps({"max_steps": 3, "after": {"gpt": {"max_steps": 5}}}))
-    for settings in ({"max_steps": 4, "after": {"gpt": {"max_steps": 5}}}, {"max_steps": 3, "after": {"gpt": {"max_steps": 9}}}):
-        with pytest.raises(ConfigError, match="max_steps"):
-            Job("dpo", tmp_path, 3, print, settings).finished()
 
 
 @pytest.mark.parametrize("eval_every", [0, 2])

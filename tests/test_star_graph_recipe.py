@@ -21,6 +21,7 @@ from posttrain.backend.models import load_model
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import ModelInput
 from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.stages import Stage
 from preference.losses import DPO, RPO
 from preference.pairs import as_data, sequence_logprobs
 from recipes.star_graph import preferences, reinforce, train
@@ -28,7 +29,7 @@ from recipes.star_graph.comparison import table
 from recipes.star_graph.evaluation import AccuracyEvaluator, decode_paths
 from recipes.star_graph.model import check_model, make_model
 from recipes.star_graph.rollouts import collect_pairs, read_pairs
-from recipes.star_graph.side_by_side import Job, RunFailed, run_side_by_side
+from recipes.star_graph.side_by_side import RunFailed, run_side_by_side
 
 GRAPH = StarGraph(2, 3, 8)
 LAYOUT = numeral_layout(GRAPH)
@@ -252,9 +253,10 @@ def test_methods_bring_what_they_start_from_and_wait_for_it(tmp_path: Path):
     config = train.Config(methods="guided,rpo", seeds=[3], log_path=str(tmp_path))
     methods = train.chosen_methods(config)
     assert methods == ["gpt", "bst", "rpo", "guided"]
-    jobs = {job.name: job for job in (train.job(config, method, 3) for method in methods)}
-    assert jobs["seed_3/gpt"].after == () and {"seed_3/gpt", "seed_3/bst"} <= set(jobs["seed_3/guided"].after)
-    assert jobs["seed_3/rpo"].settings["model_name"] == str(tmp_path / "seed_3" / "gpt" / "checkpoints" / "final")
+    stages = train.stages_of(config, 3)
+    assert {"seed_3/model", "seed_3/gpt", "seed_3/bst"} < stages["guided"].made_with().keys()
+    assert {"seed_3/gpt", "seed_3/pairs"} < stages["rpo"].made_with().keys()
+    assert stages["rpo"].settings.model_name == str(tmp_path / "seed_3" / "gpt" / "checkpoints" / "final")
     assert train.chosen_methods(chz.replace(config, methods="guided", classifier_trunk="scratch")) == ["gpt", "guided"]
     with pytest.raises(ConfigError, match="methods=gtp: no such method"):
         train.main(chz.replace(config, methods="gtp"))
@@ -264,24 +266,26 @@ def test_methods_bring_what_they_start_from_and_wait_for_it(tmp_path: Path):
 
 # Trap: a finished run repeated.
 def test_runs_side_by_side_wait_fail_and_are_not_run_twice(tmp_path: Path, capfd):
-    def job(name: str, steps: int, after: tuple[str, ...] = ()) -> Job:
+    def stage(name: str, steps: int, *needs: Stage) -> Stage:
         """Writes metrics; 0 steps stands for a bad option."""
         lines = [json.dumps({"step": step, "test/first_hop": 0.5, "test/exact": step / 10}) + "\n" for step in range(steps)]
         (tmp_path / name).mkdir(exist_ok=True)
         write = partial(Path.write_text, tmp_path / name / "metrics.jsonl", "".join(lines))
-        return Job(name, tmp_path / name, steps, write if steps else partial(StarGraph, 5, 5, 20), {"steps": steps}, after)
+        make = write if steps else partial(StarGraph, 5, 5, 20)
+        return Stage(name, tmp_path / name, {"steps": steps}, make, needs, "metrics.jsonl")
 
-    jobs = [job("late", 2, ("early",)), job("early", 3), job("bad", 0), job("lost", 1, ("bad",))]
+    early, bad = stage("early", 3), stage("bad", 0)
+    late, lost = stage("late", 2, early), stage("lost", 1, bad)
     with pytest.raises(RunFailed, match=r"bad: G\(5,5\) has 21 nodes.*; lost: waited for bad"):
-        run_side_by_side(jobs, 2)
-    assert [job.finished() for job in jobs] == [True, True, False, False]
+        run_side_by_side({late: 2, early: 3, bad: 0, lost: 1}, 2)
+    assert [each.is_finished() for each in (late, early, bad, lost)] == [True, True, False, False]
     written = (tmp_path / "early" / "metrics.jsonl").stat().st_mtime_ns
-    run_side_by_side(jobs[:2], 2)
+    run_side_by_side({late: 2, early: 3}, 2)
     assert (
         tmp_path / "early" / "metrics.jsonl"
     ).stat().st_mtime_ns == written and "early: has finished before" in capfd.readouterr().out
-    with pytest.raises(ConfigError, match=r"was run with steps=3 \(now 4\)"):
-        run_side_by_side([job("early", 4)], 2)
+    with pytest.raises(ConfigError, match=r"was made with early.steps=3 \(now 4\)"):
+        run_side_by_side({stage("early", 4): 4}, 2)
     runs = [
         [{"step": 0, "test/first_hop": 0.1, "test/exact": 0}, {"step": 9, "test/first_hop": hop, "test/exact": path}]
         for hop, path in ((0.4, 0.4), (0.6, 0.5))

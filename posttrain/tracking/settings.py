@@ -1,7 +1,6 @@
 """The settings that made a result: as JSON, beside the result, and compared when the result is asked for again.
 
-A run folder has its config.json (run_folder.py). A file or folder that a recipe makes has NAME.made_with.json beside it
-(`already_made`). A folder that one command fills has one recipe.json (`claim_folder`).
+A run folder has its config.json (run_folder.py). The result of a recipe's stage has NAME.made_with.json beside it (stages.py).
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import Any
 
 import chz
 
-from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.errors import DataError
 from posttrain.tracking.jsonl import read_json, write_atomically
 
 Changes = dict[str, tuple[Any, Any]]  # option -> (before, now)
@@ -109,34 +108,3 @@ def read_settings(file: Path, remedy: str = "put it back, or delete what lies be
 
 def write_settings(file: Path, settings: Any) -> None:
     write_atomically(file, json.dumps(config_to_json(settings), indent=2) + "\n")
-
-
-def already_made(result: Path, settings: Any, record: Path | None = None) -> bool:
-    """Whether `result` is there, made with `settings`; else notes in `record` that it is going to be made with them.
-
-    ConfigError where it was made with others: what is asked for is never answered with another's result.
-    """
-    record = record or result.with_name(f"{result.name}.made_with.json")
-    if not result.exists():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_settings(record, settings)
-        return False
-    if not record.exists():
-        raise ConfigError(
-            f"{result} is there, but not {record}, which would say what made it: delete {result.name} or choose another log_path"
-        )
-    if found := changes(read_settings(record), config_to_json(settings)):
-        raise ConfigError(f"{result} was made with {changes_text(found)}: delete it to make it anew, or choose another log_path")
-    return True
-
-
-def claim_folder(folder: Path, settings: Any, free: Collection[str] = ()) -> None:
-    """Writes recipe.json into a folder that one recipe fills. ConfigError where it was filled with other settings.
-
-    `free` are options that may differ from one command to the next.
-    """
-    file = folder / "recipe.json"
-    if os.path.lexists(file) and (found := changes(read_settings(file), config_to_json(settings), free)):
-        raise ConfigError(f"{folder} was filled with {changes_text(found)}: choose another log_path, or delete that folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_settings(file, settings)

@@ -3,8 +3,8 @@
     python recipes/algorithms/train.py                             # all presets, one after another; runs/algorithms
     python recipes/algorithms/train.py algorithms=grpo,rloo seed=1 log_path=runs/algorithms_1
 
-What a preset sets is in rl/algorithms.py; everything else is the same for all. A run that is there already is resumed or kept; a folder
-that was filled with other settings is refused.
+What a preset sets is in rl/algorithms.py; everything else is the same for all. A run that is there is kept, one that was killed goes
+on, one that was made with other settings is refused.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -13,7 +13,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 from pathlib import Path
 
 import chz
@@ -25,11 +24,11 @@ from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
 from posttrain.tracking.command_line import parse, run_command
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.plots import compare_runs
-from posttrain.tracking.settings import claim_folder
+from posttrain.tracking.stages import Stage, run_stages, training_stage
+from recipes.warm_start import warm_start
 from rl import train
 from rl.algorithms import ALGORITHMS
 from rl.train_cli import ADVANTAGES
-from supervised import train as supervised_train
 
 
 @chz.chz
@@ -47,33 +46,14 @@ class Config:
     )
 
 
-def warm_start(config: Config) -> Path:
-    """A checkpoint that gets about two sums of three right."""
-    folder = Path(config.log_path) / "warm_start"
-    settings = supervised_train.Config(
-        dataset=ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed),
-        renderer_name="plain",
-        seed=config.seed,
-        learning_rate=2e-3,
-        lr_schedule="constant",
-        stop_at_nll=config.warm_start_nll,
-        save_every=0,
-        log_path=str(folder),
-        behavior_if_log_dir_exists="resume",
-        backend=config.backend,
-    )
-    asyncio.run(supervised_train.main(settings))
-    return folder / "checkpoints" / "final"
-
-
-def rl_config(config: Config, algorithm: str, start: Path) -> train.Config:
+def rl_config(config: Config, algorithm: str, start: Stage) -> train.Config:
     options = [f"{option}={value}" for option, value in ALGORITHMS[algorithm].settings.items()]
     preset = parse(train.Config, ["env=envs.arithmetic:ArithmeticBuilder", *options], {"advantage": ADVANTAGES})
     env = ArithmeticBuilder(num_digits=2, n_batches=config.num_steps, batch_size=64, group_size=8, seed=config.seed)
     return chz.replace(
         preset,
         env=env,
-        load_checkpoint_path=str(start),
+        load_checkpoint_path=str(start.result),
         renderer_name="plain",
         seed=config.seed,
         learning_rate=config.learning_rate,
@@ -83,7 +63,6 @@ def rl_config(config: Config, algorithm: str, start: Path) -> train.Config:
         keep_checkpoints=1,
         transcript_every=100,
         log_path=str(Path(config.log_path) / algorithm),
-        behavior_if_log_dir_exists="resume",
         backend=config.backend,
     )
 
@@ -92,10 +71,10 @@ def main(config: Config) -> None:
     names = config.algorithms.split(",")
     if unknown := [name for name in names if name not in ALGORITHMS]:
         raise ConfigError(f"algorithms={unknown[0]}: no such preset; known: {', '.join(ALGORITHMS)}")
-    claim_folder(Path(config.log_path), config, free=("algorithms",))
-    start = warm_start(config)
-    for name in names:
-        asyncio.run(train.main(rl_config(config, name, start)))
+    sums = ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed)
+    folder, nll = Path(config.log_path) / "warm_start", config.warm_start_nll  # at 0.3 about two sums of three are right
+    start = warm_start(config, sums, folder, renderer_name="plain", stop_at_nll=nll)
+    run_stages([training_stage(name, train.main, rl_config(config, name, start), [start]) for name in names])
     folders = [Path(config.log_path) / name for name in names]
     keys = ["test/env/all/correct", "env/all/reward/total", "optim/entropy"]
     for folder in folders:

@@ -63,7 +63,7 @@ def write_report(run: Path) -> Path:
     """Writes report.html into the run folder and returns its path."""
     folders = method_folders(run)
     summaries = {name: read_summaries(folder) for name, folder in folders.items()}
-    settings = _settings(run)
+    settings = _settings(run, next(iter(folders)))
     body = [_overview(summaries), *(_method(name, folder, summaries[name], settings) for name, folder in folders.items())]
     shown = ("model_name", "samples", "steps", "batch_size", "n_star", "seed")
     facts = [f"{key} {settings[key]}" for key in shown if key in settings]
@@ -74,9 +74,9 @@ def write_report(run: Path) -> Path:
     return page
 
 
-def _settings(run: Path) -> dict:
-    file = run / "recipe.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+def _settings(run: Path, method: str) -> dict:
+    file = run / f"{method}.made_with.json"
+    return json.loads(file.read_text())[method] if file.exists() else {}
 
 
 def _form(settings: Mapping) -> StepFormat:

@@ -8,7 +8,7 @@ the data are new. Without it each round is a run of its own, in its folder.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from posttrain.tracking.seeds import GREEDY, SAMPLE, SWEEP, TEST
 from recipes.bstar.balance import Counts, choose, surface
 from recipes.bstar.budget import Plan
 from recipes.bstar.config import Config
-from recipes.bstar.methods import Method
+from recipes.bstar.methods import METHODS, Method
 from recipes.bstar.metrics import Metrics, sample_metrics, selection_metrics
 from recipes.bstar.records import (
     Candidate,
@@ -138,27 +138,20 @@ class Round:
         self.folder.mkdir(parents=True, exist_ok=True)
         drop_torn_line(self.folder / "seconds.jsonl")
         if self.number:
-            for name in ("sweep", "choose", "sample", "score", "select", "train"):
-                if not self.done(name):
-                    with self.stage(name):
-                        await getattr(self, name)()
+            results = {
+                self.sweep: scores_path(self.folder / "sweep.jsonl"),
+                self.choose: self.folder / "choice.json",
+                self.sample: self.folder / "samples.jsonl",
+                self.score: scores_path(self.folder / "samples.jsonl"),
+                self.select: self.folder / "selection.jsonl",
+                self.train: self.policy(self.number),
+            }
+            for make, result in results.items():
+                if not result.exists() and (make != self.sweep or self.plan.sweep):
+                    with self.stage(make.__name__):
+                        await make()
         await self.evaluate()
         self.summarise()
-
-    def done(self, stage: str) -> bool:
-        match stage:
-            case "sweep":
-                return self.plan.sweep == 0 or scores_path(self.folder / "sweep.jsonl").exists()
-            case "train":
-                return self.policy(self.number).exists()
-            case _:
-                files = {
-                    "choose": "choice.json",
-                    "sample": "samples.jsonl",
-                    "score": "samples_scores.jsonl",
-                    "select": "selection.jsonl",
-                }
-                return (self.folder / files[stage]).exists()
 
     async def sweep(self) -> None:
         """The dev subset at every temperature, from one engine, scored."""
@@ -347,13 +340,12 @@ def _tokens(candidates: Sequence[Candidate]) -> int:
     return sum(len(candidate.tokens) for candidate in candidates)
 
 
-async def run_method(lab: Lab, name: str, method: Method, plan: Plan) -> None:
-    """All rounds. Round 0, what the warm start is worth, is the same for all methods: it is made once, and copied."""
-    shared = Round(lab, ".", method, plan, 0)
-    await shared.run()
+async def run_method(open_lab: Callable[[], Lab], name: str, plan: Plan) -> None:
+    """All rounds of a method; round 0 is copied."""
+    lab = open_lab()
     first = lab.config.folder / name / "round_00"
     if not (first / "summary.json").exists():
         first.mkdir(parents=True, exist_ok=True)
-        write_atomically(first / "summary.json", (shared.folder / "summary.json").read_text())
+        write_atomically(first / "summary.json", (lab.config.folder / "round_00" / "summary.json").read_text())
     for number in range(1, lab.config.rounds + 1):
-        await Round(lab, name, method, plan, number).run()
+        await Round(lab, name, METHODS[name], plan, number).run()

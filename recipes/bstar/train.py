@@ -5,8 +5,8 @@
     python recipes/bstar/train.py seed=1 log_path=runs/bstar_1
     python recipes/bstar/train.py task=gsm8k task.data_dir=DIR model_name=Qwen/Qwen2.5-0.5B renderer_name=role_colon
 
-Stages, each with its result in the run folder: warm_start, completer, prm_data, prm, and for each method the rounds of rounds.py. What is
-there is not made again; the same command, killed anywhere, goes on. methods.py has the methods, README.md the figures.
+Stages: warm_start, completer, solutions, labels, prm, round_00, and each method, with the rounds of rounds.py. What is there is not made
+again; the same command, killed anywhere, goes on. methods.py has the methods, README.md the figures.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -15,7 +15,11 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache, partial
+
+import chz
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.service_client import ServiceClient
@@ -23,13 +27,14 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import LoraConfig
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.settings import claim_folder
-from recipes.bstar.budget import check_budget, print_plan, projected_tokens
+from posttrain.tracking.stages import Stage, run_stages
+from recipes.bstar.budget import Plan, check_budget, print_plan, projected_tokens
 from recipes.bstar.config import Config
 from recipes.bstar.methods import METHODS
 from recipes.bstar.report import write_questions, write_report
-from recipes.bstar.rounds import Lab, run_method
-from recipes.bstar.stages import completer, prm, prm_data, prm_path, warm_start
+from recipes.bstar.rounds import Lab, Round, run_method
+from recipes.bstar.stages import beginning, prm_path
+from recipes.bstar.tasks import Task
 
 TASKS = {
     "sums": "recipes.bstar.sums:SumsBuilder",
@@ -46,38 +51,58 @@ REWARDS = {
 }
 
 
-def check_settings(config: Config) -> None:
-    """Refuses a folder that was filled with other settings; methods may be added to it."""
+# Not settings of a method: they belong to the stages before it, or change nothing of what it does.
+OTHERS = ("warm_start_", "completer_", "prm_", "methods", "max_sampled_tokens", "log_path", "backend")
+
+
+def stages_of(config: Config, task: Task, open_lab: Callable[[], Lab]) -> list[Stage]:
+    """A stage for each method. Round 0, what the warm start is worth, is the same for all."""
+    settings = {name: getattr(config, name) for name in chz.chz_fields(config) if not name.startswith(OTHERS)}
+    plans = config.plans(task)
+    names = ("task", "reward", "seed", "eval_samples", "eval_temperature", "chunk_sequences")
+    first_settings = {name: settings[name] for name in names}
+    make = partial(first_round, open_lab, *next(iter(plans.items())))
+    first = Stage("round_00", config.folder / "round_00", first_settings, make, beginning(config, task), "summary.json")
+    last = f"round_{config.rounds:02d}/summary.json"
+    return [
+        Stage(
+            name,
+            config.folder / name,
+            settings | {"method": METHODS[name]},
+            partial(run_method, open_lab, name, p),
+            [first],
+            last,
+        )
+        for name, p in plans.items()
+    ]
+
+
+async def first_round(open_lab: Callable[[], Lab], name: str, plan: Plan) -> None:
+    lab = open_lab()
+    write_questions(lab.config.folder, lab.task)
+    await Round(lab, ".", METHODS[name], plan, 0).run()
+
+
+def main(config: Config) -> None:
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise ConfigError(f"methods={','.join(unknown)}: choose from {', '.join(METHODS)}")
-    claim_folder(config.folder, config, free=("methods", "max_sampled_tokens"))
-
-
-async def run(config: Config) -> None:
     renderer = get_renderer(config.renderer_name, load_tokenizer(config.model_name, config.backend.max_length))
     task = config.task(renderer)
     plans = config.plans(task)
     print_plan(plans, config.rounds, config.steps, config.batch_size, task.max_tokens)
     check_budget(projected_tokens(list(plans.values()), config.rounds, task.max_tokens), config.max_sampled_tokens)
-    check_settings(config)
-    write_questions(config.folder, task)
-    with ServiceClient(config.backend, config.folder / "checkpoints") as service:
-        lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
-        client = service.create_training_client(config.model_name, lora, config.seed)
-        await warm_start(config, task, renderer, client)
-        if config.reward.needs_prm:
-            await completer(config, task, renderer, client)
-            await prm_data(config, task)
-            await prm(config, task)
-        reward = config.reward(service, renderer, str(prm_path(config)), task.form)
-        lab = Lab(config, task, renderer, client, reward)
-        for name, one in plans.items():
-            await run_method(lab, name, METHODS[name], one)
+    with ExitStack() as stack:
+
+        @cache
+        def open_lab() -> Lab:
+            service = stack.enter_context(ServiceClient(config.backend, config.folder / "checkpoints"))
+            lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+            client = service.create_training_client(config.model_name, lora, config.seed)
+            reward = config.reward(service, renderer, str(prm_path(config)), task.form)
+            return Lab(config, task, renderer, client, reward)
+
+        run_stages(stages_of(config, task, open_lab))
     print(f"report: {write_report(config.folder)}")
-
-
-def main(config: Config) -> None:
-    asyncio.run(run(config))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import asyncio
 from pathlib import Path
 
 import chz
@@ -24,12 +25,14 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.metrics_log import read_last_metrics
 from posttrain.tracking.plots import compare_runs
 from posttrain.tracking.run_folder import BehaviorIfExists
+from posttrain.tracking.stages import Stage, run_stages, training_stage
 from preference import train_dpo
-from preference.losses import DPO, RPO, PreferenceLoss
+from preference.losses import DPO, RPO
 from recipes.dpo.letters import RandomOrderBuilder, SortedPreferredBuilder
-from supervised import train as supervised_train
+from recipes.warm_start import shared_settings, warm_start
 
 RENDERER = "plain"
 
@@ -51,69 +54,59 @@ class Config:
     backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains")
 
 
-def warm_start(config: Config) -> supervised_train.Config:
-    return supervised_train.Config(
-        dataset=RandomOrderBuilder(seed=config.seed),
-        learning_rate=2e-3,
-        lr_schedule="constant",
-        stop_at_nll=config.warm_start_nll,
-        renderer_name=RENDERER,
-        seed=config.seed,
-        eval_every=50,
-        log_path=f"{config.log_path}/warm_start",
-        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
-        backend=config.backend,
+def stages_of(config: Config) -> list[Stage]:
+    folder, common, behavior = Path(config.log_path), shared_settings(config), config.behavior_if_log_dir_exists
+    orders, nll = RandomOrderBuilder(seed=config.seed), config.warm_start_nll
+    start = warm_start(
+        config, orders, folder / "warm_start", renderer_name=RENDERER, stop_at_nll=nll, eval_every=50, save_every=100
     )
+    stages = [start]
+    for name, method in {"dpo": DPO(beta=config.beta), "rpo": RPO(beta=config.beta, nll_coef=config.nll_coef)}.items():
+        run = train_dpo.Config(
+            dataset=SortedPreferredBuilder(seed=config.seed),
+            method=method,
+            load_checkpoint_path=str(start.result),
+            learning_rate=config.learning_rate,
+            lr_schedule="constant",
+            num_epochs=config.num_epochs,
+            renderer_name=RENDERER,
+            data_seed=config.seed,
+            eval_every=8,
+            log_path=str(folder / name),
+            **common,
+        )
+        stages.append(training_stage(name, train_dpo.main, run, [start], behavior))
+    return stages
 
 
-def preference_run(config: Config, name: str, method: PreferenceLoss) -> train_dpo.Config:
-    return train_dpo.Config(
-        dataset=SortedPreferredBuilder(seed=config.seed),
-        method=method,
-        load_checkpoint_path=f"{config.log_path}/warm_start/checkpoints/final",
-        learning_rate=config.learning_rate,
-        lr_schedule="constant",
-        num_epochs=config.num_epochs,
-        renderer_name=RENDERER,
-        seed=config.seed,
-        data_seed=config.seed,
-        eval_every=8,
-        log_path=f"{config.log_path}/{name}",
-        behavior_if_log_dir_exists=config.behavior_if_log_dir_exists,
-        backend=config.backend,
-    )
-
-
-async def answers(config: Config, run: str) -> str:
+async def answers(config: Config, stage: Stage) -> str:
     """What a policy says to the held-out questions, sampled once each at temperature 1."""
     renderer = get_renderer(RENDERER, load_tokenizer("tiny"))
     stop = renderer.get_stop_sequences()
     _, held_out = SortedPreferredBuilder(seed=config.seed)()
     prompts = [renderer.build_generation_prompt(one.comparison.prompt_conversation) for one in held_out]
     with ServiceClient(config.backend) as service:
-        client = service.create_sampling_client(model_path=f"{config.log_path}/{run}/checkpoints/final")
+        client = service.create_sampling_client(model_path=str(stage.result))
         futures = [client.sample(prompt, 1, SamplingParams(8, seed=i, stop=stop)) for i, prompt in enumerate(prompts)]
         sampled = [(await future).sequences[0].tokens for future in futures]
     texts = [renderer.parse_response(tokens)[0]["content"] for tokens in sampled]
     letters = [one.comparison.completion_A[0]["content"] for one in held_out]
     in_order = sum(text == right for text, right in zip(texts, letters, strict=True)) / len(texts)
     same = sum("".join(sorted(text)) == right for text, right in zip(texts, letters, strict=True)) / len(texts)
-    return (
-        f"{run:12} in order {in_order:6.1%}   the letters in another order {same - in_order:6.1%}   anything else {1 - same:6.1%}"
-    )
+    return f"{stage.name:12} in order {in_order:6.1%}   the letters in another order {same - in_order:6.1%}   anything else {1 - same:6.1%}"
 
 
-async def main(config: Config) -> None:
-    await supervised_train.main(warm_start(config))
-    methods = {"dpo": DPO(beta=config.beta), "rpo": RPO(beta=config.beta, nll_coef=config.nll_coef)}
-    results = {name: await train_dpo.main(preference_run(config, name, method)) for name, method in methods.items()}
-    for name, metrics in results.items():
+def main(config: Config) -> None:
+    stages = stages_of(config)
+    run_stages(stages)
+    for stage in stages[1:]:
+        metrics = read_last_metrics(stage.path)
         held_out = {key: metrics[f"test/{key}"] for key in ("accuracy", "chosen_logprob", "rejected_logprob")}
-        print(f"{name}: held out " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
-    for run in ("warm_start", *methods):
-        print(await answers(config, run))
+        print(f"{stage.name}: held out " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
+    for stage in stages:
+        print(asyncio.run(answers(config, stage)))
     keys = ("test/chosen_logprob", "test/rejected_logprob", "test/accuracy")
-    print(f"picture: {compare_runs([f'{config.log_path}/{name}' for name in methods], Path(config.log_path, 'dpo.png'), keys)}")
+    print(f"picture: {compare_runs([stage.path for stage in stages[1:]], Path(config.log_path, 'dpo.png'), keys)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python recipes/latro/experiment.py                                     # all; runs/latro_experiment
     python recipes/latro/experiment.py seeds=0 variants=latro,sft
 
-Runs that are there are kept, interrupted ones resumed.
+Runs that are there are kept, those that were killed go on.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -23,7 +23,7 @@ import numpy as np
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.figures import Panel, curves_by_label, draw_panels, save_figure
 from posttrain.tracking.metrics_log import read_metrics
-from posttrain.tracking.settings import already_made
+from posttrain.tracking.stages import run_stages
 from recipes.latro import train
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -53,13 +53,10 @@ class Config:
 
 def run(config: Config, variant: str, seed: int) -> Path:
     """The folder of a finished run."""
-    base = train.Config(seed=seed, log_path=f"{config.log_path}/seed{seed}", behavior_if_log_dir_exists="resume")
-    begin = train.start(train.prepared(base))
-    options = chz.replace(base, load_checkpoint_path=begin, log_path=f"{base.log_path}/{variant}", **VARIANTS[variant])
-    folder = options.folder(options.method)
-    if not already_made(folder / "summary.json", options, Path(options.log_path) / "made_with.json"):
-        train.main(options)
-    return folder
+    base = train.prepared(train.Config(seed=seed, log_path=f"{config.log_path}/seed{seed}", behavior_if_log_dir_exists="resume"))
+    options = train.prepared(chz.replace(base, log_path=f"{base.log_path}/{variant}", **VARIANTS[variant]))
+    run_stages([train.method_stage(options, train.beginning(base))])
+    return options.folder(options.method)
 
 
 def table(folders: dict[str, list[Path]]) -> str:

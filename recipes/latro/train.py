@@ -21,6 +21,8 @@ if not __package__:  # run as a file: put the project on the path
 
 import asyncio
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,20 +35,22 @@ from posttrain.backend.ranges import COUNT, LARGEST, LEARNING_RATE, NON_NEGATIVE
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.metrics_log import print_metrics_table
 from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder
-from posttrain.tracking.settings import claim_folder
+from posttrain.tracking.settings import read_settings
+from posttrain.tracking.stages import Stage, run_stages
 from recipes.latro.env import LatentRationales
 from recipes.latro.evaluation import Evaluation, best_so_far
 from recipes.latro.examples import TaskExamples
 from recipes.latro.sizes import Sizes, derive_sizes, estimated_minutes
 from recipes.latro.tasks import Task, TaskBuilder
 from recipes.latro.toy import ToyBuilder
+from recipes.warm_start import warm_start
 from rl import train as rl_train
 from rl.advantages import LeaveOneOut, NoBaseline
 from rl.kl import KLPenalty
 from rl.likelihood_reward import LikelihoodRewardBuilder
-from rl.types import Metrics
 from supervised import train as supervised_train
 
 DATASETS = {
@@ -58,12 +62,6 @@ DATASETS = {
 }
 # What is printed of an evaluation.
 HEADLINES = ("likelihood/answer_logprob", "env/all/useful", "env/all/finished", "test/env/all/correct")
-
-# The settings of the warm start, which all methods in a folder begin with.
-SHARED = (
-    *("dataset", "model_name", "load_checkpoint_path", "renderer_name", "lora_rank"),
-    *("warm_start_updates", "warm_start_seed"),
-)
 
 
 @chz.chz
@@ -151,20 +149,30 @@ class Config:
 
 def main(config: Config) -> None:
     config = prepared(config)
-    shared = {name: getattr(config, name) for name in SHARED}
-    claim_folder(Path(config.log_path), shared)
-    train, validation = config.dataset.split()
-    held_out = config.dataset.test_tasks() or validation
     if config.method == "diagnose":
-        print_metrics_table(evaluation(config).diagnose(start(config), validation), "log p(answer), nats, validation split")
+        needs = beginning(config)
+        run_stages(needs)
+        results = evaluation(config).diagnose(begin_path(config, needs), config.dataset.split()[1])
+        print_metrics_table(results, "log p(answer), nats, validation split")
         return
-    sizes = announced_sizes(config, train)
-    begin = start(config)
-    method = latro if config.method == "latro" else sft
-    final = method(config, sizes, begin)
-    evaluate = evaluation(config)
+    run_stages([method_stage(config, beginning(config))])
+    print_summary(config)
+
+
+def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
+    """LaTRO or SFT, and what it is worth on the test set: LOG_PATH/<method>, finished with its summary.json."""
+    make, always = partial(run_method, config, begin_path(config, needs)), config.behavior_if_log_dir_exists != "resume"
+    return Stage(config.method, config.folder(config.method), config, make, needs, "summary.json", always)
+
+
+def run_method(config: Config, begin: str | None) -> None:
+    train, validation = config.dataset.split()
+    method, evaluate = latro if config.method == "latro" else sft, evaluation(config)
+    final = method(config, announced_sizes(config, train), begin)
+    held_out = config.dataset.test_tasks() or validation
     before, after = evaluate(begin, held_out), evaluate(final, held_out)
-    write_summary(config, before, after)
+    summary = json.dumps({"before": before, "after": after}, indent=2) + "\n"
+    write_atomically(config.folder(config.method) / "summary.json", summary)
 
 
 def prepared(config: Config) -> Config:
@@ -213,23 +221,26 @@ def sizes_of(config: Config, num_prompts: int) -> Sizes:
     )
 
 
-def start(config: Config) -> str | None:
-    """The checkpoint that a method begins with: the one given, for a preset a warm start, else the model as it comes."""
+def beginning(config: Config) -> list[Stage]:
+    """A preset's warm start; nothing where a checkpoint is given, or the model begins as it comes."""
     if config.load_checkpoint_path or not (config.is_preset and config.warm_start_updates):
-        return config.load_checkpoint_path
-    settings = supervised_train.Config(
-        dataset=TaskExamples(tasks=config.dataset, target="demonstrations", batch_size=128, seed=config.warm_start_seed or 0),
+        return []
+    stage = warm_start(
+        config,
+        TaskExamples(tasks=config.dataset, target="demonstrations", batch_size=128, seed=config.warm_start_seed or 0),
         seed=config.warm_start_seed or 0,
-        learning_rate=2e-3,
         lr_schedule="linear",
         num_epochs=config.warm_start_updates,
         max_steps=config.warm_start_updates,
         eval_every=50,
-        save_every=0,
         **common(config, "warm_start"),
     )
-    asyncio.run(supervised_train.main(settings))
-    return str(config.folder("warm_start") / "checkpoints" / "final")
+    return [stage]
+
+
+def begin_path(config: Config, needs: Sequence[Stage]) -> str | None:
+    """The checkpoint that a method begins with."""
+    return str(needs[0].result) if needs else config.load_checkpoint_path
 
 
 def common(config: Config, stage: str) -> dict:
@@ -323,9 +334,10 @@ def evaluation(config: Config) -> Evaluation:
     return Evaluation(config.model_name, config.renderer, environment(config), config.lora_rank, config.seed, config.backend)
 
 
-def write_summary(config: Config, before: Metrics, after: Metrics) -> None:
-    """Prints what the method made of the test set (without one, the validation split); LOG_PATH/<method>/summary.json keeps all of it."""
-    (config.folder(config.method) / "summary.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+def print_summary(config: Config) -> None:
+    """The headlines of what the method made of the test set (without one, the validation split)."""
+    summary = read_settings(config.folder(config.method) / "summary.json")
+    before, after = summary["before"], summary["after"]
     names = [*HEADLINES, f"test/env/all/maj@{config.rloo_k}"]
     for name in names:
         if name in before and name in after:

@@ -4,6 +4,7 @@ Learned positions, LayerNorm and GELU are the originals' (GPT-2); the sizes are 
 asked for. Which graphs it was made for is in its config and travels with every checkpoint of it.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from envs.star_graph_tokens import numeral_tokenizer
 from posttrain.backend.atomic_folder import atomic_folder
 from posttrain.backend.errors import CheckpointError
 from posttrain.backend.random_state import drawn_from
-from posttrain.tracking.settings import already_made
+from posttrain.tracking.stages import Stage, run_stages
 
 INIT_STD = 0.08  # with GPT-2's 0.02 a model this narrow takes several times as long to find its look-ups
 
@@ -23,11 +24,25 @@ def make_model(
     graph: StarGraph, path: str | Path, seed: int = 0, num_layers: int = 2, num_heads: int = 4, hidden: int = 64
 ) -> Path:
     """Writes the folder, unless it is there already with the same settings, and returns it. 0.1M parameters as it stands."""
-    path, sizes = Path(path), {"num_layers": num_layers, "num_heads": num_heads, "hidden": hidden}
-    if path.exists():
-        check_model(path, graph)
-    if already_made(path, {"graph": graph, "seed": seed, **sizes}):
-        return path
+    stage = model_stage(graph, Path(path), seed, num_layers, num_heads, hidden)
+    run_stages([stage])
+    return stage.path
+
+
+def model_stage(
+    graph: StarGraph,
+    path: Path,
+    seed: int,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    hidden: int = 64,
+    name: str = "model",
+) -> Stage:
+    settings = {"graph": graph, "seed": seed, "num_layers": num_layers, "num_heads": num_heads, "hidden": hidden}
+    return Stage(name, path, settings, partial(_write_model, graph, path, seed, num_layers, num_heads, hidden))
+
+
+def _write_model(graph: StarGraph, path: Path, seed: int, num_layers: int, num_heads: int, hidden: int) -> None:
     config = GPT2Config(
         vocab_size=graph.vocab_size,
         n_positions=graph.length + 1,
@@ -48,7 +63,6 @@ def make_model(
     with atomic_folder(path) as folder:
         model.save_pretrained(folder)
         numeral_tokenizer(graph).save_pretrained(folder)
-    return path
 
 
 def check_model(path: str | Path, graph: StarGraph) -> None:

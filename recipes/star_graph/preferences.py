@@ -13,6 +13,8 @@ if not __package__:  # run as a file: put the project on the path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import chz
@@ -27,7 +29,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.seeds import GUIDED
-from posttrain.tracking.settings import already_made
+from posttrain.tracking.stages import Stage, run_stages
 from preference import train_dpo
 from preference.train_cli import METHODS
 from preference.types import ComparisonDatasetBuilder
@@ -65,16 +67,21 @@ def main(config: Config) -> train_dpo.Metrics:
     graph = config.task.graph()
     check_model(config.model_name, graph)
     layout = layout_of(load_tokenizer(config.model_name, config.backend.max_length), graph)
-    pairs_path = Path(config.pairs_path or Path(config.log_path).parent / "pairs.jsonl")
+    pairs_path = Path(config.pairs_path or pairs_stage(config).path)
     if config.pairs_path and not pairs_path.exists():
         raise ConfigError(f"pairs_path={pairs_path} is not there")
     if not config.pairs_path:
-        made_with = {name: getattr(config, name) for name in ("task", "model_name", "num_prompts", "seed", "backend")}
-        if not already_made(pairs_path, made_with):
-            asyncio.run(collect(config, pairs_path))
+        run_stages([pairs_stage(config)])
     _, test = config.task.split()
     evaluator = AccuracyEvaluator(test, layout)
     return asyncio.run(train_dpo.train_on_pairs(config, read_pairs(pairs_path, layout), [], evaluator))
+
+
+def pairs_stage(config: Config, name: str = "pairs", needs: Sequence[Stage] = ()) -> Stage:
+    """pairs.jsonl beside the run's folder: one file for DPO and RPO."""
+    path = Path(config.log_path).parent / "pairs.jsonl"
+    settings = {option: getattr(config, option) for option in ("task", "model_name", "num_prompts", "seed", "backend")}
+    return Stage(name, path, settings, partial(collect, config, path), needs)
 
 
 async def collect(config: Config, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Runs of one experiment side by side: a process each, so many at a time, some after others, with one progress bar for all.
 
-A run that has finished leaves finished.json with its settings in its folder and is not run again; asked for with other settings, it is an error.
+A stage that has finished is not run again; asked for with other settings, it is an error.
 What a process prints goes to <folder>.log. A run that fails ends those that wait for it, not the others; the error comes at the end.
 Left out: several machines, and a GPU each.
 """
@@ -12,16 +12,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from posttrain.backend.errors import ConfigError, CookbookError
-from posttrain.tracking.jsonl import write_atomically
-from posttrain.tracking.settings import changes, changes_text, read_settings
+from posttrain.backend.errors import CookbookError
+from posttrain.tracking.stages import Stage, plan
 
 TAIL = 1 << 16  # bytes at the end of a metrics file that are read for the progress bar
 SECONDS_BETWEEN_LINES = 30.0
@@ -31,61 +28,40 @@ class RunFailed(CookbookError):
     """One or more runs ended with an error; the others are complete."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """`run` must pickle. `after` are names of jobs to wait for; names that are not among the jobs are ignored."""
+def run_side_by_side(num_steps: Mapping[Stage, int], processes: int) -> None:
+    """Returns when all have finished. RunFailed has the last lines of what failed. Ctrl-C and SIGTERM stop all; they save their state.
 
-    name: str
-    folder: Path  # of its metrics.jsonl
-    num_steps: int
-    run: Callable[[], object]
-    settings: dict[str, Any]
-    after: tuple[str, ...] = ()
-
-    @property
-    def marker(self) -> Path:
-        return self.folder / "finished.json"
-
-    def finished(self) -> bool:
-        """ConfigError if it was run with other settings."""
-        if not self.marker.exists():
-            return False
-        if found := changes(read_settings(self.marker), json.loads(json.dumps(self.settings))):
-            raise ConfigError(f"{self.folder} was run with {changes_text(found)}: delete it or choose another log_path")
-        return True
-
-
-def run_side_by_side(jobs: Sequence[Job], processes: int) -> None:
-    """Returns when all have finished. RunFailed has the last lines of what failed. Ctrl-C and SIGTERM stop all; they save their state."""
-    waiting = {job.name: job for job in jobs}
-    done = {job.name for job in jobs if job.finished()}
-    for name in done:
+    `num_steps` of each stage are for the progress bar.
+    """
+    planned = plan(list(num_steps))
+    waiting = {name: stage for name, (stage, finished) in planned.items() if not finished}
+    done = planned.keys() - waiting.keys()
+    for name in sorted(done):
         print(f"{name}: has finished before", flush=True)
-        del waiting[name]
-    running: dict[str, tuple[Job, SpawnProcess]] = {}
+    running: dict[str, tuple[Stage, SpawnProcess]] = {}
     failed: dict[str, str] = {}
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _Display([job for job in jobs if job.name in waiting]) as display:
+        with _Display({stage: num_steps.get(stage, 1) for stage in waiting.values()}) as display:
             while waiting or running:
-                for name, job in list(waiting.items()):
-                    needs = {needed for needed in job.after if needed in {j.name for j in jobs}}
+                for name, stage in list(waiting.items()):
+                    needs = {need.name for need in stage.needs} & planned.keys()
                     if lost := needs & failed.keys():
                         failed[name] = f"waited for {min(lost)}"
                         del waiting[name]
                     elif needs <= done and len(running) < processes:
-                        running[name] = (job, _start(job))
+                        running[name] = (stage, _start(stage))
                         del waiting[name]
                 time.sleep(0.5)
-                display.show([job for job, _ in running.values()])
-                for name, (job, process) in list(running.items()):
+                display.show([stage for stage, _ in running.values()])
+                for name, (stage, process) in list(running.items()):
                     if process.exitcode is not None:
                         del running[name]
                         if process.exitcode == 0:
                             done.add(name)
                         else:
-                            failed[name] = _last_line(job)
-                        display.ended(job, process.exitcode == 0)
+                            failed[name] = _last_line(stage)
+                        display.ended(stage, process.exitcode == 0)
     finally:
         signal.signal(signal.SIGTERM, before)
         for _, process in running.values():
@@ -100,24 +76,24 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _start(job: Job) -> SpawnProcess:
-    process = multiprocessing.get_context("spawn").Process(target=_child, args=(job,))
+def _start(stage: Stage) -> SpawnProcess:
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=(stage,))
     process.start()
     return process
 
 
-def _log(job: Job) -> Path:
-    return job.folder.parent / f"{job.folder.name}.log"
+def _log(stage: Stage) -> Path:
+    return stage.path.with_name(f"{stage.path.name}.log")
 
 
-def _child(job: Job) -> None:
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(_log(job), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _child(stage: Stage) -> None:
+    stage.path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(_log(stage), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
     try:
-        job.run()
+        stage.run()
     except CookbookError as error:
         print(f"error: {error}", flush=True)
         sys.exit(2)
@@ -126,68 +102,68 @@ def _child(job: Job) -> None:
     except BaseException:
         traceback.print_exc()
         sys.exit(1)
-    write_atomically(job.marker, json.dumps(job.settings, indent=1) + "\n")
 
 
-def _last_line(job: Job) -> str:
-    lines = [line for line in _log(job).read_text(errors="replace").splitlines() if line.strip()] if _log(job).exists() else []
-    return f"{lines[-1].removeprefix('error: ') if lines else 'died without a word'} (see {_log(job)})"
+def _last_line(stage: Stage) -> str:
+    lines = (
+        [line for line in _log(stage).read_text(errors="replace").splitlines() if line.strip()] if _log(stage).exists() else []
+    )
+    return f"{lines[-1].removeprefix('error: ') if lines else 'died without a word'} (see {_log(stage)})"
 
 
 # --- progress -------------------------------------------------------------------------------------------------------------------
 
 
 class _Display:
-    """A bar for each job on a terminal, a line now and then elsewhere."""
+    """A bar for each stage on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, jobs: Sequence[Job]):
-        self._jobs, self._bar, self._tasks = jobs, None, {}
+    def __init__(self, num_steps: Mapping[Stage, int]):
+        self._num_steps, self._bar, self._tasks = num_steps, None, {}
         self._last_line = time.monotonic()
         self._began = time.monotonic()
 
     def __enter__(self) -> "_Display":
-        if sys.stdout.isatty() and self._jobs:
+        if sys.stdout.isatty() and self._num_steps:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
             columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[status]}"))
             self._bar.start()
-            for job in self._jobs:
-                self._tasks[job.name] = self._bar.add_task(job.name, total=job.num_steps, start=False, status="")
+            for stage, num_steps in self._num_steps.items():
+                self._tasks[stage.name] = self._bar.add_task(stage.name, total=num_steps, start=False, status="")
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, running: Sequence[Job]) -> None:
+    def show(self, running: Sequence[Stage]) -> None:
         if self._bar is None and time.monotonic() - self._last_line < SECONDS_BETWEEN_LINES:
             return
         self._last_line = time.monotonic()
         parts = []
-        for job in running:
-            done, status = _progress(job)
-            parts.append(f"{job.name} {done}/{job.num_steps} {status}".rstrip())
+        for stage in running:
+            done, status = _progress(stage)
+            parts.append(f"{stage.name} {done}/{self._num_steps[stage]} {status}".rstrip())
             if self._bar is not None:
-                self._bar.start_task(self._tasks[job.name])
-                self._bar.update(self._tasks[job.name], completed=done, status=status)
+                self._bar.start_task(self._tasks[stage.name])
+                self._bar.update(self._tasks[stage.name], completed=done, status=status)
         if self._bar is None and parts:
             print(f"{time.monotonic() - self._began:5.0f} s  " + "   ".join(parts), flush=True)
 
-    def ended(self, job: Job, well: bool) -> None:
+    def ended(self, stage: Stage, well: bool) -> None:
         if self._bar is not None:
-            self._bar.update(
-                self._tasks[job.name], completed=job.num_steps if well else None, status=_progress(job)[1] if well else "FAILED"
-            )
-            self._bar.stop_task(self._tasks[job.name])
+            completed, status = (self._num_steps[stage], _progress(stage)[1]) if well else (None, "FAILED")
+            self._bar.update(self._tasks[stage.name], completed=completed, status=status)
+            self._bar.stop_task(self._tasks[stage.name])
         else:
-            outcome = f"finished  {_progress(job)[1]}" if well else f"FAILED: {_last_line(job)}"
-            print(f"{time.monotonic() - self._began:5.0f} s  {job.name}: {outcome}", flush=True)
+            outcome = f"finished  {_progress(stage)[1]}" if well else f"FAILED: {_last_line(stage)}"
+            print(f"{time.monotonic() - self._began:5.0f} s  {stage.name}: {outcome}", flush=True)
 
 
-def _progress(job: Job) -> tuple[int, str]:
+def _progress(stage: Stage) -> tuple[int, str]:
     """Steps done, and the last first-hop accuracies, from the end of the metrics file."""
-    path = job.folder / "metrics.jsonl"
+    path = stage.path / "metrics.jsonl"
     if not path.exists():
         return 0, ""
     with path.open("rb") as stream:
@@ -206,4 +182,4 @@ def _progress(job: Job) -> tuple[int, str]:
         if key.endswith("/first_hop") and "env/all" not in key.replace("test/env/all", "")
     }
     status = "  ".join(f"{key.removesuffix('/first_hop')} {value:.2f}" for key, value in found.items() if value is not None)
-    return min(int(records[-1]["step"]) + 1 if records else 0, job.num_steps), status and f"first hop: {status}"
+    return int(records[-1]["step"]) + 1 if records else 0, status and f"first hop: {status}"

@@ -17,11 +17,10 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import chz
 
@@ -31,20 +30,18 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import read_metrics
-from posttrain.tracking.settings import config_to_json
+from posttrain.tracking.stages import Stage, run_stages, training_stage
 from preference.losses import DPO, RPO, PreferenceLoss
 from recipes.belief_state import star_graph as bst_star_graph
 from recipes.belief_state import train as bst_train
 from recipes.star_graph import guided, preferences, pretrain, reinforce
 from recipes.star_graph.comparison import picture, table
-from recipes.star_graph.model import make_model
-from recipes.star_graph.side_by_side import Job, run_side_by_side
+from recipes.star_graph.model import model_stage
+from recipes.star_graph.side_by_side import run_side_by_side
 from rl import train as rl_train
 
 FROM_SCRATCH = ("gpt", "reversed", "teacherless", "bst")
 FROM_GPT = ("reinforce", "rl", "dpo", "rpo", "guided")
-# A method waits for these, if they are among those that run; what starts from gpt's weights needs it.
-AFTER = {**dict.fromkeys(FROM_GPT, ("gpt",)), "rpo": ("gpt", "dpo"), "guided": ("gpt", "bst")}
 
 
 @chz.chz
@@ -95,7 +92,6 @@ def supervised(config: Config, method: str, seed: int) -> pretrain.Config:
         seed=seed,
         keep_checkpoints=1,
         log_path=str(folder_of(config, method, seed)),
-        behavior_if_log_dir_exists="resume",
     )
 
 
@@ -109,7 +105,6 @@ def reinforce_config(config: Config, seed: int) -> reinforce.Config:
         save_every=100,
         keep_checkpoints=1,
         log_path=str(folder_of(config, "reinforce", seed)),
-        behavior_if_log_dir_exists="resume",
     )
 
 
@@ -126,7 +121,6 @@ def rl_config(config: Config, seed: int) -> rl_train.Config:
         keep_checkpoints=1,
         transcript_every=100,
         log_path=str(folder_of(config, "rl", seed)),
-        behavior_if_log_dir_exists="resume",
         backend=BackendConfig(engine="torch"),
     )
 
@@ -148,7 +142,6 @@ def preference_config(config: Config, method: str, seed: int) -> preferences.Con
         save_every=100,
         keep_checkpoints=1,
         log_path=str(folder_of(config, method, seed)),
-        behavior_if_log_dir_exists="resume",
     )
 
 
@@ -179,31 +172,29 @@ def bst_config(config: Config, seed: int) -> bst_train.Config:
         num_steps=config.bst_steps,
         seed=seed,
         log_path=str(folder_of(config, "bst", seed)),
-        behavior_if_log_dir_exists="resume",
     )
 
 
-def method_of(config: Config, name: str, seed: int) -> tuple[Callable[[Any], Any], Any]:
-    """The function that runs a method, and its settings."""
-    match name:
-        case "bst":
-            return bst_train.main, bst_config(config, seed)
-        case "reinforce":
-            return reinforce.main, reinforce_config(config, seed)
-        case "rl":
-            return rl_train.main, rl_config(config, seed)
-        case "dpo" | "rpo":
-            return preferences.main, preference_config(config, name, seed)
-        case "guided":
-            return guided.main, guided_config(config, seed)
-    return pretrain.main, supervised(config, name, seed)
-
-
-def run_method(run: Callable[[Any], Any], settings: Any) -> None:
-    """In the process of its own."""
-    outcome = run(settings)
-    if asyncio.iscoroutine(outcome):
-        asyncio.run(outcome)
+def stages_of(config: Config, seed: int) -> dict[str, Stage]:
+    """Every method by name, with what it starts from."""
+    folder, path = seed_folder(config, seed), f"seed_{seed}"
+    model = model_stage(config.task.graph(), folder / "model", seed, name=f"{path}/model")
+    stages = {"model": model}
+    for method in FROM_SCRATCH[:3]:
+        stages[method] = training_stage(f"{path}/{method}", pretrain.main, supervised(config, method, seed), [model])
+    stages["bst"] = training_stage(f"{path}/bst", bst_train.main, bst_config(config, seed))
+    gpt = stages["gpt"]
+    pairs = preferences.pairs_stage(preference_config(config, "dpo", seed), f"{path}/pairs", [gpt])
+    stages["reinforce"] = training_stage(f"{path}/reinforce", reinforce.main, reinforce_config(config, seed), [gpt])
+    stages["rl"] = training_stage(f"{path}/rl", rl_train.main, rl_config(config, seed), [gpt])
+    for method in ("dpo", "rpo"):
+        run = chz.replace(preference_config(config, method, seed), pairs_path=str(pairs.path))
+        stages[method] = training_stage(f"{path}/{method}", preferences.main, run, [gpt, pairs])
+    needs = [gpt, stages["bst"]] if config.classifier_trunk == "bst" else [gpt]
+    settings, classifier = guided_config(config, seed), folder / "classifier"
+    make = partial(guided.main, settings)
+    stages["guided"] = Stage(f"{path}/guided", classifier, settings, make, needs, last="../guidance.json")
+    return stages
 
 
 # --- the experiment -------------------------------------------------------------------------------------------------------------
@@ -214,43 +205,25 @@ def chosen_methods(config: Config) -> list[str]:
     chosen, known = config.methods.split(","), FROM_SCRATCH + FROM_GPT
     if unknown := [name for name in chosen if name not in known]:
         raise ConfigError(f"methods={unknown[0]}: no such method; there are {', '.join(known)}")
-    needed = set(chosen) | ({"gpt"} if set(chosen) & set(FROM_GPT) else set())
-    if "guided" in chosen and config.classifier_trunk == "bst":
-        needed.add("bst")
-    return [name for name in known if name in needed]
-
-
-def settings_of(config: Config, method: str, seed: int) -> dict[str, Any]:
-    """Of a method, and of those whose results it begins with."""
-    before = {name: settings_of(config, name, seed) for name in AFTER.get(method, ())}
-    return config_to_json(method_of(config, method, seed)[1]) | ({"after": before} if before else {})
-
-
-def job(config: Config, method: str, seed: int) -> Job:
-    run, settings = method_of(config, method, seed)
-    steps = {"bst": config.bst_steps, "guided": config.classifier_steps, **dict.fromkeys(FROM_SCRATCH[:3], config.pretrain_steps)}
-    return Job(
-        name=f"seed_{seed}/{method}",
-        folder=folder_of(config, "classifier" if method == "guided" else method, seed),
-        num_steps=steps.get(method, config.policy_steps),
-        run=partial(run_method, run, settings),
-        settings=settings_of(config, method, seed),
-        after=tuple(f"seed_{seed}/{name}" for name in AFTER.get(method, ())),
-    )
+    stages = stages_of(config, 0)
+    needed = {name for method in chosen for name in stages[method].made_with()}
+    return [name for name in known if stages[name].name in needed]
 
 
 def main(config: Config) -> None:
-    methods, graph = chosen_methods(config), config.task.graph()
+    methods = chosen_methods(config)
     if not config.seeds:
         raise ConfigError("seeds is empty: give one or more")
-    for seed in config.seeds:
-        make_model(graph, seed_folder(config, seed) / "model", seed)
-    jobs = [job(config, method, seed) for seed in config.seeds for method in methods]
+    num_steps = {"bst": config.bst_steps, "guided": config.classifier_steps}
+    num_steps |= dict.fromkeys(FROM_SCRATCH[:3], config.pretrain_steps)
+    stages_S = [stages_of(config, seed) for seed in config.seeds]
+    run_stages([stages["model"] for stages in stages_S])
+    stages = {stages[method]: num_steps.get(method, config.policy_steps) for stages in stages_S for method in methods}
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
     try:
-        run_side_by_side(jobs, config.processes)
+        run_side_by_side(stages, config.processes)
     finally:  # of what has finished, whatever has not
-        finished = [method for method in methods if all(job(config, method, seed).finished() for seed in config.seeds)]
+        finished = [method for method in methods if all(stages[method].is_finished() for stages in stages_S)]
         if finished:
             report(config, finished)
 

@@ -1,0 +1,144 @@
+"""A recipe of several stages: each a named result, the settings that made it, and the stages it needs.
+
+policy = training_stage("policy", supervised_train.main, supervised_train.Config(...))
+answers = Stage("answers", folder / "answers.jsonl", {"number": 50}, partial(sample, ...), needs=[policy])
+run_stages([answers])  # makes what is missing, the policy first
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import chz
+
+from posttrain.backend.errors import ConfigError
+from posttrain.tracking.run_folder import BehaviorIfExists
+from posttrain.tracking.settings import changes, changes_text, config_to_json, read_settings, write_settings
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """`make` fills `path`, a file or a folder, and goes on where it was killed. It may be async.
+
+    `settings` (a config or a dictionary) are all that the result depends on, but for those of the stages in `needs`.
+    A stage has finished when `last` is there in the folder `path`; it must be written whole or not at all.
+    `always`: `make` is called whatever is there, and decides itself what becomes of it.
+    """
+
+    name: str
+    path: Path
+    settings: Any
+    make: Callable[[], Any]
+    needs: Sequence["Stage"] = ()
+    last: str = "."
+    always: bool = False
+
+    @property
+    def result(self) -> Path:
+        return self.path / self.last
+
+    @property
+    def unfinished(self) -> Path:
+        """Where a `make` that writes a file bit by bit may keep it until it is whole."""
+        return self.path.with_name(f"{self.path.stem}.unfinished{self.path.suffix}")
+
+    @property
+    def record(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.made_with.json")
+
+    def made_with(self, folder: Path | None = None) -> dict[str, Any]:
+        """The settings of this stage and of all it comes from, by name of the stage. Paths are relative to the record's folder."""
+        folder = folder or self.path.parent
+        needed = [need.made_with(folder) for need in self.needs]
+        before = {name: settings for stages in needed for name, settings in stages.items()}
+        return before | {self.name: _relative(config_to_json(self.settings), f"{folder}/")}
+
+    def begun(self) -> list[Path]:
+        """What is there of it."""
+        return [path for path in (self.path, self.unfinished) if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+
+    def is_finished(self) -> bool:
+        """ConfigError where what is there, finished or not, was made with other settings."""
+        begun = self.begun()
+        if self.always or not begun:
+            return False
+        remedy = "delete it to make it anew, or choose another log_path"
+        if not self.record.exists():
+            raise ConfigError(f"{begun[0]} is there, but not {self.record}, which would say what made it: {remedy}")
+        if different := changes(read_settings(self.record), self.made_with()):
+            raise ConfigError(f"{begun[0]} was made with {changes_text(different)}: {remedy}")
+        return self.result.exists()
+
+    def run(self) -> None:
+        """Makes the result. Until then the record says what it is being made with."""
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        if not self.begun():
+            write_settings(self.record, self.made_with())
+        if asyncio.iscoroutine(outcome := self.make()):
+            asyncio.run(outcome)
+        if not self.result.exists():
+            raise ConfigError(f"the stage {self.name} has ended without making {self.result}")
+        write_settings(self.record, self.made_with())  # `make` may have replaced what was there
+
+
+def training_stage(
+    name: str,
+    main: Callable[[Any], Any],
+    config: Any,
+    needs: Sequence[Stage] = (),
+    behavior: BehaviorIfExists = "resume",
+) -> Stage:
+    """`main(config)` is a training run in config.log_path; the result is its last checkpoint. A killed run is resumed.
+
+    With another `behavior` the run itself asks, deletes or refuses, as its option behavior_if_log_dir_exists says.
+    """
+    config = chz.replace(config, behavior_if_log_dir_exists=behavior)
+    always = behavior != "resume"
+    return Stage(name, Path(config.log_path), config, partial(main, config), needs, "checkpoints/final", always)
+
+
+def plan(stages: Sequence[Stage]) -> dict[str, tuple[Stage, bool]]:
+    """By name, in the order of making: `stages` and what the unfinished ones need, each with whether it has finished.
+
+    ConfigError where one was made with other settings: all are compared before any is made.
+    """
+    planned: dict[str, tuple[Stage, bool]] = {}
+
+    def visit(stage: Stage) -> None:
+        if stage.name not in planned:
+            finished = stage.is_finished()
+            for need in () if finished else stage.needs:
+                visit(need)
+            planned[stage.name] = stage, finished
+
+    for stage in stages:
+        visit(stage)
+    return planned
+
+
+def run_stages(stages: Sequence[Stage]) -> None:
+    """Makes what is missing of `stages` and of what they need, one after the other; says of the others that they are there."""
+    for stage, finished in plan(stages).values():
+        print(f"--- {stage.name}" + (f" is there: {stage.result}" if finished else ""), flush=True)
+        if not finished:
+            stage.run()
+
+
+def chosen(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
+    """The stages of these names, in the order of `stages`. ConfigError for a name that none has."""
+    known = [stage.name for stage in stages]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"stages={','.join(unknown)}: the stages are {', '.join(known)}")
+    return [stage for stage in stages if stage.name in names]
+
+
+def _relative(value: Any, folder: str) -> Any:
+    """So that a folder of results can be moved, and be named in another way."""
+    if isinstance(value, dict):
+        return {key: _relative(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_relative(item, folder) for item in value]
+    return value.removeprefix(folder) if isinstance(value, str) else value
