@@ -373,7 +373,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, trunk: str) ->
     guided.main(chz.replace(config, log_path=str(tmp_path / "whole")))
     for num_steps in (2, 4):
         guided.main(chz.replace(config, log_path=str(tmp_path / "parts"), num_steps=num_steps))
-    whole, parts = (load_classifier(tmp_path / name / "classifier/checkpoints/000004", CPU) for name in ("whole", "parts"))
+    whole, parts = (load_classifier(tmp_path / name / "classifier/checkpoints/final", CPU) for name in ("whole", "parts"))
     for (name, mine), theirs in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
     for name in ("qsharp", "cd"):

@@ -11,7 +11,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import learning_rate_at
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run import Metrics, Run
-from posttrain.tracking.run_config import RunConfig
+from posttrain.tracking.run_config import RunConfig, TrainingConfig
 from posttrain.tracking.run_folder import open_run_folder
 
 
@@ -23,11 +23,13 @@ def test_learning_rates_by_hand() -> None:
     assert rates("linear") == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
     assert rates("cosine")[4:] == pytest.approx([1.0, 0.2 + 0.8 * 0.8535533906, 0.6, 0.2 + 0.8 * 0.1464466094, 0.2])
     assert [learning_rate_at(step, 0.3, "linear", 3) for step in range(3)] == [0.3, 0.3 * (1 - 1 / 3), 0.3 * (1 - 2 / 3)]
-    adam = RunConfig(learning_rate=0.5, warmup_steps=2, beta1=0.8, beta2=0.9, weight_decay=0.1, grad_clip_norm=2.0).adam(0, 10)
+    adam = TrainingConfig(learning_rate=0.5, warmup_steps=2, beta1=0.8, beta2=0.9, weight_decay=0.1, grad_clip_norm=2.0).adam(
+        0, 10
+    )
     values = (adam.learning_rate, adam.beta1, adam.beta2, adam.eps, adam.weight_decay, adam.grad_clip_norm)
     assert values == (0.25, 0.8, 0.9, 1e-8, 0.1, 2.0)
     with pytest.raises(ConfigError, match="min_learning_rate=0.1 is above learning_rate=0.01"):
-        RunConfig(learning_rate=0.01, min_learning_rate=0.1)
+        TrainingConfig(learning_rate=0.01, min_learning_rate=0.1)
 
 
 class Client:

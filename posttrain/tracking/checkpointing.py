@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 from posttrain.backend.checkpoint_files import read_state
 from posttrain.backend.errors import CheckpointError
-from posttrain.backend.futures import APIFuture
 from posttrain.tracking.disk_space import check_disk_space
 from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
 from posttrain.tracking.stop_request import StopRequest
@@ -13,14 +12,20 @@ from posttrain.tracking.stop_request import StopRequest
 __all__ = ["Checkpointed", "Checkpointer", "StopRequest"]
 
 
+class Pending(Protocol):
+    """A future of any kind."""
+
+    def result(self) -> Any: ...
+
+
 class Checkpointed(Protocol):
     """A TrainingClient, or another client with its checkpoints (recipes/libraries/belief_state/trainer.py)."""
 
-    def save_state(self, name: str, *, extra: dict[str, Any]) -> APIFuture[Any]: ...
+    def save_state(self, name: str, *, extra: dict[str, Any]) -> Pending: ...
 
-    def load_state(self, path: str) -> APIFuture[Any]: ...
+    def load_state(self, path: str) -> Pending: ...
 
-    def load_state_with_optimizer(self, path: str) -> APIFuture[Any]: ...
+    def load_state_with_optimizer(self, path: str) -> Pending: ...
 
     def checkpoint_bytes(self) -> int: ...
 

@@ -22,16 +22,7 @@ def log_path_field(default: str) -> Any:
 
 @chz.chz
 class RunConfig:
-    """A run's folder, how often it is measured and saved, and its optimizer."""
-
-    learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="the highest, after the warm-up")
-    lr_schedule: LRSchedule = chz.field(default="linear", doc="how the learning rate falls to the last step")
-    warmup_steps: int = chz.field(default=0, validator=WHOLE, doc="over which the learning rate rises linearly")
-    min_learning_rate: float = chz.field(default=0.0, validator=LEARNING_RATE, doc="where linear and cosine schedules end")
-    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
-    beta1: float = chz.field(default=0.9, validator=DECAY, doc="AdamW's decay of the gradient's mean")
-    beta2: float = chz.field(default=0.95, validator=DECAY, doc="AdamW's decay of the gradient's square")
-    grad_clip_norm: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="largest norm of all gradients together; 0 = any")
+    """A run's folder, and how often it is measured and saved."""
 
     eval_every: int = chz.field(
         default=20, validator=WHOLE, doc="held-out metrics before every this many steps, and at the end; 0 = never"
@@ -47,6 +38,20 @@ class RunConfig:
     wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
     wandb_name: str | None = chz.field(default=None, doc="name of the wandb run")
 
+
+@chz.chz
+class TrainingConfig(RunConfig):
+    """A run, and its optimizer: AdamW."""
+
+    learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="the highest, after the warm-up")
+    lr_schedule: LRSchedule = chz.field(default="linear", doc="how the learning rate falls to the last step")
+    warmup_steps: int = chz.field(default=0, validator=WHOLE, doc="over which the learning rate rises linearly")
+    min_learning_rate: float = chz.field(default=0.0, validator=LEARNING_RATE, doc="where linear and cosine schedules end")
+    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
+    beta1: float = chz.field(default=0.9, validator=DECAY, doc="AdamW's decay of the gradient's mean")
+    beta2: float = chz.field(default=0.95, validator=DECAY, doc="AdamW's decay of the gradient's square")
+    grad_clip_norm: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="largest norm of all gradients together; 0 = any")
+
     @chz.validate
     def _check_learning_rates(self) -> None:
         if self.min_learning_rate > self.learning_rate:
@@ -59,7 +64,7 @@ class RunConfig:
 
 
 @chz.chz
-class LanguageModelRunConfig(RunConfig):
+class LanguageModelRunConfig(TrainingConfig):
     """A run that trains a language model, or a scalar model on a language model's trunk."""
 
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")

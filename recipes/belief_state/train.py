@@ -28,7 +28,7 @@ from posttrain.backend.ranges import COUNT, DECAY, LEARNING_RATE, NON_NEGATIVE, 
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import timed
 from posttrain.tracking.run import Run, finish
-from posttrain.tracking.run_config import RunConfig, log_path_field
+from posttrain.tracking.run_config import TrainingConfig, log_path_field
 from posttrain.tracking.run_folder import RunFolder
 from recipes.belief_state.processes import open_shared_folder
 from recipes.belief_state.source import TokenSource, TokenSourceBuilder
@@ -66,7 +66,7 @@ HEADLINE = {"optim/loss": "loss", "test/loss_next_token": "test nll", "test/firs
 
 
 @chz.chz
-class Config(RunConfig):
+class Config(TrainingConfig):
     """A Belief State Transformer, or a GPT of the same blocks."""
 
     preset: str | None = chz.field(default=None, doc="sets several options at once, see below")

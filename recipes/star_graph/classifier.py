@@ -22,12 +22,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from envs.star_graph_tokens import Layout
+from posttrain.backend import optimizer_state
 from posttrain.backend.atomic_folder import atomic_folder
+from posttrain.backend.checkpoint_files import OPTIMIZER_FILE, STATE_FOLDER, state_file, tensor_shapes, write_state
 from posttrain.backend.errors import CheckpointError
 from posttrain.backend.random_state import drawn_from
 from recipes.libraries.belief_state.blocks import KVCache
@@ -35,7 +37,7 @@ from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
 from recipes.libraries.value_guidance.guidance import Guidance, log_pmf
 from recipes.libraries.value_guidance.guided_sampler import LanguageModelTrunk, Reader, ValueReader, guided_sample
 
-CLASSIFIER_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "classifier.json", "classifier.safetensors", "optimizer.safetensors"
+CLASSIFIER_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
 
 
 class BeliefStateTrunk(nn.Module):
@@ -166,13 +168,8 @@ def new_trunk(policy: LanguageModelTrunk, copy_weights: bool, seed: int) -> Lang
     return LanguageModelTrunk(model.to(policy.model.device).eval())
 
 
-def save_classifier(path: Path, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
-    """A folder that load_classifier opens, with the optimizer beside it."""
-    state = {
-        f"{key}:{name}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def save_classifier(path: Path, model: Classifier, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
+    """A folder that load_classifier opens, with the optimizer and the run's `extra` in training_state/."""
     about: dict[str, Any] = {"num_outputs": model.num_outputs, "head": model.head_name}
     with atomic_folder(path) as folder:
         if isinstance(model.trunk, BeliefStateTrunk):
@@ -180,7 +177,8 @@ def save_classifier(path: Path, model: Classifier, optimizer: torch.optim.Optimi
         else:
             model.trunk.model.config.save_pretrained(folder)
         save_model(model, str(folder / WEIGHTS_FILE))  # knows of tied weights
-        save_file(state, folder / OPTIMIZER_FILE)
+        write_state(folder, {"extra": extra})
+        optimizer_state.write_optimizer(dict(model.named_parameters()), optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
         (folder / CLASSIFIER_FILE).write_text(json.dumps(about, indent=2))
 
 
@@ -210,9 +208,7 @@ def load_weights(path: Path, model: Classifier) -> None:
 
 
 def load_optimizer(path: Path, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, tensor in load_file(path / OPTIMIZER_FILE).items():
-        slot, name = key.split(":", 1)
-        device = parameters[name].device if slot != "step" or parameters[name].is_cuda else "cpu"
-        optimizer.state[parameters[name]][slot] = tensor.to(device)
+    """Parts of a trunk that the classifier does not read have no gradient, and no state."""
+    parameters, file = dict(model.named_parameters()), state_file(path, OPTIMIZER_FILE)
+    names = {key.split(":", 1)[1] for key in tensor_shapes(file)}
+    optimizer_state.load_optimizer({name: parameters[name] for name in names}, optimizer, file)

@@ -14,10 +14,12 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import asyncio
 import json
 import math
-from contextlib import closing
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import chz
 import torch
@@ -30,12 +32,12 @@ from posttrain.backend.errors import DataError, NonFiniteError
 from posttrain.backend.models import load_model
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.tracking.checkpointing import StopRequest
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import write_atomically
-from posttrain.tracking.metrics_log import MetricsLog, read_metrics, timed
-from posttrain.tracking.progress import TrainingProgress
-from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run import Metrics, Run
+from posttrain.tracking.run_config import RunConfig, log_path_field
+from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from posttrain.tracking.seeds import GUIDED, GUIDED_PAIRS
 from recipes.belief_state.star_graph import task_name
 from recipes.libraries.belief_state.files import CONFIG_FILE as BELIEF_STATE_FILE
@@ -58,11 +60,10 @@ from recipes.star_graph.guided_accuracy import Row, decode, format_table, guidan
 from recipes.star_graph.model import check_model
 
 FOLDERS: dict[Method, str] = {"q_sharp": "qsharp", "cd": "cd"}
-Metrics = dict[str, float]
 
 
 @chz.chz
-class Config:
+class Config(RunConfig):
     """Value-guided decoding on star graphs: trains the classifier and evaluates Q# and CD with it."""
 
     policy_path: str = chz.field(doc="folder of the next-token policy that is guided; it never moves")
@@ -96,8 +97,7 @@ class Config:
 
     eval_every: int = chz.field(default=100, validator=COUNT, doc="guided accuracy before every this many steps, and at the end")
     save_every: int = chz.field(default=250, validator=COUNT, doc="checkpoint after every this many steps, and at the end")
-    log_path: str = chz.field(default="runs/star_graph_guided", doc="the folder of the classifier's and the methods' folders")
-    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
+    log_path: str = log_path_field("runs/star_graph_guided")
 
     @chz.validate
     def _check(self) -> None:
@@ -115,10 +115,10 @@ def main(config: Config) -> list[Row]:
     model = _new_classifier(config, policy, device)
     check_fit(policy.trunk, model.trunk, layout.length)
     batches = Batches(graph, test, rows_D_T, config.batch_size, config.num_steps, (config.seed, GUIDED))
-    run = open_run_folder(Path(config.log_path) / "classifier", config.behavior_if_log_dir_exists, config)
+    folder = open_run_folder(Path(config.log_path) / "classifier", config.behavior_if_log_dir_exists, config)
     trainer = Trainer(config, layout, policy, model, batches)
     test_ids_B_T = torch.from_numpy(layout.encode(test.tokens_B_T)).to(device)
-    _train(config, run, trainer, test_ids_B_T)
+    _train(config, folder, trainer, test_ids_B_T)
     rows = guidance_table(policy, model.reader(), config.guidance, config.kl_coefs, test_ids_B_T, layout, config.seed)
     (Path(config.log_path) / "guidance.json").write_text(json.dumps(rows, indent=1))
     print(format_table(rows))
@@ -175,6 +175,22 @@ class Trainer:
         self.optimizer.step()
         return metrics
 
+    def save_state(self, name: str, *, extra: dict[str, Any]) -> "Future[None]":
+        save_classifier(Path(name), self.model, self.optimizer, extra)
+        return _done()
+
+    def load_state(self, path: str) -> "Future[None]":
+        load_weights(Path(path), self.model)
+        return _done()
+
+    def load_state_with_optimizer(self, path: str) -> "Future[None]":
+        load_weights(Path(path), self.model)
+        load_optimizer(Path(path), self.model, self.optimizer)
+        return _done()
+
+    def checkpoint_bytes(self) -> int:
+        return 12 * sum(parameter.numel() for parameter in self.model.parameters())  # fp32 weights and two moments of each
+
     def loss(self, prefixes_B_P: torch.Tensor, paths_2B_L: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
         returns_2B = torch.arange(len(paths_2B_L), device=self.device) < len(prefixes_B_P)
         metrics: Metrics = {"num_pairs": len(prefixes_B_P)}
@@ -195,33 +211,24 @@ class Trainer:
         return loss, metrics
 
 
-def _train(config: Config, run: RunFolder, trainer: Trainer, test_ids_B_T: torch.Tensor) -> None:
-    start = _resume(run, trainer)
-    with (
-        closing(MetricsLog(run)) as log,
-        StopRequest() as stop,
-        TrainingProgress(config.num_steps, start, "classifier") as progress,
-    ):
-        headline: Metrics = {}
-        for step in range(start, config.num_steps):
-            metrics: Metrics = {}
-            with timed(metrics, "total"):
-                if step % config.eval_every == 0:
-                    metrics |= _evaluate(config, trainer, test_ids_B_T)
-                metrics |= trainer.step(step)
-            log.log(metrics, step)
-            headline |= {short: metrics[name] for name, short in HEADLINE.items() if name in metrics}
-            progress.update(step, headline)
-            if step + 1 < config.num_steps and ((step + 1) % config.save_every == 0 or stop):
-                _save(run, trainer, step + 1)
-                if stop:
-                    print(
-                        f"stopped before step {step + 1}; the same command with behavior_if_log_dir_exists=resume goes on from there"
-                    )
-                    raise KeyboardInterrupt
-        log.log(_evaluate(config, trainer, test_ids_B_T), config.num_steps)
-    _save(run, trainer, config.num_steps)
-    _write_method_folders(config, run)
+def _done() -> "Future[None]":
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+def _train(config: Config, folder: RunFolder, trainer: Trainer, test_ids_B_T: torch.Tensor) -> None:
+    async def evaluate(step: int) -> Metrics:
+        return _evaluate(config, trainer, test_ids_B_T)
+
+    async def step(number: int, metrics: Metrics) -> None:
+        metrics |= trainer.step(number)
+
+    run = Run(config=config, folder=folder, client=trainer, name="classifier", num_steps=config.num_steps, headline=HEADLINE)
+    run.evaluate = evaluate
+    if run.start(None):
+        asyncio.run(run.steps(step))
+    _write_method_folders(config, folder)
 
 
 HEADLINE = {
@@ -230,22 +237,6 @@ HEADLINE = {
     "q_sharp/first_hop": "Q#",
     "cd/first_hop": "CD",
 }
-
-
-def _save(run: RunFolder, trainer: Trainer, next_step: int) -> None:
-    path = run.checkpoints / f"{next_step:06d}"
-    save_classifier(path, trainer.model, trainer.optimizer)
-    run.record_checkpoint(path.name, next_step, path)
-
-
-def _resume(run: RunFolder, trainer: Trainer) -> int:
-    """The step to go on with: the weights and the optimizer of the folder's last checkpoint are in place."""
-    record = run.last_checkpoint()
-    if record is not None:
-        load_weights(record.path, trainer.model)
-        load_optimizer(record.path, trainer.model, trainer.optimizer)
-    run.truncate_metrics(record.step if record else 0)
-    return record.step if record else 0
 
 
 def _evaluate(config: Config, trainer: Trainer, test_ids_B_T: torch.Tensor) -> Metrics:
