@@ -1,7 +1,8 @@
 """The streams of random numbers that come from one seed: which numbers follow it in the list that NumPy's SeedSequence is given.
 
-NumPy takes zeros at the end for nothing, [1, 2] and [1, 2, 0] are one stream; beyond that no two lists share numbers. Streams of the same
-seed that one command uses differ in their second number, or are of one dataset, whose batches differ in the others.
+A new use of a seed gets a line here, and a list that none of the other lines can be. NumPy takes zeros at the end for nothing: [1, 2] and
+[1, 2, 0] are one stream. Two equal lists are known, and stay so that results do: a choice of held-out items has the numbers of epoch 0's
+order where both seeds are equal, and streams without a batch (PRM_CHAINS, kind words' comparisons) those of an epoch's order.
 
     seed of              list after the seed                     what is drawn
     env, dataset         epoch                                   the order of a list (datasets.py), of BST's rows

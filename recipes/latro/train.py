@@ -167,9 +167,9 @@ def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
 
 def run_method(config: Config, begin: str | None) -> None:
     train, validation = config.dataset.split()
+    held_out = config.dataset.test_tasks() or validation
     method, evaluate = latro if config.method == "latro" else sft, evaluation(config)
     final = method(config, announced_sizes(config, train), begin)
-    held_out = config.dataset.test_tasks() or validation
     before, after = evaluate(begin, held_out), evaluate(final, held_out)
     summary = json.dumps({"before": before, "after": after}, indent=2) + "\n"
     write_atomically(config.folder(config.method) / "summary.json", summary)
