@@ -1,8 +1,9 @@
 """A recipe of several stages: each a named result, the settings that made it, and the stages it needs.
 
-policy = training_stage("policy", supervised_train.main, supervised_train.Config(...))
-answers = Stage("answers", folder / "answers.jsonl", {"number": 50}, partial(sample, ...), needs=[policy])
-run_stages([answers])  # makes what is missing, the policy first
+    answers = Stage("answers", folder / "answers.jsonl", {"number": 50}, partial(sample, ...), needs=[policy])
+    run_stages([answers])  # makes what is missing, the policy first
+
+Each runs after what it needs; side by side they run in recipes/star_graph/side_by_side.py.
 """
 
 import asyncio
