@@ -222,7 +222,7 @@ def _interrupt(*_: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, _interrupt)  # asyncio's own handler would wait for the line to be finished
-    run_command(lambda config: asyncio.run(play(config)), Config, {"env": ENVS})
+    run_command(play, Config, {"env": ENVS})
 
 
 if __name__ == "__main__":
