@@ -1,11 +1,14 @@
-"""The RL step when environments are slow: synchronous, streaming and asynchronous on the same work, and where the time goes.
+"""The RL step when environments are slow: synchronous, streaming and asynchronous on the same work,
+and where the time goes.
 
     python benchmarks/async_vs_sync.py [--steps 12] [--engine torch]
 
-64 environments at once (8 groups of 8), two turns each, and every turn takes from 0.2 s to 2 s of waiting, as a tool or a remote grader
-would; which environment waits how long is the same for all sides. The loop is rl.train.main's own. `idle` is the part of the 64 places in which
-no environment is under way (waiting for the slowest of a batch, or for training), `nothing` the part of the time in which neither
-sampler, environment nor trainer works. Left out: several machines, episodes of very different length.
+64 environments at once (8 groups of 8), two turns each, and every turn takes from 0.2 s to 2 s of
+waiting, as a tool or a remote grader would; which environment waits how long is the same for all
+sides. The loop is rl.train.main's own. `idle` is the part of the 64 places in which no environment
+is under way (waiting for the slowest of a batch, or for training), `nothing` the part of the time
+in which neither sampler, environment nor trainer works. Left out: several machines, episodes of
+very different length.
 """
 
 import argparse
@@ -71,7 +74,9 @@ class SlowGroup(EnvGroupBuilder):
     async def make_envs(self) -> Sequence[Env]:
         rng = np.random.default_rng(self.seed)
         prompt = rng.integers(4, 260, PROMPT).tolist()
-        return [SlowEnv(list(prompt), seconds) for seconds in rng.uniform(FASTEST, SLOWEST, (GROUP_SIZE, TURNS)).tolist()]
+        return [
+            SlowEnv(list(prompt), seconds) for seconds in rng.uniform(FASTEST, SLOWEST, (GROUP_SIZE, TURNS)).tolist()
+        ]
 
 
 class SlowDataset(RLDataset):
@@ -95,7 +100,9 @@ class SlowBuilder(RLDatasetBuilder):
 
 
 def run(steps: int, engine: str, model: str, settings: dict[str, Any]) -> dict[str, float]:
-    """Means over the steps after the warm-up and before the last ones, in which no batch is left to be sampled ahead."""
+    """Means over the steps after the warm-up and before the last ones, in which no batch is left to
+    be sampled ahead.
+    """
     drained = settings.get("max_steps_off_policy", 0)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = train.Config(
@@ -117,7 +124,9 @@ def run(steps: int, engine: str, model: str, settings: dict[str, Any]) -> dict[s
 
     def mean(name: str) -> float:
         """Weighed by the steps' time."""
-        return sum(record.get(f"time/share/{name}", 0.0) * s for record, s in zip(records, seconds, strict=True)) / sum(seconds)
+        return sum(record.get(f"time/share/{name}", 0.0) * s for record, s in zip(records, seconds, strict=True)) / sum(
+            seconds
+        )
 
     return {
         "seconds_per_step": sum(seconds) / len(seconds),
@@ -135,11 +144,21 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     arguments = parser.parse_args()
     load = wait_until_quiet()
-    sides = {name: run(arguments.steps, arguments.engine, arguments.model, settings) for name, settings in SIDES.items()}
+    sides = {
+        name: run(arguments.steps, arguments.engine, arguments.model, settings) for name, settings in SIDES.items()
+    }
     figures = {f"{name}: {key}": value for name, side in sides.items() for key, value in side.items()}
     plain = sides["synchronous"]["seconds_per_step"]
-    ratios = {f"{name}: steps per second against synchronous": plain / side["seconds_per_step"] for name, side in sides.items()}
-    settings = vars(arguments) | {"groups": GROUPS, "group_size": GROUP_SIZE, "turns": TURNS, "turn_seconds": [FASTEST, SLOWEST]}
+    ratios = {
+        f"{name}: steps per second against synchronous": plain / side["seconds_per_step"]
+        for name, side in sides.items()
+    }
+    settings = vars(arguments) | {
+        "groups": GROUPS,
+        "group_size": GROUP_SIZE,
+        "turns": TURNS,
+        "turn_seconds": [FASTEST, SLOWEST],
+    }
     write_report("async_vs_sync", figures, settings, load, ratios)
 
 

@@ -1,12 +1,15 @@
-"""The Belief State Transformer on the paper's star graphs, with the paper's model, in pieces of a few minutes.
+"""The Belief State Transformer on the paper's star graphs, with the paper's model, in pieces of a
+few minutes.
 
-    python benchmarks/belief_state_star_graph.py --minutes 8                       # again and again, until it says that all is done
+    python benchmarks/belief_state_star_graph.py --minutes 8  # again and again, until it says that all is done
     python benchmarks/belief_state_star_graph.py --graphs 2,5 --compile --folder runs/bst_gpu
 
-G(2,5), G(2,10) and G(5,5) over 50 labels: 103.9M parameters, batches of 256 fresh graphs, AdamW at 1e-4, 5,000 steps (the preset star_graph of
-recipes/belief_state/train.py). Each graph is a run folder, which the next piece goes on with. Measured: steps per second, against the 1.2 that
-the original states for G(5,5) on one H100; the training loss at steps 100 and 4,000 (the original: about 2.85 and nearly 0); accuracy on
-1,000 held-out graphs. `--size toy` tries the script itself on a CPU; its figures stay in the folder.
+G(2,5), G(2,10) and G(5,5) over 50 labels: 103.9M parameters, batches of 256 fresh graphs, AdamW at
+1e-4, 5,000 steps (the preset star_graph of recipes/belief_state/train.py). Each graph is a run
+folder, which the next piece goes on with. Measured: steps per second, against the 1.2 that the
+original states for G(5,5) on one H100; the training loss at steps 100 and 4,000 (the original:
+about 2.85 and nearly 0); accuracy on 1,000 held-out graphs. `--size toy` tries the script itself on
+a CPU; its figures stay in the folder.
 """
 
 import argparse
@@ -49,7 +52,9 @@ def is_finished(run: RunFolder) -> bool:
 
 
 def figures(run: RunFolder) -> dict[str, Any]:
-    """What metrics.jsonl says so far. The first steps, which compile and warm up, are left out of the speed."""
+    """What metrics.jsonl says so far. The first steps, which compile and warm up, are left out of
+    the speed.
+    """
     records = read_metrics(run.path)
     seconds = [record["time/train"] for record in records[20:] if "time/train" in record]
     found: dict[str, Any] = {"steps done": sum("optim/loss" in record for record in records)}
@@ -82,7 +87,8 @@ def main(argv: list[str] | None = None) -> bool:
     # as if Ctrl-C were pressed: the loop finishes its step, saves, and raises
     timer = threading.Timer(60 * arguments.minutes, os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # between two runs there is nothing to save
+    # between two runs there is nothing to save
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         timer.start()
         for graph, settings in configs.items():

@@ -1,12 +1,15 @@
-"""One training step of the Belief State Transformer against the structure of the original's, in the same run.
+"""One training step of the Belief State Transformer against the structure of the original's, in the
+same run.
 
     python benchmarks/belief_state_step.py [--rounds 3]
 
-The peer (belief_state.md B.3, written anew): both encoders read whole rows under an explicit mask; then, a sequence at a time, the pair list is
-made, its states are gathered, the head is run and its loss backpropagated into detached copies; one encoder backward. Ours makes one
-pair list for the batch, runs the head in chunks of any rows, and reads only what some pair uses. Same weights, same batch, fp32;
-the gradients are compared before anything is timed. A step is the passes and AdamW, on one thread, in CPU seconds: what else the machine
-does counts for little. The peer's head is ours, pair by pair.
+The peer (belief_state.md B.3, written anew): both encoders read whole rows under an explicit mask;
+then, a sequence at a time, the pair list is made, its states are gathered, the head is run and its
+loss backpropagated into detached copies; one encoder backward. Ours makes one pair list for the
+batch, runs the head in chunks of any rows, and reads only what some pair uses. Same weights, same
+batch, fp32; the gradients are compared before anything is timed. A step is the passes and AdamW, on
+one thread, in CPU seconds: what else the machine does counts for little. The peer's head is ours,
+pair by pair.
 """
 
 import argparse
@@ -50,7 +53,12 @@ def batch(shape: Shape) -> tuple[torch.Tensor, BeliefStateConfig, PairObjective,
     if shape.graph is None:
         tokens = np.random.default_rng(0).integers(2, 1000, (shape.rows, 64))
         tokens[:, ::32] = 1  # two documents a row
-        return torch.from_numpy(tokens), BeliefStateConfig(1000, 1, shape.layers, 4, shape.hidden), PairObjective(), True
+        return (
+            torch.from_numpy(tokens),
+            BeliefStateConfig(1000, 1, shape.layers, 4, shape.hidden),
+            PairObjective(),
+            True,
+        )
     graph = shape.graph
     rows = np.concatenate([sample_graphs(graph, shape.rows, 0), np.full((shape.rows, 1), graph.eos)], axis=1)
     objective = PairObjective(context_length=graph.prefix_length - 1, min_gap=2)
@@ -83,7 +91,9 @@ def measure(shape: Shape, rounds: int) -> tuple[dict[str, float | str], float]:
         one_pass()
         gradients.append([p.grad for p in model.parameters()])
         optimizer.zero_grad()
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True) if a is not None and b is not None)
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True) if a is not None and b is not None
+    )
 
     def timed(name: str) -> float:
         start = time.process_time()

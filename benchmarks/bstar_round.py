@@ -1,11 +1,14 @@
-"""One full round of B-STaR through the recipe's own command: tokens per second of each stage, and the share of the time it takes.
+"""One full round of B-STaR through the recipe's own command: tokens per second of each stage, and
+the share of the time it takes.
 
     python benchmarks/bstar_round.py [--method bstar]
 
-On a GPU the model has the shape of Qwen2.5-0.5B with random weights: 64 samples of each of 256 questions, a process reward model of the same
-shape, 50 steps of 128. On a CPU everything is small. There is nothing to learn in the task: a solution is some lines of random digits and a last
-one, "#" and a digit, which is right one time in ten. After a short warm start, samples have the lengths asked for, differ from one
-another and are selected, and nothing need be downloaded. Left out: the stages before the rounds, and a peer.
+On a GPU the model has the shape of Qwen2.5-0.5B with random weights: 64 samples of each of 256
+questions, a process reward model of the same shape, 50 steps of 128. On a CPU everything is small.
+There is nothing to learn in the task: a solution is some lines of random digits and a last one, "#"
+and a digit, which is right one time in ten. After a short warm start, samples have the lengths
+asked for, differ from one another and are selected, and nothing need be downloaded. Left out: the
+stages before the rounds, and a peer.
 """
 
 import argparse
@@ -41,7 +44,9 @@ from recipes.bstar.train import main as run
 class LinesBuilder(TaskBuilder):
     """Random lines of random digits."""
 
-    form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="of solutions")
+    form: StepFormat = chz.field(
+        default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="of solutions"
+    )
     prompt_tokens: int = chz.field(validator=COUNT, doc="digits of a question")
     line_tokens: int = chz.field(validator=COUNT, doc="digits of a line")
     mean_lines: int = chz.field(validator=COUNT, doc="lines of a solution, on average")
@@ -62,7 +67,9 @@ class LinesBuilder(TaskBuilder):
 
     def sets(self, renderer: Renderer) -> Sets:
         train = self._problems("train", self.num_train or 0)
-        return Sets(self._problems("warm", self.num_warm_start or 0), train, train, self._problems("test", self.num_test or 0))
+        return Sets(
+            self._problems("warm", self.num_warm_start or 0), train, train, self._problems("test", self.num_test or 0)
+        )
 
 
 def _digits(rng: np.random.Generator, count: int) -> str:
@@ -71,7 +78,9 @@ def _digits(rng: np.random.Generator, count: int) -> str:
 
 @dataclass(frozen=True)
 class Size:
-    """Solutions of about `mean_lines` lines of `line_tokens` digits, at most `max_tokens` in all."""
+    """Solutions of about `mean_lines` lines of `line_tokens` digits, at most `max_tokens` in
+    all.
+    """
 
     model_name: str
     questions: int
@@ -139,7 +148,9 @@ def config(size: Size, method: str, folder: str) -> Config:
 
 
 def figures_of(summary: Summary) -> dict[str, float]:
-    """Seconds, share and tokens per second of each stage; scored tokens are those of the samples."""
+    """Seconds, share and tokens per second of each stage; scored tokens are those of the
+    samples.
+    """
     tokens = summary.tokens | {"score": summary.tokens.get("sample", 0)}
     total = sum(summary.seconds.values())
     figures: dict[str, float] = {"round: s": total}
@@ -163,7 +174,9 @@ def measure(size: Size, method: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="bstar", help="a method of recipes/bstar/methods.py; bstar sweeps two temperatures")
+    parser.add_argument(
+        "--method", default="bstar", help="a method of recipes/bstar/methods.py; bstar sweeps two temperatures"
+    )
     arguments = parser.parse_args()
     size = GPU if torch.cuda.is_available() else CPU
     load = wait_until_quiet()

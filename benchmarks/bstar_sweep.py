@@ -1,11 +1,14 @@
-"""B-STaR's sweep over temperatures: one engine for all of them, against a new process with a new engine for each, the original's way.
+"""B-STaR's sweep over temperatures: one engine for all of them, against a new process with a new
+engine for each, the original's way.
 
     python benchmarks/bstar_sweep.py [--engine torch|vllm] [--rounds 3]
 
-Every process is this file again: it opens a saved policy and samples, at each of its temperatures, so many answers of one length to so many
-prompts. A third figure is what a round of recipes/bstar pays: its engine is open already and only takes new weights. On a CPU all ways must
-sample the same tokens. CPU seconds stand beside the wall clock, since other processes on the machine disturb them less. The sizes on a CPU are
-those of the recipe's default experiment. Left out: scoring, and several GPUs (the original's shards, too, run one after another).
+Every process is this file again: it opens a saved policy and samples, at each of its temperatures,
+so many answers of one length to so many prompts. A third figure is what a round of recipes/bstar
+pays: its engine is open already and only takes new weights. On a CPU all ways must sample the same
+tokens. CPU seconds stand beside the wall clock, since other processes on the machine disturb them
+less. The sizes on a CPU are those of the recipe's default experiment. Left out: scoring, and
+several GPUs (the original's shards, too, run one after another).
 """
 
 import argparse
@@ -40,7 +43,9 @@ FIRST_BYTE = 4  # the presets' special tokens come before it
 
 @dataclass(frozen=True)
 class Size:
-    """At every temperature `samples` answers of `max_tokens` to each of `queries` prompts of `prompt_tokens`."""
+    """At every temperature `samples` answers of `max_tokens` to each of `queries` prompts of
+    `prompt_tokens`.
+    """
 
     model_name: str
     queries: int
@@ -58,9 +63,13 @@ def sample(client: SamplingClient, size: Size, temperature: float) -> list[list[
     prompts = np.random.default_rng(0).integers(FIRST_BYTE, 260, (size.queries, size.prompt_tokens)).tolist()
 
     async def all_queries() -> list[list[int]]:
-        params = [SamplingParams(size.max_tokens, seed=1000 * i, stop=[], temperature=temperature) for i in range(size.queries)]
+        params = [
+            SamplingParams(size.max_tokens, seed=1000 * i, stop=[], temperature=temperature)
+            for i in range(size.queries)
+        ]
         asked = (
-            client.sample_async(ModelInput.from_ints(p), size.samples, each) for p, each in zip(prompts, params, strict=True)
+            client.sample_async(ModelInput.from_ints(p), size.samples, each)
+            for p, each in zip(prompts, params, strict=True)
         )
         return [sequence.tokens for response in await asyncio.gather(*asked) for sequence in response.sequences]
 
@@ -83,10 +92,13 @@ def one_process(engine: str, size: Size, policy: str, temperatures: Sequence[flo
 
 
 def live_engine(engine: str, size: Size, policy: str) -> tuple[float, float]:
-    """Wall-clock and CPU seconds of a sweep by a training client whose engine is open: the sync of new weights, and the sampling."""
+    """Wall-clock and CPU seconds of a sweep by a training client whose engine is open: the sync of
+    new weights, and the sampling.
+    """
     with ServiceClient(BackendConfig(engine=engine, max_num_seqs=size.max_num_seqs)) as service:  # type: ignore[arg-type]
         client = service.create_training_client_from_state(policy)
-        sample(client.save_weights_and_get_sampling_client(), size, 1.0)  # opens the engine; the first calls are slow
+        # opens the engine; the first calls are slow
+        sample(client.save_weights_and_get_sampling_client(), size, 1.0)
         client.load_state(policy).result()  # new weights, as after the training of a round
         start, cpu_start = time.perf_counter(), time.process_time()
         sampling_client = client.save_weights_and_get_sampling_client()
@@ -96,14 +108,27 @@ def live_engine(engine: str, size: Size, policy: str) -> tuple[float, float]:
 
 
 def processes(engine: str, policy: str, groups: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Runs one process for each group of temperatures, one after another; wall-clock and CPU seconds of all, and what they report."""
+    """Runs one process for each group of temperatures, one after another; wall-clock and CPU
+    seconds of all, and what they report.
+    """
     start, cpu_start = time.perf_counter(), _cpu_of_children()
-    reports = [in_subprocess(__file__, "--engine", engine, "--policy", policy, "--sample", *map(str, group)) for group in groups]
+    reports = [
+        in_subprocess(__file__, "--engine", engine, "--policy", policy, "--sample", *map(str, group))
+        for group in groups
+    ]
     wall, cpu = time.perf_counter() - start, _cpu_of_children() - cpu_start
     digests = {t: digest for report in reports for t, digest in report["digests"].items()}
-    parts: dict[str, float] = {name: sum(report["seconds"][name] for report in reports) for name in reports[0]["seconds"]}
+    parts: dict[str, float] = {
+        name: sum(report["seconds"][name] for report in reports) for name in reports[0]["seconds"]
+    }
     parts["start, imports, end"] = wall - sum(parts.values())
-    return {"wall": wall, "cpu": cpu, "parts": parts, "tokens": sum(report["tokens"] for report in reports), "digests": digests}
+    return {
+        "wall": wall,
+        "cpu": cpu,
+        "parts": parts,
+        "tokens": sum(report["tokens"] for report in reports),
+        "digests": digests,
+    }
 
 
 def _cpu_of_children() -> float:
@@ -130,7 +155,9 @@ def compare(engine: str, size: Size, rounds: int) -> None:
         walls = [run["wall"] for run in side]
         figures |= {f"{name}: wall, s": statistics.median(walls), f"{name}: spread": spread(walls)}
         figures[f"{name}: CPU, s"] = statistics.median(run["cpu"] for run in side)
-        figures |= {f"{name}: {part}, s": statistics.median(r["parts"][part] for r in side) for part in side[0]["parts"]}
+        figures |= {
+            f"{name}: {part}, s": statistics.median(r["parts"][part] for r in side) for part in side[0]["parts"]
+        }
     walls, cpus = zip(*live, strict=True)
     name = "open engine of a round"
     figures |= {f"{name}: wall, s": statistics.median(walls), f"{name}: spread": spread(walls)}

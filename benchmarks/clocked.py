@@ -1,7 +1,8 @@
 """Our loops under a clock, each as its train_cli runs it, and the inputs that the peer gets too.
 
-A step's time is the wall clock from one step's start to the next one's, logging, progress bar and run folder included:
-datasets are asked for exactly one batch a step, so the time of asking is taken there.
+A step's time is the wall clock from one step's start to the next one's, logging, progress bar and
+run folder included: datasets are asked for exactly one batch a step, so the time of asking is taken
+there.
 """
 
 import asyncio
@@ -31,7 +32,8 @@ from supervised import train as sft_train
 from supervised.types import SupervisedDataset
 
 GROUPS, GROUP_SIZE, MAX_TOKENS, SFT_BATCH, LEARNING_RATE = 64, 8, 6, 128, 1e-4
-DPO_BATCH, DPO_PROMPT, DPO_ANSWER = 32, 96, 48  # pairs, and the characters (tokens) of a prompt and of each answer
+# pairs, and the characters (tokens) of a prompt and of each answer
+DPO_BATCH, DPO_PROMPT, DPO_ANSWER = 32, 96, 48
 ASKED_AT: list[tuple[float, float]] = []  # wall clock and the process's CPU time
 
 
@@ -114,7 +116,9 @@ def _high_water_mib() -> float:
 def step_times(marks: Sequence[tuple[float, float]], warmup: int) -> dict[str, list[float]]:
     """Wall and CPU seconds (all threads) of the steps between marks, without the first `warmup`."""
     steps = list(zip(marks[warmup:-1], marks[warmup + 1 :], strict=True))
-    return {f"{name}_seconds": [later[i] - earlier[i] for earlier, later in steps] for i, name in enumerate(("step", "cpu"))}
+    return {
+        f"{name}_seconds": [later[i] - earlier[i] for earlier, later in steps] for i, name in enumerate(("step", "cpu"))
+    }
 
 
 def mean_timings(folder: Path, warmup: int) -> dict[str, float]:
@@ -125,7 +129,9 @@ def mean_timings(folder: Path, warmup: int) -> dict[str, float]:
 
 
 def run_rl(model: str, engine: str, steps: int, warmup: int, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The default RL loop without evaluations and mid-run checkpoints, which are no part of a step."""
+    """The default RL loop without evaluations and mid-run checkpoints, which are no part of a
+    step.
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = rl_train.Config(
             env=ClockedArithmetic(batch_size=GROUPS, group_size=GROUP_SIZE, n_batches=steps + warmup + 1),
@@ -165,11 +171,17 @@ def run_sft(
             log_path=path,
         )
         metrics = asyncio.run(sft_train.main(config))
-        return {**step_times(ASKED_AT, warmup), "parts": mean_timings(Path(path), warmup), "nll": metrics["train_mean_nll"]}
+        return {
+            **step_times(ASKED_AT, warmup),
+            "parts": mean_timings(Path(path), warmup),
+            "nll": metrics["train_mean_nll"],
+        }
 
 
 def run_dpo(model: str, steps: int, warmup: int) -> dict[str, Any]:
-    """The default preference loop without held-out metrics. The reference is computed before the first step."""
+    """The default preference loop without held-out metrics. The reference is computed before the
+    first step.
+    """
     memory = PeakMemory()
     train_dpo.ListDataset = ClockedPairs
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):

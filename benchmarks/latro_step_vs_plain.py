@@ -1,14 +1,18 @@
-"""One step of recipes/latro against the straightforward composition of Hugging Face parts, on the recipe's sums of digits.
+"""One step of recipes/latro against the straightforward composition of Hugging Face parts, on the
+recipe's sums of digits.
 
-    python benchmarks/latro_step_vs_plain.py [--shapes tiny,tiny-long,small] [--rounds 3] [--steps 8]
+    python benchmarks/latro_step_vs_plain.py [--shapes tiny,tiny-long,small] [--rounds 3] [--steps
+    8]
 
-The other side is what the paper's code amounts to (specs: latro A.2), with nothing in it that would slow it down: `generate` to the full
-response length, since a rationale is cut at its stop afterwards; three scoring passes (log p(z) of the policy and of the reference, log p(y|z)
-of the policy) and one training pass, each over whole sequences with all logits. Same warm start, questions, K, precision (fp32 on a CPU) and
-AdamW.
+The other side is what the paper's code amounts to (specs: latro A.2), with nothing in it that would
+slow it down: `generate` to the full response length, since a rationale is cut at its stop
+afterwards; three scoring passes (log p(z) of the policy and of the reference, log p(y|z) of the
+policy) and one training pass, each over whole sequences with all logits. Same warm start,
+questions, K, precision (fp32 on a CPU) and AdamW.
 
-Ours is the whole step of the loop: it also syncs weights into a second engine, probes the sync and writes metrics, which is all counted. A
-GPU takes --shapes qwen2.5-0.5b-shape, with random weights, whose rationales never stop: that side of it was not run.
+Ours is the whole step of the loop: it also syncs weights into a second engine, probes the sync and
+writes metrics, which is all counted. A GPU takes --shapes qwen2.5-0.5b-shape, with random weights,
+whose rationales never stop: that side of it was not run.
 """
 
 import argparse
@@ -65,8 +69,8 @@ class Shape:
     warm_start: int  # supervised updates, enough that rationales stop; 0 = random weights
 
 
-# The recipe as it comes, where a rationale has half the response length; then a third of it, as on GSM8K with the README's command: 500 tokens
-# for rationales of 100 to 200.
+# The recipe as it comes, where a rationale has half the response length; then a third of it, as on
+# GSM8K with the README's command: 500 tokens for rationales of 100 to 200.
 SHAPES = {
     "tiny": Shape("tiny", 6, 16, 8, 128, 300),
     "tiny-long": Shape("tiny", 18, 60, 16, 128, 60),
@@ -92,7 +96,7 @@ def recipe(shape: Shape, log_path: str, **options: Any) -> train.Config:
     )
 
 
-# --- ours -----------------------------------------------------------------------------------------------------------------------
+# --- ours ---------------------------------------------------------------------------------------
 
 
 @chz.chz
@@ -103,7 +107,9 @@ class ClockedRationales(LatentRationales):
 
 
 def run_ours(shape: Shape, begin: str | None, steps: int, warmup: int) -> dict[str, Any]:
-    """The recipe's own configuration of the loop, without evaluations, checkpoints and transcripts, which are no part of a step."""
+    """The recipe's own configuration of the loop, without evaluations, checkpoints and transcripts,
+    which are no part of a step.
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = recipe(shape, folder, max_updates=steps + warmup + 1, num_evaluations=1)
         settings = train.rl_config(config, train.sizes_of(config, QUESTIONS), begin)
@@ -111,9 +117,12 @@ def run_ours(shape: Shape, begin: str | None, steps: int, warmup: int) -> dict[s
         settings = chz.replace(settings, env=env, eval_every=0, save_every=0, transcript_every=0)
         asyncio.run(rl_train.main(settings))
         records = read_metrics(Path(settings.log_path))
-        parts = {name.removeprefix("time/"): value for name, value in mean_timings(Path(settings.log_path), warmup).items()}
+        parts = {
+            name.removeprefix("time/"): value for name, value in mean_timings(Path(settings.log_path), warmup).items()
+        }
     mean = {
-        key: statistics.mean(record[key] for record in records) for key in ("env/all/ac_tokens_per_turn", "likelihood/finished")
+        key: statistics.mean(record[key] for record in records)
+        for key in ("env/all/ac_tokens_per_turn", "likelihood/finished")
     }
     return {
         **step_times(ASKED_AT, warmup),
@@ -124,14 +133,16 @@ def run_ours(shape: Shape, begin: str | None, steps: int, warmup: int) -> dict[s
     }
 
 
-# --- the plain composition ------------------------------------------------------------------------------------------------------
+# --- the plain composition ----------------------------------------------------------------------
 
 
 class Plain:
     def __init__(self, shape: Shape, begin: str | None):
         self.config, self.shape, self.device = recipe(shape, ""), shape, training_device()
         self.policy, self.reference = (self._open(begin) for _ in range(2))
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.95), fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.95), fused=True
+        )
         renderer = get_renderer("plain", load_tokenizer(shape.model))
         dataset, _ = asyncio.run(train.environment(self.config)(renderer))
         self.dataset: Any = dataset
@@ -156,7 +167,9 @@ class Plain:
             answer_B = self._logprobs(self.policy, whole, contexts)
             rewards_B = torch.where(finished, answer_B, self.config.penalty_reward_value * answer_B.mean())
             rewards_B = rewards_B - self.config.kl_coef * (logp_B - reference_B)
-            advantages = [LeaveOneOut()(group_G.cpu().double().numpy()) for group_G in rewards_B.split(self.shape.rloo_k)]
+            advantages = [
+                LeaveOneOut()(group_G.cpu().double().numpy()) for group_G in rewards_B.split(self.shape.rloo_k)
+            ]
         with self._timed("train"):
             token_logprobs_BT = self._token_logprobs(self.policy, whole)
             rationale_B = _sum_between(token_logprobs_BT, prompts, contexts)
@@ -178,14 +191,22 @@ class Plain:
         self.seconds[part] += time.perf_counter() - start
 
     def _rationales(self, members: Sequence[RationaleGroup]) -> tuple[list[list[int]], torch.Tensor]:
-        """Questions of a batch are equally long. EOS is switched off until the full length, then all is cut at the stop."""
+        """Questions of a batch are equally long. EOS is switched off until the full length, then
+        all is cut at the stop.
+        """
         length = self.shape.response_length
         prompts_BT = torch.tensor([group.prompt for group in members], device=self.device)
         options: Any = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
         out_BT = self.policy.generate(
-            prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=length, min_new_tokens=length, **options
+            prompts_BT,
+            attention_mask=torch.ones_like(prompts_BT),
+            max_new_tokens=length,
+            min_new_tokens=length,
+            **options,
         )
-        cut = [group.rationale(row) for group, row in zip(members, out_BT[:, prompts_BT.shape[1] :].tolist(), strict=True)]
+        cut = [
+            group.rationale(row) for group, row in zip(members, out_BT[:, prompts_BT.shape[1] :].tolist(), strict=True)
+        ]
         self.sampled_tokens.append(length)
         return [rationale for rationale, _ in cut], torch.tensor([finished for _, finished in cut], device=self.device)
 
@@ -193,7 +214,9 @@ class Plain:
         return _sum_between(self._token_logprobs(model, sequences), contexts, sequences)
 
     def _token_logprobs(self, model: Any, sequences: list[list[int]]) -> torch.Tensor:
-        """(B, T - 1) of token t + 1. Padding on the right needs no mask, as nothing before it looks there."""
+        """(B, T - 1) of token t + 1. Padding on the right needs no mask, as nothing before it looks
+        there.
+        """
         rows = [torch.tensor(tokens) for tokens in sequences]
         tokens_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
         logprobs_BTV = model(tokens_BT, use_cache=False).logits[:, :-1].float().log_softmax(-1)
@@ -224,7 +247,7 @@ def run_plain(shape: Shape, begin: str | None, steps: int, warmup: int) -> dict[
     }
 
 
-# --- the race -------------------------------------------------------------------------------------------------------------------
+# --- the race -----------------------------------------------------------------------------------
 
 
 def race(name: str, begin: str, rounds: int, counts: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
@@ -248,18 +271,23 @@ def race(name: str, begin: str, rounds: int, counts: Sequence[str]) -> tuple[dic
         figures[f"{side}: spread of the rounds"] = spread([statistics.median(one["step_seconds"]) for one in outcomes])
         figures |= {f"{side}: {key}": value for key, value in outcomes[-1].items() if isinstance(value, float)}
         figures |= {
-            f"{side}: {part}, s": statistics.median(one["parts"][part] for one in outcomes) for part in outcomes[-1]["parts"]
+            f"{side}: {part}, s": statistics.median(one["parts"][part] for one in outcomes)
+            for part in outcomes[-1]["parts"]
         }
     return figures, {f"plain / ours, {kind} time": both["plain"] / both["ours"] for kind, both in medians.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="qwen2.5-0.5b-shape" if torch.cuda.is_available() else "tiny,tiny-long,small")
+    parser.add_argument(
+        "--shapes", default="qwen2.5-0.5b-shape" if torch.cuda.is_available() else "tiny,tiny-long,small"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="timed steps in each round")
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--side", choices=("ours", "plain"), help="used by the script itself: run one side, print its times")
+    parser.add_argument(
+        "--side", choices=("ours", "plain"), help="used by the script itself: run one side, print its times"
+    )
     parser.add_argument("--begin", default="", help="a warm start's checkpoint, instead of making one")
     arguments = parser.parse_args()
     if arguments.side:

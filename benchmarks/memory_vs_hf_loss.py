@@ -1,12 +1,14 @@
-"""Peak memory of one training pass at a vocabulary of 151,936: our chunked logprobs against the plain Hugging Face loss.
+"""Peak memory of one training pass at a vocabulary of 151,936: our chunked logprobs against the
+plain Hugging Face loss.
 
     python benchmarks/memory_vs_hf_loss.py
 
-The same model and tokens, every position trained on, forward and backward, each side in a process of its own:
-Trainer.run(data, "cross_entropy") against model(input_ids=..., labels=...).loss.backward(). On a CPU the peak is that of the
-resident memory above what the process held before the pass; on a GPU it is torch's own count, weights and gradients included.
-CPU: 2 layers, 128 wide, 4 x 1024 tokens. GPU: Qwen2.5-0.5B's shape, 16 x 1024, bf16 autocast. Left out: the optimizer's step,
-the same for both.
+The same model and tokens, every position trained on, forward and backward, each side in a process
+of its own: Trainer.run(data, "cross_entropy") against model(input_ids=...,
+labels=...).loss.backward(). On a CPU the peak is that of the resident memory above what the process
+held before the pass; on a GPU it is torch's own count, weights and gradients included. CPU: 2
+layers, 128 wide, 4 x 1024 tokens. GPU: Qwen2.5-0.5B's shape, 16 x 1024, bf16 autocast. Left out:
+the optimizer's step, the same for both.
 """
 
 import argparse
@@ -45,7 +47,9 @@ def save_small_model(folder: str) -> None:
 
 def our_pass(trainer: Trainer, tokens_BT: np.ndarray) -> None:
     weights = np.ones(LENGTH, dtype=np.float32) / tokens_BT[:, 1:].size
-    data = [Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT]
+    data = [
+        Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT
+    ]
     trainer.run(data, "cross_entropy")
 
 
@@ -102,7 +106,10 @@ def compare(rounds: int) -> None:
         }
         load = wait_until_quiet()
         results = alternate(sides, rounds)
-    best = {side: {key: min(outcome[key] for outcome in outcomes) for key in outcomes[0]} for side, outcomes in results.items()}
+    best = {
+        side: {key: min(outcome[key] for outcome in outcomes) for key in outcomes[0]}
+        for side, outcomes in results.items()
+    }
     write_report(
         "memory_vs_hf_loss",
         {f"{side}: {key}": value for side, measured in best.items() for key, value in measured.items()},
@@ -120,7 +127,9 @@ def compare(rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="the smallest figure of each side counts")
-    parser.add_argument("--side", choices=("ours", "plain"), help="used by the script itself: run one side, print what it took")
+    parser.add_argument(
+        "--side", choices=("ours", "plain"), help="used by the script itself: run one side, print what it took"
+    )
     parser.add_argument("--model")
     parser.add_argument("--sequences", type=int, default=CPU_SEQUENCES)
     arguments = parser.parse_args()

@@ -1,5 +1,5 @@
-"""A race of training steps between our loop and TRL's trainer, each in its own process, in turn, from the same warm-started
-model.
+"""A race of training steps between our loop and TRL's trainer, each in its own process, in turn,
+from the same warm-started model.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from benchmarks.clocked import run_sft
 from benchmarks.report import ROOT, alternate, in_subprocess, spread, wait_until_quiet, write_report
 
 TRL_SITE = os.environ.get("TRL_SITE", "/tmp/trl-site")
-MEASURED = ("reward", "answer_tokens", "nll", "dpo_loss", "peak_mib")  # what a side may report beside its times
+# what a side may report beside its times
+MEASURED = ("reward", "answer_tokens", "nll", "dpo_loss", "peak_mib")
 Ours = dict[str, Callable[..., dict[str, Any]]]
 WARM_START_STEPS = 100  # about 10 s; enough that answers end with EOS and some of them are right
 
@@ -40,8 +41,8 @@ def race(
     steps: int,
     warmup: int,
 ) -> None:
-    """The command line of NAME.py; `rounds`, `steps` and `warmup` are defaults. `ours`: side -> what runs it; `trl`: side -> the
-    mode of trl_side.py. The step times of all rounds are pooled.
+    """The command line of NAME.py; `rounds`, `steps` and `warmup` are defaults. `ours`: side ->
+    what runs it; `trl`: side -> the mode of trl_side.py. The step times of all rounds are pooled.
     """
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds)

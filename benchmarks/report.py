@@ -1,5 +1,5 @@
-"""What every benchmark shares: sides run in turn, one printed table, and one JSON file of figures with the versions they were
-made with.
+"""What every benchmark shares: sides run in turn, one printed table, and one JSON file of figures
+with the versions they were made with.
 """
 
 import json
@@ -25,7 +25,9 @@ WAIT_SECONDS = 60.0
 
 
 def alternate(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """A, B, A, B, ...: so that what else the machine does in the meantime meets both sides alike. Results per side, in order."""
+    """A, B, A, B, ...: so that what else the machine does in the meantime meets both sides alike.
+    Results per side, in order.
+    """
     results: dict[str, list[T]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
@@ -46,19 +48,25 @@ def in_subprocess(script: str, *arguments: str, extra_path: str | None = None) -
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} failed with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def wait_until_quiet() -> float:
-    """Waits up to a minute for the machine's other processes to pause; returns the load (running processes) then."""
+    """Waits up to a minute for the machine's other processes to pause; returns the load (running
+    processes) then.
+    """
     deadline = time.monotonic() + WAIT_SECONDS
     while (load := os.getloadavg()[0]) > QUIET_LOAD and time.monotonic() < deadline:
         time.sleep(2)
     return load
 
 
-def write_report(name: str, figures: dict[str, Any], settings: dict[str, Any], load: float, ratios: dict[str, float]) -> None:
+def write_report(
+    name: str, figures: dict[str, Any], settings: dict[str, Any], load: float, ratios: dict[str, float]
+) -> None:
     """Prints the figures, the ratios last, and writes results/<name>-<device>.json."""
     record = {
         "benchmark": name,
@@ -102,7 +110,9 @@ def _machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, marked where the tree has changes it does not hold; empty outside a git checkout and without git."""
+    """The commit, marked where the tree has changes it does not hold; empty outside a git checkout
+    and without git.
+    """
     try:
         done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     except OSError:

@@ -1,13 +1,14 @@
-"""One RL step of our loop against one of TRL 1.16's GRPOTrainer: 64 problems x 8 samples of the arithmetic task, the same warm-
-started `tiny`.
+"""One RL step of our loop against one of TRL 1.16's GRPOTrainer: 64 problems x 8 samples of the
+arithmetic task, the same warm- started `tiny`.
 
     pip install --target /tmp/trl-site --no-deps trl==1.16.0      # beside the virtual environment, which stays as it is
     python benchmarks/rl_step_vs_trl.py [--rounds 2] [--steps 25]
 
-Both sides sample up to 6 tokens at temperature 1 and take one AdamW step at 1e-4 in fp32, without KL, clipping of gradients or
-division by the standard deviation. TRL samples with transformers' generate, as it does on a CPU. Ours does more per step: it
-syncs weights into a second engine, probes the sync, writes metrics and, every tenth step, a transcript; that is all counted.
-TRL_SITE names another folder.
+Both sides sample up to 6 tokens at temperature 1 and take one AdamW step at 1e-4 in fp32, without
+KL, clipping of gradients or division by the standard deviation. TRL samples with transformers'
+generate, as it does on a CPU. Ours does more per step: it syncs weights into a second engine,
+probes the sync, writes metrics and, every tenth step, a transcript; that is all counted. TRL_SITE
+names another folder.
 """
 
 import os

@@ -1,12 +1,15 @@
-"""Rollouts through our environments against vLLM's own LLM.generate: the same prompts, weights, engine settings and sampling.
+"""Rollouts through our environments against vLLM's own LLM.generate: the same prompts, weights,
+engine settings and sampling.
 
     python benchmarks/rollouts_vs_vllm.py [--task fixed|arithmetic] [--rounds N]
 
-One process holds two engines with the settings of posttrain/backend/vllm_engine.py and the same weights: one behind SamplingClient,
-Policy and do_rollouts, the other inside vLLM's LLM class. `fixed` has random prompts and answers of one length; `arithmetic`
-is the demo's task with an untrained model, stopped at EOS. LLM.generate runs with and without per-request seeds, which cost
-vLLM time of their own; we seed every request on a CPU, and none on a GPU, so the ratio with the same setting as ours is the
-cost of our machinery. Left out: prefix caching (prompts are shorter than a block on a CPU), several turns.
+One process holds two engines with the settings of posttrain/backend/vllm_engine.py and the same
+weights: one behind SamplingClient, Policy and do_rollouts, the other inside vLLM's LLM class.
+`fixed` has random prompts and answers of one length; `arithmetic` is the demo's task with an
+untrained model, stopped at EOS. LLM.generate runs with and without per-request seeds, which cost
+vLLM time of their own; we seed every request on a CPU, and none on a GPU, so the ratio with the
+same setting as ours is the cost of our machinery. Left out: prefix caching (prompts are shorter
+than a block on a CPU), several turns.
 """
 
 import argparse
@@ -60,7 +63,9 @@ GPU = Size("qwen2.5-0.5b-shape", 128, 8, 128, 256, BackendConfig(engine="vllm", 
 
 
 class FixedLengthEnv(ProblemEnv):
-    """Asks with given tokens and never stops: every answer has max_tokens tokens, which are decoded and graded like any other."""
+    """Asks with given tokens and never stops: every answer has max_tokens tokens, which are decoded
+    and graded like any other.
+    """
 
     def __init__(self, prompt: list[int], renderer: Any):
         super().__init__(Problem("", ""), renderer)
@@ -91,27 +96,46 @@ def our_rollouts(client: SamplingClient, groups: Sequence[ProblemGroupBuilder], 
     start = time.perf_counter()
     done = asyncio.run(do_rollouts(groups, Policy(client, size.max_tokens), (0,)))
     seconds = time.perf_counter() - start
-    return sum(len(turn.ac.tokens) for group in done for member in group.trajectories_G for turn in member.transitions) / seconds
+    return (
+        sum(len(turn.ac.tokens) for group in done for member in group.trajectories_G for turn in member.transitions)
+        / seconds
+    )
 
 
 def open_llm(client: TrainingClient, size: Size, seeded: bool) -> tuple[VllmEngine, Any]:
-    """vLLM's LLM class around a second engine made by our VllmEngine: the settings cannot drift apart."""
+    """vLLM's LLM class around a second engine made by our VllmEngine: the settings cannot drift
+    apart.
+    """
     from vllm import LLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
     trainer = client._trainer
-    engine = VllmEngine(trainer.hf_config, client.get_tokenizer(), trainer.max_length, size.config, trainer.device, seeded)
+    engine = VllmEngine(
+        trainer.hf_config, client.get_tokenizer(), trainer.max_length, size.config, trainer.device, seeded
+    )
     engine.load_weights(trainer.sampler_weights())
-    with tempfile.TemporaryDirectory() as folder, patch.object(LLMEngine, "from_engine_args", lambda **_: engine._engine):
-        trainer.hf_config.save_pretrained(folder)  # LLM looks at it, though the engine is there already
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(LLMEngine, "from_engine_args", lambda **_: engine._engine),
+    ):
+        # LLM looks at it, though the engine is there already
+        trainer.hf_config.save_pretrained(folder)
         return engine, LLM(model=folder)
 
 
 def llm_generate(llm: Any, prompts: list[list[int]], stop: StopCondition, max_tokens: int, seeded: bool) -> float:
-    """Tokens per second of the sampled token's logprobs, without detokenising: no more is asked of it than of us."""
+    """Tokens per second of the sampled token's logprobs, without detokenising: no more is asked of
+    it than of us.
+    """
     from vllm import SamplingParams
 
-    common = {"max_tokens": max_tokens, "temperature": 1.0, "logprobs": 0, "detokenize": False, "skip_special_tokens": False}
+    common = {
+        "max_tokens": max_tokens,
+        "temperature": 1.0,
+        "logprobs": 0,
+        "detokenize": False,
+        "skip_special_tokens": False,
+    }
     params = [
         SamplingParams(**common, seed=i if seeded else None, stop_token_ids=list(stop or []), ignore_eos=stop == [])  # type: ignore[arg-type]
         for i in range(len(prompts))
@@ -144,14 +168,17 @@ def compare(task: str, size: Size, rounds: int) -> None:
         for _ in range(rounds):
             for name, values in alternate(sides, 1).items():
                 rates[name] += values
-            report(task, size, rates, seeded_here, load)  # a machine that is lent for minutes may not see the last round
+            # a machine that is lent for minutes may not see the last round
+            report(task, size, rates, seeded_here, load)
         engine.close()
 
 
 def report(task: str, size: Size, rates: dict[str, list[float]], seeded_here: bool, load: float) -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ours, same = medians.pop("our rollouts"), "LLM.generate, seeded" if seeded_here else "LLM.generate, unseeded"
-    figures: dict[str, Any] = {"our rollouts: tokens/s": ours} | {f"{name}: tokens/s": rate for name, rate in medians.items()}
+    figures: dict[str, Any] = {"our rollouts: tokens/s": ours} | {
+        f"{name}: tokens/s": rate for name, rate in medians.items()
+    }
     figures |= {f"{name}: spread": spread(values) for name, values in rates.items()}
     settings = asdict(size) | {
         "config": {"max_num_seqs": size.config.max_num_seqs},

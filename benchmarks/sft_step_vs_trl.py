@@ -1,11 +1,12 @@
-"""One supervised step of our loop against one of TRL 1.16's SFTTrainer: 128 arithmetic examples, the same warm-started `tiny`,
-the same tokens.
+"""One supervised step of our loop against one of TRL 1.16's SFTTrainer: 128 arithmetic examples,
+the same warm-started `tiny`, the same tokens.
 
     pip install --target /tmp/trl-site --no-deps trl==1.16.0      # beside the virtual environment, which stays as it is
     python benchmarks/sft_step_vs_trl.py [--rounds 3] [--steps 60]
 
-Both take one AdamW step at 1e-4 in fp32 with loss on the answers alone. TRL gets its examples tokenized beforehand; ours
-renders them in the loop, as it always does, and writes its metrics. TRL_SITE names another folder.
+Both take one AdamW step at 1e-4 in fp32 with loss on the answers alone. TRL gets its examples
+tokenized beforehand; ours renders them in the loop, as it always does, and writes its metrics.
+TRL_SITE names another folder.
 """
 
 import os

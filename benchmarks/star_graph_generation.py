@@ -1,10 +1,12 @@
-"""Star graphs a second on one core: `sample_graphs` against a straightforward generator that makes one line at a time.
+"""Star graphs a second on one core: `sample_graphs` against a straightforward generator that makes
+one line at a time.
 
     python benchmarks/star_graph_generation.py
 
-The peer draws as the originals do (random.seed(k), shuffle the labels, walk the arms, shuffle the edges) and writes the line of text; ours makes
-rows of token ids, which training reads. Both alone in one process, in turn, in CPU seconds: what else the machine does counts little.
-"with held-out" leaves out 400 test graphs; "to .npy" also writes the rows to disk.
+The peer draws as the originals do (random.seed(k), shuffle the labels, walk the arms, shuffle the
+edges) and writes the line of text; ours makes rows of token ids, which training reads. Both alone
+in one process, in turn, in CPU seconds: what else the machine does counts little. "with held-out"
+leaves out 400 test graphs; "to .npy" also writes the rows to disk.
 """
 
 import argparse
@@ -64,7 +66,9 @@ def main() -> None:
         for graph in SIZES:
             test, file = held_out(graph, 400, 0), Path(folder) / "rows.npy"
             sides: dict[str, Callable[[], float]] = {
-                "line by line": partial(rate, lambda graph=graph: [straightforward_line(graph, k) for k in range(LINES)], LINES),
+                "line by line": partial(
+                    rate, lambda graph=graph: [straightforward_line(graph, k) for k in range(LINES)], LINES
+                ),
                 "ours": partial(rate, partial(sample_graphs, graph, ROWS, 0), ROWS),
                 "ours with held-out": partial(rate, partial(sample_graphs, graph, ROWS, 0, test), ROWS),
                 "ours to .npy": partial(rate, partial(write_sampled, file, graph, ROWS, 0, test), ROWS),
@@ -75,8 +79,12 @@ def main() -> None:
                 name = f"{graph.name} N={graph.num_nodes}, {side}"
                 figures[f"{name}: rows/s"], figures[f"{name}: spread"] = median(rates), spread(rates)
                 if side != "line by line":
-                    ratios[name] = figures[f"{name}: rows/s"] / figures[f"{graph.name} N={graph.num_nodes}, line by line: rows/s"]
-    write_report("star_graph_generation", figures, {"rounds": rounds, "lines": LINES, "rows": ROWS, "threads": 1}, load, ratios)
+                    ratios[name] = (
+                        figures[f"{name}: rows/s"] / figures[f"{graph.name} N={graph.num_nodes}, line by line: rows/s"]
+                    )
+    write_report(
+        "star_graph_generation", figures, {"rounds": rounds, "lines": LINES, "rows": ROWS, "threads": 1}, load, ratios
+    )
 
 
 if __name__ == "__main__":

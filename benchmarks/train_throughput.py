@@ -1,11 +1,13 @@
-"""The trainer's tokens per second against the arithmetic the machine can do, the cost of a weight sync, and the gap it leaves.
+"""The trainer's tokens per second against the arithmetic the machine can do, the cost of a weight
+sync, and the gap it leaves.
 
     python benchmarks/train_throughput.py [--rounds 5]
 
-A step is forward_backward and optim_step on full sequences with every token trained on. MFU is the model's arithmetic (6 per
-matrix weight and token, plus causal attention) over the machine's: on a CPU the best of square fp32 products measured in the
-same run; on a GPU the nominal 989 TFLOPS of an H100 or H200 in bf16, and the measured product beside it. Left out:
-recomputation, which is not used.
+A step is forward_backward and optim_step on full sequences with every token trained on. MFU is the
+model's arithmetic (6 per matrix weight and token, plus causal attention) over the machine's: on a
+CPU the best of square fp32 products measured in the same run; on a GPU the nominal 989 TFLOPS of an
+H100 or H200 in bf16, and the measured product beside it. Left out: recomputation, which is not
+used.
 """
 
 import argparse
@@ -60,7 +62,9 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def flops_per_token(client: TrainingClient, length: int) -> float:
-    """6 per weight that multiplies (a tied head does, a looked-up embedding does not) and 6 L H T for causal attention."""
+    """6 per weight that multiplies (a tied head does, a looked-up embedding does not) and 6 L H T
+    for causal attention.
+    """
     model = client._trainer.base
     head = client._trainer._head()
     weights = head.numel() + sum(
@@ -74,7 +78,9 @@ def flops_per_token(client: TrainingClient, length: int) -> float:
 def random_data(shape: Shape, vocabulary: int) -> list[Datum]:
     tokens_BT = np.random.default_rng(0).integers(4, vocabulary, (shape.sequences, shape.length + 1))
     weights = np.ones(shape.length, dtype=np.float32) / (shape.sequences * shape.length)
-    return [Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT]
+    return [
+        Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT
+    ]
 
 
 def step(client: TrainingClient, data: list[Datum]) -> None:
@@ -92,7 +98,9 @@ def logprob_gap(client: TrainingClient, sampler: SamplingClient, vocabulary: int
     for prompt, sequence in zip(prompts, sequences, strict=True):
         tokens = np.array([*prompt, *sequence.tokens])
         weights = np.concatenate([np.zeros(len(prompt) - 1), np.ones(len(sequence.tokens))])
-        data.append(Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:], "weights": weights}))
+        data.append(
+            Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:], "weights": weights})
+        )
     outputs = client.forward(data, "cross_entropy").result().loss_fn_outputs
     trained = np.concatenate([output["logprobs"].array[-SAMPLE_TOKENS:] for output in outputs])
     gaps = np.abs(np.concatenate([sequence.logprobs for sequence in sequences]) - trained)
@@ -109,7 +117,8 @@ def measure(shape: Shape, rounds: int, ceilings: dict[str, float]) -> tuple[dict
         for _ in range(2):
             step(client, data)
         seconds = [timed(lambda: step(client, data)) for _ in range(rounds)]
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0  # an engine's start would reset it
+        # an engine's start would reset it
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         client.save_weights_and_get_sampling_client()
         syncs = []
         for _ in range(rounds):
@@ -145,7 +154,9 @@ def main() -> None:
         shape_figures, shape_ratios = measure(shape, rounds, ceilings)
         figures |= shape_figures
         ratios |= shape_ratios
-    write_report("train_throughput", figures, {"rounds": rounds, "dtype": str(compute_dtype(training_device()))}, load, ratios)
+    write_report(
+        "train_throughput", figures, {"rounds": rounds, "dtype": str(compute_dtype(training_device()))}, load, ratios
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""TRL's side of the races: GRPOTrainer, SFTTrainer and DPOTrainer on the data, sizes and settings of benchmarks/clocked.py.
+"""TRL's side of the races: GRPOTrainer, SFTTrainer and DPOTrainer on the data, sizes and settings
+of benchmarks/clocked.py.
 
-Run by the scripts *_step_vs_trl.py in a process of its own; TRL is no dependency of the project. Reporting,
-checkpoints, progress bars, gradient checkpointing and shuffling are off, and the precision is fp32, as ours is. Time runs from
-the end of one step to the end of the next.
+Run by the scripts *_step_vs_trl.py in a process of its own; TRL is no dependency of the project.
+Reporting, checkpoints, progress bars, gradient checkpointing and shuffling are off, and the
+precision is fp32, as ours is. Time runs from the end of one step to the end of the next.
 """
 
 import json
@@ -73,7 +74,9 @@ def reward(completions: list[str], answer: list[str], **kwargs: Any) -> list[flo
 
 
 def race_grpo(model_path: str, steps: int, warmup: int) -> dict[str, Any]:
-    """The same problems in the same order: 64 of each step's batch, 8 samples each, one optimizer step on all of them."""
+    """The same problems in the same order: 64 of each step's batch, 8 samples each, one optimizer
+    step on all of them.
+    """
     space = ArithmeticTask().space()
     numbers = [number for i in range(steps + warmup) for number in space.draw_train(GROUPS, [0, 1, i])]
     rows = [{"prompt": problem.question, "answer": problem.gold} for problem in map(space.problem, numbers)]
@@ -127,14 +130,20 @@ def race_sft(model_path: str, steps: int, warmup: int) -> dict[str, Any]:
         )
         model = AutoModelForCausalLM.from_pretrained(model_path)
         trainer = SFTTrainer(
-            model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock]
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[clock],
         )
         outcome = trainer.train()
     return {**step_times(clock.marks, warmup - 1), "nll": outcome.training_loss}
 
 
 def race_dpo(model_path: str, steps: int, warmup: int, precompute: bool = False) -> dict[str, Any]:
-    """The same pairs. By default the reference is a second model, asked at every step; with `precompute`, once before the first."""
+    """The same pairs. By default the reference is a second model, asked at every step; with
+    `precompute`, once before the first.
+    """
     memory = PeakMemory()
     comparisons, _ = RandomPairsBuilder(num_pairs=DPO_BATCH * (steps + warmup))()
     rows = []
@@ -149,7 +158,11 @@ def race_dpo(model_path: str, steps: int, warmup: int, precompute: bool = False)
         )
         model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
         trainer = DPOTrainer(
-            model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock]
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[clock],
         )
         outcome = trainer.train()
     return {**step_times(clock.marks, warmup - 1), "dpo_loss": outcome.training_loss, "peak_mib": memory.mib()}

@@ -1,7 +1,9 @@
-"""ARC-Challenge (Clark et al. 2018): science questions, each with three to five options of which one is right.
+"""ARC-Challenge (Clark et al. 2018): science questions, each with three to five options of which
+one is right.
 
-Rows come from JSONL files of the hub's form or from the hub. Options are lettered anew from A, since some questions number theirs, and the
-letter is the answer; or they are listed as they are, and the answer is the text of the right one. Left out: retrieval of supporting text.
+Rows come from JSONL files of the hub's form or from the hub. Options are lettered anew from A,
+since some questions number theirs, and the letter is the answer; or they are listed as they are,
+and the answer is the text of the right one. Left out: retrieval of supporting text.
 """
 
 import re
@@ -45,25 +47,33 @@ class ArcChallenge(ProblemSet):
 
     def read(self, split: Split, limit: int | None) -> list[Problem]:
         rows = (
-            read_rows(f"{self.data_dir}/{split}.jsonl") if self.data_dir else read_hub("allenai/ai2_arc", "ARC-Challenge", split)
+            read_rows(f"{self.data_dir}/{split}.jsonl")
+            if self.data_dir
+            else read_hub("allenai/ai2_arc", "ARC-Challenge", split)
         )
         return [self.problem(where, row) for where, row in islice(rows, limit)]
 
     def problem(self, where: str, row: Fields) -> Problem:
         stem, options, gold = _question(where, row)
         if not self.letters:
-            return Problem("\n".join([stem, "Options:", *options]), options[gold], StatedText(), tags=("arc",), id=where)
+            return Problem(
+                "\n".join([stem, "Options:", *options]), options[gold], StatedText(), tags=("arc",), id=where
+            )
         lettered = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, options, strict=False)]
         grader = OptionGrader(len(options))
         return Problem("\n".join([stem, *lettered]), ascii_uppercase[gold], grader, tags=("arc",), id=where)
 
 
 def _question(where: str, row: Fields) -> tuple[str, list[str], int]:
-    """The question, its options and the index of the right one. DataError where a field is missing or the key is none of the options."""
+    """The question, its options and the index of the right one. DataError where a field is missing
+    or the key is none of the options.
+    """
     choices = row.get("choices")
     columns: list[Any] = [choices.get(name) for name in ("label", "text")] if isinstance(choices, Mapping) else []
     if not columns or not all(map(_are_texts, columns)) or len({*map(len, columns)}) > 1:
-        raise DataError(f"{where}: 'choices' must hold a 'label' and a 'text' list of the same length, not {str(choices)[:80]}")
+        raise DataError(
+            f"{where}: 'choices' must hold a 'label' and a 'text' list of the same length, not {str(choices)[:80]}"
+        )
     stem, key = text_of(where, row, "question"), text_of(where, row, "answerKey")
     options = dict(zip(*columns, strict=True))
     if key not in options:

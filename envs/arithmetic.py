@@ -1,8 +1,9 @@
-"""Sums written as text, "12+34=" answered by "46": the demo's task, for RL and for its supervised warm start.
+"""Sums written as text, "12+34=" answered by "46": the demo's task, for RL and for its supervised
+warm start.
 
-The space of problems is split once by `split_seed`: held-out pairs, in either order, are never trained on, by either dataset,
-whatever their `seed`. Training problems are drawn with replacement, as a pure function of (seed, batch index).
-Left out: division, three operands.
+The space of problems is split once by `split_seed`: held-out pairs, in either order, are never
+trained on, by either dataset, whatever their `seed`. Training problems are drawn with replacement,
+as a pure function of (seed, batch index). Left out: division, three operands.
 """
 
 import re
@@ -24,7 +25,9 @@ FEWSHOT = 4
 
 
 class PairSpace:
-    """All "a op b=" with operands of `min_digits` to `num_digits` digits, numbered 0 to size - 1, and the held-out numbers among them."""
+    """All "a op b=" with operands of `min_digits` to `num_digits` digits, numbered 0 to size - 1,
+    and the held-out numbers among them.
+    """
 
     def __init__(self, num_digits: int, min_digits: int, operators: str, num_test: int, split_seed: int):
         unknown = set(operators) - set(OPERATORS)
@@ -86,12 +89,16 @@ class ArithmeticTask(DrawnProblems):
 
     num_digits: int = chz.field(default=2, validator=COUNT, doc="most digits of an operand: the difficulty")
     min_digits: int | None = chz.field(
-        default=None, validator=COUNT, doc="fewest digits of an operand; None = num_digits, so that all are of one length"
+        default=None,
+        validator=COUNT,
+        doc="fewest digits of an operand; None = num_digits, so that all are of one length",
     )
     operators: str = chz.field(default="+", doc="which of + - * occur")
 
     def space(self) -> PairSpace:
-        return _space(self.num_digits, self.min_digits or self.num_digits, self.operators, self.num_test, self.split_seed)
+        return _space(
+            self.num_digits, self.min_digits or self.num_digits, self.operators, self.num_test, self.split_seed
+        )
 
     def draw(self, count: int, seed: Sequence[int]) -> list[Problem]:
         space = self.space()
@@ -106,7 +113,9 @@ class ArithmeticTask(DrawnProblems):
 class ArithmeticBuilder(ArithmeticTask, DrawnProblemsBuilder):
     """Sums to practise on by reinforcement learning."""
 
-    include_fewshot: bool = chz.field(default=False, doc=f"put {FEWSHOT} worked examples before the question, for base models")
+    include_fewshot: bool = chz.field(
+        default=False, doc=f"put {FEWSHOT} worked examples before the question, for base models"
+    )
 
     def recommended_max_tokens(self) -> int:
         return 2 * self.num_digits + 2  # sign, digits of a product, EOS

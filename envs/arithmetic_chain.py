@@ -1,8 +1,11 @@
-"""Chains of small sums, worked one step a line: "34+7-8=" is answered "34+7=41\\n41-8=33\\n#33". A task for process rewards.
+"""Chains of small sums, worked one step a line: "34+7-8=" is answered "34+7=41\\n41-8=33\\n#33". A
+task for process rewards.
 
-The rule that wrote a chain also says which step of an attempt is the first wrong one (`Chain.first_wrong_step`). That is for evaluation:
-rewards and labels come from the answer behind the "#" alone. Chains are held out by a hash of the question, so no dataset, whatever its
-`seed`, trains on one. The single sums in them are not held out: there are too few. Left out: numbers below 0.
+The rule that wrote a chain also says which step of an attempt is the first wrong one
+(`Chain.first_wrong_step`). That is for evaluation: rewards and labels come from the answer behind
+the "#" alone. Chains are held out by a hash of the question, so no dataset, whatever its `seed`,
+trains on one. The single sums in them are not held out: there are too few. Left out: numbers below
+0.
 """
 
 import itertools
@@ -42,7 +45,9 @@ class Chain:
         return [*worked, f"{ANSWER}{totals[-1]}"]
 
     def first_wrong_step(self, steps: Sequence[str]) -> int | None:
-        """Index of the first step that is not the right one, or that is missing or too many; None where all are right."""
+        """Index of the first step that is not the right one, or that is missing or too many; None
+        where all are right.
+        """
         right = self.steps
         wrong = (k for k in range(max(len(right), len(steps))) if list(steps[k : k + 1]) != right[k : k + 1])
         return next(wrong, None)
@@ -68,9 +73,13 @@ class ChainTask(DrawnProblems):
         return [chain.problem for chain in self.test_chains()]
 
     def chains(self, count: int, seed: Sequence[int], *, held_out: bool = False) -> list[Chain]:
-        """`count` distinct chains, a pure function of `seed`, of those that are held out or of all others."""
+        """`count` distinct chains, a pure function of `seed`, of those that are held out or of all
+        others.
+        """
         if not 1 <= self.num_steps <= 20 or not 1 <= self.max_term <= 9 <= self.max_total <= 999:
-            raise ConfigError(f"1 to 20 num_steps, max_term from 1 to 9 and max_total from 9 to 999 are needed, not {self}")
+            raise ConfigError(
+                f"1 to 20 num_steps, max_term from 1 to 9 and max_total from 9 to 999 are needed, not {self}"
+            )
         rng, chains = np.random.default_rng(seed), {}
         for tries in itertools.count():
             if len(chains) == count:
@@ -87,7 +96,10 @@ class ChainTask(DrawnProblems):
     def _draw_one(self, rng: np.random.Generator) -> Chain:
         first = total = int(rng.integers(self.max_total + 1))
         terms = []
-        digits, signs = rng.integers(1, self.max_term + 1, self.num_steps).tolist(), rng.choice([-1, 1], self.num_steps).tolist()
+        digits, signs = (
+            rng.integers(1, self.max_term + 1, self.num_steps).tolist(),
+            rng.choice([-1, 1], self.num_steps).tolist(),
+        )
         for digit, sign in zip(digits, signs, strict=True):
             term = digit * sign if 0 <= total + digit * sign <= self.max_total else -digit * sign
             terms.append(term)

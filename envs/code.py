@@ -1,16 +1,20 @@
-r"""Write a program: judged by its tests in a sandbox (sandbox.py says what that holds, and what not).
+r"""Write a program: judged by its tests in a sandbox (sandbox.py says what that holds, and what
+not).
 
-The answer is the last fenced code block of the response, a whole Python program, standard library only. It is right if every test passed;
-with `partial_credit` the reward is the fraction of tests passed.
+The answer is the last fenced code block of the response, a whole Python program, standard library
+only. It is right if every test passed; with `partial_credit` the reward is the fraction of tests
+passed.
 
 A file of problems has one JSON object per line; `solution` may be left out:
 
-    {"question": "Print the sum of two integers, one per line.", "tests": [{"stdin": "1\n2\n", "stdout": "3\n"}], "solution": "..."}
-    {"question": "Write double(x).", "tests": [{"assert": "assert double(2) == 4"}, {"assert": "assert double(-1) == -2"}]}
+    {"question": "Print the sum of two integers, one per line.", "tests": [{"stdin": "1\n2\n",
+    "stdout": "3\n"}], "solution": "..."} {"question": "Write double(x).", "tests": [{"assert":
+    "assert double(2) == 4"}, {"assert": "assert double(-1) == -2"}]}
 
-Output is right if its lines are those expected, but for white space at their ends and empty lines at the end. An assert test is run
-behind the program, in the same interpreter; a program that exits before it is reached has failed it. Without a file, the problems
-are generated: "Print 3*a-2*b ...", for demos. Left out: other languages, special judges, interactive problems, sampled tests.
+Output is right if its lines are those expected, but for white space at their ends and empty lines
+at the end. An assert test is run behind the program, in the same interpreter; a program that exits
+before it is reached has failed it. Without a file, the problems are generated: "Print 3*a-2*b ...",
+for demos. Left out: other languages, special judges, interactive problems, sampled tests.
 """
 
 import re
@@ -32,7 +36,8 @@ from posttrain.renderers.types import Renderer
 from rl.types import Logs, RLDataset
 from supervised.rows import Fields, read_rows
 
-# An opening fence, which may be indented or stand in a list item; the lines of the block; the closing fence.
+# An opening fence, which may be indented or stand in a list item; the lines of the block; the
+# closing fence.
 FENCED = re.compile(
     r"^(?P<before>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})[^\n`]*\n(?P<block>.*?)^[ \t]*(?P=fence)",
     re.DOTALL | re.MULTILINE,
@@ -64,7 +69,9 @@ class Verdict:
 
 
 def extract_program(text: str) -> str | None:
-    """The last fenced block, without the indentation of its fence; None where there is none that is closed."""
+    """The last fenced block, without the indentation of its fence; None where there is none that is
+    closed.
+    """
     *_, last = [None, *FENCED.finditer(text)]
     if last is None:
         return None
@@ -87,7 +94,8 @@ async def run_test(program: str, test: OutputTest | AssertTest, limits: SandboxL
 
 
 async def _run_assert(program: str, test: AssertTest, limits: SandboxLimits | None) -> Verdict:
-    reached = secrets.token_hex(8)  # a word that only the end of the test prints: an exit status of 0 can be had earlier
+    # a word that only the end of the test prints: an exit status of 0 can be had earlier
+    reached = secrets.token_hex(8)
     run = await run_program(f"{program}\n\n{test.code}\n__import__('sys').stdout.write({reached!r})\n", "", limits)
     if run.outcome == "passed":
         return Verdict("passed") if run.stdout.endswith(reached) else Verdict("wrong", f"it ended before {test.code!r}")
@@ -101,7 +109,9 @@ def _lines(output: str) -> list[str]:
 
 @dataclass(frozen=True)
 class CodeGrader(Grader):
-    """Runs `tests`. Metrics: timeouts (1 if a test ran out of time); with partial credit, tests_passed, which is the reward."""
+    """Runs `tests`. Metrics: timeouts (1 if a test ran out of time); with partial credit,
+    tests_passed, which is the reward.
+    """
 
     tests: tuple[OutputTest | AssertTest, ...]
     limits: SandboxLimits | None = None
@@ -133,7 +143,7 @@ def _logs(verdicts: Sequence[Verdict]) -> Logs:
     return logs | ({"first failure": f"{first.outcome}: {first.detail}"} if first else {})
 
 
-# --- where problems come from -----------------------------------------------------------------------------------------------
+# --- where problems come from -------------------------------------------------------------------
 
 
 def read_problem(where: str, row: Fields) -> Problem:
@@ -168,7 +178,9 @@ def _read_test(where: str, test: Any) -> OutputTest | AssertTest:
 
 
 def generated_problems() -> list[Problem]:
-    """162 of them, from "Print 1*a+1*b ..." to "Print 9*a-9*b ...", each with its solution and three tests."""
+    """162 of them, from "Print 1*a+1*b ..." to "Print 9*a-9*b ...", each with its solution and
+    three tests.
+    """
     return [_generated(c, d, sign) for c in range(1, 10) for d in range(1, 10) for sign in "+-"]
 
 
@@ -208,7 +220,9 @@ class CodeProblems(ProblemSet):
     def _generated(self, split: Split) -> list[Problem]:
         problems, num_test = generated_problems(), self.num_test or 0
         if not 0 <= num_test < len(problems):
-            raise ConfigError(f"num_test={num_test}: there are {len(problems)} generated problems, to train on and to test")
+            raise ConfigError(
+                f"num_test={num_test}: there are {len(problems)} generated problems, to train on and to test"
+            )
         order = np.random.default_rng(self.split_seed).permutation(len(problems))
         return [problems[i] for i in (order[:num_test] if split == "test" else order[num_test:])]
 

@@ -1,7 +1,9 @@
-"""One prompt, one answer, no verifier: the episode whose reward comes from someone who reads the answer (pairwise.py, reward_model_env.py).
+"""One prompt, one answer, no verifier: the episode whose reward comes from someone who reads the
+answer (pairwise.py, reward_model_env.py).
 
-reward = what the group's judge or model says + format_coef * (format - 1), where format is 1 if the answer ended by itself. Where a rule knows
-how good an answer truly is, its verdict is the metric `gold` (the term of Gao et al. 2022), which no reward sees.
+reward = what the group's judge or model says + format_coef * (format - 1), where format is 1 if the
+answer ended by itself. Where a rule knows how good an answer truly is, its verdict is the metric
+`gold` (the term of Gao et al. 2022), which no reward sees.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +61,9 @@ class PromptsBuilder:
 
 @chz.chz
 class ComparisonPrompts(PromptsBuilder):
-    """The prompts of a set of comparisons, each once. Where some are equal, a line says how many."""
+    """The prompts of a set of comparisons, each once. Where some are equal, a line says how
+    many.
+    """
 
     comparisons: ComparisonDatasetBuilder = chz.field(doc="builder of the comparisons; their answers are not read")
 
@@ -69,7 +73,9 @@ class ComparisonPrompts(PromptsBuilder):
 
 
 def _distinct_prompts(labeled_D: Sequence[LabeledComparison], name: str) -> list[Prompt]:
-    prompts = {content_hash(list(one.comparison.prompt_conversation)): one.comparison.prompt_conversation for one in labeled_D}
+    prompts = {
+        content_hash(list(one.comparison.prompt_conversation)): one.comparison.prompt_conversation for one in labeled_D
+    }
     if len(prompts) < len(labeled_D):
         print(f"{len(labeled_D)} {name} comparisons are of {len(prompts)} different prompts: each is asked once")
     return list(prompts.values())

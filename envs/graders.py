@@ -1,4 +1,5 @@
-"""Verifiers of short answers: a number or a text after "the answer is", and what a pattern finds in the last line.
+"""Verifiers of short answers: a number or a text after "the answer is", and what a pattern finds in
+the last line.
 
 math_word.py has the grader of mathematical expressions, code.py that of programs.
 """
@@ -25,7 +26,9 @@ class LastLine(Grader):
 
 
 class StatedNumber(Grader):
-    """The first number after the last "answer is"; where that is missing, the last number of the text. 18, 18.0 and 018 are equal."""
+    """The first number after the last "answer is"; where that is missing, the last number of the
+    text. 18, 18.0 and 018 are equal.
+    """
 
     def extract(self, text: str) -> str | None:
         *_, last = ANSWER_PHRASE.split(text)
@@ -51,7 +54,9 @@ def plain_number(text: str) -> str:
 
 
 class StatedText(Grader):
-    """What stands after the last "answer is", to the end of its line; equal but for case, quotes, brackets, full stops."""
+    """What stands after the last "answer is", to the end of its line; equal but for case, quotes,
+    brackets, full stops.
+    """
 
     def extract(self, text: str) -> str | None:
         _, *after = ANSWER_PHRASE.split(text)

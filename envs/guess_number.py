@@ -1,10 +1,13 @@
-"""Guess a number: "Guess my number from 14 to 27." "20" "lower" "16" ... The smallest task of several turns in which strategy pays.
+"""Guess a number: "Guess my number from 14 to 27." "20" "lower" "16" ... The smallest task of
+several turns in which strategy pays.
 
-A task is a range and the number in it: any range of `min_span` to `max_span` numbers between `smallest` and `largest`. Held out are whole tasks,
-not numbers: a policy would soon learn to pass over a number that is never the right one. Halving finds any of 15 numbers in 4 guesses.
+A task is a range and the number in it: any range of `min_span` to `max_span` numbers between
+`smallest` and `largest`. Held out are whole tasks, not numbers: a policy would soon learn to pass
+over a number that is never the right one. Halving finds any of 15 numbers in 4 guesses.
 
-reward = 1 - guess_cost * (guesses - 1) for the right number, 0 when the guesses are used up; each guess that the answers so far rule
-out costs impossible_cost at its turn. Luck decides much of the first part, nothing of the second. Left out: lies, ranges that move.
+reward = 1 - guess_cost * (guesses - 1) for the right number, 0 when the guesses are used up; each
+guess that the answers so far rule out costs impossible_cost at its turn. Luck decides much of the
+first part, nothing of the second. Left out: lies, ranges that move.
 """
 
 import re
@@ -28,7 +31,9 @@ def hint(guess: int, number: int) -> Message:
 
 
 class GuessNumberEnv(MessageEnv):
-    """Metrics: `consistent` of each guess (the answers so far allow it); `solved` and `turns` of an episode, lost ones included."""
+    """Metrics: `consistent` of each guess (the answers so far allow it); `solved` and `turns` of an
+    episode, lost ones included.
+    """
 
     def __init__(self, task: Range, opening: Message, max_guesses: int, guess_cost: float, impossible_cost: float):
         *self.possible, self.number = task
@@ -87,7 +92,9 @@ class GuessNumber(TextGame):
         return [(low, high, number) for low, high in ranges for number in range(low, high + 1)]
 
     def demonstration(self, task: Range, rng: np.random.Generator) -> list[Message]:
-        """Guesses drawn from the numbers that are still possible: legal play without strategy, which leaves room for RL."""
+        """Guesses drawn from the numbers that are still possible: legal play without strategy,
+        which leaves room for RL.
+        """
         low, high, number = task
         messages = [self.opening(task)]
         while True:
@@ -104,7 +111,9 @@ class GuessNumberBuilder(GuessNumber, TextGameBuilder):
     """Numbers to guess by reinforcement learning."""
 
     max_guesses: int = chz.field(
-        default=4, validator=COUNT, doc="guesses after which an episode is lost; ceil(log2(max_span + 1)) always suffice"
+        default=4,
+        validator=COUNT,
+        doc="guesses after which an episode is lost; ceil(log2(max_span + 1)) always suffice",
     )
     guess_cost: float = chz.field(
         default=0.05, validator=NON_NEGATIVE, doc="taken off the reward for every guess after the first"

@@ -1,11 +1,13 @@
-"""Notes made of words, some of them kind: a toy whose true reward is a rule, for reward models and the RLHF recipe.
+"""Notes made of words, some of them kind: a toy whose true reward is a rule, for reward models and
+the RLHF recipe.
 
 The prompt is a name ("Ada:"), the answer a few words. The gold reward of an answer is
 
     number of different kind words - number of words that are said again
 
-People say 3 to 6 different words, 8 of the 24 words there are being kind. So a reward model that learns from such notes finds out which
-words are kind, and never meets a repetition: an answer that repeats one kind word for ever pleases it and not the rule. Left out: grammar.
+People say 3 to 6 different words, 8 of the 24 words there are being kind. So a reward model that
+learns from such notes finds out which words are kind, and never meets a repetition: an answer that
+repeats one kind word for ever pleases it and not the rule. Left out: grammar.
 """
 
 from collections.abc import Sequence
@@ -41,8 +43,42 @@ OTHER = (
     "glass",
 )
 OTHER += ("salt", "wool")
-NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim", "Leo", "Mia", "Noor", "Olga", "Pia")
-NAMES += ("Quin", "Rosa", "Sam", "Tess", "Uma", "Vic", "Wes", "Xena", "Yara", "Zoe", "Abel", "Bea", "Carl", "Dora", "Emil", "Fay")
+NAMES = (
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gus",
+    "Hana",
+    "Ida",
+    "Jon",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Noor",
+    "Olga",
+    "Pia",
+)
+NAMES += (
+    "Quin",
+    "Rosa",
+    "Sam",
+    "Tess",
+    "Uma",
+    "Vic",
+    "Wes",
+    "Xena",
+    "Yara",
+    "Zoe",
+    "Abel",
+    "Bea",
+    "Carl",
+    "Dora",
+    "Emil",
+    "Fay",
+)
 HELD_OUT_NAMES = 8
 
 
@@ -68,7 +104,9 @@ def note(rng: np.random.Generator) -> list[Message]:
 class KindWordsPrompts(PromptsBuilder):
     """Every name, `repeat` times: a batch may hold more prompts than there are names."""
 
-    repeat: int = chz.field(default=8, validator=COUNT, doc="times each prompt occurs in an epoch, and among the held-out ones")
+    repeat: int = chz.field(
+        default=8, validator=COUNT, doc="times each prompt occurs in an epoch, and among the held-out ones"
+    )
 
     def __call__(self) -> tuple[list[Prompt], list[Prompt]]:
         train: list[Prompt] = [prompt(name) for name in names(False)]
@@ -81,7 +119,9 @@ class KindWordsPrompts(PromptsBuilder):
 
 @chz.chz
 class KindWordsComparisons(ComparisonDatasetBuilder):
-    """Pairs of notes to one name; better is what the gold reward says, by how much is the margin, equal is a tie."""
+    """Pairs of notes to one name; better is what the gold reward says, by how much is the margin,
+    equal is a tie.
+    """
 
     num_train: int = chz.field(default=4000, validator=COUNT, doc="comparisons to train on")
     test_size: int = chz.field(default=500, validator=WHOLE, doc="held-out comparisons, on held-out names")
@@ -107,7 +147,9 @@ def labeled_by_gold(comparison: Comparison) -> LabeledComparison:
 
 @chz.chz
 class KindWordsExamplesBuilder(SupervisedDatasetBuilder):
-    """Notes as people write them, to imitate: fresh ones in every batch, and one batch to held-out names."""
+    """Notes as people write them, to imitate: fresh ones in every batch, and one batch to held-out
+    names.
+    """
 
     n_batches: int = chz.field(default=200, validator=COUNT, doc="training batches per epoch")
 

@@ -1,7 +1,9 @@
-r"""Reads answers: finds the final one in a solution, brings its notation to one form, and reads plain numbers exactly.
+r"""Reads answers: finds the final one in a solution, brings its notation to one form, and reads
+plain numbers exactly.
 
-Extraction styles: "boxed" is the last \boxed{...} with balanced braces (or \boxed 7), "hash" the rest of the line after the last
-"####", "stated" what follows the last "the answer is", "Answer:" or "A:".
+Extraction styles: "boxed" is the last \boxed{...} with balanced braces (or \boxed 7), "hash" the
+rest of the line after the last "####", "stated" what follows the last "the answer is", "Answer:" or
+"A:".
 """
 
 import re
@@ -72,7 +74,8 @@ _COMPILED = [(re.compile(pattern), to) for pattern, to in _REPLACEMENTS]
 
 def normalise(answer: str) -> str:
     text = answer.strip()
-    for left, right in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):  # math delimiters around the whole
+    # math delimiters around the whole
+    for left, right in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
             text = text[len(left) : -len(right)]
     for pattern, replacement in _COMPILED:
@@ -86,9 +89,7 @@ class Quantity(NamedTuple):
 
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-_POWER_OF_TEN = (
-    r"[eE](?P<e>[+-]?\d{1,3})|\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*(?P<e2>[+-]?\d{1,3})\s*\}|(?P<e3>[+-]?\d{1,3}))"
-)
+_POWER_OF_TEN = r"[eE](?P<e>[+-]?\d{1,3})|\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*(?P<e2>[+-]?\d{1,3})\s*\}|(?P<e3>[+-]?\d{1,3}))"
 _QUANTITY = re.compile(
     rf"(?P<sign>[+-]?)\s*(?P<currency>\\?\$|[€£])?\s*(?P<sign2>-?)\s*(?:"
     rf"(?:(?P<whole>\d+)\s*)?\\frac\s*\{{\s*(?P<fn>{_DECIMAL})\s*\}}\s*\{{\s*(?P<fd>{_DECIMAL})\s*\}}"
@@ -97,7 +98,8 @@ _QUANTITY = re.compile(
     rf"\s*(?P<unit>[A-Za-z]{{2,}}(?:[ /-][A-Za-z]+){{0,2}}(?:\s?\^?\s?\{{?[23]\}}?)?)?\.?"
 )
 _UNIT_OF_CURRENCY = {"$": "dollar", "\\$": "dollar", "€": "euro", "£": "pound", None: ""}
-# Words that change the value, or that say the number is not the answer: what they follow is not a quantity.
+# Words that change the value, or that say the number is not the answer: what they follow is not a
+# quantity.
 _NOT_UNITS = re.compile(
     r"\b(?:hundred|thousand|million|billion|trillion|dozen|hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|pair|score|point|over"
     r"|plus|minus|times|to|less|more|fewer|than|not|mod|choose|factorial|squared|cubed|sin|cos|tan|log|ln|exp|pi|sqrt)\b"
@@ -105,7 +107,9 @@ _NOT_UNITS = re.compile(
 
 
 def quantity(answer: str) -> Quantity | None:
-    """A plain number, also 1.5e3 or 1.5 \\times 10^3, a fraction or mixed number, with an optional currency or unit; None for anything else."""
+    """A plain number, also 1.5e3 or 1.5 \\times 10^3, a fraction or mixed number, with an optional
+    currency or unit; None for anything else.
+    """
     match = _QUANTITY.fullmatch(normalise(answer))
     if match is None or _NOT_UNITS.search((match["unit"] or "").lower()):
         return None
@@ -150,7 +154,9 @@ class Numeral(NamedTuple):
 
 
 def numeral(answer: str) -> Numeral | None:
-    """1011_2, 1011_{\\text{two}}, "1011 in base 2". None for anything else, and where a digit is not one of the base."""
+    """1011_2, 1011_{\\text{two}}, "1011 in base 2". None for anything else, and where a digit is
+    not one of the base.
+    """
     match = _NUMERAL.fullmatch(normalise(answer))
     if match is None:
         return None

@@ -1,17 +1,23 @@
 r"""Decides whether two answers are equal. Never by substring. The first rule that applies decides:
 
-1. the same text, after spacing, dollar signs, unicode minus and the like are normalised (math_answers.py);
-2. two numbers: exactly, as fractions. 1,000 = 1000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333. Units are dropped, unless
-   both sides have one and they differ: 5 cm = 5, $5 = 5 dollars, 5 cm is not 5 km. A percent sign is a unit: 50% = 50, not 0.5.
-   A base other than ten belongs to a number: 1011_2 is neither 1011 nor 11;
+1. the same text, after spacing, dollar signs, unicode minus and the like are normalised
+   (math_answers.py);
+2. two numbers: exactly, as fractions. 1,000 = 1000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333.
+   Units are dropped, unless
+   both sides have one and they differ: 5 cm = 5, $5 = 5 dollars, 5 cm is not 5 km. A percent sign
+   is a unit: 50% = 50, not 0.5. A base other than ten belongs to a number: 1011_2 is neither 1011
+   nor 11;
 3. an inequality and an interval, or two inequalities, by their ends: x>3 is (3,\infty);
-4. comma-separated lists and tuples, element by element, with the same brackets: (1,2) is not 1,2. Without brackets, or in
+4. comma-separated lists and tuples, element by element, with the same brackets: (1,2) is not 1,2.
+   Without brackets, or in
    braces, the order is free. 1,234 is a number, 1, 234 a list;
 5. words (three letters in a row that are no function's name): as text, without case;
-6. anything else: sympy, through latex2sympy and math_verify, in a process that is killed when its time is over.
+6. anything else: sympy, through latex2sympy and math_verify, in a process that is killed when its
+   time is over.
 
-An answer that is too costly by itself is wrong: powers and factorials that math_limits.py refuses, and what uses up the time or
-the memory of the grader also beside the gold answer 1. A comparison that only together takes too long is a GraderError.
+An answer that is too costly by itself is wrong: powers and factorials that math_limits.py refuses,
+and what uses up the time or the memory of the grader also beside the gold answer 1. A comparison
+that only together takes too long is a GraderError.
 """
 
 import asyncio
@@ -32,12 +38,17 @@ from envs.math_limits import explodes
 from envs.problem import GraderError
 
 DEFAULT_SECONDS = 5.0
-PATIENCE = 20.0  # a grader that has not used up its processor time by so many times `seconds` is stuck on a busy machine
-_NO_MEANING = re.compile(r"\s+(?!\d)|(?<![\d,])\s+")  # the spaces of x + 1, but not those of 1 2 and of 1, 234
+# a grader that has not used up its processor time by so many times `seconds` is stuck on a busy
+# machine
+PATIENCE = 20.0
+# the spaces of x + 1, but not those of 1 2 and of 1, 234
+_NO_MEANING = re.compile(r"\s+(?!\d)|(?<![\d,])\s+")
 
 
 def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
-    """Whether `answer` is the gold answer. `seconds` of processor time bound one symbolic comparison. Raises GraderError."""
+    """Whether `answer` is the gold answer. `seconds` of processor time bound one symbolic
+    comparison. Raises GraderError.
+    """
     gold, answer = _strip_assignments(normalise(gold), normalise(answer))
     if not answer or len(answer) > MAX_ANSWER_CHARS:
         return False
@@ -51,7 +62,9 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
         return gold_numeral == other_numeral
     gold_number, number = quantity(gold), quantity(answer)
     if gold_number and number:
-        return gold_number.value == number.value and (not gold_number.unit or not number.unit or gold_number.unit == number.unit)
+        return gold_number.value == number.value and (
+            not gold_number.unit or not number.unit or gold_number.unit == number.unit
+        )
     solutions = _solutions(gold, answer)
     if solutions:
         return _solutions_equal(*solutions, seconds)
@@ -66,7 +79,8 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
         return _bare_words(gold) == _bare_words(answer)
     if re.search(r"[\d)}]\s+\d", answer):  # "1 2": the parser would add them
         return False
-    if re.search(r"[\d)]\s*_", gold + "," + answer):  # a base within an expression: the parser would drop it
+    # a base within an expression: the parser would drop it
+    if re.search(r"[\d)]\s*_", gold + "," + answer):
         return False
     if explodes(answer):
         return False
@@ -85,14 +99,18 @@ def _symbolically_equal(gold: str, answer: str, seconds: float) -> bool:
 
 
 async def is_equal_async(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
-    """`is_equal` without holding up the event loop: all but plain numbers waits its turn in one thread."""
+    """`is_equal` without holding up the event loop: all but plain numbers waits its turn in one
+    thread.
+    """
     if len(answer) > MAX_ANSWER_CHARS or (quantity(gold) and quantity(answer)):
         return is_equal(gold, answer)
     return await asyncio.get_running_loop().run_in_executor(_THREAD, is_equal, gold, answer, seconds)
 
 
 def check_gold(gold: str, seconds: float = DEFAULT_SECONDS) -> bool:
-    """Whether a gold answer can be graded against: a number, words, an expression that parses, or a list of these."""
+    """Whether a gold answer can be graded against: a number, words, an expression that parses, or a
+    list of these.
+    """
     gold = normalise(gold)
     if quantity(gold) or is_words(gold):
         return True
@@ -103,7 +121,9 @@ def check_gold(gold: str, seconds: float = DEFAULT_SECONDS) -> bool:
 
 
 def is_words(text: str) -> bool:
-    """Letters that are neither a formula nor a LaTeX command: names, weekdays, the (A) of a multiple choice."""
+    """Letters that are neither a formula nor a LaTeX command: names, weekdays, the (A) of a
+    multiple choice.
+    """
     plain = re.sub(r"\\[A-Za-z]+|\b(?:sin|cos|tan|log|exp|mod)\b", " ", text)
     return bool(re.search(r"[A-Za-z]{3,}", plain)) or bool(re.fullmatch(r"\(?[A-Z]\)?", text))
 
@@ -129,7 +149,9 @@ class Items(NamedTuple):
 
 
 def _sequence(text: str) -> Items | None:
-    """Splits at the commas outside brackets, after taking off one pair around the whole. None where there is no such comma."""
+    """Splits at the commas outside brackets, after taking off one pair around the whole. None where
+    there is no such comma.
+    """
     text = text.replace("\\{", "{").replace("\\}", "}")
     brackets = ""
     if text[:1] in tuple("([{") and text[-1:] in tuple(")]}") and _closes_at_end(text):
@@ -201,14 +223,18 @@ class TooCostly(GraderError):
 
 
 class SymbolicWorker:
-    """One process, started at the first question and again after each that killed it. Safe to ask from any thread."""
+    """One process, started at the first question and again after each that killed it. Safe to ask
+    from any thread.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, gold: str, answer: str | None, seconds: float) -> dict[str, Any]:
-        """The reply of math_worker.py. Raises GraderError if the time is over or the process dies."""
+        """The reply of math_worker.py. Raises GraderError if the time is over or the process
+        dies.
+        """
         with self._lock:
             process = self._process or self._start()
             try:
@@ -230,7 +256,8 @@ class SymbolicWorker:
         what = f"comparing {answer!r} with the gold answer {gold!r}"
         if code == -signal.SIGPROF:
             raise TooCostly(f"{what} took longer than {seconds:g} s")
-        if code in (1, -signal.SIGSEGV):  # an exception within the algebra system, memory used up, a stack overflown
+        # an exception within the algebra system, memory used up, a stack overflown
+        if code in (1, -signal.SIGSEGV):
             raise TooCostly(f"{what} crashed the grader (exit code {code})")
         how = (
             f"was not done in {PATIENCE * seconds:g} s by the clock"
@@ -240,12 +267,15 @@ class SymbolicWorker:
         raise GraderError(f"{what} {how}")
 
     def _start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-I", str(Path(__file__).with_name("math_worker.py"))]  # -I: no folder of ours on its path
+        # -I: no folder of ours on its path
+        command = [sys.executable, "-I", str(Path(__file__).with_name("math_worker.py"))]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         if not (self._process.stdout and self._process.stdout.readline()):
             self.stop()
-            raise GraderError("the math grader does not start; install its packages: pip install 'posttrain-cookbook[train]'")
+            raise GraderError(
+                "the math grader does not start; install its packages: pip install 'posttrain-cookbook[train]'"
+            )
         return self._process
 
     def stop(self) -> None:

@@ -1,4 +1,6 @@
-r"""Inequalities as intervals: x > 3 is (3,\infty); x < 1 or x >= 5 is (-\infty,1) \cup [5,\infty). Left out: \neq, complements of sets."""
+r"""Inequalities as intervals: x > 3 is (3,\infty); x < 1 or x >= 5 is (-\infty,1) \cup [5,\infty).
+Left out: \neq, complements of sets.
+"""
 
 import re
 from typing import NamedTuple
@@ -23,7 +25,9 @@ class Solution(NamedTuple):
 
 
 def inequality(text: str) -> Solution | None:
-    """What an inequality in one variable allows: x > 3, 1 < x <= 2, or several of these with commas or "or" between. None for other texts."""
+    """What an inequality in one variable allows: x > 3, 1 < x <= 2, or several of these with commas
+    or "or" between. None for other texts.
+    """
     for pattern, sign in _SIGNS:
         text = re.sub(pattern, sign, text)
     if not re.search(r"[<>]", text):
@@ -31,7 +35,9 @@ def inequality(text: str) -> Solution | None:
     found = [_interval(part) for part in re.split(r",|\\cup|\\vee|\\lor", text)]
     if any(one is None for one in found) or len({variable for variable, _ in filter(None, found)}) != 1:
         return None
-    return Solution(next(variable for variable, _ in filter(None, found)), [interval for _, interval in filter(None, found)])
+    return Solution(
+        next(variable for variable, _ in filter(None, found)), [interval for _, interval in filter(None, found)]
+    )
 
 
 def _interval(text: str) -> tuple[str, Interval] | None:
@@ -55,7 +61,9 @@ def _bracket(sign: str, open_closed: str) -> str:
 
 
 def intervals(text: str) -> Solution | None:
-    """What interval notation says: (3,\\infty), [1,2) \\cup (5,7], with or without "x \\in" before it. None for other texts."""
+    """What interval notation says: (3,\\infty), [1,2) \\cup (5,7], with or without "x \\in" before
+    it. None for other texts.
+    """
     named = re.match(r"(\\?[A-Za-z]+)\s*\\in(?![A-Za-z])", text)
     found = [_brackets(part.strip()) for part in (text[named.end() :] if named else text).split("\\cup")]
     kept = [one for one in found if one]

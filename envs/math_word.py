@@ -1,8 +1,10 @@
-r"""Word problems with a checkable answer: GSM8K (final "#### 18"), MATH (final \boxed{...}), and any file of that kind.
+r"""Word problems with a checkable answer: GSM8K (final "#### 18"), MATH (final \boxed{...}), and
+any file of that kind.
 
-Rows come from JSONL files or from the Hugging Face hub. Every gold answer is read and checked when the dataset is built; one that
-cannot be graded is an error that names its line, never a problem that always scores 0 or 1. The default prompt is the question
-alone, the text that supervised training uses too. Left out: tool use, process rewards, judging free-form proofs.
+Rows come from JSONL files or from the Hugging Face hub. Every gold answer is read and checked when
+the dataset is built; one that cannot be graded is an error that names its line, never a problem
+that always scores 0 or 1. The default prompt is the question alone, the text that supervised
+training uses too. Left out: tool use, process rewards, judging free-form proofs.
 """
 
 import re
@@ -31,7 +33,9 @@ class BadGold(DataError):
 
 @dataclass(frozen=True)
 class MathGrader(Grader):
-    """The final answer in one of `styles`, equal to the gold one as a number or an expression. `numbers_only`: others are no answers."""
+    """The final answer in one of `styles`, equal to the gold one as a number or an expression.
+    `numbers_only`: others are no answers.
+    """
 
     styles: tuple[AnswerStyle, ...] = ("boxed", "hash", "stated")
     numbers_only: bool = False
@@ -59,7 +63,9 @@ def read_hub(name: str, config: str | None, split: str) -> Iterator[Row]:
 
 @chz.chz
 class WordProblems(ProblemSet):
-    """Problems from `train_path` and `test_path`, or from the hub's `hub_name`. The fields' defaults are those of MATH."""
+    """Problems from `train_path` and `test_path`, or from the hub's `hub_name`. The fields'
+    defaults are those of MATH.
+    """
 
     train_path: str | None = chz.field(default=None, doc="JSONL file to train on")
     test_path: str | None = chz.field(default=None, doc="JSONL file to evaluate on")
@@ -69,7 +75,9 @@ class WordProblems(ProblemSet):
     test_split: str | None = chz.field(default="test", doc="split to evaluate on; None = no evaluation")
     question_field: str = chz.field(default="problem", doc="field with the question")
     answer_field: str = chz.field(default="solution", doc="field with the reference solution or answer")
-    gold_style: GoldStyle = chz.field(default="boxed", doc="how the reference marks its answer; plain = it is the answer")
+    gold_style: GoldStyle = chz.field(
+        default="boxed", doc="how the reference marks its answer; plain = it is the answer"
+    )
     answer_styles: tuple[AnswerStyle, ...] = chz.field(
         default=("boxed", "hash", "stated"), doc="accepted in responses; the first found counts"
     )
@@ -103,7 +111,8 @@ class WordProblems(ProblemSet):
                 bad += 1
         if bad:
             print(
-                f"{self.tag} {split}: {bad} of {bad + len(problems)} problems have a reference answer that cannot be graded; dropped"
+                f"{self.tag} {split}: {bad} of {bad + len(problems)} problems have a reference answer that cannot be "
+                "graded; dropped"
             )
         if not problems and split == "train":
             raise DataError(f"{self.tag} {split}: no problems")

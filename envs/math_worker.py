@@ -1,8 +1,10 @@
-"""The process that compares mathematical expressions: one JSON line in, one out. Started by math_grading.py, run as a plain file.
+"""The process that compares mathematical expressions: one JSON line in, one out. Started by
+math_grading.py, run as a plain file.
 
-A hostile expression can hang inside C code, where no Python timeout reaches. So the timers keep their default action and kill
-the process; the parent sees the pipe close, and by the signal whether processor time (SIGPROF) or the clock (SIGALRM) ran out.
-It also ends when its standard input closes, so no orphan stays behind.
+A hostile expression can hang inside C code, where no Python timeout reaches. So the timers keep
+their default action and kill the process; the parent sees the pipe close, and by the signal whether
+processor time (SIGPROF) or the clock (SIGALRM) ran out. It also ends when its standard input
+closes, so no orphan stays behind.
 
 in:  {"seconds": 5.0, "patience": 20.0, "gold": "...", "answer": "..." or null}    null asks only whether the gold can be parsed
 out: {"gold": true, "equal": false}    "gold" says whether it parsed; an answer that does not parse is not equal
@@ -25,7 +27,9 @@ NORMALIZATION = NormalizationConfig(
 
 
 def parse(expression: str) -> Any:
-    """The whole text as one sympy object, or None. math_verify.parse would take any part of it that it understands."""
+    """The whole text as one sympy object, or None. math_verify.parse would take any part of it that
+    it understands.
+    """
     try:
         latex = normalize_latex(expression, config=NORMALIZATION)
         return latex2sympy(latex, is_real=True, convert_degrees=False, normalization_config=None)

@@ -1,7 +1,9 @@
-"""Who sits opposite: a random player, a perfect one (tic-tac-toe), a frozen policy. Chosen in the config, so each is a chz object.
+"""Who sits opposite: a random player, a perfect one (tic-tac-toe), a frozen policy. Chosen in the
+config, so each is a chz object.
 
-A player is asked with the game and a generator of its own, and answers with text, as a policy does. Its moves are a pure function of the
-generator's seed and of the game. Left out: search for other games than tic-tac-toe; opponents that learn (self-play has no opponent).
+A player is asked with the game and a generator of its own, and answers with text, as a policy does.
+Its moves are a pure function of the generator's seed and of the game. Left out: search for other
+games than tic-tac-toe; opponents that learn (self-play has no opponent).
 """
 
 import re
@@ -32,12 +34,16 @@ class Opponent:
     name = "opponent"  # a class constant: metrics against this opponent are also logged under it
 
     def open(self, game: Game) -> Player:
-        """Loads what is needed, once per run. `game` is one of those it will play: an opponent that cannot raises ConfigError."""
+        """Loads what is needed, once per run. `game` is one of those it will play: an opponent that
+        cannot raises ConfigError.
+        """
         raise NotImplementedError
 
 
 def listed_moves(text: str) -> list[str]:
-    """The moves that a game's text lists last, in brackets, e.g. "Available Moves: '[0]', '[4]'"; empty if it lists none."""
+    """The moves that a game's text lists last, in brackets, e.g. "Available Moves: '[0]', '[4]'";
+    empty if it lists none.
+    """
     lines = MOVES_LINE.findall(text)
     return MOVE.findall(lines[-1]) if lines else []
 
@@ -50,7 +56,9 @@ class RandomPlayer(Opponent):
 
     def open(self, game: Game) -> Player:
         if not listed_moves(game.text):
-            raise ConfigError(f"{game.name} does not list its legal moves, so a random player cannot play it: take FrozenPlayer")
+            raise ConfigError(
+                f"{game.name} does not list its legal moves, so a random player cannot play it: take FrozenPlayer"
+            )
         return _random_move
 
 
@@ -65,7 +73,9 @@ async def _random_move(game: Game, rng: np.random.Generator) -> str:
 
 @chz.chz
 class MinimaxPlayer(Opponent):
-    """Perfect tic-tac-toe: any of the moves with the best value, uniformly. It never loses; it does not hurry to win."""
+    """Perfect tic-tac-toe: any of the moves with the best value, uniformly. It never loses; it does
+    not hurry to win.
+    """
 
     name = "minimax"
 
@@ -106,9 +116,13 @@ def _value(board: str, mark: str) -> int:
 
 @chz.chz
 class FrozenPlayer(Opponent):
-    """A saved policy that does not learn. What it fails to finish counts as its move, as the learner's does."""
+    """A saved policy that does not learn. What it fails to finish counts as its move, as the
+    learner's does.
+    """
 
-    policy: FrozenPolicy = chz.field(doc="which weights, and how to sample from them; with temperature 0 it repeats itself")
+    policy: FrozenPolicy = chz.field(
+        doc="which weights, and how to sample from them; with temperature 0 it repeats itself"
+    )
     name = "frozen"
 
     def open(self, game: Game) -> Player:
@@ -122,7 +136,9 @@ class FrozenPlayer(Opponent):
             try:
                 response = await client.sample_async(prompt, 1, params)
             except CookbookError as error:
-                raise FrozenPolicyError(f"{game.name}: the opponent failed with {type(error).__name__}: {error}") from error
+                raise FrozenPolicyError(
+                    f"{game.name}: the opponent failed with {type(error).__name__}: {error}"
+                ) from error
             return renderer.parse_response(response.sequences[0].tokens)[0]["content"]
 
         return move

@@ -1,10 +1,14 @@
-"""Answers that compete: the members of a group answer one prompt, and each is judged against the others.
+"""Answers that compete: the members of a group answer one prompt, and each is judged against the
+others.
 
-    reward_g = mean over g's matchups of (1 if g wins, -1 if it loses, or what the judge says between) + format_coef * (format - 1)
+    reward_g = mean over g's matchups of (1 if g wins, -1 if it loses, or what the judge says
+    between) + format_coef * (format - 1)
 
-So a group needs no reward model with a scale, only a judge of pairs. All pairs in both orders by default, G (G - 1) judgements; in larger groups
-members meet within chunks of `matchup_group_size`. The rewards of a group sum to 0 before the format term: progress shows in a win rate against
-a fixed policy (preference/win_rate.py), not in the reward. Left out: ratings over several groups (Elo), byes.
+So a group needs no reward model with a scale, only a judge of pairs. All pairs in both orders by
+default, G (G - 1) judgements; in larger groups members meet within chunks of `matchup_group_size`.
+The rewards of a group sum to 0 before the format term: progress shows in a win rate against a fixed
+policy (preference/win_rate.py), not in the reward. Left out: ratings over several groups (Elo),
+byes.
 """
 
 from collections.abc import Sequence
@@ -28,7 +32,9 @@ Matchups = Literal["all_pairs_both_ways", "all_pairs_one_way"]
 
 
 def matchups(size: int, pattern: Matchups, chunk_size: int) -> list[tuple[int, int]]:
-    """Who meets whom, as (A, B): within even chunks of at least `chunk_size` of the `size` members, so that nobody is left alone."""
+    """Who meets whom, as (A, B): within even chunks of at least `chunk_size` of the `size` members,
+    so that nobody is left alone.
+    """
     chunks = np.array_split(np.arange(size), max(1, size // chunk_size))
     pairs = [(int(a), int(b)) for chunk in chunks for a, b in combinations(chunk, 2)]
     return pairs if pattern == "all_pairs_one_way" else [order for a, b in pairs for order in ((a, b), (b, a))]
@@ -50,11 +56,17 @@ class PairwisePreferenceGroupBuilder(EnvGroupBuilder):
     async def make_envs(self) -> Sequence[Env]:
         return [CompletionEnv(self.prompt, self.renderer, self.format_coef, self.gold) for _ in range(self.num_envs)]
 
-    async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
-        """Win minus loss of each. RolloutError if only one member is left: it has nobody to be judged against."""
+    async def compute_group_rewards(
+        self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
+    ) -> list[tuple[float, Metrics]]:
+        """Win minus loss of each. RolloutError if only one member is left: it has nobody to be
+        judged against.
+        """
         answers_G = completions(envs_G)
         if len(answers_G) == 1:
-            raise RolloutError("one member is left of a group that is judged in pairs: there is nothing to compare it with")
+            raise RolloutError(
+                "one member is left of a group that is judged in pairs: there is nothing to compare it with"
+            )
         pairs = matchups(len(answers_G), self.matchup_pattern, self.matchup_group_size)
         scores = await judge_all(self.judge, [Comparison(self.prompt, answers_G[a], answers_G[b]) for a, b in pairs])
         signed_G: list[list[float]] = [[] for _ in answers_G]
@@ -69,7 +81,9 @@ class PairwisePreferenceGroupBuilder(EnvGroupBuilder):
 
 @chz.chz
 class PairwiseBuilder(RLDatasetBuilder):
-    """Groups of answers to prompts, judged in pairs. The held-out set is one such group for each held-out prompt."""
+    """Groups of answers to prompts, judged in pairs. The held-out set is one such group for each
+    held-out prompt.
+    """
 
     prompts: PromptsBuilder = chz.field(doc="builder of the prompts")
     judge: JudgeBuilder = chz.field(doc="who judges: a saved model, an endpoint, a rule")
@@ -77,7 +91,9 @@ class PairwiseBuilder(RLDatasetBuilder):
     matchup_pattern: Matchups = chz.field(
         default="all_pairs_both_ways", doc="all_pairs_both_ways, or one way with half the judgements"
     )
-    matchup_group_size: int = chz.field(default=4, validator=COUNT, doc="answers meet within chunks of this size (or a few more)")
+    matchup_group_size: int = chz.field(
+        default=4, validator=COUNT, doc="answers meet within chunks of this size (or a few more)"
+    )
     format_coef: float = chz.field(
         default=1.0, validator=NON_NEGATIVE, doc="taken from the reward of an answer that was cut off by max_tokens"
     )
@@ -85,7 +101,8 @@ class PairwiseBuilder(RLDatasetBuilder):
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         if min(self.group_size, self.matchup_group_size) < 2:
             raise ConfigError(
-                f"group_size={self.group_size} and matchup_group_size={self.matchup_group_size}: a pair needs at least 2"
+                f"group_size={self.group_size} and matchup_group_size={self.matchup_group_size}: a pair needs at least "
+                "2"
             )
         judge, gold = self.judge(renderer.tokenizer), self.prompts.gold()
         settings = (self.group_size, self.matchup_pattern, self.matchup_group_size, self.format_coef, gold)

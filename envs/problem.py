@@ -1,7 +1,9 @@
-"""A question with a verifier, and sets of them: what RL, warm starts, LaTRO, B-STaR and process reward models have in common.
+"""A question with a verifier, and sets of them: what RL, warm starts, LaTRO, B-STaR and process
+reward models have in common.
 
-A Problem is text: no tokenizer, no environment (problem_env.py has that). A new verifier is a Grader; a new data set is a ProblemSet that
-reads its rows (math_word.py, arc_challenge.py and code.py are the models).
+A Problem is text: no tokenizer, no environment (problem_env.py has that). A new verifier is a
+Grader; a new data set is a ProblemSet that reads its rows (math_word.py, arc_challenge.py and
+code.py are the models).
 """
 
 from collections.abc import Sequence
@@ -25,7 +27,9 @@ class GraderError(RolloutError):
 
 @dataclass(frozen=True)
 class Grade:
-    """What a grader says of a response. `answer` is None where there is none: the format is wrong. `credit` replaces `correct` as reward."""
+    """What a grader says of a response. `answer` is None where there is none: the format is wrong.
+    `credit` replaces `correct` as reward.
+    """
 
     answer: str | None
     correct: bool
@@ -35,7 +39,9 @@ class Grade:
 
 
 class Grader:
-    """Reads the answer out of a response and compares it. Here the whole response is the answer, and must be equal to the gold one."""
+    """Reads the answer out of a response and compares it. Here the whole response is the answer,
+    and must be equal to the gold one.
+    """
 
     def extract(self, text: str) -> str | None:
         """The answer, None where the response holds none."""
@@ -60,7 +66,9 @@ class Grader:
 
 @dataclass(frozen=True)
 class Problem:
-    """`solution` is a worked one, answer included, where there is one. `id` names the problem: where it was read, or its place in a set."""
+    """`solution` is a worked one, answer included, where there is one. `id` names the problem:
+    where it was read, or its place in a set.
+    """
 
     question: str
     gold: str
@@ -81,12 +89,15 @@ class Problem:
 
 
 def check_apart(train: Sequence[Problem], test: Sequence[Problem], name: str = "training") -> None:
-    """DataError, with the first example, where a question is in both: what is measured must not be trained on."""
+    """DataError, with the first example, where a question is in both: what is measured must not be
+    trained on.
+    """
     held_out = {problem.question: problem for problem in test}
     if both := [problem for problem in train if problem.question in held_out]:
         first, twin = both[0], held_out[both[0].question]
         raise DataError(
-            f"{len(both)} {name} problems are in the test set too, first {first.id} (as {twin.id}): {first.question[:80]!r}; "
+            f"{len(both)} {name} problems are in the test set too, first {first.id} (as {twin.id}): "
+            f"{first.question[:80]!r}; "
             "take them out of one of the sets"
         )
 
@@ -95,7 +106,9 @@ P = TypeVar("P", bound=Problem)
 
 
 def split_off(problems: Sequence[P], count: int, seed: int, name: str) -> tuple[list[P], list[P]]:
-    """The others, and `count` problems drawn by `seed`, each in their order. No others have the question of one that was drawn."""
+    """The others, and `count` problems drawn by `seed`, each in their order. No others have the
+    question of one that was drawn.
+    """
     if not 1 <= count < len(problems):
         raise DataError(
             f"{name}={count} of {len(problems)} problems: it must be from 1 to {len(problems) - 1}, "
@@ -112,10 +125,14 @@ class ProblemSet:
     """Configuration of a data set with a training and a test split."""
 
     num_train: int | None = chz.field(default=None, validator=COUNT, doc="use only the first so many training problems")
-    num_test: int | None = chz.field(default=200, validator=WHOLE, doc="use only the first so many test problems; None = all")
+    num_test: int | None = chz.field(
+        default=200, validator=WHOLE, doc="use only the first so many test problems; None = all"
+    )
 
     def read(self, split: Split, limit: int | None) -> list[Problem]:
-        """The problems in the first `limit` rows of "train" or "test"; [] for a test split that there is not."""
+        """The problems in the first `limit` rows of "train" or "test"; [] for a test split that
+        there is not.
+        """
         raise NotImplementedError
 
     def splits(self) -> tuple[list[Problem], list[Problem]]:

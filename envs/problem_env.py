@@ -1,7 +1,7 @@
 """A Problem as a single-turn environment, its group, and datasets of them for RL and for imitation.
 
-reward = format_coef * (format - 1) + correct, with format and correct in {0, 1}. A response that ran into the token limit is a
-format failure, whatever it says. Left out: several turns, tools.
+reward = format_coef * (format - 1) + correct, with format and correct in {0, 1}. A response that
+ran into the token limit is a format failure, whatever it says. Left out: several turns, tools.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,8 @@ class ProblemEnv(Env):
 
     def __init__(self, problem: Problem, renderer: Renderer, prefix: Sequence[Message] = ()):
         self.problem, self.renderer, self.prefix = problem, renderer, prefix
-        self._rendered: ModelInput | None = None  # set by build_prompt; a group renders its question once and shares it
+        # set by build_prompt; a group renders its question once and shares it
+        self._rendered: ModelInput | None = None
 
     def question(self) -> str:
         return self.problem.question
@@ -76,7 +77,9 @@ EnvThunk = Callable[[], ProblemEnv]
 
 @dataclass(frozen=True)
 class ProblemGroupBuilder(EnvGroupBuilder):
-    """`num_envs` attempts at one problem. `env_thunk` must pickle: functools.partial of an env class does, a lambda does not."""
+    """`num_envs` attempts at one problem. `env_thunk` must pickle: functools.partial of an env
+    class does, a lambda does not.
+    """
 
     env_thunk: EnvThunk
     num_envs: int
@@ -102,7 +105,8 @@ def problem_groups(
 ) -> list[ProblemGroupBuilder]:
     """A group of each problem, with its tags."""
     return [
-        ProblemGroupBuilder(partial(env_class, problem, renderer, prefix), group_size, list(problem.tags)) for problem in problems
+        ProblemGroupBuilder(partial(env_class, problem, renderer, prefix), group_size, list(problem.tags))
+        for problem in problems
     ]
 
 
@@ -114,16 +118,19 @@ def fit_problems(
     name: str = "dataset",
     prefix: Sequence[Message] = (),
 ) -> list[Problem]:
-    """The problems whose prompt fits; the others are dropped and counted on one printed line, or refused. Never cut.
+    """The problems whose prompt fits; the others are dropped and counted on one printed line, or
+    refused. Never cut.
 
-    `max_prompt_tokens` None means the model's context less one token to sample. Raises DataError, also when none fits.
+    `max_prompt_tokens` None means the model's context less one token to sample. Raises DataError,
+    also when none fits.
     """
     limit = max_prompt_tokens or renderer.tokenizer.model_max_length - 1
     lengths = [ProblemEnv(problem, renderer, prefix).build_prompt().length for problem in problems]
     kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= limit]
     dropped = len(problems) - len(kept)
     count = (
-        f"{name}: {dropped} of {len(problems)} prompts are longer than {limit} tokens (the longest has {max(lengths, default=0)})"
+        f"{name}: {dropped} of {len(problems)} prompts are longer than {limit} tokens (the longest has "
+        f"{max(lengths, default=0)})"
     )
     if dropped and (overlong == "raise" or not kept):
         also = ", or set overlong=drop" if kept else ""
@@ -140,15 +147,19 @@ def asked(template: str, problems: Sequence[Problem]) -> list[Problem]:
     return [replace(problem, question=template.replace("{question}", problem.question)) for problem in problems]
 
 
-# --- sets that are read ---------------------------------------------------------------------------------------------------------
+# --- sets that are read -------------------------------------------------------------------------
 
 
 @chz.chz
 class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
-    """A set of problems to practise on by reinforcement learning; mix it with the ProblemSet. Held out is one attempt at each test problem."""
+    """A set of problems to practise on by reinforcement learning; mix it with the ProblemSet. Held
+    out is one attempt at each test problem.
+    """
 
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
-    overlong: Overlong = chz.field(default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never cut")
+    overlong: Overlong = chz.field(
+        default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never cut"
+    )
     max_prompt_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens of a prompt; None = the model's context less one"
     )
@@ -177,18 +188,22 @@ class ProblemExamples(ChatDatasetBuilder):
 
     def rows(self) -> tuple[list[Row], list[Row]]:
         train, test = (asked(self.prompt_template, problems) for problems in self.problems.splits())
-        return [(p.id, {"problem": p}) for p in train if p.solution], [(p.id, {"problem": p}) for p in test if p.solution]
+        return [(p.id, {"problem": p}) for p in train if p.solution], [
+            (p.id, {"problem": p}) for p in test if p.solution
+        ]
 
     def messages(self, fields: Fields) -> list[Message]:
         return fields["problem"].messages()
 
 
-# --- sets that are drawn --------------------------------------------------------------------------------------------------------
+# --- sets that are drawn ------------------------------------------------------------------------
 
 
 @chz.chz
 class DrawnProblems:
-    """A space of problems without end: training problems are drawn, as a pure function of a seed, and some of all are held out."""
+    """A space of problems without end: training problems are drawn, as a pure function of a seed,
+    and some of all are held out.
+    """
 
     num_test: int = chz.field(default=200, validator=WHOLE, doc="held-out problems")
     split_seed: int = chz.field(
@@ -205,7 +220,9 @@ class DrawnProblems:
 
 @chz.chz
 class DrawnProblemsBuilder(DrawnProblems, RLDatasetBuilder):
-    """Problems to practise on by reinforcement learning. Held out is one attempt at each held-out problem."""
+    """Problems to practise on by reinforcement learning. Held out is one attempt at each held-out
+    problem.
+    """
 
     n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
     env_class = ProblemEnv

@@ -1,6 +1,8 @@
-"""Answers scored by a reward model: reward = coef * score + format_coef * (format - 1). A group is scored in one batched call.
+"""Answers scored by a reward model: reward = coef * score + format_coef * (format - 1). A group is
+scored in one batched call.
 
-For a reward model beside an environment's own reward, take preference.bradley_terry.RewardModelReward, which works with any environment.
+For a reward model beside an environment's own reward, take
+preference.bradley_terry.RewardModelReward, which works with any environment.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,9 @@ class RewardModelGroupBuilder(EnvGroupBuilder):
     async def make_envs(self) -> Sequence[Env]:
         return [CompletionEnv(self.prompt, self.renderer, self.format_coef, self.gold) for _ in range(self.num_envs)]
 
-    async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
+    async def compute_group_rewards(
+        self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
+    ) -> list[tuple[float, Metrics]]:
         scores_G = await self.reward_model.score([[*self.prompt, *answer] for answer in completions(envs_G)])
         if not np.isfinite(scores_G).all():
             raise JudgeError(f"the reward model scored {scores_G}: not all of them are finite numbers")
@@ -41,7 +45,9 @@ class RewardModelGroupBuilder(EnvGroupBuilder):
 
 @chz.chz
 class RewardModelEnvBuilder(RLDatasetBuilder):
-    """Prompts whose answers a reward model scores. The held-out set is one answer to each held-out prompt."""
+    """Prompts whose answers a reward model scores. The held-out set is one answer to each held-out
+    prompt.
+    """
 
     prompts: PromptsBuilder = chz.field(doc="builder of the prompts")
     reward_model: RewardModelBuilder = chz.field(doc="the model that scores")

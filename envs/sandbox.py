@@ -1,7 +1,9 @@
-"""Runs a program that nobody has read, and says how it ended: the trainer's half. The other half is sandbox_supervisor.py.
+"""Runs a program that nobody has read, and says how it ended: the trainer's half. The other half is
+sandbox_supervisor.py.
 
-Every run has a supervisor process of its own, and under it a fresh Python interpreter with an empty environment, a session and a
-folder of its own, the standard library and no other package. What holds a program (Linux only):
+Every run has a supervisor process of its own, and under it a fresh Python interpreter with an empty
+environment, a session and a folder of its own, the standard library and no other package. What
+holds a program (Linux only):
 
     always        no privileges to gain; limits on CPU time, wall time, memory, processes, threads, files and output; when the run
                   ends, every process that it left is killed, wherever it has hidden
@@ -11,19 +13,26 @@ folder of its own, the standard library and no other package. What holds a progr
                   read-only but for its own folder, which is in memory and small
     as root       a user id that nothing else has
 
-Who is not root needs user namespaces, or bubblewrap installed where the machine allows only programs of its own to make them, and is
-refused without. Root in a container that forbids namespaces goes without them. `Isolation` says which it is.
+Who is not root needs user namespaces, or bubblewrap installed where the machine allows only
+programs of its own to make them, and is refused without. Root in a container that forbids
+namespaces goes without them. `Isolation` says which it is.
 
 What this does NOT protect from:
-* an adversary, or a hole in the kernel: this is a seat belt against what a policy may write, not a prison. No VM, and the filter
+* an adversary, or a hole in the kernel: this is a seat belt against what a policy may write, not a
+  prison. No VM, and the filter
   refuses some calls and allows all others;
-* reading: any file that every user may read, data sets and their answers among them; where the trainer is not root, any file of
+* reading: any file that every user may read, data sets and their answers among them; where the
+  trainer is not root, any file of
   its user, keys too. Sockets that are files can be connected to with the same rights;
-* load: up to `processes` cores and `processes * memory_mb` of memory for `wall_seconds`. Memory is limited per process (no cgroup);
-* a program that looks for its own checks: an assert test runs in the interpreter of the program it judges, which can find it there
-  and forge success. A test of standard output cannot be forged: its answer never enters the sandbox.
-Without namespaces also: the network; files left in world-writable folders (/dev/shm is memory), as many as they hold. Without the
-filter (other processors): System V shared memory and memfd, which no limit counts; without both, a segment outlives the run.
+* load: up to `processes` cores and `processes * memory_mb` of memory for `wall_seconds`. Memory is
+  limited per process (no cgroup);
+* a program that looks for its own checks: an assert test runs in the interpreter of the program it
+  judges, which can find it there
+  and forge success. A test of standard output cannot be forged: its answer never enters the
+  sandbox.
+Without namespaces also: the network; files left in world-writable folders (/dev/shm is memory), as
+many as they hold. Without the filter (other processors): System V shared memory and memfd, which no
+limit counts; without both, a segment outlives the run.
 """
 
 import asyncio
@@ -43,7 +52,8 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, POSITIVE
 from rl.types import RolloutError
 
-# wrong is the judge's word; the sandbox itself says how the program ended. killed: by a signal. error: exit status other than 0.
+# wrong is the judge's word; the sandbox itself says how the program ended. killed: by a signal.
+# error: exit status other than 0.
 Outcome = Literal["passed", "wrong", "error", "timeout", "memory", "output_limit", "killed"]
 SUPERVISOR = Path(__file__).with_name("sandbox_supervisor.py")
 STARTS = "open('f', 'w').write('2')\nprint(int(input()) + int(open('f').read()))\n"
@@ -52,7 +62,9 @@ MAX_CONCURRENT = max(2, os.cpu_count() or 1)  # programs running at once, for ea
 
 
 class SandboxError(RolloutError):
-    """The sandbox itself failed, or is not to be had on this machine: nothing is known of the program."""
+    """The sandbox itself failed, or is not to be had on this machine: nothing is known of the
+    program.
+    """
 
 
 @chz.chz
@@ -84,7 +96,11 @@ class Isolation:
     filtered: bool = True
 
     def __str__(self) -> str:
-        unfiltered = "" if self.filtered else "; no filter of system calls for this processor: memory can be had beyond its limit"
+        unfiltered = (
+            ""
+            if self.filtered
+            else "; no filter of system calls for this processor: memory can be had beyond its limit"
+        )
         if self.namespaces:
             return ("own user, " if self.root else "") + "no network, own processes, read-only files" + unfiltered
         return f"own user only: network and world-writable folders are in reach ({self.why_not})" + unfiltered
@@ -101,7 +117,9 @@ class Run:
 
 
 async def run_program(program: str, stdin: str = "", limits: SandboxLimits | None = None) -> Run:
-    """Runs Python source. Waits while MAX_CONCURRENT others run. Raises SandboxError where the sandbox is at fault."""
+    """Runs Python source. Waits while MAX_CONCURRENT others run. Raises SandboxError where the
+    sandbox is at fault.
+    """
     limits = limits or SandboxLimits()
     instructions = seccomp_filter()
     encoded = base64.b64encode(instructions).decode() if instructions else None
@@ -114,19 +132,24 @@ async def run_program(program: str, stdin: str = "", limits: SandboxLimits | Non
 
 
 async def check_limits(limits: SandboxLimits) -> Isolation:
-    """Runs a program that computes nothing. ConfigError where it does not end well: then no program would, and every reward be 0."""
+    """Runs a program that computes nothing. ConfigError where it does not end well: then no program
+    would, and every reward be 0.
+    """
     run = await run_program(STARTS, "2", limits)
     if (run.outcome, run.stdout.strip()) != ("passed", "4"):
         said = run.stderr.strip().rsplit("\n", 1)[-1][:200]
         raise ConfigError(
-            f"under these limits not even a program of two lines runs; it ended with {run.outcome}{said and ': ' + said}: raise them "
+            "under these limits not even a program of two lines runs; it ended with "
+            f"{run.outcome}{said and ': ' + said}: raise them "
             f"({', '.join(f'{name}={value}' for name, value in chz.asdict(limits).items())})"
         )
     return run.isolation
 
 
 async def _supervised(request: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The supervisor's reply. It ends its program and itself when its standard input closes, so nothing is left after a cancellation."""
+    """The supervisor's reply. It ends its program and itself when its standard input closes, so
+    nothing is left after a cancellation.
+    """
     pipe = asyncio.subprocess.PIPE
     supervisor = await asyncio.create_subprocess_exec(
         sys.executable,

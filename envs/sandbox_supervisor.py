@@ -1,4 +1,5 @@
-"""The process that runs one program for sandbox.py and outlives it. Started as a plain file, with the standard library only.
+"""The process that runs one program for sandbox.py and outlives it. Started as a plain file, with
+the standard library only.
 
     in:   {"program": ..., "stdin": ..., "limits": {...}, "filter": a seccomp filter in base64, or null} on one line;
           then standard input stays open as long as the answer is wanted
@@ -8,8 +9,9 @@
       init          process 1 of a process namespace: when it ends, the kernel kills every process in there
         program     without privileges
 
-Where root has no namespaces, the end is a kill(-1) sent by the program's own user id, which reaches all that it ever forked.
-Where another user may make none, bubblewrap makes them if it is installed: this file runs again within (`launch`), as the program.
+Where root has no namespaces, the end is a kill(-1) sent by the program's own user id, which reaches
+all that it ever forked. Where another user may make none, bubblewrap makes them if it is installed:
+this file runs again within (`launch`), as the program.
 """
 
 import base64
@@ -50,7 +52,9 @@ def check(result: int, what: str) -> None:
 
 
 def claim_uid() -> tuple[int, socket.socket | None]:
-    """A user id that no other sandbox has. The name of a socket is the claim: it is gone with the process."""
+    """A user id that no other sandbox has. The name of a socket is the claim: it is gone with the
+    process.
+    """
     if not is_root:
         return os.getuid(), None
     for i in range(len(UIDS)):
@@ -66,14 +70,18 @@ def claim_uid() -> tuple[int, socket.socket | None]:
 
 
 def enter_process_namespace() -> str:
-    """The next child will be process 1 of a new process namespace. Returns why not, where root can do without or bubblewrap makes it."""
+    """The next child will be process 1 of a new process namespace. Returns why not, where root can
+    do without or bubblewrap makes it.
+    """
     uid, gid = os.getuid(), os.getgid()
     try:
         check(libc.unshare(NEWPID if is_root else NEWPID | NEWUSER), "unshare")
     except OSError as error:
         if is_root or bubblewrap:
             return str(error.strerror)
-        raise OSError(error.errno, f"{error.strerror}; run as root, allow user namespaces, or install bubblewrap") from error
+        raise OSError(
+            error.errno, f"{error.strerror}; run as root, allow user namespaces, or install bubblewrap"
+        ) from error
     if not is_root:  # in a user namespace we may mount; the program's exec gives that up
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
@@ -86,13 +94,16 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def close_off(folder: Path, uid: int, file_mb: int) -> None:
-    """No network; all files read-only but those of folder/work. The interpreter is also at folder/python: its path may be root's alone."""
+    """No network; all files read-only but those of folder/work. The interpreter is also at
+    folder/python: its path may be root's alone.
+    """
     check(libc.unshare(NEWNS | NEWIPC | NEWNET), "unshare")
     mount("none", "/", "none", MS_REC | MS_PRIVATE)
     mount(sys.base_prefix, f"{folder}/python", "none", MS_BIND | MS_REC)
     attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
     check(
-        libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, len(attributes)), "mount_setattr (Linux 5.12)"
+        libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, len(attributes)),
+        "mount_setattr (Linux 5.12)",
     )
     mount("tmpfs", f"{folder}/work", "tmpfs", MS_NOSUID | MS_NODEV, f"size={file_mb}m,nr_inodes={MAX_FILES},mode=700")
     os.chown(f"{folder}/work", uid, -1)
@@ -121,14 +132,21 @@ def become_program(request: dict[str, Any], folder: Path, uid: int, namespaces: 
     prefix = Path(sys.base_prefix)
     if namespaces:
         python, prefix = folder / "python" / python.relative_to(prefix), folder / "python"
-    # -I would be -P -s and no environment variables; there are none but these. A fixed hash seed lets a program that prints a set be
-    # right always or never.
-    environment = {"HOME": str(folder / "work"), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": str(prefix / "lib")}
+    # -I would be -P -s and no environment variables; there are none but these. A fixed hash seed
+    # lets a program that prints a set be right always or never.
+    environment = {
+        "HOME": str(folder / "work"),
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        "LD_LIBRARY_PATH": str(prefix / "lib"),
+    }
     os.execve(python, [str(python), "-P", "-s", "-S", "program.py"], environment)
 
 
 def install_filter(instructions: bytes) -> None:
-    """For this process and all its children. A kernel without seccomp is an error: `filter` was sent because there should be one."""
+    """For this process and all its children. A kernel without seccomp is an error: `filter` was
+    sent because there should be one.
+    """
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
@@ -139,7 +157,9 @@ def install_filter(instructions: bytes) -> None:
 
 
 def start_in_bubblewrap(request: dict[str, Any], folder: Path, status: int) -> None:
-    """Executes bubblewrap, and in it `launch`, which gets the request in a file that has no name. Returns only by raising."""
+    """Executes bubblewrap, and in it `launch`, which gets the request in a file that has no name.
+    Returns only by raising.
+    """
     sent = os.memfd_create("request", 0)
     os.write(sent, json.dumps(request).encode())
     os.lseek(sent, 0, os.SEEK_SET)
@@ -161,7 +181,8 @@ def launch(folder: str, sent: str, status: str) -> None:
 
 def set_limits(limits: dict[str, Any]) -> None:
     for name, soft, hard in (
-        (resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1),  # SIGXCPU, and SIGKILL for who ignores it
+        # SIGXCPU, and SIGKILL for who ignores it
+        (resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1),
         (resource.RLIMIT_AS, limits["memory_mb"] * MB, limits["memory_mb"] * MB),
         (resource.RLIMIT_FSIZE, limits["file_mb"] * MB, limits["file_mb"] * MB),
         (resource.RLIMIT_NOFILE, limits["open_files"], limits["open_files"]),
@@ -172,7 +193,9 @@ def set_limits(limits: dict[str, Any]) -> None:
 
 
 def run_init(request: dict[str, Any], folder: Path, uid: int, namespaces: bool, status: int) -> None:
-    """Starts the program, waits for it, and writes how it ended to `status`. Other orphans of the namespace are reaped meanwhile."""
+    """Starts the program, waits for it, and writes how it ended to `status`. Other orphans of the
+    namespace are reaped meanwhile.
+    """
     try:
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
         if namespaces:
@@ -194,7 +217,9 @@ def run_init(request: dict[str, Any], folder: Path, uid: int, namespaces: bool, 
 
 
 def watch(limits: dict[str, Any], stdout: int, stderr: int, status: int) -> tuple[str, dict[int, bytearray]]:
-    """Reads until init has ended or a limit is met. Returns that limit's outcome, or "", and what was read from each pipe."""
+    """Reads until init has ended or a limit is met. Returns that limit's outcome, or "", and what
+    was read from each pipe.
+    """
     deadline = time.monotonic() + limits["wall_seconds"]
     read = {fd: bytearray() for fd in (stdout, stderr, status)}
     unread = set(read)
@@ -270,10 +295,16 @@ def supervise(request: dict[str, Any], folder: Path, uid: int) -> dict[str, Any]
     if wrapped and word and not started:
         return {"failed": f"bubblewrap: {texts['stderr'].strip()}"}
     code = int(rest) if word else -signal.SIGKILL
-    if wrapped and code > 128:  # as a shell, bubblewrap says so where its child was killed by a signal
+    # as a shell, bubblewrap says so where its child was killed by a signal
+    if wrapped and code > 128:
         code = 128 - code
     outcome = outcome or outcome_of(code, texts["stderr"])
-    isolation = {"namespaces": namespaces or wrapped, "root": is_root, "why_not": why_not, "filtered": bool(request["filter"])}
+    isolation = {
+        "namespaces": namespaces or wrapped,
+        "root": is_root,
+        "why_not": why_not,
+        "filtered": bool(request["filter"]),
+    }
     return {"outcome": outcome, **texts, "isolation": isolation}
 
 
@@ -290,7 +321,8 @@ def main() -> None:
     except OSError as error:
         reply = {"failed": str(error.strerror)}
     finally:
-        os.rmdir(folder / "python")  # not rmtree: were the interpreter still mounted there, this fails
+        # not rmtree: were the interpreter still mounted there, this fails
+        os.rmdir(folder / "python")
         shutil.rmtree(folder)
     print(json.dumps(reply))
     del claim  # held until here

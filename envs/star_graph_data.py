@@ -1,9 +1,11 @@
-"""Star graphs to train on: supervised (path forward, reversed, or teacherless), and by RL with the reward "the whole path is right".
+"""Star graphs to train on: supervised (path forward, reversed, or teacherless), and by RL with the
+reward "the whole path is right".
 
-Training graphs are drawn afresh for every batch, as a function of (seed, epoch, batch), or come from a file of one of the originals or a .npy
-file. The held-out graphs are in no training batch, in whatever order of their edges. Only the target's tokens carry loss.
-Teacherless (Monea et al. 2023; Bachmann and Nagarajan 2024, section 5): after '=' the model reads only '$', and so cannot look at the path it
-is to predict. Left out: several graphs in one sequence.
+Training graphs are drawn afresh for every batch, as a function of (seed, epoch, batch), or come
+from a file of one of the originals or a .npy file. The held-out graphs are in no training batch, in
+whatever order of their edges. Only the target's tokens carry loss. Teacherless (Monea et al. 2023;
+Bachmann and Nagarajan 2024, section 5): after '=' the model reads only '$', and so cannot look at
+the path it is to predict. Left out: several graphs in one sequence.
 """
 
 from collections.abc import Sequence
@@ -29,7 +31,9 @@ Targets = Literal["forward", "reversed", "teacherless"]
 
 
 def path_accuracy(paths_B_L: np.ndarray, gold_B_L: np.ndarray) -> dict[str, float]:
-    """Shares of the rows with the first hop (the second node) right, with the whole path right, and with node k right, k from 1."""
+    """Shares of the rows with the first hop (the second node) right, with the whole path right, and
+    with node k right, k from 1.
+    """
     right_B_L = np.asarray(paths_B_L) == np.asarray(gold_B_L)
     nodes = {f"node_{k}": float(share) for k, share in enumerate(right_B_L.mean(0), start=1)}
     return {"first_hop": float(right_B_L[:, 1].mean()), "exact": float(right_B_L.all(1).mean()), **nodes}
@@ -52,13 +56,18 @@ class StarGraphTask:
     )
     num_test: int = chz.field(default=400, validator=WHOLE, doc="held-out graphs")
     test_seed: int = chz.field(
-        default=0, validator=SEED, doc="seed of the choice of held-out graphs; the same for all methods that are compared"
+        default=0,
+        validator=SEED,
+        doc="seed of the choice of held-out graphs; the same for all methods that are compared",
     )
     path: str | None = chz.field(
         default=None,
-        doc="training graphs from this file (.txt of an original, or .npy) instead of fresh ones; its name tells the size",
+        doc="training graphs from this file (.txt of an original, or .npy) instead of fresh ones; its name tells the "
+        "size",
     )
-    test_path: str | None = chz.field(default=None, doc="held-out graphs from this file; None = drawn, or the first of `path`")
+    test_path: str | None = chz.field(
+        default=None, doc="held-out graphs from this file; None = drawn, or the first of `path`"
+    )
 
     def graph(self) -> StarGraph:
         asked = (self.num_paths, self.path_length, self.num_nodes)
@@ -75,7 +84,9 @@ class StarGraphTask:
         return graph
 
     def split(self) -> tuple[KeptRows | None, HeldOut]:
-        """Training rows, None where they are drawn, and the held-out ones. Rows of a file whose graph is held out are left out."""
+        """Training rows, None where they are drawn, and the held-out ones. Rows of a file whose
+        graph is held out are left out.
+        """
         graph = self.graph()
         rows_D_T = read_rows(self.path, graph) if self.path else None
         if self.test_path:
@@ -88,7 +99,9 @@ class StarGraphTask:
             return None, test
         kept = without(rows_D_T, test)
         if not len(kept):
-            raise DataError(f"{self.path}: all {len(rows_D_T):,} graphs are held out (num_test={self.num_test}); none is left")
+            raise DataError(
+                f"{self.path}: all {len(rows_D_T):,} graphs are held out (num_test={self.num_test}); none is left"
+            )
         left_out = len(rows_D_T) - len(kept)
         print(f"{self.path}: {len(kept):,} graphs to train on; {left_out:,} left out that are among the held-out ones")
         return kept, test
@@ -96,7 +109,9 @@ class StarGraphTask:
 
 @dataclass(frozen=True)
 class Batches:
-    """Training rows by batch: fresh ones, or `rows_D_T` in an order that depends on (seed, epoch)."""
+    """Training rows by batch: fresh ones, or `rows_D_T` in an order that depends on (seed,
+    epoch).
+    """
 
     graph: StarGraph
     test: HeldOut
@@ -115,11 +130,13 @@ class Batches:
         return self.rows_D_T[np.sort(order_D[index * self.batch_size : (index + 1) * self.batch_size])]
 
 
-# --- supervised -----------------------------------------------------------------------------------------------------------------
+# --- supervised ---------------------------------------------------------------------------------
 
 
 def supervised_datum(ids_T: np.ndarray, layout: Layout, targets: Targets = "forward") -> Datum:
-    """A Datum from a row in the tokenizer's ids, which `targets` may turn round or hide. Each example weighs 1 in all."""
+    """A Datum from a row in the tokenizer's ids, which `targets` may turn round or hide. Each
+    example weighs 1 in all.
+    """
     inputs_T, prefix = ids_T[:-1].copy(), layout.prefix_length
     if targets == "teacherless":
         inputs_T[prefix:] = layout.dollar
@@ -160,13 +177,17 @@ class StarGraphExamplesBuilder(StarGraphTask, SupervisedDatasetBuilder):
         )
 
 
-# --- reinforcement learning -----------------------------------------------------------------------------------------------------
+# --- reinforcement learning ---------------------------------------------------------------------
 
 
 class StarGraphEnv(Env):
-    """One graph, one answer. The episode's metrics are those of path_accuracy, with `correct` for `exact`."""
+    """One graph, one answer. The episode's metrics are those of path_accuracy, with `correct` for
+    `exact`.
+    """
 
-    def __init__(self, ids_T: Sequence[int], layout: Layout, wrong_reward: float = 0.0, renderer: Renderer | None = None):
+    def __init__(
+        self, ids_T: Sequence[int], layout: Layout, wrong_reward: float = 0.0, renderer: Renderer | None = None
+    ):
         self.prompt = ModelInput.from_ints(ids_T[: layout.prefix_length])
         self.target, self.layout, self.wrong_reward, self.renderer = (
             list(ids_T[layout.prefix_length :]),
@@ -196,7 +217,8 @@ class StarGraphEnv(Env):
         if self.renderer is None:
             return {}
         gold, said = (
-            str(self.renderer.tokenizer.decode(ids)) for ids in (self.target, [token for token in sampled if token >= 0])
+            str(self.renderer.tokenizer.decode(ids))
+            for ids in (self.target, [token for token in sampled if token >= 0])
         )
         return {"gold": gold, "extracted": said}
 
@@ -215,7 +237,9 @@ class StarGraphGroup(EnvGroupBuilder):
 
 @chz.chz
 class StarGraphBuilder(StarGraphTask, RLDatasetBuilder):
-    """Graphs to practise on by reinforcement learning: reward 1 for the whole path. The held-out set is one attempt at each held-out graph."""
+    """Graphs to practise on by reinforcement learning: reward 1 for the whole path. The held-out
+    set is one attempt at each held-out graph.
+    """
 
     n_batches: int = chz.field(default=100, validator=COUNT, doc="batches of an epoch, where graphs are drawn")
     wrong_reward: float = chz.field(

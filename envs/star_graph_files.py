@@ -1,10 +1,12 @@
-"""Star graphs in files: the text lines of the three originals (BST, Next-Token Failures, Q#), and a compact binary form for large sets.
+"""Star graphs in files: the text lines of the three originals (BST, Next-Token Failures, Q#), and a
+compact binary form for large sets.
 
     a,b|c,d|...|y,z/s,g=p1,p2,...,pl        one graph a line, the same in all three; their files are read as they are
     *.npy                                   rows of numeral ids in uint8 (uint16 for large N), memory-mapped when read
 
-The size is in the name: graph_{d}_{l}_sample_{n}.txt (BST, which does not say N) and deg_{d}_path_{l}_nodes_{N}_... (the other two).
-Every row that is read is checked to be a star graph of that size. Left out: lines with reversed targets, which no original writes either.
+The size is in the name: graph_{d}_{l}_sample_{n}.txt (BST, which does not say N) and
+deg_{d}_path_{l}_nodes_{N}_... (the other two). Every row that is read is checked to be a star graph
+of that size. Left out: lines with reversed targets, which no original writes either.
 """
 
 import re
@@ -31,7 +33,9 @@ def format_line(tokens_T: Sequence[int] | np.ndarray, graph: StarGraph) -> str:
 
 
 def parse_line(line: str, graph: StarGraph, where: str = "line 1") -> np.ndarray:
-    """tokens_T of a line. DataError, beginning with `where`, if it is no star graph of this size or the path is not its path."""
+    """tokens_T of a line. DataError, beginning with `where`, if it is no star graph of this size or
+    the path is not its path.
+    """
     return _parse([line.rstrip("\n")], graph, lambda _: where)[0]
 
 
@@ -41,14 +45,17 @@ def write_lines(path: str | Path, tokens_B_T: np.ndarray, graph: StarGraph) -> N
 
 
 def read_lines(path: str | Path, graph: StarGraph, max_rows: int | None = None) -> np.ndarray:
-    """tokens_B_T of a text file, or of its first `max_rows` lines, in `dtype_of(graph)`. Blank lines at the end are passed over.
+    """tokens_B_T of a text file, or of its first `max_rows` lines, in `dtype_of(graph)`. Blank
+    lines at the end are passed over.
 
     DataError with file and line number at the first bad line.
     """
     path = Path(path)
     parts, done = [], 0
     for lines in _chunks(path, max_rows):
-        parts.append(_parse(lines, graph, lambda row, done=done: f"{path}, line {done + row + 1}").astype(dtype_of(graph)))
+        parts.append(
+            _parse(lines, graph, lambda row, done=done: f"{path}, line {done + row + 1}").astype(dtype_of(graph))
+        )
         done += len(lines)
     if not parts:
         raise DataError(f"{path} has no lines")
@@ -77,9 +84,13 @@ def _chunks(path: Path, max_rows: int | None) -> Iterator[list[str]]:
                     yield lines
                     lines = []
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text file of star graphs (byte {error.start} is not ASCII); give a text file") from error
+        raise DataError(
+            f"{path} is no text file of star graphs (byte {error.start} is not ASCII); give a text file"
+        ) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; choose another file") from error
+        raise DataError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; choose another file"
+        ) from error
     if lines:
         yield lines
 
@@ -91,11 +102,14 @@ def _parse(lines: list[str], graph: StarGraph, where) -> np.ndarray:
     for row, line in enumerate(lines):
         if not form.fullmatch(line):
             raise DataError(f"{where(row)}: {_fault(line, graph)}: {line[:60]!r}")
-    numbers = np.fromstring(" ".join(lines).translate(SPACES), sep=" ")  # float64, so that no number is too long
+    # float64, so that no number is too long
+    numbers = np.fromstring(" ".join(lines).translate(SPACES), sep=" ")
     numbers_B_M = np.minimum(numbers, 2**31).astype(np.int64).reshape(len(lines), -1)
     ends_M = numbers_B_M[:, 2 * graph.num_edges : 2 * graph.num_edges + 2]
     path_B_L = numbers_B_M[:, 2 * graph.num_edges + 2 :]
-    tokens_B_T = graph.rows(numbers_B_M[:, 0 : 2 * graph.num_edges : 2], numbers_B_M[:, 1 : 2 * graph.num_edges : 2], path_B_L)
+    tokens_B_T = graph.rows(
+        numbers_B_M[:, 0 : 2 * graph.num_edges : 2], numbers_B_M[:, 1 : 2 * graph.num_edges : 2], path_B_L
+    )
     tokens_B_T[:, graph.prefix_length - 3 : graph.prefix_length - 1] = ends_M
     if fault := graph.first_fault(tokens_B_T):
         raise DataError(f"{where(fault[0])}: {fault[1]}: {lines[fault[0]][:60]!r}")
@@ -109,15 +123,18 @@ def _fault(line: str, graph: StarGraph) -> str:
         return "not of the form a,b|c,d|.../s,g=p1,p2,..."
     edges, nodes = match[1].count("|") + 1, match[2].count(",") + 1
     return (
-        f"{edges} edges and a path of {nodes} nodes, where {graph.name} has {graph.num_edges} edges and {graph.path_length} nodes"
+        f"{edges} edges and a path of {nodes} nodes, where {graph.name} has {graph.num_edges} edges and "
+        f"{graph.path_length} nodes"
     )
 
 
-# --- sizes from names, binary files --------------------------------------------------------------------------------------------
+# --- sizes from names, binary files -------------------------------------------------------------
 
 
 def graph_of_path(path: str | Path, num_nodes: int | None = None) -> StarGraph:
-    """The size a file's name tells. `num_nodes` is for names without N (BST's; default 50). ConfigError where the two disagree."""
+    """The size a file's name tells. `num_nodes` is for names without N (BST's; default 50).
+    ConfigError where the two disagree.
+    """
     name = Path(path).name
     if found := re.match(r"deg_(\d+)_path_(\d+)_nodes_(\d+)", name):
         d, length, named = map(int, found.groups())
@@ -127,12 +144,15 @@ def graph_of_path(path: str | Path, num_nodes: int | None = None) -> StarGraph:
     if found := re.match(r"graph_(\d+)_(\d+)_sample_", name):
         return StarGraph(int(found[1]), int(found[2]), num_nodes or BST_NODES)
     raise ConfigError(
-        f"{name}: no size in the name; name it graph_D_L_sample_COUNT.txt or deg_D_path_L_nodes_N_WHAT, or give the size"
+        f"{name}: no size in the name; name it graph_D_L_sample_COUNT.txt or deg_D_path_L_nodes_N_WHAT, or give the "
+        "size"
     )
 
 
 def read_rows(path: str | Path, graph: StarGraph, max_rows: int | None = None) -> np.ndarray:
-    """tokens_B_T of a text file, or the memory-mapped rows of a .npy file, checked a chunk at a time."""
+    """tokens_B_T of a text file, or the memory-mapped rows of a .npy file, checked a chunk at a
+    time.
+    """
     if Path(path).suffix != ".npy":
         return read_lines(path, graph, max_rows)
     try:
@@ -141,8 +161,17 @@ def read_rows(path: str | Path, graph: StarGraph, max_rows: int | None = None) -
         raise DataError(
             f"{path} cannot be read ({error}); give a .npy file as write_sampled makes them, or lines of text"
         ) from error
-    if not isinstance(tokens_B_T, np.ndarray) or tokens_B_T.ndim != 2 or tokens_B_T.dtype.kind not in "iu" or not len(tokens_B_T):
-        what = f"{tokens_B_T.dtype} of shape {tokens_B_T.shape}" if isinstance(tokens_B_T, np.ndarray) else "several arrays"
+    if (
+        not isinstance(tokens_B_T, np.ndarray)
+        or tokens_B_T.ndim != 2
+        or tokens_B_T.dtype.kind not in "iu"
+        or not len(tokens_B_T)
+    ):
+        what = (
+            f"{tokens_B_T.dtype} of shape {tokens_B_T.shape}"
+            if isinstance(tokens_B_T, np.ndarray)
+            else "several arrays"
+        )
         raise DataError(f"{path} holds {what}, where rows of whole numbers are needed")
     tokens_B_T = tokens_B_T[:max_rows]
     for start in range(0, len(tokens_B_T), CHUNK):
@@ -175,8 +204,8 @@ def without(rows_D_T: np.ndarray, test: HeldOut) -> KeptRows:
 
 
 def write_sampled(path: str | Path, graph: StarGraph, count: int, seed: Seed, exclude: HeldOut | None = None) -> None:
-    """`count` sampled rows to a .npy file, a chunk at a time: chunk i is sample_graphs(..., seed (seed, i)). Name it so that
-    `graph_of_path` knows its size."""
+    """`count` sampled rows to a .npy file, a chunk at a time: chunk i is sample_graphs(..., seed
+    (seed, i)). Name it so that `graph_of_path` knows its size."""
     rows_B_T = np.lib.format.open_memmap(path, mode="w+", dtype=dtype_of(graph), shape=(count, graph.length))
     first = seed if isinstance(seed, tuple) else (seed,)
     for number, start in enumerate(range(0, count, CHUNK)):

@@ -1,8 +1,10 @@
-"""What games written in messages share: a finite list of tasks, split once, to play by RL or to imitate from demonstrations.
+"""What games written in messages share: a finite list of tasks, split once, to play by RL or to
+imitate from demonstrations.
 
-A game is a TextGame (which tasks there are, how one is demonstrated) mixed into two builders, one for each loop. Held-out tasks, chosen by
-`split_seed`, are never met in training by either, whatever their `seed`. Training tasks are drawn with replacement, as a pure
-function of (seed, batch index). Left out: tasks without end (see arithmetic.py for a space that is numbered, not listed).
+A game is a TextGame (which tasks there are, how one is demonstrated) mixed into two builders, one
+for each loop. Held-out tasks, chosen by `split_seed`, are never met in training by either, whatever
+their `seed`. Training tasks are drawn with replacement, as a pure function of (seed, batch index).
+Left out: tasks without end (see arithmetic.py for a space that is numbered, not listed).
 """
 
 from collections.abc import Callable, Sequence
@@ -47,21 +49,27 @@ class TextGame:
         """Training and held-out tasks."""
         tasks = self.tasks()
         if not 1 <= self.num_test < len(tasks):
-            raise ConfigError(f"num_test={self.num_test} must be between 1 and {len(tasks) - 1}: there are {len(tasks)} tasks")
+            raise ConfigError(
+                f"num_test={self.num_test} must be between 1 and {len(tasks) - 1}: there are {len(tasks)} tasks"
+            )
         order = np.random.default_rng(self.split_seed).permutation(len(tasks))
         return [tasks[i] for i in order[self.num_test :]], [tasks[i] for i in order[: self.num_test]]
 
 
 @chz.chz
 class TextGameBuilder(TextGame, RLDatasetBuilder):
-    """A game to play by reinforcement learning. The held-out set are the held-out tasks, each once."""
+    """A game to play by reinforcement learning. The held-out set are the held-out tasks, each
+    once.
+    """
 
     n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
     parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="what becomes of responses that cannot be read")
     tag: str = chz.field(default="", doc="name under which metrics are logged too")
 
     def open_env(self) -> Callable[[Task], MessageEnv]:
-        """Opens what all episodes share (a second policy, say), and returns what makes a task's environment."""
+        """Opens what all episodes share (a second policy, say), and returns what makes a task's
+        environment.
+        """
         raise NotImplementedError
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
@@ -81,7 +89,9 @@ class TextGameBuilder(TextGame, RLDatasetBuilder):
 
 @chz.chz
 class TextGameExamplesBuilder(TextGame, SupervisedDatasetBuilder):
-    """The same game to imitate. The held-out set are demonstrations of the tasks that TextGameBuilder holds out."""
+    """The same game to imitate. The held-out set are demonstrations of the tasks that
+    TextGameBuilder holds out.
+    """
 
     n_batches: int = chz.field(default=30, validator=COUNT, doc="training batches per epoch")
 
@@ -96,6 +106,8 @@ class TextGameExamplesBuilder(TextGame, SupervisedDatasetBuilder):
 
         def held_out(epoch: int, index: int) -> list[Datum]:
             rng = np.random.default_rng([self.split_seed, HELD_OUT_EXAMPLES, index])
-            return render([self.demonstration(task, rng) for task in test[index * size : (index + 1) * size]], renderer, self)
+            return render(
+                [self.demonstration(task, rng) for task in test[index * size : (index + 1) * size]], renderer, self
+            )
 
         return DrawnDataset(draw, self.n_batches), DrawnDataset(held_out, -(-len(test) // size))

@@ -1,11 +1,15 @@
-"""TextArena games as environments: alone, against an opponent, or in self-play, where all seats of a few games form a group.
+"""TextArena games as environments: alone, against an opponent, or in self-play, where all seats of
+a few games form a group.
 
-What a seat sees is the text that TextArena shows to this player, as one user message, anew at every turn; so each turn is a Datum of its
-own. Step rewards are penalties for illegal moves; the outcome is the group's reward. In self-play it is zero-sum in most games, so that
-the mean of a group is 0 and each seat is the other's baseline. Several games from one opening (`group_size` above the number of seats) give
-each seat a baseline of its own: rl.advantages:SeatMean. Left out: seats that learn different policies; chat between the turns.
+What a seat sees is the text that TextArena shows to this player, as one user message, anew at every
+turn; so each turn is a Datum of its own. Step rewards are penalties for illegal moves; the outcome
+is the group's reward. In self-play it is zero-sum in most games, so that the mean of a group is 0
+and each seat is the other's baseline. Several games from one opening (`group_size` above the number
+of seats) give each seat a baseline of its own: rl.advantages:SeatMean. Left out: seats that learn
+different policies; chat between the turns.
 
-    python rl/train_cli.py env=textarena env.game=TicTacToe-v0-train env.test_opponent=envs.opponents:RandomPlayer
+    python rl/train_cli.py env=textarena env.game=TicTacToe-v0-train
+    env.test_opponent=envs.opponents:RandomPlayer
 """
 
 import asyncio
@@ -39,11 +43,14 @@ from rl.types import (
     Trajectory,
 )
 
-OPENING = 1000  # in the seed of the moves that nobody decides, where a player's own have the player's number
+# in the seed of the moves that nobody decides, where a player's own have the player's number
+OPENING = 1000
 
 
 class Table:
-    """A game and those who play it: wakes a seat when it is to move, or when nobody will any more. `opponents` move at once."""
+    """A game and those who play it: wakes a seat when it is to move, or when nobody will any more.
+    `opponents` move at once.
+    """
 
     def __init__(self, game: Game, opponents: dict[int, Player], seed: int):
         self.game, self.opponents = game, opponents
@@ -52,7 +59,9 @@ class Table:
         self._lost: int | None = None  # the seat that left before the end
 
     async def wait_for_turn(self, seat: int) -> None:
-        """Returns when `seat` is to move or the game is over. Raises SeatLost when another seat has left it unfinished."""
+        """Returns when `seat` is to move or the game is over. Raises SeatLost when another seat has
+        left it unfinished.
+        """
         async with self._changed:
             await self._opponents_move()
             await self._changed.wait_for(lambda: self.game.over or self.game.player == seat)
@@ -72,7 +81,9 @@ class Table:
             raise SeatLost(f"{self.game.name}: seat {self._lost} failed, so seat {seat} cannot finish its game")
 
     async def end(self, lost_seat: int | None = None) -> None:
-        """If the game is not over, ends it without a result, or, for `lost_seat`, fails the seats that wait for it."""
+        """If the game is not over, ends it without a result, or, for `lost_seat`, fails the seats
+        that wait for it.
+        """
         async with self._changed:
             if not self.game.over:
                 self._lost = lost_seat
@@ -98,7 +109,9 @@ class Seat(Env):
         return self._observation(), self.renderer.get_stop_sequences()
 
     async def step(self, action: Action) -> StepResult:
-        """The move, then the moves of all others. A seat that had no turn has nothing to move: see compute_group_rewards."""
+        """The move, then the moves of all others. A seat that had no turn has nothing to move: see
+        compute_group_rewards.
+        """
         if not self.had_a_turn:
             return StepResult(0.0, True, ModelInput.empty())
         message, _ = self.renderer.parse_response(action)
@@ -128,7 +141,9 @@ class Seat(Env):
 
 @dataclass(frozen=True)
 class GameGroupBuilder(EnvGroupBuilder):
-    """`num_games` games of one seed and opening: all seats of each, game after game, or with opponents the one seat that is left."""
+    """`num_games` games of one seed and opening: all seats of each, game after game, or with
+    opponents the one seat that is left.
+    """
 
     config: "TextArenaBuilder"
     renderer: Renderer
@@ -158,10 +173,14 @@ class GameGroupBuilder(EnvGroupBuilder):
             if not game.over:
                 return game
 
-    async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
-        """Each seat's outcome. What was sampled for a seat whose game had ended before its turn is taken out: it was no move.
+    async def compute_group_rewards(
+        self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
+    ) -> list[tuple[float, Metrics]]:
+        """Each seat's outcome. What was sampled for a seat whose game had ended before its turn is
+        taken out: it was no move.
 
-        Raises RolloutError where a game of several seats has lost some of them: the others' rewards would meet the wrong baseline.
+        Raises RolloutError where a game of several seats has lost some of them: the others' rewards
+        would meet the wrong baseline.
         """
         seats = self._seats()
         if len(seats) > 1 and [getattr(env, "seat", None) for env in envs_G] != seats * (len(envs_G) // len(seats)):
@@ -180,14 +199,20 @@ class GameGroupBuilder(EnvGroupBuilder):
 
 @chz.chz
 class TextArenaBuilder(RLDatasetBuilder):
-    """Any TextArena game. The held-out set is `num_test` games of other seeds, one attempt each, against `test_opponent`."""
+    """Any TextArena game. The held-out set is `num_test` games of other seeds, one attempt each,
+    against `test_opponent`.
+    """
 
     game: str = chz.field(
         default="TicTacToe-v0-train", doc="TextArena's name of the game; the ending says what a player is shown"
     )
     num_players: int = chz.field(default=2, validator=COUNT, doc="1 plays alone")
-    board_only: bool = chz.field(default=False, doc="show the rules and the last board, whatever the game's name ends with")
-    opponent: Opponent | None = chz.field(default=None, doc="who has all the other seats; None with several players is self-play")
+    board_only: bool = chz.field(
+        default=False, doc="show the rules and the last board, whatever the game's name ends with"
+    )
+    opponent: Opponent | None = chz.field(
+        default=None, doc="who has all the other seats; None with several players is self-play"
+    )
     test_opponent: Opponent | None = chz.field(default=None, doc="the same for the held-out games")
     group_size: int = chz.field(
         default=2,
@@ -197,10 +222,13 @@ class TextArenaBuilder(RLDatasetBuilder):
     random_opening: int = chz.field(
         default=0,
         validator=WHOLE,
-        doc="up to this many first moves of a training game are random: self-play then meets more than its favourite game",
+        doc="up to this many first moves of a training game are random: self-play then meets more than its favourite "
+        "game",
     )
     illegal_move_penalty: float = chz.field(
-        default=0.0, validator=NON_NEGATIVE, doc="taken from the reward for each illegal move, beside what the game does"
+        default=0.0,
+        validator=NON_NEGATIVE,
+        doc="taken from the reward for each illegal move, beside what the game does",
     )
     error_allowance: int | None = chz.field(
         default=None,
@@ -232,7 +260,9 @@ class TextArenaBuilder(RLDatasetBuilder):
         return train, ListDataset(list(held_out), size, shuffle=False)
 
     def _groups(self, renderer: Renderer, opponent: Opponent | None, stream: int) -> Callable[[int], GameGroupBuilder]:
-        """Makes game n, whose seed, and with an opponent the learner's seat n modulo num_players, are functions of n."""
+        """Makes game n, whose seed, and with an opponent the learner's seat n modulo num_players,
+        are functions of n.
+        """
         name = opponent.name if opponent else "alone" if self.num_players == 1 else "self_play"
         player = opponent.open(self.open_game(0)) if opponent else None
         training = stream == TRAINING_GAMES
@@ -262,7 +292,8 @@ class TextArenaBuilder(RLDatasetBuilder):
             raise ConfigError(f"num_players={self.num_players}: at least 1 is needed, and an opponent makes it 2")
         if self.opponent is None and self.group_size % self.num_players:
             raise ConfigError(
-                f"group_size={self.group_size}: in self-play a group is the {self.num_players} seats of one or more games; set it to "
+                f"group_size={self.group_size}: in self-play a group is the {self.num_players} seats of one or more "
+                "games; set it to "
                 f"{self.num_players} or a multiple"
             )
         if not listed_moves(self.open_game(0).text) and self.random_opening:

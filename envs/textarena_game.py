@@ -1,8 +1,11 @@
-"""One TextArena game (github.com/LeonGuertler/TextArena) as a pure function of its seed and of the moves made.
+"""One TextArena game (github.com/LeonGuertler/TextArena) as a pure function of its seed and of the
+moves made.
 
-TextArena draws from Python's and numpy's global generators while a game goes on. Each game here owns a state of both, which is put in
-place for the length of a call: many games can run in one event loop, and the program's own generators stay as they were. What needs
-word lists, a hosted judge or a later Python is refused when it is opened. Left out: other threads that draw from the global generators.
+TextArena draws from Python's and numpy's global generators while a game goes on. Each game here
+owns a state of both, which is put in place for the length of a call: many games can run in one
+event loop, and the program's own generators stay as they were. What needs word lists, a hosted
+judge or a later Python is refused when it is opened. Left out: other threads that draw from the
+global generators.
 """
 
 import random
@@ -19,21 +22,27 @@ SOLVED = 1.0  # the reward from which a game for one player counts as won
 
 
 class GameUnavailable(CookbookError):
-    """This TextArena game does not exist, or lacks something on this machine; the message says what."""
+    """This TextArena game does not exist, or lacks something on this machine; the message says
+    what.
+    """
 
 
 class Game:
     """A game under way. `player` is to move and reads `text`; `over` says that nobody is.
 
-    `error_allowance` is how many illegal moves in a row a player may take back before it loses; None leaves it to the game.
-    `board_only` shows the rules and the last board instead of what the game's name stands for. Raises GameUnavailable.
+    `error_allowance` is how many illegal moves in a row a player may take back before it loses;
+    None leaves it to the game. `board_only` shows the rules and the last board instead of what the
+    game's name stands for. Raises GameUnavailable.
     """
 
-    def __init__(self, name: str, num_players: int, seed: int, error_allowance: int | None = None, board_only: bool = False):
+    def __init__(
+        self, name: str, num_players: int, seed: int, error_allowance: int | None = None, board_only: bool = False
+    ):
         self.name, self.num_players = name, num_players
         self.over, self.player, self.text = False, 0, ""
         self.moves, self.ended_illegally = 0, False
-        self.rewards: dict[int, float] | None = None  # by player, once the game has ended by its own rules
+        # by player, once the game has ended by its own rules
+        self.rewards: dict[int, float] | None = None
         self._random = random.Random(seed).getstate()
         self._numpy = np.random.RandomState(seed % 2**32).get_state()
         with self._own_randomness():
@@ -64,9 +73,11 @@ class Game:
         self.over = True
 
     def outcome(self, player: int) -> tuple[float, Metrics]:
-        """The reward of a player after the game, and win, draw and loss as 0 or 1. An abandoned game has reward 0 and none of the three.
+        """The reward of a player after the game, and win, draw and loss as 0 or 1. An abandoned
+        game has reward 0 and none of the three.
 
-        Who has the highest reward has won, unless all have it; a game for one player is won or lost.
+        Who has the highest reward has won, unless all have it; a game for one player is won or
+        lost.
         """
         metrics = {"turns": float(self.moves), "ended_illegally": float(self.ended_illegally)}
         if self.rewards is None:
@@ -100,7 +111,9 @@ class Game:
 
 
 def _call_before(target: Any, method: str, note: Any) -> None:
-    """From now on `note()` runs before `target.method(...)`: the one place where every TextArena game reports an illegal move."""
+    """From now on `note()` runs before `target.method(...)`: the one place where every TextArena
+    game reports an illegal move.
+    """
     original = getattr(target, method, None)
     if original is None:
         return
@@ -113,7 +126,9 @@ def _call_before(target: Any, method: str, note: Any) -> None:
 
 
 def _open(name: str, num_players: int, seed: int, board_only: bool) -> Any:
-    """The TextArena environment, reset. Whatever its own code raises here becomes a GameUnavailable that says what to do."""
+    """The TextArena environment, reset. Whatever its own code raises here becomes a GameUnavailable
+    that says what to do.
+    """
     try:
         import textarena
         from textarena.envs.registration import ENV_REGISTRY
@@ -131,7 +146,9 @@ def _open(name: str, num_players: int, seed: int, board_only: bool) -> Any:
             env = ActionFormattingWrapper(GameBoardObservationWrapper(_bare(env)))
         env.reset(num_players=num_players, seed=seed)
     except Exception as error:  # another project's code, which raises what it likes
-        raise GameUnavailable(f"TextArena's {name} does not open for {num_players} players: {_remedy(error)}") from error
+        raise GameUnavailable(
+            f"TextArena's {name} does not open for {num_players} players: {_remedy(error)}"
+        ) from error
     return env
 
 

@@ -1,10 +1,13 @@
-"""A calculator as a tool: the model writes `calc: 12*(3+4)`, is told `84`, and ends with `answer: 84`.
+"""A calculator as a tool: the model writes `calc: 12*(3+4)`, is told `84`, and ends with `answer:
+84`.
 
-One line of a response is a call or the answer; what stands around it is free. Calls are evaluated exactly, in fractions, from the parse tree of
-the expression; nothing is executed. A call that cannot be evaluated is answered with the reason; a response with no such line, or
-with several, cannot be read.
+One line of a response is a call or the answer; what stands around it is free. Calls are evaluated
+exactly, in fractions, from the parse tree of the expression; nothing is executed. A call that
+cannot be evaluated is answered with the reason; a response with no such line, or with several,
+cannot be read.
 
-reward = 1 for the right answer, else 0. Left out: calls in JSON, several tools, calls within a sentence.
+reward = 1 for the right answer, else 0. Left out: calls in JSON, several tools, calls within a
+sentence.
 """
 
 import ast
@@ -41,7 +44,9 @@ class CalculatorError(CookbookError):
 
 
 def calculate(expression: str) -> Fraction:
-    """The value of + - * / // % ** and parentheses over numbers, exactly. Raises CalculatorError."""
+    """The value of + - * / // % ** and parentheses over numbers, exactly. Raises
+    CalculatorError.
+    """
     if len(expression) > MAX_CHARACTERS:
         raise CalculatorError(f"longer than {MAX_CHARACTERS} characters")
     try:
@@ -143,7 +148,9 @@ class Calculator(TextGame):
 
     def tasks(self) -> Sequence[str]:
         if not 1 <= self.num_digits <= 9 or self.num_tasks > 10 ** (3 * self.num_digits):
-            raise ConfigError(f"num_tasks={self.num_tasks} expressions of {self.num_digits} digits: there are not so many")
+            raise ConfigError(
+                f"num_tasks={self.num_tasks} expressions of {self.num_digits} digits: there are not so many"
+            )
         rng = np.random.default_rng(self.split_seed)
         expressions: dict[str, None] = {}  # in the order they were drawn
         while len(expressions) < self.num_tasks:
@@ -154,7 +161,12 @@ class Calculator(TextGame):
 
     def demonstration(self, task: str, rng: np.random.Generator) -> list[Message]:
         """One call with the whole expression, then the answer."""
-        says = [self.prompt.format(expression=task), f"calc: {task}", str(calculate(task)), f"answer: {calculate(task)}"]
+        says = [
+            self.prompt.format(expression=task),
+            f"calc: {task}",
+            str(calculate(task)),
+            f"answer: {calculate(task)}",
+        ]
         roles = ["user", "assistant", "user", "assistant"]
         return [Message(role=role, content=text) for role, text in zip(roles, says, strict=True)]
 

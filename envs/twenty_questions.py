@@ -1,11 +1,14 @@
-"""Twenty questions: the model asks about a thing it does not know; "Is it alive?" "yes" ... "Is it a frog?" ends it, if that is the thing.
+"""Twenty questions: the model asks about a thing it does not know; "Is it alive?" "yes" ... "Is it
+a frog?" ends it, if that is the thing.
 
-The answerer is a rule over the table below, or a second policy (`answerer=rl.frozen_policy:FrozenPolicy answerer.base_model=...`). Either way a
-question that names one thing of the table is a guess, decided by comparison; one that names several is not answered.
-A second policy that says neither yes nor no makes a RolloutError: its mistakes are nobody's reward.
+The answerer is a rule over the table below, or a second policy
+(`answerer=rl.frozen_policy:FrozenPolicy answerer.base_model=...`). Either way a question that names
+one thing of the table is a guess, decided by comparison; one that names several is not answered. A
+second policy that says neither yes nor no makes a RolloutError: its mistakes are nobody's reward.
 
-reward = 1 - question_cost * (questions - 1) for the right thing, 0 when the questions are used up. Left out: things outside the table,
-and a rule that understands more than one word of a question ("not", "or").
+reward = 1 - question_cost * (questions - 1) for the right thing, 0 when the questions are used up.
+Left out: things outside the table, and a rule that understands more than one word of a question
+("not", "or").
 """
 
 import re
@@ -115,15 +118,24 @@ class PolicyAnswerer:
         reply = (await self.completer([Message(role="user", content=ask)]))["content"]
         answer = re.match(r"\W*(yes|no)\b", reply.lower())
         if answer is None:
-            raise FrozenPolicyError(f"the answerer was asked {question[:60]!r} and said {reply[:60]!r}, neither yes nor no")
+            raise FrozenPolicyError(
+                f"the answerer was asked {question[:60]!r} and said {reply[:60]!r}, neither yes nor no"
+            )
         return answer[1]
 
 
 class TwentyQuestionsEnv(MessageEnv):
-    """Metrics: `unclear` of each question (0 or 1); `solved` and `turns` of an episode, lost ones included."""
+    """Metrics: `unclear` of each question (0 or 1); `solved` and `turns` of an episode, lost ones
+    included.
+    """
 
     def __init__(self, thing: str, max_questions: int, question_cost: float, answerer: PolicyAnswerer | None = None):
-        self.thing, self.max_questions, self.question_cost, self.answerer = thing, max_questions, question_cost, answerer
+        self.thing, self.max_questions, self.question_cost, self.answerer = (
+            thing,
+            max_questions,
+            question_cost,
+            answerer,
+        )
         self.questions = 0
 
     async def initial_messages(self) -> list[Message]:
@@ -138,7 +150,9 @@ class TwentyQuestionsEnv(MessageEnv):
         logs = {"thing": self.thing}
         metrics = {"unclear": float(answer == "unclear")}
         if answer == "right":
-            return MessageStep(1 - self.question_cost * (self.questions - 1), True, (), metrics | self._episode(True), logs)
+            return MessageStep(
+                1 - self.question_cost * (self.questions - 1), True, (), metrics | self._episode(True), logs
+            )
         if self.questions == self.max_questions:
             return MessageStep(0.0, True, (), metrics | self._episode(False), logs)
         return MessageStep(0.0, False, [Message(role="user", content=answer)], metrics, logs)
@@ -159,7 +173,9 @@ class TwentyQuestionsEnv(MessageEnv):
 
 @chz.chz
 class TwentyQuestions(TextGame):
-    """Which things are asked for. A held-out thing is never the right one in training; a small table rewards to learn that by heart."""
+    """Which things are asked for. A held-out thing is never the right one in training; a small
+    table rewards to learn that by heart.
+    """
 
     num_test: int = chz.field(default=6, validator=WHOLE, doc="held-out things")
     max_questions: int = chz.field(default=20, validator=COUNT, doc="questions after which an episode is lost")
@@ -195,7 +211,9 @@ class TwentyQuestionsBuilder(TwentyQuestions, TextGameBuilder):
 
     def open_env(self) -> Callable[[str], TwentyQuestionsEnv]:
         answerer = PolicyAnswerer(self.answerer.open_completer()) if self.answerer else None
-        return partial(TwentyQuestionsEnv, max_questions=self.max_questions, question_cost=self.question_cost, answerer=answerer)
+        return partial(
+            TwentyQuestionsEnv, max_questions=self.max_questions, question_cost=self.question_cost, answerer=answerer
+        )
 
 
 @chz.chz

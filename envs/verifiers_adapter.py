@@ -1,14 +1,18 @@
-"""Tasksets written for the verifiers library (0.4.x) as environments: its prompts, its scoring, one answer of the policy in between.
+"""Tasksets written for the verifiers library (0.4.x) as environments: its prompts, its scoring, one
+answer of the policy in between.
 
-Covered: tasks that are a prompt in text and `@reward` / `@metric` functions of the trace, judges that the task's own configuration reaches,
-and the taskset's configuration. Left out, and refused with the reason when the taskset is loaded: what the library's harnesses do in a
-runtime (tools, containers, setup and finalize, rewards that ask for `runtime`), and its multi-agent environments.
+Covered: tasks that are a prompt in text and `@reward` / `@metric` functions of the trace, judges
+that the task's own configuration reaches, and the taskset's configuration. Left out, and refused
+with the reason when the taskset is loaded: what the library's harnesses do in a runtime (tools,
+containers, setup and finalize, rewards that ask for `runtime`), and its multi-agent environments.
 
-verifiers lives in another process (verifiers_worker.py), and needs another virtual environment: it brings a package called `renderers`,
-as we do, and of that name a process can have one. Make it once, with the tasksets, and name its interpreter:
+verifiers lives in another process (verifiers_worker.py), and needs another virtual environment: it
+brings a package called `renderers`, as we do, and of that name a process can have one. Make it
+once, with the tasksets, and name its interpreter:
 
     python -m venv ~/verifiers && ~/verifiers/bin/pip install "verifiers>=0.4,<0.5" my-taskset
-    python -m rl.train_cli env=envs.verifiers_adapter:VerifiersBuilder env.python=~/verifiers/bin/python env.taskset=my-taskset
+    python -m rl.train_cli env=envs.verifiers_adapter:VerifiersBuilder
+    env.python=~/verifiers/bin/python env.taskset=my-taskset
 """
 
 import asyncio
@@ -39,7 +43,9 @@ WORKER = Path(__file__).with_name("verifiers_worker.py")
 
 @dataclass(frozen=True)
 class TasksetSource:
-    """Where tasks come from. It is all that an environment holds on to, so that it pickles; processes are found by it."""
+    """Where tasks come from. It is all that an environment holds on to, so that it pickles;
+    processes are found by it.
+    """
 
     python: str
     taskset: str
@@ -57,7 +63,9 @@ class Worker:
         self.tasks: list[list[Message]] = []
 
     def score(self, task: int, answer: str) -> dict[str, Any]:
-        """Raises GraderError if the scoring fails, dies or takes too long. The next question then finds a new process."""
+        """Raises GraderError if the scoring fails, dies or takes too long. The next question then
+        finds a new process.
+        """
         with self._lock:
             self._start()
             reply = self._ask({"task": task, "answer": answer})
@@ -82,7 +90,8 @@ class Worker:
             reply = self._ask({"taskset": source.taskset, "config": json.loads(source.config), "limit": source.limit})
         except (OSError, GraderError) as error:
             raise ConfigError(
-                f"no verifiers behind python={source.python} ({error}): make a virtual environment with verifiers>=0.4,<0.5 in it"
+                f"no verifiers behind python={source.python} ({error}): make a virtual environment with "
+                "verifiers>=0.4,<0.5 in it"
             ) from error
         if "failed" in reply:
             self.stop()
@@ -165,7 +174,9 @@ class VerifiersBuilder(RLDatasetBuilder):
     scoring_seconds: float = chz.field(
         default=60.0, validator=POSITIVE, doc="most seconds for loading the tasks, or for scoring an answer"
     )
-    parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="what becomes of an answer that ran into the token limit")
+    parse: ParsePolicy = chz.field(
+        default_factory=ParsePolicy, doc="what becomes of an answer that ran into the token limit"
+    )
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         try:
@@ -175,7 +186,9 @@ class VerifiersBuilder(RLDatasetBuilder):
         source = TasksetSource(self.python, self.taskset, self.taskset_config, self.num_tasks, self.scoring_seconds)
         count = len(worker(source).load())
         if not 0 <= self.num_test < count:
-            raise ConfigError(f"num_test={self.num_test}: the taskset {self.taskset} has {count} tasks, to train on and to test")
+            raise ConfigError(
+                f"num_test={self.num_test}: the taskset {self.taskset} has {count} tasks, to train on and to test"
+            )
         order_D = np.random.default_rng(self.split_seed).permutation(count)
         test_D, train_D = np.sort(order_D[: self.num_test]), np.sort(order_D[self.num_test :])
 

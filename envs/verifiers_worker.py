@@ -1,7 +1,9 @@
-"""The process that loads a taskset of the verifiers library (0.4) and scores answers: one JSON line in, one out.
+"""The process that loads a taskset of the verifiers library (0.4) and scores answers: one JSON line
+in, one out.
 
-Started by verifiers_adapter.py as a plain file, with the interpreter of an environment in which verifiers is installed. It cannot live
-in the trainer's process: verifiers imports a package called `renderers`, and that is the name of ours.
+Started by verifiers_adapter.py as a plain file, with the interpreter of an environment in which
+verifiers is installed. It cannot live in the trainer's process: verifiers imports a package called
+`renderers`, and that is the name of ours.
 
     in:   {"taskset": "gsm8k", "config": {...}, "limit": 100}         out: {"tasks": [[{"role": ..., "content": ...}, ...], ...]}
     in:   {"task": 3, "answer": "..."}                                out: {"reward": 0.9, "rewards": {...}, "metrics": {...}}
@@ -64,7 +66,9 @@ def messages(task: vf.Task) -> list[dict[str, Any]]:
 
 
 async def score(task: vf.Task, answer: str) -> dict[str, Any]:
-    """Rewards and metrics of a conversation that ends with the answer, as a run of the library would record it."""
+    """Rewards and metrics of a conversation that ends with the answer, as a run of the library
+    would record it.
+    """
     said = [*messages(task), {"role": "assistant", "content": answer}]
     kinds = {"system": vf.SystemMessage, "user": vf.UserMessage, "assistant": vf.AssistantMessage}
     trace = vf.Trace(
@@ -73,7 +77,9 @@ async def score(task: vf.Task, answer: str) -> dict[str, Any]:
         agent=vf.AgentInfo(config=vf.AgentConfig()),
         nodes=[
             MessageNode(
-                parent=i - 1 if i else None, message=kinds[each["role"]](content=each["content"]), sampled=i == len(said) - 1
+                parent=i - 1 if i else None,
+                message=kinds[each["role"]](content=each["content"]),
+                sampled=i == len(said) - 1,
             )
             for i, each in enumerate(said)
         ],

@@ -1,7 +1,8 @@
 """Choosing one of n solutions: the best by a score, the answer most of them have, or any.
 
-Standard errors are those over problems. The majority is that of rl/sample_metrics.py: a tie goes to the answer that was sampled first, and
-solutions without an answer have no vote. Left out: votes weighted by score.
+Standard errors are those over problems. The majority is that of rl/sample_metrics.py: a tie goes to
+the answer that was sampled first, and solutions without an answer have no vote. Left out: votes
+weighted by score.
 """
 
 from collections.abc import Sequence
@@ -12,19 +13,26 @@ from preference.solutions import Solution
 from rl.sample_metrics import majority
 
 
-def compare_selections(solutions_P_G: Sequence[Sequence[Solution]], scores_P_G: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Accuracy, and its standard error as NAME_se, of each way to choose: `sampled` (the mean over the samples), `majority`, `best_of_n`
-    (the first of the highest score), and `any`, what a perfect choice would give. Also `gain`, best_of_n - majority, paired."""
+def compare_selections(
+    solutions_P_G: Sequence[Sequence[Solution]], scores_P_G: Sequence[Sequence[float]]
+) -> dict[str, float]:
+    """Accuracy, and its standard error as NAME_se, of each way to choose: `sampled` (the mean over
+    the samples), `majority`, `best_of_n` (the first of the highest score), and `any`, what a
+    perfect choice would give. Also `gain`, best_of_n - majority, paired."""
     correct_P_G = [np.array([solution.correct for solution in group], dtype=float) for group in solutions_P_G]
     accuracy_P = {
         "sampled": np.array([correct_G.mean() for correct_G in correct_P_G]),
         "majority": np.array([_majority_is_right(group) for group in solutions_P_G]),
-        "best_of_n": np.array([c_G[int(np.argmax(scores_G))] for c_G, scores_G in zip(correct_P_G, scores_P_G, strict=True)]),
+        "best_of_n": np.array(
+            [c_G[int(np.argmax(scores_G))] for c_G, scores_G in zip(correct_P_G, scores_P_G, strict=True)]
+        ),
         "any": np.array([correct_G.max() for correct_G in correct_P_G]),
     }
     accuracy_P["gain"] = accuracy_P["best_of_n"] - accuracy_P["majority"]
     means = {name: float(values_P.mean()) for name, values_P in accuracy_P.items()}
-    errors = {f"{name}_se": float(v_P.std(ddof=1) / len(v_P) ** 0.5) for name, v_P in accuracy_P.items() if len(v_P) > 1}
+    errors = {
+        f"{name}_se": float(v_P.std(ddof=1) / len(v_P) ** 0.5) for name, v_P in accuracy_P.items() if len(v_P) > 1
+    }
     return means | errors
 
 

@@ -1,8 +1,10 @@
-"""The scalar reward model: one number r for a conversation, read at its last token, trained on which of two answers is better.
+"""The scalar reward model: one number r for a conversation, read at its last token, trained on
+which of two answers is better.
 
-Under Bradley and Terry's model, P(chosen is better) = sigmoid(r_chosen - r_rejected), and the loss is its negative logarithm (Ouyang et al. 2022
-eq. 1). With a margin m it is -log sigmoid(r_chosen - r_rejected - m) (Touvron et al. 2023, eq. 2). Only differences have a meaning: r has no
-zero. A tie says nothing about which is better: ties are dropped and counted. Left out: centring r, ensembles.
+Under Bradley and Terry's model, P(chosen is better) = sigmoid(r_chosen - r_rejected), and the loss
+is its negative logarithm (Ouyang et al. 2022 eq. 1). With a margin m it is -log sigmoid(r_chosen -
+r_rejected - m) (Touvron et al. 2023, eq. 2). Only differences have a meaning: r has no zero. A tie
+says nothing about which is better: ties are dropped and counted. Left out: centring r, ensembles.
 """
 
 from collections.abc import Sequence
@@ -31,8 +33,8 @@ Scalars = dict[str, torch.Tensor]
 
 
 def bradley_terry(data_D: list[Datum], scalars_D: list[torch.Tensor]) -> tuple[torch.Tensor, Metrics]:
-    """Mean over pairs of -log sigmoid(r_chosen - r_rejected - m). Datum 2i is the chosen one of pair i, 2i + 1 the rejected one;
-    r and m (`margins`) are those of a sequence's last position."""
+    """Mean over pairs of -log sigmoid(r_chosen - r_rejected - m). Datum 2i is the chosen one of
+    pair i, 2i + 1 the rejected one; r and m (`margins`) are those of a sequence's last position."""
     rewards_P2 = torch.stack([scalar_T[-1] for scalar_T in scalars_D]).reshape(-1, 2)
     margins_P = rewards_P2.new_tensor([float(datum.loss_fn_inputs["margins"].array[-1]) for datum in data_D[::2]])
     gaps_P = rewards_P2[:, 0] - rewards_P2[:, 1]
@@ -41,7 +43,9 @@ def bradley_terry(data_D: list[Datum], scalars_D: list[torch.Tensor]) -> tuple[t
 
 
 def last_token_datum(tokens: Sequence[int], margin: float = 0.0) -> Datum:
-    """A sequence whose scalar is read at its last token. `margins` is read from the chosen one of a pair."""
+    """A sequence whose scalar is read at its last token. `margins` is read from the chosen one of a
+    pair.
+    """
     at_last_T = np.zeros(len(tokens), dtype=np.float32)
     at_last_T[-1] = 1
     return Datum(ModelInput.from_ints(tokens), {"weights": at_last_T, "margins": margin * at_last_T})
@@ -59,14 +63,20 @@ class ScalarModel(RewardModel):
         self.client, self.renderer = client, renderer
 
     async def score(self, conversations_D: Sequence[Sequence[Message]]) -> list[float]:
-        return await self.score_tokens([conversation_tokens(self.renderer, conversation) for conversation in conversations_D])
+        return await self.score_tokens(
+            [conversation_tokens(self.renderer, conversation) for conversation in conversations_D]
+        )
 
     async def score_tokens(self, tokens_D: Sequence[Sequence[int]]) -> list[float]:
-        """Scores of rendered conversations. ContextLengthError if one does not fit into the model's context."""
+        """Scores of rendered conversations. ContextLengthError if one does not fit into the model's
+        context.
+        """
         if not tokens_D:
             return []
         if (longest := max(map(len, tokens_D))) > (limit := self.client.get_info().max_length):
-            raise ContextLengthError(f"a conversation has {longest} tokens, the reward model's context {limit}: shorten answers")
+            raise ContextLengthError(
+                f"a conversation has {longest} tokens, the reward model's context {limit}: shorten answers"
+            )
         output = await self.client.forward([last_token_datum(tokens) for tokens in tokens_D], _no_loss)
         return [float(out["scalars"].array[-1]) for out in output.loss_fn_outputs]
 
@@ -76,7 +86,9 @@ def _no_loss(scalars_N: torch.Tensor, inputs: Scalars) -> tuple[torch.Tensor, Sc
 
 
 class BradleyTerryJudge(PreferenceModel):
-    """A reward model as a judge: P(B is better) - P(A is better) = tanh((r_B - r_A) / 2). The order of the sides has no influence."""
+    """A reward model as a judge: P(B is better) - P(A is better) = tanh((r_B - r_A) / 2). The order
+    of the sides has no influence.
+    """
 
     def __init__(self, model: RewardModel):
         self.model = model
@@ -109,7 +121,7 @@ class BradleyTerryJudgeBuilder(JudgeBuilder):
         return BradleyTerryJudge(self.model(tokenizer))
 
 
-# --- training -------------------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
 class BradleyTerry:
@@ -126,19 +138,26 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
     """Comparisons to train a scalar reward model on."""
 
     margin_coef: float = chz.field(
-        default=0.0, validator=NON_NEGATIVE, doc="the loss's margin, as a multiple of the data's own margin; 0 = no margins"
+        default=0.0,
+        validator=NON_NEGATIVE,
+        doc="the loss's margin, as a multiple of the data's own margin; 0 = no margins",
     )
 
     def examples(self, renderer: Renderer, labeled_D: Sequence[LabeledComparison]) -> SupervisedDataset:
         decided_D = [labeled for labeled in labeled_D if labeled.label != "Tie"]
         if not decided_D:
-            raise DataError(f"all of {len(labeled_D)} comparisons are ties: there is nothing to train a scalar reward model on")
+            raise DataError(
+                f"all of {len(labeled_D)} comparisons are ties: there is nothing to train a scalar reward model on"
+            )
         if len(decided_D) < len(labeled_D):
-            print(f"preference pairs: {len(labeled_D) - len(decided_D):,} ties of {len(labeled_D):,} comparisons dropped")
+            print(
+                f"preference pairs: {len(labeled_D) - len(decided_D):,} ties of {len(labeled_D):,} comparisons dropped"
+            )
         pairs = ListDataset(
             [self._pair(renderer, labeled) for labeled in decided_D], min(self.batch_size, len(decided_D)), self.seed
         )
-        sides = chain.from_iterable  # of the pairs of a batch: the chosen and the rejected one side by side
+        # of the pairs of a batch: the chosen and the rejected one side by side
+        sides = chain.from_iterable
         return DrawnDataset(lambda epoch, index: list(sides(pairs.batch(epoch, index))), len(pairs))
 
     def _pair(self, renderer: Renderer, labeled: LabeledComparison) -> tuple[Datum, Datum]:
@@ -158,7 +177,9 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
         sides = (comparison.completion_A, comparison.completion_B)
         return max(len(conversation_tokens(renderer, [*comparison.prompt_conversation, *side])) for side in sides)
 
-    def create_client(self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int) -> TrainingClient:
+    def create_client(
+        self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int
+    ) -> TrainingClient:
         return service.create_scalar_client(model_name, lora, seed)
 
     def model(self, client: TrainingClient, renderer: Renderer) -> PreferenceModel:
@@ -168,33 +189,45 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
         return BradleyTerry()
 
 
-# --- as a reward in RL ----------------------------------------------------------------------------------------------------------
+# --- as a reward in RL --------------------------------------------------------------------------
 
 
 class ScalarBatchReward:
-    """Adds coef * r to every finished trajectory of a step, in one forward pass. Read are the tokens themselves: the last turn's
-    prompt and what was sampled after it, as they are."""
+    """Adds coef * r to every finished trajectory of a step, in one forward pass. Read are the
+    tokens themselves: the last turn's prompt and what was sampled after it, as they are."""
 
     def __init__(self, model: ScalarModel, coef: float):
         self.model, self.coef = model, coef
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
-        members = [(group, g) for group in groups_P for g, member in enumerate(group.trajectories_G) if member.transitions]
+        members = [
+            (group, g) for group in groups_P for g, member in enumerate(group.trajectories_G) if member.transitions
+        ]
         last_D = [group.trajectories_G[g].transitions[-1] for group, g in members]
         scores_D = await self.model.score_tokens([[*turn.ob.to_ints(), *turn.ac.tokens] for turn in last_D])
         for (group, g), score in zip(members, scores_D, strict=True):
             group.final_rewards_G[g] += self.coef * score
             group.metrics_G[g]["reward_model"] = score
-        return {"reward_model/mean": float(np.mean(scores_D)), "reward_model/std": float(np.std(scores_D))} if scores_D else {}
+        return (
+            {"reward_model/mean": float(np.mean(scores_D)), "reward_model/std": float(np.std(scores_D))}
+            if scores_D
+            else {}
+        )
 
 
 @chz.chz
 class RewardModelReward(SavedModel, BatchRewardBuilder):
-    """A saved scalar reward model as reward for any environment. It must have been trained with the policy's renderer."""
+    """A saved scalar reward model as reward for any environment. It must have been trained with the
+    policy's renderer.
+    """
 
-    coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight of the model's reward beside the environment's own")
+    coef: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="weight of the model's reward beside the environment's own"
+    )
 
-    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
+    async def __call__(
+        self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
+    ) -> BatchReward:
         client, own_renderer = self.open(ServiceClient.create_scalar_client_from_state, renderer.tokenizer, service)
         if type(own_renderer) is not type(renderer):
             kinds = f"{type(own_renderer).__name__}, the policy by {type(renderer).__name__}"

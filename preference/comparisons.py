@@ -1,7 +1,9 @@
-"""Sets of comparisons from files, the Hugging Face hub and scored samples: read, cleaned, counted, and split by prompt.
+"""Sets of comparisons from files, the Hugging Face hub and scored samples: read, cleaned, counted,
+and split by prompt.
 
-What is dropped is counted in one printed line. Splits and swaps follow from hashes of the examples and a seed, so the order in which they
-are read changes nothing. Left out: streaming from sets that do not fit into memory.
+What is dropped is counted in one printed line. Splits and swaps follow from hashes of the examples
+and a seed, so the order in which they are read changes nothing. Left out: streaming from sets that
+do not fit into memory.
 """
 
 import hashlib
@@ -25,11 +27,13 @@ from supervised.rows import Fields, Row, read_rows
 T = TypeVar("T")
 
 
-# --- identity, order, pairs -----------------------------------------------------------------------------------------------------
+# --- identity, order, pairs ---------------------------------------------------------------------
 
 
 def content_hash(*parts: object) -> str:
-    """The same text for the same content, in any process; messages are compared by role and content."""
+    """The same text for the same content, in any process; messages are compared by role and
+    content.
+    """
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -56,8 +60,9 @@ def _sides(labeled: LabeledComparison) -> list[list[Message]]:
 def pairs_of_samples(
     samples: Sequence[ScoredSample], min_gap: float, max_pairs: int | None, seed: int
 ) -> list[LabeledComparison]:
-    """Every sample against every other of the same prompt that scored at least `min_gap` less. The pairs of a prompt beyond
-    `max_pairs` are left out, by hash; equal scores make no pair. The margin is the difference of the scores."""
+    """Every sample against every other of the same prompt that scored at least `min_gap` less. The
+    pairs of a prompt beyond `max_pairs` are left out, by hash; equal scores make no pair. The
+    margin is the difference of the scores."""
     by_prompt: dict[str, list[ScoredSample]] = defaultdict(list)
     for sample in samples:
         by_prompt[content_hash(list(sample.prompt))].append(sample)
@@ -65,27 +70,34 @@ def pairs_of_samples(
     for group in by_prompt.values():
         of_prompt = [
             LabeledComparison(
-                Comparison(better.prompt, better.completion, worse.completion), "A", better.score - worse.score, better.where
+                Comparison(better.prompt, better.completion, worse.completion),
+                "A",
+                better.score - worse.score,
+                better.where,
             )
             for better in group
             for worse in group
             if better.score > worse.score and better.score - worse.score >= min_gap
         ]
         pairs += (
-            sorted(of_prompt, key=lambda labeled: content_hash(_sides(labeled), seed))[:max_pairs] if max_pairs else of_prompt
+            sorted(of_prompt, key=lambda labeled: content_hash(_sides(labeled), seed))[:max_pairs]
+            if max_pairs
+            else of_prompt
         )
     return pairs
 
 
-# --- cleaning and splitting -----------------------------------------------------------------------------------------------------
+# --- cleaning and splitting ---------------------------------------------------------------------
 
 
 def cleaned(
     comparisons: Sequence[LabeledComparison], identical: str = "drop", empty: str = "raise"
 ) -> tuple[list[LabeledComparison], Counter[str]]:
-    """Without duplicates, identical answers and empty ones, and how many of each there were. "raise" makes one a DataError.
+    """Without duplicates, identical answers and empty ones, and how many of each there were.
+    "raise" makes one a DataError.
 
-    A duplicate is the same judgement once more, whichever way round; the opposite judgement is a disagreement and stays.
+    A duplicate is the same judgement once more, whichever way round; the opposite judgement is a
+    disagreement and stays.
     """
     kept: dict[str, LabeledComparison] = {}
     dropped: Counter[str] = Counter()
@@ -93,7 +105,8 @@ def cleaned(
         fault, option = _fault(labeled), {"empty answers": empty, "identical answers": identical}
         if fault and option.get(fault, "raise") == "raise":
             raise DataError(
-                f"{labeled.where}: {fault}" + (f"; {fault.split()[0]}=drop leaves such pairs out" if fault in option else "")
+                f"{labeled.where}: {fault}"
+                + (f"; {fault.split()[0]}=drop leaves such pairs out" if fault in option else "")
             )
         fault = fault or ("duplicates" if _judgement(labeled) in kept else "")
         if fault:
@@ -124,7 +137,9 @@ def _judgement(labeled: LabeledComparison) -> str:
 def split_by_prompt(
     comparisons: Sequence[LabeledComparison], test_size: int, seed: int
 ) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-    """Training and held-out comparisons: prompts in the order of their hashes are held out until there are `test_size` comparisons."""
+    """Training and held-out comparisons: prompts in the order of their hashes are held out until
+    there are `test_size` comparisons.
+    """
     if not 0 <= test_size < len(comparisons):
         raise DataError(f"test_size={test_size} of {len(comparisons):,} comparisons: it must leave some to train on")
     prompts = [content_hash(list(labeled.comparison.prompt_conversation), seed) for labeled in comparisons]
@@ -135,15 +150,20 @@ def split_by_prompt(
         held_out.add(prompt)
         count += sizes[prompt]
     train, test = (
-        [labeled for labeled, p in zip(comparisons, prompts, strict=True) if (p in held_out) is side] for side in (False, True)
+        [labeled for labeled, p in zip(comparisons, prompts, strict=True) if (p in held_out) is side]
+        for side in (False, True)
     )
     if not train:
         raise DataError(f"test_size={test_size} holds out every prompt: there are only {len(sizes)}")
     return train, test
 
 
-def read_each(rows: Sequence[Row], read: Callable[[Fields], T], dropped: Counter[str] | None = None) -> Iterator[tuple[str, T]]:
-    """(place, what `read` makes of the fields). A malformed row is counted in `dropped`, or is a DataError with its place in front."""
+def read_each(
+    rows: Sequence[Row], read: Callable[[Fields], T], dropped: Counter[str] | None = None
+) -> Iterator[tuple[str, T]]:
+    """(place, what `read` makes of the fields). A malformed row is counted in `dropped`, or is a
+    DataError with its place in front.
+    """
     for where, fields in rows:
         try:
             yield where, read(fields)
@@ -153,12 +173,14 @@ def read_each(rows: Sequence[Row], read: Callable[[Fields], T], dropped: Counter
             dropped["malformed rows"] += 1
 
 
-# --- builders -------------------------------------------------------------------------------------------------------------------
+# --- builders -----------------------------------------------------------------------------------
 
 
 @chz.chz
 class PreferenceRowsBuilder(ComparisonDatasetBuilder):
-    """What the sets below share: where rows come from, what is dropped, the split. A subclass reads one shape of row."""
+    """What the sets below share: where rows come from, what is dropped, the split. A subclass reads
+    one shape of row.
+    """
 
     path: str = chz.field(doc="JSONL file, hub name, or local folder of a Hugging Face dataset")
     subset: str | None = chz.field(default=None, doc="configuration of the hub dataset")
@@ -176,7 +198,9 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
         raise NotImplementedError
 
     def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
-        """What the rows say. Malformed ones are counted in `dropped`; where that is None, they raise DataError."""
+        """What the rows say. Malformed ones are counted in `dropped`; where that is None, they
+        raise DataError.
+        """
         return [replace(labeled, where=where) for where, labeled in read_each(rows, self.comparison, dropped)]
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
@@ -203,15 +227,21 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
             raise ConfigError(f"test_size={self.test_size} and a held-out set of its own: give one of them")
         if self.path.endswith(".jsonl"):
             return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
-        return HuggingFaceBuilder(name=self.path, subset=self.subset, split=self.split, test_split=self.test_split).rows()
+        return HuggingFaceBuilder(
+            name=self.path, subset=self.subset, split=self.split, test_split=self.test_split
+        ).rows()
 
     def _reported(
         self, train: list[LabeledComparison], test: list[LabeledComparison], dropped: Counter[str]
     ) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-        """Both sets as they are, after one printed line; DataError if nothing is left to train on."""
+        """Both sets as they are, after one printed line; DataError if nothing is left to train
+        on.
+        """
         ties = sum(labeled.label == "Tie" for labeled in (*train, *test))
         counts = [f"{len(train):,} comparisons", f"{len(test):,} held out", f"{ties:,} of them ties"]
-        line = f"{self.path}: {', '.join(counts)}" + "".join(f"; {count:,} {fault} dropped" for fault, count in dropped.items())
+        line = f"{self.path}: {', '.join(counts)}" + "".join(
+            f"; {count:,} {fault} dropped" for fault, count in dropped.items()
+        )
         if not train:
             raise DataError(f"{line}: nothing is left to train on")
         print(line, flush=True)
@@ -220,7 +250,9 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
 
 @chz.chz
 class LabeledBuilder(PreferenceRowsBuilder):
-    """{"prompt": ..., "completion_A": ..., "completion_B": ..., "label": "A", "B" or "Tie"}; sides are texts or messages."""
+    """{"prompt": ..., "completion_A": ..., "completion_B": ..., "label": "A", "B" or "Tie"}; sides
+    are texts or messages.
+    """
 
     label_field: str = chz.field(default="label", doc="field with A, B or Tie")
 
@@ -230,9 +262,13 @@ class LabeledBuilder(PreferenceRowsBuilder):
 
 @chz.chz
 class ChosenRejectedBuilder(PreferenceRowsBuilder):
-    """{"prompt": ..., "chosen": ..., "rejected": ...}: texts, messages, or whole conversations (UltraFeedback, Tulu 3)."""
+    """{"prompt": ..., "chosen": ..., "rejected": ...}: texts, messages, or whole conversations
+    (UltraFeedback, Tulu 3).
+    """
 
-    prompt_field: str = chz.field(default="prompt", doc="field with the prompt; unread where the answers are whole conversations")
+    prompt_field: str = chz.field(
+        default="prompt", doc="field with the prompt; unread where the answers are whole conversations"
+    )
     chosen_field: str = chz.field(default="chosen", doc="field with the better answer")
     rejected_field: str = chz.field(default="rejected", doc="field with the worse answer")
 
@@ -242,7 +278,9 @@ class ChosenRejectedBuilder(PreferenceRowsBuilder):
 
 @chz.chz
 class TranscriptBuilder(PreferenceRowsBuilder):
-    """{"chosen": "\\n\\nHuman: ... \\n\\nAssistant: ...", "rejected": ...}: Anthropic's HH and HHH."""
+    """{"chosen": "\\n\\nHuman: ... \\n\\nAssistant: ...", "rejected": ...}: Anthropic's HH and
+    HHH.
+    """
 
     chosen_field: str = chz.field(default="chosen", doc="field with the better transcript")
     rejected_field: str = chz.field(default="rejected", doc="field with the worse transcript")
@@ -262,13 +300,16 @@ class RatedPairBuilder(PreferenceRowsBuilder):
     tie_within: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="ratings of at most this size are ties")
 
     def comparison(self, fields: Fields) -> LabeledComparison:
-        return shapes.rated_pair(fields, self.prompt_field, (self.a_field, self.b_field), self.preference_field, self.tie_within)
+        return shapes.rated_pair(
+            fields, self.prompt_field, (self.a_field, self.b_field), self.preference_field, self.tie_within
+        )
 
 
 @chz.chz
 class ScoredSamplesBuilder(PreferenceRowsBuilder):
-    """Pairs of better and worse answers to the same prompt, from answers with a score each: a row per answer (HelpSteer2, samples
-    of one's own) or a row per prompt with the answers in objects within it (UltraFeedback's ratings, GSM8K's model solutions)."""
+    """Pairs of better and worse answers to the same prompt, from answers with a score each: a row
+    per answer (HelpSteer2, samples of one's own) or a row per prompt with the answers in objects
+    within it (UltraFeedback's ratings, GSM8K's model solutions)."""
 
     prompt_field: str = chz.field(default="prompt", doc="field with the prompt")
     completion_field: str = chz.field(default="completion", doc="field with the answer")

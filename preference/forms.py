@@ -1,4 +1,6 @@
-"""The forms that files of preferences come in, told apart by the names of their fields. docs/data_formats.md has the table."""
+"""The forms that files of preferences come in, told apart by the names of their fields.
+docs/data_formats.md has the table.
+"""
 
 import os
 from collections import Counter
@@ -25,7 +27,9 @@ from supervised.rows import Fields, Row
 
 @chz.chz
 class SharedPrefixBuilder(PreferenceRowsBuilder):
-    """{"chosen": "The sky is blue.", "rejected": "The sky is green."}: the prompt is the words that both texts begin with."""
+    """{"chosen": "The sky is blue.", "rejected": "The sky is green."}: the prompt is the words that
+    both texts begin with.
+    """
 
     def comparison(self, fields: Fields) -> LabeledComparison:
         chosen, rejected = fields.get("chosen"), fields.get("rejected")
@@ -55,7 +59,9 @@ TRANSCRIPTS = Form("chosen and rejected transcripts", ("chosen", "rejected"), Tr
 SHARED_PREFIX = Form("chosen and rejected texts with the prompt in both", ("chosen", "rejected"), SharedPrefixBuilder)
 RATED = Form("rated pairs", ("context", "response1", "response2", "overall_preference"), RatedPairBuilder)
 SCORED = Form("scored answers", ("prompt", "completion", "score"), ScoredSamplesBuilder)
-KTO = Form("answers marked good and bad", ("prompt", "completion", "label"), ScoredSamplesBuilder, {"score_field": "label"})
+KTO = Form(
+    "answers marked good and bad", ("prompt", "completion", "label"), ScoredSamplesBuilder, {"score_field": "label"}
+)
 FORMS = (LABELED, CHOSEN, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX, RATED, SCORED, KTO)
 
 
@@ -66,7 +72,8 @@ def form_of(fields: Fields) -> Form:
         forms.append(_chosen_rejected(fields))
     if len(forms) > 1:
         raise DataError(
-            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say which, as "
+            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say "
+            "which, as "
             "dataset=chosen_rejected dataset.path=FILE or dataset=scored_samples dataset.path=FILE"
         )
     if not forms:
@@ -95,7 +102,8 @@ class FileBuilder(PreferenceRowsBuilder):
         comparisons = form.builder(**common, **form.settings).comparisons(rows, dropped)
         if form is KTO and not comparisons:
             raise DataError(
-                f"{self.path}: no prompt has both a good and a bad answer, so there are no pairs; a loss for unpaired answers (KTO) is not "
+                f"{self.path}: no prompt has both a good and a bad answer, so there are no pairs; a loss for unpaired "
+                "answers (KTO) is not "
                 "here: train on the good ones with supervised/train_cli.py, without the field 'label'"
             )
         return comparisons

@@ -1,7 +1,8 @@
 """Judges that are not trained here: rules, and any endpoint that speaks the OpenAI chat protocol.
 
-The endpoint is shown two answers and must end with a line that says A, B or Tie. A time-out, an HTTP error or another answer is a JudgeError:
-what waits for it has no score. Such judges like one side: ask in both orders, as win rates do. Left out: logprobs, streaming, prices.
+The endpoint is shown two answers and must end with a line that says A, B or Tie. A time-out, an
+HTTP error or another answer is a JudgeError: what waits for it has no score. Such judges like one
+side: ask in both orders, as win rates do. Left out: logprobs, streaming, prices.
 """
 
 import asyncio
@@ -20,7 +21,9 @@ from preference.label_model import question
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, PreferenceModel
 from preference.types import Comparison
 
-INSTRUCTION = "Two answers to the same prompt follow. Which one is better? End with a line that holds one word: A, B or Tie."
+INSTRUCTION = (
+    "Two answers to the same prompt follow. Which one is better? End with a line that holds one word: A, B or Tie."
+)
 SCORES = {"a": -1.0, "tie": 0.0, "b": 1.0}
 MOST_BYTES = 1 << 20
 
@@ -35,7 +38,9 @@ class RuleJudge(PreferenceModel):
         return [self._score(comparison) for comparison in comparisons_D]
 
     def _score(self, comparison: Comparison) -> float:
-        a, b = (self.quality(comparison, side[-1]["content"]) for side in (comparison.completion_A, comparison.completion_B))
+        a, b = (
+            self.quality(comparison, side[-1]["content"]) for side in (comparison.completion_A, comparison.completion_B)
+        )
         return float((b > a) - (b < a))
 
 
@@ -57,7 +62,9 @@ class EndpointJudgeBuilder(JudgeBuilder):
 
     base_url: str = chz.field(doc="as http://localhost:8000/v1")
     model: str = chz.field(doc="the model's name there")
-    api_key_variable: str | None = chz.field(default=None, doc="environment variable that holds the key, if one is needed")
+    api_key_variable: str | None = chz.field(
+        default=None, doc="environment variable that holds the key, if one is needed"
+    )
     instruction: str = chz.field(default=INSTRUCTION, doc="what the judge is told before it sees prompt and answers")
     max_tokens: int = chz.field(default=512, validator=COUNT, doc="most tokens of its answer")
     timeout: float = chz.field(default=60.0, validator=POSITIVE, doc="seconds for one judgement")
@@ -76,7 +83,9 @@ class EndpointJudge:
         self._slots = asyncio.Semaphore(config.max_concurrent)
 
     async def __call__(self, comparison: Comparison) -> float:
-        """No thread waits for the answer, so none is held by an endpoint that sends a byte now and then: `timeout` is for the whole of it."""
+        """No thread waits for the answer, so none is held by an endpoint that sends a byte now and
+        then: `timeout` is for the whole of it.
+        """
         import httpx  # a third of a second to import
 
         for attempt in count():
@@ -88,7 +97,9 @@ class EndpointJudge:
                 if attempt == self.config.retries:
                     timed_out = isinstance(error, TimeoutError)
                     what = f"no answer in {self.config.timeout:g} s" if timed_out else str(error) or repr(error)
-                    raise JudgeError(f"judge {self.config.model} at {self.url}: {what} (attempt {attempt + 1})") from error
+                    raise JudgeError(
+                        f"judge {self.config.model} at {self.url}: {what} (attempt {attempt + 1})"
+                    ) from error
             await asyncio.sleep(2**attempt)
         raise AssertionError("unreachable")
 

@@ -1,8 +1,9 @@
 """The label-token reward model: a language model reads two answers and says A, B or Tie.
 
-Training is supervised fine-tuning on one token, the label's; nothing after it is read. At inference nothing is sampled: the probabilities of the
-three labels come out of one forward pass, and the score is P(B) - P(A). Sides have a pull of their own, so both orders are asked and averaged.
-Left out: explanations before the label, more than two answers.
+Training is supervised fine-tuning on one token, the label's; nothing after it is read. At inference
+nothing is sampled: the probabilities of the three labels come out of one forward pass, and the
+score is P(B) - P(A). Sides have a pull of their own, so both orders are asked and averaged. Left
+out: explanations before the label, more than two answers.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,9 @@ LABEL_ROOM = 8  # tokens for what a label begins with, and its own
 
 
 def question(comparison: Comparison) -> list[Message]:
-    """The comparison as one user message that asks for a label: renderers differ on roles, none on this."""
+    """The comparison as one user message that asks for a label: renderers differ on roles, none on
+    this.
+    """
     sides = [_text(side) for side in (comparison.prompt_conversation, comparison.completion_A, comparison.completion_B)]
     return [Message(role="user", content="{}\n\n[A]\n{}\n\n[B]\n{}\n\n[Better]\n".format(*sides))]
 
@@ -42,7 +45,9 @@ def _text(messages: Sequence[Message]) -> str:
 
 
 class LabelFormat:
-    """Comparisons as tokens. `lead` is what every label begins with (a space, an empty thought); the token after it tells them apart."""
+    """Comparisons as tokens. `lead` is what every label begins with (a space, an empty thought);
+    the token after it tells them apart.
+    """
 
     def __init__(self, renderer: Renderer):
         self.renderer = renderer
@@ -57,7 +62,9 @@ class LabelFormat:
         shared = next((i for i, column in enumerate(zip(*answers, strict=False)) if len(set(column)) > 1), 0)
         self.lead, self.label_tokens = answers[0][:shared], [answer[shared] for answer in answers]
         if len(set(self.label_tokens)) < len(LABELS):
-            raise ConfigError(f"the labels {LABELS} do not differ in one token under this tokenizer: use the scalar reward model")
+            raise ConfigError(
+                f"the labels {LABELS} do not differ in one token under this tokenizer: use the scalar reward model"
+            )
 
     def _answered(self, question: list[Message], label: Label) -> list[int]:
         example = [*question, Message(role="assistant", content=label)]
@@ -81,15 +88,20 @@ class LabelFormat:
 
 
 class LabelModel(PreferenceModel):
-    """`both_orders` asks twice and averages. `min_label_mass`: a model that gives all labels together less than that is no label model
-    (or reads another renderer's text), which is a JudgeError and not a tie."""
+    """`both_orders` asks twice and averages. `min_label_mass`: a model that gives all labels
+    together less than that is no label model (or reads another renderer's text), which is a
+    JudgeError and not a tie."""
 
-    def __init__(self, client: TrainingClient, renderer: Renderer, both_orders: bool = True, min_label_mass: float = 0.5):
+    def __init__(
+        self, client: TrainingClient, renderer: Renderer, both_orders: bool = True, min_label_mass: float = 0.5
+    ):
         self.client, self.format = client, LabelFormat(renderer)
         self.both_orders, self.min_label_mass = both_orders, min_label_mass
 
     async def compare(self, comparisons_D: Sequence[Comparison]) -> list[float]:
-        """One forward pass. ContextLengthError if a comparison does not fit into the model's context."""
+        """One forward pass. ContextLengthError if a comparison does not fit into the model's
+        context.
+        """
         if not comparisons_D:
             return []
         swapped_D = [comparison.swap() for comparison in comparisons_D] if self.both_orders else []
@@ -104,11 +116,15 @@ class LabelModel(PreferenceModel):
         data_D = [self.format.inquiry(comparison) for comparison in comparisons_D]
         longest = max(datum.model_input.length for datum in data_D)
         if longest > (limit := self.client.get_info().max_length):
-            raise ContextLengthError(f"a comparison has {longest} tokens, the label model's context {limit}: shorten the answers")
+            raise ContextLengthError(
+                f"a comparison has {longest} tokens, the label model's context {limit}: shorten the answers"
+            )
         output = await self.client.forward(data_D, "cross_entropy")
         probabilities_DK = np.exp([out["logprobs"].array[-1] for out in output.loss_fn_outputs])
         if (mass := probabilities_DK.sum(-1).min()) < self.min_label_mass:
-            raise JudgeError(f"the model gives A, B and Tie a probability of {mass:.2f} together: it was not trained to say them")
+            raise JudgeError(
+                f"the model gives A, B and Tie a probability of {mass:.2f} together: it was not trained to say them"
+            )
         return probabilities_DK
 
 
@@ -116,7 +132,9 @@ class LabelModel(PreferenceModel):
 class LabelModelBuilder(SavedModel, JudgeBuilder):
     """A saved label-token model as a judge."""
 
-    both_orders: bool = chz.field(default=True, doc="ask in both orders and average; where the caller does that already: false")
+    both_orders: bool = chz.field(
+        default=True, doc="ask in both orders and average; where the caller does that already: false"
+    )
 
     def __call__(self, tokenizer: Tokenizer) -> Judge:
         client, renderer = self.open(ServiceClient.create_training_client_from_state, tokenizer)
@@ -125,7 +143,9 @@ class LabelModelBuilder(SavedModel, JudgeBuilder):
 
 @chz.chz
 class LabelExamplesBuilder(RewardExamplesBuilder):
-    """Comparisons to train a label-token model on: a dataset for the supervised loop like any other. Ties are a label here."""
+    """Comparisons to train a label-token model on: a dataset for the supervised loop like any
+    other. Ties are a label here.
+    """
 
     both_orders: bool = chz.field(
         default=True, doc="every comparison in both orders; false = in one, drawn by its hash and `seed`"
@@ -140,11 +160,14 @@ class LabelExamplesBuilder(RewardExamplesBuilder):
     def length(self, renderer: Renderer, labeled: LabeledComparison) -> int:
         return renderer.build_generation_prompt(question(labeled.comparison)).length + LABEL_ROOM
 
-    def create_client(self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int) -> TrainingClient:
+    def create_client(
+        self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int
+    ) -> TrainingClient:
         return service.create_training_client(model_name, lora, seed)
 
     def model(self, client: TrainingClient, renderer: Renderer) -> PreferenceModel:
-        return LabelModel(client, renderer, both_orders=False, min_label_mass=0.0)  # untrained, it says anything but a label
+        # untrained, it says anything but a label
+        return LabelModel(client, renderer, both_orders=False, min_label_mass=0.0)
 
     def objective(self) -> Objective[list[Datum]]:
         return CrossEntropy()

@@ -1,8 +1,11 @@
-"""Pairwise preference losses: DPO, RPO, IPO and SimPO as functions of the logprobs of whole answers.
+"""Pairwise preference losses: DPO, RPO, IPO and SimPO as functions of the logprobs of whole
+answers.
 
-Each is a chz object, chosen and set in the configuration (`method=rpo method.nll_coef=0.5`), and called with the logprobs of a batch of pairs.
-Notation: s is the sum of an answer's token logprobs under the policy, s_ref under the reference, |y| its number of tokens, c the chosen and
-r the rejected answer; arrays have one entry per pair, (P,). Left out: losses on unpaired answers (KTO), on-policy pairs.
+Each is a chz object, chosen and set in the configuration (`method=rpo method.nll_coef=0.5`), and
+called with the logprobs of a batch of pairs. Notation: s is the sum of an answer's token logprobs
+under the policy, s_ref under the reference, |y| its number of tokens, c the chosen and r the
+rejected answer; arrays have one entry per pair, (P,). Left out: losses on unpaired answers (KTO),
+on-policy pairs.
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,9 @@ Pairwise = tuple[torch.Tensor, torch.Tensor]  # of the chosen answers, of the re
 
 @dataclass(frozen=True)
 class PairLogprobs:
-    """Sums over the tokens of each answer, and how many tokens that is. SimPO reads no reference."""
+    """Sums over the tokens of each answer, and how many tokens that is. SimPO reads no
+    reference.
+    """
 
     policy_chosen_P: torch.Tensor
     policy_rejected_P: torch.Tensor
@@ -42,7 +47,9 @@ class PreferenceLoss:
     needs_reference = True  # a class constant: whether s_ref is read
 
     beta: float = chz.field(
-        default=0.1, validator=POSITIVE, doc="strength of the pull towards the reference: rewards are beta * (s - s_ref)"
+        default=0.1,
+        validator=POSITIVE,
+        doc="strength of the pull towards the reference: rewards are beta * (s - s_ref)",
     )
 
     def __call__(self, logprobs: PairLogprobs) -> torch.Tensor:
@@ -50,21 +57,27 @@ class PreferenceLoss:
         raise NotImplementedError
 
     def rewards(self, logprobs: PairLogprobs) -> Pairwise:
-        """The implicit rewards of the chosen and the rejected answers: a pair is judged rightly where the first is greater."""
+        """The implicit rewards of the chosen and the rejected answers: a pair is judged rightly
+        where the first is greater.
+        """
         raise NotImplementedError
 
 
 @chz.chz
 class DPO(PreferenceLoss):
-    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), where m = beta ((s_c - s_ref_c) - (s_r - s_ref_r)): Rafailov et al. 2023, equation 7.
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), where m = beta ((s_c - s_ref_c) - (s_r -
+    s_ref_r)): Rafailov et al. 2023, equation 7.
 
-    e > 0 is the conservative DPO of Mitchell 2023; length_normalised divides s and s_ref by |y| (Lambert et al. 2024, Tulu 3, section 5).
+    e > 0 is the conservative DPO of Mitchell 2023; length_normalised divides s and s_ref by |y|
+    (Lambert et al. 2024, Tulu 3, section 5).
     """
 
     label_smoothing: float = chz.field(
         default=0.0, validator=Range(0, 0.5, below=True), doc="e, the share of labels taken to be wrong, below 0.5"
     )
-    length_normalised: bool = chz.field(default=False, doc="logprobs per token instead of summed (then with a beta of 2 to 10)")
+    length_normalised: bool = chz.field(
+        default=False, doc="logprobs per token instead of summed (then with a beta of 2 to 10)"
+    )
 
     def rewards(self, logprobs: PairLogprobs) -> Pairwise:
         chosen_P, rejected_P = logprobs.log_ratios(self.length_normalised)
@@ -78,8 +91,9 @@ class DPO(PreferenceLoss):
 
 @chz.chz
 class RPO(DPO):
-    """DPO - a s_c: the likelihood of the chosen answer beside the preference. The sum over its tokens is that of the star-graph paper's
-    code; nll_per_token, a s_c / |y_c|, is iterative RPO (Pang et al. 2024, equation 1)."""
+    """DPO - a s_c: the likelihood of the chosen answer beside the preference. The sum over its
+    tokens is that of the star-graph paper's code; nll_per_token, a s_c / |y_c|, is iterative RPO
+    (Pang et al. 2024, equation 1)."""
 
     nll_coef: float = chz.field(
         default=1.0, validator=NON_NEGATIVE, doc="a, the weight of the chosen answer's negative log-likelihood"
@@ -93,7 +107,9 @@ class RPO(DPO):
 
 @chz.chz
 class IPO(PreferenceLoss):
-    """(h - 1 / (2 beta))^2, where h = (s_c - s_ref_c) - (s_r - s_ref_r): Azar et al. 2023, equation 17, whose tau is beta."""
+    """(h - 1 / (2 beta))^2, where h = (s_c - s_ref_c) - (s_r - s_ref_r): Azar et al. 2023, equation
+    17, whose tau is beta.
+    """
 
     length_normalised: bool = chz.field(default=False, doc="logprobs per token instead of summed")
 
@@ -108,7 +124,9 @@ class IPO(PreferenceLoss):
 
 @chz.chz
 class SimPO(PreferenceLoss):
-    """-log sigmoid(beta s_c / |y_c| - beta s_r / |y_r| - gamma), without a reference: Meng et al. 2024, equation 6."""
+    """-log sigmoid(beta s_c / |y_c| - beta s_r / |y_r| - gamma), without a reference: Meng et al.
+    2024, equation 6.
+    """
 
     needs_reference = False
 
@@ -127,7 +145,9 @@ class SimPO(PreferenceLoss):
 
 
 def pair_metrics(loss: PreferenceLoss, logprobs: PairLogprobs) -> dict[str, float]:
-    """Means over the pairs. `dpo_loss` is the loss whatever the method; an equal reward counts as wrong in `accuracy`."""
+    """Means over the pairs. `dpo_loss` is the loss whatever the method; an equal reward counts as
+    wrong in `accuracy`.
+    """
     chosen_P, rejected_P = loss.rewards(logprobs)
     means = {
         "dpo_loss": loss(logprobs),

@@ -9,7 +9,8 @@ DATASETS = {
     "hhh": f"{COMPARISONS}TranscriptBuilder path=Anthropic/hh-rlhf test_split=test empty=drop malformed=drop",
     "ultrafeedback": f"{COMPARISONS}ChosenRejectedBuilder path=HuggingFaceH4/ultrafeedback_binarized "
     "split=train_prefs test_split=test_prefs empty=drop",
-    "tulu3": f"{COMPARISONS}ChosenRejectedBuilder path=allenai/llama-3.1-tulu-3-8b-preference-mixture test_size=1024 empty=drop",
+    "tulu3": f"{COMPARISONS}ChosenRejectedBuilder path=allenai/llama-3.1-tulu-3-8b-preference-mixture test_size=1024 "
+    "empty=drop",
     "helpsteer2": f"{COMPARISONS}ScoredSamplesBuilder path=nvidia/HelpSteer2 test_split=validation "
     "completion_field=response score_field=helpfulness empty=drop",
     "helpsteer3": f"{COMPARISONS}RatedPairBuilder path=nvidia/HelpSteer3 test_split=validation empty=drop",
@@ -17,4 +18,6 @@ DATASETS = {
     "score_field=is_correct test_size=200",
     "*.jsonl": "preference.forms:FileBuilder path={}",
 }
-METHODS = {name: f"preference.losses:{name.upper()}" for name in ("dpo", "rpo", "ipo")} | {"simpo": "preference.losses:SimPO"}
+METHODS = {name: f"preference.losses:{name.upper()}" for name in ("dpo", "rpo", "ipo")} | {
+    "simpo": "preference.losses:SimPO"
+}

@@ -1,6 +1,8 @@
-"""Comparisons in tokens: pairs of a chosen and a rejected Datum, batches of them, and their sequence logprobs.
+"""Comparisons in tokens: pairs of a chosen and a rejected Datum, batches of them, and their
+sequence logprobs.
 
-Everything is rendered once, when the data are built. Left out: cutting answers that are too long, which could make a pair of equals.
+Everything is rendered once, when the data are built. Left out: cutting answers that are too long,
+which could make a pair of equals.
 """
 
 from collections import Counter
@@ -23,7 +25,9 @@ Ties = Literal["drop", "both", "raise"]
 
 @dataclass(frozen=True)
 class Pair:
-    """`weights` of the two Datums are 1 on the tokens of the answer. `reference` is (s_ref chosen, s_ref rejected), once it is known."""
+    """`weights` of the two Datums are 1 on the tokens of the answer. `reference` is (s_ref chosen,
+    s_ref rejected), once it is known.
+    """
 
     chosen: Datum
     rejected: Datum
@@ -43,7 +47,9 @@ def render_pairs(
     overlong: Literal["drop", "raise"] = "drop",
     kind: str = "training",
 ) -> list[Pair]:
-    """Prints one line with what was dropped. A tie is left out, an error, or ("both") a pair each way round, which asks for equal rewards."""
+    """Prints one line with what was dropped. A tie is left out, an error, or ("both") a pair each
+    way round, which asks for equal rewards.
+    """
     limit = int(max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
     pairs, dropped = [], Counter[str]()
     for labeled in comparisons:
@@ -55,7 +61,9 @@ def render_pairs(
         rendered = [_pair(labeled, *answers, renderer) for answers in _orders(labeled)]
         if (length := rendered[0].length + 1) > limit:
             if overlong == "raise":
-                raise DataError(f"{labeled.where}: {length} tokens, more than max_length={limit}; overlong=drop leaves it out")
+                raise DataError(
+                    f"{labeled.where}: {length} tokens, more than max_length={limit}; overlong=drop leaves it out"
+                )
             dropped[f"longer than {limit} tokens"] += 1
         elif _targets(rendered[0].chosen) == _targets(rendered[0].rejected):
             dropped["of the same tokens"] += 1
@@ -75,7 +83,9 @@ def _orders(labeled: LabeledComparison) -> list[tuple[Sequence[Message], Sequenc
     return both if labeled.label == "Tie" else [labeled.chosen_and_rejected()]
 
 
-def _pair(labeled: LabeledComparison, chosen: Sequence[Message], rejected: Sequence[Message], renderer: Renderer) -> Pair:
+def _pair(
+    labeled: LabeledComparison, chosen: Sequence[Message], rejected: Sequence[Message], renderer: Renderer
+) -> Pair:
     prompt = [_marked(message, False) for message in labeled.comparison.prompt_conversation]
     data = []
     for answer in (chosen, rejected):
@@ -102,7 +112,9 @@ def as_data(pairs: Sequence[Pair]) -> list[Datum]:
 
 
 def micro_batches_of_pairs(pairs: Sequence[Pair], token_budget: int) -> list[list[Pair]]:
-    """Pairs in the order of their length, cut so that two answers of each, padded, fit the budget (a longer pair goes alone)."""
+    """Pairs in the order of their length, cut so that two answers of each, padded, fit the budget
+    (a longer pair goes alone).
+    """
     batches: list[list[Pair]] = [[]]
     for pair in sorted(pairs, key=lambda pair: -pair.length):
         if batches[-1] and 2 * batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
@@ -112,7 +124,9 @@ def micro_batches_of_pairs(pairs: Sequence[Pair], token_budget: int) -> list[lis
 
 
 def sequence_logprobs(data_D: Sequence[Datum], logprobs_D: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(D,) sums of the answers' token logprobs, in float64: the difference of two sums is what matters. Differentiable."""
+    """(D,) sums of the answers' token logprobs, in float64: the difference of two sums is what
+    matters. Differentiable.
+    """
     weights_DT = torch.from_numpy(np.concatenate([datum.loss_fn_inputs["weights"].array for datum in data_D]))
     owner_DT = torch.repeat_interleave(torch.tensor([len(logprobs) for logprobs in logprobs_D]))
     logprobs_DT = torch.cat(list(logprobs_D))
@@ -123,7 +137,9 @@ def sequence_logprobs(data_D: Sequence[Datum], logprobs_D: Sequence[torch.Tensor
 def pair_logprobs(pairs: Sequence[Pair], sequence_logprobs_D: torch.Tensor) -> PairLogprobs:
     """From the sequence logprobs of `as_data(pairs)`."""
     reference_P2 = sequence_logprobs_D.new_tensor([pair.reference for pair in pairs])
-    tokens_P2 = sequence_logprobs_D.new_tensor([[_num_tokens(pair.chosen), _num_tokens(pair.rejected)] for pair in pairs])
+    tokens_P2 = sequence_logprobs_D.new_tensor(
+        [[_num_tokens(pair.chosen), _num_tokens(pair.rejected)] for pair in pairs]
+    )
     return PairLogprobs(*sequence_logprobs_D.view(-1, 2).T, *reference_P2.T, *tokens_P2.T)
 
 

@@ -1,11 +1,13 @@
-"""A process reward model in use: scores of the steps of sampled solutions, what they add up to, and the reward they make in RL.
+"""A process reward model in use: scores of the steps of sampled solutions, what they add up to, and
+the reward they make in RL.
 
-A step's score is the logit at its last token; its sigmoid estimates how likely the solution, so far, still leads to the right answer. The answer
-step of a malformed solution has the score `malformed_logit`, whatever the model says; a response without steps has that one score.
+A step's score is the logit at its last token; its sigmoid estimates how likely the solution, so
+far, still leads to the right answer. The answer step of a malformed solution has the score
+`malformed_logit`, whatever the model says; a response without steps has that one score.
 
-As a reward (B-STaR, Zeng et al. 2024): reward += coef * aggregate(scores). As per-step advantages: the tokens of step k get
-coef * (p_k - p_{k-1}), the change of the estimate (Setlur et al. 2024), where p_{-1} is the mean of p_0 over the group. Left out: solutions
-of several turns.
+As a reward (B-STaR, Zeng et al. 2024): reward += coef * aggregate(scores). As per-step advantages:
+the tokens of step k get coef * (p_k - p_{k-1}), the change of the estimate (Setlur et al. 2024),
+where p_{-1} is the mean of p_0 over the group. Left out: solutions of several turns.
 """
 
 from collections import Counter
@@ -35,7 +37,9 @@ Scale = Literal["logit", "probability"]
 
 @dataclass(frozen=True)
 class StepScores:
-    """`logits_S`, one for each step and at least one; step s is the response's tokens from `bounds[s]` to `bounds[s + 1]`."""
+    """`logits_S`, one for each step and at least one; step s is the response's tokens from
+    `bounds[s]` to `bounds[s + 1]`.
+    """
 
     logits_S: np.ndarray
     bounds: list[int]
@@ -50,7 +54,9 @@ class StepScores:
         values_S = self.probabilities_S if scale == "probability" else self.logits_S
         match how, scale:
             case "product", "logit":
-                raise ConfigError("aggregation=product is of probabilities: set scale=probability, or take min, last or mean")
+                raise ConfigError(
+                    "aggregation=product is of probabilities: set scale=probability, or take min, last or mean"
+                )
             case "product", _:
                 return float(values_S.prod())
             case "min", _:
@@ -64,13 +70,18 @@ class StepScores:
 class ProcessRewardModel:
     """A trained scalar client. `form` must be that of its training."""
 
-    def __init__(self, client: TrainingClient, renderer: Renderer, form: StepFormat, malformed_logit: float = MALFORMED_LOGIT):
+    def __init__(
+        self, client: TrainingClient, renderer: Renderer, form: StepFormat, malformed_logit: float = MALFORMED_LOGIT
+    ):
         self.client, self.renderer, self.form, self.malformed_logit = client, renderer, form, malformed_logit
 
     async def score(self, responses_D: Sequence[tuple[list[int], list[int]]]) -> list[StepScores]:
         """Of (prompt tokens, response tokens), every step of all of them, in one forward pass."""
         steps_D = [split_response(response, self.renderer, self.form) for _, response in responses_D]
-        at_D = [len(prompt) + np.array(s.last_tokens, dtype=int) for (prompt, _), s in zip(responses_D, steps_D, strict=True)]
+        at_D = [
+            len(prompt) + np.array(s.last_tokens, dtype=int)
+            for (prompt, _), s in zip(responses_D, steps_D, strict=True)
+        ]
         data = [
             _datum([*prompt, *response], at)
             for (prompt, response), at in zip(responses_D, at_D, strict=True)
@@ -112,10 +123,11 @@ class SavedPrm(SavedModel):
         return ProcessRewardModel(client, renderer, self.form, self.malformed_logit)
 
 
-# --- as a reward in RL ----------------------------------------------------------------------------------------------------------
+# --- as a reward in RL --------------------------------------------------------------------------
 
 
-Scored = tuple[int, Transition, StepScores]  # a member of a group, its only turn, and what the model says of it
+# a member of a group, its only turn, and what the model says of it
+Scored = tuple[int, Transition, StepScores]
 
 
 class ProcessReward:
@@ -167,22 +179,34 @@ class ProcessReward:
 def _only_turn(transitions: Sequence[Transition]) -> Transition | None:
     """None of a trajectory without a turn: it has no solution to score."""
     if len(transitions) > 1:
-        raise ConfigError(f"a process reward model scores solutions of one turn, and a trajectory has {len(transitions)}")
+        raise ConfigError(
+            f"a process reward model scores solutions of one turn, and a trajectory has {len(transitions)}"
+        )
     return transitions[0] if transitions else None
 
 
 @chz.chz
 class PrmReward(SavedPrm, BatchRewardBuilder):
-    """A saved process reward model as a reward beside the environment's own. It must have been trained with the policy's renderer."""
+    """A saved process reward model as a reward beside the environment's own. It must have been
+    trained with the policy's renderer.
+    """
 
     coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight beside the environment's reward")
-    aggregation: Aggregation = chz.field(default="min", doc="of the steps' scores to one number: min, product, last or mean")
+    aggregation: Aggregation = chz.field(
+        default="min", doc="of the steps' scores to one number: min, product, last or mean"
+    )
     scale: Scale = chz.field(default="logit", doc="'logit' as B-STaR has it, unbounded; 'probability' is its sigmoid")
-    per_step: bool = chz.field(default=False, doc="per-step advantages instead: the change of the probability over each step")
+    per_step: bool = chz.field(
+        default=False, doc="per-step advantages instead: the change of the probability over each step"
+    )
 
-    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
+    async def __call__(
+        self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
+    ) -> BatchReward:
         if self.aggregation == "product" and self.scale == "logit":
-            raise ConfigError("aggregation=product is of probabilities: set scale=probability, or take min, last or mean")
+            raise ConfigError(
+                "aggregation=product is of probabilities: set scale=probability, or take min, last or mean"
+            )
         model = self.load(renderer.tokenizer, service)
         if type(model.renderer) is not type(renderer):
             kinds = f"{type(model.renderer).__name__}, the policy by {type(renderer).__name__}"

@@ -1,12 +1,16 @@
-"""Labels for the steps of solutions from rollouts, without a human: Math-Shepherd (Wang et al. 2024, section 3.3).
+"""Labels for the steps of solutions from rollouts, without a human: Math-Shepherd (Wang et al.
+2024, section 3.3).
 
-From the end of each step but the last, N completions are sampled. The soft label of the step is the share of them that reach the right
-answer, the hard label is 1 if any does. The last step's label is whether the answer is right, and 0 in a malformed solution.
+From the end of each step but the last, N completions are sampled. The soft label of the step is the
+share of them that reach the right answer, the hard label is 1 if any does. The last step's label is
+whether the answer is right, and 0 in a malformed solution.
 
-Labels are appended to a JSONL file a chunk of solutions at a time, so that a restart begins with the first solution that has none. A line has
-the fields of the "prm-v4" format, `input` (the question), `output` (the steps) and `label` (0 or 1 for each), besides our own. What a solution
-is labelled is a function of it, the settings and the policy: neither the order nor a restart changes it. Left out: binary search for the
-first wrong step, completions by another policy than the one given.
+Labels are appended to a JSONL file a chunk of solutions at a time, so that a restart begins with
+the first solution that has none. A line has the fields of the "prm-v4" format, `input` (the
+question), `output` (the steps) and `label` (0 or 1 for each), besides our own. What a solution is
+labelled is a function of it, the settings and the policy: neither the order nor a restart changes
+it. Left out: binary search for the first wrong step, completions by another policy than the one
+given.
 """
 
 import asyncio
@@ -33,7 +37,9 @@ from supervised.rows import read_rows
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A solution with a label for each step: a line of the file. `soft` is None in files of other projects."""
+    """A solution with a label for each step: a line of the file. `soft` is None in files of other
+    projects.
+    """
 
     input: str
     output: list[str]
@@ -62,10 +68,12 @@ class LabelConfig:
 async def label_solutions(
     client: SamplingClient, solutions: Sequence[tuple[GradedProblem, Solution]], config: LabelConfig, path: Path
 ) -> tuple[list[StepRecord], dict[str, int]]:
-    """A record for each distinct solution, in order; those that `path` has already are not made again.
+    """A record for each distinct solution, in order; those that `path` has already are not made
+    again.
 
-    Also counts: `labelled` now and `cached` before, `duplicate` solutions and `empty` ones (neither has a record), the other malformed ones by
-    kind, and `failed` ones, whose verifier raised RolloutError: they get no record, and a restart tries them again.
+    Also counts: `labelled` now and `cached` before, `duplicate` solutions and `empty` ones (neither
+    has a record), the other malformed ones by kind, and `failed` ones, whose verifier raised
+    RolloutError: they get no record, and a restart tries them again.
     """
     drop_torn_line(path)
     done = {record.id: record for record in read_dataclasses(path, StepRecord)}
@@ -123,7 +131,9 @@ async def _hits(
 def _id(solution: Solution, config: LabelConfig) -> str:
     """What a label depends on, but for the policy: one file belongs to one policy."""
     settings = [getattr(config, name) for name in ("num_completions", "temperature", "max_tokens", "seed")]
-    return _digest(json.dumps([solution.prompt, solution.tokens, config.form.separator, config.form.answer_marker, *settings]))
+    return _digest(
+        json.dumps([solution.prompt, solution.tokens, config.form.separator, config.form.answer_marker, *settings])
+    )
 
 
 def _digest(text: str) -> str:
@@ -159,4 +169,6 @@ def _record(fields: dict[str, Any]) -> StepRecord:
     ):
         raise DataError(f"soft must be a share from 0 to 1 for each of the {len(steps)} steps, not {str(soft)[:80]}")
     question = fields["input"] + fields.get("output_prefix", "")
-    return StepRecord(question, steps, [int(value) for value in label], soft, fields.get("malformed"), fields.get("id", ""))
+    return StepRecord(
+        question, steps, [int(value) for value in label], soft, fields.get("malformed"), fields.get("id", "")
+    )

@@ -1,7 +1,9 @@
-"""Sequence logprobs under the reference: the policy the run started from, which never moves. Computed once per answer, kept on disk.
+"""Sequence logprobs under the reference: the policy the run started from, which never moves.
+Computed once per answer, kept on disk.
 
-`reference_logprobs.jsonl` in the run folder names the reference in its first line; then it has a line for each answer, under a hash of its
-tokens. A resumed run reads it, and computes its first lines anew to see that the reference is still the one it was.
+`reference_logprobs.jsonl` in the run folder names the reference in its first line; then it has a
+line for each answer, under a hash of its tokens. A resumed run reads it, and computes its first
+lines anew to see that the reference is still the one it was.
 """
 
 import hashlib
@@ -33,15 +35,19 @@ def answer_key(datum: Datum) -> str:
     return hashlib.sha256(b"|".join(array.tobytes() for array in arrays)).hexdigest()[:32]
 
 
-async def with_reference(pairs: Sequence[Pair], client: TrainingClient, file: Path, reference: dict[str, Any]) -> list[Pair]:
-    """The pairs with their reference logprobs. `client` must hold the reference's weights; `reference` says which those are.
+async def with_reference(
+    pairs: Sequence[Pair], client: TrainingClient, file: Path, reference: dict[str, Any]
+) -> list[Pair]:
+    """The pairs with their reference logprobs. `client` must hold the reference's weights;
+    `reference` says which those are.
 
     Raises CheckpointError if the file is another reference's, by name or by what it computes.
     """
     data = {answer_key(datum): datum for datum in as_data(pairs)}
     known = read_reference(file, reference)
     chunks = [list(data)[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
-    # A chunk is computed whole, as it would have been without an interruption: which answers share a batch decides the last digits.
+    # A chunk is computed whole, as it would have been without an interruption: which answers share
+    # a batch decides the last digits.
     needed = [keys for i, keys in enumerate(chunks) if i == 0 or not known.keys() >= set(keys)]
     for keys in needed:
         computed = zip(keys, await answer_logprobs(client, [data[key] for key in keys]), strict=True)
@@ -49,7 +55,9 @@ async def with_reference(pairs: Sequence[Pair], client: TrainingClient, file: Pa
         known |= new
         with file.open("a") as lines:
             lines.writelines(json.dumps({"key": key, "logprob": logprob}) + "\n" for key, logprob in new)
-    return [replace(pair, reference=(known[answer_key(pair.chosen)], known[answer_key(pair.rejected)])) for pair in pairs]
+    return [
+        replace(pair, reference=(known[answer_key(pair.chosen)], known[answer_key(pair.rejected)])) for pair in pairs
+    ]
 
 
 async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> list[float]:
@@ -65,10 +73,14 @@ def read_reference(file: Path, reference: dict[str, Any]) -> dict[str, float]:
     if not header:
         append_jsonl(file, {"reference": reference})
     elif header.get("reference") != reference:
-        raise CheckpointError(f"{file} holds logprobs of {header.get('reference')}, but this run starts from {reference}")
+        raise CheckpointError(
+            f"{file} holds logprobs of {header.get('reference')}, but this run starts from {reference}"
+        )
     for number, answer in enumerate(answers, start=2):
         if not isinstance(answer.get("key"), str) or not isinstance(answer.get("logprob"), float):
-            raise DataError(f"{file}:{number}: no key or no logprob; delete the file, and the logprobs are computed again")
+            raise DataError(
+                f"{file}:{number}: no key or no logprob; delete the file, and the logprobs are computed again"
+            )
     return {answer["key"]: answer["logprob"] for answer in answers}
 
 
@@ -76,7 +88,8 @@ def _is_new(known: dict[str, float], key: str, logprob: float, file: Path) -> bo
     """Whether the file lacks it. CheckpointError if it has another number."""
     if key in known and not math.isclose(known[key], logprob, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
         raise CheckpointError(
-            f"{file}: an answer's logprob is {known[key]:.6g} there and {logprob:.6g} now: the weights that the run started from "
+            f"{file}: an answer's logprob is {known[key]:.6g} there and {logprob:.6g} now: the weights that the run "
+            "started from "
             "have changed; put them back, or start another run"
         )
     return key not in known

@@ -1,4 +1,6 @@
-"""What the two kinds of reward model have in common as things to be trained: comparisons in, examples, a client and an objective out."""
+"""What the two kinds of reward model have in common as things to be trained: comparisons in,
+examples, a client and an objective out.
+"""
 
 from collections.abc import Sequence
 
@@ -29,7 +31,9 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
         """Tokens of the longest sequence the model reads for this comparison."""
         raise NotImplementedError
 
-    def create_client(self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int) -> TrainingClient:
+    def create_client(
+        self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int
+    ) -> TrainingClient:
         """The model at the start of its training."""
         raise NotImplementedError
 
@@ -41,17 +45,25 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
         raise NotImplementedError
 
     def load(self, renderer: Renderer) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-        """Training and held-out comparisons without those that do not fit, which are counted on one printed line."""
+        """Training and held-out comparisons without those that do not fit, which are counted on one
+        printed line.
+        """
         train_D, test_D = self.comparisons()
         limit = self.max_length or renderer.tokenizer.model_max_length
         kept_train_D, kept_test_D = (
-            [labeled for labeled in labeled_D if self.length(renderer, labeled) <= limit] for labeled_D in (train_D, test_D)
+            [labeled for labeled in labeled_D if self.length(renderer, labeled) <= limit]
+            for labeled_D in (train_D, test_D)
         )
         total, kept = len(train_D) + len(test_D), len(kept_train_D) + len(kept_test_D)
         if not kept_train_D or (test_D and not kept_test_D):
-            raise DataError(f"of {total:,} comparisons {kept} fit into {limit} tokens: raise max_length, or take a larger model")
+            raise DataError(
+                f"of {total:,} comparisons {kept} fit into {limit} tokens: raise max_length, or take a larger model"
+            )
         if kept < total:
-            print(f"{type(self).__name__}: {total - kept:,} of {total:,} comparisons are longer than {limit} tokens; dropped")
+            print(
+                f"{type(self).__name__}: {total - kept:,} of {total:,} comparisons are longer than {limit} tokens; "
+                "dropped"
+            )
         return kept_train_D, kept_test_D
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:

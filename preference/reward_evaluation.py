@@ -1,7 +1,9 @@
-"""How good a judge is on comparisons whose answer is known: accuracy, calibration, agreement with itself, and what length alone would give.
+"""How good a judge is on comparisons whose answer is known: accuracy, calibration, agreement with
+itself, and what length alone would give.
 
-Each comparison is asked in both orders; its score is (AB - BA) / 2, and P(B is better) is (1 + score) / 2. Ties have no right side: they
-are counted apart, and what is reported of them is how far the judge leans anyway.
+Each comparison is asked in both orders; its score is (AB - BA) / 2, and P(B is better) is (1 +
+score) / 2. Ties have no right side: they are counted apart, and what is reported of them is how far
+the judge leans anyway.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores in the data's order and, turned round, in the other; `truth_D` is 1 where B is better, -1 where A is, 0 for a tie."""
+    """Scores in the data's order and, turned round, in the other; `truth_D` is 1 where B is better,
+    -1 where A is, 0 for a tie.
+    """
 
     forward_D: np.ndarray
     reverse_D: np.ndarray
@@ -44,17 +48,27 @@ class Evaluation:
 
     @property
     def confidence_D(self) -> np.ndarray:
-        """Of decided comparisons: the probability, from 0.5 to 1, that the side the judge prefers is the better one."""
+        """Of decided comparisons: the probability, from 0.5 to 1, that the side the judge prefers
+        is the better one.
+        """
         return (1 + np.abs(self.score_D[self.decided_D])) / 2
 
     def reliability(self) -> list[tuple[float, float, int]]:
-        """(mean confidence, accuracy, count) of each of NUM_BINS equal parts of [0.5, 1] that is not empty."""
+        """(mean confidence, accuracy, count) of each of NUM_BINS equal parts of [0.5, 1] that is
+        not empty.
+        """
         bin_D = np.minimum(((self.confidence_D - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
         chosen = [bin_D == k for k in range(NUM_BINS)]
-        return [(float(self.confidence_D[b].mean()), float(self.correct_D[b].mean()), int(b.sum())) for b in chosen if b.any()]
+        return [
+            (float(self.confidence_D[b].mean()), float(self.correct_D[b].mean()), int(b.sum()))
+            for b in chosen
+            if b.any()
+        ]
 
     def metrics(self) -> Metrics:
-        """`ece`: the expected calibration error, Guo et al. 2017 eq. 5. `swap_agreement`: how often both orders prefer the same side."""
+        """`ece`: the expected calibration error, Guo et al. 2017 eq. 5. `swap_agreement`: how often
+        both orders prefer the same side.
+        """
         count = len(self.correct_D)
         accuracy = float(self.correct_D.mean())
         metrics = {
@@ -89,13 +103,17 @@ class RewardModelEvaluator:
 
     async def __call__(self, client: TrainingClient) -> Metrics:
         self.last = await evaluate_judge(self.judge, self.test_D)
-        return {f"test/{name}": value for name, value in (self.last.metrics() | {"length_baseline": self.baseline}).items()}
+        return {
+            f"test/{name}": value for name, value in (self.last.metrics() | {"length_baseline": self.baseline}).items()
+        }
 
 
 def length_baseline(train_D: Sequence[LabeledComparison], test_D: Sequence[LabeledComparison]) -> float:
-    """Accuracy on `test_D` of preferring the longer answer, or the shorter one if that is right more often on `train_D`.
+    """Accuracy on `test_D` of preferring the longer answer, or the shorter one if that is right
+    more often on `train_D`.
 
-    Lengths are in characters; two of the same length are half right. DataError if all comparisons of either are ties.
+    Lengths are in characters; two of the same length are half right. DataError if all comparisons
+    of either are ties.
     """
     longer_wins = np.mean(_longer_is_better(train_D)) >= 0.5
     held_out = float(np.mean(_longer_is_better(test_D)))
@@ -111,7 +129,9 @@ def _longer_is_better(labeled_D: Sequence[LabeledComparison]) -> list[float]:
 
 
 def plot_reliability(evaluations: dict[str, Evaluation], path: Path) -> Path:
-    """Accuracy against confidence, a panel for each judge; a calibrated judge is on the diagonal. Areas are counts."""
+    """Accuracy against confidence, a panel for each judge; a calibrated judge is on the diagonal.
+    Areas are counts.
+    """
     figure, axes = panel_axes(len(evaluations), size=(4.2, 3.7))
     for axis, (name, evaluation) in zip(axes, evaluations.items(), strict=True):
         confidence, accuracy, count = (np.array(column) for column in zip(*evaluation.reliability(), strict=True))

@@ -1,7 +1,9 @@
-"""What scores answers. A preference model says which of two is better, a reward model how good one is.
+"""What scores answers. A preference model says which of two is better, a reward model how good one
+is.
 
-Rules, local models and endpoints stand behind the same two calls, and environments know nothing more. Scores are made in one batch for each
-group of answers, not for whatever happens to wait: their last bits then depend on the data and not on the clock.
+Rules, local models and endpoints stand behind the same two calls, and environments know nothing
+more. Scores are made in one batch for each group of answers, not for whatever happens to wait:
+their last bits then depend on the data and not on the clock.
 """
 
 import asyncio
@@ -22,11 +24,14 @@ from posttrain.tracking.settings import read_settings
 from preference.types import Comparison
 from rl.types import RolloutError
 
-Judge = Callable[[Comparison], Awaitable[float]]  # in [-1, 1]: 1 = B is better, -1 = A is, 0 = neither
+# in [-1, 1]: 1 = B is better, -1 = A is, 0 = neither
+Judge = Callable[[Comparison], Awaitable[float]]
 
 
 class JudgeError(RolloutError):
-    """A judge could not be asked, or what it answered is no judgement. Whatever waits for it has no score."""
+    """A judge could not be asked, or what it answered is no judgement. Whatever waits for it has no
+    score.
+    """
 
 
 class PreferenceModel(ABC):
@@ -50,7 +55,9 @@ class RewardModel(ABC):
 
 
 async def judge_all(judge: Judge, comparisons_D: Sequence[Comparison]) -> list[float]:
-    """One call where the judge can take many, else all calls at once. JudgeError for a score outside [-1, 1]."""
+    """One call where the judge can take many, else all calls at once. JudgeError for a score
+    outside [-1, 1].
+    """
     if not comparisons_D:
         return []
     if isinstance(judge, PreferenceModel):
@@ -59,7 +66,9 @@ async def judge_all(judge: Judge, comparisons_D: Sequence[Comparison]) -> list[f
         scores_D = list(await asyncio.gather(*(judge(comparison) for comparison in comparisons_D)))
     for score in scores_D:
         if not (isinstance(score, int | float) and math.isfinite(score) and -1 <= score <= 1):
-            raise JudgeError(f"the judge answered {score!r:.80}: a number from -1 (A is better) to 1 (B is better) is needed")
+            raise JudgeError(
+                f"the judge answered {score!r:.80}: a number from -1 (A is better) to 1 (B is better) is needed"
+            )
     return scores_D
 
 
@@ -85,14 +94,21 @@ class RewardModelBuilder:
 class SavedModel:
     """Where a model was saved, and how it reads what it is shown."""
 
-    path: str = chz.field(doc="checkpoint folder, as RUN/checkpoints/final", munger=lambda _, path: str(Path(path).expanduser()))
+    path: str = chz.field(
+        doc="checkpoint folder, as RUN/checkpoints/final", munger=lambda _, path: str(Path(path).expanduser())
+    )
     renderer_name: str | None = chz.field(default=None, doc="None = that of the run which saved the model")
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine runs the model")
 
     def open(
-        self, create: Callable[[ServiceClient, str], TrainingClient], tokenizer: Tokenizer, service: ServiceClient | None = None
+        self,
+        create: Callable[[ServiceClient, str], TrainingClient],
+        tokenizer: Tokenizer,
+        service: ServiceClient | None = None,
     ) -> tuple[TrainingClient, Renderer]:
-        """The frozen model in a service of its own, unless one is given. ModelError if its tokenizer is not the policy's."""
+        """The frozen model in a service of its own, unless one is given. ModelError if its
+        tokenizer is not the policy's.
+        """
         client = create(service or ServiceClient(self.backend), self.path)
         own: Tokenizer = client.get_tokenizer()
         if own.get_vocab() != tokenizer.get_vocab():
@@ -109,6 +125,7 @@ class SavedModel:
         trained_with = read_settings(run).get("renderer_name")
         if self.renderer_name not in (None, trained_with):
             raise ConfigError(
-                f"renderer_name={self.renderer_name}: {self.path} was trained with renderer_name={trained_with}; leave it out"
+                f"renderer_name={self.renderer_name}: {self.path} was trained with renderer_name={trained_with}; leave "
+                "it out"
             )
         return trained_with

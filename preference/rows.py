@@ -1,6 +1,8 @@
-"""Rows of preference sets, in their usual shapes, to labelled comparisons; what is malformed is a DataError that says what was needed.
+"""Rows of preference sets, in their usual shapes, to labelled comparisons; what is malformed is a
+DataError that says what was needed.
 
-Every function takes the fields of one row and says nothing about where it stands: comparisons.py adds file and line.
+Every function takes the fields of one row and says nothing about where it stands: comparisons.py
+adds file and line.
 """
 
 import re
@@ -28,7 +30,9 @@ class ScoredSample:
 
 
 def labeled(fields: Fields, label_field: str = "label") -> LabeledComparison:
-    """{"prompt": ..., "completion_A": ..., "completion_B": ..., "label": "A" | "B" | "Tie"}, each side a text or messages."""
+    """{"prompt": ..., "completion_A": ..., "completion_B": ..., "label": "A" | "B" | "Tie"}, each
+    side a text or messages.
+    """
     label = need(fields, label_field)
     if label not in ("A", "B", "Tie"):
         raise DataError(f"the field {label_field!r} is {label!r}: it must be 'A', 'B' or 'Tie'")
@@ -37,7 +41,9 @@ def labeled(fields: Fields, label_field: str = "label") -> LabeledComparison:
 
 
 def chosen_rejected(fields: Fields, prompt_field: str, chosen_field: str, rejected_field: str) -> LabeledComparison:
-    """Answers with a prompt beside them, or whole conversations, whose prompt is what they begin with in common."""
+    """Answers with a prompt beside them, or whole conversations, whose prompt is what they begin
+    with in common.
+    """
     chosen, rejected = messages(fields, chosen_field, "assistant"), messages(fields, rejected_field, "assistant")
     if chosen and rejected and "assistant" not in (chosen[0]["role"], rejected[0]["role"]):
         return LabeledComparison(_cut_where_they_part(chosen, rejected), "A")
@@ -52,7 +58,9 @@ def transcripts(fields: Fields, chosen_field: str, rejected_field: str) -> Label
 def _turns(fields: Fields, name: str) -> list[Message]:
     text = need(fields, name)
     before, *rest = SPEAKER.split("\n\n" + text.lstrip("\n") if isinstance(text, str) else "no text")
-    spoken = [Message(role=ROLE_OF[role], content=text.strip()) for role, text in zip(rest[::2], rest[1::2], strict=True)]
+    spoken = [
+        Message(role=ROLE_OF[role], content=text.strip()) for role, text in zip(rest[::2], rest[1::2], strict=True)
+    ]
     if before or not spoken:
         raise DataError(f"the field {name!r} is no transcript of 'Human:' and 'Assistant:' turns: {str(text)[:40]!r}")
     return spoken
@@ -72,7 +80,9 @@ def _cut_where_they_part(chosen: list[Message], rejected: list[Message]) -> Comp
 def rated_pair(
     fields: Fields, prompt_field: str, answer_fields: tuple[str, str], preference_field: str, tie_within: float
 ) -> LabeledComparison:
-    """Two answers and one signed rating (HelpSteer3: -3 the first is much better, 3 the second is); near 0 is a tie."""
+    """Two answers and one signed rating (HelpSteer3: -3 the first is much better, 3 the second is);
+    near 0 is a tie.
+    """
     rating = number(fields, preference_field)
     label: Label = "Tie" if abs(rating) <= tie_within else ("A" if rating < 0 else "B")
     sides = [messages(fields, name, "assistant") for name in answer_fields]
@@ -80,14 +90,20 @@ def rated_pair(
     return LabeledComparison(Comparison(messages(fields, prompt_field, "user"), *sides), label, margin)
 
 
-def scored_samples(fields: Fields, prompt_field: str, completion_field: str, score_field: str) -> Iterator[ScoredSample]:
-    """The answer in a row, or the answers in objects or lists of objects within it (a row for each problem)."""
+def scored_samples(
+    fields: Fields, prompt_field: str, completion_field: str, score_field: str
+) -> Iterator[ScoredSample]:
+    """The answer in a row, or the answers in objects or lists of objects within it (a row for each
+    problem).
+    """
     prompt = messages(fields, prompt_field, "user")
     flat = completion_field in fields
     inner = [item for value in fields.values() for item in (value if isinstance(value, list) else [value])]
     items = [fields] if flat else [item for item in inner if isinstance(item, Mapping) and completion_field in item]
     if not items:
-        raise DataError(f"no field {completion_field!r}, in the row or in an object within it; there are {_names(fields)}")
+        raise DataError(
+            f"no field {completion_field!r}, in the row or in an object within it; there are {_names(fields)}"
+        )
     for sample in items:
         yield ScoredSample(prompt, messages(sample, completion_field, "assistant"), number(sample, score_field))
 

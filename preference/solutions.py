@@ -1,4 +1,6 @@
-"""Sampled and graded answers: several to each of many problems, in one engine call. Step labels, best-of-n and B-STaR use it."""
+"""Sampled and graded answers: several to each of many problems, in one engine call. Step labels,
+best-of-n and B-STaR use it.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -14,7 +16,9 @@ from rl.types import RolloutError
 
 
 class Graded(Protocol):
-    """What a verifier says: the answer in a response, None where there is none, and whether it is right."""
+    """What a verifier says: the answer in a response, None where there is none, and whether it is
+    right.
+    """
 
     @property
     def answer(self) -> str | None: ...
@@ -36,7 +40,9 @@ class GradedProblem(Protocol):
 
 
 class Response(NamedTuple):
-    """A sampled response as graded. One that did not end by itself has no answer and is wrong, whatever it says."""
+    """A sampled response as graded. One that did not end by itself has no answer and is wrong,
+    whatever it says.
+    """
 
     tokens: list[int]
     text: str
@@ -46,7 +52,9 @@ class Response(NamedTuple):
 
 
 async def grade(problem: GradedProblem, tokens: list[int], tries: int = 1) -> Response:
-    """A verifier that fails raises its RolloutError at the last of `tries`: nothing is scored in its place."""
+    """A verifier that fails raises its RolloutError at the last of `tries`: nothing is scored in
+    its place.
+    """
     message, ended = problem.renderer.parse_response(tokens)
     text = message["content"]
     if not ended:
@@ -69,7 +77,9 @@ async def sample_and_grade(
     seeds_P: Sequence[int],
     tries: int = 1,
 ) -> list[list[Response]]:
-    """`num_samples` responses to each problem, all in one engine call. They stop where the renderer says."""
+    """`num_samples` responses to each problem, all in one engine call. They stop where the renderer
+    says.
+    """
 
     async def responses(problem: GradedProblem, seed: int) -> list[Response]:
         seeded = replace(params, seed=seed, stop=problem.renderer.get_stop_sequences())
@@ -86,7 +96,9 @@ def sampling_seeds(entropy: int | Sequence[int], count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Solution:
-    """A response to `question`: the tokens it was sampled from and as, and what the verifier says of it. JSON by dataclasses.asdict."""
+    """A response to `question`: the tokens it was sampled from and as, and what the verifier says
+    of it. JSON by dataclasses.asdict.
+    """
 
     question: str
     prompt: list[int]
@@ -103,7 +115,11 @@ def solution_of(problem: GradedProblem, response: Response) -> Solution:
 async def sample_solutions(
     client: SamplingClient, problems_P: Sequence[GradedProblem], num_samples: int, params: SamplingParams
 ) -> list[list[Solution]]:
-    """`num_samples` solutions of each problem; problem p is sampled with the p-th seed that follows from params.seed."""
+    """`num_samples` solutions of each problem; problem p is sampled with the p-th seed that follows
+    from params.seed.
+    """
     seeds_P = sampling_seeds(params.seed or 0, len(problems_P))
     responses_P_G = await sample_and_grade(client, problems_P, num_samples, params, seeds_P)
-    return [[solution_of(p, response) for response in group] for p, group in zip(problems_P, responses_P_G, strict=True)]
+    return [
+        [solution_of(p, response) for response in group] for p, group in zip(problems_P, responses_P_G, strict=True)
+    ]

@@ -1,10 +1,13 @@
-"""Labelled steps as training data for a process reward model, and its loss: pointwise cross-entropy, in B-STaR's form (Zeng et al. 2024).
+"""Labelled steps as training data for a process reward model, and its loss: pointwise
+cross-entropy, in B-STaR's form (Zeng et al. 2024).
 
     L = sum_t w_t BCE(logit_t, label of the step of t) / (sum_t w_t + 1e-6)        both sums over a batch; ln 2 for a head of zeros
 
-The label of a step is copied to all its tokens, or to its last few. Tokens of the question have no weight, nor has the last step of a malformed
-solution, whose score is defined (prm.py). A step that is sound in itself has the label 0 behind a wrong one; a small model learns to check
-single steps far sooner when it does not see those (`until_first_error`). Left out: losses that rank the steps of one solution.
+The label of a step is copied to all its tokens, or to its last few. Tokens of the question have no
+weight, nor has the last step of a malformed solution, whose score is defined (prm.py). A step that
+is sound in itself has the label 0 behind a wrong one; a small model learns to check single steps
+far sooner when it does not see those (`until_first_error`). Left out: losses that rank the steps of
+one solution.
 """
 
 from collections.abc import Sequence
@@ -28,13 +31,17 @@ from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
 def step_cross_entropy(scalars_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """w BCE(scalar, label), with labels from 0 to 1; the weights of a batch are divided by their sum beforehand (step_dataset)."""
+    """w BCE(scalar, label), with labels from 0 to 1; the weights of a batch are divided by their
+    sum beforehand (step_dataset).
+    """
     loss_N = binary_cross_entropy_with_logits(scalars_N, inputs["labels"], reduction="none")
     right_N = ((scalars_N > 0) == (inputs["labels"] > 0.5)).float()
     return inputs["weights"] * loss_N, {"accuracy": right_N}
 
 
-def step_dataset(examples: Sequence[Datum], batch_size: int, seed: int = 0, *, shuffle: bool = True) -> DrawnDataset[Datum]:
+def step_dataset(
+    examples: Sequence[Datum], batch_size: int, seed: int = 0, *, shuffle: bool = True
+) -> DrawnDataset[Datum]:
     """Batches whose weights add up to 1."""
     examples_D = ListDataset(examples, batch_size, seed, shuffle=shuffle)
 
@@ -50,7 +57,9 @@ def step_dataset(examples: Sequence[Datum], batch_size: int, seed: int = 0, *, s
 
 
 def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuilder") -> Datum | None:
-    """`labels` and `weights` of each token, and `step_ends`, 1 at the last token of a step. None if no step is left to train on."""
+    """`labels` and `weights` of each token, and `step_ends`, 1 at the last token of a step. None if
+    no step is left to train on.
+    """
     form, last_tokens = config.form, config.last_tokens
     text = form.separator.join(record.output)
     messages = exchange({"prompt": record.input, "completion": text}, "prompt", "completion", config.prompt_template)
@@ -58,7 +67,9 @@ def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuil
     prompt = weights.index(1.0)
     steps = split_response(tokens[prompt:], renderer, form)
     if len(steps.strings) != len(record.output):
-        raise DataError(f"{len(record.output)} steps, which read as {len(steps.strings)} with separator={form.separator!r}")
+        raise DataError(
+            f"{len(record.output)} steps, which read as {len(steps.strings)} with separator={form.separator!r}"
+        )
     labels = record.soft if config.labels == "soft" else record.label
     if labels is None:
         raise DataError("no field 'soft': train on the hard labels, or label the steps again")
@@ -96,11 +107,16 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         if self.train_on_what != TrainOnWhat.ALL_ASSISTANT_MESSAGES or self.reduction not in ("sum", "mean"):
-            raise ConfigError("a process reward model trains on steps: leave train_on_what out, and reduction is 'sum' or 'mean'")
+            raise ConfigError(
+                "a process reward model trains on steps: leave train_on_what out, and reduction is 'sum' or 'mean'"
+            )
         train, test = read_records(self.path), read_records(self.test_path) if self.test_path else []
         if self.test_size:
             train, test = self._split(train, test)
-        train_D, test_D = self._data(train, renderer, "training"), self._data(test, renderer, "held-out") if test else []
+        train_D, test_D = (
+            self._data(train, renderer, "training"),
+            self._data(test, renderer, "held-out") if test else [],
+        )
         held_out = step_dataset(test_D, self.batch_size, shuffle=False) if test_D else None
         return step_dataset(train_D, self.batch_size, self.seed), held_out
 
@@ -127,7 +143,8 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
             if datum is not None and datum.model_input.length <= limit:
                 data.append(self._reduced(datum))
         print(
-            f"{self.path}: {len(data):,} {kind} solutions; dropped {overlong:,} longer than {limit} tokens, {empty:,} without steps"
+            f"{self.path}: {len(data):,} {kind} solutions; dropped {overlong:,} longer than {limit} tokens, {empty:,} "
+            "without steps"
         )
         if not data:
             raise DataError(f"{self.path}: no {kind} solution is left to use")

@@ -1,8 +1,11 @@
-"""Steps of a solution, as spans of characters in its text; the tokens of a step follow from the spans, never from ids that a step ends with.
+"""Steps of a solution, as spans of characters in its text; the tokens of a step follow from the
+spans, never from ids that a step ends with.
 
-A separator belongs to the step it ends, and the tokens that stop a response belong to the last step: so the spans cover the text, and the
-token ranges the response. Sampled tokens are located by decoding, not encoded again. A solution is malformed if it ran into the token limit
-or lacks its answer: it still has steps, the last of which has a defined score (prm.py). Left out: steps that a parser of the language finds.
+A separator belongs to the step it ends, and the tokens that stop a response belong to the last
+step: so the spans cover the text, and the token ranges the response. Sampled tokens are located by
+decoding, not encoded again. A solution is malformed if it ran into the token limit or lacks its
+answer: it still has steps, the last of which has a defined score (prm.py). Left out: steps that a
+parser of the language finds.
 """
 
 import re
@@ -26,10 +29,14 @@ class StepFormat:
     """How solutions are written. B-STaR's: separator="\\n\\n" answer_marker="# Answer"."""
 
     separator: str = chz.field(default="\n", doc="what a step ends with")
-    answer_marker: str = chz.field(default="", doc="what the last step of a whole solution begins with; empty = anything")
+    answer_marker: str = chz.field(
+        default="", doc="what the last step of a whole solution begins with; empty = anything"
+    )
 
     def spans(self, text: str) -> list[Span]:
-        """The steps of a text, in order and without gaps. Blank ones belong to their neighbours; a blank text has none."""
+        """The steps of a text, in order and without gaps. Blank ones belong to their neighbours; a
+        blank text has none.
+        """
         if not self.separator:
             raise ConfigError("separator must not be empty")
         ends = [match.end() for match in re.finditer(re.escape(self.separator), text)]
@@ -57,7 +64,9 @@ class StepFormat:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """A response cut into steps: step k is `tokens[bounds[k] : bounds[k + 1]]`, and `strings[k]` without its separator."""
+    """A response cut into steps: step k is `tokens[bounds[k] : bounds[k + 1]]`, and `strings[k]`
+    without its separator.
+    """
 
     tokens: list[int]
     strings: list[str]
@@ -82,5 +91,7 @@ def split_response(tokens: Sequence[int], renderer: Renderer, form: StepFormat) 
 
 
 def _tokens_up_to(tokenizer: Tokenizer, tokens: Sequence[int], end: int) -> int:
-    """How many tokens it takes to write the first `end` characters. A token across a border belongs to the step in which it begins."""
+    """How many tokens it takes to write the first `end` characters. A token across a border belongs
+    to the step in which it begins.
+    """
     return bisect_left(range(len(tokens)), end, key=lambda count: len(decode(tokenizer, tokens[:count])))

@@ -1,7 +1,9 @@
-"""Direct preference optimisation: pairs of answers, trained on by the supervised loop with a preference loss as its Objective.
+"""Direct preference optimisation: pairs of answers, trained on by the supervised loop with a
+preference loss as its Objective.
 
-The loss is DPO (Rafailov et al. 2023) or a relative of it in losses.py. The reference is the policy the run starts from,
-frozen: its logprobs are computed once, before the first step (reference.py). Left out: new answers sampled while training.
+The loss is DPO (Rafailov et al. 2023) or a relative of it in losses.py. The reference is the policy
+the run starts from, frozen: its logprobs are computed once, before the first step (reference.py).
+Left out: new answers sampled while training.
 """
 
 from collections.abc import Sequence
@@ -59,12 +61,18 @@ class Config(LanguageModelRunConfig):
 
 
 async def main(config: Config) -> Metrics:
-    """Trains; returns the last metrics. Everything that can be wrong with the input is raised before the model is loaded."""
+    """Trains; returns the last metrics. Everything that can be wrong with the input is raised
+    before the model is loaded.
+    """
     return await train_on_pairs(config, *_pairs(config))
 
 
-async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], evaluator: Evaluator | None = None) -> Metrics:
-    """The loop on pairs that are tokens already; `config.dataset` is not read. `evaluator` adds metrics where `test` is evaluated."""
+async def train_on_pairs(
+    config: Config, train: list[Pair], test: list[Pair], evaluator: Evaluator | None = None
+) -> Metrics:
+    """The loop on pairs that are tokens already; `config.dataset` is not read. `evaluator` adds
+    metrics where `test` is evaluated.
+    """
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)
@@ -98,7 +106,9 @@ async def train_on_pairs(config: Config, train: list[Pair], test: list[Pair], ev
 def _pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
     train, test = config.dataset()
     options = (config.renderer(), config.max_length, config.ties, config.overlong)
-    return render_pairs(train, *options), render_pairs(test, *options, kind="held-out") if test and config.eval_every else []
+    return render_pairs(train, *options), render_pairs(
+        test, *options, kind="held-out"
+    ) if test and config.eval_every else []
 
 
 def _reference(config: Config) -> dict[str, Any]:
@@ -107,7 +117,9 @@ def _reference(config: Config) -> dict[str, Any]:
 
 
 class PreferenceObjective:
-    """The mean loss of a batch of pairs, in micro-batches: only one's activations are alive at a time."""
+    """The mean loss of a batch of pairs, in micro-batches: only one's activations are alive at a
+    time.
+    """
 
     def __init__(self, loss: PreferenceLoss, micro_batch_tokens: int):
         self.loss, self.micro_batch_tokens = loss, micro_batch_tokens
@@ -115,7 +127,10 @@ class PreferenceObjective:
     async def passes(self, client: TrainingClient, batch: list[Pair]) -> list[Pass]:
         parts = self._micro_batches(batch)
         return [
-            (data_D := as_data(part), client.forward_backward_custom(data_D, partial(self._share_of_mean, part, len(batch))))
+            (
+                data_D := as_data(part),
+                client.forward_backward_custom(data_D, partial(self._share_of_mean, part, len(batch))),
+            )
             for part in parts
         ]
 
@@ -134,8 +149,12 @@ class PreferenceObjective:
         return self.loss(pair_logprobs(pairs, sequence_logprobs(data_D, logprobs_D))).sum() / num_pairs, {}
 
 
-async def evaluate_pairs(client: TrainingClient, loss: PreferenceLoss, pairs: Sequence[Pair], name: str = "test") -> Metrics:
-    """The metrics of a training step on pairs that are not trained on: one forward pass, no gradient."""
+async def evaluate_pairs(
+    client: TrainingClient, loss: PreferenceLoss, pairs: Sequence[Pair], name: str = "test"
+) -> Metrics:
+    """The metrics of a training step on pairs that are not trained on: one forward pass, no
+    gradient.
+    """
     outputs_D = (await client.forward(as_data(pairs), "cross_entropy")).loss_fn_outputs
     return {f"{name}/{key}": value for key, value in _metrics(loss, pairs, outputs_D).items()}
 

@@ -1,14 +1,19 @@
-"""Training a process reward model on labelled steps: a saved scalar model out, that prm.py opens by its path.
+"""Training a process reward model on labelled steps: a saved scalar model out, that prm.py opens by
+its path.
 
-    python preference/train_prm.py dataset=labels.jsonl dataset.test_size=100 load_checkpoint_path=runs/sft/checkpoints/final
-    python -m preference.train_prm dataset=labels.jsonl dataset.labels=soft dataset.last_tokens=3 model_name=Qwen/Qwen2.5-0.5B
+    python preference/train_prm.py dataset=labels.jsonl dataset.test_size=100
+    load_checkpoint_path=runs/sft/checkpoints/final python -m preference.train_prm
+    dataset=labels.jsonl dataset.labels=soft dataset.last_tokens=3 model_name=Qwen/Qwen2.5-0.5B
 
-The loop, its run folder and its resuming are those of supervised/train.py; the loss is step_data.py's. Held-out solutions give test/loss,
-test/accuracy (of steps, at their last token), test/majority (what always guessing the commoner label would give) and test/first_error (the
-share of solutions whose first step below 1/2 is the first one labelled 0). Left out: B-STaR's warm-up.
+The loop, its run folder and its resuming are those of supervised/train.py; the loss is
+step_data.py's. Held-out solutions give test/loss, test/accuracy (of steps, at their last token),
+test/majority (what always guessing the commoner label would give) and test/first_error (the share
+of solutions whose first step below 1/2 is the first one labelled 0). Left out: B-STaR's warm-up.
 """
 
-if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+# run as a file: this folder, first on the path, has a types.py that would shadow the standard
+# library's
+if not __package__:
     import os
     import sys
 

@@ -1,14 +1,18 @@
 """Training a reward model: comparisons in, a saved model out that environments open by its path.
 
-    python -m preference.train_reward_model dataset=scalar dataset.comparisons=pairs.jsonl dataset.comparisons.test_size=200
-    python -m preference.train_reward_model dataset=label dataset.comparisons=gsm8k_solutions dataset.comparisons.path=solutions.jsonl
+    python -m preference.train_reward_model dataset=scalar dataset.comparisons=pairs.jsonl
+    dataset.comparisons.test_size=200 python -m preference.train_reward_model dataset=label
+    dataset.comparisons=gsm8k_solutions dataset.comparisons.path=solutions.jsonl
 
-`dataset` says which kind: `scalar` is a number at the last token by Bradley and Terry (bradley_terry.py), `label` a language model that says
-A, B or Tie (label_model.py). The loop is the supervised one. Held-out comparisons give test/accuracy, test/ece (calibration),
+`dataset` says which kind: `scalar` is a number at the last token by Bradley and Terry
+(bradley_terry.py), `label` a language model that says A, B or Tie (label_model.py). The loop is the
+supervised one. Held-out comparisons give test/accuracy, test/ece (calibration),
 test/swap_agreement, test/length_baseline, and plots/reliability.png.
 """
 
-if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+# run as a file: this folder, first on the path, has a types.py that would shadow the standard
+# library's
+if not __package__:
     import os
     import sys
 
@@ -26,7 +30,10 @@ from preference.reward_data import RewardExamplesBuilder
 from preference.reward_evaluation import RewardModelEvaluator, plot_reliability
 from supervised.train import training_loop
 
-KINDS = {"scalar": "preference.bradley_terry:PreferencePairsBuilder", "label": "preference.label_model:LabelExamplesBuilder"}
+KINDS = {
+    "scalar": "preference.bradley_terry:PreferencePairsBuilder",
+    "label": "preference.label_model:LabelExamplesBuilder",
+}
 
 
 @chz.chz

@@ -1,7 +1,9 @@
-"""Preference data: two answers to one conversation and which is better, and the configuration objects that build sets of them.
+"""Preference data: two answers to one conversation and which is better, and the configuration
+objects that build sets of them.
 
-Names are those of the Tinker cookbook. A tie is a label of its own: nothing here turns it into a preference. Left out: rankings of more than
-two answers, which `comparisons.pairs_of_samples` takes apart into pairs.
+Names are those of the Tinker cookbook. A tie is a label of its own: nothing here turns it into a
+preference. Left out: rankings of more than two answers, which `comparisons.pairs_of_samples` takes
+apart into pairs.
 """
 
 from collections.abc import Sequence
@@ -32,8 +34,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LabeledComparison:
-    """`margin` (above 0) is by how much the better one wins on the data's own scale, None where the data do not say.
-    `where` is the row it came from ("path:line"), for errors."""
+    """`margin` (above 0) is by how much the better one wins on the data's own scale, None where the
+    data do not say. `where` is the row it came from ("path:line"), for errors."""
 
     comparison: Comparison
     label: Label
@@ -42,7 +44,9 @@ class LabeledComparison:
 
     def __post_init__(self) -> None:
         if self.label not in get_args(Label):
-            raise DataError(f"{self.where or 'comparison'}: the label {self.label!r} is not one of {', '.join(get_args(Label))}")
+            raise DataError(
+                f"{self.where or 'comparison'}: the label {self.label!r} is not one of {', '.join(get_args(Label))}"
+            )
 
     def swap(self) -> "LabeledComparison":
         """The same judgement with the sides exchanged."""
@@ -51,17 +55,21 @@ class LabeledComparison:
     def chosen_and_rejected(self) -> tuple[Sequence[Message], Sequence[Message]]:
         """The better completion and the worse one. DataError for a tie: it has none."""
         if self.label == "Tie":
-            raise DataError(f"{self.where or 'comparison'}: a tie has no better completion; leave it out or treat it as one")
+            raise DataError(
+                f"{self.where or 'comparison'}: a tie has no better completion; leave it out or treat it as one"
+            )
         comparison = self.comparison if self.label == "A" else self.comparison.swap()
         return comparison.completion_A, comparison.completion_B
 
 
 @chz.chz
 class ComparisonDatasetBuilder:
-    """Configuration that builds comparisons for training and held-out ones ([] if there are none); no prompt is in both.
+    """Configuration that builds comparisons for training and held-out ones ([] if there are none);
+    no prompt is in both.
 
-    The sides are those of the data: where a set says chosen and rejected, A is the chosen one. A model that sees both sides at once is
-    trained on `comparisons.randomly_swapped` or `comparisons.in_both_orders` of them.
+    The sides are those of the data: where a set says chosen and rejected, A is the chosen one. A
+    model that sees both sides at once is trained on `comparisons.randomly_swapped` or
+    `comparisons.in_both_orders` of them.
     """
 
     test_size: int = chz.field(
@@ -70,4 +78,6 @@ class ComparisonDatasetBuilder:
     split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of held-out prompts")
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-        raise ConfigError("no set of comparisons was chosen: give dataset=NAME or dataset=module:Class (--help lists the names)")
+        raise ConfigError(
+            "no set of comparisons was chosen: give dataset=NAME or dataset=module:Class (--help lists the names)"
+        )

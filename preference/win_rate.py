@@ -1,7 +1,9 @@
-"""Win rate of a policy against a reference: both answer the same prompts, and a judge compares the answers in both orders.
+"""Win rate of a policy against a reference: both answer the same prompts, and a judge compares the
+answers in both orders.
 
-win rate = mean over prompts of (r_AB - r_BA + 2) / 4, where A is the reference's answer, B the policy's, and r the judge's score in [-1, 1].
-So a judge that always prefers one side gives 0.5. The standard error is over prompts (ddof 1). Left out: several answers per prompt.
+win rate = mean over prompts of (r_AB - r_BA + 2) / 4, where A is the reference's answer, B the
+policy's, and r the judge's score in [-1, 1]. So a judge that always prefers one side gives 0.5. The
+standard error is over prompts (ddof 1). Left out: several answers per prompt.
 """
 
 import asyncio
@@ -26,7 +28,9 @@ def win_rate(scores_AB_P: Sequence[float], scores_BA_P: Sequence[float]) -> tupl
 
 
 class WinRateEvaluator:
-    """`prompts` are conversations to answer. Greedy with temperature 0; else the two policies draw from different seeds."""
+    """`prompts` are conversations to answer. Greedy with temperature 0; else the two policies draw
+    from different seeds.
+    """
 
     def __init__(
         self,
@@ -44,17 +48,28 @@ class WinRateEvaluator:
         self.comparisons: list[Comparison] = []  # of the last call, to look at
 
     async def __call__(self, policy: SamplingClient, reference: SamplingClient) -> Metrics:
-        """`win_rate`, `win_rate_stderr`, and how often the judge took the same side in both orders."""
+        """`win_rate`, `win_rate_stderr`, and how often the judge took the same side in both
+        orders.
+        """
         answers_A, answers_B = await asyncio.gather(self._answers(reference, 0), self._answers(policy, 1))
         self.comparisons = [Comparison(*sides) for sides in zip(self.prompts, answers_A, answers_B, strict=True)]
-        scores = await judge_all(self.judge, [*self.comparisons, *(comparison.swap() for comparison in self.comparisons)])
+        scores = await judge_all(
+            self.judge, [*self.comparisons, *(comparison.swap() for comparison in self.comparisons)]
+        )
         scores_AB, scores_BA = scores[: len(self.prompts)], scores[len(self.prompts) :]
         mean, stderr = win_rate(scores_AB, scores_BA)
         agreement = float(np.mean(np.sign(scores_AB) == -np.sign(scores_BA)))
-        return {"win_rate": mean, "win_rate_stderr": stderr, "swap_agreement": agreement, "prompts": float(len(self.prompts))}
+        return {
+            "win_rate": mean,
+            "win_rate_stderr": stderr,
+            "swap_agreement": agreement,
+            "prompts": float(len(self.prompts)),
+        }
 
     async def _answers(self, client: SamplingClient, side: int) -> list[list[Message]]:
-        responses = await asyncio.gather(*(self._sample(client, prompt, side, p) for p, prompt in enumerate(self.prompts)))
+        responses = await asyncio.gather(
+            *(self._sample(client, prompt, side, p) for p, prompt in enumerate(self.prompts))
+        )
         return [[self.renderer.parse_response(tokens)[0]] for tokens in responses]
 
     async def _sample(self, client: SamplingClient, prompt: Sequence[Message], side: int, p: int) -> list[int]:

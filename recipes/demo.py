@@ -1,7 +1,9 @@
-"""`make demo`: a 0.8M-parameter model made from a seed learns two-digit addition, first by imitation, then by reinforcement learning.
+"""`make demo`: a 0.8M-parameter model made from a seed learns two-digit addition, first by
+imitation, then by reinforcement learning.
 
-The warm start stops short: under 70% of the held-out sums are right. Then vLLM samples in this process, torch trains on what it sampled,
-and nothing but the reward says what is right. Both stages are the project's own loops with other defaults:
+The warm start stops short: under 70% of the held-out sums are right. Then vLLM samples in this
+process, torch trains on what it sampled, and nothing but the reward says what is right. Both stages
+are the project's own loops with other defaults:
 
     python recipes/demo.py                    # runs/demo
     python recipes/demo.py seed=1 backend.engine=torch
@@ -37,23 +39,32 @@ class Config(rl_train.Config):
     """The demo: a supervised warm start, then reinforcement learning on held-out-tested sums."""
 
     env: RLDatasetBuilder = chz.field(
-        default_factory=lambda: ArithmeticBuilder(n_batches=500, batch_size=64, group_size=8), doc="builder of the environments"
+        default_factory=lambda: ArithmeticBuilder(n_batches=500, batch_size=64, group_size=8),
+        doc="builder of the environments",
     )
     warm_start_nll: float = chz.field(
-        default=0.3, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends: some seeds get there twice as fast"
+        default=0.3,
+        validator=NON_NEGATIVE,
+        doc="nats per token at which the warm start ends: some seeds get there twice as fast",
     )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
-    save_every: int = chz.field(default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end")
+    save_every: int = chz.field(
+        default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end"
+    )
     log_path: str = chz.field(default="runs/demo", doc="the run folder; the warm start's is beside it")
-    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last demo's folder")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
+        default="delete", doc="what to do with the last demo's folder"
+    )
 
 
 def examples(config: Config) -> ArithmeticExamplesBuilder:
     """Of the sums that RL will train on, and none of those it holds out."""
     assert isinstance(config.env, ArithmeticBuilder)
-    task = {name: getattr(config.env, name) for name in ("num_digits", "min_digits", "operators", "num_test", "split_seed")}
+    task = {
+        name: getattr(config.env, name) for name in ("num_digits", "min_digits", "operators", "num_test", "split_seed")
+    }
     return ArithmeticExamplesBuilder(**task, n_batches=1000, batch_size=128, seed=config.seed)
 
 
@@ -73,7 +84,8 @@ def print_result(config: Config, seconds: float) -> None:
     Console().print(table)
     folder = Path(config.log_path)
     print(
-        f"curves: {folder / 'plots/run.png'}\nwhat it wrote, to open in a browser: {sorted((folder / 'transcripts').glob('*.html'))[-1]}"
+        f"curves: {folder / 'plots/run.png'}\nwhat it wrote, to open in a browser: "
+        f"{sorted((folder / 'transcripts').glob('*.html'))[-1]}"
     )
 
 

@@ -1,14 +1,18 @@
-"""Reinforcement learning from builders: a supervised warm start, then RL on problems of the same kind.
+"""Reinforcement learning from builders: a supervised warm start, then RL on problems of the same
+kind.
 
-RL needs a policy that is right now and then, and `tiny` begins with random weights. So, unless load_checkpoint_path is given, the
-supervised loop first makes a checkpoint in LOG_PATH_warm_start. The two builders hold out the same sums.
+RL needs a policy that is right now and then, and `tiny` begins with random weights. So, unless
+load_checkpoint_path is given, the supervised loop first makes a checkpoint in LOG_PATH_warm_start.
+The two builders hold out the same sums.
 
     python recipes/rl_basic.py                                             # two minutes on 2 cores; runs/rl_basic
-    python recipes/rl_basic.py advantage=rl.advantages:LeaveOneOut loss_fn=ppo num_substeps=2
-    python recipes/rl_basic.py load_checkpoint_path=runs/rl_basic_warm_start/checkpoints/final log_path=runs/again
+    python recipes/rl_basic.py advantage=rl.advantages:LeaveOneOut loss_fn=ppo num_substeps=2 python
+    recipes/rl_basic.py load_checkpoint_path=runs/rl_basic_warm_start/checkpoints/final
+    log_path=runs/again
 
-Expect test/env/all/correct, greedy accuracy on held-out sums, to climb from about 0.8 to above 0.9. To train on your task, put
-its builder where ArithmeticBuilder stands. Every field of rl.train.Config can be overridden.
+Expect test/env/all/correct, greedy accuracy on held-out sums, to climb from about 0.8 to above 0.9.
+To train on your task, put its builder where ArithmeticBuilder stands. Every field of
+rl.train.Config can be overridden.
 """
 
 if not __package__:  # run as a file: put the project on the path

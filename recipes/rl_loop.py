@@ -1,6 +1,7 @@
 """Reinforcement learning with verifiable rewards in one file: REINFORCE with a group-mean baseline.
 
-For each of P problems the policy pi samples G answers. Answer g gets the reward R_g = 1 if it is right, else 0, and the advantage
+For each of P problems the policy pi samples G answers. Answer g gets the reward R_g = 1 if it is
+right, else 0, and the advantage
 
     A_g = R_g - mean_G(R)                                    (GRPO's baseline, without its division by the standard deviation)
 
@@ -8,19 +9,21 @@ which all its tokens share. One step of AdamW lowers
 
     L = - sum_tokens exp(log pi(token) - log q(token)) A     (the importance-sampling form of the policy gradient)
 
-where q is the policy as the sampler ran it. Sampler and trainer are in this process and hold the same weights, so the ratio is 1
-up to rounding: `gap`, the mean |log pi - log q|, stays below 1e-5 on a CPU. Where it grows, the gradient is another policy's.
+where q is the policy as the sampler ran it. Sampler and trainer are in this process and hold the
+same weights, so the ratio is 1 up to rounding: `gap`, the mean |log pi - log q|, stays below 1e-5
+on a CPU. Where it grows, the gradient is another policy's.
 
-RL sharpens what a policy does right sometimes. So `tiny` first imitates sums as in sl_loop.py, or load_checkpoint_path brings
-weights.
+RL sharpens what a policy does right sometimes. So `tiny` first imitates sums as in sl_loop.py, or
+load_checkpoint_path brings weights.
 
     python recipes/rl_loop.py                          # two minutes on 2 cores
     python recipes/rl_loop.py group_size=16 steps=100 learning_rate=1e-4
 
 Expect greedy held-out accuracy to climb from about 0.75 after the warm start to above 0.92.
 
-Only the backend is used, in the names of the Tinker SDK: there, the imports and the two lines that make the client are others.
-Left out, and found in rl/: 1. environments with several turns; 2. other estimators and losses; 3. checkpoints and resuming;
+Only the backend is used, in the names of the Tinker SDK: there, the imports and the two lines that
+make the client are others. Left out, and found in rl/: 1. environments with several turns; 2. other
+estimators and losses; 3. checkpoints and resuming;
 4. a run folder with metrics, plots and transcripts.
 """
 
@@ -70,7 +73,8 @@ def main(config: Config) -> None:
         client = service.create_training_client(config.model_name, seed=config.seed)
         tokenizer = client.get_tokenizer()
         rng = np.random.default_rng(config.seed)
-        pairs = rng.permutation([(a, b) for a in range(10, 100) for b in range(a, 100)])  # a pair is held out in both orders
+        # a pair is held out in both orders
+        pairs = rng.permutation([(a, b) for a in range(10, 100) for b in range(a, 100)])
         held_out, train = pairs[:NUM_HELD_OUT].tolist(), pairs[NUM_HELD_OUT:]
 
         def draw(count: int) -> list[list[int]]:
@@ -85,14 +89,19 @@ def main(config: Config) -> None:
         def accuracy(sampler: SamplingClient) -> float:
             greedy = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
             futures = [sampler.sample(ModelInput.from_ints(prompt(a, b)), 1, greedy) for a, b in held_out]
-            return float(np.mean([reward(a, b, f.result().sequences[0]) for (a, b), f in zip(held_out, futures, strict=True)]))
+            return float(
+                np.mean([reward(a, b, f.result().sequences[0]) for (a, b), f in zip(held_out, futures, strict=True)])
+            )
 
         def datum(question: list[int], answer: list[int], **tracks: list[float]) -> Datum:
-            """Position t predicts token t + 1. A track has one number for each token of the answer; on the question it is 0."""
+            """Position t predicts token t + 1. A track has one number for each token of the answer;
+            on the question it is 0.
+            """
             tokens, padding = question + answer, [0.0] * (len(question) - 1)
             inputs = {name: TensorData(data=padding + track, dtype="float32") for name, track in tracks.items()}
             return Datum(
-                ModelInput.from_ints(tokens[:-1]), {"target_tokens": TensorData(data=tokens[1:], dtype="int64"), **inputs}
+                ModelInput.from_ints(tokens[:-1]),
+                {"target_tokens": TensorData(data=tokens[1:], dtype="int64"), **inputs},
             )
 
         if config.load_checkpoint_path:
@@ -101,20 +110,28 @@ def main(config: Config) -> None:
             loss = float("inf")
             while loss > config.warm_start_loss:
                 examples_D = [(prompt(a, b), tokenizer.encode(f"{a + b}{tokenizer.eos_token}")) for a, b in draw(128)]
-                imitated = client.forward_backward([datum(q, a, weights=[1.0] * len(a)) for q, a in examples_D], "cross_entropy")
+                imitated = client.forward_backward(
+                    [datum(q, a, weights=[1.0] * len(a)) for q, a in examples_D], "cross_entropy"
+                )
                 client.optim_step(AdamParams(learning_rate=2e-3))
                 loss = imitated.result().metrics["loss:sum"] / len(examples_D)
 
         for step in range(config.steps):
-            # The trainer's weights go to the sampler in memory. The client stands for them alone: after the next sync it raises.
+            # The trainer's weights go to the sampler in memory. The client stands for them alone:
+            # after the next sync it raises.
             sampler = client.save_weights_and_get_sampling_client()
             if step % config.eval_every == 0:
                 print(f"step {step:3d}  held-out accuracy {accuracy(sampler):.3f}", flush=True)
             start = time.time()
             problems_P = draw(config.batch_size)
-            params_P = [SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, seed=int(rng.integers(2**40))) for _ in problems_P]
+            params_P = [
+                SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, seed=int(rng.integers(2**40)))
+                for _ in problems_P
+            ]
             prompts_P = [ModelInput.from_ints(prompt(a, b)) for a, b in problems_P]
-            futures_P = [sampler.sample(p, config.group_size, params) for p, params in zip(prompts_P, params_P, strict=True)]
+            futures_P = [
+                sampler.sample(p, config.group_size, params) for p, params in zip(prompts_P, params_P, strict=True)
+            ]
             data_D, answers_D, rewards_D = [], [], []
             for (a, b), future in zip(problems_P, futures_P, strict=True):
                 answers_G = future.result().sequences
@@ -128,11 +145,15 @@ def main(config: Config) -> None:
             forward_backward = client.forward_backward(data_D, "importance_sampling")
             optim_step = client.optim_step(AdamParams(learning_rate=config.learning_rate))
             outputs = zip(forward_backward.result().loss_fn_outputs, answers_D, strict=True)
-            gaps_D = [output["logprobs"].to_numpy()[-len(answer.tokens) :] - answer.logprobs for output, answer in outputs]
+            gaps_D = [
+                output["logprobs"].to_numpy()[-len(answer.tokens) :] - answer.logprobs for output, answer in outputs
+            ]
             gap, seconds = np.abs(np.concatenate(gaps_D)).mean(), time.time() - start
             optim_step.result()
             print(f"step {step:3d}  reward {np.mean(rewards_D):.3f}  gap {gap:.1e}  {seconds:.2f} s", flush=True)
-        print(f"step {config.steps:3d}  held-out accuracy {accuracy(client.save_weights_and_get_sampling_client()):.3f}")
+        print(
+            f"step {config.steps:3d}  held-out accuracy {accuracy(client.save_weights_and_get_sampling_client()):.3f}"
+        )
 
 
 if __name__ == "__main__":

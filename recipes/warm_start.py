@@ -28,9 +28,11 @@ def warm_start(
     needs: Sequence[Stage] = (),
     **settings: Any,
 ) -> Stage:
-    """A supervised run in `log_path` with the model, renderer, seed and backend of a recipe's `config`, where it has these.
+    """A supervised run in `log_path` with the model, renderer, seed and backend of a recipe's
+    `config`, where it has these.
 
-    `settings` are others of supervised.train.Config, e.g. stop_at_nll=0.3. It begins with what it needs, if it needs a stage.
+    `settings` are others of supervised.train.Config, e.g. stop_at_nll=0.3. It begins with what it
+    needs, if it needs a stage.
     """
     defaults = {"learning_rate": 2e-3, "lr_schedule": "constant", "save_every": 0, **shared_settings(config)}
     defaults |= {"load_checkpoint_path": str(needs[0].result)} if needs else {}

@@ -1,4 +1,6 @@
-"""Advantage estimators: the rewards of one group in, one advantage per member out. Chosen in the config, so each is a chz object."""
+"""Advantage estimators: the rewards of one group in, one advantage per member out. Chosen in the
+config, so each is a chz object.
+"""
 
 from collections.abc import Sequence
 
@@ -29,7 +31,9 @@ class AdvantageEstimator:
 
 @chz.chz
 class GroupMean(AdvantageEstimator):
-    """R - mean(R). No division by the standard deviation: that would favour problems which are almost always or almost never solved."""
+    """R - mean(R). No division by the standard deviation: that would favour problems which are
+    almost always or almost never solved.
+    """
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         return rewards_G - rewards_G.mean()
@@ -37,7 +41,9 @@ class GroupMean(AdvantageEstimator):
 
 @chz.chz
 class GroupMeanStd(AdvantageEstimator):
-    """(R - mean(R)) / (std(R) + eps), GRPO: Shao et al. 2024, section 4.1. The std is the population's (ddof 0)."""
+    """(R - mean(R)) / (std(R) + eps), GRPO: Shao et al. 2024, section 4.1. The std is the
+    population's (ddof 0).
+    """
 
     eps: float = chz.field(default=1e-6, validator=NON_NEGATIVE, doc="added to the standard deviation")
 
@@ -47,7 +53,9 @@ class GroupMeanStd(AdvantageEstimator):
 
 @chz.chz
 class LeaveOneOut(AdvantageEstimator):
-    """R_g - mean of the others, RLOO: Ahmadian et al. 2024, eq. 8. Equals GroupMean times G / (G - 1)."""
+    """R_g - mean of the others, RLOO: Ahmadian et al. 2024, eq. 8. Equals GroupMean times G / (G -
+    1).
+    """
 
     min_group_size = 2
 
@@ -59,10 +67,12 @@ class LeaveOneOut(AdvantageEstimator):
 
 @chz.chz
 class SeatMean(AdvantageEstimator):
-    """R - the mean of the same seat, for groups of several games from one position: all seats of the first, all of the second, and so on.
+    """R - the mean of the same seat, for groups of several games from one position: all seats of
+    the first, all of the second, and so on.
 
-    The mean of a group of a zero-sum game is 0 and no baseline. SPIRAL (Liu et al. 2025, role-conditioned advantage estimation) keeps a
-    running mean of each role; here the group's own games give that of the role in this very position.
+    The mean of a group of a zero-sum game is 0 and no baseline. SPIRAL (Liu et al. 2025,
+    role-conditioned advantage estimation) keeps a running mean of each role; here the group's own
+    games give that of the role in this very position.
     """
 
     num_seats: int = chz.field(default=2, validator=COUNT, doc="players of the game")
@@ -88,7 +98,9 @@ class NoBaseline(AdvantageEstimator):
 
 @chz.chz
 class BatchMean(AdvantageEstimator):
-    """R - the mean reward of the whole batch: REINFORCE with one baseline for all problems (the Q# star graphs, "baseline 1")."""
+    """R - the mean reward of the whole batch: REINFORCE with one baseline for all problems (the Q#
+    star graphs, "baseline 1").
+    """
 
     needs_whole_batch = True
 

@@ -1,4 +1,5 @@
-"""Named algorithms: each is a set of values for the options of rl.train.Config, and nothing else. An option that is given wins over its.
+"""Named algorithms: each is a set of values for the options of rl.train.Config, and nothing else.
+An option that is given wins over its.
 
 None has a critic; where the original normalises or samples differently, `differs` says so.
 """
@@ -47,7 +48,8 @@ ALGORITHMS: dict[str, Algorithm] = {
             "loss_fn_config.clip_high_threshold": "1.2",
             "loss_reduction": "sum",
         },
-        "Liu et al. 2025: GRPO without the divisions by deviation and length, which favour easy problems and long wrong answers",
+        "Liu et al. 2025: GRPO without the divisions by deviation and length, which favour easy problems and long "
+        "wrong answers",
     ),
     "dapo": Algorithm(
         {

@@ -27,11 +27,15 @@ class Config(LanguageModelRunConfig):
         default=None, validator=COUNT, doc="most tokens sampled per turn; None = what the environment recommends"
     )
     temperature: float = chz.field(
-        default=1.0, validator=SAMPLING_TEMPERATURE, doc="sampling temperature of rollouts; training uses the same distribution"
+        default=1.0,
+        validator=SAMPLING_TEMPERATURE,
+        doc="sampling temperature of rollouts; training uses the same distribution",
     )
     limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="when a rollout is ended, retried or given up")
     max_steps_off_policy: int = chz.field(
-        default=0, validator=WHOLE, doc="asynchronous training: batches are sampled up to this many steps ahead; 0 = synchronous"
+        default=0,
+        validator=WHOLE,
+        doc="asynchronous training: batches are sampled up to this many steps ahead; 0 = synchronous",
     )
     num_minibatches: int = chz.field(
         default=1,
@@ -42,17 +46,24 @@ class Config(LanguageModelRunConfig):
         default=None, validator=COUNT, doc="rollouts under way at once; None = all that may have begun"
     )
 
-    batch_reward: BatchRewardBuilder | None = chz.field(default=None, doc="rewards that need a model, for a whole batch at once")
+    batch_reward: BatchRewardBuilder | None = chz.field(
+        default=None, doc="rewards that need a model, for a whole batch at once"
+    )
     advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
     kl: KLPenalty = chz.field(default_factory=KLPenalty, doc="penalty for leaving a frozen reference policy")
-    remove_constant_reward_groups: bool = chz.field(default=False, doc="leave out groups whose members all got the same reward")
+    remove_constant_reward_groups: bool = chz.field(
+        default=False, doc="leave out groups whose members all got the same reward"
+    )
     train_on_truncated: bool = chz.field(default=True, doc="train on rollouts that ran into the token limit")
     loss_fn: str | LossFn = chz.field(
         default="importance_sampling", doc="importance_sampling, reinforce, ppo, cispo, dro, or a function of your own"
     )
-    loss_fn_config: dict[str, Any] | None = chz.field(default=None, doc="options of the loss, e.g. loss_fn_config.beta=0.1")
+    loss_fn_config: dict[str, Any] | None = chz.field(
+        default=None, doc="options of the loss, e.g. loss_fn_config.beta=0.1"
+    )
     loss_reduction: Reduction = chz.field(
-        default="sum", doc="divides each token's loss by nothing, by its rollout's tokens, or by all tokens of the batch"
+        default="sum",
+        doc="divides each token's loss by nothing, by its rollout's tokens, or by all tokens of the batch",
     )
     mismatch: MismatchCorrection = chz.field(
         default_factory=MismatchCorrection, doc="weights for a sampler that differs from the trained policy"
@@ -77,7 +88,9 @@ class Config(LanguageModelRunConfig):
         default=20, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
     )
     transcript_every: int = chz.field(
-        default=10, validator=WHOLE, doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation"
+        default=10,
+        validator=WHOLE,
+        doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation",
     )
     num_groups_to_log: int = chz.field(default=4, validator=WHOLE, doc="groups per transcript")
     log_path: str = log_path_field("runs/rl")
@@ -88,17 +101,24 @@ def check_config(config: Config) -> None:
     config.advantage.check_group_size(config.env.group_size)
     loss = resolve_loss(config.loss_fn, config.loss_fn_config)
     if isinstance(config.loss_fn, str) and "advantages" not in loss.required:
-        raise ConfigError(f"loss_fn={config.loss_fn} does not use advantages: it is not a loss for reinforcement learning")
+        raise ConfigError(
+            f"loss_fn={config.loss_fn} does not use advantages: it is not a loss for reinforcement learning"
+        )
     for name in ("max_tokens", "num_substeps", "num_epochs", "num_minibatches"):
         if (getattr(config, name) or 0) < 1:
             raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
     if config.max_steps_off_policy < 0:
-        raise ConfigError(f"max_steps_off_policy={config.max_steps_off_policy}: 0 is synchronous, 1 or more asynchronous")
+        raise ConfigError(
+            f"max_steps_off_policy={config.max_steps_off_policy}: 0 is synchronous, 1 or more asynchronous"
+        )
     if config.temperature <= 0:
-        raise ConfigError(f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0")
+        raise ConfigError(
+            f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0"
+        )
     if not loss.scales_with_advantage and (config.loss_reduction != "sum" or config.mismatch.mode != "none"):
         raise ConfigError(
-            f"loss_fn={config.loss_fn} is not proportional to the advantage, so loss_reduction and mismatch do not apply"
+            f"loss_fn={config.loss_fn} is not proportional to the advantage, so loss_reduction and mismatch do not "
+            "apply"
         )
     _check_minibatches(config)
 
@@ -113,10 +133,14 @@ def _check_minibatches(config: Config) -> None:
             f"num_minibatches={minibatches} does not divide the {groups} groups of a batch; num_minibatches={near} does"
         )
     if minibatches % substeps and substeps % minibatches:
-        raise ConfigError(f"num_minibatches={minibatches} and num_substeps={substeps}: one must be a multiple of the other")
+        raise ConfigError(
+            f"num_minibatches={minibatches} and num_substeps={substeps}: one must be a multiple of the other"
+        )
     if config.advantage.needs_whole_batch or config.loss_reduction == "token_mean":
         part = (
-            f"advantage={type(config.advantage).__name__}" if config.advantage.needs_whole_batch else "loss_reduction=token_mean"
+            f"advantage={type(config.advantage).__name__}"
+            if config.advantage.needs_whole_batch
+            else "loss_reduction=token_mean"
         )
         raise ConfigError(
             f"{part} needs the whole batch before the first pass: it does not go with num_minibatches={minibatches}"

@@ -1,4 +1,5 @@
-"""From finished groups to training data, as values: each step takes rows and returns new ones (specs: tinker_semantics 2.1).
+"""From finished groups to training data, as values: each step takes rows and returns new ones
+(specs: tinker_semantics 2.1).
 
 rows_of -> with_advantages -> (kl.py) -> without_truncated -> reduced -> (mismatch.py) -> Row.datum
 """
@@ -18,13 +19,16 @@ from rl.types import Trajectory, TrajectoryGroup
 
 T = TypeVar("T")
 
-# What a token's loss is divided by: nothing, its trajectory's sampled tokens (GRPO), all sampled tokens of the batch (DAPO).
+# What a token's loss is divided by: nothing, its trajectory's sampled tokens (GRPO), all sampled
+# tokens of the batch (DAPO).
 Reduction = Literal["sum", "sequence_mean", "token_mean"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A token sequence of a trajectory, which becomes one Datum. Position t predicts token t + 1; the tracks are (T,) float32."""
+    """A token sequence of a trajectory, which becomes one Datum. Position t predicts token t + 1;
+    the tracks are (T,) float32.
+    """
 
     tokens: list[int]
     """T + 1 of them."""
@@ -79,10 +83,11 @@ class _Tokens:
 
 
 def trajectory_rows(trajectory: Trajectory, with_temperature: bool = False) -> list[Row]:
-    """One Row where every observation extends what came before it; a new Row from each observation that does not.
+    """One Row where every observation extends what came before it; a new Row from each observation
+    that does not.
 
-    Advantages are those that a batch reward gave single tokens (else 0). Tokens are never decoded and encoded again. Greedy
-    tokens (temperature 0) have the untempered distribution's logprobs.
+    Advantages are those that a batch reward gave single tokens (else 0). Tokens are never decoded
+    and encoded again. Greedy tokens (temperature 0) have the untempered distribution's logprobs.
     """
     finished, running = [], _Tokens()
     for transition in trajectory.transitions:
@@ -100,12 +105,16 @@ def trajectory_rows(trajectory: Trajectory, with_temperature: bool = False) -> l
 
 
 def rows_of(groups_P: Sequence[TrajectoryGroup]) -> list[Row]:
-    """Every trajectory of every group, in order. The temperature track is there when some token was not sampled at 1."""
+    """Every trajectory of every group, in order. The temperature track is there when some token was
+    not sampled at 1.
+    """
     tempered = any(
         tr.ac.temperature not in (0.0, 1.0) for group in groups_P for t in group.trajectories_G for tr in t.transitions
     )
     return [
-        replace(row, origin=(p, g), kept=kept, supervised=() if r else tuple(_with_kept(t.supervised, t.kept_supervised)))
+        replace(
+            row, origin=(p, g), kept=kept, supervised=() if r else tuple(_with_kept(t.supervised, t.kept_supervised))
+        )
         for p, group in enumerate(groups_P)
         for g, t in enumerate(group.trajectories_G)
         for r, (row, kept) in enumerate(_with_kept(trajectory_rows(t, tempered), t.kept))
@@ -119,8 +128,8 @@ def _with_kept(items: Sequence[T], kept: Sequence[KeptRow]) -> list[tuple[T, Kep
 def trainable_groups(
     groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool, min_group_size: int = 1
 ) -> list[int]:
-    """Places of the groups with enough members left for the estimator and, if asked, with more than one distinct reward
-    (compared exactly)."""
+    """Places of the groups with enough members left for the estimator and, if asked, with more than
+    one distinct reward (compared exactly)."""
     least = max(1, estimator.min_group_size, min_group_size)
     return [
         p
@@ -144,7 +153,9 @@ def with_advantages(rows: Sequence[Row], advantages_P_G: Sequence[np.ndarray]) -
 
 
 def without_truncated(rows: Sequence[Row], groups_P: Sequence[TrajectoryGroup]) -> list[Row]:
-    """Leaves out the trajectories in which some turn ran into the token limit: they say nothing of the answer's worth (DAPO, 3.4)."""
+    """Leaves out the trajectories in which some turn ran into the token limit: they say nothing of
+    the answer's worth (DAPO, 3.4).
+    """
 
     def is_whole(p: int, g: int) -> bool:
         return all(turn.ac.stop_reason != "length" for turn in groups_P[p].trajectories_G[g].transitions)
@@ -153,7 +164,8 @@ def without_truncated(rows: Sequence[Row], groups_P: Sequence[TrajectoryGroup]) 
 
 
 def reduced(rows: Sequence[Row], reduction: Reduction) -> list[Row]:
-    """Divides each trajectory's loss by the number of its sampled tokens, or by that of all. The losses sum over tokens.
+    """Divides each trajectory's loss by the number of its sampled tokens, or by that of all. The
+    losses sum over tokens.
 
     Both halves are divided: the advantages, and the weights of the supervised sequences.
     """
@@ -180,6 +192,8 @@ def _with_weights_divided(datum: Datum, divisor: np.float32) -> Datum:
 
 
 def split_substeps(rows: Sequence[T], num_substeps: int) -> list[Sequence[T]]:
-    """In order, unshuffled, cut as evenly as integers allow: 10 rows in 3 substeps are 3, 3 and 4."""
+    """In order, unshuffled, cut as evenly as integers allow: 10 rows in 3 substeps are 3, 3 and
+    4.
+    """
     edges = np.linspace(0, len(rows), min(num_substeps, len(rows)) + 1).astype(int)
     return [rows[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]

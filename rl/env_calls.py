@@ -1,8 +1,10 @@
-"""Calls of an environment's own code: whatever it raises, returns or does becomes a RolloutError of its member, within a deadline.
+"""Calls of an environment's own code: whatever it raises, returns or does becomes a RolloutError of
+its member, within a deadline.
 
-The coroutine is driven here, in the task of its rollout, so that it can be left where it does not let itself be cancelled. Left out, since
-a process cannot defend itself against its own code: environments that block the event loop, stop it or cancel every task of it, and
-those that raise SystemExit or KeyboardInterrupt in a task they have started themselves.
+The coroutine is driven here, in the task of its rollout, so that it can be left where it does not
+let itself be cancelled. Left out, since a process cannot defend itself against its own code:
+environments that block the event loop, stop it or cancel every task of it, and those that raise
+SystemExit or KeyboardInterrupt in a task they have started themselves.
 """
 
 import asyncio
@@ -26,7 +28,8 @@ MESSAGE_CHARS = 2000  # of an environment's exception
 
 
 class SamplingClock:
-    """The seconds in which some seat of a game was at the sampler. An environment that waits for another seat is not billed for them.
+    """The seconds in which some seat of a game was at the sampler. An environment that waits for
+    another seat is not billed for them.
 
     Entered, as a context manager, for each sampled turn.
     """
@@ -107,13 +110,17 @@ def _rollout_error(what: str, failure: BaseException) -> RolloutError:
     return error
 
 
-def _started(owner: object, method: str, arguments: tuple[object, ...], keywords: dict[str, object]) -> Coroutine[Any, Any, Any]:
+def _started(
+    owner: object, method: str, arguments: tuple[object, ...], keywords: dict[str, object]
+) -> Coroutine[Any, Any, Any]:
     result = getattr(owner, method)(*arguments, **keywords)
     if type(result) is types.CoroutineType:
         return result
     if isinstance(result, Awaitable):
         return _awaited(result)
-    raise MalformedStep(f"{type(owner).__name__}.{method} returned {result!r:.100} and is no `async def`: it cannot be awaited")
+    raise MalformedStep(
+        f"{type(owner).__name__}.{method} returned {result!r:.100} and is no `async def`: it cannot be awaited"
+    )
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:
@@ -122,7 +129,9 @@ async def _awaited(result: Awaitable[Any]) -> Any:
 
 @types.coroutine
 def _driven(start: Callable[[], Coroutine[Any, Any, Any]], watch: "_Watch") -> Generator[Any, Any, Any]:
-    """`await start()`. A coroutine that still waits for something CLEANUP_SECONDS after its deadline is left."""
+    """`await start()`. A coroutine that still waits for something CLEANUP_SECONDS after its
+    deadline is left.
+    """
     try:
         coroutine = watch.run(start)
         proceed = partial(coroutine.send, None)
@@ -149,8 +158,9 @@ def _driven(start: Callable[[], Coroutine[Any, Any, Any]], watch: "_Watch") -> G
 
 
 def _leave(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """The last request to end. A coroutine that goes on even so must never be collected: that would run it once more, in any thread,
-    without an event loop, where `while True: try ... except: continue` never ends."""
+    """The last request to end. A coroutine that goes on even so must never be collected: that would
+    run it once more, in any thread, without an event loop, where `while True: try ... except:
+    continue` never ends."""
     try:
         coroutine.close()
     except BaseException:
@@ -159,7 +169,9 @@ def _leave(coroutine: Coroutine[Any, Any, Any]) -> None:
 
 @types.coroutine
 def _take_cancellation() -> Generator[None, None, None]:
-    """Receives the cancellation that the environment has asked of this very task, if it is still to come."""
+    """Receives the cancellation that the environment has asked of this very task, if it is still to
+    come.
+    """
     try:
         yield
     except asyncio.CancelledError:
@@ -184,11 +196,15 @@ class _Watch:
         return self.expired or self.cancelled_itself
 
     def ends_the_task(self, error: BaseException) -> bool:
-        """Whether the run has cancelled the rollout. What inner timeouts and task groups asked for they have taken back by now."""
+        """Whether the run has cancelled the rollout. What inner timeouts and task groups asked for
+        they have taken back by now.
+        """
         return self.closed or (isinstance(error, asyncio.CancelledError) and self._task.cancelling() > self._was)
 
     def run(self, code: Callable[[], T]) -> T:
-        """Runs code of the environment up to its next wait. Cancellations that it asks of its own task are taken back."""
+        """Runs code of the environment up to its next wait. Cancellations that it asks of its own
+        task are taken back.
+        """
         before = self._task.cancelling()
         try:
             return code()
@@ -224,7 +240,9 @@ class _Watch:
 
 
 def _is_ctrl_c(error: BaseException) -> bool:
-    """Whether a KeyboardInterrupt came from a signal's handler, as that of a person does, and not from a `raise` of the environment's."""
+    """Whether a KeyboardInterrupt came from a signal's handler, as that of a person does, and not
+    from a `raise` of the environment's.
+    """
     if not isinstance(error, KeyboardInterrupt):
         return False
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

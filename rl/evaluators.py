@@ -1,4 +1,6 @@
-"""Evaluation of a sampling client on held-out environments: one attempt each, or n samples each and what k of them would give."""
+"""Evaluation of a sampling client on held-out environments: one attempt each, or n samples each and
+what k of them would give.
+"""
 
 from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
@@ -24,7 +26,9 @@ def all_groups(dataset: RLDataset) -> list[EnvGroupBuilder]:
 
 
 class RLTestSetEvaluator:
-    """Rolls out every group of a dataset; metrics are prefixed with `test/`. The last groups are kept for the transcript."""
+    """Rolls out every group of a dataset; metrics are prefixed with `test/`. The last groups are
+    kept for the transcript.
+    """
 
     def __init__(
         self,
@@ -47,11 +51,13 @@ class RLTestSetEvaluator:
 
 
 class SamplesEvaluator:
-    """`num_samples` rollouts of every held-out group, and `test/env/all/pass@k`, `maj@k` and `best@k` for each k, with `..._stderr`.
+    """`num_samples` rollouts of every held-out group, and `test/env/all/pass@k`, `maj@k` and
+    `best@k` for each k, with `..._stderr`.
 
-    pass@k and maj@k are there where the episodes have a metric `correct` in their last turn; maj@k, where its logs say what was
-    `extracted`, too. A turn whose metric `format` is 0 has given no answer. best@k is the best total reward of k. The standard
-    errors are over problems. `ks` None means the powers of two up to `num_samples`. A problem that lost so many rollouts that fewer
+    pass@k and maj@k are there where the episodes have a metric `correct` in their last turn; maj@k,
+    where its logs say what was `extracted`, too. A turn whose metric `format` is 0 has given no
+    answer. best@k is the best total reward of k. The standard errors are over problems. `ks` None
+    means the powers of two up to `num_samples`. A problem that lost so many rollouts that fewer
     than k are left is out of the metrics at k, and `samples_lost` counts the rollouts.
     """
 
@@ -74,7 +80,8 @@ class SamplesEvaluator:
         self._builders = all_groups(dataset)
         self._max_tokens, self._num_samples, self._temperature = max_tokens, num_samples, temperature
         self._seed, self._name, self._limits = seed, name, limits
-        self.groups: list[TrajectoryGroup] = []  # all samples of a problem in one group, for the transcript
+        # all samples of a problem in one group, for the transcript
+        self.groups: list[TrajectoryGroup] = []
 
     async def __call__(self, client: SamplingClient) -> Metrics:
         policy = Policy(client, self._max_tokens, self._temperature)
@@ -100,7 +107,10 @@ def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefi
         if len(graded_P_N) == len(groups):
             values[f"pass@{k}"] = [pass_at_k(sum(correct_N), len(correct_N), k) for correct_N in graded_P_N]
             turns = [
-                trajectory.transitions[-1] for group in groups for trajectory in group.trajectories_G if trajectory.transitions
+                trajectory.transitions[-1]
+                for group in groups
+                for trajectory in group.trajectories_G
+                if trajectory.transitions
             ]
             if all("extracted" in turn.logs for turn in turns):
                 answers_P_N = [[answer(trajectory) for trajectory in group.trajectories_G] for group in groups]
@@ -113,7 +123,9 @@ def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefi
 
 
 def is_correct(trajectory: Trajectory) -> bool | None:
-    """What the environment said in the last turn; None if it does not say such things. Without a turn there is no right answer."""
+    """What the environment said in the last turn; None if it does not say such things. Without a
+    turn there is no right answer.
+    """
     if not trajectory.transitions:
         return False
     correct = trajectory.transitions[-1].metrics.get("correct")
@@ -121,7 +133,9 @@ def is_correct(trajectory: Trajectory) -> bool | None:
 
 
 def answer(trajectory: Trajectory) -> str | None:
-    """What was extracted from the last turn; None where the format was wrong, or where there is no turn."""
+    """What was extracted from the last turn; None where the format was wrong, or where there is no
+    turn.
+    """
     if not trajectory.transitions:
         return None
     last = trajectory.transitions[-1]

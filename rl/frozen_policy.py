@@ -1,7 +1,9 @@
-"""A second policy that never moves: an opponent, an answerer, a judge. Configuration, and a client that speaks in messages.
+"""A second policy that never moves: an opponent, an answerer, a judge. Configuration, and a client
+that speaks in messages.
 
-It has an engine of its own, beside the live one, until nobody refers to its client. What fails here is nobody's reward: FrozenPolicyError is a
-RolloutError. Left out: policies behind a network, and sharing one engine between several FrozenPolicy objects.
+It has an engine of its own, beside the live one, until nobody refers to its client. What fails here
+is nobody's reward: FrozenPolicyError is a RolloutError. Left out: policies behind a network, and
+sharing one engine between several FrozenPolicy objects.
 """
 
 from collections.abc import Sequence
@@ -22,12 +24,16 @@ from rl.types import RolloutError
 
 
 class FrozenPolicyError(RolloutError):
-    """A frozen policy could not be asked, or did not finish what it said; the cause is chained where there is one."""
+    """A frozen policy could not be asked, or did not finish what it said; the cause is chained
+    where there is one.
+    """
 
 
 @dataclass(frozen=True)
 class MessageCompleter:
-    """Messages in, one message out. The seed of a reply is a function of `seed` and the prompt: equal questions, equal answers."""
+    """Messages in, one message out. The seed of a reply is a function of `seed` and the prompt:
+    equal questions, equal answers.
+    """
 
     client: SamplingClient
     renderer: Renderer
@@ -47,7 +53,9 @@ class MessageCompleter:
         message, stopped = self.renderer.parse_response(response.sequences[0].tokens)
         if not stopped:
             text = message["content"]
-            raise FrozenPolicyError(f"the frozen policy had not finished after {self.max_tokens} tokens: {text[-60:]!r}")
+            raise FrozenPolicyError(
+                f"the frozen policy had not finished after {self.max_tokens} tokens: {text[-60:]!r}"
+            )
         return message
 
 
@@ -57,16 +65,22 @@ class FrozenPolicy:
 
     model_path: str | None = chz.field(default=None, doc="folder of a saved policy or checkpoint")
     base_model: str | None = chz.field(default=None, doc="a preset or a Hugging Face hub name")
-    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
+    renderer_name: str | None = chz.field(
+        default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer"
+    )
     max_tokens: int = chz.field(default=64, validator=COUNT, doc="most tokens of a reply")
     temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="0 is greedy")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of its sampling, and of a preset's weights")
-    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how it is sampled from; its engine takes memory, too")
+    backend: BackendConfig = chz.field(
+        default_factory=BackendConfig, doc="how it is sampled from; its engine takes memory, too"
+    )
 
     @chz.validate
     def _one_model(self) -> None:
         if (self.model_path is None) == (self.base_model is None):
-            raise ConfigError(f"model_path={self.model_path}, base_model={self.base_model}: a frozen policy needs one of the two")
+            raise ConfigError(
+                f"model_path={self.model_path}, base_model={self.base_model}: a frozen policy needs one of the two"
+            )
 
     def open(self) -> SamplingClient:
         """Loads the model and starts its engine."""

@@ -1,14 +1,17 @@
-"""Where the finished groups of a training step come from, and how far ahead of it they may be sampled.
+"""Where the finished groups of a training step come from, and how far ahead of it they may be
+sampled.
 
-The batches of the dataset form one sequence. Batch b is sampled from the moment step b - max_steps_off_policy has its weights, and is
-trained on in step b, whole, whatever finished first. So three ways of training are two numbers:
+The batches of the dataset form one sequence. Batch b is sampled from the moment step b -
+max_steps_off_policy has its weights, and is trained on in step b, whole, whatever finished first.
+So three ways of training are two numbers:
 
     synchronous     max_steps_off_policy 0, one minibatch: sample, train, sample, ...
     streaming       several minibatches: training starts on the first groups of the batch that are finished
     asynchronous    max_steps_off_policy K >= 1: batches b+1 ... b+K are being sampled while step b trains, and go on under new weights
 
-Sampling is held back instead of discarding: nothing can be older than K steps, no prompt is skipped or doubled, and short episodes are
-not favoured, as they are where a step takes what finished first. The price is waiting for the slowest group of a batch; K hides it.
+Sampling is held back instead of discarding: nothing can be older than K steps, no prompt is skipped
+or doubled, and short episodes are not favoured, as they are where a step takes what finished first.
+The price is waiting for the slowest group of a batch; K hides it.
 """
 
 import asyncio
@@ -28,9 +31,11 @@ REPORT_SECONDS = 60.0  # without a finished group, until the user is told what i
 
 
 class GroupSource:
-    """Samples ahead in tasks of its own; use it as `async with source:`. A task that crashes cancels the block and is raised from it.
+    """Samples ahead in tasks of its own; use it as `async with source:`. A task that crashes
+    cancels the block and is raised from it.
 
-    `concurrent_rollouts`: how many may be under way at once, in the order of the batches; None = all that may have begun.
+    `concurrent_rollouts`: how many may be under way at once, in the order of the batches; None =
+    all that may have begun.
     """
 
     def __init__(
@@ -45,11 +50,17 @@ class GroupSource:
         num_minibatches: int = 1,
         concurrent_rollouts: int | None = None,
     ):
-        self._dataset, self._num_steps, self._max_tokens, self._temperature = dataset, num_steps, max_tokens, temperature
+        self._dataset, self._num_steps, self._max_tokens, self._temperature = (
+            dataset,
+            num_steps,
+            max_tokens,
+            temperature,
+        )
         self._seed, self._limits, self.num_minibatches = seed, limits or RolloutLimits(), num_minibatches
         self.max_steps_off_policy = max_steps_off_policy
         self._slots = asyncio.Semaphore(concurrent_rollouts or NO_LIMIT)
-        self._groups: dict[int, dict[int, asyncio.Future[TrajectoryGroup]]] = {}  # batch -> place in it -> its rollouts
+        # batch -> place in it -> its rollouts
+        self._groups: dict[int, dict[int, asyncio.Future[TrajectoryGroup]]] = {}
         self._policy: Policy | None = None
         self._step = 0
 
@@ -64,7 +75,9 @@ class GroupSource:
             raise first_error(errors) from errors
 
     def set_policy(self, step: int, client: SamplingClient) -> None:
-        """`client` now samples from the weights that `step` starts with: starts every group that may begin."""
+        """`client` now samples from the weights that `step` starts with: starts every group that
+        may begin.
+        """
         self._step, self._policy = step, Policy(client, self._max_tokens, self._temperature)
         for batch in range(step, min(step + self.max_steps_off_policy, self._num_steps - 1) + 1):
             groups = self._groups.setdefault(batch, {})
@@ -80,7 +93,8 @@ class GroupSource:
         return group
 
     async def minibatches(self, step: int) -> AsyncIterator[list[TrajectoryGroup]]:
-        """The groups of batch `step` in `num_minibatches` equal parts, each as soon as so many are finished, in the dataset's order.
+        """The groups of batch `step` in `num_minibatches` equal parts, each as soon as so many are
+        finished, in the dataset's order.
 
         Raises before the last part is handed out where too many rollouts of the batch failed.
         """
@@ -91,7 +105,8 @@ class GroupSource:
             done, _ = await asyncio.wait(waiting.values(), timeout=REPORT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 print(
-                    f"step {step}: {len(waiting)} of {len(groups)} groups unfinished after {time.monotonic() - began:.0f} s",
+                    f"step {step}: {len(waiting)} of {len(groups)} groups unfinished after "
+                    f"{time.monotonic() - began:.0f} s",
                     flush=True,
                 )
             finished += [(p, waiting.pop(p).result()) for p, group in list(waiting.items()) if group.done()]
@@ -103,7 +118,9 @@ class GroupSource:
         del self._groups[step]
 
     def state(self) -> list[dict[str, Any]]:
-        """The finished groups of batches that are still to come, for a checkpoint. Unfinished ones start again when it is resumed."""
+        """The finished groups of batches that are still to come, for a checkpoint. Unfinished ones
+        start again when it is resumed.
+        """
         return [
             {"batch": batch, "place": p, "group": group_to_json(group.result())}
             for batch, groups in self._groups.items()
@@ -119,8 +136,10 @@ class GroupSource:
             builders_P = groups_of_batch(self._dataset, batch)
             if place >= len(builders_P):
                 raise ConfigError(
-                    f"the checkpoint holds finished group {place} of batch {batch}, and {type(self._dataset).__name__}.get_batch({batch}) "
-                    f"now has only {len(builders_P)} groups: resume with the env.batch_size (groups_per_batch) the run began with"
+                    f"the checkpoint holds finished group {place} of batch {batch}, and "
+                    f"{type(self._dataset).__name__}.get_batch({batch}) "
+                    f"now has only {len(builders_P)} groups: resume with the env.batch_size (groups_per_batch) the run "
+                    "began with"
                 )
             future.set_result(group_from_json(saved["group"], builders_P[place]))
             self._groups.setdefault(batch, {})[place] = future

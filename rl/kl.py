@@ -1,6 +1,8 @@
-"""Staying near a frozen reference policy: a KL penalty on every sampled token's advantage, or in the member's reward.
+"""Staying near a frozen reference policy: a KL penalty on every sampled token's advantage, or in
+the member's reward.
 
-Both use d_t = log q(token) - log ref(token) on what was sampled, whose mean estimates KL(policy || reference) ("k1").
+Both use d_t = log q(token) - log ref(token) on what was sampled, whose mean estimates KL(policy ||
+reference) ("k1").
 
     advantage   A_t += coef * (mean of d over the batch - d_t), or its discounted future sum (tinker_semantics 2.2); with streaming the mean
                 is the minibatch's
@@ -31,7 +33,9 @@ class KLPenalty:
     coef: float = chz.field(
         default=0.0, validator=NON_NEGATIVE, doc="weight of the penalty; 0 = none, and no reference is loaded"
     )
-    where: Literal["advantage", "reward"] = chz.field(default="advantage", doc="of each token, or summed into the reward")
+    where: Literal["advantage", "reward"] = chz.field(
+        default="advantage", doc="of each token, or summed into the reward"
+    )
     discount: float = chz.field(
         default=0.0, validator=SHARE, doc="where=advantage: a token also pays for later ones, this much less per token"
     )
@@ -43,7 +47,9 @@ class KLPenalty:
 
 
 class Reference:
-    """The frozen policy, computed by torch as the trained one is, so that equal weights give equal logprobs."""
+    """The frozen policy, computed by torch as the trained one is, so that equal weights give equal
+    logprobs.
+    """
 
     def __init__(self, client: TrainingClient):
         self._client = client
@@ -57,7 +63,9 @@ class Reference:
 def starting_weights(
     service: ServiceClient, model_name: str, path: str | None, lora: LoraConfig | None, seed: int
 ) -> TrainingClient:
-    """A second copy of what the run begins with; without a checkpoint an adapter is still zero, and left out."""
+    """A second copy of what the run begins with; without a checkpoint an adapter is still zero, and
+    left out.
+    """
     client = service.create_training_client(model_name, lora if path else None, seed)
     if path:
         client.load_state(path).result()
@@ -65,12 +73,15 @@ def starting_weights(
 
 
 def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> TrainingClient:
-    """kl.reference_path: a checkpoint of this project, of any architecture, in full or LoRA; or a model by folder or name.
+    """kl.reference_path: a checkpoint of this project, of any architecture, in full or LoRA; or a
+    model by folder or name.
 
     ConfigError where it has a shorter context than the policy.
     """
     folder = Path(path).expanduser()
-    client = service.create_training_client_from_state(path) if folder.is_dir() else service.create_training_client(path)
+    client = (
+        service.create_training_client_from_state(path) if folder.is_dir() else service.create_training_client(path)
+    )
     policy_length, reference_length = policy.get_info().max_length, client.get_info().max_length
     if reference_length < policy_length:
         raise ConfigError(
@@ -81,7 +92,9 @@ def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> Tr
 
 
 def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
-    """ConfigError where the reference has another vocabulary: it would score other text than was sampled."""
+    """ConfigError where the reference has another vocabulary: it would score other text than was
+    sampled.
+    """
     reference_vocabulary, policy_vocabulary = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
     if differing := sorted(policy_vocabulary.items() ^ reference_vocabulary.items(), key=lambda item: item[1]):
         token, number = differing[0]
@@ -94,24 +107,31 @@ def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
 
 def sampled_minus_reference(rows: Sequence[Row], reference_logprobs_D: Sequence[np.ndarray]) -> list[np.ndarray]:
     """d, (T,) per row, 0 outside the mask."""
-    return [(row.logprobs_T - reference_T) * row.mask_T for row, reference_T in zip(rows, reference_logprobs_D, strict=True)]
+    return [
+        (row.logprobs_T - reference_T) * row.mask_T for row, reference_T in zip(rows, reference_logprobs_D, strict=True)
+    ]
 
 
 def kl_metrics(rows: Sequence[Row], difference_D: Sequence[np.ndarray]) -> Metrics:
-    """Per sampled token: `kl_policy_base`, the mean of d, and `kl_policy_base_k3`, the mean of exp(-d) - 1 + d, which is never negative."""
+    """Per sampled token: `kl_policy_base`, the mean of d, and `kl_policy_base_k3`, the mean of
+    exp(-d) - 1 + d, which is never negative.
+    """
     mask = np.concatenate([row.mask_T for row in rows]) > 0
     d = np.concatenate(difference_D)[mask].astype(np.float64)
     return {"kl_policy_base": float(d.mean()), "kl_policy_base_k3": float((np.expm1(-d) + d).mean())}
 
 
-def penalized_advantages(rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float, discount: float) -> list[Row]:
+def penalized_advantages(
+    rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float, discount: float
+) -> list[Row]:
     """Nothing outside the mask is touched, whatever the discount."""
     tokens = sum(float(row.mask_T.sum()) for row in rows)
     mean = sum(float(d_T.sum(dtype=np.float64)) for d_T in difference_D) / tokens
     return [
         replace(
             row,
-            advantages_T=row.advantages_T + np.float32(coef) * row.mask_T * discounted((mean - d_T) * row.mask_T, discount),
+            advantages_T=row.advantages_T
+            + np.float32(coef) * row.mask_T * discounted((mean - d_T) * row.mask_T, discount),
         )
         for row, d_T in zip(rows, difference_D, strict=True)
     ]
@@ -129,7 +149,9 @@ def discounted(x_T: np.ndarray, discount: float) -> np.ndarray:
 def penalized_rewards(
     groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float
 ) -> list[TrajectoryGroup]:
-    """The groups with each member's reward lower by coef * the sum of d over all its rows; the groups given keep theirs."""
+    """The groups with each member's reward lower by coef * the sum of d over all its rows; the
+    groups given keep theirs.
+    """
     rewards_P_G = [list(group.final_rewards_G) for group in groups_P]
     for row, d_T in zip(rows, difference_D, strict=True):
         p, g = row.origin

@@ -1,14 +1,17 @@
-"""Rewards from the policy's own likelihood: log p(answer | prompt, rationale), in nats, summed over exactly the answer's tokens.
+"""Rewards from the policy's own likelihood: log p(answer | prompt, rationale), in nats, summed over
+exactly the answer's tokens.
 
-The self-reward of LaTRO (arXiv 2411.04282): a sampled rationale is as good as the gold answer is likely behind it. One batched forward pass
-scores a step's rationales; the answers are then trained on by cross-entropy too, which is the second half of the gradient of
-E_z[log p(answer | z)], where the policy gradient of the rationales is the first:
+The self-reward of LaTRO (arXiv 2411.04282): a sampled rationale is as good as the gold answer is
+likely behind it. One batched forward pass scores a step's rationales; the answers are then trained
+on by cross-entropy too, which is the second half of the gradient of E_z[log p(answer | z)], where
+the policy gradient of the rationales is the first:
 
     grad = E[ A grad log p(rationale) + likelihood_coef grad log p(answer | rationale) ]        likelihood_coef = 1 is the true gradient
 
-Both halves are summed over the members of a group, so they carry the same factor. The score's forward pass takes the rationales along, and
-training goes backward from there, if all fits one micro-batch (else only the tokens are shared, and training goes forward once more). Left
-out: dividing by the answer's length.
+Both halves are summed over the members of a group, so they carry the same factor. The score's
+forward pass takes the rationales along, and training goes backward from there, if all fits one
+micro-batch (else only the tokens are shared, and training goes forward once more). Left out:
+dividing by the answer's length.
 """
 
 from collections.abc import Sequence
@@ -61,13 +64,17 @@ def _sums(data_D: Sequence[Datum], output: ForwardBackwardOutput) -> np.ndarray:
 
 
 class LikelihoodReward(BatchReward):
-    """Adds log p(answer | prompt, rationale) to each member's reward, and the answer to what is trained by cross-entropy."""
+    """Adds log p(answer | prompt, rationale) to each member's reward, and the answer to what is
+    trained by cross-entropy.
+    """
 
     def __init__(self, client: TrainingClient, config: "LikelihoodRewardBuilder"):
         self._client, self._config = client, config
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
-        members = [(group, g) for group in groups_P for g, member in enumerate(group.trajectories_G) if member.transitions]
+        members = [
+            (group, g) for group in groups_P for g, member in enumerate(group.trajectories_G) if member.transitions
+        ]
         if not members:
             return {}
         parts = [_parts(group, g) for group, g in members]
@@ -90,7 +97,9 @@ class LikelihoodReward(BatchReward):
     async def _scores(
         self, groups_P: Sequence[TrajectoryGroup], answers_D: Sequence[Datum]
     ) -> tuple[np.ndarray, Sequence[KeptRow | None]]:
-        """(D,) log p of the answers, and their rows in this forward pass, which training goes on from. The trajectories get theirs."""
+        """(D,) log p of the answers, and their rows in this forward pass, which training goes on
+        from. The trajectories get theirs.
+        """
         rows = rows_of(groups_P)
         terms = [LossTerm(answers_D, "cross_entropy"), LossTerm([row.datum() for row in rows], "reinforce")]
         answers, rollouts = await self._client.forward_terms(terms, keep=True)
@@ -100,8 +109,9 @@ class LikelihoodReward(BatchReward):
         return _sums(answers_D, answers), answers.kept_D or [None] * len(answers_D)
 
     def _penalized(self, scores_D: np.ndarray, finished_D: np.ndarray) -> np.ndarray:
-        """A rationale that never stopped gets a multiple of the mean score, which is negative. As in the original the mean is over all
-        rationales of the call, and the answer behind an unfinished one is still trained on."""
+        """A rationale that never stopped gets a multiple of the mean score, which is negative. As
+        in the original the mean is over all rationales of the call, and the answer behind an
+        unfinished one is still trained on."""
         if not self._config.non_stop_penalty:
             return scores_D
         return np.where(finished_D, scores_D, self._config.penalty_reward_value * scores_D.mean())
@@ -111,7 +121,8 @@ def _parts(group: TrajectoryGroup, g: int) -> tuple[list[int], list[int], bool]:
     """Prompt with rationale, answer, and whether the rationale ended by itself."""
     if not isinstance(group.builder, HasAnswer):
         raise ConfigError(
-            f"{type(group.builder).__name__} has no answer_tokens and rationale(action): the likelihood reward needs both (HasAnswer)"
+            f"{type(group.builder).__name__} has no answer_tokens and rationale(action): the likelihood reward needs "
+            "both (HasAnswer)"
         )
     turn = group.trajectories_G[g].transitions[-1]
     rationale, finished = group.builder.rationale(turn.ac.tokens)
@@ -125,10 +136,14 @@ class LikelihoodRewardBuilder(BatchRewardBuilder):
     likelihood_coef: float = chz.field(
         default=1.0, validator=NON_NEGATIVE, doc="weight of the answers' cross-entropy; 1 = true gradient, 0 = none"
     )
-    non_stop_penalty: bool = chz.field(default=True, doc="rationales that never stop get penalty_reward_value * the mean reward")
+    non_stop_penalty: bool = chz.field(
+        default=True, doc="rationales that never stop get penalty_reward_value * the mean reward"
+    )
     penalty_reward_value: float = chz.field(
         default=2.0, validator=Range(1, LARGEST), doc="multiplies the mean reward, which is negative"
     )
 
-    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
+    async def __call__(
+        self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
+    ) -> BatchReward:
         return LikelihoodReward(training_client, self)

@@ -1,8 +1,10 @@
 """Environments written in messages, and the adapter that makes an Env of tokens out of one.
 
-A MessageEnv hears what the model said and answers in messages; it knows no tokens. EnvFromMessageEnv renders the conversation, keeps the
-sampled tokens as they are (token in, token out), and decides by a ParsePolicy what becomes of a response that cannot be read.
-Left out: limits of turns and tokens (the run's, rl/rollouts.py), environments that rewrite what was said, structured tool calls.
+A MessageEnv hears what the model said and answers in messages; it knows no tokens.
+EnvFromMessageEnv renders the conversation, keeps the sampled tokens as they are (token in, token
+out), and decides by a ParsePolicy what becomes of a response that cannot be read. Left out: limits
+of turns and tokens (the run's, rl/rollouts.py), environments that rewrite what was said, structured
+tool calls.
 """
 
 from abc import ABC, abstractmethod
@@ -30,28 +32,37 @@ from rl.types import (
     StopCondition,
 )
 
-MessageEnd = Literal[EpisodeEnd, "parse_error"]  # why an episode ended that the environment did not end itself
+# why an episode ended that the environment did not end itself
+MessageEnd = Literal[EpisodeEnd, "parse_error"]
 
 
 class ParseError(CookbookError):
-    """The model's message cannot be read. The text is what the model is told, if it may try again: say what was expected."""
+    """The model's message cannot be read. The text is what the model is told, if it may try again:
+    say what was expected.
+    """
 
 
 @chz.chz
 class ParsePolicy:
-    """What becomes of a response that ran into the token limit, or that the environment cannot read."""
+    """What becomes of a response that ran into the token limit, or that the environment cannot
+    read.
+    """
 
     failed_parse_reward: float = chz.field(
         default=-1.0, validator=NUMBER, doc="reward of the unreadable response that ends an episode"
     )
     retries: int = chz.field(
-        default=0, validator=WHOLE, doc="unreadable responses of an episode that are answered with what was expected instead"
+        default=0,
+        validator=WHOLE,
+        doc="unreadable responses of an episode that are answered with what was expected instead",
     )
 
 
 @dataclass
 class MessageStep:
-    """`next_messages`, at least one, follow the model's message in the conversation; they are ignored when `episode_done`."""
+    """`next_messages`, at least one, follow the model's message in the conversation; they are
+    ignored when `episode_done`.
+    """
 
     reward: float
     episode_done: bool
@@ -69,10 +80,14 @@ class MessageEnv(ABC):
 
     @abstractmethod
     async def step(self, message: Message) -> MessageStep:
-        """Takes what the model said. Raises ParseError, before anything has changed, if it cannot be read."""
+        """Takes what the model said. Raises ParseError, before anything has changed, if it cannot
+        be read.
+        """
 
     async def cut_short(self, reason: MessageEnd) -> tuple[float, Metrics]:
-        """The episode ends here, not by the environment's will: the reward to add, and the metrics of an episode."""
+        """The episode ends here, not by the environment's will: the reward to add, and the metrics
+        of an episode.
+        """
         return 0.0, {}
 
     async def close(self) -> None:
@@ -81,11 +96,13 @@ class MessageEnv(ABC):
 
 
 class EnvFromMessageEnv(Env):
-    """A MessageEnv as an Env. Every turn has the metrics `parse_error` and `truncated`, 0 or 1; a truncated one is a parse error, too.
+    """A MessageEnv as an Env. Every turn has the metrics `parse_error` and `truncated`, 0 or 1; a
+    truncated one is a parse error, too.
 
-    Where the renderer has the extension property, an observation begins with the observation before it and the tokens sampled after that,
-    also if their text would be tokenized otherwise. Where it has not, the conversation is rendered anew at every turn, and
-    rl/data_processing.py makes a Datum of each.
+    Where the renderer has the extension property, an observation begins with the observation before
+    it and the tokens sampled after that, also if their text would be tokenized otherwise. Where it
+    has not, the conversation is rendered anew at every turn, and rl/data_processing.py makes a
+    Datum of each.
     """
 
     def __init__(self, renderer: Renderer, message_env: MessageEnv, parse: ParsePolicy | None = None):
@@ -110,7 +127,9 @@ class EnvFromMessageEnv(Env):
             result, unread["parse_error"] = await self._unreadable(error), 1.0
         if not result.episode_done:
             if not result.next_messages:
-                raise MalformedStep(f"{type(self.message_env).__name__}.step neither ended the episode nor said anything")
+                raise MalformedStep(
+                    f"{type(self.message_env).__name__}.step neither ended the episode nor said anything"
+                )
             self.tokens = self._next_observation(action, message, result.next_messages)
             self.conversation += [message, *result.next_messages]
         return StepResult(
@@ -135,15 +154,19 @@ class EnvFromMessageEnv(Env):
         rendered = self.renderer.build_generation_prompt([*conversation, *next_messages]).to_ints()
         if not self.renderer.has_extension_property:
             return rendered
-        # The last weight is where the renderer ends the model's turn: what it writes from there on follows the sampled tokens.
+        # The last weight is where the renderer ends the model's turn: what it writes from there on
+        # follows the sampled tokens.
         tokens, weights = self.renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
         end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
-        if rendered[:end] != tokens[:end]:  # role_colon ends a turn with "User:", and here somebody else speaks next
+        # role_colon ends a turn with "User:", and here somebody else speaks next
+        if rendered[:end] != tokens[:end]:
             return rendered
         return self.tokens + action + self._missing_stop(action) + rendered[end:]
 
     def _missing_stop(self, action: Action) -> list[int]:
-        """The stop that the conversation goes on from, where the model ended by EOS or was cut off."""
+        """The stop that the conversation goes on from, where the model ended by EOS or was cut
+        off.
+        """
         stop, tokenizer = self.renderer.get_stop_sequences()[0], self.renderer.tokenizer
         if isinstance(stop, int):
             return [] if stop in action else [stop]
@@ -158,7 +181,9 @@ class EnvFromMessageEnv(Env):
 
 @dataclass(frozen=True)
 class MessageEnvGroupBuilder(EnvGroupBuilder):
-    """`num_envs` attempts at one task. `env_thunk` must pickle if the builder is to: functools.partial of a class does."""
+    """`num_envs` attempts at one task. `env_thunk` must pickle if the builder is to:
+    functools.partial of a class does.
+    """
 
     env_thunk: Callable[[], MessageEnv]
     num_envs: int

@@ -1,4 +1,6 @@
-"""RL metrics under the names of tinker_semantics 2.3: what the environments did, and how far sampler and trainer are apart."""
+"""RL metrics under the names of tinker_semantics 2.3: what the environments did, and how far
+sampler and trainer are apart.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,8 +15,9 @@ GOOD_REWARD = 0.5  # a constant group at or above it counts as all good
 
 
 def compute_sampling_metrics(data_D: Sequence[Datum], trainer_logprobs_D: Sequence[TensorData]) -> Metrics:
-    """Sampler against trainer on the sampled tokens: KL estimates v1 = mean(q - p) and v2 = mean((q - p)^2) / 2, the gap, quantiles of
-    the ratio p / q, and the entropy (the mean of -q, which estimates it without bias)."""
+    """Sampler against trainer on the sampled tokens: KL estimates v1 = mean(q - p) and v2 = mean((q
+    - p)^2) / 2, the gap, quantiles of the ratio p / q, and the entropy (the mean of -q, which
+    estimates it without bias)."""
     pairs = list(zip(data_D, trainer_logprobs_D, strict=True))
     mask = np.concatenate([datum.loss_fn_inputs["mask"].array for datum, _ in pairs]) > 0
     sampled = np.concatenate([datum.loss_fn_inputs["logprobs"].array for datum, _ in pairs])[mask].astype(np.float64)
@@ -42,10 +45,14 @@ def compute_trajectory_metrics(groups_P: Sequence[TrajectoryGroup], prefix: str 
 
 
 def _error_metrics(groups_P: Sequence[TrajectoryGroup], prefix: str) -> Metrics:
-    """How many rollouts were retried, and how many were lost, by the class of their error; nothing where nothing went wrong."""
+    """How many rollouts were retried, and how many were lost, by the class of their error; nothing
+    where nothing went wrong.
+    """
     lost = Counter(type(error).__name__ for group in groups_P for error in group.errors)
     counts = {**lost, "total": lost.total(), "retries": sum(group.num_retries for group in groups_P)}
-    return {f"{prefix.removesuffix('env')}rollout_errors/{name}": float(count) for name, count in counts.items() if count}
+    return {
+        f"{prefix.removesuffix('env')}rollout_errors/{name}": float(count) for name, count in counts.items() if count
+    }
 
 
 def _group_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
@@ -75,7 +82,9 @@ def _group_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
 def _limit_metrics(trajectories: Sequence[Trajectory]) -> Metrics:
     """The part of the episodes that each limit ended, for limits that ended any."""
     ends = Counter(trajectory.stop_reason for trajectory in trajectories)
-    return {f"ended_by/{reason}": count / len(trajectories) for reason, count in sorted(ends.items()) if reason != "done"}
+    return {
+        f"ended_by/{reason}": count / len(trajectories) for reason, count in sorted(ends.items()) if reason != "done"
+    }
 
 
 def mean_by_key(dicts: Iterable[Metrics]) -> Metrics:
@@ -90,7 +99,9 @@ def mean_by_key(dicts: Iterable[Metrics]) -> Metrics:
 def _by_group(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
     rewards_P_G = [group.get_total_rewards() for group in groups_P if group.trajectories_G]
     mixed = [len(set(rewards_G)) > 1 for rewards_G in rewards_P_G]
-    good = [not is_mixed and rewards_G[0] >= GOOD_REWARD for is_mixed, rewards_G in zip(mixed, rewards_P_G, strict=True)]
+    good = [
+        not is_mixed and rewards_G[0] >= GOOD_REWARD for is_mixed, rewards_G in zip(mixed, rewards_P_G, strict=True)
+    ]
     bad = [not is_mixed and rewards_G[0] < GOOD_REWARD for is_mixed, rewards_G in zip(mixed, rewards_P_G, strict=True)]
     return {
         "by_group/frac_mixed": float(np.mean(mixed)),

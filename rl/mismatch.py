@@ -1,7 +1,9 @@
-"""Corrections for a sampler that is not exactly the trained policy: other kernels, bf16, or older weights.
+"""Corrections for a sampler that is not exactly the trained policy: other kernels, bf16, or older
+weights.
 
-w = p / q with p the trainer's probability of a token before the step and q the sampler's. The correction weighs each token's loss, and the
-loss's own ratio then starts from the trainer's logprobs, so that clipping measures the update and not the mismatch.
+w = p / q with p the trainer's probability of a token before the step and q the sampler's. The
+correction weighs each token's loss, and the loss's own ratio then starts from the trainer's
+logprobs, so that clipping measures the update and not the mismatch.
 
     truncate    min(w, high): truncated importance sampling, Yao et al. 2025
     mask        w where low <= w <= high, else 0 (IcePop)
@@ -30,8 +32,12 @@ class MismatchCorrection:
     high: float = chz.field(default=2.0, validator=NON_NEGATIVE, doc="largest weight")
 
 
-async def corrected(client: TrainingClient, rows: Sequence[Row], correction: MismatchCorrection) -> tuple[list[Row], Metrics]:
-    """One forward pass of the policy; the rows with weighted advantages, and the trainer's logprobs in place of the sampler's."""
+async def corrected(
+    client: TrainingClient, rows: Sequence[Row], correction: MismatchCorrection
+) -> tuple[list[Row], Metrics]:
+    """One forward pass of the policy; the rows with weighted advantages, and the trainer's logprobs
+    in place of the sampler's.
+    """
     data_D = [row.datum() for row in rows]
     output = await client.forward(data_D, "importance_sampling")
     metrics = compute_sampling_metrics(data_D, [out["logprobs"] for out in output.loss_fn_outputs])

@@ -1,14 +1,18 @@
-"""A person plays an environment in the terminal, and gets what the model gets: observations, rewards, metrics and limits.
+"""A person plays an environment in the terminal, and gets what the model gets: observations,
+rewards, metrics and limits.
 
     python -m rl.play env=guess_number
     python -m rl.play env=my_package.my_module:MyBuilder split=test limits.max_turns=5
 
-The person takes the sampler's place under the loop's own rollouts, so nothing about limits is written twice. Of attempts at one problem one
-is played; the seats of a game are played in turn. A line that ends in a backslash goes on in the next. Ctrl-D ends it. Left out: a model
-as the other seat (give the environment an opponent), time limits on calls.
+The person takes the sampler's place under the loop's own rollouts, so nothing about limits is
+written twice. Of attempts at one problem one is played; the seats of a game are played in turn. A
+line that ends in a backslash goes on in the next. Ctrl-D ends it. Left out: a model as the other
+seat (give the environment an opponent), time limits on calls.
 """
 
-if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+# run as a file: this folder, first on the path, has a types.py that would shadow the standard
+# library's
+if not __package__:
     import os
     import sys
 
@@ -34,7 +38,17 @@ from posttrain.tracking.command_line import by_name, run_command
 from rl.names import ENVS
 from rl.rollouts import Policy, RolloutLimits, do_single_rollout, first_error
 from rl.step_checks import takes_extra
-from rl.types import Action, Env, EnvGroupBuilder, EpisodeEnd, Metrics, Observation, RLDatasetBuilder, StepResult, StopCondition
+from rl.types import (
+    Action,
+    Env,
+    EnvGroupBuilder,
+    EpisodeEnd,
+    Metrics,
+    Observation,
+    RLDatasetBuilder,
+    StepResult,
+    StopCondition,
+)
 
 PATIENCE = 1e9  # seconds that a call may take: a person thinks, and the other seat waits
 
@@ -53,7 +67,9 @@ class Config:
     max_length: int | None = chz.field(
         default=None, validator=COUNT, doc="context in tokens; None = the model's own, at most 4096"
     )
-    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
+    renderer_name: str | None = chz.field(
+        default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer"
+    )
     max_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens per turn; None = what the environment recommends"
     )
@@ -65,7 +81,9 @@ class EndOfInput(Exception):
 
 
 class Person(SamplingClient):
-    """A sampler that shows the prompt and reads the answer from the terminal. Prompts that fill the context raise, as for the model."""
+    """A sampler that shows the prompt and reads the answer from the terminal. Prompts that fill the
+    context raise, as for the model.
+    """
 
     def __init__(self, tokenizer: Tokenizer, seat: str):
         self._tokenizer, self.max_length, self.seat = tokenizer, tokenizer.model_max_length, seat
@@ -95,7 +113,9 @@ class Person(SamplingClient):
 
 
 def read_answer() -> str:
-    """One line, or several, each but the last ending in a backslash. It holds up the event loop: nobody else has anything to do."""
+    """One line, or several, each but the last ending in a backslash. It holds up the event loop:
+    nobody else has anything to do.
+    """
     lines = [_line()]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1].removesuffix("\\")
@@ -112,7 +132,9 @@ def _line() -> str:
 
 
 def answer_tokens(tokenizer: Tokenizer, text: str, stop: StopCondition | str) -> list[int]:
-    """The text as a model would have sampled it, with the stop, of which the text may already hold the beginning ("]" of "]\\n")."""
+    """The text as a model would have sampled it, with the stop, of which the text may already hold
+    the beginning ("]" of "]\\n").
+    """
     stops = eos(tokenizer) if stop is None else [stop] if isinstance(stop, str) else list(stop)
     if not stops:  # never stops
         return encode(tokenizer, text)
@@ -124,7 +146,9 @@ def answer_tokens(tokenizer: Tokenizer, text: str, stop: StopCondition | str) ->
 
 
 class ShownEnv(Env):
-    """Prints what a step brings. Logs are for readers of transcripts and may give the answer away: they come at the end."""
+    """Prints what a step brings. Logs are for readers of transcripts and may give the answer away:
+    they come at the end.
+    """
 
     def __init__(self, env: Env, seat: str):
         self.env, self.seat = env, seat
@@ -149,7 +173,9 @@ class ShownEnv(Env):
         return reward, metrics
 
     def _end(self, how: str) -> None:
-        print(f"{self.seat}end of the episode ({how})" + "".join(f"; {name}: {text}" for name, text in self.logs.items()))
+        print(
+            f"{self.seat}end of the episode ({how})" + "".join(f"; {name}: {text}" for name, text in self.logs.items())
+        )
 
     async def close(self) -> None:
         await self.env.close()
@@ -159,7 +185,9 @@ def _listed(metrics: Metrics) -> str:
     return "".join(f", {name} {value:g}" for name, value in metrics.items())
 
 
-async def play_group(builder: EnvGroupBuilder, tokenizer: Tokenizer, max_tokens: int, limits: RolloutLimits) -> list[float]:
+async def play_group(
+    builder: EnvGroupBuilder, tokenizer: Tokenizer, max_tokens: int, limits: RolloutLimits
+) -> list[float]:
     """One problem, or one game with all its seats. Returns the total rewards."""
     try:
         return await _play_group(builder, tokenizer, max_tokens, limits)
@@ -167,7 +195,9 @@ async def play_group(builder: EnvGroupBuilder, tokenizer: Tokenizer, max_tokens:
         await builder.cleanup()
 
 
-async def _play_group(builder: EnvGroupBuilder, tokenizer: Tokenizer, max_tokens: int, limits: RolloutLimits) -> list[float]:
+async def _play_group(
+    builder: EnvGroupBuilder, tokenizer: Tokenizer, max_tokens: int, limits: RolloutLimits
+) -> list[float]:
     envs_G = await builder.make_envs()
     if builder.members_are_independent:
         for env in envs_G[1:]:
@@ -200,7 +230,9 @@ async def play(config: Config) -> None:
     rewards: list[float] = []
     try:
         for _, builder in zip(range(config.episodes or 2**62), builders, strict=False):
-            rewards += await play_group(builder, tokenizer, config.max_tokens or config.env.recommended_max_tokens(), limits)
+            rewards += await play_group(
+                builder, tokenizer, config.max_tokens or config.env.recommended_max_tokens(), limits
+            )
     except EndOfInput:
         pass
     mean = f", mean reward {sum(rewards) / len(rewards):g}" if rewards else ""
@@ -221,7 +253,8 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, _interrupt)  # asyncio's own handler would wait for the line to be finished
+    # asyncio's own handler would wait for the line to be finished
+    signal.signal(signal.SIGINT, _interrupt)
     run_command(play, Config, {"env": ENVS})
 
 

@@ -1,6 +1,8 @@
-"""Finished groups as JSON, so that a checkpoint of an asynchronous run can hold what is sampled and not yet trained on.
+"""Finished groups as JSON, so that a checkpoint of an asynchronous run can hold what is sampled and
+not yet trained on.
 
-Floats survive exactly. Left out: images, and what batch rewards add, since groups get those when they are trained on.
+Floats survive exactly. Left out: images, and what batch rewards add, since groups get those when
+they are trained on.
 """
 
 from dataclasses import asdict

@@ -1,9 +1,11 @@
-"""Rollouts: environments stepped with sampled tokens, many at once, until every episode of a group is done.
+"""Rollouts: environments stepped with sampled tokens, many at once, until every episode of a group
+is done.
 
-What can go wrong with an episode is of three kinds. A limit of the run is met: the episode ends there, with a reason, and counts. It
-cannot be scored (the environment raised, hung, or returned nonsense: env_calls.py, step_checks.py): it is retried, then leaves its group
-as a RolloutError and is counted; it never gets a reward. Anything else (the engine died, a builder crashed): the exception propagates and
-ends the run.
+What can go wrong with an episode is of three kinds. A limit of the run is met: the episode ends
+there, with a reason, and counts. It cannot be scored (the environment raised, hung, or returned
+nonsense: env_calls.py, step_checks.py): it is retried, then leaves its group as a RolloutError and
+is counted; it never gets a reward. Anything else (the engine died, a builder crashed): the
+exception propagates and ends the run.
 """
 
 import asyncio
@@ -43,7 +45,8 @@ from rl.types import (
 )
 
 T = TypeVar("T")
-Seed = tuple[int, ...]  # e.g. (run seed, step, group); a rollout's sampling is a pure function of it
+# e.g. (run seed, step, group); a rollout's sampling is a pure function of it
+Seed = tuple[int, ...]
 NO_LIMIT = 2**31
 
 
@@ -64,7 +67,9 @@ class RolloutLimits:
     env_seconds: float = chz.field(
         default=300.0, validator=POSITIVE, doc="one call of an environment that takes longer is a failure"
     )
-    sampling_seconds: float = chz.field(default=1800.0, validator=POSITIVE, doc="one sampled turn that takes longer is a failure")
+    sampling_seconds: float = chz.field(
+        default=1800.0, validator=POSITIVE, doc="one sampled turn that takes longer is a failure"
+    )
     max_retries: int = chz.field(
         default=1, validator=WHOLE, doc="times a failed rollout is tried again, before it leaves its group"
     )
@@ -72,7 +77,8 @@ class RolloutLimits:
     max_failed_fraction: float = chz.field(
         default=0.5,
         validator=SHARE,
-        doc="a step that loses a larger part of its rollouts stops the run with the first error: the fault is not chance",
+        doc="a step that loses a larger part of its rollouts stops the run with the first error: the fault is not "
+        "chance",
     )
 
 
@@ -99,13 +105,14 @@ def _seed_number(seed: Seed) -> int:
     return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
 
 
-# --- one episode ----------------------------------------------------------------------------------------------------------------
+# --- one episode --------------------------------------------------------------------------------
 
 
 async def do_single_rollout(
     policy: Policy, env: Env, seed: Seed, limits: RolloutLimits | None = None, clock: SamplingClock | None = None
 ) -> Trajectory:
-    """One episode. Raises RolloutError where it cannot be scored. The environment is closed in any case.
+    """One episode. Raises RolloutError where it cannot be scored. The environment is closed in any
+    case.
 
     `clock` is shared by the seats of a game, which wait for one another.
     """
@@ -144,7 +151,12 @@ async def _episode(policy: Policy, env: Env, seed: Seed, limits: RolloutLimits, 
 
 
 async def _sample(
-    policy: Policy, ob: Observation, stop: StopCondition, seed: Seed, limits: RolloutLimits, transitions: list[Transition]
+    policy: Policy,
+    ob: Observation,
+    stop: StopCondition,
+    seed: Seed,
+    limits: RolloutLimits,
+    transitions: list[Transition],
 ) -> TokensWithLogprobs:
     room = [limits.max_sampled_tokens - _sampled(transitions)] if limits.max_sampled_tokens else []
     room += [limits.max_trajectory_tokens - ob.length] if limits.max_trajectory_tokens else []
@@ -163,7 +175,9 @@ async def _sample(
         raise MalformedStep(f"the observation of turn {len(transitions)} cannot be sampled from: {error}") from error
 
 
-def _limit_met(limits: RolloutLimits, transitions: list[Transition], ob: Observation, started: float) -> EpisodeEnd | None:
+def _limit_met(
+    limits: RolloutLimits, transitions: list[Transition], ob: Observation, started: float
+) -> EpisodeEnd | None:
     if not transitions:
         if limits.max_trajectory_tokens and ob.length >= limits.max_trajectory_tokens:
             raise RolloutError(
@@ -194,7 +208,7 @@ async def _cut_short(
     return Trajectory(transitions, reason)
 
 
-# --- a group --------------------------------------------------------------------------------------------------------------------
+# --- a group ------------------------------------------------------------------------------------
 
 
 async def do_group_rollout(
@@ -204,9 +218,11 @@ async def do_group_rollout(
     limits: RolloutLimits | None = None,
     slots: asyncio.Semaphore | None = None,
 ) -> TrajectoryGroup:
-    """Rolls out one group. Members that fail are retried, then leave it; where they play one game, all of it is retried.
+    """Rolls out one group. Members that fail are retried, then leave it; where they play one game,
+    all of it is retried.
 
-    Every member takes a slot while it is under way; a game takes one for all its seats, which must run together.
+    Every member takes a slot while it is under way; a game takes one for all its seats, which must
+    run together.
     """
     limits, slots = limits or RolloutLimits(), slots or asyncio.Semaphore(NO_LIMIT)
     try:
@@ -283,12 +299,16 @@ async def _make_env_again(builder: EnvGroupBuilder, g: int, limits: RolloutLimit
     for other in (*envs_G[:g], *envs_G[g + 1 :]):
         await call(step_checks.nothing, limits.env_seconds, SamplingClock(), other, "close")
     if g >= len(envs_G):
-        raise MalformedStep(f"{type(builder).__name__}.make_envs returned {len(envs_G)} environments for a retry of member {g}")
+        raise MalformedStep(
+            f"{type(builder).__name__}.make_envs returned {len(envs_G)} environments for a retry of member {g}"
+        )
     return envs_G[g]
 
 
 async def _make_envs(builder: EnvGroupBuilder, limits: RolloutLimits) -> Sequence[Env]:
-    """A builder that raises or hangs is no chance failure of one rollout: it ends the run, with its own exception and traceback."""
+    """A builder that raises or hangs is no chance failure of one rollout: it ends the run, with its
+    own exception and traceback.
+    """
     try:
         return await _call_builder(builder, partial(step_checks.environments, builder), limits, "make_envs")
     except EnvError as error:
@@ -302,20 +322,29 @@ async def _call_builder(
 
 
 def _own_exception(error: RolloutError) -> Exception:
-    """What the environment's own code raised, with its traceback. SystemExit and its like, which say nothing, stay an EnvError."""
+    """What the environment's own code raised, with its traceback. SystemExit and its like, which
+    say nothing, stay an EnvError.
+    """
     cause = error.__cause__ if isinstance(error, EnvError) else None
-    return cause if isinstance(cause, Exception) and not isinstance(cause, StopIteration | StopAsyncIteration) else error
+    return (
+        cause if isinstance(cause, Exception) and not isinstance(cause, StopIteration | StopAsyncIteration) else error
+    )
 
 
 async def _score(builder: EnvGroupBuilder, members_G: Sequence[_Member], limits: RolloutLimits) -> TrajectoryGroup:
-    """The group of those that finished, with the rewards that the builder gives; if it cannot, none is left."""
+    """The group of those that finished, with the rewards that the builder gives; if it cannot, none
+    is left.
+    """
     alive = [(member.env, member.outcome) for member in members_G if isinstance(member.outcome, Trajectory)]
     trajectories_G = [trajectory for _, trajectory in alive]
     group = TrajectoryGroup(trajectories_G, [0.0 for _ in alive], [{} for _ in alive], builder=builder)
     group.errors = [member.outcome for member in members_G if isinstance(member.outcome, RolloutError)]
     try:
         group.tags = call_now(partial(step_checks.tags, builder), builder, "logging_tags")
-        if alive and getattr(builder.compute_group_rewards, "__func__", None) is not EnvGroupBuilder.compute_group_rewards:
+        if (
+            alive
+            and getattr(builder.compute_group_rewards, "__func__", None) is not EnvGroupBuilder.compute_group_rewards
+        ):
             await _add_group_rewards(group, [env for env, _ in alive], limits)
     except RolloutError as error:
         _lose_all(group, error)
@@ -323,13 +352,17 @@ async def _score(builder: EnvGroupBuilder, members_G: Sequence[_Member], limits:
 
 
 async def _add_group_rewards(group: TrajectoryGroup, envs_G: list[Env], limits: RolloutLimits) -> None:
-    """The builder sees copies. The turns that it takes out of a copy leave the trajectory: they were no moves."""
+    """The builder sees copies. The turns that it takes out of a copy leave the trajectory: they
+    were no moves.
+    """
     builder = group.builder
     assert builder is not None
     copies_G = [trajectory.copy() for trajectory in group.trajectories_G]
     turns_G = [copy.transitions.copy() for copy in copies_G]
     check = partial(step_checks.group_rewards, builder, turns_G, copies_G)
-    rewards_G, metrics_G, kept_G = await _call_builder(builder, check, limits, "compute_group_rewards", [*copies_G], envs_G)
+    rewards_G, metrics_G, kept_G = await _call_builder(
+        builder, check, limits, "compute_group_rewards", [*copies_G], envs_G
+    )
     group.final_rewards_G, group.metrics_G = rewards_G, metrics_G
     for trajectory, kept in zip(group.trajectories_G, kept_G, strict=True):
         trajectory.transitions = [turn for turn, is_kept in zip(trajectory.transitions, kept, strict=True) if is_kept]
@@ -340,16 +373,20 @@ def _lose_all(group: TrajectoryGroup, error: RolloutError) -> None:
         group.drop_member(0, error)
 
 
-# --- many groups ----------------------------------------------------------------------------------------------------------------
+# --- many groups --------------------------------------------------------------------------------
 
 
 async def do_rollouts(
     builders_P: Sequence[EnvGroupBuilder], policy: Policy, seed: Seed, limits: RolloutLimits | None = None
 ) -> list[TrajectoryGroup]:
-    """All groups of a batch at once. The first error is raised as itself, without its ExceptionGroup."""
+    """All groups of a batch at once. The first error is raised as itself, without its
+    ExceptionGroup.
+    """
     try:
         async with asyncio.TaskGroup() as tasks:
-            groups = [tasks.create_task(do_group_rollout(b, policy, (*seed, p), limits)) for p, b in enumerate(builders_P)]
+            groups = [
+                tasks.create_task(do_group_rollout(b, policy, (*seed, p), limits)) for p, b in enumerate(builders_P)
+            ]
     except BaseExceptionGroup as errors:
         raise first_error(errors) from errors
     finished = [group.result() for group in groups]
@@ -358,13 +395,16 @@ async def do_rollouts(
 
 
 def check_failures(groups_P: Sequence[TrajectoryGroup], limits: RolloutLimits) -> None:
-    """Raises where too many rollouts failed: the exception of the environment's own code, if that is what it was, with its traceback."""
+    """Raises where too many rollouts failed: the exception of the environment's own code, if that
+    is what it was, with its traceback.
+    """
     errors = [error for group in groups_P for error in group.errors]
     total = len(errors) + sum(len(group.trajectories_G) for group in groups_P)
     if errors and len(errors) > limits.max_failed_fraction * total:
         first = _own_exception(errors[0])
         first.add_note(
-            f"{len(errors)} of {total} rollouts failed, retries included (limits.max_failed_fraction); this is the first"
+            f"{len(errors)} of {total} rollouts failed, retries included (limits.max_failed_fraction); this is the "
+            "first"
         )
         raise first
 

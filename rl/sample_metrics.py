@@ -1,9 +1,11 @@
-"""What n samples of one problem say about k of them: pass@k, best-of-k and majority-of-k, each without bias.
+"""What n samples of one problem say about k of them: pass@k, best-of-k and majority-of-k, each
+without bias.
 
-All three are expectations over the k-subsets of the n samples, drawn without replacement: the unbiased estimate of what k fresh samples
-would give (Chen et al. 2021, "Evaluating Large Language Models Trained on Code", section 2.1, for pass@k). Plugging the rate c/n into
-1 - (1 - c/n)^k would be biased. pass@k and best@k have closed forms. maj@k has none with its tie rule, so subsets are counted one by one,
-or, where there are more than `MAX_SUBSETS`, a seeded sample of that many.
+All three are expectations over the k-subsets of the n samples, drawn without replacement: the
+unbiased estimate of what k fresh samples would give (Chen et al. 2021, "Evaluating Large Language
+Models Trained on Code", section 2.1, for pass@k). Plugging the rate c/n into 1 - (1 - c/n)^k would
+be biased. pass@k and best@k have closed forms. maj@k has none with its tie rule, so subsets are
+counted one by one, or, where there are more than `MAX_SUBSETS`, a seeded sample of that many.
 """
 
 from collections import Counter
@@ -25,7 +27,9 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
 
 
 def best_at_k(scores_N: Sequence[float], k: int) -> float:
-    """Expected maximum of k scores. The i-th smallest (from 1) is the maximum of C(i - 1, k - 1) of the C(n, k) subsets."""
+    """Expected maximum of k scores. The i-th smallest (from 1) is the maximum of C(i - 1, k - 1) of
+    the C(n, k) subsets.
+    """
     n = len(scores_N)
     _check_k(k, n)
     ways_N = [comb(i, k - 1) / comb(n, k) for i in range(n)]
@@ -33,19 +37,24 @@ def best_at_k(scores_N: Sequence[float], k: int) -> float:
 
 
 def majority(answers_K: Sequence[str | None]) -> int | None:
-    """Index of the first sample with the commonest answer. None is no answer, and does not vote. Of answers equally common, the one
-    given by the earliest sample wins: a fair draw, since samples are in no order. None if nobody answered.
+    """Index of the first sample with the commonest answer. None is no answer, and does not vote. Of
+    answers equally common, the one given by the earliest sample wins: a fair draw, since samples
+    are in no order. None if nobody answered.
 
     The one rule for votes in this project: maj@k, best-of-n and LaTRO's votes use it."""
     counts = Counter(answer for answer in answers_K if answer is not None)
     if not counts:
         return None
-    winner = max(counts, key=counts.__getitem__)  # a Counter keeps the order of first appearance, and max takes the first
+    # a Counter keeps the order of first appearance, and max takes the first
+    winner = max(counts, key=counts.__getitem__)
     return answers_K.index(winner)
 
 
-def maj_at_k(answers_N: Sequence[str | None], correct_N: Sequence[bool], k: int, max_subsets: int = MAX_SUBSETS) -> float:
-    """P(the majority of k samples, kept in their order, is right). Exact up to `max_subsets` subsets; beyond, a seeded estimate.
+def maj_at_k(
+    answers_N: Sequence[str | None], correct_N: Sequence[bool], k: int, max_subsets: int = MAX_SUBSETS
+) -> float:
+    """P(the majority of k samples, kept in their order, is right). Exact up to `max_subsets`
+    subsets; beyond, a seeded estimate.
 
     Equal answers are equal strings, and as right as the first of them.
     """
@@ -61,7 +70,9 @@ def maj_at_k(answers_N: Sequence[str | None], correct_N: Sequence[bool], k: int,
 
 
 def mean_and_stderr(values_P: Sequence[float]) -> tuple[float, float]:
-    """Mean over problems, and its standard error, from their spread (ddof 1). One problem has no spread: 0."""
+    """Mean over problems, and its standard error, from their spread (ddof 1). One problem has no
+    spread: 0.
+    """
     stderr = np.std(values_P, ddof=1) / np.sqrt(len(values_P)) if len(values_P) > 1 else 0.0
     return float(np.mean(values_P)), float(stderr)
 

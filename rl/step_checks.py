@@ -1,7 +1,9 @@
-"""What an environment, a group's builder or a dataset hands over, as checked, copied, plain values. What comes later relies on them.
+"""What an environment, a group's builder or a dataset hands over, as checked, copied, plain values.
+What comes later relies on them.
 
-A number may be any real number, NumPy's and zero-dimensional arrays included; it becomes a float. Logs may be anything and become text.
-Anything else that the types of rl/types.py do not allow raises MalformedStep, or, where it is the dataset's or the builder's, DataError.
+A number may be any real number, NumPy's and zero-dimensional arrays included; it becomes a float.
+Logs may be anything and become text. Anything else that the types of rl/types.py do not allow
+raises MalformedStep, or, where it is the dataset's or the builder's, DataError.
 """
 
 import inspect
@@ -31,9 +33,10 @@ from rl.types import (
     Transition,
 )
 
-MAX_REWARD = 1e9  # what is larger overflows fp32 in the norm of a gradient, and would end the run there
+# what is larger overflows fp32 in the norm of a gradient, and would end the run there
+MAX_REWARD = 1e9
 
-# --- of an environment ---------------------------------------------------------------------------------------------------------
+# --- of an environment ---------------------------------------------------------------------------
 
 
 def first_observation(result: object) -> tuple[Observation, StopCondition]:
@@ -71,7 +74,9 @@ def nothing(result: object) -> None:
 def reward(value: object) -> float:
     number = _number(value, "the reward")
     if not -MAX_REWARD <= number <= MAX_REWARD:  # not a number is refused here, too
-        raise MalformedStep(f"the reward is {number}: it must be finite, and between -{MAX_REWARD:g} and {MAX_REWARD:g}")
+        raise MalformedStep(
+            f"the reward is {number}: it must be finite, and between -{MAX_REWARD:g} and {MAX_REWARD:g}"
+        )
     return number
 
 
@@ -115,7 +120,9 @@ def plain_text(value: object) -> str:
 
 
 def _prompt(observation: object, name: str) -> ModelInput:
-    """Whether the tokens are of the model's vocabulary is for the sampling client to say, before it samples."""
+    """Whether the tokens are of the model's vocabulary is for the sampling client to say, before it
+    samples.
+    """
     if not isinstance(observation, ModelInput):
         raise MalformedStep(f"{name} is {observation!r:.100}, not a ModelInput")
     try:
@@ -146,12 +153,14 @@ def _stop(item: object) -> Any:
     raise MalformedStep(f"the stop condition holds {item!r:.100}, which is no token id and no text")
 
 
-# --- of a group's builder ------------------------------------------------------------------------------------------------------
+# --- of a group's builder -----------------------------------------------------------------------
 
 
 @cache
 def takes_extra(env_class: type) -> bool:
-    """Whether its `step` has the keyword `extra`, as those of the Tinker cookbook's environments have."""
+    """Whether its `step` has the keyword `extra`, as those of the Tinker cookbook's environments
+    have.
+    """
     try:
         return "extra" in inspect.signature(env_class.step).parameters  # type: ignore[attr-defined]
     except Exception:  # no `step`, or none that can be looked at: the call will say so
@@ -168,7 +177,8 @@ def check_step(env: Env) -> None:
         signature.bind([], **({"extra": {}} if takes_extra(type(env)) else {}))
     except TypeError as error:
         raise MalformedStep(
-            f"{type(env).__name__}.step cannot be called: {error}; rollouts call step(action), or step(action, extra=...) "
+            f"{type(env).__name__}.step cannot be called: {error}; rollouts call step(action), or step(action, "
+            "extra=...) "
             "where it has that keyword"
         ) from error
 
@@ -192,7 +202,9 @@ def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
 def group_rewards(
     builder: EnvGroupBuilder, turns_G: Sequence[Sequence[Transition]], seen_G: Sequence[Trajectory], result: object
 ) -> tuple[list[float], list[Metrics], list[list[bool]]]:
-    """Rewards, metrics, and which of the turns that the builder was shown (`turns_G`) it has left in the trajectories (`seen_G`)."""
+    """Rewards, metrics, and which of the turns that the builder was shown (`turns_G`) it has left
+    in the trajectories (`seen_G`).
+    """
     name = f"{type(builder).__name__}.compute_group_rewards"
     if not isinstance(result, Sequence) or isinstance(result, str):
         raise MalformedStep(f"{name} returned {result!r:.100}, not a list of rewards and metrics")
@@ -213,7 +225,7 @@ def tags(builder: EnvGroupBuilder, result: object) -> list[str]:
     return [plain_text(tag) for tag in result]
 
 
-# --- of a dataset and its builder ----------------------------------------------------------------------------------------------
+# --- of a dataset and its builder ---------------------------------------------------------------
 
 
 def datasets(builder: RLDatasetBuilder, result: object) -> tuple[RLDataset, RLDataset | None]:

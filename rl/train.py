@@ -1,7 +1,9 @@
-"""The RL loop: groups of rollouts, advantages, one policy-gradient step, new weights into the sampler, again.
+"""The RL loop: groups of rollouts, advantages, one policy-gradient step, new weights into the
+sampler, again.
 
-One core. Algorithms differ by data: an advantage estimator, a loss and what surrounds them (algorithms.py, train_step.py). Synchronous,
-streaming and asynchronous training differ by two numbers (group_sources.py). Left out: a critic, several machines.
+One core. Algorithms differ by data: an advantage estimator, a loss and what surrounds them
+(algorithms.py, train_step.py). Synchronous, streaming and asynchronous training differ by two
+numbers (group_sources.py). Left out: a critic, several machines.
 """
 
 import time
@@ -46,7 +48,9 @@ HEADLINE = {"env/all/reward/total": "reward", "test/env/all/correct": "test", "o
 
 
 async def main(config: Config) -> Metrics:
-    """Trains; returns the last metrics. Everything that can be wrong with the input is raised before the model is loaded."""
+    """Trains; returns the last metrics. Everything that can be wrong with the input is raised
+    before the model is loaded.
+    """
     max_tokens = config.max_tokens or config.env.recommended_max_tokens()
     config = chz.replace(config, max_tokens=max_tokens)
     check_config(config)
@@ -62,7 +66,8 @@ async def main(config: Config) -> Metrics:
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     if config.model_name in PRESETS and not config.load_checkpoint_path and not folder.resumed:
         print(
-            f"{config.model_name} begins with random weights: warm-start it with supervised/train_cli.py and load_checkpoint_path"
+            f"{config.model_name} begins with random weights: warm-start it with supervised/train_cli.py and "
+            "load_checkpoint_path"
         )
     with ServiceClient(config.backend, folder.checkpoints) as service, recording(Timeline()) as timeline:
         learner = Learner(config, service.create_training_client(config.model_name, config.lora(), config.seed), folder)
@@ -70,7 +75,9 @@ async def main(config: Config) -> Metrics:
             if path := config.kl.reference_path:
                 frozen = other_model(service, path, learner.client)
             else:
-                frozen = starting_weights(service, config.model_name, config.load_checkpoint_path, config.lora(), config.seed)
+                frozen = starting_weights(
+                    service, config.model_name, config.load_checkpoint_path, config.lora(), config.seed
+                )
             learner.reference = Reference(frozen)
         if config.batch_reward:
             learner.batch_reward = await config.batch_reward(service, learner.client, renderer)
@@ -130,7 +137,11 @@ class Loop:
     async def step(self, step: int, metrics: Metrics) -> None:
         began = time.perf_counter() - metrics.get("time/eval", 0.0)
         adam = self.config.adam(step, self.num_steps)
-        metrics |= {"progress/batch": step, "progress/done_frac": (step + 1) / self.num_steps, "optim/lr": adam.learning_rate}
+        metrics |= {
+            "progress/batch": step,
+            "progress/done_frac": (step + 1) / self.num_steps,
+            "optim/lr": adam.learning_rate,
+        }
         self.source.set_policy(step, self.sampling_client)
         outcome = await train_step(self.learner, self.source, step, adam, metrics)
         metrics |= compute_trajectory_metrics(outcome.groups_P)
@@ -145,11 +156,14 @@ class Loop:
         metrics |= {f"time/share/{kind}": share for kind, share in shares.items()}
 
     async def sync(self, step: int = 0, data_D: Sequence[Datum] = ()) -> SamplingClient:
-        """The sampler gets the present weights. Rollouts in flight go on under them, where training is asynchronous.
+        """The sampler gets the present weights. Rollouts in flight go on under them, where training
+        is asynchronous.
 
         `data_D` are those of the step before, to be written down if it made the weights infinite.
         """
-        saved = self.learner.client.save_weights_and_get_sampling_client_async(follow=self.config.max_steps_off_policy > 0)
+        saved = self.learner.client.save_weights_and_get_sampling_client_async(
+            follow=self.config.max_steps_off_policy > 0
+        )
         with span("sync"):
             try:
                 return await reported(saved, "giving the sampler new weights")
@@ -159,7 +173,9 @@ class Loop:
                 raise write_offending_data(self.folder, step, data_D, error) from error
 
     async def evaluate(self, step: int) -> Metrics:
-        """The last evaluator's groups, several samples of a problem where there are such, make the better transcript."""
+        """The last evaluator's groups, several samples of a problem where there are such, make the
+        better transcript.
+        """
         metrics: Metrics = {}
         with span("eval"):
             for evaluator in self.evaluators:
@@ -169,10 +185,12 @@ class Loop:
         return metrics
 
     async def probe(self, step: int, datum: Datum, metrics: Metrics) -> None:
-        """Right after a sync, so that a wrong one is seen before anything is sampled from it; after a prompt of this step's
-        rollouts, which a prefix cache that was not dropped still has."""
+        """Right after a sync, so that a wrong one is seen before anything is sampled from it; after
+        a prompt of this step's rollouts, which a prefix cache that was not dropped still has."""
         client, temperature = self.sampling_client, self.config.temperature
-        tokens = [*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].array[-1])][: client.max_length - 1]
+        tokens = [*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].array[-1])][
+            : client.max_length - 1
+        ]
         cut = min(least_certain(datum), len(tokens) - 1)
         try:
             whole, sampled = await sampler_gaps(
@@ -185,11 +203,16 @@ class Loop:
         compare_with_sampler(self.alarms, whole, sampled, temperature)
 
     def compare_rollouts(self, outcome: StepOutcome, metrics: Metrics) -> None:
-        """Rollouts of older weights, and those that a later substep trains on, differ by right; all others are on-policy."""
+        """Rollouts of older weights, and those that a later substep trains on, differ by right; all
+        others are on-policy.
+        """
         if gap := outcome.on_policy_gap:
             metrics["optim/on_policy_logprob_gap"] = gap.mean
             temperature = self.config.temperature
-            what = f"rollouts sampled from the present weights (temperature={temperature:g}) and the trainer's logprobs of them"
+            what = (
+                f"rollouts sampled from the present weights (temperature={temperature:g}) and the trainer's "
+                "logprobs of them"
+            )
             self.alarms.compare("rollouts", gap, what, f"{SAMPLED}; or in the trainer, {BATCHED}", temperature)
 
     def write_transcript(self, outcome: StepOutcome, step: int) -> None:

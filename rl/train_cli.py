@@ -4,7 +4,9 @@ python rl/train_cli.py env=arithmetic model_name=tiny group_size=8
 python -m rl.train_cli env=my_package.my_module:MyBuilder env.difficulty=3 algorithm=rloo
 """
 
-if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+# run as a file: this folder, first on the path, has a types.py that would shadow the standard
+# library's
+if not __package__:
     import os
     import sys
 
@@ -27,9 +29,15 @@ class CLIConfig(train.Config):
     env: RLDatasetBuilder = chz.field(
         default_factory=by_name(ENVS["arithmetic"]), doc="builder of the training and held-out environments"
     )
-    algorithm: str | None = chz.field(default=None, doc="sets several options at once, see below; None = importance_sampling")
-    group_size: int | None = chz.field(default=None, validator=COUNT, doc="short for env.group_size: rollouts per problem")
-    groups_per_batch: int | None = chz.field(default=None, validator=COUNT, doc="short for env.batch_size: problems per step")
+    algorithm: str | None = chz.field(
+        default=None, doc="sets several options at once, see below; None = importance_sampling"
+    )
+    group_size: int | None = chz.field(
+        default=None, validator=COUNT, doc="short for env.group_size: rollouts per problem"
+    )
+    groups_per_batch: int | None = chz.field(
+        default=None, validator=COUNT, doc="short for env.batch_size: problems per step"
+    )
 
     def resolved(self) -> "CLIConfig":
         """With the two short options written into `env`."""

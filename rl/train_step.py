@@ -1,6 +1,8 @@
-"""One training step: finished groups become advantages, advantages become gradients, gradients move the weights.
+"""One training step: finished groups become advantages, advantages become gradients, gradients move
+the weights.
 
-groups -> rewards that need a model -> KL in the reward -> advantages -> KL per token -> reduction -> mismatch weights -> Datums
+groups -> rewards that need a model -> KL in the reward -> advantages -> KL per token -> reduction
+-> mismatch weights -> Datums
        -> forward_backward, as minibatches of groups arrive -> optim_step, once per substep
 """
 
@@ -56,8 +58,9 @@ class Learner:
 
 @dataclass
 class StepOutcome:
-    """What a step was made of. `advantages_P` has None for a group that was left out. `on_policy_gap` is between sampler and trainer, on
-    the data whose logprobs both computed with the same weights; None where there were none."""
+    """What a step was made of. `advantages_P` has None for a group that was left out.
+    `on_policy_gap` is between sampler and trainer, on the data whose logprobs both computed with
+    the same weights; None where there were none."""
 
     groups_P: list[TrajectoryGroup] = field(default_factory=list)
     advantages_P: list[np.ndarray | None] = field(default_factory=list)
@@ -65,10 +68,14 @@ class StepOutcome:
     on_policy_gap: Gap | None = None
 
 
-async def train_step(learner: Learner, source: GroupSource, step: int, adam: AdamParams, metrics: Metrics) -> StepOutcome:
-    """Trains on batch `step` and adds to `metrics`. A batch that leaves nothing to learn from moves nothing.
+async def train_step(
+    learner: Learner, source: GroupSource, step: int, adam: AdamParams, metrics: Metrics
+) -> StepOutcome:
+    """Trains on batch `step` and adds to `metrics`. A batch that leaves nothing to learn from moves
+    nothing.
 
-    Passes are only submitted here, so that the next groups are awaited while the last ones are trained on.
+    Passes are only submitted here, so that the next groups are awaited while the last ones are
+    trained on.
     """
     config, outcome, of_minibatches = learner.config, StepOutcome(), []
     steps_per_minibatch = max(1, config.num_substeps // source.num_minibatches)
@@ -98,13 +105,16 @@ async def train_step(learner: Learner, source: GroupSource, step: int, adam: Ada
 async def _prepare(
     learner: Learner, groups_P: list[TrajectoryGroup], step: int, outcome: StepOutcome, metrics: Metrics
 ) -> tuple[list[Row], list[np.ndarray | None]]:
-    """The rows of one minibatch of groups, with their final advantages; and the sampler's (T,) logprobs of each row that was sampled
-    under the weights this step begins with, None for the others."""
+    """The rows of one minibatch of groups, with their final advantages; and the sampler's (T,)
+    logprobs of each row that was sampled under the weights this step begins with, None for the
+    others."""
     config = learner.config
     if learner.batch_reward:
         with timed(metrics, "batch_reward"), span("score"):
             metrics |= await learner.batch_reward(groups_P)
-    places = trainable_groups(groups_P, config.advantage, config.remove_constant_reward_groups, config.limits.min_group_size)
+    places = trainable_groups(
+        groups_P, config.advantage, config.remove_constant_reward_groups, config.limits.min_group_size
+    )
     rewarded_P = kept_P = [groups_P[p] for p in places]
     rows, difference_D = rows_of(kept_P), []
     if learner.reference and rows:
@@ -139,8 +149,10 @@ class _Passes:
 
     def __init__(self, learner: Learner, adam: AdamParams):
         self._learner, self._adam = learner, adam
-        self._terms: list[list[LossTerm]] = []  # of each pass: the policy's, and behind it the supervised one where there is one
-        self._outputs: list[asyncio.Task[list[ForwardBackwardOutput]]] = []  # one for each entry of _terms
+        # of each pass: the policy's, and behind it the supervised one where there is one
+        self._terms: list[list[LossTerm]] = []
+        # one for each entry of _terms
+        self._outputs: list[asyncio.Task[list[ForwardBackwardOutput]]] = []
         self._sampled_D: list[
             np.ndarray | None
         ] = []  # of each Datum, the sampler's logprobs if its pass has the sampler's weights
@@ -154,7 +166,9 @@ class _Passes:
         data_D, kept_D = [row.datum() for row in rows], [row.kept for row in rows]
         terms = [LossTerm(data_D, config.loss_fn, config.loss_fn_config, kept_D)]
         if supervised := [extra for row in rows for extra in row.supervised]:
-            terms.append(LossTerm([datum for datum, _ in supervised], "cross_entropy", None, [kept for _, kept in supervised]))
+            terms.append(
+                LossTerm([datum for datum, _ in supervised], "cross_entropy", None, [kept for _, kept in supervised])
+            )
         self._terms.append(terms)
         self._sampled_D += [None] * len(data_D) if self._steps else sampled_D
         self._outputs.append(_spanned(self._learner.client.forward_backward_terms(terms)))
@@ -166,7 +180,9 @@ class _Passes:
             self._pending = False
 
     async def metrics(self, step: int, outcome: StepOutcome) -> Metrics:
-        """Waits for all passes. A number that is not finite stops the run, with the data that gave it on disk."""
+        """Waits for all passes. A number that is not finite stops the run, with the data that gave
+        it on disk.
+        """
         await reported(_finished([*self._outputs, *self._steps]), f"training on step {step}")
         for terms, output in zip(self._terms, self._outputs, strict=True):
             if isinstance(error := output.exception(), NonFiniteError):
@@ -183,7 +199,9 @@ class _Passes:
         metrics = {f"optim/{name}": value for name, value in _reduced([output.metrics for output in outputs]).items()}
         if supervised:
             metrics["optim/supervised_loss"] = sum(output.metrics["loss:sum"] for output in supervised)
-        metrics |= {f"optim/{name}": value for name, value in mean_by_key(response.metrics for response in steps).items()}
+        metrics |= {
+            f"optim/{name}": value for name, value in mean_by_key(response.metrics for response in steps).items()
+        }
         return metrics | (compute_sampling_metrics(outcome.data_D, logprobs_D) if logprobs_D else {})
 
 
@@ -214,7 +232,9 @@ def _spanned(future: APIFuture[T]) -> asyncio.Task[T]:
 
 
 def _reduced(metrics: Sequence[dict[str, float]]) -> Metrics:
-    """The passes' metrics as those of one pass: sums added up, means weighed by the tokens they are over."""
+    """The passes' metrics as those of one pass: sums added up, means weighed by the tokens they are
+    over.
+    """
     tokens = [output["num_loss_tokens:sum"] for output in metrics]
     out: Metrics = defaultdict(float)
     for output, count in zip(metrics, tokens, strict=True):

@@ -1,4 +1,6 @@
-"""Rollouts as posttrain.tracking.transcripts wants them: decoded, with advantages and errors. For reading only; nothing trains on it."""
+"""Rollouts as posttrain.tracking.transcripts wants them: decoded, with advantages and errors. For
+reading only; nothing trains on it.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +19,15 @@ def write_rollouts(
     advantages_P_G: Sequence[np.ndarray] | None,
     tokenizer: Tokenizer,
 ) -> Path:
-    """Writes `folder`/<step>.html and .jsonl, and the index. `advantages_P_G` None: an evaluation, which has none."""
+    """Writes `folder`/<step>.html and .jsonl, and the index. `advantages_P_G` None: an evaluation,
+    which has none.
+    """
     shown = [
-        _group(group, [None] * len(group.trajectories_G) if advantages_P_G is None else advantages_P_G[p].tolist(), tokenizer)
+        _group(
+            group,
+            [None] * len(group.trajectories_G) if advantages_P_G is None else advantages_P_G[p].tolist(),
+            tokenizer,
+        )
         for p, group in enumerate(groups_P)
     ]
     return write_transcripts(folder, step, shown)
@@ -54,7 +62,9 @@ def _turns(trajectory: Trajectory, advantage: float | None, tokenizer: Tokenizer
     return turns
 
 
-def _turn(turn: Transition, new_ob: list[int], continues: bool, advantage: float | None, tokenizer: Tokenizer) -> TranscriptTurn:
+def _turn(
+    turn: Transition, new_ob: list[int], continues: bool, advantage: float | None, tokenizer: Tokenizer
+) -> TranscriptTurn:
     tokens = turn.ac.tokens
     advantages = None
     if advantage is not None:

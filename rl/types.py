@@ -1,7 +1,9 @@
-"""The RL protocol: environments, their groups, the datasets that make them, and what a rollout leaves behind.
+"""The RL protocol: environments, their groups, the datasets that make them, and what a rollout
+leaves behind.
 
-An Env is single-use: there is no reset. Environments that share a task or a game come from one EnvGroupBuilder; the group is what
-advantages are centred over. Builders are cheap and made from configuration; `make_envs` makes the heavy objects.
+An Env is single-use: there is no reset. Environments that share a task or a game come from one
+EnvGroupBuilder; the group is what advantages are centred over. Builders are cheap and made from
+configuration; `make_envs` makes the heavy objects.
 """
 
 from abc import ABC, abstractmethod
@@ -22,15 +24,18 @@ from posttrain.renderers.types import Renderer
 Action = list[int]  # the sampled tokens, stop token included
 Observation = ModelInput
 StopCondition = Sequence[str] | Sequence[int] | None
-# Why an episode ended: the environment said so, or which limit of the run was met (rollouts.RolloutLimits).
+# Why an episode ended: the environment said so, or which limit of the run was met
+# (rollouts.RolloutLimits).
 EpisodeEnd = Literal["done", "max_turns", "max_trajectory_tokens", "max_sampled_tokens", "context_length", "timeout"]
 Metrics = dict[str, float]
-Logs = dict[str, str]  # what a person should see in the transcript, e.g. {"gold": "42", "extracted": "41"}
+# what a person should see in the transcript, e.g. {"gold": "42", "extracted": "41"}
+Logs = dict[str, str]
 
 
 class RolloutError(CookbookError):
-    """This rollout cannot be scored (a grader timed out, a tool was down). It is retried if the run says so, then leaves its group and
-    is counted under the name of its class; it is never reward 0."""
+    """This rollout cannot be scored (a grader timed out, a tool was down). It is retried if the run
+    says so, then leaves its group and is counted under the name of its class; it is never reward
+    0."""
 
 
 class EnvError(RolloutError):
@@ -42,7 +47,9 @@ class EnvTimeout(RolloutError):
 
 
 class MalformedStep(RolloutError):
-    """An environment returned what is no StepResult: a reward that is no finite number, an observation that is none."""
+    """An environment returned what is no StepResult: a reward that is no finite number, an
+    observation that is none.
+    """
 
 
 class SeatLost(RolloutError):
@@ -61,7 +68,9 @@ class TokensWithLogprobs:
 
 @dataclass
 class StepResult:
-    """`next_observation` is ignored when `episode_done`. Every metric is averaged over the transitions that have it."""
+    """`next_observation` is ignored when `episode_done`. Every metric is averaged over the
+    transitions that have it.
+    """
 
     reward: float
     episode_done: bool
@@ -73,7 +82,9 @@ class StepResult:
 
 @dataclass
 class Transition:
-    """One turn. `token_advantages`, where a batch reward sets them, are added to the member's advantage token by token."""
+    """One turn. `token_advantages`, where a batch reward sets them, are added to the member's
+    advantage token by token.
+    """
 
     ob: Observation
     ac: TokensWithLogprobs
@@ -95,24 +106,30 @@ class Env(ABC):
     async def step(self, action: Action) -> StepResult:
         """Takes the sampled tokens. `action` lacks a stop token when it ran into the token limit.
 
-        A class whose `step` has the keyword `extra`, as the Tinker cookbook's have, is also given {"stop_reason": "stop" or "length"}.
+        A class whose `step` has the keyword `extra`, as the Tinker cookbook's have, is also given
+        {"stop_reason": "stop" or "length"}.
         """
 
     async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
-        """A limit of the run ends the episode here: the reward to add to the last turn, and metrics. Asked once, after the last `step`."""
+        """A limit of the run ends the episode here: the reward to add to the last turn, and
+        metrics. Asked once, after the last `step`.
+        """
         return 0.0, {}
 
     async def close(self) -> None:
-        """Always called at the end, also after an error or a cancellation: release what the episode holds, and wake who waits for it."""
+        """Always called at the end, also after an error or a cancellation: release what the episode
+        holds, and wake who waits for it.
+        """
         return
 
 
 @dataclass
 class Trajectory:
-    """One episode. `supervised` are sequences with weights whose cross-entropy is trained beside the policy gradient (see BatchReward).
+    """One episode. `supervised` are sequences with weights whose cross-entropy is trained beside
+    the policy gradient (see BatchReward).
 
-    A seat whose game ended before its turn has no transition: its reward counts, in its group's baseline as in the metrics, and there is
-    nothing of it to train on, to grade or to score.
+    A seat whose game ended before its turn has no transition: its reward counts, in its group's
+    baseline as in the metrics, and there is nothing of it to train on, to grade or to score.
     """
 
     transitions: list[Transition]
@@ -129,7 +146,9 @@ class Trajectory:
         return sum(transition.reward for transition in self.transitions)
 
     def copy(self) -> "Trajectory":
-        """One that shares nothing with this one, for code that may change it. Without `supervised`."""
+        """One that shares nothing with this one, for code that may change it. Without
+        `supervised`.
+        """
         turns = [
             Transition(
                 ob=ModelInput.from_ints(turn.ob.to_ints()),
@@ -154,7 +173,8 @@ class TrajectoryGroup:
     tags: list[str] = field(default_factory=list)
     errors: list[RolloutError] = field(default_factory=list)  # of the members that were dropped
     num_retries: int = 0
-    builder: "EnvGroupBuilder | None" = None  # what the group was made from: a batch reward finds the task there
+    # what the group was made from: a batch reward finds the task there
+    builder: "EnvGroupBuilder | None" = None
     sampled_at_step: int | None = None  # the training step whose weights it began with
 
     def get_total_rewards(self) -> list[float]:
@@ -169,19 +189,28 @@ class TrajectoryGroup:
 
 
 class EnvGroupBuilder(ABC):
-    """Makes the environments of one group. `make_envs` may be called again: a retry wants fresh ones."""
+    """Makes the environments of one group. `make_envs` may be called again: a retry wants fresh
+    ones.
+    """
 
-    members_are_independent = True  # False where the members play one game: then a failure is the group's
-    num_games: int = 1  # that the members play, where they are not independent: all seats of the first, then of the second
+    # False where the members play one game: then a failure is the group's
+    members_are_independent = True
+    # that the members play, where they are not independent: all seats of the first, then of the
+    # second
+    num_games: int = 1
 
     @abstractmethod
     async def make_envs(self) -> Sequence[Env]:
         """One Env per member of the group."""
 
-    async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
-        """A reward and metrics for each finished trajectory, given all of them; added to the step rewards.
+    async def compute_group_rewards(
+        self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
+    ) -> list[tuple[float, Metrics]]:
+        """A reward and metrics for each finished trajectory, given all of them; added to the step
+        rewards.
 
-        The trajectories are copies. A turn that is taken out of one (it was no move) is not trained on; other changes have no effect.
+        The trajectories are copies. A turn that is taken out of one (it was no move) is not trained
+        on; other changes have no effect.
         """
         return [(0.0, {}) for _ in trajectories_G]
 
@@ -190,17 +219,23 @@ class EnvGroupBuilder(ABC):
         return []
 
     async def cleanup(self) -> None:
-        """Always called at the end of the group, scored or failed: release what `make_envs` made for all members together."""
+        """Always called at the end of the group, scored or failed: release what `make_envs` made
+        for all members together.
+        """
         return
 
 
 @runtime_checkable
 class RLDataset(Protocol):
-    """Batches of groups, addressed by index, so that resuming is starting at an index. posttrain/tracking/datasets.py has two."""
+    """Batches of groups, addressed by index, so that resuming is starting at an index.
+    posttrain/tracking/datasets.py has two.
+    """
 
     @abstractmethod
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
-        """The groups of batch `index`, the same at every call. Indices past the end are later epochs."""
+        """The groups of batch `index`, the same at every call. Indices past the end are later
+        epochs.
+        """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -212,7 +247,9 @@ class RLDatasetBuilder:
     """Configuration that builds the training set and, where there is one, the held-out set."""
 
     batch_size: int = chz.field(default=64, validator=COUNT, doc="groups (problems) per batch")
-    group_size: int = chz.field(default=8, validator=COUNT, doc="rollouts per group: they share one problem and one baseline")
+    group_size: int = chz.field(
+        default=8, validator=COUNT, doc="rollouts per group: they share one problem and one baseline"
+    )
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the data: which problems, in which order")
 
     def recommended_max_tokens(self) -> int:
@@ -224,19 +261,27 @@ class RLDatasetBuilder:
 
 
 class BatchReward(Protocol):
-    """Rewards that need a model, computed for all finished groups of a step at once, between the rollouts and the advantages."""
+    """Rewards that need a model, computed for all finished groups of a step at once, between the
+    rollouts and the advantages.
+    """
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
-        """Adds, in place, to `final_rewards_G`, to a turn's `reward` or `token_advantages`, or to a trajectory's `supervised`.
+        """Adds, in place, to `final_rewards_G`, to a turn's `reward` or `token_advantages`, or to a
+        trajectory's `supervised`.
 
-        Returns metrics of the step. A member that it cannot score is to be removed with `drop_member`, never scored 0.
+        Returns metrics of the step. A member that it cannot score is to be removed with
+        `drop_member`, never scored 0.
         """
         ...
 
 
 @chz.chz
 class BatchRewardBuilder:
-    """Configuration of a BatchReward. `training_client` is the policy that is trained, with its present weights at every call."""
+    """Configuration of a BatchReward. `training_client` is the policy that is trained, with its
+    present weights at every call.
+    """
 
-    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
+    async def __call__(
+        self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
+    ) -> BatchReward:
         raise NotImplementedError

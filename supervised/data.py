@@ -1,7 +1,7 @@
 """Supervised data: from files, Hugging Face datasets and mixtures of them to batches of Datum.
 
-Everything is rendered once, when the dataset is built: a malformed, empty or over-long example is known before a model loads.
-Left out: streaming from sets that do not fit into memory.
+Everything is rendered once, when the dataset is built: a malformed, empty or over-long example is
+known before a model loads. Left out: streaming from sets that do not fit into memory.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,25 @@ from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 def datum_from_tokens_weights(
     tokens: Sequence[int], weights: Sequence[float], max_length: int | None = None, reduction: str = "mean"
 ) -> Datum:
-    """Predict token t+1 from the tokens up to t, with the weight of token t+1; the first token's weight has no place.
+    """Predict token t+1 from the tokens up to t, with the weight of token t+1; the first token's
+    weight has no place.
 
-    Keeps the first `max_length` tokens. `reduction="mean"` divides by the sum of the weights left, "sum" leaves them as they are.
-    Raises DataError if no weight is left.
+    Keeps the first `max_length` tokens. `reduction="mean"` divides by the sum of the weights left,
+    "sum" leaves them as they are. Raises DataError if no weight is left.
     """
     if reduction not in ("mean", "sum"):
-        raise ConfigError(f"reduction={reduction!r}: it is 'mean' (each example weighs the same) or 'sum' (each token does)")
+        raise ConfigError(
+            f"reduction={reduction!r}: it is 'mean' (each example weighs the same) or 'sum' (each token does)"
+        )
     if len(tokens) != len(weights):
         raise DataError(f"{len(tokens)} tokens with {len(weights)} weights")
     tokens_T = np.asarray(tokens[:max_length], dtype=np.int64)
     weights_T = np.asarray(weights[:max_length], dtype=np.float32)[1:]
     total = float(weights_T.sum())
     if not total > 0:
-        raise DataError(f"nothing to train on: the {len(tokens_T)} tokens have no weight (the first token's does not count)")
+        raise DataError(
+            f"nothing to train on: the {len(tokens_T)} tokens have no weight (the first token's does not count)"
+        )
     if reduction == "mean":
         weights_T = weights_T / total
     model_input = ModelInput.from_ints(tokens_T[:-1].tolist())
@@ -56,7 +61,9 @@ def conversation_to_datum(
     return datum_from_tokens_weights(*renderer.build_supervised_example(messages, train_on_what), max_length, reduction)
 
 
-def render(conversations: Sequence[Sequence[Message]], renderer: Renderer, builder: SupervisedDatasetBuilder) -> list[Datum]:
+def render(
+    conversations: Sequence[Sequence[Message]], renderer: Renderer, builder: SupervisedDatasetBuilder
+) -> list[Datum]:
     """A Datum of each conversation, by the builder's max_length, train_on_what and reduction."""
     max_length = builder.max_length or renderer.tokenizer.model_max_length
     how = (renderer, max_length, builder.train_on_what, builder.reduction)
@@ -64,7 +71,8 @@ def render(conversations: Sequence[Sequence[Message]], renderer: Renderer, build
 
 
 class MixtureDataset(ListDataset[Datum]):
-    """Sources spread evenly over an epoch by weight; the epoch ends when each source was seen whole.
+    """Sources spread evenly over an epoch by weight; the epoch ends when each source was seen
+    whole.
 
     A source that is needed more often than it has examples begins again, in a new order.
     """
@@ -80,23 +88,28 @@ class MixtureDataset(ListDataset[Datum]):
         indices, times, offset = [], [], 0
         for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
             passes = [
-                np.random.default_rng([self.seed, epoch, source, again]).permutation(size) for again in range(-(-count // size))
+                np.random.default_rng([self.seed, epoch, source, again]).permutation(size)
+                for again in range(-(-count // size))
             ]
             indices.append(offset + np.concatenate(passes)[:count])
-            times.append((np.arange(count) + 0.5) / count)  # when in the epoch this source has its k-th turn
+            # when in the epoch this source has its k-th turn
+            times.append((np.arange(count) + 0.5) / count)
             offset += size
         return np.concatenate(indices)[np.argsort(np.concatenate(times), kind="stable")]
 
 
 @chz.chz
 class ChatDatasetBuilder(SupervisedDatasetBuilder):
-    """What all datasets of conversations share: split, rendering, length limit. Subclasses say where rows come from."""
+    """What all datasets of conversations share: split, rendering, length limit. Subclasses say
+    where rows come from.
+    """
 
     test_size: int = chz.field(
         default=0, validator=WHOLE, doc="examples held out from the training data, drawn by seed; 0 = none"
     )
     overlong: Literal["drop", "truncate", "raise"] = chz.field(
-        default="drop", doc="examples longer than max_length are dropped, cut at the right, or an error; the count is printed"
+        default="drop",
+        doc="examples longer than max_length are dropped, cut at the right, or an error; the count is printed",
     )
 
     def rows(self) -> tuple[list[Row], list[Row]]:
@@ -127,7 +140,9 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         return [row for i, row in enumerate(train) if i not in held_out], [train[i] for i in sorted(held_out)]
 
     def _render(self, rows: list[Row], renderer: Renderer, kind: str = "") -> list[Datum]:
-        """Prints one line: how many examples there are, and what became of those that are too long."""
+        """Prints one line: how many examples there are, and what became of those that are too
+        long.
+        """
         limit = int(self.max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
         data, overlong, emptied = [], 0, 0
         for where, fields in rows:
@@ -136,7 +151,9 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
                 if len(tokens) > limit:
                     overlong += 1
                     if self.overlong == "raise":
-                        raise DataError(f"{len(tokens)} tokens, more than max_length={limit}; overlong=drop leaves it out")
+                        raise DataError(
+                            f"{len(tokens)} tokens, more than max_length={limit}; overlong=drop leaves it out"
+                        )
                     if self.overlong == "drop":
                         continue
                     if not any(weights[1:limit]):
@@ -169,7 +186,9 @@ class JsonLinesBuilder(ChatDatasetBuilder):
 
 @chz.chz
 class FileBuilder(JsonLinesBuilder):
-    """JSONL of any form in supervised/forms.py, found by the fields of its rows. Texts are trained on whole, between BOS and EOS."""
+    """JSONL of any form in supervised/forms.py, found by the fields of its rows. Texts are trained
+    on whole, between BOS and EOS.
+    """
 
     def rows(self) -> tuple[list[Row], list[Row]]:
         train, test = super().rows()
@@ -188,7 +207,9 @@ class FileBuilder(JsonLinesBuilder):
 
 @chz.chz
 class ConversationFileBuilder(JsonLinesBuilder):
-    """JSONL with a list of messages in each line: {"messages": [{"role": "user", "content": "hi"}, ...]}."""
+    """JSONL with a list of messages in each line: {"messages": [{"role": "user", "content": "hi"},
+    ...]}.
+    """
 
     def messages(self, fields: Fields) -> list[Message]:
         return conversation(fields, "messages")
@@ -196,7 +217,9 @@ class ConversationFileBuilder(JsonLinesBuilder):
 
 @chz.chz
 class PromptCompletionFileBuilder(JsonLinesBuilder):
-    """JSONL with a prompt and a completion in each line; GSM8K's are prompt_field=question completion_field=answer."""
+    """JSONL with a prompt and a completion in each line; GSM8K's are prompt_field=question
+    completion_field=answer.
+    """
 
     prompt_field: str = chz.field(default="prompt", doc="field with what the user says")
     completion_field: str = chz.field(default="completion", doc="field with what the assistant answers")
@@ -214,7 +237,9 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
     subset: str | None = chz.field(default=None, doc="configuration of the hub dataset, e.g. main")
     split: str = chz.field(default="train", doc="split to train on")
     test_split: str | None = chz.field(default=None, doc="split held out")
-    messages_field: str = chz.field(default="messages", doc="field with the messages; unused when prompt_field is given")
+    messages_field: str = chz.field(
+        default="messages", doc="field with the messages; unused when prompt_field is given"
+    )
     prompt_field: str | None = chz.field(default=None, doc="field with what the user says; None = use messages_field")
     completion_field: str = chz.field(default="completion", doc="field with what the assistant answers")
     prompt_template: str = chz.field(default="{prompt}", doc="the user's message; {prompt} stands for the prompt field")
@@ -250,21 +275,31 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
 
 @chz.chz
 class MixtureBuilder(SupervisedDatasetBuilder):
-    """Several datasets in one. Its own batch_size, max_length, train_on_what, reduction and seed hold for all of them."""
+    """Several datasets in one. Its own batch_size, max_length, train_on_what, reduction and seed
+    hold for all of them.
+    """
 
-    builders: list[SupervisedDatasetBuilder] = chz.field(doc="the datasets: builders.0=..., builders.0.path=..., and so on")
+    builders: list[SupervisedDatasetBuilder] = chz.field(
+        doc="the datasets: builders.0=..., builders.0.path=..., and so on"
+    )
     weights: list[float] | None = chz.field(
         default=None, validator=POSITIVE, doc="share of each dataset in a batch; None = by size"
     )
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         if not self.builders or (self.weights is not None and len(self.weights) != len(self.builders)):
-            raise ConfigError(f"a mixture of {len(self.builders)} builders with weights {self.weights}: give one weight for each")
-        train, test = zip(*(self._examples(i, builder, renderer) for i, builder in enumerate(self.builders)), strict=True)
+            raise ConfigError(
+                f"a mixture of {len(self.builders)} builders with weights {self.weights}: give one weight for each"
+            )
+        train, test = zip(
+            *(self._examples(i, builder, renderer) for i, builder in enumerate(self.builders)), strict=True
+        )
         dataset = MixtureDataset(train, self.weights or [len(source) for source in train], self.batch_size, self.seed)
         return dataset, _held_out([datum for source in test for datum in source], self.batch_size)
 
-    def _examples(self, i: int, builder: SupervisedDatasetBuilder, renderer: Renderer) -> tuple[list[Datum], list[Datum]]:
+    def _examples(
+        self, i: int, builder: SupervisedDatasetBuilder, renderer: Renderer
+    ) -> tuple[list[Datum], list[Datum]]:
         common = {name: getattr(self, name) for name in chz.chz_fields(SupervisedDatasetBuilder)}
         default = SupervisedDatasetBuilder()
         for name, value in common.items():

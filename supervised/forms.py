@@ -1,6 +1,8 @@
-"""The forms that conversation files come in, told apart by the names of their fields. docs/data_formats.md has the table.
+"""The forms that conversation files come in, told apart by the names of their fields.
+docs/data_formats.md has the table.
 
-What is no form, or two at once, is a DataError that names the fields and the known forms. Left out: tools, images, several answers in one row.
+What is no form, or two at once, is a DataError that names the fields and the known forms. Left out:
+tools, images, several answers in one row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,9 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 
 def sharegpt(fields: Fields) -> list[Message]:
-    """{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}; roles and contents are read, too."""
+    """{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]};
+    roles and contents are read, too.
+    """
     turns = fields["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise DataError("the field 'conversations' is no list of objects")
@@ -37,14 +41,18 @@ def sharegpt(fields: Fields) -> list[Message]:
 
 
 def prompt_completion(fields: Fields) -> list[Message]:
-    """{"prompt": ..., "completion": ...}: texts, or lists of messages of which only the completion's are trained on."""
+    """{"prompt": ..., "completion": ...}: texts, or lists of messages of which only the
+    completion's are trained on.
+    """
     if isinstance(fields["prompt"], str) and isinstance(fields["completion"], str):
         return exchange(fields, "prompt", "completion", "{prompt}")
     prompt, answered = (
         [Message(role=role, content=fields[name])] if isinstance(fields[name], str) else conversation(fields, name)
         for name, role in (("prompt", "user"), ("completion", "assistant"))
     )
-    marked = [(message, False) for message in prompt] + [(message, message["role"] == "assistant") for message in answered]
+    marked = [(message, False) for message in prompt] + [
+        (message, message["role"] == "assistant") for message in answered
+    ]
     return [Message(role=message["role"], content=message["content"], trainable=trained) for message, trained in marked]
 
 
@@ -67,10 +75,13 @@ FORMS = (
     Form("messages", ("messages",), lambda fields: conversation(fields, "messages")),
     Form("ShareGPT", ("conversations",), sharegpt),
     Form("prompt and completion", ("prompt", "completion"), prompt_completion),
-    Form("question and answer", ("question", "answer"), lambda fields: exchange(fields, "question", "answer", "{prompt}")),
+    Form(
+        "question and answer", ("question", "answer"), lambda fields: exchange(fields, "question", "answer", "{prompt}")
+    ),
     Form("Alpaca", ("instruction", "output"), alpaca),
 )
-TEXT = Form("text", ("text",), plain_text)  # often a rendered copy beside other fields, so only where there are no others
+# often a rendered copy beside other fields, so only where there are no others
+TEXT = Form("text", ("text",), plain_text)
 ELSEWHERE = {
     ("chosen", "rejected"): "preferences, which preference/train_cli.py trains on",
     ("completion_A", "completion_B", "label"): "preferences, which preference/train_cli.py trains on",
@@ -91,14 +102,17 @@ def form_of(fields: Fields) -> Form:
             raise DataError(f"the fields {names_of(fields)} are {what}")
     if len(forms) > 1:
         raise DataError(
-            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say which with "
+            f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say "
+            "which with "
             "dataset=conversations (messages) or dataset=prompt_completion, and dataset.path=FILE"
         )
     if not forms and has(fields, TEXT.fields):
         return TEXT
     if not forms:
         raise unknown(
-            fields, {form.name: form.fields for form in (*FORMS, TEXT)}, "dataset.prompt_field=NAME dataset.completion_field=NAME"
+            fields,
+            {form.name: form.fields for form in (*FORMS, TEXT)},
+            "dataset.prompt_field=NAME dataset.completion_field=NAME",
         )
     return forms[0]
 
@@ -114,12 +128,15 @@ def names_of(fields: Fields) -> str:
 def unknown(fields: Fields, forms: Mapping[str, Sequence[str]], remedy: str) -> DataError:
     known = "; ".join(f"{name}: {', '.join(names)}" for name, names in forms.items())
     return DataError(
-        f"the fields {names_of(fields)} are of no known form. Known are {known}. Other names: dataset=NAME dataset.path=FILE with {remedy}"
+        f"the fields {names_of(fields)} are of no known form. Known are {known}. Other names: dataset=NAME "
+        f"dataset.path=FILE with {remedy}"
     )
 
 
 def one_form(rows: Sequence[Row], of: Callable[[Fields], Any]) -> Any:
-    """The form of all rows. DataError, with the place, at the first row that has none or another than the first row."""
+    """The form of all rows. DataError, with the place, at the first row that has none or another
+    than the first row.
+    """
     first = None
     for where, fields in rows:
         try:
@@ -128,14 +145,17 @@ def one_form(rows: Sequence[Row], of: Callable[[Fields], Any]) -> Any:
             raise DataError(f"{where}: {error}") from error
         if first is not None and form.name != first.name:
             raise DataError(
-                f"{where}: a row of the form {form.name}, where the first row has the form {first.name}: make two files of them"
+                f"{where}: a row of the form {form.name}, where the first row has the form {first.name}: make two "
+                "files of them"
             )
         first = form
     return first
 
 
 def customized(messages: Sequence[Message], train_on_what: TrainOnWhat) -> tuple[list[Message], TrainOnWhat]:
-    """Marks of `prompt_completion` count where all assistant messages are to be trained on; otherwise they are taken off."""
+    """Marks of `prompt_completion` count where all assistant messages are to be trained on;
+    otherwise they are taken off.
+    """
     if not any("trainable" in message for message in messages) or train_on_what == TrainOnWhat.CUSTOMIZED:
         return list(messages), train_on_what
     if train_on_what == TrainOnWhat.ALL_ASSISTANT_MESSAGES:

@@ -1,8 +1,10 @@
-"""Negative log-likelihood: of a training batch from its own forward pass, and of a held-out set. Two means of it are logged:
+"""Negative log-likelihood: of a training batch from its own forward pass, and of a held-out set.
+Two means of it are logged:
 
 nll             over the tokens that carry loss, each of them alike: what papers report
 weighted_nll    over the same tokens by their weights: what is trained. Under reduction="mean", the default, the weights of an example
-                add up to 1, so this is the mean over examples of each example's own mean; under "sum" it equals `nll`
+                add up to 1, so this is the mean over examples of each example's own mean; under
+                "sum" it equals `nll`
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ from supervised.types import SupervisedDataset
 
 
 def nll_sums(data_D: Sequence[Datum], logprobs_D: Sequence[TensorData]) -> np.ndarray:
-    """(4,) over the tokens that carry loss: the sum of -log p, their number, the sum of -w log p, and the sum of w."""
+    """(4,) over the tokens that carry loss: the sum of -log p, their number, the sum of -w log p,
+    and the sum of w.
+    """
     weights = np.concatenate([datum.loss_fn_inputs["weights"].array for datum in data_D]).astype(np.float64)
     nll = -np.concatenate([logprobs.array for logprobs in logprobs_D]).astype(np.float64)
     counted = weights > 0
@@ -29,7 +33,9 @@ def nll_means(sums: np.ndarray) -> tuple[float, float]:
 
 
 class NLLEvaluator:
-    """`test/nll` and `test/weighted_nll` in nats per token: one forward pass over the held-out set, no gradient."""
+    """`test/nll` and `test/weighted_nll` in nats per token: one forward pass over the held-out set,
+    no gradient.
+    """
 
     def __init__(self, dataset: SupervisedDataset, name: str = "test"):
         self._batches = [dataset.get_batch(i) for i in range(len(dataset))]
@@ -37,6 +43,8 @@ class NLLEvaluator:
 
     async def __call__(self, client: TrainingClient) -> dict[str, float]:
         submitted = [(batch, client.forward(batch, "cross_entropy")) for batch in self._batches]
-        sums = [nll_sums(batch, [out["logprobs"] for out in (await future).loss_fn_outputs]) for batch, future in submitted]
+        sums = [
+            nll_sums(batch, [out["logprobs"] for out in (await future).loss_fn_outputs]) for batch, future in submitted
+        ]
         nll, weighted_nll = nll_means(np.sum(sums, axis=0))
         return {f"{self._name}/nll": nll, f"{self._name}/weighted_nll": weighted_nll}

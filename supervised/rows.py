@@ -1,4 +1,6 @@
-"""Rows of a dataset, and the conversations in them; what is malformed is a DataError that says what a row should have had."""
+"""Rows of a dataset, and the conversations in them; what is malformed is a DataError that says what
+a row should have had.
+"""
 
 import codecs
 import difflib
@@ -12,7 +14,8 @@ from posttrain.renderers.types import Message
 from posttrain.tracking.jsonl import parse_json
 
 Fields = Mapping[str, Any]
-Row = tuple[str, Fields]  # where it stands, for errors: "path:line" or "name[split]:index"; and what it holds
+# where it stands, for errors: "path:line" or "name[split]:index"; and what it holds
+Row = tuple[str, Fields]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -20,7 +23,9 @@ LONG_LINE = 1 << 20  # bytes of an example that is announced: tokenizing 20 MB t
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The objects of a JSONL file; blank lines are passed over. DataError, with the line and a remedy, for whatever else it holds."""
+    """The objects of a JSONL file; blank lines are passed over. DataError, with the line and a
+    remedy, for whatever else it holds.
+    """
     file = _data_file(path)
     rows = []
     try:
@@ -36,10 +41,14 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
                     print(f"{where}: one example of {len(line) / 1e6:.0f} MB, which takes a while to read", flush=True)
                 fields = parse_json(line, where, "repair or delete that line")
                 if not isinstance(fields, dict):
-                    raise DataError(f"{where}: a {type(fields).__name__}, where an object with fields is needed, one in a line")
+                    raise DataError(
+                        f"{where}: a {type(fields).__name__}, where an object with fields is needed, one in a line"
+                    )
                 rows.append((where, fields))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions, or choose another file") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); check its permissions, or choose another file"
+        ) from error
     if not rows:
         raise DataError(f"{path}: the file has no examples")
     return rows
@@ -65,11 +74,13 @@ def _check_text(line: bytes, where: str) -> None:
         raise DataError(f"{where}: the file is in UTF-16; save it as UTF-8")
     if b"\0" in line:
         raise DataError(
-            f"{where}: a binary file, not lines of JSON; is it compressed, or Parquet? For the latter dataset=huggingface"
+            f"{where}: a binary file, not lines of JSON; is it compressed, or Parquet? For the latter "
+            "dataset=huggingface"
         )
     if line.lstrip().startswith(b"["):
         raise DataError(
-            f"{where}: a list, where each line is to be one object: jq -c '.[]' FILE.json > FILE.jsonl makes that of a JSON file"
+            f"{where}: a list, where each line is to be one object: jq -c '.[]' FILE.json > FILE.jsonl makes that of a "
+            "JSON file"
         )
 
 
@@ -93,7 +104,9 @@ def conversation(fields: Fields, name: str) -> list[Message]:
 
 
 def exchange(fields: Fields, prompt_field: str, completion_field: str, prompt_template: str) -> list[Message]:
-    """A user's message, which is `prompt_template` with {prompt} filled in, and the assistant's answer."""
+    """A user's message, which is `prompt_template` with {prompt} filled in, and the assistant's
+    answer.
+    """
     if "{prompt}" not in prompt_template:
         raise ConfigError(f"prompt_template={prompt_template!r} has no {{prompt}} in it")
     prompt = prompt_template.replace("{prompt}", _field(fields, prompt_field, str))

@@ -1,6 +1,8 @@
-"""The supervised loop: a batch, its passes, one optim_step. The next batch is made while they are under way.
+"""The supervised loop: a batch, its passes, one optim_step. The next batch is made while they are
+under way.
 
-What a batch is trained on is an Objective: the cross-entropy here; DPO, Bradley-Terry and step labels in preference/.
+What a batch is trained on is an Objective: the cross-entropy here; DPO, Bradley-Terry and step
+labels in preference/.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -25,7 +27,8 @@ from supervised.types import SupervisedDatasetBuilder
 
 Evaluator = Callable[[TrainingClient], Awaitable[Metrics]]
 Batch = TypeVar("Batch")
-Pass = tuple[Sequence[Datum], APIFuture[ForwardBackwardOutput]]  # the sequences, and what their pass will return
+# the sequences, and what their pass will return
+Pass = tuple[Sequence[Datum], APIFuture[ForwardBackwardOutput]]
 HEADLINE = {
     "train_mean_nll": "nll",
     "test/nll": "test nll",
@@ -36,7 +39,9 @@ HEADLINE = {
 
 
 class Dataset(Protocol[Batch]):
-    """Batches by their index in the present epoch. The order of an epoch depends on the seed and the epoch only."""
+    """Batches by their index in the present epoch. The order of an epoch depends on the seed and
+    the epoch only.
+    """
 
     def set_epoch(self, epoch: int) -> None: ...
 
@@ -58,7 +63,9 @@ class Objective(Protocol[Batch]):
 
 
 class CrossEntropy:
-    """`train_mean_nll` is a mean over tokens, `train_weighted_nll` the mean that is trained on (nll.py)."""
+    """`train_mean_nll` is a mean over tokens, `train_weighted_nll` the mean that is trained on
+    (nll.py).
+    """
 
     async def passes(self, client: TrainingClient, batch: list[Datum]) -> list[Pass]:
         return [(batch, client.forward_backward(batch, "cross_entropy"))]
@@ -83,13 +90,17 @@ class Config(LanguageModelRunConfig):
 
 
 async def main(config: Config) -> Metrics:
-    """Trains; returns the last metrics. Everything that can be wrong with the input is raised before the model is loaded."""
+    """Trains; returns the last metrics. Everything that can be wrong with the input is raised
+    before the model is loaded.
+    """
     dataset, test_dataset = config.dataset(config.renderer())
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)
         evaluator = NLLEvaluator(test_dataset) if test_dataset is not None and config.eval_every else None
-        metrics = await training_loop(config, folder, client, dataset, CrossEntropy(), evaluator, stop_at_nll=config.stop_at_nll)
+        metrics = await training_loop(
+            config, folder, client, dataset, CrossEntropy(), evaluator, stop_at_nll=config.stop_at_nll
+        )
     finish(folder, metrics)
     return metrics
 
@@ -110,9 +121,9 @@ async def training_loop(
 ) -> Metrics:
     """From where the folder's last checkpoint ended to the last step; returns the last metrics.
 
-    `alarms` are those of a caller who has made the comparison at the start already.
-    `until` ends this call before that step; its checkpoint is named by the step. The schedule is that of all steps, and a later call
-    goes on (recipes/bstar).
+    `alarms` are those of a caller who has made the comparison at the start already. `until` ends
+    this call before that step; its checkpoint is named by the step. The schedule is that of all
+    steps, and a later call goes on (recipes/bstar).
     """
     num_steps = config.num_steps(len(dataset))
     last = min(num_steps, until or num_steps)
@@ -133,11 +144,16 @@ async def training_loop(
         nonlocal batch
         assert batch is not None
         adam = config.adam(number, num_steps)
-        metrics |= {"epoch": number // len(dataset), "progress": (number + 1) / num_steps, "learning_rate": adam.learning_rate}
+        metrics |= {
+            "epoch": number // len(dataset),
+            "progress": (number + 1) / num_steps,
+            "learning_rate": adam.learning_rate,
+        }
         with timed(metrics, "train"):
             passes = await objective.passes(client, batch)
             optim_step = client.optim_step(adam)
-            next_batch = _batch(dataset, number + 1) if number + 1 < last else None  # made while the step is under way
+            # made while the step is under way
+            next_batch = _batch(dataset, number + 1) if number + 1 < last else None
             outputs, optim_metrics = await _results(folder, number, passes, optim_step)
             metrics |= objective.metrics(batch, outputs)
         data_D = [datum for part_D, _ in passes for datum in part_D]
@@ -149,7 +165,9 @@ async def training_loop(
 
 
 def _batch(dataset: Dataset[Batch], step: int) -> Batch:
-    """The batch of a global step. The cursor is the step itself: nothing is repeated or skipped by a resume."""
+    """The batch of a global step. The cursor is the step itself: nothing is repeated or skipped by
+    a resume.
+    """
     epoch, index = divmod(step, len(dataset))
     dataset.set_epoch(epoch)
     return dataset.get_batch(index)
@@ -158,13 +176,16 @@ def _batch(dataset: Dataset[Batch], step: int) -> Batch:
 async def _results(
     folder: RunFolder, step: int, passes: Sequence[Pass], optim_step: APIFuture[OptimStepResponse]
 ) -> tuple[list[ForwardBackwardOutput], Metrics]:
-    """Of the passes and of the optimizer. A number that is not finite ends the run, with the data of its pass on disk."""
+    """Of the passes and of the optimizer. A number that is not finite ends the run, with the data
+    of its pass on disk.
+    """
     outputs: list[ForwardBackwardOutput] = []
     try:
         for _, future in passes:
             outputs.append(await future)
         return outputs, (await optim_step).metrics
     except NonFiniteError as error:
-        failed = passes[len(outputs) :][:1] or passes  # the optimizer's gradients are those of all passes
+        # the optimizer's gradients are those of all passes
+        failed = passes[len(outputs) :][:1] or passes
         data_D = [datum for part_D, _ in failed for datum in part_D]
         raise write_offending_data(folder, step, data_D, error) from error

@@ -1,10 +1,13 @@
 """Supervised fine-tuning from the command line.
 
 python supervised/train_cli.py dataset=conversations.jsonl model_name=small learning_rate=3e-4
-python -m supervised.train_cli dataset=prompt_completion dataset.path=train.jsonl dataset.prompt_field=question
+python -m supervised.train_cli dataset=prompt_completion dataset.path=train.jsonl
+dataset.prompt_field=question
 """
 
-if not __package__:  # run as a file: this folder, first on the path, has a types.py that would shadow the standard library's
+# run as a file: this folder, first on the path, has a types.py that would shadow the standard
+# library's
+if not __package__:
     import os
     import sys
 
@@ -26,7 +29,9 @@ class CLIConfig(train.Config):
     dataset: SupervisedDatasetBuilder = chz.field(
         default_factory=by_name(DATASETS["arithmetic"]), doc="builder of the training and held-out data"
     )
-    batch_size: int | None = chz.field(default=None, validator=COUNT, doc="short for dataset.batch_size: examples per step")
+    batch_size: int | None = chz.field(
+        default=None, validator=COUNT, doc="short for dataset.batch_size: examples per step"
+    )
 
     def resolved(self) -> "CLIConfig":
         """With the short option written into `dataset`."""

@@ -1,4 +1,6 @@
-"""Supervised datasets: batches of Datum addressed by index, and the configuration objects that build them."""
+"""Supervised datasets: batches of Datum addressed by index, and the configuration objects that
+build them.
+"""
 
 from abc import abstractmethod
 from typing import Protocol
@@ -11,7 +13,9 @@ from posttrain.renderers.types import Renderer, TrainOnWhat
 
 
 class SupervisedDataset(Protocol):
-    """Addressed by batch index within an epoch, so that resuming is starting at an index. posttrain/tracking/datasets.py has two."""
+    """Addressed by batch index within an epoch, so that resuming is starting at an index.
+    posttrain/tracking/datasets.py has two.
+    """
 
     @abstractmethod
     def get_batch(self, index: int) -> list[Datum]:
@@ -22,7 +26,9 @@ class SupervisedDataset(Protocol):
         """Number of batches in an epoch."""
 
     def set_epoch(self, epoch: int) -> None:  # noqa: B027 - a dataset without order has nothing to do
-        """Reshuffles as a pure function of the dataset's seed and `epoch`; nothing depends on earlier epochs."""
+        """Reshuffles as a pure function of the dataset's seed and `epoch`; nothing depends on
+        earlier epochs.
+        """
 
 
 @chz.chz
@@ -30,7 +36,9 @@ class SupervisedDatasetBuilder:
     """Configuration that builds the training set and, where there is one, the held-out set."""
 
     batch_size: int = chz.field(default=128, validator=COUNT, doc="examples per optimizer step")
-    max_length: int | None = chz.field(default=None, validator=COUNT, doc="most tokens per example; None = the model's context")
+    max_length: int | None = chz.field(
+        default=None, validator=COUNT, doc="most tokens per example; None = the model's context"
+    )
     train_on_what: TrainOnWhat = chz.field(default=TrainOnWhat.ALL_ASSISTANT_MESSAGES, doc="which tokens carry loss")
     reduction: str = chz.field(default="mean", doc="'mean': each example weighs the same; 'sum': each token does")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the shuffle and of the train/test split")

@@ -1,9 +1,11 @@
-"""Prints examples of a supervised dataset, coloured by weight: what the model is trained on, and what it only reads.
+"""Prints examples of a supervised dataset, coloured by weight: what the model is trained on, and
+what it only reads.
 
 python supervised/viz_sft_dataset.py dataset=conversations.jsonl model_name=tiny num_examples=5
 """
 
-if not __package__:  # run as a file: this folder's types.py must not stand in for the standard library's
+# run as a file: this folder's types.py must not stand in for the standard library's
+if not __package__:
     import os
     import sys
 
@@ -30,14 +32,20 @@ from supervised.types import SupervisedDatasetBuilder
 class Config:
     """Shows which tokens of a dataset carry loss."""
 
-    dataset: SupervisedDatasetBuilder = chz.field(default_factory=by_name(DATASETS["arithmetic"]), doc="builder of the dataset")
+    dataset: SupervisedDatasetBuilder = chz.field(
+        default_factory=by_name(DATASETS["arithmetic"]), doc="builder of the dataset"
+    )
     model_name: str = chz.field(default="tiny", doc="whose tokenizer: a preset, a local folder or a hub name")
-    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = the model's own")
+    renderer_name: str | None = chz.field(
+        default=None, doc="role_colon, chat_template or plain; None = the model's own"
+    )
     num_examples: int = chz.field(default=5, validator=COUNT, doc="examples to print")
 
 
 def colored_example(datum: Datum, tokenizer: Tokenizer) -> Text:
-    """The text with trained tokens in green, the others dim, and line breaks made visible; a new colour is a new weight."""
+    """The text with trained tokens in green, the others dim, and line breaks made visible; a new
+    colour is a new weight.
+    """
     targets = datum.loss_fn_inputs["target_tokens"].tolist()
     tokens = [*datum.model_input.to_ints()[:1], *targets]
     weights = [0.0, *datum.loss_fn_inputs["weights"].tolist()]
@@ -56,7 +64,8 @@ def weighted_share(data: list[Datum]) -> tuple[int, int]:
 
 def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model_name)
-    builder = chz.replace(config.dataset, batch_size=1)  # a set may have fewer examples than a batch
+    # a set may have fewer examples than a batch
+    builder = chz.replace(config.dataset, batch_size=1)
     dataset, _ = builder(get_renderer(config.renderer_name, tokenizer))
     console = Console()
     data: list[Datum] = []

@@ -1,8 +1,11 @@
-"""Every model family the project names, as a random model of two layers with the family's true structure.
+"""Every model family the project names, as a random model of two layers with the family's true
+structure.
 
-Sizes are tiny, structure is not: windows are shorter than the test rows and alternate with full attention where the family does so;
-softcaps, norms of queries and keys, biases, partial rotations, experts, recurrent and convolution layers, attention sinks, scaled logits,
-tied and separate heads are as in the published models. The weights are wide enough for a wrong mask or position to move logprobs by nats.
+Sizes are tiny, structure is not: windows are shorter than the test rows and alternate with full
+attention where the family does so; softcaps, norms of queries and keys, biases, partial rotations,
+experts, recurrent and convolution layers, attention sinks, scaled logits, tied and separate heads
+are as in the published models. The weights are wide enough for a wrong mask or position to move
+logprobs by nats.
 """
 
 from collections.abc import Callable
@@ -79,7 +82,9 @@ _YARN_ROPE = {
 
 
 def _long_rope() -> dict[str, Any]:
-    """Phi 4-mini turns three quarters of a head's dimensions, and stretches them beyond half of its context."""
+    """Phi 4-mini turns three quarters of a head's dimensions, and stretches them beyond half of its
+    context.
+    """
     turned = HIDDEN // 4 * 3 // 4 // 2
     return {
         "rope_type": "longrope",
@@ -111,7 +116,12 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "Mistral, window": lambda: MistralConfig(**_SHAPE, head_dim=32, sliding_window=WINDOW),
     "Gemma 1": lambda: GemmaConfig(**_SHAPE, head_dim=64),
     "Gemma 2": lambda: Gemma2Config(
-        **_SHAPE, **_SLIDING, head_dim=32, query_pre_attn_scalar=32, attn_logit_softcapping=5.0, final_logit_softcapping=5.0
+        **_SHAPE,
+        **_SLIDING,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=5.0,
     ),
     "Gemma 3": lambda: Gemma3TextConfig(**_SHAPE, **_SLIDING, head_dim=32, query_pre_attn_scalar=32),
     "Phi 3": lambda: Phi3Config(**_SHAPE, sliding_window=WINDOW),
@@ -120,11 +130,15 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "OLMo 2": lambda: Olmo2Config(**{**_SHAPE, "num_key_value_heads": 4}),
     "SmolLM 3": lambda: SmolLM3Config(**_SHAPE, no_rope_layers=[1, 0], use_sliding_window=False),
-    "Pythia": lambda: GPTNeoXConfig(**_without("num_key_value_heads"), rope_parameters=_QUARTER_ROPE, tie_word_embeddings=False),
+    "Pythia": lambda: GPTNeoXConfig(
+        **_without("num_key_value_heads"), rope_parameters=_QUARTER_ROPE, tie_word_embeddings=False
+    ),
     "GPT-2": lambda: GPT2Config(
         n_layer=2, n_embd=HIDDEN, n_head=4, n_positions=CONTEXT, initializer_range=1.5 * HIDDEN**-0.5, **_TOKENS
     ),
-    "LFM 2": lambda: Lfm2Config(**_SHAPE, **_LFM_DIMS, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "LFM 2": lambda: Lfm2Config(
+        **_SHAPE, **_LFM_DIMS, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    ),
     "Granite": lambda: GraniteConfig(
         **_SHAPE, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.0625, logits_scaling=4.0
     ),
@@ -135,7 +149,8 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "Command R7B": lambda: Cohere2Config(**_SHAPE, **_SLIDING, **_HEAD_DIM, logit_scale=0.25),
 }
 
-# The reasons why families are refused by vLLM 0.32 on a CPU (tests/test_vllm_architectures.py), as they stand in the message.
+# The reasons why families are refused by vLLM 0.32 on a CPU (tests/test_vllm_architectures.py), as
+# they stand in the message.
 NOT_WITH_VLLM = {
     "Qwen 3.5": "No module named 'torchvision'",
     "Gemma 2": "its attention kernel caps scores otherwise than transformers",
@@ -150,7 +165,9 @@ def _without(name: str) -> dict[str, Any]:
 
 
 def save_random_model(family: str, folder: Path, seed: int = 0) -> Path:
-    """A Hugging Face folder with the family's model and the presets' tokenizer. Norms, biases and sinks, too, are random."""
+    """A Hugging Face folder with the family's model and the presets' tokenizer. Norms, biases and
+    sinks, too, are random.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)

@@ -1,6 +1,8 @@
-"""Commands in processes that have torch, transformers and the loops imported already: forked by multiprocessing's fork server.
+"""Commands in processes that have torch, transformers and the loops imported already: forked by
+multiprocessing's fork server.
 
-A command is what stands after `python`: a file, `-m module` or `-c code`, and arguments. Left out: vLLM, which it imports itself.
+A command is what stands after `python`: a file, `-m module` or `-c code`, and arguments. Left out:
+vLLM, which it imports itself.
 """
 
 import atexit
@@ -44,7 +46,8 @@ class _Request:
 class Command:
     """A command under way. Its output goes to files, so that it never waits for a reader.
 
-    `killed_at=(name, n)`: SIGKILL comes when it is about to open a file of that name for the nth time.
+    `killed_at=(name, n)`: SIGKILL comes when it is about to open a file of that name for the nth
+    time.
     """
 
     def __init__(
@@ -93,13 +96,17 @@ class Command:
         return CompletedProcess([], status, self._out.read_text(), self._err.read_text())
 
 
-def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, typed: str = "") -> "CompletedProcess[str]":
+def run(
+    *command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, typed: str = ""
+) -> "CompletedProcess[str]":
     return Command(*command, cwd=cwd, env=env, typed=typed).completed()
 
 
 def _run(request: _Request) -> None:
     """In the new process: becomes the command, and ends as the interpreter would."""
-    for number, (name, flags) in enumerate(zip(request.files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)):
+    for number, (name, flags) in enumerate(
+        zip(request.files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)
+    ):
         os.dup2(os.open(name, flags, 0o644), number)
     sys.stdin, sys.stdout, sys.stderr = (open(n, "r" if n == 0 else "w") for n in range(3))  # noqa: SIM115
     os.chdir(request.cwd)

@@ -1,4 +1,6 @@
-"""What the tests share: no network, one vLLM engine for all of them (it takes ten seconds to start), small ragged data."""
+"""What the tests share: no network, one vLLM engine for all of them (it takes ten seconds to
+start), small ragged data.
+"""
 
 import os
 
@@ -22,9 +24,11 @@ from rl.types import TrajectoryGroup
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
-# The suite computes in fp32 on every device: its tolerances are fp32's. bf16 is tested where a test asks for it.
+# The suite computes in fp32 on every device: its tolerances are fp32's. bf16 is tested where a test
+# asks for it.
 posttrain.backend.config.AUTO_DTYPES["cuda"] = "float32"
-# Two fp32 computations of one gradient in different orders, relative to it. Kernels differ by processor: up to 2.2e-6 was seen with AVX-512.
+# Two fp32 computations of one gradient in different orders, relative to it. Kernels differ by
+# processor: up to 2.2e-6 was seen with AVX-512.
 ROUNDING = {"cpu": 3e-6, "cuda": 3e-5}[posttrain.backend.config.training_device().type]
 
 
@@ -59,7 +63,9 @@ def random_tokens(rng: np.random.Generator, length: int) -> list[int]:
 
 
 def policy_data(count: int, seed: int = 0, longest: int = 30) -> list[Datum]:
-    """Ragged data for the policy losses: a random mask, sampler logprobs near those of an untrained model."""
+    """Ragged data for the policy losses: a random mask, sampler logprobs near those of an untrained
+    model.
+    """
     rng = np.random.default_rng(seed)
     data = []
     for length in rng.integers(3, longest, count):

@@ -1,4 +1,6 @@
-"""What environments and builders of groups do that they should not, by name: the table of test_hostile_environments.py."""
+"""What environments and builders of groups do that they should not, by name: the table of
+test_hostile_environments.py.
+"""
 
 import asyncio
 import math
@@ -27,7 +29,9 @@ PROMPT = [10, 11]
 
 
 class TwoTurns(Env):
-    """Two turns, then reward `reward`. `does` replaces methods by name: a function of this object and the method's arguments."""
+    """Two turns, then reward `reward`. `does` replaces methods by name: a function of this object
+    and the method's arguments.
+    """
 
     def __init__(self, reward: float, does: dict[str, Callable[..., Any]]):
         self.reward, self.does, self.tokens, self.turn = reward, does, [*PROMPT], 0
@@ -51,7 +55,9 @@ class TwoTurns(Env):
         self.turn += 1
         self.tokens += [*action, 12]
         done = self.turn == 2
-        return StepResult(self.reward if done else 0.0, done, ModelInput.from_ints(self.tokens), [], {"turn": self.turn})
+        return StepResult(
+            self.reward if done else 0.0, done, ModelInput.from_ints(self.tokens), [], {"turn": self.turn}
+        )
 
     async def _cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
         return 0.0, {}
@@ -98,7 +104,11 @@ def changed(**fields: Any) -> dict[str, Callable[..., Any]]:
 
 def ended(**fields: Any) -> dict[str, Callable[..., Any]]:
     """The episode is done after one step, with these fields."""
-    return {"step": returns(StepResult(**{"reward": 0.5, "episode_done": True, "next_observation": ModelInput.empty()} | fields))}
+    return {
+        "step": returns(
+            StepResult(**{"reward": 0.5, "episode_done": True, "next_observation": ModelInput.empty()} | fields)
+        )
+    }
 
 
 async def hang(*_: Any) -> None:
@@ -157,7 +167,9 @@ async def change_the_action(env: TwoTurns, action: list[int]) -> StepResult:
 
 
 async def change_what_was_returned(env: TwoTurns, action: list[int]) -> StepResult:
-    """One list of tokens, one of stops, one dict of metrics and one of logs for all turns, changed in each."""
+    """One list of tokens, one of stops, one dict of metrics and one of logs for all turns, changed
+    in each.
+    """
     if env.turn == 0:
         env.shared = (ModelInput.from_ints(env.tokens), ["a"], {"turn": 0.0}, {"turn": "0"})  # type: ignore[attr-defined]
     result = await TwoTurns._step(env, action)
@@ -210,7 +222,8 @@ class FailingFields(StepResult):
 MALFORMED, RAISED, TIMEOUT, CUT = "MalformedStep", "EnvError", "EnvTimeout", "RolloutError"
 never_done = {"step": returns(StepResult(0.5, False, ModelInput.from_ints([5]), []))}
 
-# name: (what the member does, the class of the error it is lost with); None: it is kept, and its step rewards are 0.5
+# name: (what the member does, the class of the error it is lost with); None: it is kept, and its
+# step rewards are 0.5
 MEMBERS: dict[str, tuple[dict[str, Callable[..., Any]], str | None]] = {
     # --- raises
     "ValueError": ({"step": raises(ValueError("mine"))}, RAISED),
@@ -282,7 +295,10 @@ MEMBERS: dict[str, tuple[dict[str, Callable[..., Any]], str | None]] = {
     # --- observations and stop conditions
     "first observation None": ({"initial_observation": returns(None)}, MALFORMED),
     "first observation alone": ({"initial_observation": returns(ModelInput.from_ints(PROMPT))}, MALFORMED),
-    "first observation of three parts": ({"initial_observation": returns((ModelInput.from_ints(PROMPT), [], 1))}, MALFORMED),
+    "first observation of three parts": (
+        {"initial_observation": returns((ModelInput.from_ints(PROMPT), [], 1))},
+        MALFORMED,
+    ),
     "first observation text": ({"initial_observation": returns(("a question", []))}, MALFORMED),
     "first observation empty": ({"initial_observation": returns((ModelInput.empty(), []))}, MALFORMED),
     "first observation too long": ({"initial_observation": returns((ModelInput.from_ints([5] * 600), []))}, CUT),
@@ -309,7 +325,10 @@ MEMBERS: dict[str, tuple[dict[str, Callable[..., Any]], str | None]] = {
     "reward fraction": (ended(reward=Fraction(1, 2)), None),
     "done: bool_": (ended(episode_done=np.bool_(True)), None),
     "metrics not finite": (ended(metrics={"wild": math.nan, "wilder": np.inf}), None),
-    "metrics of other kinds": (ended(metrics={"np": np.float16(1), "bool": True, 3: torch.tensor(2), "\udc80": 1}), None),
+    "metrics of other kinds": (
+        ended(metrics={"np": np.float16(1), "bool": True, 3: torch.tensor(2), "\udc80": 1}),
+        None,
+    ),
     "logs of other kinds": (ended(logs={"n": 3, "o": object(), "none": None, "surrogate": "\udc80", 4: "four"}), None),
     "stop text": (changed(next_stop_condition="x"), None),
     "stop of other kinds": (changed(next_stop_condition=(np.int64(5), "y")), None),
@@ -353,7 +372,8 @@ async def lose_the_turns(trajectories_G: list[Trajectory], envs_G: Sequence[Env]
     return [(0.0, {}) for _ in trajectories_G]
 
 
-# name: (methods of the group's builder, the class of the error that all its members are lost with, or None)
+# name: (methods of the group's builder, the class of the error that all its members are lost with,
+# or None)
 GROUPS: dict[str, tuple[dict[str, Callable[..., Any]], str | None]] = {
     "group rewards raise": ({"compute_group_rewards": raises(ValueError("mine"))}, RAISED),
     "group rewards exit": ({"compute_group_rewards": raises(SystemExit(0))}, RAISED),
@@ -365,7 +385,10 @@ GROUPS: dict[str, tuple[dict[str, Callable[..., Any]], str | None]] = {
     "group metrics None": ({"compute_group_rewards": rewarding((0.0, None))}, MALFORMED),
     "group rewards are no coroutine": ({"compute_group_rewards": lambda trajectories_G, envs_G: []}, MALFORMED),
     "group rewards destroy trajectories": ({"compute_group_rewards": lose_the_turns}, RAISED),
-    "group rewards of other kinds": ({"compute_group_rewards": rewarding([np.float32(0), {"a": np.bool_(True)}])}, None),
+    "group rewards of other kinds": (
+        {"compute_group_rewards": rewarding([np.float32(0), {"a": np.bool_(True)}])},
+        None,
+    ),
     "group rewards change trajectories": ({"compute_group_rewards": mutate}, None),
     "trajectories without a turn": ({"compute_group_rewards": take_out_all_turns}, None),
     "tags raise": ({"logging_tags": at_once(KeyError("tag"))}, RAISED),

@@ -1,4 +1,6 @@
-"""Every fault between sampler and trainer, made on purpose, ends the run at its start or within one step; healthy runs raise no alarm."""
+"""Every fault between sampler and trainer, made on purpose, ends the run at its start or within one
+step; healthy runs raise no alarm.
+"""
 
 # Trap: weights, temperature, cached prefixes, masks or tokens that go wrong in a run.
 
@@ -111,7 +113,9 @@ def test_faults_are_found_before_the_first_step(
     mode: str, sabotage: Sabotage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sabotage(monkeypatch)
-    with pytest.raises(LogprobGapError, match="comparison at the start: .*differ by .*Likely causes.*backend.alarm=warn"):
+    with pytest.raises(
+        LogprobGapError, match="comparison at the start: .*differ by .*Likely causes.*backend.alarm=warn"
+    ):
         run(tmp_path, **MODES[mode])
     assert not (tmp_path / "checkpoints" / "final").exists()
 
@@ -121,7 +125,9 @@ def test_faults_are_found_before_the_first_step(
 def test_faults_that_begin_with_the_first_step_end_it(
     mode: str, sabotage: Sabotage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a healthy start, at the learning rate of a real run; a checkpoint is due after every step, and none is written."""
+    """After a healthy start, at the learning rate of a real run; a checkpoint is due after every
+    step, and none is written.
+    """
 
     def armed(set_policy: Any, self: GroupSource, step: int, client: Any) -> None:
         if step == 0:
@@ -148,7 +154,9 @@ def test_runs_without_a_sampler_compare_a_batch_with_its_sequences_alone(
 
     def settings(folder: str) -> Any:
         backend = BackendConfig(engine="torch")
-        return module.Config(dataset=dataset, log_path=str(tmp_path / folder), max_steps=1, eval_every=0, backend=backend)
+        return module.Config(
+            dataset=dataset, log_path=str(tmp_path / folder), max_steps=1, eval_every=0, backend=backend
+        )
 
     asyncio.run(module.main(settings("healthy")))
     assert metrics(tmp_path / "healthy")[0]["alarms/total"] == 0
@@ -161,14 +169,17 @@ def test_runs_without_a_sampler_compare_a_batch_with_its_sequences_alone(
 def test_a_prefix_cache_that_is_not_dropped_is_found_at_the_first_sync(
     vllm_client: TrainingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM keeps blocks of 128 tokens on a CPU. A prompt's own logprobs are computed without the cache, so only sampling shows it."""
+    """vLLM keeps blocks of 128 tokens on a CPU. A prompt's own logprobs are computed without the
+    cache, so only sampling shows it.
+    """
     tokens = random_tokens(np.random.default_rng(5), 160)
     engine = vllm_client.save_weights_and_get_sampling_client()._engine._engine._engine  # type: ignore[attr-defined]
 
     def gaps_after_a_step() -> tuple[Gap, Gap]:
         train_a_little(vllm_client, 1)
         sampler = vllm_client.save_weights_and_get_sampling_client()
-        sampler.sample(ModelInput.from_ints(tokens[:150]), 1, SamplingParams(max_tokens=1, seed=0)).result()  # as a rollout would
+        # as a rollout would
+        sampler.sample(ModelInput.from_ints(tokens[:150]), 1, SamplingParams(max_tokens=1, seed=0)).result()
         return asyncio.run(sampler_gaps(vllm_client, sampler, tokens, 150, 0.8, PROBE_SAMPLES, 1))
 
     healthy = gaps_after_a_step()
@@ -181,7 +192,9 @@ def test_a_prefix_cache_that_is_not_dropped_is_found_at_the_first_sync(
 
 
 def test_weights_that_a_step_made_infinite_are_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not as a gap between sampler and trainer, which they are too. Nothing is saved but the data."""
+    """And not as a gap between sampler and trainer, which they are too. Nothing is saved but the
+    data.
+    """
 
     def overflowing(optim_step: Any, self: Trainer, adam: Any) -> Any:
         response = optim_step(self, adam)

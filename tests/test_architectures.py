@@ -1,7 +1,9 @@
-"""Every family of tests/architectures.py is right in all passes, full and with LoRA, or refused with its reason; the table in docs says which.
+"""Every family of tests/architectures.py is right in all passes, full and with LoRA, or refused
+with its reason; the table in docs says which.
 
-The measure is the logits of transformers' own forward of one sequence. `POSTTRAIN_WRITE_DOCS=1 pytest tests/test_architectures.py` rewrites
-the table in docs/architectures.md. Left out: vLLM, whose column is that of tests/test_vllm_architectures.py.
+The measure is the logits of transformers' own forward of one sequence. `POSTTRAIN_WRITE_DOCS=1
+pytest tests/test_architectures.py` rewrites the table in docs/architectures.md. Left out: vLLM,
+whose column is that of tests/test_vllm_architectures.py.
 """
 
 # Trap: a family whose windows, recurrent layers, experts or softcaps make a pass wrong.
@@ -45,8 +47,13 @@ class Verdict:
 
 @cache
 def verdict(family: str, kind: str) -> Verdict | str:
-    """What was found, or the reason why the family is refused; AssertionError where it is neither right nor refused."""
-    with TemporaryDirectory() as name, ServiceClient(BackendConfig(engine="torch"), Path(name) / "checkpoints") as service:
+    """What was found, or the reason why the family is refused; AssertionError where it is neither
+    right nor refused.
+    """
+    with (
+        TemporaryDirectory() as name,
+        ServiceClient(BackendConfig(engine="torch"), Path(name) / "checkpoints") as service,
+    ):
         folder = save_random_model(family, Path(name) / "model")
         try:
             client = service.create_training_client(str(folder), ADAPTERS[kind])
@@ -80,7 +87,9 @@ def datum_of(tokens: list[int], weightless: int = 0) -> Datum:
 
 
 def mixed_data() -> list[Datum]:
-    """Three continuations of one prompt, and sequences that stand alone: all longer than a window, one much longer."""
+    """Three continuations of one prompt, and sequences that stand alone: all longer than a window,
+    one much longer.
+    """
     rng = np.random.default_rng(3)
     prompt = random_tokens(rng, 2 * WINDOW + 5)
     shared = [datum_of(prompt + random_tokens(rng, length), weightless=len(prompt) - 1) for length in (9, 14, 20)]
@@ -100,7 +109,9 @@ def of_targets(logprobs_TV: torch.Tensor, datum: Datum) -> np.ndarray:
 
 
 def check_passes(trainer: Trainer, data_D: list[Datum], expected_D: list[torch.Tensor]) -> None:
-    """Alone, padded, and with shared prefixes, where that is allowed; positions of weight 0 as well."""
+    """Alone, padded, and with shared prefixes, where that is allowed; positions of weight 0 as
+    well.
+    """
     shares = trainer.shares_prefixes
     alone = [trainer.run([datum], "cross_entropy", backward=False).loss_fn_outputs[0] for datum in data_D]
     trainer.shares_prefixes = False
@@ -122,7 +133,9 @@ def check_gradients(trainer: Trainer, data_D: list[Datum]) -> None:
     found = gradients(trainer)
     trainer.zero_grad()
     for datum in data_D:
-        logits_TV = trainer.base(input_ids=torch.tensor([datum.model_input.to_ints()]), use_cache=False).logits[0].float()
+        logits_TV = (
+            trainer.base(input_ids=torch.tensor([datum.model_input.to_ints()]), use_cache=False).logits[0].float()
+        )
         weights_T, targets_T = (datum.loss_fn_inputs[key].to_torch() for key in ("weights", "target_tokens"))
         (nn.functional.cross_entropy(logits_TV, targets_T, reduction="none") * weights_T).sum().backward()
     expected = gradients(trainer)
@@ -134,7 +147,9 @@ def check_gradients(trainer: Trainer, data_D: list[Datum]) -> None:
 
 
 def check_sampler(sampler: SamplingClient, model: PreTrainedModel | PeftModel, data_D: list[Datum]) -> None:
-    """Prompts of all lengths in one batch, so padded on the left; rows end one after the other; decoded through the cache."""
+    """Prompts of all lengths in one batch, so padded on the left; rows end one after the other;
+    decoded through the cache.
+    """
 
     async def sample() -> list:
         return await asyncio.gather(
@@ -156,8 +171,12 @@ def check_sampler(sampler: SamplingClient, model: PreTrainedModel | PeftModel, d
         assert np.abs(np.array(response.prompt_logprobs[1:]) - expected).max() < ATOL, "prompt"
 
 
-def check_checkpoint(client: TrainingClient, service: ServiceClient, base: Path, datum: Datum, expected_TV: torch.Tensor) -> None:
-    """transformers, or peft on the base model, reads what was saved; so do a new trainer and a new sampler of ours."""
+def check_checkpoint(
+    client: TrainingClient, service: ServiceClient, base: Path, datum: Datum, expected_TV: torch.Tensor
+) -> None:
+    """transformers, or peft on the base model, reads what was saved; so do a new trainer and a new
+    sampler of ours.
+    """
     path, tokens = client.save_state("saved").result().path, datum.model_input.to_ints()
     theirs = AutoModelForCausalLM.from_pretrained(base if client._trainer.lora else path, dtype=torch.float32)
     if client._trainer.lora:
@@ -196,7 +215,8 @@ def table() -> list[str]:
             "yes" if isinstance(full, Verdict) else full,
             lora.adapted if isinstance(lora, Verdict) else lora,
             "yes" if isinstance(full, Verdict) and full.shared else "no",
-            "yes" if isinstance(full, Verdict) else "no",  # a verdict is given only where it is right
+            # a verdict is given only where it is right
+            "yes" if isinstance(full, Verdict) else "no",
             f"no: {NOT_WITH_VLLM[family]}" if family in NOT_WITH_VLLM else "yes",
         ]
         rows.append(f"| {family} | `{config().model_type}` | {' | '.join(cells)} |")

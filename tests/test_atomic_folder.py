@@ -1,4 +1,6 @@
-"""A folder is replaced in one operation: whatever moment a kill comes at, the old content or the new one is there, whole."""
+"""A folder is replaced in one operation: whatever moment a kill comes at, the old content or the
+new one is there, whole.
+"""
 
 import subprocess
 import sys
@@ -11,8 +13,9 @@ from posttrain.backend.atomic_folder import atomic_folder, recover_folders
 from posttrain.backend.errors import CheckpointError
 from tests.conftest import ROOT
 
-# Writes version 2 over version 1 in a forked child that dies before its n-th change of the file system, for n = 1, 2, ... until it lives.
-# Prints what a reader finds after each kill: before anything is recovered, and after.
+# Writes version 2 over version 1 in a forked child that dies before its n-th change of the file
+# system, for n = 1, 2, ... until it lives. Prints what a reader finds after each kill: before
+# anything is recovered, and after.
 KILLER = textwrap.dedent(
     """
     import ctypes, os, signal, sys

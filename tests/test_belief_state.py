@@ -1,4 +1,6 @@
-"""The Belief State Transformer: sizes, what each state may see, the pair lists, and the two-stage backward against the naive joint one."""
+"""The Belief State Transformer: sizes, what each state may see, the pair lists, and the two-stage
+backward against the naive joint one.
+"""
 
 import itertools
 import math
@@ -19,7 +21,9 @@ from recipes.libraries.belief_state.trainer import BeliefStateTrainer, PassConfi
 EOS = 9
 TINY = BeliefStateConfig(vocab_size=10, eos_id=EOS, num_layers=2, num_heads=2, hidden=16)
 # two documents and the beginning of a third; one document from EOS to EOS; no EOS at all
-PACKED = torch.tensor([[EOS, 1, 2, 3, EOS, 4, 5, EOS, 6, 7], [EOS, 1, 2, 3, 4, 5, 6, 7, 8, EOS], [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]])
+PACKED = torch.tensor(
+    [[EOS, 1, 2, 3, EOS, 4, 5, EOS, 6, 7], [EOS, 1, 2, 3, 4, 5, 6, 7, 8, EOS], [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]]
+)
 
 
 def model(seed: int = 0) -> BeliefState:
@@ -77,7 +81,9 @@ def test_documents_of_a_packed_row_are_as_if_alone() -> None:
     assert torch.allclose(f[4:7], m.forward_states(alone, packed=False)[0, :3], atol=1e-12)
     assert torch.allclose(b[5:8], m.backward_states(alone, packed=False)[0, 1:], atol=1e-12)
     for eos in (0, 4, 7):  # an EOS is the empty prefix and the empty suffix wherever it stands
-        assert torch.allclose(f[eos], m.empty_prefix(), atol=1e-12) and torch.allclose(b[eos], m.empty_suffix(), atol=1e-12)
+        assert torch.allclose(f[eos], m.empty_prefix(), atol=1e-12) and torch.allclose(
+            b[eos], m.empty_suffix(), atol=1e-12
+        )
 
 
 def naive_pairs(tokens: list[int], objective: PairObjective) -> list[tuple[int, int, int, int]]:
@@ -116,34 +122,47 @@ def test_star_graphs_have_l_times_l_plus_1_over_2_pairs(d: int, length: int, cou
     tokens = torch.from_numpy(sample_graphs(graph, 1, 0))
     row = torch.cat([tokens, torch.tensor([[graph.eos]])], dim=1)
     assert (
-        len(find_pairs(row, graph.eos, PairObjective(context_length=graph.prefix_length - 1, min_gap=2), packed=False)) == count
+        len(find_pairs(row, graph.eos, PairObjective(context_length=graph.prefix_length - 1, min_gap=2), packed=False))
+        == count
     )
     m = length + 2  # "=", the path, EOS
     assert (
-        len(find_pairs(row, graph.eos, PairObjective(context_length=graph.prefix_length - 1), packed=False)) == m * (m - 1) // 2
+        len(find_pairs(row, graph.eos, PairObjective(context_length=graph.prefix_length - 1), packed=False))
+        == m * (m - 1) // 2
     )
 
 
 def naive_loss(m: BeliefState, tokens_B_T: torch.Tensor, objective: PairObjective) -> torch.Tensor:
-    """One graph of all pairs, every state from its own document alone: mean over rows of the mean over pairs."""
+    """One graph of all pairs, every state from its own document alone: mean over rows of the mean
+    over pairs.
+    """
     rows = []
     for tokens in tokens_B_T.tolist():
         eos = [k for k, token in enumerate(tokens) if token == EOS]
         start_T = [max((k for k in eos if k <= i), default=0) for i in range(len(tokens))]
         end_T = [min((k for k in eos if k >= j), default=len(tokens) - 1) for j in range(len(tokens))]
-        f_T = [m.forward_states(torch.tensor([tokens[start : i + 1]]), packed=False)[0, -1] for i, start in enumerate(start_T)]
-        b_T = [m.backward_states(torch.tensor([tokens[j : end + 1]]), packed=False)[0, 0] for j, end in enumerate(end_T)]
+        f_T = [
+            m.forward_states(torch.tensor([tokens[start : i + 1]]), packed=False)[0, -1]
+            for i, start in enumerate(start_T)
+        ]
+        b_T = [
+            m.backward_states(torch.tensor([tokens[j : end + 1]]), packed=False)[0, 0] for j, end in enumerate(end_T)
+        ]
         i_P, j_P, next_P, prev_P = zip(*naive_pairs(tokens, objective), strict=True)
         next_logits, prev_logits = m.text_head(torch.stack([f_T[i] for i in i_P]), torch.stack([b_T[j] for j in j_P]))
         next_loss, prev_loss = (
-            cross_entropy(logits, torch.tensor(targets)) for logits, targets in ((next_logits, next_P), (prev_logits, prev_P))
+            cross_entropy(logits, torch.tensor(targets))
+            for logits, targets in ((next_logits, next_P), (prev_logits, prev_P))
         )
         rows.append(0.5 * (next_loss + prev_loss))
     return torch.stack(rows).mean()
 
 
-# Trap: a two-stage backward that is not the joint gradient; a loss that depends on chunks or passes.
-@pytest.mark.parametrize(("objective", "pairs_per_chunk"), [(OBJECTIVES[0], 7), (OBJECTIVES[1], 1000), (OBJECTIVES[2], 1000)])
+# Trap: a two-stage backward that is not the joint gradient; a loss that depends on chunks or
+# passes.
+@pytest.mark.parametrize(
+    ("objective", "pairs_per_chunk"), [(OBJECTIVES[0], 7), (OBJECTIVES[1], 1000), (OBJECTIVES[2], 1000)]
+)
 def test_the_two_stage_backward_is_the_joint_one(objective: PairObjective, pairs_per_chunk: int) -> None:
     m, naive = model(), model()
     sums = pair_pass(m, PACKED, objective, len(PACKED), packed=True, pairs_per_chunk=pairs_per_chunk)
@@ -200,7 +219,8 @@ def test_subsampling_keeps_eos_pairs_and_is_unbiased() -> None:
     assert torch.allclose(total[eos_i, eos_j], expected[eos_i, eos_j], atol=1e-12)
     standard_error = expected * math.sqrt((1 / 0.25 - 1) / draws)
     assert ((total - expected).abs() <= 4.5 * standard_error + 1e-12).all()
-    only_eos = torch.tensor([[EOS, 1, EOS]])  # every pair touches an EOS: the original divides 0 by 0 here
+    # every pair touches an EOS: the original divides 0 by 0 here
+    only_eos = torch.tensor([[EOS, 1, EOS]])
     assert len(find_pairs(only_eos, EOS, some, packed=True, seeds_B=[0])) == 3
 
 
@@ -209,10 +229,14 @@ def test_with_the_empty_suffix_it_is_a_next_token_model() -> None:
     losses = empty_side_losses(m, PACKED, PairObjective(), packed=True, pairs_per_chunk=4)
     f, b = m.forward_states(PACKED), m.backward_states(PACKED)
     per_next = [
-        cross_entropy(m.text_head(f[row, i], m.empty_suffix())[0], PACKED[row, i + 1]) for row in range(3) for i in range(9)
+        cross_entropy(m.text_head(f[row, i], m.empty_suffix())[0], PACKED[row, i + 1])
+        for row in range(3)
+        for i in range(9)
     ]
     per_prev = [
-        cross_entropy(m.text_head(m.empty_prefix(), b[row, j])[1], PACKED[row, j - 1]) for row in range(3) for j in range(1, 10)
+        cross_entropy(m.text_head(m.empty_prefix(), b[row, j])[1], PACKED[row, j - 1])
+        for row in range(3)
+        for j in range(1, 10)
     ]
     assert float(losses["loss_next_token"]) == pytest.approx(torch.stack(per_next).mean().item(), abs=1e-10)
     assert float(losses["loss_prev_token"]) == pytest.approx(torch.stack(per_prev).mean().item(), abs=1e-10)

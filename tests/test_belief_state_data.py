@@ -1,4 +1,6 @@
-"""The text path of the Belief State Transformer: stories, tokenizer, packing, fill-in-the-middle, shards. Nothing lost, doubled or made up."""
+"""The text path of the Belief State Transformer: stories, tokenizer, packing, fill-in-the-middle,
+shards. Nothing lost, doubled or made up.
+"""
 
 import io
 import json
@@ -29,7 +31,7 @@ def all_rows(rows, epoch: int = 0) -> list[list[int]]:
     return rows.take(np.arange(len(rows)), np.full(len(rows), epoch)).tolist()
 
 
-# --- stories and tokenizer ------------------------------------------------------------------------------------------------------
+# --- stories and tokenizer ----------------------------------------------------------------------
 
 
 def test_stories_are_functions_of_their_seed_and_mistakes_are_found():
@@ -52,7 +54,8 @@ def test_a_tokenizer_of_a_thousand_tokens(tmp_path):
     assert tokenizer.get_vocab() == train_tokenizer(texts).get_vocab()
     odd = "Ben has 1234 kites <|eos|> é☃\n\n <|pad|>"
     (ids,) = encode_documents(tokenizer, [odd])
-    assert tokenizer.decode(ids) == odd and not {0, 1} & set(ids.tolist())  # what looks like an EOS is text
+    # what looks like an EOS is text
+    assert tokenizer.decode(ids) == odd and not {0, 1} & set(ids.tolist())
     assert [tokenizer.decode([i]) for i in ids[ids >= 2] if str(tokenizer.decode([i])).isdigit()] == list("1234")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     for saved in (tmp_path / "tokenizer", tmp_path / "tokenizer" / "tokenizer.json"):
@@ -66,13 +69,15 @@ def test_a_tokenizer_of_a_thousand_tokens(tmp_path):
             open_tokenizer(str(tmp_path / name))
 
 
-# --- rows and batches -----------------------------------------------------------------------------------------------------------
+# --- rows and batches ---------------------------------------------------------------------------
 
 
 def test_packing_by_hand():
-    rows = PackedDocuments(documents(3, 2, 4), block_size=4, eos=EOS)  # 1 2 3 4 | 1 12 13 1 | 22 23 24 25 | (1)
+    # 1 2 3 4 | 1 12 13 1 | 22 23 24 25 | (1)
+    rows = PackedDocuments(documents(3, 2, 4), block_size=4, eos=EOS)
     assert all_rows(rows) == [[1, 2, 3, 4], [1, 12, 13, 1], [22, 23, 24, 25]]
-    assert all_rows(PackedDocuments(documents(3, 2, 4), block_size=13, eos=EOS))[0][-1] == EOS  # the last document ends, too
+    # the last document ends, too
+    assert all_rows(PackedDocuments(documents(3, 2, 4), block_size=13, eos=EOS))[0][-1] == EOS
     with pytest.raises(DataError, match="2 documents with 4 tokens do not fill one row of 8"):
         PackedDocuments(documents(2, 2), block_size=8, eos=EOS)
 
@@ -83,8 +88,10 @@ def test_fill_in_the_middle_by_hand():
     cut = FillInTheMiddle(FIM, (2, 75), seed=3)
     lengths = [cut(a_to_g, epoch, 0).tolist().index(FIM) for epoch in range(200)]
     assert set(lengths) == {2, 3, 4, 5}  # both ends of the range, and at least two tokens are left
-    assert cut(a_to_g, 5, 1).tolist() == cut(a_to_g, 5, 1).tolist() and len(set(lengths[:10])) > 1  # another cut every epoch
-    assert FillInTheMiddle(FIM)(a_to_g[:2], 0, 0).tolist() == [FIM, 10, 11]  # too short for a suffix
+    # another cut every epoch
+    assert cut(a_to_g, 5, 1).tolist() == cut(a_to_g, 5, 1).tolist() and len(set(lengths[:10])) > 1
+    # too short for a suffix
+    assert FillInTheMiddle(FIM)(a_to_g[:2], 0, 0).tolist() == [FIM, 10, 11]
     rows = PackedDocuments(documents(5, 4), block_size=6, eos=EOS, fim=FillInTheMiddle(FIM, (2, 2)))
     assert all_rows(rows) == [[EOS, 5, 6, FIM, 2, 3], [4, EOS, 14, 15, FIM, 12]]
     with pytest.raises(ConfigError, match="goal_range"):
@@ -93,7 +100,8 @@ def test_fill_in_the_middle_by_hand():
 
 def test_the_loss_falls_on_what_follows_the_goal_up_to_the_end():
     row = [EOS, 5, 6, FIM, 2, 3, 4, EOS, 14, FIM, 12, EOS, 7, 8]
-    rest = [9, 9, EOS, FIM, EOS, EOS, FIM, 3, FIM, 4, EOS, 5, FIM, 6]  # begins in the middle of a document whose goal is not seen
+    # begins in the middle of a document whose goal is not seen
+    rest = [9, 9, EOS, FIM, EOS, EOS, FIM, 3, FIM, 4, EOS, 5, FIM, 6]
     expected = [[0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1]]
     assert fim_loss_mask(np.array([row, rest]), FIM, EOS).astype(int).tolist() == expected
 
@@ -111,7 +119,7 @@ def test_batches_are_functions_of_the_step_and_no_row_is_lost():
         ShuffledBatches(rows, 4, world_size=3)
 
 
-# --- sources --------------------------------------------------------------------------------------------------------------------
+# --- sources ------------------------------------------------------------------------------------
 
 
 def test_any_file_of_documents_is_read_and_split(tmp_path):
@@ -122,7 +130,8 @@ def test_any_file_of_documents_is_read_and_split(tmp_path):
     (tmp_path / "held.txt").write_text(told[0])
     base = {"vocab_size": 400, "block_size": 64, "cut_long": True, "test_size": 10}
     sets = [
-        TextData(source=str(tmp_path / name), text_field="story", **base).text_set() for name in ("a.jsonl", "b.txt", "c.txt")
+        TextData(source=str(tmp_path / name), text_field="story", **base).text_set()
+        for name in ("a.jsonl", "b.txt", "c.txt")
     ]
     assert all(all_rows(one.train) == all_rows(sets[0].train) and len(one.test_documents) == 10 for one in sets)
     train, test = TextData(source=str(tmp_path / "b.txt"), **base).texts()
@@ -131,7 +140,9 @@ def test_any_file_of_documents_is_read_and_split(tmp_path):
     assert test == told[:1] and train == told[1:]  # a held-out text is not trained on
     whole = TextData(num_stories=300, block_size=128).text_set()
     lengths = [len(tokens_T) for tokens_T in encode_documents(whole.tokenizer, generate(300, seed=0))]
-    assert min(lengths) <= 126 < max(lengths) and whole.train.tokens.size == sum(length for length in lengths if length <= 126)
+    assert min(lengths) <= 126 < max(lengths) and whole.train.tokens.size == sum(
+        length for length in lengths if length <= 126
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +163,7 @@ def test_bad_files_are_named_with_the_place(tmp_path, name, content, message):
         TextData(source=str(tmp_path / name)).text_set()
 
 
-# --- shards ---------------------------------------------------------------------------------------------------------------------
+# --- shards -------------------------------------------------------------------------------------
 
 
 # Trap: garbage at a shard's end, ids of another vocabulary.
@@ -162,7 +173,9 @@ def test_shards_hold_each_token_once_and_no_garbage(tmp_path):
     stream = [1, 2, 3, 4, 1, 12, 13, 1, 22, 23, 24, 25]
     assert [np.load(path).tolist() for path in written] == [stream[:5], stream[5:10], stream[10:]]
     assert all(np.load(path).dtype == np.uint16 for path in written)
-    whole = Shard(write_shards(documents(3, 2, 4), tmp_path, "whole", EOS, vocab_size=50)[0], block_size=4, vocab_size=50)
+    whole = Shard(
+        write_shards(documents(3, 2, 4), tmp_path, "whole", EOS, vocab_size=50)[0], block_size=4, vocab_size=50
+    )
     assert all_rows(whole) == all_rows(PackedDocuments(documents(3, 2, 4), block_size=4, eos=EOS))
     with pytest.raises(DataError, match="whole_000000.npy is there already"):
         write_shards(documents(3), tmp_path, "whole", EOS, vocab_size=50)
@@ -176,7 +189,8 @@ def test_weights_repeat_or_cut_shards(tmp_path):
     for name, first, rows in (("a", 0, 3), ("b", 100, 2)):
         np.save(tmp_path / f"{name}.npy", np.arange(first, first + 2 * rows + 1, dtype=np.uint16))
     mixed = open_shards(tmp_path, ["a.npy:1.5", "b.npy:0.5"], block_size=2, vocab_size=200)
-    assert all_rows(mixed) == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3], [100, 101]]  # ceil(4.5) rows of a, 1 of b
+    # ceil(4.5) rows of a, 1 of b
+    assert all_rows(mixed) == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3], [100, 101]]
     assert len(open_shards(tmp_path, ["*.npy"], 2, 200)) == 5
     shard = Shard(tmp_path / "a.npy", 1, 200)
     assert len(WeightedShards([shard] * 100, [1.1] * 100)) == 100 * 8 and len(WeightedShards([shard], [10 / 7])) == 10
@@ -228,7 +242,7 @@ def test_the_command_writes_shards_and_the_tokenizer(tmp_path):
         pretokenized.main(config)
 
 
-# --- from text to judged stories ------------------------------------------------------------------------------------------------
+# --- from text to judged stories ----------------------------------------------------------------
 
 
 def test_gaps_are_cut_out_where_the_document_has_room():
@@ -240,7 +254,14 @@ def test_gaps_are_cut_out_where_the_document_has_room():
 
 def test_both_models_are_trained_on_text_fill_in_the_same_stories_and_are_judged(tmp_path):
     data: dict[str, Any] = {"num_stories": 100, "test_size": 20, "vocab_size": 600, "block_size": 200, "eval_rows": 4}
-    small: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "hidden": 16, "batch_size": 2, "num_steps": 2, "eval_every": 0}
+    small: dict[str, Any] = {
+        "num_layers": 1,
+        "num_heads": 2,
+        "hidden": 16,
+        "batch_size": 2,
+        "num_steps": 2,
+        "eval_every": 0,
+    }
     objective = PairObjective(subsample=0.01)
     for model, builder in (("bst", TextBuilder(**data)), ("gpt", TextBuilder(**data, fill_in_the_middle=True))):
         run = str(tmp_path / model)
@@ -264,7 +285,10 @@ def test_both_models_are_trained_on_text_fill_in_the_same_stories_and_are_judged
     with pytest.raises(CheckpointError, match="no run of train.py with data=text"):
         infill.main(chz.replace(planned, run=str(tmp_path)))
     (tmp_path / "bst" / "tokenizer" / "tokenizer.json").write_text(
-        (tmp_path / "bst" / "tokenizer" / "tokenizer.json").read_text().replace('"hedge"', '"hadge"').replace('"Ġthe"', '"Ġtha"')
+        (tmp_path / "bst" / "tokenizer" / "tokenizer.json")
+        .read_text()
+        .replace('"hedge"', '"hadge"')
+        .replace('"Ġthe"', '"Ġtha"')
     )
     with pytest.raises((CheckpointError, ModelError)):
         infill.main(planned)
@@ -276,7 +300,9 @@ def test_a_model_is_trained_on_shards_and_resumed_as_if_never_stopped(tmp_path):
             out=str(tmp_path / "tokens"), data=TextData(num_stories=60, test_size=20, vocab_size=500), shard_size=3000
         )
     )
-    data = PretokenizedBuilder(folder=str(tmp_path / "tokens"), train_files=["train_*.npy:1.5"], block_size=64, eval_rows=4)
+    data = PretokenizedBuilder(
+        folder=str(tmp_path / "tokens"), train_files=["train_*.npy:1.5"], block_size=64, eval_rows=4
+    )
     base = train.Config(
         data=data,
         num_layers=1,
@@ -290,8 +316,12 @@ def test_a_model_is_trained_on_shards_and_resumed_as_if_never_stopped(tmp_path):
     )
     whole = train.main(base)
     train.main(chz.replace(base, num_steps=2, log_path=str(tmp_path / "parts"), decay_steps=4))
-    resumed = train.main(chz.replace(base, log_path=str(tmp_path / "parts"), decay_steps=4, behavior_if_log_dir_exists="resume"))
+    resumed = train.main(
+        chz.replace(base, log_path=str(tmp_path / "parts"), decay_steps=4, behavior_if_log_dir_exists="resume")
+    )
     assert {k: v for k, v in resumed.items() if "time" not in k} == {k: v for k, v in whole.items() if "time" not in k}
     other = TextBuilder(num_stories=60, test_size=20, vocab_size=500, block_size=64, cut_long=True, seed=5)
     with pytest.raises(CheckpointError, match="vocabulary"):
-        train.main(chz.replace(base, data=other, log_path=str(tmp_path / "parts"), behavior_if_log_dir_exists="resume_changed"))
+        train.main(
+            chz.replace(base, data=other, log_path=str(tmp_path / "parts"), behavior_if_log_dir_exists="resume_changed")
+        )

@@ -1,4 +1,6 @@
-"""Decoding with a KV cache against recomputing everything, in both directions; best-first search against enumeration."""
+"""Decoding with a KV cache against recomputing everything, in both directions; best-first search
+against enumeration.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -30,7 +32,9 @@ def model() -> BeliefState:
 
 @torch.no_grad()
 def logprobs(m: BeliefState, prefix: Sequence[int], suffix: Sequence[int], half: int) -> torch.Tensor:
-    """Of the token behind EOS, prefix (half 0), or before suffix, EOS (half 1): nothing cached, everything from tokens."""
+    """Of the token behind EOS, prefix (half 0), or before suffix, EOS (half 1): nothing cached,
+    everything from tokens.
+    """
     f = m.forward_states(torch.tensor([[EOS, *prefix]]))[0, -1]
     b = m.backward_states(torch.tensor([[*suffix, EOS]]))[0, 0]
     return m.text_head(f, b)[half].log_softmax(-1)
@@ -38,14 +42,20 @@ def logprobs(m: BeliefState, prefix: Sequence[int], suffix: Sequence[int], half:
 
 @cache
 def foretold(m: BeliefState, direction: Direction, written: tuple[int, ...]) -> torch.Tensor:
-    """Of the next token of a gap whose tokens so far are `written`, in the order they were written in."""
+    """Of the next token of a gap whose tokens so far are `written`, in the order they were written
+    in.
+    """
     if direction == "forward":
         return logprobs(m, [*PROMPT, *written], GOAL, 0)
     return logprobs(m, PROMPT, [*reversed(written), *GOAL], 1)
 
 
-def greedily(m: BeliefState, direction: Direction, written: Sequence[int], max_tokens: int) -> tuple[list[int], float, bool]:
-    """The completion of `written` in writing order, its mean logprob, and whether it ended by EOS."""
+def greedily(
+    m: BeliefState, direction: Direction, written: Sequence[int], max_tokens: int
+) -> tuple[list[int], float, bool]:
+    """The completion of `written` in writing order, its mean logprob, and whether it ended by
+    EOS.
+    """
     tokens = list(written)
     while (best := int(foretold(m, direction, tuple(tokens)).argmax())) != EOS and len(tokens) < max_tokens:
         tokens.append(best)
@@ -70,7 +80,9 @@ def test_a_search_with_room_for_all_finds_every_gap(model: BeliefState, directio
         for written in itertools.product(range(VOCAB - 1), repeat=length):
             tokens, score, complete = greedily(model, direction, written, 2)
             expected[tuple(tokens if direction == "forward" else tokens[::-1]), complete] = score
-    assert {(tuple(infill.tokens), infill.complete): infill.score for infill in found} == pytest.approx(expected, abs=1e-9)
+    assert {(tuple(infill.tokens), infill.complete): infill.score for infill in found} == pytest.approx(
+        expected, abs=1e-9
+    )
     assert len(found) == len(expected) > 10
     assert [infill.score for infill in found] == sorted((infill.score for infill in found), reverse=True)
 
@@ -85,10 +97,13 @@ def test_plans_are_ranked_by_the_far_sides_tokens(
     assert len(plans) == rollouts and len({tuple(plan.tokens) for plan in plans}) == rollouts
     for plan in plans:
         if direction == "forward":
-            terms = [logprobs(model, [*PROMPT, *plan.tokens, *GOAL[:t]], GOAL[t + 1 :], 0)[GOAL[t]] for t in range(len(GOAL))]
+            terms = [
+                logprobs(model, [*PROMPT, *plan.tokens, *GOAL[:t]], GOAL[t + 1 :], 0)[GOAL[t]] for t in range(len(GOAL))
+            ]
         else:
             terms = [
-                logprobs(model, PROMPT[:t], [*PROMPT[t + 1 :], *plan.tokens, *GOAL], 1)[PROMPT[t]] for t in range(len(PROMPT))
+                logprobs(model, PROMPT[:t], [*PROMPT[t + 1 :], *plan.tokens, *GOAL], 1)[PROMPT[t]]
+                for t in range(len(PROMPT))
             ]
         assert plan.score == pytest.approx(float(torch.stack(terms).mean()), abs=1e-9)
     assert [plan.score for plan in plans] == sorted((plan.score for plan in plans), reverse=True)

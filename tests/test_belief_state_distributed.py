@@ -1,6 +1,9 @@
-"""Two processes on the CPU train what one trains: the same gradients, curves and checkpoints, with whole weights and with sharded ones."""
+"""Two processes on the CPU train what one trains: the same gradients, curves and checkpoints, with
+whole weights and with sharded ones.
+"""
 
-# Trap: more processes changing a gradient; FSDP weights in place of the parameters the optimizer knows.
+# Trap: more processes changing a gradient; FSDP weights in place of the parameters the optimizer
+# knows.
 
 import os
 import socket
@@ -26,13 +29,16 @@ from recipes.libraries.belief_state.trainer import BeliefStateTrainer, PassConfi
 EOS, STEPS = 1, 4
 CONFIG = BeliefStateConfig(vocab_size=17, eos_id=EOS, num_layers=2, num_heads=2, hidden=32)
 OBJECTIVE = PairObjective(subsample=0.5)
-PASSES = PassConfig(rows_per_pass=2, pairs_per_chunk=11)  # two passes for each process, and another number of chunks in each
+# two passes for each process, and another number of chunks in each
+PASSES = PassConfig(rows_per_pass=2, pairs_per_chunk=11)
 ADAM = AdamParams(1e-2, grad_clip_norm=0.5, weight_decay=0.1)
 KINDS = {"bst": BeliefState, "gpt": NextToken}
 
 
 def batch(step: int) -> TokenBatch:
-    """Packed rows: those of the first process hold many short documents, the others few pairs less."""
+    """Packed rows: those of the first process hold many short documents, the others few pairs
+    less.
+    """
     rng = np.random.default_rng(step)
     tokens_B_T = rng.integers(2, 17, (8, 14))
     tokens_B_T[:3, ::4] = EOS
@@ -133,14 +139,18 @@ def test_two_processes_train_what_one_trains(two, kind, mode):
     for name, gradient in gradients(alone).items():
         torch.testing.assert_close(found[f"{kind}-{mode}"]["gradients"][name], gradient, rtol=0, atol=1e-6)
     curve, theirs = train(alone, 0, STEPS), found[f"{kind}-{mode}"]["curve"]
-    assert len({round(metrics["loss"], 3) for metrics in curve}) == STEPS and curve[0]["grad_norm"] > ADAM.grad_clip_norm
+    assert (
+        len({round(metrics["loss"], 3) for metrics in curve}) == STEPS and curve[0]["grad_norm"] > ADAM.grad_clip_norm
+    )
     for mine, metrics in zip(curve, theirs, strict=True):
         assert metrics == pytest.approx(mine, abs=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_are_those_of_one_process(two, kind):
-    """Its shards are whole in the file: one process goes on from it, and ends where it would have ended."""
+    """Its shards are whole in the file: one process goes on from it, and ends where it would have
+    ended.
+    """
     found, folder = two
     alone = BeliefStateTrainer(model(kind), OBJECTIVE, PASSES)
     curve = train(alone, 0, STEPS)

@@ -1,4 +1,6 @@
-"""Votes on infilled stories: read in lock-step, both orders, failures counted, the tally by hand."""
+"""Votes on infilled stories: read in lock-step, both orders, failures counted, the tally by
+hand.
+"""
 
 import asyncio
 import json
@@ -19,7 +21,10 @@ from tests.test_pairwise import Endpoint, endpoint  # noqa: F401
 
 
 def write(path: Path, middles: list[str], **changes: str) -> str:
-    lines = [{"prompt": f"{i}: ", "goal": ".", "original": f"story {i}", "generated": m} | changes for i, m in enumerate(middles)]
+    lines = [
+        {"prompt": f"{i}: ", "goal": ".", "original": f"story {i}", "generated": m} | changes
+        for i, m in enumerate(middles)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
@@ -40,13 +45,16 @@ def test_a_tally_by_hand(tmp_path):
     assert (found.first, found.tie, found.second, found.failed) == (3, 3, 3, 0)
     counts = {key: count for key, count in found.histogram.items() if count}
     assert counts == {"3_0_0": 1, "0_3_0": 1, "0_0_3": 1} and len(found.histogram) == 10
-    assert found.won_by_first == pytest.approx(0.5) and (found.low, found.high) == pytest.approx(wilson_interval(0.5, 3))
+    assert found.won_by_first == pytest.approx(0.5) and (found.low, found.high) == pytest.approx(
+        wilson_interval(0.5, 3)
+    )
     lines = [json.loads(line) for line in (tmp_path / "out" / "votes.jsonl").read_text().splitlines()]
     assert [line["votes"] for line in lines] == [["first"] * 3, ["tie"] * 3, ["second"] * 3]
     assert json.loads((tmp_path / "out" / "verdict.json").read_text())["won_by_first"] == pytest.approx(0.5)
     assert (tmp_path / "out" / "histogram.png").stat().st_size > 1000
     other = judge_files(config(tmp_path, ["b", "dd", "ffff"], ["aa", "cc", "e"], seed=5), longer, "longer")
-    assert other.won_by_first == pytest.approx(0.5) and other.histogram["3_0_0"] == 1  # the files exchanged
+    # the files exchanged
+    assert other.won_by_first == pytest.approx(0.5) and other.histogram["3_0_0"] == 1
 
 
 def test_the_interval_by_hand():
@@ -64,7 +72,9 @@ def test_a_judge_that_likes_a_side_wins_nobody_anything(tmp_path):
     assert found.shown_first_share == 1.0 and found.low < 0.5 < found.high
     votes = Votes(left, "left", tmp_path / "other.jsonl", seed=1)
     order = [votes.swapped(story, vote) for story in range(50) for vote in range(3)]
-    assert order == [Votes(left, "left", tmp_path / "other.jsonl", seed=1).swapped(s, v) for s in range(50) for v in range(3)]
+    assert order == [
+        Votes(left, "left", tmp_path / "other.jsonl", seed=1).swapped(s, v) for s in range(50) for v in range(3)
+    ]
     assert 50 < sum(order) < 100
 
 
@@ -80,7 +90,8 @@ def test_votes_are_kept_by_content_and_failures_are_asked_again(tmp_path):
 
     options = config(tmp_path, ["aa", "bb"], ["c", "d"], max_failed_fraction=0.5)
     found = judge_files(options, flaky, "flaky")
-    assert (found.first, found.tie, found.failed, found.incomplete_stories) == (5, 0, 1, 1)  # a failure is no tie
+    # a failure is no tie
+    assert (found.first, found.tie, found.failed, found.incomplete_stories) == (5, 0, 1, 1)
     assert found.won_by_first == 1.0 and sum(found.histogram.values()) == 1 and len(asked) == 6
     assert judge_files(options, flaky, "flaky").failed == 0 and len(asked) == 7  # only what failed
     judge_files(options, flaky, "another")
@@ -135,7 +146,9 @@ def test_an_endpoint_is_asked_in_both_orders_and_garbage_is_no_vote(tmp_path, en
     shown = [request["messages"][0]["content"] for request in endpoint.requests]
     assert len(shown) == 12 and all(text.startswith(INSTRUCTION) for text in shown)
     firsts = [re.search(r"\[A\]\n\d: (\w+)", text)[1] for text in shown]  # type: ignore[index]
-    assert found.first == firsts.count("left") and found.second == firsts.count("right") and found.first * found.second > 0
+    assert (
+        found.first == firsts.count("left") and found.second == firsts.count("right") and found.first * found.second > 0
+    )
     endpoint.replies = ["I cannot say."]
     with pytest.raises(JudgeError, match="not with A, B or Tie"):
         judge_files(chz.replace(options, seed=7, cache=str(tmp_path / "fresh.jsonl")))

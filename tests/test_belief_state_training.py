@@ -1,4 +1,6 @@
-"""Runs of recipes/belief_state/train.py: killed and resumed they are one run; checkpoints of other tasks are refused."""
+"""Runs of recipes/belief_state/train.py: killed and resumed they are one run; checkpoints of other
+tasks are refused.
+"""
 
 import json
 import signal
@@ -24,13 +26,22 @@ from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer
 from tests.commands import Command
 
-SMALL: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "hidden": 16, "batch_size": 8, "num_steps": 12, "eval_every": 5}
+SMALL: dict[str, Any] = {
+    "num_layers": 1,
+    "num_heads": 2,
+    "hidden": 16,
+    "batch_size": 8,
+    "num_steps": 12,
+    "eval_every": 5,
+}
 GRAPH = StarGraphBuilder(num_test=20)
 
 
 def config(folder: Path, **settings: Any) -> train.Config:
     path, behavior = str(folder), "resume"
-    return train.Config(**{"data": GRAPH, "log_path": path, "behavior_if_log_dir_exists": behavior, **SMALL, **settings})
+    return train.Config(
+        **{"data": GRAPH, "log_path": path, "behavior_if_log_dir_exists": behavior, **SMALL, **settings}
+    )
 
 
 def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
@@ -41,7 +52,9 @@ def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    """Of a file as the original's generator writes it: drawn pairs, the cosine and the order of each epoch are functions of the step."""
+    """Of a file as the original's generator writes it: drawn pairs, the cosine and the order of
+    each epoch are functions of the step.
+    """
     file, graph = tmp_path / "graph_2_3_sample_90.txt", GRAPH.graph()
     write_lines(file, bst_rows(graph, 90), graph)
     options = [f"{name}={value}" for name, value in SMALL.items()] + [f"data.path={file}"]
@@ -63,7 +76,9 @@ def test_the_evaluator_and_what_is_logged(tmp_path: Path) -> None:
     test = GRAPH.split()[1]
     found = accuracy(model, test)
     assert {f"test/{name}": value for name, value in found.items()}.items() <= metrics.items()
-    assert {"first_hop", "exact", "node_1", "node_2", "node_3"} == found.keys() and found["first_hop"] == found["node_2"]
+    assert {"first_hop", "exact", "node_1", "node_2", "node_3"} == found.keys() and found["first_hop"] == found[
+        "node_2"
+    ]
     whole, parts = (BeliefStateTrainer(model, trainer_objective()).evaluate(with_eos(test.graph, rows)) for rows in (
         test.tokens_B_T, test.tokens_B_T[:5]
     ))  # fmt: skip
@@ -98,9 +113,13 @@ def test_checkpoints_of_other_tasks_and_models_are_refused(tmp_path: Path) -> No
 
 
 def test_the_first_step_is_not_wasted_and_the_cosine_ends_where_it_should() -> None:
-    settings = train.Config(learning_rate=1.0, warmup_steps=4, lr_schedule="cosine", min_learning_rate=0.2, num_steps=14)
+    settings = train.Config(
+        learning_rate=1.0, warmup_steps=4, lr_schedule="cosine", min_learning_rate=0.2, num_steps=14
+    )
     rates = [settings.adam(step, settings.num_steps).learning_rate for step in range(15)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[9] == pytest.approx(0.6) and rates[14] == pytest.approx(0.2)
+    assert (
+        rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[9] == pytest.approx(0.6) and rates[14] == pytest.approx(0.2)
+    )
 
 
 def test_a_failed_pass_moves_nothing() -> None:

@@ -1,4 +1,6 @@
-"""B-STaR's numbers: the balance score, the choice, rewards, selection, what is watched, and what a run costs."""
+"""B-STaR's numbers: the balance score, the choice, rewards, selection, what is watched, and what a
+run costs.
+"""
 
 import asyncio
 import random
@@ -40,7 +42,9 @@ FORM = StepFormat(separator="\n", answer_marker="#")
 
 
 def candidate(query: str, sample: int, text: str, reward: float | None, correct: bool = True, **fields) -> Candidate:
-    return Candidate(query, sample, "1", text, [ord(c) for c in text], text[-1:] or None, correct, "stop", None, reward, **fields)
+    return Candidate(
+        query, sample, "1", text, [ord(c) for c in text], text[-1:] or None, correct, "stop", None, reward, **fields
+    )
 
 
 def task(**fields):
@@ -48,17 +52,27 @@ def task(**fields):
     return builder(get_renderer("plain", load_tokenizer("micro")))
 
 
-# --- balance.py -----------------------------------------------------------------------------------------------------------------
+# --- balance.py ---------------------------------------------------------------------------------
 
 
 # Trap: questions without a selection that vanish from the mean.
 def test_balance_score_of_the_worked_cases():
-    cases = {(6, 6): 1.0, (12, 6): 0.5, (4, 4): 2 / 3, (10, 8): 0.8, (6, 0): 0.0, (1, 1): 1 / 6, (8, 7): 0.875, (0, 0): 0.0}
+    cases = {
+        (6, 6): 1.0,
+        (12, 6): 0.5,
+        (4, 4): 2 / 3,
+        (10, 8): 0.8,
+        (6, 0): 0.0,
+        (1, 1): 1 / 6,
+        (8, 7): 0.875,
+        (0, 0): 0.0,
+    }
     assert {case: query_score(*case, 6) for case in cases} == pytest.approx(cases)
     of_eight = {(6, 6): 0.75, (12, 6): 0.375, (4, 4): 0.5, (10, 8): 0.8, (8, 7): 0.765625, (1, 1): 0.125}
     assert {case: query_score(*case, 8) for case in of_eight} == pytest.approx(of_eight)
     counted = [*cases, (0, 0)]
-    assert balance_score(counted, 6) == pytest.approx(sum(cases.values()) / 9)  # nothing selected counts as 0
+    # nothing selected counts as 0
+    assert balance_score(counted, 6) == pytest.approx(sum(cases.values()) / 9)
     shuffled = random.Random(0).sample(counted, len(counted))
     assert balance_score(shuffled, 6) == balance_score(counted, 6)
 
@@ -80,7 +94,8 @@ def test_cells_have_one_name_and_a_missing_one_is_an_error():
     grid = (["0.50", "1.0"], ["0", "0.1"])
     found = {(t, tau): [(6, 6)] for t in ("0.5", "1") for tau in ("0", "0.1")}
     assert [cell.score for cell in surface(found, *grid, 6)] == [1.0] * 4
-    lost = {cell: found[cell] for cell in found if cell != ("0.5", "0.1")}  # the original skips such a cell without a word
+    # the original skips such a cell without a word
+    lost = {cell: found[cell] for cell in found if cell != ("0.5", "0.1")}
     with pytest.raises(DataError, match="no samples for .*'0.5', '0.1'"):
         surface(lost, *grid, 6)
     with pytest.raises(DataError, match="which the grid does not have"):
@@ -99,7 +114,7 @@ def test_ties_go_to_the_lower_temperature_and_then_to_the_higher_threshold():
         assert choose(order) == Cell("0.9", "0.2", 0.5)
 
 
-# --- rewards.py -----------------------------------------------------------------------------------------------------------------
+# --- rewards.py ---------------------------------------------------------------------------------
 
 
 class FixedSteps:
@@ -121,7 +136,8 @@ def test_reward_is_the_outcome_and_a_fifth_of_the_smallest_step_logit():
     twice = [*sampled, replace(sampled[0], sample=4)]
     scored = asyncio.run(OutcomeAndSteps(model, 0.2)(twice, queries))  # type: ignore[arg-type]
     assert [c.reward for c in scored] == pytest.approx([1.2, -0.2, 0.4, -1.0, 1.2])
-    assert scored[0].step_scores == [2, 1, 3] and model.calls == 4  # equal responses are scored once
+    # equal responses are scored once
+    assert scored[0].step_scores == [2, 1, 3] and model.calls == 4
     chosen = select(scored, ["1-0"], "0", target_size=9)["1-0"]
     assert [one.text for one in chosen] == [
         "a1",
@@ -137,7 +153,9 @@ def test_rewards_by_composition():
 
     class Length:
         async def score(self, conversations_D):
-            assert [[m["role"] for m in conversation] for conversation in conversations_D] == [["user", "assistant"]] * 2
+            assert [[m["role"] for m in conversation] for conversation in conversations_D] == [
+                ["user", "assistant"]
+            ] * 2
             return [float(len(conversation[-1]["content"])) for conversation in conversations_D]
 
     assert [c.reward for c in asyncio.run(OutcomeAndModel(Length(), 0.5)(sampled, queries))] == [2.0, 1.0]  # type: ignore[arg-type]
@@ -149,13 +167,16 @@ def test_rewards_by_composition():
     assert [one.reward for one in scored] == [2.0, 0.0]
 
 
-# --- selection.py ---------------------------------------------------------------------------------------------------------------
+# --- selection.py -------------------------------------------------------------------------------
 
 
 def pool() -> list[Candidate]:
     rng = np.random.default_rng(0)
-    texts = [f"{q}{letter}{rng.integers(3)}" for q in "xyz" for letter in "aabbccddee"]  # many duplicates
-    return [candidate(text[0], n % 10, text, float(ord(text[1]) % 3) / 2, correct=n % 3 > 0) for n, text in enumerate(texts)]
+    # many duplicates
+    texts = [f"{q}{letter}{rng.integers(3)}" for q in "xyz" for letter in "aabbccddee"]
+    return [
+        candidate(text[0], n % 10, text, float(ord(text[1]) % 3) / 2, correct=n % 3 > 0) for n, text in enumerate(texts)
+    ]
 
 
 # Trap: duplicates that eat places.
@@ -165,7 +186,8 @@ def test_selection_by_hand():
     duplicates = [candidate("q", 4 + n, "a1", 1.2) for n in range(5)]
     other = [candidate("p", 0, "e1", 0.3), candidate("p", 1, "f1", -0.5)]
     everything = [*sampled, *duplicates, *other]
-    chosen = select(everything, ["q", "p", "empty"], "0.3", target_size=3)  # 0.3 is not above 0.3: d1 and e1 stay out
+    # 0.3 is not above 0.3: d1 and e1 stay out
+    chosen = select(everything, ["q", "p", "empty"], "0.3", target_size=3)
     assert {query: [one.text for one in kept] for query, kept in chosen.items()} == {
         "q": ["a1", "b1", "c2"],
         "p": [],
@@ -179,7 +201,8 @@ def test_selection_by_hand():
     assert [one.text for one in select(everything, ["q", "p"], 0, target_size=9, quota=1)["q"]] == [
         "a1"
     ]  # duplicates eat no place
-    assert sum(map(len, select(everything, ["q", "p"], 0, target_size=99).values())) == 5  # not so many: all
+    # not so many: all
+    assert sum(map(len, select(everything, ["q", "p"], 0, target_size=99).values())) == 5
     assert [shortfall(chosen.values(), wanted) for wanted in (2, 3, 10)] == [0, 0, 7]
 
 
@@ -203,7 +226,8 @@ def test_human_solutions_compete_and_are_not_counted():
 # Trap: selections that depend on the order of samples.
 def test_neither_the_order_nor_the_numbers_of_samples_change_a_selection():
     found = [
-        [(one.query, one.text) for kept in select(order, list("zyx"), "0", 9).values() for one in kept] for order in _orders()
+        [(one.query, one.text) for kept in select(order, list("zyx"), "0", 9).values() for one in kept]
+        for order in _orders()
     ]
     assert len(found[0]) >= 9 and all(other == found[0] for other in found)
     ties = [candidate("q", n, text, 1.0) for n, text in enumerate("abcdefgh")]
@@ -219,7 +243,7 @@ def _orders():
         yield [replace(one, sample=next(numbers[one.query])) for one in shuffled]
 
 
-# --- metrics.py, records.py, budget.py ------------------------------------------------------------------------------------------
+# --- metrics.py, records.py, budget.py ----------------------------------------------------------
 
 
 def test_what_is_watched_by_hand():
@@ -270,7 +294,9 @@ def test_every_method_gets_the_same_number_of_samples():
 
 
 def test_a_run_that_costs_too_much_or_was_begun_otherwise_is_refused(tmp_path):
-    one = plan(METHODS["bstar"], queries=10, dev=5, test=2, samples=4, temperatures=2, eval_samples=3, sweep_cost="given")
+    one = plan(
+        METHODS["bstar"], queries=10, dev=5, test=2, samples=4, temperatures=2, eval_samples=3, sweep_cost="given"
+    )
     assert projected_tokens([one], rounds=3, max_tokens=10) == (40 + 40 + 8) * 30
     with pytest.raises(ConfigError, match="max_sampled_tokens=2,639"):
         check_budget(2640, 2639)
@@ -279,7 +305,8 @@ def test_a_run_that_costs_too_much_or_was_begun_otherwise_is_refused(tmp_path):
     assert list(bstar.made_with()) == ["warm_start", "solutions", "completer", "labels", "prm", "round_00", "bstar"]
     (bstar.path / "round_01").mkdir(parents=True)
     write_settings(bstar.record, bstar.made_with())
-    added = stages_of(chz.replace(config, methods=["bstar", "star"]), task(), pytest.fail)  # methods may be added
+    # methods may be added
+    added = stages_of(chz.replace(config, methods=["bstar", "star"]), task(), pytest.fail)
     assert [stage.is_finished() for stage in added] == [False, False]
     for changed, text in (({"seed": 1}, r"warm_start.seed=0 \(now 1\)"), ({"steps": 7}, r"bstar.steps=20 \(now 7\)")):
         with pytest.raises(ConfigError, match=text):
@@ -287,12 +314,18 @@ def test_a_run_that_costs_too_much_or_was_begun_otherwise_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="methods=astar"):
         main(chz.replace(config, methods=["astar"]))
     assert Config(temperatures=["1.0", "0.50", "1"]).temperatures == ["0.5", "1"]
-    assert config.wanted(task()) == 20 * 64 / 8  # as many of each question as the steps of a round train on
+    # as many of each question as the steps of a round train on
+    assert config.wanted(task()) == 20 * 64 / 8
 
 
 def test_claims_about_a_run_by_hand(tmp_path):
     lines = {  # pass@1 and pass@4-4 of rounds 0 to 4, and what was chosen in rounds 1 to 4
-        "bstar": ([0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 0.2, 0.3, 0.3, 0.4], ["0.5", "0.7", "0.5", "1"], [0.2, 0.3, 0.29, 0.4]),
+        "bstar": (
+            [0.1, 0.2, 0.3, 0.4, 0.5],
+            [0.1, 0.2, 0.3, 0.3, 0.4],
+            ["0.5", "0.7", "0.5", "1"],
+            [0.2, 0.3, 0.29, 0.4],
+        ),
         "online_rft": ([0.1, 0.2, 0.3, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4, 0.5], ["1"] * 4, [None] * 4),
         "online_rft_cold": ([0.1, 0.2, 0.4, 0.5, 0.5], [0.1, 0.3, 0.4, 0.3, 0.2], ["0.5"] * 4, [None] * 4),
     }
@@ -307,7 +340,7 @@ def test_claims_about_a_run_by_hand(tmp_path):
     assert holds == {"a": True, "b, greedy": False, "b, pass@1": False, "c, greedy": True, "c, pass@1": True, "d": True}
 
 
-# --- tasks.py, sums.py ----------------------------------------------------------------------------------------------------------
+# --- tasks.py, sums.py --------------------------------------------------------------------------
 
 
 # Trap: test questions met in training.
@@ -335,7 +368,13 @@ def test_sums_have_many_valid_derivations_and_lucky_ones_are_not_valid():
     solutions = {one.solution(np.random.default_rng(seed)) for seed in range(50)}
     assert len(solutions) > 25 and all(one.valid(solution) for solution in solutions)
     assert one.valid("3+2=5\n9+7=6\n5+6=1\n#1")
-    for wrong in ("3+2=5\n9+7=6\n5+6=1\n#2", "3+2=6\n9+7=5\n5+6=1\n#1", "3+3=6\n9+7=6\n6+6=1\n#1", "3+2=5\n9+7=6\n#1", "#1"):
+    for wrong in (
+        "3+2=5\n9+7=6\n5+6=1\n#2",
+        "3+2=6\n9+7=5\n5+6=1\n#1",
+        "3+3=6\n9+7=6\n6+6=1\n#1",
+        "3+2=5\n9+7=6\n#1",
+        "#1",
+    ):
         assert not one.valid(wrong)
     env = task().train[0]
     assert asyncio.run(env.grade(f"1+1=3\n#{env.problem.gold}")).correct and not asyncio.run(env.grade("1+1=2")).answer

@@ -1,4 +1,6 @@
-"""The pages of recipes/bstar, made from records that this file writes: what they say is what the records say."""
+"""The pages of recipes/bstar, made from records that this file writes: what they say is what the
+records say.
+"""
 
 import json
 import re
@@ -35,8 +37,12 @@ FORM = StepFormat(separator="\n", answer_marker="#")
 GRID, THRESHOLDS = ["0.5", "1", "1.1"], ["-0.5", "0", "0.5"]
 
 
-def candidates(rng: np.random.Generator, queries: list[str], temperature: str, count: int, skill: float) -> list[Candidate]:
-    """Answers to "2+3=", right with probability `skill`; some are cut off, some have markup in them."""
+def candidates(
+    rng: np.random.Generator, queries: list[str], temperature: str, count: int, skill: float
+) -> list[Candidate]:
+    """Answers to "2+3=", right with probability `skill`; some are cut off, some have markup in
+    them.
+    """
     found = []
     for query in queries:
         for n in range(count):
@@ -75,7 +81,9 @@ def write_round(folder: Path, number: int, seed: int, chooses: bool, size: int, 
         both = sample_metrics(pool, queries, FORM) | selection_metrics(list(chosen.values()))
         metrics |= {f"train/{key}": found for key, found in both.items()}
     taken = (choice.temperature, choice.threshold, choice.score) if choice else (None, None, None)
-    seconds = {"sample": 2.0, "score": 1.0, "train": 3.0, "test": 1.0, "greedy": 0.1} | ({"sweep": 3.0} if chooses else {})
+    seconds = {"sample": 2.0, "score": 1.0, "train": 3.0, "test": 1.0, "greedy": 0.1} | (
+        {"sweep": 3.0} if chooses else {}
+    )
     tokens = {"sample": 2000, "train": 900, "test": 500, "greedy": 60} | ({"sweep": 1500} if chooses else {})
     write_summary(folder / "summary.json", Summary(number, *taken, metrics, seconds, tokens))
 
@@ -113,8 +121,14 @@ def test_the_page_of_a_run_says_what_the_records_say(tmp_path):
             row[:2] == ["2", f"{last.metrics['test/greedy']:.3f}"] and f"{last.metrics['test/pass@8-4']:.3f}" in row
             for row in rows
         )
-    assert ["tokens/s", "500", "1,000", "", "300", "600", "500"] in rows  # bstar's: sweep, sample, score, train, greedy, test
-    assert "<script" not in page and "http-equiv" not in page and "0+&lt;5&gt;=" in page and "=&lt;b&gt;1&lt;/b&gt;" in page
+    # bstar's: sweep, sample, score, train, greedy, test
+    assert ["tokens/s", "500", "1,000", "", "300", "600", "500"] in rows
+    assert (
+        "<script" not in page
+        and "http-equiv" not in page
+        and "0+&lt;5&gt;=" in page
+        and "=&lt;b&gt;1&lt;/b&gt;" in page
+    )
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(svg)
     assert page.count("<svg") == 6  # the comparison; two methods' curves and costs; one surface
@@ -167,4 +181,5 @@ def test_a_round_is_measured_stage_by_stage():
     assert sum(figures[f"{stage}: share of the round"] for stage in stages) == pytest.approx(1.0)
     for stage in stages - {"choose", "select"}:
         assert figures[f"{stage}: tokens/s"] * figures[f"{stage}: s"] == pytest.approx(figures[f"{stage}: tokens"])
-    assert figures["samples: selected"] >= 6  # one of each question at least: there are human solutions
+    # one of each question at least: there are human solutions
+    assert figures["samples: selected"] >= 6

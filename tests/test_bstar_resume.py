@@ -1,4 +1,6 @@
-"""The command of recipes/bstar, killed again and again: no finished work is done twice, and the end is the same to the last bit."""
+"""The command of recipes/bstar, killed again and again: no finished work is done twice, and the end
+is the same to the last bit.
+"""
 
 import asyncio
 import json
@@ -60,7 +62,9 @@ def config(folder: Path) -> Config:
 
 
 def killed_at_rename(folder: Path, number: int) -> None:
-    """Runs the command; SIGKILL comes just before the `number`-th file or folder would get its final name."""
+    """Runs the command; SIGKILL comes just before the `number`-th file or folder would get its
+    final name.
+    """
     left = number
 
     def hook(event: str, arguments: tuple) -> None:
@@ -94,9 +98,13 @@ def results(folder: Path) -> dict[str, bytes | str]:
         "choice.json",
         "labels.jsonl",
     )
-    found: dict[str, bytes | str] = {str(f.relative_to(folder)): f.read_bytes() for name in names for f in folder.rglob(name)}
+    found: dict[str, bytes | str] = {
+        str(f.relative_to(folder)): f.read_bytes() for name in names for f in folder.rglob(name)
+    }
     for method in ARGUMENTS["methods"]:
-        found |= {f"{method} {s.round}": repr((s.metrics, s.tokens, s.balance)) for s in read_summaries(folder / method)}
+        found |= {
+            f"{method} {s.round}": repr((s.metrics, s.tokens, s.balance)) for s in read_summaries(folder / method)
+        }
     for file in folder.rglob("metrics.jsonl"):
         untimed = [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read_metrics(file)]
         found[str(file.relative_to(folder))] = json.dumps(untimed)
@@ -131,7 +139,8 @@ def test_killed_at_any_stage_repeats_no_finished_work_and_ends_in_the_same_state
             break
         assert process.exitcode == -signal.SIGKILL
         kills += 1
-    assert kills == 5  # in the warm start, in evaluations, in training with the optimizer kept and with a fresh one
+    # in the warm start, in evaluations, in training with the optimizer kept and with a fresh one
+    assert kills == 5
     assert results(folder) == results(reference)
 
 
@@ -171,6 +180,8 @@ def test_every_stage_leaves_a_file_that_says_what_it_did(reference: Path):
 def test_one_schedule_by_the_absolute_step_or_one_each_round(reference: Path):
     kept = [record["learning_rate"] for record in read_metrics(reference / "bstar" / "train")]
     assert len(kept) == 40 and kept == sorted(kept, reverse=True) and kept[0] == 1e-3
-    fresh = [[r["learning_rate"] for r in read_metrics(reference / "rest_em" / f"round_0{n}" / "train")] for n in (1, 2)]
+    fresh = [
+        [r["learning_rate"] for r in read_metrics(reference / "rest_em" / f"round_0{n}" / "train")] for n in (1, 2)
+    ]
     assert len(fresh[0]) == 20 and fresh[0] == fresh[1] and fresh[0][0] == 1e-3
     assert not (reference / "rest_em" / "train").exists()

@@ -1,4 +1,6 @@
-"""The tasks of recipes/bstar on files: what is asked, imitated and accepted, and how solutions fall into steps."""
+"""The tasks of recipes/bstar on files: what is asked, imitated and accepted, and how solutions fall
+into steps.
+"""
 
 import asyncio
 import json
@@ -103,7 +105,13 @@ def test_human_solutions_are_right_and_fall_into_the_steps_of_their_form(tmp_pat
         ("arc", "test", "Plants make sugar of light.\nThe answer is (B).", True, "B"),
         ("arc", "test", "The answer is B. No: the answer is A.", False, "A"),
         ("arc", "test", "The answer is C.", False, ""),  # there are two options
-        ("code", "test", "So:\n```python\ndef double(x):\n    return 2 * x\n```", True, "def double(x):\n    return 2 * x\n"),
+        (
+            "code",
+            "test",
+            "So:\n```python\ndef double(x):\n    return 2 * x\n```",
+            True,
+            "def double(x):\n    return 2 * x\n",
+        ),
         ("code", "test", "```\ndef double(x): return x\n```", False, "def double(x): return x\n"),
         ("code", "test", "def double(x): return 2 * x", False, ""),
     ],

@@ -1,7 +1,9 @@
-"""Any future may be cancelled and any caller may go away, at any moment: nobody else notices, and no step follows a pass that failed."""
+"""Any future may be cancelled and any caller may go away, at any moment: nobody else notices, and
+no step follows a pass that failed.
+"""
 
-# Trap: a cancelled request that kills the engine or keeps its place; a cancelled or failed pass followed by a step;
-# engines that stay.
+# Trap: a cancelled request that kills the engine or keeps its place; a cancelled or failed pass
+# followed by a step; engines that stay.
 
 import asyncio
 import concurrent.futures
@@ -56,7 +58,7 @@ def sum_of_logprobs(data, logprobs_D):  # noqa: ANN001, ANN201
     return -torch.cat(list(logprobs_D)).sum() * 1e-2, {}
 
 
-# --- training -------------------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
 class Blocked:
@@ -74,8 +76,12 @@ class Blocked:
 
 PASSES: dict[str, Callable[[TrainingClient, int], APIFuture]] = {
     "forward_backward": lambda client, seed: client.forward_backward(policy_data(3, seed), "importance_sampling"),
-    "forward_backward_custom": lambda client, seed: client.forward_backward_custom(policy_data(3, seed), sum_of_logprobs),
-    "forward_backward_terms": lambda client, seed: client.forward_backward_terms([LossTerm(policy_data(3, seed), "ppo", None)]),
+    "forward_backward_custom": lambda client, seed: client.forward_backward_custom(
+        policy_data(3, seed), sum_of_logprobs
+    ),
+    "forward_backward_terms": lambda client, seed: client.forward_backward_terms(
+        [LossTerm(policy_data(3, seed), "ppo", None)]
+    ),
 }
 
 
@@ -97,7 +103,9 @@ def test_no_step_follows_a_pass_that_was_cancelled_in_the_queue(torch_service: S
     assert same(weights(client), weights(undisturbed)), "nothing is left of the first gradient"
 
 
-def test_a_cancelled_step_drops_its_gradient_and_a_running_call_is_carried_through(torch_service: ServiceClient) -> None:
+def test_a_cancelled_step_drops_its_gradient_and_a_running_call_is_carried_through(
+    torch_service: ServiceClient,
+) -> None:
     client, undisturbed = (torch_service.create_training_client("micro") for _ in range(2))
     began = threading.Event()
 
@@ -185,8 +193,12 @@ def test_what_failed_in_optim_step_leaves_no_gradient_and_no_stale_sampler(
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_calls_cancelled_at_random_leave_the_weights_that_the_others_make(torch_service: ServiceClient, seed: int) -> None:
-    """Every method of the training client. Afterwards the calls that were carried out are made again on a fresh client."""
+def test_calls_cancelled_at_random_leave_the_weights_that_the_others_make(
+    torch_service: ServiceClient, seed: int
+) -> None:
+    """Every method of the training client. Afterwards the calls that were carried out are made
+    again on a fresh client.
+    """
     rng = np.random.default_rng(seed)
     client = torch_service.create_training_client("micro")
     start = client.save_state("start").result(PATIENCE).path
@@ -264,7 +276,7 @@ def test_an_infinite_step_ends_in_an_error_and_not_in_a_checkpoint(torch_service
         client.save_state("final").result(PATIENCE)
 
 
-# --- sampling -------------------------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 
 LONG = SamplingParams(max_tokens=100, seed=1, stop=[])
 
@@ -287,7 +299,8 @@ def sampler(
 
 def assert_all_places_are_free(client: SamplingClient) -> None:
     thread = client._engine
-    client.sample(prompt_of(3), 1, SamplingParams(max_tokens=1)).result(PATIENCE)  # what was submitted before has been accepted
+    # what was submitted before has been accepted
+    client.sample(prompt_of(3), 1, SamplingParams(max_tokens=1)).result(PATIENCE)
     wait_until(lambda: thread.num_in_flight == 0)
     engine = thread._engine
     assert not getattr(engine, "_unfinished", None) and not getattr(engine, "_waiting", None)
@@ -302,7 +315,9 @@ def assert_close(a: SampleResponse, b: SampleResponse) -> None:
 
 
 def test_requests_cancelled_at_random_trouble_nobody_else(sampler: SamplingClient) -> None:
-    """Tasks that are cancelled, time-outs, futures cancelled by a thread; the witnesses get what they get alone."""
+    """Tasks that are cancelled, time-outs, futures cancelled by a thread; the witnesses get what
+    they get alone.
+    """
     rng = np.random.default_rng(0)
     witnesses = [(prompt_of(20, i), SamplingParams(max_tokens=40, seed=i, stop=[])) for i in range(8)]
     alone = [sampler.sample(prompt, 2, params).result(PATIENCE) for prompt, params in witnesses]
@@ -368,7 +383,9 @@ def test_time_outs_waiters_and_loops_that_are_gone(sampler: SamplingClient) -> N
     future = sampler.sample(prompt_of(5), 1, LONG)
     with pytest.raises(TimeoutError):
         future.result(timeout=1e-4)
-    assert len(future.result(PATIENCE).sequences[0].tokens) == 100, "who stops waiting by result(timeout) withdraws nothing"
+    assert len(future.result(PATIENCE).sequences[0].tokens) == 100, (
+        "who stops waiting by result(timeout) withdraws nothing"
+    )
 
     async def gives_up(future: APIFuture[SampleResponse]) -> None:
         with pytest.raises(TimeoutError):
@@ -433,7 +450,7 @@ def test_a_future_is_one_of_concurrent_futures(sampler: SamplingClient, caplog: 
     assert_all_places_are_free(sampler)
 
 
-# --- clients and engines that go ------------------------------------------------------------------------------------------------
+# --- clients and engines that go ----------------------------------------------------------------
 
 
 def engines() -> set[threading.Thread]:
@@ -443,7 +460,9 @@ def engines() -> set[threading.Thread]:
 
 @pytest.fixture
 def new_engines() -> Callable[[], int]:
-    """The number of engines opened since the test began and still there; engines of earlier tests may be ending meanwhile."""
+    """The number of engines opened since the test began and still there; engines of earlier tests
+    may be ending meanwhile.
+    """
     before = engines()
     return lambda: len(engines() - before)
 
@@ -469,8 +488,12 @@ def test_an_engine_goes_with_its_last_client(torch_service: ServiceClient, new_e
     wait_until(lambda: new_engines() == 0)
 
 
-def test_the_engine_of_a_frozen_policy_goes_with_the_run_that_asked_it(tmp_path: Path, new_engines: Callable[[], int]) -> None:
-    answerer = FrozenPolicy(base_model="micro", renderer_name="plain", max_tokens=3, backend=BackendConfig(engine="torch"))
+def test_the_engine_of_a_frozen_policy_goes_with_the_run_that_asked_it(
+    tmp_path: Path, new_engines: Callable[[], int]
+) -> None:
+    answerer = FrozenPolicy(
+        base_model="micro", renderer_name="plain", max_tokens=3, backend=BackendConfig(engine="torch")
+    )
     completer = answerer.open_completer()
     assert new_engines() == 1
     del completer
@@ -501,7 +524,9 @@ def test_opening_a_client_that_is_cancelled_or_fails_leaves_no_engine(
 
     asyncio.run(cancelled())
     wait_until(lambda: new_engines() == 0)
-    monkeypatch.setattr("posttrain.backend.torch_sampler.TorchSampler.load_weights", lambda self, weights: {}["missing"])
+    monkeypatch.setattr(
+        "posttrain.backend.torch_sampler.TorchSampler.load_weights", lambda self, weights: {}["missing"]
+    )
     with pytest.raises(KeyError):
         torch_service.create_sampling_client(base_model="micro")
     wait_until(lambda: new_engines() == 0)

@@ -1,4 +1,6 @@
-"""Checkpoints: complete or absent, exact, readable by transformers, peft and vLLM, and refused by another model."""
+"""Checkpoints: complete or absent, exact, readable by transformers, peft and vLLM, and refused by
+another model.
+"""
 
 import json
 import resource
@@ -53,7 +55,11 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 @pytest.mark.parametrize("rank", [0, 4])
 def test_resuming_is_bit_identical(torch_service: ServiceClient, rank: int) -> None:
     def fresh() -> TrainingClient:
-        return torch_service.create_lora_training_client("tiny", rank) if rank else torch_service.create_training_client("tiny")
+        return (
+            torch_service.create_lora_training_client("tiny", rank)
+            if rank
+            else torch_service.create_training_client("tiny")
+        )
 
     uninterrupted, first = fresh(), fresh()
     train(uninterrupted, range(6))
@@ -153,7 +159,7 @@ def test_failed_forward_backward_cancels_the_queued_step(torch_service: ServiceC
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(client).items())
 
 
-# --- what does not fit is refused whole -----------------------------------------------------------------------------------------------
+# --- what does not fit is refused whole ---------------------------------------------------------
 
 OPTIMIZER = "training_state/optimizer.safetensors"
 NAME = "exp_avg:model.layers.0.mlp.down_proj.weight"
@@ -170,7 +176,10 @@ def without(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (lambda tensors: without(tensors), f"lacks {NAME}"),
         (lambda tensors: tensors | {"exp_avg:other": torch.zeros(2)}, "exp_avg:other"),
         (lambda tensors: tensors | {"garbage": torch.zeros(2)}, "garbage"),
-        (lambda tensors: tensors | {NAME: tensors[NAME][:5].clone()}, r"has shape \(5, 384\), this run needs \(128, 384\)"),
+        (
+            lambda tensors: tensors | {NAME: tensors[NAME][:5].clone()},
+            r"has shape \(5, 384\), this run needs \(128, 384\)",
+        ),
         (lambda tensors: tensors | {NAME: tensors[NAME].T.contiguous()}, r"has shape \(384, 128\)"),
         (lambda tensors: tensors | {NAME.replace("exp_avg", "step"): torch.zeros(3)}, "step:.* has shape"),
     ],
@@ -195,15 +204,21 @@ def test_weights_that_are_not_those_of_the_config_are_refused(torch_service: Ser
     path = client.save_state("saved").result().path
     tensors = load_file(f"{path}/model.safetensors")
     for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
-        save_file({key: tensor for key, tensor in tensors.items() if key != name}, f"{path}/model.safetensors", {"format": "pt"})
+        save_file(
+            {key: tensor for key, tensor in tensors.items() if key != name},
+            f"{path}/model.safetensors",
+            {"format": "pt"},
+        )
         with pytest.raises(CheckpointError, match=f"weights lack tensors .*{name}"):
             client.load_state(path).result()
-    save_file(tensors | {"model.layers.7.mlp.up_proj.weight": torch.zeros(2)}, f"{path}/model.safetensors", {"format": "pt"})
+    save_file(
+        tensors | {"model.layers.7.mlp.up_proj.weight": torch.zeros(2)}, f"{path}/model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(CheckpointError, match="hold tensors that .*model.layers.7"):
         client.load_state(path).result()
 
 
-# --- adapters and their bases ---------------------------------------------------------------------------------------------------------
+# --- adapters and their bases -------------------------------------------------------------------
 
 
 def adapter(service: ServiceClient, name: str = "adapter", seed: int = 0, **options: Any) -> str:
@@ -234,7 +249,9 @@ def test_an_adapter_is_put_on_the_base_it_was_trained_on(torch_service: ServiceC
         live = torch.tensor(client.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:])
         torch.testing.assert_close(sampler_logprobs(torch_service, path), live, rtol=0, atol=1e-5)
         other = torch_service.create_lora_training_client("micro", 4, seed=0)
-        with pytest.raises(CheckpointError, match="base model 'micro' with seed 3, and this run's is 'micro' with seed 0"):
+        with pytest.raises(
+            CheckpointError, match="base model 'micro' with seed 3, and this run's is 'micro' with seed 0"
+        ):
             other.load_state(path).result()
     reopened = torch_service.create_training_client_from_state(state)
     assert torch.equal(logprobs(reopened), logprobs(client))
@@ -248,7 +265,8 @@ def test_a_base_folder_that_moved_or_changed(torch_service: ServiceClient, tmp_p
     path = client.save_state("adapter").result().path
     expected = sampler_logprobs(torch_service, path)
     moved = shutil.copytree(base, tmp_path / "moved")
-    torch_service.create_lora_training_client(str(moved), 4).load_state(path).result()  # the same weights under another name
+    # the same weights under another name
+    torch_service.create_lora_training_client(str(moved), 4).load_state(path).result()
     train(full, range(1))
     full.save_weights_for_sampler("base").result()
     with pytest.raises(CheckpointError, match="weights have changed since"):
@@ -277,7 +295,9 @@ def test_an_adapter_of_other_settings_is_refused(torch_service: ServiceClient, o
         torch_service.create_lora_training_client("micro", **settings).load_state(path).result()
 
 
-def test_layers_that_an_adapter_lacks_begin_at_zero(torch_service: ServiceClient, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_that_an_adapter_lacks_begin_at_zero(
+    torch_service: ServiceClient, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = adapter(torch_service, train_mlp=False)
     client = torch_service.create_lora_training_client("micro", 4)
     train(client, range(1))
@@ -290,7 +310,9 @@ def test_layers_that_an_adapter_lacks_begin_at_zero(torch_service: ServiceClient
 
 def test_an_adapter_made_by_peft_is_a_start(torch_service: ServiceClient, tmp_path: Path) -> None:
     base = load_model("micro", 0, CPU, torch.float32)
-    config = PeftConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = PeftConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     model = get_peft_model(base, config)
     model.peft_config["default"].base_model_name_or_path = "micro"
     model.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
@@ -326,11 +348,13 @@ def test_an_adapter_given_as_a_model_is_named(torch_service: ServiceClient) -> N
         torch_service.create_lora_training_client("micro", 4).load_state(full).result()
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------------------------
+# --- the folder ---------------------------------------------------------------------------------
 
 
 def to_format_1(path: Path) -> None:
-    """The layout of older checkpoints: all in one folder, an adapter with the config.json of its base and without base_model.json."""
+    """The layout of older checkpoints: all in one folder, an adapter with the config.json of its
+    base and without base_model.json.
+    """
     for file in (path / "training_state").iterdir():
         file.rename(path / file.name)
     (path / "training_state").rmdir()
@@ -399,7 +423,10 @@ def test_a_saved_tokenizer_has_the_models_length(tmp_path: Path) -> None:
 def test_the_disk_is_checked_before_a_run(
     torch_service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for client in (torch_service.create_training_client("micro"), torch_service.create_lora_training_client("micro", 8)):
+    for client in (
+        torch_service.create_training_client("micro"),
+        torch_service.create_lora_training_client("micro", 8),
+    ):
         train(client, range(1))
         folder = Path(client.save_state("sized").result().path)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
@@ -407,7 +434,10 @@ def test_the_disk_is_checked_before_a_run(
     usage = SimpleNamespace(free=1_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     check_disk_space(tmp_path, 200_000_000, save_every=5, keep=3, existing=0)
-    assert "200 MB each, every 5 steps and at the end; the last 3 and `final` are kept; 1 GB free" in capsys.readouterr().out
+    assert (
+        "200 MB each, every 5 steps and at the end; the last 3 and `final` are kept; 1 GB free"
+        in capsys.readouterr().out
+    )
     check_disk_space(tmp_path, 400_000_000, save_every=5, keep=3, existing=0)
     assert "warning: up to 2 GB more will be needed" in capsys.readouterr().out
     check_disk_space(tmp_path, 400_000_000, save_every=5, keep=3, existing=4)

@@ -1,4 +1,6 @@
-"""The commands as a user runs them: they learn, they leave a readable run folder, and bad input ends in one line and exit code 2."""
+"""The commands as a user runs them: they learn, they leave a readable run folder, and bad input
+ends in one line and exit code 2.
+"""
 
 import json
 import subprocess
@@ -16,6 +18,7 @@ GSM8K = [
     {"question": "A box holds 12 eggs. How many in 3?", "answer": "12*3=<<12*3=36>>36\n#### 36"},
     {"question": "Ann ran 5 km on 2 days. How far?", "answer": "5*2=<<5*2=10>>10\n#### 10"},
     {"question": "Half of 18?", "answer": "18/2=<<18/2=9>>9\n#### 9"},
+    {"question": "Half of 20?", "answer": "20/2=<<20/2=10>>10\n#### 10"},
 ]
 
 
@@ -39,7 +42,9 @@ def write_jsonl(path: Path, rows: list) -> Path:
 def test_warm_start_then_rl_by_vllm_learns_one_digit_sums(tmp_path: Path) -> None:
     task = ["num_digits=1", "operators=+-", "num_test=20"]
     sft = [f"dataset.{option}" for option in task]
-    succeeds(SFT, *sft, "renderer_name=plain", "learning_rate=2e-3", "dataset.n_batches=45", f"log_path={tmp_path / 'sft'}")
+    succeeds(
+        SFT, *sft, "renderer_name=plain", "learning_rate=2e-3", "dataset.n_batches=45", f"log_path={tmp_path / 'sft'}"
+    )
     nll = [record["train_mean_nll"] for record in read_metrics(tmp_path / "sft") if "train_mean_nll" in record]
     assert nll[-1] < 0.5 * nll[0]
     rl = [f"env.{option}" for option in task]
@@ -56,12 +61,14 @@ def test_warm_start_then_rl_by_vllm_learns_one_digit_sums(tmp_path: Path) -> Non
     page = (tmp_path / "rl/transcripts/000000.html").read_text()
     assert "gold" in page and "<html" in page
     config = json.loads((tmp_path / "rl/config.json").read_text())
-    assert config["env"]["class"] == "envs.arithmetic:ArithmeticBuilder" and config["advantage"]["class"].endswith("LeaveOneOut")
+    assert config["env"]["class"] == "envs.arithmetic:ArithmeticBuilder" and config["advantage"]["class"].endswith(
+        "LeaveOneOut"
+    )
 
 
 def test_gsm8k_files_train_supervised_and_by_rl(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        write_jsonl(tmp_path / f"{split}.jsonl", GSM8K)
+    for split, rows in (("train", GSM8K[:4]), ("test", GSM8K[4:])):
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
     output = succeeds(
         SFT, "dataset=gsm8k", f"dataset.path={tmp_path / 'train.jsonl'}", f"dataset.test_path={tmp_path / 'test.jsonl'}", "batch_size=2",
         "num_epochs=3", "log_path=sft", cwd=tmp_path,
@@ -89,7 +96,10 @@ BAD_INPUT = {
     "no assistant turn": ([SFT, "dataset={tmp}/user_only.jsonl"], "user_only.jsonl:1"),
     "all too long": ([SFT, "dataset={tmp}/good.jsonl", "dataset.max_length=3"], "none is left"),
     "existing run": ([SFT, "log_path={tmp}/old"], "already holds a run"),
-    "checkpoint of another model": ([SFT, "model_name=small", "load_checkpoint_path={tmp}/checkpoint"], "another model"),
+    "checkpoint of another model": (
+        [SFT, "model_name=small", "load_checkpoint_path={tmp}/checkpoint"],
+        "another model",
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""Programs in the sandbox: what they are judged to be, and that none of them reaches the trainer."""
+"""Programs in the sandbox: what they are judged to be, and that none of them reaches the
+trainer.
+"""
 
 import asyncio
 import errno
@@ -41,7 +43,8 @@ HOSTILE = {
     "endless loop": "while True: pass",
     "10 GB of output": "import sys\nfor _ in range(10_000): sys.stdout.write('x' * 2**20)",
     "one large file": "f = open('f', 'w')\nfor _ in range(10_000): f.write('x' * 2**20)",
-    "many small files": "import os\nfor i in range(10**7):\n    open(f'/tmp/f{i}' if i == 0 else f'f{i}', 'w').write('x' * 4096)",
+    "many small files": "import os\nfor i in range(10**7):\n    open(f'/tmp/f{i}' if i == 0 else f'f{i}', "
+    "'w').write('x' * 4096)",
     "the parent's environment": "import os\nprint(open(f'/proc/{os.getppid()}/environ').read())",
     "the trainer's environment": "print(open('/proc/TRAINER/environ').read())",
     "kill the parent": "import os\nos.kill(os.getppid(), 9)",
@@ -88,8 +91,11 @@ REFUSED = {f"(-1, {error})" for error in (errno.EPERM, errno.ENOSYS, errno.EAFNO
 
 @pytest.fixture(params=["as it comes", "without namespaces"])
 def supervisor(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The supervisor, and one that root's container forbids to make namespaces. Who is not root is refused without."""
-    everyones_python = "/usr/bin/python3"  # without namespaces a program cannot reach an interpreter in a folder of root's
+    """The supervisor, and one that root's container forbids to make namespaces. Who is not root is
+    refused without.
+    """
+    # without namespaces a program cannot reach an interpreter in a folder of root's
+    everyones_python = "/usr/bin/python3"
     if request.param == "without namespaces" and os.getuid() == 0 and os.path.exists(everyones_python):
         monkeypatch.setattr(sys, "executable", everyones_python)
         source = envs.sandbox.SUPERVISOR.read_text()
@@ -131,7 +137,9 @@ asyncio.run(asyncio.sleep(0.01)); print(5)
 
 
 def test_the_filters_numbers_are_those_of_this_machine():
-    """x86_64's are compared with the C library's header where there is one; both tables have one number for each call."""
+    """x86_64's are compared with the C library's header where there is one; both tables have one
+    number for each call.
+    """
     header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
     defined = dict(re.findall(r"__NR_(\w+) (\d+)", header.read_text())) if header.exists() else {}
     assert {
@@ -158,7 +166,9 @@ def test_the_filters_numbers_are_those_of_this_machine():
         ({"open_files": 2}, "error"),
     ],
 )
-def test_limits_under_which_no_program_runs_are_an_error_when_the_environment_is_built(limits: dict[str, float], what: str):
+def test_limits_under_which_no_program_runs_are_an_error_when_the_environment_is_built(
+    limits: dict[str, float], what: str
+):
     with pytest.raises(ConfigError, match=what):
         asyncio.run(CodeBuilder(limits=chz.replace(QUICK, **limits))(RENDERER))
 
@@ -203,7 +213,8 @@ def test_assert_tests_need_to_be_reached():
 
 def test_programs_see_no_network_no_packages_and_the_same_hashes():
     run = asyncio.run(run_program("import socket\nsocket.create_connection(('127.0.0.1', 1), 1)", limits=QUICK))
-    if run.isolation.namespaces and not run.isolation.why_not:  # bubblewrap's has a loopback device of its own
+    # bubblewrap's has a loopback device of its own
+    if run.isolation.namespaces and not run.isolation.why_not:
         assert "unreachable" in run.stderr  # not: refused
     assert "No module named 'torch'" in asyncio.run(run_program("import torch", limits=QUICK)).stderr
     hashes = [asyncio.run(run_program("print(hash('a'))", limits=QUICK)).stdout for _ in range(2)]
@@ -212,7 +223,9 @@ def test_programs_see_no_network_no_packages_and_the_same_hashes():
 
 def test_a_cancelled_run_is_ended_at_once():
     async def cancelled() -> float:
-        task = asyncio.create_task(run_program("while True: pass", limits=SandboxLimits(wall_seconds=60, cpu_seconds=60)))
+        task = asyncio.create_task(
+            run_program("while True: pass", limits=SandboxLimits(wall_seconds=60, cpu_seconds=60))
+        )
         await asyncio.sleep(0.3)
         started = time.monotonic()
         task.cancel()
@@ -269,7 +282,9 @@ def test_rewards_and_metrics():
     assert step(env(), times).reward == 0 and step(env(), times).logs["tests"] == "1 wrong"
     partly = step(env(partial_credit=True), times)
     assert (
-        partly.reward == pytest.approx(2 / 3) and partly.metrics["correct"] == 0 and partly.logs["tests"] == "1 wrong, 2 passed"
+        partly.reward == pytest.approx(2 / 3)
+        and partly.metrics["correct"] == 0
+        and partly.logs["tests"] == "1 wrong, 2 passed"
     )
     assert step(env(), "print(3)").reward == pytest.approx(-0.1)
     assert step(env(limits=IMPATIENT), "```\nimport time; time.sleep(9)\n```").metrics["timeouts"] == 1

@@ -1,4 +1,6 @@
-"""The command lines: what a user may write, what comes out, and the one line that a mistake gets."""
+"""The command lines: what a user may write, what comes out, and the one line that a mistake
+gets.
+"""
 
 import subprocess
 import sys
@@ -76,7 +78,11 @@ class Options:
 
 
 SHORT_NAMES = {
-    "env": {"sums": f"{__name__}:Sums", "words": f"{__name__}:Words split=train", "*.jsonl": f"{__name__}:Words path={{}}"}
+    "env": {
+        "sums": f"{__name__}:Sums",
+        "words": f"{__name__}:Words split=train",
+        "*.jsonl": f"{__name__}:Words path={{}}",
+    }
 }
 
 
@@ -89,7 +95,8 @@ def read(*argv: str) -> Options:
     ("argv", "expected"),
     [
         ([], Options()),
-        (["env.group_size=2"], Options(env=Sums(difficulty=3, group_size=2))),  # the default object keeps its class and fields
+        # the default object keeps its class and fields
+        (["env.group_size=2"], Options(env=Sums(difficulty=3, group_size=2))),
         (["...group_size=2"], Options(env=Sums(difficulty=3, group_size=2))),
         (["env=sums", "env.which=last"], Options(env=Sums(which=Which.LAST))),
         (["env=words", "env.path=x=y"], Options(env=Words(path="x=y", split="train"))),
@@ -178,7 +185,11 @@ def test_a_command_exits_2_with_one_line_130_on_ctrl_c_and_is_light(tmp_path):
     def run(*argv: str) -> tuple[int, str]:
         root = Path(__file__).parent.parent
         done = subprocess.run(
-            [sys.executable, str(script), *argv], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(root)}
+            [sys.executable, str(script), *argv],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(root)},
         )
         return done.returncode, done.stderr
 

@@ -1,4 +1,6 @@
-"""Comparisons from every shape of row: what they say, what is dropped and counted, what is refused, and what is held out."""
+"""Comparisons from every shape of row: what they say, what is dropped and counted, what is refused,
+and what is held out.
+"""
 
 import json
 from pathlib import Path
@@ -93,7 +95,9 @@ def test_swaps_follow_the_example_and_the_seed_and_not_the_order() -> None:
     assert [one.label for one in in_both_orders(many[:2])] == ["A", "B", "A", "B"]
 
 
-def test_what_is_dropped_is_counted_and_disagreement_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_dropped_is_counted_and_disagreement_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def row(a: str, b: str, label: str) -> dict[str, str]:
         return {"prompt": "p", "completion_A": a, "completion_B": b, "label": label}
 
@@ -104,7 +108,9 @@ def test_what_is_dropped_is_counted_and_disagreement_is_kept(tmp_path: Path, cap
     assert [one.label for one in train] == ["A", "B", "Tie"]
     printed = capsys.readouterr().out
     assert "3 comparisons" in printed and "1 of them ties" in printed
-    assert all(part in printed for part in ("3 duplicates dropped", "1 identical answers dropped", "1 empty answers dropped"))
+    assert all(
+        part in printed for part in ("3 duplicates dropped", "1 identical answers dropped", "1 empty answers dropped")
+    )
     with pytest.raises(DataError, match=r"a\.jsonl:5: identical answers; identical=drop"):
         LabeledBuilder(path=path, empty="drop", identical="raise")()
     with pytest.raises(DataError, match=r"a\.jsonl:8: empty answers; empty=drop"):
@@ -126,9 +132,17 @@ SCORED = {"prompt": "p", "completion": "x"}
         (LabeledBuilder, {**GOOD_ROW, "completion_A": [USER]}, "does not begin with an assistant"),
         (LabeledBuilder, "{not json", "not JSON"),
         (ChosenRejectedBuilder, {"chosen": "x", "rejected": "y"}, "no field 'prompt'"),
-        (ChosenRejectedBuilder, {"chosen": [USER, GOOD], "rejected": [say("user", "3+3?"), BAD]}, "no prompt in common"),
+        (
+            ChosenRejectedBuilder,
+            {"chosen": [USER, GOOD], "rejected": [say("user", "3+3?"), BAD]},
+            "no prompt in common",
+        ),
         (TranscriptBuilder, {"chosen": "hello", "rejected": "hi"}, "no transcript"),
-        (RatedPairBuilder, {"context": "p", "response1": "x", "response2": "y", "overall_preference": "a"}, "not a number"),
+        (
+            RatedPairBuilder,
+            {"context": "p", "response1": "x", "response2": "y", "overall_preference": "a"},
+            "not a number",
+        ),
         (ScoredSamplesBuilder, {**SCORED}, "no field 'score'"),
         (ScoredSamplesBuilder, {"prompt": "p", "answer": "x"}, "no field 'completion'"),
     ],
@@ -171,7 +185,10 @@ def test_whole_prompts_are_held_out_whatever_the_order(tmp_path: Path, capsys: p
     rows = [{"prompt": p, "chosen": "x", "rejected": "y"} for p in ("p", "q")]
     path, held_out = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", rows[1])
     train, test = ChosenRejectedBuilder(path=path, test_path=held_out)()
-    assert (len(train), len(test)) == (1, 1) and "1 training pairs on held-out prompts dropped" in capsys.readouterr().out
+    assert (len(train), len(test)) == (
+        1,
+        1,
+    ) and "1 training pairs on held-out prompts dropped" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="give one of them"):
         ChosenRejectedBuilder(path=path, test_path=held_out, test_size=1)()
 

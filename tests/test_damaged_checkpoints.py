@@ -1,4 +1,6 @@
-"""Each file of a checkpoint damaged in turn, met by every way of opening it: one line that names the place, or the undamaged result."""
+"""Each file of a checkpoint damaged in turn, met by every way of opening it: one line that names
+the place, or the undamaged result.
+"""
 
 # Trap: a damaged file of a checkpoint.
 
@@ -59,7 +61,9 @@ def train_once(client) -> None:  # noqa: ANN001
 
 
 def policy_result(client) -> torch.Tensor:  # noqa: ANN001
-    return torch.cat([out["logprobs"].to_torch() for out in client.forward(DATA, "importance_sampling").result().loss_fn_outputs])
+    return torch.cat(
+        [out["logprobs"].to_torch() for out in client.forward(DATA, "importance_sampling").result().loss_fn_outputs]
+    )
 
 
 def scalars(client) -> torch.Tensor:  # noqa: ANN001
@@ -95,7 +99,9 @@ def policy_ways(service: ServiceClient, lora: LoraConfig | None) -> dict[str, Ca
         "load_state_with_optimizer": lambda path: load(path, True),
         "sampling": sample,
         "from_state": lambda path: policy_result(service.create_training_client_from_state(str(path))),
-        "with_optimizer": lambda path: policy_result(service.create_training_client_from_state_with_optimizer(str(path))),
+        "with_optimizer": lambda path: policy_result(
+            service.create_training_client_from_state_with_optimizer(str(path))
+        ),
         "resume": lambda path: resumed(fresh, path, policy_result),
     }
 

@@ -1,4 +1,6 @@
-"""Every file that is read is met truncated, empty, full of garbage, of another kind, unreadable: one line says which file, and what to do."""
+"""Every file that is read is met truncated, empty, full of garbage, of another kind, unreadable:
+one line says which file, and what to do.
+"""
 
 # Trap: a damaged file that ends in a traceback, or is passed over.
 
@@ -52,7 +54,9 @@ REFERENCE = {"model_name": "tiny"}
 
 @dataclass(frozen=True)
 class Read:
-    """A file that is read: its whole content, its reader, and the damages that it may survive (a torn line of records, for one)."""
+    """A file that is read: its whole content, its reader, and the damages that it may survive (a
+    torn line of records, for one).
+    """
 
     name: str
     content: str
@@ -77,7 +81,8 @@ def finished_stage(path: Path) -> bool:
     return Stage("data", path.parent / "data", {"seed": 0}, print).is_finished()
 
 
-TORN = ("empty", "truncated")  # what a kill may leave of a file of records; a command goes on from what is whole
+# what a kill may leave of a file of records; a command goes on from what is whole
+TORN = ("empty", "truncated")
 STEPS = lines({"step": 0}, {"step": 1})
 ENTRY = IndexEntry(0, 1.0, 1, 0, 1.0)
 READS = [
@@ -113,10 +118,15 @@ READS = [
     ),
     Read("samples.jsonl", lines(CANDIDATE, CANDIDATE), read_candidates, TORN),
     Read(
-        "selection.jsonl", lines({"query": "q", "sample": 0, "reward": 1.0, "correct": True, "text": "a"}), read_selection, TORN
+        "selection.jsonl",
+        lines({"query": "q", "sample": 0, "reward": 1.0, "correct": True, "text": "a"}),
+        read_selection,
+        TORN,
     ),
     Read("choice.json", json.dumps({"temperature": "1", "threshold": "0", "score": None, "surface": []}), read_choice),
-    Read("summary.json", json.dumps({"round": 1}), lambda path: read_summaries(path.parent.parent), ("a loop of links",)),
+    Read(
+        "summary.json", json.dumps({"round": 1}), lambda path: read_summaries(path.parent.parent), ("a loop of links",)
+    ),
 ]
 
 
@@ -129,12 +139,15 @@ DAMAGES: dict[str, Callable[[Path, bytes], object]] = {
     "truncated": lambda path, whole: _write(path, whole[: len(whole) - 5]),
     "garbage": lambda path, whole: _write(path, bytes(range(1, 256)) + b"\n" + whole),
     "another kind": lambda path, whole: _write(path, PNG + whole),
-    "a list": lambda path, whole: _write(path, b"[1, 2]\n" + whole.partition(b"\n")[2] if b"\n{" in whole else b"[1, 2]\n"),
+    "a list": lambda path, whole: _write(
+        path, b"[1, 2]\n" + whole.partition(b"\n")[2] if b"\n{" in whole else b"[1, 2]\n"
+    ),
     "other fields": lambda path, whole: _write(path, b'{"unknown": 1}\n'),
     "too deep": lambda path, whole: _write(path, b"[" * 200_000 + b"\n"),
     "half a surrogate": lambda path, whole: _write(path, b'{"step": 0, "text": "\\ud800"}\n' + whole),
     "a folder": lambda path, whole: path.mkdir(),
-    "unreadable": lambda path, whole: path.symlink_to("/proc/self/mem"),  # opens, but reading fails, for root too
+    # opens, but reading fails, for root too
+    "unreadable": lambda path, whole: path.symlink_to("/proc/self/mem"),
     "a loop of links": lambda path, whole: path.symlink_to(path.name),
 }
 
@@ -159,7 +172,8 @@ def test_a_damaged_file_is_one_line_with_its_name(read: Read, damage: str, tmp_p
         read.reader(file)
     text = str(error.value)
     assert "\n" not in text and len(text) < 500, text
-    assert read.name in text or "unknown=1 (now None)" in text or "model_name=None" in text, text  # settings, but other ones
+    # settings, but other ones
+    assert read.name in text or "unknown=1 (now None)" in text or "model_name=None" in text, text
 
 
 @pytest.mark.parametrize(
@@ -176,7 +190,8 @@ def test_a_damaged_file_is_one_line_with_its_name(read: Read, damage: str, tmp_p
 def test_what_is_no_json_is_said_with_its_place(text: bytes, says: str) -> None:
     with pytest.raises(DataError, match=f"^here:3: .*{says}"):
         parse_json(text, "here:3")
-    assert parse_json(b'{"a": "\\ud83d\\ude00"}', "here") == {"a": "\U0001f600"}  # a whole pair is text
+    # a whole pair is text
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}', "here") == {"a": "\U0001f600"}
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, capsys, monkeypatch) -> None:

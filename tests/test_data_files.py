@@ -1,4 +1,6 @@
-"""Files of data in all their forms, found by their fields; and damaged in every way: one line that names the file, never a traceback."""
+"""Files of data in all their forms, found by their fields; and damaged in every way: one line that
+names the file, never a traceback.
+"""
 
 import asyncio
 import json
@@ -40,14 +42,15 @@ def write(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-# --- forms ----------------------------------------------------------------------------------------------------------------------
+# --- forms --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("row", "name"),
     [
         ({"messages": [USER, ASSISTANT]}, "messages"),
-        ({"messages": [USER, ASSISTANT], "prompt": "2+3=", "chosen": [USER], "rejected": [USER]}, "messages"),  # UltraFeedback
+        # UltraFeedback
+        ({"messages": [USER, ASSISTANT], "prompt": "2+3=", "chosen": [USER], "rejected": [USER]}, "messages"),
         ({"conversations": [{"from": "human", "value": "2+3="}, {"from": "gpt", "value": "5"}]}, "ShareGPT"),
         ({"prompt": "2+3=", "completion": "5"}, "prompt and completion"),
         ({"prompt": [USER], "completion": [ASSISTANT]}, "prompt and completion"),
@@ -84,8 +87,14 @@ def test_texts_are_trained_on_whole_and_only_the_completion_of_messages(tmp_path
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ({"messages": [USER, ASSISTANT], "prompt": "a", "completion": "b"}, "two forms, messages and prompt and completion"),
-        ({"query": "a", "reply": "b"}, "fields 'query', 'reply' are of no known form. Known are messages: messages; ShareGPT"),
+        (
+            {"messages": [USER, ASSISTANT], "prompt": "a", "completion": "b"},
+            "two forms, messages and prompt and completion",
+        ),
+        (
+            {"query": "a", "reply": "b"},
+            "fields 'query', 'reply' are of no known form. Known are messages: messages; ShareGPT",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "are preferences, which preference/train_cli.py"),
         ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "the role 'robot'"),
@@ -103,7 +112,8 @@ def test_rows_of_no_form_say_what_they_are(tmp_path: Path, row: dict[str, Any], 
 def test_rows_of_another_form_than_the_first_are_named(tmp_path: Path):
     path = write(tmp_path / "data.jsonl", {"messages": [USER, ASSISTANT]}, {"prompt": "a", "completion": "b"})
     with pytest.raises(
-        DataError, match=r"data\.jsonl:2: a row of the form prompt and completion, where the first row has the form messages"
+        DataError,
+        match=r"data\.jsonl:2: a row of the form prompt and completion, where the first row has the form messages",
     ):
         FileBuilder(path=path, batch_size=1)(PLAIN)
 
@@ -141,7 +151,10 @@ PAIR = ([USER], [ASSISTANT], [{"role": "assistant", "content": "6"}])
             PAIR,
         ),
         (
-            [{"prompt": "2+3=", "completion": "5", "label": True}, {"prompt": "2+3=", "completion": "6", "label": False}],
+            [
+                {"prompt": "2+3=", "completion": "5", "label": True},
+                {"prompt": "2+3=", "completion": "6", "label": False},
+            ],
             "answers marked good and bad",
             PAIR,
         ),
@@ -150,7 +163,11 @@ PAIR = ([USER], [ASSISTANT], [{"role": "assistant", "content": "6"}])
 def test_preferences_are_found_by_their_fields(tmp_path: Path, rows: list[dict[str, Any]], name: str, expected: Any):
     (one,), held_out = PreferenceFile(path=write(tmp_path / "pairs.jsonl", *rows))()
     comparison = one.comparison
-    assert (comparison.prompt_conversation, comparison.completion_A, comparison.completion_B) == expected and one.label == "A"
+    assert (
+        comparison.prompt_conversation,
+        comparison.completion_A,
+        comparison.completion_B,
+    ) == expected and one.label == "A"
     assert form_of(rows[0]).name == name and held_out == []
 
 
@@ -171,7 +188,7 @@ def test_preferences_of_no_form_say_what_they_are(tmp_path: Path, row: dict[str,
         PreferenceFile(path=write(tmp_path / "pairs.jsonl", row))()
 
 
-# --- damage ---------------------------------------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------
 
 PROBLEM = {"question": "2+3=", "answer": "It is 5.\n#### 5"}
 ARC = {"question": "Why?", "choices": {"label": ["A", "B"], "text": ["so", "not so"]}, "answerKey": "A"}
@@ -196,8 +213,14 @@ READERS: dict[str, tuple[dict[str, Any], Reader]] = {
         lambda path: JsonlBuilder(train_path=path).tasks("train", None),
     ),
     "LaTRO gsm8k": (PROBLEM, lambda path: LatroGsm8k(data_dir=str(Path(path).parent)).tasks("train", None)),
-    "LaTRO math": ({"problem": "2+3", "solution": r"\boxed{5}"}, lambda path: MathBuilder(train_path=path).tasks("train", None)),
-    "stories to judge": ({"prompt": "a", "goal": "c", "original": "b", "generated": "b"}, lambda path: read_contests(path, path)),
+    "LaTRO math": (
+        {"problem": "2+3", "solution": r"\boxed{5}"},
+        lambda path: MathBuilder(train_path=path).tasks("train", None),
+    ),
+    "stories to judge": (
+        {"prompt": "a", "goal": "c", "original": "b", "generated": "b"},
+        lambda path: read_contests(path, path),
+    ),
     "documents": ({"text": "abc"}, lambda path: TextData(source=path)._read(path, "train")),
 }
 DAMAGED: dict[str, bytes] = {
@@ -269,7 +292,9 @@ def test_marks_line_ends_and_blank_lines_do_no_harm(tmp_path: Path, reader: str)
 
 
 def test_a_long_example_is_announced_and_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = write(tmp_path / "data.jsonl", {"prompt": "a" * 2_000_000, "completion": "b"}, {"prompt": "a", "completion": "b"})
+    path = write(
+        tmp_path / "data.jsonl", {"prompt": "a" * 2_000_000, "completion": "b"}, {"prompt": "a", "completion": "b"}
+    )
     FileBuilder(path=path, batch_size=1, max_length=100)(PLAIN)
     out = capsys.readouterr().out
     assert "data.jsonl:1: one example of 2 MB" in out and "1 longer than 100 tokens dropped" in out
@@ -295,7 +320,8 @@ def test_damaged_star_graphs_are_named(tmp_path: Path, content: bytes, suffix: s
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros(3), np.zeros((2, 3), dtype=np.uint8), np.zeros((0, GRAPH.length), dtype=np.uint8), np.array(["a"])]
+    "array",
+    [np.zeros(3), np.zeros((2, 3), dtype=np.uint8), np.zeros((0, GRAPH.length), dtype=np.uint8), np.array(["a"])],
 )
 def test_arrays_of_another_kind_are_named(tmp_path: Path, array: np.ndarray):
     np.save(path := tmp_path / "graph_2_3_sample_1.npy", array)

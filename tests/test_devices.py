@@ -18,7 +18,8 @@ def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert training_device() == torch.device("cuda", 3)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process was given one GPU to see
+    # each process was given one GPU to see
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert training_device() == torch.device("cuda", 0)
 
 
@@ -30,7 +31,8 @@ def test_dtype_follows_the_device_unless_it_is_asked_for() -> None:
 
 def test_engines_are_sized_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = model_config("qwen2.5-0.5b-shape")
-    assert kv_bytes_per_token(config, itemsize=2) == 2 * 24 * 2 * 64 * 2  # keys and values, layers, heads, width, bytes
+    # keys and values, layers, heads, width, bytes
+    assert kv_bytes_per_token(config, itemsize=2) == 2 * 24 * 2 * 64 * 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * GIB, 140 * GIB))
     cuda = torch.device("cuda")
     few = BackendConfig(max_num_seqs=16, dtype="bfloat16")

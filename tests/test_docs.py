@@ -23,7 +23,9 @@ MARK = re.compile(r"<!-- not executed: \S.* -->")
 
 
 def program(page: str) -> str:
-    """The blocks that are to be run, on the lines where they stand in the page, so that a traceback points there."""
+    """The blocks that are to be run, on the lines where they stand in the page, so that a traceback
+    points there.
+    """
     lines, running, fenced = [], False, False
     previous = ""
     for line in page.splitlines():
@@ -46,7 +48,9 @@ def test_blocks_keep_their_lines_and_only_a_reason_keeps_one_from_running():
 
 # Trap: documentation that no longer runs.
 # Trap: a page that names a file that was moved.
-@pytest.mark.parametrize("page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name
+)
 def test_files_that_a_page_names_exist(page: Path):
     """Links, and paths in backticks; those of ARCHITECTURE.md may be below posttrain/."""
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", page.read_text())

@@ -1,4 +1,6 @@
-"""Preference losses against numbers worked out by hand, and the loop: reference, micro-batches, resume, learning."""
+"""Preference losses against numbers worked out by hand, and the loop: reference, micro-batches,
+resume, learning.
+"""
 
 import asyncio
 import json
@@ -27,19 +29,28 @@ from recipes.dpo.letters import SortedPreferredBuilder
 from tests.commands import Command
 from tests.conftest import gradients
 
-# star_graph.md E.4: policy chosen -2, -.5, rejected -1, -4; reference chosen -3, -1, rejected -1.5, -2. Tokens are our own.
+# star_graph.md E.4: policy chosen -2, -.5, rejected -1, -4; reference chosen -3, -1, rejected -1.5,
+# -2. Tokens are our own.
 CASE = ([-2.0, -0.5], [-1.0, -4.0], [-3.0, -1.0], [-1.5, -2.0], [4.0, 2.0], [2.0, 8.0])
 
 
 def logprobs(*columns: list[float]) -> PairLogprobs:
-    return PairLogprobs(*(torch.tensor(column, dtype=torch.float64, requires_grad=i < 2) for i, column in enumerate(columns)))
+    return PairLogprobs(
+        *(torch.tensor(column, dtype=torch.float64, requires_grad=i < 2) for i, column in enumerate(columns))
+    )
 
 
-# the loss of each pair, d loss / d policy chosen, d loss / d policy rejected; worked out by hand: m = beta * delta, delta = .5, 2.5
+# the loss of each pair, d loss / d policy chosen, d loss / d policy rejected; worked out by hand: m
+# = beta * delta, delta = .5, 2.5
 HAND_CASES: list[tuple[PreferenceLoss, list[float], list[float], list[float]]] = [
     (DPO(), [0.668459648, 0.575939420], [-0.0487502604, -0.0437823499], [0.0487502604, 0.0437823499]),
     # e = .2: -.8 log s(m) - .2 log s(-m); gradient beta (.2 s(m) - .8 s(-m))
-    (DPO(label_smoothing=0.2), [0.678459648, 0.625939420], [-0.0287502604, -0.0237823499], [0.0287502604, 0.0237823499]),
+    (
+        DPO(label_smoothing=0.2),
+        [0.678459648, 0.625939420],
+        [-0.0287502604, -0.0237823499],
+        [0.0287502604, 0.0237823499],
+    ),
     # per token: 1/4 - .5/2 = 0 and .5/2 - -2/8 = .5; gradients -beta s(-m) / |y|
     (
         DPO(beta=2.0, length_normalised=True),
@@ -57,7 +68,8 @@ HAND_CASES: list[tuple[PreferenceLoss, list[float], list[float], list[float]]] =
     # (delta - 1 / (2 * .1))^2 = 4.5^2, 2.5^2
     (IPO(), [20.25, 6.25], [-9.0, -5.0], [9.0, 5.0]),
     (IPO(beta=1.0, length_normalised=True), [0.25, 0.0], [-0.25, 0.0], [0.5, 0.0]),
-    # 2 (-2/4) - 2 (-1/2) - 1 = -1; 2 (-.5/2) - 2 (-4/8) - 1 = -.5; -log s(z), gradient -s(-z) beta / |y|
+    # 2 (-2/4) - 2 (-1/2) - 1 = -1; 2 (-.5/2) - 2 (-4/8) - 1 = -.5; -log s(z), gradient -s(-z) beta
+    # / |y|
     (SimPO(), [1.3132616875, 0.9740769842], [-0.3655292893, -0.6224593312], [0.7310585786, 0.1556148328]),
 ]
 
@@ -97,10 +109,14 @@ def letter_pairs(count: int) -> list[Pair]:
 
 # Trap: all activations alive in a custom loss; gradients that depend on the cut.
 def test_gradients_do_not_depend_on_how_pairs_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Micro-batches of pairs by the loop, and of sequences by the trainer, against one pass over everything."""
+    """Micro-batches of pairs by the loop, and of sequences by the trainer, against one pass over
+    everything.
+    """
     pairs, forwards, results = letter_pairs(24), [], []
     forward, objective = Trainer._logprobs, train_dpo.PreferenceObjective(SimPO(), 50)
-    monkeypatch.setattr(Trainer, "_logprobs", lambda self, batch: forwards.append(len(batch.loss.rows_N)) or forward(self, batch))
+    monkeypatch.setattr(
+        Trainer, "_logprobs", lambda self, batch: forwards.append(len(batch.loss.rows_N)) or forward(self, batch)
+    )
     for budget, cut_by_loop in ((10**6, False), (50, True), (50, False)):
         trainer = Trainer("tiny", BackendConfig(micro_batch_tokens=budget))
         parts = micro_batches_of_pairs(pairs, budget) if cut_by_loop else [pairs]
@@ -109,7 +125,8 @@ def test_gradients_do_not_depend_on_how_pairs_are_cut(monkeypatch: pytest.Monkey
         for part in parts:
             trainer.run_custom(as_data(part), partial(objective._share_of_mean, part, len(pairs)))
         results.append(gradients(trainer))
-        assert (len(forwards) == len(parts)) == (budget > 50 or cut_by_loop)  # one forward each, unless the trainer has to cut
+        # one forward each, unless the trainer has to cut
+        assert (len(forwards) == len(parts)) == (budget > 50 or cut_by_loop)
     for other in results[1:]:
         assert all((other[name] - gradient).norm() <= 2e-6 * gradient.norm() for name, gradient in results[0].items())
 
@@ -127,7 +144,8 @@ def test_the_reference_is_cached_by_content_and_another_one_is_refused(tmp_path:
         lines = file.read_text().splitlines()
         assert len(lines) == 61 and cached(pairs) == first and file.read_text().splitlines() == lines
         more = cached([*reversed(letter_pairs(34))])
-        assert more[:3:-1] == first and len(file.read_text().splitlines()) == 69  # only the new answers were added
+        # only the new answers were added
+        assert more[:3:-1] == first and len(file.read_text().splitlines()) == 69
         file.write_text("\n".join(lines[:20]) + "\n" + lines[20][:9])  # killed while it was written
         assert cached(pairs) == first
         with pytest.raises(CheckpointError, match="this run starts from"):
@@ -137,7 +155,11 @@ def test_the_reference_is_cached_by_content_and_another_one_is_refused(tmp_path:
 
 
 def config(folder: Path, **changes) -> train_dpo.Config:
-    settings = {"dataset": SortedPreferredBuilder(alphabet=9, test_size=40), "renderer_name": "plain", "learning_rate": 3e-4}
+    settings = {
+        "dataset": SortedPreferredBuilder(alphabet=9, test_size=40),
+        "renderer_name": "plain",
+        "learning_rate": 3e-4,
+    }
     settings |= {"batch_size": 16, "log_path": str(folder), "backend": BackendConfig(engine="torch")}
     return train_dpo.Config(**{**settings, **changes})
 
@@ -172,7 +194,10 @@ def letters_file(folder: Path) -> str:
     rows = []
     for one in train:
         right, wrong = (answer[0]["content"] for answer in one.chosen_and_rejected())
-        solutions = {"large": {"is_correct": True, "solution": right}, "small": {"is_correct": False, "solution": wrong}}
+        solutions = {
+            "large": {"is_correct": True, "solution": right},
+            "small": {"is_correct": False, "solution": wrong},
+        }
         rows.append({"question": one.comparison.prompt_conversation[0]["content"], **solutions})
     path = folder / "solutions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -188,7 +213,14 @@ def start(solutions: str, folder: Path, killed_at: tuple[str, int] | None = None
         "method=rpo",
         "method.nll_coef=0.5",
     ]
-    arguments += ["batch_size=16", "num_epochs=8", "learning_rate=1e-3", "eval_every=7", "save_every=4", "renderer_name=plain"]
+    arguments += [
+        "batch_size=16",
+        "num_epochs=8",
+        "learning_rate=1e-3",
+        "eval_every=7",
+        "save_every=4",
+        "renderer_name=plain",
+    ]
     arguments += [
         "backend.engine=torch",
         "backend.micro_batch_tokens=192",
@@ -220,10 +252,13 @@ def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(tmp_path: Path) ->
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     saved = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert saved["method"]["class"] == "preference.losses:RPO" and saved["method"]["nll_coef"] == 0.5
-    assert len(read_metrics(tmp_path / "whole")) == 41  # five steps an epoch, and the last evaluation
+    # five steps an epoch, and the last evaluation
+    assert len(read_metrics(tmp_path / "whole")) == 41
 
 
-def test_the_recipe_learns_and_rpo_keeps_the_chosen_answers_likely(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipe_learns_and_rpo_keeps_the_chosen_answers_likely(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without its warm start to speak of, which would take half a minute."""
     recipe.main(recipe.Config(warm_start_nll=10.0, learning_rate=1e-3, num_epochs=1, log_path=str(tmp_path)))
     last = {name: read_metrics(tmp_path / name)[-1] for name in ("dpo", "rpo")}

@@ -1,4 +1,6 @@
-"""ProblemEnv's reward, the datasets' purity and splits, and what word-problem files may get wrong."""
+"""ProblemEnv's reward, the datasets' purity and splits, and what word-problem files may get
+wrong.
+"""
 
 import asyncio
 import json
@@ -13,7 +15,14 @@ import pytest
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder, PairSpace, WholeNumber
 from envs.math_word import Gsm8k, Gsm8kBuilder, MathWordBuilder
 from envs.problem import GraderError, Problem, split_off
-from envs.problem_env import ProblemEnv, ProblemExamples, ProblemGroupBuilder, ProblemSetBuilder, fit_problems, problem_groups
+from envs.problem_env import (
+    ProblemEnv,
+    ProblemExamples,
+    ProblemGroupBuilder,
+    ProblemSetBuilder,
+    fit_problems,
+    problem_groups,
+)
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.types import Datum
@@ -45,7 +54,9 @@ def sum_problem(question: str = "12+34=") -> Problem:
         ("4", False, 0, 0, -0.1),
     ],
 )
-def test_reward_is_correctness_less_a_tenth_for_bad_format(text: str, stopped: bool, formatted: int, correct: int, reward: float):
+def test_reward_is_correctness_less_a_tenth_for_bad_format(
+    text: str, stopped: bool, formatted: int, correct: int, reward: float
+):
     result = asyncio.run(ProblemEnv(sum_problem(), RENDERER).step(action(text, stopped)))
     assert result.reward == pytest.approx(reward) and result.episode_done
     assert result.metrics == {"format": formatted, "correct": correct, "truncated": not stopped}
@@ -98,7 +109,7 @@ def test_a_grader_that_cannot_decide_gives_no_reward():
         asyncio.run(ProblemEnv(Problem("1+1=", "2", Broken()), RENDERER).step(action("2")))
 
 
-# --- arithmetic ---
+# --- arithmetic ---------------------------------------------------------------------------------
 
 
 # Trap: held-out problems met in training, as themselves or mirrored.
@@ -170,7 +181,7 @@ def test_impossible_arithmetic_is_a_config_error(bad: dict):
         asyncio.run(ArithmeticBuilder(**bad)(RENDERER))
 
 
-# --- word problems ---
+# --- word problems ------------------------------------------------------------------------------
 
 
 def write(path: Path, rows: list) -> str:
@@ -194,7 +205,11 @@ def test_gsm8k_from_a_folder(tmp_path: Path):
     write(tmp_path / "test.jsonl", [gsm8k_row("5", "Which?"), gsm8k_row("6", "Who?")])
     builder = Gsm8kBuilder(data_dir=str(tmp_path), num_train=1, batch_size=2, prompt_template="{question} {x}")
     env = first_env(builder)
-    assert (env.question(), env.problem.gold, env.problem.solution) == ("How many? {x}", "1,018", "9*2 = 18\n#### 1,018")
+    assert (env.question(), env.problem.gold, env.problem.solution) == (
+        "How many? {x}",
+        "1,018",
+        "9*2 = 18\n#### 1,018",
+    )
     for text, correct, formatted in [
         ("#### 1018", 1, 1),
         (r"\boxed{1018.0}", 1, 1),
@@ -223,7 +238,8 @@ def test_a_question_in_both_splits_is_an_error_with_the_first_example(tmp_path: 
 
 def test_math_style_answers_are_compared_symbolically(tmp_path: Path):
     path = write(
-        tmp_path / "math.jsonl", [{"problem": "Half?", "solution": r"So \boxed{1} is not it, but \boxed{\frac{\sqrt{2}}{2}}."}]
+        tmp_path / "math.jsonl",
+        [{"problem": "Half?", "solution": r"So \boxed{1} is not it, but \boxed{\frac{\sqrt{2}}{2}}."}],
     )
     env = first_env(MathWordBuilder(train_path=path))
     assert asyncio.run(env.step(action(r"\boxed{1/\sqrt{2}}"))).reward == 1.0

@@ -1,4 +1,6 @@
-"""KL penalties, mismatch weights, normalisers, batch baselines and batch rewards: by hand, and through a training step."""
+"""KL penalties, mismatch weights, normalisers, batch baselines and batch rewards: by hand, and
+through a training step.
+"""
 
 import asyncio
 from pathlib import Path
@@ -46,7 +48,8 @@ def two_data() -> list[Row]:
     return with_advantages(rows_of([TrajectoryGroup([long, short], [0.0, 0.0], [{}, {}])]), [np.array([0.5, -0.5])])
 
 
-REFERENCE = [np.array([0.0, -1.5, -1.0], np.float32), np.array([0.0, -0.8], np.float32)]  # d = .5, -1 and .3
+# d = .5, -1 and .3
+REFERENCE = [np.array([0.0, -1.5, -1.0], np.float32), np.array([0.0, -0.8], np.float32)]
 
 
 def advantages(rows: list[Row]) -> list[list[float]]:
@@ -74,7 +77,9 @@ def test_discounted_kl_pays_for_later_tokens_and_never_touches_the_prompt() -> N
 def test_kl_in_the_reward_goes_through_the_baseline_and_leaves_the_logged_reward() -> None:
     data = two_data()
     original = TrajectoryGroup(
-        [Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0], 1.0)]), Trajectory([turn([1, 2], [5], [-0.5])])], [0.0, 0.0], [{}, {}]
+        [Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0], 1.0)]), Trajectory([turn([1, 2], [5], [-0.5])])],
+        [0.0, 0.0],
+        [{}, {}],
     )
     (penalized,) = penalized_rewards([original], data, sampled_minus_reference(data, REFERENCE), coef=0.1)
     assert penalized.get_total_rewards() == pytest.approx([1.0 - 0.1 * -0.5, 0.0 - 0.1 * 0.3])
@@ -140,15 +145,21 @@ def test_normalisers_divide_by_the_right_number_of_tokens() -> None:
     expected = {"sum": [0.5, -0.5], "sequence_mean": [0.5 / 2, -0.5 / 1], "token_mean": [0.5 / 3, -0.5 / 3]}
     for reduction, (long, short) in expected.items():
         data = reduced(two_data(), reduction)  # type: ignore[arg-type]
-        assert advantages(data)[0] == pytest.approx([0, long, long]) and advantages(data)[1] == pytest.approx([0, short])
+        assert advantages(data)[0] == pytest.approx([0, long, long]) and advantages(data)[1] == pytest.approx(
+            [0, short]
+        )
 
 
 # Trap: one half of a loss normalised and the other not.
 @pytest.mark.parametrize(
-    ("reduction", "long", "short"), [("sum", 1, 1), ("sequence_mean", 2, 1), ("token_mean", 3, 3)], ids=lambda value: str(value)
+    ("reduction", "long", "short"),
+    [("sum", 1, 1), ("sequence_mean", 2, 1), ("token_mean", 3, 3)],
+    ids=lambda value: str(value),
 )
 def test_normalisers_divide_supervised_sequences_as_the_policys_tokens(reduction: str, long: int, short: int) -> None:
-    """Both halves of a trajectory's loss carry one factor: 1 / (2 or 1 sampled tokens of its own, or 3 of the batch)."""
+    """Both halves of a trajectory's loss carry one factor: 1 / (2 or 1 sampled tokens of its own,
+    or 3 of the batch).
+    """
     trajectories = [Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0])]), Trajectory([turn([1, 2], [5], [-0.5])])]
     for trajectory, weight in zip(trajectories, (1.0, 0.6), strict=True):
         inputs = {"target_tokens": [6, 7, 8], "weights": [0.0, weight, weight]}
@@ -159,7 +170,9 @@ def test_normalisers_divide_supervised_sequences_as_the_policys_tokens(reduction
     assert weights == [pytest.approx([0, 1 / long, 1 / long]), pytest.approx([0, 0.6 / short, 0.6 / short])]
     assert advantages(data) == [pytest.approx([0, 0.5 / long, 0.5 / long]), pytest.approx([0, -0.5 / short])]
     kept = [t.supervised[0].loss_fn_inputs["weights"].tolist() for t in trajectories]
-    assert kept == [pytest.approx([0, 1, 1]), pytest.approx([0, 0.6, 0.6])], "a trajectory's own sequences stay as they are"
+    assert kept == [pytest.approx([0, 1, 1]), pytest.approx([0, 0.6, 0.6])], (
+        "a trajectory's own sequences stay as they are"
+    )
 
 
 def test_batch_mean_uses_all_groups_and_nothing_else() -> None:
@@ -182,12 +195,18 @@ def test_truncated_rollouts_can_be_left_out() -> None:
 
 def test_mismatch_weights_by_hand() -> None:
     w = np.array([0.2, 0.9, 1.5, 8.0], np.float32)
-    assert correction_weights(w, MismatchCorrection(mode="truncate", high=2.0)).tolist() == pytest.approx([0.2, 0.9, 1.5, 2.0])
-    assert correction_weights(w, MismatchCorrection(mode="mask", low=0.5, high=2.0)).tolist() == pytest.approx([0, 0.9, 1.5, 0])
+    assert correction_weights(w, MismatchCorrection(mode="truncate", high=2.0)).tolist() == pytest.approx(
+        [0.2, 0.9, 1.5, 2.0]
+    )
+    assert correction_weights(w, MismatchCorrection(mode="mask", low=0.5, high=2.0)).tolist() == pytest.approx(
+        [0, 0.9, 1.5, 0]
+    )
 
 
 def test_mismatch_correction_weighs_the_trainers_own_policy_gradient(torch_service) -> None:  # noqa: ANN001
-    """With weight p / q and a ratio that starts at 1, the gradient is that of plain importance sampling, as long as nothing is cut."""
+    """With weight p / q and a ratio that starts at 1, the gradient is that of plain importance
+    sampling, as long as nothing is cut.
+    """
     client = torch_service.create_training_client("tiny")
 
     def rows() -> list[Row]:
@@ -212,7 +231,10 @@ def test_every_algorithm_preset_builds_and_an_option_given_wins() -> None:
     presets = {"algorithm": {name: algorithm.settings for name, algorithm in ALGORITHMS.items()}}
     for name in ALGORITHMS:
         built = parse(
-            CLIConfig, [f"algorithm={name}", "env=envs.arithmetic:ArithmeticBuilder"], {"advantage": ADVANTAGES}, presets
+            CLIConfig,
+            [f"algorithm={name}", "env=envs.arithmetic:ArithmeticBuilder"],
+            {"advantage": ADVANTAGES},
+            presets,
         )
         check_config(chz.replace(built, max_tokens=4))
         assert built.algorithm == name
@@ -231,7 +253,9 @@ def test_every_algorithm_preset_builds_and_an_option_given_wins() -> None:
 class LikesToken(BatchRewardBuilder):
     """Adds to the reward, to single tokens, and trains on token 77 after the prompt."""
 
-    async def __call__(self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer) -> BatchReward:
+    async def __call__(
+        self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
+    ) -> BatchReward:
         async def reward(groups_P: list[TrajectoryGroup]) -> dict[str, float]:
             for g in groups_P:
                 g.final_rewards_G = [10.0 * i for i in range(len(g.trajectories_G))]
@@ -246,7 +270,9 @@ class LikesToken(BatchRewardBuilder):
 
 
 def test_a_batch_reward_reaches_rewards_tokens_and_the_supervised_loss(tmp_path: Path) -> None:
-    settings = config(tmp_path, env=LowTokenBuilder(n_batches=30), batch_reward=LikesToken(), learning_rate=3e-3, num_substeps=2)
+    settings = config(
+        tmp_path, env=LowTokenBuilder(n_batches=30), batch_reward=LikesToken(), learning_rate=3e-3, num_substeps=2
+    )
     asyncio.run(train.main(settings))
     records = metrics(tmp_path)
     assert records[0]["likes"] == 4 and records[0]["env/all/reward/total"] >= 10.0, (
@@ -268,7 +294,8 @@ def test_token_advantages_are_added_to_the_members() -> None:
 
 
 def test_constant_empty_and_truncated_batches_are_counted_and_move_nothing(tmp_path: Path) -> None:
-    settings = config(tmp_path, env=LowTokenBuilder(n_batches=2), train_on_truncated=False)  # every rollout runs into max_tokens
+    # every rollout runs into max_tokens
+    settings = config(tmp_path, env=LowTokenBuilder(n_batches=2), train_on_truncated=False)
     asyncio.run(train.main(settings))
     assert [record["env/all/frac_truncated"] for record in metrics(tmp_path)] == [1.0, 1.0]
     with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:

@@ -1,4 +1,6 @@
-"""Environments that raise, hang or return nonsense, limits that end episodes, and many environments at once."""
+"""Environments that raise, hang or return nonsense, limits that end episodes, and many environments
+at once.
+"""
 
 import asyncio
 import time
@@ -34,7 +36,9 @@ PROMPT = ModelInput.from_ints([10, 11])
 
 
 class ScriptedEnv(Env):
-    """Never ends by itself; `on_step` is called before each answer, and may raise, wait, or replace the result."""
+    """Never ends by itself; `on_step` is called before each answer, and may raise, wait, or replace
+    the result.
+    """
 
     def __init__(self, on_step: Callable[[], object] | None = None):
         self.on_step, self.closed, self.tokens = on_step, False, PROMPT.to_ints()
@@ -79,8 +83,10 @@ def finished(trajectory: Trajectory) -> tuple[EpisodeEnd, int, float]:
     ("limits", "expected"),
     [
         ({"max_turns": 4}, ("max_turns", 4, 4 - 5)),
-        ({"max_sampled_tokens": 7}, ("max_sampled_tokens", 3, 3 - 5)),  # turns of 3, 3 and the 1 that is left
-        ({"max_trajectory_tokens": 12}, ("max_trajectory_tokens", 3, 3 - 5)),  # 2, 6, 10, then 2 of 3 fit: 12 and the reply
+        # turns of 3, 3 and the 1 that is left
+        ({"max_sampled_tokens": 7}, ("max_sampled_tokens", 3, 3 - 5)),
+        # 2, 6, 10, then 2 of 3 fit: 12 and the reply
+        ({"max_trajectory_tokens": 12}, ("max_trajectory_tokens", 3, 3 - 5)),
         ({"rollout_seconds": 1e-9}, ("timeout", 1, 1 - 5)),
     ],
 )
@@ -142,7 +148,9 @@ def test_a_game_is_retried_as_a_whole_and_a_single_member_alone(torch_service) -
     assert [group.num_retries for group in groups] == [1, 2] and not any(group.errors for group in groups)
     first, second = ([trajectory.transitions[0].ac.tokens for trajectory in group.trajectories_G] for group in groups)
     again = rollout(torch_service, ScriptedGroup(None, None), max_turns=1)[0]
-    assert first[1] == again.trajectories_G[1].transitions[0].ac.tokens, "the member beside the one retried is as it was"
+    assert first[1] == again.trajectories_G[1].transitions[0].ac.tokens, (
+        "the member beside the one retried is as it was"
+    )
     assert second[1] != first[1], "a second game is sampled anew"
 
 
@@ -220,7 +228,11 @@ def test_a_batch_without_survivors_is_counted_and_moves_nothing(tmp_path: Path) 
     asyncio.run(train.main(settings))
     for record in read_metrics(tmp_path):
         assert record["rollout_errors/EnvError"] == 4 and record["train/groups_removed"] == 2
-        assert record["env/all/total_episodes"] == 0 and "optim/loss" not in record and "env/all/reward/total" not in record
+        assert (
+            record["env/all/total_episodes"] == 0
+            and "optim/loss" not in record
+            and "env/all/reward/total" not in record
+        )
 
 
 # Trap: environments that raise, hang or return nonsense, scored 0 or stopping the run.

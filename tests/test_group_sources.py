@@ -1,4 +1,6 @@
-"""Synchronous, streaming and asynchronous training: what is sampled when, trained on when, and restored after a kill."""
+"""Synchronous, streaming and asynchronous training: what is sampled when, trained on when, and
+restored after a kill.
+"""
 
 import asyncio
 import json
@@ -45,7 +47,8 @@ class LowTokenEnv(Env):
 
 
 class LowTokenGroup(EnvGroupBuilder):
-    made: Counter[int] = Counter()  # how often the environments of a problem were made, in this process
+    # how often the environments of a problem were made, in this process
+    made: Counter[int] = Counter()
 
     def __init__(self, number: int, size: int, seconds: float):
         self.number, self.size, self.seconds = number, size, seconds
@@ -101,7 +104,9 @@ def metrics(folder: Path) -> list[dict]:
 # Trap: asynchronous at 0 being another algorithm.
 @pytest.mark.cpu_only
 def test_nothing_off_policy_is_the_synchronous_run_bit_for_bit(tmp_path: Path) -> None:
-    """Against a loop written out here: sample a batch with the present weights, train on it, again."""
+    """Against a loop written out here: sample a batch with the present weights, train on it,
+    again.
+    """
     asyncio.run(train.main(config(tmp_path / "run", max_steps_off_policy=0)))
     dataset = LowTokenDataset(LowTokenBuilder())
 
@@ -121,7 +126,9 @@ def test_nothing_off_policy_is_the_synchronous_run_bit_for_bit(tmp_path: Path) -
 
 # Trap: streaming changing the gradient.
 @pytest.mark.parametrize(("minibatches", "substeps"), [(2, 1), (4, 1), (8, 1)])
-def test_streaming_gives_the_gradient_of_the_whole_batch(minibatches: int, substeps: int, torch_service, tmp_path: Path) -> None:  # noqa: ANN001
+def test_streaming_gives_the_gradient_of_the_whole_batch(
+    minibatches: int, substeps: int, torch_service, tmp_path: Path
+) -> None:  # noqa: ANN001
     client = torch_service.create_training_client("tiny")
     taken: list[dict[str, torch.Tensor]] = []
     step_of_adam, trainer = client._trainer.optim_step, client._trainer
@@ -145,7 +152,11 @@ def test_streaming_gives_the_gradient_of_the_whole_batch(minibatches: int, subst
 def test_asynchronous_training_is_never_older_than_allowed_and_takes_every_prompt_once(tmp_path: Path) -> None:
     LowTokenGroup.made.clear()
     settings = config(
-        tmp_path, env=LowTokenBuilder(n_batches=12, seconds=0.2), max_steps_off_policy=2, transcript_every=1, num_groups_to_log=4
+        tmp_path,
+        env=LowTokenBuilder(n_batches=12, seconds=0.2),
+        max_steps_off_policy=2,
+        transcript_every=1,
+        num_groups_to_log=4,
     )
     asyncio.run(train.main(settings))
     records = metrics(tmp_path)
@@ -167,7 +178,8 @@ def trained_problems(folder: Path) -> dict[int, list[int]]:
 
 def test_queued_groups_are_restored_and_unfinished_ones_begin_again(torch_service) -> None:  # noqa: ANN001
     client = torch_service.create_training_client("tiny")
-    dataset = LowTokenDataset(LowTokenBuilder(seconds=3.0))  # the members of every fifth problem answer within a second
+    # the members of every fifth problem answer within a second
+    dataset = LowTokenDataset(LowTokenBuilder(seconds=3.0))
 
     async def interrupted() -> list:
         source = GroupSource(dataset, 6, 4, max_steps_off_policy=1)

@@ -1,4 +1,6 @@
-"""Value guidance: its formulas against enumeration, cached decoding against none, the classifier's training, and the whole on star graphs."""
+"""Value guidance: its formulas against enumeration, cached decoding against none, the classifier's
+training, and the whole on star graphs.
+"""
 
 import itertools
 import json
@@ -24,7 +26,14 @@ from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
 from recipes.libraries.value_guidance.guidance import Guidance, candidates, cd, cd_code, guided_logits, q_sharp
 from recipes.libraries.value_guidance.guided_sampler import Reader, guided_sample, language_model
 from recipes.star_graph import guided
-from recipes.star_graph.classifier import BeliefStateTrunk, Classifier, collect_pairs, load_classifier, new_trunk, value_loss
+from recipes.star_graph.classifier import (
+    BeliefStateTrunk,
+    Classifier,
+    collect_pairs,
+    load_classifier,
+    new_trunk,
+    value_loss,
+)
 from recipes.star_graph.guided_accuracy import decode
 from recipes.star_graph.model import make_model
 from recipes.star_graph.oracle import LOGIT, oracle, true_paths
@@ -55,7 +64,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     return language_model(model)
 
 
-# --- formulas -----------------------------------------------------------------------------------------------------------------------
+# --- formulas -----------------------------------------------------------------------------------
 
 
 # Trap: kl_coef upside down.
@@ -68,18 +77,24 @@ def test_offsets_by_hand() -> None:
     }
     for method, offsets in expected.items():
         guidance = Guidance(method=method, kl_coef=0.5)  # type: ignore[arg-type]
-        torch.testing.assert_close(guidance.offsets(values), torch.tensor([offsets], dtype=torch.float64), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            guidance.offsets(values), torch.tensor([offsets], dtype=torch.float64), rtol=1e-12, atol=0
+        )
     z = torch.linspace(-30, 30, 41, dtype=torch.float64)[:, None]
     torch.testing.assert_close(q_sharp(z, 0.1), (softplus(z + 10) - softplus(z))[:, 0], rtol=1e-9, atol=1e-12)
     pmf = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)  # of the returns 0, 1/2, 1
-    assert q_sharp(pmf.log(), 0.25).item() == pytest.approx(math.log(0.2 + 0.5 * math.exp(2) + 0.3 * math.exp(4)), rel=1e-12)
+    assert q_sharp(pmf.log(), 0.25).item() == pytest.approx(
+        math.log(0.2 + 0.5 * math.exp(2) + 0.3 * math.exp(4)), rel=1e-12
+    )
     assert cd(pmf.log(), 0.25).item() == pytest.approx(0.55 * 4, rel=1e-12)
     assert cd_code(pmf.log()).item() == pytest.approx(math.log(0.55), rel=1e-12)
 
 
 @pytest.mark.parametrize("num_returns", [2, 5])
 def test_q_sharp_is_the_optimum_of_the_regularised_problem(num_returns: int) -> None:
-    """All sequences of 3 tokens of 3: pi*(y) ~ pi_ref(y) exp(R(y) / kl_coef), and token by token the same. CD is below it."""
+    """All sequences of 3 tokens of 3: pi*(y) ~ pi_ref(y) exp(R(y) / kl_coef), and token by token
+    the same. CD is below it.
+    """
     rng, length, kl_coef = np.random.default_rng(num_returns), 3, 0.3
     sequences = list(itertools.product(range(3), repeat=length))
     reference = {s: rng.dirichlet(np.ones(3)) for n in range(length) for s in itertools.product(range(3), repeat=n)}
@@ -121,13 +136,16 @@ def test_nothing_underflows_or_cancels() -> None:
         z = torch.tensor([-2000.0, -80.0, 80.0, 1024.0], dtype=dtype)[:, None]
         torch.testing.assert_close(q_sharp(z, 0.01), torch.tensor([0.0, 20.0, 100.0, 100.0]), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(cd_code(z), torch.tensor([-2000.0, -80.0, 0.0, 0.0]))
-    assert q_sharp(torch.tensor([-95.0]), 0.01).item() == pytest.approx(math.log1p(math.exp(5)), abs=1e-4)  # p itself is 5e-42
+    # p itself is 5e-42
+    assert q_sharp(torch.tensor([-95.0]), 0.01).item() == pytest.approx(math.log1p(math.exp(5)), abs=1e-4)
 
 
 def test_the_other_tokens_are_dropped_or_kept() -> None:
     logits = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
     ids = candidates(logits, 2)
-    assert ids.tolist() == [[0, 2]] and candidates(logits, None).shape == (1, 4) and candidates(logits, 9).shape == (1, 4)
+    assert (
+        ids.tolist() == [[0, 2]] and candidates(logits, None).shape == (1, 4) and candidates(logits, 9).shape == (1, 4)
+    )
     offsets = torch.tensor([[5.0, 7.0]])
     assert guided_logits(logits, ids, offsets, "dropped").tolist() == [[8.0, -math.inf, 9.0, -math.inf]]
     assert guided_logits(logits, ids, offsets, "kept").tolist() == [[3.0, 1.0, 4.0, 0.0]]
@@ -139,7 +157,7 @@ def test_impossible_guidance_is_refused(wrong: dict[str, float]) -> None:
         Guidance(**wrong)  # type: ignore[arg-type]
 
 
-# --- decoding -----------------------------------------------------------------------------------------------------------------------
+# --- decoding -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -192,7 +210,9 @@ def test_a_row_depends_on_its_own_numbers_and_ends_at_eos(policy: Reader) -> Non
     uniforms = torch.rand((8, 3), generator=torch.Generator().manual_seed(0))
     model, guidance = random_classifier(policy, "language_model"), Guidance(kl_coef=0.5)
     together = guided_sample(policy, prompts_B_P, 3, guidance, model.reader(), uniforms)
-    alone = [guided_sample(policy, prompts_B_P[b, None], 3, guidance, model.reader(), uniforms[b, None]) for b in range(8)]
+    alone = [
+        guided_sample(policy, prompts_B_P[b, None], 3, guidance, model.reader(), uniforms[b, None]) for b in range(8)
+    ]
     assert together.tokens_B_T.tolist() == [one.tokens_B_T[0].tolist() for one in alone]
     eos = int(together.tokens_B_T[0, 1])
     ended = guided_sample(policy, prompts_B_P[:1], 3, guidance, model.reader(), uniforms[:1], eos_id=eos)
@@ -211,14 +231,17 @@ def test_models_that_do_not_fit_together(policy: Reader, tmp_path: Path) -> None
         guided_sample(policy, prompts_B_P, 5, Guidance())
     with pytest.raises(CheckpointError, match="not a classifier"):
         load_classifier(other, CPU)
-    bst = belief_state_folder(tmp_path / "bst", StarGraph(2, 3, 6))  # of the policy's vocabulary, but of longer paths
+    # of the policy's vocabulary, but of longer paths
+    bst = belief_state_folder(tmp_path / "bst", StarGraph(2, 3, 6))
     with pytest.raises(CheckpointError, match=re.escape("G(2,3) N=6")):
         guided.main(options(tmp_path, trunk=bst, log_path=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
 class ShortcutPolicy:
-    """The cheat itself, as a table: the source, then any of its neighbours, each with probability 1/d, then the successor."""
+    """The cheat itself, as a table: the source, then any of its neighbours, each with probability
+    1/d, then the successor.
+    """
 
     max_length = None
 
@@ -232,7 +255,9 @@ class ShortcutPolicy:
             edges = [(row[3 * e], row[3 * e + 1]) for e in range(self.graph.num_edges)]
             written = row[self.graph.prefix_length :]
             nodes = (
-                [child for parent, child in edges if parent == written[-1]] if written else [row[self.graph.prefix_length - 3]]
+                [child for parent, child in edges if parent == written[-1]]
+                if written
+                else [row[self.graph.prefix_length - 3]]
             )
             logits_V[nodes] = 0.0
         return logits_B_1_V, ids_B_T
@@ -263,13 +288,15 @@ def test_a_perfect_classifier_lifts_the_shortcut_from_half_to_one() -> None:
         assert sample.kl_B_T[:, 1].tolist() == pytest.approx([math.log(2)] * 200, abs=1e-3)
 
 
-@pytest.mark.parametrize("layout", [numeral_layout(GRAPH), layout_of(gpt2_stand_in(GRAPH), GRAPH)], ids=["numeral", "gpt2"])
+@pytest.mark.parametrize(
+    "layout", [numeral_layout(GRAPH), layout_of(gpt2_stand_in(GRAPH), GRAPH)], ids=["numeral", "gpt2"]
+)
 def test_the_oracle_reads_the_path_off_the_edges(layout: Layout) -> None:
     ids_B_T = layout.encode(sample_graphs(GRAPH, 50, 1))
     assert np.array_equal(true_paths(ids_B_T[:, : layout.prefix_length], layout), ids_B_T[:, layout.prefix_length :])
 
 
-# --- the classifier -----------------------------------------------------------------------------------------------------------------
+# --- the classifier -----------------------------------------------------------------------------
 
 
 def test_losses_equal_torchs() -> None:
@@ -278,7 +305,9 @@ def test_losses_equal_torchs() -> None:
     torch.testing.assert_close(value_loss(z, returns_B), bce)
     values, returns_B = torch.randn(6, 4, 11, dtype=torch.float64), torch.tensor([0.0, 0.1, 0.26, 0.5, 0.94, 1.0])
     labels = torch.tensor([0, 1, 3, 5, 9, 10])[:, None].expand(6, 4)
-    torch.testing.assert_close(value_loss(values, returns_B), cross_entropy(values.transpose(1, 2), labels, reduction="none"))
+    torch.testing.assert_close(
+        value_loss(values, returns_B), cross_entropy(values.transpose(1, 2), labels, reduction="none")
+    )
 
 
 @pytest.mark.parametrize("kind", ["language_model", "belief_state"])
@@ -299,7 +328,9 @@ def test_paths_behind_one_prompt_are_read_as_if_each_had_its_own(policy: Reader,
     torch.testing.assert_close(before_2B_L_H, states_2B_T_H[:, GRAPH.prefix_length - 1 : -1], rtol=1e-9, atol=1e-9)
     base: Any = model.trunk.model
     embedding = base.embedding if isinstance(model.trunk, BeliefStateTrunk) else base.get_input_embeddings()
-    shared, separate = (torch.autograd.grad(v.square().sum(), embedding.weight)[0] for v in (values_2B_L_1, anew_2B_L_1))
+    shared, separate = (
+        torch.autograd.grad(v.square().sum(), embedding.weight)[0] for v in (values_2B_L_1, anew_2B_L_1)
+    )
     torch.testing.assert_close(shared, separate, rtol=1e-7, atol=1e-7)
 
 
@@ -373,14 +404,18 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, trunk: str) ->
     guided.main(chz.replace(config, log_path=str(tmp_path / "whole")))
     for num_steps in (2, 4):
         guided.main(chz.replace(config, log_path=str(tmp_path / "parts"), num_steps=num_steps))
-    whole, parts = (load_classifier(tmp_path / name / "classifier/checkpoints/final", CPU) for name in ("whole", "parts"))
+    whole, parts = (
+        load_classifier(tmp_path / name / "classifier/checkpoints/final", CPU) for name in ("whole", "parts")
+    )
     for (name, mine), theirs in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
     for name in ("qsharp", "cd"):
         lines = [json.loads(line) for line in (tmp_path / "parts" / name / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [0, 2, 4] and {"test/first_hop", "test/exact", "test/node_2"} <= lines[
-            -1
-        ].keys()
+        assert [line["step"] for line in lines] == [0, 2, 4] and {
+            "test/first_hop",
+            "test/exact",
+            "test/node_2",
+        } <= lines[-1].keys()
     rows = json.loads((tmp_path / "whole" / "guidance.json").read_text())
     assert [row["exact_greedy"] for row in rows if row["classifier"] == "oracle"] == [1.0, 1.0, 1.0]
     other = chz.replace(config, log_path=str(tmp_path / "parts"), num_outputs=1)
@@ -391,7 +426,9 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, trunk: str) ->
 
 
 def test_policies_of_other_families_are_sampled_right_or_refused(tmp_path: Path) -> None:
-    """Granite scales its logits; caches of windows and of convolutions cannot be copied for the candidates."""
+    """Granite scales its logits; caches of windows and of convolutions cannot be copied for the
+    candidates.
+    """
     model = load_model(str(save_random_model("Granite", tmp_path / "granite")), 0, CPU, torch.float32)
     policy, tokens_B_T = language_model(model), torch.arange(20)[None] + 4
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Environments that raise, return and do what they should not, in a real asynchronous run: each costs its own rollout and nothing else."""
+"""Environments that raise, return and do what they should not, in a real asynchronous run: each
+costs its own rollout and nothing else.
+"""
 
 import asyncio
 import json
@@ -48,7 +50,9 @@ GROUP_SIZE, HOSTILE = 4, 1  # members of a group, and the one that misbehaves
 
 
 class HostileGroup(EnvGroupBuilder):
-    """One member, or the builder itself, misbehaves in the way `kind`; the other members' rewards are 0, 0.5 and 0.75."""
+    """One member, or the builder itself, misbehaves in the way `kind`; the other members' rewards
+    are 0, 0.5 and 0.75.
+    """
 
     def __init__(self, kind: str):
         self.kind, self.member = kind, MEMBERS[kind][0] if kind in MEMBERS else {}
@@ -56,7 +60,9 @@ class HostileGroup(EnvGroupBuilder):
             setattr(self, name, method)
 
     async def make_envs(self) -> Sequence[Env]:
-        return [TwoTurns(g / 4 if g != HOSTILE else 0.5, self.member if g == HOSTILE else {}) for g in range(GROUP_SIZE)]
+        return [
+            TwoTurns(g / 4 if g != HOSTILE else 0.5, self.member if g == HOSTILE else {}) for g in range(GROUP_SIZE)
+        ]
 
     def logging_tags(self) -> list[str]:
         return [self.kind]
@@ -69,7 +75,9 @@ class HostileDataset(RLDataset):
         return [HostileGroup(kind) for kind in self.kinds(index)]
 
     def kinds(self, index: int) -> list[str]:
-        """First those that hang, together; the others dealt out, so that no batch has only groups that are lost as a whole."""
+        """First those that hang, together; the others dealt out, so that no batch has only groups
+        that are lost as a whole.
+        """
         hanging = [kind for kind, (_, error) in KINDS.items() if error == TIMEOUT]
         return hanging if index == 0 else [kind for kind in KINDS if kind not in hanging][index - 1 :: len(self) - 1]
 
@@ -222,7 +230,11 @@ def test_a_retry_that_gets_fewer_environments_is_the_members_failure(later: Any,
 
         async def make_envs(self) -> Any:
             self.calls += 1
-            return [TwoTurns(g, {"step": raises(OSError())} if g == 3 else {}) for g in range(4)] if self.calls == 1 else later
+            return (
+                [TwoTurns(g, {"step": raises(OSError())} if g == 3 else {}) for g in range(4)]
+                if self.calls == 1
+                else later
+            )
 
     (group,) = rollouts(torch_service, Group(), max_retries=1)
     assert group.get_total_rewards() == [0.0, 1.0, 2.0] and "make_envs returned" in str(group.errors[0])
@@ -246,7 +258,9 @@ def test_cleanup_comes_at_the_end_of_every_group(torch_service: Any) -> None:
     class Broken(Group):
         make_envs = raises(ZeroDivisionError("mine"))
 
-    rollouts(torch_service, Group("None"), Group("prints and warns"), Group("group rewards raise"), max_failed_fraction=1.0)
+    rollouts(
+        torch_service, Group("None"), Group("prints and warns"), Group("group rewards raise"), max_failed_fraction=1.0
+    )
     assert sorted(calls) == ["None", "group rewards raise", "prints and warns"]
     with pytest.raises(ZeroDivisionError, match="mine"):
         rollouts(torch_service, Broken("None"))
@@ -254,7 +268,9 @@ def test_cleanup_comes_at_the_end_of_every_group(torch_service: Any) -> None:
 
 
 def test_a_seat_is_not_billed_for_what_the_others_sample(torch_service: Any) -> None:
-    """Seat 1 waits for seat 0's turns for longer than a call may take; a seat that waits for nobody is timed out."""
+    """Seat 1 waits for seat 0's turns for longer than a call may take; a seat that waits for nobody
+    is timed out.
+    """
 
     class SlowPolicy(Policy):
         async def __call__(self, *arguments: Any) -> Any:
@@ -291,7 +307,8 @@ def test_a_seat_is_not_billed_for_what_the_others_sample(torch_service: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("never_comes", "message"), [(hang, "turn 0 took more than 5 s"), (await_what_was_cancelled, "turn 0 was cancelled")]
+    ("never_comes", "message"),
+    [(hang, "turn 0 took more than 5 s"), (await_what_was_cancelled, "turn 0 was cancelled")],
 )
 def test_a_sampled_turn_that_never_comes_costs_one_rollout(never_comes: Any, message: str, torch_service: Any) -> None:
     class LosesSamples(Policy):
@@ -322,7 +339,9 @@ def test_a_second_ctrl_c_stops_at_once_also_inside_an_environment(tmp_path: Path
         async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
             return Dataset(), None
 
-    settings = train.Config(env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch"))
+    settings = train.Config(
+        env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch")
+    )
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(train.main(settings))
 
@@ -360,7 +379,9 @@ def test_a_dataset_without_groups_is_named_before_anything_is_sampled(
         async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
             return OddDataset(), None
 
-    settings = train.Config(env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch"))
+    settings = train.Config(
+        env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch")
+    )
     with pytest.raises(DataError, match=rf"OddDataset.get_batch\(0\) {message}|no EnvGroupBuilder"):
         asyncio.run(train.main(settings))
 
@@ -378,7 +399,9 @@ def test_the_passes_of_a_failed_batch_are_not_submitted(tmp_path: Path, monkeypa
         async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
             return Dataset(), None
 
-    settings = train.Config(env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch"))
+    settings = train.Config(
+        env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch")
+    )
     with pytest.raises(ValueError, match="mine"):
         asyncio.run(train.main(settings))
     assert not submitted

@@ -1,4 +1,6 @@
-"""A checkpoint folder, as save_state left it, in plain transformers, plain peft and plain vLLM: the same logprobs everywhere."""
+"""A checkpoint folder, as save_state left it, in plain transformers, plain peft and plain vLLM: the
+same logprobs everywhere.
+"""
 
 # Trap: a checkpoint that other tools cannot load.
 
@@ -30,7 +32,9 @@ NO_ADAPTER_IN_VLLM = ("gpt2-tiny",)  # "does not support LoRA yet"
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
-    with ServiceClient(BackendConfig(engine="torch", max_length=128), tmp_path_factory.mktemp("interoperation")) as service:
+    with ServiceClient(
+        BackendConfig(engine="torch", max_length=128), tmp_path_factory.mktemp("interoperation")
+    ) as service:
         yield service
 
 
@@ -51,7 +55,8 @@ def of_torch(model: torch.nn.Module) -> list[float]:
     return logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(TOKENS[1:])[:, None])[:, 0].tolist()
 
 
-# A process that knows nothing of this project: [folder, adapter or None] pairs in, logprobs of TOKENS out.
+# A process that knows nothing of this project: [folder, adapter or None] pairs in, logprobs of
+# TOKENS out.
 VLLM = """
 import gc, json, sys
 from vllm import LLM, SamplingParams
@@ -93,7 +98,9 @@ def test_full_checkpoints_load_everywhere(service: ServiceClient, tmp_path: Path
         train(client)
         folders.append(client.save_state(f"full {name}").result().path)
         expected.append(ours(client))
-        assert of_torch(AutoModelForCausalLM.from_pretrained(folders[-1])) == pytest.approx(expected[-1], abs=1e-4), name
+        assert of_torch(AutoModelForCausalLM.from_pretrained(folders[-1])) == pytest.approx(expected[-1], abs=1e-4), (
+            name
+        )
         assert AutoTokenizer.from_pretrained(folders[-1]).encode("12+3") == client.get_tokenizer().encode("12+3")
         if name == FULL[-1]:  # what save_weights_for_sampler writes
             folders.append(client.save_weights_for_sampler("for sampling").result().path)
@@ -108,7 +115,12 @@ def test_full_checkpoints_load_everywhere(service: ServiceClient, tmp_path: Path
 def test_adapter_checkpoints_load_everywhere(service: ServiceClient, tmp_path: Path) -> None:
     in_vllm, expected = [], []
     for name in ADAPTERS:
-        base = service.create_training_client(model_name(service, name)).save_weights_for_sampler(f"base {name}").result().path
+        base = (
+            service.create_training_client(model_name(service, name))
+            .save_weights_for_sampler(f"base {name}")
+            .result()
+            .path
+        )
         client = service.create_training_client(base, LoraConfig(4))
         train(client)
         path, wanted = client.save_state(f"adapter {name}").result().path, ours(client)

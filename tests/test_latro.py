@@ -1,4 +1,6 @@
-"""LaTRO: the worked cases of its specification, an estimator without bias through the real training step, and the recipe from end to end."""
+"""LaTRO: the worked cases of its specification, an estimator without bias through the real training
+step, and the recipe from end to end.
+"""
 
 import asyncio
 import json
@@ -57,7 +59,11 @@ class OneBatch:
 
 
 def rationale_group(
-    prompt: list[int], answer: list[int], renderer: PlainRenderer, actions_G: Sequence[list[int]], temperature: float = 1.0
+    prompt: list[int],
+    answer: list[int],
+    renderer: PlainRenderer,
+    actions_G: Sequence[list[int]],
+    temperature: float = 1.0,
 ) -> TrajectoryGroup:
     builder = RationaleGroup(Task("", ""), prompt, answer, stop_strings(renderer), renderer, len(actions_G))
     sampled_G = [TokensWithLogprobs(ac, [0.0] * len(ac), temperature=temperature) for ac in actions_G]
@@ -81,11 +87,13 @@ def step(client: Any, config: Any, reference: Any, groups_P: list[TrajectoryGrou
     return metrics, outcome.data_D
 
 
-# --- worked cases ---------------------------------------------------------------------------------------------------------------
+# --- worked cases -------------------------------------------------------------------------------
 
 
 class Table:
-    """Stands for a policy and its reference: the rationale is one token k, and every number is looked up by it."""
+    """Stands for a policy and its reference: the rationale is one token k, and every number is
+    looked up by it.
+    """
 
     ANSWER = [-1.2, -0.4, -3.0, -0.9]
     POLICY = [-5.0, -7.0, -4.0, -6.0]
@@ -123,13 +131,16 @@ class Table:
 
     async def logprobs(self, data_D: Sequence[Datum]) -> list[np.ndarray]:
         return [
-            np.array([self.REFERENCE[k - self.FIRST] for k in datum.loss_fn_inputs["target_tokens"].array]) for datum in data_D
+            np.array([self.REFERENCE[k - self.FIRST] for k in datum.loss_fn_inputs["target_tokens"].array])
+            for datum in data_D
         ]
 
 
 @pytest.mark.parametrize(("coef", "total"), [(0.0, 1.3716667), (0.5, 2.0591667), (1.0, 2.7466667)])
 def test_worked_batch(coef: float, total: float):
-    """Case D2: leave-one-out (D1) of answer likelihoods less the KL, and both terms of the loss with one factor."""
+    """Case D2: leave-one-out (D1) of answer likelihoods less the KL, and both terms of the loss
+    with one factor.
+    """
     client = Table()
     group = rationale_group([5], [Table.GOLD], PlainRenderer(CHARACTERS), [[Table.FIRST + k] for k in range(4)])
     for trajectory, logprob in zip(group.trajectories_G, Table.POLICY, strict=True):
@@ -145,7 +156,9 @@ def test_worked_batch(coef: float, total: float):
 
 @pytest.mark.parametrize(("reduction", "tokens"), [("sum", 1), ("sequence_mean", 1), ("token_mean", 4)])
 def test_worked_batch_under_every_reduction(reduction: str, tokens: int):
-    """Case D2 with coef 1: four rationales of one token each, so the whole loss is divided by 1, or by all 4."""
+    """Case D2 with coef 1: four rationales of one token each, so the whole loss is divided by 1, or
+    by all 4.
+    """
     group = rationale_group([5], [Table.GOLD], PlainRenderer(CHARACTERS), [[Table.FIRST + k] for k in range(4)])
     for trajectory, logprob in zip(group.trajectories_G, Table.POLICY, strict=True):
         trajectory.transitions[0].ac.logprobs[0] = logprob
@@ -160,7 +173,9 @@ def test_rationales_that_never_stop_get_twice_the_mean():
     metrics = asyncio.run(LikelihoodReward(client, LikelihoodRewardBuilder())([group]))  # type: ignore[arg-type]
     mean = (-1.2 - 0.4 - 3.0) / 3
     assert group.final_rewards_G == pytest.approx([-1.2, 2 * mean, 2 * mean])
-    assert metrics["likelihood/answer_logprob"] == pytest.approx(mean) and metrics["likelihood/finished"] == pytest.approx(1 / 3)
+    assert metrics["likelihood/answer_logprob"] == pytest.approx(mean) and metrics[
+        "likelihood/finished"
+    ] == pytest.approx(1 / 3)
     assert all(len(trajectory.supervised) == 1 for trajectory in group.trajectories_G)
 
 
@@ -174,9 +189,11 @@ def test_rationales_end_before_the_stop_string_however_it_was_tokenized():
     merged = words(["so", "it", ".The", "answer", "is", "7"])
     tokens = [2, 3, 4, 5, 6, 7]
     assert decode(merged, tokens) == "so it .The answer is 7"
-    assert tokens_before_stop(merged, tokens, ["The answer is"]) == (2, True)  # ".The" is partly stop
+    # ".The" is partly stop
+    assert tokens_before_stop(merged, tokens, ["The answer is"]) == (2, True)
     accents = CHARACTERS.encode("né=1")
-    assert tokens_before_stop(CHARACTERS, accents, ["="]) == (3, True) and len(accents) == 5  # é is two tokens
+    # é is two tokens
+    assert tokens_before_stop(CHARACTERS, accents, ["="]) == (3, True) and len(accents) == 5
 
 
 def test_answers_are_read_exactly():
@@ -192,7 +209,7 @@ def test_answers_are_read_exactly():
     assert text.extract("five") is None
 
 
-# --- the estimator --------------------------------------------------------------------------------------------------------------
+# --- the estimator ------------------------------------------------------------------------------
 
 
 def words(vocabulary: list[str], bos: bool = False) -> PreTrainedTokenizerFast:
@@ -215,7 +232,9 @@ def enumerable_policy(service: ServiceClient, folder: Path) -> TrainingClient:
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=32, initializer_range=0.5)).save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=32, initializer_range=0.5)).save_pretrained(
+            folder
+        )
         words(list("abcdef")).save_pretrained(folder)
         client = service.create_training_client(str(folder))
         with torch.no_grad():
@@ -227,8 +246,9 @@ def enumerable_policy(service: ServiceClient, folder: Path) -> TrainingClient:
 # Trap: a biased estimator: the stop without gradient, K in one term only.
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_estimator_is_unbiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kl_coef: float):
-    """The average over all pairs of one-token rationales is the analytic gradient. One of the tokens is the stop: its rationale is empty,
-    and the gradient would be biased if the stop had none."""
+    """The average over all pairs of one-token rationales is the analytic gradient. One of the
+    tokens is the stop: its rationale is empty, and the gradient would be biased if the stop had
+    none."""
     prompt, answer = [2, 3], [4, 0]
     with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
         client = enumerable_policy(service, tmp_path / "model")
@@ -247,7 +267,8 @@ def test_estimator_is_unbiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             answers.append(rows[len(context) - 1, answer[0]] + rows[len(context), answer[1]])
         objective = (policy_V.exp() * (torch.stack(answers) - kl_coef * (policy_V - reference_V))).sum()
         parameters = list(trainer.named_trainable.values())
-        expected = [-2 * g for g in torch.autograd.grad(objective, parameters)]  # the loop sums over the two members
+        # the loop sums over the two members
+        expected = [-2 * g for g in torch.autograd.grad(objective, parameters)]
 
         mean = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
         probability = 0.0
@@ -277,7 +298,9 @@ def test_estimator_is_unbiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 # Trap: a likelihood reward that scores a token of the rationale, or padding.
 def test_rewards_score_exactly_the_answer_whatever_the_batch(torch_service: ServiceClient, tmp_path: Path):
-    """Ragged prompts, rationales and answers: the same as one unpadded pass each, in one batch and in micro-batches of one row."""
+    """Ragged prompts, rationales and answers: the same as one unpadded pass each, in one batch and
+    in micro-batches of one row.
+    """
     rng, renderer = np.random.default_rng(0), PlainRenderer(CHARACTERS)
     client = torch_service.create_training_client("tiny")
     groups_P = []
@@ -304,7 +327,7 @@ def test_rewards_score_exactly_the_answer_whatever_the_batch(torch_service: Serv
     assert rewards[16384] == pytest.approx(alone, abs=1e-4) and rewards[8] == pytest.approx(alone, abs=1e-4)
 
 
-# --- data and sizes -------------------------------------------------------------------------------------------------------------
+# --- data and sizes -----------------------------------------------------------------------------
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -316,7 +339,11 @@ def test_datasets_become_tasks(tmp_path: Path):
     solution = "She sold 48/2 = <<48/2=24>>24.\nIn all 72.\n#### 72"
     write_rows(tmp_path / "train.jsonl", [{"question": "How many?", "answer": solution}] * 4)
     gsm8k = Gsm8kBuilder(data_dir=str(tmp_path)).tasks("train", None)[0]
-    assert (gsm8k.solution, gsm8k.answer, gsm8k.gold) == ("She sold 48/2 = 24.\nIn all 72.", "\nThe answer is 72.", "72")
+    assert (gsm8k.solution, gsm8k.answer, gsm8k.gold) == (
+        "She sold 48/2 = 24.\nIn all 72.",
+        "\nThe answer is 72.",
+        "72",
+    )
     row = {"question": "How many legs?", "choices": {"text": ["15", "5"], "label": ["A", "B"]}, "answerKey": "B"}
     write_rows(tmp_path / "train.jsonl", [row])
     arc = ArcChallengeBuilder(data_dir=str(tmp_path)).tasks("train", None)[0]
@@ -330,7 +357,9 @@ def test_datasets_become_tasks(tmp_path: Path):
     ]
     file = write_rows(tmp_path / "three.jsonl", rows[:1])
     assert JsonlBuilder(train_path=str(file)).tasks("train", None)[0].answer == "\nThe answer is 2."
-    with pytest.raises(DataError, match=r"three.jsonl:2: no groundtruth; the columns are queries, responses, groundtruth"):
+    with pytest.raises(
+        DataError, match=r"three.jsonl:2: no groundtruth; the columns are queries, responses, groundtruth"
+    ):
         JsonlBuilder(train_path=str(write_rows(file, rows))).tasks("train", None)
     with pytest.raises(DataError, match="num_validation=4 of 4 problems: it must be from 1 to 3"):
         write_rows(tmp_path / "train.jsonl", [{"question": "How many?", "answer": solution}] * 4)
@@ -342,7 +371,9 @@ def test_the_splits_share_no_question():
     train_tasks, validation = builder.split()
     questions = [{task.question for task in tasks} for tasks in (train_tasks, validation, builder.test_tasks())]
     assert [len(part) for part in questions] == [40, 20, 10] and len(set.union(*questions)) == 70
-    assert {task.gold for task, thought in builder.demonstrations(train_tasks) if thought[0] == "?"} <= set("0123456789")
+    assert {task.gold for task, thought in builder.demonstrations(train_tasks) if thought[0] == "?"} <= set(
+        "0123456789"
+    )
 
 
 def test_one_bos_and_answers_begin_where_the_stop_was():
@@ -396,7 +427,7 @@ def test_questions_that_do_not_fit_are_counted_or_refused(capsys: pytest.Capture
         chz.replace(env, response_length=80).groups(tasks, renderer)
 
 
-# --- the recipe -----------------------------------------------------------------------------------------------------------------
+# --- the recipe ---------------------------------------------------------------------------------
 
 
 def test_the_best_checkpoint_is_read_from_the_folder(tmp_path: Path):
@@ -412,7 +443,9 @@ def test_the_best_checkpoint_is_read_from_the_folder(tmp_path: Path):
 
 
 def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """The likelihood of held-out answers rises; the baseline and the diagnostic run from the same warm start."""
+    """The likelihood of held-out answers rises; the baseline and the diagnostic run from the same
+    warm start.
+    """
     small = train.Config(
         dataset=ToyBuilder(num_tasks=900, num_validation=16, num_test=16, num_digits=3, noise=0.0),
         warm_start_updates=40,

@@ -1,4 +1,6 @@
-"""One forward pass for several losses: trees of sequences in a row, and a score's forward pass that training goes backward from."""
+"""One forward pass for several losses: trees of sequences in a row, and a score's forward pass that
+training goes backward from.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -75,7 +77,9 @@ def forwards(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[MicroBat
 
 # Trap: a shared pass with another gradient than separate ones.
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_score_and_training_share_one_forward(torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch, temperature: float):
+def test_score_and_training_share_one_forward(
+    torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch, temperature: float
+):
     """The gradient is that of a pass for each loss, which know nothing of each other."""
     groups_P = groups(np.random.default_rng(0), temperature)
     client = torch_service.create_training_client("tiny")
@@ -96,7 +100,8 @@ def test_score_and_training_share_one_forward(torch_service: ServiceClient, monk
             assert np.allclose(a["logprobs"].array, b["logprobs"].array, atol=5e-6)
 
 
-# Trap: a kept forward used under other weights (fused AdamW does not raise torch's version counter).
+# Trap: a kept forward used under other weights (fused AdamW does not raise torch's version
+# counter).
 def test_a_kept_forward_serves_part_of_its_data_once_and_under_its_own_weights(
     torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch
 ):
@@ -121,7 +126,9 @@ def test_a_kept_forward_serves_part_of_its_data_once_and_under_its_own_weights(
     assert first == 0 and second > 0
     assert_close(shared, plain)
     policy, answers = kept(client, [policy, answers])
-    other = LossTerm([Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [1.0, 1.0]})], "cross_entropy")
+    other = LossTerm(
+        [Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [1.0, 1.0]})], "cross_entropy"
+    )
     assert trained(policy, other)[0] > 0  # something that was not in it
     policy, answers = kept(client, [policy, answers])
     assert trained(policy)[0] == 0
@@ -130,13 +137,24 @@ def test_a_kept_forward_serves_part_of_its_data_once_and_under_its_own_weights(
     assert trained(policy)[0] > 0  # other weights
     monkeypatch.setattr(trainer, "config", BackendConfig(micro_batch_tokens=16))
     policy, answers = kept(client, [policy, answers])
-    assert policy.kept_D is None and trained(policy)[0] > 0  # more activations than one micro-batch's
+    # more activations than one micro-batch's
+    assert policy.kept_D is None and trained(policy)[0] > 0
 
 
 # Trap: sequences of one row that see each other.
 def test_rows_are_trees_in_which_each_token_sees_its_ancestors(monkeypatch: pytest.MonkeyPatch):
-    """Sequences that part at several depths, one that is the beginning of another, equal ones: the logprobs of each on its own."""
-    tokens_D = [[7, 8, 9, 5, 5], [7, 8, 9, 5, 6, 4], [7, 8, 9, 5, 6, 4, 11, 12], [7, 8, 30, 31], [7, 8, 9, 5, 5], [7, 8], [9, 9]]
+    """Sequences that part at several depths, one that is the beginning of another, equal ones: the
+    logprobs of each on its own.
+    """
+    tokens_D = [
+        [7, 8, 9, 5, 5],
+        [7, 8, 9, 5, 6, 4],
+        [7, 8, 9, 5, 6, 4, 11, 12],
+        [7, 8, 30, 31],
+        [7, 8, 9, 5, 5],
+        [7, 8],
+        [9, 9],
+    ]
     data_D = []
     for d, tokens in enumerate(tokens_D):
         weights = np.arange(1, len(tokens) + 1, dtype=np.float32)
@@ -147,7 +165,9 @@ def test_rows_are_trees_in_which_each_token_sees_its_ancestors(monkeypatch: pyte
     assert batch.tokens_BT.tolist() == [[7, 8, 9, 5, 5, 6, 4, 11, 12, 30, 31], [9, 9] + [0] * 9]
     assert batch.mask_B1TT is not None
     seen_by_31 = [
-        token for token, sees in zip(batch.tokens_BT[0].tolist(), batch.mask_B1TT[0, 0, 10].tolist(), strict=True) if sees
+        token
+        for token, sees in zip(batch.tokens_BT[0].tolist(), batch.mask_B1TT[0, 0, 10].tolist(), strict=True)
+        if sees
     ]
     assert seen_by_31 == [7, 8, 30, 31]
     outputs = shared.run(data_D, "cross_entropy").loss_fn_outputs

@@ -1,6 +1,8 @@
-"""Imports point down the layers of ARCHITECTURE.md, and no files or folders import each other in a circle.
+"""Imports point down the layers of ARCHITECTURE.md, and no files or folders import each other in a
+circle.
 
-Imports inside functions count, and those under `if TYPE_CHECKING` too: whoever reads one file of a circle has to read the others.
+Imports inside functions count, and those under `if TYPE_CHECKING` too: whoever reads one file of a
+circle has to read the others.
 """
 
 import ast
@@ -11,9 +13,14 @@ import pytest
 
 from tests.conftest import ROOT
 
-ORDER = "    posttrain.backend < "  # begins the line of ARCHITECTURE.md that names all layers, the lowest first
-LAYERS = next(line for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines() if line.startswith(ORDER)).split()[::2]
-PATHS = [path.relative_to(ROOT) for top in {name.split(".")[0] for name in LAYERS} for path in (ROOT / top).rglob("*.py")]
+# begins the line of ARCHITECTURE.md that names all layers, the lowest first
+ORDER = "    posttrain.backend < "
+LAYERS = next(line for line in (ROOT / "ARCHITECTURE.md").read_text().splitlines() if line.startswith(ORDER)).split()[
+    ::2
+]
+PATHS = [
+    path.relative_to(ROOT) for top in {name.split(".")[0] for name in LAYERS} for path in (ROOT / top).rglob("*.py")
+]
 MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
 
 
@@ -25,7 +32,10 @@ def imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}:{node.lineno}: relative imports are not followed here"
-            names |= {submodule if (submodule := f"{node.module}.{a.name}") in MODULES else str(node.module) for a in node.names}
+            names |= {
+                submodule if (submodule := f"{node.module}.{a.name}") in MODULES else str(node.module)
+                for a in node.names
+            }
     return names & MODULES.keys()
 
 

@@ -1,4 +1,6 @@
-"""Every loss against hand-computed numbers and against a second implementation through the whole model's logits."""
+"""Every loss against hand-computed numbers and against a second implementation through the whole
+model's logits.
+"""
 
 import math
 
@@ -24,8 +26,14 @@ R = [math.exp(p - q) for p, q in zip(P, Q, strict=True)]
 
 # name, config, loss of each token by hand, d loss / d p of each token by hand
 HAND_CASES = [
-    ("importance_sampling", {}, [-r * a for r, a in zip(R, A, strict=True)], [-r * a for r, a in zip(R, A, strict=True)]),
-    # min(r A, clip(r, .8, 1.2) A): clipped at 1.2; r = .74 < .8 with A < 0 takes -.8 and is flat; r = .135 with A > 0 is not clipped
+    (
+        "importance_sampling",
+        {},
+        [-r * a for r, a in zip(R, A, strict=True)],
+        [-r * a for r, a in zip(R, A, strict=True)],
+    ),
+    # min(r A, clip(r, .8, 1.2) A): clipped at 1.2; r = .74 < .8 with A < 0 takes -.8 and is flat; r
+    # = .135 with A > 0 is not clipped
     ("ppo", {}, [-1.2 * 2, 0.8, -R[2] * 0.5], [0.0, 0.0, -R[2] * 0.5]),
     (
         "ppo",
@@ -50,7 +58,9 @@ HAND_CASES = [
 
 
 @pytest.mark.parametrize(("name", "config", "loss", "gradient"), HAND_CASES)
-def test_policy_losses_equal_hand_computation(name: str, config: dict, loss: list[float], gradient: list[float]) -> None:
+def test_policy_losses_equal_hand_computation(
+    name: str, config: dict, loss: list[float], gradient: list[float]
+) -> None:
     p = torch.tensor(P, dtype=torch.float64, requires_grad=True)
     inputs = {"logprobs": torch.tensor(Q, dtype=torch.float64), "advantages": torch.tensor(A, dtype=torch.float64)}
     loss_N, _ = LOSSES[name].fn(p, inputs, **config)
@@ -63,7 +73,9 @@ def test_policy_losses_equal_hand_computation(name: str, config: dict, loss: lis
     ("reduction", "weighted"), [("mean", ((1 + 2 + 3) / 3 + 8) / 2), ("sum", (1 + 2 + 3 + 8) / 4)], ids=["mean", "sum"]
 )
 def test_both_means_of_the_likelihood_by_hand(reduction: str, weighted: float) -> None:
-    """An answer of 3 tokens with nll 1, 2, 3, and one of a single token with nll 8. The weighted mean is the loss that is trained on."""
+    """An answer of 3 tokens with nll 1, 2, 3, and one of a single token with nll 8. The weighted
+    mean is the loss that is trained on.
+    """
     data = [
         datum_from_tokens_weights([9, 5, 6, 7, 8], [0, 0, 1, 1, 1], reduction=reduction),
         datum_from_tokens_weights([9, 5, 6], [0, 0, 1], reduction=reduction),
@@ -75,7 +87,9 @@ def test_both_means_of_the_likelihood_by_hand(reduction: str, weighted: float) -
 
 
 def naive_loss(trainer: Trainer, datum: Datum, name: str, config: dict) -> torch.Tensor:
-    """The same loss through the model's full logits, one sequence at a time, written a second time."""
+    """The same loss through the model's full logits, one sequence at a time, written a second
+    time.
+    """
     logits_TV = trainer.base(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0].float()
     inputs = {key: value.to_torch() for key, value in datum.loss_fn_inputs.items()}
     if "temperature" in inputs:
@@ -151,16 +165,23 @@ def test_sharing_the_prompts_of_groups_changes_nothing(model: str, monkeypatch: 
         for datum in policy_data(5, seed=group, longest=12):
             own = datum.model_input.to_ints()
             inputs = {
-                key: np.concatenate([np.zeros(len(prompt) - 1), value.array]) for key, value in datum.loss_fn_inputs.items()
+                key: np.concatenate([np.zeros(len(prompt) - 1), value.array])
+                for key, value in datum.loss_fn_inputs.items()
             }
-            inputs["target_tokens"] = np.array(prompt[1:] + own[:1] + datum.loss_fn_inputs["target_tokens"].array.tolist())[:-1]
+            inputs["target_tokens"] = np.array(
+                prompt[1:] + own[:1] + datum.loss_fn_inputs["target_tokens"].array.tolist()
+            )[:-1]
             inputs["mask"][: len(prompt) - 1] = 0
             data.append(Datum(ModelInput.from_ints((prompt + own)[:-1]), inputs))
     shared, alone = (Trainer(model, BackendConfig(micro_batch_tokens=150)) for _ in range(2))
-    assert any(batch.mask_B1TT is not None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True))
+    assert any(
+        batch.mask_B1TT is not None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True)
+    )
     output = shared.run(data, "importance_sampling")
     monkeypatch.setattr("posttrain.backend.batching.SHARED_ROWS_PAY", 0.0)
-    assert all(batch.mask_B1TT is None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True))
+    assert all(
+        batch.mask_B1TT is None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True)
+    )
     expected = alone.run(data, "importance_sampling")
     for ours, theirs in zip(output.loss_fn_outputs, expected.loss_fn_outputs, strict=True):
         assert np.allclose(ours["logprobs"].array, theirs["logprobs"].array, atol=5e-6)
@@ -196,12 +217,16 @@ def test_custom_loss_is_one_autograd_pass_equal_to_the_built_in() -> None:
     assert output.metrics["mine"] == 7.0
     assert output.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-5)
     for name, gradient in gradients(built_in).items():
-        assert torch.allclose(gradients(custom)[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item()), name
+        assert torch.allclose(gradients(custom)[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item()), (
+            name
+        )
 
 
 @pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo"])
 def test_data_without_advantage_get_logprobs_and_leave_no_gradient(name: str) -> None:
-    """They skip the backward pass; metrics, logprobs and the gradient of the others must not notice."""
+    """They skip the backward pass; metrics, logprobs and the gradient of the others must not
+    notice.
+    """
     data = policy_data(8, seed=3)
     for datum in data[::2]:
         datum.loss_fn_inputs["advantages"].array[:] = 0
@@ -221,7 +246,9 @@ def test_topk_cross_entropy_targets() -> None:
     """(N, K) targets with weights: distillation from K candidates per position."""
     trainer = Trainer("tiny", BackendConfig())
     tokens, targets, weights = [5, 6, 7], [[8, 9], [10, 11], [12, 13]], [[0.7, 0.3], [1.0, 0.0], [0.0, 0.0]]
-    output = trainer.run([Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": weights})], "cross_entropy")
+    output = trainer.run(
+        [Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": weights})], "cross_entropy"
+    )
     logprobs_TV = trainer.base(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
     expected = -(0.7 * logprobs_TV[0, 8] + 0.3 * logprobs_TV[0, 9] + logprobs_TV[1, 10])
     assert output.metrics["loss:sum"] == pytest.approx(expected.item(), rel=1e-5)
@@ -231,7 +258,9 @@ def test_topk_cross_entropy_targets() -> None:
 def test_adam_and_clipping_equal_torch() -> None:
     trainer = Trainer("tiny", BackendConfig())
     reference = {name: p.detach().clone().requires_grad_() for name, p in trainer.named_trainable.items()}
-    optimizer = torch.optim.AdamW(reference.values(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    optimizer = torch.optim.AdamW(
+        reference.values(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False
+    )
     for seed in range(3):
         trainer.run(policy_data(4, seed), "importance_sampling")
         for name, gradient in gradients(trainer).items():
@@ -313,7 +342,9 @@ def test_unknown_losses_and_options_are_refused(name: str, config: dict | None, 
 # Trap: zeros in the place of logprobs; a loss over all positions without its gradient.
 @pytest.mark.parametrize("budget", [10**6, 40])
 def test_every_position_has_its_logprob_whatever_its_weight(budget: int) -> None:
-    """In every pass: what carries no loss is told, too, and a custom loss over all positions is differentiated at all of them."""
+    """In every pass: what carries no loss is told, too, and a custom loss over all positions is
+    differentiated at all of them.
+    """
     data, trainer = policy_data(6, seed=4), Trainer("tiny", BackendConfig(micro_batch_tokens=budget))
     plain = [Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in data]
     for datum in data[::2]:
@@ -356,7 +387,11 @@ def test_data_without_any_weight_have_loss_zero_and_no_gradient() -> None:
         masks_D = [datum.loss_fn_inputs["mask"].to_torch() for datum in data_D]
         return torch.stack([(p * mask).sum() for p, mask in zip(logprobs_D, masks_D, strict=True)]).sum(), {}
 
-    for output in (trainer.run(data, "ppo"), trainer.run_custom(data, weighted), trainer.run(data, "ppo", backward=False)):
+    for output in (
+        trainer.run(data, "ppo"),
+        trainer.run_custom(data, weighted),
+        trainer.run(data, "ppo", backward=False),
+    ):
         assert output.metrics["loss:sum"] == 0 and all(out["logprobs"].array.all() for out in output.loss_fn_outputs)
     before = {name: p.clone() for name, p in trainer.named_trainable.items()}
     assert trainer.optim_step(AdamParams(1e-2)).metrics["grad_norm"] == 0
@@ -367,7 +402,9 @@ def test_data_without_any_weight_have_loss_zero_and_no_gradient() -> None:
 
 # Trap: a micro-batch, or all data, without a token of a loss.
 def test_a_micro_batch_may_lack_a_loss() -> None:
-    """The longest rows fill the first micro-batch: they have no token of one of the losses, or of none."""
+    """The longest rows fill the first micro-batch: they have no token of one of the losses, or of
+    none.
+    """
     rng = np.random.default_rng(0)
     silent, long, short = without_weight(policy_data(1)), policy_data(2, seed=1), policy_data(2, seed=2, longest=6)
     silent[0] = Datum(

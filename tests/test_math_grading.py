@@ -1,4 +1,6 @@
-"""Finding the answer in a solution and deciding equality: hand cases of both kinds, and graders that hang."""
+"""Finding the answer in a solution and deciding equality: hand cases of both kinds, and graders
+that hang.
+"""
 
 import asyncio
 import threading
@@ -145,7 +147,8 @@ DIFFERENT = [
     (r"(-\infty,1)\cup[5,\infty)", "x<1"),
     ("x>3", "3"),
 ]
-# What an answer may hold to use up a grader's time; all are wrong at once, whatever the gold answer is.
+# What an answer may hold to use up a grader's time; all are wrong at once, whatever the gold answer
+# is.
 EXPLODING = [
     "9^99999999",
     "9^{-99999999}",
@@ -214,7 +217,8 @@ def test_an_answer_that_is_too_costly_by_itself_is_wrong(answer: str):
 
 
 def test_a_busy_machine_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(math_grading, "PATIENCE", 1e-4)  # the clock runs out before the processor time
+    # the clock runs out before the processor time
+    monkeypatch.setattr(math_grading, "PATIENCE", 1e-4)
     with pytest.raises(GraderError, match="by the clock") as error:
         is_equal(r"\sqrt{2}", r"\int \frac{1}{x^{99}+1} dx", seconds=5)
     assert not isinstance(error.value, math_grading.TooCostly)

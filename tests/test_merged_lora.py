@@ -16,7 +16,9 @@ from tests.conftest import gradients, policy_data
 
 
 def adapted(dtype: str, name: str = "micro") -> Trainer:
-    """An adapter whose update is far below the weights, on a base that lies on the bf16 grid, as hub models do."""
+    """An adapter whose update is far below the weights, on a base that lies on the bf16 grid, as
+    hub models do.
+    """
     trainer = Trainer(name, BackendConfig(engine="torch", dtype=dtype), lora=LoraConfig(rank=4))  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in trainer.base.parameters():
@@ -57,7 +59,9 @@ def test_gradients_are_those_of_the_separate_adapter(name: str) -> None:
 
 # Trap: a LoRA update that bf16 rounds away in the sampler alone.
 def test_the_model_is_the_one_with_merged_weights() -> None:
-    """Of the update, the separate adapter sees all, and the rounded sum of weights hardly anything."""
+    """Of the update, the separate adapter sees all, and the rounded sum of weights hardly
+    anything.
+    """
     trainer, data = adapted("bfloat16"), policy_data(8)
     full = Trainer("micro", BackendConfig(engine="torch", dtype="bfloat16"))
     separate = adapted("bfloat16")
@@ -66,7 +70,10 @@ def test_the_model_is_the_one_with_merged_weights() -> None:
     full.base.load_state_dict(dict(trainer.sampler_weights()))
     ours, theirs, others = (
         np.concatenate(
-            [output["logprobs"].array for output in model.run(data, "importance_sampling", backward=False).loss_fn_outputs]
+            [
+                output["logprobs"].array
+                for output in model.run(data, "importance_sampling", backward=False).loss_fn_outputs
+            ]
         )
         for model in (trainer, full, separate)
     )

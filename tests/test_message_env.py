@@ -1,4 +1,6 @@
-"""Environments in messages: sampled tokens are kept, conversations go on from them, and unreadable responses follow the policy."""
+"""Environments in messages: sampled tokens are kept, conversations go on from them, and unreadable
+responses follow the policy.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -72,7 +74,9 @@ def roll_out(
     renderer: Renderer, env: Echo, answers: Sequence[list[int]], parse: ParsePolicy | None = None, **limits
 ) -> Trajectory:
     policy = Policy(Scripted(answers), max_tokens=50)
-    return asyncio.run(do_single_rollout(policy, EnvFromMessageEnv(renderer, env, parse), (0,), RolloutLimits(**limits)))
+    return asyncio.run(
+        do_single_rollout(policy, EnvFromMessageEnv(renderer, env, parse), (0,), RolloutLimits(**limits))
+    )
 
 
 def one_sequence(trajectory: Trajectory) -> list[int]:
@@ -96,13 +100,16 @@ def one_sequence(trajectory: Trajectory) -> list[int]:
         (
             RoleColonRenderer(TOKENIZER),
             "\n\nUser:",
-            "User: Say something.\n\nAssistant:a\n\nUser: you said a\n\nAssistant: b \n\nUser: you said b \n\nAssistant:c\n\nUser:",
+            "User: Say something.\n\nAssistant:a\n\nUser: you said a\n\nAssistant: b \n\nUser: you said b "
+            "\n\nAssistant:c\n\nUser:",
         ),
         (
             ChatTemplateRenderer(TOKENIZER),
             "<|im_end|>",
-            "<|im_start|>user\nSay something.<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\nyou said a<|im_end|>\n"
-            "<|im_start|>assistant\n b <|im_end|>\n<|im_start|>user\nyou said  b <|im_end|>\n<|im_start|>assistant\nc<|im_end|>",
+            "<|im_start|>user\nSay something.<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\nyou "
+            "said a<|im_end|>\n"
+            "<|im_start|>assistant\n b <|im_end|>\n<|im_start|>user\nyou said  b "
+            "<|im_end|>\n<|im_start|>assistant\nc<|im_end|>",
         ),
     ],
     ids=["plain", "role_colon", "chat_template"],
@@ -110,7 +117,11 @@ def one_sequence(trajectory: Trajectory) -> list[int]:
 def test_an_episode_is_one_sequence_of_what_was_said(renderer: Renderer, stop: str, expected: str):
     trajectory = roll_out(renderer, Echo(), [encode(TOKENIZER, text + stop) for text in ("a", " b ", "c")])
     assert decode(TOKENIZER, one_sequence(trajectory)) == expected
-    assert trajectory.reward == 1 and trajectory.transitions[-1].metrics == {"parse_error": 0, "truncated": 0, "words": 3}
+    assert trajectory.reward == 1 and trajectory.transitions[-1].metrics == {
+        "parse_error": 0,
+        "truncated": 0,
+        "words": 3,
+    }
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
@@ -124,7 +135,9 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 
 # Trap: sampled tokens re-tokenized on the way into the next prompt.
 @pytest.mark.parametrize("kind", [PlainRenderer, RoleColonRenderer])
-def test_sampled_tokens_are_kept_where_their_text_is_tokenized_otherwise(kind: type[PlainRenderer] | type[RoleColonRenderer]):
+def test_sampled_tokens_are_kept_where_their_text_is_tokenized_otherwise(
+    kind: type[PlainRenderer] | type[RoleColonRenderer],
+):
     tokenizer = merging_tokenizer()
     a, b = encode(tokenizer, "a") + encode(tokenizer, "b")
     assert len(encode(tokenizer, "ab")) == 1
@@ -139,14 +152,19 @@ def test_sampled_tokens_are_kept_where_their_text_is_tokenized_otherwise(kind: t
 
 
 def test_a_conversation_goes_on_from_a_stop_that_was_not_sampled():
-    """A base model ends by EOS; a response that is cut off ends by nothing. The next speaker is announced all the same."""
+    """A base model ends by EOS; a response that is cut off ends by nothing. The next speaker is
+    announced all the same.
+    """
     renderer = RoleColonRenderer(TOKENIZER)
     by_eos = [*encode(TOKENIZER, " a"), TOKENIZER.eos_token_id]
     trajectory = roll_out(renderer, Echo(2), [by_eos, encode(TOKENIZER, " b\n\nUser:")])
     expected = "User: Say something.\n\nAssistant: a<|endoftext|>\n\nUser: you said a\n\nAssistant: b\n\nUser:"
     assert decode(TOKENIZER, one_sequence(trajectory)) == expected
     cut_off = roll_out(
-        PlainRenderer(TOKENIZER), Echo(1), [encode(TOKENIZER, "abc"), encode(TOKENIZER, "d<|endoftext|>")], ParsePolicy(retries=1)
+        PlainRenderer(TOKENIZER),
+        Echo(1),
+        [encode(TOKENIZER, "abc"), encode(TOKENIZER, "d<|endoftext|>")],
+        ParsePolicy(retries=1),
     )
     assert decode(TOKENIZER, one_sequence(cut_off)).startswith("Say something.abc<|endoftext|>Your answer was too long")
     assert [turn.metrics["truncated"] for turn in cut_off.transitions] == [1, 0]
@@ -181,7 +199,8 @@ def say(text: str) -> list[int]:
 def test_an_unreadable_response_ends_the_episode_with_its_reward_and_the_episodes_metrics():
     env = Echo()
     trajectory = roll_out(PlainRenderer(TOKENIZER), env, [say("a"), say("what?")])
-    assert [turn.reward for turn in trajectory.transitions] == [0, -1.25]  # the policy's -1, and what the environment adds
+    # the policy's -1, and what the environment adds
+    assert [turn.reward for turn in trajectory.transitions] == [0, -1.25]
     assert trajectory.transitions[-1].metrics == {"parse_error": 1, "truncated": 0, "words": 1}
     assert trajectory.transitions[-1].logs == {"parse error": "No questions."} and env.heard == ["a"] and env.closed
 
@@ -225,7 +244,8 @@ def test_a_frozen_policy_answers_in_messages_or_raises_a_rollout_error():
         FrozenPolicy()
     policy = FrozenPolicy(base_model="tiny", renderer_name="plain", max_tokens=4, backend=BackendConfig(engine="torch"))
     completer = policy.open_completer()
-    with pytest.raises(FrozenPolicyError, match="had not finished"):  # random weights do not know how to end
+    # random weights do not know how to end
+    with pytest.raises(FrozenPolicyError, match="had not finished"):
         asyncio.run(completer([Message(role="user", content="Yes?")]))
     with pytest.raises(FrozenPolicyError, match="ContextLengthError"):
         asyncio.run(completer([Message(role="user", content="long " * 200)]))

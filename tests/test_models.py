@@ -1,4 +1,6 @@
-"""Opening models: damaged, foreign and unreachable ones are refused in one line; what the config says of context and end tokens counts."""
+"""Opening models: damaged, foreign and unreachable ones are refused in one line; what the config
+says of context and end tokens counts.
+"""
 
 import json
 from collections.abc import Callable
@@ -98,7 +100,9 @@ def hub_error(kind: type[Exception]) -> Exception:
         (ValueError("has model type `zebra` but Transformers does not recognize"), "'zebra' is unknown"),
     ],
 )
-def test_each_reason_for_a_hub_model_has_its_own_line(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_reason_for_a_hub_model_has_its_own_line(
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(name: str) -> None:
         raise error
 
@@ -134,7 +138,8 @@ def test_every_end_token_of_both_configs_ends_an_answer(tmp_path: Path) -> None:
         found = client.sample(prompt, 1, SamplingParams(max_tokens=8, temperature=0.0)).result().sequences[0]
         assert found.tokens == free.tokens[: free.tokens.index(end) + 1] and found.stop_reason == "stop"
         assert client.sample(prompt, 1, greedy).result().sequences[0].tokens == free.tokens
-    assert load_model(str(folder), 0, CPU, torch.float32).config.eos_token_id == [1, end]  # what vLLM is given
+    # what vLLM is given
+    assert load_model(str(folder), 0, CPU, torch.float32).config.eos_token_id == [1, end]
 
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
@@ -148,7 +153,9 @@ def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["Gemma 2", "Granite", "Command R"])
-def test_logits_of_a_kind_that_is_not_known_are_refused(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_a_kind_that_is_not_known_are_refused(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("posttrain.backend.trainer.logit_transform", lambda config: PLAIN)
     with pytest.raises(ModelError, match="softcap"):
         Trainer(str(save_random_model(family, tmp_path)), BackendConfig())
@@ -158,7 +165,9 @@ def test_logits_of_a_kind_that_is_not_known_are_refused(family: str, tmp_path: P
 def test_a_config_that_hides_its_windows_is_found_when_the_model_is_opened(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an architecture would whose config says nothing: a shared row is compared with each sequence alone."""
+    """As an architecture would whose config says nothing: a shared row is compared with each
+    sequence alone.
+    """
     monkeypatch.setattr("posttrain.backend.trainer.attends_to_all", lambda config, max_length: True)
     trainer = Trainer(str(save_random_model(family, tmp_path)), BackendConfig())
     assert not trainer.shares_prefixes
@@ -167,14 +176,18 @@ def test_a_config_that_hides_its_windows_is_found_when_the_model_is_opened(
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "ahead", lambda: Qwen2Config(**{**FAMILIES["Qwen 2.5"]().to_dict(), "is_causal": False}))
+    monkeypatch.setitem(
+        FAMILIES, "ahead", lambda: Qwen2Config(**{**FAMILIES["Qwen 2.5"]().to_dict(), "is_causal": False})
+    )
     folder = save_random_model("ahead", tmp_path)
     with pytest.raises(ModelError, match="cannot be trained in batches"):
         Trainer(str(folder), BackendConfig())
 
 
 def test_the_check_of_the_head_allows_for_a_model_that_rounds_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA the chunked logits of bf16 factors are fp32, the model's own bf16: far apart where logits are large."""
+    """On CUDA the chunked logits of bf16 factors are fp32, the model's own bf16: far apart where
+    logits are large.
+    """
 
     def unrounded(hidden_NH: torch.Tensor, head_VH: torch.Tensor, transform: LogitTransform = PLAIN) -> torch.Tensor:
         return transform(hidden_NH.float() @ head_VH.float().T)

@@ -1,4 +1,6 @@
-"""Every numeric option of every configuration has a range, and what is outside it is an error of one line before anything is opened."""
+"""Every numeric option of every configuration has a range, and what is outside it is an error of
+one line before anything is opened.
+"""
 
 import dataclasses
 import importlib
@@ -30,8 +32,12 @@ PROBES = (-1, 0, math.nan, math.inf, -math.inf, 10**30, -(10**30), 1.5, True, "7
 def _configs() -> list[type]:
     names = [m.name for package in PACKAGES for m in pkgutil.walk_packages([str(ROOT / package)], f"{package}.")]
     modules = [importlib.import_module(name) for name in names if name not in WORKERS]
-    found = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type) and chz.is_chz(kind)}
-    return sorted((kind for kind in found if kind.__module__.split(".")[0] in PACKAGES), key=lambda kind: kind.__qualname__)
+    found = {
+        kind for module in modules for kind in vars(module).values() if isinstance(kind, type) and chz.is_chz(kind)
+    }
+    return sorted(
+        (kind for kind in found if kind.__module__.split(".")[0] in PACKAGES), key=lambda kind: kind.__qualname__
+    )
 
 
 def _numeric_fields(kind: type) -> dict[str, Range | None]:

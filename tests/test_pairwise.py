@@ -1,4 +1,6 @@
-"""Answers judged in pairs, answers scored by a model, win rates, and judges that fail: nothing is scored silently."""
+"""Answers judged in pairs, answers scored by a model, win rates, and judges that fail: nothing is
+scored silently.
+"""
 
 import asyncio
 import json
@@ -54,7 +56,7 @@ def rolled_out(builder: EnvGroupBuilder, answers_G: Sequence[str]) -> Trajectory
     return asyncio.run(do_group_rollout(builder, policy, (0,)))
 
 
-# --- groups ---------------------------------------------------------------------------------------------------------------------
+# --- groups -------------------------------------------------------------------------------------
 
 
 def test_matchups_leave_nobody_alone():
@@ -73,12 +75,14 @@ def test_win_minus_loss_and_format_by_hand(renderer):
     )
     group = rolled_out(builder, [" a", " bbb", " cc|", " dd"])
     assert [m["win_minus_loss"] for m in group.metrics_G] == pytest.approx([1, -1, 0, 0])
-    assert group.get_total_rewards() == pytest.approx([1, -1, 0 - 1.0, 0])  # format_coef 1: cut off by max_tokens
+    # format_coef 1: cut off by max_tokens
+    assert group.get_total_rewards() == pytest.approx([1, -1, 0 - 1.0, 0])
     assert [t.transitions[0].metrics["gold"] for t in group.trajectories_G] == [2, 4, 3, 3]
 
 
 def test_a_judge_of_graded_scores_that_likes_a_side_cancels_out(renderer):
-    async def judge(comparison: Comparison) -> float:  # any async callable will do; it adds 0.4 for side B
+    # any async callable will do; it adds 0.4 for side B
+    async def judge(comparison: Comparison) -> float:
         a, b = (len(side[0]["content"]) for side in (comparison.completion_A, comparison.completion_B))
         return 0.2 * np.sign(a - b) + 0.4
 
@@ -113,11 +117,12 @@ def test_a_group_is_scored_by_a_reward_model_in_one_call(renderer):
     assert [metrics["proxy"] for metrics in group.metrics_G] == [2.0, 4.0, 3.0]
 
 
-# --- win rate -------------------------------------------------------------------------------------------------------------------
+# --- win rate -----------------------------------------------------------------------------------
 
 
 def test_win_rate_by_hand():
-    mean, stderr = win_rate([1.0, 1.0, -1.0], [-1.0, 1.0, 1.0])  # B wins; a side is preferred, whatever is on it; A wins
+    # B wins; a side is preferred, whatever is on it; A wins
+    mean, stderr = win_rate([1.0, 1.0, -1.0], [-1.0, 1.0, 1.0])
     assert mean == pytest.approx(0.5) and stderr == pytest.approx(0.5 / np.sqrt(3))
     assert win_rate([1.0], [-1.0])[0] == 1.0 and np.isnan(win_rate([1.0], [-1.0])[1])
 
@@ -127,20 +132,26 @@ def test_a_policy_against_itself_wins_half_and_against_a_longer_one_wins_all(ren
     prompts = [prompt(name) for name in ("Ada", "Ben", "Cleo")]
     itself = asyncio.run(WinRateEvaluator(prompts, renderer, SHORTER, max_tokens=5, temperature=0.0)(client, client))
     assert itself == {"win_rate": 0.5, "win_rate_stderr": 0.0, "swap_agreement": 1.0, "prompts": 3.0}
-    evaluator = WinRateEvaluator(prompts, renderer, RuleJudge(lambda _, answer: answer.count("a")), max_tokens=40, seed=3)
+    evaluator = WinRateEvaluator(
+        prompts, renderer, RuleJudge(lambda _, answer: answer.count("a")), max_tokens=40, seed=3
+    )
     result = asyncio.run(evaluator(client, client))
     forward = [
-        one.completion_B[0]["content"].count("a") - one.completion_A[0]["content"].count("a") for one in evaluator.comparisons
+        one.completion_B[0]["content"].count("a") - one.completion_A[0]["content"].count("a")
+        for one in evaluator.comparisons
     ]
     assert result["win_rate"] == pytest.approx(np.mean([(np.sign(gap) + 1) / 2 for gap in forward]))
-    assert all(one.completion_A != one.completion_B for one in evaluator.comparisons)  # two streams of random numbers
+    # two streams of random numbers
+    assert all(one.completion_A != one.completion_B for one in evaluator.comparisons)
 
 
-# --- judges behind an endpoint --------------------------------------------------------------------------------------------------
+# --- judges behind an endpoint ------------------------------------------------------------------
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Answers with the next of `replies`: a completion's text, or raw bytes, or a status code; calls `before` first."""
+    """Answers with the next of `replies`: a completion's text, or raw bytes, or a status code;
+    calls `before` first.
+    """
 
     daemon_threads = True
 
@@ -198,9 +209,15 @@ def endpoint(monkeypatch) -> Iterator[Endpoint]:
 
 
 def ask(endpoint: Endpoint, **settings) -> float:
-    judge = EndpointJudge(EndpointJudgeBuilder(base_url=endpoint.url, model="m", **({"retries": 0, "timeout": 5.0} | settings)))
+    judge = EndpointJudge(
+        EndpointJudgeBuilder(base_url=endpoint.url, model="m", **({"retries": 0, "timeout": 5.0} | settings))
+    )
     return asyncio.run(
-        judge(Comparison(prompt("Ada"), [Message(role="assistant", content="one")], [Message(role="assistant", content="two")]))
+        judge(
+            Comparison(
+                prompt("Ada"), [Message(role="assistant", content="one")], [Message(role="assistant", content="two")]
+            )
+        )
     )
 
 
@@ -265,12 +282,14 @@ def test_an_endpoint_that_drips_is_left_when_the_time_is_over(endpoint: Endpoint
 def test_many_judgements_are_under_way_at_once(endpoint):
     """An endpoint that answers only when eight requests wait for it answers all sixteen."""
     endpoint.replies, endpoint.before = ["B"], threading.Barrier(8, timeout=120).wait
-    judge: Judge = EndpointJudge(EndpointJudgeBuilder(base_url=endpoint.url, model="m", max_concurrent=8, timeout=300.0))
+    judge: Judge = EndpointJudge(
+        EndpointJudgeBuilder(base_url=endpoint.url, model="m", max_concurrent=8, timeout=300.0)
+    )
     sides = [[Message(role="assistant", content=text)] for text in ("one", "two")]
     assert asyncio.run(judge_all(judge, [Comparison(prompt("Ada"), *sides)] * 16)) == [1.0] * 16
 
 
-# --- end to end -----------------------------------------------------------------------------------------------------------------
+# --- end to end ---------------------------------------------------------------------------------
 
 
 def ascii_share(answer: str) -> float:
@@ -290,7 +309,9 @@ class AsciiPrompts(KindWordsPrompts):
 
 
 def test_reinforcement_learning_from_a_judge_of_pairs(tmp_path):
-    env = PairwiseBuilder(prompts=AsciiPrompts(), judge=AsciiJudgeBuilder(), batch_size=16, group_size=4, format_coef=0.0)
+    env = PairwiseBuilder(
+        prompts=AsciiPrompts(), judge=AsciiJudgeBuilder(), batch_size=16, group_size=4, format_coef=0.0
+    )
     with pytest.raises(ConfigError, match="a pair needs at least 2"):
         asyncio.run(chz.replace(env, group_size=1)(get_renderer("plain", load_tokenizer("tiny"))))
     config = train.Config(
@@ -308,4 +329,5 @@ def test_reinforcement_learning_from_a_judge_of_pairs(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gold = [record["env/all/gold"] for record in records]
     assert gold[0] < 0.6 and gold[-1] > 0.8
-    assert all(abs(record["env/all/win_minus_loss"]) < 1e-6 for record in records)  # what one wins, others lose
+    # what one wins, others lose
+    assert all(abs(record["env/all/win_minus_loss"]) < 1e-6 for record in records)

@@ -1,4 +1,6 @@
-"""Process reward models: where steps lie, how they are labelled and trained on, and what becomes of their scores."""
+"""Process reward models: where steps lie, how they are labelled and trained on, and what becomes of
+their scores.
+"""
 
 import asyncio
 import json
@@ -44,7 +46,7 @@ def response(text: str, renderer: Renderer, ended: bool = True) -> list[int]:
     return [*tokens, renderer.tokenizer.eos_token_id] if ended else tokens  # type: ignore[list-item]
 
 
-# --- steps ----------------------------------------------------------------------------------------------------------------------
+# --- steps --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,9 @@ def test_tokens_of_steps_are_located_without_encoding_again(renderer_name: str) 
     sampled = tokens[weights.index(1.0) :]
     steps = split_response(sampled, renderer, LINES)
     assert steps.strings == ["é=1", "💡=2", "#2"] and steps.malformed is None
-    pieces = [decode(renderer.tokenizer, sampled[a:b]) for a, b in zip(steps.bounds[:-1], steps.bounds[1:], strict=True)]
+    pieces = [
+        decode(renderer.tokenizer, sampled[a:b]) for a, b in zip(steps.bounds[:-1], steps.bounds[1:], strict=True)
+    ]
     assert pieces[0].lstrip() == "é=1\n" and pieces[1] == "💡=2\n" and pieces[2].startswith("#2")
     assert steps.bounds[-1] == len(sampled)
 
@@ -87,11 +91,13 @@ def test_what_is_malformed(plain: Renderer) -> None:
         assert split_response(response(text, plain, ended), plain, LINES).malformed == kind
 
 
-# --- labels ---------------------------------------------------------------------------------------------------------------------
+# --- labels -------------------------------------------------------------------------------------
 
 
 class ScriptedSampler:
-    """Answers a prefix with right completions as often as `share` says, then with wrong ones; counts what it was asked."""
+    """Answers a prefix with right completions as often as `share` says, then with wrong ones;
+    counts what it was asked.
+    """
 
     def __init__(self, renderer: Renderer, share: dict[str, int], dies_after: int | None = None):
         self.renderer, self.share, self.asked, self.dies_after = renderer, share, [], dies_after
@@ -124,7 +130,13 @@ def label(sampler: ScriptedSampler, solutions: list[tuple[ProblemEnv, Solution]]
 
 def test_labels_are_the_share_of_completions_that_are_right(plain: Renderer, tmp_path: Path) -> None:
     sampler = ScriptedSampler(plain, SHARES)
-    solutions = [solve(GOOD, plain), solve(BAD, plain), solve(BROKEN, plain, ended=False), solve(GOOD, plain), solve("", plain)]
+    solutions = [
+        solve(GOOD, plain),
+        solve(BAD, plain),
+        solve(BROKEN, plain, ended=False),
+        solve(GOOD, plain),
+        solve("", plain),
+    ]
     records, counts = label(sampler, solutions, tmp_path / "labels.jsonl")
     good, bad, broken = records
     assert (good.soft, good.label) == ([0.75, 1.0, 1.0], [1, 1, 1])
@@ -150,7 +162,9 @@ def test_a_killed_labelling_goes_on_where_it_was(plain: Renderer, tmp_path: Path
     assert len(again.asked) == 2
 
 
-def test_a_verifier_that_fails_leaves_no_label(plain: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verifier_that_fails_leaves_no_label(
+    plain: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     solutions = [solve(GOOD, plain)]
 
     async def fail(self: LastLine, answer: str, gold: str) -> bool:
@@ -180,7 +194,7 @@ def test_bad_records_are_named_by_file_and_line(line: dict, complaint: str, tmp_
         read_records(file)
 
 
-# --- the loss -------------------------------------------------------------------------------------------------------------------
+# --- the loss -----------------------------------------------------------------------------------
 
 
 def loss_of(logits: list[float], labels: list[float], weights: list[float]) -> tuple[list[float], float]:
@@ -221,7 +235,7 @@ def test_the_broken_last_step_is_not_trained_on(plain: Renderer) -> None:
         step_datum(broken, plain, chz.replace(hard, labels="soft"))
 
 
-# --- training and scores --------------------------------------------------------------------------------------------------------
+# --- training and scores ------------------------------------------------------------------------
 
 
 def test_what_follows_the_first_error_can_be_left_out(plain: Renderer) -> None:
@@ -240,14 +254,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(200):
             signs = rng.choice(["+", "-"], 2)
             steps = [f"{rng.integers(10, 99)}{sign}{rng.integers(1, 9)}" for sign in signs]
-            record = {"input": f"{rng.integers(1000)}=", "output": [*steps, "#1"], "label": [*(int(s == "+") for s in signs), 1]}
+            record = {
+                "input": f"{rng.integers(1000)}=",
+                "output": [*steps, "#1"],
+                "label": [*(int(s == "+") for s in signs), 1],
+            }
             file.write(json.dumps(record) + "\n")
     dataset = StepExamplesBuilder(path=str(folder / "labels.jsonl"), test_size=30, form=LINES, batch_size=32)
     config = train_prm.Config(
         dataset=dataset, num_epochs=5, learning_rate=2e-3, renderer_name="plain", log_path=str(folder / "run")
     )
     metrics = asyncio.run(train_prm.main(config))
-    assert metrics["test/accuracy"] > 0.97 and metrics["test/first_error"] > 0.97 and 0.5 <= metrics["test/majority"] < 0.8
+    assert (
+        metrics["test/accuracy"] > 0.97 and metrics["test/first_error"] > 0.97 and 0.5 <= metrics["test/majority"] < 0.8
+    )
     return folder / "run"
 
 
@@ -294,10 +314,13 @@ def test_step_advantages_are_the_changes_of_the_probability(plain: Renderer) -> 
     assert group.get_total_rewards() == [1.0, 1.0]
 
 
-def test_scores_do_not_depend_on_what_is_scored_beside(trained: Path, plain: Renderer, torch_service: ServiceClient) -> None:
+def test_scores_do_not_depend_on_what_is_scored_beside(
+    trained: Path, plain: Renderer, torch_service: ServiceClient
+) -> None:
     model = reward(trained).load(plain.tokenizer, torch_service)
     pairs = [
-        (plain.tokenizer.encode("7="), response(text, plain)) for text in ("34+7\n41-8\n#1", "", "1+1\n#1", "34+7\n41-8\n#2")
+        (plain.tokenizer.encode("7="), response(text, plain))
+        for text in ("34+7\n41-8\n#1", "", "1+1\n#1", "34+7\n41-8\n#2")
     ]
     together = asyncio.run(model.score(pairs))
     alone = [asyncio.run(model.score([pair]))[0] for pair in pairs]
@@ -313,7 +336,9 @@ def test_aggregation_equals_the_worked_cases() -> None:
     )
     assert scores.aggregate("mean", "logit") == pytest.approx(1.0) and scores.aggregate("min", "logit") == -0.5
     for outcome, logits, combined in [(1, [2, 1, 3], 1.2), (1, [-6, 1], -0.2), (0, [4, 2], 0.4), (0, [-5, 0], -1)]:
-        assert outcome + 0.2 * StepScores(np.array(logits), [], None).aggregate("min", "logit") == pytest.approx(combined)
+        assert outcome + 0.2 * StepScores(np.array(logits), [], None).aggregate("min", "logit") == pytest.approx(
+            combined
+        )
     with pytest.raises(ConfigError, match="product is of probabilities"):
         scores.aggregate("product", "logit")
 
@@ -331,7 +356,7 @@ def test_ways_to_choose() -> None:
     assert found["best_of_n_se"] == pytest.approx(np.std([1, 0, 1], ddof=1) / 3**0.5)
 
 
-# --- chains ---------------------------------------------------------------------------------------------------------------------
+# --- chains -------------------------------------------------------------------------------------
 
 
 def test_chains_and_their_first_wrong_step(plain: Renderer) -> None:
@@ -351,7 +376,10 @@ def test_held_out_chains_are_never_trained_on(plain: Renderer) -> None:
         rl, test = asyncio.run(ChainBuilder(num_steps=2, seed=seed)(plain))
         drawn = [builder.env_thunk().question() for i in range(20) for builder in rl.get_batch(i)]  # type: ignore[attr-defined]
         examples, _ = ChainExamplesBuilder(num_steps=2, seed=seed)(plain)
-        shown = [decode(plain.tokenizer, datum.model_input.to_ints()).split("=")[0] + "=" for datum in examples.get_batch(seed)]
+        shown = [
+            decode(plain.tokenizer, datum.model_input.to_ints()).split("=")[0] + "="
+            for datum in examples.get_batch(seed)
+        ]
         assert not held_out & {*drawn, *shown}
         assert test is not None and {b.env_thunk().question() for b in test.get_batch(0)} <= held_out  # type: ignore[attr-defined]
     totals = [int(step.split("=")[-1].strip("#")) for chain in task.chains(300, [5]) for step in chain.steps]

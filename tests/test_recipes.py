@@ -1,4 +1,6 @@
-"""The recipes as a user runs them: from another directory, as a file and as a module, with few steps and the torch sampler."""
+"""The recipes as a user runs them: from another directory, as a file and as a module, with few
+steps and the torch sampler.
+"""
 
 import json
 import re
@@ -9,7 +11,9 @@ from tests.conftest import ROOT
 
 
 def run_recipe(name: str, folder: Path, *arguments: str, as_module: bool = False) -> str:
-    """What it prints. One thread, since the models are tiny and the tests' own engines have the others."""
+    """What it prints. One thread, since the models are tiny and the tests' own engines have the
+    others.
+    """
     script = ["-m", f"recipes.{name}"] if as_module else [str(ROOT / "recipes" / f"{name}.py")]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT) if as_module else ""}
     done = commands.run(*script, *arguments, cwd=folder, env=environment)
@@ -28,7 +32,8 @@ def metrics(run: Path) -> list[dict]:
 def test_sl_loop_learns(tmp_path):
     output = run_recipe("sl_loop", tmp_path, "steps=30", "batch_size=32", "eval_every=15", "engine=torch")
     losses = numbers(r"held-out loss ([\d.]+)", output)
-    assert len(losses) == 3 and losses[0] > 5 and losses[-1] < 2  # ln 10 = 2.3 would be knowing no more than that digits follow
+    # ln 10 = 2.3 would be knowing no more than that digits follow
+    assert len(losses) == 3 and losses[0] > 5 and losses[-1] < 2
     assert 0 <= numbers(r"held-out accuracy ([\d.]+)", output)[0] <= 1
     assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
 
@@ -42,7 +47,13 @@ def test_rl_loop_samples_and_trains_with_the_same_policy(tmp_path):
 
 
 def test_sl_basic_fills_a_run_folder(tmp_path):
-    small = ["dataset.n_batches=6", "dataset.batch_size=16", "dataset.num_test=20", "eval_every=3", "backend.engine=torch"]
+    small = [
+        "dataset.n_batches=6",
+        "dataset.batch_size=16",
+        "dataset.num_test=20",
+        "eval_every=3",
+        "backend.engine=torch",
+    ]
     run_recipe("sl_basic", tmp_path, *small, as_module=True)
     run = tmp_path / "runs" / "sl_basic"
     assert [record["step"] for record in metrics(run)] == list(range(7))

@@ -1,6 +1,9 @@
-"""Renderers against hand-written cases, chat templates of several shapes, and random conversations."""
+"""Renderers against hand-written cases, chat templates of several shapes, and random
+conversations.
+"""
 
 import pickle
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -26,7 +29,8 @@ CORPUS = [
     "what is that?\n\nAssistant: that is it.\n\nUser:",
 ] * 20
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}<|im_end|>{% endfor "
+    "%}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
 DROPS_THINKING = (
@@ -40,7 +44,8 @@ OPENS_THINKING = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 ALTERNATES = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must "
+    "alternate') }}"
     "{% endif %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }}<|endoftext|>{% endif %}{% endfor %}"
 )
@@ -54,12 +59,16 @@ CHAT: list[Message] = [
 
 
 def bpe_tokenizer(chat_template: str | None = None, add_bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with real merges, among them some that cross what renderers write and what people say."""
+    """A byte-level BPE with real merges, among them some that cross what renderers write and what
+    people say.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     if add_bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 2)])
@@ -96,7 +105,8 @@ def weighted_text(renderer: Renderer, messages: list[Message], train_on_what: Tr
 
 
 def template_tokens(tokenizer: AnyTokenizer, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False)  # type: ignore
+    options: Any = {"add_generation_prompt": add_generation_prompt, "tokenize": True, "return_dict": False}
+    return tokenizer.apply_chat_template(messages, **options)  # type: ignore
 
 
 @pytest.mark.parametrize("name", RENDERERS)
@@ -125,7 +135,9 @@ def test_role_colon_by_hand():
 
 
 def test_pieces_are_encoded_by_themselves():
-    """The text as a whole would merge across the border between prompt and reply, and the prompt would be no prefix."""
+    """The text as a whole would merge across the border between prompt and reply, and the prompt
+    would be no prefix.
+    """
     tokens, _ = RENDERERS["role_colon, BPE"].build_supervised_example(CHAT)
     whole = BPE.encode(decode(BPE, tokens[1:]))
     prompt = RENDERERS["role_colon, BPE"].build_generation_prompt(CHAT[:4]).to_ints()
@@ -144,7 +156,8 @@ def test_user_messages_of_a_template_are_found_by_their_content():
     tokens, weights = RENDERERS["chatml"].build_supervised_example(CHAT[1:3], TrainOnWhat.ALL_MESSAGES)
     kept = decode(CHARACTERS, [t for t, w in zip(tokens, weights, strict=True) if w])
     assert kept == "hello there<|im_end|>hello<|im_end|>"
-    assert weights[0] == 0.0 and weights[-1] == 0.0  # <|im_start|>, and the line break after the last turn
+    # <|im_start|>, and the line break after the last turn
+    assert weights[0] == 0.0 and weights[-1] == 0.0
 
 
 @pytest.mark.parametrize("name", RENDERERS)
@@ -163,7 +176,9 @@ text = st.text(st.sampled_from("ab eU:\n?é日"), min_size=1, max_size=12).map(s
 def test_prompts_are_prefixes_and_weights_are_the_replies(name, turns):
     renderer = RENDERERS[name]
     messages: list[Message] = [
-        Message(role=role, content=said) for turn in turns for role, said in zip(("user", "assistant"), turn, strict=True)
+        Message(role=role, content=said)
+        for turn in turns
+        for role, said in zip(("user", "assistant"), turn, strict=True)
     ]
     tokens, weights = renderer.build_supervised_example(messages)
     replies = []
@@ -193,7 +208,8 @@ def test_parsing_counts_stops(name):
         return renderer.parse_response(tokenizer.encode(said, add_special_tokens=False))
 
     assert parse(f"it is 7{end}") == ({"role": "assistant", "content": "it is 7"}, True)
-    assert parse("it is 7<|endoftext|>") == ({"role": "assistant", "content": "it is 7"}, True)  # a base model's end
+    # a base model's end
+    assert parse("it is 7<|endoftext|>") == ({"role": "assistant", "content": "it is 7"}, True)
     assert parse("it is 7\n") == ({"role": "assistant", "content": "it is 7\n"}, False)
     assert parse("") == ({"role": "assistant", "content": ""}, False)
     with pytest.raises(ConfigError, match="2 stops"):
@@ -232,14 +248,18 @@ def test_template_whose_prompt_says_what_replies_do_not_repeat():
 
 def test_extension_property_is_probed():
     assert RENDERERS["chatml"].has_extension_property
-    assert not RENDERERS["llama3, BPE"].has_extension_property  # trims replies, so a sampled space would vanish
+    # trims replies, so a sampled space would vanish
+    assert not RENDERERS["llama3, BPE"].has_extension_property
     assert RENDERERS["role_colon"].has_extension_property and RENDERERS["plain"].has_extension_property
 
 
 def test_templates_that_refuse_or_never_end_are_errors():
     renderer = ChatTemplateRenderer(bpe_tokenizer(ALTERNATES))
     assert renderer.get_stop_sequences() == [renderer.tokenizer.eos_token_id]
-    assert weighted_text(renderer, CHAT[1:], TrainOnWhat.ALL_ASSISTANT_MESSAGES) == " hello<|endoftext|> that is it.<|endoftext|>"
+    assert (
+        weighted_text(renderer, CHAT[1:], TrainOnWhat.ALL_ASSISTANT_MESSAGES)
+        == " hello<|endoftext|> that is it.<|endoftext|>"
+    )
     with pytest.raises(DataError, match="roles must alternate"):
         renderer.build_generation_prompt(CHAT)
     with pytest.raises(ConfigError, match="no turn with a special token"):
@@ -281,7 +301,10 @@ def test_a_renderer_that_writes_another_template_is_warned_of(monkeypatch, capsy
     get_renderer("chat_template", CHARACTERS)
     assert "WARNING" not in capsys.readouterr().out
     get_renderer("mine", CHARACTERS)
-    assert "WARNING WithoutTheHeaders writes a prompt of system, user otherwise than the tokenizer's" in capsys.readouterr().out
+    assert (
+        "WARNING WithoutTheHeaders writes a prompt of system, user otherwise than the tokenizer's"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("name", RENDERERS)
@@ -291,7 +314,9 @@ def test_renderers_pickle(name):
 
 
 class ImitatedTemplate(PlainRenderer):
-    """Writes the presets' template by hand, with `after_role` where the template has a line break."""
+    """Writes the presets' template by hand, with `after_role` where the template has a line
+    break.
+    """
 
     after_role = "\n"
 
@@ -305,7 +330,9 @@ class WrongTemplate(ImitatedTemplate):
 
 
 # Trap: a chat template imitated wrongly.
-@pytest.mark.parametrize("kind", [ImitatedTemplate, WrongTemplate, PlainRenderer, RoleColonRenderer, ChatTemplateRenderer])
+@pytest.mark.parametrize(
+    "kind", [ImitatedTemplate, WrongTemplate, PlainRenderer, RoleColonRenderer, ChatTemplateRenderer]
+)
 def test_a_template_that_is_imitated_wrongly_is_warned_of_and_nothing_else(
     kind: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,6 @@
-"""Runs killed at the worst moments, or interrupted, and resumed, end as an uninterrupted run does: same weights, same metrics, bit for bit."""
+"""Runs killed at the worst moments, or interrupted, and resumed, end as an uninterrupted run does:
+same weights, same metrics, bit for bit.
+"""
 
 # Trap: `types.py` in a script's folder shadowing the standard library's.
 
@@ -66,7 +68,8 @@ def kill_at(arguments: list[str], folder: Path, file: str, count: int) -> None:
     assert process.wait() == -signal.SIGKILL, process.output()
 
 
-# Between a step and its line in the log; within a checkpoint; between a checkpoint and its line in the record.
+# Between a step and its line in the log; within a checkpoint; between a checkpoint and its line in
+# the record.
 KILLS = (("metrics.jsonl", 20), ("training_state.json", 5), ("checkpoints.jsonl", 16))
 
 

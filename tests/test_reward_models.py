@@ -1,4 +1,6 @@
-"""Reward models: losses by hand, what is read from the model, saved models opened by environments, honest evaluation."""
+"""Reward models: losses by hand, what is read from the model, saved models opened by environments,
+honest evaluation.
+"""
 
 import asyncio
 import json
@@ -61,7 +63,7 @@ class LetterComparisons(ComparisonDatasetBuilder):
         return labeled[:400], labeled[400:]
 
 
-# --- Bradley and Terry ----------------------------------------------------------------------------------------------------------
+# --- Bradley and Terry --------------------------------------------------------------------------
 
 
 def test_bradley_terry_loss_and_gradient_by_hand():
@@ -94,10 +96,16 @@ def test_a_fresh_scalar_model_is_undecided_and_its_judge_ignores_the_order(torch
 
 def test_ties_and_missing_margins_never_become_preferences(capsys):
     renderer = get_renderer("plain", load_tokenizer("tiny"))
-    labeled = [LabeledComparison(pair("q", "a", "b"), "Tie"), LabeledComparison(pair("q", "a", "b"), "B", where="pairs.jsonl:7")]
+    labeled = [
+        LabeledComparison(pair("q", "a", "b"), "Tie"),
+        LabeledComparison(pair("q", "a", "b"), "B", where="pairs.jsonl:7"),
+    ]
     dataset = PreferencePairsBuilder(comparisons=LetterComparisons()).examples(renderer, labeled)
     chosen, rejected = dataset.get_batch(0)
-    assert chosen.model_input.to_ints() == renderer.build_supervised_example([*said("user", "q"), *said("assistant", "b")])[0]
+    assert (
+        chosen.model_input.to_ints()
+        == renderer.build_supervised_example([*said("user", "q"), *said("assistant", "b")])[0]
+    )
     assert chosen.model_input.to_ints() != rejected.model_input.to_ints() and "1 ties of 2" in capsys.readouterr().out
     with pytest.raises(DataError, match="all of 1 comparisons are ties"):
         PreferencePairsBuilder(comparisons=LetterComparisons()).examples(renderer, labeled[:1])
@@ -105,7 +113,7 @@ def test_ties_and_missing_margins_never_become_preferences(capsys):
         PreferencePairsBuilder(comparisons=LetterComparisons(), margin_coef=1.0).examples(renderer, labeled)
 
 
-# --- label tokens ---------------------------------------------------------------------------------------------------------------
+# --- label tokens -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["plain", "role_colon", "chat_template"])
@@ -118,7 +126,8 @@ def test_the_labels_token_is_what_is_trained_and_asked(name):
         tokens, weights = datum.model_input.to_ints(), datum.loss_fn_inputs["weights"].array
         assert tokens == label_format.prompt(comparison) and datum.loss_fn_inputs["target_tokens"].array[-1] == token
         assert weights.tolist() == [0.0] * (len(tokens) - 1) + [1.0]
-        assert tokenizer.decode([token]) == label[0]  # a character is a token here; a leading space is part of the prompt
+        # a character is a token here; a leading space is part of the prompt
+        assert tokenizer.decode([token]) == label[0]
     assert label_format.inquiry(comparison).model_input.to_ints() == label_format.prompt(comparison)
 
 
@@ -146,17 +155,25 @@ def test_label_probabilities_are_those_of_the_language_model(torch_service):
 
 def test_multi_turn_prompts_keep_their_speakers():
     comparison = Comparison(
-        [*said("user", "hi"), *said("assistant", "ho"), *said("user", "so?")], said("assistant", "1"), said("assistant", "2")
+        [*said("user", "hi"), *said("assistant", "ho"), *said("user", "so?")],
+        said("assistant", "1"),
+        said("assistant", "2"),
     )
     text = question(comparison)[0]["content"]
     assert text.startswith("User: hi\n\nAssistant: ho\n\nUser: so?\n\n[A]\n1\n\n[B]\n2\n\n")
 
 
-# --- training, saving, opening --------------------------------------------------------------------------------------------------
+# --- training, saving, opening ------------------------------------------------------------------
 
 
 def reward_config(dataset, folder, **settings) -> train_reward_model.Config:
-    defaults = {"learning_rate": 2e-3, "lr_schedule": "constant", "eval_every": 1000, "save_every": 0, "renderer_name": "plain"}
+    defaults = {
+        "learning_rate": 2e-3,
+        "lr_schedule": "constant",
+        "eval_every": 1000,
+        "save_every": 0,
+        "renderer_name": "plain",
+    }
     return train_reward_model.Config(dataset=dataset, log_path=str(folder), backend=TORCH, **(defaults | settings))
 
 
@@ -224,7 +241,9 @@ def test_comparisons_that_do_not_fit_are_dropped_and_counted_or_refused(tmp_path
 
 
 def test_the_command_trains_from_a_file(tmp_path):
-    rows = [{"prompt": f"q{i}", "completion_A": "a" * (i % 5 + 1), "completion_B": "bb", "label": "B"} for i in range(40)]
+    rows = [
+        {"prompt": f"q{i}", "completion_A": "a" * (i % 5 + 1), "completion_B": "bb", "label": "B"} for i in range(40)
+    ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [
         str(ROOT / "preference" / "train_reward_model.py"),
@@ -240,7 +259,7 @@ def test_the_command_trains_from_a_file(tmp_path):
     assert {"test/accuracy", "test/ece", "test/swap_agreement", "test/length_baseline"} <= last.keys()
 
 
-# --- evaluation -----------------------------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------
 
 
 def test_evaluation_by_hand():

@@ -1,4 +1,6 @@
-"""Flattening, advantages, metrics and rollouts, against hand-computed cases; and the estimator's expectation against the true gradient."""
+"""Flattening, advantages, metrics and rollouts, against hand-computed cases; and the estimator's
+expectation against the true gradient.
+"""
 
 import asyncio
 import time
@@ -41,7 +43,9 @@ def turn(
 
 
 def group(rewards: Sequence[float], tags: Sequence[str] = (), **metrics: float) -> TrajectoryGroup:
-    trajectories = [Trajectory([turn([1, 2], [3, 4 + i], [-0.1, -0.2], reward, **metrics)]) for i, reward in enumerate(rewards)]
+    trajectories = [
+        Trajectory([turn([1, 2], [3, 4 + i], [-0.1, -0.2], reward, **metrics)]) for i, reward in enumerate(rewards)
+    ]
     return TrajectoryGroup(trajectories, [0.0] * len(rewards), [{}] * len(rewards), list(tags))
 
 
@@ -148,7 +152,11 @@ def test_trajectory_metrics_by_hand() -> None:
     assert metrics["env/all/correct"] == 0.5 and "env/b/correct" not in metrics
     fractions = [metrics[f"env/all/by_group/frac_{kind}"] for kind in ("mixed", "all_good", "all_bad")]
     assert fractions == pytest.approx([1 / 3] * 3)
-    assert (metrics["env/all/total_episodes"], metrics["env/all/total_ac_tokens"], metrics["env/all/ob_tokens_per_turn"]) == (
+    assert (
+        metrics["env/all/total_episodes"],
+        metrics["env/all/total_ac_tokens"],
+        metrics["env/all/ob_tokens_per_turn"],
+    ) == (
         6,
         12,
         2,
@@ -156,7 +164,9 @@ def test_trajectory_metrics_by_hand() -> None:
 
 
 class CountingEnv(Env):
-    """Asks `turns` times; fails as it is told; takes `seconds` to answer, holding up the event loop."""
+    """Asks `turns` times; fails as it is told; takes `seconds` to answer, holding up the event
+    loop.
+    """
 
     def __init__(self, turns: int, failure: Exception | None = None, seconds: float = 0.0):
         self.turns, self.failure, self.seconds, self.seen = turns, failure, seconds, 0
@@ -169,7 +179,9 @@ class CountingEnv(Env):
         time.sleep(self.seconds)  # noqa: ASYNC251 - that is the point
         if self.failure:
             raise self.failure
-        return StepResult(1.0, self.seen == self.turns, ModelInput.from_ints([10, 11, *action, 12]), [], {"turn": self.seen})
+        return StepResult(
+            1.0, self.seen == self.turns, ModelInput.from_ints([10, 11, *action, 12]), [], {"turn": self.seen}
+        )
 
 
 class CountingBuilder(EnvGroupBuilder):
@@ -179,7 +191,9 @@ class CountingBuilder(EnvGroupBuilder):
     async def make_envs(self) -> Sequence[Env]:
         return self.envs
 
-    async def compute_group_rewards(self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]) -> list[tuple[float, Metrics]]:
+    async def compute_group_rewards(
+        self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
+    ) -> list[tuple[float, Metrics]]:
         return [(0.5, {"members": len(envs_G)}) for _ in trajectories_G]
 
 
@@ -196,7 +210,8 @@ def test_rollouts_take_turns_and_the_seed_decides(torch_service) -> None:  # noq
     assert [[len(t.transitions) for t in g.trajectories_G] for g in first] == [[1, 3], [2]]
     assert [g.get_total_rewards() for g in first] == [[1.5, 3.5], [2.5]]
     sampled = [
-        [t.ac.tokens for g in groups for tr in g.trajectories_G for t in tr.transitions] for groups in (first, again, other)
+        [t.ac.tokens for g in groups for tr in g.trajectories_G for t in tr.transitions]
+        for groups in (first, again, other)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
     assert len({tuple(tokens) for tokens in sampled[0]}) == len(sampled[0]), "turns and members must not share a seed"
@@ -205,13 +220,16 @@ def test_rollouts_take_turns_and_the_seed_decides(torch_service) -> None:  # noq
 # Trap: bits that depend on the clock.
 @pytest.mark.cpu_only
 def test_slow_environments_change_no_bit_of_what_vllm_samples(vllm_client) -> None:  # noqa: ANN001
-    """Which requests share a decoding step must not depend on the clock: it would show in the last digits of the logprobs."""
+    """Which requests share a decoding step must not depend on the clock: it would show in the last
+    digits of the logprobs.
+    """
     client = vllm_client.save_weights_and_get_sampling_client()
 
     def run(seconds: float) -> list[list[float]]:
         rng = np.random.default_rng(0)
         builders = [
-            CountingBuilder(*(CountingEnv(2 + g % 3, seconds=seconds * rng.random()) for g in range(4))) for _ in range(6)
+            CountingBuilder(*(CountingEnv(2 + g % 3, seconds=seconds * rng.random()) for g in range(4)))
+            for _ in range(6)
         ]
         groups = asyncio.run(do_rollouts(builders, Policy(client, max_tokens=5), (3,)))
         return [turn.ac.logprobs for group in groups for t in group.trajectories_G for turn in t.transitions]
@@ -221,7 +239,9 @@ def test_slow_environments_change_no_bit_of_what_vllm_samples(vllm_client) -> No
 
 # Trap: a rollout that failed scored 0.
 def test_a_rollout_that_cannot_be_scored_leaves_its_group_and_is_counted(torch_service) -> None:  # noqa: ANN001
-    (g,) = rollout(CountingBuilder(CountingEnv(1), CountingEnv(1, RolloutError("grader timed out"))), torch_service=torch_service)
+    (g,) = rollout(
+        CountingBuilder(CountingEnv(1), CountingEnv(1, RolloutError("grader timed out"))), torch_service=torch_service
+    )
     assert g.get_total_rewards() == [1.5] and g.metrics_G == [{"members": 1}]
     metrics = compute_trajectory_metrics([g])
     assert metrics["rollout_errors/RolloutError"] == 1 and metrics["env/all/reward/total"] == 1.5
@@ -239,18 +259,27 @@ def test_a_bug_in_an_environment_is_raised_as_itself_and_a_rare_failure_is_not(t
 
 
 def test_policy_gradient_estimator_is_unbiased() -> None:
-    """One sampled token of three: the estimator summed over all groups of two, weighted by probability, is the gradient of E[R]."""
-    trainer, prompt, choices, rewards = Trainer("tiny", BackendConfig()), [7, 8, 9], [20, 21, 22], np.array([1.0, 0.2, 0.0])
+    """One sampled token of three: the estimator summed over all groups of two, weighted by
+    probability, is the gradient of E[R].
+    """
+    trainer, prompt, choices, rewards = (
+        Trainer("tiny", BackendConfig()),
+        [7, 8, 9],
+        [20, 21, 22],
+        np.array([1.0, 0.2, 0.0]),
+    )
     head = trainer.base.get_input_embeddings().weight  # tied
 
     def logprobs() -> torch.Tensor:
         return trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[choices]
 
     p = logprobs().exp().detach().double().numpy()
-    # Members outside the three choices would have reward 0, too; restrict the policy's support by conditioning on the choices.
+    # Members outside the three choices would have reward 0, too; restrict the policy's support by
+    # conditioning on the choices.
     p_given = p / p.sum()
     (
-        trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].softmax(-1) * torch.tensor(rewards).float()
+        trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].softmax(-1)
+        * torch.tensor(rewards).float()
     ).sum().backward()
     assert head.grad is not None
     exact = head.grad.clone()  # type: ignore
@@ -260,7 +289,9 @@ def test_policy_gradient_estimator_is_unbiased() -> None:
         for j in range(3):
             advantages = LeaveOneOut()(rewards[[i, j]])
             for member, advantage in zip((i, j), advantages, strict=True):
-                conditional = trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].log_softmax(-1)[member]
+                conditional = (
+                    trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].log_softmax(-1)[member]
+                )
                 (gradient,) = torch.autograd.grad(conditional, head)  # type: ignore
                 total += float(p_given[i] * p_given[j] * advantage / 2) * gradient
     assert torch.allclose(total, exact, atol=1e-6)

@@ -1,5 +1,6 @@
-"""The two ends of an RL run: what it may be given from Python, when its state is collected, and resumes that have nothing to do. And members
-without a turn, in everything that reads a trajectory."""
+"""The two ends of an RL run: what it may be given from Python, when its state is collected, and
+resumes that have nothing to do. And members without a turn, in everything that reads a
+trajectory."""
 
 import asyncio
 import json
@@ -41,14 +42,18 @@ def run(folder: Path, behavior: str = "delete", **settings: Any) -> dict[str, fl
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All that a run has written, without pictures, the lock, the configuration and the record of the code."""
+    """All that a run has written, without pictures, the lock, the configuration and the record of
+    the code.
+    """
     kept = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "plots"]
     passed_over = ("config.json", "config_changes.jsonl", "code.diff", "lock")
     return {str(path): path.read_bytes() for path in kept if path.name not in passed_over}
 
 
 # Trap: a finished run trained on, or written again, by a resume.
-def test_a_run_that_is_resumed_at_its_end_or_past_it_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_resumed_at_its_end_or_past_it_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     last = run(tmp_path, max_steps=2, save_every=0, eval_every=0)
     before = files(tmp_path)
     for max_steps in (2, 1):
@@ -69,7 +74,9 @@ def test_an_unfinished_run_past_the_steps_that_are_asked_for_is_left_as_it_is(tm
         run(tmp_path, max_steps=6, save_every=3, eval_every=0)
     before = files(tmp_path)
     run(tmp_path, "resume_changed", max_steps=2, eval_every=0)
-    assert {path for path in files(tmp_path) if "checkpoints" in path} == {path for path in before if "checkpoints" in path}
+    assert {path for path in files(tmp_path) if "checkpoints" in path} == {
+        path for path in before if "checkpoints" in path
+    }
 
 
 def stop_at_step_3(step: int, error: type[Exception]) -> None:
@@ -80,8 +87,11 @@ def stop_at_step_3(step: int, error: type[Exception]) -> None:
 def test_a_function_may_be_the_loss(tmp_path: Path) -> None:
     run(tmp_path / "name", loss_fn="reinforce", max_steps=1)
     run(tmp_path / "function", loss_fn=reinforce, max_steps=1)
-    # Not bit for bit: of a function nobody knows that an advantage of 0 has no gradient, so it is computed.
-    by_function, by_name = ([record["optim/loss"] for record in metrics(tmp_path / kind)] for kind in ("function", "name"))
+    # Not bit for bit: of a function nobody knows that an advantage of 0 has no gradient, so it is
+    # computed.
+    by_function, by_name = (
+        [record["optim/loss"] for record in metrics(tmp_path / kind)] for kind in ("function", "name")
+    )
     assert by_function == pytest.approx(by_name, rel=1e-4) and len(by_name) == 1
 
 
@@ -99,11 +109,13 @@ def test_a_resume_with_smaller_batches_is_refused_by_name() -> None:
         async with GroupSource(LowTokenDataset(LowTokenBuilder(batch_size=2)), 6, 4) as source:
             source.restore([saved])
 
-    with pytest.raises(ConfigError, match=r"group 3 of batch 1, and LowTokenDataset.get_batch\(1\) now has only 2 groups"):
+    with pytest.raises(
+        ConfigError, match=r"group 3 of batch 1, and LowTokenDataset.get_batch\(1\) now has only 2 groups"
+    ):
         asyncio.run(restore())
 
 
-# --- members without a turn -----------------------------------------------------------------------------------------------------
+# --- members without a turn ---------------------------------------------------------------------
 
 
 class Answered(EnvGroupBuilder):
@@ -119,13 +131,20 @@ class Answered(EnvGroupBuilder):
 def two_members() -> TrajectoryGroup:
     """One turn that is right, and none."""
     turn = Transition(
-        ModelInput.from_ints([1, 2]), TokensWithLogprobs([3, 4], [-0.1, -0.2]), 1.0, True, {"correct": 1.0}, {"extracted": "4"}
+        ModelInput.from_ints([1, 2]),
+        TokensWithLogprobs([3, 4], [-0.1, -0.2]),
+        1.0,
+        True,
+        {"correct": 1.0},
+        {"extracted": "4"},
     )
     return TrajectoryGroup([Trajectory([turn]), Trajectory([])], [0.0, -1.0], [{}, {}], builder=Answered())
 
 
 class ConstantScores:
-    """A reward model, a process reward model and a training client that score all they are asked for with 0.5."""
+    """A reward model, a process reward model and a training client that score all they are asked
+    for with 0.5.
+    """
 
     async def score_tokens(self, tokens_D: Sequence[Any]) -> list[float]:
         return [0.5 for _ in tokens_D]
@@ -164,7 +183,9 @@ def test_a_member_without_a_turn_counts_in_the_metrics_and_not_in_the_data(tmp_p
     assert (found["env/all/reward/total"], found["env/all/total_episodes"], found["env/all/total_turns"]) == (0.0, 2, 1)
     assert sample_metrics([group], [1, 2], "test")["test/pass@1"] == 0.5
     assert [row.origin for row in rows_of([group])] == [(0, 0)]
-    lines = write_rollouts(tmp_path, 0, [group], [np.array([1.0, -1.0])], _tokenizer()).with_suffix(".jsonl").read_text()
+    lines = (
+        write_rollouts(tmp_path, 0, [group], [np.array([1.0, -1.0])], _tokenizer()).with_suffix(".jsonl").read_text()
+    )
     assert [len(json.loads(line)["turns"]) for line in lines.splitlines()] == [1, 0]
     nobody = TrajectoryGroup([Trajectory([])], [2.0], [{}])
     assert compute_trajectory_metrics([nobody]) == {"env/all/total_episodes": 1.0}
@@ -176,7 +197,7 @@ def _tokenizer() -> Any:
     return load_tokenizer("tiny")
 
 
-# --- names and prompts of the user's ----------------------------------------------------------------------------------------------
+# --- names and prompts of the user's ------------------------------------------------------------
 
 
 def test_a_problem_may_have_a_prompt_of_its_own() -> None:
@@ -198,7 +219,10 @@ def test_fewer_problems_than_a_batch_are_trained_on_and_said() -> None:
 
     whole, few = LowTokenBuilder(n_batches=1), LowTokenBuilder(n_batches=2)
     assert short_batches(whole, LowTokenDataset(whole)) is None and short_batches(few, Few(few)) is None
-    assert short_batches(whole, Few(whole)) == "env.batch_size=4 is more than the 3 problems there are: each batch is all of them"
+    assert (
+        short_batches(whole, Few(whole))
+        == "env.batch_size=4 is more than the 3 problems there are: each batch is all of them"
+    )
 
 
 def test_equal_prompts_of_comparisons_are_counted_aloud(capsys: pytest.CaptureFixture[str]) -> None:

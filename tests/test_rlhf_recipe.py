@@ -1,4 +1,6 @@
-"""The three-stage recipe with few steps: every stage leaves its product, is not repeated, and the curve is drawn."""
+"""The three-stage recipe with few steps: every stage leaves its product, is not repeated, and the
+curve is drawn.
+"""
 
 import json
 
@@ -20,9 +22,13 @@ def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
     file = tmp_path / "comparisons.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 80 and {row["label"] for row in rows} <= {"A", "B", "Tie"}
-    # Three steps of imitation write no words, and all is a tie. So the test puts people's notes in their place.
+    # Three steps of imitation write no words, and all is a tie. So the test puts people's notes in
+    # their place.
     notes = [(one.comparison, one.label) for one in KindWordsComparisons(num_train=80)()[0]]
-    rows = [{"prompt": c.prompt_conversation, "completion_A": c.completion_A, "completion_B": c.completion_B} for c, _ in notes]
+    rows = [
+        {"prompt": c.prompt_conversation, "completion_A": c.completion_A, "completion_B": c.completion_B}
+        for c, _ in notes
+    ]
     labels = [{"label": label} for _, label in notes]
     file.write_text("".join(json.dumps(row | label) + "\n" for row, label in zip(rows, labels, strict=True)))
     train.main(small)

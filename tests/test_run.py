@@ -1,4 +1,6 @@
-"""What is around a step: when it is measured, saved and logged, how a run ends, and the learning rate of each step."""
+"""What is around a step: when it is measured, saved and logged, how a run ends, and the learning
+rate of each step.
+"""
 
 import asyncio
 from concurrent.futures import Future
@@ -22,10 +24,14 @@ def test_learning_rates_by_hand() -> None:
     assert rates("constant") == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert rates("linear") == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
     assert rates("cosine")[4:] == pytest.approx([1.0, 0.2 + 0.8 * 0.8535533906, 0.6, 0.2 + 0.8 * 0.1464466094, 0.2])
-    assert [learning_rate_at(step, 0.3, "linear", 3) for step in range(3)] == [0.3, 0.3 * (1 - 1 / 3), 0.3 * (1 - 2 / 3)]
-    adam = TrainingConfig(learning_rate=0.5, warmup_steps=2, beta1=0.8, beta2=0.9, weight_decay=0.1, grad_clip_norm=2.0).adam(
-        0, 10
-    )
+    assert [learning_rate_at(step, 0.3, "linear", 3) for step in range(3)] == [
+        0.3,
+        0.3 * (1 - 1 / 3),
+        0.3 * (1 - 2 / 3),
+    ]
+    adam = TrainingConfig(
+        learning_rate=0.5, warmup_steps=2, beta1=0.8, beta2=0.9, weight_decay=0.1, grad_clip_norm=2.0
+    ).adam(0, 10)
     values = (adam.learning_rate, adam.beta1, adam.beta2, adam.eps, adam.weight_decay, adam.grad_clip_norm)
     assert values == (0.25, 0.8, 0.9, 1e-8, 0.1, 2.0)
     with pytest.raises(ConfigError, match="min_learning_rate=0.1 is above learning_rate=0.01"):

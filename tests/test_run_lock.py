@@ -1,4 +1,6 @@
-"""One process per run folder, and what asks a run to save and stop: signals, a closed terminal, a reader of its output that has gone."""
+"""One process per run folder, and what asks a run to save and stop: signals, a closed terminal, a
+reader of its output that has gone.
+"""
 
 import os
 import signal
@@ -42,20 +44,26 @@ def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         open_run_folder(tmp_path / "run", "delete", {})
     text = str(refused.value)
-    assert f"in use by process {process.pid} on {os.uname().nodename} since 2" in text and "choose another log_path" in text
+    assert (
+        f"in use by process {process.pid} on {os.uname().nodename} since 2" in text
+        and "choose another log_path" in text
+    )
     process.kill()
     process.wait()
     run = open_run_folder(tmp_path / "run", "resume", {})  # the kernel gave it back
     assert run.lock is not None and str(os.getpid()) in run.lock.file.read_text()
     open_run_folder(tmp_path / "run", "delete", {})  # the same process may open it again
     del run
-    assert holder(tmp_path / "run", "print(0, flush=True)").wait() == 0  # and lets go of what it no longer uses
+    # and lets go of what it no longer uses
+    assert holder(tmp_path / "run", "print(0, flush=True)").wait() == 0
 
 
 CHILDREN = {
     "forked": "if os.fork(): os._exit(0)\nprint(os.getpid(), flush=True)\ntime.sleep(600)",
-    "executed": "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid\nprint(child, flush=True)\nos._exit(0)",
-    "with its descriptors": "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, close_fds=False).pid\n"
+    "executed": "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid\nprint(child, "
+    "flush=True)\nos._exit(0)",
+    "with its descriptors": "child = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, "
+    "close_fds=False).pid\n"
     "print(child, flush=True)\nos._exit(0)",
 }
 
@@ -88,7 +96,8 @@ def terminal() -> Iterator[None]:
         ([signal.SIGINT], False),
         ([signal.SIGTERM], False),
         ([signal.SIGHUP], False),
-        ([signal.SIGHUP, signal.SIGHUP], False),  # a closed terminal: from the kernel and from the shell
+        # a closed terminal: from the kernel and from the shell
+        ([signal.SIGHUP, signal.SIGHUP], False),
         ([signal.SIGHUP, signal.SIGTERM], True),
         ([signal.SIGINT, signal.SIGINT], True),
     ],

@@ -1,4 +1,6 @@
-"""Results carry the settings that made them: asked for with others they are refused, made anew or let through, never passed off as another's."""
+"""Results carry the settings that made them: asked for with others they are refused, made anew or
+let through, never passed off as another's.
+"""
 
 # Trap: a result reported as that of other settings; a resume with others.
 
@@ -94,7 +96,8 @@ def test_a_resume_with_other_settings_names_them(
         name.split("=")[0] for name in names.split(", ")
     }
     monkeypatch.setattr("builtins.input", pytest.fail)
-    assert open_run_folder(tmp_path / "run", "resume_changed", RunConfig()).resumed  # and back again
+    # and back again
+    assert open_run_folder(tmp_path / "run", "resume_changed", RunConfig()).resumed
     assert "goes on with other settings than before" in capsys.readouterr().out
 
 
@@ -152,7 +155,8 @@ def test_latro_begins_with_the_warm_start_it_asks_for(tmp_path: Path) -> None:
     (stage,) = latro.beginning(config)
     run_stages([stage])
     assert (stage.result / "model.safetensors").exists()
-    (other,) = latro.beginning(chz.replace(config, learning_rate=1.0))  # not a setting of the warm start
+    # not a setting of the warm start
+    (other,) = latro.beginning(chz.replace(config, learning_rate=1.0))
     assert other.is_finished() and latro.begin_path(config, [other]) == str(stage.result)
     with pytest.raises(ConfigError, match=r"seed=0 \(now 5\)"):
         run_stages(latro.beginning(chz.replace(config, warm_start_seed=5)))
@@ -191,12 +195,17 @@ def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(eval_every: 
         and "train_mean_nll" in printed
         and "more in" in printed
     )
-    longer = asyncio.run(train.main(chz.replace(config, num_epochs=2)))  # the end is no end any more
-    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(6 + bool(eval_every))) and longer != metrics
+    # the end is no end any more
+    longer = asyncio.run(train.main(chz.replace(config, num_epochs=2)))
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(
+        range(6 + bool(eval_every))
+    ) and longer != metrics
 
 
 def test_the_code_diff_holds_the_users_own_modules(tmp_path: Path) -> None:
-    """A module outside the repository that the configuration names, and what it imports from its own folder."""
+    """A module outside the repository that the configuration names, and what it imports from its
+    own folder.
+    """
     (tmp_path / "my_parts.py").write_text("SIZE = 7  # a part\n")
     (tmp_path / "my_task.py").write_text(
         "import chz\nfrom my_parts import SIZE\n\n\n@chz.chz\nclass MyTask:\n    size: int = SIZE  # my task\n"
@@ -210,7 +219,11 @@ def test_the_code_diff_holds_the_users_own_modules(tmp_path: Path) -> None:
     """)
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     text = (tmp_path / "run" / "code.diff").read_text()
-    assert f"+++ {tmp_path}/my_task.py" in text and "+    size: int = SIZE  # my task" in text and "+SIZE = 7  # a part" in text
+    assert (
+        f"+++ {tmp_path}/my_task.py" in text
+        and "+    size: int = SIZE  # my task" in text
+        and "+SIZE = 7  # a part" in text
+    )
     assert "/chz/" not in text and f"+++ {ROOT}/tracking" not in text
 
 

@@ -33,8 +33,12 @@ def test_estimators_equal_the_enumeration_of_all_subsets(seed):
     right = [answer == "4" for answer in answers]
     rewards = rng.choice([-0.1, 0.0, 0.5, 1.0], n).tolist()
     for k in range(1, n + 1):
-        assert pass_at_k(sum(right), n, k) == pytest.approx(over_subsets(n, k, lambda chosen: any(right[i] for i in chosen)))
-        assert best_at_k(rewards, k) == pytest.approx(over_subsets(n, k, lambda chosen: max(rewards[i] for i in chosen)))
+        assert pass_at_k(sum(right), n, k) == pytest.approx(
+            over_subsets(n, k, lambda chosen: any(right[i] for i in chosen))
+        )
+        assert best_at_k(rewards, k) == pytest.approx(
+            over_subsets(n, k, lambda chosen: max(rewards[i] for i in chosen))
+        )
         wins = over_subsets(n, k, lambda chosen: vote([answers[i] for i in chosen]) == "4")
         assert maj_at_k(answers, right, k) == pytest.approx(wins)
 
@@ -81,14 +85,17 @@ def sampled(answers: list[str], right: str, lost: int = 0) -> TrajectoryGroup:
         for answer in answers
     ]
     n = len(turns)
-    return TrajectoryGroup([Trajectory([turn]) for turn in turns], [0.0] * n, [{}] * n, errors=[RolloutError("lost")] * lost)
+    return TrajectoryGroup(
+        [Trajectory([turn]) for turn in turns], [0.0] * n, [{}] * n, errors=[RolloutError("lost")] * lost
+    )
 
 
 def test_metrics_of_groups_by_hand():
     groups = [sampled(["4", "4", "5"], "4"), sampled(["x", "7", "8"], "7"), sampled(["9"], "9", lost=2)]
     metrics = sample_metrics(groups, (1, 3), "test/env/all")
     assert metrics["test/env/all/pass@1"] == pytest.approx(np.mean([2 / 3, 1 / 3, 1]))
-    assert metrics["test/env/all/pass@3"] == metrics["test/env/all/best@3"] == 1.0  # the third problem has not three samples
+    # the third problem has not three samples
+    assert metrics["test/env/all/pass@3"] == metrics["test/env/all/best@3"] == 1.0
     assert metrics["test/env/all/maj@3"] == 1.0  # x is no answer; 7 came before 8
     assert metrics["test/env/all/pass@1_stderr"] == pytest.approx(np.std([2 / 3, 1 / 3, 1], ddof=1) / np.sqrt(3))
 
@@ -103,7 +110,12 @@ def test_evaluator_on_a_policy(torch_service):
     assert [len(group.trajectories_G) for group in evaluator.groups] == [4] * 6
     samples = [tuple(t.transitions[0].ac.tokens) for t in evaluator.groups[0].trajectories_G]
     assert len(set(samples)) > 1
-    names = {f"test/env/all/{what}@{k}{end}" for what in ("pass", "maj", "best") for k in (1, 2, 4) for end in ("", "_stderr")}
+    names = {
+        f"test/env/all/{what}@{k}{end}"
+        for what in ("pass", "maj", "best")
+        for k in (1, 2, 4)
+        for end in ("", "_stderr")
+    }
     assert set(metrics) == names | {"test/env/all/samples_lost"}
     with pytest.raises(ConfigError, match="temperature"):
         SamplesEvaluator(test, max_tokens=3, temperature=0.0)

@@ -1,4 +1,6 @@
-"""vLLM against the torch sampler and both against the trainer, on the same weights; and the traps that specs/vllm.md lists."""
+"""vLLM against the torch sampler and both against the trainer, on the same weights; and the traps
+that specs/vllm.md lists.
+"""
 
 import asyncio
 from pathlib import Path
@@ -33,7 +35,9 @@ def sample_all(
     return asyncio.run(gather())
 
 
-def trainer_logprobs(client: TrainingClient, prompt: ModelInput, tokens: list[int], temperature: float = 1.0) -> np.ndarray:
+def trainer_logprobs(
+    client: TrainingClient, prompt: ModelInput, tokens: list[int], temperature: float = 1.0
+) -> np.ndarray:
     sequence = prompt.to_ints() + tokens
     ones = np.ones(len(sequence) - 1, dtype=np.float32)
     inputs = {"target_tokens": sequence[1:], "weights": ones, "temperature": ones * temperature}
@@ -70,7 +74,9 @@ def test_vllm_equals_torch_on_200_ragged_prompts(engines) -> None:  # noqa: ANN0
     for prompt, a, b in zip(prompts, ours, theirs, strict=True):
         assert a.sequences[0].tokens == b.sequences[0].tokens
         assert a.sequences[0].logprobs == pytest.approx(b.sequences[0].logprobs, abs=1e-4)
-        assert a.prompt_logprobs is not None and a.prompt_logprobs[0] is None and len(a.prompt_logprobs) == prompt.length
+        assert (
+            a.prompt_logprobs is not None and a.prompt_logprobs[0] is None and len(a.prompt_logprobs) == prompt.length
+        )
         assert a.prompt_logprobs[1:] == pytest.approx(b.prompt_logprobs[1:], abs=1e-4)  # type: ignore[index]
     for prompt, a in list(zip(prompts, ours, strict=True))[:20]:
         sampled = trainer_logprobs(trained, prompt, a.sequences[0].tokens)[prompt.length - 1 :]
@@ -82,7 +88,11 @@ def test_vllm_equals_torch_on_200_ragged_prompts(engines) -> None:  # noqa: ANN0
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_logprobs_are_those_of_the_tempered_distribution(engines, which: int, temperature: float) -> None:  # noqa: ANN001
     prompt = prompt_of(20)
-    response = engines[which].sample(prompt, 4, SamplingParams(max_tokens=12, seed=3, temperature=temperature, stop=[])).result()
+    response = (
+        engines[which]
+        .sample(prompt, 4, SamplingParams(max_tokens=12, seed=3, temperature=temperature, stop=[]))
+        .result()
+    )
     assert len({tuple(sequence.tokens) for sequence in response.sequences}) > 1
     for sequence in response.sequences:
         trained = trainer_logprobs(engines[0], prompt, sequence.tokens, temperature)[prompt.length - 1 :]
@@ -92,7 +102,8 @@ def test_logprobs_are_those_of_the_tempered_distribution(engines, which: int, te
 @pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
 def test_truncated_sampling_is_renormalised(engines, which: int) -> None:  # noqa: ANN001
     prompt = prompt_of(20)
-    logprobs_V = engines[2].sample(prompt, 1, GREEDY, topk_prompt_logprobs=0).result()  # the engine answers, then:
+    # the engine answers, then:
+    logprobs_V = engines[2].sample(prompt, 1, GREEDY, topk_prompt_logprobs=0).result()
     assert len(logprobs_V.sequences) == 1
     only_one = engines[which].sample(prompt, 3, SamplingParams(max_tokens=5, seed=1, top_k=1, stop=[])).result()
     assert all(sequence.logprobs == pytest.approx([0.0] * 5, abs=1e-5) for sequence in only_one.sequences)
@@ -100,7 +111,8 @@ def test_truncated_sampling_is_renormalised(engines, which: int) -> None:  # noq
     probability = {sequence.tokens[0]: np.exp(sequence.logprobs[0]) for sequence in nucleus.sequences}
     untempered = trainer_logprobs(engines[0], prompt, [next(iter(probability))])[-1]
     assert sum(probability.values()) <= 1 + 1e-4
-    assert next(iter(probability.values())) > np.exp(untempered) + 1e-4  # mass of the tail moved into the nucleus
+    # mass of the tail moved into the nucleus
+    assert next(iter(probability.values())) > np.exp(untempered) + 1e-4
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
@@ -120,7 +132,10 @@ def test_sampling_frequencies_follow_the_distribution(engines, which: int) -> No
 def test_seeds_decide_whatever_else_is_in_the_batch(engines, which: int) -> None:  # noqa: ANN001
     params = SamplingParams(max_tokens=10, seed=42, stop=[])
     prompts = [prompt_of(10, i) for i in range(8)]
-    together, backwards = sample_all(engines[which], prompts, params), sample_all(engines[which], prompts[::-1], params)[::-1]
+    together, backwards = (
+        sample_all(engines[which], prompts, params),
+        sample_all(engines[which], prompts[::-1], params)[::-1],
+    )
     alone = engines[which].sample(prompts[3], 1, params).result()
     assert [r.sequences[0].tokens for r in together] == [r.sequences[0].tokens for r in backwards]
     assert alone.sequences[0].tokens == together[3].sequences[0].tokens
@@ -134,14 +149,20 @@ def test_stops(engines, which: int) -> None:  # noqa: ANN001
     tokenizer = client.get_tokenizer()
     free = client.sample(prompt, 1, GREEDY).result().sequences[0]
     assert free.stop_reason == "length" and len(free.tokens) == 16
-    by_id = client.sample(prompt, 1, SamplingParams(max_tokens=16, temperature=0.0, stop=[free.tokens[3]])).result().sequences[0]
+    by_id = (
+        client.sample(prompt, 1, SamplingParams(max_tokens=16, temperature=0.0, stop=[free.tokens[3]]))
+        .result()
+        .sequences[0]
+    )
     assert by_id.stop_reason == "stop" and by_id.tokens == free.tokens[: free.tokens.index(free.tokens[3]) + 1]
     ascii_text = client.sample(prompt_of(4, 9), 64, SamplingParams(max_tokens=12, seed=5, stop=[])).result().sequences
     texts = [tokenizer.decode(s.tokens) for s in ascii_text]
     index, text = next((i, t) for i, t in enumerate(texts) if "\ufffd" not in t[2:5] and len(t[2:5]) == 3)
     stop_string = text[2:5]
     stopped = (
-        client.sample(prompt_of(4, 9), 64, SamplingParams(max_tokens=12, seed=5, stop=[stop_string])).result().sequences[index]
+        client.sample(prompt_of(4, 9), 64, SamplingParams(max_tokens=12, seed=5, stop=[stop_string]))
+        .result()
+        .sequences[index]
     )
     assert stopped.stop_reason == "stop" and stop_string in tokenizer.decode(stopped.tokens)
     assert stopped.tokens == ascii_text[index].tokens[: len(stopped.tokens)] and len(stopped.tokens) < 12
@@ -151,7 +172,12 @@ def test_stops(engines, which: int) -> None:  # noqa: ANN001
 @pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
 def test_eos_stops_unless_told_never_to(engines, which: int) -> None:  # noqa: ANN001
     eos, prompt = engines[which].get_tokenizer().eos_token_id, prompt_of(3)
-    free = engines[which].sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=2.0, stop=[])).result().sequences
+    free = (
+        engines[which]
+        .sample(prompt, 200, SamplingParams(max_tokens=30, seed=2, temperature=2.0, stop=[]))
+        .result()
+        .sequences
+    )
     for stop in (None, ["never in the text"], [259]):
         sampled = (
             engines[which]
@@ -174,19 +200,25 @@ def test_more_prompts_than_one_step_reads(engines) -> None:  # noqa: ANN001
 
 def test_topk_prompt_logprobs_agree(engines) -> None:  # noqa: ANN001
     prompt = prompt_of(12)
-    a, b = (client.sample(prompt, 1, GREEDY, topk_prompt_logprobs=3).result().topk_prompt_logprobs for client in engines[1:])
+    a, b = (
+        client.sample(prompt, 1, GREEDY, topk_prompt_logprobs=3).result().topk_prompt_logprobs for client in engines[1:]
+    )
     assert a[0] is None and len(a) == 12
     for ours, theirs in zip(a[1:], b[1:], strict=True):
         assert [token for token, _ in ours] == [token for token, _ in theirs]
         assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
 
 
-# Trap: a tied lm_head left out of a sync; cached prefixes of old weights (they begin at 128 tokens).
+# Trap: a tied lm_head left out of a sync; cached prefixes of old weights (they begin at 128
+# tokens).
 def test_sync_reaches_every_weight_and_drops_cached_prefixes(vllm_client: TrainingClient) -> None:
-    """The tied lm_head, and a 200-token prompt of which vLLM caches the first 128: both silently wrong if the sync is careless."""
+    """The tied lm_head, and a 200-token prompt of which vLLM caches the first 128: both silently
+    wrong if the sync is careless.
+    """
     prompt = prompt_of(200)
     before = vllm_client.save_weights_and_get_sampling_client()
-    old = sample_all(before, [prompt, prompt], GREEDY)[1].sequences[0]  # the second one finds the prefix in the cache
+    # the second one finds the prefix in the cache
+    old = sample_all(before, [prompt, prompt], GREEDY)[1].sequences[0]
     train_a_little(vllm_client)
     after = vllm_client.save_weights_and_get_sampling_client()
     new = after.sample(prompt, 1, GREEDY).result().sequences[0]
@@ -270,9 +302,16 @@ def test_bad_requests_are_refused_before_the_engine(vllm_client: TrainingClient)
 # Trap: ids of a padded vocabulary in a prompt.
 @pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_ids_beyond_the_tokenizer_may_be_in_a_prompt(engine, tmp_path: Path) -> None:  # noqa: ANN001
-    """A padded vocabulary has rows for ids that no text has: a model samples them, and its next prompt holds them."""
+    """A padded vocabulary has rows for ids that no text has: a model samples them, and its next
+    prompt holds them.
+    """
     config = Qwen2Config(
-        vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+        vocab_size=288,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "padded")
     character_tokenizer(64).save_pretrained(tmp_path / "padded")
@@ -288,7 +327,9 @@ def test_ids_beyond_the_tokenizer_may_be_in_a_prompt(engine, tmp_path: Path) -> 
 
 
 # Trap: callers that wait for ever on a dead engine.
-def test_a_dead_engine_fails_its_callers_and_nothing_hangs(torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_engine_fails_its_callers_and_nothing_hangs(
+    torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = torch_service.create_training_client("tiny").save_weights_and_get_sampling_client()
 
     def explode(self: object, requests: object) -> None:

@@ -1,4 +1,6 @@
-"""A trunk with a scalar head: zero at first, the gradients of a naive forward, whatever the micro-batches, saved and loaded like the rest."""
+"""A trunk with a scalar head: zero at first, the gradients of a naive forward, whatever the
+micro-batches, saved and loaded like the rest.
+"""
 
 import math
 from collections.abc import Sequence
@@ -134,7 +136,8 @@ def test_a_trunk_comes_from_a_language_model_and_the_two_are_not_mistaken(torch_
     train(model, range(1))
     scalar_path = model.save_state("scalar").result().path
     model.load_state(policy_path).result()
-    assert torch.equal(model._trainer.base.get_input_embeddings().weight, policy._trainer.base.get_input_embeddings().weight)  # type: ignore
+    embeddings, policys = (client._trainer.base.get_input_embeddings().weight for client in (model, policy))
+    assert torch.equal(embeddings, policys)  # type: ignore
     assert not scalars(model).any()
     for mistake in (
         lambda: policy.load_state(scalar_path).result(),
@@ -149,7 +152,10 @@ def test_a_trunk_comes_from_a_language_model_and_the_two_are_not_mistaken(torch_
 
 def test_what_a_scalar_model_cannot_do_is_a_typed_error(torch_service: ServiceClient, tmp_path: Path) -> None:
     client = torch_service.create_scalar_client("tiny")
-    for sample in (client.save_weights_and_get_sampling_client, lambda: client.save_weights_for_sampler(str(tmp_path)).result()):
+    for sample in (
+        client.save_weights_and_get_sampling_client,
+        lambda: client.save_weights_for_sampler(str(tmp_path)).result(),
+    ):
         with pytest.raises(ModelError, match="no vocabulary to sample from"):
             sample()
     with pytest.raises(ConfigError, match="give it a callable"):

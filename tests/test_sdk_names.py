@@ -1,4 +1,6 @@
-"""Scripts written for the Tinker SDK (0.38) run here: its names, keywords and defaults, and one script in its idiom."""
+"""Scripts written for the Tinker SDK (0.38) run here: its names, keywords and defaults, and one
+script in its idiom.
+"""
 
 # Trap: a keyword of the Tinker SDK that is a TypeError here.
 
@@ -34,7 +36,8 @@ SAMPLE = {
     "prompt_alt_tokens_k": 0,
     "prompt_logprobs_last_n": None,
 }
-# The SDK's keywords in its order, with its defaults. Defaults that differ: train_unembed (None = off, said in one line; there True).
+# The SDK's keywords in its order, with its defaults. Defaults that differ: train_unembed (None =
+# off, said in one line; there True).
 METHODS: list[tuple[type, str, dict[str, Any]]] = [
     (ServiceClient, "get_server_capabilities", {}),
     (
@@ -62,7 +65,9 @@ METHODS: list[tuple[type, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("owner", "name", "keywords"), METHODS, ids=[f"{owner.__name__}.{name}" for owner, name, _ in METHODS])
+@pytest.mark.parametrize(
+    ("owner", "name", "keywords"), METHODS, ids=[f"{owner.__name__}.{name}" for owner, name, _ in METHODS]
+)
 def test_methods_and_their_async_twins_take_the_sdks_keywords(owner: type, name: str, keywords: dict[str, Any]) -> None:
     method, twin = getattr(owner, name), getattr(owner, f"{name}_async")
     parameters = list(inspect.signature(method).parameters.values())[1:]
@@ -75,7 +80,14 @@ def test_constructors_and_types_have_the_sdks_defaults() -> None:
     service = inspect.signature(ServiceClient).parameters
     for name in ("user_metadata", "project_id", "display_name", "base_url", "api_key", "default_headers_overrides"):
         assert service[name].default is None
-    adam = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12, "weight_decay": 0.0, "grad_clip_norm": 0.0}
+    adam = {
+        "learning_rate": 1e-4,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-12,
+        "weight_decay": 0.0,
+        "grad_clip_norm": 0.0,
+    }
     sampling = {"max_tokens": None, "seed": None, "stop": None, "temperature": 1.0, "top_k": -1, "top_p": 1.0}
     assert vars(tinker.AdamParams()) == adam and vars(tinker.SamplingParams()) == sampling
     assert tinker.EncodedTextChunk([1]).type == "encoded_text" and tinker.ModelInputChunk is tinker.EncodedTextChunk
@@ -119,7 +131,16 @@ def test_keywords_without_a_meaning_are_ignored_with_one_line_each(
         torch_service.create_training_client_from_state(path, base_model="micro", weights_access_token="t")
         client.save_weights_and_get_sampling_client(name="step", retry_config=object())
     said = capsys.readouterr().out.splitlines()
-    ignored = {"project_id", "user_metadata", "api_key", "ttl_seconds", "overwrite", "weights_access_token", "base_model", "name"}
+    ignored = {
+        "project_id",
+        "user_metadata",
+        "api_key",
+        "ttl_seconds",
+        "overwrite",
+        "weights_access_token",
+        "base_model",
+        "name",
+    }
     assert sorted(line.split("=")[0] for line in said if "ignored" in line) == sorted(ignored | {"retry_config"})
     assert sum("train_unembed" in line for line in said) == 1
 
@@ -167,7 +188,9 @@ async def script(service_client: tinker.ServiceClient) -> dict[str, Any]:
     losses = []
     for step in range(6):
         fwd_bwd_future = await training_client.forward_backward_async([datum], loss_fn="cross_entropy")
-        optim_future = await training_client.optim_step_async(adam_params=tinker.AdamParams(learning_rate=1e-3 * (1 - step / 6)))
+        optim_future = await training_client.optim_step_async(
+            adam_params=tinker.AdamParams(learning_rate=1e-3 * (1 - step / 6))
+        )
         fwd_bwd_result = await fwd_bwd_future.result_async()
         await optim_future
         logprobs, weights = fwd_bwd_result.loss_fn_outputs[0]["logprobs"], datum.loss_fn_inputs["weights"]
@@ -189,8 +212,11 @@ async def script(service_client: tinker.ServiceClient) -> dict[str, Any]:
     futures = [sampling_client.sample(prompt=prompt, num_samples=2, sampling_params=params) for _ in range(3)]
     samples = [future.result() for future in concurrent.futures.as_completed(futures)]
     logprobs = await sampling_client.compute_logprobs_async(prompt)
-    frozen = await training_client.create_sampling_client(sampling_path)  # in 0.38 a future of a client
-    resumed = service_client.create_training_client_from_state_with_optimizer(saved.path, user_metadata={"a": "b"}).result()
+    # in 0.38 a future of a client
+    frozen = await training_client.create_sampling_client(sampling_path)
+    resumed = service_client.create_training_client_from_state_with_optimizer(
+        saved.path, user_metadata={"a": "b"}
+    ).result()
     return {
         "losses": losses,
         "custom": (await custom_future).metrics,

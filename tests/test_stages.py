@@ -1,4 +1,6 @@
-"""Stages of a recipe: made once, in order, with the settings that are asked for; a killed one goes on."""
+"""Stages of a recipe: made once, in order, with the settings that are asked for; a killed one goes
+on.
+"""
 
 import json
 from functools import partial
@@ -73,7 +75,9 @@ def test_other_settings_are_refused_downstream_before_anything_is_made(tmp_path:
         ({"words": "b"}, r"lines.words=a \(now b\)"),
     ]
     for changed, text in changes:
-        with pytest.raises(ConfigError, match=f"lines.txt was made with {text}: delete it to make it anew, or choose another"):
+        with pytest.raises(
+            ConfigError, match=f"lines.txt was made with {text}: delete it to make it anew, or choose another"
+        ):
             run_stages([three(tmp_path, **changed)[0], three(tmp_path, **changed)[2]])
     assert log(tmp_path) == "dml"
     (tmp_path / "lines.txt.made_with.json").unlink()
@@ -100,7 +104,9 @@ def test_what_makes_no_result_and_what_is_always_made(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the stage nothing has ended without making"):
         run_stages([Stage("nothing", tmp_path / "nothing", {}, lambda: None)])
     for text in "ab":
-        always = Stage("always", tmp_path / "file", {"text": text}, partial((tmp_path / "file").write_text, text), always=True)
+        always = Stage(
+            "always", tmp_path / "file", {"text": text}, partial((tmp_path / "file").write_text, text), always=True
+        )
         run_stages([always])
         assert always.path.read_text() == text and json.loads(always.record.read_text()) == {"always": {"text": text}}
     with pytest.raises(ConfigError, match="stages=lime: the stages are data, model, lines"):

@@ -1,4 +1,6 @@
-"""Star graphs: rows, lines and files of the originals, held-out graphs, tokenizers, the datasets made of them."""
+"""Star graphs: rows, lines and files of the originals, held-out graphs, tokenizers, the datasets
+made of them.
+"""
 
 import asyncio
 import tracemalloc
@@ -40,7 +42,7 @@ BST_LINES = {
 }
 
 
-# --- rows and lines -------------------------------------------------------------------------------------------------------------
+# --- rows and lines -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("graph", BST_LINES, ids=lambda graph: graph.name)
@@ -61,13 +63,21 @@ def test_numeral_ids_by_hand():
 def test_samples_are_graphs_and_functions_of_their_seed():
     for graph in (SMALL, G_5_5, StarGraph(3, 2, 4)):
         rows_B_T = sample_graphs(graph, 5000, (1, 2))
-        assert rows_B_T.dtype == np.int64 and rows_B_T.shape == (5000, graph.length) and graph.first_fault(rows_B_T) is None
-        assert (rows_B_T == sample_graphs(graph, 5000, (1, 2))).all() and (rows_B_T != sample_graphs(graph, 5000, (1, 3))).any()
+        assert (
+            rows_B_T.dtype == np.int64
+            and rows_B_T.shape == (5000, graph.length)
+            and graph.first_fault(rows_B_T) is None
+        )
+        assert (rows_B_T == sample_graphs(graph, 5000, (1, 2))).all() and (
+            rows_B_T != sample_graphs(graph, 5000, (1, 3))
+        ).any()
 
 
 # Trap: a fast sampler of another distribution.
 def test_samples_are_distributed_as_the_originals():
-    """Each token's distribution, and where the first hop's edge lies, against the line-by-line generator: chi-square over 20,000 rows each."""
+    """Each token's distribution, and where the first hop's edge lies, against the line-by-line
+    generator: chi-square over 20,000 rows each.
+    """
     graph = StarGraph(2, 3, 6)
     fast, slow = sample_graphs(graph, 20_000, 0), bst_rows(graph, 20_000)
     first_hop_at = [
@@ -97,7 +107,8 @@ def test_held_out_graphs_are_never_drawn_in_any_order_of_their_edges():
     assert len(drawn) == 2000 and test.contains(other_order).all() and not test.contains(drawn).any()
     known = {tuple(row) for row in [*test.tokens_B_T.tolist(), *other_order.tolist()]}
     counts = Counter(map(tuple, drawn.tolist()))
-    assert not known & counts.keys() and len(counts) == 24 and min(counts.values()) > 40  # the other 12, in both orders
+    # the other 12, in both orders
+    assert not known & counts.keys() and len(counts) == 24 and min(counts.values()) > 40
     with pytest.raises(ConfigError, match="at most half"):
         held_out(graph, 13, 0)
 
@@ -109,7 +120,7 @@ def test_sizes_that_cannot_be():
         StarGraph(0, 5, 20)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 
 # Trap: a line that is no star graph trained on.
@@ -165,7 +176,7 @@ def test_sizes_are_read_from_the_originals_names():
         graph_of_path("deg_2_path_5_nodes_50_20k_test.txt", 12)
 
 
-# --- tokenizers -----------------------------------------------------------------------------------------------------------------
+# --- tokenizers ---------------------------------------------------------------------------------
 
 
 # Trap: a tokenizer that joins or splits numbers.
@@ -181,7 +192,9 @@ def test_sizes_are_read_from_the_originals_names():
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_lengths_and_the_token_of_the_decision(graph: StarGraph, numeral: tuple[int, int], gpt2: tuple[int, int]):
-    """The table of star_graph.md A.2; the layouts against the tokenizers' own reading of the line."""
+    """The table of star_graph.md A.2; the layouts against the tokenizers' own reading of the
+    line.
+    """
     row_T = sample_graphs(graph, 1, 0)[0]
     line = format_line(row_T, graph)
     for tokenizer, lengths, decision in ((numeral_tokenizer(graph), numeral, 1), (gpt2_stand_in(graph), gpt2, 2)):
@@ -203,7 +216,7 @@ def test_tokenizers_that_do_not_fit_are_refused():
         layout_of(character_tokenizer(64), SMALL)
 
 
-# --- datasets -------------------------------------------------------------------------------------------------------------------
+# --- datasets -----------------------------------------------------------------------------------
 
 
 def test_targets_by_hand():
@@ -239,7 +252,9 @@ def test_batches_are_fresh_and_resume_by_their_index():
 
 
 def test_a_file_of_an_original_trains_without_conversion(tmp_path, capsys):
-    """Two lines of BST's file, then twice the first once more: a copy of a held-out line is not trained on."""
+    """Two lines of BST's file, then twice the first once more: a copy of a held-out line is not
+    trained on.
+    """
     path = tmp_path / "graph_2_5_sample_8000000.txt"
     lines = BST_LINES[G_2_5]
     path.write_text("\n".join([lines[0], lines[1], lines[0]]) + "\n")
@@ -249,7 +264,8 @@ def test_a_file_of_an_original_trains_without_conversion(tmp_path, capsys):
     train, _ = builder(renderer)
     assert [datum.model_input.to_ints() for datum in train.get_batch(0)] == [parse_line(lines[1], G_2_5).tolist()[:-1]]
     assert "1 graphs to train on; 2 left out" in capsys.readouterr().out
-    as_it_is, _ = StarGraphExamplesBuilder(path=str(path), num_test=1, batch_size=8)(renderer)  # the name tells the size
+    # the name tells the size
+    as_it_is, _ = StarGraphExamplesBuilder(path=str(path), num_test=1, batch_size=8)(renderer)
     assert as_it_is.get_batch(0) == train.get_batch(0)
     with pytest.raises(ConfigError, match=r"holds G\(2,5\) over 50 nodes, not G\(3,5\)"):
         StarGraphExamplesBuilder(path=str(path), num_paths=3)(renderer)

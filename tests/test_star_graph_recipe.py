@@ -1,4 +1,6 @@
-"""The star-graph recipe: decoding, REINFORCE in Q#'s form, pairs, preferences, models of other sizes, runs side by side."""
+"""The star-graph recipe: decoding, REINFORCE in Q#'s form, pairs, preferences, models of other
+sizes, runs side by side.
+"""
 
 import asyncio
 import json
@@ -46,7 +48,7 @@ def logits_of(model_path: str, tokens_B_T: np.ndarray) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(model_path)(torch.from_numpy(np.array(tokens_B_T))).logits.double()
 
 
-# --- decoding -------------------------------------------------------------------------------------------------------------------
+# --- decoding -----------------------------------------------------------------------------------
 
 
 def test_paths_are_decoded_as_a_plain_forward_pass_would(model_path: str):
@@ -64,7 +66,9 @@ def test_paths_are_decoded_as_a_plain_forward_pass_would(model_path: str):
     assert (decode["forward"] == tokens_B_T[:, prefix:]).all()
     assert (decode["reversed"] == tokens_B_T[:, prefix:][:, ::-1]).all()
     dummies = np.full((20, 2), GRAPH.dollar)
-    expected = logits_of(model_path, np.concatenate([rows_B_T[:, :prefix], dummies], axis=1))[:, prefix - 1 :].argmax(-1)
+    expected = logits_of(model_path, np.concatenate([rows_B_T[:, :prefix], dummies], axis=1))[:, prefix - 1 :].argmax(
+        -1
+    )
     assert (at_once == expected.numpy()).all()
 
 
@@ -74,13 +78,15 @@ def test_the_evaluator_measures_the_present_weights(model_path: str):
         client = service.create_training_client(model_path)
         found = asyncio.run(AccuracyEvaluator(test, LAYOUT)(client))
     logits_B_T_V = logits_of(model_path, test.tokens_B_T)
-    first_node = (logits_B_T_V[:, GRAPH.prefix_length - 1].argmax(-1).numpy() == test.tokens_B_T[:, GRAPH.prefix_length]).mean()
+    first_node = (
+        logits_B_T_V[:, GRAPH.prefix_length - 1].argmax(-1).numpy() == test.tokens_B_T[:, GRAPH.prefix_length]
+    ).mean()
     assert found["test/node_1"] == first_node and set(found) == {
         f"test/{k}" for k in ("first_hop", "exact", "node_1", "node_2", "node_3")
     }
 
 
-# --- REINFORCE ------------------------------------------------------------------------------------------------------------------
+# --- REINFORCE ----------------------------------------------------------------------------------
 
 
 def test_reinforce_weights_by_hand():
@@ -92,7 +98,9 @@ def test_reinforce_weights_by_hand():
 @pytest.mark.parametrize("baseline", [0, 1])
 @pytest.mark.parametrize("rollouts", ["greedy", "sampled"])
 def test_the_reinforce_step_is_that_of_the_original(model_path: str, rollouts, baseline):
-    """Loss and gradient against a direct computation: (1/M) sum_i w_i sum_t -log pi(y_it) at temperature 1."""
+    """Loss and gradient against a direct computation: (1/M) sum_i w_i sum_t -log pi(y_it) at
+    temperature 1.
+    """
     rows_B_T, prefix = sample_graphs(GRAPH, 32, 5), GRAPH.prefix_length
     objective = reinforce.Reinforce(GRAPH.target_length, rollouts, baseline, seed=3)
     with ServiceClient(TORCH) as service:
@@ -101,7 +109,8 @@ def test_the_reinforce_step_is_that_of_the_original(model_path: str, rollouts, b
         prompts = [ModelInput.from_ints(row[:prefix]) for row in rows_B_T.tolist()]
         drawn = [sampler.sample(prompt, 1, objective.params(prompt.to_ints())).result() for prompt in prompts]
         paths_B_L = np.array([response.sequences[0].tokens for response in drawn])
-        rows_B_T[:10, prefix:] = paths_B_L[:10]  # what an untrained model writes counts as right on ten of the prompts
+        # what an untrained model writes counts as right on ten of the prompts
+        rows_B_T[:10, prefix:] = paths_B_L[:10]
         batch_D = [supervised_datum(row_T, LAYOUT) for row_T in rows_B_T]
         [(_, future)] = asyncio.run(objective.passes(client, batch_D))
         output = future.result()
@@ -116,7 +125,10 @@ def test_the_reinforce_step_is_that_of_the_original(model_path: str, rollouts, b
     nll_B = -logprobs_B_L_V.gather(-1, torch.from_numpy(paths_B_L)[..., None])[..., 0].sum(1).double()
     loss = (torch.from_numpy(weights_B) * nll_B).mean()
     loss.backward()
-    assert objective.metrics(batch_D, [output]) == {"reward": 10 / 32, "reinforce_loss": pytest.approx(loss.item(), abs=1e-6)}
+    assert objective.metrics(batch_D, [output]) == {
+        "reward": 10 / 32,
+        "reinforce_loss": pytest.approx(loss.item(), abs=1e-6),
+    }
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.allclose(grads[name], parameter.grad, atol=1e-6), name
 
@@ -139,13 +151,17 @@ def test_reinforce_stopped_and_resumed_is_the_uninterrupted_run(model_path: str,
     run("whole", 4)
     run("parts", 2)
     run("parts", 4)
-    weights = [load_file(tmp_path / folder / "checkpoints" / "final" / "model.safetensors") for folder in ("whole", "parts")]
+    weights = [
+        load_file(tmp_path / folder / "checkpoints" / "final" / "model.safetensors") for folder in ("whole", "parts")
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    losses = [[record["reinforce_loss"] for record in read_metrics(tmp_path / folder)[:4]] for folder in ("whole", "parts")]
+    losses = [
+        [record["reinforce_loss"] for record in read_metrics(tmp_path / folder)[:4]] for folder in ("whole", "parts")
+    ]
     assert losses[0] == losses[1] and len(set(losses[0])) == 4
 
 
-# --- pairs and preferences ------------------------------------------------------------------------------------------------------
+# --- pairs and preferences ----------------------------------------------------------------------
 
 
 def test_pairs_are_written_as_the_original_writes_them(model_path: str, tmp_path: Path):
@@ -156,8 +172,11 @@ def test_pairs_are_written_as_the_original_writes_them(model_path: str, tmp_path
         sampler = service.create_sampling_client(model_path)
         count = asyncio.run(collect_pairs(sampler, rows_B_T, layout, path, max_tries=2))
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(records) == count > 390 and [r["global_idx"] for r in records] == sorted({r["global_idx"] for r in records})
-    assert {record["n_try"] for record in records} == {0, 1}  # some prompt was answered rightly at first
+    assert len(records) == count > 390 and [r["global_idx"] for r in records] == sorted(
+        {r["global_idx"] for r in records}
+    )
+    # some prompt was answered rightly at first
+    assert {record["n_try"] for record in records} == {0, 1}
     for record in records:
         row, prefix = rows_B_T[record["global_idx"]].tolist(), graph.prefix_length
         wrong = record["y_pred_reject"][prefix:]
@@ -172,7 +191,11 @@ def test_pairs_are_written_as_the_original_writes_them(model_path: str, tmp_path
             "y_pred_reject_completely_correct",
             "global_idx",
         ]
-        assert (record["x"], record["y_pred_chosen"], record["y_pred_reject"][:prefix]) == (row[:prefix], row, row[:prefix])
+        assert (record["x"], record["y_pred_chosen"], record["y_pred_reject"][:prefix]) == (
+            row[:prefix],
+            row,
+            row[:prefix],
+        )
         assert wrong != row[prefix:] and record["y_pred_reject_correct"] == [
             float(a == b) for a, b in zip(wrong, row[prefix:], strict=True)
         ]
@@ -192,7 +215,9 @@ def test_pairs_are_read_and_bad_ones_named(tmp_path: Path, capsys):
     (pair,) = read_pairs(path, LAYOUT)
     assert "1 pairs dropped" in capsys.readouterr().out
     for datum, tokens in ((pair.chosen, row), (pair.rejected, wrong)):
-        assert datum.model_input.to_ints() == tokens[:-1] and datum.loss_fn_inputs["target_tokens"].tolist() == tokens[1:]
+        assert (
+            datum.model_input.to_ints() == tokens[:-1] and datum.loss_fn_inputs["target_tokens"].tolist() == tokens[1:]
+        )
     logprobs_D = [torch.arange(17.0), torch.ones(17)]
     assert sequence_logprobs(as_data([pair]), logprobs_D).tolist() == [14 + 15 + 16, 3]
     for bad, what in (
@@ -231,7 +256,7 @@ def test_preferences_start_from_ln_2_and_hold_up_the_right_path_under_rpo(model_
         assert last["chosen_logprob"] > first["chosen_logprob"] + 0.05
 
 
-# --- models and runs ------------------------------------------------------------------------------------------------------------
+# --- models and runs ----------------------------------------------------------------------------
 
 
 def test_models_of_other_graphs_are_refused(model_path: str, tmp_path: Path):
@@ -240,7 +265,9 @@ def test_models_of_other_graphs_are_refused(model_path: str, tmp_path: Path):
     with pytest.raises(CheckpointError, match="no config.json"):
         check_model(tmp_path, GRAPH)
     config = reinforce.Config(
-        dataset=StarGraphExamplesBuilder(path_length=4, num_nodes=8), model_name=model_path, log_path=str(tmp_path / "run")
+        dataset=StarGraphExamplesBuilder(path_length=4, num_nodes=8),
+        model_name=model_path,
+        log_path=str(tmp_path / "run"),
     )
     with pytest.raises(CheckpointError, match=r"not on G\(2,4\)"):
         asyncio.run(reinforce.main(config))
@@ -268,7 +295,9 @@ def test_methods_bring_what_they_start_from_and_wait_for_it(tmp_path: Path):
 def test_runs_side_by_side_wait_fail_and_are_not_run_twice(tmp_path: Path, capfd):
     def stage(name: str, steps: int, *needs: Stage) -> Stage:
         """Writes metrics; 0 steps stands for a bad option."""
-        lines = [json.dumps({"step": step, "test/first_hop": 0.5, "test/exact": step / 10}) + "\n" for step in range(steps)]
+        lines = [
+            json.dumps({"step": step, "test/first_hop": 0.5, "test/exact": step / 10}) + "\n" for step in range(steps)
+        ]
         (tmp_path / name).mkdir(exist_ok=True)
         write = partial(Path.write_text, tmp_path / name / "metrics.jsonl", "".join(lines))
         make = write if steps else partial(StarGraph, 5, 5, 20)

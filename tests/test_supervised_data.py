@@ -1,4 +1,6 @@
-"""Supervised datasets: the shift, splits, bad and over-long rows, and batches that depend on nothing but their index."""
+"""Supervised datasets: the shift, splits, bad and over-long rows, and batches that depend on
+nothing but their index.
+"""
 
 import json
 import pickle
@@ -34,9 +36,13 @@ from tests import commands
 
 TOKENIZER = character_tokenizer(512)
 PLAIN = get_renderer("plain", TOKENIZER)
-SAVED_FILES = ("state.json", "dataset_info.json", "data-00000-of-00001.arrow")  # of `datasets.save_to_disk`
+# of `datasets.save_to_disk`
+SAVED_FILES = ("state.json", "dataset_info.json", "data-00000-of-00001.arrow")
 WORD_PROBLEMS = [
-    {"question": "Ana has 3 pears and eats 1. How many are left?", "answer": "She has 3 - 1 = <<3-1=2>>2 left.\n#### 2"},
+    {
+        "question": "Ana has 3 pears and eats 1. How many are left?",
+        "answer": "She has 3 - 1 = <<3-1=2>>2 left.\n#### 2",
+    },
     {"question": "A box holds 4 pens. How many are in 6 boxes?", "answer": "4 * 6 = <<4*6=24>>24 pens.\n#### 24"},
     {"question": "Ben walks 2 km a day. How far in a week?", "answer": "He walks 2 * 7 = <<2*7=14>>14 km.\n#### 14"},
 ]
@@ -75,12 +81,16 @@ def test_shift_and_reductions_by_hand():
     mean = datum_from_tokens_weights([5, 6, 7, 8], [1.0, 0.0, 1.0, 1.0])
     assert mean.loss_fn_inputs["weights"].tolist() == [0.0, 0.5, 0.5]
     cut = datum_from_tokens_weights([5, 6, 7, 8], [1.0, 0.0, 1.0, 1.0], max_length=3)
-    assert cut.loss_fn_inputs["target_tokens"].tolist() == [6, 7] and cut.loss_fn_inputs["weights"].tolist() == [0.0, 1.0]
+    assert cut.loss_fn_inputs["target_tokens"].tolist() == [6, 7] and cut.loss_fn_inputs["weights"].tolist() == [
+        0.0,
+        1.0,
+    ]
 
 
 def test_datum_without_weight_is_an_error():
     with pytest.raises(DataError, match="nothing to train on"):
-        datum_from_tokens_weights([5, 6, 7], [1.0, 0.0, 0.0])  # the first token's weight has no place
+        # the first token's weight has no place
+        datum_from_tokens_weights([5, 6, 7], [1.0, 0.0, 0.0])
     with pytest.raises(DataError, match="nothing to train on"):
         datum_from_tokens_weights([5, 6, 7], [0.0, 0.0, 1.0], max_length=2)
     with pytest.raises(DataError, match="nothing to train on"):
@@ -106,7 +116,8 @@ def test_batches_depend_on_seed_epoch_and_index_alone(n, batch_size, seed, epoch
         dataset.set_epoch(e)
         seen = [numbers(dataset.get_batch(i)) for i in range(len(dataset))]
     assert seen[-1] == last
-    assert sorted(sum(seen, [])) == list(range(n))  # nothing is lost: the last batch is short instead
+    # nothing is lost: the last batch is short instead
+    assert sorted(sum(seen, [])) == list(range(n))
     assert all(len(batch) == batch_size for batch in seen[:-1])
 
 
@@ -116,7 +127,8 @@ def test_epochs_differ_and_bounds_are_checked():
     dataset.set_epoch(1)
     assert numbers(dataset.get_batch(0)) != first
     assert numbers(pickle.loads(pickle.dumps(dataset)).get_batch(0)) == numbers(dataset.get_batch(0))
-    whole, later = numbers(dataset.get_batch(0)), numbers(dataset.get_batch(1))  # past the end is a later epoch
+    # past the end is a later epoch
+    whole, later = numbers(dataset.get_batch(0)), numbers(dataset.get_batch(1))
     dataset.set_epoch(2)
     assert later == numbers(dataset.get_batch(0)) != whole
     with pytest.raises(DataError, match="batch_size=0 and 50 examples: a batch needs at least one"):
@@ -128,7 +140,9 @@ def test_fewer_examples_than_a_batch_are_trained_on_and_said(capsys):
     assert capsys.readouterr().out == ""
     dataset = ListDataset(numbered(50), 128)
     assert len(dataset) == 1 and numbers(dataset.get_batch(0)) == numbers(whole.get_batch(0))
-    assert capsys.readouterr().out == "batch_size=128 is more than the 50 examples there are: each batch is all of them\n"
+    assert (
+        capsys.readouterr().out == "batch_size=128 is more than the 50 examples there are: each batch is all of them\n"
+    )
 
 
 def test_a_huggingface_set_that_cannot_be_built_is_one_line(tmp_path):
@@ -148,7 +162,9 @@ def test_gsm8k_rows_train_directly(tmp_path, capsys):
         batch_size=2,
     )
     train, test = builder(PLAIN)
-    assert sorted(texts(train)) == sorted(f"Q: {r['question']}\nA: {r['answer']}<|endoftext|>" for r in WORD_PROBLEMS[:2])
+    assert sorted(texts(train)) == sorted(
+        f"Q: {r['question']}\nA: {r['answer']}<|endoftext|>" for r in WORD_PROBLEMS[:2]
+    )
     assert test is not None and "Ben walks" in texts(test)[0]
     assert "train.jsonl: 2 examples\n" in capsys.readouterr().out
     chat, _ = builder(get_renderer(None, TOKENIZER))
@@ -156,11 +172,15 @@ def test_gsm8k_rows_train_directly(tmp_path, capsys):
 
 
 def test_conversations_from_a_file(tmp_path):
-    chat = [{"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]]
+    chat = [
+        {"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    ]
     path = write(tmp_path / "chats.jsonl", [{"messages": chat}])
     train, test = ConversationFileBuilder(path=path, batch_size=1)(PLAIN)
     assert texts(train) == ["ab<|endoftext|>cd<|endoftext|>"] and test is None
-    last = ConversationFileBuilder(path=path, batch_size=1, train_on_what=TrainOnWhat.LAST_ASSISTANT_MESSAGE, reduction="sum")
+    last = ConversationFileBuilder(
+        path=path, batch_size=1, train_on_what=TrainOnWhat.LAST_ASSISTANT_MESSAGE, reduction="sum"
+    )
     assert last(PLAIN)[0].get_batch(0)[0].loss_fn_inputs["weights"].tolist() == [0.0, 0.0, 0.0, 1.0, 1.0]
 
 
@@ -185,7 +205,9 @@ def test_overlong_examples_are_counted_never_lost_silently(tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}: 5 examples, 2 longer than 9 tokens dropped\n"
     train, _ = PromptCompletionFileBuilder(path=path, max_length=9, batch_size=1, overlong="truncate")(PLAIN)
     assert "1=1111111" in texts(train) and len(texts(train)) == 4
-    assert "2 longer than 9 tokens truncated (1 of them dropped: nothing to train on was left)" in capsys.readouterr().out
+    assert (
+        "2 longer than 9 tokens truncated (1 of them dropped: nothing to train on was left)" in capsys.readouterr().out
+    )
     with pytest.raises(DataError, match=r"sums.jsonl:4: 13 tokens, more than max_length=9"):
         PromptCompletionFileBuilder(path=path, max_length=9, overlong="raise")(PLAIN)
     with pytest.raises(DataError, match="5 examples, 5 longer than 3 tokens dropped: none is left"):
@@ -231,14 +253,20 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     splits = datasets.DatasetDict()
-    splits["train"], splits["test"] = (datasets.Dataset.from_list(rows) for rows in (WORD_PROBLEMS[:2], WORD_PROBLEMS[2:]))
+    splits["train"], splits["test"] = (
+        datasets.Dataset.from_list(rows) for rows in (WORD_PROBLEMS[:2], WORD_PROBLEMS[2:])
+    )
     splits.save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "files").mkdir()
     write(tmp_path / "files" / "train.jsonl", WORD_PROBLEMS[:2])
     write(tmp_path / "files" / "test.jsonl", WORD_PROBLEMS[2:])
     for name in ("saved", "files"):
         builder = HuggingFaceBuilder(
-            name=str(tmp_path / name), test_split="test", prompt_field="question", completion_field="answer", batch_size=2
+            name=str(tmp_path / name),
+            test_split="test",
+            prompt_field="question",
+            completion_field="answer",
+            batch_size=2,
         )
         train, test = builder(PLAIN)
         assert len(texts(train)) == 2 and test is not None and "Ben walks" in texts(test)[0]
@@ -306,7 +334,9 @@ def test_viz_shows_a_star_graph_file_or_says_what_to_set(tmp_path, capsys):
     """`tiny` has a token for each digit and none for 10: it reads graphs over up to ten nodes."""
     lines = ["1,2|2,3|1,4|4,5/1,3=1,2,3", "0,2|2,3|0,4|4,5/0,5=0,4,5"]
     (tmp_path / "graph_2_3_sample_2.txt").write_text("\n".join(lines) + "\n")
-    graphs = StarGraphExamplesBuilder(path=str(tmp_path / "graph_2_3_sample_2.txt"), path_length=3, num_nodes=6, num_test=0)
+    graphs = StarGraphExamplesBuilder(
+        path=str(tmp_path / "graph_2_3_sample_2.txt"), path_length=3, num_nodes=6, num_test=0
+    )
     viz_sft_dataset.main(viz_sft_dataset.Config(dataset=graphs))
     shown = capsys.readouterr().out
     assert all(line in shown for line in lines) and "10 of 50 tokens (20%) of these 2 examples carry loss" in shown

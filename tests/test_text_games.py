@@ -1,4 +1,6 @@
-"""The games written in messages: splits, episodes played by hand, answerers, the calculator, and a person at the terminal."""
+"""The games written in messages: splits, episodes played by hand, answerers, the calculator, and a
+person at the terminal.
+"""
 
 import asyncio
 import json
@@ -13,7 +15,14 @@ import pytest
 
 from envs.guess_number import GuessNumberBuilder, GuessNumberEnv, GuessNumberExamplesBuilder
 from envs.text_games import TextGameBuilder, TextGameExamplesBuilder
-from envs.tool_use import CalculatorBuilder, CalculatorEnv, CalculatorError, CalculatorExamplesBuilder, calculate, read_number
+from envs.tool_use import (
+    CalculatorBuilder,
+    CalculatorEnv,
+    CalculatorError,
+    CalculatorExamplesBuilder,
+    calculate,
+    read_number,
+)
 from envs.twenty_questions import (
     QUESTIONS,
     THINGS,
@@ -56,7 +65,7 @@ def heard(steps: Sequence[MessageStep]) -> list[str]:
     return [message["content"] for step in steps for message in step.next_messages]
 
 
-# --- what the games share ---
+# --- what the games share -----------------------------------------------------------------------
 
 
 GAMES: list[tuple[TextGameBuilder, TextGameExamplesBuilder]] = [
@@ -121,14 +130,15 @@ def test_demonstrations_are_won_episodes_of_the_environment(game: TextGameBuilde
         env = env_of(task)
         said = [message["content"] for message in messages if message["role"] == "assistant"]
         if isinstance(env, GuessNumberEnv):
-            env.max_guesses = len(said)  # play without strategy may take longer than the game allows
+            # play without strategy may take longer than the game allows
+            env.max_guesses = len(said)
         steps = play_by_hand(env, *said)
         assert asyncio.run(env_of(task).initial_messages()) == messages[:1]
         assert heard(steps) == [message["content"] for message in messages[1:] if message["role"] == "user"]
         assert steps[-1].reward > 0 and steps[-1].episode_done and not any(step.episode_done for step in steps[:-1])
 
 
-# --- guess a number ---
+# --- guess a number -----------------------------------------------------------------------------
 
 
 def guessing(number: int = 27, max_guesses: int = 4) -> GuessNumberEnv:
@@ -143,7 +153,11 @@ def test_guessing_by_hand():
     assert heard(steps) == ["lower"] and [step.reward for step in steps] == [0, 0.9]
     assert steps[-1].metrics == {"consistent": 1, "solved": 1, "turns": 2} and "solved" not in steps[0].metrics
     lost = play_by_hand(guessing(max_guesses=3), "21", "20", "60")
-    assert heard(lost) == ["higher", "higher"] and [step.reward for step in lost] == [0, -0.2, -0.2] and lost[-1].episode_done
+    assert (
+        heard(lost) == ["higher", "higher"]
+        and [step.reward for step in lost] == [0, -0.2, -0.2]
+        and lost[-1].episode_done
+    )
     assert [step.metrics["consistent"] for step in lost] == [1, 0, 0]
     assert lost[-1].metrics["solved"] == 0 and lost[-1].metrics["turns"] == 3
     with pytest.raises(ParseError, match="one whole number"):
@@ -162,7 +176,7 @@ def test_halving_wins_every_game():
         assert step.metrics["solved"] == 1
 
 
-# --- twenty questions ---
+# --- twenty questions ---------------------------------------------------------------------------
 
 
 def asking(thing: str, answerer: PolicyAnswerer | None = None, max_questions: int = 20) -> TwentyQuestionsEnv:
@@ -178,11 +192,20 @@ def test_the_table_tells_all_things_apart_and_is_spelt_right():
 
 def test_questions_by_hand():
     steps = play_by_hand(
-        asking("frog"), "Is it alive?", "Can it fly?", "Is it blue?", "A cat or a frog, not a dog?", "Is it a duck?", "a FROG"
+        asking("frog"),
+        "Is it alive?",
+        "Can it fly?",
+        "Is it blue?",
+        "A cat or a frog, not a dog?",
+        "Is it a duck?",
+        "a FROG",
     )
-    assert heard(steps) == ["yes", "no", "unclear", "unclear", "no"]  # "cat" is no thing of the table, "dog" is
+    # "cat" is no thing of the table, "dog" is
+    assert heard(steps) == ["yes", "no", "unclear", "unclear", "no"]
     assert [step.metrics["unclear"] for step in steps] == [0, 0, 1, 1, 0, 0]
-    assert steps[-1].reward == pytest.approx(0.9) and steps[-1].metrics["solved"] == 1 and steps[-1].metrics["turns"] == 6
+    assert (
+        steps[-1].reward == pytest.approx(0.9) and steps[-1].metrics["solved"] == 1 and steps[-1].metrics["turns"] == 6
+    )
     lost = play_by_hand(asking("frog", max_questions=1), "Is it wild?")
     assert lost[0].reward == 0 and lost[0].episode_done and lost[0].metrics["solved"] == 0
     assert answer_from_table("frog", "Is it not alive?") == answer_from_table("frog", "alive? wild?") == "unclear"
@@ -196,7 +219,11 @@ def second_policy(*replies: str) -> PolicyAnswerer:
 
 def test_a_second_policy_answers_what_is_no_guess():
     steps = play_by_hand(
-        asking("frog", second_policy("Yes.", "no, it is not")), "Is it green?", "Has it fur?", "Is it a duck?", "Is it a frog?"
+        asking("frog", second_policy("Yes.", "no, it is not")),
+        "Is it green?",
+        "Has it fur?",
+        "Is it a duck?",
+        "Is it a frog?",
     )
     assert heard(steps) == ["yes", "no", "no"] and steps[-1].metrics["solved"] == 1
 
@@ -205,22 +232,28 @@ def test_a_second_policy_answers_what_is_no_guess():
 def test_a_rollout_whose_answerer_talks_nonsense_has_no_reward():
     class Group(EnvGroupBuilder):
         async def make_envs(self) -> Sequence[Env]:
-            return [EnvFromMessageEnv(RENDERER, asking("frog", answerer)) for answerer in (second_policy("maybe"), None)]
+            return [
+                EnvFromMessageEnv(RENDERER, asking("frog", answerer)) for answerer in (second_policy("maybe"), None)
+            ]
 
     policy = Policy(Scripted([say("Is it green?"), say("Is it a frog?"), say("Is it green?")]), max_tokens=30)
     group = asyncio.run(do_group_rollout(Group(), policy, (0,), RolloutLimits(max_retries=0)))
     assert group.get_total_rewards() == [1.0]
-    assert [type(error) for error in group.errors] == [FrozenPolicyError] and "neither yes nor no" in str(group.errors[0])
+    assert [type(error) for error in group.errors] == [FrozenPolicyError] and "neither yes nor no" in str(
+        group.errors[0]
+    )
 
 
 def test_the_answerer_is_chosen_on_the_command_line():
     arguments = ["env=envs.twenty_questions:TwentyQuestionsBuilder", "env.answerer=rl.frozen_policy:FrozenPolicy"]
-    config = parse(play.Config, [*arguments, "env.answerer.base_model=tiny", "env.answerer.max_tokens=3", "env.parse.retries=2"])
+    config = parse(
+        play.Config, [*arguments, "env.answerer.base_model=tiny", "env.answerer.max_tokens=3", "env.parse.retries=2"]
+    )
     assert isinstance(config.env, TwentyQuestionsBuilder) and config.env.parse.retries == 2
     assert config.env.answerer == FrozenPolicy(base_model="tiny", max_tokens=3)
 
 
-# --- the calculator ---
+# --- the calculator -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +293,10 @@ def test_tool_use_by_hand():
     assert heard(steps) == ["7", "error: division by zero"] and [step.reward for step in steps] == [0, 0, 1]
     assert [step.metrics.get("tool_error") for step in steps] == [0, 1, None]
     assert steps[-1].metrics == {"correct": 1, "tool_calls": 2}
-    assert play_by_hand(calculator(), "answer: 85")[0].reward == 0 and play_by_hand(calculator(), "answer: lots")[0].reward == 0
+    assert (
+        play_by_hand(calculator(), "answer: 85")[0].reward == 0
+        and play_by_hand(calculator(), "answer: lots")[0].reward == 0
+    )
     too_many = play_by_hand(calculator(), "calc: 1", "calc: 1", "calc: 12*(3+4)")
     assert too_many[-1].episode_done and too_many[-1].reward == 0 and too_many[-1].metrics["correct"] == 0
     for unreadable in ("84", "calc: 1\nanswer: 84", "calc:"):
@@ -268,7 +304,7 @@ def test_tool_use_by_hand():
             play_by_hand(calculator(), unreadable)
 
 
-# --- a person plays ---
+# --- a person plays -----------------------------------------------------------------------------
 
 
 def run(*command: str, typed: str = "", cwd: Path) -> str:
@@ -283,10 +319,19 @@ def test_a_person_plays_under_the_models_limits(tmp_path: Path):
     first, second, third = (task[2] for task in tasks_of(build(game)[0], [0])[:3])
     wrong = first - 1 if first > 10 else first + 1
     typed = f"{wrong}\n{first}\n{second + 1}\n{second + 1}\n{third}00\n"
-    options = ["env=envs.guess_number:GuessNumberBuilder", "env.impossible_cost=0", "renderer_name=plain", "limits.max_turns=2"]
+    options = [
+        "env=envs.guess_number:GuessNumberBuilder",
+        "env.impossible_cost=0",
+        "renderer_name=plain",
+        "limits.max_turns=2",
+    ]
     output = run("-m", "rl.play", *options, "max_tokens=4", typed=typed, cwd=tmp_path)
     episodes = output.split("total reward ")
-    assert "Guess my number from" in episodes[0] and "answer in at most 4" in episodes[0] and episodes[0].count("Guess") == 1
+    assert (
+        "Guess my number from" in episodes[0]
+        and "answer in at most 4" in episodes[0]
+        and episodes[0].count("Guess") == 1
+    )
     assert ("higher" if wrong < first else "lower") in episodes[0]
     assert episodes[1].startswith("0.95\n") and "solved 1, turns 2" in episodes[0] and f"number: {first}" in episodes[0]
     assert "end of the episode (cut short: max_turns)" in episodes[1] and episodes[2].startswith("0\n")
@@ -303,7 +348,9 @@ class Seat(Env):
     async def initial_observation(self):
         async with self.changed:
             await self.changed.wait_for(lambda: len(self.said) == self.seat)
-        return RENDERER.build_generation_prompt([Message(role="user", content="so far: " + " ".join(self.said))]), ["]\n"]
+        return RENDERER.build_generation_prompt([Message(role="user", content="so far: " + " ".join(self.said))]), [
+            "]\n"
+        ]
 
     async def step(self, action: list[int]) -> StepResult:
         async with self.changed:
@@ -333,7 +380,7 @@ def test_the_seats_of_a_game_are_played_in_turn(monkeypatch: pytest.MonkeyPatch,
     assert shown.index("--- seat 0: ") < shown.index("--- seat 1: ") < shown.index("so far: [one]")
 
 
-# --- the recipe ---
+# --- the recipe ---------------------------------------------------------------------------------
 
 
 def test_the_recipe_warm_starts_and_trains_over_several_turns(tmp_path: Path):

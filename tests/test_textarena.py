@@ -1,4 +1,6 @@
-"""TextArena games by hand: seats, illegal moves, failures, seeds, opponents, and one step of self-play training."""
+"""TextArena games by hand: seats, illegal moves, failures, seeds, opponents, and one step of
+self-play training.
+"""
 
 import asyncio
 import random
@@ -27,7 +29,16 @@ from recipes.multiplayer.model import save_model
 from rl import train
 from rl.advantages import SeatMean
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError
-from rl.types import Env, EnvGroupBuilder, Observation, RolloutError, SeatLost, TokensWithLogprobs, Trajectory, Transition
+from rl.types import (
+    Env,
+    EnvGroupBuilder,
+    Observation,
+    RolloutError,
+    SeatLost,
+    TokensWithLogprobs,
+    Trajectory,
+    Transition,
+)
 
 RENDERER = get_renderer("plain", character_tokenizer(2048))
 TIC_TAC_TOE = TextArenaBuilder(batch_size=4, n_batches=2, num_test=4, test_opponent=RandomPlayer(), error_allowance=0)
@@ -92,7 +103,9 @@ def test_two_seats_play_a_game_to_its_end() -> None:
 
 
 def test_illegal_moves_are_counted_and_cost_what_was_set() -> None:
-    """With the game's own allowance of one the first may be taken back; the second in a row loses."""
+    """With the game's own allowance of one the first may be taken back; the second in a row
+    loses.
+    """
     config = chz.replace(TIC_TAC_TOE, error_allowance=None, illegal_move_penalty=0.25)
     turns, rewards = play(group(config), ["[4]", "[4]", "none"], ["[0]"])
     assert [turn[1:] for turn in turns[0]] == [(0, {"illegal": 0}), (-0.25, {"illegal": 1}), (-0.25, {"illegal": 1})]
@@ -154,7 +167,10 @@ def test_a_limit_ends_the_game_for_all_without_a_result() -> None:
 
     group_now = group()
     done, rewards = asyncio.run(go())
-    assert done and [(reward, metrics["unfinished"], "win" in metrics) for reward, metrics in rewards] == [(0, 1, False)] * 2
+    assert (
+        done
+        and [(reward, metrics["unfinished"], "win" in metrics) for reward, metrics in rewards] == [(0, 1, False)] * 2
+    )
 
 
 async def random_game(
@@ -171,7 +187,9 @@ async def random_game(
 
 # Trap: games that share a generator.
 def test_games_are_functions_of_their_seed_when_many_run_at_once() -> None:
-    """Kuhn poker deals cards from the global generator in every round; memory's cells come from it at the start."""
+    """Kuhn poker deals cards from the global generator in every round; memory's cells come from it
+    at the start.
+    """
 
     async def all_at_once(seeds: Sequence[int]) -> list[tuple[list[str], dict[int, float] | None]]:
         return await asyncio.gather(*(random_game("KuhnPoker-v0-short", 2, seed, [RANDOM, RANDOM]) for seed in seeds))
@@ -257,7 +275,14 @@ def test_several_games_from_one_opening_give_each_seat_its_own_baseline() -> Non
         0.75,
         -0.75,
     ]
-    assert SeatMean(num_seats=3)(np.array([1.0, 0.0, -1.0, 0.0, 2.0, -1.0])).tolist() == [0.5, -1.0, 0.0, -0.5, 1.0, 0.0]
+    assert SeatMean(num_seats=3)(np.array([1.0, 0.0, -1.0, 0.0, 2.0, -1.0])).tolist() == [
+        0.5,
+        -1.0,
+        0.0,
+        -0.5,
+        1.0,
+        0.0,
+    ]
     for too_few in (2, 5):
         with pytest.raises(ConfigError, match="two or more games of 2 seats"):
             SeatMean().check_group_size(too_few)
@@ -276,7 +301,9 @@ def test_a_game_that_lost_one_seat_is_not_scored() -> None:
 
 def test_a_frozen_policy_as_the_opponent() -> None:
     """Untrained, it does not know the rules: its first move loses."""
-    policy = FrozenPolicy(base_model="small", renderer_name="plain", max_tokens=3, backend=BackendConfig(engine="torch"))
+    policy = FrozenPolicy(
+        base_model="small", renderer_name="plain", max_tokens=3, backend=BackendConfig(engine="torch")
+    )
     config = chz.replace(TIC_TAC_TOE, opponent=FrozenPlayer(policy=policy), group_size=1)
     turns, rewards = play(group(config), ["[4]"])
     assert turns[0][0][2] == {"illegal": 0.0} and rewards[0][0] == 1.0
@@ -353,7 +380,9 @@ def test_configurations_that_make_no_sense_are_refused() -> None:
 
 
 def test_a_step_of_self_play_from_end_to_end(tmp_path: Path) -> None:
-    """Random weights: nearly every first move is illegal, so most second seats have no turn; nothing is trained on for them."""
+    """Random weights: nearly every first move is illegal, so most second seats have no turn;
+    nothing is trained on for them.
+    """
     config = train.Config(
         env=chz.replace(TIC_TAC_TOE, batch_size=4, num_test=2, max_tokens=4, n_batches=1),
         model_name="tiny",
@@ -371,10 +400,13 @@ def test_a_step_of_self_play_from_end_to_end(tmp_path: Path) -> None:
 def test_the_recipes_model_reads_every_position_in_under_100_tokens(tmp_path: Path) -> None:
     save_model(tmp_path, TIC_TAC_TOE, seed=0)
     tokenizer = load_tokenizer(str(tmp_path))
-    texts = [text + move for game in range(50) for text, move in random_play(TIC_TAC_TOE, [game])]  # with the history of moves
+    # with the history of moves
+    texts = [text + move for game in range(50) for text, move in random_play(TIC_TAC_TOE, [game])]
     lengths = [len(tokenizer.encode(text)) for text in texts]
     assert max(lengths) < 100
     assert all(decode(tokenizer, tokenizer.encode(text)) == text for text in texts)
     assert [decode(tokenizer, [token]) for token in tokenizer.encode("[4]")] == ["[4]"]
-    metrics = asyncio.run(evaluate(EvaluationConfig(model_path=str(tmp_path), games=4, backend=BackendConfig(engine="torch"))))
+    metrics = asyncio.run(
+        evaluate(EvaluationConfig(model_path=str(tmp_path), games=4, backend=BackendConfig(engine="torch")))
+    )
     assert set(metrics) == {"random", "minimax"} and metrics["random"]["random/env/all/loss"] == 1.0

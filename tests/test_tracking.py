@@ -1,4 +1,6 @@
-"""The run folder, its metrics, checkpoints, transcripts and plots: what survives a kill, what is refused, what a person sees."""
+"""The run folder, its metrics, checkpoints, transcripts and plots: what survives a kill, what is
+refused, what a person sees.
+"""
 
 import asyncio
 import json
@@ -216,7 +218,9 @@ class Balance(HTMLParser):
 
 def test_transcripts_are_whole_escaped_and_in_both_forms(tmp_path):
     evil = "<script>alert('x')</script> & more\n"
-    turn = TranscriptTurn(evil, ["<b>", " 4", "\n"], [0.5, -0.25, math.nan], [-0.1, -2.0, 0.0], 1.0, {"ok": 1}, {"gold": "<4>"})
+    turn = TranscriptTurn(
+        evil, ["<b>", " 4", "\n"], [0.5, -0.25, math.nan], [-0.1, -2.0, 0.0], 1.0, {"ok": 1}, {"gold": "<4>"}
+    )
     second = TranscriptTurn("and then?", ["end"], logs={"proof": "long\ntext"}, stop_reason="length")
     failed = TranscriptMember([], 0.0, error="EngineError: <died>")
     groups = [TranscriptGroup([TranscriptMember([turn, second], 1.0, 0.5), failed], ["arith"]), TranscriptGroup([])]
@@ -227,7 +231,9 @@ def test_transcripts_are_whole_escaped_and_in_both_forms(tmp_path):
     assert "<script" not in html and evil.strip() in parsed.text and "EngineError: <died>" in parsed.text
     assert 'class="p5" title="logprob -0.1000 advantage 0.5000"' in html and 'class="n3"' in html
     assert "the first 1 groups are shown" in parsed.text and "http" not in html
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "000012.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "000012.jsonl").read_text().splitlines()
+    ]
     assert [line["member"] for line in lines] == [0, 1] and lines[0]["turns"][0]["tokens"] == ["<b>", " 4", "\n"]
     assert lines[0]["tags"] == ["arith"] and lines[1]["error"] == "EngineError: <died>"
 
@@ -273,10 +279,14 @@ def test_the_last_table_shows_eight_metrics_and_says_where_the_others_are(tmp_pa
         "test/env/all/correct": 0.25,
         "alarm/gap": 2.0,
     }
-    metrics |= dict.fromkeys(("optim/entropy", "optim/grad_norm", "optim/lr", "optim/loss", "learning_rate", "num_tokens"), 0.1)
+    metrics |= dict.fromkeys(
+        ("optim/entropy", "optim/grad_norm", "optim/lr", "optim/loss", "learning_rate", "num_tokens"), 0.1
+    )
     print_last_metrics(run, metrics)
     printed = capsys.readouterr().out
-    assert sum("│" in line for line in printed.splitlines()) == 9 and "alarm/gap" in printed and "optim/12" not in printed
+    assert (
+        sum("│" in line for line in printed.splitlines()) == 9 and "alarm/gap" in printed and "optim/12" not in printed
+    )
     assert printed.index("test/env/all/correct") < printed.index("env/all/reward/total") or "0.2500" in printed
     assert "30 more in" in printed.replace("\n", "") and "metrics.jsonl" in printed
     print_metrics_table({}, "nothing")  # and no traceback
@@ -285,7 +295,11 @@ def test_the_last_table_shows_eight_metrics_and_says_where_the_others_are(tmp_pa
 def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> None:
     log = MetricsLog(open_run_folder(tmp_path / "run", "raise", RunConfig()))
     for step in range(4):
-        noise = {"optim/logprob_gap_mean": 1e-7 * step, "optim/entropy": 2.0 + 1e-9 * step, "optim/grad_norm": 1.0 + step}
+        noise = {
+            "optim/logprob_gap_mean": 1e-7 * step,
+            "optim/entropy": 2.0 + 1e-9 * step,
+            "optim/grad_norm": 1.0 + step,
+        }
         log.log({"env/all/correct": step / 4, "env/all/reward/total": step / 4, **noise}, step)
     figures = []
     monkeypatch.setattr("posttrain.tracking.plots.save_figure", lambda figure, path: figures.append(figure) or path)
@@ -293,7 +307,9 @@ def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> Non
     limits = {axis.get_title("left"): axis.get_ylim() for axis in figures[0].axes}
     assert list(limits) == ["reward = accuracy", "|logprob gap| sampler to trainer", "entropy (nats)", "gradient norm"]
     spans = {title: high - low for title, (low, high) in limits.items()}
-    assert spans["|logprob gap| sampler to trainer"] == pytest.approx(1e-3) and spans["entropy (nats)"] == pytest.approx(0.1)
+    assert spans["|logprob gap| sampler to trainer"] == pytest.approx(1e-3) and spans[
+        "entropy (nats)"
+    ] == pytest.approx(0.1)
     assert 3 < spans["gradient norm"] < 3.5  # what moves is drawn as before
 
 
@@ -303,7 +319,9 @@ def test_curves_of_seeds_are_averaged_at_the_steps_they_share(tmp_path) -> None:
     curves = curves_by_label(runs, "hop", "test/hop")
     assert curves["a"][0] == Curve([0, 4, 9], [0.0, 4.0, 9.0]) and curves["b"] == [Curve([0], [1.0])]
     assert mean_curve(curves["a"]) == Curve([0, 4], [1.0, 5.0])
-    figure = draw_panels([Panel("one", {"b": curves["b"]}, levels={"chance": 0.5}), Panel("all", curves)], shared_legend=True)
+    figure = draw_panels(
+        [Panel("one", {"b": curves["b"]}, levels={"chance": 0.5}), Panel("all", curves)], shared_legend=True
+    )
     colors = [{line.get_label(): line.get_color() for line in axis.get_lines()} for axis in figure.axes]
     assert colors[0]["b"] == colors[1]["b"] != colors[1]["a"] and len(figure.axes[1].get_lines()) == 4
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["b", "chance", "a"]

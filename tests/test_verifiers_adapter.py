@@ -1,4 +1,6 @@
-"""Tasksets of another library, in another process. The library is played by a module of a few lines with the names that are used of it."""
+"""Tasksets of another library, in another process. The library is played by a module of a few lines
+with the names that are used of it.
+"""
 
 import asyncio
 import pickle
@@ -18,7 +20,8 @@ from rl.message_env import MessageEnvGroupBuilder
 from rl.types import RLDataset
 
 RENDERER = get_renderer("plain", character_tokenizer(512))
-# The protocol of verifiers_worker.py, without verifiers: reversing words, and misbehaving when asked to.
+# The protocol of verifiers_worker.py, without verifiers: reversing words, and misbehaving when
+# asked to.
 STAND_IN = """
 import json, os, sys, time
 for line in sys.stdin:
@@ -53,7 +56,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def builder(**options) -> VerifiersBuilder:
-    return VerifiersBuilder(**{"taskset": "reverse", "python": sys.executable, "batch_size": 2, "scoring_seconds": 5.0} | options)
+    return VerifiersBuilder(
+        **{"taskset": "reverse", "python": sys.executable, "batch_size": 2, "scoring_seconds": 5.0} | options
+    )
 
 
 def step(answer: str, **options):
@@ -91,7 +96,9 @@ def numbers(dataset: RLDataset, index: int) -> list[int]:
 
 
 # Trap: another library's scoring that hangs, or answers the last question.
-@pytest.mark.parametrize(("answer", "why"), [("raise", "KeyError"), ("die", "exit status 3"), ("hang", "more than 1 s")])
+@pytest.mark.parametrize(
+    ("answer", "why"), [("raise", "KeyError"), ("die", "exit status 3"), ("hang", "more than 1 s")]
+)
 def test_scoring_that_fails_is_no_score_and_the_next_one_works(answer, why):
     with pytest.raises(GraderError, match=why):
         step(answer, scoring_seconds=1.0)

@@ -1,6 +1,7 @@
-"""Every model family with vLLM: what it samples is the trainer's distribution, in full training and with
-LoRA, and plain vLLM reads what is saved. Or the engine refuses when it is opened, with the reason and the
-alternative. All engines live in one process, as they do in a run that has several models.
+"""Every model family with vLLM: what it samples is the trainer's distribution, in full training and
+with LoRA, and plain vLLM reads what is saved. Or the engine refuses when it is opened, with the
+reason and the alternative. All engines live in one process, as they do in a run that has several
+models.
 """
 
 import json
@@ -48,7 +49,9 @@ def move_every_weight(client: TrainingClient) -> None:
 
 
 def largest_gap(client: TrainingClient) -> float:
-    """Of sampled logprobs from the trainer's, over prompts beyond a window and two calls, the second of which finds a cached prefix."""
+    """Of sampled logprobs from the trainer's, over prompts beyond a window and two calls, the
+    second of which finds a cached prefix.
+    """
     sampler = client.save_weights_and_get_sampling_client()
     gaps = []
     long = prompt_of(min(150, sampler.max_length - 16))
@@ -112,7 +115,9 @@ def test_plain_vllm_reads_what_is_saved(tmp_path: Path) -> None:
         for family in SERVED:
             client = service.create_training_client(str(save_random_model(family, tmp_path / "model" / family)))
             move_every_weight(client)
-            saves = [client.save_state] if family != "Qwen 2.5" else [client.save_state, client.save_weights_for_sampler]
+            saves = (
+                [client.save_state] if family != "Qwen 2.5" else [client.save_state, client.save_weights_for_sampler]
+            )
             for save in saves:
                 folders.append(save(f"{family} {save.__name__}").result().path)
                 expected.append(trainer_logprobs(client, prompt, []).tolist())

@@ -1,4 +1,6 @@
-"""What only a vLLM engine can get wrong: its noise, the program's random generators, engines beside each other."""
+"""What only a vLLM engine can get wrong: its noise, the program's random generators, engines beside
+each other.
+"""
 
 import random
 from collections.abc import Iterator
@@ -38,7 +40,9 @@ def unseeded_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
 
 
 def test_noise_is_new_at_every_token_and_in_every_call(unseeded_service: ServiceClient) -> None:
-    """Of a random `micro`, whose distribution is nearly flat. A generator that is put back after every step repeats its noise."""
+    """Of a random `micro`, whose distribution is nearly flat. A generator that is put back after
+    every step repeats its noise.
+    """
     client = unseeded_service.create_training_client("micro").save_weights_and_get_sampling_client()
     params = SamplingParams(max_tokens=64, temperature=1.0, stop=[])
     calls = [client.sample(prompt_of(10), 16, params).result().sequences for _ in range(2)]
@@ -61,7 +65,9 @@ def test_global_generators_are_untouched_by_an_engine(unseeded_service: ServiceC
 
 # Trap: engines that compute with one another's batch, or die with one another.
 def test_engines_beside_each_other(unseeded_service: ServiceClient) -> None:
-    """vLLM has one place in the process for the batch that is computed, and one parallel state for all engines."""
+    """vLLM has one place in the process for the batch that is computed, and one parallel state for
+    all engines.
+    """
     clients = [unseeded_service.create_training_client("tiny", seed=seed) for seed in (1, 2)]
     samplers = [client.save_weights_and_get_sampling_client() for client in clients]
     params = SamplingParams(max_tokens=40, stop=[])
@@ -85,10 +91,14 @@ def test_an_engine_survives_the_closing_of_another(unseeded_service: ServiceClie
     assert len(sampler.sample(prompt_of(5), 1, GREEDY).result().sequences[0].tokens) == 16
     train_a_little(client, 1)
     sampled = client.save_weights_and_get_sampling_client().sample(prompt_of(5), 1, GREEDY).result().sequences[0]
-    assert sampled.logprobs == pytest.approx(trainer_logprobs(client, prompt_of(5), sampled.tokens)[4:].tolist(), abs=1e-4)
+    assert sampled.logprobs == pytest.approx(
+        trainer_logprobs(client, prompt_of(5), sampled.tokens)[4:].tolist(), abs=1e-4
+    )
 
 
-def test_a_sequence_that_vllm_gives_up_is_no_answer(vllm_client: TrainingClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_that_vllm_gives_up_is_no_answer(
+    vllm_client: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Anything but "stop" and "length" is an error of the call, and the others go on."""
     sampler = vllm_client.save_weights_and_get_sampling_client()
     prompt, whole = prompt_of(5), posttrain.backend.vllm_engine._sampled

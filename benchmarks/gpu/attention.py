@@ -1,7 +1,8 @@
-"""Block `attention`: forward and backward of the attention kernels that training could use, at the 0.5B model's 14 heads of 64.
+"""Block `attention`: forward and backward of the attention kernels that training could use, at the
+0.5B model's 14 heads of 64.
 
-Tensors are (B, T, heads, 64), as a layer's projections leave them. "tree": 8 answers behind a shared prompt of half the row, so a key at
-column k is seen by the queries k <= q < ends[k].
+Tensors are (B, T, heads, 64), as a layer's projections leave them. "tree": 8 answers behind a
+shared prompt of half the row, so a key at column k is seen by the queries k <= q < ends[k].
 """
 
 import inspect
@@ -159,9 +160,14 @@ def main() -> None:
         qkv = inputs(rows, length, device, dtype)
         for name, make in kernels(rows, length, device, dtype).items():
 
-            def measure(make: Callable[[], Kernel] = make, qkv: list[torch.Tensor] = qkv) -> dict[str, float | list[str]]:
+            def measure(
+                make: Callable[[], Kernel] = make, qkv: list[torch.Tensor] = qkv
+            ) -> dict[str, float | list[str]]:
                 kernel = make()
-                found: dict[str, float | list[str]] = {"ms": milliseconds(lambda: both_passes(kernel, qkv)), "GiB": peak_gib()}
+                found: dict[str, float | list[str]] = {
+                    "ms": milliseconds(lambda: both_passes(kernel, qkv)),
+                    "GiB": peak_gib(),
+                }
                 return found | ({"kernels": kernel_names(lambda: both_passes(kernel, qkv))} if cuda else {})
 
             attempt(record, f"{name}, {rows} x {length}", measure)

@@ -1,6 +1,8 @@
-"""Block `belief_state`: steps per second of the Belief State Transformer on the star graph G(5,5), at the paper's size and batch.
+"""Block `belief_state`: steps per second of the Belief State Transformer on the star graph G(5,5),
+at the paper's size and batch.
 
-"recipe": the pairs of the path alone, as recipes/belief_state/train.py trains. "all pairs": those of the whole row, about a million.
+"recipe": the pairs of the path alone, as recipes/belief_state/train.py trains. "all pairs": those
+of the whole row, about a million.
 """
 
 import time

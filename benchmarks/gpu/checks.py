@@ -9,7 +9,9 @@ from posttrain.backend.config import training_device
 
 
 class Record:
-    """Printed as one JSON line. `passed` is whether every check held; a check that does not hold does not end the block."""
+    """Printed as one JSON line. `passed` is whether every check held; a check that does not hold
+    does not end the block.
+    """
 
     def __init__(self) -> None:
         device = training_device()

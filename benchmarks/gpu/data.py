@@ -27,7 +27,9 @@ def policy_data(count: int, temperature: float) -> list[Datum]:
     return data
 
 
-def trainer_logprobs(client: TrainingClient, prompt: ModelInput, tokens: list[int], temperature: float = 1.0) -> np.ndarray:
+def trainer_logprobs(
+    client: TrainingClient, prompt: ModelInput, tokens: list[int], temperature: float = 1.0
+) -> np.ndarray:
     """Of the sampled tokens."""
     sequence = prompt.to_ints() + tokens
     ones = np.ones(len(sequence) - 1, dtype=np.float32)

@@ -1,11 +1,13 @@
-"""The first half hour on a GPU: blocks of checks, the most important first, each in a process of its own with a time limit.
+"""The first half hour on a GPU: blocks of checks, the most important first, each in a process of
+its own with a time limit.
 
     python benchmarks/gpu/first_light.py [--out FOLDER] [--blocks facts,trainer,...]
 
-A block prints one JSON object on its last line, which becomes FOLDER/NAME.json; what else it prints goes to FOLDER/NAME.log. A block
-that fails or runs out of time is recorded as such and the next one runs. Blocks whose JSON says that they passed are skipped, so
-that a session that was cut off goes on. Without a GPU everything runs on the CPU, where the JSON says so. The exit status is the
-number of blocks that did not pass.
+A block prints one JSON object on its last line, which becomes FOLDER/NAME.json; what else it prints
+goes to FOLDER/NAME.log. A block that fails or runs out of time is recorded as such and the next one
+runs. Blocks whose JSON says that they passed are skipped, so that a session that was cut off goes
+on. Without a GPU everything runs on the CPU, where the JSON says so. The exit status is the number
+of blocks that did not pass.
 """
 
 import argparse
@@ -53,7 +55,12 @@ def run_block(name: str, out: Path) -> dict[str, Any]:
     with open(out / f"{name}.log", "w+") as log:
         try:
             process = subprocess.run(
-                command, env=os.environ | ENVIRONMENT, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=SECONDS[name]
+                command,
+                env=os.environ | ENVIRONMENT,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=SECONDS[name],
             )
             ending = f"exit status {process.returncode}"
         except subprocess.TimeoutExpired:

@@ -1,4 +1,5 @@
-"""Block `half_b_engine`: an engine of Qwen2.5-0.5B's shape with CUDA graphs: its noise and logprobs, a sync in its parts, memory.
+"""Block `half_b_engine`: an engine of Qwen2.5-0.5B's shape with CUDA graphs: its noise and
+logprobs, a sync in its parts, memory.
 
 On a CPU: `tiny`, eager.
 """
@@ -82,7 +83,8 @@ class Stopwatch:
 
 
 def sync_parts(record: Record, client: TrainingClient) -> None:
-    """The loaders' loop (which casts, too), waiting for their copies, the prefix cache, and what is left: threads and guards.
+    """The loaders' loop (which casts, too), waiting for their copies, the prefix cache, and what is
+    left: threads and guards.
 
     Each reset has one short answer's blocks to forget, and walks all blocks of the cache.
     """
@@ -114,7 +116,8 @@ def main() -> None:
     record.figure("model", MODEL)
     with ServiceClient(CONFIG) as service:
         client = service.create_training_client(MODEL)
-        train_step(client, 0, 1e-7)  # the optimizer's moments and a pass's buffers exist when memory is read
+        # the optimizer's moments and a pass's buffers exist when memory is read
+        train_step(client, 0, 1e-7)
         before = memory(record, "before the engine")
         if ON_GPU:
             record.figure("trainer's peak of a small step, GiB", torch.cuda.max_memory_allocated() / 2**30)

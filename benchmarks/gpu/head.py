@@ -1,6 +1,8 @@
-"""Block `head`: ways to get the logprobs of targets and their gradients: 16,384 tokens, hidden 896, vocabulary 151,936.
+"""Block `head`: ways to get the logprobs of targets and their gradients: 16,384 tokens, hidden 896,
+vocabulary 151,936.
 
-"ours" is posttrain/backend/logprobs.py; "mock" are Functions of this file. The bound of all is the time of their matrix products.
+"ours" is posttrain/backend/logprobs.py; "mock" are Functions of this file. The bound of all is the
+time of their matrix products.
 """
 
 from collections.abc import Callable
@@ -35,7 +37,9 @@ def grad_logits(
 
 
 class Chunked(torch.autograd.Function):
-    """Logprobs in chunks of `rows`. `compiled`: element-wise work in one kernel each way; `keep`: bf16 logits instead of recomputation."""
+    """Logprobs in chunks of `rows`. `compiled`: element-wise work in one kernel each way; `keep`:
+    bf16 logits instead of recomputation.
+    """
 
     @staticmethod
     def forward(
@@ -120,7 +124,8 @@ def products(hidden: torch.Tensor, head: torch.Tensor, rows: int) -> Callable[[]
 
 def main() -> None:
     record = Record()
-    torch._dynamo.config.recompile_limit = 64  # a compiled graph for each size of chunk; beyond the limit all would be eager
+    # a compiled graph for each size of chunk; beyond the limit all would be eager
+    torch._dynamo.config.recompile_limit = 64
     sizes = (16384, 896, 151936) if training_device().type == "cuda" else (512, 64, 1000)
     present = logprobs.CHUNK_ELEMENTS if training_device().type == "cuda" else 2**16
     hidden, head, targets = inputs(*sizes)
@@ -133,7 +138,11 @@ def main() -> None:
     ways |= {f"mock: compiled, {n} elements": mock(n, True, False) for n in (present, 4 * present, 8 * present)}
     ways |= {"mock: compiled, bf16 logits kept": mock(8 * present, True, True)}
     ways |= {"mock: eager, bf16 logits kept": mock(4 * present, False, True)}
-    attempt(record, "matrix products alone, ms", lambda: milliseconds(products(hidden, head, max(1, 8 * present // sizes[2])), 3))
+    attempt(
+        record,
+        "matrix products alone, ms",
+        lambda: milliseconds(products(hidden, head, max(1, 8 * present // sizes[2])), 3),
+    )
     for name, run in ways.items():
 
         def measure(run: Logprobs = run) -> dict[str, float]:

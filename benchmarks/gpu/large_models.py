@@ -1,5 +1,5 @@
-"""Block `large_models`: LoRA of an 8B shape with a bf16 base (a mock), and what our Trainer does with 1.5B, 3B and 8B. Random weights,
-made on the card.
+"""Block `large_models`: LoRA of an 8B shape with a bf16 base (a mock), and what our Trainer does
+with 1.5B, 3B and 8B. Random weights, made on the card.
 """
 
 import copy
@@ -62,10 +62,17 @@ def bf16_lora(config: PretrainedConfig, rows: int, length: int) -> dict[str, Any
         optimizer.zero_grad()
 
     dtypes = sorted({str(p.dtype) for p in adapters})
-    return {**speed(step, rows * length, 2), "GiB loaded": loaded, "adapters": sum(p.numel() for p in adapters), "of": dtypes}
+    return {
+        **speed(step, rows * length, 2),
+        "GiB loaded": loaded,
+        "adapters": sum(p.numel() for p in adapters),
+        "of": dtypes,
+    }
 
 
-def our_trainer(name: str, config: PretrainedConfig, rows: int, length: int, lora: LoraConfig | None, checkpointing: bool) -> Any:
+def our_trainer(
+    name: str, config: PretrainedConfig, rows: int, length: int, lora: LoraConfig | None, checkpointing: bool
+) -> Any:
     def load(name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         return on_card(config, dtype)
 

@@ -1,13 +1,17 @@
-"""The sampling matrix: tokens per second of 1,024 sequences of 128 + 256 tokens, of Qwen2.5-0.5B's shape (on a CPU 64 of `tiny`).
+"""The sampling matrix: tokens per second of 1,024 sequences of 128 + 256 tokens, of Qwen2.5-0.5B's
+shape (on a CPU 64 of `tiny`).
 
     python -m benchmarks.gpu.sampling [--variants llm,ours,...] [--limit SECONDS]
 
-All engines that the variants need start at once, each in a process of its own (sampling_engine.py) with a KV cache of given size, so that they
-fit on one card together; once all are warm, the variants are measured one after another, in the order given, and printed at once. An engine that
-does not start is recorded with the last line it wrote, and one that is still starting when START_SHARE of the limit is over is ended.
+All engines that the variants need start at once, each in a process of its own (sampling_engine.py)
+with a KV cache of given size, so that they fit on one card together; once all are warm, the
+variants are measured one after another, in the order given, and printed at once. An engine that
+does not start is recorded with the last line it wrote, and one that is still starting when
+START_SHARE of the limit is over is ended.
 
-Memory, estimated: 11 GiB for each of `llm`, `ours`, `ours-v2`, `ours-tuned`, 7 for each process of `processes-2` and `-4` (which share
-theirs): 72 for all. Starting no more than four at a time would save memory only while graphs are recorded, and cost a minute: all start at once.
+Memory, estimated: 11 GiB for each of `llm`, `ours`, `ours-v2`, `ours-tuned`, 7 for each process of
+`processes-2` and `-4` (which share theirs): 72 for all. Starting no more than four at a time would
+save memory only while graphs are recorded, and cost a minute: all start at once.
 """
 
 import argparse
@@ -51,7 +55,8 @@ VARIANTS = {
     "ours-profile": Variant("ours", "profile"),
     "ours-tuned-profile": Variant("ours-tuned", "profile"),
     "ours-v2-profile": Variant("ours-v2", "profile"),
-    "ours-busy-short": Variant("ours", "busy-short"),  # the interpreter's switch interval 0.3 ms instead of 5
+    # the interpreter's switch interval 0.3 ms instead of 5
+    "ours-busy-short": Variant("ours", "busy-short"),
     "ours-busy": Variant("ours", "busy"),  # last: it may take long
 }
 DEFAULT = [name for name in VARIANTS if name != "ours-v2-tuned"]
@@ -63,7 +68,8 @@ class EngineProcess:
 
     name: str
     process: "subprocess.Popen[str]"
-    answers: "queue.Queue[dict[str, Any] | None]" = field(default_factory=queue.Queue)  # None: its output has ended
+    # None: its output has ended
+    answers: "queue.Queue[dict[str, Any] | None]" = field(default_factory=queue.Queue)
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=30))
 
     def read(self) -> None:
@@ -83,7 +89,9 @@ class EngineProcess:
             self.process.stdin.flush()
 
     def answer(self, deadline: float) -> dict[str, Any]:
-        """RuntimeError with the last line that speaks of an error, if it ended or the time is over."""
+        """RuntimeError with the last line that speaks of an error, if it ended or the time is
+        over.
+        """
         try:
             answer = self.answers.get(timeout=max(deadline - time.monotonic(), 0.01))
         except queue.Empty:
@@ -91,7 +99,9 @@ class EngineProcess:
             raise RuntimeError(f"{self.name}: no answer in time") from None
         if answer is None:
             self.answers.put(None)
-            errors = [line for line in self.last_lines if "Error" in line] or list(self.last_lines) or ["it wrote nothing"]
+            errors = (
+                [line for line in self.last_lines if "Error" in line] or list(self.last_lines) or ["it wrote nothing"]
+            )
             raise RuntimeError(f"{self.name}: {errors[-1]}")
         return answer
 

@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu.sampling_engine llm|plain|ours|ours-v2|ours-tuned|ours-v2-tuned
 
-Says `@@{"start": seconds}` once the engine is up and has sampled one warm round; then, for each JSON line {"mode", "rows"} that it is sent,
-samples one round and answers `@@` and a JSON object. Times in it are of the clock that all processes of the machine share.
+Says `@@{"start": seconds}` once the engine is up and has sampled one warm round; then, for each
+JSON line {"mode", "rows"} that it is sent, samples one round and answers `@@` and a JSON object.
+Times in it are of the clock that all processes of the machine share.
 
-`llm` is vLLM's LLM class with its own defaults, `plain` the same with half of the rows and our sizes, `ours` SamplingClient; `v2` is vLLM's
-newer model runner, `tuned` what our engine leaves at vLLM's defaults: tokens per step, sizes of CUDA graphs, flat logprobs.
+`llm` is vLLM's LLM class with its own defaults, `plain` the same with half of the rows and our
+sizes, `ours` SamplingClient; `v2` is vLLM's newer model runner, `tuned` what our engine leaves at
+vLLM's defaults: tokens per step, sizes of CUDA graphs, flat logprobs.
 """
 
 import cProfile
@@ -54,7 +56,9 @@ Round = dict[str, Any]
 
 
 class Prompts:
-    """New ones for each round, so that no round finds another's prefixes in the cache; each of them GROUP_SIZE times."""
+    """New ones for each round, so that no round finds another's prefixes in the cache; each of them
+    GROUP_SIZE times.
+    """
 
     def __init__(self) -> None:
         self._rng = np.random.default_rng(int(time.time_ns()) % 2**32)
@@ -69,7 +73,7 @@ def timed(run: Callable[[], int]) -> Round:
     return {"tokens": tokens, "from": start, "to": time.monotonic()}
 
 
-# --- vLLM's LLM class -------------------------------------------------------------------------------------------------------------
+# --- vLLM's LLM class ---------------------------------------------------------------------------
 
 
 def open_llm(name: str) -> Callable[[str, int], Round]:
@@ -105,7 +109,7 @@ def open_llm(name: str) -> Callable[[str, int], Round]:
     return sample
 
 
-# --- our engine -------------------------------------------------------------------------------------------------------------------
+# --- our engine ---------------------------------------------------------------------------------
 
 
 def open_ours(name: str, stack: ExitStack) -> Callable[[str, int], Round]:
@@ -124,7 +128,13 @@ def open_ours(name: str, stack: ExitStack) -> Callable[[str, int], Round]:
             return rollouts(client, config, rows)
         found: Round = {}
         asked = prompts(rows)
-        with busy_thread(found, mode) if "busy" in mode else middle_profiled(client, found) if mode == "profile" else ExitStack():
+        with (
+            busy_thread(found, mode)
+            if "busy" in mode
+            else middle_profiled(client, found)
+            if mode == "profile"
+            else ExitStack()
+        ):
             found |= timed(lambda: sampled_tokens(client, asked))
         return found
 
@@ -168,7 +178,9 @@ def flat_sampled(output: Any) -> Sampled:
 
 @contextmanager
 def busy_thread(found: Round, mode: str) -> Iterator[None]:
-    """One spins, but no longer than BUSY_SECONDS: the engine may have to wait for the interpreter's lock at every call of torch."""
+    """One spins, but no longer than BUSY_SECONDS: the engine may have to wait for the interpreter's
+    lock at every call of torch.
+    """
     stop, start, interval = threading.Event(), time.monotonic(), sys.getswitchinterval()
 
     def spin() -> None:
@@ -187,7 +199,7 @@ def busy_thread(found: Round, mode: str) -> Iterator[None]:
         sys.setswitchinterval(interval)
 
 
-# --- where a decode step's time goes ------------------------------------------------------------------------------------------------
+# --- where a decode step's time goes ------------------------------------------------------------
 
 
 @contextmanager
@@ -235,11 +247,12 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.3g}") for name, value in values.items()}
 
 
-# --- the process --------------------------------------------------------------------------------------------------------------------
+# --- the process --------------------------------------------------------------------------------
 
 
 def say(answer: Round) -> None:
-    print("\n@@" + json.dumps(answer), flush=True)  # on a line of its own, whatever vLLM has printed
+    # on a line of its own, whatever vLLM has printed
+    print("\n@@" + json.dumps(answer), flush=True)
 
 
 def main() -> None:
@@ -248,7 +261,8 @@ def main() -> None:
         start = time.monotonic()
         sample = open_ours(name, stack) if name.startswith("ours") else open_llm(name)
         started = time.monotonic() - start
-        sample("logprobs", ROWS // 2 if name == "plain" else ROWS)  # of all modes, what the first call compiles
+        # of all modes, what the first call compiles
+        sample("logprobs", ROWS // 2 if name == "plain" else ROWS)
         say({"start": started})
         for line in sys.stdin:
             request = json.loads(line)

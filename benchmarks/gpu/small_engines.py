@@ -1,4 +1,5 @@
-"""Block `small_engines`: vLLM's two model runners (`tiny` has the newer one on a GPU, `gpt2-tiny` the older), eager.
+"""Block `small_engines`: vLLM's two model runners (`tiny` has the newer one on a GPU, `gpt2-tiny`
+the older), eager.
 
 If this block fails, every figure of later blocks is of a broken sampler.
 """
@@ -39,12 +40,16 @@ def mean_gap(
         prompt = prompt_of(40 + 40 * seed, seed)
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=[])
         for sequence in sampler.sample(prompt, samples, params).result().sequences:
-            gaps.append(np.abs(trainer_logprobs(client, prompt, sequence.tokens, temperature) - sequence.logprobs).mean())
+            gaps.append(
+                np.abs(trainer_logprobs(client, prompt, sequence.tokens, temperature) - sequence.logprobs).mean()
+            )
     return float(np.mean(gaps))
 
 
 def check_noise(record: Record, name: str, sampler: SamplingClient) -> None:
-    """Of a random model, whose distribution is nearly flat: new noise at every token, in every row, in every call."""
+    """Of a random model, whose distribution is nearly flat: new noise at every token, in every row,
+    in every call.
+    """
     params = SamplingParams(max_tokens=64, stop=[])
     calls = [sampler.sample(prompt_of(10), 16, params).result().sequences for _ in range(2)]
     first_G_T, second_G_T = (np.array([sequence.tokens for sequence in sequences]) for sequences in calls)
@@ -80,7 +85,9 @@ def check_stop_string(record: Record, name: str, sampler: SamplingClient) -> Non
     if not text:
         record.holds(f"{name}: a sampled text to stop at", False)
         return
-    stopped = sampler.sample(prompt, 1, SamplingParams(max_tokens=24, temperature=0.0, stop=[text])).result().sequences[0]
+    stopped = (
+        sampler.sample(prompt, 1, SamplingParams(max_tokens=24, temperature=0.0, stop=[text])).result().sequences[0]
+    )
     ends_there = stopped.stop_reason == "stop" and stopped.tokens == free.tokens[: len(stopped.tokens)]
     record.holds(f"{name}: stop string", ends_there and text in str(tokenizer.decode(stopped.tokens)))
 
@@ -138,7 +145,9 @@ def main() -> None:
             else:
                 client = service.create_training_client("tiny", seed=1)
                 record.at_most(
-                    "opened again: |dlogp|", mean_gap(client, client.save_weights_and_get_sampling_client()), gap_bound()
+                    "opened again: |dlogp|",
+                    mean_gap(client, client.save_weights_and_get_sampling_client()),
+                    gap_bound(),
                 )
     if torch.cuda.is_available():
         record.figure("GiB in use after closing", torch.cuda.memory_allocated() / 2**30)

@@ -1,4 +1,6 @@
-"""What the blocks that measure have in common: a time, a peak, and a figure whose failure does not end the block."""
+"""What the blocks that measure have in common: a time, a peak, and a figure whose failure does not
+end the block.
+"""
 
 import gc
 import sys
@@ -15,7 +17,9 @@ GIB = 2**30
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """The best of several runs, the first two of which (compilation, allocation) are not counted."""
+    """The best of several runs, the first two of which (compilation, allocation) are not
+    counted.
+    """
     if training_device().type != "cuda":
         times = []
         for _ in range(2 + repeats):
@@ -67,7 +71,9 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def attempt(record: Record, name: str, measure: Callable[[], Any]) -> None:
-    """The figure `name`, told at once on stderr. An error is the figure; it fails the block unless it is a lack of memory."""
+    """The figure `name`, told at once on stderr. An error is the figure; it fails the block unless
+    it is a lack of memory.
+    """
     forget()
     start = time.perf_counter()
     try:

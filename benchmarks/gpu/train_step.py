@@ -1,7 +1,8 @@
-"""Block `train_step`: tokens/s and peak memory of a step of 16 x 1,024 tokens of the 0.5B shape, its time by class of kernel, and variants.
+"""Block `train_step`: tokens/s and peak memory of a step of 16 x 1,024 tokens of the 0.5B shape,
+its time by class of kernel, and variants.
 
-"ours" is the Trainer with other settings; "mock" changes it from outside, to see what a change would bring: compiled decoder layers;
-bf16 weights with fp32 masters in the optimizer.
+"ours" is the Trainer with other settings; "mock" changes it from outside, to see what a change
+would bring: compiled decoder layers; bf16 weights with fp32 masters in the optimizer.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,9 @@ Step = Callable[[], object]
 def random_data(rows: int, length: int, vocabulary: int) -> list[Datum]:
     tokens_BT = np.random.default_rng(0).integers(4, vocabulary, (rows, length + 1))
     weights = np.full(length, 1 / (rows * length), dtype=np.float32)
-    return [Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT]
+    return [
+        Datum(ModelInput.from_ints(t[:-1].tolist()), {"target_tokens": t[1:], "weights": weights}) for t in tokens_BT
+    ]
 
 
 def train_step(trainer: Trainer, data: list[Datum]) -> None:
@@ -57,7 +60,9 @@ def kernel_class(name: str, in_head: bool) -> str:
 
 
 def by_class(kernels: list[tuple[str, float, float]], heads: list[tuple[float, float]]) -> dict[str, float]:
-    """Milliseconds of each class, from names, starts and ends in microseconds; `heads`: when the GPU worked for the head."""
+    """Milliseconds of each class, from names, starts and ends in microseconds; `heads`: when the
+    GPU worked for the head.
+    """
     found: dict[str, float] = {}
     busy, reached = 0.0, 0.0
     for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
@@ -85,7 +90,9 @@ def profiled(step: Step) -> dict[str, Any]:
         with torch.profiler.profile(activities=activities) as profile:
             step()
             torch.cuda.synchronize()
-    on_gpu = [(e.name, e.time_range.start, e.time_range.end) for e in profile.events() or [] if e.device_type.name == "CUDA"]
+    on_gpu = [
+        (e.name, e.time_range.start, e.time_range.end) for e in profile.events() or [] if e.device_type.name == "CUDA"
+    ]
     heads = [(start, end) for name, start, end in on_gpu if name == HEAD]
     kernels = [k for k in on_gpu if not k[0].startswith((HEAD, "Optimizer.", "ProfilerStep"))]
     longest: dict[str, float] = {}
@@ -101,7 +108,9 @@ def compile_layers(trainer: Trainer) -> None:
 
 
 def in_bf16(trainer: Trainer, data: list[Datum]) -> Step:
-    """Weights and gradients bf16, masters and moments fp32. The trainer's own optimizer is of no more use."""
+    """Weights and gradients bf16, masters and moments fp32. The trainer's own optimizer is of no
+    more use.
+    """
     trainer.optimizer.state.clear()
     parameters = list(trainer.named_trainable.values())
     masters = [nn.Parameter(p.detach().clone()) for p in parameters]

@@ -1,4 +1,6 @@
-"""Block `trainer`: every kind of pass in the GPU's dtype against fp32 on the CPU. On a CPU: bf16 against fp32."""
+"""Block `trainer`: every kind of pass in the GPU's dtype against fp32 on the CPU. On a CPU: bf16
+against fp32.
+"""
 
 from collections.abc import Callable
 from unittest.mock import patch

@@ -1,6 +1,8 @@
-"""Block `user_runs`: what a user types first: supervised training, then RL from its checkpoint, with vLLM.
+"""Block `user_runs`: what a user types first: supervised training, then RL from its checkpoint,
+with vLLM.
 
-Long enough to see that both learn. The command lines' own checks (sampler against trainer, alarms) end a run that is wrong.
+Long enough to see that both learn. The command lines' own checks (sampler against trainer, alarms)
+end a run that is wrong.
 """
 
 import json
@@ -15,7 +17,10 @@ import torch
 
 from benchmarks.gpu.checks import Record
 
-SFT = "supervised/train_cli.py dataset=arithmetic dataset.n_batches=300 dataset.batch_size=64 model_name=tiny learning_rate=2e-3 eval_every=100"
+SFT = (
+    "supervised/train_cli.py dataset=arithmetic dataset.n_batches=300 dataset.batch_size=64 model_name=tiny "
+    "learning_rate=2e-3 eval_every=100"
+)
 RL = "rl/train_cli.py env=arithmetic env.n_batches=30 env.batch_size=32 env.group_size=8 model_name=tiny learning_rate=3e-4 eval_every=15"
 VLLM = "backend.engine=vllm backend.sampler_memory_gb=1"
 
@@ -46,7 +51,9 @@ def main() -> None:
             record.figure("rl: held-out correct", [step[correct] for step in steps if correct in step])
             gaps = [step["optim/logprob_gap_mean"] for step in steps if "optim/logprob_gap_mean" in step]
             record.at_most("rl: largest mean |dlogp|", max(gaps), 0.05)
-            record.figure("rl: s/step", sorted(step["time/total"] for step in steps if "time/total" in step)[len(steps) // 2])
+            record.figure(
+                "rl: s/step", sorted(step["time/total"] for step in steps if "time/total" in step)[len(steps) // 2]
+            )
     record.print()
 
 

@@ -22,7 +22,9 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
-    """The clients, types and errors, loaded when first asked for: the command lines must not wait for torch to parse."""
+    """The clients, types and errors, loaded when first asked for: the command lines must not wait
+    for torch to parse.
+    """
     if name in ("types", "errors"):
         return import_module(f"posttrain.backend.{name}")
     if not name.startswith("_"):

@@ -41,20 +41,30 @@ NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter was trained on. `seed` is that of a preset's weights; None where unknown, as is the fingerprint."""
+    """What an adapter was trained on. `seed` is that of a preset's weights; None where unknown, as
+    is the fingerprint.
+    """
 
     name: str
     seed: int | None = None
     fingerprint: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.name!r} with seed {self.seed}" if self.name in PRESETS and self.seed is not None else repr(self.name)
+        return (
+            f"{self.name!r} with seed {self.seed}"
+            if self.name in PRESETS and self.seed is not None
+            else repr(self.name)
+        )
 
 
 def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A hash of the base's tensor names, shapes and 32 values of each, in fp32; an adapter on them changes nothing of it."""
+    """A hash of the base's tensor names, shapes and 32 values of each, in fp32; an adapter on them
+    changes nothing of it.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in weights if ".lora_" not in name):
+    for name, tensor in sorted(
+        (name.replace(".base_layer.", "."), tensor) for name, tensor in weights if ".lora_" not in name
+    ):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 32)][:32]
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -66,7 +76,9 @@ def write_adapter(trainer: Trainer, folder: Path) -> None:
     assert isinstance(trainer.model, PeftModel)
     name = absolute(trainer.model_name)
     trainer.model.peft_config["default"].base_model_name_or_path = name
-    trainer.model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub for the base's config
+    trainer.model.save_pretrained(
+        str(folder), save_embedding_layers=False
+    )  # "auto" would ask the hub for the base's config
     (folder / BASE_FILE).write_text(json.dumps(asdict(base_of(trainer)), indent=2))
 
 
@@ -75,13 +87,17 @@ def base_of(trainer: Trainer) -> Base:
 
 
 def absolute(model_name: str) -> str:
-    """A folder's whole path, so that it is found from elsewhere; a preset or a hub name as it is."""
+    """A folder's whole path, so that it is found from elsewhere; a preset or a hub name as it
+    is.
+    """
     folder = Path(model_name).expanduser()
     return str(folder.resolve()) if model_name not in PRESETS and folder.is_dir() else model_name
 
 
 def read_base(path: Path) -> Base:
-    """The base of a saved adapter: of this project's, of format 1 (name and seed), or of peft's (name)."""
+    """The base of a saved adapter: of this project's, of format 1 (name and seed), or of peft's
+    (name).
+    """
     config = adapter_config(path)
     name, seed, print_ = config.get("base_model_name_or_path"), None, None
     if (path / BASE_FILE).exists():
@@ -90,7 +106,9 @@ def read_base(path: Path) -> Base:
     elif state_file(path, STATE_FILE).exists():
         seed = read_json(state_file(path, STATE_FILE)).get("seed")
     if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{path} does not say which model it adapts: set base_model_name_or_path in {ADAPTER_CONFIG_FILE}")
+        raise CheckpointError(
+            f"{path} does not say which model it adapts: set base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
+        )
     return Base(name, seed, print_)
 
 
@@ -104,7 +122,9 @@ def adapter_config(path: Path) -> dict[str, Any]:
 
 
 def read_lora(path: Path) -> LoraConfig:
-    """The settings under which training goes on from an adapter. All layers are trained: those it lacks begin at zero."""
+    """The settings under which training goes on from an adapter. All layers are trained: those it
+    lacks begin at zero.
+    """
     config = adapter_config(path)
     on_head = any("lm_head" in name for name in tensor_shapes(path / ADAPTER_FILE))
     try:
@@ -114,7 +134,9 @@ def read_lora(path: Path) -> LoraConfig:
 
 
 def check_adapter(trainer: Trainer, path: Path) -> None:
-    """CheckpointError where the adapter, put into the trainer, would be another function than it was."""
+    """CheckpointError where the adapter, put into the trainer, would be another function than it
+    was.
+    """
     assert trainer.lora and isinstance(trainer.model, PeftModel)
     config, saved = adapter_config(path), tensor_shapes(path / ADAPTER_FILE)
     _check_same_base(trainer, path)
@@ -154,7 +176,9 @@ def _check_same_base(trainer: Trainer, path: Path) -> None:
 
 
 def load_adapter(trainer: Trainer, path: Path) -> None:
-    """The adapter's tensors; layers that it does not have begin at an update of zero, and are named."""
+    """The adapter's tensors; layers that it does not have begin at an update of zero, and are
+    named.
+    """
     assert isinstance(trainer.model, PeftModel)
     saved = load_file(path / ADAPTER_FILE)
     live = _tensors(trainer.model)
@@ -168,7 +192,9 @@ def load_adapter(trainer: Trainer, path: Path) -> None:
 
 
 def open_merged(path: Path, seed: int) -> PreTrainedModel:
-    """A saved adapter merged into its base, on the CPU in fp32. `seed` is that of a preset's weights where the adapter does not say."""
+    """A saved adapter merged into its base, on the CPU in fp32. `seed` is that of a preset's
+    weights where the adapter does not say.
+    """
     base, saved = read_base(path), tensor_shapes(path / ADAPTER_FILE)
     try:
         model = load_model(base.name, seed if base.seed is None else base.seed, torch.device("cpu"), torch.float32)
@@ -185,7 +211,9 @@ def open_merged(path: Path, seed: int) -> PreTrainedModel:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the adapter {path} does not fit its base model {base}: {reason}") from error
     if different := sorted(_tensors(adapted).keys() ^ saved.keys()):
-        raise CheckpointError(f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two")
+        raise CheckpointError(
+            f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
+        )
     return adapted.merge_and_unload()  # type: ignore[operator]
 
 

@@ -20,14 +20,18 @@ from posttrain.backend.types import Datum, GetInfoResponse, ModelInput, Sampling
 
 PROBE_SEED = 20260101  # of the tokens that are only compared: no seed of a run is used up
 PROBE_SAMPLES = 4  # of one token each, after a sync
-# Tokens of a sequence at the start of a run: more than a block of vLLM's prefix cache, which has 128 on a CPU and 16 on a GPU.
+# Tokens of a sequence at the start of a run: more than a block of vLLM's prefix cache, which has
+# 128 on a CPU and 16 on a GPU.
 START_TOKENS = {"cpu": 192, "cuda": 1000}
 TAIL = 16  # of these, the tokens that are compared; what is before them is shared
 
 TEXT = (
-    "The river rises in the hills to the north and runs for two hundred miles before it meets the sea. In spring the melting snow fills it to "
-    "the top of its banks, and the villages along it keep their boats tied high. By late summer a child can walk across it at the old ford, "
-    "where the stones are flat and the water is no deeper than 12 inches. Most of the mills that once stood here are gone; 3 of the 40 still "
+    "The river rises in the hills to the north and runs for two hundred miles before it meets the sea. In spring the "
+    "melting snow fills it to "
+    "the top of its banks, and the villages along it keep their boats tied high. By late summer a child can walk "
+    "across it at the old ford, "
+    "where the stones are flat and the water is no deeper than 12 inches. Most of the mills that once stood here are "
+    "gone; 3 of the 40 still "
     "turn, and one of them grinds flour for the bakery in the market square. "
 )
 
@@ -40,8 +44,8 @@ class Limit:
     largest: float
 
 
-# Measured at temperature 1: 5e-7 on average in fp32 on a CPU; in bf16 on an H100 0.01 to 0.04 (0.5B weights, random), where a
-# single unlikely token can be far off.
+# Measured at temperature 1: 5e-7 on average in fp32 on a CPU; in bf16 on an H100 0.01 to 0.04 (0.5B
+# weights, random), where a single unlikely token can be far off.
 LIMITS = {
     ("cpu", "float32"): Limit(1e-3, 0.05),
     ("cuda", "float32"): Limit(0.01, 0.5),  # a kernel may multiply in tf32
@@ -84,12 +88,15 @@ class Alarms:
         self._noted: list[str] = []
 
     def compare(self, kind: str, gap: Gap, pair: str, causes: str, temperature: float = 1.0) -> None:
-        """`kind` is the name in `alarms/...`; `pair`, the two that are compared, and `causes` are for the message.
+        """`kind` is the name in `alarms/...`; `pair`, the two that are compared, and `causes` are
+        for the message.
 
-        At a `temperature` below 1 logits are multiplied by 1 / temperature, and so is their rounding.
+        At a `temperature` below 1 logits are multiplied by 1 / temperature, and so is their
+        rounding.
         """
         more = 1 / min(temperature, 1.0)
-        if gap.mean <= more * self.limit.mean and gap.largest <= more * self.limit.largest:  # not a number: neither
+        # not a number: neither
+        if gap.mean <= more * self.limit.mean and gap.largest <= more * self.limit.largest:
             return
         self._counts[kind] += 1
         self._noted.append(
@@ -99,23 +106,35 @@ class Alarms:
         )
 
     def metrics(self) -> dict[str, float]:
-        """How often each alarm rang in this process; `alarms/total` is there also where none did."""
-        return {"alarms/total": float(self._counts.total())} | {f"alarms/{kind}": float(n) for kind, n in self._counts.items()}
+        """How often each alarm rang in this process; `alarms/total` is there also where none
+        did.
+        """
+        return {"alarms/total": float(self._counts.total())} | {
+            f"alarms/{kind}": float(n) for kind, n in self._counts.items()
+        }
 
     def decide(self, when: str) -> None:
-        """Raises LogprobGapError if something was noted since the last call; prints it under backend.alarm=warn."""
+        """Raises LogprobGapError if something was noted since the last call; prints it under
+        backend.alarm=warn.
+        """
         noted, self._noted = self._noted, []
         if not noted:
             return
         message = f"{when}: {'; '.join(noted)}"
         if self._action == "stop":
-            raise LogprobGapError(f"{message}. The last checkpoint is untouched; backend.alarm=warn goes on all the same")
+            raise LogprobGapError(
+                f"{message}. The last checkpoint is untouched; backend.alarm=warn goes on all the same"
+            )
         print(f"WARNING {message}", flush=True)
 
 
-WEIGHTS = "the sampler does not hold the trainer's weights (a sync that was skipped, or left some out), or computes this model otherwise"
+WEIGHTS = (
+    "the sampler does not hold the trainer's weights (a sync that was skipped, or left some out), or "
+    "computes this model otherwise"
+)
 SAMPLED = (
-    "the sampler draws at another temperature, reads prefixes cached under older weights, or hands out logprobs of other tokens"
+    "the sampler draws at another temperature, reads prefixes cached under older weights, or hands out logprobs of "
+    "other tokens"
 )
 BATCHED = "layers of this architecture do not keep the sequences of a row apart, or see the padding"
 
@@ -123,17 +142,22 @@ BATCHED = "layers of this architecture do not keep the sequences of a row apart,
 async def check_at_start(
     client: TrainingClient, alarms: Alarms, sampler: SamplingClient | None = None, temperature: float = 1.0
 ) -> None:
-    """The comparisons of a run's start, in a second or so; raises LogprobGapError where one fails. Scalar models are compared by their
-    scalars, which say nothing while the head is still zero."""
+    """The comparisons of a run's start, in a second or so; raises LogprobGapError where one fails.
+    Scalar models are compared by their scalars, which say nothing while the head is still zero."""
     first, second, other = example_sequences(client)
     shared = len(first) - min(TAIL, len(first) // 4)
     data = [_scored(first, shared), _scored(second, shared), _scored(other, 1)]
     together, *alone = [await _values(client, batch) for batch in (data, *([datum] for datum in data))]
     alarms.compare(
-        "batch", Gap.between(together, [v for values in alone for v in values]), "logprobs in a batch and alone", BATCHED
+        "batch",
+        Gap.between(together, [v for values in alone for v in values]),
+        "logprobs in a batch and alone",
+        BATCHED,
     )
     if sampler:
-        compare_with_sampler(alarms, *await sampler_gaps(client, sampler, first, shared, temperature, 2, TAIL), temperature)
+        compare_with_sampler(
+            alarms, *await sampler_gaps(client, sampler, first, shared, temperature, 2, TAIL), temperature
+        )
     alarms.decide("comparison at the start")
 
 
@@ -151,11 +175,13 @@ async def sampler_gaps(
     num_samples: int,
     max_tokens: int,
 ) -> tuple[Gap, Gap]:
-    """Sampler against trainer, both with the present weights: of `tokens` at temperature 1, and of what is sampled after the first `cut`.
+    """Sampler against trainer, both with the present weights: of `tokens` at temperature 1, and of
+    what is sampled after the first `cut`.
 
-    The engine computes `tokens` from scratch, since logprobs of a prompt are asked for. Sampling then reads the beginning from the prefix
-    cache: from blocks of older weights, if the sync left them there. The two requests come one after the other, so that the first, whose
-    blocks later rollouts may read, is computed alone.
+    The engine computes `tokens` from scratch, since logprobs of a prompt are asked for. Sampling
+    then reads the beginning from the prefix cache: from blocks of older weights, if the sync left
+    them there. The two requests come one after the other, so that the first, whose blocks later
+    rollouts may read, is computed alone.
     """
     whole = await sampler.compute_logprobs_async(ModelInput.from_ints(tokens))
     params = SamplingParams(max_tokens=max_tokens, seed=PROBE_SEED, temperature=temperature, stop=[])
@@ -169,13 +195,17 @@ async def sampler_gaps(
 
 
 def least_certain(datum: Datum) -> int:
-    """How many tokens of a rollout come before its least likely sampled token: where a temperature shows most."""
+    """How many tokens of a rollout come before its least likely sampled token: where a temperature
+    shows most.
+    """
     mask_T, logprobs_T = (datum.loss_fn_inputs[key].array for key in ("mask", "logprobs"))
     return int(np.where(mask_T > 0, logprobs_T, np.inf).argmin()) + 1
 
 
 def example_sequences(client: TrainingClient) -> tuple[list[int], list[int], list[int]]:
-    """Two sequences of equal length that differ in their tails only, and a shorter one of its own."""
+    """Two sequences of equal length that differ in their tails only, and a shorter one of its
+    own.
+    """
     info, tokenizer = client.get_info(), client.get_tokenizer()
     length = min(START_TOKENS[info.device.split(":")[0]], info.max_length - 1)
     text = tokenizer.encode(TEXT, add_special_tokens=False)
@@ -201,5 +231,7 @@ async def _values(client: TrainingClient, data_D: Sequence[Datum]) -> list[np.nd
 
 
 def _negative(values_N: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A loss that is not finite where a value is not: then the trainer raises NonFiniteError, and names the cause that no gap would."""
+    """A loss that is not finite where a value is not: then the trainer raises NonFiniteError, and
+    names the cause that no gap would.
+    """
     return -values_N, {}

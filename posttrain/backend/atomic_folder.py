@@ -23,7 +23,8 @@ NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A fresh temporary folder that becomes `path` if the block succeeds, and vanishes if it does not.
+    """A fresh temporary folder that becomes `path` if the block succeeds, and vanishes if it does
+    not.
 
     Raises CheckpointError where the folder cannot be written; what was at `path` is untouched then.
     """
@@ -40,13 +41,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _replace(path, temporary)
         _fsync(path.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"could not write {path}: {error}. Checkpoints written before it are untouched") from error
+        raise CheckpointError(
+            f"could not write {path}: {error}. Checkpoints written before it are untouched"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def recover_folder(path: Path) -> None:
-    """Undoes what a killed atomic_folder(path) left half done: the previous folder gets its name back, the rest is deleted."""
+    """Undoes what a killed atomic_folder(path) left half done: the previous folder gets its name
+    back, the rest is deleted.
+    """
     temporary, previous = _temporary(path), _previous(path)
     if previous.exists() and not path.exists():
         previous.rename(path)
@@ -69,7 +74,9 @@ def _previous(path: Path) -> Path:
 
 
 def _replace(path: Path, temporary: Path) -> None:
-    """`temporary` gets the name `path`; the folder that had it is deleted, after the new one has its place."""
+    """`temporary` gets the name `path`; the folder that had it is deleted, after the new one has
+    its place.
+    """
     if not path.exists():
         temporary.rename(path)
     elif not _exchange(path, temporary):
@@ -85,7 +92,9 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps the names of two folders in one operation. False where the kernel or the file system cannot."""
+    """Swaps the names of two folders in one operation. False where the kernel or the file system
+    cannot.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

@@ -14,14 +14,16 @@ import torch
 
 from posttrain.backend.types import Datum
 
-SHARED_ROW_TOKENS = 1024  # sequences are laid into a shared row up to this length: attention costs its square
-SHARED_ROWS_PAY = 0.8  # share prefixes where that leaves at most this part of the tokens; the mask it needs is not free
+# sequences are laid into a shared row up to this length: attention costs its square
+SHARED_ROW_TOKENS = 1024
+# share prefixes where that leaves at most this part of the tokens; the mask it needs is not free
+SHARED_ROWS_PAY = 0.8
 
 
 @dataclass
 class Positions:
-    """Positions whose logprobs are wanted. `rows_N` are the flat (b * T + t) places whose hidden states predict the targets; a shared
-    place is there several times."""
+    """Positions whose logprobs are wanted. `rows_N` are the flat (b * T + t) places whose hidden
+    states predict the targets; a shared place is there several times."""
 
     rows_N: torch.Tensor
     datum_N: np.ndarray  # which datum a target belongs to, and
@@ -35,7 +37,8 @@ class MicroBatch:
     tokens_BT: torch.Tensor
     loss: Positions  # that carry loss
     others: Positions  # of weight 0: their logprobs are only told
-    positions_BT: torch.Tensor | None = None  # with shared prefixes: position ids, and who sees whom
+    # with shared prefixes: position ids, and who sees whom
+    positions_BT: torch.Tensor | None = None
     mask_B1TT: torch.Tensor | None = None
 
 
@@ -52,7 +55,8 @@ class _Row:
 def micro_batches(
     data_D: Sequence[Datum], chosen: Sequence[int], token_budget: int, device: torch.device, share: bool
 ) -> list[MicroBatch]:
-    """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone), longest rows first: memory peaks at once.
+    """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone),
+    longest rows first: memory peaks at once.
 
     `share`: data that begin alike may lie in one row.
     """
@@ -62,7 +66,9 @@ def micro_batches(
     carries = {d: carries_loss(data_D[d]) for d in chosen}
     rows = [row for family in _families(tokens, carries) for row in _trees(family)] if share else []
     if not share or sum(row.length for row in rows) > SHARED_ROWS_PAY * sum(map(len, tokens.values())):
-        rows = [_Row([d], [np.array(tokens_T)], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()]
+        rows = [
+            _Row([d], [np.array(tokens_T)], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()
+        ]
     batches: list[list[_Row]] = [[]]
     for row in sorted(rows, key=lambda row: -row.length):
         if batches[-1] and batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
@@ -72,10 +78,13 @@ def micro_batches(
 
 
 def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> list[list[tuple[list[int], int]]]:
-    """(tokens, d) of the data with one prompt: their tokens up to the first that carries loss, or some beginning of those."""
+    """(tokens, d) of the data with one prompt: their tokens up to the first that carries loss, or
+    some beginning of those.
+    """
     prompts = {d: tuple(tokens_T[: int(carries[d].argmax()) + 1]) for d, tokens_T in tokens.items()}
     root, roots = None, {}
-    for prompt in sorted(set(prompts.values())):  # right behind a prompt come those that continue it
+    # right behind a prompt come those that continue it
+    for prompt in sorted(set(prompts.values())):
         root = root if root and prompt[: len(root)] == root else prompt
         roots[prompt] = root
     families = defaultdict(list)
@@ -85,7 +94,9 @@ def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> l
 
 
 def _trees(family: list[tuple[list[int], int]]) -> list[_Row]:
-    """Rows in which what continues a token lies right behind it: a walk through the tree of the sequences."""
+    """Rows in which what continues a token lies right behind it: a walk through the tree of the
+    sequences.
+    """
     rows, before_T = [], np.empty(0, dtype=np.int64)
     for tokens, d in sorted(family):
         tokens_T = np.array(tokens)
@@ -108,7 +119,9 @@ def _common_prefix(a_T: np.ndarray, b_T: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else len(differ)
 
 
-def _collate(data_D: Sequence[Datum], rows: list[_Row], carries: dict[int, np.ndarray], device: torch.device) -> MicroBatch:
+def _collate(
+    data_D: Sequence[Datum], rows: list[_Row], carries: dict[int, np.ndarray], device: torch.device
+) -> MicroBatch:
     width, members = max(row.length for row in rows), [d for row in rows for d in row.data]
     columns = [column_T for row in rows for column_T in row.columns]
     lengths = np.array([len(column_T) for column_T in columns])
@@ -117,7 +130,8 @@ def _collate(data_D: Sequence[Datum], rows: list[_Row], carries: dict[int, np.nd
     tokens_BT, positions_BT = np.zeros((len(rows), width), dtype=np.int64), np.zeros((len(rows), width), dtype=np.int64)
     tokens_BT.flat[place] = np.concatenate([tokens_T for row in rows for tokens_T in row.tokens])
     positions_BT.flat[place] = position
-    # The columns that continue one lie behind it, up to its end: that of the last datum it is in. Padding sees itself.
+    # The columns that continue one lie behind it, up to its end: that of the last datum it is in.
+    # Padding sees itself.
     ends_BT = np.tile(np.arange(1, width + 1), (len(rows), 1))
     ends_BT.flat[place] = np.repeat([column_T[-1] + 1 for column_T in columns], lengths)
     datum, carries_N = np.repeat(members, lengths), np.concatenate([carries[d] for d in members])
@@ -158,14 +172,18 @@ def _temperatures(data_D: Sequence[Datum]) -> np.ndarray | None:
 
 
 def _mask(ends_BT: torch.Tensor) -> torch.Tensor:
-    """True where a token may look: at itself and at its ancestors, which are those before it whose continuations it is among."""
+    """True where a token may look: at itself and at its ancestors, which are those before it whose
+    continuations it is among.
+    """
     column_T = torch.arange(ends_BT.shape[1], device=ends_BT.device)
     visible_BTT = (column_T[:, None] >= column_T) & (column_T[:, None] < ends_BT[:, None, :])
     return visible_BTT[:, None]
 
 
 def carries_loss(datum: Datum) -> np.ndarray:
-    """(T,) which tokens need a logprob: those of a non-zero weight, else of a non-zero mask, else all."""
+    """(T,) which tokens need a logprob: those of a non-zero weight, else of a non-zero mask, else
+    all.
+    """
     for key in ("weights", "mask"):
         if key in datum.loss_fn_inputs:
             array = datum.loss_fn_inputs[key].array

@@ -17,7 +17,8 @@ STATE_FOLDER, STATE_FILE, OPTIMIZER_FILE = "training_state", "training_state.jso
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 2
-MODEL_FILES = {"config.json", ADAPTER_CONFIG_FILE, "belief_state.json"}  # one of them is in every checkpoint
+# one of them is in every checkpoint
+MODEL_FILES = {"config.json", ADAPTER_CONFIG_FILE, "belief_state.json"}
 REMEDY = "copy it again, or take another checkpoint"
 
 
@@ -28,7 +29,9 @@ def is_adapter(path: Path) -> bool:
 
 
 def state_file(path: Path, name: str) -> Path:
-    """Where STATE_FILE or OPTIMIZER_FILE of a checkpoint lies, in the present format or in format 1."""
+    """Where STATE_FILE or OPTIMIZER_FILE of a checkpoint lies, in the present format or in format
+    1.
+    """
     file = path / STATE_FOLDER / name
     return path / name if not file.exists() and (path / name).exists() else file
 
@@ -39,12 +42,16 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     try:
         text = json.dumps({"format": FORMAT, **state}, indent=2)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the state to be saved with {folder.name} is not JSON ({error}): save numbers and text") from error
+        raise CheckpointError(
+            f"the state to be saved with {folder.name} is not JSON ({error}): save numbers and text"
+        ) from error
     (folder / STATE_FOLDER / STATE_FILE).write_text(text)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """training_state.json: format, the loop's `extra`, and of a TrainingClient also model_name, seed and lora."""
+    """training_state.json: format, the loop's `extra`, and of a TrainingClient also model_name,
+    seed and lora.
+    """
     if not state_file(path, STATE_FILE).exists():
         check_is_checkpoint(path)
         raise CheckpointError(
@@ -57,7 +64,8 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged (format {state['format']!r}, extra {state['extra']!r}): {REMEDY}")
     if state["format"] > FORMAT:
         raise CheckpointError(
-            f"{path} was written by a newer version of this project (format {state['format']}, this one reads up to {FORMAT}): "
+            f"{path} was written by a newer version of this project (format {state['format']}, this one reads up to "
+            f"{FORMAT}): "
             "update the project"
         )
     return state
@@ -75,7 +83,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors, without their values. CheckpointError where it is missing or damaged."""
+    """Names and shapes of a safetensors file's tensors, without their values. CheckpointError where
+    it is missing or damaged.
+    """
     try:
         if not file.is_file():
             raise FileNotFoundError("no such file" if not file.exists() else "not a file")
@@ -99,7 +109,9 @@ def check_readable(path: Path) -> None:
 
 
 def check_is_checkpoint(path: Path) -> None:
-    """CheckpointError where `path` is no folder with a model in it; of a run's folder it says which checkpoint to give."""
+    """CheckpointError where `path` is no folder with a model in it; of a run's folder it says which
+    checkpoint to give.
+    """
     if _is_checkpoint(path):
         return
     if not path.exists():

@@ -36,7 +36,9 @@ transformers_logging.disable_progress_bar()  # "Writing model shards" at every c
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:
-    """About what save_state writes: fp32 weights (of a LoRA run, the adapter's) and two moments for each trained one."""
+    """About what save_state writes: fp32 weights (of a LoRA run, the adapter's) and two moments for
+    each trained one.
+    """
     trained = sum(p.numel() for p in trainer.named_trainable.values())
     weights = trained if trainer.lora else sum(p.numel() for p in trainer.base.parameters())
     return 4 * weights + 8 * trained
@@ -45,17 +47,25 @@ def checkpoint_bytes(trainer: Trainer) -> int:
 def save_state(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
     with atomic_folder(path) as folder:
         lora = asdict(trainer.lora) if trainer.lora else None
-        write_state(folder, {"model_name": absolute(trainer.model_name), "seed": trainer.seed, "lora": lora, "extra": extra})
+        write_state(
+            folder, {"model_name": absolute(trainer.model_name), "seed": trainer.seed, "lora": lora, "extra": extra}
+        )
         save_policy(trainer, tokenizer, folder)
         write_optimizer(trainer.named_trainable, trainer.optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
 
 
-def save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """What transformers, peft and vLLM load by path: all weights (in `dtype`), or the adapter of a LoRA run."""
+def save_policy(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """What transformers, peft and vLLM load by path: all weights (in `dtype`), or the adapter of a
+    LoRA run.
+    """
     if trainer.lora:
         write_adapter(trainer, folder)
     else:
-        weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in trainer.base.state_dict().items()}
+        weights = {
+            name: tensor if dtype is None else tensor.to(dtype) for name, tensor in trainer.base.state_dict().items()
+        }
         trainer.base.save_pretrained(str(folder), state_dict=weights)
         if dtype is not None:
             config = copy.deepcopy(trainer.hf_config)
@@ -67,7 +77,9 @@ def save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def _save_tokenizer(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """`model_max_length` is that of the model, not the context of this run, to which load_tokenizer has set it."""
+    """`model_max_length` is that of the model, not the context of this run, to which load_tokenizer
+    has set it.
+    """
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises a plain one where the disk is full
@@ -80,10 +92,11 @@ def _save_tokenizer(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder
 
 
 def load_state(trainer: Trainer, path: Path, with_optimizer: bool) -> None:
-    """Copies the checkpoint's weights, and its optimizer's state or none, into the trainer's tensors.
+    """Copies the checkpoint's weights, and its optimizer's state or none, into the trainer's
+    tensors.
 
-    Another architecture, size, base or kind of fine-tuning raises CheckpointError before anything is changed. A scalar model may begin with
-    the trunk of a language model; its head is then zero.
+    Another architecture, size, base or kind of fine-tuning raises CheckpointError before anything
+    is changed. A scalar model may begin with the trunk of a language model; its head is then zero.
     """
     check_readable(path)
     adapter = is_adapter(path)
@@ -128,7 +141,9 @@ def _read_scalar_head(trainer: Trainer, file: Path) -> torch.Tensor | None:
     if not file.exists():
         return torch.zeros_like(trainer.scalar_head)
     if (shape := tensor_shapes(file).get("weight")) != tuple(trainer.scalar_head.shape):
-        raise CheckpointError(f"{file} holds a head of shape {shape}, this model's has {tuple(trainer.scalar_head.shape)}")
+        raise CheckpointError(
+            f"{file} holds a head of shape {shape}, this model's has {tuple(trainer.scalar_head.shape)}"
+        )
     return load_file(file)["weight"]
 
 
@@ -146,7 +161,8 @@ def _check_same_model(trainer: Trainer, config: PretrainedConfig, path: Path) ->
         live, saved = getattr(trainer.hf_config, key, None), getattr(config, key, None)
         if live != saved:
             raise CheckpointError(
-                f"{path} is a checkpoint of another model: its {key} is {saved}, that of {trainer.model_name!r} is {live}"
+                f"{path} is a checkpoint of another model: its {key} is {saved}, that of {trainer.model_name!r} is "
+                f"{live}"
             )
 
 
@@ -156,6 +172,8 @@ def _copy(live: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], path: P
         raise CheckpointError(f"{path} is a checkpoint of another model: {differing[:3]} in only one of the two")
     for name, tensor in live.items():
         if tensor.shape != saved[name].shape:
-            raise CheckpointError(f"{path}: {name} has shape {tuple(saved[name].shape)}, this model has {tuple(tensor.shape)}")
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(saved[name].shape)}, this model has {tuple(tensor.shape)}"
+            )
     for name, tensor in live.items():
         tensor.copy_(saved[name])

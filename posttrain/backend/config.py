@@ -1,4 +1,6 @@
-"""How this machine trains and samples: everything about the backend that is not the model's name."""
+"""How this machine trains and samples: everything about the backend that is not the model's
+name.
+"""
 
 import os
 from typing import Literal
@@ -27,14 +29,16 @@ class BackendConfig:
     )
     reproducible: bool | None = chz.field(
         default=None,
-        doc="same seed, same tokens; None = on a CPU yes (bit for bit), on a GPU no: there vLLM draws seeded requests one by one, and "
+        doc="same seed, same tokens; None = on a CPU yes (bit for bit), on a GPU no: there vLLM draws seeded requests "
+        "one by one, and "
         "kernels round alike only as far as VLLM_BATCH_INVARIANT=1, which is then set, reaches",
     )
     max_num_seqs: int = chz.field(default=256, validator=COUNT, doc="sequences the sampler decodes at once")
     sampler_memory_gb: float | None = chz.field(
         default=None,
         validator=POSITIVE,
-        doc="KV cache of each vLLM engine, in GiB; None = 1 on a CPU, and on a GPU what max_num_seqs full sequences need, within the share",
+        doc="KV cache of each vLLM engine, in GiB; None = 1 on a CPU, and on a GPU what max_num_seqs full sequences "
+        "need, within the share",
     )
     gpu_memory_utilization: float = chz.field(
         default=0.4,
@@ -51,14 +55,16 @@ class BackendConfig:
     )
     alarm: AlarmAction = chz.field(
         default="stop",
-        doc="what happens when sampler and trainer, or a batch and its sequences alone, differ by more than rounding explains",
+        doc="what happens when sampler and trainer, or a batch and its sequences alone, differ by more than rounding "
+        "explains",
     )
 
 
 def training_device() -> torch.device:
     """The one place that decides: CUDA when there is one, else the CPU.
 
-    Of several GPUs the one of this process (torchrun's LOCAL_RANK), by its number: a current device holds for one thread only.
+    Of several GPUs the one of this process (torchrun's LOCAL_RANK), by its number: a current device
+    holds for one thread only.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -69,6 +75,8 @@ AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:
-    """Activations and sampler weights. Trained weights are fp32 everywhere: bf16 would swallow RL's small updates."""
+    """Activations and sampler weights. Trained weights are fp32 everywhere: bf16 would swallow RL's
+    small updates.
+    """
     dtype = config.dtype if config else "auto"
     return getattr(torch, AUTO_DTYPES[device.type] if dtype == "auto" else dtype)

@@ -1,4 +1,6 @@
-"""Checks before a pass: what would otherwise fail deep in torch, or train on something silently wrong."""
+"""Checks before a pass: what would otherwise fail deep in torch, or train on something silently
+wrong.
+"""
 
 import difflib
 import inspect
@@ -26,7 +28,9 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     options = list(inspect.signature(loss.fn).parameters.values())[2:]
     given = set(loss_fn_config or {})
     if unknown := given - {option.name for option in options}:
-        raise ConfigError(f"loss_fn_config {sorted(unknown)} is not an option of {loss_fn}: it has {[o.name for o in options]}")
+        raise ConfigError(
+            f"loss_fn_config {sorted(unknown)} is not an option of {loss_fn}: it has {[o.name for o in options]}"
+        )
     if missing := {o.name for o in options if o.default is inspect.Parameter.empty} - given:
         raise ConfigError(f"loss_fn {loss_fn} needs loss_fn_config with {sorted(missing)}")
     for name, value in (loss_fn_config or {}).items():
@@ -35,8 +39,12 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     return loss
 
 
-def check_data(data_D: Sequence[Datum], required: Sequence[str], vocabulary: int, max_length: int, first: int = 0) -> None:
-    """Raises where a Datum would otherwise fail deep in torch, or be trained on silently wrong. `first`: the number of the first one."""
+def check_data(
+    data_D: Sequence[Datum], required: Sequence[str], vocabulary: int, max_length: int, first: int = 0
+) -> None:
+    """Raises where a Datum would otherwise fail deep in torch, or be trained on silently wrong.
+    `first`: the number of the first one.
+    """
     if not data_D:
         raise DataError("no data: forward and forward_backward need at least one Datum")
     keys = data_D[0].loss_fn_inputs.keys()
@@ -63,12 +71,15 @@ def check_data(data_D: Sequence[Datum], required: Sequence[str], vocabulary: int
     ):
         if (d := _first(tokens_D, lambda array: (array < 0) | (array >= vocabulary))) is not None:
             raise DataError(
-                f"datum {first + d} has a token outside the vocabulary of {vocabulary}: was it made with another tokenizer?"
+                f"datum {first + d} has a token outside the vocabulary of {vocabulary}: was it made with another "
+                "tokenizer?"
             )
 
 
 def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarray]) -> int | None:
-    """The first datum whose array has a bad entry. One look at all of them together: a batch has hundreds of short ones."""
+    """The first datum whose array has a bad entry. One look at all of them together: a batch has
+    hundreds of short ones.
+    """
     bad_N = bad(np.concatenate([array.reshape(-1) for array in arrays_D]))
     if not bad_N.any():
         return None
@@ -76,14 +87,19 @@ def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarra
 
 
 def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """NonFiniteError if a weight of `named`, or a state of its optimizer, is NaN or infinite. One pass over them."""
+    """NonFiniteError if a weight of `named`, or a state of its optimizer, is NaN or infinite. One
+    pass over them.
+    """
     tensors = dict(named)
     for name, parameter in named.items():
-        tensors |= {f"{key} of {name}": state for key, state in optimizer.state.get(parameter, {}).items() if state.ndim}
+        tensors |= {
+            f"{key} of {name}": state for key, state in optimizer.state.get(parameter, {}).items() if state.ndim
+        }
     largest = get_total_norm([tensor.detach() for tensor in tensors.values()], torch.inf)
     if not torch.isfinite(largest):
         bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         raise NonFiniteError(
-            f"{len(bad)} of {len(tensors)} tensors are not finite, first {bad[0]!r}: an optimizer step went too far, and nothing was "
+            f"{len(bad)} of {len(tensors)} tensors are not finite, first {bad[0]!r}: an optimizer step went too far, "
+            "and nothing was "
             "saved. Go back to the last checkpoint with a lower learning rate, or clip the gradient"
         )

@@ -21,7 +21,9 @@ _held_alone = False
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Together with all others that compute; waits while an engine starts or closes. May be nested."""
+    """Together with all others that compute; waits while an engine starts or closes. May be
+    nested.
+    """
     global _computing
     with _changed:
         _changed.wait_for(lambda: not _waiting, timeout=GIVE_WAY_SECONDS)
@@ -37,7 +39,9 @@ def computing() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Nobody else computes meanwhile. Not to be entered from inside a pass: that would wait for itself."""
+    """Nobody else computes meanwhile. Not to be entered from inside a pass: that would wait for
+    itself.
+    """
     global _held_alone, _waiting
     with _changed:
         _waiting += 1

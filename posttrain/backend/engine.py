@@ -28,15 +28,19 @@ from posttrain.backend.types import SampledSequence, SampleResponse, SamplingPar
 T = TypeVar("T")
 Weights = Iterable[tuple[str, torch.Tensor]]
 
-# Event-loop turns granted to callers between an answer and the next step; an answer reaches the next request in three or four.
+# Event-loop turns granted to callers between an answer and the next step; an answer reaches the
+# next request in three or four.
 SETTLE_TURNS = 12
-# Seconds to wait for a busy event loop (a slow grader inside `step`), and for the next request of a caller that has no event loop.
+# Seconds to wait for a busy event loop (a slow grader inside `step`), and for the next request of a
+# caller that has no event loop.
 SETTLE_LOOP_SECONDS, SETTLE_THREAD_SECONDS = 2.0, 0.002
 
 
 @dataclass(eq=False)
 class SequenceRequest:
-    """One sequence to sample. `topk_prompt`: None = no prompt logprobs, 0 = those of the prompt's tokens, k = the k most likely too."""
+    """One sequence to sample. `topk_prompt`: None = no prompt logprobs, 0 = those of the prompt's
+    tokens, k = the k most likely too.
+    """
 
     prompt: list[int]
     params: SamplingParams
@@ -66,7 +70,9 @@ class Engine(Protocol):
         ...
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
-        """Forgets these requests and gives their places back. Those that have finished, or were never added, are passed over."""
+        """Forgets these requests and gives their places back. Those that have finished, or were
+        never added, are passed over.
+        """
         ...
 
     def load_weights(self, weights: Weights) -> None:
@@ -78,7 +84,9 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class _Call:
-    """A client's call: one response for `len(requests)` sequences of one prompt. `client` is kept alive, and with it the engine."""
+    """A client's call: one response for `len(requests)` sequences of one prompt. `client` is kept
+    alive, and with it the engine.
+    """
 
     client: object
     requests: list[SequenceRequest]
@@ -114,14 +122,17 @@ def _close_running_engines() -> None:
 
 
 class EngineThread:
-    """Drives one engine. `version` counts the weights it has been given; `deterministic` turns settling on.
+    """Drives one engine. `version` counts the weights it has been given; `deterministic` turns
+    settling on.
 
-    Clients `hold` it. It ends when the last has let go and no call is in flight, or at once by `close`.
+    Clients `hold` it. It ends when the last has let go and no call is in flight, or at once by
+    `close`.
     """
 
     def __init__(self, make_engine: Callable[[], Engine], deterministic: bool):
         self.version = -1
-        self.unseeded_calls = itertools.count()  # seeds of calls that bring none: reproducible, and never the same twice
+        # seeds of calls that bring none: reproducible, and never the same twice
+        self.unseeded_calls = itertools.count()
         self._deterministic = deterministic
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._calls: dict[SequenceRequest, _Call] = {}
@@ -130,9 +141,12 @@ class EngineThread:
         self._let_go = self._closing = False
         self._error: BaseException | None = None
         self._stopped = False
-        self._put_lock = threading.Lock()  # nothing may enter the inbox once the thread has emptied it for the last time
+        # nothing may enter the inbox once the thread has emptied it for the last time
+        self._put_lock = threading.Lock()
         started: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(make_engine, started), name="sampling-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(make_engine, started), name="sampling-engine", daemon=True
+        )
         self._thread.start()
         try:
             started.result()
@@ -141,7 +155,7 @@ class EngineThread:
             self._inbox.put(_LookUp)
             raise
 
-    # --- called from anywhere ---------------------------------------------------------------------------------------------------
+    # --- called from anywhere --------------------------------------------------------------------
 
     @property
     def num_in_flight(self) -> int:
@@ -149,9 +163,15 @@ class EngineThread:
         return len(self._calls)
 
     def submit(
-        self, client: object, requests: list[SequenceRequest], version: int | None, answer: Callable[[SampleResponse], T]
+        self,
+        client: object,
+        requests: list[SequenceRequest],
+        version: int | None,
+        answer: Callable[[SampleResponse], T],
     ) -> APIFuture[T]:
-        """The future of `answer` of the response. Cancelled, it gives the places of its requests back."""
+        """The future of `answer` of the response. Cancelled, it gives the places of its requests
+        back.
+        """
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -163,7 +183,9 @@ class EngineThread:
         return future
 
     def sync(self, weights: Callable[[], Weights], version: int) -> None:
-        """Blocks until the engine runs on `weights`. Unfinished calls that insist on older weights fail with StaleSamplerError."""
+        """Blocks until the engine runs on `weights`. Unfinished calls that insist on older weights
+        fail with StaleSamplerError.
+        """
         sync = _Sync(weights, version, Future())
         self._put(sync)
         sync.future.result()
@@ -188,13 +210,16 @@ class EngineThread:
             self._thread.join()
 
     def _release(self, holder: object) -> None:
-        """Called by the garbage collector too, in any thread at any moment: takes no lock and waits for nothing."""
+        """Called by the garbage collector too, in any thread at any moment: takes no lock and waits
+        for nothing.
+        """
         self._holders.discard(holder)
         self._let_go = True
         self._inbox.put(_LookUp)
 
     def _withdraw(self, call: _Call) -> None:
-        self._inbox.put(_Withdrawn(call))  # first: what the engine leaves out must not be waited for
+        # first: what the engine leaves out must not be waited for
+        self._inbox.put(_Withdrawn(call))
         for request in call.requests:
             request.abandoned = True
 
@@ -209,7 +234,7 @@ class EngineThread:
         reason.__cause__ = self._error
         return reason
 
-    # --- the thread -------------------------------------------------------------------------------------------------------------
+    # --- the thread ------------------------------------------------------------------------------
 
     def _run(self, make_engine: Callable[[], Engine], started: "Future[None]") -> None:
         work_for(self)
@@ -318,8 +343,9 @@ class EngineThread:
     def _settle(self) -> None:
         """Returns once everyone answered since the last step has had the time to ask again.
 
-        The last digits of a sequence's logprobs depend on what is decoded beside it. With this, which requests share a step
-        depends on the program and not on the clock: a run on a CPU is reproducible bit for bit.
+        The last digits of a sequence's logprobs depend on what is decoded beside it. With this,
+        which requests share a step depends on the program and not on the clock: a run on a CPU is
+        reproducible bit for bit.
         """
         waiting, self._unsettled = self._unsettled, set()
         for loop in waiting:
@@ -352,6 +378,7 @@ def _response(call: _Call) -> SampleResponse:
 
 def _stale(version: int, live: int) -> StaleSamplerError:
     return StaleSamplerError(
-        f"this sampling client is of policy version {version}, and the sampler now holds version {live}: take a new client from "
+        f"this sampling client is of policy version {version}, and the sampler now holds version {live}: take a new "
+        "client from "
         "save_weights_and_get_sampling_client, or make one that follows the live policy with follow=True"
     )

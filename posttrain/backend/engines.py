@@ -1,4 +1,6 @@
-"""The sampling engines of one ServiceClient: opened by it and by its TrainingClients, closed together."""
+"""The sampling engines of one ServiceClient: opened by it and by its TrainingClients, closed
+together.
+"""
 
 import weakref
 from pathlib import Path
@@ -24,7 +26,9 @@ class Engines:
 
     def __init__(self, config: BackendConfig):
         if config.engine == "vllm" and not vllm_is_installed():
-            raise EngineError("backend.engine=vllm, but vllm is not installed: see docs/install.md, or take backend.engine=torch")
+            raise EngineError(
+                "backend.engine=vllm, but vllm is not installed: see docs/install.md, or take backend.engine=torch"
+            )
         self.config = config
         self._running: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
@@ -51,7 +55,9 @@ class Engines:
         return engine
 
     def open_saved(self, path: str, seed: int = 0) -> SamplingClient:
-        """The frozen policy of a folder; an adapter is merged into its base, whose seed is `seed` if the adapter has none."""
+        """The frozen policy of a folder; an adapter is merged into its base, whose seed is `seed`
+        if the adapter has none.
+        """
         folder = Path(path).expanduser()
         check_readable(folder)
         if is_adapter(folder):
@@ -59,7 +65,9 @@ class Engines:
         return self._freeze(path, load_model(str(folder), seed, torch.device("cpu"), torch.float32))
 
     def open_named(self, base_model: str, seed: int = 0) -> SamplingClient:
-        """The frozen policy of a model as `create_training_client` opens it; `seed` makes a preset's weights."""
+        """The frozen policy of a model as `create_training_client` opens it; `seed` makes a
+        preset's weights.
+        """
         return self._freeze(base_model, load_model(base_model, seed, torch.device("cpu"), torch.float32))
 
     def _freeze(self, name: str, model: PreTrainedModel) -> SamplingClient:

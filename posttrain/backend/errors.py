@@ -10,7 +10,9 @@ class ConfigError(CookbookError):
 
 
 class DataError(CookbookError):
-    """A dataset is missing, malformed, or has nothing to train on. Names the file and the line where there is one."""
+    """A dataset is missing, malformed, or has nothing to train on. Names the file and the line
+    where there is one.
+    """
 
 
 class ModelError(CookbookError):
@@ -22,11 +24,15 @@ class ContextLengthError(CookbookError):
 
 
 class CheckpointError(CookbookError):
-    """A checkpoint cannot be written or does not belong to this model. The previous checkpoint is untouched."""
+    """A checkpoint cannot be written or does not belong to this model. The previous checkpoint is
+    untouched.
+    """
 
 
 class NonFiniteError(CookbookError):
-    """A loss or gradient is NaN or infinite. No weight was changed; `datum_indices` are the offending data of the call."""
+    """A loss or gradient is NaN or infinite. No weight was changed; `datum_indices` are the
+    offending data of the call.
+    """
 
     def __init__(self, message: str, datum_indices: list[int] | None = None):
         super().__init__(message)
@@ -34,11 +40,15 @@ class NonFiniteError(CookbookError):
 
 
 class LogprobGapError(CookbookError):
-    """An alarm stopped the run (alarms.py): two computations of the same logprobs differ by more than rounding. Nothing was saved since."""
+    """An alarm stopped the run (alarms.py): two computations of the same logprobs differ by more
+    than rounding. Nothing was saved since.
+    """
 
 
 class PassCancelledError(CookbookError):
-    """A forward_backward was cancelled before its turn, so the gradient of this step is incomplete. No weight was changed."""
+    """A forward_backward was cancelled before its turn, so the gradient of this step is incomplete.
+    No weight was changed.
+    """
 
 
 class StaleSamplerError(CookbookError):
@@ -53,7 +63,7 @@ class ClosedError(CookbookError):
     """A client was closed before this call began."""
 
 
-# --- the names of the Tinker SDK, for the `except` clauses of scripts written for it -------------------------------------------------
+# --- the names of the Tinker SDK, for the `except` clauses of scripts written for it ------------
 
 TinkerError = RequestFailedError = CookbookError
 

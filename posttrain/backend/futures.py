@@ -17,24 +17,28 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _lock = threading.Lock()  # of the counters below; held for a line at a time
-_working_for = threading.local()  # .owner: what stands for the InOrder or the engine whose thread this is
+# .owner: what stands for the InOrder or the engine whose thread this is
+_working_for = threading.local()
 
 
 class APIFuture(Future[T]):
-    """The outcome of a submitted call: a `concurrent.futures.Future` that can also be awaited, in any event loop.
+    """The outcome of a submitted call: a `concurrent.futures.Future` that can also be awaited, in
+    any event loop.
 
-    A failure is raised here, in the caller. `cancel`, or the cancellation of a task that awaits, withdraws a call that has not begun,
-    unless somebody else waits for it; a call that has begun is carried through. A `result(timeout)` that times out withdraws nothing.
+    A failure is raised here, in the caller. `cancel`, or the cancellation of a task that awaits,
+    withdraws a call that has not begun, unless somebody else waits for it; a call that has begun is
+    carried through. A `result(timeout)` that times out withdraws nothing.
     """
 
     def __init__(self, owner: object = None):
         super().__init__()
         self._owner = owner  # whose thread sets the outcome
-        self.when_cancelled: Callable[[], object] | None = None  # called where `cancel` succeeds, in the canceller's thread
+        # called where `cancel` succeeds, in the canceller's thread
+        self.when_cancelled: Callable[[], object] | None = None
         self._claimed = False
         self._num_waiting = 0
 
-    # --- for the caller ---------------------------------------------------------------------------------------------------------
+    # --- for the caller --------------------------------------------------------------------------
 
     def result(self, timeout: float | None = None) -> T:
         with self._waiting():
@@ -45,7 +49,9 @@ class APIFuture(Future[T]):
             return super().exception(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
-        """As `await`; TimeoutError after `timeout` seconds, which is a cancellation of this waiter."""
+        """As `await`; TimeoutError after `timeout` seconds, which is a cancellation of this
+        waiter.
+        """
         async with asyncio.timeout(timeout):
             return await self._wait()
 
@@ -103,10 +109,12 @@ class APIFuture(Future[T]):
             with _lock:
                 self._num_waiting -= 1
 
-    # --- for the worker ---------------------------------------------------------------------------------------------------------
+    # --- for the worker --------------------------------------------------------------------------
 
     def start(self) -> bool:
-        """True if the call is still wanted; from then on it cannot be cancelled. True once at most."""
+        """True if the call is still wanted; from then on it cannot be cancelled. True once at
+        most.
+        """
         with _lock:
             first, self._claimed = not self._claimed, True
         self.when_cancelled = None
@@ -136,12 +144,16 @@ def _call_back(fn: Callable[[Future[T]], object], future: Future[T]) -> None:
 
 
 def work_for(owner: object) -> None:
-    """Says that the present thread sets the outcome of `owner`'s futures, and so must not wait for them."""
+    """Says that the present thread sets the outcome of `owner`'s futures, and so must not wait for
+    them.
+    """
     _working_for.owner = owner
 
 
 class Ready:
-    """A client that can be used at once and is its own future too, since the SDK's methods return a future of a client."""
+    """A client that can be used at once and is its own future too, since the SDK's methods return a
+    future of a client.
+    """
 
     def result(self, timeout: float | None = None) -> Self:
         return self
@@ -154,7 +166,9 @@ class Ready:
 
 
 def accepted(method: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
-    """The `_async` twin of a method that returns at once. Awaiting it means that the call was accepted in its order."""
+    """The `_async` twin of a method that returns at once. Awaiting it means that the call was
+    accepted in its order.
+    """
 
     @wraps(method)
     async def twin(self: C, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -194,7 +208,9 @@ class InOrder:
     def submit(
         self, fn: Callable[..., T], *args: Any, if_cancelled: Callable[[], object] | None = None, **kwargs: Any
     ) -> APIFuture[T]:
-        """`if_cancelled` is called in the place of a call that was cancelled before its turn. ClosedError after `close`."""
+        """`if_cancelled` is called in the place of a call that was cancelled before its turn.
+        ClosedError after `close`.
+        """
         future: APIFuture[T] = APIFuture(self._owner)
         call = partial(fn, *args, **kwargs)
         try:
@@ -221,14 +237,16 @@ class InOrder:
         return ClosedError(f"the {self._name} thread was closed before this call")
 
     def close(self) -> None:
-        """Waits for the call that runs; those behind it fail with ClosedError. May be called from a call itself."""
+        """Waits for the call that runs; those behind it fail with ClosedError. May be called from a
+        call itself.
+        """
         self._closed = True
         self._executor.shutdown(wait=getattr(_working_for, "owner", None) is not self._owner)
 
 
 def _as_outcome(error: BaseException) -> BaseException:
-    """Errors that mean something to whoever waits are wrapped: a CancelledError would read as the waiter's own cancellation, and an
-    asyncio future takes no StopIteration."""
+    """Errors that mean something to whoever waits are wrapped: a CancelledError would read as the
+    waiter's own cancellation, and an asyncio future takes no StopIteration."""
     if not isinstance(error, asyncio.CancelledError | concurrent.futures.CancelledError | StopIteration):
         return error
     wrapped = RuntimeError(f"the call was ended by {error!r} from inside it")

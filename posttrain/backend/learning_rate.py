@@ -1,4 +1,6 @@
-"""Learning-rate schedules: warm-up, then constant, linear or cosine (the last two fall from the peak to a floor)."""
+"""Learning-rate schedules: warm-up, then constant, linear or cosine (the last two fall from the
+peak to a floor).
+"""
 
 import math
 from typing import Literal
@@ -9,10 +11,11 @@ LRSchedule = Literal["linear", "cosine", "constant"]
 def learning_rate_at(
     step: int, peak: float, schedule: LRSchedule, num_steps: int, warmup_steps: int = 0, floor: float = 0.0
 ) -> float:
-    """The rate of `step`, counted from 0. The warm-up is linear; its first step has 1 / warmup_steps of the peak.
+    """The rate of `step`, counted from 0. The warm-up is linear; its first step has 1 /
+    warmup_steps of the peak.
 
-    With t = (step - warmup_steps) / (num_steps - warmup_steps), at most 1, the rate above the floor is (1 - t) of the whole
-    (linear) or (1 + cos(pi t)) / 2 of it (cosine).
+    With t = (step - warmup_steps) / (num_steps - warmup_steps), at most 1, the rate above the floor
+    is (1 - t) of the whole (linear) or (1 + cos(pi t)) / 2 of it (cosine).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -14,7 +14,9 @@ CHUNK_ELEMENTS = 2**26  # rows times vocabulary held at once: 256 MiB of fp32
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits last: z becomes c tanh(s z / c), with `scale` s and `softcap` c (None = no cap)."""
+    """What a model does to its logits last: z becomes c tanh(s z / c), with `scale` s and `softcap`
+    c (None = no cap).
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -26,7 +28,9 @@ class LogitTransform:
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def backward(self, grad: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
-        """The gradient with respect to the input, from the transformed logits; overwrites both arguments."""
+        """The gradient with respect to the input, from the transformed logits; overwrites both
+        arguments.
+        """
         if self.softcap is not None:
             grad *= transformed.div_(self.softcap).square_().neg_().add_(1)
         return grad if self.scale == 1 else grad.mul_(self.scale)
@@ -42,12 +46,16 @@ def target_logprobs(
     temperature_N: torch.Tensor | None = None,
     transform: LogitTransform = PLAIN,
 ) -> torch.Tensor:
-    """log softmax(transform(hidden @ head.T) / temperature) at `targets`, shape (N, K), fp32, differentiable in `hidden` and `head`."""
+    """log softmax(transform(hidden @ head.T) / temperature) at `targets`, shape (N, K), fp32,
+    differentiable in `hidden` and `head`.
+    """
     return _TargetLogprobs.apply(hidden_NH, head_VH, targets_NK, temperature_N, transform)  # type: ignore[no-any-return]
 
 
 def fp32_logits(hidden_NH: torch.Tensor, head_VH: torch.Tensor, transform: LogitTransform = PLAIN) -> torch.Tensor:
-    """(N, V), not differentiable. bf16 factors give fp32 logits on CUDA: rounded to bf16, they would be off by up to 0.06 at 16."""
+    """(N, V), not differentiable. bf16 factors give fp32 logits on CUDA: rounded to bf16, they
+    would be off by up to 0.06 at 16.
+    """
     if hidden_NH.is_cuda and hidden_NH.dtype == torch.bfloat16:
         return transform(torch.mm(hidden_NH, head_VH.T, out_dtype=torch.float32))
     return transform((hidden_NH @ head_VH.T).float())

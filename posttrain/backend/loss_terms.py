@@ -22,8 +22,9 @@ KeptRow = tuple[int, int]  # the number of a forward pass that was kept, and of 
 class LossTerm:
     """Data and the loss they are for. In one pass, all terms have as many targets per token.
 
-    `kept_D` are the rows of these data, with the same tokens, targets, temperatures and places that carry loss, in a forward
-    pass that was kept (the output's `kept_D`): a backward pass goes on from there, if the weights have not changed since.
+    `kept_D` are the rows of these data, with the same tokens, targets, temperatures and places that
+    carry loss, in a forward pass that was kept (the output's `kept_D`): a backward pass goes on
+    from there, if the weights have not changed since.
     """
 
     data_D: Sequence[Datum]
@@ -45,13 +46,17 @@ class RunningTerm:
         self._loss_places: list[np.ndarray] = []
 
     def __call__(self, batch: MicroBatch, p_NK: torch.Tensor) -> torch.Tensor | None:
-        """The loss, summed over those rows of the batch that are this term's; None where none is."""
+        """The loss, summed over those rows of the batch that are this term's; None where none
+        is.
+        """
         row_N, place_N = self._targets_in(batch.loss)
         if not len(row_N):
             return None
         device = p_NK.device
         p = self._keep(place_N, p_NK[torch.from_numpy(row_N).to(device)])
-        inputs = {key: torch.from_numpy(array[place_N]).to(device, non_blocking=True) for key, array in self._inputs.items()}
+        inputs = {
+            key: torch.from_numpy(array[place_N]).to(device, non_blocking=True) for key, array in self._inputs.items()
+        }
         loss_N, diagnostics_N = self.loss.fn(p, inputs, **(self.term.loss_fn_config or {}))
         self._loss_places.append(place_N)
         self._losses.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
@@ -67,7 +72,9 @@ class RunningTerm:
 
     def _targets_in(self, positions: Positions) -> tuple[np.ndarray, np.ndarray]:
         """This term's among the positions, and their places among its tokens."""
-        row_N = np.flatnonzero((positions.datum_N >= self.first) & (positions.datum_N < self.first + len(self.term.data_D)))
+        row_N = np.flatnonzero(
+            (positions.datum_N >= self.first) & (positions.datum_N < self.first + len(self.term.data_D))
+        )
         return row_N, self._offsets_D[positions.datum_N[row_N] - self.first] + positions.position_N[row_N]
 
     def _keep(self, place_N: np.ndarray, p_NK: torch.Tensor) -> torch.Tensor:
@@ -85,14 +92,18 @@ class RunningTerm:
         return sorted(set((self.first + np.searchsorted(self._offsets_D, places, side="right") - 1).tolist()))
 
     def output(self, name: str) -> ForwardBackwardOutput:
-        """`name` of every token, and the metrics: of data without a token that carries loss, a sum of 0."""
+        """`name` of every token, and the metrics: of data without a token that carries loss, a sum
+        of 0.
+        """
         loss_N = torch.cat(self._losses).double().cpu() if self._losses else torch.zeros(0)
         p = torch.cat(self._logprobs).float().cpu().numpy()
         flat = np.empty((int(self._offsets_D[-1]), *p.shape[1:]), dtype=np.float32)
         flat[np.concatenate(self._places)] = p
         metrics = {"loss:sum": float(loss_N.sum()), "num_loss_tokens:sum": float(len(loss_N))}
         metrics |= {f"{key}:mean": float(value) / max(len(loss_N), 1) for key, value in self._sums.items()}
-        return ForwardBackwardOutput([{name: TensorData(array)} for array in np.split(flat, self._offsets_D[1:-1])], metrics)
+        return ForwardBackwardOutput(
+            [{name: TensorData(array)} for array in np.split(flat, self._offsets_D[1:-1])], metrics
+        )
 
     def needs_backward(self) -> list[bool]:
         """Groups whose members all got the same reward do not: advantage 0, gradient 0."""
@@ -111,7 +122,9 @@ class KeptForward:
     others_NK: torch.Tensor
 
     def of(self, kept_D: Sequence[KeptRow | None]) -> tuple[MicroBatch, torch.Tensor, torch.Tensor] | None:
-        """The part of it that is these rows', numbered as they are; None if some are not its own."""
+        """The part of it that is these rows', numbered as they are; None if some are not its
+        own.
+        """
         numbers_D = [kept[1] for kept in kept_D if kept and kept[0] == self.number]
         if len(numbers_D) < len(kept_D):
             return None

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 Tensors = dict[str, torch.Tensor]
-LossFn = Callable[..., tuple[torch.Tensor, Tensors]]  # (p_N, inputs_N, **loss_fn_config) -> (loss_N, diagnostics_N)
+# (p_N, inputs_N, **loss_fn_config) -> (loss_N, diagnostics_N)
+LossFn = Callable[..., tuple[torch.Tensor, Tensors]]
 
 
 def cross_entropy(p_NK: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
@@ -20,37 +21,50 @@ def cross_entropy(p_NK: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Te
 
 
 def importance_sampling(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """-r A: the policy gradient, corrected for the sampler having been another policy. The ratio is unbounded."""
+    """-r A: the policy gradient, corrected for the sampler having been another policy. The ratio is
+    unbounded.
+    """
     ratio_N = (p_N - inputs["logprobs"]).exp()
     return -(ratio_N * inputs["advantages"]), {"ratio": ratio_N}
 
 
 def reinforce(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """-p A: the likelihood of what was sampled, weighted (Williams 1992). Its gradient is the policy gradient on-policy only."""
+    """-p A: the likelihood of what was sampled, weighted (Williams 1992). Its gradient is the
+    policy gradient on-policy only.
+    """
     return -(p_N * inputs["advantages"]), {"ratio": (p_N - inputs["logprobs"]).detach().exp()}
 
 
 def ppo(
     p_N: torch.Tensor, inputs: Tensors, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2
 ) -> tuple[torch.Tensor, Tensors]:
-    """-min(r A, clip(r) A), Schulman et al. 2017 eq. 7. The thresholds bound the ratio itself; they are not epsilons."""
+    """-min(r A, clip(r) A), Schulman et al. 2017 eq. 7. The thresholds bound the ratio itself; they
+    are not epsilons.
+    """
     ratio_N, advantages_N = (p_N - inputs["logprobs"]).exp(), inputs["advantages"]
     unclipped_N = ratio_N * advantages_N
     clipped_N = ratio_N.clamp(clip_low_threshold, clip_high_threshold) * advantages_N
-    return -torch.minimum(unclipped_N, clipped_N), {"ratio": ratio_N, "clip_fraction": (clipped_N < unclipped_N).float()}
+    return -torch.minimum(unclipped_N, clipped_N), {
+        "ratio": ratio_N,
+        "clip_fraction": (clipped_N < unclipped_N).float(),
+    }
 
 
 def cispo(
     p_N: torch.Tensor, inputs: Tensors, clip_low_threshold: float = 0.0, clip_high_threshold: float = 4.0
 ) -> tuple[torch.Tensor, Tensors]:
-    """-stop_gradient(clip(r)) p A, MiniMax-M1 eq. 4: clips the weight of a token's gradient, never the gradient itself."""
+    """-stop_gradient(clip(r)) p A, MiniMax-M1 eq. 4: clips the weight of a token's gradient, never
+    the gradient itself.
+    """
     ratio_N = (p_N - inputs["logprobs"]).exp().detach()
     weight_N = ratio_N.clamp(clip_low_threshold, clip_high_threshold)
     return -(weight_N * p_N * inputs["advantages"]), {"ratio": ratio_N, "clip_fraction": (weight_N != ratio_N).float()}
 
 
 def dro(p_N: torch.Tensor, inputs: Tensors, beta: float) -> tuple[torch.Tensor, Tensors]:
-    """-[p A - beta / 2 (p - q)^2], Richemond et al. 2024: a quadratic pull towards the sampler instead of a ratio."""
+    """-[p A - beta / 2 (p - q)^2], Richemond et al. 2024: a quadratic pull towards the sampler
+    instead of a ratio.
+    """
     gap_N = p_N - inputs["logprobs"]
     return -(p_N * inputs["advantages"] - 0.5 * beta * gap_N.square()), {"ratio": gap_N.detach().exp()}
 

@@ -9,26 +9,32 @@ from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.errors import ModelError
 
 GIB = 2**30
-# Bytes per parameter: fp32 weights, gradients and two Adam moments; fp32 weights alone; a pass's copies; the engine's copy.
+# Bytes per parameter: fp32 weights, gradients and two Adam moments; fp32 weights alone; a pass's
+# copies; the engine's copy.
 FULL_BYTES, LORA_BYTES, COPY_BYTES, ENGINE_BYTES = 16, 4, 2, 2
 OVERHEAD_BYTES = 2 * GIB  # CUDA's context, adapters, the logits of a chunk, fragments
 
 
 def check_fits(model_name: str, hf_config: PretrainedConfig, lora: bool, free: int) -> None:
-    """ModelError if the model cannot be trained in `free` bytes beside an engine with its weights. Activations come on top."""
+    """ModelError if the model cannot be trained in `free` bytes beside an engine with its weights.
+    Activations come on top.
+    """
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(hf_config).parameters())
     needed = parameters * ((LORA_BYTES if lora else FULL_BYTES) + COPY_BYTES + ENGINE_BYTES) + OVERHEAD_BYTES
     if needed > free:
         raise ModelError(
-            f"{model_name!r} needs {needed / GIB:.1f} GiB to be trained and sampled, without activations and KV cache, and "
+            f"{model_name!r} needs {needed / GIB:.1f} GiB to be trained and sampled, without activations and KV cache, "
+            "and "
             f"{free / GIB:.1f} GiB of the GPU are free: {(needed - free) / GIB:.1f} too few. Take a smaller model"
             + ("" if lora else ", or LoRA (lora_rank)")
         )
 
 
 def kv_cache_bytes(hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device) -> int:
-    """For one engine: what was asked for; else 1 GiB on a CPU, and on a GPU what `max_num_seqs` full sequences need, within the share."""
+    """For one engine: what was asked for; else 1 GiB on a CPU, and on a GPU what `max_num_seqs`
+    full sequences need, within the share.
+    """
     if config.sampler_memory_gb is not None:
         return int(config.sampler_memory_gb * GIB)
     if device.type != "cuda":

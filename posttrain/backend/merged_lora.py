@@ -20,7 +20,9 @@ def merged_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compute_merged(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes every adapted linear layer of a peft model compute with its merged weight in `dtype`."""
+    """Makes every adapted linear layer of a peft model compute with its merged weight in
+    `dtype`.
+    """
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
             layer.forward = MethodType(_forward, layer)
@@ -28,7 +30,8 @@ def compute_merged(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # autocast would round B A before it is added
+    # autocast would round B A before it is added
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         weight = merged_weight(layer, layer.merged_dtype)
         weight_OI = weight.T if layer.fan_in_fan_out else weight
     a_RI, b_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -41,7 +44,9 @@ class _MergedLinear(torch.autograd.Function):
     """x W^T with W fixed; the gradients of A and B are those of scaling * B A inside W."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, weight_OI: torch.Tensor, scaling: float):
+    def forward(
+        ctx: Any, x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, weight_OI: torch.Tensor, scaling: float
+    ):
         ctx.save_for_backward(x, a_RI, b_OR, weight_OI)
         ctx.scaling = scaling
         return F.linear(x, weight_OI)

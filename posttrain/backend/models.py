@@ -34,8 +34,10 @@ from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import LogitTransform
 from posttrain.backend.random_state import drawn_from
 
-SCALAR_HEAD_FILE = "scalar_head.safetensors"  # beside the trunk of a saved scalar model (scalar_trainer.py)
-# Contexts longer than this must be asked for: a hub model's own limit can be a million tokens, and the KV cache is sized for it.
+# beside the trunk of a saved scalar model (scalar_trainer.py)
+SCALAR_HEAD_FILE = "scalar_head.safetensors"
+# Contexts longer than this must be asked for: a hub model's own limit can be a million tokens, and
+# the KV cache is sized for it.
 DEFAULT_MAX_LENGTH = 4096
 
 
@@ -49,27 +51,37 @@ def _shape(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, contex
         "max_position_embeddings": context,
         "tie_word_embeddings": True,
         "initializer_range": hidden
-        ** -0.5,  # the usual 0.02 suits models ten times as wide; narrow ones then learn five times slower
+        # the usual 0.02 suits models ten times as wide; narrow ones then learn five times slower
+        ** -0.5,
     }
 
 
-_TOKENS = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}  # tokenizers.character_tokenizer
+# tokenizers.character_tokenizer
+_TOKENS = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
 _GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 PRESETS: dict[str, PretrainedConfig] = {
-    "micro": Qwen3Config(**_shape(2, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),  # 0.4M parameters, half of tiny's layers
-    "tiny": Qwen3Config(**_shape(4, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),  # 0.8M parameters
+    # 0.4M parameters, half of tiny's layers
+    "micro": Qwen3Config(**_shape(2, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),
+    # 0.8M parameters
+    "tiny": Qwen3Config(**_shape(4, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),
     "small": Qwen3Config(**_shape(6, 384, 1024, 6, 2, 1024), head_dim=64, **_TOKENS),  # 9.5M
     "llama-tiny": LlamaConfig(**_shape(4, 128, 384, 4, 2, 512), head_dim=32, **_TOKENS),
-    "gpt2-tiny": GPT2Config(n_layer=4, n_embd=128, n_head=4, n_positions=512, initializer_range=128**-0.5, **_GPT2, **_TOKENS),
-    "gpt2-small": GPT2Config(n_layer=12, n_embd=768, n_head=12, n_positions=1024, **_GPT2, **_TOKENS),  # 85M
-    # Qwen2.5-0.5B's shape with random weights: what benchmarks/ measures on a GPU, where nothing can be downloaded.
+    "gpt2-tiny": GPT2Config(
+        n_layer=4, n_embd=128, n_head=4, n_positions=512, initializer_range=128**-0.5, **_GPT2, **_TOKENS
+    ),
+    # 85M
+    "gpt2-small": GPT2Config(n_layer=12, n_embd=768, n_head=12, n_positions=1024, **_GPT2, **_TOKENS),
+    # Qwen2.5-0.5B's shape with random weights: what benchmarks/ measures on a GPU, where nothing
+    # can be downloaded.
     "qwen2.5-0.5b-shape": Qwen2Config(**_shape(24, 896, 4864, 14, 2, 32768), **{**_TOKENS, "vocab_size": 151936}),
 }
 
 
 def model_config(model_name: str) -> PretrainedConfig:
-    """The Hugging Face config behind a name. Raises ModelError, naming the nearest preset, before any weight is touched."""
+    """The Hugging Face config behind a name. Raises ModelError, naming the nearest preset, before
+    any weight is touched.
+    """
     if model_name in PRESETS:
         return PRESETS[model_name]
     path = Path(model_name).expanduser()
@@ -88,7 +100,8 @@ def model_config(model_name: str) -> PretrainedConfig:
         source = model_name
     near = difflib.get_close_matches(model_name, PRESETS, n=1, cutoff=0.75)
     hint = f"; did you mean {near[0]!r}?" if near else f" (presets: {', '.join(PRESETS)})"
-    if near and "/" not in model_name:  # a slip of the pen: do not ask the hub, whose time-outs take half a minute
+    # a slip of the pen: do not ask the hub, whose time-outs take half a minute
+    if near and "/" not in model_name:
         raise ModelError(f"{model_name!r} is neither a preset nor a local folder{hint}")
     try:
         return AutoConfig.from_pretrained(source)
@@ -97,11 +110,22 @@ def model_config(model_name: str) -> PretrainedConfig:
 
 
 # What transformers, safetensors and the hub raise for a model that is damaged, absent or unknown.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def _reason(error: BaseException) -> str:
-    """Why a model could not be opened, in one line. transformers chains the hub's error to a page of advice."""
+    """Why a model could not be opened, in one line. transformers chains the hub's error to a page
+    of advice.
+    """
     chain, link = [], error
     while link is not None:
         chain.append(link)
@@ -109,12 +133,21 @@ def _reason(error: BaseException) -> str:
     for cause in chain:
         match type(cause).__name__:
             case "GatedRepoError":
-                return "its repository is gated: accept its terms on huggingface.co, then log in with `hf auth login`, or set HF_TOKEN"
+                return (
+                    "its repository is gated: accept its terms on huggingface.co, then log in with `hf auth "
+                    "login`, or set HF_TOKEN"
+                )
             case "RepositoryNotFoundError" | "HFValidationError":
                 return "the Hugging Face hub has no public repository of this name; for a private one log in with `hf auth login`"
             case "RemoteEntryNotFoundError" | "EntryNotFoundError":
                 return "its repository lacks a file that a transformers model has, such as config.json"
-            case "LocalEntryNotFoundError" | "OfflineModeIsEnabled" | "ConnectError" | "ConnectionError" | "ConnectTimeout":
+            case (
+                "LocalEntryNotFoundError"
+                | "OfflineModeIsEnabled"
+                | "ConnectError"
+                | "ConnectionError"
+                | "ConnectTimeout"
+            ):
                 return "the Hugging Face hub was not reached, and the model is not in the local cache (is HF_HUB_OFFLINE set?)"
     text = str(error)
     if "trust_remote_code" in text:
@@ -129,10 +162,11 @@ def _reason(error: BaseException) -> str:
 
 
 def context_length(model_name: str, max_length: int | None = None) -> int:
-    """Tokens of context to use: `max_length`, or the model's own up to DEFAULT_MAX_LENGTH. Raises if the model has less.
+    """Tokens of context to use: `max_length`, or the model's own up to DEFAULT_MAX_LENGTH. Raises
+    if the model has less.
 
-    With LongRoPE (Phi 3 and 4 with 128k) the context ends where the rotations change: beyond, those of all positions depend on the
-    longest row beside them, so that a sequence has several logprobs.
+    With LongRoPE (Phi 3 and 4 with 128k) the context ends where the rotations change: beyond, those
+    of all positions depend on the longest row beside them, so that a sequence has several logprobs.
     An adapter's folder has the context of its base.
     """
     if is_adapter(folder := Path(model_name).expanduser()):
@@ -141,22 +175,29 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
     limit, why = int(getattr(config, "max_position_embeddings", DEFAULT_MAX_LENGTH)), ""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", limit)
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", limit
+        )
         limit, why = min(limit, int(original)), " with one set of rotations (LongRoPE changes them beyond)"
     if max_length is not None and max_length > limit:
-        raise ModelError(f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has{why}")
+        raise ModelError(
+            f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has{why}"
+        )
     return max_length or min(limit, DEFAULT_MAX_LENGTH)
 
 
-# Model types whose config has no `layer_types`: every layer is causal attention over all earlier tokens, unless a window is set.
+# Model types whose config has no `layer_types`: every layer is causal attention over all earlier
+# tokens, unless a window is set.
 FULL_ATTENTION = """cohere gemma glm gpt2 gpt_neox granite granitemoe llama mistral mixtral olmo olmo2 olmoe phi phi3 qwen3_moe
     stablelm starcoder2"""
 
 
 def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
-    """Whether the configuration says that every layer is causal attention over all of up to `max_length` earlier tokens.
+    """Whether the configuration says that every layer is causal attention over all of up to
+    `max_length` earlier tokens.
 
-    Only then may several sequences share a row: a window, a chunk, a recurrent or a convolution layer would count the columns between.
+    Only then may several sequences share a row: a window, a chunk, a recurrent or a convolution
+    layer would count the columns between.
     """
     config = config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
@@ -170,23 +211,33 @@ def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """The scale and the softcap of the logits: Granite's and Cohere's, Gemma 2's. `Trainer` checks that the model does no more."""
+    """The scale and the softcap of the logits: Granite's and Cohere's, Gemma 2's. `Trainer` checks
+    that the model does no more.
+    """
     config = config.get_text_config()
     scale = getattr(config, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
-    return LogitTransform(scale / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None))
+    return LogitTransform(
+        scale / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+    )
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """The number of token ids a model can read: its tokenizer may have fewer, as where a vocabulary was padded."""
+    """The number of token ids a model can read: its tokenizer may have fewer, as where a vocabulary
+    was padded.
+    """
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
 
 
 @computing()
 def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode (no dropout). A preset's weights depend on `seed` alone; torch's global RNG is left as it was."""
+    """The model in evaluation mode (no dropout). A preset's weights depend on `seed` alone; torch's
+    global RNG is left as it was.
+    """
     if (Path(model_name).expanduser() / SCALAR_HEAD_FILE).exists():
-        raise ModelError(f"{model_name} is a scalar model and no language model: open it with create_scalar_client_from_state")
+        raise ModelError(
+            f"{model_name} is a scalar model and no language model: open it with create_scalar_client_from_state"
+        )
     config = model_config(model_name)
     if model_name in PRESETS:
         with drawn_from(seed):
@@ -195,16 +246,20 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
     else:
         if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "").endswith("ForConditionalGeneration"):
             raise ModelError(
-                f"{model_name!r} reads images or sound besides text ({config.model_type}): only text models can be opened"
+                f"{model_name!r} reads images or sound besides text ({config.model_type}): only text models can be "
+                "opened"
             )
         model = read_model(model_name, dtype)
     return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]
 
 
 def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A folder or hub model with every tensor its config asks for, and no other. Raises ModelError: random layers train, but mean nothing."""
+    """A folder or hub model with every tensor its config asks for, and no other. Raises ModelError:
+    random layers train, but mean nothing.
+    """
     path, verbosity = Path(model_name).expanduser(), transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of the tensors that do not fit is a page long
+    # its report of the tensors that do not fit is a page long
+    transformers_logging.set_verbosity_error()
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             path if path.is_dir() else model_name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -226,9 +281,13 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _join_end_tokens(model: PreTrainedModel) -> None:
-    """generation_config.json may name more tokens that end an answer than config.json: both samplers go by the config."""
+    """generation_config.json may name more tokens that end an answer than config.json: both
+    samplers go by the config.
+    """
     generation = model.generation_config
-    ids = dict.fromkeys([*_as_list(model.config.eos_token_id), *_as_list(generation.eos_token_id if generation else None)])
+    ids = dict.fromkeys(
+        [*_as_list(model.config.eos_token_id), *_as_list(generation.eos_token_id if generation else None)]
+    )
     if len(ids) > 1:
         model.config.eos_token_id = list(ids)
 

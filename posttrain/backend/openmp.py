@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-SOFT_PAUSE = 1  # omp_pause_soft of OpenMP 5.0: the workers end, and come back with the next parallel loop
+# omp_pause_soft of OpenMP 5.0: the workers end, and come back with the next parallel loop
+SOFT_PAUSE = 1
 
 
 @cache

@@ -44,7 +44,9 @@ def check_optimizer(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
         (saved.keys() - expected.keys(), "has, and this run does not train,"),
     ):
         if names:
-            raise CheckpointError(f"{file} {says} {_some(names)}: it belongs to another model or LoRA setting; {remedy}")
+            raise CheckpointError(
+                f"{file} {says} {_some(names)}: it belongs to another model or LoRA setting; {remedy}"
+            )
     for name, shape in expected.items():
         if saved[name] != shape:
             raise CheckpointError(f"{file}: {name} has shape {saved[name]}, this run needs {shape}; {remedy}")

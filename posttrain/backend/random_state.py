@@ -13,7 +13,8 @@ import torch
 def drawn_from(seed: int) -> Iterator[None]:
     """Weights made inside depend on `seed` alone (on the CPU, where all of them are made)."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU too, and nothing would undo that
+        # torch.manual_seed would reseed every GPU too, and nothing would undo that
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -30,9 +31,11 @@ def global_generators_kept() -> Iterator[None]:
 
 
 class OwnTorchGenerators:
-    """Inside `with`, torch's global generators are one engine's own; outside, the program's. They begin as they are when this is made.
+    """Inside `with`, torch's global generators are one engine's own; outside, the program's. They
+    begin as they are when this is made.
 
-    Putting the program's states back without keeping the engine's would give every decode step the same noise.
+    Putting the program's states back without keeping the engine's would give every decode step the
+    same noise.
     """
 
     def __init__(self, cuda: bool):

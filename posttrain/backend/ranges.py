@@ -14,7 +14,9 @@ from posttrain.backend.errors import ConfigError
 
 
 class RangeError(ConfigError):
-    """An option's value is outside its range. `name` is the field's, without the path of the object it is in."""
+    """An option's value is outside its range. `name` is the field's, without the path of the object
+    it is in.
+    """
 
     def __init__(self, name: str, value: object, needs: str):
         super().__init__(f"{name}={value!r} must be {needs}")
@@ -39,7 +41,8 @@ class Range:
         value = getattr(instance, name)
         for number in value if isinstance(value, list | tuple) else [value]:
             if number is not None and (needs := self.needs(number)):
-                raise RangeError(name.removeprefix("X_"), value, needs)  # chz's name of a field before its munger
+                # chz's name of a field before its munger
+                raise RangeError(name.removeprefix("X_"), value, needs)
 
     def needs(self, number: object) -> str | None:
         """What `number` would have to be; None where it is in the range."""
@@ -73,7 +76,9 @@ class Range:
 
 
 def check_ranges(instance: Any, **ranges: Range) -> None:
-    """For dataclasses: RangeError unless each field named is in its range, or None where None is its default."""
+    """For dataclasses: RangeError unless each field named is in its range, or None where None is
+    its default.
+    """
     defaults = {field.name: field.default for field in fields(instance)}
     for name, allowed in ranges.items():
         if getattr(instance, name) is None and defaults[name] is not None:

@@ -15,9 +15,11 @@ T = TypeVar("T")
 
 
 class SamplingClient(Ready):
-    """A snapshot: once the sampler has been given later weights, calls raise StaleSamplerError. With `follow`, the live policy.
+    """A snapshot: once the sampler has been given later weights, calls raise StaleSamplerError.
+    With `follow`, the live policy.
 
-    `vocabulary` is the number of the model's embedding rows: a model can sample, and read, ids that its tokenizer does not have.
+    `vocabulary` is the number of the model's embedding rows: a model can sample, and read, ids that
+    its tokenizer does not have.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class SamplingClient(Ready):
 
     @property
     def policy_version(self) -> int:
-        """How many times the weights had been synced: of this snapshot, or right now when following."""
+        """How many times the weights had been synced: of this snapshot, or right now when
+        following.
+        """
         return self._engine.version if self._version is None else self._version
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -55,10 +59,11 @@ class SamplingClient(Ready):
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> APIFuture[SampleResponse]:
-        """Samples `num_samples` continuations. Sample i is seeded with seed + i; without a seed, calls are numbered.
+        """Samples `num_samples` continuations. Sample i is seeded with seed + i; without a seed,
+        calls are numbered.
 
-        `max_tokens` None, or more than fits, means up to the end of the context. The last four options are the SDK's; what they ask for
-        is not there yet, and asking raises ConfigError.
+        `max_tokens` None, or more than fits, means up to the end of the context. The last four
+        options are the SDK's; what they ask for is not there yet, and asking raises ConfigError.
         """
         _refuse(
             topk_sample_logprobs=topk_sample_logprobs,
@@ -79,8 +84,12 @@ class SamplingClient(Ready):
 
     sample_async = answered(sample)
 
-    def compute_logprobs(self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None) -> APIFuture[list[float | None]]:
-        """log p(token t | tokens before t) at temperature 1; element 0 is None. The prompt may fill the whole context but one token."""
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
+        """log p(token t | tokens before t) at temperature 1; element 0 is None. The prompt may fill
+        the whole context but one token.
+        """
         _refuse(prompt_logprobs_last_n=prompt_logprobs_last_n)
         tokens, params = prompt.to_ints(), SamplingParams(max_tokens=1, seed=0, temperature=0.0)
         self._check(tokens, 1)
@@ -100,7 +109,8 @@ class SamplingClient(Ready):
         return self._engine.submit(self, requests, self._version, answer)
 
     def close(self) -> None:
-        """Gives the sampler up. An engine that no other client holds ends, and calls in flight on it fail with EngineError.
+        """Gives the sampler up. An engine that no other client holds ends, and calls in flight on
+        it fail with EngineError.
 
         A client that nobody refers to any more is closed by itself, after its last call.
         """
@@ -115,16 +125,20 @@ class SamplingClient(Ready):
         self.close()
 
     def _check(self, tokens: Sequence[int], num_samples: int) -> int:
-        """The number of tokens that still fit behind the prompt. Bad input raises here, not inside the engine."""
+        """The number of tokens that still fit behind the prompt. Bad input raises here, not inside
+        the engine.
+        """
         if not tokens:
             raise DataError("the prompt is empty: there is nothing to sample from")
         if len(tokens) >= self.max_length:
             raise ContextLengthError(
-                f"the prompt has {len(tokens)} tokens and the context {self.max_length} (backend.max_length): none fits behind it"
+                f"the prompt has {len(tokens)} tokens and the context {self.max_length} (backend.max_length): none "
+                "fits behind it"
             )
         if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             raise DataError(
-                f"the prompt has a token outside the vocabulary of {self._vocabulary}: was it made with another tokenizer?"
+                f"the prompt has a token outside the vocabulary of {self._vocabulary}: was it made with another "
+                "tokenizer?"
             )
         if needs := COUNT.needs(num_samples):
             raise RangeError("num_samples", num_samples, needs)

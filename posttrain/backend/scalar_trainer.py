@@ -20,10 +20,12 @@ from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig
 
 
 class ScalarTrainer(Trainer):
-    """A Datum's `model_input` is the whole sequence: the scalar at position t has read tokens 0 to t.
+    """A Datum's `model_input` is the whole sequence: the scalar at position t has read tokens 0 to
+    t.
 
-    `weights` or `mask`, (T,), choose the positions that the loss gets; further arrays, such as `labels`, reach it as `inputs`.
-    No `target_tokens` are needed. `loss_fn_outputs[d]["scalars"]` holds the scalars of all positions.
+    `weights` or `mask`, (T,), choose the positions that the loss gets; further arrays, such as
+    `labels`, reach it as `inputs`. No `target_tokens` are needed. `loss_fn_outputs[d]["scalars"]`
+    holds the scalars of all positions.
 
         (scalars_N, inputs) -> (loss_N, diagnostics_N)    a loss for forward and forward_backward
         (data_D, scalars_D) -> (loss, metrics)            for forward_backward_custom; scalars_D[d] is (T,)
@@ -45,7 +47,9 @@ class ScalarTrainer(Trainer):
         self.named_trainable = trainable | {"scalar_head": self.scalar_head}
         self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
 
-    def run_terms(self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False) -> list[ForwardBackwardOutput]:
+    def run_terms(
+        self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False
+    ) -> list[ForwardBackwardOutput]:
         """As Trainer.run_terms, with callable losses: those with a name are losses of logprobs."""
         for term in terms:
             if isinstance(term.loss_fn, str):
@@ -63,7 +67,9 @@ class ScalarTrainer(Trainer):
         """(N, 1) scalars of the positions that carry weight, and of the others, in fp32."""
         assert self.scalar_head is not None
         hidden_RH = self._hidden(batch)
-        loss_NH, others_NH = (hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype) for at in (batch.loss, batch.others))
+        loss_NH, others_NH = (
+            hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype) for at in (batch.loss, batch.others)
+        )
         return loss_NH.float() @ self.scalar_head.T, others_NH.float() @ self.scalar_head.T
 
     def _check_head(self) -> None:

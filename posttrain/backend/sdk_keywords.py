@@ -1,4 +1,6 @@
-"""Keywords of the Tinker SDK that mean something to a hosted service and nothing on one's own machine."""
+"""Keywords of the Tinker SDK that mean something to a hosted service and nothing on one's own
+machine.
+"""
 
 _printed: set[str] = set()
 

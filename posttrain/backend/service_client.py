@@ -27,9 +27,11 @@ from posttrain.backend.vllm_engine import vllm_is_installed
 
 
 class ServiceClient:
-    """Opens models; `close`, or leaving a `with` block, stops every engine and thread it handed out.
+    """Opens models; `close`, or leaving a `with` block, stops every engine and thread it handed
+    out.
 
-    A client that nobody refers to any more is closed by itself, and an engine goes with its last client.
+    A client that nobody refers to any more is closed by itself, and an engine goes with its last
+    client.
     """
 
     def __init__(
@@ -53,21 +55,27 @@ class ServiceClient:
         self._engines = Engines(self.config)
         self._training_clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
 
-    # --- training clients -------------------------------------------------------------------------------------------------------
+    # --- training clients ------------------------------------------------------------------------
 
     def create_training_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
-        """All weights are trained, or a LoRA adapter. `seed` makes a preset's weights and the adapter's."""
+        """All weights are trained, or a LoRA adapter. `seed` makes a preset's weights and the
+        adapter's.
+        """
         return self._open_training_client(Trainer(base_model, self.config, seed, lora))
 
     def create_scalar_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
-        """A model with one number per token instead of logprobs (scalar_trainer.py): reward models, process reward models, critics.
+        """A model with one number per token instead of logprobs (scalar_trainer.py): reward models,
+        process reward models, critics.
 
-        Its head begins at zero; `load_state` of a language model's checkpoint starts from that one's trunk.
+        Its head begins at zero; `load_state` of a language model's checkpoint starts from that
+        one's trunk.
         """
         return self._open_training_client(ScalarTrainer(base_model, self.config, seed, lora))
 
     def create_scalar_client_from_state(self, path: str) -> TrainingClient:
-        """The scalar model that was saved there, with a fresh optimizer. CheckpointError if the folder has no scalar head."""
+        """The scalar model that was saved there, with a fresh optimizer. CheckpointError if the
+        folder has no scalar head.
+        """
         folder = Path(path).expanduser()
         check_readable(folder)
         if not (folder / SCALAR_HEAD_FILE).exists():
@@ -94,11 +102,15 @@ class ServiceClient:
         *,
         alpha: float | None = None,
     ) -> TrainingClient:
-        """Unlike Tinker's, `train_unembed` is off unless it is True: vLLM cannot load an adapter on lm_head. One line says so."""
+        """Unlike Tinker's, `train_unembed` is off unless it is True: vLLM cannot load an adapter on
+        lm_head. One line says so.
+        """
         ignore(user_metadata=user_metadata)
         _check_optimizer(optimizer)
         if train_unembed is None:
-            say_once("train_unembed is off by default here (in Tinker it is on): vLLM cannot load an adapter on lm_head")
+            say_once(
+                "train_unembed is off by default here (in Tinker it is on): vLLM cannot load an adapter on lm_head"
+            )
         lora = LoraConfig(rank, seed, alpha, train_mlp, train_attn, bool(train_unembed))
         return self.create_training_client(base_model, lora, seed or 0)
 
@@ -110,7 +122,9 @@ class ServiceClient:
         weights_access_token: str | None = None,
         optimizer: object = None,
     ) -> TrainingClient:
-        """The model of a checkpoint, with a fresh optimizer: of this project's, or a model or an adapter that another tool wrote."""
+        """The model of a checkpoint, with a fresh optimizer: of this project's, or a model or an
+        adapter that another tool wrote.
+        """
         ignore(base_model=base_model, user_metadata=user_metadata, weights_access_token=weights_access_token)
         _check_optimizer(optimizer)
         return self._from_state(Path(path).expanduser(), with_optimizer=False, create=self.create_training_client)
@@ -141,7 +155,7 @@ class ServiceClient:
         (client.load_state_with_optimizer if with_optimizer else client.load_state)(str(path)).result()
         return client
 
-    # --- sampling clients -------------------------------------------------------------------------------------------------------
+    # --- sampling clients ------------------------------------------------------------------------
 
     def create_sampling_client(
         self,
@@ -152,7 +166,8 @@ class ServiceClient:
         *,
         seed: int = 0,
     ) -> SamplingClient:
-        """A frozen policy with an engine of its own, beside any live one: a saved folder, or a model by name.
+        """A frozen policy with an engine of its own, beside any live one: a saved folder, or a
+        model by name.
 
         `seed` makes a preset's weights; an adapter that was saved here knows the seed of its base.
         """
@@ -163,7 +178,7 @@ class ServiceClient:
             return self._engines.open_saved(model_path, seed)
         return self._engines.open_named(str(base_model), seed)
 
-    # --- the rest ---------------------------------------------------------------------------------------------------------------
+    # --- the rest --------------------------------------------------------------------------------
 
     def checkpoint_path(self, name: str) -> Path:
         """Where a checkpoint of this name goes; an absolute path is taken as it is."""
@@ -174,7 +189,9 @@ class ServiceClient:
         return GetServerCapabilitiesResponse(models, str(training_device()), vllm_is_installed())
 
     def close(self, status: str = "success", detail: str | None = None) -> None:
-        """Stops the training threads, then the engines. Idempotent. `status` and `detail` are the SDK's, and are not used."""
+        """Stops the training threads, then the engines. Idempotent. `status` and `detail` are the
+        SDK's, and are not used.
+        """
         for client in list(self._training_clients):
             client.close()
         self._engines.close()
@@ -185,7 +202,7 @@ class ServiceClient:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # --- twins ------------------------------------------------------------------------------------------------------------------
+    # --- twins -----------------------------------------------------------------------------------
 
     create_lora_training_client_async = in_thread(create_lora_training_client)
     create_training_client_from_state_async = in_thread(create_training_client_from_state)
@@ -206,4 +223,6 @@ def _trained_from(path: Path) -> tuple[str, LoraConfig | None, int]:
         lora = LoraConfig(**state["lora"]) if state["lora"] else None
         return str(state["model_name"]), lora, int(state["seed"])
     except (KeyError, TypeError, ValueError, RangeError) as error:
-        raise CheckpointError(f"the training state of {path} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
+        raise CheckpointError(
+            f"the training state of {path} is damaged ({type(error).__name__}: {error}): {REMEDY}"
+        ) from error

@@ -10,7 +10,9 @@ TensorDtype = Literal["float32", "int64"]
 
 
 class TensorData:
-    """A float32 or int64 array: flat `data`, `dtype` and `shape`, kept as numpy so that a batch of them is cheap to make."""
+    """A float32 or int64 array: flat `data`, `dtype` and `shape`, kept as numpy so that a batch of
+    them is cheap to make.
+    """
 
     __slots__ = ("array",)
 
@@ -24,7 +26,9 @@ class TensorData:
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> "TensorData":
-        return cls(tensor.detach().cpu().numpy() if tensor.dtype != torch.bfloat16 else tensor.detach().float().cpu().numpy())
+        return cls(
+            tensor.detach().cpu().numpy() if tensor.dtype != torch.bfloat16 else tensor.detach().float().cpu().numpy()
+        )
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> "TensorData":

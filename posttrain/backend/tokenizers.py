@@ -39,7 +39,8 @@ def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a preset, a local folder or a hub name; of an adapter without one, its base's.
+    """The tokenizer of a preset, a local folder or a hub name; of an adapter without one, its
+    base's.
 
     `model_max_length` is set to the context the backend will use.
     """
@@ -51,7 +52,8 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
     folder = Path(model_name).expanduser()
     if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")), max_length)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):  # transformers makes an empty one
+    # transformers makes an empty one
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ModelError(
             f"{model_name} has no tokenizer (tokenizer.json, tokenizer_config.json): save the model's tokenizer into it"
         )

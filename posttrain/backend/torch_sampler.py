@@ -20,7 +20,8 @@ from posttrain.backend.models import end_token_ids, logit_transform
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 
 UNIFORMS = 16  # random numbers that a row draws at a time
-PROMPT_ROWS = 4096  # prompt positions whose full distribution is held at once when top-k prompt logprobs are asked for
+# prompt positions whose full distribution is held at once when top-k prompt logprobs are asked for
+PROMPT_ROWS = 4096
 
 
 class TorchSampler:
@@ -33,7 +34,12 @@ class TorchSampler:
         device: torch.device,
     ):
         self._model = model.to(device=device, dtype=compute_dtype(device, config)).eval()  # type: ignore[arg-type]
-        self._tokenizer, self._max_length, self._max_num_seqs, self._device = tokenizer, max_length, config.max_num_seqs, device
+        self._tokenizer, self._max_length, self._max_num_seqs, self._device = (
+            tokenizer,
+            max_length,
+            config.max_num_seqs,
+            device,
+        )
         self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
         self._waiting: list[SequenceRequest] = []
         self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}
@@ -45,7 +51,8 @@ class TorchSampler:
     @torch.inference_mode()
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
         """Decodes up to max_num_seqs waiting requests to their ends."""
-        self._waiting.sort(key=lambda request: len(request.prompt))  # prompts of like length waste less padding
+        # prompts of like length waste less padding
+        self._waiting.sort(key=lambda request: len(request.prompt))
         requests, self._waiting = self._waiting[: self._max_num_seqs], self._waiting[self._max_num_seqs :]
         return self._decode(requests) if requests else []
 
@@ -63,12 +70,13 @@ class TorchSampler:
     def close(self) -> None:
         del self._model
 
-    # --- decoding ---------------------------------------------------------------------------------------------------------------
+    # --- decoding --------------------------------------------------------------------------------
 
     def _decode(self, requests: list[SequenceRequest]) -> list[tuple[SequenceRequest, Sampled]]:
         """Those that finish; rows of abandoned requests leave the batch like finished ones."""
         rows = [_Row(request, self._stop(request.params)) for request in requests]
-        prompts: dict[tuple[int, ...], int] = {}  # the members of a group share a prompt: it is read once
+        # the members of a group share a prompt: it is read once
+        prompts: dict[tuple[int, ...], int] = {}
         prompt_B = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in rows]
         width = max(map(len, prompts))
         tokens_BT = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -81,7 +89,8 @@ class TorchSampler:
         hidden_BTH = self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
         self._score_prompts(rows, prompt_B, hidden_BTH, width)
         index = torch.tensor(prompt_B, device=self._device)
-        cache.reorder_cache(index)  # selects in every kind of layer, convolutions' and recurrent states too
+        # selects in every kind of layer, convolutions' and recurrent states too
+        cache.reorder_cache(index)
         alive, hidden_BH, mask_BT = rows, hidden_BTH[index, -1], mask_BT[index]
         while True:
             next_B = _draw(alive, self._logits(hidden_BH))
@@ -100,7 +109,11 @@ class TorchSampler:
     ) -> torch.Tensor:
         decoder = self._model.get_decoder()
         return decoder(
-            input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
+            input_ids=tokens_BT,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -128,11 +141,15 @@ class TorchSampler:
             logprobs_TV = self._logits(hidden_TH[start : start + PROMPT_ROWS]).log_softmax(-1)
             for logprobs_V, target in zip(logprobs_TV, targets_T[start:].tolist(), strict=False):
                 tokens = {*logprobs_V.topk(k).indices.tolist(), target}
-                entries.append(sorted(((token, float(logprobs_V[token])) for token in tokens), key=lambda entry: -entry[1]))
+                entries.append(
+                    sorted(((token, float(logprobs_V[token])) for token in tokens), key=lambda entry: -entry[1])
+                )
         return entries
 
     def _stop(self, params: SamplingParams) -> "_Stop":
-        """What ends a sequence: token ids and strings. Every EOS of the model and its tokenizer does too, unless stop is []."""
+        """What ends a sequence: token ids and strings. Every EOS of the model and its tokenizer
+        does too, unless stop is [].
+        """
         stop = [params.stop] if isinstance(params.stop, str) else params.stop
         ids = {item for item in stop or () if isinstance(item, int)}
         strings = tuple(item for item in stop or () if isinstance(item, str))
@@ -147,21 +164,26 @@ class _Stop:
     ids: frozenset[int]
     strings: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
-    _may_end: dict[int, bool] = field(default_factory=dict)  # whether a token can hold the end of a string
+    # whether a token can hold the end of a string
+    _may_end: dict[int, bool] = field(default_factory=dict)
 
     def ends(self, tokens: list[int]) -> bool:
         """Whether the last token ends the sequence."""
         return tokens[-1] in self.ids or (bool(self.strings) and self._completes_string(tokens))
 
     def _completes_string(self, tokens: list[int]) -> bool:
-        """Decodes only where the last token can complete a string, and only as many tokens as could hold the longest one."""
+        """Decodes only where the last token can complete a string, and only as many tokens as could
+        hold the longest one.
+        """
         last = tokens[-1]
         if last not in self._may_end:
-            text = self.tokenizer.decode([last, last], skip_special_tokens=False)  # twice: some drop a space at the beginning
+            # twice: some drop a space at the beginning
+            text = self.tokenizer.decode([last, last], skip_special_tokens=False)
             self._may_end[last] = "\ufffd" in text or any(string[-1] in text for string in self.strings)
         if not self._may_end[last]:
             return False
-        tail = tokens[-(max(map(len, self.strings)) * 4 + 4) :]  # a character is at most four tokens (bytes)
+        # a character is at most four tokens (bytes)
+        tail = tokens[-(max(map(len, self.strings)) * 4 + 4) :]
         text = self.tokenizer.decode(tail, skip_special_tokens=False)
         return any(string in text for string in self.strings)
 
@@ -197,11 +219,15 @@ class _Row:
 
     def sampled(self) -> Sampled:
         assert self.finish is not None
-        return Sampled(SampledSequence(self.tokens, self.logprobs, self.finish), self.prompt_logprobs, self.topk_prompt_logprobs)
+        return Sampled(
+            SampledSequence(self.tokens, self.logprobs, self.finish), self.prompt_logprobs, self.topk_prompt_logprobs
+        )
 
 
 def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
-    """One token per row, appended to it. Inverse-CDF sampling: one uniform number from each row's own generator."""
+    """One token per row, appended to it. Inverse-CDF sampling: one uniform number from each row's
+    own generator.
+    """
     temperature_B = torch.tensor([row.request.params.temperature for row in rows], device=logits_BV.device)
     greedy_B = temperature_B == 0
     logits_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
@@ -209,7 +235,9 @@ def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
     logprobs_BV = logits_BV.log_softmax(-1)
     uniform_B = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=logits_BV.device)
     cdf_BV = logprobs_BV.double().exp().cumsum(-1)
-    drawn_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+    drawn_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(
+        max=logits_BV.shape[-1] - 1
+    )
     next_B = torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
     chosen_B = logprobs_BV.gather(-1, next_B[:, None])[:, 0]
     for row, token, logprob in zip(rows, next_B.tolist(), chosen_B.tolist(), strict=True):
@@ -222,7 +250,9 @@ def _truncate(logits_BV: torch.Tensor, params_B: list[SamplingParams]) -> torch.
     if all(params.top_k <= 0 and params.top_p >= 1 for params in params_B):
         return logits_BV
     vocabulary = logits_BV.shape[-1]
-    top_k_B = torch.tensor([params.top_k if params.top_k > 0 else vocabulary for params in params_B], device=logits_BV.device)
+    top_k_B = torch.tensor(
+        [params.top_k if params.top_k > 0 else vocabulary for params in params_B], device=logits_BV.device
+    )
     top_p_B = torch.tensor([params.top_p for params in params_B], device=logits_BV.device)
     sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
     sorted_BV = sorted_BV.masked_fill(torch.arange(vocabulary, device=logits_BV.device) >= top_k_B[:, None], -torch.inf)

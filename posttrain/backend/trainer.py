@@ -26,7 +26,14 @@ from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, Running
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory import check_fits
 from posttrain.backend.merged_lora import compute_merged
-from posttrain.backend.models import attends_to_all, context_length, embedding_rows, load_model, logit_transform, model_config
+from posttrain.backend.models import (
+    attends_to_all,
+    context_length,
+    embedding_rows,
+    load_model,
+    logit_transform,
+    model_config,
+)
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.types import (
     AdamParams,
@@ -41,7 +48,8 @@ from posttrain.backend.types import (
 
 CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
 
-# The linear layers that get an adapter: ends of their names in Llama and its relatives; GPT-2; Pythia; Qwen 3.5; LFM 2.
+# The linear layers that get an adapter: ends of their names in Llama and its relatives; GPT-2;
+# Pythia; Qwen 3.5; LFM 2.
 ATTENTION_LAYERS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
     *("c_attn", "attn.c_proj"),
@@ -57,14 +65,16 @@ MLP_LAYERS = (
 )
 DEFAULT_LORA_ALPHA = 32.0
 
-# Above rounding, below what a wrong mask or position does: mean |logprob difference| of random tokens.
+# Above rounding, below what a wrong mask or position does: mean |logprob difference| of random
+# tokens.
 MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
 
 
 class Trainer:
     output_name = "logprobs"  # what `run` returns for every token
-    scalar_head: nn.Parameter | None = None  # (1, H) where a ScalarTrainer has one in the place of the vocabulary's head
+    # (1, H) where a ScalarTrainer has one in the place of the vocabulary's head
+    scalar_head: nn.Parameter | None = None
 
     def __init__(self, model_name: str, config: BackendConfig, seed: int = 0, lora: LoraConfig | None = None):
         self.model_name, self.config, self.seed, self.lora = model_name, config, seed, lora
@@ -85,12 +95,14 @@ class Trainer:
         _switch_off_dropout(self.model)
         if config.gradient_checkpointing:
             hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            hf_model.enable_input_require_grads()  # the frozen embedding of a LoRA run would cut the recomputed graph
+            # the frozen embedding of a LoRA run would cut the recomputed graph
+            hf_model.enable_input_require_grads()
             self.model.train()
         self.named_trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
         self._kept_numbers = itertools.count()
-        self.kept: KeptForward | None = None  # a forward that waits for its backward; whoever changes the weights drops it
+        # a forward that waits for its backward; whoever changes the weights drops it
+        self.kept: KeptForward | None = None
         # Rows are padded behind their ends, where nothing looks: GPT-2 need not warn of it.
         setattr(self.base.get_decoder(), "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
         self.transform = logit_transform(self.hf_config)
@@ -98,23 +110,32 @@ class Trainer:
         self._check_head()
         self._check_rows()
 
-    # --- passes -----------------------------------------------------------------------------------------------------------------
+    # --- passes ----------------------------------------------------------------------------------
 
     def run(
-        self, data_D: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None, backward: bool = True
+        self,
+        data_D: Sequence[Datum],
+        loss_fn: str | LossFn,
+        loss_fn_config: dict[str, Any] | None = None,
+        backward: bool = True,
     ) -> ForwardBackwardOutput:
-        """Logprobs and loss of every Datum; with `backward`, gradients are added to those already there.
+        """Logprobs and loss of every Datum; with `backward`, gradients are added to those already
+        there.
 
         A loss that is not finite raises NonFiniteError and leaves no gradient behind.
         """
         return self.run_terms([LossTerm(data_D, loss_fn, loss_fn_config)], backward)[0]
 
     @computing()
-    def run_terms(self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False) -> list[ForwardBackwardOutput]:
-        """Several losses in the same passes, an output for each. NonFiniteError counts the data of all terms through.
+    def run_terms(
+        self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False
+    ) -> list[ForwardBackwardOutput]:
+        """Several losses in the same passes, an output for each. NonFiniteError counts the data of
+        all terms through.
 
-        With `keep` and without `backward`, a forward that fits one micro-batch is kept, and the outputs name its rows: the next
-        backward of terms that name them begins there. This saves a forward pass and changes nothing else.
+        With `keep` and without `backward`, a forward that fits one micro-batch is kept, and the
+        outputs name its rows: the next backward of terms that name them begins there. This saves a
+        forward pass and changes nothing else.
         """
         self.kept = None if keep else self.kept
         running: list[RunningTerm] = []
@@ -145,9 +166,16 @@ class Trainer:
         return outputs
 
     def _forward(
-        self, data_D: Sequence[Datum], needed_D: Sequence[bool], backward: bool, keep: bool, kept_D: Sequence[KeptRow | None]
+        self,
+        data_D: Sequence[Datum],
+        needed_D: Sequence[bool],
+        backward: bool,
+        keep: bool,
+        kept_D: Sequence[KeptRow | None],
     ) -> Iterator[tuple[MicroBatch, torch.Tensor, torch.Tensor, bool]]:
-        """Micro-batches, the logprobs of their positions with and without loss, and whether the first are to be differentiated."""
+        """Micro-batches, the logprobs of their positions with and without loss, and whether the
+        first are to be differentiated.
+        """
         if backward:
             kept, self.kept = self.kept, None
             if kept and (part := kept.of(kept_D)):
@@ -170,10 +198,12 @@ class Trainer:
 
     @computing()
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
-        """`fn(data, logprobs_D)` gets the differentiable logprobs of all positions at once: one forward, one backward.
+        """`fn(data, logprobs_D)` gets the differentiable logprobs of all positions at once: one
+        forward, one backward.
 
-        Data that need several micro-batches are passed through a second time, with the gradient that `fn` gave their logprobs, so that
-        only one micro-batch's activations are alive at a time. The gradients are the same.
+        Data that need several micro-batches are passed through a second time, with the gradient
+        that `fn` gave their logprobs, so that only one micro-batch's activations are alive at a
+        time. The gradients are the same.
         """
         check_data(data_D, (), self.vocabulary, self.max_length)
         batches = self._micro_batches(data_D, range(len(data_D)))
@@ -182,13 +212,17 @@ class Trainer:
         if len(batches) > 1:
             for p_NK in parts:
                 p_NK.requires_grad_()
-        logprobs_D = _split_by_datum(data_D, [positions for batch in batches for positions in (batch.loss, batch.others)], parts)
+        logprobs_D = _split_by_datum(
+            data_D, [positions for batch in batches for positions in (batch.loss, batch.others)], parts
+        )
         loss, metrics = fn(list(data_D), logprobs_D)
         if not torch.isfinite(loss):
             self.zero_grad()
             raise NonFiniteError("the custom loss is not finite; no gradient was kept")
         if not loss.requires_grad:
-            raise DataError(f"the custom loss returned {loss.item()}, which does not depend on the logprobs: was it detached?")
+            raise DataError(
+                f"the custom loss returned {loss.item()}, which does not depend on the logprobs: was it detached?"
+            )
         loss.backward()
         if len(batches) > 1:
             for batch, *cut in zip(batches, parts[::2], parts[1::2], strict=True):
@@ -203,12 +237,17 @@ class Trainer:
         """(BT, H) last hidden states."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             hidden_BTH = self.base.get_decoder()(
-                input_ids=batch.tokens_BT, attention_mask=batch.mask_B1TT, position_ids=batch.positions_BT, use_cache=False
+                input_ids=batch.tokens_BT,
+                attention_mask=batch.mask_B1TT,
+                position_ids=batch.positions_BT,
+                use_cache=False,
             ).last_hidden_state
         return hidden_BTH.flatten(0, 1)
 
     def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, K) logprobs of the positions that carry loss, and of the others, under the temperature each token was sampled at."""
+        """(N, K) logprobs of the positions that carry loss, and of the others, under the
+        temperature each token was sampled at.
+        """
         hidden_RH, head_VH = self._hidden(batch), self._head()
         loss_NK, others_NK = (
             target_logprobs(
@@ -227,14 +266,18 @@ class Trainer:
         head: Any = self.base.get_output_embeddings()
         return head.base_layer.weight + head.get_delta_weight("default") if hasattr(head, "lora_A") else head.weight
 
-    # --- checks of the architecture, when a model is opened -----------------------------------------------------------------------
+    # --- checks of the architecture, when a model is opened --------------------------------------
 
     @computing()
     @torch.no_grad()
     def row_gap(self, data_D: Sequence[Datum], share: bool) -> float:
-        """Mean |logprob in one micro-batch of all data - logprob alone| over all positions. `share`: behind shared prefixes."""
+        """Mean |logprob in one micro-batch of all data - logprob alone| over all positions.
+        `share`: behind shared prefixes.
+        """
         together = self._flat_logprobs(data_D, micro_batches(data_D, range(len(data_D)), 2**62, self.device, share))
-        alone = [self._flat_logprobs([datum], micro_batches([datum], [0], 2**62, self.device, False)) for datum in data_D]
+        alone = [
+            self._flat_logprobs([datum], micro_batches([datum], [0], 2**62, self.device, False)) for datum in data_D
+        ]
         return float((together - torch.cat(alone)).abs().mean())
 
     def _flat_logprobs(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor:
@@ -244,11 +287,14 @@ class Trainer:
         return torch.cat([p.flatten() for p in _split_by_datum(data_D, positions, parts)])
 
     def _check_rows(self) -> None:
-        """Rows of several sequences, or with padding, must give each its own logprobs. Where only sharing does not, nothing is shared."""
+        """Rows of several sequences, or with padding, must give each its own logprobs. Where only
+        sharing does not, nothing is shared.
+        """
         data_D, limit = row_check_data(self.vocabulary, self.max_length), MOST_ROW_GAP[self.compute_dtype]
         if (gap := self.row_gap(data_D, share=False)) > limit:
             raise ModelError(
-                f"{self.model_name!r} cannot be trained in batches: a sequence's logprobs differ by {gap:.2g} on average "
+                f"{self.model_name!r} cannot be trained in batches: a sequence's logprobs differ by {gap:.2g} on "
+                "average "
                 "when a longer one is beside it"
             )
         self.shares_prefixes = self.shares_prefixes and self.row_gap(data_D, share=True) <= limit
@@ -256,13 +302,17 @@ class Trainer:
     @computing()
     @torch.no_grad()
     def _check_head(self) -> None:
-        """What `logit_transform` does not know between the last hidden state and the logits would make every logprob silently wrong.
+        """What `logit_transform` does not know between the last hidden state and the logits would
+        make every logprob silently wrong.
 
-        Once with the model's own hidden states, which a random model has small, and once with some large enough for any softcap.
+        Once with the model's own hidden states, which a random model has small, and once with some
+        large enough for any softcap.
         """
         head: Any = self.base.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
-            raise ModelError(f"{self.model_name!r} has a bias in its output layer, which the chunked logprobs do not add")
+            raise ModelError(
+                f"{self.model_name!r} has a bias in its output layer, which the chunked logprobs do not add"
+            )
         tokens, hidden_states = self.vocabulary - 1 - torch.arange(8, device=self.device)[None], []
         head_VH = self._head()
         large_BTH = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, head_VH.shape[1]))).to(head_VH)
@@ -282,18 +332,24 @@ class Trainer:
             hook.remove()
             hidden_TH = hidden_states.pop()[0].to(self.compute_dtype)
             gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=self.transform) - expected).abs().max()
-            # On CUDA the chunked logits are fp32, and the model's own rounded to bf16: by up to 1/256 of the largest.
+            # On CUDA the chunked logits are fp32, and the model's own rounded to bf16: by up to
+            # 1/256 of the largest.
             if gap > (1e-3 if self.compute_dtype == torch.float32 else 0.3 + float(logits_TV.abs().max()) / 64):
-                unknown = "computes its logits in a way the chunked logprobs do not know (a scale or a softcap of its own)"
+                unknown = (
+                    "computes its logits in a way the chunked logprobs do not know (a scale or a softcap of its own)"
+                )
                 raise ModelError(f"{self.model_name!r} {unknown}")
 
-    # --- optimizer --------------------------------------------------------------------------------------------------------------
+    # --- optimizer -------------------------------------------------------------------------------
 
     @computing()
     def optim_step(self, adam: AdamParams) -> OptimStepResponse:
-        """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is not finite raises; nothing moves."""
+        """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is
+        not finite raises; nothing moves.
+        """
         for p in self.named_trainable.values():
-            if p.grad is None:  # AdamW would skip it, and then its moments would depend on which data came first
+            # AdamW would skip it, and then its moments would depend on which data came first
+            if p.grad is None:
                 p.grad = torch.zeros_like(p)
         grads = [p.grad for p in self.named_trainable.values() if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
@@ -303,8 +359,11 @@ class Trainer:
         if adam.grad_clip_norm > 0:
             nn.utils.clip_grads_with_norm_(self.named_trainable.values(), adam.grad_clip_norm, grad_norm)
         for group in self.optimizer.param_groups:
-            group.update(lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay)
-        self.kept = None  # autograd would not notice that fused AdamW changes the weights it goes back through
+            group.update(
+                lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
+            )
+        # autograd would not notice that fused AdamW changes the weights it goes back through
+        self.kept = None
         self.optimizer.step()
         self.zero_grad()
         return OptimStepResponse({"grad_norm": float(grad_norm)})
@@ -312,15 +371,19 @@ class Trainer:
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    # --- weights out ------------------------------------------------------------------------------------------------------------
+    # --- weights out -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def sampler_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors as in a checkpoint, adapters merged, in the sampler's dtype, made one at a time.
+        """Names and tensors as in a checkpoint, adapters merged, in the sampler's dtype, made one
+        at a time.
 
-        From state_dict, not named_parameters: a tied lm_head must be there too, since vLLM on a CPU packs its own copy of it.
+        From state_dict, not named_parameters: a tied lm_head must be there too, since vLLM on a CPU
+        packs its own copy of it.
         """
-        adapted: dict[str, Any] = {name: module for name, module in self.base.named_modules() if hasattr(module, "lora_A")}
+        adapted: dict[str, Any] = {
+            name: module for name, module in self.base.named_modules() if hasattr(module, "lora_A")
+        }
         for name, tensor in self.base.state_dict().items():
             if ".lora_" in name:
                 continue
@@ -340,11 +403,14 @@ class Trainer:
 
 
 def _check_rank(model_name: str, lora: LoraConfig) -> None:
-    """Before any weight is made: an adapter of a higher rank than the hidden state has more weights than what it adapts."""
+    """Before any weight is made: an adapter of a higher rank than the hidden state has more weights
+    than what it adapts.
+    """
     hidden = int(getattr(model_config(model_name).get_text_config(), "hidden_size", 2**31))
     if lora.rank > hidden:
         raise ConfigError(
-            f"lora_rank={lora.rank} is more than the hidden size of {model_name!r}, {hidden}: it would have more weights "
+            f"lora_rank={lora.rank} is more than the hidden size of {model_name!r}, {hidden}: it would have more "
+            "weights "
             "than it adapts; choose 8 to 64, or lora_rank=0 to train all weights"
         )
 
@@ -360,18 +426,25 @@ def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:
 
 def _add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
     suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
-    targets = [name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)]
+    targets = [
+        name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
+    ]
     if lora.train_unembed:
         if hf_model.config.tie_word_embeddings:
-            raise ModelError("train_unembed: this model's lm_head is its embedding, and vLLM would ignore an adapter on it")
+            raise ModelError(
+                "train_unembed: this model's lm_head is its embedding, and vLLM would ignore an adapter on it"
+            )
         targets.append("lm_head")
     experts = any(".experts." in name for name, _ in hf_model.named_parameters())
     if not targets:
         where = "outside its experts, which get no adapter" if experts else "that LoRA is put on"
-        raise ModelError(f"{hf_model.config.model_type} has none of the layers asked for {where}: train all weights instead")
+        raise ModelError(
+            f"{hf_model.config.model_type} has none of the layers asked for {where}: train all weights instead"
+        )
     if lora.train_mlp and experts:
         print(
-            f"LoRA on {model_name}: its attention, and layers all tokens share; experts and their router stay as they are",
+            f"LoRA on {model_name}: its attention, and layers all tokens share; experts and their router stay as they "
+            "are",
             flush=True,
         )
     alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
@@ -398,8 +471,12 @@ def _switch_off_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def _split_by_datum(data_D: Sequence[Datum], positions: Sequence[Positions], parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Differentiable: the (N, K) parts, for those positions, back to one tensor per Datum, (T,) or (T, K) as its targets are."""
+def _split_by_datum(
+    data_D: Sequence[Datum], positions: Sequence[Positions], parts: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Differentiable: the (N, K) parts, for those positions, back to one tensor per Datum, (T,) or
+    (T, K) as its targets are.
+    """
     lengths = [datum.model_input.length for datum in data_D]
     offsets_D = np.cumsum([0, *lengths])
     index_N = np.concatenate([offsets_D[at.datum_N] + at.position_N for at in positions])

@@ -45,10 +45,11 @@ class TrainingClient(Ready):
         self._thread = InOrder("training")
         self._engine: EngineThread | None = None
         self._weights_version = 0  # counts changes of the trainer's weights
-        self._exported: dict[str, int] = {}  # sampler folders written, with the weights version they hold
+        # sampler folders written, with the weights version they hold
+        self._exported: dict[str, int] = {}
         self._failed: BaseException | None = None
 
-    # --- training ---------------------------------------------------------------------------------------------------------------
+    # --- training --------------------------------------------------------------------------------
 
     def forward(
         self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
@@ -59,11 +60,15 @@ class TrainingClient(Ready):
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Adds the gradient of the summed loss to what has accumulated since the last optim_step."""
+        """Adds the gradient of the summed loss to what has accumulated since the last
+        optim_step.
+        """
         return self._submit_pass(self._trainer.run, data, loss_fn, loss_fn_config)
 
     def forward_terms(self, terms: Sequence[LossTerm], keep: bool = False) -> APIFuture[list[ForwardBackwardOutput]]:
-        """As `forward`, several losses in one pass. `keep`: the next forward_backward of these data need not go forward again."""
+        """As `forward`, several losses in one pass. `keep`: the next forward_backward of these data
+        need not go forward again.
+        """
         return self._thread.submit(self._trainer.run_terms, terms, backward=False, keep=keep)
 
     def forward_backward_terms(self, terms: Sequence[LossTerm]) -> APIFuture[list[ForwardBackwardOutput]]:
@@ -83,12 +88,15 @@ class TrainingClient(Ready):
     ) -> APIFuture[OptimStepResponse]:
         """One AdamW step on the accumulated gradient, which is then dropped.
 
-        After a forward_backward that failed or was cancelled, it raises that failure (PassCancelledError), drops the gradient and changes
-        nothing. If it is cancelled itself, the gradient is dropped too.
+        After a forward_backward that failed or was cancelled, it raises that failure
+        (PassCancelledError), drops the gradient and changes nothing. If it is cancelled itself, the
+        gradient is dropped too.
         """
         params = adam_params if optim_params is None else optim_params
         if not isinstance(params, AdamParams) or None not in (optim_params, adam_params):
-            raise ConfigError(f"optim_step takes one AdamParams, not optim_params={optim_params}, adam_params={adam_params}")
+            raise ConfigError(
+                f"optim_step takes one AdamParams, not optim_params={optim_params}, adam_params={adam_params}"
+            )
         return self._thread.submit(self._optim_step, params, if_cancelled=self._drop_gradient)
 
     def _submit_pass(self, run: Callable[..., T], *args: Any) -> APIFuture[T]:
@@ -107,7 +115,9 @@ class TrainingClient(Ready):
         self._trainer.zero_grad()
 
     def _pass_cancelled(self) -> None:
-        self._pass_failed(PassCancelledError("a forward_backward of this step was cancelled before its turn: no step was taken"))
+        self._pass_failed(
+            PassCancelledError("a forward_backward of this step was cancelled before its turn: no step was taken")
+        )
 
     def _drop_gradient(self) -> None:
         self._failed = None
@@ -124,7 +134,9 @@ class TrainingClient(Ready):
 
     @contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        """The next sync is not skipped, unless an error of this project says that nothing has moved."""
+        """The next sync is not skipped, unless an error of this project says that nothing has
+        moved.
+        """
         try:
             yield
         except CookbookError:
@@ -134,7 +146,7 @@ class TrainingClient(Ready):
             raise
         self._weights_version += 1
 
-    # --- weights ----------------------------------------------------------------------------------------------------------------
+    # --- weights ---------------------------------------------------------------------------------
 
     def save_state(
         self,
@@ -145,7 +157,8 @@ class TrainingClient(Ready):
         *,
         extra: dict[str, Any] | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        """Weights and optimizer, with `extra` (JSON) for the loop; atomic. One of the same name is always replaced.
+        """Weights and optimizer, with `extra` (JSON) for the loop; atomic. One of the same name is
+        always replaced.
 
         NonFiniteError if a weight or a state of the optimizer is NaN or infinite.
         """
@@ -153,20 +166,26 @@ class TrainingClient(Ready):
         return self._thread.submit(self._save_state, self._checkpoint_dir / name, extra or {})
 
     def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
-        """Weights only; the optimizer starts afresh, and a gradient that had accumulated is dropped."""
+        """Weights only; the optimizer starts afresh, and a gradient that had accumulated is
+        dropped.
+        """
         ignore(weights_access_token=weights_access_token)
         return self._thread.submit(self._load_state, path, False)
 
-    def load_state_with_optimizer(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         ignore(weights_access_token=weights_access_token)
         return self._thread.submit(self._load_state, path, True)
 
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
     ) -> APIFuture[SaveWeightsResponse]:
-        """A Hugging Face folder (or peft adapter) in the sampler's dtype. NonFiniteError as in `save_state`.
+        """A Hugging Face folder (or peft adapter) in the sampler's dtype. NonFiniteError as in
+        `save_state`.
 
-        It lies in the folder sampler_weights: a state saved under the same name is another checkpoint, as in the SDK.
+        It lies in the folder sampler_weights: a state saved under the same name is another
+        checkpoint, as in the SDK.
         """
         ignore(ttl_seconds=ttl_seconds, user_metadata=user_metadata)
         return self._thread.submit(self._save_for_sampler, self._checkpoint_dir / SAMPLER_FOLDER / name)
@@ -180,9 +199,11 @@ class TrainingClient(Ready):
         *,
         follow: bool = False,
     ) -> SamplingClient:
-        """Syncs the weights into the sampler in memory. Snapshots taken earlier become stale; `follow` makes a client that does not.
+        """Syncs the weights into the sampler in memory. Snapshots taken earlier become stale;
+        `follow` makes a client that does not.
 
-        kind="inflight" is the SDK's name for `follow`. NonFiniteError if a weight is NaN or infinite.
+        kind="inflight" is the SDK's name for `follow`. NonFiniteError if a weight is NaN or
+        infinite.
         """
         return self._submit_sync(name, retry_config, record_stability_info, kind, follow).result()
 
@@ -245,7 +266,8 @@ class TrainingClient(Ready):
     def _check_can_sample(self) -> None:
         if self._trainer.scalar_head is not None:
             raise ModelError(
-                "a scalar model has no vocabulary to sample from: keep its checkpoints by save_state, read its scalars by forward"
+                "a scalar model has no vocabulary to sample from: keep its checkpoints by save_state, read its scalars "
+                "by forward"
             )
 
     def _sync(self, follow: bool) -> SamplingClient:
@@ -257,10 +279,15 @@ class TrainingClient(Ready):
             check_finite(self._trainer.named_trainable, self._trainer.optimizer)
             self._engine.sync(self._trainer.sampler_weights, self._weights_version)
         return SamplingClient(
-            self._engine, self._tokenizer, self._trainer.max_length, self._trainer.vocabulary, follow, self._trainer.model_name
+            self._engine,
+            self._tokenizer,
+            self._trainer.max_length,
+            self._trainer.vocabulary,
+            follow,
+            self._trainer.model_name,
         )
 
-    # --- the rest ---------------------------------------------------------------------------------------------------------------
+    # --- the rest --------------------------------------------------------------------------------
 
     def get_info(self) -> GetInfoResponse:
         return self._trainer.info()
@@ -273,7 +300,9 @@ class TrainingClient(Ready):
         return self._tokenizer
 
     def close(self) -> None:
-        """Ends the training thread, and the engine if no sampling client holds it. Queued calls fail with ClosedError."""
+        """Ends the training thread, and the engine if no sampling client holds it. Queued calls
+        fail with ClosedError.
+        """
         self._thread.close()
         if self._engine is not None:
             self._let_go()
@@ -285,7 +314,7 @@ class TrainingClient(Ready):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # --- twins ------------------------------------------------------------------------------------------------------------------
+    # --- twins -----------------------------------------------------------------------------------
 
     forward_async = accepted(forward)
     forward_backward_async = accepted(forward_backward)

@@ -76,7 +76,8 @@ class ModelInput:
 
 @dataclass(init=False)
 class Datum:
-    """One training sequence. `loss_fn_inputs` hold arrays with one entry per token of `model_input` (losses.py says which).
+    """One training sequence. `loss_fn_inputs` hold arrays with one entry per token of `model_input`
+    (losses.py says which).
 
     Values may be given as TensorData, torch tensors, numpy arrays or lists.
     """
@@ -97,7 +98,8 @@ def _as_tensor_data(value: Any) -> TensorData:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `stop`: None stops at the tokenizer's EOS; strings or token ids stop there and at EOS; [] never stops.
+    """How to sample. `stop`: None stops at the tokenizer's EOS; strings or token ids stop there and
+    at EOS; [] never stops.
 
     `top_k` -1 or 0 means all tokens. RangeError for a number that no sampler takes.
     """
@@ -110,12 +112,16 @@ class SamplingParams:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, max_tokens=COUNT, seed=SAMPLING_SEED, temperature=TEMPERATURE, top_k=TOP_K, top_p=POSITIVE_SHARE)
+        check_ranges(
+            self, max_tokens=COUNT, seed=SAMPLING_SEED, temperature=TEMPERATURE, top_k=TOP_K, top_p=POSITIVE_SHARE
+        )
 
 
 @dataclass(frozen=True)
 class AdamParams:
-    """AdamW with Tinker's defaults. `grad_clip_norm` 0 means no clipping. RangeError for a number it cannot step with."""
+    """AdamW with Tinker's defaults. `grad_clip_norm` 0 means no clipping. RangeError for a number
+    it cannot step with.
+    """
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -131,7 +137,9 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """`alpha` None means 32, Tinker's constant: the update is scaled by alpha / rank. RangeError for a rank below 1."""
+    """`alpha` None means 32, Tinker's constant: the update is scaled by alpha / rank. RangeError
+    for a rank below 1.
+    """
 
     rank: int = 32
     seed: int | None = None
@@ -146,7 +154,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SampledSequence:
-    """What was sampled, with the logprob each token had under the distribution it was drawn from (tempered and truncated).
+    """What was sampled, with the logprob each token had under the distribution it was drawn from
+    (tempered and truncated).
 
     The stop token, or the tokens that completed a stop string, are included.
     """
@@ -168,7 +177,9 @@ class SampledSequence:
 
 @dataclass(frozen=True)
 class SampleResponse:
-    """`prompt_logprobs[t]` is log p(token t | tokens before t) at temperature 1; element 0 is None."""
+    """`prompt_logprobs[t]` is log p(token t | tokens before t) at temperature 1; element 0 is
+    None.
+    """
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
@@ -182,7 +193,9 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """`loss_fn_outputs[d]["logprobs"]` has one entry per token of datum d; positions with no weight and mask 0 hold 0.0."""
+    """`loss_fn_outputs[d]["logprobs"]` has one entry per token of datum d; positions with no weight
+    and mask 0 hold 0.0.
+    """
 
     loss_fn_outputs: list[dict[str, TensorData]]
     metrics: dict[str, float]
@@ -247,7 +260,9 @@ class SupportedModel:
 
 @dataclass(frozen=True)
 class GetServerCapabilitiesResponse:
-    """`supported_models` are the presets; any model of the Hugging Face hub, or in a local folder, can be named too."""
+    """`supported_models` are the presets; any model of the Hugging Face hub, or in a local folder,
+    can be named too.
+    """
 
     supported_models: list[SupportedModel]
     device: str

@@ -29,7 +29,8 @@ from posttrain.backend.types import SampledSequence
 from posttrain.backend.vllm_refusals import USE_TORCH, computed_otherwise, refusal
 from posttrain.backend.vllm_weights import CheckpointForm, has_only_attention, pack_experts, parameters_left_out
 
-# vLLM keeps the batch that is being computed in a global variable: of several engines in the process, one may compute at a time.
+# vLLM keeps the batch that is being computed in a global variable: of several engines in the
+# process, one may compute at a time.
 _computing = threading.Lock()
 _live_engines: set["VllmEngine"] = set()
 
@@ -72,24 +73,31 @@ class VllmEngine:
                 "kv_cache_memory_bytes": kv_cache_bytes(hf_config, max_length, config, device),
                 "max_model_len": max_length,
                 "max_num_seqs": config.max_num_seqs,
-                # The logprobs of the distribution that was sampled from: tempered, and cut by top-k and top-p.
+                # The logprobs of the distribution that was sampled from: tempered, and cut by top-k
+                # and top-p.
                 "logprobs_mode": "processed_logprobs",
                 "max_logprobs": -1,
                 "enforce_eager": device.type == "cpu" if config.enforce_eager is None else config.enforce_eager,
                 "disable_log_stats": True,
-                "seed": 0 if reproducible else secrets.randbits(31),  # of the noise of requests that have no seed
+                # of the noise of requests that have no seed
+                "seed": 0 if reproducible else secrets.randbits(31),
             }
             if device.type == "cpu":
-                # A prompt read in two parts would make vLLM turn a seeded request's generator back, which it cannot on a CPU.
+                # A prompt read in two parts would make vLLM turn a seeded request's generator back,
+                # which it cannot on a CPU.
                 args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 8192)}
-                # Recurrent and convolution layers keep states at the ends of prefixes only where prompts are read in parts.
+                # Recurrent and convolution layers keep states at the ends of prefixes only where
+                # prompts are read in parts.
                 args |= {} if has_only_attention(hf_config) else {"enable_prefix_caching": False}
             else:
-                args["gpu_memory_utilization"] = 0.01  # vLLM wants this much to be free; the KV cache's bytes are given
+                # vLLM wants this much to be free; the KV cache's bytes are given
+                args["gpu_memory_utilization"] = 0.01
             try:
                 vllm_config = EngineArgs(**args).create_engine_config()
                 if _live_engines and vllm_config.model_config.is_moe:
-                    destroy_model_parallel()  # vLLM makes it anew; what it made for another kind of model has no group for experts
+                    # vLLM makes it anew; what it made for another kind of model has no group for
+                    # experts
+                    destroy_model_parallel()
                 with _transformers_classes_kept(self._checkpoint_form.model, vllm_config):
                     self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
                 (has_head,) = self._engine.apply_model(lambda model: hasattr(model, "lm_head"))
@@ -100,7 +108,8 @@ class VllmEngine:
                 raise error if isinstance(error, CookbookError) else refusal(error, hf_config) from error
             self._generators = OwnTorchGenerators(device.type == "cuda")
             _live_engines.add(self)
-        # Where a request's noise is a function of its seed and position, a seed costs nothing; elsewhere it costs a launch per row.
+        # Where a request's noise is a function of its seed and position, a seed costs nothing;
+        # elsewhere it costs a launch per row.
         self._seeded = reproducible or device.type == "cuda" and self._engine.vllm_config.use_v2_model_runner
 
     def add(self, request: SequenceRequest) -> None:
@@ -142,7 +151,9 @@ class VllmEngine:
             del self._unfinished[request_id]
 
     def _check_every_parameter(self, vllm_config: Any) -> None:
-        """vLLM's loaders leave out names that they do not know without a word: loads zeros, and counts."""
+        """vLLM's loaders leave out names that they do not know without a word: loads zeros, and
+        counts.
+        """
         zeros = self._checkpoint_form(self._checkpoint_form.zeros(self._dtype, self._device))
         names = self._engine.apply_model(lambda model: parameters_left_out(model, zeros, vllm_config))[0]
         if names:
@@ -154,12 +165,14 @@ class VllmEngine:
     def load_weights(self, weights: Weights) -> None:
         weights = self._checkpoint_form(weights)
         with _computing, computing(), global_generators_kept(), _in_stream_order(self._device):
-            if self._device.type == "cpu":  # linears are packed when loaded: only the full reload path may touch them
+            # linears are packed when loaded: only the full reload path may touch them
+            if self._device.type == "cpu":
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
                 self._engine.apply_model(pack_experts)
             else:
                 self._engine.apply_model(lambda model: _load_in_place(model, weights))
-        # Cached prefixes were computed by the old weights; sequences still running recompute theirs.
+        # Cached prefixes were computed by the old weights; sequences still running recompute
+        # theirs.
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
 
@@ -173,7 +186,8 @@ class VllmEngine:
 
         _live_engines.discard(self)
         if hasattr(self, "_engine"):
-            # vLLM's shutdown takes down the parallel state that all engines of the process use: only the last one may.
+            # vLLM's shutdown takes down the parallel state that all engines of the process use:
+            # only the last one may.
             cleanup = _no_cleanup if _live_engines else cleanup_dist_env_and_memory
             with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", cleanup):
                 self._engine.engine_core.shutdown()
@@ -193,14 +207,17 @@ def _load_in_place(model: Any, weights: Weights) -> None:
 def _set_environment(device: torch.device, reproducible: bool) -> None:
     """Read by vLLM when it is imported. A user's own settings stand."""
     warnings.filterwarnings("ignore", module=r"vllm\.")
-    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "doesn't include CPU backend": nor is it asked to
+    # "doesn't include CPU backend": nor is it asked to
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
     logging.getLogger("vllm.model_executor.models.registry").setLevel(
         logging.CRITICAL
     )  # its tracebacks become a refusal in one line
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must be in this process to take weights in memory
+    # the engine must be in this process to take weights in memory
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # never used where logprobs are returned, and its import may fail
+    # never used where logprobs are returned, and its import may fail
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if device.type == "cuda" and reproducible:
         # Without it a kernel's rounding depends on what is decoded beside a sequence.
         os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
@@ -208,7 +225,8 @@ def _set_environment(device: torch.device, reproducible: bool) -> None:
 
 @contextmanager
 def _transformers_classes_kept(model: Any, vllm_config: Any) -> Iterator[None]:
-    """Where vLLM has no class of its own for a model, it changes transformers' class for all its users, the trainer among them.
+    """Where vLLM has no class of its own for a model, it changes transformers' class for all its
+    users, the trainer among them.
 
     Only its compiled models need the change.
     """
@@ -225,12 +243,16 @@ def _transformers_classes_kept(model: Any, vllm_config: Any) -> Iterator[None]:
         else:
             delattr(decoder, name)
     if not vllm_config.model_config.enforce_eager:
-        raise ModelError(f"vLLM runs {decoder.__name__} through transformers: set backend.enforce_eager=true. Or {USE_TORCH}")
+        raise ModelError(
+            f"vLLM runs {decoder.__name__} through transformers: set backend.enforce_eager=true. Or {USE_TORCH}"
+        )
 
 
 @contextmanager
 def _in_stream_order(device: torch.device) -> Iterator[None]:
-    """vLLM's thread has a CUDA stream of its own: it reads what the trainer has written, and has read it when this ends."""
+    """vLLM's thread has a CUDA stream of its own: it reads what the trainer has written, and has
+    read it when this ends.
+    """
     if device.type == "cuda":
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
     yield
@@ -241,10 +263,13 @@ def _in_stream_order(device: torch.device) -> Iterator[None]:
 def _sampled(output: Any) -> Sampled:
     completion = output.outputs[0]
     reason = completion.finish_reason
-    if reason not in ("stop", "length"):  # aborted, an error inside vLLM, a repetition that it does not bear
+    # aborted, an error inside vLLM, a repetition that it does not bear
+    if reason not in ("stop", "length"):
         return Sampled(SampledSequence([], [], "length"), failure=f"vLLM finished it with {reason!r}")
     tokens = list(completion.token_ids)
-    logprobs: list[float] = [position[token].logprob for position, token in zip(completion.logprobs, tokens, strict=True)]
+    logprobs: list[float] = [
+        position[token].logprob for position, token in zip(completion.logprobs, tokens, strict=True)
+    ]
     sequence = SampledSequence(tokens, logprobs, reason)
     if output.prompt_logprobs is None:
         return Sampled(sequence)

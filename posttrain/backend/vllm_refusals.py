@@ -12,14 +12,19 @@ USE_TORCH = "backend.engine=torch samples with torch instead"
 
 
 def computed_otherwise(hf_config: PretrainedConfig, max_length: int) -> str | None:
-    """What vLLM 0.32 on a CPU takes without a word and computes otherwise than transformers; found by tests/test_vllm_architectures.py."""
+    """What vLLM 0.32 on a CPU takes without a word and computes otherwise than transformers; found
+    by tests/test_vllm_architectures.py.
+    """
     config: Any = hf_config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention kernel caps scores otherwise than transformers"
     if "conv" in (getattr(config, "layer_types", None) or ()):
         return "its convolution layers give other logprobs from the second sampled token on"
     if config.model_type == "cohere2" and max_length > config.sliding_window:
-        return f"its window is one token longer than transformers'; with max_length={config.sliding_window} at most it is right"
+        return (
+            f"its window is one token longer than transformers'; with max_length={config.sliding_window} at "
+            "most it is right"
+        )
     return None
 
 
@@ -36,7 +41,9 @@ def refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:
 
 
 def _import_error(hf_config: PretrainedConfig) -> Exception | None:
-    """Why vLLM's file for this architecture cannot be imported: vLLM tries it in a process of its own and keeps the reason."""
+    """Why vLLM's file for this architecture cannot be imported: vLLM tries it in a process of its
+    own and keeps the reason.
+    """
     from vllm.model_executor.models import ModelRegistry
 
     try:

@@ -26,10 +26,13 @@ class CheckpointForm:
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(hf_config)
         self._is_converted = bool(get_model_conversion_mapping(self.model, add_legacy=False))
-        self.with_head = True  # of tied embeddings: a few of vLLM's models know their output layer by its other name alone
+        # of tied embeddings: a few of vLLM's models know their output layer by its other name alone
+        self.with_head = True
 
     def __call__(self, weights: Weights) -> Weights:
-        """One tensor at a time, or all at once where the model's tensors are not those of the checkpoint."""
+        """One tensor at a time, or all at once where the model's tensors are not those of the
+        checkpoint.
+        """
         weights = ((name, tensor) for name, tensor in weights if self.with_head or name != TIED_HEAD)
         return revert_weight_conversion(self.model, dict(weights)).items() if self._is_converted else weights
 
@@ -47,7 +50,9 @@ def has_only_attention(hf_config: PretrainedConfig) -> bool:
 
 @torch.no_grad()
 def parameters_left_out(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
-    """Loads `weights` into an engine that still has its dummies, and names the parameters that did not get all of their elements."""
+    """Loads `weights` into an engine that still has its dummies, and names the parameters that did
+    not get all of their elements.
+    """
     if next(vllm_model.parameters()).device.type == "cpu":
         return _left_out_by_reload(vllm_model, weights, vllm_config)
     parameters = {name: p for name, p in vllm_model.named_parameters() if p.is_floating_point()}
@@ -58,7 +63,9 @@ def parameters_left_out(vllm_model: Any, weights: Weights, vllm_config: Any) -> 
 
 
 def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
-    """On a CPU linears are packed once they are loaded, so that only the reload itself knows how much of a layer it was given."""
+    """On a CPU linears are packed once they are loaded, so that only the reload itself knows how
+    much of a layer it was given.
+    """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -76,7 +83,9 @@ def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> 
 
 
 def pack_experts(vllm_model: Any) -> None:
-    """For a CPU's kernels vLLM 0.32 packs the experts of a mixture when they are loaded first, and leaves that out in a reload."""
+    """For a CPU's kernels vLLM 0.32 packs the experts of a mixture when they are loaded first, and
+    leaves that out in a reload.
+    """
     for layer in vllm_model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None:

@@ -15,9 +15,11 @@ RENDERERS = {"role_colon": RoleColonRenderer, "chat_template": ChatTemplateRende
 
 
 def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
-    """The renderer called `name`; None follows the tokenizer's chat template, or is role_colon if it has none.
+    """The renderer called `name`; None follows the tokenizer's chat template, or is role_colon if
+    it has none.
 
-    A renderer that imitates the chat template and writes something else is warned of, with the first difference.
+    A renderer that imitates the chat template and writes something else is warned of, with the
+    first difference.
     """
     if name is None:
         name = "chat_template" if tokenizer.chat_template else "role_colon"

@@ -1,9 +1,10 @@
 """Follows the tokenizer's own chat template, token for token.
 
-Prompts and examples are what `apply_chat_template` returns. Which of those tokens a message said is found by rendering the
-conversation up to the message and up to its end: both must be prefixes of the whole. Where a template rewrites earlier turns
-(Qwen3 drops their thinking) they are not, and the message cannot be trained on in that place: an error, never a wrong mask.
-Left out: parsing tool calls and thinking out of the text.
+Prompts and examples are what `apply_chat_template` returns. Which of those tokens a message said is
+found by rendering the conversation up to the message and up to its end: both must be prefixes of
+the whole. Where a template rewrites earlier turns (Qwen3 drops their thinking) they are not, and
+the message cannot be trained on in that place: an error, never a wrong mask. Left out: parsing tool
+calls and thinking out of the text.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from posttrain.backend.types import ModelInput
 from posttrain.renderers.turns import cut_at_stop, encode, eos, trained_messages
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
-# Replies that templates are known to rewrite once the conversation goes on: thinking is dropped, white space trimmed.
+# Replies that templates are known to rewrite once the conversation goes on: thinking is dropped,
+# white space trimmed.
 PROBE_REPLIES = ["Yes.", "<think>\nHm.\n</think>\n\nNo.", " Perhaps. \n"]
 
 
@@ -32,7 +34,9 @@ class ChatTemplateRenderer:
         self.has_extension_property: bool = self._extends()
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        """Tokens of `apply_chat_template`. Raises DataError with the template's own words where it refuses the conversation."""
+        """Tokens of `apply_chat_template`. Raises DataError with the template's own words where it
+        refuses the conversation.
+        """
         plain = [{key: value for key, value in message.items() if key != "trainable"} for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
@@ -47,24 +51,36 @@ class ChatTemplateRenderer:
             raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
 
     def _find_end_of_turn(self) -> int:
-        """The first special token of what two conversations, alike but for the assistant's reply, have in common after it."""
+        """The first special token of what two conversations, alike but for the assistant's reply,
+        have in common after it.
+        """
         ask = Message(role="user", content="a")
         one, two = (self._render([ask, Message(role="assistant", content=reply)]) for reply in "x0")
-        special = set(self.tokenizer.all_special_ids) | {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        special = set(self.tokenizer.all_special_ids) | {
+            i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special
+        }
         tail = one[len(one) - _common_prefix(one[::-1], two[::-1]) :]
         for token in tail:
             if token in special:
                 return token
-        raise ConfigError("the chat template ends no turn with a special token to stop at: use renderer_name=role_colon")
+        raise ConfigError(
+            "the chat template ends no turn with a special token to stop at: use renderer_name=role_colon"
+        )
 
     def _extends(self) -> bool:
         messages: list[Message] = []
         try:
             for reply in PROBE_REPLIES:
                 messages += [Message(role="user", content="Is it so?")]
-                spoken = [*self._render(messages, add_generation_prompt=True), *encode(self.tokenizer, reply), self.end_of_turn]
+                spoken = [
+                    *self._render(messages, add_generation_prompt=True),
+                    *encode(self.tokenizer, reply),
+                    self.end_of_turn,
+                ]
                 messages += [Message(role="assistant", content=reply)]
-                following = self._render([*messages, Message(role="user", content="And now?")], add_generation_prompt=True)
+                following = self._render(
+                    [*messages, Message(role="user", content="And now?")], add_generation_prompt=True
+                )
                 if following[: len(spoken)] != spoken:
                     return False
         except DataError:  # a template for one exchange only
@@ -75,13 +91,19 @@ class ChatTemplateRenderer:
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
     ) -> ModelInput:
         if role != "assistant":
-            raise ConfigError(f"a chat template prompts the assistant only, not {role!r}: swap the roles or use role_colon")
-        return ModelInput.from_ints(self._render(messages, add_generation_prompt=True) + encode(self.tokenizer, prefill or ""))
+            raise ConfigError(
+                f"a chat template prompts the assistant only, not {role!r}: swap the roles or use role_colon"
+            )
+        return ModelInput.from_ints(
+            self._render(messages, add_generation_prompt=True) + encode(self.tokenizer, prefill or "")
+        )
 
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
     ) -> tuple[list[int], list[float]]:
-        """What the template writes after a turn's end (a line break, mostly) has weight 0: the model has stopped by then."""
+        """What the template writes after a turn's end (a line break, mostly) has weight 0: the
+        model has stopped by then.
+        """
         trained = trained_messages(messages, train_on_what)
         tokens = self._render(messages)
         if train_on_what == TrainOnWhat.ALL_TOKENS:
@@ -108,14 +130,16 @@ class ChatTemplateRenderer:
             why = "its tokens do not begin with those of the prompt" if last else "it rewrites earlier turns"
             advice = "use renderer_name=role_colon" if last else "set train_on_what=last_assistant_message"
             raise DataError(
-                f"message {i} ({role}): the chat template renders it otherwise in the whole conversation than when sampled "
+                f"message {i} ({role}): the chat template renders it otherwise in the whole conversation than when "
+                "sampled "
                 f"({why}), so no mask would be right: {advice}"
             )
         ends = [t + 1 for t in range(start, len(whole)) if whole[t] == self.end_of_turn]
         if not ends and role == "assistant":
             name = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
             raise DataError(
-                f"message {i} (assistant): no {name} ends it in the chat template, so nothing would teach a model to stop"
+                f"message {i} (assistant): no {name} ends it in the chat template, so nothing would teach a model to "
+                "stop"
             )
         return start, ends[-1] if ends else len(whole)
 

@@ -1,4 +1,6 @@
-"""Text without roles: the contents one after the other, EOS after what the assistant says. "12+34=" is answered "46<eos>"."""
+"""Text without roles: the contents one after the other, EOS after what the assistant says. "12+34="
+is answered "46<eos>".
+"""
 
 from collections.abc import Sequence
 

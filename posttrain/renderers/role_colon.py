@@ -1,11 +1,13 @@
 """Conversations as plain text, for base models: "User: hi\\n\\nAssistant: hello\\n\\nUser:".
 
-The assistant ends by giving the word back: its output includes the "\\n\\nUser:" that is also the next user's header, within a
-conversation and at its end alike. So a trained model stops at the stop sequence, and the next prompt extends what was sampled.
-EOS is how a base model knows to end a document: a response that ends so is whole too (but the next prompt does not repeat it).
+The assistant ends by giving the word back: its output includes the "\\n\\nUser:" that is also the
+next user's header, within a conversation and at its end alike. So a trained model stops at the stop
+sequence, and the next prompt extends what was sampled. EOS is how a base model knows to end a
+document: a response that ends so is whole too (but the next prompt does not repeat it).
 
-Every piece is encoded by itself: the generation prompt is then an exact prefix of the training example, whatever merges a BPE
-would make across the border. Left out: escaping a "\\n\\nUser:" that is part of a message.
+Every piece is encoded by itself: the generation prompt is then an exact prefix of the training
+example, whatever merges a BPE would make across the border. Left out: escaping a "\\n\\nUser:" that
+is part of a message.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
-"""What the renderers share: which messages are trained on, how weights follow from that, and where a sampled message ends.
+"""What the renderers share: which messages are trained on, how weights follow from that, and where
+a sampled message ends.
 
-A message is a header, which says who speaks, and an output: what they say and how they end. Training weighs outputs; headers only
-under ALL_TOKENS.
+A message is a header, which says who speaks, and an output: what they say and how they end.
+Training weighs outputs; headers only under ALL_TOKENS.
 """
 
 from collections.abc import Collection, Sequence
@@ -41,19 +42,25 @@ def eos(tokenizer: Tokenizer) -> list[int]:
 
 
 def trained_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[bool]:
-    """Whether each message carries loss. Raises DataError if none does, or if `trainable` marks and `train_on_what` disagree."""
+    """Whether each message carries loss. Raises DataError if none does, or if `trainable` marks and
+    `train_on_what` disagree.
+    """
     if not messages:
         raise DataError("a conversation without messages")
     customized = train_on_what == TrainOnWhat.CUSTOMIZED
     for i, message in enumerate(messages):
         if customized != ("trainable" in message):
             need = "needs" if customized else "must not have"
-            raise DataError(f"message {i} ({message['role']}) {need} a 'trainable' mark under train_on_what={train_on_what}")
+            raise DataError(
+                f"message {i} ({message['role']}) {need} a 'trainable' mark under train_on_what={train_on_what}"
+            )
     roles = [message["role"] for message in messages]
     match train_on_what:
         case TrainOnWhat.LAST_ASSISTANT_MESSAGE:
             if roles[-1] != "assistant":
-                raise DataError(f"the last message is the {roles[-1]}'s: nothing to train on with train_on_what={train_on_what}")
+                raise DataError(
+                    f"the last message is the {roles[-1]}'s: nothing to train on with train_on_what={train_on_what}"
+                )
             trained = [False] * (len(roles) - 1) + [True]
         case TrainOnWhat.ALL_ASSISTANT_MESSAGES:
             trained = [role == "assistant" for role in roles]
@@ -83,7 +90,9 @@ def supervised_example(
 def cut_at_stop(
     tokenizer: Tokenizer, tokens: Sequence[int], stop_ids: Collection[int], stop_text: str | None = None
 ) -> tuple[str, bool]:
-    """The text before the stop, and whether there was one. Two stops mean that sampling was not told to stop: ConfigError."""
+    """The text before the stop, and whether there was one. Two stops mean that sampling was not
+    told to stop: ConfigError.
+    """
     pieces: list[list[int]] = [[]]
     for token in tokens:
         if token in stop_ids:

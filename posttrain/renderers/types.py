@@ -1,4 +1,6 @@
-"""What a renderer is: messages to tokens for training and for sampling, and sampled tokens back to a message."""
+"""What a renderer is: messages to tokens for training and for sampling, and sampled tokens back to
+a message.
+"""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -37,7 +39,9 @@ class Renderer(Protocol):
 
     @property
     def has_extension_property(self) -> bool:
-        """True if the prompt of turn k+1 starts with the prompt and the action of turn k, for every conversation."""
+        """True if the prompt of turn k+1 starts with the prompt and the action of turn k, for every
+        conversation.
+        """
         ...
 
     def build_generation_prompt(
@@ -57,5 +61,7 @@ class Renderer(Protocol):
         ...
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
-        """The sampled message, and whether it ended with its stop sequence. Two stop sequences in one response raise."""
+        """The sampled message, and whether it ended with its stop sequence. Two stop sequences in
+        one response raise.
+        """
         ...

@@ -1,4 +1,6 @@
-"""Where a run starts and what it leaves behind: resume, save every so often, and stop without losing a step."""
+"""Where a run starts and what it leaves behind: resume, save every so often, and stop without
+losing a step.
+"""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,7 +21,9 @@ class Pending(Protocol):
 
 
 class Checkpointed(Protocol):
-    """A TrainingClient, or another client with its checkpoints (recipes/libraries/belief_state/trainer.py)."""
+    """A TrainingClient, or another client with its checkpoints
+    (recipes/libraries/belief_state/trainer.py).
+    """
 
     def save_state(self, name: str, *, extra: dict[str, Any]) -> Pending: ...
 
@@ -31,7 +35,9 @@ class Checkpointed(Protocol):
 
 
 class Checkpointer:
-    """Saves `training_client` into the run folder. A checkpoint of step i holds everything that step i starts from."""
+    """Saves `training_client` into the run folder. A checkpoint of step i holds everything that
+    step i starts from.
+    """
 
     def __init__(self, run: RunFolder, training_client: Checkpointed, save_every: int, keep: int | None):
         self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
@@ -41,10 +47,12 @@ class Checkpointer:
         self.resumed_extra: dict[str, Any] = {}  # the `extra` of the checkpoint that is resumed
 
     def start(self, load_checkpoint_path: str | None, num_steps: int | None = None, may_end_early: bool = False) -> int:
-        """Loads what the run begins with and returns its first step: the folder's own last checkpoint, else another's weights.
+        """Loads what the run begins with and returns its first step: the folder's own last
+        checkpoint, else another's weights.
 
-        A run that has ended after `num_steps` steps, or has more, keeps its metrics: there is nothing left to do. With `may_end_early`, one
-        that has ended is at its end wherever that was.
+        A run that has ended after `num_steps` steps, or has more, keeps its metrics: there is
+        nothing left to do. With `may_end_early`, one that has ended is at its end wherever that
+        was.
         """
         record, records = self._run.last_checkpoint(), self._run.list_checkpoints()
         step = 0
@@ -71,7 +79,8 @@ class Checkpointer:
         except CheckpointError as error:
             earlier = f"; without {record.path} the run goes on from {before.path.name}" if before else ""
             raise CheckpointError(f"{self._run.path} cannot be resumed: {error}{earlier}") from error
-        # The checkpoint knows its own step: a kill between a replaced folder and its record leaves an older record.
+        # The checkpoint knows its own step: a kill between a replaced folder and its record leaves
+        # an older record.
         step = int(self.resumed_extra.get("next_step", record.step))
         self._saved_step, self.finished = step, record.name == "final"
         return step
@@ -94,6 +103,7 @@ class Checkpointer:
         if self._saved_step != next_step:
             self.save(f"{next_step:06d}", next_step, extra() if extra else None)
         print(
-            f"stopped before step {next_step}; its state is saved. The same command with behavior_if_log_dir_exists=resume goes on from there"
+            f"stopped before step {next_step}; its state is saved. The same command with "
+            "behavior_if_log_dir_exists=resume goes on from there"
         )
         raise KeyboardInterrupt

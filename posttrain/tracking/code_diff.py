@@ -1,7 +1,9 @@
-"""The code a run was made by, as one text: the commit, the uncommitted changes, and the user's own modules, as diffs that patch reads.
+"""The code a run was made by, as one text: the commit, the uncommitted changes, and the user's own
+modules, as diffs that patch reads.
 
-A user's module is one that the configuration names (env=my_task:Builder) and that lies outside this repository, or is in it but not
-in git; with it come the loaded modules from the same folder. Left out: data files, installed packages (their versions are pip's).
+A user's module is one that the configuration names (env=my_task:Builder) and that lies outside this
+repository, or is in it but not in git; with it come the loaded modules from the same folder. Left
+out: data files, installed packages (their versions are pip's).
 """
 
 import difflib
@@ -17,7 +19,9 @@ MOST_MODULES = 200
 
 
 def append_code_diff(file: Path, config_json: Any) -> None:
-    """Adds what the code is now: a resumed run keeps what it was before. Without git, and without modules, nothing is written."""
+    """Adds what the code is now: a resumed run keeps what it was before. Without git, and without
+    modules, nothing is written.
+    """
     text = _repository_diff() + "".join(_module_diff(module) for module in user_modules(config_json))
     if text:
         with file.open("a", encoding="utf-8") as stream:
@@ -36,7 +40,9 @@ def user_modules(config_json: Any) -> list[Path]:
 
 
 def _module_names(value: Any) -> Iterator[str]:
-    """Those in "module:name", which is how a configuration in JSON has its classes and functions."""
+    """Those in "module:name", which is how a configuration in JSON has its classes and
+    functions.
+    """
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _module_names(item)
@@ -53,7 +59,9 @@ def _is_own(file: Path, untracked: set[str]) -> bool:
     if file.is_relative_to(REPOSITORY):
         return str(file.relative_to(REPOSITORY)) in untracked
     installed = {"site-packages", "dist-packages"} & set(file.parts)
-    return not installed and not any(file.is_relative_to(Path(root).resolve()) for root in {sys.prefix, sys.base_prefix})
+    return not installed and not any(
+        file.is_relative_to(Path(root).resolve()) for root in {sys.prefix, sys.base_prefix}
+    )
 
 
 def _module_diff(file: Path) -> str:

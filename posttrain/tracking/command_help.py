@@ -1,4 +1,6 @@
-"""The --help of the command lines: options by nested object, in aligned columns. Left out: colours, paging."""
+"""The --help of the command lines: options by nested object, in aligned columns. Left out: colours,
+paging.
+"""
 
 import shutil
 import textwrap
@@ -20,9 +22,12 @@ Row = tuple[str, str, str, str]  # option, type, value it would have, doc
 def help_text(
     title: str, parameters: Mapping[str, Any], values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]
 ) -> str:
-    """The page. `parameters` are chz's, by dotted path; `values` are the settings that differ from their defaults, and the classes of
-    the objects; "" is the configuration's own."""
-    objects = ["", *(path for path in parameters if path in names or any(other.startswith(f"{path}.") for other in parameters))]
+    """The page. `parameters` are chz's, by dotted path; `values` are the settings that differ from
+    their defaults, and the classes of the objects; "" is the configuration's own."""
+    objects = [
+        "",
+        *(path for path in parameters if path in names or any(other.startswith(f"{path}.") for other in parameters)),
+    ]
     rows: dict[str, list[Row]] = {parent: [] for parent in objects}
     for path, parameter in parameters.items():
         if path not in objects:
@@ -34,9 +39,14 @@ def help_text(
     lines = [title, "", "Options are written key=value. Name, type, value if not given:", ""]
     for parent in objects:
         if parent:
-            lines += ["", f"{parent}={_value_text(parent, values, parameters[parent])}  {parameters[parent].doc}".rstrip()]
+            lines += [
+                "",
+                f"{parent}={_value_text(parent, values, parameters[parent])}  {parameters[parent].doc}".rstrip(),
+            ]
             if choices := names.get(parent):
-                lines.append(f"  {parent}= takes {', '.join(choices)} or module:Class; {parent}=NAME --help shows its options")
+                lines.append(
+                    f"  {parent}= takes {', '.join(choices)} or module:Class; {parent}=NAME --help shows its options"
+                )
         lines += [line for row in rows[parent] for line in _row_lines(row, widths)]
     return "\n".join(lines)
 
@@ -48,9 +58,15 @@ def presets_text(presets: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
         lines += ["", "", f"What {option}=NAME sets; options that are given win:"]
         width = max(len(name) for name in choices)
         for name, settings in choices.items():
-            text = "  ".join(f"{key}={value!r}" if " " in value else f"{key}={value}" for key, value in settings.items())
+            text = "  ".join(
+                f"{key}={value!r}" if " " in value else f"{key}={value}" for key, value in settings.items()
+            )
             lines += textwrap.wrap(
-                text, 126, initial_indent=f"  {name.ljust(width)}  ", subsequent_indent=" " * (width + 4), break_on_hyphens=False
+                text,
+                126,
+                initial_indent=f"  {name.ljust(width)}  ",
+                subsequent_indent=" " * (width + 4),
+                break_on_hyphens=False,
             )
     return "\n".join(lines)
 
@@ -80,12 +96,17 @@ def _value_text(path: str, values: Mapping[str, Any], parameter: Any) -> str:
 
 
 def _row_lines(row: tuple[str, str, str, str], widths: list[int]) -> list[str]:
-    """A row of the table; cells wider than their column push the next one along, and the doc wraps below itself."""
+    """A row of the table; cells wider than their column push the next one along, and the doc wraps
+    below itself.
+    """
     cells = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
     indent = sum(widths) + 8
     width = max(shutil.get_terminal_size((130, 24)).columns, indent + 30)
     if len(cells) + 2 > indent:
-        return [cells.rstrip(), *textwrap.wrap(row[3], width, initial_indent=" " * indent, subsequent_indent=" " * indent)]
+        return [
+            cells.rstrip(),
+            *textwrap.wrap(row[3], width, initial_indent=" " * indent, subsequent_indent=" " * indent),
+        ]
     return textwrap.wrap(row[3], width, initial_indent=cells + "  ", subsequent_indent=" " * indent) or [cells.rstrip()]
 
 

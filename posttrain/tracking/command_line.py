@@ -1,9 +1,10 @@
-"""The command lines: chz `key=value` arguments, short names for polymorphic fields, a readable --help and one-line errors.
+"""The command lines: chz `key=value` arguments, short names for polymorphic fields, a readable
+--help and one-line errors.
 
-chz casts and builds. This file adds what it leaves to its caller: short names (`env=arithmetic`), default objects that survive
-the setting of one of their fields, the nearest names for a misspelt option, and errors of one line. To do so it reads the list
-of options from a Blueprint, which chz 0.4 keeps private (`_parameters`). Left out: options from files, and chz's
-references (`a@=b`).
+chz casts and builds. This file adds what it leaves to its caller: short names (`env=arithmetic`),
+default objects that survive the setting of one of their fields, the nearest names for a misspelt
+option, and errors of one line. To do so it reads the list of options from a Blueprint, which chz
+0.4 keeps private (`_parameters`). Left out: options from files, and chz's references (`a@=b`).
 """
 
 import asyncio
@@ -31,15 +32,19 @@ from posttrain.tracking.command_help import help_text, presets_text, type_text
 from posttrain.tracking.stop_request import silence
 
 Config = TypeVar("Config")
-# option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"), whose {} is the value given.
+# option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"),
+# whose {} is the value given.
 ShortNames = Mapping[str, Mapping[str, str]]
-# option -> its value -> the options which that value sets, unless they are given too ("algorithm=grpo")
+# option -> its value -> the options which that value sets, unless they are given too
+# ("algorithm=grpo")
 Presets = Mapping[str, Mapping[str, Mapping[str, str]]]
 
 # what other programs call our options
 USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "lr": ("learning_rate",),
-    **dict.fromkeys(("bs", "batch", "batch_size"), ("batch_size", "groups_per_batch", "dataset.batch_size", "env.batch_size")),
+    **dict.fromkeys(
+        ("bs", "batch", "batch_size"), ("batch_size", "groups_per_batch", "dataset.batch_size", "env.batch_size")
+    ),
     **dict.fromkeys(("model", "base_model", "model_name_or_path"), ("model_name",)),
     **dict.fromkeys(("lora", "lora_r", "rank", "r"), ("lora_rank",)),
     **dict.fromkeys(("steps", "num_steps", "n_steps"), ("max_steps", "num_steps")),
@@ -55,7 +60,9 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def by_name(target: str) -> Callable[[], Any]:
-    """A default_factory for "module:Class", imported when it is called: a package offers what lies above it without importing it."""
+    """A default_factory for "module:Class", imported when it is called: a package offers what lies
+    above it without importing it.
+    """
 
     def make() -> Any:
         module, _, name = target.partition(":")
@@ -70,7 +77,9 @@ def run_command(
     short_names: ShortNames | None = None,
     presets: Presets | None = None,
 ) -> None:
-    """The entry point of a command: parses sys.argv and runs; what ends it, and how, is `one_line_errors`."""
+    """The entry point of a command: parses sys.argv and runs; what ends it, and how, is
+    `one_line_errors`.
+    """
     with one_line_errors():
         outcome = main(parse(config_class, None, short_names, presets))
         if isinstance(outcome, Coroutine):
@@ -78,8 +87,9 @@ def run_command(
 
 
 def run_on_folders(main: Callable[..., object], **options: str) -> None:
-    """The entry point of `python -m MODULE RUN [RUN ...] [option=value ...]`: prints main(folders, **options), and the module's
-    docstring where no folder is given. `options` have their defaults."""
+    """The entry point of `python -m MODULE RUN [RUN ...] [option=value ...]`: prints main(folders,
+    **options), and the module's docstring where no folder is given. `options` have their
+    defaults."""
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     folders = [argument for argument in sys.argv[1:] if "=" not in argument]
     if not folders or folders[0] in ("-h", "--help", "help"):
@@ -93,9 +103,11 @@ def run_on_folders(main: Callable[..., object], **options: str) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a CookbookError, and an error of the operating system that names a file or a full disk, into one line and exit code 2.
+    """Turns a CookbookError, and an error of the operating system that names a file or a full disk,
+    into one line and exit code 2.
 
-    Ctrl-C exits with 130, a standard output that nobody reads with 141. Any other exception is a bug and keeps its traceback.
+    Ctrl-C exits with 130, a standard output that nobody reads with 141. Any other exception is a
+    bug and keeps its traceback.
     """
     try:
         yield
@@ -138,7 +150,8 @@ def parse(
     short_names: ShortNames | None = None,
     presets: Presets | None = None,
 ) -> Config:
-    """Builds the configuration from `key=value` arguments (default: sys.argv[1:]); the last of two equal keys counts.
+    """Builds the configuration from `key=value` arguments (default: sys.argv[1:]); the last of two
+    equal keys counts.
 
     Raises ConfigError with one line; `--help`, `-h` and `help` print the options and exit 0.
     """
@@ -197,12 +210,15 @@ def _preset_values(given: dict[str, str], presets: Presets) -> dict[str, str]:
 
 
 def _choose_classes(config_class: type[Config], given: dict[str, str], short_names: ShortNames) -> Blueprint[Config]:
-    """A blueprint with the default objects, and the classes that `given` names in their place; those options leave `given`.
+    """A blueprint with the default objects, and the classes that `given` names in their place;
+    those options leave `given`.
 
-    For `env.field=value` alone chz would build the annotated base class, so the default's class and fields are laid under it.
+    For `env.field=value` alone chz would build the annotated base class, so the default's class and
+    fields are laid under it.
     """
     settings = _object_settings(config_class)
-    for key in sorted(given, key=lambda key: key.count(".")):  # an outer class decides which inner options there are
+    # an outer class decides which inner options there are
+    for key in sorted(given, key=lambda key: key.count(".")):
         parameters = _parameters(Blueprint(config_class).apply(settings))
         objects = [path for path in _matches(key, parameters) if _is_object(path, parameters[path].type, short_names)]
         for path in objects:
@@ -220,7 +236,9 @@ def _choose_classes(config_class: type[Config], given: dict[str, str], short_nam
 
 
 def _parameters(blueprint: Blueprint[Any]) -> dict[str, Any]:
-    """Every option the blueprint has with the classes chosen so far, by dotted path; each has type, default, doc and cast."""
+    """Every option the blueprint has with the classes chosen so far, by dotted path; each has type,
+    default, doc and cast.
+    """
     return {path: parameter for path, parameter in blueprint._make_lazy().all_params.items() if path}
 
 
@@ -233,7 +251,9 @@ def _help(config_class: type, blueprint: Blueprint[Any], given: Mapping[str, str
 
 
 def _object_settings(of: Any, prefix: str = "") -> dict[str, Any]:
-    """Blueprint values that rebuild the chz objects among the defaults of a class, or an instance."""
+    """Blueprint values that rebuild the chz objects among the defaults of a class, or an
+    instance.
+    """
     settings = {}
     for name, field in (chz.chz_fields(of) if chz.is_chz(of) else {}).items():
         if not isinstance(of, type):
@@ -272,7 +292,11 @@ def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict
     fault = "no such name"
     if os.path.exists(value):
         fault = f"a {'folder' if os.path.isdir(value) else 'file'} that no short name reads"
-        hint = f"huggingface with {path}.name={value} reads folders; " if os.path.isdir(value) and "huggingface" in names else ""
+        hint = (
+            f"huggingface with {path}.name={value} reads folders; "
+            if os.path.isdir(value) and "huggingface" in names
+            else ""
+        )
     raise ConfigError(f"{path}={value}: {fault}; {hint}known: {', '.join(names)}, or module:Class")
 
 
@@ -284,15 +308,21 @@ def _load_class(path: str, target: str, parameter: Any) -> type:
     except (MetaFromString, ValueError) as error:
         raise ConfigError(f"{path}={target}: {' '.join(str(error).split())}") from None
     if not isinstance(found, type):
-        raise ConfigError(f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}")
+        raise ConfigError(
+            f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}"
+        )
     return found
 
 
 def _check_chosen(blueprint: Blueprint[Any], parameters: Mapping[str, Any]) -> None:
-    """ConfigError for required objects of which nobody said what they are: chz would build the annotated class, whose methods raise
-    NotImplementedError."""
+    """ConfigError for required objects of which nobody said what they are: chz would build the
+    annotated class, whose methods raise NotImplementedError."""
     chosen = blueprint._arg_map._layers[0]._args
-    missing = [path for path, one in parameters.items() if one.default is None and path not in chosen and _is_abstract(one.type)]
+    missing = [
+        path
+        for path, one in parameters.items()
+        if one.default is None and path not in chosen and _is_abstract(one.type)
+    ]
     if missing:
         wanted = [f"{path}=module:Class ({_known_subclasses(parameters[path].type)})" for path in missing]
         raise ConfigError(f"{', '.join(missing)}: not given; give {' and '.join(wanted)}")
@@ -308,7 +338,9 @@ def _is_abstract(kind: Any) -> bool:
 def _known_subclasses(kind: type) -> str:
     """Those that are loaded and can be used."""
     found = [f"{child.__module__}:{child.__name__}" for child in _descendants(kind) if not _is_abstract(child)]
-    return f"such as {', '.join(sorted(set(found))[:4])}" if found else f"a subclass of {kind.__module__}:{kind.__name__}"
+    return (
+        f"such as {', '.join(sorted(set(found))[:4])}" if found else f"a subclass of {kind.__module__}:{kind.__name__}"
+    )
 
 
 def _descendants(kind: type) -> Iterator[type]:

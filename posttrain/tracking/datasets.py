@@ -1,7 +1,9 @@
-"""The two kinds of dataset, for supervised training, preferences and RL alike: a list reshuffled every epoch, and batches drawn anew.
+"""The two kinds of dataset, for supervised training, preferences and RL alike: a list reshuffled
+every epoch, and batches drawn anew.
 
-Batches are addressed by index, so that resuming is starting at an index. Index 0 is the first batch of the epoch that is set; indices past
-the end are of later epochs. What is random in a batch is a function of (seed, epoch, index) alone; seeds.py has the streams.
+Batches are addressed by index, so that resuming is starting at an index. Index 0 is the first batch
+of the epoch that is set; indices past the end are of later epochs. What is random in a batch is a
+function of (seed, epoch, index) alone; seeds.py has the streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +17,9 @@ T = TypeVar("T")
 
 
 class DrawnDataset(Generic[T]):
-    """`n_batches` an epoch, each made when it is asked for: batch `index` of `epoch` is `draw(epoch, index)`, a pure function of both."""
+    """`n_batches` an epoch, each made when it is asked for: batch `index` of `epoch` is
+    `draw(epoch, index)`, a pure function of both.
+    """
 
     def __init__(self, draw: Callable[[int, int], Sequence[T]], n_batches: int):
         self.draw, self.n_batches, self.epoch = draw, n_batches, 0
@@ -32,20 +36,26 @@ class DrawnDataset(Generic[T]):
 
 
 class ListDataset(DrawnDataset[T]):
-    """Batches of a list in the order of (seed, epoch), or, without `shuffle`, in its own. The last batch of an epoch may be short.
+    """Batches of a list in the order of (seed, epoch), or, without `shuffle`, in its own. The last
+    batch of an epoch may be short.
 
-    A `batch_size` above the length makes each batch all of the list, which a line says where it is shuffled. `noun` is what the
-    lines call the items. DataError for an empty list.
+    A `batch_size` above the length makes each batch all of the list, which a line says where it is
+    shuffled. `noun` is what the lines call the items. DataError for an empty list.
     """
 
-    def __init__(self, items: Sequence[T], batch_size: int, seed: int = 0, *, shuffle: bool = True, noun: str = "examples"):
+    def __init__(
+        self, items: Sequence[T], batch_size: int, seed: int = 0, *, shuffle: bool = True, noun: str = "examples"
+    ):
         self.items, self.seed, self.shuffle = items, seed, shuffle
         self._order = (0, self.order(0))
         length = len(self._order[1])
         if batch_size < 1 or not length:
             raise DataError(f"batch_size={batch_size} and {len(items):,} {noun}: a batch needs at least one")
         if shuffle and batch_size > length:
-            print(f"batch_size={batch_size} is more than the {length:,} {noun} there are: each batch is all of them", flush=True)
+            print(
+                f"batch_size={batch_size} is more than the {length:,} {noun} there are: each batch is all of them",
+                flush=True,
+            )
         self.batch_size = min(batch_size, length)
         super().__init__(self.batch, -(-length // self.batch_size))
 

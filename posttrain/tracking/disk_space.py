@@ -1,4 +1,6 @@
-"""Whether a run's checkpoints fit on the disk, said before its first step. Left out: quotas, and what else writes to the same disk."""
+"""Whether a run's checkpoints fit on the disk, said before its first step. Left out: quotas, and
+what else writes to the same disk.
+"""
 
 import shutil
 from pathlib import Path
@@ -9,7 +11,8 @@ from posttrain.backend.errors import CheckpointError
 def check_disk_space(folder: Path, checkpoint_bytes: int, save_every: int, keep: int | None, existing: int) -> None:
     """Prints the size and the number of the checkpoints to come; `existing` are there already.
 
-    Raises CheckpointError where not even one more fits, and warns where those that will be kept do not.
+    Raises CheckpointError where not even one more fits, and warns where those that will be kept do
+    not.
     """
     free = shutil.disk_usage(folder).free
     when = f"every {save_every} steps and at the end" if save_every else "at the end"
@@ -24,7 +27,10 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, save_every: int, keep:
     at_once = together + 1 - min(existing, together)  # an old one goes after the new one has come
     if free < at_once * checkpoint_bytes:
         total = size_text(at_once * checkpoint_bytes)
-        print(f"warning: up to {total} more will be needed, and {size_text(free)} are free: {remedy}, or lower keep_checkpoints")
+        print(
+            f"warning: up to {total} more will be needed, and {size_text(free)} are free: {remedy}, or lower "
+            "keep_checkpoints"
+        )
 
 
 def size_text(count: float) -> str:

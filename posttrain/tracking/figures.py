@@ -1,6 +1,8 @@
-"""Figures of panels in one style: curves by label, with a thin line for each seed and a thick one for their mean.
+"""Figures of panels in one style: curves by label, with a thin line for each seed and a thick one
+for their mean.
 
-Left out: smoothing; what is drawn is what was logged. matplotlib is imported when something is drawn, without a window system.
+Left out: smoothing; what is drawn is what was logged. matplotlib is imported when something is
+drawn, without a window system.
 """
 
 import io
@@ -33,8 +35,8 @@ Curves = Mapping[str, Sequence[Curve]]  # label -> a curve for each seed
 
 @dataclass(frozen=True)
 class Panel:
-    """`levels` are dashed lines across (chance, a target), `dashed` the labels of curves that lie on others. Without `limits`
-    the axis fits the curves and spans at least `least_span`."""
+    """`levels` are dashed lines across (chance, a target), `dashed` the labels of curves that lie
+    on others. Without `limits` the axis fits the curves and spans at least `least_span`."""
 
     title: str
     curves: Curves
@@ -50,7 +52,9 @@ class Panel:
 
 
 def read_curve(records: Records, *keys: str) -> Curve:
-    """Of the first of `keys` that was logged; empty where none was, or never a number (null stands for NaN)."""
+    """Of the first of `keys` that was logged; empty where none was, or never a number (null stands
+    for NaN).
+    """
     key = next((key for key in keys if any(record.get(key) is not None for record in records)), "")
     points = [(record["step"], record[key]) for record in records if key in record]
     return Curve([step for step, _ in points], [math.nan if value is None else value for _, value in points])
@@ -69,7 +73,9 @@ def mean_curve(curves_S: Sequence[Curve]) -> Curve:
 
 
 def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = False) -> Any:
-    """The figure. With `shared_legend` a label has one colour in all panels, and the legend lies above them."""
+    """The figure. With `shared_legend` a label has one colour in all panels, and the legend lies
+    above them.
+    """
     labels = list(dict.fromkeys(label for panel in panels for label in panel.curves)) if shared_legend else []
     levels = {level for panel in panels for level in panel.levels} if shared_legend else set()
     figure, axes = panel_axes(len(panels), title, legend_rows=math.ceil(len([*labels, *levels]) / COLUMNS))
@@ -82,7 +88,9 @@ def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = 
 
 
 def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
-    """`labels` give the order of the colours; without them it is the panel's, and the panel gets a legend where it has several."""
+    """`labels` give the order of the colours; without them it is the panel's, and the panel gets a
+    legend where it has several.
+    """
     order = list(labels or panel.curves)
     for label, seeds in panel.curves.items():
         color, curves_S = COLORS[order.index(label) % len(COLORS)], [curve for curve in seeds if curve.steps_K]
@@ -103,7 +111,9 @@ def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
 
 
 def _widen(axis: Any, least_span: float) -> None:
-    """Noise fills no panel: the axis spans at least `least_span`, and at least a part of the largest value."""
+    """Noise fills no panel: the axis spans at least `least_span`, and at least a part of the
+    largest value.
+    """
     values = [y for line in axis.get_lines() for y in line.get_ydata() if y == y]
     low, high = axis.get_ylim()
     span = max(least_span, SMALLEST_SPAN * max(map(abs, values), default=0.0))
@@ -116,7 +126,9 @@ def _widen(axis: Any, least_span: float) -> None:
 def panel_axes(
     panels: int, title: str = "", legend_rows: int = 0, columns: int = 0, size: tuple[float, float] = (4.4, 2.6)
 ) -> tuple[Any, list[Any]]:
-    """A figure with `panels` axes of `size` inches, as many rows as they need, and room above for a title or a legend."""
+    """A figure with `panels` axes of `size` inches, as many rows as they need, and room above for a
+    title or a legend.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,6 +1,8 @@
-"""JSON files, and append-only JSON lines that survive a kill: a line is there whole or, if it was being written, not at all.
+"""JSON files, and append-only JSON lines that survive a kill: a line is there whole or, if it was
+being written, not at all.
 
-What cannot be read is a DataError of one line with the file, the place and the remedy, whatever is the matter with it.
+What cannot be read is a DataError of one line with the file, the place and the remedy, whatever is
+the matter with it.
 """
 
 import json
@@ -25,7 +27,9 @@ def read_bytes(path: str | os.PathLike[str], remedy: str = "choose another file"
 
 
 def parse_json(text: str | bytes, where: str, remedy: str = "repair or delete it") -> Any:
-    """DataError for anything that is not JSON in UTF-8, is nested too deep, or has half of a surrogate pair, which is no text."""
+    """DataError for anything that is not JSON in UTF-8, is nested too deep, or has half of a
+    surrogate pair, which is no text.
+    """
     try:
         value = json.loads(text)
         if b"\\u" in text if isinstance(text, bytes) else "\\u" in text:
@@ -44,7 +48,8 @@ def read_json(path: str | os.PathLike[str], remedy: str = "repair or delete it")
 
 
 def read_jsonl(path: str | os.PathLike[str], fields: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The records of a file, [] where there is none. A torn last line is left out; any other bad line is a DataError.
+    """The records of a file, [] where there is none. A torn last line is left out; any other bad
+    line is a DataError.
 
     `fields` are names that every record must have, each with its type.
     """
@@ -54,7 +59,8 @@ def read_jsonl(path: str | os.PathLike[str], fields: Mapping[str, Any] | None = 
     records = []
     lines = read_bytes(path, "put it back, or delete it").split(b"\n")
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or number == len(lines):  # what follows the last newline is empty or torn
+        # what follows the last newline is empty or torn
+        if not line.strip() or number == len(lines):
             continue
         where = f"{path}:{number}"
         record = parse_json(line, where, "repair or delete that line")
@@ -103,7 +109,9 @@ def write_jsonl(path: Path, records: Iterable[Any]) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces the file's content: a reader, or a run that is killed here, sees the old file or the new one."""
+    """Replaces the file's content: a reader, or a run that is killed here, sees the old file or the
+    new one.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

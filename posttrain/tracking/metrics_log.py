@@ -1,4 +1,6 @@
-"""Metrics of a run: one JSON line per step in metrics.jsonl, wandb when asked for, a console table, and timers."""
+"""Metrics of a run: one JSON line per step in metrics.jsonl, wandb when asked for, a console table,
+and timers.
+"""
 
 import math
 import os
@@ -16,7 +18,9 @@ from posttrain.tracking.run_folder import RunFolder, config_to_json
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and, given `wandb_project`, to a wandb run whose id is kept in the folder for resuming."""
+    """Appends to metrics.jsonl and, given `wandb_project`, to a wandb run whose id is kept in the
+    folder for resuming.
+    """
 
     def __init__(
         self, run_folder: RunFolder, wandb_project: str | None = None, wandb_name: str | None = None, config: Any = None
@@ -26,7 +30,9 @@ class MetricsLog:
         self._wandb_run = _start_wandb(run_folder, wandb_project, wandb_name, config) if wandb_project else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Writes `{"step": step, **metrics}`. What is not finite becomes null and is named under "non_finite"."""
+        """Writes `{"step": step, **metrics}`. What is not finite becomes null and is named under
+        "non_finite".
+        """
         record: dict[str, Any] = {"step": step}
         non_finite = {}
         for name, value in metrics.items():
@@ -51,7 +57,8 @@ def _start_wandb(run_folder: RunFolder, project: str, name: str | None, config: 
         wandb = import_module("wandb")
     except ImportError:
         raise ConfigError(
-            f"wandb_project={project} needs wandb, which is not installed: pip install -e '.[wandb]' in the project's folder"
+            f"wandb_project={project} needs wandb, which is not installed: pip install -e '.[wandb]' in the project's "
+            "folder"
         ) from None
     id_file = run_folder.path / "wandb_run_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else None
@@ -78,7 +85,11 @@ def read_last_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
     records = read_metrics(path)
     last = records[-1]["step"] if records else 0
     merged = {name: value for record in records if record["step"] >= last - 1 for name, value in record.items()}
-    return {name: math.nan if value is None else value for name, value in merged.items() if name not in ("step", "non_finite")}
+    return {
+        name: math.nan if value is None else value
+        for name, value in merged.items()
+        if name not in ("step", "non_finite")
+    }
 
 
 @contextmanager
@@ -93,7 +104,9 @@ def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
 
 
 def print_metrics_table(metrics: Mapping[str, float], title: str, names: Sequence[str] | None = None) -> None:
-    """Prints `names`, by default all, sorted, with a rule between the groups (the part of a name before its first slash)."""
+    """Prints `names`, by default all, sorted, with a rule between the groups (the part of a name
+    before its first slash).
+    """
     from rich import get_console
     from rich.table import Table
 
@@ -118,7 +131,9 @@ ROWS = 8
 
 
 def print_last_metrics(run_folder: RunFolder, metrics: Mapping[str, float]) -> None:
-    """The end of a run: the eight metrics that matter most (and all whose name begins with "alarm"), and where the others are."""
+    """The end of a run: the eight metrics that matter most (and all whose name begins with
+    "alarm"), and where the others are.
+    """
     shown = [name for name in metrics if name.startswith("alarm")]
     shown += [name for name in IMPORTANT if name in metrics][:ROWS]
     print_metrics_table(metrics, f"{run_folder.path}: last step", shown)

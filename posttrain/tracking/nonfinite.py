@@ -9,7 +9,9 @@ from posttrain.tracking.run_folder import RunFolder
 
 
 def write_offending_data(run: RunFolder, step: int, data_D: Sequence[Datum], error: NonFiniteError) -> NonFiniteError:
-    """Writes the data of a failed step (the offending ones, where known) and returns the error with the file's name in it."""
+    """Writes the data of a failed step (the offending ones, where known) and returns the error with
+    the file's name in it.
+    """
     path = run.path / f"nonfinite_{step:06d}.jsonl"
     indices = error.datum_indices or range(len(data_D))
     with path.open("w") as file:

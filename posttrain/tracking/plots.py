@@ -1,7 +1,7 @@
 """The curves of a run as small multiples (plots/run.png), and of several runs over one another.
 
-    python -m posttrain.tracking.plots runs/a
-    python -m posttrain.tracking.plots runs/a runs/b out=compare.png keys=env/all/correct,optim/entropy
+    python -m posttrain.tracking.plots runs/a python -m posttrain.tracking.plots runs/a runs/b
+    out=compare.png keys=env/all/correct,optim/entropy
 
 How a panel is curve is in figures.py.
 """
@@ -30,7 +30,8 @@ from posttrain.tracking.figures import (
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import RunFolder
 
-# panel title -> the metrics it shows, training ones first; a panel is curve when one of them was logged
+# panel title -> the metrics it shows, training ones first; a panel is curve when one of them was
+# logged
 PANELS: dict[str, tuple[str, ...]] = {
     "reward": ("env/all/reward/total", "test/env/all/reward/total"),
     "accuracy": ("env/all/correct", "test/env/all/correct"),
@@ -69,7 +70,9 @@ FLOORS: dict[str, float] = dict.fromkeys(
 
 
 def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
-    """Draws plots/run.png of a run folder and returns its path. DataError where the run has no metrics."""
+    """Draws plots/run.png of a run folder and returns its path. DataError where the run has no
+    metrics.
+    """
     folder = run_folder.path if isinstance(run_folder, RunFolder) else Path(run_folder)
     records = _records(folder)
     panels = _panels(records)
@@ -85,7 +88,9 @@ def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
 
 
 def _panels(records: Records) -> list[Panel]:
-    """Those of PANELS that have something to show; one that would show the same curves as another is named in its title instead."""
+    """Those of PANELS that have something to show; one that would show the same curves as another
+    is named in its title instead.
+    """
     panels: list[Panel] = []
     for title, keys in PANELS.items():
         logged = {label: [curve] for label, key in _labels(keys).items() if (curve := read_curve(records, key)).steps_K}
@@ -97,15 +102,21 @@ def _panels(records: Records) -> list[Panel]:
     return panels
 
 
-def compare_runs(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], keys: Sequence[str] = ()) -> Path:
-    """Draws one panel per metric with a curve per run. Without `keys`, every known metric that some run has."""
+def compare_runs(
+    folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], keys: Sequence[str] = ()
+) -> Path:
+    """Draws one panel per metric with a curve per run. Without `keys`, every known metric that some
+    run has.
+    """
     paths = [Path(folder) for folder in folders]
     runs = {_run_name(path, paths): [_records(path)] for path in paths}
     wanted = keys or dict.fromkeys(key for known in (*PANELS.values(), ("time/total",)) for key in known)
     panels = [Panel(key, curves_by_label(runs, key), least_span=FLOORS.get(key, 0.0)) for key in wanted]
     panels = [panel for panel in panels if not panel.empty]
     if missing := [key for key in keys if key not in {panel.title for panel in panels}]:
-        known = sorted({name for (records,) in runs.values() for record in records for name in record} - {"step", "non_finite"})
+        known = sorted(
+            {name for (records,) in runs.values() for record in records for name in record} - {"step", "non_finite"}
+        )
         raise ConfigError(f"keys={','.join(missing)}: no such metric in these runs; they have {', '.join(known)}")
     if not panels:
         raise DataError("none of the metrics that plots know; name some with keys=a,b")
@@ -125,9 +136,15 @@ def _run_name(path: Path, paths: list[Path]) -> str:
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:
-    """Label -> key: held out or training, where that tells them apart; otherwise the end of the name."""
+    """Label -> key: held out or training, where that tells them apart; otherwise the end of the
+    name.
+    """
     labels = {"held out" if key.startswith("test/") else "training": key for key in keys}
-    return labels if len(labels) == len(keys) else {re.split("[/_]", key.removesuffix("_logprob"))[-1]: key for key in keys}
+    return (
+        labels
+        if len(labels) == len(keys)
+        else {re.split("[/_]", key.removesuffix("_logprob"))[-1]: key for key in keys}
+    )
 
 
 def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
@@ -140,7 +157,9 @@ def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
     steps = sorted(set().union(*seconds.values()))
     layers = {key.removeprefix("time/"): [seconds[key].get(step, 0.0) for step in steps] for key in parts}
     if total := seconds.get("time/total"):
-        layers["other"] = [max(total.get(step, 0.0) - sum(seconds[key].get(step, 0.0) for key in parts), 0.0) for step in steps]
+        layers["other"] = [
+            max(total.get(step, 0.0) - sum(seconds[key].get(step, 0.0) for key in parts), 0.0) for step in steps
+        ]
     axis.stackplot(
         steps, *layers.values(), labels=list(layers), colors=[*COLORS[: len(parts)], "#c3c9d1"], alpha=0.85, linewidth=0
     )

@@ -1,4 +1,6 @@
-"""The progress bar of a training loop; plain lines, now and then, where the output is not a terminal."""
+"""The progress bar of a training loop; plain lines, now and then, where the output is not a
+terminal.
+"""
 
 import asyncio
 import sys
@@ -16,9 +18,11 @@ STEPS_IN_RATE = 20  # the rate is that of the last steps: the first ones compile
 
 
 class TrainingProgress:
-    """`with TrainingProgress(total_steps, start=resumed_at) as progress: ... progress.update(step, {"reward": 0.71})`
+    """`with TrainingProgress(total_steps, start=resumed_at) as progress: ... progress.update(step,
+    {"reward": 0.71})`
 
-    `step` counts from 0 and has just been finished. What is printed meanwhile appears above the bar.
+    `step` counts from 0 and has just been finished. What is printed meanwhile appears above the
+    bar.
     """
 
     def __init__(self, total_steps: int, start: int = 0, description: str = "training"):
@@ -53,7 +57,10 @@ class TrainingProgress:
     def _status(self, metrics: Mapping[str, float] | None) -> str:
         (first_step, first_time), (last_step, last_time) = self._finished[0], self._finished[-1]
         seconds_per_step = (last_time - first_time) / max(last_step - first_step, 1)
-        parts = [f"{seconds_per_step:.2f} s/step", f"ETA {_duration(seconds_per_step * (self.total_steps - last_step))}"]
+        parts = [
+            f"{seconds_per_step:.2f} s/step",
+            f"ETA {_duration(seconds_per_step * (self.total_steps - last_step))}",
+        ]
         return "  ".join(parts + [f"{name} {format_number(value)}" for name, value in (metrics or {}).items()])
 
 
@@ -73,7 +80,10 @@ def _make_bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     return Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
     )
 
 

@@ -1,7 +1,8 @@
-"""A training run: everything around its steps. It resumes, evaluates, times, logs, saves, stops, and shows its progress.
+"""A training run: everything around its steps. It resumes, evaluates, times, logs, saves, stops,
+and shows its progress.
 
-run = Run(config=config, folder=folder, client=client, name="sft", num_steps=1000, evaluate=evaluate)
-run.start(config.load_checkpoint_path)
+run = Run(config=config, folder=folder, client=client, name="sft", num_steps=1000,
+evaluate=evaluate) run.start(config.load_checkpoint_path)
 metrics = await run.steps(step)      # async def step(number, metrics): trains, and adds to the metrics
 """
 
@@ -23,7 +24,9 @@ Step = Callable[[int, Metrics], Awaitable[None]]
 
 @dataclass(kw_only=True)
 class Run:
-    """Evaluations come before the step and see the weights it starts from; there is one more at the end."""
+    """Evaluations come before the step and see the weights it starts from; there is one more at the
+    end.
+    """
 
     config: RunConfig
     folder: RunFolder
@@ -37,16 +40,22 @@ class Run:
     """Held-out metrics before the step of this number."""
     alarms: Alarms | None = None
     extra: Callable[[], dict[str, Any]] = dict
-    """What a checkpoint in the middle holds beside the weights; `resumed_extra` has it after a resume."""
+    """What a checkpoint in the middle holds beside the weights; `resumed_extra` has it after a
+    resume.
+    """
     ends_early: Callable[[Metrics], bool] | None = None
     """Whether the step with these metrics was the last."""
     must_stop: Callable[[StopRequest], bool] = bool
     """Several processes stop together: recipes/libraries/belief_state/distributed.py."""
     final_name: str | None = "final"
-    """Of the last checkpoint. None: the number of the next step, for a run that another call goes on with."""
+    """Of the last checkpoint. None: the number of the next step, for a run that another call goes
+    on with.
+    """
 
     def start(self, load_checkpoint_path: str | None) -> bool:
-        """Loads what the run begins with. False if it has ended already: `last_metrics` are its result."""
+        """Loads what the run begins with. False if it has ended already: `last_metrics` are its
+        result.
+        """
         config = self.config
         self._checkpointer = Checkpointer(self.folder, self.client, config.save_every, config.keep_checkpoints)
         self.first_step = self._checkpointer.start(load_checkpoint_path, self.num_steps, self.ends_early is not None)
@@ -92,7 +101,9 @@ class Run:
 
 
 def finish(folder: RunFolder, metrics: Mapping[str, float]) -> None:
-    """The end of a command: the last metrics, and where the plot, the transcripts and the model are."""
+    """The end of a command: the last metrics, and where the plot, the transcripts and the model
+    are.
+    """
     from posttrain.tracking.plots import plot_run
 
     print_last_metrics(folder, metrics)

@@ -1,4 +1,6 @@
-"""The options that all training runs share, declared once. A run's own configuration inherits them and may give other defaults."""
+"""The options that all training runs share, declared once. A run's own configuration inherits them
+and may give other defaults.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,9 @@ class RunConfig:
         default=3, validator=COUNT, doc="delete older checkpoints than the last this many and `final`; None = keep all"
     )
     log_path: str = log_path_field("runs/run")
-    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with an existing run folder")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
+        default="ask", doc="what to do with an existing run folder"
+    )
     wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
     wandb_name: str | None = chz.field(default=None, doc="name of the wandb run")
 
@@ -46,11 +50,15 @@ class TrainingConfig(RunConfig):
     learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="the highest, after the warm-up")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how the learning rate falls to the last step")
     warmup_steps: int = chz.field(default=0, validator=WHOLE, doc="over which the learning rate rises linearly")
-    min_learning_rate: float = chz.field(default=0.0, validator=LEARNING_RATE, doc="where linear and cosine schedules end")
+    min_learning_rate: float = chz.field(
+        default=0.0, validator=LEARNING_RATE, doc="where linear and cosine schedules end"
+    )
     weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
     beta1: float = chz.field(default=0.9, validator=DECAY, doc="AdamW's decay of the gradient's mean")
     beta2: float = chz.field(default=0.95, validator=DECAY, doc="AdamW's decay of the gradient's square")
-    grad_clip_norm: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="largest norm of all gradients together; 0 = any")
+    grad_clip_norm: float = chz.field(
+        default=0.0, validator=NON_NEGATIVE, doc="largest norm of all gradients together; 0 = any"
+    )
 
     @chz.validate
     def _check_learning_rates(self) -> None:
@@ -59,7 +67,9 @@ class TrainingConfig(RunConfig):
 
     def adam(self, step: int, num_steps: int) -> AdamParams:
         """The optimizer's settings in `step` of a schedule of `num_steps`."""
-        rate = learning_rate_at(step, self.learning_rate, self.lr_schedule, num_steps, self.warmup_steps, self.min_learning_rate)
+        rate = learning_rate_at(
+            step, self.learning_rate, self.lr_schedule, num_steps, self.warmup_steps, self.min_learning_rate
+        )
         return AdamParams(rate, self.beta1, self.beta2, 1e-8, self.weight_decay, self.grad_clip_norm)
 
 
@@ -68,17 +78,25 @@ class LanguageModelRunConfig(TrainingConfig):
     """A run that trains a language model, or a scalar model on a language model's trunk."""
 
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
-    load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint (fresh optimizer)")
-    renderer_name: str | None = chz.field(default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer")
+    load_checkpoint_path: str | None = chz.field(
+        default=None, doc="start from the weights of this checkpoint (fresh optimizer)"
+    )
+    renderer_name: str | None = chz.field(
+        default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer"
+    )
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
     lora_alpha: float | None = chz.field(
         default=None, validator=POSITIVE, doc="the adapter is scaled by lora_alpha / lora_rank; None = 32"
     )
     seed: int = chz.field(
-        default=0, validator=SEED, doc="seed of a preset's weights, of the adapter and of sampling (the data have their own)"
+        default=0,
+        validator=SEED,
+        doc="seed of a preset's weights, of the adapter and of sampling (the data have their own)",
     )
     num_epochs: int = chz.field(default=1, validator=COUNT, doc="passes over the dataset")
-    max_steps: int | None = chz.field(default=None, validator=COUNT, doc="total number of steps, if less than the epochs give")
+    max_steps: int | None = chz.field(
+        default=None, validator=COUNT, doc="total number of steps, if less than the epochs give"
+    )
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains and samples")
 
     def renderer(self) -> Renderer:

@@ -2,9 +2,10 @@
 
     config.json  metrics.jsonl  checkpoints.jsonl  checkpoints/  transcripts/  plots/  code.diff  lock
 
-A folder that already holds a run is resumed, deleted or refused, never overwritten; one process at a time has it (run_lock.py). It is
-resumed with the settings that made it, or after saying which differ: config_changes.jsonl keeps those that were let through.
-Left out: what a checkpoint contains (the training loop writes it, this file only records that it is complete) and remote storage.
+A folder that already holds a run is resumed, deleted or refused, never overwritten; one process at
+a time has it (run_lock.py). It is resumed with the settings that made it, or after saying which
+differ: config_changes.jsonl keeps those that were let through. Left out: what a checkpoint contains
+(the training loop writes it, this file only records that it is complete) and remote storage.
 """
 
 import os
@@ -50,7 +51,9 @@ class CheckpointRecord:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of an open run. `lock` keeps other processes out as long as this object lives; None: opened only to read."""
+    """Paths of an open run. `lock` keeps other processes out as long as this object lives; None:
+    opened only to read.
+    """
 
     path: Path
     resumed: bool = False
@@ -81,17 +84,22 @@ class RunFolder:
         return self.path / "plots"
 
     def record_checkpoint(self, name: str, step: int, path: str | os.PathLike[str]) -> None:
-        """Notes that the folder `path` is a complete checkpoint, from which step `step` is the next. On disk on return."""
+        """Notes that the folder `path` is a complete checkpoint, from which step `step` is the
+        next. On disk on return.
+        """
         folder = Path(path).resolve()
         if not folder.is_dir():
             raise CheckpointError(f"checkpoint {name!r}: {path} is not a folder; write it before recording it")
         inside = folder.is_relative_to(self.path.resolve())
-        stored = folder.relative_to(self.path.resolve()) if inside else folder  # relative, so that a run can be moved
+        # relative, so that a run can be moved
+        stored = folder.relative_to(self.path.resolve()) if inside else folder
         drop_torn_line(self.checkpoints_file)
         append_jsonl(self.checkpoints_file, {"name": name, "step": step, "path": str(stored)}, sync=True)
 
     def list_checkpoints(self) -> list[CheckpointRecord]:
-        """Records whose folder is still there, oldest first; a folder recorded again counts once, as its last record."""
+        """Records whose folder is still there, oldest first; a folder recorded again counts once,
+        as its last record.
+        """
         records: dict[Path, CheckpointRecord] = {}
         for line in read_jsonl(self.checkpoints_file, {"name": str, "step": int, "path": str}):
             folder = self.path / line["path"]
@@ -101,40 +109,55 @@ class RunFolder:
         return list(records.values())
 
     def last_checkpoint(self) -> CheckpointRecord | None:
-        """The latest complete checkpoint, or None. CheckpointError where there are several, and no record of any."""
+        """The latest complete checkpoint, or None. CheckpointError where there are several, and no
+        record of any.
+        """
         records = self.list_checkpoints()
-        found = sorted(path.name for path in self.checkpoints.iterdir() if path.is_dir()) if self.checkpoints.is_dir() else []
+        found = (
+            sorted(path.name for path in self.checkpoints.iterdir() if path.is_dir())
+            if self.checkpoints.is_dir()
+            else []
+        )
         found = [name for name in found if not name.startswith(".") and "." not in name]
-        if not records and len(found) > 1:  # one may be there without a record: a kill came between the two
+        # one may be there without a record: a kill came between the two
+        if not records and len(found) > 1:
             raise CheckpointError(
-                f"{self.checkpoints_file} has no record of the checkpoints that are there ({', '.join(found)}): put it back, "
+                f"{self.checkpoints_file} has no record of the checkpoints that are there ({', '.join(found)}): put it "
+                "back, "
                 "or begin another run with load_checkpoint_path"
             )
         return records[-1] if records else None
 
     def prune_checkpoints(self, keep: int) -> None:
-        """Deletes all but the last `keep` checkpoints (>= 1) and the one named "final". Call it after recording a new one."""
+        """Deletes all but the last `keep` checkpoints (>= 1) and the one named "final". Call it
+        after recording a new one.
+        """
         if keep < 1:
             raise ConfigError(f"keep_checkpoints={keep}: at least 1 must be kept, or there is nothing to resume from")
         mine = [record for record in self.list_checkpoints() if record.path.is_relative_to(self.checkpoints)]
         for record in mine[:-keep]:
-            if record.name != "final":  # renamed first: a deletion that is killed half way leaves nothing that looks whole
+            # renamed first: a deletion that is killed half way leaves nothing that looks whole
+            if record.name != "final":
                 record.path.rename(record.path.with_name(record.path.name + ".deleted"))
         for leftover in self.checkpoints.glob("*.deleted"):
             shutil.rmtree(leftover)
 
     def truncate_metrics(self, step: int) -> None:
-        """Forgets the metrics of `step` and later, so that a resumed run's metrics are those of an uninterrupted one."""
+        """Forgets the metrics of `step` and later, so that a resumed run's metrics are those of an
+        uninterrupted one.
+        """
         kept = [record for record in read_jsonl(self.metrics_file, {"step": int}) if record["step"] < step]
         write_jsonl(self.metrics_file, kept)
 
 
 def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, config: Any) -> RunFolder:
-    """Makes the run folder, or decides by `behavior` what becomes of the one that is there, and writes config.json into it.
+    """Makes the run folder, or decides by `behavior` what becomes of the one that is there, and
+    writes config.json into it.
 
-    Raises ConfigError where a run exists and may not be touched or belongs to another process, where the folder holds something that
-    is no run, and where a run would be resumed with another model, environment or dataset, or with other settings (in a terminal the
-    user is asked; "resume_changed" lets them through).
+    Raises ConfigError where a run exists and may not be touched or belongs to another process,
+    where the folder holds something that is no run, and where a run would be resumed with another
+    model, environment or dataset, or with other settings (in a terminal the user is asked;
+    "resume_changed" lets them through).
     """
     path = Path(path).expanduser()
     there = _holds_a_run(path)
@@ -171,7 +194,9 @@ REMEDY = (
 
 
 def _holds_a_run(path: Path) -> bool:
-    """ConfigError where the path is something else than a run folder, an empty folder or nothing."""
+    """ConfigError where the path is something else than a run folder, an empty folder or
+    nothing.
+    """
     try:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file; choose another run folder")
@@ -193,7 +218,8 @@ def _empty(path: Path) -> None:
 
 
 def _is_run_folder(path: Path) -> bool:
-    # config.json alone would also fit a Hugging Face model. Killed before metrics.jsonl, a run leaves only empty folders and its lock.
+    # config.json alone would also fit a Hugging Face model. Killed before metrics.jsonl, a run
+    # leaves only empty folders and its lock.
     files = (entry for entry in path.rglob("*") if entry.is_file() and entry != path / LOCK_FILE)
     return os.path.lexists(path / "metrics.jsonl") or not any(files)
 
@@ -217,17 +243,21 @@ def _answer(question: str, letters: str) -> str:
 
 
 def _check_settings(run: RunFolder, behavior: BehaviorIfExists, config: Any, now: Any) -> None:
-    """Names what differs from config.json. ConfigError unless nothing does, or the user lets it through."""
+    """Names what differs from config.json. ConfigError unless nothing does, or the user lets it
+    through.
+    """
     if not os.path.lexists(run.config_file):
         return
     saved = read_settings(run.config_file, "put it back, or delete it to go on without a comparison of the settings")
-    later = {name: value for name, value in defaults_to_json(config).items() if name not in saved}  # options of a newer version
+    # options of a newer version
+    later = {name: value for name, value in defaults_to_json(config).items() if name not in saved}
     found = changes(saved | later, now, may_grow=MAY_GROW)
     for name in FIXED_FOR_A_RUN:
         if name in found:
             before, after = found[name]
             raise ConfigError(
-                f"{run.path} was run with {name}={before}, not {after}; resume with the same or choose another run folder"
+                f"{run.path} was run with {name}={before}, not {after}; resume with the same or choose another run "
+                "folder"
             )
     if not found:
         return
@@ -241,6 +271,7 @@ def _ask_about(path: Path, found: Changes) -> None:
     text = f"{path} was made with {changes_text(found)}"
     if not sys.stdin.isatty() or _answer(f"{text}. [c]ontinue with the new settings, or [q]uit? ", "cq") == "q":
         raise ConfigError(
-            f"{text}: give the settings of before, behavior_if_log_dir_exists=resume_changed to go on with the new ones, "
+            f"{text}: give the settings of before, behavior_if_log_dir_exists=resume_changed to go on with the new "
+            "ones, "
             "or another log_path"
         )

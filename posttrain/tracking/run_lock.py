@@ -1,7 +1,9 @@
-"""One process per run folder: a lock that the kernel gives back when its holder ends, however that happens.
+"""One process per run folder: a lock that the kernel gives back when its holder ends, however that
+happens.
 
-The file `lock` in the folder says who holds it; what a dead holder left in it means nothing. Threads of one process share the lock.
-Left out: file systems without locks, where a line says so and the run goes on.
+The file `lock` in the folder says who holds it; what a dead holder left in it means nothing.
+Threads of one process share the lock. Left out: file systems without locks, where a line says so
+and the run goes on.
 """
 
 import errno
@@ -23,7 +25,8 @@ class RunLock:
 
     def __init__(self, folder: Path):
         self.file = folder / LOCK_FILE
-        self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)  # Python closes it in what is executed
+        # Python closes it in what is executed
+        self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -33,7 +36,9 @@ class RunLock:
                 raise ConfigError(
                     f"{folder} is in use{_holder_text(holder)}: stop that run, or choose another log_path"
                 ) from None
-            print(f"{folder}: no lock on this file system ({error.strerror}); take care that one process alone runs here")
+            print(
+                f"{folder}: no lock on this file system ({error.strerror}); take care that one process alone runs here"
+            )
             return
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.truncate(self._descriptor, 0)
@@ -50,7 +55,9 @@ class RunLock:
             self.close()
 
     def is_of(self, folder: Path) -> bool:
-        """Whether this is the lock of that very folder, not of one that was deleted and made again."""
+        """Whether this is the lock of that very folder, not of one that was deleted and made
+        again.
+        """
         try:
             return self._descriptor >= 0 and os.path.samestat(os.fstat(self._descriptor), (folder / LOCK_FILE).stat())
         except OSError:
@@ -61,7 +68,9 @@ _held: WeakSet[RunLock] = WeakSet()
 
 
 def lock_folder(folder: Path) -> RunLock:
-    """The lock of an existing folder. ConfigError, with its holder, where another process has it."""
+    """The lock of an existing folder. ConfigError, with its holder, where another process has
+    it.
+    """
     return next((lock for lock in list(_held) if lock.is_of(folder)), None) or RunLock(folder)
 
 
@@ -74,7 +83,9 @@ def _holder_text(content: bytes) -> str:
 
 
 def _let_go_in_child() -> None:
-    """A forked child has the parent's descriptors, and would keep the lock after the parent's end."""
+    """A forked child has the parent's descriptors, and would keep the lock after the parent's
+    end.
+    """
     for lock in list(_held):
         lock.close()
 

@@ -1,8 +1,11 @@
-"""The streams of random numbers that come from one seed: which numbers follow it in the list that NumPy's SeedSequence is given.
+"""The streams of random numbers that come from one seed: which numbers follow it in the list that
+NumPy's SeedSequence is given.
 
-A new use of a seed gets a line here, and a list that none of the other lines can be. NumPy takes zeros at the end for nothing: [1, 2] and
-[1, 2, 0] are one stream. Two equal lists are known, and stay so that results do: a choice of held-out items has the numbers of epoch 0's
-order where both seeds are equal, and streams without a batch (PRM_CHAINS, kind words' comparisons) those of an epoch's order.
+A new use of a seed gets a line here, and a list that none of the other lines can be. NumPy takes
+zeros at the end for nothing: [1, 2] and [1, 2, 0] are one stream. Two equal lists are known, and
+stay so that results do: a choice of held-out items has the numbers of epoch 0's order where both
+seeds are equal, and streams without a batch (PRM_CHAINS, kind words' comparisons) those of an
+epoch's order.
 
     seed of              list after the seed                     what is drawn
     env, dataset         epoch                                   the order of a list (datasets.py), of BST's rows
@@ -26,14 +29,17 @@ order where both seeds are equal, and streams without a batch (PRM_CHAINS, kind 
                          round, SWEEP to GREEDY, T, chunk        B-STaR's pools
                          round, pass                             the order of what a round of B-STaR is trained on
 
-Seeds of supervised runs beside each other differ by 1 or 1000 (a completer after its policy, a seed of star_graph's policy).
+Seeds of supervised runs beside each other differ by 1 or 1000 (a completer after its policy, a seed
+of star_graph's policy).
 """
 
-GROUPS, EXAMPLES, HELD_OUT_EXAMPLES = 1, 2, 3  # tasks drawn anew: for RL, to imitate, and the demonstrations of held-out ones
+# tasks drawn anew: for RL, to imitate, and the demonstrations of held-out ones
+GROUPS, EXAMPLES, HELD_OUT_EXAMPLES = 1, 2, 3
 TRAINING_GAMES, TEST_GAMES = 0, 1
 GRAPHS, GRAPH_GROUPS, GUIDED, GUIDED_PAIRS = 1, 2, 3, 4  # star graphs
 PRM_CHAINS = 3
 DEV = 7
-TRAINING, EVALUATION, LIKELIHOOD = 0, 1, 77  # sampling: evaluation must not change what training samples
+# sampling: evaluation must not change what training samples
+TRAINING, EVALUATION, LIKELIHOOD = 0, 1, 77
 RETRY = 1 << 16  # keeps the attempts of a member apart from the members
 SWEEP, SAMPLE, TEST, GREEDY = range(4)

@@ -1,6 +1,8 @@
-"""The settings that made a result: as JSON, beside the result, and compared when the result is asked for again.
+"""The settings that made a result: as JSON, beside the result, and compared when the result is
+asked for again.
 
-A run folder has its config.json (run_folder.py). The result of a recipe's stage has NAME.made_with.json beside it (stages.py).
+A run folder has its config.json (run_folder.py). The result of a recipe's stage has
+NAME.made_with.json beside it (stages.py).
 """
 
 import json
@@ -18,7 +20,8 @@ from posttrain.tracking.jsonl import read_json, write_atomically
 
 Changes = dict[str, tuple[Any, Any]]  # option -> (before, now)
 
-# These change when a run is measured, saved or said to be over, and how fast it is; not what a step does.
+# These change when a run is measured, saved or said to be over, and how fast it is; not what a step
+# does.
 FREE = {
     *("log_path", "behavior_if_log_dir_exists", "wandb_project", "wandb_name"),
     *("eval_every", "save_every", "keep_checkpoints", "transcript_every", "num_groups_to_log", "concurrent_rollouts"),
@@ -32,14 +35,18 @@ SHOWN = 6  # differences in a message
 
 
 def config_to_json(config: Any) -> Any:
-    """A configuration as JSON values. A nested object keeps its class ("module:Class") beside its fields."""
+    """A configuration as JSON values. A nested object keeps its class ("module:Class") beside its
+    fields.
+    """
     return _to_json(config, top=True)
 
 
 def defaults_to_json(config: Any) -> dict[str, Any]:
     """The plain values that options of the configuration's class have when they are not given."""
     fields = chz.chz_fields(config).items() if chz.is_chz(config) else ()
-    return {name: _to_json(field._default) for name, field in fields if isinstance(field._default, bool | int | float | str)}
+    return {
+        name: _to_json(field._default) for name, field in fields if isinstance(field._default, bool | int | float | str)
+    }
 
 
 def _to_json(value: Any, top: bool = False) -> Any:
@@ -53,7 +60,8 @@ def _to_json(value: Any, top: bool = False) -> Any:
         return f"{value.__module__}:{value.__qualname__}"
     if chz.is_chz(value) or is_dataclass(value):
         names = chz.chz_fields(value) if chz.is_chz(value) else vars(value)
-        # The top class is left out: it is __main__:Config or rl.train_cli:Config according to how the script was started.
+        # The top class is left out: it is __main__:Config or rl.train_cli:Config according to how
+        # the script was started.
         kind = {} if top else {"class": f"{type(value).__module__}:{type(value).__qualname__}"}
         return kind | {name: _to_json(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
@@ -64,7 +72,9 @@ def _to_json(value: Any, top: bool = False) -> Any:
 
 
 def changes(before: Any, now: Any, free: Collection[str] = (), may_grow: Collection[str] = ()) -> Changes:
-    """Options of two configurations in JSON that differ in what they make; `free` are names that may differ besides FREE."""
+    """Options of two configurations in JSON that differ in what they make; `free` are names that
+    may differ besides FREE.
+    """
     before_flat, now_flat = _flatten(before), _flatten(now)
     names = [*before_flat, *(name for name in now_flat if name not in before_flat)]
     differing = {n: (before_flat.get(n), now_flat.get(n)) for n in names if before_flat.get(n) != now_flat.get(n)}
@@ -98,7 +108,9 @@ def changes_text(found: Changes) -> str:
     return ", ".join(shown) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
-def read_settings(file: Path, remedy: str = "put it back, or delete what lies beside it to make both anew") -> dict[str, Any]:
+def read_settings(
+    file: Path, remedy: str = "put it back, or delete what lies beside it to make both anew"
+) -> dict[str, Any]:
     """The object in a file of settings. DataError, with the remedy, where it cannot be read."""
     settings = read_json(file, remedy)
     if not isinstance(settings, dict):

@@ -1,6 +1,8 @@
-"""A recipe of several stages: each a named result, the settings that made it, and the stages it needs.
+"""A recipe of several stages: each a named result, the settings that made it, and the stages it
+needs.
 
-    answers = Stage("answers", folder / "answers.jsonl", {"number": 50}, partial(sample, ...), needs=[policy])
+    answers = Stage("answers", folder / "answers.jsonl", {"number": 50}, partial(sample, ...),
+    needs=[policy])
     run_stages([answers])  # makes what is missing, the policy first
 
 Each runs after what it needs; side by side they run in recipes/star_graph/side_by_side.py.
@@ -24,9 +26,10 @@ from posttrain.tracking.settings import changes, changes_text, config_to_json, r
 class Stage:
     """`make` fills `path`, a file or a folder, and goes on where it was killed. It may be async.
 
-    `settings` (a config or a dictionary) are all that the result depends on, but for those of the stages in `needs`.
-    A stage has finished when `last` is there in the folder `path`; it must be written whole or not at all.
-    `always`: `make` is called whatever is there, and decides itself what becomes of it.
+    `settings` (a config or a dictionary) are all that the result depends on, but for those of the
+    stages in `needs`. A stage has finished when `last` is there in the folder `path`; it must be
+    written whole or not at all. `always`: `make` is called whatever is there, and decides itself
+    what becomes of it.
     """
 
     name: str
@@ -51,7 +54,9 @@ class Stage:
         return self.path.with_name(f"{self.path.name}.made_with.json")
 
     def made_with(self, folder: Path | None = None) -> dict[str, Any]:
-        """The settings of this stage and of all it comes from, by name of the stage. Paths are relative to the record's folder."""
+        """The settings of this stage and of all it comes from, by name of the stage. Paths are
+        relative to the record's folder.
+        """
         folder = folder or self.path.parent
         needed = [need.made_with(folder) for need in self.needs]
         before = {name: settings for stages in needed for name, settings in stages.items()}
@@ -59,7 +64,9 @@ class Stage:
 
     def begun(self) -> list[Path]:
         """What is there of it."""
-        return [path for path in (self.path, self.unfinished) if path.is_file() or (path.is_dir() and any(path.iterdir()))]
+        return [
+            path for path in (self.path, self.unfinished) if path.is_file() or (path.is_dir() and any(path.iterdir()))
+        ]
 
     def is_finished(self) -> bool:
         """ConfigError where what is there, finished or not, was made with other settings."""
@@ -92,9 +99,11 @@ def training_stage(
     needs: Sequence[Stage] = (),
     behavior: BehaviorIfExists = "resume",
 ) -> Stage:
-    """`main(config)` is a training run in config.log_path; the result is its last checkpoint. A killed run is resumed.
+    """`main(config)` is a training run in config.log_path; the result is its last checkpoint. A
+    killed run is resumed.
 
-    With another `behavior` the run itself asks, deletes or refuses, as its option behavior_if_log_dir_exists says.
+    With another `behavior` the run itself asks, deletes or refuses, as its option
+    behavior_if_log_dir_exists says.
     """
     config = chz.replace(config, behavior_if_log_dir_exists=behavior)
     always = behavior != "resume"
@@ -102,7 +111,8 @@ def training_stage(
 
 
 def plan(stages: Sequence[Stage]) -> dict[str, tuple[Stage, bool]]:
-    """By name, in the order of making: `stages` and what the unfinished ones need, each with whether it has finished.
+    """By name, in the order of making: `stages` and what the unfinished ones need, each with
+    whether it has finished.
 
     ConfigError where one was made with other settings: all are compared before any is made.
     """
@@ -121,7 +131,9 @@ def plan(stages: Sequence[Stage]) -> dict[str, tuple[Stage, bool]]:
 
 
 def run_stages(stages: Sequence[Stage]) -> None:
-    """Makes what is missing of `stages` and of what they need, one after the other; says of the others that they are there."""
+    """Makes what is missing of `stages` and of what they need, one after the other; says of the
+    others that they are there.
+    """
     for stage, finished in plan(stages).values():
         print(f"--- {stage.name}" + (f" is there: {stage.result}" if finished else ""), flush=True)
         if not finished:

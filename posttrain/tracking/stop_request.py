@@ -1,7 +1,8 @@
-"""Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and a closed standard output (`| head`) ask a run to save and stop after the present step.
+"""Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and a closed standard output (`| head`) ask a run to
+save and stop after the present step.
 
-A second Ctrl-C or SIGTERM stops at once; a closed terminal may send several SIGHUPs. `nohup` holds: SIGHUP stays ignored where it was.
-Left out: threads other than the main one, which get no signals.
+A second Ctrl-C or SIGTERM stops at once; a closed terminal may send several SIGHUPs. `nohup` holds:
+SIGHUP stays ignored where it was. Left out: threads other than the main one, which get no signals.
 """
 
 import errno
@@ -50,7 +51,9 @@ class StopRequest:
 
 
 class _WatchedOutput:
-    """Standard output; what is written after nobody reads it any more goes nowhere, and the run is asked to stop."""
+    """Standard output; what is written after nobody reads it any more goes nowhere, and the run is
+    asked to stop.
+    """
 
     def __init__(self, stream: TextIO, stop: StopRequest):
         self._stream, self._stop = stream, stop
@@ -85,7 +88,9 @@ def _say(text: bytes) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """What is still to be written to a stream that nobody reads goes nowhere, at the interpreter's end too."""
+    """What is still to be written to a stream that nobody reads goes nowhere, at the interpreter's
+    end too.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -1,8 +1,9 @@
-"""Where the time of a step goes: spans of sampling, environments, scoring (reference and reward models), training, syncs and evaluation,
-which overlap; their shares and a picture.
+"""Where the time of a step goes: spans of sampling, environments, scoring (reference and reward
+models), training, syncs and evaluation, which overlap; their shares and a picture.
 
-`span("env")` records into the timeline that was installed with `recording`, which asyncio tasks inherit, and does nothing where there
-is none. Left out: spans of single training passes, and what happens inside vLLM.
+`span("env")` records into the timeline that was installed with `recording`, which asyncio tasks
+inherit, and does nothing where there is none. Left out: spans of single training passes, and what
+happens inside vLLM.
 """
 
 import time
@@ -48,8 +49,9 @@ class Timeline:
             self._spans.append(span)
 
     def shares(self, start: float, end: float) -> dict[str, float]:
-        """Of the seconds from `start` to `end`: the part in which at least one span of a kind lasted, the part in which none did
-        ("idle"), and how many rollouts were in an environment or at the sampler on average ("rollouts_in_flight")."""
+        """Of the seconds from `start` to `end`: the part in which at least one span of a kind
+        lasted, the part in which none did ("idle"), and how many rollouts were in an environment or
+        at the sampler on average ("rollouts_in_flight")."""
         clipped: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
         for span in chain(
             self._open, takewhile(lambda span: span.end > start, reversed(self._spans))
@@ -63,7 +65,9 @@ class Timeline:
         return shares | {"rollouts_in_flight": busy / length}
 
     def plot(self, path: Path, seconds: float = 30.0) -> Path | None:
-        """Draws the last `seconds`: how many spans of each kind lasted at each moment. None where nothing was recorded."""
+        """Draws the last `seconds`: how many spans of each kind lasted at each moment. None where
+        nothing was recorded.
+        """
         if not self._spans:
             return None
         from posttrain.tracking.figures import (  # draws, so it is imported when something is drawn

@@ -1,6 +1,8 @@
-"""transcripts/index.html: the iterations that have a page, with their mean reward, newest first. index.jsonl holds what it is made from.
+"""transcripts/index.html: the iterations that have a page, with their mean reward, newest first.
+index.jsonl holds what it is made from.
 
-The numbers are those of the rollouts in the transcripts, which may be a part of the step's. Left out: curves (see plots/).
+The numbers are those of the rollouts in the transcripts, which may be a part of the step's. Left
+out: curves (see plots/).
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from posttrain.tracking.pages import html_page, table
 
 @dataclass
 class IndexEntry:
-    """One page. `mean_reward` is None where no rollout was finished; `turns` is the mean over the finished ones."""
+    """One page. `mean_reward` is None where no rollout was finished; `turns` is the mean over the
+    finished ones.
+    """
 
     iteration: int
     mean_reward: float | None

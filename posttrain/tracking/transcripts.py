@@ -1,8 +1,10 @@
-"""What the policy wrote, for people and for programs: transcripts/000012.html and 000012.jsonl for iteration 12.
+"""What the policy wrote, for people and for programs: transcripts/000012.html and 000012.jsonl for
+iteration 12.
 
-The page is one file without scripts; the JSON lines hold one member of a group each, with everything that is known of it.
-index.html lists the iterations (transcript_index.py). Of an observation that goes on from the turn before, only what is new is kept.
-Input is plain data made by the loop, so that nothing here knows of environments. Left out: search, token ids.
+The page is one file without scripts; the JSON lines hold one member of a group each, with
+everything that is known of it. index.html lists the iterations (transcript_index.py). Of an
+observation that goes on from the turn before, only what is new is kept. Input is plain data made by
+the loop, so that nothing here knows of environments. Left out: search, token ids.
 """
 
 import math
@@ -20,12 +22,14 @@ from posttrain.tracking.pages import html_page
 from posttrain.tracking.transcript_index import IndexEntry, update_index
 
 SHADES = 5  # of green and of red
-FOLDED_CHARS = 80  # a beginning shared with the observation before is folded away from this length on
+# a beginning shared with the observation before is folded away from this length on
+FOLDED_CHARS = 80
 
 
 @dataclass
 class TranscriptTurn:
-    """One observation and the action it got. `tokens` are the action's, decoded one by one; the lists run along them.
+    """One observation and the action it got. `tokens` are the action's, decoded one by one; the
+    lists run along them.
 
     `continues`: the observation is all that the turn before saw and did, and then `prompt_text`.
     """
@@ -43,7 +47,9 @@ class TranscriptTurn:
 
 @dataclass
 class TranscriptMember:
-    """One rollout. `error` says why it was dropped; its rewards mean nothing then. `final_reward` is the group's part of the total."""
+    """One rollout. `error` says why it was dropped; its rewards mean nothing then. `final_reward`
+    is the group's part of the total.
+    """
 
     turns: list[TranscriptTurn]
     total_reward: float
@@ -56,7 +62,9 @@ class TranscriptMember:
 
 @dataclass
 class TranscriptGroup:
-    """`num_seats`: so many members, one after the other, play one game, and are shown side by side; 0: each is on its own."""
+    """`num_seats`: so many members, one after the other, play one game, and are shown side by side;
+    0: each is on its own.
+    """
 
     members: list[TranscriptMember]
     tags: list[str] = field(default_factory=list)
@@ -64,8 +72,12 @@ class TranscriptGroup:
     num_seats: int = 0
 
 
-def write_transcripts(folder: Path, iteration: int, groups: Sequence[TranscriptGroup], max_html_groups: int = 16) -> Path:
-    """Writes both files and returns the page's path. The page shows the first `max_html_groups`, the JSON lines hold all."""
+def write_transcripts(
+    folder: Path, iteration: int, groups: Sequence[TranscriptGroup], max_html_groups: int = 16
+) -> Path:
+    """Writes both files and returns the page's path. The page shows the first `max_html_groups`,
+    the JSON lines hold all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{iteration:06d}.html"
     lines = [
@@ -110,7 +122,8 @@ def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) ->
     if len(shown) < len(groups):
         facts.append(f"the first {len(shown)} groups are shown, all are in {iteration:06d}.jsonl")
     scale = max(
-        (abs(a) for group in shown for m in group.members for t in m.turns for a in t.advantages or [] if a == a), default=0
+        (abs(a) for group in shown for m in group.members for t in m.turns for a in t.advantages or [] if a == a),
+        default=0,
     )
     body = "".join(_group(number, group, scale) for number, group in enumerate(shown))
     head = f"<p>{_LEGEND} advantage</span> point at a token for its numbers</p>"
@@ -118,7 +131,8 @@ def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) ->
 
 
 _LEGEND = (
-    '<span class="legend"><b class="n5">lower</b> <b class="n2">&nbsp;</b> <b class="p2">&nbsp;</b> <b class="p5">higher</b>'
+    '<span class="legend"><b class="n5">lower</b> <b class="n2">&nbsp;</b> <b class="p2">&nbsp;</b> <b '
+    'class="p5">higher</b>'
 )
 
 
@@ -133,7 +147,9 @@ def _group(number: int, group: TranscriptGroup, scale: float) -> str:
     hint = " ".join(prompts[0].split())[-120:] if prompts else ""
     shared = prompts[0] if len(set(prompts)) == 1 else None
     head = f'<div class="shared"><pre class="ob">{_visible(shared)}</pre></div>' if shared is not None else ""
-    members = head + (_games(group, scale, shared) if group.num_seats else _members("rollout", group.members, scale, shared))
+    members = head + (
+        _games(group, scale, shared) if group.num_seats else _members("rollout", group.members, scale, shared)
+    )
     opened = " open" if number == 0 else ""
     return (
         f'<details class="group"{opened}><summary><span class="name">group {number}</span>{tags}'
@@ -181,12 +197,18 @@ def _turn(number: int, turns: Sequence[TranscriptTurn], scale: float, shared: st
     advantages = turn.advantages or [None] * len(turn.tokens)
     logprobs = turn.logprobs or [None] * len(turn.tokens)
     action = "".join(_token(*numbers, scale) for numbers in zip(turn.tokens, advantages, logprobs, strict=True))
-    facts = [("reward", format_number(turn.reward)), ("stopped by", turn.stop_reason), ("tokens", str(len(turn.tokens)))]
+    facts = [
+        ("reward", format_number(turn.reward)),
+        ("stopped by", turn.stop_reason),
+        ("tokens", str(len(turn.tokens))),
+    ]
     facts += [(name, format_number(value)) for name, value in turn.metrics.items()]
     short = {name: text for name, text in turn.logs.items() if len(text) < 40 and "\n" not in text}
     table = "".join(f"<span><i>{escape(name)}</i> {escape(value)}</span>" for name, value in facts)
     table += "".join(f"<span><i>{escape(name)}</i> <code>{escape(text)}</code></span>" for name, text in short.items())
-    long = "".join(f"<dt>{escape(name)}</dt><dd>{_visible(text)}</dd>" for name, text in turn.logs.items() if name not in short)
+    long = "".join(
+        f"<dt>{escape(name)}</dt><dd>{_visible(text)}</dd>" for name, text in turn.logs.items() if name not in short
+    )
     label = f"<h3>turn {number}</h3>" if len(turns) > 1 else ""
     observation = _observation(turn, turns[number - 1]) if number else _first_observation(turn, shared)
     return (
@@ -201,7 +223,9 @@ def _first_observation(turn: TranscriptTurn, shared: str | None) -> str:
 
 
 def _observation(turn: TranscriptTurn, before: TranscriptTurn) -> str:
-    """Of a later turn. What it shares with the observation before is folded, where the text was written anew."""
+    """Of a later turn. What it shares with the observation before is folded, where the text was
+    written anew.
+    """
     text, note = turn.prompt_text, ""
     same = 0 if turn.continues else len(os.path.commonprefix([before.prompt_text, text]))
     if same >= FOLDED_CHARS:

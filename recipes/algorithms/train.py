@@ -1,10 +1,11 @@
-"""Two-digit addition by every algorithm preset: one supervised warm start, then one run each from it, and one picture of all.
+"""Two-digit addition by every algorithm preset: one supervised warm start, then one run each from
+it, and one picture of all.
 
     python recipes/algorithms/train.py                             # all presets, one after another; runs/algorithms
     python recipes/algorithms/train.py algorithms=grpo,rloo seed=1 log_path=runs/algorithms_1
 
-What a preset sets is in rl/algorithms.py; everything else is the same for all. A run that is there is kept, one that was killed goes
-on, one that was made with other settings is refused.
+What a preset sets is in rl/algorithms.py; everything else is the same for all. A run that is there
+is kept, one that was killed goes on, one that was made with other settings is refused.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -36,9 +37,13 @@ class Config:
     """Every algorithm preset on two-digit addition, from one warm start."""
 
     algorithms: str = chz.field(default=",".join(ALGORITHMS), doc="presets to run, by comma")
-    warm_start_nll: float = chz.field(default=0.3, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends")
+    warm_start_nll: float = chz.field(
+        default=0.3, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends"
+    )
     num_steps: int = chz.field(default=500, validator=COUNT, doc="steps of RL, 64 problems by 8 rollouts each")
-    learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at the first step; it falls to 0")
+    learning_rate: float = chz.field(
+        default=3e-4, validator=LEARNING_RATE, doc="of RL, at the first step; it falls to 0"
+    )
     seed: int = chz.field(default=0, validator=SEED, doc="of the weights, the data and the sampling")
     log_path: str = chz.field(default="runs/algorithms", doc="folder of the runs, one for each preset")
     backend: BackendConfig = chz.field(
@@ -72,13 +77,16 @@ def main(config: Config) -> None:
     if unknown := [name for name in names if name not in ALGORITHMS]:
         raise ConfigError(f"algorithms={unknown[0]}: no such preset; known: {', '.join(ALGORITHMS)}")
     sums = ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed)
-    folder, nll = Path(config.log_path) / "warm_start", config.warm_start_nll  # at 0.3 about two sums of three are right
+    # at 0.3 about two sums of three are right
+    folder, nll = Path(config.log_path) / "warm_start", config.warm_start_nll
     start = warm_start(config, sums, folder, renderer_name="plain", stop_at_nll=nll)
     run_stages([training_stage(name, train.main, rl_config(config, name, start), [start]) for name in names])
     folders = [Path(config.log_path) / name for name in names]
     keys = ["test/env/all/correct", "env/all/reward/total", "optim/entropy"]
     for folder in folders:
-        accuracy = [record["test/env/all/correct"] for record in read_metrics(folder) if "test/env/all/correct" in record]
+        accuracy = [
+            record["test/env/all/correct"] for record in read_metrics(folder) if "test/env/all/correct" in record
+        ]
         print(f"{folder.name:20s} held-out accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}")
     print(f"curves: {compare_runs(folders, Path(config.log_path) / 'compare.png', keys)}")
 

@@ -1,12 +1,15 @@
-"""Held-out stories with their middle left out, filled in by a trained model: what judge.py compares.
+"""Held-out stories with their middle left out, filled in by a trained model: what judge.py
+compares.
 
-    python recipes/belief_state/infill.py run=runs/bst out=bst.jsonl                                    # greedy, from left to right
+    python recipes/belief_state/infill.py run=runs/bst out=bst.jsonl  # greedy, from left to right
     python recipes/belief_state/infill.py run=runs/bst out=plan.jsonl method=plan direction=reverse
-    python recipes/belief_state/infill.py run=runs/fim out=fim.jsonl                                    # a GPT: greedy, goal first
+    python recipes/belief_state/infill.py run=runs/fim out=fim.jsonl  # a GPT: greedy, goal first
 
-The prompt is the first `prompt_tokens` of a document, the goal its last `goal_tokens`; in a shorter document both are a quarter. A line has
-prompt, goal, generated, original, sampling_method, score, greedy, greedy_score, top_n ([text, score], best first) and complete (it ended
-by itself). A GPT that was not trained on fill-in-the-middle is not shown the goal. Documents are those of the run's config.json.
+The prompt is the first `prompt_tokens` of a document, the goal its last `goal_tokens`; in a shorter
+document both are a quarter. A line has prompt, goal, generated, original, sampling_method, score,
+greedy, greedy_score, top_n ([text, score], best first) and complete (it ended by itself). A GPT
+that was not trained on fill-in-the-middle is not shown the goal. Documents are those of the run's
+config.json.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -33,7 +36,14 @@ from posttrain.tracking.progress import TrainingProgress
 from recipes.belief_state.text import task_name
 from recipes.belief_state.text_data import TextData
 from recipes.belief_state.tokenizer import encode_documents, open_tokenizer
-from recipes.libraries.belief_state.decoding import Direction, Infill, infill_beam, infill_greedy, infill_plan, next_token_greedy
+from recipes.libraries.belief_state.decoding import (
+    Direction,
+    Infill,
+    infill_beam,
+    infill_greedy,
+    infill_plan,
+    next_token_greedy,
+)
 from recipes.libraries.belief_state.files import load_belief_state, load_next_token
 from recipes.libraries.belief_state.model import BeliefState, NextToken
 
@@ -42,7 +52,9 @@ from recipes.libraries.belief_state.model import BeliefState, NextToken
 class Config:
     """Fills in the middle of held-out documents."""
 
-    run: str = chz.field(doc="run folder of train.py with data=text", munger=lambda _, path: str(Path(path).expanduser()))
+    run: str = chz.field(
+        doc="run folder of train.py with data=text", munger=lambda _, path: str(Path(path).expanduser())
+    )
     out: str = chz.field(doc="JSONL file to write", munger=lambda _, path: str(Path(path).expanduser()))
     checkpoint: str = chz.field(default="final", doc="name of the checkpoint in the run folder")
     method: Literal["greedy", "beam", "plan"] = chz.field(default="greedy", doc="a BST's; a GPT knows greedy only")
@@ -122,7 +134,9 @@ def fill(
     """Best first, and the greedy one."""
     if isinstance(model, NextToken):
         if config.method != "greedy" or config.direction != "forward":
-            raise ConfigError(f"method={config.method} direction={config.direction}: a GPT decodes greedily from left to right")
+            raise ConfigError(
+                f"method={config.method} direction={config.direction}: a GPT decodes greedily from left to right"
+            )
         shown = [] if fim is None else [*gap.goal, fim]
         greedy = next_token_greedy(model, [model.config.eos_id, *shown, *gap.prompt], max_tokens)
         return [greedy], greedy
@@ -134,14 +148,16 @@ def fill(
         found = infill_beam(model, *ends, config.rollouts, config.top_k)
     else:
         found = infill_plan(model, *ends, config.rollouts, config.top_k, config.relative)
-    return found, next(one for one in found if one.tokens == greedy.tokens)  # with the score of this method
+    # with the score of this method
+    return found, next(one for one in found if one.tokens == greedy.tokens)
 
 
 def _line(
     tokenizer: PreTrainedTokenizerBase, gap: Gap, config: Config, found: Sequence[Infill], greedy: Infill
 ) -> dict[str, Any]:
     def text(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode([token for token in tokens if token < len(tokenizer)]))  # a GPT may say <|fim|>
+        # a GPT may say <|fim|>
+        return str(tokenizer.decode([token for token in tokens if token < len(tokenizer)]))
 
     best = found[0]
     return {

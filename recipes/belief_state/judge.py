@@ -1,9 +1,12 @@
-"""Two models' infills of the same stories before a judge: a histogram of votes, and a win rate with its confidence interval.
+"""Two models' infills of the same stories before a judge: a histogram of votes, and a win rate with
+its confidence interval.
 
-    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl                          # by rule: fewer mistakes (stories.py)
-    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl judge=endpoint judge.base_url=http://localhost:8000/v1 judge.model=NAME
+    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl  # by rule: fewer mistakes (stories.py)
+    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl judge=endpoint
+    judge.base_url=http://localhost:8000/v1 judge.model=NAME
 
-The files are those of infill.py. How votes are taken and counted is in judge_votes.py. From Python the judge may be any async callable.
+The files are those of infill.py. How votes are taken and counted is in judge_votes.py. From Python
+the judge may be any async callable.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -33,19 +36,23 @@ from recipes.belief_state.judge_votes import Contest, Verdict, Vote, Votes, coll
 from recipes.belief_state.stories import mistakes
 
 INSTRUCTION = (
-    "You are comparing two short stories, A and B, written for small children. Both have the same beginning and the same end; their authors "
-    "wrote the middle. Look at plot, language and sense: say what is good and what is bad about each, argue for the better one, then decide. "
+    "You are comparing two short stories, A and B, written for small children. Both have the same beginning and the "
+    "same end; their authors "
+    "wrote the middle. Look at plot, language and sense: say what is good and what is bad about each, argue for the "
+    "better one, then decide. "
     "The better story is the one whose middle leads from the beginning to the end with the fewest abrupt transitions. "
     "End with a line that holds one word: A, B or Tie."
 )
 
 
-# --- judges ---------------------------------------------------------------------------------------------------------------------------
+# --- judges -------------------------------------------------------------------------------------
 
 
 @chz.chz
 class FewerMistakesBuilder(JudgeBuilder):
-    """The story with fewer mistakes is better: exact for the stories made here, meaningless for any others."""
+    """The story with fewer mistakes is better: exact for the stories made here, meaningless for any
+    others.
+    """
 
     def __call__(self, tokenizer: Tokenizer) -> Judge:
         return RuleJudge(lambda comparison, story: -float(len(mistakes(story))))
@@ -53,12 +60,14 @@ class FewerMistakesBuilder(JudgeBuilder):
 
 @chz.chz
 class StoryEndpointBuilder(EndpointJudgeBuilder):
-    """A model behind an endpoint. The instruction may be your own; it must ask for a last line A, B or Tie."""
+    """A model behind an endpoint. The instruction may be your own; it must ask for a last line A, B
+    or Tie.
+    """
 
     instruction: str = chz.field(default=INSTRUCTION, doc="what the judge is told first")
 
 
-# --- the command ----------------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 @chz.chz
@@ -75,7 +84,9 @@ class Config:
     num_judges: int = chz.field(default=3, validator=COUNT, doc="votes on each story")
     limit: int | None = chz.field(default=None, validator=COUNT, doc="judge only the first so many stories")
     seed: int = chz.field(default=42, validator=SEED, doc="of the order in which the two are shown")
-    max_failed_fraction: float = chz.field(default=0.1, validator=SHARE, doc="more failed votes than that end in an error")
+    max_failed_fraction: float = chz.field(
+        default=0.1, validator=SHARE, doc="more failed votes than that end in an error"
+    )
     out: str = chz.field(default="runs/judge", doc="folder for verdict.json, votes.jsonl and histogram.png")
     cache: str | None = chz.field(default=None, doc="file that keeps what the judge said; None = OUT/cache.jsonl")
 
@@ -89,13 +100,17 @@ JUDGES = {
 
 
 def judge_files(config: Config, judge: Judge | None = None, judge_name: str | None = None) -> Verdict:
-    """Any async callable may be the judge in place of the configured one; `judge_name` then stands for it in the cache."""
+    """Any async callable may be the judge in place of the configured one; `judge_name` then stands
+    for it in the cache.
+    """
     if (judge is None) != (judge_name is None):
         raise ConfigError("give a judge and its name together: the name keeps its votes apart from another judge's")
     contests = read_contests(config.first, config.second)[: config.limit]
     out = Path(config.out).expanduser()
     settings = {
-        key: value for key, value in chz.asdict(config.judge).items() if key not in ("timeout", "retries", "max_concurrent")
+        key: value
+        for key, value in chz.asdict(config.judge).items()
+        if key not in ("timeout", "retries", "max_concurrent")
     }
     name = judge_name or json.dumps([type(config.judge).__name__, settings], default=str, sort_keys=True)
     cache = Path(config.cache).expanduser() if config.cache else out / "cache.jsonl"
@@ -105,7 +120,8 @@ def judge_files(config: Config, judge: Judge | None = None, judge_name: str | No
     if found.failed > config.max_failed_fraction * len(contests) * config.num_judges:
         error = next(vote for of_story in collected for vote in of_story if isinstance(vote, JudgeError))
         raise JudgeError(
-            f"{found.failed} of {len(contests) * config.num_judges} votes failed (max_failed_fraction={config.max_failed_fraction}); the "
+            f"{found.failed} of {len(contests) * config.num_judges} votes failed "
+            f"(max_failed_fraction={config.max_failed_fraction}); the "
             f"others are kept in {cache}. The first: {error}"
         ) from error
     names = (config.first_name or Path(config.first).stem, config.second_name or Path(config.second).stem)
@@ -140,15 +156,21 @@ def _write(
     record = {"first": names[0], "second": names[1], "num_judges": config.num_judges, "seed": config.seed}
     write_atomically(out / "verdict.json", json.dumps(record | asdict(found), indent=2) + "\n")
     lines = [
-        asdict(contest) | {"votes": [str(vote) for vote in votes]} for contest, votes in zip(contests, collected, strict=True)
+        asdict(contest) | {"votes": [str(vote) for vote in votes]}
+        for contest, votes in zip(contests, collected, strict=True)
     ]
     write_jsonl(out / "votes.jsonl", lines)
     draw_histogram(found, names, out / "histogram.png")
 
 
 def _table(names: tuple[str, str], found: Verdict) -> str:
-    votes = f"votes: {found.first} for {names[0]}, {found.tie} ties, {found.second} for {names[1]}, {found.failed} failed"
-    wins = f"{names[0]} wins {found.won_by_first:.1%} of {found.stories} stories, ties half (95%: {found.low:.1%} to {found.high:.1%})"
+    votes = (
+        f"votes: {found.first} for {names[0]}, {found.tie} ties, {found.second} for {names[1]}, {found.failed} failed"
+    )
+    wins = (
+        f"{names[0]} wins {found.won_by_first:.1%} of {found.stories} stories, ties half (95%: "
+        f"{found.low:.1%} to {found.high:.1%})"
+    )
     return f"{votes}\n{wins}"
 
 

@@ -1,11 +1,13 @@
 """Votes on two models' infills of the same stories, and what they amount to.
 
-The two files, {prompt, generated, goal, original} a line, are read in lock-step. A vote shows the judge prompt + generated + goal of both
-models, in an order drawn from (seed, story, vote). A vote that fails, or that is no judgement, is an error: it is counted, asked again by
-the next run, and never a tie. Votes are kept on the disk under a hash of all that was asked.
+The two files, {prompt, generated, goal, original} a line, are read in lock-step. A vote shows the
+judge prompt + generated + goal of both models, in an order drawn from (seed, story, vote). A vote
+that fails, or that is no judgement, is an error: it is counted, asked again by the next run, and
+never a tie. Votes are kept on the disk under a hash of all that was asked.
 
-The win rate is the mean over stories of (votes for the first + ties / 2) / votes. Its interval is Wilson's, with the number of stories as n:
-the votes on one story are not independent, and for shares between 0 and 1 it is, if anything, too wide. Left out: Elo, more than two models.
+The win rate is the mean over stories of (votes for the first + ties / 2) / votes. Its interval is
+Wilson's, with the number of stories as n: the votes on one story are not independent, and for
+shares between 0 and 1 it is, if anything, too wide. Left out: Elo, more than two models.
 """
 
 import asyncio
@@ -33,7 +35,7 @@ SHARED_FIELDS = ("original", "prompt", "goal")
 Z_95 = 1.959964
 
 
-# --- the two files --------------------------------------------------------------------------------------------------------------------
+# --- the two files ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -53,32 +55,40 @@ class Contest:
 
 
 def read_contests(first: str, second: str) -> list[Contest]:
-    """Line n of one file belongs to line n of the other. DataError, with both places, where it does not."""
+    """Line n of one file belongs to line n of the other. DataError, with both places, where it does
+    not.
+    """
     rows, others = read_rows(first), read_rows(second)
     contests = []
     for (where, fields), (other_where, other) in zip(rows, others, strict=False):
         for place, row in ((where, fields), (other_where, other)):
             if wrong := [name for name in (*SHARED_FIELDS, "generated") if not isinstance(row.get(name), str)]:
-                raise DataError(f"{place}: no text in the field {wrong[0]!r}; the fields are {', '.join(map(repr, row))}")
+                raise DataError(
+                    f"{place}: no text in the field {wrong[0]!r}; the fields are {', '.join(map(repr, row))}"
+                )
         if differing := [name for name in SHARED_FIELDS if fields[name] != other[name]]:
             name = differing[0]
             raise DataError(
-                f"{where} and {other_where} are not about the same story: the field {name!r} is {fields[name][:40]!r} in one and "
+                f"{where} and {other_where} are not about the same story: the field {name!r} is {fields[name][:40]!r} "
+                "in one and "
                 f"{other[name][:40]!r} in the other"
             )
         contests.append(Contest(fields["prompt"], fields["goal"], fields["generated"], other["generated"]))
     if len(rows) != len(others):
         raise DataError(
-            f"{first} has {len(rows):,} stories and {second} has {len(others):,}: both models must fill in the same ones"
+            f"{first} has {len(rows):,} stories and {second} has {len(others):,}: both models must fill in the same "
+            "ones"
         )
     return contests
 
 
-# --- votes ----------------------------------------------------------------------------------------------------------------------------
+# --- votes --------------------------------------------------------------------------------------
 
 
 class Votes:
-    """Asks a judge, and remembers in a file what it said. `judge_name` stands for the judge in the file: another one, another name."""
+    """Asks a judge, and remembers in a file what it said. `judge_name` stands for the judge in the
+    file: another one, another name.
+    """
 
     def __init__(self, judge: Judge, judge_name: str, cache: Path, seed: int = 0):
         self.judge, self.judge_name, self.cache, self.seed = judge, judge_name, cache, seed
@@ -127,12 +137,14 @@ async def collect_votes(
     return collected
 
 
-# --- what they say --------------------------------------------------------------------------------------------------------------------
+# --- what they say ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`histogram` counts the stories with all their votes under "first_tie_second", as "2_0_1"; `won_by_first` counts a tie as half."""
+    """`histogram` counts the stories with all their votes under "first_tie_second", as "2_0_1";
+    `won_by_first` counts a tie as half.
+    """
 
     stories: int
     won_by_first: float
@@ -144,7 +156,8 @@ class Verdict:
     failed: int
     incomplete_stories: int
     histogram: dict[str, int]
-    shown_first_share: float | None  # of the votes that are no ties: 0.5 if the judge does not care for the order
+    # of the votes that are no ties: 0.5 if the judge does not care for the order
+    shown_first_share: float | None
 
 
 def verdict(collected: Sequence[Sequence[Vote | JudgeError]], votes: Votes) -> Verdict:

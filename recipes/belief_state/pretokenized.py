@@ -1,11 +1,14 @@
-"""Tokenized text on disk: shards of uint16 tokens, an EOS before each document, mapped into memory and never read whole.
+"""Tokenized text on disk: shards of uint16 tokens, an EOS before each document, mapped into memory
+and never read whole.
 
-    python recipes/belief_state/pretokenized.py out=tokens data.source=stories.txt       # train_000000.npy ..., test_000000.npy, tokenizer/
+    python recipes/belief_state/pretokenized.py out=tokens data.source=stories.txt  # train_000000.npy ..., test_000000.npy, tokenizer/
 
-A shard is cut into rows of block_size; what does not fill the last row is left out. Several shards are concatenated with a weight each: one of n
-rows and weight w gives ceil(n w) rows, its own over and over or the first ones only. The format is the original's, and its files can be
-read, but for one fault of theirs: their last shard ends in uninitialised memory, which ids beyond the vocabulary may give away and nothing else
-does. Left out: vocabularies of more than 65,536 tokens, fill-in-the-middle (it needs whole documents: text_data.py).
+A shard is cut into rows of block_size; what does not fill the last row is left out. Several shards
+are concatenated with a weight each: one of n rows and weight w gives ceil(n w) rows, its own over
+and over or the first ones only. The format is the original's, and its files can be read, but for
+one fault of theirs: their last shard ends in uninitialised memory, which ids beyond the vocabulary
+may give away and nothing else does. Left out: vocabularies of more than 65,536 tokens,
+fill-in-the-middle (it needs whole documents: text_data.py).
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -35,11 +38,18 @@ TOKENS_AT_ONCE = 1 << 24  # a check goes through a shard in pieces
 
 
 def write_shards(
-    documents: Iterable[np.ndarray], folder: str | Path, name: str, eos: int, vocab_size: int, shard_size: int = SHARD_SIZE
+    documents: Iterable[np.ndarray],
+    folder: str | Path,
+    name: str,
+    eos: int,
+    vocab_size: int,
+    shard_size: int = SHARD_SIZE,
 ) -> list[Path]:
-    """`{name}_000000.npy` and so on, of shard_size tokens each; the last has what is left, and no more. Documents may go on in the next shard.
+    """`{name}_000000.npy` and so on, of shard_size tokens each; the last has what is left, and no
+    more. Documents may go on in the next shard.
 
-    A shard is complete when it has its name. DataError for ids that are no tokens, and where shards of that name exist already.
+    A shard is complete when it has its name. DataError for ids that are no tokens, and where shards
+    of that name exist already.
     """
     folder = Path(folder).expanduser()
     if vocab_size > np.iinfo(DTYPE).max + 1:
@@ -73,7 +83,9 @@ def _save(path: Path, tokens: np.ndarray) -> Path:
 
 
 class Shard:
-    """Rows of one file. DataError where it is missing, no 1-D uint16 array, too short for a row, or holds ids beyond the vocabulary."""
+    """Rows of one file. DataError where it is missing, no 1-D uint16 array, too short for a row, or
+    holds ids beyond the vocabulary.
+    """
 
     def __init__(self, path: str | Path, block_size: int, vocab_size: int):
         self.path, self.block_size = Path(path).expanduser(), block_size
@@ -84,7 +96,8 @@ class Shard:
         for start in range(0, len(self.tokens), TOKENS_AT_ONCE):
             if bad := _first_bad(self.tokens[start : start + TOKENS_AT_ONCE], vocab_size):
                 raise DataError(
-                    f"{path}, token {start + bad[0]:,} of {len(self.tokens):,}: the id {bad[1]} is beyond the {vocab_size} tokens of the "
+                    f"{path}, token {start + bad[0]:,} of {len(self.tokens):,}: the id {bad[1]} is beyond the "
+                    f"{vocab_size} tokens of the "
                     "vocabulary: another tokenizer's, or (near the end of a last shard) memory that was never filled"
                 )
 
@@ -93,7 +106,9 @@ class Shard:
             tokens = np.load(self.path, mmap_mode="r")
         except FileNotFoundError:
             near = (
-                ", ".join(sorted(path.name for path in self.path.parent.glob("*.npy"))[:5]) if self.path.parent.is_dir() else ""
+                ", ".join(sorted(path.name for path in self.path.parent.glob("*.npy"))[:5])
+                if self.path.parent.is_dir()
+                else ""
             )
             raise DataError(f"{self.path}: no such shard" + (f"; there are {near}" if near else "")) from None
         except (OSError, ValueError, EOFError, TokenError) as error:
@@ -101,7 +116,9 @@ class Shard:
                 f"{self.path}: no array of numpy can be read from it: {' '.join(str(error).split())[:120]}"
             ) from error
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype != DTYPE:
-            shape = f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
+            shape = (
+                f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
+            )
             raise DataError(f"{self.path}: {shape}, where a shard is one row of uint16")
         return tokens
 
@@ -144,10 +161,14 @@ def _scaled(rows: int, weight: float) -> int:
 
 
 def open_shards(folder: str | Path, files: Sequence[str], block_size: int, vocab_size: int) -> WeightedShards:
-    """`files` are names in the folder, or patterns (train_*.npy), each with a weight behind a colon if it is not 1: "code.npy:2.5"."""
+    """`files` are names in the folder, or patterns (train_*.npy), each with a weight behind a colon
+    if it is not 1: "code.npy:2.5".
+    """
     folder, shards, weights = Path(folder).expanduser(), [], []
     for entry in files:
-        name, weight = (match[1], float(match[2])) if (match := re.fullmatch(r"(.*):(\d+(?:\.\d+)?)", entry)) else (entry, 1.0)
+        name, weight = (
+            (match[1], float(match[2])) if (match := re.fullmatch(r"(.*):(\d+(?:\.\d+)?)", entry)) else (entry, 1.0)
+        )
         found = sorted(folder.glob(name)) if "*" in name else [folder / name]
         if not found:
             raise DataError(f"{folder / name}: no shard of that name")
@@ -162,7 +183,7 @@ def _first_bad(tokens_T: np.ndarray, vocab_size: int) -> tuple[int, int] | None:
     return (int(bad[0]), int(tokens_T[bad[0]])) if len(bad) else None
 
 
-# --- the command ----------------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 @chz.chz
@@ -181,7 +202,8 @@ def main(config: Config) -> None:
         eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
         written = write_shards(documents, out, name, eos, len(tokenizer), config.shard_size)
         print(
-            f"{len(part):,} documents, {sum(map(len, documents)) + len(part):,} tokens: {written[0]} and {len(written) - 1} more"
+            f"{len(part):,} documents, {sum(map(len, documents)) + len(part):,} tokens: {written[0]} and "
+            f"{len(written) - 1} more"
         )
     tokenizer.save_pretrained(out / "tokenizer")
 

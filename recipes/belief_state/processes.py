@@ -1,4 +1,6 @@
-"""The run folder of a run in several processes: the first one writes it, the others only read where to go on."""
+"""The run folder of a run in several processes: the first one writes it, the others only read where
+to go on.
+"""
 
 import os
 from pathlib import Path

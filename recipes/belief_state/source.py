@@ -1,4 +1,6 @@
-"""What a Belief State Transformer is trained on: rows by step, and what is measured on held-out ones. Star graphs are in star_graph.py."""
+"""What a Belief State Transformer is trained on: rows by step, and what is measured on held-out
+ones. Star graphs are in star_graph.py.
+"""
 
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +11,9 @@ from recipes.libraries.belief_state.trainer import BeliefStateTrainer, Metrics, 
 
 
 class TokenSource(Protocol):
-    """`task` names the data; a checkpoint of other ones is refused. `context_length`: first position of a row that a prefix may end at."""
+    """`task` names the data; a checkpoint of other ones is refused. `context_length`: first
+    position of a row that a prefix may end at.
+    """
 
     vocab_size: int
     eos_id: int
@@ -25,7 +29,9 @@ class TokenSource(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Puts beside a run's checkpoints what their readers need (a tokenizer), if there is something."""
+        """Puts beside a run's checkpoints what their readers need (a tokenizer), if there is
+        something.
+        """
         ...
 
 

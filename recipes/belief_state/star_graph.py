@@ -1,8 +1,10 @@
-"""Star graphs for the Belief State Transformer and its next-token baseline, and the accuracy the original never measures.
+"""Star graphs for the Belief State Transformer and its next-token baseline, and the accuracy the
+original never measures.
 
-A row is the graph, the path and EOS. Prefixes end at "=" or later, pairs are at least two apart, so that a path of l nodes has (l + 1) l / 2 of
-them. Paths are decoded greedily, exactly l tokens, with the state of the empty suffix (belief_state.md B.9).
-The baseline is trained as the original's: on every token, the random edges too.
+A row is the graph, the path and EOS. Prefixes end at "=" or later, pairs are at least two apart, so
+that a path of l nodes has (l + 1) l / 2 of them. Paths are decoded greedily, exactly l tokens, with
+the state of the empty suffix (belief_state.md B.9). The baseline is trained as the original's: on
+every token, the random edges too.
 """
 
 from dataclasses import dataclass
@@ -84,7 +86,9 @@ def accuracy(model: BeliefState | NextToken, test: HeldOut) -> Metrics:
 
 
 def held_out_losses(trainer: BeliefStateTrainer, batch: TokenBatch, rows: int) -> Metrics:
-    """Losses of a large batch, `rows` at a time; a part weighs by its rows, or by its targets where a mask chooses them."""
+    """Losses of a large batch, `rows` at a time; a part weighs by its rows, or by its targets where
+    a mask chooses them.
+    """
     totals: Metrics = {}
     mask_B_T = batch.loss_mask_B_T
     weight_B = np.ones(len(batch.tokens_B_T)) if mask_B_T is None else mask_B_T[:, 1:].sum(1)
@@ -92,7 +96,9 @@ def held_out_losses(trainer: BeliefStateTrainer, batch: TokenBatch, rows: int) -
         part = slice(start, start + rows)
         if not weight_B[part].any():
             continue
-        losses = trainer.evaluate(TokenBatch(batch.tokens_B_T[part], batch.packed, None if mask_B_T is None else mask_B_T[part]))
+        losses = trainer.evaluate(
+            TokenBatch(batch.tokens_B_T[part], batch.packed, None if mask_B_T is None else mask_B_T[part])
+        )
         for name, value in losses.items():
             if name.startswith("loss"):
                 share = float(weight_B[part].sum() / weight_B.sum())

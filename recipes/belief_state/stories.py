@@ -1,8 +1,11 @@
-"""Simple stories from a seed, in the manner of TinyStories (Eldan & Li 2023), for machines without the hub; and a reader that checks them.
+"""Simple stories from a seed, in the manner of TinyStories (Eldan & Li 2023), for machines without
+the hub; and a reader that checks them.
 
-A story is a sequence of stages, each one sentence or two from a few templates. Facts drawn once (who, where, what, which helper) fill the slots
-of all of them, so the end of a story decides much of its middle: the helper it names must have come by, with the tool it thanks for. That makes
-infilling a matter of planning, and `mistakes` can say exactly what is wrong with one. Left out: everything else that makes a story.
+A story is a sequence of stages, each one sentence or two from a few templates. Facts drawn once
+(who, where, what, which helper) fill the slots of all of them, so the end of a story decides much
+of its middle: the helper it names must have come by, with the tool it thanks for. That makes
+infilling a matter of planning, and `mistakes` can say exactly what is wrong with one. Left out:
+everything else that makes a story.
 """
 
 import re
@@ -12,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-# --- what a story may say: the values of each fact, and the stages in order, each with its templates -----------------------------------
+# --- what a story may say: the values of each fact, and the stages in order, each with its templat
 
 VALUES = {
     "hero": (
@@ -22,7 +25,8 @@ VALUES = {
         "Sue, Tim, Tess, Tom, Uma, Vera, Will, Zoe"
     ),
     "child": "girl, boy, child",
-    "trait": "little, kind, shy, brave, clever, curious, funny, gentle, happy, quiet, playful, polite, cheerful, careful, honest, lively",
+    "trait": "little, kind, shy, brave, clever, curious, funny, gentle, happy, quiet, playful, polite, cheerful, "
+    "careful, honest, lively",
     "color": "red, blue, green, yellow, pink, purple, orange, white, silver, golden, brown, striped",
     "thing": "ball, kite, hat, doll, boat, drum, book, toy, balloon, scarf, car, shoe, ring, key, cup, robot, puzzle",
     "weather": "sunny, windy, cold, warm, bright, cloudy, snowy, rainy",
@@ -31,7 +35,8 @@ VALUES = {
         "under a big rock, on the roof, in a tall tree, behind the wall, in a deep hole, at the bottom of the pond, "
         "inside a thorny bush, on a high branch, between two logs, across the stream"
     ),
-    "animal": "dog, cat, bird, frog, rabbit, fox, mouse, duck, squirrel, bear, goat, pony, turtle, owl, hedgehog, beaver",
+    "animal": "dog, cat, bird, frog, rabbit, fox, mouse, duck, squirrel, bear, goat, pony, turtle, owl, hedgehog, "
+    "beaver",
     "friend": (
         "Bibi, Coco, Dodo, Fuzzy, Gigi, Hoppy, Jumpy, Kiki, Lulu, Momo, Nibbles, Pip, Rusty, Snowy, Titi, Toto, "
         "Peanut, Button, Muffy, Sparky, Daisy, Oscar, Dusty, Ginger, Waffles, Ziggy, Bubbles"
@@ -108,14 +113,16 @@ def _story(rng: np.random.Generator) -> str:
     return " ".join(STAGES[stage][rng.integers(len(STAGES[stage]))].format(**facts) for stage in told)
 
 
-# --- what is wrong with a story -------------------------------------------------------------------------------------------------------
+# --- what is wrong with a story -----------------------------------------------------------------
 
 
 def mistakes(story: str) -> list[str]:
-    """What keeps a text from being one of these stories, a line each; [] for every story that `generate` can tell.
+    """What keeps a text from being one of these stories, a line each; [] for every story that
+    `generate` can tell.
 
-    Counted are stretches of text that no template matches, facts that contradict what was said before, stages missing, out of order or told
-    twice. A text is read from left to right, the longest template first.
+    Counted are stretches of text that no template matches, facts that contradict what was said
+    before, stages missing, out of order or told twice. A text is read from left to right, the
+    longest template first.
     """
     found, known, order = [], {}, []
     for stage, text, facts in _sentences(story.strip()):
@@ -131,7 +138,9 @@ def mistakes(story: str) -> list[str]:
 
 
 def _sentences(story: str) -> Iterator[tuple[int | None, str, dict[str, str]]]:
-    """Stage, text and facts of each template in turn; None and the text up to the next template where nothing matches."""
+    """Stage, text and facts of each template in turn; None and the text up to the next template
+    where nothing matches.
+    """
     position = unread = 0
     while position < len(story):
         matches = [(stage, match) for stage, pattern in _patterns() if (match := pattern.match(story, position))]
@@ -153,7 +162,9 @@ def _patterns() -> list[tuple[int, re.Pattern[str]]]:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """The template as an expression: a slot's first place captures any value of its fact, the later ones the same value again."""
+    """The template as an expression: a slot's first place captures any value of its fact, the later
+    ones the same value again.
+    """
     seen: set[str] = set()
 
     def slot(match: re.Match[str]) -> str:

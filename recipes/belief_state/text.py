@@ -1,4 +1,6 @@
-"""Text for train.py: documents tokenized and packed when the run starts (data=text), or shards tokenized before (data=pretokenized)."""
+"""Text for train.py: documents tokenized and packed when the run starts (data=text), or shards
+tokenized before (data=pretokenized).
+"""
 
 import hashlib
 import json
@@ -38,7 +40,8 @@ class PretokenizedBuilder(TokenSourceBuilder):
 
     folder: str = chz.field(doc="where the shards are")
     train_files: list[str] = chz.field(
-        default_factory=lambda: ["train_*.npy"], doc='names or patterns, each with a weight if it is not 1: "code.npy:2.5"'
+        default_factory=lambda: ["train_*.npy"],
+        doc='names or patterns, each with a weight if it is not 1: "code.npy:2.5"',
     )
     test_files: list[str] = chz.field(default_factory=lambda: ["test_*.npy"], doc="the same, held out")
     tokenizer: str | None = chz.field(default=None, doc="folder, tokenizer.json or hub name; None = FOLDER/tokenizer")
@@ -48,10 +51,13 @@ class PretokenizedBuilder(TokenSourceBuilder):
     def __call__(self, batch_size: int, seed: int) -> "TextSource":
         tokenizer = open_tokenizer(self.tokenizer or str(Path(self.folder).expanduser() / "tokenizer"))
         train, test = (
-            open_shards(self.folder, files, self.block_size, len(tokenizer)) for files in (self.train_files, self.test_files)
+            open_shards(self.folder, files, self.block_size, len(tokenizer))
+            for files in (self.train_files, self.test_files)
         )
         eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
-        return TextSource(tokenizer, len(tokenizer), eos, ShuffledBatches(train, batch_size, seed), test, self.eval_rows)
+        return TextSource(
+            tokenizer, len(tokenizer), eos, ShuffledBatches(train, batch_size, seed), test, self.eval_rows
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ class TextSource:
         return held_out_losses(trainer, self._batch(self.test.take(rows_B, np.zeros_like(rows_B))), EVAL_ROWS_AT_ONCE)
 
     def _batch(self, tokens_B_T: np.ndarray) -> TokenBatch:
-        return TokenBatch(tokens_B_T, True, None if self.fim is None else fim_loss_mask(tokens_B_T, self.fim, self.eos_id))
+        return TokenBatch(
+            tokens_B_T, True, None if self.fim is None else fim_loss_mask(tokens_B_T, self.fim, self.eos_id)
+        )
 
     def save(self, folder: Path) -> None:
         """The tokenizer, which readers of the checkpoints need."""

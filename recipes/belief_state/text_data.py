@@ -1,8 +1,11 @@
-"""Text for the Belief State Transformer and its baselines: documents, packed with EOS between them into rows of block_size tokens.
+"""Text for the Belief State Transformer and its baselines: documents, packed with EOS between them
+into rows of block_size tokens.
 
-The stream of an epoch is EOS d_0 EOS d_1 ... d_n EOS, cut into rows; what does not fill the last row is left out. Fill-in-the-middle (for the
-GPT baseline) turns a document a b c d e f g into e f g <|fim|> a b c d, with a new cut every epoch. A batch is a function of (seed, step)
-alone, so a resumed run needs no more than its step. Left out: sets that do not fit into memory (recipes/belief_state/pretokenized.py has them).
+The stream of an epoch is EOS d_0 EOS d_1 ... d_n EOS, cut into rows; what does not fill the last
+row is left out. Fill-in-the-middle (for the GPT baseline) turns a document a b c d e f g into e f g
+<|fim|> a b c d, with a new cut every epoch. A batch is a function of (seed, step) alone, so a
+resumed run needs no more than its step. Left out: sets that do not fit into memory
+(recipes/belief_state/pretokenized.py has them).
 """
 
 from collections.abc import Sequence
@@ -37,7 +40,9 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
-    """The suffix of a document is `goal_range` (both ends included) tokens long, but leaves at least two for the rest."""
+    """The suffix of a document is `goal_range` (both ends included) tokens long, but leaves at
+    least two for the rest.
+    """
 
     token: int  # the id of <|fim|>, one above the tokenizer's vocabulary
     goal_range: tuple[int, int] = (25, 75)
@@ -48,15 +53,21 @@ class FillInTheMiddle:
             raise ConfigError(f"goal_range={self.goal_range}: the first must be at least 1 and no more than the second")
 
     def __call__(self, tokens_T: np.ndarray, epoch: int, document: int) -> np.ndarray:
-        """Suffix, <|fim|>, the rest: one token longer. A document of fewer than three tokens has no suffix, only the mark before it."""
+        """Suffix, <|fim|>, the rest: one token longer. A document of fewer than three tokens has no
+        suffix, only the mark before it.
+        """
         most = max(0, min(self.goal_range[1], len(tokens_T) - 2))
-        length = int(np.random.default_rng([self.seed, epoch, document]).integers(min(self.goal_range[0], most), most + 1))
+        length = int(
+            np.random.default_rng([self.seed, epoch, document]).integers(min(self.goal_range[0], most), most + 1)
+        )
         cut = len(tokens_T) - length
         return np.concatenate([tokens_T[cut:], [self.token], tokens_T[:cut]])
 
 
 def fim_loss_mask(tokens_B_T: np.ndarray, fim: int, eos: int) -> np.ndarray:
-    """Which tokens are predicted: those after a <|fim|> in this row, up to and including the EOS. bool (B, T)."""
+    """Which tokens are predicted: those after a <|fim|> in this row, up to and including the EOS.
+    bool (B, T).
+    """
     places_T = np.arange(tokens_B_T.shape[1])
 
     def last_before(token: int) -> np.ndarray:
@@ -75,10 +86,13 @@ class PackedDocuments:
         self.tokens = np.concatenate([np.empty(0, dtype=np.int32), *documents])
         self.bounds = np.concatenate([[0], np.cumsum([len(tokens_T) for tokens_T in documents], dtype=np.int64)])
         longer_by = 2 if fim else 1
-        self.places = self.bounds + np.arange(len(self.bounds)) * longer_by  # of the EOS before each document, and of the last
+        # of the EOS before each document, and of the last
+        self.places = self.bounds + np.arange(len(self.bounds)) * longer_by
         self.num_rows = int(self.places[-1] + 1) // block_size
         if self.num_rows == 0:
-            raise DataError(f"{len(documents):,} documents with {len(self.tokens):,} tokens do not fill one row of {block_size}")
+            raise DataError(
+                f"{len(documents):,} documents with {len(self.tokens):,} tokens do not fill one row of {block_size}"
+            )
 
     def __len__(self) -> int:
         return self.num_rows
@@ -103,9 +117,11 @@ class PackedDocuments:
 
 @dataclass(frozen=True)
 class ShuffledBatches:
-    """Endless batches of rows; epoch after epoch in an order of its own, with no row left out or doubled within one.
+    """Endless batches of rows; epoch after epoch in an order of its own, with no row left out or
+    doubled within one.
 
-    With several processes each takes every `world_size`-th row of the batch, so that together they see what one would.
+    With several processes each takes every `world_size`-th row of the batch, so that together they
+    see what one would.
     """
 
     rows: Rows
@@ -116,7 +132,9 @@ class ShuffledBatches:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % self.world_size:
-            raise ConfigError(f"batch_size={self.batch_size} must be a positive multiple of the {self.world_size} processes")
+            raise ConfigError(
+                f"batch_size={self.batch_size} must be a positive multiple of the {self.world_size} processes"
+            )
 
     def get_batch(self, step: int) -> np.ndarray:
         """tokens_B_T, int64; B = batch_size / world_size."""
@@ -132,7 +150,7 @@ def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-# --- where documents come from --------------------------------------------------------------------------------------------------------
+# --- where documents come from ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -150,18 +168,26 @@ class TextSet:
 class TextData:
     """Documents, their tokenizer, and the rows that a model is trained on."""
 
-    source: str = chz.field(default="stories", doc="stories (made here), a .txt or .jsonl file, a hub name or a local folder")
+    source: str = chz.field(
+        default="stories", doc="stories (made here), a .txt or .jsonl file, a hub name or a local folder"
+    )
     num_stories: int = chz.field(default=20_000, validator=COUNT, doc="of source=stories: how many to train on")
     text_field: str = chz.field(default="text", doc="field that holds the document (not of a .txt file)")
     split: str = chz.field(default="train", doc="split to train on (of a hub name or folder)")
     test_split: str | None = chz.field(default=None, doc="split held out, as validation")
     test_path: str | None = chz.field(default=None, doc="held-out file")
     test_size: int = chz.field(default=200, validator=WHOLE, doc="documents held out where neither of the two is given")
-    tokenizer: str | None = chz.field(default=None, doc="folder, tokenizer.json or hub name; None = train one on the documents")
+    tokenizer: str | None = chz.field(
+        default=None, doc="folder, tokenizer.json or hub name; None = train one on the documents"
+    )
     vocab_size: int = chz.field(default=1000, validator=COUNT, doc="of the tokenizer that is trained")
     block_size: int = chz.field(default=256, validator=COUNT, doc="tokens in a row")
-    cut_long: bool = chz.field(default=False, doc="cut documents that fit no row into several; else drop them, as the paper does")
-    fill_in_the_middle: bool = chz.field(default=False, doc="turn documents around for a GPT that is shown how they end")
+    cut_long: bool = chz.field(
+        default=False, doc="cut documents that fit no row into several; else drop them, as the paper does"
+    )
+    fill_in_the_middle: bool = chz.field(
+        default=False, doc="turn documents around for a GPT that is shown how they end"
+    )
     goal_range: tuple[int, int] = chz.field(
         default=(25, 75), validator=COUNT, doc="shortest and longest suffix that it is shown, in tokens"
     )
@@ -173,9 +199,13 @@ class TextData:
         fim = FillInTheMiddle(len(tokenizer), self.goal_range, self.seed) if self.fill_in_the_middle else None
         train_D, test_D = (encode_documents(tokenizer, part) for part in texts)
         longest = self.block_size - (3 if fim else 2)  # with an EOS on both sides
-        kept_D, kept_test_D = ([one for one in part if self.cut_long or len(one) <= longest] for part in (train_D, test_D))
+        kept_D, kept_test_D = (
+            [one for one in part if self.cut_long or len(one) <= longest] for part in (train_D, test_D)
+        )
         dropped = len(train_D) + len(test_D) - len(kept_D) - len(kept_test_D)
-        line = f"{self.source}: {len(kept_D):,} documents, {sum(map(len, kept_D)):,} tokens; {len(kept_test_D):,} held out"
+        line = (
+            f"{self.source}: {len(kept_D):,} documents, {sum(map(len, kept_D)):,} tokens; {len(kept_test_D):,} held out"
+        )
         print(line + (f"; {dropped:,} longer than {longest} tokens dropped" if dropped else ""), flush=True)
         train, test = (PackedDocuments(documents, self.block_size, eos, fim) for documents in (kept_D, kept_test_D))
         return TextSet(tokenizer, len(tokenizer) + bool(fim), eos, fim and fim.token, train, test, kept_test_D)
@@ -183,12 +213,18 @@ class TextData:
     def tokenizer_and_texts(self) -> tuple[PreTrainedTokenizerBase, tuple[list[str], list[str]]]:
         """Training and held-out documents; a tokenizer that is trained has not seen the latter."""
         train, test = self.texts()
-        return open_tokenizer(self.tokenizer) if self.tokenizer else train_tokenizer(train, self.vocab_size), (train, test)
+        return open_tokenizer(self.tokenizer) if self.tokenizer else train_tokenizer(train, self.vocab_size), (
+            train,
+            test,
+        )
 
     def texts(self) -> tuple[list[str], list[str]]:
         """Training and held-out documents; no text is in both."""
         if self.source == "stories":
-            train, test = stories.generate(self.num_stories, self.seed), stories.generate(self.test_size, self.seed + 1_000_003)
+            train, test = (
+                stories.generate(self.num_stories, self.seed),
+                stories.generate(self.test_size, self.seed + 1_000_003),
+            )
         else:
             train, test = self._read(self.source, self.split), self._held_out_texts()
             if not test:
@@ -199,25 +235,35 @@ class TextData:
     def _held_out_texts(self) -> list[str]:
         if self.test_path and self.test_split:
             raise ConfigError(f"test_path={self.test_path} and test_split={self.test_split}: give one of them")
-        return self._read(self.test_path or self.source, self.test_split or "") if self.test_path or self.test_split else []
+        return (
+            self._read(self.test_path or self.source, self.test_split or "")
+            if self.test_path or self.test_split
+            else []
+        )
 
     def _split(self, texts: list[str]) -> tuple[list[str], list[str]]:
         if not 0 < self.test_size < len(texts):
-            raise DataError(f"test_size={self.test_size} of {len(texts):,} documents: hold out at least one, and not all")
+            raise DataError(
+                f"test_size={self.test_size} of {len(texts):,} documents: hold out at least one, and not all"
+            )
         order = np.random.default_rng(self.seed).permutation(len(texts))
         return [texts[i] for i in sorted(order[self.test_size :])], [texts[i] for i in sorted(order[: self.test_size])]
 
     def _read(self, source: str, split: str) -> list[str]:
         if source.endswith(".txt"):
             return _read_text_file(source)
-        rows = read_rows(source) if source.endswith(".jsonl") else HuggingFaceBuilder(name=source, split=split).rows()[0]
+        rows = (
+            read_rows(source) if source.endswith(".jsonl") else HuggingFaceBuilder(name=source, split=split).rows()[0]
+        )
         return [self._text(row) for row in rows]
 
     def _text(self, row: Row) -> str:
         where, fields = row
         if not isinstance(text := fields.get(self.text_field), str) or not text.strip():
             names = ", ".join(map(repr, fields))
-            raise DataError(f"{where}: no text in the field {self.text_field!r}; the fields are {names} (text_field=NAME)")
+            raise DataError(
+                f"{where}: no text in the field {self.text_field!r}; the fields are {names} (text_field=NAME)"
+            )
         return text.strip()
 
 

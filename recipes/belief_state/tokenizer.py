@@ -1,7 +1,9 @@
-"""A byte-level BPE of its own for small text: 1,000 tokens (ids 0 <|pad|>, 1 <|eos|>, the 256 bytes, merges), every digit a token.
+"""A byte-level BPE of its own for small text: 1,000 tokens (ids 0 <|pad|>, 1 <|eos|>, the 256
+bytes, merges), every digit a token.
 
-Same text, same tokenizer. Any text round-trips, where the original's, trained on ASCII, had fewer bytes and so more merges (822). What looks
-like a special token inside a document is text: only packing puts the real <|eos|> between documents.
+Same text, same tokenizer. Any text round-trips, where the original's, trained on ASCII, had fewer
+bytes and so more merges (822). What looks like a special token inside a document is text: only
+packing puts the real <|eos|> between documents.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,12 +36,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedT
     )
     tokenizer.train_from_iterator(texts, trainer)
     if (found := tokenizer.get_vocab_size()) < vocab_size:
-        raise DataError(f"the text gives a vocabulary of {found} tokens, not {vocab_size}: train on more of it, or ask for fewer")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False)
+        raise DataError(
+            f"the text gives a vocabulary of {found} tokens, not {vocab_size}: train on more of it, or ask for fewer"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A folder written by `save_pretrained`, a bare tokenizer.json, or a hub name. ModelError if there is none, or it has no EOS."""
+    """A folder written by `save_pretrained`, a bare tokenizer.json, or a hub name. ModelError if
+    there is none, or it has no EOS.
+    """
     path = Path(name).expanduser()
     try:
         if path.is_file():

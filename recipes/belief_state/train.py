@@ -1,12 +1,15 @@
-"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506) and its GPT baseline, from scratch on one machine.
+"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506) and its GPT baseline, from
+scratch on one machine.
 
-    python recipes/belief_state/train.py                       # G(2,3) over 12 labels: some minutes of one core; runs/belief_state
-    python recipes/belief_state/train.py model=gpt log_path=runs/gpt      # the same data and blocks, next-token, a third of the weights
-    python recipes/belief_state/train.py preset=star_graph data.num_paths=5       # the paper's model on G(5,5) over 50: a GPU
-    python recipes/belief_state/train.py preset=tinystories               # stories from the hub; data=text alone makes its own
-    torchrun --nproc-per-node 8 recipes/belief_state/train.py preset=large data.folder=SHARDS parallel=shard
+    python recipes/belief_state/train.py  # G(2,3) over 12 labels: some minutes of one core; runs/belief_state
+    python recipes/belief_state/train.py model=gpt log_path=runs/gpt  # the same data and blocks, next-token, a third of the weights
+    python recipes/belief_state/train.py preset=star_graph data.num_paths=5  # the paper's model on G(5,5) over 50: a GPU
+    python recipes/belief_state/train.py preset=tinystories  # stories from the hub; data=text alone makes its own
+    torchrun --nproc-per-node 8 recipes/belief_state/train.py preset=large data.folder=SHARDS
+    parallel=shard
 
-The presets are the original's configurations, as data (PRESETS). Held-out measurements come before the step whose number they carry.
+The presets are the original's configurations, as data (PRESETS). Held-out measurements come before
+the step whose number they carry.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -44,13 +47,25 @@ PRESETS: dict[str, Mapping[str, str]] = {
     "star_graph": PAPER_SIZE
     | {"num_layers": "6", "num_steps": "5000", "learning_rate": "1e-4", "warmup_steps": "0", "grad_clip_norm": "0"}
     | {"lr_schedule": "constant"}
-    | {"data.path_length": "5", "data.num_nodes": "50", "data.num_test": "1000", "eval_every": "500", "save_every": "500"},
+    | {
+        "data.path_length": "5",
+        "data.num_nodes": "50",
+        "data.num_test": "1000",
+        "eval_every": "500",
+        "save_every": "500",
+    },
     "tinystories": PAPER_SIZE
     | PAPER_OPTIMIZER
-    | {"data": "text", "data.source": "cyrilzhang/TinyStories2-ascii", "data.test_split": "validation", "data.eval_rows": "512"}
+    | {
+        "data": "text",
+        "data.source": "cyrilzhang/TinyStories2-ascii",
+        "data.test_split": "validation",
+        "data.eval_rows": "512",
+    }
     | {"num_layers": "8", "objective.min_gap": "1", "num_steps": "100000", "eval_every": "1000", "save_every": "1000"}
     | {"learning_rate": "3e-4", "min_learning_rate": "2e-4", "decay_steps": "600000", "warmup_steps": "1"},
-    # code in a vocabulary of 50,304, 24 layers of 2,048; data.folder, its shards and their weights are the user's
+    # code in a vocabulary of 50,304, 24 layers of 2,048; data.folder, its shards and their weights
+    # are the user's
     "large": PAPER_OPTIMIZER
     | {"data": "pretokenized", "data.block_size": "2048", "num_layers": "24", "num_heads": "32", "hidden": "2048"}
     | {"init_std": "0.02", "batch_size": "1024", "passes.rows_per_pass": "32", "passes.pairs_per_chunk": "8192"}
@@ -62,7 +77,12 @@ SOURCES = {
     "text": "recipes.belief_state.text:TextBuilder",
     "pretokenized": "recipes.belief_state.text:PretokenizedBuilder",
 }
-HEADLINE = {"optim/loss": "loss", "test/loss_next_token": "test nll", "test/first_hop": "first hop", "test/exact": "path"}
+HEADLINE = {
+    "optim/loss": "loss",
+    "test/loss_next_token": "test nll",
+    "test/first_hop": "first hop",
+    "test/exact": "path",
+}
 
 
 @chz.chz
@@ -80,10 +100,13 @@ class Config(TrainingConfig):
     init_std: float = chz.field(
         default=0.08, validator=POSITIVE, doc="deviation of the first weights; the paper's 0.02 is for a width of 768"
     )
-    objective: PairObjective = chz.field(default_factory=lambda: PairObjective(min_gap=2), doc="the pairs a BST is trained on")
+    objective: PairObjective = chz.field(
+        default_factory=lambda: PairObjective(min_gap=2), doc="the pairs a BST is trained on"
+    )
     passes: PassConfig = chz.field(default_factory=PassConfig, doc="how a batch is cut")
     parallel: Literal["replicate", "shard"] = chz.field(
-        default="replicate", doc="where torchrun starts several processes: each has all weights (DDP), or a part of them (FSDP2)"
+        default="replicate",
+        doc="where torchrun starts several processes: each has all weights (DDP), or a part of them (FSDP2)",
     )
     seed: int = chz.field(default=0, validator=SEED, doc="of the weights and the order of the data")
     load_checkpoint_path: str | None = chz.field(
@@ -102,7 +125,9 @@ class Config(TrainingConfig):
     )
     weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, on matrices")
     beta2: float = chz.field(default=0.98, validator=DECAY, doc="AdamW's decay of the gradient's square")
-    grad_clip_norm: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="of all weights together; 0 = no clipping")
+    grad_clip_norm: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="of all weights together; 0 = no clipping"
+    )
 
     eval_every: int = chz.field(
         default=50, validator=WHOLE, doc="measure before every this many steps, and at the end; 0 = only at the end"
@@ -149,7 +174,9 @@ def training_loop(
     async def evaluate(step: int) -> Metrics:
         return await client.with_model(source.evaluate)
 
-    run = Run(config=config, folder=folder, client=client, name=config.model, num_steps=config.num_steps, headline=HEADLINE)
+    run = Run(
+        config=config, folder=folder, client=client, name=config.model, num_steps=config.num_steps, headline=HEADLINE
+    )
     run.evaluate, run.must_stop = evaluate, processes.any
     if not run.start(config.load_checkpoint_path):
         return run.last_metrics()
@@ -163,7 +190,8 @@ def training_loop(
         with timed(metrics, "train"):
             forward_backward = client.forward_backward(batch, (config.seed, number))
             optim_step = client.optim_step(adam)
-            batch = source.get_batch(number + 1) if number + 1 < config.num_steps else None  # made meanwhile
+            # made meanwhile
+            batch = source.get_batch(number + 1) if number + 1 < config.num_steps else None
             try:
                 results = await forward_backward | (await optim_step).metrics
             except NonFiniteError as error:

@@ -1,9 +1,11 @@
-"""The balance score (B-STaR, Zeng et al. 2024, section 4.1), its surface over temperatures and thresholds, and the choice.
+"""The balance score (B-STaR, Zeng et al. 2024, section 4.1), its surface over temperatures and
+thresholds, and the choice.
 
     bs_i = min(n'_i / n*, 1) * n'_i / n_i          0 where nothing is selected (n_i = 0)          BS = mean over all queries
 
-n_i is how many solutions of query i are selected, n'_i how many of them are right (and, as selected ones are distinct, unique), n* how many are
-wanted. The first factor is exploration, enough right solutions; the second is exploitation, how pure the selection is.
+n_i is how many solutions of query i are selected, n'_i how many of them are right (and, as selected
+ones are distinct, unique), n* how many are wanted. The first factor is exploration, enough right
+solutions; the second is exploitation, how pure the selection is.
 """
 
 import math
@@ -32,19 +34,30 @@ def query_score(selected: int, right: int, n_star: float) -> float:
 
 
 def balance_score(counts_M: Sequence[Counts], n_star: float) -> float:
-    """Mean over the queries, those without a selection included; it does not depend on their order."""
+    """Mean over the queries, those without a selection included; it does not depend on their
+    order.
+    """
     return math.fsum(query_score(*counts, n_star) for counts in counts_M) / len(counts_M)
 
 
 def surface(
-    counts: Mapping[tuple[str, str], Sequence[Counts]], temperatures: Sequence[str], thresholds: Sequence[str], n_star: float
+    counts: Mapping[tuple[str, str], Sequence[Counts]],
+    temperatures: Sequence[str],
+    thresholds: Sequence[str],
+    n_star: float,
 ) -> list[Cell]:
-    """The score of every (temperature, threshold) of the grid. A cell that was not sampled is a DataError, never a low score."""
+    """The score of every (temperature, threshold) of the grid. A cell that was not sampled is a
+    DataError, never a low score.
+    """
     grid = [(canonical(temperature), canonical(threshold)) for temperature in temperatures for threshold in thresholds]
     if missing := [cell for cell in grid if not counts.get(cell)]:
-        raise DataError(f"no samples for (temperature, threshold) {', '.join(map(str, missing[:5]))}: sample the sweep again")
+        raise DataError(
+            f"no samples for (temperature, threshold) {', '.join(map(str, missing[:5]))}: sample the sweep again"
+        )
     if more := sorted(counts.keys() - set(grid)):
-        raise DataError(f"samples of (temperature, threshold) {', '.join(map(str, more[:5]))}, which the grid does not have")
+        raise DataError(
+            f"samples of (temperature, threshold) {', '.join(map(str, more[:5]))}, which the grid does not have"
+        )
     return [Cell(*cell, balance_score(counts[cell], n_star)) for cell in dict.fromkeys(grid)]
 
 

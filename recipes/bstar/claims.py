@@ -1,13 +1,16 @@
-"""Is the paper's pattern there? Four claims about B-STaR and static online RFT, each asked of every seed.
+"""Is the paper's pattern there? Four claims about B-STaR and static online RFT, each asked of every
+seed.
 
     python -m recipes.bstar.claims runs/bstar runs/bstar_1 runs/bstar_2
 
-(a) A fixed low temperature loses pass@K-4 against the best round it had; B-STaR ends no lower than its first round.
-(b) B-STaR ends above the better of the static online runs, in greedy accuracy, and in the mean over the samples (pass@1).
-(c) From the middle round on B-STaR still gains, and more than online RFT.
-(d) The chosen temperature ends above where it began, and the balance score never falls by more than `NOISE`.
+(a) A fixed low temperature loses pass@K-4 against the best round it had; B-STaR ends no lower than
+its first round. (b) B-STaR ends above the better of the static online runs, in greedy accuracy, and
+in the mean over the samples (pass@1). (c) From the middle round on B-STaR still gains, and more
+than online RFT. (d) The chosen temperature ends above where it began, and the balance score never
+falls by more than `NOISE`.
 
-The figures are printed whether a claim holds or not. Left out: tests of significance; three seeds do not bear them.
+The figures are printed whether a claim holds or not. Left out: tests of significance; three seeds
+do not bear them.
 """
 
 from collections.abc import Sequence
@@ -63,7 +66,9 @@ def _path(values: Sequence[float]) -> str:
 def text(folders: Sequence[Path]) -> str:
     lines = []
     for run in folders:
-        shown = (f"  ({name}) {'holds' if holds else 'fails'}: {figures}" for name, (holds, figures) in claims(run).items())
+        shown = (
+            f"  ({name}) {'holds' if holds else 'fails'}: {figures}" for name, (holds, figures) in claims(run).items()
+        )
         lines += [str(run), *shown]
     return "\n".join(lines)
 

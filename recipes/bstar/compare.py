@@ -1,9 +1,11 @@
-"""Several seeds of the same methods over one another: a picture, a table of where they ended, and a page with both.
+"""Several seeds of the same methods over one another: a picture, a table of where they ended, and a
+page with both.
 
     python -m recipes.bstar.compare runs/bstar runs/bstar_1 runs/bstar_2 out=runs/bstar_seeds
 
-Each run folder is a seed. Writes OUT.png and OUT.html. Methods that are not in every folder, and rounds that some method lacks, are left out
-and named. Left out: significance tests; with few seeds the range says more.
+Each run folder is a seed. Writes OUT.png and OUT.html. Methods that are not in every folder, and
+rounds that some method lacks, are left out and named. Left out: significance tests; with few seeds
+the range says more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,14 +44,18 @@ def final_table(runs: Runs) -> tuple[list[str], list[list[str]]]:
     """The last round: mean over the seeds, and the values of the seeds."""
     start = next(iter(runs.values()))
     keys = test_keys(start[0])
-    last = {"warm start": [run[0] for run in start]} | {method: [run[-1] for run in seeds] for method, seeds in runs.items()}
+    last = {"warm start": [run[0] for run in start]} | {
+        method: [run[-1] for run in seeds] for method, seeds in runs.items()
+    }
     rows = [[escape(name), *(_cell(summaries, key) for key in keys.values())] for name, summaries in last.items()]
     return ["after the last round", *keys], rows
 
 
 def _cell(summaries: Sequence[Summary], key: str) -> str:
     values = [value(summary, key) for summary in summaries]
-    return f"{np.mean(values):.3f}" + (f" ({', '.join(f'{number:.3f}' for number in values)})" if len(values) > 1 else "")
+    return f"{np.mean(values):.3f}" + (
+        f" ({', '.join(f'{number:.3f}' for number in values)})" if len(values) > 1 else ""
+    )
 
 
 def gains(runs: Mapping[str, Sequence[Sequence[Summary]]], key: str = "test/pass@1") -> dict[str, tuple[float, float]]:

@@ -29,15 +29,22 @@ class Config:
     """B-STaR and its relatives, at the same number of samples and steps."""
 
     methods: list[str] = chz.field(
-        default_factory=lambda: ["bstar", "online_rft", "online_rft_cold", "rest_em"], doc="of methods.py; one after the other"
+        default_factory=lambda: ["bstar", "online_rft", "online_rft_cold", "rest_em"],
+        doc="of methods.py; one after the other",
     )
     task: TaskBuilder = chz.field(default_factory=SumsBuilder, doc="the questions")
     reward: RewardBuilder = chz.field(default_factory=PrmRewardBuilder, doc="what selection goes by")
     model_name: str = chz.field(default="micro", doc="a preset, a local folder, or a Hugging Face hub name")
-    load_checkpoint_path: str | None = chz.field(default=None, doc="the warm start begins with the weights of this checkpoint")
-    renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain; None = by the tokenizer")
+    load_checkpoint_path: str | None = chz.field(
+        default=None, doc="the warm start begins with the weights of this checkpoint"
+    )
+    renderer_name: str | None = chz.field(
+        default="plain", doc="role_colon, chat_template or plain; None = by the tokenizer"
+    )
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
-    seed: int = chz.field(default=0, validator=SEED, doc="of everything but the choice of the questions (task.split_seed)")
+    seed: int = chz.field(
+        default=0, validator=SEED, doc="of everything but the choice of the questions (task.split_seed)"
+    )
 
     warm_start_steps: int = chz.field(default=1000, validator=COUNT, doc="most steps on human solutions")
     warm_start_nll: float | None = chz.field(
@@ -64,7 +71,9 @@ class Config:
     prm_learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="falls linearly to 0")
 
     rounds: int = chz.field(default=6, validator=COUNT, doc="rounds T")
-    samples: int = chz.field(default=16, validator=COUNT, doc="samples K of each question, in the sweep and at least in training")
+    samples: int = chz.field(
+        default=16, validator=COUNT, doc="samples K of each question, in the sweep and at least in training"
+    )
     temperatures: list[str] = chz.field(
         default_factory=lambda: ["0.5", "0.7", "0.9", "1.1"],
         munger=lambda _, values: decimals("temperatures", values),
@@ -81,14 +90,19 @@ class Config:
         doc="solutions wanted of each question, on average; None = as many as the steps of a round train on",
     )
     quota: int | None = chz.field(
-        default=None, validator=COUNT, doc="most solutions of a question; None = the smallest that reaches the target size"
+        default=None,
+        validator=COUNT,
+        doc="most solutions of a question; None = the smallest that reaches the target size",
     )
     n_star: float | None = chz.field(
         default=None, validator=POSITIVE, doc="n* of the balance score; None = per_query, rounded up"
     )
-    human_solutions: bool = chz.field(default=False, doc="human solutions compete for places in the selection, with reward 1")
+    human_solutions: bool = chz.field(
+        default=False, doc="human solutions compete for places in the selection, with reward 1"
+    )
     sweep_cost: SweepCost = chz.field(
-        default="given", doc="the sweep's samples are charged to the methods that sweep, or the others may sample as many more"
+        default="given",
+        doc="the sweep's samples are charged to the methods that sweep, or the others may sample as many more",
     )
     max_sampled_tokens: int = chz.field(
         default=200_000_000, validator=COUNT, doc="refuse to start if more could be sampled in the rounds"
@@ -107,8 +121,12 @@ class Config:
 
     eval_samples: int = chz.field(default=16, validator=COUNT, doc="samples of each test question")
     eval_temperature: str = chz.field(default="1", munger=lambda _, value: canonical(value), doc="they are sampled at")
-    chunk_sequences: int = chz.field(default=1024, validator=COUNT, doc="sequences sampled between two writes to the disk")
-    log_path: str = chz.field(default="runs/bstar", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
+    chunk_sequences: int = chz.field(
+        default=1024, validator=COUNT, doc="sequences sampled between two writes to the disk"
+    )
+    log_path: str = chz.field(
+        default="runs/bstar", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder"
+    )
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch", max_num_seqs=512), doc="how this machine runs models"
     )
@@ -123,5 +141,9 @@ class Config:
 
     def plans(self, task: Task) -> dict[str, Plan]:
         sizes = {"queries": len(task.train), "dev": len(task.dev), "test": len(task.test), "samples": self.samples}
-        grid = {"temperatures": len(self.temperatures), "eval_samples": self.eval_samples, "sweep_cost": self.sweep_cost}
+        grid = {
+            "temperatures": len(self.temperatures),
+            "eval_samples": self.eval_samples,
+            "sweep_cost": self.sweep_cost,
+        }
         return {name: plan(METHODS[name], **sizes, **grid) for name in self.methods}

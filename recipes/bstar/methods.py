@@ -1,8 +1,9 @@
 """B-STaR and what it is compared with: one loop, and what differs is these few fields.
 
-STaR (Zelikman et al. 2022) is here without rationalization: one greedy answer, kept if right, training from the warm start again. ReST-EM (Singh
-et al. 2023) samples many and also begins again; iterative RFT goes on from the last weights with a fresh optimizer, online RFT with the
-optimizer and its schedule. B-STaR is online RFT whose temperature and threshold are chosen each round.
+STaR (Zelikman et al. 2022) is here without rationalization: one greedy answer, kept if right,
+training from the warm start again. ReST-EM (Singh et al. 2023) samples many and also begins again;
+iterative RFT goes on from the last weights with a fresh optimizer, online RFT with the optimizer
+and its schedule. B-STaR is online RFT whose temperature and threshold are chosen each round.
 """
 
 from typing import Literal
@@ -17,15 +18,25 @@ CHOSEN = None  # by the balance score, of the grid
 
 @chz.chz
 class Method:
-    """How a round samples, selects and trains. Temperatures and thresholds are canonical decimals."""
+    """How a round samples, selects and trains. Temperatures and thresholds are canonical
+    decimals.
+    """
 
-    temperature: str | None = chz.field(default="1", doc="of sampling; None = chosen each round", munger=lambda _, t: _decimal(t))
-    threshold: str | None = chz.field(default="0", doc="of the reward; None = chosen each round", munger=lambda _, t: _decimal(t))
-    start: Literal["last", "warm_start"] = chz.field(default="last", doc="the weights that a round's training starts from")
+    temperature: str | None = chz.field(
+        default="1", doc="of sampling; None = chosen each round", munger=lambda _, t: _decimal(t)
+    )
+    threshold: str | None = chz.field(
+        default="0", doc="of the reward; None = chosen each round", munger=lambda _, t: _decimal(t)
+    )
+    start: Literal["last", "warm_start"] = chz.field(
+        default="last", doc="the weights that a round's training starts from"
+    )
     keep_optimizer: bool = chz.field(
         default=True, doc="optimizer state and one schedule over all rounds, or fresh ones each round"
     )
-    samples: int | None = chz.field(default=None, validator=COUNT, doc="samples of a query; None = what the budget allows")
+    samples: int | None = chz.field(
+        default=None, validator=COUNT, doc="samples of a query; None = what the budget allows"
+    )
     outcome_only: bool = chz.field(default=False, doc="select by the answer alone, whatever the reward is otherwise")
 
 

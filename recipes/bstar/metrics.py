@@ -5,8 +5,9 @@
     reward@K-S   share of queries whose S best samples, by the model's part of the reward, are all right      exploitation
     diversity    share of the steps of a query's samples that are distinct, mean over queries
 
-The original's diversity counts equations, ours steps, which every task has. The part of the reward that knows the answer is left out of the
-ranking; where there is no other part there is no reward@K-S.
+The original's diversity counts equations, ours steps, which every task has. The part of the reward
+that knows the answer is left out of the ranking; where there is no other part there is no
+reward@K-S.
 """
 
 import hashlib
@@ -23,7 +24,9 @@ Metrics = dict[str, float]
 
 
 def sample_metrics(candidates: Sequence[Candidate], queries: Sequence[str], form: StepFormat) -> Metrics:
-    """Of the samples of `queries`, as many of each. Names: pass@1, pass@16-4, reward@16-4, diversity, truncated, unparsable, tokens."""
+    """Of the samples of `queries`, as many of each. Names: pass@1, pass@16-4, reward@16-4,
+    diversity, truncated, unparsable, tokens.
+    """
     groups = grouped(candidates, queries)
     k_all = len(groups[0])
     if not k_all or any(len(group) != k_all for group in groups):
@@ -36,14 +39,20 @@ def sample_metrics(candidates: Sequence[Candidate], queries: Sequence[str], form
     metrics = {f"pass@{k}": float(np.mean([pass_at_k(right, k_all, k) for right in right_M])) for k in [*powers, k_all]}
     metrics |= {f"pass@{k_all}-{s}": float(np.mean(distinct_M >= s)) for s in powers if s > 1}
     metrics["distinct_right"] = float(distinct_M.mean())
-    metrics["diversity"] = float(np.mean([diversity([candidate.text for candidate in group], form) for group in groups]))
+    metrics["diversity"] = float(
+        np.mean([diversity([candidate.text for candidate in group], form) for group in groups])
+    )
     everything = [candidate for group in groups for candidate in group]
     metrics["truncated"] = float(np.mean([candidate.stop == "length" for candidate in everything]))
-    metrics["unparsable"] = float(np.mean([candidate.stop == "stop" and candidate.answer is None for candidate in everything]))
+    metrics["unparsable"] = float(
+        np.mean([candidate.stop == "stop" and candidate.answer is None for candidate in everything])
+    )
     metrics["tokens"] = float(np.mean([len(candidate.tokens) for candidate in everything]))
     ranked = [sorted(group, key=_rank) for group in groups]
     if any(_model_part(candidate) for candidate in everything):
-        metrics |= {f"reward@{k_all}-{s}": float(np.mean([all(c.correct for c in r[:s]) for r in ranked])) for s in powers}
+        metrics |= {
+            f"reward@{k_all}-{s}": float(np.mean([all(c.correct for c in r[:s]) for r in ranked])) for s in powers
+        }
     return metrics
 
 

@@ -1,4 +1,5 @@
-"""The pictures of report.py and compare.py: what is watched, round by round; the balance surfaces; where the time went.
+"""The pictures of report.py and compare.py: what is watched, round by round; the balance surfaces;
+where the time went.
 
 Left out: smoothing, and error bars of single runs; a line is what was measured.
 """
@@ -11,22 +12,36 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.tracking.figures import COLORS, SHARE, Panel, curves_by_label, draw_panels, finish_axis, panel_axes, read_curve
+from posttrain.tracking.figures import (
+    COLORS,
+    SHARE,
+    Panel,
+    curves_by_label,
+    draw_panels,
+    finish_axis,
+    panel_axes,
+    read_curve,
+)
 from recipes.bstar.records import Choice, Summary
 
 PAGE_INCHES = 13.2  # a figure of this width fills the page
-STAGES = ("sweep", "choose", "sample", "score", "select", "train", "greedy", "test")  # in the order they run
+# in the order they run
+STAGES = ("sweep", "choose", "sample", "score", "select", "train", "greedy", "test")
 
 
 def record(summary: Summary) -> dict[str, float]:
-    """The round's metrics, and what was chosen, as a line of a metrics.jsonl whose steps are rounds."""
+    """The round's metrics, and what was chosen, as a line of a metrics.jsonl whose steps are
+    rounds.
+    """
     chosen = {"temperature": summary.temperature, "threshold": summary.threshold, "balance": summary.balance}
     known = {name: float(number) for name, number in chosen.items() if number is not None}
     return {"step": summary.round} | known | summary.metrics
 
 
 def value(summary: Summary, key: str) -> float:
-    """A metric by name, or the chosen temperature, threshold or balance score; NaN where the round has none."""
+    """A metric by name, or the chosen temperature, threshold or balance score; NaN where the round
+    has none.
+    """
     return record(summary).get(key, float("nan"))
 
 
@@ -39,7 +54,12 @@ def samples_of(summaries: Sequence[Summary]) -> int:
 def test_keys(summaries: Sequence[Summary]) -> dict[str, str]:
     """Column -> metric of the tables that say where a method ended."""
     k = samples_of(summaries)
-    return {"P@1": "test/pass@1", "greedy": "test/greedy", f"P@{k}": f"test/pass@{k}", f"pass@{k}-4": f"test/pass@{k}-4"}
+    return {
+        "P@1": "test/pass@1",
+        "greedy": "test/greedy",
+        f"P@{k}": f"test/pass@{k}",
+        f"pass@{k}-4": f"test/pass@{k}-4",
+    }
 
 
 def panels(summaries: Sequence[Summary]) -> list[Panel]:
@@ -47,12 +67,18 @@ def panels(summaries: Sequence[Summary]) -> list[Panel]:
     k, records = samples_of(summaries), [record(summary) for summary in summaries]
     shares = {
         "test accuracy": {"greedy": "test/greedy", "pass@1": "test/pass@1", f"pass@{k}": f"test/pass@{k}"},
-        f"exploration: {k} samples with S distinct right ones": {f"pass@{k}-{s}": f"test/pass@{k}-{s}" for s in (2, 4, 8, 16)},
-        "exploitation: the S best by the reward model are right": {f"reward@{k}-{s}": f"test/reward@{k}-{s}" for s in (1, 2, 4)},
+        f"exploration: {k} samples with S distinct right ones": {
+            f"pass@{k}-{s}": f"test/pass@{k}-{s}" for s in (2, 4, 8, 16)
+        },
+        "exploitation: the S best by the reward model are right": {
+            f"reward@{k}-{s}": f"test/reward@{k}-{s}" for s in (1, 2, 4)
+        },
         "diversity: distinct steps of all": {"test": "test/diversity", "training": "train/diversity"},
         "what is trained on": {"right": "train/selected_accuracy", "queries with any": "train/selected_queries"},
         "faults": {
-            f"{fault}, {split}": f"{split}/{fault}" for fault in ("truncated", "unparsable") for split in ("train", "test")
+            f"{fault}, {split}": f"{split}/{fault}"
+            for fault in ("truncated", "unparsable")
+            for split in ("train", "test")
         },
     }
     watched = [
@@ -65,7 +91,9 @@ def panels(summaries: Sequence[Summary]) -> list[Panel]:
 
 
 def draw_surfaces(choices_R: Mapping[int, Choice]) -> Any:
-    """Balance scores over temperature and threshold, one map for each round, on one scale; the chosen cell is framed."""
+    """Balance scores over temperature and threshold, one map for each round, on one scale; the
+    chosen cell is framed.
+    """
     figure, axes = panel_axes(len(choices_R), "")
     scores = [cell.score for choice in choices_R.values() for cell in choice.surface]
     image = None
@@ -113,7 +141,9 @@ def draw_costs(summaries: Sequence[Summary]) -> Any:
 
 def draw_comparison(runs_by_method: Mapping[str, Sequence[Sequence[Summary]]]) -> Any:
     """Methods over one another, of one seed or several."""
-    runs = {method: [[record(summary) for summary in run] for run in runs_S] for method, runs_S in runs_by_method.items()}
+    runs = {
+        method: [[record(summary) for summary in run] for run in runs_S] for method, runs_S in runs_by_method.items()
+    }
     k = samples_of(next(iter(runs_by_method.values()))[0])
     wanted = {
         "P@1, test": "test/pass@1",

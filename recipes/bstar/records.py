@@ -7,10 +7,11 @@
                         test.jsonl            Candidates: the test queries, `num_samples` at the evaluation's temperature
                         greedy.jsonl          Candidates: the test queries, greedy, one each
                         summary.json          Summary: the round in numbers
-    round_00 has the evaluation of the warm start alone. NAME_scores.jsonl lies beside NAME.jsonl once its candidates are scored.
+    round_00 has the evaluation of the warm start alone. NAME_scores.jsonl lies beside NAME.jsonl
+    once its candidates are scored.
 
-Temperatures and thresholds are texts, canonical decimals ("0.5", never "0.50"), so that a cell has one key. Every file is complete if it is
-there: unfinished ones have other names.
+Temperatures and thresholds are texts, canonical decimals ("0.5", never "0.50"), so that a cell has
+one key. Every file is complete if it is there: unfinished ones have other names.
 """
 
 import json
@@ -26,9 +27,11 @@ from posttrain.tracking.settings import read_settings
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sampled solution. `answer` is None where none can be read; `sample` counts from 0 within a query and temperature.
+    """A sampled solution. `answer` is None where none can be read; `sample` counts from 0 within a
+    query and temperature.
 
-    `step_scores` are the process reward model's logits, one a step (None without such a model); `reward` is what selection goes by.
+    `step_scores` are the process reward model's logits, one a step (None without such a model);
+    `reward` is what selection goes by.
     """
 
     query: str
@@ -75,8 +78,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Summary:
-    """`metrics` are those of metrics.py and selection.py, named train/... and test/...; `seconds` and `tokens` are by stage, and tokens are
-    those sampled or trained on."""
+    """`metrics` are those of metrics.py and selection.py, named train/... and test/...; `seconds`
+    and `tokens` are by stage, and tokens are those sampled or trained on."""
 
     round: int
     temperature: str | None = None
@@ -108,12 +111,16 @@ def write_scores(path: Path, candidates: Sequence[Candidate]) -> None:
 
 
 def read_candidates(path: Path) -> list[Candidate]:
-    """With their scores where they have been scored. DataError if the two files do not belong together."""
+    """With their scores where they have been scored. DataError if the two files do not belong
+    together.
+    """
     candidates = read_dataclasses(path, Candidate)
     if not scores_path(path).exists():
         return candidates
     scores = read_jsonl(scores_path(path))
-    if [c.key for c in candidates] != [(line.get("query"), line.get("temperature"), line.get("sample")) for line in scores]:
+    if [c.key for c in candidates] != [
+        (line.get("query"), line.get("temperature"), line.get("sample")) for line in scores
+    ]:
         raise DataError(f"{scores_path(path)} holds the scores of other candidates than {path.name}: delete it")
     return [
         replace(candidate, reward=line.get("reward"), step_scores=line.get("step_scores"))

@@ -1,9 +1,11 @@
-"""One page for a run folder, for people: every method's rounds in a table and in pictures, and solutions with the scores of their steps.
+"""One page for a run folder, for people: every method's rounds in a table and in pictures, and
+solutions with the scores of their steps.
 
     python -m recipes.bstar.report runs/bstar            # writes runs/bstar/report.html
 
-The page is one file without scripts. It shows the rounds that are finished, so it can be made while the run goes on. Left out: the training
-curves inside a round, which the run folders of `train` have.
+The page is one file without scripts. It shows the rounds that are finished, so it can be made while
+the run goes on. Left out: the training curves inside a round, which the run folders of `train`
+have.
 """
 
 import json
@@ -39,7 +41,9 @@ QUESTIONS = "questions.jsonl"
 
 
 def write_questions(run: Path, task: Task) -> None:
-    """What the ids in the records stand for: a line for each query of the training and the test set."""
+    """What the ids in the records stand for: a line for each query of the training and the test
+    set.
+    """
     sets = {"train": task.train, "test": task.test}
     lines = (
         {"query": query.problem.id, "split": name, "question": query.problem.question, "answer": query.problem.gold}
@@ -50,13 +54,17 @@ def write_questions(run: Path, task: Task) -> None:
 
 
 def method_folders(run: Path) -> dict[str, Path]:
-    """Folders of methods with a finished round besides that of the warm start, in the order of METHODS. DataError if there is none."""
+    """Folders of methods with a finished round besides that of the warm start, in the order of
+    METHODS. DataError if there is none.
+    """
     files = sorted(run.glob("*/round_*/summary.json"))
     folders = {file.parent.parent.name: file.parent.parent for file in files if file.parent.name != "round_00"}
     if not folders:
         raise DataError(f"{run}: no method there has finished a round; a run folder has METHOD/round_01/summary.json")
     order = list(METHODS)
-    return dict(sorted(folders.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0])))
+    return dict(
+        sorted(folders.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0]))
+    )
 
 
 def write_report(run: Path) -> Path:
@@ -64,7 +72,10 @@ def write_report(run: Path) -> Path:
     folders = method_folders(run)
     summaries = {name: read_summaries(folder) for name, folder in folders.items()}
     settings = _settings(run, next(iter(folders)))
-    body = [_overview(summaries), *(_method(name, folder, summaries[name], settings) for name, folder in folders.items())]
+    body = [
+        _overview(summaries),
+        *(_method(name, folder, summaries[name], settings) for name, folder in folders.items()),
+    ]
     shown = ("model_name", "samples", "steps", "batch_size", "n_star", "seed")
     facts = [f"{key} {settings[key]}" for key in shown if key in settings]
     facts += [settings["task"]["class"].partition(":")[2]] if "task" in settings else []
@@ -84,7 +95,7 @@ def _form(settings: Mapping) -> StepFormat:
     return StepFormat(**{name: text for name, text in fields.items() if name != "class"})
 
 
-# --- the methods side by side -----------------------------------------------------------------------------------------------
+# --- the methods side by side -------------------------------------------------------------------
 
 
 def _overview(summaries: Mapping[str, Sequence[Summary]]) -> str:
@@ -93,7 +104,9 @@ def _overview(summaries: Mapping[str, Sequence[Summary]]) -> str:
     rows = []
     for name, rounds in summaries.items():
         first, last = rounds[0], rounds[-1]
-        seconds, tokens = (sum(sum(getattr(summary, part).values()) for summary in rounds[1:]) for part in ("seconds", "tokens"))
+        seconds, tokens = (
+            sum(sum(getattr(summary, part).values()) for summary in rounds[1:]) for part in ("seconds", "tokens")
+        )
         changes = (f"{a} → {b}" for a, b in zip(_numbers(first, keys), _numbers(last, keys), strict=True))
         rows.append([escape(name), str(last.round), *changes, f"{seconds:,.0f}", f"{tokens:,}"])
     columns = ["method", "rounds", *keys, "seconds", "tokens sampled and trained on"]
@@ -104,7 +117,7 @@ def _overview(summaries: Mapping[str, Sequence[Summary]]) -> str:
     return "<section><h2>Methods</h2>" + table(columns, rows) + picture + "</section>"
 
 
-# --- one method ---------------------------------------------------------------------------------------------------------------
+# --- one method ---------------------------------------------------------------------------------
 
 
 def _method(name: str, folder: Path, summaries: Sequence[Summary], settings: Mapping) -> str:
@@ -113,7 +126,10 @@ def _method(name: str, folder: Path, summaries: Sequence[Summary], settings: Map
     parts = [f'<section id="{escape(name)}"><h2>{escape(name)}</h2>', _rounds_tables(summaries)]
     parts.append(figure_html(as_svg(draw_panels(panels(summaries))), "What is watched, round by round."))
     if surfaces:
-        caption = "Balance scores of the dev subset. Framed: what was chosen; of equals the lower temperature, then the higher threshold."
+        caption = (
+            "Balance scores of the dev subset. Framed: what was chosen; of equals the lower temperature, "
+            "then the higher threshold."
+        )
         parts.append(figure_html(as_svg(draw_surfaces(surfaces)), caption))
     parts += [figure_html(as_svg(draw_costs(summaries)), "What a round costs."), _speeds(summaries)]
     last = _round(folder, summaries[-1].round)
@@ -147,7 +163,8 @@ def _rounds_tables(summaries: Sequence[Summary]) -> str:
     later = [summary for summary in summaries if summary.round]
     training, test = _known(training, later), _known(test, summaries)
     chosen = [
-        [str(summary.round), str(summary.temperature), str(summary.threshold), *_numbers(summary, training)] for summary in later
+        [str(summary.round), str(summary.temperature), str(summary.threshold), *_numbers(summary, training)]
+        for summary in later
     ]
     reached = [[str(summary.round), *_numbers(summary, test)] for summary in summaries]
     tables = table(["training", "T", "threshold", *training], chosen) + table(["test", *test], reached)
@@ -155,7 +172,9 @@ def _rounds_tables(summaries: Sequence[Summary]) -> str:
 
 
 def _known(keys: Mapping[str, str], summaries: Sequence[Summary]) -> dict[str, str]:
-    """Those that some round has: with 4 samples there is no pass@4-4, and some methods have no balance score."""
+    """Those that some round has: with 4 samples there is no pass@4-4, and some methods have no
+    balance score.
+    """
     return {name: key for name, key in keys.items() if any(not isnan(value(summary, key)) for summary in summaries)}
 
 
@@ -175,7 +194,10 @@ def _speeds(summaries: Sequence[Summary]) -> str:
     rows = [
         ["seconds", *(f"{seconds[stage]:,.1f}" for stage in stages)],
         ["share", *(f"{seconds[stage] / total:.0%}" for stage in stages)],
-        ["tokens/s", *(f"{tokens[stage] / seconds[stage]:,.0f}" if tokens[stage] and seconds[stage] else "" for stage in stages)],
+        [
+            "tokens/s",
+            *(f"{tokens[stage] / seconds[stage]:,.0f}" if tokens[stage] and seconds[stage] else "" for stage in stages),
+        ],
     ]
     return table(["all rounds", *stages], rows)
 

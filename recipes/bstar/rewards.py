@@ -2,8 +2,9 @@
 
     r(x, y) = 1[answer right] + coef * min over the steps of the process reward model's logit        (B-STaR, section 3.1; coef 1/5)
 
-A solution that is cut off or lacks its answer has the answer step's logit -5. With the outcome alone r is 0 or 1; any RewardModel's score can
-take the place of the process reward model's. Equal responses to one query are scored once.
+A solution that is cut off or lacks its answer has the answer step's logit -5. With the outcome
+alone r is 0 or 1; any RewardModel's score can take the place of the process reward model's. Equal
+responses to one query are scored once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,11 +53,15 @@ async def outcome(candidates: Sequence[Candidate], queries: Queries) -> list[Can
 class PrmRewardBuilder(RewardBuilder):
     """The outcome, and the smallest step score of a process reward model."""
 
-    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight of the smallest step logit beside the outcome")
+    coef: float = chz.field(
+        default=0.2, validator=NON_NEGATIVE, doc="weight of the smallest step logit beside the outcome"
+    )
     malformed_logit: float = chz.field(
         default=MALFORMED_LOGIT, validator=NUMBER, doc="score of the answer step of a solution without an answer"
     )
-    path: str | None = chz.field(default=None, doc="a saved process reward model; None = the one that the stage prm trains")
+    path: str | None = chz.field(
+        default=None, doc="a saved process reward model; None = the one that the stage prm trains"
+    )
 
     @property
     def needs_prm(self) -> bool:
@@ -105,7 +110,11 @@ class OutcomeAndModel:
     async def __call__(self, candidates: Sequence[Candidate], queries: Queries) -> list[Candidate]:
         distinct = {(candidate.query, candidate.text): candidate for candidate in candidates}
         found = dict(
-            zip(distinct, await self.model.score([_conversation(one, queries) for one in distinct.values()]), strict=True)
+            zip(
+                distinct,
+                await self.model.score([_conversation(one, queries) for one in distinct.values()]),
+                strict=True,
+            )
         )
         return [replace(c, reward=float(c.correct) + self.coef * found[c.query, c.text]) for c in candidates]
 

@@ -1,9 +1,11 @@
-"""One method of methods.py, round by round: sweep, choose, sample, score, select, train, evaluate. Each stage leaves a file (records.py) and
-is passed over where that is there, so a command that was killed goes on where it was and ends in the same state.
+"""One method of methods.py, round by round: sweep, choose, sample, score, select, train, evaluate.
+Each stage leaves a file (records.py) and is passed over where that is there, so a command that was
+killed goes on where it was and ends in the same state.
 
-Round t samples from the weights of round t - 1; round 0 are those of the warm start. The selection is made afresh each round, nothing of
-earlier rounds is trained on again. With `keep_optimizer` all rounds are one training run, in METHOD/train: the optimizer and the schedule go on,
-the data are new. Without it each round is a run of its own, in its folder.
+Round t samples from the weights of round t - 1; round 0 are those of the warm start. The selection
+is made afresh each round, nothing of earlier rounds is trained on again. With `keep_optimizer` all
+rounds are one training run, in METHOD/train: the optimizer and the schedule go on, the data are
+new. Without it each round is a run of its own, in its folder.
 """
 
 import math
@@ -56,7 +58,9 @@ from supervised.types import SupervisedDatasetBuilder
 
 @dataclass
 class Lab:
-    """What all rounds of all methods share: one training client, whose sampler is the only engine, and the reward."""
+    """What all rounds of all methods share: one training client, whose sampler is the only engine,
+    and the reward.
+    """
 
     config: Config
     task: Task
@@ -75,7 +79,9 @@ class Lab:
 def round_data(
     examples: Sequence[Datum], batch_size: int, seed: Sequence[int], first_step: int, num_steps: int
 ) -> DrawnDataset[Datum]:
-    """Batches by the absolute step; those from `first_step` on go through the examples again and again, in an order of (seed, pass)."""
+    """Batches by the absolute step; those from `first_step` on go through the examples again and
+    again, in an order of (seed, pass).
+    """
     size = len(examples)
 
     def draw(epoch: int, step: int) -> list[Datum]:
@@ -117,10 +123,18 @@ class Round:
     def seed(self, stream: int) -> list[int]:
         return [self.config.seed, self.number, stream]
 
-    def pool(self, stream: int, name: str, queries: Sequence[Query], temperatures: Sequence[str], num_samples: int) -> Pool:
+    def pool(
+        self, stream: int, name: str, queries: Sequence[Query], temperatures: Sequence[str], num_samples: int
+    ) -> Pool:
         title = f"{self.name} round {self.number} {name}"
         return Pool(
-            title, queries, temperatures, num_samples, self.lab.task.max_tokens, self.seed(stream), self.config.chunk_sequences
+            title,
+            queries,
+            temperatures,
+            num_samples,
+            self.lab.task.max_tokens,
+            self.seed(stream),
+            self.config.chunk_sequences,
         )
 
     @contextmanager
@@ -130,7 +144,7 @@ class Round:
         yield
         append_jsonl(self.folder / "seconds.jsonl", {"stage": name, "seconds": time.perf_counter() - start})
 
-    # --- the stages -------------------------------------------------------------------------------------------------------------
+    # --- the stages ------------------------------------------------------------------------------
 
     async def run(self) -> None:
         if (self.folder / "summary.json").exists():
@@ -157,7 +171,9 @@ class Round:
         """The dev subset at every temperature, from one engine, scored."""
         dev = [self.lab.task.train[i] for i in self.lab.task.dev]
         pool = self.pool(SWEEP, "sweep", dev, self.temperatures, self.config.samples)
-        candidates = await sample_pool(self.lab.sampler(self.policy(self.number - 1)), pool, self.folder / "sweep.jsonl")
+        candidates = await sample_pool(
+            self.lab.sampler(self.policy(self.number - 1)), pool, self.folder / "sweep.jsonl"
+        )
         write_scores(self.folder / "sweep.jsonl", await self.score_candidates(candidates, dev))
 
     @property
@@ -190,7 +206,10 @@ class Round:
                     select(here, ids, threshold, self.target_size(len(ids)), self.config.quota)
                 )
         cells = surface(
-            found, self.temperatures, self.thresholds, self.config.n_star or math.ceil(self.config.wanted(self.lab.task))
+            found,
+            self.temperatures,
+            self.thresholds,
+            self.config.n_star or math.ceil(self.config.wanted(self.lab.task)),
         )
         best = choose(cells)
         write_choice(self.folder / "choice.json", Choice(best.temperature, best.threshold, best.score, cells))
@@ -221,7 +240,8 @@ class Round:
         )
         if missing := self.shortfall(chosen.values()):
             print(
-                f"{self.name} round {self.number}: {missing} solutions fewer than wanted were selected: too few distinct ones are above "
+                f"{self.name} round {self.number}: {missing} solutions fewer than wanted were selected: too few "
+                "distinct ones are above "
                 f"the threshold {choice.threshold}; sample more, or lower it",
                 flush=True,
             )
@@ -235,8 +255,11 @@ class Round:
         """`steps` steps on the selection, from the last weights or from the warm start's."""
         selected, config = read_selection(self.folder / "selection.jsonl"), self.config
         if not selected:
-            raise DataError(f"{self.folder}/selection.jsonl is empty: no sample is above the threshold; sample more, or lower it")
-        keep = self.method.keep_optimizer  # then only the first round begins with a checkpoint of another run
+            raise DataError(
+                f"{self.folder}/selection.jsonl is empty: no sample is above the threshold; sample more, or lower it"
+            )
+        # then only the first round begins with a checkpoint of another run
+        keep = self.method.keep_optimizer
         start = self.policy(self.number - 1 if self.method.start == "last" and not keep else 0)
         first, total = ((self.number - 1) * config.steps, config.rounds * config.steps) if keep else (0, config.steps)
         dataset = round_data(self.data(selected), config.batch_size, [config.seed, self.number], first, total)
@@ -260,14 +283,18 @@ class Round:
         folder = open_run_folder(run.log_path, "resume", run)
         self.lab.loaded = None
         objective = supervised_train.CrossEntropy()
-        await supervised_train.training_loop(run, folder, self.lab.client, dataset, objective, None, until=first + config.steps)
+        await supervised_train.training_loop(
+            run, folder, self.lab.client, dataset, objective, None, until=first + config.steps
+        )
 
     @property
     def train_folder(self) -> Path:
         return self.folder.parent / "train" if self.method.keep_optimizer else self.folder / "train"
 
     def data(self, selected: Sequence[Selected]) -> list[Datum]:
-        """A sampled solution is trained on as the tokens it was sampled as, its stop included; a human one is rendered."""
+        """A sampled solution is trained on as the tokens it was sampled as, its stop included; a
+        human one is rendered.
+        """
         queries = {query.problem.id: query for query in self.lab.task.train}
         samples = {(c.query, c.sample): c.tokens for c in read_candidates(self.folder / "samples.jsonl")}
         data = []
@@ -280,7 +307,9 @@ class Round:
         return data
 
     async def evaluate(self) -> None:
-        """The test set: `eval_samples` at the evaluation's temperature, scored, and one greedy answer."""
+        """The test set: `eval_samples` at the evaluation's temperature, scored, and one greedy
+        answer.
+        """
         test, config = self.lab.task.test, self.config
         jobs = [("greedy", GREEDY, "0", 1), ("test", TEST, config.eval_temperature, config.eval_samples)]
         for name, stream, temperature, num_samples in jobs:
@@ -291,7 +320,7 @@ class Round:
                     candidates = await sample_pool(self.lab.sampler(self.policy(self.number)), pool, file)
                     write_scores(file, await self.lab.reward(candidates, {query.problem.id: query for query in test}))
 
-    # --- the round in numbers ---------------------------------------------------------------------------------------------------
+    # --- the round in numbers --------------------------------------------------------------------
 
     def summarise(self) -> None:
         task, test_ids = self.lab.task, [query.problem.id for query in self.lab.task.test]

@@ -1,7 +1,9 @@
-"""Sampling a pool of candidates into a file, a chunk of queries at a time: one engine for all temperatures, and a kill loses one chunk.
+"""Sampling a pool of candidates into a file, a chunk of queries at a time: one engine for all
+temperatures, and a kill loses one chunk.
 
-What a query is answered depends on the seed, the temperature and the place of its chunk in the pool, and on nothing that a restart
-changes. A grader that fails is asked three times; then its error ends the command, which goes on from the last whole chunk.
+What a query is answered depends on the seed, the temperature and the place of its chunk in the
+pool, and on nothing that a restart changes. A grader that fails is asked three times; then its
+error ends the command, which goes on from the last whole chunk.
 """
 
 import os
@@ -37,11 +39,15 @@ class Pool:
     def chunks(self) -> list[tuple[str, Sequence[Query]]]:
         size = max(1, self.chunk_sequences // self.num_samples)
         starts = range(0, len(self.queries), size)
-        return [(temperature, self.queries[start : start + size]) for temperature in self.temperatures for start in starts]
+        return [
+            (temperature, self.queries[start : start + size]) for temperature in self.temperatures for start in starts
+        ]
 
 
 async def sample_pool(client: SamplingClient, pool: Pool, path: Path) -> list[Candidate]:
-    """The candidates, in the order of temperatures, queries and samples; from `path` if they are there, else written to it."""
+    """The candidates, in the order of temperatures, queries and samples; from `path` if they are
+    there, else written to it.
+    """
     if (finished := _on_disk(path)) is not None:
         return finished
     unfinished = path.with_name(f"{path.stem}.unfinished.jsonl")
@@ -74,7 +80,9 @@ async def _sample_chunk(
     params = SamplingParams(pool.max_tokens, temperature=float(temperature))
     responses = await sample_and_grade(client, queries, pool.num_samples, params, seeds, GRADER_TRIES)
     return [
-        Candidate(query.problem.id, n, temperature, r.text, r.tokens, r.answer, r.correct, "stop" if r.ended else "length")
+        Candidate(
+            query.problem.id, n, temperature, r.text, r.tokens, r.answer, r.correct, "stop" if r.ended else "length"
+        )
         for query, group in zip(queries, responses, strict=True)
         for n, r in enumerate(group)
     ]

@@ -1,9 +1,12 @@
-"""What a round is trained on: of each query's candidates the best distinct ones above the threshold, up to a quota.
+"""What a round is trained on: of each query's candidates the best distinct ones above the
+threshold, up to a quota.
 
-The quota is one number for all queries, the smallest at which the set reaches its target size (the set is not trimmed to it), or is given.
-Duplicates go before they are counted against it; in the original they eat places. Only candidates that ended by themselves, with an answer that
-can be read, are selected. Equal rewards are ordered by a hash of the text, so that no kind of solution is preferred, and neither the
-order of the candidates nor their numbers change what is selected. Left out: balancing between kinds of queries.
+The quota is one number for all queries, the smallest at which the set reaches its target size (the
+set is not trimmed to it), or is given. Duplicates go before they are counted against it; in the
+original they eat places. Only candidates that ended by themselves, with an answer that can be read,
+are selected. Equal rewards are ordered by a hash of the text, so that no kind of solution is
+preferred, and neither the order of the candidates nor their numbers change what is selected. Left
+out: balancing between kinds of queries.
 """
 
 import hashlib
@@ -24,9 +27,11 @@ def select(
     quota: int | None = None,
     human: Mapping[str, str] | None = None,
 ) -> dict[str, list[Selected]]:
-    """For each id in `queries`, also those without candidates, the selected ones, best first. `human`: solutions by id, to compete with them.
+    """For each id in `queries`, also those without candidates, the selected ones, best first.
+    `human`: solutions by id, to compete with them.
 
-    `quota` overrides the target size. DataError for candidates without a reward or of other queries.
+    `quota` overrides the target size. DataError for candidates without a reward or of other
+    queries.
     """
     if target_size < 1 or (quota is not None and quota < 1):
         raise ConfigError(f"target_size={target_size} and quota={quota}: at least 1")
@@ -47,18 +52,24 @@ def select(
 
 
 def shortfall(selection: Iterable[Sequence[Selected]], target_size: int) -> int:
-    """How many fewer were selected than wanted: distinct candidates above the threshold were too few."""
+    """How many fewer were selected than wanted: distinct candidates above the threshold were too
+    few.
+    """
     return max(0, target_size - sum(map(len, selection)))
 
 
 def counts(selection: Mapping[str, Sequence[Selected]]) -> list[Counts]:
-    """(selected, right among them) of each query, human solutions left out: what the balance score is made of."""
+    """(selected, right among them) of each query, human solutions left out: what the balance score
+    is made of.
+    """
     sampled = [[one for one in chosen if one.sample is not None] for chosen in selection.values()]
     return [(len(chosen), sum(one.correct for one in chosen)) for chosen in sampled]
 
 
 def _keep_better(found: dict[str, Selected], candidate: Candidate, reward: float) -> None:
-    """Of equal texts (which may be tokenized otherwise, and so scored) the better; of those equally good the first sample."""
+    """Of equal texts (which may be tokenized otherwise, and so scored) the better; of those equally
+    good the first sample.
+    """
     new = Selected(candidate.query, candidate.sample, reward, candidate.correct, candidate.text)
     old = found.get(candidate.text)
     if old is None or (old.sample is not None and (-new.reward, candidate.sample) < (-old.reward, old.sample)):
@@ -71,6 +82,8 @@ def _ranked(selected: Iterable[Selected], threshold: float) -> list[Selected]:
 
 
 def _smallest_quota(sizes_M: Sequence[int], target_size: int) -> int:
-    """The smallest c with sum_i min(c, size_i) >= target_size; all of them where there are not so many."""
+    """The smallest c with sum_i min(c, size_i) >= target_size; all of them where there are not so
+    many.
+    """
     largest = max(sizes_M, default=1)
     return next((c for c in range(1, largest) if sum(min(c, size) for size in sizes_M) >= target_size), max(largest, 1))

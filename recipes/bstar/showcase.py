@@ -1,6 +1,8 @@
-"""Solutions of a round for report.py: of a few questions what was selected, what the reward took for right, and what it missed.
+"""Solutions of a round for report.py: of a few questions what was selected, what the reward took
+for right, and what it missed.
 
-The steps are shaded by the process reward model's score, where there is one; the number beside a step is that logit.
+The steps are shaded by the process reward model's score, where there is one; the number beside a
+step is that logit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,9 @@ SHOWN_QUERIES, SHOWN_CHARS = 4, 800
 
 
 def samples_html(folder: Path, form: StepFormat, questions: Sequence[Mapping[str, Any]]) -> str:
-    """`folder` is a round's; `questions` are the lines of questions.jsonl. Questions answered both ways come first."""
+    """`folder` is a round's; `questions` are the lines of questions.jsonl. Questions answered both
+    ways come first.
+    """
     taken = {(line.query, line.sample) for line in read_selection(folder / "selection.jsonl")}
     texts = {line["query"]: line for line in questions}
     groups: dict[str, list[Candidate]] = {}
@@ -29,9 +33,16 @@ def samples_html(folder: Path, form: StepFormat, questions: Sequence[Mapping[str
 
 
 def _query(
-    query: str, group: Sequence[Candidate], text: Mapping[str, Any], taken: set[tuple[str, int | None]], form: StepFormat
+    query: str,
+    group: Sequence[Candidate],
+    text: Mapping[str, Any],
+    taken: set[tuple[str, int | None]],
+    form: StepFormat,
 ) -> str:
-    right, chosen = sum(candidate.correct for candidate in group), sum((query, candidate.sample) in taken for candidate in group)
+    right, chosen = (
+        sum(candidate.correct for candidate in group),
+        sum((query, candidate.sample) in taken for candidate in group),
+    )
     facts = f"{right} of {len(group)} right, {chosen} selected"
     cards = "".join(_card(why, candidate, form) for why, candidate in _examples(group, taken).items())
     question = f"<p>{escape(str(text.get('question', '')))[:SHOWN_CHARS]}</p>" if text else ""
@@ -50,7 +61,9 @@ def _examples(group: Sequence[Candidate], taken: set[tuple[str, int | None]]) ->
     }
     examples: dict[str, Candidate] = {}
     for why, candidates in wanted.items():
-        fresh = [candidate for candidate in candidates if candidate.text not in {other.text for other in examples.values()}]
+        fresh = [
+            candidate for candidate in candidates if candidate.text not in {other.text for other in examples.values()}
+        ]
         examples |= {why: fresh[0]} if fresh else {}
     return examples
 

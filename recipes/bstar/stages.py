@@ -1,8 +1,10 @@
-"""What all methods of a run begin with: a policy and, where the reward needs it, a process reward model.
+"""What all methods of a run begin with: a policy and, where the reward needs it, a process reward
+model.
 
-The warm start imitates human solutions and ends early, where the policy errs often (the original starts from the first epoch's
-checkpoint). Trained on, it becomes the completer: it completes prefixes, and is the trunk of the reward model, which it can only
-help to check what it can do itself. The reward model learns from answers of the policy, labelled by rollouts, and never moves.
+The warm start imitates human solutions and ends early, where the policy errs often (the original
+starts from the first epoch's checkpoint). Trained on, it becomes the completer: it completes
+prefixes, and is the trunk of the reward model, which it can only help to check what it can do
+itself. The reward model learns from answers of the policy, labelled by rollouts, and never moves.
 """
 
 from collections.abc import Awaitable

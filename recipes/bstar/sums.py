@@ -1,9 +1,11 @@
-"""Sums modulo 10 of several digits, added two at a time in any order: a task on which a model can be right in many ways.
+"""Sums modulo 10 of several digits, added two at a time in any order: a task on which a model can
+be right in many ways.
 
-"7+2+3+9=" is answered "3+2=5\\n9+7=6\\n5+6=1\\n#1", or by any other order; `modulus` None gives whole totals. The verifier reads what is
-behind the "#" and nothing else, so a wrong chain is right by luck one time in ten: something for a process reward model to find.
-`valid` says whether a derivation is sound, and is asked for in reports only. No other set has a test question's numbers, in
-whatever order. Left out: numbers below 0.
+"7+2+3+9=" is answered "3+2=5\\n9+7=6\\n5+6=1\\n#1", or by any other order; `modulus` None gives
+whole totals. The verifier reads what is behind the "#" and nothing else, so a wrong chain is right
+by luck one time in ten: something for a process reward model to find. `valid` says whether a
+derivation is sound, and is asked for in reports only. No other set has a test question's numbers,
+in whatever order. Left out: numbers below 0.
 """
 
 import re
@@ -82,14 +84,24 @@ class SumsBuilder(TaskBuilder):
 
     num_train: int | None = chz.field(default=100, validator=COUNT, doc="training queries")
     num_test: int | None = chz.field(default=120, validator=WHOLE, doc="test queries")
-    num_warm_start: int | None = chz.field(default=8000, validator=COUNT, doc="questions with a solution to imitate first")
-    num_dev: int = chz.field(default=25, validator=COUNT, doc="training queries on which temperature and threshold are chosen")
-    num_prm: int | None = chz.field(default=300, validator=COUNT, doc="questions whose answers are labelled step by step")
-    form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="of solutions")
+    num_warm_start: int | None = chz.field(
+        default=8000, validator=COUNT, doc="questions with a solution to imitate first"
+    )
+    num_dev: int = chz.field(
+        default=25, validator=COUNT, doc="training queries on which temperature and threshold are chosen"
+    )
+    num_prm: int | None = chz.field(
+        default=300, validator=COUNT, doc="questions whose answers are labelled step by step"
+    )
+    form: StepFormat = chz.field(
+        default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="of solutions"
+    )
     max_tokens: int = chz.field(default=40, validator=COUNT, doc="most tokens of a sampled solution")
     operands: int = chz.field(default=5, validator=COUNT, doc="numbers in a sum")
     largest: int = chz.field(default=9, validator=COUNT, doc="numbers go from 0 to this")
-    modulus: int | None = chz.field(default=10, validator=COUNT, doc="totals are taken modulo this; None = whole totals")
+    modulus: int | None = chz.field(
+        default=10, validator=COUNT, doc="totals are taken modulo this; None = whole totals"
+    )
 
     def sets(self, renderer: Renderer) -> Sets:
         """One after the other from one draw: test, training, warm start, prm."""
@@ -113,21 +125,31 @@ class SumsBuilder(TaskBuilder):
                 f"there are not {sum(counts)} sums of {self.operands} numbers to {self.largest}: raise task.largest"
             )
         test, train, warm_start, prm = (
-            self._problems(part, list(drawn.values())[sum(counts[:part]) : sum(counts[: part + 1])]) for part in range(4)
+            self._problems(part, list(drawn.values())[sum(counts[:part]) : sum(counts[: part + 1])])
+            for part in range(4)
         )
         return Sets(warm_start, prm, train, test)
 
     def _problems(self, part: int, sums: Sequence[Sum]) -> list[Problem]:
         rng = np.random.default_rng([self.split_seed, 1, part])
         return [
-            Problem(each.question, str(each.answer), SumGrader(r"#(\d{1,9})", each), each.solution(rng), ("sums",), f"{part}-{n}")
+            Problem(
+                each.question,
+                str(each.answer),
+                SumGrader(r"#(\d{1,9})", each),
+                each.solution(rng),
+                ("sums",),
+                f"{part}-{n}",
+            )
             for n, each in enumerate(sums)
         ]
 
 
 @chz.chz
 class OracleRewardBuilder(RewardBuilder):
-    """The outcome, and what a process reward model without error would add: the control for the one that was trained."""
+    """The outcome, and what a process reward model without error would add: the control for the one
+    that was trained.
+    """
 
     coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight beside the outcome")
     logit: float = chz.field(
@@ -138,7 +160,10 @@ class OracleRewardBuilder(RewardBuilder):
         return self.score
 
     async def score(self, candidates: Sequence[Candidate], queries: Queries) -> list[Candidate]:
-        return [replace(one, reward=float(one.correct) + self.coef * self._smallest_logit(one, queries)) for one in candidates]
+        return [
+            replace(one, reward=float(one.correct) + self.coef * self._smallest_logit(one, queries))
+            for one in candidates
+        ]
 
     def _smallest_logit(self, candidate: Candidate, queries: Queries) -> float:
         grader = queries[candidate.query].problem.grader

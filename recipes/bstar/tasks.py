@@ -1,8 +1,11 @@
-"""What B-STaR needs of a data set: problems with a verifier each, in sets that do not meet, and a little to imitate first.
+"""What B-STaR needs of a data set: problems with a verifier each, in sets that do not meet, and a
+little to imitate first.
 
-A new task is a subclass of TaskBuilder with `sets`, or of ReadTaskBuilder where a ProblemSet of envs/ reads it; a solution is written as the
-model is to write it, answer included. Whoever builds a Task gets the separation checked: ids are unique, and no question is in both the
-training and the test set. The dev subset, on which temperature and threshold are chosen, is a fixed part of the training queries.
+A new task is a subclass of TaskBuilder with `sets`, or of ReadTaskBuilder where a ProblemSet of
+envs/ reads it; a solution is written as the model is to write it, answer included. Whoever builds a
+Task gets the separation checked: ids are unique, and no question is in both the training and the
+test set. The dev subset, on which temperature and threshold are chosen, is a fixed part of the
+training queries.
 """
 
 import re
@@ -30,7 +33,9 @@ Query = ProblemEnv  # `problem.id` names it in all records, `problem.solution` i
 
 @dataclass(frozen=True)
 class Sets:
-    """`warm_start` is imitated first; from `prm` the steps of the reward model's training set come."""
+    """`warm_start` is imitated first; from `prm` the steps of the reward model's training set
+    come.
+    """
 
     warm_start: list[Problem]
     prm: list[Problem]
@@ -58,9 +63,13 @@ class TaskBuilder:
     num_train: int | None = chz.field(
         default=None, validator=COUNT, doc="use only the first so many training queries; None = all"
     )
-    num_test: int | None = chz.field(default=200, validator=WHOLE, doc="use only the first so many test queries; None = all")
+    num_test: int | None = chz.field(
+        default=200, validator=WHOLE, doc="use only the first so many test queries; None = all"
+    )
     num_dev: int = chz.field(
-        default=40, validator=COUNT, doc="training queries on which temperature and threshold are chosen, drawn by split_seed"
+        default=40,
+        validator=COUNT,
+        doc="training queries on which temperature and threshold are chosen, drawn by split_seed",
     )
     num_warm_start: int | None = chz.field(
         default=None, validator=COUNT, doc="imitate only the first so many human solutions; None = all"
@@ -68,8 +77,12 @@ class TaskBuilder:
     num_prm: int | None = chz.field(
         default=None, validator=COUNT, doc="label steps of answers to only so many queries; None = all"
     )
-    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of the dev subset, and of sets that are drawn")
-    form: StepFormat = chz.field(default_factory=StepFormat, doc="what a step ends with, and what the answer step begins with")
+    split_seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of the choice of the dev subset, and of sets that are drawn"
+    )
+    form: StepFormat = chz.field(
+        default_factory=StepFormat, doc="what a step ends with, and what the answer step begins with"
+    )
     max_tokens: int = chz.field(default=256, validator=COUNT, doc="most tokens of a sampled solution")
 
     def sets(self, renderer: Renderer) -> Sets:
@@ -101,12 +114,14 @@ def _check_ids(name: str, problems: Sequence[Problem]) -> None:
         raise DataError(f"two {name} queries have the id {twice!r}: ids tell the samples of queries apart")
 
 
-# --- data sets of envs/ ---------------------------------------------------------------------------------------------------------
+# --- data sets of envs/ -------------------------------------------------------------------------
 
 
 @chz.chz
 class ReadTaskBuilder(TaskBuilder):
-    """A ProblemSet: the training problems that have human solutions are imitated first, and all are labelled."""
+    """A ProblemSet: the training problems that have human solutions are imitated first, and all are
+    labelled.
+    """
 
     max_prompt_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="drop longer prompts; None = those that leave no room for max_tokens"
@@ -127,7 +142,9 @@ class ReadTaskBuilder(TaskBuilder):
         return Sets([problem for problem in train if problem.solution is not None], train, train, test)
 
     def _fitting(self, problems: list[Problem], split: str, renderer: Renderer) -> list[Problem]:
-        """Problems with a name each. What does not fit is dropped and counted: prompts without room, solutions over max_tokens."""
+        """Problems with a name each. What does not fit is dropped and counted: prompts without
+        room, solutions over max_tokens.
+        """
         room = self.max_prompt_tokens or renderer.tokenizer.model_max_length - self.max_tokens
         fitting, overlong = [], 0
         for n, problem in enumerate(fit_problems(problems, renderer, room, name=split)):
@@ -136,18 +153,27 @@ class ReadTaskBuilder(TaskBuilder):
                 solution, overlong = None, overlong + 1
             fitting.append(replace(problem, id=f"{split}-{n}", solution=solution))
         if overlong:
-            print(f"{split}: {overlong} of {len(fitting)} human solutions are longer than max_tokens={self.max_tokens}; left out")
+            print(
+                f"{split}: {overlong} of {len(fitting)} human solutions are longer than "
+                f"max_tokens={self.max_tokens}; left out"
+            )
         return fitting
 
 
 @chz.chz
 class Gsm8kBuilder(ReadTaskBuilder):
-    """GSM8K, from `data_dir` or else from the hub: a line a step, the answer after "####". The human solutions are its own."""
+    """GSM8K, from `data_dir` or else from the hub: a line a step, the answer after "####". The
+    human solutions are its own.
+    """
 
-    data_dir: str | None = chz.field(default=None, doc="folder with train.jsonl and test.jsonl; None = openai/gsm8k of the hub")
+    data_dir: str | None = chz.field(
+        default=None, doc="folder with train.jsonl and test.jsonl; None = openai/gsm8k of the hub"
+    )
     calculator_marks: bool = chz.field(default=False, doc="keep <<48/2=24>> in the human solutions")
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
-    form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="####"), doc="of solutions")
+    form: StepFormat = chz.field(
+        default_factory=lambda: StepFormat(separator="\n", answer_marker="####"), doc="of solutions"
+    )
     max_tokens: int = chz.field(default=320, validator=COUNT, doc="most tokens of a sampled solution")
 
     def source(self) -> ProblemSet:
@@ -164,15 +190,18 @@ class Gsm8kBuilder(ReadTaskBuilder):
 
 
 MATH_ANSWER = "# Answer:"
-STEP_END = re.compile(r"\s*\n\s*|(?<=[.!?])\s+(?=[A-Z$\\])")  # a line, or a sentence: what follows a full stop begins like one
+# a line, or a sentence: what follows a full stop begins like one
+STEP_END = re.compile(r"\s*\n\s*|(?<=[.!?])\s+(?=[A-Z$\\])")
 
 
 @chz.chz
 class MathTextBuilder(ReadTaskBuilder):
-    r"""JSONL files of problems with a worked solution whose last \boxed{...} is the answer. The fields' defaults are those of MATH.
+    r"""JSONL files of problems with a worked solution whose last \boxed{...} is the answer. The
+    fields' defaults are those of MATH.
 
-    A human solution is rewritten: one sentence or line a step, and a last step "# Answer: \boxed{...}". The original has blank lines between
-    steps and a heading over the answer; MATH itself does not. Left out: diagrams ([asy] code stands in the text as it is).
+    A human solution is rewritten: one sentence or line a step, and a last step "# Answer:
+    \boxed{...}". The original has blank lines between steps and a heading over the answer; MATH
+    itself does not. Left out: diagrams ([asy] code stands in the text as it is).
     """
 
     train_path: str = chz.field(doc="JSONL file to train on")
@@ -207,16 +236,20 @@ def _in_steps(problem: Problem) -> str:
 
 @chz.chz
 class ArcBuilder(ReadTaskBuilder):
-    """ARC-Challenge, from `data_dir` or else from the hub, for a model that can already reason in words: no solutions to imitate.
+    """ARC-Challenge, from `data_dir` or else from the hub, for a model that can already reason in
+    words: no solutions to imitate.
 
-    The reward is the outcome's alone, as in the paper: set reward=outcome. With `bare_answers`, answers without a reasoning count as human
-    solutions, for a model that was never taught to answer at all.
+    The reward is the outcome's alone, as in the paper: set reward=outcome. With `bare_answers`,
+    answers without a reasoning count as human solutions, for a model that was never taught to
+    answer at all.
     """
 
     data_dir: str | None = chz.field(
         default=None, doc="folder with train.jsonl and test.jsonl; None = allenai/ai2_arc of the hub"
     )
-    trigger: str = chz.field(default=f"\nThink step by step, and end with: {ANSWER_PHRASE} <letter>.", doc="follows the options")
+    trigger: str = chz.field(
+        default=f"\nThink step by step, and end with: {ANSWER_PHRASE} <letter>.", doc="follows the options"
+    )
     bare_answers: bool = chz.field(default=False, doc="take the right answer without a reasoning for a human solution")
     form: StepFormat = chz.field(
         default_factory=lambda: StepFormat(separator="\n", answer_marker=ANSWER_PHRASE), doc="of solutions"
@@ -229,16 +262,19 @@ class ArcBuilder(ReadTaskBuilder):
     def written(self, problems: list[Problem]) -> list[Problem]:
         solutions = [f"{ANSWER_PHRASE} {problem.gold}." if self.bare_answers else None for problem in problems]
         return [
-            replace(p, question=p.question + self.trigger, solution=text) for p, text in zip(problems, solutions, strict=True)
+            replace(p, question=p.question + self.trigger, solution=text)
+            for p, text in zip(problems, solutions, strict=True)
         ]
 
 
 @chz.chz
 class CodeTaskBuilder(ReadTaskBuilder):
-    """Programs to write, judged by their tests: JSONL files or, without `train_path`, the generated problems of envs/code.py.
+    """Programs to write, judged by their tests: JSONL files or, without `train_path`, the generated
+    problems of envs/code.py.
 
-    The reward is the outcome's alone, as in the paper: set reward=outcome. A human solution is the reference program in a fenced block; a step
-    is a line, and the answer step the line that closes the block. Left out: partial credit.
+    The reward is the outcome's alone, as in the paper: set reward=outcome. A human solution is the
+    reference program in a fenced block; a step is a line, and the answer step the line that closes
+    the block. Left out: partial credit.
     """
 
     train_path: str | None = chz.field(default=None, doc="JSONL file to train on; None = generated problems")
@@ -248,9 +284,13 @@ class CodeTaskBuilder(ReadTaskBuilder):
     )
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
     limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="what one run of a program may use")
-    form: StepFormat = chz.field(default_factory=lambda: StepFormat(separator="\n", answer_marker="```"), doc="of solutions")
+    form: StepFormat = chz.field(
+        default_factory=lambda: StepFormat(separator="\n", answer_marker="```"), doc="of solutions"
+    )
     max_tokens: int = chz.field(
-        default=80, validator=COUNT, doc="most tokens of a sampled program; some hundreds for problems that people wrote"
+        default=80,
+        validator=COUNT,
+        doc="most tokens of a sampled program; some hundreds for problems that people wrote",
     )
 
     def source(self) -> ProblemSet:

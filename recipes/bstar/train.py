@@ -1,12 +1,14 @@
-"""B-STaR (Zeng et al. 2024): self-training whose temperature and reward threshold are chosen each round, against its relatives.
+"""B-STaR (Zeng et al. 2024): self-training whose temperature and reward threshold are chosen each
+round, against its relatives.
 
     python recipes/bstar/train.py                                 # four methods, one seed; runs/bstar
     python recipes/bstar/train.py methods=star,iterative_rft      # two more, into the same folder
-    python recipes/bstar/train.py seed=1 log_path=runs/bstar_1
-    python recipes/bstar/train.py task=gsm8k task.data_dir=DIR model_name=Qwen/Qwen2.5-0.5B renderer_name=role_colon
+    python recipes/bstar/train.py seed=1 log_path=runs/bstar_1 python recipes/bstar/train.py
+    task=gsm8k task.data_dir=DIR model_name=Qwen/Qwen2.5-0.5B renderer_name=role_colon
 
-Stages: warm_start, completer, solutions, labels, prm, round_00, and each method, with the rounds of rounds.py. What is there is not made
-again; the same command, killed anywhere, goes on. methods.py has the methods, README.md the figures.
+Stages: warm_start, completer, solutions, labels, prm, round_00, and each method, with the rounds of
+rounds.py. What is there is not made again; the same command, killed anywhere, goes on. methods.py
+has the methods, README.md the figures.
 """
 
 if not __package__:  # run as a file: put the project on the path

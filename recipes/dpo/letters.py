@@ -1,7 +1,8 @@
-"""A preference with a rule: given letters in some order, "dbeac>", the answer that writes them in alphabetical order is the better one.
+"""A preference with a rule: given letters in some order, "dbeac>", the answer that writes them in
+alphabetical order is the better one.
 
-The warm start teaches to answer with the same letters in a random order. The set of letters decides the answer, so sets are held out, and
-both builders hold out the same ones.
+The warm start teaches to answer with the same letters in a random order. The set of letters decides
+the answer, so sets are held out, and both builders hold out the same ones.
 """
 
 from functools import partial
@@ -24,7 +25,9 @@ TEST_SETS = 200
 
 
 def letter_sets(num_letters: int, alphabet: int, test_size: int, split_seed: int) -> tuple[list[str], list[str]]:
-    """All sets of `num_letters` of the first `alphabet` letters, in alphabetical order each: to train on, and held out."""
+    """All sets of `num_letters` of the first `alphabet` letters, in alphabetical order each: to
+    train on, and held out.
+    """
     sets = ["".join(letters) for letters in combinations(ascii_lowercase[:alphabet], num_letters)]
     if not 0 < test_size < len(sets):
         raise ConfigError(f"test_size={test_size} must be above 0 and below the {len(sets)} sets of letters")
@@ -46,7 +49,9 @@ def answer(letters: str) -> list[Message]:
 
 @chz.chz
 class RandomOrderBuilder(SupervisedDatasetBuilder):
-    """Fresh letters in every batch, answered by the same letters in a random order. The best loss is ln(n!) / (n + 1) nats per token."""
+    """Fresh letters in every batch, answered by the same letters in a random order. The best loss
+    is ln(n!) / (n + 1) nats per token.
+    """
 
     num_letters: int = chz.field(default=4, validator=COUNT, doc="letters in a question")
     alphabet: int = chz.field(default=16, validator=COUNT, doc="letters there are")
@@ -68,7 +73,9 @@ class RandomOrderBuilder(SupervisedDatasetBuilder):
 
 @chz.chz
 class SortedPreferredBuilder(ComparisonDatasetBuilder):
-    """For every set of letters a question, the letters in alphabetical order (A, preferred) and in another order (B)."""
+    """For every set of letters a question, the letters in alphabetical order (A, preferred) and in
+    another order (B).
+    """
 
     num_letters: int = chz.field(default=4, validator=COUNT, doc="letters in a question")
     alphabet: int = chz.field(default=16, validator=COUNT, doc="letters there are")

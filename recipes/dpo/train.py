@@ -1,10 +1,12 @@
-"""DPO (Rafailov et al. 2023) and RPO, DPO with the likelihood of the chosen answers beside it, from the same warm start on the same pairs.
+"""DPO (Rafailov et al. 2023) and RPO, DPO with the likelihood of the chosen answers beside it, from
+the same warm start on the same pairs.
 
     python recipes/dpo/train.py                       # two or three minutes on a CPU; runs/dpo_recipe
     python recipes/dpo/train.py num_epochs=2 nll_coef=0.2 seed=1 log_path=runs/again
 
-Both learn which answer is the better one. DPO may do so by making both unlikely, and then neither is what the policy says; RPO holds the chosen
-answer up. The picture shows it, and so does the table of what the policies answer. Left out: pairs sampled from the policy itself.
+Both learn which answer is the better one. DPO may do so by making both unlikely, and then neither
+is what the policy says; RPO holds the chosen answer up. The picture shows it, and so does the table
+of what the policies answer. Left out: pairs sampled from the policy itself.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -47,11 +49,15 @@ class Config:
     learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="constant")
     num_epochs: int = chz.field(default=8, validator=COUNT, doc="passes over the pairs")
     beta: float = chz.field(default=0.1, validator=POSITIVE, doc="of both losses")
-    nll_coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="RPO's weight of the chosen answer's likelihood")
+    nll_coef: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="RPO's weight of the chosen answer's likelihood"
+    )
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the model, the questions and their order")
     log_path: str = chz.field(default="runs/dpo_recipe", doc="folder of the runs: warm_start, dpo and rpo")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with existing run folders")
-    backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains"
+    )
 
 
 def stages_of(config: Config) -> list[Stage]:
@@ -93,7 +99,10 @@ async def answers(config: Config, stage: Stage) -> str:
     letters = [one.comparison.completion_A[0]["content"] for one in held_out]
     in_order = sum(text == right for text, right in zip(texts, letters, strict=True)) / len(texts)
     same = sum("".join(sorted(text)) == right for text, right in zip(texts, letters, strict=True)) / len(texts)
-    return f"{stage.name:12} in order {in_order:6.1%}   the letters in another order {same - in_order:6.1%}   anything else {1 - same:6.1%}"
+    return (
+        f"{stage.name:12} in order {in_order:6.1%}   the letters in another order {same - in_order:6.1%}   "
+        f"anything else {1 - same:6.1%}"
+    )
 
 
 def main(config: Config) -> None:

@@ -1,10 +1,12 @@
-"""Guess a number in several turns: a warm start that imitates play without strategy, then RL, which finds the strategy.
+"""Guess a number in several turns: a warm start that imitates play without strategy, then RL, which
+finds the strategy.
 
     python recipes/guess_number/train.py                       # runs/guess_number
     python recipes/guess_number/train.py seed=1 env.largest=49 log_path=runs/guess_49
 
-The demonstrations guess any number that is still possible. Nothing says that halving the range is better but the reward: 1 for the number,
-less `env.guess_cost` for every guess after the first, 0 after `env.max_guesses`. See README.md for what to expect.
+The demonstrations guess any number that is still possible. Nothing says that halving the range is
+better but the reward: 1 for the number, less `env.guess_cost` for every guess after the first, 0
+after `env.max_guesses`. See README.md for what to expect.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -36,12 +38,16 @@ class Config(train.Config):
         doc="builder of the games",
     )
     warm_start_nll: float = chz.field(
-        default=0.72, validator=NON_NEGATIVE, doc="nats per token at which imitation ends; play without strategy has 0.56"
+        default=0.72,
+        validator=NON_NEGATIVE,
+        doc="nats per token at which imitation ends; play without strategy has 0.56",
     )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     learning_rate: float = chz.field(default=5e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
-    save_every: int = chz.field(default=50, validator=WHOLE, doc="checkpoint after every this many steps, and at the end")
+    save_every: int = chz.field(
+        default=50, validator=WHOLE, doc="checkpoint after every this many steps, and at the end"
+    )
     log_path: str = chz.field(default="runs/guess_number", doc="the run folder; the warm start's is beside it")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"

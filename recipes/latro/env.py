@@ -1,7 +1,9 @@
-"""LaTRO's environments: a group samples rationales for one question (training), or whole responses that are graded (evaluation).
+"""LaTRO's environments: a group samples rationales for one question (training), or whole responses
+that are graded (evaluation).
 
-The action of training is everything that was sampled, the stop included: it is the random variable of the policy gradient, and the rationale
-is a function of it. The original gives the stop's tokens no gradient, which leaves the policy no credit for stopping where it does.
+The action of training is everything that was sampled, the stop included: it is the random variable
+of the policy gradient, and the rationale is a function of it. The original gives the stop's tokens
+no gradient, which leaves the policy no credit for stopping where it does.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDat
 
 
 def prompt_tokens(renderer: Renderer, task: Task) -> list[int]:
-    """The question up to where the model speaks: rendered straight to ids, so that there is one BOS at most."""
+    """The question up to where the model speaks: rendered straight to ids, so that there is one BOS
+    at most.
+    """
     return renderer.build_generation_prompt([Message(role="user", content=task.question)]).to_ints()
 
 
@@ -35,7 +39,9 @@ def answer_tokens(renderer: Renderer, answer: str) -> list[int]:
 
 @dataclass(frozen=True)
 class RationaleGroup(EnvGroupBuilder):
-    """`num_envs` rationales for one question. Their reward is computed later, by rl.likelihood_reward."""
+    """`num_envs` rationales for one question. Their reward is computed later, by
+    rl.likelihood_reward.
+    """
 
     task: Task
     prompt: list[int]
@@ -68,7 +74,9 @@ class RationaleEnv(Env):
 
 
 class ResponseEnv(ProblemEnv):
-    """One whole response, rationale and answer. Reward 1 if it is right; the format is right where an answer can be read."""
+    """One whole response, rationale and answer. Reward 1 if it is right; the format is right where
+    an answer can be read.
+    """
 
     async def step(self, action: Action) -> StepResult:
         result = await super().step(action)
@@ -81,7 +89,9 @@ class ResponseEnv(ProblemEnv):
 
 @chz.chz
 class LatentRationales(RLDatasetBuilder):
-    """Questions to find rationales for, K at a time. The held-out set is the validation split of the training data."""
+    """Questions to find rationales for, K at a time. The held-out set is the validation split of
+    the training data.
+    """
 
     tasks: TaskBuilder = chz.field(doc="the data set")
     response_length: int = chz.field(validator=COUNT, doc="most tokens of a rationale, and of an evaluated response")
@@ -96,11 +106,18 @@ class LatentRationales(RLDatasetBuilder):
         return ListDataset(train, self.batch_size, self.seed), ListDataset(responses(validation), 64, shuffle=False)
 
     def groups(self, tasks: Sequence[Task], renderer: Renderer) -> list[RationaleGroup]:
-        """One for each task whose prompt, longest rationale and answer fit the context; the others are counted on a printed line."""
+        """One for each task whose prompt, longest rationale and answer fit the context; the others
+        are counted on a printed line.
+        """
         stops, limit = stop_strings(renderer, self.stop_seqs, self.stop_at_pad), renderer.tokenizer.model_max_length
         groups = [
             RationaleGroup(
-                task, prompt_tokens(renderer, task), answer_tokens(renderer, task.answer), stops, renderer, self.group_size
+                task,
+                prompt_tokens(renderer, task),
+                answer_tokens(renderer, task.answer),
+                stops,
+                renderer,
+                self.group_size,
             )
             for task in tasks
         ]
@@ -108,10 +125,13 @@ class LatentRationales(RLDatasetBuilder):
         kept = [group for group, length in zip(groups, lengths, strict=True) if length <= limit]
         what = f"with response_length={self.response_length} and the answer"
         if not kept:
-            raise DataError(f"no question fits: {what} the shortest takes {min(lengths)} tokens of a context of {limit}")
+            raise DataError(
+                f"no question fits: {what} the shortest takes {min(lengths)} tokens of a context of {limit}"
+            )
         if len(kept) < len(groups):
             print(
-                f"{len(groups) - len(kept)} of {len(groups)} questions dropped: {what} they take up to {max(lengths)} of {limit} tokens"
+                f"{len(groups) - len(kept)} of {len(groups)} questions dropped: {what} they take up to {max(lengths)} "
+                f"of {limit} tokens"
             )
         return kept
 

@@ -4,7 +4,8 @@
     correct          greedy accuracy: argmax rationale and answer, one response
     maj@k, pass@k    of k responses at temperature 1; ties go to the answer that was given first, and no answer has no vote
 
-The best checkpoint is a function of metrics.jsonl and of the checkpoints on disk, so a resumed run cannot lose or change it.
+The best checkpoint is a function of metrics.jsonl and of the checkpoints on disk, so a resumed run
+cannot lose or change it.
 """
 
 import asyncio
@@ -44,16 +45,22 @@ class Best:
 
 
 def best_so_far(run: Path) -> Best | None:
-    """The checkpoint with the highest greedy accuracy on the validation split, the latest of equals. None before the first evaluation."""
+    """The checkpoint with the highest greedy accuracy on the validation split, the latest of
+    equals. None before the first evaluation.
+    """
     values = {record["step"]: record[VALIDATION_METRIC] for record in read_metrics(run) if VALIDATION_METRIC in record}
-    paths: dict[int, Path | None] = {0: None} | {record.step: record.path for record in RunFolder(run).list_checkpoints()}
+    paths: dict[int, Path | None] = {0: None} | {
+        record.step: record.path for record in RunFolder(run).list_checkpoints()
+    }
     found = [Best(step, paths[step], value) for step, value in sorted(values.items()) if step in paths]
     return max(found, key=lambda best: (best.value, best.step), default=None)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What to evaluate with. `env.group_size` rationales are scored per question, and as many responses vote."""
+    """What to evaluate with. `env.group_size` rationales are scored per question, and as many
+    responses vote.
+    """
 
     model_name: str
     renderer_name: str | None
@@ -82,7 +89,9 @@ class Evaluation:
             return metrics
 
     def best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
-        """The checkpoint (by its step) with the highest greedy accuracy, the latest of equals: the rule of `best_so_far`."""
+        """The checkpoint (by its step) with the highest greedy accuracy, the latest of equals: the
+        rule of `best_so_far`.
+        """
         return asyncio.run(self._best_of(checkpoints, tasks))
 
     async def _best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
@@ -98,7 +107,9 @@ class Evaluation:
         return max(found, key=lambda best: (best.value, best.step))
 
     def diagnose(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
-        """log p(y|x) against log p(y|x, gold rationale): whether rationales are worth anything to this model. No sampling."""
+        """log p(y|x) against log p(y|x, gold rationale): whether rationales are worth anything to
+        this model. No sampling.
+        """
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
         pairs = [
             (example(renderer, task, "", answer_only=True), example(renderer, task, task.solution, answer_only=True))
@@ -107,7 +118,9 @@ class Evaluation:
         ]
         pairs = [(bare, full) for bare, full in pairs if full.model_input.length <= renderer.tokenizer.model_max_length]
         if not pairs:
-            raise DataError("method=diagnose needs gold rationales that fit the context, and the validation split has none")
+            raise DataError(
+                "method=diagnose needs gold rationales that fit the context, and the validation split has none"
+            )
         print(f"{len(pairs)} of {len(tasks)} questions have a gold rationale that fits the context")
         return asyncio.run(self._diagnose(checkpoint, pairs))
 

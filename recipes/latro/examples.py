@@ -1,4 +1,6 @@
-"""The same tasks as supervised data: for the SFT baseline, for the warm start of a preset, and for the diagnostic."""
+"""The same tasks as supervised data: for the SFT baseline, for the warm start of a preset, and for
+the diagnostic.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,8 +16,9 @@ from recipes.latro.tasks import Task, TaskBuilder
 from rl.likelihood_reward import answer_datum
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
-# answer: the answer right behind the question. rationale: the gold rationale, where there is one, and the answer. demonstrations: the
-# data set's own mixture of rationales, with the answers they support.
+# answer: the answer right behind the question. rationale: the gold rationale, where there is one,
+# and the answer. demonstrations: the data set's own mixture of rationales, with the answers they
+# support.
 Target = Literal["answer", "rationale", "demonstrations"]
 
 

@@ -1,4 +1,5 @@
-"""The README's figures: LaTRO, its ablations and SFT on the toy task, from one warm start per seed, in one table and one picture.
+"""The README's figures: LaTRO, its ablations and SFT on the toy task, from one warm start per seed,
+in one table and one picture.
 
     python recipes/latro/experiment.py                                     # all; runs/latro_experiment
     python recipes/latro/experiment.py seeds=0 variants=latro,sft
@@ -53,7 +54,9 @@ class Config:
 
 def run(config: Config, variant: str, seed: int) -> Path:
     """The folder of a finished run."""
-    base = train.prepared(train.Config(seed=seed, log_path=f"{config.log_path}/seed{seed}", behavior_if_log_dir_exists="resume"))
+    base = train.prepared(
+        train.Config(seed=seed, log_path=f"{config.log_path}/seed{seed}", behavior_if_log_dir_exists="resume")
+    )
     options = train.prepared(chz.replace(base, log_path=f"{base.log_path}/{variant}", **VARIANTS[variant]))
     run_stages([train.method_stage(options, train.beginning(base))])
     return options.folder(options.method)
@@ -67,9 +70,12 @@ def table(folders: dict[str, list[Path]]) -> str:
     for name, runs in folders.items():
         summaries = [_summary(folder) for folder in runs]
         if name == "latro":
-            lines.append(f"{'warm start':18s} " + " ".join(_spread([s["before"][key] for s in summaries]) for key in keys))
+            lines.append(
+                f"{'warm start':18s} " + " ".join(_spread([s["before"][key] for s in summaries]) for key in keys)
+            )
         norms = [record["optim/grad_norm"] for folder in runs for record in read_metrics(folder)[:EARLY]]
-        norm = "" if name.startswith("sft") else f"{np.sqrt(np.mean(np.square(norms))):14.0f}"  # another loss, another scale
+        # another loss, another scale
+        norm = "" if name.startswith("sft") else f"{np.sqrt(np.mean(np.square(norms))):14.0f}"
         row = " ".join(_spread([s["after"][key] for s in summaries]) for key in keys)
         lines.append(f"{name:18s} {row} {norm}")
     return "\n".join(lines)
@@ -80,10 +86,15 @@ def _spread(values: list[float]) -> str:
 
 
 def picture(folders: dict[str, list[Path]], out: Path) -> Path:
-    """A thin line for each seed, a thick one for their mean; SFT has no rationales, and one accuracy at its end."""
-    runs = {name: [read_metrics(seed) for seed in seeds] for name, seeds in folders.items() if not name.startswith("sft")}
+    """A thin line for each seed, a thick one for their mean; SFT has no rationales, and one
+    accuracy at its end.
+    """
+    runs = {
+        name: [read_metrics(seed) for seed in seeds] for name, seeds in folders.items() if not name.startswith("sft")
+    }
     panels = [
-        Panel(title, curves_by_label(runs, key), dashed=["kl_coef=0"], xlabel="update")  # dashed: it lies on the first curve
+        # dashed: it lies on the first curve
+        Panel(title, curves_by_label(runs, key), dashed=["kl_coef=0"], xlabel="update")
         for key, title in PANELS.items()
     ]
     levels = {

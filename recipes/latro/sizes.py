@@ -1,4 +1,6 @@
-"""What a configuration amounts to, worked out before anything is loaded: updates, epochs, tokens; and what cannot work, refused."""
+"""What a configuration amounts to, worked out before anything is loaded: updates, epochs, tokens;
+and what cannot work, refused.
+"""
 
 import copy
 import time
@@ -11,7 +13,8 @@ from posttrain.backend.config import compute_dtype, training_device
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.models import model_config
 
-# Per parameter and token: 2 each to sample, for the reference and to score, 6 to train. (An update that fits one micro-batch needs 10.)
+# Per parameter and token: 2 each to sample, for the reference and to score, 6 to train. (An update
+# that fits one micro-batch needs 10.)
 FLOPS = 12
 
 
@@ -26,7 +29,9 @@ class Sizes:
 
     @property
     def epochs(self) -> float:
-        """Counted in prompts. The original counts samples, so that its "6 epochs" at K = 16 are 0.38."""
+        """Counted in prompts. The original counts samples, so that its "6 epochs" at K = 16 are
+        0.38.
+        """
         return self.updates * self.prompts_per_update / self.num_prompts
 
     def lines(self) -> str:
@@ -41,15 +46,24 @@ class Sizes:
 
 
 def derive_sizes(
-    num_prompts: int, rloo_k: int, train_batch_size: int, epochs: float, max_updates: int | None, evaluations: int, length: int
+    num_prompts: int,
+    rloo_k: int,
+    train_batch_size: int,
+    epochs: float,
+    max_updates: int | None,
+    evaluations: int,
+    length: int,
 ) -> Sizes:
     """Raises ConfigError with the nearest size that works."""
     if rloo_k < 2:
-        raise ConfigError(f"rloo_k={rloo_k}: the leave-one-out baseline needs other rationales; the least that works is rloo_k=2")
+        raise ConfigError(
+            f"rloo_k={rloo_k}: the leave-one-out baseline needs other rationales; the least that works is rloo_k=2"
+        )
     if train_batch_size < rloo_k or train_batch_size % rloo_k:
         near = max(1, round(train_batch_size / rloo_k)) * rloo_k
         raise ConfigError(
-            f"train_batch_size={train_batch_size} is no multiple of rloo_k={rloo_k}; the nearest is train_batch_size={near}"
+            f"train_batch_size={train_batch_size} is no multiple of rloo_k={rloo_k}; the nearest is "
+            f"train_batch_size={near}"
         )
     prompts = train_batch_size // rloo_k
     if prompts > num_prompts:
@@ -58,17 +72,22 @@ def derive_sizes(
             f"the largest that works is train_batch_size={num_prompts * rloo_k}"
         )
     if length < 1 or epochs <= 0 or (max_updates is not None and max_updates < 1):
-        raise ConfigError(f"response_length={length}, num_train_epochs={epochs:g} and max_updates={max_updates} must be above 0")
+        raise ConfigError(
+            f"response_length={length}, num_train_epochs={epochs:g} and max_updates={max_updates} must be above 0"
+        )
     updates = max_updates or max(1, round(epochs * num_prompts / prompts))
     if not 1 <= evaluations <= updates:
         raise ConfigError(
-            f"num_evaluations={evaluations} in {updates} updates; the nearest is num_evaluations={min(max(evaluations, 1), updates)}"
+            f"num_evaluations={evaluations} in {updates} updates; the nearest is "
+            f"num_evaluations={min(max(evaluations, 1), updates)}"
         )
     return Sizes(prompts, train_batch_size, updates, num_prompts, length, updates // evaluations)
 
 
 def estimated_minutes(sizes: Sizes, model_name: str, tokens_per_sequence: float) -> float:
-    """From this machine's rate of matrix products: the order of magnitude, and too low for models so small that overheads count."""
+    """From this machine's rate of matrix products: the order of magnitude, and too low for models
+    so small that overheads count.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config(model_name)))
     parameters = sum(p.numel() for p in model.parameters())

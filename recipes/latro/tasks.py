@@ -1,4 +1,5 @@
-"""LaTRO's data sets: problems of envs/ with a trigger after the question and, apart from the rationale, the answer as it is to be written.
+"""LaTRO's data sets: problems of envs/ with a trigger after the question and, apart from the
+rationale, the answer as it is to be written.
 
 A new data set is a subclass of TaskBuilder whose `tasks` reads them, and its line in
 DATASETS of train.py. The validation split is cut from the training tasks by `split_seed`.
@@ -17,7 +18,8 @@ from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from supervised.rows import Fields, read_rows
 
-# Where a rationale ends and the answer begins, as models write it; the leading space or newline belongs to the stop.
+# Where a rationale ends and the answer begins, as models write it; the leading space or newline
+# belongs to the stop.
 ANSWER_STOPS = tuple(
     space + phrase
     for space in ("", " ", "\n")
@@ -27,7 +29,9 @@ ANSWER_STOPS = tuple(
 
 @dataclass(frozen=True)
 class Task(Problem):
-    """`solution` is the rationale alone. `answer` is to stand right after it, separator included: "\nThe answer is 72."."""
+    """`solution` is the rationale alone. `answer` is to stand right after it, separator included:
+    "\nThe answer is 72.".
+    """
 
     answer: str = ""
 
@@ -36,7 +40,9 @@ class Task(Problem):
 class TaskBuilder:
     """Configuration of a data set."""
 
-    num_validation: int = chz.field(default=200, validator=WHOLE, doc="tasks held out of the training set, for model selection")
+    num_validation: int = chz.field(
+        default=200, validator=WHOLE, doc="tasks held out of the training set, for model selection"
+    )
     split_seed: int = chz.field(default=0, validator=SEED, doc="seed of that choice")
     num_test: int | None = chz.field(
         default=200, validator=WHOLE, doc="use only the first so many tasks of the test set; None = all"
@@ -48,10 +54,13 @@ class TaskBuilder:
     stop_seqs = ANSWER_STOPS  # class constants, which the recipe's options override
     response_length = 200
     num_train_epochs = 6.0
-    warm_start_updates = 0  # for a preset, whose weights are random: supervised updates before the method begins
+    # for a preset, whose weights are random: supervised updates before the method begins
+    warm_start_updates = 0
 
     def tasks(self, split: Split, limit: int | None) -> list[Task]:
-        """The first `limit` training tasks, validation included, or test tasks; [] where there are none."""
+        """The first `limit` training tasks, validation included, or test tasks; [] where there are
+        none.
+        """
         raise NotImplementedError
 
     def demonstrations(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
@@ -76,9 +85,13 @@ def stated(problem: Problem, answer: str, trigger: str, rationale: str | None = 
 
 @chz.chz
 class Gsm8kBuilder(TaskBuilder):
-    """GSM8K, from `data_dir` or else from the hub. The rationale is the worked solution without calculator marks; LaTRO does not read it."""
+    """GSM8K, from `data_dir` or else from the hub. The rationale is the worked solution without
+    calculator marks; LaTRO does not read it.
+    """
 
-    data_dir: str | None = chz.field(default=None, doc="folder with train.jsonl and test.jsonl; None = openai/gsm8k of the hub")
+    data_dir: str | None = chz.field(
+        default=None, doc="folder with train.jsonl and test.jsonl; None = openai/gsm8k of the hub"
+    )
     trigger: str = chz.field(
         default="\nLet's think step by step, and end with: The answer is <number>.", doc="follows the question"
     )
@@ -97,7 +110,9 @@ class Gsm8kBuilder(TaskBuilder):
 
 @chz.chz
 class ArcChallengeBuilder(TaskBuilder):
-    """ARC-Challenge, from `data_dir` or else from the hub. The text of an option must be met exactly: "5" is not "15"."""
+    """ARC-Challenge, from `data_dir` or else from the hub. The text of an option must be met
+    exactly: "5" is not "15".
+    """
 
     data_dir: str | None = chz.field(
         default=None, doc="folder with train.jsonl and test.jsonl; None = allenai/ai2_arc of the hub"
@@ -115,7 +130,9 @@ class ArcChallengeBuilder(TaskBuilder):
 
 @chz.chz
 class MathBuilder(TaskBuilder):
-    r"""MATH-style rows: a problem, and a solution whose last \boxed{...} is the answer, compared as an expression: 1/2 is \frac{1}{2}."""
+    r"""MATH-style rows: a problem, and a solution whose last \boxed{...} is the answer, compared as
+    an expression: 1/2 is \frac{1}{2}.
+    """
 
     train_path: str = chz.field(doc="JSONL file to train on")
     test_path: str | None = chz.field(default=None, doc="JSONL file of the test set")
@@ -142,10 +159,12 @@ class MathBuilder(TaskBuilder):
 
 @chz.chz
 class JsonlBuilder(TaskBuilder):
-    """JSONL with the columns of the original LaTRO code: queries, responses, groundtruth, and optionally rationales.
+    """JSONL with the columns of the original LaTRO code: queries, responses, groundtruth, and
+    optionally rationales.
 
-    `queries` is what the user says, with a trigger; where the file's are rendered conversations, take renderer_name=plain. `responses` is
-    the answer in its template ("The answer is 7."), without an end token. Numbers are compared as numbers, other ground truths as text.
+    `queries` is what the user says, with a trigger; where the file's are rendered conversations,
+    take renderer_name=plain. `responses` is the answer in its template ("The answer is 7."),
+    without an end token. Numbers are compared as numbers, other ground truths as text.
     """
 
     train_path: str = chz.field(doc="JSONL file to train on")

@@ -1,4 +1,5 @@
-"""Choose the useful thought: six digits, and their sum modulo 10. "374925" may be answered "+304350=0".
+"""Choose the useful thought: six digits, and their sum modulo 10. "374925" may be answered
+"+304350=0".
 
 The warm start imitates three kinds of thought, each behind its own mark:
 
@@ -6,8 +7,9 @@ The warm start imitates three kinds of thought, each behind its own mark:
     ?......   nothing                                                                                   filler
     ^377999   running maxima                                                                            another question's chain
 
-and then the answer that the thought supports: its last digit, or, behind filler, the right one, which no six steps of adding in the head
-will find. LaTRO then sees questions and answers only. Which thought is useful it must find out from the likelihood of the answers.
+and then the answer that the thought supports: its last digit, or, behind filler, the right one,
+which no six steps of adding in the head will find. LaTRO then sees questions and answers only.
+Which thought is useful it must find out from the likelihood of the answers.
 """
 
 from collections.abc import Sequence
@@ -59,10 +61,14 @@ class ToyBuilder(TaskBuilder):
 
     def tasks(self, split: Split, limit: int | None) -> list[Task]:
         if not 1 <= self.num_digits <= 18:
-            raise DataError(f"num_digits={self.num_digits} must be from 1 to 18: questions are drawn as numbers of 64 bits")
+            raise DataError(
+                f"num_digits={self.num_digits} must be from 1 to 18: questions are drawn as numbers of 64 bits"
+            )
         count = self.num_tasks + (self.num_test or 0)
         if count > 10**self.num_digits:
-            raise DataError(f"{self.num_digits} digits make {10**self.num_digits} questions: no {count} (num_tasks + num_test)")
+            raise DataError(
+                f"{self.num_digits} digits make {10**self.num_digits} questions: no {count} (num_tasks + num_test)"
+            )
         numbers_D = np.random.default_rng(self.data_seed).choice(10**self.num_digits, count, replace=False)
         tasks = [self.task(f"{number:0{self.num_digits}d}") for number in numbers_D]
         return (tasks[: self.num_tasks] if split == "train" else tasks[self.num_tasks :])[:limit]
@@ -75,7 +81,9 @@ class ToyBuilder(TaskBuilder):
     def demonstrations(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
         """The tasks' answers here are what the thoughts support, right or wrong."""
         rng = np.random.default_rng([self.data_seed, 1])
-        marks = rng.choice([SUMS, FILLER, MAXIMA], size=len(tasks), p=[self.useful, self.filler, 1 - self.useful - self.filler])
+        marks = rng.choice(
+            [SUMS, FILLER, MAXIMA], size=len(tasks), p=[self.useful, self.filler, 1 - self.useful - self.filler]
+        )
         return [self._demonstration(task, str(mark), rng) for task, mark in zip(tasks, marks, strict=True)]
 
     def _demonstration(self, task: Task, mark: str, rng: np.random.Generator) -> tuple[Task, str]:

@@ -1,14 +1,17 @@
-"""LaTRO (Chen et al. 2024, arXiv 2411.04282): latent reasoning, rewarded by the likelihood that the policy itself gives the gold answer.
+"""LaTRO (Chen et al. 2024, arXiv 2411.04282): latent reasoning, rewarded by the likelihood that the
+policy itself gives the gold answer.
 
     J = E_x E_{z ~ pi(.|x)} [ log pi(y | x, z) ] - kl_coef KL( pi(.|x) || pi_0(.|x) )
 
-K rationales z are sampled for each question x; the reward of each is log pi(y | x, z) less the KL term; the baseline is the mean of the others.
-No reward model and no grader: the answer y is all that is known. On the shared loop this is one batch reward and four settings (`rl_config`).
+K rationales z are sampled for each question x; the reward of each is log pi(y | x, z) less the KL
+term; the baseline is the mean of the others. No reward model and no grader: the answer y is all
+that is known. On the shared loop this is one batch reward and four settings (`rl_config`).
 
-    python recipes/latro/train.py                                          # the small experiment: some minutes on 2 cores; runs/latro
-    python recipes/latro/train.py method=sft behavior_if_log_dir_exists=resume       # the baseline, from the same warm start
+    python recipes/latro/train.py  # the small experiment: some minutes on 2 cores; runs/latro
+    python recipes/latro/train.py method=sft behavior_if_log_dir_exists=resume  # the baseline, from the same warm start
     python recipes/latro/train.py method=diagnose behavior_if_log_dir_exists=resume  # log p(y|x) and log p(y|x, gold rationale)
-    python recipes/latro/train.py dataset=gsm8k model_name=Qwen/Qwen2.5-0.5B-Instruct rloo_k=16 train_batch_size=384 learning_rate=5e-7
+    python recipes/latro/train.py dataset=gsm8k model_name=Qwen/Qwen2.5-0.5B-Instruct rloo_k=16
+    train_batch_size=384 learning_rate=5e-7
 
 What differs from the original, and why, is in the README.
 """
@@ -74,9 +77,13 @@ class Config:
     dataset: TaskBuilder = chz.field(default_factory=ToyBuilder, doc="questions, answers and their verifier")
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint")
-    renderer_name: str | None = chz.field(default=None, doc="chat_template, plain or role_colon; None = plain for presets")
+    renderer_name: str | None = chz.field(
+        default=None, doc="chat_template, plain or role_colon; None = plain for presets"
+    )
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
-    seed: int = chz.field(default=0, validator=SEED, doc="of weights, order and sampling (the split's is dataset.split_seed)")
+    seed: int = chz.field(
+        default=0, validator=SEED, doc="of weights, order and sampling (the split's is dataset.split_seed)"
+    )
     warm_start_updates: int | None = chz.field(
         default=None,
         validator=WHOLE,
@@ -99,17 +106,25 @@ class Config:
     stop_token: Literal["eos", "both"] = chz.field(
         default="both", doc="special tokens that end a rationale: EOS, or EOS and padding"
     )
-    stop_seqs: tuple[str, ...] | None = chz.field(default=None, doc="texts that end it; None = how the data set's answers begin")
-    non_stop_penalty: bool = chz.field(default=True, doc="rationales that never stop get penalty_reward_value * the mean reward")
+    stop_seqs: tuple[str, ...] | None = chz.field(
+        default=None, doc="texts that end it; None = how the data set's answers begin"
+    )
+    non_stop_penalty: bool = chz.field(
+        default=True, doc="rationales that never stop get penalty_reward_value * the mean reward"
+    )
     penalty_reward_value: float = chz.field(
         default=2.0, validator=Range(1, LARGEST), doc="multiplies the mean reward, which is negative"
     )
-    kl_coef: float = chz.field(default=0.05, validator=NON_NEGATIVE, doc="weight of the KL to the initial policy, in the reward")
+    kl_coef: float = chz.field(
+        default=0.05, validator=NON_NEGATIVE, doc="weight of the KL to the initial policy, in the reward"
+    )
     likelihood_coef: float = chz.field(
         default=1.0, validator=NON_NEGATIVE, doc="weight of the likelihood term; the original ships 0 (sft_penalty)"
     )
     baseline: Literal["leave_one_out", "none"] = chz.field(default="leave_one_out", doc="none is for comparison")
-    sft_target: Literal["answer", "rationale"] = chz.field(default="answer", doc="method=sft: also train on the gold rationale")
+    sft_target: Literal["answer", "rationale"] = chz.field(
+        default="answer", doc="method=sft: also train on the gold rationale"
+    )
 
     num_train_epochs: float | None = chz.field(
         default=None, validator=POSITIVE, doc="passes over the questions; None = what suits the data set"
@@ -128,7 +143,9 @@ class Config:
     )
     sanity_check: bool = chz.field(default=False, doc="two updates on a few questions, to see that all works")
     log_path: str = chz.field(
-        default="runs/latro", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the runs, one for each method"
+        default="runs/latro",
+        munger=lambda _, path: str(Path(path).expanduser()),
+        doc="folder of the runs, one for each method",
     )
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
         default="ask", doc="what to do with runs that are there; resume also takes over a finished warm start"
@@ -160,7 +177,9 @@ def main(config: Config) -> None:
 
 
 def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
-    """LaTRO or SFT, and what it is worth on the test set: LOG_PATH/<method>, finished with its summary.json."""
+    """LaTRO or SFT, and what it is worth on the test set: LOG_PATH/<method>, finished with its
+    summary.json.
+    """
     make, always = partial(run_method, config, begin_path(config, needs)), config.behavior_if_log_dir_exists != "resume"
     return Stage(config.method, config.folder(config.method), config, make, needs, "summary.json", always)
 
@@ -181,14 +200,17 @@ def prepared(config: Config) -> Config:
     if config.rollout_batch_size:
         backend = chz.replace(backend, max_num_seqs=config.rollout_batch_size)
     if config.is_preset and backend.engine == "auto":
-        backend = chz.replace(backend, engine="torch")  # starts at once, and is faster for models of this size
+        # starts at once, and is faster for models of this size
+        backend = chz.replace(backend, engine="torch")
     config = chz.replace(
         config,
         backend=backend,
         response_length=config.response_length or config.dataset.response_length,
         num_train_epochs=config.num_train_epochs or config.dataset.num_train_epochs,
         stop_seqs=config.stop_seqs or config.dataset.stop_seqs,
-        warm_start_updates=config.dataset.warm_start_updates if config.warm_start_updates is None else config.warm_start_updates,
+        warm_start_updates=config.dataset.warm_start_updates
+        if config.warm_start_updates is None
+        else config.warm_start_updates,
         warm_start_seed=config.seed if config.warm_start_seed is None else config.warm_start_seed,
     )
     if not config.sanity_check:
@@ -204,7 +226,10 @@ def announced_sizes(config: Config, tasks: list[Task]) -> Sizes:
     sizes = sizes_of(config, len(groups))
     print(sizes.lines())
     tokens = sizes.response_length + float(np.mean([len(group.prompt) + len(group.answer_tokens) for group in groups]))
-    print(f"in the order of {estimated_minutes(sizes, config.model_name, tokens):.1g} minutes; the progress bar will know better")
+    print(
+        f"in the order of {estimated_minutes(sizes, config.model_name, tokens):.1g} minutes; the progress bar will "
+        "know better"
+    )
     return sizes
 
 
@@ -222,7 +247,9 @@ def sizes_of(config: Config, num_prompts: int) -> Sizes:
 
 
 def beginning(config: Config) -> list[Stage]:
-    """A preset's warm start; nothing where a checkpoint is given, or the model begins as it comes."""
+    """A preset's warm start; nothing where a checkpoint is given, or the model begins as it
+    comes.
+    """
     if config.load_checkpoint_path or not (config.is_preset and config.warm_start_updates):
         return []
     stage = warm_start(
@@ -262,14 +289,17 @@ def environment(config: Config) -> LatentRationales:
         response_length=config.response_length,
         stop_seqs=config.stop_seqs,
         stop_at_pad=config.stop_token == "both",
-        batch_size=config.train_batch_size // max(1, config.rloo_k),  # sizes.py refuses what cannot work
+        # sizes.py refuses what cannot work
+        batch_size=config.train_batch_size // max(1, config.rloo_k),
         group_size=config.rloo_k,
         seed=config.seed,
     )
 
 
 def rl_config(config: Config, sizes: Sizes, begin: str | None) -> rl_train.Config:
-    """LaTRO in the terms of the loop. The losses are summed over rationales, so Adam sees samples_per_update times the mean's gradient."""
+    """LaTRO in the terms of the loop. The losses are summed over rationales, so Adam sees
+    samples_per_update times the mean's gradient.
+    """
     return rl_train.Config(
         env=environment(config),
         batch_reward=LikelihoodRewardBuilder(
@@ -304,7 +334,8 @@ def latro(config: Config, sizes: Sizes, begin: str | None) -> str | None:
 
 
 def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
-    """The baseline: as many updates, with as many sequences each, on the answers alone or behind the gold rationale.
+    """The baseline: as many updates, with as many sequences each, on the answers alone or behind
+    the gold rationale.
 
     Its checkpoint is chosen as LaTRO's is: the best on the validation split.
     """
@@ -331,7 +362,9 @@ def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
 
 
 def evaluation(config: Config) -> Evaluation:
-    return Evaluation(config.model_name, config.renderer, environment(config), config.lora_rank, config.seed, config.backend)
+    return Evaluation(
+        config.model_name, config.renderer, environment(config), config.lora_rank, config.seed, config.backend
+    )
 
 
 def print_summary(config: Config) -> None:

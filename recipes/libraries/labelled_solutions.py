@@ -1,4 +1,6 @@
-"""Two stages before a process reward model: solutions of a policy, and labels for their steps (preference/prm_labels.py)."""
+"""Two stages before a process reward model: solutions of a policy, and labels for their steps
+(preference/prm_labels.py).
+"""
 
 import asyncio
 import json
@@ -25,7 +27,9 @@ def solutions_stage(
     settings: dict[str, Any],
     backend: BackendConfig,
 ) -> Stage:
-    """FILE has a line for each problem, with `number` solutions that `policy` samples. `settings` are those of the problems."""
+    """FILE has a line for each problem, with `number` solutions that `policy` samples. `settings`
+    are those of the problems.
+    """
 
     def make() -> None:
         with ServiceClient(backend) as service:
@@ -38,14 +42,22 @@ def solutions_stage(
 
 
 def labels_stage(
-    solutions: Stage, completer: Stage, problems_P: Sequence[GradedProblem], labelling: LabelConfig, backend: BackendConfig
+    solutions: Stage,
+    completer: Stage,
+    problems_P: Sequence[GradedProblem],
+    labelling: LabelConfig,
+    backend: BackendConfig,
 ) -> Stage:
-    """labels.jsonl beside the solutions: a line for each, in chunks, so that little is lost by a kill."""
+    """labels.jsonl beside the solutions: a line for each, in chunks, so that little is lost by a
+    kill.
+    """
     file = solutions.path.with_name("labels.jsonl")
 
     def make() -> None:
         solutions_P_G = read_solutions(solutions.path)
-        pairs = [(problem, solution) for problem, group in zip(problems_P, solutions_P_G, strict=True) for solution in group]
+        pairs = [
+            (problem, solution) for problem, group in zip(problems_P, solutions_P_G, strict=True) for solution in group
+        ]
         with ServiceClient(backend) as service:
             client = service.create_sampling_client(str(completer.result))
             _, counts = asyncio.run(label_solutions(client, pairs, labelling, stage.unfinished))

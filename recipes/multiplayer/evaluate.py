@@ -1,6 +1,8 @@
-"""Plays a saved tic-tac-toe policy against a random and a perfect player, from both seats, and counts how the games end.
+"""Plays a saved tic-tac-toe policy against a random and a perfect player, from both seats, and
+counts how the games end.
 
-    python recipes/multiplayer/evaluate.py model_path=runs/multiplayer/checkpoints/final games=500 temperature=0
+    python recipes/multiplayer/evaluate.py model_path=runs/multiplayer/checkpoints/final games=500
+    temperature=0
 
 `illegal` is the share of the policy's moves that break the rules; one illegal move loses the game.
 """
@@ -40,10 +42,13 @@ class Config:
     temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="of the policy; 0 is greedy")
     seed: int = chz.field(default=1234, validator=SEED, doc="seed of the opponents' moves and of sampling")
     task: TextArenaBuilder = chz.field(
-        default_factory=lambda: TextArenaBuilder(board_only=True, error_allowance=0, max_tokens=3), doc="the game, as in training"
+        default_factory=lambda: TextArenaBuilder(board_only=True, error_allowance=0, max_tokens=3),
+        doc="the game, as in training",
     )
     renderer_name: str | None = chz.field(default="plain", doc="as in training")
-    backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine samples")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine samples"
+    )
 
 
 async def evaluate(config: Config) -> dict[str, Metrics]:
@@ -65,7 +70,11 @@ def main(config: Config) -> None:
     metrics = asyncio.run(evaluate(config))
     how = "greedy" if config.temperature == 0 else f"temperature {config.temperature:g}"
     table = Table(
-        "against", "seat", *RESULTS, title=f"{config.model_path}: {config.games} games each, {how}", title_justify="left"
+        "against",
+        "seat",
+        *RESULTS,
+        title=f"{config.model_path}: {config.games} games each, {how}",
+        title_justify="left",
     )
     for opponent, values in metrics.items():
         for seat in ("all", "seat0", "seat1"):

@@ -1,4 +1,6 @@
-"""How good a process reward model of chains is: by the rule that wrote the chains, which nothing was trained on."""
+"""How good a process reward model of chains is: by the rule that wrote the chains, which nothing
+was trained on.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,8 @@ from preference.solutions import Solution
 from preference.steps import StepFormat, split_response
 from preference.train_prm import first
 
-Aligned = dict[int, list[float]]  # step relative to the first wrong one -> the model's probabilities
+# step relative to the first wrong one -> the model's probabilities
+Aligned = dict[int, list[float]]
 
 
 def evaluate(
@@ -24,7 +27,9 @@ def evaluate(
     renderer: Renderer,
     form: StepFormat,
 ) -> tuple[dict[str, float], Aligned]:
-    """Figures of the README. `found` is the share of wrong chains whose first step below 1/2 is the first wrong one."""
+    """Figures of the README. `found` is the share of wrong chains whose first step below 1/2 is the
+    first wrong one.
+    """
     found_P, clean_P, truths, aligned = [], [], [], {}
     for chain, group, scores in zip(chains_P, solutions_P_G, scores_P_G, strict=True):
         wrong, right = [], []
@@ -54,7 +59,9 @@ def evaluate(
 
 
 def label_noise(chains: Mapping[str, Chain], labels: Path) -> dict[str, float]:
-    """How often the rollouts' labels differ from the rule: steps behind an error that are labelled 1, and right ones labelled 0."""
+    """How often the rollouts' labels differ from the rule: steps behind an error that are labelled
+    1, and right ones labelled 0.
+    """
     noisy: dict[bool, list[bool]] = {True: [], False: []}
     for record in read_records(labels):
         truth = chains[record.input].first_wrong_step(record.output)

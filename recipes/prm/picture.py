@@ -1,15 +1,31 @@
-"""The README's picture: training, scores around the first wrong step, and the ways to choose one of eight solutions."""
+"""The README's picture: training, scores around the first wrong step, and the ways to choose one of
+eight solutions.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from posttrain.tracking.figures import COLORS, SHARE, Panel, draw_panel, finish_axis, panel_axes, read_curve, save_figure
+from posttrain.tracking.figures import (
+    COLORS,
+    SHARE,
+    Panel,
+    draw_panel,
+    finish_axis,
+    panel_axes,
+    read_curve,
+    save_figure,
+)
 from posttrain.tracking.metrics_log import read_metrics
 from recipes.prm.evaluation import Aligned
 
-CHOICES = {"sampled": "mean of\nthe samples", "majority": "majority", "best_of_n": "best by\nthe PRM", "any": "any right"}
+CHOICES = {
+    "sampled": "mean of\nthe samples",
+    "majority": "majority",
+    "best_of_n": "best by\nthe PRM",
+    "any": "any right",
+}
 LABELS = {"steps": "accuracy", "first step labelled 0": "first_error", "one guess for all steps": "majority"}
 LEAST_SCORES = 30  # at a distance from the first wrong step, for it to be drawn
 
@@ -20,7 +36,8 @@ def draw(run: Path, results: Mapping[str, float], aligned: Aligned, out: Path) -
     accuracies = {label: [read_curve(records, f"test/{key}")] for label, key in LABELS.items()}
     draw_panel(left, Panel("held-out labels predicted", accuracies, limits=SHARE, xlabel="training step"))
     offsets = [offset for offset in sorted(aligned) if len(aligned[offset]) >= LEAST_SCORES]
-    quartiles = np.array([np.percentile(aligned[offset], (25, 50, 75)) for offset in offsets]).reshape(-1, 3).T  # none: empty
+    # none: empty
+    quartiles = np.array([np.percentile(aligned[offset], (25, 50, 75)) for offset in offsets]).reshape(-1, 3).T
     middle.fill_between(offsets, quartiles[0], quartiles[2], color=COLORS[0], alpha=0.2)
     middle.plot(offsets, [np.mean(aligned[offset]) for offset in offsets], color=COLORS[0], marker="o")
     heights, errors = [results[name] for name in CHOICES], [results[f"{name}_se"] for name in CHOICES]

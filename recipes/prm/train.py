@@ -1,11 +1,13 @@
-"""A process reward model from nothing but a verifier of answers: which step of a chain of sums is the first wrong one?
+"""A process reward model from nothing but a verifier of answers: which step of a chain of sums is
+the first wrong one?
 
     python recipes/prm/train.py                          # all stages; runs/prm
-    python recipes/prm/train.py stages=rl                # RL with the PRM as a reward beside the verifier, and without it
+    python recipes/prm/train.py stages=rl  # RL with the PRM as a reward beside the verifier, and without it
 
-Stages: `warm_start` (a policy that is right about half the time), `completer` (trained on: it errs seldom), `solutions` (the policy's
-answers to training chains), `labels` (their steps, labelled by the completer's rollouts), `prm` (from the completer's weights),
-`evaluate` (held-out chains: first wrong steps, best of 8). `rl` must be asked for. README.md has the figures.
+Stages: `warm_start` (a policy that is right about half the time), `completer` (trained on: it errs
+seldom), `solutions` (the policy's answers to training chains), `labels` (their steps, labelled by
+the completer's rollouts), `prm` (from the completer's weights), `evaluate` (held-out chains: first
+wrong steps, best of 8). `rl` must be asked for. README.md has the figures.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -58,7 +60,8 @@ class Config:
     """A process reward model for chains of sums."""
 
     stages: list[str] = chz.field(
-        default_factory=lambda: list(STAGES), doc="which stages to run (with what they need), of those in the file's header"
+        default_factory=lambda: list(STAGES),
+        doc="which stages to run (with what they need), of those in the file's header",
     )
     task: ChainTask = chz.field(
         default_factory=lambda: ChainTask(num_steps=5, max_total=9, max_term=2, num_test=300),
@@ -79,8 +82,12 @@ class Config:
     prm_learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="falls linearly to 0")
     rl_steps: int = chz.field(default=30, validator=COUNT, doc="steps of each run of the stage rl")
     best_of: int = chz.field(default=8, validator=COUNT, doc="solutions of each held-out chain to choose from")
-    log_path: str = chz.field(default="runs/prm", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
-    backend: BackendConfig = chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine runs models")
+    log_path: str = chz.field(
+        default="runs/prm", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder"
+    )
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine runs models"
+    )
 
     @property
     def folder(self) -> Path:
@@ -104,10 +111,15 @@ def stages_of(config: Config) -> list[Stage]:
     completer = warm_start(config, chains, folder / "completer", "completer", [policy], **stop, **imitation)
 
     problems, test_problems = _envs(config, config.chains()), _envs(config, config.task.test_chains())
-    params, settings = SamplingParams(config.max_tokens, seed=1000 * config.seed + 1), {"num_problems": config.num_problems}
+    params, settings = (
+        SamplingParams(config.max_tokens, seed=1000 * config.seed + 1),
+        {"num_problems": config.num_problems},
+    )
     file, number = folder / "solutions.jsonl", config.solutions_per_problem
     solutions = solutions_stage(file, policy, problems, number, params, settings, config.backend)
-    labelling = LabelConfig(max_tokens=config.max_tokens, form=FORM, num_completions=config.num_completions, seed=config.seed)
+    labelling = LabelConfig(
+        max_tokens=config.max_tokens, form=FORM, num_completions=config.num_completions, seed=config.seed
+    )
     labels = labels_stage(solutions, completer, problems, labelling, config.backend)
     examples = StepExamplesBuilder(
         path=str(labels.path),

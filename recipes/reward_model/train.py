@@ -1,11 +1,14 @@
-"""Both kinds of reward model on the same comparisons, measured on held-out ones: a scalar by Bradley and Terry, and a label token.
+"""Both kinds of reward model on the same comparisons, measured on held-out ones: a scalar by
+Bradley and Terry, and a label token.
 
     python recipes/reward_model/train.py                       # notes with kind words; runs/reward_model
-    python recipes/reward_model/train.py comparisons=gsm8k_solutions comparisons.path=example_model_solutions.jsonl \\
+    python recipes/reward_model/train.py comparisons=gsm8k_solutions
+    comparisons.path=example_model_solutions.jsonl \\
         log_path=runs/reward_model_gsm8k
 
-Printed at the end: held-out accuracy with its standard error, calibration, and how often the two orders agree, beside what preferring
-the longer (or the shorter) answer gives, and chance. reliability.png draws the calibration of both.
+Printed at the end: held-out accuracy with its standard error, calibration, and how often the two
+orders agree, beside what preferring the longer (or the shorter) answer gives, and chance.
+reliability.png draws the calibration of both.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -41,18 +44,26 @@ from preference.types import ComparisonDatasetBuilder, LabeledComparison
 class Config:
     """A scalar and a label-token reward model on the same comparisons."""
 
-    comparisons: ComparisonDatasetBuilder = chz.field(default_factory=KindWordsComparisons, doc="what is learned and tested")
+    comparisons: ComparisonDatasetBuilder = chz.field(
+        default_factory=KindWordsComparisons, doc="what is learned and tested"
+    )
     kinds: str = chz.field(default="scalar,label", doc="which reward models")
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str = chz.field(default="plain", doc="role_colon, chat_template or plain")
     batch_size: int = chz.field(
-        default=64, validator=COUNT, doc="examples per step; a label model has two of each comparison, one in each order"
+        default=64,
+        validator=COUNT,
+        doc="examples per step; a label model has two of each comparison, one in each order",
     )
     num_epochs: int = chz.field(default=3, validator=COUNT, doc="passes over the comparisons")
-    eval_every: int = chz.field(default=60, validator=WHOLE, doc="held-out measures before every this many steps, and at the end")
+    eval_every: int = chz.field(
+        default=60, validator=WHOLE, doc="held-out measures before every this many steps, and at the end"
+    )
     seed: int = chz.field(default=0, validator=SEED, doc="of the weights and the order")
     log_path: str = chz.field(default="runs/reward_model", doc="folder of both runs")
-    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last runs' folders")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
+        default="delete", doc="what to do with the last runs' folders"
+    )
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains")
 
 
@@ -85,7 +96,9 @@ def saved_judge(config: Config, kind: str) -> JudgeBuilder:
 
 
 def held_out(config: Config, dataset: RewardExamplesBuilder) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-    return dataset.load(get_renderer(config.renderer_name, load_tokenizer(config.model_name, config.backend.max_length)))
+    return dataset.load(
+        get_renderer(config.renderer_name, load_tokenizer(config.model_name, config.backend.max_length))
+    )
 
 
 def main(config: Config) -> None:
@@ -95,7 +108,9 @@ def main(config: Config) -> None:
     kinds = config.kinds.split(",")
     if unknown := set(kinds) - LEARNING_RATES.keys():
         raise ConfigError(f"kinds={config.kinds}: {', '.join(unknown)} is none; there are {', '.join(LEARNING_RATES)}")
-    table = Table("", "accuracy", "always the longer*", "chance", "ECE", "both orders agree", "held out", title=config.log_path)
+    table = Table(
+        "", "accuracy", "always the longer*", "chance", "ECE", "both orders agree", "held out", title=config.log_path
+    )
     evaluations: dict[str, Evaluation] = {}
     for kind in kinds:
         run = training(config, kind)

@@ -1,4 +1,5 @@
-"""The over-optimisation curve of Gao et al. 2022: true (gold) and proxy reward of a policy against its KL to where it began.
+"""The over-optimisation curve of Gao et al. 2022: true (gold) and proxy reward of a policy against
+its KL to where it began.
 
 python -m recipes.rlhf.curve RUN [RUN ...] out=curve.png
 """
@@ -13,11 +14,14 @@ from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_fig
 from posttrain.tracking.metrics_log import read_metrics
 
 PANELS = {"env/all/gold": "true reward (the rule)", "env/all/proxy": "proxy reward (the reward model)"}
-Curve = tuple[np.ndarray, dict[str, np.ndarray]]  # (steps,) nats, and (steps,) of each metric in PANELS
+# (steps,) nats, and (steps,) of each metric in PANELS
+Curve = tuple[np.ndarray, dict[str, np.ndarray]]
 
 
 def read_curve(run: Path) -> Curve:
-    """KL(policy || start) in nats per answer, estimated on each step's own samples: mean per token times tokens per answer."""
+    """KL(policy || start) in nats per answer, estimated on each step's own samples: mean per token
+    times tokens per answer.
+    """
     records = [record for record in read_metrics(run) if "kl_policy_base" in record]
     if not records:
         raise DataError(f"{run}: no step logged kl_policy_base; run it with kl.coef above 0")

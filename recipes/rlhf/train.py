@@ -1,4 +1,5 @@
-"""RLHF in its three stages (Ouyang et al. 2022), on a toy whose true reward is known: envs/kind_words.py.
+"""RLHF in its three stages (Ouyang et al. 2022), on a toy whose true reward is known:
+envs/kind_words.py.
 
     sft            imitate notes as people write them
     comparisons    the imitator writes two notes to a name; the rule, in the place of a person, says which is better
@@ -7,8 +8,9 @@
     rl_no_penalty  the same without the penalty
     curve          true and proxy reward against the KL to the imitator (Gao et al. 2022): over-optimisation
 
-Each stage leaves a folder or a file in LOG_PATH, and beside it the settings that made it. One that is there is not made again, one
-that was interrupted goes on where it was, one that was made with other settings is refused (posttrain/tracking/stages.py):
+Each stage leaves a folder or a file in LOG_PATH, and beside it the settings that made it. One that
+is there is not made again, one that was interrupted goes on where it was, one that was made with
+other settings is refused (posttrain/tracking/stages.py):
 
     python recipes/rlhf/train.py                               # all stages; runs/rlhf
     rm -r runs/rlhf/rl && python recipes/rlhf/train.py kl_coef=0.1
@@ -57,7 +59,9 @@ WATCH_ONLY = 1e-9  # a KL penalty too small to matter: the KL is measured all th
 class Config:
     """The whole pipeline."""
 
-    stages: str = chz.field(default="sft,comparisons,reward_model,rl,rl_no_penalty,curve", doc="which to run, in this order")
+    stages: str = chz.field(
+        default="sft,comparisons,reward_model,rl,rl_no_penalty,curve", doc="which to run, in this order"
+    )
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str = chz.field(default="plain", doc="role_colon, chat_template or plain")
     seed: int = chz.field(default=0, validator=SEED, doc="of weights, data and sampling")
@@ -66,7 +70,9 @@ class Config:
     reward_model_epochs: int = chz.field(default=3, validator=COUNT, doc="passes over the comparisons")
     rl_steps: int = chz.field(default=80, validator=COUNT, doc="steps of each of the two RL stages")
     rl_learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="at the first step; falls linearly")
-    kl_coef: float = chz.field(default=0.5, validator=NON_NEGATIVE, doc="weight of the KL penalty per token in the stage rl")
+    kl_coef: float = chz.field(
+        default=0.5, validator=NON_NEGATIVE, doc="weight of the KL penalty per token in the stage rl"
+    )
     max_tokens: int = chz.field(default=64, validator=COUNT, doc="longest note; those who imitate write up to 40")
     log_path: str = chz.field(
         default="runs/rlhf", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the stages"

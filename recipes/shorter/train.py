@@ -1,13 +1,16 @@
-"""Pairwise rewards in their smallest form: of two answers to the same prompt, the shorter one is better.
+"""Pairwise rewards in their smallest form: of two answers to the same prompt, the shorter one is
+better.
 
-No answer has a reward by itself. The members of a group are compared with each other (envs/pairwise.py); each is paid what it wins minus what
-it loses. The policy begins as an imitator of notes of 3 to 6 words, and gets shorter from step to step:
+No answer has a reward by itself. The members of a group are compared with each other
+(envs/pairwise.py); each is paid what it wins minus what it loses. The policy begins as an imitator
+of notes of 3 to 6 words, and gets shorter from step to step:
 
     python recipes/shorter/train.py                                        # runs/shorter
     python recipes/shorter/train.py env.matchup_pattern=all_pairs_one_way env.group_size=8
 
-At the end the judge compares the trained policy with the one it began as, in both orders. Put another judge in place of `env.judge`, such as
-preference.label_model:LabelModelBuilder, and this is reinforcement learning from a preference model.
+At the end the judge compares the trained policy with the one it began as, in both orders. Put
+another judge in place of `env.judge`, such as preference.label_model:LabelModelBuilder, and this is
+reinforcement learning from a preference model.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -59,7 +62,9 @@ class Config(train.Config):
     num_epochs: int = chz.field(default=10, validator=COUNT, doc="passes over the prompts")
     max_steps: int | None = chz.field(default=25, validator=COUNT, doc="RL steps")
     log_path: str = chz.field(default="runs/shorter", doc="the run folder; the warm start's is beside it")
-    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="delete", doc="what to do with the last run's folders")
+    behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
+        default="delete", doc="what to do with the last run's folders"
+    )
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
     )
@@ -82,8 +87,13 @@ def main(config: Config) -> None:
     config = warm_started(config, notes, lr_schedule="linear")
     assert config.load_checkpoint_path
     asyncio.run(train.main(config))
-    metrics = asyncio.run(compare(config, str(Path(config.log_path) / "checkpoints" / "final"), config.load_checkpoint_path))
-    print(f"win rate against the warm start: {metrics['win_rate']:.3f} +- {metrics['win_rate_stderr']:.3f} (standard error)")
+    metrics = asyncio.run(
+        compare(config, str(Path(config.log_path) / "checkpoints" / "final"), config.load_checkpoint_path)
+    )
+    print(
+        f"win rate against the warm start: {metrics['win_rate']:.3f} +- {metrics['win_rate_stderr']:.3f} (standard "
+        "error)"
+    )
 
 
 if __name__ == "__main__":

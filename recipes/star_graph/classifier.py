@@ -1,16 +1,21 @@
-"""The classifier of Q# and CD on star graphs: will this path be right, seen from each of its tokens?
+"""The classifier of Q# and CD on star graphs: will this path be right, seen from each of its
+tokens?
 
-A trunk and a head, read behind prompt + path: the output at token t has read token t, so it is Q(s, a) of that token. One output is the
-logit of a Bernoulli return, K outputs are a distribution over K returns from 0 to 1. The loss is the mean, over paths and all their tokens,
-of the cross-entropy with the return R of the whole path (Q#'s train_classifier.py).
+A trunk and a head, read behind prompt + path: the output at token t has read token t, so it is Q(s,
+a) of that token. One output is the logit of a Bernoulli return, K outputs are a distribution over K
+returns from 0 to 1. The loss is the mean, over paths and all their tokens, of the cross-entropy
+with the return R of the whole path (Q#'s train_classifier.py).
 
-Pairs are those of its collect_rollouts.py: the true path, R = 1, and the first wrong one that the policy samples, R = 0; graphs on which it does
-not fail in `max_tries` are dropped. So right and wrong are 1 : 1 whatever the policy's success rate, and the probability learned is that of a
-half-and-half mix of policy and truth, not the policy's own. Rankings are the same; kl_coef is not calibrated.
+Pairs are those of its collect_rollouts.py: the true path, R = 1, and the first wrong one that the
+policy samples, R = 0; graphs on which it does not fail in `max_tries` are dropped. So right and
+wrong are 1 : 1 whatever the policy's success rate, and the probability learned is that of a
+half-and-half mix of policy and truth, not the policy's own. Rankings are the same; kl_coef is not
+calibrated.
 
-Differs from the original: fresh pairs in every step; a prompt is read once for both paths; the head may be bilinear, and the trunk the forward
-encoder of a Belief State Transformer, without which little is learned in minutes (GUIDANCE.md); `next_token_coef` adds the next-token loss
-of both paths. Left out: collecting again with the guided policy (the original does not for star graphs).
+Differs from the original: fresh pairs in every step; a prompt is read once for both paths; the head
+may be bilinear, and the trunk the forward encoder of a Belief State Transformer, without which
+little is learned in minutes (GUIDANCE.md); `next_token_coef` adds the next-token loss of both
+paths. Left out: collecting again with the guided policy (the original does not for star graphs).
 """
 
 import copy
@@ -81,8 +86,8 @@ class LinearHead(nn.Module):
 
 
 class BilinearHead(nn.Module):
-    """Also reads products of the state before the token with that behind it: a trunk that knows what should come next need not say, once
-    it has read the token, whether that came."""
+    """Also reads products of the state before the token with that behind it: a trunk that knows
+    what should come next need not say, once it has read the token, whether that came."""
 
     def __init__(self, hidden: int, num_outputs: int):
         super().__init__()
@@ -112,8 +117,9 @@ class Classifier(nn.Module):
         return ValueReader(self.trunk, self.head)
 
     def forward(self, prefixes_B_P: torch.Tensor, paths_2B_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two paths for each prompt, all first ones before all second ones: outputs (2B, L, K) at their tokens, and the states (2B, L, H)
-        that each token is predicted from. The prompt is read once; gradients of both paths meet in its keys and values."""
+        """Two paths for each prompt, all first ones before all second ones: outputs (2B, L, K) at
+        their tokens, and the states (2B, L, H) that each token is predicted from. The prompt is
+        read once; gradients of both paths meet in its keys and values."""
         trunk = self.reader().trunk
         prefix_states_B_P_H, cache = trunk.read(prefixes_B_P)
         rows = torch.arange(len(prefixes_B_P), device=prefixes_B_P.device).repeat(2)
@@ -123,7 +129,9 @@ class Classifier(nn.Module):
 
 
 def value_loss(values_B_L_K: torch.Tensor, returns_B: torch.Tensor) -> torch.Tensor:
-    """(B, L) cross-entropies, in nats, of every token's distribution with the atom nearest to the return of the whole row."""
+    """(B, L) cross-entropies, in nats, of every token's distribution with the atom nearest to the
+    return of the whole row.
+    """
     log_pmf_B_L_A, returns_A = log_pmf(values_B_L_K)
     label_B = (returns_B * (len(returns_A) - 1)).round().long()
     return -log_pmf_B_L_A.gather(-1, label_B[:, None, None].expand(*values_B_L_K.shape[:2], 1))[..., 0]
@@ -136,18 +144,27 @@ def judged_right(values: torch.Tensor) -> torch.Tensor:
 
 
 def collect_pairs(
-    policy: Reader, layout: Layout, rows_B_T: np.ndarray, seed: tuple[int, ...], device: torch.device, max_tries: int = 8
+    policy: Reader,
+    layout: Layout,
+    rows_B_T: np.ndarray,
+    seed: tuple[int, ...],
+    device: torch.device,
+    max_tries: int = 8,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """prefixes_B_P and paths_2B_L in the tokenizer's ids, the true paths first; B counts the graphs on which the policy failed once.
+    """prefixes_B_P and paths_2B_L in the tokenizer's ids, the true paths first; B counts the graphs
+    on which the policy failed once.
 
-    The policy samples at temperature 1 from its full distribution. Row and try alone decide the numbers it draws with.
+    The policy samples at temperature 1 from its full distribution. Row and try alone decide the
+    numbers it draws with.
     """
     ids_B_T = torch.from_numpy(layout.encode(rows_B_T)).to(device)
     prefixes_B_P, truth_B_L = ids_B_T[:, : layout.prefix_length], ids_B_T[:, layout.prefix_length :]
     wrong_B_L, waiting = truth_B_L.clone(), torch.arange(len(ids_B_T), device=device)
     for attempt in range(max_tries):
         uniforms_B_L = torch.from_numpy(np.random.default_rng((*seed, attempt)).random(truth_B_L.shape)).to(device)
-        sample = guided_sample(policy, prefixes_B_P[waiting], truth_B_L.shape[1], Guidance(), uniforms_B_T=uniforms_B_L[waiting])
+        sample = guided_sample(
+            policy, prefixes_B_P[waiting], truth_B_L.shape[1], Guidance(), uniforms_B_T=uniforms_B_L[waiting]
+        )
         wrong_B_L[waiting] = sample.tokens_B_T
         waiting = waiting[(sample.tokens_B_T == truth_B_L[waiting]).all(1)]
         if not len(waiting):
@@ -156,7 +173,7 @@ def collect_pairs(
     return prefixes_B_P[failed_B], torch.cat([truth_B_L[failed_B], wrong_B_L[failed_B]])
 
 
-# --- trunks and files ---------------------------------------------------------------------------------------------------------------
+# --- trunks and files ---------------------------------------------------------------------------
 
 
 def new_trunk(policy: LanguageModelTrunk, copy_weights: bool, seed: int) -> LanguageModelTrunk:
@@ -169,7 +186,9 @@ def new_trunk(policy: LanguageModelTrunk, copy_weights: bool, seed: int) -> Lang
 
 
 def save_classifier(path: Path, model: Classifier, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
-    """A folder that load_classifier opens, with the optimizer and the run's `extra` in training_state/."""
+    """A folder that load_classifier opens, with the optimizer and the run's `extra` in
+    training_state/.
+    """
     about: dict[str, Any] = {"num_outputs": model.num_outputs, "head": model.head_name}
     with atomic_folder(path) as folder:
         if isinstance(model.trunk, BeliefStateTrunk):
@@ -178,7 +197,9 @@ def save_classifier(path: Path, model: Classifier, optimizer: torch.optim.Optimi
             model.trunk.model.config.save_pretrained(folder)
         save_model(model, str(folder / WEIGHTS_FILE))  # knows of tied weights
         write_state(folder, {"extra": extra})
-        optimizer_state.write_optimizer(dict(model.named_parameters()), optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
+        optimizer_state.write_optimizer(
+            dict(model.named_parameters()), optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE
+        )
         (folder / CLASSIFIER_FILE).write_text(json.dumps(about, indent=2))
 
 
@@ -192,7 +213,9 @@ def load_classifier(path: str | Path, device: torch.device) -> Classifier:
     if "belief_state" in about:
         trunk = BeliefStateTrunk(BeliefState(BeliefStateConfig(**about["belief_state"]), seed=None))
     else:
-        trunk = LanguageModelTrunk(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32).eval())
+        trunk = LanguageModelTrunk(
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32).eval()
+        )
     model = Classifier(trunk, about["num_outputs"], about["head"]).to(device)
     load_weights(path, model)
     return model

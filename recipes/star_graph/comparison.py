@@ -1,4 +1,6 @@
-"""What the methods reached: one table, and first-hop accuracy against optimizer steps, from the metrics.jsonl of each run."""
+"""What the methods reached: one table, and first-hop accuracy against optimizer steps, from the
+metrics.jsonl of each run.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,9 @@ def table(runs: Runs) -> str:
     for name in runs:
         hop_S, path_S = ([curve.values_K[-1] for curve in curves[name]] for curves in (hops, paths))
         each = " ".join(f"{hop:.3f}" for hop in hop_S)
-        lines.append(f"{name:12s} {hops[name][0].steps_K[-1]:6d}  {np.mean(hop_S):9.3f}  {np.mean(path_S):10.3f}   {each}")
+        lines.append(
+            f"{name:12s} {hops[name][0].steps_K[-1]:6d}  {np.mean(hop_S):9.3f}  {np.mean(path_S):10.3f}   {each}"
+        )
     return "\n".join(lines)
 
 

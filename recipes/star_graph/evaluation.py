@@ -1,8 +1,10 @@
-"""Accuracy on held-out graphs: paths decoded greedily by the project's sampler, as a prompt and l tokens, all graphs at once.
+"""Accuracy on held-out graphs: paths decoded greedily by the project's sampler, as a prompt and l
+tokens, all graphs at once.
 
-test/first_hop is the share of graphs whose second path node is right, the one decision of the task; test/exact is the whole path;
-test/node_k is node k. A reversed model writes the path from the goal, so its first hop comes last but one; a teacherless one gives all nodes
-in one pass over the prompt and l - 1 dummies. Left out: beams, sampling.
+test/first_hop is the share of graphs whose second path node is right, the one decision of the task;
+test/exact is the whole path; test/node_k is node k. A reversed model writes the path from the goal,
+so its first hop comes last but one; a teacherless one gives all nodes in one pass over the prompt
+and l - 1 dummies. Left out: beams, sampling.
 """
 
 import asyncio
@@ -17,7 +19,9 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import ModelInput, SamplingParams
 
 
-async def decode_paths(sampler: SamplingClient, prefixes_B_P: np.ndarray, layout: Layout, targets: Targets) -> np.ndarray:
+async def decode_paths(
+    sampler: SamplingClient, prefixes_B_P: np.ndarray, layout: Layout, targets: Targets
+) -> np.ndarray:
     """Greedy targets, source first, in the tokenizer's ids: (B, target_length)."""
     if targets == "teacherless":
         return await _decode_at_once(sampler, prefixes_B_P, layout)
@@ -29,7 +33,9 @@ async def decode_paths(sampler: SamplingClient, prefixes_B_P: np.ndarray, layout
 
 
 async def _decode_at_once(sampler: SamplingClient, prefixes_B_P: np.ndarray, layout: Layout) -> np.ndarray:
-    """The prompt ends in l - 1 dummies; token t of the path is the best continuation of what lies before dummy t, the last is sampled."""
+    """The prompt ends in l - 1 dummies; token t of the path is the best continuation of what lies
+    before dummy t, the last is sampled.
+    """
     dummies = [layout.dollar] * (layout.target_length - 1)
     params = SamplingParams(max_tokens=1, temperature=0.0, stop=[], seed=0)
     prompts_B = [ModelInput.from_ints([*prefix_P, *dummies]) for prefix_P in prefixes_B_P.tolist()]

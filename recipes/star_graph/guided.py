@@ -1,11 +1,15 @@
-"""Q# and controlled decoding on star graphs: a classifier is trained beside a frozen next-token policy, and then guides its decoding.
+"""Q# and controlled decoding on star graphs: a classifier is trained beside a frozen next-token
+policy, and then guides its decoding.
 
-    python recipes/star_graph/guided.py policy_path=runs/star_graph/gpt/checkpoints/final        # runs/star_graph_guided
-    python recipes/star_graph/guided.py policy_path=... trunk=runs/star_graph/bst/checkpoints/final next_token_coef=0
+    python recipes/star_graph/guided.py policy_path=runs/star_graph/gpt/checkpoints/final  # runs/star_graph_guided
+    python recipes/star_graph/guided.py policy_path=... trunk=runs/star_graph/bst/checkpoints/final
+    next_token_coef=0
 
-One classifier serves all methods: log_path/classifier is its run folder, log_path/qsharp and log_path/cd hold the accuracy of decoding
-with it, by the step of its training. At the end comes a table over methods and kl_coef, with the oracle in the classifier's place beside it.
-GUIDANCE.md says what works. Differs from Q#'s train_classifier.py: fresh graphs, a constant learning rate, no weight decay.
+One classifier serves all methods: log_path/classifier is its run folder, log_path/qsharp and
+log_path/cd hold the accuracy of decoding with it, by the step of its training. At the end comes a
+table over methods and kl_coef, with the oracle in the classifier's place beside it. GUIDANCE.md
+says what works. Differs from Q#'s train_classifier.py: fresh graphs, a constant learning rate, no
+weight decay.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -64,30 +68,43 @@ FOLDERS: dict[Method, str] = {"q_sharp": "qsharp", "cd": "cd"}
 
 @chz.chz
 class Config(RunConfig):
-    """Value-guided decoding on star graphs: trains the classifier and evaluates Q# and CD with it."""
+    """Value-guided decoding on star graphs: trains the classifier and evaluates Q# and CD with
+    it.
+    """
 
     policy_path: str = chz.field(doc="folder of the next-token policy that is guided; it never moves")
     task: StarGraphTask = chz.field(default_factory=StarGraphTask, doc="the graphs, and which are held out")
     trunk: str = chz.field(
         default="scratch",
-        doc="what the classifier begins with: 'scratch' (the policy's architecture, new weights), 'policy' (its weights), or the folder of "
+        doc="what the classifier begins with: 'scratch' (the policy's architecture, new weights), 'policy' (its "
+        "weights), or the folder of "
         "a Belief State Transformer (its forward encoder) or of another language model",
     )
-    head: Head = chz.field(default="bilinear", doc="linear is the original's; bilinear reads the state before the token as well")
+    head: Head = chz.field(
+        default="bilinear", doc="linear is the original's; bilinear reads the state before the token as well"
+    )
     train_trunk: bool = chz.field(default=True, doc="false: only the head learns")
     num_outputs: int = chz.field(
         default=1, validator=COUNT, doc="1: a Bernoulli return; K >= 2: a distribution over K returns from 0 to 1"
     )
     next_token_coef: float = chz.field(
-        default=0.0, validator=NON_NEGATIVE, doc="weight of predicting the tokens of both paths beside; the original has none"
+        default=0.0,
+        validator=NON_NEGATIVE,
+        doc="weight of predicting the tokens of both paths beside; the original has none",
     )
-    guidance: Guidance = chz.field(default_factory=Guidance, doc="kl_coef, top_k, ...; the method is not read: all are evaluated")
-    kl_coefs: list[float] = chz.field(default_factory=lambda: [0.1, 1.0], validator=POSITIVE, doc="those of the table at the end")
+    guidance: Guidance = chz.field(
+        default_factory=Guidance, doc="kl_coef, top_k, ...; the method is not read: all are evaluated"
+    )
+    kl_coefs: list[float] = chz.field(
+        default_factory=lambda: [0.1, 1.0], validator=POSITIVE, doc="those of the table at the end"
+    )
 
     num_steps: int = chz.field(default=500, validator=COUNT, doc="optimizer steps")
     batch_size: int = chz.field(default=64, validator=COUNT, doc="graphs of a step, each with a right and a wrong path")
     max_tries: int = chz.field(
-        default=8, validator=COUNT, doc="samples of the policy for a graph, until one is wrong; then the graph is dropped"
+        default=8,
+        validator=COUNT,
+        doc="samples of the policy for a graph, until one is wrong; then the graph is dropped",
     )
     learning_rate: float = chz.field(default=3e-3, validator=LEARNING_RATE, doc="after the warm-up")
     warmup_steps: int = chz.field(default=30, validator=WHOLE, doc="over which the learning rate rises linearly")
@@ -95,18 +112,25 @@ class Config(RunConfig):
     grad_clip_norm: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="of all gradients together")
     seed: int = chz.field(default=0, validator=SEED, doc="of the classifier's weights, its pairs, and sampled decoding")
 
-    eval_every: int = chz.field(default=100, validator=COUNT, doc="guided accuracy before every this many steps, and at the end")
-    save_every: int = chz.field(default=250, validator=COUNT, doc="checkpoint after every this many steps, and at the end")
+    eval_every: int = chz.field(
+        default=100, validator=COUNT, doc="guided accuracy before every this many steps, and at the end"
+    )
+    save_every: int = chz.field(
+        default=250, validator=COUNT, doc="checkpoint after every this many steps, and at the end"
+    )
     log_path: str = log_path_field("runs/star_graph_guided")
 
     @chz.validate
     def _check(self) -> None:
         for kl_coef in self.kl_coefs:
-            chz.replace(self.guidance, kl_coef=kl_coef)  # raises now what would otherwise be raised after training
+            # raises now what would otherwise be raised after training
+            chz.replace(self.guidance, kl_coef=kl_coef)
 
 
 def main(config: Config) -> list[Row]:
-    """Trains, or goes on, and returns the table's rows. What does not fit together is raised before training."""
+    """Trains, or goes on, and returns the table's rows. What does not fit together is raised before
+    training.
+    """
     graph, device = config.task.graph(), training_device()
     rows_D_T, test = config.task.split()
     check_model(config.policy_path, graph)
@@ -136,18 +160,22 @@ def _new_classifier(config: Config, policy: Reader, device: torch.device) -> Cla
     return Classifier(trunk, config.num_outputs, config.head, config.seed).to(device)
 
 
-# --- training -----------------------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------
 
 
 class Trainer:
-    """A classifier, its optimizer, and a step of its training as a function of the step's number."""
+    """A classifier, its optimizer, and a step of its training as a function of the step's
+    number.
+    """
 
     def __init__(self, config: Config, layout: Layout, policy: Reader, model: Classifier, batches: Batches):
         self.config, self.layout, self.policy, self.model, self.batches = config, layout, policy, model, batches
         self.device = model.head.out.weight.device
         model.trunk.requires_grad_(config.train_trunk)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=0.0, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+        )
 
     def pairs(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, index = divmod(step, len(self.batches))
@@ -159,12 +187,15 @@ class Trainer:
         prefixes_B_P, paths_2B_L = self.pairs(step)
         if not len(prefixes_B_P):
             raise DataError(
-                f"step {step}: the policy wrote all paths right {self.config.max_tries} times over: there is nothing to guide"
+                f"step {step}: the policy wrote all paths right {self.config.max_tries} times over: there is nothing "
+                "to guide"
             )
         loss, metrics = self.loss(prefixes_B_P, paths_2B_L)
         self.optimizer.zero_grad()
         loss.backward()
-        metrics["optim/grad_norm"] = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm))
+        metrics["optim/grad_norm"] = float(
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
+        )
         if not math.isfinite(metrics["optim/grad_norm"]):
             raise NonFiniteError(
                 f"step {step}: loss {loss.item()}, gradient norm not finite; no weight was changed. Lower learning_rate"
@@ -189,7 +220,8 @@ class Trainer:
         return _done()
 
     def checkpoint_bytes(self) -> int:
-        return 12 * sum(parameter.numel() for parameter in self.model.parameters())  # fp32 weights and two moments of each
+        # fp32 weights and two moments of each
+        return 12 * sum(parameter.numel() for parameter in self.model.parameters())
 
     def loss(self, prefixes_B_P: torch.Tensor, paths_2B_L: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
         returns_2B = torch.arange(len(paths_2B_L), device=self.device) < len(prefixes_B_P)
@@ -224,7 +256,9 @@ def _train(config: Config, folder: RunFolder, trainer: Trainer, test_ids_B_T: to
     async def step(number: int, metrics: Metrics) -> None:
         metrics |= trainer.step(number)
 
-    run = Run(config=config, folder=folder, client=trainer, name="classifier", num_steps=config.num_steps, headline=HEADLINE)
+    run = Run(
+        config=config, folder=folder, client=trainer, name="classifier", num_steps=config.num_steps, headline=HEADLINE
+    )
     run.evaluate = evaluate
     if run.start(None):
         asyncio.run(run.steps(step))
@@ -249,12 +283,16 @@ def _evaluate(config: Config, trainer: Trainer, test_ids_B_T: torch.Tensor) -> M
 
 
 def _write_method_folders(config: Config, run: RunFolder) -> None:
-    """What the classifier's metrics say of each method, in a folder of its own, as the recipe's other methods have one."""
+    """What the classifier's metrics say of each method, in a folder of its own, as the recipe's
+    other methods have one.
+    """
     for method, name in FOLDERS.items():
         lines = []
         for record in read_metrics(run.path):
             accuracy = {
-                key.replace(f"{method}/", "test/"): value for key, value in record.items() if key.startswith(f"{method}/")
+                key.replace(f"{method}/", "test/"): value
+                for key, value in record.items()
+                if key.startswith(f"{method}/")
             }
             if accuracy:
                 lines.append(json.dumps({"step": record["step"], **accuracy}) + "\n")

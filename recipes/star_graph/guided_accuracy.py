@@ -1,5 +1,5 @@
-"""How well a guided policy writes paths: accuracy and KL on held-out graphs, and the table of methods with the trained classifier, with a
-perfect one (oracle.py), and with none."""
+"""How well a guided policy writes paths: accuracy and KL on held-out graphs, and the table of
+methods with the trained classifier, with a perfect one (oracle.py), and with none."""
 
 from collections.abc import Sequence
 
@@ -26,11 +26,13 @@ def decode(
     layout: Layout,
     seed: int | None = None,
 ) -> dict[str, float]:
-    """path_accuracy of the policy guided by the classifier on graphs in the tokenizer's ids, and the KL from the unguided policy in nats
-    per path. Greedy, or sampled where a seed is given."""
+    """path_accuracy of the policy guided by the classifier on graphs in the tokenizer's ids, and
+    the KL from the unguided policy in nats per path. Greedy, or sampled where a seed is given."""
     ids_B_L, kl_B = [], []
     uniforms_B_L = (
-        None if seed is None else torch.from_numpy(np.random.default_rng(seed).random((len(ids_B_T), layout.target_length)))
+        None
+        if seed is None
+        else torch.from_numpy(np.random.default_rng(seed).random((len(ids_B_T), layout.target_length)))
     )
     for first in range(0, len(ids_B_T), DECODED_AT_ONCE):
         rows = slice(first, first + DECODED_AT_ONCE)
@@ -53,8 +55,9 @@ def guidance_table(
     layout: Layout,
     seed: int,
 ) -> list[Row]:
-    """Each method at each kl_coef, greedy and sampled, with the classifier and with the oracle; first the policy alone. `kl` is that of
-    sampling, whose tokens are drawn with the same numbers in all rows."""
+    """Each method at each kl_coef, greedy and sampled, with the classifier and with the oracle;
+    first the policy alone. `kl` is that of sampling, whose tokens are drawn with the same numbers
+    in all rows."""
     settings: list[tuple[Method, float]] = [(method, kl_coef) for method in ("q_sharp", "cd") for kl_coef in kl_coefs]
     settings.append(("cd_code", guidance.kl_coef))
     readers = {"none": None, "trained": classifier, "oracle": oracle(layout, policy.trunk.vocab_size)}
@@ -64,9 +67,19 @@ def guidance_table(
             here = chz.replace(guidance, method=method, kl_coef=kl_coef)
             greedy = decode(policy, reader, here, ids_B_T, layout)
             sampled = decode(policy, reader, here, ids_B_T, layout, seed)
-            figures = {f"{key}_{how}": found[key] for how, found in (("greedy", greedy), ("sampled", sampled)) for key in FIGURES}
+            figures = {
+                f"{key}_{how}": found[key]
+                for how, found in (("greedy", greedy), ("sampled", sampled))
+                for key in FIGURES
+            }
             rows.append(
-                {"classifier": name, "method": method if reader else "policy", "kl_coef": kl_coef, **figures, "kl": sampled["kl"]}
+                {
+                    "classifier": name,
+                    "method": method if reader else "policy",
+                    "kl_coef": kl_coef,
+                    **figures,
+                    "kl": sampled["kl"],
+                }
             )
     return rows
 

@@ -1,6 +1,8 @@
-"""A classifier of star graphs that is a function of the graph: it reads the path off the edges and calls right what is the beginning of it.
+"""A classifier of star graphs that is a function of the graph: it reads the path off the edges and
+calls right what is the beginning of it.
 
-What guidance does with a perfect classifier is then known exactly, and what a trained one lacks is seen beside it.
+What guidance does with a perfect classifier is then known exactly, and what a trained one lacks is
+seen beside it.
 """
 
 import numpy as np
@@ -40,7 +42,9 @@ class OracleTrunk:
 
 
 def true_paths(prefixes_B_P: np.ndarray, layout: Layout) -> np.ndarray:
-    """(B, target_length), in the tokenizer's ids as the prefixes are: from the goal back to the source."""
+    """(B, target_length), in the tokenizer's ids as the prefixes are: from the goal back to the
+    source.
+    """
     graph = layout.graph
     numeral = {int(token): v for v, token in enumerate(layout.ids_V)}
     tokens_B_P = np.array([[numeral[token] for token in row if token != layout.comma] for row in prefixes_B_P.tolist()])

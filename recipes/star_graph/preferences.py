@@ -1,9 +1,12 @@
-"""DPO and RPO on star graphs, as in Q#'s train_dpo.py (Zhou et al. 2025): the right path against a wrong one the policy sampled.
+"""DPO and RPO on star graphs, as in Q#'s train_dpo.py (Zhou et al. 2025): the right path against a
+wrong one the policy sampled.
 
-    python recipes/star_graph/preferences.py model_name=runs/star_graph_gpt/checkpoints/final method=rpo pairs_path=PAIRS.jsonl
+    python recipes/star_graph/preferences.py model_name=runs/star_graph_gpt/checkpoints/final
+    method=rpo pairs_path=PAIRS.jsonl
 
-The losses are preference/losses.py's: sums over the path's tokens, beta 0.1; RPO is DPO - log pi(right path). The reference is the policy the
-run starts from. Differs: fresh pairs are not collected while training (nor there), a linear schedule, no weight decay, no clipping.
+The losses are preference/losses.py's: sums over the path's tokens, beta 0.1; RPO is DPO - log
+pi(right path). The reference is the policy the run starts from. Differs: fresh pairs are not
+collected while training (nor there), a linear schedule, no weight decay, no clipping.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -45,7 +48,8 @@ class Config(train_dpo.Config):
     task: StarGraphTask = chz.field(default_factory=StarGraphTask, doc="which graphs, and which are held out")
     pairs_path: str | None = chz.field(
         default=None,
-        doc="JSONL of pairs (rollouts.py; Q#'s collect_rollouts.py); None = collected with the policy, into the run folder's parent",
+        doc="JSONL of pairs (rollouts.py; Q#'s collect_rollouts.py); None = collected with the policy, into the run "
+        "folder's parent",
     )
     num_prompts: int = chz.field(default=4000, validator=COUNT, doc="prompts to collect pairs on")
     dataset: ComparisonDatasetBuilder = chz.field(
@@ -89,7 +93,9 @@ async def collect(config: Config, path: Path) -> None:
     rows_D_T, test = config.task.split()
     graph = test.graph
     seed = (config.seed, GUIDED)
-    rows_D_T = sample_graphs(graph, config.num_prompts, seed, test) if rows_D_T is None else rows_D_T[: config.num_prompts]
+    rows_D_T = (
+        sample_graphs(graph, config.num_prompts, seed, test) if rows_D_T is None else rows_D_T[: config.num_prompts]
+    )
     with ServiceClient(config.backend) as service:
         sampler = service.create_sampling_client(config.model_name)
         layout = layout_of(sampler.get_tokenizer(), graph)

@@ -1,11 +1,14 @@
-"""Next-token training on star graphs, and its two repairs: reversed targets and teacherless training (Bachmann and Nagarajan 2024, section 5).
+"""Next-token training on star graphs, and its two repairs: reversed targets and teacherless
+training (Bachmann and Nagarajan 2024, section 5).
 
     python recipes/star_graph/pretrain.py dataset.targets=reversed max_steps=800          # runs/star_graph_gpt
-    python recipes/star_graph/pretrain.py dataset.path=graph_2_5_sample_8000000.txt dataset.path_length=5 dataset.num_nodes=50
+    python recipes/star_graph/pretrain.py dataset.path=graph_2_5_sample_8000000.txt
+    dataset.path_length=5 dataset.num_nodes=50
 
-Supervised training with cross-entropy on the path's tokens, through supervised/. Forward targets can leave a small model at 1/d: teacher
-forcing shows it the node it is to leave, so that looking up the successor explains every token but the first hop (the "Clever Hans" cheat).
-Differs from Q#'s train.py: fresh graphs in every batch, a constant learning rate, no weight decay.
+Supervised training with cross-entropy on the path's tokens, through supervised/. Forward targets
+can leave a small model at 1/d: teacher forcing shows it the node it is to leave, so that looking up
+the successor explains every token but the first hop (the "Clever Hans" cheat). Differs from Q#'s
+train.py: fresh graphs in every batch, a constant learning rate, no weight decay.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -50,7 +53,9 @@ class Config(train.Config):
     learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="at the first step")
     lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
     eval_every: int = chz.field(
-        default=50, validator=WHOLE, doc="accuracy and loss on held-out graphs before every this many steps, and at the end"
+        default=50,
+        validator=WHOLE,
+        doc="accuracy and loss on held-out graphs before every this many steps, and at the end",
     )
     save_every: int = chz.field(
         default=250, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
@@ -66,7 +71,9 @@ async def main(config: Config) -> Metrics:
 
 
 async def train_with(config: Config, objective: Callable[[Layout], train.Objective[list[Datum]]]) -> Metrics:
-    """The supervised loop with accuracy and loss on the held-out graphs; `objective` is what a batch is trained on."""
+    """The supervised loop with accuracy and loss on the held-out graphs; `objective` is what a
+    batch is trained on.
+    """
     builder = config.dataset
     assert isinstance(builder, StarGraphExamplesBuilder)
     graph = builder.graph()

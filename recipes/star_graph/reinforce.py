@@ -1,14 +1,16 @@
 """REINFORCE on star graphs in the exact form of Q#'s train_reinforce.py (Zhou et al. 2025).
 
-    python recipes/star_graph/reinforce.py model_name=runs/star_graph_gpt/checkpoints/final rollouts=sampled baseline=0
+    python recipes/star_graph/reinforce.py model_name=runs/star_graph_gpt/checkpoints/final
+    rollouts=sampled baseline=0
 
-One rollout of each prompt by the present policy, greedy as there (temperature 0.8 and top-k 1) or sampled; r = 1 if the whole path is right.
+One rollout of each prompt by the present policy, greedy as there (temperature 0.8 and top-k 1) or
+sampled; r = 1 if the whole path is right.
 
     baseline 0   w_i = 1.1 r_i - 0.1                      baseline 1   w_i = r_i - mean of the batch's r
     loss = (1/M) sum_i w_i sum_t -log pi(y_it)            M prompts; pi is the full softmax at temperature 1
 
-Left out: warm-up, weight decay and clipping. A baseline for each prompt, several rollouts of it and importance weights are rl/'s: train.py
-of this folder runs that variant ("rl") beside these.
+Left out: warm-up, weight decay and clipping. A baseline for each prompt, several rollouts of it and
+importance weights are rl/'s: train.py of this folder runs that variant ("rl") beside these.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -41,8 +43,12 @@ class Config(pretrain.Config):
     rollouts: Literal["greedy", "sampled"] = chz.field(
         default="greedy", doc="greedy, as in Q#'s code, or sampled at temperature 1"
     )
-    baseline: Literal[0, 1] = chz.field(default=1, doc="1: the batch's mean reward; 0: none, and wrong paths weigh -0.1")
-    learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="at the first step; Q# takes 1e-5 for GPT-2")
+    baseline: Literal[0, 1] = chz.field(
+        default=1, doc="1: the batch's mean reward; 0: none, and wrong paths weigh -0.1"
+    )
+    learning_rate: float = chz.field(
+        default=1e-4, validator=LEARNING_RATE, doc="at the first step; Q# takes 1e-5 for GPT-2"
+    )
     log_path: str = log_path_field("runs/star_graph_reinforce")
 
 
@@ -67,7 +73,9 @@ def weighted_datum(prefix: Sequence[int], rollout: SampledSequence, weight: floa
 
 
 class Reinforce:
-    """An Objective of the supervised loop: a batch's rows are prompts with their right paths; what is trained on are rollouts."""
+    """An Objective of the supervised loop: a batch's rows are prompts with their right paths; what
+    is trained on are rollouts.
+    """
 
     def __init__(self, target_length: int, rollouts: Literal["greedy", "sampled"], baseline: Literal[0, 1], seed: int):
         self.target_length, self.seed = target_length, seed
@@ -88,7 +96,9 @@ class Reinforce:
         return [(data, client.forward_backward(data, "reinforce"))]
 
     def params(self, prefix: Sequence[int]) -> SamplingParams:
-        """The seed is a function of the prompt, so that a resumed run samples what an uninterrupted one would have."""
+        """The seed is a function of the prompt, so that a resumed run samples what an uninterrupted
+        one would have.
+        """
         seed = int(np.random.SeedSequence([self.seed, *prefix]).generate_state(1)[0])
         return SamplingParams(max_tokens=self.target_length, temperature=self.temperature, stop=[], seed=seed)
 

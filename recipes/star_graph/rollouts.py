@@ -1,7 +1,9 @@
-"""Pairs of a right and a sampled wrong path, in the JSONL of Q#'s collect_rollouts.py: written, and read, also theirs.
+"""Pairs of a right and a sampled wrong path, in the JSONL of Q#'s collect_rollouts.py: written, and
+read, also theirs.
 
-Every prompt is sampled at temperature 1 until a path is wrong, at most `max_tries` times; prompts that never fail are dropped and counted.
-"Chosen" is always the graph's own path, no sample. All ids are those of the tokenizer the policy has.
+Every prompt is sampled at temperature 1 until a path is wrong, at most `max_tries` times; prompts
+that never fail are dropped and counted. "Chosen" is always the graph's own path, no sample. All ids
+are those of the tokenizer the policy has.
 
     x                              prefix                        global_idx                        row of the prompt
     y_pred_chosen                  prefix and right path         y_pred_reject                     prefix and wrong path
@@ -37,13 +39,16 @@ async def collect_pairs(
         active_B = list(range(first, min(first + WAVE, len(ids_B_T))))
         for n_try in range(max_tries):
             drawn = await asyncio.gather(*(_sample(sampler, ids_B_T[b], layout, (seed, b, n_try)) for b in active_B))
-            wrong = {b: tokens for b, tokens in zip(active_B, drawn, strict=True) if tokens != _target(ids_B_T[b], layout)}
+            wrong = {
+                b: tokens for b, tokens in zip(active_B, drawn, strict=True) if tokens != _target(ids_B_T[b], layout)
+            }
             records |= {b: _record(ids_B_T[b], tokens, layout, b, n_try) for b, tokens in wrong.items()}
             active_B = [b for b in active_B if b not in wrong]
             if not active_B:
                 break
     print(
-        f"{path}: {len(records):,} pairs; {len(ids_B_T) - len(records):,} prompts had no wrong path in {max_tries} tries",
+        f"{path}: {len(records):,} pairs; {len(ids_B_T) - len(records):,} prompts had no wrong path in {max_tries} "
+        "tries",
         flush=True,
     )
     write_jsonl(Path(path), (records[b] for b in sorted(records)))
@@ -77,7 +82,9 @@ def _record(ids_T: np.ndarray, wrong: list[int], layout: Layout, index: int, n_t
 
 
 def read_pairs(path: str | Path, layout: Layout) -> list[Pair]:
-    """Pairs for preference/, with weight 1 on the tokens of the paths. DataError names the line that is not of this form or size."""
+    """Pairs for preference/, with weight 1 on the tokens of the paths. DataError names the line
+    that is not of this form or size.
+    """
     lines = read_bytes(path).splitlines()
     pairs, dropped = [], 0
     for number, line in enumerate(lines, start=1):
@@ -105,4 +112,6 @@ def read_pairs(path: str | Path, layout: Layout) -> list[Pair]:
 def path_datum(ids_T: list[int], layout: Layout) -> Datum:
     """Weight 1 on each token of the path: sums of logprobs, as the preference losses want them."""
     weights_T = [0.0] * (layout.prefix_length - 1) + [1.0] * layout.target_length
-    return Datum(ModelInput.from_ints(ids_T[:-1]), {"target_tokens": ids_T[1:], "weights": np.array(weights_T, dtype=np.float32)})
+    return Datum(
+        ModelInput.from_ints(ids_T[:-1]), {"target_tokens": ids_T[1:], "weights": np.array(weights_T, dtype=np.float32)}
+    )

@@ -1,8 +1,9 @@
-"""Runs of one experiment side by side: a process each, so many at a time, some after others, with one progress bar for all.
+"""Runs of one experiment side by side: a process each, so many at a time, some after others, with
+one progress bar for all.
 
-A stage that has finished is not run again; asked for with other settings, it is an error.
-What a process prints goes to <folder>.log. A run that fails ends those that wait for it, not the others; the error comes at the end.
-Left out: several machines, and a GPU each.
+A stage that has finished is not run again; asked for with other settings, it is an error. What a
+process prints goes to <folder>.log. A run that fails ends those that wait for it, not the others;
+the error comes at the end. Left out: several machines, and a GPU each.
 """
 
 import json
@@ -29,7 +30,8 @@ class RunFailed(CookbookError):
 
 
 def run_side_by_side(num_steps: Mapping[Stage, int], processes: int) -> None:
-    """Returns when all have finished. RunFailed has the last lines of what failed. Ctrl-C and SIGTERM stop all; they save their state.
+    """Returns when all have finished. RunFailed has the last lines of what failed. Ctrl-C and
+    SIGTERM stop all; they save their state.
 
     `num_steps` of each stage are for the progress bar.
     """
@@ -106,12 +108,14 @@ def _child(stage: Stage) -> None:
 
 def _last_line(stage: Stage) -> str:
     lines = (
-        [line for line in _log(stage).read_text(errors="replace").splitlines() if line.strip()] if _log(stage).exists() else []
+        [line for line in _log(stage).read_text(errors="replace").splitlines() if line.strip()]
+        if _log(stage).exists()
+        else []
     )
     return f"{lines[-1].removeprefix('error: ') if lines else 'died without a word'} (see {_log(stage)})"
 
 
-# --- progress -------------------------------------------------------------------------------------------------------------------
+# --- progress -----------------------------------------------------------------------------------
 
 
 class _Display:
@@ -126,7 +130,12 @@ class _Display:
         if sys.stdout.isatty() and self._num_steps:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
             self._bar = Progress(*columns, TextColumn("{task.fields[status]}"))
             self._bar.start()
             for stage, num_steps in self._num_steps.items():
@@ -181,5 +190,7 @@ def _progress(stage: Stage) -> tuple[int, str]:
         for key, value in record.items()
         if key.endswith("/first_hop") and "env/all" not in key.replace("test/env/all", "")
     }
-    status = "  ".join(f"{key.removesuffix('/first_hop')} {value:.2f}" for key, value in found.items() if value is not None)
+    status = "  ".join(
+        f"{key.removesuffix('/first_hop')} {value:.2f}" for key, value in found.items() if value is not None
+    )
     return int(records[-1]["step"]) + 1 if records else 0, status and f"first hop: {status}"

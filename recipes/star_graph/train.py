@@ -1,13 +1,16 @@
-"""Star graphs, on which next-token training of a small model guesses the first hop: every method on one set of graphs.
+"""Star graphs, on which next-token training of a small model guesses the first hop: every method on
+one set of graphs.
 
     python recipes/star_graph/train.py                              # G(2,3) over 12 nodes, one seed; runs/star_graph
     python recipes/star_graph/train.py seeds='[0,1,2]'
     python recipes/star_graph/train.py methods=gpt,bst task.path_length=4
 
-From scratch: gpt (next-token), reversed and teacherless targets, bst (Belief State Transformer). From the trained gpt: reinforce (Q#'s form),
-rl (this project's loop: several rollouts of a prompt, their mean as baseline), dpo, rpo, and guided, which is Q# and CD with one classifier.
-Methods run side by side, each in a process of its own with its run folder <log_path>/seed_<s>/<method>; one that has finished is not run again,
-an interrupted one is resumed. At the end: a table, and first-hop accuracy against steps in <log_path>/star_graph.png.
+From scratch: gpt (next-token), reversed and teacherless targets, bst (Belief State Transformer).
+From the trained gpt: reinforce (Q#'s form), rl (this project's loop: several rollouts of a prompt,
+their mean as baseline), dpo, rpo, and guided, which is Q# and CD with one classifier. Methods run
+side by side, each in a process of its own with its run folder <log_path>/seed_<s>/<method>; one
+that has finished is not run again, an interrupted one is resumed. At the end: a table, and
+first-hop accuracy against steps in <log_path>/star_graph.png.
 """
 
 import os
@@ -57,12 +60,15 @@ class Config:
     task: StarGraphTask = chz.field(
         default_factory=StarGraphTask, doc="the graphs, and which are held out: the same for all seeds"
     )
-    pretrain_steps: int = chz.field(default=800, validator=COUNT, doc="steps of gpt, reversed and teacherless, 128 graphs each")
+    pretrain_steps: int = chz.field(
+        default=800, validator=COUNT, doc="steps of gpt, reversed and teacherless, 128 graphs each"
+    )
     bst_steps: int = chz.field(default=600, validator=COUNT, doc="steps of bst, 64 graphs each")
     policy_steps: int = chz.field(default=200, validator=COUNT, doc="steps of reinforce, rl, dpo and rpo")
     classifier_steps: int = chz.field(default=500, validator=COUNT, doc="steps of the classifier of Q# and CD")
     classifier_trunk: Literal["bst", "scratch", "policy"] = chz.field(
-        default="bst", doc="the classifier's: bst's forward encoder, frozen, so that only a head learns; new weights; or gpt's"
+        default="bst",
+        doc="the classifier's: bst's forward encoder, frozen, so that only a head learns; new weights; or gpt's",
     )
     policy_learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of reinforce, rl, dpo and rpo")
     processes: int = chz.field(default=2, validator=COUNT, doc="methods that run at the same time, one thread each")
@@ -71,7 +77,7 @@ class Config:
     )
 
 
-# --- methods --------------------------------------------------------------------------------------------------------------------
+# --- methods ------------------------------------------------------------------------------------
 
 
 def seed_folder(config: Config, seed: int) -> Path:
@@ -97,7 +103,9 @@ def supervised(config: Config, method: str, seed: int) -> pretrain.Config:
 
 def reinforce_config(config: Config, seed: int) -> reinforce.Config:
     return reinforce.Config(
-        dataset=StarGraphExamplesBuilder(**of_task(config), n_batches=config.policy_steps, batch_size=256, seed=1000 + seed),
+        dataset=StarGraphExamplesBuilder(
+            **of_task(config), n_batches=config.policy_steps, batch_size=256, seed=1000 + seed
+        ),
         model_name=final_checkpoint(config, "gpt", seed),
         learning_rate=config.policy_learning_rate,
         seed=seed,
@@ -158,7 +166,8 @@ def guided_config(config: Config, seed: int) -> guided.Config:
         policy_path=final_checkpoint(config, "gpt", seed),
         task=config.task,
         trunk=final_checkpoint(config, "bst", seed) if config.classifier_trunk == "bst" else config.classifier_trunk,
-        train_trunk=config.classifier_trunk != "bst",  # with all weights trained, one of the runs never left ln 2
+        # with all weights trained, one of the runs never left ln 2
+        train_trunk=config.classifier_trunk != "bst",
         num_steps=config.classifier_steps,
         seed=seed,
         log_path=str(seed_folder(config, seed)),
@@ -197,7 +206,7 @@ def stages_of(config: Config, seed: int) -> dict[str, Stage]:
     return stages
 
 
-# --- the experiment -------------------------------------------------------------------------------------------------------------
+# --- the experiment -----------------------------------------------------------------------------
 
 
 def chosen_methods(config: Config) -> list[str]:

@@ -1,4 +1,6 @@
-"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506): model, losses over pairs, trainer, decoding and checkpoints.
+"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506): model, losses over pairs,
+trainer, decoding and checkpoints.
 
-A library: recipes/belief_state and recipes/star_graph train with it. `distributed` lets several processes train one model.
+A library: recipes/belief_state and recipes/star_graph train with it. `distributed` lets several
+processes train one model.
 """

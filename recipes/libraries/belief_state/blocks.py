@@ -1,7 +1,8 @@
-"""The transformer stack of the Belief State Transformer and of the baselines beside it: pre-norm blocks with RMSNorm, rotary positions, SwiGLU.
+"""The transformer stack of the Belief State Transformer and of the baselines beside it: pre-norm
+blocks with RMSNorm, rotary positions, SwiGLU.
 
-Causal only: who reads from right to left flips the tokens. Rows may be packed with several documents, each seen by itself; decoding goes on
-from a KV cache. Left out: dropout, biases.
+Causal only: who reads from right to left flips the tokens. Rows may be packed with several
+documents, each seen by itself; decoding goes on from a KV cache. Left out: dropout, biases.
 """
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 ROPE_BASE = 1e4
 NORM_EPS = 1e-5
 
-# Keys and values of a layer, (B, heads, T, D) each. Tensors in it are never written to, so that a cache can be cut and shared.
+# Keys and values of a layer, (B, heads, T, D) each. Tensors in it are never written to, so that a
+# cache can be cut and shared.
 KVCache = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -59,7 +61,8 @@ class Attention(nn.Module):
                 cache[layer] = (k, v)
             else:
                 cache.append((k, v))
-        # without a mask: whole rows are causal (the kernels' fast path), and a single token sees all that came before it
+        # without a mask: whole rows are causal (the kernels' fast path), and a single token sees
+        # all that came before it
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and k.shape[2] == T)
         return self.out(attended.transpose(1, 2).reshape(B, T, H))
 
@@ -100,12 +103,16 @@ class Encoder(nn.Module):
         document_B_T: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """`document_B_T` numbers the documents of packed rows; None: a row is one. With `cache`, the tokens follow those in it."""
+        """`document_B_T` numbers the documents of packed rows; None: a row is one. With `cache`,
+        the tokens follow those in it.
+        """
         rope = _rope(position_B_T, self.head_dim)
         past = cache[0][0].shape[2] if cache else 0
         mask = None if document_B_T is None else _document_mask(document_B_T)
         if past and x_B_T_H.shape[1] > 1:
-            mask = torch.ones(x_B_T_H.shape[1], past + x_B_T_H.shape[1], dtype=torch.bool, device=x_B_T_H.device).tril(past)
+            mask = torch.ones(x_B_T_H.shape[1], past + x_B_T_H.shape[1], dtype=torch.bool, device=x_B_T_H.device).tril(
+                past
+            )
         for layer, block in enumerate(self.blocks):
             x_B_T_H = block(x_B_T_H, rope, mask, cache, layer)
         return self.norm(x_B_T_H)

@@ -1,20 +1,23 @@
-"""Decoding with the Belief State Transformer: fill the gap between a prompt and a goal (section 4 of the paper).
+"""Decoding with the Belief State Transformer: fill the gap between a prompt and a goal (section 4
+of the paper).
 
     EOS prompt ... gap ... goal EOS        either side may be empty
 
-`forward` writes the gap from left to right: the forward state grows with every token, the backward state of the goal stays as it is, and
-the next-token half of the head chooses. `reverse` is its mirror image: the backward state grows, the prompt's stays, the previous-token half
-chooses. The code below knows one direction, "near" (the side that grows) to "far". The growing side has a KV cache; what branches off shares it.
+`forward` writes the gap from left to right: the forward state grows with every token, the backward
+state of the goal stays as it is, and the next-token half of the head chooses. `reverse` is its
+mirror image: the backward state grows, the prompt's stays, the previous-token half chooses. The
+code below knows one direction, "near" (the side that grows) to "far". The growing side has a KV
+cache; what branches off shares it.
 
     greedy   the likeliest token, until the model says that nothing is missing (EOS)
     beam     best first: the best partial gap by mean logprob is completed greedily, and `top_k` other tokens at each of its places join
              the queue; `rollouts` times
     plan     the same proposals, ranked by how well the far side's own tokens are foretold through the gap: the mean over its tokens x_t of
-             log p(x_t | near state before x_t, far state behind it). Without a far side the last `tail` tokens of the gap are foretold
-             instead, by the other half of the head
+             log p(x_t | near state before x_t, far state behind it). Without a far side the last
+             `tail` tokens of the gap are foretold instead, by the other half of the head
 
-A gap that ends by EOS counts that EOS in its mean logprob. A model trained with min_gap=2 never says EOS: its gaps have `max_tokens`.
-Left out: sampling; branches of several rollouts in one batch.
+A gap that ends by EOS counts that EOS in its mean logprob. A model trained with min_gap=2 never
+says EOS: its gaps have `max_tokens`. Left out: sampling; branches of several rollouts in one batch.
 """
 
 import heapq
@@ -35,7 +38,9 @@ Direction = Literal["forward", "reverse"]
 
 @dataclass(frozen=True)
 class Infill:
-    """`tokens` in the order of the document, without EOS; `score`: mean logprob, or what `plan` ranks by. `complete`: ended by EOS."""
+    """`tokens` in the order of the document, without EOS; `score`: mean logprob, or what `plan`
+    ranks by. `complete`: ended by EOS.
+    """
 
     tokens: list[int]
     score: float
@@ -44,10 +49,13 @@ class Infill:
 
 @torch.no_grad()
 def greedy_tokens(model: BeliefState | NextToken, prompts_B_T: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """(B, num_tokens): the likeliest continuation of prompts of one length, token by token; for a BST towards the empty suffix."""
+    """(B, num_tokens): the likeliest continuation of prompts of one length, token by token; for a
+    BST towards the empty suffix.
+    """
     with autocast(prompts_B_T.device):
         cache: KVCache = []
-        position = 0 if bool((prompts_B_T[:, 0] == model.config.eos_id).all()) else 1  # as documents() counts
+        # as documents() counts
+        position = 0 if bool((prompts_B_T[:, 0] == model.config.eos_id).all()) else 1
         tokens_B_T, chosen = prompts_B_T, []
         empty_H = model.empty_suffix() if isinstance(model, BeliefState) else None
         for _ in range(num_tokens):
@@ -64,7 +72,9 @@ def greedy_tokens(model: BeliefState | NextToken, prompts_B_T: torch.Tensor, num
 
 @torch.no_grad()
 def next_token_greedy(model: NextToken, prompt: Sequence[int], max_tokens: int) -> Infill:
-    """The baseline's continuation up to its EOS. The prompt begins with EOS; for fill-in-the-middle it is EOS, goal, <|fim|>, prompt."""
+    """The baseline's continuation up to its EOS. The prompt begins with EOS; for fill-in-the-middle
+    it is EOS, goal, <|fim|>, prompt.
+    """
     cache: KVCache = []
     feed, position, chosen, total = list(prompt), 0, [], 0.0
     while True:
@@ -116,7 +126,9 @@ def infill_plan(
     relative: bool = False,
     tail: int = 16,
 ) -> list[Infill]:
-    """Best first. `relative`: partial gaps queue by the sum of log p(token) - log p(best) in place of the mean logprob."""
+    """Best first. `relative`: partial gaps queue by the sum of log p(token) - log p(best) in place
+    of the mean logprob.
+    """
     gap = _Gap(model, prompt, goal, max_tokens, direction)
     partials = gap.proposals(rollouts, top_k, relative)
     infills = [replace(gap.infill(partial), score=gap.far_score(partial, tail)) for partial in partials]
@@ -125,7 +137,9 @@ def infill_plan(
 
 @dataclass(frozen=True)
 class _Partial:
-    """A gap as far as it is written, from near to far, and the cache of a rollout that has read at least all but its last token."""
+    """A gap as far as it is written, from near to far, and the cache of a rollout that has read at
+    least all but its last token.
+    """
 
     tokens: tuple[int, ...] = ()
     logprob: float = 0.0  # summed
@@ -139,7 +153,9 @@ class _Partial:
 
 
 class _Gap:
-    def __init__(self, model: BeliefState, prompt: Sequence[int], goal: Sequence[int], max_tokens: int, direction: Direction):
+    def __init__(
+        self, model: BeliefState, prompt: Sequence[int], goal: Sequence[int], max_tokens: int, direction: Direction
+    ):
         if max_tokens < 1:
             raise ConfigError(f"max_tokens={max_tokens}: a gap has room for at least one token")
         eos = model.config.eos_id
@@ -174,7 +190,9 @@ class _Gap:
 
     @torch.no_grad()
     def roll_out(self, partial: _Partial, alternatives: list[_Partial], top_k: int = 0) -> _Partial:
-        """`partial` completed greedily; at each new place the `top_k` likeliest others, EOS never, are added to `alternatives`."""
+        """`partial` completed greedily; at each new place the `top_k` likeliest others, EOS never,
+        are added to `alternatives`.
+        """
         known = [*self.near, *partial.tokens]
         cache: KVCache = list(partial.cache)
         read = cache[0][0].shape[2] if cache else 0
@@ -209,7 +227,9 @@ class _Gap:
 
     @torch.no_grad()
     def far_score(self, partial: _Partial, tail: int) -> float:
-        """Mean logprob of the far side's tokens, read through the gap; without a far side, of the gap's last tokens, by the other half."""
+        """Mean logprob of the far side's tokens, read through the gap; without a far side, of the
+        gap's last tokens, by the other half.
+        """
         has_far = len(self.far) > 1
         scored = self.far[:-1] if has_far else list(partial.tokens[-tail:])
         if not scored:
@@ -225,16 +245,26 @@ class _Gap:
 
     @torch.no_grad()
     def _far_states(self, tokens: list[int]) -> torch.Tensor:
-        """(S, H): the state of each token of the far side, which has read from there outwards. `tokens` end with EOS."""
+        """(S, H): the state of each token of the far side, which has read from there outwards.
+        `tokens` end with EOS.
+        """
         with autocast(self.device):
-            return self.model.extend(self.far_encoder, torch.tensor([tokens[::-1]], device=self.device), 0, [])[0].flip(0)
+            return self.model.extend(self.far_encoder, torch.tensor([tokens[::-1]], device=self.device), 0, [])[0].flip(
+                0
+            )
 
     def _logprobs(self, near: torch.Tensor, far: torch.Tensor, near_half: bool) -> torch.Tensor:
-        """Of the token behind the near state (`near_half`), or before the far one; in document order they are f and b, or b and f."""
-        next_logits, prev_logits = self.model.text_head(near, far) if self.is_forward else self.model.text_head(far, near)
+        """Of the token behind the near state (`near_half`), or before the far one; in document
+        order they are f and b, or b and f.
+        """
+        next_logits, prev_logits = (
+            self.model.text_head(near, far) if self.is_forward else self.model.text_head(far, near)
+        )
         return (next_logits if near_half == self.is_forward else prev_logits).double().log_softmax(-1)
 
 
-def _cut(cache: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+def _cut(
+    cache: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     """The first `length` tokens of a cache, as views."""
     return tuple((k[:, :, :length], v[:, :, :length]) for k, v in cache)

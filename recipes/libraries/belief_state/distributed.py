@@ -1,16 +1,19 @@
-"""Several processes train one Belief State Transformer (or its baseline): torchrun starts them, each takes its share of the rows of a batch.
+"""Several processes train one Belief State Transformer (or its baseline): torchrun starts them,
+each takes its share of the rows of a batch.
 
     torchrun --nproc-per-node 4 recipes/belief_state/train.py parallel=replicate
 
 replicate   every process has all weights; gradients are summed once per optimizer step (what DDP does; the two-stage backward pass with its many
             small backward calls leaves nothing for DDP's overlap to hide)
 shard       FSDP2: weights, gradients and optimizer states are cut over the processes, and a block is whole only while it computes. The
-            text head, which runs once per chunk of pairs, is gathered once per step and its gradient reduced once, since the number
-            of chunks is not the same everywhere
+            text head, which runs once per chunk of pairs, is gathered once per step and its
+            gradient reduced once, since the number of chunks is not the same everywhere
 
-All processes hold the same batch, and the losses are sums over rows divided by the number of rows of the whole batch. So the number of
-processes changes a gradient by no more than the order of a sum. They also meet the same errors, and nobody waits for one that has given
-up; where one dies of something else, torchrun ends the others. Left out: several machines' checkpoints (one file, written by the first).
+All processes hold the same batch, and the losses are sums over rows divided by the number of rows
+of the whole batch. So the number of processes changes a gradient by no more than the order of a
+sum. They also meet the same errors, and nobody waits for one that has given up; where one dies of
+something else, torchrun ends the others. Left out: several machines' checkpoints (one file, written
+by the first).
 """
 
 import os
@@ -36,7 +39,8 @@ from recipes.libraries.belief_state.model import BeliefState
 from recipes.libraries.belief_state.pairs import PairObjective
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer, PassConfig, TokenBatch
 
-TIMEOUT = timedelta(minutes=30)  # a process may wait that long for the first one's evaluation or checkpoint
+# a process may wait that long for the first one's evaluation or checkpoint
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class Processes:
         return range(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
 
     def any(self, flag: object) -> bool:
-        """Whether it is true anywhere. Everyone asks at the same place: a signal that reaches them in different steps then stops them in one."""
+        """Whether it is true anywhere. Everyone asks at the same place: a signal that reaches them
+        in different steps then stops them in one.
+        """
         if self.count == 1:
             return bool(flag)
         asked = torch.tensor(float(bool(flag)), device=training_device())
@@ -71,7 +77,9 @@ ALONE = Processes()
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """The process group that torchrun's variables describe; without them, one process. Only the first prints."""
+    """The process group that torchrun's variables describe; without them, one process. Only the
+    first prints.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE
@@ -91,7 +99,9 @@ def joined_processes() -> Iterator[Processes]:
 
 
 class ParallelTrainer(BeliefStateTrainer):
-    """A trainer whose batches must divide by the number of processes. Every process makes the same calls in the same order."""
+    """A trainer whose batches must divide by the number of processes. Every process makes the same
+    calls in the same order.
+    """
 
     def __init__(
         self,
@@ -107,14 +117,18 @@ class ParallelTrainer(BeliefStateTrainer):
             _shard(model.to(training_device()))
         super().__init__(model, objective, passes)
 
-    # --- passes -----------------------------------------------------------------------------------------------------------------
+    # --- passes ----------------------------------------------------------------------------------
 
     def _own_rows(self, rows: int, backward: bool) -> range:
-        """Batches that do not divide are evaluated as a whole by everyone, and are an error in training."""
+        """Batches that do not divide are evaluated as a whole by everyone, and are an error in
+        training.
+        """
         if rows % self.processes.count == 0:
             return self.processes.share(rows)
         if backward:
-            raise ConfigError(f"a batch of {rows} rows does not divide by {self.processes.count} processes: change batch_size")
+            raise ConfigError(
+                f"a batch of {rows} rows does not divide by {self.processes.count} processes: change batch_size"
+            )
         return range(rows)
 
     def _summed(self, totals: Sums, rows: int) -> Sums:
@@ -133,7 +147,9 @@ class ParallelTrainer(BeliefStateTrainer):
         return super()._next_token(batch, rows, seed, backward)
 
     def _before_pass(self, batch: TokenBatch, rows: slice, backward: bool) -> None:
-        """Encoders reduce their gradients in the last pass over a batch; the head waits for `_sum_gradients`."""
+        """Encoders reduce their gradients in the last pass over a batch; the head waits for
+        `_sum_gradients`.
+        """
         self._gradients_pending |= backward
         if self.is_sharded:
             is_last = rows.stop >= self._own_rows(len(batch.tokens_B_T), backward).stop
@@ -149,7 +165,7 @@ class ParallelTrainer(BeliefStateTrainer):
     def _head(self) -> Any:
         return self.model.text_head if isinstance(self.model, BeliefState) else None
 
-    # --- steps ------------------------------------------------------------------------------------------------------------------
+    # --- steps -----------------------------------------------------------------------------------
 
     def optim_step(self, adam: AdamParams) -> OptimStepResponse:
         self._sum_gradients()
@@ -171,15 +187,19 @@ class ParallelTrainer(BeliefStateTrainer):
             work.wait()  # type: ignore[union-attr]
 
     def _reduce_head(self) -> None:
-        """FSDP2 reduces in a backward call and at no other time: this one adds 0 to what the chunks have left."""
+        """FSDP2 reduces in a backward call and at no other time: this one adds 0 to what the chunks
+        have left.
+        """
         if self._head is None:
             return
         self._head.set_requires_gradient_sync(True)
         self._head.set_reshard_after_backward(True)
         nothing = torch.zeros(1, self.model.config.hidden, device=self.device)
-        sum((logits.sum() * 0 for logits in self._head(nothing, nothing)), start=torch.zeros((), device=self.device)).backward()
+        sum(
+            (logits.sum() * 0 for logits in self._head(nothing, nothing)), start=torch.zeros((), device=self.device)
+        ).backward()
 
-    # --- checkpoints: those of one process ----------------------------------------------------------------------------------------
+    # --- checkpoints: those of one process -------------------------------------------------------
 
     def save_state(self, path: Path, extra: dict[str, Any]) -> None:
         if not self.is_sharded:
@@ -207,7 +227,9 @@ class ParallelTrainer(BeliefStateTrainer):
             self.optimizer.state[ours].update(state)
 
     def _whole(self) -> tuple[Model, torch.optim.Optimizer]:
-        """The model and its optimizer in one piece, on the CPU. Everyone must take part, and only the first process keeps what comes."""
+        """The model and its optimizer in one piece, on the CPU. Everyone must take part, and only
+        the first process keeps what comes.
+        """
         model = self._empty_model()
         optimizer = torch.optim.AdamW(model.parameters())
         for ours, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
@@ -224,7 +246,9 @@ class ParallelTrainer(BeliefStateTrainer):
 
 
 def _parts(model: Model) -> list[Any]:
-    """The modules that are sharded as units, besides the blocks of the encoders. Together they hold every weight."""
+    """The modules that are sharded as units, besides the blocks of the encoders. Together they hold
+    every weight.
+    """
     return [part for part in model.children() if isinstance(part, FSDPModule)]
 
 
@@ -238,12 +262,15 @@ def _shard(model: Model) -> None:
 
 def _fully_shard(module: nn.Module, mesh: Any) -> None:
     sharded: Any = fully_shard(module, mesh=mesh)
-    sharded.set_gradient_divide_factor(1.0)  # sums: the losses are divided by the rows of the whole batch already
+    # sums: the losses are divided by the rows of the whole batch already
+    sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
 
 
 def _reshard(model: Model) -> None:
-    """After a forward pass some modules hold whole weights in the place of the parameters that the optimizer knows."""
+    """After a forward pass some modules hold whole weights in the place of the parameters that the
+    optimizer knows.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -254,6 +281,8 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _cut_like(whole: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    """A parameter's tensor cut over the processes as the parameter is; a step count stays as it is."""
+    """A parameter's tensor cut over the processes as the parameter is; a step count stays as it
+    is.
+    """
     assert isinstance(ours, DTensor)
     return distribute_tensor(whole.detach().to(ours.device), ours.device_mesh, ours.placements) if whole.ndim else whole

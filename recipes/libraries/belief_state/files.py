@@ -1,4 +1,5 @@
-"""Checkpoints of the Belief State Transformer and of its baseline: a folder, written whole or not at all (posttrain/backend/atomic_folder.py).
+"""Checkpoints of the Belief State Transformer and of its baseline: a folder, written whole or not
+at all (posttrain/backend/atomic_folder.py).
 
 belief_state.json     the kind of model and its configuration
 model.safetensors     the weights
@@ -38,7 +39,9 @@ M = TypeVar("M", BeliefState, NextToken)
 def write_model(model: Model, folder: Path) -> None:
     config = {"kind": type(model).__name__, "config": asdict(model.config)}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-    save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS_FILE)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS_FILE
+    )
 
 
 def save_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, extra: dict[str, Any]) -> None:
@@ -50,7 +53,8 @@ def save_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, extra
 
 
 def load_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, with_optimizer: bool) -> None:
-    """A run goes on only from its own task's checkpoint; weights alone may come from another one's, of the same sizes.
+    """A run goes on only from its own task's checkpoint; weights alone may come from another one's,
+    of the same sizes.
 
     All is checked before anything is changed.
     """
@@ -65,7 +69,9 @@ def load_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, with_
 
 
 def load_belief_state(path: str | Path, task: str | None = None) -> BeliefState:
-    """The model of a checkpoint folder, on the training device. CheckpointError where it is none, or one of another `task`."""
+    """The model of a checkpoint folder, on the training device. CheckpointError where it is none,
+    or one of another `task`.
+    """
     return _open(BeliefState, Path(path), task)
 
 
@@ -90,7 +96,9 @@ def _open(kind: type[M], path: Path, task: str | None) -> M:
 def read_config(path: Path, kind: type[Model]) -> BeliefStateConfig:
     if not (path / CONFIG_FILE).exists():
         check_is_checkpoint(path)
-        raise CheckpointError(f"{path} is no checkpoint of a Belief State Transformer or its baseline: it has no {CONFIG_FILE}")
+        raise CheckpointError(
+            f"{path} is no checkpoint of a Belief State Transformer or its baseline: it has no {CONFIG_FILE}"
+        )
     saved = read_json(path / CONFIG_FILE)
     try:
         config = BeliefStateConfig(**saved["config"])
@@ -103,18 +111,23 @@ def read_config(path: Path, kind: type[Model]) -> BeliefStateConfig:
 
 
 def check_weights(model: Model, path: Path, task: str | None) -> None:
-    """CheckpointError unless the checkpoint has the model's sizes and tensors, and its task, unless `task` is None."""
+    """CheckpointError unless the checkpoint has the model's sizes and tensors, and its task, unless
+    `task` is None.
+    """
     saved = read_config(path, type(model))
     for key, theirs in asdict(saved).items():
         ours = task if key == "task" else getattr(model.config, key)
         if ours != theirs and ours is not None:
-            raise CheckpointError(f"{path} is a checkpoint of another model: its {key} is {theirs!r}, here it is {ours!r}")
+            raise CheckpointError(
+                f"{path} is a checkpoint of another model: its {key} is {theirs!r}, here it is {ours!r}"
+            )
     found = tensor_shapes(path / WEIGHTS_FILE)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if different := [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]:
         name = different[0]
         raise CheckpointError(
-            f"{path / WEIGHTS_FILE}: {name} has shape {found.get(name)}, this model's has {expected.get(name)}: {REMEDY}"
+            f"{path / WEIGHTS_FILE}: {name} has shape {found.get(name)}, this model's has {expected.get(name)}: "
+            f"{REMEDY}"
         )
 
 

@@ -1,14 +1,18 @@
 """The passes of the Belief State Transformer's objective, and of the next-token baseline's.
 
-The loss of a pair is 1/2 [ CE(next, x_{i+1}) + CE(prev, x_{j-1}) ]; a row's is the mean over its pairs, and a batch's the mean over rows.
-There are O(T^2) pairs, but only O(T) states. So the backward pass has two stages (section 3.2 of the paper): the head goes over the
-pairs a chunk at a time, each chunk backpropagated at once into the head's weights and into detached copies of the states; then the gradient
-that has gathered on the copies goes through the encoders once. The gradient is that of the joint graph, memory is that of one chunk, and
-since a pair's weight is known beforehand, the size of the chunks changes nothing. (The original averages the means of unequal chunks.)
+The loss of a pair is 1/2 [ CE(next, x_{i+1}) + CE(prev, x_{j-1}) ]; a row's is the mean over its
+pairs, and a batch's the mean over rows. There are O(T^2) pairs, but only O(T) states. So the
+backward pass has two stages (section 3.2 of the paper): the head goes over the pairs a chunk at a
+time, each chunk backpropagated at once into the head's weights and into detached copies of the
+states; then the gradient that has gathered on the copies goes through the encoders once. The
+gradient is that of the joint graph, memory is that of one chunk, and since a pair's weight is known
+beforehand, the size of the chunks changes nothing. (The original averages the means of unequal
+chunks.)
 
-States that no pair uses are never computed: on star graphs the backward encoder reads the path alone, not the edges. And the head's first
-matrix, two thirds of its work, is applied to states, not to pairs: W [f ; b] = W_f f + W_b b.
-All passes return sums that add up over the micro-batches of a batch of `num_rows` rows.
+States that no pair uses are never computed: on star graphs the backward encoder reads the path
+alone, not the edges. And the head's first matrix, two thirds of its work, is applied to states, not
+to pairs: W [f ; b] = W_f f + W_b b. All passes return sums that add up over the micro-batches of a
+batch of `num_rows` rows.
 """
 
 from collections.abc import Sequence
@@ -24,7 +28,9 @@ Sums = dict[str, torch.Tensor]
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA. Entered anew around every forward: weights it has cast would keep the graph of an earlier chunk alive."""
+    """bf16 on CUDA. Entered anew around every forward: weights it has cast would keep the graph of
+    an earlier chunk alive.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(device) == torch.bfloat16)
 
 
@@ -38,7 +44,9 @@ def pair_pass(
     seeds_B: Sequence[int] | None = None,
     backward: bool = True,
 ) -> Sums:
-    """The sums "loss", "loss_next" and "loss_prev" in nats, and the numbers of pairs; `backward` adds to the gradients that are there."""
+    """The sums "loss", "loss_next" and "loss_prev" in nats, and the numbers of pairs; `backward`
+    adds to the gradients that are there.
+    """
     pairs = find_pairs(tokens_B_T, model.config.eos_id, objective, packed, seeds_B)
     c, first_j = objective.context_length, objective.context_length + objective.min_gap
     with torch.set_grad_enabled(backward), autocast(tokens_B_T.device):
@@ -46,7 +54,10 @@ def pair_pass(
         b_B_T_H = model.backward_states(tokens_B_T[:, first_j:], packed)
         computed = (f_B_T_H, b_B_T_H, *model.text_head.parts(f_B_T_H, b_B_T_H))
     leaves = [x.detach().to(_at_least_fp32(x)).flatten(0, 1).requires_grad_(backward) for x in computed]
-    f_index_N, b_index_N = pairs.row_N * f_B_T_H.shape[1] + pairs.i_N - c, pairs.row_N * b_B_T_H.shape[1] + pairs.j_N - first_j
+    f_index_N, b_index_N = (
+        pairs.row_N * f_B_T_H.shape[1] + pairs.i_N - c,
+        pairs.row_N * b_B_T_H.shape[1] + pairs.j_N - first_j,
+    )
     sums = {name: torch.zeros((), dtype=torch.float64, device=tokens_B_T.device) for name in ("loss_next", "loss_prev")}
     for start in range(0, len(pairs), pairs_per_chunk):
         chunk = slice(start, start + pairs_per_chunk)
@@ -65,7 +76,9 @@ def pair_pass(
         sums["loss_next"] += loss_next.detach()
         sums["loss_prev"] += loss_prev.detach()
     if backward and len(pairs):
-        gradients = [leaf.grad.view_as(x).to(x.dtype) for leaf, x in zip(leaves, computed, strict=True) if leaf.grad is not None]
+        gradients = [
+            leaf.grad.view_as(x).to(x.dtype) for leaf, x in zip(leaves, computed, strict=True) if leaf.grad is not None
+        ]
         torch.autograd.backward(computed, gradients)
     sums["loss"] = 0.5 * (sums["loss_next"] + sums["loss_prev"])
     return sums | _counts(pairs, tokens_B_T.device)
@@ -79,7 +92,9 @@ def next_token_pass(
     packed: bool,
     backward: bool = True,
 ) -> Sums:
-    """The sum "loss" of the mean over the batch's `num_targets` targets: all tokens behind another one, or those that the mask chooses."""
+    """The sum "loss" of the mean over the batch's `num_targets` targets: all tokens behind another
+    one, or those that the mask chooses.
+    """
     with torch.set_grad_enabled(backward), autocast(tokens_B_T.device):
         logits_B_T_V = model.logits(tokens_B_T[:, :-1], packed)
     with torch.set_grad_enabled(backward):
@@ -96,14 +111,18 @@ def next_token_pass(
 def empty_side_losses(
     model: BeliefState, tokens_B_T: torch.Tensor, objective: PairObjective, packed: bool, pairs_per_chunk: int
 ) -> Sums:
-    """The model as a next-token predictor, for comparison with one: mean CE of every token behind its prefix, with the empty suffix.
+    """The model as a next-token predictor, for comparison with one: mean CE of every token behind
+    its prefix, with the empty suffix.
 
-    "loss_next_token" is that, in nats per token; "loss_prev_token" the same from the right, with the empty prefix (not where context_length
-    is set: there it was never trained). An EOS is a target only where min_gap is 1: otherwise it was never trained either.
+    "loss_next_token" is that, in nats per token; "loss_prev_token" the same from the right, with
+    the empty prefix (not where context_length is set: there it was never trained). An EOS is a
+    target only where min_gap is 1: otherwise it was never trained either.
     """
     c, eos = objective.context_length, model.config.eos_id
     with autocast(tokens_B_T.device):
-        sides = {"loss_next_token": (model.forward_states(tokens_B_T[:, :-1], packed)[:, c:], tokens_B_T[:, c + 1 :], 0)}
+        sides = {
+            "loss_next_token": (model.forward_states(tokens_B_T[:, :-1], packed)[:, c:], tokens_B_T[:, c + 1 :], 0)
+        }
         if not c:
             sides["loss_prev_token"] = (model.backward_states(tokens_B_T, packed)[:, 1:], tokens_B_T[:, :-1], 1)
         empty_b_H, empty_f_H = model.empty_suffix(), model.empty_prefix()

@@ -1,11 +1,13 @@
-"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506): a forward and a backward encoder, and a head that reads one state of each.
+"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506): a forward and a backward
+encoder, and a head that reads one state of each.
 
     f_i = F(x_1 .. x_i)     b_j = B(x_j .. x_T)     text_head(f_i, b_j) -> logits of x_{i+1} and of x_{j-1}
 
-Embedding, two separate stacks and the head; the two halves of the head's state share one unembedding, which is not tied to the embedding.
-`NextToken` is the baseline: the forward stack with an output matrix, for next-token and fill-in-the-middle training.
-The objective is in belief_state_pairs.py, decoding in belief_state_decoding.py, files in belief_state_files.py.
-Left out: the originals' LayerNorm variant (bias=true), dropout.
+Embedding, two separate stacks and the head; the two halves of the head's state share one
+unembedding, which is not tied to the embedding. `NextToken` is the baseline: the forward stack with
+an output matrix, for next-token and fill-in-the-middle training. The objective is in
+belief_state_pairs.py, decoding in belief_state_decoding.py, files in belief_state_files.py. Left
+out: the originals' LayerNorm variant (bias=true), dropout.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from recipes.libraries.belief_state.blocks import NORM_EPS, Encoder, KVCache, Sw
 
 @dataclass(frozen=True)
 class BeliefStateConfig:
-    """Sizes of either model. The paper's star graphs: 6 layers, 8 heads, 768; its TinyStories: 8, 8, 768."""
+    """Sizes of either model. The paper's star graphs: 6 layers, 8 heads, 768; its TinyStories: 8,
+    8, 768.
+    """
 
     vocab_size: int
     eos_id: int  # ends each document, and begins the next where rows are packed
@@ -28,21 +32,26 @@ class BeliefStateConfig:
     num_heads: int = 8
     hidden: int = 768
     init_std: float = 0.02  # of every matrix; small models want it larger, about 0.5 / sqrt(hidden)
-    task: str = ""  # what the weights are for ("G(2,3) N=12"): a checkpoint of another task is no checkpoint of this model
+    # what the weights are for ("G(2,3) N=12"): a checkpoint of another task is no checkpoint of
+    # this model
+    task: str = ""
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.num_heads):
             raise ConfigError(
-                f"hidden={self.hidden} is not a multiple of 2 num_heads={2 * self.num_heads}: rotary positions need pairs"
+                f"hidden={self.hidden} is not a multiple of 2 num_heads={2 * self.num_heads}: rotary positions need "
+                "pairs"
             )
         if not 0 <= self.eos_id < self.vocab_size:
             raise ConfigError(f"eos_id={self.eos_id} is not one of the vocab_size={self.vocab_size} tokens")
 
 
 def documents(tokens_B_T: torch.Tensor, eos_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The number of each position's document, and its position in it: an EOS begins a document at 0; one begun without EOS starts at 1.
+    """The number of each position's document, and its position in it: an EOS begins a document at
+    0; one begun without EOS starts at 1.
 
-    Of flipped tokens the same holds for reading backwards: there an EOS belongs to the document it ends.
+    Of flipped tokens the same holds for reading backwards: there an EOS belongs to the document it
+    ends.
     """
     is_eos_B_T = tokens_B_T == eos_id
     index_T = torch.arange(tokens_B_T.shape[1], device=tokens_B_T.device)
@@ -58,12 +67,16 @@ class TextHead(nn.Module):
         self.unembedding = nn.Linear(hidden, vocab_size, bias=False)
 
     def forward(self, f: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States (..., H) of both encoders to the logits (..., V) of the next token behind f, and of the previous one before b."""
+        """States (..., H) of both encoders to the logits (..., V) of the next token behind f, and
+        of the previous one before b.
+        """
         f_part, b_part = self.parts(f, b)
         return self.of_parts(f, b, f_part + b_part)
 
     def parts(self, f: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each state adds to the hidden layer, which is linear in [f ; b]: worked out once per state, not once per pair."""
+        """What each state adds to the hidden layer, which is linear in [f ; b]: worked out once per
+        state, not once per pair.
+        """
         of_f, of_b = self.mlp.gate_up.weight.chunk(2, dim=1)
         return linear(f, of_f), linear(b, of_b)
 
@@ -83,7 +96,9 @@ class _Stack(nn.Module):
         self.forward_encoder = Encoder(config.num_layers, config.hidden, config.num_heads)
 
     def forward_states(self, tokens_B_T: torch.Tensor, packed: bool = True) -> torch.Tensor:
-        """f_B_T_H. `packed=False` is faster: for rows without an EOS between other tokens; an EOS at their end gets no state of its own."""
+        """f_B_T_H. `packed=False` is faster: for rows without an EOS between other tokens; an EOS
+        at their end gets no state of its own.
+        """
         return self._states(self.forward_encoder, tokens_B_T, packed)
 
     def _states(self, encoder: Encoder, tokens_B_T: torch.Tensor, packed: bool) -> torch.Tensor:
@@ -91,12 +106,18 @@ class _Stack(nn.Module):
         return encoder(self.embedding(tokens_B_T), position_B_T, document_B_T if packed else None)
 
     def extend(self, encoder: Encoder, tokens_B_T: torch.Tensor, position: int, cache: KVCache) -> torch.Tensor:
-        """States (B, T, H) of tokens that follow those in the cache; the first has `position` in its document. Decoding uses this."""
-        position_B_T = torch.arange(position, position + tokens_B_T.shape[1], device=tokens_B_T.device).expand(tokens_B_T.shape)
+        """States (B, T, H) of tokens that follow those in the cache; the first has `position` in
+        its document. Decoding uses this.
+        """
+        position_B_T = torch.arange(position, position + tokens_B_T.shape[1], device=tokens_B_T.device).expand(
+            tokens_B_T.shape
+        )
         return encoder(self.embedding(tokens_B_T), position_B_T, None, cache)
 
     def initialise(self, seed: int | None) -> None:
-        """Every matrix normal with deviation init_std, every gain 1; the same on each device. None: loaded later."""
+        """Every matrix normal with deviation init_std, every gain 1; the same on each device. None:
+        loaded later.
+        """
         if seed is None:
             return
         generator = torch.Generator().manual_seed(seed)
@@ -114,7 +135,9 @@ class BeliefState(_Stack):
         self.initialise(seed)
 
     def backward_states(self, tokens_B_T: torch.Tensor, packed: bool = True) -> torch.Tensor:
-        """b_B_T_H. `packed=False` as in forward_states; there an EOS at the start gets no state of its own."""
+        """b_B_T_H. `packed=False` as in forward_states; there an EOS at the start gets no state of
+        its own.
+        """
         return self._states(self.backward_encoder, tokens_B_T.flip(1), packed).flip(1)
 
     def empty_suffix(self) -> torch.Tensor:

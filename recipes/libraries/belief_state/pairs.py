@@ -1,16 +1,20 @@
-"""Which pairs of a prefix and a suffix the Belief State Transformer is trained on, and what each has to predict (section 3 of the paper).
+"""Which pairs of a prefix and a suffix the Belief State Transformer is trained on, and what each
+has to predict (section 3 of the paper).
 
-A pair (i, j) of a row takes f_i, which has read its document up to i, and b_j, which has read it from j to its end. It is valid if
+A pair (i, j) of a row takes f_i, which has read its document up to i, and b_j, which has read it
+from j to its end. It is valid if
 
     i >= context_length,   min_gap <= j - i <= max_gap,   and both lie in one document: no EOS strictly between them
 
-and is to predict x_{i+1} and x_{j-1}. A pair with nothing in between (gap 1) predicts EOS twice, which is how decoding knows that the
-gap is filled. An EOS at j is the empty suffix, and one at i the empty prefix. An EOS belongs to the document it begins when it is read
-forwards, and to the one it ends when it is read backwards.
+and is to predict x_{i+1} and x_{j-1}. A pair with nothing in between (gap 1) predicts EOS twice,
+which is how decoding knows that the gap is filled. An EOS at j is the empty suffix, and one at i
+the empty prefix. An EOS belongs to the document it begins when it is read forwards, and to the one
+it ends when it is read backwards.
 
-Each row weighs the same, and so do the pairs of a row; a row without any pair counts as loss 0. Subsampling keeps every pair that touches an
-EOS, and any other with probability `subsample` and the weight 1 / subsample: its expectation is the full loss. (The original gives all
-kept pairs one weight, which favours the EOS, and its max_gap is exclusive: theirs is ours + 1.)
+Each row weighs the same, and so do the pairs of a row; a row without any pair counts as loss 0.
+Subsampling keeps every pair that touches an EOS, and any other with probability `subsample` and the
+weight 1 / subsample: its expectation is the full loss. (The original gives all kept pairs one
+weight, which favours the EOS, and its max_gap is exclusive: theirs is ours + 1.)
 """
 
 from collections.abc import Sequence
@@ -39,7 +43,9 @@ class PairObjective:
         default="eos", doc="targets where nothing is between: EOS, or the two tokens x_j and x_i themselves"
     )
     subsample: float = chz.field(
-        default=1.0, validator=POSITIVE_SHARE, doc="share of the pairs without an EOS that is kept, drawn anew at every step"
+        default=1.0,
+        validator=POSITIVE_SHARE,
+        doc="share of the pairs without an EOS that is kept, drawn anew at every step",
     )
 
     @chz.validate
@@ -50,7 +56,9 @@ class PairObjective:
 
 @dataclass(frozen=True)
 class Pairs:
-    """N pairs of a batch. `weight_N` (fp64): those of a row add up to 1, in expectation where they are subsampled."""
+    """N pairs of a batch. `weight_N` (fp64): those of a row add up to 1, in expectation where they
+    are subsampled.
+    """
 
     row_N: torch.Tensor
     i_N: torch.Tensor
@@ -67,7 +75,8 @@ class Pairs:
 def find_pairs(
     tokens_B_T: torch.Tensor, eos_id: int, objective: PairObjective, packed: bool, seeds_B: Sequence[int] | None = None
 ) -> Pairs:
-    """All pairs of all rows, or those that `seeds_B`, one per row, draw of them. `packed=False`: a row is one document.
+    """All pairs of all rows, or those that `seeds_B`, one per row, draw of them. `packed=False`: a
+    row is one document.
 
     Raises DataError where rows of this length have no place for a pair.
     """
@@ -92,9 +101,13 @@ def find_pairs(
     chosen_B_T_T = valid_B_T_T
     if objective.subsample < 1:
         if seeds_B is None:
-            raise ConfigError("subsample is less than 1: the pairs of each row are drawn from a seed, and none was given")
+            raise ConfigError(
+                "subsample is less than 1: the pairs of each row are drawn from a seed, and none was given"
+            )
         touches_eos_B_T_T = is_eos_B_T[:, :, None] | is_eos_B_T[:, None, :]
-        chosen_B_T_T = valid_B_T_T & (touches_eos_B_T_T | (_uniform(seeds_B, T, tokens_B_T.device) < objective.subsample))
+        chosen_B_T_T = valid_B_T_T & (
+            touches_eos_B_T_T | (_uniform(seeds_B, T, tokens_B_T.device) < objective.subsample)
+        )
     row_N, i_N, j_N = chosen_B_T_T.nonzero(as_tuple=True)
     weight_N = 1 / count_B[row_N].double()
     if objective.subsample < 1:

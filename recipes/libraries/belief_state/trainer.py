@@ -1,8 +1,10 @@
-"""Training of the Belief State Transformer and of its next-token baseline, behind futures and checkpoints as in training_client.py.
+"""Training of the Belief State Transformer and of its next-token baseline, behind futures and
+checkpoints as in training_client.py.
 
-Weights and optimizer state are fp32; on CUDA the passes run under bf16 autocast. A batch is cut into passes of at most `rows_per_pass` rows
-and `pairs_per_chunk` pairs, which changes memory and speed, never a gradient. One norm over all weights is clipped. Weight decay
-reaches matrices only, not gains.
+Weights and optimizer state are fp32; on CUDA the passes run under bf16 autocast. A batch is cut
+into passes of at most `rows_per_pass` rows and `pairs_per_chunk` pairs, which changes memory and
+speed, never a gradient. One norm over all weights is clipped. Weight decay reaches matrices only,
+not gains.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +33,9 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of one length. `packed`: several documents in a row, EOS between. `loss_mask_B_T` (of the baseline): which tokens are targets."""
+    """Rows of one length. `packed`: several documents in a row, EOS between. `loss_mask_B_T` (of
+    the baseline): which tokens are targets.
+    """
 
     tokens_B_T: np.ndarray
     packed: bool = True
@@ -58,15 +62,21 @@ class BeliefStateTrainer:
                 if not isinstance(module, nn.Embedding):
                     module.compile()
         parameters = list(self.model.parameters())
-        groups = [{"params": [p for p in parameters if (p.ndim > 1) is decays], "decays": decays} for decays in (True, False)]
+        groups = [
+            {"params": [p for p in parameters if (p.ndim > 1) is decays], "decays": decays} for decays in (True, False)
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
 
     def forward_backward(self, batch: TokenBatch, seed: tuple[int, ...] = (0,)) -> Metrics:
-        """Adds the gradient of the batch's mean loss. `seed` decides which pairs are drawn where they are subsampled."""
+        """Adds the gradient of the batch's mean loss. `seed` decides which pairs are drawn where
+        they are subsampled.
+        """
         return self._run(batch, seed, backward=True)
 
     def evaluate(self, batch: TokenBatch, seed: tuple[int, ...] = (0,)) -> Metrics:
-        """Losses without gradient; "loss_next_token" is a next-token model's loss, of either model."""
+        """Losses without gradient; "loss_next_token" is a next-token model's loss, of either
+        model.
+        """
         metrics = self._run(batch, seed, backward=False)
         if isinstance(self.model, NextToken):
             return metrics | {"loss_next_token": metrics["loss"]}
@@ -85,14 +95,20 @@ class BeliefStateTrainer:
             totals = {name: totals[name] + value if name in totals else value for name, value in sums.items()}
         metrics = _floats(self._summed(totals, len(batch.tokens_B_T)))
         if metrics.get("num_valid_pairs") == 0:
-            raise DataError(f"none of the {len(batch.tokens_B_T)} rows has a pair: their documents are shorter than min_gap")
+            raise DataError(
+                f"none of the {len(batch.tokens_B_T)} rows has a pair: their documents are shorter than min_gap"
+            )
         if not np.isfinite(metrics["loss"]):
             self.zero_grad()
-            raise NonFiniteError("the loss is not finite; no gradient was kept. Lower the learning rate, or clip the gradient")
+            raise NonFiniteError(
+                "the loss is not finite; no gradient was kept. Lower the learning rate, or clip the gradient"
+            )
         return metrics
 
     def _own_rows(self, rows: int, backward: bool) -> range:
-        """Those of a batch that are computed here; where several processes train (distributed.py), a part."""
+        """Those of a batch that are computed here; where several processes train (distributed.py),
+        a part.
+        """
         return range(rows)
 
     def _summed(self, totals: Sums, rows: int) -> Sums:
@@ -105,18 +121,29 @@ class BeliefStateTrainer:
         seeds_B = row_seeds(seed, rows.start, len(tokens_B_T)) if self.objective.subsample < 1 else None
         num_rows, chunk = len(batch.tokens_B_T), self.passes.pairs_per_chunk
         return pair_pass(
-            self.model, self._tensor(tokens_B_T), self.objective, num_rows, batch.packed, chunk, seeds_B, backward=backward
+            self.model,
+            self._tensor(tokens_B_T),
+            self.objective,
+            num_rows,
+            batch.packed,
+            chunk,
+            seeds_B,
+            backward=backward,
         )
 
     def _next_token(self, batch: TokenBatch, rows: slice, seed: tuple[int, ...], backward: bool) -> Sums:
         assert isinstance(self.model, NextToken)
         mask_B_T = (
-            np.ones(batch.tokens_B_T.shape, dtype=bool) if batch.loss_mask_B_T is None else batch.loss_mask_B_T.astype(bool)
+            np.ones(batch.tokens_B_T.shape, dtype=bool)
+            if batch.loss_mask_B_T is None
+            else batch.loss_mask_B_T.astype(bool)
         )
         if not (num_targets := int(mask_B_T[:, 1:].sum())):
             raise DataError("no token of the batch is a target: its loss mask is 0 everywhere behind the first token")
         mask = None if batch.loss_mask_B_T is None else self._tensor(mask_B_T[rows])
-        return next_token_pass(self.model, self._tensor(batch.tokens_B_T[rows]), mask, num_targets, batch.packed, backward)
+        return next_token_pass(
+            self.model, self._tensor(batch.tokens_B_T[rows]), mask, num_targets, batch.packed, backward
+        )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array if array.dtype == bool else array.astype(np.int64)))
@@ -124,7 +151,9 @@ class BeliefStateTrainer:
 
     @computing()
     def optim_step(self, adam: AdamParams) -> OptimStepResponse:
-        """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is not finite raises; nothing moves."""
+        """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is
+        not finite raises; nothing moves.
+        """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not torch.isfinite(grad_norm):
@@ -146,13 +175,15 @@ class BeliefStateTrainer:
         save_state(self.model, self.optimizer, path, extra)
 
     def load_state(self, path: Path, with_optimizer: bool) -> None:
-        """A run goes on only from its own task's checkpoint; weights alone may come from another one's, of the same sizes."""
+        """A run goes on only from its own task's checkpoint; weights alone may come from another
+        one's, of the same sizes.
+        """
         load_state(self.model, self.optimizer, path, with_optimizer)
 
 
 class BeliefStateClient:
-    """The trainer behind futures: calls run on one thread in submission order. After a pass that failed, or was cancelled before its
-    turn, optim_step raises that failure."""
+    """The trainer behind futures: calls run on one thread in submission order. After a pass that
+    failed, or was cancelled before its turn, optim_step raises that failure."""
 
     def __init__(self, trainer: BeliefStateTrainer):
         self.trainer = trainer
@@ -170,7 +201,9 @@ class BeliefStateClient:
             raise
 
     def _pass_cancelled(self) -> None:
-        cancelled = PassCancelledError("a forward_backward of this step was cancelled before its turn: no step was taken")
+        cancelled = PassCancelledError(
+            "a forward_backward of this step was cancelled before its turn: no step was taken"
+        )
         self._failed = self._failed or cancelled
 
     def optim_step(self, adam: AdamParams) -> APIFuture[OptimStepResponse]:
@@ -216,20 +249,26 @@ class BeliefStateClient:
 
 def row_seeds(seed: Sequence[int], first: int, count: int) -> list[int]:
     """A seed for each row of a batch, whatever pass it is in."""
-    return [int(np.random.SeedSequence((*seed, row)).generate_state(1, np.uint64)[0] >> 1) for row in range(first, first + count)]
+    return [
+        int(np.random.SeedSequence((*seed, row)).generate_state(1, np.uint64)[0] >> 1)
+        for row in range(first, first + count)
+    ]
 
 
 def check_tokens(batch: TokenBatch, vocab_size: int) -> None:
     tokens_B_T = batch.tokens_B_T
     if tokens_B_T.ndim != 2 or tokens_B_T.shape[1] < 2 or not len(tokens_B_T):
-        raise DataError(f"a batch has the shape (rows, tokens), with two tokens or more; this one has {tokens_B_T.shape}")
+        raise DataError(
+            f"a batch has the shape (rows, tokens), with two tokens or more; this one has {tokens_B_T.shape}"
+        )
     if batch.loss_mask_B_T is not None and batch.loss_mask_B_T.shape != tokens_B_T.shape:
         raise DataError(f"the loss mask has shape {batch.loss_mask_B_T.shape}, its tokens {tokens_B_T.shape}")
     if (outside := (tokens_B_T < 0) | (tokens_B_T >= vocab_size)).any():
         row, position = np.argwhere(outside)[0]
         token = tokens_B_T[row, position]
         raise DataError(
-            f"row {row}, position {position}: token {token} is not one of the model's {vocab_size}. The data are of another vocabulary"
+            f"row {row}, position {position}: token {token} is not one of the model's {vocab_size}. The data are of "
+            "another vocabulary"
         )
 
 

@@ -1,19 +1,24 @@
-"""Value guidance: how a classifier of candidate next tokens shifts the reference policy's logits while decoding. Formulas only.
+"""Value guidance: how a classifier of candidate next tokens shifts the reference policy's logits
+while decoding. Formulas only.
 
-Z is the return, in [0, 1], of what the reference policy makes of state s and action a; a classifier gives its distribution. With `kl_coef`,
-the weight of the KL to the reference in the objective E[Z] - kl_coef KL(pi || pi_ref),
+Z is the return, in [0, 1], of what the reference policy makes of state s and action a; a classifier
+gives its distribution. With `kl_coef`, the weight of the KL to the reference in the objective E[Z]
+- kl_coef KL(pi || pi_ref),
 
     q_sharp   pi(a|s) ~ pi_ref(a|s) E[exp(Z / kl_coef)]     Q# (Zhou et al. 2025, arXiv 2502.20548): the optimum of that objective where,
-                                                            as in a language model, an action leads to one state
+                                                            as in a language model, an action leads
+                                                            to one state
     cd        pi(a|s) ~ pi_ref(a|s) exp(E[Z] / kl_coef)     controlled decoding (Mudgal et al. 2024), as that paper compares with it
     cd_code   pi(a|s) ~ pi_ref(a|s) P(Z = 1)                what Q#'s star-graph code calls CD. It adds log(p / eta), in which eta cancels;
-                                                            so does `kl_coef` here. FUDGE (Yang and Klein 2021) by another name
+                                                            so does `kl_coef` here. FUDGE (Yang and
+                                                            Klein 2021) by another name
 
-All return log-space offsets of the reference's logits. For a Bernoulli return with logit z, the first is softplus(z + 1/kl_coef) -
-softplus(z); it is computed as a logsumexp, which has no difference of large numbers.
+All return log-space offsets of the reference's logits. For a Bernoulli return with logit z, the
+first is softplus(z + 1/kl_coef) - softplus(z); it is computed as a logsumexp, which has no
+difference of large numbers.
 
-A trap: `kl_coef` is `eta` of Q#'s star-graph code (0.1), and 1 / `--eta` of its math code (10). Left out: V heads, which would need a second
-classifier's pass, and offsets from an MSE head.
+A trap: `kl_coef` is `eta` of Q#'s star-graph code (0.1), and 1 / `--eta` of its math code (10).
+Left out: V heads, which would need a second classifier's pass, and offsets from an MSE head.
 """
 
 from typing import Literal
@@ -35,12 +40,16 @@ class Guidance:
         doc="weight of the KL to the reference: smaller trusts the classifier more; cd_code has none",
     )
     top_k: int | None = chz.field(
-        default=10, validator=COUNT, doc="the reference's likeliest tokens that the classifier is asked about; None = all"
+        default=10,
+        validator=COUNT,
+        doc="the reference's likeliest tokens that the classifier is asked about; None = all",
     )
     others: Literal["dropped", "kept"] = chz.field(
         default="dropped", doc="the other tokens: never sampled, or (Q#'s math code) with their logits as they are"
     )
-    temperature: float = chz.field(default=1.0, validator=POSITIVE, doc="of the reference's logits, before they are shifted")
+    temperature: float = chz.field(
+        default=1.0, validator=POSITIVE, doc="of the reference's logits, before they are shifted"
+    )
 
     def offsets(self, values_B_C_K: torch.Tensor) -> torch.Tensor:
         """offsets_B_C of the candidates, from the classifier's outputs for them (see `log_pmf`)."""
@@ -54,10 +63,11 @@ class Guidance:
 
 
 def log_pmf(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(..., A) log-probabilities of the returns and the A returns themselves, from (..., K) outputs of a classifier.
+    """(..., A) log-probabilities of the returns and the A returns themselves, from (..., K) outputs
+    of a classifier.
 
-    One output is the logit of a return of 1 rather than 0; K >= 2 are the logits of K atoms, evenly from 0 to 1. In fp32 at least: bf16 would
-    lose small probabilities and differences alike.
+    One output is the logit of a return of 1 rather than 0; K >= 2 are the logits of K atoms, evenly
+    from 0 to 1. In fp32 at least: bf16 would lose small probabilities and differences alike.
     """
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if values.shape[-1] == 1:
@@ -82,7 +92,9 @@ def cd(values: torch.Tensor, kl_coef: float) -> torch.Tensor:
 
 
 def cd_code(values: torch.Tensor) -> torch.Tensor:
-    """log E[Z], for a Bernoulli return log P(Z = 1): (..., K) to (...). -inf for no p that a finite logit can give."""
+    """log E[Z], for a Bernoulli return log P(Z = 1): (..., K) to (...). -inf for no p that a finite
+    logit can give.
+    """
     log_pmf_A, returns_A = log_pmf(values)
     return (log_pmf_A + returns_A.log()).logsumexp(-1)
 
@@ -93,9 +105,14 @@ def candidates(logits_B_V: torch.Tensor, top_k: int | None) -> torch.Tensor:
 
 
 def guided_logits(
-    logits_B_V: torch.Tensor, candidates_B_C: torch.Tensor, offsets_B_C: torch.Tensor, others: Literal["dropped", "kept"]
+    logits_B_V: torch.Tensor,
+    candidates_B_C: torch.Tensor,
+    offsets_B_C: torch.Tensor,
+    others: Literal["dropped", "kept"],
 ) -> torch.Tensor:
-    """(B, V), not normalised. Where others are kept, the worst candidate is too: the offsets are those above the least of them."""
+    """(B, V), not normalised. Where others are kept, the worst candidate is too: the offsets are
+    those above the least of them.
+    """
     shifted_B_C = logits_B_V.gather(-1, candidates_B_C) + offsets_B_C
     if others == "dropped":
         return torch.full_like(logits_B_V, -torch.inf).scatter(-1, candidates_B_C, shifted_B_C)

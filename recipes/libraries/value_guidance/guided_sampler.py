@@ -1,10 +1,13 @@
-"""Decoding from a language model whose next token is judged, before it is drawn, by a classifier (guidance.py): Q#, CD, FUDGE.
+"""Decoding from a language model whose next token is judged, before it is drawn, by a classifier
+(guidance.py): Q#, CD, FUDGE.
 
-Both read with a KV cache. At each step the classifier's cache is repeated for every candidate, all candidates of all prompts are judged in one
-pass of one token, and the rows of the tokens drawn are what is left of the cache: a token is never read twice. Without a classifier this
-samples from the language model. vLLM has no place for a second model's cache per candidate, so all of it is torch.
+Both read with a KV cache. At each step the classifier's cache is repeated for every candidate, all
+candidates of all prompts are judged in one pass of one token, and the rows of the tokens drawn are
+what is left of the cache: a token is never read twice. Without a classifier this samples from the
+language model. vLLM has no place for a second model's cache per candidate, so all of it is torch.
 
-Left out: prompts of different lengths in one batch, stop strings, and sharing a prompt's keys between its candidates.
+Left out: prompts of different lengths in one batch, stop strings, and sharing a prompt's keys
+between its candidates.
 """
 
 from collections.abc import Callable
@@ -30,7 +33,9 @@ class Trunk(Protocol):
     def max_length(self) -> int | None: ...
 
     def read(self, tokens_B_T: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        """states_B_T_H of tokens that follow those in `cache`, and the cache with them. Gradients flow through the cache."""
+        """states_B_T_H of tokens that follow those in `cache`, and the cache with them. Gradients
+        flow through the cache.
+        """
         ...
 
     def select(self, cache: Any, rows: torch.Tensor) -> Any:
@@ -48,7 +53,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class ValueReader:
-    """A classifier: a trunk, and what its head makes of the states before and behind a token, (..., H) each: the token's outputs (..., K)."""
+    """A classifier: a trunk, and what its head makes of the states before and behind a token, (...,
+    H) each: the token's outputs (..., K).
+    """
 
     trunk: Trunk
     head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -78,7 +85,9 @@ class LanguageModelTrunk(torch.nn.Module):
         seen_B_T = tokens_B_T.new_ones(
             len(tokens_B_T), cache.get_seq_length() + tokens_B_T.shape[1]
         )  # padding ids are tokens as others
-        output = self.model.base_model(input_ids=tokens_B_T, attention_mask=seen_B_T, past_key_values=cache, use_cache=True)
+        output = self.model.base_model(
+            input_ids=tokens_B_T, attention_mask=seen_B_T, past_key_values=cache, use_cache=True
+        )
         return output.last_hidden_state, cache
 
     def select(self, cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
@@ -99,9 +108,13 @@ class LanguageModelTrunk(torch.nn.Module):
 
 
 def language_model(model: PreTrainedModel) -> Reader:
-    """Raises ModelError for layers whose caches cannot be copied here: windows, recurrent and convolution layers."""
+    """Raises ModelError for layers whose caches cannot be copied here: windows, recurrent and
+    convolution layers.
+    """
     if not attends_to_all(model.config, getattr(model.config, "max_position_embeddings", DEFAULT_MAX_LENGTH)):
-        raise ModelError(f"guided sampling needs attention over all tokens in every layer: {model.config.model_type} has others")
+        raise ModelError(
+            f"guided sampling needs attention over all tokens in every layer: {model.config.model_type} has others"
+        )
     trunk = LanguageModelTrunk(model)
     return Reader(trunk, trunk.next_token_logits)
 
@@ -110,7 +123,8 @@ def language_model(model: PreTrainedModel) -> Reader:
 class Sample:
     """`tokens_B_T` without the prompt; behind an EOS there are only EOS, with 0 in the other two.
 
-    `logprobs_B_T` under the guided distribution, `kl_B_T` of that from the unguided one, at each token.
+    `logprobs_B_T` under the guided distribution, `kl_B_T` of that from the unguided one, at each
+    token.
     """
 
     tokens_B_T: torch.Tensor
@@ -128,9 +142,11 @@ def guided_sample(
     uniforms_B_T: torch.Tensor | None = None,
     eos_id: int | None = None,
 ) -> Sample:
-    """`num_tokens` for each prompt, the likeliest ones, or drawn with the numbers in [0, 1) of `uniforms_B_T`.
+    """`num_tokens` for each prompt, the likeliest ones, or drawn with the numbers in [0, 1) of
+    `uniforms_B_T`.
 
-    Without `classifier`, of `guidance` only the temperature counts. Raises ModelError where the two have other vocabularies.
+    Without `classifier`, of `guidance` only the temperature counts. Raises ModelError where the two
+    have other vocabularies.
     """
     check_fit(policy.trunk, classifier.trunk if classifier else None, prompts_B_P.shape[1] + num_tokens)
     states_B_T_H, policy_cache = policy.trunk.read(prompts_B_P)
@@ -145,7 +161,9 @@ def guided_sample(
         guided_B_V, judged = logits_B_V, None
         if classifier:
             judged = _judge(classifier, candidates(logits_B_V, guidance.top_k), before_B_H, value_cache)
-            guided_B_V = guided_logits(logits_B_V, judged.ids_B_C, guidance.offsets(judged.values_B_C_K), guidance.others)
+            guided_B_V = guided_logits(
+                logits_B_V, judged.ids_B_C, guidance.offsets(judged.values_B_C_K), guidance.others
+            )
         logprobs_B_V = guided_B_V.log_softmax(-1)
         next_B = logprobs_B_V.argmax(-1) if uniforms_B_T is None else _draw(logprobs_B_V, uniforms_B_T[:, t])
         if eos_id is not None:
@@ -165,7 +183,9 @@ def guided_sample(
 
 
 def check_fit(policy: Trunk, classifier: Trunk | None, length: int) -> None:
-    """Raises ModelError for two vocabularies, ContextLengthError where `length` tokens are more than one of them can read."""
+    """Raises ModelError for two vocabularies, ContextLengthError where `length` tokens are more
+    than one of them can read.
+    """
     if classifier and classifier.vocab_size != policy.vocab_size:
         raise ModelError(
             f"the classifier reads {classifier.vocab_size} token ids and the policy writes {policy.vocab_size}: "
@@ -180,7 +200,9 @@ def check_fit(policy: Trunk, classifier: Trunk | None, length: int) -> None:
 
 @dataclass(frozen=True)
 class _Judged:
-    """What the classifier makes of each candidate. Row b C + c of `states_BC_H` and `cache` has read candidate c of row b."""
+    """What the classifier makes of each candidate. Row b C + c of `states_BC_H` and `cache` has
+    read candidate c of row b.
+    """
 
     ids_B_C: torch.Tensor
     values_B_C_K: torch.Tensor
@@ -195,8 +217,12 @@ def _judge(classifier: ValueReader, ids_B_C: torch.Tensor, before_B_H: torch.Ten
     return _Judged(ids_B_C, values_BC_K.unflatten(0, ids_B_C.shape), states_BC_1_H[:, 0], expanded)
 
 
-def _advance(trunk: Trunk, cache: Any, judged: _Judged, next_B: torch.Tensor, guidance: Guidance) -> tuple[torch.Tensor, Any]:
-    """The classifier's states and cache with the tokens drawn: theirs among the candidates', where they must be one of these."""
+def _advance(
+    trunk: Trunk, cache: Any, judged: _Judged, next_B: torch.Tensor, guidance: Guidance
+) -> tuple[torch.Tensor, Any]:
+    """The classifier's states and cache with the tokens drawn: theirs among the candidates', where
+    they must be one of these.
+    """
     if guidance.others == "kept":
         states_B_1_H, cache = trunk.read(next_B[:, None], cache)
         return states_B_1_H[:, 0], cache
@@ -206,7 +232,9 @@ def _advance(trunk: Trunk, cache: Any, judged: _Judged, next_B: torch.Tensor, gu
 
 
 def _draw(logprobs_B_V: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """By the inverse of the distribution function: a row's token depends on its own number alone."""
+    """By the inverse of the distribution function: a row's token depends on its own number
+    alone.
+    """
     cdf_B_V = logprobs_B_V.double().exp().cumsum(-1)
     drawn_B = torch.searchsorted(cdf_B_V, uniform_B.to(cdf_B_V)[:, None] * cdf_B_V[:, -1:], right=True)[:, 0]
     return drawn_B.clamp(max=logprobs_B_V.shape[-1] - 1)
