@@ -1,8 +1,5 @@
-"""Choosing one of n solutions: the best by a score, the answer most of them have, or any.
-
-Standard errors are those over problems. The majority is that of rl/sample_metrics.py: a tie goes to
-the answer that was sampled first, and solutions without an answer have no vote. Left out: votes
-weighted by score.
+"""Choosing one of n solutions: best of n by a score, majority vote, or any. Standard errors are
+over problems. Votes follow rl/sample_metrics.py's `majority`. Left out: votes weighted by score.
 """
 
 from collections.abc import Sequence
@@ -16,9 +13,9 @@ from rl.sample_metrics import majority
 def compare_selections(
     solutions_P_G: Sequence[Sequence[Solution]], scores_P_G: Sequence[Sequence[float]]
 ) -> dict[str, float]:
-    """Accuracy, and its standard error as NAME_se, of each way to choose: `sampled` (the mean over
-    the samples), `majority`, `best_of_n` (the first of the highest score), and `any`, what a
-    perfect choice would give. Also `gain`, best_of_n - majority, paired."""
+    """Accuracy of each choice, and its standard error as NAME_se: `sampled` (mean over the
+    samples), `majority`, `best_of_n` (first of the highest score), `any` (the perfect choice). Also
+    `gain`: best_of_n - majority, paired."""
     correct_P_G = [np.array([solution.correct for solution in group], dtype=float) for group in solutions_P_G]
     accuracy_P = {
         "sampled": np.array([correct_G.mean() for correct_G in correct_P_G]),

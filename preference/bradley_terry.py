@@ -1,10 +1,7 @@
-"""The scalar reward model: one number r for a conversation, read at its last token, trained on
-which of two answers is better.
-
-Under Bradley and Terry's model, P(chosen is better) = sigmoid(r_chosen - r_rejected), and the loss
-is its negative logarithm (Ouyang et al. 2022 eq. 1). With a margin m it is -log sigmoid(r_chosen -
-r_rejected - m) (Touvron et al. 2023, eq. 2). Only differences have a meaning: r has no zero. A tie
-says nothing about which is better: ties are dropped and counted. Left out: centring r, ensembles.
+"""The scalar reward model: a number r for a conversation, read at its last token. Bradley and
+Terry: P(chosen is better) = sigmoid(r_chosen - r_rejected); the loss is -log of it (Ouyang et al.
+2022 eq. 1), with a margin m -log sigmoid(r_chosen - r_rejected - m) (Touvron et al. 2023, eq. 2).
+Ties are dropped and counted. Left out: centring r (only differences have a meaning), ensembles.
 """
 
 from collections.abc import Sequence
@@ -33,8 +30,8 @@ Scalars = dict[str, torch.Tensor]
 
 
 def bradley_terry(data_D: list[Datum], scalars_D: list[torch.Tensor]) -> tuple[torch.Tensor, Metrics]:
-    """Mean over pairs of -log sigmoid(r_chosen - r_rejected - m). Datum 2i is the chosen one of
-    pair i, 2i + 1 the rejected one; r and m (`margins`) are those of a sequence's last position."""
+    """Mean over pairs of -log sigmoid(r_chosen - r_rejected - m). Datum 2i is the chosen answer of
+    pair i, 2i + 1 the rejected; r and m (`margins`) are read at a sequence's last position."""
     rewards_P2 = torch.stack([scalar_T[-1] for scalar_T in scalars_D]).reshape(-1, 2)
     margins_P = rewards_P2.new_tensor([float(datum.loss_fn_inputs["margins"].array[-1]) for datum in data_D[::2]])
     gaps_P = rewards_P2[:, 0] - rewards_P2[:, 1]
@@ -43,21 +40,20 @@ def bradley_terry(data_D: list[Datum], scalars_D: list[torch.Tensor]) -> tuple[t
 
 
 def last_token_datum(tokens: Sequence[int], margin: float = 0.0) -> Datum:
-    """A sequence whose scalar is read at its last token. `margins` is read from the chosen one of a
-    pair.
-    """
+    """A sequence with its scalar at the last token; `margins` is read from the chosen Datum of a
+    pair."""
     at_last_T = np.zeros(len(tokens), dtype=np.float32)
     at_last_T[-1] = 1
     return Datum(ModelInput.from_ints(tokens), {"weights": at_last_T, "margins": margin * at_last_T})
 
 
 def conversation_tokens(renderer: Renderer, conversation: Sequence[Message]) -> list[int]:
-    """The conversation as it is trained on, ended as an answer ends."""
+    """The conversation as the model is trained on it, ended as an answer ends."""
     return renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)[0]
 
 
 class ScalarModel(RewardModel):
-    """A trained scalar client. Scores are those of one forward pass over all that is asked."""
+    """A trained scalar client. One forward pass scores all conversations of a call."""
 
     def __init__(self, client: TrainingClient, renderer: Renderer):
         self.client, self.renderer = client, renderer
@@ -68,9 +64,8 @@ class ScalarModel(RewardModel):
         )
 
     async def score_tokens(self, tokens_D: Sequence[Sequence[int]]) -> list[float]:
-        """Scores of rendered conversations. ContextLengthError if one does not fit into the model's
-        context.
-        """
+        """Scores of rendered conversations. ContextLengthError if a conversation exceeds the
+        context."""
         if not tokens_D:
             return []
         if (longest := max(map(len, tokens_D))) > (limit := self.client.get_info().max_length):
@@ -86,9 +81,8 @@ def _no_loss(scalars_N: torch.Tensor, inputs: Scalars) -> tuple[torch.Tensor, Sc
 
 
 class BradleyTerryJudge(PreferenceModel):
-    """A reward model as a judge: P(B is better) - P(A is better) = tanh((r_B - r_A) / 2). The order
-    of the sides has no influence.
-    """
+    """A reward model as a judge: P(B is better) - P(A is better) = tanh((r_B - r_A) / 2), which
+    does not depend on the order of the sides."""
 
     def __init__(self, model: RewardModel):
         self.model = model
@@ -156,7 +150,7 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
         pairs = ListDataset(
             [self._pair(renderer, labeled) for labeled in decided_D], min(self.batch_size, len(decided_D)), self.seed
         )
-        # of the pairs of a batch: the chosen and the rejected one side by side
+        # The units of a batch are pairs: chosen and rejected, side by side.
         sides = chain.from_iterable
         return DrawnDataset(lambda epoch, index: list(sides(pairs.batch(epoch, index))), len(pairs))
 
@@ -193,8 +187,8 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
 
 
 class ScalarBatchReward:
-    """Adds coef * r to every finished trajectory of a step, in one forward pass. Read are the
-    tokens themselves: the last turn's prompt and what was sampled after it, as they are."""
+    """Adds coef * r to every finished trajectory of a step, by one forward pass over its last
+    prompt and the tokens sampled after it."""
 
     def __init__(self, model: ScalarModel, coef: float):
         self.model, self.coef = model, coef
@@ -217,13 +211,10 @@ class ScalarBatchReward:
 
 @chz.chz
 class RewardModelReward(SavedModel, BatchRewardBuilder):
-    """A saved scalar reward model as reward for any environment. It must have been trained with the
-    policy's renderer.
-    """
+    """A saved scalar reward model as a reward in any environment. Its renderer must be the
+    policy's."""
 
-    coef: float = chz.field(
-        default=1.0, validator=NON_NEGATIVE, doc="weight of the model's reward beside the environment's own"
-    )
+    coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight of the model's reward")
 
     async def __call__(
         self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer

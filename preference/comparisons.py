@@ -1,9 +1,6 @@
 """Sets of comparisons from files, the Hugging Face hub and scored samples: read, cleaned, counted,
-and split by prompt.
-
-What is dropped is counted in one printed line. Splits and swaps follow from hashes of the examples
-and a seed, so the order in which they are read changes nothing. Left out: streaming from sets that
-do not fit into memory.
+split by prompt. Splits and swaps depend on content hashes and a seed, not on the order of reading.
+Left out: streaming from sets that do not fit into memory.
 """
 
 import hashlib
@@ -31,24 +28,22 @@ T = TypeVar("T")
 
 
 def content_hash(*parts: object) -> str:
-    """The same text for the same content, in any process; messages are compared by role and
-    content.
-    """
+    """Equal for equal content, in any process; messages are compared by role and content."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def randomly_swapped(comparisons: Sequence[LabeledComparison], seed: int = 0) -> list[LabeledComparison]:
-    """Sides exchanged for about half of them: which ones is a function of (example, seed) alone."""
+    """Sides exchanged for about half of them, as a function of (example, seed)."""
     return [labeled.swap() if int(content_hash(_sides(labeled), seed), 16) % 2 else labeled for labeled in comparisons]
 
 
 def in_both_orders(comparisons: Sequence[LabeledComparison]) -> list[LabeledComparison]:
-    """Each, followed by itself with the sides exchanged."""
+    """Each comparison, followed by itself with the sides exchanged."""
     return [side for labeled in comparisons for side in (labeled, labeled.swap())]
 
 
 def prompt_hash(labeled: LabeledComparison) -> str:
-    """Comparisons with the same prompt belong on the same side of a split."""
+    """Equal for comparisons with the same prompt, which belong on the same side of a split."""
     return content_hash(list(labeled.comparison.prompt_conversation))
 
 
@@ -60,9 +55,9 @@ def _sides(labeled: LabeledComparison) -> list[list[Message]]:
 def pairs_of_samples(
     samples: Sequence[ScoredSample], min_gap: float, max_pairs: int | None, seed: int
 ) -> list[LabeledComparison]:
-    """Every sample against every other of the same prompt that scored at least `min_gap` less. The
-    pairs of a prompt beyond `max_pairs` are left out, by hash; equal scores make no pair. The
-    margin is the difference of the scores."""
+    """Every sample against each sample of the same prompt that scored at least `min_gap` less, with
+    the difference as margin. Equal scores make no pair. `max_pairs` per prompt are kept, chosen by
+    hash."""
     by_prompt: dict[str, list[ScoredSample]] = defaultdict(list)
     for sample in samples:
         by_prompt[content_hash(list(sample.prompt))].append(sample)
@@ -93,11 +88,11 @@ def pairs_of_samples(
 def cleaned(
     comparisons: Sequence[LabeledComparison], identical: str = "drop", empty: str = "raise"
 ) -> tuple[list[LabeledComparison], Counter[str]]:
-    """Without duplicates, identical answers and empty ones, and how many of each there were.
-    "raise" makes one a DataError.
+    """The comparisons without duplicates, identical answers and empty answers, and a count of each.
+    With "raise" such a comparison is a DataError.
 
-    A duplicate is the same judgement once more, whichever way round; the opposite judgement is a
-    disagreement and stays.
+    A duplicate is the same judgement again, in either order of the sides. The opposite judgement is
+    a disagreement and stays.
     """
     kept: dict[str, LabeledComparison] = {}
     dropped: Counter[str] = Counter()
@@ -137,9 +132,8 @@ def _judgement(labeled: LabeledComparison) -> str:
 def split_by_prompt(
     comparisons: Sequence[LabeledComparison], test_size: int, seed: int
 ) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-    """Training and held-out comparisons: prompts in the order of their hashes are held out until
-    there are `test_size` comparisons.
-    """
+    """Training and held-out comparisons. Prompts are held out in hash order, up to `test_size`
+    comparisons."""
     if not 0 <= test_size < len(comparisons):
         raise DataError(f"test_size={test_size} of {len(comparisons):,} comparisons: it must leave some to train on")
     prompts = [content_hash(list(labeled.comparison.prompt_conversation), seed) for labeled in comparisons]
@@ -161,9 +155,8 @@ def split_by_prompt(
 def read_each(
     rows: Sequence[Row], read: Callable[[Fields], T], dropped: Counter[str] | None = None
 ) -> Iterator[tuple[str, T]]:
-    """(place, what `read` makes of the fields). A malformed row is counted in `dropped`, or is a
-    DataError with its place in front.
-    """
+    """(place, `read`(fields)) of each row. A malformed row is counted in `dropped`, or is a
+    DataError that begins with its place."""
     for where, fields in rows:
         try:
             yield where, read(fields)
@@ -178,9 +171,8 @@ def read_each(
 
 @chz.chz
 class PreferenceRowsBuilder(ComparisonDatasetBuilder):
-    """What the sets below share: where rows come from, what is dropped, the split. A subclass reads
-    one shape of row.
-    """
+    """The options that all sets share: source, cleaning, split. A subclass reads the shape of its
+    rows."""
 
     path: str = chz.field(doc="JSONL file, hub name, or local folder of a Hugging Face dataset")
     subset: str | None = chz.field(default=None, doc="configuration of the hub dataset")
@@ -194,13 +186,11 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
     )
 
     def comparison(self, fields: Fields) -> LabeledComparison:
-        """The comparison in a row. Raises DataError, without saying where the row stands."""
+        """The comparison in a row. Raises DataError without the row's place."""
         raise NotImplementedError
 
     def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
-        """What the rows say. Malformed ones are counted in `dropped`; where that is None, they
-        raise DataError.
-        """
+        """Malformed rows are counted in `dropped`; where that is None, they raise DataError."""
         return [replace(labeled, where=where) for where, labeled in read_each(rows, self.comparison, dropped)]
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
@@ -234,9 +224,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
     def _reported(
         self, train: list[LabeledComparison], test: list[LabeledComparison], dropped: Counter[str]
     ) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-        """Both sets as they are, after one printed line; DataError if nothing is left to train
-        on.
-        """
+        """Both sets unchanged, after one printed line. DataError if no training data are left."""
         ties = sum(labeled.label == "Tie" for labeled in (*train, *test))
         counts = [f"{len(train):,} comparisons", f"{len(test):,} held out", f"{ties:,} of them ties"]
         line = f"{self.path}: {', '.join(counts)}" + "".join(
@@ -307,9 +295,9 @@ class RatedPairBuilder(PreferenceRowsBuilder):
 
 @chz.chz
 class ScoredSamplesBuilder(PreferenceRowsBuilder):
-    """Pairs of better and worse answers to the same prompt, from answers with a score each: a row
-    per answer (HelpSteer2, samples of one's own) or a row per prompt with the answers in objects
-    within it (UltraFeedback's ratings, GSM8K's model solutions)."""
+    """Pairs of better and worse answers to the same prompt, from scored answers: a row per answer
+    (HelpSteer2, your own samples) or a row per prompt with the answers nested in it
+    (UltraFeedback's ratings, GSM8K's model solutions)."""
 
     prompt_field: str = chz.field(default="prompt", doc="field with the prompt")
     completion_field: str = chz.field(default="completion", doc="field with the answer")

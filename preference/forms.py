@@ -1,6 +1,4 @@
-"""The forms that files of preferences come in, told apart by the names of their fields.
-docs/data_formats.md has the table.
-"""
+"""The shapes of preference files, recognised by field names. docs/data_formats.md has the table."""
 
 import os
 from collections import Counter
@@ -28,8 +26,7 @@ from supervised.rows import Fields, Row
 @chz.chz
 class SharedPrefixBuilder(PreferenceRowsBuilder):
     """{"chosen": "The sky is blue.", "rejected": "The sky is green."}: the prompt is the words that
-    both texts begin with.
-    """
+    both texts begin with."""
 
     def comparison(self, fields: Fields) -> LabeledComparison:
         chosen, rejected = fields.get("chosen"), fields.get("rejected")
@@ -66,7 +63,7 @@ FORMS = (LABELED, CHOSEN, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX, RATED, SCOR
 
 
 def form_of(fields: Fields) -> Form:
-    """DataError where the fields are those of no form, or of two."""
+    """DataError where the fields match no form, or two."""
     forms = [form for form in (LABELED, RATED, SCORED, KTO) if has(fields, form.fields)]
     if has(fields, ("chosen", "rejected")):
         forms.append(_chosen_rejected(fields))
@@ -91,7 +88,7 @@ def _chosen_rejected(fields: Fields) -> Form:
 
 @chz.chz
 class FileBuilder(PreferenceRowsBuilder):
-    """JSONL of any form in preference/forms.py, found by the fields of its rows."""
+    """JSONL of any form in preference/forms.py, recognised by its rows' fields."""
 
     def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
         if not rows:
@@ -102,8 +99,8 @@ class FileBuilder(PreferenceRowsBuilder):
         comparisons = form.builder(**common, **form.settings).comparisons(rows, dropped)
         if form is KTO and not comparisons:
             raise DataError(
-                f"{self.path}: no prompt has both a good and a bad answer, so there are no pairs; a loss for unpaired "
-                "answers (KTO) is not "
-                "here: train on the good ones with supervised/train_cli.py, without the field 'label'"
+                f"{self.path}: no prompt has both a good and a bad answer, so there are no pairs; a loss "
+                "for unpaired answers (KTO) is not here: train on the good ones with supervised/train_cli.py, "
+                "without the field 'label'"
             )
         return comparisons

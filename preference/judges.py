@@ -1,8 +1,7 @@
-"""Judges that are not trained here: rules, and any endpoint that speaks the OpenAI chat protocol.
-
-The endpoint is shown two answers and must end with a line that says A, B or Tie. A time-out, an
-HTTP error or another answer is a JudgeError: what waits for it has no score. Such judges like one
-side: ask in both orders, as win rates do. Left out: logprobs, streaming, prices.
+"""Untrained judges: rules, and any endpoint that speaks the OpenAI chat protocol. The endpoint sees
+two answers and must end with a line that says A, B or Tie. A time-out, an HTTP error or another
+reply is a JudgeError. Such judges prefer a side: ask in both orders, as win rates do. Left out:
+logprobs, streaming, prices.
 """
 
 import asyncio
@@ -29,7 +28,7 @@ MOST_BYTES = 1 << 20
 
 
 class RuleJudge(PreferenceModel):
-    """Prefers the answer of which `quality(comparison, answer)` is higher."""
+    """Prefers the answer with the higher `quality(comparison, answer)`."""
 
     def __init__(self, quality: Callable[[Comparison, str], float]):
         self.quality = quality
@@ -46,7 +45,7 @@ class RuleJudge(PreferenceModel):
 
 @chz.chz
 class ShorterJudgeBuilder(JudgeBuilder):
-    """The shorter answer is better: a judge to try things out with."""
+    """The shorter answer is better: a judge for tests and demos."""
 
     def __call__(self, tokenizer: Tokenizer) -> Judge:
         return RuleJudge(_brevity)
@@ -58,10 +57,10 @@ def _brevity(comparison: Comparison, answer: str) -> float:
 
 @chz.chz
 class EndpointJudgeBuilder(JudgeBuilder):
-    """A model behind BASE_URL/chat/completions."""
+    """A model at BASE_URL/chat/completions."""
 
     base_url: str = chz.field(doc="as http://localhost:8000/v1")
-    model: str = chz.field(doc="the model's name there")
+    model: str = chz.field(doc="the model's name at the endpoint")
     api_key_variable: str | None = chz.field(
         default=None, doc="environment variable that holds the key, if one is needed"
     )
@@ -83,9 +82,8 @@ class EndpointJudge:
         self._slots = asyncio.Semaphore(config.max_concurrent)
 
     async def __call__(self, comparison: Comparison) -> float:
-        """No thread waits for the answer, so none is held by an endpoint that sends a byte now and
-        then: `timeout` is for the whole of it.
-        """
+        """`timeout` covers the whole request. No thread waits for it, so an endpoint that sends a
+        byte now and then holds none."""
         import httpx  # a third of a second to import
 
         for attempt in count():
@@ -96,15 +94,15 @@ class EndpointJudge:
             except (TimeoutError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
                 if attempt == self.config.retries:
                     timed_out = isinstance(error, TimeoutError)
-                    what = f"no answer in {self.config.timeout:g} s" if timed_out else str(error) or repr(error)
+                    failure = f"no answer in {self.config.timeout:g} s" if timed_out else str(error) or repr(error)
                     raise JudgeError(
-                        f"judge {self.config.model} at {self.url}: {what} (attempt {attempt + 1})"
+                        f"judge {self.config.model} at {self.url}: {failure} (attempt {attempt + 1})"
                     ) from error
             await asyncio.sleep(2**attempt)
         raise AssertionError("unreachable")
 
     async def _ask(self, client: Any, comparison: Comparison) -> bytes:
-        """The first MOST_BYTES of what `client`, an httpx.AsyncClient, is answered."""
+        """The first MOST_BYTES of the endpoint's reply to `client`, an httpx.AsyncClient."""
         text = f"{self.config.instruction}\n\n{question(comparison)[0]['content']}"
         body = {
             "model": self.config.model,
@@ -129,9 +127,7 @@ class EndpointJudge:
             text = json.loads(answer)["choices"][0]["message"]["content"]
             verdict = re.fullmatch(r"\W*(a|b|tie)\W*", text.strip().splitlines()[-1], re.IGNORECASE)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise JudgeError(
-                f"judge {self.config.model} at {self.url} answered what is no completion: {answer[:100]!r}"
-            ) from error
+            raise JudgeError(f"judge {self.config.model} at {self.url} sent no completion: {answer[:100]!r}") from error
         if verdict is None:
             raise JudgeError(f"judge {self.config.model} at {self.url} ended with {text[-60:]!r}, not with A, B or Tie")
         return SCORES[verdict[1].lower()]

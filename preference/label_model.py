@@ -1,9 +1,7 @@
-"""The label-token reward model: a language model reads two answers and says A, B or Tie.
-
-Training is supervised fine-tuning on one token, the label's; nothing after it is read. At inference
-nothing is sampled: the probabilities of the three labels come out of one forward pass, and the
-score is P(B) - P(A). Sides have a pull of their own, so both orders are asked and averaged. Left
-out: explanations before the label, more than two answers.
+"""The label-token reward model: a language model reads two answers and says A, B or Tie. Training
+is supervised fine-tuning on the label's token. Inference samples nothing: one forward pass gives
+the probabilities of the labels, and the score is P(B) - P(A), averaged over both orders of the
+sides against position bias. Left out: explanations before the label, more than two answers.
 """
 
 from collections.abc import Sequence
@@ -27,13 +25,11 @@ from supervised.train import CrossEntropy, Objective
 from supervised.types import SupervisedDataset
 
 LABELS: tuple[Label, ...] = get_args(Label)
-LABEL_ROOM = 8  # tokens for what a label begins with, and its own
+LABEL_ROOM = 8  # tokens for a label and its lead
 
 
 def question(comparison: Comparison) -> list[Message]:
-    """The comparison as one user message that asks for a label: renderers differ on roles, none on
-    this.
-    """
+    """The comparison as one user message that asks for a label: every renderer has this role."""
     sides = [_text(side) for side in (comparison.prompt_conversation, comparison.completion_A, comparison.completion_B)]
     return [Message(role="user", content="{}\n\n[A]\n{}\n\n[B]\n{}\n\n[Better]\n".format(*sides))]
 
@@ -45,9 +41,8 @@ def _text(messages: Sequence[Message]) -> str:
 
 
 class LabelFormat:
-    """Comparisons as tokens. `lead` is what every label begins with (a space, an empty thought);
-    the token after it tells them apart.
-    """
+    """Comparisons as tokens. `lead` is the prefix of every label (a space, an empty thought); the
+    token after it differs."""
 
     def __init__(self, renderer: Renderer):
         self.renderer = renderer
@@ -88,9 +83,8 @@ class LabelFormat:
 
 
 class LabelModel(PreferenceModel):
-    """`both_orders` asks twice and averages. `min_label_mass`: a model that gives all labels
-    together less than that is no label model (or reads another renderer's text), which is a
-    JudgeError and not a tie."""
+    """`both_orders` averages the score over both orders. Labels with less than `min_label_mass`
+    together raise JudgeError: the model is no label model, or was trained with another renderer."""
 
     def __init__(
         self, client: TrainingClient, renderer: Renderer, both_orders: bool = True, min_label_mass: float = 0.5
@@ -99,9 +93,7 @@ class LabelModel(PreferenceModel):
         self.both_orders, self.min_label_mass = both_orders, min_label_mass
 
     async def compare(self, comparisons_D: Sequence[Comparison]) -> list[float]:
-        """One forward pass. ContextLengthError if a comparison does not fit into the model's
-        context.
-        """
+        """One forward pass. ContextLengthError if a comparison exceeds the model's context."""
         if not comparisons_D:
             return []
         swapped_D = [comparison.swap() for comparison in comparisons_D] if self.both_orders else []
@@ -112,7 +104,7 @@ class LabelModel(PreferenceModel):
         return score_D.tolist()
 
     async def probabilities(self, comparisons_D: Sequence[Comparison]) -> np.ndarray:
-        """(D, 3): of A, B and Tie, as the model gives them."""
+        """(D, 3) probabilities of A, B and Tie."""
         data_D = [self.format.inquiry(comparison) for comparison in comparisons_D]
         longest = max(datum.model_input.length for datum in data_D)
         if longest > (limit := self.client.get_info().max_length):
@@ -132,9 +124,7 @@ class LabelModel(PreferenceModel):
 class LabelModelBuilder(SavedModel, JudgeBuilder):
     """A saved label-token model as a judge."""
 
-    both_orders: bool = chz.field(
-        default=True, doc="ask in both orders and average; where the caller does that already: false"
-    )
+    both_orders: bool = chz.field(default=True, doc="ask in both orders and average; false where the caller does it")
 
     def __call__(self, tokenizer: Tokenizer) -> Judge:
         client, renderer = self.open(ServiceClient.create_training_client_from_state, tokenizer)
@@ -143,9 +133,7 @@ class LabelModelBuilder(SavedModel, JudgeBuilder):
 
 @chz.chz
 class LabelExamplesBuilder(RewardExamplesBuilder):
-    """Comparisons to train a label-token model on: a dataset for the supervised loop like any
-    other. Ties are a label here.
-    """
+    """Comparisons to train a label-token model on. A tie is a label."""
 
     both_orders: bool = chz.field(
         default=True, doc="every comparison in both orders; false = in one, drawn by its hash and `seed`"

@@ -1,11 +1,7 @@
-"""Pairwise preference losses: DPO, RPO, IPO and SimPO as functions of the logprobs of whole
-answers.
-
-Each is a chz object, chosen and set in the configuration (`method=rpo method.nll_coef=0.5`), and
-called with the logprobs of a batch of pairs. Notation: s is the sum of an answer's token logprobs
-under the policy, s_ref under the reference, |y| its number of tokens, c the chosen and r the
-rejected answer; arrays have one entry per pair, (P,). Left out: losses on unpaired answers (KTO),
-on-policy pairs.
+"""Pairwise preference losses: DPO, RPO, IPO and SimPO of the logprobs of whole answers. s is the
+sum of an answer's token logprobs under the policy, s_ref under the reference, |y| its number of
+tokens; c is the chosen, r the rejected answer. Arrays are (P,), an entry per pair. Left out: losses
+on unpaired answers (KTO), on-policy pairs.
 """
 
 from dataclasses import dataclass
@@ -16,14 +12,12 @@ from torch.nn.functional import logsigmoid
 
 from posttrain.backend.ranges import NON_NEGATIVE, POSITIVE, Range
 
-Pairwise = tuple[torch.Tensor, torch.Tensor]  # of the chosen answers, of the rejected ones
+Pairwise = tuple[torch.Tensor, torch.Tensor]  # chosen answers, rejected answers
 
 
 @dataclass(frozen=True)
 class PairLogprobs:
-    """Sums over the tokens of each answer, and how many tokens that is. SimPO reads no
-    reference.
-    """
+    """Sums over the tokens of each answer, and their numbers. SimPO reads no reference."""
 
     policy_chosen_P: torch.Tensor
     policy_rejected_P: torch.Tensor
@@ -33,7 +27,7 @@ class PairLogprobs:
     rejected_tokens_P: torch.Tensor
 
     def log_ratios(self, length_normalised: bool) -> Pairwise:
-        """s - s_ref of the chosen and of the rejected answers, per token if asked."""
+        """s - s_ref of the chosen and the rejected answers; per token with `length_normalised`."""
         chosen_P, rejected_P = self.policy_chosen_P - self.ref_chosen_P, self.policy_rejected_P - self.ref_rejected_P
         return (
             (chosen_P / self.chosen_tokens_P, rejected_P / self.rejected_tokens_P)
@@ -57,9 +51,7 @@ class PreferenceLoss:
         raise NotImplementedError
 
     def rewards(self, logprobs: PairLogprobs) -> Pairwise:
-        """The implicit rewards of the chosen and the rejected answers: a pair is judged rightly
-        where the first is greater.
-        """
+        """Implicit rewards of the chosen and the rejected answers; accuracy compares them."""
         raise NotImplementedError
 
 
@@ -91,9 +83,9 @@ class DPO(PreferenceLoss):
 
 @chz.chz
 class RPO(DPO):
-    """DPO - a s_c: the likelihood of the chosen answer beside the preference. The sum over its
-    tokens is that of the star-graph paper's code; nll_per_token, a s_c / |y_c|, is iterative RPO
-    (Pang et al. 2024, equation 1)."""
+    """DPO - a s_c: adds the likelihood of the chosen answer. The sum over its tokens is the
+    star-graph paper's; nll_per_token, a s_c / |y_c|, is iterative RPO (Pang et al. 2024, equation
+    1)."""
 
     nll_coef: float = chz.field(
         default=1.0, validator=NON_NEGATIVE, doc="a, the weight of the chosen answer's negative log-likelihood"
@@ -107,9 +99,8 @@ class RPO(DPO):
 
 @chz.chz
 class IPO(PreferenceLoss):
-    """(h - 1 / (2 beta))^2, where h = (s_c - s_ref_c) - (s_r - s_ref_r): Azar et al. 2023, equation
-    17, whose tau is beta.
-    """
+    """(h - 1 / (2 beta))^2, where h = (s_c - s_ref_c) - (s_r - s_ref_r). Azar et al. 2023, equation
+    17, with tau = beta."""
 
     length_normalised: bool = chz.field(default=False, doc="logprobs per token instead of summed")
 
@@ -124,15 +115,14 @@ class IPO(PreferenceLoss):
 
 @chz.chz
 class SimPO(PreferenceLoss):
-    """-log sigmoid(beta s_c / |y_c| - beta s_r / |y_r| - gamma), without a reference: Meng et al.
-    2024, equation 6.
-    """
+    """-log sigmoid(beta s_c / |y_c| - beta s_r / |y_r| - gamma), no reference. Meng et al. 2024,
+    eq. 6."""
 
     needs_reference = False
 
     beta: float = chz.field(default=2.0, validator=POSITIVE, doc="scale of the reward, the logprob per token")
     gamma: float = chz.field(
-        default=1.0, validator=NON_NEGATIVE, doc="by how much the chosen answer's reward should be the greater one"
+        default=1.0, validator=NON_NEGATIVE, doc="target margin between the chosen and the rejected reward"
     )
 
     def rewards(self, logprobs: PairLogprobs) -> Pairwise:
@@ -145,9 +135,8 @@ class SimPO(PreferenceLoss):
 
 
 def pair_metrics(loss: PreferenceLoss, logprobs: PairLogprobs) -> dict[str, float]:
-    """Means over the pairs. `dpo_loss` is the loss whatever the method; an equal reward counts as
-    wrong in `accuracy`.
-    """
+    """Means over the pairs. `dpo_loss` is the loss of any method. Equal rewards are wrong in
+    `accuracy`."""
     chosen_P, rejected_P = loss.rewards(logprobs)
     means = {
         "dpo_loss": loss(logprobs),

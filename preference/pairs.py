@@ -1,8 +1,6 @@
-"""Comparisons in tokens: pairs of a chosen and a rejected Datum, batches of them, and their
-sequence logprobs.
-
-Everything is rendered once, when the data are built. Left out: cutting answers that are too long,
-which could make a pair of equals.
+"""Comparisons as tokens: pairs of a chosen and a rejected Datum, their batches and sequence
+logprobs. Rendered once, when the data are built. Left out: truncating answers, which could make
+them equal.
 """
 
 from collections import Counter
@@ -25,9 +23,8 @@ Ties = Literal["drop", "both", "raise"]
 
 @dataclass(frozen=True)
 class Pair:
-    """`weights` of the two Datums are 1 on the tokens of the answer. `reference` is (s_ref chosen,
-    s_ref rejected), once it is known.
-    """
+    """`weights` of the two Datums are 1 on the answer's tokens. `reference` is (s_ref chosen, s_ref
+    rejected) after with_reference."""
 
     chosen: Datum
     rejected: Datum
@@ -35,7 +32,7 @@ class Pair:
 
     @property
     def length(self) -> int:
-        """Tokens of the longer of the two."""
+        """Tokens of the longer Datum."""
         return max(self.chosen.model_input.length, self.rejected.model_input.length)
 
 
@@ -47,9 +44,8 @@ def render_pairs(
     overlong: Literal["drop", "raise"] = "drop",
     kind: str = "training",
 ) -> list[Pair]:
-    """Prints one line with what was dropped. A tie is left out, an error, or ("both") a pair each
-    way round, which asks for equal rewards.
-    """
+    """Prints one line with the counts. A tie is dropped, an error, or ("both") a pair in each
+    order, which asks for equal rewards."""
     limit = int(max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
     pairs, dropped = [], Counter[str]()
     for labeled in comparisons:
@@ -77,7 +73,7 @@ def render_pairs(
 
 
 def _orders(labeled: LabeledComparison) -> list[tuple[Sequence[Message], Sequence[Message]]]:
-    """(better, worse), or both ways round for a tie."""
+    """(better, worse), or both orders for a tie."""
     sides = labeled.comparison
     both = [(sides.completion_A, sides.completion_B), (sides.completion_B, sides.completion_A)]
     return both if labeled.label == "Tie" else [labeled.chosen_and_rejected()]
@@ -112,9 +108,8 @@ def as_data(pairs: Sequence[Pair]) -> list[Datum]:
 
 
 def micro_batches_of_pairs(pairs: Sequence[Pair], token_budget: int) -> list[list[Pair]]:
-    """Pairs in the order of their length, cut so that two answers of each, padded, fit the budget
-    (a longer pair goes alone).
-    """
+    """Pairs sorted by length, cut so that both answers of each, padded, fit the budget. A pair
+    longer than the budget goes alone."""
     batches: list[list[Pair]] = [[]]
     for pair in sorted(pairs, key=lambda pair: -pair.length):
         if batches[-1] and 2 * batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
@@ -124,9 +119,8 @@ def micro_batches_of_pairs(pairs: Sequence[Pair], token_budget: int) -> list[lis
 
 
 def sequence_logprobs(data_D: Sequence[Datum], logprobs_D: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(D,) sums of the answers' token logprobs, in float64: the difference of two sums is what
-    matters. Differentiable.
-    """
+    """(D,) sums of the answers' token logprobs, differentiable; float64, because losses subtract
+    them."""
     weights_DT = torch.from_numpy(np.concatenate([datum.loss_fn_inputs["weights"].array for datum in data_D]))
     owner_DT = torch.repeat_interleave(torch.tensor([len(logprobs) for logprobs in logprobs_D]))
     logprobs_DT = torch.cat(list(logprobs_D))

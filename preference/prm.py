@@ -1,13 +1,8 @@
-"""A process reward model in use: scores of the steps of sampled solutions, what they add up to, and
-the reward they make in RL.
-
-A step's score is the logit at its last token; its sigmoid estimates how likely the solution, so
-far, still leads to the right answer. The answer step of a malformed solution has the score
-`malformed_logit`, whatever the model says; a response without steps has that one score.
-
-As a reward (B-STaR, Zeng et al. 2024): reward += coef * aggregate(scores). As per-step advantages:
-the tokens of step k get coef * (p_k - p_{k-1}), the change of the estimate (Setlur et al. 2024),
-where p_{-1} is the mean of p_0 over the group. Left out: solutions of several turns.
+"""A process reward model in use: scores of the steps of sampled solutions, and rewards in RL. A
+step's score is the logit at its last token; its sigmoid estimates the probability that the solution
+still reaches the right answer. B-STaR (Zeng et al. 2024): reward += coef * aggregate(scores).
+Per-step advantages (Setlur et al. 2024): tokens of step k get coef * (p_k - p_{k-1}), where p_{-1}
+is the group's mean of p_0. Left out: solutions of several turns.
 """
 
 from collections import Counter
@@ -37,9 +32,8 @@ Scale = Literal["logit", "probability"]
 
 @dataclass(frozen=True)
 class StepScores:
-    """`logits_S`, one for each step and at least one; step s is the response's tokens from
-    `bounds[s]` to `bounds[s + 1]`.
-    """
+    """`logits_S`: step s is the response's tokens `bounds[s]` to `bounds[s + 1]`; at least one
+    step. The answer step of a malformed solution scores `malformed_logit`."""
 
     logits_S: np.ndarray
     bounds: list[int]
@@ -50,7 +44,7 @@ class StepScores:
         return 1 / (1 + np.exp(-self.logits_S))
 
     def aggregate(self, how: Aggregation, scale: Scale = "probability") -> float:
-        """One number for the solution. A product of logits means nothing: ConfigError."""
+        """A number for the solution. ConfigError for a product of logits, which means nothing."""
         values_S = self.probabilities_S if scale == "probability" else self.logits_S
         match how, scale:
             case "product", "logit":
@@ -68,7 +62,7 @@ class StepScores:
 
 
 class ProcessRewardModel:
-    """A trained scalar client. `form` must be that of its training."""
+    """A trained scalar client. `form` must be the one it was trained with."""
 
     def __init__(
         self, client: TrainingClient, renderer: Renderer, form: StepFormat, malformed_logit: float = MALFORMED_LOGIT
@@ -76,7 +70,7 @@ class ProcessRewardModel:
         self.client, self.renderer, self.form, self.malformed_logit = client, renderer, form, malformed_logit
 
     async def score(self, responses_D: Sequence[tuple[list[int], list[int]]]) -> list[StepScores]:
-        """Of (prompt tokens, response tokens), every step of all of them, in one forward pass."""
+        """Scores of every step of (prompt tokens, response tokens), in one forward pass."""
         steps_D = [split_response(response, self.renderer, self.form) for _, response in responses_D]
         at_D = [
             len(prompt) + np.array(s.last_tokens, dtype=int)
@@ -126,7 +120,7 @@ class SavedPrm(SavedModel):
 # --- as a reward in RL --------------------------------------------------------------------------
 
 
-# a member of a group, its only turn, and what the model says of it
+# a member of a group, its only turn, and the turn's scores
 Scored = tuple[int, Transition, StepScores]
 
 
@@ -177,7 +171,7 @@ class ProcessReward:
 
 
 def _only_turn(transitions: Sequence[Transition]) -> Transition | None:
-    """None of a trajectory without a turn: it has no solution to score."""
+    """None for a trajectory without a turn: it has no solution to score."""
     if len(transitions) > 1:
         raise ConfigError(
             f"a process reward model scores solutions of one turn, and a trajectory has {len(transitions)}"
@@ -187,11 +181,9 @@ def _only_turn(transitions: Sequence[Transition]) -> Transition | None:
 
 @chz.chz
 class PrmReward(SavedPrm, BatchRewardBuilder):
-    """A saved process reward model as a reward beside the environment's own. It must have been
-    trained with the policy's renderer.
-    """
+    """A saved process reward model as a reward. Its renderer must be the policy's."""
 
-    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight beside the environment's reward")
+    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight of the aggregated scores in the reward")
     aggregation: Aggregation = chz.field(
         default="min", doc="of the steps' scores to one number: min, product, last or mean"
     )

@@ -1,16 +1,8 @@
-"""Labels for the steps of solutions from rollouts, without a human: Math-Shepherd (Wang et al.
-2024, section 3.3).
-
-From the end of each step but the last, N completions are sampled. The soft label of the step is the
-share of them that reach the right answer, the hard label is 1 if any does. The last step's label is
-whether the answer is right, and 0 in a malformed solution.
-
-Labels are appended to a JSONL file a chunk of solutions at a time, so that a restart begins with
-the first solution that has none. A line has the fields of the "prm-v4" format, `input` (the
-question), `output` (the steps) and `label` (0 or 1 for each), besides our own. What a solution is
-labelled is a function of it, the settings and the policy: neither the order nor a restart changes
-it. Left out: binary search for the first wrong step, completions by another policy than the one
-given.
+"""Step labels from rollouts, without a human: Math-Shepherd (Wang et al. 2024, section 3.3). N
+completions are sampled from the end of each step but the last. The soft label is the share that
+reach the right answer; the hard label is 1 if any does. The last step's label is whether the answer
+is right, and 0 in a malformed solution. Left out: binary search for the first wrong step,
+completions by another policy.
 """
 
 import asyncio
@@ -37,9 +29,8 @@ from supervised.rows import read_rows
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A solution with a label for each step: a line of the file. `soft` is None in files of other
-    projects.
-    """
+    """A solution with a label for each step: a line of the file, in the "prm-v4" format (`input`,
+    `output`, `label`) with extra fields. `soft` is None in files of other projects."""
 
     input: str
     output: list[str]
@@ -54,26 +45,27 @@ class LabelConfig:
     """How steps are labelled."""
 
     max_tokens: int = chz.field(
-        validator=COUNT, doc="most tokens of a whole solution: a completion gets what the prefix leaves of them"
+        validator=COUNT, doc="most tokens of a whole solution: a completion gets the rest after its prefix"
     )
     form: StepFormat = chz.field(default_factory=StepFormat, doc="how solutions are written")
     num_completions: int = chz.field(default=8, validator=COUNT, doc="completions from the end of each step")
-    temperature: float = chz.field(default=1.0, validator=TEMPERATURE, doc="they are sampled at")
+    temperature: float = chz.field(default=1.0, validator=TEMPERATURE, doc="sampling temperature of the completions")
     seed: int = chz.field(default=0, validator=SEED, doc="of the completions")
     chunk_size: int = chz.field(
-        default=64, validator=COUNT, doc="solutions labelled by one engine call: a kill loses no more than these"
+        default=64, validator=COUNT, doc="solutions labelled by one engine call: a kill loses at most these"
     )
 
 
 async def label_solutions(
     client: SamplingClient, solutions: Sequence[tuple[GradedProblem, Solution]], config: LabelConfig, path: Path
 ) -> tuple[list[StepRecord], dict[str, int]]:
-    """A record for each distinct solution, in order; those that `path` has already are not made
-    again.
+    """A record for each distinct solution, in order. Records are appended to `path` chunk by chunk;
+    a restart keeps them. Labels depend on the solution, the settings and the policy, not on the
+    order.
 
-    Also counts: `labelled` now and `cached` before, `duplicate` solutions and `empty` ones (neither
-    has a record), the other malformed ones by kind, and `failed` ones, whose verifier raised
-    RolloutError: they get no record, and a restart tries them again.
+    Also returns counts: `labelled` now, `cached` before, `duplicate` and `empty` solutions (no
+    record), other malformed ones by kind, and `failed`: the verifier raised RolloutError, so there
+    is no record and a restart tries again.
     """
     drop_torn_line(path)
     done = {record.id: record for record in read_dataclasses(path, StepRecord)}
@@ -119,7 +111,7 @@ async def _label(
 async def _hits(
     client: SamplingClient, key: str, problem: GradedProblem, solution: Solution, end: int, config: LabelConfig
 ) -> int:
-    """How many completions of the first `end` tokens are right."""
+    """Number of right completions of the first `end` tokens."""
     prefix = solution.tokens[:end]
     stop, seed = problem.renderer.get_stop_sequences(), int(_digest(key), 16) >> 2
     params = SamplingParams(config.max_tokens - end, seed, stop, config.temperature)
@@ -129,7 +121,7 @@ async def _hits(
 
 
 def _id(solution: Solution, config: LabelConfig) -> str:
-    """What a label depends on, but for the policy: one file belongs to one policy."""
+    """Everything a label depends on except the policy: a file belongs to one policy."""
     settings = [getattr(config, name) for name in ("num_completions", "temperature", "max_tokens", "seed")]
     return _digest(
         json.dumps([solution.prompt, solution.tokens, config.form.separator, config.form.answer_marker, *settings])
@@ -141,7 +133,7 @@ def _digest(text: str) -> str:
 
 
 def read_records(path: str | Path) -> list[StepRecord]:
-    """The records of a prm-v4 file, ours or another's. DataError names the line that is wrong."""
+    """The records of a prm-v4 file of any project. DataError names the malformed line."""
     records = []
     for where, fields in read_rows(path):
         try:

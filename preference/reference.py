@@ -1,9 +1,7 @@
-"""Sequence logprobs under the reference: the policy the run started from, which never moves.
-Computed once per answer, kept on disk.
-
-`reference_logprobs.jsonl` in the run folder names the reference in its first line; then it has a
-line for each answer, under a hash of its tokens. A resumed run reads it, and computes its first
-lines anew to see that the reference is still the one it was.
+"""Sequence logprobs under the reference, the frozen policy that the run starts from. Computed once
+per answer and kept in `reference_logprobs.jsonl`: the first line names the reference, each other
+line has an answer's logprob under the hash of its tokens. A resumed run recomputes the first lines
+to check that the reference is unchanged.
 """
 
 import hashlib
@@ -22,12 +20,12 @@ from posttrain.backend.types import Datum
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
 from preference.pairs import Pair, as_data, sequence_logprobs
 
-CHUNK = 256  # answers per forward call, and per look at the file
+CHUNK = 256  # answers per forward call, and per append to the file
 TOLERANCE = 1e-4  # relative: other threads or another machine change the last digits
 
 
 def answer_key(datum: Datum) -> str:
-    """Of the tokens and of which of them are the answer."""
+    """Hash of the tokens and of the mask of the answer."""
     arrays = (
         np.asarray(datum.model_input.to_ints()),
         *(datum.loss_fn_inputs[name].array for name in ("target_tokens", "weights")),
@@ -38,16 +36,12 @@ def answer_key(datum: Datum) -> str:
 async def with_reference(
     pairs: Sequence[Pair], client: TrainingClient, file: Path, reference: dict[str, Any]
 ) -> list[Pair]:
-    """The pairs with their reference logprobs. `client` must hold the reference's weights;
-    `reference` says which those are.
-
-    Raises CheckpointError if the file is another reference's, by name or by what it computes.
-    """
+    """The pairs with their reference logprobs. `client` must hold the weights that `reference`
+    names. CheckpointError if the file belongs to another reference, by name or by value."""
     data = {answer_key(datum): datum for datum in as_data(pairs)}
     known = read_reference(file, reference)
     chunks = [list(data)[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
-    # A chunk is computed whole, as it would have been without an interruption: which answers share
-    # a batch decides the last digits.
+    # Chunks are always computed whole: the answers in a batch decide the last digits of a logprob.
     needed = [keys for i, keys in enumerate(chunks) if i == 0 or not known.keys() >= set(keys)]
     for keys in needed:
         computed = zip(keys, await answer_logprobs(client, [data[key] for key in keys]), strict=True)
@@ -67,7 +61,7 @@ async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> li
 
 
 def read_reference(file: Path, reference: dict[str, Any]) -> dict[str, float]:
-    """What the file knows; a new file is begun with the name of the reference."""
+    """Logprobs in the file by key; a new file is begun with the name of the reference."""
     drop_torn_line(file)
     header, *answers = read_jsonl(file) or [{}]
     if not header:
@@ -85,7 +79,7 @@ def read_reference(file: Path, reference: dict[str, Any]) -> dict[str, float]:
 
 
 def _is_new(known: dict[str, float], key: str, logprob: float, file: Path) -> bool:
-    """Whether the file lacks it. CheckpointError if it has another number."""
+    """Whether the file lacks the key. CheckpointError if it has another value."""
     if key in known and not math.isclose(known[key], logprob, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
         raise CheckpointError(
             f"{file}: an answer's logprob is {known[key]:.6g} there and {logprob:.6g} now: the weights that the run "

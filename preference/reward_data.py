@@ -1,5 +1,5 @@
-"""What the two kinds of reward model have in common as things to be trained: comparisons in,
-examples, a client and an objective out.
+"""The interface of both kinds of reward model to training: comparisons in; examples, a client and
+an objective out.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
     comparisons: ComparisonDatasetBuilder = chz.field(doc="builder of the comparisons")
 
     def examples(self, renderer: Renderer, labeled_D: Sequence[LabeledComparison]) -> SupervisedDataset:
-        """Of comparisons that fit."""
+        """Training examples of comparisons that fit the context."""
         raise NotImplementedError
 
     def length(self, renderer: Renderer, labeled: LabeledComparison) -> int:
@@ -34,7 +34,7 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
     def create_client(
         self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int
     ) -> TrainingClient:
-        """The model at the start of its training."""
+        """The model at the start of training."""
         raise NotImplementedError
 
     def model(self, client: TrainingClient, renderer: Renderer) -> PreferenceModel:
@@ -45,9 +45,8 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
         raise NotImplementedError
 
     def load(self, renderer: Renderer) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-        """Training and held-out comparisons without those that do not fit, which are counted on one
-        printed line.
-        """
+        """Training and held-out comparisons that fit the context; one printed line counts the
+        dropped."""
         train_D, test_D = self.comparisons()
         limit = self.max_length or renderer.tokenizer.model_max_length
         kept_train_D, kept_test_D = (

@@ -1,9 +1,7 @@
-"""How good a judge is on comparisons whose answer is known: accuracy, calibration, agreement with
-itself, and what length alone would give.
-
-Each comparison is asked in both orders; its score is (AB - BA) / 2, and P(B is better) is (1 +
-score) / 2. Ties have no right side: they are counted apart, and what is reported of them is how far
-the judge leans anyway.
+"""Quality of a judge on labelled comparisons: accuracy, calibration, self-agreement, and the
+accuracy of length alone. Each comparison is asked in both orders: score = (AB - BA) / 2, P(B is
+better) = (1 + score) / 2. Ties have no right side; they are counted apart, with the size of the
+score.
 """
 
 from collections.abc import Sequence
@@ -25,9 +23,8 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores in the data's order and, turned round, in the other; `truth_D` is 1 where B is better,
-    -1 where A is, 0 for a tie.
-    """
+    """Scores in the data's order and with the sides exchanged; `truth_D` is 1 where B is better, -1
+    where A is, 0 for a tie."""
 
     forward_D: np.ndarray
     reverse_D: np.ndarray
@@ -48,15 +45,12 @@ class Evaluation:
 
     @property
     def confidence_D(self) -> np.ndarray:
-        """Of decided comparisons: the probability, from 0.5 to 1, that the side the judge prefers
-        is the better one.
-        """
+        """Of decided comparisons: the probability, 0.5 to 1, of the side that the judge prefers."""
         return (1 + np.abs(self.score_D[self.decided_D])) / 2
 
     def reliability(self) -> list[tuple[float, float, int]]:
-        """(mean confidence, accuracy, count) of each of NUM_BINS equal parts of [0.5, 1] that is
-        not empty.
-        """
+        """(mean confidence, accuracy, count) of each non-empty bin of NUM_BINS equal bins of [0.5,
+        1]."""
         bin_D = np.minimum(((self.confidence_D - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
         chosen = [bin_D == k for k in range(NUM_BINS)]
         return [
@@ -66,9 +60,8 @@ class Evaluation:
         ]
 
     def metrics(self) -> Metrics:
-        """`ece`: the expected calibration error, Guo et al. 2017 eq. 5. `swap_agreement`: how often
-        both orders prefer the same side.
-        """
+        """`ece`: expected calibration error, Guo et al. 2017 eq. 5. `swap_agreement`: share of
+        comparisons where both orders prefer the same side."""
         count = len(self.correct_D)
         accuracy = float(self.correct_D.mean())
         metrics = {
@@ -87,7 +80,7 @@ class Evaluation:
 
 
 async def evaluate_judge(judge: Judge, labeled_D: Sequence[LabeledComparison]) -> Evaluation:
-    """Asks about every comparison in both orders."""
+    """Asks for every comparison in both orders."""
     comparisons_D = [labeled.comparison for labeled in labeled_D]
     scores_2D = np.array(await judge_all(judge, [*comparisons_D, *(c.swap() for c in comparisons_D)])).reshape(2, -1)
     return Evaluation(scores_2D[0], -scores_2D[1], np.array([TRUTH[labeled.label] for labeled in labeled_D]))
@@ -109,12 +102,9 @@ class RewardModelEvaluator:
 
 
 def length_baseline(train_D: Sequence[LabeledComparison], test_D: Sequence[LabeledComparison]) -> float:
-    """Accuracy on `test_D` of preferring the longer answer, or the shorter one if that is right
-    more often on `train_D`.
-
-    Lengths are in characters; two of the same length are half right. DataError if all comparisons
-    of either are ties.
-    """
+    """Accuracy on `test_D` of preferring the longer answer, or the shorter if that is better on
+    `train_D`. Lengths are in characters; equal lengths count half. DataError if all of either set
+    are ties."""
     longer_wins = np.mean(_longer_is_better(train_D)) >= 0.5
     held_out = float(np.mean(_longer_is_better(test_D)))
     return held_out if longer_wins else 1 - held_out
@@ -129,9 +119,7 @@ def _longer_is_better(labeled_D: Sequence[LabeledComparison]) -> list[float]:
 
 
 def plot_reliability(evaluations: dict[str, Evaluation], path: Path) -> Path:
-    """Accuracy against confidence, a panel for each judge; a calibrated judge is on the diagonal.
-    Areas are counts.
-    """
+    """Accuracy against confidence, a panel per judge, areas by count. Calibrated is the diagonal."""
     figure, axes = panel_axes(len(evaluations), size=(4.2, 3.7))
     for axis, (name, evaluation) in zip(axes, evaluations.items(), strict=True):
         confidence, accuracy, count = (np.array(column) for column in zip(*evaluation.reliability(), strict=True))

@@ -1,9 +1,6 @@
-"""What scores answers. A preference model says which of two is better, a reward model how good one
-is.
-
-Rules, local models and endpoints stand behind the same two calls, and environments know nothing
-more. Scores are made in one batch for each group of answers, not for whatever happens to wait:
-their last bits then depend on the data and not on the clock.
+"""Scorers of answers: a preference model says which of two is better, a reward model how good an
+answer is. Rules, local models and endpoints share these two calls. A group of answers is scored as
+one batch, never with other waiting requests: scores then do not depend on timing.
 """
 
 import asyncio
@@ -29,9 +26,7 @@ Judge = Callable[[Comparison], Awaitable[float]]
 
 
 class JudgeError(RolloutError):
-    """A judge could not be asked, or what it answered is no judgement. Whatever waits for it has no
-    score.
-    """
+    """A judge failed or its reply is no judgement. Its comparison has no score."""
 
 
 class PreferenceModel(ABC):
@@ -39,7 +34,7 @@ class PreferenceModel(ABC):
 
     @abstractmethod
     async def compare(self, comparisons_D: Sequence[Comparison]) -> list[float]:
-        """A score in [-1, 1] for each: 1 = B is better."""
+        """A score in [-1, 1] for each comparison: 1 = B is better."""
 
     async def __call__(self, comparison: Comparison) -> float:
         return (await self.compare([comparison]))[0]
@@ -48,16 +43,15 @@ class PreferenceModel(ABC):
 class RewardModel(ABC):
     @abstractmethod
     async def score(self, conversations_D: Sequence[Sequence[Message]]) -> list[float]:
-        """How good the last answer of each conversation is: any finite number, more is better."""
+        """A finite number for the last answer of each conversation; more is better."""
 
     async def __call__(self, prompt: Sequence[Message], completion: Sequence[Message]) -> float:
         return (await self.score([[*prompt, *completion]]))[0]
 
 
 async def judge_all(judge: Judge, comparisons_D: Sequence[Comparison]) -> list[float]:
-    """One call where the judge can take many, else all calls at once. JudgeError for a score
-    outside [-1, 1].
-    """
+    """One call where the judge takes many comparisons, else concurrent calls. JudgeError for a
+    score outside [-1, 1]."""
     if not comparisons_D:
         return []
     if isinstance(judge, PreferenceModel):
@@ -74,30 +68,28 @@ async def judge_all(judge: Judge, comparisons_D: Sequence[Comparison]) -> list[f
 
 @chz.chz
 class JudgeBuilder:
-    """Configuration of a judge, so that an environment can carry one."""
+    """Configuration of a judge; part of an environment's configuration."""
 
     def __call__(self, tokenizer: Tokenizer) -> Judge:
-        """`tokenizer` is that of the policy which is judged."""
+        """`tokenizer` is the tokenizer of the judged policy."""
         raise NotImplementedError
 
 
 @chz.chz
 class RewardModelBuilder:
-    """Configuration of a reward model."""
-
     def __call__(self, tokenizer: Tokenizer) -> RewardModel:
-        """`tokenizer` is that of the policy which is scored."""
+        """`tokenizer` is the tokenizer of the scored policy."""
         raise NotImplementedError
 
 
 @chz.chz
 class SavedModel:
-    """Where a model was saved, and how it reads what it is shown."""
+    """Path and backend of a saved model."""
 
     path: str = chz.field(
         doc="checkpoint folder, as RUN/checkpoints/final", munger=lambda _, path: str(Path(path).expanduser())
     )
-    renderer_name: str | None = chz.field(default=None, doc="None = that of the run which saved the model")
+    renderer_name: str | None = chz.field(default=None, doc="None = the training run's")
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine runs the model")
 
     def open(
@@ -106,17 +98,16 @@ class SavedModel:
         tokenizer: Tokenizer,
         service: ServiceClient | None = None,
     ) -> tuple[TrainingClient, Renderer]:
-        """The frozen model in a service of its own, unless one is given. ModelError if its
-        tokenizer is not the policy's.
-        """
+        """The frozen model, by default in a new service. ModelError if its tokenizer is not the
+        policy's."""
         client = create(service or ServiceClient(self.backend), self.path)
-        own: Tokenizer = client.get_tokenizer()
-        if own.get_vocab() != tokenizer.get_vocab():
+        reward_tokenizer: Tokenizer = client.get_tokenizer()
+        if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ModelError(
-                f"{self.path} has another tokenizer than the policy ({len(own)} tokens, the policy {len(tokenizer)}): "
-                "train it from a model of the policy's family"
+                f"{self.path} has another tokenizer than the policy ({len(reward_tokenizer)} tokens, "
+                f"the policy {len(tokenizer)}): train it from a model of the policy's family"
             )
-        return client, get_renderer(self._renderer_name(), own)
+        return client, get_renderer(self._renderer_name(), reward_tokenizer)
 
     def _renderer_name(self) -> str | None:
         run = Path(self.path).parent.parent / "config.json"

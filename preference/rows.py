@@ -1,8 +1,5 @@
-"""Rows of preference sets, in their usual shapes, to labelled comparisons; what is malformed is a
-DataError that says what was needed.
-
-Every function takes the fields of one row and says nothing about where it stands: comparisons.py
-adds file and line.
+"""Rows of preference sets, in the usual shapes, to labelled comparisons. A malformed row is a
+DataError that says which fields are needed; comparisons.py adds file and line.
 """
 
 import re
@@ -21,7 +18,7 @@ ROLE_OF = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class ScoredSample:
-    """One answer to a prompt and how good it is: 0 or 1 for correctness, or any rating."""
+    """An answer and its score: 0 or 1 for correctness, or any rating."""
 
     prompt: Sequence[Message]
     completion: Sequence[Message]
@@ -30,9 +27,8 @@ class ScoredSample:
 
 
 def labeled(fields: Fields, label_field: str = "label") -> LabeledComparison:
-    """{"prompt": ..., "completion_A": ..., "completion_B": ..., "label": "A" | "B" | "Tie"}, each
-    side a text or messages.
-    """
+    """{"prompt": ..., "completion_A": ..., "completion_B": ..., "label": "A" | "B" | "Tie"}; each
+    side is a text or messages."""
     label = need(fields, label_field)
     if label not in ("A", "B", "Tie"):
         raise DataError(f"the field {label_field!r} is {label!r}: it must be 'A', 'B' or 'Tie'")
@@ -41,9 +37,7 @@ def labeled(fields: Fields, label_field: str = "label") -> LabeledComparison:
 
 
 def chosen_rejected(fields: Fields, prompt_field: str, chosen_field: str, rejected_field: str) -> LabeledComparison:
-    """Answers with a prompt beside them, or whole conversations, whose prompt is what they begin
-    with in common.
-    """
+    """Answers with a prompt field, or whole conversations that begin with the same prompt."""
     chosen, rejected = messages(fields, chosen_field, "assistant"), messages(fields, rejected_field, "assistant")
     if chosen and rejected and "assistant" not in (chosen[0]["role"], rejected[0]["role"]):
         return LabeledComparison(_cut_where_they_part(chosen, rejected), "A")
@@ -67,7 +61,7 @@ def _turns(fields: Fields, name: str) -> list[Message]:
 
 
 def _cut_where_they_part(chosen: list[Message], rejected: list[Message]) -> Comparison:
-    """The prompt is what two conversations have in common, up to where the assistant speaks."""
+    """The prompt is the common beginning of two conversations, up to the assistant's message."""
     last = min(len(chosen), len(rejected)) - 1
     cut = next((i for i in range(last) if chosen[i] != rejected[i]), last)
     while cut > 0 and not chosen[cut]["role"] == rejected[cut]["role"] == "assistant":
@@ -80,9 +74,7 @@ def _cut_where_they_part(chosen: list[Message], rejected: list[Message]) -> Comp
 def rated_pair(
     fields: Fields, prompt_field: str, answer_fields: tuple[str, str], preference_field: str, tie_within: float
 ) -> LabeledComparison:
-    """Two answers and one signed rating (HelpSteer3: -3 the first is much better, 3 the second is);
-    near 0 is a tie.
-    """
+    """Two answers and a signed rating; near 0 is a tie. HelpSteer3: -3 first better, 3 second."""
     rating = number(fields, preference_field)
     label: Label = "Tie" if abs(rating) <= tie_within else ("A" if rating < 0 else "B")
     sides = [messages(fields, name, "assistant") for name in answer_fields]
@@ -93,9 +85,7 @@ def rated_pair(
 def scored_samples(
     fields: Fields, prompt_field: str, completion_field: str, score_field: str
 ) -> Iterator[ScoredSample]:
-    """The answer in a row, or the answers in objects or lists of objects within it (a row for each
-    problem).
-    """
+    """The answer in a row, or nested answers in objects or lists of objects (a row per problem)."""
     prompt = messages(fields, prompt_field, "user")
     flat = completion_field in fields
     inner = [item for value in fields.values() for item in (value if isinstance(value, list) else [value])]
@@ -109,7 +99,7 @@ def scored_samples(
 
 
 def messages(fields: Fields, name: str, role: str) -> list[Message]:
-    """A conversation as it is, or a text as one message of `role`."""
+    """A conversation unchanged, or a text as a message of `role`."""
     value = need(fields, name)
     if isinstance(value, str):
         return [Message(role=role, content=value)]

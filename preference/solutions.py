@@ -1,5 +1,5 @@
-"""Sampled and graded answers: several to each of many problems, in one engine call. Step labels,
-best-of-n and B-STaR use it.
+"""Samples and grades answers: several per problem, one engine call. Used by step labels, best-of-n
+and B-STaR.
 """
 
 import asyncio
@@ -16,9 +16,7 @@ from rl.types import RolloutError
 
 
 class Graded(Protocol):
-    """What a verifier says: the answer in a response, None where there is none, and whether it is
-    right.
-    """
+    """A verifier's result: the extracted answer, None if there is none, and whether it is right."""
 
     @property
     def answer(self) -> str | None: ...
@@ -28,7 +26,7 @@ class Graded(Protocol):
 
 
 class GradedProblem(Protocol):
-    """A question with a verifier; envs.problem_env.ProblemEnv is one."""
+    """A question with a verifier, such as envs.problem_env.ProblemEnv."""
 
     renderer: Renderer
 
@@ -40,9 +38,7 @@ class GradedProblem(Protocol):
 
 
 class Response(NamedTuple):
-    """A sampled response as graded. One that did not end by itself has no answer and is wrong,
-    whatever it says.
-    """
+    """A graded sample. A response that did not stop by itself has no answer and is wrong."""
 
     tokens: list[int]
     text: str
@@ -52,9 +48,7 @@ class Response(NamedTuple):
 
 
 async def grade(problem: GradedProblem, tokens: list[int], tries: int = 1) -> Response:
-    """A verifier that fails raises its RolloutError at the last of `tries`: nothing is scored in
-    its place.
-    """
+    """Raises the verifier's RolloutError after `tries` failures; nothing is scored in its place."""
     message, ended = problem.renderer.parse_response(tokens)
     text = message["content"]
     if not ended:
@@ -77,9 +71,7 @@ async def sample_and_grade(
     seeds_P: Sequence[int],
     tries: int = 1,
 ) -> list[list[Response]]:
-    """`num_samples` responses to each problem, all in one engine call. They stop where the renderer
-    says.
-    """
+    """`num_samples` responses to each problem, in one engine call, with the renderer's stops."""
 
     async def responses(problem: GradedProblem, seed: int) -> list[Response]:
         seeded = replace(params, seed=seed, stop=problem.renderer.get_stop_sequences())
@@ -90,15 +82,14 @@ async def sample_and_grade(
 
 
 def sampling_seeds(entropy: int | Sequence[int], count: int) -> list[int]:
-    """A seed for each of `count` problems, from one."""
+    """A seed for each of `count` problems."""
     return (np.random.SeedSequence(entropy).generate_state(count, np.uint64) >> np.uint64(2)).tolist()
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A response to `question`: the tokens it was sampled from and as, and what the verifier says
-    of it. JSON by dataclasses.asdict.
-    """
+    """A graded response to `question`, with its prompt and response tokens. JSON by
+    dataclasses.asdict."""
 
     question: str
     prompt: list[int]
@@ -115,9 +106,8 @@ def solution_of(problem: GradedProblem, response: Response) -> Solution:
 async def sample_solutions(
     client: SamplingClient, problems_P: Sequence[GradedProblem], num_samples: int, params: SamplingParams
 ) -> list[list[Solution]]:
-    """`num_samples` solutions of each problem; problem p is sampled with the p-th seed that follows
-    from params.seed.
-    """
+    """`num_samples` solutions of each problem; problem p uses the p-th seed derived from
+    params.seed."""
     seeds_P = sampling_seeds(params.seed or 0, len(problems_P))
     responses_P_G = await sample_and_grade(client, problems_P, num_samples, params, seeds_P)
     return [

@@ -1,13 +1,9 @@
-"""Labelled steps as training data for a process reward model, and its loss: pointwise
-cross-entropy, in B-STaR's form (Zeng et al. 2024).
+"""Labelled steps as training data of a process reward model; pointwise cross-entropy (B-STaR, Zeng
+et al. 2024). Both sums are over a batch. A step's label is copied to all its tokens, or its last
+few. Question tokens, and the last step of a malformed solution, have weight 0. Left out: ranking
+losses.
 
-    L = sum_t w_t BCE(logit_t, label of the step of t) / (sum_t w_t + 1e-6)        both sums over a batch; ln 2 for a head of zeros
-
-The label of a step is copied to all its tokens, or to its last few. Tokens of the question have no
-weight, nor has the last step of a malformed solution, whose score is defined (prm.py). A step that
-is sound in itself has the label 0 behind a wrong one; a small model learns to check single steps
-far sooner when it does not see those (`until_first_error`). Left out: losses that rank the steps of
-one solution.
+  L = sum_t w_t BCE(logit_t, label of the step of t) / (sum_t w_t + 1e-6)
 """
 
 from collections.abc import Sequence
@@ -31,9 +27,8 @@ from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
 def step_cross_entropy(scalars_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """w BCE(scalar, label), with labels from 0 to 1; the weights of a batch are divided by their
-    sum beforehand (step_dataset).
-    """
+    """w BCE(scalar, label), labels in [0, 1]; step_dataset divides the weights by their sum in the
+    batch."""
     loss_N = binary_cross_entropy_with_logits(scalars_N, inputs["labels"], reduction="none")
     right_N = ((scalars_N > 0) == (inputs["labels"] > 0.5)).float()
     return inputs["weights"] * loss_N, {"accuracy": right_N}
@@ -57,9 +52,8 @@ def step_dataset(
 
 
 def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuilder") -> Datum | None:
-    """`labels` and `weights` of each token, and `step_ends`, 1 at the last token of a step. None if
-    no step is left to train on.
-    """
+    """`labels` and `weights` per token, and `step_ends`, 1 at the last token of a step. None if no
+    step is left to train on."""
     form, last_tokens = config.form, config.last_tokens
     text = form.separator.join(record.output)
     messages = exchange({"prompt": record.input, "completion": text}, "prompt", "completion", config.prompt_template)
@@ -100,7 +94,7 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
         default=None, validator=COUNT, doc="train on this many last tokens of each step; None = on all of them"
     )
     until_first_error: bool = chz.field(
-        default=False, doc="leave out what follows the first step labelled 0, as Lightman et al. 2023 do"
+        default=False, doc="drop steps after the first labelled 0 (Lightman et al. 2023); small models learn faster"
     )
     prompt_template: str = chz.field(default="{prompt}", doc="the user's message; {prompt} stands for the question")
     reduction: str = chz.field(default="sum", doc="'sum': each token weighs the same; 'mean': each solution does")
@@ -130,7 +124,7 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
         return [record for record in train if record.input not in held_out], [r for r in train if r.input in held_out]
 
     def _data(self, records: Sequence[StepRecord], renderer: Renderer, kind: str) -> list[Datum]:
-        """Prints one line: how many solutions there are, and why the others were left out."""
+        """Prints one line: the number of solutions and the reasons for dropping others."""
         limit = self.max_length or renderer.tokenizer.model_max_length
         data, overlong, empty = [], 0, 0
         for number, record in enumerate(records):

@@ -1,11 +1,7 @@
-"""Steps of a solution, as spans of characters in its text; the tokens of a step follow from the
-spans, never from ids that a step ends with.
-
-A separator belongs to the step it ends, and the tokens that stop a response belong to the last
-step: so the spans cover the text, and the token ranges the response. Sampled tokens are located by
-decoding, not encoded again. A solution is malformed if it ran into the token limit or lacks its
-answer: it still has steps, the last of which has a defined score (prm.py). Left out: steps that a
-parser of the language finds.
+"""Steps of a solution: character spans of its text, mapped to tokens by decoding (never by step-end
+ids). A separator belongs to the step it ends, stop tokens to the last step: the spans cover the
+text and the token ranges the response. A solution is malformed if it is truncated or lacks its
+answer; it still has steps. Left out: steps found by a parser of the language.
 """
 
 import re
@@ -26,17 +22,16 @@ Malformed = Literal["truncated", "empty", "no_answer"]
 
 @chz.chz
 class StepFormat:
-    """How solutions are written. B-STaR's: separator="\\n\\n" answer_marker="# Answer"."""
+    """The format of solutions. B-STaR's: separator="\\n\\n" answer_marker="# Answer"."""
 
-    separator: str = chz.field(default="\n", doc="what a step ends with")
+    separator: str = chz.field(default="\n", doc="the end of a step")
     answer_marker: str = chz.field(
         default="", doc="what the last step of a whole solution begins with; empty = anything"
     )
 
     def spans(self, text: str) -> list[Span]:
-        """The steps of a text, in order and without gaps. Blank ones belong to their neighbours; a
-        blank text has none.
-        """
+        """Spans of the steps, in order and without gaps. Blank steps join their neighbours; a blank
+        text has none."""
         if not self.separator:
             raise ConfigError("separator must not be empty")
         ends = [match.end() for match in re.finditer(re.escape(self.separator), text)]
@@ -53,7 +48,8 @@ class StepFormat:
         return [text[start:end].replace(self.separator, "") for start, end in self.spans(text)]
 
     def malformed(self, text: str, ended: bool) -> Malformed | None:
-        """What is wrong with the form of a response; `ended` says whether it stopped by itself."""
+        """The defect of a response's form, None if there is none; `ended` is False if it was
+        truncated."""
         steps = self.strings(text)
         if not ended:
             return "truncated"
@@ -64,9 +60,8 @@ class StepFormat:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """A response cut into steps: step k is `tokens[bounds[k] : bounds[k + 1]]`, and `strings[k]`
-    without its separator.
-    """
+    """A response cut into steps: step k is `tokens[bounds[k] : bounds[k + 1]]`; `strings[k]` lacks
+    the separator."""
 
     tokens: list[int]
     strings: list[str]
@@ -75,7 +70,7 @@ class StepTokens:
 
     @property
     def last_tokens(self) -> list[int]:
-        """Index of the last token of each step: where a model has read all of it."""
+        """Index of the last token of each step, where its score is read."""
         return [end - 1 for end in self.bounds[1:]]
 
 
@@ -91,7 +86,6 @@ def split_response(tokens: Sequence[int], renderer: Renderer, form: StepFormat) 
 
 
 def _tokens_up_to(tokenizer: Tokenizer, tokens: Sequence[int], end: int) -> int:
-    """How many tokens it takes to write the first `end` characters. A token across a border belongs
-    to the step in which it begins.
-    """
+    """Number of tokens in the first `end` characters. A token across a border belongs to the step
+    in which it begins."""
     return bisect_left(range(len(tokens)), end, key=lambda count: len(decode(tokenizer, tokens[:count])))

@@ -1,12 +1,11 @@
 """Preference optimisation from the command line.
 
-python preference/train_cli.py dataset=pairs.jsonl model_name=small
-load_checkpoint_path=runs/sft/checkpoints/final python -m preference.train_cli dataset=ultrafeedback
-method=rpo method.nll_coef=0.5 model_name=Qwen/Qwen2.5-0.5B-Instruct
+python preference/train_cli.py dataset=pairs.jsonl model_name=small \\
+    load_checkpoint_path=runs/sft/checkpoints/final
+python -m preference.train_cli dataset=ultrafeedback method=rpo method.nll_coef=0.5
 """
 
-# run as a file: this folder, first on the path, has a types.py that would shadow the standard
-# library's
+# run as a file, this folder is first on the path, and its types.py would shadow the standard one
 if not __package__:
     import os
     import sys

@@ -1,9 +1,6 @@
-"""Direct preference optimisation: pairs of answers, trained on by the supervised loop with a
-preference loss as its Objective.
-
-The loss is DPO (Rafailov et al. 2023) or a relative of it in losses.py. The reference is the policy
-the run starts from, frozen: its logprobs are computed once, before the first step (reference.py).
-Left out: new answers sampled while training.
+"""Direct preference optimisation: the supervised loop with a preference loss as its Objective: DPO
+(Rafailov et al. 2023) or a relative (losses.py). The reference, the policy at the start, is frozen;
+its logprobs are computed once, before the first step. Left out: sampling new answers in training.
 """
 
 from collections.abc import Sequence
@@ -61,18 +58,14 @@ class Config(LanguageModelRunConfig):
 
 
 async def main(config: Config) -> Metrics:
-    """Trains; returns the last metrics. Everything that can be wrong with the input is raised
-    before the model is loaded.
-    """
+    """Trains; returns the last metrics. Input errors are raised before the model loads."""
     return await train_on_pairs(config, *_pairs(config))
 
 
 async def train_on_pairs(
     config: Config, train: list[Pair], test: list[Pair], evaluator: Evaluator | None = None
 ) -> Metrics:
-    """The loop on pairs that are tokens already; `config.dataset` is not read. `evaluator` adds
-    metrics where `test` is evaluated.
-    """
+    """The loop on rendered pairs; `config.dataset` is unused. `evaluator` adds held-out metrics."""
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)
@@ -112,14 +105,12 @@ def _pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
 
 
 def _reference(config: Config) -> dict[str, Any]:
-    """What names the policy the run starts from."""
+    """The settings that name the starting policy."""
     return {name: getattr(config, name) for name in ("model_name", "load_checkpoint_path", "seed", "lora_rank")}
 
 
 class PreferenceObjective:
-    """The mean loss of a batch of pairs, in micro-batches: only one's activations are alive at a
-    time.
-    """
+    """The mean loss of a batch of pairs, in micro-batches to bound the memory of activations."""
 
     def __init__(self, loss: PreferenceLoss, micro_batch_tokens: int):
         self.loss, self.micro_batch_tokens = loss, micro_batch_tokens
@@ -145,16 +136,14 @@ class PreferenceObjective:
     def _share_of_mean(
         self, pairs: Sequence[Pair], num_pairs: int, data_D: list[Datum], logprobs_D: list[torch.Tensor]
     ) -> tuple[torch.Tensor, Metrics]:
-        """What these pairs contribute to the mean over `num_pairs`."""
+        """The contribution of these pairs to the mean over `num_pairs`."""
         return self.loss(pair_logprobs(pairs, sequence_logprobs(data_D, logprobs_D))).sum() / num_pairs, {}
 
 
 async def evaluate_pairs(
     client: TrainingClient, loss: PreferenceLoss, pairs: Sequence[Pair], name: str = "test"
 ) -> Metrics:
-    """The metrics of a training step on pairs that are not trained on: one forward pass, no
-    gradient.
-    """
+    """Metrics of held-out pairs: one forward pass, no gradient."""
     outputs_D = (await client.forward(as_data(pairs), "cross_entropy")).loss_fn_outputs
     return {f"{name}/{key}": value for key, value in _metrics(loss, pairs, outputs_D).items()}
 

@@ -1,18 +1,12 @@
-"""Training a process reward model on labelled steps: a saved scalar model out, that prm.py opens by
-its path.
+"""Trains a process reward model on labelled steps with the supervised loop; the loss is in
+step_data.py. Opened by its path (prm.py). Left out: B-STaR's warm-up.
 
-    python preference/train_prm.py dataset=labels.jsonl dataset.test_size=100
-    load_checkpoint_path=runs/sft/checkpoints/final python -m preference.train_prm
-    dataset=labels.jsonl dataset.labels=soft dataset.last_tokens=3 model_name=Qwen/Qwen2.5-0.5B
-
-The loop, its run folder and its resuming are those of supervised/train.py; the loss is
-step_data.py's. Held-out solutions give test/loss, test/accuracy (of steps, at their last token),
-test/majority (what always guessing the commoner label would give) and test/first_error (the share
-of solutions whose first step below 1/2 is the first one labelled 0). Left out: B-STaR's warm-up.
+  python preference/train_prm.py dataset=labels.jsonl dataset.test_size=100 \\
+      load_checkpoint_path=runs/sft/checkpoints/final
+  python -m preference.train_prm dataset=labels.jsonl dataset.labels=soft dataset.last_tokens=3
 """
 
-# run as a file: this folder, first on the path, has a types.py that would shadow the standard
-# library's
+# run as a file, this folder is first on the path, and its types.py would shadow the standard one
 if not __package__:
     import os
     import sys
@@ -56,7 +50,9 @@ class StepObjective:
 
 
 class StepEvaluator:
-    """One forward pass over the held-out solutions."""
+    """One forward pass over the held-out solutions. `accuracy` is of steps, at their last token;
+    `majority` that of always guessing the commoner label; `first_error` the share of solutions
+    whose first step below 1/2 is the first labelled 0."""
 
     def __init__(self, dataset: SupervisedDataset, name: str = "test"):
         self._batches, self._name = [dataset.get_batch(i) for i in range(len(dataset))], name

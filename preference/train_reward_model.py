@@ -1,17 +1,14 @@
-"""Training a reward model: comparisons in, a saved model out that environments open by its path.
+"""Trains a reward model on comparisons with the supervised loop; environments open it by its path.
+`dataset=scalar` is Bradley and Terry's (bradley_terry.py), `label` says A, B or Tie
+(label_model.py). Held-out: test/accuracy, ece, swap_agreement, length_baseline, reliability.png.
 
-    python -m preference.train_reward_model dataset=scalar dataset.comparisons=pairs.jsonl
-    dataset.comparisons.test_size=200 python -m preference.train_reward_model dataset=label
-    dataset.comparisons=gsm8k_solutions dataset.comparisons.path=solutions.jsonl
-
-`dataset` says which kind: `scalar` is a number at the last token by Bradley and Terry
-(bradley_terry.py), `label` a language model that says A, B or Tie (label_model.py). The loop is the
-supervised one. Held-out comparisons give test/accuracy, test/ece (calibration),
-test/swap_agreement, test/length_baseline, and plots/reliability.png.
+  python -m preference.train_reward_model dataset=scalar dataset.comparisons=pairs.jsonl \\
+      dataset.comparisons.test_size=200
+  python -m preference.train_reward_model dataset=label dataset.comparisons=gsm8k_solutions \\
+      dataset.comparisons.path=solutions.jsonl
 """
 
-# run as a file: this folder, first on the path, has a types.py that would shadow the standard
-# library's
+# run as a file, this folder is first on the path, and its types.py would shadow the standard one
 if not __package__:
     import os
     import sys

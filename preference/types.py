@@ -1,9 +1,6 @@
-"""Preference data: two answers to one conversation and which is better, and the configuration
-objects that build sets of them.
-
-Names are those of the Tinker cookbook. A tie is a label of its own: nothing here turns it into a
-preference. Left out: rankings of more than two answers, which `comparisons.pairs_of_samples` takes
-apart into pairs.
+"""Preference data: two answers to a conversation and a label, and the builders of sets of them.
+Names are the Tinker cookbook's. A tie is a label and never becomes a preference. Rankings of more
+than two answers become pairs by `comparisons.pairs_of_samples`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +19,7 @@ SWAPPED: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "Tie"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two completions, each a list of messages that goes on from `prompt_conversation`."""
+    """Two completions, each a list of messages that continues `prompt_conversation`."""
 
     prompt_conversation: Sequence[Message]
     completion_A: Sequence[Message]
@@ -34,8 +31,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LabeledComparison:
-    """`margin` (above 0) is by how much the better one wins on the data's own scale, None where the
-    data do not say. `where` is the row it came from ("path:line"), for errors."""
+    """`margin` (above 0) is by how much the better side wins on the data's scale, None if unknown.
+    `where` is the source row ("path:line"), for errors."""
 
     comparison: Comparison
     label: Label
@@ -53,7 +50,7 @@ class LabeledComparison:
         return replace(self, comparison=self.comparison.swap(), label=SWAPPED[self.label])
 
     def chosen_and_rejected(self) -> tuple[Sequence[Message], Sequence[Message]]:
-        """The better completion and the worse one. DataError for a tie: it has none."""
+        """(better, worse). DataError for a tie, which has neither."""
         if self.label == "Tie":
             raise DataError(
                 f"{self.where or 'comparison'}: a tie has no better completion; leave it out or treat it as one"
@@ -64,12 +61,10 @@ class LabeledComparison:
 
 @chz.chz
 class ComparisonDatasetBuilder:
-    """Configuration that builds comparisons for training and held-out ones ([] if there are none);
-    no prompt is in both.
+    """Builds training and held-out comparisons ([] if there are none); no prompt is in both.
 
-    The sides are those of the data: where a set says chosen and rejected, A is the chosen one. A
-    model that sees both sides at once is trained on `comparisons.randomly_swapped` or
-    `comparisons.in_both_orders` of them.
+    The sides keep the data's order: in a chosen/rejected set A is the chosen answer. A model that
+    sees both sides is trained on `comparisons.randomly_swapped` or `comparisons.in_both_orders`.
     """
 
     test_size: int = chz.field(

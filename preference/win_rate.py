@@ -1,9 +1,7 @@
-"""Win rate of a policy against a reference: both answer the same prompts, and a judge compares the
-answers in both orders.
-
-win rate = mean over prompts of (r_AB - r_BA + 2) / 4, where A is the reference's answer, B the
-policy's, and r the judge's score in [-1, 1]. So a judge that always prefers one side gives 0.5. The
-standard error is over prompts (ddof 1). Left out: several answers per prompt.
+"""Win rate of a policy against a reference: both answer the same prompts; a judge compares the
+answers in both orders. Win rate = mean over prompts of (r_AB - r_BA + 2) / 4: A is the reference's
+answer, B the policy's, r the judge's score in [-1, 1]. A judge that always prefers one side gives
+0.5. The standard error is over prompts (ddof 1). Left out: several answers per prompt.
 """
 
 import asyncio
@@ -22,15 +20,14 @@ Metrics = dict[str, float]
 
 
 def win_rate(scores_AB_P: Sequence[float], scores_BA_P: Sequence[float]) -> tuple[float, float]:
-    """Win rate of B and its standard error, which is nan for one prompt."""
+    """Win rate of B and its standard error, nan for a single prompt."""
     won_P = (np.array(scores_AB_P) - np.array(scores_BA_P) + 2) / 4
     return float(won_P.mean()), float(won_P.std(ddof=1) / np.sqrt(len(won_P))) if len(won_P) > 1 else float("nan")
 
 
 class WinRateEvaluator:
-    """`prompts` are conversations to answer. Greedy with temperature 0; else the two policies draw
-    from different seeds.
-    """
+    """`prompts` are conversations to answer. Temperature 0 is greedy; otherwise the two policies
+    have different seeds."""
 
     def __init__(
         self,
@@ -45,12 +42,11 @@ class WinRateEvaluator:
             raise DataError("no prompts to compare two policies on")
         self.prompts, self.renderer, self.judge = prompts, renderer, judge
         self.max_tokens, self.temperature, self.seed = max_tokens, temperature, seed
-        self.comparisons: list[Comparison] = []  # of the last call, to look at
+        self.comparisons: list[Comparison] = []  # of the last call
 
     async def __call__(self, policy: SamplingClient, reference: SamplingClient) -> Metrics:
-        """`win_rate`, `win_rate_stderr`, and how often the judge took the same side in both
-        orders.
-        """
+        """`win_rate`, `win_rate_stderr`, and the share of prompts where both orders prefer the same
+        side."""
         answers_A, answers_B = await asyncio.gather(self._answers(reference, 0), self._answers(policy, 1))
         self.comparisons = [Comparison(*sides) for sides in zip(self.prompts, answers_A, answers_B, strict=True)]
         scores = await judge_all(

@@ -1,6 +1,4 @@
-"""Advantage estimators: the rewards of one group in, one advantage per member out. Chosen in the
-config, so each is a chz object.
-"""
+"""Advantage estimators, chosen in the config: a group's rewards in, one advantage per member out."""
 
 from collections.abc import Sequence
 
@@ -13,7 +11,7 @@ from posttrain.backend.ranges import COUNT, NON_NEGATIVE
 
 @chz.chz
 class AdvantageEstimator:
-    min_group_size = 1  # class constants: below it the estimate would be empty or undefined
+    min_group_size = 1  # class constants: smaller groups have no estimate
     needs_whole_batch = False  # whether the advantages of a group depend on the other groups
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
@@ -31,9 +29,8 @@ class AdvantageEstimator:
 
 @chz.chz
 class GroupMean(AdvantageEstimator):
-    """R - mean(R). No division by the standard deviation: that would favour problems which are
-    almost always or almost never solved.
-    """
+    """R - mean(R). Division by the standard deviation would favour problems almost always or never
+    solved."""
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         return rewards_G - rewards_G.mean()
@@ -41,9 +38,7 @@ class GroupMean(AdvantageEstimator):
 
 @chz.chz
 class GroupMeanStd(AdvantageEstimator):
-    """(R - mean(R)) / (std(R) + eps), GRPO: Shao et al. 2024, section 4.1. The std is the
-    population's (ddof 0).
-    """
+    """(R - mean(R)) / (std(R) + eps), GRPO: Shao et al. 2024, section 4.1; population std (ddof 0)."""
 
     eps: float = chz.field(default=1e-6, validator=NON_NEGATIVE, doc="added to the standard deviation")
 
@@ -53,9 +48,8 @@ class GroupMeanStd(AdvantageEstimator):
 
 @chz.chz
 class LeaveOneOut(AdvantageEstimator):
-    """R_g - mean of the others, RLOO: Ahmadian et al. 2024, eq. 8. Equals GroupMean times G / (G -
-    1).
-    """
+    """R_g - mean of the rest, RLOO: Ahmadian et al. 2024, eq. 8. Equals GroupMean times G / (G -
+    1)."""
 
     min_group_size = 2
 
@@ -67,13 +61,9 @@ class LeaveOneOut(AdvantageEstimator):
 
 @chz.chz
 class SeatMean(AdvantageEstimator):
-    """R - the mean of the same seat, for groups of several games from one position: all seats of
-    the first, all of the second, and so on.
-
-    The mean of a group of a zero-sum game is 0 and no baseline. SPIRAL (Liu et al. 2025,
-    role-conditioned advantage estimation) keeps a running mean of each role; here the group's own
-    games give that of the role in this very position.
-    """
+    """R - the mean of the same seat, for groups of several games from one position; members are
+    ordered game by game. The mean over a zero-sum game is 0 and no baseline. SPIRAL (Liu et al.
+    2025) keeps a running mean of each role; here the baseline comes from the group's games."""
 
     num_seats: int = chz.field(default=2, validator=COUNT, doc="players of the game")
 
@@ -98,9 +88,7 @@ class NoBaseline(AdvantageEstimator):
 
 @chz.chz
 class BatchMean(AdvantageEstimator):
-    """R - the mean reward of the whole batch: REINFORCE with one baseline for all problems (the Q#
-    star graphs, "baseline 1").
-    """
+    """R - mean(R) over the batch: REINFORCE with one baseline (the Q# star graphs, "baseline 1")."""
 
     needs_whole_batch = True
 

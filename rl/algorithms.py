@@ -1,7 +1,5 @@
-"""Named algorithms: each is a set of values for the options of rl.train.Config, and nothing else.
-An option that is given wins over its.
-
-None has a critic; where the original normalises or samples differently, `differs` says so.
+"""Named algorithms: values for the options of rl.train.Config. An option given by the user wins.
+None has a critic; `differs` lists other differences from the paper.
 """
 
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             "loss_reduction": "sequence_mean",
         },
         "Shao et al. 2024: rewards divided by the group's deviation, clipped ratio, mean over each answer's tokens",
-        "its KL (k3, in the loss) is off; kl.coef adds ours to the advantages",
+        "its KL (k3, in the loss) is off; kl.coef adds a KL to the advantages",
     ),
     "dr_grpo": Algorithm(
         {

@@ -1,4 +1,4 @@
-"""What can be set about an RL run (train.py), and which options do not go together."""
+"""The options of an RL run (train.py), and the combinations that are refused."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ class Config(LanguageModelRunConfig):
         validator=SAMPLING_TEMPERATURE,
         doc="sampling temperature of rollouts; training uses the same distribution",
     )
-    limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="when a rollout is ended, retried or given up")
+    limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="limits of a rollout")
     max_steps_off_policy: int = chz.field(
         default=0,
         validator=WHOLE,
@@ -40,17 +40,17 @@ class Config(LanguageModelRunConfig):
     num_minibatches: int = chz.field(
         default=1,
         validator=COUNT,
-        doc="streaming: training starts on each such part of a batch as soon as so many groups are finished",
+        doc="streaming: parts of a batch; training starts on a part when its groups are finished",
     )
     concurrent_rollouts: int | None = chz.field(
-        default=None, validator=COUNT, doc="rollouts under way at once; None = all that may have begun"
+        default=None, validator=COUNT, doc="most rollouts in flight; None = no limit"
     )
 
     batch_reward: BatchRewardBuilder | None = chz.field(
         default=None, doc="rewards that need a model, for a whole batch at once"
     )
     advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
-    kl: KLPenalty = chz.field(default_factory=KLPenalty, doc="penalty for leaving a frozen reference policy")
+    kl: KLPenalty = chz.field(default_factory=KLPenalty, doc="penalty against a frozen reference policy")
     remove_constant_reward_groups: bool = chz.field(
         default=False, doc="leave out groups whose members all got the same reward"
     )

@@ -1,4 +1,4 @@
-"""From finished groups to training data, as values: each step takes rows and returns new ones
+"""From finished groups to training data, as values: each step takes rows and returns new rows
 (specs: tinker_semantics 2.1).
 
 rows_of -> with_advantages -> (kl.py) -> without_truncated -> reduced -> (mismatch.py) -> Row.datum
@@ -26,23 +26,22 @@ Reduction = Literal["sum", "sequence_mean", "token_mean"]
 
 @dataclass(frozen=True)
 class Row:
-    """A token sequence of a trajectory, which becomes one Datum. Position t predicts token t + 1;
-    the tracks are (T,) float32.
-    """
+    """A token sequence of a trajectory, which becomes a Datum. Position t predicts token t + 1;
+    tracks are (T,) float32."""
 
     tokens: list[int]
-    """T + 1 of them."""
+    """T + 1 tokens."""
     logprobs_T: np.ndarray
-    """The sampler's; 0 where `mask_T` is 0."""
+    """The sampler's logprobs; 0 where `mask_T` is 0."""
     advantages_T: np.ndarray
     mask_T: np.ndarray
     """1 where the predicted token was sampled."""
     temperature_T: np.ndarray | None
-    """None where all was sampled at temperature 1."""
+    """None where every token was sampled at temperature 1."""
     origin: tuple[int, int] = (0, 0)
     """(group, member)."""
     kept: KeptRow | None = None
-    """The row in the forward pass of a batch reward that training goes on from."""
+    """The row in a batch reward's forward pass, which training continues."""
     supervised: tuple[tuple[Datum, KeptRow | None], ...] = ()
     """The trajectory's supervised sequences, at its first row."""
 
@@ -56,7 +55,7 @@ class Row:
 
 @dataclass
 class _Tokens:
-    """One token sequence under construction, with a track of each per-token number."""
+    """A token sequence under construction, with its per-token tracks."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -83,11 +82,10 @@ class _Tokens:
 
 
 def trajectory_rows(trajectory: Trajectory, with_temperature: bool = False) -> list[Row]:
-    """One Row where every observation extends what came before it; a new Row from each observation
-    that does not.
+    """A Row, and a new Row at each observation that does not extend the tokens so far.
 
-    Advantages are those that a batch reward gave single tokens (else 0). Tokens are never decoded
-    and encoded again. Greedy tokens (temperature 0) have the untempered distribution's logprobs.
+    Advantages are a batch reward's `token_advantages`, else 0. Tokens are never decoded and encoded
+    again. Greedy tokens (temperature 0) have the untempered distribution's logprobs.
     """
     finished, running = [], _Tokens()
     for transition in trajectory.transitions:
@@ -105,9 +103,7 @@ def trajectory_rows(trajectory: Trajectory, with_temperature: bool = False) -> l
 
 
 def rows_of(groups_P: Sequence[TrajectoryGroup]) -> list[Row]:
-    """Every trajectory of every group, in order. The temperature track is there when some token was
-    not sampled at 1.
-    """
+    """Rows of every trajectory, in order. The temperature track exists if any temperature is not 1."""
     tempered = any(
         tr.ac.temperature not in (0.0, 1.0) for group in groups_P for t in group.trajectories_G for tr in t.transitions
     )
@@ -128,8 +124,8 @@ def _with_kept(items: Sequence[T], kept: Sequence[KeptRow]) -> list[tuple[T, Kep
 def trainable_groups(
     groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool, min_group_size: int = 1
 ) -> list[int]:
-    """Places of the groups with enough members left for the estimator and, if asked, with more than
-    one distinct reward (compared exactly)."""
+    """Indices of the groups with enough members for the estimator and, if required, more than one
+    distinct reward (compared exactly)."""
     least = max(1, estimator.min_group_size, min_group_size)
     return [
         p
@@ -139,12 +135,12 @@ def trainable_groups(
 
 
 def compute_advantages(groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator) -> list[np.ndarray]:
-    """Per group the (G,) advantages of its members."""
+    """(G,) advantages of each group's members."""
     return estimator.of_batch([np.array(group.get_total_rewards(), dtype=np.float64) for group in groups_P])
 
 
 def with_advantages(rows: Sequence[Row], advantages_P_G: Sequence[np.ndarray]) -> list[Row]:
-    """Each member's advantage is added to each of its sampled tokens."""
+    """Adds each member's advantage to its sampled tokens."""
     return [
         replace(row, advantages_T=row.advantages_T + np.float32(advantages_P_G[p][g]) * row.mask_T)
         for row in rows
@@ -153,9 +149,8 @@ def with_advantages(rows: Sequence[Row], advantages_P_G: Sequence[np.ndarray]) -
 
 
 def without_truncated(rows: Sequence[Row], groups_P: Sequence[TrajectoryGroup]) -> list[Row]:
-    """Leaves out the trajectories in which some turn ran into the token limit: they say nothing of
-    the answer's worth (DAPO, 3.4).
-    """
+    """Drops trajectories with a truncated turn: their reward says nothing of the answer (DAPO,
+    3.4)."""
 
     def is_whole(p: int, g: int) -> bool:
         return all(turn.ac.stop_reason != "length" for turn in groups_P[p].trajectories_G[g].transitions)
@@ -164,11 +159,8 @@ def without_truncated(rows: Sequence[Row], groups_P: Sequence[TrajectoryGroup]) 
 
 
 def reduced(rows: Sequence[Row], reduction: Reduction) -> list[Row]:
-    """Divides each trajectory's loss by the number of its sampled tokens, or by that of all. The
-    losses sum over tokens.
-
-    Both halves are divided: the advantages, and the weights of the supervised sequences.
-    """
+    """Divides each trajectory's loss by its number of sampled tokens, or by the batch's: both
+    advantages and the weights of the supervised sequences. Losses sum over tokens."""
     if reduction == "sum":
         return list(rows)
     tokens_of: dict[tuple[int, int], float] = defaultdict(float)
@@ -192,8 +184,6 @@ def _with_weights_divided(datum: Datum, divisor: np.float32) -> Datum:
 
 
 def split_substeps(rows: Sequence[T], num_substeps: int) -> list[Sequence[T]]:
-    """In order, unshuffled, cut as evenly as integers allow: 10 rows in 3 substeps are 3, 3 and
-    4.
-    """
+    """In order, cut as evenly as integers allow: 10 rows in 3 substeps are 3, 3 and 4."""
     edges = np.linspace(0, len(rows), min(num_substeps, len(rows)) + 1).astype(int)
     return [rows[start:end] for start, end in zip(edges[:-1], edges[1:], strict=True)]

@@ -1,10 +1,7 @@
-"""Calls of an environment's own code: whatever it raises, returns or does becomes a RolloutError of
-its member, within a deadline.
-
-The coroutine is driven here, in the task of its rollout, so that it can be left where it does not
-let itself be cancelled. Left out, since a process cannot defend itself against its own code:
-environments that block the event loop, stop it or cancel every task of it, and those that raise
-SystemExit or KeyboardInterrupt in a task they have started themselves.
+"""Calls of an environment's code within a deadline: failures become a RolloutError of the member.
+The coroutine is driven in the task of its rollout, so that it can be abandoned if it ignores
+cancellation. Left out, as a process cannot defend itself: environments that block or stop the event
+loop, cancel all its tasks, or raise SystemExit or KeyboardInterrupt in a task they started.
 """
 
 import asyncio
@@ -23,16 +20,13 @@ from rl.types import EnvError, EnvTimeout, MalformedStep, RolloutError
 
 T = TypeVar("T")
 
-CLEANUP_SECONDS = 5.0  # for what a cancelled coroutine does before it ends; after that it is left
+CLEANUP_SECONDS = 5.0  # for the clean-up of a cancelled coroutine; then it is abandoned
 MESSAGE_CHARS = 2000  # of an environment's exception
 
 
 class SamplingClock:
-    """The seconds in which some seat of a game was at the sampler. An environment that waits for
-    another seat is not billed for them.
-
-    Entered, as a context manager, for each sampled turn.
-    """
+    """Seconds in which a seat of a game was sampled: not charged to an environment that waits for
+    another seat. Entered, as a context manager, for each sampled turn."""
 
     def __init__(self) -> None:
         self._sampling, self._since, self._total = 0, 0.0, 0.0
@@ -60,10 +54,8 @@ async def call(
     *arguments: object,
     **keywords: object,
 ) -> T:
-    """`check(await owner.method(*arguments, **keywords))`.
-
-    What is raised is a RolloutError, unless the run itself is cancelled or interrupted.
-    """
+    """`check(await owner.method(*arguments, **keywords))`. Raises RolloutError, unless the run
+    itself is cancelled or interrupted."""
     watch = _Watch(seconds, clock)
     try:
         with span("env"):
@@ -75,19 +67,19 @@ async def call(
         if watch.ends_the_task(error) or _is_ctrl_c(error):
             raise
         failure = error
-    what = f"{type(owner).__name__}.{method}"
+    call_name = f"{type(owner).__name__}.{method}"
     if watch.expired:
         also = ", and did not let itself be cancelled" if watch.left else ""
-        raise EnvTimeout(f"{what} took more than {seconds:g} s{also}") from failure
+        raise EnvTimeout(f"{call_name} took more than {seconds:g} s{also}") from failure
     if watch.cancelled_itself:
         await _take_cancellation()
-        raise EnvError(f"{what} cancelled the task of its rollout") from failure
+        raise EnvError(f"{call_name} cancelled the task of its rollout") from failure
     assert failure is not None
-    raise _rollout_error(what, failure)
+    raise _rollout_error(call_name, failure)
 
 
 def call_now(check: Callable[[Any], T], owner: object, method: str) -> T:
-    """`check(owner.method())`, of a method that is no coroutine. Raises RolloutErrors only."""
+    """`check(owner.method())` of a method that is no coroutine. Raises only RolloutError."""
     try:
         return check(getattr(owner, method)())
     except BaseException as error:
@@ -97,15 +89,15 @@ def call_now(check: Callable[[Any], T], owner: object, method: str) -> T:
     raise _rollout_error(f"{type(owner).__name__}.{method}", failure)
 
 
-def _rollout_error(what: str, failure: BaseException) -> RolloutError:
-    """An error that already says what it is stays; of all others the message is made plain text."""
+def _rollout_error(call_name: str, failure: BaseException) -> RolloutError:
+    """A RolloutError stays; another exception becomes an EnvError with a plain-text message."""
     try:
         message = str(failure)
     except BaseException as error:  # its own __str__ raises
         message = f"(its message raised {type(error).__name__})"
     if isinstance(failure, RolloutError) and message == plain_text(message):
         return failure
-    error = EnvError(f"{what} raised {type(failure).__name__}: {plain_text(message[:MESSAGE_CHARS])}")
+    error = EnvError(f"{call_name} raised {type(failure).__name__}: {plain_text(message[:MESSAGE_CHARS])}")
     error.__cause__ = failure
     return error
 
@@ -129,9 +121,8 @@ async def _awaited(result: Awaitable[Any]) -> Any:
 
 @types.coroutine
 def _driven(start: Callable[[], Coroutine[Any, Any, Any]], watch: "_Watch") -> Generator[Any, Any, Any]:
-    """`await start()`. A coroutine that still waits for something CLEANUP_SECONDS after its
-    deadline is left.
-    """
+    """`await start()`. A coroutine that still waits CLEANUP_SECONDS after its deadline is
+    abandoned."""
     try:
         coroutine = watch.run(start)
         proceed = partial(coroutine.send, None)
@@ -144,7 +135,7 @@ def _driven(start: Callable[[], Coroutine[Any, Any, Any]], watch: "_Watch") -> G
             try:
                 yield waits_for
                 proceed = partial(coroutine.send, None)
-            except GeneratorExit:  # the rollout's own coroutine is thrown away
+            except GeneratorExit:  # the rollout's coroutine is closed
                 watch.closed = True
                 _leave(coroutine)
                 raise
@@ -158,9 +149,9 @@ def _driven(start: Callable[[], Coroutine[Any, Any, Any]], watch: "_Watch") -> G
 
 
 def _leave(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """The last request to end. A coroutine that goes on even so must never be collected: that would
-    run it once more, in any thread, without an event loop, where `while True: try ... except:
-    continue` never ends."""
+    """Asks the coroutine to end. If it goes on, it must never be collected: that would run it
+    again, in any thread, without an event loop, where `while True: try ... except: continue` never
+    ends."""
     try:
         coroutine.close()
     except BaseException:
@@ -169,9 +160,8 @@ def _leave(coroutine: Coroutine[Any, Any, Any]) -> None:
 
 @types.coroutine
 def _take_cancellation() -> Generator[None, None, None]:
-    """Receives the cancellation that the environment has asked of this very task, if it is still to
-    come.
-    """
+    """Receives the cancellation that the environment requested of this task, if it is still
+    pending."""
     try:
         yield
     except asyncio.CancelledError:
@@ -181,7 +171,7 @@ def _take_cancellation() -> Generator[None, None, None]:
 
 
 class _Watch:
-    """Who cancels the task during a call: its deadline, the call itself, or the run."""
+    """The source of a cancellation during a call: the deadline, the call itself, or the run."""
 
     def __init__(self, seconds: float, clock: SamplingClock):
         task = asyncio.current_task()
@@ -196,15 +186,13 @@ class _Watch:
         return self.expired or self.cancelled_itself
 
     def ends_the_task(self, error: BaseException) -> bool:
-        """Whether the run has cancelled the rollout. What inner timeouts and task groups asked for
-        they have taken back by now.
-        """
+        """Whether the run has cancelled the rollout. Inner timeouts and task groups have withdrawn
+        their requests by now."""
         return self.closed or (isinstance(error, asyncio.CancelledError) and self._task.cancelling() > self._was)
 
     def run(self, code: Callable[[], T]) -> T:
-        """Runs code of the environment up to its next wait. Cancellations that it asks of its own
-        task are taken back.
-        """
+        """Runs the environment's code up to its next wait, and withdraws cancellations it requests
+        of its own task."""
         before = self._task.cancelling()
         try:
             return code()
@@ -240,9 +228,8 @@ class _Watch:
 
 
 def _is_ctrl_c(error: BaseException) -> bool:
-    """Whether a KeyboardInterrupt came from a signal's handler, as that of a person does, and not
-    from a `raise` of the environment's.
-    """
+    """Whether a KeyboardInterrupt came from a signal's handler, and not from the environment's
+    `raise`."""
     if not isinstance(error, KeyboardInterrupt):
         return False
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -1,5 +1,5 @@
-"""Evaluation of a sampling client on held-out environments: one attempt each, or n samples each and
-what k of them would give.
+"""Evaluation of a sampling client on held-out environments: one attempt each, or n samples and the
+metrics of k of them.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +18,7 @@ SamplingClientEvaluator = Callable[[SamplingClient], Awaitable[Metrics]]
 
 
 def all_groups(dataset: RLDataset) -> list[EnvGroupBuilder]:
-    """Those of one epoch, in order. Raises DataError where there is none."""
+    """The groups of an epoch, in order. DataError for an empty dataset."""
     builders = [builder for index in range(len(dataset)) for builder in step_checks.batch(dataset, index)]
     if not builders:
         raise DataError(f"{type(dataset).__name__} has no batch to evaluate on")
@@ -26,9 +26,8 @@ def all_groups(dataset: RLDataset) -> list[EnvGroupBuilder]:
 
 
 class RLTestSetEvaluator:
-    """Rolls out every group of a dataset; metrics are prefixed with `test/`. The last groups are
-    kept for the transcript.
-    """
+    """Rolls out every group of a dataset, with metrics under `test/`. Keeps the last groups for the
+    transcript."""
 
     def __init__(
         self,
@@ -51,14 +50,13 @@ class RLTestSetEvaluator:
 
 
 class SamplesEvaluator:
-    """`num_samples` rollouts of every held-out group, and `test/env/all/pass@k`, `maj@k` and
-    `best@k` for each k, with `..._stderr`.
+    """`num_samples` rollouts of every held-out group, and `test/env/all/pass@k`, `maj@k`, `best@k`
+    for each k, with `..._stderr` over problems. `ks` None means the powers of two up to
+    `num_samples`.
 
-    pass@k and maj@k are there where the episodes have a metric `correct` in their last turn; maj@k,
-    where its logs say what was `extracted`, too. A turn whose metric `format` is 0 has given no
-    answer. best@k is the best total reward of k. The standard errors are over problems. `ks` None
-    means the powers of two up to `num_samples`. A problem that lost so many rollouts that fewer
-    than k are left is out of the metrics at k, and `samples_lost` counts the rollouts.
+    pass@k and maj@k need the metric `correct` in the last turn; maj@k also the log `extracted` (no
+    answer where the metric `format` is 0). best@k is the best total reward. A problem with fewer
+    than k rollouts left is out of the metrics at k; `samples_lost` counts lost rollouts.
     """
 
     def __init__(
@@ -86,8 +84,8 @@ class SamplesEvaluator:
     async def __call__(self, client: SamplingClient) -> Metrics:
         policy = Policy(client, self._max_tokens, self._temperature)
         seed = (self._seed, EVALUATION, self._num_samples)
-        # Sample by sample, problem by problem: the first samples are the same whatever comes later.
-        # Copies, since each builder's `cleanup` is called when its own rollouts are over.
+        # Sample by sample: the first samples do not depend on later ones. Copies, since each
+        # builder's `cleanup` is called when its own rollouts are over.
         builders = [copy(builder) for _ in range(self._num_samples) for builder in self._builders]
         sampled = await do_rollouts(builders, policy, seed, self._limits)
         self.groups = [_merged(sampled[p :: len(self._builders)]) for p in range(len(self._builders))]
@@ -97,7 +95,7 @@ class SamplesEvaluator:
 
 
 def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefix: str) -> Metrics:
-    """The metrics of SamplesEvaluator, of groups whose members are the samples of one problem."""
+    """The metrics of SamplesEvaluator; a group's members are the samples of a problem."""
     metrics: Metrics = {}
     for k in ks:
         groups = [group for group in groups_P if len(group.trajectories_G) >= k]
@@ -123,9 +121,7 @@ def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefi
 
 
 def is_correct(trajectory: Trajectory) -> bool | None:
-    """What the environment said in the last turn; None if it does not say such things. Without a
-    turn there is no right answer.
-    """
+    """The metric `correct` of the last turn, None if there is none. False without a turn."""
     if not trajectory.transitions:
         return False
     correct = trajectory.transitions[-1].metrics.get("correct")
@@ -133,9 +129,7 @@ def is_correct(trajectory: Trajectory) -> bool | None:
 
 
 def answer(trajectory: Trajectory) -> str | None:
-    """What was extracted from the last turn; None where the format was wrong, or where there is no
-    turn.
-    """
+    """The log `extracted` of the last turn; None where the format was wrong or there is no turn."""
     if not trajectory.transitions:
         return None
     last = trajectory.transitions[-1]

@@ -1,9 +1,7 @@
-"""A second policy that never moves: an opponent, an answerer, a judge. Configuration, and a client
-that speaks in messages.
-
-It has an engine of its own, beside the live one, until nobody refers to its client. What fails here
-is nobody's reward: FrozenPolicyError is a RolloutError. Left out: policies behind a network, and
-sharing one engine between several FrozenPolicy objects.
+"""A second, frozen policy: an opponent, an answerer, a judge. Configuration, and a client in
+messages. Its engine runs beside the live one until its client has no references. Failures are
+RolloutErrors, never rewards. Left out: policies on a network, an engine shared by several
+FrozenPolicy objects.
 """
 
 from collections.abc import Sequence
@@ -24,16 +22,13 @@ from rl.types import RolloutError
 
 
 class FrozenPolicyError(RolloutError):
-    """A frozen policy could not be asked, or did not finish what it said; the cause is chained
-    where there is one.
-    """
+    """A frozen policy failed or was truncated; the cause is chained."""
 
 
 @dataclass(frozen=True)
 class MessageCompleter:
-    """Messages in, one message out. The seed of a reply is a function of `seed` and the prompt:
-    equal questions, equal answers.
-    """
+    """Messages in, one message out. A reply's seed is a function of `seed` and the prompt: equal
+    prompts get equal replies."""
 
     client: SamplingClient
     renderer: Renderer
@@ -42,7 +37,7 @@ class MessageCompleter:
     seed: int = 0
 
     async def __call__(self, messages: Sequence[Message]) -> Message:
-        """Raises FrozenPolicyError where there is no reply, or one cut off by the token limit."""
+        """Raises FrozenPolicyError if there is no reply, or a truncated one."""
         prompt = self.renderer.build_generation_prompt(messages)
         seed = int(np.random.SeedSequence([self.seed, *prompt.to_ints()]).generate_state(1, np.uint64)[0] >> 1)
         params = SamplingParams(self.max_tokens, seed, self.renderer.get_stop_sequences(), self.temperature)
@@ -61,19 +56,17 @@ class MessageCompleter:
 
 @chz.chz
 class FrozenPolicy:
-    """A model that does not learn, given by `model_path` or by `base_model`."""
+    """A model that does not learn, from `model_path` or `base_model`."""
 
     model_path: str | None = chz.field(default=None, doc="folder of a saved policy or checkpoint")
     base_model: str | None = chz.field(default=None, doc="a preset or a Hugging Face hub name")
     renderer_name: str | None = chz.field(
-        default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer"
+        default=None, doc="role_colon, chat_template or plain; None = the model's own"
     )
     max_tokens: int = chz.field(default=64, validator=COUNT, doc="most tokens of a reply")
     temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="0 is greedy")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of its sampling, and of a preset's weights")
-    backend: BackendConfig = chz.field(
-        default_factory=BackendConfig, doc="how it is sampled from; its engine takes memory, too"
-    )
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="its engine, which takes memory of its own")
 
     @chz.validate
     def _one_model(self) -> None:

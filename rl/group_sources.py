@@ -1,17 +1,11 @@
-"""Where the finished groups of a training step come from, and how far ahead of it they may be
-sampled.
+"""The finished groups of a training step, and how far ahead they may be sampled. Batch b is sampled
+once step b - max_steps_off_policy has its weights, and trained on whole in step b. Groups are at
+most K steps stale; no prompt is skipped or doubled, and short episodes are not favoured. The cost
+is waiting for stragglers, which K hides.
 
-The batches of the dataset form one sequence. Batch b is sampled from the moment step b -
-max_steps_off_policy has its weights, and is trained on in step b, whole, whatever finished first.
-So three ways of training are two numbers:
-
-    synchronous     max_steps_off_policy 0, one minibatch: sample, train, sample, ...
-    streaming       several minibatches: training starts on the first groups of the batch that are finished
-    asynchronous    max_steps_off_policy K >= 1: batches b+1 ... b+K are being sampled while step b trains, and go on under new weights
-
-Sampling is held back instead of discarding: nothing can be older than K steps, no prompt is skipped
-or doubled, and short episodes are not favoured, as they are where a step takes what finished first.
-The price is waiting for the slowest group of a batch; K hides it.
+  synchronous   max_steps_off_policy 0, one minibatch: sample, train, sample, ...
+  streaming     several minibatches: training starts on the first finished groups of the batch
+  asynchronous  max_steps_off_policy K >= 1: batches b+1 ... b+K are in flight while step b trains
 """
 
 import asyncio
@@ -27,16 +21,13 @@ from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_grou
 from rl.step_checks import batch as groups_of_batch
 from rl.types import EnvGroupBuilder, RLDataset, TrajectoryGroup
 
-REPORT_SECONDS = 60.0  # without a finished group, until the user is told what is being waited for
+REPORT_SECONDS = 60.0  # without a finished group, until the wait is printed
 
 
 class GroupSource:
-    """Samples ahead in tasks of its own; use it as `async with source:`. A task that crashes
-    cancels the block and is raised from it.
-
-    `concurrent_rollouts`: how many may be under way at once, in the order of the batches; None =
-    all that may have begun.
-    """
+    """Samples ahead in its tasks; use it as `async with source:`. A crashed task cancels the block
+    and is raised from it. `concurrent_rollouts`: most rollouts in flight, in batch order; None = no
+    limit."""
 
     def __init__(
         self,
@@ -59,7 +50,7 @@ class GroupSource:
         self._seed, self._limits, self.num_minibatches = seed, limits or RolloutLimits(), num_minibatches
         self.max_steps_off_policy = max_steps_off_policy
         self._slots = asyncio.Semaphore(concurrent_rollouts or NO_LIMIT)
-        # batch -> place in it -> its rollouts
+        # batch -> index in it -> its rollouts
         self._groups: dict[int, dict[int, asyncio.Future[TrajectoryGroup]]] = {}
         self._policy: Policy | None = None
         self._step = 0
@@ -75,9 +66,7 @@ class GroupSource:
             raise first_error(errors) from errors
 
     def set_policy(self, step: int, client: SamplingClient) -> None:
-        """`client` now samples from the weights that `step` starts with: starts every group that
-        may begin.
-        """
+        """`client` now has the weights of `step`: starts every group that may begin."""
         self._step, self._policy = step, Policy(client, self._max_tokens, self._temperature)
         for batch in range(step, min(step + self.max_steps_off_policy, self._num_steps - 1) + 1):
             groups = self._groups.setdefault(batch, {})
@@ -93,11 +82,9 @@ class GroupSource:
         return group
 
     async def minibatches(self, step: int) -> AsyncIterator[list[TrajectoryGroup]]:
-        """The groups of batch `step` in `num_minibatches` equal parts, each as soon as so many are
-        finished, in the dataset's order.
-
-        Raises before the last part is handed out where too many rollouts of the batch failed.
-        """
+        """The groups of batch `step` in `num_minibatches` equal parts, in dataset order, each part
+        when its groups are finished. Raises before the last part if too many rollouts of the batch
+        failed."""
         groups = self._groups[step]
         size = -(-len(groups) // self.num_minibatches)
         waiting, finished, began = dict(groups), [], time.monotonic()
@@ -118,9 +105,8 @@ class GroupSource:
         del self._groups[step]
 
     def state(self) -> list[dict[str, Any]]:
-        """The finished groups of batches that are still to come, for a checkpoint. Unfinished ones
-        start again when it is resumed.
-        """
+        """The finished groups of future batches, for a checkpoint. Unfinished groups start again on
+        resume."""
         return [
             {"batch": batch, "place": p, "group": group_to_json(group.result())}
             for batch, groups in self._groups.items()
@@ -129,7 +115,7 @@ class GroupSource:
         ]
 
     def restore(self, state: list[dict[str, Any]]) -> None:
-        """Takes the groups back, before the first `set_policy`."""
+        """Restores the groups, before the first `set_policy`."""
         for saved in state:
             future: asyncio.Future[TrajectoryGroup] = asyncio.get_running_loop().create_future()
             batch, place = saved["batch"], saved["place"]

@@ -1,12 +1,8 @@
-"""Staying near a frozen reference policy: a KL penalty on every sampled token's advantage, or in
-the member's reward.
+"""KL penalty against a frozen reference, per sampled token ("advantage") or per member ("reward"),
+on d_t = log q(token) - log ref(token), whose mean estimates KL(policy || reference) ("k1").
 
-Both use d_t = log q(token) - log ref(token) on what was sampled, whose mean estimates KL(policy ||
-reference) ("k1").
-
-    advantage   A_t += coef * (mean of d over the batch - d_t), or its discounted future sum (tinker_semantics 2.2); with streaming the mean
-                is the minibatch's
-    reward      R   -= coef * sum of d_t over the trajectory (RLOO, LaTRO): it goes through the baseline with the rest of the reward
+  advantage  A_t += coef * (mean of d over the minibatch - d_t), or its discounted future sum (tinker_semantics 2.2)
+  reward     R   -= coef * sum of d_t over the trajectory (RLOO, LaTRO), before the baseline
 """
 
 from collections.abc import Sequence
@@ -34,7 +30,7 @@ class KLPenalty:
         default=0.0, validator=NON_NEGATIVE, doc="weight of the penalty; 0 = none, and no reference is loaded"
     )
     where: Literal["advantage", "reward"] = chz.field(
-        default="advantage", doc="of each token, or summed into the reward"
+        default="advantage", doc="penalty on token advantages or the reward"
     )
     discount: float = chz.field(
         default=0.0, validator=SHARE, doc="where=advantage: a token also pays for later ones, this much less per token"
@@ -47,15 +43,14 @@ class KLPenalty:
 
 
 class Reference:
-    """The frozen policy, computed by torch as the trained one is, so that equal weights give equal
-    logprobs.
-    """
+    """The frozen policy, computed by torch like the trained policy: equal weights give equal
+    logprobs."""
 
     def __init__(self, client: TrainingClient):
         self._client = client
 
     async def logprobs(self, data_D: Sequence[Datum]) -> list[np.ndarray]:
-        """(T,) per datum, under the temperature each token was sampled at."""
+        """(T,) per datum, at each token's sampling temperature."""
         output = await self._client.forward(data_D, "importance_sampling")
         return [out["logprobs"].array for out in output.loss_fn_outputs]
 
@@ -63,9 +58,8 @@ class Reference:
 def starting_weights(
     service: ServiceClient, model_name: str, path: str | None, lora: LoraConfig | None, seed: int
 ) -> TrainingClient:
-    """A second copy of what the run begins with; without a checkpoint an adapter is still zero, and
-    left out.
-    """
+    """A second copy of the starting weights. An adapter without a checkpoint is still zero and left
+    out."""
     client = service.create_training_client(model_name, lora if path else None, seed)
     if path:
         client.load_state(path).result()
@@ -73,11 +67,8 @@ def starting_weights(
 
 
 def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> TrainingClient:
-    """kl.reference_path: a checkpoint of this project, of any architecture, in full or LoRA; or a
-    model by folder or name.
-
-    ConfigError where it has a shorter context than the policy.
-    """
+    """kl.reference_path: a checkpoint of any architecture, full or LoRA, or a model by folder or
+    name. ConfigError if its context is shorter than the policy's."""
     folder = Path(path).expanduser()
     client = (
         service.create_training_client_from_state(path) if folder.is_dir() else service.create_training_client(path)
@@ -92,9 +83,7 @@ def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> Tr
 
 
 def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
-    """ConfigError where the reference has another vocabulary: it would score other text than was
-    sampled.
-    """
+    """ConfigError if the reference's vocabulary differs: it would score other text."""
     reference_vocabulary, policy_vocabulary = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
     if differing := sorted(policy_vocabulary.items() ^ reference_vocabulary.items(), key=lambda item: item[1]):
         token, number = differing[0]
@@ -113,9 +102,8 @@ def sampled_minus_reference(rows: Sequence[Row], reference_logprobs_D: Sequence[
 
 
 def kl_metrics(rows: Sequence[Row], difference_D: Sequence[np.ndarray]) -> Metrics:
-    """Per sampled token: `kl_policy_base`, the mean of d, and `kl_policy_base_k3`, the mean of
-    exp(-d) - 1 + d, which is never negative.
-    """
+    """Per sampled token: `kl_policy_base`, the mean of d; `kl_policy_base_k3`, the mean of exp(-d)
+    - 1 + d, never negative."""
     mask = np.concatenate([row.mask_T for row in rows]) > 0
     d = np.concatenate(difference_D)[mask].astype(np.float64)
     return {"kl_policy_base": float(d.mean()), "kl_policy_base_k3": float((np.expm1(-d) + d).mean())}
@@ -124,7 +112,7 @@ def kl_metrics(rows: Sequence[Row], difference_D: Sequence[np.ndarray]) -> Metri
 def penalized_advantages(
     rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float, discount: float
 ) -> list[Row]:
-    """Nothing outside the mask is touched, whatever the discount."""
+    """Advantages outside the mask do not change, whatever the discount."""
     tokens = sum(float(row.mask_T.sum()) for row in rows)
     mean = sum(float(d_T.sum(dtype=np.float64)) for d_T in difference_D) / tokens
     return [
@@ -149,9 +137,7 @@ def discounted(x_T: np.ndarray, discount: float) -> np.ndarray:
 def penalized_rewards(
     groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float
 ) -> list[TrajectoryGroup]:
-    """The groups with each member's reward lower by coef * the sum of d over all its rows; the
-    groups given keep theirs.
-    """
+    """New groups, with each member's reward lower by coef * the sum of d over its rows."""
     rewards_P_G = [list(group.final_rewards_G) for group in groups_P]
     for row, d_T in zip(rows, difference_D, strict=True):
         p, g = row.origin

@@ -1,17 +1,8 @@
-"""Rewards from the policy's own likelihood: log p(answer | prompt, rationale), in nats, summed over
-exactly the answer's tokens.
+"""The self-reward of LaTRO (arXiv 2411.04282): log p(answer | prompt, rationale), in nats, summed
+over the answer's tokens. The score's forward pass keeps the rationales, and training goes backward
+from it if all fits one micro-batch. Left out: dividing by the answer's length.
 
-The self-reward of LaTRO (arXiv 2411.04282): a sampled rationale is as good as the gold answer is
-likely behind it. One batched forward pass scores a step's rationales; the answers are then trained
-on by cross-entropy too, which is the second half of the gradient of E_z[log p(answer | z)], where
-the policy gradient of the rationales is the first:
-
-    grad = E[ A grad log p(rationale) + likelihood_coef grad log p(answer | rationale) ]        likelihood_coef = 1 is the true gradient
-
-Both halves are summed over the members of a group, so they carry the same factor. The score's
-forward pass takes the rationales along, and training goes backward from there, if all fits one
-micro-batch (else only the tokens are shared, and training goes forward once more). Left out:
-dividing by the answer's length.
+  grad = E[ A grad log p(rationale) + likelihood_coef grad log p(answer | rationale) ], both summed over a group
 """
 
 from collections.abc import Sequence
@@ -33,20 +24,20 @@ from rl.types import Action, BatchReward, BatchRewardBuilder, Metrics, Trajector
 
 @runtime_checkable
 class HasAnswer(Protocol):
-    """What the builder of a group must know."""
+    """The interface of the group's builder."""
 
     @property
     def answer_tokens(self) -> list[int]:
-        """The gold answer, to stand right behind the rationale."""
+        """Tokens of the gold answer, to follow the rationale."""
         ...
 
     def rationale(self, action: Action) -> tuple[list[int], bool]:
-        """What of the sampled tokens is rationale, and whether they stopped by themselves."""
+        """The rationale among the sampled tokens, and whether it stopped by itself."""
         ...
 
 
 def answer_datum(context: Sequence[int], answer: Sequence[int], weight: float = 1.0) -> Datum:
-    """`weight` on each token of the answer, 0 before it. Position t predicts token t + 1."""
+    """`weight` on each answer token, 0 before. Position t predicts token t + 1."""
     tokens_T = np.array([*context, *answer], dtype=np.int64)
     weights_T = np.zeros(len(tokens_T) - 1, dtype=np.float32)
     weights_T[len(context) - 1 :] = weight
@@ -54,7 +45,7 @@ def answer_datum(context: Sequence[int], answer: Sequence[int], weight: float = 
 
 
 async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> np.ndarray:
-    """(D,) summed logprobs of the tokens that carry weight, under the client's present weights."""
+    """(D,) summed logprobs of the weighted tokens, under the client's current weights."""
     return _sums(data_D, await client.forward(data_D, "cross_entropy"))
 
 
@@ -64,9 +55,8 @@ def _sums(data_D: Sequence[Datum], output: ForwardBackwardOutput) -> np.ndarray:
 
 
 class LikelihoodReward(BatchReward):
-    """Adds log p(answer | prompt, rationale) to each member's reward, and the answer to what is
-    trained by cross-entropy.
-    """
+    """Adds log p(answer | prompt, rationale) to each member's reward, and the answer's
+    cross-entropy to the loss."""
 
     def __init__(self, client: TrainingClient, config: "LikelihoodRewardBuilder"):
         self._client, self._config = client, config
@@ -78,7 +68,7 @@ class LikelihoodReward(BatchReward):
         if not members:
             return {}
         parts = [_parts(group, g) for group, g in members]
-        weight = self._config.likelihood_coef or 1.0  # scored where it is not 0
+        weight = self._config.likelihood_coef or 1.0  # any weight but 0 gives the score
         answers_D = [answer_datum(context, answer, weight) for context, answer, _ in parts]
         scores_D, kept_D = await self._scores(groups_P, answers_D)
         rewards_D = self._penalized(scores_D, np.array([finished for *_, finished in parts]))
@@ -97,9 +87,8 @@ class LikelihoodReward(BatchReward):
     async def _scores(
         self, groups_P: Sequence[TrajectoryGroup], answers_D: Sequence[Datum]
     ) -> tuple[np.ndarray, Sequence[KeptRow | None]]:
-        """(D,) log p of the answers, and their rows in this forward pass, which training goes on
-        from. The trajectories get theirs.
-        """
+        """(D,) log p of the answers, and their rows in this forward pass, which training continues.
+        Each trajectory keeps its rows."""
         rows = rows_of(groups_P)
         terms = [LossTerm(answers_D, "cross_entropy"), LossTerm([row.datum() for row in rows], "reinforce")]
         answers, rollouts = await self._client.forward_terms(terms, keep=True)
@@ -109,16 +98,16 @@ class LikelihoodReward(BatchReward):
         return _sums(answers_D, answers), answers.kept_D or [None] * len(answers_D)
 
     def _penalized(self, scores_D: np.ndarray, finished_D: np.ndarray) -> np.ndarray:
-        """A rationale that never stopped gets a multiple of the mean score, which is negative. As
-        in the original the mean is over all rationales of the call, and the answer behind an
-        unfinished one is still trained on."""
+        """A truncated rationale gets a multiple of the mean score, which is negative. As in the
+        original, the mean is over all rationales of the call, and the answer is still trained on.
+        """
         if not self._config.non_stop_penalty:
             return scores_D
         return np.where(finished_D, scores_D, self._config.penalty_reward_value * scores_D.mean())
 
 
 def _parts(group: TrajectoryGroup, g: int) -> tuple[list[int], list[int], bool]:
-    """Prompt with rationale, answer, and whether the rationale ended by itself."""
+    """Prompt with rationale, answer, and whether the rationale stopped by itself."""
     if not isinstance(group.builder, HasAnswer):
         raise ConfigError(
             f"{type(group.builder).__name__} has no answer_tokens and rationale(action): the likelihood reward needs "

@@ -1,10 +1,7 @@
-"""Environments written in messages, and the adapter that makes an Env of tokens out of one.
-
-A MessageEnv hears what the model said and answers in messages; it knows no tokens.
-EnvFromMessageEnv renders the conversation, keeps the sampled tokens as they are (token in, token
-out), and decides by a ParsePolicy what becomes of a response that cannot be read. Left out: limits
-of turns and tokens (the run's, rl/rollouts.py), environments that rewrite what was said, structured
-tool calls.
+"""Environments in messages, and the adapter to an Env of tokens. EnvFromMessageEnv renders the
+conversation and keeps sampled tokens unchanged (token in, token out); a ParsePolicy handles
+unreadable responses. Left out: limits on turns and tokens (rl/rollouts.py), environments that
+rewrite messages, structured tool calls.
 """
 
 from abc import ABC, abstractmethod
@@ -32,21 +29,18 @@ from rl.types import (
     StopCondition,
 )
 
-# why an episode ended that the environment did not end itself
+# why an episode ended, other than by the environment
 MessageEnd = Literal[EpisodeEnd, "parse_error"]
 
 
 class ParseError(CookbookError):
-    """The model's message cannot be read. The text is what the model is told, if it may try again:
-    say what was expected.
-    """
+    """The model's message cannot be read. The model sees the text if it may try again: say what was
+    expected."""
 
 
 @chz.chz
 class ParsePolicy:
-    """What becomes of a response that ran into the token limit, or that the environment cannot
-    read.
-    """
+    """Handling of a response that is truncated or that the environment cannot read."""
 
     failed_parse_reward: float = chz.field(
         default=-1.0, validator=NUMBER, doc="reward of the unreadable response that ends an episode"
@@ -60,9 +54,7 @@ class ParsePolicy:
 
 @dataclass
 class MessageStep:
-    """`next_messages`, at least one, follow the model's message in the conversation; they are
-    ignored when `episode_done`.
-    """
+    """`next_messages`, at least one, follow the model's message; ignored when `episode_done`."""
 
     reward: float
     episode_done: bool
@@ -72,37 +64,33 @@ class MessageStep:
 
 
 class MessageEnv(ABC):
-    """One episode in messages. Create it, play it once, throw it away."""
+    """One episode in messages. Single-use."""
 
     @abstractmethod
     async def initial_messages(self) -> list[Message]:
-        """How the conversation begins. The model speaks next, as the assistant."""
+        """The conversation's beginning. The assistant speaks next."""
 
     @abstractmethod
     async def step(self, message: Message) -> MessageStep:
-        """Takes what the model said. Raises ParseError, before anything has changed, if it cannot
-        be read.
-        """
+        """Takes the model's message. Raises ParseError, before any change of state, if it is
+        unreadable."""
 
     async def cut_short(self, reason: MessageEnd) -> tuple[float, Metrics]:
-        """The episode ends here, not by the environment's will: the reward to add, and the metrics
-        of an episode.
-        """
+        """A limit ended the episode: the reward to add, and metrics."""
         return 0.0, {}
 
     async def close(self) -> None:
-        """Always called at the end: release what the episode holds."""
+        """Always called at the end: releases the episode's resources."""
         return
 
 
 class EnvFromMessageEnv(Env):
     """A MessageEnv as an Env. Every turn has the metrics `parse_error` and `truncated`, 0 or 1; a
-    truncated one is a parse error, too.
+    truncated turn is a parse error, too.
 
-    Where the renderer has the extension property, an observation begins with the observation before
-    it and the tokens sampled after that, also if their text would be tokenized otherwise. Where it
-    has not, the conversation is rendered anew at every turn, and rl/data_processing.py makes a
-    Datum of each.
+    With the renderer's extension property, an observation extends the previous observation and its
+    sampled tokens, even where the text would be tokenized otherwise. Without it every turn renders
+    the conversation again, and rl/data_processing.py makes a Datum of each.
     """
 
     def __init__(self, renderer: Renderer, message_env: MessageEnv, parse: ParsePolicy | None = None):
@@ -154,19 +142,17 @@ class EnvFromMessageEnv(Env):
         rendered = self.renderer.build_generation_prompt([*conversation, *next_messages]).to_ints()
         if not self.renderer.has_extension_property:
             return rendered
-        # The last weight is where the renderer ends the model's turn: what it writes from there on
-        # follows the sampled tokens.
+        # Text from the last weight on, where the renderer ends the model's turn, follows the
+        # sampled tokens.
         tokens, weights = self.renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
         end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
-        # role_colon ends a turn with "User:", and here somebody else speaks next
+        # role_colon ends a turn with "User:", but another role speaks next
         if rendered[:end] != tokens[:end]:
             return rendered
         return self.tokens + action + self._missing_stop(action) + rendered[end:]
 
     def _missing_stop(self, action: Action) -> list[int]:
-        """The stop that the conversation goes on from, where the model ended by EOS or was cut
-        off.
-        """
+        """The stop before the next messages, where the model ended by EOS or was truncated."""
         stop, tokenizer = self.renderer.get_stop_sequences()[0], self.renderer.tokenizer
         if isinstance(stop, int):
             return [] if stop in action else [stop]
@@ -181,9 +167,8 @@ class EnvFromMessageEnv(Env):
 
 @dataclass(frozen=True)
 class MessageEnvGroupBuilder(EnvGroupBuilder):
-    """`num_envs` attempts at one task. `env_thunk` must pickle if the builder is to:
-    functools.partial of a class does.
-    """
+    """`num_envs` attempts at a task. The builder pickles if `env_thunk` does (functools.partial of
+    a class)."""
 
     env_thunk: Callable[[], MessageEnv]
     num_envs: int

@@ -1,5 +1,5 @@
-"""RL metrics under the names of tinker_semantics 2.3: what the environments did, and how far
-sampler and trainer are apart.
+"""RL metrics, named as in tinker_semantics 2.3: environments, and the gap between sampler and
+trainer.
 """
 
 from collections import Counter, defaultdict
@@ -35,7 +35,7 @@ def compute_sampling_metrics(data_D: Sequence[Datum], trainer_logprobs_D: Sequen
 
 
 def compute_trajectory_metrics(groups_P: Sequence[TrajectoryGroup], prefix: str = "env") -> Metrics:
-    """`env/all/...`, and `env/<tag>/...` for every tag that only some of the groups carry."""
+    """`env/all/...`, and `env/<tag>/...` for tags that only some of the groups have."""
     metrics = {f"{prefix}/all/{name}": value for name, value in _group_metrics(groups_P).items()}
     for tag in sorted({tag for group in groups_P for tag in group.tags}):
         tagged = [group for group in groups_P if tag in group.tags]
@@ -45,9 +45,7 @@ def compute_trajectory_metrics(groups_P: Sequence[TrajectoryGroup], prefix: str 
 
 
 def _error_metrics(groups_P: Sequence[TrajectoryGroup], prefix: str) -> Metrics:
-    """How many rollouts were retried, and how many were lost, by the class of their error; nothing
-    where nothing went wrong.
-    """
+    """Retried rollouts, and lost rollouts by error class; empty without errors."""
     lost = Counter(type(error).__name__ for group in groups_P for error in group.errors)
     counts = {**lost, "total": lost.total(), "retries": sum(group.num_retries for group in groups_P)}
     return {
@@ -80,7 +78,7 @@ def _group_metrics(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
 
 
 def _limit_metrics(trajectories: Sequence[Trajectory]) -> Metrics:
-    """The part of the episodes that each limit ended, for limits that ended any."""
+    """Share of the episodes ended by each limit, for limits that ended any."""
     ends = Counter(trajectory.stop_reason for trajectory in trajectories)
     return {
         f"ended_by/{reason}": count / len(trajectories) for reason, count in sorted(ends.items()) if reason != "done"

@@ -1,12 +1,10 @@
-"""Corrections for a sampler that is not exactly the trained policy: other kernels, bf16, or older
-weights.
+"""Corrections for a sampler that differs from the trained policy: other kernels, bf16, stale
+weights. w = p / q, with p the trainer's probability before the step and q the sampler's, weighs
+each token's loss. The loss's ratio then starts at the trainer's logprobs: clipping measures the
+update only.
 
-w = p / q with p the trainer's probability of a token before the step and q the sampler's. The
-correction weighs each token's loss, and the loss's own ratio then starts from the trainer's
-logprobs, so that clipping measures the update and not the mismatch.
-
-    truncate    min(w, high): truncated importance sampling, Yao et al. 2025
-    mask        w where low <= w <= high, else 0 (IcePop)
+  truncate  min(w, high): truncated importance sampling, Yao et al. 2025
+  mask      w where low <= w <= high, else 0 (IcePop)
 """
 
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ from rl.types import Metrics
 @chz.chz
 class MismatchCorrection:
     mode: Literal["none", "truncate", "mask"] = chz.field(
-        default="none", doc="what becomes of tokens whose weight is off; see mismatch.py"
+        default="none", doc="truncate or mask weights out of range; see mismatch.py"
     )
     low: float = chz.field(default=0.5, validator=NON_NEGATIVE, doc="mask: smallest weight that is kept")
     high: float = chz.field(default=2.0, validator=NON_NEGATIVE, doc="largest weight")
@@ -35,9 +33,8 @@ class MismatchCorrection:
 async def corrected(
     client: TrainingClient, rows: Sequence[Row], correction: MismatchCorrection
 ) -> tuple[list[Row], Metrics]:
-    """One forward pass of the policy; the rows with weighted advantages, and the trainer's logprobs
-    in place of the sampler's.
-    """
+    """The rows with weighted advantages, and the trainer's logprobs in place of the sampler's, by
+    one forward pass."""
     data_D = [row.datum() for row in rows]
     output = await client.forward(data_D, "importance_sampling")
     metrics = compute_sampling_metrics(data_D, [out["logprobs"] for out in output.loss_fn_outputs])

@@ -1,17 +1,13 @@
-"""A person plays an environment in the terminal, and gets what the model gets: observations,
-rewards, metrics and limits.
+"""A person plays an environment in the terminal, with the model's observations, rewards, metrics
+and limits (rl/rollouts.py). One attempt per problem; the seats of a game take turns. A backslash at
+the end of a line continues it; Ctrl-D ends. Left out: a model as the other seat (give the
+environment an opponent), time limits on calls.
 
-    python -m rl.play env=guess_number
-    python -m rl.play env=my_package.my_module:MyBuilder split=test limits.max_turns=5
-
-The person takes the sampler's place under the loop's own rollouts, so nothing about limits is
-written twice. Of attempts at one problem one is played; the seats of a game are played in turn. A
-line that ends in a backslash goes on in the next. Ctrl-D ends it. Left out: a model as the other
-seat (give the environment an opponent), time limits on calls.
+  python -m rl.play env=guess_number
+  python -m rl.play env=my_package.my_module:MyBuilder split=test limits.max_turns=5
 """
 
-# run as a file: this folder, first on the path, has a types.py that would shadow the standard
-# library's
+# run as a file, this folder is first on the path, and its types.py would shadow the standard one
 if not __package__:
     import os
     import sys
@@ -63,12 +59,12 @@ class Config:
     episodes: int | None = chz.field(
         default=None, validator=COUNT, doc="end after so many problems or games; None = until the end of the input"
     )
-    model_name: str = chz.field(default="tiny", doc="whose tokenizer and context")
+    model_name: str = chz.field(default="tiny", doc="model of the tokenizer and context")
     max_length: int | None = chz.field(
         default=None, validator=COUNT, doc="context in tokens; None = the model's own, at most 4096"
     )
     renderer_name: str | None = chz.field(
-        default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer"
+        default=None, doc="role_colon, chat_template or plain; None = the model's own"
     )
     max_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens per turn; None = what the environment recommends"
@@ -81,9 +77,8 @@ class EndOfInput(Exception):
 
 
 class Person(SamplingClient):
-    """A sampler that shows the prompt and reads the answer from the terminal. Prompts that fill the
-    context raise, as for the model.
-    """
+    """A sampler that shows the prompt and reads the answer from the terminal. A prompt that fills
+    the context raises, as for the model."""
 
     def __init__(self, tokenizer: Tokenizer, seat: str):
         self._tokenizer, self.max_length, self.seat = tokenizer, tokenizer.model_max_length, seat
@@ -113,9 +108,8 @@ class Person(SamplingClient):
 
 
 def read_answer() -> str:
-    """One line, or several, each but the last ending in a backslash. It holds up the event loop:
-    nobody else has anything to do.
-    """
+    """Lines up to the first without a final backslash. Blocks the event loop, which has no other
+    work."""
     lines = [_line()]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1].removesuffix("\\")
@@ -132,9 +126,8 @@ def _line() -> str:
 
 
 def answer_tokens(tokenizer: Tokenizer, text: str, stop: StopCondition | str) -> list[int]:
-    """The text as a model would have sampled it, with the stop, of which the text may already hold
-    the beginning ("]" of "]\\n").
-    """
+    """The text as a model would have sampled it, with the stop; the text may already end with the
+    stop's beginning ("]" of "]\\n")."""
     stops = eos(tokenizer) if stop is None else [stop] if isinstance(stop, str) else list(stop)
     if not stops:  # never stops
         return encode(tokenizer, text)
@@ -146,9 +139,7 @@ def answer_tokens(tokenizer: Tokenizer, text: str, stop: StopCondition | str) ->
 
 
 class ShownEnv(Env):
-    """Prints what a step brings. Logs are for readers of transcripts and may give the answer away:
-    they come at the end.
-    """
+    """Prints each step. Logs may give the answer away and are printed at the end."""
 
     def __init__(self, env: Env, seat: str):
         self.env, self.seat = env, seat

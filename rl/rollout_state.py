@@ -1,8 +1,5 @@
-"""Finished groups as JSON, so that a checkpoint of an asynchronous run can hold what is sampled and
-not yet trained on.
-
-Floats survive exactly. Left out: images, and what batch rewards add, since groups get those when
-they are trained on.
+"""Finished groups as JSON, for the checkpoint of an asynchronous run. Floats are exact. Left out:
+images, and what batch rewards add (they run when a group is trained on).
 """
 
 from dataclasses import asdict
@@ -26,7 +23,7 @@ def group_to_json(group: TrajectoryGroup) -> dict[str, Any]:
 
 
 def group_from_json(saved: dict[str, Any], builder: EnvGroupBuilder) -> TrajectoryGroup:
-    """`builder` is what the group was made from: the dataset's, at the same batch and place."""
+    """`builder` is the dataset's, at the same batch and index."""
     return TrajectoryGroup(
         trajectories_G=[_trajectory_from_json(trajectory) for trajectory in saved["trajectories"]],
         final_rewards_G=saved["final_rewards"],

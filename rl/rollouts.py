@@ -1,11 +1,7 @@
-"""Rollouts: environments stepped with sampled tokens, many at once, until every episode of a group
-is done.
-
-What can go wrong with an episode is of three kinds. A limit of the run is met: the episode ends
-there, with a reason, and counts. It cannot be scored (the environment raised, hung, or returned
-nonsense: env_calls.py, step_checks.py): it is retried, then leaves its group as a RolloutError and
-is counted; it never gets a reward. Anything else (the engine died, a builder crashed): the
-exception propagates and ends the run.
+"""Rollouts: environments stepped with sampled tokens, concurrently, until every episode of a group
+is done. A limit of the run ends an episode with a reason, and it counts. An episode that cannot be
+scored (env_calls.py, step_checks.py) is retried, then leaves its group as a counted RolloutError,
+without a reward. Any other exception (engine, builder) propagates and ends the run.
 """
 
 import asyncio
@@ -45,14 +41,14 @@ from rl.types import (
 )
 
 T = TypeVar("T")
-# e.g. (run seed, step, group); a rollout's sampling is a pure function of it
+# e.g. (run seed, step, group): determines a rollout's sampling
 Seed = tuple[int, ...]
 NO_LIMIT = 2**31
 
 
 @chz.chz
 class RolloutLimits:
-    """When an episode is ended, retried or given up."""
+    """Limits of an episode, retries and lost members."""
 
     max_turns: int | None = chz.field(default=None, validator=COUNT, doc="ends the episode after this many turns")
     max_trajectory_tokens: int | None = chz.field(
@@ -93,7 +89,7 @@ class Policy:
     async def __call__(
         self, ob: Observation, stop: StopCondition, seed: Seed, max_tokens: int | None = None
     ) -> TokensWithLogprobs:
-        """`max_tokens` lowers the policy's own."""
+        """`max_tokens` lowers the policy's own limit."""
         limit = min(self.max_tokens, max_tokens or self.max_tokens)
         params = SamplingParams(max_tokens=limit, seed=_seed_number(seed), stop=stop, temperature=self.temperature)
         response = await self.client.sample_async(ob, 1, params)
@@ -111,16 +107,13 @@ def _seed_number(seed: Seed) -> int:
 async def do_single_rollout(
     policy: Policy, env: Env, seed: Seed, limits: RolloutLimits | None = None, clock: SamplingClock | None = None
 ) -> Trajectory:
-    """One episode. Raises RolloutError where it cannot be scored. The environment is closed in any
-    case.
-
-    `clock` is shared by the seats of a game, which wait for one another.
-    """
+    """One episode. RolloutError if it cannot be scored. The environment is always closed. The seats
+    of a game share `clock`."""
     limits, clock = limits or RolloutLimits(), clock or SamplingClock()
     try:
         trajectory = await _episode(policy, env, seed, limits, clock)
     except BaseException:
-        with suppress(RolloutError):  # the first error is the one that says what happened
+        with suppress(RolloutError):  # keep the first error
             await call(step_checks.nothing, limits.env_seconds, clock, env, "close")
         raise
     await call(step_checks.nothing, limits.env_seconds, clock, env, "close")
@@ -171,7 +164,7 @@ async def _sample(
         if task is None or task.cancelling():  # by the run
             raise
         raise EnvError(f"sampling turn {len(transitions)} was cancelled, and not by the run") from error
-    except DataError as error:  # a token outside the vocabulary
+    except DataError as error:  # e.g. a token outside the vocabulary
         raise MalformedStep(f"the observation of turn {len(transitions)} cannot be sampled from: {error}") from error
 
 
@@ -218,12 +211,8 @@ async def do_group_rollout(
     limits: RolloutLimits | None = None,
     slots: asyncio.Semaphore | None = None,
 ) -> TrajectoryGroup:
-    """Rolls out one group. Members that fail are retried, then leave it; where they play one game,
-    all of it is retried.
-
-    Every member takes a slot while it is under way; a game takes one for all its seats, which must
-    run together.
-    """
+    """Rolls out one group. Failed members are retried, then leave it; a game is retried whole. Each
+    member in flight takes a slot; a game takes one for all its seats, which must run together."""
     limits, slots = limits or RolloutLimits(), slots or asyncio.Semaphore(NO_LIMIT)
     try:
         if builder.members_are_independent:
@@ -232,7 +221,7 @@ async def do_group_rollout(
             async with slots:
                 group = await _roll_out(builder, policy, seed, limits, asyncio.Semaphore(NO_LIMIT))
     except BaseException:
-        with suppress(RolloutError):  # the first error is the one that says what happened
+        with suppress(RolloutError):  # keep the first error
             await _call_builder(builder, step_checks.nothing, limits, "cleanup")
         raise
     try:
@@ -294,7 +283,7 @@ async def _member(
 
 
 async def _make_env_again(builder: EnvGroupBuilder, g: int, limits: RolloutLimits) -> Env:
-    """A fresh environment for member `g`. The others that are made with it are closed at once."""
+    """A fresh environment for member `g`; the rest of the new environments are closed at once."""
     envs_G = await _make_envs(builder, limits)
     for other in (*envs_G[:g], *envs_G[g + 1 :]):
         await call(step_checks.nothing, limits.env_seconds, SamplingClock(), other, "close")
@@ -306,9 +295,7 @@ async def _make_env_again(builder: EnvGroupBuilder, g: int, limits: RolloutLimit
 
 
 async def _make_envs(builder: EnvGroupBuilder, limits: RolloutLimits) -> Sequence[Env]:
-    """A builder that raises or hangs is no chance failure of one rollout: it ends the run, with its
-    own exception and traceback.
-    """
+    """A builder that raises or hangs ends the run, with its own exception and traceback."""
     try:
         return await _call_builder(builder, partial(step_checks.environments, builder), limits, "make_envs")
     except EnvError as error:
@@ -322,9 +309,7 @@ async def _call_builder(
 
 
 def _own_exception(error: RolloutError) -> Exception:
-    """What the environment's own code raised, with its traceback. SystemExit and its like, which
-    say nothing, stay an EnvError.
-    """
+    """The environment's exception, with its traceback. SystemExit and its like stay an EnvError."""
     cause = error.__cause__ if isinstance(error, EnvError) else None
     return (
         cause if isinstance(cause, Exception) and not isinstance(cause, StopIteration | StopAsyncIteration) else error
@@ -332,9 +317,7 @@ def _own_exception(error: RolloutError) -> Exception:
 
 
 async def _score(builder: EnvGroupBuilder, members_G: Sequence[_Member], limits: RolloutLimits) -> TrajectoryGroup:
-    """The group of those that finished, with the rewards that the builder gives; if it cannot, none
-    is left.
-    """
+    """The group of the finished members with the builder's rewards; empty if the builder fails."""
     alive = [(member.env, member.outcome) for member in members_G if isinstance(member.outcome, Trajectory)]
     trajectories_G = [trajectory for _, trajectory in alive]
     group = TrajectoryGroup(trajectories_G, [0.0 for _ in alive], [{} for _ in alive], builder=builder)
@@ -352,9 +335,8 @@ async def _score(builder: EnvGroupBuilder, members_G: Sequence[_Member], limits:
 
 
 async def _add_group_rewards(group: TrajectoryGroup, envs_G: list[Env], limits: RolloutLimits) -> None:
-    """The builder sees copies. The turns that it takes out of a copy leave the trajectory: they
-    were no moves.
-    """
+    """The builder gets copies. Turns it removes from a copy leave the trajectory: they were no
+    moves."""
     builder = group.builder
     assert builder is not None
     copies_G = [trajectory.copy() for trajectory in group.trajectories_G]
@@ -379,9 +361,7 @@ def _lose_all(group: TrajectoryGroup, error: RolloutError) -> None:
 async def do_rollouts(
     builders_P: Sequence[EnvGroupBuilder], policy: Policy, seed: Seed, limits: RolloutLimits | None = None
 ) -> list[TrajectoryGroup]:
-    """All groups of a batch at once. The first error is raised as itself, without its
-    ExceptionGroup.
-    """
+    """All groups of a batch, concurrently. The first error is raised without its ExceptionGroup."""
     try:
         async with asyncio.TaskGroup() as tasks:
             groups = [
@@ -395,9 +375,7 @@ async def do_rollouts(
 
 
 def check_failures(groups_P: Sequence[TrajectoryGroup], limits: RolloutLimits) -> None:
-    """Raises where too many rollouts failed: the exception of the environment's own code, if that
-    is what it was, with its traceback.
-    """
+    """Raises if too many rollouts failed: the exception of the environment's code if there is one."""
     errors = [error for group in groups_P for error in group.errors]
     total = len(errors) + sum(len(group.trajectories_G) for group in groups_P)
     if errors and len(errors) > limits.max_failed_fraction * total:

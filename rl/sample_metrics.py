@@ -1,11 +1,7 @@
-"""What n samples of one problem say about k of them: pass@k, best-of-k and majority-of-k, each
-without bias.
-
-All three are expectations over the k-subsets of the n samples, drawn without replacement: the
-unbiased estimate of what k fresh samples would give (Chen et al. 2021, "Evaluating Large Language
-Models Trained on Code", section 2.1, for pass@k). Plugging the rate c/n into 1 - (1 - c/n)^k would
-be biased. pass@k and best@k have closed forms. maj@k has none with its tie rule, so subsets are
-counted one by one, or, where there are more than `MAX_SUBSETS`, a seeded sample of that many.
+"""pass@k, best-of-k and majority-of-k of n samples per problem, without bias: expectations over the
+k-subsets of the samples (Chen et al. 2021, "Evaluating Large Language Models Trained on Code",
+section 2.1). pass@k and best@k have closed forms. maj@k, with its tie rule, has none: subsets are
+enumerated, or sampled with a seed if there are more than `MAX_SUBSETS`.
 """
 
 from collections import Counter
@@ -27,9 +23,8 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
 
 
 def best_at_k(scores_N: Sequence[float], k: int) -> float:
-    """Expected maximum of k scores. The i-th smallest (from 1) is the maximum of C(i - 1, k - 1) of
-    the C(n, k) subsets.
-    """
+    """Expected maximum of k scores: the i-th smallest (from 1) is the maximum of C(i - 1, k - 1) of
+    the C(n, k) subsets."""
     n = len(scores_N)
     _check_k(k, n)
     ways_N = [comb(i, k - 1) / comb(n, k) for i in range(n)]
@@ -37,11 +32,9 @@ def best_at_k(scores_N: Sequence[float], k: int) -> float:
 
 
 def majority(answers_K: Sequence[str | None]) -> int | None:
-    """Index of the first sample with the commonest answer. None is no answer, and does not vote. Of
-    answers equally common, the one given by the earliest sample wins: a fair draw, since samples
-    are in no order. None if nobody answered.
-
-    The one rule for votes in this project: maj@k, best-of-n and LaTRO's votes use it."""
+    """Index of the first sample with the most common answer, None without answers. A None has no
+    vote. A tie goes to the answer sampled first, a fair draw, since samples are in no order. Shared
+    by maj@k, best-of-n and LaTRO."""
     counts = Counter(answer for answer in answers_K if answer is not None)
     if not counts:
         return None
@@ -53,11 +46,8 @@ def majority(answers_K: Sequence[str | None]) -> int | None:
 def maj_at_k(
     answers_N: Sequence[str | None], correct_N: Sequence[bool], k: int, max_subsets: int = MAX_SUBSETS
 ) -> float:
-    """P(the majority of k samples, kept in their order, is right). Exact up to `max_subsets`
-    subsets; beyond, a seeded estimate.
-
-    Equal answers are equal strings, and as right as the first of them.
-    """
+    """P(the majority of k samples, in order, is right). Exact up to `max_subsets` subsets, then a
+    seeded estimate. Equal strings are equal answers, as right as the first of them."""
     _check_k(k, len(answers_N))
     if len(correct_N) != len(answers_N):
         raise ValueError(f"{len(answers_N)} answers and {len(correct_N)} grades")
@@ -70,9 +60,7 @@ def maj_at_k(
 
 
 def mean_and_stderr(values_P: Sequence[float]) -> tuple[float, float]:
-    """Mean over problems, and its standard error, from their spread (ddof 1). One problem has no
-    spread: 0.
-    """
+    """Mean over problems and its standard error (ddof 1), 0 for a single problem."""
     stderr = np.std(values_P, ddof=1) / np.sqrt(len(values_P)) if len(values_P) > 1 else 0.0
     return float(np.mean(values_P)), float(stderr)
 

@@ -1,9 +1,6 @@
-"""What an environment, a group's builder or a dataset hands over, as checked, copied, plain values.
-What comes later relies on them.
-
-A number may be any real number, NumPy's and zero-dimensional arrays included; it becomes a float.
-Logs may be anything and become text. Anything else that the types of rl/types.py do not allow
-raises MalformedStep, or, where it is the dataset's or the builder's, DataError.
+"""Checks on the values that environments, builders and datasets return: copied into plain types.
+Any real number becomes a float, NumPy's included; logs become text. A value that rl/types.py does
+not allow raises MalformedStep (environment) or DataError (dataset, its builder).
 """
 
 import inspect
@@ -33,7 +30,7 @@ from rl.types import (
     Transition,
 )
 
-# what is larger overflows fp32 in the norm of a gradient, and would end the run there
+# a larger reward overflows fp32 in the norm of a gradient, which would end the run there
 MAX_REWARD = 1e9
 
 # --- of an environment ---------------------------------------------------------------------------
@@ -46,7 +43,7 @@ def first_observation(result: object) -> tuple[Observation, StopCondition]:
 
 
 def step_result(result: object) -> StepResult:
-    """A copy. Where the episode is done, `next_observation` is empty."""
+    """A copy. `next_observation` is empty if the episode is done."""
     if not isinstance(result, StepResult):
         raise MalformedStep(f"step returned {result!r:.100}, not a StepResult")
     done = _truth(result.episode_done)
@@ -61,19 +58,19 @@ def step_result(result: object) -> StepResult:
 
 
 def reward_and_metrics(result: object) -> tuple[float, Metrics]:
-    """Of `cut_short`, and of each member of `compute_group_rewards`."""
+    """Result of `cut_short`, and of each member of `compute_group_rewards`."""
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise MalformedStep(f"{result!r:.100} is not a reward and a dict of metrics")
     return reward(result[0]), _metrics(result[1])
 
 
 def nothing(result: object) -> None:
-    """Of `close` and `cleanup`: whatever they return means nothing."""
+    """Result of `close` and `cleanup`, which is ignored."""
 
 
 def reward(value: object) -> float:
     number = _number(value, "the reward")
-    if not -MAX_REWARD <= number <= MAX_REWARD:  # not a number is refused here, too
+    if not -MAX_REWARD <= number <= MAX_REWARD:  # refuses NaN, too
         raise MalformedStep(
             f"the reward is {number}: it must be finite, and between -{MAX_REWARD:g} and {MAX_REWARD:g}"
         )
@@ -114,15 +111,13 @@ def _logs(logs: object) -> Logs:
 
 
 def plain_text(value: object) -> str:
-    """`str(value)`, with lone surrogates, which no file can hold, spelt out."""
+    """`str(value)` with lone surrogates, which no file can hold, escaped."""
     text = value if type(value) is str else str(value)
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _prompt(observation: object, name: str) -> ModelInput:
-    """Whether the tokens are of the model's vocabulary is for the sampling client to say, before it
-    samples.
-    """
+    """The sampling client checks that the tokens are in the vocabulary."""
     if not isinstance(observation, ModelInput):
         raise MalformedStep(f"{name} is {observation!r:.100}, not a ModelInput")
     try:
@@ -158,20 +153,18 @@ def _stop(item: object) -> Any:
 
 @cache
 def takes_extra(env_class: type) -> bool:
-    """Whether its `step` has the keyword `extra`, as those of the Tinker cookbook's environments
-    have.
-    """
+    """Whether `step` has the keyword `extra`, as the Tinker cookbook's environments have."""
     try:
         return "extra" in inspect.signature(env_class.step).parameters  # type: ignore[attr-defined]
-    except Exception:  # no `step`, or none that can be looked at: the call will say so
+    except Exception:  # no `step`, or no signature: the call will fail
         return False
 
 
 def check_step(env: Env) -> None:
-    """Its `step` has to take what rollouts give it."""
+    """`step` must take the arguments that rollouts pass."""
     try:
         signature = inspect.signature(env.step)
-    except Exception:  # none that can be looked at: the call will say so
+    except Exception:  # no signature: the call will fail
         return
     try:
         signature.bind([], **({"extra": {}} if takes_extra(type(env)) else {}))
@@ -202,9 +195,8 @@ def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
 def group_rewards(
     builder: EnvGroupBuilder, turns_G: Sequence[Sequence[Transition]], seen_G: Sequence[Trajectory], result: object
 ) -> tuple[list[float], list[Metrics], list[list[bool]]]:
-    """Rewards, metrics, and which of the turns that the builder was shown (`turns_G`) it has left
-    in the trajectories (`seen_G`).
-    """
+    """Rewards, metrics, and the turns of `turns_G` that the builder left in the trajectories
+    (`seen_G`)."""
     name = f"{type(builder).__name__}.compute_group_rewards"
     if not isinstance(result, Sequence) or isinstance(result, str):
         raise MalformedStep(f"{name} returned {result!r:.100}, not a list of rewards and metrics")
@@ -229,7 +221,7 @@ def tags(builder: EnvGroupBuilder, result: object) -> list[str]:
 
 
 def datasets(builder: RLDatasetBuilder, result: object) -> tuple[RLDataset, RLDataset | None]:
-    """What `await builder(renderer)` returned."""
+    """Result of `await builder(renderer)`."""
     name = type(builder).__name__
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise DataError(f"{name} returned {result!r:.100}, not a training set and a held-out set (which may be None)")
@@ -241,7 +233,7 @@ def datasets(builder: RLDatasetBuilder, result: object) -> tuple[RLDataset, RLDa
 
 
 def batch(dataset: RLDataset, index: int) -> list[EnvGroupBuilder]:
-    """The groups of a batch. Raises DataError, naming the dataset's class, where there are none."""
+    """The groups of a batch. DataError, with the dataset's class, for an invalid batch."""
     name = f"{type(dataset).__name__}.get_batch({index})"
     try:
         result: object = dataset.get_batch(index)
@@ -261,7 +253,7 @@ def batch(dataset: RLDataset, index: int) -> list[EnvGroupBuilder]:
 
 
 def short_batches(builder: RLDatasetBuilder, dataset: RLDataset) -> str | None:
-    """A line for a person whose data set is smaller than a batch."""
+    """A printed line for a data set smaller than a batch."""
     wanted = getattr(builder, "batch_size", None)
     if not isinstance(wanted, int) or len(dataset) > 1 or (available := len(batch(dataset, 0))) >= wanted:
         return None

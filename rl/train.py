@@ -1,9 +1,7 @@
-"""The RL loop: groups of rollouts, advantages, one policy-gradient step, new weights into the
-sampler, again.
-
-One core. Algorithms differ by data: an advantage estimator, a loss and what surrounds them
-(algorithms.py, train_step.py). Synchronous, streaming and asynchronous training differ by two
-numbers (group_sources.py). Left out: a critic, several machines.
+"""The RL loop: rollouts, advantages, a policy-gradient step, new weights into the sampler.
+Algorithms are an estimator, a loss and the steps around them (algorithms.py, train_step.py).
+Synchronous, streaming and asynchronous training are two numbers (group_sources.py). Left out: a
+critic.
 """
 
 import time
@@ -48,9 +46,7 @@ HEADLINE = {"env/all/reward/total": "reward", "test/env/all/correct": "test", "o
 
 
 async def main(config: Config) -> Metrics:
-    """Trains; returns the last metrics. Everything that can be wrong with the input is raised
-    before the model is loaded.
-    """
+    """Trains; returns the last metrics. Input errors are raised before the model loads."""
     max_tokens = config.max_tokens or config.env.recommended_max_tokens()
     config = chz.replace(config, max_tokens=max_tokens)
     check_config(config)
@@ -107,7 +103,7 @@ async def main(config: Config) -> Metrics:
 
 @dataclass
 class Loop:
-    """What the steps of a run hold on to, and what a step is."""
+    """The state of a run, and its step."""
 
     config: Config
     folder: RunFolder
@@ -118,7 +114,7 @@ class Loop:
     timeline: Timeline
 
     async def run(self, num_steps: int) -> Metrics:
-        """Takes the steps that are left; returns the last metrics."""
+        """Runs the remaining steps; returns the last metrics."""
         config, client, source = self.config, self.learner.client, self.source
         self.num_steps, self.alarms = num_steps, Alarms(client.get_info(), config.backend.alarm)
         run = Run(config=config, folder=self.folder, client=client, name="rl", num_steps=num_steps, headline=HEADLINE)
@@ -156,11 +152,9 @@ class Loop:
         metrics |= {f"time/share/{kind}": share for kind, share in shares.items()}
 
     async def sync(self, step: int = 0, data_D: Sequence[Datum] = ()) -> SamplingClient:
-        """The sampler gets the present weights. Rollouts in flight go on under them, where training
-        is asynchronous.
-
-        `data_D` are those of the step before, to be written down if it made the weights infinite.
-        """
+        """Syncs the sampler to the current weights. Asynchronous rollouts in flight continue under
+        them. `data_D`: the data of the previous step, written to disk if the weights are not
+        finite."""
         saved = self.learner.client.save_weights_and_get_sampling_client_async(
             follow=self.config.max_steps_off_policy > 0
         )
@@ -173,9 +167,8 @@ class Loop:
                 raise write_offending_data(self.folder, step, data_D, error) from error
 
     async def evaluate(self, step: int) -> Metrics:
-        """The last evaluator's groups, several samples of a problem where there are such, make the
-        better transcript.
-        """
+        """Returns the evaluators' metrics. The transcript is the last evaluator's: several samples
+        per problem where there are such."""
         metrics: Metrics = {}
         with span("eval"):
             for evaluator in self.evaluators:
@@ -185,8 +178,8 @@ class Loop:
         return metrics
 
     async def probe(self, step: int, datum: Datum, metrics: Metrics) -> None:
-        """Right after a sync, so that a wrong one is seen before anything is sampled from it; after
-        a prompt of this step's rollouts, which a prefix cache that was not dropped still has."""
+        """Compares sampler and trainer right after a sync, before rollouts; on a prompt of this
+        step, which a stale prefix cache would still have."""
         client, temperature = self.sampling_client, self.config.temperature
         tokens = [*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].array[-1])][
             : client.max_length - 1
@@ -196,27 +189,25 @@ class Loop:
             whole, sampled = await sampler_gaps(
                 self.learner.client, client, tokens, cut, temperature, PROBE_SAMPLES, max_tokens=1
             )
-        except NonFiniteError as error:  # the step itself made the weights infinite
+        except NonFiniteError as error:  # the step made the weights infinite
             infinite = NonFiniteError("after this step the policy's logprobs are not finite: its weights are no longer")
             raise write_offending_data(self.folder, step, [datum], infinite) from error
         metrics |= {"optim/probe_logprob_gap": whole.mean, "optim/probe_sampled_gap": sampled.mean}
         compare_with_sampler(self.alarms, whole, sampled, temperature)
 
     def compare_rollouts(self, outcome: StepOutcome, metrics: Metrics) -> None:
-        """Rollouts of older weights, and those that a later substep trains on, differ by right; all
-        others are on-policy.
-        """
+        """Compares on-policy rollouts only. Stale rollouts and later substeps differ by design."""
         if gap := outcome.on_policy_gap:
             metrics["optim/on_policy_logprob_gap"] = gap.mean
             temperature = self.config.temperature
-            what = (
+            comparison = (
                 f"rollouts sampled from the present weights (temperature={temperature:g}) and the trainer's "
                 "logprobs of them"
             )
-            self.alarms.compare("rollouts", gap, what, f"{SAMPLED}; or in the trainer, {BATCHED}", temperature)
+            self.alarms.compare("rollouts", gap, comparison, f"{SAMPLED}; or in the trainer, {BATCHED}", temperature)
 
     def write_transcript(self, outcome: StepOutcome, step: int) -> None:
-        """The first groups, and as many of those that lost members."""
+        """The first groups, and as many groups that lost members."""
         count = self.config.num_groups_to_log
         if not self.config.transcript_every or step % self.config.transcript_every:
             return

@@ -4,8 +4,7 @@ python rl/train_cli.py env=arithmetic model_name=tiny group_size=8
 python -m rl.train_cli env=my_package.my_module:MyBuilder env.difficulty=3 algorithm=rloo
 """
 
-# run as a file: this folder, first on the path, has a types.py that would shadow the standard
-# library's
+# run as a file, this folder is first on the path, and its types.py would shadow the standard one
 if not __package__:
     import os
     import sys

@@ -1,9 +1,8 @@
-"""One training step: finished groups become advantages, advantages become gradients, gradients move
-the weights.
+"""One training step: finished groups -> advantages -> gradients -> weights.
 
 groups -> rewards that need a model -> KL in the reward -> advantages -> KL per token -> reduction
 -> mismatch weights -> Datums
-       -> forward_backward, as minibatches of groups arrive -> optim_step, once per substep
+    -> forward_backward, as minibatches of groups arrive -> optim_step, once per substep
 """
 
 import asyncio
@@ -47,7 +46,7 @@ T = TypeVar("T")
 
 @dataclass
 class Learner:
-    """The policy in training and what its steps need."""
+    """The policy in training and the parts of its step."""
 
     config: Config
     client: TrainingClient
@@ -58,9 +57,8 @@ class Learner:
 
 @dataclass
 class StepOutcome:
-    """What a step was made of. `advantages_P` has None for a group that was left out.
-    `on_policy_gap` is between sampler and trainer, on the data whose logprobs both computed with
-    the same weights; None where there were none."""
+    """Groups and data of a step. `advantages_P` is None for a group that was left out.
+    `on_policy_gap` is between sampler and trainer with the same weights, None without such data."""
 
     groups_P: list[TrajectoryGroup] = field(default_factory=list)
     advantages_P: list[np.ndarray | None] = field(default_factory=list)
@@ -71,12 +69,9 @@ class StepOutcome:
 async def train_step(
     learner: Learner, source: GroupSource, step: int, adam: AdamParams, metrics: Metrics
 ) -> StepOutcome:
-    """Trains on batch `step` and adds to `metrics`. A batch that leaves nothing to learn from moves
-    nothing.
-
-    Passes are only submitted here, so that the next groups are awaited while the last ones are
-    trained on.
-    """
+    """Trains on batch `step` and adds to `metrics`. A batch without a learning signal changes
+    nothing. Passes are only submitted here: the next groups are awaited while the last ones are
+    trained on."""
     config, outcome, of_minibatches = learner.config, StepOutcome(), []
     steps_per_minibatch = max(1, config.num_substeps // source.num_minibatches)
     minibatches_per_step = max(1, source.num_minibatches // config.num_substeps)
@@ -105,9 +100,8 @@ async def train_step(
 async def _prepare(
     learner: Learner, groups_P: list[TrajectoryGroup], step: int, outcome: StepOutcome, metrics: Metrics
 ) -> tuple[list[Row], list[np.ndarray | None]]:
-    """The rows of one minibatch of groups, with their final advantages; and the sampler's (T,)
-    logprobs of each row that was sampled under the weights this step begins with, None for the
-    others."""
+    """The rows of a minibatch of groups with final advantages; and the sampler's (T,) logprobs of
+    each row sampled under this step's starting weights, else None."""
     config = learner.config
     if learner.batch_reward:
         with timed(metrics, "batch_reward"), span("score"):
@@ -149,7 +143,7 @@ class _Passes:
 
     def __init__(self, learner: Learner, adam: AdamParams):
         self._learner, self._adam = learner, adam
-        # of each pass: the policy's, and behind it the supervised one where there is one
+        # of each pass: the policy's, followed by the supervised pass if there is one
         self._terms: list[list[LossTerm]] = []
         # one for each entry of _terms
         self._outputs: list[asyncio.Task[list[ForwardBackwardOutput]]] = []
@@ -180,9 +174,7 @@ class _Passes:
             self._pending = False
 
     async def metrics(self, step: int, outcome: StepOutcome) -> Metrics:
-        """Waits for all passes. A number that is not finite stops the run, with the data that gave
-        it on disk.
-        """
+        """Waits for all passes. A non-finite number ends the run, with its data on disk."""
         await reported(_finished([*self._outputs, *self._steps]), f"training on step {step}")
         for terms, output in zip(self._terms, self._outputs, strict=True):
             if isinstance(error := output.exception(), NonFiniteError):
@@ -208,7 +200,7 @@ class _Passes:
 def _on_policy_gap(
     data_D: Sequence[Datum], sampled_D: Sequence[np.ndarray | None], trained_D: Sequence[TensorData]
 ) -> Gap | None:
-    """Over the sampled tokens of the data that have a `sampled_D`."""
+    """Over the sampled tokens of the data with `sampled_D`."""
     masked = [
         (sampled_T[mask_T], trained_T.array[mask_T])
         for datum, sampled_T, trained_T in zip(data_D, sampled_D, trained_D, strict=True)
@@ -218,7 +210,7 @@ def _on_policy_gap(
 
 
 async def _finished(passes: Sequence[asyncio.Task[Any]]) -> None:
-    """Waits for all; failures stay in the tasks."""
+    """Waits for all; exceptions stay in the tasks."""
     if passes:
         await asyncio.wait(passes)
 
@@ -232,9 +224,7 @@ def _spanned(future: APIFuture[T]) -> asyncio.Task[T]:
 
 
 def _reduced(metrics: Sequence[dict[str, float]]) -> Metrics:
-    """The passes' metrics as those of one pass: sums added up, means weighed by the tokens they are
-    over.
-    """
+    """Metrics of several passes as if of one: sums added, means weighed by their tokens."""
     tokens = [output["num_loss_tokens:sum"] for output in metrics]
     out: Metrics = defaultdict(float)
     for output, count in zip(metrics, tokens, strict=True):

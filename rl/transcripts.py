@@ -1,5 +1,5 @@
-"""Rollouts as posttrain.tracking.transcripts wants them: decoded, with advantages and errors. For
-reading only; nothing trains on it.
+"""Rollouts decoded for posttrain.tracking.transcripts, with advantages and errors. For reading
+only.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,8 @@ def write_rollouts(
     advantages_P_G: Sequence[np.ndarray] | None,
     tokenizer: Tokenizer,
 ) -> Path:
-    """Writes `folder`/<step>.html and .jsonl, and the index. `advantages_P_G` None: an evaluation,
-    which has none.
-    """
+    """Writes `folder`/<step>.html and .jsonl, and the index. `advantages_P_G` is None for an
+    evaluation."""
     shown = [
         _group(
             group,

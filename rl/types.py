@@ -1,9 +1,6 @@
-"""The RL protocol: environments, their groups, the datasets that make them, and what a rollout
-leaves behind.
-
-An Env is single-use: there is no reset. Environments that share a task or a game come from one
-EnvGroupBuilder; the group is what advantages are centred over. Builders are cheap and made from
-configuration; `make_envs` makes the heavy objects.
+"""The RL protocol: environments, groups, datasets, and the results of rollouts. An Env is
+single-use. Environments with a shared task or game come from one EnvGroupBuilder, and advantages
+are centred over the group. Builders are cheap configuration; `make_envs` makes the heavy objects.
 """
 
 from abc import ABC, abstractmethod
@@ -24,18 +21,17 @@ from posttrain.renderers.types import Renderer
 Action = list[int]  # the sampled tokens, stop token included
 Observation = ModelInput
 StopCondition = Sequence[str] | Sequence[int] | None
-# Why an episode ended: the environment said so, or which limit of the run was met
-# (rollouts.RolloutLimits).
+# Why an episode ended: by the environment, or by a limit of the run (rollouts.RolloutLimits).
 EpisodeEnd = Literal["done", "max_turns", "max_trajectory_tokens", "max_sampled_tokens", "context_length", "timeout"]
 Metrics = dict[str, float]
-# what a person should see in the transcript, e.g. {"gold": "42", "extracted": "41"}
+# for readers of the transcript, e.g. {"gold": "42", "extracted": "41"}
 Logs = dict[str, str]
 
 
 class RolloutError(CookbookError):
-    """This rollout cannot be scored (a grader timed out, a tool was down). It is retried if the run
-    says so, then leaves its group and is counted under the name of its class; it is never reward
-    0."""
+    """This rollout cannot be scored (a grader timed out, a tool was down). It is retried if
+    configured, then leaves its group and is counted under its class name; it never gets reward 0.
+    """
 
 
 class EnvError(RolloutError):
@@ -47,18 +43,16 @@ class EnvTimeout(RolloutError):
 
 
 class MalformedStep(RolloutError):
-    """An environment returned what is no StepResult: a reward that is no finite number, an
-    observation that is none.
-    """
+    """An environment returned an invalid value: no StepResult, a reward that is not finite, ..."""
 
 
 class SeatLost(RolloutError):
-    """Another seat of the same game failed, so this one cannot be finished."""
+    """Another seat of the same game failed, so this seat cannot finish."""
 
 
 @dataclass(frozen=True)
 class TokensWithLogprobs:
-    """A sampled action. `logprobs` are those of the distribution sampled from, at `temperature`."""
+    """A sampled action. `logprobs` are of the sampling distribution, at `temperature`."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -68,9 +62,8 @@ class TokensWithLogprobs:
 
 @dataclass
 class StepResult:
-    """`next_observation` is ignored when `episode_done`. Every metric is averaged over the
-    transitions that have it.
-    """
+    """`next_observation` is ignored when `episode_done`. A metric is averaged over the transitions
+    that have it."""
 
     reward: float
     episode_done: bool
@@ -82,9 +75,7 @@ class StepResult:
 
 @dataclass
 class Transition:
-    """One turn. `token_advantages`, where a batch reward sets them, are added to the member's
-    advantage token by token.
-    """
+    """One turn. A batch reward's `token_advantages` are added to the member's advantage, per token."""
 
     ob: Observation
     ac: TokensWithLogprobs
@@ -96,40 +87,36 @@ class Transition:
 
 
 class Env(ABC):
-    """One episode. Create it, roll it out once, throw it away."""
+    """One episode. Single-use."""
 
     @abstractmethod
     async def initial_observation(self) -> tuple[Observation, StopCondition]:
-        """The first prompt, and where sampling should stop."""
+        """The first prompt, and the stop condition."""
 
     @abstractmethod
     async def step(self, action: Action) -> StepResult:
-        """Takes the sampled tokens. `action` lacks a stop token when it ran into the token limit.
-
-        A class whose `step` has the keyword `extra`, as the Tinker cookbook's have, is also given
-        {"stop_reason": "stop" or "length"}.
-        """
+        """Takes the sampled tokens, which lack a stop token if they are truncated. A `step` with
+        the keyword `extra`, as in the Tinker cookbook, also gets {"stop_reason": "stop" or
+        "length"}."""
 
     async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
-        """A limit of the run ends the episode here: the reward to add to the last turn, and
-        metrics. Asked once, after the last `step`.
-        """
+        """A limit of the run ends the episode: the reward to add to the last turn, and metrics.
+        Called once, after the last `step`."""
         return 0.0, {}
 
     async def close(self) -> None:
-        """Always called at the end, also after an error or a cancellation: release what the episode
-        holds, and wake who waits for it.
-        """
+        """Always called at the end, also after an error or a cancellation: releases the episode's
+        resources and wakes its waiters."""
         return
 
 
 @dataclass
 class Trajectory:
-    """One episode. `supervised` are sequences with weights whose cross-entropy is trained beside
-    the policy gradient (see BatchReward).
+    """One episode. `supervised` are weighted sequences whose cross-entropy is added to the loss
+    (see BatchReward).
 
-    A seat whose game ended before its turn has no transition: its reward counts, in its group's
-    baseline as in the metrics, and there is nothing of it to train on, to grade or to score.
+    A seat whose game ended before its turn has no transition. Its reward counts in the baseline and
+    the metrics; there is nothing to train on, to grade or to score.
     """
 
     transitions: list[Transition]
@@ -146,9 +133,7 @@ class Trajectory:
         return sum(transition.reward for transition in self.transitions)
 
     def copy(self) -> "Trajectory":
-        """One that shares nothing with this one, for code that may change it. Without
-        `supervised`.
-        """
+        """A copy that shares nothing, for code that may change it. Without `supervised`."""
         turns = [
             Transition(
                 ob=ModelInput.from_ints(turn.ob.to_ints()),
@@ -171,29 +156,27 @@ class TrajectoryGroup:
     final_rewards_G: list[float]  # from EnvGroupBuilder.compute_group_rewards
     metrics_G: list[Metrics]
     tags: list[str] = field(default_factory=list)
-    errors: list[RolloutError] = field(default_factory=list)  # of the members that were dropped
+    errors: list[RolloutError] = field(default_factory=list)  # of dropped members
     num_retries: int = 0
-    # what the group was made from: a batch reward finds the task there
+    # the group's builder, where a batch reward finds the task
     builder: "EnvGroupBuilder | None" = None
-    sampled_at_step: int | None = None  # the training step whose weights it began with
+    sampled_at_step: int | None = None  # the training step of its first weights
 
     def get_total_rewards(self) -> list[float]:
         """Step rewards plus the group's reward, one number per member."""
         return [t.reward + final for t, final in zip(self.trajectories_G, self.final_rewards_G, strict=True)]
 
     def drop_member(self, g: int, error: RolloutError) -> None:
-        """Member `g` leaves the group; `error` says why."""
+        """Removes member `g` because of `error`."""
         for members in (self.trajectories_G, self.final_rewards_G, self.metrics_G):
             del members[g]
         self.errors.append(error)
 
 
 class EnvGroupBuilder(ABC):
-    """Makes the environments of one group. `make_envs` may be called again: a retry wants fresh
-    ones.
-    """
+    """Makes the environments of a group. `make_envs` is called again for fresh ones on a retry."""
 
-    # False where the members play one game: then a failure is the group's
+    # False where the members play one game: a failure then fails the group
     members_are_independent = True
     # that the members play, where they are not independent: all seats of the first, then of the
     # second
@@ -206,12 +189,9 @@ class EnvGroupBuilder(ABC):
     async def compute_group_rewards(
         self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
     ) -> list[tuple[float, Metrics]]:
-        """A reward and metrics for each finished trajectory, given all of them; added to the step
-        rewards.
-
-        The trajectories are copies. A turn that is taken out of one (it was no move) is not trained
-        on; other changes have no effect.
-        """
+        """A reward and metrics for each finished trajectory, added to the step rewards. The
+        trajectories are copies: a turn removed from a copy (no move) is not trained on; other
+        changes have no effect."""
         return [(0.0, {}) for _ in trajectories_G]
 
     def logging_tags(self) -> list[str]:
@@ -219,23 +199,20 @@ class EnvGroupBuilder(ABC):
         return []
 
     async def cleanup(self) -> None:
-        """Always called at the end of the group, scored or failed: release what `make_envs` made
-        for all members together.
-        """
+        """Always called at the end of the group, scored or failed: releases the resources its
+        members share."""
         return
 
 
 @runtime_checkable
 class RLDataset(Protocol):
-    """Batches of groups, addressed by index, so that resuming is starting at an index.
-    posttrain/tracking/datasets.py has two.
-    """
+    """Batches of groups by index: a resume starts at an index. posttrain/tracking/datasets.py has
+    two implementations."""
 
     @abstractmethod
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
         """The groups of batch `index`, the same at every call. Indices past the end are later
-        epochs.
-        """
+        epochs."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -253,7 +230,7 @@ class RLDatasetBuilder:
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the data: which problems, in which order")
 
     def recommended_max_tokens(self) -> int:
-        """Most tokens a turn needs, for runs that do not say."""
+        """Most tokens a turn needs; the default of max_tokens."""
         return 256
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
@@ -261,25 +238,20 @@ class RLDatasetBuilder:
 
 
 class BatchReward(Protocol):
-    """Rewards that need a model, computed for all finished groups of a step at once, between the
-    rollouts and the advantages.
-    """
+    """Rewards that need a model, for all finished groups of a step, between rollouts and
+    advantages."""
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
         """Adds, in place, to `final_rewards_G`, to a turn's `reward` or `token_advantages`, or to a
-        trajectory's `supervised`.
-
-        Returns metrics of the step. A member that it cannot score is to be removed with
-        `drop_member`, never scored 0.
-        """
+        trajectory's `supervised`. Returns metrics of the step. A member that cannot be scored is
+        removed with `drop_member`, never scored 0."""
         ...
 
 
 @chz.chz
 class BatchRewardBuilder:
-    """Configuration of a BatchReward. `training_client` is the policy that is trained, with its
-    present weights at every call.
-    """
+    """Configuration of a BatchReward. `training_client` is the trained policy, with current weights
+    at every call."""
 
     async def __call__(
         self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer

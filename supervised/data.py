@@ -1,7 +1,6 @@
-"""Supervised data: from files, Hugging Face datasets and mixtures of them to batches of Datum.
-
-Everything is rendered once, when the dataset is built: a malformed, empty or over-long example is
-known before a model loads. Left out: streaming from sets that do not fit into memory.
+"""Supervised data: files, Hugging Face datasets and mixtures to batches of Datum. Rendered once,
+when the dataset is built: malformed, empty and over-long examples are found before a model loads.
+Left out: streaming from sets that do not fit into memory.
 """
 
 from collections.abc import Sequence
@@ -25,12 +24,9 @@ from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 def datum_from_tokens_weights(
     tokens: Sequence[int], weights: Sequence[float], max_length: int | None = None, reduction: str = "mean"
 ) -> Datum:
-    """Predict token t+1 from the tokens up to t, with the weight of token t+1; the first token's
-    weight has no place.
-
-    Keeps the first `max_length` tokens. `reduction="mean"` divides by the sum of the weights left,
-    "sum" leaves them as they are. Raises DataError if no weight is left.
-    """
+    """Predicts token t+1 from the tokens up to t, with the weight of token t+1; the first token's
+    weight is not used. Keeps the first `max_length` tokens. `reduction="mean"` divides by the sum
+    of the kept weights, "sum" does not. DataError if all kept weights are 0."""
     if reduction not in ("mean", "sum"):
         raise ConfigError(
             f"reduction={reduction!r}: it is 'mean' (each example weighs the same) or 'sum' (each token does)"
@@ -57,25 +53,22 @@ def conversation_to_datum(
     train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
     reduction: str = "mean",
 ) -> Datum:
-    """Renders and cuts to `max_length` tokens."""
+    """Renders and truncates to `max_length` tokens."""
     return datum_from_tokens_weights(*renderer.build_supervised_example(messages, train_on_what), max_length, reduction)
 
 
 def render(
     conversations: Sequence[Sequence[Message]], renderer: Renderer, builder: SupervisedDatasetBuilder
 ) -> list[Datum]:
-    """A Datum of each conversation, by the builder's max_length, train_on_what and reduction."""
+    """A Datum per conversation, by the builder's max_length, train_on_what and reduction."""
     max_length = builder.max_length or renderer.tokenizer.model_max_length
     how = (renderer, max_length, builder.train_on_what, builder.reduction)
     return [conversation_to_datum(messages, *how) for messages in conversations]
 
 
 class MixtureDataset(ListDataset[Datum]):
-    """Sources spread evenly over an epoch by weight; the epoch ends when each source was seen
-    whole.
-
-    A source that is needed more often than it has examples begins again, in a new order.
-    """
+    """Sources spread over an epoch by weight. The epoch ends when every source was seen whole; a
+    source that runs out earlier begins again, reshuffled."""
 
     def __init__(self, sources: Sequence[Sequence[Datum]], weights: Sequence[float], batch_size: int, seed: int = 0):
         self.sizes = [len(source) for source in sources]
@@ -100,9 +93,7 @@ class MixtureDataset(ListDataset[Datum]):
 
 @chz.chz
 class ChatDatasetBuilder(SupervisedDatasetBuilder):
-    """What all datasets of conversations share: split, rendering, length limit. Subclasses say
-    where rows come from.
-    """
+    """The options that all sets of conversations share: split, rendering, length limit."""
 
     test_size: int = chz.field(
         default=0, validator=WHOLE, doc="examples held out from the training data, drawn by seed; 0 = none"
@@ -113,11 +104,11 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
     )
 
     def rows(self) -> tuple[list[Row], list[Row]]:
-        """Training rows and held-out rows (none of the latter: [])."""
+        """Training rows and held-out rows ([] if there are none)."""
         raise NotImplementedError
 
     def messages(self, fields: Fields) -> list[Message]:
-        """The conversation in a row. Raises DataError, without saying where the row stands."""
+        """The conversation in a row. Raises DataError without the row's place."""
         raise NotImplementedError
 
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
@@ -140,9 +131,7 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         return [row for i, row in enumerate(train) if i not in held_out], [train[i] for i in sorted(held_out)]
 
     def _render(self, rows: list[Row], renderer: Renderer, kind: str = "") -> list[Datum]:
-        """Prints one line: how many examples there are, and what became of those that are too
-        long.
-        """
+        """Prints one line: the number of examples, dropped and truncated."""
         limit = int(self.max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
         data, overlong, emptied = [], 0, 0
         for where, fields in rows:
@@ -186,9 +175,8 @@ class JsonLinesBuilder(ChatDatasetBuilder):
 
 @chz.chz
 class FileBuilder(JsonLinesBuilder):
-    """JSONL of any form in supervised/forms.py, found by the fields of its rows. Texts are trained
-    on whole, between BOS and EOS.
-    """
+    """JSONL of any form in supervised/forms.py, recognised by its rows' fields. A plain text is
+    trained on whole, between BOS and EOS."""
 
     def rows(self) -> tuple[list[Row], list[Row]]:
         train, test = super().rows()
@@ -207,9 +195,7 @@ class FileBuilder(JsonLinesBuilder):
 
 @chz.chz
 class ConversationFileBuilder(JsonLinesBuilder):
-    """JSONL with a list of messages in each line: {"messages": [{"role": "user", "content": "hi"},
-    ...]}.
-    """
+    """JSONL with messages in each line: {"messages": [{"role": "user", "content": "hi"}, ...]}."""
 
     def messages(self, fields: Fields) -> list[Message]:
         return conversation(fields, "messages")
@@ -217,12 +203,11 @@ class ConversationFileBuilder(JsonLinesBuilder):
 
 @chz.chz
 class PromptCompletionFileBuilder(JsonLinesBuilder):
-    """JSONL with a prompt and a completion in each line; GSM8K's are prompt_field=question
-    completion_field=answer.
-    """
+    """JSONL with a prompt and a completion in each line. GSM8K: prompt_field=question
+    completion_field=answer."""
 
-    prompt_field: str = chz.field(default="prompt", doc="field with what the user says")
-    completion_field: str = chz.field(default="completion", doc="field with what the assistant answers")
+    prompt_field: str = chz.field(default="prompt", doc="field with the user's message")
+    completion_field: str = chz.field(default="completion", doc="field with the assistant's answer")
     prompt_template: str = chz.field(default="{prompt}", doc="the user's message; {prompt} stands for the prompt field")
 
     def messages(self, fields: Fields) -> list[Message]:
@@ -240,8 +225,8 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
     messages_field: str = chz.field(
         default="messages", doc="field with the messages; unused when prompt_field is given"
     )
-    prompt_field: str | None = chz.field(default=None, doc="field with what the user says; None = use messages_field")
-    completion_field: str = chz.field(default="completion", doc="field with what the assistant answers")
+    prompt_field: str | None = chz.field(default=None, doc="field with the user's message; None = use messages_field")
+    completion_field: str = chz.field(default="completion", doc="field with the assistant's answer")
     prompt_template: str = chz.field(default="{prompt}", doc="the user's message; {prompt} stands for the prompt field")
 
     def messages(self, fields: Fields) -> list[Message]:
@@ -275,9 +260,8 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
 
 @chz.chz
 class MixtureBuilder(SupervisedDatasetBuilder):
-    """Several datasets in one. Its own batch_size, max_length, train_on_what, reduction and seed
-    hold for all of them.
-    """
+    """Several datasets in one. Its batch_size, max_length, train_on_what, reduction and seed hold
+    for all."""
 
     builders: list[SupervisedDatasetBuilder] = chz.field(
         doc="the datasets: builders.0=..., builders.0.path=..., and so on"

@@ -1,8 +1,6 @@
-"""The forms that conversation files come in, told apart by the names of their fields.
-docs/data_formats.md has the table.
-
-What is no form, or two at once, is a DataError that names the fields and the known forms. Left out:
-tools, images, several answers in one row.
+"""The shapes of conversation files, recognised by field names. docs/data_formats.md has the table.
+A row of no form or of two is a DataError that names the fields and the known forms. Left out:
+tools, images, several answers in a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +12,7 @@ from supervised.rows import Fields, Row, conversation, exchange
 
 
 class Form(NamedTuple):
-    """`read` gives the messages of a row, or a plain text to train on whole."""
+    """`read` gives the messages of a row, or a plain text."""
 
     name: str
     fields: tuple[str, ...]
@@ -26,8 +24,7 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 def sharegpt(fields: Fields) -> list[Message]:
     """{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]};
-    roles and contents are read, too.
-    """
+    `role` and `content` are read, too."""
     turns = fields["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise DataError("the field 'conversations' is no list of objects")
@@ -41,9 +38,7 @@ def sharegpt(fields: Fields) -> list[Message]:
 
 
 def prompt_completion(fields: Fields) -> list[Message]:
-    """{"prompt": ..., "completion": ...}: texts, or lists of messages of which only the
-    completion's are trained on.
-    """
+    """{"prompt": ..., "completion": ...}, texts or lists of messages; loss on completions only."""
     if isinstance(fields["prompt"], str) and isinstance(fields["completion"], str):
         return exchange(fields, "prompt", "completion", "{prompt}")
     prompt, answered = (
@@ -95,11 +90,11 @@ ELSEWHERE = {
 
 
 def form_of(fields: Fields) -> Form:
-    """DataError where the fields are those of no form, or of two."""
+    """DataError where the fields match no form, or two."""
     forms = [form for form in FORMS if has(fields, form.fields)]
-    for names, what in ELSEWHERE.items():
+    for names, description in ELSEWHERE.items():
         if has(fields, names) and all(set(form.fields) <= set(names) for form in forms):
-            raise DataError(f"the fields {names_of(fields)} are {what}")
+            raise DataError(f"the fields {names_of(fields)} are {description}")
     if len(forms) > 1:
         raise DataError(
             f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say "
@@ -134,9 +129,8 @@ def unknown(fields: Fields, forms: Mapping[str, Sequence[str]], remedy: str) -> 
 
 
 def one_form(rows: Sequence[Row], of: Callable[[Fields], Any]) -> Any:
-    """The form of all rows. DataError, with the place, at the first row that has none or another
-    than the first row.
-    """
+    """The form of all rows. DataError, with the place, at the first row that differs from the first
+    row."""
     first = None
     for where, fields in rows:
         try:
@@ -153,9 +147,8 @@ def one_form(rows: Sequence[Row], of: Callable[[Fields], Any]) -> Any:
 
 
 def customized(messages: Sequence[Message], train_on_what: TrainOnWhat) -> tuple[list[Message], TrainOnWhat]:
-    """Marks of `prompt_completion` count where all assistant messages are to be trained on;
-    otherwise they are taken off.
-    """
+    """Trainable marks of `prompt_completion` count only where all assistant messages are trained
+    on; otherwise they are removed."""
     if not any("trainable" in message for message in messages) or train_on_what == TrainOnWhat.CUSTOMIZED:
         return list(messages), train_on_what
     if train_on_what == TrainOnWhat.ALL_ASSISTANT_MESSAGES:

@@ -1,10 +1,7 @@
-"""Negative log-likelihood: of a training batch from its own forward pass, and of a held-out set.
-Two means of it are logged:
-
-nll             over the tokens that carry loss, each of them alike: what papers report
-weighted_nll    over the same tokens by their weights: what is trained. Under reduction="mean", the default, the weights of an example
-                add up to 1, so this is the mean over examples of each example's own mean; under
-                "sum" it equals `nll`
+"""Negative log-likelihood of a training batch (from its own forward pass) and of a held-out set, as
+two means over the tokens with loss: `nll` weighs tokens alike, as papers report; `weighted_nll`
+uses the training weights. With reduction="mean" (the default) the latter is the mean over examples
+of each example's mean; with "sum" it equals `nll`.
 """
 
 from collections.abc import Sequence
@@ -17,9 +14,7 @@ from supervised.types import SupervisedDataset
 
 
 def nll_sums(data_D: Sequence[Datum], logprobs_D: Sequence[TensorData]) -> np.ndarray:
-    """(4,) over the tokens that carry loss: the sum of -log p, their number, the sum of -w log p,
-    and the sum of w.
-    """
+    """(4,) over the tokens with loss: sum of -log p, their number, sum of -w log p, sum of w."""
     weights = np.concatenate([datum.loss_fn_inputs["weights"].array for datum in data_D]).astype(np.float64)
     nll = -np.concatenate([logprobs.array for logprobs in logprobs_D]).astype(np.float64)
     counted = weights > 0
@@ -33,9 +28,7 @@ def nll_means(sums: np.ndarray) -> tuple[float, float]:
 
 
 class NLLEvaluator:
-    """`test/nll` and `test/weighted_nll` in nats per token: one forward pass over the held-out set,
-    no gradient.
-    """
+    """`test/nll` and `test/weighted_nll` in nats per token: one forward pass, no gradient."""
 
     def __init__(self, dataset: SupervisedDataset, name: str = "test"):
         self._batches = [dataset.get_batch(i) for i in range(len(dataset))]

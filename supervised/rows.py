@@ -1,5 +1,5 @@
-"""Rows of a dataset, and the conversations in them; what is malformed is a DataError that says what
-a row should have had.
+"""Rows of a dataset and the conversations in them. A malformed row is a DataError that says what is
+needed.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from posttrain.renderers.types import Message
 from posttrain.tracking.jsonl import parse_json
 
 Fields = Mapping[str, Any]
-# where it stands, for errors: "path:line" or "name[split]:index"; and what it holds
+# The place, for errors: "path:line" or "name[split]:index"; and the fields.
 Row = tuple[str, Fields]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -23,9 +23,8 @@ LONG_LINE = 1 << 20  # bytes of an example that is announced: tokenizing 20 MB t
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The objects of a JSONL file; blank lines are passed over. DataError, with the line and a
-    remedy, for whatever else it holds.
-    """
+    """The objects of a JSONL file; blank lines are skipped. DataError, with the line and a remedy,
+    for anything else."""
     file = _data_file(path)
     rows = []
     try:
@@ -104,9 +103,7 @@ def conversation(fields: Fields, name: str) -> list[Message]:
 
 
 def exchange(fields: Fields, prompt_field: str, completion_field: str, prompt_template: str) -> list[Message]:
-    """A user's message, which is `prompt_template` with {prompt} filled in, and the assistant's
-    answer.
-    """
+    """The user's message, `prompt_template` with {prompt} filled in, and the assistant's answer."""
     if "{prompt}" not in prompt_template:
         raise ConfigError(f"prompt_template={prompt_template!r} has no {{prompt}} in it")
     prompt = prompt_template.replace("{prompt}", _field(fields, prompt_field, str))

@@ -1,8 +1,5 @@
-"""The supervised loop: a batch, its passes, one optim_step. The next batch is made while they are
-under way.
-
-What a batch is trained on is an Objective: the cross-entropy here; DPO, Bradley-Terry and step
-labels in preference/.
+"""The supervised loop: a batch, its passes, one optim_step; the next batch is made meanwhile. The
+loss is an Objective: cross-entropy here; DPO, Bradley-Terry and step labels in preference/.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,7 +24,7 @@ from supervised.types import SupervisedDatasetBuilder
 
 Evaluator = Callable[[TrainingClient], Awaitable[Metrics]]
 Batch = TypeVar("Batch")
-# the sequences, and what their pass will return
+# Sequences, and the future of their pass.
 Pass = tuple[Sequence[Datum], APIFuture[ForwardBackwardOutput]]
 HEADLINE = {
     "train_mean_nll": "nll",
@@ -39,9 +36,7 @@ HEADLINE = {
 
 
 class Dataset(Protocol[Batch]):
-    """Batches by their index in the present epoch. The order of an epoch depends on the seed and
-    the epoch only.
-    """
+    """Batches by index in the current epoch. The order depends only on the seed and the epoch."""
 
     def set_epoch(self, epoch: int) -> None: ...
 
@@ -51,21 +46,19 @@ class Dataset(Protocol[Batch]):
 
 
 class Objective(Protocol[Batch]):
-    """What a batch is trained on."""
+    """The loss of a batch and its metrics."""
 
     async def passes(self, client: TrainingClient, batch: Batch) -> list[Pass]:
-        """Submits the batch's passes. Their gradients add up to that of its loss."""
+        """Submits the batch's passes. Their gradients add up to the gradient of its loss."""
         ...
 
     def metrics(self, batch: Batch, outputs: Sequence[ForwardBackwardOutput]) -> Metrics:
-        """Of a training batch, from its own passes."""
+        """Metrics of a training batch from its passes."""
         ...
 
 
 class CrossEntropy:
-    """`train_mean_nll` is a mean over tokens, `train_weighted_nll` the mean that is trained on
-    (nll.py).
-    """
+    """`train_mean_nll` is a mean over tokens, `train_weighted_nll` the trained mean (nll.py)."""
 
     async def passes(self, client: TrainingClient, batch: list[Datum]) -> list[Pass]:
         return [(batch, client.forward_backward(batch, "cross_entropy"))]
@@ -90,9 +83,7 @@ class Config(LanguageModelRunConfig):
 
 
 async def main(config: Config) -> Metrics:
-    """Trains; returns the last metrics. Everything that can be wrong with the input is raised
-    before the model is loaded.
-    """
+    """Trains; returns the last metrics. Input errors are raised before the model loads."""
     dataset, test_dataset = config.dataset(config.renderer())
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
@@ -119,11 +110,11 @@ async def training_loop(
     until: int | None = None,
     stop_at_nll: float | None = None,
 ) -> Metrics:
-    """From where the folder's last checkpoint ended to the last step; returns the last metrics.
+    """Runs from the folder's last checkpoint to the last step; returns the last metrics.
 
-    `alarms` are those of a caller who has made the comparison at the start already. `until` ends
-    this call before that step; its checkpoint is named by the step. The schedule is that of all
-    steps, and a later call goes on (recipes/bstar).
+    `alarms`: those of a caller that has compared sampler and trainer already. `until` ends this
+    call before that step, with a checkpoint; the schedule still covers all steps, and a later call
+    goes on.
     """
     num_steps = config.num_steps(len(dataset))
     last = min(num_steps, until or num_steps)
@@ -165,9 +156,7 @@ async def training_loop(
 
 
 def _batch(dataset: Dataset[Batch], step: int) -> Batch:
-    """The batch of a global step. The cursor is the step itself: nothing is repeated or skipped by
-    a resume.
-    """
+    """The batch of a global step. The step is the cursor: a resume repeats and skips nothing."""
     epoch, index = divmod(step, len(dataset))
     dataset.set_epoch(epoch)
     return dataset.get_batch(index)
@@ -176,9 +165,8 @@ def _batch(dataset: Dataset[Batch], step: int) -> Batch:
 async def _results(
     folder: RunFolder, step: int, passes: Sequence[Pass], optim_step: APIFuture[OptimStepResponse]
 ) -> tuple[list[ForwardBackwardOutput], Metrics]:
-    """Of the passes and of the optimizer. A number that is not finite ends the run, with the data
-    of its pass on disk.
-    """
+    """Outputs of the passes and the optimizer. A non-finite number ends the run, with its data on
+    disk."""
     outputs: list[ForwardBackwardOutput] = []
     try:
         for _, future in passes:

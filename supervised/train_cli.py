@@ -1,12 +1,11 @@
 """Supervised fine-tuning from the command line.
 
 python supervised/train_cli.py dataset=conversations.jsonl model_name=small learning_rate=3e-4
-python -m supervised.train_cli dataset=prompt_completion dataset.path=train.jsonl
-dataset.prompt_field=question
+python -m supervised.train_cli dataset=prompt_completion dataset.path=train.jsonl \\
+    dataset.prompt_field=question
 """
 
-# run as a file: this folder, first on the path, has a types.py that would shadow the standard
-# library's
+# run as a file, this folder is first on the path, and its types.py would shadow the standard one
 if not __package__:
     import os
     import sys

@@ -1,6 +1,4 @@
-"""Supervised datasets: batches of Datum addressed by index, and the configuration objects that
-build them.
-"""
+"""Supervised datasets: batches of Datum by index, and their builders."""
 
 from abc import abstractmethod
 from typing import Protocol
@@ -13,9 +11,8 @@ from posttrain.renderers.types import Renderer, TrainOnWhat
 
 
 class SupervisedDataset(Protocol):
-    """Addressed by batch index within an epoch, so that resuming is starting at an index.
-    posttrain/tracking/datasets.py has two.
-    """
+    """Addressed by batch index within an epoch: a resume starts at an index.
+    posttrain/tracking/datasets.py has two implementations."""
 
     @abstractmethod
     def get_batch(self, index: int) -> list[Datum]:
@@ -26,9 +23,7 @@ class SupervisedDataset(Protocol):
         """Number of batches in an epoch."""
 
     def set_epoch(self, epoch: int) -> None:  # noqa: B027 - a dataset without order has nothing to do
-        """Reshuffles as a pure function of the dataset's seed and `epoch`; nothing depends on
-        earlier epochs.
-        """
+        """Reshuffles as a pure function of the dataset's seed and `epoch`."""
 
 
 @chz.chz

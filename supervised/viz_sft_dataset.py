@@ -43,9 +43,8 @@ class Config:
 
 
 def colored_example(datum: Datum, tokenizer: Tokenizer) -> Text:
-    """The text with trained tokens in green, the others dim, and line breaks made visible; a new
-    colour is a new weight.
-    """
+    """The text with trained tokens in green, the rest dim, and visible line breaks. A new colour is
+    a new weight."""
     targets = datum.loss_fn_inputs["target_tokens"].tolist()
     tokens = [*datum.model_input.to_ints()[:1], *targets]
     weights = [0.0, *datum.loss_fn_inputs["weights"].tolist()]
