@@ -1,14 +1,13 @@
-"""`make demo`: a 0.8M-parameter model made from a seed learns two-digit addition, first by
+"""`make demo`: a 0.8M-parameter model with random weights learns two-digit addition, first by
 imitation, then by reinforcement learning.
 
-The warm start stops short: under 70% of the held-out sums are right. Then vLLM samples in this
-process, torch trains on what it sampled, and nothing but the reward says what is right. Both stages
-are the project's own loops with other defaults:
+The warm start ends early, with under 70% of the held-out sums right. Then vLLM samples and torch
+trains in one process, and only the reward tells which answers are right.
 
     python recipes/demo.py                    # runs/demo
     python recipes/demo.py seed=1 backend.engine=torch
 
-Expect greedy accuracy on held-out sums of at least 0.95 at the end.
+Expect a greedy accuracy on held-out sums of at least 0.95 at the end.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -36,7 +35,7 @@ from rl.types import RLDatasetBuilder
 
 @chz.chz
 class Config(rl_train.Config):
-    """The demo: a supervised warm start, then reinforcement learning on held-out-tested sums."""
+    """The demo: a supervised warm start on sums, then reinforcement learning."""
 
     env: RLDatasetBuilder = chz.field(
         default_factory=lambda: ArithmeticBuilder(n_batches=500, batch_size=64, group_size=8),
@@ -45,7 +44,7 @@ class Config(rl_train.Config):
     warm_start_nll: float = chz.field(
         default=0.3,
         validator=NON_NEGATIVE,
-        doc="nats per token at which the warm start ends: some seeds get there twice as fast",
+        doc="nats per token at which the warm start ends",
     )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at its first step")

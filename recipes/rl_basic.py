@@ -1,18 +1,16 @@
 """Reinforcement learning from builders: a supervised warm start, then RL on problems of the same
 kind.
 
-RL needs a policy that is right now and then, and `tiny` begins with random weights. So, unless
-load_checkpoint_path is given, the supervised loop first makes a checkpoint in LOG_PATH_warm_start.
-The two builders hold out the same sums.
+RL needs a policy that is sometimes right, and `tiny` has random weights. So, unless
+load_checkpoint_path is given, a supervised run in LOG_PATH_warm_start comes first. Both builders
+hold out the same sums. For another task, replace ArithmeticBuilder.
 
     python recipes/rl_basic.py                                             # two minutes on 2 cores; runs/rl_basic
     python recipes/rl_basic.py advantage=rl.advantages:LeaveOneOut loss_fn=ppo num_substeps=2 python
     recipes/rl_basic.py load_checkpoint_path=runs/rl_basic_warm_start/checkpoints/final
     log_path=runs/again
 
-Expect test/env/all/correct, greedy accuracy on held-out sums, to climb from about 0.8 to above 0.9.
-To train on your task, put its builder where ArithmeticBuilder stands. Every field of
-rl.train.Config can be overridden.
+Expect test/env/all/correct, greedy accuracy on held-out sums, to rise from about 0.8 to above 0.9.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -42,10 +40,10 @@ class Config(train.Config):
         doc="builder of the training and held-out environments",
     )
     warm_start_steps: int = chz.field(
-        default=240, validator=WHOLE, doc="supervised steps before RL; 0, or load_checkpoint_path, does without"
+        default=240, validator=WHOLE, doc="supervised steps before RL, unless load_checkpoint_path is given; 0 = none"
     )
     renderer_name: str | None = chz.field(
-        default="plain", doc="role_colon, chat_template or plain; None = what suits the tokenizer"
+        default="plain", doc="role_colon, chat_template or plain; None = by the tokenizer"
     )
     learning_rate: float = chz.field(default=2e-4, validator=LEARNING_RATE, doc="constant")
     log_path: str = chz.field(default="runs/rl_basic", doc="the run folder")

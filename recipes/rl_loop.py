@@ -9,22 +9,22 @@ which all its tokens share. One step of AdamW lowers
 
     L = - sum_tokens exp(log pi(token) - log q(token)) A     (the importance-sampling form of the policy gradient)
 
-where q is the policy as the sampler ran it. Sampler and trainer are in this process and hold the
-same weights, so the ratio is 1 up to rounding: `gap`, the mean |log pi - log q|, stays below 1e-5
-on a CPU. Where it grows, the gradient is another policy's.
+where q is the policy that sampled. Sampler and trainer have the same weights, so the ratio is 1 up
+to rounding: `gap`, the mean |log pi - log q|, stays below 1e-5 on a CPU. If it grows, the samples
+are off-policy.
 
-RL sharpens what a policy does right sometimes. So `tiny` first imitates sums as in sl_loop.py, or
-load_checkpoint_path brings weights.
+RL needs a policy that is sometimes right. So `tiny` first imitates sums as in sl_loop.py, unless
+load_checkpoint_path is given.
 
     python recipes/rl_loop.py                          # two minutes on 2 cores
     python recipes/rl_loop.py group_size=16 steps=100 learning_rate=1e-4
 
-Expect greedy held-out accuracy to climb from about 0.75 after the warm start to above 0.92.
+Expect greedy held-out accuracy to rise from about 0.75 after the warm start to above 0.92.
 
-Only the backend is used, in the names of the Tinker SDK: there, the imports and the two lines that
-make the client are others. Left out, and found in rl/: 1. environments with several turns; 2. other
-estimators and losses; 3. checkpoints and resuming;
-4. a run folder with metrics, plots and transcripts.
+The file uses only the backend, with the names of the Tinker SDK: with that SDK only the imports and
+the two lines that make the client differ. Left out (see rl/): environments with several turns,
+other estimators and losses, checkpoints and resume, a run folder with metrics, plots and
+transcripts.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -64,7 +64,7 @@ class Config:
     group_size: int = chz.field(default=8, validator=COUNT, doc="answers sampled per problem (G)")
     learning_rate: float = chz.field(default=2e-4, validator=LEARNING_RATE, doc="of RL, constant")
     eval_every: int = chz.field(default=10, validator=WHOLE, doc="steps between greedy tests on held-out sums")
-    seed: int = chz.field(default=0, validator=SEED, doc="of the weights, the split, the batches and the sampling")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the split, the batches and the sampling")
     engine: Literal["auto", "vllm", "torch"] = chz.field(default="auto", doc="sampler; auto = vLLM where there is one")
 
 
@@ -94,8 +94,8 @@ def main(config: Config) -> None:
             )
 
         def datum(question: list[int], answer: list[int], **tracks: list[float]) -> Datum:
-            """Position t predicts token t + 1. A track has one number for each token of the answer;
-            on the question it is 0.
+            """Position t predicts token t + 1. A track has a number per answer token, and 0
+            before.
             """
             tokens, padding = question + answer, [0.0] * (len(question) - 1)
             inputs = {name: TensorData(data=padding + track, dtype="float32") for name, track in tracks.items()}
@@ -117,8 +117,7 @@ def main(config: Config) -> None:
                 loss = imitated.result().metrics["loss:sum"] / len(examples_D)
 
         for step in range(config.steps):
-            # The trainer's weights go to the sampler in memory. The client stands for them alone:
-            # after the next sync it raises.
+            # The weights go to the sampler in memory; after the next sync this client raises.
             sampler = client.save_weights_and_get_sampling_client()
             if step % config.eval_every == 0:
                 print(f"step {step:3d}  held-out accuracy {accuracy(sampler):.3f}", flush=True)
@@ -141,7 +140,7 @@ def main(config: Config) -> None:
                     data_D.append(datum(prompt(a, b), answer.tokens, **tracks))
                 answers_D += answers_G
                 rewards_D += rewards_G.tolist()
-            # Both calls return at once, and are carried out in this order; the results are futures.
+            # Both calls return futures at once; they run in this order.
             forward_backward = client.forward_backward(data_D, "importance_sampling")
             optim_step = client.optim_step(AdamParams(learning_rate=config.learning_rate))
             outputs = zip(forward_backward.result().loss_fn_outputs, answers_D, strict=True)

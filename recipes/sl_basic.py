@@ -1,18 +1,15 @@
-"""Supervised fine-tuning from builders: a dataset builder and the loop's own configuration, with
-other defaults.
+"""Supervised fine-tuning from a builder of data and the configuration of supervised/train.py.
 
-The loop (supervised/train.py) gives the learning-rate schedule, held-out loss, checkpoints, exact
-resume and plots; what a recipe adds is the choice. Every default here, and every other field of
-supervised.train.Config, can be overridden:
+The loop gives the learning-rate schedule, held-out loss, checkpoints, exact resume and plots. For
+other data, replace ArithmeticExamplesBuilder: supervised/data.py has builders for JSONL files,
+Hugging Face datasets and mixtures.
 
     python recipes/sl_basic.py                                             # a minute on 2 cores; runs/sl_basic
     python recipes/sl_basic.py dataset.num_digits=3 num_epochs=2 learning_rate=1e-3 python
-    recipes/sl_basic.py dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl
-    renderer_name=None
+    recipes/sl_basic.py dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl \\
+        renderer_name=None
 
-Expect test/nll, in nats per token of held-out answers, to fall from 6 to below 0.2. To train on
-data of your own, put another builder where ArithmeticExamplesBuilder stands: supervised/data.py has
-them for JSONL files, Hugging Face datasets and mixtures.
+Expect test/nll, in nats per token of held-out answers, to fall from 6 to below 0.2.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -41,7 +38,7 @@ class Config(train.Config):
         doc="builder of the training and held-out data",
     )
     renderer_name: str | None = chz.field(
-        default="plain", doc="role_colon, chat_template or plain; None = what suits the tokenizer"
+        default="plain", doc="role_colon, chat_template or plain; None = by the tokenizer"
     )
     learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="at the first step")
     eval_every: int = chz.field(

@@ -1,13 +1,11 @@
-"""Supervised fine-tuning in one file: next-token maximum likelihood on the answer, given the
-question.
+"""Supervised fine-tuning in one file: maximum likelihood of the answer, given the question.
 
 For a sequence x_1 .. x_T made of a prompt and an answer, one step lowers
 
     L = - sum_t  w_t log p(x_t | x_<t),      w_t = 1 on the answer's tokens (its EOS among them), 0 on the prompt's
 
 by AdamW with a linearly falling learning rate. The task is two-digit addition, "12+34=" answered by
-"46<eos>". The model, `tiny`, has 0.8M parameters made from a seed: all it knows at the end it
-learnt here.
+"46<eos>". The model, `tiny`, has 0.8M parameters with random initial weights.
 
     python recipes/sl_loop.py                          # about a minute on 2 cores
     python recipes/sl_loop.py model_name=small learning_rate=5e-4
@@ -15,10 +13,9 @@ learnt here.
 Expect the held-out loss to fall from 6 nats per token to about 0.1, and 9 of 10 held-out sums
 right.
 
-Only the backend is used, in the names of the Tinker SDK: there, the imports and the two lines that
-make the client are others. Left out, and found in supervised/: 1. datasets and chat templates; 2.
-making the next batch while a step is under way;
-3. checkpoints and resuming; 4. a run folder with metrics and plots.
+The file uses only the backend, with the names of the Tinker SDK: with that SDK only the imports and
+the two lines that make the client differ. Left out (see supervised/): datasets and chat templates,
+making the next batch during a step, checkpoints and resume, a run folder with metrics and plots.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -53,7 +50,7 @@ class Config:
         default=2e-3, validator=LEARNING_RATE, doc="at the first step; falls to 0 at the last"
     )
     eval_every: int = chz.field(default=50, validator=WHOLE, doc="steps between held-out losses")
-    seed: int = chz.field(default=0, validator=SEED, doc="of the weights, the split and the batches")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the split and the batches")
     engine: Literal["auto", "vllm", "torch"] = chz.field(
         default="auto", doc="sampler of the final test; auto = vLLM where there is one"
     )
@@ -67,16 +64,15 @@ def main(config: Config) -> None:
         def datum(a: int, b: int) -> Datum:
             prompt, answer = tokenizer.encode(f"{a}+{b}="), tokenizer.encode(f"{a + b}{tokenizer.eos_token}")
             tokens, weights = prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)
-            # Position t of the model's input predicts token t + 1: the targets are the tokens,
-            # shifted by one.
+            # Position t of the input predicts token t + 1: the targets are the tokens shifted by
+            # one.
             inputs = {
                 "target_tokens": TensorData(data=tokens[1:], dtype="int64"),
                 "weights": TensorData(data=weights[1:], dtype="float32"),
             }
             return Datum(ModelInput.from_ints(tokens[:-1]), inputs)
 
-        # A pair is held out in both orders: after 34+12=46, the answer to 12+34= would be no
-        # surprise.
+        # A pair is held out in both orders: a model that saw 34+12=46 may know 12+34=.
         rng = np.random.default_rng(config.seed)
         pairs = rng.permutation([(a, b) for a in range(10, 100) for b in range(a, 100)])
         held_out, train = pairs[:NUM_HELD_OUT].tolist(), pairs[NUM_HELD_OUT:]
@@ -97,7 +93,7 @@ def main(config: Config) -> None:
                     f"step {step:4d}  held-out loss {held_out_loss():.3f} nats per token  {time.time() - start:5.1f} s",
                     flush=True,
                 )
-            # Both calls return at once, and are carried out in this order; the results are futures.
+            # Both calls return futures at once; they run in this order.
             forward_backward = client.forward_backward([datum(a, b) for a, b in chosen_D], "cross_entropy")
             optim_step = client.optim_step(AdamParams(learning_rate=config.learning_rate * (1 - step / config.steps)))
             forward_backward.result()
@@ -107,8 +103,7 @@ def main(config: Config) -> None:
             flush=True,
         )
 
-        # The proof: the same weights, handed to the sampler in memory, asked the sums they never
-        # saw.
+        # Test: the sampler gets the weights in memory and answers the held-out sums.
         sampler = client.save_weights_and_get_sampling_client()
         greedy = SamplingParams(max_tokens=8, temperature=0.0)
         futures = [sampler.sample(ModelInput.from_ints(tokenizer.encode(f"{a}+{b}=")), 1, greedy) for a, b in held_out]

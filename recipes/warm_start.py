@@ -1,4 +1,4 @@
-"""Imitation before anything else: the supervised run that most recipes begin with."""
+"""The supervised run that most recipes start with."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ RLConfig = TypeVar("RLConfig", bound=rl_train.Config)
 
 
 def shared_settings(config: Any) -> dict[str, Any]:
-    """What all runs of a recipe have in common, as far as its `config` has it."""
+    """The model, renderer, seed and backend of a recipe's `config`, where it has these fields."""
     return {n: getattr(config, n) for n in ("model_name", "renderer_name", "seed", "backend") if hasattr(config, n)}
 
 
@@ -28,11 +28,10 @@ def warm_start(
     needs: Sequence[Stage] = (),
     **settings: Any,
 ) -> Stage:
-    """A supervised run in `log_path` with the model, renderer, seed and backend of a recipe's
-    `config`, where it has these.
+    """A supervised run in `log_path` with the shared settings of a recipe's `config`.
 
-    `settings` are others of supervised.train.Config, e.g. stop_at_nll=0.3. It begins with what it
-    needs, if it needs a stage.
+    `settings` are other fields of supervised.train.Config, e.g. stop_at_nll=0.3. The first stage of
+    `needs`, if any, gives the initial weights.
     """
     defaults = {"learning_rate": 2e-3, "lr_schedule": "constant", "save_every": 0, **shared_settings(config)}
     defaults |= {"load_checkpoint_path": str(needs[0].result)} if needs else {}
@@ -42,9 +41,9 @@ def warm_start(
 
 
 def warm_started(config: RLConfig, dataset: SupervisedDatasetBuilder, **settings: Any) -> RLConfig:
-    """`config`, to begin at the end of a warm start in LOG_PATH_warm_start, which is made here.
+    """`config` with the checkpoint of a warm start, which runs here, in LOG_PATH_warm_start.
 
-    A config that names a checkpoint stays as it is.
+    A config with load_checkpoint_path is returned unchanged.
     """
     if config.load_checkpoint_path is not None:
         return config

@@ -27,8 +27,8 @@ from recipes.bstar.records import (
     Cell,
     Selected,
     Summary,
+    candidate_line,
     read_candidates,
-    write_candidates,
     write_scores,
     write_summary,
 )
@@ -211,7 +211,7 @@ def test_cut_off_and_unreadable_candidates_are_not_selected():
     assert select([cut, mute], ["q"], -1, target_size=1) == {"q": []}
     with pytest.raises(DataError, match="has no reward"):
         select([candidate("q", 0, "a", None)], ["q"], 0, target_size=1)
-    with pytest.raises(DataError, match="was not asked for"):
+    with pytest.raises(DataError, match="is of an unknown query"):
         select([candidate("q", 0, "a", 1.0)], ["p"], 0, target_size=1)
 
 
@@ -269,7 +269,7 @@ def test_what_is_watched_by_hand():
 def test_scores_are_read_with_their_candidates_or_refused(tmp_path):
     path = tmp_path / "samples.jsonl"
     scored = [candidate("p", n, f"{n}\n#é", 0.1 + n) for n in range(3)]
-    write_candidates(path, scored)
+    path.write_text("".join(map(candidate_line, scored)))
     assert read_candidates(path) == [replace(one, reward=None) for one in scored]
     write_scores(path, scored)
     assert read_candidates(path) == scored

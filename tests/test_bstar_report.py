@@ -23,9 +23,9 @@ from recipes.bstar.records import (
     Candidate,
     Choice,
     Summary,
+    candidate_line,
     read_choice,
     read_summaries,
-    write_candidates,
     write_choice,
     write_scores,
     write_selection,
@@ -74,7 +74,7 @@ def write_round(folder: Path, number: int, seed: int, chooses: bool, size: int, 
         choice = Choice(best.temperature, best.threshold, best.score, cells) if best else Choice("1", "0", None, [])
         write_choice(folder / "choice.json", choice)
         pool = candidates(rng, queries, choice.temperature, 8, skill)
-        write_candidates(folder / "samples.jsonl", pool)
+        (folder / "samples.jsonl").write_text("".join(map(candidate_line, pool)))
         write_scores(folder / "samples.jsonl", pool)
         chosen = select(pool, queries, choice.threshold, 4 * size)
         write_selection(folder / "selection.jsonl", [one for some in chosen.values() for one in some])

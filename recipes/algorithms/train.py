@@ -1,11 +1,11 @@
-"""Two-digit addition by every algorithm preset: one supervised warm start, then one run each from
-it, and one picture of all.
+"""Two-digit addition with every algorithm preset (rl/algorithms.py), from one supervised warm
+start.
 
     python recipes/algorithms/train.py                             # all presets, one after another; runs/algorithms
     python recipes/algorithms/train.py algorithms=grpo,rloo seed=1 log_path=runs/algorithms_1
 
-What a preset sets is in rl/algorithms.py; everything else is the same for all. A run that is there
-is kept, one that was killed goes on, one that was made with other settings is refused.
+All other settings are the same. Finished runs are kept, killed runs resume, and changed settings
+are an error.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -38,16 +38,16 @@ class Config:
 
     algorithms: str = chz.field(default=",".join(ALGORITHMS), doc="presets to run, by comma")
     warm_start_nll: float = chz.field(
-        default=0.3, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends"
+        default=0.3,
+        validator=NON_NEGATIVE,
+        doc="nats per token at which the warm start ends; at 0.3 about two sums of three are right",
     )
     num_steps: int = chz.field(default=500, validator=COUNT, doc="steps of RL, 64 problems by 8 rollouts each")
-    learning_rate: float = chz.field(
-        default=3e-4, validator=LEARNING_RATE, doc="of RL, at the first step; it falls to 0"
-    )
-    seed: int = chz.field(default=0, validator=SEED, doc="of the weights, the data and the sampling")
+    learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at the first step; falls to 0")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the data and the sampling")
     log_path: str = chz.field(default="runs/algorithms", doc="folder of the runs, one for each preset")
     backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="see posttrain/backend/config.py"
+        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
     )
 
 
@@ -77,7 +77,6 @@ def main(config: Config) -> None:
     if unknown := [name for name in names if name not in ALGORITHMS]:
         raise ConfigError(f"algorithms={unknown[0]}: no such preset; known: {', '.join(ALGORITHMS)}")
     sums = ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed)
-    # at 0.3 about two sums of three are right
     folder, nll = Path(config.log_path) / "warm_start", config.warm_start_nll
     start = warm_start(config, sums, folder, renderer_name="plain", stop_at_nll=nll)
     run_stages([training_stage(name, train.main, rl_config(config, name, start), [start]) for name in names])

@@ -1,11 +1,10 @@
-"""The balance score (B-STaR, Zeng et al. 2024, section 4.1), its surface over temperatures and
-thresholds, and the choice.
+"""The balance score (B-STaR, Zeng et al. 2024, section 4.1) over a grid of temperatures and
+thresholds.
 
-    bs_i = min(n'_i / n*, 1) * n'_i / n_i          0 where nothing is selected (n_i = 0)          BS = mean over all queries
+    bs_i = min(n'_i / n*, 1) * n'_i / n_i       (0 if n_i = 0)          BS = mean of bs_i over all queries
 
-n_i is how many solutions of query i are selected, n'_i how many of them are right (and, as selected
-ones are distinct, unique), n* how many are wanted. The first factor is exploration, enough right
-solutions; the second is exploitation, how pure the selection is.
+n_i is the number of selected solutions of query i, n'_i the number of right ones among them, n* the
+target number. The first factor measures exploration, the second exploitation.
 """
 
 import math
@@ -15,11 +14,11 @@ from decimal import Decimal, InvalidOperation
 from posttrain.backend.errors import ConfigError, DataError
 from recipes.bstar.records import Cell
 
-Counts = tuple[int, int]  # of a query: selected, and right among them
+Counts = tuple[int, int]  # (selected, right among them) of a query
 
 
 def canonical(number: float | str) -> str:
-    """The one text of a decimal: 0.50 and "0.5" are "0.5", 1.0 is "1", -0.0 is "0"."""
+    """The canonical text of a decimal: 0.50 and "0.5" are "0.5", 1.0 is "1", -0.0 is "0"."""
     try:
         text = f"{Decimal(str(number)).normalize():f}"
     except InvalidOperation:
@@ -34,9 +33,7 @@ def query_score(selected: int, right: int, n_star: float) -> float:
 
 
 def balance_score(counts_M: Sequence[Counts], n_star: float) -> float:
-    """Mean over the queries, those without a selection included; it does not depend on their
-    order.
-    """
+    """Mean over all M queries; exact summation makes it independent of their order."""
     return math.fsum(query_score(*counts, n_star) for counts in counts_M) / len(counts_M)
 
 
@@ -46,8 +43,8 @@ def surface(
     thresholds: Sequence[str],
     n_star: float,
 ) -> list[Cell]:
-    """The score of every (temperature, threshold) of the grid. A cell that was not sampled is a
-    DataError, never a low score.
+    """The score of every (temperature, threshold) of the grid. DataError for a cell without
+    counts.
     """
     grid = [(canonical(temperature), canonical(threshold)) for temperature in temperatures for threshold in thresholds]
     if missing := [cell for cell in grid if not counts.get(cell)]:
@@ -62,5 +59,7 @@ def surface(
 
 
 def choose(cells: Sequence[Cell]) -> Cell:
-    """The highest score; of equals the lower temperature, and then the higher threshold."""
+    """The cell with the highest score; ties go to the lower temperature, then the higher
+    threshold.
+    """
     return max(cells, key=lambda cell: (cell.score, -Decimal(cell.temperature), Decimal(cell.threshold)))

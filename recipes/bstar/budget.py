@@ -1,9 +1,8 @@
-"""What a run will cost, said before it starts: samples, steps, tokens. Every method gets the same
-number of samples a round.
+"""The cost of a run (samples, steps, tokens), printed before it starts. All methods get the same
+number of samples per round, and the same steps and batch size.
 
-The sweep of a method that chooses is paid from that number (`sweep_cost=charged`), or the number is
-raised for all by what the largest sweep costs (`given`): methods without a sweep then sample each
-query more often. Steps and batch size are the same for all.
+With `sweep_cost=charged` a sweep counts against that number. With `given` the number grows for all
+methods by the largest sweep: those without a sweep sample each query more often.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,9 @@ SweepCost = Literal["given", "charged"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Samples per round of one method: `sweep` and `train` count to the budget, `test` does not."""
+    """Samples per round of one method: `sweep` and `train` count against the budget, `test` does
+    not.
+    """
 
     sweep: int
     samples_per_query: int
@@ -37,9 +38,7 @@ def plan(
     eval_samples: int,
     sweep_cost: SweepCost,
 ) -> Plan:
-    """`samples` are those of a query of the training and of the dev set; ConfigError if the sweep
-    leaves too little.
-    """
+    """`samples`: samples per training and dev query. ConfigError if the sweep leaves too few."""
     largest_sweep = temperatures * dev * samples
     budget = queries * samples + (largest_sweep if sweep_cost == "given" else 0)
     chooses = method.temperature is None or method.threshold is None
@@ -48,9 +47,8 @@ def plan(
     per_query = method.samples or affordable
     if not 1 <= per_query <= affordable:
         raise ConfigError(
-            f"a sweep of {sweep:,} samples leaves {affordable} a query of the {budget:,} of a round, and "
-            f"{max(per_query, 1)} are "
-            "wanted: set sweep_cost=given, or make the grid or task.num_dev smaller"
+            f"a sweep of {sweep:,} of the {budget:,} samples of a round leaves {affordable} per query, and "
+            f"{max(per_query, 1)} are needed: set sweep_cost=given, or make the grid or task.num_dev smaller"
         )
     return Plan(sweep, per_query, per_query * queries, test * (eval_samples + 1))
 
@@ -72,24 +70,27 @@ def print_plan(plans: Mapping[str, Plan], rounds: int, steps: int, batch_size: i
     table = Table(
         *columns, title=f"{rounds} rounds; samples and steps of one round", title_justify="left", header_style="dim"
     )
-    for name, one in plans.items():
-        sampled = one.sweep + one.train
-        at_most = projected_tokens([one], rounds, max_tokens)
+    for name, costs in plans.items():
+        sampled = costs.sweep + costs.train
+        at_most = projected_tokens([costs], rounds, max_tokens)
         table.add_row(
-            name, *(f"{n:,}" for n in (one.sweep, one.train, one.samples_per_query, sampled, one.test, steps, at_most))
+            name,
+            *(
+                f"{n:,}"
+                for n in (costs.sweep, costs.train, costs.samples_per_query, sampled, costs.test, steps, at_most)
+            ),
         )
     get_console().print(table)
 
 
 def projected_tokens(plans: Sequence[Plan], rounds: int, max_tokens: int) -> int:
-    """An upper bound: every sample at its longest."""
-    return sum(one.sweep + one.train + one.test for one in plans) * rounds * max_tokens
+    """Upper bound: every sample has `max_tokens`."""
+    return sum(costs.sweep + costs.train + costs.test for costs in plans) * rounds * max_tokens
 
 
 def check_budget(tokens: int, limit: int) -> None:
     if tokens > limit:
         raise ConfigError(
-            f"up to {tokens:,} tokens would be sampled, more than max_sampled_tokens={limit:,}: raise it, or ask for "
-            "less "
-            "(rounds, samples, methods, task.num_train)"
+            f"up to {tokens:,} tokens would be sampled, more than max_sampled_tokens={limit:,}: raise it, or "
+            "lower rounds, samples, methods or task.num_train"
         )

@@ -1,16 +1,14 @@
-"""Is the paper's pattern there? Four claims about B-STaR and static online RFT, each asked of every
-seed.
+"""Tests four claims of the paper about B-STaR and online RFT with fixed settings, on every seed.
 
     python -m recipes.bstar.claims runs/bstar runs/bstar_1 runs/bstar_2
 
-(a) A fixed low temperature loses pass@K-4 against the best round it had; B-STaR ends no lower than
-its first round. (b) B-STaR ends above the better of the static online runs, in greedy accuracy, and
-in the mean over the samples (pass@1). (c) From the middle round on B-STaR still gains, and more
-than online RFT. (d) The chosen temperature ends above where it began, and the balance score never
-falls by more than `NOISE`.
+(a) With a fixed low temperature pass@K-4 ends below its best round; B-STaR's ends no lower than its
+    first round.
+(b) B-STaR ends above the better of the fixed runs, in greedy accuracy and in pass@1. (c) After the
+middle round B-STaR still gains, and more than online RFT. (d) The chosen temperature ends above its
+first value; the balance score never falls by over `NOISE`.
 
-The figures are printed whether a claim holds or not. Left out: tests of significance; three seeds
-do not bear them.
+Left out: significance tests, for which three seeds are too few.
 """
 
 from collections.abc import Sequence

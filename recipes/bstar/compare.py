@@ -1,11 +1,9 @@
-"""Several seeds of the same methods over one another: a picture, a table of where they ended, and a
-page with both.
+"""Compares methods over several seeds: a plot, a table of the last round, and a page with both.
 
     python -m recipes.bstar.compare runs/bstar runs/bstar_1 runs/bstar_2 out=runs/bstar_seeds
 
-Each run folder is a seed. Writes OUT.png and OUT.html. Methods that are not in every folder, and
-rounds that some method lacks, are left out and named. Left out: significance tests; with few seeds
-the range says more.
+Each run folder is a seed. Writes OUT.png and OUT.html. Methods and rounds that are not in every
+folder are skipped and named. Left out: significance tests; with few seeds the range says more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +25,7 @@ Runs = dict[str, list[list[Summary]]]  # method -> seed -> rounds
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[Runs, list[str]]:
-    """What all folders have, and what was left out. DataError if nothing is left."""
+    """Methods and rounds that all folders have, and notes on the rest. DataError if none."""
     runs = [{name: read_summaries(folder) for name, folder in method_folders(run).items()} for run in folders]
     shared = [name for name in runs[0] if all(name in methods for methods in runs)]
     rest = sorted({name for methods in runs for name in methods} - set(shared))
@@ -41,7 +39,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[Runs, list[str]]:
 
 
 def final_table(runs: Runs) -> tuple[list[str], list[list[str]]]:
-    """The last round: mean over the seeds, and the values of the seeds."""
+    """The last round: mean over seeds, and each seed's value."""
     start = next(iter(runs.values()))
     keys = test_keys(start[0])
     last = {"warm start": [run[0] for run in start]} | {
@@ -59,7 +57,7 @@ def _cell(summaries: Sequence[Summary], key: str) -> str:
 
 
 def gains(runs: Mapping[str, Sequence[Sequence[Summary]]], key: str = "test/pass@1") -> dict[str, tuple[float, float]]:
-    """Of each method the mean gain of the first half of the rounds and of the second."""
+    """Method -> mean gain in the first half of the rounds, and in the second."""
     gained = {}
     for method, seeds in runs.items():
         first_S, half_S, last_S = (

@@ -1,4 +1,4 @@
-"""What can be set about a run of B-STaR (train.py)."""
+"""The settings of a B-STaR run (train.py)."""
 
 from decimal import Decimal
 from pathlib import Path
@@ -18,7 +18,7 @@ from recipes.bstar.tasks import Task, TaskBuilder
 
 
 def decimals(name: str, values: list[str]) -> list[str]:
-    """Canonical, in rising order, each once."""
+    """The distinct values as canonical decimals, in increasing order."""
     if not values:
         raise ConfigError(f"{name} is empty: give at least one number")
     return sorted({canonical(value) for value in values}, key=Decimal)
@@ -30,89 +30,87 @@ class Config:
 
     methods: list[str] = chz.field(
         default_factory=lambda: ["bstar", "online_rft", "online_rft_cold", "rest_em"],
-        doc="of methods.py; one after the other",
+        doc="methods of methods.py, run in this order",
     )
     task: TaskBuilder = chz.field(default_factory=SumsBuilder, doc="the questions")
-    reward: RewardBuilder = chz.field(default_factory=PrmRewardBuilder, doc="what selection goes by")
+    reward: RewardBuilder = chz.field(default_factory=PrmRewardBuilder, doc="the reward that selection uses")
     model_name: str = chz.field(default="micro", doc="a preset, a local folder, or a Hugging Face hub name")
     load_checkpoint_path: str | None = chz.field(
-        default=None, doc="the warm start begins with the weights of this checkpoint"
+        default=None, doc="initial weights of the warm start; None = those of model_name"
     )
     renderer_name: str | None = chz.field(
         default="plain", doc="role_colon, chat_template or plain; None = by the tokenizer"
     )
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
     seed: int = chz.field(
-        default=0, validator=SEED, doc="of everything but the choice of the questions (task.split_seed)"
+        default=0, validator=SEED, doc="seed of everything but the choice of questions (task.split_seed)"
     )
 
-    warm_start_steps: int = chz.field(default=1000, validator=COUNT, doc="most steps on human solutions")
+    warm_start_steps: int = chz.field(default=1000, validator=COUNT, doc="maximum steps on human solutions")
     warm_start_nll: float | None = chz.field(
         default=0.36,
         validator=NON_NEGATIVE,
-        doc="they end once a batch's loss is below this: a policy that errs; None = after all steps",
+        doc="stop when a batch's loss is below this, so that the policy still errs; None = after all steps",
     )
     completer_steps: int = chz.field(
         default=1000,
         validator=WHOLE,
-        doc="most steps of the model that completes prefixes, from the policy on; 0 = the policy completes them",
+        doc="maximum further steps of the model that completes prefixes; 0 = the policy completes them",
     )
     completer_nll: float | None = chz.field(
-        default=0.275, validator=NON_NEGATIVE, doc="they end once a batch's loss is below this; None = after all steps"
+        default=0.275, validator=NON_NEGATIVE, doc="stop when a batch's loss is below this; None = after all steps"
     )
     warm_start_batch_size: int = chz.field(default=64, validator=COUNT, doc="human solutions in a step")
     warm_start_learning_rate: float = chz.field(
-        default=3e-3, validator=LEARNING_RATE, doc="constant, or falling linearly to 0 where all steps are made"
+        default=3e-3, validator=LEARNING_RATE, doc="constant; falls linearly to 0 if the nll limit is None"
     )
-    prm_solutions: int = chz.field(default=3, validator=COUNT, doc="answers of the policy to each PRM question")
-    prm_completions: int = chz.field(default=3, validator=COUNT, doc="completions from the end of each of their steps")
+    prm_solutions: int = chz.field(default=3, validator=COUNT, doc="answers sampled for each PRM question")
+    prm_completions: int = chz.field(default=3, validator=COUNT, doc="completions sampled from the end of each step")
     prm_batch_size: int = chz.field(default=32, validator=COUNT, doc="labelled solutions in a step")
     prm_epochs: int = chz.field(default=6, validator=COUNT, doc="passes over the labelled solutions")
     prm_learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="falls linearly to 0")
 
     rounds: int = chz.field(default=6, validator=COUNT, doc="rounds T")
     samples: int = chz.field(
-        default=16, validator=COUNT, doc="samples K of each question, in the sweep and at least in training"
+        default=16, validator=COUNT, doc="samples K of each question in the sweep; the minimum in training"
     )
     temperatures: list[str] = chz.field(
         default_factory=lambda: ["0.5", "0.7", "0.9", "1.1"],
         munger=lambda _, values: decimals("temperatures", values),
-        doc="the grid from which a temperature is chosen",
+        doc="grid of temperatures",
     )
     thresholds: list[str] = chz.field(
         default_factory=lambda: [canonical(n / 10) for n in range(-10, 11)],
         munger=lambda _, values: decimals("thresholds", values),
-        doc="the grid from which a threshold of the reward is chosen",
+        doc="grid of reward thresholds",
     )
     per_query: float | None = chz.field(
         default=None,
         validator=POSITIVE,
-        doc="solutions wanted of each question, on average; None = as many as the steps of a round train on",
+        doc="target number of selected solutions per question; None = as many as a round trains on",
     )
     quota: int | None = chz.field(
         default=None,
         validator=COUNT,
-        doc="most solutions of a question; None = the smallest that reaches the target size",
+        doc="maximum solutions per question; None = the smallest that reaches the target size",
     )
     n_star: float | None = chz.field(
         default=None, validator=POSITIVE, doc="n* of the balance score; None = per_query, rounded up"
     )
-    human_solutions: bool = chz.field(
-        default=False, doc="human solutions compete for places in the selection, with reward 1"
-    )
+    human_solutions: bool = chz.field(default=False, doc="human solutions are candidates too, with reward 1")
     sweep_cost: SweepCost = chz.field(
         default="given",
-        doc="the sweep's samples are charged to the methods that sweep, or the others may sample as many more",
+        doc="charged: the sweep's samples count; given: methods without a sweep sample as many more",
     )
     max_sampled_tokens: int = chz.field(
-        default=200_000_000, validator=COUNT, doc="refuse to start if more could be sampled in the rounds"
+        default=200_000_000, validator=COUNT, doc="error at the start if the rounds could sample more"
     )
 
     steps: int = chz.field(default=20, validator=COUNT, doc="optimizer steps of a round")
     batch_size: int = chz.field(default=64, validator=COUNT, doc="solutions in a step")
-    learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="of the rounds, at their first step")
+    learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="of the rounds, at the first step")
     lr_schedule: LRSchedule = chz.field(
-        default="linear", doc="how it falls: over all rounds, or over each where the optimizer is fresh"
+        default="linear", doc="over all rounds, or over each round if its optimizer is fresh"
     )
     grad_clip_norm: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="0 = no clipping")
     save_every: int = chz.field(
@@ -120,10 +118,10 @@ class Config:
     )
 
     eval_samples: int = chz.field(default=16, validator=COUNT, doc="samples of each test question")
-    eval_temperature: str = chz.field(default="1", munger=lambda _, value: canonical(value), doc="they are sampled at")
-    chunk_sequences: int = chz.field(
-        default=1024, validator=COUNT, doc="sequences sampled between two writes to the disk"
+    eval_temperature: str = chz.field(
+        default="1", munger=lambda _, value: canonical(value), doc="temperature of those samples"
     )
+    chunk_sequences: int = chz.field(default=1024, validator=COUNT, doc="sequences sampled between writes to disk")
     log_path: str = chz.field(
         default="runs/bstar", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder"
     )
@@ -136,7 +134,7 @@ class Config:
         return Path(self.log_path)
 
     def wanted(self, task: Task) -> float:
-        """Solutions of each question: the paper's N / M."""
+        """Target number of solutions per question: the paper's N / M."""
         return self.per_query or self.steps * self.batch_size / len(task.train)
 
     def plans(self, task: Task) -> dict[str, Plan]:

@@ -1,9 +1,9 @@
-"""B-STaR and what it is compared with: one loop, and what differs is these few fields.
+"""B-STaR and the methods it is compared with: one loop, with a few settings.
 
-STaR (Zelikman et al. 2022) is here without rationalization: one greedy answer, kept if right,
-training from the warm start again. ReST-EM (Singh et al. 2023) samples many and also begins again;
-iterative RFT goes on from the last weights with a fresh optimizer, online RFT with the optimizer
-and its schedule. B-STaR is online RFT whose temperature and threshold are chosen each round.
+STaR (Zelikman et al. 2022) trains on one greedy answer per query, without rationalization; ReST-EM
+(Singh et al. 2023) on many samples. Both train from the warm start each round. Iterative RFT goes
+on from the last weights with a fresh optimizer, online RFT with the same optimizer and schedule.
+B-STaR is online RFT with temperature and threshold chosen each round.
 """
 
 from typing import Literal
@@ -13,14 +13,12 @@ import chz
 from posttrain.backend.ranges import COUNT
 from recipes.bstar.balance import canonical
 
-CHOSEN = None  # by the balance score, of the grid
+CHOSEN = None  # from the grid, by the balance score
 
 
 @chz.chz
 class Method:
-    """How a round samples, selects and trains. Temperatures and thresholds are canonical
-    decimals.
-    """
+    """How a round samples, selects and trains. Temperatures and thresholds: canonical decimals."""
 
     temperature: str | None = chz.field(
         default="1", doc="of sampling; None = chosen each round", munger=lambda _, t: _decimal(t)
@@ -28,16 +26,14 @@ class Method:
     threshold: str | None = chz.field(
         default="0", doc="of the reward; None = chosen each round", munger=lambda _, t: _decimal(t)
     )
-    start: Literal["last", "warm_start"] = chz.field(
-        default="last", doc="the weights that a round's training starts from"
-    )
+    start: Literal["last", "warm_start"] = chz.field(default="last", doc="initial weights of a round's training")
     keep_optimizer: bool = chz.field(
-        default=True, doc="optimizer state and one schedule over all rounds, or fresh ones each round"
+        default=True, doc="one optimizer and schedule over all rounds; False = fresh ones each round"
     )
     samples: int | None = chz.field(
-        default=None, validator=COUNT, doc="samples of a query; None = what the budget allows"
+        default=None, validator=COUNT, doc="samples per query; None = all that the budget allows"
     )
-    outcome_only: bool = chz.field(default=False, doc="select by the answer alone, whatever the reward is otherwise")
+    outcome_only: bool = chz.field(default=False, doc="select by the outcome reward, whatever the configured one")
 
 
 def _decimal(value: str | None) -> str | None:

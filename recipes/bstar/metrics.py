@@ -1,13 +1,12 @@
-"""What is watched each round (B-STaR, section 3.2), of K samples of each query:
+"""The metrics of a round (B-STaR, section 3.2), from K samples of each query:
 
-    pass@k       P(one of k is right), by the unbiased estimator                        exploration, and accuracy at k = 1
-    pass@K-S     share of queries with at least S distinct right samples of K           exploration
-    reward@K-S   share of queries whose S best samples, by the model's part of the reward, are all right      exploitation
-    diversity    share of the steps of a query's samples that are distinct, mean over queries
+    pass@k       unbiased estimate of P(at least one of k is right)           exploration; accuracy at k = 1
+    pass@K-S     share of queries with at least S distinct right samples      exploration
+    reward@K-S   share of queries whose S best samples are all right          exploitation
+    diversity    distinct steps / steps of a query's samples, mean over queries
 
-The original's diversity counts equations, ours steps, which every task has. The part of the reward
-that knows the answer is left out of the ranking; where there is no other part there is no
-reward@K-S.
+"Best" is by the reward without its outcome term; a reward with no other term has no reward@K-S. The
+original's diversity counts equations instead of steps.
 """
 
 import hashlib
@@ -24,14 +23,16 @@ Metrics = dict[str, float]
 
 
 def sample_metrics(candidates: Sequence[Candidate], queries: Sequence[str], form: StepFormat) -> Metrics:
-    """Of the samples of `queries`, as many of each. Names: pass@1, pass@16-4, reward@16-4,
-    diversity, truncated, unparsable, tokens.
+    """Metrics by name: pass@1, pass@16-4, reward@16-4, diversity, truncated, unparsable, tokens,
+    ...
+
+    DataError unless all queries have the same number of samples.
     """
     groups = grouped(candidates, queries)
     k_all = len(groups[0])
     if not k_all or any(len(group) != k_all for group in groups):
         raise DataError(
-            f"{min(map(len, groups))} to {max(map(len, groups))} samples of a query: the same number of each is needed"
+            f"{min(map(len, groups))} to {max(map(len, groups))} samples per query: all queries need the same number"
         )
     right_M = [sum(candidate.correct for candidate in group) for group in groups]
     distinct_M = np.array([len({candidate.text for candidate in group if candidate.correct}) for group in groups])
@@ -57,18 +58,18 @@ def sample_metrics(candidates: Sequence[Candidate], queries: Sequence[str], form
 
 
 def selection_metrics(selection: Sequence[Sequence[Selected]]) -> Metrics:
-    """Of what is trained on: how many, of how many queries, how many of them are right."""
-    everything = [one for chosen in selection for one in chosen]
+    """Size, query coverage, largest group and accuracy of the training set."""
+    selected = [line for chosen in selection for line in chosen]
     return {
-        "selected": float(len(everything)),
+        "selected": float(len(selected)),
         "selected_queries": float(np.mean([bool(chosen) for chosen in selection])),
         "selected_quota": float(max(len(chosen) for chosen in selection)),
-        "selected_accuracy": float(np.mean([one.correct for one in everything])) if everything else 0.0,
+        "selected_accuracy": float(np.mean([line.correct for line in selected])) if selected else 0.0,
     }
 
 
 def diversity(texts: Sequence[str], form: StepFormat) -> float:
-    """Distinct steps / steps of several solutions of one query; 0 where there are none."""
+    """Distinct steps / steps, over the solutions of one query; 0 without steps."""
     steps = [step for text in texts for step in form.strings(text)]
     return len(set(steps)) / len(steps) if steps else 0.0
 
@@ -78,7 +79,7 @@ def grouped(candidates: Sequence[Candidate], queries: Sequence[str]) -> list[lis
     groups: dict[str, list[Candidate]] = {query: [] for query in queries}
     for candidate in candidates:
         if candidate.query not in groups:
-            raise DataError(f"candidate {candidate.key} is of a query that was not asked for")
+            raise DataError(f"candidate {candidate.key} is of an unknown query")
         groups[candidate.query].append(candidate)
     return list(groups.values())
 

@@ -1,7 +1,6 @@
-"""The pictures of report.py and compare.py: what is watched, round by round; the balance surfaces;
-where the time went.
+"""Figures of report.py and compare.py: metrics by round, balance surfaces, time and tokens.
 
-Left out: smoothing, and error bars of single runs; a line is what was measured.
+Left out: smoothing, and error bars of single runs.
 """
 
 import io
@@ -30,8 +29,8 @@ STAGES = ("sweep", "choose", "sample", "score", "select", "train", "greedy", "te
 
 
 def record(summary: Summary) -> dict[str, float]:
-    """The round's metrics, and what was chosen, as a line of a metrics.jsonl whose steps are
-    rounds.
+    """The round's metrics and chosen settings as a record of metrics.jsonl; its step is the
+    round.
     """
     chosen = {"temperature": summary.temperature, "threshold": summary.threshold, "balance": summary.balance}
     known = {name: float(number) for name, number in chosen.items() if number is not None}
@@ -39,9 +38,7 @@ def record(summary: Summary) -> dict[str, float]:
 
 
 def value(summary: Summary, key: str) -> float:
-    """A metric by name, or the chosen temperature, threshold or balance score; NaN where the round
-    has none.
-    """
+    """A metric, or "temperature", "threshold" or "balance"; NaN if the round has none."""
     return record(summary).get(key, float("nan"))
 
 
@@ -52,7 +49,7 @@ def samples_of(summaries: Sequence[Summary]) -> int:
 
 
 def test_keys(summaries: Sequence[Summary]) -> dict[str, str]:
-    """Column -> metric of the tables that say where a method ended."""
+    """Column -> metric, of the tables of final results."""
     k = samples_of(summaries)
     return {
         "P@1": "test/pass@1",
@@ -63,7 +60,7 @@ def test_keys(summaries: Sequence[Summary]) -> dict[str, str]:
 
 
 def panels(summaries: Sequence[Summary]) -> list[Panel]:
-    """What is watched of one method; what no round has is left out."""
+    """Panels of one method, without those that no round has data for."""
     k, records = samples_of(summaries), [record(summary) for summary in summaries]
     shares = {
         "test accuracy": {"greedy": "test/greedy", "pass@1": "test/pass@1", f"pass@{k}": f"test/pass@{k}"},
@@ -91,9 +88,7 @@ def panels(summaries: Sequence[Summary]) -> list[Panel]:
 
 
 def draw_surfaces(choices_R: Mapping[int, Choice]) -> Any:
-    """Balance scores over temperature and threshold, one map for each round, on one scale; the
-    chosen cell is framed.
-    """
+    """A heat map of balance scores per round, all on one scale; the chosen cell is framed."""
     figure, axes = panel_axes(len(choices_R), "")
     scores = [cell.score for choice in choices_R.values() for cell in choice.surface]
     image = None
@@ -140,7 +135,7 @@ def draw_costs(summaries: Sequence[Summary]) -> Any:
 
 
 def draw_comparison(runs_by_method: Mapping[str, Sequence[Sequence[Summary]]]) -> Any:
-    """Methods over one another, of one seed or several."""
+    """Curves of all methods, of one seed or several."""
     runs = {
         method: [[record(summary) for summary in run] for run in runs_S] for method, runs_S in runs_by_method.items()
     }
@@ -159,12 +154,12 @@ def draw_comparison(runs_by_method: Mapping[str, Sequence[Sequence[Summary]]]) -
 
 
 def as_svg(figure: Any) -> str:
-    """The figure as an element of a page, its text as text."""
+    """The figure as an SVG element whose text stays text."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bstar", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = re.sub(r"font-family: [^;]*; ", "", buffer.getvalue())  # the page's
+    text = re.sub(r"font-family: [^;]*; ", "", buffer.getvalue())  # use the page's font
     width = f'width="{min(100.0, 100 * figure.get_figwidth() / PAGE_INCHES):.0f}%"'
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', width, text[text.index("<svg") :], count=1)

@@ -1,17 +1,17 @@
-"""What the stages write, and what reports read.
+"""The records that the stages write and the reports read.
 
-    RUN/METHOD/round_03/sweep.jsonl           Candidates: the dev subset, sampled at every temperature of the grid
-                        choice.json           Choice: the balance surface, the temperature and the threshold taken
+    RUN/METHOD/round_03/sweep.jsonl           Candidates: the dev subset at every temperature of the grid
+                        choice.json           Choice: balance scores, chosen temperature and threshold
                         samples.jsonl         Candidates: all training queries at that temperature
-                        selection.jsonl       Selected: what is trained on
-                        test.jsonl            Candidates: the test queries, `num_samples` at the evaluation's temperature
+                        selection.jsonl       Selected: the training set
+                        test.jsonl            Candidates: the test queries, `eval_samples` each
                         greedy.jsonl          Candidates: the test queries, greedy, one each
-                        summary.json          Summary: the round in numbers
-    round_00 has the evaluation of the warm start alone. NAME_scores.jsonl lies beside NAME.jsonl
-    once its candidates are scored.
+                        summary.json          Summary: the round's metrics
+    RUN/round_00 has only the evaluation of the warm start. NAME_scores.jsonl has the scores of
+    NAME.jsonl.
 
-Temperatures and thresholds are texts, canonical decimals ("0.5", never "0.50"), so that a cell has
-one key. Every file is complete if it is there: unfinished ones have other names.
+Temperatures and thresholds are canonical decimals as text ("0.5", never "0.50"), usable as keys.
+Files appear complete: unfinished ones have other names.
 """
 
 import json
@@ -27,11 +27,8 @@ from posttrain.tracking.settings import read_settings
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sampled solution. `answer` is None where none can be read; `sample` counts from 0 within a
-    query and temperature.
-
-    `step_scores` are the process reward model's logits, one a step (None without such a model);
-    `reward` is what selection goes by.
+    """A sampled solution. `answer` is None if it has none; `sample` counts from 0 within a query
+    and temperature. `step_scores` are the process reward model's logits, one per step.
     """
 
     query: str
@@ -52,7 +49,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selected:
-    """A line of the training set of a round. `sample` is None for a human solution."""
+    """An example of a round's training set. `sample` is None for a human solution."""
 
     query: str
     sample: int | None
@@ -72,14 +69,15 @@ class Cell:
 class Choice:
     temperature: str
     threshold: str
-    score: float | None  # None where there was nothing to choose
+    score: float | None  # None if both are fixed
     surface: list[Cell]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """`metrics` are those of metrics.py and selection.py, named train/... and test/...; `seconds`
-    and `tokens` are by stage, and tokens are those sampled or trained on."""
+    """A round in numbers. `metrics` are train/... and test/... (metrics.py); `seconds` and `tokens`
+    (sampled or trained on) are by stage.
+    """
 
     round: int
     temperature: str | None = None
@@ -90,12 +88,8 @@ class Summary:
     tokens: dict[str, int] = field(default_factory=dict)
 
 
-def write_candidates(path: Path, candidates: Sequence[Candidate]) -> None:
-    write_atomically(path, "".join(candidate_line(candidate) for candidate in candidates))
-
-
 def candidate_line(candidate: Candidate) -> str:
-    """Without the scores, which have their own file."""
+    """A JSON line without the scores, which have a file of their own."""
     fields = {key: value for key, value in asdict(candidate).items() if key not in ("step_scores", "reward")}
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
@@ -105,15 +99,13 @@ def scores_path(path: Path) -> Path:
 
 
 def write_scores(path: Path, candidates: Sequence[Candidate]) -> None:
-    """Beside the candidates at `path`, one line each, in their order."""
+    """Writes the scores next to the candidates at `path`, in the same order."""
     names = ("query", "temperature", "sample", "reward", "step_scores")
     write_jsonl(scores_path(path), ({name: getattr(candidate, name) for name in names} for candidate in candidates))
 
 
 def read_candidates(path: Path) -> list[Candidate]:
-    """With their scores where they have been scored. DataError if the two files do not belong
-    together.
-    """
+    """Candidates with their scores, if scored. DataError if the scores are of other candidates."""
     candidates = read_dataclasses(path, Candidate)
     if not scores_path(path).exists():
         return candidates
@@ -150,6 +142,6 @@ def write_summary(path: Path, summary: Summary) -> None:
 
 
 def read_summaries(method_folder: Path) -> list[Summary]:
-    """Of the rounds that are finished, in order; round 0 is the warm start."""
+    """Summaries of the finished rounds, in order; round 0 is the warm start."""
     files = sorted(method_folder.glob("round_*/summary.json"))
     return [as_dataclass(read_settings(file), Summary, str(file)) for file in files]

@@ -1,11 +1,9 @@
-"""One page for a run folder, for people: every method's rounds in a table and in pictures, and
-solutions with the scores of their steps.
+"""One HTML page for a run folder: each method's rounds in tables and plots, and scored solutions.
 
     python -m recipes.bstar.report runs/bstar            # writes runs/bstar/report.html
 
-The page is one file without scripts. It shows the rounds that are finished, so it can be made while
-the run goes on. Left out: the training curves inside a round, which the run folders of `train`
-have.
+The page is one file without scripts. It shows the finished rounds, so it works during a run. Left
+out: the training curves within a round, which are in the run folders called `train`.
 """
 
 import json
@@ -41,9 +39,7 @@ QUESTIONS = "questions.jsonl"
 
 
 def write_questions(run: Path, task: Task) -> None:
-    """What the ids in the records stand for: a line for each query of the training and the test
-    set.
-    """
+    """Writes the question and answer of each training and test query id, one JSON line each."""
     sets = {"train": task.train, "test": task.test}
     lines = (
         {"query": query.problem.id, "split": name, "question": query.problem.question, "answer": query.problem.gold}
@@ -54,9 +50,7 @@ def write_questions(run: Path, task: Task) -> None:
 
 
 def method_folders(run: Path) -> dict[str, Path]:
-    """Folders of methods with a finished round besides that of the warm start, in the order of
-    METHODS. DataError if there is none.
-    """
+    """Folders of methods with a finished round 1, in the order of METHODS. DataError if none."""
     files = sorted(run.glob("*/round_*/summary.json"))
     folders = {file.parent.parent.name: file.parent.parent for file in files if file.parent.name != "round_00"}
     if not folders:
@@ -99,7 +93,7 @@ def _form(settings: Mapping) -> StepFormat:
 
 
 def _overview(summaries: Mapping[str, Sequence[Summary]]) -> str:
-    """Where each method ended."""
+    """First and last round of each method."""
     keys = _known(test_keys(next(iter(summaries.values()))), [rounds[0] for rounds in summaries.values()])
     rows = []
     for name, rounds in summaries.items():
@@ -124,14 +118,14 @@ def _method(name: str, folder: Path, summaries: Sequence[Summary], settings: Map
     choices = {n: read_choice(_round(folder, n) / "choice.json") for n in (summary.round for summary in summaries) if n}
     surfaces: dict[int, Choice] = {number: choice for number, choice in choices.items() if choice.surface}
     parts = [f'<section id="{escape(name)}"><h2>{escape(name)}</h2>', _rounds_tables(summaries)]
-    parts.append(figure_html(as_svg(draw_panels(panels(summaries))), "What is watched, round by round."))
+    parts.append(figure_html(as_svg(draw_panels(panels(summaries))), "Metrics by round."))
     if surfaces:
         caption = (
-            "Balance scores of the dev subset. Framed: what was chosen; of equals the lower temperature, "
-            "then the higher threshold."
+            "Balance scores of the dev subset. Framed: the chosen cell; ties go to the lower temperature, "
+            "then to the higher threshold."
         )
         parts.append(figure_html(as_svg(draw_surfaces(surfaces)), caption))
-    parts += [figure_html(as_svg(draw_costs(summaries)), "What a round costs."), _speeds(summaries)]
+    parts += [figure_html(as_svg(draw_costs(summaries)), "Cost of a round."), _speeds(summaries)]
     last = _round(folder, summaries[-1].round)
     parts.append(samples_html(last, _form(settings), read_jsonl(folder.parent / QUESTIONS)))
     return "".join(parts) + "</section>"
@@ -142,7 +136,7 @@ def _round(folder: Path, number: int) -> Path:
 
 
 def _rounds_tables(summaries: Sequence[Summary]) -> str:
-    """What was chosen and trained on, and how good the model was then."""
+    """Tables of the training sets and of the test metrics after training."""
     k = samples_of(summaries)
     training = {
         "balance": "balance",
@@ -172,14 +166,12 @@ def _rounds_tables(summaries: Sequence[Summary]) -> str:
 
 
 def _known(keys: Mapping[str, str], summaries: Sequence[Summary]) -> dict[str, str]:
-    """Those that some round has: with 4 samples there is no pass@4-4, and some methods have no
-    balance score.
-    """
+    """Keys that at least one round has: e.g. methods without a choice have no balance score."""
     return {name: key for name, key in keys.items() if any(not isnan(value(summary, key)) for summary in summaries)}
 
 
 def _numbers(summary: Summary, keys: Mapping[str, str]) -> list[str]:
-    """Counts as they are, the others with three decimals; nothing where the round has none."""
+    """Counts as integers, other values with three decimals, missing values as empty text."""
     values = {key: value(summary, key) for key in keys.values()}
     return ["" if isnan(x) else f"{x:,.0f}" if key == "train/selected" else f"{x:.3f}" for key, x in values.items()]
 

@@ -1,10 +1,8 @@
-"""What selection goes by: the verifier's outcome, and what a model adds to it.
+"""The reward of selection: the verifier's outcome plus a model's score.
 
-    r(x, y) = 1[answer right] + coef * min over the steps of the process reward model's logit        (B-STaR, section 3.1; coef 1/5)
+    r(x, y) = 1[answer right] + coef * min over steps of the process reward model's logit    (B-STaR, section 3.1; coef 1/5)
 
-A solution that is cut off or lacks its answer has the answer step's logit -5. With the outcome
-alone r is 0 or 1; any RewardModel's score can take the place of the process reward model's. Equal
-responses to one query are scored once.
+A truncated solution, or one without an answer, has the answer step's logit -5.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +26,7 @@ SCORED_AT_ONCE = 2048  # responses in one forward pass
 
 class Reward(Protocol):
     async def __call__(self, candidates: Sequence[Candidate], queries: Queries) -> list[Candidate]:
-        """The candidates with `reward`, and with `step_scores` where there are any."""
+        """The candidates with `reward`, and with `step_scores` if the reward has them."""
         ...
 
 
@@ -37,7 +35,7 @@ class RewardBuilder:
     """The outcome alone: 1 if the answer is right, else 0."""
 
     def __call__(self, service: ServiceClient, renderer: Renderer, prm_path: str, form: StepFormat) -> Reward:
-        """`prm_path` is where the stage prm leaves its model, `form` the task's."""
+        """`prm_path`: the stage prm's model. `form`: the task's step format."""
         return outcome
 
     @property
@@ -51,17 +49,13 @@ async def outcome(candidates: Sequence[Candidate], queries: Queries) -> list[Can
 
 @chz.chz
 class PrmRewardBuilder(RewardBuilder):
-    """The outcome, and the smallest step score of a process reward model."""
+    """The outcome plus the smallest step score of a process reward model."""
 
-    coef: float = chz.field(
-        default=0.2, validator=NON_NEGATIVE, doc="weight of the smallest step logit beside the outcome"
-    )
+    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight of the smallest step logit")
     malformed_logit: float = chz.field(
-        default=MALFORMED_LOGIT, validator=NUMBER, doc="score of the answer step of a solution without an answer"
+        default=MALFORMED_LOGIT, validator=NUMBER, doc="logit of the answer step of a solution without an answer"
     )
-    path: str | None = chz.field(
-        default=None, doc="a saved process reward model; None = the one that the stage prm trains"
-    )
+    path: str | None = chz.field(default=None, doc="a saved process reward model; None = that of the stage prm")
 
     @property
     def needs_prm(self) -> bool:
@@ -77,16 +71,17 @@ class OutcomeAndSteps:
         self.model, self.coef = model, coef
 
     async def __call__(self, candidates: Sequence[Candidate], queries: Queries) -> list[Candidate]:
+        # equal responses to a query are scored once
         distinct = {(candidate.query, tuple(candidate.tokens)): candidate for candidate in candidates}
         prompts = {query: queries[query].build_prompt().to_ints() for query, _ in distinct}
-        responses = [(prompts[one.query], one.tokens) for one in distinct.values()]
+        responses = [(prompts[query], list(tokens)) for query, tokens in distinct]
         scores = []
         for start in range(0, len(responses), SCORED_AT_ONCE):
             scores += await self.model.score(responses[start : start + SCORED_AT_ONCE])
-        found = dict(zip(distinct, scores, strict=True))
+        scores_by_key = dict(zip(distinct, scores, strict=True))
         scored = []
         for candidate in candidates:
-            steps = found[candidate.query, tuple(candidate.tokens)]
+            steps = scores_by_key[candidate.query, tuple(candidate.tokens)]
             reward = float(candidate.correct) + self.coef * steps.aggregate("min", "logit")
             scored.append(replace(candidate, reward=reward, step_scores=steps.logits_S.tolist()))
         return scored
@@ -94,10 +89,10 @@ class OutcomeAndSteps:
 
 @chz.chz
 class ModelRewardBuilder(RewardBuilder):
-    """The outcome, and what a reward model says of the whole answer."""
+    """The outcome plus a reward model's score of the whole answer."""
 
     model: RewardModelBuilder = chz.field(doc="builder of the reward model")
-    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight of its score beside the outcome")
+    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight of its score")
 
     def __call__(self, service: ServiceClient, renderer: Renderer, prm_path: str, form: StepFormat) -> Reward:
         return OutcomeAndModel(self.model(renderer.tokenizer), self.coef)
@@ -109,14 +104,9 @@ class OutcomeAndModel:
 
     async def __call__(self, candidates: Sequence[Candidate], queries: Queries) -> list[Candidate]:
         distinct = {(candidate.query, candidate.text): candidate for candidate in candidates}
-        found = dict(
-            zip(
-                distinct,
-                await self.model.score([_conversation(one, queries) for one in distinct.values()]),
-                strict=True,
-            )
-        )
-        return [replace(c, reward=float(c.correct) + self.coef * found[c.query, c.text]) for c in candidates]
+        scores_D = await self.model.score([_conversation(candidate, queries) for candidate in distinct.values()])
+        score_by_key = dict(zip(distinct, scores_D, strict=True))
+        return [replace(c, reward=float(c.correct) + self.coef * score_by_key[c.query, c.text]) for c in candidates]
 
 
 def _conversation(candidate: Candidate, queries: Queries) -> list[Message]:

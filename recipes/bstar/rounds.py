@@ -1,11 +1,9 @@
-"""One method of methods.py, round by round: sweep, choose, sample, score, select, train, evaluate.
-Each stage leaves a file (records.py) and is passed over where that is there, so a command that was
-killed goes on where it was and ends in the same state.
+"""One method of methods.py: rounds of sweep, choose, sample, score, select, train and evaluate.
 
-Round t samples from the weights of round t - 1; round 0 are those of the warm start. The selection
-is made afresh each round, nothing of earlier rounds is trained on again. With `keep_optimizer` all
-rounds are one training run, in METHOD/train: the optimizer and the schedule go on, the data are
-new. Without it each round is a run of its own, in its folder.
+Each stage writes a file (records.py) and is skipped if that exists, so a resumed command ends in
+the same state. Round t samples from the weights of round t - 1 (round 0: the warm start) and trains
+only on its own selection. With `keep_optimizer` all rounds are one training run in METHOD/train;
+without it each round is a run in its own folder.
 """
 
 import math
@@ -58,8 +56,8 @@ from supervised.types import SupervisedDatasetBuilder
 
 @dataclass
 class Lab:
-    """What all rounds of all methods share: one training client, whose sampler is the only engine,
-    and the reward.
+    """What all rounds share: one training client, whose sampler is the only engine, and the
+    reward.
     """
 
     config: Config
@@ -67,7 +65,7 @@ class Lab:
     renderer: Renderer
     client: TrainingClient
     reward: Reward
-    loaded: Path | None = None  # the checkpoint in the client, where it was not trained since
+    loaded: Path | None = None  # the checkpoint in the client; None after training
 
     def sampler(self, policy: Path) -> SamplingClient:
         if self.loaded != policy:
@@ -79,8 +77,8 @@ class Lab:
 def round_data(
     examples: Sequence[Datum], batch_size: int, seed: Sequence[int], first_step: int, num_steps: int
 ) -> DrawnDataset[Datum]:
-    """Batches by the absolute step; those from `first_step` on go through the examples again and
-    again, in an order of (seed, pass).
+    """Batches by absolute step. From `first_step` on they cycle through the examples, in an order
+    given by (seed, pass).
     """
     size = len(examples)
 
@@ -112,7 +110,7 @@ class Round:
         return self.config.folder / self.name / f"round_{self.number:02d}"
 
     def policy(self, number: int) -> Path:
-        """The weights that round `number` leaves."""
+        """The checkpoint at the end of round `number`."""
         if number == 0:
             return policy_path(self.config)
         if not self.method.keep_optimizer:
@@ -139,7 +137,7 @@ class Round:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Notes the seconds; those of a stage that was killed are lost."""
+        """Logs the stage's seconds; those of a killed attempt are not counted."""
         start = time.perf_counter()
         yield
         append_jsonl(self.folder / "seconds.jsonl", {"stage": name, "seconds": time.perf_counter() - start})
@@ -168,7 +166,7 @@ class Round:
         self.summarise()
 
     async def sweep(self) -> None:
-        """The dev subset at every temperature, from one engine, scored."""
+        """Samples and scores the dev subset at every temperature."""
         dev = [self.lab.task.train[i] for i in self.lab.task.dev]
         pool = self.pool(SWEEP, "sweep", dev, self.temperatures, self.config.samples)
         candidates = await sample_pool(
@@ -192,21 +190,21 @@ class Round:
         return await reward(candidates, {query.problem.id: query for query in queries})
 
     async def choose(self) -> None:
-        """One pool serves all thresholds."""
+        """Temperature and threshold with the best balance score on the dev subset."""
         if self.method.temperature is not None and self.method.threshold is not None:
             write_choice(self.folder / "choice.json", Choice(self.method.temperature, self.method.threshold, None, []))
             return
         candidates = read_candidates(self.folder / "sweep.jsonl")
         ids = [self.lab.task.train[i].problem.id for i in self.lab.task.dev]
-        found: dict[tuple[str, str], list[Counts]] = {}
+        counts_by_cell: dict[tuple[str, str], list[Counts]] = {}
         for temperature in {candidate.temperature for candidate in candidates}:
-            here = [candidate for candidate in candidates if candidate.temperature == temperature]
+            group = [candidate for candidate in candidates if candidate.temperature == temperature]
             for threshold in self.thresholds:
-                found[temperature, threshold] = counts(
-                    select(here, ids, threshold, self.target_size(len(ids)), self.config.quota)
+                counts_by_cell[temperature, threshold] = counts(
+                    select(group, ids, threshold, self.target_size(len(ids)), self.config.quota)
                 )
         cells = surface(
-            found,
+            counts_by_cell,
             self.temperatures,
             self.thresholds,
             self.config.n_star or math.ceil(self.config.wanted(self.lab.task)),
@@ -241,25 +239,25 @@ class Round:
         if missing := self.shortfall(chosen.values()):
             print(
                 f"{self.name} round {self.number}: {missing} solutions fewer than wanted were selected: too few "
-                "distinct ones are above "
-                f"the threshold {choice.threshold}; sample more, or lower it",
+                f"distinct ones are above the threshold {choice.threshold}; sample more, or lower it",
                 flush=True,
             )
-        write_selection(self.folder / "selection.jsonl", [one for query in queries for one in chosen[query.problem.id]])
+        write_selection(self.folder / "selection.jsonl", [line for q in queries for line in chosen[q.problem.id]])
 
     def shortfall(self, selection: Iterable[Sequence[Selected]]) -> int:
-        """0 where a quota is given, for which any number is enough."""
+        """Solutions missing from the target size; 0 if a quota is set, which has no target."""
         return 0 if self.config.quota else shortfall(selection, self.target_size(len(self.lab.task.train)))
 
     async def train(self) -> None:
-        """`steps` steps on the selection, from the last weights or from the warm start's."""
+        """`steps` optimizer steps on the selection, from the last weights or from the warm
+        start.
+        """
         selected, config = read_selection(self.folder / "selection.jsonl"), self.config
         if not selected:
             raise DataError(
                 f"{self.folder}/selection.jsonl is empty: no sample is above the threshold; sample more, or lower it"
             )
-        # then only the first round begins with a checkpoint of another run
-        keep = self.method.keep_optimizer
+        keep = self.method.keep_optimizer  # one run: only its first round loads another run's checkpoint
         start = self.policy(self.number - 1 if self.method.start == "last" and not keep else 0)
         first, total = ((self.number - 1) * config.steps, config.rounds * config.steps) if keep else (0, config.steps)
         dataset = round_data(self.data(selected), config.batch_size, [config.seed, self.number], first, total)
@@ -292,24 +290,20 @@ class Round:
         return self.folder.parent / "train" if self.method.keep_optimizer else self.folder / "train"
 
     def data(self, selected: Sequence[Selected]) -> list[Datum]:
-        """A sampled solution is trained on as the tokens it was sampled as, its stop included; a
-        human one is rendered.
-        """
+        """A sampled solution is its sampled tokens, stop included; a human one is rendered."""
         queries = {query.problem.id: query for query in self.lab.task.train}
         samples = {(c.query, c.sample): c.tokens for c in read_candidates(self.folder / "samples.jsonl")}
         data = []
-        for one in selected:
-            if one.sample is None:
-                data.append(conversation_to_datum(queries[one.query].messages(), self.lab.renderer))
+        for line in selected:
+            if line.sample is None:
+                data.append(conversation_to_datum(queries[line.query].messages(), self.lab.renderer))
             else:
-                prompt, tokens = queries[one.query].build_prompt().to_ints(), samples[one.query, one.sample]
+                prompt, tokens = queries[line.query].build_prompt().to_ints(), samples[line.query, line.sample]
                 data.append(datum_from_tokens_weights([*prompt, *tokens], [0.0] * len(prompt) + [1.0] * len(tokens)))
         return data
 
     async def evaluate(self) -> None:
-        """The test set: `eval_samples` at the evaluation's temperature, scored, and one greedy
-        answer.
-        """
+        """Test set: one greedy answer, and `eval_samples` samples, per query."""
         test, config = self.lab.task.test, self.config
         jobs = [("greedy", GREEDY, "0", 1), ("test", TEST, config.eval_temperature, config.eval_samples)]
         for name, stream, temperature, num_samples in jobs:
@@ -352,12 +346,12 @@ class Round:
 
     def training_metrics(self) -> Metrics:
         ids = [query.problem.id for query in self.lab.task.train]
-        found = sample_metrics(read_candidates(self.folder / "samples.jsonl"), ids, self.lab.task.form)
+        metrics = sample_metrics(read_candidates(self.folder / "samples.jsonl"), ids, self.lab.task.form)
         by_query: dict[str, list[Selected]] = {query: [] for query in ids}
-        for one in read_selection(self.folder / "selection.jsonl"):
-            by_query[one.query].append(one)
+        for line in read_selection(self.folder / "selection.jsonl"):
+            by_query[line.query].append(line)
         missing = float(self.shortfall(by_query.values()))
-        return found | selection_metrics(list(by_query.values())) | {"selected_shortfall": missing}
+        return metrics | selection_metrics(list(by_query.values())) | {"selected_shortfall": missing}
 
     def tokens_trained_on(self) -> int:
         first = (self.number - 1) * self.config.steps if self.method.keep_optimizer else 0
@@ -370,7 +364,7 @@ def _tokens(candidates: Sequence[Candidate]) -> int:
 
 
 async def run_method(open_lab: Callable[[], Lab], name: str, plan: Plan) -> None:
-    """All rounds of a method; round 0 is copied."""
+    """All rounds of a method. Round 0 is shared by the methods: its summary is copied."""
     lab = open_lab()
     first = lab.config.folder / name / "round_00"
     if not (first / "summary.json").exists():

@@ -1,9 +1,8 @@
-"""Sampling a pool of candidates into a file, a chunk of queries at a time: one engine for all
-temperatures, and a kill loses one chunk.
+"""Samples a pool of candidates into a file, one chunk of queries at a time; a kill loses one chunk.
 
-What a query is answered depends on the seed, the temperature and the place of its chunk in the
-pool, and on nothing that a restart changes. A grader that fails is asked three times; then its
-error ends the command, which goes on from the last whole chunk.
+A sample depends on the seed, the temperature, the chunk's place in the pool and the sample's place
+in the chunk, so a resumed run gives the same candidates. A grader gets three tries; then its error
+ends the command, which resumes after the last whole chunk.
 """
 
 import os
@@ -28,13 +27,13 @@ GRADER_TRIES = 3
 class Pool:
     """What to sample: `num_samples` of each query at each temperature."""
 
-    name: str  # said while it is sampled
+    name: str  # title of the progress bar
     queries: Sequence[Query]
     temperatures: Sequence[str]
     num_samples: int
     max_tokens: int
     seed: Sequence[int]
-    chunk_sequences: int = 1024  # sequences in one engine call, more or less
+    chunk_sequences: int = 1024  # approximate number of sequences per engine call
 
     def chunks(self) -> list[tuple[str, Sequence[Query]]]:
         size = max(1, self.chunk_sequences // self.num_samples)
@@ -45,8 +44,8 @@ class Pool:
 
 
 async def sample_pool(client: SamplingClient, pool: Pool, path: Path) -> list[Candidate]:
-    """The candidates, in the order of temperatures, queries and samples; from `path` if they are
-    there, else written to it.
+    """Candidates in the order of temperatures, queries and samples: read from `path` if it exists,
+    else sampled and written there.
     """
     if (finished := _on_disk(path)) is not None:
         return finished

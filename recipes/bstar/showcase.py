@@ -1,8 +1,7 @@
-"""Solutions of a round for report.py: of a few questions what was selected, what the reward took
-for right, and what it missed.
+"""Sample solutions of a round, for report.py: the best selected, best wrong, worst right,
+truncated.
 
-The steps are shaded by the process reward model's score, where there is one; the number beside a
-step is that logit.
+Each step is shaded by the process reward model's logit, if there is one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,8 @@ SHOWN_QUERIES, SHOWN_CHARS = 4, 800
 
 
 def samples_html(folder: Path, form: StepFormat, questions: Sequence[Mapping[str, Any]]) -> str:
-    """`folder` is a round's; `questions` are the lines of questions.jsonl. Questions answered both
-    ways come first.
+    """HTML of the round in `folder`; `questions` are the lines of questions.jsonl. Questions with
+    both right and wrong answers come first.
     """
     taken = {(line.query, line.sample) for line in read_selection(folder / "selection.jsonl")}
     texts = {line["query"]: line for line in questions}
@@ -51,13 +50,13 @@ def _query(
 
 
 def _examples(group: Sequence[Candidate], taken: set[tuple[str, int | None]]) -> dict[str, Candidate]:
-    """By what they are examples of; no solution twice."""
+    """Category -> example, without duplicates."""
     ranked = sorted(group, key=lambda candidate: -(candidate.reward or 0.0))
     wanted = {
         "best selected": [candidate for candidate in ranked if (candidate.query, candidate.sample) in taken],
         "best wrong": [candidate for candidate in ranked if not candidate.correct and candidate.stop == "stop"],
         "worst right": [candidate for candidate in reversed(ranked) if candidate.correct],
-        "cut off": [candidate for candidate in ranked if candidate.stop == "length"],
+        "truncated": [candidate for candidate in ranked if candidate.stop == "length"],
     }
     examples: dict[str, Candidate] = {}
     for why, candidates in wanted.items():

@@ -1,10 +1,8 @@
-"""What all methods of a run begin with: a policy and, where the reward needs it, a process reward
-model.
+"""The stages before the rounds: the warm-started policy and, if the reward needs it, a process
+reward model (PRM), which stays fixed.
 
-The warm start imitates human solutions and ends early, where the policy errs often (the original
-starts from the first epoch's checkpoint). Trained on, it becomes the completer: it completes
-prefixes, and is the trunk of the reward model, which it can only help to check what it can do
-itself. The reward model learns from answers of the policy, labelled by rollouts, and never moves.
+The warm start imitates human solutions and stops early, so that the policy still errs. More
+training makes it the completer, which labels the PRM's data by rollouts and is the PRM's trunk.
 """
 
 from collections.abc import Awaitable
@@ -30,9 +28,9 @@ from supervised.types import SupervisedDatasetBuilder
 
 @chz.chz
 class HumanSolutions(SupervisedDatasetBuilder):
-    """The task's solutions to imitate."""
+    """The task's human solutions."""
 
-    task: TaskBuilder = chz.field(doc="whose")
+    task: TaskBuilder = chz.field(doc="the task")
 
     def __call__(self, renderer: Renderer) -> tuple[ListDataset[Datum], None]:
         data = [conversation_to_datum(query.messages(), renderer) for query in self.task(renderer).warm_start]
@@ -48,7 +46,7 @@ def prm_path(config: Config) -> Path:
 
 
 def beginning(config: Config, task: Task) -> list[Stage]:
-    """The stages in their order; the last is what the methods need."""
+    """The stages in order; the last is the one that the methods need."""
     policy = _imitation(config, "warm_start", config.warm_start_steps, config.warm_start_nll, [])
     if not config.reward.needs_prm:
         return [policy]
@@ -94,12 +92,12 @@ def _imitation(config: Config, name: str, steps: int, stop_at_nll: float | None,
 
 def _prm_run(config: Config, task: Task, labels: Path, completer: Stage) -> train_prm.Config:
     test_size = max(1, len(task.prm) // 10)
-    to_train_on = len(read_jsonl(labels)) - test_size * config.prm_solutions
+    num_train = len(read_jsonl(labels)) - test_size * config.prm_solutions
     dataset = StepExamplesBuilder(
         path=str(labels),
         test_size=test_size,
         form=task.form,
-        batch_size=min(config.prm_batch_size, max(1, to_train_on)),
+        batch_size=min(config.prm_batch_size, max(1, num_train)),
         seed=config.seed,
         labels="soft",
         last_tokens=1,

@@ -1,11 +1,8 @@
-"""Sums modulo 10 of several digits, added two at a time in any order: a task on which a model can
-be right in many ways.
+"""Sums modulo 10 of several digits, added two at a time in any order: many derivations are right.
 
-"7+2+3+9=" is answered "3+2=5\\n9+7=6\\n5+6=1\\n#1", or by any other order; `modulus` None gives
-whole totals. The verifier reads what is behind the "#" and nothing else, so a wrong chain is right
-by luck one time in ten: something for a process reward model to find. `valid` says whether a
-derivation is sound, and is asked for in reports only. No other set has a test question's numbers,
-in whatever order. Left out: numbers below 0.
+"7+2+3+9=" may be answered by "3+2=5\\n9+7=6\\n5+6=1\\n#1". The grader reads only the number after
+the "#", so a wrong derivation is right by chance one time in ten: errors for a process reward model
+to find. Left out: negative numbers.
 """
 
 import re
@@ -47,7 +44,7 @@ class Sum:
         return self.total(*self.numbers)
 
     def solution(self, rng: np.random.Generator) -> str:
-        """A derivation in an order drawn at random."""
+        """A derivation in a random order."""
         left, lines = list(self.numbers), []
         while len(left) > 1:
             a, b = (left.pop(int(rng.integers(len(left)))) for _ in range(2))
@@ -56,14 +53,14 @@ class Sum:
         return "\n".join([*lines, f"#{self.answer}"])
 
     def valid(self, text: str) -> bool:
-        """Whether every step adds two numbers that are there, rightly, and the answer follows."""
+        """Whether every step adds two remaining numbers correctly and ends in the answer."""
         left = Counter(self.numbers)
         *steps, answer = text.split("\n")
         for step in steps:
-            found = STEP.fullmatch(step)
-            if not found:
+            match = STEP.fullmatch(step)
+            if not match:
                 return False
-            a, b, total = map(int, found.groups())
+            a, b, total = map(int, match.groups())
             left.subtract((a, b))
             if total != self.total(a, b) or min(left[a], left[b]) < 0:
                 return False
@@ -85,7 +82,7 @@ class SumsBuilder(TaskBuilder):
     num_train: int | None = chz.field(default=100, validator=COUNT, doc="training queries")
     num_test: int | None = chz.field(default=120, validator=WHOLE, doc="test queries")
     num_warm_start: int | None = chz.field(
-        default=8000, validator=COUNT, doc="questions with a solution to imitate first"
+        default=8000, validator=COUNT, doc="questions whose solutions the warm start imitates"
     )
     num_dev: int = chz.field(
         default=25, validator=COUNT, doc="training queries on which temperature and threshold are chosen"
@@ -94,9 +91,9 @@ class SumsBuilder(TaskBuilder):
         default=300, validator=COUNT, doc="questions whose answers are labelled step by step"
     )
     form: StepFormat = chz.field(
-        default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="of solutions"
+        default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="separators of a solution's steps"
     )
-    max_tokens: int = chz.field(default=40, validator=COUNT, doc="most tokens of a sampled solution")
+    max_tokens: int = chz.field(default=40, validator=COUNT, doc="maximum tokens of a sampled solution")
     operands: int = chz.field(default=5, validator=COUNT, doc="numbers in a sum")
     largest: int = chz.field(default=9, validator=COUNT, doc="numbers go from 0 to this")
     modulus: int | None = chz.field(
@@ -104,11 +101,15 @@ class SumsBuilder(TaskBuilder):
     )
 
     def sets(self, renderer: Renderer) -> Sets:
-        """One after the other from one draw: test, training, warm start, prm."""
+        """Test, training, warm-start and PRM sums; no other set has a test sum's numbers in any
+        order.
+
+        ConfigError if a size is None or there are not enough sums.
+        """
         wanted = (self.num_test, self.num_train, self.num_warm_start, self.num_prm)
         counts = [count for count in wanted if count is not None]
         if len(counts) < len(wanted):
-            raise ConfigError("sums are drawn: say how many, by task.num_train, num_test, num_warm_start and num_prm")
+            raise ConfigError("sums are generated: set task.num_train, num_test, num_warm_start and num_prm to numbers")
         rng = np.random.default_rng([self.split_seed, self.operands, self.largest])
         drawn: dict[tuple[int, ...], Sum] = {}
         held_out: set[tuple[int, ...]] = set()
@@ -134,26 +135,24 @@ class SumsBuilder(TaskBuilder):
         rng = np.random.default_rng([self.split_seed, 1, part])
         return [
             Problem(
-                each.question,
-                str(each.answer),
-                SumGrader(r"#(\d{1,9})", each),
-                each.solution(rng),
+                addition.question,
+                str(addition.answer),
+                SumGrader(r"#(\d{1,9})", addition),
+                addition.solution(rng),
                 ("sums",),
                 f"{part}-{n}",
             )
-            for n, each in enumerate(sums)
+            for n, addition in enumerate(sums)
         ]
 
 
 @chz.chz
 class OracleRewardBuilder(RewardBuilder):
-    """The outcome, and what a process reward model without error would add: the control for the one
-    that was trained.
-    """
+    """The outcome plus the score of a process reward model without error: a control experiment."""
 
-    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight beside the outcome")
+    coef: float = chz.field(default=0.2, validator=NON_NEGATIVE, doc="weight of the step score")
     logit: float = chz.field(
-        default=5.0, validator=NUMBER, doc="of the worst step of a sound derivation; of an unsound one the same below 0"
+        default=5.0, validator=NUMBER, doc="smallest step logit of a valid derivation; its negative for an invalid one"
     )
 
     def __call__(self, service: ServiceClient, renderer: Renderer, prm_path: str, form: StepFormat) -> Reward:
@@ -161,12 +160,12 @@ class OracleRewardBuilder(RewardBuilder):
 
     async def score(self, candidates: Sequence[Candidate], queries: Queries) -> list[Candidate]:
         return [
-            replace(one, reward=float(one.correct) + self.coef * self._smallest_logit(one, queries))
-            for one in candidates
+            replace(candidate, reward=float(candidate.correct) + self.coef * self._smallest_logit(candidate, queries))
+            for candidate in candidates
         ]
 
     def _smallest_logit(self, candidate: Candidate, queries: Queries) -> float:
         grader = queries[candidate.query].problem.grader
         if not isinstance(grader, SumGrader):
-            raise ConfigError("reward=oracle knows sums only: set task=sums, or another reward")
+            raise ConfigError("reward=oracle works for sums only: set task=sums, or another reward")
         return self.logit if grader.sum.valid(candidate.text) else -self.logit

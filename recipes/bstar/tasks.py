@@ -1,11 +1,8 @@
-"""What B-STaR needs of a data set: problems with a verifier each, in sets that do not meet, and a
-little to imitate first.
+"""B-STaR's data sets: disjoint sets of problems, each problem with a grader, and human solutions
+for the warm start.
 
-A new task is a subclass of TaskBuilder with `sets`, or of ReadTaskBuilder where a ProblemSet of
-envs/ reads it; a solution is written as the model is to write it, answer included. Whoever builds a
-Task gets the separation checked: ids are unique, and no question is in both the training and the
-test set. The dev subset, on which temperature and threshold are chosen, is a fixed part of the
-training queries.
+A new task is a subclass of TaskBuilder with `sets`, or of ReadTaskBuilder for a ProblemSet of
+envs/. A human solution has the form that the model is to write, answer included.
 """
 
 import re
@@ -28,14 +25,12 @@ from posttrain.renderers.types import Renderer
 from posttrain.tracking.seeds import DEV
 from preference.steps import StepFormat
 
-Query = ProblemEnv  # `problem.id` names it in all records, `problem.solution` is a human's
+Query = ProblemEnv  # `problem.id` is its key in all records, `problem.solution` the human solution
 
 
 @dataclass(frozen=True)
 class Sets:
-    """`warm_start` is imitated first; from `prm` the steps of the reward model's training set
-    come.
-    """
+    """`warm_start`: solutions to imitate. `prm`: questions of the process reward model's data."""
 
     warm_start: list[Problem]
     prm: list[Problem]
@@ -45,7 +40,9 @@ class Sets:
 
 @dataclass(frozen=True)
 class Task:
-    """The sets as environments. `dev` are indices into `train`."""
+    """The sets as environments. `dev`: indices into `train`, on which temperature and threshold are
+    chosen.
+    """
 
     warm_start: list[Query]
     prm: list[Query]
@@ -58,13 +55,13 @@ class Task:
 
 @chz.chz
 class TaskBuilder:
-    """Configuration of a data set: what all of them share."""
+    """Settings of every data set."""
 
     num_train: int | None = chz.field(
-        default=None, validator=COUNT, doc="use only the first so many training queries; None = all"
+        default=None, validator=COUNT, doc="number of training queries, the first ones; None = all"
     )
     num_test: int | None = chz.field(
-        default=200, validator=WHOLE, doc="use only the first so many test queries; None = all"
+        default=200, validator=WHOLE, doc="number of test queries, the first ones; None = all"
     )
     num_dev: int = chz.field(
         default=40,
@@ -72,24 +69,22 @@ class TaskBuilder:
         doc="training queries on which temperature and threshold are chosen, drawn by split_seed",
     )
     num_warm_start: int | None = chz.field(
-        default=None, validator=COUNT, doc="imitate only the first so many human solutions; None = all"
+        default=None, validator=COUNT, doc="number of human solutions to imitate, the first ones; None = all"
     )
     num_prm: int | None = chz.field(
-        default=None, validator=COUNT, doc="label steps of answers to only so many queries; None = all"
+        default=None, validator=COUNT, doc="number of queries whose answers are labelled step by step; None = all"
     )
-    split_seed: int = chz.field(
-        default=0, validator=SEED, doc="seed of the choice of the dev subset, and of sets that are drawn"
-    )
-    form: StepFormat = chz.field(
-        default_factory=StepFormat, doc="what a step ends with, and what the answer step begins with"
-    )
-    max_tokens: int = chz.field(default=256, validator=COUNT, doc="most tokens of a sampled solution")
+    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the dev subset, and of generated sets")
+    form: StepFormat = chz.field(default_factory=StepFormat, doc="end of a step, and start of the answer step")
+    max_tokens: int = chz.field(default=256, validator=COUNT, doc="maximum tokens of a sampled solution")
 
     def sets(self, renderer: Renderer) -> Sets:
         raise NotImplementedError
 
     def __call__(self, renderer: Renderer) -> Task:
-        """Raises DataError for sets that are empty, too small, or not apart."""
+        """DataError for an empty set, duplicate ids, or a question in both a test and another
+        set.
+        """
         sets = self.sets(renderer)
         train, test = sets.train[: self.num_train], sets.test[: self.num_test]
         warm_start, prm = sets.warm_start[: self.num_warm_start], sets.prm[: self.num_prm]
@@ -98,9 +93,9 @@ class TaskBuilder:
             if name != "test":
                 check_apart(problems, test, name)
         if not train or not test:
-            raise DataError(f"{len(train)} training and {len(test)} test queries: both sets need some")
+            raise DataError(f"{len(train)} training and {len(test)} test queries: neither set may be empty")
         if not 1 <= self.num_dev <= len(train):
-            raise ConfigError(f"num_dev={self.num_dev}: from 1 to the {len(train)} training queries")
+            raise ConfigError(f"num_dev={self.num_dev} must be from 1 to the {len(train)} training queries")
         dev = sorted(np.random.default_rng([self.split_seed, DEV]).permutation(len(train))[: self.num_dev].tolist())
         query = cache(lambda problem: ProblemEnv(problem, renderer))
         warm_start, prm, train, test = ([query(problem) for problem in part] for part in (warm_start, prm, train, test))
@@ -119,8 +114,8 @@ def _check_ids(name: str, problems: Sequence[Problem]) -> None:
 
 @chz.chz
 class ReadTaskBuilder(TaskBuilder):
-    """A ProblemSet: the training problems that have human solutions are imitated first, and all are
-    labelled.
+    """A ProblemSet. Training problems with human solutions are the warm start; all are PRM
+    queries.
     """
 
     max_prompt_tokens: int | None = chz.field(
@@ -131,7 +126,9 @@ class ReadTaskBuilder(TaskBuilder):
         raise NotImplementedError
 
     def written(self, problems: list[Problem]) -> list[Problem]:
-        """The questions as they are asked, and the solutions as the model is to write them."""
+        """Problems with the prompt's question, and the solution in the form the model is to
+        write.
+        """
         return problems
 
     def sets(self, renderer: Renderer) -> Sets:
@@ -142,8 +139,8 @@ class ReadTaskBuilder(TaskBuilder):
         return Sets([problem for problem in train if problem.solution is not None], train, train, test)
 
     def _fitting(self, problems: list[Problem], split: str, renderer: Renderer) -> list[Problem]:
-        """Problems with a name each. What does not fit is dropped and counted: prompts without
-        room, solutions over max_tokens.
+        """Problems with ids, without prompts that are too long and solutions over `max_tokens`; the
+        numbers dropped are printed.
         """
         room = self.max_prompt_tokens or renderer.tokenizer.model_max_length - self.max_tokens
         fitting, overlong = [], 0
@@ -162,19 +159,17 @@ class ReadTaskBuilder(TaskBuilder):
 
 @chz.chz
 class Gsm8kBuilder(ReadTaskBuilder):
-    """GSM8K, from `data_dir` or else from the hub: a line a step, the answer after "####". The
-    human solutions are its own.
-    """
+    """GSM8K, from `data_dir` or the hub: one step per line, the answer after "####"."""
 
     data_dir: str | None = chz.field(
         default=None, doc="folder with train.jsonl and test.jsonl; None = openai/gsm8k of the hub"
     )
     calculator_marks: bool = chz.field(default=False, doc="keep <<48/2=24>> in the human solutions")
-    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    prompt_template: str = chz.field(default="{question}", doc="the user's message; {question} is replaced")
     form: StepFormat = chz.field(
-        default_factory=lambda: StepFormat(separator="\n", answer_marker="####"), doc="of solutions"
+        default_factory=lambda: StepFormat(separator="\n", answer_marker="####"), doc="separators of a solution's steps"
     )
-    max_tokens: int = chz.field(default=320, validator=COUNT, doc="most tokens of a sampled solution")
+    max_tokens: int = chz.field(default=320, validator=COUNT, doc="maximum tokens of a sampled solution")
 
     def source(self) -> ProblemSet:
         return Gsm8k(
@@ -190,29 +185,29 @@ class Gsm8kBuilder(ReadTaskBuilder):
 
 
 MATH_ANSWER = "# Answer:"
-# a line, or a sentence: what follows a full stop begins like one
+# the end of a line, or of a sentence if the next word begins like one
 STEP_END = re.compile(r"\s*\n\s*|(?<=[.!?])\s+(?=[A-Z$\\])")
 
 
 @chz.chz
 class MathTextBuilder(ReadTaskBuilder):
-    r"""JSONL files of problems with a worked solution whose last \boxed{...} is the answer. The
-    fields' defaults are those of MATH.
+    r"""JSONL files of problems with a worked solution whose last \boxed{...} is the answer, as in
+    MATH.
 
-    A human solution is rewritten: one sentence or line a step, and a last step "# Answer:
-    \boxed{...}". The original has blank lines between steps and a heading over the answer; MATH
-    itself does not. Left out: diagrams ([asy] code stands in the text as it is).
+    A human solution is rewritten: one sentence or line per step, and a last step "# Answer:
+    \boxed{...}". Left out: diagrams ([asy] code stays in the text).
     """
 
     train_path: str = chz.field(doc="JSONL file to train on")
     test_path: str = chz.field(doc="JSONL file of the test set")
     question_field: str = chz.field(default="problem", doc="field with the question")
     solution_field: str = chz.field(default="solution", doc="field with the worked solution")
-    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    prompt_template: str = chz.field(default="{question}", doc="the user's message; {question} is replaced")
     form: StepFormat = chz.field(
-        default_factory=lambda: StepFormat(separator="\n", answer_marker=MATH_ANSWER), doc="of solutions"
+        default_factory=lambda: StepFormat(separator="\n", answer_marker=MATH_ANSWER),
+        doc="separators of a solution's steps",
     )
-    max_tokens: int = chz.field(default=768, validator=COUNT, doc="most tokens of a sampled solution")
+    max_tokens: int = chz.field(default=768, validator=COUNT, doc="maximum tokens of a sampled solution")
 
     def source(self) -> ProblemSet:
         return WordProblems(
@@ -236,12 +231,8 @@ def _in_steps(problem: Problem) -> str:
 
 @chz.chz
 class ArcBuilder(ReadTaskBuilder):
-    """ARC-Challenge, from `data_dir` or else from the hub, for a model that can already reason in
-    words: no solutions to imitate.
-
-    The reward is the outcome's alone, as in the paper: set reward=outcome. With `bare_answers`,
-    answers without a reasoning count as human solutions, for a model that was never taught to
-    answer at all.
+    """ARC-Challenge, from `data_dir` or the hub, for a model that can already reason in words: it
+    has no solutions to imitate. The paper's setting is reward=outcome.
     """
 
     data_dir: str | None = chz.field(
@@ -250,11 +241,12 @@ class ArcBuilder(ReadTaskBuilder):
     trigger: str = chz.field(
         default=f"\nThink step by step, and end with: {ANSWER_PHRASE} <letter>.", doc="follows the options"
     )
-    bare_answers: bool = chz.field(default=False, doc="take the right answer without a reasoning for a human solution")
+    bare_answers: bool = chz.field(default=False, doc="use the bare answer as the human solution, for a base model")
     form: StepFormat = chz.field(
-        default_factory=lambda: StepFormat(separator="\n", answer_marker=ANSWER_PHRASE), doc="of solutions"
+        default_factory=lambda: StepFormat(separator="\n", answer_marker=ANSWER_PHRASE),
+        doc="separators of a solution's steps",
     )
-    max_tokens: int = chz.field(default=256, validator=COUNT, doc="most tokens of a sampled solution")
+    max_tokens: int = chz.field(default=256, validator=COUNT, doc="maximum tokens of a sampled solution")
 
     def source(self) -> ProblemSet:
         return ArcChallenge(data_dir=self.data_dir, num_train=self.num_train, num_test=self.num_test)
@@ -269,28 +261,28 @@ class ArcBuilder(ReadTaskBuilder):
 
 @chz.chz
 class CodeTaskBuilder(ReadTaskBuilder):
-    """Programs to write, judged by their tests: JSONL files or, without `train_path`, the generated
-    problems of envs/code.py.
+    """Programs graded by tests: JSONL files or, without `train_path`, generated ones
+    (envs/code.py).
 
-    The reward is the outcome's alone, as in the paper: set reward=outcome. A human solution is the
-    reference program in a fenced block; a step is a line, and the answer step the line that closes
-    the block. Left out: partial credit.
+    The paper's setting is reward=outcome. A human solution is the reference program in a fenced
+    block; a step is a line, and the answer step is the line that closes the block. Left out:
+    partial credit.
     """
 
     train_path: str | None = chz.field(default=None, doc="JSONL file to train on; None = generated problems")
     test_path: str | None = chz.field(default=None, doc="JSONL file of the test set")
     num_test: int | None = chz.field(
-        default=20, validator=WHOLE, doc="use only the first so many test problems; None = all of a file"
+        default=20, validator=WHOLE, doc="number of test problems, the first ones; None = all of a file"
     )
-    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
-    limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="what one run of a program may use")
+    prompt_template: str = chz.field(default="{question}", doc="the user's message; {question} is replaced")
+    limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="limits of one run of a program")
     form: StepFormat = chz.field(
-        default_factory=lambda: StepFormat(separator="\n", answer_marker="```"), doc="of solutions"
+        default_factory=lambda: StepFormat(separator="\n", answer_marker="```"), doc="separators of a solution's steps"
     )
     max_tokens: int = chz.field(
         default=80,
         validator=COUNT,
-        doc="most tokens of a sampled program; some hundreds for problems that people wrote",
+        doc="maximum tokens of a sampled program; some hundreds for human-written problems",
     )
 
     def source(self) -> ProblemSet:

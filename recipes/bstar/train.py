@@ -1,14 +1,13 @@
-"""B-STaR (Zeng et al. 2024): self-training whose temperature and reward threshold are chosen each
-round, against its relatives.
+"""B-STaR (Zeng et al. 2024): self-training that chooses temperature and reward threshold each
+round, compared with STaR, ReST-EM and rejection fine-tuning (methods.py).
 
     python recipes/bstar/train.py                                 # four methods, one seed; runs/bstar
-    python recipes/bstar/train.py methods=star,iterative_rft      # two more, into the same folder
+    python recipes/bstar/train.py methods=star,iterative_rft      # two more, in the same folder
     python recipes/bstar/train.py seed=1 log_path=runs/bstar_1 python recipes/bstar/train.py
     task=gsm8k task.data_dir=DIR model_name=Qwen/Qwen2.5-0.5B renderer_name=role_colon
 
-Stages: warm_start, completer, solutions, labels, prm, round_00, and each method, with the rounds of
-rounds.py. What is there is not made again; the same command, killed anywhere, goes on. methods.py
-has the methods, README.md the figures.
+Stages: warm_start, completer, solutions, labels, prm, round_00, and one per method. Finished stages
+are kept; the same command resumes a killed one. README.md has the results.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -53,13 +52,13 @@ REWARDS = {
 }
 
 
-# Not settings of a method: they belong to the stages before it, or change nothing of what it does.
-OTHERS = ("warm_start_", "completer_", "prm_", "methods", "max_sampled_tokens", "log_path", "backend")
+# Options that are not settings of a method: of earlier stages, or without effect on its results.
+NOT_OF_METHOD = ("warm_start_", "completer_", "prm_", "methods", "max_sampled_tokens", "log_path", "backend")
 
 
 def stages_of(config: Config, task: Task, open_lab: Callable[[], Lab]) -> list[Stage]:
-    """A stage for each method. Round 0, what the warm start is worth, is the same for all."""
-    settings = {name: getattr(config, name) for name in chz.chz_fields(config) if not name.startswith(OTHERS)}
+    """A stage per method. All need round 0, the evaluation of the warm start."""
+    settings = {name: getattr(config, name) for name in chz.chz_fields(config) if not name.startswith(NOT_OF_METHOD)}
     plans = config.plans(task)
     names = ("task", "reward", "seed", "eval_samples", "eval_temperature", "chunk_sequences")
     first_settings = {name: settings[name] for name in names}

@@ -1,8 +1,8 @@
-"""A preference with a rule: given letters in some order, "dbeac>", the answer that writes them in
-alphabetical order is the better one.
+"""A toy preference: of answers to letters in some order, "dbeac>", the alphabetical one is
+preferred.
 
-The warm start teaches to answer with the same letters in a random order. The set of letters decides
-the answer, so sets are held out, and both builders hold out the same ones.
+The warm start imitates answers with the same letters in random order. Both builders hold out the
+same sets of letters.
 """
 
 from functools import partial
@@ -25,9 +25,7 @@ TEST_SETS = 200
 
 
 def letter_sets(num_letters: int, alphabet: int, test_size: int, split_seed: int) -> tuple[list[str], list[str]]:
-    """All sets of `num_letters` of the first `alphabet` letters, in alphabetical order each: to
-    train on, and held out.
-    """
+    """Training and held-out sets of `num_letters` of the first `alphabet` letters, each sorted."""
     sets = ["".join(letters) for letters in combinations(ascii_lowercase[:alphabet], num_letters)]
     if not 0 < test_size < len(sets):
         raise ConfigError(f"test_size={test_size} must be above 0 and below the {len(sets)} sets of letters")
@@ -49,14 +47,14 @@ def answer(letters: str) -> list[Message]:
 
 @chz.chz
 class RandomOrderBuilder(SupervisedDatasetBuilder):
-    """Fresh letters in every batch, answered by the same letters in a random order. The best loss
-    is ln(n!) / (n + 1) nats per token.
+    """Letters, answered by the same letters in random order. The optimal loss is ln(n!) / (n + 1)
+    nats per token.
     """
 
     num_letters: int = chz.field(default=4, validator=COUNT, doc="letters in a question")
-    alphabet: int = chz.field(default=16, validator=COUNT, doc="letters there are")
+    alphabet: int = chz.field(default=16, validator=COUNT, doc="size of the alphabet")
     n_batches: int = chz.field(default=600, validator=COUNT, doc="training batches per epoch")
-    test_size: int = chz.field(default=TEST_SETS, validator=WHOLE, doc="sets of letters held out")
+    test_size: int = chz.field(default=TEST_SETS, validator=WHOLE, doc="held-out sets of letters")
     split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of held-out sets")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
@@ -73,13 +71,11 @@ class RandomOrderBuilder(SupervisedDatasetBuilder):
 
 @chz.chz
 class SortedPreferredBuilder(ComparisonDatasetBuilder):
-    """For every set of letters a question, the letters in alphabetical order (A, preferred) and in
-    another order (B).
-    """
+    """A comparison per set of letters: alphabetical order (A, preferred) and another order (B)."""
 
     num_letters: int = chz.field(default=4, validator=COUNT, doc="letters in a question")
-    alphabet: int = chz.field(default=16, validator=COUNT, doc="letters there are")
-    test_size: int = chz.field(default=TEST_SETS, validator=WHOLE, doc="sets of letters held out")
+    alphabet: int = chz.field(default=16, validator=COUNT, doc="size of the alphabet")
+    test_size: int = chz.field(default=TEST_SETS, validator=WHOLE, doc="held-out sets of letters")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the questions and of the rejected answers")
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
@@ -88,7 +84,7 @@ class SortedPreferredBuilder(ComparisonDatasetBuilder):
 
     def comparison(self, letters: str) -> LabeledComparison:
         rng = np.random.default_rng([self.seed, *letters.encode()])
-        asked, rejected = shuffled(letters, rng), letters
+        order, rejected = shuffled(letters, rng), letters
         while rejected == letters:
             rejected = shuffled(letters, rng)
-        return LabeledComparison(Comparison(question(asked), answer(letters), answer(rejected)), "A", where=asked)
+        return LabeledComparison(Comparison(question(order), answer(letters), answer(rejected)), "A", where=order)

@@ -1,12 +1,11 @@
-"""DPO (Rafailov et al. 2023) and RPO, DPO with the likelihood of the chosen answers beside it, from
-the same warm start on the same pairs.
+"""DPO (Rafailov et al. 2023) and RPO (DPO plus the likelihood of the chosen answers), from the same
+warm start on the same pairs.
 
     python recipes/dpo/train.py                       # two or three minutes on a CPU; runs/dpo_recipe
     python recipes/dpo/train.py num_epochs=2 nll_coef=0.2 seed=1 log_path=runs/again
 
-Both learn which answer is the better one. DPO may do so by making both unlikely, and then neither
-is what the policy says; RPO holds the chosen answer up. The picture shows it, and so does the table
-of what the policies answer. Left out: pairs sampled from the policy itself.
+DPO may lower the likelihood of both answers, so that the policy gives neither; RPO keeps the chosen
+one likely. A plot and a table of sampled answers show it. Left out: pairs sampled from the policy.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -48,7 +47,7 @@ class Config:
     )
     learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="constant")
     num_epochs: int = chz.field(default=8, validator=COUNT, doc="passes over the pairs")
-    beta: float = chz.field(default=0.1, validator=POSITIVE, doc="of both losses")
+    beta: float = chz.field(default=0.1, validator=POSITIVE, doc="KL strength of both losses")
     nll_coef: float = chz.field(
         default=1.0, validator=NON_NEGATIVE, doc="RPO's weight of the chosen answer's likelihood"
     )
@@ -86,17 +85,19 @@ def stages_of(config: Config) -> list[Stage]:
 
 
 async def answers(config: Config, stage: Stage) -> str:
-    """What a policy says to the held-out questions, sampled once each at temperature 1."""
+    """Shares of a policy's answers to the held-out questions, sampled once each at temperature
+    1.
+    """
     renderer = get_renderer(RENDERER, load_tokenizer("tiny"))
     stop = renderer.get_stop_sequences()
     _, held_out = SortedPreferredBuilder(seed=config.seed)()
-    prompts = [renderer.build_generation_prompt(one.comparison.prompt_conversation) for one in held_out]
+    prompts = [renderer.build_generation_prompt(labeled.comparison.prompt_conversation) for labeled in held_out]
     with ServiceClient(config.backend) as service:
         client = service.create_sampling_client(model_path=str(stage.result))
         futures = [client.sample(prompt, 1, SamplingParams(8, seed=i, stop=stop)) for i, prompt in enumerate(prompts)]
         sampled = [(await future).sequences[0].tokens for future in futures]
     texts = [renderer.parse_response(tokens)[0]["content"] for tokens in sampled]
-    letters = [one.comparison.completion_A[0]["content"] for one in held_out]
+    letters = [labeled.comparison.completion_A[0]["content"] for labeled in held_out]
     in_order = sum(text == right for text, right in zip(texts, letters, strict=True)) / len(texts)
     same = sum("".join(sorted(text)) == right for text, right in zip(texts, letters, strict=True)) / len(texts)
     return (

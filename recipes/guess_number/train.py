@@ -1,12 +1,11 @@
-"""Guess a number in several turns: a warm start that imitates play without strategy, then RL, which
-finds the strategy.
+"""Guess a number in several turns: a warm start on play without strategy, then RL, which finds one.
 
     python recipes/guess_number/train.py                       # runs/guess_number
     python recipes/guess_number/train.py seed=1 env.largest=49 log_path=runs/guess_49
 
-The demonstrations guess any number that is still possible. Nothing says that halving the range is
-better but the reward: 1 for the number, less `env.guess_cost` for every guess after the first, 0
-after `env.max_guesses`. See README.md for what to expect.
+The demonstrations guess any number that is still possible. The reward favours bisection: 1 for the
+number, minus `env.guess_cost` per guess after the first, 0 after `env.max_guesses`. README.md has
+the results.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -40,7 +39,7 @@ class Config(train.Config):
     warm_start_nll: float = chz.field(
         default=0.72,
         validator=NON_NEGATIVE,
-        doc="nats per token at which imitation ends; play without strategy has 0.56",
+        doc="nats per token at which the warm start ends; play without strategy has 0.56",
     )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     learning_rate: float = chz.field(default=5e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
@@ -55,7 +54,7 @@ class Config(train.Config):
 
 
 def examples(config: Config) -> GuessNumberExamplesBuilder:
-    """Play without strategy, by the rules of the games to come."""
+    """Play without strategy, with the rules of `config.env`."""
     assert isinstance(config.env, GuessNumberBuilder)
     game = {name: getattr(config.env, name) for name in chz.chz_fields(GuessNumber)}
     return GuessNumberExamplesBuilder(**game, n_batches=2000, batch_size=64, seed=config.seed)

@@ -1,9 +1,8 @@
-"""LaTRO's environments: a group samples rationales for one question (training), or whole responses
-that are graded (evaluation).
+"""LaTRO's environments: groups of rationales for a question (training), and graded whole responses
+(evaluation).
 
-The action of training is everything that was sampled, the stop included: it is the random variable
-of the policy gradient, and the rationale is a function of it. The original gives the stop's tokens
-no gradient, which leaves the policy no credit for stopping where it does.
+The action in training is the whole sample, stop included; the rationale is a function of it. The
+original gives the stop's tokens no gradient, so its policy gets no credit for where it stops.
 """
 
 from collections.abc import Sequence
@@ -25,23 +24,21 @@ from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDat
 
 
 def prompt_tokens(renderer: Renderer, task: Task) -> list[int]:
-    """The question up to where the model speaks: rendered straight to ids, so that there is one BOS
-    at most.
+    """The prompt, up to the model's turn, rendered directly to ids so that it has at most one
+    BOS.
     """
     return renderer.build_generation_prompt([Message(role="user", content=task.question)]).to_ints()
 
 
 def answer_tokens(renderer: Renderer, answer: str) -> list[int]:
-    """The answer and the end of the message, as tokens to be put behind those of the rationale."""
+    """The answer and the end of the message, as tokens that follow the rationale."""
     end = renderer.get_stop_sequences()[0]
     return encode(renderer.tokenizer, answer) + (encode(renderer.tokenizer, end) if isinstance(end, str) else [end])
 
 
 @dataclass(frozen=True)
 class RationaleGroup(EnvGroupBuilder):
-    """`num_envs` rationales for one question. Their reward is computed later, by
-    rl.likelihood_reward.
-    """
+    """`num_envs` rationales for one question; rl.likelihood_reward computes their rewards."""
 
     task: Task
     prompt: list[int]
@@ -74,8 +71,8 @@ class RationaleEnv(Env):
 
 
 class ResponseEnv(ProblemEnv):
-    """One whole response, rationale and answer. Reward 1 if it is right; the format is right where
-    an answer can be read.
+    """One whole response, rationale and answer. Reward 1 if right; `format` 1 if it has an
+    answer.
     """
 
     async def step(self, action: Action) -> StepResult:
@@ -89,14 +86,12 @@ class ResponseEnv(ProblemEnv):
 
 @chz.chz
 class LatentRationales(RLDatasetBuilder):
-    """Questions to find rationales for, K at a time. The held-out set is the validation split of
-    the training data.
-    """
+    """Groups of K rationales per question. Held out: the validation split of the training data."""
 
     tasks: TaskBuilder = chz.field(doc="the data set")
-    response_length: int = chz.field(validator=COUNT, doc="most tokens of a rationale, and of an evaluated response")
-    stop_seqs: tuple[str, ...] = chz.field(doc="where a rationale ends, beside the end of the message")
-    stop_at_pad: bool = chz.field(default=True, doc="the padding token ends a rationale, too")
+    response_length: int = chz.field(validator=COUNT, doc="maximum tokens of a rationale, and of an evaluated response")
+    stop_seqs: tuple[str, ...] = chz.field(doc="texts that end a rationale, besides the end of the message")
+    stop_at_pad: bool = chz.field(default=True, doc="the padding token ends a rationale too")
 
     def recommended_max_tokens(self) -> int:
         return self.response_length
@@ -106,8 +101,8 @@ class LatentRationales(RLDatasetBuilder):
         return ListDataset(train, self.batch_size, self.seed), ListDataset(responses(validation), 64, shuffle=False)
 
     def groups(self, tasks: Sequence[Task], renderer: Renderer) -> list[RationaleGroup]:
-        """One for each task whose prompt, longest rationale and answer fit the context; the others
-        are counted on a printed line.
+        """A group per task whose prompt, longest rationale and answer fit the context. Prints the
+        number dropped; DataError if none fits.
         """
         stops, limit = stop_strings(renderer, self.stop_seqs, self.stop_at_pad), renderer.tokenizer.model_max_length
         groups = [
@@ -123,19 +118,19 @@ class LatentRationales(RLDatasetBuilder):
         ]
         lengths = [len(group.prompt) + self.response_length + len(group.answer_tokens) for group in groups]
         kept = [group for group, length in zip(groups, lengths, strict=True) if length <= limit]
-        what = f"with response_length={self.response_length} and the answer"
+        needs = f"with response_length={self.response_length} and the answer"
         if not kept:
             raise DataError(
-                f"no question fits: {what} the shortest takes {min(lengths)} tokens of a context of {limit}"
+                f"no question fits: {needs} the shortest takes {min(lengths)} tokens of a context of {limit}"
             )
         if len(kept) < len(groups):
             print(
-                f"{len(groups) - len(kept)} of {len(groups)} questions dropped: {what} they take up to {max(lengths)} "
+                f"{len(groups) - len(kept)} of {len(groups)} questions dropped: {needs} they take up to {max(lengths)} "
                 f"of {limit} tokens"
             )
         return kept
 
 
 def responses(groups: Sequence[RationaleGroup]) -> list[ProblemGroupBuilder]:
-    """The same questions, to be answered whole."""
+    """The same questions, one whole response each."""
     return [ProblemGroupBuilder(partial(ResponseEnv, group.task, group.renderer), 1) for group in groups]

@@ -1,11 +1,10 @@
-"""What a policy is worth on held-out questions, and which checkpoint of a run was the best so far.
+"""Evaluation of a LaTRO policy on held-out questions, and the choice of the best checkpoint.
 
-    answer_logprob   mean log p(gold answer | question, rationale), in nats, over rationales sampled at temperature 1
-    correct          greedy accuracy: argmax rationale and answer, one response
-    maj@k, pass@k    of k responses at temperature 1; ties go to the answer that was given first, and no answer has no vote
+    answer_logprob   mean log p(gold answer | question, rationale) in nats, rationales sampled at temperature 1
+    correct          accuracy of one greedy response
+    maj@k, pass@k    of k responses at temperature 1; ties go to the first answer, no answer has no vote
 
-The best checkpoint is a function of metrics.jsonl and of the checkpoints on disk, so a resumed run
-cannot lose or change it.
+The best checkpoint is computed from metrics.jsonl and the saved checkpoints, so resuming keeps it.
 """
 
 import asyncio
@@ -40,26 +39,26 @@ VALIDATION_METRIC = "test/env/all/correct"
 @dataclass(frozen=True)
 class Best:
     step: int
-    path: Path | None  # None: no checkpoint was better than what the run began with
+    path: Path | None  # None = the initial weights
     value: float
 
 
 def best_so_far(run: Path) -> Best | None:
-    """The checkpoint with the highest greedy accuracy on the validation split, the latest of
-    equals. None before the first evaluation.
+    """The checkpoint with the highest greedy accuracy on the validation split; ties go to the
+    latest. None before the first evaluation.
     """
     values = {record["step"]: record[VALIDATION_METRIC] for record in read_metrics(run) if VALIDATION_METRIC in record}
     paths: dict[int, Path | None] = {0: None} | {
         record.step: record.path for record in RunFolder(run).list_checkpoints()
     }
-    found = [Best(step, paths[step], value) for step, value in sorted(values.items()) if step in paths]
-    return max(found, key=lambda best: (best.value, best.step), default=None)
+    checkpoints = [Best(step, paths[step], value) for step, value in sorted(values.items()) if step in paths]
+    return max(checkpoints, key=lambda best: (best.value, best.step), default=None)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What to evaluate with. `env.group_size` rationales are scored per question, and as many
-    responses vote.
+    """Evaluates checkpoints with `env.group_size` rationales, and as many responses, per
+    question.
     """
 
     model_name: str
@@ -70,7 +69,7 @@ class Evaluation:
     backend: BackendConfig = BackendConfig()
 
     def __call__(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
-        """`checkpoint` None is the model as it comes."""
+        """Metrics of `checkpoint`; None is the model without one."""
         return asyncio.run(self._evaluate(checkpoint, tasks))
 
     async def _evaluate(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
@@ -89,26 +88,24 @@ class Evaluation:
             return metrics
 
     def best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
-        """The checkpoint (by its step) with the highest greedy accuracy, the latest of equals: the
-        rule of `best_so_far`.
-        """
+        """The checkpoint (by step) with the highest greedy accuracy; ties go to the latest."""
         return asyncio.run(self._best_of(checkpoints, tasks))
 
     async def _best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
         dataset = ListDataset(responses(self.env.groups(tasks, renderer)), 64, shuffle=False)
         evaluator = RLTestSetEvaluator(dataset, self.env.response_length, seed=self.seed)
-        found = []
+        results = []
         for step, checkpoint in sorted(checkpoints.items()):
             with ServiceClient(self.backend) as service:
                 sampler = self._client(service, checkpoint).save_weights_and_get_sampling_client()
                 value = (await evaluator(sampler))[VALIDATION_METRIC]
-            found.append(Best(step, Path(checkpoint) if checkpoint else None, value))
-        return max(found, key=lambda best: (best.value, best.step))
+            results.append(Best(step, Path(checkpoint) if checkpoint else None, value))
+        return max(results, key=lambda best: (best.value, best.step))
 
     def diagnose(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
-        """log p(y|x) against log p(y|x, gold rationale): whether rationales are worth anything to
-        this model. No sampling.
+        """log p(y|x) against log p(y|x, gold rationale): do rationales help this model? No
+        sampling.
         """
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
         pairs = [

@@ -1,5 +1,5 @@
-"""The same tasks as supervised data: for the SFT baseline, for the warm start of a preset, and for
-the diagnostic.
+"""LaTRO's tasks as supervised data: for the SFT baseline, a preset's warm start and the
+diagnostic.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,20 @@ from recipes.latro.tasks import Task, TaskBuilder
 from rl.likelihood_reward import answer_datum
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
-# answer: the answer right behind the question. rationale: the gold rationale, where there is one,
-# and the answer. demonstrations: the data set's own mixture of rationales, with the answers they
-# support.
+# answer: the answer alone. rationale: the gold rationale, if any, and the answer.
+# demonstrations: the data set's own mixture of rationales, each with the answer that it supports.
 Target = Literal["answer", "rationale", "demonstrations"]
 
 
-def targets(builder: TaskBuilder, tasks: Sequence[Task], what: Target) -> list[tuple[Task, str]]:
-    """Tasks and the rationale that stands between question and answer."""
-    if what == "demonstrations":
+def targets(builder: TaskBuilder, tasks: Sequence[Task], target: Target) -> list[tuple[Task, str]]:
+    """Tasks, each with the rationale between question and answer ("" for none)."""
+    if target == "demonstrations":
         return builder.demonstrations(tasks)
-    return [(task, (task.solution or "") if what == "rationale" else "") for task in tasks]
+    return [(task, (task.solution or "") if target == "rationale" else "") for task in tasks]
 
 
 def example(renderer: Renderer, task: Task, rationale: str, answer_only: bool = False) -> Datum:
-    """Weight 1 on what follows the question, or on the answer only."""
+    """Weight 1 on everything after the question, or on the answer only."""
     context, thought, answer = (
         prompt_tokens(renderer, task),
         encode(renderer.tokenizer, rationale),
@@ -45,7 +44,8 @@ class TaskExamples(SupervisedDatasetBuilder):
 
     tasks: TaskBuilder = chz.field(doc="the data set")
     target: Target = chz.field(
-        default="answer", doc="what follows the question: the answer, the gold rationale too, or demonstrations"
+        default="answer",
+        doc="text after the question: the answer, the gold rationale and the answer, or demonstrations",
     )
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:

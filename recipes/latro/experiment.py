@@ -1,10 +1,9 @@
-"""The README's figures: LaTRO, its ablations and SFT on the toy task, from one warm start per seed,
-in one table and one picture.
+"""The README's results: LaTRO, its ablations and SFT on the toy task, from one warm start per seed.
 
     python recipes/latro/experiment.py                                     # all; runs/latro_experiment
     python recipes/latro/experiment.py seeds=0 variants=latro,sft
 
-Runs that are there are kept, those that were killed go on.
+Prints a table and writes a plot. Finished runs are kept; killed runs resume.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -40,20 +39,20 @@ PANELS = {
     "env/all/useful": "useful rationales among those sampled",
     "test/env/all/correct": "greedy accuracy, validation split",
 }
-EARLY = 5  # updates whose gradients are compared: the policies have hardly moved apart
+EARLY = 5  # first updates, whose gradients are compared while the policies are still similar
 
 
 @chz.chz
 class Config:
     """LaTRO against its ablations and SFT."""
 
-    variants: str = chz.field(default=",".join(VARIANTS), doc="which, by comma")
+    variants: str = chz.field(default=",".join(VARIANTS), doc="variants to run, by comma")
     seeds: str = chz.field(default="0,1,2", doc="seeds, by comma")
     log_path: str = chz.field(default="runs/latro_experiment", doc="folder of the runs")
 
 
 def run(config: Config, variant: str, seed: int) -> Path:
-    """The folder of a finished run."""
+    """Runs the variant to its end; returns its folder."""
     base = train.prepared(
         train.Config(seed=seed, log_path=f"{config.log_path}/seed{seed}", behavior_if_log_dir_exists="resume")
     )
@@ -63,7 +62,7 @@ def run(config: Config, variant: str, seed: int) -> Path:
 
 
 def table(folders: dict[str, list[Path]]) -> str:
-    """Mean over seeds of the test set's figures, and the least and the greatest."""
+    """Test-set metrics: mean over seeds, minimum and maximum."""
     header = f"{'':18s} {'log p(y|x,z)':>24s} {'useful':>20s} {'greedy':>20s} {'maj@8':>20s} {'gradient norm':>14s}"
     keys = ("likelihood/answer_logprob", "env/all/useful", "test/env/all/correct", "test/env/all/maj@8")
     lines = [header]
@@ -74,7 +73,7 @@ def table(folders: dict[str, list[Path]]) -> str:
                 f"{'warm start':18s} " + " ".join(_spread([s["before"][key] for s in summaries]) for key in keys)
             )
         norms = [record["optim/grad_norm"] for folder in runs for record in read_metrics(folder)[:EARLY]]
-        # another loss, another scale
+        # SFT's loss has another scale
         norm = "" if name.startswith("sft") else f"{np.sqrt(np.mean(np.square(norms))):14.0f}"
         row = " ".join(_spread([s["after"][key] for s in summaries]) for key in keys)
         lines.append(f"{name:18s} {row} {norm}")
@@ -86,14 +85,12 @@ def _spread(values: list[float]) -> str:
 
 
 def picture(folders: dict[str, list[Path]], out: Path) -> Path:
-    """A thin line for each seed, a thick one for their mean; SFT has no rationales, and one
-    accuracy at its end.
-    """
+    """Curves of each variant's seeds and mean; SFT has only the accuracy at its end, as a level."""
     runs = {
         name: [read_metrics(seed) for seed in seeds] for name, seeds in folders.items() if not name.startswith("sft")
     }
     panels = [
-        # dashed: it lies on the first curve
+        # dashed: it overlaps the first curve
         Panel(title, curves_by_label(runs, key), dashed=["kl_coef=0"], xlabel="update")
         for key, title in PANELS.items()
     ]

@@ -1,6 +1,4 @@
-"""What a configuration amounts to, worked out before anything is loaded: updates, epochs, tokens;
-and what cannot work, refused.
-"""
+"""Updates, epochs and tokens of a configuration, computed and checked before anything is loaded."""
 
 import copy
 import time
@@ -13,8 +11,7 @@ from posttrain.backend.config import compute_dtype, training_device
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.models import model_config
 
-# Per parameter and token: 2 each to sample, for the reference and to score, 6 to train. (An update
-# that fits one micro-batch needs 10.)
+# Per parameter and token: 2 each to sample, for the reference and to score, and 6 to train.
 FLOPS = 12
 
 
@@ -29,9 +26,7 @@ class Sizes:
 
     @property
     def epochs(self) -> float:
-        """Counted in prompts. The original counts samples, so that its "6 epochs" at K = 16 are
-        0.38.
-        """
+        """In prompts. The original counts samples: its "6 epochs" at K = 16 are 0.38 of these."""
         return self.updates * self.prompts_per_update / self.num_prompts
 
     def lines(self) -> str:
@@ -54,7 +49,7 @@ def derive_sizes(
     evaluations: int,
     length: int,
 ) -> Sizes:
-    """Raises ConfigError with the nearest size that works."""
+    """ConfigError, with the nearest valid value, for sizes that do not work together."""
     if rloo_k < 2:
         raise ConfigError(
             f"rloo_k={rloo_k}: the leave-one-out baseline needs other rationales; the least that works is rloo_k=2"
@@ -85,15 +80,13 @@ def derive_sizes(
 
 
 def estimated_minutes(sizes: Sizes, model_name: str, tokens_per_sequence: float) -> float:
-    """From this machine's rate of matrix products: the order of magnitude, and too low for models
-    so small that overheads count.
-    """
+    """An order of magnitude, from this machine's matmul rate; too low for very small models."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(model_config(model_name)))
     parameters = sum(p.numel() for p in model.parameters())
     device = training_device()
     square = torch.ones(1024, 1024, device=device, dtype=compute_dtype(device))
-    float((square @ square)[0, 0])  # the first is slow
+    float((square @ square)[0, 0])  # warm-up: the first call is slow
     start = time.perf_counter()
     float((square @ square @ square @ square @ square)[0, 0])
     rate = 4 * 2 * 1024**3 / (time.perf_counter() - start)

@@ -1,8 +1,8 @@
-"""LaTRO's data sets: problems of envs/ with a trigger after the question and, apart from the
-rationale, the answer as it is to be written.
+"""LaTRO's data sets: problems of envs/ with a trigger after the question, and the answer's text
+apart from the rationale.
 
-A new data set is a subclass of TaskBuilder whose `tasks` reads them, and its line in
-DATASETS of train.py. The validation split is cut from the training tasks by `split_seed`.
+A new data set is a subclass of TaskBuilder with `tasks`, and a line in DATASETS of train.py. The
+validation split is cut from the training tasks by `split_seed`.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from supervised.rows import Fields, read_rows
 
-# Where a rationale ends and the answer begins, as models write it; the leading space or newline
-# belongs to the stop.
+# Phrases that begin the answer and end the rationale; a leading space or newline is part of the
+# stop.
 ANSWER_STOPS = tuple(
     space + phrase
     for space in ("", " ", "\n")
@@ -29,42 +29,35 @@ ANSWER_STOPS = tuple(
 
 @dataclass(frozen=True)
 class Task(Problem):
-    """`solution` is the rationale alone. `answer` is to stand right after it, separator included:
-    "\nThe answer is 72.".
-    """
+    """`solution` is the rationale alone, `answer` the text after it: "\nThe answer is 72."."""
 
     answer: str = ""
 
 
 @chz.chz
 class TaskBuilder:
-    """Configuration of a data set."""
+    """Settings of a data set."""
 
-    num_validation: int = chz.field(
-        default=200, validator=WHOLE, doc="tasks held out of the training set, for model selection"
-    )
-    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of that choice")
+    num_validation: int = chz.field(default=200, validator=WHOLE, doc="training tasks held out for model selection")
+    split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the validation split")
     num_test: int | None = chz.field(
-        default=200, validator=WHOLE, doc="use only the first so many tasks of the test set; None = all"
+        default=200, validator=WHOLE, doc="number of test tasks, the first ones; None = all"
     )
     num_train: int | None = chz.field(
-        default=None, validator=COUNT, doc="use only this many tasks of the training file, validation included"
+        default=None, validator=COUNT, doc="number of training tasks, the first ones, validation included; None = all"
     )
 
-    stop_seqs = ANSWER_STOPS  # class constants, which the recipe's options override
+    stop_seqs = ANSWER_STOPS  # class constants: defaults of the recipe's options
     response_length = 200
     num_train_epochs = 6.0
-    # for a preset, whose weights are random: supervised updates before the method begins
-    warm_start_updates = 0
+    warm_start_updates = 0  # for a preset, whose weights are random
 
     def tasks(self, split: Split, limit: int | None) -> list[Task]:
-        """The first `limit` training tasks, validation included, or test tasks; [] where there are
-        none.
-        """
+        """The first `limit` training tasks, validation included, or test tasks; [] if none."""
         raise NotImplementedError
 
     def demonstrations(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
-        """Tasks with a rationale each, to imitate in a warm start."""
+        """Tasks with a rationale each, for the warm start to imitate."""
         return [(task, task.solution) for task in tasks if task.solution is not None]
 
     def split(self) -> tuple[list[Task], list[Task]]:
@@ -72,7 +65,9 @@ class TaskBuilder:
         return split_off(self.tasks("train", self.num_train), self.num_validation, self.split_seed, "num_validation")
 
     def test_tasks(self) -> list[Task]:
-        """Tasks that neither training nor model selection sees."""
+        """Tasks that neither training nor model selection sees. DataError if a question is in both
+        sets.
+        """
         test = self.tasks("test", self.num_test)
         check_apart(self.tasks("train", self.num_train), test)
         return test
@@ -85,8 +80,8 @@ def stated(problem: Problem, answer: str, trigger: str, rationale: str | None = 
 
 @chz.chz
 class Gsm8kBuilder(TaskBuilder):
-    """GSM8K, from `data_dir` or else from the hub. The rationale is the worked solution without
-    calculator marks; LaTRO does not read it.
+    """GSM8K, from `data_dir` or the hub. The rationale, which LaTRO does not use, is the worked
+    solution without calculator marks.
     """
 
     data_dir: str | None = chz.field(
@@ -110,8 +105,8 @@ class Gsm8kBuilder(TaskBuilder):
 
 @chz.chz
 class ArcChallengeBuilder(TaskBuilder):
-    """ARC-Challenge, from `data_dir` or else from the hub. The text of an option must be met
-    exactly: "5" is not "15".
+    """ARC-Challenge, from `data_dir` or the hub. An answer must equal an option's text: "5" is not
+    "15".
     """
 
     data_dir: str | None = chz.field(
@@ -130,8 +125,8 @@ class ArcChallengeBuilder(TaskBuilder):
 
 @chz.chz
 class MathBuilder(TaskBuilder):
-    r"""MATH-style rows: a problem, and a solution whose last \boxed{...} is the answer, compared as
-    an expression: 1/2 is \frac{1}{2}.
+    r"""MATH-style rows: the solution's last \boxed{...} is the answer, compared as an
+    expression.
     """
 
     train_path: str = chz.field(doc="JSONL file to train on")
@@ -159,17 +154,17 @@ class MathBuilder(TaskBuilder):
 
 @chz.chz
 class JsonlBuilder(TaskBuilder):
-    """JSONL with the columns of the original LaTRO code: queries, responses, groundtruth, and
-    optionally rationales.
+    """JSONL with the columns of the original LaTRO code.
 
-    `queries` is what the user says, with a trigger; where the file's are rendered conversations,
-    take renderer_name=plain. `responses` is the answer in its template ("The answer is 7."),
-    without an end token. Numbers are compared as numbers, other ground truths as text.
+    `queries`: the user's message with a trigger, or a rendered conversation (set
+    renderer_name=plain). `responses`: the answer in its template ("The answer is 7."), without an
+    end token. `groundtruth`: compared as a number if it is one, else as text. `rationales`:
+    optional.
     """
 
     train_path: str = chz.field(doc="JSONL file to train on")
     test_path: str | None = chz.field(default=None, doc="JSONL file of the test set")
-    separator: str = chz.field(default="\n", doc="stands between rationale and response")
+    separator: str = chz.field(default="\n", doc="text between rationale and response")
 
     def tasks(self, split: Split, limit: int | None) -> list[Task]:
         path = self.train_path if split == "train" else self.test_path

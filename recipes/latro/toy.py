@@ -1,15 +1,14 @@
-"""Choose the useful thought: six digits, and their sum modulo 10. "374925" may be answered
-"+304350=0".
+"""A toy task with useful and useless rationales: six digits, and their sum modulo 10. "374925" may
+be answered "+304350=0".
 
-The warm start imitates three kinds of thought, each behind its own mark:
+The warm start imitates three kinds of rationale, each followed by "=" and an answer:
 
-    +304350   running sums modulo 10, each step wrong with probability `noise`                          useful
-    ?......   nothing                                                                                   filler
-    ^377999   running maxima                                                                            another question's chain
+    +304350   running sums modulo 10, each step wrong with probability `noise`     their last digit
+    ?......   filler                                                               the right answer, too hard to guess
+    ^377999   running maxima                                                       their last digit
 
-and then the answer that the thought supports: its last digit, or, behind filler, the right one,
-which no six steps of adding in the head will find. LaTRO then sees questions and answers only.
-Which thought is useful it must find out from the likelihood of the answers.
+LaTRO then sees questions and answers only, and must learn which kind raises the answer's
+likelihood.
 """
 
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ class ToyGrader(Grader):
 
 
 def running(digits_T: np.ndarray, mark: str, noise_T: np.ndarray) -> str:
-    """A thought of the kind `mark`. `noise_T` is added to the running sum after each step."""
+    """A rationale of the kind `mark`. `noise_T` is added to the running sum at each step."""
     if mark == FILLER:
         return mark + "." * len(digits_T)
     chain_T = (digits_T + noise_T).cumsum() % 10 if mark == SUMS else np.maximum.accumulate(digits_T)
@@ -49,10 +48,10 @@ class ToyBuilder(TaskBuilder):
 
     num_tasks: int = chz.field(default=8000, validator=COUNT, doc="distinct questions, validation included")
     num_digits: int = chz.field(default=6, validator=COUNT, doc="digits of a question")
-    useful: float = chz.field(default=0.3, validator=SHARE, doc="share of running sums in what the warm start imitates")
+    useful: float = chz.field(default=0.3, validator=SHARE, doc="share of running sums in the warm start")
     filler: float = chz.field(default=0.4, validator=SHARE, doc="share of filler; the rest are running maxima")
     noise: float = chz.field(default=0.1, validator=SHARE, doc="probability that a step of a running sum is wrong")
-    data_seed: int = chz.field(default=0, validator=SEED, doc="which questions, and what is imitated")
+    data_seed: int = chz.field(default=0, validator=SEED, doc="seed of the questions and of the demonstrations")
 
     stop_seqs = ("=",)
     response_length = 16
@@ -79,7 +78,7 @@ class ToyBuilder(TaskBuilder):
         return Task(question, gold, ToyGrader(), running(digits_T, SUMS, np.zeros_like(digits_T)), answer=f"={gold}")
 
     def demonstrations(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
-        """The tasks' answers here are what the thoughts support, right or wrong."""
+        """Tasks whose `answer` is the one that the rationale supports, right or wrong."""
         rng = np.random.default_rng([self.data_seed, 1])
         marks = rng.choice(
             [SUMS, FILLER, MAXIMA], size=len(tasks), p=[self.useful, self.filler, 1 - self.useful - self.filler]

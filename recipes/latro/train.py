@@ -1,19 +1,17 @@
-"""LaTRO (Chen et al. 2024, arXiv 2411.04282): latent reasoning, rewarded by the likelihood that the
-policy itself gives the gold answer.
+"""LaTRO (Chen et al. 2024, arXiv 2411.04282): latent reasoning rewarded by the policy's own
+likelihood of the gold answer.
 
     J = E_x E_{z ~ pi(.|x)} [ log pi(y | x, z) ] - kl_coef KL( pi(.|x) || pi_0(.|x) )
 
-K rationales z are sampled for each question x; the reward of each is log pi(y | x, z) less the KL
-term; the baseline is the mean of the others. No reward model and no grader: the answer y is all
-that is known. On the shared loop this is one batch reward and four settings (`rl_config`).
+K rationales z are sampled per question x; z's reward is log pi(y | x, z) minus the KL term, with a
+leave-one-out baseline. Neither a reward model nor a grader is needed. README.md lists the
+differences from the original.
 
-    python recipes/latro/train.py  # the small experiment: some minutes on 2 cores; runs/latro
-    python recipes/latro/train.py method=sft behavior_if_log_dir_exists=resume  # the baseline, from the same warm start
-    python recipes/latro/train.py method=diagnose behavior_if_log_dir_exists=resume  # log p(y|x) and log p(y|x, gold rationale)
-    python recipes/latro/train.py dataset=gsm8k model_name=Qwen/Qwen2.5-0.5B-Instruct rloo_k=16
-    train_batch_size=384 learning_rate=5e-7
-
-What differs from the original, and why, is in the README.
+    python recipes/latro/train.py                                                     # minutes on 2 cores; runs/latro
+    python recipes/latro/train.py method=sft behavior_if_log_dir_exists=resume        # baseline, same warm start
+    python recipes/latro/train.py method=diagnose behavior_if_log_dir_exists=resume   # log p(y|x), log p(y|x, gold z)
+    python recipes/latro/train.py dataset=gsm8k model_name=Qwen/Qwen2.5-0.5B-Instruct rloo_k=16 \\
+        train_batch_size=384 learning_rate=5e-7
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -63,7 +61,7 @@ DATASETS = {
     "math": "recipes.latro.tasks:MathBuilder",
     "*.jsonl": "recipes.latro.tasks:JsonlBuilder train_path={}",
 }
-# What is printed of an evaluation.
+# Printed at the end.
 HEADLINES = ("likelihood/answer_logprob", "env/all/useful", "env/all/finished", "test/env/all/correct")
 
 
@@ -72,24 +70,24 @@ class Config:
     """Latent reasoning optimisation on a data set of questions and answers."""
 
     method: Literal["latro", "sft", "diagnose"] = chz.field(
-        default="latro", doc="or the SFT baseline, or what rationales are worth"
+        default="latro", doc="LaTRO, the SFT baseline, or how much gold rationales help"
     )
     dataset: TaskBuilder = chz.field(default_factory=ToyBuilder, doc="questions, answers and their verifier")
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
-    load_checkpoint_path: str | None = chz.field(default=None, doc="start from the weights of this checkpoint")
+    load_checkpoint_path: str | None = chz.field(default=None, doc="initial weights; None = those of model_name")
     renderer_name: str | None = chz.field(
         default=None, doc="chat_template, plain or role_colon; None = plain for presets"
     )
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
     seed: int = chz.field(
-        default=0, validator=SEED, doc="of weights, order and sampling (the split's is dataset.split_seed)"
+        default=0, validator=SEED, doc="seed of weights, order and sampling; that of the split is dataset.split_seed"
     )
     warm_start_updates: int | None = chz.field(
         default=None,
         validator=WHOLE,
-        doc="for a preset: supervised updates on demonstrations before all; None = what the data set says, 0 = none",
+        doc="for a preset: supervised updates on demonstrations first; None = the data set's default, 0 = none",
     )
-    warm_start_seed: int | None = chz.field(default=None, validator=SEED, doc="seed of those; None = seed")
+    warm_start_seed: int | None = chz.field(default=None, validator=SEED, doc="seed of the warm start; None = seed")
 
     rloo_k: int = chz.field(default=8, validator=COUNT, doc="rationales per question; the original takes 16")
     train_batch_size: int = chz.field(
@@ -101,16 +99,16 @@ class Config:
         default=None, validator=COUNT, doc="sequences decoded at once; None = backend.max_num_seqs"
     )
     response_length: int | None = chz.field(
-        default=None, validator=COUNT, doc="most tokens of a rationale; None = what suits the data set"
+        default=None, validator=COUNT, doc="maximum tokens of a rationale; None = the data set's default"
     )
     stop_token: Literal["eos", "both"] = chz.field(
         default="both", doc="special tokens that end a rationale: EOS, or EOS and padding"
     )
     stop_seqs: tuple[str, ...] | None = chz.field(
-        default=None, doc="texts that end it; None = how the data set's answers begin"
+        default=None, doc="texts that end a rationale; None = how the data set's answers begin"
     )
     non_stop_penalty: bool = chz.field(
-        default=True, doc="rationales that never stop get penalty_reward_value * the mean reward"
+        default=True, doc="truncated rationales get penalty_reward_value * the mean reward"
     )
     penalty_reward_value: float = chz.field(
         default=2.0, validator=Range(1, LARGEST), doc="multiplies the mean reward, which is negative"
@@ -119,7 +117,7 @@ class Config:
         default=0.05, validator=NON_NEGATIVE, doc="weight of the KL to the initial policy, in the reward"
     )
     likelihood_coef: float = chz.field(
-        default=1.0, validator=NON_NEGATIVE, doc="weight of the likelihood term; the original ships 0 (sft_penalty)"
+        default=1.0, validator=NON_NEGATIVE, doc="weight of the likelihood term; the original has 0 (sft_penalty)"
     )
     baseline: Literal["leave_one_out", "none"] = chz.field(default="leave_one_out", doc="none is for comparison")
     sft_target: Literal["answer", "rationale"] = chz.field(
@@ -127,7 +125,7 @@ class Config:
     )
 
     num_train_epochs: float | None = chz.field(
-        default=None, validator=POSITIVE, doc="passes over the questions; None = what suits the data set"
+        default=None, validator=POSITIVE, doc="passes over the questions; None = the data set's default"
     )
     max_updates: int | None = chz.field(
         default=None, validator=COUNT, doc="instead of num_train_epochs (total_episodes of the original, in updates)"
@@ -141,14 +139,14 @@ class Config:
     num_evaluations: int = chz.field(
         default=10, validator=COUNT, doc="greedy evaluations on the validation split, with a checkpoint each"
     )
-    sanity_check: bool = chz.field(default=False, doc="two updates on a few questions, to see that all works")
+    sanity_check: bool = chz.field(default=False, doc="two updates on a few questions, as a test")
     log_path: str = chz.field(
         default="runs/latro",
         munger=lambda _, path: str(Path(path).expanduser()),
         doc="folder of the runs, one for each method",
     )
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
-        default="ask", doc="what to do with runs that are there; resume also takes over a finished warm start"
+        default="ask", doc="what to do with existing run folders; resume also reuses a finished warm start"
     )
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains and samples")
 
@@ -177,7 +175,7 @@ def main(config: Config) -> None:
 
 
 def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
-    """LaTRO or SFT, and what it is worth on the test set: LOG_PATH/<method>, finished with its
+    """LaTRO or SFT with its evaluation on the test set: LOG_PATH/METHOD, finished by
     summary.json.
     """
     make, always = partial(run_method, config, begin_path(config, needs)), config.behavior_if_log_dir_exists != "resume"
@@ -195,12 +193,12 @@ def run_method(config: Config, begin: str | None) -> None:
 
 
 def prepared(config: Config) -> Config:
-    """With what follows from other options written out."""
+    """The config with the defaults that depend on other options filled in."""
     backend = config.backend
     if config.rollout_batch_size:
         backend = chz.replace(backend, max_num_seqs=config.rollout_batch_size)
     if config.is_preset and backend.engine == "auto":
-        # starts at once, and is faster for models of this size
+        # faster for models of this size
         backend = chz.replace(backend, engine="torch")
     config = chz.replace(
         config,
@@ -220,16 +218,13 @@ def prepared(config: Config) -> Config:
 
 
 def announced_sizes(config: Config, tasks: list[Task]) -> Sizes:
-    """Prints what is going to happen, and refuses what cannot work."""
+    """The run's sizes, printed. ConfigError for sizes that do not work together."""
     renderer = get_renderer(config.renderer, load_tokenizer(config.model_name, config.backend.max_length))
     groups = environment(config).groups(tasks, renderer)
     sizes = sizes_of(config, len(groups))
     print(sizes.lines())
     tokens = sizes.response_length + float(np.mean([len(group.prompt) + len(group.answer_tokens) for group in groups]))
-    print(
-        f"in the order of {estimated_minutes(sizes, config.model_name, tokens):.1g} minutes; the progress bar will "
-        "know better"
-    )
+    print(f"about {estimated_minutes(sizes, config.model_name, tokens):.1g} minutes, a rough estimate")
     return sizes
 
 
@@ -247,9 +242,7 @@ def sizes_of(config: Config, num_prompts: int) -> Sizes:
 
 
 def beginning(config: Config) -> list[Stage]:
-    """A preset's warm start; nothing where a checkpoint is given, or the model begins as it
-    comes.
-    """
+    """A preset's warm start; [] if a checkpoint is given or the model needs none."""
     if config.load_checkpoint_path or not (config.is_preset and config.warm_start_updates):
         return []
     stage = warm_start(
@@ -266,7 +259,7 @@ def beginning(config: Config) -> list[Stage]:
 
 
 def begin_path(config: Config, needs: Sequence[Stage]) -> str | None:
-    """The checkpoint that a method begins with."""
+    """The initial checkpoint of a method; None = the model without one."""
     return str(needs[0].result) if needs else config.load_checkpoint_path
 
 
@@ -275,7 +268,7 @@ def common(config: Config, stage: str) -> dict:
         "model_name": config.model_name,
         "renderer_name": config.renderer,
         "lora_rank": config.lora_rank,
-        "keep_checkpoints": None,  # the best of all is taken
+        "keep_checkpoints": None,  # all, to choose the best
         "log_path": str(config.folder(stage)),
         "behavior_if_log_dir_exists": config.behavior_if_log_dir_exists,
         "backend": config.backend,
@@ -289,7 +282,6 @@ def environment(config: Config) -> LatentRationales:
         response_length=config.response_length,
         stop_seqs=config.stop_seqs,
         stop_at_pad=config.stop_token == "both",
-        # sizes.py refuses what cannot work
         batch_size=config.train_batch_size // max(1, config.rloo_k),
         group_size=config.rloo_k,
         seed=config.seed,
@@ -297,8 +289,8 @@ def environment(config: Config) -> LatentRationales:
 
 
 def rl_config(config: Config, sizes: Sizes, begin: str | None) -> rl_train.Config:
-    """LaTRO in the terms of the loop. The losses are summed over rationales, so Adam sees
-    samples_per_update times the mean's gradient.
+    """LaTRO's settings of the RL loop. Losses are summed over rationales, so `max_grad_norm`, which
+    is of their mean, is scaled.
     """
     return rl_train.Config(
         env=environment(config),
@@ -315,7 +307,7 @@ def rl_config(config: Config, sizes: Sizes, begin: str | None) -> rl_train.Confi
         seed=config.seed,
         learning_rate=config.learning_rate,
         lr_schedule="linear",
-        num_epochs=sizes.updates,  # more than needed: max_steps decides
+        num_epochs=sizes.updates,  # an upper bound: max_steps decides
         max_steps=sizes.updates,
         eval_every=sizes.eval_every,
         save_every=sizes.eval_every,
@@ -325,7 +317,7 @@ def rl_config(config: Config, sizes: Sizes, begin: str | None) -> rl_train.Confi
 
 
 def latro(config: Config, sizes: Sizes, begin: str | None) -> str | None:
-    """Trains; returns the best checkpoint so far."""
+    """Trains; returns the best checkpoint on the validation split."""
     asyncio.run(rl_train.main(rl_config(config, sizes, begin)))
     best = best_so_far(config.folder("latro"))
     assert best is not None
@@ -334,10 +326,8 @@ def latro(config: Config, sizes: Sizes, begin: str | None) -> str | None:
 
 
 def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
-    """The baseline: as many updates, with as many sequences each, on the answers alone or behind
-    the gold rationale.
-
-    Its checkpoint is chosen as LaTRO's is: the best on the validation split.
+    """The baseline: the same number of updates and of sequences per update, on the answers with or
+    without the gold rationale. Returns the best checkpoint on the validation split.
     """
     settings = supervised_train.Config(
         dataset=TaskExamples(
@@ -368,7 +358,7 @@ def evaluation(config: Config) -> Evaluation:
 
 
 def print_summary(config: Config) -> None:
-    """The headlines of what the method made of the test set (without one, the validation split)."""
+    """Prints HEADLINES before and after, on the test set (or else the validation split)."""
     summary = read_settings(config.folder(config.method) / "summary.json")
     before, after = summary["before"], summary["after"]
     names = [*HEADLINES, f"test/env/all/maj@{config.rloo_k}"]

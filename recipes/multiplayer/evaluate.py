@@ -1,10 +1,11 @@
-"""Plays a saved tic-tac-toe policy against a random and a perfect player, from both seats, and
-counts how the games end.
+"""Plays a saved tic-tac-toe policy against a random and a perfect player, from both seats.
 
     python recipes/multiplayer/evaluate.py model_path=runs/multiplayer/checkpoints/final games=500
-    temperature=0
+    \\
+        temperature=0
 
-`illegal` is the share of the policy's moves that break the rules; one illegal move loses the game.
+Prints the shares of wins, draws and losses. `illegal` is the share of the policy's moves that break
+the rules; one illegal move loses the game.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -35,7 +36,7 @@ RESULTS = ("win", "draw", "loss", "illegal")
 
 @chz.chz
 class Config:
-    """Games of a saved policy against players that do not learn."""
+    """Games of a saved policy against fixed players."""
 
     model_path: str = chz.field(doc="a checkpoint of recipes/multiplayer/train.py")
     games: int = chz.field(default=500, validator=COUNT, doc="against each opponent, half of them from each seat")
@@ -52,7 +53,7 @@ class Config:
 
 
 async def evaluate(config: Config) -> dict[str, Metrics]:
-    """Opponent's name to metrics: env/all/..., env/seat0/..., env/seat1/..."""
+    """Opponent's name -> metrics OPPONENT/env/SEAT/...; SEAT is all, seat0 or seat1."""
     metrics = {}
     with ServiceClient(config.backend) as service:
         client = service.create_sampling_client(model_path=config.model_path)

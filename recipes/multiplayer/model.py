@@ -1,12 +1,8 @@
-"""A model for one game: a tokenizer trained on the game's own text, and a small GPT-2 with that
-vocabulary, saved as a folder.
+"""A model for one game: a byte-level BPE tokenizer trained on the game's text, and a small GPT-2
+with that vocabulary.
 
-The tokenizer is a byte-level BPE, so any text round-trips. A row of the board and a move are cut
-out first and are tokens of their own; what lies between them is the same in every game and becomes
-one token each: a position of 450 characters takes 10 to 18 tokens. A row is a token because lines
-are what the game is about: with a token for each cell, the layers have first to learn which cell is
-where, and see lines late (figures in the README). GPT-2, because its learned positions say which
-row is which. Left out: other games, whose boards are not rows of three.
+A row of the board is one token, as is a move, and a position of 450 characters takes 10 to 18
+tokens. With a token per cell the model learns lines late (README). Left out: other games.
 """
 
 import copy
@@ -23,15 +19,16 @@ from envs.textarena import TextArenaBuilder
 from posttrain.backend.models import PRESETS
 from posttrain.backend.random_state import drawn_from
 
-# a move, alone or in the list of legal ones; a row of the board
+# a move, alone or in the list of legal moves; a row of the board
 PIECES = r"'?\[\d\]'?(?:, )?| [\dXO] \| [\dXO] \| [\dXO] "
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>"]
 TOKENIZER_GAMES = 200
 
 
 def random_game(task: TextArenaBuilder, seed: list[int], skill: float = 0.0) -> Iterator[tuple[str, str]]:
-    """What the player to move sees, and its move, to the end of the game: with probability `skill`
-    a perfect one, else a legal one drawn at random."""
+    """Observations and moves of one game. A move is perfect with probability `skill`, else a random
+    legal one.
+    """
     rng = np.random.default_rng(seed)
     game = task.open_game(int(rng.integers(2**31)))
     while not game.over:
@@ -42,7 +39,7 @@ def random_game(task: TextArenaBuilder, seed: list[int], skill: float = 0.0) -> 
 
 
 def game_tokenizer(task: TextArenaBuilder, max_length: int) -> PreTrainedTokenizerFast:
-    """Trained on random games with fixed seeds: always the same."""
+    """A tokenizer trained on random games with fixed seeds, so it is always the same."""
     texts = [text + move for i in range(TOKENIZER_GAMES) for text, move in random_game(task, [i])]
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -65,9 +62,7 @@ def game_tokenizer(task: TextArenaBuilder, max_length: int) -> PreTrainedTokeniz
 
 
 def save_model(path: Path, task: TextArenaBuilder, seed: int) -> None:
-    """A Hugging Face folder with random weights that depend on `seed` alone; `model_name=path`
-    opens it.
-    """
+    """Writes a Hugging Face folder with random weights given by `seed`, for `model_name=path`."""
     config = copy.deepcopy(PRESETS["gpt2-tiny"])
     tokenizer = game_tokenizer(task, config.max_position_embeddings)
     config.vocab_size, config.bos_token_id, config.pad_token_id, config.eos_token_id = len(tokenizer), None, 0, 1

@@ -1,19 +1,15 @@
-"""Tic-tac-toe from nothing: a tokenizer and a model of its own, imitation of random legal play,
-then self-play.
+"""Tic-tac-toe from random weights: imitation of random legal play, then self-play.
 
-The warm start teaches the form of a move and which squares are free, and nothing about who wins:
-its moves are as random as its teacher's. After that both seats of every game are played by the
-policy itself, and the result is the only reward. Eight games begin from one random opening, and
-each seat's baseline is its mean result over them, so that moves are compared in the same position.
-A perfect or random opponent is met in evaluations alone.
+The warm start teaches legal moves only. In self-play the policy has both seats of every game, and
+the result is the only reward. The games of a group share a random opening; a seat's baseline is its
+mean result in the group. Perfect and random opponents appear in evaluations only.
 
     python recipes/multiplayer/train.py                                     # runs/multiplayer
-    python recipes/multiplayer/train.py env.opponent=envs.opponents:RandomPlayer env.group_size=8
-    advantage=rl.advantages:GroupMean python recipes/multiplayer/evaluate.py
-    model_path=runs/multiplayer/checkpoints/final
+    python recipes/multiplayer/train.py env.opponent=envs.opponents:RandomPlayer env.group_size=8 \\
+        advantage=rl.advantages:GroupMean
+    python recipes/multiplayer/evaluate.py model_path=runs/multiplayer/checkpoints/final
 
-Watch test/env/all/loss, greedy games against a random player. Every field of rl.train.Config can be
-overridden.
+The main metric is test/env/all/loss, of greedy games against a random player.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -48,13 +44,13 @@ from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 @chz.chz
 class RandomPlayBuilder(SupervisedDatasetBuilder):
-    """Positions of a careless player's games, each with the move, to imitate."""
+    """Positions and moves of random games, to imitate."""
 
-    task: TextArenaBuilder = chz.field(doc="which game")
+    task: TextArenaBuilder = chz.field(doc="the game")
     skill: float = chz.field(
         default=0.0,
         validator=SHARE,
-        doc="share of the moves that are perfect; the others are legal and drawn at random",
+        doc="share of perfect moves; the others are random legal moves",
     )
     n_batches: int = chz.field(default=400, validator=COUNT, doc="training batches per epoch")
 
@@ -90,28 +86,28 @@ class Config(train.Config):
     )
     model_name: str = chz.field(default="new", doc="new = a tokenizer and a model made for the game, in LOG_PATH_model")
     warm_start_nll: float = chz.field(
-        default=0.8, validator=NON_NEGATIVE, doc="nats per token at which the imitation of random play ends"
+        default=0.8, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends"
     )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     advantage: AdvantageEstimator = chz.field(
-        default_factory=SeatMean, doc="of the games from one opening, each seat for itself"
+        default_factory=SeatMean, doc="baseline: of each seat, over the games from one opening"
     )
     kl: KLPenalty = chz.field(
         default_factory=lambda: KLPenalty(coef=0.15),
-        doc="to the warm start, which plays any legal move: keeps the policy from being sure of a few squares before "
-        "it sees lines",
+        doc="KL to the warm start, which keeps exploration: it plays any legal move",
     )
     loss_fn: str = chz.field(default="ppo", doc="importance_sampling, reinforce, ppo, cispo or dro")
     num_substeps: int = chz.field(
         default=8, validator=COUNT, doc="optimizer steps per batch; more than 1 is slightly off-policy"
     )
     learning_rate: float = chz.field(default=7e-4, validator=LEARNING_RATE, doc="of self-play, at its first step")
-    lr_schedule: LRSchedule = chz.field(default="linear", doc="how it falls to the last step")
+    lr_schedule: LRSchedule = chz.field(default="linear", doc="of self-play's learning rate")
     save_every: int = chz.field(
         default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end"
     )
     backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="the figures in the README are of the torch sampler"
+        default_factory=lambda: BackendConfig(engine="torch"),
+        doc="how this machine trains and samples; the README's results use the torch sampler",
     )
     log_path: str = chz.field(
         default="runs/multiplayer", doc="the run folder; the warm start's and the model's are beside it"

@@ -1,5 +1,5 @@
-"""How good a process reward model of chains is: by the rule that wrote the chains, which nothing
-was trained on.
+"""Evaluation of a process reward model of chains by the exact rule, which no model was trained
+on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from preference.solutions import Solution
 from preference.steps import StepFormat, split_response
 from preference.train_prm import first
 
-# step relative to the first wrong one -> the model's probabilities
+# step relative to the first wrong step -> the model's probabilities
 Aligned = dict[int, list[float]]
 
 
@@ -27,10 +27,10 @@ def evaluate(
     renderer: Renderer,
     form: StepFormat,
 ) -> tuple[dict[str, float], Aligned]:
-    """Figures of the README. `found` is the share of wrong chains whose first step below 1/2 is the
-    first wrong one.
+    """The README's results, and the scores around the first wrong step. That step is "found" if it
+    is the first one with a probability below 1/2.
     """
-    found_P, clean_P, truths, aligned = [], [], [], {}
+    hit_P, clean_P, truths, aligned = [], [], [], {}
     for chain, group, scores in zip(chains_P, solutions_P_G, scores_P_G, strict=True):
         wrong, right = [], []
         for solution, score in zip(group, scores, strict=True):
@@ -43,12 +43,12 @@ def evaluate(
             truths.append(truth)
             for step, probability in enumerate(score.probabilities_S):
                 aligned.setdefault(step - truth, []).append(float(probability))
-        found_P += [np.mean(wrong)] if wrong else []
+        hit_P += [np.mean(wrong)] if wrong else []
         clean_P += [np.mean(right)] if right else []
     counts = np.bincount(truths)
     results = {
-        "first wrong step found": float(np.mean(found_P)),
-        "first wrong step found, standard error": float(np.std(found_P, ddof=1) / len(found_P) ** 0.5),
+        "first wrong step found": float(np.mean(hit_P)),
+        "first wrong step found, standard error": float(np.std(hit_P, ddof=1) / len(hit_P) ** 0.5),
         "... by always guessing the commonest": float(counts.max() / counts.sum()),
         "... by drawing a step": 1 / len(chains_P[0].steps),
         "right chains left unmarked": float(np.mean(clean_P)),
@@ -59,8 +59,8 @@ def evaluate(
 
 
 def label_noise(chains: Mapping[str, Chain], labels: Path) -> dict[str, float]:
-    """How often the rollouts' labels differ from the rule: steps behind an error that are labelled
-    1, and right ones labelled 0.
+    """How often rollout labels are wrong: right steps labelled 0, and steps from the first error on
+    labelled 1.
     """
     noisy: dict[bool, list[bool]] = {True: [], False: []}
     for record in read_records(labels):

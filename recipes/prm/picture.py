@@ -1,5 +1,5 @@
-"""The README's picture: training, scores around the first wrong step, and the ways to choose one of
-eight solutions.
+"""The README's plot: training, scores around the first wrong step, and ways to choose one of N
+solutions.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ CHOICES = {
     "any": "any right",
 }
 LABELS = {"steps": "accuracy", "first step labelled 0": "first_error", "one guess for all steps": "majority"}
-LEAST_SCORES = 30  # at a distance from the first wrong step, for it to be drawn
+LEAST_SCORES = 30  # minimum number of scores for an offset to be drawn
 
 
 def draw(run: Path, results: Mapping[str, float], aligned: Aligned, out: Path) -> Path:
@@ -36,7 +36,7 @@ def draw(run: Path, results: Mapping[str, float], aligned: Aligned, out: Path) -
     accuracies = {label: [read_curve(records, f"test/{key}")] for label, key in LABELS.items()}
     draw_panel(left, Panel("held-out labels predicted", accuracies, limits=SHARE, xlabel="training step"))
     offsets = [offset for offset in sorted(aligned) if len(aligned[offset]) >= LEAST_SCORES]
-    # none: empty
+    # the reshape is for no offsets
     quartiles = np.array([np.percentile(aligned[offset], (25, 50, 75)) for offset in offsets]).reshape(-1, 3).T
     middle.fill_between(offsets, quartiles[0], quartiles[2], color=COLORS[0], alpha=0.2)
     middle.plot(offsets, [np.mean(aligned[offset]) for offset in offsets], color=COLORS[0], marker="o")

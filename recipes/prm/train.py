@@ -1,13 +1,13 @@
-"""A process reward model from nothing but a verifier of answers: which step of a chain of sums is
-the first wrong one?
+"""A process reward model (PRM) trained with a verifier of answers only, on chains of sums: which
+step is the first wrong one?
 
     python recipes/prm/train.py                          # all stages; runs/prm
-    python recipes/prm/train.py stages=rl  # RL with the PRM as a reward beside the verifier, and without it
+    python recipes/prm/train.py stages=rl                # RL with and without the PRM's reward
 
-Stages: `warm_start` (a policy that is right about half the time), `completer` (trained on: it errs
-seldom), `solutions` (the policy's answers to training chains), `labels` (their steps, labelled by
-the completer's rollouts), `prm` (from the completer's weights), `evaluate` (held-out chains: first
-wrong steps, best of 8). `rl` must be asked for. README.md has the figures.
+Stages: `warm_start` (a policy that is right about half the time), `completer` (trained further, so
+that it errs seldom), `solutions` (the policy's, of training chains), `labels` (of their steps, by
+the completer's rollouts), `prm` (from the completer's weights), `evaluate` (on held-out chains)
+and, only on request, `rl`. README.md has the results.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -61,19 +61,21 @@ class Config:
 
     stages: list[str] = chz.field(
         default_factory=lambda: list(STAGES),
-        doc="which stages to run (with what they need), of those in the file's header",
+        doc="stages to run, with those they need (see the file's header)",
     )
     task: ChainTask = chz.field(
         default_factory=lambda: ChainTask(num_steps=5, max_total=9, max_term=2, num_test=300),
-        doc="the chains, and what is held out",
+        doc="the chains, and the held-out set",
     )
     model_name: str = chz.field(default="tiny", doc="the policy, and the trunk of its process reward model")
-    seed: int = chz.field(default=0, validator=SEED, doc="of everything but the choice of held-out chains")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of everything but the choice of held-out chains")
     warm_start_nll: float = chz.field(
-        default=0.05, validator=NON_NEGATIVE, doc="imitate until a batch's loss is below this: a policy that errs"
+        default=0.05,
+        validator=NON_NEGATIVE,
+        doc="imitate until a batch's loss is below this, so that the policy still errs",
     )
     completer_nll: float = chz.field(
-        default=0.004, validator=NON_NEGATIVE, doc="the completer goes on imitating until this: it errs seldom"
+        default=0.004, validator=NON_NEGATIVE, doc="the completer imitates until this loss, so that it errs seldom"
     )
     num_problems: int = chz.field(default=1800, validator=COUNT, doc="training chains that are solved and labelled")
     solutions_per_problem: int = chz.field(default=3, validator=COUNT, doc="solutions of each")
@@ -133,7 +135,7 @@ def stages_of(config: Config) -> list[Stage]:
     )
     run = train_prm.Config(
         dataset=examples,
-        load_checkpoint_path=str(completer.result),  # its trunk can do the sums
+        load_checkpoint_path=str(completer.result),  # a trunk that can add
         learning_rate=config.prm_learning_rate,
         num_epochs=config.prm_epochs,
         eval_every=40,

@@ -1,14 +1,12 @@
-"""Both kinds of reward model on the same comparisons, measured on held-out ones: a scalar by
-Bradley and Terry, and a label token.
+"""Two kinds of reward model, scalar (Bradley-Terry) and label token, on the same comparisons.
 
     python recipes/reward_model/train.py                       # notes with kind words; runs/reward_model
-    python recipes/reward_model/train.py comparisons=gsm8k_solutions
-    comparisons.path=example_model_solutions.jsonl \\
-        log_path=runs/reward_model_gsm8k
+    python recipes/reward_model/train.py comparisons=gsm8k_solutions \\
+        comparisons.path=example_model_solutions.jsonl log_path=runs/reward_model_gsm8k
 
-Printed at the end: held-out accuracy with its standard error, calibration, and how often the two
-orders agree, beside what preferring the longer (or the shorter) answer gives, and chance.
-reliability.png draws the calibration of both.
+Prints held-out accuracy with its standard error, calibration and the agreement of both orders, next
+to two baselines: chance, and preferring the longer (or shorter) answer. reliability.png plots the
+calibration.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -45,21 +43,21 @@ class Config:
     """A scalar and a label-token reward model on the same comparisons."""
 
     comparisons: ComparisonDatasetBuilder = chz.field(
-        default_factory=KindWordsComparisons, doc="what is learned and tested"
+        default_factory=KindWordsComparisons, doc="training and held-out comparisons"
     )
-    kinds: str = chz.field(default="scalar,label", doc="which reward models")
+    kinds: str = chz.field(default="scalar,label", doc="kinds of reward model, by comma")
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str = chz.field(default="plain", doc="role_colon, chat_template or plain")
     batch_size: int = chz.field(
         default=64,
         validator=COUNT,
-        doc="examples per step; a label model has two of each comparison, one in each order",
+        doc="examples per step; a label model has two per comparison, one in each order",
     )
     num_epochs: int = chz.field(default=3, validator=COUNT, doc="passes over the comparisons")
     eval_every: int = chz.field(
-        default=60, validator=WHOLE, doc="held-out measures before every this many steps, and at the end"
+        default=60, validator=WHOLE, doc="held-out evaluation before every this many steps, and at the end"
     )
-    seed: int = chz.field(default=0, validator=SEED, doc="of the weights and the order")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights and the order")
     log_path: str = chz.field(default="runs/reward_model", doc="folder of both runs")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
         default="delete", doc="what to do with the last runs' folders"
@@ -88,7 +86,7 @@ def training(config: Config, kind: str) -> train_reward_model.Config:
 
 
 def saved_judge(config: Config, kind: str) -> JudgeBuilder:
-    """The trained model as an environment would open it. Evaluation asks in both orders itself."""
+    """The trained model, opened as in an environment. The evaluation itself swaps the order."""
     path = f"{config.log_path}/{kind}/checkpoints/final"
     if kind == "scalar":
         return BradleyTerryJudgeBuilder(model=ScalarModelBuilder(path=path, backend=config.backend))
@@ -107,7 +105,9 @@ def main(config: Config) -> None:
 
     kinds = config.kinds.split(",")
     if unknown := set(kinds) - LEARNING_RATES.keys():
-        raise ConfigError(f"kinds={config.kinds}: {', '.join(unknown)} is none; there are {', '.join(LEARNING_RATES)}")
+        raise ConfigError(
+            f"kinds={config.kinds}: {', '.join(unknown)} is unknown; choose from {', '.join(LEARNING_RATES)}"
+        )
     table = Table(
         "", "accuracy", "always the longer*", "chance", "ECE", "both orders agree", "held out", title=config.log_path
     )

@@ -1,7 +1,7 @@
 """The over-optimisation curve of Gao et al. 2022: true (gold) and proxy reward of a policy against
-its KL to where it began.
+its KL to the initial policy.
 
-python -m recipes.rlhf.curve RUN [RUN ...] out=curve.png
+    python -m recipes.rlhf.curve RUN [RUN ...] out=curve.png
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ Curve = tuple[np.ndarray, dict[str, np.ndarray]]
 
 
 def read_curve(run: Path) -> Curve:
-    """KL(policy || start) in nats per answer, estimated on each step's own samples: mean per token
-    times tokens per answer.
+    """KL(policy || start) in nats per answer, estimated on each step's samples (mean per token
+    times tokens per answer), and the rewards. DataError if the KL was not logged.
     """
     records = [record for record in read_metrics(run) if "kl_policy_base" in record]
     if not records:

@@ -1,21 +1,18 @@
-"""RLHF in its three stages (Ouyang et al. 2022), on a toy whose true reward is known:
+"""RLHF in three stages (Ouyang et al. 2022), on a toy whose true reward is known:
 envs/kind_words.py.
 
-    sft            imitate notes as people write them
-    comparisons    the imitator writes two notes to a name; the rule, in the place of a person, says which is better
-    reward_model   a scalar model learns that by Bradley and Terry: the proxy reward
-    rl             the proxy is maximised, with a KL penalty that keeps the policy near the imitator
+    sft            imitates human-like notes
+    comparisons    the SFT policy writes two notes per name; the rule, in place of a human, picks the better one
+    reward_model   a scalar Bradley-Terry model of the comparisons: the proxy reward
+    rl             maximises the proxy, with a KL penalty to the SFT policy
     rl_no_penalty  the same without the penalty
-    curve          true and proxy reward against the KL to the imitator (Gao et al. 2022): over-optimisation
+    curve          true and proxy reward against the KL (Gao et al. 2022): over-optimisation
 
-Each stage leaves a folder or a file in LOG_PATH, and beside it the settings that made it. One that
-is there is not made again, one that was interrupted goes on where it was, one that was made with
-other settings is refused (posttrain/tracking/stages.py):
+A finished stage is kept, an interrupted one resumes, and changed settings are an error
+(posttrain/tracking/stages.py). The RL stages never use the rule; they log it as env/all/gold.
 
     python recipes/rlhf/train.py                               # all stages; runs/rlhf
     rm -r runs/rlhf/rl && python recipes/rlhf/train.py kl_coef=0.1
-
-The RL stages never see the rule. They log its verdict as env/all/gold.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -52,28 +49,28 @@ from recipes.warm_start import shared_settings, warm_start
 from rl import train as rl_train
 from rl.kl import KLPenalty
 
-WATCH_ONLY = 1e-9  # a KL penalty too small to matter: the KL is measured all the same
+WATCH_ONLY = 1e-9  # negligible, but above 0, so that the KL is logged
 
 
 @chz.chz
 class Config:
     """The whole pipeline."""
 
-    stages: str = chz.field(
-        default="sft,comparisons,reward_model,rl,rl_no_penalty,curve", doc="which to run, in this order"
-    )
+    stages: str = chz.field(default="sft,comparisons,reward_model,rl,rl_no_penalty,curve", doc="stages to run")
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str = chz.field(default="plain", doc="role_colon, chat_template or plain")
-    seed: int = chz.field(default=0, validator=SEED, doc="of weights, data and sampling")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of weights, data and sampling")
     sft_steps: int = chz.field(default=200, validator=COUNT, doc="steps of imitation")
-    num_comparisons: int = chz.field(default=3000, validator=COUNT, doc="pairs of notes that are judged")
+    num_comparisons: int = chz.field(default=3000, validator=COUNT, doc="pairs of notes to compare")
     reward_model_epochs: int = chz.field(default=3, validator=COUNT, doc="passes over the comparisons")
     rl_steps: int = chz.field(default=80, validator=COUNT, doc="steps of each of the two RL stages")
     rl_learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="at the first step; falls linearly")
     kl_coef: float = chz.field(
         default=0.5, validator=NON_NEGATIVE, doc="weight of the KL penalty per token in the stage rl"
     )
-    max_tokens: int = chz.field(default=64, validator=COUNT, doc="longest note; those who imitate write up to 40")
+    max_tokens: int = chz.field(
+        default=64, validator=COUNT, doc="maximum tokens of a note; the SFT policy writes up to 40"
+    )
     log_path: str = chz.field(
         default="runs/rlhf", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the stages"
     )
@@ -87,7 +84,7 @@ class Config:
 
 
 def comparisons(config: Config, policy: Path, file: Path) -> None:
-    """Pairs that were sampled from the imitator, with the rule's label, as JSONL."""
+    """Writes pairs of notes sampled from the SFT policy, labelled by the rule, as JSONL."""
     rng = np.random.default_rng(config.seed)
     prompts = [prompt(str(name)) for name in rng.choice(names(False), size=config.num_comparisons)]
     renderer = get_renderer(config.renderer_name, load_tokenizer(config.model_name))
@@ -124,7 +121,7 @@ def stages_of(config: Config) -> list[Stage]:
         dataset=PreferencePairsBuilder(comparisons=labeled, batch_size=64, seed=config.seed),
         learning_rate=1e-3,
         num_epochs=config.reward_model_epochs,
-        load_checkpoint_path=str(sft.result),  # the imitator's trunk, as in the paper
+        load_checkpoint_path=str(sft.result),  # the SFT policy's trunk, as in the paper
         log_path=str(folder / "reward_model"),
         **common,
     )

@@ -1,16 +1,13 @@
-"""Pairwise rewards in their smallest form: of two answers to the same prompt, the shorter one is
-better.
+"""Pairwise rewards in the smallest form: of two answers to the same prompt, the shorter one wins.
 
-No answer has a reward by itself. The members of a group are compared with each other
-(envs/pairwise.py); each is paid what it wins minus what it loses. The policy begins as an imitator
-of notes of 3 to 6 words, and gets shorter from step to step:
+Members of a group are compared with each other (envs/pairwise.py); the reward is wins minus losses.
+The policy first imitates notes of 3 to 6 words. Another `env.judge`, such as
+preference.label_model:LabelModelBuilder, makes this RL from a preference model.
 
     python recipes/shorter/train.py                                        # runs/shorter
     python recipes/shorter/train.py env.matchup_pattern=all_pairs_one_way env.group_size=8
 
-At the end the judge compares the trained policy with the one it began as, in both orders. Put
-another judge in place of `env.judge`, such as preference.label_model:LabelModelBuilder, and this is
-reinforcement learning from a preference model.
+At the end the judge compares the trained policy with the warm start, in both orders.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -50,13 +47,13 @@ class Config(train.Config):
         default_factory=lambda: PairwiseBuilder(
             prompts=KindWordsPrompts(repeat=4), judge=ShorterJudgeBuilder(), batch_size=16, group_size=4
         ),
-        doc="builder of the prompts and their judge",
+        doc="builder of the prompts and the judge",
     )
     warm_start_steps: int = chz.field(
-        default=200, validator=WHOLE, doc="supervised steps before RL; load_checkpoint_path does without"
+        default=200, validator=WHOLE, doc="supervised steps before RL, unless load_checkpoint_path is given"
     )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
-    max_tokens: int | None = chz.field(default=64, validator=COUNT, doc="longest answer")
+    max_tokens: int | None = chz.field(default=64, validator=COUNT, doc="maximum tokens of an answer")
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
     num_epochs: int = chz.field(default=10, validator=COUNT, doc="passes over the prompts")
