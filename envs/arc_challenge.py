@@ -1,9 +1,9 @@
-"""ARC-Challenge (Clark et al. 2018): science questions, each with three to five options of which
-one is right.
+"""ARC-Challenge (Clark et al. 2018): science questions with three to five options, one of them
+right.
 
-Rows come from JSONL files of the hub's form or from the hub. Options are lettered anew from A,
-since some questions number theirs, and the letter is the answer; or they are listed as they are,
-and the answer is the text of the right one. Left out: retrieval of supporting text.
+Rows come from JSONL files of the hub's form or from the hub. The answer is a letter, given anew
+from A because some questions number their options, or the text of the right option. Left out:
+retrieval of supporting text.
 """
 
 import re
@@ -27,7 +27,7 @@ _ANSWER = re.compile(r"answer is:?\s*\(?([A-Z])\b")
 
 @dataclass(frozen=True)
 class OptionGrader(Grader):
-    """The letter after the last "answer is", if it is that of an option."""
+    """The letter after the last "answer is", if an option has it."""
 
     num_options: int
 
@@ -65,9 +65,7 @@ class ArcChallenge(ProblemSet):
 
 
 def _question(where: str, row: Fields) -> tuple[str, list[str], int]:
-    """The question, its options and the index of the right one. DataError where a field is missing
-    or the key is none of the options.
-    """
+    """The question, its options and the index of the right one. Raises DataError."""
     choices = row.get("choices")
     columns: list[Any] = [choices.get(name) for name in ("label", "text")] if isinstance(choices, Mapping) else []
     if not columns or not all(map(_are_texts, columns)) or len({*map(len, columns)}) > 1:

@@ -1,9 +1,9 @@
-"""Sums written as text, "12+34=" answered by "46": the demo's task, for RL and for its supervised
-warm start.
+"""Sums as text: "12+34=" is answered by "46". The demo's task, for RL and its supervised warm
+start.
 
-The space of problems is split once by `split_seed`: held-out pairs, in either order, are never
-trained on, by either dataset, whatever their `seed`. Training problems are drawn with replacement,
-as a pure function of (seed, batch index). Left out: division, three operands.
+`split_seed` splits the space of problems once. No dataset, whatever its `seed`, trains on a
+held-out pair in either order. Training problems are drawn with replacement, as a pure function of
+(seed, batch index). Left out: division, three operands.
 """
 
 import re
@@ -25,9 +25,7 @@ FEWSHOT = 4
 
 
 class PairSpace:
-    """All "a op b=" with operands of `min_digits` to `num_digits` digits, numbered 0 to size - 1,
-    and the held-out numbers among them.
-    """
+    """Problems "a op b=", numbered 0 to size - 1, and the held-out numbers among them."""
 
     def __init__(self, num_digits: int, min_digits: int, operators: str, num_test: int, split_seed: int):
         unknown = set(operators) - set(OPERATORS)
@@ -45,14 +43,14 @@ class PairSpace:
             raise ConfigError(f"num_test={num_test} must be between 1 and {self.size // 4}, a quarter of all problems")
         self.test_D = np.random.default_rng(split_seed).choice(self.size, num_test, replace=False)
         pair_D = self.test_D % self.base**2
-        # b op a is held out with a op b: 34+12 must not give away 12+34.
+        # b op a is held out with a op b: 34+12 would give away 12+34.
         mirrored_D = self.test_D - pair_D + pair_D % self.base * self.base + pair_D // self.base
         self.held_out_D = np.unique(np.concatenate([self.test_D, mirrored_D]))
 
     def draw_train(self, count: int, seed: Sequence[int]) -> np.ndarray:
         """`count` problem numbers, uniform over those not held out."""
         drawn_D = np.random.default_rng(seed).integers(self.size - len(self.held_out_D), size=count)
-        # The k-th number that is not held out: k plus how many held-out numbers lie below it.
+        # The k-th number that is not held out is k plus the count of held-out numbers below it.
         below_D = self.held_out_D - np.arange(len(self.held_out_D))
         return drawn_D + np.searchsorted(below_D, drawn_D, side="right")
 
@@ -74,7 +72,7 @@ def _space(*settings: Any) -> PairSpace:
 
 
 class WholeNumber(Grader):
-    """The whole response is one number, written as the gold one is."""
+    """The whole response is one integer, equal to the gold answer as text."""
 
     def extract(self, text: str) -> str | None:
         return text.strip() if re.fullmatch(r"-?\d+", text.strip()) else None
@@ -85,15 +83,15 @@ class WholeNumber(Grader):
 
 @chz.chz
 class ArithmeticTask(DrawnProblems):
-    """What is asked, and what is held out: give the same to both builders."""
+    """The problems and their split: give the same values to both builders."""
 
-    num_digits: int = chz.field(default=2, validator=COUNT, doc="most digits of an operand: the difficulty")
+    num_digits: int = chz.field(default=2, validator=COUNT, doc="most digits of an operand")
     min_digits: int | None = chz.field(
         default=None,
         validator=COUNT,
-        doc="fewest digits of an operand; None = num_digits, so that all are of one length",
+        doc="fewest digits of an operand; None = num_digits",
     )
-    operators: str = chz.field(default="+", doc="which of + - * occur")
+    operators: str = chz.field(default="+", doc="operators that occur, a selection of + - *")
 
     def space(self) -> PairSpace:
         return _space(

@@ -1,11 +1,9 @@
-"""Chains of small sums, worked one step a line: "34+7-8=" is answered "34+7=41\\n41-8=33\\n#33". A
-task for process rewards.
+"""Chains of sums, one step a line: "34+7-8=" is answered "34+7=41\\n41-8=33\\n#33". For process
+rewards.
 
-The rule that wrote a chain also says which step of an attempt is the first wrong one
-(`Chain.first_wrong_step`). That is for evaluation: rewards and labels come from the answer behind
-the "#" alone. Chains are held out by a hash of the question, so no dataset, whatever its `seed`,
-trains on one. The single sums in them are not held out: there are too few. Left out: numbers below
-0.
+`Chain.first_wrong_step` finds the first wrong step of an attempt, for evaluation only: rewards and
+labels come from the answer after the "#". Chains are held out by a hash of the question, whatever a
+dataset's `seed`. Single sums are not held out: there are too few. Left out: negative totals.
 """
 
 import itertools
@@ -28,7 +26,7 @@ HELD_OUT_SHARE = 10  # one chain in ten
 
 @dataclass(frozen=True)
 class Chain:
-    """A first number and what is added to it, one signed digit a step."""
+    """A first number and the signed digits added to it, one a step."""
 
     first: int
     terms: tuple[int, ...]
@@ -39,15 +37,13 @@ class Chain:
 
     @property
     def steps(self) -> list[str]:
-        """The worked lines and, as the last, the answer."""
+        """The worked lines, then the answer."""
         totals = np.cumsum([self.first, *self.terms]).tolist()
         worked = [f"{a}{term:+d}={b}" for a, term, b in zip(totals[:-1], self.terms, totals[1:], strict=True)]
         return [*worked, f"{ANSWER}{totals[-1]}"]
 
     def first_wrong_step(self, steps: Sequence[str]) -> int | None:
-        """Index of the first step that is not the right one, or that is missing or too many; None
-        where all are right.
-        """
+        """Index of the first step that is wrong, missing or too many; None where all are right."""
         right = self.steps
         wrong = (k for k in range(max(len(right), len(steps))) if list(steps[k : k + 1]) != right[k : k + 1])
         return next(wrong, None)
@@ -60,11 +56,11 @@ class Chain:
 
 @chz.chz
 class ChainTask(DrawnProblems):
-    """What is asked, and what is held out: give the same to all builders."""
+    """The chains and their split: give the same values to all builders."""
 
     num_steps: int = chz.field(default=4, validator=COUNT, doc="sums in a chain")
-    max_total: int = chz.field(default=99, validator=COUNT, doc="totals go from 0 to this")
-    max_term: int = chz.field(default=9, validator=COUNT, doc="what is added or taken away goes from 1 to this")
+    max_total: int = chz.field(default=99, validator=COUNT, doc="largest total; the smallest is 0")
+    max_term: int = chz.field(default=9, validator=COUNT, doc="largest number added or subtracted; the smallest is 1")
 
     def draw(self, count: int, seed: Sequence[int]) -> list[Problem]:
         return [chain.problem for chain in self.chains(count, seed)]
@@ -73,9 +69,7 @@ class ChainTask(DrawnProblems):
         return [chain.problem for chain in self.test_chains()]
 
     def chains(self, count: int, seed: Sequence[int], *, held_out: bool = False) -> list[Chain]:
-        """`count` distinct chains, a pure function of `seed`, of those that are held out or of all
-        others.
-        """
+        """`count` distinct chains, training or held-out ones, a pure function of `seed`."""
         if not 1 <= self.num_steps <= 20 or not 1 <= self.max_term <= 9 <= self.max_total <= 999:
             raise ConfigError(
                 f"1 to 20 num_steps, max_term from 1 to 9 and max_total from 9 to 999 are needed, not {self}"
@@ -88,18 +82,16 @@ class ChainTask(DrawnProblems):
                 raise ConfigError(
                     f"there are not {count} such chains: raise num_steps={self.num_steps} or max_total={self.max_total}"
                 )
-            chain = self._draw_one(rng)
+            chain = self._draw_chain(rng)
             if (zlib.crc32(f"{self.split_seed} {chain.question}".encode()) % HELD_OUT_SHARE == 0) == held_out:
                 chains[chain] = None
         return list(chains)
 
-    def _draw_one(self, rng: np.random.Generator) -> Chain:
+    def _draw_chain(self, rng: np.random.Generator) -> Chain:
         first = total = int(rng.integers(self.max_total + 1))
         terms = []
-        digits, signs = (
-            rng.integers(1, self.max_term + 1, self.num_steps).tolist(),
-            rng.choice([-1, 1], self.num_steps).tolist(),
-        )
+        digits = rng.integers(1, self.max_term + 1, self.num_steps).tolist()
+        signs = rng.choice([-1, 1], self.num_steps).tolist()
         for digit, sign in zip(digits, signs, strict=True):
             term = digit * sign if 0 <= total + digit * sign <= self.max_total else -digit * sign
             terms.append(term)
@@ -118,7 +110,7 @@ class ChainBuilder(ChainTask, DrawnProblemsBuilder):
 
     def recommended_max_tokens(self) -> int:
         digits = len(str(self.max_total))
-        return (2 * digits + 4) * self.num_steps + digits + 2  # "41-8=33\n" a step, "#33" and EOS
+        return (2 * digits + 4) * self.num_steps + digits + 2  # "41-8=33\n" per step, "#33", EOS
 
 
 @chz.chz

@@ -1,20 +1,12 @@
-r"""Write a program: judged by its tests in a sandbox (sandbox.py says what that holds, and what
-not).
+r"""Programs to write, judged by their tests in a sandbox (see sandbox.py for its limits).
 
-The answer is the last fenced code block of the response, a whole Python program, standard library
-only. It is right if every test passed; with `partial_credit` the reward is the fraction of tests
-passed.
+The answer is the last fenced code block of the response: a Python program, standard library only.
+It is right if every test passes. Without a file, problems such as "Print 3*a-2*b ..." are
+generated. Left out: other languages, special judges, interactive problems, sampled tests. A file of
+problems has one JSON object a line; "solution" is optional:
 
-A file of problems has one JSON object per line; `solution` may be left out:
-
-    {"question": "Print the sum of two integers, one per line.", "tests": [{"stdin": "1\n2\n",
-    "stdout": "3\n"}], "solution": "..."} {"question": "Write double(x).", "tests": [{"assert":
-    "assert double(2) == 4"}, {"assert": "assert double(-1) == -2"}]}
-
-Output is right if its lines are those expected, but for white space at their ends and empty lines
-at the end. An assert test is run behind the program, in the same interpreter; a program that exits
-before it is reached has failed it. Without a file, the problems are generated: "Print 3*a-2*b ...",
-for demos. Left out: other languages, special judges, interactive problems, sampled tests.
+    {"question": "Print the sum of two integers.", "tests": [{"stdin": "1\n2\n", "stdout": "3\n"}], "solution": "..."}
+    {"question": "Write double(x).", "tests": [{"assert": "assert double(2) == 4"}, {"assert": "assert double(-1) == -2"}]}
 """
 
 import re
@@ -36,8 +28,7 @@ from posttrain.renderers.types import Renderer
 from rl.types import Logs, RLDataset
 from supervised.rows import Fields, read_rows
 
-# An opening fence, which may be indented or stand in a list item; the lines of the block; the
-# closing fence.
+# An opening fence, perhaps indented or in a list item; the lines of the block; the closing fence.
 FENCED = re.compile(
     r"^(?P<before>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})[^\n`]*\n(?P<block>.*?)^[ \t]*(?P=fence)",
     re.DOTALL | re.MULTILINE,
@@ -47,7 +38,9 @@ SHOWN_CHARS = 1000  # of a failed test's output, in the transcript
 
 @dataclass(frozen=True)
 class OutputTest:
-    """What standard input holds, and what standard output should."""
+    """Standard input and the expected standard output. White space at the ends of lines and empty
+    lines at the end do not count.
+    """
 
     stdin: str
     stdout: str
@@ -55,23 +48,23 @@ class OutputTest:
 
 @dataclass(frozen=True)
 class AssertTest:
-    """Statements that raise if the program is wrong."""
+    """Statements that raise if the program is wrong, run after it in the same interpreter. A
+    program that exits before them has failed.
+    """
 
     code: str
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one test ended. `detail` is what a person needs to see why."""
+    """How one test ended, and the detail for the transcript."""
 
     outcome: Outcome
     detail: str = ""
 
 
 def extract_program(text: str) -> str | None:
-    """The last fenced block, without the indentation of its fence; None where there is none that is
-    closed.
-    """
+    """The last closed fenced block without the indentation of its fence, or None."""
     *_, last = [None, *FENCED.finditer(text)]
     if last is None:
         return None
@@ -82,7 +75,7 @@ def extract_program(text: str) -> str | None:
 
 
 async def run_test(program: str, test: OutputTest | AssertTest, limits: SandboxLimits | None = None) -> Verdict:
-    """Runs the program against one test. Raises SandboxError if that cannot be done."""
+    """Runs the program against one test. Raises SandboxError if the sandbox fails."""
     if isinstance(test, AssertTest):
         return await _run_assert(program, test, limits)
     run = await run_program(program, test.stdin, limits)
@@ -94,7 +87,7 @@ async def run_test(program: str, test: OutputTest | AssertTest, limits: SandboxL
 
 
 async def _run_assert(program: str, test: AssertTest, limits: SandboxLimits | None) -> Verdict:
-    # a word that only the end of the test prints: an exit status of 0 can be had earlier
+    # Only the end of the test prints this word: the program itself may exit with status 0.
     reached = secrets.token_hex(8)
     run = await run_program(f"{program}\n\n{test.code}\n__import__('sys').stdout.write({reached!r})\n", "", limits)
     if run.outcome == "passed":
@@ -109,9 +102,7 @@ def _lines(output: str) -> list[str]:
 
 @dataclass(frozen=True)
 class CodeGrader(Grader):
-    """Runs `tests`. Metrics: timeouts (1 if a test ran out of time); with partial credit,
-    tests_passed, which is the reward.
-    """
+    """Runs `tests`. Metrics: `timeouts` (0 or 1); with partial credit `tests_passed`, the reward."""
 
     tests: tuple[OutputTest | AssertTest, ...]
     limits: SandboxLimits | None = None
@@ -158,7 +149,7 @@ def read_problem(where: str, row: Fields) -> Problem:
 
 
 def _problem(question: str, tests: tuple[OutputTest | AssertTest, ...], program: str, id: str) -> Problem:
-    """The worked solution is the program in a fenced block, None where there is none."""
+    """A Problem; its worked solution is the program in a fenced block, None without a program."""
     solution = f"```python\n{program.rstrip()}\n```" if program.rstrip() else None
     return Problem(question, program, CodeGrader(tests), solution, ("code",), id)
 
@@ -178,9 +169,7 @@ def _read_test(where: str, test: Any) -> OutputTest | AssertTest:
 
 
 def generated_problems() -> list[Problem]:
-    """162 of them, from "Print 1*a+1*b ..." to "Print 9*a-9*b ...", each with its solution and
-    three tests.
-    """
+    """162 problems, "Print 1*a+1*b ..." to "Print 9*a-9*b ...", each with three tests."""
     return [_generated(c, d, sign) for c in range(1, 10) for d in range(1, 10) for sign in "+-"]
 
 
@@ -200,11 +189,11 @@ class CodeProblems(ProblemSet):
     train_path: str | None = chz.field(default=None, doc="JSONL file to train on; None = generated problems")
     test_path: str | None = chz.field(default=None, doc="JSONL file to evaluate on")
     num_test: int | None = chz.field(
-        default=20, validator=WHOLE, doc="use only the first so many test problems; None = all of a file"
+        default=20, validator=WHOLE, doc="number of test problems, the first ones; None = all of a file"
     )
     split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of generated test problems")
     partial_credit: bool = chz.field(default=False, doc="reward the fraction of tests passed; otherwise all or nothing")
-    limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="what one run of a program may use")
+    limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="limits of one run of a program")
 
     def read(self, split: Split, limit: int | None) -> list[Problem]:
         problems = self._read_file(split) if self.train_path else self._generated(split)
@@ -232,14 +221,14 @@ class CodeBuilder(CodeProblems, ProblemSetBuilder):
     """Programs to write by reinforcement learning."""
 
     need_namespaces: bool = chz.field(
-        default=False, doc="refuse a machine whose sandbox cannot shut off the network and the files"
+        default=False, doc="refuse a machine whose sandbox cannot isolate network and files"
     )
 
     def recommended_max_tokens(self) -> int:
         return 512 if self.train_path else 80
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
-        isolation = await check_limits(self.limits)  # a machine without a sandbox is found out here
+        isolation = await check_limits(self.limits)  # fails here on a machine without a sandbox
         if self.need_namespaces and not isolation.namespaces:
             raise ConfigError(f"need_namespaces=true, and the sandbox of this machine has {isolation}")
         print(f"code: programs run with {isolation}")

@@ -1,9 +1,9 @@
-"""One prompt, one answer, no verifier: the episode whose reward comes from someone who reads the
-answer (pairwise.py, reward_model_env.py).
+"""One prompt, one answer, no verifier: a judge or reward model scores it (pairwise.py,
+reward_model_env.py).
 
-reward = what the group's judge or model says + format_coef * (format - 1), where format is 1 if the
-answer ended by itself. Where a rule knows how good an answer truly is, its verdict is the metric
-`gold` (the term of Gao et al. 2022), which no reward sees.
+reward = score of the group's judge or model + format_coef * (format - 1). format is 1 if the answer
+was not truncated. Where a rule knows the true reward, it is the metric `gold` (the term of Gao et
+al. 2022), which no reward reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ GoldReward = Callable[[Prompt, str], float]
 
 
 class CompletionEnv(Env):
-    """Keeps the answer for those who score it: `completion`, None until it is there."""
+    """Keeps the answer for the judge as `completion`; None before the step."""
 
     def __init__(self, prompt: Prompt, renderer: Renderer, format_coef: float, gold: GoldReward | None = None):
         self.prompt, self.renderer, self.format_coef, self.gold = prompt, renderer, format_coef, gold
@@ -42,28 +42,26 @@ class CompletionEnv(Env):
 
 def completions(envs_G: Sequence[Env]) -> list[list[Message]]:
     """The answers of a group's finished environments."""
-    found_G = [env.completion for env in envs_G if isinstance(env, CompletionEnv) and env.completion is not None]
-    assert len(found_G) == len(envs_G), "only finished CompletionEnvs have answers to score"
-    return found_G
+    answers_G = [env.completion for env in envs_G if isinstance(env, CompletionEnv) and env.completion is not None]
+    assert len(answers_G) == len(envs_G), "only finished CompletionEnvs have answers to score"
+    return answers_G
 
 
 @chz.chz
 class PromptsBuilder:
-    """Configuration that builds prompts: those to train on, and held-out ones."""
+    """Configuration that builds training and held-out prompts."""
 
     def __call__(self) -> tuple[list[Prompt], list[Prompt]]:
         raise NotImplementedError
 
     def gold(self) -> GoldReward | None:
-        """The rule that knows how good an answer is, if there is one."""
+        """The rule that knows the true reward, if there is one."""
         return None
 
 
 @chz.chz
 class ComparisonPrompts(PromptsBuilder):
-    """The prompts of a set of comparisons, each once. Where some are equal, a line says how
-    many.
-    """
+    """The distinct prompts of a set of comparisons. Prints a line where some are equal."""
 
     comparisons: ComparisonDatasetBuilder = chz.field(doc="builder of the comparisons; their answers are not read")
 
@@ -73,9 +71,8 @@ class ComparisonPrompts(PromptsBuilder):
 
 
 def _distinct_prompts(labeled_D: Sequence[LabeledComparison], name: str) -> list[Prompt]:
-    prompts = {
-        content_hash(list(one.comparison.prompt_conversation)): one.comparison.prompt_conversation for one in labeled_D
-    }
+    conversations_D = [labeled.comparison.prompt_conversation for labeled in labeled_D]
+    prompts = {content_hash(list(conversation)): conversation for conversation in conversations_D}
     if len(prompts) < len(labeled_D):
         print(f"{len(labeled_D)} {name} comparisons are of {len(prompts)} different prompts: each is asked once")
     return list(prompts.values())

@@ -1,5 +1,5 @@
-"""Verifiers of short answers: a number or a text after "the answer is", and what a pattern finds in
-the last line.
+"""Verifiers of short answers: a number or a text after "the answer is", or a pattern in the last
+line.
 
 math_word.py has the grader of mathematical expressions, code.py that of programs.
 """
@@ -16,7 +16,7 @@ ANSWER_PHRASE = re.compile(r"answer\s+is:?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class LastLine(Grader):
-    """The last line is to match `pattern` as a whole; its first group is the answer."""
+    """The last line must match `pattern` as a whole; its first group is the answer."""
 
     pattern: str
 
@@ -26,9 +26,7 @@ class LastLine(Grader):
 
 
 class StatedNumber(Grader):
-    """The first number after the last "answer is"; where that is missing, the last number of the
-    text. 18, 18.0 and 018 are equal.
-    """
+    """The first number after the last "answer is", else the last number of the text. 18.0 = 018."""
 
     def extract(self, text: str) -> str | None:
         *_, last = ANSWER_PHRASE.split(text)
@@ -46,7 +44,7 @@ def is_number(text: str) -> bool:
 
 
 def plain_number(text: str) -> str:
-    """The one way to write a decimal: without commas and needless zeros, -3, 0.5, 18."""
+    """A decimal without commas and needless zeros: -3, 0.5, 18."""
     digits = text.replace(",", "").lstrip("-")
     whole, _, decimals = digits.partition(".")
     number = (whole.lstrip("0") or "0") + ("." + decimals.rstrip("0") if decimals.strip("0") else "")
@@ -54,9 +52,7 @@ def plain_number(text: str) -> str:
 
 
 class StatedText(Grader):
-    """What stands after the last "answer is", to the end of its line; equal but for case, quotes,
-    brackets, full stops.
-    """
+    """The rest of the line after the last "answer is", without case, quotes, brackets, full stops."""
 
     def extract(self, text: str) -> str | None:
         _, *after = ANSWER_PHRASE.split(text)

@@ -1,13 +1,7 @@
-"""Guess a number: "Guess my number from 14 to 27." "20" "lower" "16" ... The smallest task of
-several turns in which strategy pays.
+"""Guess a number in several turns: "Guess my number from 14 to 27." "20" "lower" "16" ...
 
-A task is a range and the number in it: any range of `min_span` to `max_span` numbers between
-`smallest` and `largest`. Held out are whole tasks, not numbers: a policy would soon learn to pass
-over a number that is never the right one. Halving finds any of 15 numbers in 4 guesses.
-
-reward = 1 - guess_cost * (guesses - 1) for the right number, 0 when the guesses are used up; each
-guess that the answers so far rule out costs impossible_cost at its turn. Luck decides much of the
-first part, nothing of the second. Left out: lies, ranges that move.
+reward = 1 - guess_cost * (guesses - 1) for the right number, 0 when the guesses are used up. Each
+guess that earlier hints rule out costs impossible_cost at its turn. Left out: lies.
 """
 
 import re
@@ -31,9 +25,7 @@ def hint(guess: int, number: int) -> Message:
 
 
 class GuessNumberEnv(MessageEnv):
-    """Metrics: `consistent` of each guess (the answers so far allow it); `solved` and `turns` of an
-    episode, lost ones included.
-    """
+    """Metrics: `consistent` of a guess (hints allow it); `solved` and `turns` of every episode."""
 
     def __init__(self, task: Range, opening: Message, max_guesses: int, guess_cost: float, impossible_cost: float):
         *self.possible, self.number = task
@@ -69,14 +61,16 @@ class GuessNumberEnv(MessageEnv):
 
 @chz.chz
 class GuessNumber(TextGame):
-    """Which numbers are asked for."""
+    """A task is a range and a number in it, (low, high, number). Held out are tasks, not numbers: a
+    policy would learn that a held-out number is never right.
+    """
 
     smallest: int = chz.field(default=10, validator=WHOLE, doc="smallest number of any range")
     largest: int = chz.field(default=29, validator=COUNT, doc="largest number of any range")
     min_span: int = chz.field(default=8, validator=COUNT, doc="fewest numbers in a range")
     max_span: int = chz.field(default=16, validator=COUNT, doc="most numbers in a range")
     num_test: int = chz.field(default=150, validator=WHOLE, doc="held-out tasks")
-    prompt: str = chz.field(default="Guess my number from {low} to {high}.", doc="how an episode begins")
+    prompt: str = chz.field(default="Guess my number from {low} to {high}.", doc="first message of an episode")
 
     def opening(self, task: Range) -> Message:
         return Message(role="user", content=self.prompt.format(low=task[0], high=task[1]))
@@ -92,9 +86,7 @@ class GuessNumber(TextGame):
         return [(low, high, number) for low, high in ranges for number in range(low, high + 1)]
 
     def demonstration(self, task: Range, rng: np.random.Generator) -> list[Message]:
-        """Guesses drawn from the numbers that are still possible: legal play without strategy,
-        which leaves room for RL.
-        """
+        """Random guesses among the possible numbers: legal, without strategy, which is left to RL."""
         low, high, number = task
         messages = [self.opening(task)]
         while True:
@@ -113,13 +105,13 @@ class GuessNumberBuilder(GuessNumber, TextGameBuilder):
     max_guesses: int = chz.field(
         default=4,
         validator=COUNT,
-        doc="guesses after which an episode is lost; ceil(log2(max_span + 1)) always suffice",
+        doc="guesses after which an episode is lost; ceil(log2(max_span + 1)) suffice",
     )
     guess_cost: float = chz.field(
-        default=0.05, validator=NON_NEGATIVE, doc="taken off the reward for every guess after the first"
+        default=0.05, validator=NON_NEGATIVE, doc="subtracted from the reward for every guess after the first"
     )
     impossible_cost: float = chz.field(
-        default=0.2, validator=NON_NEGATIVE, doc="taken off for a guess that the answers so far rule out"
+        default=0.2, validator=NON_NEGATIVE, doc="subtracted for a guess that earlier hints rule out"
     )
     tag: str = chz.field(default="guess_number", doc="name under which metrics are logged too")
 
@@ -135,4 +127,4 @@ class GuessNumberBuilder(GuessNumber, TextGameBuilder):
 
 @chz.chz
 class GuessNumberExamplesBuilder(GuessNumber, TextGameExamplesBuilder):
-    """Guesses to imitate: always possible, never clever."""
+    """Guesses to imitate: possible ones, drawn at random."""

@@ -1,13 +1,10 @@
-"""Notes made of words, some of them kind: a toy whose true reward is a rule, for reward models and
-the RLHF recipe.
+"""Notes of words, some of them kind: a toy with a known true reward, for reward models and RLHF.
 
-The prompt is a name ("Ada:"), the answer a few words. The gold reward of an answer is
+The prompt is a name ("Ada:"), the answer 3 to 6 different words, 8 of the 24 words being kind. A
+reward model trained on such notes never sees a repetition: an answer that repeats one kind word
+deceives it, not the rule. Left out: grammar.
 
-    number of different kind words - number of words that are said again
-
-People say 3 to 6 different words, 8 of the 24 words there are being kind. So a reward model that
-learns from such notes finds out which words are kind, and never meets a repetition: an answer that
-repeats one kind word for ever pleases it and not the rule. Left out: grammar.
+    gold reward = number of different kind words - number of repeated words
 """
 
 from collections.abc import Sequence
@@ -26,59 +23,11 @@ from supervised.data import render
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 KIND = ("thanks", "great", "lovely", "brave", "warm", "gentle", "superb", "dear")
-OTHER = (
-    "table",
-    "seven",
-    "cloud",
-    "paper",
-    "river",
-    "green",
-    "stone",
-    "train",
-    "bread",
-    "under",
-    "north",
-    "music",
-    "chair",
-    "glass",
-)
-OTHER += ("salt", "wool")
-NAMES = (
-    "Ada",
-    "Ben",
-    "Cleo",
-    "Dan",
-    "Eva",
-    "Finn",
-    "Gus",
-    "Hana",
-    "Ida",
-    "Jon",
-    "Kim",
-    "Leo",
-    "Mia",
-    "Noor",
-    "Olga",
-    "Pia",
-)
-NAMES += (
-    "Quin",
-    "Rosa",
-    "Sam",
-    "Tess",
-    "Uma",
-    "Vic",
-    "Wes",
-    "Xena",
-    "Yara",
-    "Zoe",
-    "Abel",
-    "Bea",
-    "Carl",
-    "Dora",
-    "Emil",
-    "Fay",
-)
+OTHER = ("table", "seven", "cloud", "paper", "river", "green", "stone", "train", "bread", "under", "north")
+OTHER += ("music", "chair", "glass", "salt", "wool")
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim")
+NAMES += ("Leo", "Mia", "Noor", "Olga", "Pia", "Quin", "Rosa", "Sam", "Tess", "Uma", "Vic")
+NAMES += ("Wes", "Xena", "Yara", "Zoe", "Abel", "Bea", "Carl", "Dora", "Emil", "Fay")
 HELD_OUT_NAMES = 8
 
 
@@ -102,10 +51,10 @@ def note(rng: np.random.Generator) -> list[Message]:
 
 @chz.chz
 class KindWordsPrompts(PromptsBuilder):
-    """Every name, `repeat` times: a batch may hold more prompts than there are names."""
+    """Every name, `repeat` times, since a batch may hold more prompts than there are names."""
 
     repeat: int = chz.field(
-        default=8, validator=COUNT, doc="times each prompt occurs in an epoch, and among the held-out ones"
+        default=8, validator=COUNT, doc="times each prompt occurs, in an epoch and in the held-out set"
     )
 
     def __call__(self) -> tuple[list[Prompt], list[Prompt]]:
@@ -119,9 +68,7 @@ class KindWordsPrompts(PromptsBuilder):
 
 @chz.chz
 class KindWordsComparisons(ComparisonDatasetBuilder):
-    """Pairs of notes to one name; better is what the gold reward says, by how much is the margin,
-    equal is a tie.
-    """
+    """Pairs of notes to one name, labelled by the gold reward; the margin is the difference."""
 
     num_train: int = chz.field(default=4000, validator=COUNT, doc="comparisons to train on")
     test_size: int = chz.field(default=500, validator=WHOLE, doc="held-out comparisons, on held-out names")
@@ -132,8 +79,8 @@ class KindWordsComparisons(ComparisonDatasetBuilder):
 
     def _draw(self, count: int, held_out: bool) -> list[LabeledComparison]:
         rng = np.random.default_rng([self.seed, held_out])
-        askeds = [prompt(str(name)) for name in rng.choice(names(held_out), size=count)]
-        return [labeled_by_gold(Comparison(asked, note(rng), note(rng))) for asked in askeds]
+        prompts = [prompt(str(name)) for name in rng.choice(names(held_out), size=count)]
+        return [labeled_by_gold(Comparison(messages, note(rng), note(rng))) for messages in prompts]
 
 
 def labeled_by_gold(comparison: Comparison) -> LabeledComparison:
@@ -147,9 +94,7 @@ def labeled_by_gold(comparison: Comparison) -> LabeledComparison:
 
 @chz.chz
 class KindWordsExamplesBuilder(SupervisedDatasetBuilder):
-    """Notes as people write them, to imitate: fresh ones in every batch, and one batch to held-out
-    names.
-    """
+    """Notes to imitate, drawn anew for every batch; one held-out batch, to held-out names."""
 
     n_batches: int = chz.field(default=200, validator=COUNT, doc="training batches per epoch")
 

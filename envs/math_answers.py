@@ -1,9 +1,7 @@
-r"""Reads answers: finds the final one in a solution, brings its notation to one form, and reads
-plain numbers exactly.
+r"""Finds the final answer of a solution, normalises its notation, and reads plain numbers exactly.
 
-Extraction styles: "boxed" is the last \boxed{...} with balanced braces (or \boxed 7), "hash" the
-rest of the line after the last "####", "stated" what follows the last "the answer is", "Answer:" or
-"A:".
+Styles: "boxed" is the last \boxed{...} with balanced braces (or \boxed 7); "hash" the rest of the
+line after the last "####"; "stated" the text after the last "the answer is", "Answer:" or "A:".
 """
 
 import re
@@ -12,7 +10,7 @@ from fractions import Fraction
 from typing import Literal, NamedTuple
 
 AnswerStyle = Literal["boxed", "hash", "stated"]
-MAX_ANSWER_CHARS = 1000  # longer is not an answer, and would slow every rule that reads it
+MAX_ANSWER_CHARS = 1000  # a longer text is no answer and would slow every rule
 
 
 def extract_answer(text: str, styles: Sequence[AnswerStyle] = ("boxed", "hash", "stated")) -> str | None:
@@ -39,13 +37,13 @@ def extract_boxed(text: str) -> str | None:
 
 
 def extract_hash(text: str) -> str | None:
-    found = re.findall(r"####[ \t:=*]*([^\n#]*)", text)
-    return found[-1].replace("**", "") if found else None
+    answers = re.findall(r"####[ \t:=*]*([^\n#]*)", text)
+    return answers[-1].replace("**", "") if answers else None
 
 
 def extract_stated(text: str) -> str | None:
-    found = re.findall(r"(?:\banswer(?: is)?:|\banswer is|^A:)\s*([^\n]+)", text, re.IGNORECASE | re.MULTILINE)
-    return re.split(r"[.?](?:\s|$)", found[-1].replace("*", ""))[0] if found else None
+    answers = re.findall(r"(?:\banswer(?: is)?:|\banswer is|^A:)\s*([^\n]+)", text, re.IGNORECASE | re.MULTILINE)
+    return re.split(r"[.?](?:\s|$)", answers[-1].replace("*", ""))[0] if answers else None
 
 
 _Extractor = Callable[[str], str | None]
@@ -74,7 +72,6 @@ _COMPILED = [(re.compile(pattern), to) for pattern, to in _REPLACEMENTS]
 
 def normalise(answer: str) -> str:
     text = answer.strip()
-    # math delimiters around the whole
     for left, right in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
             text = text[len(left) : -len(right)]
@@ -85,7 +82,7 @@ def normalise(answer: str) -> str:
 
 class Quantity(NamedTuple):
     value: Fraction
-    unit: str  # "" where none is given
+    unit: str  # "" without one
 
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
@@ -98,8 +95,7 @@ _QUANTITY = re.compile(
     rf"\s*(?P<unit>[A-Za-z]{{2,}}(?:[ /-][A-Za-z]+){{0,2}}(?:\s?\^?\s?\{{?[23]\}}?)?)?\.?"
 )
 _UNIT_OF_CURRENCY = {"$": "dollar", "\\$": "dollar", "€": "euro", "£": "pound", None: ""}
-# Words that change the value, or that say the number is not the answer: what they follow is not a
-# quantity.
+# A number before these words is no quantity: they change its value or say that it is not the answer.
 _NOT_UNITS = re.compile(
     r"\b(?:hundred|thousand|million|billion|trillion|dozen|hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|pair|score|point|over"
     r"|plus|minus|times|to|less|more|fewer|than|not|mod|choose|factorial|squared|cubed|sin|cos|tan|log|ln|exp|pi|sqrt)\b"
@@ -107,9 +103,7 @@ _NOT_UNITS = re.compile(
 
 
 def quantity(answer: str) -> Quantity | None:
-    """A plain number, also 1.5e3 or 1.5 \\times 10^3, a fraction or mixed number, with an optional
-    currency or unit; None for anything else.
-    """
+    """A number (also 1.5e3), fraction or mixed number, perhaps with a currency or unit; else None."""
     match = _QUANTITY.fullmatch(normalise(answer))
     if match is None or _NOT_UNITS.search((match["unit"] or "").lower()):
         return None
@@ -128,19 +122,8 @@ def _fraction(decimal: str) -> Fraction:
     return Fraction(decimal.replace(",", "").removesuffix("."))
 
 
-_BASES = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "twelve": 12,
-    "sixteen": 16,
-}
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+_BASES |= {"twelve": 12, "sixteen": 16}
 _NUMERAL = re.compile(
     r"\(?(?P<digits>[0-9A-Z]+)\)?(?:_\s*(?:\{\s*(?P<braced>\w+)\s*\}|(?P<bare>\d+))|\s*\(?(?:in )?base[ -](?P<base>\w+)\)?)"
 )
@@ -154,9 +137,7 @@ class Numeral(NamedTuple):
 
 
 def numeral(answer: str) -> Numeral | None:
-    """1011_2, 1011_{\\text{two}}, "1011 in base 2". None for anything else, and where a digit is
-    not one of the base.
-    """
+    """Reads 1011_2, 1011_{\\text{two}}, "1011 in base 2"; None for other texts or digits >= base."""
     match = _NUMERAL.fullmatch(normalise(answer))
     if match is None:
         return None

@@ -1,23 +1,13 @@
-r"""Decides whether two answers are equal. Never by substring. The first rule that applies decides:
+r"""Decides whether two answers are equal, never by substring. The first rule that applies decides:
 
-1. the same text, after spacing, dollar signs, unicode minus and the like are normalised
-   (math_answers.py);
-2. two numbers: exactly, as fractions. 1,000 = 1000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333.
-   Units are dropped, unless
-   both sides have one and they differ: 5 cm = 5, $5 = 5 dollars, 5 cm is not 5 km. A percent sign
-   is a unit: 50% = 50, not 0.5. A base other than ten belongs to a number: 1011_2 is neither 1011
-   nor 11;
-3. an inequality and an interval, or two inequalities, by their ends: x>3 is (3,\infty);
-4. comma-separated lists and tuples, element by element, with the same brackets: (1,2) is not 1,2.
-   Without brackets, or in
-   braces, the order is free. 1,234 is a number, 1, 234 a list;
-5. words (three letters in a row that are no function's name): as text, without case;
-6. anything else: sympy, through latex2sympy and math_verify, in a process that is killed when its
-   time is over.
-
-An answer that is too costly by itself is wrong: powers and factorials that math_limits.py refuses,
-and what uses up the time or the memory of the grader also beside the gold answer 1. A comparison
-that only together takes too long is a GraderError.
+1. The same text after math_answers.normalise.
+2. Two numbers, exactly, as fractions: 1,000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333. Units
+  are compared where both have one: 5 cm = 5, but not 5 km; 50% = 50. 1011_2 is neither 1011 nor 11.
+3. Inequalities and intervals, by their ends: x>3 is (3,\infty).
+4. Lists and tuples by element, with the same brackets; the order is free in braces or without
+  brackets. 1,234 is a number, 1, 234 a list.
+5. Words (three letters in a row that name no function), as text without case.
+6. Anything else: sympy, through latex2sympy and math_verify, in a process with a time limit.
 """
 
 import asyncio
@@ -38,16 +28,16 @@ from envs.math_limits import explodes
 from envs.problem import GraderError
 
 DEFAULT_SECONDS = 5.0
-# a grader that has not used up its processor time by so many times `seconds` is stuck on a busy
-# machine
-PATIENCE = 20.0
+PATIENCE = 20.0  # limit by the clock, as a multiple of the limit of processor time
 # the spaces of x + 1, but not those of 1 2 and of 1, 234
 _NO_MEANING = re.compile(r"\s+(?!\d)|(?<![\d,])\s+")
 
 
 def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
-    """Whether `answer` is the gold answer. `seconds` of processor time bound one symbolic
-    comparison. Raises GraderError.
+    """Whether `answer` is the gold answer. `seconds`: processor time of one symbolic comparison.
+
+    An answer that is too costly by itself is wrong: math_limits.py refuses it, or it exceeds the
+    limits against the gold answer 1 too. Raises GraderError if only the comparison is too costly.
     """
     gold, answer = _strip_assignments(normalise(gold), normalise(answer))
     if not answer or len(answer) > MAX_ANSWER_CHARS:
@@ -56,7 +46,7 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
         return True
     gold_numeral, other_numeral = numeral(gold), numeral(answer)
     if gold_numeral or other_numeral:
-        in_ten = [str(int(one.digits)) if one and one.base == 10 else None for one in (gold_numeral, other_numeral)]
+        in_ten = [str(int(n.digits)) if n and n.base == 10 else None for n in (gold_numeral, other_numeral)]
         if any(in_ten):
             return is_equal(in_ten[0] or gold, in_ten[1] or answer, seconds)
         return gold_numeral == other_numeral
@@ -99,18 +89,14 @@ def _symbolically_equal(gold: str, answer: str, seconds: float) -> bool:
 
 
 async def is_equal_async(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
-    """`is_equal` without holding up the event loop: all but plain numbers waits its turn in one
-    thread.
-    """
+    """`is_equal` off the event loop: all but plain numbers run in one thread."""
     if len(answer) > MAX_ANSWER_CHARS or (quantity(gold) and quantity(answer)):
         return is_equal(gold, answer)
     return await asyncio.get_running_loop().run_in_executor(_THREAD, is_equal, gold, answer, seconds)
 
 
 def check_gold(gold: str, seconds: float = DEFAULT_SECONDS) -> bool:
-    """Whether a gold answer can be graded against: a number, words, an expression that parses, or a
-    list of these.
-    """
+    """Whether a gold answer can be graded: a number, words, an expression that parses, or a list."""
     gold = normalise(gold)
     if quantity(gold) or is_words(gold):
         return True
@@ -121,9 +107,7 @@ def check_gold(gold: str, seconds: float = DEFAULT_SECONDS) -> bool:
 
 
 def is_words(text: str) -> bool:
-    """Letters that are neither a formula nor a LaTeX command: names, weekdays, the (A) of a
-    multiple choice.
-    """
+    """Whether `text` has words beside formulas and LaTeX commands, or is a choice such as (A)."""
     plain = re.sub(r"\\[A-Za-z]+|\b(?:sin|cos|tan|log|exp|mod)\b", " ", text)
     return bool(re.search(r"[A-Za-z]{3,}", plain)) or bool(re.fullmatch(r"\(?[A-Z]\)?", text))
 
@@ -149,9 +133,7 @@ class Items(NamedTuple):
 
 
 def _sequence(text: str) -> Items | None:
-    """Splits at the commas outside brackets, after taking off one pair around the whole. None where
-    there is no such comma.
-    """
+    """Splits at the commas outside brackets, without a pair around the whole. None without commas."""
     text = text.replace("\\{", "{").replace("\\}", "}")
     brackets = ""
     if text[:1] in tuple("([{") and text[-1:] in tuple(")]}") and _closes_at_end(text):
@@ -193,7 +175,7 @@ def _sequences_equal(gold: Items, answer: Items, seconds: float) -> bool:
 
 
 def _solutions(gold: str, answer: str) -> tuple[Solution, Solution] | None:
-    """Both as intervals, where one of them is an inequality and the other can be read so."""
+    """Both as intervals, where one is an inequality and the other can be read as intervals."""
     inequalities = inequality(gold), inequality(answer)
     both = inequalities[0] or intervals(gold), inequalities[1] or intervals(answer)
     return (both[0], both[1]) if any(inequalities) and both[0] and both[1] else None
@@ -204,12 +186,12 @@ def _solutions_equal(gold: Solution, answer: Solution, seconds: float) -> bool:
     if len(named) > 1 or len(gold.intervals) != len(answer.intervals):
         return False
     left = list(answer.intervals)
-    for one in gold.intervals:
+    for interval in gold.intervals:
         same = (
             i
             for i, other in enumerate(left)
-            if (one.left, one.right) == (other.left, other.right)
-            and all(is_equal(a, b, seconds) for a, b in ((one.low, other.low), (one.high, other.high)))
+            if (interval.left, interval.right) == (other.left, other.right)
+            and all(is_equal(a, b, seconds) for a, b in ((interval.low, other.low), (interval.high, other.high)))
         )
         match = next(same, None)
         if match is None:
@@ -219,22 +201,18 @@ def _solutions_equal(gold: Solution, answer: Solution, seconds: float) -> bool:
 
 
 class TooCostly(GraderError):
-    """A comparison used up its processor time or memory, or made the algebra system fail."""
+    """A comparison exceeded its processor time or memory, or crashed the algebra system."""
 
 
 class SymbolicWorker:
-    """One process, started at the first question and again after each that killed it. Safe to ask
-    from any thread.
-    """
+    """A process, started at the first question and again after a crash. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, gold: str, answer: str | None, seconds: float) -> dict[str, Any]:
-        """The reply of math_worker.py. Raises GraderError if the time is over or the process
-        dies.
-        """
+        """The reply of math_worker.py. Raises GraderError at the time limit or if the process dies."""
         with self._lock:
             process = self._process or self._start()
             try:
@@ -246,28 +224,28 @@ class SymbolicWorker:
                 reply = process.stdout.readline() if process.stdout else ""
             except BrokenPipeError:
                 reply = ""
-            except BaseException:  # Ctrl-C: the next question must not read this one's answer
+            except BaseException:  # Ctrl-C: the next question must not read this reply
                 self.stop()
                 raise
             if reply:
                 return json.loads(reply)
             code = process.wait()
             self.stop()
-        what = f"comparing {answer!r} with the gold answer {gold!r}"
+        comparison = f"comparing {answer!r} with the gold answer {gold!r}"
         if code == -signal.SIGPROF:
-            raise TooCostly(f"{what} took longer than {seconds:g} s")
-        # an exception within the algebra system, memory used up, a stack overflown
+            raise TooCostly(f"{comparison} took longer than {seconds:g} s")
+        # an exception in the algebra system, no memory, a stack overflow
         if code in (1, -signal.SIGSEGV):
-            raise TooCostly(f"{what} crashed the grader (exit code {code})")
-        how = (
+            raise TooCostly(f"{comparison} crashed the grader (exit code {code})")
+        failure = (
             f"was not done in {PATIENCE * seconds:g} s by the clock"
             if code == -signal.SIGALRM
             else f"crashed the grader ({code})"
         )
-        raise GraderError(f"{what} {how}")
+        raise GraderError(f"{comparison} {failure}")
 
     def _start(self) -> subprocess.Popen[str]:
-        # -I: no folder of ours on its path
+        # -I: none of this project's folders on its path
         command = [sys.executable, "-I", str(Path(__file__).with_name("math_worker.py"))]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)

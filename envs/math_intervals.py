@@ -1,4 +1,5 @@
 r"""Inequalities as intervals: x > 3 is (3,\infty); x < 1 or x >= 5 is (-\infty,1) \cup [5,\infty).
+
 Left out: \neq, complements of sets.
 """
 
@@ -20,24 +21,21 @@ class Interval(NamedTuple):
 
 
 class Solution(NamedTuple):
-    variable: str  # "" where none is named
+    variable: str  # "" without one
     intervals: list[Interval]
 
 
 def inequality(text: str) -> Solution | None:
-    """What an inequality in one variable allows: x > 3, 1 < x <= 2, or several of these with commas
-    or "or" between. None for other texts.
-    """
+    """Intervals of x > 3, 1 < x <= 2, or several inequalities in one variable with commas or "or"."""
     for pattern, sign in _SIGNS:
         text = re.sub(pattern, sign, text)
     if not re.search(r"[<>]", text):
         return None
-    found = [_interval(part) for part in re.split(r",|\\cup|\\vee|\\lor", text)]
-    if any(one is None for one in found) or len({variable for variable, _ in filter(None, found)}) != 1:
+    parts = [_interval(part) for part in re.split(r",|\\cup|\\vee|\\lor", text)]
+    valid = [part for part in parts if part]
+    if len(valid) < len(parts) or len({variable for variable, _ in valid}) != 1:
         return None
-    return Solution(
-        next(variable for variable, _ in filter(None, found)), [interval for _, interval in filter(None, found)]
-    )
+    return Solution(valid[0][0], [interval for _, interval in valid])
 
 
 def _interval(text: str) -> tuple[str, Interval] | None:
@@ -61,13 +59,11 @@ def _bracket(sign: str, open_closed: str) -> str:
 
 
 def intervals(text: str) -> Solution | None:
-    """What interval notation says: (3,\\infty), [1,2) \\cup (5,7], with or without "x \\in" before
-    it. None for other texts.
-    """
+    """Intervals of interval notation: (3,\\infty), [1,2) \\cup (5,7], perhaps after "x \\in"."""
     named = re.match(r"(\\?[A-Za-z]+)\s*\\in(?![A-Za-z])", text)
-    found = [_brackets(part.strip()) for part in (text[named.end() :] if named else text).split("\\cup")]
-    kept = [one for one in found if one]
-    return Solution(named[1] if named else "", kept) if kept and len(kept) == len(found) else None
+    parts = [_brackets(part.strip()) for part in (text[named.end() :] if named else text).split("\\cup")]
+    valid = [part for part in parts if part]
+    return Solution(named[1] if named else "", valid) if len(valid) == len(parts) else None
 
 
 def _brackets(text: str) -> Interval | None:

@@ -1,8 +1,7 @@
-r"""How large the numbers of an expression can become, read from its text, before any algebra system
-computes them.
+r"""Bounds the numbers of an expression by its text, before an algebra system computes them.
 
-9^99999999, 99999!, \binom{10^9}{7} and towers of powers take a grader's whole time. A policy must
-not escape a wrong answer's reward by writing one. Left out: bounds on integrals, and on expressions
+9^99999999, 99999!, \binom{10^9}{7} and towers of powers would take the grader's whole time, and a
+policy could escape the reward of a wrong answer with them. Left out: integrals, and expressions
 whose size no number in them shows.
 """
 
@@ -15,24 +14,12 @@ MAX_POLYNOMIAL_POWER = 100  # of a sum with letters in it
 
 _TOKEN = re.compile(r"\d+(?:[\d,]*\.?\d+)?(?:[eE][+-]?\d+)?|\.\d+|\\?[A-Za-z]+|\\?[{}]|!+|\S")
 _OPEN, _CLOSED = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
-_COUNTED = (
-    "\\binom",
-    "\\dbinom",
-    "\\tbinom",
-    "\\Gamma",
-    "\\gamma",
-    "gamma",
-    "factorial",
-    "binomial",
-    "\\choose",
-    "fibonacci",
-)
+_COUNTED = {"\\binom", "\\dbinom", "\\tbinom", "\\Gamma", "\\gamma", "gamma"}
+_COUNTED |= {"factorial", "binomial", "\\choose", "fibonacci"}
 
 
 def explodes(expression: str) -> bool:
-    """Whether a power, factorial or binomial in it may have more than MAX_DIGITS digits, or an
-    exponent or the like is above 10,000.
-    """
+    """Whether a power, factorial or binomial may exceed MAX_DIGITS digits, or an exponent 10,000."""
     try:
         _digits(_TOKEN.findall(expression))
     except OverflowError:
@@ -41,9 +28,7 @@ def explodes(expression: str) -> bool:
 
 
 def _digits(tokens: list[str]) -> float:
-    """An upper bound of log10 of whatever the expression's parts make, letters counted as 1.
-    OverflowError where it is too large.
-    """
+    """An upper bound of log10 of the value, letters counted as 1. OverflowError above MAX_DIGITS."""
     total, base, inside, counted = 0.0, 0.0, [""], False
     i = 0
     while i < len(tokens):
@@ -75,9 +60,7 @@ def _digits(tokens: list[str]) -> float:
 
 
 def _operand(tokens: list[str], start: int) -> tuple[list[str], int]:
-    """What stands at `start`: one token, a signed one, or the inside of a group; and where the text
-    goes on.
-    """
+    """The token, signed token or inside of a group at `start`, and the index after it."""
     while start < len(tokens) and tokens[start] in ("+", "-"):
         start += 1
     if start >= len(tokens) or tokens[start] not in _OPEN:

@@ -1,10 +1,9 @@
-r"""Word problems with a checkable answer: GSM8K (final "#### 18"), MATH (final \boxed{...}), and
-any file of that kind.
+r"""Word problems with a checkable answer: GSM8K (final "#### 18"), MATH (final \boxed{...}),
+similar files.
 
-Rows come from JSONL files or from the Hugging Face hub. Every gold answer is read and checked when
-the dataset is built; one that cannot be graded is an error that names its line, never a problem
-that always scores 0 or 1. The default prompt is the question alone, the text that supervised
-training uses too. Left out: tool use, process rewards, judging free-form proofs.
+Rows come from JSONL files or from the Hugging Face hub. Every gold answer is checked when the
+dataset is built; one that cannot be graded is an error that names its line. The default prompt is
+the question alone, as in supervised training. Left out: tool use, process rewards, proofs.
 """
 
 import re
@@ -33,8 +32,8 @@ class BadGold(DataError):
 
 @dataclass(frozen=True)
 class MathGrader(Grader):
-    """The final answer in one of `styles`, equal to the gold one as a number or an expression.
-    `numbers_only`: others are no answers.
+    """The final answer in one of `styles`, equal to the gold answer as a number or an expression.
+    `numbers_only`: an answer that is no number is a wrong format.
     """
 
     styles: tuple[AnswerStyle, ...] = ("boxed", "hash", "stated")
@@ -53,7 +52,7 @@ class MathGrader(Grader):
 
 
 def strip_calculator_marks(text: str) -> str:
-    """GSM8K's <<48/2=24>>, which tell a calculator what to compute."""
+    """Removes GSM8K's calculator marks <<48/2=24>>."""
     return re.sub(r"<<[^<>]*>>", "", text)
 
 
@@ -63,9 +62,7 @@ def read_hub(name: str, config: str | None, split: str) -> Iterator[Row]:
 
 @chz.chz
 class WordProblems(ProblemSet):
-    """Problems from `train_path` and `test_path`, or from the hub's `hub_name`. The fields'
-    defaults are those of MATH.
-    """
+    """Problems from `train_path` and `test_path`, or from `hub_name`. Defaults are those of MATH."""
 
     train_path: str | None = chz.field(default=None, doc="JSONL file to train on")
     test_path: str | None = chz.field(default=None, doc="JSONL file to evaluate on")
@@ -79,14 +76,14 @@ class WordProblems(ProblemSet):
         default="boxed", doc="how the reference marks its answer; plain = it is the answer"
     )
     answer_styles: tuple[AnswerStyle, ...] = chz.field(
-        default=("boxed", "hash", "stated"), doc="accepted in responses; the first found counts"
+        default=("boxed", "hash", "stated"), doc="styles accepted in responses; the first that occurs counts"
     )
     strip_marks: bool = chz.field(default=True, doc="remove calculator marks <<1+1=2>> from the reference solution")
     bad_gold: Literal["raise", "drop"] = chz.field(
         default="raise", doc="a reference answer that cannot be graded: raise, or drop (and count)"
     )
     grader_seconds: float = chz.field(
-        default=DEFAULT_SECONDS, validator=POSITIVE, doc="most seconds for comparing two expressions"
+        default=DEFAULT_SECONDS, validator=POSITIVE, doc="limit of processor time for comparing two expressions"
     )
     tag: str = chz.field(default="math", doc="name under which metrics are logged too")
 
@@ -142,7 +139,7 @@ def _gradable(gold: str, seconds: float) -> bool:
 
 @chz.chz
 class Gsm8k(WordProblems):
-    """GSM8K, from `data_dir` (a folder with train.jsonl and test.jsonl) or else from the hub."""
+    """GSM8K, from `data_dir` or else from the hub."""
 
     data_dir: str | None = chz.field(default=None, doc="folder with train.jsonl and test.jsonl")
     hub_name: str | None = chz.field(default="openai/gsm8k", doc="Hugging Face dataset, where no path is given")

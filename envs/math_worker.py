@@ -1,13 +1,11 @@
-"""The process that compares mathematical expressions: one JSON line in, one out. Started by
-math_grading.py, run as a plain file.
+"""Compares mathematical expressions for math_grading.py, as a process run from this file.
 
-A hostile expression can hang inside C code, where no Python timeout reaches. So the timers keep
-their default action and kill the process; the parent sees the pipe close, and by the signal whether
-processor time (SIGPROF) or the clock (SIGALRM) ran out. It also ends when its standard input
-closes, so no orphan stays behind.
+A hostile expression can hang in C code, where no Python timeout reaches. So the timers kill the
+process, and the parent sees by the signal whether processor time (SIGPROF) or the clock (SIGALRM)
+ran out. The process also ends when its standard input closes. One JSON line in, one out:
 
-in:  {"seconds": 5.0, "patience": 20.0, "gold": "...", "answer": "..." or null}    null asks only whether the gold can be parsed
-out: {"gold": true, "equal": false}    "gold" says whether it parsed; an answer that does not parse is not equal
+    in:  {"seconds": 5.0, "patience": 20.0, "gold": "...", "answer": "..." or null}    null: only parse the gold
+    out: {"gold": true, "equal": false}    "gold": it parsed; an answer that does not parse is not equal
 """
 
 import json
@@ -27,9 +25,7 @@ NORMALIZATION = NormalizationConfig(
 
 
 def parse(expression: str) -> Any:
-    """The whole text as one sympy object, or None. math_verify.parse would take any part of it that
-    it understands.
-    """
+    """The whole text as a sympy object, or None. math_verify.parse would accept a part of it."""
     try:
         latex = normalize_latex(expression, config=NORMALIZATION)
         return latex2sympy(latex, is_real=True, convert_degrees=False, normalization_config=None)
@@ -41,9 +37,9 @@ def parse(expression: str) -> Any:
 
 def main() -> None:
     logging.disable(logging.WARNING)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    replies, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no reply
+    replies, sys.stdout = sys.stdout, sys.stderr  # a library's prints are no replies
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,9 +1,8 @@
-"""Who sits opposite: a random player, a perfect one (tic-tac-toe), a frozen policy. Chosen in the
-config, so each is a chz object.
+"""Opponents for games: a random player, a perfect one (tic-tac-toe), a frozen policy.
 
-A player is asked with the game and a generator of its own, and answers with text, as a policy does.
-Its moves are a pure function of the generator's seed and of the game. Left out: search for other
-games than tic-tac-toe; opponents that learn (self-play has no opponent).
+A Player gets the game and its own generator, and answers with text, as a policy does. Its moves are
+a pure function of the generator's seed and the game. Left out: search for games other than
+tic-tac-toe; opponents that learn (self-play has no opponent).
 """
 
 import re
@@ -31,19 +30,15 @@ MOVE = re.compile(r"\[[^\[\]]+\]")
 class Opponent:
     """Configuration of a player."""
 
-    name = "opponent"  # a class constant: metrics against this opponent are also logged under it
+    name = "opponent"  # metrics against this opponent are also logged under this name
 
     def open(self, game: Game) -> Player:
-        """Loads what is needed, once per run. `game` is one of those it will play: an opponent that
-        cannot raises ConfigError.
-        """
+        """Loads the player, once per run. Raises ConfigError if it cannot play `game`."""
         raise NotImplementedError
 
 
 def listed_moves(text: str) -> list[str]:
-    """The moves that a game's text lists last, in brackets, e.g. "Available Moves: '[0]', '[4]'";
-    empty if it lists none.
-    """
+    """The moves in the last list of a game's text, "Available Moves: '[0]', '[4]'"; [] without one."""
     lines = MOVES_LINE.findall(text)
     return MOVE.findall(lines[-1]) if lines else []
 
@@ -73,9 +68,7 @@ async def _random_move(game: Game, rng: np.random.Generator) -> str:
 
 @chz.chz
 class MinimaxPlayer(Opponent):
-    """Perfect tic-tac-toe: any of the moves with the best value, uniformly. It never loses; it does
-    not hurry to win.
-    """
+    """Perfect tic-tac-toe: any of the best moves, uniformly; a slow win is as good as a fast one."""
 
     name = "minimax"
 
@@ -90,14 +83,14 @@ async def _minimax_player(game: Game, rng: np.random.Generator) -> str:
 
 
 def minimax_move(game: Game, rng: np.random.Generator) -> str:
-    """One of the best moves of a game of tic-tac-toe."""
+    """A best move of a game of tic-tac-toe."""
     board = "".join(cell or " " for row in game.state.game_state["board"] for cell in row)
-    values = {cell: -_value(after, THEM[mark]) for cell, after, mark in _moves(board, "OX"[game.player])}
+    values = {cell: -_value(after, OTHER_MARK[mark]) for cell, after, mark in _moves(board, "OX"[game.player])}
     best = [cell for cell, value in values.items() if value == max(values.values())]
     return f"[{best[rng.integers(len(best))]}]"
 
 
-THEM = {"X": "O", "O": "X"}
+OTHER_MARK = {"X": "O", "O": "X"}
 LINES = [(0, 1, 2), (3, 4, 5), (6, 7, 8), (0, 3, 6), (1, 4, 7), (2, 5, 8), (0, 4, 8), (2, 4, 6)]
 
 
@@ -108,21 +101,17 @@ def _moves(board: str, mark: str) -> list[tuple[int, str, str]]:
 
 @cache
 def _value(board: str, mark: str) -> int:
-    """1, 0 or -1: what `mark`, who is to move, gets when both play perfectly."""
-    if any(board[a] == board[b] == board[c] == THEM[mark] for a, b, c in LINES):
+    """1, 0 or -1: the result of `mark`, which is to move, under perfect play."""
+    if any(board[a] == board[b] == board[c] == OTHER_MARK[mark] for a, b, c in LINES):
         return -1
-    return max((-_value(after, THEM[mark]) for _, after, _ in _moves(board, mark)), default=0)
+    return max((-_value(after, OTHER_MARK[mark]) for _, after, _ in _moves(board, mark)), default=0)
 
 
 @chz.chz
 class FrozenPlayer(Opponent):
-    """A saved policy that does not learn. What it fails to finish counts as its move, as the
-    learner's does.
-    """
+    """A saved policy that does not learn. A truncated response is its move, as with the learner."""
 
-    policy: FrozenPolicy = chz.field(
-        doc="which weights, and how to sample from them; with temperature 0 it repeats itself"
-    )
+    policy: FrozenPolicy = chz.field(doc="weights and sampling options; with temperature 0 the player repeats itself")
     name = "frozen"
 
     def open(self, game: Game) -> Player:

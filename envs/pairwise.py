@@ -1,14 +1,10 @@
-"""Answers that compete: the members of a group answer one prompt, and each is judged against the
-others.
+"""Rewards from pairwise comparisons: the answers of a group are judged against each other.
 
-    reward_g = mean over g's matchups of (1 if g wins, -1 if it loses, or what the judge says
-    between) + format_coef * (format - 1)
+So a group needs a judge of pairs, not a reward model with a scale. Larger groups are compared
+within chunks of `matchup_group_size`. Rewards sum to 0 before the format term: progress shows in a
+win rate against a fixed policy (preference/win_rate.py). Left out: ratings over groups (Elo), byes.
 
-So a group needs no reward model with a scale, only a judge of pairs. All pairs in both orders by
-default, G (G - 1) judgements; in larger groups members meet within chunks of `matchup_group_size`.
-The rewards of a group sum to 0 before the format term: progress shows in a win rate against a fixed
-policy (preference/win_rate.py), not in the reward. Left out: ratings over several groups (Elo),
-byes.
+    reward_g = mean over g's matchups of (1 for a win, -1 for a loss, or a score between) + format_coef * (format - 1)
 """
 
 from collections.abc import Sequence
@@ -32,9 +28,7 @@ Matchups = Literal["all_pairs_both_ways", "all_pairs_one_way"]
 
 
 def matchups(size: int, pattern: Matchups, chunk_size: int) -> list[tuple[int, int]]:
-    """Who meets whom, as (A, B): within even chunks of at least `chunk_size` of the `size` members,
-    so that nobody is left alone.
-    """
+    """Pairs (A, B) of members, within even chunks of at least `chunk_size` of the `size` members."""
     chunks = np.array_split(np.arange(size), max(1, size // chunk_size))
     pairs = [(int(a), int(b)) for chunk in chunks for a, b in combinations(chunk, 2)]
     return pairs if pattern == "all_pairs_one_way" else [order for a, b in pairs for order in ((a, b), (b, a))]
@@ -59,9 +53,7 @@ class PairwisePreferenceGroupBuilder(EnvGroupBuilder):
     async def compute_group_rewards(
         self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
     ) -> list[tuple[float, Metrics]]:
-        """Win minus loss of each. RolloutError if only one member is left: it has nobody to be
-        judged against.
-        """
+        """Mean of wins minus losses of each answer. RolloutError if only one member is left."""
         answers_G = completions(envs_G)
         if len(answers_G) == 1:
             raise RolloutError(
@@ -81,21 +73,19 @@ class PairwisePreferenceGroupBuilder(EnvGroupBuilder):
 
 @chz.chz
 class PairwiseBuilder(RLDatasetBuilder):
-    """Groups of answers to prompts, judged in pairs. The held-out set is one such group for each
-    held-out prompt.
-    """
+    """Groups of answers judged in pairs. The held-out set is one such group per held-out prompt."""
 
     prompts: PromptsBuilder = chz.field(doc="builder of the prompts")
-    judge: JudgeBuilder = chz.field(doc="who judges: a saved model, an endpoint, a rule")
+    judge: JudgeBuilder = chz.field(doc="the judge: a saved model, an endpoint, a rule")
     group_size: int = chz.field(default=4, validator=COUNT, doc="answers per prompt")
     matchup_pattern: Matchups = chz.field(
-        default="all_pairs_both_ways", doc="all_pairs_both_ways, or one way with half the judgements"
+        default="all_pairs_both_ways", doc="all_pairs_both_ways, or all_pairs_one_way with half the judgements"
     )
     matchup_group_size: int = chz.field(
         default=4, validator=COUNT, doc="answers meet within chunks of this size (or a few more)"
     )
     format_coef: float = chz.field(
-        default=1.0, validator=NON_NEGATIVE, doc="taken from the reward of an answer that was cut off by max_tokens"
+        default=1.0, validator=NON_NEGATIVE, doc="subtracted from the reward of a truncated answer"
     )
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:

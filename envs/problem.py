@@ -1,9 +1,8 @@
-"""A question with a verifier, and sets of them: what RL, warm starts, LaTRO, B-STaR and process
-reward models have in common.
+"""A question with a verifier, for RL, warm starts, LaTRO, B-STaR and process reward models.
 
-A Problem is text: no tokenizer, no environment (problem_env.py has that). A new verifier is a
-Grader; a new data set is a ProblemSet that reads its rows (math_word.py, arc_challenge.py and
-code.py are the models).
+A Problem is text, without tokenizer or environment (see problem_env.py). A new verifier is a
+Grader; a new data set is a ProblemSet that reads its rows (math_word.py, arc_challenge.py,
+code.py).
 """
 
 from collections.abc import Sequence
@@ -27,9 +26,7 @@ class GraderError(RolloutError):
 
 @dataclass(frozen=True)
 class Grade:
-    """What a grader says of a response. `answer` is None where there is none: the format is wrong.
-    `credit` replaces `correct` as reward.
-    """
+    """A verdict. `answer` None: the format is wrong. `credit` replaces `correct` as reward."""
 
     answer: str | None
     correct: bool
@@ -39,16 +36,14 @@ class Grade:
 
 
 class Grader:
-    """Reads the answer out of a response and compares it. Here the whole response is the answer,
-    and must be equal to the gold one.
-    """
+    """Extracts the answer of a response and compares it. Default: the whole response, as text."""
 
     def extract(self, text: str) -> str | None:
-        """The answer, None where the response holds none."""
+        """The answer, or None."""
         return text.strip() or None
 
     async def is_right(self, answer: str, gold: str) -> bool:
-        """Raises GraderError if that cannot be decided."""
+        """Raises GraderError if the comparison fails."""
         return answer == gold
 
     async def grade(self, text: str, gold: str) -> Grade:
@@ -56,19 +51,17 @@ class Grader:
         return Grade(answer, answer is not None and await self.is_right(answer, gold))
 
     def shown(self, text: str) -> str:
-        """What the transcript shows as extracted."""
+        """The answer as the transcript shows it."""
         return self.extract(text) or ""
 
     def describe(self, text: str) -> Metrics:
-        """What else can be said of a response or a rationale; logged, never a reward."""
+        """Further metrics of a response or a rationale; never part of the reward."""
         return {}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`solution` is a worked one, answer included, where there is one. `id` names the problem:
-    where it was read, or its place in a set.
-    """
+    """`solution` is a worked one with the answer. `id` is the row or place the problem came from."""
 
     question: str
     gold: str
@@ -89,9 +82,7 @@ class Problem:
 
 
 def check_apart(train: Sequence[Problem], test: Sequence[Problem], name: str = "training") -> None:
-    """DataError, with the first example, where a question is in both: what is measured must not be
-    trained on.
-    """
+    """Raises DataError, with the first example, where a question is in both sets."""
     held_out = {problem.question: problem for problem in test}
     if both := [problem for problem in train if problem.question in held_out]:
         first, twin = both[0], held_out[both[0].question]
@@ -106,8 +97,8 @@ P = TypeVar("P", bound=Problem)
 
 
 def split_off(problems: Sequence[P], count: int, seed: int, name: str) -> tuple[list[P], list[P]]:
-    """The others, and `count` problems drawn by `seed`, each in their order. No others have the
-    question of one that was drawn.
+    """The rest, and `count` problems drawn by `seed`, both in their order. The rest has no problem
+    with a drawn question. DataError unless 1 <= count < len(problems).
     """
     if not 1 <= count < len(problems):
         raise DataError(
@@ -124,19 +115,19 @@ def split_off(problems: Sequence[P], count: int, seed: int, name: str) -> tuple[
 class ProblemSet:
     """Configuration of a data set with a training and a test split."""
 
-    num_train: int | None = chz.field(default=None, validator=COUNT, doc="use only the first so many training problems")
+    num_train: int | None = chz.field(
+        default=None, validator=COUNT, doc="number of training problems, the first ones; None = all"
+    )
     num_test: int | None = chz.field(
-        default=200, validator=WHOLE, doc="use only the first so many test problems; None = all"
+        default=200, validator=WHOLE, doc="number of test problems, the first ones; None = all"
     )
 
     def read(self, split: Split, limit: int | None) -> list[Problem]:
-        """The problems in the first `limit` rows of "train" or "test"; [] for a test split that
-        there is not.
-        """
+        """The problems in the first `limit` rows of "train" or "test"; [] without a test split."""
         raise NotImplementedError
 
     def splits(self) -> tuple[list[Problem], list[Problem]]:
-        """Training and test problems. DataError where a question is in both."""
+        """Training and test problems. Raises DataError where a question is in both."""
         train, test = self.read("train", self.num_train), self.read("test", self.num_test)
         check_apart(train, test)
         return train, test

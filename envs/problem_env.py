@@ -1,7 +1,7 @@
-"""A Problem as a single-turn environment, its group, and datasets of them for RL and for imitation.
+"""A Problem as a single-turn environment, its group, and datasets for RL and for imitation.
 
-reward = format_coef * (format - 1) + correct, with format and correct in {0, 1}. A response that
-ran into the token limit is a format failure, whatever it says. Left out: several turns, tools.
+reward = format_coef * (format - 1) + correct, with format and correct in {0, 1}. A truncated
+response has format 0. Left out: several turns, tools.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,20 +27,18 @@ Overlong = Literal["drop", "raise"]
 
 
 class ProblemEnv(Env):
-    """One question. `prefix` is said before it: a system message, worked examples."""
+    """One question, after the messages of `prefix`: a system message, worked examples."""
 
     format_coef = 0.1
 
     def __init__(self, problem: Problem, renderer: Renderer, prefix: Sequence[Message] = ()):
         self.problem, self.renderer, self.prefix = problem, renderer, prefix
-        # set by build_prompt; a group renders its question once and shares it
-        self._rendered: ModelInput | None = None
+        self._rendered: ModelInput | None = None  # a group renders its question once and shares it
 
     def question(self) -> str:
         return self.problem.question
 
     def messages(self) -> list[Message]:
-        """The question and the worked solution, to imitate."""
         return self.problem.messages(self.prefix)
 
     async def grade(self, text: str) -> Grade:
@@ -77,9 +75,7 @@ EnvThunk = Callable[[], ProblemEnv]
 
 @dataclass(frozen=True)
 class ProblemGroupBuilder(EnvGroupBuilder):
-    """`num_envs` attempts at one problem. `env_thunk` must pickle: functools.partial of an env
-    class does, a lambda does not.
-    """
+    """`num_envs` attempts at one problem. `env_thunk` must pickle: a partial, not a lambda."""
 
     env_thunk: EnvThunk
     num_envs: int
@@ -103,7 +99,7 @@ def problem_groups(
     prefix: Sequence[Message] = (),
     env_class: type[ProblemEnv] = ProblemEnv,
 ) -> list[ProblemGroupBuilder]:
-    """A group of each problem, with its tags."""
+    """One group per problem, with its tags."""
     return [
         ProblemGroupBuilder(partial(env_class, problem, renderer, prefix), group_size, list(problem.tags))
         for problem in problems
@@ -118,11 +114,11 @@ def fit_problems(
     name: str = "dataset",
     prefix: Sequence[Message] = (),
 ) -> list[Problem]:
-    """The problems whose prompt fits; the others are dropped and counted on one printed line, or
-    refused. Never cut.
+    """The problems whose prompt fits; the rest is dropped, counted in a printed line, never
+    truncated.
 
-    `max_prompt_tokens` None means the model's context less one token to sample. Raises DataError,
-    also when none fits.
+    `max_prompt_tokens` None means the model's context less one token. Raises DataError if none
+    fits, or if one does not and `overlong` is "raise".
     """
     limit = max_prompt_tokens or renderer.tokenizer.model_max_length - 1
     lengths = [ProblemEnv(problem, renderer, prefix).build_prompt().length for problem in problems]
@@ -152,13 +148,11 @@ def asked(template: str, problems: Sequence[Problem]) -> list[Problem]:
 
 @chz.chz
 class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
-    """A set of problems to practise on by reinforcement learning; mix it with the ProblemSet. Held
-    out is one attempt at each test problem.
-    """
+    """Mixed with a ProblemSet: problems for RL. Held out is one attempt at each test problem."""
 
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
     overlong: Overlong = chz.field(
-        default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never cut"
+        default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never truncated"
     )
     max_prompt_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens of a prompt; None = the model's context less one"
@@ -181,7 +175,7 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
 
 @chz.chz
 class ProblemExamples(ChatDatasetBuilder):
-    """Questions with their worked solutions, to imitate. Problems without one are left out."""
+    """Questions with their worked solutions, to imitate. Problems without a solution are left out."""
 
     problems: ProblemSet = chz.field(doc="the data set")
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
@@ -201,9 +195,7 @@ class ProblemExamples(ChatDatasetBuilder):
 
 @chz.chz
 class DrawnProblems:
-    """A space of problems without end: training problems are drawn, as a pure function of a seed,
-    and some of all are held out.
-    """
+    """An endless space of problems: training problems are drawn by a seed, some are held out."""
 
     num_test: int = chz.field(default=200, validator=WHOLE, doc="held-out problems")
     split_seed: int = chz.field(
@@ -220,15 +212,13 @@ class DrawnProblems:
 
 @chz.chz
 class DrawnProblemsBuilder(DrawnProblems, RLDatasetBuilder):
-    """Problems to practise on by reinforcement learning. Held out is one attempt at each held-out
-    problem.
-    """
+    """Problems for RL. Held out is one attempt at each held-out problem."""
 
     n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
     env_class = ProblemEnv
 
     def prefix(self) -> Sequence[Message]:
-        """What is said before each training question."""
+        """Messages before each training question."""
         return ()
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
@@ -245,7 +235,7 @@ class DrawnProblemsBuilder(DrawnProblems, RLDatasetBuilder):
 
 @chz.chz
 class DrawnExamplesBuilder(DrawnProblems, SupervisedDatasetBuilder):
-    """The same problems with their solutions, to imitate. Held out are the same problems."""
+    """The same problems with their solutions, to imitate, with the same held-out problems."""
 
     n_batches: int = chz.field(default=30, validator=COUNT, doc="training batches per epoch")
 

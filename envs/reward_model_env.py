@@ -1,8 +1,7 @@
-"""Answers scored by a reward model: reward = coef * score + format_coef * (format - 1). A group is
-scored in one batched call.
+"""Answers scored by a reward model: reward = coef * score + format_coef * (format - 1).
 
-For a reward model beside an environment's own reward, take
-preference.bradley_terry.RewardModelReward, which works with any environment.
+A group is scored in one batched call. To add a reward model to an environment's own reward, use
+preference.bradley_terry.RewardModelReward.
 """
 
 from collections.abc import Sequence
@@ -45,16 +44,14 @@ class RewardModelGroupBuilder(EnvGroupBuilder):
 
 @chz.chz
 class RewardModelEnvBuilder(RLDatasetBuilder):
-    """Prompts whose answers a reward model scores. The held-out set is one answer to each held-out
-    prompt.
-    """
+    """Prompts whose answers a reward model scores. Held out is one answer per held-out prompt."""
 
     prompts: PromptsBuilder = chz.field(doc="builder of the prompts")
     reward_model: RewardModelBuilder = chz.field(doc="the model that scores")
     format_coef: float = chz.field(
-        default=1.0, validator=NON_NEGATIVE, doc="taken from the reward of an answer that was cut off by max_tokens"
+        default=1.0, validator=NON_NEGATIVE, doc="subtracted from the reward of a truncated answer"
     )
-    coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="what the score is multiplied with")
+    coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="factor of the score")
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         model, gold = self.reward_model(renderer.tokenizer), self.prompts.gold()

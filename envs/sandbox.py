@@ -1,38 +1,31 @@
-"""Runs a program that nobody has read, and says how it ended: the trainer's half. The other half is
+"""Runs an untrusted program and reports how it ended (Linux): the trainer's half of
 sandbox_supervisor.py.
 
-Every run has a supervisor process of its own, and under it a fresh Python interpreter with an empty
-environment, a session and a folder of its own, the standard library and no other package. What
-holds a program (Linux only):
+Every run has its own supervisor process and a fresh Python interpreter: standard library only,
+empty environment, its own session and folder. Users other than root need user namespaces or
+bubblewrap; root in a container without namespaces runs without them. `Isolation` reports the case.
 
-    always        no privileges to gain; limits on CPU time, wall time, memory, processes, threads, files and output; when the run
-                  ends, every process that it left is killed, wherever it has hidden
-    filter        on x86_64 and aarch64 the system calls of sandbox_filter.py are refused: memory that no limit counts, namespaces
-                  and mounts of the program's own, sockets beside Unix and IP
-    namespaces    no network; no sight of other processes, so none to signal or to read the environment of; a file system that is
-                  read-only but for its own folder, which is in memory and small
-    as root       a user id that nothing else has
-
-Who is not root needs user namespaces, or bubblewrap installed where the machine allows only
-programs of its own to make them, and is refused without. Root in a container that forbids
-namespaces goes without them. `Isolation` says which it is.
+    always        no privileges to gain; limits on CPU time, wall time, memory, processes, threads, files and output;
+                  every process that is left at the end is killed
+    filter        x86_64 and aarch64: the system calls of sandbox_filter.py are refused
+    namespaces    no network; no sight of other processes; a read-only file system but for the program's own folder,
+                  which is small and in memory
+    root          a user id of its own
 
 What this does NOT protect from:
-* an adversary, or a hole in the kernel: this is a seat belt against what a policy may write, not a
-  prison. No VM, and the filter
-  refuses some calls and allows all others;
-* reading: any file that every user may read, data sets and their answers among them; where the
-  trainer is not root, any file of
-  its user, keys too. Sockets that are files can be connected to with the same rights;
-* load: up to `processes` cores and `processes * memory_mb` of memory for `wall_seconds`. Memory is
-  limited per process (no cgroup);
-* a program that looks for its own checks: an assert test runs in the interpreter of the program it
-  judges, which can find it there
-  and forge success. A test of standard output cannot be forged: its answer never enters the
+
+* An adversary, or a hole in the kernel: no VM, and the filter allows all calls that it does not
+  list.
+* Reading: any file that every user may read; where the trainer is not root, any file of its user,
+  keys too. Sockets that are files can be connected to with the same rights.
+* Load: up to `processes` cores and `processes * memory_mb` of memory for `wall_seconds`. Memory is
+  limited per process (no cgroup).
+* A program that looks for its own checks: an assert test runs in the program's interpreter, which
+  can forge success. A test of standard output cannot be forged: its answer never enters the
   sandbox.
-Without namespaces also: the network; files left in world-writable folders (/dev/shm is memory), as
-many as they hold. Without the filter (other processors): System V shared memory and memfd, which no
-limit counts; without both, a segment outlives the run.
+* Without namespaces: the network; files left in world-writable folders (/dev/shm is memory).
+* Without the filter (other processors): System V shared memory and memfd, which no limit counts.
+  Without both, a segment outlives the run.
 """
 
 import asyncio
@@ -52,47 +45,44 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, POSITIVE
 from rl.types import RolloutError
 
-# wrong is the judge's word; the sandbox itself says how the program ended. killed: by a signal.
-# error: exit status other than 0.
+# "wrong" comes from a test, the rest from the sandbox. killed: by a signal; error: exit status not 0.
 Outcome = Literal["passed", "wrong", "error", "timeout", "memory", "output_limit", "killed"]
 SUPERVISOR = Path(__file__).with_name("sandbox_supervisor.py")
 STARTS = "open('f', 'w').write('2')\nprint(int(input()) + int(open('f').read()))\n"
-GRACE_SECONDS = 30.0  # a supervisor that takes this much longer than the program may is broken
+GRACE_SECONDS = 30.0  # time for the supervisor beyond that of the program
 MAX_CONCURRENT = max(2, os.cpu_count() or 1)  # programs running at once, for each event loop
 
 
 class SandboxError(RolloutError):
-    """The sandbox itself failed, or is not to be had on this machine: nothing is known of the
-    program.
-    """
+    """The sandbox failed or is not available on this machine: nothing is known of the program."""
 
 
 @chz.chz
 class SandboxLimits:
-    """What one run of a program may use."""
+    """Limits of one run of a program."""
 
     cpu_seconds: int = chz.field(default=5, validator=COUNT, doc="CPU time of one process")
     wall_seconds: float = chz.field(
-        default=10.0, validator=POSITIVE, doc="time by the clock; it does not include waiting for a free place"
+        default=10.0, validator=POSITIVE, doc="time by the clock, without waiting for a free place"
     )
     memory_mb: int = chz.field(default=512, validator=COUNT, doc="address space of one process")
     processes: int = chz.field(default=16, validator=COUNT, doc="processes and threads at once")
-    file_mb: int = chz.field(
-        default=16, validator=COUNT, doc="size of a file, and of all files together where namespaces are to be had"
-    )
+    file_mb: int = chz.field(default=16, validator=COUNT, doc="size of a file; with namespaces, of all files together")
     open_files: int = chz.field(default=64, validator=COUNT, doc="open files of one process")
     output_kb: int = chz.field(
-        default=64, validator=COUNT, doc="standard output, and standard error; at one more byte the program is killed"
+        default=64,
+        validator=COUNT,
+        doc="most standard output, and most standard error; one more byte kills the program",
     )
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """What holds the programs on this machine."""
+    """The protections on this machine."""
 
     namespaces: bool
     root: bool
-    why_not: str = ""  # why there are no namespaces, or why bubblewrap had to make them
+    why_not: str = ""  # reason for no namespaces, or for bubblewrap
     filtered: bool = True
 
     def __str__(self) -> str:
@@ -108,7 +98,7 @@ class Isolation:
 
 @dataclass(frozen=True)
 class Run:
-    """How a program ended. "passed" says no more than that its exit status was 0."""
+    """How a program ended. "passed": its exit status was 0."""
 
     outcome: Outcome
     stdout: str
@@ -117,9 +107,7 @@ class Run:
 
 
 async def run_program(program: str, stdin: str = "", limits: SandboxLimits | None = None) -> Run:
-    """Runs Python source. Waits while MAX_CONCURRENT others run. Raises SandboxError where the
-    sandbox is at fault.
-    """
+    """Runs Python source once fewer than MAX_CONCURRENT programs run. Raises SandboxError."""
     limits = limits or SandboxLimits()
     instructions = seccomp_filter()
     encoded = base64.b64encode(instructions).decode() if instructions else None
@@ -132,24 +120,20 @@ async def run_program(program: str, stdin: str = "", limits: SandboxLimits | Non
 
 
 async def check_limits(limits: SandboxLimits) -> Isolation:
-    """Runs a program that computes nothing. ConfigError where it does not end well: then no program
-    would, and every reward be 0.
-    """
+    """Runs a trivial program. ConfigError if it fails: every program would, with reward 0."""
     run = await run_program(STARTS, "2", limits)
     if (run.outcome, run.stdout.strip()) != ("passed", "4"):
-        said = run.stderr.strip().rsplit("\n", 1)[-1][:200]
+        last_line = run.stderr.strip().rsplit("\n", 1)[-1][:200]
         raise ConfigError(
             "under these limits not even a program of two lines runs; it ended with "
-            f"{run.outcome}{said and ': ' + said}: raise them "
+            f"{run.outcome}{last_line and ': ' + last_line}: raise them "
             f"({', '.join(f'{name}={value}' for name, value in chz.asdict(limits).items())})"
         )
     return run.isolation
 
 
 async def _supervised(request: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The supervisor's reply. It ends its program and itself when its standard input closes, so
-    nothing is left after a cancellation.
-    """
+    """The supervisor's reply. It ends the program and itself when its standard input closes."""
     pipe = asyncio.subprocess.PIPE
     supervisor = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -1,11 +1,8 @@
-"""The system calls that a sandboxed program is refused, as a seccomp filter: classic BPF, made here
-as bytes and installed by the supervisor.
+"""The system calls refused to a sandboxed program: a seccomp filter in classic BPF, made as bytes.
 
-Refused is what would leave the limits or the namespaces: memory that no limit counts (System V
-segments and queues, memfd), namespaces and mounts of one's own, sockets other than Unix, IPv4 and
-IPv6 ones, io_uring (which makes sockets without the call), kernel keys, ptrace, bpf. Everything
-else is allowed: the filter is no list of what a program may do. Left out: machines other than
-x86_64 and aarch64.
+It refuses calls that escape the limits or namespaces: uncounted memory (System V segments and
+queues, memfd), namespaces, mounts, sockets other than Unix, IPv4 and IPv6, io_uring (which makes
+sockets too), kernel keys, ptrace, bpf. Left out: processors other than x86_64 and aarch64.
 """
 
 import errno
@@ -54,8 +51,7 @@ SOCKETS = ((41, 198), (53, 199))  # socket, socketpair
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWTIME
 NAMESPACE_FLAGS = 0x7E020080
-# AF_UNIX, AF_INET, AF_INET6: the latter two reach nothing where there is a network namespace
-FAMILIES = (1, 2, 10)
+FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 X32 = 0x40000000  # numbers of x86_64's second table begin here
 
 LOAD, JUMP_IF_EQUAL, JUMP_IF_GREATER_EQUAL, JUMP_IF_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -65,9 +61,7 @@ ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
 def seccomp_filter(machine: str = platform.machine()) -> bytes | None:
-    """The filter as an array of struct sock_filter, None for machines whose numbers are not known
-    here.
-    """
+    """The filter as an array of struct sock_filter, None for other processors."""
     if machine not in AUDIT_ARCH:
         return None
     column = list(AUDIT_ARCH).index(machine)
@@ -76,7 +70,7 @@ def seccomp_filter(machine: str = platform.machine()) -> bytes | None:
     if machine == "x86_64":
         program.append(_when(JUMP_IF_GREATER_EQUAL, X32, refuse))
     program += [_when(JUMP_IF_EQUAL, numbers[column], refuse) for numbers in REFUSED.values()]
-    # its flags are in memory: libc takes clone instead
+    # its flags are in memory; libc falls back to clone
     program.append(_when(JUMP_IF_EQUAL, CLONE3, _refuse(errno.ENOSYS)))
     test = [_load(FIRST_ARGUMENT), _when(JUMP_IF_ANY_BIT, NAMESPACE_FLAGS, refuse), _return(ALLOW)]
     program.append(_when_code(CLONE[column], b"".join(test)))
@@ -101,7 +95,7 @@ def _return(value: int) -> bytes:
 
 
 def _when(jump: int, constant: int, result: int) -> bytes:
-    """Ends with `result` where the comparison holds."""
+    """Returns `result` where the comparison holds."""
     return _instruction(jump, constant, 0, 1) + _return(result)
 
 

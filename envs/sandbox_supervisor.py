@@ -1,17 +1,15 @@
-"""The process that runs one program for sandbox.py and outlives it. Started as a plain file, with
-the standard library only.
+"""The process that runs one program for sandbox.py, started from this file, standard library only.
+
+Root without namespaces ends the program by kill(-1), sent with the program's own user id. Where a
+user may make no namespaces, bubblewrap makes them and this file runs again within (`launch`).
 
     in:   {"program": ..., "stdin": ..., "limits": {...}, "filter": a seccomp filter in base64, or null} on one line;
           then standard input stays open as long as the answer is wanted
     out:  {"outcome": ..., "stdout": ..., "stderr": ..., "isolation": {...}}   or   {"failed": why there is no sandbox}
 
     supervisor      reads the output, watches the clock; never runs a line of the program
-      init          process 1 of a process namespace: when it ends, the kernel kills every process in there
+      init          process 1 of a process namespace: at its end the kernel kills every process of the namespace
         program     without privileges
-
-Where root has no namespaces, the end is a kill(-1) sent by the program's own user id, which reaches
-all that it ever forked. Where another user may make none, bubblewrap makes them if it is installed:
-this file runs again within (`launch`), as the program.
 """
 
 import base64
@@ -37,7 +35,7 @@ MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 0x1000, 0x4000, 0x40000
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 SECCOMP_MODE_FILTER = 2
-UIDS = range(61184, 65184)  # what systemd, too, takes for short-lived users
+UIDS = range(61184, 65184)  # the range of systemd's short-lived users
 MAX_FILES = 4096
 MB = 2**20
 
@@ -46,13 +44,13 @@ is_root = os.getuid() == 0
 bubblewrap = None if is_root else shutil.which("bwrap", path="/usr/local/bin:/usr/bin:/bin")
 
 
-def check(result: int, what: str) -> None:
+def check(result: int, action: str) -> None:
     if result < 0:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise OSError(ctypes.get_errno(), f"{action}: {os.strerror(ctypes.get_errno())}")
 
 
 def claim_uid() -> tuple[int, socket.socket | None]:
-    """A user id that no other sandbox has. The name of a socket is the claim: it is gone with the
+    """A user id that no other sandbox has. The claim is a socket's name, which ends with the
     process.
     """
     if not is_root:
@@ -70,8 +68,9 @@ def claim_uid() -> tuple[int, socket.socket | None]:
 
 
 def enter_process_namespace() -> str:
-    """The next child will be process 1 of a new process namespace. Returns why not, where root can
-    do without or bubblewrap makes it.
+    """Makes the next child process 1 of a new process namespace.
+
+    Returns "", or the reason of a failure where root or bubblewrap goes on without. Raises OSError.
     """
     uid, gid = os.getuid(), os.getgid()
     try:
@@ -82,7 +81,7 @@ def enter_process_namespace() -> str:
         raise OSError(
             error.errno, f"{error.strerror}; run as root, allow user namespaces, or install bubblewrap"
         ) from error
-    if not is_root:  # in a user namespace we may mount; the program's exec gives that up
+    if not is_root:  # a user namespace may mount, until the program's exec
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
@@ -94,8 +93,8 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def close_off(folder: Path, uid: int, file_mb: int) -> None:
-    """No network; all files read-only but those of folder/work. The interpreter is also at
-    folder/python: its path may be root's alone.
+    """No network; files read-only except in folder/work. The interpreter is also at folder/python,
+    as its path may be readable by root only.
     """
     check(libc.unshare(NEWNS | NEWIPC | NEWNET), "unshare")
     mount("none", "/", "none", MS_REC | MS_PRIVATE)
@@ -111,7 +110,7 @@ def close_off(folder: Path, uid: int, file_mb: int) -> None:
 
 
 def become_program(request: dict[str, Any], folder: Path, uid: int, namespaces: bool) -> None:
-    """Gives up all privileges and executes the program. Returns only by raising."""
+    """Gives up all privileges and executes the program. Only raises, never returns."""
     os.setsid()
     os.umask(0o022)
     os.chdir(folder / "work")
@@ -132,8 +131,7 @@ def become_program(request: dict[str, Any], folder: Path, uid: int, namespaces: 
     prefix = Path(sys.base_prefix)
     if namespaces:
         python, prefix = folder / "python" / python.relative_to(prefix), folder / "python"
-    # -I would be -P -s and no environment variables; there are none but these. A fixed hash seed
-    # lets a program that prints a set be right always or never.
+    # -P -s is -I but reads these variables. A fixed hash seed makes the order of a set reproducible.
     environment = {
         "HOME": str(folder / "work"),
         "LANG": "C.UTF-8",
@@ -144,9 +142,7 @@ def become_program(request: dict[str, Any], folder: Path, uid: int, namespaces: 
 
 
 def install_filter(instructions: bytes) -> None:
-    """For this process and all its children. A kernel without seccomp is an error: `filter` was
-    sent because there should be one.
-    """
+    """Installs it for this process and its children. Raises OSError on a kernel without seccomp."""
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
@@ -157,9 +153,7 @@ def install_filter(instructions: bytes) -> None:
 
 
 def start_in_bubblewrap(request: dict[str, Any], folder: Path, status: int) -> None:
-    """Executes bubblewrap, and in it `launch`, which gets the request in a file that has no name.
-    Returns only by raising.
-    """
+    """Executes bubblewrap with `launch` in it; the request is an unnamed file. Only raises."""
     sent = os.memfd_create("request", 0)
     os.write(sent, json.dumps(request).encode())
     os.lseek(sent, 0, os.SEEK_SET)
@@ -172,7 +166,7 @@ def start_in_bubblewrap(request: dict[str, Any], folder: Path, status: int) -> N
 
 
 def launch(folder: str, sent: str, status: str) -> None:
-    """The program's half of `start_in_bubblewrap`. "started" says that bubblewrap did its part."""
+    """The inner part of `start_in_bubblewrap`. "started" reports that bubblewrap has done its part."""
     request = json.loads(os.fdopen(int(sent)).read())
     os.set_inheritable(int(status), False)  # closed by exec
     os.write(int(status), b"started ")
@@ -181,7 +175,7 @@ def launch(folder: str, sent: str, status: str) -> None:
 
 def set_limits(limits: dict[str, Any]) -> None:
     for name, soft, hard in (
-        # SIGXCPU, and SIGKILL for who ignores it
+        # SIGXCPU at the soft limit, SIGKILL at the hard one
         (resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1),
         (resource.RLIMIT_AS, limits["memory_mb"] * MB, limits["memory_mb"] * MB),
         (resource.RLIMIT_FSIZE, limits["file_mb"] * MB, limits["file_mb"] * MB),
@@ -193,9 +187,7 @@ def set_limits(limits: dict[str, Any]) -> None:
 
 
 def run_init(request: dict[str, Any], folder: Path, uid: int, namespaces: bool, status: int) -> None:
-    """Starts the program, waits for it, and writes how it ended to `status`. Other orphans of the
-    namespace are reaped meanwhile.
-    """
+    """Starts the program, waits for it, reaps other orphans, and writes to `status` how it ended."""
     try:
         check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
         if namespaces:
@@ -217,9 +209,7 @@ def run_init(request: dict[str, Any], folder: Path, uid: int, namespaces: bool, 
 
 
 def watch(limits: dict[str, Any], stdout: int, stderr: int, status: int) -> tuple[str, dict[int, bytearray]]:
-    """Reads until init has ended or a limit is met. Returns that limit's outcome, or "", and what
-    was read from each pipe.
-    """
+    """Reads until init ends or a limit is met. Returns that outcome or "", and the output by pipe."""
     deadline = time.monotonic() + limits["wall_seconds"]
     read = {fd: bytearray() for fd in (stdout, stderr, status)}
     unread = set(read)
@@ -228,7 +218,7 @@ def watch(limits: dict[str, Any], stdout: int, stderr: int, status: int) -> tupl
         if not ready:
             return "timeout", read
         if 0 in ready:
-            raise SystemExit("nobody waits for the answer any more")
+            raise SystemExit("the trainer has closed the connection")
         for fd in ready:
             read[fd] += (chunk := os.read(fd, 1 << 16))
             unread -= set() if chunk else {fd}
@@ -238,14 +228,14 @@ def watch(limits: dict[str, Any], stdout: int, stderr: int, status: int) -> tupl
 
 
 def drain(fd: int, read: bytearray, limit: int) -> None:
-    """What the dead have left in a pipe."""
+    """Reads the output that killed processes left in a pipe."""
     while len(read) <= limit and select.select([fd], [], [], 0)[0] and (chunk := os.read(fd, 1 << 16)):
         read += chunk
 
 
 def kill_all(init: int, uid: int, namespaces: bool) -> None:
     os.kill(init, signal.SIGKILL)
-    os.waitpid(init, 0)  # in a namespace it returns when every process in there is dead
+    os.waitpid(init, 0)  # in a namespace: returns when all its processes are dead
     if is_root and not namespaces:  # bubblewrap dies with init, and its namespace with it
         if (killer := os.fork()) == 0:
             with contextlib.suppress(ProcessLookupError):
@@ -287,16 +277,15 @@ def supervise(request: dict[str, Any], folder: Path, uid: int) -> dict[str, Any]
         outcome = "output_limit"
     texts = {name: read[fd][:size].decode(errors="replace") for name, fd in (("stdout", stdout), ("stderr", stderr))}
     wrapped = bool(bubblewrap and not namespaces)
-    said = read[status].decode().partition("\n")[0]
-    started = said.startswith("started ")
-    word, _, rest = said.removeprefix("started ").partition(" ")
+    report = read[status].decode().partition("\n")[0]
+    started = report.startswith("started ")
+    word, _, rest = report.removeprefix("started ").partition(" ")
     if word == "failed":
         return {"failed": rest}
     if wrapped and word and not started:
         return {"failed": f"bubblewrap: {texts['stderr'].strip()}"}
     code = int(rest) if word else -signal.SIGKILL
-    # as a shell, bubblewrap says so where its child was killed by a signal
-    if wrapped and code > 128:
+    if wrapped and code > 128:  # as a shell, bubblewrap reports a signal so
         code = 128 - code
     outcome = outcome or outcome_of(code, texts["stderr"])
     isolation = {
@@ -321,11 +310,10 @@ def main() -> None:
     except OSError as error:
         reply = {"failed": str(error.strerror)}
     finally:
-        # not rmtree: were the interpreter still mounted there, this fails
-        os.rmdir(folder / "python")
+        os.rmdir(folder / "python")  # not rmtree: fails if the interpreter is still mounted there
         shutil.rmtree(folder)
     print(json.dumps(reply))
-    del claim  # held until here
+    del claim  # kept until here
 
 
 if __name__ == "__main__":

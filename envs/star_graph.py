@@ -1,19 +1,12 @@
-"""Star graphs G(d, l): the planning task that next-token training cannot learn (Bachmann and
-Nagarajan 2024, "The pitfalls of next-token prediction"; used again by the Belief State Transformer
-and by Q#).
+"""Star graphs G(d, l): the planning task on which next-token training fails (Bachmann and Nagarajan
+2024).
 
-d arms of l nodes, the source counted, leave a source s; the goal g is the end of one of them. The
-model reads the directed edges in random order and (s, g), and writes the path from s to g. Only the
-second node of the path, the first hop, is a decision.
+d arms of l nodes, source included, leave a source s; the goal g is the end of an arm. The model
+reads the directed edges in random order and (s, g), and writes the path from s to g. Only its
+second node, the first hop, is a decision. Left out: arms of different length.
 
     prefix_T   a b | c d | ... | y z / s g =        3E + 3 tokens, E = d(l-1)
     target_T   s ... g                              l tokens
-
-A row holds both, in numeral ids: node i is i, and the five symbols follow the N labels. Nodes and
-the order of the edges are uniform, as in all originals; `bst_rows` draws as BST's prepare.py does,
-with the same bits. A graph held out is held out in every order of its edges. Files are in
-star_graph_files.py, tokenizers in star_graph_tokens.py. Left out: graphs whose arms differ in
-length.
 """
 
 import math
@@ -26,12 +19,14 @@ import numpy as np
 from posttrain.backend.errors import ConfigError, DataError
 
 Seed = int | tuple[int, ...]
-CHUNK = 4096  # rows drawn at a time: they stay in the processor's cache
+CHUNK = 4096  # rows drawn at a time, few enough for the processor's cache
 
 
 @dataclass(frozen=True)
 class StarGraph:
-    """The size of a graph and the layout of its rows."""
+    """The size of a graph and the layout of its rows: prefix and target in numeral ids. Node i is
+    i; the symbols follow the N labels.
+    """
 
     num_paths: int  # d
     path_length: int  # l: nodes of an arm with the source
@@ -87,7 +82,7 @@ class StarGraph:
 
     @property
     def dollar(self) -> int:
-        """The dummy that teacherless training reads in place of the path."""
+        """The dummy that replaces the path in teacherless training."""
         return self.num_nodes + 3
 
     @property
@@ -104,7 +99,7 @@ class StarGraph:
 
     @property
     def num_graphs(self) -> int:
-        """Different graphs with their goal, whatever the order of the edges."""
+        """Count of different graphs with goal, whatever the order of the edges."""
         return math.perm(self.num_nodes, self.nodes_used) // math.factorial(self.num_paths - 1)
 
     def rows(self, parents_B_E: np.ndarray, children_B_E: np.ndarray, paths_B_L: np.ndarray) -> np.ndarray:
@@ -127,16 +122,13 @@ class StarGraph:
         return tokens_B_T[:, 0:end:3], tokens_B_T[:, 1:end:3]
 
     def first_fault(self, tokens_B_T: np.ndarray) -> tuple[int, str] | None:
-        """The first row that is no star graph of this size with its path, and what is wrong with
-        it.
-        """
+        """Index and fault of the first row that is no star graph of this size with its path."""
         if tokens_B_T.ndim != 2 or tokens_B_T.shape[1] != self.length:
             return 0, f"the array has shape {tokens_B_T.shape}, but rows of {self.name} have {self.length} tokens"
         tokens_B_T = tokens_B_T.astype(np.int64)
         labels_BM = np.delete(tokens_B_T, [*range(2, self.prefix_length - 3, 3), self.prefix_length - 1], axis=1)
         unknown_B = ((labels_BM < 0) | (labels_BM >= self.num_nodes)).any(1)
-        # so that the tables below can be filled for every row
-        nodes_B_T = tokens_B_T % self.num_nodes
+        nodes_B_T = tokens_B_T % self.num_nodes  # valid indices for the tables below
         (parents_B_E, children_B_E), path_B_L = self.edges(nodes_B_T), nodes_B_T[:, self.prefix_length :]
         source_B, goal_B = nodes_B_T[:, self.prefix_length - 3], nodes_B_T[:, self.prefix_length - 2]
         row_B = np.arange(len(tokens_B_T))
@@ -158,8 +150,7 @@ class StarGraph:
             ("an edge leads to the source", indegree_B_N[row_B, source_B] > 0),
             (f"the source does not have {self.num_paths} edges", arms_B != self.num_paths),
             ("two edges leave a node that is not the source", (outdegree_B_N > 1).any(1)),
-            # d(l-1) edges, none of them forking or meeting, all within l-1 steps of the source: d
-            # arms of l-1 edges each
+            # d(l-1) edges that neither fork nor meet, within l-1 steps of the source: d arms of l nodes
             (f"an arm does not have {self.path_length} nodes", (root_B_E != source_B[:, None]).any(1)),
             ("the goal is not the end of an arm", (walk[-1] != source_B) | (walk[-2] == source_B)),
             ("the path after '=' is not that from source to goal", (np.stack(walk[::-1], 1) != path_B_L).any(1)),
@@ -177,9 +168,7 @@ class StarGraph:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Test rows, each of another graph. No row of these graphs, in whatever order of its edges, is
-    drawn for training.
-    """
+    """Test rows of different graphs, which training never has, whatever the order of the edges."""
 
     graph: StarGraph
     tokens_B_T: np.ndarray
@@ -189,13 +178,13 @@ class HeldOut:
         return np.unique(graph_keys(self.graph, self.tokens_B_T))
 
     def contains(self, tokens_B_T: np.ndarray) -> np.ndarray:
-        """bool_B: whether the row's graph, its source and its goal are those of a test row."""
+        """bool_B: whether the row's graph, source and goal are those of a test row."""
         return np.isin(graph_keys(self.graph, tokens_B_T), self.keys)
 
 
 def graph_keys(graph: StarGraph, tokens_B_T: np.ndarray) -> np.ndarray:
-    """uint64_B: equal for equal graphs whatever the order of the edges. Two that differ share a key
-    by a chance of 2^-64 (Zobrist 1970).
+    """uint64_B: equal for equal graphs, whatever the order of the edges. Two different graphs share
+    a key with probability 2^-64 (Zobrist 1970).
     """
     edge_NN, ends_NN = np.random.default_rng(0).integers(0, 2**64, (2, graph.num_nodes**2), dtype=np.uint64)
     parents_B_E, children_B_E = graph.edges(tokens_B_T.astype(np.int64))
@@ -204,8 +193,8 @@ def graph_keys(graph: StarGraph, tokens_B_T: np.ndarray) -> np.ndarray:
 
 
 def sample_graphs(graph: StarGraph, count: int, seed: Seed, exclude: HeldOut | None = None) -> np.ndarray:
-    """tokens_B_T, int64, `count` rows in numeral ids without EOS: a pure function of the arguments.
-    May hold a graph twice.
+    """tokens_B_T, int64, (count, length), without EOS: a pure function of the arguments. Nodes and
+    the order of edges are uniform. May hold a graph twice.
     """
     rng = np.random.default_rng(seed)
     tokens_B_T = np.empty((count, graph.length), dtype=np.int64)
@@ -220,8 +209,8 @@ def sample_graphs(graph: StarGraph, count: int, seed: Seed, exclude: HeldOut | N
 
 
 def _draw(graph: StarGraph, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Node 0 of a random permutation is the source, the next l-1 are the first arm, and so on: edge
-    e leads to node e+1.
+    """Node 0 of a random permutation is the source, the next l-1 the first arm: edge e leads to
+    e+1.
     """
     nodes_U_B = _permutations(graph.num_nodes, graph.nodes_used, count, rng)
     order_E_B = _permutations(graph.num_edges, graph.num_edges, count, rng).astype(np.intp)
@@ -233,9 +222,7 @@ def _draw(graph: StarGraph, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _permutations(size: int, length: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(length, count): the beginnings of `count` uniform permutations of 0 to size - 1, by Fisher
-    and Yates on all of them at once.
-    """
+    """(length, count): beginnings of uniform permutations of 0 to size - 1 (Fisher-Yates)."""
     dtype = np.uint8 if size <= 256 else np.int64
     drawn_N_B = np.repeat(np.arange(size, dtype=dtype)[:, None], count, axis=1)
     flat, row_B = drawn_N_B.reshape(-1), np.arange(count)
@@ -246,9 +233,7 @@ def _permutations(size: int, length: int, count: int, rng: np.random.Generator) 
 
 
 def held_out(graph: StarGraph, count: int, seed: Seed) -> HeldOut:
-    """`count` rows of different graphs. Raises ConfigError where fewer than as many would be left
-    to train on.
-    """
+    """`count` rows of different graphs, at most half of all. Raises ConfigError."""
     if count > graph.num_graphs // 2:
         raise ConfigError(
             f"{count:,} held-out graphs of the {graph.num_graphs:,} that {graph.name} over {graph.num_nodes} nodes "
@@ -264,8 +249,8 @@ def held_out(graph: StarGraph, count: int, seed: Seed) -> HeldOut:
 
 
 def bst_rows(graph: StarGraph, count: int, first: int = 0) -> np.ndarray:
-    """tokens_B_T: lines `first` to `first + count` of the file that BST's prepare.py writes; line k
-    is seeded by k.
+    """tokens_B_T: lines `first` to `first + count` of the file that the Belief State Transformer's
+    prepare.py writes, bit for bit; line k is seeded by k.
     """
     edges_B, paths_B = [], []
     for k in range(first, first + count):

@@ -1,11 +1,9 @@
-"""Star graphs to train on: supervised (path forward, reversed, or teacherless), and by RL with the
-reward "the whole path is right".
+"""Star graphs to train on: supervised (path forward, reversed or teacherless), or by RL.
 
-Training graphs are drawn afresh for every batch, as a function of (seed, epoch, batch), or come
-from a file of one of the originals or a .npy file. The held-out graphs are in no training batch, in
-whatever order of their edges. Only the target's tokens carry loss. Teacherless (Monea et al. 2023;
-Bachmann and Nagarajan 2024, section 5): after '=' the model reads only '$', and so cannot look at
-the path it is to predict. Left out: several graphs in one sequence.
+Training graphs are drawn for every batch, as a function of (seed, epoch, batch), or read from a
+file. Held-out graphs are in no training batch. Only target tokens have a loss. Teacherless (Monea
+et al. 2023; Bachmann and Nagarajan 2024, section 5): the model reads "$" in place of the path. Left
+out: several graphs in one sequence.
 """
 
 from collections.abc import Sequence
@@ -31,9 +29,7 @@ Targets = Literal["forward", "reversed", "teacherless"]
 
 
 def path_accuracy(paths_B_L: np.ndarray, gold_B_L: np.ndarray) -> dict[str, float]:
-    """Shares of the rows with the first hop (the second node) right, with the whole path right, and
-    with node k right, k from 1.
-    """
+    """Shares of rows with the first hop (second node), the whole path, and node k right, k from 1."""
     right_B_L = np.asarray(paths_B_L) == np.asarray(gold_B_L)
     nodes = {f"node_{k}": float(share) for k, share in enumerate(right_B_L.mean(0), start=1)}
     return {"first_hop": float(right_B_L[:, 1].mean()), "exact": float(right_B_L.all(1).mean()), **nodes}
@@ -41,7 +37,7 @@ def path_accuracy(paths_B_L: np.ndarray, gold_B_L: np.ndarray) -> dict[str, floa
 
 @chz.chz
 class StarGraphTask:
-    """Which graphs, and which of them are held out: give the same to all builders."""
+    """The graphs and their split: give the same values to all builders."""
 
     num_paths: int | None = chz.field(
         default=None, validator=COUNT, doc="arms of a graph, d; None = 2, or what the name of `path` says"
@@ -52,13 +48,13 @@ class StarGraphTask:
     num_nodes: int | None = chz.field(
         default=None,
         validator=COUNT,
-        doc="labels a node may have, N; None = 12, or as the name says (50 where it does not, as BST's)",
+        doc="labels a node may have, N; None = 12, or as the name says (50 for a name without it)",
     )
     num_test: int = chz.field(default=400, validator=WHOLE, doc="held-out graphs")
     test_seed: int = chz.field(
         default=0,
         validator=SEED,
-        doc="seed of the choice of held-out graphs; the same for all methods that are compared",
+        doc="seed of the choice of held-out graphs; the same for all compared methods",
     )
     path: str | None = chz.field(
         default=None,
@@ -70,11 +66,11 @@ class StarGraphTask:
     )
 
     def graph(self) -> StarGraph:
-        asked = (self.num_paths, self.path_length, self.num_nodes)
+        configured = (self.num_paths, self.path_length, self.num_nodes)
         named = {path: graph_of_path(path, self.num_nodes) for path in (self.path, self.test_path) if path}
         sizes = {path: (graph.num_paths, graph.path_length, graph.num_nodes) for path, graph in named.items()}
-        found = next(iter(sizes.values()), (2, 3, 12))
-        graph = StarGraph(*(given or default for given, default in zip(asked, found, strict=True)))
+        defaults = next(iter(sizes.values()), (2, 3, 12))
+        graph = StarGraph(*(given or default for given, default in zip(configured, defaults, strict=True)))
         for path, held in named.items():
             if held != graph:
                 raise ConfigError(
@@ -84,9 +80,7 @@ class StarGraphTask:
         return graph
 
     def split(self) -> tuple[KeptRows | None, HeldOut]:
-        """Training rows, None where they are drawn, and the held-out ones. Rows of a file whose
-        graph is held out are left out.
-        """
+        """Training rows, without held-out graphs, and held-out rows. None: training rows are drawn."""
         graph = self.graph()
         rows_D_T = read_rows(self.path, graph) if self.path else None
         if self.test_path:
@@ -109,9 +103,7 @@ class StarGraphTask:
 
 @dataclass(frozen=True)
 class Batches:
-    """Training rows by batch: fresh ones, or `rows_D_T` in an order that depends on (seed,
-    epoch).
-    """
+    """Training rows by batch: drawn, or `rows_D_T` in an order that depends on (seed, epoch)."""
 
     graph: StarGraph
     test: HeldOut
@@ -134,9 +126,7 @@ class Batches:
 
 
 def supervised_datum(ids_T: np.ndarray, layout: Layout, targets: Targets = "forward") -> Datum:
-    """A Datum from a row in the tokenizer's ids, which `targets` may turn round or hide. Each
-    example weighs 1 in all.
-    """
+    """A Datum from a row in the tokenizer's ids. The weights of a target sum to 1."""
     inputs_T, prefix = ids_T[:-1].copy(), layout.prefix_length
     if targets == "teacherless":
         inputs_T[prefix:] = layout.dollar
@@ -151,7 +141,7 @@ class StarGraphExamplesBuilder(StarGraphTask, SupervisedDatasetBuilder):
 
     targets: Targets = chz.field(
         default="forward",
-        doc="'forward': source to goal; 'reversed': goal to source; 'teacherless': all nodes at once, behind dummies",
+        doc="'forward': source to goal; 'reversed': goal to source; 'teacherless': all nodes at once, after dummies",
     )
     n_batches: int = chz.field(default=1000, validator=COUNT, doc="batches of an epoch, where graphs are drawn")
 
@@ -181,20 +171,14 @@ class StarGraphExamplesBuilder(StarGraphTask, SupervisedDatasetBuilder):
 
 
 class StarGraphEnv(Env):
-    """One graph, one answer. The episode's metrics are those of path_accuracy, with `correct` for
-    `exact`.
-    """
+    """One graph, one answer. Metrics are those of path_accuracy, with `correct` for `exact`."""
 
     def __init__(
         self, ids_T: Sequence[int], layout: Layout, wrong_reward: float = 0.0, renderer: Renderer | None = None
     ):
         self.prompt = ModelInput.from_ints(ids_T[: layout.prefix_length])
-        self.target, self.layout, self.wrong_reward, self.renderer = (
-            list(ids_T[layout.prefix_length :]),
-            layout,
-            wrong_reward,
-            renderer,
-        )
+        self.target = list(ids_T[layout.prefix_length :])
+        self.layout, self.wrong_reward, self.renderer = layout, wrong_reward, renderer
 
     async def initial_observation(self) -> tuple[Observation, StopCondition]:
         return self.prompt, []  # the answer's length is known: no token ends it
@@ -216,11 +200,11 @@ class StarGraphEnv(Env):
     def _logs(self, sampled: list[int]) -> dict[str, str]:
         if self.renderer is None:
             return {}
-        gold, said = (
+        gold, extracted = (
             str(self.renderer.tokenizer.decode(ids))
             for ids in (self.target, [token for token in sampled if token >= 0])
         )
-        return {"gold": gold, "extracted": said}
+        return {"gold": gold, "extracted": extracted}
 
 
 @dataclass(frozen=True)
@@ -237,9 +221,7 @@ class StarGraphGroup(EnvGroupBuilder):
 
 @chz.chz
 class StarGraphBuilder(StarGraphTask, RLDatasetBuilder):
-    """Graphs to practise on by reinforcement learning: reward 1 for the whole path. The held-out
-    set is one attempt at each held-out graph.
-    """
+    """Graphs for RL: reward 1 for the whole path. Held out is one attempt at each held-out graph."""
 
     n_batches: int = chz.field(default=100, validator=COUNT, doc="batches of an epoch, where graphs are drawn")
     wrong_reward: float = chz.field(

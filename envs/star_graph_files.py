@@ -1,12 +1,11 @@
-"""Star graphs in files: the text lines of the three originals (BST, Next-Token Failures, Q#), and a
-compact binary form for large sets.
+"""Star graphs in files: text lines as in BST, Next-Token Failures and Q#, and a binary form.
 
-    a,b|c,d|...|y,z/s,g=p1,p2,...,pl        one graph a line, the same in all three; their files are read as they are
-    *.npy                                   rows of numeral ids in uint8 (uint16 for large N), memory-mapped when read
+The size is in the name: graph_{d}_{l}_sample_{n}.txt (BST, without N) or
+deg_{d}_path_{l}_nodes_{N}_... (the other two). Every row is checked to be a star graph of that
+size. Left out: reversed targets, which no original writes either.
 
-The size is in the name: graph_{d}_{l}_sample_{n}.txt (BST, which does not say N) and
-deg_{d}_path_{l}_nodes_{N}_... (the other two). Every row that is read is checked to be a star graph
-of that size. Left out: lines with reversed targets, which no original writes either.
+    a,b|c,d|...|y,z/s,g=p1,p2,...,pl        one graph a line, the same in all three
+    *.npy                                   rows of numeral ids in uint8 (uint16 for large N), memory-mapped
 """
 
 import re
@@ -33,9 +32,7 @@ def format_line(tokens_T: Sequence[int] | np.ndarray, graph: StarGraph) -> str:
 
 
 def parse_line(line: str, graph: StarGraph, where: str = "line 1") -> np.ndarray:
-    """tokens_T of a line. DataError, beginning with `where`, if it is no star graph of this size or
-    the path is not its path.
-    """
+    """tokens_T of a line. DataError, beginning with `where`, if it is no star graph of this size."""
     return _parse([line.rstrip("\n")], graph, lambda _: where)[0]
 
 
@@ -45,10 +42,8 @@ def write_lines(path: str | Path, tokens_B_T: np.ndarray, graph: StarGraph) -> N
 
 
 def read_lines(path: str | Path, graph: StarGraph, max_rows: int | None = None) -> np.ndarray:
-    """tokens_B_T of a text file, or of its first `max_rows` lines, in `dtype_of(graph)`. Blank
-    lines at the end are passed over.
-
-    DataError with file and line number at the first bad line.
+    """tokens_B_T of a text file or its first `max_rows` lines, in `dtype_of(graph)`. DataError with
+    the line number at the first bad line.
     """
     path = Path(path)
     parts, done = [], 0
@@ -63,7 +58,7 @@ def read_lines(path: str | Path, graph: StarGraph, max_rows: int | None = None) 
 
 
 def dtype_of(graph: StarGraph) -> type[np.unsignedinteger]:
-    """The smallest that holds the ids of a row, in memory and in .npy files."""
+    """The smallest dtype for the ids of a row."""
     return np.uint8 if graph.vocab_size <= 256 else np.uint16 if graph.vocab_size <= 65_536 else np.uint32
 
 
@@ -102,8 +97,7 @@ def _parse(lines: list[str], graph: StarGraph, where) -> np.ndarray:
     for row, line in enumerate(lines):
         if not form.fullmatch(line):
             raise DataError(f"{where(row)}: {_fault(line, graph)}: {line[:60]!r}")
-    # float64, so that no number is too long
-    numbers = np.fromstring(" ".join(lines).translate(SPACES), sep=" ")
+    numbers = np.fromstring(" ".join(lines).translate(SPACES), sep=" ")  # float64: no number is too long
     numbers_B_M = np.minimum(numbers, 2**31).astype(np.int64).reshape(len(lines), -1)
     ends_M = numbers_B_M[:, 2 * graph.num_edges : 2 * graph.num_edges + 2]
     path_B_L = numbers_B_M[:, 2 * graph.num_edges + 2 :]
@@ -132,17 +126,15 @@ def _fault(line: str, graph: StarGraph) -> str:
 
 
 def graph_of_path(path: str | Path, num_nodes: int | None = None) -> StarGraph:
-    """The size a file's name tells. `num_nodes` is for names without N (BST's; default 50).
-    ConfigError where the two disagree.
-    """
+    """The size in a file's name; `num_nodes` (default 50) is for names without N. Or ConfigError."""
     name = Path(path).name
-    if found := re.match(r"deg_(\d+)_path_(\d+)_nodes_(\d+)", name):
-        d, length, named = map(int, found.groups())
+    if match := re.match(r"deg_(\d+)_path_(\d+)_nodes_(\d+)", name):
+        d, length, named = map(int, match.groups())
         if num_nodes not in (None, named):
             raise ConfigError(f"{name} is of graphs over {named} nodes, but num_nodes={num_nodes}")
         return StarGraph(d, length, named)
-    if found := re.match(r"graph_(\d+)_(\d+)_sample_", name):
-        return StarGraph(int(found[1]), int(found[2]), num_nodes or BST_NODES)
+    if match := re.match(r"graph_(\d+)_(\d+)_sample_", name):
+        return StarGraph(int(match[1]), int(match[2]), num_nodes or BST_NODES)
     raise ConfigError(
         f"{name}: no size in the name; name it graph_D_L_sample_COUNT.txt or deg_D_path_L_nodes_N_WHAT, or give the "
         "size"
@@ -150,9 +142,7 @@ def graph_of_path(path: str | Path, num_nodes: int | None = None) -> StarGraph:
 
 
 def read_rows(path: str | Path, graph: StarGraph, max_rows: int | None = None) -> np.ndarray:
-    """tokens_B_T of a text file, or the memory-mapped rows of a .npy file, checked a chunk at a
-    time.
-    """
+    """tokens_B_T of a text file, or memory-mapped from a .npy file, checked a chunk at a time."""
     if Path(path).suffix != ".npy":
         return read_lines(path, graph, max_rows)
     try:
@@ -167,12 +157,12 @@ def read_rows(path: str | Path, graph: StarGraph, max_rows: int | None = None) -
         or tokens_B_T.dtype.kind not in "iu"
         or not len(tokens_B_T)
     ):
-        what = (
+        content = (
             f"{tokens_B_T.dtype} of shape {tokens_B_T.shape}"
             if isinstance(tokens_B_T, np.ndarray)
             else "several arrays"
         )
-        raise DataError(f"{path} holds {what}, where rows of whole numbers are needed")
+        raise DataError(f"{path} holds {content}, where rows of whole numbers are needed")
     tokens_B_T = tokens_B_T[:max_rows]
     for start in range(0, len(tokens_B_T), CHUNK):
         if fault := graph.first_fault(tokens_B_T[start : start + CHUNK]):
@@ -181,7 +171,7 @@ def read_rows(path: str | Path, graph: StarGraph, max_rows: int | None = None) -
 
 
 class KeptRows:
-    """Some rows of a table that stays where it is: only those that are asked for are copied."""
+    """Selected rows of a table, copied only on access."""
 
     def __init__(self, rows_D_T: np.ndarray, kept_K: np.ndarray):
         """`kept_K` are indices into the table."""
@@ -190,8 +180,8 @@ class KeptRows:
     def __len__(self) -> int:
         return len(self.kept_K)
 
-    def __getitem__(self, which: np.ndarray | slice) -> np.ndarray:
-        return self.rows_D_T[self.kept_K[which]]
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        return self.rows_D_T[self.kept_K[rows]]
 
 
 def without(rows_D_T: np.ndarray, test: HeldOut) -> KeptRows:
@@ -204,8 +194,7 @@ def without(rows_D_T: np.ndarray, test: HeldOut) -> KeptRows:
 
 
 def write_sampled(path: str | Path, graph: StarGraph, count: int, seed: Seed, exclude: HeldOut | None = None) -> None:
-    """`count` sampled rows to a .npy file, a chunk at a time: chunk i is sample_graphs(..., seed
-    (seed, i)). Name it so that `graph_of_path` knows its size."""
+    """Writes sampled rows to a .npy file named by size; chunk i has the seed (seed, i)."""
     rows_B_T = np.lib.format.open_memmap(path, mode="w+", dtype=dtype_of(graph), shape=(count, graph.length))
     first = seed if isinstance(seed, tuple) else (seed,)
     for number, start in enumerate(range(0, count, CHUNK)):

@@ -1,10 +1,9 @@
-"""Tokenizers for star graphs: the numeral one, GPT-2's or another from the hub by its name, and an
-offline stand-in that splits as GPT-2's does.
+"""Tokenizers for star graphs: numeral, GPT-2's or another of the hub, and an offline stand-in for
+GPT-2's.
 
-Rows (star_graph.py) are numeral ids already. A Layout turns them into the ids of any tokenizer for
-which every number and every separator is one token, and knows where the nodes of the path lie among
-the target's tokens. GPT-2's BPE has the comma as a token (4E + 4 and 2l - 1 tokens instead of 3E +
-3 and l), the numeral tokenizer drops it. Left out: tokenizers that split numbers.
+A Layout turns the numeral ids of star_graph.py into the ids of any tokenizer with one token per
+number and separator. With commas as tokens (GPT-2) prefix and target have 4E + 4 and 2l - 1 tokens,
+without 3E + 3 and l. Left out: tokenizers that split numbers.
 """
 
 from collections.abc import Sequence
@@ -23,16 +22,12 @@ SPECIAL = ["<eos>", "<pad>"]
 
 
 def numeral_tokenizer(graph: StarGraph, max_length: int | None = None) -> PreTrainedTokenizerFast:
-    """Node i is i, then | = / $, EOS and padding: the ids of star_graph.py. Commas are read
-    over.
-    """
+    """Node i is i, then | = / $, EOS and padding: the ids of star_graph.py. Commas are skipped."""
     return _word_tokenizer(graph.num_nodes, SYMBOLS, r"\d+|[|=/$]", max_length or graph.length + 1)
 
 
 def gpt2_stand_in(graph: StarGraph, max_length: int | None = None) -> PreTrainedTokenizerFast:
-    """One token for each number and for each separator, the comma included, as GPT-2's BPE splits
-    numbers of up to two digits.
-    """
+    """One token per number and separator, commas too, as GPT-2's BPE for numbers of two digits."""
     return _word_tokenizer(graph.num_nodes, [*SYMBOLS, ","], r"\d+|[|=/$,]", max_length or 4 * graph.length)
 
 
@@ -51,9 +46,7 @@ def _word_tokenizer(num_nodes: int, symbols: list[str], words: str, max_length: 
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows of `graph` are written in a tokenizer's ids. `ids_V[v]` is the tokenizer's id of
-    numeral id v; `comma` None drops commas.
-    """
+    """Rows in a tokenizer's ids: ids_V[v] is the id of numeral id v; `comma` None drops commas."""
 
     graph: StarGraph
     ids_V: np.ndarray
@@ -69,9 +62,7 @@ class Layout:
 
     @property
     def nodes_L(self) -> np.ndarray:
-        """Where the nodes of the path are among the tokens of the target. The first hop is
-        nodes_L[1].
-        """
+        """Indices of the path's nodes in the target. The first hop is nodes_L[1]."""
         return np.arange(self.graph.path_length) * (1 if self.comma is None else 2)
 
     @property
@@ -87,8 +78,7 @@ class Layout:
         ids_B_T = self.ids_V[tokens_B_T]
         if self.comma is None:
             return ids_B_T
-        # A comma stands before every second node of an edge and of (s, g), and before every node of
-        # the path but the first.
+        # before the second node of each edge and of (s, g), and before each node of the path but the first
         prefix = self.graph.prefix_length
         commas = [*range(1, prefix, 3), *range(prefix + 1, self.graph.length)]
         return np.insert(ids_B_T, commas, self.comma, axis=1)
@@ -103,15 +93,12 @@ def numeral_layout(graph: StarGraph) -> Layout:
 
 
 def layout_of(tokenizer: PreTrainedTokenizerBase, graph: StarGraph) -> Layout:
-    """How `tokenizer` writes rows of `graph`. ModelError if some number or separator is not one
-    token of its.
-    """
+    """The Layout of `tokenizer`. ModelError if some number or separator is not one token."""
     pieces = [*map(str, range(graph.num_nodes)), *SYMBOLS]
     ids = [_one_token(tokenizer, piece, graph) for piece in pieces]
     commas = tokenizer.encode(",", add_special_tokens=False)
     specials = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    # -1: no row has one of these
-    rest = [token if isinstance(token, int) else -1 for token in specials]
+    rest = [token if isinstance(token, int) else -1 for token in specials]  # no row has these
     layout = Layout(graph, np.array([*ids, *rest]), _one_token(tokenizer, ",", graph) if commas else None)
     row_T = sample_graphs(graph, 1, 0)[0]
     if tokenizer.encode(format_line(row_T, graph), add_special_tokens=False) != layout.encode(row_T[None])[0].tolist():
@@ -125,10 +112,8 @@ def _one_token(tokenizer: PreTrainedTokenizerBase, piece: str, graph: StarGraph)
     ids: Sequence[int] = tokenizer.encode(piece, add_special_tokens=False)
     if len(ids) != 1 or ids[0] in (tokenizer.unk_token_id, tokenizer.pad_token_id):
         raise ModelError(
-            f"the tokenizer writes {piece!r} in {len(ids)} tokens of its own, and star graphs over {graph.num_nodes} "
-            "nodes need one "
-            "for every number and separator: was it made for another number of nodes? Give num_nodes as the graphs "
-            "have it, or a model "
-            "of recipes/star_graph/model.py"
+            f"the tokenizer writes {piece!r} in {len(ids)} tokens, and star graphs over {graph.num_nodes} nodes need "
+            "one for every number and separator: was it made for another number of nodes? Give the num_nodes of the "
+            "graphs, or a model of recipes/star_graph/model.py"
         )
     return int(ids[0])

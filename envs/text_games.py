@@ -1,10 +1,8 @@
-"""What games written in messages share: a finite list of tasks, split once, to play by RL or to
-imitate from demonstrations.
+"""Games written in messages: a finite list of tasks, split once, to play by RL or to imitate.
 
-A game is a TextGame (which tasks there are, how one is demonstrated) mixed into two builders, one
-for each loop. Held-out tasks, chosen by `split_seed`, are never met in training by either, whatever
-their `seed`. Training tasks are drawn with replacement, as a pure function of (seed, batch index).
-Left out: tasks without end (see arithmetic.py for a space that is numbered, not listed).
+A game is a TextGame mixed into two builders, one for each loop. Neither trains on a held-out task,
+chosen by `split_seed`. Training tasks are drawn with replacement, as a pure function of (seed,
+batch index). Left out: tasks without end (arithmetic.py numbers such a space).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +23,12 @@ from rl.types import RLDataset, RLDatasetBuilder
 from supervised.data import render
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
-Task = Any  # whatever a game is made from: a number, a word, an expression; it pickles
+Task = Any  # a number, a word, an expression; must pickle
 
 
 @chz.chz
 class TextGame:
-    """Give the same values to both builders of a game."""
+    """The tasks, their split and demonstrations: give the same values to both builders of a game."""
 
     num_test: int = chz.field(default=100, validator=WHOLE, doc="held-out tasks")
     split_seed: int = chz.field(
@@ -38,7 +36,7 @@ class TextGame:
     )
 
     def tasks(self) -> Sequence[Task]:
-        """All of them, always in the same order."""
+        """All tasks, always in the same order."""
         raise NotImplementedError
 
     def demonstration(self, task: Task, rng: np.random.Generator) -> list[Message]:
@@ -58,18 +56,14 @@ class TextGame:
 
 @chz.chz
 class TextGameBuilder(TextGame, RLDatasetBuilder):
-    """A game to play by reinforcement learning. The held-out set are the held-out tasks, each
-    once.
-    """
+    """A game to play by RL. Held out is one episode of each held-out task."""
 
     n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
-    parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="what becomes of responses that cannot be read")
+    parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="treatment of responses that cannot be parsed")
     tag: str = chz.field(default="", doc="name under which metrics are logged too")
 
     def open_env(self) -> Callable[[Task], MessageEnv]:
-        """Opens what all episodes share (a second policy, say), and returns what makes a task's
-        environment.
-        """
+        """Opens what episodes share. Returns a function from task to environment."""
         raise NotImplementedError
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
@@ -89,9 +83,7 @@ class TextGameBuilder(TextGame, RLDatasetBuilder):
 
 @chz.chz
 class TextGameExamplesBuilder(TextGame, SupervisedDatasetBuilder):
-    """The same game to imitate. The held-out set are demonstrations of the tasks that
-    TextGameBuilder holds out.
-    """
+    """The game to imitate. Held out are demonstrations of the held-out tasks."""
 
     n_batches: int = chz.field(default=30, validator=COUNT, doc="training batches per epoch")
 

@@ -1,12 +1,10 @@
-"""TextArena games as environments: alone, against an opponent, or in self-play, where all seats of
-a few games form a group.
+"""TextArena games as environments: alone, against an opponent, or in self-play.
 
-What a seat sees is the text that TextArena shows to this player, as one user message, anew at every
-turn; so each turn is a Datum of its own. Step rewards are penalties for illegal moves; the outcome
-is the group's reward. In self-play it is zero-sum in most games, so that the mean of a group is 0
-and each seat is the other's baseline. Several games from one opening (`group_size` above the number
-of seats) give each seat a baseline of its own: rl.advantages:SeatMean. Left out: seats that learn
-different policies; chat between the turns.
+An observation is TextArena's text for the player, as one user message, so each turn is its own
+Datum. Step rewards are penalties for illegal moves; the outcome is the group's reward. In self-play
+the seats of a game form a group and are each other's baseline; with several games of one opening,
+rl.advantages:SeatMean gives each seat its own. Left out: seats that learn different policies; chat
+between the turns.
 
     python rl/train_cli.py env=textarena env.game=TicTacToe-v0-train
     env.test_opponent=envs.opponents:RandomPlayer
@@ -43,14 +41,11 @@ from rl.types import (
     Trajectory,
 )
 
-# in the seed of the moves that nobody decides, where a player's own have the player's number
-OPENING = 1000
+OPENING = 1000  # seed of random openings, where a player's moves have the player's number
 
 
 class Table:
-    """A game and those who play it: wakes a seat when it is to move, or when nobody will any more.
-    `opponents` move at once.
-    """
+    """A game and its players: wakes a seat for its move or at the end. `opponents` move at once."""
 
     def __init__(self, game: Game, opponents: dict[int, Player], seed: int):
         self.game, self.opponents = game, opponents
@@ -59,16 +54,14 @@ class Table:
         self._lost: int | None = None  # the seat that left before the end
 
     async def wait_for_turn(self, seat: int) -> None:
-        """Returns when `seat` is to move or the game is over. Raises SeatLost when another seat has
-        left it unfinished.
-        """
+        """Returns at the turn of `seat` or the end. Raises SeatLost if another seat has left."""
         async with self._changed:
             await self._opponents_move()
             await self._changed.wait_for(lambda: self.game.over or self.game.player == seat)
             self._check_seats(seat)
 
     async def move(self, seat: int, text: str) -> bool:
-        """The move of the seat whose turn it is. Returns whether it was legal. Raises SeatLost."""
+        """The move of `seat`. Returns whether it was legal. Raises SeatLost."""
         async with self._changed:
             self._check_seats(seat)
             legal = self.game.move(text)
@@ -81,9 +74,7 @@ class Table:
             raise SeatLost(f"{self.game.name}: seat {self._lost} failed, so seat {seat} cannot finish its game")
 
     async def end(self, lost_seat: int | None = None) -> None:
-        """If the game is not over, ends it without a result, or, for `lost_seat`, fails the seats
-        that wait for it.
-        """
+        """Ends an unfinished game without a result; with `lost_seat`, waiting seats get SeatLost."""
         async with self._changed:
             if not self.game.over:
                 self._lost = lost_seat
@@ -109,9 +100,7 @@ class Seat(Env):
         return self._observation(), self.renderer.get_stop_sequences()
 
     async def step(self, action: Action) -> StepResult:
-        """The move, then the moves of all others. A seat that had no turn has nothing to move: see
-        compute_group_rewards.
-        """
+        """The move, then the moves of the other players. A seat that had no turn does not move."""
         if not self.had_a_turn:
             return StepResult(0.0, True, ModelInput.empty())
         message, _ = self.renderer.parse_response(action)
@@ -141,9 +130,7 @@ class Seat(Env):
 
 @dataclass(frozen=True)
 class GameGroupBuilder(EnvGroupBuilder):
-    """`num_games` games of one seed and opening: all seats of each, game after game, or with
-    opponents the one seat that is left.
-    """
+    """`num_games` games of one seed and opening: all seats, game after game, that no opponent has."""
 
     config: "TextArenaBuilder"
     renderer: Renderer
@@ -163,7 +150,7 @@ class GameGroupBuilder(EnvGroupBuilder):
         return [seat for seat in range(self.config.num_players) if seat not in self.opponents]
 
     def _open_game(self) -> Game:
-        """After its random opening. One that ends the game is drawn again."""
+        """After its random opening, which is drawn again if it ends the game."""
         rng = np.random.default_rng([self.seed, OPENING])
         while True:
             game = self.config.open_game(self.seed)
@@ -176,11 +163,10 @@ class GameGroupBuilder(EnvGroupBuilder):
     async def compute_group_rewards(
         self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
     ) -> list[tuple[float, Metrics]]:
-        """Each seat's outcome. What was sampled for a seat whose game had ended before its turn is
-        taken out: it was no move.
+        """Each seat's outcome. Samples of a seat that had no turn are removed: they were no move.
 
-        Raises RolloutError where a game of several seats has lost some of them: the others' rewards
-        would meet the wrong baseline.
+        Raises RolloutError where a game of several seats has lost some: their baseline would be
+        wrong.
         """
         seats = self._seats()
         if len(seats) > 1 and [getattr(env, "seat", None) for env in envs_G] != seats * (len(envs_G) // len(seats)):
@@ -199,41 +185,36 @@ class GameGroupBuilder(EnvGroupBuilder):
 
 @chz.chz
 class TextArenaBuilder(RLDatasetBuilder):
-    """Any TextArena game. The held-out set is `num_test` games of other seeds, one attempt each,
-    against `test_opponent`.
-    """
+    """Any TextArena game. Held out are `num_test` games of other seeds, against `test_opponent`."""
 
     game: str = chz.field(
-        default="TicTacToe-v0-train", doc="TextArena's name of the game; the ending says what a player is shown"
+        default="TicTacToe-v0-train", doc="TextArena's name of the game; its ending selects the observation"
     )
     num_players: int = chz.field(default=2, validator=COUNT, doc="1 plays alone")
-    board_only: bool = chz.field(
-        default=False, doc="show the rules and the last board, whatever the game's name ends with"
-    )
+    board_only: bool = chz.field(default=False, doc="observe the rules and the last board, whatever the name's ending")
     opponent: Opponent | None = chz.field(
-        default=None, doc="who has all the other seats; None with several players is self-play"
+        default=None, doc="player of all other seats; None with several players is self-play"
     )
     test_opponent: Opponent | None = chz.field(default=None, doc="the same for the held-out games")
     group_size: int = chz.field(
         default=2,
         validator=COUNT,
-        doc="games of one seed per group, alone or against an opponent; in self-play so many seats: 2 in a game of two",
+        doc="games of one seed per group; in self-play seats per group, a multiple of num_players",
     )
     random_opening: int = chz.field(
         default=0,
         validator=WHOLE,
-        doc="up to this many first moves of a training game are random: self-play then meets more than its favourite "
-        "game",
+        doc="up to this many first moves of a training game are random, so that self-play sees more positions",
     )
     illegal_move_penalty: float = chz.field(
         default=0.0,
         validator=NON_NEGATIVE,
-        doc="taken from the reward for each illegal move, beside what the game does",
+        doc="subtracted from the reward for each illegal move, in addition to the game's own",
     )
     error_allowance: int | None = chz.field(
         default=None,
         validator=WHOLE,
-        doc="illegal moves in a row that a player may take back before it loses; None = the game's own",
+        doc="illegal moves in a row that a player may retry before it loses; None = the game's own",
     )
     n_batches: int = chz.field(default=100, validator=COUNT, doc="training batches")
     num_test: int = chz.field(default=100, validator=WHOLE, doc="held-out games; 0 = none")
@@ -260,9 +241,7 @@ class TextArenaBuilder(RLDatasetBuilder):
         return train, ListDataset(list(held_out), size, shuffle=False)
 
     def _groups(self, renderer: Renderer, opponent: Opponent | None, stream: int) -> Callable[[int], GameGroupBuilder]:
-        """Makes game n, whose seed, and with an opponent the learner's seat n modulo num_players,
-        are functions of n.
-        """
+        """Makes game n: its seed and, with an opponent, the learner's seat are functions of n."""
         name = opponent.name if opponent else "alone" if self.num_players == 1 else "self_play"
         player = opponent.open(self.open_game(0)) if opponent else None
         training = stream == TRAINING_GAMES

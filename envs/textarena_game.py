@@ -1,11 +1,8 @@
-"""One TextArena game (github.com/LeonGuertler/TextArena) as a pure function of its seed and of the
-moves made.
+"""One TextArena game (github.com/LeonGuertler/TextArena), a pure function of its seed and moves.
 
-TextArena draws from Python's and numpy's global generators while a game goes on. Each game here
-owns a state of both, which is put in place for the length of a call: many games can run in one
-event loop, and the program's own generators stay as they were. What needs word lists, a hosted
-judge or a later Python is refused when it is opened. Left out: other threads that draw from the
-global generators.
+TextArena draws from the global generators of Python and numpy. Each game here owns a state of both,
+in place only during a call: many games run in one event loop, and the program's own generators stay
+unchanged. Left out: other threads that draw from the global generators.
 """
 
 import random
@@ -22,17 +19,14 @@ SOLVED = 1.0  # the reward from which a game for one player counts as won
 
 
 class GameUnavailable(CookbookError):
-    """This TextArena game does not exist, or lacks something on this machine; the message says
-    what.
-    """
+    """This TextArena game does not exist, or lacks something on this machine, named in the message."""
 
 
 class Game:
-    """A game under way. `player` is to move and reads `text`; `over` says that nobody is.
+    """A game under way: `player` is to move and reads `text`, until `over`.
 
-    `error_allowance` is how many illegal moves in a row a player may take back before it loses;
-    None leaves it to the game. `board_only` shows the rules and the last board instead of what the
-    game's name stands for. Raises GameUnavailable.
+    `error_allowance`: illegal moves in a row before a player loses; None leaves it to the game.
+    `board_only`: the observation is the rules and the last board. Raises GameUnavailable.
     """
 
     def __init__(
@@ -41,8 +35,7 @@ class Game:
         self.name, self.num_players = name, num_players
         self.over, self.player, self.text = False, 0, ""
         self.moves, self.ended_illegally = 0, False
-        # by player, once the game has ended by its own rules
-        self.rewards: dict[int, float] | None = None
+        self.rewards: dict[int, float] | None = None  # by player, after an end by the game's rules
         self._random = random.Random(seed).getstate()
         self._numpy = np.random.RandomState(seed % 2**32).get_state()
         with self._own_randomness():
@@ -73,11 +66,9 @@ class Game:
         self.over = True
 
     def outcome(self, player: int) -> tuple[float, Metrics]:
-        """The reward of a player after the game, and win, draw and loss as 0 or 1. An abandoned
-        game has reward 0 and none of the three.
+        """The reward of a player, and win, draw and loss as 0 or 1; 0.0 without them if abandoned.
 
-        Who has the highest reward has won, unless all have it; a game for one player is won or
-        lost.
+        The highest reward wins, unless all are equal; a game for one player is won or lost.
         """
         metrics = {"turns": float(self.moves), "ended_illegally": float(self.ended_illegally)}
         if self.rewards is None:
@@ -111,9 +102,7 @@ class Game:
 
 
 def _call_before(target: Any, method: str, note: Any) -> None:
-    """From now on `note()` runs before `target.method(...)`: the one place where every TextArena
-    game reports an illegal move.
-    """
+    """Makes `note()` run before `target.method(...)`, through which all games report illegal moves."""
     original = getattr(target, method, None)
     if original is None:
         return
@@ -126,9 +115,7 @@ def _call_before(target: Any, method: str, note: Any) -> None:
 
 
 def _open(name: str, num_players: int, seed: int, board_only: bool) -> Any:
-    """The TextArena environment, reset. Whatever its own code raises here becomes a GameUnavailable
-    that says what to do.
-    """
+    """The TextArena environment, reset. Any exception of its code becomes a GameUnavailable."""
     try:
         import textarena
         from textarena.envs.registration import ENV_REGISTRY
@@ -145,7 +132,7 @@ def _open(name: str, num_players: int, seed: int, board_only: bool) -> Any:
         if board_only:
             env = ActionFormattingWrapper(GameBoardObservationWrapper(_bare(env)))
         env.reset(num_players=num_players, seed=seed)
-    except Exception as error:  # another project's code, which raises what it likes
+    except Exception as error:  # another project's code may raise anything
         raise GameUnavailable(
             f"TextArena's {name} does not open for {num_players} players: {_remedy(error)}"
         ) from error
@@ -153,24 +140,24 @@ def _open(name: str, num_players: int, seed: int, board_only: bool) -> Any:
 
 
 def _bare(env: Any) -> Any:
-    """The game without the wrappers that decide what players are shown."""
+    """The game without the wrappers that select the observation."""
     while "env" in vars(env):
         env = env.env
     return env
 
 
 def _remedy(error: Exception) -> str:
-    said = " ".join(str(error).split())
+    text = " ".join(str(error).split())
     match error:
-        case LookupError() if "NLTK" in said:
+        case LookupError() if "NLTK" in text:
             return "it needs word lists: python -m nltk.downloader words averaged_perceptron_tagger_eng"
         case SyntaxError():
-            return f"its source needs Python 3.12 or later ({said})"
+            return f"its source needs Python 3.12 or later ({text})"
         case ImportError():
-            return f"it needs a package that is not installed ({said})"
+            return f"it needs a package that is not installed ({text})"
         case AssertionError():
-            return f"is this number of players right? set num_players ({said or 'assertion without a message'})"
-        case ValueError() if "API" in said:
-            return f"it asks a hosted model to judge, which needs a key and the network ({said})"
+            return f"is this number of players right? set num_players ({text or 'assertion without a message'})"
+        case ValueError() if "API" in text:
+            return f"it asks a hosted model to judge, which needs a key and the network ({text})"
         case _:
-            return f"{type(error).__name__}: {said:.200}"
+            return f"{type(error).__name__}: {text:.200}"

@@ -1,13 +1,10 @@
-"""A calculator as a tool: the model writes `calc: 12*(3+4)`, is told `84`, and ends with `answer:
+"""A calculator as a tool: the model writes `calc: 12*(3+4)`, reads `84`, and ends with `answer:
 84`.
 
-One line of a response is a call or the answer; what stands around it is free. Calls are evaluated
-exactly, in fractions, from the parse tree of the expression; nothing is executed. A call that
-cannot be evaluated is answered with the reason; a response with no such line, or with several,
-cannot be read.
-
-reward = 1 for the right answer, else 0. Left out: calls in JSON, several tools, calls within a
-sentence.
+One line of a response is a call or the answer, the rest is free. Calls are evaluated exactly, in
+fractions, from the parse tree; nothing is executed. A faulty call returns its error; a response
+without such a line, or with several, cannot be parsed. reward = 1 for the right answer, else 0.
+Left out: calls in JSON, several tools, calls within a sentence.
 """
 
 import ast
@@ -40,13 +37,11 @@ OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | in
 
 
 class CalculatorError(CookbookError):
-    """An expression that the calculator refuses. The model is told the text."""
+    """An expression that the calculator refuses. The model reads the text."""
 
 
 def calculate(expression: str) -> Fraction:
-    """The value of + - * / // % ** and parentheses over numbers, exactly. Raises
-    CalculatorError.
-    """
+    """The exact value of + - * / // % ** and parentheses over numbers. Raises CalculatorError."""
     if len(expression) > MAX_CHARACTERS:
         raise CalculatorError(f"longer than {MAX_CHARACTERS} characters")
     try:
@@ -105,10 +100,10 @@ class CalculatorEnv(MessageEnv):
         return [self.opening]
 
     async def step(self, message: Message) -> MessageStep:
-        found = LINE.findall(message["content"])
-        if len(found) != 1:
+        lines = LINE.findall(message["content"])
+        if len(lines) != 1:
             raise ParseError("Write one line, either calc: EXPRESSION or answer: NUMBER.")
-        kind, text = found[0]
+        kind, text = lines[0]
         logs = {"gold": str(self.gold), kind: text}
         if kind == "answer":
             correct = read_number(text) == self.gold
@@ -139,11 +134,11 @@ class Calculator(TextGame):
 
     num_digits: int = chz.field(default=2, validator=COUNT, doc="most digits of a number")
     num_tasks: int = chz.field(
-        default=5000, validator=COUNT, doc="expressions there are, held-out ones included; split_seed draws them"
+        default=5000, validator=COUNT, doc="number of expressions, with the held-out ones; split_seed draws them"
     )
     prompt: str = chz.field(
         default="What is {expression}? Write calc: EXPRESSION to use the calculator, or answer: NUMBER.",
-        doc="how an episode begins",
+        doc="first message of an episode",
     )
 
     def tasks(self) -> Sequence[str]:
@@ -161,14 +156,10 @@ class Calculator(TextGame):
 
     def demonstration(self, task: str, rng: np.random.Generator) -> list[Message]:
         """One call with the whole expression, then the answer."""
-        says = [
-            self.prompt.format(expression=task),
-            f"calc: {task}",
-            str(calculate(task)),
-            f"answer: {calculate(task)}",
-        ]
+        value = calculate(task)
+        texts = [self.prompt.format(expression=task), f"calc: {task}", str(value), f"answer: {value}"]
         roles = ["user", "assistant", "user", "assistant"]
-        return [Message(role=role, content=text) for role, text in zip(roles, says, strict=True)]
+        return [Message(role=role, content=text) for role, text in zip(roles, texts, strict=True)]
 
 
 @chz.chz
@@ -176,7 +167,7 @@ class CalculatorBuilder(Calculator, TextGameBuilder):
     """Expressions to work out with a calculator by reinforcement learning."""
 
     max_calls: int = chz.field(
-        default=4, validator=WHOLE, doc="calls of the calculator that are answered; one more ends the episode"
+        default=4, validator=WHOLE, doc="most calls of the calculator; one more ends the episode"
     )
     tag: str = chz.field(default="tool_use", doc="name under which metrics are logged too")
 

@@ -1,14 +1,8 @@
-"""Twenty questions: the model asks about a thing it does not know; "Is it alive?" "yes" ... "Is it
-a frog?" ends it, if that is the thing.
-
-The answerer is a rule over the table below, or a second policy
-(`answerer=rl.frozen_policy:FrozenPolicy answerer.base_model=...`). Either way a question that names
-one thing of the table is a guess, decided by comparison; one that names several is not answered. A
-second policy that says neither yes nor no makes a RolloutError: its mistakes are nobody's reward.
+"""Twenty questions: "Is it alive?" "yes" ... "Is it a frog?" The answerer is a rule over a table,
+or a second policy (`answerer=rl.frozen_policy:FrozenPolicy answerer.base_model=...`).
 
 reward = 1 - question_cost * (questions - 1) for the right thing, 0 when the questions are used up.
-Left out: things outside the table, and a rule that understands more than one word of a question
-("not", "or").
+A question that names one thing is a guess. Left out: things outside the table, negation.
 """
 
 import re
@@ -26,7 +20,7 @@ from rl.frozen_policy import FrozenPolicy, FrozenPolicyError, MessageCompleter
 from rl.message_env import MessageEnd, MessageEnv, MessageStep, ParseError
 from rl.types import Metrics
 
-# A word that the rule knows -> how the demonstrations ask for it.
+# a word of the table: the question of the demonstrations
 QUESTIONS = {
     "alive": "Is it alive?",
     "animal": "Is it an animal?",
@@ -84,7 +78,7 @@ THINGS = {
     "moon": "round big cold",
     "snow": "cold",
 }
-UNSURE = ("not", "or", "and", "neither")  # a question with these is more than one word
+UNSURE = ("not", "or", "and", "neither")  # a question with these is unclear
 
 
 def rules(max_questions: int) -> Message:
@@ -100,10 +94,10 @@ def words_of(text: str) -> list[str]:
 def answer_from_table(thing: str, question: str) -> str:
     """ "yes" or "no" where the question has exactly one word of the table, else "unclear"."""
     words = words_of(question)
-    asked = {word for word in words if word in QUESTIONS}
-    if len(asked) != 1 or any(word in UNSURE for word in words):
+    known = {word for word in words if word in QUESTIONS}
+    if len(known) != 1 or any(word in UNSURE for word in words):
         return "unclear"
-    return "yes" if asked.pop() in THINGS[thing].split() else "no"
+    return "yes" if known.pop() in THINGS[thing].split() else "no"
 
 
 @dataclass(frozen=True)
@@ -125,17 +119,11 @@ class PolicyAnswerer:
 
 
 class TwentyQuestionsEnv(MessageEnv):
-    """Metrics: `unclear` of each question (0 or 1); `solved` and `turns` of an episode, lost ones
-    included.
-    """
+    """Metrics: `unclear` of each question (0 or 1); `solved` and `turns` of every episode."""
 
     def __init__(self, thing: str, max_questions: int, question_cost: float, answerer: PolicyAnswerer | None = None):
-        self.thing, self.max_questions, self.question_cost, self.answerer = (
-            thing,
-            max_questions,
-            question_cost,
-            answerer,
-        )
+        self.thing, self.max_questions = thing, max_questions
+        self.question_cost, self.answerer = question_cost, answerer
         self.questions = 0
 
     async def initial_messages(self) -> list[Message]:
@@ -173,9 +161,7 @@ class TwentyQuestionsEnv(MessageEnv):
 
 @chz.chz
 class TwentyQuestions(TextGame):
-    """Which things are asked for. A held-out thing is never the right one in training; a small
-    table rewards to learn that by heart.
-    """
+    """Held-out things are never right in training: a policy may learn that of a small table."""
 
     num_test: int = chz.field(default=6, validator=WHOLE, doc="held-out things")
     max_questions: int = chz.field(default=20, validator=COUNT, doc="questions after which an episode is lost")
@@ -201,9 +187,9 @@ class TwentyQuestionsBuilder(TwentyQuestions, TextGameBuilder):
     """Things to find out by reinforcement learning."""
 
     question_cost: float = chz.field(
-        default=0.02, validator=NON_NEGATIVE, doc="taken off the reward for every question after the first"
+        default=0.02, validator=NON_NEGATIVE, doc="subtracted from the reward for every question after the first"
     )
-    answerer: FrozenPolicy | None = chz.field(default=None, doc="a second policy that answers; None = the table does")
+    answerer: FrozenPolicy | None = chz.field(default=None, doc="a second policy that answers; None = the table")
     tag: str = chz.field(default="twenty_questions", doc="name under which metrics are logged too")
 
     def recommended_max_tokens(self) -> int:

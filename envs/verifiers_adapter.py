@@ -1,14 +1,9 @@
-"""Tasksets written for the verifiers library (0.4.x) as environments: its prompts, its scoring, one
-answer of the policy in between.
+"""Tasksets of the verifiers library (0.4.x) as environments: a text prompt, one answer, its
+scoring.
 
-Covered: tasks that are a prompt in text and `@reward` / `@metric` functions of the trace, judges
-that the task's own configuration reaches, and the taskset's configuration. Left out, and refused
-with the reason when the taskset is loaded: what the library's harnesses do in a runtime (tools,
-containers, setup and finalize, rewards that ask for `runtime`), and its multi-agent environments.
-
-verifiers lives in another process (verifiers_worker.py), and needs another virtual environment: it
-brings a package called `renderers`, as we do, and of that name a process can have one. Make it
-once, with the tasksets, and name its interpreter:
+Covered: `@reward` and `@metric` functions of the trace, judges, and the taskset's configuration.
+Left out, and refused when the taskset is loaded: harnesses with a runtime (tools, containers,
+setup, finalize, rewards that need `runtime`) and multi-agent environments.
 
     python -m venv ~/verifiers && ~/verifiers/bin/pip install "verifiers>=0.4,<0.5" my-taskset
     python -m rl.train_cli env=envs.verifiers_adapter:VerifiersBuilder
@@ -43,9 +38,7 @@ WORKER = Path(__file__).with_name("verifiers_worker.py")
 
 @dataclass(frozen=True)
 class TasksetSource:
-    """Where tasks come from. It is all that an environment holds on to, so that it pickles;
-    processes are found by it.
-    """
+    """The source of tasks, which environments keep in place of a process so that they pickle."""
 
     python: str
     taskset: str
@@ -55,7 +48,9 @@ class TasksetSource:
 
 
 class Worker:
-    """One process with one taskset. Safe to ask from any thread; an answer at a time."""
+    """A process with one taskset, in its own virtual environment: verifiers and this project both
+    have a package `renderers`. Thread-safe; one answer at a time.
+    """
 
     def __init__(self, source: TasksetSource):
         self._source, self._lock = source, threading.Lock()
@@ -63,8 +58,8 @@ class Worker:
         self.tasks: list[list[Message]] = []
 
     def score(self, task: int, answer: str) -> dict[str, Any]:
-        """Raises GraderError if the scoring fails, dies or takes too long. The next question then
-        finds a new process.
+        """Raises GraderError if the scoring fails, dies or takes too long; the process then
+        restarts.
         """
         with self._lock:
             self._start()
@@ -74,7 +69,7 @@ class Worker:
         return reply
 
     def load(self) -> list[list[Message]]:
-        """The prompts. Raises ConfigError if the taskset is not to be had."""
+        """The prompts. Raises ConfigError if the taskset cannot be loaded."""
         with self._lock:
             self._start()
         return self.tasks
@@ -90,7 +85,7 @@ class Worker:
             reply = self._ask({"taskset": source.taskset, "config": json.loads(source.config), "limit": source.limit})
         except (OSError, GraderError) as error:
             raise ConfigError(
-                f"no verifiers behind python={source.python} ({error}): make a virtual environment with "
+                f"python={source.python} has no verifiers ({error}): make a virtual environment with "
                 "verifiers>=0.4,<0.5 in it"
             ) from error
         if "failed" in reply:
@@ -108,7 +103,7 @@ class Worker:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        except BaseException:  # Ctrl-C: the next question must not read this one's answer
+        except BaseException:  # Ctrl-C: the next question must not read this reply
             self.stop()
             raise
         finally:
@@ -131,7 +126,7 @@ _THREADS = ThreadPoolExecutor(4, thread_name_prefix="verifiers")
 
 
 def worker(source: TasksetSource) -> Worker:
-    """The one of this source."""
+    """The process of this source."""
     return _WORKERS.setdefault(source, Worker(source))
 
 
@@ -142,7 +137,7 @@ def _stop_workers() -> None:
 
 
 class VerifiersEnv(MessageEnv):
-    """One task. Metrics: the taskset's own, and each reward, weighted, as reward/NAME."""
+    """One task. Metrics: those of the taskset, and each weighted reward as reward/NAME."""
 
     def __init__(self, source: TasksetSource, task: int, messages: Sequence[Message]):
         self.source, self.task, self.messages = source, task, messages
@@ -168,15 +163,13 @@ class VerifiersBuilder(RLDatasetBuilder):
         doc="interpreter of the virtual environment in which verifiers and the taskset are installed",
     )
     taskset_config: str = chz.field(default="{}", doc="the taskset's configuration, as JSON")
-    num_tasks: int = chz.field(default=1000, validator=COUNT, doc="use only the first so many tasks")
-    num_test: int = chz.field(default=0, validator=WHOLE, doc="so many of them, drawn by split_seed, are held out")
+    num_tasks: int = chz.field(default=1000, validator=COUNT, doc="number of tasks, the first ones")
+    num_test: int = chz.field(default=0, validator=WHOLE, doc="held-out tasks, drawn by split_seed")
     split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of held-out tasks")
     scoring_seconds: float = chz.field(
         default=60.0, validator=POSITIVE, doc="most seconds for loading the tasks, or for scoring an answer"
     )
-    parse: ParsePolicy = chz.field(
-        default_factory=ParsePolicy, doc="what becomes of an answer that ran into the token limit"
-    )
+    parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="treatment of a truncated answer")
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         try:

@@ -1,14 +1,10 @@
-"""The process that loads a taskset of the verifiers library (0.4) and scores answers: one JSON line
-in, one out.
+"""Loads a taskset of the verifiers library (0.4) and scores answers, as a process.
 
-Started by verifiers_adapter.py as a plain file, with the interpreter of an environment in which
-verifiers is installed. It cannot live in the trainer's process: verifiers imports a package called
-`renderers`, and that is the name of ours.
+verifiers_adapter.py starts this file with the interpreter of an environment that has verifiers. It
+ends when its standard input closes. One JSON line in, one out; any reply may be {"failed": why}:
 
     in:   {"taskset": "gsm8k", "config": {...}, "limit": 100}         out: {"tasks": [[{"role": ..., "content": ...}, ...], ...]}
     in:   {"task": 3, "answer": "..."}                                out: {"reward": 0.9, "rewards": {...}, "metrics": {...}}
-
-Any of them may be answered {"failed": why}. It ends when its standard input closes.
 """
 
 # pyright: reportMissingImports=false
@@ -43,7 +39,7 @@ def load(taskset_id: str, config: dict[str, Any], limit: int) -> list[vf.Task]:
 
 
 def why_not(task: vf.Task) -> str:
-    """What a task needs that one answer in text does not give; "" if nothing."""
+    """The reason why one answer in text does not suffice for a task, or ""."""
     hooks = [*task.hooks("reward"), *task.hooks("metric"), *(judge.score for judge in task.plugged_judges())]
     needs_runtime = [hook.__name__ for hook in hooks if "runtime" in inspect.signature(hook).parameters]
     reasons = {
@@ -66,10 +62,8 @@ def messages(task: vf.Task) -> list[dict[str, Any]]:
 
 
 async def score(task: vf.Task, answer: str) -> dict[str, Any]:
-    """Rewards and metrics of a conversation that ends with the answer, as a run of the library
-    would record it.
-    """
-    said = [*messages(task), {"role": "assistant", "content": answer}]
+    """Rewards and metrics of a conversation that ends with the answer, as the library records it."""
+    conversation = [*messages(task), {"role": "assistant", "content": answer}]
     kinds = {"system": vf.SystemMessage, "user": vf.UserMessage, "assistant": vf.AssistantMessage}
     trace = vf.Trace(
         task=vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash),
@@ -78,10 +72,10 @@ async def score(task: vf.Task, answer: str) -> dict[str, Any]:
         nodes=[
             MessageNode(
                 parent=i - 1 if i else None,
-                message=kinds[each["role"]](content=each["content"]),
-                sampled=i == len(said) - 1,
+                message=kinds[message["role"]](content=message["content"]),
+                sampled=i == len(conversation) - 1,
             )
-            for i, each in enumerate(said)
+            for i, message in enumerate(conversation)
         ],
     )
     trace.stop("agent_completed")
@@ -92,7 +86,7 @@ async def score(task: vf.Task, answer: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a task prints is no reply
+    replies, sys.stdout = sys.stdout, sys.stderr  # a task's prints are no replies
     tasks: list[vf.Task] = []
     for line in sys.stdin:
         request = json.loads(line)
@@ -102,7 +96,7 @@ def main() -> None:
                 reply = {"tasks": [messages(task) for task in tasks]}
             else:
                 reply = asyncio.run(score(tasks[request["task"]], request["answer"]))
-        except Exception as error:  # other people's code: whatever it raises is the answer
+        except Exception as error:  # another project's code may raise anything
             reply = {"failed": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=replies, flush=True)
 
