@@ -1,9 +1,8 @@
 r"""Programs to write, judged by their tests in a sandbox (see sandbox.py for its limits).
 
 The answer is the last fenced code block of the response: a Python program, standard library only.
-It is right if every test passes. Without a file, problems such as "Print 3*a-2*b ..." are
-generated. Left out: other languages, special judges, interactive problems, sampled tests. A file of
-problems has one JSON object a line; "solution" is optional:
+It is right if every test passes. Without a file of problems (below, "solution" is optional), simple
+ones are generated. Left out: other languages, special judges, interactive problems.
 
     {"question": "Print the sum of two integers.", "tests": [{"stdin": "1\n2\n", "stdout": "3\n"}], "solution": "..."}
     {"question": "Write double(x).", "tests": [{"assert": "assert double(2) == 4"}, {"assert": "assert double(-1) == -2"}]}

@@ -136,7 +136,7 @@ def fit_problems(
     return kept
 
 
-def asked(template: str, problems: Sequence[Problem]) -> list[Problem]:
+def apply_template(template: str, problems: Sequence[Problem]) -> list[Problem]:
     """The problems with `template` around their question."""
     if "{question}" not in template:
         raise ConfigError(f"prompt_template={template!r} has no {{question}}")
@@ -160,7 +160,7 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
     env_class = ProblemEnv
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
-        train, test = (asked(self.prompt_template, problems) for problems in self.splits())
+        train, test = (apply_template(self.prompt_template, problems) for problems in self.splits())
         train_groups = self.groups(train, renderer, self.group_size, "train")
         dataset = ListDataset(train_groups, self.batch_size, self.seed)
         if not test:
@@ -181,7 +181,7 @@ class ProblemExamples(ChatDatasetBuilder):
     prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
 
     def rows(self) -> tuple[list[Row], list[Row]]:
-        train, test = (asked(self.prompt_template, problems) for problems in self.problems.splits())
+        train, test = (apply_template(self.prompt_template, problems) for problems in self.problems.splits())
         return [(p.id, {"problem": p}) for p in train if p.solution], [
             (p.id, {"problem": p}) for p in test if p.solution
         ]

@@ -1,4 +1,4 @@
-"""Runs an untrusted program and reports how it ended (Linux): the trainer's half of
+"""Runs an untrusted program (Linux) and reports how it ended; the other half is
 sandbox_supervisor.py.
 
 Every run has its own supervisor process and a fresh Python interpreter: standard library only,
@@ -11,21 +11,6 @@ bubblewrap; root in a container without namespaces runs without them. `Isolation
     namespaces    no network; no sight of other processes; a read-only file system but for the program's own folder,
                   which is small and in memory
     root          a user id of its own
-
-What this does NOT protect from:
-
-* An adversary, or a hole in the kernel: no VM, and the filter allows all calls that it does not
-  list.
-* Reading: any file that every user may read; where the trainer is not root, any file of its user,
-  keys too. Sockets that are files can be connected to with the same rights.
-* Load: up to `processes` cores and `processes * memory_mb` of memory for `wall_seconds`. Memory is
-  limited per process (no cgroup).
-* A program that looks for its own checks: an assert test runs in the program's interpreter, which
-  can forge success. A test of standard output cannot be forged: its answer never enters the
-  sandbox.
-* Without namespaces: the network; files left in world-writable folders (/dev/shm is memory).
-* Without the filter (other processors): System V shared memory and memfd, which no limit counts.
-  Without both, a segment outlives the run.
 """
 
 import asyncio
@@ -78,7 +63,20 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class Isolation:
-    """The protections on this machine."""
+    """The protections on this machine. They do NOT protect from:
+
+    * An adversary, or a hole in the kernel: no VM, and the filter allows all calls it does not
+      list.
+    * Reading: any file that every user may read; where the trainer is not root, any file of its
+      user, keys too. Sockets that are files can be connected to with the same rights.
+    * Load: up to `processes` cores and `processes * memory_mb` of memory (no cgroup) for
+      `wall_seconds`.
+    * Forgery: an assert test runs in the program's interpreter, which can forge success. A test of
+      standard output cannot be forged: its answer never enters the sandbox.
+    * Without namespaces: the network; files left in world-writable folders (/dev/shm is memory).
+    * Without the filter (other processors): System V shared memory and memfd, which no limit
+      counts. Without both, a segment outlives the run.
+    """
 
     namespaces: bool
     root: bool

@@ -1,5 +1,4 @@
-"""Star graphs G(d, l): the planning task on which next-token training fails (Bachmann and Nagarajan
-2024).
+"""Star graphs G(d, l): the task on which next-token training fails (Bachmann and Nagarajan 2024).
 
 d arms of l nodes, source included, leave a source s; the goal g is the end of an arm. The model
 reads the directed edges in random order and (s, g), and writes the path from s to g. Only its

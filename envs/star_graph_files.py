@@ -126,7 +126,7 @@ def _fault(line: str, graph: StarGraph) -> str:
 
 
 def graph_of_path(path: str | Path, num_nodes: int | None = None) -> StarGraph:
-    """The size in a file's name; `num_nodes` (default 50) is for names without N. Or ConfigError."""
+    """The size in a file's name; `num_nodes` is for names without N. Raises ConfigError."""
     name = Path(path).name
     if match := re.match(r"deg_(\d+)_path_(\d+)_nodes_(\d+)", name):
         d, length, named = map(int, match.groups())

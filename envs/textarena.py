@@ -1,7 +1,6 @@
 """TextArena games as environments: alone, against an opponent, or in self-play.
 
-An observation is TextArena's text for the player, as one user message, so each turn is its own
-Datum. Step rewards are penalties for illegal moves; the outcome is the group's reward. In self-play
+An observation is the game's text as one user message, so each turn is its own Datum. In self-play
 the seats of a game form a group and are each other's baseline; with several games of one opening,
 rl.advantages:SeatMean gives each seat its own. Left out: seats that learn different policies; chat
 between the turns.

@@ -1,5 +1,4 @@
-"""Tasksets of the verifiers library (0.4.x) as environments: a text prompt, one answer, its
-scoring.
+"""Tasksets of the verifiers library (0.4.x) as environments: a text prompt and one scored answer.
 
 Covered: `@reward` and `@metric` functions of the trace, judges, and the taskset's configuration.
 Left out, and refused when the taskset is loaded: harnesses with a runtime (tools, containers,

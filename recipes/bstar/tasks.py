@@ -17,7 +17,7 @@ from envs.arc_challenge import ANSWER_PHRASE, ArcChallenge
 from envs.code import CodeProblems
 from envs.math_word import Gsm8k, WordProblems
 from envs.problem import Problem, ProblemSet, check_apart
-from envs.problem_env import ProblemEnv, asked, fit_problems
+from envs.problem_env import ProblemEnv, apply_template, fit_problems
 from envs.sandbox import SandboxLimits
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
@@ -181,7 +181,7 @@ class Gsm8kBuilder(ReadTaskBuilder):
         )
 
     def written(self, problems: list[Problem]) -> list[Problem]:
-        return [replace(p, solution=(p.solution or "").strip()) for p in asked(self.prompt_template, problems)]
+        return [replace(p, solution=(p.solution or "").strip()) for p in apply_template(self.prompt_template, problems)]
 
 
 MATH_ANSWER = "# Answer:"
@@ -222,7 +222,7 @@ class MathTextBuilder(ReadTaskBuilder):
         )
 
     def written(self, problems: list[Problem]) -> list[Problem]:
-        return [replace(p, solution=_in_steps(p)) for p in asked(self.prompt_template, problems)]
+        return [replace(p, solution=_in_steps(p)) for p in apply_template(self.prompt_template, problems)]
 
 
 def _in_steps(problem: Problem) -> str:
@@ -290,4 +290,4 @@ class CodeTaskBuilder(ReadTaskBuilder):
         return CodeProblems(**{name: getattr(self, name) for name in names})
 
     def written(self, problems: list[Problem]) -> list[Problem]:
-        return asked(self.prompt_template, problems)
+        return apply_template(self.prompt_template, problems)
