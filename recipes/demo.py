@@ -83,7 +83,7 @@ def print_result(config: Config, seconds: float) -> None:
     Console().print(table)
     folder = Path(config.log_path)
     print(
-        f"curves: {folder / 'plots/run.png'}\nwhat it wrote, to open in a browser: "
+        f"curves: {folder / 'plots/run.png'}\ntranscript, to open in a browser: "
         f"{sorted((folder / 'transcripts').glob('*.html'))[-1]}"
     )
 

@@ -1,9 +1,9 @@
 """Reinforcement learning from builders: a supervised warm start, then RL on problems of the same
 kind.
 
-RL needs a policy that is sometimes right, and `tiny` has random weights. So, unless
-load_checkpoint_path is given, a supervised run in LOG_PATH_warm_start comes first. Both builders
-hold out the same sums. For another task, replace ArithmeticBuilder.
+`tiny` has random weights. So, unless load_checkpoint_path is given, a supervised run in
+LOG_PATH_warm_start comes first. Both builders hold out the same sums. For another task, replace
+ArithmeticBuilder.
 
     python recipes/rl_basic.py                                             # two minutes on 2 cores; runs/rl_basic
     python recipes/rl_basic.py advantage=rl.advantages:LeaveOneOut loss_fn=ppo num_substeps=2 python

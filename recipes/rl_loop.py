@@ -94,9 +94,7 @@ def main(config: Config) -> None:
             )
 
         def datum(question: list[int], answer: list[int], **tracks: list[float]) -> Datum:
-            """Position t predicts token t + 1. A track has a number per answer token, and 0
-            before.
-            """
+            """Position t predicts token t + 1. Tracks cover the answer, and are 0 before it."""
             tokens, padding = question + answer, [0.0] * (len(question) - 1)
             inputs = {name: TensorData(data=padding + track, dtype="float32") for name, track in tracks.items()}
             return Datum(

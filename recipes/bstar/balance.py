@@ -43,9 +43,7 @@ def surface(
     thresholds: Sequence[str],
     n_star: float,
 ) -> list[Cell]:
-    """The score of every (temperature, threshold) of the grid. DataError for a cell without
-    counts.
-    """
+    """The score of every cell of the grid. DataError for a cell without counts."""
     grid = [(canonical(temperature), canonical(threshold)) for temperature in temperatures for threshold in thresholds]
     if missing := [cell for cell in grid if not counts.get(cell)]:
         raise DataError(
@@ -59,7 +57,5 @@ def surface(
 
 
 def choose(cells: Sequence[Cell]) -> Cell:
-    """The cell with the highest score; ties go to the lower temperature, then the higher
-    threshold.
-    """
+    """The best cell; ties go to the lower temperature, then the higher threshold."""
     return max(cells, key=lambda cell: (cell.score, -Decimal(cell.temperature), Decimal(cell.threshold)))

@@ -17,9 +17,7 @@ SweepCost = Literal["given", "charged"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Samples per round of one method: `sweep` and `train` count against the budget, `test` does
-    not.
-    """
+    """Samples per round of one method; `test` does not count against the budget."""
 
     sweep: int
     samples_per_query: int

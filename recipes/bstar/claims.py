@@ -2,11 +2,10 @@
 
     python -m recipes.bstar.claims runs/bstar runs/bstar_1 runs/bstar_2
 
-(a) With a fixed low temperature pass@K-4 ends below its best round; B-STaR's ends no lower than its
-    first round.
-(b) B-STaR ends above the better of the fixed runs, in greedy accuracy and in pass@1. (c) After the
-middle round B-STaR still gains, and more than online RFT. (d) The chosen temperature ends above its
-first value; the balance score never falls by over `NOISE`.
+    (a) pass@K-4: the cold run ends below its best round, B-STaR no lower than after round 1.
+    (b) B-STaR ends above the better of the fixed runs, in greedy accuracy and in pass@1.
+    (c) After the middle round B-STaR still gains, and more than online RFT.
+    (d) The chosen temperature ends above its first value; the balance score never falls by more than `NOISE`.
 
 Left out: significance tests, for which three seeds are too few.
 """

@@ -29,9 +29,7 @@ STAGES = ("sweep", "choose", "sample", "score", "select", "train", "greedy", "te
 
 
 def record(summary: Summary) -> dict[str, float]:
-    """The round's metrics and chosen settings as a record of metrics.jsonl; its step is the
-    round.
-    """
+    """The round's metrics and chosen settings as a record; its step is the round."""
     chosen = {"temperature": summary.temperature, "threshold": summary.threshold, "balance": summary.balance}
     known = {name: float(number) for name, number in chosen.items() if number is not None}
     return {"step": summary.round} | known | summary.metrics
@@ -71,7 +69,7 @@ def panels(summaries: Sequence[Summary]) -> list[Panel]:
             f"reward@{k}-{s}": f"test/reward@{k}-{s}" for s in (1, 2, 4)
         },
         "diversity: distinct steps of all": {"test": "test/diversity", "training": "train/diversity"},
-        "what is trained on": {"right": "train/selected_accuracy", "queries with any": "train/selected_queries"},
+        "training set": {"right": "train/selected_accuracy", "queries with any": "train/selected_queries"},
         "faults": {
             f"{fault}, {split}": f"{split}/{fault}"
             for fault in ("truncated", "unparsable")
@@ -146,7 +144,7 @@ def draw_comparison(runs_by_method: Mapping[str, Sequence[Sequence[Summary]]]) -
         f"pass@{k}-4, test": f"test/pass@{k}-4",
         "temperature": "temperature",
         "threshold": "threshold",
-        "accuracy of what is trained on": "train/selected_accuracy",
+        "accuracy of the training set": "train/selected_accuracy",
     }
     drawn = [Panel(title, curves_by_label(runs, key), xlabel="round") for title, key in wanted.items()]
     drawn = [panel for panel in drawn if not panel.empty]

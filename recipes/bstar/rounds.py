@@ -56,9 +56,7 @@ from supervised.types import SupervisedDatasetBuilder
 
 @dataclass
 class Lab:
-    """What all rounds share: one training client, whose sampler is the only engine, and the
-    reward.
-    """
+    """Shared by all rounds: one training client, with the only engine, and the reward."""
 
     config: Config
     task: Task
@@ -249,9 +247,7 @@ class Round:
         return 0 if self.config.quota else shortfall(selection, self.target_size(len(self.lab.task.train)))
 
     async def train(self) -> None:
-        """`steps` optimizer steps on the selection, from the last weights or from the warm
-        start.
-        """
+        """Trains on the selection, from the last weights or from the warm start."""
         selected, config = read_selection(self.folder / "selection.jsonl"), self.config
         if not selected:
             raise DataError(

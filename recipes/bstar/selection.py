@@ -53,9 +53,7 @@ def shortfall(selection: Iterable[Sequence[Selected]], target_size: int) -> int:
 
 
 def counts(selection: Mapping[str, Sequence[Selected]]) -> list[Counts]:
-    """(selected, right among them) of each query, without human solutions, for the balance
-    score.
-    """
+    """(selected, right among them) of each query, without human solutions."""
     sampled = [[line for line in chosen if line.sample is not None] for chosen in selection.values()]
     return [(len(chosen), sum(line.correct for line in chosen)) for chosen in sampled]
 

@@ -40,9 +40,7 @@ class Sets:
 
 @dataclass(frozen=True)
 class Task:
-    """The sets as environments. `dev`: indices into `train`, on which temperature and threshold are
-    chosen.
-    """
+    """The sets as environments. `dev`: indices into `train`, to choose the settings on."""
 
     warm_start: list[Query]
     prm: list[Query]
@@ -82,9 +80,7 @@ class TaskBuilder:
         raise NotImplementedError
 
     def __call__(self, renderer: Renderer) -> Task:
-        """DataError for an empty set, duplicate ids, or a question in both a test and another
-        set.
-        """
+        """DataError for an empty set, duplicate ids, or a test question in another set."""
         sets = self.sets(renderer)
         train, test = sets.train[: self.num_train], sets.test[: self.num_test]
         warm_start, prm = sets.warm_start[: self.num_warm_start], sets.prm[: self.num_prm]
@@ -114,9 +110,7 @@ def _check_ids(name: str, problems: Sequence[Problem]) -> None:
 
 @chz.chz
 class ReadTaskBuilder(TaskBuilder):
-    """A ProblemSet. Training problems with human solutions are the warm start; all are PRM
-    queries.
-    """
+    """A ProblemSet. Human solutions are the warm start; all training problems are PRM queries."""
 
     max_prompt_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="drop longer prompts; None = those that leave no room for max_tokens"
@@ -126,9 +120,7 @@ class ReadTaskBuilder(TaskBuilder):
         raise NotImplementedError
 
     def written(self, problems: list[Problem]) -> list[Problem]:
-        """Problems with the prompt's question, and the solution in the form the model is to
-        write.
-        """
+        """Problems with the prompt's question, and with the solution to imitate."""
         return problems
 
     def sets(self, renderer: Renderer) -> Sets:
@@ -139,9 +131,7 @@ class ReadTaskBuilder(TaskBuilder):
         return Sets([problem for problem in train if problem.solution is not None], train, train, test)
 
     def _fitting(self, problems: list[Problem], split: str, renderer: Renderer) -> list[Problem]:
-        """Problems with ids, without prompts that are too long and solutions over `max_tokens`; the
-        numbers dropped are printed.
-        """
+        """Problems with ids. Drops and counts too long prompts and solutions."""
         room = self.max_prompt_tokens or renderer.tokenizer.model_max_length - self.max_tokens
         fitting, overlong = [], 0
         for n, problem in enumerate(fit_problems(problems, renderer, room, name=split)):

@@ -85,9 +85,7 @@ def stages_of(config: Config) -> list[Stage]:
 
 
 async def answers(config: Config, stage: Stage) -> str:
-    """Shares of a policy's answers to the held-out questions, sampled once each at temperature
-    1.
-    """
+    """Shares of a policy's answers to the held-out questions, one sample each."""
     renderer = get_renderer(RENDERER, load_tokenizer("tiny"))
     stop = renderer.get_stop_sequences()
     _, held_out = SortedPreferredBuilder(seed=config.seed)()

@@ -24,9 +24,7 @@ from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDat
 
 
 def prompt_tokens(renderer: Renderer, task: Task) -> list[int]:
-    """The prompt, up to the model's turn, rendered directly to ids so that it has at most one
-    BOS.
-    """
+    """The prompt, rendered directly to ids so that it has at most one BOS."""
     return renderer.build_generation_prompt([Message(role="user", content=task.question)]).to_ints()
 
 
@@ -71,9 +69,7 @@ class RationaleEnv(Env):
 
 
 class ResponseEnv(ProblemEnv):
-    """One whole response, rationale and answer. Reward 1 if right; `format` 1 if it has an
-    answer.
-    """
+    """One whole response. Reward 1 if right; `format` 1 if it has an answer."""
 
     async def step(self, action: Action) -> StepResult:
         result = await super().step(action)

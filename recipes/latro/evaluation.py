@@ -57,9 +57,7 @@ def best_so_far(run: Path) -> Best | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates checkpoints with `env.group_size` rationales, and as many responses, per
-    question.
-    """
+    """Evaluates checkpoints with `env.group_size` rationales and responses per question."""
 
     model_name: str
     renderer_name: str | None
@@ -104,9 +102,7 @@ class Evaluation:
         return max(results, key=lambda best: (best.value, best.step))
 
     def diagnose(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
-        """log p(y|x) against log p(y|x, gold rationale): do rationales help this model? No
-        sampling.
-        """
+        """log p(y|x) against log p(y|x, gold rationale), without sampling."""
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
         pairs = [
             (example(renderer, task, "", answer_only=True), example(renderer, task, task.solution, answer_only=True))

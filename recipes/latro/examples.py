@@ -1,6 +1,4 @@
-"""LaTRO's tasks as supervised data: for the SFT baseline, a preset's warm start and the
-diagnostic.
-"""
+"""LaTRO's tasks as supervised data, for SFT, a preset's warm start and the diagnostic."""
 
 from collections.abc import Sequence
 from typing import Literal

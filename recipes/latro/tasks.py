@@ -65,9 +65,7 @@ class TaskBuilder:
         return split_off(self.tasks("train", self.num_train), self.num_validation, self.split_seed, "num_validation")
 
     def test_tasks(self) -> list[Task]:
-        """Tasks that neither training nor model selection sees. DataError if a question is in both
-        sets.
-        """
+        """Tasks for the final evaluation. DataError if a training question is among them."""
         test = self.tasks("test", self.num_test)
         check_apart(self.tasks("train", self.num_train), test)
         return test
@@ -125,9 +123,7 @@ class ArcChallengeBuilder(TaskBuilder):
 
 @chz.chz
 class MathBuilder(TaskBuilder):
-    r"""MATH-style rows: the solution's last \boxed{...} is the answer, compared as an
-    expression.
-    """
+    r"""MATH-style rows; the solution's last \boxed{...} is the answer, an expression."""
 
     train_path: str = chz.field(doc="JSONL file to train on")
     test_path: str | None = chz.field(default=None, doc="JSONL file of the test set")

@@ -175,9 +175,7 @@ def main(config: Config) -> None:
 
 
 def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
-    """LaTRO or SFT with its evaluation on the test set: LOG_PATH/METHOD, finished by
-    summary.json.
-    """
+    """LaTRO or SFT with its evaluation on the test set, in LOG_PATH/METHOD."""
     make, always = partial(run_method, config, begin_path(config, needs)), config.behavior_if_log_dir_exists != "resume"
     return Stage(config.method, config.folder(config.method), config, make, needs, "summary.json", always)
 

@@ -1,6 +1,4 @@
-"""Evaluation of a process reward model of chains by the exact rule, which no model was trained
-on.
-"""
+"""Evaluation of a process reward model of chains by the exact rule."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""The README's plot: training, scores around the first wrong step, and ways to choose one of N
-solutions.
-"""
+"""The README's plot: training, scores around the first wrong step, best of N."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,13 +1,15 @@
-"""A process reward model (PRM) trained with a verifier of answers only, on chains of sums: which
-step is the first wrong one?
+"""A process reward model (PRM) from a verifier of answers only, on chains of sums: which step is
+the first wrong one? README.md has the results.
 
-    python recipes/prm/train.py                          # all stages; runs/prm
+    python recipes/prm/train.py                          # all stages but rl; runs/prm
     python recipes/prm/train.py stages=rl                # RL with and without the PRM's reward
 
-Stages: `warm_start` (a policy that is right about half the time), `completer` (trained further, so
-that it errs seldom), `solutions` (the policy's, of training chains), `labels` (of their steps, by
-the completer's rollouts), `prm` (from the completer's weights), `evaluate` (on held-out chains)
-and, only on request, `rl`. README.md has the results.
+    warm_start  a policy that is right about one time in three
+    completer   the policy, trained further, so that it errs seldom
+    solutions   the policy's answers to training chains
+    labels      of their steps, by the completer's rollouts
+    prm         trained from the completer's weights
+    evaluate    on held-out chains: first wrong steps, best of 8
 """
 
 if not __package__:  # run as a file: put the project on the path
