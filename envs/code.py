@@ -209,7 +209,7 @@ class CodeProblems(ProblemSet):
         problems, num_test = generated_problems(), self.num_test or 0
         if not 0 <= num_test < len(problems):
             raise ConfigError(
-                f"num_test={num_test}: there are {len(problems)} generated problems, to train on and to test"
+                f"num_test={num_test} of {len(problems)} generated problems: set it to 0 to {len(problems) - 1}"
             )
         order = np.random.default_rng(self.split_seed).permutation(len(problems))
         return [problems[i] for i in (order[:num_test] if split == "test" else order[num_test:])]
@@ -229,6 +229,6 @@ class CodeBuilder(CodeProblems, ProblemSetBuilder):
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         isolation = await check_limits(self.limits)  # fails here on a machine without a sandbox
         if self.need_namespaces and not isolation.namespaces:
-            raise ConfigError(f"need_namespaces=true, and the sandbox of this machine has {isolation}")
+            raise ConfigError(f"need_namespaces=true, but this machine's sandbox has {isolation}")
         print(f"code: programs run with {isolation}")
         return await ProblemSetBuilder.__call__(self, renderer)

@@ -74,5 +74,5 @@ def _distinct_prompts(labeled_D: Sequence[LabeledComparison], name: str) -> list
     conversations_D = [labeled.comparison.prompt_conversation for labeled in labeled_D]
     prompts = {content_hash(list(conversation)): conversation for conversation in conversations_D}
     if len(prompts) < len(labeled_D):
-        print(f"{len(labeled_D)} {name} comparisons are of {len(prompts)} different prompts: each is asked once")
+        print(f"{len(labeled_D)} {name} comparisons are of {len(prompts)} different prompts: each is used once")
     return list(prompts.values())

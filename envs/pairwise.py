@@ -57,7 +57,7 @@ class PairwisePreferenceGroupBuilder(EnvGroupBuilder):
         answers_G = completions(envs_G)
         if len(answers_G) == 1:
             raise RolloutError(
-                "one member is left of a group that is judged in pairs: there is nothing to compare it with"
+                "only one member is left of a group judged in pairs: there is nothing to compare it with"
             )
         pairs = matchups(len(answers_G), self.matchup_pattern, self.matchup_group_size)
         scores = await judge_all(self.judge, [Comparison(self.prompt, answers_G[a], answers_G[b]) for a, b in pairs])
@@ -91,8 +91,7 @@ class PairwiseBuilder(RLDatasetBuilder):
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         if min(self.group_size, self.matchup_group_size) < 2:
             raise ConfigError(
-                f"group_size={self.group_size} and matchup_group_size={self.matchup_group_size}: a pair needs at least "
-                "2"
+                f"group_size={self.group_size}, matchup_group_size={self.matchup_group_size}: a pair needs at least 2"
             )
         judge, gold = self.judge(renderer.tokenizer), self.prompts.gold()
         settings = (self.group_size, self.matchup_pattern, self.matchup_group_size, self.format_coef, gold)

@@ -88,8 +88,7 @@ def check_apart(train: Sequence[Problem], test: Sequence[Problem], name: str = "
         first, twin = both[0], held_out[both[0].question]
         raise DataError(
             f"{len(both)} {name} problems are in the test set too, first {first.id} (as {twin.id}): "
-            f"{first.question[:80]!r}; "
-            "take them out of one of the sets"
+            f"{first.question[:80]!r}; remove them from one of the sets"
         )
 
 

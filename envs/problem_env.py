@@ -150,7 +150,7 @@ def apply_template(template: str, problems: Sequence[Problem]) -> list[Problem]:
 class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
     """Mixed with a ProblemSet: problems for RL. Held out is one attempt at each test problem."""
 
-    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    prompt_template: str = chz.field(default="{question}", doc="the user message; {question} is replaced")
     overlong: Overlong = chz.field(
         default="drop", doc="a prompt over max_prompt_tokens: drop (and count) or raise; never truncated"
     )
@@ -178,7 +178,7 @@ class ProblemExamples(ChatDatasetBuilder):
     """Questions with their worked solutions, to imitate. Problems without a solution are left out."""
 
     problems: ProblemSet = chz.field(doc="the data set")
-    prompt_template: str = chz.field(default="{question}", doc="what the user says; {question} is replaced")
+    prompt_template: str = chz.field(default="{question}", doc="the user message; {question} is replaced")
 
     def rows(self) -> tuple[list[Row], list[Row]]:
         train, test = (apply_template(self.prompt_template, problems) for problems in self.problems.splits())

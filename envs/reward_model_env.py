@@ -38,7 +38,7 @@ class RewardModelGroupBuilder(EnvGroupBuilder):
     ) -> list[tuple[float, Metrics]]:
         scores_G = await self.reward_model.score([[*self.prompt, *answer] for answer in completions(envs_G)])
         if not np.isfinite(scores_G).all():
-            raise JudgeError(f"the reward model scored {scores_G}: not all of them are finite numbers")
+            raise JudgeError(f"the reward model scored {scores_G}: not all are finite")
         return [(self.coef * score, {"proxy": score}) for score in scores_G]
 
 

@@ -123,8 +123,7 @@ async def check_limits(limits: SandboxLimits) -> Isolation:
     if (run.outcome, run.stdout.strip()) != ("passed", "4"):
         last_line = run.stderr.strip().rsplit("\n", 1)[-1][:200]
         raise ConfigError(
-            "under these limits not even a program of two lines runs; it ended with "
-            f"{run.outcome}{last_line and ': ' + last_line}: raise them "
+            f"a trivial program fails under these limits with {run.outcome}{last_line and ': ' + last_line}: raise them "
             f"({', '.join(f'{name}={value}' for name, value in chz.asdict(limits).items())})"
         )
     return run.isolation

@@ -263,6 +263,6 @@ def bst_rows(graph: StarGraph, count: int, first: int = 0) -> np.ndarray:
         edges_B.append(edges)
         paths_B.append(arms[0])
     if not count:
-        raise DataError("no lines asked for")
+        raise DataError(f"count={count}: at least 1 line is needed")
     edges_B_E_2 = np.array(edges_B)
     return graph.rows(edges_B_E_2[:, :, 0], edges_B_E_2[:, :, 1], np.array(paths_B))

@@ -131,7 +131,7 @@ def graph_of_path(path: str | Path, num_nodes: int | None = None) -> StarGraph:
     if match := re.match(r"deg_(\d+)_path_(\d+)_nodes_(\d+)", name):
         d, length, named = map(int, match.groups())
         if num_nodes not in (None, named):
-            raise ConfigError(f"{name} is of graphs over {named} nodes, but num_nodes={num_nodes}")
+            raise ConfigError(f"{name} has graphs over {named} nodes, but num_nodes={num_nodes}")
         return StarGraph(d, length, named)
     if match := re.match(r"graph_(\d+)_(\d+)_sample_", name):
         return StarGraph(int(match[1]), int(match[2]), num_nodes or BST_NODES)

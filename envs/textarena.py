@@ -267,12 +267,13 @@ class TextArenaBuilder(RLDatasetBuilder):
 
     def _check(self) -> None:
         if self.num_players < 1 or (self.num_players == 1 and (self.opponent or self.test_opponent)):
-            raise ConfigError(f"num_players={self.num_players}: at least 1 is needed, and an opponent makes it 2")
+            raise ConfigError(f"num_players={self.num_players}: at least 1 is needed, with an opponent at least 2")
         if self.opponent is None and self.group_size % self.num_players:
             raise ConfigError(
                 f"group_size={self.group_size}: in self-play a group is the {self.num_players} seats of one or more "
-                "games; set it to "
-                f"{self.num_players} or a multiple"
+                f"games; set it to {self.num_players} or a multiple"
             )
         if not listed_moves(self.open_game(0).text) and self.random_opening:
-            raise ConfigError(f"random_opening={self.random_opening}: {self.game} does not list its legal moves")
+            raise ConfigError(
+                f"random_opening={self.random_opening}: {self.game} does not list its legal moves; set it to 0"
+            )

@@ -144,7 +144,7 @@ class Calculator(TextGame):
     def tasks(self) -> Sequence[str]:
         if not 1 <= self.num_digits <= 9 or self.num_tasks > 10 ** (3 * self.num_digits):
             raise ConfigError(
-                f"num_tasks={self.num_tasks} expressions of {self.num_digits} digits: there are not so many"
+                f"num_tasks={self.num_tasks} expressions of {self.num_digits} digits: there are fewer; lower it or raise num_digits"
             )
         rng = np.random.default_rng(self.split_seed)
         expressions: dict[str, None] = {}  # in the order they were drawn

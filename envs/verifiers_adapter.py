@@ -110,7 +110,7 @@ class Worker:
         if not line:
             code = process.wait()
             self.stop()
-            raise GraderError(f"it died, or took more than {self._source.seconds:g} s (exit status {code})")
+            raise GraderError(f"the process died, or took more than {self._source.seconds:g} s (exit status {code})")
         return json.loads(line)
 
     def stop(self) -> None:
@@ -179,7 +179,7 @@ class VerifiersBuilder(RLDatasetBuilder):
         count = len(worker(source).load())
         if not 0 <= self.num_test < count:
             raise ConfigError(
-                f"num_test={self.num_test}: the taskset {self.taskset} has {count} tasks, to train on and to test"
+                f"num_test={self.num_test}: the taskset {self.taskset} has {count} tasks; set it to 0 to {count - 1}"
             )
         order_D = np.random.default_rng(self.split_seed).permutation(count)
         test_D, train_D = np.sort(order_D[: self.num_test]), np.sort(order_D[self.num_test :])

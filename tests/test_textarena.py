@@ -371,7 +371,7 @@ def test_a_reward_that_is_no_number_is_a_failure_of_the_rollout() -> None:
 def test_configurations_that_make_no_sense_are_refused() -> None:
     for wrong, says in [
         ({"group_size": 3}, "2 or a multiple"),
-        ({"num_players": 1, "group_size": 4}, "an opponent makes it 2"),
+        ({"num_players": 1, "group_size": 4}, "with an opponent at least 2"),
         ({"game": "Nim-v0", "test_opponent": MinimaxPlayer()}, "minimax plays"),
         ({"game": "Nim-v0"}, "does not list its legal moves"),
     ]:
