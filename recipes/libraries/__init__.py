@@ -1,3 +1,1 @@
-"""Libraries that single recipes are built on: too large for a recipe's folder, too special for the
-engine in posttrain/.
-"""
+"""Libraries of recipes: too large for a recipe's folder, too special for posttrain/."""

@@ -1,4 +1,4 @@
-"""Two stages before a process reward model: solutions of a policy, and labels for their steps
+"""The stages before a process reward model: a policy's solutions, and labels of their steps
 (preference/prm_labels.py).
 """
 
@@ -27,8 +27,8 @@ def solutions_stage(
     settings: dict[str, Any],
     backend: BackendConfig,
 ) -> Stage:
-    """FILE has a line for each problem, with `number` solutions that `policy` samples. `settings`
-    are those of the problems.
+    """Writes `file`: a line for each problem with `number` solutions sampled from `policy`.
+    `settings` are the settings of the problems.
     """
 
     def make() -> None:
@@ -48,8 +48,8 @@ def labels_stage(
     labelling: LabelConfig,
     backend: BackendConfig,
 ) -> Stage:
-    """labels.jsonl beside the solutions: a line for each, in chunks, so that little is lost by a
-    kill.
+    """Writes labels.jsonl beside the solutions: a line for each solution. An interrupted stage
+    resumes.
     """
     file = solutions.path.with_name("labels.jsonl")
 

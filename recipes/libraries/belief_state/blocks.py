@@ -1,8 +1,7 @@
-"""The transformer stack of the Belief State Transformer and of the baselines beside it: pre-norm
-blocks with RMSNorm, rotary positions, SwiGLU.
+"""Transformer stack of the Belief State Transformer and its GPT baseline: pre-norm blocks with
+RMSNorm, rotary positions and SwiGLU; causal attention, packed rows, KV cache.
 
-Causal only: who reads from right to left flips the tokens. Rows may be packed with several
-documents, each seen by itself; decoding goes on from a KV cache. Left out: dropout, biases.
+A backward encoder flips its tokens. Left out: dropout, biases.
 """
 
 import torch
@@ -12,8 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 ROPE_BASE = 1e4
 NORM_EPS = 1e-5
 
-# Keys and values of a layer, (B, heads, T, D) each. Tensors in it are never written to, so that a
-# cache can be cut and shared.
+# Keys and values (B, heads, T, D) of each layer. Never written in place: caches share tensors.
 KVCache = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -61,8 +59,7 @@ class Attention(nn.Module):
                 cache[layer] = (k, v)
             else:
                 cache.append((k, v))
-        # without a mask: whole rows are causal (the kernels' fast path), and a single token sees
-        # all that came before it
+        # no mask: whole rows use the kernels' causal fast path; a single token attends to all keys
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and k.shape[2] == T)
         return self.out(attended.transpose(1, 2).reshape(B, T, H))
 
@@ -88,7 +85,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Blocks and a norm: embedded tokens to one state per position, each of the tokens up to it."""
+    """Blocks and a final norm: embedded tokens to a state per position."""
 
     def __init__(self, num_layers: int, hidden: int, num_heads: int):
         super().__init__()
@@ -103,8 +100,8 @@ class Encoder(nn.Module):
         document_B_T: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """`document_B_T` numbers the documents of packed rows; None: a row is one. With `cache`,
-        the tokens follow those in it.
+        """`document_B_T`: document numbers in packed rows; None: a row is one document. With
+        `cache`, the tokens continue the cached ones.
         """
         rope = _rope(position_B_T, self.head_dim)
         past = cache[0][0].shape[2] if cache else 0
@@ -119,13 +116,13 @@ class Encoder(nn.Module):
 
 
 def _document_mask(document_B_T: torch.Tensor) -> torch.Tensor:
-    """(B, 1, T, T): each position sees those before it, and itself, of its own document."""
+    """(B, 1, T, T): each position attends to its own document, up to itself."""
     same_B_T_T = document_B_T[:, :, None] == document_B_T[:, None, :]
     return same_B_T_T.tril()[:, None]
 
 
 def _rope(position_B_T: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (B, 1, T, D): dimensions d and d + D/2 are one plane."""
+    """Cosines and sines (B, 1, T, D); dimensions d and d + D/2 rotate together."""
     frequency = ROPE_BASE ** (-torch.arange(0, head_dim, 2, device=position_B_T.device, dtype=torch.float32) / head_dim)
     angle = position_B_T[:, None, :, None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)

@@ -1,19 +1,9 @@
-"""Several processes train one Belief State Transformer (or its baseline): torchrun starts them,
-each takes its share of the rows of a batch.
+"""Data-parallel training of the Belief State Transformer or its baseline: torchrun starts the
+processes, and each takes its share of a batch's rows.
 
     torchrun --nproc-per-node 4 recipes/belief_state/train.py parallel=replicate
 
-replicate   every process has all weights; gradients are summed once per optimizer step (what DDP does; the two-stage backward pass with its many
-            small backward calls leaves nothing for DDP's overlap to hide)
-shard       FSDP2: weights, gradients and optimizer states are cut over the processes, and a block is whole only while it computes. The
-            text head, which runs once per chunk of pairs, is gathered once per step and its
-            gradient reduced once, since the number of chunks is not the same everywhere
-
-All processes hold the same batch, and the losses are sums over rows divided by the number of rows
-of the whole batch. So the number of processes changes a gradient by no more than the order of a
-sum. They also meet the same errors, and nobody waits for one that has given up; where one dies of
-something else, torchrun ends the others. Left out: several machines' checkpoints (one file, written
-by the first).
+Left out: sharded checkpoints (the first process writes one file).
 """
 
 import os
@@ -39,8 +29,7 @@ from recipes.libraries.belief_state.model import BeliefState
 from recipes.libraries.belief_state.pairs import PairObjective
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer, PassConfig, TokenBatch
 
-# a process may wait that long for the first one's evaluation or checkpoint
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)  # processes wait for the first process's evaluations and checkpoints
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Who writes the run folder."""
+        """Whether this process writes the run folder."""
         return self.rank == 0
 
     def share(self, rows: int) -> range:
@@ -58,14 +47,14 @@ class Processes:
         return range(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
 
     def any(self, flag: object) -> bool:
-        """Whether it is true anywhere. Everyone asks at the same place: a signal that reaches them
-        in different steps then stops them in one.
+        """Whether `flag` is true in any process. A collective call: a signal that reaches the
+        processes in different steps stops them in the same step.
         """
         if self.count == 1:
             return bool(flag)
-        asked = torch.tensor(float(bool(flag)), device=training_device())
-        dist.all_reduce(asked)
-        return bool(asked)
+        num_true = torch.tensor(float(bool(flag)), device=training_device())
+        dist.all_reduce(num_true)
+        return bool(num_true)
 
     def wait(self) -> None:
         if self.count > 1:
@@ -77,8 +66,8 @@ ALONE = Processes()
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """The process group that torchrun's variables describe; without them, one process. Only the
-    first prints.
+    """The process group of torchrun's variables; without them, one process. Only the first
+    prints.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -92,15 +81,22 @@ def joined_processes() -> Iterator[Processes]:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     processes = Processes(dist.get_rank(), count)
     try:
-        with open(os.devnull, "w") as nowhere, nullcontext() if processes.is_first else redirect_stdout(nowhere):
+        with open(os.devnull, "w") as devnull, nullcontext() if processes.is_first else redirect_stdout(devnull):
             yield processes
     finally:
         dist.destroy_process_group()
 
 
 class ParallelTrainer(BeliefStateTrainer):
-    """A trainer whose batches must divide by the number of processes. Every process makes the same
-    calls in the same order.
+    """Every process makes the same calls with the same batches, whose rows divide by the number of
+    processes. Losses are sums over rows divided by the rows of the whole batch, so the number of
+    processes changes gradients by rounding only, and all processes raise the same errors.
+
+    Replicated: gradients are summed once per optimizer step. DDP has nothing to overlap here: the
+    backward pass is many small backward calls.
+    Sharded (FSDP2): weights, gradients and optimizer states are sharded; a block is gathered while
+    it computes. The text head is gathered once per step and its gradient reduced once, since the
+    number of chunks of pairs differs between processes.
     """
 
     def __init__(
@@ -119,9 +115,9 @@ class ParallelTrainer(BeliefStateTrainer):
 
     # --- passes ----------------------------------------------------------------------------------
 
-    def _own_rows(self, rows: int, backward: bool) -> range:
-        """Batches that do not divide are evaluated as a whole by everyone, and are an error in
-        training.
+    def _local_rows(self, rows: int, backward: bool) -> range:
+        """This process's rows. A batch that does not divide is an error in training; every process
+        evaluates the whole of it.
         """
         if rows % self.processes.count == 0:
             return self.processes.share(rows)
@@ -147,12 +143,10 @@ class ParallelTrainer(BeliefStateTrainer):
         return super()._next_token(batch, rows, seed, backward)
 
     def _before_pass(self, batch: TokenBatch, rows: slice, backward: bool) -> None:
-        """Encoders reduce their gradients in the last pass over a batch; the head waits for
-        `_sum_gradients`.
-        """
+        """Encoders reduce gradients in a batch's last pass, the head in `_sum_gradients`."""
         self._gradients_pending |= backward
         if self.is_sharded:
-            is_last = rows.stop >= self._own_rows(len(batch.tokens_B_T), backward).stop
+            is_last = rows.stop >= self._local_rows(len(batch.tokens_B_T), backward).stop
             for part in _parts(self.model):
                 if part is not self._head:
                     part.set_requires_gradient_sync(is_last)
@@ -172,7 +166,7 @@ class ParallelTrainer(BeliefStateTrainer):
         return super().optim_step(adam)
 
     def zero_grad(self) -> None:
-        self._sum_gradients()  # what the head still holds would be added to the next step
+        self._sum_gradients()  # unreduced gradients of the head would be added to the next step
         super().zero_grad()
 
     def _sum_gradients(self) -> None:
@@ -187,19 +181,16 @@ class ParallelTrainer(BeliefStateTrainer):
             work.wait()  # type: ignore[union-attr]
 
     def _reduce_head(self) -> None:
-        """FSDP2 reduces in a backward call and at no other time: this one adds 0 to what the chunks
-        have left.
-        """
+        """FSDP2 reduces only in a backward call: this one adds 0 to the accumulated gradient."""
         if self._head is None:
             return
         self._head.set_requires_gradient_sync(True)
         self._head.set_reshard_after_backward(True)
-        nothing = torch.zeros(1, self.model.config.hidden, device=self.device)
-        sum(
-            (logits.sum() * 0 for logits in self._head(nothing, nothing)), start=torch.zeros((), device=self.device)
-        ).backward()
+        zeros_1_H = torch.zeros(1, self.model.config.hidden, device=self.device)
+        logits_next, logits_prev = self._head(zeros_1_H, zeros_1_H)
+        (torch.zeros((), device=self.device) + logits_next.sum() * 0 + logits_prev.sum() * 0).backward()
 
-    # --- checkpoints: those of one process -------------------------------------------------------
+    # --- checkpoints: unsharded, as one process writes them --------------------------------------
 
     def save_state(self, path: Path, extra: dict[str, Any]) -> None:
         if not self.is_sharded:
@@ -221,22 +212,23 @@ class ParallelTrainer(BeliefStateTrainer):
         optimizer = torch.optim.AdamW(model.parameters())
         load_state(model, optimizer, path, with_optimizer)
         self.optimizer.state.clear()
-        for ours, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-            ours.data.copy_(_cut_like(theirs, ours))
-            state = {name: _cut_like(value, ours) for name, value in optimizer.state[theirs].items()}
-            self.optimizer.state[ours].update(state)
+        for sharded, whole in zip(self.model.parameters(), model.parameters(), strict=True):
+            sharded.data.copy_(_shard_like(whole, sharded))
+            state = {name: _shard_like(value, sharded) for name, value in optimizer.state[whole].items()}
+            self.optimizer.state[sharded].update(state)
 
     def _whole(self) -> tuple[Model, torch.optim.Optimizer]:
-        """The model and its optimizer in one piece, on the CPU. Everyone must take part, and only
-        the first process keeps what comes.
+        """The unsharded model and optimizer on the CPU, filled in the first process only. A
+        collective call.
         """
         model = self._empty_model()
         optimizer = torch.optim.AdamW(model.parameters())
-        for ours, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-            weights, state = _whole(ours), {name: _whole(value) for name, value in self.optimizer.state[ours].items()}
+        for sharded, whole in zip(self.model.parameters(), model.parameters(), strict=True):
+            weights = _whole(sharded)
+            state = {name: _whole(value) for name, value in self.optimizer.state[sharded].items()}
             if self.processes.is_first:
-                theirs.data.copy_(weights)
-                optimizer.state[theirs].update(state)
+                whole.data.copy_(weights)
+                optimizer.state[whole].update(state)
         return model, optimizer
 
     def _empty_model(self) -> Model:
@@ -246,9 +238,7 @@ class ParallelTrainer(BeliefStateTrainer):
 
 
 def _parts(model: Model) -> list[Any]:
-    """The modules that are sharded as units, besides the blocks of the encoders. Together they hold
-    every weight.
-    """
+    """The FSDP units besides the encoders' blocks. Together they hold every weight."""
     return [part for part in model.children() if isinstance(part, FSDPModule)]
 
 
@@ -262,15 +252,13 @@ def _shard(model: Model) -> None:
 
 def _fully_shard(module: nn.Module, mesh: Any) -> None:
     sharded: Any = fully_shard(module, mesh=mesh)
-    # sums: the losses are divided by the rows of the whole batch already
+    # sum, not mean: losses are already divided by the rows of the whole batch
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
 
 
 def _reshard(model: Model) -> None:
-    """After a forward pass some modules hold whole weights in the place of the parameters that the
-    optimizer knows.
-    """
+    """After a forward pass some modules hold gathered weights, not the optimizer's parameters."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -280,9 +268,9 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
 
 
-def _cut_like(whole: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    """A parameter's tensor cut over the processes as the parameter is; a step count stays as it
-    is.
-    """
-    assert isinstance(ours, DTensor)
-    return distribute_tensor(whole.detach().to(ours.device), ours.device_mesh, ours.placements) if whole.ndim else whole
+def _shard_like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`whole` sharded as `parameter` is; a scalar (the optimizer's step count) is not sharded."""
+    assert isinstance(parameter, DTensor)
+    if not whole.ndim:
+        return whole
+    return distribute_tensor(whole.detach().to(parameter.device), parameter.device_mesh, parameter.placements)

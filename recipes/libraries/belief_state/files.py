@@ -1,9 +1,8 @@
-"""Checkpoints of the Belief State Transformer and of its baseline: a folder, written whole or not
-at all (posttrain/backend/atomic_folder.py).
+"""Checkpoint folders of the Belief State Transformer and its baseline, written whole or not at all.
 
-belief_state.json     the kind of model and its configuration
-model.safetensors     the weights
-training_state/       in checkpoints of a run, as in every other (posttrain/backend/checkpoint_files.py)
+belief_state.json     kind of model and its configuration
+model.safetensors     weights
+training_state/       optimizer and step of a run (posttrain/backend/checkpoint_files.py)
 """
 
 import json
@@ -53,10 +52,8 @@ def save_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, extra
 
 
 def load_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, with_optimizer: bool) -> None:
-    """A run goes on only from its own task's checkpoint; weights alone may come from another one's,
-    of the same sizes.
-
-    All is checked before anything is changed.
+    """With the optimizer, the checkpoint must be of the same task; weights alone may be of another
+    task. CheckpointError for other sizes; everything is checked before anything is changed.
     """
     parameters, file = dict(model.named_parameters()), state_file(path, OPTIMIZER_FILE)
     check_weights(model, path, model.config.task if with_optimizer else None)
@@ -69,8 +66,8 @@ def load_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, with_
 
 
 def load_belief_state(path: str | Path, task: str | None = None) -> BeliefState:
-    """The model of a checkpoint folder, on the training device. CheckpointError where it is none,
-    or one of another `task`.
+    """The model of a checkpoint folder, on the training device. CheckpointError if the folder holds
+    none, or a model of another `task`.
     """
     return _open(BeliefState, Path(path), task)
 
@@ -97,7 +94,7 @@ def read_config(path: Path, kind: type[Model]) -> BeliefStateConfig:
     if not (path / CONFIG_FILE).exists():
         check_is_checkpoint(path)
         raise CheckpointError(
-            f"{path} is no checkpoint of a Belief State Transformer or its baseline: it has no {CONFIG_FILE}"
+            f"{path} is not a checkpoint of a Belief State Transformer or its baseline: it has no {CONFIG_FILE}"
         )
     saved = read_json(path / CONFIG_FILE)
     try:
@@ -106,27 +103,27 @@ def read_config(path: Path, kind: type[Model]) -> BeliefStateConfig:
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{path / CONFIG_FILE} is damaged ({type(error).__name__}: {error}): {REMEDY}") from error
     if name != kind.__name__:
-        raise CheckpointError(f"{path} holds a {name} model, not a {kind.__name__} one: give the other's checkpoint")
+        raise CheckpointError(f"{path} holds a {name} model, not a {kind.__name__}: give a checkpoint of that model")
     return config
 
 
 def check_weights(model: Model, path: Path, task: str | None) -> None:
-    """CheckpointError unless the checkpoint has the model's sizes and tensors, and its task, unless
-    `task` is None.
+    """CheckpointError unless the checkpoint has the model's sizes and tensors, and `task` if
+    given.
     """
     saved = read_config(path, type(model))
-    for key, theirs in asdict(saved).items():
-        ours = task if key == "task" else getattr(model.config, key)
-        if ours != theirs and ours is not None:
+    for key, value in asdict(saved).items():
+        expected_value = task if key == "task" else getattr(model.config, key)
+        if expected_value not in (value, None):
             raise CheckpointError(
-                f"{path} is a checkpoint of another model: its {key} is {theirs!r}, here it is {ours!r}"
+                f"{path} is a checkpoint of another model: its {key} is {value!r}, here it is {expected_value!r}"
             )
-    found = tensor_shapes(path / WEIGHTS_FILE)
+    shapes = tensor_shapes(path / WEIGHTS_FILE)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if different := [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]:
-        name = different[0]
+    names = sorted(expected.keys() | shapes.keys())
+    if name := next((name for name in names if expected.get(name) != shapes.get(name)), None):
         raise CheckpointError(
-            f"{path / WEIGHTS_FILE}: {name} has shape {found.get(name)}, this model's has {expected.get(name)}: "
+            f"{path / WEIGHTS_FILE}: {name} has shape {shapes.get(name)}, this model's has {expected.get(name)}: "
             f"{REMEDY}"
         )
 

@@ -1,18 +1,8 @@
-"""The passes of the Belief State Transformer's objective, and of the next-token baseline's.
+"""Forward and backward passes of the Belief State Transformer's objective and the next-token loss.
 
-The loss of a pair is 1/2 [ CE(next, x_{i+1}) + CE(prev, x_{j-1}) ]; a row's is the mean over its
-pairs, and a batch's the mean over rows. There are O(T^2) pairs, but only O(T) states. So the
-backward pass has two stages (section 3.2 of the paper): the head goes over the pairs a chunk at a
-time, each chunk backpropagated at once into the head's weights and into detached copies of the
-states; then the gradient that has gathered on the copies goes through the encoders once. The
-gradient is that of the joint graph, memory is that of one chunk, and since a pair's weight is known
-beforehand, the size of the chunks changes nothing. (The original averages the means of unequal
-chunks.)
-
-States that no pair uses are never computed: on star graphs the backward encoder reads the path
-alone, not the edges. And the head's first matrix, two thirds of its work, is applied to states, not
-to pairs: W [f ; b] = W_f f + W_b b. All passes return sums that add up over the micro-batches of a
-batch of `num_rows` rows.
+Loss of a pair: 1/2 [CE(next, x_{i+1}) + CE(prev, x_{j-1})]; the mean over a row's pairs, then over
+rows. Differs from the original: it averages the means of unequal chunks, so that its loss depends
+on the chunk size.
 """
 
 from collections.abc import Sequence
@@ -28,8 +18,8 @@ Sums = dict[str, torch.Tensor]
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA. Entered anew around every forward: weights it has cast would keep the graph of
-    an earlier chunk alive.
+    """bf16 on CUDA. Entered anew for every forward: cached casts would keep an earlier chunk's
+    graph alive.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(device) == torch.bfloat16)
 
@@ -44,8 +34,14 @@ def pair_pass(
     seeds_B: Sequence[int] | None = None,
     backward: bool = True,
 ) -> Sums:
-    """The sums "loss", "loss_next" and "loss_prev" in nats, and the numbers of pairs; `backward`
-    adds to the gradients that are there.
+    """The sums "loss", "loss_next" and "loss_prev" in nats over micro-batches of a batch of
+    `num_rows` rows, and the numbers of pairs. `backward` accumulates gradients.
+
+    Two stages (section 3.2 of the paper), since O(T^2) pairs share O(T) states: the head runs over
+    chunks of pairs, and each chunk is backpropagated into the head and into detached copies of the
+    states; then the copies' gradients go through the encoders once. The gradient is that of the
+    joint graph, and the memory that of one chunk. States that no pair uses are not computed. The
+    head's first matrix is applied to states, not to pairs: W [f ; b] = W_f f + W_b b.
     """
     pairs = find_pairs(tokens_B_T, model.config.eos_id, objective, packed, seeds_B)
     c, first_j = objective.context_length, objective.context_length + objective.min_gap
@@ -92,8 +88,8 @@ def next_token_pass(
     packed: bool,
     backward: bool = True,
 ) -> Sums:
-    """The sum "loss" of the mean over the batch's `num_targets` targets: all tokens behind another
-    one, or those that the mask chooses.
+    """This part's share of "loss", the mean CE in nats over the batch's `num_targets` targets: all
+    tokens but each row's first, or those of the mask.
     """
     with torch.set_grad_enabled(backward), autocast(tokens_B_T.device):
         logits_B_T_V = model.logits(tokens_B_T[:, :-1], packed)
@@ -111,12 +107,10 @@ def next_token_pass(
 def empty_side_losses(
     model: BeliefState, tokens_B_T: torch.Tensor, objective: PairObjective, packed: bool, pairs_per_chunk: int
 ) -> Sums:
-    """The model as a next-token predictor, for comparison with one: mean CE of every token behind
-    its prefix, with the empty suffix.
-
-    "loss_next_token" is that, in nats per token; "loss_prev_token" the same from the right, with
-    the empty prefix (not where context_length is set: there it was never trained). An EOS is a
-    target only where min_gap is 1: otherwise it was never trained either.
+    """ "loss_next_token": mean CE, in nats, of every token after its prefix, with the empty suffix;
+    comparable to a next-token model's. "loss_prev_token": the same from the right, with the empty
+    prefix; left out with a context_length, where it is not trained. EOS is a target only if min_gap
+    is 1, since it is not trained otherwise.
     """
     c, eos = objective.context_length, model.config.eos_id
     with autocast(tokens_B_T.device):

@@ -1,13 +1,10 @@
-"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506): a forward and a backward
-encoder, and a head that reads one state of each.
+"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506) and its GPT baseline,
+`NextToken`.
 
     f_i = F(x_1 .. x_i)     b_j = B(x_j .. x_T)     text_head(f_i, b_j) -> logits of x_{i+1} and of x_{j-1}
 
-Embedding, two separate stacks and the head; the two halves of the head's state share one
-unembedding, which is not tied to the embedding. `NextToken` is the baseline: the forward stack with
-an output matrix, for next-token and fill-in-the-middle training. The objective is in
-belief_state_pairs.py, decoding in belief_state_decoding.py, files in belief_state_files.py. Left
-out: the originals' LayerNorm variant (bias=true), dropout.
+The encoders share the embedding, the head's halves the unembedding; the two are not tied. Left out:
+the original's LayerNorm variant (bias=true), dropout.
 """
 
 from dataclasses import dataclass
@@ -22,36 +19,31 @@ from recipes.libraries.belief_state.blocks import NORM_EPS, Encoder, KVCache, Sw
 
 @dataclass(frozen=True)
 class BeliefStateConfig:
-    """Sizes of either model. The paper's star graphs: 6 layers, 8 heads, 768; its TinyStories: 8,
-    8, 768.
+    """Sizes of either model. In the paper: 6 layers (star graphs) or 8 (TinyStories), 8 heads,
+    768.
     """
 
     vocab_size: int
-    eos_id: int  # ends each document, and begins the next where rows are packed
+    eos_id: int  # ends each document, and begins the next in packed rows
     num_layers: int = 6
     num_heads: int = 8
     hidden: int = 768
-    init_std: float = 0.02  # of every matrix; small models want it larger, about 0.5 / sqrt(hidden)
-    # what the weights are for ("G(2,3) N=12"): a checkpoint of another task is no checkpoint of
-    # this model
-    task: str = ""
+    init_std: float = 0.02  # of every matrix; small models need more, about 0.5 / sqrt(hidden)
+    task: str = ""  # name of the training data ("G(2,3) N=12"); checkpoints of another are refused
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.num_heads):
             raise ConfigError(
                 f"hidden={self.hidden} is not a multiple of 2 num_heads={2 * self.num_heads}: rotary positions need "
-                "pairs"
+                "pairs of dimensions"
             )
         if not 0 <= self.eos_id < self.vocab_size:
             raise ConfigError(f"eos_id={self.eos_id} is not one of the vocab_size={self.vocab_size} tokens")
 
 
 def documents(tokens_B_T: torch.Tensor, eos_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The number of each position's document, and its position in it: an EOS begins a document at
-    0; one begun without EOS starts at 1.
-
-    Of flipped tokens the same holds for reading backwards: there an EOS belongs to the document it
-    ends.
+    """Document number and position in the document, (B, T) each. EOS begins a document at position
+    0; a document without it starts at 1. In flipped tokens an EOS belongs to the document it ends.
     """
     is_eos_B_T = tokens_B_T == eos_id
     index_T = torch.arange(tokens_B_T.shape[1], device=tokens_B_T.device)
@@ -67,18 +59,16 @@ class TextHead(nn.Module):
         self.unembedding = nn.Linear(hidden, vocab_size, bias=False)
 
     def forward(self, f: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States (..., H) of both encoders to the logits (..., V) of the next token behind f, and
-        of the previous one before b.
-        """
+        """Logits (..., V) of the token after f and of the token before b, from states (..., H)."""
         f_part, b_part = self.parts(f, b)
         return self.of_parts(f, b, f_part + b_part)
 
     def parts(self, f: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each state adds to the hidden layer, which is linear in [f ; b]: worked out once per
-        state, not once per pair.
+        """Each state's term of the hidden layer, which is linear in [f ; b]: once per state, not
+        per pair.
         """
-        of_f, of_b = self.mlp.gate_up.weight.chunk(2, dim=1)
-        return linear(f, of_f), linear(b, of_b)
+        weight_f, weight_b = self.mlp.gate_up.weight.chunk(2, dim=1)
+        return linear(f, weight_f), linear(b, weight_b)
 
     def of_parts(self, f: torch.Tensor, b: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         u = self.norm(torch.cat([f, b], dim=-1) + self.mlp.after(hidden))
@@ -87,7 +77,7 @@ class TextHead(nn.Module):
 
 
 class _Stack(nn.Module):
-    """What both models share: the embedding and the forward encoder."""
+    """The embedding and the forward encoder, shared by both models."""
 
     def __init__(self, config: BeliefStateConfig):
         super().__init__()
@@ -96,8 +86,8 @@ class _Stack(nn.Module):
         self.forward_encoder = Encoder(config.num_layers, config.hidden, config.num_heads)
 
     def forward_states(self, tokens_B_T: torch.Tensor, packed: bool = True) -> torch.Tensor:
-        """f_B_T_H. `packed=False` is faster: for rows without an EOS between other tokens; an EOS
-        at their end gets no state of its own.
+        """f_B_T_H. `packed=False` is faster, for rows without an EOS between other tokens; the
+        state of a final EOS is then not that of an empty prefix.
         """
         return self._states(self.forward_encoder, tokens_B_T, packed)
 
@@ -106,8 +96,8 @@ class _Stack(nn.Module):
         return encoder(self.embedding(tokens_B_T), position_B_T, document_B_T if packed else None)
 
     def extend(self, encoder: Encoder, tokens_B_T: torch.Tensor, position: int, cache: KVCache) -> torch.Tensor:
-        """States (B, T, H) of tokens that follow those in the cache; the first has `position` in
-        its document. Decoding uses this.
+        """States (B, T, H) of tokens that continue the cache, the first at `position` in its
+        document.
         """
         position_B_T = torch.arange(position, position + tokens_B_T.shape[1], device=tokens_B_T.device).expand(
             tokens_B_T.shape
@@ -115,8 +105,8 @@ class _Stack(nn.Module):
         return encoder(self.embedding(tokens_B_T), position_B_T, None, cache)
 
     def initialise(self, seed: int | None) -> None:
-        """Every matrix normal with deviation init_std, every gain 1; the same on each device. None:
-        loaded later.
+        """Matrices normal with deviation init_std, gains 1; the same on every device. None: no
+        change.
         """
         if seed is None:
             return
@@ -135,13 +125,11 @@ class BeliefState(_Stack):
         self.initialise(seed)
 
     def backward_states(self, tokens_B_T: torch.Tensor, packed: bool = True) -> torch.Tensor:
-        """b_B_T_H. `packed=False` as in forward_states; there an EOS at the start gets no state of
-        its own.
-        """
+        """b_B_T_H. `packed` as in forward_states, with an EOS at the start in place of the end."""
         return self._states(self.backward_encoder, tokens_B_T.flip(1), packed).flip(1)
 
     def empty_suffix(self) -> torch.Tensor:
-        """(H,): the state of a suffix in which nothing comes but the end."""
+        """(H,): the backward state of EOS alone."""
         return self._empty(self.backward_encoder)
 
     def empty_prefix(self) -> torch.Tensor:

@@ -1,20 +1,11 @@
-"""Which pairs of a prefix and a suffix the Belief State Transformer is trained on, and what each
-has to predict (section 3 of the paper).
+"""The pairs of a prefix and a suffix that train the Belief State Transformer, with their targets
+and weights (section 3 of the paper).
 
-A pair (i, j) of a row takes f_i, which has read its document up to i, and b_j, which has read it
-from j to its end. It is valid if
+    pair (i, j) of states f_i, b_j     targets x_{i+1} and x_{j-1}; of a pair with j - i = 1: EOS, EOS
+    valid if     i >= context_length,  min_gap <= j - i <= max_gap,  no EOS strictly between i and j
 
-    i >= context_length,   min_gap <= j - i <= max_gap,   and both lie in one document: no EOS strictly between them
-
-and is to predict x_{i+1} and x_{j-1}. A pair with nothing in between (gap 1) predicts EOS twice,
-which is how decoding knows that the gap is filled. An EOS at j is the empty suffix, and one at i
-the empty prefix. An EOS belongs to the document it begins when it is read forwards, and to the one
-it ends when it is read backwards.
-
-Each row weighs the same, and so do the pairs of a row; a row without any pair counts as loss 0.
-Subsampling keeps every pair that touches an EOS, and any other with probability `subsample` and the
-weight 1 / subsample: its expectation is the full loss. (The original gives all kept pairs one
-weight, which favours the EOS, and its max_gap is exclusive: theirs is ours + 1.)
+Differs from the original: its max_gap is exclusive, and its subsampling gives all kept pairs one
+weight, which favours EOS.
 """
 
 from collections.abc import Sequence
@@ -30,22 +21,24 @@ from posttrain.backend.ranges import COUNT, POSITIVE_SHARE, WHOLE
 
 @chz.chz
 class PairObjective:
-    """The pairs that count."""
+    """Which pairs are trained on."""
 
     context_length: int = chz.field(
-        default=0, validator=WHOLE, doc="first position of a prefix: what comes before it in a row is only read"
+        default=0, validator=WHOLE, doc="first position a prefix may end at; tokens before it are context only"
     )
     min_gap: int = chz.field(
-        default=1, validator=COUNT, doc="least j - i; 2 leaves out the pairs that predict that nothing is missing"
+        default=1,
+        validator=COUNT,
+        doc="smallest j - i; 2 leaves out the pairs with no token in between, whose target is EOS",
     )
-    max_gap: int | None = chz.field(default=None, validator=COUNT, doc="largest j - i, itself allowed; None = no limit")
+    max_gap: int | None = chz.field(default=None, validator=COUNT, doc="largest j - i, inclusive; None = no limit")
     single_gap: Literal["eos", "next_token"] = chz.field(
-        default="eos", doc="targets where nothing is between: EOS, or the two tokens x_j and x_i themselves"
+        default="eos", doc="targets of a pair with no token in between: EOS, or the tokens x_j and x_i"
     )
     subsample: float = chz.field(
         default=1.0,
         validator=POSITIVE_SHARE,
-        doc="share of the pairs without an EOS that is kept, drawn anew at every step",
+        doc="share of the pairs without EOS that is kept, drawn anew at every step",
     )
 
     @chz.validate
@@ -56,9 +49,7 @@ class PairObjective:
 
 @dataclass(frozen=True)
 class Pairs:
-    """N pairs of a batch. `weight_N` (fp64): those of a row add up to 1, in expectation where they
-    are subsampled.
-    """
+    """N pairs of a batch. `weight_N` (fp64) sums to 1 over a row, in expectation if subsampled."""
 
     row_N: torch.Tensor
     i_N: torch.Tensor
@@ -75,10 +66,12 @@ class Pairs:
 def find_pairs(
     tokens_B_T: torch.Tensor, eos_id: int, objective: PairObjective, packed: bool, seeds_B: Sequence[int] | None = None
 ) -> Pairs:
-    """All pairs of all rows, or those that `seeds_B`, one per row, draw of them. `packed=False`: a
-    row is one document.
+    """All pairs of all rows, or a subsample drawn with `seeds_B`, a seed per row. `packed=False`: a
+    row is one document. An EOS at j is the empty suffix, an EOS at i the empty prefix.
 
-    Raises DataError where rows of this length have no place for a pair.
+    Rows weigh the same, and so do the pairs of a row. Subsampling keeps every pair with an EOS, and
+    any other with probability `subsample` and weight 1 / subsample: the expected loss is unchanged.
+    DataError if no pair fits into rows of this length.
     """
     B, T = tokens_B_T.shape
     index_T = torch.arange(T, device=tokens_B_T.device)
@@ -101,9 +94,7 @@ def find_pairs(
     chosen_B_T_T = valid_B_T_T
     if objective.subsample < 1:
         if seeds_B is None:
-            raise ConfigError(
-                "subsample is less than 1: the pairs of each row are drawn from a seed, and none was given"
-            )
+            raise ConfigError("subsample is less than 1: pairs are drawn from a seed per row, and none was given")
         touches_eos_B_T_T = is_eos_B_T[:, :, None] | is_eos_B_T[:, None, :]
         chosen_B_T_T = valid_B_T_T & (
             touches_eos_B_T_T | (_uniform(seeds_B, T, tokens_B_T.device) < objective.subsample)
@@ -115,13 +106,13 @@ def find_pairs(
         weight_N = torch.where(always_N, weight_N, weight_N / objective.subsample)
     next_N, prev_N = tokens_B_T[row_N, i_N + 1], tokens_B_T[row_N, j_N - 1]
     if objective.single_gap == "eos":
-        nothing_N = j_N - i_N == 1
-        next_N, prev_N = next_N.masked_fill(nothing_N, eos_id), prev_N.masked_fill(nothing_N, eos_id)
+        adjacent_N = j_N - i_N == 1
+        next_N, prev_N = next_N.masked_fill(adjacent_N, eos_id), prev_N.masked_fill(adjacent_N, eos_id)
     return Pairs(row_N, i_N, j_N, next_N, prev_N, weight_N, int(count_B.sum()))
 
 
 def _uniform(seeds_B: Sequence[int], T: int, device: torch.device) -> torch.Tensor:
-    """(B, T, T), each row from its own seed: how a batch is cut changes no draw."""
+    """(B, T, T), each row from its own seed: draws do not depend on the micro-batches."""
     out_B_T_T = torch.empty(len(seeds_B), T, T, device=device)
     for row, seed in zip(out_B_T_T, seeds_B, strict=True):
         row.uniform_(generator=torch.Generator(device).manual_seed(seed))

@@ -1,10 +1,7 @@
-"""Training of the Belief State Transformer and of its next-token baseline, behind futures and
-checkpoints as in training_client.py.
+"""Training of the Belief State Transformer and its next-token baseline, with futures and
+checkpoints as in posttrain/backend/training_client.py.
 
-Weights and optimizer state are fp32; on CUDA the passes run under bf16 autocast. A batch is cut
-into passes of at most `rows_per_pass` rows and `pairs_per_chunk` pairs, which changes memory and
-speed, never a gradient. One norm over all weights is clipped. Weight decay reaches matrices only,
-not gains.
+Weights and optimizer state are fp32; passes on CUDA run under bf16 autocast.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,8 +30,8 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of one length. `packed`: several documents in a row, EOS between. `loss_mask_B_T` (of
-    the baseline): which tokens are targets.
+    """Rows of equal length. `packed`: several documents in a row, EOS in between. `loss_mask_B_T`
+    (baseline only): which tokens are targets.
     """
 
     tokens_B_T: np.ndarray
@@ -44,12 +41,13 @@ class TokenBatch:
 
 @chz.chz
 class PassConfig:
-    """How a batch is cut, and what is compiled; none of it changes what is learned."""
+    """Micro-batches and compilation: memory and speed, never the gradient."""
 
-    rows_per_pass: int = chz.field(default=256, validator=COUNT, doc="rows that go through the encoders at once")
-    pairs_per_chunk: int = chz.field(default=32768, validator=COUNT, doc="pairs that go through the text head at once")
+    rows_per_pass: int = chz.field(default=256, validator=COUNT, doc="rows in one pass of the encoders")
+    pairs_per_chunk: int = chz.field(default=32768, validator=COUNT, doc="pairs in one pass of the text head")
     compile: bool = chz.field(
-        default=False, doc="torch.compile the encoders and the head (needs a C++ compiler; some minutes at first)"
+        default=False,
+        doc="torch.compile the encoders and the head (needs a C++ compiler; the first step takes minutes)",
     )
 
 
@@ -68,15 +66,11 @@ class BeliefStateTrainer:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
 
     def forward_backward(self, batch: TokenBatch, seed: tuple[int, ...] = (0,)) -> Metrics:
-        """Adds the gradient of the batch's mean loss. `seed` decides which pairs are drawn where
-        they are subsampled.
-        """
+        """Accumulates the gradient of the batch's mean loss. `seed` draws the subsampled pairs."""
         return self._run(batch, seed, backward=True)
 
     def evaluate(self, batch: TokenBatch, seed: tuple[int, ...] = (0,)) -> Metrics:
-        """Losses without gradient; "loss_next_token" is a next-token model's loss, of either
-        model.
-        """
+        """Losses without gradient; "loss_next_token" is comparable between the two models."""
         metrics = self._run(batch, seed, backward=False)
         if isinstance(self.model, NextToken):
             return metrics | {"loss_next_token": metrics["loss"]}
@@ -87,11 +81,11 @@ class BeliefStateTrainer:
     @computing()
     def _run(self, batch: TokenBatch, seed: tuple[int, ...], backward: bool) -> Metrics:
         check_tokens(batch, self.model.config.vocab_size)
-        one_pass = self._next_token if isinstance(self.model, NextToken) else self._pairs
+        run_pass = self._next_token if isinstance(self.model, NextToken) else self._pairs
         totals: Sums = {}
-        own, rows_per_pass = self._own_rows(len(batch.tokens_B_T), backward), self.passes.rows_per_pass
-        for start in own[::rows_per_pass]:
-            sums = one_pass(batch, slice(start, min(start + rows_per_pass, own.stop)), seed, backward)
+        local, rows_per_pass = self._local_rows(len(batch.tokens_B_T), backward), self.passes.rows_per_pass
+        for start in local[::rows_per_pass]:
+            sums = run_pass(batch, slice(start, min(start + rows_per_pass, local.stop)), seed, backward)
             totals = {name: totals[name] + value if name in totals else value for name, value in sums.items()}
         metrics = _floats(self._summed(totals, len(batch.tokens_B_T)))
         if metrics.get("num_valid_pairs") == 0:
@@ -105,10 +99,8 @@ class BeliefStateTrainer:
             )
         return metrics
 
-    def _own_rows(self, rows: int, backward: bool) -> range:
-        """Those of a batch that are computed here; where several processes train (distributed.py),
-        a part.
-        """
+    def _local_rows(self, rows: int, backward: bool) -> range:
+        """The rows of a batch that this process computes (distributed.py)."""
         return range(rows)
 
     def _summed(self, totals: Sums, rows: int) -> Sums:
@@ -139,7 +131,7 @@ class BeliefStateTrainer:
             else batch.loss_mask_B_T.astype(bool)
         )
         if not (num_targets := int(mask_B_T[:, 1:].sum())):
-            raise DataError("no token of the batch is a target: its loss mask is 0 everywhere behind the first token")
+            raise DataError("no token of the batch is a target: its loss mask is 0 after the first token of every row")
         mask = None if batch.loss_mask_B_T is None else self._tensor(mask_B_T[rows])
         return next_token_pass(
             self.model, self._tensor(batch.tokens_B_T[rows]), mask, num_targets, batch.packed, backward
@@ -151,8 +143,9 @@ class BeliefStateTrainer:
 
     @computing()
     def optim_step(self, adam: AdamParams) -> OptimStepResponse:
-        """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is
-        not finite raises; nothing moves.
+        """One AdamW step on the accumulated gradients, which are then dropped. One norm over all
+        weights is clipped; weight decay applies to matrices only. NonFiniteError leaves the weights
+        unchanged.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -175,15 +168,14 @@ class BeliefStateTrainer:
         save_state(self.model, self.optimizer, path, extra)
 
     def load_state(self, path: Path, with_optimizer: bool) -> None:
-        """A run goes on only from its own task's checkpoint; weights alone may come from another
-        one's, of the same sizes.
-        """
+        """See files.load_state."""
         load_state(self.model, self.optimizer, path, with_optimizer)
 
 
 class BeliefStateClient:
-    """The trainer behind futures: calls run on one thread in submission order. After a pass that
-    failed, or was cancelled before its turn, optim_step raises that failure."""
+    """Runs a trainer's calls on one thread in submission order and returns futures. After a pass
+    that failed, or was cancelled before its turn, optim_step raises that failure.
+    """
 
     def __init__(self, trainer: BeliefStateTrainer):
         self.trainer = trainer
@@ -222,7 +214,7 @@ class BeliefStateClient:
         self.trainer.zero_grad()
 
     def with_model(self, fn: Callable[[BeliefStateTrainer], Metrics]) -> APIFuture[Metrics]:
-        """`fn` of the trainer, in its turn: how evaluations see the weights between two steps."""
+        """Calls `fn` with the trainer, in submission order: for evaluations between two steps."""
         return self._thread.submit(fn, self.trainer)
 
     def save_state(self, name: str, extra: dict[str, Any] | None = None) -> APIFuture[SaveWeightsResponse]:
@@ -240,7 +232,7 @@ class BeliefStateClient:
         return self._thread.submit(self.trainer.load_state, Path(path), with_optimizer=True)
 
     def checkpoint_bytes(self) -> int:
-        """About what one save_state takes on the disk: fp32 weights and two moments of each."""
+        """Approximate size of a checkpoint: fp32 weights and two moments of each."""
         return 12 * sum(parameter.numel() for parameter in self.trainer.model.parameters())
 
     def close(self) -> None:
@@ -248,7 +240,7 @@ class BeliefStateClient:
 
 
 def row_seeds(seed: Sequence[int], first: int, count: int) -> list[int]:
-    """A seed for each row of a batch, whatever pass it is in."""
+    """A seed for each row of a batch, independent of the micro-batches."""
     return [
         int(np.random.SeedSequence((*seed, row)).generate_state(1, np.uint64)[0] >> 1)
         for row in range(first, first + count)
@@ -267,11 +259,11 @@ def check_tokens(batch: TokenBatch, vocab_size: int) -> None:
         row, position = np.argwhere(outside)[0]
         token = tokens_B_T[row, position]
         raise DataError(
-            f"row {row}, position {position}: token {token} is not one of the model's {vocab_size}. The data are of "
-            "another vocabulary"
+            f"row {row}, position {position}: token {token} is not one of the model's {vocab_size} (data of another "
+            "vocabulary?)"
         )
 
 
 def _floats(sums: Sums) -> Metrics:
-    """One transfer for all of them."""
+    """All sums in one transfer from the device."""
     return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))

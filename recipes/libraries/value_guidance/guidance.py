@@ -1,24 +1,12 @@
-"""Value guidance: how a classifier of candidate next tokens shifts the reference policy's logits
-while decoding. Formulas only.
+"""Value guidance: a classifier of the return Z in [0, 1] of (state s, token a) shifts the logits of
+the reference policy. Objective: E[Z] - kl_coef KL(pi || pi_ref).
 
-Z is the return, in [0, 1], of what the reference policy makes of state s and action a; a classifier
-gives its distribution. With `kl_coef`, the weight of the KL to the reference in the objective E[Z]
-- kl_coef KL(pi || pi_ref),
+    q_sharp   pi(a|s) ~ pi_ref(a|s) E[exp(Z / kl_coef)]   Q# (Zhou et al. 2025, arXiv 2502.20548): its optimum
+    cd        pi(a|s) ~ pi_ref(a|s) exp(E[Z] / kl_coef)   controlled decoding (Mudgal et al. 2024)
+    cd_code   pi(a|s) ~ pi_ref(a|s) P(Z = 1)              "CD" in Q#'s star-graph code; FUDGE (Yang and Klein 2021)
 
-    q_sharp   pi(a|s) ~ pi_ref(a|s) E[exp(Z / kl_coef)]     Q# (Zhou et al. 2025, arXiv 2502.20548): the optimum of that objective where,
-                                                            as in a language model, an action leads
-                                                            to one state
-    cd        pi(a|s) ~ pi_ref(a|s) exp(E[Z] / kl_coef)     controlled decoding (Mudgal et al. 2024), as that paper compares with it
-    cd_code   pi(a|s) ~ pi_ref(a|s) P(Z = 1)                what Q#'s star-graph code calls CD. It adds log(p / eta), in which eta cancels;
-                                                            so does `kl_coef` here. FUDGE (Yang and
-                                                            Klein 2021) by another name
-
-All return log-space offsets of the reference's logits. For a Bernoulli return with logit z, the
-first is softplus(z + 1/kl_coef) - softplus(z); it is computed as a logsumexp, which has no
-difference of large numbers.
-
-A trap: `kl_coef` is `eta` of Q#'s star-graph code (0.1), and 1 / `--eta` of its math code (10).
-Left out: V heads, which would need a second classifier's pass, and offsets from an MSE head.
+`kl_coef` is `eta` of Q#'s star-graph code (0.1), and 1 / `--eta` of its math code (10). Left out: V
+heads, offsets from an MSE head.
 """
 
 from typing import Literal
@@ -37,22 +25,20 @@ class Guidance:
     kl_coef: float = chz.field(
         default=0.1,
         validator=POSITIVE,
-        doc="weight of the KL to the reference: smaller trusts the classifier more; cd_code has none",
+        doc="weight of the KL to the reference: a smaller weight trusts the classifier more; cd_code has none",
     )
     top_k: int | None = chz.field(
         default=10,
         validator=COUNT,
-        doc="the reference's likeliest tokens that the classifier is asked about; None = all",
+        doc="number of the reference's likeliest tokens that the classifier scores; None = all",
     )
     others: Literal["dropped", "kept"] = chz.field(
-        default="dropped", doc="the other tokens: never sampled, or (Q#'s math code) with their logits as they are"
+        default="dropped", doc="the other tokens: never sampled, or their logits unchanged (Q#'s math code)"
     )
-    temperature: float = chz.field(
-        default=1.0, validator=POSITIVE, doc="of the reference's logits, before they are shifted"
-    )
+    temperature: float = chz.field(default=1.0, validator=POSITIVE, doc="of the reference's logits, before the shift")
 
     def offsets(self, values_B_C_K: torch.Tensor) -> torch.Tensor:
-        """offsets_B_C of the candidates, from the classifier's outputs for them (see `log_pmf`)."""
+        """offsets_B_C of the candidates' logits, from the classifier's outputs (see `log_pmf`)."""
         match self.method:
             case "q_sharp":
                 return q_sharp(values_B_C_K, self.kl_coef)
@@ -63,11 +49,9 @@ class Guidance:
 
 
 def log_pmf(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(..., A) log-probabilities of the returns and the A returns themselves, from (..., K) outputs
-    of a classifier.
-
-    One output is the logit of a return of 1 rather than 0; K >= 2 are the logits of K atoms, evenly
-    from 0 to 1. In fp32 at least: bf16 would lose small probabilities and differences alike.
+    """Log-probabilities (..., A) of the returns, and the A returns, from a classifier's outputs
+    (..., K). K = 1: the logit of a Bernoulli return; K >= 2: logits of K returns, evenly spaced
+    from 0 to 1. At least fp32: bf16 would lose small probabilities.
     """
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if values.shape[-1] == 1:
@@ -80,7 +64,7 @@ def atoms(num_atoms: int) -> torch.Tensor:
 
 
 def q_sharp(values: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """log E[exp(Z / kl_coef)]: (..., K) to (...). Times kl_coef it is Q*, the soft value."""
+    """log E[exp(Z / kl_coef)]: (..., K) to (...). Times kl_coef it is the soft value Q*."""
     log_pmf_A, returns_A = log_pmf(values)
     return (log_pmf_A + returns_A / kl_coef).logsumexp(-1)
 
@@ -92,15 +76,13 @@ def cd(values: torch.Tensor, kl_coef: float) -> torch.Tensor:
 
 
 def cd_code(values: torch.Tensor) -> torch.Tensor:
-    """log E[Z], for a Bernoulli return log P(Z = 1): (..., K) to (...). -inf for no p that a finite
-    logit can give.
-    """
+    """log E[Z], of a Bernoulli return log P(Z = 1): (..., K) to (...). Finite for finite logits."""
     log_pmf_A, returns_A = log_pmf(values)
     return (log_pmf_A + returns_A.log()).logsumexp(-1)
 
 
 def candidates(logits_B_V: torch.Tensor, top_k: int | None) -> torch.Tensor:
-    """ids_B_C of the tokens to be judged, likeliest first."""
+    """ids_B_C of the tokens to score, likeliest first."""
     return logits_B_V.topk(min(top_k or logits_B_V.shape[-1], logits_B_V.shape[-1]), dim=-1).indices
 
 
@@ -110,8 +92,8 @@ def guided_logits(
     offsets_B_C: torch.Tensor,
     others: Literal["dropped", "kept"],
 ) -> torch.Tensor:
-    """(B, V), not normalised. Where others are kept, the worst candidate is too: the offsets are
-    those above the least of them.
+    """(B, V), not normalised. With others="kept" the smallest offset is subtracted from all, so
+    that the worst candidate's logit is unchanged too.
     """
     shifted_B_C = logits_B_V.gather(-1, candidates_B_C) + offsets_B_C
     if others == "dropped":

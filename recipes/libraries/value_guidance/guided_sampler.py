@@ -1,13 +1,8 @@
-"""Decoding from a language model whose next token is judged, before it is drawn, by a classifier
-(guidance.py): Q#, CD, FUDGE.
+"""Decoding from a language model guided by a classifier of candidate next tokens (guidance.py): Q#,
+CD, FUDGE; without a classifier, plain sampling. All in torch: vLLM has no second model's cache.
 
-Both read with a KV cache. At each step the classifier's cache is repeated for every candidate, all
-candidates of all prompts are judged in one pass of one token, and the rows of the tokens drawn are
-what is left of the cache: a token is never read twice. Without a classifier this samples from the
-language model. vLLM has no place for a second model's cache per candidate, so all of it is torch.
-
-Left out: prompts of different lengths in one batch, stop strings, and sharing a prompt's keys
-between its candidates.
+Left out: prompts of different lengths in one batch, stop strings, one copy of a prompt's keys for
+all its candidates.
 """
 
 from collections.abc import Callable
@@ -23,7 +18,7 @@ from recipes.libraries.value_guidance.guidance import Guidance, candidates, guid
 
 
 class Trunk(Protocol):
-    """Reads tokens from left to right. A cache is never changed by what follows it."""
+    """A causal encoder with a KV cache that is never changed in place."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -33,19 +28,19 @@ class Trunk(Protocol):
     def max_length(self) -> int | None: ...
 
     def read(self, tokens_B_T: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        """states_B_T_H of tokens that follow those in `cache`, and the cache with them. Gradients
-        flow through the cache.
+        """states_B_T_H of tokens that continue `cache`, and the longer cache. Gradients flow
+        through the cache.
         """
         ...
 
     def select(self, cache: Any, rows: torch.Tensor) -> Any:
-        """The cache of these rows, repeated or left out."""
+        """The cache of these rows, which may repeat."""
         ...
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A language model: a trunk, and the logits (..., V) that are read off its states (..., H)."""
+    """A language model: a trunk, and a head from its states (..., H) to logits (..., V)."""
 
     trunk: Trunk
     head: Callable[[torch.Tensor], torch.Tensor]
@@ -53,8 +48,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class ValueReader:
-    """A classifier: a trunk, and what its head makes of the states before and behind a token, (...,
-    H) each: the token's outputs (..., K).
+    """A classifier: a trunk, and a head from the states before and after a token, (..., H) each, to
+    the token's outputs (..., K).
     """
 
     trunk: Trunk
@@ -82,9 +77,8 @@ class LanguageModelTrunk(torch.nn.Module):
 
     def read(self, tokens_B_T: torch.Tensor, cache: DynamicCache | None = None) -> tuple[torch.Tensor, DynamicCache]:
         cache = DynamicCache(config=self.model.config) if cache is None else self._copy(cache)
-        seen_B_T = tokens_B_T.new_ones(
-            len(tokens_B_T), cache.get_seq_length() + tokens_B_T.shape[1]
-        )  # padding ids are tokens as others
+        # an explicit mask: without it transformers would mask out padding ids
+        seen_B_T = tokens_B_T.new_ones(len(tokens_B_T), cache.get_seq_length() + tokens_B_T.shape[1])
         output = self.model.base_model(
             input_ids=tokens_B_T, attention_mask=seen_B_T, past_key_values=cache, use_cache=True
         )
@@ -98,7 +92,7 @@ class LanguageModelTrunk(torch.nn.Module):
         return logit_transform(self.model.config)(head(states))
 
     def _copy(self, cache: DynamicCache, rows: torch.Tensor | None = None) -> DynamicCache:
-        """Shares the tensors: transformers appends by concatenation, and never writes to them."""
+        """Shares the tensors: transformers appends by concatenation, never in place."""
         copy = DynamicCache(config=self.model.config)
         layers: list[Any] = cache.layers
         for number, layer in enumerate(layers):
@@ -108,12 +102,12 @@ class LanguageModelTrunk(torch.nn.Module):
 
 
 def language_model(model: PreTrainedModel) -> Reader:
-    """Raises ModelError for layers whose caches cannot be copied here: windows, recurrent and
-    convolution layers.
+    """ModelError for caches that cannot be copied: sliding-window, recurrent, convolution
+    layers.
     """
     if not attends_to_all(model.config, getattr(model.config, "max_position_embeddings", DEFAULT_MAX_LENGTH)):
         raise ModelError(
-            f"guided sampling needs attention over all tokens in every layer: {model.config.model_type} has others"
+            f"guided sampling needs attention over all tokens in every layer: {model.config.model_type} has other layers"
         )
     trunk = LanguageModelTrunk(model)
     return Reader(trunk, trunk.next_token_logits)
@@ -121,10 +115,8 @@ def language_model(model: PreTrainedModel) -> Reader:
 
 @dataclass(frozen=True)
 class Sample:
-    """`tokens_B_T` without the prompt; behind an EOS there are only EOS, with 0 in the other two.
-
-    `logprobs_B_T` under the guided distribution, `kl_B_T` of that from the unguided one, at each
-    token.
+    """`tokens_B_T` without the prompt; `logprobs_B_T` under the guided distribution; `kl_B_T` of
+    the guided from the unguided distribution, in nats. After an EOS: EOS, 0 and 0.
     """
 
     tokens_B_T: torch.Tensor
@@ -142,28 +134,28 @@ def guided_sample(
     uniforms_B_T: torch.Tensor | None = None,
     eos_id: int | None = None,
 ) -> Sample:
-    """`num_tokens` for each prompt, the likeliest ones, or drawn with the numbers in [0, 1) of
-    `uniforms_B_T`.
+    """`num_tokens` tokens for each prompt: greedy, or sampled with the uniform numbers in [0, 1) of
+    `uniforms_B_T`. Without `classifier` only the temperature of `guidance` is used.
 
-    Without `classifier`, of `guidance` only the temperature counts. Raises ModelError where the two
-    have other vocabularies.
+    At each step the classifier's cache is repeated for every candidate, all candidates are scored
+    in one pass of one token, and the cache rows of the drawn tokens are kept. ModelError for
+    different vocabularies.
     """
     check_fit(policy.trunk, classifier.trunk if classifier else None, prompts_B_P.shape[1] + num_tokens)
     states_B_T_H, policy_cache = policy.trunk.read(prompts_B_P)
     value_states, value_cache = classifier.trunk.read(prompts_B_P) if classifier else (states_B_T_H, None)
-    before_B_H = value_states[:, -1]  # the classifier's state that the next token is judged from
+    before_B_H = value_states[:, -1]  # the classifier's state before the next token
     tokens: list[torch.Tensor] = []
     logprobs: list[torch.Tensor] = []
     kls: list[torch.Tensor] = []
     ended_B = torch.zeros(len(prompts_B_P), dtype=torch.bool, device=prompts_B_P.device)
     for t in range(num_tokens):
         logits_B_V = policy.head(states_B_T_H[:, -1]).float() / guidance.temperature
-        guided_B_V, judged = logits_B_V, None
+        guided_B_V, scored = logits_B_V, None
         if classifier:
-            judged = _judge(classifier, candidates(logits_B_V, guidance.top_k), before_B_H, value_cache)
-            guided_B_V = guided_logits(
-                logits_B_V, judged.ids_B_C, guidance.offsets(judged.values_B_C_K), guidance.others
-            )
+            scored = _score(classifier, candidates(logits_B_V, guidance.top_k), before_B_H, value_cache)
+            offsets_B_C = guidance.offsets(scored.values_B_C_K)
+            guided_B_V = guided_logits(logits_B_V, scored.ids_B_C, offsets_B_C, guidance.others)
         logprobs_B_V = guided_B_V.log_softmax(-1)
         next_B = logprobs_B_V.argmax(-1) if uniforms_B_T is None else _draw(logprobs_B_V, uniforms_B_T[:, t])
         if eos_id is not None:
@@ -176,16 +168,14 @@ def guided_sample(
             ended_B = ended_B | (next_B == eos_id)
         if t + 1 == num_tokens or (eos_id is not None and bool(ended_B.all())):
             break
-        if classifier and judged:
-            before_B_H, value_cache = _advance(classifier.trunk, value_cache, judged, next_B, guidance)
+        if classifier and scored:
+            before_B_H, value_cache = _advance(classifier.trunk, value_cache, scored, next_B, guidance)
         states_B_T_H, policy_cache = policy.trunk.read(next_B[:, None], policy_cache)
     return Sample(torch.stack(tokens, 1), torch.stack(logprobs, 1), torch.stack(kls, 1))
 
 
 def check_fit(policy: Trunk, classifier: Trunk | None, length: int) -> None:
-    """Raises ModelError for two vocabularies, ContextLengthError where `length` tokens are more
-    than one of them can read.
-    """
+    """ModelError for different vocabularies, ContextLengthError if `length` exceeds a context."""
     if classifier and classifier.vocab_size != policy.vocab_size:
         raise ModelError(
             f"the classifier reads {classifier.vocab_size} token ids and the policy writes {policy.vocab_size}: "
@@ -199,8 +189,8 @@ def check_fit(policy: Trunk, classifier: Trunk | None, length: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """What the classifier makes of each candidate. Row b C + c of `states_BC_H` and `cache` has
+class _Scored:
+    """The classifier's outputs for each candidate; row b C + c of `states_BC_H` and `cache` has
     read candidate c of row b.
     """
 
@@ -210,37 +200,35 @@ class _Judged:
     cache: Any
 
 
-def _judge(classifier: ValueReader, ids_B_C: torch.Tensor, before_B_H: torch.Tensor, cache: Any) -> _Judged:
+def _score(classifier: ValueReader, ids_B_C: torch.Tensor, before_B_H: torch.Tensor, cache: Any) -> _Scored:
     rows_BC = torch.arange(len(ids_B_C), device=ids_B_C.device).repeat_interleave(ids_B_C.shape[1])
     states_BC_1_H, expanded = classifier.trunk.read(ids_B_C.reshape(-1, 1), classifier.trunk.select(cache, rows_BC))
     values_BC_K = classifier.head(before_B_H[rows_BC], states_BC_1_H[:, 0])
-    return _Judged(ids_B_C, values_BC_K.unflatten(0, ids_B_C.shape), states_BC_1_H[:, 0], expanded)
+    return _Scored(ids_B_C, values_BC_K.unflatten(0, ids_B_C.shape), states_BC_1_H[:, 0], expanded)
 
 
 def _advance(
-    trunk: Trunk, cache: Any, judged: _Judged, next_B: torch.Tensor, guidance: Guidance
+    trunk: Trunk, cache: Any, scored: _Scored, next_B: torch.Tensor, guidance: Guidance
 ) -> tuple[torch.Tensor, Any]:
-    """The classifier's states and cache with the tokens drawn: theirs among the candidates', where
-    they must be one of these.
+    """The classifier's states and cache after the drawn tokens: with others="dropped" each token is
+    a candidate, and its rows are reused.
     """
     if guidance.others == "kept":
         states_B_1_H, cache = trunk.read(next_B[:, None], cache)
         return states_B_1_H[:, 0], cache
-    which_B = (judged.ids_B_C == next_B[:, None]).int().argmax(-1)  # behind an EOS, any
-    rows_B = torch.arange(len(next_B), device=next_B.device) * judged.ids_B_C.shape[1] + which_B
-    return judged.states_BC_H[rows_B], trunk.select(judged.cache, rows_B)
+    candidate_B = (scored.ids_B_C == next_B[:, None]).int().argmax(-1)  # arbitrary after an EOS
+    rows_B = torch.arange(len(next_B), device=next_B.device) * scored.ids_B_C.shape[1] + candidate_B
+    return scored.states_BC_H[rows_B], trunk.select(scored.cache, rows_B)
 
 
 def _draw(logprobs_B_V: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """By the inverse of the distribution function: a row's token depends on its own number
-    alone.
-    """
+    """Inverse-CDF sampling: a row's token depends on its own uniform number alone."""
     cdf_B_V = logprobs_B_V.double().exp().cumsum(-1)
     drawn_B = torch.searchsorted(cdf_B_V, uniform_B.to(cdf_B_V)[:, None] * cdf_B_V[:, -1:], right=True)[:, 0]
     return drawn_B.clamp(max=logprobs_B_V.shape[-1] - 1)
 
 
 def _kl(guided_B_V: torch.Tensor, reference_B_V: torch.Tensor) -> torch.Tensor:
-    """KL of two log-distributions, whose first may have zeros."""
+    """KL(guided || reference) of log-probabilities; the guided ones may be -inf."""
     difference_B_V = torch.where(guided_B_V == -torch.inf, 0, guided_B_V - reference_B_V)
     return (guided_B_V.exp() * difference_B_V).sum(-1)
