@@ -1,15 +1,10 @@
-"""Held-out stories with their middle left out, filled in by a trained model: what judge.py
-compares.
+"""Infills the middles of held-out stories with a trained model, for judge.py.
 
     python recipes/belief_state/infill.py run=runs/bst out=bst.jsonl  # greedy, from left to right
     python recipes/belief_state/infill.py run=runs/bst out=plan.jsonl method=plan direction=reverse
     python recipes/belief_state/infill.py run=runs/fim out=fim.jsonl  # a GPT: greedy, goal first
 
-The prompt is the first `prompt_tokens` of a document, the goal its last `goal_tokens`; in a shorter
-document both are a quarter. A line has prompt, goal, generated, original, sampling_method, score,
-greedy, greedy_score, top_n ([text, score], best first) and complete (it ended by itself). A GPT
-that was not trained on fill-in-the-middle is not shown the goal. Documents are those of the run's
-config.json.
+A GPT trained without fill-in-the-middle is given the prompt only.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -50,23 +45,25 @@ from recipes.libraries.belief_state.model import BeliefState, NextToken
 
 @chz.chz
 class Config:
-    """Fills in the middle of held-out documents."""
+    """Infills the middle of held-out documents."""
 
     run: str = chz.field(
         doc="run folder of train.py with data=text", munger=lambda _, path: str(Path(path).expanduser())
     )
     out: str = chz.field(doc="JSONL file to write", munger=lambda _, path: str(Path(path).expanduser()))
     checkpoint: str = chz.field(default="final", doc="name of the checkpoint in the run folder")
-    method: Literal["greedy", "beam", "plan"] = chz.field(default="greedy", doc="a BST's; a GPT knows greedy only")
-    direction: Direction = chz.field(default="forward", doc="which end of the gap is written first")
+    method: Literal["greedy", "beam", "plan"] = chz.field(
+        default="greedy", doc="how a BST decodes; a GPT decodes greedily"
+    )
+    direction: Direction = chz.field(default="forward", doc="which end of the gap is decoded first")
     rollouts: int = chz.field(default=10, validator=COUNT, doc="proposals of beam and plan")
-    top_k: int = chz.field(default=5, validator=WHOLE, doc="alternatives at each place of a proposal")
+    top_k: int = chz.field(default=5, validator=WHOLE, doc="alternatives at each position of a proposal")
     relative: bool = chz.field(default=False, doc="plan: queue by log p(token) - log p(best)")
     num_documents: int = chz.field(default=100, validator=COUNT, doc="held-out documents, the first ones")
-    prompt_tokens: int = chz.field(default=64, validator=COUNT, doc="beginning that is given")
-    goal_tokens: int = chz.field(default=64, validator=COUNT, doc="end that is given")
+    prompt_tokens: int = chz.field(default=64, validator=COUNT, doc="tokens given of the beginning")
+    goal_tokens: int = chz.field(default=64, validator=COUNT, doc="tokens given of the end")
     max_tokens: int | None = chz.field(
-        default=None, validator=COUNT, doc="longest middle; None = what the rows of training leave room for"
+        default=None, validator=COUNT, doc="longest middle; None = what fits a training row"
     )
 
 
@@ -78,7 +75,7 @@ class Gap:
 
 
 def cut_out(tokens_T: np.ndarray, prompt_tokens: int, goal_tokens: int) -> Gap:
-    """Ends of the lengths asked for, if they leave a token between them; else a quarter each."""
+    """Prompt and goal of the given lengths if a token is left between them; else a quarter each."""
     if len(tokens_T) <= prompt_tokens + goal_tokens:
         prompt_tokens = goal_tokens = len(tokens_T) // 4
     tokens, end = tokens_T.tolist(), len(tokens_T) - goal_tokens
@@ -86,6 +83,9 @@ def cut_out(tokens_T: np.ndarray, prompt_tokens: int, goal_tokens: int) -> Gap:
 
 
 def main(config: Config) -> None:
+    """Writes a JSON line per document: prompt, goal, generated, original, sampling_method, score,
+    greedy, greedy_score, top_n ([text, score], best first), complete (ended by EOS).
+    """
     data, is_bst = trained_on(Path(config.run))
     tokenizer, documents = held_out_documents(config, data)
     checkpoint = Path(config.run) / "checkpoints" / config.checkpoint
@@ -103,11 +103,11 @@ def main(config: Config) -> None:
     write_jsonl(out, lines)
     complete = sum(line["complete"] for line in lines)
     print(f"{lines[0]['prompt']} [{lines[0]['generated']}] {lines[0]['goal']}")
-    print(f"{len(lines)} stories in {out}; the middle ended by itself in {complete}")
+    print(f"{len(lines)} stories in {out}; {complete} middles ended by EOS")
 
 
 def trained_on(run: Path) -> tuple[TextData, bool]:
-    """What the run's config.json says of its data, and whether the model is a BST."""
+    """The data of the run's config.json, and whether the model is a BST."""
     try:
         saved = json.loads((run / "config.json").read_text())
         data: Any = {name: saved["data"][name] for name in chz.chz_fields(TextData)}
@@ -119,7 +119,7 @@ def trained_on(run: Path) -> tuple[TextData, bool]:
 
 
 def held_out_documents(config: Config, data: TextData) -> tuple[PreTrainedTokenizerBase, list[np.ndarray]]:
-    """With the tokenizer that the run has left; those that fit its rows."""
+    """The run's tokenizer, and the held-out documents that fit its rows."""
     tokenizer = open_tokenizer(str(Path(config.run) / "tokenizer"))
     documents = encode_documents(tokenizer, data.texts()[1])
     fitting = [tokens_T for tokens_T in documents if 4 <= len(tokens_T) <= data.block_size - 2][: config.num_documents]
@@ -131,35 +131,35 @@ def held_out_documents(config: Config, data: TextData) -> tuple[PreTrainedTokeni
 def fill(
     model: BeliefState | NextToken, gap: Gap, config: Config, max_tokens: int, fim: int | None
 ) -> tuple[list[Infill], Infill]:
-    """Best first, and the greedy one."""
+    """All infills, best first, and the greedy infill."""
     if isinstance(model, NextToken):
         if config.method != "greedy" or config.direction != "forward":
             raise ConfigError(
                 f"method={config.method} direction={config.direction}: a GPT decodes greedily from left to right"
             )
-        shown = [] if fim is None else [*gap.goal, fim]
-        greedy = next_token_greedy(model, [model.config.eos_id, *shown, *gap.prompt], max_tokens)
+        goal_first = [] if fim is None else [*gap.goal, fim]
+        greedy = next_token_greedy(model, [model.config.eos_id, *goal_first, *gap.prompt], max_tokens)
         return [greedy], greedy
     ends = (gap.prompt, gap.goal, max_tokens, config.direction)
     greedy = infill_greedy(model, *ends)
     if config.method == "greedy":
         return [greedy], greedy
     if config.method == "beam":
-        found = infill_beam(model, *ends, config.rollouts, config.top_k)
+        infills = infill_beam(model, *ends, config.rollouts, config.top_k)
     else:
-        found = infill_plan(model, *ends, config.rollouts, config.top_k, config.relative)
-    # with the score of this method
-    return found, next(one for one in found if one.tokens == greedy.tokens)
+        infills = infill_plan(model, *ends, config.rollouts, config.top_k, config.relative)
+    # the greedy infill with this method's score
+    return infills, next(infill for infill in infills if infill.tokens == greedy.tokens)
 
 
 def _line(
-    tokenizer: PreTrainedTokenizerBase, gap: Gap, config: Config, found: Sequence[Infill], greedy: Infill
+    tokenizer: PreTrainedTokenizerBase, gap: Gap, config: Config, infills: Sequence[Infill], greedy: Infill
 ) -> dict[str, Any]:
     def text(tokens: Sequence[int]) -> str:
-        # a GPT may say <|fim|>
+        # a GPT may generate <|fim|>, which the tokenizer does not have
         return str(tokenizer.decode([token for token in tokens if token < len(tokenizer)]))
 
-    best = found[0]
+    best = infills[0]
     return {
         "prompt": text(gap.prompt),
         "goal": text(gap.goal),
@@ -169,7 +169,7 @@ def _line(
         "complete": best.complete,
         "greedy": text(greedy.tokens),
         "greedy_score": greedy.score,
-        "top_n": [[text(infill.tokens), infill.score] for infill in found],
+        "top_n": [[text(infill.tokens), infill.score] for infill in infills],
         "original": text([*gap.prompt, *gap.middle, *gap.goal]),
     }
 

@@ -1,12 +1,11 @@
-"""Two models' infills of the same stories before a judge: a histogram of votes, and a win rate with
-its confidence interval.
+"""Compares two models' infills of the same stories with a judge: votes, win rate, histogram.
 
-    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl  # by rule: fewer mistakes (stories.py)
-    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl judge=endpoint
-    judge.base_url=http://localhost:8000/v1 judge.model=NAME
+    # by rule: fewer mistakes (stories.py)
+    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl
+    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl judge=endpoint \\
+        judge.base_url=http://localhost:8000/v1 judge.model=NAME
 
-The files are those of infill.py. How votes are taken and counted is in judge_votes.py. From Python
-the judge may be any async callable.
+The files are written by infill.py. From Python the judge may be any async callable.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -50,9 +49,7 @@ INSTRUCTION = (
 
 @chz.chz
 class FewerMistakesBuilder(JudgeBuilder):
-    """The story with fewer mistakes is better: exact for the stories made here, meaningless for any
-    others.
-    """
+    """The story with fewer mistakes is better: exact for the stories of stories.py only."""
 
     def __call__(self, tokenizer: Tokenizer) -> Judge:
         return RuleJudge(lambda comparison, story: -float(len(mistakes(story))))
@@ -60,11 +57,9 @@ class FewerMistakesBuilder(JudgeBuilder):
 
 @chz.chz
 class StoryEndpointBuilder(EndpointJudgeBuilder):
-    """A model behind an endpoint. The instruction may be your own; it must ask for a last line A, B
-    or Tie.
-    """
+    """A model served by an endpoint. A custom instruction must ask for a last line A, B or Tie."""
 
-    instruction: str = chz.field(default=INSTRUCTION, doc="what the judge is told first")
+    instruction: str = chz.field(default=INSTRUCTION, doc="instruction to the judge")
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -72,23 +67,23 @@ class StoryEndpointBuilder(EndpointJudgeBuilder):
 
 @chz.chz
 class Config:
-    """Judges two files of infilled stories against one another."""
+    """Judges two files of infilled stories against each other."""
 
     first: str = chz.field(doc="JSONL file of the first model")
-    second: str = chz.field(doc="JSONL file of the second model, about the same stories in the same order")
-    first_name: str | None = chz.field(default=None, doc="what to call it; None = the file's name")
-    second_name: str | None = chz.field(default=None, doc="what to call it; None = the file's name")
+    second: str = chz.field(doc="JSONL file of the second model: the same stories in the same order")
+    first_name: str | None = chz.field(default=None, doc="name of the first model; None = the file's name")
+    second_name: str | None = chz.field(default=None, doc="name of the second model; None = the file's name")
     judge: JudgeBuilder = chz.field(
         default_factory=FewerMistakesBuilder, doc="stories, endpoint, or module:Class of a JudgeBuilder"
     )
     num_judges: int = chz.field(default=3, validator=COUNT, doc="votes on each story")
-    limit: int | None = chz.field(default=None, validator=COUNT, doc="judge only the first so many stories")
-    seed: int = chz.field(default=42, validator=SEED, doc="of the order in which the two are shown")
+    limit: int | None = chz.field(default=None, validator=COUNT, doc="judge only the first this many stories")
+    seed: int = chz.field(default=42, validator=SEED, doc="of the order in which the two stories are shown")
     max_failed_fraction: float = chz.field(
-        default=0.1, validator=SHARE, doc="more failed votes than that end in an error"
+        default=0.1, validator=SHARE, doc="a larger share of failed votes is an error"
     )
     out: str = chz.field(default="runs/judge", doc="folder for verdict.json, votes.jsonl and histogram.png")
-    cache: str | None = chz.field(default=None, doc="file that keeps what the judge said; None = OUT/cache.jsonl")
+    cache: str | None = chz.field(default=None, doc="file of the votes so far; None = OUT/cache.jsonl")
 
 
 JUDGES = {
@@ -100,11 +95,11 @@ JUDGES = {
 
 
 def judge_files(config: Config, judge: Judge | None = None, judge_name: str | None = None) -> Verdict:
-    """Any async callable may be the judge in place of the configured one; `judge_name` then stands
-    for it in the cache.
+    """`judge`: an async callable in place of the configured judge, with `judge_name` as its key in
+    the cache.
     """
     if (judge is None) != (judge_name is None):
-        raise ConfigError("give a judge and its name together: the name keeps its votes apart from another judge's")
+        raise ConfigError("give a judge and its name together: the cache keeps votes by the judge's name")
     contests = read_contests(config.first, config.second)[: config.limit]
     out = Path(config.out).expanduser()
     settings = {
@@ -116,28 +111,28 @@ def judge_files(config: Config, judge: Judge | None = None, judge_name: str | No
     cache = Path(config.cache).expanduser() if config.cache else out / "cache.jsonl"
     votes = Votes(judge or config.judge(load_tokenizer("tiny")), name, cache, config.seed)
     collected = asyncio.run(collect_votes(contests, votes, config.num_judges))
-    found = verdict(collected, votes)
-    if found.failed > config.max_failed_fraction * len(contests) * config.num_judges:
+    result = verdict(collected, votes)
+    if result.failed > config.max_failed_fraction * len(contests) * config.num_judges:
         error = next(vote for of_story in collected for vote in of_story if isinstance(vote, JudgeError))
         raise JudgeError(
-            f"{found.failed} of {len(contests) * config.num_judges} votes failed "
-            f"(max_failed_fraction={config.max_failed_fraction}); the "
-            f"others are kept in {cache}. The first: {error}"
+            f"{result.failed} of {len(contests) * config.num_judges} votes failed "
+            f"(max_failed_fraction={config.max_failed_fraction}); "
+            f"the other votes are kept in {cache}. The first error: {error}"
         ) from error
     names = (config.first_name or Path(config.first).stem, config.second_name or Path(config.second).stem)
-    _write(out, config, names, contests, collected, found)
-    print(_table(names, found), f"{votes.asked} votes asked now; results in {out}", sep="\n")
-    return found
+    _write(out, config, names, contests, collected, result)
+    print(_table(names, result), f"{votes.num_new} new votes; results in {out}", sep="\n")
+    return result
 
 
-def draw_histogram(found: Verdict, names: tuple[str, str], path: Path) -> Path:
-    """Stories by how their votes fell, from all for the first model to all for the second."""
-    title = f"{names[0]} wins {found.won_by_first:.1%} against {names[1]} (95%: {found.low:.1%} to {found.high:.1%})"
+def draw_histogram(result: Verdict, names: tuple[str, str], path: Path) -> Path:
+    """Number of stories by votes, from all for the first model to all for the second."""
+    title = f"{names[0]} wins {result.won_by_first:.1%} against {names[1]} (95%: {result.low:.1%} to {result.high:.1%})"
     figure, (axis,) = panel_axes(1, title, size=(7.5, 2.8))
-    margins = [int(key.split("_")[0]) - int(key.split("_")[2]) for key in found.histogram]
+    margins = [int(key.split("_")[0]) - int(key.split("_")[2]) for key in result.histogram]
     colors = [COLORS[0] if margin > 0 else COLORS[1] if margin < 0 else COLORS[7] for margin in margins]
     order = sorted(range(len(margins)), key=lambda i: -margins[i])
-    labels, counts = list(found.histogram), list(found.histogram.values())
+    labels, counts = list(result.histogram), list(result.histogram.values())
     bars = axis.bar([labels[i] for i in order], [counts[i] for i in order], color=[colors[i] for i in order])
     axis.bar_label(bars, fontsize=8)
     finish_axis(axis, "", xlabel=f"votes for {names[0]} _ ties _ votes for {names[1]}", integer=False)
@@ -151,25 +146,23 @@ def _write(
     names: tuple[str, str],
     contests: Sequence[Contest],
     collected: Sequence[Sequence[Vote | JudgeError]],
-    found: Verdict,
+    result: Verdict,
 ) -> None:
     record = {"first": names[0], "second": names[1], "num_judges": config.num_judges, "seed": config.seed}
-    write_atomically(out / "verdict.json", json.dumps(record | asdict(found), indent=2) + "\n")
+    write_atomically(out / "verdict.json", json.dumps(record | asdict(result), indent=2) + "\n")
     lines = [
         asdict(contest) | {"votes": [str(vote) for vote in votes]}
         for contest, votes in zip(contests, collected, strict=True)
     ]
     write_jsonl(out / "votes.jsonl", lines)
-    draw_histogram(found, names, out / "histogram.png")
+    draw_histogram(result, names, out / "histogram.png")
 
 
-def _table(names: tuple[str, str], found: Verdict) -> str:
-    votes = (
-        f"votes: {found.first} for {names[0]}, {found.tie} ties, {found.second} for {names[1]}, {found.failed} failed"
-    )
+def _table(names: tuple[str, str], result: Verdict) -> str:
+    votes = f"votes: {result.first} for {names[0]}, {result.tie} ties, {result.second} for {names[1]}, {result.failed} failed"
     wins = (
-        f"{names[0]} wins {found.won_by_first:.1%} of {found.stories} stories, ties half (95%: "
-        f"{found.low:.1%} to {found.high:.1%})"
+        f"{names[0]} wins {result.won_by_first:.1%} of {result.stories} stories, ties half (95%: "
+        f"{result.low:.1%} to {result.high:.1%})"
     )
     return f"{votes}\n{wins}"
 

@@ -1,12 +1,8 @@
-"""Votes on two models' infills of the same stories, and what they amount to.
+"""Votes of a judge on two models' infills of the same stories, and their win rate.
 
-The two files, {prompt, generated, goal, original} a line, are read in lock-step. A vote shows the
-judge prompt + generated + goal of both models, in an order drawn from (seed, story, vote). A vote
-that fails, or that is no judgement, is an error: it is counted, asked again by the next run, and
-never a tie. Votes are kept on the disk under a hash of all that was asked.
+    win rate = mean over stories of (votes for the first + ties / 2) / votes
 
-The win rate is the mean over stories of (votes for the first + ties / 2) / votes. Its interval is
-Wilson's, with the number of stories as n: the votes on one story are not independent, and for
+Its interval is Wilson's with n = stories, since the votes on a story are not independent; for
 shares between 0 and 1 it is, if anything, too wide. Left out: Elo, more than two models.
 """
 
@@ -49,18 +45,18 @@ class Contest:
 
     def comparison(self, swapped: bool) -> Comparison:
         stories = [self.prompt + middle + self.goal for middle in (self.first, self.second)]
-        asked = f"A story that begins with\n{self.prompt}\n\nand ends with\n{self.goal}"
+        task = f"A story that begins with\n{self.prompt}\n\nand ends with\n{self.goal}"
         sides = [[Message(role="assistant", content=story)] for story in (stories[::-1] if swapped else stories)]
-        return Comparison([Message(role="user", content=asked)], *sides)
+        return Comparison([Message(role="user", content=task)], *sides)
 
 
 def read_contests(first: str, second: str) -> list[Contest]:
-    """Line n of one file belongs to line n of the other. DataError, with both places, where it does
-    not.
+    """The lines {prompt, generated, goal, original} of both files, in pairs. DataError, with both
+    places, if two lines are not about the same story.
     """
-    rows, others = read_rows(first), read_rows(second)
+    first_rows, second_rows = read_rows(first), read_rows(second)
     contests = []
-    for (where, fields), (other_where, other) in zip(rows, others, strict=False):
+    for (where, fields), (other_where, other) in zip(first_rows, second_rows, strict=False):
         for place, row in ((where, fields), (other_where, other)):
             if wrong := [name for name in (*SHARED_FIELDS, "generated") if not isinstance(row.get(name), str)]:
                 raise DataError(
@@ -69,15 +65,14 @@ def read_contests(first: str, second: str) -> list[Contest]:
         if differing := [name for name in SHARED_FIELDS if fields[name] != other[name]]:
             name = differing[0]
             raise DataError(
-                f"{where} and {other_where} are not about the same story: the field {name!r} is {fields[name][:40]!r} "
-                "in one and "
-                f"{other[name][:40]!r} in the other"
+                f"{where} and {other_where} are not about the same story: the field {name!r} is "
+                f"{fields[name][:40]!r} in one and {other[name][:40]!r} in the other"
             )
         contests.append(Contest(fields["prompt"], fields["goal"], fields["generated"], other["generated"]))
-    if len(rows) != len(others):
+    if len(first_rows) != len(second_rows):
         raise DataError(
-            f"{first} has {len(rows):,} stories and {second} has {len(others):,}: both models must fill in the same "
-            "ones"
+            f"{first} has {len(first_rows):,} stories and {second} has {len(second_rows):,}: "
+            "both models must infill the same stories"
         )
     return contests
 
@@ -86,8 +81,8 @@ def read_contests(first: str, second: str) -> list[Contest]:
 
 
 class Votes:
-    """Asks a judge, and remembers in a file what it said. `judge_name` stands for the judge in the
-    file: another one, another name.
+    """Votes of a judge, cached in a file by hash of `judge_name` and the whole comparison. A failed
+    vote, or an answer that is no judgement, is a JudgeError, never a tie; the next run repeats it.
     """
 
     def __init__(self, judge: Judge, judge_name: str, cache: Path, seed: int = 0):
@@ -95,18 +90,18 @@ class Votes:
         cache.parent.mkdir(parents=True, exist_ok=True)
         drop_torn_line(cache)
         self.known: dict[str, float] = {line["key"]: line["score"] for line in read_jsonl(cache)}
-        self.asked = 0
+        self.num_new = 0
 
     def swapped(self, story: int, vote: int) -> bool:
-        """Whether the second model's story is shown first."""
+        """Whether the second model's story is shown first; drawn from (seed, story, vote)."""
         return bool(np.random.default_rng([self.seed, story, vote]).integers(2))
 
     async def __call__(self, contest: Contest, story: int, vote: int) -> Vote:
-        """Raises JudgeError if the judge does."""
+        """JudgeError if the judge fails."""
         swapped = self.swapped(story, vote)
         key = self._key(comparison := contest.comparison(swapped), vote)
         if key not in self.known:
-            self.asked += 1
+            self.num_new += 1
             (score,) = await judge_all(self.judge, [comparison])
             self.known[key] = float(score)
             append_jsonl(self.cache, {"key": key, "score": self.known[key]})
@@ -137,12 +132,12 @@ async def collect_votes(
     return collected
 
 
-# --- what they say ------------------------------------------------------------------------------
+# --- verdict ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`histogram` counts the stories with all their votes under "first_tie_second", as "2_0_1";
+    """`histogram`: number of stories with all votes, by "first_tie_second" ("2_0_1");
     `won_by_first` counts a tie as half.
     """
 
@@ -156,7 +151,7 @@ class Verdict:
     failed: int
     incomplete_stories: int
     histogram: dict[str, int]
-    # of the votes that are no ties: 0.5 if the judge does not care for the order
+    # of the votes that are no ties: 0.5 if the judge has no position bias
     shown_first_share: float | None
 
 

@@ -1,14 +1,10 @@
-"""Tokenized text on disk: shards of uint16 tokens, an EOS before each document, mapped into memory
-and never read whole.
+"""Tokenized text on disk: shards of uint16 tokens with an EOS before each document, memory-mapped.
 
-    python recipes/belief_state/pretokenized.py out=tokens data.source=stories.txt  # train_000000.npy ..., test_000000.npy, tokenizer/
+    # train_000000.npy ..., test_000000.npy, tokenizer/
+    python recipes/belief_state/pretokenized.py out=tokens data.source=stories.txt
 
-A shard is cut into rows of block_size; what does not fill the last row is left out. Several shards
-are concatenated with a weight each: one of n rows and weight w gives ceil(n w) rows, its own over
-and over or the first ones only. The format is the original's, and its files can be read, but for
-one fault of theirs: their last shard ends in uninitialised memory, which ids beyond the vocabulary
-may give away and nothing else does. Left out: vocabularies of more than 65,536 tokens,
-fill-in-the-middle (it needs whole documents: text_data.py).
+The original's format; its own last shards end in uninitialised memory. Left out: vocabularies above
+65,536 tokens, fill-in-the-middle (it needs whole documents: text_data.py).
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -34,7 +30,7 @@ from recipes.belief_state.tokenizer import encode_documents
 
 DTYPE = np.dtype(np.uint16)
 SHARD_SIZE = 100_000_000
-TOKENS_AT_ONCE = 1 << 24  # a check goes through a shard in pieces
+TOKENS_AT_ONCE = 1 << 24  # checked at a time
 
 
 def write_shards(
@@ -45,17 +41,15 @@ def write_shards(
     vocab_size: int,
     shard_size: int = SHARD_SIZE,
 ) -> list[Path]:
-    """`{name}_000000.npy` and so on, of shard_size tokens each; the last has what is left, and no
-    more. Documents may go on in the next shard.
-
-    A shard is complete when it has its name. DataError for ids that are no tokens, and where shards
-    of that name exist already.
+    """Writes `{name}_000000.npy` ... of shard_size tokens; the last shard is shorter. A document
+    may continue in the next shard. DataError for ids outside the vocabulary and if shards of that
+    name exist.
     """
     folder = Path(folder).expanduser()
     if vocab_size > np.iinfo(DTYPE).max + 1:
         raise DataError(f"a vocabulary of {vocab_size:,} tokens does not fit the uint16 of the shards")
-    if found := sorted(folder.glob(f"{name}_*.npy")):
-        raise DataError(f"{found[0]} is there already: delete the old shards, or choose another folder")
+    if existing := sorted(folder.glob(f"{name}_*.npy")):
+        raise DataError(f"{existing[0]} is there already: delete the old shards, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     shard, filled = np.empty(shard_size, dtype=DTYPE), 0
@@ -83,8 +77,8 @@ def _save(path: Path, tokens: np.ndarray) -> Path:
 
 
 class Shard:
-    """Rows of one file. DataError where it is missing, no 1-D uint16 array, too short for a row, or
-    holds ids beyond the vocabulary.
+    """Rows of block_size tokens of one file; a rest shorter than a row is left out. DataError if
+    the file is missing, no 1-D uint16 array, shorter than a row, or has ids beyond the vocabulary.
     """
 
     def __init__(self, path: str | Path, block_size: int, vocab_size: int):
@@ -97,19 +91,15 @@ class Shard:
             if bad := _first_bad(self.tokens[start : start + TOKENS_AT_ONCE], vocab_size):
                 raise DataError(
                     f"{path}, token {start + bad[0]:,} of {len(self.tokens):,}: the id {bad[1]} is beyond the "
-                    f"{vocab_size} tokens of the "
-                    "vocabulary: another tokenizer's, or (near the end of a last shard) memory that was never filled"
+                    f"{vocab_size} tokens of the vocabulary: another tokenizer's, or (near the end of a last shard) "
+                    "uninitialised memory"
                 )
 
     def _open(self) -> np.ndarray:
         try:
             tokens = np.load(self.path, mmap_mode="r")
         except FileNotFoundError:
-            near = (
-                ", ".join(sorted(path.name for path in self.path.parent.glob("*.npy"))[:5])
-                if self.path.parent.is_dir()
-                else ""
-            )
+            near = ", ".join(sorted(path.name for path in self.path.parent.glob("*.npy"))[:5])
             raise DataError(f"{self.path}: no such shard" + (f"; there are {near}" if near else "")) from None
         except (OSError, ValueError, EOFError, TokenError) as error:
             raise DataError(
@@ -132,7 +122,9 @@ class Shard:
 
 
 class WeightedShards:
-    """Shards one after another, ceil(len * weight) rows of each, by index modulo its length."""
+    """Concatenated shards: of each, ceil(num_rows * weight) rows, repeated or the first rows
+    only.
+    """
 
     def __init__(self, shards: Sequence[Shard], weights: Sequence[float]):
         if not shards or any(not (weight > 0 and math.isfinite(weight)) for weight in weights):
@@ -149,36 +141,36 @@ class WeightedShards:
     def take(self, indices_B: np.ndarray, epochs_B: np.ndarray) -> np.ndarray:
         """tokens_B_T, int64."""
         indices_B = np.asarray(indices_B)
-        which_B = np.searchsorted(self.bounds, indices_B, side="right") - 1
-        rows = zip(which_B, indices_B - self.bounds[which_B], strict=True)
-        picked = [(self.shards[which], row % len(self.shards[which])) for which, row in rows]
+        shard_B = np.searchsorted(self.bounds, indices_B, side="right") - 1
+        rows = zip(shard_B, indices_B - self.bounds[shard_B], strict=True)
+        picked = [(self.shards[number], row % len(self.shards[number])) for number, row in rows]
         return np.concatenate([shard.take(np.array([row]), epochs_B[:1]) for shard, row in picked])
 
 
 def _scaled(rows: int, weight: float) -> int:
-    """ceil(rows * weight), where 100 * 1.1 is 110 and not the 111 that floats make of it."""
+    """ceil(rows * weight), rounded so that 100 * 1.1 gives 110, not 111."""
     return math.ceil(round(rows * weight, 9))
 
 
 def open_shards(folder: str | Path, files: Sequence[str], block_size: int, vocab_size: int) -> WeightedShards:
-    """`files` are names in the folder, or patterns (train_*.npy), each with a weight behind a colon
-    if it is not 1: "code.npy:2.5".
+    """`files`: names in the folder or patterns (train_*.npy), with an optional weight:
+    "code.npy:2.5".
     """
     folder, shards, weights = Path(folder).expanduser(), [], []
     for entry in files:
         name, weight = (
             (match[1], float(match[2])) if (match := re.fullmatch(r"(.*):(\d+(?:\.\d+)?)", entry)) else (entry, 1.0)
         )
-        found = sorted(folder.glob(name)) if "*" in name else [folder / name]
-        if not found:
+        paths = sorted(folder.glob(name)) if "*" in name else [folder / name]
+        if not paths:
             raise DataError(f"{folder / name}: no shard of that name")
-        shards += [Shard(path, block_size, vocab_size) for path in found]
-        weights += [weight] * len(found)
+        shards += [Shard(path, block_size, vocab_size) for path in paths]
+        weights += [weight] * len(paths)
     return WeightedShards(shards, weights)
 
 
 def _first_bad(tokens_T: np.ndarray, vocab_size: int) -> tuple[int, int] | None:
-    """Place and value of the first id outside 0 .. vocab_size - 1."""
+    """Position and value of the first id outside 0 .. vocab_size - 1."""
     bad = np.flatnonzero((tokens_T < 0) | (tokens_T >= vocab_size))
     return (int(bad[0]), int(tokens_T[bad[0]])) if len(bad) else None
 

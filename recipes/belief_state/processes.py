@@ -1,5 +1,5 @@
-"""The run folder of a run in several processes: the first one writes it, the others only read where
-to go on.
+"""The run folder of a run in several processes: the first process writes it, the others read where
+to resume.
 """
 
 import os
@@ -11,7 +11,7 @@ from recipes.libraries.belief_state.distributed import Processes
 
 
 class FollowedFolder(RunFolder):
-    """The first process's folder, for the others: nothing they record reaches it."""
+    """The first process's folder for the other processes, whose records are dropped."""
 
     @property
     def metrics_file(self) -> Path:
@@ -28,7 +28,7 @@ class FollowedFolder(RunFolder):
 
 
 def open_shared_folder(path: str, behavior: BehaviorIfExists, config: Any, processes: Processes) -> RunFolder:
-    """The folder as the first process opens it; the others wait until it has."""
+    """The folder that the first process opens while the others wait."""
     folder = open_run_folder(path, behavior, config) if processes.is_first else None
     processes.wait()
     return folder or FollowedFolder(Path(path).expanduser())

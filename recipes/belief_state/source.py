@@ -1,6 +1,4 @@
-"""What a Belief State Transformer is trained on: rows by step, and what is measured on held-out
-ones. Star graphs are in star_graph.py.
-"""
+"""The data of a Belief State Transformer: training rows by step, and held-out measurements."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,8 +9,8 @@ from recipes.libraries.belief_state.trainer import BeliefStateTrainer, Metrics, 
 
 
 class TokenSource(Protocol):
-    """`task` names the data; a checkpoint of other ones is refused. `context_length`: first
-    position of a row that a prefix may end at.
+    """`task` names the data: checkpoints of another task are refused. `context_length`: the first
+    position a prefix may end at.
     """
 
     vocab_size: int
@@ -21,17 +19,15 @@ class TokenSource(Protocol):
     context_length: int
 
     def get_batch(self, step: int) -> TokenBatch:
-        """A pure function of the seed and the step: a resumed run needs no other cursor."""
+        """A pure function of the seed and the step, so that a resumed run needs only its step."""
         ...
 
     def evaluate(self, trainer: BeliefStateTrainer) -> Metrics:
-        """Of held-out data; the names begin with test/."""
+        """Metrics of held-out data, named test/..."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Puts beside a run's checkpoints what their readers need (a tokenizer), if there is
-        something.
-        """
+        """Writes files that readers of the run's checkpoints need, such as a tokenizer."""
         ...
 
 

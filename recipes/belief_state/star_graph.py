@@ -1,10 +1,8 @@
-"""Star graphs for the Belief State Transformer and its next-token baseline, and the accuracy the
-original never measures.
+"""Star graphs for the Belief State Transformer and its GPT baseline, with the accuracy of decoded
+paths, which the original does not measure.
 
-A row is the graph, the path and EOS. Prefixes end at "=" or later, pairs are at least two apart, so
-that a path of l nodes has (l + 1) l / 2 of them. Paths are decoded greedily, exactly l tokens, with
-the state of the empty suffix (belief_state.md B.9). The baseline is trained as the original's: on
-every token, the random edges too.
+A row is graph, path, EOS. Prefixes end at "=" or later and pairs are at least two apart: l (l + 1)
+/ 2 pairs for a path of l nodes. The baseline is trained on every token, also of the random edges.
 """
 
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from recipes.libraries.belief_state.decoding import greedy_tokens
 from recipes.libraries.belief_state.model import BeliefState, NextToken
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer, Metrics, TokenBatch
 
-EVAL_ROWS = 1024  # graphs decoded, or scored, at once
+EVAL_ROWS = 1024  # graphs per batch
 
 
 @chz.chz
@@ -69,7 +67,7 @@ class StarGraphSource:
         return losses | {f"test/{name}": value for name, value in accuracy(trainer.model, self.batches.test).items()}
 
     def save(self, folder: Path) -> None:
-        """Nothing: the ids are the labels."""
+        """Nothing to write: the ids are the node labels."""
 
 
 def with_eos(graph: StarGraph, tokens_B_T: np.ndarray) -> TokenBatch:
@@ -78,7 +76,9 @@ def with_eos(graph: StarGraph, tokens_B_T: np.ndarray) -> TokenBatch:
 
 
 def accuracy(model: BeliefState | NextToken, test: HeldOut) -> Metrics:
-    """first_hop, exact and node_k of greedily decoded paths, as in envs/star_graph_data.py."""
+    """first_hop, exact and node_k (envs/star_graph_data.py) of l greedily decoded tokens, empty
+    suffix.
+    """
     graph, device = test.graph, model.embedding.weight.device
     prefixes_B_T = torch.from_numpy(test.tokens_B_T[:, : graph.prefix_length].astype(np.int64)).to(device)
     paths = [greedy_tokens(model, rows, graph.target_length) for rows in prefixes_B_T.split(EVAL_ROWS)]
@@ -86,9 +86,7 @@ def accuracy(model: BeliefState | NextToken, test: HeldOut) -> Metrics:
 
 
 def held_out_losses(trainer: BeliefStateTrainer, batch: TokenBatch, rows: int) -> Metrics:
-    """Losses of a large batch, `rows` at a time; a part weighs by its rows, or by its targets where
-    a mask chooses them.
-    """
+    """Losses of a large batch, `rows` at a time, averaged over rows, or over targets if masked."""
     totals: Metrics = {}
     mask_B_T = batch.loss_mask_B_T
     weight_B = np.ones(len(batch.tokens_B_T)) if mask_B_T is None else mask_B_T[:, 1:].sum(1)

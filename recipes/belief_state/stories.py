@@ -1,11 +1,9 @@
-"""Simple stories from a seed, in the manner of TinyStories (Eldan & Li 2023), for machines without
-the hub; and a reader that checks them.
+"""Simple stories from a seed, after TinyStories (Eldan & Li 2023), and a checker of their
+consistency.
 
-A story is a sequence of stages, each one sentence or two from a few templates. Facts drawn once
-(who, where, what, which helper) fill the slots of all of them, so the end of a story decides much
-of its middle: the helper it names must have come by, with the tool it thanks for. That makes
-infilling a matter of planning, and `mistakes` can say exactly what is wrong with one. Left out:
-everything else that makes a story.
+A story is a sequence of stages, each filled from one of three templates. Facts drawn once (hero,
+place, thing, helper, tool) fill all slots, so that the end determines much of the middle: infilling
+takes planning, and `mistakes` checks it exactly.
 """
 
 import re
@@ -15,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-# --- what a story may say: the values of each fact, and the stages in order, each with its templat
+# --- values of each fact, and templates of each stage in order -----------------------------------
 
 VALUES = {
     "hero": (
@@ -99,7 +97,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
         "{hero} went home with the {thing} and told everyone about {friend}.",
     ),
 )
-OPTIONAL = (4, 8)  # stages that a story may go without
+OPTIONAL = (4, 8)  # stages that a story may omit
 
 
 def generate(count: int, seed: int) -> list[str]:
@@ -109,45 +107,40 @@ def generate(count: int, seed: int) -> list[str]:
 
 def _story(rng: np.random.Generator) -> str:
     facts = {name: values[rng.integers(len(values))] for name, values in FACTS.items()}
-    told = [stage for stage in range(len(STAGES)) if stage not in OPTIONAL or rng.random() < 0.5]
-    return " ".join(STAGES[stage][rng.integers(len(STAGES[stage]))].format(**facts) for stage in told)
+    stages = [stage for stage in range(len(STAGES)) if stage not in OPTIONAL or rng.random() < 0.5]
+    return " ".join(STAGES[stage][rng.integers(len(STAGES[stage]))].format(**facts) for stage in stages)
 
 
-# --- what is wrong with a story -----------------------------------------------------------------
+# --- consistency of a story ---------------------------------------------------------------------
 
 
 def mistakes(story: str) -> list[str]:
-    """What keeps a text from being one of these stories, a line each; [] for every story that
-    `generate` can tell.
-
-    Counted are stretches of text that no template matches, facts that contradict what was said
-    before, stages missing, out of order or told twice. A text is read from left to right, the
-    longest template first.
+    """The faults of a text, a line each: text that no template matches, contradicted facts, stages
+    that are missing, repeated or out of order. [] for every story of `generate`. Templates are
+    matched from left to right, the longest first.
     """
-    found, known, order = [], {}, []
+    faults, known, order = [], {}, []
     for stage, text, facts in _sentences(story.strip()):
         if stage is None:
-            found.append(f"no sentence of these stories: {text!r}")
+            faults.append(f"no sentence of these stories: {text!r}")
             continue
         order.append(stage)
         for name, value in facts.items():
             if known.setdefault(name, value) != value:
-                found.append(f"the {name} is {known[name]!r}, then {value!r}")
-    found += [f"stage {stage} is missing" for stage in range(len(STAGES)) if stage not in (*order, *OPTIONAL)]
-    return found + [f"stage {later} after stage {sooner}" for sooner, later in pairwise(order) if later <= sooner]
+                faults.append(f"the {name} is {known[name]!r}, then {value!r}")
+    faults += [f"stage {stage} is missing" for stage in range(len(STAGES)) if stage not in (*order, *OPTIONAL)]
+    return faults + [f"stage {later} after stage {sooner}" for sooner, later in pairwise(order) if later <= sooner]
 
 
 def _sentences(story: str) -> Iterator[tuple[int | None, str, dict[str, str]]]:
-    """Stage, text and facts of each template in turn; None and the text up to the next template
-    where nothing matches.
-    """
+    """Stage, text and facts of each matched template; stage None for text that none matches."""
     position = unread = 0
     while position < len(story):
         matches = [(stage, match) for stage, pattern in _patterns() if (match := pattern.match(story, position))]
         if not matches:
             position += 1
             continue
-        stage, match = max(matches, key=lambda one: one[1].end())
+        stage, match = max(matches, key=lambda stage_and_match: stage_and_match[1].end())
         if lost := story[unread:position].strip():
             yield None, lost, {}
         yield stage, match[0].strip(), match.groupdict()
@@ -162,8 +155,8 @@ def _patterns() -> list[tuple[int, re.Pattern[str]]]:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """The template as an expression: a slot's first place captures any value of its fact, the later
-    ones the same value again.
+    """The template as an expression: a slot's first use captures any value of its fact, later uses
+    the same value.
     """
     seen: set[str] = set()
 

@@ -1,5 +1,5 @@
-"""Text for train.py: documents tokenized and packed when the run starts (data=text), or shards
-tokenized before (data=pretokenized).
+"""Text sources of train.py: documents tokenized and packed at the start (data=text), or tokenized
+shards (data=pretokenized).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ EVAL_ROWS_AT_ONCE = 32
 
 @chz.chz
 class TextBuilder(TextData, TokenSourceBuilder):
-    """Any text, or the stories made here; for a GPT also turned around for fill-in-the-middle."""
+    """Any text, or generated stories; for a GPT also rearranged for fill-in-the-middle."""
 
     eval_rows: int = chz.field(default=64, validator=COUNT, doc="held-out rows whose loss is measured")
 
@@ -36,12 +36,12 @@ class TextBuilder(TextData, TokenSourceBuilder):
 
 @chz.chz
 class PretokenizedBuilder(TokenSourceBuilder):
-    """Shards as pretokenized.py writes them."""
+    """Shards of pretokenized.py."""
 
-    folder: str = chz.field(doc="where the shards are")
+    folder: str = chz.field(doc="folder of the shards")
     train_files: list[str] = chz.field(
         default_factory=lambda: ["train_*.npy"],
-        doc='names or patterns, each with a weight if it is not 1: "code.npy:2.5"',
+        doc='names or patterns, with an optional weight: "code.npy:2.5"',
     )
     test_files: list[str] = chz.field(default_factory=lambda: ["test_*.npy"], doc="the same, held out")
     tokenizer: str | None = chz.field(default=None, doc="folder, tokenizer.json or hub name; None = FOLDER/tokenizer")
@@ -62,7 +62,7 @@ class PretokenizedBuilder(TokenSourceBuilder):
 
 @dataclass(frozen=True)
 class TextSource:
-    """With `fim` the rows are turned around, and only what follows the goal is predicted."""
+    """With `fim`, rows are rearranged and only the tokens after the goal are predicted."""
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
@@ -90,11 +90,11 @@ class TextSource:
         )
 
     def save(self, folder: Path) -> None:
-        """The tokenizer, which readers of the checkpoints need."""
+        """Writes the tokenizer."""
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def task_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A checkpoint belongs to text in this vocabulary."""
+    """The task of a checkpoint: text in this vocabulary."""
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:8]
     return f"text of {len(tokenizer)} tokens, vocabulary {digest}"

@@ -1,11 +1,7 @@
-"""Text for the Belief State Transformer and its baselines: documents, packed with EOS between them
-into rows of block_size tokens.
+"""Text for the Belief State Transformer and its baselines: documents packed into rows.
 
-The stream of an epoch is EOS d_0 EOS d_1 ... d_n EOS, cut into rows; what does not fill the last
-row is left out. Fill-in-the-middle (for the GPT baseline) turns a document a b c d e f g into e f g
-<|fim|> a b c d, with a new cut every epoch. A batch is a function of (seed, step) alone, so a
-resumed run needs no more than its step. Left out: sets that do not fit into memory
-(recipes/belief_state/pretokenized.py has them).
+The stream of an epoch is EOS d_0 EOS d_1 ... d_n EOS, cut into rows of block_size tokens; a rest
+shorter than a row is left out. Left out: data sets larger than memory (pretokenized.py).
 """
 
 from collections.abc import Sequence
@@ -40,8 +36,9 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
-    """The suffix of a document is `goal_range` (both ends included) tokens long, but leaves at
-    least two for the rest.
+    """Fill-in-the-middle for the GPT baseline: a document a b c d e f g becomes
+    e f g <|fim|> a b c d, cut anew every epoch. The suffix has `goal_range` tokens (inclusive), but
+    at least two are left for the rest.
     """
 
     token: int  # the id of <|fim|>, one above the tokenizer's vocabulary
@@ -53,9 +50,7 @@ class FillInTheMiddle:
             raise ConfigError(f"goal_range={self.goal_range}: the first must be at least 1 and no more than the second")
 
     def __call__(self, tokens_T: np.ndarray, epoch: int, document: int) -> np.ndarray:
-        """Suffix, <|fim|>, the rest: one token longer. A document of fewer than three tokens has no
-        suffix, only the mark before it.
-        """
+        """One token longer. A document of fewer than three tokens has an empty suffix."""
         most = max(0, min(self.goal_range[1], len(tokens_T) - 2))
         length = int(
             np.random.default_rng([self.seed, epoch, document]).integers(min(self.goal_range[0], most), most + 1)
@@ -65,30 +60,27 @@ class FillInTheMiddle:
 
 
 def fim_loss_mask(tokens_B_T: np.ndarray, fim: int, eos: int) -> np.ndarray:
-    """Which tokens are predicted: those after a <|fim|> in this row, up to and including the EOS.
-    bool (B, T).
-    """
-    places_T = np.arange(tokens_B_T.shape[1])
+    """bool (B, T): targets are the tokens after a <|fim|> of this row, up to and including EOS."""
+    index_T = np.arange(tokens_B_T.shape[1])
 
     def last_before(token: int) -> np.ndarray:
-        """Where `token` last stood before each place; -1 if nowhere."""
-        seen_B_T = np.maximum.accumulate(np.where(tokens_B_T == token, places_T, -1), axis=1)
+        """Position of the last `token` before each position; -1 if there is none."""
+        seen_B_T = np.maximum.accumulate(np.where(tokens_B_T == token, index_T, -1), axis=1)
         return np.concatenate([np.full((len(seen_B_T), 1), -1), seen_B_T[:, :-1]], axis=1)
 
     return last_before(fim) > last_before(eos)
 
 
 class PackedDocuments:
-    """Rows of one stream of documents. DataError if it does not fill one row."""
+    """Rows of a stream of documents. DataError if it does not fill a row."""
 
     def __init__(self, documents: Sequence[np.ndarray], block_size: int, eos: int, fim: FillInTheMiddle | None = None):
         self.block_size, self.eos, self.fim = block_size, eos, fim
         self.tokens = np.concatenate([np.empty(0, dtype=np.int32), *documents])
         self.bounds = np.concatenate([[0], np.cumsum([len(tokens_T) for tokens_T in documents], dtype=np.int64)])
-        longer_by = 2 if fim else 1
-        # of the EOS before each document, and of the last
-        self.places = self.bounds + np.arange(len(self.bounds)) * longer_by
-        self.num_rows = int(self.places[-1] + 1) // block_size
+        added_tokens = 2 if fim else 1  # EOS, <|fim|>
+        self.eos_positions = self.bounds + np.arange(len(self.bounds)) * added_tokens
+        self.num_rows = int(self.eos_positions[-1] + 1) // block_size
         if self.num_rows == 0:
             raise DataError(
                 f"{len(documents):,} documents with {len(self.tokens):,} tokens do not fill one row of {block_size}"
@@ -102,10 +94,10 @@ class PackedDocuments:
 
     def _row(self, row: int, epoch: int) -> np.ndarray:
         start, stop = row * self.block_size, (row + 1) * self.block_size
-        first = int(np.searchsorted(self.places, start, side="right")) - 1
-        last = int(np.searchsorted(self.places, stop, side="left"))
+        first = int(np.searchsorted(self.eos_positions, start, side="right")) - 1
+        last = int(np.searchsorted(self.eos_positions, stop, side="left"))
         pieces = [piece for document in range(first, last) for piece in ([self.eos], self._document(document, epoch))]
-        offset = start - int(self.places[first])
+        offset = start - int(self.eos_positions[first])
         return np.concatenate(pieces)[offset : offset + self.block_size].astype(np.int64)
 
     def _document(self, document: int, epoch: int) -> np.ndarray:
@@ -117,32 +109,21 @@ class PackedDocuments:
 
 @dataclass(frozen=True)
 class ShuffledBatches:
-    """Endless batches of rows; epoch after epoch in an order of its own, with no row left out or
-    doubled within one.
-
-    With several processes each takes every `world_size`-th row of the batch, so that together they
-    see what one would.
+    """Endless batches of rows, shuffled anew every epoch; each row once per epoch. A batch is a
+    function of (seed, step).
     """
 
     rows: Rows
     batch_size: int
     seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.batch_size % self.world_size:
-            raise ConfigError(
-                f"batch_size={self.batch_size} must be a positive multiple of the {self.world_size} processes"
-            )
 
     def get_batch(self, step: int) -> np.ndarray:
-        """tokens_B_T, int64; B = batch_size / world_size."""
-        drawn_B = step * self.batch_size + np.arange(self.rank, self.batch_size, self.world_size)
+        """tokens_B_T, int64."""
+        drawn_B = step * self.batch_size + np.arange(self.batch_size)
         epochs_B = drawn_B // len(self.rows)
         orders = {epoch: _order(self.seed, epoch, len(self.rows)) for epoch in set(epochs_B.tolist())}
         drawn = zip(drawn_B % len(self.rows), epochs_B.tolist(), strict=True)
-        return self.rows.take(np.array([orders[epoch][place] for place, epoch in drawn]), epochs_B)
+        return self.rows.take(np.array([orders[epoch][index] for index, epoch in drawn]), epochs_B)
 
 
 @lru_cache(maxsize=4)
@@ -150,7 +131,7 @@ def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-# --- where documents come from ------------------------------------------------------------------
+# --- sources of documents -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -161,35 +142,32 @@ class TextSet:
     fim: int | None
     train: PackedDocuments
     test: PackedDocuments
-    test_documents: list[np.ndarray]  # int32 ids, as they are: neither packed nor turned around
 
 
 @chz.chz
 class TextData:
-    """Documents, their tokenizer, and the rows that a model is trained on."""
+    """Documents, their tokenizer, and the rows of training."""
 
     source: str = chz.field(
-        default="stories", doc="stories (made here), a .txt or .jsonl file, a hub name or a local folder"
+        default="stories", doc="stories (generated), a .txt or .jsonl file, a hub name or a local folder"
     )
-    num_stories: int = chz.field(default=20_000, validator=COUNT, doc="of source=stories: how many to train on")
-    text_field: str = chz.field(default="text", doc="field that holds the document (not of a .txt file)")
+    num_stories: int = chz.field(default=20_000, validator=COUNT, doc="stories to train on, with source=stories")
+    text_field: str = chz.field(default="text", doc="field of the document (not of a .txt file)")
     split: str = chz.field(default="train", doc="split to train on (of a hub name or folder)")
-    test_split: str | None = chz.field(default=None, doc="split held out, as validation")
+    test_split: str | None = chz.field(default=None, doc="held-out split, such as validation")
     test_path: str | None = chz.field(default=None, doc="held-out file")
-    test_size: int = chz.field(default=200, validator=WHOLE, doc="documents held out where neither of the two is given")
+    test_size: int = chz.field(
+        default=200, validator=WHOLE, doc="documents held out if neither test_split nor test_path is given"
+    )
     tokenizer: str | None = chz.field(
         default=None, doc="folder, tokenizer.json or hub name; None = train one on the documents"
     )
-    vocab_size: int = chz.field(default=1000, validator=COUNT, doc="of the tokenizer that is trained")
+    vocab_size: int = chz.field(default=1000, validator=COUNT, doc="of a trained tokenizer")
     block_size: int = chz.field(default=256, validator=COUNT, doc="tokens in a row")
-    cut_long: bool = chz.field(
-        default=False, doc="cut documents that fit no row into several; else drop them, as the paper does"
-    )
-    fill_in_the_middle: bool = chz.field(
-        default=False, doc="turn documents around for a GPT that is shown how they end"
-    )
+    cut_long: bool = chz.field(default=False, doc="cut documents longer than a row; else drop them, as the paper does")
+    fill_in_the_middle: bool = chz.field(default=False, doc="rearrange documents so that a GPT reads their end first")
     goal_range: tuple[int, int] = chz.field(
-        default=(25, 75), validator=COUNT, doc="shortest and longest suffix that it is shown, in tokens"
+        default=(25, 75), validator=COUNT, doc="shortest and longest end that it reads first, in tokens"
     )
     seed: int = chz.field(default=0, validator=SEED, doc="of the stories, the held-out documents and the cuts")
 
@@ -200,7 +178,7 @@ class TextData:
         train_D, test_D = (encode_documents(tokenizer, part) for part in texts)
         longest = self.block_size - (3 if fim else 2)  # with an EOS on both sides
         kept_D, kept_test_D = (
-            [one for one in part if self.cut_long or len(one) <= longest] for part in (train_D, test_D)
+            [tokens_T for tokens_T in part if self.cut_long or len(tokens_T) <= longest] for part in (train_D, test_D)
         )
         dropped = len(train_D) + len(test_D) - len(kept_D) - len(kept_test_D)
         line = (
@@ -208,15 +186,13 @@ class TextData:
         )
         print(line + (f"; {dropped:,} longer than {longest} tokens dropped" if dropped else ""), flush=True)
         train, test = (PackedDocuments(documents, self.block_size, eos, fim) for documents in (kept_D, kept_test_D))
-        return TextSet(tokenizer, len(tokenizer) + bool(fim), eos, fim and fim.token, train, test, kept_test_D)
+        return TextSet(tokenizer, len(tokenizer) + bool(fim), eos, fim and fim.token, train, test)
 
     def tokenizer_and_texts(self) -> tuple[PreTrainedTokenizerBase, tuple[list[str], list[str]]]:
-        """Training and held-out documents; a tokenizer that is trained has not seen the latter."""
+        """The tokenizer, and training and held-out documents; it is trained on the former only."""
         train, test = self.texts()
-        return open_tokenizer(self.tokenizer) if self.tokenizer else train_tokenizer(train, self.vocab_size), (
-            train,
-            test,
-        )
+        tokenizer = open_tokenizer(self.tokenizer) if self.tokenizer else train_tokenizer(train, self.vocab_size)
+        return tokenizer, (train, test)
 
     def texts(self) -> tuple[list[str], list[str]]:
         """Training and held-out documents; no text is in both."""
@@ -235,11 +211,9 @@ class TextData:
     def _held_out_texts(self) -> list[str]:
         if self.test_path and self.test_split:
             raise ConfigError(f"test_path={self.test_path} and test_split={self.test_split}: give one of them")
-        return (
-            self._read(self.test_path or self.source, self.test_split or "")
-            if self.test_path or self.test_split
-            else []
-        )
+        if not (self.test_path or self.test_split):
+            return []
+        return self._read(self.test_path or self.source, self.test_split or "")
 
     def _split(self, texts: list[str]) -> tuple[list[str], list[str]]:
         if not 0 < self.test_size < len(texts):
@@ -268,7 +242,7 @@ class TextData:
 
 
 def _read_text_file(path: str) -> list[str]:
-    """Documents stand between lines <|endoftext|>; in a file without them, between blank lines."""
+    """Documents are separated by <|endoftext|>, or in a file without it by blank lines."""
     try:
         content = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:

@@ -1,9 +1,8 @@
-"""A byte-level BPE of its own for small text: 1,000 tokens (ids 0 <|pad|>, 1 <|eos|>, the 256
-bytes, merges), every digit a token.
+"""A byte-level BPE for small text: 1,000 tokens (0 <|pad|>, 1 <|eos|>, the 256 bytes, merges),
+every digit a token. The same text gives the same tokenizer.
 
-Same text, same tokenizer. Any text round-trips, where the original's, trained on ASCII, had fewer
-bytes and so more merges (822). What looks like a special token inside a document is text: only
-packing puts the real <|eos|> between documents.
+Differs from the original's: it was trained on ASCII, so it has fewer bytes and more merges (822).
+Special tokens inside a document are encoded as text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ TEXTS_AT_ONCE = 10_000
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
-    """DataError if the texts do not have that many tokens in them."""
+    """DataError if the texts give fewer than `vocab_size` tokens."""
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 2
     if vocab_size < smallest:
         raise DataError(f"vocab_size={vocab_size}: the bytes and the special tokens alone are {smallest}")
@@ -35,9 +34,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedT
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if (found := tokenizer.get_vocab_size()) < vocab_size:
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
         raise DataError(
-            f"the text gives a vocabulary of {found} tokens, not {vocab_size}: train on more of it, or ask for fewer"
+            f"the text gives a vocabulary of {size} tokens, not {vocab_size}: give more text or a smaller vocab_size"
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
@@ -45,8 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedT
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A folder written by `save_pretrained`, a bare tokenizer.json, or a hub name. ModelError if
-    there is none, or it has no EOS.
+    """Of a folder written by `save_pretrained`, a tokenizer.json or a hub name. ModelError if there
+    is no tokenizer, or it has no EOS.
     """
     path = Path(name).expanduser()
     try:

@@ -1,15 +1,13 @@
-"""The Belief State Transformer (Hu et al. 2025, arXiv 2410.23506) and its GPT baseline, from
-scratch on one machine.
+"""Trains the Belief State Transformer (Hu et al. 2025, arXiv 2410.23506) or its GPT baseline.
 
-    python recipes/belief_state/train.py  # G(2,3) over 12 labels: some minutes of one core; runs/belief_state
-    python recipes/belief_state/train.py model=gpt log_path=runs/gpt  # the same data and blocks, next-token, a third of the weights
-    python recipes/belief_state/train.py preset=star_graph data.num_paths=5  # the paper's model on G(5,5) over 50: a GPU
-    python recipes/belief_state/train.py preset=tinystories  # stories from the hub; data=text alone makes its own
+    python recipes/belief_state/train.py  # G(2,3) over 12 labels: minutes of one core; runs/belief_state
+    python recipes/belief_state/train.py model=gpt log_path=runs/gpt  # same data and blocks
+    python recipes/belief_state/train.py preset=star_graph data.num_paths=5  # the paper's model on G(5,5): a GPU
+    python recipes/belief_state/train.py preset=tinystories  # stories of the hub; data=text alone generates stories
     torchrun --nproc-per-node 8 recipes/belief_state/train.py preset=large data.folder=SHARDS
     parallel=shard
 
-The presets are the original's configurations, as data (PRESETS). Held-out measurements come before
-the step whose number they carry.
+PRESETS are the original's configurations.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -64,8 +62,7 @@ PRESETS: dict[str, Mapping[str, str]] = {
     }
     | {"num_layers": "8", "objective.min_gap": "1", "num_steps": "100000", "eval_every": "1000", "save_every": "1000"}
     | {"learning_rate": "3e-4", "min_learning_rate": "2e-4", "decay_steps": "600000", "warmup_steps": "1"},
-    # code in a vocabulary of 50,304, 24 layers of 2,048; data.folder, its shards and their weights
-    # are the user's
+    # code, vocabulary of 50,304; the user gives data.folder, its shards and their weights
     "large": PAPER_OPTIMIZER
     | {"data": "pretokenized", "data.block_size": "2048", "num_layers": "24", "num_heads": "32", "hidden": "2048"}
     | {"init_std": "0.02", "batch_size": "1024", "passes.rows_per_pass": "32", "passes.pairs_per_chunk": "8192"}
@@ -89,42 +86,42 @@ HEADLINE = {
 class Config(TrainingConfig):
     """A Belief State Transformer, or a GPT of the same blocks."""
 
-    preset: str | None = chz.field(default=None, doc="sets several options at once, see below")
-    data: TokenSourceBuilder = chz.field(default_factory=StarGraphBuilder, doc="what it is trained and measured on")
+    preset: str | None = chz.field(default=None, doc="sets several options at once; listed below")
+    data: TokenSourceBuilder = chz.field(default_factory=StarGraphBuilder, doc="training and held-out data")
     model: Literal["bst", "gpt"] = chz.field(
-        default="bst", doc="gpt: the baseline, next-token or fill-in-the-middle as the data are"
+        default="bst", doc="gpt: the baseline, next-token or (by the data) fill-in-the-middle"
     )
     num_layers: int = chz.field(default=2, validator=COUNT, doc="blocks of each encoder")
     num_heads: int = chz.field(default=4, validator=COUNT, doc="attention heads")
     hidden: int = chz.field(default=96, validator=COUNT, doc="width")
     init_std: float = chz.field(
-        default=0.08, validator=POSITIVE, doc="deviation of the first weights; the paper's 0.02 is for a width of 768"
+        default=0.08,
+        validator=POSITIVE,
+        doc="standard deviation of the initial weights; 0.02 in the paper, for a width of 768",
     )
-    objective: PairObjective = chz.field(
-        default_factory=lambda: PairObjective(min_gap=2), doc="the pairs a BST is trained on"
-    )
-    passes: PassConfig = chz.field(default_factory=PassConfig, doc="how a batch is cut")
+    objective: PairObjective = chz.field(default_factory=lambda: PairObjective(min_gap=2), doc="the pairs of a BST")
+    passes: PassConfig = chz.field(default_factory=PassConfig, doc="micro-batches and compilation")
     parallel: Literal["replicate", "shard"] = chz.field(
         default="replicate",
-        doc="where torchrun starts several processes: each has all weights (DDP), or a part of them (FSDP2)",
+        doc="with torchrun: each process has all weights (replicate) or a shard of them (FSDP2)",
     )
     seed: int = chz.field(default=0, validator=SEED, doc="of the weights and the order of the data")
     load_checkpoint_path: str | None = chz.field(
-        default=None, doc="start from these weights, of the same sizes, also of another task (fresh optimizer)"
+        default=None, doc="start from these weights of the same sizes, any task (fresh optimizer)"
     )
 
     batch_size: int = chz.field(default=64, validator=COUNT, doc="rows of a step")
     num_steps: int = chz.field(default=600, validator=COUNT, doc="optimizer steps")
-    learning_rate: float = chz.field(default=3e-3, validator=LEARNING_RATE, doc="the highest, after the warm-up")
+    learning_rate: float = chz.field(default=3e-3, validator=LEARNING_RATE, doc="the peak, after the warm-up")
     warmup_steps: int = chz.field(
-        default=50, validator=WHOLE, doc="steps of linear warm-up; the first step is already one of them, not of rate 0"
+        default=50, validator=WHOLE, doc="steps of linear warm-up; the first step's rate is above 0"
     )
     lr_schedule: LRSchedule = chz.field(default="cosine", doc="after the warm-up")
     decay_steps: int | None = chz.field(
-        default=None, validator=COUNT, doc="the step at which the schedule ends; None = num_steps"
+        default=None, validator=COUNT, doc="step at which the schedule ends; None = num_steps"
     )
     weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, on matrices")
-    beta2: float = chz.field(default=0.98, validator=DECAY, doc="AdamW's decay of the gradient's square")
+    beta2: float = chz.field(default=0.98, validator=DECAY, doc="AdamW's decay of the squared gradient")
     grad_clip_norm: float = chz.field(
         default=1.0, validator=NON_NEGATIVE, doc="of all weights together; 0 = no clipping"
     )
@@ -136,13 +133,13 @@ class Config(TrainingConfig):
         default=250, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
     )
     keep_checkpoints: int | None = chz.field(
-        default=1, validator=COUNT, doc="delete older checkpoints than the last this many; None = keep all"
+        default=1, validator=COUNT, doc="number of checkpoints to keep; None = all"
     )
     log_path: str = log_path_field("runs/belief_state")
 
 
 def main(config: Config) -> Metrics:
-    """Trains, or goes on; returns the last metrics."""
+    """Trains or resumes; returns the last metrics."""
     with joined_processes() as processes:
         source = config.data(config.batch_size, config.seed)
         trainer = make_trainer(config, source, processes)
@@ -190,7 +187,7 @@ def training_loop(
         with timed(metrics, "train"):
             forward_backward = client.forward_backward(batch, (config.seed, number))
             optim_step = client.optim_step(adam)
-            # made meanwhile
+            # prepared while the step runs
             batch = source.get_batch(number + 1) if number + 1 < config.num_steps else None
             try:
                 results = await forward_backward | (await optim_step).metrics

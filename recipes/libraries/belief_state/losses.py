@@ -107,10 +107,10 @@ def next_token_pass(
 def empty_side_losses(
     model: BeliefState, tokens_B_T: torch.Tensor, objective: PairObjective, packed: bool, pairs_per_chunk: int
 ) -> Sums:
-    """ "loss_next_token": mean CE, in nats, of every token after its prefix, with the empty suffix;
-    comparable to a next-token model's. "loss_prev_token": the same from the right, with the empty
-    prefix; left out with a context_length, where it is not trained. EOS is a target only if min_gap
-    is 1, since it is not trained otherwise.
+    """The loss "loss_next_token": mean CE, in nats, of every token after its prefix, with the empty
+    suffix; comparable to a next-token model's. "loss_prev_token": the same from the right, with the
+    empty prefix; left out with a context_length, where it is not trained. EOS is a target only if
+    min_gap is 1, since it is not trained otherwise.
     """
     c, eos = objective.context_length, model.config.eos_id
     with autocast(tokens_B_T.device):

@@ -77,7 +77,7 @@ class LanguageModelTrunk(torch.nn.Module):
 
     def read(self, tokens_B_T: torch.Tensor, cache: DynamicCache | None = None) -> tuple[torch.Tensor, DynamicCache]:
         cache = DynamicCache(config=self.model.config) if cache is None else self._copy(cache)
-        # an explicit mask: without it transformers would mask out padding ids
+        # padding ids are ordinary tokens here, and attended to
         seen_B_T = tokens_B_T.new_ones(len(tokens_B_T), cache.get_seq_length() + tokens_B_T.shape[1])
         output = self.model.base_model(
             input_ids=tokens_B_T, attention_mask=seen_B_T, past_key_values=cache, use_cache=True
