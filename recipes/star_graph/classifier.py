@@ -1,21 +1,8 @@
-"""The classifier of Q# and CD on star graphs: will this path be right, seen from each of its
-tokens?
+"""The classifier of Q# and CD on star graphs: predicts at each token the return of the whole path.
 
-A trunk and a head, read behind prompt + path: the output at token t has read token t, so it is Q(s,
-a) of that token. One output is the logit of a Bernoulli return, K outputs are a distribution over K
-returns from 0 to 1. The loss is the mean, over paths and all their tokens, of the cross-entropy
-with the return R of the whole path (Q#'s train_classifier.py).
-
-Pairs are those of its collect_rollouts.py: the true path, R = 1, and the first wrong one that the
-policy samples, R = 0; graphs on which it does not fail in `max_tries` are dropped. So right and
-wrong are 1 : 1 whatever the policy's success rate, and the probability learned is that of a
-half-and-half mix of policy and truth, not the policy's own. Rankings are the same; kl_coef is not
-calibrated.
-
-Differs from the original: fresh pairs in every step; a prompt is read once for both paths; the head
-may be bilinear, and the trunk the forward encoder of a Belief State Transformer, without which
-little is learned in minutes (GUIDANCE.md); `next_token_coef` adds the next-token loss of both
-paths. Left out: collecting again with the guided policy (the original does not for star graphs).
+Differs from Q#'s train_classifier.py: fresh pairs in every step; an optional bilinear head, trunk
+of a Belief State Transformer, and next-token loss (GUIDANCE.md). Left out: pairs sampled from the
+guided policy.
 """
 
 import copy
@@ -64,7 +51,7 @@ class BeliefStateTrunk(nn.Module):
 
     def read(self, tokens_B_T: torch.Tensor, cache: KVCache | None = None) -> tuple[torch.Tensor, KVCache]:
         cache = list(cache or [])
-        position = 1 + (cache[0][0].shape[2] if cache else 0)  # 0 is that of an EOS before the row
+        position = 1 + (cache[0][0].shape[2] if cache else 0)  # position 0 is an EOS before the row
         return self.model.extend(self.model.forward_encoder, tokens_B_T, position, cache), cache
 
     def select(self, cache: KVCache, rows: torch.Tensor) -> KVCache:
@@ -75,34 +62,37 @@ class BeliefStateTrunk(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """The original's: reads the state behind the token."""
+    """The original's head: reads the state after the token."""
 
     def __init__(self, hidden: int, num_outputs: int):
         super().__init__()
         self.out = nn.Linear(hidden, num_outputs)
 
-    def forward(self, before: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
-        return self.out(behind)
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return self.out(after)
 
 
 class BilinearHead(nn.Module):
-    """Also reads products of the state before the token with that behind it: a trunk that knows
-    what should come next need not say, once it has read the token, whether that came."""
+    """Also reads products of the states before and after the token: the state after a token need
+    not hold whether it was the expected token.
+    """
 
     def __init__(self, hidden: int, num_outputs: int):
         super().__init__()
         self.before, self.behind = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
         self.out = nn.Linear(2 * hidden, num_outputs)
 
-    def forward(self, before: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.cat([self.before(before) * self.behind(behind), behind], dim=-1))
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.cat([self.before(before) * self.behind(after), after], dim=-1))
 
 
 Head = Literal["linear", "bilinear"]
 
 
 class Classifier(nn.Module):
-    """`num_outputs` = 1: a Bernoulli return; K >= 2: K atoms. `seed` is that of the head."""
+    """Q(s, a) of each token a, from the state after it. `num_outputs` = 1: the logit of a Bernoulli
+    return; K >= 2: a distribution over K returns from 0 to 1. `seed` initialises the head.
+    """
 
     def __init__(
         self, trunk: LanguageModelTrunk | BeliefStateTrunk, num_outputs: int = 1, head: Head = "bilinear", seed: int = 0
@@ -117,9 +107,9 @@ class Classifier(nn.Module):
         return ValueReader(self.trunk, self.head)
 
     def forward(self, prefixes_B_P: torch.Tensor, paths_2B_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two paths for each prompt, all first ones before all second ones: outputs (2B, L, K) at
-        their tokens, and the states (2B, L, H) that each token is predicted from. The prompt is
-        read once; gradients of both paths meet in its keys and values."""
+        """Outputs (2B, L, K) at the tokens of two paths per prompt, all first paths before all
+        second paths, and the states (2B, L, H) before each token. The prompt is encoded once.
+        """
         trunk = self.reader().trunk
         prefix_states_B_P_H, cache = trunk.read(prefixes_B_P)
         rows = torch.arange(len(prefixes_B_P), device=prefixes_B_P.device).repeat(2)
@@ -129,9 +119,7 @@ class Classifier(nn.Module):
 
 
 def value_loss(values_B_L_K: torch.Tensor, returns_B: torch.Tensor) -> torch.Tensor:
-    """(B, L) cross-entropies, in nats, of every token's distribution with the atom nearest to the
-    return of the whole row.
-    """
+    """(B, L) cross-entropies, in nats, of each token's distribution with the path's return R."""
     log_pmf_B_L_A, returns_A = log_pmf(values_B_L_K)
     label_B = (returns_B * (len(returns_A) - 1)).round().long()
     return -log_pmf_B_L_A.gather(-1, label_B[:, None, None].expand(*values_B_L_K.shape[:2], 1))[..., 0]
@@ -151,11 +139,12 @@ def collect_pairs(
     device: torch.device,
     max_tries: int = 8,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """prefixes_B_P and paths_2B_L in the tokenizer's ids, the true paths first; B counts the graphs
-    on which the policy failed once.
+    """prefixes_B_P and paths_2B_L in the tokenizer's ids: B true paths (R = 1), then B wrong paths
+    (R = 0), as Q#'s collect_rollouts.py. The policy samples at temperature 1 until a path is wrong;
+    graphs without a wrong path in `max_tries` are dropped. `seed`, row and try determine a sample.
 
-    The policy samples at temperature 1 from its full distribution. Row and try alone decide the
-    numbers it draws with.
+    Right and wrong paths are 1 : 1 whatever the policy's success rate. So probabilities are those
+    of an even mix of policy and truth: rankings are the same, kl_coef is not calibrated.
     """
     ids_B_T = torch.from_numpy(layout.encode(rows_B_T)).to(device)
     prefixes_B_P, truth_B_L = ids_B_T[:, : layout.prefix_length], ids_B_T[:, layout.prefix_length :]
@@ -177,7 +166,7 @@ def collect_pairs(
 
 
 def new_trunk(policy: LanguageModelTrunk, copy_weights: bool, seed: int) -> LanguageModelTrunk:
-    """The policy's architecture, with its weights or with new ones that depend on `seed` alone."""
+    """The policy's architecture, with its weights or with random weights from `seed`."""
     if copy_weights:
         return copy.deepcopy(policy)
     with drawn_from(seed):
@@ -186,16 +175,14 @@ def new_trunk(policy: LanguageModelTrunk, copy_weights: bool, seed: int) -> Lang
 
 
 def save_classifier(path: Path, model: Classifier, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> None:
-    """A folder that load_classifier opens, with the optimizer and the run's `extra` in
-    training_state/.
-    """
+    """A folder for load_classifier, with the optimizer and the run's `extra` in training_state/."""
     about: dict[str, Any] = {"num_outputs": model.num_outputs, "head": model.head_name}
     with atomic_folder(path) as folder:
         if isinstance(model.trunk, BeliefStateTrunk):
             about["belief_state"] = asdict(model.trunk.model.config)
         else:
             model.trunk.model.config.save_pretrained(folder)
-        save_model(model, str(folder / WEIGHTS_FILE))  # knows of tied weights
+        save_model(model, str(folder / WEIGHTS_FILE))  # handles tied weights
         write_state(folder, {"extra": extra})
         optimizer_state.write_optimizer(
             dict(model.named_parameters()), optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE
@@ -204,7 +191,7 @@ def save_classifier(path: Path, model: Classifier, optimizer: torch.optim.Optimi
 
 
 def load_classifier(path: str | Path, device: torch.device) -> Classifier:
-    """Raises CheckpointError where the folder holds no classifier."""
+    """CheckpointError if the folder holds no classifier."""
     path = Path(path)
     try:
         about = json.loads((path / CLASSIFIER_FILE).read_text())
@@ -226,12 +213,12 @@ def load_weights(path: Path, model: Classifier) -> None:
         load_model(model, str(path / WEIGHTS_FILE))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} does not hold the weights of this classifier (was trunk, head or num_outputs another?): {error}"
+            f"{path} does not hold the weights of this classifier (other trunk, head or num_outputs?): {error}"
         ) from error
 
 
 def load_optimizer(path: Path, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
-    """Parts of a trunk that the classifier does not read have no gradient, and no state."""
+    """Parts of a trunk that the classifier does not use have no gradient and no state."""
     parameters, file = dict(model.named_parameters()), state_file(path, OPTIMIZER_FILE)
     names = {key.split(":", 1)[1] for key in tensor_shapes(file)}
     optimizer_state.load_optimizer({name: parameters[name] for name in names}, optimizer, file)

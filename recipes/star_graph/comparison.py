@@ -1,6 +1,4 @@
-"""What the methods reached: one table, and first-hop accuracy against optimizer steps, from the
-metrics.jsonl of each run.
-"""
+"""Results of the methods from their metrics.jsonl: a table, and first-hop accuracy by step."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +7,14 @@ import numpy as np
 
 from posttrain.tracking.figures import SHARE, Panel, Records, curves_by_label, draw_panels, save_figure
 
-# as the loops name them: test/ by an evaluator, test/env/all/ by rl/
+# names of an evaluator, and of rl/
 FIRST_HOP = ("test/first_hop", "test/env/all/first_hop")
 EXACT = ("test/exact", "test/env/all/correct")
 Runs = Mapping[str, Sequence[Records]]  # method -> the metrics of each seed
 
 
 def table(runs: Runs) -> str:
-    """Accuracy at the end of each method's training: the mean over seeds, then each seed."""
+    """Accuracy at the end of each method's training: the mean over seeds, and each seed."""
     lines = [f"{'method':12s} {'steps':>6s}  {'first hop':>9s}  {'whole path':>10s}   first hop of each seed"]
     hops, paths = curves_by_label(runs, *FIRST_HOP), curves_by_label(runs, *EXACT)
     for name in runs:
@@ -29,7 +27,7 @@ def table(runs: Runs) -> str:
 
 
 def picture(panels: Mapping[str, Runs], chance: float, title: str, out: Path) -> Path:
-    """A panel for each way to begin."""
+    """A figure with a panel for each entry of `panels`."""
     drawn = [
         Panel(f"first-hop accuracy, {name}", curves_by_label(runs, *FIRST_HOP), levels={"chance": chance}, limits=SHARE)
         for name, runs in panels.items()

@@ -1,10 +1,7 @@
-"""Accuracy on held-out graphs: paths decoded greedily by the project's sampler, as a prompt and l
-tokens, all graphs at once.
+"""Accuracy on held-out graphs, decoded greedily by the project's sampler.
 
-test/first_hop is the share of graphs whose second path node is right, the one decision of the task;
-test/exact is the whole path; test/node_k is node k. A reversed model writes the path from the goal,
-so its first hop comes last but one; a teacherless one gives all nodes in one pass over the prompt
-and l - 1 dummies. Left out: beams, sampling.
+test/first_hop: share of graphs with the right second node, the task's one decision; test/exact:
+with the whole path right; test/node_k: with node k right. Left out: beams, sampling.
 """
 
 import asyncio
@@ -22,7 +19,9 @@ from posttrain.backend.types import ModelInput, SamplingParams
 async def decode_paths(
     sampler: SamplingClient, prefixes_B_P: np.ndarray, layout: Layout, targets: Targets
 ) -> np.ndarray:
-    """Greedy targets, source first, in the tokenizer's ids: (B, target_length)."""
+    """(B, target_length): greedy paths from the source, in the tokenizer's ids. A reversed model
+    decodes from the goal.
+    """
     if targets == "teacherless":
         return await _decode_at_once(sampler, prefixes_B_P, layout)
     params = SamplingParams(max_tokens=layout.target_length, temperature=0.0, stop=[], seed=0)
@@ -33,8 +32,8 @@ async def decode_paths(
 
 
 async def _decode_at_once(sampler: SamplingClient, prefixes_B_P: np.ndarray, layout: Layout) -> np.ndarray:
-    """The prompt ends in l - 1 dummies; token t of the path is the best continuation of what lies
-    before dummy t, the last is sampled.
+    """Teacherless: one pass over the prompt and l - 1 dummies; the path's tokens are the likeliest
+    tokens at each dummy, the last is sampled.
     """
     dummies = [layout.dollar] * (layout.target_length - 1)
     params = SamplingParams(max_tokens=1, temperature=0.0, stop=[], seed=0)
@@ -49,7 +48,7 @@ async def _decode_at_once(sampler: SamplingClient, prefixes_B_P: np.ndarray, lay
 
 
 class AccuracyEvaluator:
-    """Metrics of the policy a TrainingClient holds; the loops' evaluator."""
+    """Evaluator of a TrainingClient's policy."""
 
     def __init__(self, test: HeldOut, layout: Layout, targets: Targets = "forward"):
         self.targets: Targets = targets
@@ -60,6 +59,6 @@ class AccuracyEvaluator:
 
     async def of_sampler(self, sampler: SamplingClient) -> dict[str, float]:
         prefix, nodes_L = self.layout.prefix_length, self.layout.nodes_L
-        found_B_L = await decode_paths(sampler, self.ids_B_T[:, :prefix], self.layout, self.targets)
-        accuracy = path_accuracy(found_B_L[:, nodes_L], self.ids_B_T[:, prefix:][:, nodes_L])
+        paths_B_L = await decode_paths(sampler, self.ids_B_T[:, :prefix], self.layout, self.targets)
+        accuracy = path_accuracy(paths_B_L[:, nodes_L], self.ids_B_T[:, prefix:][:, nodes_L])
         return {f"test/{name}": value for name, value in accuracy.items()}

@@ -1,15 +1,10 @@
-"""Q# and controlled decoding on star graphs: a classifier is trained beside a frozen next-token
-policy, and then guides its decoding.
+"""Q# and controlled decoding (CD) on star graphs: trains one classifier for a frozen next-token
+policy and decodes with both methods; results in GUIDANCE.md.
 
-    python recipes/star_graph/guided.py policy_path=runs/star_graph/gpt/checkpoints/final  # runs/star_graph_guided
+    python recipes/star_graph/guided.py policy_path=runs/star_graph/gpt/checkpoints/final
     python recipes/star_graph/guided.py policy_path=... trunk=runs/star_graph/bst/checkpoints/final
-    next_token_coef=0
 
-One classifier serves all methods: log_path/classifier is its run folder, log_path/qsharp and
-log_path/cd hold the accuracy of decoding with it, by the step of its training. At the end comes a
-table over methods and kl_coef, with the oracle in the classifier's place beside it. GUIDANCE.md
-says what works. Differs from Q#'s train_classifier.py: fresh graphs, a constant learning rate, no
-weight decay.
+Differs from Q#'s train_classifier.py: fresh graphs, a constant learning rate, no weight decay.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -68,46 +63,43 @@ FOLDERS: dict[Method, str] = {"q_sharp": "qsharp", "cd": "cd"}
 
 @chz.chz
 class Config(RunConfig):
-    """Value-guided decoding on star graphs: trains the classifier and evaluates Q# and CD with
-    it.
-    """
+    """Value-guided decoding on star graphs: trains a classifier, evaluates Q# and CD with it."""
 
-    policy_path: str = chz.field(doc="folder of the next-token policy that is guided; it never moves")
+    policy_path: str = chz.field(doc="folder of the guided next-token policy, which stays frozen")
     task: StarGraphTask = chz.field(default_factory=StarGraphTask, doc="the graphs, and which are held out")
     trunk: str = chz.field(
         default="scratch",
-        doc="what the classifier begins with: 'scratch' (the policy's architecture, new weights), 'policy' (its "
-        "weights), or the folder of "
-        "a Belief State Transformer (its forward encoder) or of another language model",
+        doc="the classifier's trunk: 'scratch' (the policy's architecture, random weights), 'policy' (its weights), "
+        "or the folder of a Belief State Transformer (its forward encoder) or of another language model",
     )
     head: Head = chz.field(
-        default="bilinear", doc="linear is the original's; bilinear reads the state before the token as well"
+        default="bilinear", doc="linear: the original's; bilinear also reads the state before the token"
     )
-    train_trunk: bool = chz.field(default=True, doc="false: only the head learns")
+    train_trunk: bool = chz.field(default=True, doc="False trains the head only")
     num_outputs: int = chz.field(
         default=1, validator=COUNT, doc="1: a Bernoulli return; K >= 2: a distribution over K returns from 0 to 1"
     )
     next_token_coef: float = chz.field(
         default=0.0,
         validator=NON_NEGATIVE,
-        doc="weight of predicting the tokens of both paths beside; the original has none",
+        doc="weight of an additional next-token loss of both paths; 0 in the original",
     )
     guidance: Guidance = chz.field(
-        default_factory=Guidance, doc="kl_coef, top_k, ...; the method is not read: all are evaluated"
+        default_factory=Guidance, doc="kl_coef, top_k, ...; `method` is ignored: all methods are evaluated"
     )
     kl_coefs: list[float] = chz.field(
-        default_factory=lambda: [0.1, 1.0], validator=POSITIVE, doc="those of the table at the end"
+        default_factory=lambda: [0.1, 1.0], validator=POSITIVE, doc="kl_coefs of the final table"
     )
 
     num_steps: int = chz.field(default=500, validator=COUNT, doc="optimizer steps")
-    batch_size: int = chz.field(default=64, validator=COUNT, doc="graphs of a step, each with a right and a wrong path")
+    batch_size: int = chz.field(default=64, validator=COUNT, doc="graphs per step, each with a right and a wrong path")
     max_tries: int = chz.field(
         default=8,
         validator=COUNT,
-        doc="samples of the policy for a graph, until one is wrong; then the graph is dropped",
+        doc="samples per graph until one is wrong; a graph without a wrong sample is dropped",
     )
     learning_rate: float = chz.field(default=3e-3, validator=LEARNING_RATE, doc="after the warm-up")
-    warmup_steps: int = chz.field(default=30, validator=WHOLE, doc="over which the learning rate rises linearly")
+    warmup_steps: int = chz.field(default=30, validator=WHOLE, doc="steps of linear warm-up")
     weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
     grad_clip_norm: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="of all gradients together")
     seed: int = chz.field(default=0, validator=SEED, doc="of the classifier's weights, its pairs, and sampled decoding")
@@ -123,13 +115,13 @@ class Config(RunConfig):
     @chz.validate
     def _check(self) -> None:
         for kl_coef in self.kl_coefs:
-            # raises now what would otherwise be raised after training
+            # validates before training
             chz.replace(self.guidance, kl_coef=kl_coef)
 
 
 def main(config: Config) -> list[Row]:
-    """Trains, or goes on, and returns the table's rows. What does not fit together is raised before
-    training.
+    """Trains or resumes; returns the rows of the final table. Run folder: log_path/classifier;
+    accuracy by step: log_path/qsharp and log_path/cd.
     """
     graph, device = config.task.graph(), training_device()
     rows_D_T, test = config.task.split()
@@ -164,9 +156,7 @@ def _new_classifier(config: Config, policy: Reader, device: torch.device) -> Cla
 
 
 class Trainer:
-    """A classifier, its optimizer, and a step of its training as a function of the step's
-    number.
-    """
+    """A classifier and its optimizer; a training step is a function of its number."""
 
     def __init__(self, config: Config, layout: Layout, policy: Reader, model: Classifier, batches: Batches):
         self.config, self.layout, self.policy, self.model, self.batches = config, layout, policy, model, batches
@@ -187,8 +177,7 @@ class Trainer:
         prefixes_B_P, paths_2B_L = self.pairs(step)
         if not len(prefixes_B_P):
             raise DataError(
-                f"step {step}: the policy wrote all paths right {self.config.max_tries} times over: there is nothing "
-                "to guide"
+                f"step {step}: all paths of the policy are right in {self.config.max_tries} tries: nothing to guide"
             )
         loss, metrics = self.loss(prefixes_B_P, paths_2B_L)
         self.optimizer.zero_grad()
@@ -283,9 +272,7 @@ def _evaluate(config: Config, trainer: Trainer, test_ids_B_T: torch.Tensor) -> M
 
 
 def _write_method_folders(config: Config, run: RunFolder) -> None:
-    """What the classifier's metrics say of each method, in a folder of its own, as the recipe's
-    other methods have one.
-    """
+    """Each method's accuracy in its own metrics.jsonl, as the recipe's other methods have one."""
     for method, name in FOLDERS.items():
         lines = []
         for record in read_metrics(run.path):

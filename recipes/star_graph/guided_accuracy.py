@@ -1,5 +1,6 @@
-"""How well a guided policy writes paths: accuracy and KL on held-out graphs, and the table of
-methods with the trained classifier, with a perfect one (oracle.py), and with none."""
+"""Accuracy and KL of a guided policy on held-out graphs: a table of methods with the trained
+classifier, a perfect classifier (oracle.py) and no classifier.
+"""
 
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from recipes.libraries.value_guidance.guidance import Guidance, Method
 from recipes.libraries.value_guidance.guided_sampler import Reader, ValueReader, guided_sample
 from recipes.star_graph.oracle import oracle
 
-DECODED_AT_ONCE = 512  # graphs; with top_k=10, the classifier's cache has ten times as many rows
+DECODED_AT_ONCE = 512  # graphs; the classifier's cache has top_k rows for each
 FIGURES = ("first_hop", "exact")
 Row = dict[str, float | str]
 
@@ -26,8 +27,9 @@ def decode(
     layout: Layout,
     seed: int | None = None,
 ) -> dict[str, float]:
-    """path_accuracy of the policy guided by the classifier on graphs in the tokenizer's ids, and
-    the KL from the unguided policy in nats per path. Greedy, or sampled where a seed is given."""
+    """path_accuracy of the guided policy on graphs in the tokenizer's ids, and "kl" from the
+    unguided policy in nats per path. Greedy, or sampled with `seed`.
+    """
     ids_B_L, kl_B = [], []
     uniforms_B_L = (
         None
@@ -41,8 +43,8 @@ def decode(
         sample = guided_sample(policy, prompts_B_P, layout.target_length, guidance, classifier, uniforms)
         ids_B_L.append(sample.tokens_B_T)
         kl_B.append(sample.kl_B_T.sum(1))
-    found_B_L, gold_B_L = torch.cat(ids_B_L).cpu().numpy(), ids_B_T[:, layout.prefix_length :].cpu().numpy()
-    accuracy = path_accuracy(found_B_L[:, layout.nodes_L], gold_B_L[:, layout.nodes_L])
+    paths_B_L, gold_B_L = torch.cat(ids_B_L).cpu().numpy(), ids_B_T[:, layout.prefix_length :].cpu().numpy()
+    accuracy = path_accuracy(paths_B_L[:, layout.nodes_L], gold_B_L[:, layout.nodes_L])
     return accuracy | {"kl": float(torch.cat(kl_B).mean())}
 
 
@@ -55,9 +57,9 @@ def guidance_table(
     layout: Layout,
     seed: int,
 ) -> list[Row]:
-    """Each method at each kl_coef, greedy and sampled, with the classifier and with the oracle;
-    first the policy alone. `kl` is that of sampling, whose tokens are drawn with the same numbers
-    in all rows."""
+    """The policy alone, then each method at each kl_coef with the classifier and with the oracle,
+    greedy and sampled. "kl" is of sampling, with the same uniform numbers in all rows.
+    """
     settings: list[tuple[Method, float]] = [(method, kl_coef) for method in ("q_sharp", "cd") for kl_coef in kl_coefs]
     settings.append(("cd_code", guidance.kl_coef))
     readers = {"none": None, "trained": classifier, "oracle": oracle(layout, policy.trunk.vocab_size)}
@@ -67,20 +69,10 @@ def guidance_table(
             here = chz.replace(guidance, method=method, kl_coef=kl_coef)
             greedy = decode(policy, reader, here, ids_B_T, layout)
             sampled = decode(policy, reader, here, ids_B_T, layout, seed)
-            figures = {
-                f"{key}_{how}": found[key]
-                for how, found in (("greedy", greedy), ("sampled", sampled))
-                for key in FIGURES
-            }
-            rows.append(
-                {
-                    "classifier": name,
-                    "method": method if reader else "policy",
-                    "kl_coef": kl_coef,
-                    **figures,
-                    "kl": sampled["kl"],
-                }
-            )
+            row: Row = {"classifier": name, "method": method if reader else "policy", "kl_coef": kl_coef}
+            for decoding, result in (("greedy", greedy), ("sampled", sampled)):
+                row |= {f"{key}_{decoding}": result[key] for key in FIGURES}
+            rows.append(row | {"kl": sampled["kl"]})
     return rows
 
 
@@ -88,6 +80,7 @@ def format_table(rows: Sequence[Row]) -> str:
     figures = [key for key in rows[0] if key not in ("classifier", "method", "kl_coef")]
     lines = [f"{'classifier':10s} {'method':8s} {'kl_coef':>7s} " + " ".join(f"{figure:>17s}" for figure in figures)]
     for row in rows:
-        about = f"{row['classifier']:10s} {row['method']:8s} {row['kl_coef'] if row['method'] in ('q_sharp', 'cd') else '-':>7}"
-        lines.append(f"{about} " + " ".join(f"{row[figure]:17.3f}" for figure in figures))
+        kl_coef = row["kl_coef"] if row["method"] in ("q_sharp", "cd") else "-"
+        label = f"{row['classifier']:10s} {row['method']:8s} {kl_coef:>7}"
+        lines.append(f"{label} " + " ".join(f"{row[figure]:17.3f}" for figure in figures))
     return "\n".join(lines)

@@ -1,9 +1,5 @@
-"""The decoder of the star-graph recipes: a small GPT-2 with random weights and the numeral
-tokenizer, saved as a Hugging Face folder.
-
-Learned positions, LayerNorm and GELU are the originals' (GPT-2); the sizes are for two CPU cores.
-The folder opens wherever a model_name is asked for. Which graphs it was made for is in its config
-and travels with every checkpoint of it.
+"""The policy of the star-graph recipes: a small GPT-2 (0.1M parameters) with random weights and the
+numeral tokenizer, as a Hugging Face folder. Its config records the graphs' size.
 """
 
 from functools import partial
@@ -19,16 +15,13 @@ from posttrain.backend.errors import CheckpointError
 from posttrain.backend.random_state import drawn_from
 from posttrain.tracking.stages import Stage, run_stages
 
-# with GPT-2's 0.02 a model this narrow takes several times as long to find its look-ups
-INIT_STD = 0.08
+INIT_STD = 0.08  # with GPT-2's 0.02 a narrow model takes several times as long to learn look-ups
 
 
 def make_model(
     graph: StarGraph, path: str | Path, seed: int = 0, num_layers: int = 2, num_heads: int = 4, hidden: int = 64
 ) -> Path:
-    """Writes the folder, unless it is there already with the same settings, and returns it. 0.1M
-    parameters as it stands.
-    """
+    """Writes the folder, unless it exists with the same settings, and returns its path."""
     stage = model_stage(graph, Path(path), seed, num_layers, num_heads, hidden)
     run_stages([stage])
     return stage.path
@@ -71,16 +64,12 @@ def _write_model(graph: StarGraph, path: Path, seed: int, num_layers: int, num_h
 
 
 def check_model(path: str | Path, graph: StarGraph) -> None:
-    """Raises CheckpointError where the folder is no model, or one made for graphs of another
-    size.
-    """
+    """CheckpointError if the folder is no model, or a model of graphs of another size."""
     if not (Path(path) / "config.json").exists():
-        raise CheckpointError(f"{path} has no config.json: it is no checkpoint of a model")
+        raise CheckpointError(f"{path} has no config.json: it is not a checkpoint of a model")
     made_for = getattr(AutoConfig.from_pretrained(path), "star_graph", None)
     if made_for is None:
-        raise CheckpointError(
-            f"{path} was not made for star graphs (recipes/star_graph/model.py makes models that are)"
-        )
+        raise CheckpointError(f"{path} was not made for star graphs: make one with recipes/star_graph/model.py")
     if StarGraph(*made_for) != graph:
         d, length, nodes = made_for
         raise CheckpointError(

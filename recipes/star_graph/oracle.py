@@ -1,8 +1,5 @@
-"""A classifier of star graphs that is a function of the graph: it reads the path off the edges and
-calls right what is the beginning of it.
-
-What guidance does with a perfect classifier is then known exactly, and what a trained one lacks is
-seen beside it.
+"""A perfect classifier of star graphs: it follows the edges, and rates a prefix of the path as
+right.
 """
 
 import numpy as np
@@ -15,12 +12,12 @@ LOGIT = 20.0  # P(right) is 1 - 2e-9 or 2e-9
 
 
 def oracle(layout: Layout, vocab_size: int) -> ValueReader:
-    """`vocab_size` is the policy's."""
-    return ValueReader(OracleTrunk(layout, vocab_size), lambda before, behind: behind)
+    """`vocab_size`: of the policy."""
+    return ValueReader(OracleTrunk(layout, vocab_size), lambda before, after: after)
 
 
 class OracleTrunk:
-    """Its state is the classifier's logit, its cache the tokens read so far."""
+    """The state is the classifier's logit, the cache the tokens so far."""
 
     hidden_size = 1
 
@@ -42,9 +39,7 @@ class OracleTrunk:
 
 
 def true_paths(prefixes_B_P: np.ndarray, layout: Layout) -> np.ndarray:
-    """(B, target_length), in the tokenizer's ids as the prefixes are: from the goal back to the
-    source.
-    """
+    """(B, target_length), in the tokenizer's ids; found by following edges back from the goal."""
     graph = layout.graph
     numeral = {int(token): v for v, token in enumerate(layout.ids_V)}
     tokens_B_P = np.array([[numeral[token] for token in row if token != layout.comma] for row in prefixes_B_P.tolist()])
@@ -52,8 +47,8 @@ def true_paths(prefixes_B_P: np.ndarray, layout: Layout) -> np.ndarray:
     rows_B_1 = np.arange(len(tokens_B_P))[:, None]
     parent_B_N = np.zeros((len(tokens_B_P), graph.num_nodes), dtype=np.int64)
     parent_B_N[rows_B_1, children_B_E] = parents_B_E
-    walk = [tokens_B_P[:, graph.prefix_length - 2]]
+    path = [tokens_B_P[:, graph.prefix_length - 2]]
     for _ in range(graph.path_length - 1):
-        walk.append(parent_B_N[rows_B_1[:, 0], walk[-1]])
-    rows_B_T = graph.rows(parents_B_E, children_B_E, np.stack(walk[::-1], axis=1))
+        path.append(parent_B_N[rows_B_1[:, 0], path[-1]])
+    rows_B_T = graph.rows(parents_B_E, children_B_E, np.stack(path[::-1], axis=1))
     return layout.encode(rows_B_T)[:, layout.prefix_length :]

@@ -1,12 +1,10 @@
-"""DPO and RPO on star graphs, as in Q#'s train_dpo.py (Zhou et al. 2025): the right path against a
-wrong one the policy sampled.
+"""DPO and RPO on star graphs, as Q#'s train_dpo.py (Zhou et al. 2025): the right path against a
+sampled wrong path. Losses: preference/losses.py.
 
-    python recipes/star_graph/preferences.py model_name=runs/star_graph_gpt/checkpoints/final
-    method=rpo pairs_path=PAIRS.jsonl
+    python recipes/star_graph/preferences.py model_name=GPT/checkpoints/final method=rpo
+    pairs_path=PAIRS.jsonl
 
-The losses are preference/losses.py's: sums over the path's tokens, beta 0.1; RPO is DPO - log
-pi(right path). The reference is the policy the run starts from. Differs: fresh pairs are not
-collected while training (nor there), a linear schedule, no weight decay, no clipping.
+Differs: a linear schedule, no weight decay, no clipping.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -45,17 +43,17 @@ from recipes.star_graph.rollouts import collect_pairs, read_pairs
 class Config(train_dpo.Config):
     """DPO or RPO on star graphs, from a trained policy."""
 
-    task: StarGraphTask = chz.field(default_factory=StarGraphTask, doc="which graphs, and which are held out")
+    task: StarGraphTask = chz.field(default_factory=StarGraphTask, doc="the graphs, and which are held out")
     pairs_path: str | None = chz.field(
         default=None,
-        doc="JSONL of pairs (rollouts.py; Q#'s collect_rollouts.py); None = collected with the policy, into the run "
-        "folder's parent",
+        doc="JSONL of pairs (rollouts.py, or Q#'s collect_rollouts.py); None = sample them from the policy, into "
+        "pairs.jsonl beside the run folder",
     )
-    num_prompts: int = chz.field(default=4000, validator=COUNT, doc="prompts to collect pairs on")
+    num_prompts: int = chz.field(default=4000, validator=COUNT, doc="prompts of the sampled pairs")
     dataset: ComparisonDatasetBuilder = chz.field(
-        default_factory=ComparisonDatasetBuilder, doc="not read: the pairs are tokens already"
+        default_factory=ComparisonDatasetBuilder, doc="ignored: the pairs are tokens"
     )
-    renderer_name: str | None = chz.field(default="plain", doc="not read")
+    renderer_name: str | None = chz.field(default="plain", doc="ignored")
     learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="at the first step")
     num_epochs: int = chz.field(default=4, validator=COUNT, doc="passes over the pairs")
     eval_every: int = chz.field(
@@ -73,7 +71,7 @@ def main(config: Config) -> train_dpo.Metrics:
     layout = layout_of(load_tokenizer(config.model_name, config.backend.max_length), graph)
     pairs_path = Path(config.pairs_path or pairs_stage(config).path)
     if config.pairs_path and not pairs_path.exists():
-        raise ConfigError(f"pairs_path={pairs_path} is not there")
+        raise ConfigError(f"pairs_path={pairs_path} does not exist")
     if not config.pairs_path:
         run_stages([pairs_stage(config)])
     _, test = config.task.split()
@@ -82,14 +80,14 @@ def main(config: Config) -> train_dpo.Metrics:
 
 
 def pairs_stage(config: Config, name: str = "pairs", needs: Sequence[Stage] = ()) -> Stage:
-    """pairs.jsonl beside the run's folder: one file for DPO and RPO."""
+    """pairs.jsonl beside the run folder, shared by DPO and RPO."""
     path = Path(config.log_path).parent / "pairs.jsonl"
     settings = {option: getattr(config, option) for option in ("task", "model_name", "num_prompts", "seed", "backend")}
     return Stage(name, path, settings, partial(collect, config, path), needs)
 
 
 async def collect(config: Config, path: Path) -> None:
-    """Pairs of the policy the run starts from, on prompts that are in no held-out graph."""
+    """Samples pairs from the run's first policy on training graphs."""
     rows_D_T, test = config.task.split()
     graph = test.graph
     seed = (config.seed, GUIDED)

@@ -1,14 +1,9 @@
-"""Next-token training on star graphs, and its two repairs: reversed targets and teacherless
-training (Bachmann and Nagarajan 2024, section 5).
+"""Next-token training on star graphs, and its two repairs, reversed and teacherless targets
+(Bachmann and Nagarajan 2024, section 5).
 
-    python recipes/star_graph/pretrain.py dataset.targets=reversed max_steps=800          # runs/star_graph_gpt
-    python recipes/star_graph/pretrain.py dataset.path=graph_2_5_sample_8000000.txt
-    dataset.path_length=5 dataset.num_nodes=50
+    python recipes/star_graph/pretrain.py dataset.targets=reversed max_steps=800  # runs/star_graph_gpt
 
-Supervised training with cross-entropy on the path's tokens, through supervised/. Forward targets
-can leave a small model at 1/d: teacher forcing shows it the node it is to leave, so that looking up
-the successor explains every token but the first hop (the "Clever Hans" cheat). Differs from Q#'s
-train.py: fresh graphs in every batch, a constant learning rate, no weight decay.
+Differs from Q#'s train.py: fresh graphs in every batch, a constant learning rate, no weight decay.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -47,11 +42,13 @@ from supervised.types import SupervisedDatasetBuilder
 class Config(train.Config):
     """Supervised training on star graphs."""
 
-    dataset: SupervisedDatasetBuilder = chz.field(default_factory=StarGraphExamplesBuilder, doc="builder of the graphs")
-    model_name: str = chz.field(default="", doc="a model folder; empty = a new small GPT-2 in the run folder's parent")
-    renderer_name: str | None = chz.field(default="plain", doc="how answers end; star graphs' own ends are used")
+    dataset: SupervisedDatasetBuilder = chz.field(
+        default_factory=StarGraphExamplesBuilder, doc="the graphs and their targets"
+    )
+    model_name: str = chz.field(default="", doc="model folder; empty = a new small GPT-2 beside the run folder")
+    renderer_name: str | None = chz.field(default="plain", doc="only its tokenizer is used")
     learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="at the first step")
-    lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
+    lr_schedule: LRSchedule = chz.field(default="constant", doc="decay of the learning rate")
     eval_every: int = chz.field(
         default=50,
         validator=WHOLE,
@@ -71,17 +68,15 @@ async def main(config: Config) -> Metrics:
 
 
 async def train_with(config: Config, objective: Callable[[Layout], train.Objective[list[Datum]]]) -> Metrics:
-    """The supervised loop with accuracy and loss on the held-out graphs; `objective` is what a
-    batch is trained on.
-    """
+    """The supervised loop with any objective, and accuracy and loss on the held-out graphs."""
     builder = config.dataset
     assert isinstance(builder, StarGraphExamplesBuilder)
     graph = builder.graph()
     if config.model_name:
         check_model(config.model_name, graph)
     else:
-        made = make_model(graph, Path(config.log_path).parent / f"model_seed_{config.seed}", config.seed)
-        config = chz.replace(config, model_name=str(made))
+        model_folder = make_model(graph, Path(config.log_path).parent / f"model_seed_{config.seed}", config.seed)
+        config = chz.replace(config, model_name=str(model_folder))
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
     layout = layout_of(tokenizer, graph)
     dataset, test_dataset, test = builder.datasets(get_renderer(config.renderer_name, tokenizer))

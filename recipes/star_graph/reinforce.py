@@ -1,16 +1,13 @@
-"""REINFORCE on star graphs in the exact form of Q#'s train_reinforce.py (Zhou et al. 2025).
+"""REINFORCE on star graphs as Q#'s train_reinforce.py (Zhou et al. 2025): one rollout per prompt, r
+= 1 if the whole path is right.
 
-    python recipes/star_graph/reinforce.py model_name=runs/star_graph_gpt/checkpoints/final
-    rollouts=sampled baseline=0
-
-One rollout of each prompt by the present policy, greedy as there (temperature 0.8 and top-k 1) or
-sampled; r = 1 if the whole path is right.
+    python recipes/star_graph/reinforce.py model_name=GPT/checkpoints/final rollouts=sampled
+    baseline=0
 
     baseline 0   w_i = 1.1 r_i - 0.1                      baseline 1   w_i = r_i - mean of the batch's r
-    loss = (1/M) sum_i w_i sum_t -log pi(y_it)            M prompts; pi is the full softmax at temperature 1
+    loss = (1/M) sum_i w_i sum_t -log pi(y_it)            M prompts; pi: softmax at temperature 1
 
-Left out: warm-up, weight decay and clipping. A baseline for each prompt, several rollouts of it and
-importance weights are rl/'s: train.py of this folder runs that variant ("rl") beside these.
+Left out: warm-up, weight decay, clipping; a baseline per prompt and importance weights (see rl/).
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -41,13 +38,13 @@ class Config(pretrain.Config):
     """REINFORCE on star graphs, from a trained policy."""
 
     rollouts: Literal["greedy", "sampled"] = chz.field(
-        default="greedy", doc="greedy, as in Q#'s code, or sampled at temperature 1"
+        default="greedy", doc="greedy (Q#'s code) or sampled at temperature 1"
     )
     baseline: Literal[0, 1] = chz.field(
-        default=1, doc="1: the batch's mean reward; 0: none, and wrong paths weigh -0.1"
+        default=1, doc="1: the batch's mean reward; 0: none, wrong paths have weight -0.1"
     )
     learning_rate: float = chz.field(
-        default=1e-4, validator=LEARNING_RATE, doc="at the first step; Q# takes 1e-5 for GPT-2"
+        default=1e-4, validator=LEARNING_RATE, doc="at the first step; 1e-5 in Q#, for GPT-2"
     )
     log_path: str = log_path_field("runs/star_graph_reinforce")
 
@@ -58,7 +55,7 @@ def weights(rewards_B: np.ndarray, baseline: Literal[0, 1]) -> np.ndarray:
 
 
 def weighted_datum(prefix: Sequence[int], rollout: SampledSequence, weight: float) -> Datum:
-    """Minus `weight` times the log-likelihood of the sampled tokens, under the loss "reinforce"."""
+    """For the loss "reinforce": -`weight` times the log-likelihood of the sampled tokens."""
     tokens, before = [*prefix, *rollout.tokens], len(prefix) - 1
     sampled = len(rollout.tokens)
     return Datum(
@@ -73,15 +70,13 @@ def weighted_datum(prefix: Sequence[int], rollout: SampledSequence, weight: floa
 
 
 class Reinforce:
-    """An Objective of the supervised loop: a batch's rows are prompts with their right paths; what
-    is trained on are rollouts.
-    """
+    """An Objective of the supervised loop. Batches are prompts with right paths; rollouts train."""
 
     def __init__(self, target_length: int, rollouts: Literal["greedy", "sampled"], baseline: Literal[0, 1], seed: int):
         self.target_length, self.seed = target_length, seed
         self.baseline: Literal[0, 1] = baseline
         self.temperature = 0.0 if rollouts == "greedy" else 1.0
-        self.rewards_B = np.zeros(0)  # of the batch under way
+        self.rewards_B = np.zeros(0)  # of the current batch
 
     async def passes(self, client: TrainingClient, batch: list[Datum]) -> list[train.Pass]:
         sampler = await client.save_weights_and_get_sampling_client_async()
@@ -96,9 +91,7 @@ class Reinforce:
         return [(data, client.forward_backward(data, "reinforce"))]
 
     def params(self, prefix: Sequence[int]) -> SamplingParams:
-        """The seed is a function of the prompt, so that a resumed run samples what an uninterrupted
-        one would have.
-        """
+        """The seed is a function of the prompt, so that a resumed run draws the same samples."""
         seed = int(np.random.SeedSequence([self.seed, *prefix]).generate_state(1)[0])
         return SamplingParams(max_tokens=self.target_length, temperature=self.temperature, stop=[], seed=seed)
 

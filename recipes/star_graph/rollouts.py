@@ -1,15 +1,10 @@
-"""Pairs of a right and a sampled wrong path, in the JSONL of Q#'s collect_rollouts.py: written, and
-read, also theirs.
-
-Every prompt is sampled at temperature 1 until a path is wrong, at most `max_tries` times; prompts
-that never fail are dropped and counted. "Chosen" is always the graph's own path, no sample. All ids
-are those of the tokenizer the policy has.
+"""Pairs of a right and a sampled wrong path, in the JSONL of Q#'s collect_rollouts.py.
 
     x                              prefix                        global_idx                        row of the prompt
     y_pred_chosen                  prefix and right path         y_pred_reject                     prefix and wrong path
     y_pred_chosen_correct          1.0 for each target token     y_pred_reject_correct             0.0 or 1.0 for each
     y_pred_chosen_completely_correct   1.0                       y_pred_reject_completely_correct  0.0
-    n_try                          right samples drawn before the wrong one
+    n_try                          right samples before the wrong sample; ids are the policy's tokenizer's
 
 Left out: rows of other lengths, which Q#'s loaders drop too (here the count is printed).
 """
@@ -33,7 +28,10 @@ WAVE = 2048  # prompts sampled at once
 async def collect_pairs(
     sampler: SamplingClient, ids_B_T: np.ndarray, layout: Layout, path: str | Path, max_tries: int = 1000, seed: int = 0
 ) -> int:
-    """Writes the file; returns the number of pairs. Try k of row b is seeded by (seed, b, k)."""
+    """Writes the file and returns the number of pairs. Each prompt is sampled at temperature 1
+    until a path is wrong; prompts without a wrong path in `max_tries` are dropped. Try k of row b
+    is seeded by (seed, b, k).
+    """
     records: dict[int, dict[str, Any]] = {}
     for first in range(0, len(ids_B_T), WAVE):
         active_B = list(range(first, min(first + WAVE, len(ids_B_T))))
@@ -82,8 +80,8 @@ def _record(ids_T: np.ndarray, wrong: list[int], layout: Layout, index: int, n_t
 
 
 def read_pairs(path: str | Path, layout: Layout) -> list[Pair]:
-    """Pairs for preference/, with weight 1 on the tokens of the paths. DataError names the line
-    that is not of this form or size.
+    """Pairs for preference/, weight 1 on the paths' tokens. DataError names a line of another form
+    or size.
     """
     lines = read_bytes(path).splitlines()
     pairs, dropped = [], 0
@@ -110,7 +108,7 @@ def read_pairs(path: str | Path, layout: Layout) -> list[Pair]:
 
 
 def path_datum(ids_T: list[int], layout: Layout) -> Datum:
-    """Weight 1 on each token of the path: sums of logprobs, as the preference losses want them."""
+    """Weight 1 on each token of the path, 0 on the prompt."""
     weights_T = [0.0] * (layout.prefix_length - 1) + [1.0] * layout.target_length
     return Datum(
         ModelInput.from_ints(ids_T[:-1]), {"target_tokens": ids_T[1:], "weights": np.array(weights_T, dtype=np.float32)}

@@ -1,9 +1,7 @@
-"""Runs of one experiment side by side: a process each, so many at a time, some after others, with
-one progress bar for all.
+"""Runs stages in parallel, a process each, with one progress bar for all.
 
-A stage that has finished is not run again; asked for with other settings, it is an error. What a
-process prints goes to <folder>.log. A run that fails ends those that wait for it, not the others;
-the error comes at the end. Left out: several machines, and a GPU each.
+A process prints to <folder>.log. A stage that fails ends the stages that need it, not the others.
+Left out: several machines, a GPU per process.
 """
 
 import json
@@ -21,19 +19,18 @@ from types import FrameType
 from posttrain.backend.errors import CookbookError
 from posttrain.tracking.stages import Stage, plan
 
-TAIL = 1 << 16  # bytes at the end of a metrics file that are read for the progress bar
+TAIL = 1 << 16  # bytes of a metrics file's end, for the progress bar
 SECONDS_BETWEEN_LINES = 30.0
 
 
 class RunFailed(CookbookError):
-    """One or more runs ended with an error; the others are complete."""
+    """At least one stage failed; the others are complete."""
 
 
 def run_side_by_side(num_steps: Mapping[Stage, int], processes: int) -> None:
-    """Returns when all have finished. RunFailed has the last lines of what failed. Ctrl-C and
-    SIGTERM stop all; they save their state.
-
-    `num_steps` of each stage are for the progress bar.
+    """Runs all unfinished stages, at most `processes` at a time. RunFailed, after the others have
+    finished, holds the last line of each failure. Ctrl-C and SIGTERM stop all stages, which save
+    their state. The values of `num_steps` are for the progress bar.
     """
     planned = plan(list(num_steps))
     waiting = {name: stage for name, (stage, finished) in planned.items() if not finished}
@@ -67,11 +64,11 @@ def run_side_by_side(num_steps: Mapping[Stage, int], processes: int) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
         for _, process in running.values():
-            process.terminate()  # they finish their step and save it
+            process.terminate()  # finishes the step and saves
         for _, process in running.values():
             process.join()
     if failed:
-        raise RunFailed("; ".join(f"{name}: {why}" for name, why in failed.items()))
+        raise RunFailed("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -107,19 +104,16 @@ def _child(stage: Stage) -> None:
 
 
 def _last_line(stage: Stage) -> str:
-    lines = (
-        [line for line in _log(stage).read_text(errors="replace").splitlines() if line.strip()]
-        if _log(stage).exists()
-        else []
-    )
-    return f"{lines[-1].removeprefix('error: ') if lines else 'died without a word'} (see {_log(stage)})"
+    log = _log(stage)
+    text = log.read_text(errors="replace").strip() if log.exists() else ""
+    return f"{text.splitlines()[-1].removeprefix('error: ') if text else 'no output'} (see {log})"
 
 
 # --- progress -----------------------------------------------------------------------------------
 
 
 class _Display:
-    """A bar for each stage on a terminal, a line now and then elsewhere."""
+    """A bar for each stage on a terminal; elsewhere a line every SECONDS_BETWEEN_LINES."""
 
     def __init__(self, num_steps: Mapping[Stage, int]):
         self._num_steps, self._bar, self._tasks = num_steps, None, {}
@@ -160,18 +154,18 @@ class _Display:
         if self._bar is None and parts:
             print(f"{time.monotonic() - self._began:5.0f} s  " + "   ".join(parts), flush=True)
 
-    def ended(self, stage: Stage, well: bool) -> None:
+    def ended(self, stage: Stage, succeeded: bool) -> None:
         if self._bar is not None:
-            completed, status = (self._num_steps[stage], _progress(stage)[1]) if well else (None, "FAILED")
+            completed, status = (self._num_steps[stage], _progress(stage)[1]) if succeeded else (None, "FAILED")
             self._bar.update(self._tasks[stage.name], completed=completed, status=status)
             self._bar.stop_task(self._tasks[stage.name])
         else:
-            outcome = f"finished  {_progress(stage)[1]}" if well else f"FAILED: {_last_line(stage)}"
+            outcome = f"finished  {_progress(stage)[1]}" if succeeded else f"FAILED: {_last_line(stage)}"
             print(f"{time.monotonic() - self._began:5.0f} s  {stage.name}: {outcome}", flush=True)
 
 
 def _progress(stage: Stage) -> tuple[int, str]:
-    """Steps done, and the last first-hop accuracies, from the end of the metrics file."""
+    """Steps completed and the last first-hop accuracies, from the end of the metrics file."""
     path = stage.path / "metrics.jsonl"
     if not path.exists():
         return 0, ""
@@ -183,14 +177,14 @@ def _progress(stage: Stage) -> tuple[int, str]:
         try:
             records.append(json.loads(line))
         except ValueError:
-            continue  # cut off, or being written
-    found = {
+            continue  # a partial line
+    accuracy = {
         key: value
         for record in records
         for key, value in record.items()
         if key.endswith("/first_hop") and "env/all" not in key.replace("test/env/all", "")
     }
     status = "  ".join(
-        f"{key.removesuffix('/first_hop')} {value:.2f}" for key, value in found.items() if value is not None
+        f"{key.removesuffix('/first_hop')} {value:.2f}" for key, value in accuracy.items() if value is not None
     )
     return int(records[-1]["step"]) + 1 if records else 0, status and f"first hop: {status}"

@@ -1,16 +1,11 @@
-"""Star graphs, on which next-token training of a small model guesses the first hop: every method on
-one set of graphs.
+"""Star graphs (Bachmann and Nagarajan 2024): all methods on the same graphs; a table and a figure.
 
-    python recipes/star_graph/train.py                              # G(2,3) over 12 nodes, one seed; runs/star_graph
+    python recipes/star_graph/train.py  # G(2,3) over 12 nodes, one seed; runs/star_graph
     python recipes/star_graph/train.py seeds='[0,1,2]'
     python recipes/star_graph/train.py methods=gpt,bst task.path_length=4
 
-From scratch: gpt (next-token), reversed and teacherless targets, bst (Belief State Transformer).
-From the trained gpt: reinforce (Q#'s form), rl (this project's loop: several rollouts of a prompt,
-their mean as baseline), dpo, rpo, and guided, which is Q# and CD with one classifier. Methods run
-side by side, each in a process of its own with its run folder <log_path>/seed_<s>/<method>; one
-that has finished is not run again, an interrupted one is resumed. At the end: a table, and
-first-hop accuracy against steps in <log_path>/star_graph.png.
+Each method runs in its own process with the run folder <log_path>/seed_<s>/<method>. A finished
+method is not run again, an interrupted method resumes.
 """
 
 import os
@@ -49,29 +44,32 @@ FROM_GPT = ("reinforce", "rl", "dpo", "rpo", "guided")
 
 @chz.chz
 class Config:
-    """Every method on star graphs, side by side."""
+    """All methods on star graphs, in parallel."""
 
     methods: str = chz.field(
-        default=",".join(FROM_SCRATCH + FROM_GPT), doc="which, by comma; gpt is added where another starts from it"
+        default=",".join(FROM_SCRATCH + FROM_GPT),
+        doc="comma-separated; gpt and bst are added if another method needs them",
     )
     seeds: list[int] = chz.field(
-        default_factory=lambda: [0], validator=SEED, doc="one run of everything for each: weights, data and sampling"
+        default_factory=lambda: [0],
+        validator=SEED,
+        doc="seeds of weights, data and sampling; every method runs once per seed",
     )
     task: StarGraphTask = chz.field(
-        default_factory=StarGraphTask, doc="the graphs, and which are held out: the same for all seeds"
+        default_factory=StarGraphTask, doc="the graphs, and which are held out; the same for all seeds"
     )
     pretrain_steps: int = chz.field(
-        default=800, validator=COUNT, doc="steps of gpt, reversed and teacherless, 128 graphs each"
+        default=800, validator=COUNT, doc="steps of gpt, reversed and teacherless, of 128 graphs"
     )
-    bst_steps: int = chz.field(default=600, validator=COUNT, doc="steps of bst, 64 graphs each")
+    bst_steps: int = chz.field(default=600, validator=COUNT, doc="steps of bst, of 64 graphs")
     policy_steps: int = chz.field(default=200, validator=COUNT, doc="steps of reinforce, rl, dpo and rpo")
     classifier_steps: int = chz.field(default=500, validator=COUNT, doc="steps of the classifier of Q# and CD")
     classifier_trunk: Literal["bst", "scratch", "policy"] = chz.field(
         default="bst",
-        doc="the classifier's: bst's forward encoder, frozen, so that only a head learns; new weights; or gpt's",
+        doc="trunk of the classifier: bst's frozen forward encoder, random weights, or gpt",
     )
     policy_learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of reinforce, rl, dpo and rpo")
-    processes: int = chz.field(default=2, validator=COUNT, doc="methods that run at the same time, one thread each")
+    processes: int = chz.field(default=2, validator=COUNT, doc="methods that run in parallel, one thread each")
     log_path: str = chz.field(
         default="runs/star_graph", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the runs"
     )
@@ -166,7 +164,7 @@ def guided_config(config: Config, seed: int) -> guided.Config:
         policy_path=final_checkpoint(config, "gpt", seed),
         task=config.task,
         trunk=final_checkpoint(config, "bst", seed) if config.classifier_trunk == "bst" else config.classifier_trunk,
-        # with all weights trained, one of the runs never left ln 2
+        # a frozen bst: with its weights trained, a run never left the loss ln 2
         train_trunk=config.classifier_trunk != "bst",
         num_steps=config.classifier_steps,
         seed=seed,
@@ -185,7 +183,7 @@ def bst_config(config: Config, seed: int) -> bst_train.Config:
 
 
 def stages_of(config: Config, seed: int) -> dict[str, Stage]:
-    """Every method by name, with what it starts from."""
+    """Every method by name, with the stages it starts from."""
     folder, path = seed_folder(config, seed), f"seed_{seed}"
     model = model_stage(config.task.graph(), folder / "model", seed, name=f"{path}/model")
     stages = {"model": model}
@@ -210,10 +208,10 @@ def stages_of(config: Config, seed: int) -> dict[str, Stage]:
 
 
 def chosen_methods(config: Config) -> list[str]:
-    """In the order of the table, with gpt and bst where they are needed."""
+    """In the order of the table, with gpt and bst if needed."""
     chosen, known = config.methods.split(","), FROM_SCRATCH + FROM_GPT
     if unknown := [name for name in chosen if name not in known]:
-        raise ConfigError(f"methods={unknown[0]}: no such method; there are {', '.join(known)}")
+        raise ConfigError(f"methods={unknown[0]}: no such method; choose from {', '.join(known)}")
     stages = stages_of(config, 0)
     needed = {name for method in chosen for name in stages[method].made_with()}
     return [name for name in known if stages[name].name in needed]
@@ -222,16 +220,16 @@ def chosen_methods(config: Config) -> list[str]:
 def main(config: Config) -> None:
     methods = chosen_methods(config)
     if not config.seeds:
-        raise ConfigError("seeds is empty: give one or more")
+        raise ConfigError("seeds is empty: give at least one seed")
     num_steps = {"bst": config.bst_steps, "guided": config.classifier_steps}
     num_steps |= dict.fromkeys(FROM_SCRATCH[:3], config.pretrain_steps)
     stages_S = [stages_of(config, seed) for seed in config.seeds]
     run_stages([stages["model"] for stages in stages_S])
     stages = {stages[method]: num_steps.get(method, config.policy_steps) for stages in stages_S for method in methods}
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started below
     try:
         run_side_by_side(stages, config.processes)
-    finally:  # of what has finished, whatever has not
+    finally:  # also if some methods failed
         finished = [method for method in methods if all(stages[method].is_finished() for stages in stages_S)]
         if finished:
             report(config, finished)
