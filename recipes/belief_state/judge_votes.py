@@ -110,8 +110,8 @@ class Votes:
 
     def _key(self, comparison: Comparison, vote: int) -> str:
         sides = (comparison.prompt_conversation, comparison.completion_A, comparison.completion_B)
-        asked = json.dumps([self.judge_name, [side[0]["content"] for side in sides], vote])
-        return hashlib.sha256(asked.encode()).hexdigest()[:32]
+        question = json.dumps([self.judge_name, [side[0]["content"] for side in sides], vote])
+        return hashlib.sha256(question.encode()).hexdigest()[:32]
 
 
 async def collect_votes(
@@ -122,8 +122,8 @@ async def collect_votes(
     with TrainingProgress(len(contests), description="judging") as progress:
         for start in range(0, len(contests), stories_at_once):
             ahead = list(enumerate(contests))[start : start + stories_at_once]
-            asked = [votes(contest, story, vote) for story, contest in ahead for vote in range(num_judges)]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
+            coroutines = [votes(contest, story, vote) for story, contest in ahead for vote in range(num_judges)]
+            answers = await asyncio.gather(*coroutines, return_exceptions=True)
             for answer in answers:
                 if isinstance(answer, BaseException) and not isinstance(answer, JudgeError):
                     raise answer
