@@ -144,7 +144,8 @@ class Calculator(TextGame):
     def tasks(self) -> Sequence[str]:
         if not 1 <= self.num_digits <= 9 or self.num_tasks > 10 ** (3 * self.num_digits):
             raise ConfigError(
-                f"num_tasks={self.num_tasks} expressions of {self.num_digits} digits: there are fewer; lower it or raise num_digits"
+                f"num_digits={self.num_digits}, num_tasks={self.num_tasks}: 1 <= num_digits <= 9 and "
+                "num_tasks <= 10 ** (3 * num_digits) are needed"
             )
         rng = np.random.default_rng(self.split_seed)
         expressions: dict[str, None] = {}  # in the order they were drawn
