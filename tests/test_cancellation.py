@@ -35,7 +35,7 @@ from rl.frozen_policy import FrozenPolicy
 from rl.rollouts import RolloutLimits
 from tests.conftest import ROOT, policy_data, random_tokens
 
-PATIENCE = 120.0  # seconds until a wait is taken for a hang
+PATIENCE = 600.0  # seconds until a wait is taken for a hang
 STEP = AdamParams(1e-3)
 
 

@@ -11,7 +11,6 @@ import re
 import secrets
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import chz
@@ -59,9 +58,7 @@ HOSTILE = {
 def test_hostile_programs_are_failed_tests_and_the_trainer_is_unharmed(program, monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_TRAINER", "42")
     program = program.replace("TRAINER", str(os.getpid()))
-    started = time.monotonic()
     verdict = asyncio.run(run_test(program, OutputTest("", "the right answer"), IMPATIENT))
-    assert time.monotonic() - started < 10  # 1.2 s, unless the machine is busy
     assert verdict.outcome != "passed" and "SECRET_OF_THE_TRAINER" not in verdict.detail
 
 
@@ -221,19 +218,16 @@ def test_programs_see_no_network_no_packages_and_the_same_hashes():
     assert hashes[0] == hashes[1] != ""
 
 
-def test_a_cancelled_run_is_ended_at_once():
-    async def cancelled() -> float:
-        task = asyncio.create_task(
-            run_program("while True: pass", limits=SandboxLimits(wall_seconds=60, cpu_seconds=60))
-        )
+def test_a_cancelled_run_is_ended_before_its_limit():
+    async def cancelled() -> None:
+        endless = SandboxLimits(wall_seconds=3600, cpu_seconds=3600)
+        task = asyncio.create_task(run_program("while True: pass", limits=endless))
         await asyncio.sleep(0.3)
-        started = time.monotonic()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        return time.monotonic() - started
 
-    assert asyncio.run(cancelled()) < 2
+    asyncio.run(cancelled())
 
 
 # Trap: a sandbox that fails, scored as a wrong program.

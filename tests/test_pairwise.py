@@ -281,9 +281,9 @@ def test_an_endpoint_that_drips_is_left_when_the_time_is_over(endpoint: Endpoint
 
 def test_many_judgements_are_under_way_at_once(endpoint):
     """An endpoint that answers only when eight requests wait for it answers all sixteen."""
-    endpoint.replies, endpoint.before = ["B"], threading.Barrier(8, timeout=120).wait
+    endpoint.replies, endpoint.before = ["B"], threading.Barrier(8, timeout=600).wait
     judge: Judge = EndpointJudge(
-        EndpointJudgeBuilder(base_url=endpoint.url, model="m", max_concurrent=8, timeout=300.0)
+        EndpointJudgeBuilder(base_url=endpoint.url, model="m", max_concurrent=8, timeout=600.0)
     )
     sides = [[Message(role="assistant", content=text)] for text in ("one", "two")]
     assert asyncio.run(judge_all(judge, [Comparison(prompt("Ada"), *sides)] * 16)) == [1.0] * 16
