@@ -1,7 +1,5 @@
-"""The local engine: torch trains, vLLM samples. Tokens and tensors; no chat, no environments.
-
-A script written for Tinker ports by its import: `import posttrain.backend as tinker`, then
-tinker.ServiceClient(), tinker.types.Datum and so on.
+"""The local engine: torch trains, vLLM samples; tokens and tensors only. A script for Tinker ports
+by its import: `import posttrain.backend as tinker`.
 """
 
 import os
@@ -22,9 +20,8 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
-    """The clients, types and errors, loaded when first asked for: the command lines must not wait
-    for torch to parse.
-    """
+    """Clients, types and errors, loaded on first use: command lines need not wait for torch to
+    parse."""
     if name in ("types", "errors"):
         return import_module(f"posttrain.backend.{name}")
     if not name.startswith("_"):

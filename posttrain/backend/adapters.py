@@ -1,8 +1,6 @@
-"""LoRA adapters on disk: peft's files, and base_model.json, which says what they were trained on.
-
-base_model.json holds the base's name, the seed of a preset's weights, and a fingerprint of the
-weights. An adapter that peft wrote elsewhere has none: it is taken where its tensors fit. Left out:
-adapters other than plain LoRA on linear layers.
+"""LoRA adapters on disk: peft's files and base_model.json (the base's name, the seed of a preset, a
+fingerprint of the weights). A peft adapter from elsewhere lacks the latter; it loads if its tensors
+fit. Left out: adapters other than plain LoRA on linear layers.
 """
 
 import hashlib
@@ -41,9 +39,7 @@ NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter was trained on. `seed` is that of a preset's weights; None where unknown, as
-    is the fingerprint.
-    """
+    """The base model of an adapter. `seed` is a preset's; None if unknown, like the fingerprint."""
 
     name: str
     seed: int | None = None
@@ -58,9 +54,8 @@ class Base:
 
 
 def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A hash of the base's tensor names, shapes and 32 values of each, in fp32; an adapter on them
-    changes nothing of it.
-    """
+    """A hash of the base's tensor names, shapes and 32 values of each, in fp32, whether or not an
+    adapter is on it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(
         (name.replace(".base_layer.", "."), tensor) for name, tensor in weights if ".lora_" not in name
@@ -87,17 +82,13 @@ def base_of(trainer: Trainer) -> Base:
 
 
 def absolute(model_name: str) -> str:
-    """A folder's whole path, so that it is found from elsewhere; a preset or a hub name as it
-    is.
-    """
+    """A folder's absolute path; a preset or a hub name unchanged."""
     folder = Path(model_name).expanduser()
     return str(folder.resolve()) if model_name not in PRESETS and folder.is_dir() else model_name
 
 
 def read_base(path: Path) -> Base:
-    """The base of a saved adapter: of this project's, of format 1 (name and seed), or of peft's
-    (name).
-    """
+    """The base of a saved adapter: this project's, format 1's (name and seed), or peft's (name)."""
     config = adapter_config(path)
     name, seed, print_ = config.get("base_model_name_or_path"), None, None
     if (path / BASE_FILE).exists():
@@ -122,9 +113,7 @@ def adapter_config(path: Path) -> dict[str, Any]:
 
 
 def read_lora(path: Path) -> LoraConfig:
-    """The settings under which training goes on from an adapter. All layers are trained: those it
-    lacks begin at zero.
-    """
+    """The settings to continue an adapter's training. Layers that it lacks begin at zero."""
     config = adapter_config(path)
     on_head = any("lm_head" in name for name in tensor_shapes(path / ADAPTER_FILE))
     try:
@@ -134,9 +123,7 @@ def read_lora(path: Path) -> LoraConfig:
 
 
 def check_adapter(trainer: Trainer, path: Path) -> None:
-    """CheckpointError where the adapter, put into the trainer, would be another function than it
-    was.
-    """
+    """CheckpointError if the trainer would compute another function from the adapter."""
     assert trainer.lora and isinstance(trainer.model, PeftModel)
     config, saved = adapter_config(path), tensor_shapes(path / ADAPTER_FILE)
     _check_same_base(trainer, path)
@@ -176,9 +163,7 @@ def _check_same_base(trainer: Trainer, path: Path) -> None:
 
 
 def load_adapter(trainer: Trainer, path: Path) -> None:
-    """The adapter's tensors; layers that it does not have begin at an update of zero, and are
-    named.
-    """
+    """Loads the adapter's tensors. Layers without one begin at an update of zero and are printed."""
     assert isinstance(trainer.model, PeftModel)
     saved = load_file(path / ADAPTER_FILE)
     live = _tensors(trainer.model)
@@ -192,9 +177,8 @@ def load_adapter(trainer: Trainer, path: Path) -> None:
 
 
 def open_merged(path: Path, seed: int) -> PreTrainedModel:
-    """A saved adapter merged into its base, on the CPU in fp32. `seed` is that of a preset's
-    weights where the adapter does not say.
-    """
+    """A saved adapter merged into its base, on the CPU in fp32. `seed` is a preset's, where the
+    adapter has none."""
     base, saved = read_base(path), tensor_shapes(path / ADAPTER_FILE)
     try:
         model = load_model(base.name, seed if base.seed is None else base.seed, torch.device("cpu"), torch.float32)

@@ -1,8 +1,6 @@
-"""Alarms: compares two computations of the same logprobs, and stops the run if they disagree.
-
-Rounding and stale weights explain a small gap; a larger one is an error (`Alarms` lists the
-checks). The checks use only public methods of the clients, so they share no code with what they
-check. Left out: logprobs of weight 0.
+"""Alarms: compare two computations of the same logprobs, and stop the run if they disagree by more
+than rounding explains (`Alarms` lists the checks). The checks use the clients' public methods only,
+so they share no code with what they check. Left out: logprobs of weight 0.
 """
 
 from collections import Counter
@@ -18,12 +16,11 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, GetInfoResponse, ModelInput, SamplingParams
 
-PROBE_SEED = 20260101  # of the tokens that are only compared: no seed of a run is used up
+PROBE_SEED = 20260101  # of tokens that are only compared, apart from the run's seeds
 PROBE_SAMPLES = 4  # of one token each, after a sync
-# Tokens of a sequence at the start of a run: more than a block of vLLM's prefix cache, which has
-# 128 on a CPU and 16 on a GPU.
+# More tokens at the start than a block of vLLM's prefix cache (128 on a CPU, 16 on a GPU).
 START_TOKENS = {"cpu": 192, "cuda": 1000}
-TAIL = 16  # of these, the tokens that are compared; what is before them is shared
+TAIL = 16  # the last of these are compared; the tokens before are shared
 
 TEXT = (
     "The river rises in the hills to the north and runs for two hundred miles before it meets the sea. In spring the "
@@ -38,14 +35,14 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Limit:
-    """Nats per token that rounding may explain: on average, and for any one token."""
+    """Nats per token that rounding may explain: the mean, and the largest."""
 
     mean: float
     largest: float
 
 
-# Measured at temperature 1: 5e-7 on average in fp32 on a CPU; in bf16 on an H100 0.01 to 0.04 (0.5B
-# weights, random), where a single unlikely token can be far off.
+# Measured at temperature 1: mean 5e-7 in fp32 on a CPU; 0.01 to 0.04 in bf16 on an H100 (0.5B,
+# random weights), where a single unlikely token can be far off.
 LIMITS = {
     ("cpu", "float32"): Limit(1e-3, 0.05),
     ("cuda", "float32"): Limit(0.01, 0.5),  # a kernel may multiply in tf32
@@ -62,23 +59,22 @@ class Gap:
 
     @classmethod
     def between(cls, first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> "Gap":
-        """Over all tokens of all sequences; of none, 0."""
+        """Over all tokens of all sequences; 0 without tokens."""
         pairs = list(zip(first, second, strict=True))
         gap = np.concatenate([np.abs(a.astype(np.float64) - b) for a, b in pairs]) if pairs else np.zeros(0)
         return cls(float(gap.mean()), float(gap.max())) if len(gap) else cls(0.0, 0.0)
 
 
 class Alarms:
-    """Judges gaps, counts those that are too large, and stops the run for them, or warns.
+    """Judges gaps, counts those above the limit, and stops the run or warns. `compare` records and
+    `decide` raises, so that a step's metrics are logged before.
 
-    | kind | compared | when | finds |
-    | --- | --- | --- | --- |
-    | batch | a batch, and each sequence alone | start | padding, layers that mix the sequences of a row |
-    | sampler | sampler and trainer at temperature 1 | start, each sync | weights that did not arrive |
-    | sampled | the same, at the run's temperature | start, each sync | temperature, stale prefix cache, shifts |
-    | rollouts | on-policy rollouts and trainer (rl/) | each step | all of these, on the training data |
-
-    `compare` only notes, so that all that a step shows is known, and logged, when `decide` raises.
+      | kind | compared | when | finds |
+      | --- | --- | --- | --- |
+      | batch | a batch, and each sequence alone | start | padding, layers that mix the sequences of a row |
+      | sampler | sampler and trainer at temperature 1 | start, each sync | weights that did not arrive |
+      | sampled | the same, at the run's temperature | start, each sync | temperature, stale prefix cache, shifts |
+      | rollouts | on-policy rollouts and trainer (rl/) | each step | all of these, on the training data |
     """
 
     def __init__(self, info: GetInfoResponse, action: AlarmAction):
@@ -88,14 +84,10 @@ class Alarms:
         self._noted: list[str] = []
 
     def compare(self, kind: str, gap: Gap, pair: str, causes: str, temperature: float = 1.0) -> None:
-        """`kind` is the name in `alarms/...`; `pair`, the two that are compared, and `causes` are
-        for the message.
-
-        At a `temperature` below 1 logits are multiplied by 1 / temperature, and so is their
-        rounding.
-        """
+        """`kind` is the name in `alarms/...`; `pair` and `causes` are for the message. Below
+        `temperature` 1 logits and their rounding are multiplied by 1 / temperature."""
         more = 1 / min(temperature, 1.0)
-        # not a number: neither
+        # NaN is not within
         if gap.mean <= more * self.limit.mean and gap.largest <= more * self.limit.largest:
             return
         self._counts[kind] += 1
@@ -106,17 +98,14 @@ class Alarms:
         )
 
     def metrics(self) -> dict[str, float]:
-        """How often each alarm rang in this process; `alarms/total` is there also where none
-        did.
-        """
+        """Count of each alarm in this process; `alarms/total` always."""
         return {"alarms/total": float(self._counts.total())} | {
             f"alarms/{kind}": float(n) for kind, n in self._counts.items()
         }
 
     def decide(self, when: str) -> None:
-        """Raises LogprobGapError if something was noted since the last call; prints it under
-        backend.alarm=warn.
-        """
+        """Raises LogprobGapError for gaps recorded since the last call, or prints it
+        (backend.alarm=warn)."""
         noted, self._noted = self._noted, []
         if not noted:
             return
@@ -142,8 +131,8 @@ BATCHED = "layers of this architecture do not keep the sequences of a row apart,
 async def check_at_start(
     client: TrainingClient, alarms: Alarms, sampler: SamplingClient | None = None, temperature: float = 1.0
 ) -> None:
-    """The comparisons of a run's start, in a second or so; raises LogprobGapError where one fails.
-    Scalar models are compared by their scalars, which say nothing while the head is still zero."""
+    """The checks at a run's start, in about a second; LogprobGapError if one fails. Scalar models
+    compare scalars, which are all 0 while the head is."""
     first, second, other = example_sequences(client)
     shared = len(first) - min(TAIL, len(first) // 4)
     data = [_scored(first, shared), _scored(second, shared), _scored(other, 1)]
@@ -175,13 +164,12 @@ async def sampler_gaps(
     num_samples: int,
     max_tokens: int,
 ) -> tuple[Gap, Gap]:
-    """Sampler against trainer, both with the present weights: of `tokens` at temperature 1, and of
-    what is sampled after the first `cut`.
+    """Sampler against trainer, with equal weights: of `tokens` at temperature 1, and of tokens
+    sampled after the first `cut`.
 
-    The engine computes `tokens` from scratch, since logprobs of a prompt are asked for. Sampling
-    then reads the beginning from the prefix cache: from blocks of older weights, if the sync left
-    them there. The two requests come one after the other, so that the first, whose blocks later
-    rollouts may read, is computed alone.
+    The engine recomputes `tokens`, as prompt logprobs are requested. Sampling then reads the prefix
+    from the cache, and stale blocks show. The requests are sequential: later rollouts may read the
+    first one's blocks, so it is computed alone.
     """
     whole = await sampler.compute_logprobs_async(ModelInput.from_ints(tokens))
     params = SamplingParams(max_tokens=max_tokens, seed=PROBE_SEED, temperature=temperature, stop=[])
@@ -195,17 +183,14 @@ async def sampler_gaps(
 
 
 def least_certain(datum: Datum) -> int:
-    """How many tokens of a rollout come before its least likely sampled token: where a temperature
-    shows most.
-    """
+    """Number of tokens before a rollout's least likely sampled token, where a wrong temperature
+    shows most."""
     mask_T, logprobs_T = (datum.loss_fn_inputs[key].array for key in ("mask", "logprobs"))
     return int(np.where(mask_T > 0, logprobs_T, np.inf).argmin()) + 1
 
 
 def example_sequences(client: TrainingClient) -> tuple[list[int], list[int], list[int]]:
-    """Two sequences of equal length that differ in their tails only, and a shorter one of its
-    own.
-    """
+    """Two sequences of equal length with different tails, and a shorter sequence of its own."""
     info, tokenizer = client.get_info(), client.get_tokenizer()
     length = min(START_TOKENS[info.device.split(":")[0]], info.max_length - 1)
     text = tokenizer.encode(TEXT, add_special_tokens=False)
@@ -216,7 +201,7 @@ def example_sequences(client: TrainingClient) -> tuple[list[int], list[int], lis
 
 
 def _scored(tokens: Sequence[int], first: int, temperature: float = 1.0) -> Datum:
-    """The tokens from number `first` on are asked for."""
+    """Logprobs are requested from token number `first` on."""
     weights_T = (np.arange(1, len(tokens)) >= first).astype(np.float32)
     temperature_T = np.full(len(weights_T), temperature, dtype=np.float32)
     inputs = {"target_tokens": np.array(tokens[1:]), "weights": weights_T, "temperature": temperature_T}
@@ -224,14 +209,12 @@ def _scored(tokens: Sequence[int], first: int, temperature: float = 1.0) -> Datu
 
 
 async def _values(client: TrainingClient, data_D: Sequence[Datum]) -> list[np.ndarray]:
-    """Logprobs, or scalars, of what is asked for."""
+    """Requested logprobs, or scalars."""
     outputs = (await client.forward(data_D, _negative)).loss_fn_outputs
     mask_D: Iterable[np.ndarray] = (datum.loss_fn_inputs["weights"].array > 0 for datum in data_D)
     return [next(iter(out.values())).array[mask_T] for out, mask_T in zip(outputs, mask_D, strict=True)]
 
 
 def _negative(values_N: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A loss that is not finite where a value is not: then the trainer raises NonFiniteError, and
-    names the cause that no gap would.
-    """
+    """A loss that is NaN where a value is: the trainer raises NonFiniteError and names the data."""
     return -values_N, {}

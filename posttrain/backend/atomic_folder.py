@@ -1,8 +1,6 @@
-"""A folder that is written whole or not at all, and replaced in one operation.
-
-The new folder is written under a temporary name and synced; then the two change places by renameat2
-with RENAME_EXCHANGE. Where this is missing (NFS, macOS) two renames do it, and `recover_folder`
-puts the older folder back after a kill between them.
+"""A folder written whole or not at all, replaced in one operation: written under a temporary name,
+synced, and exchanged by renameat2 with RENAME_EXCHANGE. Without it (NFS, macOS) two renames do it,
+and `recover_folder` restores the older folder after a kill between them.
 """
 
 import ctypes
@@ -23,12 +21,9 @@ NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A fresh temporary folder that becomes `path` if the block succeeds, and vanishes if it does
-    not.
-
-    Raises CheckpointError where the folder cannot be written; what was at `path` is untouched then.
-    """
-    path = Path(os.path.realpath(path))  # of a link, the folder behind it is replaced
+    """A temporary folder that becomes `path` if the block succeeds, and is deleted if not.
+    CheckpointError, with `path` unchanged, if the folder cannot be written."""
+    path = Path(os.path.realpath(path))  # a link's target is replaced
     temporary = _temporary(path)
     try:
         if path.exists() and not path.is_dir():
@@ -49,9 +44,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def recover_folder(path: Path) -> None:
-    """Undoes what a killed atomic_folder(path) left half done: the previous folder gets its name
-    back, the rest is deleted.
-    """
+    """Cleans up after a killed atomic_folder(path): restores the previous folder, deletes the rest."""
     temporary, previous = _temporary(path), _previous(path)
     if previous.exists() and not path.exists():
         previous.rename(path)
@@ -60,7 +53,7 @@ def recover_folder(path: Path) -> None:
 
 
 def recover_folders(parent: Path) -> None:
-    """`recover_folder` for every folder of `parent`. No other process may be writing there."""
+    """`recover_folder` for each folder in `parent`. No other process may write there."""
     for leftover in [*parent.glob(".*.tmp"), *parent.glob(".*.old")]:
         recover_folder(parent / leftover.name[1:-4])
 
@@ -74,9 +67,7 @@ def _previous(path: Path) -> Path:
 
 
 def _replace(path: Path, temporary: Path) -> None:
-    """`temporary` gets the name `path`; the folder that had it is deleted, after the new one has
-    its place.
-    """
+    """`temporary` gets the name `path`; then the previous folder is deleted."""
     if not path.exists():
         temporary.rename(path)
     elif not _exchange(path, temporary):
@@ -92,9 +83,7 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps the names of two folders in one operation. False where the kernel or the file system
-    cannot.
-    """
+    """Swaps two folders in one operation. False if the kernel or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

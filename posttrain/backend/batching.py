@@ -1,8 +1,7 @@
-"""From Datums to padded tensors: micro-batches cut by a token budget, from rows sorted by length.
-
-A row is one sequence, or a tree of sequences with a common prompt (prefix sharing): shared tokens
-are computed once, and each token sees its own ancestors. Rows are padded on the right. Gradients do
-not depend on any of this, since losses are sums over tokens. Sharing needs models.attends_to_all.
+"""From Datums to padded tensors: micro-batches under a token budget, rows sorted by length. A row
+is a sequence, or a tree of sequences with a common prompt (prefix sharing): shared tokens are
+computed once, and each token attends to its ancestors. Rows are padded on the right. Losses are
+sums over tokens, so gradients do not depend on this. Sharing needs models.attends_to_all.
 """
 
 from collections import defaultdict
@@ -14,7 +13,7 @@ import torch
 
 from posttrain.backend.types import Datum
 
-# sequences are laid into a shared row up to this length: attention costs its square
+# longest shared row: attention costs its square
 SHARED_ROW_TOKENS = 1024
 # share prefixes where that leaves at most this part of the tokens; the mask it needs is not free
 SHARED_ROWS_PAY = 0.8
@@ -22,12 +21,12 @@ SHARED_ROWS_PAY = 0.8
 
 @dataclass
 class Positions:
-    """Positions whose logprobs are wanted. `rows_N` are the flat (b * T + t) places whose hidden
-    states predict the targets; a shared place is there several times."""
+    """Positions that need logprobs. `rows_N` are the flat (b * T + t) indices whose hidden states
+    predict the targets; a shared index occurs several times."""
 
     rows_N: torch.Tensor
-    datum_N: np.ndarray  # which datum a target belongs to, and
-    position_N: np.ndarray  # where in it
+    datum_N: np.ndarray  # the target's datum, and
+    position_N: np.ndarray  # its position there
     targets_NK: torch.Tensor
     temperature_N: torch.Tensor | None = None  # None = 1
 
@@ -35,16 +34,16 @@ class Positions:
 @dataclass
 class MicroBatch:
     tokens_BT: torch.Tensor
-    loss: Positions  # that carry loss
-    others: Positions  # of weight 0: their logprobs are only told
-    # with shared prefixes: position ids, and who sees whom
+    loss: Positions  # positions that carry loss
+    others: Positions  # positions of weight 0: logprobs without loss
+    # with shared prefixes: position ids, and the attention mask
     positions_BT: torch.Tensor | None = None
     mask_B1TT: torch.Tensor | None = None
 
 
 @dataclass
 class _Row:
-    """The data in one row. `tokens[i]` are those of datum `data[i]`, and stand in `columns[i]`."""
+    """The data in a row. `tokens[i]` of datum `data[i]` are at `columns[i]`."""
 
     data: list[int]
     tokens: list[np.ndarray]
@@ -56,10 +55,8 @@ def micro_batches(
     data_D: Sequence[Datum], chosen: Sequence[int], token_budget: int, device: torch.device, share: bool
 ) -> list[MicroBatch]:
     """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone),
-    longest rows first: memory peaks at once.
-
-    `share`: data that begin alike may lie in one row.
-    """
+    longest rows first, for an early memory peak. `share`: sequences with a common prefix may share
+    a row."""
     if not chosen:
         return []
     tokens = {d: data_D[d].model_input.to_ints() for d in chosen}
@@ -78,9 +75,8 @@ def micro_batches(
 
 
 def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> list[list[tuple[list[int], int]]]:
-    """(tokens, d) of the data with one prompt: their tokens up to the first that carries loss, or
-    some beginning of those.
-    """
+    """(tokens, d) of the data with a common prompt: their tokens up to the first that carries loss,
+    or a prefix of them."""
     prompts = {d: tuple(tokens_T[: int(carries[d].argmax()) + 1]) for d, tokens_T in tokens.items()}
     root, roots = None, {}
     # right behind a prompt come those that continue it
@@ -94,9 +90,8 @@ def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> l
 
 
 def _trees(family: list[tuple[list[int], int]]) -> list[_Row]:
-    """Rows in which what continues a token lies right behind it: a walk through the tree of the
-    sequences.
-    """
+    """Rows in which a token's continuations follow it directly: a walk through the tree of the
+    sequences."""
     rows, before_T = [], np.empty(0, dtype=np.int64)
     for tokens, d in sorted(family):
         tokens_T = np.array(tokens)
@@ -162,7 +157,7 @@ def _collate(
 
 
 def _temperatures(data_D: Sequence[Datum]) -> np.ndarray | None:
-    """Of all tokens of all data, 1 where a Datum has none; None where no Datum has any."""
+    """Of all tokens, 1 where a Datum has no temperatures; None if no Datum has any."""
     if not any("temperature" in datum.loss_fn_inputs for datum in data_D):
         return None
     given_D = [datum.loss_fn_inputs.get("temperature") for datum in data_D]
@@ -172,18 +167,14 @@ def _temperatures(data_D: Sequence[Datum]) -> np.ndarray | None:
 
 
 def _mask(ends_BT: torch.Tensor) -> torch.Tensor:
-    """True where a token may look: at itself and at its ancestors, which are those before it whose
-    continuations it is among.
-    """
+    """True where a token may attend: to itself and its ancestors, the earlier tokens it continues."""
     column_T = torch.arange(ends_BT.shape[1], device=ends_BT.device)
     visible_BTT = (column_T[:, None] >= column_T) & (column_T[:, None] < ends_BT[:, None, :])
     return visible_BTT[:, None]
 
 
 def carries_loss(datum: Datum) -> np.ndarray:
-    """(T,) which tokens need a logprob: those of a non-zero weight, else of a non-zero mask, else
-    all.
-    """
+    """(T,) tokens that need a logprob: of non-zero weight, else of non-zero mask, else all."""
     for key in ("weights", "mask"):
         if key in datum.loss_fn_inputs:
             array = datum.loss_fn_inputs[key].array

@@ -1,8 +1,7 @@
-"""The files of a checkpoint folder, and errors that name a file that is missing or damaged.
-
-A Hugging Face model, or a peft adapter with base_model.json (adapters.py); its tokenizer; a scalar
-model's scalar_head.safetensors; training_state/ with training_state.json (format, the loop's data)
-and optimizer.safetensors. Format 1, still read, had these two in the folder itself.
+"""The files of a checkpoint folder: a Hugging Face model, or a peft adapter with base_model.json
+(adapters.py); the tokenizer; scalar_head.safetensors of a scalar model; training_state/ with
+training_state.json (format, the loop's data) and optimizer.safetensors. Format 1, still read, has
+the last two in the folder itself. Errors name a file that is missing or damaged.
 """
 
 import json
@@ -17,21 +16,19 @@ STATE_FOLDER, STATE_FILE, OPTIMIZER_FILE = "training_state", "training_state.jso
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 2
-# one of them is in every checkpoint
+# every checkpoint has one of these
 MODEL_FILES = {"config.json", ADAPTER_CONFIG_FILE, "belief_state.json"}
 REMEDY = "copy it again, or take another checkpoint"
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether the folder holds an adapter and no whole model."""
+    """Whether the folder holds an adapter without a whole model."""
     weights = [*path.glob("model*.safetensors"), *path.glob("pytorch_model*.bin")]
     return (path / ADAPTER_CONFIG_FILE).exists() and not weights
 
 
 def state_file(path: Path, name: str) -> Path:
-    """Where STATE_FILE or OPTIMIZER_FILE of a checkpoint lies, in the present format or in format
-    1.
-    """
+    """Path of STATE_FILE or OPTIMIZER_FILE in the current format or format 1."""
     file = path / STATE_FOLDER / name
     return path / name if not file.exists() and (path / name).exists() else file
 
@@ -49,9 +46,8 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """training_state.json: format, the loop's `extra`, and of a TrainingClient also model_name,
-    seed and lora.
-    """
+    """training_state.json: format, the loop's `extra`; a TrainingClient's also model_name, seed and
+    lora."""
     if not state_file(path, STATE_FILE).exists():
         check_is_checkpoint(path)
         raise CheckpointError(
@@ -72,7 +68,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file. CheckpointError names the file where it is missing or damaged."""
+    """The object in a file. CheckpointError, with the file's name, if it is missing or damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -83,9 +79,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors, without their values. CheckpointError where
-    it is missing or damaged.
-    """
+    """Names and shapes of a safetensors file's tensors. CheckpointError if it is missing or
+    damaged."""
     try:
         if not file.is_file():
             raise FileNotFoundError("no such file" if not file.exists() else "not a file")
@@ -96,7 +91,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_readable(path: Path) -> None:
-    """CheckpointError with the file's name where a file that a loader would read is damaged."""
+    """CheckpointError, with the file's name, if a file that a loader reads is damaged."""
     check_is_checkpoint(path)
     for name in ("config.json", ADAPTER_CONFIG_FILE, "generation_config.json", INDEX_FILE):
         if name in _names(path):
@@ -109,9 +104,8 @@ def check_readable(path: Path) -> None:
 
 
 def check_is_checkpoint(path: Path) -> None:
-    """CheckpointError where `path` is no folder with a model in it; of a run's folder it says which
-    checkpoint to give.
-    """
+    """CheckpointError if `path` is no model folder; for a run's folder it names the checkpoint to
+    give."""
     if _is_checkpoint(path):
         return
     if not path.exists():
@@ -138,7 +132,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _checkpoints_in(parent: Path) -> list[Path]:
-    """Checkpoint folders, in the order in which they were written."""
+    """Checkpoint folders, oldest first."""
     checkpoints = [parent / name for name in _names(parent) if name[0] != "." and _is_checkpoint(parent / name)]
     return sorted(checkpoints, key=lambda child: child.stat().st_mtime)
 
@@ -148,7 +142,7 @@ def _names(path: Path) -> set[str]:
 
 
 def _reason(error: Exception) -> str:
-    """One line, without the path that the message has already."""
+    """One line, without the path, which the message has."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,7 +1,6 @@
-"""Checkpoints of a Trainer: a Hugging Face folder or a peft adapter, and the training state.
-
-A checkpoint is written whole or not at all (atomic_folder.py), and read after all of it was
-checked: one that does not fit changes nothing. Its files are listed in checkpoint_files.py.
+"""Checkpoints of a Trainer: a Hugging Face folder or a peft adapter, and the training state
+(checkpoint_files.py). Written whole or not at all (atomic_folder.py). Reading checks everything
+first: a checkpoint that does not fit changes nothing.
 """
 
 import copy
@@ -36,9 +35,8 @@ transformers_logging.disable_progress_bar()  # "Writing model shards" at every c
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:
-    """About what save_state writes: fp32 weights (of a LoRA run, the adapter's) and two moments for
-    each trained one.
-    """
+    """Approximate size of save_state: fp32 weights (LoRA: the adapter's) and two moments per
+    trained weight."""
     trained = sum(p.numel() for p in trainer.named_trainable.values())
     weights = trained if trainer.lora else sum(p.numel() for p in trainer.base.parameters())
     return 4 * weights + 8 * trained
@@ -57,9 +55,8 @@ def save_state(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, path: Path,
 def save_policy(
     trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """What transformers, peft and vLLM load by path: all weights (in `dtype`), or the adapter of a
-    LoRA run.
-    """
+    """A folder for transformers, peft and vLLM: all weights (in `dtype`), or the adapter of a LoRA
+    run."""
     if trainer.lora:
         write_adapter(trainer, folder)
     else:
@@ -77,12 +74,10 @@ def save_policy(
 
 
 def _save_tokenizer(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """`model_max_length` is that of the model, not the context of this run, to which load_tokenizer
-    has set it.
-    """
+    """`model_max_length` is the model's; load_tokenizer has set the run's context."""
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises a plain one where the disk is full
+    except Exception as error:  # the tokenizers library raises a plain one for a full disk
         raise OSError(f"the tokenizer: {error}") from error
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -92,12 +87,9 @@ def _save_tokenizer(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder
 
 
 def load_state(trainer: Trainer, path: Path, with_optimizer: bool) -> None:
-    """Copies the checkpoint's weights, and its optimizer's state or none, into the trainer's
-    tensors.
-
-    Another architecture, size, base or kind of fine-tuning raises CheckpointError before anything
-    is changed. A scalar model may begin with the trunk of a language model; its head is then zero.
-    """
+    """Copies weights, and with `with_optimizer` the optimizer's state, into the trainer's tensors.
+    CheckpointError, before any change, for another architecture, size, base or kind of fine-tuning.
+    A scalar model may begin with a language model's trunk; its head is then zero."""
     check_readable(path)
     adapter = is_adapter(path)
     if adapter != (trainer.lora is not None):
@@ -148,7 +140,7 @@ def _read_scalar_head(trainer: Trainer, file: Path) -> torch.Tensor | None:
 
 
 def _read_weights(trainer: Trainer, path: Path) -> dict[str, torch.Tensor]:
-    """A full checkpoint's weights: every tensor that its config.json asks for, and no other."""
+    """A full checkpoint's weights: exactly the tensors of its config.json."""
     try:
         _check_same_model(trainer, model_config(str(path)), path)
         return read_model(str(path), torch.float32).state_dict()

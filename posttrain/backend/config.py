@@ -1,6 +1,4 @@
-"""How this machine trains and samples: everything about the backend that is not the model's
-name.
-"""
+"""Options of the backend: how this machine trains and samples a model."""
 
 import os
 from typing import Literal
@@ -55,17 +53,14 @@ class BackendConfig:
     )
     alarm: AlarmAction = chz.field(
         default="stop",
-        doc="what happens when sampler and trainer, or a batch and its sequences alone, differ by more than rounding "
+        doc="action when sampler and trainer, or a batch and its sequences alone, differ by more than rounding "
         "explains",
     )
 
 
 def training_device() -> torch.device:
-    """The one place that decides: CUDA when there is one, else the CPU.
-
-    Of several GPUs the one of this process (torchrun's LOCAL_RANK), by its number: a current device
-    holds for one thread only.
-    """
+    """CUDA if there is a GPU, else the CPU; a process of several takes its own GPU (torchrun's
+    LOCAL_RANK) by number, because a current device holds for one thread only."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -75,8 +70,7 @@ AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:
-    """Activations and sampler weights. Trained weights are fp32 everywhere: bf16 would swallow RL's
-    small updates.
-    """
+    """Dtype of activations and sampler weights. Trained weights are fp32: bf16 would swallow RL's
+    small updates."""
     dtype = config.dtype if config else "auto"
     return getattr(torch, AUTO_DTYPES[device.type] if dtype == "auto" else dtype)

@@ -1,6 +1,4 @@
-"""Checks before a pass: what would otherwise fail deep in torch, or train on something silently
-wrong.
-"""
+"""Checks of data before a pass: faults that would fail deep in torch, or train silently wrong."""
 
 import difflib
 import inspect
@@ -16,7 +14,8 @@ from posttrain.backend.types import Datum
 
 
 def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
-    """The loss by name, or a callable with the same signature. Unknown names and options raise."""
+    """The loss by name, or a callable with the same signature. ConfigError for unknown names and
+    options."""
     if not isinstance(loss_fn, str):
         return Loss(loss_fn, ())
     if loss_fn not in LOSSES:
@@ -42,9 +41,7 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
 def check_data(
     data_D: Sequence[Datum], required: Sequence[str], vocabulary: int, max_length: int, first: int = 0
 ) -> None:
-    """Raises where a Datum would otherwise fail deep in torch, or be trained on silently wrong.
-    `first`: the number of the first one.
-    """
+    """DataError and the like for a bad Datum. `first` is the number of the first Datum."""
     if not data_D:
         raise DataError("no data: forward and forward_backward need at least one Datum")
     keys = data_D[0].loss_fn_inputs.keys()
@@ -77,9 +74,8 @@ def check_data(
 
 
 def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarray]) -> int | None:
-    """The first datum whose array has a bad entry. One look at all of them together: a batch has
-    hundreds of short ones.
-    """
+    """The first datum whose array has a bad entry. One check on the concatenation: a batch has
+    hundreds of short arrays."""
     bad_N = bad(np.concatenate([array.reshape(-1) for array in arrays_D]))
     if not bad_N.any():
         return None
@@ -87,9 +83,7 @@ def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarra
 
 
 def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """NonFiniteError if a weight of `named`, or a state of its optimizer, is NaN or infinite. One
-    pass over them.
-    """
+    """NonFiniteError if a weight of `named`, or its optimizer state, is NaN or infinite; one pass."""
     tensors = dict(named)
     for name, parameter in named.items():
         tensors |= {

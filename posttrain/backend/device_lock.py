@@ -1,29 +1,26 @@
-"""One lock for the process: starting and closing a vLLM engine excludes all other computing.
-
-While vLLM records CUDA graphs, an allocation by another thread breaks the recording or that thread.
-Closing the last engine ends vLLM's global state; building a model from transformers' classes
-changes them. GPU code of yours beside a run goes inside `with computing():`.
+"""A lock of the process: starting or closing a vLLM engine excludes all other computing. An
+allocation by another thread breaks vLLM's recording of CUDA graphs; closing the last engine ends
+vLLM's global state; building a model of transformers' classes changes them. Your GPU code beside a
+run goes inside `with computing():`.
 """
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Seconds that newcomers let a waiting engine go first. Not for ever: a pass may wait for another
-# thread's pass (a loss that asks a second model).
+# Seconds that newcomers let a waiting engine go first; limited, as a pass may wait for another
+# thread's pass (a loss that calls a second model).
 GIVE_WAY_SECONDS = 10.0
 
 _changed = threading.Condition()
-_computing = 0  # how many compute
-_waiting = 0  # how many want to be alone
+_computing = 0  # threads that compute
+_waiting = 0  # threads that wait to be alone
 _held_alone = False
 
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Together with all others that compute; waits while an engine starts or closes. May be
-    nested.
-    """
+    """Shared with other computing threads; waits while an engine starts or closes. May be nested."""
     global _computing
     with _changed:
         _changed.wait_for(lambda: not _waiting, timeout=GIVE_WAY_SECONDS)
@@ -39,9 +36,7 @@ def computing() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Nobody else computes meanwhile. Not to be entered from inside a pass: that would wait for
-    itself.
-    """
+    """Excludes all computing. Inside a pass it would wait for itself."""
     global _held_alone, _waiting
     with _changed:
         _waiting += 1

@@ -1,8 +1,7 @@
-"""What a sampling engine is, and the one thread that drives it.
-
-Callers submit requests from any thread or event loop and get futures. The thread adds what has
-arrived, decodes one step, hands out what finished, and syncs weights between two steps. Left out:
-settling (`_settle`) for environments that wait for something outside the event loop.
+"""The Engine protocol, and the thread that drives an engine. Callers submit requests from any
+thread or event loop and get futures. The thread adds arrivals, decodes one step, delivers finished
+sequences, and syncs weights between steps. Left out: settling (`_settle`) for environments that
+wait for something outside the event loop.
 """
 
 import asyncio
@@ -28,36 +27,34 @@ from posttrain.backend.types import SampledSequence, SampleResponse, SamplingPar
 T = TypeVar("T")
 Weights = Iterable[tuple[str, torch.Tensor]]
 
-# Event-loop turns granted to callers between an answer and the next step; an answer reaches the
-# next request in three or four.
+# Event-loop turns for callers between an answer and the next step; a caller needs three or four to
+# submit its next request.
 SETTLE_TURNS = 12
-# Seconds to wait for a busy event loop (a slow grader inside `step`), and for the next request of a
-# caller that has no event loop.
+# Seconds to wait for a busy event loop (a slow grader inside `step`), and for a caller without one.
 SETTLE_LOOP_SECONDS, SETTLE_THREAD_SECONDS = 2.0, 0.002
 
 
 @dataclass(eq=False)
 class SequenceRequest:
-    """One sequence to sample. `topk_prompt`: None = no prompt logprobs, 0 = those of the prompt's
-    tokens, k = the k most likely too.
-    """
+    """One sequence to sample. `topk_prompt`: None = no prompt logprobs, 0 = of the prompt's tokens,
+    k = also of the k most likely."""
 
     prompt: list[int]
     params: SamplingParams
     max_tokens: int
     seed: int
     topk_prompt: int | None = None
-    abandoned: bool = False  # nobody waits for it any more; set by any thread, at any moment
+    abandoned: bool = False  # no caller waits for it; set by any thread
 
 
 @dataclass
 class Sampled:
-    """A finished sequence, and the prompt's logprobs where they were asked for."""
+    """A finished sequence, and prompt logprobs if requested."""
 
     sequence: SampledSequence
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
-    failure: str | None = None  # why the engine gave the sequence up; the call it belongs to fails
+    failure: str | None = None  # why the engine gave up; the call fails
 
 
 class Engine(Protocol):
@@ -66,17 +63,15 @@ class Engine(Protocol):
     def add(self, request: SequenceRequest) -> None: ...
 
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
-        """Decodes a while; returns the sequences that finished."""
+        """Decodes for a while; returns the finished sequences."""
         ...
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
-        """Forgets these requests and gives their places back. Those that have finished, or were
-        never added, are passed over.
-        """
+        """Removes these requests and frees their places. Finished or unknown requests are ignored."""
         ...
 
     def load_weights(self, weights: Weights) -> None:
-        """Replaces all weights and forgets everything cached that depends on them."""
+        """Replaces all weights and drops every cache that depends on them."""
         ...
 
     def close(self) -> None: ...
@@ -84,13 +79,12 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class _Call:
-    """A client's call: one response for `len(requests)` sequences of one prompt. `client` is kept
-    alive, and with it the engine.
-    """
+    """A client's call: one response for `len(requests)` sequences of a prompt. `client` keeps the
+    engine alive."""
 
     client: object
     requests: list[SequenceRequest]
-    version: int | None  # the weights it insists on; None = whatever is live
+    version: int | None  # the required weights; None = the live ones
     answer: Callable[[SampleResponse], Any]
     future: APIFuture[Any]
     loop: asyncio.AbstractEventLoop | None
@@ -109,7 +103,7 @@ class _Withdrawn:
     call: _Call
 
 
-_LookUp = None  # an empty message: look whether the engine is still held
+_LookUp = None  # a message without content: check whether the engine is held
 _Message = _Call | _Sync | _Withdrawn | None
 
 _running: set["EngineThread"] = set()
@@ -122,16 +116,12 @@ def _close_running_engines() -> None:
 
 
 class EngineThread:
-    """Drives one engine. `version` counts the weights it has been given; `deterministic` turns
-    settling on.
-
-    Clients `hold` it. It ends when the last has let go and no call is in flight, or at once by
-    `close`.
-    """
+    """Drives an engine. `version` counts weight syncs; `deterministic` enables settling. Clients
+    `hold` it; it ends after the last release and the last call in flight, or at once by `close`."""
 
     def __init__(self, make_engine: Callable[[], Engine], deterministic: bool):
         self.version = -1
-        # seeds of calls that bring none: reproducible, and never the same twice
+        # seeds of calls without one: reproducible, never repeated
         self.unseeded_calls = itertools.count()
         self._deterministic = deterministic
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
@@ -141,7 +131,7 @@ class EngineThread:
         self._let_go = self._closing = False
         self._error: BaseException | None = None
         self._stopped = False
-        # nothing may enter the inbox once the thread has emptied it for the last time
+        # no message may enter the inbox after the thread has drained it for the last time
         self._put_lock = threading.Lock()
         started: Future[None] = Future()
         self._thread = threading.Thread(
@@ -150,7 +140,7 @@ class EngineThread:
         self._thread.start()
         try:
             started.result()
-        except BaseException:  # where the wait was interrupted, the engine would start all the same
+        except BaseException:  # an interrupted wait would leave the engine starting
             self._closing = True
             self._inbox.put(_LookUp)
             raise
@@ -159,7 +149,7 @@ class EngineThread:
 
     @property
     def num_in_flight(self) -> int:
-        """Sequences that the engine is at work on, or will be next."""
+        """Sequences that the engine decodes or has queued."""
         return len(self._calls)
 
     def submit(
@@ -169,9 +159,7 @@ class EngineThread:
         version: int | None,
         answer: Callable[[SampleResponse], T],
     ) -> APIFuture[T]:
-        """The future of `answer` of the response. Cancelled, it gives the places of its requests
-        back.
-        """
+        """The future of `answer(response)`. Cancelling it frees the places of its requests."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -183,15 +171,14 @@ class EngineThread:
         return future
 
     def sync(self, weights: Callable[[], Weights], version: int) -> None:
-        """Blocks until the engine runs on `weights`. Unfinished calls that insist on older weights
-        fail with StaleSamplerError.
-        """
+        """Blocks until the engine runs on `weights`. Unfinished calls that require older weights
+        fail with StaleSamplerError."""
         sync = _Sync(weights, version, Future())
         self._put(sync)
         sync.future.result()
 
     def hold(self, client: object) -> Callable[[], object]:
-        """Keeps the engine until what this returns is called, or `client` is garbage."""
+        """Keeps the engine until the returned function is called or `client` is garbage-collected."""
         holder = object()
         self._holders.add(holder)
         return weakref.finalize(client, self._release, holder)
@@ -210,15 +197,13 @@ class EngineThread:
             self._thread.join()
 
     def _release(self, holder: object) -> None:
-        """Called by the garbage collector too, in any thread at any moment: takes no lock and waits
-        for nothing.
-        """
+        """Also called by the garbage collector, in any thread: takes no lock and never waits."""
         self._holders.discard(holder)
         self._let_go = True
         self._inbox.put(_LookUp)
 
     def _withdraw(self, call: _Call) -> None:
-        # first: what the engine leaves out must not be waited for
+        # first: abandoned sequences must not be waited for
         self._inbox.put(_Withdrawn(call))
         for request in call.requests:
             request.abandoned = True
@@ -270,7 +255,7 @@ class EngineThread:
         return not self._closing and (bool(self._holders or self._calls) or not self._let_go)
 
     def _take_inbox(self) -> bool:
-        """Adds what has arrived; waits if there is nothing to decode. False means close."""
+        """Adds arrivals; waits if there is nothing to decode. False means close."""
         if not self._calls and self._is_wanted():
             release_workers()
             self._accept(self._inbox.get())
@@ -291,7 +276,7 @@ class EngineThread:
             self._load(item)
         elif isinstance(item, _Withdrawn):
             self._remove(item.call)
-        elif isinstance(item, _Call) and not item.future.done():  # else it was cancelled before it came here
+        elif isinstance(item, _Call) and not item.future.done():  # else it was cancelled in the inbox
             if item.version is not None and item.version != self.version:
                 item.future.fail(_stale(item.version, self.version))
             else:
@@ -302,7 +287,7 @@ class EngineThread:
         try:
             for request in call.requests:
                 self._engine.add(request)
-        except Exception as error:  # the engine refuses this request; the others go on
+        except Exception as error:  # refuses this request only
             self._engine.drop(call.requests)
             refused = EngineError(f"the engine refused the request: {error}")
             refused.__cause__ = error
@@ -311,7 +296,7 @@ class EngineThread:
         self._calls |= dict.fromkeys(call.requests, call)
 
     def _remove(self, call: _Call) -> None:
-        """Takes what is unfinished of a call out of the engine."""
+        """Removes a call's unfinished requests from the engine."""
         unfinished = [request for request in call.requests if self._calls.pop(request, None)]
         if unfinished:
             self._engine.drop(unfinished)
@@ -341,11 +326,10 @@ class EngineThread:
                     call.future.succeed(call.answer(_response(call)))
 
     def _settle(self) -> None:
-        """Returns once everyone answered since the last step has had the time to ask again.
+        """Returns when every caller answered in the last step has had time to submit again.
 
-        The last digits of a sequence's logprobs depend on what is decoded beside it. With this,
-        which requests share a step depends on the program and not on the clock: a run on a CPU is
-        reproducible bit for bit.
+        The last digits of logprobs depend on the sequences decoded together. With settling, these
+        depend on the program and not on the clock: a run on a CPU is reproducible bit for bit.
         """
         waiting, self._unsettled = self._unsettled, set()
         for loop in waiting:

@@ -1,6 +1,4 @@
-"""The sampling engines of one ServiceClient: opened by it and by its TrainingClients, closed
-together.
-"""
+"""The sampling engines of a ServiceClient and its TrainingClients, closed together."""
 
 import weakref
 from pathlib import Path
@@ -22,7 +20,7 @@ from posttrain.backend.vllm_engine import VllmEngine, vllm_is_installed
 
 
 class Engines:
-    """Refers to its engines weakly: an engine ends with its last client."""
+    """Holds weak references: an engine ends with its last client."""
 
     def __init__(self, config: BackendConfig):
         if config.engine == "vllm" and not vllm_is_installed():
@@ -33,7 +31,7 @@ class Engines:
         self._running: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
     def open(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
-        """An engine without weights; the first sync brings them."""
+        """An engine without weights, which the first sync brings."""
         device = training_device()
         reproducible = device.type == "cpu" if self.config.reproducible is None else self.config.reproducible
         use_vllm = self.config.engine == "vllm" or (self.config.engine == "auto" and vllm_is_installed())
@@ -55,9 +53,8 @@ class Engines:
         return engine
 
     def open_saved(self, path: str, seed: int = 0) -> SamplingClient:
-        """The frozen policy of a folder; an adapter is merged into its base, whose seed is `seed`
-        if the adapter has none.
-        """
+        """The frozen policy of a folder. An adapter is merged into its base; `seed` is used if it
+        has none."""
         folder = Path(path).expanduser()
         check_readable(folder)
         if is_adapter(folder):
@@ -65,9 +62,7 @@ class Engines:
         return self._freeze(path, load_model(str(folder), seed, torch.device("cpu"), torch.float32))
 
     def open_named(self, base_model: str, seed: int = 0) -> SamplingClient:
-        """The frozen policy of a model as `create_training_client` opens it; `seed` makes a
-        preset's weights.
-        """
+        """The frozen policy of a model by name, opened as by `create_training_client`."""
         return self._freeze(base_model, load_model(base_model, seed, torch.device("cpu"), torch.float32))
 
     def _freeze(self, name: str, model: PreTrainedModel) -> SamplingClient:

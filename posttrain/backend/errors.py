@@ -2,7 +2,7 @@
 
 
 class CookbookError(Exception):
-    """Says what was wrong, where, and what to do about it."""
+    """Says what is wrong, where, and what to do."""
 
 
 class ConfigError(CookbookError):
@@ -10,13 +10,11 @@ class ConfigError(CookbookError):
 
 
 class DataError(CookbookError):
-    """A dataset is missing, malformed, or has nothing to train on. Names the file and the line
-    where there is one.
-    """
+    """A dataset is missing, malformed, or has nothing to train on. Names file and line if known."""
 
 
 class ModelError(CookbookError):
-    """A model cannot be found, loaded, or used for what was asked."""
+    """A model cannot be found, loaded, or used this way."""
 
 
 class ContextLengthError(CookbookError):
@@ -24,15 +22,13 @@ class ContextLengthError(CookbookError):
 
 
 class CheckpointError(CookbookError):
-    """A checkpoint cannot be written or does not belong to this model. The previous checkpoint is
-    untouched.
-    """
+    """A checkpoint cannot be written or does not fit this model. The previous checkpoint is
+    unchanged."""
 
 
 class NonFiniteError(CookbookError):
-    """A loss or gradient is NaN or infinite. No weight was changed; `datum_indices` are the
-    offending data of the call.
-    """
+    """A loss or gradient is NaN or infinite. No weight was changed. `datum_indices`: the offending
+    data."""
 
     def __init__(self, message: str, datum_indices: list[int] | None = None):
         super().__init__(message)
@@ -41,14 +37,12 @@ class NonFiniteError(CookbookError):
 
 class LogprobGapError(CookbookError):
     """An alarm stopped the run (alarms.py): two computations of the same logprobs differ by more
-    than rounding. Nothing was saved since.
-    """
+    than rounding. Nothing was saved since."""
 
 
 class PassCancelledError(CookbookError):
-    """A forward_backward was cancelled before its turn, so the gradient of this step is incomplete.
-    No weight was changed.
-    """
+    """A forward_backward was cancelled before its turn: the step's gradient is incomplete, no
+    weight was changed."""
 
 
 class StaleSamplerError(CookbookError):

@@ -1,4 +1,4 @@
-"""Futures in Tinker's shape, and one worker thread that carries out calls in order."""
+"""Futures in Tinker's shape, and a worker thread that executes calls in order."""
 
 import asyncio
 import concurrent.futures
@@ -17,23 +17,23 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _lock = threading.Lock()  # of the counters below; held for a line at a time
-# .owner: what stands for the InOrder or the engine whose thread this is
+# .owner: stands for the InOrder or the engine that runs in this thread
 _working_for = threading.local()
 
 
 class APIFuture(Future[T]):
-    """The outcome of a submitted call: a `concurrent.futures.Future` that can also be awaited, in
-    any event loop.
+    """The outcome of a submitted call: a `concurrent.futures.Future` that any event loop can also
+    await.
 
-    A failure is raised here, in the caller. `cancel`, or the cancellation of a task that awaits,
-    withdraws a call that has not begun, unless somebody else waits for it; a call that has begun is
-    carried through. A `result(timeout)` that times out withdraws nothing.
+    Failures are raised in the caller. `cancel`, or cancelling a task that awaits, withdraws a call
+    that has not begun, unless another waiter is left; a call that has begun completes. A
+    `result(timeout)` that times out withdraws nothing.
     """
 
     def __init__(self, owner: object = None):
         super().__init__()
-        self._owner = owner  # whose thread sets the outcome
-        # called where `cancel` succeeds, in the canceller's thread
+        self._owner = owner  # its thread sets the outcome
+        # called when `cancel` succeeds, in the canceller's thread
         self.when_cancelled: Callable[[], object] | None = None
         self._claimed = False
         self._num_waiting = 0
@@ -49,9 +49,7 @@ class APIFuture(Future[T]):
             return super().exception(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
-        """As `await`; TimeoutError after `timeout` seconds, which is a cancellation of this
-        waiter.
-        """
+        """As `await`; TimeoutError after `timeout` seconds, which cancels this waiter."""
         async with asyncio.timeout(timeout):
             return await self._wait()
 
@@ -59,7 +57,7 @@ class APIFuture(Future[T]):
         return self._wait().__await__()
 
     async def coroutine(self) -> T:
-        """For what takes a coroutine and no other awaitable, such as `asyncio.create_task`."""
+        """For functions that take only coroutines, such as `asyncio.create_task`."""
         return await self._wait()
 
     def future(self) -> Self:
@@ -76,7 +74,7 @@ class APIFuture(Future[T]):
         return cancelled
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
-        """What `fn` raises is logged; it stops neither other callbacks nor the worker's thread."""
+        """An exception of `fn` is logged; it stops neither other callbacks nor the worker's thread."""
         super().add_done_callback(partial(_call_back, fn))
 
     async def _wait(self) -> T:
@@ -112,9 +110,7 @@ class APIFuture(Future[T]):
     # --- for the worker --------------------------------------------------------------------------
 
     def start(self) -> bool:
-        """True if the call is still wanted; from then on it cannot be cancelled. True once at
-        most.
-        """
+        """True if the call is still wanted; then it can no longer be cancelled. True at most once."""
         with _lock:
             first, self._claimed = not self._claimed, True
         self.when_cancelled = None
@@ -130,7 +126,7 @@ class APIFuture(Future[T]):
 
 
 def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None], _: Future[Any]) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits in it any more
+    with contextlib.suppress(RuntimeError):  # the loop is closed, without waiters
         loop.call_soon_threadsafe(lambda: None if waiter.done() else waiter.set_result(None))
 
 
@@ -144,16 +140,14 @@ def _call_back(fn: Callable[[Future[T]], object], future: Future[T]) -> None:
 
 
 def work_for(owner: object) -> None:
-    """Says that the present thread sets the outcome of `owner`'s futures, and so must not wait for
-    them.
-    """
+    """Marks the current thread as the one that sets the outcome of `owner`'s futures: it must not
+    wait for them."""
     _working_for.owner = owner
 
 
 class Ready:
-    """A client that can be used at once and is its own future too, since the SDK's methods return a
-    future of a client.
-    """
+    """A client that is its own future and ready at once, since the SDK's methods return futures of
+    clients."""
 
     def result(self, timeout: float | None = None) -> Self:
         return self
@@ -166,9 +160,7 @@ class Ready:
 
 
 def accepted(method: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
-    """The `_async` twin of a method that returns at once. Awaiting it means that the call was
-    accepted in its order.
-    """
+    """The `_async` twin of a method that returns at once. Awaiting it means the call is queued."""
 
     @wraps(method)
     async def twin(self: C, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -178,7 +170,7 @@ def accepted(method: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, 
 
 
 def answered(method: Callable[Concatenate[C, P], APIFuture[T]]) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
-    """The `_async` twin of a method whose twin gives the answer itself."""
+    """The `_async` twin of a method that returns a future: awaits the answer."""
 
     @wraps(method)
     async def twin(self: C, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -188,7 +180,7 @@ def answered(method: Callable[Concatenate[C, P], APIFuture[T]]) -> Callable[Conc
 
 
 def in_thread(method: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], Coroutine[Any, Any, T]]:
-    """The `_async` twin of a method that takes long: the event loop goes on meanwhile."""
+    """The `_async` twin of a slow method: runs it in a thread."""
 
     @wraps(method)
     async def twin(self: C, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -198,7 +190,7 @@ def in_thread(method: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C,
 
 
 class InOrder:
-    """One thread; calls run one at a time in submission order, whatever thread submits them."""
+    """One thread; calls run one at a time in submission order, from any thread."""
 
     def __init__(self, name: str):
         self._name, self._closed = name, False
@@ -208,9 +200,7 @@ class InOrder:
     def submit(
         self, fn: Callable[..., T], *args: Any, if_cancelled: Callable[[], object] | None = None, **kwargs: Any
     ) -> APIFuture[T]:
-        """`if_cancelled` is called in the place of a call that was cancelled before its turn.
-        ClosedError after `close`.
-        """
+        """`if_cancelled` replaces a call cancelled before its turn. ClosedError after `close`."""
         future: APIFuture[T] = APIFuture(self._owner)
         call = partial(fn, *args, **kwargs)
         try:
@@ -237,16 +227,14 @@ class InOrder:
         return ClosedError(f"the {self._name} thread was closed before this call")
 
     def close(self) -> None:
-        """Waits for the call that runs; those behind it fail with ClosedError. May be called from a
-        call itself.
-        """
+        """Waits for the running call; later calls fail with ClosedError. A call itself may call it."""
         self._closed = True
         self._executor.shutdown(wait=getattr(_working_for, "owner", None) is not self._owner)
 
 
 def _as_outcome(error: BaseException) -> BaseException:
-    """Errors that mean something to whoever waits are wrapped: a CancelledError would read as the
-    waiter's own cancellation, and an asyncio future takes no StopIteration."""
+    """Wraps errors with a meaning for the waiter: a CancelledError would read as the waiter's
+    cancellation, and an asyncio future takes no StopIteration."""
     if not isinstance(error, asyncio.CancelledError | concurrent.futures.CancelledError | StopIteration):
         return error
     wrapped = RuntimeError(f"the call was ended by {error!r} from inside it")

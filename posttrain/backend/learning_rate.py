@@ -1,6 +1,4 @@
-"""Learning-rate schedules: warm-up, then constant, linear or cosine (the last two fall from the
-peak to a floor).
-"""
+"""Learning-rate schedules: linear warm-up, then constant, linear or cosine decay to a floor."""
 
 import math
 from typing import Literal
@@ -11,11 +9,10 @@ LRSchedule = Literal["linear", "cosine", "constant"]
 def learning_rate_at(
     step: int, peak: float, schedule: LRSchedule, num_steps: int, warmup_steps: int = 0, floor: float = 0.0
 ) -> float:
-    """The rate of `step`, counted from 0. The warm-up is linear; its first step has 1 /
-    warmup_steps of the peak.
+    """The rate of `step`, from 0; the first warm-up step has 1 / warmup_steps of the peak.
 
     With t = (step - warmup_steps) / (num_steps - warmup_steps), at most 1, the rate above the floor
-    is (1 - t) of the whole (linear) or (1 + cos(pi t)) / 2 of it (cosine).
+    is its peak times 1 - t (linear) or (1 + cos(pi t)) / 2 (cosine).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -1,7 +1,5 @@
 """Logprobs of target tokens without the logits: lm_head and logsumexp in chunks of rows, in fp32.
-
-The backward pass recomputes each chunk. For N rows and a vocabulary V the peak is CHUNK_ELEMENTS
-floats instead of N * V.
+The backward pass recomputes each chunk. Peak memory is CHUNK_ELEMENTS floats, not N * V.
 """
 
 from dataclasses import dataclass
@@ -14,9 +12,8 @@ CHUNK_ELEMENTS = 2**26  # rows times vocabulary held at once: 256 MiB of fp32
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits last: z becomes c tanh(s z / c), with `scale` s and `softcap`
-    c (None = no cap).
-    """
+    """A model's last operation on its logits: z becomes c tanh(s z / c), with `scale` s and
+    `softcap` c (None = no cap)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -28,9 +25,8 @@ class LogitTransform:
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def backward(self, grad: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
-        """The gradient with respect to the input, from the transformed logits; overwrites both
-        arguments.
-        """
+        """Gradient with respect to the input, from the transformed logits; overwrites both
+        arguments."""
         if self.softcap is not None:
             grad *= transformed.div_(self.softcap).square_().neg_().add_(1)
         return grad if self.scale == 1 else grad.mul_(self.scale)
@@ -46,16 +42,14 @@ def target_logprobs(
     temperature_N: torch.Tensor | None = None,
     transform: LogitTransform = PLAIN,
 ) -> torch.Tensor:
-    """log softmax(transform(hidden @ head.T) / temperature) at `targets`, shape (N, K), fp32,
-    differentiable in `hidden` and `head`.
-    """
+    """(N, K) log softmax(transform(hidden @ head.T) / temperature) at `targets`, fp32,
+    differentiable in `hidden` and `head`."""
     return _TargetLogprobs.apply(hidden_NH, head_VH, targets_NK, temperature_N, transform)  # type: ignore[no-any-return]
 
 
 def fp32_logits(hidden_NH: torch.Tensor, head_VH: torch.Tensor, transform: LogitTransform = PLAIN) -> torch.Tensor:
-    """(N, V), not differentiable. bf16 factors give fp32 logits on CUDA: rounded to bf16, they
-    would be off by up to 0.06 at 16.
-    """
+    """(N, V), not differentiable. bf16 factors give fp32 logits on CUDA: bf16 would be off by up to
+    0.06 at 16."""
     if hidden_NH.is_cuda and hidden_NH.dtype == torch.bfloat16:
         return transform(torch.mm(hidden_NH, head_VH.T, out_dtype=torch.float32))
     return transform((hidden_NH @ head_VH.T).float())
@@ -92,7 +86,7 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_NK,) = grad_outputs
-        if not grad_NK.any():  # positions that a loss does not use
+        if not grad_NK.any():  # positions without loss
             return None, None, None, None, None
         hidden, head, targets, temperature, normaliser = ctx.saved_tensors
         head_used = head.to(hidden.dtype)

@@ -1,7 +1,6 @@
-"""Several losses in one forward and one backward pass: data that begin alike are computed once.
-
-LaTRO trains a sampled rationale by policy gradient and the answer after it by cross-entropy. Here
-are the terms, what each takes of a micro-batch, and the forward pass kept for a later backward.
+"""Several losses in one forward and one backward pass; common prefixes are computed once. LaTRO
+trains a sampled rationale by policy gradient and the answer after it by cross-entropy. Here: the
+terms, their part of a micro-batch, and a forward pass kept for a later backward.
 """
 
 from collections.abc import Sequence
@@ -15,16 +14,16 @@ from posttrain.backend.batching import MicroBatch, Positions
 from posttrain.backend.losses import Loss, LossFn
 from posttrain.backend.types import Datum, ForwardBackwardOutput, TensorData
 
-KeptRow = tuple[int, int]  # the number of a forward pass that was kept, and of a Datum in it
+KeptRow = tuple[int, int]  # number of a kept forward pass, and of a Datum in it
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """Data and the loss they are for. In one pass, all terms have as many targets per token.
+    """Data and their loss. In one pass, all terms have the same number of targets per token.
 
-    `kept_D` are the rows of these data, with the same tokens, targets, temperatures and places that
-    carry loss, in a forward pass that was kept (the output's `kept_D`): a backward pass goes on
-    from there, if the weights have not changed since.
+    `kept_D` are the rows of these data in a kept forward pass (the output's `kept_D`), with the
+    same tokens, targets, temperatures and loss positions: a backward pass continues from there, if
+    the weights have not changed.
     """
 
     data_D: Sequence[Datum]
@@ -34,7 +33,7 @@ class LossTerm:
 
 
 class RunningTerm:
-    """A term while the micro-batches go by. Its data are numbered from `first` on."""
+    """A term while the micro-batches run. Its data are numbered from `first`."""
 
     def __init__(self, term: LossTerm, loss: Loss, first: int):
         self.term, self.loss, self.first = term, loss, first
@@ -46,9 +45,7 @@ class RunningTerm:
         self._loss_places: list[np.ndarray] = []
 
     def __call__(self, batch: MicroBatch, p_NK: torch.Tensor) -> torch.Tensor | None:
-        """The loss, summed over those rows of the batch that are this term's; None where none
-        is.
-        """
+        """The loss, summed over this term's rows of the batch; None without rows."""
         row_N, place_N = self._targets_in(batch.loss)
         if not len(row_N):
             return None
@@ -65,13 +62,13 @@ class RunningTerm:
         return loss_N.sum()
 
     def keep_others(self, batch: MicroBatch, p_NK: torch.Tensor) -> None:
-        """Takes the logprobs of positions that carry no loss."""
+        """Records the logprobs of positions without loss."""
         row_N, place_N = self._targets_in(batch.others)
         if len(row_N):
             self._keep(place_N, p_NK[torch.from_numpy(row_N).to(p_NK.device)])
 
     def _targets_in(self, positions: Positions) -> tuple[np.ndarray, np.ndarray]:
-        """This term's among the positions, and their places among its tokens."""
+        """This term's positions, and their indices among its tokens."""
         row_N = np.flatnonzero(
             (positions.datum_N >= self.first) & (positions.datum_N < self.first + len(self.term.data_D))
         )
@@ -84,7 +81,7 @@ class RunningTerm:
         return p
 
     def not_finite(self) -> list[int]:
-        """The data whose loss is not finite."""
+        """Indices of the data whose loss is not finite."""
         if not self._losses:
             return []
         bad_N = ~torch.isfinite(torch.cat(self._losses)).cpu().numpy()
@@ -92,9 +89,7 @@ class RunningTerm:
         return sorted(set((self.first + np.searchsorted(self._offsets_D, places, side="right") - 1).tolist()))
 
     def output(self, name: str) -> ForwardBackwardOutput:
-        """`name` of every token, and the metrics: of data without a token that carries loss, a sum
-        of 0.
-        """
+        """`name` of every token, and the metrics; data without loss positions have a sum of 0."""
         loss_N = torch.cat(self._losses).double().cpu() if self._losses else torch.zeros(0)
         p = torch.cat(self._logprobs).float().cpu().numpy()
         flat = np.empty((int(self._offsets_D[-1]), *p.shape[1:]), dtype=np.float32)
@@ -106,7 +101,7 @@ class RunningTerm:
         )
 
     def needs_backward(self) -> list[bool]:
-        """Groups whose members all got the same reward do not: advantage 0, gradient 0."""
+        """False where the advantage is 0 (equal rewards in the group): the gradient is 0."""
         if not self.loss.scales_with_advantage:
             return [True] * len(self.term.data_D)
         return [bool(datum.loss_fn_inputs["advantages"].array.any()) for datum in self.term.data_D]
@@ -122,9 +117,7 @@ class KeptForward:
     others_NK: torch.Tensor
 
     def of(self, kept_D: Sequence[KeptRow | None]) -> tuple[MicroBatch, torch.Tensor, torch.Tensor] | None:
-        """The part of it that is these rows', numbered as they are; None if some are not its
-        own.
-        """
+        """The part of these rows, renumbered; None if it does not hold them all."""
         numbers_D = [kept[1] for kept in kept_D if kept and kept[0] == self.number]
         if len(numbers_D) < len(kept_D):
             return None
@@ -134,7 +127,7 @@ class KeptForward:
 
 
 def _part(positions: Positions, p_NK: torch.Tensor, numbers_D: Sequence[int]) -> tuple[Positions, torch.Tensor]:
-    """Those of the data `numbers_D`, which become data 0, 1, ..."""
+    """Positions of the data `numbers_D`, which become data 0, 1, ..."""
     rows_D = [np.flatnonzero(positions.datum_N == d) for d in numbers_D]
     row_N = np.concatenate(rows_D)
     datum_N = np.repeat(np.arange(len(numbers_D)), [len(rows) for rows in rows_D])

@@ -1,8 +1,7 @@
-"""Policy losses as pure functions of p and q, the trainer's and the sampler's logprob of a token.
-
-A is the advantage and r = exp(p - q). Each returns a loss and diagnostics per token; the trainer
-sums the first and averages the second, so micro-batching, packing and order change no gradient.
-Formulas: the Tinker documentation (specs: tinker_semantics 3.3).
+"""Policy losses: pure functions of p and q, the trainer's and the sampler's logprob of a token; A
+is the advantage, r = exp(p - q). Each returns a loss and diagnostics per token; the trainer sums
+the loss and averages the diagnostics, so batching changes no gradient. Formulas: Tinker's
+documentation (specs: tinker_semantics 3.3).
 """
 
 from collections.abc import Callable
@@ -21,26 +20,22 @@ def cross_entropy(p_NK: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Te
 
 
 def importance_sampling(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """-r A: the policy gradient, corrected for the sampler having been another policy. The ratio is
-    unbounded.
-    """
+    """-r A: policy gradient with importance sampling; the ratio is unbounded."""
     ratio_N = (p_N - inputs["logprobs"]).exp()
     return -(ratio_N * inputs["advantages"]), {"ratio": ratio_N}
 
 
 def reinforce(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """-p A: the likelihood of what was sampled, weighted (Williams 1992). Its gradient is the
-    policy gradient on-policy only.
-    """
+    """-p A: weighted likelihood (Williams 1992). Its gradient is the policy gradient on-policy
+    only."""
     return -(p_N * inputs["advantages"]), {"ratio": (p_N - inputs["logprobs"]).detach().exp()}
 
 
 def ppo(
     p_N: torch.Tensor, inputs: Tensors, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2
 ) -> tuple[torch.Tensor, Tensors]:
-    """-min(r A, clip(r) A), Schulman et al. 2017 eq. 7. The thresholds bound the ratio itself; they
-    are not epsilons.
-    """
+    """-min(r A, clip(r) A), Schulman et al. 2017 eq. 7. The thresholds bound r itself; they are no
+    epsilons."""
     ratio_N, advantages_N = (p_N - inputs["logprobs"]).exp(), inputs["advantages"]
     unclipped_N = ratio_N * advantages_N
     clipped_N = ratio_N.clamp(clip_low_threshold, clip_high_threshold) * advantages_N
@@ -53,25 +48,21 @@ def ppo(
 def cispo(
     p_N: torch.Tensor, inputs: Tensors, clip_low_threshold: float = 0.0, clip_high_threshold: float = 4.0
 ) -> tuple[torch.Tensor, Tensors]:
-    """-stop_gradient(clip(r)) p A, MiniMax-M1 eq. 4: clips the weight of a token's gradient, never
-    the gradient itself.
-    """
+    """-stop_gradient(clip(r)) p A, MiniMax-M1 eq. 4: clips a gradient's weight, never the gradient."""
     ratio_N = (p_N - inputs["logprobs"]).exp().detach()
     weight_N = ratio_N.clamp(clip_low_threshold, clip_high_threshold)
     return -(weight_N * p_N * inputs["advantages"]), {"ratio": ratio_N, "clip_fraction": (weight_N != ratio_N).float()}
 
 
 def dro(p_N: torch.Tensor, inputs: Tensors, beta: float) -> tuple[torch.Tensor, Tensors]:
-    """-[p A - beta / 2 (p - q)^2], Richemond et al. 2024: a quadratic pull towards the sampler
-    instead of a ratio.
-    """
+    """-[p A - beta / 2 (p - q)^2], Richemond et al. 2024: a quadratic penalty instead of a ratio."""
     gap_N = p_N - inputs["logprobs"]
     return -(p_N * inputs["advantages"] - 0.5 * beta * gap_N.square()), {"ratio": gap_N.detach().exp()}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and the arrays that every Datum must carry for it, besides `target_tokens`."""
+    """A loss and the arrays every Datum needs for it besides `target_tokens`."""
 
     fn: LossFn
     required: tuple[str, ...]

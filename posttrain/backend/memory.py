@@ -1,4 +1,4 @@
-"""How much memory things need, known before they are opened."""
+"""Memory that models and engines need, known before they are opened."""
 
 from typing import Any
 
@@ -16,9 +16,8 @@ OVERHEAD_BYTES = 2 * GIB  # CUDA's context, adapters, the logits of a chunk, fra
 
 
 def check_fits(model_name: str, hf_config: PretrainedConfig, lora: bool, free: int) -> None:
-    """ModelError if the model cannot be trained in `free` bytes beside an engine with its weights.
-    Activations come on top.
-    """
+    """ModelError if `free` bytes cannot hold the trainer and an engine's weights. Activations are
+    extra."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(hf_config).parameters())
     needed = parameters * ((LORA_BYTES if lora else FULL_BYTES) + COPY_BYTES + ENGINE_BYTES) + OVERHEAD_BYTES
@@ -32,9 +31,8 @@ def check_fits(model_name: str, hf_config: PretrainedConfig, lora: bool, free: i
 
 
 def kv_cache_bytes(hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device) -> int:
-    """For one engine: what was asked for; else 1 GiB on a CPU, and on a GPU what `max_num_seqs`
-    full sequences need, within the share.
-    """
+    """For one engine: the configured size; else 1 GiB on a CPU, and on a GPU enough for
+    `max_num_seqs` full sequences, within the share."""
     if config.sampler_memory_gb is not None:
         return int(config.sampler_memory_gb * GIB)
     if device.type != "cuda":
@@ -46,7 +44,7 @@ def kv_cache_bytes(hf_config: PretrainedConfig, max_length: int, config: Backend
 
 
 def kv_bytes_per_token(hf_config: PretrainedConfig, itemsize: int) -> int:
-    """An upper bound where some layers have a window or no attention."""
+    """An upper bound if some layers have a window or no attention."""
     text: Any = hf_config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -1,8 +1,6 @@
-"""A LoRA adapter that computes with the sampler's weights: base and adapter merged, then rounded.
-
-Rounding W + scaling * B A to bf16 drops what is below half a step of W; an unrounded adapter would
-score with another policy than the one that sampled. The gradient passes the rounding unchanged, as
-in full training in bf16 with fp32 weights.
+"""A LoRA adapter that computes with the sampler's weights: W + scaling * B A merged, then rounded.
+Rounding to bf16 drops updates below half a step of W; an unrounded adapter would score with another
+policy than the sampler's. The gradient passes the rounding unchanged, as in full bf16 training.
 """
 
 from types import MethodType
@@ -15,14 +13,12 @@ from torch.nn import functional as F
 
 
 def merged_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The adapted layer's matrix as the sampler gets it, laid out as the base layer's."""
+    """The adapted layer's matrix as the sampler has it, in the base layer's layout."""
     return (layer.base_layer.weight + layer.get_delta_weight("default")).to(dtype)
 
 
 def compute_merged(model: nn.Module, dtype: torch.dtype) -> None:
-    """Makes every adapted linear layer of a peft model compute with its merged weight in
-    `dtype`.
-    """
+    """Makes every adapted linear layer of a peft model compute with its merged weight in `dtype`."""
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
             layer.forward = MethodType(_forward, layer)
@@ -41,7 +37,7 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 class _MergedLinear(torch.autograd.Function):
-    """x W^T with W fixed; the gradients of A and B are those of scaling * B A inside W."""
+    """x W^T with W fixed; A and B get the gradients of scaling * B A inside W."""
 
     @staticmethod
     def forward(

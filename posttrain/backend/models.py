@@ -1,7 +1,5 @@
-"""Models by name: a preset made from a seed, a local folder, or a Hugging Face hub name.
-
-Presets are for tests, demos and benchmarks, which download nothing. vLLM and peft know their
-architectures.
+"""Models by name: a preset made from a seed, a local folder, or a Hugging Face hub name. Presets
+are for tests, demos and benchmarks, without downloads; vLLM and peft know their architectures.
 """
 
 import copy
@@ -36,8 +34,8 @@ from posttrain.backend.random_state import drawn_from
 
 # beside the trunk of a saved scalar model (scalar_trainer.py)
 SCALAR_HEAD_FILE = "scalar_head.safetensors"
-# Contexts longer than this must be asked for: a hub model's own limit can be a million tokens, and
-# the KV cache is sized for it.
+# Longer contexts must be requested: a hub model's limit can be a million tokens, and the KV cache
+# is sized for it.
 DEFAULT_MAX_LENGTH = 4096
 
 
@@ -72,16 +70,15 @@ PRESETS: dict[str, PretrainedConfig] = {
     ),
     # 85M
     "gpt2-small": GPT2Config(n_layer=12, n_embd=768, n_head=12, n_positions=1024, **_GPT2, **_TOKENS),
-    # Qwen2.5-0.5B's shape with random weights: what benchmarks/ measures on a GPU, where nothing
+    # Qwen2.5-0.5B's shape with random weights, for benchmarks/ on a GPU, where nothing
     # can be downloaded.
     "qwen2.5-0.5b-shape": Qwen2Config(**_shape(24, 896, 4864, 14, 2, 32768), **{**_TOKENS, "vocab_size": 151936}),
 }
 
 
 def model_config(model_name: str) -> PretrainedConfig:
-    """The Hugging Face config behind a name. Raises ModelError, naming the nearest preset, before
-    any weight is touched.
-    """
+    """The Hugging Face config of a name. ModelError, with the nearest preset, before any weight is
+    read."""
     if model_name in PRESETS:
         return PRESETS[model_name]
     path = Path(model_name).expanduser()
@@ -100,7 +97,7 @@ def model_config(model_name: str) -> PretrainedConfig:
         source = model_name
     near = difflib.get_close_matches(model_name, PRESETS, n=1, cutoff=0.75)
     hint = f"; did you mean {near[0]!r}?" if near else f" (presets: {', '.join(PRESETS)})"
-    # a slip of the pen: do not ask the hub, whose time-outs take half a minute
+    # a misspelling: do not ask the hub, whose time-outs take half a minute
     if near and "/" not in model_name:
         raise ModelError(f"{model_name!r} is neither a preset nor a local folder{hint}")
     try:
@@ -123,9 +120,7 @@ LOAD_ERRORS = (
 
 
 def _reason(error: BaseException) -> str:
-    """Why a model could not be opened, in one line. transformers chains the hub's error to a page
-    of advice.
-    """
+    """One line with the reason; transformers chains the hub's error to a page of advice."""
     chain, link = [], error
     while link is not None:
         chain.append(link)
@@ -162,12 +157,11 @@ def _reason(error: BaseException) -> str:
 
 
 def context_length(model_name: str, max_length: int | None = None) -> int:
-    """Tokens of context to use: `max_length`, or the model's own up to DEFAULT_MAX_LENGTH. Raises
-    if the model has less.
+    """Tokens of context: `max_length`, or the model's up to DEFAULT_MAX_LENGTH. Raises if the model
+    has less. An adapter's folder has its base's context.
 
-    With LongRoPE (Phi 3 and 4 with 128k) the context ends where the rotations change: beyond, those
-    of all positions depend on the longest row beside them, so that a sequence has several logprobs.
-    An adapter's folder has the context of its base.
+    With LongRoPE (Phi 3 and 4, 128k) the context ends where the rotations change: beyond, all
+    positions depend on the longest row in the batch, and a sequence has several logprobs.
     """
     if is_adapter(folder := Path(model_name).expanduser()):
         model_name = str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path"))
@@ -186,19 +180,16 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
     return max_length or min(limit, DEFAULT_MAX_LENGTH)
 
 
-# Model types whose config has no `layer_types`: every layer is causal attention over all earlier
-# tokens, unless a window is set.
+# Model types without `layer_types`: all layers are causal attention over all earlier tokens, unless
+# there is a window.
 FULL_ATTENTION = """cohere gemma glm gpt2 gpt_neox granite granitemoe llama mistral mixtral olmo olmo2 olmoe phi phi3 qwen3_moe
     stablelm starcoder2"""
 
 
 def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
-    """Whether the configuration says that every layer is causal attention over all of up to
-    `max_length` earlier tokens.
-
-    Only then may several sequences share a row: a window, a chunk, a recurrent or a convolution
-    layer would count the columns between.
-    """
+    """Whether all layers are causal attention over up to `max_length` earlier tokens. Only then can
+    sequences share a row: windows, chunks, recurrent and convolution layers count the columns
+    between."""
     config = config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
     kinds = set(layer_types or ["full_attention" if config.model_type in FULL_ATTENTION.split() else "unknown"])
@@ -211,9 +202,8 @@ def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """The scale and the softcap of the logits: Granite's and Cohere's, Gemma 2's. `Trainer` checks
-    that the model does no more.
-    """
+    """Scale and softcap of the logits (Granite, Cohere, Gemma 2). `Trainer` checks that there is no
+    more."""
     config = config.get_text_config()
     scale = getattr(config, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
     return LogitTransform(
@@ -222,18 +212,15 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """The number of token ids a model can read: its tokenizer may have fewer, as where a vocabulary
-    was padded.
-    """
+    """Number of token ids a model reads; its tokenizer may have fewer if the vocabulary was padded."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
 
 
 @computing()
 def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode (no dropout). A preset's weights depend on `seed` alone; torch's
-    global RNG is left as it was.
-    """
+    """The model without dropout. A preset's weights depend on `seed` only; torch's RNG does not
+    change."""
     if (Path(model_name).expanduser() / SCALAR_HEAD_FILE).exists():
         raise ModelError(
             f"{model_name} is a scalar model and no language model: open it with create_scalar_client_from_state"
@@ -242,7 +229,7 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
     if model_name in PRESETS:
         with drawn_from(seed):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-        model.config.architectures = [type(model).__name__]  # vLLM goes by it
+        model.config.architectures = [type(model).__name__]  # read by vLLM
     else:
         if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "").endswith("ForConditionalGeneration"):
             raise ModelError(
@@ -254,9 +241,8 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
 
 
 def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A folder or hub model with every tensor its config asks for, and no other. Raises ModelError:
-    random layers train, but mean nothing.
-    """
+    """A folder or hub model with exactly the tensors of its config. ModelError otherwise: random
+    layers train, but mean nothing."""
     path, verbosity = Path(model_name).expanduser(), transformers_logging.get_verbosity()
     # its report of the tensors that do not fit is a page long
     transformers_logging.set_verbosity_error()
@@ -281,9 +267,7 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _join_end_tokens(model: PreTrainedModel) -> None:
-    """generation_config.json may name more tokens that end an answer than config.json: both
-    samplers go by the config.
-    """
+    """Adds generation_config.json's end tokens to the config, which both samplers read."""
     generation = model.generation_config
     ids = dict.fromkeys(
         [*_as_list(model.config.eos_token_id), *_as_list(generation.eos_token_id if generation else None)]

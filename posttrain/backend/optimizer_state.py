@@ -1,7 +1,5 @@
-"""AdamW's state in a safetensors file: `exp_avg:NAME`, `exp_avg_sq:NAME` and `step:NAME`.
-
-NAME is a trained parameter's; their order does not matter. A state that lacks a parameter, has one
-too many or one of another shape is refused as a whole.
+"""AdamW's state in a safetensors file: `exp_avg:NAME`, `exp_avg_sq:NAME` and `step:NAME` of each
+trained parameter. A state with a missing, extra or misshapen parameter is refused as a whole.
 """
 
 from collections.abc import Mapping
@@ -19,7 +17,7 @@ SLOTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def write_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Before the first step there is no state, and the file is empty of tensors."""
+    """Before the first step the file has no tensors."""
     tensors = {
         f"{slot}:{name}": value.contiguous()
         for name, parameter in parameters.items()
@@ -29,7 +27,7 @@ def write_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.opt
 
 
 def check_optimizer(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
-    """CheckpointError unless the file has exactly the state of these parameters, or none at all."""
+    """CheckpointError unless the file has exactly the state of these parameters, or none."""
     saved = tensor_shapes(file)
     expected = {
         f"{slot}:{name}": () if slot == "step" else tuple(parameter.shape)
@@ -54,7 +52,7 @@ def check_optimizer(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
 
 @torch.no_grad()
 def load_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Replaces the optimizer's state. Nothing is changed where check_optimizer refuses the file."""
+    """Replaces the optimizer's state, after check_optimizer; no change if that refuses."""
     check_optimizer(parameters, file)
     optimizer.state.clear()
     with safe_open(file, "pt") as tensors:

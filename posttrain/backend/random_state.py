@@ -1,4 +1,4 @@
-"""The backend draws random numbers without changing the program's global generators."""
+"""Random numbers of the backend, without a change to the program's global generators."""
 
 import random
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ import torch
 
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """Weights made inside depend on `seed` alone (on the CPU, where all of them are made)."""
+    """Weights made inside depend on `seed` only (all are made on the CPU)."""
     with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reseed every GPU too, and nothing would undo that
+        # torch.manual_seed would also reseed every GPU, for good
         torch.default_generator.manual_seed(seed)
         yield
 
 
 @contextmanager
 def global_generators_kept() -> Iterator[None]:
-    """Those of Python's `random`, of numpy and of torch on every device, put back afterwards."""
+    """Restores the generators of Python's `random`, numpy and torch (all devices) at the end."""
     python, numpy, device = random.getstate(), np.random.get_state(), _torch_states(torch.cuda.is_available())
     try:
         yield
@@ -31,12 +31,8 @@ def global_generators_kept() -> Iterator[None]:
 
 
 class OwnTorchGenerators:
-    """Inside `with`, torch's global generators are one engine's own; outside, the program's. They
-    begin as they are when this is made.
-
-    Putting the program's states back without keeping the engine's would give every decode step the
-    same noise.
-    """
+    """Inside `with`, torch's global generators are this engine's; outside, the program's. The
+    engine's begin as copies. Without keeping them, every decode step would have the same noise."""
 
     def __init__(self, cuda: bool):
         self._cuda = cuda

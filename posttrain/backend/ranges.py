@@ -1,6 +1,6 @@
-"""The range of a numeric option: validators of chz fields. A value outside is a ConfigError.
+"""Ranges of numeric options: validators of chz fields. A value outside is a ConfigError.
 
-    batch_size: int = chz.field(default=64, validator=COUNT, doc="...")
+  batch_size: int = chz.field(default=64, validator=COUNT, doc="...")
 
 Dataclasses call `check_ranges` in __post_init__. Left out: limits between several fields.
 """
@@ -14,9 +14,7 @@ from posttrain.backend.errors import ConfigError
 
 
 class RangeError(ConfigError):
-    """An option's value is outside its range. `name` is the field's, without the path of the object
-    it is in.
-    """
+    """A value outside its option's range. `name` is the field's, without its object's path."""
 
     def __init__(self, name: str, value: object, needs: str):
         super().__init__(f"{name}={value!r} must be {needs}")
@@ -25,10 +23,8 @@ class RangeError(ConfigError):
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` (excluded where `above`) to `high` (excluded where `below`), and `also`.
-
-    A list or tuple is checked number by number; None passes.
-    """
+    """Numbers from `low` (excluded with `above`) to `high` (excluded with `below`), and `also`.
+    Lists and tuples are checked per number; None passes."""
 
     low: float
     high: float
@@ -45,7 +41,7 @@ class Range:
                 raise RangeError(name.removeprefix("X_"), value, needs)
 
     def needs(self, number: object) -> str | None:
-        """What `number` would have to be; None where it is in the range."""
+        """The condition that `number` fails; None if it is in range."""
         if isinstance(number, bool) or not isinstance(number, numbers.Real):
             return "a whole number" if self.whole else "a number"
         if not math.isfinite(number):
@@ -76,9 +72,7 @@ class Range:
 
 
 def check_ranges(instance: Any, **ranges: Range) -> None:
-    """For dataclasses: RangeError unless each field named is in its range, or None where None is
-    its default.
-    """
+    """RangeError unless each named field is in its range, or None where that is its default."""
     defaults = {field.name: field.default for field in fields(instance)}
     for name, allowed in ranges.items():
         if getattr(instance, name) is None and defaults[name] is not None:
@@ -90,12 +84,12 @@ def _text(number: float) -> str:
     return str(int(number)) if number == int(number) else f"{number:g}"
 
 
-LARGEST = 1e9  # of a number that is no count: beyond it fp32 sums lose everything else
+LARGEST = 1e9  # of a real number: fp32 sums with larger ones lose the rest
 LARGEST_COUNT = 2**31 - 1
 
 COUNT = Range(1, LARGEST_COUNT, whole=True)
 WHOLE = Range(0, LARGEST_COUNT, whole=True)
-SEED = Range(0, 2**53, whole=True)  # what JSON and a float hold exactly
+SEED = Range(0, 2**53, whole=True)  # exact in JSON and floats
 NUMBER = Range(-LARGEST, LARGEST)
 NON_NEGATIVE = Range(0, LARGEST)
 POSITIVE = Range(0, LARGEST, above=True)

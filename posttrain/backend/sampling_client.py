@@ -15,12 +15,9 @@ T = TypeVar("T")
 
 
 class SamplingClient(Ready):
-    """A snapshot: once the sampler has been given later weights, calls raise StaleSamplerError.
-    With `follow`, the live policy.
-
-    `vocabulary` is the number of the model's embedding rows: a model can sample, and read, ids that
-    its tokenizer does not have.
-    """
+    """A snapshot of one weight version: later weights make calls raise StaleSamplerError. With
+    `follow`, the live policy. `vocabulary` is the model's number of embedding rows, which may
+    exceed the tokenizer's."""
 
     def __init__(
         self,
@@ -39,9 +36,7 @@ class SamplingClient(Ready):
 
     @property
     def policy_version(self) -> int:
-        """How many times the weights had been synced: of this snapshot, or right now when
-        following.
-        """
+        """The weight version: of the snapshot, or live with `follow`."""
         return self._engine.version if self._version is None else self._version
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -59,11 +54,11 @@ class SamplingClient(Ready):
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
     ) -> APIFuture[SampleResponse]:
-        """Samples `num_samples` continuations. Sample i is seeded with seed + i; without a seed,
-        calls are numbered.
+        """Samples `num_samples` continuations. Sample i has seed + i; calls without a seed are
+        numbered.
 
-        `max_tokens` None, or more than fits, means up to the end of the context. The last four
-        options are the SDK's; what they ask for is not there yet, and asking raises ConfigError.
+        `max_tokens` None, or more than fits, means the rest of the context. The last four options
+        are the SDK's and raise ConfigError.
         """
         _refuse(
             topk_sample_logprobs=topk_sample_logprobs,
@@ -88,8 +83,7 @@ class SamplingClient(Ready):
         self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
     ) -> APIFuture[list[float | None]]:
         """log p(token t | tokens before t) at temperature 1; element 0 is None. The prompt may fill
-        the whole context but one token.
-        """
+        all but one token of the context."""
         _refuse(prompt_logprobs_last_n=prompt_logprobs_last_n)
         tokens, params = prompt.to_ints(), SamplingParams(max_tokens=1, seed=0, temperature=0.0)
         self._check(tokens, 1)
@@ -98,7 +92,7 @@ class SamplingClient(Ready):
     compute_logprobs_async = answered(compute_logprobs)
 
     def get_base_model(self) -> str:
-        """The name or folder that the model was opened by."""
+        """The name or folder of the model."""
         return self._base_model
 
     get_base_model_async = accepted(get_base_model)
@@ -109,11 +103,8 @@ class SamplingClient(Ready):
         return self._engine.submit(self, requests, self._version, answer)
 
     def close(self) -> None:
-        """Gives the sampler up. An engine that no other client holds ends, and calls in flight on
-        it fail with EngineError.
-
-        A client that nobody refers to any more is closed by itself, after its last call.
-        """
+        """Releases the sampler. An engine without clients ends; its calls in flight fail with
+        EngineError. A client without references closes after its last call."""
         self._closed = True
         self._let_go()
         self._engine.close_if_unheld()
@@ -125,9 +116,8 @@ class SamplingClient(Ready):
         self.close()
 
     def _check(self, tokens: Sequence[int], num_samples: int) -> int:
-        """The number of tokens that still fit behind the prompt. Bad input raises here, not inside
-        the engine.
-        """
+        """Number of tokens that still fit after the prompt. Bad input raises here, not in the
+        engine."""
         if not tokens:
             raise DataError("the prompt is empty: there is nothing to sample from")
         if len(tokens) >= self.max_length:

@@ -1,7 +1,6 @@
-"""A language model's trunk with one linear row in place of the vocabulary's head: a scalar a token.
-
-For reward models (Bradley-Terry on the last token), process reward models (a loss on every token of
-a step) and critics. Left out: several scalars per token, a bias.
+"""A language model's trunk with a linear row in place of the vocabulary head: a scalar per token,
+for reward models (last token), process reward models (tokens of steps) and critics. Left out:
+several scalars per token, a bias.
 """
 
 from collections.abc import Sequence
@@ -21,16 +20,13 @@ from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig
 
 class ScalarTrainer(Trainer):
     """A Datum's `model_input` is the whole sequence: the scalar at position t has read tokens 0 to
-    t.
+    t. The head starts at zero, and so does every scalar.
 
-    `weights` or `mask`, (T,), choose the positions that the loss gets; further arrays, such as
-    `labels`, reach it as `inputs`. No `target_tokens` are needed. `loss_fn_outputs[d]["scalars"]`
-    holds the scalars of all positions.
+    `weights` or `mask`, (T,), choose the positions of the loss; other arrays, such as `labels`,
+    reach it as `inputs`. No `target_tokens`. `loss_fn_outputs[d]["scalars"]` has all positions.
 
-        (scalars_N, inputs) -> (loss_N, diagnostics_N)    a loss for forward and forward_backward
-        (data_D, scalars_D) -> (loss, metrics)            for forward_backward_custom; scalars_D[d] is (T,)
-
-    The head starts at zero, so that every scalar does: a cross-entropy on them begins at ln 2.
+      (scalars_N, inputs) -> (loss_N, diagnostics_N)   for forward and forward_backward
+      (data_D, scalars_D) -> (loss, metrics)           for forward_backward_custom; scalars_D[d] is (T,)
     """
 
     output_name = "scalars"
@@ -50,7 +46,7 @@ class ScalarTrainer(Trainer):
     def run_terms(
         self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False
     ) -> list[ForwardBackwardOutput]:
-        """As Trainer.run_terms, with callable losses: those with a name are losses of logprobs."""
+        """As Trainer.run_terms, with callable losses only: named losses are of logprobs."""
         for term in terms:
             if isinstance(term.loss_fn, str):
                 raise ConfigError(
@@ -64,7 +60,7 @@ class ScalarTrainer(Trainer):
         return super().run_custom([_with_targets(datum) for datum in data_D], fn)
 
     def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, 1) scalars of the positions that carry weight, and of the others, in fp32."""
+        """(N, 1) fp32 scalars of the positions with weight, and of the rest."""
         assert self.scalar_head is not None
         hidden_RH = self._hidden(batch)
         loss_NH, others_NH = (
@@ -73,9 +69,9 @@ class ScalarTrainer(Trainer):
         return loss_NH.float() @ self.scalar_head.T, others_NH.float() @ self.scalar_head.T
 
     def _check_head(self) -> None:
-        """What a model does to its logits does not concern a scalar."""
+        """A model's operations on its logits do not affect a scalar."""
 
 
 def _with_targets(datum: Datum) -> Datum:
-    """Batching wants a target for every position; nothing reads these."""
+    """Batching needs a target for every position; these are not read."""
     return Datum(datum.model_input, {"target_tokens": datum.model_input.to_ints(), **datum.loss_fn_inputs})

@@ -1,6 +1,4 @@
-"""Keywords of the Tinker SDK that mean something to a hosted service and nothing on one's own
-machine.
-"""
+"""Keywords of the Tinker SDK that have a meaning only for a hosted service."""
 
 _printed: set[str] = set()
 
@@ -13,7 +11,7 @@ def say_once(line: str) -> None:
 
 
 def ignore(**given: object) -> None:
-    """Says of each keyword that was given (is not None or False) that it is ignored."""
+    """Prints, for each keyword that is neither None nor False, that it is ignored."""
     for name, value in given.items():
         if value is not None and value is not False:
             say_once(f"{name}= is accepted and ignored: it has no meaning on your own machine")

@@ -1,7 +1,4 @@
-"""ServiceClient: opens models on this machine and hands out the two clients.
-
-A script written for Tinker ports by changing its import: `import posttrain.backend as tinker`.
-"""
+"""ServiceClient: opens models on this machine and hands out the training and sampling clients."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -27,12 +24,8 @@ from posttrain.backend.vllm_engine import vllm_is_installed
 
 
 class ServiceClient:
-    """Opens models; `close`, or leaving a `with` block, stops every engine and thread it handed
-    out.
-
-    A client that nobody refers to any more is closed by itself, and an engine goes with its last
-    client.
-    """
+    """Opens models. `close`, or the end of a `with` block, stops all its engines and threads. A
+    client without references is closed, and an engine ends with its last client."""
 
     def __init__(
         self,
@@ -58,24 +51,19 @@ class ServiceClient:
     # --- training clients ------------------------------------------------------------------------
 
     def create_training_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
-        """All weights are trained, or a LoRA adapter. `seed` makes a preset's weights and the
-        adapter's.
-        """
+        """Trains all weights, or a LoRA adapter. `seed` determines a preset's weights and the
+        adapter's."""
         return self._open_training_client(Trainer(base_model, self.config, seed, lora))
 
     def create_scalar_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
-        """A model with one number per token instead of logprobs (scalar_trainer.py): reward models,
-        process reward models, critics.
-
-        Its head begins at zero; `load_state` of a language model's checkpoint starts from that
-        one's trunk.
-        """
+        """A model with a scalar per token instead of logprobs (scalar_trainer.py): reward models,
+        process reward models, critics. Its head is zero; `load_state` of a language model's
+        checkpoint loads the trunk."""
         return self._open_training_client(ScalarTrainer(base_model, self.config, seed, lora))
 
     def create_scalar_client_from_state(self, path: str) -> TrainingClient:
-        """The scalar model that was saved there, with a fresh optimizer. CheckpointError if the
-        folder has no scalar head.
-        """
+        """The scalar model saved at `path`, with a fresh optimizer. CheckpointError without a
+        scalar head."""
         folder = Path(path).expanduser()
         check_readable(folder)
         if not (folder / SCALAR_HEAD_FILE).exists():
@@ -86,7 +74,7 @@ class ServiceClient:
         tokenizer = load_tokenizer(trainer.model_name, self.config.max_length)
         client = TrainingClient(trainer, tokenizer, self._engines, self._checkpoint_dir)
         self._training_clients.add(client)
-        release_workers()  # of the calling thread, which made the weights
+        release_workers()  # the calling thread made the weights
         return client
 
     def create_lora_training_client(
@@ -102,9 +90,8 @@ class ServiceClient:
         *,
         alpha: float | None = None,
     ) -> TrainingClient:
-        """Unlike Tinker's, `train_unembed` is off unless it is True: vLLM cannot load an adapter on
-        lm_head. One line says so.
-        """
+        """As Tinker's, but `train_unembed` is off by default, which is printed: vLLM cannot load an
+        adapter on lm_head."""
         ignore(user_metadata=user_metadata)
         _check_optimizer(optimizer)
         if train_unembed is None:
@@ -122,9 +109,8 @@ class ServiceClient:
         weights_access_token: str | None = None,
         optimizer: object = None,
     ) -> TrainingClient:
-        """The model of a checkpoint, with a fresh optimizer: of this project's, or a model or an
-        adapter that another tool wrote.
-        """
+        """The model of a checkpoint (this project's, or any model or adapter), with a fresh
+        optimizer."""
         ignore(base_model=base_model, user_metadata=user_metadata, weights_access_token=weights_access_token)
         _check_optimizer(optimizer)
         return self._from_state(Path(path).expanduser(), with_optimizer=False, create=self.create_training_client)
@@ -166,11 +152,8 @@ class ServiceClient:
         *,
         seed: int = 0,
     ) -> SamplingClient:
-        """A frozen policy with an engine of its own, beside any live one: a saved folder, or a
-        model by name.
-
-        `seed` makes a preset's weights; an adapter that was saved here knows the seed of its base.
-        """
+        """A frozen policy with its own engine: a saved folder, or a model by name. `seed`
+        determines a preset's weights; an adapter saved here knows its base's seed."""
         ignore(retry_config=retry_config, record_stability_info=record_stability_info)
         if (model_path is None) == (base_model is None):
             raise ConfigError("create_sampling_client needs either model_path or base_model")
@@ -181,7 +164,7 @@ class ServiceClient:
     # --- the rest --------------------------------------------------------------------------------
 
     def checkpoint_path(self, name: str) -> Path:
-        """Where a checkpoint of this name goes; an absolute path is taken as it is."""
+        """Path of a checkpoint of this name; an absolute path is unchanged."""
         return self._checkpoint_dir / name
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
@@ -189,9 +172,8 @@ class ServiceClient:
         return GetServerCapabilitiesResponse(models, str(training_device()), vllm_is_installed())
 
     def close(self, status: str = "success", detail: str | None = None) -> None:
-        """Stops the training threads, then the engines. Idempotent. `status` and `detail` are the
-        SDK's, and are not used.
-        """
+        """Stops the training threads, then the engines. Idempotent. `status` and `detail` are
+        unused."""
         for client in list(self._training_clients):
             client.close()
         self._engines.close()

@@ -1,4 +1,4 @@
-"""An array that crosses the backend's border."""
+"""An array in the backend's API."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,9 +10,8 @@ TensorDtype = Literal["float32", "int64"]
 
 
 class TensorData:
-    """A float32 or int64 array: flat `data`, `dtype` and `shape`, kept as numpy so that a batch of
-    them is cheap to make.
-    """
+    """A float32 or int64 array: flat `data`, `dtype` and `shape`. Kept as numpy, so that a batch is
+    cheap to make."""
 
     __slots__ = ("array",)
 

@@ -1,7 +1,5 @@
-"""Loads tokenizers, and makes the one that the presets share.
-
-That is a byte-level BPE without merges: a token per byte, so every ASCII character is one token,
-digits are never merged, and any text round-trips. Its chat template marks turns with two special
+"""Loads tokenizers, and makes the presets': a byte-level BPE without merges, a token per byte.
+Digits are never merged, and any text round-trips. Its chat template marks turns with two special
 tokens.
 """
 
@@ -22,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """The presets' tokenizer: ids 0 to 3 are the special tokens, then the 256 bytes."""
+    """The presets' tokenizer: ids 0 to 3 are special tokens, then the 256 bytes."""
     vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -39,11 +37,8 @@ def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a preset, a local folder or a hub name; of an adapter without one, its
-    base's.
-
-    `model_max_length` is set to the context the backend will use.
-    """
+    """The tokenizer of a preset, a local folder or a hub name; an adapter without one has its
+    base's. `model_max_length` is set to the backend's context."""
     from posttrain.backend.models import PRESETS, context_length
 
     length = context_length(model_name, max_length)
@@ -52,7 +47,7 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
     folder = Path(model_name).expanduser()
     if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
         return load_tokenizer(str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")), max_length)
-    # transformers makes an empty one
+    # transformers would make an empty tokenizer
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ModelError(
             f"{model_name} has no tokenizer (tokenizer.json, tokenizer_config.json): save the model's tokenizer into it"

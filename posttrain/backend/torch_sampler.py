@@ -1,8 +1,7 @@
-"""Sampling with torch and transformers: the reference for vLLM, and the engine where it is missing.
-
-A batch of prompts is padded on the left, prefilled once, and decoded with a KV cache; finished rows
-leave it. Each row draws from its own generator, so its tokens do not depend on the rows beside it.
-Left out: joining a batch that is already decoding.
+"""Sampling with torch and transformers: the reference for vLLM, and the engine without it. A batch
+of prompts is padded on the left, prefilled once, and decoded with a KV cache; finished rows leave
+it. Each row has its own generator: its tokens do not depend on other rows. Left out: joining a
+batch that is decoding.
 """
 
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.models import end_token_ids, logit_transform
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 
-UNIFORMS = 16  # random numbers that a row draws at a time
-# prompt positions whose full distribution is held at once when top-k prompt logprobs are asked for
+UNIFORMS = 16  # random numbers drawn per row at a time
+# prompt positions whose distribution is in memory at once for top-k prompt logprobs
 PROMPT_ROWS = 4096
 
 
@@ -50,8 +49,8 @@ class TorchSampler:
     @computing()
     @torch.inference_mode()
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
-        """Decodes up to max_num_seqs waiting requests to their ends."""
-        # prompts of like length waste less padding
+        """Decodes up to max_num_seqs waiting requests to the end."""
+        # prompts of similar length waste less padding
         self._waiting.sort(key=lambda request: len(request.prompt))
         requests, self._waiting = self._waiting[: self._max_num_seqs], self._waiting[self._max_num_seqs :]
         return self._decode(requests) if requests else []
@@ -73,9 +72,9 @@ class TorchSampler:
     # --- decoding --------------------------------------------------------------------------------
 
     def _decode(self, requests: list[SequenceRequest]) -> list[tuple[SequenceRequest, Sampled]]:
-        """Those that finish; rows of abandoned requests leave the batch like finished ones."""
+        """The finished sequences; rows of abandoned requests leave the batch, too."""
         rows = [_Row(request, self._stop(request.params)) for request in requests]
-        # the members of a group share a prompt: it is read once
+        # members of a group share a prompt, which is read once
         prompts: dict[tuple[int, ...], int] = {}
         prompt_B = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in rows]
         width = max(map(len, prompts))
@@ -135,7 +134,7 @@ class TorchSampler:
                 row.topk_prompt_logprobs = [None, *self._topk(hidden_TH, targets, k)]
 
     def _topk(self, hidden_TH: torch.Tensor, targets_T: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
-        """Per position the k most likely tokens and the prompt's own, most likely first."""
+        """Per position the k most likely tokens and the prompt's token, most likely first."""
         entries = []
         for start in range(0, len(hidden_TH), PROMPT_ROWS):
             logprobs_TV = self._logits(hidden_TH[start : start + PROMPT_ROWS]).log_softmax(-1)
@@ -147,9 +146,8 @@ class TorchSampler:
         return entries
 
     def _stop(self, params: SamplingParams) -> "_Stop":
-        """What ends a sequence: token ids and strings. Every EOS of the model and its tokenizer
-        does too, unless stop is [].
-        """
+        """Token ids and strings that end a sequence: also every EOS of the model and its tokenizer,
+        unless stop is []."""
         stop = [params.stop] if isinstance(params.stop, str) else params.stop
         ids = {item for item in stop or () if isinstance(item, int)}
         strings = tuple(item for item in stop or () if isinstance(item, str))
@@ -172,9 +170,8 @@ class _Stop:
         return tokens[-1] in self.ids or (bool(self.strings) and self._completes_string(tokens))
 
     def _completes_string(self, tokens: list[int]) -> bool:
-        """Decodes only where the last token can complete a string, and only as many tokens as could
-        hold the longest one.
-        """
+        """Decodes only if the last token can complete a string, and only as many tokens as the
+        longest string."""
         last = tokens[-1]
         if last not in self._may_end:
             # twice: some drop a space at the beginning
@@ -190,7 +187,7 @@ class _Stop:
 
 @dataclass(eq=False)
 class _Row:
-    """One sequence while it is decoded."""
+    """One sequence during decoding."""
 
     request: SequenceRequest
     stop: _Stop
@@ -225,9 +222,8 @@ class _Row:
 
 
 def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
-    """One token per row, appended to it. Inverse-CDF sampling: one uniform number from each row's
-    own generator.
-    """
+    """Draws and appends a token per row by inverse CDF, with a uniform number from the row's
+    generator."""
     temperature_B = torch.tensor([row.request.params.temperature for row in rows], device=logits_BV.device)
     greedy_B = temperature_B == 0
     logits_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
@@ -246,7 +242,7 @@ def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
 
 
 def _truncate(logits_BV: torch.Tensor, params_B: list[SamplingParams]) -> torch.Tensor:
-    """Top-k, then top-p on what is left: the tokens outside get probability 0."""
+    """Top-k, then top-p on the rest: other tokens get probability 0."""
     if all(params.top_k <= 0 and params.top_p >= 1 for params in params_B):
         return logits_BV
     vocabulary = logits_BV.shape[-1]
@@ -257,6 +253,6 @@ def _truncate(logits_BV: torch.Tensor, params_B: list[SamplingParams]) -> torch.
     sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
     sorted_BV = sorted_BV.masked_fill(torch.arange(vocabulary, device=logits_BV.device) >= top_k_B[:, None], -torch.inf)
     probs_BV = sorted_BV.softmax(-1)
-    before_BV = probs_BV.cumsum(-1) - probs_BV  # probability of everything more likely
+    before_BV = probs_BV.cumsum(-1) - probs_BV  # probability of more likely tokens
     sorted_BV = sorted_BV.masked_fill((before_BV >= top_p_B[:, None]) & (top_p_B < 1)[:, None], -torch.inf)
     return torch.empty_like(logits_BV).scatter_(-1, order_BV, sorted_BV)

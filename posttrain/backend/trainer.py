@@ -1,7 +1,6 @@
-"""The model, its optimizer and its passes. Synchronous; training_client.py has the futures.
-
-Weights and optimizer state are fp32; on CUDA the passes run under bf16 autocast. Dropout is off:
-the logprobs that RL compares must be those of one distribution.
+"""The model, its optimizer and its passes, synchronous (training_client.py has futures). Weights
+and optimizer state are fp32; on CUDA passes run under bf16 autocast. Dropout is off: RL compares
+logprobs of one distribution.
 """
 
 import itertools
@@ -48,8 +47,7 @@ from posttrain.backend.types import (
 
 CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
 
-# The linear layers that get an adapter: ends of their names in Llama and its relatives; GPT-2;
-# Pythia; Qwen 3.5; LFM 2.
+# Names of linear layers with adapters: Llama and its relatives; GPT-2; Pythia; Qwen 3.5; LFM 2.
 ATTENTION_LAYERS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
     *("c_attn", "attn.c_proj"),
@@ -65,15 +63,14 @@ MLP_LAYERS = (
 )
 DEFAULT_LORA_ALPHA = 32.0
 
-# Above rounding, below what a wrong mask or position does: mean |logprob difference| of random
-# tokens.
+# Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
 MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
 
 
 class Trainer:
-    output_name = "logprobs"  # what `run` returns for every token
-    # (1, H) where a ScalarTrainer has one in the place of the vocabulary's head
+    output_name = "logprobs"  # output of `run` per token
+    # (1, H) in a ScalarTrainer, in place of the vocabulary's head
     scalar_head: nn.Parameter | None = None
 
     def __init__(self, model_name: str, config: BackendConfig, seed: int = 0, lora: LoraConfig | None = None):
@@ -101,9 +98,9 @@ class Trainer:
         self.named_trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
         self._kept_numbers = itertools.count()
-        # a forward that waits for its backward; whoever changes the weights drops it
+        # a forward that waits for its backward; dropped when the weights change
         self.kept: KeptForward | None = None
-        # Rows are padded behind their ends, where nothing looks: GPT-2 need not warn of it.
+        # Rows are padded on the right, where no token attends: GPT-2's warning does not apply.
         setattr(self.base.get_decoder(), "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
         self.transform = logit_transform(self.hf_config)
         self.shares_prefixes = attends_to_all(self.hf_config, self.max_length)
@@ -119,23 +116,20 @@ class Trainer:
         loss_fn_config: dict[str, Any] | None = None,
         backward: bool = True,
     ) -> ForwardBackwardOutput:
-        """Logprobs and loss of every Datum; with `backward`, gradients are added to those already
-        there.
-
-        A loss that is not finite raises NonFiniteError and leaves no gradient behind.
-        """
+        """Logprobs and loss of every Datum; `backward` adds to the accumulated gradients. A loss
+        that is not finite raises NonFiniteError and leaves no gradient."""
         return self.run_terms([LossTerm(data_D, loss_fn, loss_fn_config)], backward)[0]
 
     @computing()
     def run_terms(
         self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False
     ) -> list[ForwardBackwardOutput]:
-        """Several losses in the same passes, an output for each. NonFiniteError counts the data of
-        all terms through.
+        """Several losses in the same passes, an output for each. NonFiniteError numbers the data of
+        all terms consecutively.
 
         With `keep` and without `backward`, a forward that fits one micro-batch is kept, and the
-        outputs name its rows: the next backward of terms that name them begins there. This saves a
-        forward pass and changes nothing else.
+        outputs name its rows. The next backward of terms with these rows saves its forward pass;
+        the results are the same.
         """
         self.kept = None if keep else self.kept
         running: list[RunningTerm] = []
@@ -173,9 +167,8 @@ class Trainer:
         keep: bool,
         kept_D: Sequence[KeptRow | None],
     ) -> Iterator[tuple[MicroBatch, torch.Tensor, torch.Tensor, bool]]:
-        """Micro-batches, the logprobs of their positions with and without loss, and whether the
-        first are to be differentiated.
-        """
+        """Micro-batches, the logprobs of positions with and without loss, and whether the former
+        need gradients."""
         if backward:
             kept, self.kept = self.kept, None
             if kept and (part := kept.of(kept_D)):
@@ -198,12 +191,11 @@ class Trainer:
 
     @computing()
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
-        """`fn(data, logprobs_D)` gets the differentiable logprobs of all positions at once: one
-        forward, one backward.
+        """`fn(data, logprobs_D)` gets the differentiable logprobs of all positions: one forward,
+        one backward.
 
-        Data that need several micro-batches are passed through a second time, with the gradient
-        that `fn` gave their logprobs, so that only one micro-batch's activations are alive at a
-        time. The gradients are the same.
+        Data of several micro-batches are passed through again with the gradient of `fn` on their
+        logprobs, to keep one micro-batch's activations at a time. The gradients are the same.
         """
         check_data(data_D, (), self.vocabulary, self.max_length)
         batches = self._micro_batches(data_D, range(len(data_D)))
@@ -245,9 +237,8 @@ class Trainer:
         return hidden_BTH.flatten(0, 1)
 
     def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, K) logprobs of the positions that carry loss, and of the others, under the
-        temperature each token was sampled at.
-        """
+        """(N, K) logprobs of the positions with loss, and of the rest, at each token's sampling
+        temperature."""
         hidden_RH, head_VH = self._hidden(batch), self._head()
         loss_NK, others_NK = (
             target_logprobs(
@@ -262,7 +253,7 @@ class Trainer:
         return loss_NK, others_NK
 
     def _head(self) -> torch.Tensor:
-        """The (V, H) output matrix, with its adapter applied where it has one."""
+        """The (V, H) output matrix, with its adapter if there is one."""
         head: Any = self.base.get_output_embeddings()
         return head.base_layer.weight + head.get_delta_weight("default") if hasattr(head, "lora_A") else head.weight
 
@@ -271,9 +262,8 @@ class Trainer:
     @computing()
     @torch.no_grad()
     def row_gap(self, data_D: Sequence[Datum], share: bool) -> float:
-        """Mean |logprob in one micro-batch of all data - logprob alone| over all positions.
-        `share`: behind shared prefixes.
-        """
+        """Mean |logprob in one micro-batch - logprob alone| over all positions. `share`: with
+        prefix sharing."""
         together = self._flat_logprobs(data_D, micro_batches(data_D, range(len(data_D)), 2**62, self.device, share))
         alone = [
             self._flat_logprobs([datum], micro_batches([datum], [0], 2**62, self.device, False)) for datum in data_D
@@ -287,9 +277,8 @@ class Trainer:
         return torch.cat([p.flatten() for p in _split_by_datum(data_D, positions, parts)])
 
     def _check_rows(self) -> None:
-        """Rows of several sequences, or with padding, must give each its own logprobs. Where only
-        sharing does not, nothing is shared.
-        """
+        """Each sequence must have its own logprobs in padded and shared rows. If only sharing
+        fails, it is switched off."""
         data_D, limit = row_check_data(self.vocabulary, self.max_length), MOST_ROW_GAP[self.compute_dtype]
         if (gap := self.row_gap(data_D, share=False)) > limit:
             raise ModelError(
@@ -302,12 +291,9 @@ class Trainer:
     @computing()
     @torch.no_grad()
     def _check_head(self) -> None:
-        """What `logit_transform` does not know between the last hidden state and the logits would
-        make every logprob silently wrong.
-
-        Once with the model's own hidden states, which a random model has small, and once with some
-        large enough for any softcap.
-        """
+        """Refuses a model whose logits have an operation that `logit_transform` does not know.
+        Checked with the model's hidden states, which are small in a random model, and with hidden
+        states large enough for any softcap."""
         head: Any = self.base.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             raise ModelError(
@@ -344,11 +330,10 @@ class Trainer:
 
     @computing()
     def optim_step(self, adam: AdamParams) -> OptimStepResponse:
-        """One AdamW step on the accumulated gradients, which are then dropped. A gradient that is
-        not finite raises; nothing moves.
-        """
+        """One AdamW step on the accumulated gradients, which are then dropped. NonFiniteError,
+        without a change, if the gradient is not finite."""
         for p in self.named_trainable.values():
-            # AdamW would skip it, and then its moments would depend on which data came first
+            # AdamW would skip it, and its moments would depend on the order of the data
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         grads = [p.grad for p in self.named_trainable.values() if p.grad is not None]
@@ -362,7 +347,7 @@ class Trainer:
             group.update(
                 lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
             )
-        # autograd would not notice that fused AdamW changes the weights it goes back through
+        # fused AdamW changes weights without autograd's notice: a kept graph would be wrong
         self.kept = None
         self.optimizer.step()
         self.zero_grad()
@@ -375,11 +360,8 @@ class Trainer:
 
     @torch.no_grad()
     def sampler_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors as in a checkpoint, adapters merged, in the sampler's dtype, made one
-        at a time.
-
-        From state_dict, not named_parameters: a tied lm_head must be there too, since vLLM on a CPU
-        packs its own copy of it.
+        """Names and tensors as in a checkpoint, adapters merged, in the sampler's dtype, one at a
+        time. From state_dict, as a tied lm_head must be included: vLLM on a CPU packs a copy of it.
         """
         adapted: dict[str, Any] = {
             name: module for name, module in self.base.named_modules() if hasattr(module, "lora_A")
@@ -403,9 +385,7 @@ class Trainer:
 
 
 def _check_rank(model_name: str, lora: LoraConfig) -> None:
-    """Before any weight is made: an adapter of a higher rank than the hidden state has more weights
-    than what it adapts.
-    """
+    """Refuses, before any weight is made, an adapter larger than the layers it adapts."""
     hidden = int(getattr(model_config(model_name).get_text_config(), "hidden_size", 2**31))
     if lora.rank > hidden:
         raise ConfigError(
@@ -416,7 +396,7 @@ def _check_rank(model_name: str, lora: LoraConfig) -> None:
 
 
 def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:
-    """Three sequences that begin alike and a longer one that does not, of random tokens."""
+    """Three random sequences with a common prefix, and a longer one without it."""
     rng, prompt, answer = np.random.default_rng(0), max(1, min(24, max_length // 2)), max(1, min(8, max_length // 4))
     shared = rng.integers(vocabulary, size=prompt)
     rows = [np.append(shared, rng.integers(vocabulary, size=answer)) for _ in range(3)]
@@ -474,9 +454,8 @@ def _switch_off_dropout(model: nn.Module) -> None:
 def _split_by_datum(
     data_D: Sequence[Datum], positions: Sequence[Positions], parts: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Differentiable: the (N, K) parts, for those positions, back to one tensor per Datum, (T,) or
-    (T, K) as its targets are.
-    """
+    """Splits (N, K) parts, differentiably, into a tensor per Datum, (T,) or (T, K) like its
+    targets."""
     lengths = [datum.model_input.length for datum in data_D]
     offsets_D = np.cumsum([0, *lengths])
     index_N = np.concatenate([offsets_D[at.datum_N] + at.position_N for at in positions])

@@ -1,8 +1,6 @@
-"""TrainingClient: the trainer behind futures, in Tinker's names.
-
-One thread carries out all calls in the order of submission, so a loop may submit forward_backward
-and optim_step back to back and sample meanwhile. Of the `_async` twins: awaiting the twin means
-accepted in order, awaiting what it returns means done.
+"""TrainingClient: the trainer with futures, under Tinker's names. One thread executes all calls in
+the order of submission, so a loop may submit forward_backward and optim_step together and sample
+meanwhile. Of the `_async` twins: awaiting the twin means queued, awaiting its result means done.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +43,7 @@ class TrainingClient(Ready):
         self._thread = InOrder("training")
         self._engine: EngineThread | None = None
         self._weights_version = 0  # counts changes of the trainer's weights
-        # sampler folders written, with the weights version they hold
+        # sampler folders written, and their weights version
         self._exported: dict[str, int] = {}
         self._failed: BaseException | None = None
 
@@ -60,25 +58,22 @@ class TrainingClient(Ready):
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Adds the gradient of the summed loss to what has accumulated since the last
-        optim_step.
-        """
+        """Adds the gradient of the summed loss to the gradients since the last optim_step."""
         return self._submit_pass(self._trainer.run, data, loss_fn, loss_fn_config)
 
     def forward_terms(self, terms: Sequence[LossTerm], keep: bool = False) -> APIFuture[list[ForwardBackwardOutput]]:
-        """As `forward`, several losses in one pass. `keep`: the next forward_backward of these data
-        need not go forward again.
-        """
+        """As `forward`, for several losses in one pass. `keep`: the next forward_backward of these
+        data needs no forward."""
         return self._thread.submit(self._trainer.run_terms, terms, backward=False, keep=keep)
 
     def forward_backward_terms(self, terms: Sequence[LossTerm]) -> APIFuture[list[ForwardBackwardOutput]]:
-        """As `forward_backward`, several losses in one pass."""
+        """As `forward_backward`, for several losses in one pass."""
         return self._submit_pass(self._trainer.run_terms, terms)
 
     def forward_backward_custom(
         self, data: Sequence[Datum], loss_fn: CustomLoss, *, loss_type_input: Literal["logprobs"] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """`loss_fn(data, logprobs_D) -> (loss, metrics)`, differentiated through in one pass."""
+        """`loss_fn(data, logprobs_D) -> (loss, metrics)`, differentiated in one pass."""
         if loss_type_input not in (None, "logprobs"):
             raise ConfigError(f"loss_type_input={loss_type_input!r}: a custom loss is given logprobs")
         return self._submit_pass(self._trainer.run_custom, data, loss_fn)
@@ -88,9 +83,8 @@ class TrainingClient(Ready):
     ) -> APIFuture[OptimStepResponse]:
         """One AdamW step on the accumulated gradient, which is then dropped.
 
-        After a forward_backward that failed or was cancelled, it raises that failure
-        (PassCancelledError), drops the gradient and changes nothing. If it is cancelled itself, the
-        gradient is dropped too.
+        After a failed or cancelled forward_backward it raises that failure (PassCancelledError),
+        drops the gradient and changes nothing. Cancelling the step drops the gradient, too.
         """
         params = adam_params if optim_params is None else optim_params
         if not isinstance(params, AdamParams) or None not in (optim_params, adam_params):
@@ -110,7 +104,7 @@ class TrainingClient(Ready):
             raise
 
     def _pass_failed(self, error: BaseException) -> None:
-        """What the gradient lacks, or has by half, no step follows."""
+        """No step may follow an incomplete gradient."""
         self._failed = self._failed or error
         self._trainer.zero_grad()
 
@@ -134,9 +128,8 @@ class TrainingClient(Ready):
 
     @contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        """The next sync is not skipped, unless an error of this project says that nothing has
-        moved.
-        """
+        """Marks the weights as changed, so that the next sync runs, unless a CookbookError says
+        otherwise."""
         try:
             yield
         except CookbookError:
@@ -157,18 +150,13 @@ class TrainingClient(Ready):
         *,
         extra: dict[str, Any] | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        """Weights and optimizer, with `extra` (JSON) for the loop; atomic. One of the same name is
-        always replaced.
-
-        NonFiniteError if a weight or a state of the optimizer is NaN or infinite.
-        """
+        """Weights and optimizer, with `extra` (JSON) for the loop; atomic, replaces a checkpoint of
+        this name. NonFiniteError if a weight or an optimizer state is not finite."""
         ignore(ttl_seconds=ttl_seconds, overwrite=overwrite, user_metadata=user_metadata)
         return self._thread.submit(self._save_state, self._checkpoint_dir / name, extra or {})
 
     def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
-        """Weights only; the optimizer starts afresh, and a gradient that had accumulated is
-        dropped.
-        """
+        """Loads weights only; the optimizer starts afresh, and accumulated gradients are dropped."""
         ignore(weights_access_token=weights_access_token)
         return self._thread.submit(self._load_state, path, False)
 
@@ -181,12 +169,9 @@ class TrainingClient(Ready):
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
     ) -> APIFuture[SaveWeightsResponse]:
-        """A Hugging Face folder (or peft adapter) in the sampler's dtype. NonFiniteError as in
-        `save_state`.
-
-        It lies in the folder sampler_weights: a state saved under the same name is another
-        checkpoint, as in the SDK.
-        """
+        """A Hugging Face folder (or peft adapter) in the sampler's dtype, in the folder
+        sampler_weights: apart from a state of the same name, as in the SDK. NonFiniteError as in
+        `save_state`."""
         ignore(ttl_seconds=ttl_seconds, user_metadata=user_metadata)
         return self._thread.submit(self._save_for_sampler, self._checkpoint_dir / SAMPLER_FOLDER / name)
 
@@ -199,12 +184,8 @@ class TrainingClient(Ready):
         *,
         follow: bool = False,
     ) -> SamplingClient:
-        """Syncs the weights into the sampler in memory. Snapshots taken earlier become stale;
-        `follow` makes a client that does not.
-
-        kind="inflight" is the SDK's name for `follow`. NonFiniteError if a weight is NaN or
-        infinite.
-        """
+        """Syncs the weights to the sampler in memory. Earlier snapshots become stale; a `follow`
+        client does not (kind="inflight" in the SDK). NonFiniteError if a weight is not finite."""
         return self._submit_sync(name, retry_config, record_stability_info, kind, follow).result()
 
     async def save_weights_and_get_sampling_client_async(
@@ -229,7 +210,7 @@ class TrainingClient(Ready):
     def create_sampling_client(
         self, model_path: str, retry_config: object = None, record_stability_info: bool = False
     ) -> SamplingClient:
-        """The live sampler if the folder holds the present weights, else an engine of its own."""
+        """The live sampler if the folder holds the current weights, else a new engine."""
         ignore(retry_config=retry_config, record_stability_info=record_stability_info)
         return self._thread.submit(self._create_sampling_client, model_path).result()
 
@@ -252,7 +233,7 @@ class TrainingClient(Ready):
     def _load_state(self, path: str, with_optimizer: bool) -> LoadWeightsResponse:
         with self._changing_weights():
             checkpoints.load_state(self._trainer, Path(path).expanduser(), with_optimizer)
-            self._drop_gradient()  # it was another model's
+            self._drop_gradient()  # of the previous weights
         return LoadWeightsResponse(path)
 
     def _save_for_sampler(self, path: Path) -> SaveWeightsResponse:
@@ -293,16 +274,15 @@ class TrainingClient(Ready):
         return self._trainer.info()
 
     def checkpoint_bytes(self) -> int:
-        """About what one save_state takes on the disk."""
+        """Approximate size of a save_state."""
         return checkpoints.checkpoint_bytes(self._trainer)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 
     def close(self) -> None:
-        """Ends the training thread, and the engine if no sampling client holds it. Queued calls
-        fail with ClosedError.
-        """
+        """Ends the training thread, and the engine without sampling clients. Queued calls fail with
+        ClosedError."""
         self._thread.close()
         if self._engine is not None:
             self._let_go()

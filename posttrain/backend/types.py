@@ -1,6 +1,5 @@
-"""The data of the backend's API, with the names and shapes of the Tinker SDK.
-
-Tokens and numbers only (specs: tinker_semantics 3.2). Left out: image chunks, sparse tensors.
+"""The data types of the backend's API, named and shaped as in the Tinker SDK. Tokens and numbers
+only (specs: tinker_semantics 3.2). Left out: image chunks, sparse tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +47,7 @@ ModelInputChunk = EncodedTextChunk  # the only kind: no images, no audio
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A token sequence in chunks. Immutable: `append` and `append_int` return a new one."""
+    """A token sequence in chunks. Immutable: `append` and `append_int` return a copy."""
 
     chunks: list[EncodedTextChunk] = field(default_factory=list)
 
@@ -76,11 +75,8 @@ class ModelInput:
 
 @dataclass(init=False)
 class Datum:
-    """One training sequence. `loss_fn_inputs` hold arrays with one entry per token of `model_input`
-    (losses.py says which).
-
-    Values may be given as TensorData, torch tensors, numpy arrays or lists.
-    """
+    """One training sequence. `loss_fn_inputs` hold an entry per token of `model_input` (names:
+    losses.py), as TensorData, torch tensors, numpy arrays or lists."""
 
     model_input: ModelInput
     loss_fn_inputs: dict[str, TensorData]
@@ -98,11 +94,8 @@ def _as_tensor_data(value: Any) -> TensorData:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `stop`: None stops at the tokenizer's EOS; strings or token ids stop there and
-    at EOS; [] never stops.
-
-    `top_k` -1 or 0 means all tokens. RangeError for a number that no sampler takes.
-    """
+    """`stop`: None stops at EOS; strings or token ids stop there and at EOS; [] never stops.
+    `top_k` -1 or 0 means all tokens. RangeError for numbers out of range."""
 
     max_tokens: int | None = None
     seed: int | None = None
@@ -119,9 +112,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class AdamParams:
-    """AdamW with Tinker's defaults. `grad_clip_norm` 0 means no clipping. RangeError for a number
-    it cannot step with.
-    """
+    """AdamW with Tinker's defaults. `grad_clip_norm` 0 means no clipping. RangeError for bad
+    numbers."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -137,9 +129,8 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """`alpha` None means 32, Tinker's constant: the update is scaled by alpha / rank. RangeError
-    for a rank below 1.
-    """
+    """The update is scaled by alpha / rank; `alpha` None means 32, as in Tinker. RangeError for
+    rank < 1."""
 
     rank: int = 32
     seed: int | None = None
@@ -154,11 +145,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SampledSequence:
-    """What was sampled, with the logprob each token had under the distribution it was drawn from
-    (tempered and truncated).
-
-    The stop token, or the tokens that completed a stop string, are included.
-    """
+    """Sampled tokens, the stop included, with logprobs under the (tempered, truncated) sampling
+    distribution."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -177,9 +165,7 @@ class SampledSequence:
 
 @dataclass(frozen=True)
 class SampleResponse:
-    """`prompt_logprobs[t]` is log p(token t | tokens before t) at temperature 1; element 0 is
-    None.
-    """
+    """`prompt_logprobs[t]` is log p(token t | tokens before t) at temperature 1; element 0 is None."""
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
@@ -193,9 +179,7 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """`loss_fn_outputs[d]["logprobs"]` has one entry per token of datum d; positions with no weight
-    and mask 0 hold 0.0.
-    """
+    """`loss_fn_outputs[d]["logprobs"]` has an entry per token of datum d, 0.0 at weight and mask 0."""
 
     loss_fn_outputs: list[dict[str, TensorData]]
     metrics: dict[str, float]
@@ -227,7 +211,7 @@ class ModelData:
 
 @dataclass(frozen=True)
 class GetInfoResponse:
-    """`lora_rank` 0 means that all weights are trained."""
+    """`lora_rank` 0 means all weights are trained."""
 
     model_name: str
     lora_rank: int
@@ -260,9 +244,7 @@ class SupportedModel:
 
 @dataclass(frozen=True)
 class GetServerCapabilitiesResponse:
-    """`supported_models` are the presets; any model of the Hugging Face hub, or in a local folder,
-    can be named too.
-    """
+    """`supported_models` are the presets; any hub model or local folder works, too."""
 
     supported_models: list[SupportedModel]
     device: str

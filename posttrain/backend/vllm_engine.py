@@ -1,7 +1,6 @@
-"""vLLM inside this process: LLMEngine driven step by step, weights handed over in memory.
-
-The engine starts from the model's config with dummy weights and gets the real ones by a sync: one
-path for presets, hub models, checkpoints and merged adapters. Measurements: specs/vllm.md.
+"""vLLM in this process: LLMEngine driven step by step, weights passed in memory. The engine starts
+from the config with dummy weights, and a sync brings the real ones: the same path for presets, hub
+models, checkpoints and merged adapters. Measurements: specs/vllm.md.
 """
 
 import gc
@@ -29,14 +28,14 @@ from posttrain.backend.types import SampledSequence
 from posttrain.backend.vllm_refusals import USE_TORCH, computed_otherwise, refusal
 from posttrain.backend.vllm_weights import CheckpointForm, has_only_attention, pack_experts, parameters_left_out
 
-# vLLM keeps the batch that is being computed in a global variable: of several engines in the
-# process, one may compute at a time.
+# vLLM keeps the current batch in a global variable: only one engine of the process may compute at a
+# time.
 _computing = threading.Lock()
 _live_engines: set["VllmEngine"] = set()
 
 
 def vllm_is_installed() -> bool:
-    """Without importing it: that takes seconds."""
+    """Without the import, which takes seconds."""
     import importlib.util
 
     return importlib.util.find_spec("vllm") is not None
@@ -73,8 +72,7 @@ class VllmEngine:
                 "kv_cache_memory_bytes": kv_cache_bytes(hf_config, max_length, config, device),
                 "max_model_len": max_length,
                 "max_num_seqs": config.max_num_seqs,
-                # The logprobs of the distribution that was sampled from: tempered, and cut by top-k
-                # and top-p.
+                # logprobs of the sampling distribution: tempered, cut by top-k and top-p
                 "logprobs_mode": "processed_logprobs",
                 "max_logprobs": -1,
                 "enforce_eager": device.type == "cpu" if config.enforce_eager is None else config.enforce_eager,
@@ -83,14 +81,14 @@ class VllmEngine:
                 "seed": 0 if reproducible else secrets.randbits(31),
             }
             if device.type == "cpu":
-                # A prompt read in two parts would make vLLM turn a seeded request's generator back,
+                # For a prompt read in two parts vLLM would rewind a seeded request's generator,
                 # which it cannot on a CPU.
                 args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 8192)}
-                # Recurrent and convolution layers keep states at the ends of prefixes only where
-                # prompts are read in parts.
+                # Recurrent and convolution layers keep prefix states only where prompts are read in
+                # parts.
                 args |= {} if has_only_attention(hf_config) else {"enable_prefix_caching": False}
             else:
-                # vLLM wants this much to be free; the KV cache's bytes are given
+                # vLLM requires this much free memory; the KV cache's bytes are given
                 args["gpu_memory_utilization"] = 0.01
             try:
                 vllm_config = EngineArgs(**args).create_engine_config()
@@ -103,13 +101,13 @@ class VllmEngine:
                 (has_head,) = self._engine.apply_model(lambda model: hasattr(model, "lm_head"))
                 self._checkpoint_form.with_head = has_head or not hf_config.tie_word_embeddings
                 self._check_every_parameter(vllm_config)
-            except Exception as error:  # whatever vLLM meets in a model that it does not know
+            except Exception as error:  # any error of vLLM with an unknown model
                 self._shut_down()
                 raise error if isinstance(error, CookbookError) else refusal(error, hf_config) from error
             self._generators = OwnTorchGenerators(device.type == "cuda")
             _live_engines.add(self)
-        # Where a request's noise is a function of its seed and position, a seed costs nothing;
-        # elsewhere it costs a launch per row.
+        # Where noise is a function of seed and position, a seed costs nothing; elsewhere a launch
+        # per row.
         self._seeded = reproducible or device.type == "cuda" and self._engine.vllm_config.use_v2_model_runner
 
     def add(self, request: SequenceRequest) -> None:
@@ -151,9 +149,7 @@ class VllmEngine:
             del self._unfinished[request_id]
 
     def _check_every_parameter(self, vllm_config: Any) -> None:
-        """vLLM's loaders leave out names that they do not know without a word: loads zeros, and
-        counts.
-        """
+        """vLLM's loaders silently skip unknown names: loads zeros, and counts."""
         zeros = self._checkpoint_form(self._checkpoint_form.zeros(self._dtype, self._device))
         names = self._engine.apply_model(lambda model: parameters_left_out(model, zeros, vllm_config))[0]
         if names:
@@ -165,14 +161,13 @@ class VllmEngine:
     def load_weights(self, weights: Weights) -> None:
         weights = self._checkpoint_form(weights)
         with _computing, computing(), global_generators_kept(), _in_stream_order(self._device):
-            # linears are packed when loaded: only the full reload path may touch them
+            # linears are packed when loaded: only the full reload path may change them
             if self._device.type == "cpu":
                 self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
                 self._engine.apply_model(pack_experts)
             else:
                 self._engine.apply_model(lambda model: _load_in_place(model, weights))
-        # Cached prefixes were computed by the old weights; sequences still running recompute
-        # theirs.
+        # Cached prefixes have the old weights; running sequences recompute theirs.
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
 
@@ -181,13 +176,13 @@ class VllmEngine:
             self._shut_down()
 
     def _shut_down(self) -> None:
-        """Also of an engine that did not come up."""
+        """Also for an engine that failed to start."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         _live_engines.discard(self)
         if hasattr(self, "_engine"):
-            # vLLM's shutdown takes down the parallel state that all engines of the process use:
-            # only the last one may.
+            # vLLM's shutdown destroys the parallel state of all engines in the process: only the
+            # last may call it.
             cleanup = _no_cleanup if _live_engines else cleanup_dist_env_and_memory
             with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", cleanup):
                 self._engine.engine_core.shutdown()
@@ -205,7 +200,7 @@ def _load_in_place(model: Any, weights: Weights) -> None:
 
 
 def _set_environment(device: torch.device, reproducible: bool) -> None:
-    """Read by vLLM when it is imported. A user's own settings stand."""
+    """Environment variables that vLLM reads on import. The user's settings have priority."""
     warnings.filterwarnings("ignore", module=r"vllm\.")
     # "doesn't include CPU backend": nor is it asked to
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
@@ -225,11 +220,8 @@ def _set_environment(device: torch.device, reproducible: bool) -> None:
 
 @contextmanager
 def _transformers_classes_kept(model: Any, vllm_config: Any) -> Iterator[None]:
-    """Where vLLM has no class of its own for a model, it changes transformers' class for all its
-    users, the trainer among them.
-
-    Only its compiled models need the change.
-    """
+    """vLLM changes transformers' class of a model it has no class for, for all users of the class,
+    such as the trainer. This undoes it; only vLLM's compiled models need the change."""
     decoder = type(model.get_decoder())
     before, bases = dict(vars(decoder)), decoder.__bases__
     yield
@@ -250,9 +242,7 @@ def _transformers_classes_kept(model: Any, vllm_config: Any) -> Iterator[None]:
 
 @contextmanager
 def _in_stream_order(device: torch.device) -> Iterator[None]:
-    """vLLM's thread has a CUDA stream of its own: it reads what the trainer has written, and has
-    read it when this ends.
-    """
+    """Orders vLLM's CUDA stream after the trainer's writes, and the trainer's after vLLM's reads."""
     if device.type == "cuda":
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
     yield
@@ -263,7 +253,7 @@ def _in_stream_order(device: torch.device) -> Iterator[None]:
 def _sampled(output: Any) -> Sampled:
     completion = output.outputs[0]
     reason = completion.finish_reason
-    # aborted, an error inside vLLM, a repetition that it does not bear
+    # aborted, an error inside vLLM, or a repetition it refuses
     if reason not in ("stop", "length"):
         return Sampled(SampledSequence([], [], "length"), failure=f"vLLM finished it with {reason!r}")
     tokens = list(completion.token_ids)

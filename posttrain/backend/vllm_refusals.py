@@ -1,4 +1,4 @@
-"""Why vLLM does not serve a model: in one line, with the alternative."""
+"""One-line reasons why vLLM does not serve a model, with the alternative."""
 
 from typing import Any
 
@@ -12,9 +12,8 @@ USE_TORCH = "backend.engine=torch samples with torch instead"
 
 
 def computed_otherwise(hf_config: PretrainedConfig, max_length: int) -> str | None:
-    """What vLLM 0.32 on a CPU takes without a word and computes otherwise than transformers; found
-    by tests/test_vllm_architectures.py.
-    """
+    """Models that vLLM 0.32 on a CPU accepts and computes differently from transformers
+    (tests/test_vllm_architectures.py)."""
     config: Any = hf_config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention kernel caps scores otherwise than transformers"
@@ -29,7 +28,7 @@ def computed_otherwise(hf_config: PretrainedConfig, max_length: int) -> str | No
 
 
 def refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:
-    """One line with vLLM's reason: of a validation error the message, of others the first line."""
+    """One line with vLLM's reason: a validation error's message, else the first line."""
     details = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
     if "failed to be inspected" in details and (cause := _import_error(hf_config)):
         error, details = cause, str(cause)
@@ -41,9 +40,8 @@ def refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:
 
 
 def _import_error(hf_config: PretrainedConfig) -> Exception | None:
-    """Why vLLM's file for this architecture cannot be imported: vLLM tries it in a process of its
-    own and keeps the reason.
-    """
+    """The error on importing vLLM's file of this architecture; vLLM imports it in another process
+    and hides the error."""
     from vllm.model_executor.models import ModelRegistry
 
     try:

@@ -1,8 +1,6 @@
-"""Weights for a vLLM engine: under a checkpoint's names, with every parameter accounted for.
-
-transformers holds some models in another form than their checkpoints (a layer's experts in one
-tensor), and vLLM reads checkpoints. Its loaders skip unknown names silently, and what they are not
-given keeps its dummy value.
+"""Weights for a vLLM engine, named as in a checkpoint, with every parameter accounted for. vLLM
+reads checkpoints; transformers may hold another form (a layer's experts in one tensor). vLLM's
+loaders skip unknown names silently, and parameters without weights keep dummy values.
 """
 
 from collections.abc import Iterator
@@ -20,24 +18,22 @@ TIED_HEAD = "lm_head.weight"
 
 
 class CheckpointForm:
-    """Turns a model's own tensors into those of its checkpoints."""
+    """Converts a model's tensors to those of its checkpoints."""
 
     def __init__(self, hf_config: PretrainedConfig):
         with torch.device("meta"):
             self.model: Any = AutoModelForCausalLM.from_config(hf_config)
         self._is_converted = bool(get_model_conversion_mapping(self.model, add_legacy=False))
-        # of tied embeddings: a few of vLLM's models know their output layer by its other name alone
+        # of tied embeddings: some of vLLM's models know only the output layer's other name
         self.with_head = True
 
     def __call__(self, weights: Weights) -> Weights:
-        """One tensor at a time, or all at once where the model's tensors are not those of the
-        checkpoint.
-        """
+        """One tensor at a time; all at once if the model's tensors differ from the checkpoint's."""
         weights = ((name, tensor) for name, tensor in weights if self.with_head or name != TIED_HEAD)
         return revert_weight_conversion(self.model, dict(weights)).items() if self._is_converted else weights
 
     def zeros(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-        """All weights' names and shapes."""
+        """Names and shapes of all weights."""
         for name, tensor in self.model.state_dict().items():
             yield name, torch.zeros(tensor.shape, dtype=dtype, device=device)
 
@@ -50,9 +46,8 @@ def has_only_attention(hf_config: PretrainedConfig) -> bool:
 
 @torch.no_grad()
 def parameters_left_out(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
-    """Loads `weights` into an engine that still has its dummies, and names the parameters that did
-    not get all of their elements.
-    """
+    """Loads `weights` into an engine with dummies, and names the parameters that were not fully
+    loaded."""
     if next(vllm_model.parameters()).device.type == "cpu":
         return _left_out_by_reload(vllm_model, weights, vllm_config)
     parameters = {name: p for name, p in vllm_model.named_parameters() if p.is_floating_point()}
@@ -63,9 +58,8 @@ def parameters_left_out(vllm_model: Any, weights: Weights, vllm_config: Any) -> 
 
 
 def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
-    """On a CPU linears are packed once they are loaded, so that only the reload itself knows how
-    much of a layer it was given.
-    """
+    """On a CPU linears are packed after loading, so only the reload knows how much of a layer it
+    got."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -83,9 +77,7 @@ def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> 
 
 
 def pack_experts(vllm_model: Any) -> None:
-    """For a CPU's kernels vLLM 0.32 packs the experts of a mixture when they are loaded first, and
-    leaves that out in a reload.
-    """
+    """vLLM 0.32 on a CPU packs a mixture's experts on the first load, but not on a reload."""
     for layer in vllm_model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None:
@@ -93,6 +85,6 @@ def pack_experts(vllm_model: Any) -> None:
 
 
 def _padding(layer: nn.Module) -> int:
-    """Elements of a vocabulary's matrix that no token has."""
+    """Elements of a vocabulary matrix without a token."""
     rows = getattr(layer, "num_embeddings_padded", 0) - getattr(layer, "org_vocab_size", 0)
     return rows * getattr(layer, "embedding_dim", 0)

@@ -1,4 +1,4 @@
-"""Messages to tokens and back: one renderer per way of writing a conversation, chosen by name."""
+"""Messages to tokens and back: a renderer per format of conversations, chosen by name."""
 
 import difflib
 
@@ -15,12 +15,8 @@ RENDERERS = {"role_colon": RoleColonRenderer, "chat_template": ChatTemplateRende
 
 
 def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
-    """The renderer called `name`; None follows the tokenizer's chat template, or is role_colon if
-    it has none.
-
-    A renderer that imitates the chat template and writes something else is warned of, with the
-    first difference.
-    """
+    """The renderer called `name`; None follows the chat template, or is role_colon without one.
+    Prints a warning with the first difference if a renderer imitates the chat template wrongly."""
     if name is None:
         name = "chat_template" if tokenizer.chat_template else "role_colon"
     if name not in RENDERERS:
@@ -33,5 +29,5 @@ def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
 
 
 def get_text_content(message: Message) -> str:
-    """The text of a message. The cookbook's name: there, a message can hold other things too."""
+    """The text of a message, named as in the cookbook."""
     return message["content"]

@@ -1,10 +1,8 @@
-"""Follows the tokenizer's own chat template, token for token.
-
-Prompts and examples are what `apply_chat_template` returns. Which of those tokens a message said is
-found by rendering the conversation up to the message and up to its end: both must be prefixes of
-the whole. Where a template rewrites earlier turns (Qwen3 drops their thinking) they are not, and
-the message cannot be trained on in that place: an error, never a wrong mask. Left out: parsing tool
-calls and thinking out of the text.
+"""Follows the tokenizer's chat template, token for token: prompts and examples are what
+`apply_chat_template` returns. A message's tokens are the difference of two renderings, up to the
+message and up to its end; both must be prefixes of the whole. Where a template rewrites earlier
+turns (Qwen3 drops their thinking) training on the message is an error, never a wrong mask. Left
+out: parsing tool calls and thinking.
 """
 
 from collections.abc import Sequence
@@ -17,8 +15,8 @@ from posttrain.backend.types import ModelInput
 from posttrain.renderers.turns import cut_at_stop, encode, eos, trained_messages
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
-# Replies that templates are known to rewrite once the conversation goes on: thinking is dropped,
-# white space trimmed.
+# Replies that known templates rewrite in longer conversations: they drop thinking, trim white
+# space.
 PROBE_REPLIES = ["Yes.", "<think>\nHm.\n</think>\n\nNo.", " Perhaps. \n"]
 
 
@@ -34,9 +32,7 @@ class ChatTemplateRenderer:
         self.has_extension_property: bool = self._extends()
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        """Tokens of `apply_chat_template`. Raises DataError with the template's own words where it
-        refuses the conversation.
-        """
+        """Tokens of `apply_chat_template`. DataError with the template's message if it refuses."""
         plain = [{key: value for key, value in message.items() if key != "trainable"} for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
@@ -51,15 +47,14 @@ class ChatTemplateRenderer:
             raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
 
     def _find_end_of_turn(self) -> int:
-        """The first special token of what two conversations, alike but for the assistant's reply,
-        have in common after it.
-        """
+        """The first special token in the common ending of two conversations that differ in the
+        assistant's reply."""
         ask = Message(role="user", content="a")
-        one, two = (self._render([ask, Message(role="assistant", content=reply)]) for reply in "x0")
+        first, second = (self._render([ask, Message(role="assistant", content=reply)]) for reply in "x0")
         special = set(self.tokenizer.all_special_ids) | {
             i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special
         }
-        tail = one[len(one) - _common_prefix(one[::-1], two[::-1]) :]
+        tail = first[len(first) - _common_prefix(first[::-1], second[::-1]) :]
         for token in tail:
             if token in special:
                 return token
@@ -83,7 +78,7 @@ class ChatTemplateRenderer:
                 )
                 if following[: len(spoken)] != spoken:
                     return False
-        except DataError:  # a template for one exchange only
+        except DataError:  # a template for a single exchange
             return False
         return True
 
@@ -101,9 +96,8 @@ class ChatTemplateRenderer:
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
     ) -> tuple[list[int], list[float]]:
-        """What the template writes after a turn's end (a line break, mostly) has weight 0: the
-        model has stopped by then.
-        """
+        """The template's tokens after a turn's end (mostly a line break) have weight 0: the model
+        has stopped."""
         trained = trained_messages(messages, train_on_what)
         tokens = self._render(messages)
         if train_on_what == TrainOnWhat.ALL_TOKENS:
@@ -115,13 +109,13 @@ class ChatTemplateRenderer:
         return tokens, weights
 
     def _output_span(self, messages: Sequence[Message], i: int, tokens: list[int]) -> tuple[int, int]:
-        """Where in `tokens` message `i` begins to speak, and where its turn has ended."""
+        """Start and end in `tokens` of message `i` and its turn's end."""
         role, content = messages[i]["role"], messages[i]["content"]
         whole = tokens if i == len(messages) - 1 else self._render(messages[: i + 1])
         if role == "assistant":
             prompt = self._render(messages[:i], add_generation_prompt=True)
             start = len(prompt)
-        else:  # nothing prompts a user: the message begins where another content would make a difference
+        else:  # a user has no prompt: the message begins at the first token that depends on its content
             other = Message(role=role, content="0" if content.strip()[:1] == "x" else "x")
             start = _common_prefix(whole, self._render([*messages[:i], other]))
             prompt = whole[:start]
@@ -152,5 +146,4 @@ class ChatTemplateRenderer:
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
     return next((t for t, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,5 +1,5 @@
-"""Text without roles: the contents one after the other, EOS after what the assistant says. "12+34="
-is answered "46<eos>".
+"""Text without roles: the contents in order, EOS after the assistant's. "12+34=" is answered
+"46<eos>".
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class PlainRenderer:
     def build_generation_prompt(
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
     ) -> ModelInput:
-        """`role` leaves no trace."""
+        """`role` has no effect."""
         tokens = self.bos + [token for message in messages for token in self._turn(message).output]
         return ModelInput.from_ints(tokens + encode(self.tokenizer, prefill or ""))
 

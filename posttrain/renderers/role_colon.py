@@ -1,13 +1,8 @@
-"""Conversations as plain text, for base models: "User: hi\\n\\nAssistant: hello\\n\\nUser:".
-
-The assistant ends by giving the word back: its output includes the "\\n\\nUser:" that is also the
-next user's header, within a conversation and at its end alike. So a trained model stops at the stop
-sequence, and the next prompt extends what was sampled. EOS is how a base model knows to end a
-document: a response that ends so is whole too (but the next prompt does not repeat it).
-
-Every piece is encoded by itself: the generation prompt is then an exact prefix of the training
-example, whatever merges a BPE would make across the border. Left out: escaping a "\\n\\nUser:" that
-is part of a message.
+"""Conversations as plain text, for base models: "User: hi\\n\\nAssistant: hello\\n\\nUser:". The
+assistant's output ends with "\\n\\nUser:", the next user's header, which is the stop sequence; so
+the next prompt extends the sampled tokens. A response that ends by EOS is whole, too. Pieces are
+encoded separately: the generation prompt is an exact prefix of the training example. Left out:
+escaping a "\\n\\nUser:" in a message.
 """
 
 from collections.abc import Sequence
@@ -27,7 +22,7 @@ class RoleColonRenderer:
         self.bos = bos(tokenizer)
 
     def _turns(self, messages: Sequence[Message], next_role: str) -> list[Turn]:
-        """The messages, and the bare header of `next_role`."""
+        """The messages, then the header of `next_role`."""
         roles = [message["role"] for message in messages] + [next_role]
         outputs = [" " + message["content"] for message in messages] + [""]
         turns, word_given = [], False

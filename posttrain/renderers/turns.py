@@ -1,8 +1,6 @@
-"""What the renderers share: which messages are trained on, how weights follow from that, and where
-a sampled message ends.
-
-A message is a header, which says who speaks, and an output: what they say and how they end.
-Training weighs outputs; headers only under ALL_TOKENS.
+"""Shared by the renderers: the messages that are trained on, their weights, and the end of a
+sampled message. A message is a header (the role) and an output (the text and its end). Outputs
+carry loss; headers only under ALL_TOKENS.
 """
 
 from collections.abc import Collection, Sequence
@@ -21,17 +19,17 @@ class Turn:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of a piece of a longer text: without BOS or EOS, of any length."""
+    """Tokens of a part of a text: no BOS or EOS, no truncation."""
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text as it is: special tokens stay visible, spaces untouched."""
+    """The text unchanged: with special tokens, spaces not cleaned up."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def bos(tokenizer: Tokenizer) -> list[int]:
-    """[BOS] if this tokenizer begins its texts with it, else []."""
+    """[BOS] if the tokenizer's texts begin with it, else []."""
     first = tokenizer.encode("a")[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
@@ -42,9 +40,8 @@ def eos(tokenizer: Tokenizer) -> list[int]:
 
 
 def trained_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[bool]:
-    """Whether each message carries loss. Raises DataError if none does, or if `trainable` marks and
-    `train_on_what` disagree.
-    """
+    """Whether each message carries loss. DataError if none does, or if `trainable` marks and
+    `train_on_what` disagree."""
     if not messages:
         raise DataError("a conversation without messages")
     customized = train_on_what == TrainOnWhat.CUSTOMIZED
@@ -78,7 +75,7 @@ def trained_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) ->
 def supervised_example(
     start: list[int], turns: Sequence[Turn], messages: Sequence[Message], train_on_what: TrainOnWhat
 ) -> tuple[list[int], list[float]]:
-    """`start` (BOS or nothing) and the turns in one sequence, with a weight for each token."""
+    """`start` (BOS or nothing) and the turns as one sequence, with a weight for each token."""
     everything = float(train_on_what == TrainOnWhat.ALL_TOKENS)
     tokens, weights = list(start), [everything] * len(start)
     for turn, trained in zip(turns, trained_messages(messages, train_on_what), strict=True):
@@ -90,9 +87,8 @@ def supervised_example(
 def cut_at_stop(
     tokenizer: Tokenizer, tokens: Sequence[int], stop_ids: Collection[int], stop_text: str | None = None
 ) -> tuple[str, bool]:
-    """The text before the stop, and whether there was one. Two stops mean that sampling was not
-    told to stop: ConfigError.
-    """
+    """The text before the stop, and whether there is one. ConfigError for two stops: sampling did
+    not stop at the first."""
     pieces: list[list[int]] = [[]]
     for token in tokens:
         if token in stop_ids:

@@ -1,6 +1,4 @@
-"""What a renderer is: messages to tokens for training and for sampling, and sampled tokens back to
-a message.
-"""
+"""The renderer protocol: messages to tokens for training and sampling, sampled tokens to a message."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -14,7 +12,7 @@ Tokenizer = PreTrainedTokenizerBase
 
 
 class Message(TypedDict):
-    """`trainable` is read under TrainOnWhat.CUSTOMIZED only, and must be absent otherwise."""
+    """`trainable` is read under TrainOnWhat.CUSTOMIZED and must be absent otherwise."""
 
     role: str
     content: str
@@ -39,29 +37,27 @@ class Renderer(Protocol):
 
     @property
     def has_extension_property(self) -> bool:
-        """True if the prompt of turn k+1 starts with the prompt and the action of turn k, for every
-        conversation.
-        """
+        """True if, in every conversation, the prompt of turn k+1 starts with the prompt and action
+        of turn k."""
         ...
 
     def build_generation_prompt(
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
     ) -> ModelInput:
-        """The tokens to sample from, up to where `role` starts to speak, plus `prefill`."""
+        """The tokens to sample from, up to the text of `role`, plus `prefill`."""
         ...
 
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
     ) -> tuple[list[int], list[float]]:
-        """Tokens and a weight for each. Raises DataError if no token has weight."""
+        """Tokens and their weights. DataError if all weights are 0."""
         ...
 
     def get_stop_sequences(self) -> list[str] | list[int]:
-        """Where a sampled message ends."""
+        """Stop sequences of a sampled message."""
         ...
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
-        """The sampled message, and whether it ended with its stop sequence. Two stop sequences in
-        one response raise.
-        """
+        """The sampled message, and whether it ended with its stop sequence. Raises for two stop
+        sequences."""
         ...

@@ -1,6 +1,4 @@
-"""Where a run starts and what it leaves behind: resume, save every so often, and stop without
-losing a step.
-"""
+"""Resuming a run, its checkpoints, and stopping without the loss of a step."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -21,9 +19,8 @@ class Pending(Protocol):
 
 
 class Checkpointed(Protocol):
-    """A TrainingClient, or another client with its checkpoints
-    (recipes/libraries/belief_state/trainer.py).
-    """
+    """A TrainingClient, or another client with checkpoints
+    (recipes/libraries/belief_state/trainer.py)."""
 
     def save_state(self, name: str, *, extra: dict[str, Any]) -> Pending: ...
 
@@ -35,24 +32,21 @@ class Checkpointed(Protocol):
 
 
 class Checkpointer:
-    """Saves `training_client` into the run folder. A checkpoint of step i holds everything that
-    step i starts from.
-    """
+    """Saves `training_client` into the run folder. A checkpoint of step i holds the state before
+    step i."""
 
     def __init__(self, run: RunFolder, training_client: Checkpointed, save_every: int, keep: int | None):
         self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
         self._saved_step = -1
-        self.finished = False  # whether the run that is resumed had come to its end
-        self.nothing_left = False  # and has no step to do now
-        self.resumed_extra: dict[str, Any] = {}  # the `extra` of the checkpoint that is resumed
+        self.finished = False  # whether the resumed run had ended
+        self.nothing_left = False  # and has no steps left
+        self.resumed_extra: dict[str, Any] = {}  # `extra` of the resumed checkpoint
 
     def start(self, load_checkpoint_path: str | None, num_steps: int | None = None, may_end_early: bool = False) -> int:
-        """Loads what the run begins with and returns its first step: the folder's own last
-        checkpoint, else another's weights.
+        """Loads the folder's last checkpoint, else the weights of another; returns the first step.
 
-        A run that has ended after `num_steps` steps, or has more, keeps its metrics: there is
-        nothing left to do. With `may_end_early`, one that has ended is at its end wherever that
-        was.
+        A run that ended after `num_steps` steps or more keeps its metrics: there is nothing left to
+        do. With `may_end_early`, a run may have ended after fewer.
         """
         record, records = self._run.last_checkpoint(), self._run.list_checkpoints()
         step = 0
@@ -79,14 +73,14 @@ class Checkpointer:
         except CheckpointError as error:
             earlier = f"; without {record.path} the run goes on from {before.path.name}" if before else ""
             raise CheckpointError(f"{self._run.path} cannot be resumed: {error}{earlier}") from error
-        # The checkpoint knows its own step: a kill between a replaced folder and its record leaves
-        # an older record.
+        # The checkpoint knows its step: a kill between a replaced folder and its record leaves an
+        # older record.
         step = int(self.resumed_extra.get("next_step", record.step))
         self._saved_step, self.finished = step, record.name == "final"
         return step
 
     def after_step(self, next_step: int, extra: Callable[[], dict[str, Any]] | None = None) -> None:
-        """`extra` is asked for only where a checkpoint is written."""
+        """`extra` is called only if a checkpoint is written."""
         if self._save_every and next_step % self._save_every == 0:
             self.save(f"{next_step:06d}", next_step, extra() if extra else None)
 
@@ -99,7 +93,7 @@ class Checkpointer:
             self._run.prune_checkpoints(self._keep)
 
     def interrupted(self, next_step: int, extra: Callable[[], dict[str, Any]] | None = None) -> None:
-        """Saves, unless this very step is saved already, and ends the command as Ctrl-C should."""
+        """Saves, unless this step is saved, and ends the command as Ctrl-C does."""
         if self._saved_step != next_step:
             self.save(f"{next_step:06d}", next_step, extra() if extra else None)
         print(

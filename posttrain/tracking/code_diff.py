@@ -1,9 +1,7 @@
-"""The code a run was made by, as one text: the commit, the uncommitted changes, and the user's own
-modules, as diffs that patch reads.
-
-A user's module is one that the configuration names (env=my_task:Builder) and that lies outside this
-repository, or is in it but not in git; with it come the loaded modules from the same folder. Left
-out: data files, installed packages (their versions are pip's).
+"""The code of a run as one text: the commit, the uncommitted changes, and the user's modules, as
+diffs for patch. A user's module is named by the configuration (env=my_task:Builder) and lies
+outside this repository, or is not in git; loaded modules of its folder are included. Left out: data
+files, installed packages.
 """
 
 import difflib
@@ -14,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MOST_BYTES = 1_000_000  # of a module, and MOST_MODULES of a run: this is a record, not a backup
+MOST_BYTES = 1_000_000  # of a module, and MOST_MODULES of a run
 MOST_MODULES = 200
 
 
 def append_code_diff(file: Path, config_json: Any) -> None:
-    """Adds what the code is now: a resumed run keeps what it was before. Without git, and without
-    modules, nothing is written.
-    """
+    """Appends the current code, after that of the run before a resume. Writes nothing without git
+    and modules."""
     text = _repository_diff() + "".join(_module_diff(module) for module in user_modules(config_json))
     if text:
         with file.open("a", encoding="utf-8") as stream:
@@ -31,18 +28,16 @@ def append_code_diff(file: Path, config_json: Any) -> None:
 def user_modules(config_json: Any) -> list[Path]:
     named = {name for name in _module_names(config_json) if name in sys.modules}
     untracked = set((_git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py") or "").split("\0"))
-    own = {file for name in named if (file := _file_of(name)) is not None and _is_own(file, untracked)}
-    folders = {file.parent for file in own if not file.is_relative_to(REPOSITORY)}
+    modules = {file for name in named if (file := _file_of(name)) is not None and _is_users(file, untracked)}
+    folders = {file.parent for file in modules if not file.is_relative_to(REPOSITORY)}
     for name in list(sys.modules):
-        if (file := _file_of(name)) is not None and folders & set(file.parents) and _is_own(file, untracked):
-            own.add(file)
-    return sorted(own)[:MOST_MODULES]
+        if (file := _file_of(name)) is not None and folders & set(file.parents) and _is_users(file, untracked):
+            modules.add(file)
+    return sorted(modules)[:MOST_MODULES]
 
 
 def _module_names(value: Any) -> Iterator[str]:
-    """Those in "module:name", which is how a configuration in JSON has its classes and
-    functions.
-    """
+    """Module names of "module:name" strings, which stand for classes and functions in JSON."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _module_names(item)
@@ -55,7 +50,7 @@ def _file_of(module_name: str) -> Path | None:
     return Path(file).resolve() if isinstance(file, str) and file.endswith(".py") else None
 
 
-def _is_own(file: Path, untracked: set[str]) -> bool:
+def _is_users(file: Path, untracked: set[str]) -> bool:
     if file.is_relative_to(REPOSITORY):
         return str(file.relative_to(REPOSITORY)) in untracked
     installed = {"site-packages", "dist-packages"} & set(file.parts)
@@ -68,7 +63,7 @@ def _module_diff(file: Path) -> str:
     try:
         content = file.read_bytes()[:MOST_BYTES].decode("utf-8", "replace")
     except OSError:
-        return ""  # gone since it was imported
+        return ""  # deleted since its import
     lines = difflib.unified_diff([], content.splitlines(), "/dev/null", str(file), lineterm="")
     return "\n".join(lines) + "\n"
 
@@ -81,7 +76,7 @@ def _repository_diff() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """None where there is no git or no commit, or the disk is slow: the run matters more."""
+    """None without git or a commit, or on a slow disk: the run has priority."""
     try:
         command = ["git", "--no-optional-locks", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, timeout=5, check=True).stdout.decode("utf-8", "replace")

@@ -1,6 +1,4 @@
-"""The --help of the command lines: options by nested object, in aligned columns. Left out: colours,
-paging.
-"""
+"""The --help of the command lines: options by nested object, in aligned columns."""
 
 import shutil
 import textwrap
@@ -22,8 +20,8 @@ Row = tuple[str, str, str, str]  # option, type, value it would have, doc
 def help_text(
     title: str, parameters: Mapping[str, Any], values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]
 ) -> str:
-    """The page. `parameters` are chz's, by dotted path; `values` are the settings that differ from
-    their defaults, and the classes of the objects; "" is the configuration's own."""
+    """The page. `parameters` are chz's, by dotted path; `values` are settings that differ from the
+    defaults, and the classes of objects. The key "" is the configuration itself."""
     objects = [
         "",
         *(path for path in parameters if path in names or any(other.startswith(f"{path}.") for other in parameters)),
@@ -52,7 +50,7 @@ def help_text(
 
 
 def presets_text(presets: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
-    """What each value of a preset option sets."""
+    """The settings of each value of a preset option."""
     lines = []
     for option, choices in presets.items():
         lines += ["", "", f"What {option}=NAME sets; options that are given win:"]
@@ -96,9 +94,8 @@ def _value_text(path: str, values: Mapping[str, Any], parameter: Any) -> str:
 
 
 def _row_lines(row: tuple[str, str, str, str], widths: list[int]) -> list[str]:
-    """A row of the table; cells wider than their column push the next one along, and the doc wraps
-    below itself.
-    """
+    """A row of the table. Cells wider than their column push the next one along; the doc wraps in
+    its column."""
     cells = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
     indent = sum(widths) + 8
     width = max(shutil.get_terminal_size((130, 24)).columns, indent + 30)
@@ -111,7 +108,7 @@ def _row_lines(row: tuple[str, str, str, str], widths: list[int]) -> list[str]:
 
 
 def type_text(kind: Any) -> str:
-    """A type as a user writes its values: int, float | None, a | b | c."""
+    """A type as users write its values: int, float | None, a | b | c."""
     if get_origin(kind) in (Union, types.UnionType):
         return " | ".join(type_text(part) for part in get_args(kind))
     if get_origin(kind) is Literal:

@@ -1,10 +1,7 @@
-"""The command lines: chz `key=value` arguments, short names for polymorphic fields, a readable
---help and one-line errors.
-
-chz casts and builds. This file adds what it leaves to its caller: short names (`env=arithmetic`),
-default objects that survive the setting of one of their fields, the nearest names for a misspelt
-option, and errors of one line. To do so it reads the list of options from a Blueprint, which chz
-0.4 keeps private (`_parameters`). Left out: options from files, and chz's references (`a@=b`).
+"""The command lines on chz's `key=value` arguments, with short names (`env=arithmetic`), default
+objects that keep their class when a field is set, the nearest names for a misspelt option, a
+readable --help, and one-line errors. The options come from Blueprint._parameters, private in chz
+0.4. Left out: options from files, chz's references (`a@=b`).
 """
 
 import asyncio
@@ -33,13 +30,12 @@ from posttrain.tracking.stop_request import silence
 
 Config = TypeVar("Config")
 # option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"),
-# whose {} is the value given.
+# with {} for the given value.
 ShortNames = Mapping[str, Mapping[str, str]]
-# option -> its value -> the options which that value sets, unless they are given too
-# ("algorithm=grpo")
+# option -> its value -> the options this value sets, unless they are given ("algorithm=grpo")
 Presets = Mapping[str, Mapping[str, Mapping[str, str]]]
 
-# what other programs call our options
+# names of our options in other programs
 USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "lr": ("learning_rate",),
     **dict.fromkeys(
@@ -60,9 +56,8 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 def by_name(target: str) -> Callable[[], Any]:
-    """A default_factory for "module:Class", imported when it is called: a package offers what lies
-    above it without importing it.
-    """
+    """A default_factory for "module:Class", imported when called: so a package can offer a class of
+    a higher layer."""
 
     def make() -> Any:
         module, _, name = target.partition(":")
@@ -77,9 +72,7 @@ def run_command(
     short_names: ShortNames | None = None,
     presets: Presets | None = None,
 ) -> None:
-    """The entry point of a command: parses sys.argv and runs; what ends it, and how, is
-    `one_line_errors`.
-    """
+    """The entry point of a command: parses sys.argv and runs `main`, under `one_line_errors`."""
     with one_line_errors():
         outcome = main(parse(config_class, None, short_names, presets))
         if isinstance(outcome, Coroutine):
@@ -88,8 +81,7 @@ def run_command(
 
 def run_on_folders(main: Callable[..., object], **options: str) -> None:
     """The entry point of `python -m MODULE RUN [RUN ...] [option=value ...]`: prints main(folders,
-    **options), and the module's docstring where no folder is given. `options` have their
-    defaults."""
+    **options), or the module's docstring without folders. `options` are the defaults."""
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     folders = [argument for argument in sys.argv[1:] if "=" not in argument]
     if not folders or folders[0] in ("-h", "--help", "help"):
@@ -103,11 +95,11 @@ def run_on_folders(main: Callable[..., object], **options: str) -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a CookbookError, and an error of the operating system that names a file or a full disk,
-    into one line and exit code 2.
+    """Turns a CookbookError, and an OSError that names a file or a full disk, into one line and
+    exit code 2.
 
-    Ctrl-C exits with 130, a standard output that nobody reads with 141. Any other exception is a
-    bug and keeps its traceback.
+    Ctrl-C exits with 130, a closed standard output with 141. Any other exception is a bug and keeps
+    its traceback.
     """
     try:
         yield
@@ -132,7 +124,7 @@ def _leave(text: str, status: int) -> NoReturn:
 
 
 def _os_error_text(error: OSError) -> str | None:
-    """None for what no user could mend: a socket, a process."""
+    """None for errors that a user cannot fix: a socket, a process."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = f"{error.filename}: " if error.filename else ""
         return (
@@ -150,11 +142,9 @@ def parse(
     short_names: ShortNames | None = None,
     presets: Presets | None = None,
 ) -> Config:
-    """Builds the configuration from `key=value` arguments (default: sys.argv[1:]); the last of two
-    equal keys counts.
-
-    Raises ConfigError with one line; `--help`, `-h` and `help` print the options and exit 0.
-    """
+    """Builds the configuration from `key=value` arguments (default: sys.argv[1:]); the last of
+    equal keys counts. ConfigError with one line; `--help`, `-h` and `help` print the options and
+    exit 0."""
     argv = sys.argv[1:] if argv is None else argv
     short_names = short_names or {}
     wants_help = any(argument in ("--help", "-h", "help") for argument in argv)
@@ -210,14 +200,11 @@ def _preset_values(given: dict[str, str], presets: Presets) -> dict[str, str]:
 
 
 def _choose_classes(config_class: type[Config], given: dict[str, str], short_names: ShortNames) -> Blueprint[Config]:
-    """A blueprint with the default objects, and the classes that `given` names in their place;
-    those options leave `given`.
-
-    For `env.field=value` alone chz would build the annotated base class, so the default's class and
-    fields are laid under it.
-    """
+    """A blueprint with the default objects, and with the classes named in `given`, which loses
+    those options. For `env.field=value` alone chz would build the annotated base class: the
+    default's class and fields are set first."""
     settings = _object_settings(config_class)
-    # an outer class decides which inner options there are
+    # the outer class determines the inner options
     for key in sorted(given, key=lambda key: key.count(".")):
         parameters = _parameters(Blueprint(config_class).apply(settings))
         objects = [path for path in _matches(key, parameters) if _is_object(path, parameters[path].type, short_names)]
@@ -236,9 +223,8 @@ def _choose_classes(config_class: type[Config], given: dict[str, str], short_nam
 
 
 def _parameters(blueprint: Blueprint[Any]) -> dict[str, Any]:
-    """Every option the blueprint has with the classes chosen so far, by dotted path; each has type,
-    default, doc and cast.
-    """
+    """Every option of the blueprint with its chosen classes, by dotted path; with type, default,
+    doc, cast."""
     return {path: parameter for path, parameter in blueprint._make_lazy().all_params.items() if path}
 
 
@@ -251,9 +237,7 @@ def _help(config_class: type, blueprint: Blueprint[Any], given: Mapping[str, str
 
 
 def _object_settings(of: Any, prefix: str = "") -> dict[str, Any]:
-    """Blueprint values that rebuild the chz objects among the defaults of a class, or an
-    instance.
-    """
+    """Blueprint values that rebuild the chz objects among the defaults of a class or an instance."""
     settings = {}
     for name, field in (chz.chz_fields(of) if chz.is_chz(of) else {}).items():
         if not isinstance(of, type):
@@ -274,13 +258,13 @@ def _is_object(path: str, kind: Any, short_names: ShortNames) -> bool:
 
 
 def _matches(key: str, parameters: Mapping[str, Any]) -> list[str]:
-    """The options a key reaches; `a...b` reaches any b below a."""
+    """The options that a key sets; `a...b` is any b below a."""
     pattern = wildcard_key_to_regex(key) if "..." in key and not key.endswith("...") else None
     return [path for path in parameters if (pattern.fullmatch(path) if pattern else path == key)]
 
 
 def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """The "module:Class" behind a short name, and the fields the name sets."""
+    """The "module:Class" of a short name, and the fields the name sets."""
     name = value if value in names else next((name for name in names if "*" in name and fnmatch(value, name)), None)
     if name is not None:
         target, *fields = (part.replace("{}", value) for part in names[name].split())
@@ -302,26 +286,26 @@ def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict
 
 def _load_class(path: str, target: str, parameter: Any) -> type:
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a user's own module lies where the command is run
+        sys.path.append(os.getcwd())  # for a user's module in the current folder
     try:
-        found = parameter.meta_factory.from_string(target)
+        loaded_class = parameter.meta_factory.from_string(target)
     except (MetaFromString, ValueError) as error:
         raise ConfigError(f"{path}={target}: {' '.join(str(error).split())}") from None
-    if not isinstance(found, type):
+    if not isinstance(loaded_class, type):
         raise ConfigError(
             f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}"
         )
-    return found
+    return loaded_class
 
 
 def _check_chosen(blueprint: Blueprint[Any], parameters: Mapping[str, Any]) -> None:
-    """ConfigError for required objects of which nobody said what they are: chz would build the
-    annotated class, whose methods raise NotImplementedError."""
+    """ConfigError for required objects without a class: chz would build the annotated class, whose
+    methods raise NotImplementedError."""
     chosen = blueprint._arg_map._layers[0]._args
     missing = [
         path
-        for path, one in parameters.items()
-        if one.default is None and path not in chosen and _is_abstract(one.type)
+        for path, parameter in parameters.items()
+        if parameter.default is None and path not in chosen and _is_abstract(parameter.type)
     ]
     if missing:
         wanted = [f"{path}=module:Class ({_known_subclasses(parameters[path].type)})" for path in missing]
@@ -336,10 +320,10 @@ def _is_abstract(kind: Any) -> bool:
 
 
 def _known_subclasses(kind: type) -> str:
-    """Those that are loaded and can be used."""
-    found = [f"{child.__module__}:{child.__name__}" for child in _descendants(kind) if not _is_abstract(child)]
+    """Imported, concrete subclasses."""
+    names = [f"{child.__module__}:{child.__name__}" for child in _descendants(kind) if not _is_abstract(child)]
     return (
-        f"such as {', '.join(sorted(set(found))[:4])}" if found else f"a subclass of {kind.__module__}:{kind.__name__}"
+        f"such as {', '.join(sorted(set(names))[:4])}" if names else f"a subclass of {kind.__module__}:{kind.__name__}"
     )
 
 
@@ -350,7 +334,7 @@ def _descendants(kind: type) -> Iterator[type]:
 
 
 def _check_option(key: str, value: str, parameters: Mapping[str, Any]) -> None:
-    """ConfigError for a name that is no option and for a value that is not of the option's type."""
+    """ConfigError for an unknown option, or a value of the wrong type."""
     paths = _matches(key, parameters)
     ancestors = [key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1)]
     ancestor = next((path for path in ancestors if path in parameters), None)
@@ -371,7 +355,7 @@ def _takes_any_key(kind: Any) -> bool:
 def _nearest(key: str, parameters: Mapping[str, Any]) -> str:
     def likeness(path: str) -> float:
         pairs = [(key.strip("."), path), (key.rsplit(".", 1)[-1], path.rsplit(".", 1)[-1])]
-        whole, last = (difflib.SequenceMatcher(a=ours, b=theirs).ratio() for ours, theirs in pairs)
+        whole, last = (difflib.SequenceMatcher(a=left, b=right).ratio() for left, right in pairs)
         return max(whole, last) + 0.01 * whole  # among equals, the one at the same place
 
     usual = [path for path in USUAL_NAMES.get(key.strip("."), ()) if path in parameters]

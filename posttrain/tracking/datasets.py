@@ -1,9 +1,7 @@
-"""The two kinds of dataset, for supervised training, preferences and RL alike: a list reshuffled
-every epoch, and batches drawn anew.
-
-Batches are addressed by index, so that resuming is starting at an index. Index 0 is the first batch
-of the epoch that is set; indices past the end are of later epochs. What is random in a batch is a
-function of (seed, epoch, index) alone; seeds.py has the streams.
+"""The two datasets of supervised training, preferences and RL: a list reshuffled every epoch, and
+batches drawn anew. Batches are addressed by index: a resume starts at an index. Index 0 is the
+first batch of the current epoch; indices past the end are later epochs. A batch's randomness
+depends only on (seed, epoch, index); seeds.py has the streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +15,7 @@ T = TypeVar("T")
 
 
 class DrawnDataset(Generic[T]):
-    """`n_batches` an epoch, each made when it is asked for: batch `index` of `epoch` is
-    `draw(epoch, index)`, a pure function of both.
-    """
+    """`n_batches` per epoch: batch `index` of `epoch` is `draw(epoch, index)`, a pure function."""
 
     def __init__(self, draw: Callable[[int, int], Sequence[T]], n_batches: int):
         self.draw, self.n_batches, self.epoch = draw, n_batches, 0
@@ -36,11 +32,9 @@ class DrawnDataset(Generic[T]):
 
 
 class ListDataset(DrawnDataset[T]):
-    """Batches of a list in the order of (seed, epoch), or, without `shuffle`, in its own. The last
-    batch of an epoch may be short.
-
-    A `batch_size` above the length makes each batch all of the list, which a line says where it is
-    shuffled. `noun` is what the lines call the items. DataError for an empty list.
+    """Batches of a list in the order of (seed, epoch), or the list's without `shuffle`. The last
+    batch of an epoch may be short. A `batch_size` above the length makes each batch the whole list,
+    which is printed if shuffled. `noun` names the items in messages. DataError for an empty list.
     """
 
     def __init__(
@@ -60,7 +54,7 @@ class ListDataset(DrawnDataset[T]):
         super().__init__(self.batch, -(-length // self.batch_size))
 
     def order(self, epoch: int) -> np.ndarray:
-        """Indices into `items` in the order of an epoch."""
+        """Indices into `items`, in an epoch's order."""
         count = len(self.items)
         return np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
 

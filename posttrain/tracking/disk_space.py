@@ -1,5 +1,5 @@
-"""Whether a run's checkpoints fit on the disk, said before its first step. Left out: quotas, and
-what else writes to the same disk.
+"""Checks, before the first step, that a run's checkpoints fit on the disk. Left out: quotas, other
+writers.
 """
 
 import shutil
@@ -9,11 +9,8 @@ from posttrain.backend.errors import CheckpointError
 
 
 def check_disk_space(folder: Path, checkpoint_bytes: int, save_every: int, keep: int | None, existing: int) -> None:
-    """Prints the size and the number of the checkpoints to come; `existing` are there already.
-
-    Raises CheckpointError where not even one more fits, and warns where those that will be kept do
-    not.
-    """
+    """Prints the size and number of future checkpoints; `existing` are on the disk. CheckpointError
+    if not even one more fits; a warning if the kept ones do not."""
     free = shutil.disk_usage(folder).free
     when = f"every {save_every} steps and at the end" if save_every else "at the end"
     kept = f"the last {keep} and `final` are kept" if keep else "all are kept"
@@ -24,7 +21,7 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, save_every: int, keep:
             f"a checkpoint takes {size_text(checkpoint_bytes)}, and {folder} has {size_text(free)} free: {remedy}"
         )
     together = 1 + (keep or 1) if save_every else 1  # `final` and the last ones
-    at_once = together + 1 - min(existing, together)  # an old one goes after the new one has come
+    at_once = together + 1 - min(existing, together)  # an old one is deleted after the new one is written
     if free < at_once * checkpoint_bytes:
         total = size_text(at_once * checkpoint_bytes)
         print(
@@ -34,7 +31,7 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, save_every: int, keep:
 
 
 def size_text(count: float) -> str:
-    """Decimal, as disks are sold: 5.6 GB."""
+    """Decimal units: 5.6 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

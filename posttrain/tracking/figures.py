@@ -1,8 +1,5 @@
-"""Figures of panels in one style: curves by label, with a thin line for each seed and a thick one
-for their mean.
-
-Left out: smoothing; what is drawn is what was logged. matplotlib is imported when something is
-drawn, without a window system.
+"""Figures of panels in one style: curves by label, thin for each seed and thick for their mean.
+Left out: smoothing. matplotlib is imported on the first drawing, without a window system.
 """
 
 import io
@@ -17,14 +14,14 @@ from posttrain.tracking.jsonl import write_atomically
 
 COLORS = ("#2f6db5", "#d9772b", "#3a9a5b", "#c0447a", "#7a5cc2", "#8a6d4b", "#4aa8b8", "#6b7280")
 COLUMNS = 3
-SHARE = (-0.03, 1.03)  # limits of an axis that shows shares
-SMALLEST_SPAN = 0.05  # of the largest value; below it there is only noise
-SPARSE = 30  # with fewer steps each is marked
+SHARE = (-0.03, 1.03)  # axis limits for shares
+SMALLEST_SPAN = 0.05  # of the largest value; smaller spans are noise
+SPARSE = 30  # fewer steps get markers
 Records = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
 
 
 class Curve(NamedTuple):
-    """The steps at which a metric was logged, and its values; NaN leaves a gap."""
+    """Steps and values of a logged metric; NaN leaves a gap."""
 
     steps_K: list[int]
     values_K: list[float]
@@ -35,8 +32,8 @@ Curves = Mapping[str, Sequence[Curve]]  # label -> a curve for each seed
 
 @dataclass(frozen=True)
 class Panel:
-    """`levels` are dashed lines across (chance, a target), `dashed` the labels of curves that lie
-    on others. Without `limits` the axis fits the curves and spans at least `least_span`."""
+    """`levels` are dashed horizontal lines (chance, a target), `dashed` the labels of curves that
+    overlap others. Without `limits` the axis fits the curves and spans at least `least_span`."""
 
     title: str
     curves: Curves
@@ -52,9 +49,7 @@ class Panel:
 
 
 def read_curve(records: Records, *keys: str) -> Curve:
-    """Of the first of `keys` that was logged; empty where none was, or never a number (null stands
-    for NaN).
-    """
+    """The curve of the first of `keys` that was logged; empty without numbers (null is NaN)."""
     key = next((key for key in keys if any(record.get(key) is not None for record in records)), "")
     points = [(record["step"], record[key]) for record in records if key in record]
     return Curve([step for step, _ in points], [math.nan if value is None else value for _, value in points])
@@ -66,16 +61,15 @@ def curves_by_label(runs: Mapping[str, Sequence[Records]], *keys: str) -> Curves
 
 
 def mean_curve(curves_S: Sequence[Curve]) -> Curve:
-    """Over seeds, at the steps that all of them have."""
+    """The mean over seeds, at the steps of all seeds."""
     at = [dict(zip(*curve, strict=True)) for curve in curves_S]
     shared = sorted(set.intersection(*map(set, at))) if at else []
     return Curve(shared, [sum(values[step] for values in at) / len(at) for step in shared])
 
 
 def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = False) -> Any:
-    """The figure. With `shared_legend` a label has one colour in all panels, and the legend lies
-    above them.
-    """
+    """The figure. With `shared_legend` a label has one colour in all panels, and the legend is
+    above."""
     labels = list(dict.fromkeys(label for panel in panels for label in panel.curves)) if shared_legend else []
     levels = {level for panel in panels for level in panel.levels} if shared_legend else set()
     figure, axes = panel_axes(len(panels), title, legend_rows=math.ceil(len([*labels, *levels]) / COLUMNS))
@@ -88,9 +82,8 @@ def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = 
 
 
 def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
-    """`labels` give the order of the colours; without them it is the panel's, and the panel gets a
-    legend where it has several.
-    """
+    """`labels` set the order of colours; the default is the panel's, with a legend for several
+    labels."""
     order = list(labels or panel.curves)
     for label, seeds in panel.curves.items():
         color, curves_S = COLORS[order.index(label) % len(COLORS)], [curve for curve in seeds if curve.steps_K]
@@ -111,9 +104,8 @@ def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
 
 
 def _widen(axis: Any, least_span: float) -> None:
-    """Noise fills no panel: the axis spans at least `least_span`, and at least a part of the
-    largest value.
-    """
+    """Widens the axis to at least `least_span`, and to a part of the largest value, so that noise
+    stays small."""
     values = [y for line in axis.get_lines() for y in line.get_ydata() if y == y]
     low, high = axis.get_ylim()
     span = max(least_span, SMALLEST_SPAN * max(map(abs, values), default=0.0))
@@ -126,9 +118,7 @@ def _widen(axis: Any, least_span: float) -> None:
 def panel_axes(
     panels: int, title: str = "", legend_rows: int = 0, columns: int = 0, size: tuple[float, float] = (4.4, 2.6)
 ) -> tuple[Any, list[Any]]:
-    """A figure with `panels` axes of `size` inches, as many rows as they need, and room above for a
-    title or a legend.
-    """
+    """A figure of `panels` axes of `size` inches, in rows, with room above for a title or a legend."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

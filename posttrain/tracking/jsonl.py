@@ -1,8 +1,5 @@
-"""JSON files, and append-only JSON lines that survive a kill: a line is there whole or, if it was
-being written, not at all.
-
-What cannot be read is a DataError of one line with the file, the place and the remedy, whatever is
-the matter with it.
+"""JSON files, and append-only JSON lines that survive a kill: a line is whole or absent. An
+unreadable file is a DataError of one line with file, place and remedy.
 """
 
 import json
@@ -19,7 +16,7 @@ EXAMPLE_CHARS = 80  # of a bad value in a message
 
 
 def read_bytes(path: str | os.PathLike[str], remedy: str = "choose another file") -> bytes:
-    """The file's content. DataError where it is not there, is a folder, or cannot be read."""
+    """The file's content. DataError if it is missing, a folder or unreadable."""
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
@@ -27,9 +24,7 @@ def read_bytes(path: str | os.PathLike[str], remedy: str = "choose another file"
 
 
 def parse_json(text: str | bytes, where: str, remedy: str = "repair or delete it") -> Any:
-    """DataError for anything that is not JSON in UTF-8, is nested too deep, or has half of a
-    surrogate pair, which is no text.
-    """
+    """DataError for text that is not JSON in UTF-8, is nested too deep, or has a lone surrogate."""
     try:
         value = json.loads(text)
         if b"\\u" in text if isinstance(text, bytes) else "\\u" in text:
@@ -48,11 +43,8 @@ def read_json(path: str | os.PathLike[str], remedy: str = "repair or delete it")
 
 
 def read_jsonl(path: str | os.PathLike[str], fields: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The records of a file, [] where there is none. A torn last line is left out; any other bad
-    line is a DataError.
-
-    `fields` are names that every record must have, each with its type.
-    """
+    """The records of a file, [] without one. A torn last line is dropped; any other bad line is a
+    DataError. `fields` are required names with their types."""
     path = Path(path)
     if not os.path.lexists(path):
         return []
@@ -79,7 +71,7 @@ def read_dataclasses(path: str | os.PathLike[str], kind: type[T]) -> list[T]:
 
 
 def as_dataclass(record: Any, kind: type[T], where: str) -> T:
-    """DataError where the record has other fields."""
+    """DataError if the record has other fields."""
     try:
         return kind(**record)
     except TypeError as error:
@@ -88,7 +80,7 @@ def as_dataclass(record: Any, kind: type[T], where: str) -> T:
 
 
 def append_jsonl(path: Path, record: dict[str, Any], *, sync: bool = False) -> None:
-    """Adds one line. With `sync` it is on the disk when this returns."""
+    """Appends one line; with `sync` it is on the disk on return."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
@@ -97,21 +89,19 @@ def append_jsonl(path: Path, record: dict[str, Any], *, sync: bool = False) -> N
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cuts what follows the last newline, so that the next append starts a line of its own."""
+    """Cuts the text after the last newline, so that the next append starts a line."""
     if os.path.lexists(path) and (content := read_bytes(path)) and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """Replaces the file by a line for each record, a dict or a dataclass; atomically."""
+    """Replaces the file, atomically, by a line for each record, a dict or a dataclass."""
     fields = (asdict(record) if is_dataclass(record) and not isinstance(record, type) else record for record in records)
     write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in fields))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces the file's content: a reader, or a run that is killed here, sees the old file or the
-    new one.
-    """
+    """Replaces the file's content: readers, and a killed run, see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -119,6 +109,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:  # the disk is full: what was written of it only takes room
+    except OSError:  # the disk is full: remove the partial file
         temporary.unlink(missing_ok=True)
         raise

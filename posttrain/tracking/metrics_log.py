@@ -1,6 +1,4 @@
-"""Metrics of a run: one JSON line per step in metrics.jsonl, wandb when asked for, a console table,
-and timers.
-"""
+"""Metrics of a run: a JSON line per step in metrics.jsonl, optional wandb, a console table, timers."""
 
 import math
 import os
@@ -18,9 +16,8 @@ from posttrain.tracking.run_folder import RunFolder, config_to_json
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and, given `wandb_project`, to a wandb run whose id is kept in the
-    folder for resuming.
-    """
+    """Appends to metrics.jsonl and, with `wandb_project`, to a wandb run; its id in the folder
+    allows resuming."""
 
     def __init__(
         self, run_folder: RunFolder, wandb_project: str | None = None, wandb_name: str | None = None, config: Any = None
@@ -30,9 +27,8 @@ class MetricsLog:
         self._wandb_run = _start_wandb(run_folder, wandb_project, wandb_name, config) if wandb_project else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Writes `{"step": step, **metrics}`. What is not finite becomes null and is named under
-        "non_finite".
-        """
+        """Writes `{"step": step, **metrics}`. Non-finite values become null and are named under
+        "non_finite"."""
         record: dict[str, Any] = {"step": step}
         non_finite = {}
         for name, value in metrics.items():
@@ -75,13 +71,13 @@ def _start_wandb(run_folder: RunFolder, project: str, name: str | None, config: 
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a run folder or of a metrics.jsonl, in order; a torn last line is left out."""
+    """The records of a run folder or a metrics.jsonl, in order, without a torn last line."""
     path = Path(path)
     return read_jsonl(path / "metrics.jsonl" if path.is_dir() else path, {"step": int})
 
 
 def read_last_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
-    """What a finished run returned: the metrics of its last step, and those measured after it."""
+    """The result of a finished run: metrics of its last step, and those after it."""
     records = read_metrics(path)
     last = records[-1]["step"] if records else 0
     merged = {name: value for record in records if record["step"] >= last - 1 for name, value in record.items()}
@@ -94,7 +90,7 @@ def read_last_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
 
 @contextmanager
 def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds spent inside to `metrics["time/<name>"]`, also when the block raises."""
+    """Adds the seconds inside to `metrics["time/<name>"]`, also if the block raises."""
     start = time.perf_counter()
     try:
         yield
@@ -104,9 +100,8 @@ def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
 
 
 def print_metrics_table(metrics: Mapping[str, float], title: str, names: Sequence[str] | None = None) -> None:
-    """Prints `names`, by default all, sorted, with a rule between the groups (the part of a name
-    before its first slash).
-    """
+    """Prints `names` (default: all, sorted), with a rule between groups, the prefixes before a
+    slash."""
     from rich import get_console
     from rich.table import Table
 
@@ -116,10 +111,10 @@ def print_metrics_table(metrics: Mapping[str, float], title: str, names: Sequenc
     for name, following in zip_longest(shown, shown[1:]):
         last_of_group = names is None and following is not None and following.split("/")[0] != name.split("/")[0]
         table.add_row(name, format_number(metrics[name]), end_section=last_of_group)
-    get_console().print(table)  # the one a progress bar is drawn on, so that the bar stays below
+    get_console().print(table)  # the progress bar's console: the bar stays below
 
 
-# What a person looks at first, in this order; a run has a few of them.
+# The most important metrics, in this order; a run has some of them.
 IMPORTANT = (
     *("test/env/all/correct", "test/env/all/reward/total", "env/all/correct", "env/all/reward/total"),
     *("test/nll", "train_mean_nll", "test/dpo_loss", "dpo_loss", "train_loss", "test/loss_next_token"),
@@ -131,9 +126,8 @@ ROWS = 8
 
 
 def print_last_metrics(run_folder: RunFolder, metrics: Mapping[str, float]) -> None:
-    """The end of a run: the eight metrics that matter most (and all whose name begins with
-    "alarm"), and where the others are.
-    """
+    """The end of a run: its eight most important metrics, all that begin with "alarm", and the file
+    with the rest."""
     shown = [name for name in metrics if name.startswith("alarm")]
     shown += [name for name in IMPORTANT if name in metrics][:ROWS]
     print_metrics_table(metrics, f"{run_folder.path}: last step", shown)
@@ -142,7 +136,7 @@ def print_last_metrics(run_folder: RunFolder, metrics: Mapping[str, float]) -> N
 
 
 def format_number(value: float) -> str:
-    """About four significant digits, never more than ten characters: 1234567, 0.7125, 3.1e-05."""
+    """About four significant digits, at most ten characters: 1234567, 0.7125, 3.1e-05."""
     if isinstance(value, int) or (value == int(value) if math.isfinite(value) else False):
         return f"{value:.0f}" if abs(value) < 1e9 else f"{value:.3e}"
     return f"{value:.4g}" if abs(value) < 1e-3 or abs(value) >= 1e4 else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""What is left behind when a loss is not finite: the data that did it, as JSONL."""
+"""Saves the data of a loss that is not finite, as JSONL."""
 
 import json
 from collections.abc import Sequence
@@ -9,9 +9,8 @@ from posttrain.tracking.run_folder import RunFolder
 
 
 def write_offending_data(run: RunFolder, step: int, data_D: Sequence[Datum], error: NonFiniteError) -> NonFiniteError:
-    """Writes the data of a failed step (the offending ones, where known) and returns the error with
-    the file's name in it.
-    """
+    """Writes a failed step's data (the offending ones if known); returns the error with the file's
+    name."""
     path = run.path / f"nonfinite_{step:06d}.jsonl"
     indices = error.datum_indices or range(len(data_D))
     with path.open("w") as file:

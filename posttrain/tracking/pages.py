@@ -1,5 +1,5 @@
-"""One template for the HTML pages of a run: a head with facts and links, tables, figures. One file
-each, without scripts.
+"""A template for HTML pages: a head with facts and links, tables, figures. Single files, no
+scripts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,8 @@ from html import escape
 
 
 def html_page(title: str, facts: Sequence[str], links: Mapping[str, str], body: str, style: str = "") -> str:
-    """`links`: address -> what it says; to a section of the page (its table of contents) or to
-    other pages. `body` is HTML, the rest text.
-    """
+    """`links`: address -> label, to sections of the page or to other pages. `body` is HTML, the
+    rest text."""
     anchors = " · ".join(f'<a href="{escape(address)}">{escape(name)}</a>' for address, name in links.items())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

@@ -1,9 +1,8 @@
-"""The curves of a run as small multiples (plots/run.png), and of several runs over one another.
+"""The curves of a run as small multiples (plots/run.png), and of several runs in comparison. Curves
+of a panel: figures.py.
 
-    python -m posttrain.tracking.plots runs/a python -m posttrain.tracking.plots runs/a runs/b
-    out=compare.png keys=env/all/correct,optim/entropy
-
-How a panel is curve is in figures.py.
+  python -m posttrain.tracking.plots runs/a
+  python -m posttrain.tracking.plots runs/a runs/b out=compare.png keys=env/all/correct,optim/entropy
 """
 
 import os
@@ -30,8 +29,7 @@ from posttrain.tracking.figures import (
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import RunFolder
 
-# panel title -> the metrics it shows, training ones first; a panel is curve when one of them was
-# logged
+# panel title -> its metrics, training first; a panel is drawn if one of them was logged
 PANELS: dict[str, tuple[str, ...]] = {
     "reward": ("env/all/reward/total", "test/env/all/reward/total"),
     "accuracy": ("env/all/correct", "test/env/all/correct"),
@@ -63,16 +61,14 @@ PANELS: dict[str, tuple[str, ...]] = {
     "tokens": ("num_tokens",),
 }
 TIMES = ("time/sampling", "time/train", "time/sync", "time/eval")
-# The least that a panel's axis spans: below it there is only rounding.
+# Least span of a panel's axis: smaller differences are rounding.
 FLOORS: dict[str, float] = dict.fromkeys(
     ("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/logprob_gap_mean", "optim/loss"), 1e-3
 )
 
 
 def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
-    """Draws plots/run.png of a run folder and returns its path. DataError where the run has no
-    metrics.
-    """
+    """Draws plots/run.png of a run folder; returns its path. DataError without metrics."""
     folder = run_folder.path if isinstance(run_folder, RunFolder) else Path(run_folder)
     records = _records(folder)
     panels = _panels(records)
@@ -88,9 +84,7 @@ def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
 
 
 def _panels(records: Records) -> list[Panel]:
-    """Those of PANELS that have something to show; one that would show the same curves as another
-    is named in its title instead.
-    """
+    """The PANELS with data; a metric with the same curve as another is named in the title instead."""
     panels: list[Panel] = []
     for title, keys in PANELS.items():
         logged = {label: [curve] for label, key in _labels(keys).items() if (curve := read_curve(records, key)).steps_K}
@@ -105,9 +99,7 @@ def _panels(records: Records) -> list[Panel]:
 def compare_runs(
     folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], keys: Sequence[str] = ()
 ) -> Path:
-    """Draws one panel per metric with a curve per run. Without `keys`, every known metric that some
-    run has.
-    """
+    """Draws a panel per metric with a curve per run. Default `keys`: every known metric of any run."""
     paths = [Path(folder) for folder in folders]
     runs = {_run_name(path, paths): [_records(path)] for path in paths}
     wanted = keys or dict.fromkeys(key for known in (*PANELS.values(), ("time/total",)) for key in known)
@@ -136,9 +128,7 @@ def _run_name(path: Path, paths: list[Path]) -> str:
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:
-    """Label -> key: held out or training, where that tells them apart; otherwise the end of the
-    name.
-    """
+    """Label -> key: held out or training, if that is unique; otherwise the end of the name."""
     labels = {"held out" if key.startswith("test/") else "training": key for key in keys}
     return (
         labels
@@ -148,7 +138,7 @@ def _labels(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
-    """Seconds of a step, stacked by what they went to; the rest of the total is "other"."""
+    """Seconds of a step, stacked by activity; the rest of the total is "other"."""
     parts = [key for key in keys if key != "time/total"]
     if not parts:
         draw_panel(axis, Panel("seconds per step", {"total": [read_curve(records, "time/total")]}))
@@ -169,7 +159,7 @@ def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
 
 
 def draw(folders: Sequence[Path], out: str, keys: str) -> Path:
-    """Of one run without options its plots/run.png."""
+    """plots/run.png for one run without options."""
     if len(folders) == 1 and not out and not keys:
         return plot_run(folders[0])
     return compare_runs(folders, out or "compare.png", [key for key in keys.split(",") if key])

@@ -1,6 +1,4 @@
-"""The progress bar of a training loop; plain lines, now and then, where the output is not a
-terminal.
-"""
+"""The progress bar of a training loop; occasional lines if the output is not a terminal."""
 
 import asyncio
 import sys
@@ -14,16 +12,12 @@ from posttrain.tracking.metrics_log import format_number
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
-STEPS_IN_RATE = 20  # the rate is that of the last steps: the first ones compile and warm up
+STEPS_IN_RATE = 20  # rate over the last steps: the first ones compile and warm up
 
 
 class TrainingProgress:
     """`with TrainingProgress(total_steps, start=resumed_at) as progress: ... progress.update(step,
-    {"reward": 0.71})`
-
-    `step` counts from 0 and has just been finished. What is printed meanwhile appears above the
-    bar.
-    """
+    {"reward": 0.71})`. `step`, from 0, has just finished. Printed lines appear above the bar."""
 
     def __init__(self, total_steps: int, start: int = 0, description: str = "training"):
         self.total_steps, self.start, self.description = total_steps, start, description
@@ -64,12 +58,12 @@ class TrainingProgress:
         return "  ".join(parts + [f"{name} {format_number(value)}" for name, value in (metrics or {}).items()])
 
 
-async def reported(waited_for: Awaitable[T], what: str, seconds: float = 60.0) -> T:
-    """Awaits it, and says every `seconds` that it is still under way: nothing hangs in silence."""
+async def reported(waited_for: Awaitable[T], activity: str, seconds: float = 60.0) -> T:
+    """Awaits it, and prints every `seconds` that it is still in progress."""
     task, began = asyncio.ensure_future(waited_for), time.monotonic()
     try:
         while not (await asyncio.wait({task}, timeout=seconds))[0]:
-            print(f"still {what} after {_duration(time.monotonic() - began)}", flush=True)
+            print(f"still {activity} after {_duration(time.monotonic() - began)}", flush=True)
     finally:
         if not task.done():
             task.cancel()

@@ -1,9 +1,9 @@
-"""A training run: everything around its steps. It resumes, evaluates, times, logs, saves, stops,
-and shows its progress.
+"""A training run: everything around its steps: resume, evaluation, timing, logs, checkpoints,
+stopping, progress.
 
-run = Run(config=config, folder=folder, client=client, name="sft", num_steps=1000,
-evaluate=evaluate) run.start(config.load_checkpoint_path)
-metrics = await run.steps(step)      # async def step(number, metrics): trains, and adds to the metrics
+  run = Run(config=config, folder=folder, client=client, name="sft", num_steps=1000, evaluate=evaluate)
+  run.start(config.load_checkpoint_path)
+  metrics = await run.steps(step)  # async def step(number, metrics): trains, and adds to the metrics
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,38 +24,31 @@ Step = Callable[[int, Metrics], Awaitable[None]]
 
 @dataclass(kw_only=True)
 class Run:
-    """Evaluations come before the step and see the weights it starts from; there is one more at the
-    end.
-    """
+    """An evaluation precedes its step and sees its starting weights; there is one more at the end."""
 
     config: RunConfig
     folder: RunFolder
     client: Checkpointed
     name: str
     num_steps: int
-    """This call ends before this step."""
+    """This call ends before step `num_steps`."""
     headline: Mapping[str, str] = field(default_factory=dict)
-    """Metrics beside the progress bar, and their short names there."""
+    """Metrics beside the progress bar -> their short names."""
     evaluate: Callable[[int], Awaitable[Metrics]] | None = None
-    """Held-out metrics before the step of this number."""
+    """Held-out metrics before step `number`."""
     alarms: Alarms | None = None
     extra: Callable[[], dict[str, Any]] = dict
-    """What a checkpoint in the middle holds beside the weights; `resumed_extra` has it after a
-    resume.
-    """
+    """A mid-run checkpoint's data besides the weights; `resumed_extra` after a resume."""
     ends_early: Callable[[Metrics], bool] | None = None
-    """Whether the step with these metrics was the last."""
+    """Whether the step with these metrics is the last."""
     must_stop: Callable[[StopRequest], bool] = bool
-    """Several processes stop together: recipes/libraries/belief_state/distributed.py."""
+    """For processes that stop together: recipes/libraries/belief_state/distributed.py."""
     final_name: str | None = "final"
-    """Of the last checkpoint. None: the number of the next step, for a run that another call goes
-    on with.
-    """
+    """Name of the last checkpoint. None: the number of the next step, for a run that another call
+    continues."""
 
     def start(self, load_checkpoint_path: str | None) -> bool:
-        """Loads what the run begins with. False if it has ended already: `last_metrics` are its
-        result.
-        """
+        """Loads the initial state. False if the run has ended: `last_metrics` are its result."""
         config = self.config
         self._checkpointer = Checkpointer(self.folder, self.client, config.save_every, config.keep_checkpoints)
         self.first_step = self._checkpointer.start(load_checkpoint_path, self.num_steps, self.ends_early is not None)
@@ -66,7 +59,7 @@ class Run:
         return read_last_metrics(self.folder.path)
 
     async def steps(self, train_step: Step) -> Metrics:
-        """Takes all steps that are left; returns the last metrics."""
+        """Runs the remaining steps; returns the last metrics."""
         config, checkpointer, metrics, headline, done = self.config, self._checkpointer, {}, {}, self.first_step
         with (
             closing(MetricsLog(self.folder, config.wandb_project, config.wandb_name, config)) as log,
@@ -101,9 +94,7 @@ class Run:
 
 
 def finish(folder: RunFolder, metrics: Mapping[str, float]) -> None:
-    """The end of a command: the last metrics, and where the plot, the transcripts and the model
-    are.
-    """
+    """The end of a command: prints the last metrics, and the paths of plot, transcripts and model."""
     from posttrain.tracking.plots import plot_run
 
     print_last_metrics(folder, metrics)

@@ -1,5 +1,5 @@
-"""The options that all training runs share, declared once. A run's own configuration inherits them
-and may give other defaults.
+"""The options of all training runs, declared once. A run's configuration inherits them and may
+change defaults.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ def log_path_field(default: str) -> Any:
 
 @chz.chz
 class RunConfig:
-    """A run's folder, and how often it is measured and saved."""
+    """A run's folder, and its evaluation and checkpoint intervals."""
 
     eval_every: int = chz.field(
         default=20, validator=WHOLE, doc="held-out metrics before every this many steps, and at the end; 0 = never"
@@ -66,7 +66,7 @@ class TrainingConfig(RunConfig):
             raise ConfigError(f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}")
 
     def adam(self, step: int, num_steps: int) -> AdamParams:
-        """The optimizer's settings in `step` of a schedule of `num_steps`."""
+        """The optimizer's settings at `step` of `num_steps`."""
         rate = learning_rate_at(
             step, self.learning_rate, self.lr_schedule, num_steps, self.warmup_steps, self.min_learning_rate
         )
@@ -82,7 +82,7 @@ class LanguageModelRunConfig(TrainingConfig):
         default=None, doc="start from the weights of this checkpoint (fresh optimizer)"
     )
     renderer_name: str | None = chz.field(
-        default=None, doc="role_colon, chat_template or plain; None = what suits the tokenizer"
+        default=None, doc="role_colon, chat_template or plain; None = the model's own"
     )
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
     lora_alpha: float | None = chz.field(
@@ -100,7 +100,7 @@ class LanguageModelRunConfig(TrainingConfig):
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains and samples")
 
     def renderer(self) -> Renderer:
-        """The renderer with the model's tokenizer; the model's weights are not read."""
+        """The renderer of the model's tokenizer; does not read the model's weights."""
         return get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
 
     def lora(self) -> LoraConfig | None:

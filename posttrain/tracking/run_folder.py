@@ -1,11 +1,7 @@
-"""The folder of one run: its configuration, metrics, checkpoints, transcripts and plots.
-
-    config.json  metrics.jsonl  checkpoints.jsonl  checkpoints/  transcripts/  plots/  code.diff  lock
-
-A folder that already holds a run is resumed, deleted or refused, never overwritten; one process at
-a time has it (run_lock.py). It is resumed with the settings that made it, or after saying which
-differ: config_changes.jsonl keeps those that were let through. Left out: what a checkpoint contains
-(the training loop writes it, this file only records that it is complete) and remote storage.
+"""The folder of a run: config.json, metrics.jsonl, checkpoints.jsonl, checkpoints/, transcripts/,
+plots/, code.diff, lock. A folder with a run is resumed, deleted or refused, never overwritten; one
+process has it at a time (run_lock.py). Resuming compares the settings; config_changes.jsonl records
+accepted changes. Left out: the content of checkpoints (the loop writes it), remote storage.
 """
 
 import os
@@ -36,13 +32,13 @@ __all__ = ["BehaviorIfExists", "CheckpointRecord", "RunFolder", "config_to_json"
 
 BehaviorIfExists = Literal["ask", "resume", "resume_changed", "delete", "raise"]
 
-# A run continued with another of these would be another run, whatever the user says.
+# A change of these makes another run: never accepted.
 FIXED_FOR_A_RUN = ("model_name", "env.class", "dataset.class", "env.tasks.class", "dataset.tasks.class")
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """`step` is the next step to run."""
+    """`step` is the next step."""
 
     name: str
     step: int
@@ -51,9 +47,8 @@ class CheckpointRecord:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of an open run. `lock` keeps other processes out as long as this object lives; None:
-    opened only to read.
-    """
+    """Paths of an open run. `lock` excludes other processes while this object lives; None:
+    read-only."""
 
     path: Path
     resumed: bool = False
@@ -84,22 +79,18 @@ class RunFolder:
         return self.path / "plots"
 
     def record_checkpoint(self, name: str, step: int, path: str | os.PathLike[str]) -> None:
-        """Notes that the folder `path` is a complete checkpoint, from which step `step` is the
-        next. On disk on return.
-        """
+        """Records, durably, that the folder `path` is a complete checkpoint before step `step`."""
         folder = Path(path).resolve()
         if not folder.is_dir():
             raise CheckpointError(f"checkpoint {name!r}: {path} is not a folder; write it before recording it")
         inside = folder.is_relative_to(self.path.resolve())
-        # relative, so that a run can be moved
+        # relative: a run can be moved
         stored = folder.relative_to(self.path.resolve()) if inside else folder
         drop_torn_line(self.checkpoints_file)
         append_jsonl(self.checkpoints_file, {"name": name, "step": step, "path": str(stored)}, sync=True)
 
     def list_checkpoints(self) -> list[CheckpointRecord]:
-        """Records whose folder is still there, oldest first; a folder recorded again counts once,
-        as its last record.
-        """
+        """Records with an existing folder, oldest first; the last record of a folder counts."""
         records: dict[Path, CheckpointRecord] = {}
         for line in read_jsonl(self.checkpoints_file, {"name": str, "step": int, "path": str}):
             folder = self.path / line["path"]
@@ -109,55 +100,49 @@ class RunFolder:
         return list(records.values())
 
     def last_checkpoint(self) -> CheckpointRecord | None:
-        """The latest complete checkpoint, or None. CheckpointError where there are several, and no
-        record of any.
-        """
+        """The latest complete checkpoint, or None. CheckpointError for several checkpoints without
+        records."""
         records = self.list_checkpoints()
-        found = (
+        names = (
             sorted(path.name for path in self.checkpoints.iterdir() if path.is_dir())
             if self.checkpoints.is_dir()
             else []
         )
-        found = [name for name in found if not name.startswith(".") and "." not in name]
-        # one may be there without a record: a kill came between the two
-        if not records and len(found) > 1:
+        names = [name for name in names if not name.startswith(".") and "." not in name]
+        # one may lack its record: a kill between checkpoint and record
+        if not records and len(names) > 1:
             raise CheckpointError(
-                f"{self.checkpoints_file} has no record of the checkpoints that are there ({', '.join(found)}): put it "
+                f"{self.checkpoints_file} has no record of the checkpoints that are there ({', '.join(names)}): put it "
                 "back, "
                 "or begin another run with load_checkpoint_path"
             )
         return records[-1] if records else None
 
     def prune_checkpoints(self, keep: int) -> None:
-        """Deletes all but the last `keep` checkpoints (>= 1) and the one named "final". Call it
-        after recording a new one.
-        """
+        """Deletes all but the last `keep` (>= 1) checkpoints and "final". Call it after a new
+        record."""
         if keep < 1:
             raise ConfigError(f"keep_checkpoints={keep}: at least 1 must be kept, or there is nothing to resume from")
-        mine = [record for record in self.list_checkpoints() if record.path.is_relative_to(self.checkpoints)]
-        for record in mine[:-keep]:
-            # renamed first: a deletion that is killed half way leaves nothing that looks whole
+        in_folder = [record for record in self.list_checkpoints() if record.path.is_relative_to(self.checkpoints)]
+        for record in in_folder[:-keep]:
+            # renamed first: a killed deletion leaves nothing that looks complete
             if record.name != "final":
                 record.path.rename(record.path.with_name(record.path.name + ".deleted"))
         for leftover in self.checkpoints.glob("*.deleted"):
             shutil.rmtree(leftover)
 
     def truncate_metrics(self, step: int) -> None:
-        """Forgets the metrics of `step` and later, so that a resumed run's metrics are those of an
-        uninterrupted one.
-        """
+        """Drops the metrics of `step` and later: a resumed run has an uninterrupted run's metrics."""
         kept = [record for record in read_jsonl(self.metrics_file, {"step": int}) if record["step"] < step]
         write_jsonl(self.metrics_file, kept)
 
 
 def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, config: Any) -> RunFolder:
-    """Makes the run folder, or decides by `behavior` what becomes of the one that is there, and
-    writes config.json into it.
+    """Creates the run folder and its config.json, or applies `behavior` to an existing run.
 
-    Raises ConfigError where a run exists and may not be touched or belongs to another process,
-    where the folder holds something that is no run, and where a run would be resumed with another
-    model, environment or dataset, or with other settings (in a terminal the user is asked;
-    "resume_changed" lets them through).
+    ConfigError if the run may not be changed or belongs to another process, if the folder holds
+    something else, or if the settings differ: another model, environment or dataset is always
+    refused; other changes ask in a terminal, and "resume_changed" accepts them.
     """
     path = Path(path).expanduser()
     there = _holds_a_run(path)
@@ -194,9 +179,7 @@ REMEDY = (
 
 
 def _holds_a_run(path: Path) -> bool:
-    """ConfigError where the path is something else than a run folder, an empty folder or
-    nothing.
-    """
+    """ConfigError if the path is neither a run folder, an empty folder nor absent."""
     try:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file; choose another run folder")
@@ -209,7 +192,7 @@ def _holds_a_run(path: Path) -> bool:
 
 
 def _empty(path: Path) -> None:
-    """All but the lock, which stays held meanwhile."""
+    """Deletes all but the lock, which stays held."""
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -218,8 +201,8 @@ def _empty(path: Path) -> None:
 
 
 def _is_run_folder(path: Path) -> bool:
-    # config.json alone would also fit a Hugging Face model. Killed before metrics.jsonl, a run
-    # leaves only empty folders and its lock.
+    # config.json alone could be a Hugging Face model's. A run killed before metrics.jsonl has empty
+    # folders and the lock.
     files = (entry for entry in path.rglob("*") if entry.is_file() and entry != path / LOCK_FILE)
     return os.path.lexists(path / "metrics.jsonl") or not any(files)
 
@@ -232,7 +215,7 @@ def _ask(path: Path) -> BehaviorIfExists:
 
 
 def _answer(question: str, letters: str) -> str:
-    """One of the letters; the last one where the input ends."""
+    """One of the letters; the last at the end of input."""
     while True:
         try:
             answer = input(question).strip().lower()[:1]
@@ -243,32 +226,31 @@ def _answer(question: str, letters: str) -> str:
 
 
 def _check_settings(run: RunFolder, behavior: BehaviorIfExists, config: Any, now: Any) -> None:
-    """Names what differs from config.json. ConfigError unless nothing does, or the user lets it
-    through.
-    """
+    """ConfigError, with the differences from config.json, unless there are none or the user accepts
+    them."""
     if not os.path.lexists(run.config_file):
         return
     saved = read_settings(run.config_file, "put it back, or delete it to go on without a comparison of the settings")
     # options of a newer version
     later = {name: value for name, value in defaults_to_json(config).items() if name not in saved}
-    found = changes(saved | later, now, may_grow=MAY_GROW)
+    different = changes(saved | later, now, may_grow=MAY_GROW)
     for name in FIXED_FOR_A_RUN:
-        if name in found:
-            before, after = found[name]
+        if name in different:
+            before, after = different[name]
             raise ConfigError(
                 f"{run.path} was run with {name}={before}, not {after}; resume with the same or choose another run "
                 "folder"
             )
-    if not found:
+    if not different:
         return
     if behavior != "resume_changed":
-        _ask_about(run.path, found)
-    print(f"{run.path} goes on with other settings than before: {changes_text(found)}")
-    append_jsonl(run.path / "config_changes.jsonl", {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changes": found})
+        _ask_about(run.path, different)
+    print(f"{run.path} goes on with other settings than before: {changes_text(different)}")
+    append_jsonl(run.path / "config_changes.jsonl", {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changes": different})
 
 
-def _ask_about(path: Path, found: Changes) -> None:
-    text = f"{path} was made with {changes_text(found)}"
+def _ask_about(path: Path, different: Changes) -> None:
+    text = f"{path} was made with {changes_text(different)}"
     if not sys.stdin.isatty() or _answer(f"{text}. [c]ontinue with the new settings, or [q]uit? ", "cq") == "q":
         raise ConfigError(
             f"{text}: give the settings of before, behavior_if_log_dir_exists=resume_changed to go on with the new "

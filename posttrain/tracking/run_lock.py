@@ -1,9 +1,6 @@
-"""One process per run folder: a lock that the kernel gives back when its holder ends, however that
-happens.
-
-The file `lock` in the folder says who holds it; what a dead holder left in it means nothing.
-Threads of one process share the lock. Left out: file systems without locks, where a line says so
-and the run goes on.
+"""One process per run folder: a kernel lock, released whenever its holder ends. The file `lock`
+names the holder; a dead holder's text has no effect. Threads of a process share the lock. Left out:
+file systems without locks, where a warning is printed.
 """
 
 import errno
@@ -21,7 +18,7 @@ LOCK_FILE = "lock"
 
 
 class RunLock:
-    """Held as long as this object lives."""
+    """Held while this object lives."""
 
     def __init__(self, folder: Path):
         self.file = folder / LOCK_FILE
@@ -55,9 +52,7 @@ class RunLock:
             self.close()
 
     def is_of(self, folder: Path) -> bool:
-        """Whether this is the lock of that very folder, not of one that was deleted and made
-        again.
-        """
+        """Whether this locks that folder, not a deleted folder of the same path."""
         try:
             return self._descriptor >= 0 and os.path.samestat(os.fstat(self._descriptor), (folder / LOCK_FILE).stat())
         except OSError:
@@ -68,9 +63,7 @@ _held: WeakSet[RunLock] = WeakSet()
 
 
 def lock_folder(folder: Path) -> RunLock:
-    """The lock of an existing folder. ConfigError, with its holder, where another process has
-    it.
-    """
+    """The lock of an existing folder. ConfigError, with the holder, if another process has it."""
     return next((lock for lock in list(_held) if lock.is_of(folder)), None) or RunLock(folder)
 
 
@@ -79,13 +72,11 @@ def _holder_text(content: bytes) -> str:
         about = json.loads(content)
         return f" by process {about['pid']} on {about['host']} since {about['since']}"
     except (ValueError, KeyError, TypeError):
-        return " by another process"  # it has not written its name yet
+        return " by another process"  # its name is not written yet
 
 
 def _let_go_in_child() -> None:
-    """A forked child has the parent's descriptors, and would keep the lock after the parent's
-    end.
-    """
+    """A forked child inherits the descriptors and would keep the lock after its parent."""
     for lock in list(_held):
         lock.close()
 

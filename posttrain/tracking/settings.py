@@ -1,8 +1,5 @@
-"""The settings that made a result: as JSON, beside the result, and compared when the result is
-asked for again.
-
-A run folder has its config.json (run_folder.py). The result of a recipe's stage has
-NAME.made_with.json beside it (stages.py).
+"""The settings of a result, as JSON beside it, compared when the result is requested again:
+config.json of a run folder (run_folder.py), NAME.made_with.json of a stage (stages.py).
 """
 
 import json
@@ -20,8 +17,7 @@ from posttrain.tracking.jsonl import read_json, write_atomically
 
 Changes = dict[str, tuple[Any, Any]]  # option -> (before, now)
 
-# These change when a run is measured, saved or said to be over, and how fast it is; not what a step
-# does.
+# These affect evaluation, saving, the end and the speed of a run, not its steps.
 FREE = {
     *("log_path", "behavior_if_log_dir_exists", "wandb_project", "wandb_name"),
     *("eval_every", "save_every", "keep_checkpoints", "transcript_every", "num_groups_to_log", "concurrent_rollouts"),
@@ -30,19 +26,18 @@ FREE_OF_BACKEND = (
     *("micro_batch_tokens", "gradient_checkpointing", "max_num_seqs"),
     *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager", "alarm"),
 )
-MAY_GROW = ("max_steps", "num_epochs", "num_steps")  # of a run that goes on; None is no limit
-SHOWN = 6  # differences in a message
+MAY_GROW = ("max_steps", "num_epochs", "num_steps")  # of a continued run; None is no limit
+SHOWN = 6  # differences shown in a message
 
 
 def config_to_json(config: Any) -> Any:
-    """A configuration as JSON values. A nested object keeps its class ("module:Class") beside its
-    fields.
-    """
+    """A configuration as JSON values. A nested object has its class ("module:Class") among its
+    fields."""
     return _to_json(config, top=True)
 
 
 def defaults_to_json(config: Any) -> dict[str, Any]:
-    """The plain values that options of the configuration's class have when they are not given."""
+    """The plain default values of the configuration's class."""
     fields = chz.chz_fields(config).items() if chz.is_chz(config) else ()
     return {
         name: _to_json(field._default) for name, field in fields if isinstance(field._default, bool | int | float | str)
@@ -60,8 +55,7 @@ def _to_json(value: Any, top: bool = False) -> Any:
         return f"{value.__module__}:{value.__qualname__}"
     if chz.is_chz(value) or is_dataclass(value):
         names = chz.chz_fields(value) if chz.is_chz(value) else vars(value)
-        # The top class is left out: it is __main__:Config or rl.train_cli:Config according to how
-        # the script was started.
+        # The top class is left out: its module is __main__ or rl.train_cli, depending on the start.
         kind = {} if top else {"class": f"{type(value).__module__}:{type(value).__qualname__}"}
         return kind | {name: _to_json(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
@@ -72,9 +66,8 @@ def _to_json(value: Any, top: bool = False) -> Any:
 
 
 def changes(before: Any, now: Any, free: Collection[str] = (), may_grow: Collection[str] = ()) -> Changes:
-    """Options of two configurations in JSON that differ in what they make; `free` are names that
-    may differ besides FREE.
-    """
+    """Options that differ between two JSON configurations and affect the result; names in `free`
+    and FREE may differ."""
     before_flat, now_flat = _flatten(before), _flatten(now)
     names = [*before_flat, *(name for name in now_flat if name not in before_flat)]
     differing = {n: (before_flat.get(n), now_flat.get(n)) for n in names if before_flat.get(n) != now_flat.get(n)}
@@ -96,22 +89,22 @@ def _grows(before: Any, now: Any) -> bool:
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
-        # Classes named in folders of version 0.1 have no "posttrain." before their module.
+        # Folders of version 0.1 have module names without "posttrain.".
         return {prefix: value.removeprefix("posttrain.") if isinstance(value, str) else value}
     parts = [_flatten(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items()]
     return {name: leaf for part in parts for name, leaf in part.items()}
 
 
-def changes_text(found: Changes) -> str:
+def changes_text(different: Changes) -> str:
     """ "learning_rate=0.001 (now 0.0001), seed=0 (now 1)"."""
-    shown = [f"{name}={before} (now {now})" for name, (before, now) in list(found.items())[:SHOWN]]
-    return ", ".join(shown) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    shown = [f"{name}={before} (now {now})" for name, (before, now) in list(different.items())[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(different) - SHOWN} more" if len(different) > SHOWN else "")
 
 
 def read_settings(
     file: Path, remedy: str = "put it back, or delete what lies beside it to make both anew"
 ) -> dict[str, Any]:
-    """The object in a file of settings. DataError, with the remedy, where it cannot be read."""
+    """The object in a settings file. DataError, with the remedy, if it is unreadable."""
     settings = read_json(file, remedy)
     if not isinstance(settings, dict):
         raise DataError(f"{file}: a {type(settings).__name__}, where an object with settings is needed; {remedy}")

@@ -1,11 +1,8 @@
-"""A recipe of several stages: each a named result, the settings that made it, and the stages it
-needs.
+"""A recipe's stages: each a named result, the settings that made it, and the stages it needs.
+Concurrent stages: recipes/star_graph/side_by_side.py.
 
-    answers = Stage("answers", folder / "answers.jsonl", {"number": 50}, partial(sample, ...),
-    needs=[policy])
-    run_stages([answers])  # makes what is missing, the policy first
-
-Each runs after what it needs; side by side they run in recipes/star_graph/side_by_side.py.
+  answers = Stage("answers", folder / "answers.jsonl", {"number": 50}, partial(sample, ...), needs=[policy])
+  run_stages([answers])  # makes the missing results, the policy first
 """
 
 import asyncio
@@ -24,12 +21,12 @@ from posttrain.tracking.settings import changes, changes_text, config_to_json, r
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """`make` fills `path`, a file or a folder, and goes on where it was killed. It may be async.
+    """`make` fills `path`, a file or a folder, and continues after a kill. It may be async.
 
-    `settings` (a config or a dictionary) are all that the result depends on, but for those of the
-    stages in `needs`. A stage has finished when `last` is there in the folder `path`; it must be
-    written whole or not at all. `always`: `make` is called whatever is there, and decides itself
-    what becomes of it.
+    `settings` (a config or a dictionary) are everything the result depends on, except the settings
+    of `needs`. A stage is finished when `path` exists, or `last` in the folder `path`; it must be
+    written whole or not at all. With `always`, `make` is always called and handles an existing
+    result itself.
     """
 
     name: str
@@ -46,7 +43,7 @@ class Stage:
 
     @property
     def unfinished(self) -> Path:
-        """Where a `make` that writes a file bit by bit may keep it until it is whole."""
+        """For a `make` that writes a file gradually."""
         return self.path.with_name(f"{self.path.stem}.unfinished{self.path.suffix}")
 
     @property
@@ -54,22 +51,21 @@ class Stage:
         return self.path.with_name(f"{self.path.name}.made_with.json")
 
     def made_with(self, folder: Path | None = None) -> dict[str, Any]:
-        """The settings of this stage and of all it comes from, by name of the stage. Paths are
-        relative to the record's folder.
-        """
+        """The settings of this stage and all it depends on, by stage name. Paths are relative to
+        the record's folder."""
         folder = folder or self.path.parent
         needed = [need.made_with(folder) for need in self.needs]
         before = {name: settings for stages in needed for name, settings in stages.items()}
         return before | {self.name: _relative(config_to_json(self.settings), f"{folder}/")}
 
     def begun(self) -> list[Path]:
-        """What is there of it."""
+        """Existing files of the stage."""
         return [
             path for path in (self.path, self.unfinished) if path.is_file() or (path.is_dir() and any(path.iterdir()))
         ]
 
     def is_finished(self) -> bool:
-        """ConfigError where what is there, finished or not, was made with other settings."""
+        """ConfigError if existing files, finished or not, were made with other settings."""
         begun = self.begun()
         if self.always or not begun:
             return False
@@ -81,7 +77,7 @@ class Stage:
         return self.result.exists()
 
     def run(self) -> None:
-        """Makes the result. Until then the record says what it is being made with."""
+        """Makes the result. Its settings are recorded first."""
         self.record.parent.mkdir(parents=True, exist_ok=True)
         if not self.begun():
             write_settings(self.record, self.made_with())
@@ -89,7 +85,7 @@ class Stage:
             asyncio.run(outcome)
         if not self.result.exists():
             raise ConfigError(f"the stage {self.name} has ended without making {self.result}")
-        write_settings(self.record, self.made_with())  # `make` may have replaced what was there
+        write_settings(self.record, self.made_with())  # `make` may have replaced the folder
 
 
 def training_stage(
@@ -100,10 +96,7 @@ def training_stage(
     behavior: BehaviorIfExists = "resume",
 ) -> Stage:
     """`main(config)` is a training run in config.log_path; the result is its last checkpoint. A
-    killed run is resumed.
-
-    With another `behavior` the run itself asks, deletes or refuses, as its option
-    behavior_if_log_dir_exists says.
+    killed run is resumed. Another `behavior` works as the run's option behavior_if_log_dir_exists.
     """
     config = chz.replace(config, behavior_if_log_dir_exists=behavior)
     always = behavior != "resume"
@@ -111,11 +104,8 @@ def training_stage(
 
 
 def plan(stages: Sequence[Stage]) -> dict[str, tuple[Stage, bool]]:
-    """By name, in the order of making: `stages` and what the unfinished ones need, each with
-    whether it has finished.
-
-    ConfigError where one was made with other settings: all are compared before any is made.
-    """
+    """By name, in order: `stages` and the needs of unfinished ones, each with whether it is
+    finished. ConfigError, before any is made, if one was made with other settings."""
     planned: dict[str, tuple[Stage, bool]] = {}
 
     def visit(stage: Stage) -> None:
@@ -131,9 +121,7 @@ def plan(stages: Sequence[Stage]) -> dict[str, tuple[Stage, bool]]:
 
 
 def run_stages(stages: Sequence[Stage]) -> None:
-    """Makes what is missing of `stages` and of what they need, one after the other; says of the
-    others that they are there.
-    """
+    """Makes the missing results of `stages` and their needs, in order; prints those that exist."""
     for stage, finished in plan(stages).values():
         print(f"--- {stage.name}" + (f" is there: {stage.result}" if finished else ""), flush=True)
         if not finished:
@@ -141,7 +129,7 @@ def run_stages(stages: Sequence[Stage]) -> None:
 
 
 def chosen(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
-    """The stages of these names, in the order of `stages`. ConfigError for a name that none has."""
+    """The stages of these names, in the order of `stages`. ConfigError for an unknown name."""
     known = [stage.name for stage in stages]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"stages={','.join(unknown)}: the stages are {', '.join(known)}")
@@ -149,7 +137,7 @@ def chosen(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
 
 
 def _relative(value: Any, folder: str) -> Any:
-    """So that a folder of results can be moved, and be named in another way."""
+    """Relative paths, so that a folder of results can be moved or renamed."""
     if isinstance(value, dict):
         return {key: _relative(item, folder) for key, item in value.items()}
     if isinstance(value, list):

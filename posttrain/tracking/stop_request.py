@@ -1,8 +1,6 @@
 """Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and a closed standard output (`| head`) ask a run to
-save and stop after the present step.
-
-A second Ctrl-C or SIGTERM stops at once; a closed terminal may send several SIGHUPs. `nohup` holds:
-SIGHUP stays ignored where it was. Left out: threads other than the main one, which get no signals.
+save and stop after the current step. A second Ctrl-C or SIGTERM stops at once. Under `nohup` SIGHUP
+stays ignored. Left out: threads other than the main one, which get no signals.
 """
 
 import errno
@@ -13,7 +11,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, TextIO, cast
 
-GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is no more
+GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is gone
 
 
 class StopRequest:
@@ -51,9 +49,7 @@ class StopRequest:
 
 
 class _WatchedOutput:
-    """Standard output; what is written after nobody reads it any more goes nowhere, and the run is
-    asked to stop.
-    """
+    """Standard output that requests a stop, and drops text, after its reader is gone."""
 
     def __init__(self, stream: TextIO, stop: StopRequest):
         self._stream, self._stop = stream, stop
@@ -82,15 +78,13 @@ class _WatchedOutput:
 
 
 def _say(text: bytes) -> None:
-    """From a signal handler, where print could find its own buffer in the middle of a write."""
-    with suppress(OSError):  # the terminal may be what has gone
+    """For signal handlers, where print may find its buffer in the middle of a write."""
+    with suppress(OSError):  # the terminal may be gone
         os.write(1, text)
 
 
 def silence(stream: TextIO) -> None:
-    """What is still to be written to a stream that nobody reads goes nowhere, at the interpreter's
-    end too.
-    """
+    """Drops a stream's remaining output, also at the interpreter's end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -1,9 +1,6 @@
-"""Where the time of a step goes: spans of sampling, environments, scoring (reference and reward
-models), training, syncs and evaluation, which overlap; their shares and a picture.
-
-`span("env")` records into the timeline that was installed with `recording`, which asyncio tasks
-inherit, and does nothing where there is none. Left out: spans of single training passes, and what
-happens inside vLLM.
+"""Where the time of a step goes: overlapping spans of sampling, environments, scoring, training,
+syncs and evaluation, their shares and a picture. `span("env")` records into the timeline of
+`recording`, which asyncio tasks inherit. Left out: single training passes, the inside of vLLM.
 """
 
 import time
@@ -22,7 +19,7 @@ PICTURE_SPANS = 20_000  # of the last steps
 
 @dataclass(eq=False)
 class Span:
-    """`end` is infinite while it lasts. Seconds of `time.perf_counter`."""
+    """`end` is infinite for an open span. Seconds of `time.perf_counter`."""
 
     kind: str
     start: float
@@ -30,7 +27,7 @@ class Span:
 
 
 class Timeline:
-    """The spans of a run; only the last ones are kept."""
+    """The latest spans of a run."""
 
     def __init__(self) -> None:
         self._spans: deque[Span] = deque(maxlen=PICTURE_SPANS)
@@ -49,13 +46,13 @@ class Timeline:
             self._spans.append(span)
 
     def shares(self, start: float, end: float) -> dict[str, float]:
-        """Of the seconds from `start` to `end`: the part in which at least one span of a kind
-        lasted, the part in which none did ("idle"), and how many rollouts were in an environment or
-        at the sampler on average ("rollouts_in_flight")."""
+        """Shares of the seconds from `start` to `end`: with at least one span of a kind, and with
+        none ("idle"); also the mean number of rollouts in an environment or sampler
+        ("rollouts_in_flight")."""
         clipped: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
         for span in chain(
             self._open, takewhile(lambda span: span.end > start, reversed(self._spans))
-        ):  # kept in the order of their ends
+        ):  # ordered by their ends
             if span.start < end:
                 clipped[span.kind].append((max(span.start, start), min(span.end, end)))
         length = max(end - start, 1e-9)
@@ -65,9 +62,7 @@ class Timeline:
         return shares | {"rollouts_in_flight": busy / length}
 
     def plot(self, path: Path, seconds: float = 30.0) -> Path | None:
-        """Draws the last `seconds`: how many spans of each kind lasted at each moment. None where
-        nothing was recorded.
-        """
+        """Draws the number of open spans of each kind over the last `seconds`. None without spans."""
         if not self._spans:
             return None
         from posttrain.tracking.figures import (  # draws, so it is imported when something is drawn
@@ -104,7 +99,7 @@ def covered(intervals: Sequence[tuple[float, float]]) -> float:
 
 
 def concurrency(spans: Sequence[Span]) -> tuple[list[float], list[int]]:
-    """Moments at which the number of spans changes, and the number from there on."""
+    """Moments at which the number of open spans changes, and the number after each."""
     changes = sorted([(span.start, 1) for span in spans] + [(span.end, -1) for span in spans])
     times, counts, count = [], [], 0
     for moment, change in changes:

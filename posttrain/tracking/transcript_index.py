@@ -1,8 +1,6 @@
-"""transcripts/index.html: the iterations that have a page, with their mean reward, newest first.
-index.jsonl holds what it is made from.
-
-The numbers are those of the rollouts in the transcripts, which may be a part of the step's. Left
-out: curves (see plots/).
+"""transcripts/index.html, made from index.jsonl: iterations with a page and mean reward, newest
+first. The numbers are of the transcripts' rollouts, perhaps a part of the step's. Left out: curves
+(plots/).
 """
 
 from dataclasses import dataclass
@@ -15,9 +13,7 @@ from posttrain.tracking.pages import html_page, table
 
 @dataclass
 class IndexEntry:
-    """One page. `mean_reward` is None where no rollout was finished; `turns` is the mean over the
-    finished ones.
-    """
+    """One page. `mean_reward` is None without finished rollouts; `turns` is the mean over these."""
 
     iteration: int
     mean_reward: float | None
@@ -27,7 +23,7 @@ class IndexEntry:
 
 
 def update_index(folder: Path, entry: IndexEntry) -> None:
-    """Adds the entry, or replaces the one of the same iteration, and writes the page again."""
+    """Adds the entry, or replaces that of the same iteration, and rewrites the page."""
     records = folder / "index.jsonl"
     entries = {known.iteration: known for known in read_dataclasses(records, IndexEntry)} | {entry.iteration: entry}
     ordered = [entries[iteration] for iteration in sorted(entries)]

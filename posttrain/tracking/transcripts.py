@@ -1,10 +1,7 @@
-"""What the policy wrote, for people and for programs: transcripts/000012.html and 000012.jsonl for
-iteration 12.
-
-The page is one file without scripts; the JSON lines hold one member of a group each, with
-everything that is known of it. index.html lists the iterations (transcript_index.py). Of an
-observation that goes on from the turn before, only what is new is kept. Input is plain data made by
-the loop, so that nothing here knows of environments. Left out: search, token ids.
+"""Rollouts for people and programs: transcripts/000012.html and 000012.jsonl of iteration 12. The
+page is a single file without scripts; a JSON line has all data of a member of a group. index.html
+lists the iterations. An observation that extends the turn before keeps only its new part. Input is
+plain data of the loop. Left out: search, token ids.
 """
 
 import math
@@ -22,17 +19,15 @@ from posttrain.tracking.pages import html_page
 from posttrain.tracking.transcript_index import IndexEntry, update_index
 
 SHADES = 5  # of green and of red
-# a beginning shared with the observation before is folded away from this length on
+# an observation's common beginning with the previous one is folded from this length on
 FOLDED_CHARS = 80
 
 
 @dataclass
 class TranscriptTurn:
-    """One observation and the action it got. `tokens` are the action's, decoded one by one; the
-    lists run along them.
-
-    `continues`: the observation is all that the turn before saw and did, and then `prompt_text`.
-    """
+    """An observation and its action. `tokens` are the action's, decoded one by one, aligned with
+    the lists. `continues`: the observation is the previous turn's observation and action, then
+    `prompt_text`."""
 
     prompt_text: str
     tokens: list[str]
@@ -47,9 +42,8 @@ class TranscriptTurn:
 
 @dataclass
 class TranscriptMember:
-    """One rollout. `error` says why it was dropped; its rewards mean nothing then. `final_reward`
-    is the group's part of the total.
-    """
+    """One rollout. `error` says why it was dropped, and its rewards have no meaning. `final_reward`
+    is the group's part of the total."""
 
     turns: list[TranscriptTurn]
     total_reward: float
@@ -62,9 +56,8 @@ class TranscriptMember:
 
 @dataclass
 class TranscriptGroup:
-    """`num_seats`: so many members, one after the other, play one game, and are shown side by side;
-    0: each is on its own.
-    """
+    """`num_seats`: consecutive members that play one game, shown side by side; 0: independent
+    members."""
 
     members: list[TranscriptMember]
     tags: list[str] = field(default_factory=list)
@@ -75,9 +68,8 @@ class TranscriptGroup:
 def write_transcripts(
     folder: Path, iteration: int, groups: Sequence[TranscriptGroup], max_html_groups: int = 16
 ) -> Path:
-    """Writes both files and returns the page's path. The page shows the first `max_html_groups`,
-    the JSON lines hold all.
-    """
+    """Writes both files; returns the page's path. The page shows the first `max_html_groups`, the
+    JSON all."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{iteration:06d}.html"
     lines = [
@@ -104,7 +96,7 @@ def _entry(iteration: int, groups: Sequence[TranscriptGroup]) -> IndexEntry:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities as text: JSON has none."""
+    """NaN and infinities as text, which JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -158,7 +150,7 @@ def _group(number: int, group: TranscriptGroup, scale: float) -> str:
 
 
 def _games(group: TranscriptGroup, scale: float, shared: str | None) -> str:
-    """A row for each game, a column for each of its seats."""
+    """A row per game, a column per seat."""
     games = [group.members[first : first + group.num_seats] for first in range(0, len(group.members), group.num_seats)]
     rows = (f'<div class="seats">{_members("seat", game, scale, shared)}</div>' for game in games)
     titles = (f"<h3>game {number}</h3>" if len(games) > 1 else "" for number in range(len(games)))
@@ -192,7 +184,7 @@ def _member(name: str, member: TranscriptMember, scale: float, shared: str | Non
 
 
 def _turn(number: int, turns: Sequence[TranscriptTurn], scale: float, shared: str | None) -> str:
-    """What is new in the observation, the action, and what is known of it."""
+    """The new part of the observation, the action, and its data."""
     turn = turns[number]
     advantages = turn.advantages or [None] * len(turn.tokens)
     logprobs = turn.logprobs or [None] * len(turn.tokens)
@@ -218,14 +210,13 @@ def _turn(number: int, turns: Sequence[TranscriptTurn], scale: float, shared: st
 
 
 def _first_observation(turn: TranscriptTurn, shared: str | None) -> str:
-    """Nothing, where the group shows it already."""
+    """Empty if the group shows it already."""
     return "" if turn.prompt_text == shared else f'<pre class="ob">{_visible(turn.prompt_text)}</pre>'
 
 
 def _observation(turn: TranscriptTurn, before: TranscriptTurn) -> str:
-    """Of a later turn. What it shares with the observation before is folded, where the text was
-    written anew.
-    """
+    """A later observation. The part shared with the previous one is folded if the text was
+    rewritten."""
     text, note = turn.prompt_text, ""
     same = 0 if turn.continues else len(os.path.commonprefix([before.prompt_text, text]))
     if same >= FOLDED_CHARS:
@@ -246,7 +237,7 @@ _MARKS = {" ": "<i class=s> </i>", "\n": "<i class=l></i>\n", "\t": "<i class=t>
 
 
 def _visible(text: str) -> str:
-    """Escaped, with faint marks at white space that copying does not pick up."""
+    """Escaped, with faint marks for white space that copying skips."""
     return re.sub("[ \n\t]", lambda match: _MARKS[match[0]], escape(text))
 
 
