@@ -40,8 +40,7 @@ def bradley_terry(data_D: list[Datum], scalars_D: list[torch.Tensor]) -> tuple[t
 
 
 def last_token_datum(tokens: Sequence[int], margin: float = 0.0) -> Datum:
-    """A sequence with its scalar at the last token; `margins` is read from the chosen Datum of a
-    pair."""
+    """A sequence with its scalar at the last token; `margins` is read from a pair's chosen Datum."""
     at_last_T = np.zeros(len(tokens), dtype=np.float32)
     at_last_T[-1] = 1
     return Datum(ModelInput.from_ints(tokens), {"weights": at_last_T, "margins": margin * at_last_T})
@@ -64,8 +63,7 @@ class ScalarModel(RewardModel):
         )
 
     async def score_tokens(self, tokens_D: Sequence[Sequence[int]]) -> list[float]:
-        """Scores of rendered conversations. ContextLengthError if a conversation exceeds the
-        context."""
+        """Scores of rendered conversations. ContextLengthError if one exceeds the context."""
         if not tokens_D:
             return []
         if (longest := max(map(len, tokens_D))) > (limit := self.client.get_info().max_length):
@@ -211,8 +209,7 @@ class ScalarBatchReward:
 
 @chz.chz
 class RewardModelReward(SavedModel, BatchRewardBuilder):
-    """A saved scalar reward model as a reward in any environment. Its renderer must be the
-    policy's."""
+    """A saved scalar reward model as a reward. Its renderer must be the policy's."""
 
     coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight of the model's reward")
 

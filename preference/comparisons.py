@@ -132,8 +132,7 @@ def _judgement(labeled: LabeledComparison) -> str:
 def split_by_prompt(
     comparisons: Sequence[LabeledComparison], test_size: int, seed: int
 ) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-    """Training and held-out comparisons. Prompts are held out in hash order, up to `test_size`
-    comparisons."""
+    """Training and held-out comparisons: prompts in hash order, up to `test_size` comparisons."""
     if not 0 <= test_size < len(comparisons):
         raise DataError(f"test_size={test_size} of {len(comparisons):,} comparisons: it must leave some to train on")
     prompts = [content_hash(list(labeled.comparison.prompt_conversation), seed) for labeled in comparisons]
@@ -171,8 +170,7 @@ def read_each(
 
 @chz.chz
 class PreferenceRowsBuilder(ComparisonDatasetBuilder):
-    """The options that all sets share: source, cleaning, split. A subclass reads the shape of its
-    rows."""
+    """The options of all sets: source, cleaning, split. A subclass reads the shape of its rows."""
 
     path: str = chz.field(doc="JSONL file, hub name, or local folder of a Hugging Face dataset")
     subset: str | None = chz.field(default=None, doc="configuration of the hub dataset")

@@ -135,8 +135,7 @@ class SimPO(PreferenceLoss):
 
 
 def pair_metrics(loss: PreferenceLoss, logprobs: PairLogprobs) -> dict[str, float]:
-    """Means over the pairs. `dpo_loss` is the loss of any method. Equal rewards are wrong in
-    `accuracy`."""
+    """Means over pairs. `dpo_loss` is any method's loss. Equal rewards are wrong in `accuracy`."""
     chosen_P, rejected_P = loss.rewards(logprobs)
     means = {
         "dpo_loss": loss(logprobs),

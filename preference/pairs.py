@@ -119,8 +119,7 @@ def micro_batches_of_pairs(pairs: Sequence[Pair], token_budget: int) -> list[lis
 
 
 def sequence_logprobs(data_D: Sequence[Datum], logprobs_D: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(D,) sums of the answers' token logprobs, differentiable; float64, because losses subtract
-    them."""
+    """(D,) sums of the answers' token logprobs, differentiable, in float64 for subtraction."""
     weights_DT = torch.from_numpy(np.concatenate([datum.loss_fn_inputs["weights"].array for datum in data_D]))
     owner_DT = torch.repeat_interleave(torch.tensor([len(logprobs) for logprobs in logprobs_D]))
     logprobs_DT = torch.cat(list(logprobs_D))

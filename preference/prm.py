@@ -79,7 +79,7 @@ class ProcessRewardModel:
         data = [
             _datum([*prompt, *response], at)
             for (prompt, response), at in zip(responses_D, at_D, strict=True)
-            if len(at)  # of a response without steps there is nothing to read
+            if len(at)  # a response without steps has nothing to read
         ]
         outputs = iter((await self.client.forward(data, _no_loss)).loss_fn_outputs if data else ())
         scores_D = []

@@ -45,8 +45,7 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
         raise NotImplementedError
 
     def load(self, renderer: Renderer) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-        """Training and held-out comparisons that fit the context; one printed line counts the
-        dropped."""
+        """Training and held-out comparisons that fit; one printed line counts the dropped."""
         train_D, test_D = self.comparisons()
         limit = self.max_length or renderer.tokenizer.model_max_length
         kept_train_D, kept_test_D = (

@@ -49,8 +49,7 @@ class Evaluation:
         return (1 + np.abs(self.score_D[self.decided_D])) / 2
 
     def reliability(self) -> list[tuple[float, float, int]]:
-        """(mean confidence, accuracy, count) of each non-empty bin of NUM_BINS equal bins of [0.5,
-        1]."""
+        """(mean confidence, accuracy, count) of the non-empty bins of NUM_BINS of [0.5, 1]."""
         bin_D = np.minimum(((self.confidence_D - 0.5) * 2 * NUM_BINS).astype(int), NUM_BINS - 1)
         chosen = [bin_D == k for k in range(NUM_BINS)]
         return [

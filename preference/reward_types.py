@@ -98,8 +98,7 @@ class SavedModel:
         tokenizer: Tokenizer,
         service: ServiceClient | None = None,
     ) -> tuple[TrainingClient, Renderer]:
-        """The frozen model, by default in a new service. ModelError if its tokenizer is not the
-        policy's."""
+        """The frozen model, by default in a new service. ModelError for another tokenizer."""
         client = create(service or ServiceClient(self.backend), self.path)
         reward_tokenizer: Tokenizer = client.get_tokenizer()
         if reward_tokenizer.get_vocab() != tokenizer.get_vocab():

@@ -106,8 +106,7 @@ def solution_of(problem: GradedProblem, response: Response) -> Solution:
 async def sample_solutions(
     client: SamplingClient, problems_P: Sequence[GradedProblem], num_samples: int, params: SamplingParams
 ) -> list[list[Solution]]:
-    """`num_samples` solutions of each problem; problem p uses the p-th seed derived from
-    params.seed."""
+    """`num_samples` solutions of each problem; problem p uses the p-th seed of params.seed."""
     seeds_P = sampling_seeds(params.seed or 0, len(problems_P))
     responses_P_G = await sample_and_grade(client, problems_P, num_samples, params, seeds_P)
     return [

@@ -27,8 +27,7 @@ from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
 def step_cross_entropy(scalars_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """w BCE(scalar, label), labels in [0, 1]; step_dataset divides the weights by their sum in the
-    batch."""
+    """w BCE(scalar, label), labels in [0, 1]; step_dataset makes a batch's weights sum to 1."""
     loss_N = binary_cross_entropy_with_logits(scalars_N, inputs["labels"], reduction="none")
     right_N = ((scalars_N > 0) == (inputs["labels"] > 0.5)).float()
     return inputs["weights"] * loss_N, {"accuracy": right_N}

@@ -30,8 +30,7 @@ class StepFormat:
     )
 
     def spans(self, text: str) -> list[Span]:
-        """Spans of the steps, in order and without gaps. Blank steps join their neighbours; a blank
-        text has none."""
+        """Spans of the steps, without gaps. Blank steps join neighbours; a blank text has none."""
         if not self.separator:
             raise ConfigError("separator must not be empty")
         ends = [match.end() for match in re.finditer(re.escape(self.separator), text)]
@@ -48,8 +47,7 @@ class StepFormat:
         return [text[start:end].replace(self.separator, "") for start, end in self.spans(text)]
 
     def malformed(self, text: str, ended: bool) -> Malformed | None:
-        """The defect of a response's form, None if there is none; `ended` is False if it was
-        truncated."""
+        """The defect of a response's form, if any; `ended` is False if it was truncated."""
         steps = self.strings(text)
         if not ended:
             return "truncated"
@@ -60,8 +58,7 @@ class StepFormat:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """A response cut into steps: step k is `tokens[bounds[k] : bounds[k + 1]]`; `strings[k]` lacks
-    the separator."""
+    """Step k is `tokens[bounds[k] : bounds[k + 1]]`; `strings[k]` lacks the separator."""
 
     tokens: list[int]
     strings: list[str]

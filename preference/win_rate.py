@@ -45,8 +45,7 @@ class WinRateEvaluator:
         self.comparisons: list[Comparison] = []  # of the last call
 
     async def __call__(self, policy: SamplingClient, reference: SamplingClient) -> Metrics:
-        """`win_rate`, `win_rate_stderr`, and the share of prompts where both orders prefer the same
-        side."""
+        """`win_rate`, `win_rate_stderr`, and the share of prompts where both orders agree."""
         answers_A, answers_B = await asyncio.gather(self._answers(reference, 0), self._answers(policy, 1))
         self.comparisons = [Comparison(*sides) for sides in zip(self.prompts, answers_A, answers_B, strict=True)]
         scores = await judge_all(

@@ -29,8 +29,7 @@ class AdvantageEstimator:
 
 @chz.chz
 class GroupMean(AdvantageEstimator):
-    """R - mean(R). Division by the standard deviation would favour problems almost always or never
-    solved."""
+    """R - mean(R). Division by the deviation would favour problems almost always or never solved."""
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         return rewards_G - rewards_G.mean()

@@ -19,8 +19,7 @@ from rl.types import Trajectory, TrajectoryGroup
 
 T = TypeVar("T")
 
-# What a token's loss is divided by: nothing, its trajectory's sampled tokens (GRPO), all sampled
-# tokens of the batch (DAPO).
+# Divisor of a token's loss: none, its trajectory's sampled tokens (GRPO), the batch's (DAPO).
 Reduction = Literal["sum", "sequence_mean", "token_mean"]
 
 
@@ -149,8 +148,7 @@ def with_advantages(rows: Sequence[Row], advantages_P_G: Sequence[np.ndarray]) -
 
 
 def without_truncated(rows: Sequence[Row], groups_P: Sequence[TrajectoryGroup]) -> list[Row]:
-    """Drops trajectories with a truncated turn: their reward says nothing of the answer (DAPO,
-    3.4)."""
+    """Drops trajectories with a truncated turn: their reward says nothing (DAPO, 3.4)."""
 
     def is_whole(p: int, g: int) -> bool:
         return all(turn.ac.stop_reason != "length" for turn in groups_P[p].trajectories_G[g].transitions)

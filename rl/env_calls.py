@@ -121,8 +121,7 @@ async def _awaited(result: Awaitable[Any]) -> Any:
 
 @types.coroutine
 def _driven(start: Callable[[], Coroutine[Any, Any, Any]], watch: "_Watch") -> Generator[Any, Any, Any]:
-    """`await start()`. A coroutine that still waits CLEANUP_SECONDS after its deadline is
-    abandoned."""
+    """`await start()`. A coroutine still waiting CLEANUP_SECONDS after its deadline is abandoned."""
     try:
         coroutine = watch.run(start)
         proceed = partial(coroutine.send, None)
@@ -160,8 +159,7 @@ def _leave(coroutine: Coroutine[Any, Any, Any]) -> None:
 
 @types.coroutine
 def _take_cancellation() -> Generator[None, None, None]:
-    """Receives the cancellation that the environment requested of this task, if it is still
-    pending."""
+    """Receives the cancellation that the environment requested of this task, if pending."""
     try:
         yield
     except asyncio.CancelledError:
@@ -228,12 +226,11 @@ class _Watch:
 
 
 def _is_ctrl_c(error: BaseException) -> bool:
-    """Whether a KeyboardInterrupt came from a signal's handler, and not from the environment's
-    `raise`."""
+    """Whether a KeyboardInterrupt came from a signal, and not from the environment's `raise`."""
     if not isinstance(error, KeyboardInterrupt):
         return False
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    if signal.default_int_handler in handlers:  # leaves no trace: it may have been a person
+    if signal.default_int_handler in handlers:  # no trace in the error: it may have been a signal
         return True
     codes = [getattr(getattr(handler, "func", handler), "__code__", None) for handler in handlers]
     return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -26,8 +26,7 @@ def all_groups(dataset: RLDataset) -> list[EnvGroupBuilder]:
 
 
 class RLTestSetEvaluator:
-    """Rolls out every group of a dataset, with metrics under `test/`. Keeps the last groups for the
-    transcript."""
+    """Rolls out every group of a dataset, with metrics under `test/`; keeps the last groups."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_grou
 from rl.step_checks import batch as groups_of_batch
 from rl.types import EnvGroupBuilder, RLDataset, TrajectoryGroup
 
-REPORT_SECONDS = 60.0  # without a finished group, until the wait is printed
+REPORT_SECONDS = 60.0  # without a finished group, after which the wait is printed
 
 
 class GroupSource:
@@ -105,8 +105,7 @@ class GroupSource:
         del self._groups[step]
 
     def state(self) -> list[dict[str, Any]]:
-        """The finished groups of future batches, for a checkpoint. Unfinished groups start again on
-        resume."""
+        """The finished groups of future batches, for a checkpoint. A resume restarts the rest."""
         return [
             {"batch": batch, "place": p, "group": group_to_json(group.result())}
             for batch, groups in self._groups.items()

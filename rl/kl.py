@@ -43,8 +43,7 @@ class KLPenalty:
 
 
 class Reference:
-    """The frozen policy, computed by torch like the trained policy: equal weights give equal
-    logprobs."""
+    """The frozen policy, computed by torch like the trained one: equal weights, equal logprobs."""
 
     def __init__(self, client: TrainingClient):
         self._client = client
@@ -58,8 +57,7 @@ class Reference:
 def starting_weights(
     service: ServiceClient, model_name: str, path: str | None, lora: LoraConfig | None, seed: int
 ) -> TrainingClient:
-    """A second copy of the starting weights. An adapter without a checkpoint is still zero and left
-    out."""
+    """A second copy of the starting weights. An adapter that is still zero is left out."""
     client = service.create_training_client(model_name, lora if path else None, seed)
     if path:
         client.load_state(path).result()

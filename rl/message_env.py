@@ -34,8 +34,7 @@ MessageEnd = Literal[EpisodeEnd, "parse_error"]
 
 
 class ParseError(CookbookError):
-    """The model's message cannot be read. The model sees the text if it may try again: say what was
-    expected."""
+    """The model's message cannot be read. The text is shown to the model: say what was expected."""
 
 
 @chz.chz
@@ -72,8 +71,7 @@ class MessageEnv(ABC):
 
     @abstractmethod
     async def step(self, message: Message) -> MessageStep:
-        """Takes the model's message. Raises ParseError, before any change of state, if it is
-        unreadable."""
+        """Takes the model's message. ParseError, before any change of state, if it is unreadable."""
 
     async def cut_short(self, reason: MessageEnd) -> tuple[float, Metrics]:
         """A limit ended the episode: the reward to add, and metrics."""
@@ -167,8 +165,7 @@ class EnvFromMessageEnv(Env):
 
 @dataclass(frozen=True)
 class MessageEnvGroupBuilder(EnvGroupBuilder):
-    """`num_envs` attempts at a task. The builder pickles if `env_thunk` does (functools.partial of
-    a class)."""
+    """`num_envs` attempts at a task. Pickles if `env_thunk` does (functools.partial of a class)."""
 
     env_thunk: Callable[[], MessageEnv]
     num_envs: int

@@ -108,8 +108,7 @@ class Person(SamplingClient):
 
 
 def read_answer() -> str:
-    """Lines up to the first without a final backslash. Blocks the event loop, which has no other
-    work."""
+    """Lines up to the first without a final backslash. Blocks the event loop, which is idle."""
     lines = [_line()]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1].removesuffix("\\")
@@ -244,7 +243,7 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> None:
-    # asyncio's own handler would wait for the line to be finished
+    # asyncio's handler would wait for the end of the line
     signal.signal(signal.SIGINT, _interrupt)
     run_command(play, Config, {"env": ENVS})
 

@@ -335,8 +335,7 @@ async def _score(builder: EnvGroupBuilder, members_G: Sequence[_Member], limits:
 
 
 async def _add_group_rewards(group: TrajectoryGroup, envs_G: list[Env], limits: RolloutLimits) -> None:
-    """The builder gets copies. Turns it removes from a copy leave the trajectory: they were no
-    moves."""
+    """The builder gets copies. Turns it removes (no moves) leave the trajectory."""
     builder = group.builder
     assert builder is not None
     copies_G = [trajectory.copy() for trajectory in group.trajectories_G]

@@ -195,8 +195,7 @@ def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
 def group_rewards(
     builder: EnvGroupBuilder, turns_G: Sequence[Sequence[Transition]], seen_G: Sequence[Trajectory], result: object
 ) -> tuple[list[float], list[Metrics], list[list[bool]]]:
-    """Rewards, metrics, and the turns of `turns_G` that the builder left in the trajectories
-    (`seen_G`)."""
+    """Rewards, metrics, and the turns of `turns_G` left in the trajectories (`seen_G`)."""
     name = f"{type(builder).__name__}.compute_group_rewards"
     if not isinstance(result, Sequence) or isinstance(result, str):
         raise MalformedStep(f"{name} returned {result!r:.100}, not a list of rewards and metrics")

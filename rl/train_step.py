@@ -147,9 +147,8 @@ class _Passes:
         self._terms: list[list[LossTerm]] = []
         # one for each entry of _terms
         self._outputs: list[asyncio.Task[list[ForwardBackwardOutput]]] = []
-        self._sampled_D: list[
-            np.ndarray | None
-        ] = []  # of each Datum, the sampler's logprobs if its pass has the sampler's weights
+        # of each Datum, the sampler's logprobs if its pass has the sampler's weights
+        self._sampled_D: list[np.ndarray | None] = []
         self._steps: list[asyncio.Task[OptimStepResponse]] = []
         self._pending = False  # gradients wait for an optim_step
 

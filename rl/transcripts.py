@@ -19,8 +19,7 @@ def write_rollouts(
     advantages_P_G: Sequence[np.ndarray] | None,
     tokenizer: Tokenizer,
 ) -> Path:
-    """Writes `folder`/<step>.html and .jsonl, and the index. `advantages_P_G` is None for an
-    evaluation."""
+    """Writes `folder`/<step>.html and .jsonl, and the index. An evaluation has no advantages."""
     shown = [
         _group(
             group,

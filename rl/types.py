@@ -62,8 +62,7 @@ class TokensWithLogprobs:
 
 @dataclass
 class StepResult:
-    """`next_observation` is ignored when `episode_done`. A metric is averaged over the transitions
-    that have it."""
+    """`next_observation` is ignored when `episode_done`. Metrics are averaged where present."""
 
     reward: float
     episode_done: bool
@@ -122,10 +121,9 @@ class Trajectory:
     transitions: list[Transition]
     stop_reason: EpisodeEnd = "done"
     supervised: list[Datum] = field(default_factory=list)
-    kept: list[KeptRow] = field(
-        default_factory=list
-    )  # where a batch reward's forward pass has its rows, for training to go on from
-    kept_supervised: list[KeptRow] = field(default_factory=list)  # and those of `supervised`
+    # its rows in a batch reward's forward pass, which training continues; and those of `supervised`
+    kept: list[KeptRow] = field(default_factory=list)
+    kept_supervised: list[KeptRow] = field(default_factory=list)
 
     @property
     def reward(self) -> float:
@@ -178,8 +176,7 @@ class EnvGroupBuilder(ABC):
 
     # False where the members play one game: a failure then fails the group
     members_are_independent = True
-    # that the members play, where they are not independent: all seats of the first, then of the
-    # second
+    # games of dependent members: all seats of the first, then of the second
     num_games: int = 1
 
     @abstractmethod
@@ -199,8 +196,7 @@ class EnvGroupBuilder(ABC):
         return []
 
     async def cleanup(self) -> None:
-        """Always called at the end of the group, scored or failed: releases the resources its
-        members share."""
+        """Always called at the end, scored or failed: releases the members' shared resources."""
         return
 
 
@@ -211,8 +207,7 @@ class RLDataset(Protocol):
 
     @abstractmethod
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
-        """The groups of batch `index`, the same at every call. Indices past the end are later
-        epochs."""
+        """The groups of batch `index`, a pure function; indices past the end are later epochs."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -238,8 +233,7 @@ class RLDatasetBuilder:
 
 
 class BatchReward(Protocol):
-    """Rewards that need a model, for all finished groups of a step, between rollouts and
-    advantages."""
+    """Rewards from a model, for a step's finished groups, between rollouts and advantages."""
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
         """Adds, in place, to `final_rewards_G`, to a turn's `reward` or `token_advantages`, or to a

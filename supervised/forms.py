@@ -129,8 +129,7 @@ def unknown(fields: Fields, forms: Mapping[str, Sequence[str]], remedy: str) -> 
 
 
 def one_form(rows: Sequence[Row], of: Callable[[Fields], Any]) -> Any:
-    """The form of all rows. DataError, with the place, at the first row that differs from the first
-    row."""
+    """The form of all rows. DataError, with the place, at the first row of another form."""
     first = None
     for where, fields in rows:
         try:

@@ -165,8 +165,7 @@ def _batch(dataset: Dataset[Batch], step: int) -> Batch:
 async def _results(
     folder: RunFolder, step: int, passes: Sequence[Pass], optim_step: APIFuture[OptimStepResponse]
 ) -> tuple[list[ForwardBackwardOutput], Metrics]:
-    """Outputs of the passes and the optimizer. A non-finite number ends the run, with its data on
-    disk."""
+    """Outputs of passes and optimizer. A non-finite number ends the run, its data on disk."""
     outputs: list[ForwardBackwardOutput] = []
     try:
         for _, future in passes:

@@ -4,7 +4,7 @@ what it only reads.
 python supervised/viz_sft_dataset.py dataset=conversations.jsonl model_name=tiny num_examples=5
 """
 
-# run as a file: this folder's types.py must not stand in for the standard library's
+# run as a file, this folder is first on the path, and its types.py would shadow the standard one
 if not __package__:
     import os
     import sys
@@ -35,7 +35,7 @@ class Config:
     dataset: SupervisedDatasetBuilder = chz.field(
         default_factory=by_name(DATASETS["arithmetic"]), doc="builder of the dataset"
     )
-    model_name: str = chz.field(default="tiny", doc="whose tokenizer: a preset, a local folder or a hub name")
+    model_name: str = chz.field(default="tiny", doc="model of the tokenizer: a preset, a local folder or a hub name")
     renderer_name: str | None = chz.field(
         default=None, doc="role_colon, chat_template or plain; None = the model's own"
     )

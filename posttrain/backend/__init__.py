@@ -6,9 +6,8 @@ import os
 from importlib import import_module
 from typing import Any
 
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "ERROR"
-)  # read when torch loads; vLLM's thread binding would print a warning at every start
+# read when torch loads; vLLM's thread binding would print a warning at every start
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 _MODULE_OF = {
@@ -20,8 +19,7 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
-    """Clients, types and errors, loaded on first use: command lines need not wait for torch to
-    parse."""
+    """Clients, types and errors, loaded on first use: command lines do not wait for torch."""
     if name in ("types", "errors"):
         return import_module(f"posttrain.backend.{name}")
     if not name.startswith("_"):

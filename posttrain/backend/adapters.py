@@ -71,9 +71,8 @@ def write_adapter(trainer: Trainer, folder: Path) -> None:
     assert isinstance(trainer.model, PeftModel)
     name = absolute(trainer.model_name)
     trainer.model.peft_config["default"].base_model_name_or_path = name
-    trainer.model.save_pretrained(
-        str(folder), save_embedding_layers=False
-    )  # "auto" would ask the hub for the base's config
+    # save_embedding_layers="auto" would ask the hub for the base's config
+    trainer.model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / BASE_FILE).write_text(json.dumps(asdict(base_of(trainer)), indent=2))
 
 
@@ -129,7 +128,7 @@ def check_adapter(trainer: Trainer, path: Path) -> None:
     _check_same_base(trainer, path)
     if unusual := [name for name in NOT_PLAIN if config.get(name)]:
         raise CheckpointError(
-            f"{path} is a LoRA adapter with {unusual[0]}={config[unusual[0]]}, which training here does not know"
+            f"{path} is a LoRA adapter with {unusual[0]}={config[unusual[0]]}, which cannot be trained here"
         )
     live: Any = trainer.model.peft_config["default"]
     for option, before, now in (("rank", config["r"], live.r), ("alpha", config["lora_alpha"], live.lora_alpha)):
@@ -157,7 +156,7 @@ def _check_same_base(trainer: Trainer, path: Path) -> None:
             print(f"warning: the adapter {path} says that it was trained on {saved}; it is put on {live}")
     if not same:
         raise CheckpointError(
-            f"{path} was trained on the base model {saved}, and this run's is {live}, whose weights are others: "
+            f"{path} was trained on the base model {saved}, and this run's is {live}, with other weights: "
             "give the same model_name and seed"
         )
 
@@ -171,7 +170,7 @@ def load_adapter(trainer: Trainer, path: Path) -> None:
     zero = {name: torch.zeros_like(live[name]) if ".lora_B" in name else live[name] for name in missing}
     if missing:
         print(
-            f"{path} has no adapter for {len(missing) // 2} of the layers to be trained ({missing[0]}, ...): they begin at zero"
+            f"{path} has no adapter for {len(missing) // 2} of the trained layers ({missing[0]}, ...): they begin at zero"
         )
     set_peft_model_state_dict(trainer.model, saved | zero)
 
@@ -186,7 +185,7 @@ def open_merged(path: Path, seed: int) -> PreTrainedModel:
         raise CheckpointError(f"the base model of the adapter {path} cannot be opened: {error}") from error
     if base.fingerprint and base.fingerprint != fingerprint(model.state_dict().items()):
         raise CheckpointError(
-            f"{path} was trained on the base model {base}, whose weights have changed since: give it back its own"
+            f"{path} was trained on the base model {base}, whose weights have changed since: restore them"
         )
     try:
         with warnings.catch_warnings(action="ignore"):  # missing tensors, which the next lines make an error

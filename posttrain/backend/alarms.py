@@ -16,7 +16,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, GetInfoResponse, ModelInput, SamplingParams
 
-PROBE_SEED = 20260101  # of tokens that are only compared, apart from the run's seeds
+PROBE_SEED = 20260101  # of compared tokens, apart from the run's seeds
 PROBE_SAMPLES = 4  # of one token each, after a sync
 # More tokens at the start than a block of vLLM's prefix cache (128 on a CPU, 16 on a GPU).
 START_TOKENS = {"cpu": 192, "cuda": 1000}
@@ -119,7 +119,7 @@ class Alarms:
 
 WEIGHTS = (
     "the sampler does not hold the trainer's weights (a sync that was skipped, or left some out), or "
-    "computes this model otherwise"
+    "computes this model differently"
 )
 SAMPLED = (
     "the sampler draws at another temperature, reads prefixes cached under older weights, or hands out logprobs of "
@@ -183,8 +183,7 @@ async def sampler_gaps(
 
 
 def least_certain(datum: Datum) -> int:
-    """Number of tokens before a rollout's least likely sampled token, where a wrong temperature
-    shows most."""
+    """Number of tokens before a rollout's least likely token, where a wrong temperature shows most."""
     mask_T, logprobs_T = (datum.loss_fn_inputs[key].array for key in ("mask", "logprobs"))
     return int(np.where(mask_T > 0, logprobs_T, np.inf).argmin()) + 1
 

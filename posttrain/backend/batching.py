@@ -79,7 +79,7 @@ def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> l
     or a prefix of them."""
     prompts = {d: tuple(tokens_T[: int(carries[d].argmax()) + 1]) for d, tokens_T in tokens.items()}
     root, roots = None, {}
-    # right behind a prompt come those that continue it
+    # in sorted order a prompt is followed by its continuations
     for prompt in sorted(set(prompts.values())):
         root = root if root and prompt[: len(root)] == root else prompt
         roots[prompt] = root
@@ -90,8 +90,7 @@ def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> l
 
 
 def _trees(family: list[tuple[list[int], int]]) -> list[_Row]:
-    """Rows in which a token's continuations follow it directly: a walk through the tree of the
-    sequences."""
+    """Rows in which a token's continuations follow it directly: a walk through the prefix tree."""
     rows, before_T = [], np.empty(0, dtype=np.int64)
     for tokens, d in sorted(family):
         tokens_T = np.array(tokens)
@@ -125,8 +124,8 @@ def _collate(
     tokens_BT, positions_BT = np.zeros((len(rows), width), dtype=np.int64), np.zeros((len(rows), width), dtype=np.int64)
     tokens_BT.flat[place] = np.concatenate([tokens_T for row in rows for tokens_T in row.tokens])
     positions_BT.flat[place] = position
-    # The columns that continue one lie behind it, up to its end: that of the last datum it is in.
-    # Padding sees itself.
+    # The columns that continue a column follow it, up to its end: that of its last datum. Padding
+    # attends to itself.
     ends_BT = np.tile(np.arange(1, width + 1), (len(rows), 1))
     ends_BT.flat[place] = np.repeat([column_T[-1] + 1 for column_T in columns], lengths)
     datum, carries_N = np.repeat(members, lengths), np.concatenate([carries[d] for d in members])

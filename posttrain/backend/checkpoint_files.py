@@ -46,7 +46,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """training_state.json: format, the loop's `extra`; a TrainingClient's also model_name, seed and
+    """training_state.json: format, the loop's `extra`, a TrainingClient's model_name, seed and
     lora."""
     if not state_file(path, STATE_FILE).exists():
         check_is_checkpoint(path)
@@ -79,8 +79,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file's tensors. CheckpointError if it is missing or
-    damaged."""
+    """Names and shapes of a safetensors file's tensors. CheckpointError for a bad file."""
     try:
         if not file.is_file():
             raise FileNotFoundError("no such file" if not file.exists() else "not a file")
@@ -104,8 +103,7 @@ def check_readable(path: Path) -> None:
 
 
 def check_is_checkpoint(path: Path) -> None:
-    """CheckpointError if `path` is no model folder; for a run's folder it names the checkpoint to
-    give."""
+    """CheckpointError if `path` is no model folder; names the checkpoint of a run's folder."""
     if _is_checkpoint(path):
         return
     if not path.exists():

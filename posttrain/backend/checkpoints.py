@@ -55,8 +55,7 @@ def save_state(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, path: Path,
 def save_policy(
     trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """A folder for transformers, peft and vLLM: all weights (in `dtype`), or the adapter of a LoRA
-    run."""
+    """A folder for transformers, peft and vLLM: all weights (in `dtype`), or the LoRA adapter."""
     if trainer.lora:
         write_adapter(trainer, folder)
     else:

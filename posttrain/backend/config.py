@@ -70,7 +70,6 @@ AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:
-    """Dtype of activations and sampler weights. Trained weights are fp32: bf16 would swallow RL's
-    small updates."""
+    """For activations and sampler weights. Trained weights are fp32: bf16 swallows small updates."""
     dtype = config.dtype if config else "auto"
     return getattr(torch, AUTO_DTYPES[device.type] if dtype == "auto" else dtype)

@@ -14,8 +14,7 @@ from posttrain.backend.types import Datum
 
 
 def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
-    """The loss by name, or a callable with the same signature. ConfigError for unknown names and
-    options."""
+    """The loss by name, or a callable of the same signature. ConfigError for unknown options."""
     if not isinstance(loss_fn, str):
         return Loss(loss_fn, ())
     if loss_fn not in LOSSES:

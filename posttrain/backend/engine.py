@@ -79,8 +79,8 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class _Call:
-    """A client's call: one response for `len(requests)` sequences of a prompt. `client` keeps the
-    engine alive."""
+    """A client's call: one response to `requests`, all of one prompt. `client` keeps the engine
+    alive."""
 
     client: object
     requests: list[SequenceRequest]

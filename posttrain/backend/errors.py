@@ -22,13 +22,11 @@ class ContextLengthError(CookbookError):
 
 
 class CheckpointError(CookbookError):
-    """A checkpoint cannot be written or does not fit this model. The previous checkpoint is
-    unchanged."""
+    """A checkpoint cannot be written or does not fit this model. The previous one is unchanged."""
 
 
 class NonFiniteError(CookbookError):
-    """A loss or gradient is NaN or infinite. No weight was changed. `datum_indices`: the offending
-    data."""
+    """A loss or gradient is not finite. No weight was changed. `datum_indices`: offending data."""
 
     def __init__(self, message: str, datum_indices: list[int] | None = None):
         super().__init__(message)
@@ -63,7 +61,7 @@ TinkerError = RequestFailedError = CookbookError
 
 
 class APIError(CookbookError):
-    """Of a service behind a network. Nothing here raises it."""
+    """An error of a remote service. Never raised here."""
 
 
 APIStatusError = APIConnectionError = APITimeoutError = APIResponseValidationError = APIError

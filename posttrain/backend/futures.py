@@ -140,14 +140,12 @@ def _call_back(fn: Callable[[Future[T]], object], future: Future[T]) -> None:
 
 
 def work_for(owner: object) -> None:
-    """Marks the current thread as the one that sets the outcome of `owner`'s futures: it must not
-    wait for them."""
+    """Marks this thread as the one that sets the outcome of `owner`'s futures: it must not wait."""
     _working_for.owner = owner
 
 
 class Ready:
-    """A client that is its own future and ready at once, since the SDK's methods return futures of
-    clients."""
+    """A client that is its own future, ready at once: the SDK's methods return futures of clients."""
 
     def result(self, timeout: float | None = None) -> Self:
         return self

@@ -25,8 +25,7 @@ class LogitTransform:
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def backward(self, grad: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
-        """Gradient with respect to the input, from the transformed logits; overwrites both
-        arguments."""
+        """Gradient at the input, from the transformed logits; overwrites both arguments."""
         if self.softcap is not None:
             grad *= transformed.div_(self.softcap).square_().neg_().add_(1)
         return grad if self.scale == 1 else grad.mul_(self.scale)

@@ -26,15 +26,14 @@ def importance_sampling(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tenso
 
 
 def reinforce(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """-p A: weighted likelihood (Williams 1992). Its gradient is the policy gradient on-policy
-    only."""
+    """-p A: weighted likelihood (Williams 1992), the policy gradient on-policy only."""
     return -(p_N * inputs["advantages"]), {"ratio": (p_N - inputs["logprobs"]).detach().exp()}
 
 
 def ppo(
     p_N: torch.Tensor, inputs: Tensors, clip_low_threshold: float = 0.8, clip_high_threshold: float = 1.2
 ) -> tuple[torch.Tensor, Tensors]:
-    """-min(r A, clip(r) A), Schulman et al. 2017 eq. 7. The thresholds bound r itself; they are no
+    """-min(r A, clip(r) A), Schulman et al. 2017 eq. 7. The thresholds bound r; they are no
     epsilons."""
     ratio_N, advantages_N = (p_N - inputs["logprobs"]).exp(), inputs["advantages"]
     unclipped_N = ratio_N * advantages_N

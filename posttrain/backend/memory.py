@@ -16,8 +16,7 @@ OVERHEAD_BYTES = 2 * GIB  # CUDA's context, adapters, the logits of a chunk, fra
 
 
 def check_fits(model_name: str, hf_config: PretrainedConfig, lora: bool, free: int) -> None:
-    """ModelError if `free` bytes cannot hold the trainer and an engine's weights. Activations are
-    extra."""
+    """ModelError if `free` bytes cannot hold trainer and engine weights. Activations are extra."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(hf_config).parameters())
     needed = parameters * ((LORA_BYTES if lora else FULL_BYTES) + COPY_BYTES + ENGINE_BYTES) + OVERHEAD_BYTES

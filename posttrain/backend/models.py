@@ -77,8 +77,8 @@ PRESETS: dict[str, PretrainedConfig] = {
 
 
 def model_config(model_name: str) -> PretrainedConfig:
-    """The Hugging Face config of a name. ModelError, with the nearest preset, before any weight is
-    read."""
+    """The Hugging Face config of a name. ModelError, with the nearest preset, before reading
+    weights."""
     if model_name in PRESETS:
         return PRESETS[model_name]
     path = Path(model_name).expanduser()
@@ -97,7 +97,7 @@ def model_config(model_name: str) -> PretrainedConfig:
         source = model_name
     near = difflib.get_close_matches(model_name, PRESETS, n=1, cutoff=0.75)
     hint = f"; did you mean {near[0]!r}?" if near else f" (presets: {', '.join(PRESETS)})"
-    # a misspelling: do not ask the hub, whose time-outs take half a minute
+    # a misspelling: asking the hub could take half a minute of time-outs
     if near and "/" not in model_name:
         raise ModelError(f"{model_name!r} is neither a preset nor a local folder{hint}")
     try:
@@ -133,7 +133,10 @@ def _reason(error: BaseException) -> str:
                     "login`, or set HF_TOKEN"
                 )
             case "RepositoryNotFoundError" | "HFValidationError":
-                return "the Hugging Face hub has no public repository of this name; for a private one log in with `hf auth login`"
+                return (
+                    "the Hugging Face hub has no public repository of this name; for a private one log in with "
+                    "`hf auth login`"
+                )
             case "RemoteEntryNotFoundError" | "EntryNotFoundError":
                 return "its repository lacks a file that a transformers model has, such as config.json"
             case (
@@ -143,7 +146,10 @@ def _reason(error: BaseException) -> str:
                 | "ConnectionError"
                 | "ConnectTimeout"
             ):
-                return "the Hugging Face hub was not reached, and the model is not in the local cache (is HF_HUB_OFFLINE set?)"
+                return (
+                    "the Hugging Face hub was not reached, and the model is not in the local cache (is HF_HUB_OFFLINE "
+                    "set?)"
+                )
     text = str(error)
     if "trust_remote_code" in text:
         return "it needs code of its own from its repository, which this project does not run"
@@ -182,8 +188,8 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
 
 # Model types without `layer_types`: all layers are causal attention over all earlier tokens, unless
 # there is a window.
-FULL_ATTENTION = """cohere gemma glm gpt2 gpt_neox granite granitemoe llama mistral mixtral olmo olmo2 olmoe phi phi3 qwen3_moe
-    stablelm starcoder2"""
+FULL_ATTENTION = """cohere gemma glm gpt2 gpt_neox granite granitemoe llama mistral mixtral olmo olmo2 olmoe phi phi3
+    qwen3_moe stablelm starcoder2"""
 
 
 def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
@@ -202,8 +208,7 @@ def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """Scale and softcap of the logits (Granite, Cohere, Gemma 2). `Trainer` checks that there is no
-    more."""
+    """Scale and softcap of the logits (Granite, Cohere, Gemma 2), all that `Trainer` accepts."""
     config = config.get_text_config()
     scale = getattr(config, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
     return LogitTransform(

@@ -116,14 +116,13 @@ class SamplingClient(Ready):
         self.close()
 
     def _check(self, tokens: Sequence[int], num_samples: int) -> int:
-        """Number of tokens that still fit after the prompt. Bad input raises here, not in the
-        engine."""
+        """Number of tokens that fit after the prompt. Bad input raises here, not in the engine."""
         if not tokens:
             raise DataError("the prompt is empty: there is nothing to sample from")
         if len(tokens) >= self.max_length:
             raise ContextLengthError(
                 f"the prompt has {len(tokens)} tokens and the context {self.max_length} (backend.max_length): none "
-                "fits behind it"
+                "fits after it"
             )
         if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             raise DataError(

@@ -51,8 +51,7 @@ class ServiceClient:
     # --- training clients ------------------------------------------------------------------------
 
     def create_training_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
-        """Trains all weights, or a LoRA adapter. `seed` determines a preset's weights and the
-        adapter's."""
+        """Trains all weights, or a LoRA adapter. `seed` is a preset's weights' and the adapter's."""
         return self._open_training_client(Trainer(base_model, self.config, seed, lora))
 
     def create_scalar_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
@@ -62,8 +61,8 @@ class ServiceClient:
         return self._open_training_client(ScalarTrainer(base_model, self.config, seed, lora))
 
     def create_scalar_client_from_state(self, path: str) -> TrainingClient:
-        """The scalar model saved at `path`, with a fresh optimizer. CheckpointError without a
-        scalar head."""
+        """The scalar model saved at `path`, with a fresh optimizer. CheckpointError if it has no
+        head."""
         folder = Path(path).expanduser()
         check_readable(folder)
         if not (folder / SCALAR_HEAD_FILE).exists():
@@ -109,8 +108,7 @@ class ServiceClient:
         weights_access_token: str | None = None,
         optimizer: object = None,
     ) -> TrainingClient:
-        """The model of a checkpoint (this project's, or any model or adapter), with a fresh
-        optimizer."""
+        """The model of a checkpoint (any model or adapter), with a fresh optimizer."""
         ignore(base_model=base_model, user_metadata=user_metadata, weights_access_token=weights_access_token)
         _check_optimizer(optimizer)
         return self._from_state(Path(path).expanduser(), with_optimizer=False, create=self.create_training_client)
@@ -172,8 +170,7 @@ class ServiceClient:
         return GetServerCapabilitiesResponse(models, str(training_device()), vllm_is_installed())
 
     def close(self, status: str = "success", detail: str | None = None) -> None:
-        """Stops the training threads, then the engines. Idempotent. `status` and `detail` are
-        unused."""
+        """Stops training threads, then engines. Idempotent; `status` and `detail` are unused."""
         for client in list(self._training_clients):
             client.close()
         self._engines.close()

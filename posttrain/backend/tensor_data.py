@@ -10,8 +10,7 @@ TensorDtype = Literal["float32", "int64"]
 
 
 class TensorData:
-    """A float32 or int64 array: flat `data`, `dtype` and `shape`. Kept as numpy, so that a batch is
-    cheap to make."""
+    """A float32 or int64 array: flat `data`, `dtype`, `shape`; numpy, so that batches are cheap."""
 
     __slots__ = ("array",)
 

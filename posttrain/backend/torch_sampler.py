@@ -222,8 +222,7 @@ class _Row:
 
 
 def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
-    """Draws and appends a token per row by inverse CDF, with a uniform number from the row's
-    generator."""
+    """Draws and appends a token per row by inverse CDF, with a number of the row's generator."""
     temperature_B = torch.tensor([row.request.params.temperature for row in rows], device=logits_BV.device)
     greedy_B = temperature_B == 0
     logits_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]

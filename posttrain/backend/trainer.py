@@ -178,9 +178,8 @@ class Trainer:
         for differentiate in (True, False):
             chosen = [d for d, need in enumerate(needed_D) if need is differentiate]
             batches = self._micro_batches(data_D, chosen)
-            keep_this = (
-                keep and not backward and len(batches) == 1
-            )  # of more, more activations would be alive than were asked for
+            # of several batches, the activations would exceed the token budget
+            keep_this = keep and not backward and len(batches) == 1
             for batch in batches:
                 with torch.set_grad_enabled(differentiate or keep_this):
                     p_NK, others_NK = self._logprobs(batch)
@@ -237,8 +236,7 @@ class Trainer:
         return hidden_BTH.flatten(0, 1)
 
     def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, K) logprobs of the positions with loss, and of the rest, at each token's sampling
-        temperature."""
+        """(N, K) logprobs of positions with and without loss, at each token's temperature."""
         hidden_RH, head_VH = self._hidden(batch), self._head()
         loss_NK, others_NK = (
             target_logprobs(
@@ -454,8 +452,7 @@ def _switch_off_dropout(model: nn.Module) -> None:
 def _split_by_datum(
     data_D: Sequence[Datum], positions: Sequence[Positions], parts: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Splits (N, K) parts, differentiably, into a tensor per Datum, (T,) or (T, K) like its
-    targets."""
+    """Splits (N, K) parts, differentiably, into a tensor per Datum, shaped like its targets."""
     lengths = [datum.model_input.length for datum in data_D]
     offsets_D = np.cumsum([0, *lengths])
     index_N = np.concatenate([offsets_D[at.datum_N] + at.position_N for at in positions])

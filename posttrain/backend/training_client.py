@@ -128,8 +128,7 @@ class TrainingClient(Ready):
 
     @contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        """Marks the weights as changed, so that the next sync runs, unless a CookbookError says
-        otherwise."""
+        """Marks the weights as changed, so that the next sync runs, unless the error denies it."""
         try:
             yield
         except CookbookError:
@@ -281,8 +280,7 @@ class TrainingClient(Ready):
         return self._tokenizer
 
     def close(self) -> None:
-        """Ends the training thread, and the engine without sampling clients. Queued calls fail with
-        ClosedError."""
+        """Ends the training thread, and an unused engine. Queued calls fail with ClosedError."""
         self._thread.close()
         if self._engine is not None:
             self._let_go()

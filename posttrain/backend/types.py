@@ -112,8 +112,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class AdamParams:
-    """AdamW with Tinker's defaults. `grad_clip_norm` 0 means no clipping. RangeError for bad
-    numbers."""
+    """AdamW with Tinker's defaults. `grad_clip_norm` 0 is no clipping. RangeError for bad numbers."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -129,8 +128,7 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The update is scaled by alpha / rank; `alpha` None means 32, as in Tinker. RangeError for
-    rank < 1."""
+    """Updates are scaled by alpha / rank; `alpha` None is 32, as in Tinker. RangeError: rank < 1."""
 
     rank: int = 32
     seed: int | None = None

@@ -77,7 +77,7 @@ class VllmEngine:
                 "max_logprobs": -1,
                 "enforce_eager": device.type == "cpu" if config.enforce_eager is None else config.enforce_eager,
                 "disable_log_stats": True,
-                # of the noise of requests that have no seed
+                # noise of requests without a seed
                 "seed": 0 if reproducible else secrets.randbits(31),
             }
             if device.type == "cpu":
@@ -202,11 +202,10 @@ def _load_in_place(model: Any, weights: Weights) -> None:
 def _set_environment(device: torch.device, reproducible: bool) -> None:
     """Environment variables that vLLM reads on import. The user's settings have priority."""
     warnings.filterwarnings("ignore", module=r"vllm\.")
-    # "doesn't include CPU backend": nor is it asked to
+    # warns that Triton has no CPU backend, which is not used
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
-    logging.getLogger("vllm.model_executor.models.registry").setLevel(
-        logging.CRITICAL
-    )  # its tracebacks become a refusal in one line
+    # its tracebacks become a refusal in one line
+    logging.getLogger("vllm.model_executor.models.registry").setLevel(logging.CRITICAL)
     # the engine must be in this process to take weights in memory
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

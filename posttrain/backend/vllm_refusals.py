@@ -34,7 +34,7 @@ def refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:
         error, details = cause, str(cause)
     reason = f"{details.strip().splitlines()[0] if details.strip() else ''} ({type(error).__name__})".rstrip(".")
     if isinstance(error, torch.OutOfMemoryError) or "memory" in details.lower() or "KV cache" in details:
-        hint = "lower backend.max_num_seqs, backend.max_length or backend.sampler_memory_gb, or close engines that are not needed"
+        hint = "lower backend.max_num_seqs, backend.max_length or backend.sampler_memory_gb, or close other engines"
         return EngineError(f"there is too little memory for a vLLM engine: {reason}. {hint}")
     return ModelError(f"vLLM cannot serve this model: {reason}. {USE_TORCH}")
 

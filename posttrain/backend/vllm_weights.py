@@ -46,8 +46,7 @@ def has_only_attention(hf_config: PretrainedConfig) -> bool:
 
 @torch.no_grad()
 def parameters_left_out(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
-    """Loads `weights` into an engine with dummies, and names the parameters that were not fully
-    loaded."""
+    """Loads `weights` into an engine with dummies; names the parameters that were not filled."""
     if next(vllm_model.parameters()).device.type == "cpu":
         return _left_out_by_reload(vllm_model, weights, vllm_config)
     parameters = {name: p for name, p in vllm_model.named_parameters() if p.is_floating_point()}
@@ -58,8 +57,7 @@ def parameters_left_out(vllm_model: Any, weights: Weights, vllm_config: Any) -> 
 
 
 def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
-    """On a CPU linears are packed after loading, so only the reload knows how much of a layer it
-    got."""
+    """On a CPU linears are packed after loading: only the reload counts a layer's elements."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 

@@ -96,8 +96,7 @@ class ChatTemplateRenderer:
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
     ) -> tuple[list[int], list[float]]:
-        """The template's tokens after a turn's end (mostly a line break) have weight 0: the model
-        has stopped."""
+        """Tokens after a turn's end (mostly a line break) have weight 0: the model has stopped."""
         trained = trained_messages(messages, train_on_what)
         tokens = self._render(messages)
         if train_on_what == TrainOnWhat.ALL_TOKENS:
@@ -124,7 +123,7 @@ class ChatTemplateRenderer:
             why = "its tokens do not begin with those of the prompt" if last else "it rewrites earlier turns"
             advice = "use renderer_name=role_colon" if last else "set train_on_what=last_assistant_message"
             raise DataError(
-                f"message {i} ({role}): the chat template renders it otherwise in the whole conversation than when "
+                f"message {i} ({role}): the chat template renders it differently in the whole conversation than when "
                 "sampled "
                 f"({why}), so no mask would be right: {advice}"
             )

@@ -28,10 +28,10 @@ def difference_from_template(renderer: Renderer) -> str | None:
     controls = {token for token in tokenizer.all_special_tokens if token not in ends}
     for messages in CONVERSATIONS:
         try:
-            rendered = renderer.build_generation_prompt(messages).to_ints()
-            if not controls & set(tokenizer.convert_ids_to_tokens(rendered)):
+            prompt = renderer.build_generation_prompt(messages).to_ints()
+            if not controls & set(tokenizer.convert_ids_to_tokens(prompt)):
                 continue
-            templated = tokenizer.apply_chat_template(
+            expected = tokenizer.apply_chat_template(
                 messages,  # type: ignore[arg-type]
                 add_generation_prompt=True,
                 tokenize=True,
@@ -40,20 +40,21 @@ def difference_from_template(renderer: Renderer) -> str | None:
             )
         except (jinja2.TemplateError, CookbookError):  # e.g. no system role
             continue
-        if rendered != templated:
-            return _first_difference(renderer, [message["role"] for message in messages], rendered, templated)  # type: ignore[arg-type]
+        if prompt != expected:
+            roles = [str(message["role"]) for message in messages]
+            return _first_difference(renderer, roles, prompt, expected)  # type: ignore[arg-type]
     return None
 
 
-def _first_difference(renderer: Renderer, roles: list[str], rendered: list[int], templated: list[int]) -> str:
+def _first_difference(renderer: Renderer, roles: list[str], prompt: list[int], expected: list[int]) -> str:
     t = next(
-        (t for t, (a, b) in enumerate(zip(rendered, templated, strict=False)) if a != b),
-        min(len(rendered), len(templated)),
+        (t for t, (a, b) in enumerate(zip(prompt, expected, strict=False)) if a != b),
+        min(len(prompt), len(expected)),
     )
     decode = renderer.tokenizer.decode
     return (
-        f"{type(renderer).__name__} writes a prompt of {', '.join(roles)} otherwise than the tokenizer's chat "
+        f"{type(renderer).__name__} writes a prompt of {', '.join(roles)} differently from the tokenizer's chat "
         "template. After "
-        f"{decode(rendered[max(0, t - 8) : t])!r} it writes {decode(rendered[t : t + 8])!r}, the template "
-        f"{decode(templated[t : t + 8])!r}"
+        f"{decode(prompt[max(0, t - 8) : t])!r} it writes {decode(prompt[t : t + 8])!r}, the template "
+        f"{decode(expected[t : t + 8])!r}"
     )

@@ -37,8 +37,7 @@ class Renderer(Protocol):
 
     @property
     def has_extension_property(self) -> bool:
-        """True if, in every conversation, the prompt of turn k+1 starts with the prompt and action
-        of turn k."""
+        """Whether every prompt of turn k+1 starts with the prompt and action of turn k."""
         ...
 
     def build_generation_prompt(
@@ -58,6 +57,5 @@ class Renderer(Protocol):
         ...
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
-        """The sampled message, and whether it ended with its stop sequence. Raises for two stop
-        sequences."""
+        """The sampled message, and whether it ended with its stop. Raises for two stops."""
         ...

@@ -32,8 +32,7 @@ class Checkpointed(Protocol):
 
 
 class Checkpointer:
-    """Saves `training_client` into the run folder. A checkpoint of step i holds the state before
-    step i."""
+    """Saves `training_client` into the run folder. Checkpoint i holds the state before step i."""
 
     def __init__(self, run: RunFolder, training_client: Checkpointed, save_every: int, keep: int | None):
         self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep

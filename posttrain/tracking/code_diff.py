@@ -17,8 +17,7 @@ MOST_MODULES = 200
 
 
 def append_code_diff(file: Path, config_json: Any) -> None:
-    """Appends the current code, after that of the run before a resume. Writes nothing without git
-    and modules."""
+    """Appends the current code after that of earlier starts; nothing without git and modules."""
     text = _repository_diff() + "".join(_module_diff(module) for module in user_modules(config_json))
     if text:
         with file.open("a", encoding="utf-8") as stream:

@@ -94,8 +94,7 @@ def _value_text(path: str, values: Mapping[str, Any], parameter: Any) -> str:
 
 
 def _row_lines(row: tuple[str, str, str, str], widths: list[int]) -> list[str]:
-    """A row of the table. Cells wider than their column push the next one along; the doc wraps in
-    its column."""
+    """A row of the table. Wide cells push the next one along; the doc wraps in its column."""
     cells = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
     indent = sum(widths) + 8
     width = max(shutil.get_terminal_size((130, 24)).columns, indent + 30)

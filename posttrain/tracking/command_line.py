@@ -223,8 +223,7 @@ def _choose_classes(config_class: type[Config], given: dict[str, str], short_nam
 
 
 def _parameters(blueprint: Blueprint[Any]) -> dict[str, Any]:
-    """Every option of the blueprint with its chosen classes, by dotted path; with type, default,
-    doc, cast."""
+    """Every option of the blueprint with its chosen classes, by dotted path."""
     return {path: parameter for path, parameter in blueprint._make_lazy().all_params.items() if path}
 
 

@@ -68,8 +68,7 @@ def mean_curve(curves_S: Sequence[Curve]) -> Curve:
 
 
 def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = False) -> Any:
-    """The figure. With `shared_legend` a label has one colour in all panels, and the legend is
-    above."""
+    """The figure. With `shared_legend` labels keep their colour, and the legend is above."""
     labels = list(dict.fromkeys(label for panel in panels for label in panel.curves)) if shared_legend else []
     levels = {level for panel in panels for level in panel.levels} if shared_legend else set()
     figure, axes = panel_axes(len(panels), title, legend_rows=math.ceil(len([*labels, *levels]) / COLUMNS))
@@ -82,8 +81,7 @@ def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = 
 
 
 def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
-    """`labels` set the order of colours; the default is the panel's, with a legend for several
-    labels."""
+    """`labels` set the order of colours; default: the panel's, with a legend for several."""
     order = list(labels or panel.curves)
     for label, seeds in panel.curves.items():
         color, curves_S = COLORS[order.index(label) % len(COLORS)], [curve for curve in seeds if curve.steps_K]
@@ -104,8 +102,7 @@ def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
 
 
 def _widen(axis: Any, least_span: float) -> None:
-    """Widens the axis to at least `least_span`, and to a part of the largest value, so that noise
-    stays small."""
+    """Widens the axis to `least_span`, and to a part of the largest value: noise stays small."""
     values = [y for line in axis.get_lines() for y in line.get_ydata() if y == y]
     low, high = axis.get_ylim()
     span = max(least_span, SMALLEST_SPAN * max(map(abs, values), default=0.0))

@@ -27,8 +27,7 @@ class MetricsLog:
         self._wandb_run = _start_wandb(run_folder, wandb_project, wandb_name, config) if wandb_project else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Writes `{"step": step, **metrics}`. Non-finite values become null and are named under
-        "non_finite"."""
+        """Writes `{"step": step, **metrics}`; non-finite values are null and named in "non_finite"."""
         record: dict[str, Any] = {"step": step}
         non_finite = {}
         for name, value in metrics.items():
@@ -100,8 +99,7 @@ def timed(metrics: dict[str, float], name: str) -> Iterator[None]:
 
 
 def print_metrics_table(metrics: Mapping[str, float], title: str, names: Sequence[str] | None = None) -> None:
-    """Prints `names` (default: all, sorted), with a rule between groups, the prefixes before a
-    slash."""
+    """Prints `names` (default: all, sorted), with a rule between groups (prefixes)."""
     from rich import get_console
     from rich.table import Table
 
@@ -126,8 +124,7 @@ ROWS = 8
 
 
 def print_last_metrics(run_folder: RunFolder, metrics: Mapping[str, float]) -> None:
-    """The end of a run: its eight most important metrics, all that begin with "alarm", and the file
-    with the rest."""
+    """The end of a run: its eight main metrics, all "alarm..." and the file with the rest."""
     shown = [name for name in metrics if name.startswith("alarm")]
     shown += [name for name in IMPORTANT if name in metrics][:ROWS]
     print_metrics_table(metrics, f"{run_folder.path}: last step", shown)

@@ -9,8 +9,7 @@ from posttrain.tracking.run_folder import RunFolder
 
 
 def write_offending_data(run: RunFolder, step: int, data_D: Sequence[Datum], error: NonFiniteError) -> NonFiniteError:
-    """Writes a failed step's data (the offending ones if known); returns the error with the file's
-    name."""
+    """Writes a failed step's data (the offending ones if known); returns the error with the path."""
     path = run.path / f"nonfinite_{step:06d}.jsonl"
     indices = error.datum_indices or range(len(data_D))
     with path.open("w") as file:

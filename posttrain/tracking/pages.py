@@ -7,8 +7,7 @@ from html import escape
 
 
 def html_page(title: str, facts: Sequence[str], links: Mapping[str, str], body: str, style: str = "") -> str:
-    """`links`: address -> label, to sections of the page or to other pages. `body` is HTML, the
-    rest text."""
+    """`links`: address -> label, within the page or to others. `body` is HTML, the rest text."""
     anchors = " · ".join(f'<a href="{escape(address)}">{escape(name)}</a>' for address, name in links.items())
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

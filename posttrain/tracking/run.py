@@ -44,8 +44,7 @@ class Run:
     must_stop: Callable[[StopRequest], bool] = bool
     """For processes that stop together: recipes/libraries/belief_state/distributed.py."""
     final_name: str | None = "final"
-    """Name of the last checkpoint. None: the number of the next step, for a run that another call
-    continues."""
+    """The last checkpoint. None: the next step's number, for a run that another call continues."""
 
     def start(self, load_checkpoint_path: str | None) -> bool:
         """Loads the initial state. False if the run has ended: `last_metrics` are its result."""

@@ -47,8 +47,7 @@ class CheckpointRecord:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of an open run. `lock` excludes other processes while this object lives; None:
-    read-only."""
+    """Paths of an open run. `lock` excludes other processes; None: read-only."""
 
     path: Path
     resumed: bool = False
@@ -100,8 +99,7 @@ class RunFolder:
         return list(records.values())
 
     def last_checkpoint(self) -> CheckpointRecord | None:
-        """The latest complete checkpoint, or None. CheckpointError for several checkpoints without
-        records."""
+        """The latest complete checkpoint, or None. CheckpointError for several, none recorded."""
         records = self.list_checkpoints()
         names = (
             sorted(path.name for path in self.checkpoints.iterdir() if path.is_dir())
@@ -119,8 +117,7 @@ class RunFolder:
         return records[-1] if records else None
 
     def prune_checkpoints(self, keep: int) -> None:
-        """Deletes all but the last `keep` (>= 1) checkpoints and "final". Call it after a new
-        record."""
+        """Deletes all but the last `keep` (>= 1) checkpoints and "final"."""
         if keep < 1:
             raise ConfigError(f"keep_checkpoints={keep}: at least 1 must be kept, or there is nothing to resume from")
         in_folder = [record for record in self.list_checkpoints() if record.path.is_relative_to(self.checkpoints)]
@@ -226,12 +223,11 @@ def _answer(question: str, letters: str) -> str:
 
 
 def _check_settings(run: RunFolder, behavior: BehaviorIfExists, config: Any, now: Any) -> None:
-    """ConfigError, with the differences from config.json, unless there are none or the user accepts
-    them."""
+    """ConfigError, with the changes since config.json, unless the user accepts them."""
     if not os.path.lexists(run.config_file):
         return
     saved = read_settings(run.config_file, "put it back, or delete it to go on without a comparison of the settings")
-    # options of a newer version
+    # options that a newer version added
     later = {name: value for name, value in defaults_to_json(config).items() if name not in saved}
     different = changes(saved | later, now, may_grow=MAY_GROW)
     for name in FIXED_FOR_A_RUN:

@@ -22,7 +22,7 @@ class RunLock:
 
     def __init__(self, folder: Path):
         self.file = folder / LOCK_FILE
-        # Python closes it in what is executed
+        # Python closes it in executed programs
         self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,11 +1,9 @@
-"""The streams of random numbers that come from one seed: which numbers follow it in the list that
-NumPy's SeedSequence is given.
-
-A new use of a seed gets a line here, and a list that none of the other lines can be. NumPy takes
-zeros at the end for nothing: [1, 2] and [1, 2, 0] are one stream. Two equal lists are known, and
-stay so that results do: a choice of held-out items has the numbers of epoch 0's order where both
-seeds are equal, and streams without a batch (PRM_CHAINS, kind words' comparisons) those of an
-epoch's order.
+(
+    """The streams of random numbers of a seed: the list after it for NumPy's SeedSequence. A new use gets
+a line here and a list unlike all others; NumPy ignores zeros at the end ([1, 2] is [1, 2, 0]). Two
+equal lists stay, to keep results: held-out items and epoch 0's order, where both seeds are equal;
+streams without a batch (PRM_CHAINS, kind words' comparisons) and an epoch's order. Supervised runs in
+one recipe have seeds 1 or 1000 apart (a completer, its policy; a seed of star_graph's policy).
 
     seed of              list after the seed                     what is drawn
     env, dataset         epoch                                   the order of a list (datasets.py), of BST's rows
@@ -28,10 +26,9 @@ epoch's order.
                          PRM_CHAINS                              the PRM recipe's chains
                          round, SWEEP to GREEDY, T, chunk        B-STaR's pools
                          round, pass                             the order of what a round of B-STaR is trained on
-
-Seeds of supervised runs beside each other differ by 1 or 1000 (a completer after its policy, a seed
-of star_graph's policy).
 """
+    ""
+)
 
 # tasks drawn anew: for RL, to imitate, and the demonstrations of held-out ones
 GROUPS, EXAMPLES, HELD_OUT_EXAMPLES = 1, 2, 3

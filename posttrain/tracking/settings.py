@@ -31,8 +31,7 @@ SHOWN = 6  # differences shown in a message
 
 
 def config_to_json(config: Any) -> Any:
-    """A configuration as JSON values. A nested object has its class ("module:Class") among its
-    fields."""
+    """A configuration as JSON values; a nested object includes its class ("module:Class")."""
     return _to_json(config, top=True)
 
 

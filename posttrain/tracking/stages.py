@@ -71,7 +71,7 @@ class Stage:
             return False
         remedy = "delete it to make it anew, or choose another log_path"
         if not self.record.exists():
-            raise ConfigError(f"{begun[0]} is there, but not {self.record}, which would say what made it: {remedy}")
+            raise ConfigError(f"{begun[0]} is there, but not {self.record}, the record of its settings: {remedy}")
         if different := changes(read_settings(self.record), self.made_with()):
             raise ConfigError(f"{begun[0]} was made with {changes_text(different)}: {remedy}")
         return self.result.exists()

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM, a closed terminal (SIGHUP) and a closed standard output (`| head`) ask a run to
-save and stop after the current step. A second Ctrl-C or SIGTERM stops at once. Under `nohup` SIGHUP
-stays ignored. Left out: threads other than the main one, which get no signals.
+save and stop after the current step. A second Ctrl-C or SIGTERM stops at once (SIGHUP does not: a
+closed terminal may send several). Under `nohup` SIGHUP stays ignored. Left out: threads other than
+the main one, which get no signals.
 """
 
 import errno

@@ -56,8 +56,7 @@ class TranscriptMember:
 
 @dataclass
 class TranscriptGroup:
-    """`num_seats`: consecutive members that play one game, shown side by side; 0: independent
-    members."""
+    """`num_seats`: consecutive members that play one game, shown side by side; 0: no games."""
 
     members: list[TranscriptMember]
     tags: list[str] = field(default_factory=list)
@@ -68,8 +67,7 @@ class TranscriptGroup:
 def write_transcripts(
     folder: Path, iteration: int, groups: Sequence[TranscriptGroup], max_html_groups: int = 16
 ) -> Path:
-    """Writes both files; returns the page's path. The page shows the first `max_html_groups`, the
-    JSON all."""
+    """Writes both files; returns the page's path. The page has `max_html_groups`, the JSON all."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / f"{iteration:06d}.html"
     lines = [
@@ -215,8 +213,7 @@ def _first_observation(turn: TranscriptTurn, shared: str | None) -> str:
 
 
 def _observation(turn: TranscriptTurn, before: TranscriptTurn) -> str:
-    """A later observation. The part shared with the previous one is folded if the text was
-    rewritten."""
+    """A later observation. The part shared with the previous one is folded, if rewritten."""
     text, note = turn.prompt_text, ""
     same = 0 if turn.continues else len(os.path.commonprefix([before.prompt_text, text]))
     if same >= FOLDED_CHARS:
