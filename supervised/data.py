@@ -260,7 +260,7 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
 
 @chz.chz
 class MixtureBuilder(SupervisedDatasetBuilder):
-    """Several datasets in one; its batch_size, max_length, train_on_what, reduction and seed hold."""
+    """Several datasets in one, with its batch_size, max_length, train_on_what, reduction, seed."""
 
     builders: list[SupervisedDatasetBuilder] = chz.field(
         doc="the datasets: builders.0=..., builders.0.path=..., and so on"

@@ -302,7 +302,7 @@ def test_a_renderer_that_writes_another_template_is_warned_of(monkeypatch, capsy
     assert "WARNING" not in capsys.readouterr().out
     get_renderer("mine", CHARACTERS)
     assert (
-        "WARNING WithoutTheHeaders writes a prompt of system, user otherwise than the tokenizer's"
+        "WARNING WithoutTheHeaders writes a prompt of system, user differently from the tokenizer's"
         in capsys.readouterr().out
     )
 

@@ -169,9 +169,7 @@ def load_adapter(trainer: Trainer, path: Path) -> None:
     missing = sorted(live.keys() - saved.keys())
     zero = {name: torch.zeros_like(live[name]) if ".lora_B" in name else live[name] for name in missing}
     if missing:
-        print(
-            f"{path} has no adapter for {len(missing) // 2} of the trained layers ({missing[0]}, ...): they begin at zero"
-        )
+        print(f"{path} has no adapter for {len(missing) // 2} of the layers ({missing[0]}, ...): they begin at zero")
     set_peft_model_state_dict(trainer.model, saved | zero)
 
 
