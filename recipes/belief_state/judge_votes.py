@@ -117,12 +117,12 @@ class Votes:
 async def collect_votes(
     contests: Sequence[Contest], votes: Votes, num_judges: int, stories_at_once: int = 64
 ) -> list[list[Vote | JudgeError]]:
-    """`num_judges` votes on each story; a JudgeError in the place of each that failed."""
+    """`num_judges` votes on each story; a JudgeError in place of a failed vote."""
     collected: list[list[Vote | JudgeError]] = []
     with TrainingProgress(len(contests), description="judging") as progress:
         for start in range(0, len(contests), stories_at_once):
-            ahead = list(enumerate(contests))[start : start + stories_at_once]
-            coroutines = [votes(contest, story, vote) for story, contest in ahead for vote in range(num_judges)]
+            batch = list(enumerate(contests))[start : start + stories_at_once]
+            coroutines = [votes(contest, story, vote) for story, contest in batch for vote in range(num_judges)]
             answers = await asyncio.gather(*coroutines, return_exceptions=True)
             for answer in answers:
                 if isinstance(answer, BaseException) and not isinstance(answer, JudgeError):

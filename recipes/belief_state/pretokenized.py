@@ -77,7 +77,7 @@ def _save(path: Path, tokens: np.ndarray) -> Path:
 
 
 class Shard:
-    """Rows of block_size tokens of one file; a rest shorter than a row is left out. DataError if
+    """Rows of block_size tokens of one file; the remainder is left out. DataError if
     the file is missing, no 1-D uint16 array, shorter than a row, or has ids beyond the vocabulary.
     """
 

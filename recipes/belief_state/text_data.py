@@ -1,7 +1,7 @@
 """Text for the Belief State Transformer and its baselines: documents packed into rows.
 
-The stream of an epoch is EOS d_0 EOS d_1 ... d_n EOS, cut into rows of block_size tokens; a rest
-shorter than a row is left out. Left out: data sets larger than memory (pretokenized.py).
+The stream of an epoch is EOS d_0 EOS d_1 ... d_n EOS, cut into rows of block_size tokens; the
+remainder is left out. Left out: data sets larger than memory (pretokenized.py).
 """
 
 from collections.abc import Sequence
