@@ -212,7 +212,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
 
     def _rows(self) -> tuple[list[Row], list[Row]]:
         if self.test_size and (self.test_split or self.test_path):
-            raise ConfigError(f"test_size={self.test_size} and a held-out set of its own: give one of them")
+            raise ConfigError(f"test_size={self.test_size} and a held-out set: give one of them")
         if self.path.endswith(".jsonl"):
             return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
         return HuggingFaceBuilder(

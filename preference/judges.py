@@ -64,13 +64,13 @@ class EndpointJudgeBuilder(JudgeBuilder):
     api_key_variable: str | None = chz.field(
         default=None, doc="environment variable that holds the key, if one is needed"
     )
-    instruction: str = chz.field(default=INSTRUCTION, doc="what the judge is told before it sees prompt and answers")
+    instruction: str = chz.field(default=INSTRUCTION, doc="the judge's instruction, before prompt and answers")
     max_tokens: int = chz.field(default=512, validator=COUNT, doc="most tokens of its answer")
     timeout: float = chz.field(default=60.0, validator=POSITIVE, doc="seconds for one judgement")
     retries: int = chz.field(
         default=2, validator=WHOLE, doc="times a request that failed is sent again, after 1, 2, 4 ... seconds"
     )
-    max_concurrent: int = chz.field(default=16, validator=COUNT, doc="requests under way at once")
+    max_concurrent: int = chz.field(default=16, validator=COUNT, doc="most requests in flight")
 
     def __call__(self, tokenizer: Tokenizer) -> Judge:
         return EndpointJudge(self)

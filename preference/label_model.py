@@ -51,7 +51,7 @@ class LabelFormat:
         spoken = [self._answered(question, label) for label in LABELS]
         if any(tokens[: len(prompt)] != prompt for tokens in spoken):
             raise ConfigError(
-                "this renderer's training examples do not begin with its prompts: no label can be asked for with it"
+                "this renderer's training examples do not begin with its prompts: it cannot ask for a label"
             )
         answers = [tokens[len(prompt) :] for tokens in spoken]
         shared = next((i for i, column in enumerate(zip(*answers, strict=False)) if len(set(column)) > 1), 0)

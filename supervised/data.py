@@ -124,7 +124,7 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
 
     def _split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
         if test:
-            raise ConfigError(f"test_size={self.test_size} and a held-out set of its own: give one of them")
+            raise ConfigError(f"test_size={self.test_size} and a held-out set: give one of them")
         if not 0 < self.test_size < len(train):
             raise DataError(f"test_size={self.test_size} of {len(train):,} examples: it must leave some to train on")
         held_out = set(np.random.default_rng(self.seed).permutation(len(train))[: self.test_size].tolist())

@@ -1,5 +1,5 @@
 """Negative log-likelihood of a training batch (from its own forward pass) and of a held-out set, as
-two means over the tokens with loss: `nll` weighs tokens alike, as papers report; `weighted_nll`
+two means over the tokens with loss: `nll` weighs tokens equally, as papers report; `weighted_nll`
 uses the training weights. With reduction="mean" (the default) the latter is the mean over examples
 of each example's mean; with "sum" it equals `nll`.
 """

@@ -143,7 +143,7 @@ async def training_loop(
         with timed(metrics, "train"):
             passes = await objective.passes(client, batch)
             optim_step = client.optim_step(adam)
-            # made while the step is under way
+            # made during the step
             next_batch = _batch(dataset, number + 1) if number + 1 < last else None
             outputs, optim_metrics = await _results(folder, number, passes, optim_step)
             metrics |= objective.metrics(batch, outputs)

@@ -112,7 +112,7 @@ class Alarms:
         message = f"{when}: {'; '.join(noted)}"
         if self._action == "stop":
             raise LogprobGapError(
-                f"{message}. The last checkpoint is untouched; backend.alarm=warn goes on all the same"
+                f"{message}. The last checkpoint is unchanged; backend.alarm=warn continues with a warning"
             )
         print(f"WARNING {message}", flush=True)
 

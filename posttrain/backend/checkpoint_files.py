@@ -51,7 +51,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if not state_file(path, STATE_FILE).exists():
         check_is_checkpoint(path)
         raise CheckpointError(
-            f"{path} has no {STATE_FILE}: it holds weights only, and no run can go on from it. "
+            f"{path} has no {STATE_FILE}: it holds weights only, so no run can resume from it. "
             "Start from its weights with load_checkpoint_path, or load_state"
         )
     file = state_file(path, STATE_FILE)

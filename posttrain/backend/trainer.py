@@ -417,7 +417,7 @@ def _add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed
     if not targets:
         where = "outside its experts, which get no adapter" if experts else "that LoRA is put on"
         raise ModelError(
-            f"{hf_model.config.model_type} has none of the layers asked for {where}: train all weights instead"
+            f"{hf_model.config.model_type} has none of the requested layers {where}: train all weights instead"
         )
     if lora.train_mlp and experts:
         print(

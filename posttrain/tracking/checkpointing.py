@@ -97,6 +97,6 @@ class Checkpointer:
             self.save(f"{next_step:06d}", next_step, extra() if extra else None)
         print(
             f"stopped before step {next_step}; its state is saved. The same command with "
-            "behavior_if_log_dir_exists=resume goes on from there"
+            "behavior_if_log_dir_exists=resume continues from there"
         )
         raise KeyboardInterrupt

@@ -170,7 +170,7 @@ def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, co
 
 
 REMEDY = (
-    "add behavior_if_log_dir_exists=resume to go on with it, behavior_if_log_dir_exists=delete to start over, "
+    "add behavior_if_log_dir_exists=resume to continue it, behavior_if_log_dir_exists=delete to start over, "
     "or choose another log_path"
 )
 
@@ -226,7 +226,7 @@ def _check_settings(run: RunFolder, behavior: BehaviorIfExists, config: Any, now
     """ConfigError, with the changes since config.json, unless the user accepts them."""
     if not os.path.lexists(run.config_file):
         return
-    saved = read_settings(run.config_file, "put it back, or delete it to go on without a comparison of the settings")
+    saved = read_settings(run.config_file, "restore it, or delete it to resume without a comparison of the settings")
     # options that a newer version added
     later = {name: value for name, value in defaults_to_json(config).items() if name not in saved}
     different = changes(saved | later, now, may_grow=MAY_GROW)

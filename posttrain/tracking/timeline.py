@@ -75,7 +75,7 @@ class Timeline:
         end = max(span.end for span in self._spans)
         start = max(end - seconds, min(span.start for span in self._spans))
         kinds = [kind for kind in KINDS if any(span.kind == kind and span.end > start for span in self._spans)]
-        title = f"the last {end - start:.0f} seconds of the run: how many of each kind were under way at each moment"
+        title = f"the last {end - start:.0f} seconds of the run: number of open spans of each kind"
         figure, axes = panel_axes(len(kinds), title, columns=1, size=(11, 1.0))
         for axis, kind, color in zip(axes, kinds, COLORS, strict=False):
             times, counts = concurrency([span for span in self._spans if span.kind == kind and span.end > start])
