@@ -340,7 +340,7 @@ def test_viz_shows_a_star_graph_file_or_says_what_to_set(tmp_path, capsys):
     viz_sft_dataset.main(viz_sft_dataset.Config(dataset=graphs))
     shown = capsys.readouterr().out
     assert all(line in shown for line in lines) and "10 of 50 tokens (20%) of these 2 examples carry loss" in shown
-    with pytest.raises(ModelError, match="writes '10' in 2 tokens .* Give the num_nodes of the graphs"):
+    with pytest.raises(ModelError, match="writes '10' in 2 tokens.* Give the num_nodes of the graphs"):
         viz_sft_dataset.main(viz_sft_dataset.Config(dataset=chz.replace(graphs, num_nodes=50)))
 
 
