@@ -67,7 +67,7 @@ def test_an_existing_run_is_resumed_deleted_or_refused(tmp_path, monkeypatch):
     assert not run.resumed and json.loads(run.config_file.read_text())["model_name"] == "tiny"
     with pytest.raises(ConfigError, match="already holds a run"):
         open_run_folder(folder, "raise", RunConfig())
-    with pytest.raises(ConfigError, match="no terminal to ask; add behavior_if_log_dir_exists=resume to go on"):
+    with pytest.raises(ConfigError, match="no terminal to ask; add behavior_if_log_dir_exists=resume to continue it"):
         monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
         open_run_folder(folder, "ask", RunConfig())
     assert open_run_folder(folder, "resume", RunConfig()).resumed and len(read_metrics(folder)) == 1
@@ -332,7 +332,7 @@ def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:
     began = timeline._began
     timeline._spans.extend([Span("sampling", began + 40, began + 50), Span("train", began + 45, began + 48)])
     timeline.plot(tmp_path / "t.png")
-    assert figures[0]._suptitle.get_text().startswith("the last 10 seconds of the run: how many of each kind")
+    assert figures[0]._suptitle.get_text().startswith("the last 10 seconds of the run: number of open spans of each kind")
     last = figures[0].axes[-1]
     assert last.get_xlim() == pytest.approx((40, 50)) and last.get_xlabel() == "seconds since the run was started"
     assert all(float(tick).is_integer() for axis in figures[0].axes for tick in axis.get_yticks())
