@@ -332,7 +332,9 @@ def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:
     began = timeline._began
     timeline._spans.extend([Span("sampling", began + 40, began + 50), Span("train", began + 45, began + 48)])
     timeline.plot(tmp_path / "t.png")
-    assert figures[0]._suptitle.get_text().startswith("the last 10 seconds of the run: number of open spans of each kind")
+    assert (
+        figures[0]._suptitle.get_text().startswith("the last 10 seconds of the run: number of open spans of each kind")
+    )
     last = figures[0].axes[-1]
     assert last.get_xlim() == pytest.approx((40, 50)) and last.get_xlabel() == "seconds since the run was started"
     assert all(float(tick).is_integer() for axis in figures[0].axes for tick in axis.get_yticks())
