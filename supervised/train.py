@@ -112,7 +112,7 @@ async def training_loop(
 ) -> Metrics:
     """Runs from the folder's last checkpoint to the last step; returns the last metrics.
 
-    `alarms`: those of a caller that has compared sampler and trainer already. `until` ends this
+    `alarms`: those of a caller that has made the comparison at the start already. `until` ends this
     call before that step, with a checkpoint; the schedule still covers all steps, and a later call
     goes on.
     """
