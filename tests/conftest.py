@@ -32,7 +32,20 @@ posttrain.backend.config.AUTO_DTYPES["cuda"] = "float32"
 ROUNDING = {"cpu": 3e-6, "cuda": 3e-5}[posttrain.backend.config.training_device().type]
 
 
+# A worker runs whole files. The long ones come first, so that the workers end together.
+LONG_FILES = (
+    "test_resume",
+    "test_recipes",
+    "test_cli",
+    "test_sampling",
+    "test_vllm_engine",
+    "test_run_lock",
+    "test_rl",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
     if torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cpu_only"):

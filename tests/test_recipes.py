@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests import commands
 from tests.conftest import ROOT
 
@@ -73,6 +75,7 @@ def test_rl_basic_warm_starts_and_then_trains(tmp_path):
     assert list((tmp_path / "rl" / "transcripts").glob("*.html"))
 
 
+@pytest.mark.slow
 def test_every_algorithm_preset_takes_steps_from_one_warm_start(tmp_path):
     small = ["num_steps=2", "warm_start_nll=5", f"log_path={tmp_path}/runs"]
     output = run_recipe("algorithms/train", tmp_path, *small)

@@ -77,8 +77,11 @@ KILLS = (("metrics.jsonl", 20), ("training_state.json", 5), ("checkpoints.jsonl"
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("arguments", "engine", "kills"),
-    [(SFT, "torch", KILLS), (RL, "torch", KILLS[:2]), (RL, "vllm", KILLS[:1])],
-    ids=["sft", "rl-torch", "rl-vllm"],
+    [
+        pytest.param(SFT, "torch", KILLS, id="sft"),
+        pytest.param(RL, "torch", KILLS[:2], id="rl-torch"),
+        pytest.param(RL, "vllm", KILLS[:1], id="rl-vllm", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_and_resumed_equals_uninterrupted(
     arguments: list[str], engine: str, kills: Sequence[tuple[str, int]], tmp_path: Path
