@@ -13,12 +13,12 @@ import numpy as np
 from posttrain.backend.errors import DataError
 from posttrain.backend.training_client import TrainingClient
 from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_figure
+from posttrain.tracking.metrics_log import Metrics
 from preference.reward_types import Judge, judge_all
 from preference.types import LabeledComparison
 
 NUM_BINS = 10
 TRUTH = {"A": -1, "Tie": 0, "B": 1}
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)

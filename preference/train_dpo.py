@@ -69,10 +69,10 @@ async def train_on_pairs(
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)
+        if config.load_checkpoint_path:
+            await client.load_state(config.load_checkpoint_path)
         await check_at_start(client, alarms := Alarms(client.get_info(), config.backend.alarm))
         if config.method.needs_reference:  # before a resumed run's own weights are loaded
-            if config.load_checkpoint_path:
-                await client.load_state(config.load_checkpoint_path)
             file, reference = folder.path / "reference_logprobs.jsonl", _reference(config)
             pairs = await with_reference([*train, *test], client, file, reference)
             train, test = pairs[: len(train)], pairs[len(train) :]
@@ -99,9 +99,8 @@ async def train_on_pairs(
 def _pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
     train, test = config.dataset()
     options = (config.renderer(), config.max_length, config.ties, config.overlong)
-    return render_pairs(train, *options), render_pairs(
-        test, *options, kind="held-out"
-    ) if test and config.eval_every else []
+    pairs = render_pairs(train, *options)
+    return pairs, render_pairs(test, *options, kind="held-out") if test and config.eval_every else []
 
 
 def _reference(config: Config) -> dict[str, Any]:

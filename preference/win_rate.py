@@ -13,10 +13,9 @@ from posttrain.backend.errors import DataError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.metrics_log import Metrics
 from preference.reward_types import Judge, judge_all
 from preference.types import Comparison
-
-Metrics = dict[str, float]
 
 
 def win_rate(scores_AB_P: Sequence[float], scores_BA_P: Sequence[float]) -> tuple[float, float]:

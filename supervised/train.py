@@ -20,7 +20,7 @@ from posttrain.tracking.run import Metrics, Run, finish
 from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from supervised.nll import NLLEvaluator, nll_means, nll_sums
-from supervised.types import SupervisedDatasetBuilder
+from supervised.types import Dataset, SupervisedDatasetBuilder
 
 Evaluator = Callable[[TrainingClient], Awaitable[Metrics]]
 Batch = TypeVar("Batch")
@@ -33,16 +33,6 @@ HEADLINE = {
     "train_accuracy": "accuracy",
     "test/accuracy": "test",
 }
-
-
-class Dataset(Protocol[Batch]):
-    """Batches by index in the current epoch. The order depends only on the seed and the epoch."""
-
-    def set_epoch(self, epoch: int) -> None: ...
-
-    def get_batch(self, index: int) -> Batch: ...
-
-    def __len__(self) -> int: ...
 
 
 class Objective(Protocol[Batch]):
@@ -112,7 +102,7 @@ async def training_loop(
 ) -> Metrics:
     """Runs from the folder's last checkpoint to the last step; returns the last metrics.
 
-    `alarms`: those of a caller that has made the comparison at the start already. `until` ends this
+    `alarms`: those of a caller that has loaded load_checkpoint_path and compared. `until` ends this
     call before that step, with a checkpoint; the schedule still covers all steps, and a later call
     goes on.
     """
@@ -125,7 +115,7 @@ async def training_loop(
         run.evaluate = lambda _: evaluator(client)
     if stop_at_nll is not None:
         run.ends_early = lambda metrics: metrics.get("train_mean_nll", float("inf")) < stop_at_nll
-    if not run.start(config.load_checkpoint_path):
+    if not run.start(None if alarms else config.load_checkpoint_path):
         return run.last_metrics()
     if run.first_step < last and not alarms:
         await check_at_start(client, run.alarms)

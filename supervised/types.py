@@ -1,7 +1,7 @@
 """Supervised datasets: batches of Datum by index, and their builders."""
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import chz
 
@@ -9,13 +9,15 @@ from posttrain.backend.ranges import COUNT, SEED
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Renderer, TrainOnWhat
 
+Batch = TypeVar("Batch", covariant=True)
 
-class SupervisedDataset(Protocol):
+
+class Dataset(Protocol[Batch]):
     """Addressed by batch index within an epoch: a resume starts at an index.
     posttrain/tracking/datasets.py has two implementations."""
 
     @abstractmethod
-    def get_batch(self, index: int) -> list[Datum]:
+    def get_batch(self, index: int) -> Batch:
         """Batch `index` of the current epoch."""
 
     @abstractmethod
@@ -24,6 +26,9 @@ class SupervisedDataset(Protocol):
 
     def set_epoch(self, epoch: int) -> None:  # noqa: B027 - a dataset without order has nothing to do
         """Reshuffles as a pure function of the dataset's seed and `epoch`."""
+
+
+SupervisedDataset = Dataset[list[Datum]]
 
 
 @chz.chz

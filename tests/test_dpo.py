@@ -18,6 +18,7 @@ from posttrain.backend.errors import CheckpointError, ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.trainer import Trainer
+from posttrain.backend.training_client import TrainingClient
 from posttrain.renderers import get_renderer
 from posttrain.tracking.metrics_log import read_metrics
 from preference import train_dpo
@@ -186,6 +187,23 @@ def test_fewer_pairs_than_a_batch_are_trained_on_and_said_once(tmp_path: Path, c
     asyncio.run(train_dpo.main(config(tmp_path / "run", batch_size=1000, max_steps=1, eval_every=0)))
     assert capsys.readouterr().out.count("batch_size=1000 is more than the 86 pairs there are") == 1
     assert read_metrics(tmp_path / "run")[0]["num_pairs"] == 86
+
+
+@pytest.mark.parametrize("method", [DPO(), SimPO()], ids=["with a reference", "without"])
+def test_the_policy_that_is_compared_and_referred_to_is_the_checkpoint_and_is_loaded_once(
+    method: PreferenceLoss, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        path = service.create_training_client("tiny", seed=1).save_state("start").result().path
+    events: list[str] = []
+    load, compare, refer = TrainingClient.load_state, train_dpo.check_at_start, train_dpo.with_reference
+    monkeypatch.setattr(TrainingClient, "load_state", lambda *args: (events.append("load"), load(*args))[1])
+    monkeypatch.setattr(train_dpo, "check_at_start", lambda *args: (events.append("compare"), compare(*args))[1])
+    monkeypatch.setattr(train_dpo, "with_reference", lambda *args: (events.append("refer"), refer(*args))[1])
+    asyncio.run(
+        train_dpo.main(config(tmp_path / "run", method=method, load_checkpoint_path=path, max_steps=1, eval_every=0))
+    )
+    assert events == ["load", "compare", *(["refer"] if method.needs_reference else [])]
 
 
 def letters_file(folder: Path) -> str:
