@@ -27,6 +27,7 @@ from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.ranges import LEARNING_RATE, NON_NEGATIVE, WHOLE
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists
 from recipes.warm_start import warm_started
 from rl import train as rl_train
@@ -52,7 +53,7 @@ class Config(rl_train.Config):
     save_every: int = chz.field(
         default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end"
     )
-    log_path: str = chz.field(default="runs/demo", doc="the run folder; the warm start's is beside it")
+    log_path: str = log_path_field("runs/demo", "the run folder; the warm start's is beside it")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
         default="delete", doc="what to do with the last demo's folder"
     )

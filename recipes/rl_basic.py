@@ -26,6 +26,7 @@ import chz
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.ranges import LEARNING_RATE, WHOLE
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_config import log_path_field
 from recipes.warm_start import warm_started
 from rl import train
 from rl.types import RLDatasetBuilder
@@ -46,7 +47,7 @@ class Config(train.Config):
         default="plain", doc="role_colon, chat_template or plain; None = by the tokenizer"
     )
     learning_rate: float = chz.field(default=2e-4, validator=LEARNING_RATE, doc="constant")
-    log_path: str = chz.field(default="runs/rl_basic", doc="the run folder")
+    log_path: str = log_path_field("runs/rl_basic")
 
 
 def main(config: Config) -> None:

@@ -25,6 +25,7 @@ import chz
 from envs.arithmetic import ArithmeticExamplesBuilder
 from posttrain.backend.ranges import LEARNING_RATE, WHOLE
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_config import log_path_field
 from supervised import train
 from supervised.types import SupervisedDatasetBuilder
 
@@ -44,7 +45,7 @@ class Config(train.Config):
     eval_every: int = chz.field(
         default=50, validator=WHOLE, doc="held-out loss before every this many steps, and at the end; 0 = never"
     )
-    log_path: str = chz.field(default="runs/sl_basic", doc="the run folder")
+    log_path: str = log_path_field("runs/sl_basic")
 
 
 def main(config: Config) -> None:

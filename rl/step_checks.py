@@ -15,6 +15,7 @@ import numpy as np
 
 from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.types import EncodedTextChunk, ModelInput
+from posttrain.tracking.datasets import ListDataset
 from rl.types import (
     Env,
     EnvGroupBuilder,
@@ -252,8 +253,11 @@ def batch(dataset: RLDataset, index: int) -> list[EnvGroupBuilder]:
 
 
 def short_batches(builder: RLDatasetBuilder, dataset: RLDataset) -> str | None:
-    """A printed line for a data set smaller than a batch."""
+    """A printed line for a data set smaller than a batch. None for a ListDataset, which prints its own."""
     wanted = getattr(builder, "batch_size", None)
-    if not isinstance(wanted, int) or len(dataset) > 1 or (available := len(batch(dataset, 0))) >= wanted:
+    if isinstance(dataset, ListDataset) or not isinstance(wanted, int) or len(dataset) > 1:
+        return None
+    available = len(batch(dataset, 0))
+    if available >= wanted:
         return None
     return f"env.batch_size={wanted} is more than the {available:,} problems there are: each batch is all of them"

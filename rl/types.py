@@ -17,13 +17,13 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ModelInput, StopReason
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.metrics_log import Metrics
 
 Action = list[int]  # the sampled tokens, stop token included
 Observation = ModelInput
 StopCondition = Sequence[str] | Sequence[int] | None
 # Why an episode ended: by the environment, or by a limit of the run (rollouts.RolloutLimits).
 EpisodeEnd = Literal["done", "max_turns", "max_trajectory_tokens", "max_sampled_tokens", "context_length", "timeout"]
-Metrics = dict[str, float]
 # for readers of the transcript, e.g. {"gold": "42", "extracted": "41"}
 Logs = dict[str, str]
 

@@ -78,10 +78,10 @@ class Checkpointer:
         self._saved_step, self.finished = step, record.name == "final"
         return step
 
-    def after_step(self, next_step: int, extra: Callable[[], dict[str, Any]] | None = None) -> None:
+    def after_step(self, next_step: int, extra: Callable[[], dict[str, Any]]) -> None:
         """`extra` is called only if a checkpoint is written."""
         if self._save_every and next_step % self._save_every == 0:
-            self.save(f"{next_step:06d}", next_step, extra() if extra else None)
+            self.save(f"{next_step:06d}", next_step, extra())
 
     def save(self, name: str, next_step: int, extra: dict[str, Any] | None = None) -> None:
         path = self._run.checkpoints / name
@@ -91,10 +91,10 @@ class Checkpointer:
         if self._keep:
             self._run.prune_checkpoints(self._keep)
 
-    def interrupted(self, next_step: int, extra: Callable[[], dict[str, Any]] | None = None) -> None:
+    def interrupted(self, next_step: int, extra: Callable[[], dict[str, Any]]) -> None:
         """Saves, unless this step is saved, and ends the command as Ctrl-C does."""
         if self._saved_step != next_step:
-            self.save(f"{next_step:06d}", next_step, extra() if extra else None)
+            self.save(f"{next_step:06d}", next_step, extra())
         print(
             f"stopped before step {next_step}; its state is saved. The same command with "
             "behavior_if_log_dir_exists=resume continues from there"

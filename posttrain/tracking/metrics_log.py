@@ -14,6 +14,8 @@ from posttrain.backend.errors import ConfigError
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
 from posttrain.tracking.run_folder import RunFolder, config_to_json
 
+Metrics = dict[str, float]
+
 
 class MetricsLog:
     """Appends to metrics.jsonl and, with `wandb_project`, to a wandb run; its id in the folder

@@ -13,12 +13,11 @@ from typing import Any
 
 from posttrain.backend.alarms import Alarms
 from posttrain.tracking.checkpointing import Checkpointed, Checkpointer, StopRequest
-from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, read_last_metrics, timed
+from posttrain.tracking.metrics_log import Metrics, MetricsLog, print_last_metrics, read_last_metrics, timed
 from posttrain.tracking.progress import TrainingProgress
 from posttrain.tracking.run_config import RunConfig
 from posttrain.tracking.run_folder import RunFolder
 
-Metrics = dict[str, float]
 Step = Callable[[int, Metrics], Awaitable[None]]
 
 

@@ -18,8 +18,8 @@ from posttrain.renderers.types import Renderer
 from posttrain.tracking.run_folder import BehaviorIfExists
 
 
-def log_path_field(default: str) -> Any:
-    return chz.field(default=default, munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder")
+def log_path_field(default: str, doc: str = "the run folder") -> Any:
+    return chz.field(default=default, munger=lambda _, path: str(Path(path).expanduser()), doc=doc)
 
 
 @chz.chz

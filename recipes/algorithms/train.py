@@ -25,6 +25,7 @@ from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
 from posttrain.tracking.command_line import parse, run_command
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.plots import compare_runs
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.warm_start import warm_start
 from rl import train
@@ -45,7 +46,7 @@ class Config:
     num_steps: int = chz.field(default=500, validator=COUNT, doc="steps of RL, 64 problems by 8 rollouts each")
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at the first step; falls to 0")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the data and the sampling")
-    log_path: str = chz.field(default="runs/algorithms", doc="folder of the runs, one for each preset")
+    log_path: str = log_path_field("runs/algorithms", "folder of the runs, one for each preset")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
     )

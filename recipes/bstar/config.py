@@ -9,6 +9,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
+from posttrain.tracking.run_config import log_path_field
 from recipes.bstar.balance import canonical
 from recipes.bstar.budget import Plan, SweepCost, plan
 from recipes.bstar.methods import METHODS
@@ -122,9 +123,7 @@ class Config:
         default="1", munger=lambda _, value: canonical(value), doc="temperature of those samples"
     )
     chunk_sequences: int = chz.field(default=1024, validator=COUNT, doc="sequences sampled between writes to disk")
-    log_path: str = chz.field(
-        default="runs/bstar", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder"
-    )
+    log_path: str = log_path_field("runs/bstar")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch", max_num_seqs=512), doc="how this machine runs models"
     )

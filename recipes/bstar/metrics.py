@@ -15,11 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from posttrain.backend.errors import DataError
+from posttrain.tracking.metrics_log import Metrics
 from preference.steps import StepFormat
 from recipes.bstar.records import Candidate, Selected
 from rl.sample_metrics import pass_at_k
-
-Metrics = dict[str, float]
 
 
 def sample_metrics(candidates: Sequence[Candidate], queries: Sequence[str], form: StepFormat) -> Metrics:

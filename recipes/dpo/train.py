@@ -28,6 +28,7 @@ from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import read_last_metrics
 from posttrain.tracking.plots import compare_runs
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from preference import train_dpo
@@ -52,7 +53,7 @@ class Config:
         default=1.0, validator=NON_NEGATIVE, doc="RPO's weight of the chosen answer's likelihood"
     )
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the model, the questions and their order")
-    log_path: str = chz.field(default="runs/dpo_recipe", doc="folder of the runs: warm_start, dpo and rpo")
+    log_path: str = log_path_field("runs/dpo_recipe", "folder of the runs: warm_start, dpo and rpo")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with existing run folders")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains"

@@ -23,6 +23,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.ranges import LEARNING_RATE, NON_NEGATIVE, WHOLE
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_config import log_path_field
 from recipes.warm_start import warm_started
 from rl import train
 from rl.types import RLDatasetBuilder
@@ -47,7 +48,7 @@ class Config(train.Config):
     save_every: int = chz.field(
         default=50, validator=WHOLE, doc="checkpoint after every this many steps, and at the end"
     )
-    log_path: str = chz.field(default="runs/guess_number", doc="the run folder; the warm start's is beside it")
+    log_path: str = log_path_field("runs/guess_number", "the run folder; the warm start's is beside it")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
     )

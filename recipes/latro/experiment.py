@@ -23,6 +23,7 @@ import numpy as np
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.figures import Panel, curves_by_label, draw_panels, save_figure
 from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import run_stages
 from recipes.latro import train
 
@@ -48,7 +49,7 @@ class Config:
 
     variants: str = chz.field(default=",".join(VARIANTS), doc="variants to run, by comma")
     seeds: str = chz.field(default="0,1,2", doc="seeds, by comma")
-    log_path: str = chz.field(default="runs/latro_experiment", doc="folder of the runs")
+    log_path: str = log_path_field("runs/latro_experiment", "folder of the runs")
 
 
 def run(config: Config, variant: str, seed: int) -> Path:

@@ -38,6 +38,7 @@ from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.metrics_log import print_metrics_table
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder
 from posttrain.tracking.settings import read_settings
 from posttrain.tracking.stages import Stage, run_stages
@@ -140,11 +141,7 @@ class Config:
         default=10, validator=COUNT, doc="greedy evaluations on the validation split, with a checkpoint each"
     )
     sanity_check: bool = chz.field(default=False, doc="two updates on a few questions, as a test")
-    log_path: str = chz.field(
-        default="runs/latro",
-        munger=lambda _, path: str(Path(path).expanduser()),
-        doc="folder of the runs, one for each method",
-    )
+    log_path: str = log_path_field("runs/latro", "folder of the runs, one for each method")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
         default="ask", doc="what to do with existing run folders; resume also reuses a finished warm start"
     )

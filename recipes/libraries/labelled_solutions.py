@@ -2,7 +2,6 @@
 (preference/prm_labels.py).
 """
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,10 +30,10 @@ def solutions_stage(
     `settings` are the settings of the problems.
     """
 
-    def make() -> None:
+    async def make() -> None:
         with ServiceClient(backend) as service:
             client = service.create_sampling_client(str(policy.result))
-            solutions_P_G = asyncio.run(sample_solutions(client, problems_P, number, params))
+            solutions_P_G = await sample_solutions(client, problems_P, number, params)
         lines = (json.dumps({"solutions": [asdict(solution) for solution in group]}) + "\n" for group in solutions_P_G)
         write_atomically(file, "".join(lines))
 
@@ -53,14 +52,14 @@ def labels_stage(
     """
     file = solutions.path.with_name("labels.jsonl")
 
-    def make() -> None:
+    async def make() -> None:
         solutions_P_G = read_solutions(solutions.path)
         pairs = [
             (problem, solution) for problem, group in zip(problems_P, solutions_P_G, strict=True) for solution in group
         ]
         with ServiceClient(backend) as service:
             client = service.create_sampling_client(str(completer.result))
-            _, counts = asyncio.run(label_solutions(client, pairs, labelling, stage.unfinished))
+            _, counts = await label_solutions(client, pairs, labelling, stage.unfinished)
         stage.unfinished.rename(file)
         print("labels:", ", ".join(f"{count} {name}" for name, count in counts.items()))
 

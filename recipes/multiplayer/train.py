@@ -32,6 +32,7 @@ from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.datasets import DrawnDataset
+from posttrain.tracking.run_config import log_path_field
 from recipes.multiplayer.model import random_game, save_model
 from recipes.warm_start import warm_started
 from rl import train
@@ -109,9 +110,7 @@ class Config(train.Config):
         default_factory=lambda: BackendConfig(engine="torch"),
         doc="how this machine trains and samples; the README's results use the torch sampler",
     )
-    log_path: str = chz.field(
-        default="runs/multiplayer", doc="the run folder; the warm start's and the model's are beside it"
-    )
+    log_path: str = log_path_field("runs/multiplayer", "the run folder; the warm start's and the model's are beside it")
 
 
 def main(config: Config) -> None:

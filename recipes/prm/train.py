@@ -40,6 +40,7 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.metrics_log import print_metrics_table
 from posttrain.tracking.plots import compare_runs
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.seeds import PRM_CHAINS
 from posttrain.tracking.stages import Stage, chosen, run_stages, training_stage
 from preference import train_prm
@@ -86,9 +87,7 @@ class Config:
     prm_learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="falls linearly to 0")
     rl_steps: int = chz.field(default=30, validator=COUNT, doc="steps of each run of the stage rl")
     best_of: int = chz.field(default=8, validator=COUNT, doc="solutions of each held-out chain to choose from")
-    log_path: str = chz.field(
-        default="runs/prm", munger=lambda _, path: str(Path(path).expanduser()), doc="the run folder"
-    )
+    log_path: str = log_path_field("runs/prm")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine runs models"
     )

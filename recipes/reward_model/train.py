@@ -27,6 +27,7 @@ from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists
 from preference import train_reward_model
 from preference.bradley_terry import BradleyTerryJudgeBuilder, PreferencePairsBuilder, ScalarModelBuilder
@@ -58,7 +59,7 @@ class Config:
         default=60, validator=WHOLE, doc="held-out evaluation before every this many steps, and at the end"
     )
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights and the order")
-    log_path: str = chz.field(default="runs/reward_model", doc="folder of both runs")
+    log_path: str = log_path_field("runs/reward_model", "folder of both runs")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
         default="delete", doc="what to do with the last runs' folders"
     )

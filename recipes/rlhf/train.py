@@ -39,6 +39,7 @@ from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, chosen, run_stages, training_stage
 from preference import train_reward_model
 from preference.bradley_terry import PreferencePairsBuilder, ScalarModelBuilder
@@ -71,9 +72,7 @@ class Config:
     max_tokens: int = chz.field(
         default=64, validator=COUNT, doc="maximum tokens of a note; the SFT policy writes up to 40"
     )
-    log_path: str = chz.field(
-        default="runs/rlhf", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the stages"
-    )
+    log_path: str = log_path_field("runs/rlhf", "folder of the stages")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
     )

@@ -31,6 +31,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists
 from preference.judges import ShorterJudgeBuilder
 from preference.win_rate import WinRateEvaluator
@@ -58,7 +59,7 @@ class Config(train.Config):
     lr_schedule: LRSchedule = chz.field(default="linear", doc="how RL's learning rate falls")
     num_epochs: int = chz.field(default=10, validator=COUNT, doc="passes over the prompts")
     max_steps: int | None = chz.field(default=25, validator=COUNT, doc="RL steps")
-    log_path: str = chz.field(default="runs/shorter", doc="the run folder; the warm start's is beside it")
+    log_path: str = log_path_field("runs/shorter", "the run folder; the warm start's is beside it")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
         default="delete", doc="what to do with the last run's folders"
     )

@@ -246,9 +246,14 @@ def _train(config: Config, folder: RunFolder, trainer: Trainer, test_ids_B_T: to
         metrics |= trainer.step(number)
 
     run = Run(
-        config=config, folder=folder, client=trainer, name="classifier", num_steps=config.num_steps, headline=HEADLINE
+        config=config,
+        folder=folder,
+        client=trainer,
+        name="classifier",
+        num_steps=config.num_steps,
+        headline=HEADLINE,
+        evaluate=evaluate,
     )
-    run.evaluate = evaluate
     if run.start(None):
         asyncio.run(run.steps(step))
     _write_method_folders(config, folder)

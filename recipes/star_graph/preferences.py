@@ -29,6 +29,7 @@ from posttrain.backend.ranges import COUNT, LEARNING_RATE, WHOLE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.seeds import GUIDED
 from posttrain.tracking.stages import Stage, run_stages
 from preference import train_dpo
@@ -59,7 +60,7 @@ class Config(train_dpo.Config):
     eval_every: int = chz.field(
         default=25, validator=WHOLE, doc="accuracy on held-out graphs before every this many steps, and at the end"
     )
-    log_path: str = chz.field(default="runs/star_graph_dpo", doc="the run folder")
+    log_path: str = log_path_field("runs/star_graph_dpo")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
     )

@@ -28,6 +28,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from preference.losses import DPO, RPO, PreferenceLoss
 from recipes.belief_state import star_graph as bst_star_graph
@@ -70,9 +71,7 @@ class Config:
     )
     policy_learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of reinforce, rl, dpo and rpo")
     processes: int = chz.field(default=2, validator=COUNT, doc="methods that run in parallel, one thread each")
-    log_path: str = chz.field(
-        default="runs/star_graph", munger=lambda _, path: str(Path(path).expanduser()), doc="folder of the runs"
-    )
+    log_path: str = log_path_field("runs/star_graph", "folder of the runs")
 
 
 # --- methods ------------------------------------------------------------------------------------

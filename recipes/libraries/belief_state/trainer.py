@@ -20,12 +20,11 @@ from posttrain.backend.errors import DataError, NonFiniteError, PassCancelledErr
 from posttrain.backend.futures import APIFuture, InOrder
 from posttrain.backend.ranges import COUNT
 from posttrain.backend.types import AdamParams, OptimStepResponse, SaveWeightsResponse
+from posttrain.tracking.metrics_log import Metrics
 from recipes.libraries.belief_state.files import Model, load_state, save_state
 from recipes.libraries.belief_state.losses import Sums, empty_side_losses, next_token_pass, pair_pass
 from recipes.libraries.belief_state.model import BeliefState, NextToken
 from recipes.libraries.belief_state.pairs import PairObjective
-
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
