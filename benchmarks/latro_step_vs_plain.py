@@ -1,8 +1,7 @@
 """One step of recipes/latro against the straightforward composition of Hugging Face parts, on the
 recipe's sums of digits.
 
-    python benchmarks/latro_step_vs_plain.py [--shapes tiny,tiny-long,small] [--rounds 3] [--steps
-    8]
+    python benchmarks/latro_step_vs_plain.py [--shapes tiny,tiny-long,small] [--rounds 3] [--steps 8]
 
 The other side is what the paper's code amounts to (specs: latro A.2), with nothing in it that would
 slow it down: `generate` to the full response length, since a rationale is cut at its stop

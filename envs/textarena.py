@@ -5,8 +5,7 @@ the seats of a game form a group and are each other's baseline; with several gam
 rl.advantages:SeatMean gives each seat its own. Left out: seats that learn different policies; chat
 between the turns.
 
-    python rl/train_cli.py env=textarena env.game=TicTacToe-v0-train
-    env.test_opponent=envs.opponents:RandomPlayer
+    python rl/train_cli.py env=textarena env.game=TicTacToe-v0-train env.test_opponent=envs.opponents:RandomPlayer
 """
 
 import asyncio

@@ -5,8 +5,7 @@ Left out, and refused when the taskset is loaded: harnesses with a runtime (tool
 setup, finalize, rewards that need `runtime`) and multi-agent environments.
 
     python -m venv ~/verifiers && ~/verifiers/bin/pip install "verifiers>=0.4,<0.5" my-taskset
-    python -m rl.train_cli env=envs.verifiers_adapter:VerifiersBuilder
-    env.python=~/verifiers/bin/python env.taskset=my-taskset
+    python -m rl.train_cli env=envs.verifiers_adapter:VerifiersBuilder env.python=~/verifiers/bin/python env.taskset=my-taskset
 """
 
 import asyncio

@@ -6,9 +6,8 @@ LOG_PATH_warm_start comes first. Both builders hold out the same sums. For anoth
 ArithmeticBuilder.
 
     python recipes/rl_basic.py                                             # two minutes on 2 cores; runs/rl_basic
-    python recipes/rl_basic.py advantage=rl.advantages:LeaveOneOut loss_fn=ppo num_substeps=2 python
-    recipes/rl_basic.py load_checkpoint_path=runs/rl_basic_warm_start/checkpoints/final
-    log_path=runs/again
+    python recipes/rl_basic.py advantage=rl.advantages:LeaveOneOut loss_fn=ppo num_substeps=2
+    python recipes/rl_basic.py load_checkpoint_path=runs/rl_basic_warm_start/checkpoints/final log_path=runs/again
 
 Expect test/env/all/correct, greedy accuracy on held-out sums, to rise from about 0.8 to above 0.9.
 """

@@ -5,9 +5,8 @@ other data, replace ArithmeticExamplesBuilder: supervised/data.py has builders f
 Hugging Face datasets and mixtures.
 
     python recipes/sl_basic.py                                             # a minute on 2 cores; runs/sl_basic
-    python recipes/sl_basic.py dataset.num_digits=3 num_epochs=2 learning_rate=1e-3 python
-    recipes/sl_basic.py dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl \\
-        renderer_name=None
+    python recipes/sl_basic.py dataset.num_digits=3 num_epochs=2 learning_rate=1e-3
+    python recipes/sl_basic.py dataset=supervised.data:ConversationFileBuilder dataset.path=chats.jsonl renderer_name=None
 
 Expect test/nll, in nats per token of held-out answers, to fall from 6 to below 0.2.
 """

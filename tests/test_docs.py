@@ -3,6 +3,7 @@
 A block that cannot be run here stands under a line `<!-- not executed: REASON -->`.
 """
 
+import ast
 import re
 from pathlib import Path
 
@@ -68,3 +69,20 @@ def test_every_page_runs(tmp_path: Path):
     scripts = [str(tmp_path / page.stem / f"{page.name}.py") for page in PAGES]
     done = commands.run("-c", DRIVER, *scripts, env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert len(PAGES) >= 3 and done.returncode == 0, done.stderr[-3000:]
+
+
+def test_commands_in_docstrings_can_be_pasted():
+    """A line has one command, which goes on in the next line after a backslash only."""
+    command, second = (
+        re.compile(r"\s+(python|torchrun|pip|rm|export) "),
+        re.compile(r"(?<!&&) python (-m )?[a-z_]+[/.]"),
+    )
+    packages = ("benchmarks", "envs", "posttrain", "preference", "recipes", "rl", "supervised")
+    broken = []
+    for file in sorted(file for package in packages for file in (ROOT / package).rglob("*.py")):
+        lines = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")
+        for line, following in zip(lines, [*lines[1:], ""], strict=True):
+            cut = not line.endswith("\\") and following.strip() and not command.match(following)
+            if command.match(line) and (cut or line.endswith(" python")) or second.search(line.strip()):
+                broken.append(f"{file.relative_to(ROOT)}: {line.strip()}")
+    assert not broken

@@ -1,8 +1,8 @@
 """Compares two models' infills of the same stories with a judge: votes, win rate, histogram.
 
-    # by rule: fewer mistakes (stories.py) python recipes/belief_state/judge.py first=bst.jsonl
-    second=fim.jsonl python recipes/belief_state/judge.py ... judge=endpoint
-    judge.base_url=http://localhost:8000/v1 judge.model=NAME
+    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl  # by rule: fewer mistakes (stories.py)
+    python recipes/belief_state/judge.py first=bst.jsonl second=fim.jsonl judge=endpoint \\
+        judge.base_url=http://localhost:8000/v1 judge.model=NAME
 
 The files are written by infill.py. From Python the judge may be any async callable.
 """

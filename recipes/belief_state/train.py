@@ -4,8 +4,7 @@
     python recipes/belief_state/train.py model=gpt log_path=runs/gpt  # same data and blocks
     python recipes/belief_state/train.py preset=star_graph data.num_paths=5  # the paper's model on G(5,5): a GPU
     python recipes/belief_state/train.py preset=tinystories  # stories of the hub; data=text alone generates stories
-    torchrun --nproc-per-node 8 recipes/belief_state/train.py preset=large data.folder=SHARDS
-    parallel=shard
+    torchrun --nproc-per-node 8 recipes/belief_state/train.py preset=large data.folder=SHARDS parallel=shard
 
 PRESETS are the original's configurations.
 """

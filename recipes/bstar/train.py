@@ -3,8 +3,8 @@ round, compared with STaR, ReST-EM and rejection fine-tuning (methods.py).
 
     python recipes/bstar/train.py                                 # four methods, one seed; runs/bstar
     python recipes/bstar/train.py methods=star,iterative_rft      # two more, in the same folder
-    python recipes/bstar/train.py seed=1 log_path=runs/bstar_1 python recipes/bstar/train.py
-    task=gsm8k task.data_dir=DIR model_name=Qwen/Qwen2.5-0.5B renderer_name=role_colon
+    python recipes/bstar/train.py seed=1 log_path=runs/bstar_1
+    python recipes/bstar/train.py task=gsm8k task.data_dir=DIR model_name=Qwen/Qwen2.5-0.5B renderer_name=role_colon
 
 Stages: warm_start, completer, solutions, labels, prm, round_00, and one per method. Finished stages
 are kept; the same command resumes a killed one. README.md has the results.

@@ -1,8 +1,6 @@
 """Plays a saved tic-tac-toe policy against a random and a perfect player, from both seats.
 
-    python recipes/multiplayer/evaluate.py model_path=runs/multiplayer/checkpoints/final games=500
-    \\
-        temperature=0
+    python recipes/multiplayer/evaluate.py model_path=runs/multiplayer/checkpoints/final games=500 temperature=0
 
 Prints the shares of wins, draws and losses. `illegal` is the share of the policy's moves that break
 the rules; one illegal move loses the game.

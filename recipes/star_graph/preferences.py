@@ -1,8 +1,7 @@
 """DPO and RPO on star graphs, as Q#'s train_dpo.py (Zhou et al. 2025): the right path against a
 sampled wrong path. Losses: preference/losses.py.
 
-    python recipes/star_graph/preferences.py model_name=GPT/checkpoints/final method=rpo
-    pairs_path=PAIRS.jsonl
+    python recipes/star_graph/preferences.py model_name=GPT/checkpoints/final method=rpo pairs_path=PAIRS.jsonl
 
 Differs: a linear schedule, no weight decay, no clipping.
 """

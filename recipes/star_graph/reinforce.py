@@ -1,8 +1,7 @@
 """REINFORCE on star graphs as Q#'s train_reinforce.py (Zhou et al. 2025): one rollout per prompt, r
 = 1 if the whole path is right.
 
-    python recipes/star_graph/reinforce.py model_name=GPT/checkpoints/final rollouts=sampled
-    baseline=0
+    python recipes/star_graph/reinforce.py model_name=GPT/checkpoints/final rollouts=sampled baseline=0
 
     baseline 0   w_i = 1.1 r_i - 0.1                      baseline 1   w_i = r_i - mean of the batch's r
     loss = (1/M) sum_i w_i sum_t -log pi(y_it)            M prompts; pi: softmax at temperature 1
