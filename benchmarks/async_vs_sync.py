@@ -132,7 +132,7 @@ def run(steps: int, engine: str, model: str, settings: dict[str, Any]) -> dict[s
         "seconds_per_step": sum(seconds) / len(seconds),
         **{f"share_{kind}": mean(kind) for kind in ("sampling", "env", "train", "sync")},
         "nothing": mean("idle"),
-        "idle": 1 - mean("rollouts_in_flight") / (GROUPS * GROUP_SIZE),
+        "idle": max(0.0, 1 - mean("rollouts_in_flight") / (GROUPS * GROUP_SIZE)),
         "logprob_gap": float(np.mean([record["optim/logprob_gap_mean"] for record in records])),
     }
 
