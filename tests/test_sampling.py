@@ -144,6 +144,17 @@ def test_seeds_decide_whatever_else_is_in_the_batch(engines, which: int) -> None
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
+def test_tokens_are_shown_as_they_are_sampled(engines, which: int) -> None:  # noqa: ANN001
+    seen: list[list[list[int]]] = [[], []]
+    params = SamplingParams(max_tokens=6, seed=3, stop=[])
+    response = (
+        engines[which].sample(prompt_of(9), 2, params, on_tokens=lambda i, tokens: seen[i].append(tokens)).result()
+    )
+    for i, sequence in enumerate(response.sequences):
+        assert seen[i] == [sequence.tokens[: length + 1] for length in range(6)]
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
 def test_stops(engines, which: int) -> None:  # noqa: ANN001
     client, prompt = engines[which], prompt_of(15)
     tokenizer = client.get_tokenizer()

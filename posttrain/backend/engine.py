@@ -44,6 +44,8 @@ class SequenceRequest:
     max_tokens: int
     seed: int
     topk_prompt: int | None = None
+    # called in the engine's thread with the tokens so far; must not wait
+    on_tokens: Callable[[list[int]], object] | None = None
     abandoned: bool = False  # no caller waits for it; set by any thread
 
 

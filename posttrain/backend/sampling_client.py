@@ -1,6 +1,7 @@
 """SamplingClient: tokens in, tokens and logprobs out, from one version of one policy's weights."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -53,12 +54,15 @@ class SamplingClient(Ready):
         target_prompt_logprobs: TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
+        *,
+        on_tokens: Callable[[int, list[int]], object] | None = None,
     ) -> APIFuture[SampleResponse]:
         """Samples `num_samples` continuations. Sample i has seed + i; calls without a seed are
         numbered.
 
-        `max_tokens` None, or more than fits, means the rest of the context. The last four options
-        are the SDK's and raise ConfigError.
+        `max_tokens` None, or more than fits, means the rest of the context. `on_tokens` is called
+        in the engine's thread with i and the tokens of sample i so far, and must not wait. The four
+        options before it are the SDK's and raise ConfigError.
         """
         _refuse(
             topk_sample_logprobs=topk_sample_logprobs,
@@ -72,7 +76,14 @@ class SamplingClient(Ready):
         seed = sampling_params.seed if sampling_params.seed is not None else next(self._engine.unseeded_calls) << 20
         topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
         requests = [
-            SequenceRequest(tokens, sampling_params, max_tokens, (seed + i) % 2**63, topk if i == 0 else None)
+            SequenceRequest(
+                tokens,
+                sampling_params,
+                max_tokens,
+                (seed + i) % 2**63,
+                topk if i == 0 else None,
+                on_tokens and partial(on_tokens, i),
+            )
             for i in range(num_samples)
         ]
         return self._submit(requests, lambda response: response)

@@ -213,6 +213,8 @@ class _Row:
             self.finish = "stop"
         elif len(self.tokens) >= self.request.max_tokens:
             self.finish = "length"
+        if self.request.on_tokens:
+            self.request.on_tokens([*self.tokens])
 
     def sampled(self) -> Sampled:
         assert self.finish is not None

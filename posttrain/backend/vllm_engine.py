@@ -129,7 +129,7 @@ class VllmEngine:
             prompt_logprobs=request.topk_prompt,
             skip_special_tokens=False,
             detokenize=any(isinstance(s, str) for s in stop_list),
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.CUMULATIVE if request.on_tokens else RequestOutputKind.FINAL_ONLY,
         )
         request_id = str(self._next_id)
         self._next_id += 1
@@ -138,7 +138,10 @@ class VllmEngine:
 
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
         with _computing, computing(), self._generators:
-            outputs = self._engine.step()
+            outputs: list[Any] = self._engine.step()
+        for output in outputs:
+            if (on_tokens := self._unfinished[output.request_id].on_tokens) and output.outputs[0].token_ids:
+                on_tokens(list(output.outputs[0].token_ids))
         return [(self._unfinished.pop(output.request_id), _sampled(output)) for output in outputs if output.finished]
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
