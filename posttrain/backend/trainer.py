@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,8 +18,9 @@ from posttrain.backend.batching import MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
 from posttrain.backend.data_checks import check_data, resolve_loss
 from posttrain.backend.device_lock import computing
-from posttrain.backend.errors import ConfigError, DataError, ModelError, NonFiniteError
+from posttrain.backend.errors import DataError, ModelError, NonFiniteError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
+from posttrain.backend.lora_layers import add_lora, check_rank
 from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory import check_fits
@@ -33,7 +33,6 @@ from posttrain.backend.models import (
     logit_transform,
     model_config,
 )
-from posttrain.backend.random_state import drawn_from
 from posttrain.backend.types import (
     AdamParams,
     Datum,
@@ -46,22 +45,6 @@ from posttrain.backend.types import (
 )
 
 CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
-
-# Names of linear layers with adapters: Llama and its relatives; GPT-2; Pythia; Qwen 3.5; LFM 2.
-ATTENTION_LAYERS = (
-    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
-    *("c_attn", "attn.c_proj"),
-    *("query_key_value", "attention.dense"),
-    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "linear_attn.out_proj"),
-    *("self_attn.out_proj", "conv.in_proj", "conv.out_proj"),
-)
-MLP_LAYERS = (
-    *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
-    *("c_fc", "mlp.c_proj"),
-    *("dense_h_to_4h", "dense_4h_to_h"),
-    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
-)
-DEFAULT_LORA_ALPHA = 32.0
 
 # Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
 MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
@@ -79,13 +62,13 @@ class Trainer:
         self.compute_dtype = compute_dtype(self.device, config)
         self.max_length = context_length(model_name, config.max_length)
         if lora:
-            _check_rank(model_name, lora)
+            check_rank(model_name, lora)
         if self.device.type == "cuda":
             check_fits(model_name, model_config(model_name), lora is not None, torch.cuda.mem_get_info(self.device)[0])
         hf_model = load_model(model_name, seed, self.device, torch.float32)
         self.hf_config = hf_model.config
         self.vocabulary = embedding_rows(hf_model)
-        self.model: PreTrainedModel | PeftModel = _add_lora(hf_model, model_name, lora, seed) if lora else hf_model
+        self.model: PreTrainedModel | PeftModel = add_lora(hf_model, model_name, lora, seed) if lora else hf_model
         self.base: PreTrainedModel = hf_model
         if lora and self.compute_dtype != torch.float32:
             compute_merged(self.model, self.compute_dtype)
@@ -382,17 +365,6 @@ class Trainer:
         return GetInfoResponse(self.model_name, rank, parameters, trainable, self.max_length, str(self.device), dtype)
 
 
-def _check_rank(model_name: str, lora: LoraConfig) -> None:
-    """Refuses, before any weight is made, an adapter larger than the layers it adapts."""
-    hidden = int(getattr(model_config(model_name).get_text_config(), "hidden_size", 2**31))
-    if lora.rank > hidden:
-        raise ConfigError(
-            f"lora_rank={lora.rank} is more than the hidden size of {model_name!r}, {hidden}: it would have more "
-            "weights "
-            "than it adapts; choose 8 to 64, or lora_rank=0 to train all weights"
-        )
-
-
 def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:
     """Three random sequences with a common prefix, and a longer one without it."""
     rng, prompt, answer = np.random.default_rng(0), max(1, min(24, max_length // 2)), max(1, min(8, max_length // 4))
@@ -400,45 +372,6 @@ def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:
     rows = [np.append(shared, rng.integers(vocabulary, size=answer)) for _ in range(3)]
     rows.append(rng.integers(vocabulary, size=min(40, max_length)))
     return [Datum(ModelInput.from_ints(row.tolist()), {"target_tokens": np.roll(row, -1)}) for row in rows]
-
-
-def _add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
-    suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
-    targets = [
-        name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
-    ]
-    if lora.train_unembed:
-        if hf_model.config.tie_word_embeddings:
-            raise ModelError(
-                "train_unembed: this model's lm_head is its embedding, and vLLM would ignore an adapter on it"
-            )
-        targets.append("lm_head")
-    experts = any(".experts." in name for name, _ in hf_model.named_parameters())
-    if not targets:
-        where = "outside its experts, which get no adapter" if experts else "that LoRA is put on"
-        raise ModelError(
-            f"{hf_model.config.model_type} has none of the requested layers {where}: train all weights instead"
-        )
-    if lora.train_mlp and experts:
-        print(
-            f"LoRA on {model_name}: its attention, and layers all tokens share; experts and their router stay as they "
-            "are",
-            flush=True,
-        )
-    alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
-    conv1d = hf_model.config.model_type == "gpt2"
-    config = PeftConfig(
-        r=lora.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=targets,
-        lora_dropout=0.0,
-        fan_in_fan_out=conv1d,
-        task_type="CAUSAL_LM",
-    )
-    with drawn_from(seed if lora.seed is None else lora.seed):
-        model = get_peft_model(hf_model, config)
-    model.peft_config["default"].base_model_name_or_path = model_name
-    return model  # type: ignore[return-value]
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

@@ -1,0 +1,76 @@
+"""LoRA adapters on a transformers model: which layers get them, by peft."""
+
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from posttrain.backend.errors import ConfigError, ModelError
+from posttrain.backend.models import model_config
+from posttrain.backend.random_state import drawn_from
+from posttrain.backend.types import LoraConfig
+
+# Names of linear layers with adapters: Llama and its relatives; GPT-2; Pythia; Qwen 3.5; LFM 2.
+ATTENTION_LAYERS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    *("c_attn", "attn.c_proj"),
+    *("query_key_value", "attention.dense"),
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "linear_attn.out_proj"),
+    *("self_attn.out_proj", "conv.in_proj", "conv.out_proj"),
+)
+MLP_LAYERS = (
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
+    *("c_fc", "mlp.c_proj"),
+    *("dense_h_to_4h", "dense_4h_to_h"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
+DEFAULT_LORA_ALPHA = 32.0
+
+
+def check_rank(model_name: str, lora: LoraConfig) -> None:
+    """Refuses, before any weight is made, an adapter larger than the layers it adapts."""
+    hidden = int(getattr(model_config(model_name).get_text_config(), "hidden_size", 2**31))
+    if lora.rank > hidden:
+        raise ConfigError(
+            f"lora_rank={lora.rank} is more than the hidden size of {model_name!r}, {hidden}: it would have more "
+            "weights "
+            "than it adapts; choose 8 to 64, or lora_rank=0 to train all weights"
+        )
+
+
+def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
+    suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
+    targets = [
+        name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
+    ]
+    if lora.train_unembed:
+        if hf_model.config.tie_word_embeddings:
+            raise ModelError(
+                "train_unembed: this model's lm_head is its embedding, and vLLM would ignore an adapter on it"
+            )
+        targets.append("lm_head")
+    experts = any(".experts." in name for name, _ in hf_model.named_parameters())
+    if not targets:
+        where = "outside its experts, which get no adapter" if experts else "that LoRA is put on"
+        raise ModelError(
+            f"{hf_model.config.model_type} has none of the requested layers {where}: train all weights instead"
+        )
+    if lora.train_mlp and experts:
+        print(
+            f"LoRA on {model_name}: its attention, and layers all tokens share; experts and their router stay as they "
+            "are",
+            flush=True,
+        )
+    alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
+    conv1d = hf_model.config.model_type == "gpt2"
+    config = PeftConfig(
+        r=lora.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        lora_dropout=0.0,
+        fan_in_fan_out=conv1d,
+        task_type="CAUSAL_LM",
+    )
+    with drawn_from(seed if lora.seed is None else lora.seed):
+        model = get_peft_model(hf_model, config)
+    model.peft_config["default"].base_model_name_or_path = model_name
+    return model  # type: ignore[return-value]
