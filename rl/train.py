@@ -22,6 +22,7 @@ from posttrain.backend.alarms import (
     sampler_gaps,
 )
 from posttrain.backend.errors import DataError, NonFiniteError
+from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.models import PRESETS
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
@@ -59,6 +60,8 @@ async def main(config: Config) -> Metrics:
         raise DataError("the dataset has no batch to train on")
     if short := step_checks.short_batches(config.env, dataset):
         print(short, flush=True)
+    copied = bool(config.kl.coef) and not config.kl.reference_path
+    check_fits(planned(config.model_name, config.backend, config.lora(), True, copied), config.model_name)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     if config.model_name in PRESETS and not config.load_checkpoint_path and not folder.resumed:
         print(

@@ -30,6 +30,7 @@ SECONDS = {
     "large_models": 90,
     "belief_state": 60,
     "small_engines": 240,
+    "memory": 150,
     "half_b_engine": 180,
     "sampling": 430,
     "user_runs": 150,

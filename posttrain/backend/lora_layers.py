@@ -38,6 +38,7 @@ def check_rank(model_name: str, lora: LoraConfig) -> None:
 
 
 def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
+    """Without a name nothing is printed."""
     suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
     targets = [
         name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
@@ -54,7 +55,7 @@ def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed:
         raise ModelError(
             f"{hf_model.config.model_type} has none of the requested layers {where}: train all weights instead"
         )
-    if lora.train_mlp and experts:
+    if lora.train_mlp and experts and model_name:
         print(
             f"LoRA on {model_name}: its attention, and layers all tokens share; experts and their router stay as they "
             "are",

@@ -1,32 +1,13 @@
-"""Memory that models and engines need, known before they are opened."""
+"""The KV caches of engines, in bytes."""
 
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from posttrain.backend.config import BackendConfig, compute_dtype
-from posttrain.backend.errors import ModelError
 
 GIB = 2**30
-# Bytes per parameter: fp32 weights, gradients and two Adam moments; fp32 weights alone; a pass's
-# copies; the engine's copy.
-FULL_BYTES, LORA_BYTES, COPY_BYTES, ENGINE_BYTES = 16, 4, 2, 2
-OVERHEAD_BYTES = 2 * GIB  # CUDA's context, adapters, the logits of a chunk, fragments
-
-
-def check_fits(model_name: str, hf_config: PretrainedConfig, lora: bool, free: int) -> None:
-    """ModelError if `free` bytes cannot hold trainer and engine weights. Activations are extra."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(hf_config).parameters())
-    needed = parameters * ((LORA_BYTES if lora else FULL_BYTES) + COPY_BYTES + ENGINE_BYTES) + OVERHEAD_BYTES
-    if needed > free:
-        raise ModelError(
-            f"{model_name!r} needs {needed / GIB:.1f} GiB to be trained and sampled, without activations and KV cache, "
-            "and "
-            f"{free / GIB:.1f} GiB of the GPU are free: {(needed - free) / GIB:.1f} too few. Take a smaller model"
-            + ("" if lora else ", or LoRA (lora_rank)")
-        )
 
 
 def kv_cache_bytes(hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device) -> int:

@@ -23,7 +23,7 @@ from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.lora_layers import add_lora, check_rank
 from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm
 from posttrain.backend.losses import LossFn
-from posttrain.backend.memory import check_fits
+from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.models import (
     attends_to_all,
@@ -31,7 +31,6 @@ from posttrain.backend.models import (
     embedding_rows,
     load_model,
     logit_transform,
-    model_config,
 )
 from posttrain.backend.types import (
     AdamParams,
@@ -63,8 +62,7 @@ class Trainer:
         self.max_length = context_length(model_name, config.max_length)
         if lora:
             check_rank(model_name, lora)
-        if self.device.type == "cuda":
-            check_fits(model_name, model_config(model_name), lora is not None, torch.cuda.mem_get_info(self.device)[0])
+        check_fits(planned(model_name, config, lora), model_name)
         hf_model = load_model(model_name, seed, self.device, torch.float32)
         self.hf_config = hf_model.config
         self.vocabulary = embedding_rows(hf_model)

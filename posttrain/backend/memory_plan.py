@@ -1,0 +1,341 @@
+"""The memory a run will need, before anything is opened: weights and optimizer from the config,
+activations from passes of fake tensors (shapes without numbers), engines in bytes. Left out:
+processes that share a device, rows longer than a micro-batch, masks of shared prefixes.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import chz
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.errors import ModelError
+from posttrain.backend.logprobs import CHUNK_ELEMENTS
+from posttrain.backend.lora_layers import add_lora
+from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
+from posttrain.backend.merged_lora import compute_merged
+from posttrain.backend.models import context_length, model_config
+from posttrain.backend.types import LoraConfig
+from posttrain.backend.vllm_engine import vllm_is_installed
+
+# What a process holds beside models. On a CPU: Python and its imports, and vLLM's. On a GPU: CUDA's
+# contexts and the allocator's fragments, and vLLM's graphs.
+PROCESS_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}
+VLLM_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}
+PROBE_TOKENS = (32, 64)  # of the fake passes
+SAMPLER_BYTES = 28  # per sequence and token of the vocabulary: logits, logprobs, their running sums
+FEWEST_TOKENS = 512  # of a micro-batch that is still suggested
+# A run is not planned in detail where it surely fits.
+SURELY = 0.25
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each part: there always, only in a training pass, only while sampling."""
+
+    always: Mapping[str, int]
+    training: Mapping[str, int]
+    sampling: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.always.values()) + max(sum(self.training.values()), sum(self.sampling.values()))
+
+    def table(self) -> str:
+        lines = [f"{'part':<48}{'GiB':>8}"]
+        for when, parts in (("", self.always), (", in a pass", self.training), (", sampling", self.sampling)):
+            lines += [f"{name + when:<48}{size / GIB:>8.2f}" for name, size in parts.items()]
+        return "\n".join([*lines, f"{'peak':<48}{self.peak / GIB:>8.2f}"])
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of weights, and of what activations scale with."""
+
+    parameters: int
+    trainable: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a plan depends on. `samples`: an engine is opened, too. `reference`: so is a frozen copy."""
+
+    hf_config: PretrainedConfig
+    backend: BackendConfig
+    lora: LoraConfig | None
+    device: torch.device
+    max_length: int
+    samples: bool = False
+    reference: bool = False
+
+    @cached_property
+    def size(self) -> ModelSize:
+        return _model_size(self.hf_config, self.lora)
+
+    @cached_property
+    def plan(self) -> MemoryPlan:
+        return MemoryPlan(self._always(), self._training(), self._sampling())
+
+    def _always(self) -> dict[str, int]:
+        device, size = self.device.type, self.size
+        vllm = self.samples and _samples_with_vllm(self.backend)
+        parts = {"process": PROCESS_BYTES[device] + (VLLM_BYTES[device] if vllm else 0)}
+        parts["weights, fp32"] = 4 * size.parameters
+        parts["gradients, fp32"] = 4 * size.trainable
+        parts["moments, fp32"] = 8 * size.trainable
+        if self.reference:
+            parts["reference, fp32"] = 4 * size.parameters
+        if self.samples:
+            compute = compute_dtype(self.device, self.backend)
+            parts[f"sampler weights, {_name(compute)}"] = compute.itemsize * size.parameters
+        if vllm:
+            parts["KV cache"] = kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)
+        return parts
+
+    def _training(self) -> dict[str, int]:
+        tokens = self.backend.micro_batch_tokens
+        return {f"activations of {tokens} tokens": self._activations(tokens), "head": self._head(tokens)}
+
+    def _activations(self, tokens: int) -> int:
+        """Kept from the forward for the backward pass, and the gradients of a layer's MLP."""
+        compute, size = compute_dtype(self.device, self.backend), self.size
+        fixed, per_token = _saved_bytes(self.hf_config, self.lora, compute)
+        if self.backend.gradient_checkpointing:
+            inputs = size.layers * size.hidden * compute.itemsize
+            fixed, per_token = fixed / size.layers, per_token / size.layers + inputs
+        return int(fixed + tokens * (per_token + 4 * size.intermediate * compute.itemsize))
+
+    def _head(self, tokens: int) -> int:
+        """Logits of a chunk, tempered, and their gradients; the output matrix in the computing
+        dtype, its gradient and the product that is added to it."""
+        item, size = compute_dtype(self.device, self.backend).itemsize, self.size
+        elements = min(CHUNK_ELEMENTS, tokens * size.vocabulary)
+        is_trained = self.lora is None or self.lora.train_unembed
+        per_weight = (item if item < 4 else 0) + (4 + item if is_trained else 0)
+        return 3 * 4 * elements + per_weight * size.vocabulary * size.hidden
+
+    def _sampling(self) -> dict[str, int]:
+        if not self.samples:
+            return {}
+        rows, item = self.backend.max_num_seqs, compute_dtype(self.device, self.backend).itemsize
+        parts = {f"logits of {rows} sequences": rows * self.size.vocabulary * SAMPLER_BYTES}
+        if not _samples_with_vllm(self.backend):
+            parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, item)
+        return parts
+
+    def changed(self, **settings: Any) -> "PlannedRun":
+        """With other settings of the backend."""
+        return replace(self, backend=chz.replace(self.backend, **settings))
+
+    def smallest(self) -> "PlannedRun":
+        return self.changed(
+            micro_batch_tokens=min(FEWEST_TOKENS, self.backend.micro_batch_tokens), gradient_checkpointing=True
+        )
+
+    def surely_fits(self, free: int) -> bool:
+        """Without a fake pass, which takes a second for a large model."""
+        size = self.size
+        widths = size.layers * (40 * size.hidden + 10 * size.intermediate)
+        rest = 4 * widths * self.backend.micro_batch_tokens + self._head(self.backend.micro_batch_tokens)
+        return sum(self._always().values()) + rest + sum(self._sampling().values()) < free * SURELY
+
+    def that_fits(self, free: int) -> dict[str, Any] | None:
+        """The fewest settings, at their mildest values, with which the peak is at most `free`
+        bytes; None if all together are not enough."""
+        remedies = self._remedies()
+        for count in range(1, len(remedies) + 1):
+            for options in itertools.combinations(remedies, count):
+                for values in itertools.product(*(remedies[option] for option in options)):
+                    settings = dict(zip(options, values, strict=True))
+                    if self.changed(**settings).plan.peak <= free:
+                        return settings
+        return None
+
+    def _remedies(self) -> dict[str, list[Any]]:
+        """Settings that need less memory, the mildest value first."""
+        backend, tokens = self.backend, self.backend.micro_batch_tokens
+        return {
+            "micro_batch_tokens": [tokens >> k for k in range(1, 16) if tokens >> k >= FEWEST_TOKENS],
+            "gradient_checkpointing": [] if backend.gradient_checkpointing else [True],
+            "max_num_seqs": [n for n in (128, 64, 32, 16) if self.samples and n < backend.max_num_seqs],
+        }
+
+
+def planned(
+    model_name: str, backend: BackendConfig, lora: LoraConfig | None, samples: bool = False, reference: bool = False
+) -> PlannedRun:
+    """On this machine's training device."""
+    length = context_length(model_name, backend.max_length)
+    return PlannedRun(model_config(model_name), backend, lora, training_device(), length, samples, reference)
+
+
+def check_fits(run: PlannedRun, model_name: str, free: int | None = None) -> None:
+    """ModelError, before anything is loaded, if `free` bytes cannot hold the run with the smallest
+    micro-batches. A line is printed, once for a model, if they cannot hold it with full ones."""
+    free = free_bytes(run.device) if free is None else free
+    if run.surely_fits(free) or run.plan.peak <= free:
+        return
+    purpose = "trained and sampled" if run.samples else "trained"
+    too_few = (
+        f"{model_name!r} needs {run.plan.peak / GIB:.1f} GiB to be {purpose} in micro-batches of "
+        f"{run.backend.micro_batch_tokens} tokens, and {free / GIB:.1f} GiB of memory are free: "
+        f"{(run.plan.peak - free) / GIB:.1f} too few. {advice(run, free)}"
+    )
+    if run.smallest().plan.peak > free:
+        raise ModelError(too_few)
+    if model_name not in _warned:
+        _warned.add(model_name)
+        print(f"memory: {too_few}", flush=True)
+
+
+_warned: set[str] = set()
+
+
+def advice(run: PlannedRun, free: int) -> str:
+    """The settings that make it fit, in one sentence."""
+    if settings := run.that_fits(free):
+        return f"It fits with {_options(settings)} ({run.changed(**settings).plan.peak / GIB:.1f} GiB)"
+    adapter = replace(run, lora=LoraConfig(), reference=False)
+    if not run.lora and (settings := adapter.that_fits(free)) is not None:
+        return f"An adapter fits: lora_rank=32 {_options(settings)}"
+    return "Take a smaller model" + ("" if run.lora else ", or an adapter (lora_rank=32)")
+
+
+def _options(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"backend.{name}={str(value).lower()}" for name, value in settings.items())
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still take: of the GPU, or of the machine, within its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [1024 * _number_after("MemAvailable:", Path("/proc/meminfo"))]
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        text = [_read(Path(folder) / name) for name in (limit, used)]
+        if all(part.strip().isdigit() for part in text):
+            reclaimable = _number_after("\ninactive_file", Path(folder) / "memory.stat")
+            free.append(int(text[0]) - int(text[1]) + reclaimable)
+    return max(0, min(n for n in free if n))
+
+
+def _number_after(key: str, file: Path) -> int:
+    rest = f"\n{_read(file)}".partition(key)[2].split()
+    return int(rest[0]) if rest else 0
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def _samples_with_vllm(backend: BackendConfig) -> bool:
+    return backend.engine == "vllm" or (backend.engine == "auto" and vllm_is_installed())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+# --- a model of fake tensors ----------------------------------------------------------------------
+
+_sizes: dict[tuple[str, LoraConfig | None], ModelSize] = {}
+_saved: dict[tuple[str, LoraConfig | None, torch.dtype], tuple[float, float]] = {}
+
+
+def _model_size(hf_config: PretrainedConfig, lora: LoraConfig | None) -> ModelSize:
+    key = hf_config.to_json_string(use_diff=False), lora
+    if key not in _sizes:
+        text: Any = hf_config.get_text_config()
+        with _fake_model(hf_config, lora, torch.float32) as (base, model):
+            head: Any = base.get_output_embeddings()
+            vocabulary, hidden = (head.base_layer if hasattr(head, "base_layer") else head).weight.shape
+            parameters = sum(p.numel() for p in model.parameters())
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        intermediate = (getattr(text, "intermediate_size", None) or 4 * hidden) * max(1, _experts(hf_config))
+        _sizes[key] = ModelSize(parameters, trainable, text.num_hidden_layers, hidden, intermediate, vocabulary)
+    return _sizes[key]
+
+
+def _saved_bytes(hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype) -> tuple[float, float]:
+    """Bytes that a forward pass saves for its backward: of each pass, and of each token."""
+    key = hf_config.to_json_string(use_diff=False), lora, compute
+    if key not in _saved:
+        try:
+            if _experts(hf_config):
+                raise NotImplementedError("which tokens an expert reads depends on numbers")
+            few, many = (_saved_by_pass(hf_config, lora, compute, tokens) for tokens in PROBE_TOKENS)
+            per_token = (many - few) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
+            _saved[key] = max(0.0, few - PROBE_TOKENS[0] * per_token), per_token
+        except Exception:  # of a model whose code reads numbers: about what a dense model saves
+            size = _model_size(hf_config, lora)
+            _saved[key] = 0.0, compute.itemsize * size.layers * (20 * size.hidden + 5 * size.intermediate)
+    return _saved[key]
+
+
+def _experts(hf_config: PretrainedConfig) -> int:
+    """Experts that a token is sent to; 0 without experts."""
+    text: Any = hf_config.get_text_config()
+    return getattr(text, "num_experts_per_tok", None) or 0
+
+
+def _saved_by_pass(hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype, tokens: int) -> int:
+    saved: dict[int, int] = {}
+    with _fake_model(hf_config, lora, compute) as (base, model):
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16),
+        ):
+            output = base.get_decoder()(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        del output  # kept until here: freed storages would give their addresses to others
+    return sum(saved.values())
+
+
+@contextmanager
+def _fake_model(
+    hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype
+) -> Iterator[tuple[PreTrainedModel, torch.nn.Module]]:
+    """The base, and the model that is trained: shapes that take no memory."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
+        model = add_lora(base, "", lora, 0) if lora else base
+    with FakeTensorMode():
+        fakes: dict[int, Any] = {}  # tied weights stay tied
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = fakes.setdefault(id(tensor), _fake(tensor))
+        if lora and compute != torch.float32:
+            compute_merged(model, compute)
+        yield base, model
+
+
+def _fake(meta: torch.Tensor) -> Any:
+    fake = torch.empty(meta.shape, dtype=meta.dtype)
+    return torch.nn.Parameter(fake, meta.requires_grad) if isinstance(meta, torch.nn.Parameter) else fake

@@ -1,0 +1,63 @@
+"""The memory a run will need, by part, against what is there, and the settings that make it fit.
+
+python -m posttrain.preflight model_name=qwen2.5-0.5b-shape lora_rank=32 backend.micro_batch_tokens=4096
+"""
+
+import time
+
+import chz
+import torch
+
+from posttrain.backend.config import BackendConfig, compute_dtype
+from posttrain.backend.memory import GIB
+from posttrain.backend.memory_plan import PlannedRun, advice, free_bytes, planned
+from posttrain.backend.ranges import POSITIVE, WHOLE
+from posttrain.backend.types import LoraConfig
+from posttrain.tracking.command_line import run_command
+
+# Of the speed of a large matrix product, what a step reaches: benchmarks/README.md.
+STEP_SHARE = {"cpu": 0.6, "cuda": 0.25}
+
+
+@chz.chz
+class Config:
+    """The memory that training needs, before a model is loaded."""
+
+    model_name: str = chz.field(doc="a preset, a local folder, or a Hugging Face hub name; only its config is read")
+    lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of an adapter; 0 = all weights are trained")
+    sampled: bool = chz.field(default=True, doc="a sampler is opened beside the trainer, as in RL")
+    reference: bool = chz.field(default=False, doc="a frozen copy is opened, too, as with kl.coef")
+    free_gb: float | None = chz.field(
+        default=None, validator=POSITIVE, doc="GiB to plan for; None = what this machine has free now"
+    )
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="device, sampler, memory")
+
+
+def main(config: Config) -> PlannedRun:
+    lora = LoraConfig(config.lora_rank) if config.lora_rank else None
+    run = planned(config.model_name, config.backend, lora, config.sampled, config.reference)
+    free = free_bytes(run.device) if config.free_gb is None else int(config.free_gb * GIB)
+    print(run.plan.table())
+    print(f"{'free' if config.free_gb is None else 'given'} on {run.device.type:<40}{free / GIB:>8.2f}")
+    left = (free - run.plan.peak) / GIB
+    print(f"It fits, with {left:.1f} GiB to spare." if left >= 0 else f"{-left:.1f} GiB too few. {advice(run, free)}.")
+    print(f"Training: about {tokens_per_second(run):,.0f} tokens/s, from the speed of a matrix product here and now.")
+    return run
+
+
+def tokens_per_second(run: PlannedRun) -> float:
+    """6 operations per weight and token (4 with an adapter), at the share of a matrix product's
+    speed that steps reach."""
+    dtype, width = compute_dtype(run.device, run.backend), 8192 if run.device.type == "cuda" else 1024
+    a = torch.randn(width, width, device=run.device, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    operations = 2 * width**3 / min(seconds)
+    return operations * STEP_SHARE[run.device.type] / ((4 if run.lora else 6) * run.size.parameters)
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

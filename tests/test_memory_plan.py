@@ -1,0 +1,106 @@
+"""What a run will need is known before anything is opened."""
+
+import chz
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import posttrain.preflight
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ModelError
+from posttrain.backend.memory import GIB
+from posttrain.backend.memory_plan import PlannedRun, _saved_bytes, check_fits, free_bytes, planned
+from posttrain.backend.models import PRESETS
+from posttrain.backend.types import LoraConfig
+
+HALF_B = "qwen2.5-0.5b-shape"
+CPU = torch.device("cpu")
+
+
+def half_b(lora: LoraConfig | None = None, **settings: object) -> PlannedRun:
+    config = BackendConfig(engine="torch", max_length=512, **settings)  # type: ignore[arg-type]
+    return PlannedRun(PRESETS[HALF_B], config, lora, CPU, 512, samples=True)
+
+
+def test_the_parts_by_hand() -> None:
+    run, weights = half_b(max_num_seqs=8), 494_032_768
+    assert run.size.parameters == run.size.trainable == weights
+    always = {name: size for name, size in run.plan.always.items() if name != "process"}
+    assert list(always.values()) == [4 * weights, 4 * weights, 8 * weights, 4 * weights]
+    # 24 layers, keys and values of 2 heads of 64, in fp32
+    assert run.plan.sampling["KV cache"] == 8 * 512 * 24 * 2 * 2 * 64 * 4
+    # fp32 logits of a chunk, thrice; the output matrix's gradient and the product added to it
+    assert run.plan.training["head"] == 3 * 4 * 2**26 + 2 * 4 * 151_936 * 896
+    adapted = half_b(LoraConfig(rank=8))
+    # r (in + out) of q, k, v, o, gate, up and down
+    sums = (896 + 896) + 2 * (896 + 128) + (896 + 896) + 3 * (896 + 4864)
+    assert adapted.size.trainable == 24 * 8 * sums
+
+
+def test_activations_are_those_of_a_real_pass() -> None:
+    model = AutoModelForCausalLM.from_config(PRESETS["tiny"])
+    weights, saved = {p.data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.get_decoder()(input_ids=torch.zeros(1, 48, dtype=torch.long), use_cache=False)
+    fixed, per_token = _saved_bytes(PRESETS["tiny"], None, torch.float32)
+    # a fake pass builds the mask that a real one leaves out, and repeats the keys for it
+    assert 1 <= (fixed + 48 * per_token) / sum(saved.values()) < 1.1
+    del output
+
+
+def test_a_run_that_does_not_fit_says_by_how_much_and_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    run = half_b()
+    check_fits(run, "m", 80 * GIB)
+    assert not capsys.readouterr().out
+    check_fits(run, "m", 20 * GIB)
+    says = capsys.readouterr().out
+    assert "'m' needs" in says and "20.0 GiB of memory are free" in says and "too few" in says
+    option = next(word for word in says.split() if word.startswith("backend.")).removeprefix("backend.").split("=")
+    assert half_b(None, **{option[0]: int(option[1])}).plan.peak <= 20 * GIB
+    with pytest.raises(
+        ModelError, match=r"'m' needs .* 9\.0 GiB of memory are free: .* too few\. An adapter fits: lora"
+    ):
+        check_fits(run, "m", 9 * GIB)
+    with pytest.raises(ModelError, match=r"Take a smaller model"):
+        check_fits(run, "m", GIB)
+
+
+def test_the_run_and_the_trainer_check_before_they_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import posttrain.backend.memory_plan as memory_plan
+    from posttrain.backend.trainer import Trainer
+
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda device: GIB)
+    monkeypatch.setattr("posttrain.backend.trainer.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ModelError, match="too few"):
+        Trainer(HALF_B, BackendConfig())
+    config = posttrain.preflight.Config(model_name=HALF_B, free_gb=16.0, backend=BackendConfig(max_length=512))
+    posttrain.preflight.main(config)
+    says = capsys.readouterr().out
+    assert "moments, fp32" in says and "It fits with backend." in says and "tokens/s" in says
+    posttrain.preflight.main(chz.replace(config, free_gb=100.0))
+    assert "to spare" in capsys.readouterr().out
+
+
+def test_free_memory_of_this_machine_is_a_number() -> None:
+    assert GIB // 4 < free_bytes(CPU) < 2**50
+
+
+def test_a_model_whose_code_reads_numbers_is_estimated() -> None:
+    from tests.architectures import FAMILIES
+
+    for family in ("Phi 4-mini", "Qwen 3-MoE", "GPT-2"):
+        fixed, per_token = _saved_bytes(FAMILIES[family](), None, torch.float32)
+        assert fixed >= 0 and per_token > 0, family
+
+
+def test_planned_reads_the_config_only() -> None:
+    assert planned("tiny", BackendConfig(), None).size.layers == 4
