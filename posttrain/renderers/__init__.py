@@ -1,33 +1,68 @@
 """Messages to tokens and back: a renderer per format of conversations, chosen by name."""
 
 import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
 
 from posttrain.backend.errors import ConfigError
 from posttrain.renderers.chat_template import ChatTemplateRenderer
+from posttrain.renderers.parts import from_openai as from_openai
+from posttrain.renderers.parts import get_text_content as get_text_content
+from posttrain.renderers.parts import get_thinking as get_thinking
+from posttrain.renderers.parts import get_tool_calls as get_tool_calls
+from posttrain.renderers.parts import to_openai as to_openai
 from posttrain.renderers.plain import PlainRenderer
 from posttrain.renderers.role_colon import RoleColonRenderer
+from posttrain.renderers.stream import ResponseStream as ResponseStream
 from posttrain.renderers.template_check import difference_from_template
 from posttrain.renderers.types import Message as Message
-from posttrain.renderers.types import Renderer, Tokenizer
+from posttrain.renderers.types import Renderer, Tokenizer, ToolSpec
 from posttrain.renderers.types import TrainOnWhat as TrainOnWhat
 
 RENDERERS = {"role_colon": RoleColonRenderer, "chat_template": ChatTemplateRenderer, "plain": PlainRenderer}
+NO_THINKING = {"disable_thinking": "chat_template:enable_thinking=false"}
 
 
 def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
     """The renderer called `name`; None follows the chat template, or is role_colon without one.
-    Prints a warning with the first difference if a renderer imitates the chat template wrongly."""
+    Options of the template follow a colon: chat_template:enable_thinking=false,date=today; this one
+    has the name disable_thinking, too. Prints a warning with the first difference if a renderer
+    imitates the chat template wrongly."""
     if name is None:
         name = "chat_template" if tokenizer.chat_template else "role_colon"
+    name, _, written = NO_THINKING.get(name, name).partition(":")
     if name not in RENDERERS:
         near = difflib.get_close_matches(name, RENDERERS, n=1, cutoff=0)[0]
         raise ConfigError(f"no renderer is called {name!r}; did you mean {near!r}? There are {', '.join(RENDERERS)}")
-    renderer = RENDERERS[name](tokenizer)
+    if written and name != "chat_template":
+        raise ConfigError(f"renderer_name={name}:{written}: only chat_template has options")
+    options = (_template_options(written, tokenizer),) if written else ()
+    renderer: Renderer = RENDERERS[name](tokenizer, *options)
     if difference := difference_from_template(renderer):
         print(f"WARNING {difference}. The model was trained on its template: renderer_name=chat_template follows it")
     return renderer
 
 
-def get_text_content(message: Message) -> str:
-    """The text of a message, named as in the cookbook."""
-    return message["content"]
+def with_tools(renderer: Renderer, tools: Sequence[ToolSpec]) -> Renderer:
+    """A renderer that offers `tools` to the model and reads its calls. ConfigError if it cannot."""
+    if not isinstance(renderer, ChatTemplateRenderer):
+        raise ConfigError(f"{type(renderer).__name__} cannot write tools: use renderer_name=chat_template")
+    return renderer.with_tools(tools)
+
+
+def _template_options(written: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """ "enable_thinking=false,reasoning_effort=low" as values of JSON, or as texts. ConfigError for
+    a name that the template does not read."""
+    options: dict[str, Any] = {}
+    for option in written.split(","):
+        key, equals, value = option.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"the template option {option!r} is not of the form name=value")
+        if key not in str(tokenizer.chat_template):
+            raise ConfigError(f"the chat template of this tokenizer reads no option {key!r}")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options

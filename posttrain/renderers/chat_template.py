@@ -1,10 +1,11 @@
 """Follows the tokenizer's chat template, token for token: prompts and examples are what
 `apply_chat_template` returns. A message's tokens are the difference of two renderings, up to the
 message and up to its end; both must be prefixes of the whole. Where a template rewrites earlier
-turns (Qwen3 drops their thinking) training on the message is an error, never a wrong mask. Left
-out: parsing tool calls and thinking.
+turns (Qwen3 drops their thinking) training on the message is an error, never a wrong mask. How
+thinking and tool calls are read and written: formats.py.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ import jinja2
 
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.types import ModelInput
-from posttrain.renderers.turns import cut_at_stop, encode, eos, trained_messages
-from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
+from posttrain.renderers.formats import FORMATS, HERMES, Kind, format_of, template_message, tools_as_text
+from posttrain.renderers.stream import PartsReader, read_parts
+from posttrain.renderers.turns import cut_at_stop, decode, encode, eos, trained_messages
+from posttrain.renderers.types import Message, Tokenizer, ToolSpec, TrainOnWhat
 
 # Replies that known templates rewrite in longer conversations: they drop thinking, trim white
 # space.
@@ -21,19 +24,43 @@ PROBE_REPLIES = ["Yes.", "<think>\nHm.\n</think>\n\nNo.", " Perhaps. \n"]
 
 
 class ChatTemplateRenderer:
-    """`template_kwargs` are passed to the template, e.g. {"enable_thinking": False}."""
+    """`template_kwargs` are passed to the template, e.g. {"enable_thinking": False}. `tools` are
+    offered in every prompt: as the template does, or in the system message if it knows no tools."""
 
-    def __init__(self, tokenizer: Tokenizer, template_kwargs: dict[str, Any] | None = None):
+    def __init__(
+        self, tokenizer: Tokenizer, template_kwargs: dict[str, Any] | None = None, tools: Sequence[ToolSpec] = ()
+    ):
         if not tokenizer.chat_template:
             raise ConfigError("this tokenizer has no chat template: use renderer_name=role_colon")
         self.tokenizer = tokenizer
         self.template_kwargs = template_kwargs or {}
+        template = str(tokenizer.chat_template)  # some tokenizers have a dict of them, one with tools
+        known = format_of(template)
+        self.format, self.writes_tools = known or HERMES, known is not None
+        self.tools = list(tools)
+        if tools and not known and re.search(r"\btools\b", template):
+            raise ConfigError(
+                "the chat template has tools, but writes calls in no format that is known here "
+                f"({', '.join(row.name for row in FORMATS)}): add a row to posttrain/renderers/formats.py"
+            )
         self.end_of_turn = self._find_end_of_turn()
+        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+        self.stops = [self.end_of_turn, *(added[stop] for stop in self.format.call_stops if stop in added)]
+        self.opens: Kind | None = self._opens()
         self.has_extension_property: bool = self._extends()
+
+    def with_tools(self, tools: Sequence[ToolSpec]) -> "ChatTemplateRenderer":
+        """A renderer that offers `tools`. ConfigError where the template's calls cannot be read."""
+        return type(self)(self.tokenizer, self.template_kwargs, tools)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Tokens of `apply_chat_template`. DataError with the template's message if it refuses."""
-        plain = [{key: value for key, value in message.items() if key != "trainable"} for message in messages]
+        plain = [self._for_template(message) for message in messages]
+        tools: dict[str, Any] = {}
+        if not self.writes_tools:
+            plain = _tools_in_text(plain, self.tools)
+        elif self.tools:
+            tools = {"tools": [{"type": "function", "function": tool} for tool in self.tools]}
         try:
             return self.tokenizer.apply_chat_template(
                 plain,  # type: ignore[arg-type]
@@ -41,10 +68,29 @@ class ChatTemplateRenderer:
                 tokenize=True,
                 return_dict=False,
                 tokenizer_kwargs={"verbose": False},
+                **tools,
                 **self.template_kwargs,
             )  # type: ignore[return-value]
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
+
+    def _for_template(self, message: Message) -> dict[str, Any]:
+        fields = {key: value for key, value in message.items() if key not in ("trainable", "parts")}
+        parts = message.get("parts")
+        if parts is not None and self.format.write is None:
+            return fields | template_message(self.format, parts)
+        if not parts or self.format.write is None:
+            return fields
+        return fields | {"content": message["content"] or self.format.write(parts)}
+
+    def _opens(self) -> Kind | None:
+        """What the prompt has begun for the model."""
+        prompt = self._render([Message(role="user", content="a")], add_generation_prompt=True)
+        return "thinking" if decode(self.tokenizer, prompt).rstrip().endswith("<think>") else None
+
+    def reader(self) -> PartsReader:
+        """Reads a response into parts."""
+        return PartsReader(self.format, self.opens, has_tools=bool(self.tools))
 
     def _find_end_of_turn(self) -> int:
         """The first special token in the common ending of two conversations that differ in the
@@ -127,7 +173,7 @@ class ChatTemplateRenderer:
                 "sampled "
                 f"({why}), so no mask would be right: {advice}"
             )
-        ends = [t + 1 for t in range(start, len(whole)) if whole[t] == self.end_of_turn]
+        ends = [t + 1 for t in range(start, len(whole)) if whole[t] in self.stops]
         if not ends and role == "assistant":
             name = self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
             raise DataError(
@@ -137,11 +183,39 @@ class ChatTemplateRenderer:
         return start, ends[-1] if ends else len(whole)
 
     def get_stop_sequences(self) -> list[str] | list[int]:
-        return [self.end_of_turn]
+        return [*self.stops]
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
-        text, ended = cut_at_stop(self.tokenizer, tokens, [self.end_of_turn, *eos(self.tokenizer)])
-        return {"role": "assistant", "content": text}, ended
+        """The message has `parts` if it is more than text."""
+        text, ended = cut_at_stop(self.tokenizer, tokens, [*self.stops, *eos(self.tokenizer)])
+        message = Message(role="assistant", content=text)
+        parts = read_parts(self.reader(), text)
+        if parts != ([{"type": "text", "text": text}] if text else []):
+            message["parts"] = parts
+        return message, ended
+
+
+def _tools_in_text(messages: list[dict[str, Any]], tools: Sequence[ToolSpec]) -> list[dict[str, Any]]:
+    """For templates without tools: they are listed in the system message, and the user reports
+    what they answered."""
+    written: list[dict[str, Any]] = []
+    if tools:
+        given = messages[0]["content"] + "\n\n" if messages and messages[0]["role"] == "system" else ""
+        written = [{"role": "system", "content": given + tools_as_text(tools)}]
+        messages = messages[1:] if given else messages
+    was_tool = False
+    for message in messages:
+        is_tool = message["role"] == "tool" and bool(tools)
+        if is_tool:
+            answer = f"<tool_response>\n{message['content']}\n</tool_response>"
+            if was_tool:
+                written[-1]["content"] += "\n" + answer
+            else:
+                written.append({"role": "user", "content": answer})
+        else:
+            written.append(message)
+        was_tool = is_tool
+    return written
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

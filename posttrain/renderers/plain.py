@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.types import ModelInput
-from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example
+from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
 
@@ -21,7 +21,7 @@ class PlainRenderer:
 
     def _turn(self, message: Message) -> Turn:
         end = self.eos if message["role"] == "assistant" else []
-        return Turn([], encode(self.tokenizer, message["content"]) + end)
+        return Turn([], encode(self.tokenizer, text_of(message)) + end)
 
     def build_generation_prompt(
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None

@@ -8,7 +8,7 @@ escaping a "\\n\\nUser:" in a message.
 from collections.abc import Sequence
 
 from posttrain.backend.types import ModelInput
-from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example
+from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
 STOP = "\n\nUser:"
@@ -16,6 +16,7 @@ STOP = "\n\nUser:"
 
 class RoleColonRenderer:
     has_extension_property: bool = True
+    lead = " "
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -24,7 +25,7 @@ class RoleColonRenderer:
     def _turns(self, messages: Sequence[Message], next_role: str) -> list[Turn]:
         """The messages, then the header of `next_role`."""
         roles = [message["role"] for message in messages] + [next_role]
-        outputs = [" " + message["content"] for message in messages] + [""]
+        outputs = [" " + text_of(message) for message in messages] + [""]
         turns, word_given = [], False
         for i, (role, output) in enumerate(zip(roles, outputs, strict=True)):
             header = "" if word_given else ("\n\n" if i else "") + f"{role.capitalize()}:"
@@ -51,4 +52,4 @@ class RoleColonRenderer:
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
         text, ended = cut_at_stop(self.tokenizer, tokens, eos(self.tokenizer), STOP)
-        return {"role": "assistant", "content": text.removeprefix(" ")}, ended
+        return {"role": "assistant", "content": text.removeprefix(self.lead)}, ended

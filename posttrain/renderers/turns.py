@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from posttrain.backend.errors import ConfigError, DataError
+from posttrain.renderers.parts import get_text_content
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
 
@@ -26,6 +27,16 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The text unchanged: with special tokens, spaces not cleaned up."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def text_of(message: Message) -> str:
+    """The text of a message for a renderer that knows text alone. DataError for a message of parts
+    written by hand, whose thinking or calls would be lost."""
+    if not message["content"] and any(part["type"] != "text" for part in message.get("parts", ())):
+        raise DataError(
+            f"the {message['role']}'s message has thinking or tool calls, which renderer_name=chat_template can write"
+        )
+    return message["content"] or get_text_content(message)
 
 
 def bos(tokenizer: Tokenizer) -> list[int]:

@@ -1,8 +1,10 @@
-"""The renderer protocol: messages to tokens for training and sampling, sampled tokens to a message."""
+"""Messages and their parts, and the renderer protocol: messages to tokens for training and
+sampling, sampled tokens to a message.
+"""
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import NotRequired, Protocol, TypedDict
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,11 +13,57 @@ from posttrain.backend.types import ModelInput
 Tokenizer = PreTrainedTokenizerBase
 
 
+class TextPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingPart(TypedDict):
+    type: Literal["thinking"]
+    thinking: str
+
+
+class ToolCallPart(TypedDict):
+    """`id` as the model wrote it, or one that counts the calls of a message."""
+
+    type: Literal["tool_call"]
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+class UnparsedToolCallPart(TypedDict):
+    """A call that cannot be read: its text, the reason, and the tool's name where that is known."""
+
+    type: Literal["unparsed_tool_call"]
+    id: str
+    name: str
+    text: str
+    error: str
+
+
+Part = TextPart | ThinkingPart | ToolCallPart | UnparsedToolCallPart
+
+
+class ToolSpec(TypedDict):
+    """A tool as the model sees it; `parameters` is the JSON schema of an object."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+
+
 class Message(TypedDict):
-    """`trainable` is read under TrainOnWhat.CUSTOMIZED and must be absent otherwise."""
+    """`content` of a sampled message is the text that the model wrote, markup included; `parts` is
+    the same, taken apart, where it is more than text. A message written by hand may consist of
+    parts alone, with an empty `content`. `name` and `tool_call_id` belong to a tool's answer.
+    `trainable` is read under TrainOnWhat.CUSTOMIZED and must be absent otherwise."""
 
     role: str
     content: str
+    parts: NotRequired[list[Part]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
     trainable: NotRequired[bool]
 
 

@@ -82,7 +82,9 @@ class LanguageModelRunConfig(TrainingConfig):
         default=None, doc="start from the weights of this checkpoint (fresh optimizer)"
     )
     renderer_name: str | None = chz.field(
-        default=None, doc="role_colon, chat_template or plain; None = the model's own"
+        default=None,
+        doc="role_colon, chat_template or plain; None = the model's own. chat_template:enable_thinking=false gives the "
+        "template an option; disable_thinking is a name for this one",
     )
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
     lora_alpha: float | None = chz.field(
