@@ -18,6 +18,7 @@ import chz
 from envs.graders import StatedText
 from envs.math_word import read_hub
 from envs.problem import Grader, Problem, ProblemSet, Split
+from envs.problem_env import ProblemSetBuilder
 from posttrain.backend.errors import DataError
 from supervised.rows import Fields, read_rows, text_of
 
@@ -62,6 +63,11 @@ class ArcChallenge(ProblemSet):
         lettered = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, options, strict=False)]
         grader = OptionGrader(len(options))
         return Problem("\n".join([stem, *lettered]), ascii_uppercase[gold], grader, tags=("arc",), id=where)
+
+
+@chz.chz
+class ArcBuilder(ArcChallenge, ProblemSetBuilder):
+    """ARC-Challenge to practise on by reinforcement learning."""
 
 
 def _question(where: str, row: Fields) -> tuple[str, list[str], int]:

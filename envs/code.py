@@ -114,7 +114,7 @@ class CodeGrader(Grader):
         return extract_program(text) or "(no program)"
 
     async def grade(self, text: str, gold: str) -> Grade:
-        program, verdicts = extract_program(text), []
+        program, verdicts = self.extract(text), []
         for test in self.tests if program is not None else ():
             verdicts.append(await run_test(program or "", test, self.limits))
             if verdicts[-1].outcome != "passed" and not self.partial_credit:

@@ -122,7 +122,7 @@ class WordProblems(ProblemSet):
         solution = row[self.answer_field]
         gold = solution.strip() if self.gold_style == "plain" else extract_answer(solution, [self.gold_style])
         numbers_only = self.gold_style == "hash"
-        if gold is None or not (quantity(gold) if numbers_only else _gradable(gold, self.grader_seconds)):
+        if gold is None or not (quantity(gold) if numbers_only else gradable(gold, self.grader_seconds)):
             field = f"field {self.answer_field!r}, which ends {solution[-60:]!r}"
             raise BadGold(f"{where}: no {self.gold_style} answer that can be graded in {field}")
         solution = strip_calculator_marks(solution) if self.strip_marks else solution
@@ -130,7 +130,8 @@ class WordProblems(ProblemSet):
         return Problem(row[self.question_field], gold, grader, solution, (self.tag,), where)
 
 
-def _gradable(gold: str, seconds: float) -> bool:
+def gradable(gold: str, seconds: float) -> bool:
+    """Whether a reference answer can be compared with an answer."""
     try:
         return check_gold(gold, seconds)
     except TooCostly:

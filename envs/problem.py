@@ -38,6 +38,8 @@ class Grade:
 class Grader:
     """Extracts the answer of a response and compares it. Default: the whole response, as text."""
 
+    has_answer = True  # a short answer, on which samples can vote (maj@k) and which the transcript shows
+
     def extract(self, text: str) -> str | None:
         """The answer, or None."""
         return text.strip() or None

@@ -59,7 +59,8 @@ class ProblemEnv(Env):
         grade = await self.grade(text)
         formatted, correct = float(stopped and grade.answer is not None), float(grade.correct)
         metrics = {"format": formatted, "correct": correct, "truncated": float(not stopped)}
-        logs = {"question": self.problem.question, "gold": self.problem.gold, "extracted": grader.shown(text)}
+        logs = {"question": self.problem.question, "gold": self.problem.gold}
+        logs |= {"extracted": grader.shown(text)} if grader.has_answer else {}
         return StepResult(
             reward=self.format_coef * (formatted - 1) + (correct if grade.credit is None else grade.credit),
             episode_done=True,
@@ -163,9 +164,16 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
         train, test = (apply_template(self.prompt_template, problems) for problems in self.splits())
         train_groups = self.groups(train, renderer, self.group_size, "train")
         dataset = ListDataset(train_groups, self.batch_size, self.seed)
+        return dataset, self._held_out(test, renderer)
+
+    async def test_set(self, renderer: Renderer) -> RLDataset | None:
+        """Without reading the training problems."""
+        return self._held_out(apply_template(self.prompt_template, self.read("test", self.num_test)), renderer)
+
+    def _held_out(self, test: list[Problem], renderer: Renderer) -> RLDataset | None:
         if not test:
-            return dataset, None
-        return dataset, ListDataset(self.groups(test, renderer, 1, "test"), self.batch_size, shuffle=False)
+            return None
+        return ListDataset(self.groups(test, renderer, 1, "test"), self.batch_size, shuffle=False)
 
     def groups(self, problems: list[Problem], renderer: Renderer, size: int, split: str) -> list[ProblemGroupBuilder]:
         name = f"{problems[0].tags[0] if problems and problems[0].tags else 'problems'} {split}"
@@ -182,6 +190,8 @@ class ProblemExamples(ChatDatasetBuilder):
 
     def rows(self) -> tuple[list[Row], list[Row]]:
         train, test = (apply_template(self.prompt_template, problems) for problems in self.problems.splits())
+        if not any(problem.solution for problem in train):
+            raise DataError(f"none of the {len(train)} problems has a worked solution to imitate")
         return [(p.id, {"problem": p}) for p in train if p.solution], [
             (p.id, {"problem": p}) for p in test if p.solution
         ]

@@ -87,7 +87,7 @@ class SamplesEvaluator:
         # builder's `cleanup` is called when its own rollouts are over.
         builders = [copy(builder) for _ in range(self._num_samples) for builder in self._builders]
         sampled = await do_rollouts(builders, policy, seed, self._limits)
-        self.groups = [_merged(sampled[p :: len(self._builders)]) for p in range(len(self._builders))]
+        self.groups = [merged(sampled[p :: len(self._builders)]) for p in range(len(self._builders))]
         prefix = f"{self._name}/env/all"
         lost = sum(len(group.errors) for group in self.groups)
         return {f"{prefix}/samples_lost": float(lost)} | sample_metrics(self.groups, self._ks, prefix)
@@ -96,13 +96,23 @@ class SamplesEvaluator:
 def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefix: str) -> Metrics:
     """The metrics of SamplesEvaluator; a group's members are the samples of a problem."""
     metrics: Metrics = {}
+    for name, values_P in sample_values(groups_P, ks).items():
+        if present := [value for value in values_P if value is not None]:
+            metrics[f"{prefix}/{name}"], metrics[f"{prefix}/{name}_stderr"] = mean_and_stderr(present)
+    return metrics
+
+
+def sample_values(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int]) -> dict[str, list[float | None]]:
+    """best@k, pass@k and maj@k of each problem; None where fewer than k samples are left."""
+    values: dict[str, list[float | None]] = {}
     for k in ks:
-        groups = [group for group in groups_P if len(group.trajectories_G) >= k]
-        values: dict[str, list[float]] = {f"best@{k}": [best_at_k(group.get_total_rewards(), k) for group in groups]}
+        there_P = [len(group.trajectories_G) >= k for group in groups_P]
+        groups = [group for group, there in zip(groups_P, there_P, strict=True) if there]
+        computed: dict[str, list[float]] = {f"best@{k}": [best_at_k(group.get_total_rewards(), k) for group in groups]}
         correct_P_N = [[is_correct(trajectory) for trajectory in group.trajectories_G] for group in groups]
         graded_P_N = [[bool(correct) for correct in correct_N] for correct_N in correct_P_N if None not in correct_N]
         if len(graded_P_N) == len(groups):
-            values[f"pass@{k}"] = [pass_at_k(sum(correct_N), len(correct_N), k) for correct_N in graded_P_N]
+            computed[f"pass@{k}"] = [pass_at_k(sum(correct_N), len(correct_N), k) for correct_N in graded_P_N]
             turns = [
                 trajectory.transitions[-1]
                 for group in groups
@@ -112,11 +122,11 @@ def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefi
             if all("extracted" in turn.logs for turn in turns):
                 answers_P_N = [[answer(trajectory) for trajectory in group.trajectories_G] for group in groups]
                 pairs = zip(answers_P_N, graded_P_N, strict=True)
-                values[f"maj@{k}"] = [maj_at_k(answers_N, correct_N, k) for answers_N, correct_N in pairs]
-        for name, values_P in values.items():
-            if values_P:
-                metrics[f"{prefix}/{name}"], metrics[f"{prefix}/{name}_stderr"] = mean_and_stderr(values_P)
-    return metrics
+                computed[f"maj@{k}"] = [maj_at_k(answers_N, correct_N, k) for answers_N, correct_N in pairs]
+        for name, present in computed.items():
+            remaining = iter(present)
+            values[name] = [next(remaining) if there else None for there in there_P]
+    return values
 
 
 def is_correct(trajectory: Trajectory) -> bool | None:
@@ -135,7 +145,7 @@ def answer(trajectory: Trajectory) -> str | None:
     return last.logs.get("extracted", "").strip() if last.metrics.get("format", 1.0) else None
 
 
-def _merged(groups: Sequence[TrajectoryGroup]) -> TrajectoryGroup:
+def merged(groups: Sequence[TrajectoryGroup]) -> TrajectoryGroup:
     """Several rollouts of one builder as one group."""
     return TrajectoryGroup(
         trajectories_G=[trajectory for group in groups for trajectory in group.trajectories_G],

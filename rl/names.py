@@ -4,6 +4,7 @@ ENVS = {
     "arithmetic": "envs.arithmetic:ArithmeticBuilder",
     "gsm8k": "envs.math_word:Gsm8kBuilder",
     "math": "envs.math_word:MathWordBuilder",
+    "arc": "envs.arc_challenge:ArcBuilder",
     "code": "envs.code:CodeBuilder",
     "tool_use": "envs.tool_use:CalculatorBuilder",
     "guess_number": "envs.guess_number:GuessNumberBuilder",
@@ -22,4 +23,15 @@ ADVANTAGES = {
     "batch_mean": "rl.advantages:BatchMean",
     "seat_mean": "rl.advantages:SeatMean",
     "none": "rl.advantages:NoBaseline",
+}
+# Held-out problems only, scored as published: rl/evaluate.py, and evaluators in training runs.
+BENCHMARKS = {
+    "math500": "envs.math_benchmarks:Math500",
+    "aime": "envs.math_benchmarks:Aime",
+    "mmlu_pro": "envs.multiple_choice:MmluPro",
+    "gpqa": "envs.multiple_choice:Gpqa",
+    "ifeval": "envs.ifeval:IfEval",
+    "humaneval": "envs.code_benchmarks:HumanEval",
+    "mbpp": "envs.code_benchmarks:Mbpp",
+    "*.jsonl": "envs.benchmark_file:BenchmarkFile path={}",
 }

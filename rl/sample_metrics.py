@@ -65,6 +65,24 @@ def mean_and_stderr(values_P: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values_P)), float(stderr)
 
 
+def ratio_values(numerators_P: Sequence[float], denominators_P: Sequence[float]) -> list[float]:
+    """For a ratio of sums R, such as IFEval's share of all instructions: values whose mean is R and
+    whose `mean_and_stderr` is the ratio's, by its linearisation, R + (x_p - R y_p) / mean(y)
+    (Cochran, Sampling Techniques, 6.4)."""
+    ratio, mean = sum(numerators_P) / sum(denominators_P), float(np.mean(denominators_P))
+    return [ratio + (x - ratio * y) / mean for x, y in zip(numerators_P, denominators_P, strict=True)]
+
+
+def paired_difference(values_P: Sequence[float | None], baseline_P: Sequence[float | None]) -> tuple[float, float, int]:
+    """Mean over problems of value - baseline, its standard error, and the number of problems that
+    have both (Miller 2024, "Adding Error Bars to Evals", section 4.2). NaN without such problems."""
+    both = zip(values_P, baseline_P, strict=True)
+    differences = [value - base for value, base in both if value is not None and base is not None]
+    if not differences:
+        return float("nan"), float("nan"), 0
+    return (*mean_and_stderr(differences), len(differences))
+
+
 def _subsets(n: int, k: int, max_subsets: int) -> Iterator[tuple[int, ...]]:
     if comb(n, k) <= max_subsets:
         yield from combinations(range(n), k)

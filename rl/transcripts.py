@@ -20,19 +20,14 @@ def write_rollouts(
     tokenizer: Tokenizer,
 ) -> Path:
     """Writes `folder`/<step>.html and .jsonl, and the index. An evaluation has no advantages."""
-    shown = [
-        _group(
-            group,
-            [None] * len(group.trajectories_G) if advantages_P_G is None else advantages_P_G[p].tolist(),
-            tokenizer,
-        )
-        for p, group in enumerate(groups_P)
-    ]
-    return write_transcripts(folder, step, shown)
+    no_advantages = [None] * len(groups_P)
+    pairs = zip(groups_P, no_advantages if advantages_P_G is None else advantages_P_G, strict=True)
+    return write_transcripts(folder, step, [transcript_group(*pair, tokenizer) for pair in pairs])
 
 
-def _group(group: TrajectoryGroup, advantages_G: Sequence[float | None], tokenizer: Tokenizer) -> TranscriptGroup:
-    parts = (group.trajectories_G, group.get_total_rewards(), advantages_G, group.final_rewards_G, group.metrics_G)
+def transcript_group(group: TrajectoryGroup, advantages_G: np.ndarray | None, tokenizer: Tokenizer) -> TranscriptGroup:
+    shown_G = [None] * len(group.trajectories_G) if advantages_G is None else advantages_G.tolist()
+    parts = (group.trajectories_G, group.get_total_rewards(), shown_G, group.final_rewards_G, group.metrics_G)
     members = [
         TranscriptMember(
             turns=_turns(trajectory, advantage, tokenizer),

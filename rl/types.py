@@ -4,7 +4,7 @@ are centred over the group. Builders are cheap configuration; `make_envs` makes 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -230,6 +230,14 @@ class RLDatasetBuilder:
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         raise NotImplementedError
+
+    async def test_set(self, renderer: Renderer) -> RLDataset | None:
+        """The held-out set alone, for an evaluation without training."""
+        return (await self(renderer))[1]
+
+    def ratios(self) -> Mapping[str, tuple[str, str]]:
+        """Metrics that are ratios of sums over all problems: name -> the two metrics of an episode."""
+        return {}
 
 
 class BatchReward(Protocol):

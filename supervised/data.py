@@ -245,6 +245,8 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
         try:
             if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
                 saved = datasets.load_from_disk(str(path))
+                if isinstance(saved, datasets.DatasetDict) and split not in saved:
+                    raise ValueError(f"it has {', '.join(map(str, saved))}")
                 table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
                 table = datasets.load_dataset(str(path) if path.exists() else self.name, self.subset, split=split)

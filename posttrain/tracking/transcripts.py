@@ -7,7 +7,7 @@ plain data of the loop. Left out: search, token ids.
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -103,21 +103,29 @@ def _finite(value: Any) -> Any:
 
 
 def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) -> str:
-    entry, retries = _entry(iteration, groups), sum(group.num_retries for group in groups)
+    title, rest = f"iteration {iteration}", f"all are in {iteration:06d}.jsonl"
+    return transcript_page(title, groups, max_groups, rest, {"index.html": "all iterations"})
+
+
+def transcript_page(
+    title: str, groups: Sequence[TranscriptGroup], max_groups: int, rest: str, links: Mapping[str, str]
+) -> str:
+    """The page of the first `max_groups`; `rest` says where the others are."""
+    entry, retries = _entry(0, groups), sum(group.num_retries for group in groups)
     facts = [f"{len(groups)} groups", f"{entry.rollouts} rollouts"]
     facts += [f"mean reward {format_number(entry.mean_reward)}"] if entry.mean_reward is not None else []
     facts += [f"{entry.failed} failed"] if entry.failed else []
     facts += [f"{retries} retried"] if retries else []
     shown = groups[:max_groups]
     if len(shown) < len(groups):
-        facts.append(f"the first {len(shown)} groups are shown, all are in {iteration:06d}.jsonl")
+        facts.append(f"the first {len(shown)} groups are shown, {rest}")
     scale = max(
         (abs(a) for group in shown for m in group.members for t in m.turns for a in t.advantages or [] if a == a),
         default=0,
     )
     body = "".join(_group(number, group, scale) for number, group in enumerate(shown))
-    head = f"<p>{_LEGEND} advantage</span> point at a token for its numbers</p>"
-    return html_page(f"iteration {iteration}", facts, {"index.html": "all iterations"}, head + body, _STYLE)
+    head = f"<p>{_LEGEND} advantage</span> point at a token for its numbers</p>" if scale else ""
+    return html_page(title, facts, links, head + body, _STYLE)
 
 
 _LEGEND = (

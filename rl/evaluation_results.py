@@ -1,0 +1,115 @@
+"""The numbers of an evaluation: a value of each metric for each problem, their means with standard
+errors over problems (samples of one problem are one cluster), and differences of two models on the
+same problems (Miller 2024, "Adding Error Bars to Evals").
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rl.evaluators import sample_values
+from rl.sample_metrics import mean_and_stderr, paired_difference, ratio_values
+from rl.types import Trajectory, TrajectoryGroup
+
+Values = Mapping[str, Sequence[float | None]]  # metric -> its value for each problem, None where it is missing
+FIRST = ("correct", "pass@", "maj@", "reward", "best@")  # in a table
+ROUNDING = 1e-12  # a smaller standard error is that of equal values
+INTERVAL = 1.96  # standard errors of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`stderr` is NaN for one problem."""
+
+    mean: float
+    stderr: float
+    problems: int
+
+    def __str__(self) -> str:
+        stderr = self.stderr if self.stderr > ROUNDING else 0.0
+        return f"{self.mean:.4g}" + (f" ± {stderr:.2g}" if self.problems > 1 else "")
+
+    def to_json(self) -> dict[str, float | int | None]:
+        numbers = {"mean": self.mean, "stderr": self.stderr}
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()} | {
+            "problems": self.problems
+        }
+
+
+Estimates = dict[str, Estimate]
+
+
+def problem_values(
+    groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], ratios: Mapping[str, tuple[str, str]]
+) -> Values:
+    """Means over a problem's samples (its group's members), and pass@k, maj@k, best@k. A ratio of
+    sums has linearised values (`ratio_values`). A problem whose samples were all lost has None."""
+    means_P = [_means(group) for group in groups_P]
+    names = dict.fromkeys(name for means in means_P for name in means)
+    values: dict[str, list[float | None]] = {name: [means.get(name) for means in means_P] for name in names}
+    for name, (above, below) in ratios.items():
+        pairs_P = [(means.get(above), means.get(below)) for means in means_P]
+        present = [(x, y) for x, y in pairs_P if x is not None and y is not None]
+        if sum(y for _, y in present):
+            remaining = iter(ratio_values(*zip(*present, strict=True)))
+            values[name] = [None if None in pair else next(remaining) for pair in pairs_P]
+    return values | {name: of_P for name, of_P in sample_values(groups_P, ks).items() if name != "best@1"}
+
+
+def _means(group: TrajectoryGroup) -> dict[str, float]:
+    """The mean of each metric over the group's finished members. A metric of an episode is the mean
+    over the turns that have it."""
+    rows = [
+        _of_episode(trajectory) | metrics | {"reward": reward}
+        for trajectory, metrics, reward in zip(
+            group.trajectories_G, group.metrics_G, group.get_total_rewards(), strict=True
+        )
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+
+
+def _of_episode(trajectory: Trajectory) -> dict[str, float]:
+    turns = trajectory.transitions
+    names = dict.fromkeys(name for turn in turns for name in turn.metrics)
+    metrics = {name: float(np.mean([turn.metrics[name] for turn in turns if name in turn.metrics])) for name in names}
+    return metrics | {"turns": float(len(turns)), "tokens": float(sum(len(turn.ac.tokens) for turn in turns))}
+
+
+def estimates(values: Values, places: Sequence[int] | None = None) -> Estimates:
+    """The mean of each metric, of the problems at `places` (None: all), best known first."""
+    found: Estimates = {}
+    for name in sorted(values, key=_rank):
+        chosen = values[name] if places is None else [values[name][place] for place in places]
+        present = [value for value in chosen if value is not None]
+        if present:
+            mean, stderr = mean_and_stderr(present)
+            found[name] = Estimate(mean, stderr if len(present) > 1 else float("nan"), len(present))
+    return found
+
+
+def differences(values: Values, baseline: Values) -> Estimates:
+    """Of the metrics that both models have. The problems must be the same, in the same order."""
+    found: Estimates = {}
+    for name in sorted(values.keys() & baseline.keys(), key=_rank):
+        mean, stderr, problems = paired_difference(values[name], baseline[name])
+        if problems:
+            found[name] = Estimate(mean, stderr if problems > 1 else float("nan"), problems)
+    return found
+
+
+def interval_text(difference: Estimate) -> str:
+    """The difference with its 95 % interval."""
+    if not difference.stderr >= 0:
+        return f"{difference.mean:+.4g}"
+    margin = INTERVAL * difference.stderr
+    return f"{difference.mean:+.4g} [{difference.mean - margin:+.3g}, {difference.mean + margin:+.3g}]"
+
+
+def _rank(name: str) -> tuple[int, str, int]:
+    """`correct` first; pass@2 before pass@16."""
+    kind, _, k = name.partition("@")
+    place = next((place for place, first in enumerate(FIRST) if name.startswith(first)), len(FIRST))
+    return place, kind, int(k) if k.isdigit() else 0
