@@ -1,0 +1,42 @@
+"""An ASGI application on a loopback port of this machine, in a thread of this process."""
+
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
+
+import uvicorn
+
+from posttrain.backend.errors import EngineError
+
+
+class LocalServer:
+    """Serves from its construction until `close`. `port` 0 is a free one."""
+
+    def __init__(self, app: Callable[..., Awaitable[Any]], port: int = 0):
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", port))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="local-server", daemon=True
+        )
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise EngineError(f"the server at {self.url} did not start")
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,238 @@
+"""The OpenAI-compatible endpoint, asked by the `openai` package and by hand."""
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from starlette.applications import Starlette
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import ModelInput, SamplingParams
+from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import decode
+from posttrain.serve.local_server import LocalServer
+from posttrain.serve.openai_api import ServedModel, openai_routes
+
+CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hällo 🙂"}]
+
+
+class Table(dict[str, ServedModel]):
+    def names(self) -> list[str]:
+        return list(self)
+
+    async def open(self, name: str, request: object) -> ServedModel | None:
+        return self.get(name)
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[Table]:
+    with ServiceClient(BackendConfig(engine="torch")) as service:
+        client = service.create_sampling_client(base_model="tiny")
+        tokenizer = client.get_tokenizer()
+        names = {"tiny": None, "tiny-colon": "role_colon"}
+        yield Table({name: ServedModel(client, get_renderer(kind, tokenizer)) for name, kind in names.items()})
+
+
+@pytest.fixture(scope="module")
+def server(models: Table) -> Iterator[str]:
+    with LocalServer(Starlette(routes=openai_routes(models))) as running:
+        yield f"{running.url}/v1"
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server, api_key="none", max_retries=0)
+
+
+def post(url: str, fields: dict[str, Any]) -> httpx.Response:
+    return httpx.post(url, json={"model": "tiny"} | fields, timeout=60)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny-colon"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-colon"])
+def test_chat_is_what_the_sampling_client_samples(client: openai.OpenAI, models: Table, name: str) -> None:
+    model = models[name]
+    answer = client.chat.completions.create(model=name, messages=CHAT, n=2, seed=7, max_tokens=12)
+    prompt = model.renderer.build_generation_prompt([{"role": m["role"], "content": m["content"]} for m in CHAT])
+    params = SamplingParams(max_tokens=12, seed=7, stop=model.renderer.get_stop_sequences())
+    expected = model.client.sample(prompt, 2, params).result().sequences
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    for choice, sequence in zip(answer.choices, expected, strict=True):
+        assert choice.message.content == model.renderer.parse_response(sequence.tokens)[0]["content"]
+        assert choice.finish_reason == sequence.stop_reason
+    tokens = sum(len(sequence.tokens) for sequence in expected)
+    assert answer.usage and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt.length, tokens)
+
+
+def test_a_stream_says_what_an_answer_says(client: openai.OpenAI) -> None:
+    wanted: dict[str, Any] = {
+        "model": "tiny",
+        "messages": CHAT,
+        "n": 2,
+        "seed": 3,
+        "max_tokens": 60,
+        "stop": ["e", "Q"],
+    }
+    whole = client.chat.completions.create(**wanted)
+    chunks = list(client.chat.completions.create(**wanted, stream=True, stream_options={"include_usage": True}))
+    for i, choice in enumerate(whole.choices):
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == i]
+        assert "".join(chunk.delta.content or "" for chunk in mine) == choice.message.content
+        assert [chunk.finish_reason for chunk in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
+        assert mine[0].delta.role == "assistant"
+    assert chunks[-1].usage == whole.usage
+    texts = client.completions.create(model="tiny", prompt="abc", seed=3, max_tokens=30, stream=True)
+    together = client.completions.create(model="tiny", prompt="abc", seed=3, max_tokens=30)
+    assert "".join(chunk.choices[0].text for chunk in texts) == together.choices[0].text
+
+
+def test_a_stream_comes_while_it_is_sampled(client: openai.OpenAI) -> None:
+    stream = client.completions.create(model="tiny", prompt="abc", seed=0, max_tokens=400, stream=True)
+    times = [time.monotonic() for _ in stream]
+    assert len(times) > 5 and times[0] < times[-1]
+
+
+def test_stops_end_the_text_and_are_not_in_it(client: openai.OpenAI) -> None:
+    free = client.completions.create(model="tiny", prompt="abc", seed=1, max_tokens=40).choices[0].text
+    stop = free[6:8]
+    cut = client.completions.create(model="tiny", prompt="abc", seed=1, max_tokens=40, stop=stop).choices[0]
+    assert cut.text == free[: free.index(stop)] and cut.finish_reason == "stop"
+
+
+def test_prompts_in_all_their_forms(client: openai.OpenAI, models: Table) -> None:
+    tokens = models["tiny"].renderer.tokenizer.encode("abc")
+    wanted: dict[str, Any] = {"model": "tiny", "seed": 1, "max_tokens": 5}
+    texts = [
+        [choice.text for choice in client.completions.create(prompt=prompt, **wanted).choices]
+        for prompt in ("abc", ["abc"], tokens, [tokens, tokens], ["abc", "abc"])
+    ]
+    assert {text for choices in texts for text in choices} == {texts[0][0]} and len(texts[3]) == 2
+    numbered = client.completions.create(prompt=["abc", "x"], n=2, **wanted).choices
+    assert [choice.index for choice in numbered] == [0, 1, 2, 3] and numbered[0].text == texts[0][0]
+
+
+def test_logprobs_are_the_models(client: openai.OpenAI, models: Table) -> None:
+    """Also of the prompt (echo), which is how evaluation harnesses score given answers."""
+    policy, tokenizer = models["tiny"].client, models["tiny"].renderer.tokenizer
+    answer = client.completions.create(
+        model="tiny", prompt="2+2=4", echo=True, max_tokens=1, logprobs=3, temperature=0.5, seed=0
+    ).choices[0]
+    assert answer.logprobs and answer.logprobs.token_logprobs and answer.logprobs.top_logprobs
+    prompt = tokenizer.encode("2+2=4")
+    params = SamplingParams(max_tokens=1, seed=0, temperature=0.5)
+    tokens = prompt + policy.sample(ModelInput.from_ints(prompt), 1, params).result().sequences[0].tokens
+    expected: Any = policy.compute_logprobs(ModelInput.from_ints(tokens)).result()
+    assert answer.logprobs.token_logprobs[0] is None
+    np.testing.assert_allclose(answer.logprobs.token_logprobs[1:], expected[1:], atol=1e-4)
+    assert answer.logprobs.text_offset == list(range(6))
+    for t in range(1, 6):
+        top = answer.logprobs.top_logprobs[t]
+        assert len(top) == 3 and max(top.values()) >= expected[t] - 1e-4  # type: ignore[operator]
+    only_scored = client.completions.create(model="tiny", prompt="2+2=4", echo=True, max_tokens=0, logprobs=0)
+    scores = only_scored.choices[0].logprobs
+    assert scores and scores.token_logprobs and len(scores.token_logprobs) == 5 and scores.top_logprobs is None
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=CHAT,
+        logprobs=True,
+        top_logprobs=2,
+        max_tokens=4,
+        temperature=0,
+    ).choices[0]
+    assert chat.logprobs and chat.logprobs.content and len(chat.logprobs.content) == 4
+    for entry in chat.logprobs.content:  # greedy: the most likely token
+        assert len(entry.top_logprobs) == 2 and math.isclose(entry.logprob, entry.top_logprobs[0].logprob, abs_tol=1e-4)
+        assert entry.token == entry.top_logprobs[0].token
+
+
+def test_an_answer_with_logprobs_may_fill_the_context(client: openai.OpenAI, models: Table) -> None:
+    prompt = [65] * (models["tiny"].max_length - 3)
+    answer = client.completions.create(model="tiny", prompt=prompt, logprobs=0, max_tokens=2, seed=0).choices[0]
+    assert answer.logprobs and answer.logprobs.token_logprobs and len(answer.logprobs.token_logprobs) <= 2
+
+
+BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
+    ({"model": "gpt-4"}, 404, "model", "there is no model 'gpt-4' here; there is tiny"),
+    ({"model": None}, 400, "model", "model is missing"),
+    ({"messages": []}, 400, "messages", "at least one"),
+    ({"messages": "hi"}, 400, "messages", "must be a list"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "'image_url'"),
+    ({"messages": [{"content": "x"}]}, 400, "messages", "a role"),
+    ({"n": 0}, 400, "n", "from 1 to 128"),
+    ({"n": 1.5}, 400, "n", "a whole number"),
+    ({"temperature": "hot"}, 400, "temperature", "a number"),
+    ({"temperature": 3}, 400, "temperature", "from 0 to 2"),
+    ({"top_p": 0}, 400, "top_p", "from 1e-06 to 1"),
+    ({"max_tokens": True}, 400, "max_tokens", "a whole number"),
+    ({"max_tokens": 10**6}, 400, "prompt", "the context 512"),
+    ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "prompt", "tokens"),
+    ({"stop": [""]}, 400, "stop", "none of them empty"),
+    ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "from 0 to 20"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "not offered"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format", "not offered"),
+    ({"temprature": 1}, 400, "temprature", "did you mean 'temperature'?"),
+    ({"stream": True, "max_tokens": 10**6}, 400, "prompt", "the context 512"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "param", "says"), BAD, ids=[str(case[0])[:40] for case in BAD])
+def test_bad_requests_are_refused_with_the_field(
+    server: str, fields: dict[str, Any], status: int, param: str | None, says: str
+) -> None:
+    answer = post(f"{server}/chat/completions", {"messages": CHAT} | fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (status, param) and says in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_what_asks_for_nothing_is_accepted(server: str) -> None:
+    nothing = {
+        "frequency_penalty": 0.0,
+        "logit_bias": None,
+        "tools": [],
+        "user": "me",
+        "response_format": {"type": "text"},
+    }
+    assert post(f"{server}/chat/completions", {"messages": CHAT, "max_tokens": 1} | nothing).status_code == 200
+
+
+def test_bodies_that_are_no_json(server: str) -> None:
+    url, json_type = f"{server}/chat/completions", {"content-type": "application/json"}
+    for body in (b"", b"[1]", b"{", b'{"temperature": NaN}', b"[" * 100_000):
+        assert httpx.post(url, content=body, headers=json_type).json()["error"]["type"] == "invalid_request_error"
+    assert httpx.post(url, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    assert httpx.post(url, content=b" " * (17 * 2**20), headers=json_type).status_code == 413
+    tokens = post(f"{server}/completions", {"prompt": [1, 10**9], "max_tokens": 1})
+    assert tokens.status_code == 400 and "vocabulary" in tokens.json()["error"]["message"]
+
+
+def test_many_at_once_and_a_client_that_hangs_up(server: str, models: Table) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=server, api_key="none", max_retries=0) as client:
+            impatient = client.with_options(timeout=0.05)
+            with pytest.raises(openai.APITimeoutError):
+                await impatient.completions.create(model="tiny", prompt="abc", n=64, max_tokens=500)
+            answers = await asyncio.gather(
+                *(client.completions.create(model="tiny", prompt="abc", seed=i, max_tokens=8) for i in range(50))
+            )
+        return [answer.choices[0].text for answer in answers]
+
+    texts = asyncio.run(ask())
+    policy = models["tiny"].client
+    prompt = ModelInput.from_ints(policy.get_tokenizer().encode("abc"))
+    for i in (0, 17, 49):
+        tokens = policy.sample(prompt, 1, SamplingParams(max_tokens=8, seed=i)).result().sequences[0].tokens
+        assert texts[i].startswith(decode(policy.get_tokenizer(), tokens).split("<|")[0])
+    assert policy._engine.num_in_flight == 0
