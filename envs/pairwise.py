@@ -18,7 +18,7 @@ import numpy as np
 from envs.completion_env import CompletionEnv, GoldReward, Prompt, PromptsBuilder, completions
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, NON_NEGATIVE
-from posttrain.renderers.types import Renderer
+from posttrain.renderers.types import Message, Renderer
 from posttrain.tracking.datasets import ListDataset
 from preference.reward_types import Judge, JudgeBuilder, judge_all
 from preference.types import Comparison
@@ -32,6 +32,21 @@ def matchups(size: int, pattern: Matchups, chunk_size: int) -> list[tuple[int, i
     chunks = np.array_split(np.arange(size), max(1, size // chunk_size))
     pairs = [(int(a), int(b)) for chunk in chunks for a, b in combinations(chunk, 2)]
     return pairs if pattern == "all_pairs_one_way" else [order for a, b in pairs for order in ((a, b), (b, a))]
+
+
+async def wins_minus_losses(
+    judge: Judge, prompt: Prompt, answers_G: Sequence[Sequence[Message]], pattern: Matchups, chunk_size: int
+) -> list[float]:
+    """Mean over each answer's matchups. RolloutError for a single answer."""
+    if len(answers_G) == 1:
+        raise RolloutError("only one member is left of a group judged in pairs: there is nothing to compare it with")
+    pairs = matchups(len(answers_G), pattern, chunk_size)
+    scores = await judge_all(judge, [Comparison(prompt, answers_G[a], answers_G[b]) for a, b in pairs])
+    signed_G: list[list[float]] = [[] for _ in answers_G]
+    for (a, b), score in zip(pairs, scores, strict=True):
+        signed_G[a].append(-score)
+        signed_G[b].append(score)
+    return [float(np.mean(signed)) for signed in signed_G]
 
 
 @dataclass(frozen=True)
@@ -54,18 +69,10 @@ class PairwisePreferenceGroupBuilder(EnvGroupBuilder):
         self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
     ) -> list[tuple[float, Metrics]]:
         """Mean of wins minus losses of each answer. RolloutError if only one member is left."""
-        answers_G = completions(envs_G)
-        if len(answers_G) == 1:
-            raise RolloutError(
-                "only one member is left of a group judged in pairs: there is nothing to compare it with"
-            )
-        pairs = matchups(len(answers_G), self.matchup_pattern, self.matchup_group_size)
-        scores = await judge_all(self.judge, [Comparison(self.prompt, answers_G[a], answers_G[b]) for a, b in pairs])
-        signed_G: list[list[float]] = [[] for _ in answers_G]
-        for (a, b), score in zip(pairs, scores, strict=True):
-            signed_G[a].append(-score)
-            signed_G[b].append(score)
-        return [(float(np.mean(signed)), {"win_minus_loss": float(np.mean(signed))}) for signed in signed_G]
+        rewards_G = await wins_minus_losses(
+            self.judge, self.prompt, completions(envs_G), self.matchup_pattern, self.matchup_group_size
+        )
+        return [(reward, {"win_minus_loss": reward}) for reward in rewards_G]
 
     def logging_tags(self) -> list[str]:
         return ["pair_pref"]

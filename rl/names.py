@@ -13,6 +13,8 @@ ENVS = {
     "chain": "envs.arithmetic_chain:ChainBuilder",
     "pairwise": "envs.pairwise:PairwiseBuilder",
     "reward_model": "envs.reward_model_env:RewardModelEnvBuilder",
+    "single_turn": "envs.single_turn:SingleTurnBuilder",
+    "rubric": "envs.single_turn:RubricBuilder",
     "star_graph": "envs.star_graph_data:StarGraphBuilder",
     "verifiers": "envs.verifiers_adapter:VerifiersBuilder",
 }

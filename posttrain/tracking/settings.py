@@ -61,6 +61,8 @@ def _to_json(value: Any, top: bool = False) -> Any:
         return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_to_json(item) for item in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]
+    if type(value).__repr__ is object.__repr__:  # it has an address, which differs from run to run
+        return f"{type(value).__module__}:{type(value).__qualname__}"
     return str(value) if isinstance(value, os.PathLike) else repr(value)
 
 
