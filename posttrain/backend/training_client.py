@@ -78,6 +78,14 @@ class TrainingClient(Ready):
             raise ConfigError(f"loss_type_input={loss_type_input!r}: a custom loss is given logprobs")
         return self._submit_pass(self._trainer.run_custom, data, loss_fn)
 
+    def refuse_pass(self, error: CookbookError) -> APIFuture[Any]:
+        """A pass that fails with `error` in its turn: for who finds a fault before the data come here."""
+
+        def refuse() -> None:
+            raise error
+
+        return self._submit_pass(refuse)
+
     def optim_step(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
     ) -> APIFuture[OptimStepResponse]:

@@ -1,0 +1,3 @@
+from posttrain.serve.command import main
+
+main()

@@ -1,0 +1,74 @@
+"""The JSON body of a request, read field by field with its type. A field that is absent or null has
+its default.
+"""
+
+import json
+from typing import Any
+
+from posttrain.backend.errors import DataError
+
+NEEDED: Any = object()
+
+
+class BodyError(DataError):
+    """The body cannot be used; nothing was done."""
+
+
+class Body:
+    def __init__(self, content: bytes):
+        try:
+            fields = json.loads(content or b"{}", parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise BodyError(f"the body is not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise BodyError("the body is not a JSON object")
+        self.fields: dict[str, Any] = fields
+
+    def _get(self, name: str, kind: type | tuple[type, ...], what: str, default: Any) -> Any:
+        value = self.fields.get(name)
+        if value is None:
+            if default is NEEDED:
+                raise BodyError(f"{name} is missing")
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise BodyError(f"{name}={str(value)[:80]!r}: {what} is needed")
+        return value
+
+    def text(self, name: str, default: Any = NEEDED) -> Any:
+        return self._get(name, str, "a text", default)
+
+    def integer(self, name: str, default: Any = NEEDED, least: int = 0, most: int = 2**63 - 1) -> Any:
+        value = self._get(name, int, "a whole number", default)
+        if value is not None and value is not default and not least <= value <= most:
+            raise BodyError(f"{name}={value}: a whole number from {least} to {most} is needed")
+        return value
+
+    def number(self, name: str, default: Any = NEEDED) -> Any:
+        return self._get(name, (int, float), "a number", default)
+
+    def flag(self, name: str, default: Any = NEEDED) -> Any:
+        return self._get(name, bool, "true or false", default)
+
+    def listing(self, name: str, default: Any = NEEDED) -> Any:
+        return self._get(name, list, "a list", default)
+
+    def record(self, name: str, default: Any = NEEDED) -> "Body | Any":
+        value = self._get(name, dict, "an object", default)
+        return value if value is default else _of(value)
+
+    def texts(self, name: str) -> dict[str, str] | None:
+        """A mapping of texts, such as user_metadata."""
+        value = self._get(name, dict, "an object of texts", None)
+        if value is not None and not all(isinstance(text, str) for text in value.values()):
+            raise BodyError(f"{name}: an object of texts is needed")
+        return value
+
+
+def _of(fields: dict[str, Any]) -> Body:
+    body = Body(b"{}")
+    body.fields = fields
+    return body
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

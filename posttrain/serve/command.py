@@ -1,0 +1,125 @@
+"""python -m posttrain.serve --model tiny: a local server for the tinker SDK."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import chz
+import uvicorn
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.losses import LOSSES
+from posttrain.backend.ranges import POSITIVE, SEED, Range
+from posttrain.backend.service_client import ServiceClient
+from posttrain.serve.app import create_app
+from posttrain.serve.bases import open_bases, write_tokenizers
+from posttrain.serve.state import Limits, State
+from posttrain.serve.store import Store
+from posttrain.tracking.command_line import one_line_errors, parse
+from posttrain.tracking.run_lock import lock_folder
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PORT = Range(0, 65535, whole=True)
+
+
+@chz.chz
+class ServeConfig:
+    """Serves models of this machine to the tinker SDK and to OpenAI clients."""
+
+    model: str = chz.field(
+        doc="NAME, or NAME=PRESET_OR_FOLDER where clients know the model by another name; several separated by "
+        "commas, or as several --model"
+    )
+    host: str = chz.field(default="127.0.0.1", doc="address to listen at; others than loopback need an API key")
+    port: int = chz.field(default=8000, validator=PORT, doc="0 takes a free one")
+    api_key: str | None = chz.field(
+        default=None,
+        doc="clients must show it as TINKER_API_KEY; it begins with tml-, or the SDK refuses it. None = TINKER_API_KEY "
+        "of the server's environment, if set",
+    )
+    checkpoint_dir: str = chz.field(default="tinker_checkpoints", doc="folder behind the tinker:// paths")
+    client_folder: str | None = chz.field(
+        default=None,
+        doc="writes each model's tokenizer to CLIENT_FOLDER/NAME, where scripts started in that folder find it "
+        "without the hub",
+    )
+    substitute: str | None = chz.field(
+        default=None,
+        doc="LOSS=LOSS, several separated by commas: computes the second where a client names the first, such as "
+        "stable_reinforce=importance_sampling",
+    )
+    seed: int = chz.field(default=0, validator=SEED, doc="makes the weights of presets, for trainer and samplers alike")
+    session_minutes: float = chz.field(
+        default=10.0, validator=POSITIVE, doc="a session without a heartbeat ends after these; its models are freed"
+    )
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="trainer and sampler")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse(ServeConfig, _joined_models(sys.argv[1:] if argv is None else argv))
+        serve(config)
+
+
+def serve(config: ServeConfig) -> None:
+    """Runs until SIGINT or SIGTERM. Prints the address when it listens."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    key, losses = api_key(config), substitutes(config.substitute)
+    bases = open_bases(config.model.split(","), config.backend.max_length)
+    store = Store(Path(config.checkpoint_dir))
+    lock = lock_folder(store.root)
+    if config.client_folder:
+        write_tokenizers(bases, Path(config.client_folder))
+    tokenizers = store.root / "tokenizers" if config.host in LOOPBACK else None
+    if tokenizers:
+        write_tokenizers(bases, tokenizers)
+    service, limits = ServiceClient(config.backend, store.root), Limits(session_seconds=60 * config.session_minutes)
+    state = State(service, bases, store, config.seed, losses, limits, tokenizers)
+    settings = uvicorn.Config(
+        create_app(state, config.host, key),
+        host=config.host,
+        port=config.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=2,  # long polls are open
+        backlog=2048,
+    )
+    listening = settings.bind_socket()
+    url = f"http://{config.host}:{listening.getsockname()[1]}"
+    print(f"serving {', '.join(bases)} at {url}", flush=True)
+    print(f"  export TINKER_BASE_URL={url} TINKER_API_KEY={'(the key)' if key else 'tml-local'}", flush=True)
+    uvicorn.Server(settings).run(sockets=[listening])
+    lock.close()
+
+
+def _joined_models(argv: list[str]) -> list[str]:
+    """Several --model NAME=FOLDER as one option."""
+    models, rest, arguments = [], [], iter(argv)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("--model", "model"):
+            models.append(value or next(arguments, ""))
+        else:
+            rest.append(argument)
+    return [*rest, f"model={','.join(models)}"] if models else rest
+
+
+def substitutes(text: str | None) -> dict[str, str]:
+    pairs = dict(pair.partition("=")[::2] for pair in (text or "").split(",") if pair)
+    for name, loss in pairs.items():
+        if loss not in LOSSES or name in LOSSES:
+            raise ConfigError(
+                f"substitute={name}={loss}: it names a loss this server lacks, and one of {', '.join(LOSSES)} for it"
+            )
+    return pairs
+
+
+def api_key(config: ServeConfig) -> str | None:
+    key = config.api_key or os.environ.get("TINKER_API_KEY") or None
+    if key is not None and not key.startswith("tml-"):
+        raise ConfigError("api_key: the SDK sends only keys that begin with tml-")
+    if key is None and config.host not in LOOPBACK:
+        raise ConfigError(f"host={config.host} can be reached from other machines: set api_key=tml-SECRET")
+    return key

@@ -1,0 +1,95 @@
+"""What a request must be before the server reads it: for this host, with the key, of a known content
+type, of bounded size. An ASGI middleware.
+"""
+
+import hmac
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+MOST_BODY_BYTES = 64 * 2**20
+MEDIA_TYPES = ("application/json", "application/x-protobuf", "application/octet-stream")
+OPEN_PATHS = ("/api/v1/healthz", "/api/v1/external/")  # the latter's addresses are secrets themselves
+
+
+class TooLargeError(Exception):
+    """The body exceeds MOST_BODY_BYTES."""
+
+
+class Guard:
+    def __init__(self, app: Any, host: str = "127.0.0.1", api_key: str | None = None):
+        self._app, self._host, self._api_key = app, host, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if refusal := self._refusal(scope, headers):
+            await _answer(send, *refusal)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MOST_BODY_BYTES:
+                raise TooLargeError
+            return message
+
+        try:
+            await self._app(scope, counted, send)
+        except TooLargeError:
+            await _answer(send, 413, _too_large())
+
+    def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
+        host = _host_name(headers.get("host", ""))
+        if host not in ("localhost", self._host) and not _is_address(host):
+            return 403, f"this server is not {host[:80]!r}: use its address, or localhost"
+        path = str(scope["path"])
+        if self._api_key and not path.startswith(OPEN_PATHS):
+            given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self._api_key.encode()):
+                return 401, "wrong or missing API key: set TINKER_API_KEY to the key the server was started with"
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15 or int(length) > MOST_BODY_BYTES:
+            return 413, _too_large()
+        has_body = int(length) > 0 or "transfer-encoding" in headers
+        media_type = headers.get("content-type", "").split(";")[0].strip().lower()
+        if has_body and media_type not in MEDIA_TYPES:
+            return 415, f"content-type {media_type[:80]!r}: the server reads {MEDIA_TYPES[0]} and {MEDIA_TYPES[1]}"
+        return None
+
+
+def _too_large() -> str:
+    return f"the body is larger than {MOST_BODY_BYTES // 2**20} MiB: send fewer data in one request"
+
+
+def _host_name(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].split("]")[0]
+    return host.rsplit(":", 1)[0] if ":" in host else host
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def _answer(send: Send, status: int, detail: str) -> None:
+    body = json.dumps({"detail": detail}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 413:
+        headers.append((b"connection", b"close"))  # the body is not read
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
