@@ -107,7 +107,8 @@ def _joined_models(argv: list[str]) -> list[str]:
 
 
 def substitutes(text: str | None) -> dict[str, str]:
-    pairs = dict(pair.partition("=")[::2] for pair in (text or "").split(",") if pair)
+    parts = [pair.partition("=") for pair in (text or "").split(",") if pair]
+    pairs = {name: loss for name, _, loss in parts}
     for name, loss in pairs.items():
         if loss not in LOSSES or name in LOSSES:
             raise ConfigError(

@@ -21,7 +21,7 @@ class InOrder(Generic[C]):
     def __init__(
         self,
         opened: Awaitable[C],
-        on_gap: Callable[[C, BaseException], None] = lambda client, error: None,
+        on_gap: Callable[[C, DataError], None] = lambda client, error: None,
         gap_seconds: float = GAP_SECONDS,
     ):
         """`on_gap` is called before the requests after a gap are refused."""

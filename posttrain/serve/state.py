@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.errors import ConfigError, CookbookError
-from posttrain.backend.futures import APIFuture
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
@@ -468,10 +467,10 @@ def _run(
     )
 
 
-def _refuse_gradient(client: TrainingClient, error: BaseException) -> None:
+def _refuse_gradient(client: TrainingClient, error: CookbookError) -> None:
     """After a request was lost, the gradient is incomplete."""
     client.refuse_pass(error)
-    client.optim_step(AdamParams()).add_done_callback(APIFuture.exception)
+    client.optim_step(AdamParams())
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
