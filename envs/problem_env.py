@@ -4,6 +4,7 @@ reward = format_coef * (format - 1) + correct, with format and correct in {0, 1}
 response has format 0. Left out: several turns, tools.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -91,6 +92,21 @@ class ProblemGroupBuilder(EnvGroupBuilder):
 
     def logging_tags(self) -> list[str]:
         return self.tags
+
+    def teacher_prompt(self, context: str) -> ModelInput:
+        """The question after `context` as a system message (rl/distill.py)."""
+        env = self.env_thunk()
+        filled = filled_context(context, env.problem)
+        user = Message(role="user", content=env.problem.question)
+        return env.renderer.build_generation_prompt([Message(role="system", content=filled), *env.prefix, user])
+
+
+def filled_context(context: str, problem: Problem) -> str:
+    """{question}, {solution} and {gold} replaced. DataError if the problem has no solution."""
+    if "{solution}" in context and problem.solution is None:
+        raise DataError(f"distill.context has {{solution}}, and problem {problem.id or problem.question!r} has none")
+    values = {"{question}": problem.question, "{solution}": problem.solution or "", "{gold}": problem.gold}
+    return re.sub("|".join(values), lambda name: values[name[0]], context)
 
 
 def problem_groups(
@@ -249,10 +265,13 @@ class DrawnExamplesBuilder(DrawnProblems, SupervisedDatasetBuilder):
 
     n_batches: int = chz.field(default=30, validator=COUNT, doc="training batches per epoch")
 
+    def messages(self, problem: Problem) -> list[Message]:
+        return problem.messages()
+
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         def draw(epoch: int, index: int) -> list[Datum]:
             problems = self.draw(self.batch_size, [self.seed, EXAMPLES, epoch, index])
-            return render([problem.messages() for problem in problems], renderer, self)
+            return render([self.messages(problem) for problem in problems], renderer, self)
 
-        held_out = render([problem.messages() for problem in self.held_out()], renderer, self)
+        held_out = render([self.messages(problem) for problem in self.held_out()], renderer, self)
         return DrawnDataset(draw, self.n_batches), ListDataset(held_out, self.batch_size, shuffle=False)

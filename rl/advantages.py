@@ -86,6 +86,14 @@ class NoBaseline(AdvantageEstimator):
 
 
 @chz.chz
+class NoReward(AdvantageEstimator):
+    """0: the reward is a metric only. Token advantages (distill.py, batch rewards) are all there is."""
+
+    def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+        return np.zeros(len(rewards_G))
+
+
+@chz.chz
 class BatchMean(AdvantageEstimator):
     """R - mean(R) over the batch: REINFORCE with one baseline (the Q# star graphs, "baseline 1")."""
 

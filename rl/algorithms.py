@@ -73,6 +73,11 @@ ALGORITHMS: dict[str, Algorithm] = {
         "Schulman et al. 2017: clipped ratio, several optimizer steps per batch",
         "the group's mean stands for the critic",
     ),
+    "distill": Algorithm(
+        {"advantage": "no_reward", "loss_fn": "importance_sampling"},
+        "Agarwal et al. 2023, Gu et al. 2023: the reverse KL to distill.teacher is all that is learnt from; the reward "
+        "is a metric",
+    ),
     "cispo": Algorithm(
         {
             "advantage": "group_mean_std",

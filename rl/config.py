@@ -10,8 +10,9 @@ from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.losses import LossFn
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, SAMPLING_TEMPERATURE, TEMPERATURE, WHOLE
 from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
-from rl.advantages import AdvantageEstimator, GroupMean
+from rl.advantages import AdvantageEstimator, GroupMean, NoReward
 from rl.data_processing import Reduction
+from rl.distill import Distillation
 from rl.kl import KLPenalty
 from rl.mismatch import MismatchCorrection
 from rl.rollouts import RolloutLimits
@@ -51,6 +52,10 @@ class Config(LanguageModelRunConfig):
     )
     advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
     kl: KLPenalty = chz.field(default_factory=KLPenalty, doc="penalty against a frozen reference policy")
+    distill: Distillation = chz.field(
+        default_factory=Distillation,
+        doc="on-policy distillation: the reverse KL to a teacher is added to the advantages",
+    )
     remove_constant_reward_groups: bool = chz.field(
         default=False, doc="leave out groups whose members all got the same reward"
     )
@@ -111,6 +116,8 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"max_steps_off_policy={config.max_steps_off_policy}: 0 is synchronous, 1 or more asynchronous"
         )
+    if isinstance(config.advantage, NoReward) and not config.distill.paths() and config.batch_reward is None:
+        raise ConfigError("advantage=no_reward leaves nothing to learn from: give distill.teacher, or a batch_reward")
     if config.temperature <= 0:
         raise ConfigError(
             f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0"

@@ -1,7 +1,7 @@
 """From finished groups to training data, as values: each step takes rows and returns new rows
 (specs: tinker_semantics 2.1).
 
-rows_of -> with_advantages -> (kl.py) -> without_truncated -> reduced -> (mismatch.py) -> Row.datum
+rows_of -> with_advantages -> (kl.py) -> (distill.py) -> without_truncated -> reduced -> (mismatch.py) -> Row.datum
 """
 
 from collections import defaultdict

@@ -16,10 +16,8 @@ import numpy as np
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import NON_NEGATIVE, SHARE
 from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig
-from posttrain.renderers.types import Tokenizer
 from rl.data_processing import Row
 from rl.types import Metrics, TrajectoryGroup
 
@@ -64,9 +62,11 @@ def starting_weights(
     return client
 
 
-def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> TrainingClient:
-    """kl.reference_path: a checkpoint of any architecture, full or LoRA, or a model by folder or
-    name. ConfigError if its context is shorter than the policy's."""
+def other_model(
+    service: ServiceClient, path: str, policy: TrainingClient, option: str = "kl.reference_path"
+) -> TrainingClient:
+    """A checkpoint of any architecture, full or LoRA, or a model by folder or name. ConfigError if
+    its context is shorter than the policy's."""
     folder = Path(path).expanduser()
     client = (
         service.create_training_client_from_state(path) if folder.is_dir() else service.create_training_client(path)
@@ -74,22 +74,10 @@ def other_model(service: ServiceClient, path: str, policy: TrainingClient) -> Tr
     policy_length, reference_length = policy.get_info().max_length, client.get_info().max_length
     if reference_length < policy_length:
         raise ConfigError(
-            f"kl.reference_path={path}: it reads {reference_length} tokens, the policy {policy_length}: give "
-            f"backend.max_length={reference_length}, or another reference"
+            f"{option}={path}: it reads {reference_length} tokens, the policy {policy_length}: give "
+            f"backend.max_length={reference_length}, or another model"
         )
     return client
-
-
-def check_reference_tokenizer(path: str, tokenizer: Tokenizer) -> None:
-    """ConfigError if the reference's vocabulary differs: it would score other text."""
-    reference_vocabulary, policy_vocabulary = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
-    if differing := sorted(policy_vocabulary.items() ^ reference_vocabulary.items(), key=lambda item: item[1]):
-        token, number = differing[0]
-        raise ConfigError(
-            f"kl.reference_path={path}: its tokenizer has {len(reference_vocabulary)} tokens, the policy's "
-            f"{len(policy_vocabulary)}, and {token!r} is number {number} "
-            "in only one of them: a reference must have the policy's vocabulary"
-        )
 
 
 def sampled_minus_reference(rows: Sequence[Row], reference_logprobs_D: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -107,12 +95,18 @@ def kl_metrics(rows: Sequence[Row], difference_D: Sequence[np.ndarray]) -> Metri
     return {"kl_policy_base": float(d.mean()), "kl_policy_base_k3": float((np.expm1(-d) + d).mean())}
 
 
-def penalized_advantages(
-    rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float, discount: float
-) -> list[Row]:
-    """Advantages outside the mask do not change, whatever the discount."""
+def mean_difference(rows: Sequence[Row], difference_D: Sequence[np.ndarray]) -> float:
+    """The mean of d per sampled token."""
     tokens = sum(float(row.mask_T.sum()) for row in rows)
-    mean = sum(float(d_T.sum(dtype=np.float64)) for d_T in difference_D) / tokens
+    return sum(float(d_T.sum(dtype=np.float64)) for d_T in difference_D) / tokens
+
+
+def penalized_advantages(
+    rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float, discount: float, centre: bool = True
+) -> list[Row]:
+    """Advantages outside the mask do not change, whatever the discount. `centre`: subtract the mean
+    of d per sampled token."""
+    mean = mean_difference(rows, difference_D) if centre else 0.0
     return [
         replace(
             row,

@@ -25,6 +25,7 @@ ADVANTAGES = {
     "batch_mean": "rl.advantages:BatchMean",
     "seat_mean": "rl.advantages:SeatMean",
     "none": "rl.advantages:NoBaseline",
+    "no_reward": "rl.advantages:NoReward",
 }
 # Held-out problems only, scored as published: rl/evaluate.py, and evaluators in training runs.
 BENCHMARKS = {

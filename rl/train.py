@@ -26,6 +26,7 @@ from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.models import PRESETS
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.metrics_log import timed
@@ -36,9 +37,10 @@ from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from posttrain.tracking.timeline import Timeline, recording, span
 from rl import step_checks
 from rl.config import Config, check_config
+from rl.distill import Teachers
 from rl.evaluators import RLTestSetEvaluator, SamplesEvaluator
 from rl.group_sources import GroupSource
-from rl.kl import Reference, check_reference_tokenizer, other_model, starting_weights
+from rl.kl import Reference, other_model, starting_weights
 from rl.metrics import compute_trajectory_metrics
 from rl.train_step import Learner, StepOutcome, train_step
 from rl.transcripts import write_rollouts
@@ -53,7 +55,9 @@ async def main(config: Config) -> Metrics:
     check_config(config)
     renderer = config.renderer()
     if config.kl.coef and config.kl.reference_path:
-        check_reference_tokenizer(config.kl.reference_path, renderer.tokenizer)
+        option = f"kl.reference_path={config.kl.reference_path}"
+        check_vocabulary(option, config.kl.reference_path, renderer.tokenizer)
+    config.distill.check(renderer.tokenizer)
     dataset, test_dataset = step_checks.datasets(config.env, await config.env(renderer))
     num_steps = config.num_steps(len(dataset))
     if num_steps == 0:
@@ -78,6 +82,8 @@ async def main(config: Config) -> Metrics:
                     service, config.model_name, config.load_checkpoint_path, config.lora(), config.seed
                 )
             learner.reference = Reference(frozen)
+        if config.distill.paths():
+            learner.teachers = Teachers(config.distill, service, learner.client)
         if config.batch_reward:
             learner.batch_reward = await config.batch_reward(service, learner.client, renderer)
         evaluators: list[RLTestSetEvaluator | SamplesEvaluator] = []

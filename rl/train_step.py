@@ -1,7 +1,7 @@
 """One training step: finished groups -> advantages -> gradients -> weights.
 
-groups -> rewards that need a model -> KL in the reward -> advantages -> KL per token -> reduction
--> mismatch weights -> Datums
+groups -> rewards that need a model -> KL in the reward -> advantages -> KL per token -> distillation
+-> reduction -> mismatch weights -> Datums
     -> forward_backward, as minibatches of groups arrive -> optim_step, once per substep
 """
 
@@ -35,6 +35,7 @@ from rl.data_processing import (
     with_advantages,
     without_truncated,
 )
+from rl.distill import Teachers
 from rl.group_sources import GroupSource
 from rl.kl import Reference, kl_metrics, penalized_advantages, penalized_rewards, sampled_minus_reference
 from rl.metrics import compute_sampling_metrics, mean_by_key
@@ -52,6 +53,7 @@ class Learner:
     client: TrainingClient
     folder: RunFolder
     reference: Reference | None = None
+    teachers: Teachers | None = None
     batch_reward: BatchReward | None = None
 
 
@@ -122,6 +124,12 @@ async def _prepare(
     rows = with_advantages(rows, advantages_P_G)
     if difference_D and config.kl.where == "advantage":
         rows = penalized_advantages(rows, difference_D, config.kl.coef, config.kl.discount)
+    if learner.teachers and rows:
+        with timed(metrics, "teacher"), span("score"):
+            teacher_difference_D, teacher_metrics = await learner.teachers.difference(kept_P, rows)
+        metrics |= teacher_metrics
+        distill = config.distill
+        rows = penalized_advantages(rows, teacher_difference_D, distill.coef, distill.discount, distill.centre)
     if not config.train_on_truncated:
         rows = without_truncated(rows, kept_P)
     rows = reduced(rows, config.loss_reduction)

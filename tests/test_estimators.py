@@ -13,6 +13,7 @@ from envs.star_graph import StarGraph
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput
 from posttrain.renderers.types import Renderer
@@ -26,7 +27,6 @@ from rl.data_processing import Row, compute_advantages, reduced, rows_of, with_a
 from rl.kl import (
     KLPenalty,
     Reference,
-    check_reference_tokenizer,
     kl_metrics,
     other_model,
     penalized_advantages,
@@ -117,7 +117,7 @@ def test_the_reference_may_be_any_model_of_the_same_vocabulary(kind: str, tmp_pa
                 if file.is_file() and "adapter" not in file.name:
                     file.unlink()
         policy = service.create_training_client("tiny")
-        check_reference_tokenizer(path, policy.get_tokenizer())
+        check_vocabulary("reference", path, policy.get_tokenizer())
         reference = Reference(other_model(service, "llama-tiny" if kind == "preset" else path, policy))
         logprobs = asyncio.run(reference.logprobs(data))
     if expected:

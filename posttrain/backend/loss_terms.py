@@ -40,7 +40,8 @@ class RunningTerm:
         self._offsets_D = np.cumsum([0, *(datum.model_input.length for datum in term.data_D)])
         keys = term.data_D[0].loss_fn_inputs.keys() - {"target_tokens"}
         self._inputs = {key: np.concatenate([datum.loss_fn_inputs[key].array for datum in term.data_D]) for key in keys}
-        self._several_targets = term.loss_fn == "cross_entropy" and self._inputs["weights"].ndim == 2
+        several = term.data_D[0].loss_fn_inputs["target_tokens"].array.ndim == 2
+        self._several_targets = several and (term.loss_fn != "cross_entropy" or self._inputs["weights"].ndim == 2)
         self._places, self._logprobs, self._losses, self._sums = [], [], [], {}
         self._loss_places: list[np.ndarray] = []
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from posttrain.backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
-from posttrain.backend.errors import ModelError
+from posttrain.backend.errors import ConfigError, ModelError
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -59,3 +59,14 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
         raise ModelError(f"no tokenizer could be loaded for {model_name!r}: {reason}") from error
     tokenizer.model_max_length = length
     return tokenizer
+
+
+def check_vocabulary(option: str, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ConfigError if the model at `path` has another vocabulary: it would score other text."""
+    theirs, ours = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
+    if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):
+        token, number = differing[0]
+        raise ConfigError(
+            f"{option}: its tokenizer has {len(theirs)} tokens, the policy's {len(ours)}, and {token!r} is number "
+            f"{number} in only one of them: it must have the policy's vocabulary"
+        )

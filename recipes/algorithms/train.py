@@ -37,7 +37,9 @@ from rl.train_cli import ADVANTAGES
 class Config:
     """Every algorithm preset on two-digit addition, from one warm start."""
 
-    algorithms: str = chz.field(default=",".join(ALGORITHMS), doc="presets to run, by comma")
+    algorithms: str = chz.field(
+        default=",".join(name for name in ALGORITHMS if name != "distill"), doc="presets to run, by comma"
+    )
     warm_start_nll: float = chz.field(
         default=0.3,
         validator=NON_NEGATIVE,

@@ -1,0 +1,125 @@
+"""On-policy distillation against RL, from one start: a student of another architecture samples sums, and
+learns from a teacher's logprobs of its tokens (rl/distill.py), or from the verifier (GRPO).
+
+    python recipes/distillation/on_policy.py                                  # runs/distillation
+    python recipes/distillation/on_policy.py seeds=0,1,2
+
+Prints the sampled tokens that each needs for 0.95 of the teacher's accuracy; draws on_policy.png."""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from itertools import accumulate
+from pathlib import Path
+
+import chz
+
+from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE
+from posttrain.tracking.command_line import parse, run_command
+from posttrain.tracking.figures import Curve, Panel, draw_panels, read_curve, save_figure
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.stages import Stage, run_stages, training_stage
+from recipes.distillation import teacher
+from recipes.warm_start import warm_start
+from rl import train
+from rl.algorithms import ALGORITHMS
+from rl.distill import Distillation
+from rl.names import ADVANTAGES
+
+CORRECT, SAMPLED = "test/env/all/correct", "env/all/total_ac_tokens"
+
+
+@chz.chz
+class Config(teacher.Config):
+    """On-policy distillation of two-digit addition, beside GRPO from the same start."""
+
+    seeds: str = chz.field(default="0", doc="seeds of the students, by comma; option `seed` is not read")
+    start_nll: float = chz.field(
+        default=0.3, validator=NON_NEGATIVE, doc="nats per token at which the student's warm start ends"
+    )
+    steps: int = chz.field(default=150, validator=COUNT, doc="steps of distillation: 256 sums, one rollout each")
+    rl_steps: int = chz.field(default=400, validator=COUNT, doc="steps of GRPO: 64 sums, 8 rollouts each")
+    learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="of both, falling to 0")
+    share: float = chz.field(default=0.95, validator=SHARE, doc="part of the teacher's accuracy to be reached")
+
+
+def run_config(config: Config, seed: int, algorithm: str, start: Stage, folder: Path) -> train.Config:
+    options = [f"{option}={value}" for option, value in ALGORITHMS[algorithm].settings.items()]
+    preset = parse(train.Config, ["env=envs.arithmetic:ArithmeticBuilder", *options], {"advantage": ADVANTAGES})
+    distills = algorithm == "distill"
+    steps, groups, members = (config.steps, 256, 1) if distills else (config.rl_steps, 64, 8)
+    return chz.replace(
+        preset,
+        env=ArithmeticBuilder(num_digits=2, n_batches=steps, batch_size=groups, group_size=members, seed=seed),
+        distill=Distillation(teacher=str(teacher.teacher_stage(config).result) if distills else None),
+        model_name=config.model_name,
+        renderer_name=config.renderer_name,
+        load_checkpoint_path=str(start.result),
+        seed=seed,
+        learning_rate=config.learning_rate,
+        lr_schedule="linear",
+        eval_every=10 if distills else 25,
+        save_every=100,
+        keep_checkpoints=1,
+        transcript_every=100,
+        log_path=str(folder / algorithm),
+        backend=config.backend,
+    )
+
+
+def stages_of(config: Config, seed: int) -> list[Stage]:
+    """Distillation and RL of a student, from its warm start."""
+    folder, teaches = Path(config.log_path) / f"on_policy_{seed}", teacher.teacher_stage(config)
+    sums = ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=seed)
+    settings = {"stop_at_nll": config.start_nll, "eval_every": 0, "seed": seed}
+    start = warm_start(config, sums, folder / "start", f"start_{seed}", **settings)
+    needs: dict[str, list[Stage]] = {"distill": [start, teaches], "grpo": [start]}
+    return [
+        training_stage(f"{name}_{seed}", train.main, run_config(config, seed, name, start, folder), before)
+        for name, before in needs.items()
+    ]
+
+
+def by_tokens(run: Path) -> Curve:
+    """Held-out accuracy over the tokens sampled before the evaluation, in thousands."""
+    records = read_metrics(run)
+    sampled = [0.0, *accumulate(record.get(SAMPLED, 0.0) for record in records)]
+    accuracy = read_curve(records, CORRECT)
+    return Curve([round(sampled[step] / 1000) for step in accuracy.steps_K], accuracy.values_K)
+
+
+def first_at(curve: Curve, level: float) -> str:
+    reached = [tokens for tokens, value in zip(*curve, strict=True) if value >= level]
+    return f"{reached[0]}k" if reached else f"not within {curve.steps_K[-1]}k"
+
+
+def main(config: Config) -> None:
+    try:
+        seeds = [int(seed) for seed in config.seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"seeds={config.seeds}: whole numbers by comma are needed, e.g. seeds=0,1,2") from None
+    run_stages([stage for seed in seeds for stage in stages_of(config, seed)])
+    best = teacher.accuracy(config, teacher.teacher_stage(config).result)
+    level = config.share * best
+    print(f"teacher: {best:.3f} of the held-out sums; sampled tokens until {level:.3f}:")
+    curves: dict[str, list[Curve]] = {
+        name: [by_tokens(Path(config.log_path) / f"on_policy_{seed}" / name) for seed in seeds]
+        for name in ("distill", "grpo")
+    }
+    for name, of_seeds in curves.items():
+        for seed, curve in zip(seeds, of_seeds, strict=True):
+            accuracy = f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}"
+            print(f"{name:8s} seed {seed}  {first_at(curve, level):>16s}   accuracy {accuracy}")
+    panel = Panel(
+        "held-out accuracy", curves, {f"{config.share:g} of the teacher": level}, xlabel="thousand sampled tokens"
+    )
+    print(f"curves: {save_figure(draw_panels([panel]), Path(config.log_path) / 'on_policy.png')}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

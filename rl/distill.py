@@ -1,0 +1,159 @@
+"""On-policy distillation (Agarwal et al. 2023, Gu et al. 2023): the policy samples, a teacher scores
+its tokens. The mean of d estimates KL(policy || teacher). With `context` the teacher reads more than the
+policy: prompt distillation, self-distillation. Left out: the KL over the whole vocabulary.
+
+  A_t += coef * (mean of d - d_t), or its discounted future sum    d_t = log policy(token) - log teacher(token)
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+import chz
+import numpy as np
+
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import NON_NEGATIVE, SHARE
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import check_vocabulary
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import ModelInput
+from posttrain.renderers.types import Tokenizer
+from rl.data_processing import Row
+from rl.kl import Reference, mean_difference, other_model
+from rl.types import Metrics, TrajectoryGroup
+
+POLICY = "policy"
+
+
+@chz.chz
+class Distillation:
+    teacher: str | None = chz.field(
+        default=None,
+        doc="the teacher: a checkpoint or a model with the policy's vocabulary, several by comma (their logprobs are "
+        f"averaged), or {POLICY}: the trained policy itself; None = none",
+    )
+    teachers: dict[str, str] | None = chz.field(
+        default=None, doc="teachers of single data sets, by tag: distill.teachers.gsm8k=PATH; `teacher` has the rest"
+    )
+    coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight of the reverse KL in the advantage")
+    discount: float = chz.field(
+        default=0.0, validator=SHARE, doc="a token also pays for later ones, this much less per token"
+    )
+    centre: bool = chz.field(
+        default=True, doc="subtract the mean of d over the minibatch: the same expected gradient, with less noise"
+    )
+    context: str | None = chz.field(
+        default=None,
+        doc="a system message that only the teacher reads; {question}, {solution} and {gold} are the problem's",
+    )
+
+    def paths(self) -> dict[str, list[str]]:
+        """Tag -> teachers; "" for data without a tag of their own."""
+        named = ({"": self.teacher} if self.teacher else {}) | (self.teachers or {})
+        return {tag: [path.strip() for path in paths.split(",")] for tag, paths in named.items()}
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """ConfigError for a teacher with another vocabulary, before any model is loaded."""
+        for tag, paths in self.paths().items():
+            option = f"distill.teachers.{tag}" if tag else "distill.teacher"
+            for path in paths:
+                if path != POLICY:
+                    check_vocabulary(f"{option}={path}", path, tokenizer)
+                elif not self.context:
+                    raise ConfigError(f"{option}={POLICY} needs distill.context: a policy is no teacher of itself")
+
+
+@runtime_checkable
+class HasTeacherPrompt(Protocol):
+    """The interface of a group's builder that `context` needs."""
+
+    def teacher_prompt(self, context: str) -> ModelInput:
+        """The first observation as the teacher reads it."""
+        ...
+
+
+@dataclass
+class Teachers:
+    """The opened teachers. Equal paths are opened once."""
+
+    config: Distillation
+    service: ServiceClient
+    policy: TrainingClient
+    opened: dict[str, Reference] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for path in {path: None for paths in self.config.paths().values() for path in paths}:
+            is_policy = path == POLICY
+            client = self.policy if is_policy else other_model(self.service, path, self.policy, "distill.teacher")
+            self.opened[path] = Reference(client)
+
+    async def difference(
+        self, groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row]
+    ) -> tuple[list[np.ndarray], Metrics]:
+        """d, (T,) per row, 0 outside the mask; and its mean per sampled token, of all and by tag."""
+        places: dict[str, list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            places[self._tag(groups_P[row.origin[0]])].append(i)
+        read = teacher_rows(groups_P, rows, self.config.context) if self.config.context else list(rows)
+        difference_D = [np.zeros_like(row.logprobs_T) for row in rows]
+        for tag, chosen in places.items():
+            paths = self.config.paths()[tag]
+            for path in paths:
+                logprobs_D = await self.opened[path].logprobs([read[i].datum() for i in chosen])
+                for i, teacher_T in zip(chosen, logprobs_D, strict=True):
+                    difference_D[i] += _difference(rows[i], read[i], teacher_T) / len(paths)
+        metrics = {"teacher_kl": mean_difference(rows, difference_D)}
+        if self.config.teachers:
+            by_tag = {tag: ([rows[i] for i in at], [difference_D[i] for i in at]) for tag, at in places.items()}
+            metrics |= {f"teacher_kl/{tag or 'rest'}": mean_difference(*part) for tag, part in by_tag.items()}
+        return difference_D, metrics
+
+    def _tag(self, group: TrajectoryGroup) -> str:
+        known = self.config.paths()
+        for tag in (*group.tags, ""):
+            if tag in known:
+                return tag
+        raise ConfigError(
+            f"no teacher for a group with the tags {group.tags}: distill.teachers has {', '.join(known)}; "
+            "distill.teacher would have the rest"
+        )
+
+
+def teacher_rows(groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row], context: str) -> list[Row]:
+    """The rows with the teacher's prompt in place of the policy's."""
+    if len({row.origin for row in rows}) < len(rows):
+        raise ConfigError("distill.context: a rollout has several token sequences, and only the first has the prompt")
+    out = []
+    for row in rows:
+        p, g = row.origin
+        builder, length = groups_P[p].builder, groups_P[p].trajectories_G[g].transitions[0].ob.length
+        if not isinstance(builder, HasTeacherPrompt):
+            raise ConfigError(f"distill.context: {type(builder).__name__} has no teacher_prompt(context)")
+        prompt = builder.teacher_prompt(context).to_ints()
+        out.append(_with_prompt(row, length, prompt))
+    return out
+
+
+def _with_prompt(row: Row, length: int, prompt: list[int]) -> Row:
+    """`prompt` in place of the first `length` tokens. Tracks are shifted: position t predicts t + 1."""
+
+    def moved(track_T: np.ndarray, filler: float) -> np.ndarray:
+        return np.concatenate([np.full(len(prompt) - 1, filler, np.float32), track_T[length - 1 :]])
+
+    return replace(
+        row,
+        tokens=prompt + row.tokens[length:],
+        logprobs_T=moved(row.logprobs_T, 0.0),
+        advantages_T=moved(row.advantages_T, 0.0),
+        mask_T=moved(row.mask_T, 0.0),
+        temperature_T=None if row.temperature_T is None else moved(row.temperature_T, 1.0),
+    )
+
+
+def _difference(row: Row, read: Row, teacher_T: np.ndarray) -> np.ndarray:
+    """The sampled tokens are the same and in the same order, wherever they stand in `read`."""
+    d_T = np.zeros_like(row.logprobs_T)
+    d_T[row.mask_T > 0] = row.logprobs_T[row.mask_T > 0] - teacher_T[read.mask_T > 0]
+    return d_T

@@ -1,0 +1,28 @@
+"""The distillation recipes as a user runs them, with few steps."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_recipes import run_recipe
+
+SMALL = {
+    "on_policy": ["teacher_steps=3", "start_nll=9", "steps=2", "rl_steps=2"],
+    "off_policy": ["teacher_steps=3", "number=300", "steps=2"],
+    "prompt": ["teacher_steps=3", "number=300", "steps=2"],
+    "self_distillation": ["teacher_steps=3", "steps=2"],
+}
+LAST = {
+    "on_policy": r"distill  seed 0 .* accuracy [\d.]+ -> [\d.]+\n.*\ncurves: .*on_policy.png",
+    "off_policy": r"renormalised +[\d.]+ ",
+    "prompt": r"with the prompt [\d.]+; without [\d.]+ -> [\d.]+",
+    "self_distillation": r"without the solution: [\d.]+ -> [\d.]+",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_distillation_recipe_runs_from_nothing_to_its_figures(name: str, tmp_path: Path) -> None:
+    output = run_recipe(f"distillation/{name}", tmp_path, *SMALL[name], f"log_path={tmp_path}/runs")
+    assert re.search(LAST[name], output), output[-500:]
