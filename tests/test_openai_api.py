@@ -1,10 +1,11 @@
 """The OpenAI-compatible endpoint, asked by the `openai` package and by hand."""
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -14,11 +15,11 @@ from starlette.applications import Starlette
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.types import ModelInput, SamplingParams
+from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
 from posttrain.serve.local_server import LocalServer
-from posttrain.serve.openai_api import ServedModel, openai_routes
+from posttrain.serve.openai_api import OnTokens, ServedModel, openai_routes
 
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hällo 🙂"}]
 
@@ -110,6 +111,51 @@ def test_stops_end_the_text_and_are_not_in_it(client: openai.OpenAI) -> None:
     assert cut.text == free[: free.index(stop)] and cut.finish_reason == "stop"
 
 
+CALL = 'Let me see.\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+ADD: Any = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+}
+
+
+class Scripted(ServedModel):
+    """Writes CALL, in pieces, and keeps the prompt."""
+
+    prompts: ClassVar[list[str]] = []
+
+    async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
+        self.prompts.append(decode(self.renderer.tokenizer, prompt))
+        tokens = self.renderer.tokenizer.encode(CALL + "<|im_end|>")
+        for length in range(5, len(tokens), 5):
+            on_tokens(0, tokens[:length])
+            await asyncio.sleep(0.001)
+        return SampleResponse([SampledSequence(tokens, [0.0] * len(tokens), "stop")])
+
+
+def test_tool_calls_whole_and_in_a_stream(models: Table) -> None:
+    script = Scripted(models["tiny"].client, models["tiny"].renderer)
+    with LocalServer(Starlette(routes=openai_routes(Table(script=script)))) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        conversation = [*CHAT]
+        choice = client.chat.completions.create(model="script", messages=conversation, tools=[ADD]).choices[0]
+        chunks = list(client.chat.completions.create(model="script", messages=CHAT, tools=[ADD], stream=True))
+        conversation += [choice.message.model_dump(), {"role": "tool", "tool_call_id": "call00001", "content": "3"}]
+        client.chat.completions.create(model="script", messages=conversation, tools=[ADD])
+        untooled = client.chat.completions.create(model="script", messages=CHAT, tools=[ADD], tool_choice="none")
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me see."
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function" and call.function.name == "add"
+    assert json.loads(call.function.arguments) == {"a": 1, "b": 2}
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert len(deltas) > 3 and "".join(delta.content or "" for delta in deltas) == "Let me see."
+    (streamed,) = [call for delta in deltas for call in delta.tool_calls or []]
+    assert streamed.function and streamed.function.model_dump() == call.function.model_dump() and streamed.id == call.id
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert '"name": "add"' in script.prompts[0] and '"name": "add"' not in script.prompts[-1]
+    assert CALL in script.prompts[2] and "<tool_response>\n3" in script.prompts[2]  # the call as the model writes it
+    assert untooled.choices[0].message.content
+
+
 def test_prompts_in_all_their_forms(client: openai.OpenAI, models: Table) -> None:
     tokens = models["tiny"].renderer.tokenizer.encode("abc")
     wanted: dict[str, Any] = {"model": "tiny", "seed": 1, "max_tokens": 5}
@@ -181,6 +227,10 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "from 0 to 20"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "not offered"),
+    ({"tools": [{"type": "function"}]}, 400, "tools", "needs a 'name'"),
+    ({"tools": [ADD], "tool_choice": "required"}, 400, "tool_choice", "free to choose"),
+    ({"tools": [ADD], "model": "tiny-colon"}, 400, None, "cannot write tools"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "messages", "tool_calls[0]"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format", "not offered"),
     ({"temprature": 1}, 400, "temprature", "did you mean 'temperature'?"),
     ({"stream": True, "max_tokens": 10**6}, 400, "prompt", "the context 512"),

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
@@ -23,8 +24,10 @@ from posttrain.backend.errors import ContextLengthError, CookbookError, EngineEr
 from posttrain.backend.ranges import RangeError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
+from posttrain.renderers import ResponseStream, to_openai, with_tools
+from posttrain.renderers.stream import held_back
 from posttrain.renderers.turns import bos, decode, encode
-from posttrain.renderers.types import Message, Renderer, Tokenizer
+from posttrain.renderers.types import Message, Part, Renderer, Tokenizer
 from posttrain.serve.openai_requests import (
     Options,
     Refusal,
@@ -50,8 +53,9 @@ class ServedModel:
     def max_length(self) -> int:
         return self.client.max_length
 
-    async def prompt(self, messages: Sequence[Message]) -> list[int]:
-        return self.renderer.build_generation_prompt(messages).to_ints()
+    def prompt(self, renderer: Renderer, messages: Sequence[Message]) -> list[int]:
+        """`renderer` is this model's, with the request's tools."""
+        return renderer.build_generation_prompt(messages).to_ints()
 
     async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
         return await self.client.sample(ModelInput.from_ints(prompt), n, params, on_tokens=on_tokens)
@@ -95,9 +99,9 @@ def openai_routes(models: Models) -> list[Route]:
         conversation = chat_request(await read_body(request))
         options = conversation.options
         model = await _open(models, options.model, request)
-        prompt = await model.prompt(conversation.messages)
-        stop = [*model.renderer.get_stop_sequences(), *options.stop]
-        return await _answer(request, ChatAnswer(model, options, [prompt], stop))
+        renderer = _with_tools(model.renderer, json.dumps(conversation.tools)) if conversation.tools else model.renderer
+        prompt, stop = model.prompt(renderer, conversation.messages), [*renderer.get_stop_sequences(), *options.stop]
+        return await _answer(request, ChatAnswer(model, options, [prompt], stop, renderer=renderer))
 
     return [
         Route("/v1/models", _guarded(listing), methods=["GET"]),
@@ -153,6 +157,11 @@ async def _open(models: Models, name: str, request: Request) -> ServedModel:
         text = f"there is no model {name!r:.100} here; there is {', '.join(models.names()) or 'none'}"
         raise Refusal(text, "model", 404, "model_not_found")
     return model
+
+
+@lru_cache(maxsize=64)  # an agent offers the same tools in every request
+def _with_tools(renderer: Renderer, tools: str) -> Renderer:
+    return with_tools(renderer, json.loads(tools))
 
 
 def _tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
@@ -215,13 +224,6 @@ class Answer:
         ends = [text.find(stop) for stop in self.options.stop]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
-    def settled_text(self, tokens: list[int]) -> str:
-        """The part of `text` that no later token can change: no half character, no half stop."""
-        text = self.text(tokens).rstrip("\ufffd")
-        stops = [stop for stop in self.stop or [] if isinstance(stop, str)]
-        held = [k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k])]
-        return text[: len(text) - max(held, default=0)]
-
     async def choice(self, index: int, sequence: SampledSequence) -> dict[str, Any]:
         prompt = self.prompts[index // self.options.n]
         text = self.text(sequence.tokens)
@@ -260,8 +262,8 @@ class Answer:
         text = decode(self.model.renderer.tokenizer, [token])
         return f"bytes:{self.model.renderer.tokenizer.convert_ids_to_tokens(token)}" if "\ufffd" in text else text
 
-    def chunk(self, index: int, piece: str, finish: str | None, first: bool) -> dict[str, Any]:
-        return {"index": index, "text": piece, "logprobs": None, "finish_reason": finish}
+    def feed(self) -> "TextFeed | ChatFeed":
+        return TextFeed(self)
 
     def envelope(self, choices: list[dict[str, Any]], chunk: bool = False) -> dict[str, Any]:
         return {
@@ -278,17 +280,21 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
+@dataclass(kw_only=True)
 class ChatAnswer(Answer):
+    renderer: Renderer  # with the request's tools
+
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def text(self, tokens: list[int]) -> str:
-        message, _ = self.model.renderer.parse_response(tokens)
-        return self._cut(message["content"])
-
     async def choice(self, index: int, sequence: SampledSequence) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self.text(sequence.tokens), "refusal": None}
+        message, _ = self.renderer.parse_response(sequence.tokens)
+        fields: dict[str, Any] = to_openai(message) | {"refusal": None}
+        for name in ("content", "reasoning_content"):
+            fields |= {name: self._cut(fields[name])} if name in fields else {}
+        fields["content"] = fields["content"] or ("" if "tool_calls" not in fields else None)
         logprobs = await self._logprobs(self.prompts[0], sequence.tokens)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": sequence.stop_reason}
+        finish = "tool_calls" if "tool_calls" in fields else sequence.stop_reason
+        return {"index": index, "message": fields, "logprobs": logprobs, "finish_reason": finish}
 
     async def _logprobs(self, prompt: list[int], tokens: list[int]) -> dict[str, Any] | None:
         if self.options.logprobs is None:
@@ -304,9 +310,84 @@ class ChatAnswer(Answer):
         known = None if "\ufffd" in text else list(text.encode())
         return {"token": self._name(token), "logprob": logprob, "bytes": known}
 
-    def chunk(self, index: int, piece: str, finish: str | None, first: bool) -> dict[str, Any]:
-        delta = ({"role": "assistant"} if first else {}) | ({"content": piece} if piece or first else {})
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def feed(self) -> "ChatFeed":
+        return ChatFeed(self)
+
+
+class TextFeed:
+    """The chunks of one choice, from its tokens so far. What a later token may change (half a
+    character, half a stop) waits."""
+
+    def __init__(self, answer: Answer):
+        self.answer, self.sent = answer, ""
+
+    def feed(self, tokens: list[int]) -> list[dict[str, Any]]:
+        text = self.answer.text(tokens).rstrip("\ufffd")
+        return self._piece(text[: len(text) - held_back(text, self.answer.options.stop)])
+
+    def close(self, sequence: SampledSequence) -> list[dict[str, Any]]:
+        (last,) = self._piece(self.answer.text(sequence.tokens)) or [{"text": "", "logprobs": None}]
+        return [last | {"finish_reason": sequence.stop_reason}]
+
+    def _piece(self, text: str) -> list[dict[str, Any]]:
+        piece = text[len(self.sent) :] if text.startswith(self.sent) else ""
+        self.sent += piece
+        return [{"text": piece, "logprobs": None, "finish_reason": None}] if piece else []
+
+
+class ChatFeed:
+    """The chunks of one choice: text and thinking in pieces, calls whole."""
+
+    def __init__(self, answer: ChatAnswer):
+        self.stream, self.stops = ResponseStream(answer.renderer), answer.options.stop
+        self.fed = self.calls = 0
+        self.field, self.waiting, self.is_cut = "content", "", False
+        self.delta: dict[str, Any] = {"role": "assistant", "content": ""}  # what every stream begins with
+
+    def feed(self, tokens: list[int]) -> list[dict[str, Any]]:
+        parts, self.fed = self.stream.feed(tokens[self.fed :]), len(tokens)
+        return [_delta(delta) for part in parts for delta in self._deltas(part)]
+
+    def close(self, sequence: SampledSequence) -> list[dict[str, Any]]:
+        chunks = self.feed(sequence.tokens)
+        chunks += [_delta(delta) for part in self.stream.close() for delta in self._deltas(part)]
+        chunks += [_delta(delta) for delta in self._rest()]
+        finish = "tool_calls" if self.calls else sequence.stop_reason
+        return [*chunks, _delta(self._with_role({})) | {"finish_reason": finish}]
+
+    def _deltas(self, part: Part) -> list[dict[str, Any]]:
+        if part["type"] == "thinking":
+            return self._pieces("reasoning_content", part["thinking"])
+        if part["type"] != "tool_call":
+            return self._pieces("content", part["text"])
+        function = {"name": part["name"], "arguments": json.dumps(part["arguments"], ensure_ascii=False)}
+        call = {"index": self.calls, "id": part["id"], "type": "function", "function": function}
+        self.calls += 1
+        return [*self._rest(), self._with_role({"tool_calls": [call]})]
+
+    def _pieces(self, field: str, text: str) -> list[dict[str, Any]]:
+        rest = self._rest() if field != self.field else []
+        self.field = field
+        self.waiting += text
+        ends = [end for stop in self.stops if (end := self.waiting.find(stop)) >= 0]
+        held = len(self.waiting) - min(ends) if ends else held_back(self.waiting, self.stops)
+        piece, self.waiting = self.waiting[: len(self.waiting) - held], self.waiting[len(self.waiting) - held :]
+        deltas = [self._with_role({field: piece})] if piece and not self.is_cut else []
+        if ends:
+            self.is_cut, self.waiting = True, ""
+        return rest + deltas
+
+    def _rest(self) -> list[dict[str, Any]]:
+        text, self.waiting = self.waiting, ""
+        return [self._with_role({self.field: text})] if text and not self.is_cut else []
+
+    def _with_role(self, delta: dict[str, Any]) -> dict[str, Any]:
+        first, self.delta = self.delta, {}
+        return first | delta
+
+
+def _delta(delta: dict[str, Any]) -> dict[str, Any]:
+    return {"delta": delta, "logprobs": None, "finish_reason": None}
 
 
 async def _answer(request: Request, answer: Answer) -> Response:
@@ -369,16 +450,10 @@ async def _streamed(answer: Answer) -> Response:
 async def _events(
     answer: Answer, work: "asyncio.Task[list[SampledSequence]]", latest: dict[int, list[int]], news: asyncio.Event
 ) -> AsyncIterator[str]:
-    sent: dict[int, str] = {}
+    feeds = [answer.feed() for _ in range(len(answer.prompts) * answer.options.n)]
 
-    def step(index: int, text: str, finish: str | None = None) -> str:
-        before = sent.get(index)
-        known = before or ""
-        piece = text[len(known) :] if text.startswith(known) else ""
-        if not piece and not finish:
-            return ""
-        sent[index] = known + piece
-        return _event(answer.envelope([answer.chunk(index, piece, finish, before is None)], chunk=True))
+    def chunks(index: int, parts: list[dict[str, Any]]) -> str:
+        return "".join(_event(answer.envelope([{"index": index} | part], chunk=True)) for part in parts)
 
     try:
         while not work.done():
@@ -386,11 +461,11 @@ async def _events(
             news.clear()
             while latest:
                 index, tokens = latest.popitem()
-                if event := step(index, answer.settled_text(tokens)):
-                    yield event
+                if events := chunks(index, feeds[index].feed(tokens)):
+                    yield events
         sequences = await work
         for index, sequence in enumerate(sequences):
-            yield step(index, answer.text(sequence.tokens), sequence.stop_reason)
+            yield chunks(index, feeds[index].close(sequence))
         if answer.options.include_usage:
             yield _event(answer.envelope([], chunk=True) | {"usage": answer.usage(sequences)})
         yield "data: [DONE]\n\n"

@@ -5,19 +5,20 @@ not offered is refused by name, never ignored; null is as good as absent.
 import difflib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 
-from posttrain.backend.errors import CookbookError
-from posttrain.renderers.types import Message
+from posttrain.backend.errors import CookbookError, DataError
+from posttrain.renderers import from_openai
+from posttrain.renderers.parts import tool_spec
+from posttrain.renderers.types import Message, ToolSpec
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_CHOICES, MAX_PROMPTS, MAX_STOPS, MAX_TOP_LOGPROBS = 128, 256, 16, 20
 # They change no answer of this server.
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # What is not offered, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,),
@@ -27,8 +28,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
 }
@@ -63,6 +63,7 @@ class Options:
 class ChatRequest:
     options: Options
     messages: list[Message]
+    tools: list[ToolSpec]
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,18 @@ def chat_request(body: Body) -> ChatRequest:
         raise Refusal("top_logprobs needs logprobs=true", "top_logprobs")
     newer = body.take("max_completion_tokens", int, None, 1)
     max_tokens = body.take("max_tokens", int, None, 1)
+    tools, choice = body.take("tools", list, []), body.take_any("tool_choice") or "auto"
+    if choice not in ("auto", "none"):
+        raise Refusal(
+            f"tool_choice={choice!r:.60}: the model is free to choose here (auto), or has no tools (none)",
+            "tool_choice",
+        )
+    try:
+        tools = [tool_spec(tool) for tool in tools] if choice == "auto" else []
+    except DataError as error:
+        raise Refusal(str(error), "tools") from error
     options = _options(body, newer or max_tokens, top if wants_logprobs else None)
-    return ChatRequest(options, [_message(i, message) for i, message in enumerate(messages)])
+    return ChatRequest(options, [_message(i, message) for i, message in enumerate(messages)], tools)
 
 
 def completion_request(body: Body) -> CompletionRequest:
@@ -202,22 +213,14 @@ def _are_tokens(tokens: object) -> bool:
     return isinstance(tokens, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in tokens)
 
 
-def _message(i: int, message: object) -> Message:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+def _message(i: int, fields: object) -> Message:
+    if not isinstance(fields, dict) or not isinstance(fields.get("role"), str):
         raise Refusal(f"messages[{i}] must be an object with a role and a content", "messages")
-    role = "system" if message["role"] == "developer" else message["role"]
-    if message.get("tool_calls") or role not in ("system", "user", "assistant"):
-        raise Refusal(f"messages[{i}]: tools are not offered by this server", "messages")
-    return Message(role=role, content=_content(i, message.get("content")))
-
-
-def _content(i: int, content: object) -> str:
-    """A text, or parts of type "text"."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    parts: Sequence[Any] = content if isinstance(content, list) else [None]
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(content).__name__
-            raise Refusal(f"messages[{i}] holds {kind!r:.40}: only text is read here", "messages")
-    return "".join(part["text"] for part in parts)
+    role = "system" if fields["role"] == "developer" else fields["role"]
+    if role not in ("system", "user", "assistant", "tool"):
+        raise Refusal(f"messages[{i}] has the role {role!r:.40}: system, user, assistant or tool is needed", "messages")
+    content = "" if fields.get("content") is None else fields["content"]
+    try:
+        return from_openai({**fields, "role": role, "content": content, "trainable": None})
+    except DataError as error:
+        raise Refusal(f"messages[{i}]: {error}", "messages") from error
