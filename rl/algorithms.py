@@ -60,7 +60,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             "train_on_truncated": "False",
         },
         "Yu et al. 2025: clip higher, mean over all tokens, no constant groups, no truncated answers",
-        "groups that are left out are not sampled anew, so batches shrink; no soft penalty on length",
+        "groups that are left out are sampled anew only with max_refills; no soft penalty on length",
     ),
     "ppo": Algorithm(
         {

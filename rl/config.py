@@ -59,6 +59,12 @@ class Config(LanguageModelRunConfig):
     remove_constant_reward_groups: bool = chz.field(
         default=False, doc="leave out groups whose members all got the same reward"
     )
+    max_refills: int = chz.field(
+        default=0,
+        validator=WHOLE,
+        doc="dynamic sampling: a group whose members all got the same reward is replaced by another problem's, at most "
+        "this often",
+    )
     train_on_truncated: bool = chz.field(default=True, doc="train on rollouts that ran into the token limit")
     loss_fn: str | LossFn = chz.field(
         default="importance_sampling", doc="importance_sampling, reinforce, ppo, cispo, dro, or a function of your own"
@@ -118,6 +124,11 @@ def check_config(config: Config) -> None:
         )
     if isinstance(config.advantage, NoReward) and not config.distill.paths() and config.batch_reward is None:
         raise ConfigError("advantage=no_reward leaves nothing to learn from: give distill.teacher, or a batch_reward")
+    if config.max_refills and (config.env.group_size < 2 or config.batch_reward is not None):
+        reason = "with group_size=1 all rewards of a group are equal"
+        if config.batch_reward is not None:
+            reason = "a batch_reward comes after the sampling that would be repeated"
+        raise ConfigError(f"max_refills={config.max_refills}: {reason}")
     if config.temperature <= 0:
         raise ConfigError(
             f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0"

@@ -21,13 +21,18 @@ from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_grou
 from rl.step_checks import batch as groups_of_batch
 from rl.types import EnvGroupBuilder, RLDataset, TrajectoryGroup
 
+REFILL = 1 << 20  # batches further on; more than a run has
 REPORT_SECONDS = 60.0  # without a finished group, after which the wait is printed
+
+
+def sampled_tokens(group: TrajectoryGroup) -> int:
+    return sum(len(turn.ac.tokens) for trajectory in group.trajectories_G for turn in trajectory.transitions)
 
 
 class GroupSource:
     """Samples ahead in its tasks; use it as `async with source:`. A crashed task cancels the block
     and is raised from it. `concurrent_rollouts`: most rollouts in flight, in batch order; None = no
-    limit."""
+    limit. `max_refills`: how often a group of equal rewards is replaced."""
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class GroupSource:
         max_steps_off_policy: int = 0,
         num_minibatches: int = 1,
         concurrent_rollouts: int | None = None,
+        max_refills: int = 0,
     ):
         self._dataset, self._num_steps, self._max_tokens, self._temperature = (
             dataset,
@@ -48,7 +54,7 @@ class GroupSource:
             temperature,
         )
         self._seed, self._limits, self.num_minibatches = seed, limits or RolloutLimits(), num_minibatches
-        self.max_steps_off_policy = max_steps_off_policy
+        self.max_steps_off_policy, self.max_refills = max_steps_off_policy, max_refills
         self._slots = asyncio.Semaphore(concurrent_rollouts or NO_LIMIT)
         # batch -> index in it -> its rollouts
         self._groups: dict[int, dict[int, asyncio.Future[TrajectoryGroup]]] = {}
@@ -75,11 +81,28 @@ class GroupSource:
                     groups[p] = self._tasks.create_task(self._sample(batch, p, builder))
 
     async def _sample(self, batch: int, p: int, builder: EnvGroupBuilder) -> TrajectoryGroup:
+        """With `max_refills`, dynamic sampling (DAPO, Yu et al. 2025, eq. 11): a group of equal rewards is
+        replaced by the group at its place in batch b + REFILL, then b + 2 REFILL, ... No group is
+        used twice, and each is a function of (batch, place) and the weights, as without."""
         assert self._policy
-        step, seed = self._step, (self._seed, TRAINING, batch, p)
-        group = await do_group_rollout(builder, self._policy, seed, self._limits, self._slots)
-        group.sampled_at_step = step
+        discarded: list[TrajectoryGroup] = []
+        while True:
+            refills = len(discarded)
+            step, seed = self._step, (self._seed, TRAINING, batch + refills * REFILL, p)
+            builder = self._builder(batch, p, refills) if refills else builder
+            group = await do_group_rollout(builder, self._policy, seed, self._limits, self._slots)
+            group.sampled_at_step = step
+            if refills == self.max_refills or len(set(group.get_total_rewards())) != 1:
+                break
+            discarded.append(group)
+        group.refills, group.refill_tokens = refills, sum(map(sampled_tokens, discarded))
+        group.errors = [error for other in discarded for error in other.errors] + group.errors
         return group
+
+    def _builder(self, batch: int, p: int, refills: int) -> EnvGroupBuilder:
+        """The builder at a place after `refills` replacements; the last batch of an epoch may be short."""
+        builders_P = groups_of_batch(self._dataset, batch + refills * REFILL)
+        return builders_P[p % len(builders_P)]
 
     async def minibatches(self, step: int) -> AsyncIterator[list[TrajectoryGroup]]:
         """The groups of batch `step` in `num_minibatches` equal parts, in dataset order, each part
@@ -126,5 +149,7 @@ class GroupSource:
                     f"now has only {len(builders_P)} groups: resume with the env.batch_size (groups_per_batch) the run "
                     "began with"
                 )
-            future.set_result(group_from_json(saved["group"], builders_P[place]))
+            refills = saved["group"].get("refills", 0)
+            builder = self._builder(batch, place, refills) if refills else builders_P[place]
+            future.set_result(group_from_json(saved["group"], builder))
             self._groups.setdefault(batch, {})[place] = future

@@ -19,6 +19,8 @@ def group_to_json(group: TrajectoryGroup) -> dict[str, Any]:
         "errors": [[type(error).__name__, str(error)] for error in group.errors],
         "num_retries": group.num_retries,
         "sampled_at_step": group.sampled_at_step,
+        "refills": group.refills,
+        "refill_tokens": group.refill_tokens,
     }
 
 
@@ -33,6 +35,8 @@ def group_from_json(saved: dict[str, Any], builder: EnvGroupBuilder) -> Trajecto
         num_retries=saved["num_retries"],
         builder=builder,
         sampled_at_step=saved["sampled_at_step"],
+        refills=saved.get("refills", 0),
+        refill_tokens=saved.get("refill_tokens", 0),
     )
 
 

@@ -102,6 +102,7 @@ async def main(config: Config) -> Metrics:
             config.max_steps_off_policy,
             config.num_minibatches,
             config.concurrent_rollouts,
+            config.max_refills,
         )
         loop = Loop(config, folder, renderer.tokenizer, learner, evaluators, source, timeline)
         metrics = await loop.run(num_steps)

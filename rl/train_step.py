@@ -246,6 +246,9 @@ def _group_counts(outcome: StepOutcome, source: GroupSource) -> Metrics:
         "train/groups_removed": float(sum(advantages_G is None for advantages_G in outcome.advantages_P)),
         "train/groups_constant": float(sum(len(set(group.get_total_rewards())) <= 1 for group in outcome.groups_P)),
     }
+    if source.max_refills:
+        counts["train/groups_refilled"] = float(sum(group.refills for group in outcome.groups_P))
+        counts["train/refill_tokens"] = float(sum(group.refill_tokens for group in outcome.groups_P))
     steps = [group.sampled_at_step for group in outcome.groups_P if group.sampled_at_step is not None]
     if not source.max_steps_off_policy or not steps:
         return counts

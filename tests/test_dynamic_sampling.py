@@ -1,0 +1,99 @@
+"""DAPO's dynamic sampling: groups of equal rewards are replaced, the same way in every run."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import chz
+import pytest
+
+from posttrain.backend.errors import ConfigError
+from rl import train
+from rl.group_sources import REFILL, GroupSource
+from rl.likelihood_reward import LikelihoodRewardBuilder
+from rl.types import EnvGroupBuilder, TrajectoryGroup
+from tests.test_group_sources import (
+    LowTokenBuilder,
+    LowTokenDataset,
+    LowTokenEnv,
+    LowTokenGroup,
+    config,
+    metrics,
+    weights,
+)
+
+
+class EqualAtFirst(LowTokenGroup):
+    """Equal rewards, unless `differs`: then a member's reward is its number."""
+
+    def __init__(self, number: int, differs: bool):
+        super().__init__(number, 3, 0.0)
+        self.differs = differs
+
+    async def make_envs(self) -> Sequence[LowTokenEnv]:
+        return [LowTokenEnv(self.number % 250, 0.0) for _ in range(self.size)]
+
+    async def compute_group_rewards(self, trajectories_G, envs_G) -> list:  # noqa: ANN001
+        rewards = [-t.reward + g * self.differs for g, t in enumerate(trajectories_G)]
+        return [(reward, {}) for reward in rewards]
+
+
+class EqualDataset(LowTokenDataset):
+    """Place p differs after p replacements."""
+
+    def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
+        return [EqualAtFirst(10 * (index % REFILL) + p, index // REFILL >= p) for p in range(4)]
+
+
+def groups(client, max_refills: int, state: list | None = None) -> tuple[list[TrajectoryGroup], list]:  # noqa: ANN001
+    async def sample() -> tuple[list[TrajectoryGroup], list]:
+        async with GroupSource(EqualDataset(LowTokenBuilder()), 6, 4, max_refills=max_refills) as source:
+            source.restore(state or [])
+            source.set_policy(0, client.save_weights_and_get_sampling_client())
+            while len(source.state()) < 4:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+            saved = json.loads(json.dumps(source.state()))
+            return [group async for part in source.minibatches(0) for group in part], saved
+
+    return asyncio.run(sample())
+
+
+def test_a_group_is_replaced_until_its_rewards_differ_or_the_limit_is_reached(torch_service) -> None:  # noqa: ANN001
+    client = torch_service.create_training_client("tiny")
+    sampled, state = groups(client, max_refills=2)
+    assert [group.refills for group in sampled] == [0, 1, 2, 2]
+    assert [len(set(group.get_total_rewards())) for group in sampled] == [3, 3, 3, 1]
+    # three members of up to 4 tokens in each discarded group
+    assert sampled[0].refill_tokens == 0 and all(0 < g.refill_tokens <= 12 * g.refills for g in sampled[1:])
+    restored, _ = groups(client, max_refills=2, state=state)
+    for ours, there in zip(restored, sampled, strict=True):
+        assert vars(ours) | {"builder": 0} == vars(there) | {"builder": 0}
+        assert ours.builder.number == there.builder.number  # type: ignore[union-attr]
+    assert [group.refills for group in groups(client, max_refills=0)[0]] == [0, 0, 0, 0]
+
+
+@pytest.mark.cpu_only
+def test_a_run_with_refills_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """One token: the rewards of two members are equal half of the time."""
+    env = LowTokenBuilder(n_batches=3, group_size=2)
+    settings = config(tmp_path / "whole", env=env, max_tokens=1, max_refills=3, remove_constant_reward_groups=True)
+    asyncio.run(train.main(settings))
+    logged = metrics(tmp_path / "whole")
+    assert sum(record["train/groups_refilled"] for record in logged[:3]) > 0
+    assert all(record["train/refill_tokens"] == 2 * record["train/groups_refilled"] for record in logged[:3])
+    cut = chz.replace(settings, log_path=str(tmp_path / "cut"), max_steps=1)
+    asyncio.run(train.main(cut))
+    asyncio.run(train.main(chz.replace(cut, max_steps=None, behavior_if_log_dir_exists="resume_changed")))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    asyncio.run(train.main(chz.replace(settings, log_path=str(tmp_path / "without"), max_refills=0)))
+    assert weights(tmp_path / "without") != weights(tmp_path / "whole")
+
+
+def test_options_that_would_refill_for_ever_or_in_vain_are_refused(tmp_path: Path) -> None:
+    alone = config(tmp_path, env=LowTokenBuilder(group_size=1), max_refills=2)
+    with pytest.raises(ConfigError, match="with group_size=1 all rewards of a group are equal"):
+        asyncio.run(train.main(alone))
+    scored = config(tmp_path, max_refills=2, batch_reward=LikelihoodRewardBuilder())
+    with pytest.raises(ConfigError, match="a batch_reward comes after the sampling"):
+        asyncio.run(train.main(scored))
