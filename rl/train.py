@@ -166,7 +166,7 @@ class Loop:
         them. `data_D`: the data of the previous step, written to disk if the weights are not
         finite."""
         saved = self.learner.client.save_weights_and_get_sampling_client_async(
-            follow=self.config.max_steps_off_policy > 0
+            follow=self.config.max_steps_off_policy > 0, keep=False
         )
         with span("sync"):
             try:

@@ -227,7 +227,7 @@ def test_sync_reaches_every_weight_and_drops_cached_prefixes(vllm_client: Traini
     wrong if the sync is careless.
     """
     prompt = prompt_of(200)
-    before = vllm_client.save_weights_and_get_sampling_client()
+    before = vllm_client.save_weights_and_get_sampling_client(keep=False)
     # the second one finds the prefix in the cache
     old = sample_all(before, [prompt, prompt], GREEDY)[1].sequences[0]
     train_a_little(vllm_client)
@@ -252,7 +252,9 @@ def test_following_client_survives_a_sync(vllm_client: TrainingClient) -> None:
 # Trap: rollouts from weights that were replaced meanwhile.
 def test_sync_in_mid_generation_fails_snapshots_and_carries_followers(vllm_client: TrainingClient) -> None:
     params = SamplingParams(max_tokens=300, seed=1, stop=[])
-    pinned, live = (vllm_client.save_weights_and_get_sampling_client(follow=follow) for follow in (False, True))
+    pinned, live = (
+        vllm_client.save_weights_and_get_sampling_client(follow=follow, keep=False) for follow in (False, True)
+    )
     running = [client.sample(prompt_of(5), 8, params) for client in (pinned, live)]
     train_a_little(vllm_client, 1)
     vllm_client.save_weights_and_get_sampling_client()

@@ -6,7 +6,7 @@ fit. Left out: adapters other than plain LoRA on linear layers.
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from posttrain.backend.base_models import BaseModels
 from posttrain.backend.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -173,12 +174,40 @@ def load_adapter(trainer: Trainer, path: Path) -> None:
     set_peft_model_state_dict(trainer.model, saved | zero)
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a saved adapter's update is B A alpha / r on each layer."""
+    return not any(adapter_config(path).get(name) for name in NOT_PLAIN)
+
+
 def open_merged(path: Path, seed: int) -> PreTrainedModel:
     """A saved adapter merged into its base, on the CPU in fp32. `seed` is a preset's, where the
     adapter has none."""
+    adapted = open_adapter(path, lambda base: load_model(*_preset_seed(base, seed), torch.device("cpu"), torch.float32))
+    return adapted.merge_and_unload()  # type: ignore[operator]
+
+
+def open_on_shared(path: Path, seed: int, bases: BaseModels) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A saved plain adapter on shared tensors of its base: the base with adapted layers, and the
+    owner of the tensors."""
+    owners: list[PreTrainedModel] = []
+
+    def view(base: Base) -> PreTrainedModel:
+        model, owner = bases.view(*_preset_seed(base, seed), torch.device("cpu"))
+        owners.append(owner)
+        return model
+
+    return open_adapter(path, view).get_base_model(), owners[0]  # type: ignore[return-value]
+
+
+def _preset_seed(base: Base, seed: int) -> tuple[str, int]:
+    return base.name, seed if base.seed is None else base.seed
+
+
+def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftModel:
+    """A saved adapter on its base, which `load` opens."""
     base, saved = read_base(path), tensor_shapes(path / ADAPTER_FILE)
     try:
-        model = load_model(base.name, seed if base.seed is None else base.seed, torch.device("cpu"), torch.float32)
+        model = load(base)
     except ModelError as error:
         raise CheckpointError(f"the base model of the adapter {path} cannot be opened: {error}") from error
     if base.fingerprint and base.fingerprint != fingerprint(model.state_dict().items()):
@@ -195,7 +224,7 @@ def open_merged(path: Path, seed: int) -> PreTrainedModel:
         raise CheckpointError(
             f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
         )
-    return adapted.merge_and_unload()  # type: ignore[operator]
+    return adapted
 
 
 def _tensors(model: PeftModel) -> dict[str, torch.Tensor]:

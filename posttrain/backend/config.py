@@ -43,6 +43,17 @@ class BackendConfig:
         validator=POSITIVE_SHARE,
         doc="share of the GPU's free memory that the KV cache of a vLLM engine may take; the trainer needs the rest",
     )
+    snapshot_memory_gb: float | None = chz.field(
+        default=None,
+        validator=POSITIVE,
+        doc="CPU memory for the weights of sampling clients that the live policy has left, in GiB; "
+        "None = a quarter of the machine's",
+    )
+    share_engines: bool = chz.field(
+        default=False,
+        doc="one sampling engine for all weights of one model, which take turns in it: less memory, and slower where "
+        "several are sampled from at once",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto",
         doc="activations and sampler weights; auto = float32 on a CPU, bfloat16 on a GPU. Trained weights are float32",

@@ -1,37 +1,37 @@
 """The Engine protocol, and the thread that drives an engine. Callers submit requests from any
 thread or event loop and get futures. The thread adds arrivals, decodes one step, delivers finished
-sequences, and syncs weights between steps. Left out: settling (`_settle`) for environments that
-wait for something outside the event loop.
+sequences, and syncs weights between steps. Weight versions take turns. Left out: settling
+(`_settle`) for environments that wait for something outside the event loop.
 """
 
 import asyncio
 import atexit
 import contextlib
-import itertools
 import queue
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-import torch
-
-from posttrain.backend.errors import EngineError, StaleSamplerError
+from posttrain.backend.errors import CookbookError, EngineError, StaleSamplerError
 from posttrain.backend.futures import APIFuture, work_for
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
+from posttrain.backend.weight_versions import Policy, Weights, WeightVersion
 
 T = TypeVar("T")
-Weights = Iterable[tuple[str, torch.Tensor]]
 
 # Event-loop turns for callers between an answer and the next step; a caller needs three or four to
 # submit its next request.
 SETTLE_TURNS = 12
 # Seconds to wait for a busy event loop (a slow grader inside `step`), and for a caller without one.
 SETTLE_LOOP_SECONDS, SETTLE_THREAD_SECONDS = 2.0, 0.002
+# A version's turn while calls wait for another: sequences, and seconds where the clock may decide.
+TURN_SEQUENCES, TURN_SECONDS = 64, 1.0
 
 
 @dataclass(eq=False)
@@ -82,21 +82,37 @@ class Engine(Protocol):
 @dataclass(eq=False)
 class _Call:
     """A client's call: one response to `requests`, all of one prompt. `client` keeps the engine
-    alive."""
+    and the version alive."""
 
     client: object
     requests: list[SequenceRequest]
-    version: int | None  # the required weights; None = the live ones
+    policy: Policy
+    version: WeightVersion | None  # None = the policy's newest
+    keep: bool  # whether to wait for `version`'s turn once it is no longer the newest
     answer: Callable[[SampleResponse], Any]
     future: APIFuture[Any]
     loop: asyncio.AbstractEventLoop | None
     done: dict[SequenceRequest, Sampled] = field(default_factory=dict)
 
+    @property
+    def needs(self) -> WeightVersion:
+        assert self.policy.newest
+        return self.version or self.policy.newest
+
+    def refusal(self, loaded: WeightVersion | None) -> CookbookError | None:
+        """Why the call can no longer be answered."""
+        version, newest = self.version, self.policy.newest
+        if version and newest and version is not newest and not self.keep:
+            return _stale(version, newest)
+        if self.needs is not loaded and not self.needs.can_be_loaded:
+            return self.needs.lost or EngineError(f"the weights of version {self.needs.number} are gone")
+        return None
+
 
 @dataclass(eq=False)
 class _Sync:
-    weights: Callable[[], Weights]
-    version: int
+    policy: Policy
+    version: WeightVersion
     future: "Future[None]"
 
 
@@ -118,16 +134,23 @@ def _close_running_engines() -> None:
 
 
 class EngineThread:
-    """Drives an engine. `version` counts weight syncs; `deterministic` enables settling. Clients
-    `hold` it; it ends after the last release and the last call in flight, or at once by `close`."""
+    """Drives an engine. `deterministic` enables settling. Clients `hold` it; it ends after the last
+    release and the last call in flight, or at once by `close`.
+
+    Calls of the loaded version go to the engine, up to the end of its turn if other versions are
+    waited for. Once none is in flight, the version that was loaded longest ago is next. A sync does
+    not wait for a turn, only for calls in flight that keep their version.
+    """
 
     def __init__(self, make_engine: Callable[[], Engine], deterministic: bool):
-        self.version = -1
-        # seeds of calls without one: reproducible, never repeated
-        self.unseeded_calls = itertools.count()
         self._deterministic = deterministic
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self._calls: dict[SequenceRequest, _Call] = {}
+        self._calls: dict[SequenceRequest, _Call] = {}  # in the engine
+        self._waiting: list[_Call] = []
+        self._syncs: list[_Sync] = []
+        self._loaded: WeightVersion | None = None
+        self._turns = self._sequences_in_turn = 0
+        self._turn_began = 0.0
         self._unsettled: set[asyncio.AbstractEventLoop | None] = set()
         self._holders: set[object] = set()
         self._let_go = self._closing = False
@@ -151,14 +174,20 @@ class EngineThread:
 
     @property
     def num_in_flight(self) -> int:
-        """Sequences that the engine decodes or has queued."""
-        return len(self._calls)
+        """Sequences that are decoded or queued."""
+        return len(self._calls) + sum(len(call.requests) for call in [*self._waiting])
+
+    @property
+    def has_stopped(self) -> bool:
+        return self._stopped
 
     def submit(
         self,
         client: object,
         requests: list[SequenceRequest],
-        version: int | None,
+        policy: Policy,
+        version: WeightVersion | None,
+        keep: bool,
         answer: Callable[[SampleResponse], T],
     ) -> APIFuture[T]:
         """The future of `answer(response)`. Cancelling it frees the places of its requests."""
@@ -167,15 +196,15 @@ class EngineThread:
         except RuntimeError:
             loop = None
         future: APIFuture[T] = APIFuture(self)
-        call = _Call(client, requests, version, answer, future, loop)
+        call = _Call(client, requests, policy, version, keep, answer, future, loop)
         future.when_cancelled = partial(self._withdraw, call)
         self._put(call)
         return future
 
-    def sync(self, weights: Callable[[], Weights], version: int) -> None:
-        """Blocks until the engine runs on `weights`. Unfinished calls that require older weights
-        fail with StaleSamplerError."""
-        sync = _Sync(weights, version, Future())
+    def sync(self, policy: Policy, version: WeightVersion) -> None:
+        """Blocks until the engine runs on `version`, the policy's newest. Calls in flight that keep
+        an older version finish first; those that do not fail with StaleSamplerError."""
+        sync = _Sync(policy, version, Future())
         self._put(sync)
         sync.future.result()
 
@@ -242,9 +271,13 @@ class EngineThread:
         finally:
             with self._put_lock:
                 self._stopped = True
-            for call in self._calls.values():
+            for call in [*self._calls.values(), *self._waiting]:
                 call.future.fail(self._stop_reason())
             self._calls.clear()
+            self._waiting.clear()
+            for sync in self._syncs:
+                if not sync.future.done():
+                    sync.future.set_exception(self._stop_reason())
             for item in self._drain():
                 if isinstance(item, _Call):
                     item.future.fail(self._stop_reason())
@@ -254,11 +287,11 @@ class EngineThread:
             self._engine.close()
 
     def _is_wanted(self) -> bool:
-        return not self._closing and (bool(self._holders or self._calls) or not self._let_go)
+        return not self._closing and (bool(self._holders or self._calls or self._waiting) or not self._let_go)
 
     def _take_inbox(self) -> bool:
         """Adds arrivals; waits if there is nothing to decode. False means close."""
-        if not self._calls and self._is_wanted():
+        if not (self._calls or self._waiting or self._syncs) and self._is_wanted():
             release_workers()
             self._accept(self._inbox.get())
         while self._is_wanted():
@@ -267,7 +300,9 @@ class EngineThread:
             if not (self._deterministic and self._unsettled):
                 break
             self._settle()
-        return self._is_wanted()
+        if wanted := self._is_wanted():
+            self._take_turns()
+        return wanted
 
     def _drain(self) -> Iterator[_Message]:
         while not self._inbox.empty():
@@ -275,15 +310,43 @@ class EngineThread:
 
     def _accept(self, item: _Message) -> None:
         if isinstance(item, _Sync):
-            self._load(item)
+            self._syncs.append(item)
+            self._load_synced()
         elif isinstance(item, _Withdrawn):
             self._remove(item.call)
         elif isinstance(item, _Call) and not item.future.done():  # else it was cancelled in the inbox
-            if item.version is not None and item.version != self.version:
-                item.future.fail(_stale(item.version, self.version))
+            if refusal := item.refusal(self._loaded):
+                item.future.fail(refusal)
             else:
                 self._unsettled.add(item.loop)
-                self._add(item)
+                self._waiting.append(item)
+
+    def _take_turns(self) -> None:
+        """Adds waiting calls of the loaded version. Once its turn is over and nothing is in flight,
+        loads the version that was loaded longest ago."""
+        self._load_synced()
+        while self._waiting and not self._syncs:
+            calls: dict[WeightVersion, list[_Call]] = {}
+            for call in [*self._waiting]:
+                if refusal := call.refusal(self._loaded):
+                    self._waiting.remove(call)
+                    call.future.fail(refusal)
+                else:
+                    calls.setdefault(call.needs, []).append(call)
+            others = [version for version in calls if version is not self._loaded]
+            for call in calls.get(self._loaded, []) if self._loaded else []:
+                if others and self._turn_is_over():
+                    break
+                self._waiting.remove(call)
+                self._sequences_in_turn += len(call.requests)
+                self._add(call)
+            if self._calls or not others:
+                return
+            self._load(min(others, key=lambda version: version.last_turn))
+
+    def _turn_is_over(self) -> bool:
+        late = not self._deterministic and time.monotonic() - self._turn_began > TURN_SECONDS
+        return late or self._sequences_in_turn >= TURN_SEQUENCES
 
     def _add(self, call: _Call) -> None:
         try:
@@ -298,23 +361,39 @@ class EngineThread:
         self._calls |= dict.fromkeys(call.requests, call)
 
     def _remove(self, call: _Call) -> None:
-        """Removes a call's unfinished requests from the engine."""
+        """Removes a call's unfinished requests."""
+        if call in self._waiting:
+            self._waiting.remove(call)
         unfinished = [request for request in call.requests if self._calls.pop(request, None)]
         if unfinished:
             self._engine.drop(unfinished)
 
-    def _load(self, sync: _Sync) -> None:
-        try:
-            for call in [*self._calls.values()]:
-                if call.version is not None:
+    def _load_synced(self) -> None:
+        """Loads what was synced, unless a call in flight keeps the loaded version. Followers in
+        flight continue under the new weights."""
+        while self._syncs:
+            sync = self._syncs[0]
+            for call in [*dict.fromkeys(self._calls.values()), *self._waiting]:
+                if call.policy is sync.policy and call.version is not None and not call.keep:
                     self._remove(call)
-                    call.future.fail(_stale(self.version, sync.version))
-            self._engine.load_weights(sync.weights())
-        except BaseException as error:
-            sync.future.set_exception(error)
-            raise
-        self.version = sync.version
-        sync.future.set_result(None)
+                    call.future.fail(_stale(call.version, sync.version))
+            if any(call.policy is not sync.policy or call.version is not None for call in self._calls.values()):
+                return
+            try:
+                self._load(sync.version)
+            except BaseException as error:
+                sync.future.set_exception(error)
+                raise
+            sync.policy.publish(sync.version)
+            del self._syncs[0]
+            sync.future.set_result(None)
+
+    def _load(self, version: WeightVersion) -> None:
+        version.load(self._engine.load_weights)
+        self._loaded = version
+        self._turns += 1
+        version.last_turn = self._turns
+        self._sequences_in_turn, self._turn_began = 0, time.monotonic()
 
     def _deliver(self, finished: list[tuple[SequenceRequest, Sampled]]) -> None:
         for request, sampled in finished:
@@ -362,9 +441,9 @@ def _response(call: _Call) -> SampleResponse:
     return SampleResponse(sequences, first.prompt_logprobs, first.topk_prompt_logprobs)
 
 
-def _stale(version: int, live: int) -> StaleSamplerError:
+def _stale(version: WeightVersion, newest: WeightVersion) -> StaleSamplerError:
     return StaleSamplerError(
-        f"this sampling client is of policy version {version}, and the sampler now holds version {live}: take a new "
-        "client from "
-        "save_weights_and_get_sampling_client, or make one that follows the live policy with follow=True"
+        f"this sampling client is of policy version {version.number} only (keep=False), and the policy is at version "
+        f"{newest.number}: take a new client from save_weights_and_get_sampling_client, or one that keeps its weights "
+        "(keep=True) or follows the live policy (follow=True)"
     )

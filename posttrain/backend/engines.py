@@ -1,14 +1,18 @@
 """The sampling engines of a ServiceClient and its TrainingClients, closed together."""
 
+import hashlib
+import json
+import threading
 import weakref
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.backend.adapters import open_merged
+from posttrain.backend.adapters import is_plain, open_merged, open_on_shared
+from posttrain.backend.base_models import BaseModels
 from posttrain.backend.checkpoint_files import check_readable, is_adapter
-from posttrain.backend.config import BackendConfig, training_device
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
 from posttrain.backend.engine import Engine, EngineThread
 from posttrain.backend.errors import EngineError, ModelError
 from posttrain.backend.models import context_length, embedding_rows, load_model
@@ -17,21 +21,42 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.vllm_engine import VllmEngine, vllm_is_installed
+from posttrain.backend.weight_copies import FrozenModel
+from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
 
 
 class Engines:
-    """Holds weak references: an engine ends with its last client."""
+    """Holds weak references: an engine ends with its last client. With backend.share_engines, an
+    engine for each architecture stays until `close`."""
 
     def __init__(self, config: BackendConfig):
         if config.engine == "vllm" and not vllm_is_installed():
             raise EngineError(
                 "backend.engine=vllm, but vllm is not installed: see docs/install.md, or take backend.engine=torch"
             )
-        self.config = config
+        self.config, self.shares = config, config.share_engines
+        self.bases = BaseModels()
+        self.memory = SnapshotMemory(config.snapshot_memory_gb)
         self._running: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+        self._shared: dict[str, EngineThread] = {}
+        self._lock = threading.Lock()
+
+    def new_policy(self) -> Policy:
+        return Policy(self.memory, self.shares)
 
     def open(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
-        """An engine without weights, which the first sync brings."""
+        """An engine without weights, which the first sync brings; or the one that is shared."""
+        if not self.shares:
+            return self._start(hf_config, tokenizer, max_length)
+        with self._lock:
+            key = _computes(hf_config, tokenizer, max_length)
+            engine = self._shared.get(key)
+            if engine is None or engine.has_stopped:
+                engine = self._shared[key] = self._start(hf_config, tokenizer, max_length)
+                engine.hold(self)
+            return engine
+
+    def _start(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
         device = training_device()
         reproducible = device.type == "cpu" if self.config.reproducible is None else self.config.reproducible
         use_vllm = self.config.engine == "vllm" or (self.config.engine == "auto" and vllm_is_installed())
@@ -54,28 +79,48 @@ class Engines:
 
     def open_saved(self, path: str, seed: int = 0) -> SamplingClient:
         """The frozen policy of a folder. An adapter is merged into its base; `seed` is used if it
-        has none."""
+        has none. SnapshotMemoryError if a shared engine's weights would exceed the memory."""
         folder = Path(path).expanduser()
         check_readable(folder)
-        if is_adapter(folder):
-            return self._freeze(path, open_merged(folder, seed))
-        return self._freeze(path, load_model(str(folder), seed, torch.device("cpu"), torch.float32))
+        if not is_adapter(folder):
+            return self._freeze(path, load_model(str(folder), seed, torch.device("cpu"), torch.float32))
+        if self.shares and is_plain(folder):
+            return self._freeze(path, *open_on_shared(folder, seed, self.bases))
+        return self._freeze(path, open_merged(folder, seed))
 
     def open_named(self, base_model: str, seed: int = 0) -> SamplingClient:
         """The frozen policy of a model by name, opened as by `create_training_client`."""
         return self._freeze(base_model, load_model(base_model, seed, torch.device("cpu"), torch.float32))
 
-    def _freeze(self, name: str, model: PreTrainedModel) -> SamplingClient:
+    def _freeze(self, name: str, model: PreTrainedModel, owner: PreTrainedModel | None = None) -> SamplingClient:
         tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
+        source = FrozenModel(model, compute_dtype(training_device(), self.config), owner)
+        policy, version = self.new_policy(), WeightVersion(0, source.sampler_weights)
+        if self.shares:
+            version.keep(source, self.memory)
+            policy.publish(version)
         engine = self.open(model.config, tokenizer, length)
         release_workers()  # of the calling thread, which made the weights
         try:
-            engine.sync(lambda: model.state_dict().items(), version=0)
-            return SamplingClient(engine, tokenizer, length, embedding_rows(model), base_model=name)
+            if not self.shares:
+                engine.sync(policy, version)
+                version.drop()
+            return SamplingClient(engine, policy, tokenizer, length, embedding_rows(model), base_model=name)
         except BaseException:
-            engine.close()
+            if not self.shares:
+                engine.close()
             raise
 
     def close(self) -> None:
         for engine in list(self._running):
             engine.close()
+
+
+def _computes(hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """What an engine depends on besides the weights."""
+    config = hf_config.to_dict()
+    for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+        config.pop(name, None)
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    digest = hashlib.sha256(json.dumps([config, vocabulary, tokenizer.eos_token_id, max_length], default=str).encode())
+    return digest.hexdigest()

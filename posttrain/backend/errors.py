@@ -44,7 +44,12 @@ class PassCancelledError(CookbookError):
 
 
 class StaleSamplerError(CookbookError):
-    """A sampling client's weights were replaced by a later weight sync."""
+    """The weights of a sampling client that was asked for with keep=False were replaced by a later
+    sync."""
+
+
+class SnapshotMemoryError(CookbookError):
+    """The weights of a sampling client would exceed backend.snapshot_memory_gb."""
 
 
 class EngineError(CookbookError):

@@ -3,6 +3,8 @@ Rounding to bf16 drops updates below half a step of W; an unrounded adapter woul
 policy than the sampler's. The gradient passes the rounding unchanged, as in full bf16 training.
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -10,6 +12,51 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """An adapter's update of one layer: scaling * B A."""
+
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
+    scaling: float
+    transposed: bool  # in the layout of GPT-2's layers
+
+    @classmethod
+    def of(cls, layer: Any) -> "LayerUpdate":
+        a, b = (getattr(layer, name)["default"].weight.detach() for name in ("lora_A", "lora_B"))
+        return cls(a, b, layer.scaling["default"], layer.fan_in_fan_out)
+
+    def copied(self) -> "LayerUpdate":
+        return LayerUpdate(self.a_RI.clone(), self.b_OR.clone(), self.scaling, self.transposed)
+
+    def delta(self) -> torch.Tensor:
+        """As peft's get_delta_weight."""
+        delta = self.b_OR @ self.a_RI
+        return (delta.T if self.transposed else delta) * self.scaling
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's tensors without its adapter's, named as in a checkpoint."""
+    return {
+        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
+    }
+
+
+def layer_updates(model: nn.Module) -> dict[str, LayerUpdate]:
+    """Of the adapted layers, by name."""
+    return {name: LayerUpdate.of(module) for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+@torch.no_grad()
+def merged_weights(
+    base: Mapping[str, torch.Tensor], updates: Mapping[str, LayerUpdate], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors as in a checkpoint of the base, with the updates of its layers, one at a time."""
+    for name, tensor in base.items():
+        update = updates.get(name.removesuffix(".weight"))
+        yield name, (tensor if update is None else tensor + update.delta()).to(dtype)
 
 
 def merged_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:

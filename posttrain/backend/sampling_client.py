@@ -1,4 +1,6 @@
-"""SamplingClient: tokens in, tokens and logprobs out, from one version of one policy's weights."""
+"""SamplingClient: tokens in, tokens and logprobs out, from one version of one policy's weights, or
+from its newest.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,34 +13,41 @@ from posttrain.backend.errors import ClosedError, ConfigError, ContextLengthErro
 from posttrain.backend.futures import APIFuture, Ready, accepted, answered
 from posttrain.backend.ranges import COUNT, RangeError
 from posttrain.backend.types import ModelInput, SampleResponse, SamplingParams, TensorData
+from posttrain.backend.weight_versions import Policy
 
 T = TypeVar("T")
 
 
 class SamplingClient(Ready):
-    """A snapshot of one weight version: later weights make calls raise StaleSamplerError. With
-    `follow`, the live policy. `vocabulary` is the model's number of embedding rows, which may
-    exceed the tokenizer's."""
+    """An immutable snapshot: it answers with its weights however far the policy moves on. With
+    `follow`, the live policy. Without `keep`, the weights are never copied, and calls after the
+    next sync raise StaleSamplerError. `vocabulary` is the model's number of embedding rows, which
+    may exceed the tokenizer's."""
 
     def __init__(
         self,
         engine: EngineThread,
+        policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         vocabulary: int,
         follow: bool = False,
         base_model: str = "",
+        keep: bool = True,
     ):
-        self._base_model = base_model
+        self._base_model, self._policy, self._keep = base_model, policy, keep
         self._engine, self._tokenizer, self.max_length, self._vocabulary = engine, tokenizer, max_length, vocabulary
-        self._version = None if follow else engine.version
+        self._version = None if follow else policy.newest
         self._let_go = engine.hold(self)
+        self._let_version_go = self._version.hold(self) if self._version and keep else None
         self._closed = False
 
     @property
     def policy_version(self) -> int:
         """The weight version: of the snapshot, or live with `follow`."""
-        return self._engine.version if self._version is None else self._version
+        version = self._version or self._policy.newest
+        assert version
+        return version.number
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
@@ -73,7 +82,7 @@ class SamplingClient(Ready):
         tokens = prompt.to_ints()
         room = self._check(tokens, num_samples)
         max_tokens = min(room, sampling_params.max_tokens or room)
-        seed = sampling_params.seed if sampling_params.seed is not None else next(self._engine.unseeded_calls) << 20
+        seed = sampling_params.seed if sampling_params.seed is not None else next(self._policy.unseeded_calls) << 20
         topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
         requests = [
             SequenceRequest(
@@ -111,13 +120,15 @@ class SamplingClient(Ready):
     def _submit(self, requests: list[SequenceRequest], answer: Callable[[SampleResponse], T]) -> APIFuture[T]:
         if self._closed:
             raise ClosedError("this sampling client was closed")
-        return self._engine.submit(self, requests, self._version, answer)
+        return self._engine.submit(self, requests, self._policy, self._version, self._keep, answer)
 
     def close(self) -> None:
         """Releases the sampler. An engine without clients ends; its calls in flight fail with
         EngineError. A client without references closes after its last call."""
         self._closed = True
         self._let_go()
+        if self._let_version_go:
+            self._let_version_go()
         self._engine.close_if_unheld()
 
     def __enter__(self) -> Self:

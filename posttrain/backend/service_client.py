@@ -52,13 +52,13 @@ class ServiceClient:
 
     def create_training_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
         """Trains all weights, or a LoRA adapter. `seed` is a preset's weights' and the adapter's."""
-        return self._open_training_client(Trainer(base_model, self.config, seed, lora))
+        return self._open_training_client(Trainer(base_model, self.config, seed, lora, self._engines.bases))
 
     def create_scalar_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
         """A model with a scalar per token instead of logprobs (scalar_trainer.py): reward models,
         process reward models, critics. Its head is zero; `load_state` of a language model's
         checkpoint loads the trunk."""
-        return self._open_training_client(ScalarTrainer(base_model, self.config, seed, lora))
+        return self._open_training_client(ScalarTrainer(base_model, self.config, seed, lora, self._engines.bases))
 
     def create_scalar_client_from_state(self, path: str) -> TrainingClient:
         """The scalar model saved at `path`, with a fresh optimizer. CheckpointError if it has no

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from posttrain.backend.base_models import BaseModels
 from posttrain.backend.batching import MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
 from posttrain.backend.data_checks import check_data, resolve_loss
@@ -24,7 +25,7 @@ from posttrain.backend.lora_layers import add_lora, check_rank
 from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
-from posttrain.backend.merged_lora import compute_merged
+from posttrain.backend.merged_lora import base_weights, compute_merged, layer_updates, merged_weights
 from posttrain.backend.models import (
     attends_to_all,
     context_length,
@@ -42,6 +43,8 @@ from posttrain.backend.types import (
     OptimStepResponse,
     TensorData,
 )
+from posttrain.backend.weight_copies import copied_bytes, copied_weights
+from posttrain.backend.weight_versions import WeightCopy, Weights
 
 CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
 
@@ -54,8 +57,17 @@ class Trainer:
     output_name = "logprobs"  # output of `run` per token
     # (1, H) in a ScalarTrainer, in place of the vocabulary's head
     scalar_head: nn.Parameter | None = None
+    _base_owner: object = None  # of the tensors shared with other adapters
 
-    def __init__(self, model_name: str, config: BackendConfig, seed: int = 0, lora: LoraConfig | None = None):
+    def __init__(
+        self,
+        model_name: str,
+        config: BackendConfig,
+        seed: int = 0,
+        lora: LoraConfig | None = None,
+        bases: BaseModels | None = None,
+    ):
+        """`bases`: adapters opened with the same one share their base's tensors."""
         self.model_name, self.config, self.seed, self.lora = model_name, config, seed, lora
         self.device = training_device()
         self.compute_dtype = compute_dtype(self.device, config)
@@ -63,7 +75,10 @@ class Trainer:
         if lora:
             check_rank(model_name, lora)
         check_fits(planned(model_name, config, lora), model_name)
-        hf_model = load_model(model_name, seed, self.device, torch.float32)
+        if lora and bases is not None:
+            hf_model, self._base_owner = bases.view(model_name, seed, self.device)
+        else:
+            hf_model = load_model(model_name, seed, self.device, torch.float32)
         self.hf_config = hf_model.config
         self.vocabulary = embedding_rows(hf_model)
         self.model: PreTrainedModel | PeftModel = add_lora(hf_model, model_name, lora, seed) if lora else hf_model
@@ -337,21 +352,17 @@ class Trainer:
 
     # --- weights out -----------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def sampler_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def sampler_weights(self) -> Weights:
         """Names and tensors as in a checkpoint, adapters merged, in the sampler's dtype, one at a
         time. From state_dict, as a tied lm_head must be included: vLLM on a CPU packs a copy of it.
         """
-        adapted: dict[str, Any] = {
-            name: module for name, module in self.base.named_modules() if hasattr(module, "lora_A")
-        }
-        for name, tensor in self.base.state_dict().items():
-            if ".lora_" in name:
-                continue
-            module = adapted.get(name.rsplit(".base_layer.", 1)[0]) if name.endswith(".base_layer.weight") else None
-            if module is not None:
-                tensor = tensor + module.get_delta_weight("default")
-            yield name.replace(".base_layer.", "."), tensor.to(self.compute_dtype)
+        return merged_weights(base_weights(self.base), layer_updates(self.base), self.compute_dtype)
+
+    def copied_bytes(self) -> int:
+        return copied_bytes(self.base, self.compute_dtype)
+
+    def copied_weights(self) -> WeightCopy:
+        return copied_weights(self.base, self.compute_dtype, self._base_owner)
 
     def info(self) -> GetInfoResponse:
         parameters, trainable = (

@@ -3,6 +3,7 @@ the order of submission, so a loop may submit forward_backward and optim_step to
 meanwhile. Of the `_async` twins: awaiting the twin means queued, awaiting its result means done.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from posttrain.backend.types import (
     OptimStepResponse,
     SaveWeightsResponse,
 )
+from posttrain.backend.weight_versions import WeightVersion
 
 T = TypeVar("T")
 SAMPLER_FOLDER = Path("sampler_weights")
@@ -42,6 +44,9 @@ class TrainingClient(Ready):
         self._engines, self._checkpoint_dir = engines, checkpoint_dir
         self._thread = InOrder("training")
         self._engine: EngineThread | None = None
+        self._policy = engines.new_policy()
+        self._before_end = weakref.finalize(self, self._policy.before_change, trainer)
+        self._before_end.atexit = False
         self._weights_version = 0  # counts changes of the trainer's weights
         # sampler folders written, and their weights version
         self._exported: dict[str, int] = {}
@@ -136,7 +141,9 @@ class TrainingClient(Ready):
 
     @contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        """Marks the weights as changed, so that the next sync runs, unless the error denies it."""
+        """Marks the weights as changed, so that the next sync runs, unless the error denies it.
+        Copies them first if a sampling client keeps them."""
+        self._policy.before_change(self._trainer)
         try:
             yield
         except CookbookError:
@@ -190,10 +197,15 @@ class TrainingClient(Ready):
         kind: Literal["snapshot", "inflight"] = "snapshot",
         *,
         follow: bool = False,
+        keep: bool = True,
     ) -> SamplingClient:
-        """Syncs the weights to the sampler in memory. Earlier snapshots become stale; a `follow`
-        client does not (kind="inflight" in the SDK). NonFiniteError if a weight is not finite."""
-        return self._submit_sync(name, retry_config, record_stability_info, kind, follow).result()
+        """Syncs the weights to the sampler in memory. The client answers with these weights however
+        many steps follow; with `follow` (kind="inflight" in the SDK) with the newest synced ones.
+
+        While such a snapshot is held, the next optim_step copies the weights first (an adapter's
+        alone); a loop that always uses the newest saves the copy by keep=False, and its earlier
+        clients raise StaleSamplerError. NonFiniteError if a weight is not finite."""
+        return self._submit_sync(name, retry_config, record_stability_info, kind, follow, keep).result()
 
     async def save_weights_and_get_sampling_client_async(
         self,
@@ -203,21 +215,23 @@ class TrainingClient(Ready):
         kind: Literal["snapshot", "inflight"] = "snapshot",
         *,
         follow: bool = False,
+        keep: bool = True,
     ) -> SamplingClient:
-        return await self._submit_sync(name, retry_config, record_stability_info, kind, follow)
+        return await self._submit_sync(name, retry_config, record_stability_info, kind, follow, keep)
 
     def _submit_sync(
-        self, name: str | None, retry_config: object, record_stability_info: bool, kind: str, follow: bool
+        self, name: str | None, retry_config: object, record_stability_info: bool, kind: str, follow: bool, keep: bool
     ) -> APIFuture[SamplingClient]:
         ignore(name=name, retry_config=retry_config, record_stability_info=record_stability_info)
         if kind not in ("snapshot", "inflight"):
             raise ConfigError(f"kind={kind!r} is neither 'snapshot' nor 'inflight'")
-        return self._thread.submit(self._sync, follow or kind == "inflight")
+        return self._thread.submit(self._sync, follow or kind == "inflight", keep)
 
     def create_sampling_client(
         self, model_path: str, retry_config: object = None, record_stability_info: bool = False
     ) -> SamplingClient:
-        """The live sampler if the folder holds the current weights, else a new engine."""
+        """A snapshot: of the live sampler if the folder holds the current weights, else of the
+        folder."""
         ignore(retry_config=retry_config, record_stability_info=record_stability_info)
         return self._thread.submit(self._create_sampling_client, model_path).result()
 
@@ -229,7 +243,7 @@ class TrainingClient(Ready):
 
     def _create_sampling_client(self, model_path: str) -> SamplingClient:
         if self._exported.get(model_path) == self._weights_version:
-            return self._sync(follow=False)
+            return self._sync()
         return self._engines.open_saved(model_path)
 
     def _save_state(self, path: Path, extra: dict[str, Any]) -> SaveWeightsResponse:
@@ -258,21 +272,31 @@ class TrainingClient(Ready):
                 "by forward"
             )
 
-    def _sync(self, follow: bool) -> SamplingClient:
+    def _sync(self, follow: bool = False, keep: bool = True) -> SamplingClient:
         self._check_can_sample()
-        if self._engine is None:
-            self._engine = self._engines.open(self._trainer.hf_config, self._tokenizer, self._trainer.max_length)
+        trainer, policy = self._trainer, self._policy
+        if self._engine is None or (self._engines.shares and self._engine.has_stopped):
+            self._engine = self._engines.open(trainer.hf_config, self._tokenizer, trainer.max_length)
             self._let_go = self._engine.hold(self)
-        if self._engine.version != self._weights_version:
-            check_finite(self._trainer.named_trainable, self._trainer.optimizer)
-            self._engine.sync(self._trainer.sampler_weights, self._weights_version)
+        if policy.newest is None or policy.newest.number != self._weights_version:
+            check_finite(trainer.named_trainable, trainer.optimizer)
+            version = WeightVersion(self._weights_version, trainer.sampler_weights)
+            if self._engines.shares:
+                version.keep(trainer, self._engines.memory)  # other policies may take the engine at any time
+                policy.publish(version)
+            else:
+                self._engine.sync(policy, version)
+        else:
+            policy.newest.lives_in(trainer)
         return SamplingClient(
             self._engine,
+            policy,
             self._tokenizer,
-            self._trainer.max_length,
-            self._trainer.vocabulary,
+            trainer.max_length,
+            trainer.vocabulary,
             follow,
-            self._trainer.model_name,
+            trainer.model_name,
+            keep,
         )
 
     # --- the rest --------------------------------------------------------------------------------
@@ -288,8 +312,10 @@ class TrainingClient(Ready):
         return self._tokenizer
 
     def close(self) -> None:
-        """Ends the training thread, and an unused engine. Queued calls fail with ClosedError."""
+        """Ends the training thread, and an unused engine. Queued calls fail with ClosedError;
+        sampling clients keep their weights."""
         self._thread.close()
+        self._before_end()
         if self._engine is not None:
             self._let_go()
             self._engine.close_if_unheld()

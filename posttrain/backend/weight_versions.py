@@ -1,0 +1,166 @@
+"""Versions of a policy's weights, for sampling. The newest is the trainer's own tensors. Before they
+change, a version that a call may need again is copied: of an adapter its tensors, else all weights,
+to the CPU, within backend.snapshot_memory_gb.
+"""
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from posttrain.backend.errors import CookbookError, SnapshotMemoryError
+
+GIB = 2**30
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass
+class WeightCopy:
+    """Weights that no step changes. `num_bytes` are the copy's own: an adapter's, without its base,
+    whose `owner` is kept."""
+
+    weights: Callable[[], Weights]
+    num_bytes: int
+    owner: object = None
+
+
+class WeightSource(Protocol):
+    """What a version is made from: a Trainer, or frozen weights."""
+
+    def sampler_weights(self) -> Weights: ...
+
+    def copied_bytes(self) -> int: ...
+
+    def copied_weights(self) -> WeightCopy: ...
+
+
+class SnapshotMemory:
+    """The copies of one ServiceClient, within a number of bytes."""
+
+    def __init__(self, limit_gb: float | None):
+        """None: a quarter of the machine's memory."""
+        self.limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        if limit_gb is not None:
+            self.limit = int(limit_gb * GIB)
+        self._versions: weakref.WeakSet[WeightVersion] = weakref.WeakSet()
+
+    def used(self) -> int:
+        return sum(version.copied_bytes for version in list(self._versions))
+
+    def copy(self, version: "WeightVersion", source: WeightSource) -> WeightCopy:
+        """SnapshotMemoryError if the copy would exceed the limit."""
+        if (used := self.used()) + (needed := source.copied_bytes()) > self.limit:
+            raise SnapshotMemoryError(
+                f"keeping version {version.number} of the weights needs {needed / GIB:.3g} GiB, and snapshots may take "
+                f"{self.limit / GIB:.3g} GiB, of which {used / GIB:.3g} are in use: raise backend.snapshot_memory_gb, "
+                "close sampling clients that are no longer needed, or take a client of the live policy (follow=True)"
+            )
+        self._versions.add(version)
+        return source.copied_weights()
+
+
+class WeightVersion:
+    """One version of a policy's weights. `number` counts the changes of the policy's weights."""
+
+    def __init__(self, number: int, weights: Callable[[], Weights]):
+        self.number = number
+        self.is_newest = False  # of its policy: followers sample from it
+        self.last_turn = 0  # when the engine loaded it
+        self.lost: CookbookError | None = None  # the reason why the weights were not kept
+        self.copied_bytes = 0
+        self._weights: Callable[[], Weights] | None = weights
+        self._owner: object = None
+        self._holders: set[object] = set()
+        # Held while the weights are read, and while the trainer's are exchanged for a copy.
+        # Reentrant: garbage collection may call in at any point.
+        self._lock = threading.RLock()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a client wants it whatever the live policy does."""
+        return bool(self._holders)
+
+    @property
+    def can_be_loaded(self) -> bool:
+        return self._weights is not None
+
+    def load(self, load_weights: Callable[[Weights], None]) -> None:
+        with self._lock:
+            assert self._weights is not None
+            load_weights(self._weights())
+
+    def hold(self, client: object) -> Callable[[], object]:
+        """Keeps the version until the returned function is called or `client` is garbage-collected."""
+        holder = object()
+        self._holders.add(holder)
+        return weakref.finalize(client, self._release, holder)
+
+    def _release(self, holder: object) -> None:
+        self._holders.discard(holder)
+        self.drop_if_unwanted()
+
+    def drop_if_unwanted(self) -> None:
+        if not self._holders and not self.is_newest:
+            self.drop()
+
+    def drop(self) -> None:
+        """Only the engine has the weights from here on, until it loads others."""
+        self._weights, self._owner, self.copied_bytes = None, None, 0
+
+    def lives_in(self, source: WeightSource) -> None:
+        """The trainer's tensors are this version's."""
+        if self._weights is None:
+            self._weights = source.sampler_weights
+
+    def keep(self, source: WeightSource, memory: SnapshotMemory) -> None:
+        """Exchanges the trainer's tensors for a copy. SnapshotMemoryError if there is no room."""
+        with self._lock:
+            if not self.copied_bytes and self._weights is not None:
+                copy = memory.copy(self, source)
+                self._weights, self.copied_bytes, self._owner = copy.weights, copy.num_bytes, copy.owner
+
+    def lose(self, reason: CookbookError | None = None) -> None:
+        with self._lock:
+            self.lost = reason
+            self.drop()
+
+
+class Policy:
+    """The versions of one policy in its engine. `newest` is the last that was synced."""
+
+    def __init__(self, memory: SnapshotMemory, shares_engine: bool):
+        self.newest: WeightVersion | None = None
+        # seeds of calls without one: reproducible, never repeated
+        self.unseeded_calls = itertools.count()
+        self._memory, self._shares_engine = memory, shares_engine
+        self._versions: weakref.WeakSet[WeightVersion] = weakref.WeakSet()
+
+    def publish(self, version: WeightVersion) -> None:
+        """Makes it the newest."""
+        before, self.newest = self.newest, version
+        version.is_newest = True
+        self._versions.add(version)
+        if before is not None and before is not version:
+            before.is_newest = False
+            before.drop_if_unwanted()
+
+    def before_change(self, source: WeightSource) -> None:
+        """The trainer's tensors are about to change, or to go. Copies the newest version if a
+        client holds it, or if another version may take its place in the engine. Without room for
+        the copy training goes on, and who asks for the weights later is told why they are gone."""
+        if (version := self.newest) is None:
+            return
+        others = any(other.is_held for other in list(self._versions) if other is not version)
+        if not (version.is_held or others or self._shares_engine):
+            version.lose()
+            return
+        try:
+            version.keep(source, self._memory)
+        except SnapshotMemoryError as error:
+            version.lose(error)
+            print(f"WARNING a sampling client loses its weights: {error}", flush=True)
