@@ -165,3 +165,112 @@ def test_a_sync_waits_for_calls_that_keep_their_version(vllm_service: ServiceCli
     for before, after in zip(running.result(60).sequences, again.result(60).sequences, strict=True):
         assert before.tokens == after.tokens, "sampled before the sync, and after it"
     assert scored(old) == pytest.approx(expected.tolist(), abs=1e-4) != scored(live)
+
+
+# --- several policies of one base model -------------------------------------------------------------
+
+
+@pytest.fixture(params=["torch", pytest.param("vllm", marks=pytest.mark.slow)])
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServiceClient]:
+    with ServiceClient(BackendConfig(engine=request.param, share_engines=True), tmp_path) as service:
+        yield service
+
+
+def test_one_engine_for_adapters_and_folders_of_one_model(shared: ServiceClient) -> None:
+    adapters = [shared.create_lora_training_client("micro", rank=rank, seed=0) for rank in (4, 8)]
+    for seed, client in enumerate(adapters):
+        step(client, seed)
+    saved = [client.save_weights_for_sampler(f"adapter{i}").result().path for i, client in enumerate(adapters)]
+    samplers = [client.save_weights_and_get_sampling_client() for client in adapters]
+    live = adapters[0].save_weights_and_get_sampling_client(follow=True)
+    expected = [trained(client, PROMPT) for client in adapters]
+    base = shared.create_sampling_client(base_model="micro")
+    expected_base = trained(shared.create_training_client("micro"), PROMPT)
+    step(adapters[0])
+    folders = [shared.create_sampling_client(model_path=path) for path in saved]
+    assert len({sampler._engine for sampler in (*samplers, *folders, base, live)}) == 1
+    for sampler, logprobs in zip((*samplers, *folders, base), (*expected, *expected, expected_base), strict=True):
+        assert scored(sampler) == pytest.approx(logprobs.tolist(), abs=1e-4)
+    assert scored(live) == pytest.approx(expected[0].tolist(), abs=1e-4), "the newest that was synced"
+    adapters[0].save_weights_and_get_sampling_client(follow=True)
+    assert scored(live) == pytest.approx(trained(adapters[0], PROMPT).tolist(), abs=1e-4)
+
+
+def test_versions_take_turns_of_bounded_length(torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = torch_service.create_training_client("micro")
+    samplers = []
+    for seed in range(3):
+        step(client, seed)
+        samplers.append(client.save_weights_and_get_sampling_client())
+    turns: list[int] = []
+    load = samplers[0]._engine._load
+    monkeypatch.setattr(samplers[0]._engine, "_load", lambda version: (turns.append(version.number), load(version)))
+    params = SamplingParams(max_tokens=2, seed=1, stop=[])
+
+    async def many() -> None:
+        calls = (sampler.sample_async(ModelInput.from_ints([5, 6]), 16, params) for sampler in samplers * 12)
+        await asyncio.gather(*calls)
+
+    asyncio.run(many())
+    # 192 sequences of each version in turns of 64: the first is that of the version already loaded
+    assert turns == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
+def test_two_adapters_at_once_train_as_each_alone(torch_service: ServiceClient) -> None:
+    """Bit for bit, in two threads, with the base's tensors in memory once."""
+
+    def adapter(service: ServiceClient, rank: int) -> TrainingClient:
+        return service.create_lora_training_client("micro", rank=rank, seed=0)
+
+    ranks = (2, 4)
+    together = [adapter(torch_service, rank) for rank in ranks]
+    steps = [
+        future
+        for seed in range(3)
+        for client, rank in zip(together, ranks, strict=True)
+        for future in (
+            client.forward_backward(policy_data(6, 10 * rank + seed), "importance_sampling"),
+            client.optim_step(AdamParams(1e-3)),
+        )
+    ]
+    for future in steps:
+        future.result()
+    tensors = [{p.data_ptr(): p.numel() for p in client._trainer.base.parameters()} for client in together]
+    common = sum(tensors[0][pointer] for pointer in tensors[0].keys() & tensors[1].keys())
+    assert common == sum(p.numel() for p in torch_service.create_training_client("micro")._trainer.base.parameters())
+    for client, rank in zip(together, ranks, strict=True):
+        with ServiceClient(torch_service.config) as service:
+            alone = adapter(service, rank)
+            for seed in range(3):
+                alone.forward_backward(policy_data(6, 10 * rank + seed), "importance_sampling")
+                alone.optim_step(AdamParams(1e-3)).result()
+            for name, parameter in alone._trainer.named_trainable.items():
+                assert torch.equal(parameter, client._trainer.named_trainable[name])
+            for (name, weight), (_, expected) in zip(
+                alone._trainer.sampler_weights(), client._trainer.sampler_weights(), strict=True
+            ):
+                assert torch.equal(weight, expected), name
+
+
+def test_a_base_model_ends_with_its_last_adapter_and_a_rewritten_folder_is_read_anew(
+    torch_service: ServiceClient, tmp_path: Path
+) -> None:
+    client = torch_service.create_lora_training_client("micro", rank=4)
+    sampler = client.save_weights_and_get_sampling_client()
+    bases = torch_service._engines.bases._opened
+    step(client)
+    client.close()
+    del client
+    gc.collect()
+    assert len(bases) == 1, "the snapshot's copy has only the adapter's tensors"
+    del sampler
+    gc.collect()
+    assert not len(bases)
+    full, folder = torch_service.create_training_client("micro", seed=1), tmp_path / "checkpoints" / "base"
+    full.save_state("base").result()
+    first = torch_service.create_lora_training_client(str(folder), rank=4)
+    step(full)
+    full.save_state("base", overwrite=True).result()
+    second = torch_service.create_lora_training_client(str(folder), rank=4)
+    assert trained(second, PROMPT) == pytest.approx(trained(full, PROMPT), abs=1e-4)
+    assert np.abs(trained(first, PROMPT) - trained(second, PROMPT)).max() > 1e-3

@@ -220,7 +220,13 @@ class TrainingClient(Ready):
         return await self._submit_sync(name, retry_config, record_stability_info, kind, follow, keep)
 
     def _submit_sync(
-        self, name: str | None, retry_config: object, record_stability_info: bool, kind: str, follow: bool, keep: bool
+        self,
+        name: str | None,
+        retry_config: object,
+        record_stability_info: bool,
+        kind: str,
+        follow: bool,
+        keep: bool = True,
     ) -> APIFuture[SamplingClient]:
         ignore(name=name, retry_config=retry_config, record_stability_info=record_stability_info)
         if kind not in ("snapshot", "inflight"):
