@@ -1,5 +1,5 @@
 """Named algorithms: values for the options of rl.train.Config. An option given by the user wins.
-None has a critic; `differs` lists other differences from the paper.
+`differs` lists other differences from the paper.
 """
 
 from dataclasses import dataclass
@@ -72,6 +72,19 @@ ALGORITHMS: dict[str, Algorithm] = {
         },
         "Schulman et al. 2017: clipped ratio, several optimizer steps per batch",
         "the group's mean stands for the critic",
+    ),
+    "ppo_critic": Algorithm(
+        {
+            "advantage": "no_reward",
+            "critic.model": "policy",
+            "normalize_advantages": "True",
+            "loss_fn": "ppo",
+            "loss_fn_config.clip_low_threshold": "0.8",
+            "loss_fn_config.clip_high_threshold": "1.2",
+            "num_substeps": "4",
+        },
+        "Schulman et al. 2017: PPO in full, with a critic, GAE, a clipped value loss and normalised advantages",
+        "each rollout is seen once a step, in one of four parts; several passes are not offered",
     ),
     "distill": Algorithm(
         {"advantage": "no_reward", "loss_fn": "importance_sampling"},

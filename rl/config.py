@@ -11,6 +11,7 @@ from posttrain.backend.losses import LossFn
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, SAMPLING_TEMPERATURE, TEMPERATURE, WHOLE
 from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from rl.advantages import AdvantageEstimator, GroupMean, NoReward
+from rl.critic import CriticConfig
 from rl.data_processing import Reduction
 from rl.distill import Distillation
 from rl.kl import KLPenalty
@@ -55,6 +56,12 @@ class Config(LanguageModelRunConfig):
     distill: Distillation = chz.field(
         default_factory=Distillation,
         doc="on-policy distillation: the reverse KL to a teacher is added to the advantages",
+    )
+    critic: CriticConfig = chz.field(
+        default_factory=CriticConfig, doc="a value model, whose advantages take the place of the group's"
+    )
+    normalize_advantages: bool = chz.field(
+        default=False, doc="shift and scale token advantages to mean 0 and deviation 1 over the batch"
     )
     remove_constant_reward_groups: bool = chz.field(
         default=False, doc="leave out groups whose members all got the same reward"
@@ -122,8 +129,16 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"max_steps_off_policy={config.max_steps_off_policy}: 0 is synchronous, 1 or more asynchronous"
         )
-    if isinstance(config.advantage, NoReward) and not config.distill.paths() and config.batch_reward is None:
-        raise ConfigError("advantage=no_reward leaves nothing to learn from: give distill.teacher, or a batch_reward")
+    other = config.distill.paths() or config.batch_reward or config.critic.model
+    if isinstance(config.advantage, NoReward) and not other:
+        raise ConfigError(
+            "advantage=no_reward leaves nothing to learn from: give distill.teacher, critic.model, or a batch_reward"
+        )
+    if config.critic.model and not isinstance(config.advantage, NoReward):
+        raise ConfigError(
+            f"critic.model={config.critic.model}: its advantages take the place of advantage="
+            f"{type(config.advantage).__name__}: set advantage=no_reward"
+        )
     if config.max_refills and (config.env.group_size < 2 or config.batch_reward is not None):
         reason = "with group_size=1 all rewards of a group are equal"
         if config.batch_reward is not None:
@@ -154,12 +169,12 @@ def _check_minibatches(config: Config) -> None:
         raise ConfigError(
             f"num_minibatches={minibatches} and num_substeps={substeps}: one must be a multiple of the other"
         )
-    if config.advantage.needs_whole_batch or config.loss_reduction == "token_mean":
-        part = (
-            f"advantage={type(config.advantage).__name__}"
-            if config.advantage.needs_whole_batch
-            else "loss_reduction=token_mean"
-        )
+    parts = {
+        f"advantage={type(config.advantage).__name__}": config.advantage.needs_whole_batch,
+        "loss_reduction=token_mean": config.loss_reduction == "token_mean",
+        "normalize_advantages": config.normalize_advantages,
+    }
+    if part := next((name for name, needs_batch in parts.items() if needs_batch), None):
         raise ConfigError(
             f"{part} needs the whole batch before the first pass: it does not go with num_minibatches={minibatches}"
         )

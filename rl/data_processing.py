@@ -1,7 +1,8 @@
 """From finished groups to training data, as values: each step takes rows and returns new rows
 (specs: tinker_semantics 2.1).
 
-rows_of -> with_advantages -> (kl.py) -> (distill.py) -> without_truncated -> reduced -> (mismatch.py) -> Row.datum
+rows_of -> with_advantages, or (critic.py) -> (kl.py) -> (distill.py) -> normalized -> without_truncated -> reduced
+-> (mismatch.py) -> Row.datum
 """
 
 from collections import defaultdict
@@ -39,6 +40,9 @@ class Row:
     """None where every token was sampled at temperature 1."""
     origin: tuple[int, int] = (0, 0)
     """(group, member)."""
+    values_T: np.ndarray | None = None
+    """With a critic (critic.py): its values before, and the returns it learns; 0 where `mask_T` is 0."""
+    returns_T: np.ndarray | None = None
     kept: KeptRow | None = None
     """The row in a batch reward's forward pass, which training continues."""
     supervised: tuple[tuple[Datum, KeptRow | None], ...] = ()
@@ -145,6 +149,13 @@ def with_advantages(rows: Sequence[Row], advantages_P_G: Sequence[np.ndarray]) -
         for row in rows
         for p, g in [row.origin]
     ]
+
+
+def normalized(rows: Sequence[Row]) -> list[Row]:
+    """(A - mean) / (std + 1e-8) over the sampled tokens of all rows (REINFORCE++, Hu 2025, eq. 3; PPO's code)."""
+    sampled = np.concatenate([row.advantages_T[row.mask_T > 0] for row in rows]).astype(np.float64)
+    mean, std = np.float32(sampled.mean()), np.float32(sampled.std() + 1e-8)
+    return [replace(row, advantages_T=(row.advantages_T - mean) / std * row.mask_T) for row in rows]
 
 
 def without_truncated(rows: Sequence[Row], groups_P: Sequence[TrajectoryGroup]) -> list[Row]:

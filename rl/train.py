@@ -1,7 +1,6 @@
 """The RL loop: rollouts, advantages, a policy-gradient step, new weights into the sampler.
 Algorithms are an estimator, a loss and the steps around them (algorithms.py, train_step.py).
-Synchronous, streaming and asynchronous training are two numbers (group_sources.py). Left out: a
-critic.
+Synchronous, streaming and asynchronous training are two numbers (group_sources.py).
 """
 
 import time
@@ -29,6 +28,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Tokenizer
+from posttrain.tracking.checkpointing import Checkpointed
 from posttrain.tracking.metrics_log import timed
 from posttrain.tracking.nonfinite import write_offending_data
 from posttrain.tracking.progress import reported
@@ -37,6 +37,7 @@ from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from posttrain.tracking.timeline import Timeline, recording, span
 from rl import step_checks
 from rl.config import Config, check_config
+from rl.critic import POLICY, ActorCritic, Critic
 from rl.distill import Teachers
 from rl.evaluators import RLTestSetEvaluator, SamplesEvaluator
 from rl.group_sources import GroupSource
@@ -58,6 +59,7 @@ async def main(config: Config) -> Metrics:
         option = f"kl.reference_path={config.kl.reference_path}"
         check_vocabulary(option, config.kl.reference_path, renderer.tokenizer)
     config.distill.check(renderer.tokenizer)
+    config.critic.check(renderer.tokenizer)
     dataset, test_dataset = step_checks.datasets(config.env, await config.env(renderer))
     num_steps = config.num_steps(len(dataset))
     if num_steps == 0:
@@ -84,6 +86,10 @@ async def main(config: Config) -> Metrics:
             learner.reference = Reference(frozen)
         if config.distill.paths():
             learner.teachers = Teachers(config.distill, service, learner.client)
+        if config.critic.model:
+            value_client = config.critic.open(service, config.model_name, config.lora(), config.seed)
+            rate = config.critic.learning_rate / config.learning_rate if config.learning_rate else 1.0
+            learner.critic = Critic(config.critic, value_client, rate)
         if config.batch_reward:
             learner.batch_reward = await config.batch_reward(service, learner.client, renderer)
         evaluators: list[RLTestSetEvaluator | SamplesEvaluator] = []
@@ -127,7 +133,11 @@ class Loop:
         """Runs the remaining steps; returns the last metrics."""
         config, client, source = self.config, self.learner.client, self.source
         self.num_steps, self.alarms = num_steps, Alarms(client.get_info(), config.backend.alarm)
-        run = Run(config=config, folder=self.folder, client=client, name="rl", num_steps=num_steps, headline=HEADLINE)
+        saved: Checkpointed = client
+        if critic := self.learner.critic:
+            folder = self.folder.path / "critic"
+            saved = ActorCritic(client, critic.client, folder, critic.config.model == POLICY)
+        run = Run(config=config, folder=self.folder, client=saved, name="rl", num_steps=num_steps, headline=HEADLINE)
         run.alarms, run.extra = self.alarms, lambda: {"rollouts": source.state()}
         if self.evaluators:
             run.evaluate = self.evaluate

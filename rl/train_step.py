@@ -1,7 +1,7 @@
 """One training step: finished groups -> advantages -> gradients -> weights.
 
-groups -> rewards that need a model -> KL in the reward -> advantages -> KL per token -> distillation
--> reduction -> mismatch weights -> Datums
+groups -> rewards that need a model -> KL in the reward -> advantages, of a group or a critic -> KL per token
+-> distillation -> normalisation -> reduction -> mismatch weights -> Datums
     -> forward_backward, as minibatches of groups arrive -> optim_step, once per substep
 """
 
@@ -25,9 +25,11 @@ from posttrain.tracking.progress import reported
 from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.timeline import span
 from rl.config import Config
+from rl.critic import Critic
 from rl.data_processing import (
     Row,
     compute_advantages,
+    normalized,
     reduced,
     rows_of,
     split_substeps,
@@ -54,6 +56,7 @@ class Learner:
     folder: RunFolder
     reference: Reference | None = None
     teachers: Teachers | None = None
+    critic: Critic | None = None
     batch_reward: BatchReward | None = None
 
 
@@ -122,6 +125,10 @@ async def _prepare(
             rewarded_P = penalized_rewards(kept_P, rows, difference_D, config.kl.coef)
     advantages_P_G = compute_advantages(rewarded_P, config.advantage)
     rows = with_advantages(rows, advantages_P_G)
+    if learner.critic and rows:
+        with timed(metrics, "critic"), span("score"):
+            rows, value_metrics = await learner.critic.with_advantages(rewarded_P, rows)
+        metrics |= value_metrics
     if difference_D and config.kl.where == "advantage":
         rows = penalized_advantages(rows, difference_D, config.kl.coef, config.kl.discount)
     if learner.teachers and rows:
@@ -130,6 +137,8 @@ async def _prepare(
         metrics |= teacher_metrics
         distill = config.distill
         rows = penalized_advantages(rows, teacher_difference_D, distill.coef, distill.discount, distill.centre)
+    if config.normalize_advantages and rows:
+        rows = normalized(rows)
     if not config.train_on_truncated:
         rows = without_truncated(rows, kept_P)
     rows = reduced(rows, config.loss_reduction)
@@ -173,11 +182,15 @@ class _Passes:
         self._terms.append(terms)
         self._sampled_D += [None] * len(data_D) if self._steps else sampled_D
         self._outputs.append(_spanned(self._learner.client.forward_backward_terms(terms)))
+        if self._learner.critic:
+            self._learner.critic.forward_backward(rows)
         self._pending = True
 
     def optim_step(self) -> None:
         if self._pending:
             self._steps.append(_spanned(self._learner.client.optim_step(self._adam)))
+            if self._learner.critic:
+                self._learner.critic.optim_step(self._adam)
             self._pending = False
 
     async def metrics(self, step: int, outcome: StepOutcome) -> Metrics:
@@ -187,6 +200,7 @@ class _Passes:
             if isinstance(error := output.exception(), NonFiniteError):
                 data_D = [datum for term in terms for datum in term.data_D]
                 raise write_offending_data(self._learner.folder, step, data_D, error) from error
+        critic_metrics = await self._learner.critic.metrics() if self._learner.critic else {}
         outputs, supervised = (
             [task.result()[0] for task in self._outputs],
             [out for task in self._outputs for out in task.result()[1:]],
@@ -201,6 +215,7 @@ class _Passes:
         metrics |= {
             f"optim/{name}": value for name, value in mean_by_key(response.metrics for response in steps).items()
         }
+        metrics |= critic_metrics
         return metrics | (compute_sampling_metrics(outcome.data_D, logprobs_D) if logprobs_D else {})
 
 

@@ -77,7 +77,7 @@ def test_a_group_is_replaced_until_its_rewards_differ_or_the_limit_is_reached(to
 def test_a_run_with_refills_resumes_bit_for_bit(tmp_path: Path) -> None:
     """One token: the rewards of two members are equal half of the time."""
     env = LowTokenBuilder(n_batches=3, group_size=2)
-    settings = config(tmp_path / "whole", env=env, max_tokens=1, max_refills=3, remove_constant_reward_groups=True)
+    settings = config(tmp_path / "whole", env=env, max_tokens=1, max_refills=3, model_name="micro")
     asyncio.run(train.main(settings))
     logged = metrics(tmp_path / "whole")
     assert sum(record["train/groups_refilled"] for record in logged[:3]) > 0

@@ -229,10 +229,11 @@ def test_mismatch_correction_weighs_the_trainers_own_policy_gradient(torch_servi
 
 def test_every_algorithm_preset_builds_and_an_option_given_wins() -> None:
     presets = {"algorithm": {name: algorithm.settings for name, algorithm in ALGORITHMS.items()}}
+    needs = {"distill": ["distill.teacher=micro"]}
     for name in ALGORITHMS:
         built = parse(
             CLIConfig,
-            [f"algorithm={name}", "env=envs.arithmetic:ArithmeticBuilder"],
+            [f"algorithm={name}", "env=envs.arithmetic:ArithmeticBuilder", *needs.get(name, [])],
             {"advantage": ADVANTAGES},
             presets,
         )

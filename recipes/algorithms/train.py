@@ -38,7 +38,7 @@ class Config:
     """Every algorithm preset on two-digit addition, from one warm start."""
 
     algorithms: str = chz.field(
-        default=",".join(name for name in ALGORITHMS if name != "distill"), doc="presets to run, by comma"
+        default="importance_sampling,reinforce,rloo,grpo,dr_grpo,dapo,ppo,cispo", doc="presets to run, by comma"
     )
     warm_start_nll: float = chz.field(
         default=0.3,
