@@ -1,7 +1,7 @@
 """Environments in messages, and the adapter to an Env of tokens. EnvFromMessageEnv renders the
 conversation and keeps sampled tokens unchanged (token in, token out); a ParsePolicy handles
 unreadable responses. Left out: limits on turns and tokens (rl/rollouts.py), environments that
-rewrite messages, structured tool calls.
+rewrite messages. Tools: rl/tool_env.py.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from typing import Literal
 
 import chz
 
-from posttrain.backend.errors import CookbookError
+from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.ranges import NUMBER, WHOLE
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.turns import decode, encode
@@ -86,9 +86,10 @@ class EnvFromMessageEnv(Env):
     """A MessageEnv as an Env. Every turn has the metrics `parse_error` and `truncated`, 0 or 1; a
     truncated turn is a parse error, too.
 
-    With the renderer's extension property, an observation extends the previous observation and its
-    sampled tokens, even where the text would be tokenized otherwise. Without it every turn renders
-    the conversation again, and rl/data_processing.py makes a Datum of each.
+    With the renderer's extension property, and before a tool's answer, an observation extends the
+    previous observation and its sampled tokens, even where the text would be tokenized otherwise.
+    Where the template rewrites what was said, the turn renders the conversation again, and
+    rl/data_processing.py makes a Datum of each.
     """
 
     def __init__(self, renderer: Renderer, message_env: MessageEnv, parse: ParsePolicy | None = None):
@@ -138,11 +139,15 @@ class EnvFromMessageEnv(Env):
     def _next_observation(self, action: Action, message: Message, next_messages: Sequence[Message]) -> list[int]:
         conversation = [*self.conversation, message]
         rendered = self.renderer.build_generation_prompt([*conversation, *next_messages]).to_ints()
-        if not self.renderer.has_extension_property:
+        # Templates that drop thinking, or trim, keep a message with calls until the tools have answered.
+        if not self.renderer.has_extension_property and any(m["role"] != "tool" for m in next_messages):
             return rendered
         # Text from the last weight on, where the renderer ends the model's turn, follows the
         # sampled tokens.
-        tokens, weights = self.renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+        try:
+            tokens, weights = self.renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+        except DataError:  # written otherwise than sampled
+            return rendered
         end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
         # role_colon ends a turn with "User:", but another role speaks next
         if rendered[:end] != tokens[:end]:
@@ -151,9 +156,10 @@ class EnvFromMessageEnv(Env):
 
     def _missing_stop(self, action: Action) -> list[int]:
         """The stop before the next messages, where the model ended by EOS or was truncated."""
-        stop, tokenizer = self.renderer.get_stop_sequences()[0], self.renderer.tokenizer
+        stops, tokenizer = self.renderer.get_stop_sequences(), self.renderer.tokenizer
+        stop = stops[0]
         if isinstance(stop, int):
-            return [] if stop in action else [stop]
+            return [] if any(s in action for s in stops) else [stop]
         return [] if stop in decode(tokenizer, action) else encode(tokenizer, stop)
 
     async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:

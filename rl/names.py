@@ -7,6 +7,8 @@ ENVS = {
     "arc": "envs.arc_challenge:ArcBuilder",
     "code": "envs.code:CodeBuilder",
     "tool_use": "envs.tool_use:CalculatorBuilder",
+    "calculator": "envs.calculator:SumsBuilder",
+    "retrieval": "envs.retrieval:RetrievalBuilder",
     "guess_number": "envs.guess_number:GuessNumberBuilder",
     "twenty_questions": "envs.twenty_questions:TwentyQuestionsBuilder",
     "textarena": "envs.textarena:TextArenaBuilder",

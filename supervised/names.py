@@ -2,6 +2,8 @@
 
 DATASETS = {
     "arithmetic": "envs.arithmetic:ArithmeticExamplesBuilder",
+    "calculator": "envs.calculator:SumsExamplesBuilder",
+    "retrieval": "envs.retrieval:RetrievalExamplesBuilder",
     "conversations": "supervised.data:ConversationFileBuilder",
     "prompt_completion": "supervised.data:PromptCompletionFileBuilder",
     "gsm8k": "supervised.data:PromptCompletionFileBuilder prompt_field=question completion_field=answer",

@@ -25,10 +25,15 @@ PROBE_REPLIES = ["Yes.", "<think>\nHm.\n</think>\n\nNo.", " Perhaps. \n"]
 
 class ChatTemplateRenderer:
     """`template_kwargs` are passed to the template, e.g. {"enable_thinking": False}. `tools` are
-    offered in every prompt: as the template does, or in the system message if it knows no tools."""
+    listed in every prompt: as the template does, or in the system message if it knows no tools; not
+    if `list_tools` is false, for a model that has learned what there is."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template_kwargs: dict[str, Any] | None = None, tools: Sequence[ToolSpec] = ()
+        self,
+        tokenizer: Tokenizer,
+        template_kwargs: dict[str, Any] | None = None,
+        tools: Sequence[ToolSpec] = (),
+        list_tools: bool = True,
     ):
         if not tokenizer.chat_template:
             raise ConfigError("this tokenizer has no chat template: use renderer_name=role_colon")
@@ -37,7 +42,7 @@ class ChatTemplateRenderer:
         template = str(tokenizer.chat_template)  # some tokenizers have a dict of them, one with tools
         known = format_of(template)
         self.format, self.writes_tools = known or HERMES, known is not None
-        self.tools = list(tools)
+        self.tools, self.list_tools = list(tools), list_tools
         if tools and not known and re.search(r"\btools\b", template):
             raise ConfigError(
                 "the chat template has tools, but writes calls in no format that is known here "
@@ -49,17 +54,18 @@ class ChatTemplateRenderer:
         self.opens: Kind | None = self._opens()
         self.has_extension_property: bool = self._extends()
 
-    def with_tools(self, tools: Sequence[ToolSpec]) -> "ChatTemplateRenderer":
+    def with_tools(self, tools: Sequence[ToolSpec], list_tools: bool = True) -> "ChatTemplateRenderer":
         """A renderer that offers `tools`. ConfigError where the template's calls cannot be read."""
-        return type(self)(self.tokenizer, self.template_kwargs, tools)
+        return type(self)(self.tokenizer, self.template_kwargs, tools, list_tools)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Tokens of `apply_chat_template`. DataError with the template's message if it refuses."""
         plain = [self._for_template(message) for message in messages]
         tools: dict[str, Any] = {}
         if not self.writes_tools:
-            plain = _tools_in_text(plain, self.tools)
-        elif self.tools:
+            plain = _answers_as_user(plain) if self.tools else plain
+            plain = _listed_in_system(plain, self.tools) if self.tools and self.list_tools else plain
+        elif self.tools and self.list_tools:
             tools = {"tools": [{"type": "function", "function": tool} for tool in self.tools]}
         try:
             return self.tokenizer.apply_chat_template(
@@ -195,26 +201,24 @@ class ChatTemplateRenderer:
         return message, ended
 
 
-def _tools_in_text(messages: list[dict[str, Any]], tools: Sequence[ToolSpec]) -> list[dict[str, Any]]:
-    """For templates without tools: they are listed in the system message, and the user reports
-    what they answered."""
+def _listed_in_system(messages: list[dict[str, Any]], tools: Sequence[ToolSpec]) -> list[dict[str, Any]]:
+    """For templates without tools: the system message, the given one or one of its own, lists them."""
+    given = messages[0]["content"] + "\n\n" if messages and messages[0]["role"] == "system" else ""
+    return [{"role": "system", "content": given + tools_as_text(tools)}, *messages[bool(given) :]]
+
+
+def _answers_as_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For templates without tools: the user reports their answers, those to one message together."""
     written: list[dict[str, Any]] = []
-    if tools:
-        given = messages[0]["content"] + "\n\n" if messages and messages[0]["role"] == "system" else ""
-        written = [{"role": "system", "content": given + tools_as_text(tools)}]
-        messages = messages[1:] if given else messages
-    was_tool = False
-    for message in messages:
-        is_tool = message["role"] == "tool" and bool(tools)
-        if is_tool:
-            answer = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if was_tool:
-                written[-1]["content"] += "\n" + answer
-            else:
-                written.append({"role": "user", "content": answer})
-        else:
+    for previous, message in zip([None, *messages], messages, strict=False):
+        if message["role"] != "tool":
             written.append(message)
-        was_tool = is_tool
+            continue
+        answer = f"<tool_response>\n{message['content']}\n</tool_response>"
+        if previous and previous["role"] == "tool":
+            written[-1]["content"] += "\n" + answer
+        else:
+            written.append({"role": "user", "content": answer})
     return written
 
 
