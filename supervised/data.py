@@ -3,7 +3,9 @@ when the dataset is built: malformed, empty and over-long examples are found bef
 Left out: streaming from sets that do not fit into memory.
 """
 
+import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +15,12 @@ import numpy as np
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import Datum, ModelInput, TensorData
+from posttrain.renderers import with_tools
 from posttrain.renderers.turns import bos, encode, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset
 from supervised.forms import customized, form_of, one_form
-from supervised.rows import Fields, Row, conversation, exchange, read_rows
+from supervised.rows import Fields, Row, conversation, exchange, read_rows, tools_of
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
@@ -64,6 +67,17 @@ def render(
     max_length = builder.max_length or renderer.tokenizer.model_max_length
     how = (renderer, max_length, builder.train_on_what, builder.reduction)
     return [conversation_to_datum(messages, *how) for messages in conversations]
+
+
+def offering(fields: Fields, renderer: Renderer) -> Renderer:
+    """The renderer with the tools of a row."""
+    tools = tools_of(fields)
+    return _with_tools(renderer, json.dumps(tools)) if tools else renderer
+
+
+@lru_cache(maxsize=256)  # most rows of a set have the same tools
+def _with_tools(renderer: Renderer, tools: str) -> Renderer:
+    return with_tools(renderer, json.loads(tools))
 
 
 class MixtureDataset(ListDataset[Datum]):
@@ -113,7 +127,7 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
 
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
         """Tokens of a row and their weights."""
-        return renderer.build_supervised_example(self.messages(fields), self.train_on_what)
+        return offering(fields, renderer).build_supervised_example(self.messages(fields), self.train_on_what)
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train, test = self.rows()
@@ -187,7 +201,7 @@ class FileBuilder(JsonLinesBuilder):
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
         read = form_of(fields).read(fields)
         if not isinstance(read, str):
-            return renderer.build_supervised_example(*customized(read, self.train_on_what))
+            return offering(fields, renderer).build_supervised_example(*customized(read, self.train_on_what))
         start, tokenizer = bos(renderer.tokenizer), renderer.tokenizer
         tokens = start + encode(tokenizer, read) + eos(tokenizer)
         return tokens, [0.0] * len(start) + [1.0] * (len(tokens) - len(start))

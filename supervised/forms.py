@@ -1,6 +1,6 @@
 """The shapes of conversation files, recognised by field names. docs/data_formats.md has the table.
 A row of no form or of two is a DataError that names the fields and the known forms. Left out:
-tools, images, several answers in a row.
+images, several answers in a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ def prompt_completion(fields: Fields) -> list[Message]:
     marked = [(message, False) for message in prompt] + [
         (message, message["role"] == "assistant") for message in answered
     ]
-    return [Message(role=message["role"], content=message["content"], trainable=trained) for message, trained in marked]
+    return [Message(**(_unmarked(message) | {"trainable": trained})) for message, trained in marked]  # type: ignore[typeddict-item]
 
 
 def alpaca(fields: Fields) -> list[Message]:
@@ -152,4 +152,9 @@ def customized(messages: Sequence[Message], train_on_what: TrainOnWhat) -> tuple
         return list(messages), train_on_what
     if train_on_what == TrainOnWhat.ALL_ASSISTANT_MESSAGES:
         return list(messages), TrainOnWhat.CUSTOMIZED
-    return [Message(role=message["role"], content=message["content"]) for message in messages], train_on_what
+    return [_unmarked(message) for message in messages], train_on_what
+
+
+def _unmarked(message: Message) -> Message:
+    kept = ("role", "content", "parts", "name", "tool_call_id")
+    return {key: value for key, value in message.items() if key in kept}  # type: ignore[return-value]

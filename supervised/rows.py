@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.errors import ConfigError, DataError
-from posttrain.renderers.types import Message
+from posttrain.renderers.parts import from_openai, tool_spec
+from posttrain.renderers.types import Message, ToolSpec
 from posttrain.tracking.jsonl import parse_json
 
 Fields = Mapping[str, Any]
@@ -92,14 +93,31 @@ def text_of(where: str, fields: Fields, name: str) -> str:
 
 
 def conversation(fields: Fields, name: str) -> list[Message]:
-    """The messages in the field `name`."""
-    messages = _field(fields, name, list)
+    """The messages in the field `name`; thinking and tool calls as the OpenAI API writes them."""
+    messages = list(_field(fields, name, list))
     for i, message in enumerate(messages):
+        if isinstance(message, dict) and any(
+            message.get(key) for key in ("tool_calls", "reasoning_content", "thinking")
+        ):
+            try:
+                messages[i] = message = from_openai(message)
+            except DataError as error:
+                raise DataError(f"{name}[{i}]: {error}") from None
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise DataError(f"{name}[{i}] needs a 'role' and a 'content' of text, not {str(message)[:80]}")
         if message.get("role") not in ROLES:
             raise DataError(f"{name}[{i}] has the role {message.get('role')!r}; roles are {', '.join(ROLES)}")
     return messages
+
+
+def tools_of(fields: Fields) -> list[ToolSpec]:
+    """The tools in the field `tools`, a list or its JSON; [] without the field."""
+    tools = fields.get("tools") or []
+    if isinstance(tools, str):
+        tools = parse_json(tools, "the field 'tools'", "write a list of tools, or drop the field")
+    if not isinstance(tools, list):
+        raise DataError(f"the field 'tools' is a {type(tools).__name__}, not a list of tools")
+    return [tool_spec(tool) for tool in tools]
 
 
 def exchange(fields: Fields, prompt_field: str, completion_field: str, prompt_template: str) -> list[Message]:

@@ -84,6 +84,37 @@ def test_texts_are_trained_on_whole_and_only_the_completion_of_messages(tmp_path
     assert decode(TOKENIZER, datum.model_input.to_ints()) == "Add.\n\n2, 35"
 
 
+def test_tool_calls_and_tools_of_files_are_trained_on(tmp_path: Path):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    chat = [
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]},
+        {"role": "tool", "content": "1", "tool_call_id": "1"},
+        {"role": "assistant", "content": "one"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    renderer = get_renderer("chat_template", character_tokenizer(2048))
+    expected = '<think>\nHm.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>one<|im_end|>'
+    for row in (
+        {"messages": chat, "tools": tools},
+        {"messages": chat, "tools": json.dumps(tools)},
+        {"prompt": chat[:1], "completion": chat[1:], "tools": tools},
+    ):
+        tokens, weights = FileBuilder(path="").example(row, renderer)
+        trained = [token for token, weight in zip(tokens, weights, strict=True) if weight]
+        assert decode(renderer.tokenizer, trained) == expected
+        assert "To call: <tool_call>" in decode(renderer.tokenizer, tokens)
+    for row, complaint in (
+        ({"messages": chat, "tools": 3}, "the field 'tools' is a int, not a list of tools"),
+        ({"messages": chat, "tools": [{}]}, "a tool needs a 'name'"),
+        ({"messages": [{"role": "assistant", "tool_calls": [3]}]}, r"messages\[0\]: tool_calls\[0\] needs"),
+    ):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row))
+        with pytest.raises(DataError, match=f"rows.jsonl:1: {complaint}"):
+            FileBuilder(path=str(path))(renderer)
+
+
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
