@@ -48,6 +48,33 @@ ALGORITHMS: dict[str, Algorithm] = {
         },
         "Liu et al. 2025: GRPO without the divisions by deviation and length, which favour easy problems and long "
         "wrong answers",
+        "the loss is a sum; loss_reduction=max_tokens divides by their constant, which Adam does not feel",
+    ),
+    "reinforce_pp": Algorithm(
+        {
+            "advantage": "none",
+            "normalize_advantages": "True",
+            "kl.discount": "1",
+            "loss_fn": "ppo",
+            "loss_fn_config.clip_low_threshold": "0.8",
+            "loss_fn_config.clip_high_threshold": "1.2",
+            "loss_reduction": "token_mean",
+        },
+        "REINFORCE++, Hu 2025: no baseline but the batch's mean and deviation, over tokens; give kl.coef for its "
+        "penalty, where each token pays for the later ones",
+        "the penalty is centred before the normalisation",
+    ),
+    "reinforce_pp_baseline": Algorithm(
+        {
+            "advantage": "group_mean",
+            "normalize_advantages": "True",
+            "loss_fn": "ppo",
+            "loss_fn_config.clip_low_threshold": "0.8",
+            "loss_fn_config.clip_high_threshold": "1.2",
+            "loss_reduction": "token_mean",
+        },
+        "REINFORCE++-baseline, Hu 2025: the group's mean as baseline, the deviation of the batch's tokens",
+        "its KL (k2, in the loss) is off",
     ),
     "dapo": Algorithm(
         {
@@ -60,7 +87,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             "train_on_truncated": "False",
         },
         "Yu et al. 2025: clip higher, mean over all tokens, no constant groups, no truncated answers",
-        "groups that are left out are sampled anew only with max_refills; no soft penalty on length",
+        "groups that are left out are sampled anew only with max_refills; length.kind=overlong is the soft penalty",
     ),
     "ppo": Algorithm(
         {

@@ -8,13 +8,14 @@ from posttrain.backend.data_checks import resolve_loss
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.losses import LossFn
-from posttrain.backend.ranges import COUNT, LEARNING_RATE, SAMPLING_TEMPERATURE, TEMPERATURE, WHOLE
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SAMPLING_TEMPERATURE, TEMPERATURE, WHOLE
 from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from rl.advantages import AdvantageEstimator, GroupMean, NoReward
 from rl.critic import CriticConfig
 from rl.data_processing import Reduction
 from rl.distill import Distillation
 from rl.kl import KLPenalty
+from rl.length import LengthPenalty
 from rl.mismatch import MismatchCorrection
 from rl.rollouts import RolloutLimits
 from rl.types import BatchRewardBuilder, RLDatasetBuilder
@@ -53,6 +54,12 @@ class Config(LanguageModelRunConfig):
     )
     advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
     kl: KLPenalty = chz.field(default_factory=KLPenalty, doc="penalty against a frozen reference policy")
+    length: LengthPenalty = chz.field(default_factory=LengthPenalty, doc="penalty on long answers, in the reward")
+    entropy_coef: float = chz.field(
+        default=0.0,
+        validator=NON_NEGATIVE,
+        doc="bonus on each token's entropy: adds coef * (-logprob, less its mean) to its advantage",
+    )
     distill: Distillation = chz.field(
         default_factory=Distillation,
         doc="on-policy distillation: the reverse KL to a teacher is added to the advantages",
@@ -81,7 +88,8 @@ class Config(LanguageModelRunConfig):
     )
     loss_reduction: Reduction = chz.field(
         default="sum",
-        doc="divides each token's loss by nothing, by its rollout's tokens, or by all tokens of the batch",
+        doc="divides each token's loss by nothing, by its rollout's tokens, by all tokens of the batch, or by "
+        "max_tokens times the rollouts of the batch",
     )
     mismatch: MismatchCorrection = chz.field(
         default_factory=MismatchCorrection, doc="weights for a sampler that differs from the trained policy"
@@ -153,6 +161,8 @@ def check_config(config: Config) -> None:
             f"loss_fn={config.loss_fn} is not proportional to the advantage, so loss_reduction and mismatch do not "
             "apply"
         )
+    if config.max_tokens:
+        config.length.checked(config.max_tokens)
     _check_minibatches(config)
 
 
@@ -169,9 +179,10 @@ def _check_minibatches(config: Config) -> None:
         raise ConfigError(
             f"num_minibatches={minibatches} and num_substeps={substeps}: one must be a multiple of the other"
         )
+    constant = config.loss_reduction in ("token_mean", "max_tokens")
     parts = {
         f"advantage={type(config.advantage).__name__}": config.advantage.needs_whole_batch,
-        "loss_reduction=token_mean": config.loss_reduction == "token_mean",
+        f"loss_reduction={config.loss_reduction}": constant,
         "normalize_advantages": config.normalize_advantages,
     }
     if part := next((name for name, needs_batch in parts.items() if needs_batch), None):

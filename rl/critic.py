@@ -44,8 +44,8 @@ POLICY = "policy"
 class CriticConfig:
     model: str | None = chz.field(
         default=None,
-        doc=f"the critic: {POLICY} (a copy of the policy's initial trunk), a scalar model's checkpoint, or a model; None "
-        "= no critic",
+        doc=f"the critic: {POLICY} (a copy of the policy's initial trunk), a scalar model's checkpoint, or a model; "
+        "None = no critic",
     )
     learning_rate: float = chz.field(
         default=1e-3, validator=LEARNING_RATE, doc="of the critic's own optimizer; falls as the policy's does"

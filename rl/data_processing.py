@@ -21,7 +21,8 @@ from rl.types import Trajectory, TrajectoryGroup
 T = TypeVar("T")
 
 # Divisor of a token's loss: none, its trajectory's sampled tokens (GRPO), the batch's (DAPO).
-Reduction = Literal["sum", "sequence_mean", "token_mean"]
+# And a constant (Dr. GRPO): max_tokens times the batch's rollouts.
+Reduction = Literal["sum", "sequence_mean", "token_mean", "max_tokens"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def with_advantages(rows: Sequence[Row], advantages_P_G: Sequence[np.ndarray]) -
 
 
 def normalized(rows: Sequence[Row]) -> list[Row]:
-    """(A - mean) / (std + 1e-8) over the sampled tokens of all rows (REINFORCE++, Hu 2025, eq. 3; PPO's code)."""
+    """(A - mean) / (std + 1e-8) over the sampled tokens of all rows (REINFORCE++, Hu 2025; PPO's code)."""
     sampled = np.concatenate([row.advantages_T[row.mask_T > 0] for row in rows]).astype(np.float64)
     mean, std = np.float32(sampled.mean()), np.float32(sampled.std() + 1e-8)
     return [replace(row, advantages_T=(row.advantages_T - mean) / std * row.mask_T) for row in rows]
@@ -167,15 +168,16 @@ def without_truncated(rows: Sequence[Row], groups_P: Sequence[TrajectoryGroup]) 
     return [row for row in rows if is_whole(*row.origin)]
 
 
-def reduced(rows: Sequence[Row], reduction: Reduction) -> list[Row]:
-    """Divides each trajectory's loss by its number of sampled tokens, or by the batch's: both
-    advantages and the weights of the supervised sequences. Losses sum over tokens."""
+def reduced(rows: Sequence[Row], reduction: Reduction, max_tokens: int = 0, num_rollouts: int = 0) -> list[Row]:
+    """Divides each trajectory's loss by its number of sampled tokens, by the batch's, or by the most
+    that all `num_rollouts` of the batch could have: both advantages and the weights of the supervised
+    sequences. Losses sum over tokens."""
     if reduction == "sum":
         return list(rows)
     tokens_of: dict[tuple[int, int], float] = defaultdict(float)
     for row in rows:
         tokens_of[row.origin] += float(row.mask_T.sum())
-    total = sum(tokens_of.values())
+    total = sum(tokens_of.values()) if reduction == "token_mean" else float(max_tokens * num_rollouts)
     return [
         replace(
             row,

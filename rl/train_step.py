@@ -1,7 +1,7 @@
 """One training step: finished groups -> advantages -> gradients -> weights.
 
-groups -> rewards that need a model -> KL in the reward -> advantages, of a group or a critic -> KL per token
--> distillation -> normalisation -> reduction -> mismatch weights -> Datums
+groups -> rewards that need a model -> KL and length in the reward -> advantages, of a group or a critic
+-> KL, entropy and distillation per token -> normalisation -> reduction -> mismatch weights -> Datums
     -> forward_backward, as minibatches of groups arrive -> optim_step, once per substep
 """
 
@@ -40,6 +40,7 @@ from rl.data_processing import (
 from rl.distill import Teachers
 from rl.group_sources import GroupSource
 from rl.kl import Reference, kl_metrics, penalized_advantages, penalized_rewards, sampled_minus_reference
+from rl.length import length_penalized
 from rl.metrics import compute_sampling_metrics, mean_by_key
 from rl.mismatch import corrected
 from rl.types import BatchReward, Metrics, TrajectoryGroup
@@ -123,6 +124,9 @@ async def _prepare(
         metrics |= kl_metrics(rows, difference_D)
         if config.kl.where == "reward":
             rewarded_P = penalized_rewards(kept_P, rows, difference_D, config.kl.coef)
+    if config.length.kind != "none":
+        rewarded_P, length_metrics = length_penalized(rewarded_P, config.length.checked(config.max_tokens or 0))
+        metrics |= length_metrics
     advantages_P_G = compute_advantages(rewarded_P, config.advantage)
     rows = with_advantages(rows, advantages_P_G)
     if learner.critic and rows:
@@ -131,6 +135,9 @@ async def _prepare(
         metrics |= value_metrics
     if difference_D and config.kl.where == "advantage":
         rows = penalized_advantages(rows, difference_D, config.kl.coef, config.kl.discount)
+    if config.entropy_coef:
+        surprisal_D = [row.logprobs_T for row in rows]
+        rows = penalized_advantages(rows, surprisal_D, config.entropy_coef, 0.0) if rows else rows
     if learner.teachers and rows:
         with timed(metrics, "teacher"), span("score"):
             teacher_difference_D, teacher_metrics = await learner.teachers.difference(kept_P, rows)
@@ -141,7 +148,8 @@ async def _prepare(
         rows = normalized(rows)
     if not config.train_on_truncated:
         rows = without_truncated(rows, kept_P)
-    rows = reduced(rows, config.loss_reduction)
+    num_rollouts = sum(len(group.trajectories_G) for group in groups_P)
+    rows = reduced(rows, config.loss_reduction, config.max_tokens or 0, num_rollouts)
     sampled_D = [row.logprobs_T if kept_P[row.origin[0]].sampled_at_step == step else None for row in rows]
     if config.mismatch.mode != "none" and rows:
         with span("score"):

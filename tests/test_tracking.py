@@ -15,7 +15,7 @@ import chz
 import pytest
 
 from posttrain.backend.errors import CheckpointError, ConfigError, DataError
-from posttrain.tracking.figures import Curve, Panel, curves_by_label, draw_panels, mean_curve
+from posttrain.tracking.figures import Curve, Panel, at_multiples, curves_by_label, draw_panels, mean_curve, over_total
 from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, print_metrics_table, read_metrics, timed
 from posttrain.tracking.plots import compare_runs, main, plot_run
 from posttrain.tracking.progress import TrainingProgress, reported
@@ -345,3 +345,17 @@ def test_the_picture_of_a_process_reward_model_needs_no_right_chain(tmp_path) ->
     results = {name: 0.0 for choice in CHOICES for name in (choice, f"{choice}_se")}
     for aligned in ({}, {0: [0.1] * 29}, {0: [0.1] * 30}):
         assert draw(tmp_path / "prm", results, aligned, tmp_path / "prm.png").stat().st_size > 5000
+
+
+def test_a_curve_over_tokens_counts_those_before_its_step_and_shares_its_steps_with_other_seeds() -> None:
+    records = [
+        {"step": 0, "right": 0.1, "sampled": 100},
+        {"step": 1, "sampled": 50},
+        {"step": 2, "right": 0.3, "sampled": 60, "more": 10},
+        {"step": 3, "right": 0.6},
+    ]
+    curve = over_total(records, "right", "sampled", "more")
+    assert curve == Curve([0, 150, 220], [0.1, 0.3, 0.6])
+    shared = at_multiples(curve, 75)
+    assert shared.steps_K == [0, 75, 150] and shared.values_K == pytest.approx([0.1, 0.2, 0.3])
+    assert at_multiples(Curve([], []), 75) == Curve([], [])

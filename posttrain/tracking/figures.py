@@ -6,8 +6,11 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.jsonl import write_atomically
@@ -53,6 +56,24 @@ def read_curve(records: Records, *keys: str) -> Curve:
     key = next((key for key in keys if any(record.get(key) is not None for record in records)), "")
     points = [(record["step"], record[key]) for record in records if key in record]
     return Curve([step for step, _ in points], [math.nan if value is None else value for _, value in points])
+
+
+def over_total(records: Records, key: str, *counts: str) -> Curve:
+    """The curve of `key` over the running total of the metrics `counts` before each of its steps, e.g. over
+    sampled tokens."""
+    curve = read_curve(records, key)
+    added = [sum(record.get(count) or 0.0 for count in counts) for record in records]
+    totals = [0.0, *accumulate(added)]
+    first = records[0]["step"] if records else 0
+    return Curve([round(totals[step - first]) for step in curve.steps_K], curve.values_K)
+
+
+def at_multiples(curve: Curve, every: int) -> Curve:
+    """Linear interpolation at multiples of `every`: curves of several seeds then share their steps."""
+    if not curve.steps_K:
+        return curve
+    steps = list(range(0, curve.steps_K[-1] + 1, every))
+    return Curve(steps, np.interp(steps, *curve).tolist())
 
 
 def curves_by_label(runs: Mapping[str, Sequence[Records]], *keys: str) -> Curves:

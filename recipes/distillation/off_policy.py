@@ -31,7 +31,7 @@ class Config(teacher.Config):
     """A student of the teacher's answers and probabilities."""
 
     number: int = chz.field(default=5000, validator=COUNT, doc="questions that the teacher answers")
-    steps: int = chz.field(default=300, validator=COUNT, doc="steps of each student, 128 answers each")
+    steps: int = chz.field(default=200, validator=COUNT, doc="steps of each student, 128 answers each")
     top_k: int = chz.field(default=8, validator=COUNT, doc="soft targets per token")
 
 

@@ -12,7 +12,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from itertools import accumulate
 from pathlib import Path
 
 import chz
@@ -21,7 +20,7 @@ from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE
 from posttrain.tracking.command_line import parse, run_command
-from posttrain.tracking.figures import Curve, Panel, draw_panels, read_curve, save_figure
+from posttrain.tracking.figures import Curve, Panel, at_multiples, draw_panels, over_total, save_figure
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.distillation import teacher
@@ -85,17 +84,13 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
     ]
 
 
-def by_tokens(run: Path) -> Curve:
-    """Held-out accuracy over the tokens sampled before the evaluation, in thousands."""
-    records = read_metrics(run)
-    sampled = [0.0, *accumulate(record.get(SAMPLED, 0.0) for record in records)]
-    accuracy = read_curve(records, CORRECT)
-    return Curve([round(sampled[step] / 1000) for step in accuracy.steps_K], accuracy.values_K)
+def read(run: Path) -> Curve:
+    return over_total(read_metrics(run), CORRECT, SAMPLED)
 
 
 def first_at(curve: Curve, level: float) -> str:
     reached = [tokens for tokens, value in zip(*curve, strict=True) if value >= level]
-    return f"{reached[0]}k" if reached else f"not within {curve.steps_K[-1]}k"
+    return f"{reached[0]:,}" if reached else f"not within {curve.steps_K[-1]:,}"
 
 
 def main(config: Config) -> None:
@@ -108,16 +103,16 @@ def main(config: Config) -> None:
     level = config.share * best
     print(f"teacher: {best:.3f} of the held-out sums; sampled tokens until {level:.3f}:")
     curves: dict[str, list[Curve]] = {
-        name: [by_tokens(Path(config.log_path) / f"on_policy_{seed}" / name) for seed in seeds]
+        name: [read(Path(config.log_path) / f"on_policy_{seed}" / name) for seed in seeds]
         for name in ("distill", "grpo")
     }
     for name, of_seeds in curves.items():
         for seed, curve in zip(seeds, of_seeds, strict=True):
             accuracy = f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}"
-            print(f"{name:8s} seed {seed}  {first_at(curve, level):>16s}   accuracy {accuracy}")
-    panel = Panel(
-        "held-out accuracy", curves, {f"{config.share:g} of the teacher": level}, xlabel="thousand sampled tokens"
-    )
+            print(f"{name:8s} seed {seed}  {first_at(curve, level):>18s}   accuracy {accuracy}")
+    shared = {name: [at_multiples(curve, 5000) for curve in of_seeds] for name, of_seeds in curves.items()}
+    line = {f"{config.share:g} of the teacher": level}
+    panel = Panel("held-out accuracy", shared, line, xlabel="sampled tokens")
     print(f"curves: {save_figure(draw_panels([panel]), Path(config.log_path) / 'on_policy.png')}")
 
 

@@ -1,0 +1,112 @@
+"""GRPO, the same with dynamic sampling, and PPO with a critic on two-digit addition: three seeds, from the
+same warm starts, over the tokens that each samples.
+
+    python recipes/algorithms/beside_grpo.py                          # runs/beside_grpo, beside_grpo.png there
+    python recipes/algorithms/beside_grpo.py seeds=0 num_steps=200
+"""
+
+if not __package__:  # run as a file: put the project on the path
+    import os
+    import sys
+
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from pathlib import Path
+
+import chz
+
+from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE
+from posttrain.tracking.command_line import parse, run_command
+from posttrain.tracking.figures import (
+    Curve,
+    Panel,
+    at_multiples,
+    draw_panels,
+    over_total,
+    read_curve,
+    save_figure,
+)
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_config import log_path_field
+from posttrain.tracking.stages import Stage, run_stages, training_stage
+from recipes.warm_start import warm_start
+from rl import train
+from rl.algorithms import ALGORITHMS
+from rl.names import ADVANTAGES
+
+CORRECT, SAMPLED = "test/env/all/correct", ("env/all/total_ac_tokens", "train/refill_tokens")
+VARIANTS = {
+    "grpo": ALGORITHMS["grpo"].settings,
+    "dynamic sampling": ALGORITHMS["grpo"].settings | {"max_refills": "4"},
+    "critic": ALGORITHMS["ppo_critic"].settings | {"num_substeps": "1"},
+}
+
+
+@chz.chz
+class Config:
+    """Dynamic sampling and a critic beside GRPO."""
+
+    seeds: str = chz.field(default="0,1,2", doc="seeds by comma")
+    warm_start_nll: float = chz.field(
+        default=0.4, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends"
+    )
+    num_steps: int = chz.field(default=100, validator=COUNT, doc="steps of RL, 32 problems by 8 rollouts each")
+    learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="at the first step; falls to 0")
+    log_path: str = log_path_field("runs/beside_grpo", "folder of the runs")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
+    )
+
+
+def stages_of(config: Config, seed: int) -> list[Stage]:
+    folder = Path(config.log_path) / str(seed)
+    sums = ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=seed)
+    settings = {"renderer_name": "plain", "seed": seed, "stop_at_nll": config.warm_start_nll, "eval_every": 0}
+    start = warm_start(config, sums, folder / "start", f"start_{seed}", **settings)
+    stages = []
+    for name, options in VARIANTS.items():
+        arguments = [f"{option}={value}" for option, value in options.items()]
+        preset = parse(train.Config, ["env=envs.arithmetic:ArithmeticBuilder", *arguments], {"advantage": ADVANTAGES})
+        run = chz.replace(
+            preset,
+            env=ArithmeticBuilder(num_digits=2, n_batches=config.num_steps, batch_size=32, group_size=8, seed=seed),
+            load_checkpoint_path=str(start.result),
+            renderer_name="plain",
+            seed=seed,
+            learning_rate=config.learning_rate,
+            lr_schedule="linear",
+            eval_every=10,
+            save_every=0,
+            transcript_every=100,
+            log_path=str(folder / name.replace(" ", "_")),
+            backend=config.backend,
+        )
+        stages.append(training_stage(f"{name}_{seed}", train.main, run, [start]))
+    return stages
+
+
+def main(config: Config) -> None:
+    try:
+        stages = {seed: stages_of(config, int(seed)) for seed in config.seeds.split(",")}
+    except ValueError:
+        raise ConfigError(f"seeds={config.seeds}: whole numbers by comma are needed, e.g. seeds=0,1,2") from None
+    run_stages([stage for of_seed in stages.values() for stage in of_seed])
+    steps: dict[str, list[Curve]] = {}
+    tokens: dict[str, list[Curve]] = {}
+    for i, name in enumerate(VARIANTS):
+        records = [read_metrics(of_seed[i].path) for of_seed in stages.values()]
+        steps[name] = [read_curve(of_run, CORRECT) for of_run in records]
+        tokens[name] = [over_total(of_run, CORRECT, *SAMPLED) for of_run in records]
+        ends = ", ".join(f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}" for curve in steps[name])
+        sampled = ", ".join(f"{curve.steps_K[-1]:,}" for curve in tokens[name])
+        print(f"{name:17s} held-out accuracy {ends}; sampled tokens {sampled}")
+    shared = {name: [at_multiples(curve, 5000) for curve in curves] for name, curves in tokens.items()}
+    panels = [Panel("held-out accuracy", steps), Panel("held-out accuracy", shared, xlabel="sampled tokens")]
+    print(f"curves: {save_figure(draw_panels(panels), Path(config.log_path) / 'beside_grpo.png')}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)
