@@ -1,181 +1,199 @@
-"""Tasksets of the verifiers library (0.4.x) as environments: a text prompt and one scored answer.
+"""Tasksets of the verifiers library (0.4) as environments, in this process: several turns, tools,
+users that answer, judges, and the library's own rewards and metrics. A taskset is the name of an
+installed package, also as the library's hub writes it (owner/name@version).
 
-Covered: `@reward` and `@metric` functions of the trace, judges, and the taskset's configuration.
-Left out, and refused when the taskset is loaded: harnesses with a runtime (tools, containers,
-setup, finalize, rewards that need `runtime`) and multi-agent environments.
+    python -m pip install "posttrain-cookbook[verifiers]" my-taskset
+    python -m rl.train_cli env=verifiers env.taskset=my-taskset
 
-    python -m venv ~/verifiers && ~/verifiers/bin/pip install "verifiers>=0.4,<0.5" my-taskset
-    python -m rl.train_cli env=envs.verifiers_adapter:VerifiersBuilder env.python=~/verifiers/bin/python env.taskset=my-taskset
+Left out: containers and remote runtimes, histories that an environment rewrites, several agents
+that learn.
 """
 
 import asyncio
-import atexit
 import json
-import subprocess
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import chz
 import numpy as np
 
 from envs.problem import GraderError
-from posttrain.backend.errors import ConfigError
-from posttrain.backend.ranges import COUNT, POSITIVE, SEED, WHOLE
-from posttrain.renderers.types import Message, Renderer
+from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT, SEED, WHOLE
+from posttrain.renderers import from_openai, to_openai, with_tools
+from posttrain.renderers.parts import tool_spec
+from posttrain.renderers.types import Message, Renderer, ToolSpec
 from posttrain.tracking.datasets import ListDataset
-from rl.message_env import MessageEnv, MessageEnvGroupBuilder, MessageStep, ParsePolicy
-from rl.types import RLDataset, RLDatasetBuilder
+from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageStep, ParsePolicy
+from rl.types import EnvGroupBuilder, Metrics, Observation, RLDataset, RLDatasetBuilder, StopCondition
 
-WORKER = Path(__file__).with_name("verifiers_worker.py")
-
-
-@dataclass(frozen=True)
-class TasksetSource:
-    """The source of tasks, which environments keep in place of a process so that they pickle."""
-
-    python: str
-    taskset: str
-    config: str  # JSON
-    limit: int
-    seconds: float
+if TYPE_CHECKING:
+    from envs.verifiers_host import Host
 
 
-class Worker:
-    """A process with one taskset, in its own virtual environment: verifiers and this project both
-    have a package `renderers`. Thread-safe; one answer at a time.
-    """
-
-    def __init__(self, source: TasksetSource):
-        self._source, self._lock = source, threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-        self.tasks: list[list[Message]] = []
-
-    def score(self, task: int, answer: str) -> dict[str, Any]:
-        """Raises GraderError if the scoring fails, dies or takes too long; the process then
-        restarts.
-        """
-        with self._lock:
-            self._start()
-            reply = self._ask({"task": task, "answer": answer})
-        if "failed" in reply:
-            raise GraderError(f"{self._source.taskset}, task {task}: {reply['failed']}")
-        return reply
-
-    def load(self) -> list[list[Message]]:
-        """The prompts. Raises ConfigError if the taskset cannot be loaded."""
-        with self._lock:
-            self._start()
-        return self.tasks
-
-    def _start(self) -> None:
-        if self._process:
-            return
-        source, pipe = self._source, subprocess.PIPE
-        try:
-            self._process = subprocess.Popen(
-                [source.python, "-I", str(WORKER)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-            )
-            reply = self._ask({"taskset": source.taskset, "config": json.loads(source.config), "limit": source.limit})
-        except (OSError, GraderError) as error:
-            raise ConfigError(
-                f"python={source.python} has no verifiers ({error}): make a virtual environment with "
-                "verifiers>=0.4,<0.5 in it"
-            ) from error
-        if "failed" in reply:
-            self.stop()
-            raise ConfigError(f"the taskset {source.taskset} cannot be used: {reply['failed']}")
-        self.tasks = reply["tasks"]
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        process = self._process
-        assert process and process.stdin and process.stdout
-        timer = threading.Timer(self._source.seconds, process.kill)
-        timer.start()
-        try:
-            print(json.dumps(request), file=process.stdin, flush=True)
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        except BaseException:  # Ctrl-C: the next question must not read this reply
-            self.stop()
-            raise
-        finally:
-            timer.cancel()
-        if not line:
-            code = process.wait()
-            self.stop()
-            raise GraderError(f"the process died, or took more than {self._source.seconds:g} s (exit status {code})")
-        return json.loads(line)
-
-    def stop(self) -> None:
-        process, self._process = self._process, None
-        if process:
-            process.kill()
-            process.communicate()
+@cache
+def host(taskset: str, config: str, limit: int) -> "Host":
+    """The environment, loaded once. ConfigError if it cannot be."""
+    try:
+        from envs.verifiers_host import Host
+    except ImportError as error:
+        raise ConfigError(
+            f"env=verifiers needs the library ({error}): pip install 'posttrain-cookbook[verifiers]'"
+        ) from error
+    try:
+        return Host(taskset, _config(config), limit)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"taskset={taskset}: {error}; install its package first (prime env install {taskset}, or pip)"
+        ) from error
+    except Exception as error:  # another project's code may raise anything
+        raise ConfigError(f"the taskset {taskset} cannot be used: {type(error).__name__}: {error}") from error
 
 
-_WORKERS: dict[TasksetSource, Worker] = {}
-_THREADS = ThreadPoolExecutor(4, thread_name_prefix="verifiers")
-
-
-def worker(source: TasksetSource) -> Worker:
-    """The process of this source."""
-    return _WORKERS.setdefault(source, Worker(source))
-
-
-@atexit.register
-def _stop_workers() -> None:
-    for running in _WORKERS.values():
-        running.stop()
+def _config(written: str) -> dict[str, Any]:
+    try:
+        config = json.loads(written)
+    except ValueError as error:
+        raise ConfigError(f"env_config={written!r} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"env_config={written!r} is no JSON object")
+    return config
 
 
 class VerifiersEnv(MessageEnv):
-    """One task. Metrics: those of the taskset, and each weighted reward as reward/NAME."""
+    """An episode of the library, run as a task: it asks for a message, and waits for `step`."""
 
-    def __init__(self, source: TasksetSource, task: int, messages: Sequence[Message]):
-        self.source, self.task, self.messages = source, task, messages
+    def __init__(self, source: tuple[str, str, int], task: int):
+        self.source, self.task = source, task
+        self.tools: list[ToolSpec] = []
+        self._seen: list[Message] = []
+        self._requests: asyncio.Queue[tuple[list[Any], list[Any], asyncio.Future[Any]]] = asyncio.Queue()
+        self._reply: asyncio.Future[Any] | None = None
+        self._episode: asyncio.Task[tuple[float, Metrics]] | None = None
 
     async def initial_messages(self) -> list[Message]:
-        return list(self.messages)
+        running = host(*self.source)
+        await running.open()
+        self._episode = asyncio.create_task(running.play(self.task, self._answer))
+        if not await self._next_request():
+            self._result()
+            raise GraderError(f"{self._name()}: the episode ended before the policy was asked")
+        return list(self._seen)
+
+    async def _answer(self, messages: list[Any], tools: list[Any]) -> Message | None:
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._requests.put_nowait((messages, tools, reply))
+        return await reply
+
+    async def _next_request(self) -> bool:
+        """Waits until the library asks (its messages are then `_seen`), or has scored the episode."""
+        assert self._episode is not None
+        asked = asyncio.ensure_future(self._requests.get())
+        try:
+            await asyncio.wait({asked, self._episode}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+        if not asked.done() or asked.cancelled():
+            return False
+        messages, tools, self._reply = asked.result()
+        self._seen = [from_openai(message) for message in messages]
+        self.tools = self.tools or [tool_spec(tool) for tool in tools]
+        return True
 
     async def step(self, message: Message) -> MessageStep:
-        answer = message["content"]
-        loop = asyncio.get_running_loop()
-        reply = await loop.run_in_executor(_THREADS, worker(self.source).score, self.task, answer)
-        rewards = {f"reward/{name}": value for name, value in reply["rewards"].items()}
-        return MessageStep(reply["reward"], True, metrics=reply["metrics"] | rewards, logs={"answer": answer})
+        before, written = self._seen, to_openai(message)
+        assert self._reply is not None
+        self._reply.set_result(message)
+        logs = {"answer": message["content"]}
+        if not await self._next_request():
+            reward, metrics = self._result()
+            return MessageStep(reward, True, metrics=metrics, logs=logs)
+        kept, new = self._seen[: len(before)], self._seen[len(before) + 1 :]
+        if kept != before or not new or self._seen[len(before)] != from_openai(written):
+            raise GraderError(f"{self._name()}: the environment rewrote the conversation, which is not supported")
+        return MessageStep(0.0, False, new, logs=logs)
+
+    def _name(self) -> str:
+        return f"{self.source[0]}, task {self.task}"
+
+    def _result(self) -> tuple[float, Metrics]:
+        assert self._episode is not None
+        try:
+            return self._episode.result()
+        except Exception as error:  # another project's code may raise anything
+            raise GraderError(f"{self._name()}: {error}") from error
+
+    async def cut_short(self, reason: MessageEnd) -> tuple[float, Metrics]:
+        """The library scores what was said; an answer that could not be read has no score."""
+        if reason == "parse_error":
+            return 0.0, {}
+        assert self._reply is not None
+        self._reply.set_result(None)
+        if await self._next_request():
+            raise GraderError(f"{self._name()}: it asked again after the end ({reason})")
+        return self._result()
+
+    async def close(self) -> None:
+        if self._episode is not None:
+            self._episode.cancel()
+            await asyncio.gather(self._episode, return_exceptions=True)
+
+
+class VerifiersTokenEnv(EnvFromMessageEnv):
+    """The episode in tokens, with the tools that it offers."""
+
+    message_env: VerifiersEnv
+
+    async def initial_observation(self) -> tuple[Observation, StopCondition]:
+        messages = await self.message_env.initial_messages()
+        if self.message_env.tools:
+            self.renderer = with_tools(self.renderer, self.message_env.tools)
+        self.conversation = list(messages)
+        self.tokens = self.renderer.build_generation_prompt(messages).to_ints()
+        return self.renderer.build_generation_prompt(messages), self.renderer.get_stop_sequences()
+
+
+@dataclass(frozen=True)
+class VerifiersGroupBuilder(EnvGroupBuilder):
+    """`num_envs` episodes of one task. Pickles: the library is loaded where they are made."""
+
+    source: tuple[str, str, int]
+    task: int
+    num_envs: int
+    renderer: Renderer
+    parse: ParsePolicy
+
+    async def make_envs(self) -> Sequence[VerifiersTokenEnv]:
+        return [
+            VerifiersTokenEnv(self.renderer, VerifiersEnv(self.source, self.task), self.parse)
+            for _ in range(self.num_envs)
+        ]
+
+    def logging_tags(self) -> list[str]:
+        return [self.source[0]]
 
 
 @chz.chz
 class VerifiersBuilder(RLDatasetBuilder):
     """A taskset of the verifiers library."""
 
-    taskset: str = chz.field(doc="id of an installed taskset")
-    python: str = chz.field(
-        munger=lambda _, path: str(Path(path).expanduser()),
-        doc="interpreter of the virtual environment in which verifiers and the taskset are installed",
+    taskset: str = chz.field(doc="name of an installed taskset, or as the library's hub writes it: owner/name@version")
+    env_config: str = chz.field(
+        default="{}",
+        doc='the library\'s environment configuration, as JSON: {"taskset": {...}, "agent": {"max_turns": 4}}',
     )
-    taskset_config: str = chz.field(default="{}", doc="the taskset's configuration, as JSON")
     num_tasks: int = chz.field(default=1000, validator=COUNT, doc="number of tasks, the first ones")
     num_test: int = chz.field(default=0, validator=WHOLE, doc="held-out tasks, drawn by split_seed")
     split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of held-out tasks")
-    scoring_seconds: float = chz.field(
-        default=60.0, validator=POSITIVE, doc="most seconds for loading the tasks, or for scoring an answer"
-    )
     parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="treatment of a truncated answer")
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
-        try:
-            json.loads(self.taskset_config)
-        except ValueError as error:
-            raise ConfigError(f"taskset_config={self.taskset_config!r} is not JSON: {error}") from error
-        source = TasksetSource(self.python, self.taskset, self.taskset_config, self.num_tasks, self.scoring_seconds)
-        count = len(worker(source).load())
+        source = (self.taskset, self.env_config, self.num_tasks)
+        count = len(host(*source).tasks)
+        if not count:
+            raise DataError(f"the taskset {self.taskset} has no tasks")
         if not 0 <= self.num_test < count:
             raise ConfigError(
                 f"num_test={self.num_test}: the taskset {self.taskset} has {count} tasks; set it to 0 to {count - 1}"
@@ -183,10 +201,8 @@ class VerifiersBuilder(RLDatasetBuilder):
         order_D = np.random.default_rng(self.split_seed).permutation(count)
         test_D, train_D = np.sort(order_D[: self.num_test]), np.sort(order_D[self.num_test :])
 
-        def groups(tasks_D: np.ndarray, num_envs: int) -> list[MessageEnvGroupBuilder]:
-            messages_D, tags = worker(source).tasks, [self.taskset]
-            thunks = [partial(VerifiersEnv, source, int(task), messages_D[task]) for task in tasks_D]
-            return [MessageEnvGroupBuilder(thunk, num_envs, renderer, self.parse, tags) for thunk in thunks]
+        def groups(tasks_D: np.ndarray, num_envs: int) -> list[VerifiersGroupBuilder]:
+            return [VerifiersGroupBuilder(source, int(task), num_envs, renderer, self.parse) for task in tasks_D]
 
         train = ListDataset(groups(train_D, self.group_size), self.batch_size, self.seed)
         return train, ListDataset(groups(test_D, 1), self.batch_size, shuffle=False) if self.num_test else None

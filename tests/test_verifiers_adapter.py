@@ -1,122 +1,340 @@
-"""Tasksets of another library, in another process. The library is played by a module of a few lines
-with the names that are used of it.
+"""Episodes of another library as environments. Without the library its part is played by a few
+lines; with it (`pip install posttrain-cookbook[verifiers]`) real tasksets are written and run.
 """
 
 import asyncio
+import importlib.util
 import pickle
-import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import envs.verifiers_adapter as adapter
 from envs.problem import GraderError
-from envs.verifiers_adapter import VerifiersBuilder, VerifiersEnv
+from envs.verifiers_adapter import VerifiersBuilder, VerifiersGroupBuilder
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
-from posttrain.renderers.turns import decode, encode, eos
-from rl.message_env import MessageEnvGroupBuilder
-from rl.types import RLDataset
+from posttrain.renderers.types import Renderer
+from rl.message_env import ParsePolicy
+from rl.rollouts import Policy, RolloutLimits, do_group_rollout
+from rl.types import RLDataset, TokensWithLogprobs, TrajectoryGroup
 
-RENDERER = get_renderer("plain", character_tokenizer(512))
-# The protocol of verifiers_worker.py, without verifiers: reversing words, and misbehaving when
-# asked to.
-STAND_IN = """
-import json, os, sys, time
-for line in sys.stdin:
-    request = json.loads(line)
-    if request.get("taskset") == "tools":
-        reply = {"failed": "ValueError: task 0 has tools"}
-    elif "taskset" in request:
-        words = request["config"].get("words", ["ant", "bee", "cat"])[: request["limit"]]
-        reply = {"tasks": [[{"role": "user", "content": word}] for word in words]}
-    elif request["answer"] == "hang":
-        time.sleep(60)
-    elif request["answer"] == "die":
-        os._exit(3)
-    elif request["answer"] == "raise":
-        reply = {"failed": "KeyError: 'x'"}
-    else:
-        right = float(request["answer"] == words[request["task"]][::-1])
-        reply = {"reward": right + 0.1, "rewards": {"exact": right, "letters": 0.1}, "metrics": {"length": len(request["answer"])}}
-    print(json.dumps(reply), flush=True)
-"""
+TOKENIZER = load_tokenizer("tiny")
+RENDERER = get_renderer("role_colon", TOKENIZER)
+INSTALLED = importlib.util.find_spec("verifiers") is not None
+needs_library = pytest.mark.skipif(not INSTALLED, reason="the extra `verifiers` is not installed")
 
 
-@pytest.fixture(autouse=True)
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "worker.py"
-    path.write_text(STAND_IN)
-    monkeypatch.setattr(adapter, "WORKER", path)
-    monkeypatch.setattr(adapter, "_WORKERS", workers := {})
-    yield
-    for worker in workers.values():
-        worker.stop()
+@dataclass(frozen=True)
+class Turns(Policy):
+    """Says the t-th text in turn t."""
+
+    says: tuple[str, ...] = ()
+
+    async def __call__(self, ob, stop, seed, max_tokens=None) -> TokensWithLogprobs:
+        tokens = [*TOKENIZER.encode(self.says[seed[-1]]), TOKENIZER.eos_token_id]
+        return TokensWithLogprobs(tokens, [0.0] * len(tokens))
 
 
-def builder(**options) -> VerifiersBuilder:
-    return VerifiersBuilder(
-        **{"taskset": "reverse", "python": sys.executable, "batch_size": 2, "scoring_seconds": 5.0} | options
-    )
+async def groups(builder: VerifiersBuilder, renderer: Renderer = RENDERER) -> list[VerifiersGroupBuilder]:
+    train, _ = await builder(renderer)
+    return [group for index in range(len(train)) for group in train.get_batch(index)]
 
 
-def step(answer: str, **options):
-    train, _ = asyncio.run(builder(**options)(RENDERER))
+def play(
+    builder: VerifiersBuilder,
+    *says: str,
+    limits: RolloutLimits | None = None,
+    renderer: Renderer = RENDERER,
+) -> TrajectoryGroup:
+    async def first() -> TrajectoryGroup:
+        group = (await groups(builder, renderer))[0]
+        return await do_group_rollout(group, Turns(client=None, max_tokens=64, says=says), (0,), limits)  # type: ignore[arg-type]
 
-    async def episode():
-        group = pickle.loads(pickle.dumps(train.get_batch(0)[0]))
-        env = (await group.make_envs())[0]
-        ob, _ = await env.initial_observation()
-        word = decode(RENDERER.tokenizer, ob.to_ints())
-        text = answer.replace("RIGHT", word[::-1])
-        return await env.step(encode(RENDERER.tokenizer, text) + eos(RENDERER.tokenizer))
-
-    return asyncio.run(episode())
-
-
-def test_prompts_and_scores_are_the_tasksets():
-    result = step("RIGHT", taskset_config='{"words": ["abc", "de"]}')
-    assert result.episode_done and result.reward == pytest.approx(1.1)
-    assert result.metrics["reward/exact"] == 1.0 and result.metrics["reward/letters"] == pytest.approx(0.1)
-    assert step("nonsense").reward == pytest.approx(0.1)
+    return asyncio.run(first())
 
 
-def test_every_task_is_trained_on_or_held_out():
-    train, test = asyncio.run(builder(num_test=1)(RENDERER))
-    assert test is not None
-    tasks = [task for i in range(len(train)) for task in numbers(train, i)]
-    assert sorted(tasks + numbers(test, 0)) == [0, 1, 2]
-    assert numbers(train, 5) == numbers(train, 5)
+def builder(taskset: str = "stand-in", **options: Any) -> VerifiersBuilder:
+    return VerifiersBuilder(**{"taskset": taskset, "batch_size": 1, "group_size": 1} | options)
 
 
-def numbers(dataset: RLDataset, index: int) -> list[int]:
-    groups = [group for group in dataset.get_batch(index) if isinstance(group, MessageEnvGroupBuilder)]
-    return [env.task for group in groups if isinstance(env := group.env_thunk(), VerifiersEnv)]
+# --- with a stand-in for the library --------------------------------------------------------------
 
 
-# Trap: another library's scoring that hangs, or answers the last question.
-@pytest.mark.parametrize(
-    ("answer", "why"), [("raise", "KeyError"), ("die", "exit status 3"), ("hang", "more than 1 s")]
-)
-def test_scoring_that_fails_is_no_score_and_the_next_one_works(answer, why):
-    with pytest.raises(GraderError, match=why):
-        step(answer, scoring_seconds=1.0)
-    assert step("RIGHT", scoring_seconds=1.0).reward == pytest.approx(1.1)
+class StandIn:
+    """A Host of tasks "q0", "q1", ...; `script` is an episode."""
+
+    def __init__(self, script: Callable[..., Any], tasks: int = 3):
+        self.script, self.tasks = script, list(range(tasks))
+
+    async def open(self) -> None:
+        pass
+
+    async def play(self, index: int, answerer: Any) -> tuple[float, dict[str, float]]:
+        return await self.script(index, answerer)
 
 
-def test_what_cannot_be_run_is_refused_with_the_reason():
-    for options, why in (
-        ({"taskset": "tools"}, "has tools"),
-        ({"python": "/no/such/python"}, "make a virtual environment"),
-        ({"taskset_config": "{"}, "not JSON"),
-        ({"num_test": 3}, "3 tasks"),
-    ):
-        with pytest.raises(ConfigError, match=why):
-            asyncio.run(builder(**options)(RENDERER))
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def use(script: Callable[..., Any], tasks: int = 3) -> None:
+        standing_in = StandIn(script, tasks)
+        monkeypatch.setattr(adapter, "host", lambda *source: standing_in)
+
+    return use
 
 
-def test_an_interpreter_without_the_library_is_told_so(monkeypatch):
-    monkeypatch.setattr(adapter, "WORKER", Path(adapter.__file__).with_name("verifiers_worker.py"))
-    with pytest.raises(ConfigError, match=r"verifiers>=0\.4"):
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+async def two_turns(index: int, answerer: Any) -> tuple[float, dict[str, float]]:
+    messages = [user(f"q{index}")]
+    for follow_up in ("again", None):
+        message = await answerer([*messages], [])
+        messages += [{"role": "assistant", "content": message["content"]}]
+        messages += [user(follow_up)] if follow_up else []
+    return float(messages[-1]["content"] == "b"), {"reward/exact": 1.0, "turns": 2.0}
+
+
+def test_an_episode_of_two_turns_extends_the_sampled_tokens(stand_in):
+    stand_in(two_turns)
+    group = play(builder(), " a \n", "b")
+    first, second = group.trajectories_G[0].transitions
+    assert group.get_total_rewards() == [1.0] and second.metrics["turns"] == 2.0 and second.metrics["reward/exact"] == 1
+    assert second.ob.to_ints()[: first.ob.length + len(first.ac.tokens)] == first.ob.to_ints() + first.ac.tokens
+    assert "again" in TOKENIZER.decode(second.ob.to_ints()) and group.tags == ["stand-in"]
+
+
+# Trap: a library that fails, scored as 0.
+def test_what_the_library_cannot_score_is_a_failed_rollout(stand_in):
+    async def fails(index: int, answerer: Any) -> tuple[float, dict[str, float]]:
+        await answerer([user("q")], [])
+        raise KeyError("x")
+
+    stand_in(fails)
+    group = play(builder(), "a", "a")
+    assert group.trajectories_G == [] and "stand-in, task" in str(group.errors[0]) and "'x'" in str(group.errors[0])
+
+    async def silent(index: int, answerer: Any) -> tuple[float, dict[str, float]]:
+        return 1.0, {}
+
+    stand_in(silent)
+    assert "ended before the policy was asked" in str(play(builder(), "a").errors[0])
+
+
+def test_a_history_that_is_rewritten_is_a_failed_rollout(stand_in):
+    async def forgets(index: int, answerer: Any) -> tuple[float, dict[str, float]]:
+        await answerer([user("q")], [])
+        await answerer([user("a summary"), user("go on")], [])
+        return 1.0, {}
+
+    stand_in(forgets)
+    assert "rewrote the conversation" in str(play(builder(), "a", "b").errors[0])
+
+
+def test_a_limit_of_the_run_ends_the_episode_and_it_is_scored(stand_in):
+    async def endless(index: int, answerer: Any) -> tuple[float, dict[str, float]]:
+        messages = [user("q")]
+        while (message := await answerer([*messages], [])) is not None:
+            messages += [{"role": "assistant", "content": message["content"]}, user("more")]
+        return float(len(messages)), {"cut": 1.0}
+
+    stand_in(endless)
+    group = play(builder(), "a", "b", "c", limits=RolloutLimits(max_turns=2))
+    assert group.trajectories_G[0].stop_reason == "max_turns" and group.get_total_rewards() == [5.0]
+    assert group.trajectories_G[0].transitions[-1].metrics["cut"] == 1.0
+
+
+def test_held_out_tasks_are_drawn_and_groups_pickle(stand_in):
+    stand_in(two_turns, tasks=10)
+
+    def tasks_of(dataset: RLDataset | None) -> Sequence[int]:
+        assert dataset is not None
+        return sorted(group.task for index in range(len(dataset)) for group in dataset.get_batch(index))  # type: ignore[attr-defined]
+
+    train, test = asyncio.run(builder(num_test=3)(RENDERER))
+    assert len(tasks_of(test)) == 3 and sorted([*tasks_of(train), *tasks_of(test)]) == list(range(10))
+    group = VerifiersGroupBuilder(("a", "{}", 3), 0, 2, RENDERER, ParsePolicy())
+    assert pickle.loads(pickle.dumps(group)).task == 0
+    with pytest.raises(ConfigError, match="num_test=10: the taskset stand-in has 10 tasks"):
+        asyncio.run(builder(num_test=10)(RENDERER))
+
+
+@pytest.mark.skipif(INSTALLED, reason="the library is installed")
+def test_without_the_library_the_error_says_what_to_install():
+    with pytest.raises(ConfigError, match=r"posttrain-cookbook\[verifiers\]"):
         asyncio.run(builder()(RENDERER))
+
+
+# --- with the library -----------------------------------------------------------------------------
+
+MODULES = {
+    "pt_reverse": """
+import verifiers.v1 as vf
+
+class Config(vf.TasksetConfig):
+    words: list[str] = ["ant", "bee"]
+
+class Data(vf.TaskData):
+    answer: str
+
+class Reverse(vf.Task[Data, vf.State, vf.TaskConfig]):
+    @vf.reward(weight=2.0)
+    async def exact(self, trace: vf.Trace) -> float:
+        if trace.last_reply == "raise":
+            raise KeyError("x")
+        return float(trace.last_reply == self.data.answer)
+
+    @vf.metric
+    async def length(self, trace: vf.Trace) -> float:
+        return float(len(trace.last_reply))
+
+class Words(vf.Taskset[Reverse, Config]):
+    def load(self):
+        for word in self.config.words:
+            yield Reverse(Data(prompt=word, answer=word[::-1], system_prompt="Reverse."), self.config.task)
+
+__all__ = ["Words"]
+""",
+    "pt_dialogue": """
+import verifiers.v1 as vf
+
+class Counted(vf.Task[vf.TaskData, vf.State, vf.TaskConfig]):
+    @vf.reward
+    async def turns(self, trace: vf.Trace) -> float:
+        return float(len(trace.assistant_messages))
+
+class Dialogue(vf.SingleAgentEnv):
+    async def run(self, task, agents):
+        async with agents.agent.interaction(task) as interaction:
+            for turn in ("first", "second", "third"):
+                if (await interaction.turn(turn)).terminated:
+                    break
+
+class Endless(vf.Taskset[Counted, vf.TasksetConfig]):
+    INFINITE = True
+
+    def load(self):
+        while True:
+            yield Counted(vf.TaskData(prompt=None), self.config.task)
+
+__all__ = ["Endless", "Dialogue"]
+""",
+    "pt_echo": '''
+import verifiers.v1 as vf
+from verifiers.v1.types import content_text
+
+class Echo(vf.Toolset[vf.ToolsetConfig]):
+    TOOL_PREFIX = "echo"
+
+    @vf.tool
+    def back(self, message: str) -> str:
+        """Says the message again, with a stamp."""
+        return f"{message} [ok-7f3]"
+
+class Config(vf.TaskConfig):
+    tools: vf.ToolsetConfig = vf.ToolsetConfig()
+
+class EchoTask(vf.Task[vf.TaskData, vf.State, Config]):
+    @classmethod
+    def toolsets(cls, config):
+        return [Echo(config.tools)]
+
+    @vf.reward
+    async def echoed(self, trace: vf.Trace) -> float:
+        return float(any("ok-7f3" in content_text(m.content) for m in trace.tool_messages))
+
+class TasksetConfig(vf.TasksetConfig):
+    task: Config = Config()
+
+class EchoTaskset(vf.Taskset[EchoTask, TasksetConfig]):
+    def load(self):
+        return [EchoTask(vf.TaskData(prompt="Call the tool."), self.config.task)]
+
+__all__ = ["EchoTaskset"]
+if __name__ == "__main__":
+    Echo.run()
+''',
+    "pt_container": """
+import verifiers.v1 as vf
+
+class Boxed(vf.Task[vf.TaskData, vf.State, vf.TaskConfig]):
+    NEEDS_CONTAINER = True
+
+class Boxes(vf.Taskset[Boxed, vf.TasksetConfig]):
+    def load(self):
+        return [Boxed(vf.TaskData(prompt="?"), self.config.task)]
+
+__all__ = ["Boxes"]
+""",
+}
+
+
+@pytest.fixture
+def tasksets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, source in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the tools' processes
+
+
+@needs_library
+def test_rewards_metrics_and_failures_are_the_librarys(tasksets):
+    """As the hub writes its names: owner/name@version."""
+    right, wrong = (play(builder("me/pt-reverse@1.0", seed=1), says) for says in ("tna", "eeb"))
+    assert {right.get_total_rewards()[0], wrong.get_total_rewards()[0]} == {2.0, 0.0}
+    metrics = right.trajectories_G[0].transitions[0].metrics
+    assert metrics["length"] == 3.0 and metrics["reward/exact"] == right.get_total_rewards()[0]
+    assert "Reverse." in TOKENIZER.decode(right.trajectories_G[0].transitions[0].ob.to_ints())
+    failed = play(builder("pt-reverse"), "raise")
+    assert (
+        failed.trajectories_G == []
+        and isinstance(failed.errors[0], GraderError)
+        and "KeyError" in str(failed.errors[0])
+    )
+    assert asyncio.run(groups(builder("pt-reverse", env_config='{"taskset": {"words": ["a", "b", "c"]}}')))[2:]
+
+
+@needs_library
+def test_a_user_that_answers_and_a_limit_on_turns(tasksets):
+    group = play(builder("pt-dialogue", num_tasks=2), "a", " b \n", "c")
+    assert group.get_total_rewards() == [3.0] and len(group.trajectories_G[0].transitions) == 3
+    cut = play(builder("pt-dialogue", num_tasks=2), "a", "b", limits=RolloutLimits(max_turns=2))
+    assert cut.get_total_rewards() == [2.0] and cut.trajectories_G[0].stop_reason == "max_turns"
+    turns = builder("pt-dialogue", num_tasks=2, env_config='{"agent": {"max_turns": 1}}')
+    assert play(turns, "a", "b").get_total_rewards() == [1.0]
+
+
+@needs_library
+def test_a_tool_is_called(tasksets):
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    call = '<tool_call>\n{"name": "echo_back", "arguments": {"message": "hi"}}\n</tool_call>'
+    group = play(builder("pt-echo"), call, "done", renderer=get_renderer("chat_template", tokenizer))
+    assert group.get_total_rewards() == [1.0]
+    second = group.trajectories_G[0].transitions[1]
+    assert "hi [ok-7f3]" in TOKENIZER.decode(second.ob.to_ints())
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("taskset", "config", "message"),
+    [
+        ("pt-nothing", "{}", "pt-nothing.*install its package first"),
+        ("pt-container", "{}", "needs a container"),
+        ("pt-reverse", "[]", "no JSON object"),
+        ("pt-reverse", "{", "is not JSON"),
+        ("pt-reverse", '{"taskset": {"wrods": []}}', "wrods"),
+        ("pt-reverse", '{"id": "user-sim"}', "its agents are assistant, user"),
+    ],
+)
+def test_what_cannot_be_used_is_one_clear_error(tasksets, taskset, config, message):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        asyncio.run(builder(taskset, env_config=config)(RENDERER))
