@@ -31,7 +31,9 @@ PROBES = (-1, 0, math.nan, math.inf, -math.inf, 10**30, -(10**30), 1.5, True, "7
 
 def _configs() -> list[type]:
     names = [m.name for package in PACKAGES for m in pkgutil.walk_packages([str(ROOT / package)], f"{package}.")]
-    modules = [importlib.import_module(name) for name in names if name not in WITH_AN_EXTRA and not name.endswith("__main__")]
+    modules = [
+        importlib.import_module(name) for name in names if name not in WITH_AN_EXTRA and not name.endswith("__main__")
+    ]
     found = {
         kind for module in modules for kind in vars(module).values() if isinstance(kind, type) and chz.is_chz(kind)
     }
