@@ -21,7 +21,7 @@ from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Renderer
 from rl.message_env import ParsePolicy
 from rl.rollouts import Policy, RolloutLimits, do_group_rollout
-from rl.types import RLDataset, TokensWithLogprobs, TrajectoryGroup
+from rl.types import EnvGroupBuilder, RLDataset, TokensWithLogprobs, TrajectoryGroup
 
 TOKENIZER = load_tokenizer("tiny")
 RENDERER = get_renderer("role_colon", TOKENIZER)
@@ -40,7 +40,7 @@ class Turns(Policy):
         return TokensWithLogprobs(tokens, [0.0] * len(tokens))
 
 
-async def groups(builder: VerifiersBuilder, renderer: Renderer = RENDERER) -> list[VerifiersGroupBuilder]:
+async def groups(builder: VerifiersBuilder, renderer: Renderer = RENDERER) -> list[EnvGroupBuilder]:
     train, _ = await builder(renderer)
     return [group for index in range(len(train)) for group in train.get_batch(index)]
 
