@@ -335,6 +335,18 @@ async def test_a_snapshot_answers_with_its_own_weights(http: Http, state: State)
 
 
 @app_test
+async def test_openai_clients_sample_from_names_and_paths(http: Http, state: State) -> None:
+    model_id = await http.model(rank=4)
+    saved = await http.call("save_weights_for_sampler", model_id=model_id, seq_id=1, path="a")
+    path = (await http.result(saved)).json()["path"]
+    for name, status in (("m", 200), (path, 200), ("micro", 404), ("tinker://a/weights/b", 404)):
+        body = {"model": name, "prompt": "abc", "max_tokens": 2, "seed": 1}
+        response = await http._client.post("/v1/completions", json=body)
+        assert response.status_code == status, response.text
+    assert [card["id"] for card in (await http._client.get("/v1/models")).json()["data"]] == ["m"]
+
+
+@app_test
 async def test_bad_input_is_refused_at_once(http: Http, state: State) -> None:
     session = (await http.call("create_session")).json()["session_id"]
     expected = [

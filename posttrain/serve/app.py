@@ -21,6 +21,8 @@ from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams, TensorData
 from posttrain.serve.body import Body, BodyError
 from posttrain.serve.guard import Guard
+from posttrain.serve.openai_api import openai_routes
+from posttrain.serve.openai_models import PublicModels
 from posttrain.serve.requests import Request
 from posttrain.serve.sdk_versions import check_version
 from posttrain.serve.state import MOST_SAMPLES, MOST_TOPK, BusyError, SampleOptions, State, UnknownError
@@ -46,8 +48,9 @@ NO_UNEMBED = "adapters leave the output layer as it is here: train_unembed is ta
 DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": False, "sample_cancel_max_batch_size": 64}
 
 
-def create_app(state: State, host: str = "127.0.0.1", api_key: str | None = None) -> Any:
-    """The ASGI application. `api_key` None lets everyone in who reaches it."""
+def create_app(state: State, host: str = "127.0.0.1", api_key: str | None = None, renderer: str | None = None) -> Any:
+    """The ASGI application. `api_key` None lets everyone in who reaches it. `renderer` turns the
+    messages of OpenAI clients into tokens; None follows the chat template."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -60,7 +63,7 @@ def create_app(state: State, host: str = "127.0.0.1", api_key: str | None = None
 
     routes = [Route(path, partial(_guarded, state, handler), methods=[method]) for method, path, handler in ENDPOINTS]
     app = Starlette(
-        routes=[Mount("/api/v1", routes=routes)],
+        routes=[Mount("/api/v1", routes=routes), *openai_routes(PublicModels(state, renderer))],
         exception_handlers={HTTPException: _refused, Exception: _broken},
         lifespan=lifespan,
     )

@@ -50,6 +50,9 @@ class ServeConfig:
         doc="LOSS=LOSS, several separated by commas: computes the second where a client names the first, such as "
         "stable_reinforce=importance_sampling",
     )
+    renderer: str | None = chz.field(
+        default=None, doc="for messages of OpenAI clients; None = the model's chat template, role_colon without one"
+    )
     seed: int = chz.field(default=0, validator=SEED, doc="makes the weights of presets, for trainer and samplers alike")
     session_minutes: float = chz.field(
         default=10.0, validator=POSITIVE, doc="a session without a heartbeat ends after these; its models are freed"
@@ -78,7 +81,7 @@ def serve(config: ServeConfig) -> None:
     service, limits = ServiceClient(config.backend, store.root), Limits(session_seconds=60 * config.session_minutes)
     state = State(service, bases, store, config.seed, losses, limits, tokenizers)
     settings = uvicorn.Config(
-        create_app(state, config.host, key),
+        create_app(state, config.host, key, config.renderer),
         host=config.host,
         port=config.port,
         log_level="warning",
@@ -90,6 +93,7 @@ def serve(config: ServeConfig) -> None:
     url = f"http://{config.host}:{listening.getsockname()[1]}"
     print(f"serving {', '.join(bases)} at {url}", flush=True)
     print(f"  export TINKER_BASE_URL={url} TINKER_API_KEY={'(the key)' if key else 'tml-local'}", flush=True)
+    print(f"  export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={'(the key)' if key else 'none'}", flush=True)
     uvicorn.Server(settings).run(sockets=[listening])
     lock.close()
 
