@@ -4,6 +4,7 @@ says of context and end tokens counts.
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,16 @@ def test_the_check_of_the_head_allows_for_a_model_that_rounds_its_logits(monkeyp
     monkeypatch.setattr("posttrain.backend.trainer.logit_transform", lambda _: LogitTransform(softcap=50.0))
     with pytest.raises(ModelError, match="softcap"):
         Trainer("tiny", BackendConfig(dtype="bfloat16"))
+
+
+def test_threads_that_open_models_at_once_get_the_weights_of_their_seeds() -> None:
+    # Trap: torch's global generator belongs to the process, and its state to nobody
+    def weights(seed: int) -> torch.Tensor:
+        model = load_model("micro", seed, torch.device("cpu"), torch.float32)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    seeds = [0, 1, 2, 3] * 3
+    with ThreadPoolExecutor(4) as pool:
+        together = [*pool.map(weights, seeds)]
+    for seed, found in zip(seeds, together, strict=True):
+        assert torch.equal(found, weights(seed))

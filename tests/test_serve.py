@@ -132,9 +132,9 @@ def test_prompt_logprobs_before_the_last_n_are_absent() -> None:
     response = SampleResponse(
         [SampledSequence([7, 8], [-0.5, -1.0], "length"), SampledSequence([1], [-2.0], "stop")],
         [None, -1.0, -2.0, -3.0],
-        [None, [(5, -1.0), (6, -2.0)], [(5, -1.0)], [(9, -3.0)]],
+        [None, [(6, -2.0), (5, -1.0), (7, -3.0)], [(5, -1.0)], [(9, -3.0)]],
     )
-    message = wire.MESSAGES["SampleResponse"].FromString(wire.write_sample_response(response, 2))
+    message = wire.MESSAGES["SampleResponse"].FromString(wire.write_sample_response(response, 2, 2))
     assert [sequence.stop_reason for sequence in message.sequences] == [1, 0]
     assert np.frombuffer(message.sequences[0].tokens, "<i4").tolist() == [7, 8]
     assert np.isnan(np.frombuffer(message.prompt_logprobs, "<f4")).tolist() == [True, True, False, False]

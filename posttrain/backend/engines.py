@@ -17,6 +17,7 @@ from posttrain.backend.engine import Engine, EngineThread
 from posttrain.backend.errors import EngineError, ModelError
 from posttrain.backend.models import context_length, embedding_rows, load_model
 from posttrain.backend.openmp import release_workers
+from posttrain.backend.random_state import drawn_from
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.torch_sampler import TorchSampler
@@ -69,7 +70,7 @@ class Engines:
                     if self.config.engine == "vllm":
                         raise
                     print(f"sampling with torch, since {error}", flush=True)
-            with torch.random.fork_rng(devices=[]):
+            with drawn_from(0):  # the first sync replaces them
                 model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
             return TorchSampler(model, tokenizer, max_length, self.config, device)
 

@@ -1,6 +1,7 @@
 """Random numbers of the backend, without a change to the program's global generators."""
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+# Held by the thread whose numbers the global generators make: several threads open models, and sample.
+_in_use = threading.RLock()
+
 
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
     """Weights made inside depend on `seed` only (all are made on the CPU)."""
-    with torch.random.fork_rng(devices=[]):
+    with _in_use, torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed every GPU, for good
         torch.default_generator.manual_seed(seed)
         yield
@@ -21,13 +25,14 @@ def drawn_from(seed: int) -> Iterator[None]:
 @contextmanager
 def global_generators_kept() -> Iterator[None]:
     """Restores the generators of Python's `random`, numpy and torch (all devices) at the end."""
-    python, numpy, device = random.getstate(), np.random.get_state(), _torch_states(torch.cuda.is_available())
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        _set_torch_states(device)
+    with _in_use:
+        python, numpy, device = random.getstate(), np.random.get_state(), _torch_states(torch.cuda.is_available())
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            _set_torch_states(device)
 
 
 class OwnTorchGenerators:
@@ -39,12 +44,14 @@ class OwnTorchGenerators:
         self._engine_states = _torch_states(cuda)
 
     def __enter__(self) -> None:
+        _in_use.acquire()
         self._program_states = _torch_states(self._cuda)
         _set_torch_states(self._engine_states)
 
     def __exit__(self, *exc: object) -> None:
         self._engine_states = _torch_states(self._cuda)
         _set_torch_states(self._program_states)
+        _in_use.release()
 
 
 def _torch_states(cuda: bool) -> list[Any]:

@@ -57,7 +57,10 @@ class ServeConfig:
     session_minutes: float = chz.field(
         default=10.0, validator=POSITIVE, doc="a session without a heartbeat ends after these; its models are freed"
     )
-    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="trainer and sampler")
+    backend: BackendConfig = chz.field(
+        default_factory=lambda: BackendConfig(share_engines=True),
+        doc="trainer and sampler; all weights of a model take turns in one engine unless share_engines=false",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

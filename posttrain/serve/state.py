@@ -430,7 +430,8 @@ class State:
                 topk,
                 **options.others,
             )
-            return Answer(write_sample_response(response, options.last_n), PROTOBUF)
+            topk_sample = options.others.get("topk_sample_logprobs", 0)
+            return Answer(write_sample_response(response, options.last_n, topk, topk_sample), PROTOBUF)
 
         return self.requests.accept(key, work(), owner=f"{sampler_id}#{seq_id // 10**9}")
 

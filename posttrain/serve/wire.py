@@ -188,8 +188,11 @@ def write_pass_output(output: ForwardBackwardOutput) -> bytes:
     return message.SerializeToString()
 
 
-def write_sample_response(response: SampleResponse, prompt_logprobs_last_n: int | None = None) -> bytes:
-    """With `prompt_logprobs_last_n`, the prompt's earlier positions are NaN, which means None."""
+def write_sample_response(
+    response: SampleResponse, last_n: int | None = None, topk_prompt: int = 0, topk_sample: int = 0
+) -> bytes:
+    """With `last_n`, the prompt's earlier logprobs are NaN, which means None. `topk_prompt` and
+    `topk_sample`: entries per position that were asked for; the sampler adds the token itself."""
     message = MESSAGES["SampleResponse"]()
     for sequence in response.sequences:
         added = message.sequences.add(
@@ -198,23 +201,23 @@ def write_sample_response(response: SampleResponse, prompt_logprobs_last_n: int 
             logprobs=np.asarray(sequence.logprobs, "<f4").tobytes(),
         )
         if (topk := getattr(sequence, "topk_logprobs", None)) is not None:
-            _write_topk(added.topk_sampled_logprobs, topk)
+            _write_topk(added.topk_sampled_logprobs, topk, topk_sample)
     if response.prompt_logprobs is not None:
         logprobs_T = np.array(response.prompt_logprobs, "<f4")
-        if prompt_logprobs_last_n is not None:
-            logprobs_T[: max(0, len(logprobs_T) - prompt_logprobs_last_n)] = np.nan
+        if last_n is not None:
+            logprobs_T[: max(0, len(logprobs_T) - last_n)] = np.nan
         message.prompt_logprobs = logprobs_T.tobytes()
-    if response.topk_prompt_logprobs is not None:
-        _write_topk(message.topk_prompt_logprobs, response.topk_prompt_logprobs)
+    if response.topk_prompt_logprobs is not None and topk_prompt:
+        _write_topk(message.topk_prompt_logprobs, response.topk_prompt_logprobs, topk_prompt)
     return message.SerializeToString()
 
 
-def _write_topk(message: Any, rows: Sequence[Sequence[tuple[int, float]] | None]) -> None:
-    k = max((len(row) for row in rows if row), default=0)
+def _write_topk(message: Any, rows: Sequence[Sequence[tuple[int, float]] | None], k: int) -> None:
     tokens_TK = np.full((len(rows), k), NO_TOKEN, "<i4")
     logprobs_TK = np.full((len(rows), k), NO_LOGPROB, "<f4")
     for t, row in enumerate(rows):
-        for i, (token, logprob) in enumerate(row or ()):
+        best = sorted(row or (), key=lambda entry: -entry[1])[:k]
+        for i, (token, logprob) in enumerate(best):
             tokens_TK[t, i], logprobs_TK[t, i] = token, logprob
     message.token_ids, message.logprobs = tokens_TK.tobytes(), logprobs_TK.tobytes()
     message.k, message.length = k, len(rows)
