@@ -31,7 +31,7 @@ def model(rank: int = 4, seed: int = 1, of: Any = None) -> Any:
     return (of or service()).create_lora_training_client(base_model=BASE, rank=rank, seed=seed)
 
 
-def datum(tokens: list[int] = TOKENS, **inputs: Any) -> Any:
+def datum(tokens: Any = TOKENS, **inputs: Any) -> Any:
     inputs = inputs or {"weights": np.ones(len(tokens) - 1, np.float32)}
     inputs = {"target_tokens": np.array(tokens[1:], np.int64), **inputs}
     tensors = {name: types.TensorData.from_numpy(np.asarray(value)) for name, value in inputs.items()}
@@ -149,7 +149,7 @@ def custom_loss() -> None:
     one, two, data = model(), model(), [datum()]
 
     def loss(data: list[Any], logprobs_D: list[Any]) -> Any:
-        total = -sum(p.sum() for p in logprobs_D)
+        total: Any = -sum(p.sum() for p in logprobs_D)
         return total, {"mine": float(total.detach())}
 
     output = one.forward_backward_custom(data, loss).result()
