@@ -1,0 +1,172 @@
+"""The cost of the wire: the same RL step through the Tinker SDK and posttrain.serve, and in process.
+
+    python benchmarks/serve.py --sdk-python PYTHON [--rounds N]
+
+PYTHON has the tinker SDK (tests/test_serve_sdk.py makes one). Both sides sample with torch from the
+same adapter of `small`, with the same seeds, and take turns. Bytes are those of HTTP bodies. Also:
+samples of one token a second with 2,000 outstanding, and 50 clients at once, with the server's
+memory. Left out: other machines, GPUs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: the packages are one folder up
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import posttrain.backend as tinker
+from benchmarks.report import ROOT, alternate, wait_until_quiet, write_report
+from benchmarks.serve_side import one_token_samples, rl_steps
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.types import LoraConfig
+from posttrain.serve.app import create_app
+from posttrain.serve.bases import open_bases
+from posttrain.serve.local_server import LocalServer
+from posttrain.serve.state import State
+from posttrain.serve.store import Store
+
+STEP: dict[str, Any] = {
+    "model": "small",
+    "rank": 16,
+    "groups": 16,
+    "group_size": 8,
+    "prompt_tokens": 32,
+    "max_tokens": 16,
+    "steps": 5,
+}
+SAMPLES, CLIENTS = 2000, 50
+
+
+class Server:
+    """A server process on a free port, and what /proc and its counters say of it."""
+
+    def __init__(self, model: str, folder: str):
+        command = [sys.executable, "-m", "posttrain.serve", "--model", model, "port=0", "backend.engine=torch"]
+        self.process = subprocess.Popen(
+            [*command, f"checkpoint_dir={folder}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout
+        self.url = self.process.stdout.readline().split(" at ")[1].strip()
+
+    def mib(self) -> float:
+        """Its largest resident memory so far."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+@contextmanager
+def server(model: str) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as folder:
+        running = Server(model, folder)
+        try:
+            yield running
+        finally:
+            running.process.terminate()
+            running.process.wait()
+
+
+def sdk_side(python: str, url: str, **settings: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"TINKER_BASE_URL": url, "TINKER_API_KEY": "tml-local"}
+    command = [python, str(ROOT / "benchmarks" / "serve_side.py"), json.dumps({**STEP, **settings})]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-2000:]
+    return json.loads(output.splitlines()[-1])
+
+
+class Counted:
+    """An ASGI application whose bodies are counted."""
+
+    def __init__(self, app: Any):
+        self._app, self.received, self.sent = app, 0, 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def counted_receive() -> Any:
+            message = await receive()
+            self.received += len(message.get("body", b""))
+            return message
+
+        async def counted_send(message: Any) -> None:
+            self.sent += len(message.get("body", b""))
+            await send(message)
+
+        await self._app(scope, counted_receive, counted_send)
+
+
+def step_bytes(python: str) -> dict[str, float]:
+    """Bytes of HTTP bodies of a step, to the server and back: of four steps less those of one."""
+    totals = []
+    with tempfile.TemporaryDirectory() as folder, tinker.ServiceClient(BackendConfig(engine="torch")) as service:
+        state = State(service, open_bases([STEP["model"]], None), Store(Path(folder)))
+        app = Counted(create_app(state))
+        with LocalServer(app) as at:
+            for steps in (1, 4):
+                before = app.received, app.sent
+                answer(sdk_side(python, at.url, side="step", steps=steps))
+                totals.append((app.received - before[0], app.sent - before[1]))
+    to, back = ((four - one) / 3 for one, four in zip(*totals, strict=True))
+    return {"step_bytes_to_server": to, "step_bytes_from_server": back}
+
+
+def in_process() -> list[float]:
+    with tinker.ServiceClient(BackendConfig(engine="torch", share_engines=True)) as service:
+        client = service.create_training_client(STEP["model"], LoraConfig(STEP["rank"], 1), 0)
+        return rl_steps(STEP, client, tinker, sdk=False)[1:]  # the first opens the engine
+
+
+def samples_in_process() -> float:
+    with tinker.ServiceClient(BackendConfig(engine="torch")) as service:
+        sampler = service.create_sampling_client(base_model="tiny")
+        one_token_samples(sampler, tinker, 20)
+        return one_token_samples(sampler, tinker, SAMPLES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sdk-python", required=True, help="a Python with the tinker SDK")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    load = wait_until_quiet()
+    figures: dict[str, Any] = {}
+    with server("small") as at:
+        runs = alternate(
+            {
+                "in_process": in_process,
+                "wire": lambda: answer(sdk_side(options.sdk_python, at.url, side="step"))["seconds"][1:],
+            },
+            options.rounds,
+        )
+    medians = {name: [statistics.median(steps) for steps in rounds] for name, rounds in runs.items()}
+    figures |= {f"step_seconds_{name}": values for name, values in medians.items()}
+    figures |= step_bytes(options.sdk_python)
+    ratios = [wire / local for wire, local in zip(medians["wire"], medians["in_process"], strict=True)]
+    with server("tiny") as at:
+        before = at.mib()
+        figures["one_token_samples_per_second_wire"] = answer(
+            sdk_side(options.sdk_python, at.url, side="samples", model="tiny", samples=SAMPLES)
+        )["per_second"]
+        figures["server_mib_before_2000_samples"], figures["server_mib_after_2000_samples"] = before, at.mib()
+    figures["one_token_samples_per_second_in_process"] = samples_in_process()
+    small = {"side": "client", "model": "tiny", "samples": 40, "steps": 1, "groups": 2, "group_size": 2, "rank": 4}
+    with server("tiny") as at:
+        clients = [sdk_side(options.sdk_python, at.url, **small) for _ in range(CLIENTS)]
+        figures["clients_that_finished"] = len([answer(client) for client in clients])
+        figures["server_mib_after_50_clients"] = at.mib()
+    settings = {**STEP, "samples": SAMPLES, "clients": CLIENTS, "rounds": options.rounds, "sdk": "tinker 0.38.0"}
+    write_report("serve", figures, settings, load, {"step_wire_over_in_process": statistics.median(ratios)})
+
+
+if __name__ == "__main__":
+    main()

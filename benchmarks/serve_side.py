@@ -1,0 +1,81 @@
+"""The SDK's side of benchmarks/serve.py, which starts it in the SDK's own Python. Prints a JSON
+object on its last line.
+"""
+
+import json
+import sys
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+
+
+def rl_steps(settings: dict[str, Any], of: Any, api: Any, sdk: bool) -> list[float]:
+    """Seconds of each step: sync, sample, forward_backward with importance_sampling, optim_step.
+    `of` is the training client, `api` has the types; the same calls on both sides."""
+    rng, seconds = np.random.default_rng(0), []
+    size, length = settings["group_size"], settings["prompt_tokens"]
+    for step in range(settings["steps"]):
+        started = time.perf_counter()
+        sampler = of.save_weights_and_get_sampling_client()
+        prompts = [rng.integers(4, 260, length).tolist() for _ in range(settings["groups"])]
+        params = [
+            api.SamplingParams(max_tokens=settings["max_tokens"], seed=1000 * step + i, stop=[])
+            for i in range(len(prompts))
+        ]
+        futures = [
+            sampler.sample(api.ModelInput.from_ints(prompt), size, p) for prompt, p in zip(prompts, params, strict=True)
+        ]
+        data = []
+        for prompt, future in zip(prompts, futures, strict=True):
+            for i, sequence in enumerate(future.result().sequences):
+                tokens, answer = [*prompt, *sequence.tokens], len(sequence.tokens)
+                zeros = np.zeros(length - 1, np.float32)
+                advantages = np.full(answer, (-1.0) ** i, np.float32)
+                arrays = {
+                    "target_tokens": np.array(tokens[1:], np.int64),
+                    "logprobs": np.concatenate([zeros, np.array(sequence.logprobs, np.float32)]),
+                    "advantages": np.concatenate([zeros, advantages]),
+                }
+                if sdk:
+                    arrays = {name: api.TensorData.from_numpy(array) for name, array in arrays.items()}
+                data.append(api.Datum(model_input=api.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=arrays))
+        done = of.forward_backward(data, "importance_sampling")
+        of.optim_step(api.AdamParams(learning_rate=1e-5)).result()
+        done.result()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def one_token_samples(sampler: Any, api: Any, count: int) -> float:
+    """Samples of one token a second, all outstanding at once."""
+    prompt, started = api.ModelInput.from_ints([10, 20, 30, 40]), time.perf_counter()
+    futures = [sampler.sample(prompt, 1, api.SamplingParams(max_tokens=1, seed=i, stop=[])) for i in range(count)]
+    lengths = [len(future.result().sequences[0].tokens) for future in futures]
+    assert lengths == [1] * count
+    return count / (time.perf_counter() - started)
+
+
+def main(settings: dict[str, Any]) -> None:
+    warnings.simplefilter("ignore")
+    import tinker  # pyright: ignore[reportMissingImports]
+    from tinker import types  # pyright: ignore[reportMissingImports]
+
+    service = tinker.ServiceClient()
+    client = service.create_lora_training_client(base_model=settings["model"], rank=settings["rank"], seed=1)
+    if settings["side"] == "step":
+        answer: dict[str, Any] = {"seconds": rl_steps(settings, client, types, sdk=True)}
+    elif settings["side"] == "samples":
+        sampler = service.create_sampling_client(base_model=settings["model"])
+        one_token_samples(sampler, types, 20)
+        answer = {"per_second": one_token_samples(sampler, types, settings["samples"])}
+    else:  # a client among many: samples, and steps
+        sampler = client.save_weights_and_get_sampling_client()
+        answer = {"per_second": one_token_samples(sampler, types, settings["samples"])}
+        rl_steps(settings, client, types, sdk=True)
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
