@@ -41,14 +41,15 @@ class KLPenalty:
 
 
 class Reference:
-    """The frozen policy, computed by torch like the trained one: equal weights, equal logprobs."""
+    """The frozen policy, computed by torch like the trained one: equal weights, equal logprobs.
+    `without_adapter`: the client is the policy's own, and the reference its base."""
 
-    def __init__(self, client: TrainingClient):
-        self._client = client
+    def __init__(self, client: TrainingClient, without_adapter: bool = False):
+        self._client, self._without_adapter = client, without_adapter
 
     async def logprobs(self, data_D: Sequence[Datum]) -> list[np.ndarray]:
         """(T,) per datum, at each token's sampling temperature."""
-        output = await self._client.forward(data_D, "importance_sampling")
+        output = await self._client.forward(data_D, "importance_sampling", without_adapter=self._without_adapter)
         return [out["logprobs"].array for out in output.loss_fn_outputs]
 
 

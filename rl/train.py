@@ -66,7 +66,8 @@ async def main(config: Config) -> Metrics:
         raise DataError("the dataset has no batch to train on")
     if short := step_checks.short_batches(config.env, dataset):
         print(short, flush=True)
-    copied = bool(config.kl.coef) and not config.kl.reference_path
+    switched_off = config.lora() is not None and not config.load_checkpoint_path
+    copied = bool(config.kl.coef) and not config.kl.reference_path and not switched_off
     check_fits(planned(config.model_name, config.backend, config.lora(), True, copied), config.model_name)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     if config.model_name in PRESETS and not config.load_checkpoint_path and not folder.resumed:
@@ -79,11 +80,13 @@ async def main(config: Config) -> Metrics:
         if config.kl.coef:
             if path := config.kl.reference_path:
                 frozen = other_model(service, path, learner.client)
+            elif switched_off:
+                frozen = learner.client  # its adapter is left out
             else:
                 frozen = starting_weights(
                     service, config.model_name, config.load_checkpoint_path, config.lora(), config.seed
                 )
-            learner.reference = Reference(frozen)
+            learner.reference = Reference(frozen, without_adapter=frozen is learner.client)
         if config.distill.paths():
             learner.teachers = Teachers(config.distill, service, learner.client)
         if config.critic.model:

@@ -63,11 +63,14 @@ def test_a_run_that_does_not_fit_says_by_how_much_and_what_to_change(capsys: pyt
     says = capsys.readouterr().out
     assert "'m' needs" in says and "20.0 GiB of memory are free" in says and "too few" in says
     option = next(word for word in says.split() if word.startswith("backend.")).removeprefix("backend.").split("=")
-    assert half_b(None, **{option[0]: int(option[1])}).plan.peak <= 20 * GIB
+    value = int(option[1]) if option[1].isdigit() else option[1]
+    assert half_b(None, **{option[0]: value}).plan.peak <= 20 * GIB
     with pytest.raises(
-        ModelError, match=r"'m' needs .* 9\.0 GiB of memory are free: .* too few\. An adapter fits: lora"
+        ModelError, match=r"'m' needs .* 9\.0 GiB of memory are free: .* too few\. It fits with backend"
     ):
         check_fits(run, "m", 9 * GIB)
+    with pytest.raises(ModelError, match=r"An adapter fits: lora_rank=32"):
+        check_fits(run, "m", 6 * GIB)
     with pytest.raises(ModelError, match=r"Take a smaller model"):
         check_fits(run, "m", GIB)
 

@@ -192,7 +192,7 @@ def open_on_shared(path: Path, seed: int, bases: BaseModels) -> tuple[PreTrained
     owners: list[PreTrainedModel] = []
 
     def view(base: Base) -> PreTrainedModel:
-        model, owner = bases.view(*_preset_seed(base, seed), torch.device("cpu"))
+        model, owner = bases.view(*_preset_seed(base, seed), torch.device("cpu"), torch.float32)
         owners.append(owner)
         return model
 

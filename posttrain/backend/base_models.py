@@ -24,13 +24,15 @@ class BaseModels:
         self._opened: weakref.WeakValueDictionary[Key, PreTrainedModel] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
-    def view(self, model_name: str, seed: int, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:
+    def view(
+        self, model_name: str, seed: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
         """A model of its own around the shared tensors, and their owner, to be kept with it."""
         with self._lock:
-            key = (model_name, seed, str(device), *_files(model_name))
+            key = (model_name, seed, str(device), dtype, *_files(model_name))
             owner = self._opened.get(key)
             if owner is None:
-                owner = self._opened[key] = load_model(model_name, seed, device, torch.float32).requires_grad_(False)
+                owner = self._opened[key] = load_model(model_name, seed, device, dtype).requires_grad_(False)
         shared = {id(parameter): parameter for parameter in owner.parameters()}
         return copy.deepcopy(owner, shared), owner
 

@@ -49,7 +49,7 @@ def save_state(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, path: Path,
             folder, {"model_name": absolute(trainer.model_name), "seed": trainer.seed, "lora": lora, "extra": extra}
         )
         save_policy(trainer, tokenizer, folder)
-        write_optimizer(trainer.named_trainable, trainer.optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
+        write_optimizer(trainer.trained.stepped, trainer.optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
 
 
 def save_policy(
@@ -59,10 +59,11 @@ def save_policy(
     if trainer.lora:
         write_adapter(trainer, folder)
     else:
-        weights = {
-            name: tensor if dtype is None else tensor.to(dtype) for name, tensor in trainer.base.state_dict().items()
-        }
+        exact = trainer.trained.exact(trainer.base.state_dict())
+        weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in exact.items()}
         trainer.base.save_pretrained(str(folder), state_dict=weights)
+        if dtype is None and trainer.trained.masters:
+            dtype = torch.float32
         if dtype is not None:
             config = copy.deepcopy(trainer.hf_config)
             config.dtype = dtype
@@ -105,13 +106,14 @@ def load_state(trainer: Trainer, path: Path, with_optimizer: bool) -> None:
         check_adapter(trainer, path)
         load_adapter(trainer, path)
     else:
-        _copy(dict(trainer.base.state_dict()), _read_weights(trainer, path), path)
+        _copy(trainer.trained.exact(trainer.base.state_dict()), _read_weights(trainer, path), path)
     trainer.kept = None
     if head is not None and trainer.scalar_head is not None:
         trainer.scalar_head.data.copy_(head)
+    trainer.trained.weights_loaded(("scalar_head",) if head is not None else ())
     trainer.optimizer.state.clear()
     if with_optimizer:
-        load_optimizer(trainer.named_trainable, trainer.optimizer, optimizer_file)
+        load_optimizer(trainer.trained.stepped, trainer.optimizer, optimizer_file)
 
 
 def _check_optimizer(trainer: Trainer, path: Path, file: Path) -> None:
@@ -123,7 +125,7 @@ def _check_optimizer(trainer: Trainer, path: Path, file: Path) -> None:
         raise CheckpointError(
             f"{path} has no {SCALAR_HEAD_FILE}: load a language model's weights with load_state, without optimizer"
         )
-    check_optimizer(trainer.named_trainable, file)
+    check_optimizer(trainer.trained.stepped, trainer.optimizer, file)
 
 
 def _read_scalar_head(trainer: Trainer, file: Path) -> torch.Tensor | None:

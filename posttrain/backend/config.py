@@ -6,6 +6,7 @@ from typing import Literal
 import chz
 import torch
 
+from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, POSITIVE, POSITIVE_SHARE
 
 AlarmAction = Literal["stop", "warn"]
@@ -56,7 +57,23 @@ class BackendConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto",
-        doc="activations and sampler weights; auto = float32 on a CPU, bfloat16 on a GPU. Trained weights are float32",
+        doc="activations and sampler weights; auto = float32 on a CPU, bfloat16 on a GPU",
+    )
+    param_dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
+        default="auto",
+        doc="weights that passes read; auto = dtype. bfloat16 weights are copies of float32 ones, which the optimizer "
+        "steps (master_weights)",
+    )
+    master_weights: bool = chz.field(
+        default=True,
+        doc="keep a float32 copy of bfloat16 weights; false = none, and steps are rounded stochastically: 10 bytes "
+        "less per trained weight",
+    )
+    moments: Literal["float32", "8bit"] = chz.field(
+        default="float32", doc="AdamW's moments: 8 bytes per trained weight, or 2 with 8bit"
+    )
+    offload_optimizer: bool = chz.field(
+        default=False, doc="keep moments and float32 copies in the CPU's memory, and step there"
     )
     enforce_eager: bool | None = chz.field(
         default=None,
@@ -81,6 +98,22 @@ AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:
-    """For activations and sampler weights. Trained weights are fp32: bf16 swallows small updates."""
+    """For activations and sampler weights."""
     dtype = config.dtype if config else "auto"
     return getattr(torch, AUTO_DTYPES[device.type] if dtype == "auto" else dtype)
+
+
+def param_dtype(device: torch.device, config: BackendConfig) -> torch.dtype:
+    """Of the weights that passes read. ConfigError for settings that contradict each other."""
+    compute = compute_dtype(device, config)
+    dtype = compute if config.param_dtype == "auto" else getattr(torch, config.param_dtype)
+    if dtype == torch.bfloat16 and compute != dtype:
+        raise ConfigError("backend.param_dtype=bfloat16 needs backend.dtype=bfloat16: passes compute in bfloat16 then")
+    if not config.master_weights and (dtype != torch.bfloat16 or config.offload_optimizer):
+        which = "an offloaded optimizer has float32 copies" if config.offload_optimizer else f"the weights are {dtype}"
+        raise ConfigError(
+            f"backend.master_weights=false steps bfloat16 weights without a float32 copy, and {which}".replace(
+                "torch.", ""
+            )
+        )
+    return dtype

@@ -86,7 +86,9 @@ def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optim
     tensors = dict(named)
     for name, parameter in named.items():
         tensors |= {
-            f"{key} of {name}": state for key, state in optimizer.state.get(parameter, {}).items() if state.ndim
+            f"{key} of {name}": state
+            for key, state in optimizer.state.get(parameter, {}).items()
+            if state.ndim and state.is_floating_point()
         }
     largest = get_total_norm([tensor.detach() for tensor in tensors.values()], torch.inf)
     if not torch.isfinite(largest):

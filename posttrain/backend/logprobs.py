@@ -90,7 +90,7 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden, head, targets, temperature, normaliser = ctx.saved_tensors
         head_used = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for rows in _chunks(hidden.shape[0], head.shape[0]):
             transformed = fp32_logits(hidden[rows], head_used, ctx.transform)
             logits = transformed if temperature is None else transformed / temperature[rows, None]

@@ -17,13 +17,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import CHUNK_ELEMENTS
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
-from posttrain.backend.models import context_length, model_config
+from posttrain.backend.models import cast_weights, context_length, model_config
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_engine import vllm_is_installed
 
@@ -31,6 +31,8 @@ from posttrain.backend.vllm_engine import vllm_is_installed
 # contexts and the allocator's fragments, and vLLM's graphs.
 PROCESS_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}
 VLLM_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}
+# vLLM packs matrices for a CPU's kernels: copies, measured for the 0.5B shape with 2 and 8 layers.
+PACKED_LAYERS, PACKED_HEADS = 0.65, 2
 PROBE_TOKENS = (32, 64)  # of the fake passes
 SAMPLER_BYTES = 28  # per sequence and token of the vocabulary: logits, logprobs, their running sums
 FEWEST_TOKENS = 512  # of a micro-batch that is still suggested
@@ -93,17 +95,34 @@ class PlannedRun:
         device, size = self.device.type, self.size
         vllm = self.samples and _samples_with_vllm(self.backend)
         parts = {"process": PROCESS_BYTES[device] + (VLLM_BYTES[device] if vllm else 0)}
-        parts["weights, fp32"] = 4 * size.parameters
-        parts["gradients, fp32"] = 4 * size.trainable
-        parts["moments, fp32"] = 8 * size.trainable
+        weights, lean = param_dtype(self.device, self.backend), self.backend.moments == "8bit"
+        frozen = size.parameters - size.trainable if self.lora else 0
+        trained, copied = (weights, self.masters) if not self.lora else (torch.float32, False)
+        parts[f"weights, {_name(weights)}"] = weights.itemsize * (frozen or size.parameters)
+        if self.lora:
+            parts["adapter, fp32"] = 4 * size.trainable
+        parts["gradients"] = (4 if copied else trained.itemsize) * size.trainable
+        if device == "cpu" or not self.backend.offload_optimizer:
+            parts["fp32 copies of the weights"] = 4 * size.trainable if copied else 0
+            parts["moments, 8 bits" if lean else "moments, fp32"] = (2 if lean else 8) * size.trainable
         if self.reference:
-            parts["reference, fp32"] = 4 * size.parameters
+            parts[f"reference, {_name(weights)}"] = weights.itemsize * size.parameters
+        parts = {name: count for name, count in parts.items() if count}
         if self.samples:
             compute = compute_dtype(self.device, self.backend)
             parts[f"sampler weights, {_name(compute)}"] = compute.itemsize * size.parameters
+        if vllm and device == "cpu":
+            head, item = size.vocabulary * size.hidden, compute_dtype(self.device, self.backend).itemsize
+            parts["vLLM's packed copies"] = int(item * (PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head))
         if vllm:
             parts["KV cache"] = kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)
         return parts
+
+    @property
+    def masters(self) -> bool:
+        """Whether fp32 copies of the weights are kept."""
+        is_bf16 = param_dtype(self.device, self.backend) == torch.bfloat16
+        return self.backend.offload_optimizer or (is_bf16 and self.backend.master_weights)
 
     def _training(self) -> dict[str, int]:
         tokens = self.backend.micro_batch_tokens
@@ -112,7 +131,8 @@ class PlannedRun:
     def _activations(self, tokens: int) -> int:
         """Kept from the forward for the backward pass, and the gradients of a layer's MLP."""
         compute, size = compute_dtype(self.device, self.backend), self.size
-        fixed, per_token = _saved_bytes(self.hf_config, self.lora, compute)
+        weights = param_dtype(self.device, self.backend)
+        fixed, per_token = _saved_bytes(self.hf_config, self.lora, compute, weights)
         if self.backend.gradient_checkpointing:
             inputs = size.layers * size.hidden * compute.itemsize
             fixed, per_token = fixed / size.layers, per_token / size.layers + inputs
@@ -124,7 +144,8 @@ class PlannedRun:
         item, size = compute_dtype(self.device, self.backend).itemsize, self.size
         elements = min(CHUNK_ELEMENTS, tokens * size.vocabulary)
         is_trained = self.lora is None or self.lora.train_unembed
-        per_weight = (item if item < 4 else 0) + (4 + item if is_trained else 0)
+        cast = compute_dtype(self.device, self.backend) != param_dtype(self.device, self.backend)
+        per_weight = (item if cast else 0) + (4 + item if is_trained else 0)
         return 3 * 4 * elements + per_weight * size.vocabulary * size.hidden
 
     def _sampling(self) -> dict[str, int]:
@@ -170,6 +191,7 @@ class PlannedRun:
         return {
             "micro_batch_tokens": [tokens >> k for k in range(1, 16) if tokens >> k >= FEWEST_TOKENS],
             "gradient_checkpointing": [] if backend.gradient_checkpointing else [True],
+            "moments": [] if backend.moments == "8bit" or self.lora else ["8bit"],
             "max_num_seqs": [n for n in (128, 64, 32, 16) if self.samples and n < backend.max_num_seqs],
         }
 
@@ -257,14 +279,14 @@ def _name(dtype: torch.dtype) -> str:
 # --- a model of fake tensors ----------------------------------------------------------------------
 
 _sizes: dict[tuple[str, LoraConfig | None], ModelSize] = {}
-_saved: dict[tuple[str, LoraConfig | None, torch.dtype], tuple[float, float]] = {}
+_saved: dict[tuple[str, LoraConfig | None, torch.dtype, torch.dtype], tuple[float, float]] = {}
 
 
 def _model_size(hf_config: PretrainedConfig, lora: LoraConfig | None) -> ModelSize:
     key = hf_config.to_json_string(use_diff=False), lora
     if key not in _sizes:
         text: Any = hf_config.get_text_config()
-        with _fake_model(hf_config, lora, torch.float32) as (base, model):
+        with _fake_model(hf_config, lora, torch.float32, torch.float32) as (base, model):
             head: Any = base.get_output_embeddings()
             vocabulary, hidden = (head.base_layer if hasattr(head, "base_layer") else head).weight.shape
             parameters = sum(p.numel() for p in model.parameters())
@@ -274,14 +296,16 @@ def _model_size(hf_config: PretrainedConfig, lora: LoraConfig | None) -> ModelSi
     return _sizes[key]
 
 
-def _saved_bytes(hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype) -> tuple[float, float]:
+def _saved_bytes(
+    hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype, weights: torch.dtype = torch.float32
+) -> tuple[float, float]:
     """Bytes that a forward pass saves for its backward: of each pass, and of each token."""
-    key = hf_config.to_json_string(use_diff=False), lora, compute
+    key = hf_config.to_json_string(use_diff=False), lora, compute, weights
     if key not in _saved:
         try:
             if _experts(hf_config):
                 raise NotImplementedError("which tokens an expert reads depends on numbers")
-            few, many = (_saved_by_pass(hf_config, lora, compute, tokens) for tokens in PROBE_TOKENS)
+            few, many = (_saved_by_pass(hf_config, lora, compute, weights, tokens) for tokens in PROBE_TOKENS)
             per_token = (many - few) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
             _saved[key] = max(0.0, few - PROBE_TOKENS[0] * per_token), per_token
         except Exception:  # of a model whose code reads numbers: about what a dense model saves
@@ -296,9 +320,11 @@ def _experts(hf_config: PretrainedConfig) -> int:
     return getattr(text, "num_experts_per_tok", None) or 0
 
 
-def _saved_by_pass(hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype, tokens: int) -> int:
+def _saved_by_pass(
+    hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype, dtype: torch.dtype, tokens: int
+) -> int:
     saved: dict[int, int] = {}
-    with _fake_model(hf_config, lora, compute) as (base, model):
+    with _fake_model(hf_config, lora, compute, dtype) as (base, model):
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -318,11 +344,12 @@ def _saved_by_pass(hf_config: PretrainedConfig, lora: LoraConfig | None, compute
 
 @contextmanager
 def _fake_model(
-    hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype
+    hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype, dtype: torch.dtype
 ) -> Iterator[tuple[PreTrainedModel, torch.nn.Module]]:
     """The base, and the model that is trained: shapes that take no memory."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
+        cast_weights(base, dtype)
         model = add_lora(base, "", lora, 0) if lora else base
     with FakeTensorMode():
         fakes: dict[int, Any] = {}  # tied weights stay tied

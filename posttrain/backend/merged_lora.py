@@ -72,34 +72,40 @@ def compute_merged(model: nn.Module, dtype: torch.dtype) -> None:
             layer.merged_dtype = dtype  # type: ignore[assignment]
 
 
-def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _weight(layer: Any) -> torch.Tensor:
+    """(O, I) merged weight."""
     # autocast would round B A before it is added
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(layer.lora_A["default"].weight.device.type, enabled=False):
         weight = merged_weight(layer, layer.merged_dtype)
-        weight_OI = weight.T if layer.fan_in_fan_out else weight
+    return weight.T if layer.fan_in_fan_out else weight
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    if layer.disable_adapters:
+        return layer.base_layer(x)
     a_RI, b_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    y: Any = _MergedLinear.apply(x.to(weight.dtype), a_RI, b_OR, weight_OI, layer.scaling["default"])
+    y: Any = _MergedLinear.apply(x.to(layer.merged_dtype), a_RI, b_OR, layer)
     bias = layer.base_layer.bias
     return y if bias is None else y + bias.to(y.dtype)
 
 
 class _MergedLinear(torch.autograd.Function):
-    """x W^T with W fixed; A and B get the gradients of scaling * B A inside W."""
+    """x W^T with W fixed; A and B get the gradients of scaling * B A inside W. The backward pass
+    merges W again: kept, the merged weights of all layers would be a copy of the model."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, weight_OI: torch.Tensor, scaling: float
-    ):
-        ctx.save_for_backward(x, a_RI, b_OR, weight_OI)
-        ctx.scaling = scaling
-        return F.linear(x, weight_OI)
+    def forward(ctx: Any, x: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, layer: Any):
+        ctx.save_for_backward(x, a_RI, b_OR)
+        ctx.layer = layer
+        return F.linear(x, _weight(layer))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor):
-        x, a_RI, b_OR, weight_OI = ctx.saved_tensors
+        x, a_RI, b_OR = ctx.saved_tensors
+        weight_OI, scaling = _weight(ctx.layer), ctx.layer.scaling["default"]
         (gradient,) = gradients
         x_NI, gradient_NO = x.flatten(0, -2), gradient.flatten(0, -2)
         a, b = a_RI.to(x.dtype), b_OR.to(x.dtype)
-        gradient_a = ctx.scaling * (gradient_NO @ b).T @ x_NI
-        gradient_b = ctx.scaling * gradient_NO.T @ (x_NI @ a.T)
-        return gradient @ weight_OI, gradient_a.to(a_RI.dtype), gradient_b.to(b_OR.dtype), None, None
+        gradient_a = scaling * (gradient_NO @ b).T @ x_NI
+        gradient_b = scaling * gradient_NO.T @ (x_NI @ a.T)
+        return gradient @ weight_OI, gradient_a.to(a_RI.dtype), gradient_b.to(b_OR.dtype), None

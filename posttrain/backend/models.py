@@ -6,7 +6,7 @@ import copy
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -31,6 +31,8 @@ from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import LogitTransform
 from posttrain.backend.random_state import drawn_from
+
+M = TypeVar("M", bound=PreTrainedModel)
 
 # beside the trunk of a saved scalar model (scalar_trainer.py)
 SCALAR_HEAD_FILE = "scalar_head.safetensors"
@@ -242,7 +244,14 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
                 "opened"
             )
         model = read_model(model_name, dtype)
-    return model.to(device=device, dtype=dtype).eval()  # type: ignore[arg-type]
+    return cast_weights(model.to(device), dtype).eval()  # type: ignore[arg-type]
+
+
+def cast_weights(model: M, dtype: torch.dtype) -> M:
+    """In place, and weights only: rotations in bf16 would be off from the tenth position on."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
 
 
 def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:

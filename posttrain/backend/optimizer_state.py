@@ -1,5 +1,6 @@
 """AdamW's state in a safetensors file: `exp_avg:NAME`, `exp_avg_sq:NAME` and `step:NAME` of each
-trained parameter. A state with a missing, extra or misshapen parameter is refused as a whole.
+trained parameter, with scales for moments of 8 bits. A state with a missing, extra or misshapen
+parameter is refused as a whole.
 """
 
 from collections.abc import Mapping
@@ -12,8 +13,18 @@ from torch import nn
 
 from posttrain.backend.checkpoint_files import tensor_shapes
 from posttrain.backend.errors import CheckpointError
+from posttrain.backend.lean_adamw import LeanAdamW
 
-SLOTS = ("exp_avg", "exp_avg_sq", "step")
+Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def slots(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Slots:
+    """Shape and dtype of a parameter's state, by name."""
+    shape = tuple(parameter.shape)
+    moments = [(name, (shape, parameter.dtype)) for name in ("exp_avg", "exp_avg_sq")]
+    if isinstance(optimizer, LeanAdamW):
+        moments = [*optimizer.slots(parameter, "exp_avg"), *optimizer.slots(parameter, "exp_avg_sq")]
+    return {"step": ((), torch.float32), **dict(moments)}
 
 
 def write_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
@@ -26,16 +37,20 @@ def write_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.opt
     save_file(tensors, file)
 
 
-def check_optimizer(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
+def check_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
     """CheckpointError unless the file has exactly the state of these parameters, or none."""
     saved = tensor_shapes(file)
     expected = {
-        f"{slot}:{name}": () if slot == "step" else tuple(parameter.shape)
+        f"{slot}:{name}": shape
         for name, parameter in parameters.items()
-        for slot in SLOTS
+        for slot, (shape, _) in slots(parameter, optimizer).items()
     }
     if not saved:
         return
+    saved_8bit, live_8bit = (any("_scale:" in key for key in keys) for keys in (saved, expected))
+    if saved_8bit != live_8bit:
+        kind = "8bit" if saved_8bit else "float32"
+        raise CheckpointError(f"{file} holds moments in {kind}: continue with backend.moments={kind}")
     remedy = "load the weights alone with load_checkpoint_path, or load_state, and the optimizer starts afresh"
     for names, says in (
         (expected.keys() - saved.keys(), "lacks"),
@@ -53,14 +68,14 @@ def check_optimizer(parameters: Mapping[str, nn.Parameter], file: Path) -> None:
 @torch.no_grad()
 def load_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
     """Replaces the optimizer's state, after check_optimizer; no change if that refuses."""
-    check_optimizer(parameters, file)
+    check_optimizer(parameters, optimizer, file)
     optimizer.state.clear()
     with safe_open(file, "pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118
             slot, name = key.split(":", 1)
             parameter = parameters[name]
-            on_cpu = slot == "step" and not parameter.is_cuda
-            dtype = torch.float32 if slot == "step" else parameter.dtype
+            on_cpu = slot == "step" and (not parameter.is_cuda or isinstance(optimizer, LeanAdamW))
+            dtype = slots(parameter, optimizer)[slot][1]
             optimizer.state[parameter][slot] = tensors.get_tensor(key).to("cpu" if on_cpu else parameter.device, dtype)
 
 

@@ -43,13 +43,13 @@ class ScalarTrainer(Trainer):
         if lora and lora.train_unembed:
             raise ModelError("train_unembed: a scalar model has no vocabulary head to put an adapter on")
         super().__init__(model_name, config, seed, lora, bases)
+
+    def _trainable_weights(self) -> dict[str, nn.Parameter]:
         self.scalar_head = nn.Parameter(torch.zeros(1, self.hf_config.hidden_size, device=self.device))
         unused: Any = self.base.get_output_embeddings()
         if not self.hf_config.tie_word_embeddings:
             unused.requires_grad_(False)
-        trainable = {name: p for name, p in self.named_trainable.items() if p.requires_grad}
-        self.named_trainable = trainable | {"scalar_head": self.scalar_head}
-        self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
+        return super()._trainable_weights() | {"scalar_head": self.scalar_head}
 
     def run_terms(
         self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False

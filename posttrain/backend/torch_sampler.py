@@ -15,7 +15,7 @@ from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
-from posttrain.backend.models import end_token_ids, logit_transform
+from posttrain.backend.models import cast_weights, end_token_ids, logit_transform
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 
 UNIFORMS = 16  # random numbers drawn per row at a time
@@ -32,7 +32,7 @@ class TorchSampler:
         config: BackendConfig,
         device: torch.device,
     ):
-        self._model = model.to(device=device, dtype=compute_dtype(device, config)).eval()  # type: ignore[arg-type]
+        self._model: Any = cast_weights(model.to(device), compute_dtype(device, config)).eval()  # type: ignore[arg-type]
         self._tokenizer, self._max_length, self._max_num_seqs, self._device = (
             tokenizer,
             max_length,

@@ -1,6 +1,6 @@
-"""The model, its optimizer and its passes, synchronous (training_client.py has futures). Weights
-and optimizer state are fp32; on CUDA passes run under bf16 autocast. Dropout is off: RL compares
-logprobs of one distribution.
+"""The model, its optimizer and its passes, synchronous (training_client.py has futures). On a CPU
+all is fp32; on CUDA passes read bf16 copies of fp32 weights (trained_weights.py). Dropout is off:
+RL compares logprobs of one distribution.
 """
 
 import itertools
@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from posttrain.backend.base_models import BaseModels
 from posttrain.backend.batching import MicroBatch, Positions, micro_batches
-from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.data_checks import check_data, resolve_loss
 from posttrain.backend.device_lock import computing
-from posttrain.backend.errors import DataError, ModelError, NonFiniteError
+from posttrain.backend.errors import ConfigError, DataError, ModelError, NonFiniteError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.lora_layers import add_lora, check_rank
 from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm
@@ -28,11 +28,13 @@ from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import base_weights, compute_merged, layer_updates, merged_weights
 from posttrain.backend.models import (
     attends_to_all,
+    cast_weights,
     context_length,
     embedding_rows,
     load_model,
     logit_transform,
 )
+from posttrain.backend.trained_weights import TrainedWeights
 from posttrain.backend.types import (
     AdamParams,
     Datum,
@@ -75,10 +77,12 @@ class Trainer:
         if lora:
             check_rank(model_name, lora)
         check_fits(planned(model_name, config, lora), model_name)
+        self.param_dtype = param_dtype(self.device, config)
+        masters = lora is None and config.master_weights  # copies of the weights as they are on the disk
         if lora and bases is not None:
-            hf_model, self._base_owner = bases.view(model_name, seed, self.device)
+            hf_model, self._base_owner = bases.view(model_name, seed, self.device, self.param_dtype)
         else:
-            hf_model = load_model(model_name, seed, self.device, torch.float32)
+            hf_model = load_model(model_name, seed, self.device, torch.float32 if masters else self.param_dtype)
         self.hf_config = hf_model.config
         self.vocabulary = embedding_rows(hf_model)
         self.model: PreTrainedModel | PeftModel = add_lora(hf_model, model_name, lora, seed) if lora else hf_model
@@ -91,8 +95,10 @@ class Trainer:
             # the frozen embedding of a LoRA run would cut the recomputed graph
             hf_model.enable_input_require_grads()
             self.model.train()
-        self.named_trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.named_trainable.values(), lr=0.0, fused=True)
+        self.named_trainable = self._trainable_weights()
+        self.trained = TrainedWeights(self.named_trainable, config, seed, self.param_dtype if masters else None)
+        if masters:
+            cast_weights(hf_model, self.param_dtype)  # those that are not trained
         self._kept_numbers = itertools.count()
         # a forward that waits for its backward; dropped when the weights change
         self.kept: KeptForward | None = None
@@ -103,7 +109,23 @@ class Trainer:
         self._check_head()
         self._check_rows()
 
+    def _trainable_weights(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.trained.optimizer
+
     # --- passes ----------------------------------------------------------------------------------
+
+    def run_without_adapter(
+        self, data_D: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
+    ) -> ForwardBackwardOutput:
+        """The base's logprobs, as before training. ConfigError where all weights are trained."""
+        if not isinstance(self.model, PeftModel):
+            raise ConfigError("without_adapter: all weights of this model are trained, it has no adapter")
+        with self.model.disable_adapter():
+            return self.run(data_D, loss_fn, loss_fn_config, backward=False)
 
     def run(
         self,
@@ -249,7 +271,10 @@ class Trainer:
     def _head(self) -> torch.Tensor:
         """The (V, H) output matrix, with its adapter if there is one."""
         head: Any = self.base.get_output_embeddings()
-        return head.base_layer.weight + head.get_delta_weight("default") if hasattr(head, "lora_A") else head.weight
+        if not hasattr(head, "lora_A"):
+            return head.weight
+        weight = head.base_layer.weight
+        return weight if head.disable_adapters else weight + head.get_delta_weight("default")
 
     # --- checks of the architecture, when a model is opened --------------------------------------
 
@@ -326,17 +351,15 @@ class Trainer:
     def optim_step(self, adam: AdamParams) -> OptimStepResponse:
         """One AdamW step on the accumulated gradients, which are then dropped. NonFiniteError,
         without a change, if the gradient is not finite."""
-        for p in self.named_trainable.values():
-            # AdamW would skip it, and its moments would depend on the order of the data
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in self.named_trainable.values() if p.grad is not None]
+        self.trained.hand_over_gradients()
+        stepped = self.trained.stepped.values()
+        grads = [p.grad for p in stepped if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(grads)
         if not torch.isfinite(grad_norm):
             self.zero_grad()
             raise NonFiniteError("the gradient is not finite; the step was not applied")
         if adam.grad_clip_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.named_trainable.values(), adam.grad_clip_norm, grad_norm)
+            nn.utils.clip_grads_with_norm_(stepped, adam.grad_clip_norm, grad_norm)
         for group in self.optimizer.param_groups:
             group.update(
                 lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
@@ -344,11 +367,12 @@ class Trainer:
         # fused AdamW changes weights without autograd's notice: a kept graph would be wrong
         self.kept = None
         self.optimizer.step()
+        self.trained.masters_to_weights()
         self.zero_grad()
         return OptimStepResponse({"grad_norm": float(grad_norm)})
 
     def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.trained.zero_grad()
 
     # --- weights out -----------------------------------------------------------------------------
 

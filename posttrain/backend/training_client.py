@@ -55,9 +55,16 @@ class TrainingClient(Ready):
     # --- training --------------------------------------------------------------------------------
 
     def forward(
-        self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
+        self,
+        data: Sequence[Datum],
+        loss_fn: str | LossFn,
+        loss_fn_config: dict[str, Any] | None = None,
+        *,
+        without_adapter: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Loss and logprobs, no gradient."""
+        """Loss and logprobs, no gradient. `without_adapter`: those of a LoRA model's base."""
+        if without_adapter:
+            return self._thread.submit(self._trainer.run_without_adapter, data, loss_fn, loss_fn_config)
         return self._thread.submit(self._trainer.run, data, loss_fn, loss_fn_config, backward=False)
 
     def forward_backward(
@@ -253,7 +260,7 @@ class TrainingClient(Ready):
         return self._engines.open_saved(model_path)
 
     def _save_state(self, path: Path, extra: dict[str, Any]) -> SaveWeightsResponse:
-        check_finite(self._trainer.named_trainable, self._trainer.optimizer)
+        check_finite(self._trainer.trained.stepped, self._trainer.optimizer)
         checkpoints.save_state(self._trainer, self._tokenizer, path, extra)
         return SaveWeightsResponse(str(path))
 
@@ -265,7 +272,7 @@ class TrainingClient(Ready):
 
     def _save_for_sampler(self, path: Path) -> SaveWeightsResponse:
         self._check_can_sample()
-        check_finite(self._trainer.named_trainable, self._trainer.optimizer)
+        check_finite(self._trainer.trained.stepped, self._trainer.optimizer)
         with atomic_folder(path) as folder:
             checkpoints.save_policy(self._trainer, self._tokenizer, folder, self._trainer.compute_dtype)
         self._exported[str(path)] = self._weights_version
@@ -285,7 +292,7 @@ class TrainingClient(Ready):
             self._engine = self._engines.open(trainer.hf_config, self._tokenizer, trainer.max_length)
             self._let_go = self._engine.hold(self)
         if policy.newest is None or policy.newest.number != self._weights_version:
-            check_finite(trainer.named_trainable, trainer.optimizer)
+            check_finite(trainer.trained.stepped, trainer.optimizer)
             version = WeightVersion(self._weights_version, trainer.sampler_weights)
             if self._engines.shares:
                 version.keep(trainer, self._engines.memory)  # other policies may take the engine at any time

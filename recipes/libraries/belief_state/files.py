@@ -58,7 +58,7 @@ def load_state(model: Model, optimizer: torch.optim.Optimizer, path: Path, with_
     parameters, file = dict(model.named_parameters()), state_file(path, OPTIMIZER_FILE)
     check_weights(model, path, model.config.task if with_optimizer else None)
     if with_optimizer:
-        check_optimizer(parameters, file)
+        check_optimizer(parameters, optimizer, file)
     _copy_weights(model, path)
     optimizer.state.clear()
     if with_optimizer:

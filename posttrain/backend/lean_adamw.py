@@ -1,0 +1,98 @@
+"""AdamW with less memory: moments in 8 bits, and weights without an fp32 copy. Rounding is
+stochastic, so small changes count on average; its random numbers depend on (seed, step, parameter)
+only, so a resumed run draws the same.
+"""
+
+from typing import Any
+
+import torch
+
+BLOCK = 256  # values with a common scale, their largest magnitude
+# Levels of |value| / scale, evenly spaced in the logarithm: 5 decades for means, 7 for squares.
+MEAN_LEVELS = torch.logspace(-5, 0, 127, dtype=torch.float64).float()
+SQUARE_LEVELS = torch.logspace(-7, 0, 255, dtype=torch.float64).float()
+
+
+class LeanAdamW(torch.optim.Optimizer):
+    """torch's AdamW, a parameter at a time in fp32. bf16 parameters are rounded stochastically.
+    `eight_bits`: `exp_avg` and `exp_avg_sq` are uint8 codes, and `..._scale` their blocks' scales."""
+
+    def __init__(self, parameters: Any, seed: int, eight_bits: bool):
+        super().__init__(parameters, {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+        self.seed, self.eight_bits = seed, eight_bits
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for index, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    self._step(p, index, group)
+
+    def _step(self, p: torch.nn.Parameter, index: int, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        if not state:
+            state |= {"step": torch.zeros(()), **self._empty(p, "exp_avg"), **self._empty(p, "exp_avg_sq")}
+        state["step"] += 1
+        count = int(state["step"])
+        generator = torch.Generator(p.device).manual_seed(((self.seed * 2**20 + index) * 2**32 + count) % 2**63)
+        gradient, weight = p.grad.float(), p.float()  # type: ignore[union-attr]
+        mean, square = self._read(state, "exp_avg", p), self._read(state, "exp_avg_sq", p)
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (square.sqrt() / (1 - beta2**count) ** 0.5).add_(group["eps"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**count))
+        if self.eight_bits:
+            state["exp_avg"], state["exp_avg_scale"] = quantized(mean, MEAN_LEVELS, generator)
+            state["exp_avg_sq"], state["exp_avg_sq_scale"] = quantized(square, SQUARE_LEVELS, generator)
+        p.copy_(to_bf16(weight, generator) if p.dtype == torch.bfloat16 else weight)
+
+    def _empty(self, p: torch.Tensor, slot: str) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(shape, dtype=dtype, device=p.device) for name, (shape, dtype) in self.slots(p, slot)}
+
+    def slots(self, p: torch.Tensor, slot: str) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """Names, shapes and dtypes of a moment's tensors."""
+        if not self.eight_bits:
+            return [(slot, (tuple(p.shape), torch.float32))]
+        return [(slot, (tuple(p.shape), torch.uint8)), (f"{slot}_scale", ((-(-p.numel() // BLOCK),), torch.float32))]
+
+    def _read(self, state: dict[str, Any], slot: str, p: torch.Tensor) -> torch.Tensor:
+        if not self.eight_bits:
+            return state[slot]
+        levels = MEAN_LEVELS if slot == "exp_avg" else SQUARE_LEVELS
+        return dequantized(state[slot], state[f"{slot}_scale"], levels)
+
+
+def quantized(
+    values: torch.Tensor, levels: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes like `values`, scale of each block). A code is 0, or the number of a level, from 1;
+    with 127 levels those of negative values are from 128. The expected level is the value; only
+    squares below the lowest level are raised to it, as a square of 0 would divide by 0."""
+    levels, signed = levels.to(values.device), len(levels) < 128
+    flat = values.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(-1)
+    share = (blocks.abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).clamp_(max=1)
+    ladder = torch.cat([levels.new_zeros(1), levels])
+    above = torch.bucketize(share, ladder).clamp_(min=1)  # ladder[above - 1] < share <= ladder[above]
+    low, high = ladder[above - 1], ladder[above]
+    noise = torch.rand(share.shape, generator=generator, device=share.device)
+    code = torch.where((share - low) > noise * (high - low), above, above - 1)
+    negative = torch.where((blocks < 0) & (code > 0), code + 127, code)
+    code = negative if signed else torch.where(blocks > 0, code.clamp(min=1), code)
+    return code.to(torch.uint8).flatten()[: len(flat)].view(values.shape), scale
+
+
+def dequantized(code: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    levels = levels.to(code.device)
+    zero, signs = levels.new_zeros(1), [levels, -levels] if len(levels) < 128 else [levels]
+    flat = torch.cat([zero, *signs])[code.flatten().long()]
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK) * scale[:, None]
+    return padded.flatten()[: len(flat)].view(code.shape)
+
+
+def to_bf16(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Rounded up with the probability of the 16 bits that bf16 drops, so exact on average."""
+    noise = torch.randint(0, 2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
+    return ((values.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()

@@ -1,0 +1,188 @@
+"""bf16 weights with fp32 masters, 8-bit moments, stochastic rounding, an offloaded optimizer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.backend.config import BackendConfig, param_dtype
+from posttrain.backend.errors import CheckpointError, ConfigError
+from posttrain.backend.lean_adamw import MEAN_LEVELS, SQUARE_LEVELS, LeanAdamW, dequantized, quantized, to_bf16
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, LoraConfig
+from tests.conftest import policy_data
+
+BF16 = {"dtype": "bfloat16"}
+SETTINGS = {
+    "masters": BF16,
+    "masters, 8 bits": {**BF16, "moments": "8bit"},
+    "rounded": {**BF16, "master_weights": False},
+    "rounded, 8 bits": {**BF16, "master_weights": False, "moments": "8bit"},
+    "8 bits": {"moments": "8bit"},
+    "offloaded": {"offload_optimizer": True},
+    "masters, offloaded, 8 bits": {**BF16, "offload_optimizer": True, "moments": "8bit"},
+}
+
+
+def backend(settings: dict[str, Any]) -> BackendConfig:
+    return BackendConfig(engine="torch", max_length=64, **settings)
+
+
+def train(client: TrainingClient, seeds: range) -> None:
+    for seed in seeds:
+        for data in (policy_data(3, seed), policy_data(3, seed + 100)):
+            client.forward_backward(data, "importance_sampling")
+        client.optim_step(AdamParams(1e-3, weight_decay=0.01, grad_clip_norm=1.0)).result()
+
+
+def exact(client: TrainingClient) -> dict[str, torch.Tensor]:
+    trainer = client._trainer
+    return {name: t.detach().clone() for name, t in trainer.trained.exact(trainer.model.state_dict()).items()}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resuming_is_bit_identical(name: str, tmp_path: Path) -> None:
+    with ServiceClient(backend(SETTINGS[name]), tmp_path) as service:
+        uninterrupted, first = (service.create_training_client("micro") for _ in range(2))
+        train(uninterrupted, range(4))
+        train(first, range(2))
+        path = first.save_state("middle").result().path
+        resumed = service.create_training_client_from_state_with_optimizer(path)
+        train(resumed, range(2, 4))
+        ours, theirs = exact(resumed), exact(uninterrupted)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        sampled = dict(resumed._trainer.sampler_weights())
+        assert all(torch.equal(sampled[key], t) for key, t in uninterrupted._trainer.sampler_weights())
+
+
+@pytest.mark.parametrize("settings", [{"offload_optimizer": True}], ids=str)
+def test_an_offloaded_optimizer_takes_the_same_steps(settings: dict[str, Any], tmp_path: Path) -> None:
+    with ServiceClient(backend(settings), tmp_path) as offloaded, ServiceClient(backend({}), tmp_path) as plain:
+        clients = [service.create_training_client("micro") for service in (offloaded, plain)]
+        for client in clients:
+            train(client, range(2))
+        ours, theirs = (exact(client) for client in clients)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# Trap: updates below half a step of bf16, which a bf16 weight without a master would lose.
+def test_small_steps_add_up_in_masters_and_on_average_in_rounded_weights(tmp_path: Path) -> None:
+    moved = {}
+    for name, settings in {"plain": {}, "masters": BF16, "rounded": {**BF16, "master_weights": False}}.items():
+        with ServiceClient(backend(settings), tmp_path) as service:
+            client = service.create_training_client("micro")
+            before = exact(client)
+            for _ in range(10):
+                client.forward_backward(policy_data(4), "importance_sampling")
+                client.optim_step(AdamParams(1e-5)).result()
+            key = "model.layers.0.mlp.up_proj.weight"
+            moved[name] = (exact(client)[key].float() - before[key].float()).flatten()
+    cosine = torch.nn.functional.cosine_similarity(moved["masters"], moved["plain"], dim=0)
+    assert cosine > 0.9 and moved["masters"].abs().mean() > 0.5 * moved["plain"].abs().mean()
+    along = (moved["rounded"] @ moved["plain"]) / moved["plain"].norm() ** 2
+    assert 0.7 < along < 1.3
+
+
+def test_a_checkpoint_holds_the_masters_and_opens_in_fp32(tmp_path: Path) -> None:
+    with ServiceClient(backend(BF16), tmp_path / "a") as service, ServiceClient(backend({}), tmp_path / "b") as plain:
+        client = service.create_training_client("micro")
+        train(client, range(2))
+        path = client.save_state("state").result().path
+        opened = plain.create_training_client_from_state_with_optimizer(path)
+        ours, theirs = exact(opened), exact(client)
+        assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.float32 for key in theirs)
+    says = r"holds moments in float32: continue with backend\.moments=float32"
+    with (
+        ServiceClient(backend({"moments": "8bit"}), tmp_path / "c") as other,
+        pytest.raises(CheckpointError, match=says),
+    ):
+        other.create_training_client_from_state_with_optimizer(path)
+
+
+def test_gradients_of_bf16_weights_add_up_in_fp32() -> None:
+    one, several = (Trainer("micro", backend({**BF16, "micro_batch_tokens": n})) for n in (4096, 40))
+    for trainer in (one, several):
+        trainer.run(policy_data(12), "importance_sampling")
+        trainer.trained.hand_over_gradients()
+    for name, p in one.trained.stepped.items():
+        other = several.trained.stepped[name].grad
+        assert p.grad is not None and other is not None and p.grad.dtype == torch.float32
+        assert (p.grad - other).norm() <= 0.03 * p.grad.norm(), name
+
+
+def test_codes_are_right_on_average_and_squares_never_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1000, generator=generator) * torch.logspace(-4, 0, 1000)
+    decoded = [dequantized(*quantized(values, MEAN_LEVELS, generator), MEAN_LEVELS) for _ in range(200)]
+    assert (decoded[0] - values).abs().max() <= 0.1 * values.abs().max()
+    mean = torch.stack(decoded).mean(0)
+    assert ((mean - values).abs() <= 0.02 * values.abs() + 1e-5 * values.abs().max()).float().mean() > 0.99
+    squares = values**2
+    code, scale = quantized(squares, SQUARE_LEVELS, generator)
+    assert code.dtype == torch.uint8 and scale.shape == (4,)
+    assert bool((dequantized(code, scale, SQUARE_LEVELS)[squares > 0] > 0).all())
+    zeros = torch.zeros(300)
+    assert not dequantized(*quantized(zeros, MEAN_LEVELS, generator), MEAN_LEVELS).any()
+
+
+def test_stochastic_rounding_by_hand() -> None:
+    step = 2.0**-7  # of bf16 at 1
+    values = torch.full((20_000,), 1 + step / 4)
+    rounded = to_bf16(values, torch.Generator().manual_seed(0)).float()
+    assert set(rounded.tolist()) == {1.0, 1 + step}
+    assert float((rounded > 1).float().mean()) == pytest.approx(0.25, abs=0.02)
+    exact_values = torch.tensor([0.0, -1.0, 1.5, -(2.0**-20)])
+    assert torch.equal(to_bf16(exact_values, torch.Generator().manual_seed(0)).float(), exact_values)
+
+
+def test_lean_steps_in_fp32_are_torchs() -> None:
+    data = [torch.randn(300, 3, generator=torch.Generator().manual_seed(k)) for k in range(6)]
+    ours, theirs = (torch.nn.Parameter(data[0].clone()) for _ in range(2))
+    lean, plain = LeanAdamW([ours], 0, False), torch.optim.AdamW([theirs], lr=0.0)
+    for gradient in data[1:]:
+        for p, optimizer in ((ours, lean), (theirs, plain)):
+            p.grad = gradient.clone()
+            optimizer.param_groups[0].update(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+            optimizer.step()
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_weights_in_bf16_keep_their_rotations_in_fp32() -> None:
+    trainer = Trainer("micro", backend({**BF16, "master_weights": False}))
+    assert {p.dtype for p in trainer.base.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in trainer.base.buffers() if b.is_floating_point()} == {torch.float32}
+    adapted = Trainer("micro", backend(BF16), lora=LoraConfig(rank=4))
+    assert {p.dtype for p in adapted.named_trainable.values()} == {torch.float32} and not adapted.trained.masters
+    assert {p.dtype for p in adapted.base.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert param_dtype(cuda, BackendConfig(dtype="bfloat16")) == torch.bfloat16
+    assert param_dtype(cpu, BackendConfig()) == torch.float32
+    for settings, says in (
+        ({"param_dtype": "bfloat16"}, "needs backend.dtype=bfloat16"),
+        ({"master_weights": False}, "the weights are float32"),
+        ({**BF16, "master_weights": False, "offload_optimizer": True}, "has float32 copies"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            param_dtype(cpu, backend(settings))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_reference_of_a_lora_run_is_its_base(dtype: str, tmp_path: Path) -> None:
+    with ServiceClient(backend({"dtype": dtype}), tmp_path) as service:
+        base, adapted = (service.create_training_client("micro", lora) for lora in (None, LoraConfig(rank=4)))
+        train(adapted, range(2))
+        data = policy_data(5)
+        ours = adapted.forward(data, "importance_sampling", without_adapter=True).result().loss_fn_outputs
+        theirs = base.forward(data, "importance_sampling").result().loss_fn_outputs
+        trained = adapted.forward(data, "importance_sampling").result().loss_fn_outputs
+        pairs = [(a["logprobs"].array, b["logprobs"].array) for a, b in zip(ours, theirs, strict=True)]
+        assert all((a == b).all() for a, b in pairs)
+        assert any((a["logprobs"].array != b).any() for a, (b, _) in zip(trained, pairs, strict=True))
+        with pytest.raises(ConfigError, match="has no adapter"):
+            base.forward(data, "importance_sampling", without_adapter=True).result()
