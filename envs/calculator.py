@@ -15,7 +15,6 @@ from envs.tool_use import Calculator, CalculatorError, calculate, read_number
 from posttrain.renderers.types import Message
 from rl.tool_env import ToolEnv, ToolLimits
 from rl.tools import Tool, ToolError, tool
-from rl.types import Metrics
 
 
 def calculator(expression: str) -> str:
@@ -33,11 +32,10 @@ def calculator(expression: str) -> str:
 CALCULATOR = tool(calculator)
 
 
-def score(answer: str, expression: str) -> tuple[float, Metrics]:
+def score(answer: str, expression: str) -> float:
     """Compares the last number of `answer` with the exact value."""
     numbers = re.findall(r"-?\d+(?:[./]\d+)?", answer.replace(",", ""))
-    correct = float(bool(numbers) and read_number(numbers[-1]) == calculate(expression))
-    return correct, {"correct": correct}
+    return float(bool(numbers) and read_number(numbers[-1]) == calculate(expression))
 
 
 def open_sum(expression: str, prompt: str, tools: list[Tool], limits: ToolLimits) -> ToolEnv:

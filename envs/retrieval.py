@@ -19,7 +19,6 @@ from posttrain.backend.ranges import COUNT, SEED
 from posttrain.renderers.types import Message
 from rl.tool_env import ToolEnv, ToolLimits
 from rl.tools import Tool, tool
-from rl.types import Metrics
 from supervised.rows import Fields, read_rows, text_of
 
 
@@ -75,9 +74,8 @@ def normalized(answer: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
-def score(answer: str, answers: Sequence[str]) -> tuple[float, Metrics]:
-    correct = float(normalized(answer) in [normalized(accepted) for accepted in answers])
-    return correct, {"correct": correct}
+def score(answer: str, answers: Sequence[str]) -> float:
+    return float(normalized(answer) in [normalized(accepted) for accepted in answers])
 
 
 def invented(seed: int, people: int) -> Library:

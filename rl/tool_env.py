@@ -36,11 +36,12 @@ class ToolLimits:
 
 
 class ToolEnv(MessageEnv):
-    """`score` takes the text of the answer: the reward, or the reward and metrics.
+    """`score` takes the text of the answer: the reward, or the reward and metrics. A reward of 1 or
+    more is a right answer.
 
     Metrics of a turn with calls: `well_formed` and `tool_error`, shares of its calls. At the end:
     `calls`, `malformed_calls`, `tool_errors`, `refused_calls` (over a limit), `call_turns`, and
-    `answered`, 0 or 1. The renderer must offer the same tools (renderers.with_tools)."""
+    `answered` and `correct`, 0 or 1. The renderer must offer the same tools (renderers.with_tools)."""
 
     def __init__(
         self,
@@ -103,13 +104,13 @@ class ToolEnv(MessageEnv):
         if inspect.isawaitable(scored):
             scored = await scored
         reward, metrics = scored if isinstance(scored, tuple) else (scored, {})
-        return MessageStep(float(reward), True, metrics=self._episode(answered=True) | metrics)
+        return MessageStep(float(reward), True, metrics=self._episode(True, reward >= 1) | metrics)
 
-    def _episode(self, answered: bool) -> Metrics:
-        return {**self.counts, "answered": float(answered)}
+    def _episode(self, answered: bool, correct: bool) -> Metrics:
+        return {**self.counts, "answered": float(answered), "correct": float(correct)}
 
     async def cut_short(self, reason: MessageEnd) -> tuple[float, Metrics]:
-        return 0.0, self._episode(answered=False)
+        return 0.0, self._episode(answered=False, correct=False)
 
 
 def _reply(call: ToolCallPart | UnparsedToolCallPart, text: str) -> Message:

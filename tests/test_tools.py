@@ -253,6 +253,7 @@ def test_an_episode_by_hand():
         "refused_calls": 0,
         "call_turns": 2,
         "answered": 1,
+        "correct": 1,
     }
 
 
@@ -264,7 +265,7 @@ def test_limits_on_calls_and_turns():
     refused = step(env, one)
     assert "no more than 2 calls" in refused.next_messages[0]["content"] and "well_formed" not in refused.metrics
     ended = step(env, one)  # a third turn of calls
-    assert ended.episode_done and ended.reward == 0 and ended.metrics["answered"] == 0
+    assert ended.episode_done and ended.reward == 0 and ended.metrics["answered"] == ended.metrics["correct"] == 0
     assert ended.metrics["refused_calls"] == 3 and ended.metrics["calls"] == 2
 
 
@@ -301,7 +302,7 @@ def test_scores_may_be_async_and_have_metrics():
         return 0.5, {"letters": float(len(text))}
 
     last = step(ToolEnv([], [plan], score), {"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "abc"})
-    assert last.reward == 0.5 and last.metrics["letters"] == 3
+    assert last.reward == 0.5 and last.metrics["letters"] == 3 and last.metrics["correct"] == 0
 
 
 # --- episodes in tokens -------------------------------------------------------------------------
