@@ -14,6 +14,7 @@ import chz
 from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.ranges import NUMBER, WHOLE
 from posttrain.backend.types import ModelInput
+from posttrain.renderers.parts import get_thinking
 from posttrain.renderers.turns import decode, encode
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from rl.types import (
@@ -140,19 +141,34 @@ class EnvFromMessageEnv(Env):
         conversation = [*self.conversation, message]
         rendered = self.renderer.build_generation_prompt([*conversation, *next_messages]).to_ints()
         # Templates that drop thinking, or trim, keep a message with calls until the tools have answered.
-        if not self.renderer.has_extension_property and any(m["role"] != "tool" for m in next_messages):
+        of_tools = all(following["role"] == "tool" for following in next_messages)
+        if not self.renderer.has_extension_property and not of_tools:
             return rendered
-        # Text from the last weight on, where the renderer ends the model's turn, follows the
-        # sampled tokens.
+        end = self._end_of_turn(conversation, rendered)
+        if end is None and of_tools and not get_thinking(message):
+            end = self._end_of_turn_without_thought(rendered)
+        return rendered if end is None else self.tokens + action + self._missing_stop(action) + rendered[end:]
+
+    def _end_of_turn(self, conversation: Sequence[Message], rendered: list[int]) -> int | None:
+        """Where the renderer ends the model's turn: after the last weight. None where the next
+        prompt writes the turn otherwise, e.g. role_colon's "User:" if another role speaks next."""
         try:
             tokens, weights = self.renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
-        except DataError:  # written otherwise than sampled
-            return rendered
+        except DataError:
+            return None
         end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
-        # role_colon ends a turn with "User:", but another role speaks next
-        if rendered[:end] != tokens[:end]:
-            return rendered
-        return self.tokens + action + self._missing_stop(action) + rendered[end:]
+        return end if rendered[:end] == tokens[:end] else None
+
+    def _end_of_turn_without_thought(self, rendered: list[int]) -> int | None:
+        """Likewise for a template that gives only the last message an empty thought: the first stop
+        after the prompt."""
+        prompt, stops = (
+            self.renderer.build_generation_prompt(self.conversation).to_ints(),
+            self.renderer.get_stop_sequences(),
+        )
+        if rendered[: len(prompt)] != prompt:
+            return None
+        return next((t + 1 for t in range(len(prompt), len(rendered)) if rendered[t] in stops), None)
 
     def _missing_stop(self, action: Action) -> list[int]:
         """The stop before the next messages, where the model ended by EOS or was truncated."""

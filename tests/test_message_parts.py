@@ -332,6 +332,18 @@ def test_thinking_of_earlier_turns_is_kept_or_dropped_as_the_template_does():
         assert ("A sum." in written[3]) == kept_within and ("A sum." in written[5]) == kept_after
 
 
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "mistral", "chatml"])
+def test_all_turns_of_an_episode_with_a_call_can_be_trained_on(name: str):
+    renderer = WITH_TOOLS[name]
+    tokens, weights = renderer.build_supervised_example(ONE_CALL)
+    trained = decode(renderer.tokenizer, [t for t, weight in zip(tokens, weights, strict=True) if weight])
+    end = MODELS[name][1] if name in MODELS else "<|im_end|>"
+    written = next(said for known, said, parts in WRITTEN if known == name and parts[-1] == call("1+2"))
+    written = written.split("\n</think>\n\n")[-1].removeprefix("Well.\n")
+    answer = "<think>\n\n</think>\n\nIt is 3." if name == "qwen3" else "It is 3."
+    assert trained == f"{written}{answer}{end}"
+
+
 # --- a stream -----------------------------------------------------------------------------------
 
 PIECES = [

@@ -309,6 +309,7 @@ def test_scores_may_be_async_and_have_metrics():
 
 CALL = '{"expression": "1+2"}'
 EPISODES = {
+    "qwen3, no thought": [f"{HERMES_CALL}<|im_end|>", "3<|im_end|>"],
     "qwen2_5": [f"{HERMES_CALL}\n{HERMES_SECOND}<|im_end|>", "3<|im_end|>"],
     "qwen3": [f"<think>\nA sum.\n</think>\n\n{HERMES_CALL}<|im_end|>", "<think>\nSo.\n</think>\n\n3<|im_end|>"],
     "llama3_1": [f'{{"name": "calculator", "parameters": {CALL}}}<|eot_id|>', "3<|eot_id|>"],
@@ -323,7 +324,7 @@ EPISODES = {
 
 
 def roll_out(name: str, written: list[str], score: Any = None) -> Trajectory:
-    renderer = WITH_TOOLS[name]
+    renderer = WITH_TOOLS[name.split(",")[0]]
     env = ToolEnv([Message(role="user", content="1+2?")], [CALCULATOR], score or (lambda text: float(text == "3")))
     policy = Policy(Scripted([encode(renderer.tokenizer, text) for text in written]), max_tokens=500)
     return asyncio.run(do_single_rollout(policy, EnvFromMessageEnv(renderer, env), (0,), RolloutLimits()))
@@ -340,9 +341,9 @@ def test_an_episode_with_calls_is_one_sequence(name: str):
         assert trajectory.reward == 1 and trajectory.transitions[-1].metrics["malformed_calls"] == 0
         assert len(trajectory_rows(trajectory)) == 1
         first, second = trajectory.transitions
-        whole = decode(WITH_TOOLS[name].tokenizer, second.ob.to_ints() + second.ac.tokens)
+        whole = decode(WITH_TOOLS[name.split(",")[0]].tokenizer, second.ob.to_ints() + second.ac.tokens)
         assert written[0] in whole and whole.endswith(written[1]) and whole.count(written[0]) == 1
-    renderer = WITH_TOOLS[name]  # what follows the sampled tokens is what the template writes
+    renderer = WITH_TOOLS[name.split(",")[0]]  # what follows the sampled tokens is what the template writes
     message, _ = renderer.parse_response(first.ac.tokens)
     answers = [
         Message(role="tool", content="3" if i == 0 else "7", name="calculator", tool_call_id=call["id"])
@@ -357,7 +358,7 @@ def test_an_episode_with_calls_is_one_sequence(name: str):
 def test_a_malformed_call_is_told_to_the_model_and_counted(name: str):
     broken = EPISODES[name][0].replace('"1+2"}', '"1+2"')
     trajectory = roll_out(name, [broken, EPISODES[name][1]])
-    heard = decode(WITH_TOOLS[name].tokenizer, trajectory.transitions[1].ob.to_ints())
+    heard = decode(WITH_TOOLS[name.split(",")[0]].tokenizer, trajectory.transitions[1].ob.to_ints())
     assert "error: this call cannot be read" in heard and "not JSON" in heard
     assert trajectory.transitions[0].metrics["well_formed"] < 1 and trajectory.transitions[0].reward == 0
     assert trajectory.transitions[-1].metrics["malformed_calls"] == 1
