@@ -16,10 +16,11 @@ from posttrain.tracking.command_line import run_command
 from preference import train_dpo
 from preference.names import DATASETS, METHODS
 from preference.train_dpo import Config
+from supervised.names import EVALUATOR_OPTIONS
 
 
 def main() -> None:
-    run_command(train_dpo.main, Config, {"dataset": DATASETS, "method": METHODS})
+    run_command(train_dpo.main, Config, {"dataset": DATASETS, "method": METHODS} | EVALUATOR_OPTIONS)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput
 from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.run import Metrics, finish
-from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
+from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import open_run_folder
 from preference.losses import DPO, PreferenceLoss, pair_metrics
 from preference.pairs import (
@@ -31,13 +31,14 @@ from preference.pairs import (
 )
 from preference.reference import with_reference
 from preference.types import ComparisonDatasetBuilder
+from supervised.evaluators import EvaluatedRunConfig
 from supervised.train import Evaluator, Pass, training_loop
 
 HEADLINE = {"dpo_loss": "loss", "accuracy": "accuracy", "test/accuracy": "test accuracy"}
 
 
 @chz.chz
-class Config(LanguageModelRunConfig):
+class Config(EvaluatedRunConfig):
     """Direct preference optimisation of a language model on pairs of answers."""
 
     dataset: ComparisonDatasetBuilder = chz.field(doc="builder of the training and held-out comparisons")
@@ -66,6 +67,7 @@ async def train_on_pairs(
     config: Config, train: list[Pair], test: list[Pair], evaluator: Evaluator | None = None
 ) -> Metrics:
     """The loop on rendered pairs; `config.dataset` is unused. `evaluator` adds held-out metrics."""
+    custom = await config.build_evaluators(config.renderer())
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)
@@ -91,6 +93,7 @@ async def train_on_pairs(
             name="dpo",
             headline=HEADLINE,
             alarms=alarms,
+            custom=custom,
         )
     finish(folder, metrics)
     return metrics

@@ -9,7 +9,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.losses import LossFn
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SAMPLING_TEMPERATURE, TEMPERATURE, WHOLE
-from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
+from posttrain.tracking.run_config import log_path_field
 from rl.advantages import AdvantageEstimator, GroupMean, NoReward
 from rl.critic import CriticConfig
 from rl.data_processing import Reduction
@@ -19,10 +19,11 @@ from rl.length import LengthPenalty
 from rl.mismatch import MismatchCorrection
 from rl.rollouts import RolloutLimits
 from rl.types import BatchRewardBuilder, RLDatasetBuilder
+from supervised.evaluators import EvaluatedRunConfig
 
 
 @chz.chz
-class Config(LanguageModelRunConfig):
+class Config(EvaluatedRunConfig):
     """Reinforcement learning of a language model on an environment."""
 
     env: RLDatasetBuilder = chz.field(doc="builder of the training and held-out environments")

@@ -55,7 +55,9 @@ def problem_values(
         if sum(y for _, y in present):
             remaining = iter(ratio_values(*zip(*present, strict=True)))
             values[name] = [None if None in pair else next(remaining) for pair in pairs_P]
-    return values | {name: of_P for name, of_P in sample_values(groups_P, ks).items() if name != "best@1"}
+    return values | {
+        name: of_P for name, of_P in sample_values(groups_P, ks).items() if name not in ("best@1", "maj@1")
+    }
 
 
 def _means(group: TrajectoryGroup) -> dict[str, float]:
@@ -103,9 +105,9 @@ def differences(values: Values, baseline: Values) -> Estimates:
 def interval_text(difference: Estimate) -> str:
     """The difference with its 95 % interval."""
     if not difference.stderr >= 0:
-        return f"{difference.mean:+.4g}"
+        return f"{difference.mean:+.3g}"
     margin = INTERVAL * difference.stderr
-    return f"{difference.mean:+.4g} [{difference.mean - margin:+.3g}, {difference.mean + margin:+.3g}]"
+    return f"{difference.mean:+.3g} [{difference.mean - margin:+.3g}, {difference.mean + margin:+.3g}]"
 
 
 def _rank(name: str) -> tuple[int, str, int]:

@@ -2,19 +2,24 @@
 metrics of k of them.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 
+import chz
+
 from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.ranges import COUNT, SEED, TEMPERATURE
 from posttrain.backend.sampling_client import SamplingClient
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.seeds import EVALUATION
 from rl import step_checks
 from rl.metrics import compute_trajectory_metrics
+from rl.names import BENCHMARKS, ENVS
 from rl.rollouts import Policy, RolloutLimits, do_rollouts
 from rl.sample_metrics import best_at_k, maj_at_k, mean_and_stderr, pass_at_k
-from rl.types import EnvGroupBuilder, Metrics, RLDataset, Trajectory, TrajectoryGroup
-
-SamplingClientEvaluator = Callable[[SamplingClient], Awaitable[Metrics]]
+from rl.types import EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, Trajectory, TrajectoryGroup
+from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
 
 
 def all_groups(dataset: RLDataset) -> list[EnvGroupBuilder]:
@@ -91,6 +96,48 @@ class SamplesEvaluator:
         prefix = f"{self._name}/env/all"
         lost = sum(len(group.errors) for group in self.groups)
         return {f"{prefix}/samples_lost": float(lost)} | sample_metrics(self.groups, self._ks, prefix)
+
+
+@chz.chz
+class EnvEvaluator(EvaluatorBuilder):
+    """The held-out problems of an environment or a benchmark: `NAME/env/all/...`, and with several
+    samples pass@k, maj@k and best@k."""
+
+    short_names = {"env": ENVS | BENCHMARKS}
+    env: RLDatasetBuilder = chz.field(doc="the environment or benchmark")
+    name: str = chz.field(default="eval", doc="the metrics are NAME/env/all/correct, and so on")
+    num_problems: int | None = chz.field(default=None, validator=COUNT, doc="the first problems; None = all")
+    num_samples: int = chz.field(default=1, validator=COUNT, doc="samples of each problem")
+    temperature: float | None = chz.field(
+        default=None, validator=TEMPERATURE, doc="None = 0, greedy, for one sample, and 1 for several"
+    )
+    max_tokens: int | None = chz.field(
+        default=None, validator=COUNT, doc="most tokens sampled per turn; None = what the environment recommends"
+    )
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of sampling")
+    limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="limits of a rollout")
+
+    async def __call__(self, renderer: Renderer) -> CustomEvaluator:
+        test = await self.env.test_set(renderer)
+        if test is None:
+            raise ConfigError(f"{self.name}: {type(self.env).__name__} has no held-out problems with these settings")
+        groups = all_groups(test)[: self.num_problems]
+        dataset = ListDataset(groups, len(groups), shuffle=False)
+        max_tokens = self.max_tokens or self.env.recommended_max_tokens()
+        common = {"seed": self.seed, "name": self.name, "limits": self.limits}
+        if self.num_samples == 1:
+            evaluator = RLTestSetEvaluator(dataset, max_tokens, self.temperature or 0.0, **common)
+        else:
+            temperature = 1.0 if self.temperature is None else self.temperature
+            evaluator = SamplesEvaluator(dataset, max_tokens, self.num_samples, None, temperature, **common)
+
+        async def evaluate(model: Evaluated) -> Metrics:
+            metrics = await evaluator(await model.sampling_client())
+            if isinstance(evaluator, SamplesEvaluator):  # whose metrics are of k samples alone
+                metrics = compute_trajectory_metrics(evaluator.groups, f"{self.name}/env") | metrics
+            return metrics
+
+        return evaluate
 
 
 def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefix: str) -> Metrics:

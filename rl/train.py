@@ -45,6 +45,7 @@ from rl.kl import Reference, other_model, starting_weights
 from rl.metrics import compute_trajectory_metrics
 from rl.train_step import Learner, StepOutcome, train_step
 from rl.transcripts import write_rollouts
+from supervised.evaluators import Evaluated, RunEvaluators
 
 HEADLINE = {"env/all/reward/total": "reward", "test/env/all/correct": "test", "optim/logprob_gap_mean": "gap"}
 
@@ -61,6 +62,7 @@ async def main(config: Config) -> Metrics:
     config.distill.check(renderer.tokenizer)
     config.critic.check(renderer.tokenizer)
     dataset, test_dataset = step_checks.datasets(config.env, await config.env(renderer))
+    custom = await config.build_evaluators(renderer)
     num_steps = config.num_steps(len(dataset))
     if num_steps == 0:
         raise DataError("the dataset has no batch to train on")
@@ -113,7 +115,7 @@ async def main(config: Config) -> Metrics:
             config.concurrent_rollouts,
             config.max_refills,
         )
-        loop = Loop(config, folder, renderer.tokenizer, learner, evaluators, source, timeline)
+        loop = Loop(config, folder, renderer.tokenizer, learner, evaluators, custom, source, timeline)
         metrics = await loop.run(num_steps)
     timeline.plot(folder.plots / "timeline.png")
     finish(folder, metrics)
@@ -129,6 +131,7 @@ class Loop:
     tokenizer: Tokenizer
     learner: Learner
     evaluators: Sequence[RLTestSetEvaluator | SamplesEvaluator]
+    custom: RunEvaluators
     source: GroupSource
     timeline: Timeline
 
@@ -142,8 +145,10 @@ class Loop:
             saved = ActorCritic(client, critic.client, folder, critic.config.model == POLICY)
         run = Run(config=config, folder=self.folder, client=saved, name="rl", num_steps=num_steps, headline=HEADLINE)
         run.alarms, run.extra = self.alarms, lambda: {"rollouts": source.state()}
-        if self.evaluators:
+        if self.evaluators or self.custom.frequent:
             run.evaluate = self.evaluate
+        if self.custom.infrequent:
+            run.infrequent, run.infrequent_every = self.evaluate_infrequently, self.custom.infrequent_every
         if not run.start(config.load_checkpoint_path):
             return run.last_metrics()
         source.restore(run.resumed_extra.get("rollouts", []))
@@ -196,9 +201,18 @@ class Loop:
         with span("eval"):
             for evaluator in self.evaluators:
                 metrics |= await evaluator(self.sampling_client)
-        shown = self.evaluators[-1].groups[: self.config.num_groups_to_log]
-        write_rollouts(self.folder.transcripts / "test", step, shown, None, self.tokenizer)
+            metrics = await self.custom.frequent(self.evaluated(), metrics)
+        if self.evaluators:
+            shown = self.evaluators[-1].groups[: self.config.num_groups_to_log]
+            write_rollouts(self.folder.transcripts / "test", step, shown, None, self.tokenizer)
         return metrics
+
+    async def evaluate_infrequently(self, step: int) -> Metrics:
+        with span("eval"):
+            return await self.custom.infrequent(self.evaluated())
+
+    def evaluated(self) -> Evaluated:
+        return Evaluated(self.learner.client, self.sampling_client)
 
     async def probe(self, step: int, datum: Datum, metrics: Metrics) -> None:
         """Compares sampler and trainer right after a sync, before rollouts; on a prompt of this

@@ -19,6 +19,7 @@ from rl import train
 from rl.algorithms import ALGORITHMS
 from rl.names import ADVANTAGES, ENVS
 from rl.types import RLDatasetBuilder
+from supervised.names import EVALUATOR_OPTIONS
 
 
 @chz.chz
@@ -47,7 +48,7 @@ class CLIConfig(train.Config):
 
 def main() -> None:
     presets = {"algorithm": {name: algorithm.settings for name, algorithm in ALGORITHMS.items()}}
-    names = {"env": ENVS, "advantage": ADVANTAGES}
+    names = {"env": ENVS, "advantage": ADVANTAGES} | EVALUATOR_OPTIONS
     run_command(lambda config: train.main(config.resolved()), CLIConfig, names, presets)
 
 

@@ -1,4 +1,4 @@
-"""Short names of the command line: of supervised datasets."""
+"""Short names of the command line: of supervised datasets, and of evaluators in any run."""
 
 DATASETS = {
     "arithmetic": "envs.arithmetic:ArithmeticExamplesBuilder",
@@ -13,3 +13,9 @@ DATASETS = {
     "star_graph": "envs.star_graph_data:StarGraphExamplesBuilder",
     "*.jsonl": "supervised.data:FileBuilder path={}",
 }
+# of supervised, preference and RL runs
+EVALUATORS = {
+    "env": "rl.evaluators:EnvEvaluator",
+    "nll": "supervised.nll:DatasetNLL",
+}
+EVALUATOR_OPTIONS = {"evaluators.*": EVALUATORS, "infrequent_evaluators.*": EVALUATORS}

@@ -6,11 +6,15 @@ of each example's mean; with "sum" it equals `nll`.
 
 from collections.abc import Sequence
 
+import chz
 import numpy as np
 
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, TensorData
-from supervised.types import SupervisedDataset
+from posttrain.renderers.types import Renderer
+from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
+from supervised.names import DATASETS
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
 def nll_sums(data_D: Sequence[Datum], logprobs_D: Sequence[TensorData]) -> np.ndarray:
@@ -41,3 +45,21 @@ class NLLEvaluator:
         ]
         nll, weighted_nll = nll_means(np.sum(sums, axis=0))
         return {f"{self._name}/nll": nll, f"{self._name}/weighted_nll": weighted_nll}
+
+
+@chz.chz
+class DatasetNLL(EvaluatorBuilder):
+    """`NAME/nll` of another data set: its held-out examples, or all where it holds none out."""
+
+    short_names = {"dataset": DATASETS}
+    dataset: SupervisedDatasetBuilder = chz.field(doc="builder of the data")
+    name: str = chz.field(default="nll", doc="the metrics are NAME/nll and NAME/weighted_nll")
+
+    async def __call__(self, renderer: Renderer) -> CustomEvaluator:
+        train, test = self.dataset(renderer)
+        evaluator = NLLEvaluator(test if test is not None else train, self.name)
+
+        async def evaluate(model: Evaluated) -> dict[str, float]:
+            return await evaluator(model.training_client)
+
+        return evaluate

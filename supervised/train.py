@@ -19,6 +19,7 @@ from posttrain.tracking.nonfinite import write_offending_data
 from posttrain.tracking.run import Metrics, Run, finish
 from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from posttrain.tracking.run_folder import RunFolder, open_run_folder
+from supervised.evaluators import Evaluated, EvaluatedRunConfig, RunEvaluators
 from supervised.nll import NLLEvaluator, nll_means, nll_sums
 from supervised.types import Dataset, SupervisedDatasetBuilder
 
@@ -60,7 +61,7 @@ class CrossEntropy:
 
 
 @chz.chz
-class Config(LanguageModelRunConfig):
+class Config(EvaluatedRunConfig):
     """Supervised fine-tuning of a language model on a dataset."""
 
     dataset: SupervisedDatasetBuilder = chz.field(doc="builder of the training and held-out data")
@@ -74,13 +75,22 @@ class Config(LanguageModelRunConfig):
 
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Input errors are raised before the model loads."""
-    dataset, test_dataset = config.dataset(config.renderer())
+    renderer = config.renderer()
+    dataset, test_dataset = config.dataset(renderer)
+    custom = await config.build_evaluators(renderer)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)
         evaluator = NLLEvaluator(test_dataset) if test_dataset is not None and config.eval_every else None
         metrics = await training_loop(
-            config, folder, client, dataset, CrossEntropy(), evaluator, stop_at_nll=config.stop_at_nll
+            config,
+            folder,
+            client,
+            dataset,
+            CrossEntropy(),
+            evaluator,
+            custom=custom,
+            stop_at_nll=config.stop_at_nll,
         )
     finish(folder, metrics)
     return metrics
@@ -98,21 +108,29 @@ async def training_loop(
     headline: dict[str, str] = HEADLINE,
     alarms: Alarms | None = None,
     until: int | None = None,
+    custom: RunEvaluators | None = None,
     stop_at_nll: float | None = None,
 ) -> Metrics:
     """Runs from the folder's last checkpoint to the last step; returns the last metrics.
 
     `alarms`: those of a caller that has loaded load_checkpoint_path and compared. `until` ends this
     call before that step, with a checkpoint; the schedule still covers all steps, and a later call
-    goes on.
+    goes on. `custom`: the user's evaluators, after the run's own.
     """
     num_steps = config.num_steps(len(dataset))
     last = min(num_steps, until or num_steps)
     run = Run(config=config, folder=folder, client=client, name=name, num_steps=last, headline=headline)
     run.alarms = alarms or Alarms(client.get_info(), config.backend.alarm)
     run.final_name = "final" if last == num_steps else None
-    if evaluator:
-        run.evaluate = lambda _: evaluator(client)
+    custom = custom or RunEvaluators()
+
+    async def evaluate(_: int) -> Metrics:
+        return await custom.frequent(Evaluated(client), await evaluator(client) if evaluator else {})
+
+    if evaluator or custom.frequent:
+        run.evaluate = evaluate
+    if custom.infrequent:
+        run.infrequent, run.infrequent_every = lambda _: custom.infrequent(Evaluated(client)), custom.infrequent_every
     if stop_at_nll is not None:
         run.ends_early = lambda metrics: metrics.get("train_mean_nll", float("inf")) < stop_at_nll
     if not run.start(None if alarms else config.load_checkpoint_path):

@@ -17,7 +17,7 @@ import chz
 from posttrain.backend.ranges import COUNT
 from posttrain.tracking.command_line import by_name, run_command
 from supervised import train
-from supervised.names import DATASETS
+from supervised.names import DATASETS, EVALUATOR_OPTIONS
 from supervised.types import SupervisedDatasetBuilder
 
 
@@ -40,7 +40,7 @@ class CLIConfig(train.Config):
 
 
 def main() -> None:
-    run_command(lambda config: train.main(config.resolved()), CLIConfig, {"dataset": DATASETS})
+    run_command(lambda config: train.main(config.resolved()), CLIConfig, {"dataset": DATASETS} | EVALUATOR_OPTIONS)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_paired_differences_by_hand() -> None:
     assert paired_difference([None], [1.0])[2] == 0
     found = differences({"correct": [1.0, 1.0, 0.0]}, {"correct": [0.0, 1.0, 0.0], "other": [1.0, 1.0, 1.0]})
     assert list(found) == ["correct"]
-    assert interval_text(found["correct"]) == "+0.3333 [-0.32, +0.987]"
+    assert interval_text(found["correct"]) == "+0.333 [-0.32, +0.987]"
     # the same difference unpaired has a larger error: 0.47 against 0.33
     unpaired = sum(mean_and_stderr(values)[1] ** 2 for values in ([1.0, 1.0, 0.0], [0.0, 1.0, 0.0])) ** 0.5
     assert stderr < unpaired

@@ -8,6 +8,7 @@ import asyncio
 import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -146,7 +147,7 @@ def parse(
     equal keys counts. ConfigError with one line; `--help`, `-h` and `help` print the options and
     exit 0."""
     argv = sys.argv[1:] if argv is None else argv
-    short_names = short_names or {}
+    short_names = dict(short_names or {})
     wants_help = any(argument in ("--help", "-h", "help") for argument in argv)
     given = _key_values([argument for argument in argv if argument not in ("--help", "-h", "help")])
     given = _preset_values(given, presets or {}) | given
@@ -199,22 +200,29 @@ def _preset_values(given: dict[str, str], presets: Presets) -> dict[str, str]:
     return values
 
 
-def _choose_classes(config_class: type[Config], given: dict[str, str], short_names: ShortNames) -> Blueprint[Config]:
+def _choose_classes(
+    config_class: type[Config], given: dict[str, str], short_names: dict[str, Mapping[str, str]]
+) -> Blueprint[Config]:
     """A blueprint with the default objects, and with the classes named in `given`, which loses
-    those options. For `env.field=value` alone chz would build the annotated base class: the
+    those options; adds their short names. For `env.field=value` alone chz would build the annotated base class: the
     default's class and fields are set first."""
     settings = _object_settings(config_class)
     # the outer class determines the inner options
     for key in sorted(given, key=lambda key: key.count(".")):
         parameters = _parameters(Blueprint(config_class).apply(settings))
+        if element := _element(key, parameters):
+            parameters = _parameters(Blueprint(config_class).apply(settings | {key: element}))
         objects = [path for path in _matches(key, parameters) if _is_object(path, parameters[path].type, short_names)]
         for path in objects:
             settings = {name: value for name, value in settings.items() if not name.startswith(f"{path}.")}
             if given[key] == "None" and type(None) in get_args(parameters[path].type):
                 settings[path] = None
                 continue
-            target, fields = _resolve(path, given[key], short_names.get(path, {}))
+            target, fields = _resolve(path, given[key], names_at(path, short_names))
             settings[path] = _load_class(path, target, parameters[path])
+            # a class may have short names of its own for its fields
+            of_class: ShortNames = getattr(settings[path], "short_names", {})
+            short_names |= {f"{path}.{name}": names for name, names in of_class.items()}
             settings |= _object_settings(settings[path], f"{path}.")
             settings |= {f"{path}.{name}": Castable(value) for name, value in fields.items()}
         if objects:
@@ -252,8 +260,22 @@ def _object_settings(of: Any, prefix: str = "") -> dict[str, Any]:
     return settings
 
 
+def _element(key: str, parameters: Mapping[str, Any]) -> type | None:
+    """The class of a list's objects, for the key of one that is to be made: `evaluators.0`."""
+    parent, _, index = key.rpartition(".")
+    if not index.isdigit() or key in parameters or parent not in parameters:
+        return None
+    return next((kind for kind in get_args(parameters[parent].type) if chz.is_chz(kind)), None)
+
+
+def names_at(path: str, short_names: ShortNames) -> Mapping[str, str]:
+    """Those of `evaluators.*` at `evaluators.0`."""
+    return short_names.get(path) or short_names.get(re.sub(r"\.\d+(?=\.|$)", ".*", path), {})
+
+
 def _is_object(path: str, kind: Any, short_names: ShortNames) -> bool:
-    return path in short_names or any(isinstance(part, type) and chz.is_chz(part) for part in (kind, *get_args(kind)))
+    named = bool(names_at(path, short_names))
+    return named or any(isinstance(part, type) and chz.is_chz(part) for part in (kind, *get_args(kind)))
 
 
 def _matches(key: str, parameters: Mapping[str, Any]) -> list[str]:

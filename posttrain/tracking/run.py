@@ -19,6 +19,7 @@ from posttrain.tracking.run_config import RunConfig
 from posttrain.tracking.run_folder import RunFolder
 
 Step = Callable[[int, Metrics], Awaitable[None]]
+Evaluation = Callable[[int], Awaitable[Metrics]]
 
 
 @dataclass(kw_only=True)
@@ -33,8 +34,11 @@ class Run:
     """This call ends before step `num_steps`."""
     headline: Mapping[str, str] = field(default_factory=dict)
     """Metrics beside the progress bar -> their short names."""
-    evaluate: Callable[[int], Awaitable[Metrics]] | None = None
+    evaluate: Evaluation | None = None
     """Held-out metrics before step `number`."""
+    infrequent: Evaluation | None = None
+    """More of them, before every `infrequent_every` steps and at the end."""
+    infrequent_every: int = 0
     alarms: Alarms | None = None
     extra: Callable[[], dict[str, Any]] = dict
     """A mid-run checkpoint's data besides the weights; `resumed_extra` after a resume."""
@@ -53,6 +57,11 @@ class Run:
         self.resumed_extra = self._checkpointer.resumed_extra
         return not self._checkpointer.nothing_left
 
+    def _evaluations(self) -> list[tuple[Evaluation, int]]:
+        """Each with its interval."""
+        both = ((self.evaluate, self.config.eval_every), (self.infrequent, self.infrequent_every))
+        return [(evaluate, every) for evaluate, every in both if evaluate]
+
     def last_metrics(self) -> Metrics:
         return read_last_metrics(self.folder.path)
 
@@ -67,9 +76,10 @@ class Run:
             for step in range(self.first_step, self.num_steps):
                 metrics = {}
                 with timed(metrics, "total"):
-                    if self.evaluate and config.eval_every and step % config.eval_every == 0:
-                        with timed(metrics, "eval"):
-                            metrics |= await self.evaluate(step)
+                    for evaluate, every in self._evaluations():
+                        if every and step % every == 0:
+                            with timed(metrics, "eval"):
+                                metrics |= await evaluate(step)
                     await train_step(step, metrics)
                 metrics |= self.alarms.metrics() if self.alarms else {}
                 log.log(metrics, step)
@@ -83,8 +93,10 @@ class Run:
                     break
                 if self.must_stop(stop) and done < self.num_steps:
                     checkpointer.interrupted(done, self.extra)
-            if self.evaluate:
-                final = await self.evaluate(done)
+            final: Metrics = {}
+            for evaluate, _ in self._evaluations():
+                final |= await evaluate(done)
+            if final:
                 log.log(final, done)
                 metrics |= final
         checkpointer.save(self.final_name or f"{done:06d}", done)

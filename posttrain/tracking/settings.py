@@ -20,6 +20,7 @@ Changes = dict[str, tuple[Any, Any]]  # option -> (before, now)
 # These affect evaluation, saving, the end and the speed of a run, not its steps.
 FREE = {
     *("log_path", "behavior_if_log_dir_exists", "wandb_project", "wandb_name"),
+    *("evaluators", "infrequent_evaluators", "infrequent_eval_every"),
     *("eval_every", "save_every", "keep_checkpoints", "transcript_every", "num_groups_to_log", "concurrent_rollouts"),
 }
 FREE_OF_BACKEND = (

@@ -79,7 +79,9 @@ async def train_with(config: Config, objective: Callable[[Layout], train.Objecti
         config = chz.replace(config, model_name=str(model_folder))
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
     layout = layout_of(tokenizer, graph)
-    dataset, test_dataset, test = builder.datasets(get_renderer(config.renderer_name, tokenizer))
+    renderer = get_renderer(config.renderer_name, tokenizer)
+    dataset, test_dataset, test = builder.datasets(renderer)
+    custom = await config.build_evaluators(renderer)
     accuracy, loss = AccuracyEvaluator(test, layout, builder.targets), NLLEvaluator(test_dataset)
 
     async def evaluate(client: TrainingClient) -> Metrics:
@@ -89,7 +91,8 @@ async def train_with(config: Config, objective: Callable[[Layout], train.Objecti
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, seed=config.seed)
         evaluator = evaluate if config.eval_every else None
-        metrics = await train.training_loop(config, folder, client, dataset, objective(layout), evaluator)
+        loss_fn = objective(layout)
+        metrics = await train.training_loop(config, folder, client, dataset, loss_fn, evaluator, custom=custom)
     finish(folder, metrics)
     return metrics
 
