@@ -86,24 +86,26 @@ class _Tokens:
 
 
 def trajectory_rows(trajectory: Trajectory, with_temperature: bool = False) -> list[Row]:
-    """A Row, and a new Row at each observation that does not extend the tokens so far.
+    """A Row, and a new Row for each observation that extends none of the rows so far: an agent's
+    conversations may take turns.
 
     Advantages are a batch reward's `token_advantages`, else 0. Tokens are never decoded and encoded
     again. Greedy tokens (temperature 0) have the untempered distribution's logprobs.
     """
-    finished, running = [], _Tokens()
+    rows: list[_Tokens] = []
     for transition in trajectory.transitions:
         ob = transition.ob.to_ints()
-        if running.tokens and ob[: len(running.tokens)] != running.tokens:
-            finished.append(running)
-            running = _Tokens()
+        extended = [row for row in rows if ob[: len(row.tokens)] == row.tokens]
+        running = max(reversed(extended), key=lambda row: len(row.tokens), default=None) or _Tokens()
+        if not running.tokens:
+            rows.append(running)
         running.observe(ob[len(running.tokens) :])
         ac = transition.ac
         advantages = transition.token_advantages or [0.0] * len(ac.tokens)
         if len(advantages) != len(ac.tokens):
             raise DataError(f"a turn has {len(ac.tokens)} sampled tokens and {len(advantages)} token_advantages")
         running.act(ac.tokens, ac.logprobs, advantages, ac.temperature or 1.0)
-    return [tokens.row(with_temperature) for tokens in [*finished, running] if len(tokens.tokens) >= 2]
+    return [tokens.row(with_temperature) for tokens in rows if len(tokens.tokens) >= 2]
 
 
 def rows_of(groups_P: Sequence[TrajectoryGroup]) -> list[Row]:

@@ -118,7 +118,8 @@ class EnvFromMessageEnv(Env):
                 raise MalformedStep(
                     f"{type(self.message_env).__name__}.step neither ended the episode nor said anything"
                 )
-            self.tokens = self._next_observation(action, message, result.next_messages)
+            spoken = [*self.conversation, message]
+            self.tokens = next_prompt(self.renderer, self.tokens, action, spoken, result.next_messages)
             self.conversation += [message, *result.next_messages]
         return StepResult(
             reward=result.reward,
@@ -137,52 +138,60 @@ class EnvFromMessageEnv(Env):
         reward, metrics = await self.message_env.cut_short("parse_error")
         return MessageStep(self.parse.failed_parse_reward + reward, True, metrics=metrics, logs=logs)
 
-    def _next_observation(self, action: Action, message: Message, next_messages: Sequence[Message]) -> list[int]:
-        conversation = [*self.conversation, message]
-        rendered = self.renderer.build_generation_prompt([*conversation, *next_messages]).to_ints()
-        # Templates that drop thinking, or trim, keep a message with calls until the tools have answered.
-        of_tools = all(following["role"] == "tool" for following in next_messages)
-        if not self.renderer.has_extension_property and not of_tools:
-            return rendered
-        end = self._end_of_turn(conversation, rendered)
-        if end is None and of_tools and not get_thinking(message):
-            end = self._end_of_turn_without_thought(rendered)
-        return rendered if end is None else self.tokens + action + self._missing_stop(action) + rendered[end:]
-
-    def _end_of_turn(self, conversation: Sequence[Message], rendered: list[int]) -> int | None:
-        """Where the renderer ends the model's turn: after the last weight. None where the next
-        prompt writes the turn otherwise, e.g. role_colon's "User:" if another role speaks next."""
-        try:
-            tokens, weights = self.renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
-        except DataError:
-            return None
-        end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
-        return end if rendered[:end] == tokens[:end] else None
-
-    def _end_of_turn_without_thought(self, rendered: list[int]) -> int | None:
-        """Likewise for a template that gives only the last message an empty thought: the first stop
-        after the prompt."""
-        prompt, stops = (
-            self.renderer.build_generation_prompt(self.conversation).to_ints(),
-            self.renderer.get_stop_sequences(),
-        )
-        if rendered[: len(prompt)] != prompt:
-            return None
-        return next((t + 1 for t in range(len(prompt), len(rendered)) if rendered[t] in stops), None)
-
-    def _missing_stop(self, action: Action) -> list[int]:
-        """The stop before the next messages, where the model ended by EOS or was truncated."""
-        stops, tokenizer = self.renderer.get_stop_sequences(), self.renderer.tokenizer
-        stop = stops[0]
-        if isinstance(stop, int):
-            return [] if any(s in action for s in stops) else [stop]
-        return [] if stop in decode(tokenizer, action) else encode(tokenizer, stop)
-
     async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
         return await self.message_env.cut_short(reason)
 
     async def close(self) -> None:
         await self.message_env.close()
+
+
+def next_prompt(
+    renderer: Renderer,
+    prompt: list[int],
+    action: Action,
+    conversation: Sequence[Message],
+    next_messages: Sequence[Message],
+) -> list[int]:
+    """The prompt after `next_messages`. `conversation` ends with the message of `action`, whose
+    tokens stay as they were sampled after `prompt`, unless the renderer rewrites earlier turns."""
+    rendered = renderer.build_generation_prompt([*conversation, *next_messages]).to_ints()
+    # Templates that drop thinking, or trim, keep a message with calls until the tools have answered.
+    of_tools = all(following["role"] == "tool" for following in next_messages)
+    if not renderer.has_extension_property and not of_tools:
+        return rendered
+    end = _end_of_turn(renderer, conversation, rendered)
+    if end is None and of_tools and not get_thinking(conversation[-1]):
+        end = _end_of_turn_without_thought(renderer, conversation[:-1], rendered)
+    return rendered if end is None else prompt + action + _missing_stop(renderer, action) + rendered[end:]
+
+
+def _end_of_turn(renderer: Renderer, conversation: Sequence[Message], rendered: list[int]) -> int | None:
+    """Where the renderer ends the model's turn: after the last weight. None where the next
+    prompt writes the turn otherwise, e.g. role_colon's "User:" if another role speaks next."""
+    try:
+        tokens, weights = renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+    except DataError:
+        return None
+    end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
+    return end if rendered[:end] == tokens[:end] else None
+
+
+def _end_of_turn_without_thought(renderer: Renderer, before: Sequence[Message], rendered: list[int]) -> int | None:
+    """Likewise for a template that gives only the last message an empty thought: the first stop
+    after the prompt."""
+    prompt, stops = renderer.build_generation_prompt(before).to_ints(), renderer.get_stop_sequences()
+    if rendered[: len(prompt)] != prompt:
+        return None
+    return next((t + 1 for t in range(len(prompt), len(rendered)) if rendered[t] in stops), None)
+
+
+def _missing_stop(renderer: Renderer, action: Action) -> list[int]:
+    """The stop before the next messages, where the model ended by EOS or was truncated."""
+    stops, tokenizer = renderer.get_stop_sequences(), renderer.tokenizer
+    stop = stops[0]
+    if isinstance(stop, int):
+        return [] if any(s in action for s in stops) else [stop]
+    return [] if stop in decode(tokenizer, action) else encode(tokenizer, stop)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ ENVS = {
     "single_turn": "envs.single_turn:SingleTurnBuilder",
     "rubric": "envs.single_turn:RubricBuilder",
     "star_graph": "envs.star_graph_data:StarGraphBuilder",
+    "agent": "envs.agent:AgentBuilder",
     "verifiers": "envs.verifiers_adapter:VerifiersBuilder",
 }
 ADVANTAGES = {

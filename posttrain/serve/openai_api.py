@@ -41,6 +41,30 @@ OnTokens = Callable[[int, list[int]], object]
 log = logging.getLogger(__name__)
 
 
+class Served(Protocol):
+    """What answers under a name."""
+
+    @property
+    def renderer(self) -> Renderer: ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of context."""
+        ...
+
+    def prompt(self, renderer: Renderer, messages: Sequence[Message]) -> list[int]:
+        """`renderer` is this model's, with the request's tools."""
+        ...
+
+    async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
+        """May call `on_tokens`, from any thread, with the index and the tokens so far of a sample."""
+        ...
+
+    async def score(self, tokens: list[int], k: int) -> SampleResponse:
+        """Prompt logprobs of `tokens`, and of the k most likely ones."""
+        ...
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """A policy and its renderer."""
@@ -54,14 +78,12 @@ class ServedModel:
         return self.client.max_length
 
     def prompt(self, renderer: Renderer, messages: Sequence[Message]) -> list[int]:
-        """`renderer` is this model's, with the request's tools."""
         return renderer.build_generation_prompt(messages).to_ints()
 
     async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
         return await self.client.sample(ModelInput.from_ints(prompt), n, params, on_tokens=on_tokens)
 
     async def score(self, tokens: list[int], k: int) -> SampleResponse:
-        """Prompt logprobs of `tokens`, and of the k most likely ones."""
         params = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
         return await self.client.sample(ModelInput.from_ints(tokens), 1, params, True, k)
 
@@ -71,7 +93,7 @@ class Models(Protocol):
 
     def names(self) -> Sequence[str]: ...
 
-    async def open(self, name: str, request: Request) -> ServedModel | None:
+    async def open(self, name: str, request: Request) -> Served | None:
         """None for a name that does not exist."""
         ...
 
@@ -150,7 +172,7 @@ def _card(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "posttrain"}
 
 
-async def _open(models: Models, name: str, request: Request) -> ServedModel:
+async def _open(models: Models, name: str, request: Request) -> Served:
     if not name:
         raise Refusal(f"model is missing; there is {', '.join(models.names()) or 'none'}", "model")
     if (model := await models.open(name, request)) is None:
@@ -175,7 +197,7 @@ def _tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
 class Answer:
     """A request being answered: choice i * n + j is sample j of prompt i."""
 
-    model: ServedModel
+    model: Served
     options: Options
     prompts: list[list[int]]
     stop: list[str | int] | None
