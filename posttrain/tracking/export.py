@@ -1,0 +1,190 @@
+"""A trained model as a folder to hand on: an adapter merged into its base, another dtype, no
+training state, and a model card with the run's figures; pushed to the Hugging Face hub if asked.
+
+  python -m posttrain.tracking.export model=runs/rl out=exported/rl dtype=bfloat16
+  python -m posttrain.tracking.export model=runs/rl out=exported/rl evaluation=runs/eval push_to=me/my-model
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import chz
+import torch
+from safetensors.torch import load_file, save_file
+
+from posttrain.backend.adapters import open_merged, read_base
+from posttrain.backend.atomic_folder import atomic_folder
+from posttrain.backend.checkpoint_files import (
+    INDEX_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    STATE_FOLDER,
+    check_readable,
+    is_adapter,
+    read_json,
+)
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import SEED
+from posttrain.backend.tokenizers import TOKENIZER_FILES, load_tokenizer
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.model_card import model_card
+from posttrain.tracking.model_source import ModelSource, find_model
+
+NOT_EXPORTED = {STATE_FOLDER, STATE_FILE, OPTIMIZER_FILE, "README.md"}
+
+
+@chz.chz
+class Config:
+    """A trained model as a folder for transformers, vLLM and the hub."""
+
+    model: str = chz.field(doc="a run folder (its last checkpoint), a checkpoint, an adapter or a model folder")
+    out: str = chz.field(doc="the new folder; it must not exist")
+    merge: bool = chz.field(default=True, doc="merge an adapter into its base model; false = the adapter alone")
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = chz.field(
+        default="keep", doc="of the weights; keep = as saved (a merged adapter: float32)"
+    )
+    seed: int = chz.field(default=0, validator=SEED, doc="of a preset's weights, where an adapter does not say it")
+    evaluation: str | None = chz.field(default=None, doc="folder of posttrain-eval, whose figures the card shows too")
+    push_to: str | None = chz.field(default=None, doc="OWNER/NAME of a new repository of the Hugging Face hub")
+    private: bool = chz.field(default=True, doc="the repository is private")
+
+
+def main(config: Config) -> Path:
+    """Returns the new folder. Nothing that exists is overwritten, here or on the hub."""
+    source, out = find_model(config.model), Path(config.out).expanduser()
+    if source.folder is None:
+        raise ConfigError(f"model={config.model} is no folder: only a model that was saved can be exported")
+    if out.exists():
+        raise ConfigError(f"{out} exists already: choose another folder for out, or delete it")
+    check_readable(source.folder)
+    if config.push_to:
+        _check_hub(config.push_to)
+    dtype = None if config.dtype == "keep" else getattr(torch, config.dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    adapter = is_adapter(source.folder)
+    with atomic_folder(out) as folder:
+        if adapter and config.merge:
+            _write_merged(source.folder, folder, dtype, config.seed)
+        else:
+            _copy(source.folder, folder, dtype)
+        base = read_base(source.folder).name if adapter else None
+        evaluation = Path(config.evaluation) if config.evaluation else None
+        card = model_card(source, config.push_to or out.name, base, adapter and not config.merge, evaluation)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"exported {_kind(source, config.merge)} to {out} ({size / 1e6:,.1f} MB)")
+    if config.push_to:
+        _push(out, config.push_to, config.private)
+    return out
+
+
+def _kind(source: ModelSource, merge: bool) -> str:
+    if source.folder is None or not is_adapter(source.folder):
+        return str(source.folder)
+    return f"{source.folder}, merged into its base," if merge else f"the adapter {source.folder}"
+
+
+def _write_merged(adapter: Path, folder: Path, dtype: torch.dtype | None, seed: int) -> None:
+    model = open_merged(adapter, seed)
+    model.to(dtype=dtype or torch.float32).save_pretrained(folder)  # type: ignore[arg-type]
+    files = [file for pattern in (*TOKENIZER_FILES, "chat_template*") for file in adapter.glob(pattern)]
+    for file in files:
+        shutil.copy(file, folder)
+    if not files:
+        load_tokenizer(str(adapter)).save_pretrained(folder)
+
+
+def _copy(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """All but the training state, weights in `dtype`."""
+    for path in sorted(source.iterdir()):
+        if path.name in NOT_EXPORTED or path.name.startswith("."):
+            continue
+        if path.suffix == ".safetensors" and dtype is not None:
+            tensors = {name: _cast(tensor, dtype) for name, tensor in load_file(path).items()}
+            save_file(tensors, folder / path.name, metadata={"format": "pt"})
+        elif path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copy(path, folder / path.name)
+    if dtype is not None:
+        _say_dtype(folder, dtype)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _say_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """In config.json, and the new size in the index of a sharded model."""
+    if [*folder.glob("pytorch_model*.bin")]:
+        raise ConfigError("the weights are pytorch_model.bin, not safetensors: only dtype=keep copies them")
+    if (folder / "config.json").exists():
+        config = read_json(folder / "config.json")
+        config.pop("torch_dtype", None)
+        _write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    if (folder / INDEX_FILE).exists():
+        index = read_json(folder / INDEX_FILE)
+        total = sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+        _write_json(folder / INDEX_FILE, index | {"metadata": {**index.get("metadata", {}), "total_size": total}})
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --- the hub ------------------------------------------------------------------------------------
+
+
+def _check_hub(name: str) -> None:
+    """ConfigError, before anything is written, for a bad name, a missing login or a name that is
+    taken."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"push_to={name} is no name of a repository: {' '.join(str(error).split())}") from error
+    try:
+        api = HfApi()
+        api.whoami()
+        taken = api.repo_exists(name)
+    except Exception as error:  # the hub's own, and those of three HTTP libraries
+        raise ConfigError(f"push_to={name}: {_hub_reason(error)}; nothing was written") from error
+    if taken:
+        raise ConfigError(f"push_to={name}: the repository exists already, and nothing is overwritten; choose another")
+
+
+def _push(folder: Path, name: str, private: bool) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(name, private=private)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by posttrain-export")
+    except Exception as error:
+        raise ConfigError(
+            f"{folder} is written, but could not be pushed to {name}: {_hub_reason(error)}. Later: hf upload {name} "
+            f"{folder}"
+        ) from error
+    print(f"pushed to {address}{' (private)' if private else ''}")
+
+
+def _hub_reason(error: Exception) -> str:
+    kind, text = type(error).__name__, " ".join(str(error).split())[:200]
+    if kind == "LocalTokenNotFoundError" or "401" in text:
+        return "the Hugging Face hub needs a login: `hf auth login`, or set HF_TOKEN"
+    if kind in ("OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout", "LocalEntryNotFoundError"):
+        return "the Hugging Face hub was not reached (is HF_HUB_OFFLINE set?)"
+    return f"{kind}: {text}"
+
+
+def command() -> None:
+    run_command(main, Config)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,125 @@
+"""The README.md of an exported model: what it was trained from, the run's last metrics, figures of
+an evaluation, settings, and how to load it. Folders of this machine are named by their last part.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.models import PRESETS
+from posttrain.tracking.jsonl import read_json
+from posttrain.tracking.metrics_log import IMPORTANT, format_number, read_last_metrics, read_metrics
+from posttrain.tracking.model_source import ModelSource
+from posttrain.tracking.run_folder import RunFolder
+
+SHOWN = 12  # metrics
+
+
+def model_card(
+    source: ModelSource, name: str, adapter_base: str | None, is_adapter: bool, evaluation: Path | None
+) -> str:
+    """`adapter_base` is the base of an adapter, merged or not; `is_adapter`: the folder holds the
+    adapter alone."""
+    base = adapter_base or source.settings.get("load_checkpoint_path") or source.settings.get("model_name")
+    library = "peft" if is_adapter else "transformers"
+    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [posttrain-cookbook]"]
+    front += [f"base_model: {base}"] if base and _on_hub(base) else []
+    parts = ["\n".join([*front, "---"]), f"# {name}", _origin(base, source, is_adapter)]
+    if source.run:
+        parts.append(_metrics(source))
+    if evaluation:
+        parts.append(_evaluation(source, evaluation))
+    parts.append(f"## Use\n\n{_usage(name, base, is_adapter)}")
+    if source.settings:
+        settings = json.dumps(_without_paths(source.settings), indent=2, ensure_ascii=False)
+        parts.append(f"## Settings of the run\n\n```json\n{settings}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _origin(base: str | None, source: ModelSource, is_adapter: bool) -> str:
+    kind = "A LoRA adapter" if is_adapter else "A language model"
+    of = f", trained from `{_short(base)}`" if base else ""
+    task = next((source.settings[key] for key in ("env", "dataset") if key in source.settings), None)
+    on = f" on `{task['class'].partition(':')[2]}`" if isinstance(task, dict) and "class" in task else ""
+    return f"{kind}{of}{on} with posttrain-cookbook."
+
+
+def _metrics(source: ModelSource) -> str:
+    assert source.run and source.folder
+    records = read_metrics(source.run)
+    if not records:
+        return "## Training\n\nNo metrics were logged."
+    name = source.folder.name
+    checkpoints = RunFolder(source.run).list_checkpoints()
+    step = next((record.step for record in checkpoints if record.name == name), records[-1]["step"] + 1)
+    at = read_last_metrics(source.run)
+    if step <= records[-1]["step"]:  # a checkpoint in the middle: what was logged just before it, and at it
+        near = [record for record in records if step - 1 <= record["step"] <= step]
+        at = {key: value for record in near for key, value in record.items() if value is not None}
+    shown = [metric for metric in IMPORTANT if metric in at][:SHOWN]
+    rows = [(metric, format_number(at[metric])) for metric in shown]
+    return f"## Training\n\nAfter {step} steps, the last figures logged:\n\n{_table(('metric', 'value'), rows)}"
+
+
+def _evaluation(source: ModelSource, folder: Path) -> str:
+    """ConfigError if the evaluation is not of this model."""
+    results = read_json(folder / "results.json", "give the folder of a finished posttrain-eval")
+    model = next((model for model in results["models"] if model["label"] == source.label), None)
+    if model is None:
+        labels = ", ".join(model["label"] for model in results["models"])
+        raise ConfigError(f"{folder} evaluates {labels}, not {source.label}: evaluate this model first")
+    env = results["settings"]["env"]["class"].partition(":")[2]
+    rows = [(metric, _estimate(estimate)) for metric, estimate in model["metrics"].items()]
+    return f"## Evaluation\n\n`{env}`, {model['problems']} problems, mean ± standard error:\n\n" + _table(
+        ("metric", "value"), rows
+    )
+
+
+def _estimate(estimate: Mapping[str, Any]) -> str:
+    if estimate["mean"] is None:
+        return ""
+    return f"{estimate['mean']:.4g}" + (f" ± {estimate['stderr']:.2g}" if estimate["stderr"] is not None else "")
+
+
+def _usage(name: str, base: str | None, is_adapter: bool) -> str:
+    if is_adapter:
+        loads = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'base = AutoModelForCausalLM.from_pretrained("{_short(base) if base else "BASE"}")',
+            f'model = PeftModel.from_pretrained(base, "{name}")',
+        ]
+    else:
+        loads = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]
+    return "```python\n" + "\n".join(loads) + "\n```"
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [head, ("---", "---:"), *rows]
+    return "\n".join(f"| {left} | {right} |" for left, right in lines)
+
+
+def _on_hub(name: str) -> bool:
+    return name not in PRESETS and name.count("/") == 1 and name[0] not in "/.~" and not Path(name).exists()
+
+
+def _short(name: str) -> str:
+    """A hub name or a preset whole, a path's last part."""
+    return name if _on_hub(name) or name in PRESETS else Path(name).name
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    is_path = isinstance(value, str) and (value.startswith(("/", "~", ".")) or value.count("/") > 1)
+    return Path(value).name if is_path else value

@@ -1,0 +1,237 @@
+"""After training: what posttrain-export writes loads elsewhere and computes the same; what
+posttrain-runs lists, compares and deletes.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import AdamParams, LoraConfig
+from posttrain.tracking import export, runs
+from posttrain.tracking.run_folder import RunFolder
+from tests import commands
+from tests.conftest import policy_data
+
+TOKENS = torch.tensor([[5, 9, 77, 30, 8]])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A run with two checkpoints, and a run of an adapter, trained a step each."""
+    root = tmp_path_factory.mktemp("runs")
+    with ServiceClient(BackendConfig(engine="torch"), root) as service:
+        for name, lora in (("full", None), ("adapter", LoraConfig(rank=4, seed=1))):
+            client = service.create_training_client("micro", lora, seed=2)
+            for checkpoint in ("000001", "final"):
+                client.forward_backward(policy_data(4), "importance_sampling").result()
+                client.optim_step(AdamParams(1e-2)).result()
+                client.save_state(f"{name}/checkpoints/{checkpoint}").result()
+    for name in ("full", "adapter"):
+        run(root / name, {"000001": 1, "final": 2}, model_name="micro", renderer_name="plain")
+    yield {"root": root, "full": root / "full", "adapter": root / "adapter"}
+
+
+def run(path: Path, checkpoints: dict[str, int], values: tuple[float, ...] = (0.1, 0.5, 0.3), **settings: Any) -> None:
+    """The files of a run; an evaluation before each step."""
+    for name in checkpoints:
+        (path / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
+    records = [{"step": step, "test/env/all/correct": value} for step, value in enumerate(values)]
+    write(path / "metrics.jsonl", *records)
+    write(
+        path / "checkpoints.jsonl",
+        *({"name": n, "step": s, "path": f"checkpoints/{n}"} for n, s in checkpoints.items()),
+    )
+    settings = {"env": {"class": "envs.arithmetic:ArithmeticBuilder"}, "log_path": str(path)} | settings
+    (path / "config.json").write_text(json.dumps(settings))
+
+
+def write(path: Path, *records: dict[str, Any]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+
+
+def exported(folders: dict[str, Path], name: str, out: Path, **options: Any) -> Path:
+    return export.main(export.Config(model=str(folders[name]), out=str(out), **options))
+
+
+def test_a_full_model_keeps_its_function_and_loses_its_training_state(folders: dict[str, Path], tmp_path: Path) -> None:
+    out = exported(folders, "full", tmp_path / "kept")
+    assert torch.equal(logits(out), logits(folders["full"] / "checkpoints/final"))
+    assert not (out / "training_state").exists() and len(AutoTokenizer.from_pretrained(out)) == 260
+    half = exported(folders, "full", tmp_path / "half", dtype="bfloat16")
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
+    rounded = {name: tensor.bfloat16() for name, tensor in load_file(out / "model.safetensors").items()}
+    assert all(torch.equal(rounded[name], tensor) for name, tensor in load_file(half / "model.safetensors").items())
+
+
+def test_an_adapter_is_merged_or_stays_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        client = service.create_training_client_from_state(str(folders["adapter"] / "checkpoints/final"))
+        client.save_weights_and_get_sampling_client()
+        live = {name: tensor.detach().clone() for name, tensor in client._trainer.sampler_weights()}  # type: ignore[attr-defined]
+    out = exported(folders, "adapter", tmp_path / "merged")
+    merged = load_file(out / "model.safetensors")
+    assert all(torch.allclose(live[name], tensor, atol=1e-6) for name, tensor in merged.items())
+    assert not (out / "adapter_config.json").exists() and len(AutoTokenizer.from_pretrained(out)) == 260
+    alone = exported(folders, "adapter", tmp_path / "alone", merge=False, dtype="float16")
+    assert {tensor.dtype for tensor in load_file(alone / "adapter_model.safetensors").values()} == {torch.float16}
+    card = (alone / "README.md").read_text()
+    assert "library_name: peft" in card and 'PeftModel.from_pretrained(base, "alone")' in card
+
+
+def test_the_card_has_figures_and_no_folder_of_this_machine(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "eval").mkdir()
+    estimate = {"mean": 0.25, "stderr": 0.0125, "problems": 9}
+    results = {
+        "settings": {"env": {"class": "envs.arc_challenge:ArcBuilder"}},
+        "models": [{"label": "full", "problems": 9, "metrics": {"correct": estimate}}],
+    }
+    (tmp_path / "eval/results.json").write_text(json.dumps(results))
+    out = exported(folders, "full", tmp_path / "card", evaluation=str(tmp_path / "eval"))
+    card = (out / "README.md").read_text()
+    assert "| test/env/all/correct | 0.3000 |" in card and "After 2 steps" in card
+    assert "`ArcBuilder`, 9 problems" in card and "| correct | 0.25 ± 0.013 |" in card
+    assert str(folders["root"]) not in card and '"log_path": "full"' in card and "base_model:" not in card
+    middle = export.main(export.Config(model=str(folders["full"] / "checkpoints/000001"), out=str(tmp_path / "middle")))
+    assert "| test/env/all/correct | 0.5000 |" in (middle / "README.md").read_text()
+    with pytest.raises(ConfigError, match="evaluates full, not adapter"):
+        exported(folders, "adapter", tmp_path / "no", evaluation=str(tmp_path / "eval"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_exports_overwrite_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="there exists already: choose another folder for out"):
+        exported(folders, "full", tmp_path / "there")
+    with pytest.raises(ConfigError, match="model=tiny is no folder"):
+        export.main(export.Config(model="tiny", out=str(tmp_path / "new")))
+    with pytest.raises(ConfigError, match="push_to=a//b is no name of a repository"):
+        exported(folders, "full", tmp_path / "new", push_to="a//b")
+    assert not (tmp_path / "new").exists()
+
+
+class Hub:
+    """What export asks of huggingface_hub.HfApi."""
+
+    taken, calls = False, []
+
+    def whoami(self) -> dict[str, str]:
+        return {"name": "me"}
+
+    def repo_exists(self, name: str) -> bool:
+        return self.taken
+
+    def create_repo(self, name: str, private: bool) -> str:
+        self.calls.append(("create", name, private))
+        return f"https://huggingface.co/{name}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        self.calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+        if repo_id.endswith("fails"):
+            raise OSError("the line is down")
+
+
+def test_pushes_to_a_new_repository(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    exported(folders, "full", tmp_path / "pushed", push_to="me/model", private=False)
+    (create, upload) = Hub.calls
+    assert create == ("create", "me/model", False) and "model.safetensors" in upload[2] and "README.md" in upload[2]
+    with pytest.raises(
+        ConfigError, match=r"could not be pushed to me/fails: OSError: the line is down. Later: hf upload"
+    ):
+        exported(folders, "full", tmp_path / "fails", push_to="me/fails")
+    monkeypatch.setattr(Hub, "taken", True)
+    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
+        exported(folders, "full", tmp_path / "again", push_to="me/model")
+    monkeypatch.setattr(Hub, "whoami", lambda self: (_ for _ in ()).throw(OSError("401 Unauthorized")))
+    with pytest.raises(ConfigError, match="needs a login"):
+        exported(folders, "full", tmp_path / "again", push_to="me/model")
+    assert not (tmp_path / "again").exists()
+
+
+# --- posttrain-runs -----------------------------------------------------------------------------
+
+
+def checkpoint_names(path: Path) -> list[str]:
+    return [record.name for record in RunFolder(path).list_checkpoints()]
+
+
+def test_clean_keeps_the_last_the_best_and_what_others_begin_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(tmp_path / "a", {"000000": 0, "000001": 1, "000002": 2, "000003": 3, "final": 4}, (0.1, 0.9, 0.3, 0.2, 0.5))
+    run(tmp_path / "b", {"000001": 1, "000002": 2}, load_checkpoint_path=str(tmp_path / "a/checkpoints/000002"))
+    runs.main(["clean", str(tmp_path)])
+    assert checkpoint_names(tmp_path / "a") == ["000000", "000001", "000002", "000003", "final"]
+    output = capsys.readouterr().out
+    assert f"would delete {tmp_path / 'a/checkpoints/000000'}" in output and "nothing was deleted" in output
+    runs.main(["clean", str(tmp_path), "delete=true"])
+    assert checkpoint_names(tmp_path / "a") == ["000001", "000002", "final"]
+    output = capsys.readouterr().out
+    assert (
+        "000001 (best test/env/all/correct 0.9000)" in output and f"000002 ({tmp_path / 'b'} begins with it)" in output
+    )
+    assert checkpoint_names(tmp_path / "b") == ["000001", "000002"], "the best is 000001, the last 000002"
+    with pytest.raises(ConfigError, match="no metric 'test/nll' was logged; there is test/env/all/correct"):
+        runs.main(["clean", str(tmp_path), "metric=test/nll", "delete=true"])
+
+
+def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:
+    run(tmp_path / "a", {"000000": 0, "000001": 1, "000002": 2})
+    write(tmp_path / "a/metrics.jsonl", *({"step": s, "test/nll": v} for s, v in enumerate((3.0, 1.0, 2.0))))
+    runs.main(["clean", str(tmp_path), "delete=true"])
+    assert checkpoint_names(tmp_path / "a") == ["000001", "000002"]
+
+
+def test_a_run_in_use_is_left_alone(tmp_path: Path) -> None:
+    run(tmp_path / "a", {"000000": 0, "000001": 1, "000002": 2})
+    code = (
+        "import sys, time; from pathlib import Path; from posttrain.tracking.run_lock import lock_folder\n"
+        "lock = lock_folder(Path(sys.argv[1])); Path(sys.argv[1], 'locked').touch(); time.sleep(600)"
+    )
+    holder = commands.Command("-c", code, tmp_path / "a")
+    while not (tmp_path / "a/locked").exists():
+        assert holder.poll() is None, holder.output()
+    result = commands.run("-m", "posttrain.tracking.runs", "clean", tmp_path, "delete=true")
+    listed = commands.run("-m", "posttrain.tracking.runs", "list", tmp_path)
+    holder.kill()
+    assert "is in use" in result.stdout and "running" in listed.stdout
+    assert checkpoint_names(tmp_path / "a") == ["000000", "000001", "000002"]
+
+
+def test_list_show_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path / "a", {"000001": 1}, learning_rate=1e-3, model_name="micro")
+    run(tmp_path / "deep/b", {"final": 2}, (0.2, 0.4), learning_rate=1e-4, model_name="micro")
+    runs.main(["list", str(tmp_path)])
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["run", "model", "task", "steps"]
+    assert first.split()[1:6] == ["micro", "Arithmetic", "3", "test/env/all/correct", "0.3000"] and "stopped" in first
+    assert second.split()[3] == "2" and second.endswith("finished")
+    runs.main(["compare", str(tmp_path / "a"), str(tmp_path / "deep/b")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["test/env/all/correct", "0.3000", "0.4000"] in lines and ["learning_rate", "0.001", "0.0001"] in lines
+    runs.main(["show", str(tmp_path / "a"), "metrics=test/*"])
+    assert "000001  before step 1" in capsys.readouterr().out
+    for arguments, message in (
+        (["compare", str(tmp_path), "metrics=nothing/*"], "no metric nothing/"),
+        (["list", str(tmp_path / "none")], "no run folder"),
+        (["lost"], "unknown command 'lost'; there is list, show, compare, clean"),
+        (["list", "metric=x"], "list has no option 'metric'; there is none"),
+        (["clean", str(tmp_path), "delete=yes"], "delete=yes must be true or false"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            runs.main(arguments)
