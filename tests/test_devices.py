@@ -9,6 +9,8 @@ import benchmarks.report
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
 from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.models import model_config
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.vllm_engine import _model_folder, engine_args
 
 
 def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +41,33 @@ def test_engines_are_sized_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kv_cache_bytes(config, 32768, BackendConfig(max_num_seqs=1024), cuda) == int(0.4 * 100 * GIB)
     assert kv_cache_bytes(config, 2048, BackendConfig(sampler_memory_gb=2.5), cuda) == int(2.5 * GIB)
     assert kv_cache_bytes(config, 2048, BackendConfig(), torch.device("cpu")) == GIB
+
+
+def test_engine_settings_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cuda = model_config("tiny"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * GIB, 140 * GIB))
+    on_cpu = engine_args(config, 512, BackendConfig(), torch.device("cpu"))
+    assert on_cpu["enforce_eager"] and not on_cpu["enable_chunked_prefill"]
+    assert "max_cudagraph_capture_size" not in on_cpu and "gpu_memory_utilization" not in on_cpu
+    on_gpu = engine_args(config, 512, BackendConfig(max_num_seqs=768), cuda)
+    assert on_gpu["max_num_batched_tokens"] == 8192 and on_gpu["max_cudagraph_capture_size"] == 768
+    assert not on_gpu["enforce_eager"] and "enable_chunked_prefill" not in on_gpu
+    assert engine_args(config, 512, BackendConfig(max_num_seqs=4096), cuda)["max_cudagraph_capture_size"] == 1024
+    assert "max_cudagraph_capture_size" not in engine_args(config, 512, BackendConfig(enforce_eager=True), cuda)
+
+
+def test_equal_models_have_one_folder_for_vllms_compiled_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = []
+    for model in ("tiny", "tiny", "micro"):
+        with _model_folder(model_config(model), load_tokenizer(model), keep=True) as folder:
+            assert (Path(folder) / "config.json").exists()
+            names.append(folder)
+    assert names[0] == names[1] != names[2] and str(tmp_path) in names[0]
+    assert len(list((tmp_path / "posttrain" / "engines").iterdir())) == 2
+    with _model_folder(model_config("tiny"), load_tokenizer("tiny"), keep=False) as folder:
+        assert str(tmp_path) not in folder
+    assert not Path(folder).exists()
 
 
 def test_reports_need_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

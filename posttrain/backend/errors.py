@@ -38,6 +38,10 @@ class LogprobGapError(CookbookError):
     than rounding. Nothing was saved since."""
 
 
+class OutOfMemoryError(CookbookError):
+    """The device's memory was too small for a pass or a step. Nothing was saved since."""
+
+
 class PassCancelledError(CookbookError):
     """A forward_backward was cancelled before its turn: the step's gradient is incomplete, no
     weight was changed."""

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from posttrain.backend import out_of_memory
 from posttrain.backend.base_models import BaseModels
 from posttrain.backend.batching import MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
@@ -161,13 +162,14 @@ class Trainer:
             raise DataError("data with different numbers of targets per token: run them in passes of their own")
         needed_D = [backward and need for term in running for need in term.needs_backward()]
         kept_D = [kept for term in terms for kept in term.kept_D or [None] * len(term.data_D)]
-        for batch, p_NK, others_NK, differentiate in self._forward(data_D, needed_D, backward, keep, kept_D):
-            with torch.set_grad_enabled(differentiate):
-                losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
-                if differentiate and losses:
-                    torch.stack(losses).sum().backward()
-            for term in running:
-                term.keep_others(batch, others_NK)
+        with out_of_memory.explained(data_D, self.config):
+            for batch, p_NK, others_NK, differentiate in self._forward(data_D, needed_D, backward, keep, kept_D):
+                with torch.set_grad_enabled(differentiate):
+                    losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
+                    if differentiate and losses:
+                        torch.stack(losses).sum().backward()
+                for term in running:
+                    term.keep_others(batch, others_NK)
         if bad := [d for term in running for d in term.not_finite()]:
             self.zero_grad()
             raise NonFiniteError(f"the loss of data {bad[:10]} is not finite; no gradient was kept", bad)
@@ -216,26 +218,27 @@ class Trainer:
         """
         check_data(data_D, (), self.vocabulary, self.max_length)
         batches = self._micro_batches(data_D, range(len(data_D)))
-        with torch.set_grad_enabled(len(batches) == 1):
-            parts = [p_NK for batch in batches for p_NK in self._logprobs(batch)]
-        if len(batches) > 1:
-            for p_NK in parts:
-                p_NK.requires_grad_()
-        logprobs_D = _split_by_datum(
-            data_D, [positions for batch in batches for positions in (batch.loss, batch.others)], parts
-        )
-        loss, metrics = fn(list(data_D), logprobs_D)
-        if not torch.isfinite(loss):
-            self.zero_grad()
-            raise NonFiniteError("the custom loss is not finite; no gradient was kept")
-        if not loss.requires_grad:
-            raise DataError(
-                f"the custom loss returned {loss.item()}, which does not depend on the logprobs: was it detached?"
+        with out_of_memory.explained(data_D, self.config):
+            with torch.set_grad_enabled(len(batches) == 1):
+                parts = [p_NK for batch in batches for p_NK in self._logprobs(batch)]
+            if len(batches) > 1:
+                for p_NK in parts:
+                    p_NK.requires_grad_()
+            logprobs_D = _split_by_datum(
+                data_D, [positions for batch in batches for positions in (batch.loss, batch.others)], parts
             )
-        loss.backward()
-        if len(batches) > 1:
-            for batch, *cut in zip(batches, parts[::2], parts[1::2], strict=True):
-                torch.autograd.backward(self._logprobs(batch), [p_NK.grad for p_NK in cut])
+            loss, metrics = fn(list(data_D), logprobs_D)
+            if not torch.isfinite(loss):
+                self.zero_grad()
+                raise NonFiniteError("the custom loss is not finite; no gradient was kept")
+            if not loss.requires_grad:
+                raise DataError(
+                    f"the custom loss returned {loss.item()}, which does not depend on the logprobs: was it detached?"
+                )
+            loss.backward()
+            if len(batches) > 1:
+                for batch, *cut in zip(batches, parts[::2], parts[1::2], strict=True):
+                    torch.autograd.backward(self._logprobs(batch), [p_NK.grad for p_NK in cut])
         outputs = [{self.output_name: TensorData.from_torch(logprobs)} for logprobs in logprobs_D]
         return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
 
@@ -366,8 +369,9 @@ class Trainer:
             )
         # fused AdamW changes weights without autograd's notice: a kept graph would be wrong
         self.kept = None
-        self.optimizer.step()
-        self.trained.masters_to_weights()
+        with out_of_memory.explained_in_step(self.config):
+            self.optimizer.step()
+            self.trained.masters_to_weights()
         self.zero_grad()
         return OptimStepResponse({"grad_norm": float(grad_norm)})
 

@@ -3,15 +3,19 @@ from the config with dummy weights, and a sync brings the real ones: the same pa
 models, checkpoints and merged adapters. Measurements: specs/vllm.md.
 """
 
+import contextlib
 import gc
+import hashlib
 import logging
 import os
 import secrets
+import shutil
 import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -32,6 +36,7 @@ from posttrain.backend.vllm_weights import CheckpointForm, has_only_attention, p
 # time.
 _computing = threading.Lock()
 _live_engines: set["VllmEngine"] = set()
+LARGEST_GRAPH = 1024  # rows; each size that is captured takes start-up time and memory
 
 
 def vllm_is_installed() -> bool:
@@ -39,6 +44,39 @@ def vllm_is_installed() -> bool:
     import importlib.util
 
     return importlib.util.find_spec("vllm") is not None
+
+
+def engine_args(
+    hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device
+) -> dict[str, Any]:
+    """vLLM's EngineArgs for this device, without the model's folder and the seed."""
+    eager = device.type == "cpu" if config.enforce_eager is None else config.enforce_eager
+    args: dict[str, Any] = {
+        "load_format": "dummy",
+        "dtype": str(compute_dtype(device, config)).removeprefix("torch."),
+        "kv_cache_memory_bytes": kv_cache_bytes(hf_config, max_length, config, device),
+        "max_model_len": max_length,
+        "max_num_seqs": config.max_num_seqs,
+        # vLLM's own 2048 would read 1,024 prompts of 128 tokens in 64 steps
+        "max_num_batched_tokens": max(max_length, 8192),
+        # logprobs of the sampling distribution: tempered, cut by top-k and top-p
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
+        "enforce_eager": eager,
+        "disable_log_stats": True,
+    }
+    if device.type == "cpu":
+        # For a prompt read in two parts vLLM would rewind a seeded request's generator, which it
+        # cannot on a CPU.
+        args["enable_chunked_prefill"] = False
+        # Recurrent and convolution layers keep prefix states only where prompts are read in parts.
+        args |= {} if has_only_attention(hf_config) else {"enable_prefix_caching": False}
+        return args
+    # vLLM requires this much free memory; the KV cache's bytes are given
+    args["gpu_memory_utilization"] = 0.01
+    if not eager:  # vLLM's own end at 512 rows, and more rows run without a graph
+        args["max_cudagraph_capture_size"] = min(config.max_num_seqs, LARGEST_GRAPH)
+    return args
 
 
 class VllmEngine:
@@ -62,34 +100,15 @@ class VllmEngine:
         self._checkpoint_form = CheckpointForm(hf_config)
         self._unfinished: dict[str, SequenceRequest] = {}
         self._next_id = 0
-        with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as folder, alone(), global_generators_kept():
-            hf_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            args: dict[str, Any] = {
-                "model": folder,
-                "load_format": "dummy",
-                "dtype": str(self._dtype).removeprefix("torch."),
-                "kv_cache_memory_bytes": kv_cache_bytes(hf_config, max_length, config, device),
-                "max_model_len": max_length,
-                "max_num_seqs": config.max_num_seqs,
-                # logprobs of the sampling distribution: tempered, cut by top-k and top-p
-                "logprobs_mode": "processed_logprobs",
-                "max_logprobs": -1,
-                "enforce_eager": device.type == "cpu" if config.enforce_eager is None else config.enforce_eager,
-                "disable_log_stats": True,
-                # noise of requests without a seed
-                "seed": 0 if reproducible else secrets.randbits(31),
-            }
-            if device.type == "cpu":
-                # For a prompt read in two parts vLLM would rewind a seeded request's generator,
-                # which it cannot on a CPU.
-                args |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 8192)}
-                # Recurrent and convolution layers keep prefix states only where prompts are read in
-                # parts.
-                args |= {} if has_only_attention(hf_config) else {"enable_prefix_caching": False}
-            else:
-                # vLLM requires this much free memory; the KV cache's bytes are given
-                args["gpu_memory_utilization"] = 0.01
+        args = engine_args(hf_config, max_length, config, device)
+        with (
+            _model_folder(hf_config, tokenizer, keep=not args["enforce_eager"]) as folder,
+            alone(),
+            global_generators_kept(),
+        ):
+            # noise of requests without a seed
+            args |= {"model": folder, "seed": 0 if reproducible else secrets.randbits(31)}
+            _own_graph_pool()
             try:
                 vllm_config = EngineArgs(**args).create_engine_config()
                 if _live_engines and vllm_config.model_config.is_moe:
@@ -126,6 +145,7 @@ class VllmEngine:
             stop_token_ids=[s for s in stop_list if isinstance(s, int)],
             ignore_eos=stop is not None and not stop_list,
             logprobs=0,
+            flat_logprobs=True,  # lists of numbers instead of an object per token
             prompt_logprobs=request.topk_prompt,
             skip_special_tokens=False,
             detokenize=any(isinstance(s, str) for s in stop_list),
@@ -198,6 +218,39 @@ class VllmEngine:
 def _no_cleanup() -> None: ...
 
 
+@contextmanager
+def _model_folder(hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, keep: bool) -> Iterator[str]:
+    """Config and tokenizer as vLLM reads them. `keep`: in a folder named after their content, since
+    vLLM finds its compiled code again by the folder's name."""
+    with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as name:
+        folder = Path(name) / "model"
+        hf_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if keep:
+            digest = hashlib.sha256()
+            for file in sorted(folder.rglob("*.*")):
+                digest.update(file.name.encode() + file.read_bytes())
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain" / "engines"
+            cache.mkdir(parents=True, exist_ok=True)
+            kept = cache / digest.hexdigest()[:24]
+            if not kept.exists():
+                with contextlib.suppress(OSError):  # another process was first
+                    copied = shutil.copytree(folder, tempfile.mkdtemp(dir=cache), dirs_exist_ok=True)
+                    os.rename(copied, kept)
+            folder = kept
+        yield str(folder)
+
+
+def _own_graph_pool() -> None:
+    """vLLM's engines share a memory pool for CUDA graphs, where an engine that is replayed while
+    another captures, or is closed, would lose its graphs' memory."""
+    from vllm.platforms import current_platform
+
+    for platform in type(current_platform).__mro__:
+        if "_global_graph_pool" in vars(platform):
+            setattr(platform, "_global_graph_pool", None)  # noqa: B010
+
+
 def _load_in_place(model: Any, weights: Weights) -> None:
     model.load_weights(iter(weights))
 
@@ -259,16 +312,21 @@ def _sampled(output: Any) -> Sampled:
     if reason not in ("stop", "length"):
         return Sampled(SampledSequence([], [], "length"), failure=f"vLLM finished it with {reason!r}")
     tokens = list(completion.token_ids)
-    logprobs: list[float] = [
-        position[token].logprob for position, token in zip(completion.logprobs, tokens, strict=True)
-    ]
+    flat = completion.logprobs
+    # of a position, the sampled token is first
+    logprobs = [flat.logprobs[start] for start in flat.start_indices]
     sequence = SampledSequence(tokens, logprobs, reason)
     if output.prompt_logprobs is None:
         return Sampled(sequence)
-    positions = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))
-    prompt = [None if entry is None else entry[token].logprob for token, entry in positions]
-    topk = [
-        None if entry is None else sorted(((t, e.logprob) for t, e in entry.items()), key=lambda x: -x[1])
-        for _, entry in positions
-    ]
+    prompt: list[float | None] = []
+    topk: list[list[tuple[int, float]] | None] = []
+    for token, entries in zip(output.prompt_token_ids, _positions(output.prompt_logprobs), strict=True):
+        prompt.append(entries[token] if entries else None)
+        topk.append(sorted(entries.items(), key=lambda entry: -entry[1]) or None)
     return Sampled(sequence, prompt, topk)
+
+
+def _positions(flat: Any) -> Iterator[dict[int, float]]:
+    """Logprobs of the tokens at each position, without repetition; empty at the first of a prompt."""
+    for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
+        yield dict(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))

@@ -17,6 +17,7 @@ from posttrain.tracking.metrics_log import Metrics, MetricsLog, print_last_metri
 from posttrain.tracking.progress import TrainingProgress
 from posttrain.tracking.run_config import RunConfig
 from posttrain.tracking.run_folder import RunFolder
+from posttrain.tracking.step_profile import StepProfile
 
 Step = Callable[[int, Metrics], Awaitable[None]]
 Evaluation = Callable[[int], Awaitable[Metrics]]
@@ -68,6 +69,7 @@ class Run:
     async def steps(self, train_step: Step) -> Metrics:
         """Runs the remaining steps; returns the last metrics."""
         config, checkpointer, metrics, headline, done = self.config, self._checkpointer, {}, {}, self.first_step
+        profile = StepProfile(self.folder.path / "profile", self.first_step + 1, config.profile_steps)
         with (
             closing(MetricsLog(self.folder, config.wandb_project, config.wandb_name, config)) as log,
             StopRequest() as stop,
@@ -80,7 +82,8 @@ class Run:
                         if every and step % every == 0:
                             with timed(metrics, "eval"):
                                 metrics |= await evaluate(step)
-                    await train_step(step, metrics)
+                    with profile.step(step):
+                        await train_step(step, metrics)
                 metrics |= self.alarms.metrics() if self.alarms else {}
                 log.log(metrics, step)
                 if self.alarms:
@@ -93,6 +96,7 @@ class Run:
                     break
                 if self.must_stop(stop) and done < self.num_steps:
                     checkpointer.interrupted(done, self.extra)
+            profile.finish()
             final: Metrics = {}
             for evaluate, _ in self._evaluations():
                 final |= await evaluate(done)

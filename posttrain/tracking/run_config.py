@@ -35,6 +35,9 @@ class RunConfig:
     keep_checkpoints: int | None = chz.field(
         default=3, validator=COUNT, doc="delete older checkpoints than the last this many and `final`; None = keep all"
     )
+    profile_steps: int = chz.field(
+        default=0, validator=WHOLE, doc="torch's profiler over this many steps, from the second on, into the run folder"
+    )
     log_path: str = log_path_field("runs/run")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
         default="ask", doc="what to do with an existing run folder"

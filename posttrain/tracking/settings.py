@@ -19,13 +19,13 @@ Changes = dict[str, tuple[Any, Any]]  # option -> (before, now)
 
 # These affect evaluation, saving, the end and the speed of a run, not its steps.
 FREE = {
-    *("log_path", "behavior_if_log_dir_exists", "wandb_project", "wandb_name"),
+    *("profile_steps", "log_path", "behavior_if_log_dir_exists", "wandb_project", "wandb_name"),
     *("evaluators", "infrequent_evaluators", "infrequent_eval_every"),
     *("eval_every", "save_every", "keep_checkpoints", "transcript_every", "num_groups_to_log", "concurrent_rollouts"),
 }
 FREE_OF_BACKEND = (
     *("micro_batch_tokens", "gradient_checkpointing", "max_num_seqs"),
-    *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager", "alarm"),
+    *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager", "alarm", "offload_optimizer"),
 )
 MAY_GROW = ("max_steps", "num_epochs", "num_steps")  # of a continued run; None is no limit
 SHOWN = 6  # differences shown in a message
