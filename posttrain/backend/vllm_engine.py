@@ -26,7 +26,7 @@ from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import alone, computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.errors import CookbookError, ModelError
-from posttrain.backend.memory import kv_cache_bytes
+from posttrain.backend.memory import kv_cache_bytes, return_free_memory
 from posttrain.backend.random_state import OwnTorchGenerators, global_generators_kept
 from posttrain.backend.types import SampledSequence
 from posttrain.backend.vllm_refusals import USE_TORCH, computed_otherwise, refusal
@@ -100,6 +100,8 @@ class VllmEngine:
         self._checkpoint_form = CheckpointForm(hf_config)
         self._unfinished: dict[str, SequenceRequest] = {}
         self._next_id = 0
+        if device.type == "cpu":
+            return_free_memory()
         args = engine_args(hf_config, max_length, config, device)
         with (
             _model_folder(hf_config, tokenizer, keep=not args["enforce_eager"]) as folder,
