@@ -206,8 +206,8 @@ class CodeProblems(ProblemSet):
         return [read_problem(*row) for row in read_rows(path)] if path else []
 
     def _generated(self, split: Split) -> list[Problem]:
-        problems, num_test = generated_problems(), self.num_test or 0
-        if not 0 <= num_test < len(problems):
+        problems, num_test = generated_problems(), self.num_test
+        if num_test is None or not 0 <= num_test < len(problems):
             raise ConfigError(
                 f"num_test={num_test} of {len(problems)} generated problems: set it to 0 to {len(problems) - 1}"
             )

@@ -23,6 +23,9 @@ from posttrain.backend.ranges import POSITIVE
 from supervised.data import HuggingFaceBuilder
 from supervised.rows import Fields, Row, read_rows
 
+MATH_SUBSETS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
+MATH_SUBSETS += ("prealgebra", "precalculus")
+BOXED_SUFFIX = " Write your answer in \\boxed{} format."
 GoldStyle = Literal["boxed", "hash", "plain"]
 
 
@@ -78,6 +81,10 @@ class WordProblems(ProblemSet):
     answer_styles: tuple[AnswerStyle, ...] = chz.field(
         default=("boxed", "hash", "stated"), doc="styles accepted in responses; the first that occurs counts"
     )
+    boxed: bool = chz.field(
+        default=False,
+        doc=f"ask for the answer in \\boxed{{}} after each question, and write worked solutions so: {BOXED_SUFFIX!r}",
+    )
     strip_marks: bool = chz.field(default=True, doc="remove calculator marks <<1+1=2>> from the reference solution")
     bad_gold: Literal["raise", "drop"] = chz.field(
         default="raise", doc="a reference answer that cannot be graded: raise, or drop (and count)"
@@ -127,7 +134,9 @@ class WordProblems(ProblemSet):
             raise BadGold(f"{where}: no {self.gold_style} answer that can be graded in {field}")
         solution = strip_calculator_marks(solution) if self.strip_marks else solution
         grader = MathGrader(self.answer_styles, numbers_only, self.grader_seconds)
-        return Problem(row[self.question_field], gold, grader, solution, (self.tag,), where)
+        question = row[self.question_field] + (BOXED_SUFFIX if self.boxed else "")
+        solution = re.sub(r"####\s*(.+?)\s*$", r"\\boxed{\1}", solution) if self.boxed else solution
+        return Problem(question, gold, grader, solution, (self.tag,), where)
 
 
 def gradable(gold: str, seconds: float) -> bool:
@@ -136,6 +145,28 @@ def gradable(gold: str, seconds: float) -> bool:
         return check_gold(gold, seconds)
     except TooCostly:
         return False
+
+
+@chz.chz
+class HendrycksMath(WordProblems):
+    """MATH (Hendrycks et al. 2021), from files or a hub name that is given; else all its 12,500
+    problems but MATH-500 to train on, and MATH-500 held out, from the hub."""
+
+    subsets: tuple[str, ...] = chz.field(default=MATH_SUBSETS, doc="subjects of the hub's data set")
+
+    def rows(self, split: Split) -> Iterable[Row]:
+        if self.train_path or self.hub_name:
+            yield from super().rows(split)
+            return
+        held_out = list(read_hub("HuggingFaceH4/MATH-500", None, "test"))
+        if split == "test":
+            yield from held_out
+            return
+        questions = {fields["problem"] for _, fields in held_out}
+        for subset in self.subsets:
+            for part in ("train", "test"):
+                rows = read_hub("EleutherAI/hendrycks_math", subset, part)
+                yield from (row for row in rows if row[1].get("problem") not in questions)
 
 
 @chz.chz
@@ -157,6 +188,11 @@ class Gsm8k(WordProblems):
 @chz.chz
 class MathWordBuilder(WordProblems, ProblemSetBuilder):
     """Word problems to practise on by reinforcement learning."""
+
+
+@chz.chz
+class MathBuilder(HendrycksMath, ProblemSetBuilder):
+    """MATH to practise on by reinforcement learning."""
 
 
 @chz.chz

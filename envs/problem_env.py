@@ -174,27 +174,44 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
     max_prompt_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens of a prompt; None = the model's context less one"
     )
+    few_shot: int = chz.field(
+        default=0,
+        validator=WHOLE,
+        doc="worked training problems before each question, the first ones; they are not trained on",
+    )
     env_class = ProblemEnv
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         train, test = (apply_template(self.prompt_template, problems) for problems in self.splits())
-        train_groups = self.groups(train, renderer, self.group_size, "train")
-        dataset = ListDataset(train_groups, self.batch_size, self.seed)
-        return dataset, self._held_out(test, renderer)
+        prefix = self._prefix()
+        shown = {message["content"] for message in prefix}
+        left = [problem for problem in train if problem.question not in shown]
+        if train and not left:
+            raise DataError(f"few_shot={self.few_shot} of {len(train)} training problems leaves none to train on")
+        dataset = ListDataset(self.groups(left, renderer, self.group_size, "train", prefix), self.batch_size, self.seed)
+        return dataset, self._held_out(test, renderer, prefix)
 
     async def test_set(self, renderer: Renderer) -> RLDataset | None:
-        """Without reading the training problems."""
-        return self._held_out(apply_template(self.prompt_template, self.read("test", self.num_test)), renderer)
+        """Reads no training problems but those of `few_shot`."""
+        test = apply_template(self.prompt_template, self.read("test", self.num_test))
+        return self._held_out(test, renderer, self._prefix())
 
-    def _held_out(self, test: list[Problem], renderer: Renderer) -> RLDataset | None:
+    def _prefix(self) -> list[Message]:
+        """DataError where an example has no worked solution."""
+        examples = self.read("train", self.few_shot) if self.few_shot else []
+        return [message for example in apply_template(self.prompt_template, examples) for message in example.messages()]
+
+    def _held_out(self, test: list[Problem], renderer: Renderer, prefix: Sequence[Message]) -> RLDataset | None:
         if not test:
             return None
-        return ListDataset(self.groups(test, renderer, 1, "test"), self.batch_size, shuffle=False)
+        return ListDataset(self.groups(test, renderer, 1, "test", prefix), self.batch_size, shuffle=False)
 
-    def groups(self, problems: list[Problem], renderer: Renderer, size: int, split: str) -> list[ProblemGroupBuilder]:
+    def groups(
+        self, problems: list[Problem], renderer: Renderer, size: int, split: str, prefix: Sequence[Message] = ()
+    ) -> list[ProblemGroupBuilder]:
         name = f"{problems[0].tags[0] if problems and problems[0].tags else 'problems'} {split}"
-        fitting = fit_problems(problems, renderer, self.max_prompt_tokens, self.overlong, name)
-        return problem_groups(fitting, renderer, size, env_class=self.env_class)
+        fitting = fit_problems(problems, renderer, self.max_prompt_tokens, self.overlong, name, prefix)
+        return problem_groups(fitting, renderer, size, prefix, self.env_class)
 
 
 @chz.chz

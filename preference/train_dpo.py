@@ -10,6 +10,7 @@ from typing import Any, Literal
 import chz
 import torch
 
+from posttrain.advise import warn_of_learning_rate
 from posttrain.backend.alarms import Alarms, check_at_start
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
 from posttrain.backend.service_client import ServiceClient
@@ -68,6 +69,7 @@ async def train_on_pairs(
 ) -> Metrics:
     """The loop on rendered pairs; `config.dataset` is unused. `evaluator` adds held-out metrics."""
     custom = await config.build_evaluators(config.renderer())
+    warn_of_learning_rate("dpo", config.model_name, config.lora_rank, config.learning_rate)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)

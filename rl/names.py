@@ -3,13 +3,19 @@
 ENVS = {
     "arithmetic": "envs.arithmetic:ArithmeticBuilder",
     "gsm8k": "envs.math_word:Gsm8kBuilder",
-    "math": "envs.math_word:MathWordBuilder",
+    "math": "envs.math_word:MathBuilder",
+    "polaris": "envs.math_word:MathWordBuilder hub_name=POLARIS-Project/Polaris-Dataset-53K test_split=None "
+    "answer_field=answer gold_style=plain bad_gold=drop tag=polaris",
+    "deepmath": "envs.math_word:MathWordBuilder hub_name=zwhe99/DeepMath-103K test_split=None question_field=question "
+    "answer_field=final_answer gold_style=plain bad_gold=drop tag=deepmath",
+    "interleaved": "envs.interleaved:InterleavedBuilder",
     "arc": "envs.arc_challenge:ArcBuilder",
     "code": "envs.code:CodeBuilder",
     "tool_use": "envs.tool_use:CalculatorBuilder",
     "calculator": "envs.calculator:SumsBuilder",
     "retrieval": "envs.retrieval:RetrievalBuilder",
     "guess_number": "envs.guess_number:GuessNumberBuilder",
+    "guess_the_number": "envs.guess_number:GuessNumberBuilder",
     "twenty_questions": "envs.twenty_questions:TwentyQuestionsBuilder",
     "textarena": "envs.textarena:TextArenaBuilder",
     "chain": "envs.arithmetic_chain:ChainBuilder",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import chz
 import numpy as np
 
+from posttrain.advise import warn_of_learning_rate
 from posttrain.backend.alarms import (
     BATCHED,
     PROBE_SAMPLES,
@@ -71,6 +72,7 @@ async def main(config: Config) -> Metrics:
     switched_off = config.lora() is not None and not config.load_checkpoint_path
     copied = bool(config.kl.coef) and not config.kl.reference_path and not switched_off
     check_fits(planned(config.model_name, config.backend, config.lora(), True, copied), config.model_name)
+    warn_of_learning_rate("rl", config.model_name, config.lora_rank, config.learning_rate)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     if config.model_name in PRESETS and not config.load_checkpoint_path and not folder.resumed:
         print(

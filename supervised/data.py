@@ -20,6 +20,7 @@ from posttrain.renderers.turns import bos, encode, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset
 from supervised.forms import customized, form_of, one_form
+from supervised.names import DATASETS
 from supervised.rows import Fields, Row, conversation, exchange, read_rows, tools_of
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
@@ -284,6 +285,7 @@ class MixtureBuilder(SupervisedDatasetBuilder):
     weights: list[float] | None = chz.field(
         default=None, validator=POSITIVE, doc="share of each dataset in a batch; None = by size"
     )
+    short_names = {"builders.*": DATASETS}
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         if not self.builders or (self.weights is not None and len(self.weights) != len(self.builders)):

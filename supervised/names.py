@@ -9,6 +9,8 @@ DATASETS = {
     "gsm8k": "supervised.data:PromptCompletionFileBuilder prompt_field=question completion_field=answer",
     "problems": "envs.problem_env:ProblemExamples",
     "huggingface": "supervised.data:HuggingFaceBuilder",
+    "no_robots": "supervised.data:HuggingFaceBuilder name=HuggingFaceH4/no_robots test_split=test",
+    "tulu3": "supervised.data:HuggingFaceBuilder name=allenai/tulu-3-sft-mixture test_size=1024",
     "mixture": "supervised.data:MixtureBuilder",
     "star_graph": "envs.star_graph_data:StarGraphExamplesBuilder",
     "*.jsonl": "supervised.data:FileBuilder path={}",

@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 
 import chz
 
+from posttrain.advise import warn_of_learning_rate
 from posttrain.backend.alarms import Alarms, check_at_start
 from posttrain.backend.errors import NonFiniteError
 from posttrain.backend.futures import APIFuture
@@ -78,6 +79,7 @@ async def main(config: Config) -> Metrics:
     renderer = config.renderer()
     dataset, test_dataset = config.dataset(renderer)
     custom = await config.build_evaluators(renderer)
+    warn_of_learning_rate("sft", config.model_name, config.lora_rank, config.learning_rate)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)

@@ -312,6 +312,8 @@ def test_generated_problems_are_solved_by_their_solutions():
     assert len({problem.question for problem in problems}) == len(problems) == 162
     program, test = problems[37].gold, problems[37].grader.tests[0]  # type: ignore[attr-defined]
     assert outcome(program, test) == "passed" and outcome(problems[38].gold, test) == "wrong"
+    with pytest.raises(ConfigError, match="num_test=None of 162 generated problems"):
+        CodeBuilder(num_test=None).splits()
     train, held_out = CodeBuilder(num_test=12).splits()
     assert len(train) == 150 and len(held_out) == 12 and not set(train) & set(held_out)
 

@@ -36,6 +36,8 @@ ShortNames = Mapping[str, Mapping[str, str]]
 # option -> its value -> the options this value sets, unless they are given ("algorithm=grpo")
 Presets = Mapping[str, Mapping[str, Mapping[str, str]]]
 
+# of preference/names.py, which other programs take as supervised sets or environments
+PREFERENCE_SETS = ("hhh", "ultrafeedback", "helpsteer2", "helpsteer3")
 # names of our options in other programs
 USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     "lr": ("learning_rate",),
@@ -294,6 +296,10 @@ def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict
         return value, {}
     nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
+    if value in PREFERENCE_SETS:
+        hint = f"it is a set of preferences: preference/train_cli.py dataset={value}; "
+    elif "/" in value and "huggingface" in names:
+        hint = f"a data set of the hub is {path}=huggingface {path}.name={value}; "
     fault = "no such name"
     if os.path.exists(value):
         fault = f"a {'folder' if os.path.isdir(value) else 'file'} that no short name reads"
