@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from transformers import Qwen3Config
@@ -81,13 +82,14 @@ def test_recommended_renderers():
 
 
 def test_data_sets_have_the_names_they_are_known_by():
-    def env(name: str):
+    def env(name: str) -> Any:
         return parse(CLIConfig, [f"env={name}"], {"env": ENVS}).env
 
     assert isinstance(env("math"), MathBuilder) and type(env("guess_the_number")) is type(env("guess_number"))
     assert (env("polaris").gold_style, env("deepmath").answer_field) == ("plain", "final_answer")
     for name, hub in (("no_robots", "HuggingFaceH4/no_robots"), ("tulu3", "allenai/tulu-3-sft-mixture")):
-        assert parse(SupervisedConfig, [f"dataset={name}"], {"dataset": DATASETS}).dataset.name == hub
+        dataset: Any = parse(SupervisedConfig, [f"dataset={name}"], {"dataset": DATASETS}).dataset
+        assert dataset.name == hub
     with pytest.raises(ConfigError, match="set of preferences: preference/train_cli.py dataset=hhh"):
         parse(SupervisedConfig, ["dataset=hhh"], {"dataset": DATASETS})
     with pytest.raises(ConfigError, match="dataset=huggingface dataset.name=openai/gsm8k"):
@@ -124,7 +126,8 @@ def test_few_shot_and_boxed_answers(gsm8k):
     train, test = asyncio.run(builder(RENDERER))
     assert test is not None
     (group,) = [group for group in test.get_batch(0) if "What is 5?" in str(group)]
-    prompt = RENDERER.tokenizer.decode(asyncio.run(group.make_envs())[0].build_prompt().to_ints())
+    env: Any = asyncio.run(group.make_envs())[0]
+    prompt = RENDERER.tokenizer.decode(env.build_prompt().to_ints())
     for text in (f"What is 0?{BOXED_SUFFIX}", "It is 0.\n\\boxed{0}", "\\boxed{1}", f"What is 5?{BOXED_SUFFIX}"):
         assert text in prompt
     assert "####" not in prompt
