@@ -99,6 +99,7 @@ def test_sparse_targets_become_dense() -> None:
         (lambda m: m.data[0].loss_fn_inputs["weights"].shape.append(3), "its shape is [5, 3]"),
         (lambda m: setattr(m.data[0].loss_fn_inputs["weights"], "dense", b"123"), "3 bytes"),
         (lambda m: setattr(m.data[0].model_input.add(), "image", b"png"), "image or audio"),
+        (lambda m: setattr(m.data[0].loss_fn_inputs["clip_low_threshold"], "dtype", 1), "loss_fn_config"),
     ],
 )
 def test_what_cannot_be_read_is_a_fault_of_the_datum(spoil: Callable[[Any], object], text: str) -> None:
@@ -332,6 +333,26 @@ async def test_a_snapshot_answers_with_its_own_weights(http: Http, state: State)
     await http.call(f"sessions/{session}/finish", reason={"type": "success"})
     gone = await http.call("asample", sampling_session_id=sampler, seq_id=2, **options)
     assert gone.status_code == 404 and "ended" in gone.json()["detail"]
+
+
+@app_test
+async def test_a_session_without_heartbeats_frees_its_models(http: Http, state: State) -> None:
+    model_id = await http.model(rank=4)
+    state.sessions[model_id.split(":")[0]].last_seen -= 1000
+    waiting = await http.call("optim_step", model_id=model_id, seq_id=2)
+    state.sweep()
+    assert not state.models and not state.sessions
+    assert "session" in (await http.result(waiting)).json()["error"]
+    assert (await http.call("get_info", model_id=model_id)).status_code == 404
+
+
+@app_test
+async def test_more_requests_than_the_server_keeps_are_for_later(http: Http, state: State) -> None:
+    model_id = await http.model(rank=4)
+    state.limits = Limits(pending_bytes=10)
+    assert (await http.send(pass_body(model_id, 1, [datum()]))).status_code == 429
+    state.limits = Limits()
+    assert loss(await http.result(await http.send(pass_body(model_id, 1, [datum()])))) > 0
 
 
 @app_test

@@ -159,12 +159,16 @@ class State:
     async def sweep_forever(self) -> None:
         while True:
             await asyncio.sleep(STEP_SECONDS)
-            for session in [*self.sessions.values()]:
-                if time.monotonic() - session.last_seen > self.limits.session_seconds:
-                    log.info("session %s ended: no heartbeat", session.id)
-                    self.end_session(session.id)
-            self.store.sweep()
-            self.offered = {key: offer for key, offer in self.offered.items() if offer[1] > time.monotonic()}
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Ends sessions whose client is gone; deletes expired checkpoints."""
+        for session in [*self.sessions.values()]:
+            if time.monotonic() - session.last_seen > self.limits.session_seconds:
+                log.info("session %s ended: no heartbeat", session.id)
+                self.end_session(session.id)
+        self.store.sweep()
+        self.offered = {key: offer for key, offer in self.offered.items() if offer[1] > time.monotonic()}
 
     # --- models ----------------------------------------------------------------------------------
 
