@@ -37,11 +37,11 @@ from posttrain.serve.store import Store
 STEP: dict[str, Any] = {
     "model": "small",
     "rank": 16,
-    "groups": 16,
+    "groups": 8,
     "group_size": 8,
     "prompt_tokens": 32,
     "max_tokens": 16,
-    "steps": 5,
+    "steps": 4,
 }
 SAMPLES, CLIENTS = 2000, 50
 
@@ -159,10 +159,10 @@ def main() -> None:
         )["per_second"]
         figures["server_mib_before_2000_samples"], figures["server_mib_after_2000_samples"] = before, at.mib()
     figures["one_token_samples_per_second_in_process"] = samples_in_process()
-    small = {"side": "client", "model": "tiny", "samples": 40, "steps": 1, "groups": 2, "group_size": 2, "rank": 4}
+    small = {"model": "tiny", "samples": 40, "steps": 1, "groups": 2, "group_size": 2, "rank": 4}
     with server("tiny") as at:
-        clients = [sdk_side(options.sdk_python, at.url, **small) for _ in range(CLIENTS)]
-        figures["clients_that_finished"] = len([answer(client) for client in clients])
+        many = sdk_side(options.sdk_python, at.url, side="clients", clients=CLIENTS, **small)
+        figures["clients_that_finished"] = answer(many)["finished"]
         figures["server_mib_after_50_clients"] = at.mib()
     settings = {**STEP, "samples": SAMPLES, "clients": CLIENTS, "rounds": options.rounds, "sdk": "tinker 0.38.0"}
     write_report("serve", figures, settings, load, {"step_wire_over_in_process": statistics.median(ratios)})

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -62,18 +63,24 @@ def main(settings: dict[str, Any]) -> None:
     import tinker  # pyright: ignore[reportMissingImports]
     from tinker import types  # pyright: ignore[reportMissingImports]
 
-    service = tinker.ServiceClient()
-    client = service.create_lora_training_client(base_model=settings["model"], rank=settings["rank"], seed=1)
+    def client(number: int = 0) -> Any:
+        service = tinker.ServiceClient()
+        return service.create_lora_training_client(base_model=settings["model"], rank=settings["rank"], seed=number)
+
+    def samples_and_a_step(number: int) -> int:
+        one = client(number)
+        one_token_samples(one.save_weights_and_get_sampling_client(), types, settings["samples"])
+        return len(rl_steps(settings, one, types, sdk=True))
+
     if settings["side"] == "step":
-        answer: dict[str, Any] = {"seconds": rl_steps(settings, client, types, sdk=True)}
+        answer: dict[str, Any] = {"seconds": rl_steps(settings, client(), types, sdk=True)}
     elif settings["side"] == "samples":
-        sampler = service.create_sampling_client(base_model=settings["model"])
+        sampler = tinker.ServiceClient().create_sampling_client(base_model=settings["model"])
         one_token_samples(sampler, types, 20)
         answer = {"per_second": one_token_samples(sampler, types, settings["samples"])}
-    else:  # a client among many: samples, and steps
-        sampler = client.save_weights_and_get_sampling_client()
-        answer = {"per_second": one_token_samples(sampler, types, settings["samples"])}
-        rl_steps(settings, client, types, sdk=True)
+    else:
+        with ThreadPoolExecutor(settings["clients"]) as pool:
+            answer = {"finished": sum(pool.map(samples_and_a_step, range(settings["clients"])))}
     print(json.dumps(answer))
 
 
