@@ -85,3 +85,14 @@ def test_every_algorithm_preset_takes_steps_from_one_warm_start(tmp_path):
     }
     moved = {(tmp_path / "runs" / name / "checkpoints" / "final" / "model.safetensors").read_bytes() for name in names}
     assert len(moved) >= 6, "presets that differ in nothing at the first steps may coincide"
+
+
+@pytest.mark.slow
+def test_tool_calls_takes_steps_with_the_calculator_and_from_memory(tmp_path):
+    small = ["model_name=micro", "warm_start_steps=2", "num_steps=1", "env.batch_size=2", "env.num_test=4"]
+    output = run_recipe("tool_calls/train", tmp_path, *small, f"log_path={tmp_path}/runs")
+    rows = re.findall(
+        r"^(with_calculator|from_memory), .* +[\d.]+% +[\d.]+ +(?:-|[\d.]+%) +[\d.]+%$", output, flags=re.M
+    )
+    assert rows == ["with_calculator"] * 2 + ["from_memory"] * 2
+    assert (tmp_path / "runs" / "tool_calls.png").exists()

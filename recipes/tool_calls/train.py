@@ -43,8 +43,8 @@ class Config:
     )
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str | None = chz.field(default="chat_template", doc="a renderer that writes tools")
-    warm_start_steps: int = chz.field(default=120, validator=COUNT, doc="supervised steps of 32 demonstrations")
-    num_steps: int = chz.field(default=40, validator=COUNT, doc="steps of RL")
+    warm_start_steps: int = chz.field(default=240, validator=COUNT, doc="supervised steps of 16 demonstrations")
+    num_steps: int = chz.field(default=30, validator=COUNT, doc="steps of RL")
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the data and the sampling")
     log_path: str = log_path_field("runs/tool_calls", "folder of the four runs and the picture")
@@ -58,7 +58,7 @@ def stages_of(config: Config, label: str) -> list[Stage]:
     """The warm start and RL, with tools or without."""
     env = chz.replace(config.env, use_tools=LABELS[label], n_batches=config.num_steps, seed=config.seed)
     game = {name: getattr(env, name) for name in chz.chz_fields(Sums)}
-    examples = SumsExamplesBuilder(**game, n_batches=config.warm_start_steps, batch_size=32, seed=config.seed)
+    examples = SumsExamplesBuilder(**game, n_batches=config.warm_start_steps, batch_size=16, seed=config.seed)
     folder = Path(config.log_path) / label
     start = warm_start(config, examples, folder / "warm_start", f"{label}/warm_start", lr_schedule="linear")
     run = train.Config(
