@@ -45,7 +45,7 @@ class Config:
     renderer_name: str | None = chz.field(default="chat_template", doc="a renderer that writes tools")
     warm_start_steps: int = chz.field(default=240, validator=COUNT, doc="supervised steps of 16 demonstrations")
     num_steps: int = chz.field(default=30, validator=COUNT, doc="steps of RL")
-    learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
+    learning_rate: float = chz.field(default=5e-5, validator=LEARNING_RATE, doc="of RL, at its first step")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the data and the sampling")
     log_path: str = log_path_field("runs/tool_calls", "folder of the four runs and the picture")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with existing run folders")
