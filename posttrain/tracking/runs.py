@@ -6,7 +6,7 @@
   posttrain-runs clean runs metric=test/env/all/correct delete=true
 
 `clean` keeps each run's last checkpoint, `final` and the best by `metric`; without delete=true it
-only says what it would delete. (As a module: python -m posttrain.tracking.runs list runs)
+only says what it would delete. The same by `python -m posttrain.tracking.runs`.
 """
 
 import shutil
