@@ -1,5 +1,5 @@
-"""A critic with GAE (Schulman et al. 2015, eq. 16) and PPO's clipped value loss, on the sampled tokens
-of a trajectory. Left out: bootstrapping where a limit ends an episode; it ends with value 0.
+"""A critic with GAE (Schulman et al. 2015, eq. 16) and PPO's clipped value loss, on the sampled
+tokens of a trajectory. Left out: bootstrapping where a limit ends an episode; it ends with value 0.
 
   delta_t = r_t + gamma V_{t+1} - V_t    A_t = delta_t + gamma lambda A_{t+1}    return_t = A_t + V_t
 """

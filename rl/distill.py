@@ -1,8 +1,8 @@
 """On-policy distillation (Agarwal et al. 2023, Gu et al. 2023): the policy samples, a teacher scores
-its tokens. The mean of d estimates KL(policy || teacher). With `context` the teacher reads more than the
-policy: prompt distillation, self-distillation. Left out: the KL over the whole vocabulary.
+its tokens. With `context` the teacher reads more than the policy: prompt distillation,
+self-distillation. Left out: the KL over the whole vocabulary, of which the mean of d is an estimate.
 
-  A_t += coef * (mean of d - d_t), or its discounted future sum    d_t = log policy(token) - log teacher(token)
+  A_t += coef * (mean of d - d_t), or its discounted future sum    d = log policy - log teacher
 """
 
 from collections import defaultdict

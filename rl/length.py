@@ -1,7 +1,8 @@
 """Penalties on long answers, added to the reward before the baseline; lengths are sampled tokens.
 
 overlong  DAPO (Yu et al. 2025, eq. 13): 0 up to limit - buffer, then falling to -1 at the limit
-kimi      Kimi k1.5 (2025, 2.3.3): l = 0.5 - (length - shortest) / (longest - shortest) of the group; min(0, l) if wrong
+kimi      Kimi k1.5 (2025, 2.3.3): l = 0.5 - (length - shortest) / (longest - shortest) of the
+          group; min(0, l) if wrong
 """
 
 from collections.abc import Sequence

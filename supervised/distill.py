@@ -1,6 +1,6 @@
-"""Off-policy distillation (Hinton et al. 2015): cross-entropy on a frozen teacher's K most likely tokens
-at each trained position of any dataset. With `context` the teacher reads a system message that the
-student does not: prompt distillation. Left out: logits kept on disk; the teacher reads each batch anew.
+"""Off-policy distillation (Hinton et al. 2015): cross-entropy on a frozen teacher's K most likely
+tokens at each trained position of any dataset. With `context` the teacher reads a system message that
+the student does not: prompt distillation. Left out: logits on disk; the teacher reads each batch anew.
 
 python -m supervised.distill dataset=chats.jsonl teacher=runs/teacher/checkpoints/final model_name=small
 """

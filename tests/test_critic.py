@@ -116,6 +116,7 @@ def critic_run(folder: Path, **settings: object) -> train.Config:
     return config(folder, **({"critic": critic, "loss_fn": "ppo", "normalize_advantages": True} | common | settings))
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_only
 def test_a_run_with_a_critic_resumes_both_bit_for_bit(tmp_path: Path) -> None:
     asyncio.run(train.main(critic_run(tmp_path / "whole")))

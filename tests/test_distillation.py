@@ -131,6 +131,7 @@ def numerals(tmp_path: Path) -> Path:
     return make_model(StarGraph(2, 3, 10), tmp_path / "numerals")
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_only
 def test_a_distillation_run_learns_from_the_teacher_alone_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     """The reward has no part: of the policy's own start KL is 0, and with coef=0 nothing moves."""

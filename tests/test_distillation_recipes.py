@@ -1,4 +1,4 @@
-"""The distillation recipes as a user runs them, with few steps."""
+"""The distillation recipes, and two algorithms beside GRPO, as a user runs them, with few steps."""
 
 import re
 from pathlib import Path
@@ -19,6 +19,15 @@ LAST = {
     "prompt": r"with the prompt [\d.]+; without [\d.]+ -> [\d.]+",
     "self_distillation": r"without the solution: [\d.]+ -> [\d.]+",
 }
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_and_a_critic_beside_grpo(tmp_path: Path) -> None:
+    small = ["seeds=0", "warm_start_nll=9", "num_steps=2", f"log_path={tmp_path}/runs"]
+    output = run_recipe("algorithms/beside_grpo", tmp_path, *small)
+    for name in ("grpo", "dynamic sampling", "critic"):
+        assert re.search(rf"^{name} +held-out accuracy [\d.]+ -> [\d.]+; sampled tokens [\d,]+$", output, re.M), output
+    assert (tmp_path / "runs" / "beside_grpo.png").exists()
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def test_a_group_is_replaced_until_its_rewards_differ_or_the_limit_is_reached(to
     assert [group.refills for group in groups(client, max_refills=0)[0]] == [0, 0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_only
 def test_a_run_with_refills_resumes_bit_for_bit(tmp_path: Path) -> None:
     """One token: the rewards of two members are equal half of the time."""

@@ -18,7 +18,7 @@ import chz
 
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE, WHOLE
 from posttrain.tracking.command_line import parse, run_command
 from posttrain.tracking.figures import Curve, Panel, at_multiples, draw_panels, over_total, save_figure
 from posttrain.tracking.metrics_log import read_metrics
@@ -42,7 +42,7 @@ class Config(teacher.Config):
         default=0.3, validator=NON_NEGATIVE, doc="nats per token at which the student's warm start ends"
     )
     steps: int = chz.field(default=150, validator=COUNT, doc="steps of distillation: 256 sums, one rollout each")
-    rl_steps: int = chz.field(default=400, validator=COUNT, doc="steps of GRPO: 64 sums, 8 rollouts each")
+    rl_steps: int = chz.field(default=400, validator=WHOLE, doc="steps of GRPO: 64 sums, 8 rollouts each; 0 = none")
     learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="of both, falling to 0")
     share: float = chz.field(default=0.95, validator=SHARE, doc="part of the teacher's accuracy to be reached")
 
@@ -77,7 +77,7 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
     sums = ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=seed)
     settings = {"stop_at_nll": config.start_nll, "eval_every": 0, "seed": seed}
     start = warm_start(config, sums, folder / "start", f"start_{seed}", **settings)
-    needs: dict[str, list[Stage]] = {"distill": [start, teaches], "grpo": [start]}
+    needs: dict[str, list[Stage]] = {"distill": [start, teaches]} | ({"grpo": [start]} if config.rl_steps else {})
     return [
         training_stage(f"{name}_{seed}", train.main, run_config(config, seed, name, start, folder), before)
         for name, before in needs.items()
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
     print(f"teacher: {best:.3f} of the held-out sums; sampled tokens until {level:.3f}:")
     curves: dict[str, list[Curve]] = {
         name: [read(Path(config.log_path) / f"on_policy_{seed}" / name) for seed in seeds]
-        for name in ("distill", "grpo")
+        for name in (("distill", "grpo") if config.rl_steps else ("distill",))
     }
     for name, of_seeds in curves.items():
         for seed, curve in zip(seeds, of_seeds, strict=True):

@@ -32,8 +32,8 @@ class Config(teacher.Config):
     model_name: str = chz.field(default="tiny", doc="the model, teacher and student")
     teacher_steps: int = chz.field(default=400, validator=COUNT, doc="supervised steps of the model, 128 sums each")
     prompt: str = chz.field(default="Backwards: ", doc="what the teacher reads and the student does not")
-    number: int = chz.field(default=2000, validator=COUNT, doc="answers of the teacher")
-    steps: int = chz.field(default=60, validator=COUNT, doc="steps of distillation, 128 answers each")
+    number: int = chz.field(default=4000, validator=COUNT, doc="answers of the teacher")
+    steps: int = chz.field(default=150, validator=COUNT, doc="steps of distillation, 128 answers each")
 
 
 def main(config: Config) -> None:

@@ -1,6 +1,6 @@
-"""Self-distillation (Shenfeld et al. 2026; Zhao et al. 2026): the teacher is the student's own start, which reads
-the solution before the question. The student samples without it, and learns from the teacher's logprobs
-of its tokens. No reward, no other model, and the solutions are never imitated.
+"""Self-distillation (Shenfeld et al. 2026; Zhao et al. 2026): the teacher is the student's own start,
+which reads the solution before the question. The student samples without it, and learns from the
+teacher's logprobs of its tokens. No reward, no other model; solutions are never imitated.
 
     python recipes/distillation/self_distillation.py            # runs/distillation
 """
