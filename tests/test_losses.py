@@ -112,7 +112,9 @@ def naive_loss(trainer: Trainer, datum: Datum, name: str, config: dict) -> torch
 @pytest.mark.parametrize("name", ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"])
 @pytest.mark.parametrize("model", ["tiny", "gpt2-tiny"])
 def test_trainer_loss_and_gradient_equal_full_logits(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.backend.logprobs.CHUNK_ELEMENTS", 260 * 7)  # many small chunks
+    monkeypatch.setattr(
+        "posttrain.backend.logprobs.CHUNK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), 260 * 7)
+    )  # many small chunks
     trainer = Trainer(model, BackendConfig(micro_batch_tokens=64))
     data, config = policy_data(9), {"beta": 0.2} if name == "dro" else {}
     for d, datum in enumerate(data):
@@ -427,7 +429,7 @@ def test_a_micro_batch_may_lack_a_loss() -> None:
 @pytest.mark.parametrize("transform", [LogitTransform(0.25), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)])
 @pytest.mark.parametrize("tempered", [False, True])
 def test_scaled_and_capped_logits_forward_and_backward(transform: LogitTransform, tempered: bool, monkeypatch) -> None:  # noqa: ANN001
-    monkeypatch.setattr("posttrain.backend.logprobs.CHUNK_ELEMENTS", 60)
+    monkeypatch.setattr("posttrain.backend.logprobs.CHUNK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), 60))
     torch.manual_seed(0)
     hidden, head = (torch.randn(size, 8, requires_grad=True) for size in (7, 20))
     targets, temperature = torch.randint(20, (7, 2)), torch.rand(7) + 0.5 if tempered else None

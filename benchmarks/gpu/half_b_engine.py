@@ -101,11 +101,11 @@ def sync_parts(record: Record, client: TrainingClient) -> None:
         if ON_GPU:
             synchronize = stopwatch.wrap("waiting for the stream", torch.cuda.Stream.synchronize)
             stack.enter_context(patch.object(torch.cuda.Stream, "synchronize", synchronize))
-        sync = stopwatch.wrap("in all", thread.sync)
+        stack.enter_context(patch.object(thread, "sync", stopwatch.wrap("in all", thread.sync)))
         for step in range(SYNCS):
             train_step(client, step, LEARNING_RATE)
             stopwatch.take()
-            sync(client._trainer.sampler_weights, thread.version)
+            client.save_weights_and_get_sampling_client().close()
             parts.append(stopwatch.take())
     for name in parts[0]:
         record.figure(f"sync: {name}, ms", float(np.median([part.get(name, 0.0) for part in parts])))

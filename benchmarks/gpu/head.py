@@ -74,7 +74,7 @@ def ours(elements: int) -> Logprobs:
     """The size of the chunks is read in both passes."""
 
     def run(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logprobs.CHUNK_ELEMENTS = elements
+        logprobs.CHUNK_ELEMENTS = dict.fromkeys(("cpu", "cuda"), elements)
         return target_logprobs(hidden, head, targets[:, None])[:, 0]
 
     return run
@@ -127,7 +127,7 @@ def main() -> None:
     # a compiled graph for each size of chunk; beyond the limit all would be eager
     torch._dynamo.config.recompile_limit = 64
     sizes = (16384, 896, 151936) if training_device().type == "cuda" else (512, 64, 1000)
-    present = logprobs.CHUNK_ELEMENTS if training_device().type == "cuda" else 2**16
+    present = logprobs.CHUNK_ELEMENTS["cpu"] if training_device().type == "cuda" else 2**16
     hidden, head, targets = inputs(*sizes)
     few = (hidden[:CHECKED_ROWS].detach().requires_grad_(), head, targets[:CHECKED_ROWS])
     rounded = [few[0].detach().double().requires_grad_(), head.detach().to(hidden.dtype).double().requires_grad_()]
@@ -153,7 +153,7 @@ def main() -> None:
             }
             return found | errors(both_passes(run, *few), exact)
 
-        with patch.object(logprobs, "CHUNK_ELEMENTS", present):
+        with patch.object(logprobs, "CHUNK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), present)):
             attempt(record, name, measure)
     record.print()
 

@@ -146,10 +146,10 @@ def main() -> None:
 
     def measure(title: str, step: Step, chunk: int = 2**26, micro_batch: int = 16384) -> None:
         trainer.config = chz.replace(trainer.config, micro_batch_tokens=micro_batch)
-        with patch.object(logprobs, "CHUNK_ELEMENTS", chunk):
+        with patch.object(logprobs, "CHUNK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), chunk)):
             attempt(record, title, lambda: speed(step, tokens))
 
-    measure("ours", ours, logprobs.CHUNK_ELEMENTS)
+    measure("ours", ours, logprobs.CHUNK_ELEMENTS[training_device().type])
     if cuda:
         attempt(record, "ours, profile", lambda: profiled(ours))
     measure("ours, micro-batches of 8192", ours, micro_batch=8192)

@@ -52,11 +52,16 @@ class _Row:
 
 
 def micro_batches(
-    data_D: Sequence[Datum], chosen: Sequence[int], token_budget: int, device: torch.device, share: bool
+    data_D: Sequence[Datum],
+    chosen: Sequence[int],
+    token_budget: int,
+    device: torch.device,
+    share: bool,
+    bucket: int = 1,
 ) -> list[MicroBatch]:
     """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone),
     longest rows first, for an early memory peak. `share`: sequences with a common prefix may share
-    a row."""
+    a row. Widths are padded to multiples of `bucket`."""
     if not chosen:
         return []
     tokens = {d: data_D[d].model_input.to_ints() for d in chosen}
@@ -71,7 +76,7 @@ def micro_batches(
         if batches[-1] and batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
             batches.append([])
         batches[-1].append(row)
-    return [_collate(data_D, rows, carries, device) for rows in batches]
+    return [_collate(data_D, rows, carries, device, bucket) for rows in batches]
 
 
 def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> list[list[tuple[list[int], int]]]:
@@ -114,9 +119,9 @@ def _common_prefix(a_T: np.ndarray, b_T: np.ndarray) -> int:
 
 
 def _collate(
-    data_D: Sequence[Datum], rows: list[_Row], carries: dict[int, np.ndarray], device: torch.device
+    data_D: Sequence[Datum], rows: list[_Row], carries: dict[int, np.ndarray], device: torch.device, bucket: int
 ) -> MicroBatch:
-    width, members = max(row.length for row in rows), [d for row in rows for d in row.data]
+    width, members = -(-max(row.length for row in rows) // bucket) * bucket, [d for row in rows for d in row.data]
     columns = [column_T for row in rows for column_T in row.columns]
     lengths = np.array([len(column_T) for column_T in columns])
     place = np.concatenate(columns) + np.repeat([b * width for b, row in enumerate(rows) for _ in row.data], lengths)

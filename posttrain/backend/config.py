@@ -72,6 +72,10 @@ class BackendConfig:
     moments: Literal["float32", "8bit"] = chz.field(
         default="float32", doc="AdamW's moments: 8 bytes per trained weight, or 2 with 8bit"
     )
+    compile: bool = chz.field(
+        default=False,
+        doc="compile decoder layers and the element-wise work of the logprobs; rows are padded to multiples of 256",
+    )
     offload_optimizer: bool = chz.field(
         default=False, doc="keep moments and float32 copies in the CPU's memory, and step there"
     )

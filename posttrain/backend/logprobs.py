@@ -1,13 +1,17 @@
 """Logprobs of target tokens without the logits: lm_head and logsumexp in chunks of rows, in fp32.
-The backward pass recomputes each chunk. Peak memory is CHUNK_ELEMENTS floats, not N * V.
+The backward pass recomputes each chunk. Peak memory is a few chunks of floats, not N * V.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-CHUNK_ELEMENTS = 2**26  # rows times vocabulary held at once: 256 MiB of fp32
+# Rows times vocabulary held at once: 256 MiB of fp32; on a GPU 2 GiB, as smaller chunks leave it
+# idle.
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**29}
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,12 @@ def target_logprobs(
     targets_NK: torch.Tensor,
     temperature_N: torch.Tensor | None = None,
     transform: LogitTransform = PLAIN,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """(N, K) log softmax(transform(hidden @ head.T) / temperature) at `targets`, fp32,
-    differentiable in `hidden` and `head`."""
-    return _TargetLogprobs.apply(hidden_NH, head_VH, targets_NK, temperature_N, transform)  # type: ignore[no-any-return]
+    differentiable in `hidden` and `head`. `compiled`: the element-wise work of a chunk is one
+    kernel each way, the same up to rounding."""
+    return _TargetLogprobs.apply(hidden_NH, head_VH, targets_NK, temperature_N, transform, compiled)  # type: ignore[no-any-return]
 
 
 def fp32_logits(hidden_NH: torch.Tensor, head_VH: torch.Tensor, transform: LogitTransform = PLAIN) -> torch.Tensor:
@@ -54,8 +60,8 @@ def fp32_logits(hidden_NH: torch.Tensor, head_VH: torch.Tensor, transform: Logit
     return transform((hidden_NH @ head_VH.T).float())
 
 
-def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
-    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+def _chunks(num_rows: int, vocabulary: int, device: torch.device) -> list[slice]:
+    rows = max(1, CHUNK_ELEMENTS[device.type] // vocabulary)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
@@ -68,40 +74,78 @@ class _TargetLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: torch.Tensor | None,
         transform: LogitTransform,
+        compiled: bool,
     ) -> torch.Tensor:
         head_used = head.to(hidden.dtype)
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        for rows in _chunks(hidden.shape[0], head.shape[0]):
+        for rows in _chunks(hidden.shape[0], head.shape[0], hidden.device):
+            temperature_N1 = None if temperature is None else temperature[rows, None]
+            run = _compiled(_normalised) if compiled else _normalised
             logits = fp32_logits(hidden[rows], head_used, transform)
-            if temperature is not None:
-                logits = logits / temperature[rows, None]
-            normaliser[rows] = logits.logsumexp(-1)
-            out[rows] = logits.gather(-1, targets[rows]) - normaliser[rows, None]
+            normaliser[rows], out[rows] = run(logits, targets[rows], temperature_N1)
         ctx.save_for_backward(hidden, head, targets, temperature, normaliser)
-        ctx.transform = transform
+        ctx.transform, ctx.compiled = transform, compiled
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_NK,) = grad_outputs
         if not grad_NK.any():  # positions without loss
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         hidden, head, targets, temperature, normaliser = ctx.saved_tensors
         head_used = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(hidden.shape[0], head.shape[0]):
+        for rows in _chunks(hidden.shape[0], head.shape[0], hidden.device):
             transformed = fp32_logits(hidden[rows], head_used, ctx.transform)
-            logits = transformed if temperature is None else transformed / temperature[rows, None]
-            # d logp_k / d logits = onehot(target_k) - softmax
-            grad_logits = (logits - normaliser[rows, None]).exp_().mul_(-grad_NK[rows].sum(-1, keepdim=True))
-            grad_logits.scatter_add_(-1, targets[rows], grad_NK[rows].float())
-            if temperature is not None:
-                grad_logits /= temperature[rows, None]
-            grad_logits = ctx.transform.backward(grad_logits, transformed).to(hidden.dtype)
+            temperature_N1 = None if temperature is None else temperature[rows, None]
+            run = _compiled(_gradient) if ctx.compiled and ctx.transform == PLAIN else _gradient
+            grad_logits = run(
+                transformed,
+                normaliser[rows, None],
+                targets[rows],
+                grad_NK[rows].float(),
+                temperature_N1,
+                ctx.transform,
+                hidden.dtype,
+            )
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits @ head_used
             if grad_head is not None:
                 grad_head += grad_logits.T @ hidden[rows]
-        return grad_hidden, grad_head, None, None, None
+        return grad_hidden, grad_head, None, None, None, None
+
+
+def _normalised(
+    logits: torch.Tensor, targets_NK: torch.Tensor, temperature_N1: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) logsumexp and (N, K) logprobs of a chunk."""
+    if temperature_N1 is not None:
+        logits = logits / temperature_N1
+    normaliser = logits.logsumexp(-1)
+    return normaliser, logits.gather(-1, targets_NK) - normaliser[:, None]
+
+
+def _gradient(
+    transformed: torch.Tensor,
+    normaliser_N1: torch.Tensor,
+    targets_NK: torch.Tensor,
+    grad_NK: torch.Tensor,
+    temperature_N1: torch.Tensor | None,
+    transform: LogitTransform,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(N, V) at a chunk's logits: d logp_k / d logits = onehot(target_k) - softmax."""
+    logits = transformed if temperature_N1 is None else transformed / temperature_N1
+    grad_logits = (logits - normaliser_N1).exp_().mul_(-grad_NK.sum(-1, keepdim=True))
+    grad_logits.scatter_add_(-1, targets_NK, grad_NK)
+    if temperature_N1 is not None:
+        grad_logits /= temperature_N1
+    return transform.backward(grad_logits, transformed).to(dtype)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Rows vary with the last chunk of a pass, so their number is dynamic."""
+    return torch.compile(function, dynamic=None)

@@ -142,7 +142,7 @@ class PlannedRun:
         """Logits of a chunk, tempered, and their gradients; the output matrix in the computing
         dtype, its gradient and the product that is added to it."""
         item, size = compute_dtype(self.device, self.backend).itemsize, self.size
-        elements = min(CHUNK_ELEMENTS, tokens * size.vocabulary)
+        elements = min(CHUNK_ELEMENTS[self.device.type], tokens * size.vocabulary)
         is_trained = self.lora is None or self.lora.train_unembed
         cast = compute_dtype(self.device, self.backend) != param_dtype(self.device, self.backend)
         per_weight = (item if cast else 0) + (4 + item if is_trained else 0)

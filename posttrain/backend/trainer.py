@@ -53,6 +53,7 @@ CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dic
 
 # Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
 MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+WIDTH_BUCKET = 256  # widths of rows that compiled layers meet are multiples of it
 LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
 
 
@@ -107,8 +108,12 @@ class Trainer:
         setattr(self.base.get_decoder(), "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
         self.transform = logit_transform(self.hf_config)
         self.shares_prefixes = attends_to_all(self.hf_config, self.max_length)
+        self.compiles = False
         self._check_head()
         self._check_rows()
+        self.compiles = config.compile
+        if self.compiles:
+            self._compile_layers()
 
     def _trainable_weights(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -243,29 +248,54 @@ class Trainer:
         return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
 
     def _micro_batches(self, data_D: Sequence[Datum], chosen: Sequence[int]) -> list[MicroBatch]:
-        return micro_batches(data_D, chosen, self.config.micro_batch_tokens, self.device, self.shares_prefixes)
+        bucket = WIDTH_BUCKET if self.compiles else 1
+        tokens = self.config.micro_batch_tokens
+        return micro_batches(data_D, chosen, tokens, self.device, self.shares_prefixes, bucket)
 
     def _hidden(self, batch: MicroBatch) -> torch.Tensor:
         """(BT, H) last hidden states."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            hidden_BTH = self.base.get_decoder()(
-                input_ids=batch.tokens_BT,
-                attention_mask=batch.mask_B1TT,
-                position_ids=batch.positions_BT,
-                use_cache=False,
-            ).last_hidden_state
-        return hidden_BTH.flatten(0, 1)
+            return self._compiled(
+                lambda: self.base.get_decoder()(
+                    input_ids=batch.tokens_BT,
+                    attention_mask=batch.mask_B1TT,
+                    position_ids=batch.positions_BT,
+                    use_cache=False,
+                ).last_hidden_state.flatten(0, 1)
+            )
+
+    def _compile_layers(self) -> None:
+        """One graph for all layers of a kind, for each width and number of rows at first, then for all."""
+        layers = getattr(self.base.get_decoder(), "layers", None) or getattr(self.base.get_decoder(), "h", [])
+        for layer in layers:
+            layer.compile()
+
+    def _compiled(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`run`, and again without compilation, from then on, if that fails."""
+        try:
+            return run()
+        except Exception as error:
+            if not self.compiles or isinstance(error, torch.OutOfMemoryError):
+                raise
+            print(f"backend.compile fails and is switched off: {' '.join(str(error).split())[:200]}", flush=True)
+            self.compiles = False
+            for module in self.base.modules():
+                module._compiled_call_impl = None
+            return run()
 
     def _logprobs(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, K) logprobs of positions with and without loss, at each token's temperature."""
         hidden_RH, head_VH = self._hidden(batch), self._head()
         loss_NK, others_NK = (
-            target_logprobs(
-                hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype),
-                head_VH,
-                at.targets_NK,
-                at.temperature_N,
-                self.transform,
+            self._compiled(
+                lambda at=at: target_logprobs(
+                    hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype),
+                    head_VH,
+                    at.targets_NK,
+                    at.temperature_N,
+                    self.transform,
+                    self.compiles,
+                )
             )
             for at in (batch.loss, batch.others)
         )

@@ -25,7 +25,7 @@ FREE = {
 }
 FREE_OF_BACKEND = (
     *("micro_batch_tokens", "gradient_checkpointing", "max_num_seqs"),
-    *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager", "alarm", "offload_optimizer"),
+    *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager", "alarm", "offload_optimizer", "compile"),
 )
 MAY_GROW = ("max_steps", "num_epochs", "num_steps")  # of a continued run; None is no limit
 SHOWN = 6  # differences shown in a message
