@@ -56,9 +56,9 @@ class Learner:
     client: TrainingClient
     folder: RunFolder
     reference: Reference | None = None
+    batch_reward: BatchReward | None = None
     teachers: Teachers | None = None
     critic: Critic | None = None
-    batch_reward: BatchReward | None = None
 
 
 @dataclass

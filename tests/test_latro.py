@@ -49,7 +49,7 @@ EOS = 1  # of CHARACTERS
 class OneBatch:
     """A group source that has one batch."""
 
-    num_minibatches, max_steps_off_policy = 1, 0
+    num_minibatches, max_steps_off_policy, max_refills = 1, 0, 0
 
     def __init__(self, groups_P: list[TrajectoryGroup]):
         self.groups_P = groups_P

@@ -34,6 +34,8 @@ def seed_all() -> None:
 
 @pytest.fixture(scope="module")
 def unseeded_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    import numba  # noqa: F401  an environment may have imported it (_let_modules_be_searched)
+
     config = BackendConfig(engine="vllm", max_num_seqs=64, reproducible=False, sampler_memory_gb=0.2)
     with ServiceClient(config, tmp_path_factory.mktemp("checkpoints")) as service:
         yield service

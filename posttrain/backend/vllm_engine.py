@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 import warnings
@@ -111,6 +112,7 @@ class VllmEngine:
             # noise of requests without a seed
             args |= {"model": folder, "seed": 0 if reproducible else secrets.randbits(31)}
             _own_graph_pool()
+            _let_modules_be_searched()
             try:
                 vllm_config = EngineArgs(**args).create_engine_config()
                 if _live_engines and vllm_config.model_config.is_moe:
@@ -241,6 +243,24 @@ def _model_folder(hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
                     os.rename(copied, kept)
             folder = kept
         yield str(folder)
+
+
+def _let_modules_be_searched() -> None:
+    """On a CPU vLLM reads `vars()` of every object of every imported module. llvmlite's library (a
+    part of numba, which environments import) answers any attribute, `__dict__` too, with a C
+    function, and no engine starts."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if not ffi or not hasattr(ffi.lib, "__dict__"):
+        return
+    library = type(ffi.lib)
+    c_function = library.__getattr__
+
+    def attribute(self: object, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return c_function(self, name)
+
+    library.__getattr__ = attribute
 
 
 def _own_graph_pool() -> None:
