@@ -89,6 +89,17 @@ ALGORITHMS: dict[str, Algorithm] = {
         "Yu et al. 2025: clip higher, mean over all tokens, no constant groups, no truncated answers",
         "groups that are left out are sampled anew only with max_refills; length.kind=overlong is the soft penalty",
     ),
+    "gspo": Algorithm(
+        {
+            "advantage": "group_mean_std",
+            "loss_fn": "gspo",
+            "loss_fn_config.clip_low_threshold": "0.9997",
+            "loss_fn_config.clip_high_threshold": "1.0004",
+            "loss_reduction": "sequence_mean",
+        },
+        "Zheng et al. 2025: one ratio for all tokens of an answer, the geometric mean of theirs, clipped as a whole",
+        "a conversation that is cut into several sequences has a ratio for each",
+    ),
     "ppo": Algorithm(
         {
             "advantage": "group_mean",

@@ -82,7 +82,8 @@ class Config(EvaluatedRunConfig):
     )
     train_on_truncated: bool = chz.field(default=True, doc="train on rollouts that ran into the token limit")
     loss_fn: str | LossFn = chz.field(
-        default="importance_sampling", doc="importance_sampling, reinforce, ppo, cispo, dro, or a function of your own"
+        default="importance_sampling",
+        doc="importance_sampling, reinforce, ppo, gspo, cispo, dro, or a function of your own",
     )
     loss_fn_config: dict[str, Any] | None = chz.field(
         default=None, doc="options of the loss, e.g. loss_fn_config.beta=0.1"

@@ -220,6 +220,46 @@ def test_topk_prompt_logprobs_agree(engines) -> None:  # noqa: ANN001
         assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_topk_logprobs_of_sampled_tokens_agree(engines, temperature: float) -> None:  # noqa: ANN001
+    """Of the distribution that was drawn from; fewer where top_k left fewer."""
+    prompt = prompt_of(12)
+    params = SamplingParams(max_tokens=5, temperature=temperature, seed=1, stop=[])
+    a, b = (c.sample(prompt, 1, params, topk_sample_logprobs=3).result().sequences[0] for c in engines[1:])
+    # the engines draw with numbers of their own: after the first token only greedy ones agree
+    agree = 5 if temperature == 0 else 1
+    for ours, theirs in list(zip(a.topk_logprobs, b.topk_logprobs, strict=True))[:agree]:
+        assert [t for t, _ in ours] == [t for t, _ in theirs]
+        assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
+    for sequence in (a, b):
+        rows = zip(sequence.topk_logprobs, sequence.tokens, sequence.logprobs, strict=True)
+        for row, token, logprob in rows:
+            assert len(row) == 3 and dict(row).get(token, logprob) == pytest.approx(logprob, abs=1e-5)
+            assert row == sorted(row, key=lambda entry: -entry[1]) and logprob <= row[0][1] + 1e-5
+            assert temperature > 0 or row[0][0] == token
+    cut = SamplingParams(max_tokens=2, top_k=2, seed=1, stop=[])
+    for client in engines[1:]:
+        rows = client.sample(prompt, 1, cut, topk_sample_logprobs=5).result().sequences[0].topk_logprobs
+        assert [len(row) for row in rows] == [2, 2]
+        assert client.sample(prompt, 1, cut).result().sequences[0].topk_logprobs is None
+
+
+def test_prompt_logprobs_of_the_last_n(engines) -> None:  # noqa: ANN001
+    prompt = prompt_of(12)
+    for client in engines[1:]:
+        whole = client.compute_logprobs(prompt).result()
+        last = client.compute_logprobs(prompt, 4).result()
+        assert last[:8] == [None] * 8 and last[8:] == pytest.approx(whole[8:], abs=1e-5)
+        response = client.sample(prompt, 1, GREEDY, topk_prompt_logprobs=2, prompt_logprobs_last_n=11).result()
+        assert response.prompt_logprobs[:2] == [None, pytest.approx(whole[1], abs=1e-5)]
+        assert [entry is None for entry in response.topk_prompt_logprobs] == [True] + [False] * 11
+    for n in (0, 12):
+        with pytest.raises(ConfigError, match=f"prompt_logprobs_last_n={n}"):
+            engines[1].compute_logprobs(prompt, n)
+    with pytest.raises(ConfigError, match="topk_sample_logprobs=-1"):
+        engines[1].sample(prompt, 1, GREEDY, topk_sample_logprobs=-1)
+
+
 # Trap: a tied lm_head left out of a sync; cached prefixes of old weights (they begin at 128
 # tokens).
 def test_sync_reaches_every_weight_and_drops_cached_prefixes(vllm_client: TrainingClient) -> None:

@@ -105,7 +105,8 @@ def test_names() -> None:
     from posttrain.renderers import Message, TrainOnWhat, get_text_content
 
     assert all(hasattr(tinker, name) for name in NAMES.split())
-    assert types.TensorData is TensorData and types.GetServerCapabilitiesResponse and types.LossFnType
+    assert types.TensorData is types.tensor_data.TensorData is TensorData and types.OptimParams is types.AdamParams
+    assert types.SaveWeightsForSamplerResponse and types.GetServerCapabilitiesResponse and types.LossFnType
     assert get_text_content(Message(role="user", content="hello")) == "hello" and TrainOnWhat.ALL_ASSISTANT_MESSAGES
     with pytest.raises(AttributeError):
         getattr(tinker, "no_such_name")  # noqa: B009
@@ -149,7 +150,11 @@ def test_what_has_a_meaning_and_is_not_there_is_refused_by_name(torch_service: S
     client = torch_service.create_training_client("micro")
     sampler = client.save_weights_and_get_sampling_client(kind="inflight")
     prompt, params = types.ModelInput.from_ints([5, 6]), types.SamplingParams(max_tokens=1)
-    unsupported: dict[str, Any] = {"topk_sample_logprobs": 2, "prompt_alt_tokens_k": 1, "prompt_logprobs_last_n": 3}
+    unsupported: dict[str, Any] = {
+        "target_prompt_logprobs": types.TensorData([[1]]),
+        "prompt_alt_tokens_k": 1,
+        "prompt_logprobs_last_n": 3,
+    }
     for name, value in unsupported.items():
         with pytest.raises(ConfigError, match=name):
             sampler.sample(prompt, 1, params, **{name: value})

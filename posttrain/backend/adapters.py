@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from posttrain.backend.base_models import BaseModels
+from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -186,10 +186,10 @@ def open_merged(path: Path, seed: int) -> PreTrainedModel:
     return adapted.merge_and_unload()  # type: ignore[operator]
 
 
-def open_on_shared(path: Path, seed: int, bases: BaseModels) -> tuple[PreTrainedModel, PreTrainedModel]:
+def open_on_shared(path: Path, seed: int, bases: BaseModels) -> tuple[PreTrainedModel, SharedBase]:
     """A saved plain adapter on shared tensors of its base: the base with adapted layers, and the
     owner of the tensors."""
-    owners: list[PreTrainedModel] = []
+    owners: list[SharedBase] = []
 
     def view(base: Base) -> PreTrainedModel:
         model, owner = bases.view(*_preset_seed(base, seed), torch.device("cpu"), torch.float32)

@@ -1,12 +1,13 @@
 """Base models under adapters: the weights are in memory once, however many adapters train on them.
-Each adapter has modules of its own around the shared tensors, so passes need not wait for each
-other, and nothing distinguishes them from those of an adapter alone. Models trained in full share
-nothing.
+Each adapter has modules of its own around the shared tensors, so nothing distinguishes its passes
+from those of an adapter alone. Passes take turns, so that one pass's activations are in memory.
+Models trained in full share nothing.
 """
 
 import copy
 import threading
 import weakref
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,24 +18,33 @@ from posttrain.backend.models import load_model
 Key = tuple[object, ...]
 
 
+@dataclass(eq=False)
+class SharedBase:
+    """Owns the tensors. Passes over them hold `turn`."""
+
+    model: PreTrainedModel
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+
 class BaseModels:
     """Holds weak references: a base model ends with its last adapter."""
 
     def __init__(self) -> None:
-        self._opened: weakref.WeakValueDictionary[Key, PreTrainedModel] = weakref.WeakValueDictionary()
+        self._opened: weakref.WeakValueDictionary[Key, SharedBase] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def view(
         self, model_name: str, seed: int, device: torch.device, dtype: torch.dtype
-    ) -> tuple[PreTrainedModel, PreTrainedModel]:
+    ) -> tuple[PreTrainedModel, SharedBase]:
         """A model of its own around the shared tensors, and their owner, to be kept with it."""
         with self._lock:
             key = (model_name, seed, str(device), dtype, *_files(model_name))
             owner = self._opened.get(key)
             if owner is None:
-                owner = self._opened[key] = load_model(model_name, seed, device, dtype).requires_grad_(False)
-        shared = {id(parameter): parameter for parameter in owner.parameters()}
-        return copy.deepcopy(owner, shared), owner
+                owner = SharedBase(load_model(model_name, seed, device, dtype).requires_grad_(False))
+                self._opened[key] = owner
+        shared = {id(parameter): parameter for parameter in owner.model.parameters()}
+        return copy.deepcopy(owner.model, shared), owner
 
 
 def _files(model_name: str) -> list[tuple[str, int, int]]:

@@ -72,6 +72,19 @@ def check_data(
             )
 
 
+def check_sequences(data_D: Sequence[Datum], first: int) -> None:
+    """DataError unless each Datum with an advantage says over which tokens its ratio is taken."""
+    for d, datum in enumerate(data_D, start=first):
+        inputs = datum.loss_fn_inputs
+        marks = inputs.get("sequence_ratio_mask", inputs.get("mask"))
+        if marks is None:
+            raise DataError(
+                f"datum {d} lacks sequence_ratio_mask, 1 at the tokens of the sequence's ratio, 0 elsewhere"
+            )
+        if inputs["advantages"].array.any() and not marks.array.any():
+            raise DataError(f"datum {d} has advantages, and its sequence_ratio_mask marks no token")
+
+
 def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarray]) -> int | None:
     """The first datum whose array has a bad entry. One check on the concatenation: a batch has
     hundreds of short arrays."""

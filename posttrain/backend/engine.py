@@ -37,7 +37,7 @@ TURN_SEQUENCES, TURN_SECONDS = 64, 1.0
 @dataclass(eq=False)
 class SequenceRequest:
     """One sequence to sample. `topk_prompt`: None = no prompt logprobs, 0 = of the prompt's tokens,
-    k = also of the k most likely."""
+    k = also of the k most likely. `topk_sample`: 0 = of the sampled tokens alone."""
 
     prompt: list[int]
     params: SamplingParams
@@ -46,6 +46,7 @@ class SequenceRequest:
     topk_prompt: int | None = None
     # called in the engine's thread with the tokens so far; must not wait
     on_tokens: Callable[[list[int]], object] | None = None
+    topk_sample: int = 0
     abandoned: bool = False  # no caller waits for it; set by any thread
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend.adapters import is_plain, open_merged, open_on_shared
-from posttrain.backend.base_models import BaseModels
+from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.checkpoint_files import check_readable, is_adapter
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
 from posttrain.backend.engine import Engine, EngineThread
@@ -93,7 +93,7 @@ class Engines:
         """The frozen policy of a model by name, opened as by `create_training_client`."""
         return self._freeze(base_model, load_model(base_model, seed, torch.device("cpu"), torch.float32))
 
-    def _freeze(self, name: str, model: PreTrainedModel, owner: PreTrainedModel | None = None) -> SamplingClient:
+    def _freeze(self, name: str, model: PreTrainedModel, owner: SharedBase | None = None) -> SamplingClient:
         tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
         source = FrozenModel(model, compute_dtype(training_device(), self.config), owner)
         policy, version = self.new_policy(), WeightVersion(0, source.sampler_weights)

@@ -55,6 +55,8 @@ class RunningTerm:
         inputs = {
             key: torch.from_numpy(array[place_N]).to(device, non_blocking=True) for key, array in self._inputs.items()
         }
+        if self.loss.of_sequences:
+            inputs["sequence"] = torch.from_numpy(batch.loss.datum_N[row_N]).to(device)
         loss_N, diagnostics_N = self.loss.fn(p, inputs, **(self.term.loss_fn_config or {}))
         self._loss_places.append(place_N)
         self._losses.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
@@ -106,6 +108,28 @@ class RunningTerm:
         if not self.loss.scales_with_advantage:
             return [True] * len(self.term.data_D)
         return [bool(datum.loss_fn_inputs["advantages"].array.any()) for datum in self.term.data_D]
+
+
+def by_width(data_D: Sequence[Datum]) -> list[list[int]]:
+    """Indices of the data, by their number of targets per token."""
+    widths: dict[tuple[int, ...], list[int]] = {}
+    for d, datum in enumerate(data_D):
+        targets = datum.loss_fn_inputs.get("target_tokens")
+        widths.setdefault(targets.array.shape[1:] if targets else (), []).append(d)
+    return [*widths.values()]
+
+
+def in_order(outputs: Sequence[ForwardBackwardOutput], index_D: Sequence[Sequence[int]]) -> ForwardBackwardOutput:
+    """One output of several passes, whose data had the indices `index_D`."""
+    fields: dict[int, dict[str, TensorData]] = {}
+    metrics: dict[str, float] = {}
+    counts = [output.metrics["num_loss_tokens:sum"] for output in outputs]
+    for output, indices, count in zip(outputs, index_D, counts, strict=True):
+        fields |= zip(indices, output.loss_fn_outputs, strict=True)
+        for name, value in output.metrics.items():
+            share = count / max(sum(counts), 1) if name.endswith(":mean") else 1
+            metrics[name] = metrics.get(name, 0.0) + share * value
+    return ForwardBackwardOutput([fields[d] for d in sorted(fields)], metrics)
 
 
 @dataclass

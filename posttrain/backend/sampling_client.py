@@ -3,6 +3,7 @@ from its newest.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Self, TypeVar
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.backend.engine import EngineThread, SequenceRequest
 from posttrain.backend.errors import ClosedError, ConfigError, ContextLengthError, DataError
 from posttrain.backend.futures import APIFuture, Ready, accepted, answered
-from posttrain.backend.ranges import COUNT, RangeError
+from posttrain.backend.ranges import COUNT, Range, RangeError
 from posttrain.backend.types import ModelInput, SampleResponse, SamplingParams, TensorData
 from posttrain.backend.weight_versions import Policy
 
@@ -70,16 +71,18 @@ class SamplingClient(Ready):
         numbered.
 
         `max_tokens` None, or more than fits, means the rest of the context. `on_tokens` is called
-        in the engine's thread with i and the tokens of sample i so far, and must not wait. The four
-        options before it are the SDK's and raise ConfigError.
+        in the engine's thread with i and the tokens of sample i so far, and must not wait. Prompt
+        logprobs before the last `prompt_logprobs_last_n` are None. `target_prompt_logprobs` and
+        `prompt_alt_tokens_k` are the SDK's and raise ConfigError.
         """
-        _refuse(
-            topk_sample_logprobs=topk_sample_logprobs,
-            target_prompt_logprobs=target_prompt_logprobs,
-            prompt_alt_tokens_k=prompt_alt_tokens_k,
-            prompt_logprobs_last_n=prompt_logprobs_last_n,
-        )
+        _refuse(target_prompt_logprobs=target_prompt_logprobs, prompt_alt_tokens_k=prompt_alt_tokens_k)
         tokens = prompt.to_ints()
+        _check_topk(
+            self._vocabulary, topk_prompt_logprobs=topk_prompt_logprobs, topk_sample_logprobs=topk_sample_logprobs
+        )
+        if prompt_logprobs_last_n is not None and not (include_prompt_logprobs or topk_prompt_logprobs):
+            raise ConfigError("prompt_logprobs_last_n is of prompt logprobs: set include_prompt_logprobs")
+        last = _check_last(tokens, prompt_logprobs_last_n)
         room = self._check(tokens, num_samples)
         max_tokens = min(room, sampling_params.max_tokens or room)
         seed = sampling_params.seed if sampling_params.seed is not None else next(self._policy.unseeded_calls) << 20
@@ -92,10 +95,11 @@ class SamplingClient(Ready):
                 (seed + i) % 2**63,
                 topk if i == 0 else None,
                 on_tokens and partial(on_tokens, i),
+                topk_sample_logprobs,
             )
             for i in range(num_samples)
         ]
-        return self._submit(requests, lambda response: response)
+        return self._submit(requests, partial(_of_last, last))
 
     sample_async = answered(sample)
 
@@ -103,11 +107,13 @@ class SamplingClient(Ready):
         self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
     ) -> APIFuture[list[float | None]]:
         """log p(token t | tokens before t) at temperature 1; element 0 is None. The prompt may fill
-        all but one token of the context."""
-        _refuse(prompt_logprobs_last_n=prompt_logprobs_last_n)
+        all but one token of the context. Elements before the last `prompt_logprobs_last_n` are
+        None."""
         tokens, params = prompt.to_ints(), SamplingParams(max_tokens=1, seed=0, temperature=0.0)
         self._check(tokens, 1)
-        return self._submit([SequenceRequest(tokens, params, 1, seed=0, topk_prompt=0)], _prompt_logprobs)
+        last = _check_last(tokens, prompt_logprobs_last_n)
+        request = SequenceRequest(tokens, params, 1, seed=0, topk_prompt=0)
+        return self._submit([request], lambda response: _prompt_logprobs(_of_last(last, response)))
 
     compute_logprobs_async = answered(compute_logprobs)
 
@@ -159,6 +165,34 @@ class SamplingClient(Ready):
 def _prompt_logprobs(response: SampleResponse) -> list[float | None]:
     assert response.prompt_logprobs is not None
     return response.prompt_logprobs
+
+
+def _check_last(tokens: Sequence[int], last_n: int | None) -> int:
+    """The number of prompt positions with logprobs."""
+    if last_n is None:
+        return len(tokens)
+    if needs := Range(1, max(len(tokens) - 1, 1), whole=True).needs(last_n):
+        raise RangeError("prompt_logprobs_last_n", last_n, f"{needs}, for a prompt of {len(tokens)} tokens")
+    return last_n
+
+
+def _of_last(last: int, response: SampleResponse) -> SampleResponse:
+    """Without prompt logprobs before the last positions."""
+    prompt, topk = response.prompt_logprobs, response.topk_prompt_logprobs
+    if prompt is None or last >= len(prompt):
+        return response
+    none = [None] * (len(prompt) - last)
+    return replace(
+        response,
+        prompt_logprobs=[*none, *prompt[-last:]],
+        topk_prompt_logprobs=topk and [*none, *topk[-last:]],
+    )
+
+
+def _check_topk(vocabulary: int, **given: int) -> None:
+    for name, k in given.items():
+        if needs := Range(0, vocabulary, whole=True).needs(k):
+            raise RangeError(name, k, needs)
 
 
 def _refuse(**options: object) -> None:

@@ -193,6 +193,7 @@ class _Row:
     stop: _Stop
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    topk: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: StopReason | None = None
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
@@ -218,8 +219,11 @@ class _Row:
 
     def sampled(self) -> Sampled:
         assert self.finish is not None
+        topk = self.topk if self.request.topk_sample else None
         return Sampled(
-            SampledSequence(self.tokens, self.logprobs, self.finish), self.prompt_logprobs, self.topk_prompt_logprobs
+            SampledSequence(self.tokens, self.logprobs, self.finish, topk),
+            self.prompt_logprobs,
+            self.topk_prompt_logprobs,
         )
 
 
@@ -237,6 +241,10 @@ def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
     )
     next_B = torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
     chosen_B = logprobs_BV.gather(-1, next_B[:, None])[:, 0]
+    for row, logprobs_V in zip(rows, logprobs_BV, strict=True):
+        if k := row.request.topk_sample:
+            best = zip(*(values.tolist() for values in logprobs_V.topk(k)), strict=True)
+            row.topk.append([(token, logprob) for logprob, token in best if logprob > -torch.inf])
     for row, token, logprob in zip(rows, next_B.tolist(), chosen_B.tolist(), strict=True):
         row.append(token, logprob)
     return next_B

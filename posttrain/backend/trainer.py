@@ -5,6 +5,7 @@ RL compares logprobs of one distribution.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from posttrain.backend import out_of_memory
-from posttrain.backend.base_models import BaseModels
+from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
-from posttrain.backend.data_checks import check_data, resolve_loss
+from posttrain.backend.data_checks import check_data, check_sequences, resolve_loss
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ConfigError, DataError, ModelError, NonFiniteError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.lora_layers import add_lora, check_rank
-from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm
+from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm, by_width, in_order
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import base_weights, compute_merged, layer_updates, merged_weights
@@ -61,7 +62,7 @@ class Trainer:
     output_name = "logprobs"  # output of `run` per token
     # (1, H) in a ScalarTrainer, in place of the vocabulary's head
     scalar_head: nn.Parameter | None = None
-    _base_owner: object = None  # of the tensors shared with other adapters
+    _base_owner: SharedBase | None = None  # of the tensors shared with other adapters
 
     def __init__(
         self,
@@ -141,8 +142,19 @@ class Trainer:
         backward: bool = True,
     ) -> ForwardBackwardOutput:
         """Logprobs and loss of every Datum; `backward` adds to the accumulated gradients. A loss
-        that is not finite raises NonFiniteError and leaves no gradient."""
-        return self.run_terms([LossTerm(data_D, loss_fn, loss_fn_config)], backward)[0]
+        that is not finite raises NonFiniteError and leaves no gradient. Data with different numbers
+        of targets per token pass one width after the other."""
+        if len(widths := by_width(data_D)) < 2:
+            return self.run_terms([LossTerm(data_D, loss_fn, loss_fn_config)], backward)[0]
+        check_data(data_D, resolve_loss(loss_fn, loss_fn_config).required, self.vocabulary, self.max_length)
+        outputs = []
+        for index_D in widths:
+            try:
+                outputs += self.run_terms([LossTerm([data_D[d] for d in index_D], loss_fn, loss_fn_config)], backward)
+            except NonFiniteError as error:
+                error.datum_indices = [index_D[d] for d in error.datum_indices]
+                raise
+        return in_order(outputs, widths)
 
     @computing()
     def run_terms(
@@ -161,13 +173,14 @@ class Trainer:
         for term in terms:
             loss = resolve_loss(term.loss_fn, term.loss_fn_config)
             check_data(term.data_D, loss.required, self.vocabulary, self.max_length, first=len(data_D))
+            if loss.of_sequences:
+                check_sequences(term.data_D, first=len(data_D))
             running.append(RunningTerm(term, loss, first=len(data_D)))
             data_D += term.data_D
-        if len({datum.loss_fn_inputs["target_tokens"].array.shape[1:] for datum in data_D}) > 1:
-            raise DataError("data with different numbers of targets per token: run them in passes of their own")
+        _check_one_width(data_D)
         needed_D = [backward and need for term in running for need in term.needs_backward()]
         kept_D = [kept for term in terms for kept in term.kept_D or [None] * len(term.data_D)]
-        with out_of_memory.explained(data_D, self.config):
+        with self._turn(terms), out_of_memory.explained(data_D, self.config):
             for batch, p_NK, others_NK, differentiate in self._forward(data_D, needed_D, backward, keep, kept_D):
                 with torch.set_grad_enabled(differentiate):
                     losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
@@ -183,6 +196,12 @@ class Trainer:
             rows = [[(self.kept.number, term.first + d) for d in range(len(term.term.data_D))] for term in running]
             return [replace(output, kept_D=kept_D) for output, kept_D in zip(outputs, rows, strict=True)]
         return outputs
+
+    def _turn(self, terms: Sequence[LossTerm]) -> AbstractContextManager[object]:
+        """Of this adapter among those on its base. A loss of the user's may wait for another
+        client: its passes wait for nobody."""
+        named = all(isinstance(term.loss_fn, str) for term in terms)
+        return self._base_owner.turn if self._base_owner and named else nullcontext()
 
     def _forward(
         self,
@@ -222,6 +241,7 @@ class Trainer:
         logprobs, to keep one micro-batch's activations at a time. The gradients are the same.
         """
         check_data(data_D, (), self.vocabulary, self.max_length)
+        _check_one_width(data_D)
         batches = self._micro_batches(data_D, range(len(data_D)))
         with out_of_memory.explained(data_D, self.config):
             with torch.set_grad_enabled(len(batches) == 1):
@@ -430,6 +450,11 @@ class Trainer:
         dtype = str(self.compute_dtype).removeprefix("torch.")
         rank = self.lora.rank if self.lora else 0
         return GetInfoResponse(self.model_name, rank, parameters, trainable, self.max_length, str(self.device), dtype)
+
+
+def _check_one_width(data_D: Sequence[Datum]) -> None:
+    if len(by_width(data_D)) > 1:
+        raise DataError("data with different numbers of targets per token: run them in passes of their own")
 
 
 def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:

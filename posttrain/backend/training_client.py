@@ -45,7 +45,7 @@ class TrainingClient(Ready):
         self._thread = InOrder("training")
         self._engine: EngineThread | None = None
         self._policy = engines.new_policy()
-        self._before_end = weakref.finalize(self, self._policy.before_change, trainer)
+        self._before_end = weakref.finalize(self, self._policy.before_end, trainer)
         self._before_end.atexit = False
         self._weights_version = 0  # counts changes of the trainer's weights
         # sampler folders written, and their weights version

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from posttrain.backend import tensor_data as tensor_data
 from posttrain.backend.ranges import (
     COUNT,
     DECAY,
@@ -29,7 +30,7 @@ from posttrain.backend.tensor_data import TensorDtype as TensorDtype
 StopReason = Literal["stop", "length"]
 SAMPLING_SEED = Range(0, 2**63, whole=True)
 TOP_K = Range(-1, LARGEST_COUNT, whole=True)
-LossFnType = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "reinforce"]
+LossFnType = Literal["cross_entropy", "importance_sampling", "ppo", "gspo", "cispo", "dro", "reinforce"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,9 @@ class SampledSequence:
     tokens: list[int]
     logprobs: list[float]
     stop_reason: StopReason
+    topk_logprobs: list[list[tuple[int, float]]] | None = None
+    """Of each token, the (token, logprob) that were most likely there, best first; fewer where top_k
+    or top_p left fewer."""
 
     @property
     def tokens_np(self) -> np.ndarray:
@@ -247,3 +251,11 @@ class GetServerCapabilitiesResponse:
     supported_models: list[SupportedModel]
     device: str
     vllm: bool
+
+
+# --- further names of the Tinker SDK, for annotations --------------------------------------------
+
+OptimParams = AdamParams
+SaveWeightsForSamplerResponse = SaveWeightsResponse
+LossFnInputs = LossFnOutput = dict[str, TensorData]
+ModelID = str

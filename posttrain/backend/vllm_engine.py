@@ -7,6 +7,7 @@ import contextlib
 import gc
 import hashlib
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -16,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -148,7 +150,7 @@ class VllmEngine:
             stop=[s for s in stop_list if isinstance(s, str)],
             stop_token_ids=[s for s in stop_list if isinstance(s, int)],
             ignore_eos=stop is not None and not stop_list,
-            logprobs=0,
+            logprobs=request.topk_sample,
             flat_logprobs=True,  # lists of numbers instead of an object per token
             prompt_logprobs=request.topk_prompt,
             skip_special_tokens=False,
@@ -166,7 +168,8 @@ class VllmEngine:
         for output in outputs:
             if (on_tokens := self._unfinished[output.request_id].on_tokens) and output.outputs[0].token_ids:
                 on_tokens(list(output.outputs[0].token_ids))
-        return [(self._unfinished.pop(output.request_id), _sampled(output)) for output in outputs if output.finished]
+        finished = [(self._unfinished.pop(output.request_id), output) for output in outputs if output.finished]
+        return [(request, _with_topk(_sampled(output), output, request.topk_sample)) for request, output in finished]
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
         dropped = set(requests)
@@ -352,3 +355,14 @@ def _positions(flat: Any) -> Iterator[dict[int, float]]:
     """Logprobs of the tokens at each position, without repetition; empty at the first of a prompt."""
     for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
         yield dict(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))
+
+
+def _with_topk(sampled: Sampled, output: Any, k: int) -> Sampled:
+    """With the k most likely tokens at each sampled one."""
+    if not k or sampled.failure:
+        return sampled
+    rows = [
+        sorted(((token, p) for token, p in entries.items() if p > -math.inf), key=lambda entry: -entry[1])[:k]
+        for entries in _positions(output.outputs[0].logprobs)
+    ]
+    return replace(sampled, sequence=replace(sampled.sequence, topk_logprobs=rows))

@@ -150,7 +150,7 @@ class Policy:
             before.drop_if_unwanted()
 
     def before_change(self, source: WeightSource) -> None:
-        """The trainer's tensors are about to change, or to go. Copies the newest version if a
+        """The trainer's tensors are about to change. Copies the newest version if a
         client holds it, or if another version may take its place in the engine. Without room for
         the copy training goes on, and who asks for the weights later is told why they are gone."""
         if (version := self.newest) is None:
@@ -164,3 +164,13 @@ class Policy:
         except SnapshotMemoryError as error:
             version.lose(error)
             print(f"WARNING a sampling client loses its weights: {error}", flush=True)
+
+    def before_end(self, source: WeightSource) -> None:
+        """The trainer is no longer needed: as `before_change`. May be called by the garbage
+        collector, so it waits for nobody: a version that is being read stays the trainer's."""
+        version = self.newest
+        if version is not None and version._lock.acquire(blocking=False):
+            try:
+                self.before_change(source)
+            finally:
+                version._lock.release()
