@@ -449,6 +449,18 @@ def test_a_body_without_a_length_is_counted(monkeypatch: pytest.MonkeyPatch) -> 
     assert asyncio.run(body()) == 413
 
 
+def test_a_long_poll_of_a_stopping_server_is_answered() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise asyncio.CancelledError
+
+    async def body() -> int:
+        transport = httpx.ASGITransport(guard.Guard(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return (await client.post("/api/v1/x")).status_code
+
+    assert asyncio.run(body()) == 503
+
+
 # --- the parts -----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 type, of bounded size. An ASGI middleware.
 """
 
+import asyncio
 import hmac
 import ipaddress
 import json
@@ -34,7 +35,7 @@ class Guard:
         if refusal := self._refusal(scope, headers):
             await _answer(send, *refusal)
             return
-        received = 0
+        received, answered = 0, False
 
         async def counted() -> Message:
             nonlocal received
@@ -44,10 +45,18 @@ class Guard:
                 raise TooLargeError
             return message
 
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
         try:
-            await self._app(scope, counted, send)
+            await self._app(scope, counted, noted)
         except TooLargeError:
             await _answer(send, 413, _too_large())
+        except asyncio.CancelledError:  # of long polls, when the server stops
+            if not answered:
+                await _answer(send, 503, "the server is stopping")
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         host = _host_name(headers.get("host", ""))
