@@ -1,9 +1,13 @@
 """Negative log-likelihood of a training batch (from its own forward pass) and of a held-out set, as
 two means over the tokens with loss: `nll` weighs tokens equally, as papers report; `weighted_nll`
 uses the training weights. With reduction="mean" (the default) the latter is the mean over examples
-of each example's mean; with "sum" it equals `nll`.
+of each example's mean; with "sum" it equals `nll`. Bits per byte of a held-out set compare models
+with different tokenizers:
+
+    bits_per_byte = sum of -log p over the tokens with loss / (log 2 * UTF-8 bytes of their text)
 """
 
+import math
 from collections.abc import Sequence
 
 import chz
@@ -11,7 +15,7 @@ import numpy as np
 
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, TensorData
-from posttrain.renderers.types import Renderer
+from posttrain.renderers.types import Renderer, Tokenizer
 from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
 from supervised.names import DATASETS
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
@@ -31,12 +35,22 @@ def nll_means(sums: np.ndarray) -> tuple[float, float]:
     return nll / count, weighted_nll / weight
 
 
+def trained_bytes(data_D: Sequence[Datum], tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the text of the tokens with loss; special tokens, such as a stop, have none."""
+    counted = [
+        datum.loss_fn_inputs["target_tokens"].array[datum.loss_fn_inputs["weights"].array > 0].tolist()
+        for datum in data_D
+    ]
+    return sum(len(text.encode()) for text in tokenizer.batch_decode(counted, skip_special_tokens=True))
+
+
 class NLLEvaluator:
-    """`test/nll` and `test/weighted_nll` in nats per token: one forward pass, no gradient."""
+    """`test/nll` and `test/weighted_nll` in nats per token, and `test/bits_per_byte` where the tokens
+    are text: one forward pass, no gradient."""
 
     def __init__(self, dataset: SupervisedDataset, name: str = "test"):
         self._batches = [dataset.get_batch(i) for i in range(len(dataset))]
-        self._name = name
+        self._name, self._bytes = name, -1
 
     async def __call__(self, client: TrainingClient) -> dict[str, float]:
         submitted = [(batch, client.forward(batch, "cross_entropy")) for batch in self._batches]
@@ -44,7 +58,13 @@ class NLLEvaluator:
             nll_sums(batch, [out["logprobs"] for out in (await future).loss_fn_outputs]) for batch, future in submitted
         ]
         nll, weighted_nll = nll_means(np.sum(sums, axis=0))
-        return {f"{self._name}/nll": nll, f"{self._name}/weighted_nll": weighted_nll}
+        metrics = {f"{self._name}/nll": nll, f"{self._name}/weighted_nll": weighted_nll}
+        if self._bytes < 0:
+            tokenizer = client.get_tokenizer()
+            self._bytes = sum(trained_bytes(batch, tokenizer) for batch in self._batches)
+        if self._bytes:
+            metrics[f"{self._name}/bits_per_byte"] = float(np.sum(sums, axis=0)[0]) / (math.log(2) * self._bytes)
+        return metrics
 
 
 @chz.chz

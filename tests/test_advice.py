@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import math
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import Qwen3Config
 
@@ -14,11 +17,15 @@ from envs.math_word import BOXED_SUFFIX, Gsm8kBuilder, MathBuilder
 from posttrain.advise import Config, main, recommended_renderer, usual_learning_rate, warn_of_learning_rate
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import TensorData
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import parse
+from posttrain.tracking.datasets import ListDataset
 from rl.names import ENVS
 from rl.train_cli import CLIConfig
+from supervised.data import datum_from_tokens_weights
 from supervised.names import DATASETS
+from supervised.nll import NLLEvaluator, trained_bytes
 from supervised.train_cli import CLIConfig as SupervisedConfig
 
 RENDERER = get_renderer("role_colon", load_tokenizer("tiny"))
@@ -168,3 +175,28 @@ def test_every_batch_has_groups_of_each_set(gsm8k):
     assert sum("gsm8k" in group.logging_tags() for i in range(len(test)) for group in test.get_batch(i)) == 2
     with pytest.raises(ConfigError, match="one weight for each"):
         asyncio.run(InterleavedBuilder(builders=env.builders, weights=[1.0])(RENDERER))
+
+
+# --- bits per byte --------------------------------------------------------------------------------
+
+
+def test_bits_per_byte_by_hand():
+    """Two texts of 3 and 5 UTF-8 bytes and their stops, at half a bit and two bits a token."""
+    tokenizer, data, logprobs = load_tokenizer("tiny"), [], []
+    for text, bits in (("abc", 0.5), ("d\u00e9fg", 2.0)):
+        tokens = [5, *tokenizer.encode(text), tokenizer.eos_token_id]
+        data.append(datum_from_tokens_weights(tokens, [0.0] + [1.0] * (len(tokens) - 1)))
+        logprobs.append(TensorData(np.full(len(tokens) - 1, -bits * math.log(2), dtype=np.float32)))
+
+    class Client:
+        async def forward(self, batch, loss):
+            return SimpleNamespace(loss_fn_outputs=[{"logprobs": each} for each in logprobs])
+
+        def get_tokenizer(self):
+            return tokenizer
+
+    metrics = asyncio.run(NLLEvaluator(ListDataset(data, 2, shuffle=False))(Client()))  # type: ignore[arg-type]
+    counts = [logprob.array.size for logprob in logprobs]
+    assert trained_bytes(data, tokenizer) == 8
+    assert metrics["test/bits_per_byte"] == pytest.approx((0.5 * counts[0] + 2.0 * counts[1]) / 8)
+    assert metrics["test/nll"] == pytest.approx(math.log(2) * 8 * metrics["test/bits_per_byte"] / sum(counts))

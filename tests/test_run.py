@@ -11,6 +11,7 @@ import pytest
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import learning_rate_at
+from posttrain.tracking import checkpointing
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run import Metrics, Run
 from posttrain.tracking.run_config import RunConfig, TrainingConfig
@@ -94,3 +95,23 @@ def test_the_order_of_what_is_around_a_step(ends_at: int | None, last: int, tmp_
     assert [record["step"] for record in records] == [*range(last), last]
     assert [record["step"] for record in records if "test/nll" in record] == [*range(0, last, 2), last]
     assert all("time/total" in record for record in records[:-1])
+
+
+def test_a_run_saves_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 20 minutes: with save_minutes=30 a checkpoint after every second."""
+    events: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: now[0])
+    config = RunConfig(log_path=str(tmp_path / "run"), save_every=0, save_minutes=30.0, keep_checkpoints=None)
+    folder = open_run_folder(config.log_path, "raise", config)
+    run = Run(config=config, folder=folder, client=Client(events), name="test", num_steps=5)  # type: ignore[arg-type]
+
+    async def step(number: int, metrics: Metrics) -> None:
+        now[0] += 20 * 60
+
+    assert run.start(None)
+    asyncio.run(run.steps(step))
+    assert [event.split()[1] for event in events] == ["000002", "000004", "final"]
+    run.must_stop = lambda request: False  # as of several processes, whose clocks differ
+    with pytest.raises(ConfigError, match="save_minutes"):
+        run.start(None)

@@ -1,5 +1,6 @@
 """Resuming a run, its checkpoints, and stopping without the loss of a step."""
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -34,8 +35,16 @@ class Checkpointed(Protocol):
 class Checkpointer:
     """Saves `training_client` into the run folder. Checkpoint i holds the state before step i."""
 
-    def __init__(self, run: RunFolder, training_client: Checkpointed, save_every: int, keep: int | None):
+    def __init__(
+        self,
+        run: RunFolder,
+        training_client: Checkpointed,
+        save_every: int,
+        keep: int | None,
+        save_minutes: float | None = None,
+    ):
         self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
+        self._save_minutes, self._saved_at = save_minutes, time.monotonic()
         self._saved_step = -1
         self.finished = False  # whether the resumed run had ended
         self.nothing_left = False  # and has no steps left
@@ -80,14 +89,15 @@ class Checkpointer:
 
     def after_step(self, next_step: int, extra: Callable[[], dict[str, Any]]) -> None:
         """`extra` is called only if a checkpoint is written."""
-        if self._save_every and next_step % self._save_every == 0:
+        late = self._save_minutes is not None and time.monotonic() - self._saved_at >= 60 * self._save_minutes
+        if late or (self._save_every and next_step % self._save_every == 0):
             self.save(f"{next_step:06d}", next_step, extra())
 
     def save(self, name: str, next_step: int, extra: dict[str, Any] | None = None) -> None:
         path = self._run.checkpoints / name
         self._client.save_state(str(path.resolve()), extra={"next_step": next_step, **(extra or {})}).result()
         self._run.record_checkpoint(name, next_step, path)
-        self._saved_step = next_step
+        self._saved_step, self._saved_at = next_step, time.monotonic()
         if self._keep:
             self._run.prune_checkpoints(self._keep)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.backend.alarms import Alarms
+from posttrain.backend.errors import ConfigError
 from posttrain.tracking.checkpointing import Checkpointed, Checkpointer, StopRequest
 from posttrain.tracking.metrics_log import Metrics, MetricsLog, print_last_metrics, read_last_metrics, timed
 from posttrain.tracking.progress import TrainingProgress
@@ -53,7 +54,11 @@ class Run:
     def start(self, load_checkpoint_path: str | None) -> bool:
         """Loads the initial state. False if the run has ended: `last_metrics` are its result."""
         config = self.config
-        self._checkpointer = Checkpointer(self.folder, self.client, config.save_every, config.keep_checkpoints)
+        if config.save_minutes is not None and self.must_stop is not bool:
+            raise ConfigError("save_minutes: processes that train together save by steps; use save_every")
+        self._checkpointer = Checkpointer(
+            self.folder, self.client, config.save_every, config.keep_checkpoints, config.save_minutes
+        )
         self.first_step = self._checkpointer.start(load_checkpoint_path, self.num_steps, self.ends_early is not None)
         self.resumed_extra = self._checkpointer.resumed_extra
         return not self._checkpointer.nothing_left

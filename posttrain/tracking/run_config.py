@@ -32,6 +32,9 @@ class RunConfig:
     save_every: int = chz.field(
         default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
     )
+    save_minutes: float | None = chz.field(
+        default=None, validator=POSITIVE, doc="also a checkpoint once this long has passed since the last; None = no"
+    )
     keep_checkpoints: int | None = chz.field(
         default=3, validator=COUNT, doc="delete older checkpoints than the last this many and `final`; None = keep all"
     )

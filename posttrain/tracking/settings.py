@@ -21,7 +21,15 @@ Changes = dict[str, tuple[Any, Any]]  # option -> (before, now)
 FREE = {
     *("profile_steps", "log_path", "behavior_if_log_dir_exists", "wandb_project", "wandb_name"),
     *("evaluators", "infrequent_evaluators", "infrequent_eval_every"),
-    *("eval_every", "save_every", "keep_checkpoints", "transcript_every", "num_groups_to_log", "concurrent_rollouts"),
+    *(
+        "eval_every",
+        "save_every",
+        "save_minutes",
+        "keep_checkpoints",
+        "transcript_every",
+        "num_groups_to_log",
+        "concurrent_rollouts",
+    ),
 }
 FREE_OF_BACKEND = (
     *("micro_batch_tokens", "gradient_checkpointing", "max_num_seqs"),
