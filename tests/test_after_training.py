@@ -197,6 +197,7 @@ def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:
     assert checkpoint_names(tmp_path / "a") == ["000001", "000002"]
 
 
+@pytest.mark.slow
 def test_a_run_in_use_is_left_alone(tmp_path: Path) -> None:
     run(tmp_path / "a", {"000000": 0, "000001": 1, "000002": 2})
     code = (

@@ -95,6 +95,7 @@ def test_an_rl_run_is_the_same_with_evaluators(tmp_path: Path) -> None:
     assert steps_with(path, "eval/env/all/pass@2") == [0, 3]
 
 
+@pytest.mark.slow
 def test_a_preference_run_evaluates_too(tmp_path: Path) -> None:
     pairs = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "x"} for i in range(8)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
