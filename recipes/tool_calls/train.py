@@ -93,11 +93,9 @@ def picture(config: Config) -> Path:
     runs = {label: [read_metrics(Path(config.log_path, label, "rl"))] for label in LABELS}
     called = {"with_calculator": runs["with_calculator"]}
     panels = [
-        Panel("held-out sums right", curves_by_label(runs, "test/env/all/correct")),
-        Panel("calls per sum", curves_by_label(called, "test/env/all/calls")),
-        Panel(
-            "well-formed calls of a turn", curves_by_label(called, "test/env/all/well_formed"), levels={"goal": 0.95}
-        ),
+        Panel("held-out sums right, greedy", curves_by_label(runs, "test/env/all/correct")),
+        Panel("rollouts right, at temperature 1", curves_by_label(runs, "env/all/correct")),
+        Panel("well-formed calls of rollouts", curves_by_label(called, "env/all/well_formed"), limits=(0.5, 1.02)),
     ]
     return save_figure(draw_panels(panels), Path(config.log_path) / "tool_calls.png")
 
