@@ -31,8 +31,10 @@ from posttrain.backend.vllm_engine import vllm_is_installed
 # contexts and the allocator's fragments, and vLLM's graphs.
 PROCESS_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}
 VLLM_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}
-# vLLM packs matrices for a CPU's kernels: copies, measured for the 0.5B shape with 2 and 8 layers.
-PACKED_LAYERS, PACKED_HEADS = 0.65, 2
+# vLLM packs matrices for a CPU's kernels. Measured for the 0.5B shape with 2, 8 and 24 layers: copies
+# of the layers; of the vocabulary's matrices two, and 2.8 more while the engine starts, on top of
+# what a pass has freed but glibc keeps.
+PACKED_LAYERS, PACKED_HEADS = 0.65, 4.8
 PROBE_TOKENS = (32, 64)  # of the fake passes
 SAMPLER_BYTES = 28  # per sequence and token of the vocabulary: logits, logprobs, their running sums
 FEWEST_TOKENS = 512  # of a micro-batch that is still suggested
