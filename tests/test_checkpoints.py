@@ -339,8 +339,17 @@ def test_an_adapter_made_by_peft_is_a_start(torch_service: ServiceClient, tmp_pa
 
 def test_an_adapter_given_as_a_model_is_named(torch_service: ServiceClient) -> None:
     path = adapter(torch_service)
-    with pytest.raises(ModelError, match="is a LoRA adapter: open its base model 'micro'"):
+    says = (
+        f"is a LoRA adapter .* model_name=micro lora_rank=4 lora_alpha=.* load_checkpoint_path={path}; .*posttrain-chat"
+    )
+    with pytest.raises(ModelError, match=says):
         torch_service.create_training_client(path)
+    prompt = ModelInput.from_ints([70, 80, 90])
+    by_path, by_name = (
+        torch_service.create_sampling_client(**{option: path}).compute_logprobs(prompt).result()  # type: ignore[arg-type]
+        for option in ("model_path", "base_model")
+    )
+    assert by_path == by_name
     with pytest.raises(CheckpointError, match="holds a LoRA adapter"):
         torch_service.create_training_client("micro").load_state(path).result()
     full = torch_service.create_training_client("micro").save_state("full").result().path

@@ -18,6 +18,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
+from posttrain.serve.guard import Guard
 from posttrain.serve.local_server import LocalServer
 from posttrain.serve.openai_api import OnTokens, ServedModel, openai_routes
 
@@ -286,3 +287,15 @@ def test_many_at_once_and_a_client_that_hangs_up(server: str, models: Table) -> 
         tokens = policy.sample(prompt, 1, SamplingParams(max_tokens=8, seed=i)).result().sequences[0].tokens
         assert texts[i].startswith(decode(policy.get_tokenizer(), tokens).split("<|")[0])
     assert policy._engine.num_in_flight == 0
+
+
+def test_a_server_with_a_key_answers_in_openais_shape(models: Table) -> None:
+    app = Guard(Starlette(routes=openai_routes(models)), api_key="tml-secret")
+    with LocalServer(app) as running:
+        right, wrong = (
+            openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0) for key in ("tml-secret", "tml-x")
+        )
+        assert right.models.list().data[0].id == "tiny"
+        with pytest.raises(openai.AuthenticationError, match="wrong or missing API key") as caught:
+            wrong.models.list()
+        assert caught.value.type == "invalid_request_error"

@@ -87,10 +87,7 @@ def model_config(model_name: str) -> PretrainedConfig:
     if path.is_dir() and not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
         raise ModelError(f"{path} has no config.json: it is not a Hugging Face model folder")
     if is_adapter(path):
-        base = read_json(path / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
-        raise ModelError(
-            f"{path} is a LoRA adapter: open its base model {base!r}, and load the adapter with load_checkpoint_path"
-        )
+        raise ModelError(_is_an_adapter(path))
     if path.is_dir():
         source: str | Path = path
     elif model_name.startswith(("/", ".", "~")) or model_name.count("/") > 1:
@@ -106,6 +103,17 @@ def model_config(model_name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source)
     except LOAD_ERRORS as error:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}{'' if path.is_dir() else hint}") from error
+
+
+def _is_an_adapter(path: Path) -> str:
+    """What to do with an adapter's folder where a whole model is wanted."""
+    config = read_json(path / ADAPTER_CONFIG_FILE)
+    base, rank, alpha = (config.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha"))
+    return (
+        f"{path} is a LoRA adapter and no whole model: to train it on, set model_name={base} lora_rank={rank} "
+        f"lora_alpha={alpha} load_checkpoint_path={path}; to sample from it, give it as model_path, or to "
+        "posttrain-chat, posttrain-eval or posttrain-export"
+    )
 
 
 # What transformers, safetensors and the hub raise for a model that is damaged, absent or unknown.

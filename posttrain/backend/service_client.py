@@ -155,6 +155,8 @@ class ServiceClient:
         ignore(retry_config=retry_config, record_stability_info=record_stability_info)
         if (model_path is None) == (base_model is None):
             raise ConfigError("create_sampling_client needs either model_path or base_model")
+        if model_path is None and base_model not in PRESETS and is_adapter(Path(str(base_model)).expanduser()):
+            model_path = base_model
         if model_path:
             return self._engines.open_saved(model_path, seed)
         return self._engines.open_named(str(base_model), seed)

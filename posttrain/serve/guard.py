@@ -33,7 +33,7 @@ class Guard:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if refusal := self._refusal(scope, headers):
-            await _answer(send, *refusal)
+            await _answer(send, *refusal, scope["path"])
             return
         received, answered = 0, False
 
@@ -53,10 +53,10 @@ class Guard:
         try:
             await self._app(scope, counted, noted)
         except TooLargeError:
-            await _answer(send, 413, _too_large())
+            await _answer(send, 413, _too_large(), scope["path"])
         except asyncio.CancelledError:  # of long polls, when the server stops
             if not answered:
-                await _answer(send, 503, "the server is stopping")
+                await _answer(send, 503, "the server is stopping", scope["path"])
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         host = _host_name(headers.get("host", ""))
@@ -66,7 +66,10 @@ class Guard:
         if self._api_key and not path.startswith(OPEN_PATHS):
             given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self._api_key.encode()):
-                return 401, "wrong or missing API key: set TINKER_API_KEY to the key the server was started with"
+                return (
+                    401,
+                    "wrong or missing API key: give the key the server was started with (TINKER_API_KEY, OPENAI_API_KEY)",
+                )
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > MOST_BODY_BYTES:
             return 413, _too_large()
@@ -95,8 +98,11 @@ def _is_address(host: str) -> bool:
     return True
 
 
-async def _answer(send: Send, status: int, detail: str) -> None:
-    body = json.dumps({"detail": detail}).encode()
+async def _answer(send: Send, status: int, detail: str, path: str) -> None:
+    content: dict[str, Any] = {"detail": detail}
+    if path.startswith("/v1/"):  # OpenAI's shape
+        content = {"error": {"message": detail, "type": "invalid_request_error", "param": None, "code": None}}
+    body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 413:
         headers.append((b"connection", b"close"))  # the body is not read

@@ -1,6 +1,7 @@
 """The server's models for its OpenAI endpoint: public names and tinker:// paths."""
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 from starlette.requests import Request
 
@@ -16,7 +17,8 @@ class PublicModels:
     each model's chat template."""
 
     def __init__(self, state: State, renderer: str | None = None):
-        self._state, self._renderer = state, renderer
+        self._state = state
+        self._renderer = lru_cache(maxsize=32)(partial(get_renderer, renderer))  # of a tokenizer
 
     def names(self) -> Sequence[str]:
         return [*self._state.bases]
@@ -29,4 +31,4 @@ class PublicModels:
             client = await self._state.sampling_client(name)
         except (UnknownPathError, ConfigError):
             return None
-        return ServedModel(client, get_renderer(self._renderer, client.get_tokenizer()))
+        return ServedModel(client, self._renderer(client.get_tokenizer()))
