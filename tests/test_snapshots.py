@@ -6,6 +6,9 @@ follow and whoever else samples in its engine.
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams
 from posttrain.backend.weight_versions import GIB
-from tests.conftest import policy_data, random_tokens
+from tests.conftest import ROOT, policy_data, random_tokens
 
 PROMPT = random_tokens(np.random.default_rng(0), 200)  # vLLM caches prefixes of 128 tokens
 PARAMS = SamplingParams(max_tokens=12, seed=3, stop=[])
@@ -274,3 +277,37 @@ def test_a_base_model_ends_with_its_last_adapter_and_a_rewritten_folder_is_read_
     second = torch_service.create_lora_training_client(str(folder), rank=4)
     assert trained(second, PROMPT) == pytest.approx(trained(full, PROMPT), abs=1e-4)
     assert np.abs(trained(first, PROMPT) - trained(second, PROMPT)).max() > 1e-3
+
+
+MEASURE = """
+import sys
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import AdamParams
+from tests.conftest import policy_data
+
+with ServiceClient(BackendConfig(engine="torch")) as service:
+    clients = [service.create_lora_training_client("gpt2-small", rank=8, seed=0) for _ in range(int(sys.argv[1]))]
+    passes = [client.forward_backward(policy_data(2), "importance_sampling") for client in clients]
+    steps = [client.optim_step(AdamParams(1e-4)) for client in clients]
+    for future in passes + steps:
+        future.result()
+    trained = sum(p.nbytes for p in clients[0]._trainer.named_trainable.values())
+    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(peak * 1024, trained)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cpu_only
+def test_two_adapters_need_hardly_more_memory_than_one() -> None:
+    """The second brings weights, gradients and two moments. In one arena of the allocator, as each
+    thread's arena keeps what it has freed.
+    """
+    peaks, trained = [], 0
+    for count in (1, 2):
+        command = [sys.executable, "-c", MEASURE, str(count)]
+        output = subprocess.check_output(command, text=True, cwd=ROOT, env=os.environ | {"MALLOC_ARENA_MAX": "1"})
+        peak, trained = map(int, output.split()[-2:])
+        peaks.append(peak)
+    assert peaks[1] <= 1.1 * peaks[0] + 4 * trained
