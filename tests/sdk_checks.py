@@ -131,6 +131,14 @@ def losses() -> None:
     for (name, config), value in expected.items():
         got = client.forward([datum(**inputs)], name, dict(config) if config else None).result().metrics["loss:sum"]
         np.testing.assert_allclose(got, value, rtol=1e-4, err_msg=name)
+    low, high = np.linspace(0.7, 0.9, 7), np.linspace(1.1, 1.3, 7)
+    thresholds = {"clip_low_threshold": low.astype(np.float32), "clip_high_threshold": high.astype(np.float32)}
+    got = client.forward([datum(**inputs, **thresholds)], "ppo").result().metrics["loss:sum"]
+    np.testing.assert_allclose(got, -np.minimum(r * a, r.clip(low, high) * a).sum(), rtol=1e-4)
+    mask = np.array([0, 1, 1, 0, 1, 1, 0], np.float32)
+    s = np.exp((p - q)[mask > 0].mean())
+    got = client.forward([datum(**inputs, sequence_ratio_mask=mask)], "gspo").result().metrics["loss:sum"]
+    np.testing.assert_allclose(got, -np.minimum(s * a, s.clip(0.8, 1.2) * a).sum(), rtol=1e-4)
     assert "importance_sampling" in error_of(lambda: client.forward([datum(**inputs)], "stable_reinforce").result())
 
 
@@ -237,6 +245,16 @@ def sampling() -> None:
     )
     assert "context" in error_of(lambda: sampler.sample(prompt([5] * 5000), 1, params).result())
     assert "vocabulary" in error_of(lambda: sampler.sample(prompt([5000]), 1, params).result())
+
+
+def topk_samples() -> None:
+    sampler = service().create_sampling_client(base_model=BASE)
+    params = types.SamplingParams(max_tokens=4, seed=3, stop=[])
+    sequence = sampler.sample(prompt(), 1, params, topk_sample_logprobs=3).result().sequences[0]
+    rows = sequence.topk_logprobs
+    assert len(rows) == 4 and all(len(row) == 3 and row[0][1] >= row[2][1] for row in rows), rows
+    for token, logprob, row in zip(sequence.tokens, sequence.logprobs, rows, strict=True):
+        assert token not in dict(row) or abs(dict(row)[token] - logprob) < 1e-5
 
 
 def last_n() -> None:

@@ -19,7 +19,17 @@ pytestmark = pytest.mark.slow
 ENVIRONMENTS = Path(os.environ.get("TINKER_SDK_VENVS", "~/.cache/posttrain/tinker-sdk")).expanduser()
 CHECKS = [
     *("capabilities", "supervised", "pipelined", "many_data", "losses", "reinforced", "custom_loss", "checkpoints"),
-    *("samplers", "sampling", "last_n", "two_hundred_at_once", "rest", "bad_data", "concurrent"),
+    *(
+        "samplers",
+        "sampling",
+        "topk_samples",
+        "several_targets",
+        "last_n",
+        "two_hundred_at_once",
+        "rest",
+        "bad_data",
+        "concurrent",
+    ),
 ]
 OLDER = ["capabilities", "supervised", "pipelined", "losses", "custom_loss", "checkpoints", "samplers", "sampling"]
 

@@ -40,8 +40,6 @@ REPEATED: Any = 3
 OPTIONAL: Any = 1
 DTYPES = {1: np.dtype("<f4"), 2: np.dtype("<i8"), 3: np.dtype("<i4"), 4: np.dtype("<u2")}
 FLOAT32, INT64, BFLOAT16 = 1, 2, 4
-# of the protocol, and not of the losses here: refused, since ignoring them would train on another loss
-NOT_OFFERED = ("clip_low_threshold", "clip_high_threshold")
 METRIC_SUFFIXES = ("sum", "mean", "min", "max", "slack", "hash2", "unique")
 NO_TOKEN, NO_LOGPROB = 0, -99999.0
 
@@ -119,8 +117,6 @@ def _read_datum(d: int, message: Any) -> Datum:
         if chunk.image or chunk.dmel:
             raise DataError(f"datum {d} has an image or audio chunk: this server trains on text only")
         tokens += _array(chunk.encoded_text.tokens, np.dtype("<i4"), f"datum {d}: the tokens").tolist()
-    if refused := [key for key in NOT_OFFERED if key in message.loss_fn_inputs]:
-        raise DataError(f"datum {d}: {refused[0]} for each token is not offered here: give it in loss_fn_config")
     inputs = {key: _read_tensor(tensor, f"datum {d}: {key}") for key, tensor in message.loss_fn_inputs.items()}
     return Datum(ModelInput.from_ints(tokens), inputs)
 
@@ -204,8 +200,8 @@ def write_sample_response(
             tokens=np.asarray(sequence.tokens, "<i4").tobytes(),
             logprobs=np.asarray(sequence.logprobs, "<f4").tobytes(),
         )
-        if (topk := getattr(sequence, "topk_logprobs", None)) is not None:
-            _write_topk(added.topk_sampled_logprobs, topk, topk_sample)
+        if sequence.topk_logprobs is not None and topk_sample:
+            _write_topk(added.topk_sampled_logprobs, sequence.topk_logprobs, topk_sample)
     if response.prompt_logprobs is not None:
         logprobs_T = np.array(response.prompt_logprobs, "<f4")
         if last_n is not None:
