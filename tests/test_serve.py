@@ -416,7 +416,7 @@ def test_checkpoint_names_that_are_refused(name: Any, tmp_path: Path) -> None:
 )
 def test_the_guard(headers: dict[str, str], status: int) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await guard._answer(send, 200, "in")
+        await guard._answer(send, 200, "in", scope["path"])
 
     async def body() -> int:
         transport = httpx.ASGITransport(guard.Guard(app, "127.0.0.1", "tml-secret"))
