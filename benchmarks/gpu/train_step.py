@@ -1,19 +1,14 @@
-"""Block `train_step`: tokens/s and peak memory of a step of 16 x 1,024 tokens of the 0.5B shape,
-its time by class of kernel, and variants.
-
-"ours" is the Trainer with other settings; "mock" changes it from outside, to see what a change
-would bring: compiled decoder layers; bf16 weights with fp32 masters in the optimizer.
+"""Block `train_step`: tokens/s and peak memory of a step of 16 x 1,024 tokens of the 0.5B shape, and
+its time by class of kernel, for fp32 and bf16 weights, compiled layers and 8-bit moments.
 """
 
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-import chz
 import numpy as np
 import torch
 import torch._dynamo
-from torch import nn
 
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.timing import attempt, peak_gib, seconds
@@ -102,34 +97,17 @@ def profiled(step: Step) -> dict[str, Any]:
     return {**by_class(kernels, heads), "head's ranges found": len(heads), "longest, ms": top}
 
 
-def compile_layers(trainer: Trainer) -> None:
-    for layer in trainer.base.get_decoder().layers:  # type: ignore[union-attr]
-        layer.compile(dynamic=False)
-
-
-def in_bf16(trainer: Trainer, data: list[Datum]) -> Step:
-    """Weights and gradients bf16, masters and moments fp32. The trainer's own optimizer is of no
-    more use.
-    """
-    trainer.optimizer.state.clear()
-    parameters = list(trainer.named_trainable.values())
-    masters = [nn.Parameter(p.detach().clone()) for p in parameters]
-    for p in parameters:
-        p.data = p.data.bfloat16()
-    optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=True)
-
-    def step() -> None:
-        trainer.run(data, "cross_entropy")
-        for master, p in zip(masters, parameters, strict=True):
-            assert p.grad is not None
-            master.grad, p.grad = p.grad.float(), None
-        nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            torch.ops.aten._foreach_copy_([p.data for p in parameters], [m.data for m in masters])
-
-    return step
+VARIANTS = {
+    "fp32 weights": BackendConfig(param_dtype="float32"),
+    "bf16 weights, fp32 masters": BackendConfig(dtype="bfloat16", param_dtype="bfloat16"),
+    "the same, compiled": BackendConfig(dtype="bfloat16", param_dtype="bfloat16", compile=True),
+    "the same, compiled, micro-batches of 8192": BackendConfig(
+        dtype="bfloat16", param_dtype="bfloat16", compile=True, micro_batch_tokens=8192
+    ),
+    "bf16 weights, fp32 masters, 8-bit moments": BackendConfig(
+        dtype="bfloat16", param_dtype="bfloat16", moments="8bit"
+    ),
+}
 
 
 def main() -> None:
@@ -137,39 +115,19 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64
     name, rows, length = ("qwen2.5-0.5b-shape", 16, 1024) if cuda else ("tiny", 4, 64)
     opened: list[Trainer] = []
-    attempt(record, "open, s", lambda: seconds(lambda: opened.append(Trainer(name, BackendConfig()))))
-    trainer, tokens = opened[0], rows * length
-    data = random_data(rows, length, trainer.vocabulary)
 
     def ours() -> None:
-        train_step(trainer, data)
+        train_step(opened[0], data)
 
-    def measure(title: str, step: Step, chunk: int = 2**26, micro_batch: int = 16384) -> None:
-        trainer.config = chz.replace(trainer.config, micro_batch_tokens=micro_batch)
-        with patch.object(logprobs, "CHUNK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), chunk)):
-            attempt(record, title, lambda: speed(step, tokens))
-
-    measure("ours", ours, logprobs.CHUNK_ELEMENTS[training_device().type])
-    if cuda:
-        attempt(record, "ours, profile", lambda: profiled(ours))
-    measure("ours, micro-batches of 8192", ours, micro_batch=8192)
-    measure("ours, head chunk 2^28", ours, 2**28)
-    measure("ours, head chunk 2^29", ours, 2**29)
-    step = in_bf16(trainer, data)
-    measure("mock: bf16 weights", step)
-    measure("mock: bf16 weights, head chunk 2^29", step, 2**29)
-    compile_layers(trainer)
-    measure("mock: bf16 weights, compiled layers, head chunk 2^29", step, 2**29)
-    measure("mock: the same, micro-batches of 8192", step, 2**29, 8192)
-    if cuda:
-        attempt(record, "mock: profile of bf16, compiled, chunk 2^26", lambda step=step: profiled(step))
-    opened.clear()
-    step = ours
-    del trainer
-    trainer = Trainer(name, BackendConfig())
-    compile_layers(trainer)
-    measure("mock: compiled layers", ours)
-    measure("mock: compiled layers, head chunk 2^29", ours, 2**29)
+    for title, config in VARIANTS.items():
+        opened.clear()
+        attempt(record, f"{title}: open, s", lambda c=config: seconds(lambda: opened.append(Trainer(name, c))))
+        if not opened:
+            continue
+        data = random_data(rows, length, opened[0].vocabulary)
+        attempt(record, title, lambda: speed(ours, rows * length))
+        if cuda:
+            attempt(record, f"{title}: profile", lambda: profiled(ours))
     record.print()
 
 

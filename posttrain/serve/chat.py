@@ -1,8 +1,8 @@
 """Talk to a model in the terminal: a run, a checkpoint, an adapter, a folder, a preset or a hub name.
 
   python -m posttrain.serve.chat runs/sft system="Be brief."
-  printf 'Hello\\nAnd now?\\n' | python -m posttrain.serve.chat tiny seed=0 > answers.txt
 
+Without a terminal it answers the lines of standard input: `posttrain-chat tiny < questions.txt`.
 A backslash at the end of a line continues it. Left out: tools, and what the model may do with them.
 """
 
