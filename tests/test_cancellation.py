@@ -23,7 +23,7 @@ import torch
 from envs.twenty_questions import TwentyQuestionsBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import EngineThread
-from posttrain.backend.errors import ClosedError, EngineError, NonFiniteError, PassCancelledError
+from posttrain.backend.errors import ClosedError, EngineError, NonFiniteError, OutOfMemoryError, PassCancelledError
 from posttrain.backend.futures import APIFuture, InOrder
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.sampling_client import SamplingClient
@@ -163,6 +163,8 @@ def test_no_step_follows_a_pass_that_failed(
     with Blocked(client):
         failed, second, step = PASSES[name](client, 0), PASSES[name](client, 1), client.optim_step(STEP)
     expected = RuntimeError if isinstance(error, asyncio.CancelledError | StopIteration) else type(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        expected = OutOfMemoryError  # with the data's sizes and the setting to lower
     for future in (failed, step):
         outcome = future.exception(PATIENCE)
         assert outcome is not None and type(outcome) is expected and (outcome is error or outcome.__cause__ is error)

@@ -266,7 +266,11 @@ def test_a_base_model_ends_with_its_last_adapter_and_a_rewritten_folder_is_read_
     del client
     gc.collect()
     assert len(bases) == 1, "the snapshot's copy has only the adapter's tensors"
+    engine = sampler._engine
     del sampler
+    gc.collect()
+    engine._thread.join()  # it ends after its last client, and holds the version until then
+    del engine
     gc.collect()
     assert not len(bases)
     full, folder = torch_service.create_training_client("micro", seed=1), tmp_path / "checkpoints" / "base"

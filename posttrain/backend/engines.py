@@ -70,7 +70,8 @@ class Engines:
                     if self.config.engine == "vllm":
                         raise
                     print(f"sampling with torch, since {error}", flush=True)
-            with drawn_from(0):  # the first sync replaces them
+            # Unlike a trainer's own beginning: a weight that no sync brings shows in the first comparison.
+            with drawn_from(2**31 - 1):
                 model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
             return TorchSampler(model, tokenizer, max_length, self.config, device)
 

@@ -42,9 +42,8 @@ def help_text(
                 f"{parent}={_value_text(parent, values, parameters[parent])}  {parameters[parent].doc}".rstrip(),
             ]
             if choices := names.get(parent):
-                lines.append(
-                    f"  {parent}= takes {', '.join(choices)} or module:Class; {parent}=NAME --help shows its options"
-                )
+                taken = f"{parent}= takes {', '.join(choices)} or module:Class; {parent}=NAME --help shows its options"
+                lines += textwrap.wrap(taken, 160, initial_indent="  ", subsequent_indent="    ")
         lines += [line for row in rows[parent] for line in _row_lines(row, widths)]
     return "\n".join(lines)
 
