@@ -271,7 +271,7 @@ def test_what_is_not_finite_is_never_saved(torch_service: ServiceClient, where: 
 
 def test_an_infinite_step_ends_in_an_error_and_not_in_a_checkpoint(torch_service: ServiceClient) -> None:
     client = torch_service.create_training_client("micro")
-    PASSES["forward_backward"](client, 0)
+    PASSES["forward_backward"](client, 0).result(PATIENCE)
     client._trainer.named_trainable["model.norm.weight"].data.fill_(1e30)
     client.optim_step(AdamParams(learning_rate=1.0, weight_decay=1e9)).result(PATIENCE)
     with pytest.raises(NonFiniteError):
