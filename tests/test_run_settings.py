@@ -28,7 +28,7 @@ from posttrain.backend.types import LoraConfig
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import open_run_folder
 from posttrain.tracking.settings import changes, changes_text, write_settings
-from posttrain.tracking.stages import run_stages
+from posttrain.tracking.stages import Stage, run_stages
 from recipes.algorithms import train as algorithms
 from recipes.latro import train as latro
 from recipes.latro.toy import ToyBuilder
@@ -106,6 +106,28 @@ def test_what_does_not_change_a_step_may_change_on_resume(changed: dict[str, Any
     open_run_folder(tmp_path / "run", "raise", RunConfig())
     assert open_run_folder(tmp_path / "run", "resume", RunConfig(**changed)).resumed
     assert not (tmp_path / "run" / "config_changes.jsonl").exists()
+
+
+def test_options_that_a_newer_version_added_count_as_their_defaults(tmp_path: Path) -> None:
+    """Those of nested objects, too, and whole objects; in the record of a stage as in a run's."""
+    open_run_folder(tmp_path / "run", "raise", RunConfig())
+    stages = [Stage("data", tmp_path / "data", RunConfig(), (tmp_path / "data").touch)]
+    stages.append(Stage("model", tmp_path / "model", {"run": RunConfig()}, (tmp_path / "model").touch, stages[:1]))
+    run_stages(stages)
+    run, record = tmp_path / "run" / "config.json", stages[1].record
+    saved, made_with = json.loads(run.read_text()), json.loads(record.read_text())
+    for config in (saved, made_with["data"], made_with["model"]["run"]):
+        del config["seed"], config["backend"]["moments"], config["env"]
+    run.write_text(json.dumps(saved))
+    record.write_text(json.dumps(made_with))
+    assert open_run_folder(tmp_path / "run", "resume", RunConfig()).resumed and stages[1].is_finished()
+    other = {"backend": BackendConfig(moments="8bit"), "env": Task(batch_size=16)}
+    run.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=r"backend.moments=float32 \(now 8bit\), env.batch_size=8 \(now 16\)"):
+        open_run_folder(tmp_path / "run", "resume", RunConfig(**other))
+    changed = Stage("model", tmp_path / "model", {"run": RunConfig(**other)}, (tmp_path / "model").touch, stages[:1])
+    with pytest.raises(ConfigError, match=r"backend.moments=float32 \(now 8bit\)"):
+        changed.is_finished()
 
 
 def test_a_long_list_of_changes_is_cut() -> None:

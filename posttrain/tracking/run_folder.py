@@ -23,8 +23,8 @@ from posttrain.tracking.settings import (
     changes,
     changes_text,
     config_to_json,
-    defaults_to_json,
     read_settings,
+    with_later_options,
     write_settings,
 )
 
@@ -227,9 +227,7 @@ def _check_settings(run: RunFolder, behavior: BehaviorIfExists, config: Any, now
     if not os.path.lexists(run.config_file):
         return
     saved = read_settings(run.config_file, "restore it, or delete it to resume without a comparison of the settings")
-    # options that a newer version added
-    later = {name: value for name, value in defaults_to_json(config).items() if name not in saved}
-    different = changes(saved | later, now, may_grow=MAY_GROW)
+    different = changes(with_later_options(saved, config), now, may_grow=MAY_GROW)
     for name in FIXED_FOR_A_RUN:
         if name in different:
             before, after = different[name]

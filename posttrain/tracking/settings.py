@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import chz
+from chz.util import MISSING
 
 from posttrain.backend.errors import DataError
 from posttrain.tracking.jsonl import read_json, write_atomically
@@ -44,12 +45,23 @@ def config_to_json(config: Any) -> Any:
     return _to_json(config, top=True)
 
 
-def defaults_to_json(config: Any) -> dict[str, Any]:
-    """The plain default values of the configuration's class."""
-    fields = chz.chz_fields(config).items() if chz.is_chz(config) else ()
-    return {
-        name: _to_json(field._default) for name, field in fields if isinstance(field._default, bool | int | float | str)
-    }
+def with_later_options(saved: Any, config: Any) -> Any:
+    """The saved JSON of a configuration of this class, with the options that it lacks at their
+    defaults: a newer version has added them."""
+    if not isinstance(saved, dict):
+        return saved
+    if not chz.is_chz(config):
+        values = config if isinstance(config, Mapping) else {}
+        return {name: with_later_options(value, values.get(name)) for name, value in saved.items()}
+    fields, filled = chz.chz_fields(config), dict(saved)
+    for name, field in fields.items():
+        if name in saved:
+            filled[name] = with_later_options(saved[name], getattr(config, name))
+        elif field._default is not MISSING:
+            filled[name] = _to_json(field._default)
+        elif callable(field._default_factory):
+            filled[name] = _to_json(field._default_factory())
+    return filled
 
 
 def _to_json(value: Any, top: bool = False) -> Any:

@@ -16,7 +16,14 @@ import chz
 
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.run_folder import BehaviorIfExists
-from posttrain.tracking.settings import changes, changes_text, config_to_json, read_settings, write_settings
+from posttrain.tracking.settings import (
+    changes,
+    changes_text,
+    config_to_json,
+    read_settings,
+    with_later_options,
+    write_settings,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +57,14 @@ class Stage:
     def record(self) -> Path:
         return self.path.with_name(f"{self.path.name}.made_with.json")
 
-    def made_with(self, folder: Path | None = None) -> dict[str, Any]:
+    def made_with(self) -> dict[str, Any]:
         """The settings of this stage and all it depends on, by stage name. Paths are relative to
         the record's folder."""
-        folder = folder or self.path.parent
-        needed = [need.made_with(folder) for need in self.needs]
-        before = {name: settings for stages in needed for name, settings in stages.items()}
-        return before | {self.name: _relative(config_to_json(self.settings), f"{folder}/")}
+        return {stage.name: _relative(config_to_json(stage.settings), f"{self.path.parent}/") for stage in self._all()}
+
+    def _all(self) -> list["Stage"]:
+        """All that it depends on, and itself."""
+        return [stage for need in self.needs for stage in need._all()] + [self]
 
     def begun(self) -> list[Path]:
         """Existing files of the stage."""
@@ -72,7 +80,8 @@ class Stage:
         remedy = "delete it to make it anew, or choose another log_path"
         if not self.record.exists():
             raise ConfigError(f"{begun[0]} is there, but not {self.record}, the record of its settings: {remedy}")
-        if different := changes(read_settings(self.record), self.made_with()):
+        settings = {stage.name: stage.settings for stage in self._all()}
+        if different := changes(with_later_options(read_settings(self.record), settings), self.made_with()):
             raise ConfigError(f"{begun[0]} was made with {changes_text(different)}: {remedy}")
         return self.result.exists()
 
