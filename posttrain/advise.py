@@ -55,6 +55,8 @@ def recommended_renderer(model_name: str, tokenizer: Tokenizer) -> tuple[str, st
     base = model_name.rsplit("/", 1)[-1].lower().endswith(("-base", "-pt"))
     if not tokenizer.chat_template:
         return "role_colon", "the tokenizer has no chat template"
+    if model_name in PRESETS:
+        return "chat_template", "a preset's weights are random: any renderer serves"
     if base:
         return "role_colon", "a base model has not learnt its chat template, whose tokens may be untrained"
     if "enable_thinking" in str(tokenizer.chat_template):
