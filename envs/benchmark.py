@@ -61,10 +61,11 @@ class BenchmarkBuilder(ProblemSetBuilder):
         """Raises DataError, with `where`, for a row without its columns."""
         raise NotImplementedError
 
+    def problems(self, rows: Sequence[Row]) -> list[Problem]:
+        return [self.problem(where, row) for where, row in rows]
+
     def read(self, split: Split, limit: int | None) -> list[Problem]:
-        if split == "train":
-            return []
-        return [self.problem(where, row) for where, row in self.rows(self.split)[:limit]]
+        return [] if split == "train" else self.problems(self.rows(self.split)[:limit])
 
     def rows(self, split: str) -> Sequence[Row]:
         return read_split(self.path, self.hub_name, self.subset, split)

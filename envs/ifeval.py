@@ -3,7 +3,7 @@ The four published accuracies: by prompt (all its instructions are followed) and
 (share of all instructions), strict and loose. The reward is prompt_strict.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import chz
 
 from envs.benchmark import BenchmarkBuilder, list_of
 from envs.instructions import LANGUAGE, check_instruction, follows, follows_loosely
-from envs.problem import Grade, Grader, Problem, Split
+from envs.problem import Grade, Grader, Problem
 from posttrain.backend.errors import DataError
-from supervised.rows import Fields, text_of
+from supervised.rows import Fields, Row, text_of
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,13 @@ class IfEval(BenchmarkBuilder):
         default=False, doc="leave out the prompts whose language is to be checked, which needs langdetect"
     )
 
-    def read(self, split: Split, limit: int | None) -> list[Problem]:
-        if split == "train":
-            return []
-        rows = self.rows(self.split)
-        if self.without_language:
-            kept = [(where, row) for where, row in rows if LANGUAGE not in list_of(where, row, "instruction_id_list")]
-            print(f"ifeval: {len(rows) - len(kept)} of {len(rows)} prompts ask for a language; left out")
-            rows = kept
-        return [self.problem(where, row) for where, row in rows[:limit]]
+    def rows(self, split: str) -> Sequence[Row]:
+        rows = super().rows(split)
+        if not self.without_language:
+            return rows
+        kept = [(where, row) for where, row in rows if LANGUAGE not in list_of(where, row, "instruction_id_list")]
+        print(f"ifeval: {len(rows) - len(kept)} of {len(rows)} prompts ask for a language; left out")
+        return kept
 
     def problem(self, where: str, row: Fields) -> Problem:
         names, arguments = list_of(where, row, "instruction_id_list"), list_of(where, row, "kwargs", dict)

@@ -14,10 +14,10 @@ import chz
 import numpy as np
 
 from envs.benchmark import BenchmarkBuilder, list_of
-from envs.problem import Grader, Problem, Split
+from envs.problem import Grader, Problem
 from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import SEED, WHOLE
-from supervised.rows import Fields, text_of
+from supervised.rows import Fields, Row, text_of
 
 # in this order: the first that matches is the answer
 MMLU_PRO_ANSWER = (
@@ -62,9 +62,7 @@ class MmluPro(BenchmarkBuilder):
     )
     shots_split: str = chz.field(default="validation", doc="split of the worked examples")
 
-    def read(self, split: Split, limit: int | None) -> list[Problem]:
-        if split == "train":
-            return []
+    def problems(self, rows: Sequence[Row]) -> list[Problem]:
         if self.shots and self.path and not Path(self.path).expanduser().is_dir():
             raise DataError(
                 f"{self.path} is a file of questions: give a folder that has {self.split}.jsonl and "
@@ -76,7 +74,7 @@ class MmluPro(BenchmarkBuilder):
             category = text_of(where, row, "category")
             examples.setdefault(category, []).append(f"{_question(where, row)}Answer: {solution}\n\n")
         problems = []
-        for where, row in self.rows(self.split)[:limit]:
+        for where, row in rows:
             category = text_of(where, row, "category")
             there = examples.get(category, [])
             if len(there) < self.shots:
@@ -117,10 +115,8 @@ class Gpqa(BenchmarkBuilder):
     split: str = chz.field(default="train", doc="split to evaluate on; the hub has all questions in train")
     order_seed: int = chz.field(default=0, validator=SEED, doc="seed of the order of a question's options")
 
-    def read(self, split: Split, limit: int | None) -> list[Problem]:
-        if split == "train":
-            return []
-        return [self.shuffled(index, *row) for index, row in enumerate(self.rows(self.split)[:limit])]
+    def problems(self, rows: Sequence[Row]) -> list[Problem]:
+        return [self.shuffled(index, *row) for index, row in enumerate(rows)]
 
     def shuffled(self, index: int, where: str, row: Fields) -> Problem:
         answers = ["Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3))]
