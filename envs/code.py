@@ -111,7 +111,7 @@ class CodeGrader(Grader):
         return extract_program(text)
 
     def shown(self, text: str) -> str:
-        return extract_program(text) or "(no program)"
+        return self.extract(text) or "(no program)"
 
     async def grade(self, text: str, gold: str) -> Grade:
         program, verdicts = self.extract(text), []

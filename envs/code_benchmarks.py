@@ -59,9 +59,6 @@ class FunctionGrader(CodeGrader):
             return definition.split(self.prompt)[0] + "\n" + code
         return self.prompt + ENDS.split(code)[0]
 
-    def shown(self, text: str) -> str:
-        return self.extract(text) or ""
-
 
 @chz.chz
 class HumanEval(CodeBenchmark):
@@ -89,9 +86,6 @@ class MbppGrader(CodeGrader):
     def extract(self, text: str) -> str | None:
         block, marked = extract_program(text), DONE.findall(text)
         return block or (marked[-1] if marked else text)
-
-    def shown(self, text: str) -> str:
-        return self.extract(text) or ""
 
 
 @chz.chz
