@@ -54,11 +54,13 @@ class BenchmarkFile(BenchmarkBuilder):
     """Problems of a JSONL file."""
 
     def benchmark(self) -> BenchmarkBuilder | None:
-        """The benchmark with the columns of the file."""
+        """The benchmark with the columns of the file, and the options that are given."""
         columns = self._columns()
         make = next((make for needed, make in BENCHMARKS.items() if columns.issuperset(needed)), None)
-        template = {} if self.prompt_template == "{question}" else {"prompt_template": self.prompt_template}
-        return make(path=self.path, num_test=self.num_test, **template) if make else None
+        default = BenchmarkBuilder()
+        fields = {name: getattr(self, name) for name in chz.chz_fields(BenchmarkBuilder)}
+        given = {name: value for name, value in fields.items() if value != getattr(default, name)}
+        return make(**given) if make else None
 
     def problem(self, where: str, row: Fields) -> Problem:
         read = next((read for needed, read in ROWS.items() if set(needed) <= row.keys()), None)

@@ -197,8 +197,10 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
         return self._held_out(test, renderer, self._prefix())
 
     def _prefix(self) -> list[Message]:
-        """DataError where an example has no worked solution."""
+        """DataError where there is no example, or one has no worked solution."""
         examples = self.read("train", self.few_shot) if self.few_shot else []
+        if self.few_shot and not examples:
+            raise DataError(f"few_shot={self.few_shot}: {type(self).__name__} has no training problems to show")
         return [message for example in apply_template(self.prompt_template, examples) for message in example.messages()]
 
     def _held_out(self, test: list[Problem], renderer: Renderer, prefix: Sequence[Message]) -> RLDataset | None:

@@ -272,6 +272,15 @@ def test_a_file_is_known_by_its_columns(tmp_path: Path, row: dict[str, Any], kin
     assert dataset is not None and len(dataset.get_batch(0)) == 1
 
 
+@pytest.mark.parametrize("row", [HUMANEVAL, {"question": "1+1?", "answer": "so 2\n#### 2"}], ids=["benchmark", "rows"])
+def test_a_file_takes_the_options_of_an_environment(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = write(tmp_path / "some.jsonl", row)
+    with pytest.raises(DataError, match="longer than 3 tokens"):
+        asyncio.run(BenchmarkFile(path=path, max_prompt_tokens=3, overlong="raise").test_set(RENDERER))
+    with pytest.raises(DataError, match="few_shot=2: .* has no training problems to show"):
+        asyncio.run(BenchmarkFile(path=path, few_shot=2).test_set(RENDERER))
+
+
 def test_a_file_of_questions_with_answers(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", {"question": "2+2?", "answer": "4"}, {"question": "Where?", "answer": "In Rome"})
     number, text = BenchmarkFile(path=path).read("test", None)
