@@ -5,12 +5,9 @@ through an OpenAI-compatible endpoint (rl/agent_env.py).
         env.problems.train_path=tasks.jsonl env.problems.answer_field=answer env.command="python my_agent.py"
 """
 
-import os
 import shlex
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import chz
@@ -20,6 +17,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT
 from posttrain.renderers import get_text_content
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.command_line import load_named
 from posttrain.tracking.datasets import ListDataset
 from rl.agent_endpoint import Endpoint
 from rl.agent_env import Agent, AgentGroupBuilder, AgentRun, Program
@@ -104,13 +102,7 @@ class AgentBuilder(RLDatasetBuilder):
 
 def load(option: str, name: str) -> Callable[..., Any]:
     """The function that "module:NAME" names. ConfigError if there is none."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for a user's module in the current folder
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{option}={name}: {error}; give module:NAME of a function") from error
+    function = load_named(option, name, "a function")
     if not callable(function):
         raise ConfigError(f"{option}={name} is {function!r:.60}, not a function")
     return function

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import chz
@@ -23,6 +22,7 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, NUMBER
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.command_line import load_named
 from posttrain.tracking.datasets import ListDataset
 from preference.endpoint import ChatEndpoint
 from rl.frozen_policy import FrozenPolicy
@@ -192,11 +192,7 @@ def load_rewards(rewards: str | Sequence[Any]) -> Sequence[Any]:
     """The list that "module:NAME" names. ConfigError if there is none."""
     if not isinstance(rewards, str):
         return rewards
-    module, _, name = rewards.partition(":")
-    try:
-        loaded = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"rewards={rewards}: {error}; give module:NAME of a list of rewards") from error
+    loaded = load_named("rewards", rewards, "a list of rewards")
     if not isinstance(loaded, list | tuple):
         raise ConfigError(f"rewards={rewards} is {loaded!r:.60}, not a list of rewards")
     return loaded

@@ -69,6 +69,21 @@ def by_name(target: str) -> Callable[[], Any]:
     return make
 
 
+def load_named(option: str, target: str, what: str) -> Any:
+    """What "module:NAME" names, `what`; the module may be in the current folder. ConfigError if there is none."""
+    _find_modules_here()
+    module, _, name = target.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{option}={target}: {error}; give module:NAME of {what}") from error
+
+
+def _find_modules_here() -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for a user's module in the current folder
+
+
 def run_command(
     main: Callable[[Config], object],  # or an async function
     config_class: type[Config],
@@ -312,8 +327,7 @@ def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict
 
 
 def _load_class(path: str, target: str, parameter: Any) -> type:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for a user's module in the current folder
+    _find_modules_here()
     try:
         loaded_class = parameter.meta_factory.from_string(target)
     except (MetaFromString, ValueError) as error:
