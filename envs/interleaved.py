@@ -14,6 +14,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import POSITIVE
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.datasets import ListDataset
+from rl.evaluators import all_groups
 from rl.names import ENVS
 from rl.types import EnvGroupBuilder, RLDataset, RLDatasetBuilder
 
@@ -68,5 +69,5 @@ class InterleavedBuilder(RLDatasetBuilder):
         for builder, count in zip(self.builders, shares(self.batch_size, weights), strict=True):
             dataset, test = await chz.replace(builder, **common, batch_size=count)(renderer)
             train.append(dataset)
-            held_out += [group for index in range(len(test)) for group in test.get_batch(index)] if test else []
+            held_out += all_groups(test) if test else []
         return InterleavedDataset(train), (ListDataset(held_out, self.batch_size, shuffle=False) if held_out else None)
