@@ -150,9 +150,7 @@ class VerifiersTokenEnv(EnvFromMessageEnv):
         messages = await self.message_env.initial_messages()
         if self.message_env.tools:
             self.renderer = with_tools(self.renderer, self.message_env.tools)
-        self.conversation = list(messages)
-        self.tokens = self.renderer.build_generation_prompt(messages).to_ints()
-        return self.renderer.build_generation_prompt(messages), self.renderer.get_stop_sequences()
+        return self.begin(messages)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,10 @@ class EnvFromMessageEnv(Env):
         self.parse_errors = 0
 
     async def initial_observation(self) -> tuple[Observation, StopCondition]:
-        self.conversation = list(await self.message_env.initial_messages())
+        return self.begin(await self.message_env.initial_messages())
+
+    def begin(self, messages: Sequence[Message]) -> tuple[Observation, StopCondition]:
+        self.conversation = list(messages)
         self.tokens = self.renderer.build_generation_prompt(self.conversation).to_ints()
         return ModelInput.from_ints(self.tokens), self.renderer.get_stop_sequences()
 
