@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from posttrain.backend.base_models import BaseModels
 from posttrain.backend.batching import MicroBatch
-from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.trainer import CustomLoss, Trainer
@@ -32,17 +30,10 @@ class ScalarTrainer(Trainer):
 
     output_name = "scalars"
 
-    def __init__(
-        self,
-        model_name: str,
-        config: BackendConfig,
-        seed: int = 0,
-        lora: LoraConfig | None = None,
-        bases: BaseModels | None = None,
-    ):
-        if lora and lora.train_unembed:
+    def _check_adapter(self, lora: LoraConfig) -> None:
+        if lora.train_unembed:
             raise ModelError("train_unembed: a scalar model has no vocabulary head to put an adapter on")
-        super().__init__(model_name, config, seed, lora, bases)
+        super()._check_adapter(lora)
 
     def _trainable_weights(self) -> dict[str, nn.Parameter]:
         self.scalar_head = nn.Parameter(torch.zeros(1, self.hf_config.hidden_size, device=self.device))

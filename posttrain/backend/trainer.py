@@ -78,7 +78,7 @@ class Trainer:
         self.compute_dtype = compute_dtype(self.device, config)
         self.max_length = context_length(model_name, config.max_length)
         if lora:
-            check_rank(model_name, lora)
+            self._check_adapter(lora)
         check_fits(planned(model_name, config, lora), model_name)
         self.param_dtype = param_dtype(self.device, config)
         masters = lora is None and config.master_weights  # copies of the weights as they are on the disk
@@ -115,6 +115,10 @@ class Trainer:
         self.compiles = config.compile
         if self.compiles:
             self._compile_layers()
+
+    def _check_adapter(self, lora: LoraConfig) -> None:
+        """Refuses, before any weight is made, an adapter that the model cannot have."""
+        check_rank(self.model_name, lora)
 
     def _trainable_weights(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
