@@ -21,7 +21,7 @@ from posttrain.backend.random_state import drawn_from
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.torch_sampler import TorchSampler
-from posttrain.backend.vllm_engine import VllmEngine, vllm_is_installed
+from posttrain.backend.vllm_engine import VllmEngine, samples_with_vllm, vllm_is_installed
 from posttrain.backend.weight_copies import FrozenModel
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
 
@@ -60,10 +60,9 @@ class Engines:
     def _start(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
         device = training_device()
         reproducible = device.type == "cpu" if self.config.reproducible is None else self.config.reproducible
-        use_vllm = self.config.engine == "vllm" or (self.config.engine == "auto" and vllm_is_installed())
 
         def make() -> Engine:
-            if use_vllm:
+            if samples_with_vllm(self.config):
                 try:
                     return VllmEngine(hf_config, tokenizer, max_length, self.config, device, reproducible)
                 except ModelError as error:

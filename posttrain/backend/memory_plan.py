@@ -25,7 +25,7 @@ from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.models import cast_weights, context_length, model_config
 from posttrain.backend.types import LoraConfig
-from posttrain.backend.vllm_engine import vllm_is_installed
+from posttrain.backend.vllm_engine import samples_with_vllm
 
 # What a process holds beside models. On a CPU: Python and its imports, and vLLM's. On a GPU: CUDA's
 # contexts and the allocator's fragments, and vLLM's graphs.
@@ -95,7 +95,7 @@ class PlannedRun:
 
     def _always(self) -> dict[str, int]:
         device, size = self.device.type, self.size
-        vllm = self.samples and _samples_with_vllm(self.backend)
+        vllm = self.samples and samples_with_vllm(self.backend)
         parts = {"process": PROCESS_BYTES[device] + (VLLM_BYTES[device] if vllm else 0)}
         weights, lean = param_dtype(self.device, self.backend), self.backend.moments == "8bit"
         frozen = size.parameters - size.trainable if self.lora else 0
@@ -155,7 +155,7 @@ class PlannedRun:
             return {}
         rows, item = self.backend.max_num_seqs, compute_dtype(self.device, self.backend).itemsize
         parts = {f"logits of {rows} sequences": rows * self.size.vocabulary * SAMPLER_BYTES}
-        if not _samples_with_vllm(self.backend):
+        if not samples_with_vllm(self.backend):
             parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, item)
         return parts
 
@@ -268,10 +268,6 @@ def _read(file: Path) -> str:
         return file.read_text()
     except OSError:
         return ""
-
-
-def _samples_with_vllm(backend: BackendConfig) -> bool:
-    return backend.engine == "vllm" or (backend.engine == "auto" and vllm_is_installed())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -49,6 +49,10 @@ def vllm_is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
+def samples_with_vllm(config: BackendConfig) -> bool:
+    return config.engine == "vllm" or (config.engine == "auto" and vllm_is_installed())
+
+
 def engine_args(
     hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device
 ) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 
 from posttrain.backend.errors import CookbookError, SnapshotMemoryError
+from posttrain.backend.memory import GIB
 
-GIB = 2**30
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
