@@ -241,9 +241,9 @@ def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
     )
     next_B = torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
     chosen_B = logprobs_BV.gather(-1, next_B[:, None])[:, 0]
-    for row, logprobs_V in zip(rows, logprobs_BV, strict=True):
+    for b, row in enumerate(rows):
         if k := row.request.topk_sample:
-            best = zip(*(values.tolist() for values in logprobs_V.topk(k)), strict=True)
+            best = zip(*(values.tolist() for values in logprobs_BV[b].topk(k)), strict=True)
             row.topk.append([(token, logprob) for logprob, token in best if logprob > -torch.inf])
     for row, token, logprob in zip(rows, next_B.tolist(), chosen_B.tolist(), strict=True):
         row.append(token, logprob)
