@@ -8,7 +8,7 @@ import time
 import chz
 import torch
 
-from posttrain.backend.config import BackendConfig, compute_dtype
+from posttrain.backend.config import BackendConfig
 from posttrain.backend.memory import GIB
 from posttrain.backend.memory_plan import PlannedRun, advice, free_bytes, planned
 from posttrain.backend.ranges import POSITIVE, WHOLE
@@ -48,8 +48,8 @@ def main(config: Config) -> PlannedRun:
 def tokens_per_second(run: PlannedRun) -> float:
     """6 operations per weight and token (4 with an adapter), at the share of a matrix product's
     speed that steps reach."""
-    dtype, width = compute_dtype(run.device, run.backend), 8192 if run.device.type == "cuda" else 1024
-    a = torch.randn(width, width, device=run.device, dtype=dtype)
+    width = 8192 if run.device.type == "cuda" else 1024
+    a = torch.randn(width, width, device=run.device, dtype=run.compute)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()

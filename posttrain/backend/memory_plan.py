@@ -89,15 +89,23 @@ class PlannedRun:
     def size(self) -> ModelSize:
         return _model_size(self.hf_config, self.lora)
 
+    @property
+    def weights(self) -> torch.dtype:
+        return param_dtype(self.device, self.backend)
+
+    @property
+    def compute(self) -> torch.dtype:
+        return compute_dtype(self.device, self.backend)
+
     @cached_property
     def plan(self) -> MemoryPlan:
         return MemoryPlan(self._always(), self._training(), self._sampling())
 
     def _always(self) -> dict[str, int]:
-        device, size = self.device.type, self.size
+        device, size, weights, compute = self.device.type, self.size, self.weights, self.compute
         vllm = self.samples and samples_with_vllm(self.backend)
         parts = {"process": PROCESS_BYTES[device] + (VLLM_BYTES[device] if vllm else 0)}
-        weights, lean = param_dtype(self.device, self.backend), self.backend.moments == "8bit"
+        lean = self.backend.moments == "8bit"
         frozen = size.parameters - size.trainable if self.lora else 0
         trained, copied = (weights, self.masters) if not self.lora else (torch.float32, False)
         parts[f"weights, {_name(weights)}"] = weights.itemsize * (frozen or size.parameters)
@@ -111,11 +119,11 @@ class PlannedRun:
             parts[f"reference, {_name(weights)}"] = weights.itemsize * size.parameters
         parts = {name: count for name, count in parts.items() if count}
         if self.samples:
-            compute = compute_dtype(self.device, self.backend)
             parts[f"sampler weights, {_name(compute)}"] = compute.itemsize * size.parameters
         if vllm and device == "cpu":
-            head, item = size.vocabulary * size.hidden, compute_dtype(self.device, self.backend).itemsize
-            parts["vLLM's packed copies"] = int(item * (PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head))
+            head = size.vocabulary * size.hidden
+            packed = PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head
+            parts["vLLM's packed copies"] = int(compute.itemsize * packed)
         if vllm:
             parts["KV cache"] = kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)
         return parts
@@ -123,8 +131,7 @@ class PlannedRun:
     @property
     def masters(self) -> bool:
         """Whether fp32 copies of the weights are kept."""
-        is_bf16 = param_dtype(self.device, self.backend) == torch.bfloat16
-        return self.backend.offload_optimizer or (is_bf16 and self.backend.master_weights)
+        return self.backend.offload_optimizer or (self.weights == torch.bfloat16 and self.backend.master_weights)
 
     def _training(self) -> dict[str, int]:
         tokens = self.backend.micro_batch_tokens
@@ -132,9 +139,8 @@ class PlannedRun:
 
     def _activations(self, tokens: int) -> int:
         """Kept from the forward for the backward pass, and the gradients of a layer's MLP."""
-        compute, size = compute_dtype(self.device, self.backend), self.size
-        weights = param_dtype(self.device, self.backend)
-        fixed, per_token = _saved_bytes(self.hf_config, self.lora, compute, weights)
+        compute, size = self.compute, self.size
+        fixed, per_token = _saved_bytes(self.hf_config, self.lora, compute, self.weights)
         if self.backend.gradient_checkpointing:
             inputs = size.layers * size.hidden * compute.itemsize
             fixed, per_token = fixed / size.layers, per_token / size.layers + inputs
@@ -143,20 +149,19 @@ class PlannedRun:
     def _head(self, tokens: int) -> int:
         """Logits of a chunk, tempered, and their gradients; the output matrix in the computing
         dtype, its gradient and the product that is added to it."""
-        item, size = compute_dtype(self.device, self.backend).itemsize, self.size
+        item, size = self.compute.itemsize, self.size
         elements = min(CHUNK_ELEMENTS[self.device.type], tokens * size.vocabulary)
         is_trained = self.lora is None or self.lora.train_unembed
-        cast = compute_dtype(self.device, self.backend) != param_dtype(self.device, self.backend)
-        per_weight = (item if cast else 0) + (4 + item if is_trained else 0)
+        per_weight = (item if self.compute != self.weights else 0) + (4 + item if is_trained else 0)
         return 3 * 4 * elements + per_weight * size.vocabulary * size.hidden
 
     def _sampling(self) -> dict[str, int]:
         if not self.samples:
             return {}
-        rows, item = self.backend.max_num_seqs, compute_dtype(self.device, self.backend).itemsize
+        rows = self.backend.max_num_seqs
         parts = {f"logits of {rows} sequences": rows * self.size.vocabulary * SAMPLER_BYTES}
         if not samples_with_vllm(self.backend):
-            parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, item)
+            parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, self.compute.itemsize)
         return parts
 
     def changed(self, **settings: Any) -> "PlannedRun":
