@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor of a state
 BLOCK = 256  # values with a common scale, their largest magnitude
 # Levels of |value| / scale, evenly spaced in the logarithm: 5 decades for means, 7 for squares.
 MEAN_LEVELS = torch.logspace(-5, 0, 127, dtype=torch.float64).float()
@@ -31,7 +33,9 @@ class LeanAdamW(torch.optim.Optimizer):
     def _step(self, p: torch.nn.Parameter, index: int, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[p], group["betas"]
         if not state:
-            state |= {"step": torch.zeros(()), **self._empty(p, "exp_avg"), **self._empty(p, "exp_avg_sq")}
+            state["step"] = torch.zeros(())
+            for name, (shape, dtype) in self.slots(p).items():
+                state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
         state["step"] += 1
         count = int(state["step"])
         generator = torch.Generator(p.device).manual_seed(((self.seed * 2**20 + index) * 2**32 + count) % 2**63)
@@ -47,14 +51,12 @@ class LeanAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"], state["exp_avg_sq_scale"] = quantized(square, SQUARE_LEVELS, generator)
         p.copy_(to_bf16(weight, generator) if p.dtype == torch.bfloat16 else weight)
 
-    def _empty(self, p: torch.Tensor, slot: str) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(shape, dtype=dtype, device=p.device) for name, (shape, dtype) in self.slots(p, slot)}
-
-    def slots(self, p: torch.Tensor, slot: str) -> list[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
-        """Names, shapes and dtypes of a moment's tensors."""
+    def slots(self, p: torch.Tensor) -> Slots:
+        """Of a parameter's moments."""
         if not self.eight_bits:
-            return [(slot, (tuple(p.shape), torch.float32))]
-        return [(slot, (tuple(p.shape), torch.uint8)), (f"{slot}_scale", ((-(-p.numel() // BLOCK),), torch.float32))]
+            return dict.fromkeys(MOMENTS, (tuple(p.shape), torch.float32))
+        codes, scales = (tuple(p.shape), torch.uint8), ((-(-p.numel() // BLOCK),), torch.float32)
+        return {name: of for slot in MOMENTS for name, of in ((slot, codes), (f"{slot}_scale", scales))}
 
     def _read(self, state: dict[str, Any], slot: str, p: torch.Tensor) -> torch.Tensor:
         if not self.eight_bits:

@@ -13,18 +13,15 @@ from torch import nn
 
 from posttrain.backend.checkpoint_files import tensor_shapes
 from posttrain.backend.errors import CheckpointError
-from posttrain.backend.lean_adamw import LeanAdamW
-
-Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]
+from posttrain.backend.lean_adamw import MOMENTS, LeanAdamW, Slots
 
 
 def slots(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Slots:
     """Shape and dtype of a parameter's state, by name."""
-    shape = tuple(parameter.shape)
-    moments = [(name, (shape, parameter.dtype)) for name in ("exp_avg", "exp_avg_sq")]
+    moments: Slots = dict.fromkeys(MOMENTS, (tuple(parameter.shape), parameter.dtype))
     if isinstance(optimizer, LeanAdamW):
-        moments = [*optimizer.slots(parameter, "exp_avg"), *optimizer.slots(parameter, "exp_avg_sq")]
-    return {"step": ((), torch.float32), **dict(moments)}
+        moments = optimizer.slots(parameter)
+    return {"step": ((), torch.float32), **moments}
 
 
 def write_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
