@@ -17,6 +17,7 @@ from typing import Any
 
 from posttrain.backend.atomic_folder import recover_folders
 from posttrain.backend.errors import CheckpointError
+from posttrain.tracking.disk_space import folder_bytes
 
 
 class UnknownPathError(CheckpointError):
@@ -202,7 +203,7 @@ class Store:
         self._writing.add(key)
         try:
             yield folder
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            size = folder_bytes(folder)
             checkpoint = Checkpoint(run, kind, name, now(), size, folder, False, user_metadata, expiry(ttl_seconds))
             self._write_run(run)
             self._write(checkpoint)

@@ -30,6 +30,10 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, save_every: int, keep:
         )
 
 
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def size_text(count: float) -> str:
     """Decimal units: 5.6 GB."""
     for unit in ("B", "kB", "MB", "GB"):

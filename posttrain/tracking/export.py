@@ -29,6 +29,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import SEED
 from posttrain.backend.tokenizers import TOKENIZER_FILES, load_tokenizer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.disk_space import folder_bytes
 from posttrain.tracking.model_card import model_card
 from posttrain.tracking.model_source import ModelSource, find_model
 
@@ -73,8 +74,7 @@ def main(config: Config) -> Path:
         evaluation = Path(config.evaluation) if config.evaluation else None
         card = model_card(source, config.push_to or out.name, base, adapter and not config.merge, evaluation)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"exported {_kind(source, config.merge)} to {out} ({size / 1e6:,.1f} MB)")
+    print(f"exported {_kind(source, config.merge)} to {out} ({folder_bytes(out) / 1e6:,.1f} MB)")
     if config.push_to:
         _push(out, config.push_to, config.private)
     return out

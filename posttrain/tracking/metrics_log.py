@@ -79,7 +79,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def read_last_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
     """The result of a finished run: metrics of its last step, and those after it."""
-    records = read_metrics(path)
+    return last_metrics(read_metrics(path))
+
+
+def last_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     last = records[-1]["step"] if records else 0
     merged = {name: value for record in records if record["step"] >= last - 1 for name, value in record.items()}
     return {

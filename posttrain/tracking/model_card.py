@@ -10,9 +10,10 @@ from typing import Any
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.models import PRESETS
 from posttrain.tracking.jsonl import read_json
-from posttrain.tracking.metrics_log import IMPORTANT, format_number, read_last_metrics, read_metrics
+from posttrain.tracking.metrics_log import IMPORTANT, format_number, last_metrics, read_metrics
 from posttrain.tracking.model_source import ModelSource
 from posttrain.tracking.run_folder import RunFolder
+from posttrain.tracking.settings import class_name
 
 SHOWN = 12  # metrics
 
@@ -41,8 +42,8 @@ def model_card(
 def _origin(base: str | None, source: ModelSource, is_adapter: bool) -> str:
     kind = "A LoRA adapter" if is_adapter else "A language model"
     of = f", trained from `{_short(base)}`" if base else ""
-    task = next((source.settings[key] for key in ("env", "dataset") if key in source.settings), None)
-    on = f" on `{task['class'].partition(':')[2]}`" if isinstance(task, dict) and "class" in task else ""
+    task = class_name(source.settings, "env", "dataset")
+    on = f" on `{task}`" if task else ""
     return f"{kind}{of}{on} with posttrain-cookbook."
 
 
@@ -54,7 +55,7 @@ def _metrics(source: ModelSource) -> str:
     name = source.folder.name
     checkpoints = RunFolder(source.run).list_checkpoints()
     step = next((record.step for record in checkpoints if record.name == name), records[-1]["step"] + 1)
-    at = read_last_metrics(source.run)
+    at = last_metrics(records)
     if step <= records[-1]["step"]:  # a checkpoint in the middle: what was logged just before it, and at it
         near = [record for record in records if step - 1 <= record["step"] <= step]
         at = {key: value for record in near for key, value in record.items() if value is not None}

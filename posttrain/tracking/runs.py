@@ -19,16 +19,18 @@ from typing import Any
 
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.command_line import one_line_errors
+from posttrain.tracking.disk_space import folder_bytes
 from posttrain.tracking.metrics_log import (
     IMPORTANT,
     format_number,
+    last_metrics,
     print_metrics_table,
     read_last_metrics,
     read_metrics,
 )
 from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
-from posttrain.tracking.run_lock import lock_folder
-from posttrain.tracking.settings import changes, read_settings
+from posttrain.tracking.run_lock import LOCK_FILE, lock_folder
+from posttrain.tracking.settings import changes, class_name, read_settings
 
 LOWER_IS_BETTER = ("nll", "loss", "ece", "perplexity", "illegal", "truncated")
 
@@ -48,22 +50,21 @@ def list_runs(folders: Sequence[Path]) -> None:
 
 
 def _summary(run: Path) -> list[str]:
-    settings, metrics, records = _settings(run), read_last_metrics(run), read_metrics(run)
-    checkpoints = RunFolder(run).list_checkpoints()
+    settings, records = _settings(run), read_metrics(run)
+    metrics, checkpoints = last_metrics(records), RunFolder(run).list_checkpoints()
     # the last record is an evaluation after the last step
     final = [record.step for record in checkpoints if record.name == "final"]
     steps = final[0] if final else records[-1]["step"] + 1 if records else 0
     name = next((name for name in IMPORTANT if name in metrics), "")
-    task = next((settings[key] for key in ("env", "dataset") if key in settings), None)
     return [
         str(run),
         Path(str(settings.get("model_name", ""))).name,
-        task["class"].partition(":")[2].removesuffix("Builder") if isinstance(task, dict) and "class" in task else "",
+        class_name(settings, "env", "dataset").removesuffix("Builder"),
         str(steps),
         name,
         format_number(metrics[name]) if name else "",
         str(len(checkpoints)),
-        f"{sum(_bytes(record.path) for record in checkpoints) / 1e6:,.1f}",
+        f"{sum(folder_bytes(record.path) for record in checkpoints) / 1e6:,.1f}",
         time.strftime("%Y-%m-%d %H:%M", time.localtime((run / "metrics.jsonl").stat().st_mtime)),
         _state(run, checkpoints),
     ]
@@ -76,7 +77,7 @@ def _state(run: Path, checkpoints: Sequence[CheckpointRecord]) -> str:
 
 
 def _is_in_use(run: Path) -> bool:
-    if not (run / "lock").exists():
+    if not (run / LOCK_FILE).exists():
         return False
     try:
         lock_folder(run).close()
@@ -91,7 +92,7 @@ def show_runs(folders: Sequence[Path], metrics: str = "*") -> None:
         last = {name: value for name, value in read_last_metrics(run).items() if _chosen(name, metrics)}
         print_metrics_table(last, f"{run}: last metrics")
         for record in RunFolder(run).list_checkpoints():
-            print(f"{record.path}  before step {record.step}  {_bytes(record.path) / 1e6:,.1f} MB")
+            print(f"{record.path}  before step {record.step}  {folder_bytes(record.path) / 1e6:,.1f} MB")
 
 
 def compare_runs(folders: Sequence[Path], metrics: str = "") -> None:
@@ -133,7 +134,7 @@ def clean_runs(folders: Sequence[Path], metric: str = "", delete: str = "false")
                 why.setdefault(record.path, f"{used_by[path]} begins with it")
             if record.path in why or not path.is_relative_to(folder.checkpoints.resolve()):
                 continue
-            size = _bytes(record.path)
+            size = folder_bytes(record.path)
             freed += size
             print(f"{'deleted' if delete == 'true' else 'would delete'} {record.path}  {size / 1e6:,.1f} MB")
             if delete == "true":
@@ -195,10 +196,6 @@ def _short_labels(runs: Sequence[Path]) -> list[str]:
 
 def _chosen(name: str, patterns: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns.split(","))
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> None:

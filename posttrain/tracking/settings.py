@@ -87,6 +87,12 @@ def _to_json(value: Any, top: bool = False) -> Any:
     return str(value) if isinstance(value, os.PathLike) else repr(value)
 
 
+def class_name(settings: Mapping[str, Any], *options: str) -> str:
+    """The class of the object that is the first of these options in JSON settings; "" without one."""
+    value = next((settings[option] for option in options if option in settings), None)
+    return value["class"].partition(":")[2] if isinstance(value, dict) and "class" in value else ""
+
+
 def changes(before: Any, now: Any, free: Collection[str] = (), may_grow: Collection[str] = ()) -> Changes:
     """Options that differ between two JSON configurations and affect the result; names in `free`
     and FREE may differ."""
