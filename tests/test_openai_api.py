@@ -261,7 +261,8 @@ def test_what_asks_for_nothing_is_accepted(server: str) -> None:
 
 def test_bodies_that_are_no_json(server: str) -> None:
     url, json_type = f"{server}/chat/completions", {"content-type": "application/json"}
-    for body in (b"", b"[1]", b"{", b'{"temperature": NaN}', b"[" * 100_000):
+    half = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}'  # of a surrogate pair
+    for body in (b"", b"[1]", b"{", b'{"temperature": NaN}', b"[" * 100_000, half):
         assert httpx.post(url, content=body, headers=json_type).json()["error"]["type"] == "invalid_request_error"
     assert httpx.post(url, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert httpx.post(url, content=b" " * (17 * 2**20), headers=json_type).status_code == 413

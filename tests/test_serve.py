@@ -389,7 +389,7 @@ async def test_bad_input_is_refused_at_once(http: Http, state: State) -> None:
         assert (await http.call("create_sampling_session", **body)).status_code in (400, 404), path
     for place in ("x/checkpoints/weights/..%2f..%2fa", "..%2f..%2fetc/checkpoints/weights/passwd"):
         assert (await http.call(f"training_runs/{place}", "DELETE")).status_code == 404
-    for content in (b"{", b"[]", b'{"a": NaN}', b"[" * 100_000):
+    for content in (b"{", b"[]", b'{"a": NaN}', b'{"display_name": "\\ud800"}', b"[" * 100_000):
         headers = {"content-type": "application/json"}
         response = await http._client.post("/api/v1/create_session", content=content, headers=headers)
         assert response.status_code == 400, content[:20]

@@ -14,12 +14,21 @@ class BodyError(DataError):
     """The body cannot be used; nothing was done."""
 
 
+def read_json(content: bytes | bytearray) -> Any:
+    """BodyError for what is not JSON, such as NaN, and for half of a surrogate pair: it is no text, and
+    an answer or a file could not repeat it."""
+    try:
+        value = json.loads(content.decode(), parse_constant=_refuse_constant)
+        if b"\\u" in content:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BodyError(f"the body is not JSON: {error}") from error
+    return value
+
+
 class Body:
     def __init__(self, content: bytes):
-        try:
-            fields = json.loads(content or b"{}", parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise BodyError(f"the body is not JSON: {error}") from error
+        fields = read_json(content or b"{}")
         if not isinstance(fields, dict):
             raise BodyError("the body is not a JSON object")
         self.fields: dict[str, Any] = fields

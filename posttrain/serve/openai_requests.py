@@ -3,7 +3,6 @@ not offered is refused by name, never ignored; null is as good as absent.
 """
 
 import difflib
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from posttrain.backend.errors import CookbookError, DataError
 from posttrain.renderers import from_openai
 from posttrain.renderers.parts import tool_spec
 from posttrain.renderers.types import Message, ToolSpec
+from posttrain.serve.body import read_json
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_CHOICES, MAX_PROMPTS, MAX_STOPS, MAX_TOP_LOGPROBS = 128, 256, 16, 20
@@ -112,7 +112,7 @@ class Body:
 
 
 async def read_body(request: Request) -> Body:
-    """Refusal unless it is a JSON object of at most MAX_BODY_BYTES."""
+    """Refusal, or BodyError, unless it is a JSON object of at most MAX_BODY_BYTES."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal("the content-type must be application/json", status=415)
     data = bytearray()
@@ -120,17 +120,10 @@ async def read_body(request: Request) -> Body:
         data += chunk
         if len(data) > MAX_BODY_BYTES:
             raise Refusal(f"the body has more than {MAX_BODY_BYTES} bytes", status=413)
-    try:
-        fields = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(f"the body is not JSON: {error}") from error
+    fields = read_json(data)
     if not isinstance(fields, dict):
         raise Refusal("the body must be a JSON object")
     return Body(fields)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def chat_request(body: Body) -> ChatRequest:
