@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from posttrain.backend.errors import ClosedError, CookbookError, EngineError
+from posttrain.backend.errors import CookbookError, EngineError
 
 log = logging.getLogger("posttrain.serve")
 
@@ -69,12 +69,13 @@ class Requests:
         self._by_id: dict[str, Request] = {}
         self._by_key: dict[Hashable, Request] = {}
         self._most_bytes, self._bytes = most_bytes, 0
+        self._unanswered = 0  # kept, as it is asked for with each request, and there are many
         self._next_sweep = 0.0
         self.completions = Completions()
 
     def __len__(self) -> int:
         """Requests without an answer."""
-        return sum(request.answer is None for request in self._by_id.values())
+        return self._unanswered
 
     def repeated(self, key: Hashable) -> Request | None:
         return self._by_key.get(key)
@@ -84,14 +85,16 @@ class Requests:
         self._sweep()
         request = Request(key, owner)
         self._by_id[request.id] = self._by_key[key] = request
+        self._unanswered += 1
         request.task = asyncio.create_task(self._run(request, work))
         return request
 
     async def _run(self, request: Request, work: Coroutine[Any, Any, Answer]) -> None:
         try:
             answer = await work
-        except (Exception, asyncio.CancelledError, ClosedError) as error:
+        except (Exception, asyncio.CancelledError) as error:
             answer = failure(error, self._clean)
+        self._unanswered -= 1
         request.answer, request.drop_at = answer, time.monotonic() + UNFETCHED_SECONDS
         self._bytes += len(answer.body)
         request.done.set()
