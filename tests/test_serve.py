@@ -395,6 +395,14 @@ async def test_bad_input_is_refused_at_once(http: Http, state: State) -> None:
         assert response.status_code == 400, content[:20]
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"training_run_id": "r", "colour": 1}'])
+def test_a_damaged_record_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.json").write_text(content)
+    with pytest.raises(DataError, match="run.json"):
+        Store(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["..", "a/b", "a\\b", "a\0b", "", "x" * 4000, ".hidden", 7])
 def test_checkpoint_names_that_are_refused(name: Any, tmp_path: Path) -> None:
     from posttrain.serve.store import check_name

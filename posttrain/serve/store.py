@@ -18,6 +18,7 @@ from typing import Any
 from posttrain.backend.atomic_folder import recover_folders
 from posttrain.backend.errors import CheckpointError
 from posttrain.tracking.disk_space import folder_bytes
+from posttrain.tracking.jsonl import as_dataclass, read_json, write_atomically
 
 
 class UnknownPathError(CheckpointError):
@@ -114,7 +115,7 @@ class Store:
         self.root = Path(os.path.abspath(self.root.expanduser()))
         self.root.mkdir(parents=True, exist_ok=True)
         for file in sorted(self.root.glob(f"*/{RUN_FILE}")):
-            run = Run(**json.loads(file.read_text()))
+            run = as_dataclass(read_json(file), Run, str(file))
             self.runs[run.training_run_id] = run
             for kind in KINDS:
                 self._read(run, kind)
@@ -127,10 +128,9 @@ class Store:
         for file in sorted(parent.glob("*.json")):
             folder = parent / file.stem
             if folder.is_dir() and not folder.is_symlink():
-                saved = json.loads(file.read_text())
-                self._checkpoints[run.training_run_id, kind, file.stem] = Checkpoint(
-                    run, kind, file.stem, folder=folder, **saved
-                )
+                record = read_json(file) | {"run": run, "kind": kind, "name": file.stem, "folder": folder}
+                checkpoint = as_dataclass(record, Checkpoint, str(file))
+                self._checkpoints[run.training_run_id, kind, file.stem] = checkpoint
 
     def folder(self, run_id: str) -> Path:
         """Run ids hold ":", which not all file systems take in names. They are this server's own."""
@@ -144,7 +144,7 @@ class Store:
 
     def _write_run(self, run: Run) -> None:
         self.folder(run.training_run_id).mkdir(exist_ok=True)
-        _write_json(self.folder(run.training_run_id) / RUN_FILE, asdict(run))
+        write_atomically(self.folder(run.training_run_id) / RUN_FILE, json.dumps(asdict(run), indent=2))
 
     def run(self, run_id: str) -> Run:
         if run_id not in self.runs:
@@ -225,7 +225,8 @@ class Store:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         keys = ("time", "size_bytes", "public", "user_metadata", "expires_at")
-        _write_json(_record_file(checkpoint), {key: getattr(checkpoint, key) for key in keys})
+        record = {key: getattr(checkpoint, key) for key in keys}
+        write_atomically(_record_file(checkpoint), json.dumps(record, indent=2))
 
     def set_expiry(self, checkpoint: Checkpoint, ttl_seconds: int | None) -> None:
         checkpoint.expires_at = expiry(ttl_seconds)
@@ -254,12 +255,3 @@ class Store:
 
 def _record_file(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder.with_name(f"{checkpoint.name}.json")
-
-
-def _write_json(file: Path, content: object) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    with open(temporary, "w") as opened:
-        json.dump(content, opened, indent=2)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(file)
