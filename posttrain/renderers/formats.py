@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from posttrain.renderers.parts import calls_in
+from posttrain.renderers.parts import calls_in, text_in, thinking_in
 from posttrain.renderers.types import Part, ToolCallPart, ToolSpec, UnparsedToolCallPart
 
 Kind = Literal["text", "thinking", "call", "header"]
@@ -89,16 +89,12 @@ def write_hermes(parts: Sequence[Part]) -> str:
         elif part["type"] == "unparsed_tool_call":
             calls.append(part["text"].strip("\n"))
     lines = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
-    return _written_text(parts) + ("\n" if calls and _text(parts) else "") + lines
-
-
-def _text(parts: Sequence[Part]) -> str:
-    return "".join(part["text"] for part in parts if part["type"] == "text")
+    return _written_text(parts) + ("\n" if calls and text_in(parts) else "") + lines
 
 
 def _written_text(parts: Sequence[Part]) -> str:
     thinking = "\n".join(part["thinking"].strip("\n") for part in parts if part["type"] == "thinking")
-    return (f"<think>\n{thinking}\n</think>\n\n" if thinking else "") + _text(parts)
+    return (f"<think>\n{thinking}\n</think>\n\n" if thinking else "") + text_in(parts)
 
 
 THINK_TAGS: Markers = {"text": {"<think>": "thinking"}, "thinking": {"</think>": "text"}}
@@ -256,8 +252,7 @@ def template_message(row: MessageFormat, parts: Sequence[Part]) -> dict[str, Any
         }
         for part in calls_in(parts)
     ]
-    thinking = "\n".join(part["thinking"] for part in parts if part["type"] == "thinking")
-    text = _text(parts)
+    thinking, text = thinking_in(parts), text_in(parts)
     if row.name == "mistral":
         fields: dict[str, Any] = {"content": (f"[THINK]{thinking}[/THINK]" if thinking else "") + text}
     elif calls:  # gpt-oss has one analysis before a call, and no text

@@ -22,17 +22,27 @@ def get_text_content(message: Message) -> str:
     """The text of a message without thinking and calls, named as in the cookbook."""
     if "parts" not in message:
         return message["content"]
-    return "".join(part["text"] for part in message["parts"] if part["type"] == "text")
+    return text_in(message["parts"])
 
 
 def get_thinking(message: Message) -> str:
     """The thinking in a message; "" without."""
-    return "\n".join(part["thinking"] for part in message.get("parts", ()) if part["type"] == "thinking")
+    return thinking_in(message.get("parts", ()))
 
 
 def get_tool_calls(message: Message) -> list[ToolCallPart | UnparsedToolCallPart]:
     """The calls in a message, also those that could not be read, in order."""
     return calls_in(message.get("parts", ()))
+
+
+def text_in(parts: Sequence[Part]) -> str:
+    """The text among `parts`."""
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def thinking_in(parts: Sequence[Part]) -> str:
+    """The thinking among `parts`, a line break between two; "" without."""
+    return "\n".join(part["thinking"] for part in parts if part["type"] == "thinking")
 
 
 def calls_in(parts: Sequence[Part]) -> list[ToolCallPart | UnparsedToolCallPart]:
@@ -65,18 +75,14 @@ def to_openai(message: Message) -> dict[str, Any]:
     if thinking := get_thinking(message):
         fields["reasoning_content"] = thinking
     if calls:
-        fields["tool_calls"] = [
-            {
-                "id": call["id"],
-                "type": "function",
-                "function": {
-                    "name": call["name"],
-                    "arguments": json.dumps(call["arguments"], ensure_ascii=False),
-                },
-            }
-            for call in calls
-        ]
+        fields["tool_calls"] = [openai_call(call) for call in calls]
     return fields
+
+
+def openai_call(call: ToolCallPart) -> dict[str, Any]:
+    """An entry of `tool_calls`."""
+    function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+    return {"id": call["id"], "type": "function", "function": function}
 
 
 def from_openai(fields: Mapping[str, Any]) -> Message:

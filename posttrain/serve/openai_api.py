@@ -25,6 +25,7 @@ from posttrain.backend.ranges import RangeError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import ResponseStream, to_openai, with_tools
+from posttrain.renderers.parts import openai_call
 from posttrain.renderers.stream import held_back
 from posttrain.renderers.turns import bos, decode, encode
 from posttrain.renderers.types import Message, Part, Renderer, Tokenizer
@@ -382,8 +383,7 @@ class ChatFeed:
             return self._pieces("reasoning_content", part["thinking"])
         if part["type"] != "tool_call":
             return self._pieces("content", part["text"])
-        function = {"name": part["name"], "arguments": json.dumps(part["arguments"], ensure_ascii=False)}
-        call = {"index": self.calls, "id": part["id"], "type": "function", "function": function}
+        call = {"index": self.calls} | openai_call(part)
         self.calls += 1
         return [*self._rest(), self._with_role({"tool_calls": [call]})]
 
