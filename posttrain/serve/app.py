@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -423,14 +424,18 @@ async def weights_info(state: State, request: HttpRequest) -> Response:
     return JSONResponse({"base_model": run.base_model, "is_lora": run.is_lora, **shape})
 
 
+def _files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Those that clients may fetch, by their name in its folder."""
+    files = [file for file in sorted(checkpoint.folder.rglob("*")) if file.is_file() and not file.is_symlink()]
+    return {file.relative_to(checkpoint.folder).as_posix(): file for file in files}
+
+
 async def external_urls(state: State, request: HttpRequest) -> Response:
     """Addresses of a checkpoint's files that need no key, for an hour."""
     checkpoint = _checkpoint(state, request)
-    files = [file for file in sorted(checkpoint.folder.rglob("*")) if file.is_file() and not file.is_symlink()]
     secret = secrets.token_urlsafe(32)
     state.offered[secret] = (checkpoint, time.monotonic() + EXTERNAL_SECONDS)
-    names = [file.relative_to(checkpoint.folder).as_posix() for file in files]
-    urls = {name: f"{request.base_url}api/v1/external/{secret}/{name}" for name in names}
+    urls = {name: f"{request.base_url}api/v1/external/{secret}/{name}" for name in _files(checkpoint)}
     expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + EXTERNAL_SECONDS))
     return JSONResponse({"urls": urls, "expires": expires})
 
@@ -439,9 +444,8 @@ async def external_file(state: State, request: HttpRequest) -> Response:
     checkpoint, until = state.offered.get(request.path_params["secret"], (None, 0.0))
     if checkpoint is None or time.monotonic() > until:
         raise UnknownError("this address has expired: ask for a new one")
-    offered = {f.relative_to(checkpoint.folder).as_posix(): f for f in checkpoint.folder.rglob("*") if f.is_file()}
-    file = offered.get(request.path_params["name"])
-    if file is None or file.is_symlink():
+    file = _files(checkpoint).get(request.path_params["name"])
+    if file is None:
         raise UnknownError("the checkpoint has no such file, or was deleted")
     return FileResponse(file)
 
