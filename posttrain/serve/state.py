@@ -217,11 +217,16 @@ class State:
         )
         metadata = user_metadata if user_metadata is not None else saved.user_metadata
         run = _run(session, number, saved.base_model, lora, metadata)
-        name = f"create_training_client_from_state{'_with_optimizer' if with_optimizer else ''}"
+        service = self.service
+        create = (
+            service.create_training_client_from_state_with_optimizer
+            if with_optimizer
+            else service.create_training_client_from_state
+        )
 
         async def opened() -> TrainingClient:
             with self.store.reading(checkpoint) as folder:
-                return await asyncio.to_thread(getattr(self.service, name), str(folder))
+                return await asyncio.to_thread(create, str(folder))
 
         return self._open_model(session, run, opened, {"path": path})
 
