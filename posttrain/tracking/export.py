@@ -31,7 +31,7 @@ from posttrain.backend.tokenizers import TOKENIZER_FILES, load_tokenizer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.disk_space import folder_bytes
 from posttrain.tracking.model_card import model_card
-from posttrain.tracking.model_source import ModelSource, find_model
+from posttrain.tracking.model_source import find_model
 
 NOT_EXPORTED = {STATE_FOLDER, STATE_FILE, OPTIMIZER_FILE, "README.md"}
 
@@ -65,25 +65,23 @@ def main(config: Config) -> Path:
     dtype = None if config.dtype == "keep" else getattr(torch, config.dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     adapter = is_adapter(source.folder)
+    merged = adapter and config.merge
     with atomic_folder(out) as folder:
-        if adapter and config.merge:
+        if merged:
             _write_merged(source.folder, folder, dtype, config.seed)
         else:
             _copy(source.folder, folder, dtype)
         base = read_base(source.folder).name if adapter else None
         evaluation = Path(config.evaluation) if config.evaluation else None
-        card = model_card(source, config.push_to or out.name, base, adapter and not config.merge, evaluation)
+        card = model_card(source, config.push_to or out.name, base, adapter and not merged, evaluation)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    print(f"exported {_kind(source, config.merge)} to {out} ({folder_bytes(out) / 1e6:,.1f} MB)")
+    what = (
+        f"{source.folder}, merged into its base," if merged else f"{'the adapter ' if adapter else ''}{source.folder}"
+    )
+    print(f"exported {what} to {out} ({folder_bytes(out) / 1e6:,.1f} MB)")
     if config.push_to:
         _push(out, config.push_to, config.private)
     return out
-
-
-def _kind(source: ModelSource, merge: bool) -> str:
-    if source.folder is None or not is_adapter(source.folder):
-        return str(source.folder)
-    return f"{source.folder}, merged into its base," if merge else f"the adapter {source.folder}"
 
 
 def _write_merged(adapter: Path, folder: Path, dtype: torch.dtype | None, seed: int) -> None:
@@ -98,36 +96,37 @@ def _write_merged(adapter: Path, folder: Path, dtype: torch.dtype | None, seed: 
 
 def _copy(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
     """All but the training state, weights in `dtype`."""
+    if dtype is not None and [*source.glob("pytorch_model*.bin")]:
+        raise ConfigError("the weights are pytorch_model.bin, not safetensors: only dtype=keep copies them")
+    num_bytes = 0
     for path in sorted(source.iterdir()):
         if path.name in NOT_EXPORTED or path.name.startswith("."):
             continue
         if path.suffix == ".safetensors" and dtype is not None:
             tensors = {name: _cast(tensor, dtype) for name, tensor in load_file(path).items()}
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
+            num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         elif path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copy(path, folder / path.name)
     if dtype is not None:
-        _say_dtype(folder, dtype)
+        _say_dtype(folder, dtype, num_bytes)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _say_dtype(folder: Path, dtype: torch.dtype) -> None:
+def _say_dtype(folder: Path, dtype: torch.dtype, num_bytes: int) -> None:
     """In config.json, and the new size in the index of a sharded model."""
-    if [*folder.glob("pytorch_model*.bin")]:
-        raise ConfigError("the weights are pytorch_model.bin, not safetensors: only dtype=keep copies them")
     if (folder / "config.json").exists():
         config = read_json(folder / "config.json")
         config.pop("torch_dtype", None)
         _write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     if (folder / INDEX_FILE).exists():
         index = read_json(folder / INDEX_FILE)
-        total = sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
-        _write_json(folder / INDEX_FILE, index | {"metadata": {**index.get("metadata", {}), "total_size": total}})
+        _write_json(folder / INDEX_FILE, index | {"metadata": {**index.get("metadata", {}), "total_size": num_bytes}})
 
 
 def _write_json(file: Path, content: dict) -> None:
