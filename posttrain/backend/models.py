@@ -90,7 +90,7 @@ def model_config(model_name: str) -> PretrainedConfig:
         raise ModelError(_is_an_adapter(path))
     if path.is_dir():
         source: str | Path = path
-    elif model_name.startswith(("/", ".", "~")) or model_name.count("/") > 1:
+    elif looks_like_path(model_name):
         raise ModelError(f"there is no model folder {path}")
     else:
         source = model_name
@@ -103,6 +103,11 @@ def model_config(model_name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source)
     except LOAD_ERRORS as error:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}{'' if path.is_dir() else hint}") from error
+
+
+def looks_like_path(name: str) -> bool:
+    """And not like a name of the hub, OWNER/NAME."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def _is_an_adapter(path: Path) -> str:

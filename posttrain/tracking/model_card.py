@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.models import PRESETS
+from posttrain.backend.models import PRESETS, looks_like_path
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import IMPORTANT, format_number, last_metrics, read_metrics
 from posttrain.tracking.model_source import ModelSource
@@ -109,7 +109,7 @@ def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 
 def _on_hub(name: str) -> bool:
-    return name not in PRESETS and name.count("/") == 1 and name[0] not in "/.~" and not Path(name).exists()
+    return name not in PRESETS and "/" in name and not looks_like_path(name) and not Path(name).exists()
 
 
 def _short(name: str) -> str:
@@ -122,5 +122,4 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    is_path = isinstance(value, str) and (value.startswith(("/", "~", ".")) or value.count("/") > 1)
-    return Path(value).name if is_path else value
+    return Path(value).name if isinstance(value, str) and looks_like_path(value) else value

@@ -9,7 +9,7 @@ from typing import Any
 
 from posttrain.backend.checkpoint_files import check_is_checkpoint
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.models import PRESETS
+from posttrain.backend.models import PRESETS, looks_like_path
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
@@ -69,7 +69,7 @@ def find_model(name: str) -> ModelSource:
     preset nor a folder is the hub's, and is looked up when it is opened."""
     path = Path(name).expanduser()
     if name in PRESETS or not path.exists():
-        if name not in PRESETS and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        if name not in PRESETS and looks_like_path(name):
             raise ConfigError(f"there is no model folder {path}")
         return ModelSource(name, None, None, {})
     if (path / "metrics.jsonl").exists():
