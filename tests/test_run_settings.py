@@ -224,9 +224,9 @@ def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(eval_every: 
     ) and longer != metrics
 
 
-def test_the_code_diff_holds_the_users_own_modules(tmp_path: Path) -> None:
+def test_the_code_diff_holds_the_commit_and_the_users_own_modules(tmp_path: Path) -> None:
     """A module outside the repository that the configuration names, and what it imports from its
-    own folder.
+    own folder. The repository's own files are known by the commit.
     """
     (tmp_path / "my_parts.py").write_text("SIZE = 7  # a part\n")
     (tmp_path / "my_task.py").write_text(
@@ -235,9 +235,10 @@ def test_the_code_diff_holds_the_users_own_modules(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
-        import my_task, json
+        import my_task
+        from envs.arithmetic import ArithmeticBuilder
         from posttrain.tracking.run_folder import open_run_folder
-        open_run_folder({str(tmp_path / "run")!r}, "raise", {{"env": my_task.MyTask()}})
+        open_run_folder({str(tmp_path / "run")!r}, "raise", {{"env": my_task.MyTask(), "other": ArithmeticBuilder()}})
     """)
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     text = (tmp_path / "run" / "code.diff").read_text()
@@ -246,7 +247,9 @@ def test_the_code_diff_holds_the_users_own_modules(tmp_path: Path) -> None:
         and "+    size: int = SIZE  # my task" in text
         and "+SIZE = 7  # a part" in text
     )
-    assert "/chz/" not in text and f"+++ {ROOT}/tracking" not in text
+    files = [line for line in text.splitlines() if line.startswith("+++ ")]  # git's own are "+++ b/..."
+    assert not any("/chz/" in file or file.startswith(f"+++ {ROOT}/") for file in files)
+    assert text.startswith("commit ") or not (ROOT / ".git").exists()
 
 
 @pytest.mark.parametrize("model_name", ["tiny", "gpt2-tiny"])

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 MOST_BYTES = 1_000_000  # of a module, and MOST_MODULES of a run
 MOST_MODULES = 200
 
