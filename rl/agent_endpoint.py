@@ -21,7 +21,8 @@ from posttrain.renderers import get_text_content, get_tool_calls
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Message, Renderer
 from posttrain.serve.local_server import LocalServer
-from posttrain.serve.openai_api import OnTokens, openai_routes
+from posttrain.serve.openai_answers import OnTokens
+from posttrain.serve.openai_api import openai_routes
 from posttrain.serve.openai_requests import Refusal
 from rl.message_env import next_prompt
 
@@ -80,8 +81,8 @@ class Call:
 
 
 class Rollout:
-    """The policy as an agent's endpoint sees it (openai_api.Served). `calls` belongs to `loop`, the
-    environment's; requests come from the server's thread."""
+    """The policy as an agent's endpoint sees it (openai_answers.Served). `calls` belongs to `loop`,
+    the environment's; requests come from the server's thread."""
 
     max_length = UNLIMITED
 
