@@ -1,14 +1,17 @@
-"""The supervised run that most recipes start with."""
+"""The supervised run that most recipes start with, and how they set the runs that follow."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import chz
 
+from posttrain.backend.errors import ConfigError
+from posttrain.tracking.command_line import parse
 from posttrain.tracking.run_folder import BehaviorIfExists
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from rl import train as rl_train
+from rl.names import ADVANTAGES
 from supervised import train as supervised_train
 from supervised.types import SupervisedDatasetBuilder
 
@@ -18,6 +21,20 @@ RLConfig = TypeVar("RLConfig", bound=rl_train.Config)
 def shared_settings(config: Any) -> dict[str, Any]:
     """The model, renderer, seed and backend of a recipe's `config`, where it has these fields."""
     return {n: getattr(config, n) for n in ("model_name", "renderer_name", "seed", "backend") if hasattr(config, n)}
+
+
+def preset(settings: Mapping[str, str]) -> rl_train.Config:
+    """RL with the settings of a preset (rl/algorithms.py), on an environment that is to be replaced."""
+    options = [f"{option}={value}" for option, value in settings.items()]
+    return parse(rl_train.Config, ["env=envs.arithmetic:ArithmeticBuilder", *options], {"advantage": ADVANTAGES})
+
+
+def seeds_of(written: str) -> list[int]:
+    """ConfigError unless the option `seeds` has whole numbers by comma."""
+    try:
+        return [int(seed) for seed in written.split(",")]
+    except ValueError:
+        raise ConfigError(f"seeds={written}: whole numbers by comma are needed, e.g. seeds=0,1,2") from None
 
 
 def warm_start(

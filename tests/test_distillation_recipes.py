@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from posttrain.backend.errors import ConfigError
+from recipes.warm_start import seeds_of
 from tests.test_recipes import run_recipe
 
 SMALL = {
@@ -19,6 +21,12 @@ LAST = {
     "prompt": r"with the prompt [\d.]+; without [\d.]+ -> [\d.]+",
     "self_distillation": r"without the solution: [\d.]+ -> [\d.]+",
 }
+
+
+def test_seeds_are_whole_numbers_by_comma() -> None:
+    assert seeds_of("0,12") == [0, 12]
+    with pytest.raises(ConfigError, match="seeds=0,x: whole numbers by comma are needed"):
+        seeds_of("0,x")
 
 
 @pytest.mark.slow

@@ -17,9 +17,8 @@ import chz
 
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE
-from posttrain.tracking.command_line import parse, run_command
+from posttrain.tracking.command_line import run_command
 from posttrain.tracking.figures import (
     Curve,
     Panel,
@@ -32,10 +31,9 @@ from posttrain.tracking.figures import (
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
-from recipes.warm_start import warm_start
+from recipes.warm_start import preset, seeds_of, warm_start
 from rl import train
 from rl.algorithms import ALGORITHMS
-from rl.names import ADVANTAGES
 
 CORRECT, SAMPLED = "test/env/all/correct", ("env/all/total_ac_tokens", "train/refill_tokens")
 VARIANTS = {
@@ -68,10 +66,8 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
     start = warm_start(config, sums, folder / "start", f"start_{seed}", **settings)
     stages = []
     for name, options in VARIANTS.items():
-        arguments = [f"{option}={value}" for option, value in options.items()]
-        preset = parse(train.Config, ["env=envs.arithmetic:ArithmeticBuilder", *arguments], {"advantage": ADVANTAGES})
         run = chz.replace(
-            preset,
+            preset(options),
             env=ArithmeticBuilder(num_digits=2, n_batches=config.num_steps, batch_size=32, group_size=8, seed=seed),
             load_checkpoint_path=str(start.result),
             renderer_name="plain",
@@ -89,10 +85,7 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
 
 
 def main(config: Config) -> None:
-    try:
-        stages = {seed: stages_of(config, int(seed)) for seed in config.seeds.split(",")}
-    except ValueError:
-        raise ConfigError(f"seeds={config.seeds}: whole numbers by comma are needed, e.g. seeds=0,1,2") from None
+    stages = {seed: stages_of(config, seed) for seed in seeds_of(config.seeds)}
     run_stages([stage for of_seed in stages.values() for stage in of_seed])
     steps: dict[str, list[Curve]] = {}
     tokens: dict[str, list[Curve]] = {}

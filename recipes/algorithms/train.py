@@ -22,15 +22,15 @@ from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
-from posttrain.tracking.command_line import parse, run_command
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.figures import read_curve
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.plots import compare_runs
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
-from recipes.warm_start import warm_start
+from recipes.warm_start import preset, warm_start
 from rl import train
 from rl.algorithms import ALGORITHMS
-from rl.train_cli import ADVANTAGES
 
 
 @chz.chz
@@ -55,11 +55,9 @@ class Config:
 
 
 def rl_config(config: Config, algorithm: str, start: Stage) -> train.Config:
-    options = [f"{option}={value}" for option, value in ALGORITHMS[algorithm].settings.items()]
-    preset = parse(train.Config, ["env=envs.arithmetic:ArithmeticBuilder", *options], {"advantage": ADVANTAGES})
     env = ArithmeticBuilder(num_digits=2, n_batches=config.num_steps, batch_size=64, group_size=8, seed=config.seed)
     return chz.replace(
-        preset,
+        preset(ALGORITHMS[algorithm].settings),
         env=env,
         load_checkpoint_path=str(start.result),
         renderer_name="plain",
@@ -86,9 +84,7 @@ def main(config: Config) -> None:
     folders = [Path(config.log_path) / name for name in names]
     keys = ["test/env/all/correct", "env/all/reward/total", "optim/entropy"]
     for folder in folders:
-        accuracy = [
-            record["test/env/all/correct"] for record in read_metrics(folder) if "test/env/all/correct" in record
-        ]
+        accuracy = read_curve(read_metrics(folder), "test/env/all/correct").values_K
         print(f"{folder.name:20s} held-out accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}")
     print(f"curves: {compare_runs(folders, Path(config.log_path) / 'compare.png', keys)}")
 

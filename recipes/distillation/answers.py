@@ -1,6 +1,5 @@
 """A teacher's answers to training questions, as conversations to imitate: a stage that writes JSONL."""
 
-import asyncio
 import json
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,9 @@ def answers_stage(config: Config, path: Path, teacher: Stage, number: int, conte
     return Stage(path.stem, path, settings, partial(_write, config, path, teacher, number, context), [teacher])
 
 
-def _write(config: Config, path: Path, teacher: Stage, number: int, context: str | None) -> None:
+async def _write(config: Config, path: Path, teacher: Stage, number: int, context: str | None) -> None:
     problems = ArithmeticTask(num_digits=2).draw(number, [config.seed, 0])
-    lines = asyncio.run(_answers(config, str(teacher.result), problems, context))
+    lines = await _answers(config, str(teacher.result), problems, context)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps({"messages": line}) + "\n" for line in lines).encode())
 

@@ -22,6 +22,7 @@ from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.distillation import teacher
 from recipes.distillation.answers import answers_stage
+from recipes.warm_start import shared_settings
 from supervised import distill, train
 from supervised.data import ConversationFileBuilder
 
@@ -39,16 +40,13 @@ def students(config: Config, teaches: Stage, answers: Stage) -> dict[str, Stage]
     folder = answers.path.parent
     settings: dict[str, Any] = {
         "dataset": ConversationFileBuilder(path=str(answers.path), batch_size=128, test_size=200, seed=config.seed),
-        "model_name": config.model_name,
-        "renderer_name": config.renderer_name,
-        "seed": config.seed,
         "num_epochs": config.steps,
         "max_steps": config.steps,
         "learning_rate": 2e-3,
         "lr_schedule": "linear",
         "eval_every": 100,
         "save_every": 0,
-        "backend": config.backend,
+        **shared_settings(config),
     }
     soft = settings | {"teacher": str(teaches.result), "top_k": config.top_k}
     runs = {

@@ -17,18 +17,16 @@ from pathlib import Path
 import chz
 
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
-from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE, WHOLE
-from posttrain.tracking.command_line import parse, run_command
+from posttrain.tracking.command_line import run_command
 from posttrain.tracking.figures import Curve, Panel, at_multiples, draw_panels, over_total, save_figure
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.distillation import teacher
-from recipes.warm_start import warm_start
+from recipes.warm_start import preset, seeds_of, shared_settings, warm_start
 from rl import train
 from rl.algorithms import ALGORITHMS
 from rl.distill import Distillation
-from rl.names import ADVANTAGES
 
 CORRECT, SAMPLED = "test/env/all/correct", "env/all/total_ac_tokens"
 
@@ -48,18 +46,13 @@ class Config(teacher.Config):
 
 
 def run_config(config: Config, seed: int, algorithm: str, start: Stage, folder: Path) -> train.Config:
-    options = [f"{option}={value}" for option, value in ALGORITHMS[algorithm].settings.items()]
-    preset = parse(train.Config, ["env=envs.arithmetic:ArithmeticBuilder", *options], {"advantage": ADVANTAGES})
     distills = algorithm == "distill"
     steps, groups, members = (config.steps, 256, 1) if distills else (config.rl_steps, 64, 8)
     return chz.replace(
-        preset,
+        preset(ALGORITHMS[algorithm].settings),
         env=ArithmeticBuilder(num_digits=2, n_batches=steps, batch_size=groups, group_size=members, seed=seed),
         distill=Distillation(teacher=str(teacher.teacher_stage(config).result) if distills else None),
-        model_name=config.model_name,
-        renderer_name=config.renderer_name,
         load_checkpoint_path=str(start.result),
-        seed=seed,
         learning_rate=config.learning_rate,
         lr_schedule="linear",
         eval_every=10 if distills else 25,
@@ -67,7 +60,7 @@ def run_config(config: Config, seed: int, algorithm: str, start: Stage, folder: 
         keep_checkpoints=1,
         transcript_every=100,
         log_path=str(folder / algorithm),
-        backend=config.backend,
+        **shared_settings(config) | {"seed": seed},
     )
 
 
@@ -94,10 +87,7 @@ def first_at(curve: Curve, level: float) -> str:
 
 
 def main(config: Config) -> None:
-    try:
-        seeds = [int(seed) for seed in config.seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"seeds={config.seeds}: whole numbers by comma are needed, e.g. seeds=0,1,2") from None
+    seeds = seeds_of(config.seeds)
     run_stages([stage for seed in seeds for stage in stages_of(config, seed)])
     best = teacher.accuracy(config, teacher.teacher_stage(config).result)
     level = config.share * best

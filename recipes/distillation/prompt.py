@@ -20,7 +20,7 @@ from posttrain.tracking.stages import run_stages, training_stage
 from recipes.distillation import teacher
 from recipes.distillation.answers import answers_stage
 from recipes.distillation.instructed import BackwardsSums, InstructedSumsExamples
-from recipes.warm_start import warm_start
+from recipes.warm_start import shared_settings, warm_start
 from supervised import distill
 from supervised.data import ConversationFileBuilder
 
@@ -53,9 +53,6 @@ def main(config: Config) -> None:
         teacher=str(start.result),
         context=config.prompt,
         load_checkpoint_path=str(start.result),
-        model_name=config.model_name,
-        renderer_name=config.renderer_name,
-        seed=config.seed,
         num_epochs=config.steps,
         max_steps=config.steps,
         learning_rate=1e-3,
@@ -63,7 +60,7 @@ def main(config: Config) -> None:
         eval_every=20,
         save_every=0,
         log_path=str(folder / "distill"),
-        backend=config.backend,
+        **shared_settings(config),
     )
     student = training_stage("distill", distill.main, run, [start, answers])
     run_stages([student])

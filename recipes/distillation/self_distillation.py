@@ -18,11 +18,12 @@ import chz
 from envs.arithmetic import ArithmeticBuilder
 from posttrain.backend.ranges import COUNT
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.figures import read_curve
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.stages import run_stages, training_stage
 from recipes.distillation import teacher
 from recipes.distillation.instructed import InstructedSumsExamples
-from recipes.warm_start import warm_start
+from recipes.warm_start import shared_settings, warm_start
 from rl import train
 from rl.advantages import NoReward
 from rl.distill import POLICY, Distillation
@@ -50,22 +51,17 @@ def main(config: Config) -> None:
         distill=Distillation(teacher=POLICY if config.live else str(start.result), context=config.context),
         advantage=NoReward(),
         load_checkpoint_path=str(start.result),
-        model_name=config.model_name,
-        renderer_name=config.renderer_name,
-        seed=config.seed,
         learning_rate=1e-3,
         lr_schedule="linear",
         eval_every=25,
         save_every=0,
         transcript_every=100,
         log_path=str(folder / ("live" if config.live else "frozen")),
-        backend=config.backend,
+        **shared_settings(config),
     )
     student = training_stage("self_distillation", train.main, run, [start])
     run_stages([student])
-    correct = [
-        record["test/env/all/correct"] for record in read_metrics(student.path) if "test/env/all/correct" in record
-    ]
+    correct = read_curve(read_metrics(student.path), "test/env/all/correct").values_K
     print(f"held-out sums, without the solution: {correct[0]:.3f} -> {correct[-1]:.3f}")
 
 

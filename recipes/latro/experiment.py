@@ -26,6 +26,7 @@ from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import run_stages
 from recipes.latro import train
+from recipes.warm_start import seeds_of
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "latro": {},
@@ -112,7 +113,7 @@ def _summary(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def main(config: Config) -> None:
-    seeds = [int(seed) for seed in config.seeds.split(",")]
+    seeds = seeds_of(config.seeds)
     folders = {variant: [run(config, variant, seed) for seed in seeds] for variant in config.variants.split(",")}
     print(table(folders))
     print(f"picture: {picture(folders, Path(config.log_path) / 'latro.png')}")
