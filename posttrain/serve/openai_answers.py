@@ -14,7 +14,7 @@ from posttrain.backend.errors import ContextLengthError
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import ResponseStream, to_openai
 from posttrain.renderers.parts import openai_call
-from posttrain.renderers.stream import held_back
+from posttrain.renderers.stream import TokenText, held_back
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Message, Part, Renderer
 from posttrain.serve.openai_requests import Options
@@ -93,9 +93,10 @@ class Answer:
         tokenizer = self.model.renderer.tokenizer
         if tokens and tokens[-1] in tokenizer.all_special_ids:
             tokens = tokens[:-1]
-        return self._cut(decode(tokenizer, tokens))
+        return self.cut(decode(tokenizer, tokens))
 
-    def _cut(self, text: str) -> str:
+    def cut(self, text: str) -> str:
+        """The text before the first of the request's stops."""
         ends = [text.find(stop) for stop in self.options.stop]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
@@ -165,7 +166,7 @@ class ChatAnswer(Answer):
         message, _ = self.renderer.parse_response(sequence.tokens)
         fields: dict[str, Any] = to_openai(message) | {"refusal": None}
         for name in ("content", "reasoning_content"):
-            fields |= {name: self._cut(fields[name])} if name in fields else {}
+            fields |= {name: self.cut(fields[name])} if name in fields else {}
         fields["content"] = fields["content"] or ("" if "tool_calls" not in fields else None)
         logprobs = await self._logprobs(self.prompts[0], sequence.tokens)
         finish = "tool_calls" if "tool_calls" in fields else sequence.stop_reason
@@ -195,9 +196,17 @@ class TextFeed:
 
     def __init__(self, answer: Answer):
         self.answer, self.sent = answer, ""
+        tokenizer = answer.model.renderer.tokenizer
+        self.special_ids, self.decoder = {*tokenizer.all_special_ids}, TokenText(tokenizer)
+        self.fed, self.text = 0, ""
 
     def feed(self, tokens: list[int]) -> list[dict[str, Any]]:
-        text = self.answer.text(tokens).rstrip("\ufffd")
+        end = len(tokens)
+        if tokens and tokens[-1] in self.special_ids:  # it may be what stops the answer
+            end -= 1
+        self.text += self.decoder.feed(tokens[self.fed : end])
+        self.fed = end
+        text = self.answer.cut(self.text)
         return self._piece(text[: len(text) - held_back(text, self.answer.options.stop)])
 
     def close(self, sequence: SampledSequence) -> list[dict[str, Any]]:
