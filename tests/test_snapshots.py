@@ -143,7 +143,7 @@ def test_the_memory_of_snapshots_has_a_limit_that_the_error_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     probe = ServiceClient(BackendConfig(engine="torch"), tmp_path).create_training_client("micro")
-    size = probe._trainer.copied_bytes()
+    size = probe._trainer.sampled.copied_bytes()
     with ServiceClient(BackendConfig(engine="torch", snapshot_memory_gb=1.5 * size / GIB), tmp_path) as service:
         client = service.create_training_client("micro")
         first = client.save_weights_and_get_sampling_client()

@@ -22,7 +22,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.vllm_engine import VllmEngine, samples_with_vllm, vllm_is_installed
-from posttrain.backend.weight_copies import FrozenModel
+from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
 
 
@@ -95,7 +95,7 @@ class Engines:
 
     def _freeze(self, name: str, model: PreTrainedModel, owner: SharedBase | None = None) -> SamplingClient:
         tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
-        source = FrozenModel(model, compute_dtype(training_device(), self.config), owner)
+        source = SampledModel(model, compute_dtype(training_device(), self.config), owner)
         policy, version = self.new_policy(), WeightVersion(0, source.sampler_weights)
         if self.shares:
             version.keep(source, self.memory)

@@ -27,7 +27,7 @@ from posttrain.backend.lora_layers import add_lora, check_rank
 from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm, by_width, in_order
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
-from posttrain.backend.merged_lora import base_weights, compute_merged, layer_updates, merged_weights
+from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.models import (
     attends_to_all,
     cast_weights,
@@ -47,8 +47,8 @@ from posttrain.backend.types import (
     OptimStepResponse,
     TensorData,
 )
-from posttrain.backend.weight_copies import copied_bytes, copied_weights
-from posttrain.backend.weight_versions import WeightCopy, Weights
+from posttrain.backend.weight_copies import SampledModel
+from posttrain.backend.weight_versions import Weights
 
 CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
 
@@ -434,17 +434,12 @@ class Trainer:
 
     # --- weights out -----------------------------------------------------------------------------
 
+    @property
+    def sampled(self) -> SampledModel:
+        return SampledModel(self.base, self.compute_dtype, self._base_owner)
+
     def sampler_weights(self) -> Weights:
-        """Names and tensors as in a checkpoint, adapters merged, in the sampler's dtype, one at a
-        time. From state_dict, as a tied lm_head must be included: vLLM on a CPU packs a copy of it.
-        """
-        return merged_weights(base_weights(self.base), layer_updates(self.base), self.compute_dtype)
-
-    def copied_bytes(self) -> int:
-        return copied_bytes(self.base, self.compute_dtype)
-
-    def copied_weights(self) -> WeightCopy:
-        return copied_weights(self.base, self.compute_dtype, self._base_owner)
+        return self.sampled.sampler_weights()
 
     def info(self) -> GetInfoResponse:
         parameters, trainable = (

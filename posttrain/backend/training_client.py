@@ -45,7 +45,7 @@ class TrainingClient(Ready):
         self._thread = InOrder("training")
         self._engine: EngineThread | None = None
         self._policy = engines.new_policy()
-        self._before_end = weakref.finalize(self, self._policy.before_end, trainer)
+        self._before_end = weakref.finalize(self, self._policy.before_end, trainer.sampled)
         self._before_end.atexit = False
         self._weights_version = 0  # counts changes of the trainer's weights
         # sampler folders written, and their weights version
@@ -150,7 +150,7 @@ class TrainingClient(Ready):
     def _changing_weights(self) -> Iterator[None]:
         """Marks the weights as changed, so that the next sync runs, unless the error denies it.
         Copies them first if a sampling client keeps them."""
-        self._policy.before_change(self._trainer)
+        self._policy.before_change(self._trainer.sampled)
         try:
             yield
         except CookbookError:
@@ -287,20 +287,20 @@ class TrainingClient(Ready):
 
     def _sync(self, follow: bool = False, keep: bool = True) -> SamplingClient:
         self._check_can_sample()
-        trainer, policy = self._trainer, self._policy
+        trainer, policy, source = self._trainer, self._policy, self._trainer.sampled
         if self._engine is None or (self._engines.shares and self._engine.has_stopped):
             self._engine = self._engines.open(trainer.hf_config, self._tokenizer, trainer.max_length)
             self._let_go = self._engine.hold(self)
         if policy.newest is None or policy.newest.number != self._weights_version:
             check_finite(trainer.trained.stepped, trainer.optimizer)
-            version = WeightVersion(self._weights_version, trainer.sampler_weights)
+            version = WeightVersion(self._weights_version, source.sampler_weights)
             if self._engines.shares:
-                version.keep(trainer, self._engines.memory)  # other policies may take the engine at any time
+                version.keep(source, self._engines.memory)  # other policies may take the engine at any time
                 policy.publish(version)
             else:
                 self._engine.sync(policy, version)
         else:
-            policy.newest.lives_in(trainer)
+            policy.newest.lives_in(source)
         return SamplingClient(
             self._engine,
             policy,

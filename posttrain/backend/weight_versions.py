@@ -30,7 +30,7 @@ class WeightCopy:
 
 
 class WeightSource(Protocol):
-    """What a version is made from: a Trainer, or frozen weights."""
+    """What a version is made from: a SampledModel."""
 
     def sampler_weights(self) -> Weights: ...
 
