@@ -64,10 +64,13 @@ class InterleavedBuilder(RLDatasetBuilder):
         weights = self.weights or [1.0] * len(self.builders)
         if not self.builders or len(weights) != len(self.builders):
             raise ConfigError(f"{len(self.builders)} builders with weights {self.weights}: give one weight for each")
-        common = {"group_size": self.group_size, "seed": self.seed}
+        common = {name: getattr(self, name) for name in chz.chz_fields(RLDatasetBuilder)}
         train, held_out = [], []
-        for builder, count in zip(self.builders, shares(self.batch_size, weights), strict=True):
-            dataset, test = await chz.replace(builder, **common, batch_size=count)(renderer)
+        for i, (builder, count) in enumerate(zip(self.builders, shares(self.batch_size, weights), strict=True)):
+            for name, value in common.items():
+                if (given := getattr(builder, name)) not in (chz.chz_fields(builder)[name]._default, value):
+                    raise ConfigError(f"builders.{i}.{name}={given}: set {name} on the whole, where it holds for all")
+            dataset, test = await chz.replace(builder, **{**common, "batch_size": count})(renderer)
             train.append(dataset)
             held_out += all_groups(test) if test else []
         return InterleavedDataset(train), (ListDataset(held_out, self.batch_size, shuffle=False) if held_out else None)

@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import chz
 import numpy as np
 import pytest
 from transformers import Qwen3Config
@@ -175,6 +176,10 @@ def test_every_batch_has_groups_of_each_set(gsm8k):
     assert sum("gsm8k" in group.logging_tags() for i in range(len(test)) for group in test.get_batch(i)) == 2
     with pytest.raises(ConfigError, match="one weight for each"):
         asyncio.run(InterleavedBuilder(builders=env.builders, weights=[1.0])(RENDERER))
+    for name in ("batch_size", "group_size", "seed"):
+        builders = [env.builders[0], chz.replace(env.builders[1], **{name: 5})]
+        with pytest.raises(ConfigError, match=rf"builders\.1\.{name}=5: set {name} on the whole"):
+            asyncio.run(InterleavedBuilder(builders=builders)(RENDERER))
 
 
 # --- bits per byte --------------------------------------------------------------------------------
