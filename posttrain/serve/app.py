@@ -20,7 +20,7 @@ from starlette.routing import Mount, Route
 
 from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams, TensorData
-from posttrain.serve.body import Body, BodyError
+from posttrain.serve.body import Body, BodyError, read_body
 from posttrain.serve.guard import Guard
 from posttrain.serve.openai_api import openai_routes
 from posttrain.serve.openai_models import PublicModels
@@ -95,7 +95,7 @@ async def _broken(request: HttpRequest, error: Exception) -> Response:
 
 
 async def _body(request: HttpRequest) -> Body:
-    return Body(await request.body())
+    return read_body(await request.body())
 
 
 def _accepted(request: Request) -> Response:
@@ -173,7 +173,7 @@ async def create_model(state: State, request: HttpRequest) -> Response:
     if repeated := state.created(session, number):
         return _accepted(repeated)
     _check_optimizer(body)
-    lora, config = body.record("lora_config", Body(b"{}")), None
+    lora, config = body.record("lora_config", Body({})), None
     if rank := lora.integer("rank", 32):  # 0 trains all weights
         seed = lora.integer("seed", None)
         config = LoraConfig(rank, seed, None, lora.flag("train_mlp", True), lora.flag("train_attn", True))
@@ -229,7 +229,7 @@ async def optim_step(state: State, request: HttpRequest) -> Response:
     def adam() -> AdamParams:
         if body.fields.get("optimizer_params") is not None:
             raise DataError("optimizer_params: models are trained with AdamW here")
-        params = body.record("adam_params", Body(b"{}"))
+        params = body.record("adam_params", Body({}))
         names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
         return AdamParams(**{name: params.number(name) for name in names if params.fields.get(name) is not None})
 
@@ -289,7 +289,7 @@ def _prompt(body: Body) -> list[int]:
 
 
 def _sample_options(body: Body) -> SampleOptions:
-    fields = body.record("sampling_params", Body(b"{}"))
+    fields = body.record("sampling_params", Body({}))
     others = {
         "topk_sample_logprobs": body.integer("topk_sample_logprobs", 0, most=MOST_TOPK),
         "prompt_alt_tokens_k": body.integer("prompt_alt_tokens_k", 0),

@@ -26,12 +26,17 @@ def read_json(content: bytes | bytearray) -> Any:
     return value
 
 
+def read_body(content: bytes) -> "Body":
+    """BodyError unless it is a JSON object; no content is an empty one."""
+    fields = read_json(content or b"{}")
+    if not isinstance(fields, dict):
+        raise BodyError("the body is not a JSON object")
+    return Body(fields)
+
+
 class Body:
-    def __init__(self, content: bytes):
-        fields = read_json(content or b"{}")
-        if not isinstance(fields, dict):
-            raise BodyError("the body is not a JSON object")
-        self.fields: dict[str, Any] = fields
+    def __init__(self, fields: dict[str, Any]):
+        self.fields = fields
 
     def _get(self, name: str, kind: type | tuple[type, ...], what: str, default: Any) -> Any:
         value = self.fields.get(name)
@@ -63,7 +68,7 @@ class Body:
 
     def record(self, name: str, default: Any = NEEDED) -> "Body | Any":
         value = self._get(name, dict, "an object", default)
-        return value if value is default else _of(value)
+        return value if value is default else Body(value)
 
     def texts(self, name: str) -> dict[str, str] | None:
         """A mapping of texts, such as user_metadata."""
@@ -71,12 +76,6 @@ class Body:
         if value is not None and not all(isinstance(text, str) for text in value.values()):
             raise BodyError(f"{name}: an object of texts is needed")
         return value
-
-
-def _of(fields: dict[str, Any]) -> Body:
-    body = Body(b"{}")
-    body.fields = fields
-    return body
 
 
 def _refuse_constant(name: str) -> None:
