@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from rl.evaluators import sample_values
+from rl.metrics import mean_by_key
 from rl.sample_metrics import mean_and_stderr, paired_difference, ratio_values
 from rl.types import Trajectory, TrajectoryGroup
 
@@ -69,15 +68,13 @@ def _means(group: TrajectoryGroup) -> dict[str, float]:
             group.trajectories_G, group.metrics_G, group.get_total_rewards(), strict=True
         )
     ]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    return mean_by_key(rows)
 
 
 def _of_episode(trajectory: Trajectory) -> dict[str, float]:
     turns = trajectory.transitions
-    names = dict.fromkeys(name for turn in turns for name in turn.metrics)
-    metrics = {name: float(np.mean([turn.metrics[name] for turn in turns if name in turn.metrics])) for name in names}
-    return metrics | {"turns": float(len(turns)), "tokens": float(sum(len(turn.ac.tokens) for turn in turns))}
+    counts = {"turns": float(len(turns)), "tokens": float(trajectory.num_sampled_tokens)}
+    return mean_by_key(turn.metrics for turn in turns) | counts
 
 
 def estimates(values: Values, places: Sequence[int] | None = None) -> Estimates:

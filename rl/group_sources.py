@@ -25,10 +25,6 @@ REFILL = 1 << 20  # batches further on; more than a run has
 REPORT_SECONDS = 60.0  # without a finished group, after which the wait is printed
 
 
-def sampled_tokens(group: TrajectoryGroup) -> int:
-    return sum(len(turn.ac.tokens) for trajectory in group.trajectories_G for turn in trajectory.transitions)
-
-
 class GroupSource:
     """Samples ahead in its tasks; use it as `async with source:`. A crashed task cancels the block
     and is raised from it. `concurrent_rollouts`: most rollouts in flight, in batch order; None = no
@@ -95,7 +91,8 @@ class GroupSource:
             if refills == self.max_refills or len(set(group.get_total_rewards())) != 1:
                 break
             discarded.append(group)
-        group.refills, group.refill_tokens = refills, sum(map(sampled_tokens, discarded))
+        group.refills = refills
+        group.refill_tokens = sum(t.num_sampled_tokens for other in discarded for t in other.trajectories_G)
         group.errors = [error for other in discarded for error in other.errors] + group.errors
         return group
 

@@ -61,7 +61,7 @@ def length_penalized(
     """New groups, with the penalty in each member's reward, and its mean."""
     out, added = [], []
     for group in groups_P:
-        lengths_G = np.array([_length(trajectory) for trajectory in group.trajectories_G], dtype=np.float64)
+        lengths_G = np.array([trajectory.num_sampled_tokens for trajectory in group.trajectories_G], dtype=np.float64)
         if config.kind == "overlong":
             assert config.limit and config.buffer
             terms_G = overlong(lengths_G, config.limit, config.buffer)
@@ -71,10 +71,6 @@ def length_penalized(
         rewards_G = [reward + config.coef * float(x) for reward, x in zip(group.final_rewards_G, terms_G, strict=True)]
         out.append(replace(group, final_rewards_G=rewards_G))
     return out, {"length_reward": float(np.mean(added))} if added else {}
-
-
-def _length(trajectory: Trajectory) -> int:
-    return sum(len(turn.ac.tokens) for turn in trajectory.transitions)
 
 
 def _correct(trajectory: Trajectory) -> bool:

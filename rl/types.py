@@ -130,6 +130,10 @@ class Trajectory:
         """Sum of the step rewards, without the group's reward."""
         return sum(transition.reward for transition in self.transitions)
 
+    @property
+    def num_sampled_tokens(self) -> int:
+        return sum(len(transition.ac.tokens) for transition in self.transitions)
+
     def copy(self) -> "Trajectory":
         """A copy that shares nothing, for code that may change it. Without `supervised`."""
         turns = [
