@@ -27,19 +27,20 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.run import Metrics, finish
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import open_run_folder
-from supervised import train
-from supervised.names import DATASETS
+from supervised.evaluators import EvaluatedRunConfig
+from supervised.names import DATASETS, EVALUATOR_OPTIONS
 from supervised.nll import NLLEvaluator
-from supervised.train import Pass
-from supervised.types import SupervisedDataset
+from supervised.train import Pass, training_loop
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 LEAST_REST = 1e-6  # a student's probability outside the K tokens, below which the loss is flat
 
 
 @chz.chz
-class Config(train.Config):
+class Config(EvaluatedRunConfig):
     """Distillation of a teacher's most likely tokens."""
 
+    dataset: SupervisedDatasetBuilder = chz.field(doc="builder of the training and held-out data")
     teacher: str = chz.field(doc="a checkpoint or a model with the student's vocabulary")
     top_k: int = chz.field(default=8, validator=COUNT, doc="targets per token: the teacher's most likely ones")
     rest: bool = chz.field(
@@ -188,6 +189,7 @@ async def main(config: Config) -> Metrics:
     read, test_read = dataset, test_dataset
     if config.context:
         read, test_read = config.dataset(with_context(renderer, config.context))
+    custom = await config.build_evaluators(renderer)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)
@@ -197,12 +199,12 @@ async def main(config: Config) -> Metrics:
             evaluator = Evaluator(test_dataset, TeacherTargets(test_dataset, test_read, teacher, config))
         targets = TeacherTargets(dataset, read, teacher, config)
         headline = {"train_teacher_kl": "kl", "test/teacher_kl": "test kl"}
-        metrics = await train.training_loop(
-            config, folder, client, targets, TopK(), evaluator, name="distill", headline=headline
+        metrics = await training_loop(
+            config, folder, client, targets, TopK(), evaluator, name="distill", headline=headline, custom=custom
         )
     finish(folder, metrics)
     return metrics
 
 
 if __name__ == "__main__":
-    run_command(main, Config, {"dataset": DATASETS})
+    run_command(main, Config, {"dataset": DATASETS} | EVALUATOR_OPTIONS)

@@ -22,6 +22,7 @@ from preference.comparisons import ChosenRejectedBuilder
 from rl import train as rl
 from rl.evaluators import EnvEvaluator
 from rl.train_cli import CLIConfig
+from supervised import distill
 from supervised import train as sft
 from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
 from supervised.names import EVALUATOR_OPTIONS
@@ -82,6 +83,15 @@ def test_a_supervised_run_is_the_same_with_evaluators(tmp_path: Path) -> None:
     assert first != last, "each evaluation sees the present weights"
     nll = [(record["test/nll"], record["other/nll"]) for record in read_metrics(path) if "test/nll" in record]
     assert all(ours == others for ours, others in nll)
+
+
+# Trap: a run that takes the options and never evaluates.
+def test_a_distillation_run_has_evaluators(tmp_path: Path) -> None:
+    evaluators: dict[str, Any] = EVALUATORS | {"infrequent_evaluators": [DatasetNLL(dataset=EXAMPLES, name="rarely")]}
+    config = distill.Config(dataset=EXAMPLES, teacher="micro", log_path=str(tmp_path), **COMMON, **evaluators)
+    asyncio.run(distill.main(config))
+    assert steps_with(tmp_path, "mine/last_logprob") == steps_with(tmp_path, "test/teacher_kl") == [0, 2, 3]
+    assert steps_with(tmp_path, "rarely/nll") == [0, 3]
 
 
 @pytest.mark.slow
