@@ -125,15 +125,19 @@ def teacher_rows(groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row], conte
     """The rows with the teacher's prompt in place of the policy's."""
     if len({row.origin for row in rows}) < len(rows):
         raise ConfigError("distill.context: a rollout has several token sequences, and only the first has the prompt")
+    prompts = {p: _teacher_prompt(groups_P[p], context) for p in {row.origin[0] for row in rows}}
     out = []
     for row in rows:
         p, g = row.origin
-        builder, length = groups_P[p].builder, groups_P[p].trajectories_G[g].transitions[0].ob.length
-        if not isinstance(builder, HasTeacherPrompt):
-            raise ConfigError(f"distill.context: {type(builder).__name__} has no teacher_prompt(context)")
-        prompt = builder.teacher_prompt(context).to_ints()
-        out.append(_with_prompt(row, length, prompt))
+        length = groups_P[p].trajectories_G[g].transitions[0].ob.length
+        out.append(_with_prompt(row, length, prompts[p]))
     return out
+
+
+def _teacher_prompt(group: TrajectoryGroup, context: str) -> list[int]:
+    if not isinstance(group.builder, HasTeacherPrompt):
+        raise ConfigError(f"distill.context: {type(group.builder).__name__} has no teacher_prompt(context)")
+    return group.builder.teacher_prompt(context).to_ints()
 
 
 def _with_prompt(row: Row, length: int, prompt: list[int]) -> Row:

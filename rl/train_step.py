@@ -135,9 +135,8 @@ async def _prepare(
         metrics |= value_metrics
     if difference_D and config.kl.where == "advantage":
         rows = penalized_advantages(rows, difference_D, config.kl.coef, config.kl.discount)
-    if config.entropy_coef:
-        surprisal_D = [row.logprobs_T for row in rows]
-        rows = penalized_advantages(rows, surprisal_D, config.entropy_coef, 0.0) if rows else rows
+    if config.entropy_coef and rows:
+        rows = penalized_advantages(rows, [row.logprobs_T for row in rows], config.entropy_coef, 0.0)
     if learner.teachers and rows:
         with timed(metrics, "teacher"), span("score"):
             teacher_difference_D, teacher_metrics = await learner.teachers.difference(kept_P, rows)
