@@ -22,7 +22,8 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput, ModelInput, SamplingParams
-from posttrain.renderers.types import Message, Renderer, TrainOnWhat
+from posttrain.renderers import with_tools
+from posttrain.renderers.types import Message, Renderer, ToolSpec, TrainOnWhat
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.run import Metrics, finish
 from posttrain.tracking.run_config import log_path_field
@@ -86,6 +87,9 @@ class ContextRenderer:
     ) -> tuple[list[int], list[float]]:
         system = Message(role="system", content=self.context)
         return self.renderer.build_supervised_example([system, *messages], train_on_what)
+
+    def with_tools(self, tools: Sequence[ToolSpec], list_tools: bool = True) -> Renderer:
+        return with_context(with_tools(self.renderer, tools, list_tools), self.context)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.renderer, name)

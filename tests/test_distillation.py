@@ -15,8 +15,10 @@ from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.types import Datum, ModelInput
-from posttrain.renderers import get_renderer
+from posttrain.renderers import get_renderer, with_tools
+from posttrain.renderers.turns import decode
 from rl import train
 from rl.advantages import NoReward
 from rl.data_processing import rows_of
@@ -24,6 +26,7 @@ from rl.distill import Distillation, Teachers
 from rl.kl import penalized_advantages
 from rl.types import Trajectory, TrajectoryGroup
 from supervised import distill
+from supervised.data import FileBuilder
 from tests.test_estimators import advantages, two_data
 from tests.test_group_sources import metrics, weights
 from tests.test_rl import turn
@@ -246,3 +249,15 @@ def test_a_context_changes_what_the_teacher_reads_and_not_what_the_student_does(
     )
     with pytest.raises(DataError, match="the teacher reads other trained tokens"):
         mismatched.get_batch(0)
+
+
+# Trap: the tools of a row make another renderer, and the teacher reads no context, or the run ends.
+def test_a_context_stays_where_a_row_has_tools() -> None:
+    spec = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}, "required": []}}
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
+    renderer = distill.with_context(get_renderer("chat_template", character_tokenizer(512)), "Be brief.")
+    row = {"messages": messages, "tools": [spec]}
+    text = decode(renderer.tokenizer, FileBuilder(path="none.jsonl").example(row, renderer)[0])
+    assert "Be brief." in text and '"name": "add"' in text and "hello" in text
+    with pytest.raises(ConfigError, match="RoleColonRenderer cannot write tools"):
+        with_tools(distill.with_context(get_renderer("role_colon", tokenizer()), "Be brief."), [])

@@ -47,9 +47,10 @@ def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
 def with_tools(renderer: Renderer, tools: Sequence[ToolSpec], list_tools: bool = True) -> Renderer:
     """A renderer that offers `tools` to the model and reads its calls; ConfigError if it cannot.
     Without `list_tools` no prompt mentions them."""
-    if not isinstance(renderer, ChatTemplateRenderer):
+    offering = getattr(renderer, "with_tools", None)
+    if offering is None:
         raise ConfigError(f"{type(renderer).__name__} cannot write tools: use renderer_name=chat_template")
-    return renderer.with_tools(tools, list_tools)
+    return offering(tools, list_tools)
 
 
 def _template_options(written: str, tokenizer: Tokenizer) -> dict[str, Any]:
