@@ -9,7 +9,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import SnapshotMemoryError, StaleSamplerError
+from posttrain.backend.errors import EngineError, SnapshotMemoryError, StaleSamplerError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams
-from posttrain.backend.weight_versions import GIB
+from posttrain.backend.weight_versions import GIB, Weights, WeightVersion
 from tests.conftest import ROOT, policy_data, random_tokens
 
 PROMPT = random_tokens(np.random.default_rng(0), 200)  # vLLM caches prefixes of 128 tokens
@@ -121,6 +121,25 @@ def test_copies_are_made_for_those_who_keep_a_version_and_go_with_them(torch_ser
     sampler.close()
     client.save_weights_and_get_sampling_client(keep=False)
     assert kept_bytes(torch_service) == 0
+
+
+def test_weights_that_go_just_before_their_turn_end_their_calls_and_not_the_engine(
+    torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = torch_service.create_training_client("micro")
+    old = client.save_weights_and_get_sampling_client()
+    step(client)
+    live, load = client.save_weights_and_get_sampling_client(), WeightVersion.load
+
+    def dropped(version: WeightVersion, load_weights: Callable[[Weights], None]) -> bool:
+        old.close()  # by another thread, after the engine chose the version
+        return load(version, load_weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightVersion, "load", dropped)
+        with pytest.raises(EngineError, match="version 0 are gone"):
+            scored(old)
+    assert scored(live) == pytest.approx(trained(client, PROMPT).tolist(), abs=1e-4)
 
 
 def test_snapshots_outlive_the_training_client(torch_service: ServiceClient) -> None:

@@ -390,7 +390,8 @@ class EngineThread:
             sync.future.set_result(None)
 
     def _load(self, version: WeightVersion) -> None:
-        version.load(self._engine.load_weights)
+        if not version.load(self._engine.load_weights):
+            return  # its calls will be refused
         self._loaded = version
         self._turns += 1
         version.last_turn = self._turns

@@ -89,10 +89,13 @@ class WeightVersion:
     def can_be_loaded(self) -> bool:
         return self._weights is not None
 
-    def load(self, load_weights: Callable[[Weights], None]) -> None:
+    def load(self, load_weights: Callable[[Weights], None]) -> bool:
+        """False if the weights are gone: another thread may drop them at any time."""
         with self._lock:
-            assert self._weights is not None
-            load_weights(self._weights())
+            if (weights := self._weights) is None:
+                return False
+            load_weights(weights())
+            return True
 
     def hold(self, client: object) -> Callable[[], object]:
         """Keeps the version until the returned function is called or `client` is garbage-collected."""
