@@ -37,12 +37,14 @@ OLDER = ["capabilities", "supervised", "pipelined", "losses", "custom_loss", "ch
 def sdk_python(version: str) -> str:
     """A Python with this version of the SDK; skips where it cannot be installed."""
     folder = ENVIRONMENTS / version
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
+    python, is_complete = folder / "bin" / "python", (folder / "complete").exists()
+    if not is_complete:
         venv.create(folder, with_pip=True, clear=True)
-        site = next(folder.glob("lib/python*/site-packages"))
-        here = next(path for path in sys.path if path.endswith("site-packages"))
-        (site / "packages_of_the_project.pth").write_text(f"{here}\n")
+    # anew each time: the checkout that made the environment may have gone
+    site = next(folder.glob("lib/python*/site-packages"))
+    here = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "packages_of_the_project.pth").write_text(f"{Path(here).resolve()}\n")
+    if not is_complete:
         install = [str(python), "-m", "pip", "install", "-q", f"tinker=={version}"]
         done = subprocess.run(install, capture_output=True, text=True)
         if done.returncode:
