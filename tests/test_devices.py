@@ -1,5 +1,7 @@
 """Decisions for a GPU that a machine without one can check."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,16 @@ def test_equal_models_have_one_folder_for_vllms_compiled_code(monkeypatch: pytes
     with _model_folder(model_config("tiny"), load_tokenizer("tiny"), keep=False) as folder:
         assert str(tmp_path) not in folder
     assert not Path(folder).exists()
+    rename = os.rename
+
+    def second(source: str, target: str) -> None:
+        shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second)
+    with _model_folder(model_config("small"), load_tokenizer("small"), keep=True) as folder:
+        assert (Path(folder) / "config.json").exists()
+    assert len(list((tmp_path / "posttrain" / "engines").iterdir())) == 3, "what comes second leaves nothing"
 
 
 def test_reports_need_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

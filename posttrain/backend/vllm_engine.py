@@ -245,9 +245,9 @@ def _model_folder(hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
             cache.mkdir(parents=True, exist_ok=True)
             kept = cache / digest.hexdigest()[:24]
             if not kept.exists():
-                with contextlib.suppress(OSError):  # another process was first
-                    copied = shutil.copytree(folder, tempfile.mkdtemp(dir=cache), dirs_exist_ok=True)
-                    os.rename(copied, kept)
+                # another process may be first
+                with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=cache) as staging:
+                    os.rename(shutil.copytree(folder, Path(staging) / "model"), kept)
             folder = kept
         yield str(folder)
 
