@@ -70,9 +70,12 @@ class EndpointClient:
         slots = self._slots()
         for attempt in count():
             try:
-                async with slots, asyncio.timeout(self.config.timeout):
-                    async with httpx.AsyncClient(timeout=None, verify=_certificates()) as client:
-                        answer = await self._ask(client, text)
+                async with (
+                    slots,
+                    asyncio.timeout(self.config.timeout),
+                    httpx.AsyncClient(timeout=None, verify=_certificates()) as client,
+                ):
+                    answer = await self._ask(client, text)
                 return self._text(answer)
             except (TimeoutError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
                 if attempt == self.config.retries:
