@@ -13,6 +13,7 @@ a CPU; its figures stay in the folder.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import signal
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> bool:
         timer.start()
         for graph, settings in configs.items():
             if not is_finished(runs[graph]):
-                train.main(settings)
+                asyncio.run(train.main(settings))
     except KeyboardInterrupt:
         print("the time of this piece is over; the same command goes on from here")
     finally:

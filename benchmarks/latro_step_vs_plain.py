@@ -254,7 +254,7 @@ def race(name: str, begin: str, rounds: int, counts: Sequence[str]) -> tuple[dic
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         config = recipe(shape, folder)
         needs = [] if begin else train.beginning(config)
-        run_stages(needs)
+        asyncio.run(run_stages(needs))
         begin = begin or train.begin_path(config, needs) or ""
         sides = {
             side: partial(in_subprocess, script, "--side", side, "--shapes", name, "--begin", begin, *counts)

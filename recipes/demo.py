@@ -16,7 +16,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import asyncio
 import time
 from pathlib import Path
 
@@ -89,11 +88,11 @@ def print_result(config: Config, seconds: float) -> None:
     )
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     start = time.monotonic()
     config = chz.replace(config, env=chz.replace(config.env, seed=config.seed))
-    config = warm_started(config, examples(config), stop_at_nll=config.warm_start_nll)
-    asyncio.run(rl_train.main(config))
+    config = await warm_started(config, examples(config), stop_at_nll=config.warm_start_nll)
+    await rl_train.main(config)
     print_result(config, time.monotonic() - start)
 
 

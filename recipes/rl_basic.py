@@ -18,7 +18,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import asyncio
 
 import chz
 
@@ -49,11 +48,11 @@ class Config(train.Config):
     log_path: str = log_path_field("runs/rl_basic")
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     if config.warm_start_steps:
         sums = ArithmeticExamplesBuilder(num_digits=2, batch_size=128, n_batches=config.warm_start_steps)
-        config = warm_started(config, sums)
-    asyncio.run(train.main(config))
+        config = await warm_started(config, sums)
+    await train.main(config)
 
 
 if __name__ == "__main__":

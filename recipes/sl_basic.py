@@ -17,7 +17,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import asyncio
 
 import chz
 
@@ -47,8 +46,8 @@ class Config(train.Config):
     log_path: str = log_path_field("runs/sl_basic")
 
 
-def main(config: Config) -> None:
-    asyncio.run(train.main(config))
+async def main(config: Config) -> None:
+    await train.main(config)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def warm_start(
     return training_stage(name, supervised_train.main, run, needs, behavior)
 
 
-def warm_started(config: RLConfig, dataset: SupervisedDatasetBuilder, **settings: Any) -> RLConfig:
+async def warm_started(config: RLConfig, dataset: SupervisedDatasetBuilder, **settings: Any) -> RLConfig:
     """`config` with the checkpoint of a warm start, which runs here, in LOG_PATH_warm_start.
 
     A config with load_checkpoint_path is returned unchanged.
@@ -65,5 +65,5 @@ def warm_started(config: RLConfig, dataset: SupervisedDatasetBuilder, **settings
     if config.load_checkpoint_path is not None:
         return config
     stage = warm_start(config, dataset, f"{config.log_path}_warm_start", **settings)
-    run_stages([stage])
+    await run_stages([stage])
     return chz.replace(config, load_checkpoint_path=str(stage.result))

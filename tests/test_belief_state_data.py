@@ -2,6 +2,7 @@
 shards. Nothing lost, doubled or made up.
 """
 
+import asyncio
 import io
 import json
 from typing import Any
@@ -262,7 +263,7 @@ def test_both_models_are_trained_on_text_fill_in_the_same_stories_and_are_judged
     for model, builder in (("bst", TextBuilder(**data)), ("gpt", TextBuilder(**data, fill_in_the_middle=True))):
         run = str(tmp_path / model)
         config = train.Config(data=builder, model=model, objective=objective, log_path=run, **small)  # type: ignore[arg-type]
-        metrics = train.main(config)
+        metrics = asyncio.run(train.main(config))
         assert metrics["test/loss_next_token"] == pytest.approx(np.log(600), rel=0.2)
         infill.main(infill.Config(run=run, out=f"{run}.jsonl", num_documents=3, max_tokens=5))
     planned = infill.Config(
@@ -272,8 +273,12 @@ def test_both_models_are_trained_on_text_fill_in_the_same_stories_and_are_judged
     lines = [json.loads(line) for line in (tmp_path / "plan.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[0]["sampling_method"] == "reverse_plan" and len(lines[0]["top_n"]) == 3
     assert lines[0]["original"] == generate(1, seed=1_000_003)[0] and lines[0]["score"] >= lines[0]["greedy_score"]
-    found = judge.judge_files(
-        judge.Config(first=str(tmp_path / "bst.jsonl"), second=str(tmp_path / "gpt.jsonl"), out=str(tmp_path / "judge"))
+    found = asyncio.run(
+        judge.judge_files(
+            judge.Config(
+                first=str(tmp_path / "bst.jsonl"), second=str(tmp_path / "gpt.jsonl"), out=str(tmp_path / "judge")
+            )
+        )
     )
     assert found.stories == 3 and found.failed == 0
     with pytest.raises(ConfigError, match="a GPT decodes greedily"):
@@ -310,14 +315,20 @@ def test_a_model_is_trained_on_shards_and_resumed_as_if_never_stopped(tmp_path):
         objective=PairObjective(subsample=0.05),
         log_path=str(tmp_path / "whole"),
     )
-    whole = train.main(base)
-    train.main(chz.replace(base, num_steps=2, log_path=str(tmp_path / "parts"), decay_steps=4))
-    resumed = train.main(
-        chz.replace(base, log_path=str(tmp_path / "parts"), decay_steps=4, behavior_if_log_dir_exists="resume")
+    whole = asyncio.run(train.main(base))
+    asyncio.run(train.main(chz.replace(base, num_steps=2, log_path=str(tmp_path / "parts"), decay_steps=4)))
+    resumed = asyncio.run(
+        train.main(
+            chz.replace(base, log_path=str(tmp_path / "parts"), decay_steps=4, behavior_if_log_dir_exists="resume")
+        )
     )
     assert {k: v for k, v in resumed.items() if "time" not in k} == {k: v for k, v in whole.items() if "time" not in k}
     other = TextBuilder(num_stories=60, test_size=20, vocab_size=500, block_size=64, cut_long=True, seed=5)
     with pytest.raises(CheckpointError, match="vocabulary"):
-        train.main(
-            chz.replace(base, data=other, log_path=str(tmp_path / "parts"), behavior_if_log_dir_exists="resume_changed")
+        asyncio.run(
+            train.main(
+                chz.replace(
+                    base, data=other, log_path=str(tmp_path / "parts"), behavior_if_log_dir_exists="resume_changed"
+                )
+            )
         )

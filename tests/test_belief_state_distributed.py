@@ -5,6 +5,7 @@ whole weights and with sharded ones.
 # Trap: more processes changing a gradient; FSDP weights in place of the parameters the optimizer
 # knows.
 
+import asyncio
 import os
 import socket
 from pathlib import Path
@@ -100,7 +101,7 @@ def one_of_two(rank: int, folder: Path) -> None:
         if processes.is_first:
             torch.save(found, folder / "found.pt")
     os.environ["MASTER_PORT"] = ports[1]
-    recipe.main(recipe_config(folder / "run"))
+    asyncio.run(recipe.main(recipe_config(folder / "run")))
 
 
 def recipe_config(log_path: Path) -> recipe.Config:
@@ -171,7 +172,7 @@ def test_checkpoints_are_those_of_one_process(two, kind):
 
 def test_the_recipe_in_two_processes_is_that_of_one(two, tmp_path):
     _, folder = two
-    recipe.main(recipe_config(tmp_path / "run"))
+    asyncio.run(recipe.main(recipe_config(tmp_path / "run")))
     alone, theirs = (read_metrics(path / "run") for path in (tmp_path, folder))
     assert [record["step"] for record in theirs] == [record["step"] for record in alone] == [0, 1, 2, 3]
     for mine, record in zip(alone, theirs, strict=True):

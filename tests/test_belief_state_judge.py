@@ -41,7 +41,7 @@ async def longer(comparison: Comparison) -> float:
 
 def test_a_tally_by_hand(tmp_path):
     """Votes fall by length whatever the order: aa beats b, cc and dd tie, e loses."""
-    found = judge_files(config(tmp_path, ["aa", "cc", "e"], ["b", "dd", "ffff"]), longer, "longer")
+    found = asyncio.run(judge_files(config(tmp_path, ["aa", "cc", "e"], ["b", "dd", "ffff"]), longer, "longer"))
     assert (found.first, found.tie, found.second, found.failed) == (3, 3, 3, 0)
     counts = {key: count for key, count in found.histogram.items() if count}
     assert counts == {"3_0_0": 1, "0_3_0": 1, "0_0_3": 1} and len(found.histogram) == 10
@@ -52,7 +52,7 @@ def test_a_tally_by_hand(tmp_path):
     assert [line["votes"] for line in lines] == [["first"] * 3, ["tie"] * 3, ["second"] * 3]
     assert json.loads((tmp_path / "out" / "verdict.json").read_text())["won_by_first"] == pytest.approx(0.5)
     assert (tmp_path / "out" / "histogram.png").stat().st_size > 1000
-    other = judge_files(config(tmp_path, ["b", "dd", "ffff"], ["aa", "cc", "e"], seed=5), longer, "longer")
+    other = asyncio.run(judge_files(config(tmp_path, ["b", "dd", "ffff"], ["aa", "cc", "e"], seed=5), longer, "longer"))
     # the files exchanged
     assert other.won_by_first == pytest.approx(0.5) and other.histogram["3_0_0"] == 1
 
@@ -68,7 +68,7 @@ def test_a_judge_that_likes_a_side_wins_nobody_anything(tmp_path):
     async def left(comparison: Comparison) -> float:
         return -1.0
 
-    found = judge_files(config(tmp_path, ["x"] * 300, ["y"] * 300), left, "left")
+    found = asyncio.run(judge_files(config(tmp_path, ["x"] * 300, ["y"] * 300), left, "left"))
     assert found.shown_first_share == 1.0 and found.low < 0.5 < found.high
     votes = Votes(left, "left", tmp_path / "other.jsonl", seed=1)
     order = [votes.swapped(story, vote) for story in range(50) for vote in range(3)]
@@ -89,26 +89,30 @@ def test_votes_are_kept_by_content_and_failures_are_asked_again(tmp_path):
         return await longer(comparison)
 
     options = config(tmp_path, ["aa", "bb"], ["c", "d"], max_failed_fraction=0.5)
-    found = judge_files(options, flaky, "flaky")
+    found = asyncio.run(judge_files(options, flaky, "flaky"))
     # a failure is no tie
     assert (found.first, found.tie, found.failed, found.incomplete_stories) == (5, 0, 1, 1)
     assert found.won_by_first == 1.0 and sum(found.histogram.values()) == 1 and len(asked) == 6
-    assert judge_files(options, flaky, "flaky").failed == 0 and len(asked) == 7  # only what failed
-    judge_files(options, flaky, "another")
+    assert asyncio.run(judge_files(options, flaky, "flaky")).failed == 0 and len(asked) == 7  # only what failed
+    asyncio.run(judge_files(options, flaky, "another"))
     assert len(asked) == 13
-    judge_files(config(tmp_path, ["aa", "changed"], ["c", "d"]), flaky, "flaky")
+    asyncio.run(judge_files(config(tmp_path, ["aa", "changed"], ["c", "d"]), flaky, "flaky"))
     assert len(asked) == 16
 
     async def broken(comparison: Comparison) -> float:
         return 2.0
 
     with pytest.raises(JudgeError, match=r"failed on every story: the judge answered 2.0"):
-        judge_files(options, broken, "broken")
+        asyncio.run(judge_files(options, broken, "broken"))
     asked.clear()
     with pytest.raises(JudgeError, match=r"1 of 6 votes failed .*not understood"):
-        judge_files(chz.replace(options, max_failed_fraction=0.1, cache=str(tmp_path / "new.jsonl")), flaky, "flaky")
+        asyncio.run(
+            judge_files(
+                chz.replace(options, max_failed_fraction=0.1, cache=str(tmp_path / "new.jsonl")), flaky, "flaky"
+            )
+        )
     with pytest.raises(ConfigError, match="its name together"):
-        judge_files(options, longer)
+        asyncio.run(judge_files(options, longer))
 
 
 def test_files_that_do_not_belong_together_are_refused_with_both_lines(tmp_path):
@@ -134,7 +138,7 @@ def test_the_rule_finds_the_story_that_makes_sense(tmp_path):
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = [str(tmp_path / f"{name}.jsonl") for name in ("wrong", "right")]
-    found = judge_files(Config(first=files[0], second=files[1], num_judges=1, out=str(tmp_path / "out")))
+    found = asyncio.run(judge_files(Config(first=files[0], second=files[1], num_judges=1, out=str(tmp_path / "out"))))
     assert (found.first, found.tie, found.second) == (0, 0, 20) and found.high < 0.2
 
 
@@ -142,7 +146,7 @@ def test_an_endpoint_is_asked_in_both_orders_and_garbage_is_no_vote(tmp_path, en
     judge = StoryEndpointBuilder(base_url=endpoint.url, model="m", retries=0, timeout=5.0, max_concurrent=1)
     endpoint.replies = ["Both are fine.\nA"]
     options = config(tmp_path, ["left"] * 4, ["right"] * 4, judge=judge)
-    found = judge_files(options)
+    found = asyncio.run(judge_files(options))
     shown = [request["messages"][0]["content"] for request in endpoint.requests]
     assert len(shown) == 12 and all(text.startswith(INSTRUCTION) for text in shown)
     firsts = [re.search(r"\[A\]\n\d: (\w+)", text)[1] for text in shown]  # type: ignore[index]
@@ -151,5 +155,5 @@ def test_an_endpoint_is_asked_in_both_orders_and_garbage_is_no_vote(tmp_path, en
     )
     endpoint.replies = ["I cannot say."]
     with pytest.raises(JudgeError, match="not with A, B or Tie"):
-        judge_files(chz.replace(options, seed=7, cache=str(tmp_path / "fresh.jsonl")))
+        asyncio.run(judge_files(chz.replace(options, seed=7, cache=str(tmp_path / "fresh.jsonl"))))
     assert asyncio.run(longer(read_contests(options.first, options.second)[0].comparison(swapped=False))) == 1.0

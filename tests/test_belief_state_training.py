@@ -2,6 +2,7 @@
 tasks are refused.
 """
 
+import asyncio
 import json
 import signal
 from pathlib import Path
@@ -59,19 +60,19 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     write_lines(file, bst_rows(graph, 90), graph)
     options = [f"{name}={value}" for name, value in SMALL.items()] + [f"data.path={file}"]
     options += ["num_steps=60", "save_every=7", "objective.subsample=0.5", "lr_schedule=cosine", "data.num_test=20"]
-    train.main(parse(train.Config, [*options, f"log_path={tmp_path / 'whole'}"], {"data": train.SOURCES}))
+    asyncio.run(train.main(parse(train.Config, [*options, f"log_path={tmp_path / 'whole'}"], {"data": train.SOURCES})))
     command = ["recipes/belief_state/train.py", *options, f"log_path={tmp_path / 'killed'}"]
     command.append("behavior_if_log_dir_exists=resume")
     assert Command(*command, killed_at=("metrics.jsonl", 24)).wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "checkpoints" / "final").exists()
-    train.main(parse(train.Config, [*command[1:]], {"data": train.SOURCES}))
+    asyncio.run(train.main(parse(train.Config, [*command[1:]], {"data": train.SOURCES})))
     (weights, logged), (weights_whole, logged_whole) = outcome(tmp_path / "killed"), outcome(tmp_path / "whole")
     assert logged == logged_whole and len(logged) == 61
     assert weights == weights_whole
 
 
 def test_the_evaluator_and_what_is_logged(tmp_path: Path) -> None:
-    metrics = train.main(config(tmp_path / "bst"))
+    metrics = asyncio.run(train.main(config(tmp_path / "bst")))
     model = load_belief_state(tmp_path / "bst" / "checkpoints" / "final", task_name(GRAPH.graph()))
     test = GRAPH.split()[1]
     found = accuracy(model, test)
@@ -93,7 +94,7 @@ def trainer_objective() -> Any:
 
 # Trap: a checkpoint of another graph.
 def test_checkpoints_of_other_tasks_and_models_are_refused(tmp_path: Path) -> None:
-    train.main(config(tmp_path / "run", num_steps=1))
+    asyncio.run(train.main(config(tmp_path / "run", num_steps=1)))
     final = tmp_path / "run" / "checkpoints" / "final"
     with pytest.raises(CheckpointError, match=r"trained on G\(2,3\) N=12, not on G\(2,4\) N=12"):
         load_belief_state(final, "G(2,4) N=12")
@@ -101,14 +102,18 @@ def test_checkpoints_of_other_tasks_and_models_are_refused(tmp_path: Path) -> No
         load_next_token(final)
     with pytest.raises(CheckpointError, match=r"its task is 'G\(2,3\) N=12', here it is 'G\(2,4\) N=12'"):
         other = StarGraphBuilder(path_length=4, num_test=20)
-        train.main(config(tmp_path / "run", data=other, num_steps=2, behavior_if_log_dir_exists="resume_changed"))
+        asyncio.run(
+            train.main(config(tmp_path / "run", data=other, num_steps=2, behavior_if_log_dir_exists="resume_changed"))
+        )
     with pytest.raises(CheckpointError, match="its vocab_size is 18, here it is 56"):
         larger = StarGraphBuilder(num_nodes=50, num_test=20)
-        train.main(config(tmp_path / "other", data=larger, load_checkpoint_path=str(final)))
+        asyncio.run(train.main(config(tmp_path / "other", data=larger, load_checkpoint_path=str(final))))
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         load_belief_state(tmp_path)
     longer = StarGraphBuilder(path_length=4, num_test=20)  # the same sizes: a curriculum may begin with these weights
-    metrics = train.main(config(tmp_path / "longer", data=longer, load_checkpoint_path=str(final), num_steps=1))
+    metrics = asyncio.run(
+        train.main(config(tmp_path / "longer", data=longer, load_checkpoint_path=str(final), num_steps=1))
+    )
     assert np.isfinite(metrics["test/loss"])
 
 

@@ -312,7 +312,7 @@ def test_a_run_that_costs_too_much_or_was_begun_otherwise_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=text):
             stages_of(chz.replace(config, **changed), task(), pytest.fail)[0].is_finished()
     with pytest.raises(ConfigError, match="methods=astar"):
-        main(chz.replace(config, methods=["astar"]))
+        asyncio.run(main(chz.replace(config, methods=["astar"])))
     assert Config(temperatures=["1.0", "0.50", "1"]).temperatures == ["0.5", "1"]
     # as many of each question as the steps of a round train on
     assert config.wanted(task()) == 20 * 64 / 8

@@ -76,13 +76,13 @@ def killed_at_rename(folder: Path, number: int) -> None:
 
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     sys.addaudithook(hook)
-    main(config(folder))
+    asyncio.run(main(config(folder)))
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bstar") / "reference"
-    main(config(folder))
+    asyncio.run(main(config(folder)))
     return folder
 
 

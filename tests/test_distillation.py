@@ -131,7 +131,7 @@ def numerals(tmp_path: Path) -> Path:
     from envs.star_graph import StarGraph
     from recipes.star_graph.model import make_model
 
-    return make_model(StarGraph(2, 3, 10), tmp_path / "numerals")
+    return asyncio.run(make_model(StarGraph(2, 3, 10), tmp_path / "numerals"))
 
 
 @pytest.mark.slow

@@ -278,7 +278,9 @@ def test_the_recipe_learns_and_rpo_keeps_the_chosen_answers_likely(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without its warm start to speak of, which would take half a minute."""
-    recipe.main(recipe.Config(warm_start_nll=10.0, learning_rate=1e-3, num_epochs=1, log_path=str(tmp_path)))
+    asyncio.run(
+        recipe.main(recipe.Config(warm_start_nll=10.0, learning_rate=1e-3, num_epochs=1, log_path=str(tmp_path)))
+    )
     last = {name: read_metrics(tmp_path / name)[-1] for name in ("dpo", "rpo")}
     assert min(metrics["test/accuracy"] for metrics in last.values()) >= 0.9
     assert last["rpo"]["test/chosen_logprob"] > -6 > last["dpo"]["test/chosen_logprob"]

@@ -132,7 +132,7 @@ def test_the_reference_may_be_any_model_of_the_same_vocabulary(kind: str, tmp_pa
 
 
 def test_a_reference_that_cannot_serve_is_refused_before_the_run(tmp_path: Path) -> None:
-    numerals = make_model(StarGraph(2, 3, 10), tmp_path / "numerals")
+    numerals = asyncio.run(make_model(StarGraph(2, 3, 10), tmp_path / "numerals"))
     with pytest.raises(ConfigError, match="its tokenizer has .* tokens, the policy's 260"):
         asyncio.run(train.main(config(tmp_path / "run", kl=KLPenalty(coef=0.1, reference_path=str(numerals)))))
     assert not (tmp_path / "run").exists()

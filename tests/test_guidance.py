@@ -2,6 +2,7 @@
 training, and the whole on star graphs.
 """
 
+import asyncio
 import itertools
 import json
 import math
@@ -56,7 +57,9 @@ def random_classifier(policy: Reader, kind: str, num_outputs: int = 1) -> Classi
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Reader:
-    path = make_model(GRAPH, tmp_path_factory.mktemp("policy") / "model", num_layers=2, num_heads=2, hidden=32)
+    path = asyncio.run(
+        make_model(GRAPH, tmp_path_factory.mktemp("policy") / "model", num_layers=2, num_heads=2, hidden=32)
+    )
     model = load_model(str(path), 0, CPU, torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -223,7 +226,7 @@ def test_a_row_depends_on_its_own_numbers_and_ends_at_eos(policy: Reader) -> Non
 # Trap: guidance by a classifier of another vocabulary, or a BST of another graph.
 def test_models_that_do_not_fit_together(policy: Reader, tmp_path: Path) -> None:
     prompts_B_P = torch.from_numpy(sample_graphs(GRAPH, 1, 3))[:, : GRAPH.prefix_length]
-    other = make_model(StarGraph(2, 3, 20), tmp_path / "other", num_layers=1, num_heads=2, hidden=16)
+    other = asyncio.run(make_model(StarGraph(2, 3, 20), tmp_path / "other", num_layers=1, num_heads=2, hidden=16))
     classifier = Classifier(new_trunk(language_model(load_model(str(other), 0, CPU, torch.float32)).trunk, True, 0))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="another vocabulary"):
         guided_sample(policy, prompts_B_P, 3, Guidance(), classifier.reader())
@@ -234,7 +237,7 @@ def test_models_that_do_not_fit_together(policy: Reader, tmp_path: Path) -> None
     # of the policy's vocabulary, but of longer paths
     bst = belief_state_folder(tmp_path / "bst", StarGraph(2, 3, 6))
     with pytest.raises(CheckpointError, match=re.escape("G(2,3) N=6")):
-        guided.main(options(tmp_path, trunk=bst, log_path=str(tmp_path / "run")))
+        asyncio.run(guided.main(options(tmp_path, trunk=bst, log_path=str(tmp_path / "run"))))
     assert not (tmp_path / "run").exists()
 
 
@@ -359,7 +362,7 @@ def options(tmp_path: Path, **changes: object) -> guided.Config:
         "guidance": Guidance(top_k=None),
     }
     graph = StarGraph(2, 2, 6)
-    policy_path = make_model(graph, tmp_path / "policy", num_layers=2, num_heads=2, hidden=32)
+    policy_path = asyncio.run(make_model(graph, tmp_path / "policy", num_layers=2, num_heads=2, hidden=32))
     return guided.Config(policy_path=str(policy_path), **{**defaults, **changes})  # type: ignore[arg-type]
 
 
@@ -401,9 +404,9 @@ def belief_state_folder(path: Path, graph: StarGraph) -> str:
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, trunk: str) -> None:
     start = belief_state_folder(tmp_path / "bst", StarGraph(2, 2, 6)) if trunk == "belief_state" else trunk
     config = options(tmp_path, trunk=start, num_outputs=3)
-    guided.main(chz.replace(config, log_path=str(tmp_path / "whole")))
+    asyncio.run(guided.main(chz.replace(config, log_path=str(tmp_path / "whole"))))
     for num_steps in (2, 4):
-        guided.main(chz.replace(config, log_path=str(tmp_path / "parts"), num_steps=num_steps))
+        asyncio.run(guided.main(chz.replace(config, log_path=str(tmp_path / "parts"), num_steps=num_steps)))
     whole, parts = (
         load_classifier(tmp_path / name / "classifier/checkpoints/final", CPU) for name in ("whole", "parts")
     )
@@ -420,9 +423,9 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, trunk: str) ->
     assert [row["exact_greedy"] for row in rows if row["classifier"] == "oracle"] == [1.0, 1.0, 1.0]
     other = chz.replace(config, log_path=str(tmp_path / "parts"), num_outputs=1)
     with pytest.raises(ConfigError, match=r"num_outputs=3 \(now 1\)"):
-        guided.main(other)
+        asyncio.run(guided.main(other))
     with pytest.raises(CheckpointError, match="num_outputs"):
-        guided.main(chz.replace(other, behavior_if_log_dir_exists="resume_changed"))
+        asyncio.run(guided.main(chz.replace(other, behavior_if_log_dir_exists="resume_changed")))
 
 
 def test_policies_of_other_families_are_sampled_right_or_refused(tmp_path: Path) -> None:

@@ -455,7 +455,7 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         log_path=str(tmp_path),
         behavior_if_log_dir_exists="resume",
     )
-    train.main(small)
+    asyncio.run(train.main(small))
     printed = capsys.readouterr().out
     assert "12 updates of 8 questions with 8 rationales each" in printed and "best on the validation split" in printed
     summary = json.loads((tmp_path / "latro" / "summary.json").read_text())
@@ -464,9 +464,9 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     rises = [record["likelihood/answer_logprob"] for record in steps if "likelihood/answer_logprob" in record]
     assert len(rises) == 12 and np.mean(rises[-3:]) > np.mean(rises[:3]) + 0.2
     assert abs(steps[0]["kl_policy_base"]) < 1e-4  # it began at the reference
-    train.main(chz.replace(small, method="sft"))
+    asyncio.run(train.main(chz.replace(small, method="sft")))
     assert (tmp_path / "sft" / "summary.json").exists()
-    train.main(chz.replace(small, method="diagnose"))
+    asyncio.run(train.main(chz.replace(small, method="diagnose")))
     assert "with_gold_rationale" in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 curve is drawn.
 """
 
+import asyncio
 import json
 
 import chz
@@ -17,8 +18,8 @@ def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
         log_path=str(tmp_path), sft_steps=3, num_comparisons=80, reward_model_epochs=1, rl_steps=1, max_tokens=12
     )
     with pytest.raises(ConfigError, match="stages=ppo: the stages are sft, comparisons"):
-        train.main(chz.replace(small, stages="ppo"))
-    train.main(chz.replace(small, stages="sft,comparisons"))
+        asyncio.run(train.main(chz.replace(small, stages="ppo")))
+    asyncio.run(train.main(chz.replace(small, stages="sft,comparisons")))
     file = tmp_path / "comparisons.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 80 and {row["label"] for row in rows} <= {"A", "B", "Tie"}
@@ -31,7 +32,7 @@ def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
     ]
     labels = [{"label": label} for _, label in notes]
     file.write_text("".join(json.dumps(row | label) + "\n" for row, label in zip(rows, labels, strict=True)))
-    train.main(small)
+    asyncio.run(train.main(small))
     for stage in ("rl", "rl_no_penalty"):
         first = json.loads((tmp_path / stage / "metrics.jsonl").read_text().splitlines()[0])
         assert {"env/all/gold", "env/all/proxy"} <= first.keys() and abs(
@@ -39,5 +40,5 @@ def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
         ) < 1e-4  # it began at the reference
     assert (tmp_path / "curve.png").exists()
     capsys.readouterr()
-    train.main(small)
+    asyncio.run(train.main(small))
     assert capsys.readouterr().out.count("is there") == 5

@@ -113,7 +113,7 @@ def test_options_that_a_newer_version_added_count_as_their_defaults(tmp_path: Pa
     open_run_folder(tmp_path / "run", "raise", RunConfig())
     stages = [Stage("data", tmp_path / "data", RunConfig(), (tmp_path / "data").touch)]
     stages.append(Stage("model", tmp_path / "model", {"run": RunConfig()}, (tmp_path / "model").touch, stages[:1]))
-    run_stages(stages)
+    asyncio.run(run_stages(stages))
     run, record = tmp_path / "run" / "config.json", stages[1].record
     saved, made_with = json.loads(run.read_text()), json.loads(record.read_text())
     for config in (saved, made_with["data"], made_with["model"]["run"]):
@@ -140,13 +140,13 @@ TORCH = BackendConfig(engine="torch")
 
 def test_algorithms_of_another_seed_are_not_those_of_the_first(tmp_path: Path, capsys) -> None:
     first = algorithms.Config(algorithms="grpo", num_steps=1, warm_start_nll=9.0, log_path=str(tmp_path), backend=TORCH)
-    algorithms.main(first)
+    asyncio.run(algorithms.main(first))
     saved = (tmp_path / "grpo" / "config.json").read_bytes()
     line = [line for line in capsys.readouterr().out.splitlines() if "held-out accuracy" in line]
     with pytest.raises(ConfigError, match=r"grpo was made with .*warm_start.seed=0 \(now 1\)"):
-        algorithms.main(chz.replace(first, seed=1))
+        asyncio.run(algorithms.main(chz.replace(first, seed=1)))
     assert (tmp_path / "grpo" / "config.json").read_bytes() == saved
-    algorithms.main(first)  # the same command again: nothing is done twice, the same is reported
+    asyncio.run(algorithms.main(first))  # the same command again: nothing is done twice, the same is reported
     printed = capsys.readouterr().out
     assert "grpo is there" in printed and [text for text in printed.splitlines() if "held-out accuracy" in text] == line
 
@@ -175,24 +175,24 @@ def test_latro_begins_with_the_warm_start_it_asks_for(tmp_path: Path) -> None:
         latro.Config(dataset=task, warm_start_updates=2, log_path=str(tmp_path), behavior_if_log_dir_exists="resume")
     )
     (stage,) = latro.beginning(config)
-    run_stages([stage])
+    asyncio.run(run_stages([stage]))
     assert (stage.result / "model.safetensors").exists()
     # not a setting of the warm start
     (other,) = latro.beginning(chz.replace(config, learning_rate=1.0))
     assert other.is_finished() and latro.begin_path(config, [other]) == str(stage.result)
     with pytest.raises(ConfigError, match=r"seed=0 \(now 5\)"):
-        run_stages(latro.beginning(chz.replace(config, warm_start_seed=5)))
+        asyncio.run(run_stages(latro.beginning(chz.replace(config, warm_start_seed=5))))
     with pytest.raises(ConfigError, match=r"made with .*warm_start.max_steps=2 \(now 3\)"):
-        latro.main(chz.replace(config, method="sft", warm_start_updates=3))
+        asyncio.run(latro.main(chz.replace(config, method="sft", warm_start_updates=3)))
 
 
 def test_star_graph_models_are_those_asked_for(tmp_path: Path) -> None:
     from envs.star_graph import StarGraph
 
-    make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16)
-    make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16)
+    asyncio.run(make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16))
+    asyncio.run(make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16))
     with pytest.raises(ConfigError, match=r"was made with model.seed=0 \(now 1\)"):
-        make_model(StarGraph(2, 3, 8), tmp_path / "model", 1, 1, 2, 16)
+        asyncio.run(make_model(StarGraph(2, 3, 8), tmp_path / "model", 1, 1, 2, 16))
 
 
 @pytest.mark.parametrize("eval_every", [0, 2])

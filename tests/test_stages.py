@@ -2,6 +2,7 @@
 on.
 """
 
+import asyncio
 import json
 from functools import partial
 from pathlib import Path
@@ -52,23 +53,23 @@ def log(folder: Path) -> str:
 
 
 def test_what_is_missing_is_made_once_after_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_stages(three(tmp_path)[2:])
+    asyncio.run(run_stages(three(tmp_path)[2:]))
     assert log(tmp_path) == "dml"
     capsys.readouterr()
-    run_stages(three(tmp_path))
+    asyncio.run(run_stages(three(tmp_path)))
     assert log(tmp_path) == "dml" and capsys.readouterr().out.count(" is there: ") == 3
     (tmp_path / "data").unlink()  # nothing that is asked for needs it
-    run_stages(three(tmp_path)[1:])
+    asyncio.run(run_stages(three(tmp_path)[1:]))
     assert log(tmp_path) == "dml"
     record = json.loads((tmp_path / "lines.txt.made_with.json").read_text())
     assert record == {"data": {"size": 3}, "model": {"start": "data"}, "lines": {"words": "a"}}
     tmp_path.rename(moved := tmp_path.with_name("moved"))
-    run_stages(three(moved)[1:])
+    asyncio.run(run_stages(three(moved)[1:]))
     assert log(moved) == "dml"
 
 
 def test_other_settings_are_refused_downstream_before_anything_is_made(tmp_path: Path) -> None:
-    run_stages(three(tmp_path))
+    asyncio.run(run_stages(three(tmp_path)))
     (tmp_path / "data").unlink()
     changes: list[tuple[dict[str, Any], str]] = [
         ({"size": 4}, r"data.size=3 \(now 4\)"),
@@ -78,36 +79,36 @@ def test_other_settings_are_refused_downstream_before_anything_is_made(tmp_path:
         with pytest.raises(
             ConfigError, match=f"lines.txt was made with {text}: delete it to make it anew, or choose another"
         ):
-            run_stages([three(tmp_path, **changed)[0], three(tmp_path, **changed)[2]])
+            asyncio.run(run_stages([three(tmp_path, **changed)[0], three(tmp_path, **changed)[2]]))
     assert log(tmp_path) == "dml"
     (tmp_path / "lines.txt.made_with.json").unlink()
     with pytest.raises(ConfigError, match=r"lines.txt is there, but not .*lines.txt.made_with.json"):
-        run_stages(three(tmp_path)[2:])
+        asyncio.run(run_stages(three(tmp_path)[2:]))
     (tmp_path / "lines.txt.made_with.json").write_text("[]")
     with pytest.raises(DataError, match="made_with.json: a list, where an object"):
-        run_stages(three(tmp_path)[2:])
+        asyncio.run(run_stages(three(tmp_path)[2:]))
 
 
 @pytest.mark.parametrize(("index", "before", "after"), [(1, "dm", "dmm"), (2, "dml", "dmll")])
 def test_a_killed_stage_goes_on_with_its_settings_only(index: int, before: str, after: str, tmp_path: Path) -> None:
-    run_stages(three(tmp_path)[:index])
+    asyncio.run(run_stages(three(tmp_path)[:index]))
     with pytest.raises(KeyboardInterrupt):
-        run_stages(three(tmp_path, fail=True)[index : index + 1])
+        asyncio.run(run_stages(three(tmp_path, fail=True)[index : index + 1]))
     assert log(tmp_path) == before
     with pytest.raises(ConfigError, match=r"data.size=3 \(now 9\)"):
         three(tmp_path, size=9)[index].is_finished()
-    run_stages(three(tmp_path)[index : index + 1])
+    asyncio.run(run_stages(three(tmp_path)[index : index + 1]))
     assert log(tmp_path) == after and three(tmp_path)[index].is_finished()
 
 
 def test_what_makes_no_result_and_what_is_always_made(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the stage nothing has ended without making"):
-        run_stages([Stage("nothing", tmp_path / "nothing", {}, lambda: None)])
+        asyncio.run(run_stages([Stage("nothing", tmp_path / "nothing", {}, lambda: None)]))
     for text in "ab":
         always = Stage(
             "always", tmp_path / "file", {"text": text}, partial((tmp_path / "file").write_text, text), always=True
         )
-        run_stages([always])
+        asyncio.run(run_stages([always]))
         assert always.path.read_text() == text and json.loads(always.record.read_text()) == {"always": {"text": text}}
     with pytest.raises(ConfigError, match="stages=lime: the stages are data, model, lines"):
         chosen(three(tmp_path), ["lime", "data"])

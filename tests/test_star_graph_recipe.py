@@ -40,7 +40,11 @@ TORCH = BackendConfig(engine="torch")
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_model(GRAPH, tmp_path_factory.mktemp("star") / "model", 0, num_layers=1, num_heads=2, hidden=16))
+    return str(
+        asyncio.run(
+            make_model(GRAPH, tmp_path_factory.mktemp("star") / "model", 0, num_layers=1, num_heads=2, hidden=16)
+        )
+    )
 
 
 def logits_of(model_path: str, tokens_B_T: np.ndarray) -> torch.Tensor:
@@ -246,7 +250,7 @@ def test_preferences_start_from_ln_2_and_hold_up_the_right_path_under_rpo(model_
         save_every=0,
         log_path=str(tmp_path / "run"),
     )
-    preferences.main(config)
+    asyncio.run(preferences.main(config))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, last = records[0], records[3]
     right = -first["chosen_logprob"] if isinstance(method, RPO) else 0.0
@@ -286,9 +290,9 @@ def test_methods_bring_what_they_start_from_and_wait_for_it(tmp_path: Path):
     assert stages["rpo"].settings.model_name == str(tmp_path / "seed_3" / "gpt" / "checkpoints" / "final")
     assert train.chosen_methods(chz.replace(config, methods="guided", classifier_trunk="scratch")) == ["gpt", "guided"]
     with pytest.raises(ConfigError, match="methods=gtp: no such method"):
-        train.main(chz.replace(config, methods="gtp"))
+        asyncio.run(train.main(chz.replace(config, methods="gtp")))
     with pytest.raises(ConfigError, match="seeds is empty"):
-        train.main(chz.replace(config, seeds=[]))
+        asyncio.run(train.main(chz.replace(config, seeds=[])))
 
 
 # Trap: a finished run repeated.
@@ -306,15 +310,15 @@ def test_runs_side_by_side_wait_fail_and_are_not_run_twice(tmp_path: Path, capfd
     early, bad = stage("early", 3), stage("bad", 0)
     late, lost = stage("late", 2, early), stage("lost", 1, bad)
     with pytest.raises(RunFailed, match=r"bad: G\(5,5\) has 21 nodes.*; lost: waited for bad"):
-        run_side_by_side({late: 2, early: 3, bad: 0, lost: 1}, 2)
+        asyncio.run(run_side_by_side({late: 2, early: 3, bad: 0, lost: 1}, 2))
     assert [each.is_finished() for each in (late, early, bad, lost)] == [True, True, False, False]
     written = (tmp_path / "early" / "metrics.jsonl").stat().st_mtime_ns
-    run_side_by_side({late: 2, early: 3}, 2)
+    asyncio.run(run_side_by_side({late: 2, early: 3}, 2))
     assert (
         tmp_path / "early" / "metrics.jsonl"
     ).stat().st_mtime_ns == written and "early: has finished before" in capfd.readouterr().out
     with pytest.raises(ConfigError, match=r"was made with early.steps=3 \(now 4\)"):
-        run_side_by_side({stage("early", 4): 4}, 2)
+        asyncio.run(run_side_by_side({stage("early", 4): 4}, 2))
     runs = [
         [{"step": 0, "test/first_hop": 0.1, "test/exact": 0}, {"step": 9, "test/first_hop": hop, "test/exact": path}]
         for hop, path in ((0.4, 0.4), (0.6, 0.5))

@@ -2,10 +2,10 @@
 Concurrent stages: recipes/star_graph/side_by_side.py.
 
   answers = Stage("answers", folder / "answers.jsonl", {"number": 50}, partial(sample, ...), needs=[policy])
-  run_stages([answers])  # makes the missing results, the policy first
+  await run_stages([answers])  # makes the missing results, the policy first
 """
 
-import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -85,13 +85,13 @@ class Stage:
             raise ConfigError(f"{begun[0]} was made with {changes_text(different)}: {remedy}")
         return self.result.exists()
 
-    def run(self) -> None:
+    async def run(self) -> None:
         """Makes the result. Its settings are recorded first."""
         self.record.parent.mkdir(parents=True, exist_ok=True)
         if not self.begun():
             write_settings(self.record, self.made_with())
-        if asyncio.iscoroutine(outcome := self.make()):
-            asyncio.run(outcome)
+        if inspect.isawaitable(outcome := self.make()):
+            await outcome
         if not self.result.exists():
             raise ConfigError(f"the stage {self.name} has ended without making {self.result}")
         write_settings(self.record, self.made_with())  # `make` may have replaced the folder
@@ -129,12 +129,12 @@ def plan(stages: Sequence[Stage]) -> dict[str, tuple[Stage, bool]]:
     return planned
 
 
-def run_stages(stages: Sequence[Stage]) -> None:
+async def run_stages(stages: Sequence[Stage]) -> None:
     """Makes the missing results of `stages` and their needs, in order; prints those that exist."""
     for stage, finished in plan(stages).values():
         print(f"--- {stage.name}" + (f" is there: {stage.result}" if finished else ""), flush=True)
         if not finished:
-            stage.run()
+            await stage.run()
 
 
 def chosen(stages: Sequence[Stage], names: Sequence[str]) -> list[Stage]:

@@ -84,9 +84,9 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
     return stages
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     stages = {seed: stages_of(config, seed) for seed in seeds_of(config.seeds)}
-    run_stages([stage for of_seed in stages.values() for stage in of_seed])
+    await run_stages([stage for of_seed in stages.values() for stage in of_seed])
     steps: dict[str, list[Curve]] = {}
     tokens: dict[str, list[Curve]] = {}
     for i, name in enumerate(VARIANTS):

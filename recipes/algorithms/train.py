@@ -73,14 +73,14 @@ def rl_config(config: Config, algorithm: str, start: Stage) -> train.Config:
     )
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     names = config.algorithms.split(",")
     if unknown := [name for name in names if name not in ALGORITHMS]:
         raise ConfigError(f"algorithms={unknown[0]}: no such preset; known: {', '.join(ALGORITHMS)}")
     sums = ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed)
     folder, nll = Path(config.log_path) / "warm_start", config.warm_start_nll
     start = warm_start(config, sums, folder, renderer_name="plain", stop_at_nll=nll)
-    run_stages([training_stage(name, train.main, rl_config(config, name, start), [start]) for name in names])
+    await run_stages([training_stage(name, train.main, rl_config(config, name, start), [start]) for name in names])
     folders = [Path(config.log_path) / name for name in names]
     keys = ["test/env/all/correct", "env/all/reward/total", "optim/entropy"]
     for folder in folders:

@@ -13,7 +13,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_figure
 from posttrain.tracking.jsonl import write_atomically, write_jsonl
+from posttrain.tracking.run_config import log_path_field
 from preference.judges import EndpointJudgeBuilder, RuleJudge
 from preference.reward_types import Judge, JudgeBuilder, JudgeError
 from recipes.belief_state.judge_votes import Contest, Verdict, Vote, Votes, collect_votes, read_contests, verdict
@@ -81,8 +81,12 @@ class Config:
     max_failed_fraction: float = chz.field(
         default=0.1, validator=SHARE, doc="a larger share of failed votes is an error"
     )
-    out: str = chz.field(default="runs/judge", doc="folder for verdict.json, votes.jsonl and histogram.png")
-    cache: str | None = chz.field(default=None, doc="file of the votes so far; None = OUT/cache.jsonl")
+    out: str = log_path_field("runs/judge", "folder for verdict.json, votes.jsonl and histogram.png")
+    cache: str | None = chz.field(
+        default=None,
+        munger=lambda _, path: path and str(Path(path).expanduser()),
+        doc="file of the votes so far; None = OUT/cache.jsonl",
+    )
 
 
 JUDGES = {
@@ -93,23 +97,23 @@ JUDGES = {
 }
 
 
-def judge_files(config: Config, judge: Judge | None = None, judge_name: str | None = None) -> Verdict:
+async def judge_files(config: Config, judge: Judge | None = None, judge_name: str | None = None) -> Verdict:
     """`judge`: an async callable in place of the configured judge, with `judge_name` as its key in
     the cache.
     """
     if (judge is None) != (judge_name is None):
         raise ConfigError("give a judge and its name together: the cache keeps votes by the judge's name")
     contests = read_contests(config.first, config.second)[: config.limit]
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     settings = {
         key: value
         for key, value in chz.asdict(config.judge).items()
         if key not in ("timeout", "retries", "max_concurrent")
     }
     name = judge_name or json.dumps([type(config.judge).__name__, settings], default=str, sort_keys=True)
-    cache = Path(config.cache).expanduser() if config.cache else out / "cache.jsonl"
+    cache = Path(config.cache or out / "cache.jsonl")
     votes = Votes(judge or config.judge(load_tokenizer("tiny")), name, cache, config.seed)
-    collected = asyncio.run(collect_votes(contests, votes, config.num_judges))
+    collected = await collect_votes(contests, votes, config.num_judges)
     result = verdict(collected, votes)
     if result.failed > config.max_failed_fraction * len(contests) * config.num_judges:
         error = next(vote for of_story in collected for vote in of_story if isinstance(vote, JudgeError))
@@ -166,8 +170,8 @@ def _table(names: tuple[str, str], result: Verdict) -> str:
     return f"{votes}\n{wins}"
 
 
-def main(config: Config) -> None:
-    judge_files(config)
+async def main(config: Config) -> None:
+    await judge_files(config)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Literal
@@ -137,7 +136,7 @@ class Config(TrainingConfig):
     log_path: str = log_path_field("runs/belief_state")
 
 
-def main(config: Config) -> Metrics:
+async def main(config: Config) -> Metrics:
     """Trains or resumes; returns the last metrics."""
     with joined_processes() as processes:
         source = config.data(config.batch_size, config.seed)
@@ -146,7 +145,7 @@ def main(config: Config) -> Metrics:
         if processes.is_first:
             source.save(folder.path)
         with closing(BeliefStateClient(trainer)) as client:
-            metrics = training_loop(config, folder, client, source, processes)
+            metrics = await training_loop(config, folder, client, source, processes)
         if processes.is_first:
             finish(folder, metrics)
     return metrics
@@ -164,7 +163,7 @@ def make_trainer(config: Config, source: TokenSource, processes: Processes = ALO
     return ParallelTrainer(model, objective, config.passes, processes, shard=config.parallel == "shard")
 
 
-def training_loop(
+async def training_loop(
     config: Config, folder: RunFolder, client: BeliefStateClient, source: TokenSource, processes: Processes = ALONE
 ) -> Metrics:
     async def evaluate(step: int) -> Metrics:
@@ -194,7 +193,7 @@ def training_loop(
                 raise NonFiniteError(f"step {number}: {error}. Nothing was saved over the last checkpoint") from error
         metrics |= {f"optim/{name}": value for name, value in results.items()}
 
-    return asyncio.run(run.steps(step))
+    return await run.steps(step)
 
 
 if __name__ == "__main__":

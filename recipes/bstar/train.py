@@ -84,7 +84,7 @@ async def first_round(open_lab: Callable[[], Lab], name: str, plan: Plan) -> Non
     await Round(lab, ".", METHODS[name], plan, 0).run()
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise ConfigError(f"methods={','.join(unknown)}: choose from {', '.join(METHODS)}")
     renderer = get_renderer(config.renderer_name, load_tokenizer(config.model_name, config.backend.max_length))
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
             reward = config.reward(service, renderer, str(prm_path(config)), task.form)
             return Lab(config, task, renderer, client, reward)
 
-        run_stages(stages_of(config, task, open_lab))
+        await run_stages(stages_of(config, task, open_lab))
     print(f"report: {write_report(config.folder)}")
 
 

@@ -57,15 +57,17 @@ def students(config: Config, teaches: Stage, answers: Stage) -> dict[str, Stage]
     return {name: training_stage(name, main, run, [teaches, answers]) for name, (main, run) in runs.items()}
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     folder, teaches = Path(config.log_path) / f"off_policy_{config.seed}", teacher.teacher_stage(config)
     answers = answers_stage(config, folder / "answers.jsonl", teaches, config.number)
     stages = students(config, teaches, answers)
-    run_stages(list(stages.values()))
-    print(f"held-out accuracy of the teacher {teacher.accuracy(config, teaches.result):.3f}")
+    await run_stages(list(stages.values()))
+    print(f"held-out accuracy of the teacher {await teacher.accuracy(config, teaches.result):.3f}")
     for name, stage in stages.items():
         nll = read_metrics(stage.path)[-1]["test/nll"]
-        print(f"{name:13s} {teacher.accuracy(config, stage.result):.3f}   nats per token of unseen answers {nll:.4f}")
+        print(
+            f"{name:13s} {await teacher.accuracy(config, stage.result):.3f}   nats per token of unseen answers {nll:.4f}"
+        )
 
 
 if __name__ == "__main__":

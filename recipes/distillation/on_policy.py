@@ -86,10 +86,10 @@ def first_at(curve: Curve, level: float) -> str:
     return f"{reached[0]:,}" if reached else f"not within {curve.steps_K[-1]:,}"
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     seeds = seeds_of(config.seeds)
-    run_stages([stage for seed in seeds for stage in stages_of(config, seed)])
-    best = teacher.accuracy(config, teacher.teacher_stage(config).result)
+    await run_stages([stage for seed in seeds for stage in stages_of(config, seed)])
+    best = await teacher.accuracy(config, teacher.teacher_stage(config).result)
     level = config.share * best
     print(f"teacher: {best:.3f} of the held-out sums; sampled tokens until {level:.3f}:")
     curves: dict[str, list[Curve]] = {

@@ -36,7 +36,7 @@ class Config(teacher.Config):
     steps: int = chz.field(default=150, validator=COUNT, doc="steps of distillation, 128 answers each")
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     folder = Path(config.log_path) / f"prompt_{config.seed}"
     data = InstructedSumsExamples(
         num_digits=2,
@@ -63,9 +63,11 @@ def main(config: Config) -> None:
         **shared_settings(config),
     )
     student = training_stage("distill", distill.main, run, [start, answers])
-    run_stages([student])
-    prompted = teacher.accuracy(config, start.result, BackwardsSums(num_digits=2, instruction=config.prompt))
-    before, after = (teacher.accuracy(config, stage.result, BackwardsSums(num_digits=2)) for stage in (start, student))
+    await run_stages([student])
+    prompted = await teacher.accuracy(config, start.result, BackwardsSums(num_digits=2, instruction=config.prompt))
+    before, after = [
+        await teacher.accuracy(config, stage.result, BackwardsSums(num_digits=2)) for stage in (start, student)
+    ]
     print(f"held-out sums written backwards: with the prompt {prompted:.3f}; without {before:.3f} -> {after:.3f}")
 
 

@@ -40,7 +40,7 @@ class Config(teacher.Config):
     steps: int = chz.field(default=150, validator=COUNT, doc="steps of distillation: 256 sums, one rollout each")
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     folder = Path(config.log_path) / f"self_{config.seed}"
     data = InstructedSumsExamples(
         num_digits=2, instruction=config.context, n_batches=config.teacher_steps, batch_size=128, seed=config.seed
@@ -60,7 +60,7 @@ def main(config: Config) -> None:
         **shared_settings(config),
     )
     student = training_stage("self_distillation", train.main, run, [start])
-    run_stages([student])
+    await run_stages([student])
     correct = read_curve(read_metrics(student.path), "test/env/all/correct").values_K
     print(f"held-out sums, without the solution: {correct[0]:.3f} -> {correct[-1]:.3f}")
 

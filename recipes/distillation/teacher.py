@@ -3,7 +3,6 @@
 The teacher is `tiny` (Qwen 3's architecture) after imitating two-digit sums; it gets nearly all right.
 """
 
-import asyncio
 from pathlib import Path
 
 import chz
@@ -42,16 +41,12 @@ def teacher_stage(config: Config) -> Stage:
     return warm_start(config, sums, Path(config.log_path) / "teacher", "teacher", **settings)
 
 
-def accuracy(config: Config, checkpoint: Path, env: RLDatasetBuilder | None = None) -> float:
+async def accuracy(config: Config, checkpoint: Path, env: RLDatasetBuilder | None = None) -> float:
     """The share of held-out problems that a saved model answers right, greedily."""
     env = env or ArithmeticBuilder(num_digits=2)
     renderer = get_renderer(config.renderer_name, load_tokenizer(str(checkpoint)))
-
-    async def evaluate() -> float:
-        _, test = await env(renderer)
-        assert test is not None
-        with ServiceClient(config.backend) as service:
-            evaluator = RLTestSetEvaluator(test, env.recommended_max_tokens())
-            return (await evaluator(service.create_sampling_client(str(checkpoint))))["test/env/all/correct"]
-
-    return asyncio.run(evaluate())
+    _, test = await env(renderer)
+    assert test is not None
+    with ServiceClient(config.backend) as service:
+        evaluator = RLTestSetEvaluator(test, env.recommended_max_tokens())
+        return (await evaluator(service.create_sampling_client(str(checkpoint))))["test/env/all/correct"]

@@ -14,7 +14,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 from pathlib import Path
 
 import chz
@@ -105,15 +104,15 @@ async def answers(config: Config, stage: Stage) -> str:
     )
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     stages = stages_of(config)
-    run_stages(stages)
+    await run_stages(stages)
     for stage in stages[1:]:
         metrics = read_last_metrics(stage.path)
         held_out = {key: metrics[f"test/{key}"] for key in ("accuracy", "chosen_logprob", "rejected_logprob")}
         print(f"{stage.name}: held out " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
     for stage in stages:
-        print(asyncio.run(answers(config, stage)))
+        print(await answers(config, stage))
     keys = ("test/chosen_logprob", "test/rejected_logprob", "test/accuracy")
     print(f"picture: {compare_runs([stage.path for stage in stages[1:]], Path(config.log_path, 'dpo.png'), keys)}")
 

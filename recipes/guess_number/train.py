@@ -14,7 +14,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 
 import chz
 
@@ -61,10 +60,10 @@ def examples(config: Config) -> GuessNumberExamplesBuilder:
     return GuessNumberExamplesBuilder(**game, n_batches=2000, batch_size=64, seed=config.seed)
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     config = chz.replace(config, env=chz.replace(config.env, seed=config.seed))
-    config = warm_started(config, examples(config), stop_at_nll=config.warm_start_nll)
-    asyncio.run(train.main(config))
+    config = await warm_started(config, examples(config), stop_at_nll=config.warm_start_nll)
+    await train.main(config)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 The best checkpoint is computed from metrics.jsonl and the saved checkpoints, so resuming keeps it.
 """
 
-import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from posttrain.backend.errors import DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import Datum, LoraConfig
+from posttrain.backend.types import LoraConfig
 from posttrain.renderers import get_renderer
 from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.metrics_log import read_metrics
@@ -66,11 +65,8 @@ class Evaluation:
     seed: int = 0
     backend: BackendConfig = BackendConfig()
 
-    def __call__(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
+    async def __call__(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
         """Metrics of `checkpoint`; None is the model without one."""
-        return asyncio.run(self._evaluate(checkpoint, tasks))
-
-    async def _evaluate(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
         with ServiceClient(self.backend) as service:
             client = self._client(service, checkpoint)
@@ -85,11 +81,8 @@ class Evaluation:
             metrics |= await SamplesEvaluator(dataset, length, self.env.group_size, seed=self.seed)(sampler)
             return metrics
 
-    def best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
+    async def best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
         """The checkpoint (by step) with the highest greedy accuracy; ties go to the latest."""
-        return asyncio.run(self._best_of(checkpoints, tasks))
-
-    async def _best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
         dataset = ListDataset(responses(self.env.groups(tasks, renderer)), 64, shuffle=False)
         evaluator = RLTestSetEvaluator(dataset, self.env.response_length, seed=self.seed)
@@ -101,7 +94,7 @@ class Evaluation:
             results.append(Best(step, Path(checkpoint) if checkpoint else None, value))
         return max(results, key=lambda best: (best.value, best.step))
 
-    def diagnose(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
+    async def diagnose(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
         """log p(y|x) against log p(y|x, gold rationale), without sampling."""
         renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
         pairs = [
@@ -115,13 +108,10 @@ class Evaluation:
                 "method=diagnose needs gold rationales that fit the context, and the validation split has none"
             )
         print(f"{len(pairs)} of {len(tasks)} questions have a gold rationale that fits the context")
-        return asyncio.run(self._diagnose(checkpoint, pairs))
-
-    async def _diagnose(self, checkpoint: str | Path | None, pairs_D: list[tuple[Datum, Datum]]) -> Metrics:
         with ServiceClient(self.backend) as service:
             client = self._client(service, checkpoint)
-            without = float(np.mean(await answer_logprobs(client, [bare for bare, _ in pairs_D])))
-            with_gold = float(np.mean(await answer_logprobs(client, [full for _, full in pairs_D])))
+            without = float(np.mean(await answer_logprobs(client, [bare for bare, _ in pairs])))
+            with_gold = float(np.mean(await answer_logprobs(client, [full for _, full in pairs])))
         return {"without_rationale": without, "with_gold_rationale": with_gold, "difference": with_gold - without}
 
     def _client(self, service: ServiceClient, checkpoint: str | Path | None) -> TrainingClient:

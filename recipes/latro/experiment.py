@@ -53,13 +53,13 @@ class Config:
     log_path: str = log_path_field("runs/latro_experiment", "folder of the runs")
 
 
-def run(config: Config, variant: str, seed: int) -> Path:
+async def run(config: Config, variant: str, seed: int) -> Path:
     """Runs the variant to its end; returns its folder."""
     base = train.prepared(
         train.Config(seed=seed, log_path=f"{config.log_path}/seed{seed}", behavior_if_log_dir_exists="resume")
     )
     options = train.prepared(chz.replace(base, log_path=f"{base.log_path}/{variant}", **VARIANTS[variant]))
-    run_stages([train.method_stage(options, train.beginning(base))])
+    await run_stages([train.method_stage(options, train.beginning(base))])
     return options.folder(options.method)
 
 
@@ -112,9 +112,9 @@ def _summary(folder: Path) -> dict[str, dict[str, float]]:
     return json.loads((folder / "summary.json").read_text())
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     seeds = seeds_of(config.seeds)
-    folders = {variant: [run(config, variant, seed) for seed in seeds] for variant in config.variants.split(",")}
+    folders = {variant: [await run(config, variant, seed) for seed in seeds] for variant in config.variants.split(",")}
     print(table(folders))
     print(f"picture: {picture(folders, Path(config.log_path) / 'latro.png')}")
 

@@ -20,7 +20,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -159,15 +158,15 @@ class Config:
         return self.renderer_name or ("plain" if self.is_preset else None)
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     config = prepared(config)
     if config.method == "diagnose":
         needs = beginning(config)
-        run_stages(needs)
-        results = evaluation(config).diagnose(begin_path(config, needs), config.dataset.split()[1])
+        await run_stages(needs)
+        results = await evaluation(config).diagnose(begin_path(config, needs), config.dataset.split()[1])
         print_metrics_table(results, "log p(answer), nats, validation split")
         return
-    run_stages([method_stage(config, beginning(config))])
+    await run_stages([method_stage(config, beginning(config))])
     print_summary(config)
 
 
@@ -177,12 +176,12 @@ def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
     return Stage(config.method, config.folder(config.method), config, make, needs, "summary.json", always)
 
 
-def run_method(config: Config, begin: str | None) -> None:
+async def run_method(config: Config, begin: str | None) -> None:
     train, validation = config.dataset.split()
     held_out = config.dataset.test_tasks() or validation
     method, evaluate = latro if config.method == "latro" else sft, evaluation(config)
-    final = method(config, announced_sizes(config, train), begin)
-    before, after = evaluate(begin, held_out), evaluate(final, held_out)
+    final = await method(config, announced_sizes(config, train), begin)
+    before, after = await evaluate(begin, held_out), await evaluate(final, held_out)
     summary = json.dumps({"before": before, "after": after}, indent=2) + "\n"
     write_atomically(config.folder(config.method) / "summary.json", summary)
 
@@ -311,16 +310,16 @@ def rl_config(config: Config, sizes: Sizes, begin: str | None) -> rl_train.Confi
     )
 
 
-def latro(config: Config, sizes: Sizes, begin: str | None) -> str | None:
+async def latro(config: Config, sizes: Sizes, begin: str | None) -> str | None:
     """Trains; returns the best checkpoint on the validation split."""
-    asyncio.run(rl_train.main(rl_config(config, sizes, begin)))
+    await rl_train.main(rl_config(config, sizes, begin))
     best = best_so_far(config.folder("latro"))
     assert best is not None
     print(f"best on the validation split: {best.value:.3f} after update {best.step}: {best.path or begin}")
     return str(best.path) if best.path else begin
 
 
-def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
+async def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
     """The baseline: the same number of updates and of sequences per update, on the answers with or
     without the gold rationale. Returns the best checkpoint on the validation split.
     """
@@ -339,9 +338,9 @@ def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
         save_every=sizes.eval_every,
         **common(config, "sft"),
     )
-    asyncio.run(supervised_train.main(settings))
+    await supervised_train.main(settings)
     checkpoints = {record.step: record.path for record in RunFolder(config.folder("sft")).list_checkpoints()}
-    best = evaluation(config).best_of({0: begin, **checkpoints}, config.dataset.split()[1])
+    best = await evaluation(config).best_of({0: begin, **checkpoints}, config.dataset.split()[1])
     print(f"best on the validation split: {best.value:.3f} after update {best.step}: {best.path or begin}")
     return str(best.path) if best.path else begin
 

@@ -12,7 +12,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 
 import chz
 from rich.console import Console
@@ -65,8 +64,8 @@ async def evaluate(config: Config) -> dict[str, Metrics]:
     return metrics
 
 
-def main(config: Config) -> None:
-    metrics = asyncio.run(evaluate(config))
+async def main(config: Config) -> None:
+    metrics = await evaluate(config)
     how = "greedy" if config.temperature == 0 else f"temperature {config.temperature:g}"
     table = Table(
         "against",

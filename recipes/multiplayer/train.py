@@ -18,7 +18,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 from pathlib import Path
 
 import chz
@@ -113,15 +112,15 @@ class Config(train.Config):
     log_path: str = log_path_field("runs/multiplayer", "the run folder; the warm start's and the model's are beside it")
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     task = config.env
     assert isinstance(task, TextArenaBuilder)
     if config.model_name == "new":
         config = chz.replace(config, model_name=f"{config.log_path}_model")
         save_model(Path(config.model_name), task, config.seed)
     examples = RandomPlayBuilder(task=task, batch_size=128, seed=config.seed)
-    config = warm_started(config, examples, learning_rate=1e-3, stop_at_nll=config.warm_start_nll)
-    asyncio.run(train.main(config))
+    config = await warm_started(config, examples, learning_rate=1e-3, stop_at_nll=config.warm_start_nll)
+    await train.main(config)
 
 
 if __name__ == "__main__":

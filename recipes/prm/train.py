@@ -18,7 +18,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -170,13 +169,13 @@ def stages_of(config: Config) -> list[Stage]:
     return [policy, completer, solutions, labels, prm, evaluation, rl]
 
 
-def evaluate_prm(config: Config, prm: Path, test_solutions: Path) -> None:
+async def evaluate_prm(config: Config, prm: Path, test_solutions: Path) -> None:
     chains, solutions_P_G = config.task.test_chains(), read_solutions(test_solutions)
     tokenizer = load_tokenizer(config.model_name)
     with ServiceClient(config.backend) as service:
         model = SavedPrm(path=str(prm), form=FORM).load(tokenizer, service)
         flat = [(solution.prompt, solution.tokens) for group in solutions_P_G for solution in group]
-        scores = iter(asyncio.run(model.score(flat)))
+        scores = iter(await model.score(flat))
     scores_P_G = [[next(scores) for _ in group] for group in solutions_P_G]
     results, aligned = evaluate(chains, solutions_P_G, scores_P_G, model.renderer, FORM)
     results |= label_noise({chain.question: chain for chain in config.chains()}, config.folder / "labels.jsonl")
@@ -190,8 +189,8 @@ def _envs(config: Config, chains: Sequence[Chain]) -> list[ProblemEnv]:
     return [ProblemEnv(chain.problem, renderer) for chain in chains]
 
 
-def main(config: Config) -> None:
-    run_stages(chosen(stages_of(config), config.stages))
+async def main(config: Config) -> None:
+    await run_stages(chosen(stages_of(config), config.stages))
 
 
 if __name__ == "__main__":

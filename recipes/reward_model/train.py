@@ -15,7 +15,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 from pathlib import Path
 
 import chz
@@ -100,7 +99,7 @@ def held_out(config: Config, dataset: RewardExamplesBuilder) -> tuple[list[Label
     )
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -115,10 +114,10 @@ def main(config: Config) -> None:
     evaluations: dict[str, Evaluation] = {}
     for kind in kinds:
         run = training(config, kind)
-        asyncio.run(train_reward_model.main(run))
+        await train_reward_model.main(run)
         train_D, test_D = held_out(config, run.dataset)
         judge = saved_judge(config, kind)(load_tokenizer(config.model_name, config.backend.max_length))
-        evaluations[kind] = asyncio.run(evaluate_judge(judge, test_D))
+        evaluations[kind] = await evaluate_judge(judge, test_D)
         m = evaluations[kind].metrics()
         baseline = length_baseline(train_D, test_D)
         row = (f"{baseline:.3f}", "0.500", f"{m['ece']:.3f}", f"{m['swap_agreement']:.3f}", f"{m['comparisons']:.0f}")

@@ -153,8 +153,8 @@ def stages_of(config: Config) -> list[Stage]:
     return [sft, pairs, proxy, *policies, drawn]
 
 
-def main(config: Config) -> None:
-    run_stages(chosen(stages_of(config), config.stages.split(",")))
+async def main(config: Config) -> None:
+    await run_stages(chosen(stages_of(config), config.stages.split(",")))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 from pathlib import Path
 
 import chz
@@ -78,16 +77,15 @@ async def compare(config: Config, trained: str, reference: str) -> Metrics:
         return await evaluator(service.create_sampling_client(trained), service.create_sampling_client(reference))
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     if not isinstance(config.env, PairwiseBuilder):
         raise ConfigError("this recipe compares answers in pairs: env is envs.pairwise:PairwiseBuilder, or a subclass")
     notes = KindWordsExamplesBuilder(n_batches=config.warm_start_steps, batch_size=64, seed=config.seed)
-    config = warm_started(config, notes, lr_schedule="linear")
+    config = await warm_started(config, notes, lr_schedule="linear")
     assert config.load_checkpoint_path
-    asyncio.run(train.main(config))
-    metrics = asyncio.run(
-        compare(config, str(Path(config.log_path) / "checkpoints" / "final"), config.load_checkpoint_path)
-    )
+    await train.main(config)
+    final = str(Path(config.log_path) / "checkpoints" / "final")
+    metrics = await compare(config, final, config.load_checkpoint_path)
     print(
         f"win rate against the warm start: {metrics['win_rate']:.3f} +- {metrics['win_rate_stderr']:.3f} (standard "
         "error)"

@@ -13,7 +13,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 import json
 import math
 from concurrent.futures import Future
@@ -119,7 +118,7 @@ class Config(RunConfig):
             chz.replace(self.guidance, kl_coef=kl_coef)
 
 
-def main(config: Config) -> list[Row]:
+async def main(config: Config) -> list[Row]:
     """Trains or resumes; returns the rows of the final table. Run folder: log_path/classifier;
     accuracy by step: log_path/qsharp and log_path/cd.
     """
@@ -134,7 +133,7 @@ def main(config: Config) -> list[Row]:
     folder = open_run_folder(Path(config.log_path) / "classifier", config.behavior_if_log_dir_exists, config)
     trainer = Trainer(config, layout, policy, model, batches)
     test_ids_B_T = torch.from_numpy(layout.encode(test.tokens_B_T)).to(device)
-    _train(config, folder, trainer, test_ids_B_T)
+    await _train(config, folder, trainer, test_ids_B_T)
     rows = guidance_table(policy, model.reader(), config.guidance, config.kl_coefs, test_ids_B_T, layout, config.seed)
     (Path(config.log_path) / "guidance.json").write_text(json.dumps(rows, indent=1))
     print(format_table(rows))
@@ -238,7 +237,7 @@ def _done() -> "Future[None]":
     return future
 
 
-def _train(config: Config, folder: RunFolder, trainer: Trainer, test_ids_B_T: torch.Tensor) -> None:
+async def _train(config: Config, folder: RunFolder, trainer: Trainer, test_ids_B_T: torch.Tensor) -> None:
     async def evaluate(step: int) -> Metrics:
         return _evaluate(config, trainer, test_ids_B_T)
 
@@ -255,7 +254,7 @@ def _train(config: Config, folder: RunFolder, trainer: Trainer, test_ids_B_T: to
         evaluate=evaluate,
     )
     if run.start(None):
-        asyncio.run(run.steps(step))
+        await run.steps(step)
     _write_method_folders(config, folder)
 
 

@@ -18,12 +18,12 @@ from posttrain.tracking.stages import Stage, run_stages
 INIT_STD = 0.08  # with GPT-2's 0.02 a narrow model takes several times as long to learn look-ups
 
 
-def make_model(
+async def make_model(
     graph: StarGraph, path: str | Path, seed: int = 0, num_layers: int = 2, num_heads: int = 4, hidden: int = 64
 ) -> Path:
     """Writes the folder, unless it exists with the same settings, and returns its path."""
     stage = model_stage(graph, Path(path), seed, num_layers, num_heads, hidden)
-    run_stages([stage])
+    await run_stages([stage])
     return stage.path
 
 

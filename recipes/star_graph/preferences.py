@@ -12,7 +12,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from envs.star_graph import sample_graphs
 from envs.star_graph_data import StarGraphTask
 from envs.star_graph_tokens import layout_of
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, WHOLE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
@@ -65,18 +63,16 @@ class Config(train_dpo.Config):
     )
 
 
-def main(config: Config) -> train_dpo.Metrics:
+async def main(config: Config) -> train_dpo.Metrics:
     graph = config.task.graph()
     check_model(config.model_name, graph)
     layout = layout_of(load_tokenizer(config.model_name, config.backend.max_length), graph)
-    pairs_path = Path(config.pairs_path or pairs_stage(config).path)
-    if config.pairs_path and not pairs_path.exists():
-        raise ConfigError(f"pairs_path={pairs_path} does not exist")
     if not config.pairs_path:
-        run_stages([pairs_stage(config)])
+        await run_stages([pairs_stage(config)])
+    pairs_path = config.pairs_path or pairs_stage(config).path
     _, test = config.task.split()
     evaluator = AccuracyEvaluator(test, layout)
-    return asyncio.run(train_dpo.train_on_pairs(config, read_pairs(pairs_path, layout), [], evaluator))
+    return await train_dpo.train_on_pairs(config, read_pairs(pairs_path, layout), [], evaluator)
 
 
 def pairs_stage(config: Config, name: str = "pairs", needs: Sequence[Stage] = ()) -> Stage:

@@ -75,7 +75,7 @@ async def train_with(config: Config, objective: Callable[[Layout], train.Objecti
     if config.model_name:
         check_model(config.model_name, graph)
     else:
-        model_folder = make_model(graph, Path(config.log_path).parent / f"model_seed_{config.seed}", config.seed)
+        model_folder = await make_model(graph, Path(config.log_path).parent / f"model_seed_{config.seed}", config.seed)
         config = chz.replace(config, model_name=str(model_folder))
     tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
     layout = layout_of(tokenizer, graph)

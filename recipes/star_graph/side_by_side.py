@@ -4,6 +4,7 @@ A process prints to <folder>.log. A stage that fails ends the stages that need i
 Left out: several machines, a GPU per process.
 """
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ class RunFailed(CookbookError):
     """At least one stage failed; the others are complete."""
 
 
-def run_side_by_side(num_steps: Mapping[Stage, int], processes: int) -> None:
+async def run_side_by_side(num_steps: Mapping[Stage, int], processes: int) -> None:
     """Runs all unfinished stages, at most `processes` at a time. RunFailed, after the others have
     finished, holds the last line of each failure. Ctrl-C and SIGTERM stop all stages, which save
     their state. The values of `num_steps` are for the progress bar.
@@ -51,7 +52,7 @@ def run_side_by_side(num_steps: Mapping[Stage, int], processes: int) -> None:
                     elif needs <= done and len(running) < processes:
                         running[name] = (stage, _start(stage))
                         del waiting[name]
-                time.sleep(0.5)
+                await asyncio.sleep(0.5)
                 display.show([stage for stage, _ in running.values()])
                 for name, (stage, process) in list(running.items()):
                     if process.exitcode is not None:
@@ -92,7 +93,7 @@ def _child(stage: Stage) -> None:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     try:
-        stage.run()
+        asyncio.run(stage.run())
     except CookbookError as error:
         print(f"error: {error}", flush=True)
         sys.exit(2)

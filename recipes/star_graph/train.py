@@ -216,18 +216,18 @@ def chosen_methods(config: Config) -> list[str]:
     return [name for name in known if stages[name].name in needed]
 
 
-def main(config: Config) -> None:
+async def main(config: Config) -> None:
     methods = chosen_methods(config)
     if not config.seeds:
         raise ConfigError("seeds is empty: give at least one seed")
     num_steps = {"bst": config.bst_steps, "guided": config.classifier_steps}
     num_steps |= dict.fromkeys(FROM_SCRATCH[:3], config.pretrain_steps)
     stages_S = [stages_of(config, seed) for seed in config.seeds]
-    run_stages([stages["model"] for stages in stages_S])
+    await run_stages([stages["model"] for stages in stages_S])
     stages = {stages[method]: num_steps.get(method, config.policy_steps) for stages in stages_S for method in methods}
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started below
     try:
-        run_side_by_side(stages, config.processes)
+        await run_side_by_side(stages, config.processes)
     finally:  # also if some methods failed
         finished = [method for method in methods if all(stages[method].is_finished() for stages in stages_S)]
         if finished:

@@ -100,8 +100,8 @@ def picture(config: Config) -> Path:
     return save_figure(draw_panels(panels), Path(config.log_path) / "tool_calls.png")
 
 
-def main(config: Config) -> None:
-    run_stages([stage for label in LABELS for stage in stages_of(config, label)])
+async def main(config: Config) -> None:
+    await run_stages([stage for label in LABELS for stage in stages_of(config, label)])
     print(report(config))
     print(f"picture: {picture(config)}")
 
