@@ -1,4 +1,5 @@
-"""Opponents for games: a random player, a perfect one (tic-tac-toe), a frozen policy.
+"""Opponents for games: a random player, a perfect one (tic-tac-toe), a frozen policy; and a policy's
+client as a player.
 
 A Player gets the game and its own generator, and answers with text, as a policy does. Its moves are
 a pure function of the generator's seed and the game. Left out: search for games other than
@@ -6,7 +7,7 @@ tic-tac-toe; opponents that learn (self-play has no opponent).
 """
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 
 import chz
@@ -14,9 +15,11 @@ import numpy as np
 
 from envs.textarena_game import Game
 from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
-from posttrain.renderers.types import Message
+from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.model_source import find_model
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError
 from rl.types import RolloutError
 
@@ -36,6 +39,10 @@ class Opponent:
         """Loads the player, once per run. Raises ConfigError if it cannot play `game`."""
         raise NotImplementedError
 
+    def label(self) -> str:
+        """What tells the player from others of its kind, in tables."""
+        return self.name
+
 
 def listed_moves(text: str) -> list[str]:
     """The moves in the last list of a game's text, "Available Moves: '[0]', '[4]'"; [] without one."""
@@ -45,16 +52,31 @@ def listed_moves(text: str) -> list[str]:
 
 @chz.chz
 class RandomPlayer(Opponent):
-    """Any of the moves that the game lists, uniformly."""
+    """Any of the moves that the game lists, uniformly; where it lists none, any of `moves`."""
 
+    moves: str = chz.field(
+        default="", doc="for a game without a list of legal moves: what to choose from, '[col 0] [col 1]'"
+    )
     name = "random"
 
     def open(self, game: Game) -> Player:
+        if moves := MOVE.findall(self.moves):
+            return _one_of(moves)
+        if self.moves:
+            raise ConfigError(f"moves={self.moves}: give moves in brackets, such as '[0] [1]'")
         if not listed_moves(game.text):
             raise ConfigError(
-                f"{game.name} does not list its legal moves, so a random player cannot play it: take FrozenPlayer"
+                f"{game.name} does not list its legal moves, so a random player cannot play it: give it some, such as "
+                "moves='[0] [1]', or take a model as the opponent"
             )
         return _random_move
+
+
+def _one_of(moves: Sequence[str]) -> Player:
+    async def move(game: Game, rng: np.random.Generator) -> str:
+        return moves[int(rng.integers(len(moves)))]
+
+    return move
 
 
 async def _random_move(game: Game, rng: np.random.Generator) -> str:
@@ -114,20 +136,35 @@ class FrozenPlayer(Opponent):
     policy: FrozenPolicy = chz.field(doc="weights and sampling options; with temperature 0 the player repeats itself")
     name = "frozen"
 
+    def label(self) -> str:
+        return find_model(self.policy.model_path or self.policy.base_model or "").label
+
     def open(self, game: Game) -> Player:
         client, policy = self.policy.open(), self.policy
-        renderer = get_renderer(policy.renderer_name, client.get_tokenizer())
+        renderer = get_renderer(policy.find_renderer_name(), client.get_tokenizer())
+        return policy_player(client, renderer, policy.max_tokens, policy.temperature)
 
-        async def move(game: Game, rng: np.random.Generator) -> str:
-            prompt = renderer.build_generation_prompt([Message(role="user", content=game.text)])
-            seed = int(rng.integers(2**62))
-            params = SamplingParams(policy.max_tokens, seed, renderer.get_stop_sequences(), policy.temperature)
-            try:
-                response = await client.sample_async(prompt, 1, params)
-            except CookbookError as error:
-                raise FrozenPolicyError(
-                    f"{game.name}: the opponent failed with {type(error).__name__}: {error}"
-                ) from error
-            return renderer.parse_response(response.sequences[0].tokens)[0]["content"]
 
-        return move
+def policy_player(client: SamplingClient, renderer: Renderer, max_tokens: int, temperature: float) -> Player:
+    """A policy as a player. Raises FrozenPolicyError where it cannot answer."""
+
+    async def move(game: Game, rng: np.random.Generator) -> str:
+        prompt = renderer.build_generation_prompt([Message(role="user", content=game.text)])
+        seed = int(rng.integers(2**62))
+        params = SamplingParams(max_tokens, seed, renderer.get_stop_sequences(), temperature)
+        try:
+            response = await client.sample_async(prompt, 1, params)
+        except CookbookError as error:
+            raise FrozenPolicyError(f"{game.name}: the opponent failed with {type(error).__name__}: {error}") from error
+        return renderer.parse_response(response.sequences[0].tokens)[0]["content"]
+
+    return move
+
+
+# short names of the command line; a folder is the policy saved there
+OPPONENTS = {
+    "random": "envs.opponents:RandomPlayer",
+    "minimax": "envs.opponents:MinimaxPlayer",
+    "frozen": "envs.opponents:FrozenPlayer",
+    "*/*": "envs.opponents:FrozenPlayer policy.model_path={}",
+}

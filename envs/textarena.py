@@ -1,21 +1,22 @@
 """TextArena games as environments: alone, against an opponent, or in self-play.
 
 An observation is the game's text as one user message, so each turn is its own Datum. In self-play
-the seats of a game form a group and are each other's baseline; with several games of one opening,
-rl.advantages:SeatMean gives each seat its own. Left out: seats that learn different policies; chat
-between the turns.
+the seats of a game, two or more, form a group and are each other's baseline; with several games of
+one opening, rl.advantages:SeatMean gives each seat its own. envs/elo.py rates players. Left out:
+seats that learn different policies; chat between the turns.
 
-    python rl/train_cli.py env=textarena env.game=TicTacToe-v0-train env.test_opponent=envs.opponents:RandomPlayer
+    python rl/train_cli.py env=textarena env.game=tic_tac_toe env.test_opponent=random
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import chz
 import numpy as np
 
-from envs.opponents import Opponent, Player, listed_moves
+from envs.opponents import OPPONENTS, Opponent, Player, listed_moves
 from envs.textarena_game import Game
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, NON_NEGATIVE, WHOLE
@@ -141,22 +142,12 @@ class GameGroupBuilder(EnvGroupBuilder):
 
     async def make_envs(self) -> Sequence[Seat]:
         config, seats = self.config, self._seats()
-        tables = [Table(self._open_game(), self.opponents, self.seed) for _ in range(self.num_games)]
+        games = [config.open_position(self.seed, self.random_opening) for _ in range(self.num_games)]
+        tables = [Table(game, self.opponents, self.seed) for game in games]
         return [Seat(table, seat, self.renderer, config.illegal_move_penalty) for table in tables for seat in seats]
 
     def _seats(self) -> list[int]:
         return [seat for seat in range(self.config.num_players) if seat not in self.opponents]
-
-    def _open_game(self) -> Game:
-        """After its random opening, which is drawn again if it ends the game."""
-        rng = np.random.default_rng([self.seed, OPENING])
-        while True:
-            game = self.config.open_game(self.seed)
-            for _ in range(rng.integers(self.random_opening + 1)):
-                if not game.over and (moves := listed_moves(game.text)):
-                    game.move(moves[rng.integers(len(moves))])
-            if not game.over:
-                return game
 
     async def compute_group_rewards(
         self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
@@ -174,7 +165,8 @@ class GameGroupBuilder(EnvGroupBuilder):
             assert isinstance(env, Seat)
             if not env.had_a_turn:
                 trajectory.transitions.clear()
-            outcomes.append(env.table.game.outcome(env.seat))
+            reward, metrics = env.table.game.outcome(env.seat)
+            outcomes.append((reward, metrics | {f"reward_seat{env.seat}": reward} if len(seats) > 1 else metrics))
         return outcomes
 
     def logging_tags(self) -> list[str]:
@@ -185,10 +177,16 @@ class GameGroupBuilder(EnvGroupBuilder):
 class TextArenaBuilder(RLDatasetBuilder):
     """Any TextArena game. Held out are `num_test` games of other seeds, against `test_opponent`."""
 
+    short_names = {"opponent": OPPONENTS, "test_opponent": OPPONENTS}
     game: str = chz.field(
-        default="TicTacToe-v0-train", doc="TextArena's name of the game; its ending selects the observation"
+        default="TicTacToe-v0-train",
+        doc="TextArena's name of the game; its ending selects the observation; connect_four is ConnectFour-v0",
     )
-    num_players: int = chz.field(default=2, validator=COUNT, doc="1 plays alone")
+    rules: dict[str, Any] = chz.field(
+        default_factory=dict,
+        doc="sizes and other arguments of the game: rules.board_size=6; a wrong name lists those there are",
+    )
+    num_players: int = chz.field(default=2, validator=COUNT, doc="1 plays alone; some games take 3 and more")
     board_only: bool = chz.field(default=False, doc="observe the rules and the last board, whatever the name's ending")
     opponent: Opponent | None = chz.field(
         default=None, doc="player of all other seats; None with several players is self-play"
@@ -222,7 +220,21 @@ class TextArenaBuilder(RLDatasetBuilder):
         return self.max_tokens
 
     def open_game(self, seed: int) -> Game:
-        return Game(self.game, self.num_players, seed, self.error_allowance, self.board_only)
+        return Game(self.game, self.num_players, seed, self.error_allowance, self.board_only, self.rules)
+
+    def open_position(self, seed: int, random_opening: int) -> Game:
+        """After up to `random_opening` random moves, which are drawn again if they end the game."""
+        rng = np.random.default_rng([seed, OPENING])
+        while True:
+            game = self.open_game(seed)
+            for _ in range(rng.integers(random_opening + 1)):
+                if not game.over and (moves := listed_moves(game.text)):
+                    game.move(moves[rng.integers(len(moves))])
+            if not game.over:
+                return game
+
+    def seats(self) -> int:
+        return self.num_players if self.opponent is None else 1
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         self._check()

@@ -5,14 +5,18 @@ in place only during a call: many games run in one event loop, and the program's
 unchanged. Left out: other threads that draw from the global generators.
 """
 
+import difflib
+import inspect
+import io
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from posttrain.backend.errors import CookbookError
+from posttrain.backend.errors import ConfigError, CookbookError
 from rl.types import Metrics, RolloutError
 
 SOLVED = 1.0  # the reward from which a game for one player counts as won
@@ -26,20 +30,27 @@ class Game:
     """A game under way: `player` is to move and reads `text`, until `over`.
 
     `error_allowance`: illegal moves in a row before a player loses; None leaves it to the game.
-    `board_only`: the observation is the rules and the last board. Raises GameUnavailable.
+    `board_only`: the observation is the rules and the last board. `rules`: arguments of the game's
+    class, {"board_size": 6}. Raises GameUnavailable, and ConfigError for a rule the game lacks.
     """
 
     def __init__(
-        self, name: str, num_players: int, seed: int, error_allowance: int | None = None, board_only: bool = False
+        self,
+        name: str,
+        num_players: int,
+        seed: int,
+        error_allowance: int | None = None,
+        board_only: bool = False,
+        rules: Mapping[str, Any] | None = None,
     ):
-        self.name, self.num_players = name, num_players
+        self.name, self.num_players = full_name(name), num_players
         self.over, self.player, self.text = False, 0, ""
         self.moves, self.ended_illegally = 0, False
         self.rewards: dict[int, float] | None = None  # by player, after an end by the game's rules
         self._random = random.Random(seed).getstate()
         self._numpy = np.random.RandomState(seed % 2**32).get_state()
         with self._own_randomness():
-            self.env = _open(name, num_players, seed, board_only)
+            self.env = _open(self.name, num_players, seed, board_only, rules or {})
             self.state = self.env.state
             if error_allowance is not None:
                 self.state.error_allowance = error_allowance
@@ -114,29 +125,73 @@ def _call_before(target: Any, method: str, note: Any) -> None:
     setattr(target, method, noted)
 
 
-def _open(name: str, num_players: int, seed: int, board_only: bool) -> Any:
-    """The TextArena environment, reset. Any exception of its code becomes a GameUnavailable."""
+def full_name(name: str) -> str:
+    """TextArena's name of a game: itself, or without "-v0", capitals and separators ("connect_four").
+    GameUnavailable names the nearest."""
+    names = _registry()
+    if name in names:
+        return name
+    plain = {_plain(full): full for full in reversed(list(names))}
+    if full := plain.get(_plain(name)) or plain.get(_plain(name) + "v0"):
+        return full
+    near = plain[difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0)[0]]
+    raise GameUnavailable(f"TextArena has no game {name!r}; did you mean {near!r}? It has {len(names)}")
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _registry() -> Mapping[str, Any]:
     try:
-        import textarena
+        import textarena  # noqa: F401 (fills the registry)
         from textarena.envs.registration import ENV_REGISTRY
-        from textarena.wrappers import ActionFormattingWrapper, GameBoardObservationWrapper
     except ImportError as error:
         raise GameUnavailable(f"textarena cannot be imported ({error}): pip install textarena") from error
-    if name not in ENV_REGISTRY:
-        import difflib
+    return ENV_REGISTRY
 
-        near = difflib.get_close_matches(name, ENV_REGISTRY, n=1, cutoff=0)[0]
-        raise GameUnavailable(f"TextArena has no game {name!r}; did you mean {near!r}? It has {len(ENV_REGISTRY)}")
+
+def rules_of(name: str) -> dict[str, Any]:
+    """The arguments that `rules` may set, with the values they have in game `name`."""
+    spec = _registry()[full_name(name)]
+    module, _, class_name = str(spec.entry_point).partition(":")
+    parameters = inspect.signature(getattr(import_module(module), class_name)).parameters.values()
+    named = [parameter for parameter in parameters if parameter.kind != inspect.Parameter.VAR_KEYWORD]
+    return {parameter.name: spec.kwargs.get(parameter.name, parameter.default) for parameter in named}
+
+
+def _open(name: str, num_players: int, seed: int, board_only: bool, rules: Mapping[str, Any]) -> Any:
+    """The TextArena environment, reset. Any exception of its code becomes a GameUnavailable."""
+    _registry()
+    import textarena
+    from textarena.wrappers import ActionFormattingWrapper, GameBoardObservationWrapper
+
     try:
-        env = textarena.make(name)
-        if board_only:
-            env = ActionFormattingWrapper(GameBoardObservationWrapper(_bare(env)))
-        env.reset(num_players=num_players, seed=seed)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # some print what they do
+            _check_rules(name, rules)
+            env = textarena.make(name, **rules)
+            if board_only:
+                env = ActionFormattingWrapper(GameBoardObservationWrapper(_bare(env)))
+            env.reset(num_players=num_players, seed=seed)
+    except ConfigError:
+        raise
     except Exception as error:  # another project's code may raise anything
+        given = "".join(f", rules.{key}={value}" for key, value in rules.items())
         raise GameUnavailable(
-            f"TextArena's {name} does not open for {num_players} players: {_remedy(error)}"
+            f"TextArena's {name} does not open for {num_players} players{given}: {_remedy(error)}"
         ) from error
     return env
+
+
+def _check_rules(name: str, rules: Mapping[str, Any]) -> None:
+    if not rules:
+        return
+    known = rules_of(name)
+    for key in rules.keys() - known.keys():
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        listed = ", ".join(f"{rule}={value}" for rule, value in known.items()) or "none"
+        raise ConfigError(f"rules.{key}: {name} has no such rule; {hint}it has {listed}")
 
 
 def _bare(env: Any) -> Any:

@@ -10,7 +10,7 @@ from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.losses import LossFn
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SAMPLING_TEMPERATURE, TEMPERATURE, WHOLE
 from posttrain.tracking.run_config import log_path_field
-from rl.advantages import AdvantageEstimator, GroupMean, NoReward
+from rl.advantages import AdvantageEstimator, GroupMean, NoReward, SeatMean
 from rl.critic import CriticConfig
 from rl.data_processing import Reduction
 from rl.distill import Distillation
@@ -127,6 +127,12 @@ class Config(EvaluatedRunConfig):
 def check_config(config: Config) -> None:
     """Raises ConfigError for options that do not go together."""
     config.advantage.check_group_size(config.env.group_size)
+    seats = config.env.seats()
+    if isinstance(config.advantage, SeatMean) and seats not in (None, config.advantage.num_seats):
+        raise ConfigError(
+            f"advantage.num_seats={config.advantage.num_seats}: the policy plays {seats} of a game's seats with these "
+            f"settings; set advantage.num_seats={seats}"
+        )
     loss = resolve_loss(config.loss_fn, config.loss_fn_config)
     if isinstance(config.loss_fn, str) and "advantages" not in loss.required:
         raise ConfigError(

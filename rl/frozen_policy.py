@@ -18,6 +18,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message, Renderer
+from posttrain.tracking.model_source import ModelSource, find_model
 from rl.types import RolloutError
 
 
@@ -58,10 +59,13 @@ class MessageCompleter:
 class FrozenPolicy:
     """A model that does not learn, from `model_path` or `base_model`."""
 
-    model_path: str | None = chz.field(default=None, doc="folder of a saved policy or checkpoint")
+    model_path: str | None = chz.field(
+        default=None, doc="a run folder (its last checkpoint), a checkpoint, a model folder or an adapter"
+    )
     base_model: str | None = chz.field(default=None, doc="a preset or a Hugging Face hub name")
     renderer_name: str | None = chz.field(
-        default=None, doc="role_colon, chat_template or plain; None = the model's own"
+        default=None,
+        doc="role_colon, chat_template or plain; None = that of the run at model_path, else the model's own",
     )
     max_tokens: int = chz.field(default=64, validator=COUNT, doc="most tokens of a reply")
     temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="0 is greedy")
@@ -77,9 +81,18 @@ class FrozenPolicy:
 
     def open(self) -> SamplingClient:
         """Loads the model and starts its engine."""
-        return ServiceClient(self.backend).create_sampling_client(self.model_path, self.base_model, seed=self.seed)
+        service, run = ServiceClient(self.backend), self._run()
+        path = str(run.folder) if run and run.folder else self.model_path
+        return service.create_sampling_client(path, self.base_model, seed=self.seed)
+
+    def find_renderer_name(self) -> str | None:
+        run = self._run()
+        return self.renderer_name or (run.renderer_name if run else None)
+
+    def _run(self) -> ModelSource | None:
+        return find_model(self.model_path) if self.model_path else None
 
     def open_completer(self) -> MessageCompleter:
         client = self.open()
-        renderer = get_renderer(self.renderer_name, client.get_tokenizer())
+        renderer = get_renderer(self.find_renderer_name(), client.get_tokenizer())
         return MessageCompleter(client, renderer, self.max_tokens, self.temperature, self.seed)

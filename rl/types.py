@@ -242,6 +242,10 @@ class RLDatasetBuilder:
         """The held-out set alone, for an evaluation without training."""
         return (await self(renderer))[1]
 
+    def seats(self) -> int | None:
+        """Seats of a game that the policy plays, in a group's order of members; None = not known."""
+        return None
+
     def ratios(self) -> Mapping[str, tuple[str, str]]:
         """Metrics that are ratios of sums over all problems: name -> the two metrics of an episode."""
         return {}

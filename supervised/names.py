@@ -19,5 +19,6 @@ DATASETS = {
 EVALUATORS = {
     "env": "rl.evaluators:EnvEvaluator",
     "nll": "supervised.nll:DatasetNLL",
+    "elo": "envs.elo:EloEvaluator",
 }
 EVALUATOR_OPTIONS = {"evaluators.*": EVALUATORS, "infrequent_evaluators.*": EVALUATORS}

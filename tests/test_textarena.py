@@ -14,7 +14,7 @@ import pytest
 
 from envs.opponents import FrozenPlayer, MinimaxPlayer, Player, RandomPlayer, listed_moves
 from envs.textarena import GameGroupBuilder, Seat, TextArenaBuilder
-from envs.textarena_game import Game, GameUnavailable
+from envs.textarena_game import Game, GameUnavailable, full_name, rules_of
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
@@ -28,6 +28,7 @@ from recipes.multiplayer.model import random_game as random_play
 from recipes.multiplayer.model import save_model
 from rl import train
 from rl.advantages import SeatMean
+from rl.config import check_config
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError
 from rl.types import (
     Env,
@@ -97,7 +98,8 @@ def test_two_seats_play_a_game_to_its_end() -> None:
     assert all(turn[1:] == (0.0, {"illegal": 0.0}) for seat in turns for turn in seat)
     assert [reward for reward, _ in rewards] == [1.0, -1.0]
     expected = {"turns": 5, "ended_illegally": 0, "win": 1, "draw": 0, "loss": 0, "unfinished": 0}
-    assert rewards[0][1] == expected and rewards[1][1] == expected | {"win": 0, "loss": 1}
+    assert rewards[0][1] == expected | {"reward_seat0": 1.0}
+    assert rewards[1][1] == expected | {"win": 0, "loss": 1, "reward_seat1": -1.0}
     _, draw = play(builder, ["[0]", "[2]", "[3]", "[7]", "[8]"], ["[1]", "[4]", "[5]", "[6]"])
     assert [(reward, metrics["draw"]) for reward, metrics in draw] == [(0, 1), (0, 1)]
 
@@ -333,6 +335,66 @@ def test_a_game_for_one_player() -> None:
     first, second = asyncio.run(go())
     assert builder.logging_tags() == ["alone"] and first == second  # members share the number
     assert first[1]["win"] == float(first[0] == 1.0) and first[1]["loss"] == 1 - first[1]["win"]
+
+
+def test_three_seats_have_rewards_of_their_own() -> None:
+    """A line of four wins on the 5x5 board; then a seat that breaks the rules is out, and the
+    others play on."""
+    config = chz.replace(TIC_TAC_TOE, game="three_player_tic_tac_toe", num_players=3, group_size=6, num_test=0)
+    builder = group(config)
+    assert builder.num_games == 2 and not builder.members_are_independent
+    scripts = [["[0]", "[1]", "[2]", "[3]"], ["[5]", "[6]", "[7]"], ["[10]", "[11]", "[12]"]]
+    turns, rewards = play(builder, *scripts, *scripts)
+    assert [len(seat) for seat in turns] == [4, 3, 3] * 2
+    assert [reward for reward, _ in rewards] == [1, 0, 0] * 2 or [reward for reward, _ in rewards] == [1, -1, -1] * 2
+    assert [[name for name in metrics if "seat" in name] for _, metrics in rewards[:3]] == [
+        ["reward_seat0"],
+        ["reward_seat1"],
+        ["reward_seat2"],
+    ]
+    assert [metrics["win"] for _, metrics in rewards[:3]] == [1, 0, 0]
+
+
+def test_the_baseline_of_seats_has_to_know_how_many_there_are() -> None:
+    three = chz.replace(TIC_TAC_TOE, game="ThreePlayerTicTacToe-v0", num_players=3, group_size=6)
+    config = train.Config(env=three, advantage=SeatMean(), max_tokens=8)
+    with pytest.raises(ConfigError, match="plays 3 of a game's seats.*set advantage.num_seats=3"):
+        check_config(config)
+    check_config(chz.replace(config, advantage=SeatMean(num_seats=3)))
+    with pytest.raises(ConfigError, match="set advantage.num_seats=1"):
+        check_config(
+            chz.replace(config, advantage=SeatMean(num_seats=2), env=chz.replace(three, opponent=RandomPlayer()))
+        )
+
+
+def test_games_by_name_and_size() -> None:
+    assert [full_name(name) for name in ("tic_tac_toe", "ConnectFour", "othello-v0-TINY", "Nim-v0-train")] == [
+        "TicTacToe-v0",
+        "ConnectFour-v0",
+        "Othello-v0-tiny",
+        "Nim-v0-train",
+    ]
+    assert len(listed_moves(Game("Othello-v0", 2, 0).text)) == 4
+    nim = chz.replace(TIC_TAC_TOE, game="nim", rules={"piles": [2, 3]}).open_game(0)
+    assert "pile 1: 3" in nim.text and "pile 2" not in nim.text
+    assert rules_of("nim") == {"piles": [3, 4, 5]}
+    for rules, says in [
+        ({"pile": [1]}, "rules.pile: Nim-v0 has no such rule; did you mean piles.*piles=.3, 4, 5."),
+        ({"piles": 7}, "does not open for 2 players, rules.piles=7"),
+    ]:
+        with pytest.raises((ConfigError, GameUnavailable), match=says):
+            Game("nim", 2, 0, rules=rules)
+
+
+def test_a_random_player_of_given_moves() -> None:
+    four = chz.replace(TIC_TAC_TOE, game="ConnectFour-v0", error_allowance=None).open_game(0)
+    with pytest.raises(ConfigError, match="does not list its legal moves.*give it some"):
+        RandomPlayer().open(four)
+    player, rng = RandomPlayer(moves="[col 0] [col 3]").open(four), np.random.default_rng(0)
+    drawn = {asyncio.run(player(four, rng)) for _ in range(20)}  # type: ignore[arg-type]
+    assert drawn == {"[col 0]", "[col 3]"}
+    with pytest.raises(ConfigError, match="moves in brackets"):
+        RandomPlayer(moves="left right").open(four)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import asyncio
 import difflib
 import errno
 import os
-import re
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -287,7 +286,8 @@ def _element(key: str, parameters: Mapping[str, Any]) -> type | None:
 
 def names_at(path: str, short_names: ShortNames) -> Mapping[str, str]:
     """Those of `evaluators.*` at `evaluators.0`."""
-    return short_names.get(path) or short_names.get(re.sub(r"\.\d+(?=\.|$)", ".*", path), {})
+    patterns = (p for p in short_names if p.count(".") == path.count(".") and fnmatch(path, p))
+    return short_names.get(path) or short_names.get(next(patterns, ""), {})
 
 
 def _is_object(path: str, kind: Any, short_names: ShortNames) -> bool:

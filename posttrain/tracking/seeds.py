@@ -13,6 +13,7 @@ one recipe have seeds 1 or 1000 apart (a completer, its policy; a seed of star_g
                          GRAPH_GROUPS, epoch, batch              the star graphs of an RL batch
                          GUIDED, epoch, batch / GUIDED_PAIRS, step    the graphs of Q#'s classifier / what is sampled on them
                          TRAINING_GAMES or TEST_GAMES, game      TextArena
+                         RATED_GAMES, opening                    TextArena, in Elo ratings
                          0 or 1 / 2 or 3, epoch, batch           kind words: comparisons / notes, each to train on or held out
                          batch, game                             tic-tac-toe: random play to imitate
                          epoch, batch / letters                  letters: random orders / one comparison
@@ -32,7 +33,7 @@ one recipe have seeds 1 or 1000 apart (a completer, its policy; a seed of star_g
 
 # tasks drawn anew: for RL, to imitate, and the demonstrations of held-out ones
 GROUPS, EXAMPLES, HELD_OUT_EXAMPLES = 1, 2, 3
-TRAINING_GAMES, TEST_GAMES = 0, 1
+TRAINING_GAMES, TEST_GAMES, RATED_GAMES = 0, 1, 2
 GRAPHS, GRAPH_GROUPS, GUIDED, GUIDED_PAIRS = 1, 2, 3, 4  # star graphs
 PRM_CHAINS = 3
 DEV = 7
