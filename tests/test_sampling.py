@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, EngineError, StaleSamplerError
 from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.ranges import RangeError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import AdamParams, Datum, ModelInput, SampleResponse, SamplingParams
+from posttrain.backend.types import AdamParams, Datum, ModelInput, SampleResponse, SamplingParams, TensorData
 from tests.conftest import random_tokens
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, stop=[])
@@ -207,6 +208,45 @@ def test_more_prompts_than_one_step_reads(engines) -> None:  # noqa: ANN001
     prompts = [prompt_of(100, seed) for seed in range(120)]
     responses = sample_all(engines[1], prompts, SamplingParams(max_tokens=3, seed=1, stop=[]))
     assert all(len(response.sequences[0].tokens) == 3 for response in responses)
+
+
+def test_other_tokens_of_a_prompt_are_scored_and_drawn_alike(engines) -> None:  # noqa: ANN001
+    """target_prompt_logprobs and prompt_alt_tokens_k, against top-k of the whole vocabulary."""
+    prompt, k = prompt_of(12), 300
+    everything = engines[2].sample(prompt, 1, GREEDY, topk_prompt_logprobs=260).result().topk_prompt_logprobs
+    whole_TV = np.full((11, 260), -np.inf)
+    for t, row in enumerate(everything[1:]):
+        for token, logprob in row:
+            whole_TV[t, token] = logprob
+    targets = TensorData([[5 + t, -1, 30] for t in range(11)])
+    params = SamplingParams(max_tokens=2, seed=3, temperature=0.5, stop=[])
+    for client in engines[1:]:
+        asked = {"target_prompt_logprobs": targets, "prompt_alt_tokens_k": k}
+        response = client.sample(prompt, 2, params, topk_prompt_logprobs=2, **asked).result()
+        plain = client.sample(prompt, 2, params, topk_prompt_logprobs=2).result()
+        assert [s.tokens for s in response.sequences] == [s.tokens for s in plain.sequences]
+        assert [len(row) for row in response.topk_prompt_logprobs[1:]] == [
+            len(row) for row in plain.topk_prompt_logprobs[1:]
+        ]
+        scored_TK, alt = response.target_prompt_logprobs.array, response.prompt_alt_tokens
+        for t in range(11):
+            expected = [whole_TV[t, 5 + t], 0.0, whole_TV[t, 30]]
+            assert scored_TK[t] == pytest.approx(expected, abs=1e-4)
+        tempered_TV = whole_TV / 0.5
+        tempered_TV -= np.log(np.exp(tempered_TV).sum(-1, keepdims=True))
+        assert alt.tokens.shape == alt.logprobs.shape == [11, k]
+        np.testing.assert_allclose(
+            alt.logprobs.array, np.take_along_axis(tempered_TV, alt.tokens.array, axis=1), atol=1e-4
+        )
+        # the share of the most likely token among 300 draws, within four standard errors
+        best_T, p_T = tempered_TV.argmax(-1), np.exp(tempered_TV.max(-1))
+        share_T = (alt.tokens.array == best_T[:, None]).mean(-1)
+        assert (np.abs(share_T - p_T) <= 4 * np.sqrt(p_T * (1 - p_T) / k) + 1 / k).all()
+    for wrong in (TensorData([[1.0]] * 11), TensorData([[1]] * 12), TensorData([[260]] * 11), TensorData([[-2]] * 11)):
+        with pytest.raises(DataError, match="target_prompt_logprobs"):
+            engines[2].sample(prompt, 1, params, target_prompt_logprobs=wrong)
+    with pytest.raises(RangeError, match="prompt_alt_tokens_k"):
+        engines[2].sample(prompt, 1, params, prompt_alt_tokens_k=2**22)
 
 
 def test_topk_prompt_logprobs_agree(engines) -> None:  # noqa: ANN001

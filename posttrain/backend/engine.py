@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 from posttrain.backend.errors import CookbookError, EngineError, StaleSamplerError
 from posttrain.backend.futures import APIFuture, work_for
 from posttrain.backend.openmp import release_workers
+from posttrain.backend.prompt_scores import PromptScores, ScoredPrompt
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
 from posttrain.backend.weight_versions import Policy, Weights, WeightVersion
 
@@ -47,6 +48,7 @@ class SequenceRequest:
     # called in the engine's thread with the tokens so far; must not wait
     on_tokens: Callable[[list[int]], object] | None = None
     topk_sample: int = 0
+    scores: PromptScores | None = None
     abandoned: bool = False  # no caller waits for it; set by any thread
 
 
@@ -57,6 +59,7 @@ class Sampled:
     sequence: SampledSequence
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    scored: ScoredPrompt = field(default_factory=ScoredPrompt)
     failure: str | None = None  # why the engine gave up; the call fails
 
 
@@ -440,7 +443,13 @@ def _after_turns(loop: asyncio.AbstractEventLoop, turns: int, reacted: threading
 def _response(call: _Call) -> SampleResponse:
     first = call.done[call.requests[0]]
     sequences = [call.done[request].sequence for request in call.requests]
-    return SampleResponse(sequences, first.prompt_logprobs, first.topk_prompt_logprobs)
+    return SampleResponse(
+        sequences,
+        first.prompt_logprobs,
+        first.topk_prompt_logprobs,
+        first.scored.target_logprobs,
+        first.scored.alt_tokens,
+    )
 
 
 def _stale(version: WeightVersion, newest: WeightVersion) -> StaleSamplerError:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.backend.engine import EngineThread, SequenceRequest
 from posttrain.backend.errors import ClosedError, ConfigError, ContextLengthError, DataError
 from posttrain.backend.futures import APIFuture, Ready, accepted, answered
+from posttrain.backend.prompt_scores import PromptScores, check_scores
 from posttrain.backend.ranges import COUNT, Range, RangeError
 from posttrain.backend.types import ModelInput, SampleResponse, SamplingParams, TensorData
 from posttrain.backend.weight_versions import Policy
@@ -72,10 +73,10 @@ class SamplingClient(Ready):
 
         `max_tokens` None, or more than fits, means the rest of the context. `on_tokens` is called
         in the engine's thread with i and the tokens of sample i so far, and must not wait. Prompt
-        logprobs before the last `prompt_logprobs_last_n` are None. `target_prompt_logprobs` and
-        `prompt_alt_tokens_k` are the SDK's and raise ConfigError.
+        logprobs before the last `prompt_logprobs_last_n` are None. `target_prompt_logprobs` has token
+        ids to score at each position of the prompt but the first, int64 (T, K), -1 for none;
+        `prompt_alt_tokens_k` tokens are drawn at each of them.
         """
-        _refuse(target_prompt_logprobs=target_prompt_logprobs, prompt_alt_tokens_k=prompt_alt_tokens_k)
         tokens = prompt.to_ints()
         _check_topk(
             self._vocabulary, topk_prompt_logprobs=topk_prompt_logprobs, topk_sample_logprobs=topk_sample_logprobs
@@ -85,8 +86,13 @@ class SamplingClient(Ready):
         last = _check_last(tokens, prompt_logprobs_last_n)
         room = self._check(tokens, num_samples)
         max_tokens = min(room, sampling_params.max_tokens or room)
+        check_scores(len(tokens), self._vocabulary, target_prompt_logprobs, prompt_alt_tokens_k)
         seed = sampling_params.seed if sampling_params.seed is not None else next(self._policy.unseeded_calls) << 20
         topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
+        scores = None
+        if target_prompt_logprobs is not None or prompt_alt_tokens_k:
+            targets_TK = None if target_prompt_logprobs is None else target_prompt_logprobs.array
+            scores = PromptScores(targets_TK, prompt_alt_tokens_k, sampling_params.temperature, seed % 2**63)
         requests = [
             SequenceRequest(
                 tokens,
@@ -96,6 +102,7 @@ class SamplingClient(Ready):
                 topk if i == 0 else None,
                 on_tokens and partial(on_tokens, i),
                 topk_sample_logprobs,
+                scores if i == 0 else None,
             )
             for i in range(num_samples)
         ]
@@ -193,8 +200,3 @@ def _check_topk(vocabulary: int, **given: int) -> None:
     for name, k in given.items():
         if needs := Range(0, vocabulary, whole=True).needs(k):
             raise RangeError(name, k, needs)
-
-
-def _refuse(**options: object) -> None:
-    if named := [name for name, value in options.items() if value is not None and value != 0]:
-        raise ConfigError(f"{', '.join(named)}: this sampler does not offer it")

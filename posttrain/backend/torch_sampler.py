@@ -6,6 +6,7 @@ batch that is decoding.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.models import cast_weights, end_token_ids, logit_transform
+from posttrain.backend.prompt_scores import ROWS, ScoredPrompt, score_prompt
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 
 UNIFORMS = 16  # random numbers drawn per row at a time
-# prompt positions whose distribution is in memory at once for top-k prompt logprobs
-PROMPT_ROWS = 4096
 
 
 class TorchSampler:
@@ -121,10 +121,14 @@ class TorchSampler:
     def _score_prompts(self, rows: list["_Row"], prompt_B: list[int], hidden_BTH: torch.Tensor, width: int) -> None:
         head = self._model.get_output_embeddings().weight
         for b, row in zip(prompt_B, rows, strict=True):
-            prompt, k = row.request.prompt, row.request.topk_prompt
-            if k is None:
+            prompt, k, scores = row.request.prompt, row.request.topk_prompt, row.request.scores
+            if k is None and scores is None:
                 continue
             hidden_TH = hidden_BTH[b, width - len(prompt) : -1]
+            if scores:
+                row.scored = score_prompt(scores, len(hidden_TH), partial(self._distributions, hidden_TH))
+            if k is None:
+                continue
             targets = torch.tensor(prompt[1:], device=self._device)
             row.prompt_logprobs = [
                 None,
@@ -133,11 +137,14 @@ class TorchSampler:
             if k > 0:
                 row.topk_prompt_logprobs = [None, *self._topk(hidden_TH, targets, k)]
 
+    def _distributions(self, hidden_TH: torch.Tensor, rows: slice) -> torch.Tensor:
+        return self._logits(hidden_TH[rows]).log_softmax(-1)
+
     def _topk(self, hidden_TH: torch.Tensor, targets_T: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
         """Per position the k most likely tokens and the prompt's token, most likely first."""
         entries = []
-        for start in range(0, len(hidden_TH), PROMPT_ROWS):
-            logprobs_TV = self._logits(hidden_TH[start : start + PROMPT_ROWS]).log_softmax(-1)
+        for start in range(0, len(hidden_TH), ROWS):
+            logprobs_TV = self._distributions(hidden_TH, slice(start, start + ROWS))
             for logprobs_V, target in zip(logprobs_TV, targets_T[start:].tolist(), strict=False):
                 tokens = {*logprobs_V.topk(k).indices.tolist(), target}
                 entries.append(
@@ -197,6 +204,7 @@ class _Row:
     finish: StopReason | None = None
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    scored: ScoredPrompt = field(default_factory=ScoredPrompt)
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.request.seed)
@@ -224,6 +232,7 @@ class _Row:
             SampledSequence(self.tokens, self.logprobs, self.finish, topk),
             self.prompt_logprobs,
             self.topk_prompt_logprobs,
+            self.scored,
         )
 
 

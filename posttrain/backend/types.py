@@ -166,12 +166,24 @@ class SampledSequence:
 
 
 @dataclass(frozen=True)
+class PromptAltTokens:
+    """Tokens drawn at each position of a prompt but the first, int64 (T, k), and their logprobs,
+    float32 (T, k), under the tempered distribution."""
+
+    tokens: TensorData
+    logprobs: TensorData
+
+
+@dataclass(frozen=True)
 class SampleResponse:
-    """`prompt_logprobs[t]` is log p(token t | tokens before t) at temperature 1; element 0 is None."""
+    """`prompt_logprobs[t]` is log p(token t | tokens before t) at temperature 1; element 0 is None.
+    `target_prompt_logprobs` is float32 of the shape that was asked for, 0.0 at -1."""
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens: PromptAltTokens | None = None
 
     @property
     def prompt_logprobs_np(self) -> np.ndarray | None:

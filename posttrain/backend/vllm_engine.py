@@ -28,8 +28,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import alone, computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
-from posttrain.backend.errors import CookbookError, ModelError
+from posttrain.backend.errors import ConfigError, CookbookError, ModelError
 from posttrain.backend.memory import kv_cache_bytes, return_free_memory
+from posttrain.backend.prompt_scores import score_prompt
 from posttrain.backend.random_state import OwnTorchGenerators, global_generators_kept
 from posttrain.backend.types import SampledSequence
 from posttrain.backend.vllm_refusals import USE_TORCH, computed_otherwise, refusal
@@ -39,6 +40,7 @@ from posttrain.backend.vllm_weights import CheckpointForm, has_only_attention, p
 # time.
 _computing = threading.Lock()
 _live_engines: set["VllmEngine"] = set()
+MOST_LISTED = 2**22  # logprobs of one prompt that vLLM lists as Python numbers, some 100 bytes each
 LARGEST_GRAPH = 1024  # rows; each size that is captured takes start-up time and memory
 
 
@@ -104,6 +106,7 @@ class VllmEngine:
         if device.type == "cpu" and (reason := computed_otherwise(hf_config, max_length)):
             raise ModelError(f"vLLM cannot serve this model on a CPU: {reason}. {USE_TORCH}")
         self._device, self._dtype = device, compute_dtype(device, config)
+        self._vocabulary = hf_config.get_text_config().vocab_size
         self._checkpoint_form = CheckpointForm(hf_config)
         self._unfinished: dict[str, SequenceRequest] = {}
         self._next_id = 0
@@ -144,6 +147,11 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         params, stop = request.params, request.params.stop
+        if request.scores and len(request.prompt) * self._vocabulary > MOST_LISTED:
+            raise ConfigError(
+                f"vLLM lists {self._vocabulary} logprobs at each of {len(request.prompt)} tokens of the prompt for "
+                f"target_prompt_logprobs or prompt_alt_tokens_k, more than {MOST_LISTED} in all: {USE_TORCH}"
+            )
         stop_list = [stop] if isinstance(stop, str) else list(stop or [])
         vllm_params = SamplingParams(
             max_tokens=request.max_tokens,
@@ -156,7 +164,7 @@ class VllmEngine:
             ignore_eos=stop is not None and not stop_list,
             logprobs=request.topk_sample,
             flat_logprobs=True,  # lists of numbers instead of an object per token
-            prompt_logprobs=request.topk_prompt,
+            prompt_logprobs=-1 if request.scores else request.topk_prompt,
             skip_special_tokens=False,
             detokenize=any(isinstance(s, str) for s in stop_list),
             output_kind=RequestOutputKind.CUMULATIVE if request.on_tokens else RequestOutputKind.FINAL_ONLY,
@@ -173,7 +181,16 @@ class VllmEngine:
             if (on_tokens := self._unfinished[output.request_id].on_tokens) and output.outputs[0].token_ids:
                 on_tokens(list(output.outputs[0].token_ids))
         finished = [(self._unfinished.pop(output.request_id), output) for output in outputs if output.finished]
-        return [(request, _with_topk(_sampled(output), output, request.topk_sample)) for request, output in finished]
+        return [(request, self._answer(request, output)) for request, output in finished]
+
+    def _answer(self, request: SequenceRequest, output: Any) -> Sampled:
+        sampled = _with_topk(_sampled(output, request.topk_prompt), output, request.topk_sample)
+        if not request.scores or sampled.failure:
+            return sampled
+        logprobs_TV = torch.full((len(request.prompt) - 1, self._vocabulary), -torch.inf)
+        for row_V, entries in zip(logprobs_TV, [*_positions(output.prompt_logprobs)][1:], strict=True):
+            row_V[torch.tensor([*entries])] = torch.tensor([*entries.values()])
+        return replace(sampled, scored=score_prompt(request.scores, len(logprobs_TV), logprobs_TV.__getitem__))
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
         dropped = set(requests)
@@ -334,7 +351,7 @@ def _in_stream_order(device: torch.device) -> Iterator[None]:
         torch.cuda.current_stream().synchronize()
 
 
-def _sampled(output: Any) -> Sampled:
+def _sampled(output: Any, topk_prompt: int | None) -> Sampled:
     completion = output.outputs[0]
     reason = completion.finish_reason
     # aborted, an error inside vLLM, or a repetition it refuses
@@ -345,13 +362,14 @@ def _sampled(output: Any) -> Sampled:
     # of a position, the sampled token is first
     logprobs = [flat.logprobs[start] for start in flat.start_indices]
     sequence = SampledSequence(tokens, logprobs, reason)
-    if output.prompt_logprobs is None:
+    if output.prompt_logprobs is None or topk_prompt is None:
         return Sampled(sequence)
     prompt: list[float | None] = []
     topk: list[list[tuple[int, float]] | None] = []
     for token, entries in zip(output.prompt_token_ids, _positions(output.prompt_logprobs), strict=True):
         prompt.append(entries[token] if entries else None)
-        topk.append(sorted(entries.items(), key=lambda entry: -entry[1]) or None)
+        best = sorted(entries.items(), key=lambda entry: -entry[1])
+        topk.append([entry for rank, entry in enumerate(best) if rank < topk_prompt or entry[0] == token] or None)
     return Sampled(sequence, prompt, topk)
 
 
