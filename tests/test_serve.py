@@ -10,12 +10,14 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow
 import pytest
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import ForwardBackwardOutput, SampledSequence, SampleResponse, TensorData
+from posttrain.serve import app as app_module
 from posttrain.serve import guard, wire
 from posttrain.serve.app import create_app
 from posttrain.serve.bases import open_bases
@@ -352,6 +354,164 @@ async def test_more_requests_than_the_server_keeps_are_for_later(http: Http, sta
     assert (await http.send(pass_body(model_id, 1, [datum()]))).status_code == 429
     state.limits = Limits()
     assert loss(await http.result(await http.send(pass_body(model_id, 1, [datum()])))) > 0
+
+
+@app_test
+async def test_a_compressed_pass_is_read_within_a_number_of_bytes(http: Http, state: State) -> None:
+    # Trap: a bomb, which is small until it is decompressed
+    model_id = await http.model(rank=4)
+    body, compress = pass_body(model_id, 1, [datum()]), pyarrow.Codec("zstd").compress
+    answers = []
+    bomb = compress(b"0" * (guard.MOST_BODY_BYTES + 1), asbytes=True)
+    for content, encoding in ((bomb, "zstd"), (body, "zstd"), (body, "gzip"), (compress(body, asbytes=True), "zstd")):
+        headers = {"content-type": "application/x-protobuf", "content-encoding": encoding}
+        answers.append(await http._client.post("/api/v1/forward_backward", content=content, headers=headers))
+    texts = ["64 MiB once", "not zstd", "content-encoding 'gzip'"]
+    assert [a.status_code for a in answers] == [400, 400, 400, 200]
+    assert all(text in answer.json()["detail"] for text, answer in zip(texts, answers, strict=False))
+    assert loss(await http.result(answers[3])) > 0
+
+
+def sample_of(sampler: str, seq_id: int, **options: Any) -> dict[str, Any]:
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": TOKENS}]}
+    params = {"max_tokens": 3, "seed": 1, "stop": []}
+    body = {"sampling_session_id": sampler, "seq_id": seq_id, "prompt": prompt, "sampling_params": params}
+    return {**body, **options}
+
+
+async def base_sampler(http: Http) -> str:
+    session = (await http.call("create_session")).json()["session_id"]
+    asked = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "m"}
+    return (await http.call("create_sampling_session", **asked)).json()["sampling_session_id"]
+
+
+@app_test
+async def test_other_tokens_of_a_prompt_come_back_in_the_form_they_were_asked_for_in(http: Http, state: State) -> None:
+    sampler = await base_sampler(http)
+    dense = {"data": [*range(10, 15), *[-1] * 5], "dtype": "int64", "shape": [5, 2]}
+    sparse = {
+        "data": [10, 11],
+        "dtype": "int64",
+        "shape": [5, 2],
+        "sparse_crow_indices": [0, 1, 1, 2, 2, 2],
+        "sparse_col_indices": [0, 1],
+    }
+    tensors = []
+    for number, target in enumerate((dense, sparse)):
+        body = sample_of(sampler, number, target_prompt_logprobs=target, prompt_alt_tokens_k=3)
+        answer = await http.result(await http.call("asample", **body))
+        message = wire.MESSAGES["SampleResponse"].FromString(answer.content)
+        assert [*message.target_prompt_logprobs.shape] == [5, 2]
+        assert [*message.prompt_alt_tokens.tokens.shape] == [*message.prompt_alt_tokens.logprobs.shape] == [5, 3]
+        tensors.append(message.target_prompt_logprobs)
+    whole = np.frombuffer(tensors[0].dense, "<f4").reshape(5, 2)
+    assert (whole.flat[:5] < 0).all() and (whole.flat[5:] == 0).all()  # 0.0 where the request has -1
+    csr = tensors[1].sparse_csr
+    assert np.frombuffer(csr.values, "<f4")[0] == whole[0, 0] and len(csr.values) == 8
+    assert np.frombuffer(csr.crow_indices, "<i8").tolist() == sparse["sparse_crow_indices"]
+    for target, text in (
+        ({**dense, "shape": [2, 5]}, "target_prompt_logprobs"),
+        ({**dense, "data": ["x"]}, "whole numbers"),
+        ({**dense, "shape": [3, 3]}, "whole numbers"),
+        ({**sparse, "sparse_col_indices": [0, 2]}, "outside its shape"),
+        ({**dense, "data": [5000] * 10}, "vocabulary"),
+    ):
+        number += 1
+        response = await http.call("asample", **sample_of(sampler, number, target_prompt_logprobs=target))
+        text_found = response.text if response.status_code == 400 else (await http.result(response)).text
+        assert text in text_found, (target, text_found)
+
+
+@app_test
+async def test_copies_of_a_sampling_client_are_numbered(http: Http, state: State) -> None:
+    sampler = await base_sampler(http)
+    joined = [await http.call("join_sampling_session", sampling_session_id=sampler) for _ in range(2)]
+    assert [answer.json()["client_counter"] for answer in joined] == [1, 2]
+    assert (await http.call("join_sampling_session", sampling_session_id="x")).status_code == 404
+    # Trap: numbers of copies need 64 bits
+    asked = await http.call("asample", **sample_of(sampler, 7_000_000_002))
+    await http.result(asked)
+    target = {"type": "sampling_session", "sampling_session_id": sampler}
+    for clone, count in ((7, 1), (0, 0)):
+        polled = await http.call("retrieve_futures", target={**target, "cloned_sampler_id": clone}, timeout=0)
+        assert len(polled.json()["completions"]) == count
+
+
+@app_test
+async def test_a_cancelled_sample_gives_its_place_back(http: Http, state: State) -> None:
+    sampler = await base_sampler(http)
+    await http.result(await http.call("asample", **sample_of(sampler, 0)))
+    engine = state.samplers[sampler].opened.result()._engine
+    long = {"max_tokens": 400, "seed": 1, "stop": []}
+    begun = [await http.call("asample", **sample_of(sampler, i, num_samples=64, sampling_params=long)) for i in (1, 2)]
+    await asyncio.sleep(0.05)
+    ids = [answer.json()["request_id"] for answer in begun]
+    for request_id in (*ids, "unknown"):
+        assert (await http.call("cancel_future", request_id=request_id)).status_code == 204
+    for answer in begun:
+        assert "cancelled" in (await http.result(answer)).json()["error"]
+    while engine.num_in_flight:
+        await asyncio.sleep(0.01)
+    assert len(state.requests) == 0
+    assert (await http.result(await http.call("asample", **sample_of(sampler, 3)))).status_code == 200
+
+
+@app_test
+async def test_what_is_asked_twice_is_done_once(http: Http, state: State) -> None:
+    # Trap: a lost answer leads to the same request again
+    key = {"x-idempotency-key": "k", "content-type": "application/json"}
+    made = [(await http._client.post("/api/v1/create_session", content="{}", headers=key)).json() for _ in range(2)]
+    session = made[0]["session_id"]
+    assert made[1]["session_id"] == session
+    model = {"session_id": session, "model_seq_id": 0, "base_model": "m", "lora_config": {"rank": 4}}
+    created = [(await http.call("create_model", **model)).json() for _ in range(2)]
+    assert created[0] == created[1] and len(state.models) == 1
+    sampler = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "m"}
+    samplers = [(await http.call("create_sampling_session", **sampler)).json() for _ in range(2)]
+    assert samplers[0] == samplers[1] and len(state.samplers) == 1
+    save = {"model_id": f"{session}:train:0", "seq_id": 1, "path": "a"}
+    saved = [await http.call("save_weights", **save) for _ in range(2)]
+    path = (await http.result(saved[1])).json()["path"]  # no "exists"
+    load = {"session_id": session, "model_seq_id": 1, "path": path, "optimizer": True}
+    loaded = [await http.call("load_weights", **load) for _ in range(2)]
+    assert loaded[0].json() == loaded[1].json() and len(state.models) == 2
+    await http.result(loaded[0])
+
+
+@app_test
+async def test_an_answer_that_is_not_there_is_asked_for_again(http: Http, state: State) -> None:
+    # Trap: an immediate 408 makes a busy loop of the client; 409 and 5xx are tried for five minutes
+    model_id = await http.model(rank=4)
+    waiting = (await http.call("optim_step", model_id=model_id, seq_id=2)).json()["request_id"]
+    started = asyncio.get_running_loop().time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app_module, "POLL_SECONDS", 0.1)
+        answer = await http.call("retrieve_future", request_id=waiting)
+    assert (answer.status_code, answer.json()["queue_state"]) == (408, "active")
+    assert asyncio.get_running_loop().time() - started >= 0.1
+    kept = [await http.call("retrieve_future", request_id=waiting) for _ in range(2)]
+    assert kept[0].json() == kept[1].json() and "error" in kept[0].json()  # failed ones are kept, too
+
+
+@app_test
+async def test_external_weights_are_saved_fetched_and_deleted(http: Http, state: State) -> None:
+    model_id = await http.model(rank=4)
+    saved = await http.call("save_weights_external", model_id=model_id, seq_id=1, path="out")
+    path = (await http.result(saved)).json()["path"]
+    assert path == f"tinker://{model_id}/external_weights/out"
+    place = f"training_runs/{model_id}/checkpoints/external_weights/out"
+    offered = (await http.call(f"{place}/external_weights_urls", "GET")).json()
+    assert "adapter_model.safetensors" in offered["urls"] and not any("optimizer" in name for name in offered["urls"])
+    url = offered["urls"]["adapter_model.safetensors"]
+    assert (await http._client.get(url)).status_code == 200
+    for other in ("training_state/optimizer.safetensors", "%2e%2e/out.json", ".."):
+        assert (await http._client.get(url.replace("adapter_model.safetensors", other))).status_code in (307, 404)
+    assert (await http.call("checkpoints", "GET")).json()["checkpoints"][0]["checkpoint_type"] == "external"
+    assert (
+        await http.call("load_weights", session_id=model_id.split(":")[0], model_seq_id=1, path=path)
+    ).status_code == 400
+    assert (await http.call(place, "DELETE")).status_code == 204
+    assert (await http._client.get(url)).status_code == 404
 
 
 @app_test

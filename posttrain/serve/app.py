@@ -19,16 +19,16 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from posttrain.backend.errors import CookbookError, DataError
-from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams, TensorData
-from posttrain.serve.body import Body, BodyError, read_body
-from posttrain.serve.guard import Guard
+from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
+from posttrain.serve.body import Body, BodyError, decompressed, read_body
+from posttrain.serve.guard import MOST_BODY_BYTES, Guard
 from posttrain.serve.openai_api import openai_routes
 from posttrain.serve.openai_models import PublicModels
 from posttrain.serve.requests import Request
 from posttrain.serve.sdk_versions import check_version
 from posttrain.serve.state import MOST_SAMPLES, MOST_TOPK, BusyError, SampleOptions, State, UnknownError
 from posttrain.serve.store import Checkpoint, UnknownPathError
-from posttrain.serve.wire import read_pass_request
+from posttrain.serve.wire import read_pass_request, read_targets
 
 Handler = Callable[[State, HttpRequest], Awaitable[Response]]
 
@@ -39,14 +39,14 @@ CLIENT_CONFIG = {
     "proto_write_fwdbwd": True,  # SDKs up to 0.24, 0.24 and 0.36 read these three
     "fwd_via_fwdbwd": True,
     "create_model_via_load_weights": True,
-    "proto_compress_fwdbwd": False,
+    "proto_compress_fwdbwd": False,  # pays on a network, not on loopback
     "custom_loss_server_side": False,
     "sample_use_retrieve_futures": True,  # one poll per sampler
-    "sample_join_sampling_session": False,
+    "sample_join_sampling_session": True,
     "sample_max_concurrent_requests": 256,
 }
 NO_UNEMBED = "adapters leave the output layer as it is here: train_unembed is taken as false"
-DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": False, "sample_cancel_max_batch_size": 64}
+DYNAMIC_CONFIG = {"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64}
 
 
 def create_app(state: State, host: str = "127.0.0.1", api_key: str | None = None, renderer: str | None = None) -> Any:
@@ -210,9 +210,8 @@ async def get_info(state: State, request: HttpRequest) -> Response:
 async def forward_backward(state: State, request: HttpRequest) -> Response:
     if request.headers.get("content-type", "").split(";")[0] != "application/x-protobuf":
         raise BodyError("forward and forward_backward are protobuf here: use an SDK from 0.22.7 on")
-    content = await request.body()
-    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise BodyError(f"content-encoding {encoding[:40]!r}: client/config asks for uncompressed bodies")
+    encoding = request.headers.get("content-encoding", "identity")
+    content = decompressed(await request.body(), encoding, MOST_BODY_BYTES)
     try:
         message = read_pass_request(content)
     except ValueError as error:
@@ -267,6 +266,14 @@ async def get_sampler(state: State, request: HttpRequest) -> Response:
     return JSONResponse(answer | ({"model_path": sampler.model_path} if sampler.model_path else {}))
 
 
+async def join_sampling_session(state: State, request: HttpRequest) -> Response:
+    """Numbers the copies of a sampling client in other processes: their requests begin at 1e9 times
+    this."""
+    sampler = state.sampler((await _body(request)).text("sampling_session_id"))
+    sampler.copies += 1
+    return JSONResponse({"type": "join_sampling_session", "client_counter": sampler.copies})
+
+
 async def asample(state: State, request: HttpRequest) -> Response:
     body = await _body(request)
     sampler_id, seq_id = body.text("sampling_session_id"), body.integer("seq_id")
@@ -294,8 +301,10 @@ def _sample_options(body: Body) -> SampleOptions:
         "topk_sample_logprobs": body.integer("topk_sample_logprobs", 0, most=MOST_TOPK),
         "prompt_alt_tokens_k": body.integer("prompt_alt_tokens_k", 0),
     }
-    if (target := body.fields.get("target_prompt_logprobs")) is not None:
-        others["target_prompt_logprobs"] = TensorData([]) if target else None
+    asked = body.record("target_prompt_logprobs", None)
+    targets = asked and read_targets(asked.fields)
+    if targets:
+        others["target_prompt_logprobs"] = targets.tensor
 
     def params() -> SamplingParams:
         names = ("max_tokens", "seed", "temperature", "top_k", "top_p", "stop")
@@ -307,6 +316,7 @@ def _sample_options(body: Body) -> SampleOptions:
         body.integer("topk_prompt_logprobs", 0, most=MOST_TOPK),
         body.integer("prompt_logprobs_last_n", None),
         {name: value for name, value in others.items() if value},
+        targets,
     )
 
 
@@ -471,6 +481,7 @@ ENDPOINTS: list[tuple[str, str, Handler]] = [
     ("POST", "/save_weights_for_sampler", partial(save_weights, "sampler_weights")),
     ("POST", "/save_weights_external", partial(save_weights, "external_weights")),
     ("POST", "/create_sampling_session", create_sampling_session),
+    ("POST", "/join_sampling_session", join_sampling_session),
     ("GET", "/samplers/{sampler_id}", get_sampler),
     ("POST", "/asample", asample),
     ("POST", "/retrieve_future", retrieve_future),

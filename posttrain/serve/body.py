@@ -26,6 +26,25 @@ def read_json(content: bytes | bytearray) -> Any:
     return value
 
 
+def decompressed(content: bytes, encoding: str, most_bytes: int) -> bytes:
+    """A body of this content-encoding. BodyError for others than zstd, damaged ones, and ones that
+    become more than `most_bytes`."""
+    if encoding == "identity":
+        return content
+    if encoding != "zstd":
+        raise BodyError(f"content-encoding {encoding[:40]!r}: the server reads zstd, or bodies as they are")
+    import pyarrow  # takes a tenth of a second, and the SDK compresses only when it is told to
+
+    try:
+        with pyarrow.input_stream(pyarrow.BufferReader(content), compression="zstd") as stream:
+            read = stream.read(most_bytes + 1)
+    except OSError as error:
+        raise BodyError(f"the body is not zstd: {error}") from error
+    if len(read) > most_bytes:
+        raise BodyError(f"the body is larger than {most_bytes // 2**20} MiB once it is decompressed")
+    return read
+
+
 def read_body(content: bytes) -> "Body":
     """BodyError unless it is a JSON object; no content is an empty one."""
     fields = read_json(content or b"{}")

@@ -23,7 +23,7 @@ from posttrain.serve.bases import BaseModel
 from posttrain.serve.order import GAP_SECONDS, InOrder
 from posttrain.serve.requests import PROTOBUF, Answer, Request, Requests, json_answer
 from posttrain.serve.store import Checkpoint, Run, Store, check_name, now
-from posttrain.serve.wire import PassRequest, write_pass_output, write_sample_response
+from posttrain.serve.wire import PassRequest, Targets, write_pass_output, write_sample_response
 
 log = logging.getLogger("posttrain.serve")
 
@@ -69,6 +69,7 @@ class Sampler:
     base_model: str
     model_path: str | None
     opened: "asyncio.Task[SamplingClient]"
+    copies: int = 0  # of its client, in other processes
 
 
 @dataclass(frozen=True)
@@ -440,7 +441,8 @@ class State:
                 **options.others,
             )
             topk_sample = options.others.get("topk_sample_logprobs", 0)
-            return Answer(write_sample_response(response, options.last_n, topk, topk_sample), PROTOBUF)
+            written = write_sample_response(response, options.last_n, topk, topk_sample, options.targets)
+            return Answer(written, PROTOBUF)
 
         return self.requests.accept(key, work(), owner=f"{sampler_id}#{seq_id // 10**9}")
 
@@ -459,6 +461,7 @@ class SampleOptions:
     topk_prompt_logprobs: int
     last_n: int | None
     others: dict[str, Any]  # further options of SamplingClient.sample that were given
+    targets: Targets | None  # as they came over the wire
 
 
 def _run(

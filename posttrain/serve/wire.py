@@ -29,7 +29,8 @@ ForwardBackwardOutput: 1 string loss_fn_output_type, 2 *ArrayRecord loss_fn_outp
 ArrayRecord: 1 string type_tag, 2 map<BatchedTensor> fields, 3 int64 num_datums
 BatchedTensor: 1 bytes data, 2 bytes offsets, 3 int32 dtype, 4 *int64 trailing_shape
 SampleResponse: 1 *SampledSequence sequences, 2 bytes prompt_logprobs, 3 TopkLogprobs topk_prompt_logprobs,
-    4 int32 prompt_cache_hit_tokens
+    4 int32 prompt_cache_hit_tokens, 5 Tensor target_prompt_logprobs, 6 PromptAltTokens prompt_alt_tokens
+PromptAltTokens: 1 Tensor tokens, 2 Tensor logprobs
 SampledSequence: 1 int32 stop_reason, 2 bytes tokens, 3 bytes logprobs, 4 TopkLogprobs topk_sampled_logprobs
 TopkLogprobs: 1 bytes token_ids, 2 bytes logprobs, 3 int32 k, 4 int32 length
 """
@@ -135,7 +136,11 @@ def _read_tensor(message: Any, name: str) -> TensorData:
     flat = _array(message.sparse_csr.values if sparse else message.dense, dtype, name)
     if message.dtype == BFLOAT16:
         flat = (flat.astype("<u4") << 16).view("<f4")
-    array = _dense(flat, message.sparse_csr, shape, name) if sparse else flat
+    array = flat
+    if sparse:
+        crow = _array(message.sparse_csr.crow_indices, np.dtype("<i8"), name)
+        columns = _array(message.sparse_csr.col_indices, np.dtype("<i8"), name)
+        array = _dense(flat, crow, columns, shape, name)
     if not sparse and shape:
         if min(shape) < 0 or np.prod(shape, dtype=object) != len(flat):
             raise DataError(f"{name} has {len(flat)} values, its shape is {list(shape)}")
@@ -143,10 +148,10 @@ def _read_tensor(message: Any, name: str) -> TensorData:
     return TensorData(array, "int64" if array.dtype.kind == "i" else "float32")
 
 
-def _dense(values: np.ndarray, sparse: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """(N, K) of a compressed sparse row tensor: 0 where it has no value."""
-    crow = _array(sparse.crow_indices, np.dtype("<i8"), name)
-    columns = _array(sparse.col_indices, np.dtype("<i8"), name)
+def _dense(
+    values: np.ndarray, crow: np.ndarray, columns: np.ndarray, shape: tuple[int, ...], name: str, fill: int = 0
+) -> np.ndarray:
+    """(N, K) of a compressed sparse row tensor: `fill` where it has no value."""
     counts = np.diff(crow)
     if len(shape) != 2 or not 0 <= max(shape) <= 2**24 or shape[0] * shape[1] > 2**26:
         raise DataError(f"{name} is sparse with shape {list(shape)}: (N, K) is needed, of at most 2^26 entries")
@@ -154,9 +159,32 @@ def _dense(values: np.ndarray, sparse: Any, shape: tuple[int, ...], name: str) -
         raise DataError(f"{name} is sparse, and its row pointers do not fit its {len(values)} values")
     if counts.min(initial=0) < 0 or columns.min(initial=0) < 0 or columns.max(initial=0) >= shape[1]:
         raise DataError(f"{name} is sparse, and its indices are outside its shape {list(shape)}")
-    dense = np.zeros(shape, values.dtype)
+    dense = np.full(shape, fill, values.dtype)
     dense[np.repeat(np.arange(shape[0]), counts), columns] = values
     return dense
+
+
+@dataclass(frozen=True)
+class Targets:
+    """target_prompt_logprobs: dense, and the places that were named where it came sparse."""
+
+    tensor: TensorData
+    sparse: tuple[np.ndarray, np.ndarray] | None  # row pointers, columns
+
+
+def read_targets(fields: Mapping[str, Any]) -> Targets:
+    """From the JSON of a tensor. DataError if it cannot be read."""
+    name = "target_prompt_logprobs"
+    try:
+        values = np.array(fields["data"], np.int64)
+        shape = tuple(map(int, fields.get("shape") or values.shape))
+        if fields.get("sparse_crow_indices") is None:
+            return Targets(TensorData(values, "int64", shape), None)
+        crow, columns = (np.array(fields[f"sparse_{key}_indices"], np.int64) for key in ("crow", "col"))
+        dense = _dense(values, crow, columns, shape, name, fill=-1)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{name} is no tensor of whole numbers: {error}") from error
+    return Targets(TensorData(dense, "int64"), (crow, columns))
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -189,10 +217,15 @@ def write_pass_output(output: ForwardBackwardOutput) -> bytes:
 
 
 def write_sample_response(
-    response: SampleResponse, last_n: int | None = None, topk_prompt: int = 0, topk_sample: int = 0
+    response: SampleResponse,
+    last_n: int | None = None,
+    topk_prompt: int = 0,
+    topk_sample: int = 0,
+    targets: Targets | None = None,
 ) -> bytes:
     """With `last_n`, the prompt's earlier logprobs are NaN, which means None. `topk_prompt` and
-    `topk_sample`: entries per position that were asked for; the sampler adds the token itself."""
+    `topk_sample`: entries per position that were asked for; the sampler adds the token itself.
+    `targets`: in which form their logprobs were asked for."""
     message = MESSAGES["SampleResponse"]()
     for sequence in response.sequences:
         added = message.sequences.add(
@@ -209,7 +242,27 @@ def write_sample_response(
         message.prompt_logprobs = logprobs_T.tobytes()
     if response.topk_prompt_logprobs is not None and topk_prompt:
         _write_topk(message.topk_prompt_logprobs, response.topk_prompt_logprobs, topk_prompt)
+    if response.target_prompt_logprobs is not None:
+        _write_tensor(message.target_prompt_logprobs, response.target_prompt_logprobs, targets and targets.sparse)
+    if response.prompt_alt_tokens is not None:
+        _write_tensor(message.prompt_alt_tokens.tokens, response.prompt_alt_tokens.tokens)
+        _write_tensor(message.prompt_alt_tokens.logprobs, response.prompt_alt_tokens.logprobs)
     return message.SerializeToString()
+
+
+def _write_tensor(message: Any, tensor: TensorData, sparse: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+    is_float = tensor.dtype == "float32"
+    message.dtype = FLOAT32 if is_float else INT64
+    message.shape.extend(tensor.shape)
+    array = tensor.array.astype("<f4" if is_float else "<i8", copy=False)
+    if sparse is None:
+        message.dense = array.tobytes()
+        return
+    crow, columns = sparse
+    rows = np.repeat(np.arange(len(crow) - 1), np.diff(crow))
+    message.sparse_csr.values = array[rows, columns].tobytes()
+    message.sparse_csr.crow_indices = crow.astype("<i8", copy=False).tobytes()
+    message.sparse_csr.col_indices = columns.astype("<i8", copy=False).tobytes()
 
 
 def _write_topk(message: Any, rows: Sequence[Sequence[tuple[int, float]] | None], k: int) -> None:
