@@ -2,9 +2,13 @@
 line per check, "CHECK ok" or "CHECK: why not". test_serve_sdk.py starts it.
 """
 
+import asyncio
 import json
 import os
+import pickle
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -263,6 +267,127 @@ def last_n() -> None:
     whole = sampler.compute_logprobs(prompt()).result()
     part = sampler.sample(prompt(), 1, params, include_prompt_logprobs=True, prompt_logprobs_last_n=2).result()
     assert part.prompt_logprobs[:6] == [None] * 6 and part.prompt_logprobs[6:] == whole[6:], part.prompt_logprobs
+
+
+def other_tokens() -> None:
+    """target_prompt_logprobs, dense and sparse, and prompt_alt_tokens_k."""
+    sampler = service().create_sampling_client(base_model=BASE)
+    params = types.SamplingParams(max_tokens=1, seed=5)
+    ids = np.full((len(TOKENS) - 1, 200), -1, np.int64)
+    ids[:, 0], ids[3, 7] = TOKENS[1:], 99
+    import torch  # the SDK makes sparse tensors of torch's
+
+    dense = types.TensorData.from_numpy(ids)
+    sparse = types.TensorData.from_torch_sparse(torch.from_numpy(ids), pad_value=-1)
+    assert sparse.sparse_crow_indices is not None
+    answers = [
+        sampler.sample(prompt(), 1, params, True, target_prompt_logprobs=targets, prompt_alt_tokens_k=4).result()
+        for targets in (dense, sparse)
+    ]
+    for answer in answers:
+        scored = answer.target_prompt_logprobs.to_torch()
+        scored = (scored.to_dense() if scored.is_sparse_csr else scored).numpy()
+        np.testing.assert_allclose(scored[:, 0], answer.prompt_logprobs[1:], atol=1e-5)
+        assert scored[3, 7] < 0 and not scored[4:, 1:].any()
+        drawn = answer.prompt_alt_tokens
+        assert list(drawn.tokens.shape) == list(drawn.logprobs.shape) == [len(TOKENS) - 1, 4]
+        # what was drawn has the logprob that it has as a target
+        again = sampler.sample(prompt(), 1, params, target_prompt_logprobs=drawn.tokens).result()
+        np.testing.assert_allclose(again.target_prompt_logprobs.to_numpy(), drawn.logprobs.to_numpy(), atol=1e-5)
+
+
+def pickled() -> None:
+    """A sampling client in another process answers as here, and its numbers are its own."""
+    sampler = service().create_sampling_client(base_model=BASE)
+    params = types.SamplingParams(max_tokens=5, seed=3, stop=[])
+    here = sampler.sample(prompt(), 1, params).result().sequences[0].tokens
+    script = (
+        "import json, pickle, sys; from tinker import types\n"
+        "sampler = pickle.load(sys.stdin.buffer)\n"
+        f"params = types.SamplingParams(max_tokens=5, seed=3, stop=[])\n"
+        f"answer = sampler.sample(types.ModelInput.from_ints({TOKENS}), 1, params).result()\n"
+        "print(json.dumps([sampler._cloned_sampler_id, answer.sequences[0].tokens]))"
+    )
+    copy = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(sampler), stdout=subprocess.PIPE)
+    number, there = json.loads(copy.stdout.splitlines()[-1])
+    assert (number, there) == (1, here)
+
+
+def abandoned() -> None:
+    """A sample that nobody waits for any more is cancelled; others go on."""
+    sampler = service().create_sampling_client(base_model=BASE)
+    long = types.SamplingParams(max_tokens=400, stop=[])
+
+    async def give_up() -> None:
+        waits = asyncio.ensure_future(sampler.sample_async(prompt(), 64, long))
+        await asyncio.sleep(1)
+        waits.cancel()
+
+    asyncio.run(give_up())
+    assert sampler.sample(prompt(), 1, types.SamplingParams(max_tokens=1)).result().sequences
+
+
+def sessions() -> None:
+    """A session is listed while it lasts, and frees its models at its end."""
+    reader = service().create_rest_client()
+    with tinker.ServiceClient() as of:
+        client = model(of=of)
+        model_id = client.get_info().model_id
+        session = model_id.split(":")[0]
+        client.save_weights_and_get_sampling_client().compute_logprobs(prompt()).result()
+        found = reader.get_session(session).result()
+        assert found.training_run_ids == [model_id] and len(found.sampler_ids) == 1, found
+        assert session in reader.list_sessions(limit=1000).result().sessions
+    assert session not in reader.list_sessions(limit=1000).result().sessions
+    assert "no session" in error_of(lambda: reader.get_session(session).result())
+
+
+def command_line() -> None:
+    """The SDK's own command lists, downloads and deletes checkpoints."""
+    path = model().save_state("cli").result().path
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tinker.cli", *arguments], capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, (arguments, done.stdout[-500:], done.stderr[-1500:])
+        return done.stdout
+
+    assert path in run("--format", "json", "checkpoint", "list")
+    with tempfile.TemporaryDirectory() as folder:
+        run("checkpoint", "download", path, "--output", folder)
+        names = {name for _, _, names in os.walk(folder) for name in names}
+    assert "adapter_model.safetensors" in names and not any("optimizer" in name for name in names), names
+    run("checkpoint", "delete", "--yes", path)
+    left = [c.tinker_path for c in service().create_rest_client().list_user_checkpoints().result().checkpoints]
+    assert not [other for other in left if path.split("/")[2] in other], left  # the export has gone, too
+
+
+def external() -> None:
+    client = model()
+    path = client.save_weights_external("out").result().path
+    urls = service().create_rest_client().get_external_weights_urls(path).result().urls
+    assert "adapter_model.safetensors" in urls, urls
+    assert "encrypted" in error_of(lambda: client.save_weights_external("x", None, ["age1"]).result())
+    assert "no endpoint" in error_of(lambda: service().create_rest_client().copy_weights(path, "project").result())
+
+
+def sampled_while_training() -> None:
+    """Sampling goes on during training, from weights that stay."""
+    client = model()
+    sampler = client.save_weights_and_get_sampling_client()
+    params = types.SamplingParams(max_tokens=8, seed=2, stop=[])
+    before = sampler.sample(prompt(), 4, params).result().sequences
+    steps = [
+        future
+        for _ in range(10)
+        for future in (client.forward_backward([datum()] * 8, "cross_entropy"), client.optim_step(ADAM))
+    ]
+    during = [sampler.sample(prompt(), 4, params) for _ in range(10)]
+    for answer in during:
+        assert [s.tokens for s in answer.result().sequences] == [s.tokens for s in before]
+    for future in steps:
+        future.result()
 
 
 def two_hundred_at_once() -> None:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, EngineError, StaleSamplerError
-from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.ranges import RangeError
+from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.training_client import TrainingClient

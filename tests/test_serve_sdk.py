@@ -25,13 +25,23 @@ CHECKS = [
         "topk_samples",
         "several_targets",
         "last_n",
+        "other_tokens",
         "two_hundred_at_once",
+        "pickled",
+        "abandoned",
+        "sampled_while_training",
+        "sessions",
+        "external",
+        "command_line",
         "rest",
         "bad_data",
         "concurrent",
     ),
 ]
-OLDER = ["capabilities", "supervised", "pipelined", "losses", "custom_loss", "checkpoints", "samplers", "sampling"]
+OLDER = [
+    *("capabilities", "supervised", "pipelined", "losses", "custom_loss", "checkpoints", "samplers", "sampling"),
+    "rest",
+]
 
 
 def sdk_python(version: str) -> str:
@@ -113,8 +123,15 @@ def test_the_sdk(server: Server) -> None:
     assert "Traceback" not in server.log()
 
 
-def test_an_older_sdk(server: Server) -> None:
-    run_checks(server, "0.30.4", OLDER)
+@pytest.mark.parametrize("version", ["0.22.7", "0.25.0", "0.30.4", "0.36.0"])
+def test_an_older_sdk(version: str, server: Server) -> None:
+    run_checks(server, version, OLDER)
+
+
+def test_an_sdk_of_an_older_protocol_is_told_so_in_one_line(server: Server) -> None:
+    script = [sdk_python("0.18.2"), "-c", "import tinker; tinker.ServiceClient()"]
+    done = subprocess.run(script, env=server.environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode and "install one from 0.22.7 to 0.38" in done.stderr.splitlines()[-1]
 
 
 def test_a_killed_server_is_continued_from_its_checkpoint_exactly(tmp_path: Path) -> None:

@@ -242,6 +242,8 @@ async def save_weights(kind: str, state: State, request: HttpRequest) -> Respons
     if kind == "sampler_weights" and name is None:
         follow = body.text("kind", "snapshot") == "inflight"
         return _accepted(state.snapshot(model_id, seq_id, body.integer("sampling_session_seq_id", seq_id), follow))
+    if body.fields.get("age_encryption_recipients"):
+        raise BodyError("age_encryption_recipients: this server writes weights as they are, not encrypted")
     overwrite = kind != "weights" or body.flag("overwrite", False)
     ttl_seconds, metadata = body.fields.get("ttl_seconds"), body.fields.get("user_metadata")
     return _accepted(state.save(model_id, seq_id, kind, name, ttl_seconds, overwrite, metadata))
