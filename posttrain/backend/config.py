@@ -7,7 +7,7 @@ import chz
 import torch
 
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.ranges import COUNT, POSITIVE, POSITIVE_SHARE
+from posttrain.backend.ranges import COUNT, POSITIVE, POSITIVE_SHARE, WHOLE
 
 AlarmAction = Literal["stop", "warn"]
 
@@ -87,6 +87,43 @@ class BackendConfig:
         default="stop",
         doc="action when sampler and trainer, or a batch and its sequences alone, differ by more than rounding "
         "explains",
+    )
+    trainer_processes: int = chz.field(
+        default=1, validator=COUNT, doc="processes that train, a GPU each; 1 = this process, more are started by Ray"
+    )
+    trainer_sharding: Literal["shard", "replicate"] = chz.field(
+        default="shard",
+        doc="what each of several training processes holds: a shard of weights and optimizer (FSDP2), or all of them, "
+        "which is faster where it fits a GPU",
+    )
+    sampler_replicas: int = chz.field(
+        default=0, validator=WHOLE, doc="sampling engines in processes and on GPUs of their own; 0 = in this process"
+    )
+    tensor_parallel: int = chz.field(
+        default=1, validator=COUNT, doc="GPUs of each replica; must divide the attention heads and fit a node"
+    )
+    cluster: str | None = chz.field(
+        default=None, doc="address of a running Ray cluster, or auto; None = Ray is started here if it is needed"
+    )
+    weight_sync: Literal["auto", "files", "nccl", "ipc"] = chz.field(
+        default="auto", doc="how new weights reach the replicas; auto = files, in shared memory or sync_dir"
+    )
+    sync_dir: str | None = chz.field(
+        default=None, doc="folder for weight_sync=files that all nodes see; None = this node's shared memory"
+    )
+    sampler_restarts: int = chz.field(
+        default=3, validator=WHOLE, doc="replicas that are replaced when they die, before the run ends with EngineError"
+    )
+    trainer_restarts: int = chz.field(
+        default=0,
+        validator=WHOLE,
+        doc="times that training processes are started again from the last checkpoint, before the run ends with "
+        "TrainerLostError",
+    )
+    call_seconds: float = chz.field(
+        default=600.0,
+        validator=POSITIVE,
+        doc="a replica with requests that decodes no step for so long is killed; also the limit for starting a process",
     )
 
 

@@ -60,6 +60,10 @@ class EngineError(CookbookError):
     """The sampling engine died or was shut down; the cause is chained."""
 
 
+class TrainerLostError(CookbookError):
+    """A training process died. The last checkpoint stands; a resumed run goes on from it."""
+
+
 class ClosedError(CookbookError):
     """A client was closed before this call began."""
 

@@ -1,0 +1,79 @@
+"""Which processes a BackendConfig needs, checked before one starts. Nothing here imports Ray."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+
+INSTALL = "pip install 'posttrain-cookbook[cluster]'"
+
+
+def uses_cluster(config: BackendConfig) -> bool:
+    return config.trainer_processes > 1 or config.sampler_replicas > 0
+
+
+def gpus_needed(config: BackendConfig) -> int:
+    return config.trainer_processes + config.sampler_replicas * config.tensor_parallel
+
+
+def check_placement(config: BackendConfig) -> None:
+    """ConfigError for options that contradict each other, or where Ray is missing."""
+    if not uses_cluster(config):
+        for name in ("cluster", "sync_dir"):
+            if (value := getattr(config, name)) is not None:
+                raise ConfigError(
+                    f"backend.{name}={value} is for several processes, and this run has one: set "
+                    "backend.trainer_processes or backend.sampler_replicas"
+                )
+    if config.tensor_parallel > 1 and not config.sampler_replicas:
+        raise ConfigError(
+            f"backend.tensor_parallel={config.tensor_parallel} is for replicas with GPUs of their own: set "
+            "backend.sampler_replicas"
+        )
+    if config.tensor_parallel > 1 and config.engine == "torch":
+        raise ConfigError(
+            f"backend.tensor_parallel={config.tensor_parallel} needs vLLM: backend.engine=torch samples on one GPU"
+        )
+    if config.sampler_replicas and config.share_engines:
+        raise ConfigError("backend.share_engines=true is for engines in this process: set backend.sampler_replicas=0")
+    if config.weight_sync in ("nccl", "ipc"):
+        raise ConfigError(
+            f"backend.weight_sync={config.weight_sync} is not offered: nobody has verified it on two GPUs yet. Take "
+            "backend.weight_sync=files"
+        )
+    if uses_cluster(config) and find_spec("ray") is None:
+        raise ConfigError(f"several processes need Ray, which is not installed: {INSTALL}")
+
+
+def check_gpus(config: BackendConfig, gpus_of_nodes: list[int]) -> None:
+    """ConfigError if the nodes' GPUs are too few. Without any GPU all processes share the CPUs."""
+    if not sum(gpus_of_nodes):
+        return
+    if (needed := gpus_needed(config)) > (total := sum(gpus_of_nodes)):
+        raise ConfigError(f"{_processes(config)} need {needed} GPUs; this cluster has {total}")
+    if config.sampler_replicas and config.tensor_parallel > (largest := max(gpus_of_nodes)):
+        raise ConfigError(
+            f"a replica of {config.tensor_parallel} GPUs (backend.tensor_parallel) does not fit a node: the largest "
+            f"has {largest}"
+        )
+
+
+def check_heads(config: BackendConfig, hf_config: PretrainedConfig) -> None:
+    """ConfigError if the attention heads cannot be divided among a replica's GPUs."""
+    text: Any = hf_config.get_text_config()
+    if (heads := text.num_attention_heads) % config.tensor_parallel:
+        raise ConfigError(
+            f"backend.tensor_parallel={config.tensor_parallel} does not divide the model's {heads} attention heads"
+        )
+
+
+def _processes(config: BackendConfig) -> str:
+    trainers, replicas = config.trainer_processes, config.sampler_replicas
+    text = f"{trainers} trainer process{'es' if trainers > 1 else ''}"
+    if not replicas:
+        return text
+    size = f" of {config.tensor_parallel} GPUs" if config.tensor_parallel > 1 else ""
+    return f"{text} and {replicas} replica{'s' if replicas > 1 else ''}{size}"

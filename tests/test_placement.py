@@ -1,0 +1,91 @@
+"""Layouts that cannot work are refused before a process starts, with the arithmetic."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from posttrain.backend import placement
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.models import PRESETS
+from posttrain.backend.placement import check_gpus, check_heads, check_placement, uses_cluster
+
+
+def refused(check, *arguments) -> str:  # noqa: ANN001
+    with pytest.raises(ConfigError) as raised:
+        check(*arguments)
+    text = str(raised.value)
+    assert "\n" not in text
+    return text
+
+
+def test_one_process_needs_no_cluster() -> None:
+    assert not uses_cluster(BackendConfig())
+    check_placement(BackendConfig())
+    assert "ray" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("config", "gpus_of_nodes", "text"),
+    [
+        (
+            BackendConfig(trainer_processes=4, sampler_replicas=2, tensor_parallel=4),
+            [8],
+            "4 trainer processes and 2 replicas of 4 GPUs need 12 GPUs; this cluster has 8",
+        ),
+        (BackendConfig(sampler_replicas=1), [1], "1 trainer process and 1 replica need 2 GPUs; this cluster has 1"),
+        (BackendConfig(trainer_processes=8), [4, 2], "8 trainer processes need 8 GPUs; this cluster has 6"),
+        (
+            BackendConfig(trainer_processes=2, sampler_replicas=1, tensor_parallel=8),
+            [4, 4, 4],
+            "a replica of 8 GPUs (backend.tensor_parallel) does not fit a node: the largest has 4",
+        ),
+    ],
+)
+def test_too_few_gpus(config: BackendConfig, gpus_of_nodes: list[int], text: str) -> None:
+    assert refused(check_gpus, config, gpus_of_nodes) == text
+
+
+def test_layouts_that_fit() -> None:
+    check_gpus(BackendConfig(trainer_processes=4, sampler_replicas=4), [8])
+    check_gpus(BackendConfig(trainer_processes=4, sampler_replicas=4), [0])  # on CPUs processes share the cores
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"cluster": "auto"}, "backend.cluster=auto is for several processes"),
+        ({"sync_dir": "/shared"}, "backend.sync_dir=/shared is for several processes"),
+        ({"tensor_parallel": 2}, "set backend.sampler_replicas"),
+        ({"tensor_parallel": 2, "sampler_replicas": 1, "engine": "torch"}, "needs vLLM"),
+        ({"sampler_replicas": 1, "share_engines": True}, "backend.share_engines=true is for engines in this process"),
+        ({"sampler_replicas": 1, "weight_sync": "nccl"}, "nobody has verified it"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict, text: str) -> None:
+    assert text in refused(check_placement, BackendConfig(**options))
+
+
+def test_without_ray_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
+    text = refused(check_placement, BackendConfig(trainer_processes=2))
+    assert text == "several processes need Ray, which is not installed: pip install 'posttrain-cookbook[cluster]'"
+
+
+def test_attention_heads_are_divided_evenly() -> None:
+    heads = PRESETS["tiny"].num_attention_heads
+    check_heads(BackendConfig(tensor_parallel=2, sampler_replicas=1), PRESETS["tiny"])
+    text = refused(check_heads, BackendConfig(tensor_parallel=3, sampler_replicas=1), PRESETS["tiny"])
+    assert text == f"backend.tensor_parallel=3 does not divide the model's {heads} attention heads"
+
+
+def test_only_one_file_imports_ray() -> None:
+    root = Path(placement.__file__).parents[2]
+    importers = {
+        str(path.relative_to(root))
+        for top in ("posttrain", "rl", "supervised", "preference", "envs", "recipes")
+        for path in (root / top).rglob("*.py")
+        if any(line.strip().startswith(("import ray", "from ray")) for line in path.read_text().splitlines())
+    }
+    assert importers == {"posttrain/backend/cluster.py"}
