@@ -296,7 +296,7 @@ def _own_processes() -> list[int]:
     """Process ids of the Ray that was started here."""
     from ray._private import worker
 
-    node = worker._global_node
+    node: Any = worker._global_node
     if node is None or not node.is_head():
         return []
     return [info.process.pid for infos in node.all_processes.values() for info in infos]
@@ -306,7 +306,8 @@ def _session() -> list[str]:
     """The folder with logs and sockets of the Ray that was started here."""
     from ray._private import worker
 
-    return [worker._global_node.get_session_dir_path()] if _own_processes() and worker._global_node else []
+    node: Any = worker._global_node
+    return [node.get_session_dir_path()] if _own_processes() else []
 
 
 def _stop_ray_if_unused() -> None:
