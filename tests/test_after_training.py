@@ -124,45 +124,6 @@ def test_exports_overwrite_nothing(folders: dict[str, Path], tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
-class Hub:
-    """What export asks of huggingface_hub.HfApi."""
-
-    taken, calls = False, []
-
-    def whoami(self) -> dict[str, str]:
-        return {"name": "me"}
-
-    def repo_exists(self, name: str) -> bool:
-        return self.taken
-
-    def create_repo(self, name: str, private: bool) -> str:
-        self.calls.append(("create", name, private))
-        return f"https://huggingface.co/{name}"
-
-    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        self.calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
-        if repo_id.endswith("fails"):
-            raise OSError("the line is down")
-
-
-def test_pushes_to_a_new_repository(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    exported(folders, "full", tmp_path / "pushed", push_to="me/model", private=False)
-    (create, upload) = Hub.calls
-    assert create == ("create", "me/model", False) and "model.safetensors" in upload[2] and "README.md" in upload[2]
-    with pytest.raises(
-        ConfigError, match=r"could not be pushed to me/fails: OSError: the line is down. Later: hf upload"
-    ):
-        exported(folders, "full", tmp_path / "fails", push_to="me/fails")
-    monkeypatch.setattr(Hub, "taken", True)
-    with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
-        exported(folders, "full", tmp_path / "again", push_to="me/model")
-    monkeypatch.setattr(Hub, "whoami", lambda self: (_ for _ in ()).throw(OSError("401 Unauthorized")))
-    with pytest.raises(ConfigError, match="needs a login"):
-        exported(folders, "full", tmp_path / "again", push_to="me/model")
-    assert not (tmp_path / "again").exists()
-
-
 # --- posttrain-runs -----------------------------------------------------------------------------
 
 

@@ -288,11 +288,9 @@ def prompt_of(length: int, seed: int = 0) -> ModelInput:
 
 
 @pytest.fixture(scope="module", params=["torch", "vllm"])
-def sampler(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vllm_service: ServiceClient
-) -> Iterator[SamplingClient]:
+def sampler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SamplingClient]:
     if request.param == "vllm":
-        with vllm_service.create_sampling_client(base_model="micro") as client:
+        with request.getfixturevalue("vllm_service").create_sampling_client(base_model="micro") as client:
             yield client
     else:
         with ServiceClient(BackendConfig(engine="torch"), tmp_path_factory.mktemp("torch")) as service:

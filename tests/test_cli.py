@@ -39,6 +39,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
     return path
 
 
+@pytest.mark.needs_vllm
 def test_warm_start_then_rl_by_vllm_learns_one_digit_sums(tmp_path: Path) -> None:
     task = ["num_digits=1", "operators=+-", "num_test=20"]
     sft = [f"dataset.{option}" for option in task]

@@ -23,7 +23,7 @@ from posttrain.backend.types import AdamParams, LoraConfig, ModelInput
 from tests.architectures import save_random_model
 from tests.conftest import policy_data
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]
 TOKENS = [5, 6, 7, 8, 9, 30, 31, 12]
 FULL = ("tiny", "llama-tiny", "gpt2-tiny", "Gemma 3", "Qwen 3-MoE")
 ADAPTERS = ("llama-tiny", "gpt2-tiny", "Gemma 3")

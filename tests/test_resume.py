@@ -80,7 +80,7 @@ KILLS = (("metrics.jsonl", 20), ("training_state.json", 5), ("checkpoints.jsonl"
     [
         pytest.param(SFT, "torch", KILLS, id="sft"),
         pytest.param(RL, "torch", KILLS[:2], id="rl-torch"),
-        pytest.param(RL, "vllm", KILLS[:1], id="rl-vllm", marks=pytest.mark.slow),
+        pytest.param(RL, "vllm", KILLS[:1], id="rl-vllm", marks=[pytest.mark.slow, pytest.mark.needs_vllm]),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(

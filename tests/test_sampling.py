@@ -393,7 +393,7 @@ def test_bad_requests_are_refused_before_the_engine(vllm_client: TrainingClient)
 
 
 # Trap: ids of a padded vocabulary in a prompt.
-@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=[pytest.mark.slow, pytest.mark.needs_vllm])])
 def test_ids_beyond_the_tokenizer_may_be_in_a_prompt(engine, tmp_path: Path) -> None:  # noqa: ANN001
     """A padded vocabulary has rows for ids that no text has: a model samples them, and its next
     prompt holds them.

@@ -192,7 +192,7 @@ def test_a_sync_waits_for_calls_that_keep_their_version(vllm_service: ServiceCli
 # --- several policies of one base model -------------------------------------------------------------
 
 
-@pytest.fixture(params=["torch", pytest.param("vllm", marks=pytest.mark.slow)])
+@pytest.fixture(params=["torch", pytest.param("vllm", marks=[pytest.mark.slow, pytest.mark.needs_vllm])])
 def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServiceClient]:
     with ServiceClient(BackendConfig(engine=request.param, share_engines=True), tmp_path) as service:
         yield service

@@ -22,7 +22,7 @@ from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, S
 from tests.architectures import FAMILIES, NOT_WITH_VLLM, save_random_model
 from tests.test_sampling import prompt_of, trainer_logprobs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]
 
 SERVED = [family for family in FAMILIES if family not in NOT_WITH_VLLM]
 ROUNDING = 1e-4  # fp32, through logits of a few nats

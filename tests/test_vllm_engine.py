@@ -19,6 +19,8 @@ from posttrain.backend.errors import EngineError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import LoraConfig, SamplingParams
+from posttrain.backend.vllm_engine import vllm_is_installed
+from tests.conftest import NO_VLLM
 from tests.test_sampling import GREEDY, prompt_of, train_a_little, trainer_logprobs
 
 
@@ -34,6 +36,8 @@ def seed_all() -> None:
 
 @pytest.fixture(scope="module")
 def unseeded_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    if not vllm_is_installed():
+        pytest.skip(NO_VLLM)
     import numba  # noqa: F401  an environment may have imported it (_let_modules_be_searched)
 
     config = BackendConfig(engine="vllm", max_num_seqs=64, reproducible=False, sampler_memory_gb=0.2)

@@ -22,6 +22,7 @@ from posttrain.backend.checkpoint_files import (
     ADAPTER_FILE,
     REMEDY,
     STATE_FILE,
+    adapted_model,
     read_json,
     state_file,
     tensor_shapes,
@@ -71,7 +72,10 @@ def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
 def write_adapter(trainer: Trainer, folder: Path) -> None:
     assert isinstance(trainer.model, PeftModel)
     name = absolute(trainer.model_name)
-    trainer.model.peft_config["default"].base_model_name_or_path = name
+    config = trainer.model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = (
+        (name, None) if Path(name).exists() else (name.partition("@")[0], name.partition("@")[2] or None)
+    )
     # save_embedding_layers="auto" would ask the hub for the base's config
     trainer.model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / BASE_FILE).write_text(json.dumps(asdict(base_of(trainer)), indent=2))
@@ -90,7 +94,8 @@ def absolute(model_name: str) -> str:
 def read_base(path: Path) -> Base:
     """The base of a saved adapter: this project's, format 1's (name and seed), or peft's (name)."""
     config = adapter_config(path)
-    name, seed, print_ = config.get("base_model_name_or_path"), None, None
+    name: Any = config.get("base_model_name_or_path") and adapted_model(path)
+    seed, print_ = None, None
     if (path / BASE_FILE).exists():
         saved = read_json(path / BASE_FILE)
         name, seed, print_ = (saved.get(key) for key in ("name", "seed", "fingerprint"))

@@ -8,12 +8,11 @@ import copy
 import threading
 import weakref
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from posttrain.backend.models import load_model
+from posttrain.backend.models import load_model, model_folder
 
 Key = tuple[object, ...]
 
@@ -51,6 +50,6 @@ def _files(model_name: str) -> list[tuple[str, int, int]]:
     """Of a folder: what changes when it is written anew."""
     return [
         (file.name, file.stat().st_mtime_ns, file.stat().st_size)
-        for file in sorted(Path(model_name).expanduser().glob("*"))
+        for file in sorted(model_folder(model_name).glob("*"))
         if file.suffix in (".json", ".safetensors", ".bin")
     ]

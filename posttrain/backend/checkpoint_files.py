@@ -27,6 +27,13 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG_FILE).exists() and not weights
 
 
+def adapted_model(path: Path) -> str:
+    """The name of the model that a peft adapter adapts; OWNER/NAME@REVISION where it has one."""
+    config = read_json(path / ADAPTER_CONFIG_FILE)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return f"{name}@{revision}" if revision else str(name)
+
+
 def state_file(path: Path, name: str) -> Path:
     """Path of STATE_FILE or OPTIMIZER_FILE in the current format or format 1."""
     file = path / STATE_FOLDER / name

@@ -4,7 +4,6 @@ import hashlib
 import json
 import threading
 import weakref
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +14,7 @@ from posttrain.backend.checkpoint_files import check_readable, is_adapter
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
 from posttrain.backend.engine import Engine, EngineThread
 from posttrain.backend.errors import EngineError, ModelError
-from posttrain.backend.models import context_length, embedding_rows, load_model
+from posttrain.backend.models import checkpoint_folder, context_length, embedding_rows, load_model
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.sampling_client import SamplingClient
@@ -81,7 +80,7 @@ class Engines:
     def open_saved(self, path: str, seed: int = 0) -> SamplingClient:
         """The frozen policy of a folder. An adapter is merged into its base; `seed` is used if it
         has none. SnapshotMemoryError if a shared engine's weights would exceed the memory."""
-        folder = Path(path).expanduser()
+        folder = checkpoint_folder(path)
         check_readable(folder)
         if not is_adapter(folder):
             return self._freeze(path, load_model(str(folder), seed, torch.device("cpu"), torch.float32))

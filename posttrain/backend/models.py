@@ -1,9 +1,11 @@
-"""Models by name: a preset made from a seed, a local folder, or a Hugging Face hub name. Presets
-are for tests, demos and benchmarks, without downloads; vLLM and peft know their architectures.
+"""Models by name: a preset made from a seed, a local folder, or a hub name (hub.py). Presets are for
+tests, demos and benchmarks, without downloads; vLLM and peft know their architectures.
 """
 
 import copy
 import difflib
+import functools
+import inspect
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -26,9 +29,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from posttrain.backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
+from posttrain.backend.checkpoint_files import ADAPTER_CONFIG_FILE, adapted_model, is_adapter, read_json
 from posttrain.backend.device_lock import computing
-from posttrain.backend.errors import ModelError
+from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.hub import hub_folder
 from posttrain.backend.logprobs import LogitTransform
 from posttrain.backend.random_state import drawn_from
 
@@ -83,41 +87,60 @@ def model_config(model_name: str) -> PretrainedConfig:
     weights."""
     if model_name in PRESETS:
         return PRESETS[model_name]
-    path = Path(model_name).expanduser()
-    if path.is_dir() and not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+    path = model_folder(model_name)
+    if not path.is_dir():
+        raise ModelError(f"there is no model folder {path}")
+    if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
         raise ModelError(f"{path} has no config.json: it is not a Hugging Face model folder")
     if is_adapter(path):
-        raise ModelError(_is_an_adapter(path))
-    if path.is_dir():
-        source: str | Path = path
-    elif looks_like_path(model_name):
-        raise ModelError(f"there is no model folder {path}")
-    else:
-        source = model_name
-    near = difflib.get_close_matches(model_name, PRESETS, n=1, cutoff=0.75)
+        raise ModelError(_is_an_adapter(model_name, path))
+    try:
+        return AutoConfig.from_pretrained(path)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error
+
+
+def model_folder(name: str, weights: bool = False) -> Path:
+    """Where a model's files are: a folder, or a hub model's in the local cache (hub.py), without the
+    weights unless they are asked for. A preset has no files: Path(name). ModelError, with the
+    nearest preset, for a name that the hub does not give."""
+    path = Path(name).expanduser()
+    if name in PRESETS or path.exists() or looks_like_path(name):
+        return path
+    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.75)
     hint = f"; did you mean {near[0]!r}?" if near else f" (presets: {', '.join(PRESETS)})"
     # a misspelling: asking the hub could take half a minute of time-outs
-    if near and "/" not in model_name:
-        raise ModelError(f"{model_name!r} is neither a preset nor a local folder{hint}")
+    if near and "/" not in name:
+        raise ModelError(f"{name!r} is neither a preset nor a local folder{hint}")
     try:
-        return AutoConfig.from_pretrained(source)
-    except LOAD_ERRORS as error:
-        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}{'' if path.is_dir() else hint}") from error
+        return hub_folder(name, weights)
+    except ModelError as error:
+        raise ModelError(f"{error}{hint}") from error
+
+
+def checkpoint_folder(path: str) -> Path:
+    """A folder, or for OWNER/NAME that is none the hub's model or adapter. CheckpointError where the
+    hub does not give it; other folders that do not exist are their reader's to refuse."""
+    if "/" not in path:
+        return Path(path).expanduser()
+    try:
+        return model_folder(path, weights=True)
+    except ModelError as error:
+        raise CheckpointError(f"there is no checkpoint folder {path}, and as a name of the hub {error}") from error
 
 
 def looks_like_path(name: str) -> bool:
-    """And not like a name of the hub, OWNER/NAME."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+    """And not like a name of the hub, OWNER/NAME or OWNER/NAME@REVISION."""
+    return name.startswith(("/", ".", "~")) or name.partition("@")[0].count("/") > 1
 
 
-def _is_an_adapter(path: Path) -> str:
-    """What to do with an adapter's folder where a whole model is wanted."""
+def _is_an_adapter(name: str, path: Path) -> str:
+    """What to do with an adapter where a whole model is wanted."""
     config = read_json(path / ADAPTER_CONFIG_FILE)
-    base, rank, alpha = (config.get(key) for key in ("base_model_name_or_path", "r", "lora_alpha"))
     return (
-        f"{path} is a LoRA adapter and no whole model: to train it on, set model_name={base} lora_rank={rank} "
-        f"lora_alpha={alpha} load_checkpoint_path={path}; to sample from it, give it as model_path, or to "
-        "posttrain-chat, posttrain-eval or posttrain-export"
+        f"{name} is a LoRA adapter and no whole model: to train it on, set model_name={adapted_model(path)} "
+        f"lora_rank={config.get('r')} lora_alpha={config.get('lora_alpha')} load_checkpoint_path={name}; to sample "
+        "from it, give it as model_path, or to posttrain-chat, posttrain-eval or posttrain-export"
     )
 
 
@@ -135,36 +158,7 @@ LOAD_ERRORS = (
 
 
 def _reason(error: BaseException) -> str:
-    """One line with the reason; transformers chains the hub's error to a page of advice."""
-    chain, link = [], error
-    while link is not None:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for cause in chain:
-        match type(cause).__name__:
-            case "GatedRepoError":
-                return (
-                    "its repository is gated: accept its terms on huggingface.co, then log in with `hf auth "
-                    "login`, or set HF_TOKEN"
-                )
-            case "RepositoryNotFoundError" | "HFValidationError":
-                return (
-                    "the Hugging Face hub has no public repository of this name; for a private one log in with "
-                    "`hf auth login`"
-                )
-            case "RemoteEntryNotFoundError" | "EntryNotFoundError":
-                return "its repository lacks a file that a transformers model has, such as config.json"
-            case (
-                "LocalEntryNotFoundError"
-                | "OfflineModeIsEnabled"
-                | "ConnectError"
-                | "ConnectionError"
-                | "ConnectTimeout"
-            ):
-                return (
-                    "the Hugging Face hub was not reached, and the model is not in the local cache (is HF_HUB_OFFLINE "
-                    "set?)"
-                )
+    """One line with the reason."""
     text = str(error)
     if "trust_remote_code" in text:
         return "it needs code of its own from its repository, which this project does not run"
@@ -184,8 +178,8 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
     With LongRoPE (Phi 3 and 4, 128k) the context ends where the rotations change: beyond, all
     positions depend on the longest row in the batch, and a sequence has several logprobs.
     """
-    if is_adapter(folder := Path(model_name).expanduser()):
-        model_name = str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path"))
+    if is_adapter(folder := model_folder(model_name)):
+        model_name = adapted_model(folder)
     config = model_config(model_name).get_text_config()
     limit, why = int(getattr(config, "max_position_embeddings", DEFAULT_MAX_LENGTH)), ""
     rope = getattr(config, "rope_parameters", None) or {}
@@ -241,7 +235,7 @@ def embedding_rows(model: PreTrainedModel) -> int:
 def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model without dropout. A preset's weights depend on `seed` only; torch's RNG does not
     change."""
-    if (Path(model_name).expanduser() / SCALAR_HEAD_FILE).exists():
+    if (model_folder(model_name, weights=True) / SCALAR_HEAD_FILE).exists():
         raise ModelError(
             f"{model_name} is a scalar model and no language model: open it with create_scalar_client_from_state"
         )
@@ -270,12 +264,12 @@ def cast_weights(model: M, dtype: torch.dtype) -> M:
 def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     """A folder or hub model with exactly the tensors of its config. ModelError otherwise: random
     layers train, but mean nothing."""
-    path, verbosity = Path(model_name).expanduser(), transformers_logging.get_verbosity()
+    path, verbosity = model_folder(model_name, weights=True), transformers_logging.get_verbosity()
     # its report of the tensors that do not fit is a page long
     transformers_logging.set_verbosity_error()
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            path if path.is_dir() else model_name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error
@@ -301,6 +295,17 @@ def _join_end_tokens(model: PreTrainedModel) -> None:
     )
     if len(ids) > 1:
         model.config.eos_token_id = list(ids)
+
+
+def with_cache(model: Any, cache: Cache) -> dict[str, Any]:
+    """The arguments of a forward pass that reads and extends `cache`."""
+    return {_cache_argument(type(model)): cache, "use_cache": True}
+
+
+@functools.cache
+def _cache_argument(kind: type) -> str:
+    """transformers 5.24 has renamed it."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"  # type: ignore[attr-defined]
 
 
 def end_token_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:

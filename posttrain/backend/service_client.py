@@ -10,7 +10,7 @@ from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.engines import Engines
 from posttrain.backend.errors import CheckpointError, ConfigError, ModelError
 from posttrain.backend.futures import in_thread
-from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, context_length
+from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, checkpoint_folder, context_length, model_folder
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.ranges import RangeError
 from posttrain.backend.sampling_client import SamplingClient
@@ -63,7 +63,7 @@ class ServiceClient:
     def create_scalar_client_from_state(self, path: str) -> TrainingClient:
         """The scalar model saved at `path`, with a fresh optimizer. CheckpointError if it has no
         head."""
-        folder = Path(path).expanduser()
+        folder = checkpoint_folder(path)
         check_readable(folder)
         if not (folder / SCALAR_HEAD_FILE).exists():
             raise CheckpointError(f"{path} has no {SCALAR_HEAD_FILE}: it is not the checkpoint of a scalar model")
@@ -111,7 +111,7 @@ class ServiceClient:
         """The model of a checkpoint (any model or adapter), with a fresh optimizer."""
         ignore(base_model=base_model, user_metadata=user_metadata, weights_access_token=weights_access_token)
         _check_optimizer(optimizer)
-        return self._from_state(Path(path).expanduser(), with_optimizer=False, create=self.create_training_client)
+        return self._from_state(checkpoint_folder(path), with_optimizer=False, create=self.create_training_client)
 
     def create_training_client_from_state_with_optimizer(
         self,
@@ -121,7 +121,7 @@ class ServiceClient:
         weights_access_token: str | None = None,
     ) -> TrainingClient:
         ignore(base_model=base_model, user_metadata=user_metadata, weights_access_token=weights_access_token)
-        return self._from_state(Path(path).expanduser(), with_optimizer=True, create=self.create_training_client)
+        return self._from_state(checkpoint_folder(path), with_optimizer=True, create=self.create_training_client)
 
     def _from_state(self, path: Path, with_optimizer: bool, create: Callable[..., TrainingClient]) -> TrainingClient:
         check_readable(path)
@@ -155,7 +155,7 @@ class ServiceClient:
         ignore(retry_config=retry_config, record_stability_info=record_stability_info)
         if (model_path is None) == (base_model is None):
             raise ConfigError("create_sampling_client needs either model_path or base_model")
-        if model_path is None and base_model not in PRESETS and is_adapter(Path(str(base_model)).expanduser()):
+        if model_path is None and base_model not in PRESETS and is_adapter(model_folder(str(base_model))):
             model_path = base_model
         if model_path:
             return self._engines.open_saved(model_path, seed)

@@ -3,12 +3,10 @@ Digits are never merged, and any text round-trips. Its chat template marks turns
 tokens.
 """
 
-from pathlib import Path
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from posttrain.backend.checkpoint_files import ADAPTER_CONFIG_FILE, is_adapter, read_json
+from posttrain.backend.checkpoint_files import adapted_model, is_adapter
 from posttrain.backend.errors import ConfigError, ModelError
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
@@ -39,21 +37,21 @@ def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a preset, a local folder or a hub name; an adapter without one has its
     base's. `model_max_length` is set to the backend's context."""
-    from posttrain.backend.models import PRESETS, context_length
+    from posttrain.backend.models import PRESETS, context_length, model_folder
 
     length = context_length(model_name, max_length)
     if model_name in PRESETS:
         return character_tokenizer(length)
-    folder = Path(model_name).expanduser()
+    folder = model_folder(model_name)
     if is_adapter(folder) and not (folder / "tokenizer_config.json").exists():
-        return load_tokenizer(str(read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")), max_length)
+        return load_tokenizer(adapted_model(folder), max_length)
     # transformers would make an empty tokenizer
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ModelError(
             f"{model_name} has no tokenizer (tokenizer.json, tokenizer_config.json): save the model's tokenizer into it"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else model_name)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of a damaged file, the tokenizers library raises a plain Exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"no tokenizer could be loaded for {model_name!r}: {reason}") from error

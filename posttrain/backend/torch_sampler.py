@@ -16,7 +16,7 @@ from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
-from posttrain.backend.models import cast_weights, end_token_ids, logit_transform
+from posttrain.backend.models import cast_weights, end_token_ids, logit_transform, with_cache
 from posttrain.backend.prompt_scores import ROWS, ScoredPrompt, score_prompt
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 
@@ -111,8 +111,7 @@ class TorchSampler:
             input_ids=tokens_BT,
             attention_mask=mask_BT,
             position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=True,
+            **with_cache(decoder, cache),
         ).last_hidden_state
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

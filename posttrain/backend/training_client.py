@@ -20,6 +20,7 @@ from posttrain.backend.errors import ConfigError, CookbookError, ModelError, Pas
 from posttrain.backend.futures import APIFuture, InOrder, Ready, accepted
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.losses import LossFn
+from posttrain.backend.models import checkpoint_folder
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.sdk_keywords import ignore
 from posttrain.backend.trainer import CustomLoss, Trainer
@@ -266,7 +267,7 @@ class TrainingClient(Ready):
 
     def _load_state(self, path: str, with_optimizer: bool) -> LoadWeightsResponse:
         with self._changing_weights():
-            checkpoints.load_state(self._trainer, Path(path).expanduser(), with_optimizer)
+            checkpoints.load_state(self._trainer, checkpoint_folder(path), with_optimizer)
             self._drop_gradient()  # of the previous weights
         return LoadWeightsResponse(path)
 

@@ -26,6 +26,7 @@ from posttrain.backend.checkpoint_files import (
     read_json,
 )
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.hub import hub_reason
 from posttrain.backend.ranges import SEED
 from posttrain.backend.tokenizers import TOKENIZER_FILES, load_tokenizer
 from posttrain.tracking.command_line import run_command
@@ -152,7 +153,7 @@ def _check_hub(name: str) -> None:
         api.whoami()
         taken = api.repo_exists(name)
     except Exception as error:  # the hub's own, and those of three HTTP libraries
-        raise ConfigError(f"push_to={name}: {_hub_reason(error)}; nothing was written") from error
+        raise ConfigError(f"push_to={name}: {hub_reason(error)}; nothing was written") from error
     if taken:
         raise ConfigError(f"push_to={name}: the repository exists already, and nothing is overwritten; choose another")
 
@@ -166,19 +167,10 @@ def _push(folder: Path, name: str, private: bool) -> None:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by posttrain-export")
     except Exception as error:
         raise ConfigError(
-            f"{folder} is written, but could not be pushed to {name}: {_hub_reason(error)}. Later: hf upload {name} "
+            f"{folder} is written, but could not be pushed to {name}: {hub_reason(error)}. Later: hf upload {name} "
             f"{folder}"
         ) from error
     print(f"pushed to {address}{' (private)' if private else ''}")
-
-
-def _hub_reason(error: Exception) -> str:
-    kind, text = type(error).__name__, " ".join(str(error).split())[:200]
-    if kind == "LocalTokenNotFoundError" or "401" in text:
-        return "the Hugging Face hub needs a login: `hf auth login`, or set HF_TOKEN"
-    if kind in ("OfflineModeIsEnabled", "ConnectError", "ConnectionError", "ConnectTimeout", "LocalEntryNotFoundError"):
-        return "the Hugging Face hub was not reached (is HF_HUB_OFFLINE set?)"
-    return f"{kind}: {text}"
 
 
 def command() -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from posttrain.backend.errors import ContextLengthError, ModelError
-from posttrain.backend.models import DEFAULT_MAX_LENGTH, attends_to_all, logit_transform
+from posttrain.backend.models import DEFAULT_MAX_LENGTH, attends_to_all, logit_transform, with_cache
 from recipes.libraries.value_guidance.guidance import Guidance, candidates, guided_logits
 
 
@@ -79,9 +79,8 @@ class LanguageModelTrunk(torch.nn.Module):
         cache = DynamicCache(config=self.model.config) if cache is None else self._copy(cache)
         # padding ids are ordinary tokens here, and attended to
         seen_B_T = tokens_B_T.new_ones(len(tokens_B_T), cache.get_seq_length() + tokens_B_T.shape[1])
-        output = self.model.base_model(
-            input_ids=tokens_B_T, attention_mask=seen_B_T, past_key_values=cache, use_cache=True
-        )
+        decoder = self.model.base_model
+        output = decoder(input_ids=tokens_B_T, attention_mask=seen_B_T, **with_cache(decoder, cache))
         return output.last_hidden_state, cache
 
     def select(self, cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
