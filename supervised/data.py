@@ -256,6 +256,7 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
 
     def _split_rows(self, split: str) -> list[Row]:
         import datasets  # a second of import that the other builders need not wait for
+        from datasets import config as datasets_config
         from datasets.exceptions import DatasetsError
 
         path = Path(self.name).expanduser()
@@ -267,8 +268,8 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
                 table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
                 name, _, revision = (str(path), "", "") if path.exists() else self.name.partition("@")
-                unreached = datasets.config.HF_HUB_OFFLINE or not (path.exists() or hub_is_reached())
-                with patch.object(datasets.config, "HF_HUB_OFFLINE", unreached):
+                unreached = datasets_config.HF_HUB_OFFLINE or not (path.exists() or hub_is_reached())
+                with patch.object(datasets_config, "HF_HUB_OFFLINE", unreached):
                     table = datasets.load_dataset(name, self.subset, split=split, revision=revision or None)
             rows = [(f"{self.name}[{split}]:{i}", fields) for i, fields in enumerate(table)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, DatasetsError) as error:

@@ -145,7 +145,8 @@ class StandInHub:
         folders = {str(parent) for path in files for parent in Path(path).parents} - {"."}
         if request.method == "POST":
             is_json = "json" in request.headers["content-type"]
-            listed = (await request.json())["paths"] if is_json else (await request.form()).getlist("paths")
+            paths = (await request.json())["paths"] if is_json else (await request.form()).getlist("paths")
+            listed = [str(path) for path in paths]
         else:
             folder = request.path_params.get("folder", "")
             if folder and folder not in folders:

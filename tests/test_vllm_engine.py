@@ -109,10 +109,10 @@ def test_a_sequence_that_vllm_gives_up_is_no_answer(
     sampler = vllm_client.save_weights_and_get_sampling_client()
     prompt, whole = prompt_of(5), posttrain.backend.vllm_engine._sampled
 
-    def gives_up_eights(output: Any) -> Sampled:
+    def gives_up_eights(output: Any, topk_prompt: Any) -> Sampled:
         if len(output.outputs[0].token_ids) == 8:
             output.outputs[0].finish_reason = "error"
-        return whole(output)
+        return whole(output, topk_prompt)
 
     monkeypatch.setattr(posttrain.backend.vllm_engine, "_sampled", gives_up_eights)
     futures = [sampler.sample(prompt, 2, SamplingParams(max_tokens=length, stop=[])) for length in (8, 9)]
