@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | check | docs | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
+# make install | demo | test | test-slow | check | docs | evidence | evidence-status | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
 PY := .venv/bin/python
 
 install: .venv/installed
@@ -24,6 +24,13 @@ docs: .venv/installed
 	$(PY) -m pip install --quiet -e '.[docs]'
 	$(PY) -m mkdocs build --strict
 
+# Every run behind a figure of the pages, hours long; a killed one goes on. Then the pages' tables.
+evidence: .venv/installed
+	$(PY) -m benchmarks.evidence
+
+evidence-status: .venv/installed
+	$(PY) -m benchmarks.evidence status=true
+
 .venv/installed: install.sh pyproject.toml
 	./install.sh
 	touch $@
@@ -31,4 +38,4 @@ docs: .venv/installed
 clean:
 	rm -rf .venv runs site *.egg-info
 
-.PHONY: install demo test test-slow check docs clean
+.PHONY: install demo test test-slow check docs evidence evidence-status clean

@@ -70,13 +70,13 @@ def write_report(
     """Prints the figures, the ratios last, and writes results/<name>-<device>.json."""
     record = {
         "benchmark": name,
-        **_machine(),
+        **machine(),
         "load_at_start": round(load, 2),
         "settings": settings,
         "figures": figures,
         "ratios": ratios,
     }
-    record = _rounded(record)
+    record = rounded(record)
     file = RESULTS / f"{name}-{record['device_type']}.json"
     RESULTS.mkdir(exist_ok=True)
     file.write_text(json.dumps(record, indent=2) + "\n")
@@ -86,16 +86,16 @@ def write_report(
     print(f"written: {file}")
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four significant digits: more would be noise."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [rounded(item) for item in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()

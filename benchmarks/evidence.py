@@ -1,0 +1,252 @@
+"""Every experiment and benchmark behind a figure of the pages, in turn, each in a process of its own;
+then the tables and pictures between markers in the pages are written anew.
+
+    python -m benchmarks.evidence                        # `make evidence`: rows whose code has changed
+    python -m benchmarks.evidence only=demo,algorithms
+    python -m benchmarks.evidence status=true            # which rows are stale; nothing runs
+
+A killed command goes on where it stopped. The rows are in benchmarks/evidence_rows.py.
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import chz
+
+from benchmarks.report import machine, rounded, wait_until_quiet
+from posttrain.backend.errors import ConfigError
+from posttrain.tracking.command_line import run_command
+from posttrain.tracking.jsonl import read_json, write_atomically
+from posttrain.tracking.metrics_log import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+BUSY = 0.5  # cores that other processes may use beside a row before it is marked
+MARKED = re.compile(r"(<!-- evidence: ([\w ,]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a run: `key` of the metrics in `folder`, below the row's own, where {seed} is
+    filled in."""
+
+    key: str
+    take: Literal["first", "last", "max", "min"] = "last"
+    folder: str = ""
+
+    def read(self, path: Path, seed: int) -> float:
+        folder = path / self.folder.format(seed=seed)
+        values = [record[self.key] for record in read_metrics(folder) if self.key in record]
+        if not values:
+            raise ConfigError(f"{folder}: no metric {self.key}")
+        return {"first": values[0], "last": values[-1], "max": max(values), "min": min(values)}[self.take]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A command, and what is read from the runs that it makes. Each seed runs it once."""
+
+    name: str
+    command: str
+    """Arguments of Python; {seed} and {folder} are filled in."""
+    code: tuple[str, ...]
+    """Files and folders of the repository that the figures depend on."""
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    results: str = ""
+    """Instead of metrics: benchmarks/results/RESULTS-cpu.json (or -cuda), whose ratios are the figures."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    picture: str = ""
+    """A picture in the last seed's folder, and where in the repository it belongs: "a.png recipes/a/a.png"."""
+
+    def figures(self, folder: Path, seed: int) -> dict[str, float]:
+        if self.results:
+            kind = machine()["device_type"]
+            return read_json(ROOT / "benchmarks" / "results" / f"{self.results}-{kind}.json")["ratios"]
+        return {label: metric.read(folder, seed) for label, metric in self.metrics.items()}
+
+
+@chz.chz
+class Config:
+    """The evidence behind the pages."""
+
+    only: str | None = chz.field(default=None, doc="rows by comma; None = all")
+    status: bool = chz.field(default=False, doc="say which rows are missing, stale or taken beside other work")
+    pages: bool = chz.field(default=False, doc="write the tables of the pages anew from what is there; nothing runs")
+    log_path: str = chz.field(default="runs/evidence", doc="folder of the runs")
+
+
+@dataclass
+class Evidence:
+    """The rows' records in `records`, of the repository at `root`."""
+
+    rows: Sequence[Row]
+    root: Path
+    records: Path
+    runs: Path
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """The seeds that have been run, by number; empty if none has."""
+        file = self.records / f"{row.name}.json"
+        return read_json(file) if file.exists() else {"command": row.command, "seeds": {}}
+
+    def state(self, row: Row) -> str:
+        """`current`, or what is wrong with the row's record, for a person."""
+        record = self.record(row)
+        runs = list(record["seeds"].values())
+        if missing := [seed for seed in row.seeds if str(seed) not in record["seeds"]]:
+            return f"missing: seeds {', '.join(map(str, missing))}"
+        if record["command"] != row.command:
+            return "stale: its command is another now"
+        if stale := [reason for run in runs if (reason := self.changed(run["commit"], row.code))]:
+            return f"stale: {stale[0]}"
+        busiest = max(run["other processes, cores"] for run in runs)
+        return f"taken beside other work, {busiest:.1f} cores" if busiest > BUSY else "current"
+
+    def commit(self, code: Sequence[str]) -> str:
+        """The commit of the tree, marked where `code` differs from it."""
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=self.root, capture_output=True, text=True)
+        commit = done.stdout.strip()
+        return f"{commit}-dirty" if commit and self.changed(commit, code) else commit
+
+    def changed(self, commit: str, code: Sequence[str]) -> str:
+        """What of `code` differs from `commit`, committed or not; empty if nothing does."""
+        if not commit or commit.endswith("-dirty"):
+            return "taken with uncommitted changes, or outside git"
+        command = ["git", "diff", "--name-only", commit, "--", *code]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
+        if done.returncode:
+            return f"commit {commit} is unknown here"
+        files = done.stdout.split()
+        return f"{files[0]} and {len(files) - 1} more have changed since {commit}" if files else ""
+
+    def run(self, row: Row) -> None:
+        """The seeds that are missing or stale. Each is recorded as soon as it has ended."""
+        record = self.record(row)
+        if record["command"] != row.command:
+            record = {"command": row.command, "seeds": {}}
+        for seed in row.seeds:
+            old = record["seeds"].get(str(seed))
+            if old and not self.changed(old["commit"], row.code):
+                continue
+            folder = self.runs / row.name / str(seed)
+            if old:  # of other code: a run that resumed there would be of two commits
+                shutil.rmtree(folder, ignore_errors=True)
+            record["seeds"][str(seed)] = self.run_seed(row, seed, folder)
+            self.records.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.records / f"{row.name}.json", json.dumps(record, indent=2) + "\n")
+        if row.picture:
+            source, target = row.picture.split()
+            shutil.copy(self.runs / row.name / str(row.seeds[-1]) / source, self.root / target)
+
+    def run_seed(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = row.command.format(seed=seed, folder=folder).split()
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        load = wait_until_quiet()
+        print(f"--- {row.name}, seed {seed}: python {' '.join(arguments)}", flush=True)
+        before, start = _cpu_seconds(), time.perf_counter()
+        with (folder / "output.txt").open("a") as output:
+            done = subprocess.run(
+                [sys.executable, *arguments], cwd=self.root, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
+        if done.returncode:
+            raise ConfigError(f"{row.name}, seed {seed}: ended with {done.returncode}; see {folder / 'output.txt'}")
+        seconds, after = time.perf_counter() - start, _cpu_seconds()
+        others = (after[0] - before[0] - (after[1] - before[1])) / seconds
+        return rounded(
+            {
+                **{key: value for key, value in machine().items() if key != "device_type"},
+                "commit": self.commit(row.code),
+                "load before": load,
+                "load after": os.getloadavg()[0],
+                "other processes, cores": max(others, 0.0),
+                "seconds": seconds,
+                "CPU seconds": after[1] - before[1],
+                "figures": row.figures(folder, seed),
+            }
+        )
+
+    def table(self, names: Sequence[str]) -> str:
+        """Mean and range over the seeds of the rows' figures, and what they were taken with."""
+        lines = ["| figure | mean | smallest to largest | seeds |", "| --- | --- | --- | --- |"]
+        notes = []
+        for row in [row for row in self.rows if row.name in names]:
+            runs = [self.record(row)["seeds"].get(str(seed)) for seed in row.seeds]
+            runs = [run for run in runs if run]
+            if not runs:
+                lines.append(f"| {row.name} | not taken yet | | |")
+                continue
+            for label in runs[0]["figures"]:
+                values = [run["figures"][label] for run in runs]
+                span = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
+                lines.append(f"| {label} | {statistics.mean(values):.4g} | {span} | {len(values)} |")
+            time_taken = timedelta(seconds=round(sum(run["seconds"] for run in runs)))
+            state = "" if (state := self.state(row)) == "current" else f"; {state}"
+            notes.append(
+                f"`{row.name}`: {runs[-1]['date'][:10]}, commit {runs[-1]['commit']}, {runs[-1]['device']}, "
+                f"torch {runs[-1]['versions'].get('torch')}, {time_taken} in all{state}."
+            )
+        return "\n".join([*lines, "", *notes]) + "\n"
+
+    def write_pages(self) -> list[Path]:
+        """The pages whose tables have changed. ConfigError for a marker that names no row."""
+        known, written = {row.name for row in self.rows}, []
+        listed = subprocess.run(["git", "ls-files", "*.md"], cwd=self.root, capture_output=True, text=True).stdout
+        for page in [self.root / name for name in listed.split()]:
+            text = page.read_text()
+            for _, names, _ in MARKED.findall(text):
+                if unknown := set(re.split(r",\s*", names.strip())) - known:
+                    raise ConfigError(f"{page}: evidence: no row is called {sorted(unknown)[0]}")
+            new = MARKED.sub(lambda m: m[1] + self.table(re.split(r",\s*", m[2].strip())) + m[3], text)
+            if new != text:
+                page.write_text(new)
+                written.append(page)
+        return written
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """Of the whole machine, and of this process's ended children."""
+    user, nice, system = (int(ticks) for ticks in Path("/proc/stat").read_text().split()[1:4])
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK"), usage.ru_utime + usage.ru_stime
+
+
+def main(config: Config) -> None:
+    from benchmarks.evidence_rows import ROWS
+
+    evidence = Evidence(ROWS, ROOT, ROOT / "benchmarks" / "evidence", Path(config.log_path).absolute())
+    names = [row.name for row in ROWS]
+    asked = config.only.split(",") if config.only else names
+    if unknown := [name for name in asked if name not in names]:
+        raise ConfigError(f"only={unknown[0]}: no such row; known: {', '.join(names)}")
+    rows = [row for row in ROWS if row.name in asked]
+    if config.status:
+        for row in rows:
+            print(f"{row.name:24s} {evidence.state(row)}")
+        return
+    failures = []
+    for row in [] if config.pages else rows:
+        try:
+            evidence.run(row)
+        except ConfigError as failure:
+            failures.append(str(failure))
+            print(f"--- {failure}", flush=True)
+    for page in evidence.write_pages():
+        print(f"written: {page}")
+    if failures:
+        raise ConfigError(f"{len(failures)} rows could not be taken: {'; '.join(failures)}")
+
+
+if __name__ == "__main__":
+    run_command(main, Config)

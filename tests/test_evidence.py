@@ -1,0 +1,98 @@
+"""`make evidence`: a row is taken once, again when its code changes, and written into the pages."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.evidence import Evidence, Metric, Row
+from benchmarks.evidence_rows import ROWS
+from posttrain.backend.errors import ConfigError
+
+SCRIPT = """
+import json, pathlib, sys
+seed, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+folder.mkdir()
+if pathlib.Path("break").exists() and seed == 1:
+    raise SystemExit(3)
+(folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "x": seed + i}) + "\\n" for i in range(3)))
+"""
+
+
+def git(root: Path, *arguments: str) -> None:
+    name = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run(["git", *name, *arguments], cwd=root, check=True, capture_output=True)
+
+
+@pytest.fixture
+def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    monkeypatch.setattr("benchmarks.evidence.wait_until_quiet", lambda: 0.0)
+    root = tmp_path / "repository"
+    root.mkdir()
+    (root / "script.py").write_text(SCRIPT)
+    (root / "page.md").write_text("Before.\n\n<!-- evidence: climb -->\nold\n<!-- end of evidence -->\n\nAfter.\n")
+    git(root, "init", "-q")
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "first")
+    metrics = {"start": Metric("x", "first", "run"), "end": Metric("x", "last", "run")}
+    row = Row("climb", "script.py {seed} {folder}/run", ("script.py",), metrics)
+    return Evidence([row], root, root / "records", tmp_path / "runs")
+
+
+def seeds(evidence: Evidence) -> dict[str, dict]:
+    return json.loads((evidence.records / "climb.json").read_text())["seeds"]
+
+
+def test_a_row_is_taken_once_and_again_when_its_code_changes(evidence: Evidence) -> None:
+    (row,) = evidence.rows
+    assert evidence.state(row) == "missing: seeds 0, 1, 2"
+    (evidence.root / "break").touch()
+    with pytest.raises(ConfigError, match="climb, seed 1: ended with 3"):
+        evidence.run(row)
+    assert list(seeds(evidence)) == ["0"]
+    (evidence.root / "break").unlink()
+    (evidence.runs / "climb" / "1" / "run").rmdir()
+    first = seeds(evidence)["0"]
+    evidence.run(row)
+    assert seeds(evidence)["0"] == first
+    assert [run["figures"]["end"] for run in seeds(evidence).values()] == [2, 3, 4]
+    assert all({"commit", "date", "device", "versions", "seconds", "load before"} <= run.keys() for run in [first])
+
+    (evidence.root / "unrelated.py").touch()
+    git(evidence.root, "add", "unrelated.py")
+    git(evidence.root, "commit", "-qm", "unrelated")
+    assert not evidence.state(row).startswith("stale")
+    (evidence.root / "script.py").write_text(SCRIPT.replace("seed + i", "seed - i"))
+    assert evidence.state(row).startswith("stale: script.py")
+    git(evidence.root, "commit", "-qam", "another figure")
+    assert evidence.state(row).startswith("stale: script.py")
+    evidence.run(row)
+    assert [run["figures"]["end"] for run in seeds(evidence).values()] == [-2, -1, 0]
+    assert not evidence.state(row).startswith("stale")
+
+
+def test_tables_are_written_between_markers(evidence: Evidence) -> None:
+    page = evidence.root / "page.md"
+    evidence.write_pages()
+    assert "| climb | not taken yet | | |" in page.read_text()
+    evidence.run(evidence.rows[0])
+    assert evidence.write_pages() == [page]
+    text = page.read_text()
+    assert text.startswith("Before.\n\n<!-- evidence: climb -->\n") and text.endswith(
+        "\n<!-- end of evidence -->\n\nAfter.\n"
+    )
+    assert "| start | 1 | 0 to 2 | 3 |\n| end | 3 | 2 to 4 | 3 |\n" in text and "old" not in text
+    assert evidence.write_pages() == []
+    page.write_text(text.replace("evidence: climb", "evidence: clim"))
+    with pytest.raises(ConfigError, match="no row is called clim"):
+        evidence.write_pages()
+
+
+def test_rows_name_code_and_pictures_of_the_repository() -> None:
+    root = Path(__file__).parent.parent
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    for row in ROWS:
+        assert row.command.format(seed=0, folder="f") != "" and bool(row.metrics) != bool(row.results)
+        for path in (*row.code, row.command.split()[0], *row.picture.split()[1:]):
+            assert (root / path).exists(), f"{row.name}: {path}"
