@@ -17,11 +17,12 @@ import torch
 from torch import multiprocessing
 
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranks import Processes, joined_processes
 from posttrain.backend.types import AdamParams
 from posttrain.tracking.metrics_log import read_metrics
 from recipes.belief_state import train as recipe
 from recipes.belief_state.star_graph import StarGraphBuilder
-from recipes.libraries.belief_state.distributed import ParallelTrainer, Processes, joined_processes
+from recipes.libraries.belief_state.distributed import ParallelTrainer
 from recipes.libraries.belief_state.files import Model
 from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig, NextToken
 from recipes.libraries.belief_state.pairs import PairObjective

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -30,7 +30,8 @@ from posttrain.backend.checkpoint_files import (
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.models import PRESETS, load_model
 from posttrain.backend.ranges import RangeError
-from posttrain.backend.trainer import Trainer
+from posttrain.backend.ranks import shard_like
+from posttrain.backend.trained_model import TrainedModel
 from posttrain.backend.types import LoraConfig
 
 BASE_FILE = "base_model.json"
@@ -69,7 +70,8 @@ def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()[:32]
 
 
-def write_adapter(trainer: Trainer, folder: Path) -> None:
+def write_adapter(trainer: TrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """`weights`: the adapter's, as in the model's state_dict."""
     assert isinstance(trainer.model, PeftModel)
     name = absolute(trainer.model_name)
     config = trainer.model.peft_config["default"]
@@ -77,12 +79,12 @@ def write_adapter(trainer: Trainer, folder: Path) -> None:
         (name, None) if Path(name).exists() else (name.partition("@")[0], name.partition("@")[2] or None)
     )
     # save_embedding_layers="auto" would ask the hub for the base's config
-    trainer.model.save_pretrained(str(folder), save_embedding_layers=False)
+    trainer.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     (folder / BASE_FILE).write_text(json.dumps(asdict(base_of(trainer)), indent=2))
 
 
-def base_of(trainer: Trainer) -> Base:
-    return Base(absolute(trainer.model_name), trainer.seed, fingerprint(trainer.base.state_dict().items()))
+def base_of(trainer: TrainedModel) -> Base:
+    return Base(absolute(trainer.model_name), trainer.seed, trainer.base_fingerprint)
 
 
 def absolute(model_name: str) -> str:
@@ -127,7 +129,7 @@ def read_lora(path: Path) -> LoraConfig:
         raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} says {error}: {REMEDY}") from error
 
 
-def check_adapter(trainer: Trainer, path: Path) -> None:
+def check_adapter(trainer: TrainedModel, path: Path) -> None:
     """CheckpointError if the trainer would compute another function from the adapter."""
     assert trainer.lora and isinstance(trainer.model, PeftModel)
     config, saved = adapter_config(path), tensor_shapes(path / ADAPTER_FILE)
@@ -152,10 +154,10 @@ def check_adapter(trainer: Trainer, path: Path) -> None:
         raise CheckpointError(f"{path / ADAPTER_FILE} holds no tensor: {REMEDY}")
 
 
-def _check_same_base(trainer: Trainer, path: Path) -> None:
+def _check_same_base(trainer: TrainedModel, path: Path) -> None:
     saved, live = read_base(path), Base(absolute(trainer.model_name), trainer.seed)
     if saved.fingerprint:
-        same = saved.fingerprint == fingerprint(trainer.base.state_dict().items())
+        same = saved.fingerprint == trainer.base_fingerprint
     else:
         same = saved.name not in PRESETS or live.name not in PRESETS or saved.seed is None or saved == live
         if Path(saved.name).name != Path(live.name).name:
@@ -167,16 +169,20 @@ def _check_same_base(trainer: Trainer, path: Path) -> None:
         )
 
 
-def load_adapter(trainer: Trainer, path: Path) -> None:
+def load_adapter(trainer: TrainedModel, path: Path) -> None:
     """Loads the adapter's tensors. Layers without one begin at an update of zero and are printed."""
     assert isinstance(trainer.model, PeftModel)
     saved = load_file(path / ADAPTER_FILE)
     live = _tensors(trainer.model)
     missing = sorted(live.keys() - saved.keys())
-    zero = {name: torch.zeros_like(live[name]) if ".lora_B" in name else live[name] for name in missing}
     if missing:
         print(f"{path} has no adapter for {len(missing) // 2} of the layers ({missing[0]}, ...): they begin at zero")
-    set_peft_model_state_dict(trainer.model, saved | zero)
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            live[name].copy_(shard_like(tensor, live[name]))
+        for name in missing:
+            if ".lora_B" in name:
+                live[name].zero_()
 
 
 def is_plain(path: Path) -> bool:

@@ -6,7 +6,7 @@ sums over tokens, so gradients do not depend on this. Sharing needs models.atten
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ class Positions:
     targets_NK: torch.Tensor
     temperature_N: torch.Tensor | None = None  # None = 1
 
+    def none_of(self) -> "Positions":
+        temperature_N = None if self.temperature_N is None else self.temperature_N[:0]
+        return Positions(self.rows_N[:0], self.datum_N[:0], self.position_N[:0], self.targets_NK[:0], temperature_N)
+
 
 @dataclass
 class MicroBatch:
@@ -39,6 +43,9 @@ class MicroBatch:
     # with shared prefixes: position ids, and the attention mask
     positions_BT: torch.Tensor | None = None
     mask_B1TT: torch.Tensor | None = None
+
+    def without_positions(self) -> "MicroBatch":
+        return replace(self, loss=self.loss.none_of(), others=self.others.none_of())
 
 
 @dataclass
@@ -58,10 +65,15 @@ def micro_batches(
     device: torch.device,
     share: bool,
     bucket: int = 1,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> list[MicroBatch]:
     """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone),
     longest rows first, for an early memory peak. `share`: sequences with a common prefix may share
-    a row. Widths are padded to multiples of `bucket`."""
+    a row. Widths are padded to multiples of `bucket`.
+
+    Of several ranks each gets its part of the rows, which depends on the data alone, and all get
+    the same number of batches: the spare ones have no positions."""
     if not chosen:
         return []
     tokens = {d: data_D[d].model_input.to_ints() for d in chosen}
@@ -71,12 +83,32 @@ def micro_batches(
         rows = [
             _Row([d], [np.array(tokens_T)], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()
         ]
-    batches: list[list[_Row]] = [[]]
-    for row in sorted(rows, key=lambda row: -row.length):
-        if batches[-1] and batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
+    rows.sort(key=lambda row: -row.length)
+    packed_R = [_packed(rows, token_budget) for rows in _cut(rows, ranks)]
+    batches = [_collate(data_D, rows, carries, device, bucket) for rows in packed_R[rank]]
+    if spare := max(map(len, packed_R)) - len(batches):
+        batches += [_collate(data_D, rows[-1:], carries, device, bucket).without_positions()] * spare
+    return batches
+
+
+def _cut(rows: list[_Row], ranks: int) -> list[list[_Row]]:
+    """Rows of each rank: the longest first onto the rank with the fewest tokens."""
+    rows_R: list[list[_Row]] = [[] for _ in range(ranks)]
+    tokens_R = [0] * ranks
+    for row in rows:
+        lightest = tokens_R.index(min(tokens_R))
+        rows_R[lightest].append(row)
+        tokens_R[lightest] += row.length
+    return rows_R
+
+
+def _packed(rows: list[_Row], token_budget: int) -> list[list[_Row]]:
+    batches: list[list[_Row]] = []
+    for row in rows:
+        if not batches or batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
             batches.append([])
         batches[-1].append(row)
-    return [_collate(data_D, rows, carries, device, bucket) for rows in batches]
+    return batches
 
 
 def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> list[list[tuple[list[int], int]]]:

@@ -1,6 +1,7 @@
 """Checkpoints of a Trainer: a Hugging Face folder or a peft adapter, and the training state
 (checkpoint_files.py). Written whole or not at all (atomic_folder.py). Reading checks everything
-first: a checkpoint that does not fit changes nothing.
+first: a checkpoint that does not fit changes nothing. Several ranks gather what they hold and the
+first writes it; each reads its part, whatever number of ranks wrote it.
 """
 
 import copy
@@ -28,13 +29,14 @@ from posttrain.backend.checkpoint_files import (
 )
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.models import SCALAR_HEAD_FILE, model_config, read_model
-from posttrain.backend.optimizer_state import check_optimizer, load_optimizer, write_optimizer
-from posttrain.backend.trainer import Trainer
+from posttrain.backend.optimizer_state import check_optimizer, load_optimizer, optimizer_tensors
+from posttrain.backend.ranks import shard_like, whole_on_cpu
+from posttrain.backend.trained_model import TrainedModel
 
 transformers_logging.disable_progress_bar()  # "Writing model shards" at every checkpoint
 
 
-def checkpoint_bytes(trainer: Trainer) -> int:
+def checkpoint_bytes(trainer: TrainedModel) -> int:
     """Approximate size of save_state: fp32 weights (LoRA: the adapter's) and two moments per
     trained weight."""
     trained = sum(p.numel() for p in trainer.named_trainable.values())
@@ -42,25 +44,62 @@ def checkpoint_bytes(trainer: Trainer) -> int:
     return 4 * weights + 8 * trained
 
 
-def save_state(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
+def save_state(trainer: TrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
+    """A collective call of the ranks."""
+    weights, optimizer = (
+        _weights(trainer),
+        optimizer_tensors(trainer.trained.stepped, trainer.optimizer, trainer.writes),
+    )
+    if not trainer.writes:
+        return
     with atomic_folder(path) as folder:
         lora = asdict(trainer.lora) if trainer.lora else None
         write_state(
             folder, {"model_name": absolute(trainer.model_name), "seed": trainer.seed, "lora": lora, "extra": extra}
         )
-        save_policy(trainer, tokenizer, folder)
-        write_optimizer(trainer.trained.stepped, trainer.optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
+        _write_policy(trainer, weights, tokenizer, folder)
+        save_file(optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
 
 
-def save_policy(
-    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
+def save_policy(trainer: TrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype) -> None:
+    """A folder for transformers, peft and vLLM: all weights in `dtype`, or the LoRA adapter. A
+    collective call of the ranks."""
+    weights = _weights(trainer, None if trainer.lora else dtype)
+    if trainer.writes:
+        with atomic_folder(path) as folder:
+            _write_policy(trainer, weights, tokenizer, folder, dtype)
+
+
+def _weights(trainer: TrainedModel, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The whole tensors of the model's state_dict, or of its adapter's, and a scalar head; where
+    nothing is written, empty. On the CPU, where they were gathered."""
+    model = trainer.model if trainer.lora else trainer.base
+    tensors = trainer.trained.exact(model.state_dict(keep_vars=True))  # a tied head is the embedding itself
+    gathered: dict[int, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if trainer.lora and ".lora_" not in name:
+            continue
+        if id(tensor) not in gathered:
+            gathered[id(tensor)] = whole_on_cpu(tensor, trainer.writes).to(dtype or tensor.dtype)
+        weights[name] = gathered[id(tensor)]
+    if trainer.scalar_head is not None:
+        weights[SCALAR_HEAD_FILE] = whole_on_cpu(trainer.scalar_head, trainer.writes)
+    return weights
+
+
+def _write_policy(
+    trainer: TrainedModel,
+    weights: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """A folder for transformers, peft and vLLM: all weights (in `dtype`), or the LoRA adapter."""
+    if trainer.scalar_head is not None:
+        save_file({"weight": weights.pop(SCALAR_HEAD_FILE)}, folder / SCALAR_HEAD_FILE)
     if trainer.lora:
-        write_adapter(trainer, folder)
+        write_adapter(trainer, weights, folder)
     else:
-        exact = trainer.trained.exact(trainer.base.state_dict())
-        weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in exact.items()}
         trainer.base.save_pretrained(str(folder), state_dict=weights)
         if dtype is None and trainer.trained.masters:
             dtype = torch.float32
@@ -68,12 +107,10 @@ def save_policy(
             config = copy.deepcopy(trainer.hf_config)
             config.dtype = dtype
             config.save_pretrained(folder)
-    if trainer.scalar_head is not None:
-        save_file({"weight": trainer.scalar_head.detach()}, folder / SCALAR_HEAD_FILE)
     _save_tokenizer(trainer, tokenizer, folder)
 
 
-def _save_tokenizer(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save_tokenizer(trainer: TrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """`model_max_length` is the model's; load_tokenizer has set the run's context."""
     try:
         tokenizer.save_pretrained(folder)
@@ -86,7 +123,7 @@ def _save_tokenizer(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_state(trainer: Trainer, path: Path, with_optimizer: bool) -> None:
+def load_state(trainer: TrainedModel, path: Path, with_optimizer: bool) -> None:
     """Copies weights, and with `with_optimizer` the optimizer's state, into the trainer's tensors.
     CheckpointError, before any change, for another architecture, size, base or kind of fine-tuning.
     A scalar model may begin with a language model's trunk; its head is then zero."""
@@ -107,16 +144,15 @@ def load_state(trainer: Trainer, path: Path, with_optimizer: bool) -> None:
         load_adapter(trainer, path)
     else:
         _copy(trainer.trained.exact(trainer.base.state_dict()), _read_weights(trainer, path), path)
-    trainer.kept = None
     if head is not None and trainer.scalar_head is not None:
-        trainer.scalar_head.data.copy_(head)
+        trainer.scalar_head.data.copy_(shard_like(head, trainer.scalar_head.data))
     trainer.trained.weights_loaded(("scalar_head",) if head is not None else ())
     trainer.optimizer.state.clear()
     if with_optimizer:
         load_optimizer(trainer.trained.stepped, trainer.optimizer, optimizer_file)
 
 
-def _check_optimizer(trainer: Trainer, path: Path, file: Path) -> None:
+def _check_optimizer(trainer: TrainedModel, path: Path, file: Path) -> None:
     if not file.exists():
         raise CheckpointError(
             f"{path} has no {OPTIMIZER_FILE}: it holds weights only. Load it with load_checkpoint_path, not by resuming"
@@ -128,11 +164,11 @@ def _check_optimizer(trainer: Trainer, path: Path, file: Path) -> None:
     check_optimizer(trainer.trained.stepped, trainer.optimizer, file)
 
 
-def _read_scalar_head(trainer: Trainer, file: Path) -> torch.Tensor | None:
+def _read_scalar_head(trainer: TrainedModel, file: Path) -> torch.Tensor | None:
     if trainer.scalar_head is None:
         return None
     if not file.exists():
-        return torch.zeros_like(trainer.scalar_head)
+        return torch.zeros(trainer.scalar_head.shape)
     if (shape := tensor_shapes(file).get("weight")) != tuple(trainer.scalar_head.shape):
         raise CheckpointError(
             f"{file} holds a head of shape {shape}, this model's has {tuple(trainer.scalar_head.shape)}"
@@ -140,7 +176,7 @@ def _read_scalar_head(trainer: Trainer, file: Path) -> torch.Tensor | None:
     return load_file(file)["weight"]
 
 
-def _read_weights(trainer: Trainer, path: Path) -> dict[str, torch.Tensor]:
+def _read_weights(trainer: TrainedModel, path: Path) -> dict[str, torch.Tensor]:
     """A full checkpoint's weights: exactly the tensors of its config.json."""
     try:
         _check_same_model(trainer, model_config(str(path)), path)
@@ -149,7 +185,7 @@ def _read_weights(trainer: Trainer, path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{error}: {REMEDY}") from error
 
 
-def _check_same_model(trainer: Trainer, config: PretrainedConfig, path: Path) -> None:
+def _check_same_model(trainer: TrainedModel, config: PretrainedConfig, path: Path) -> None:
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"):
         live, saved = getattr(trainer.hf_config, key, None), getattr(config, key, None)
         if live != saved:
@@ -169,4 +205,4 @@ def _copy(live: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], path: P
                 f"{path}: {name} has shape {tuple(saved[name].shape)}, this model has {tuple(tensor.shape)}"
             )
     for name, tensor in live.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(shard_like(saved[name], tensor))

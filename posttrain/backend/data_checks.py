@@ -10,6 +10,7 @@ from torch.nn.utils import get_total_norm
 
 from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
 from posttrain.backend.losses import LOSSES, Loss, LossFn
+from posttrain.backend.ranks import local
 from posttrain.backend.types import Datum
 
 
@@ -95,7 +96,8 @@ def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarra
 
 
 def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """NonFiniteError if a weight of `named`, or its optimizer state, is NaN or infinite; one pass."""
+    """NonFiniteError if a weight of `named`, or its optimizer state, is NaN or infinite; one pass. Of
+    sharded tensors, this rank's part."""
     tensors = dict(named)
     for name, parameter in named.items():
         tensors |= {
@@ -103,7 +105,8 @@ def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optim
             for key, state in optimizer.state.get(parameter, {}).items()
             if state.ndim and state.is_floating_point()
         }
-    largest = get_total_norm([tensor.detach() for tensor in tensors.values()], torch.inf)
+    tensors = {name: part for name, tensor in tensors.items() if (part := local(tensor.detach())).numel()}
+    largest = get_total_norm(list(tensors.values()), torch.inf)
     if not torch.isfinite(largest):
         bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         raise NonFiniteError(

@@ -32,6 +32,18 @@ class LossTerm:
     kept_D: Sequence[KeptRow | None] | None = None
 
 
+@dataclass(frozen=True)
+class TermResults:
+    """Of one rank's micro-batches: logprobs and losses, with their places among the term's tokens,
+    and sums of the diagnostics."""
+
+    places: list[np.ndarray]
+    logprobs: list[torch.Tensor]
+    loss_places: list[np.ndarray]
+    losses: list[torch.Tensor]
+    sums: dict[str, float]
+
+
 class RunningTerm:
     """A term while the micro-batches run. Its data are numbered from `first`."""
 
@@ -42,7 +54,8 @@ class RunningTerm:
         self._inputs = {key: np.concatenate([datum.loss_fn_inputs[key].array for datum in term.data_D]) for key in keys}
         several = term.data_D[0].loss_fn_inputs["target_tokens"].array.ndim == 2
         self._several_targets = several and (term.loss_fn != "cross_entropy" or self._inputs["weights"].ndim == 2)
-        self._places, self._logprobs, self._losses, self._sums = [], [], [], {}
+        self._places, self._logprobs, self._losses = [], [], []
+        self._sums: dict[str, Any] = {}
         self._loss_places: list[np.ndarray] = []
 
     def __call__(self, batch: MicroBatch, p_NK: torch.Tensor) -> torch.Tensor | None:
@@ -82,6 +95,21 @@ class RunningTerm:
         self._places.append(place_N)
         self._logprobs.append(p.detach())
         return p
+
+    def results(self) -> "TermResults":
+        """What the passes left so far, on the CPU."""
+        logprobs, losses = ([tensor.cpu() for tensor in tensors] for tensors in (self._logprobs, self._losses))
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return TermResults(self._places, logprobs, self._loss_places, losses, sums)
+
+    def replace_results(self, parts: Sequence["TermResults"]) -> None:
+        """By those of all ranks, this one's among them."""
+        self._places = [place_N for part in parts for place_N in part.places]
+        self._logprobs = [p for part in parts for p in part.logprobs]
+        self._loss_places = [place_N for part in parts for place_N in part.loss_places]
+        self._losses = [loss_N for part in parts for loss_N in part.losses]
+        names = dict.fromkeys(name for part in parts for name in part.sums)
+        self._sums = {name: sum(part.sums.get(name, 0.0) for part in parts) for name in names}
 
     def not_finite(self) -> list[int]:
         """Indices of the data whose loss is not finite."""

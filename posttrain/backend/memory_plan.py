@@ -84,6 +84,7 @@ class PlannedRun:
     max_length: int
     samples: bool = False
     reference: bool = False
+    shards: int = 1  # processes that divide the weights and the optimizer's state among them
 
     @cached_property
     def size(self) -> ModelSize:
@@ -117,7 +118,7 @@ class PlannedRun:
             parts["moments, 8 bits" if lean else "moments, fp32"] = (2 if lean else 8) * size.trainable
         if self.reference:
             parts[f"reference, {_name(weights)}"] = weights.itemsize * size.parameters
-        parts = {name: count for name, count in parts.items() if count}
+        parts = {name: count if name == "process" else count // self.shards for name, count in parts.items() if count}
         if self.samples:
             parts[f"sampler weights, {_name(compute)}"] = compute.itemsize * size.parameters
         if vllm and device == "cpu":
@@ -167,6 +168,9 @@ class PlannedRun:
     def changed(self, **settings: Any) -> "PlannedRun":
         """With other settings of the backend."""
         return replace(self, backend=chz.replace(self.backend, **settings))
+
+    def sharded(self, processes: int) -> "PlannedRun":
+        return replace(self, shards=processes)
 
     def smallest(self) -> "PlannedRun":
         return self.changed(

@@ -13,6 +13,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn import functional as F
 
+from posttrain.backend.ranks import whole
+
 
 @dataclass(frozen=True)
 class LayerUpdate:
@@ -25,7 +27,7 @@ class LayerUpdate:
 
     @classmethod
     def of(cls, layer: Any) -> "LayerUpdate":
-        a, b = (getattr(layer, name)["default"].weight.detach() for name in ("lora_A", "lora_B"))
+        a, b = (whole(getattr(layer, name)["default"].weight) for name in ("lora_A", "lora_B"))
         return cls(a, b, layer.scaling["default"], layer.fan_in_fan_out)
 
     def copied(self) -> "LayerUpdate":
@@ -56,6 +58,7 @@ def merged_weights(
     """Tensors as in a checkpoint of the base, with the updates of its layers, one at a time."""
     for name, tensor in base.items():
         update = updates.get(name.removesuffix(".weight"))
+        tensor = whole(tensor)
         yield name, (tensor if update is None else tensor + update.delta()).to(dtype)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from posttrain.backend.checkpoint_files import tensor_shapes
 from posttrain.backend.errors import CheckpointError
 from posttrain.backend.lean_adamw import MOMENTS, LeanAdamW, Slots
+from posttrain.backend.ranks import shard_like, whole_on_cpu
 
 
 def slots(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Slots:
@@ -24,14 +25,21 @@ def slots(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Slots:
     return {"step": ((), torch.float32), **moments}
 
 
-def write_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Before the first step the file has no tensors."""
-    tensors = {
-        f"{slot}:{name}": value.contiguous()
+def optimizer_tensors(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: bool
+) -> dict[str, torch.Tensor]:
+    """The whole tensors of the file; none before the first step, or without `keep`. A collective
+    call of the ranks."""
+    return {
+        f"{slot}:{name}": whole_on_cpu(value, keep).contiguous()
         for name, parameter in parameters.items()
         for slot, value in optimizer.state.get(parameter, {}).items()
     }
-    save_file(tensors, file)
+
+
+def write_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Of one process."""
+    save_file(optimizer_tensors(parameters, optimizer, keep=True), file)
 
 
 def check_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
@@ -73,7 +81,8 @@ def load_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.opti
             parameter = parameters[name]
             on_cpu = slot == "step" and (not parameter.is_cuda or isinstance(optimizer, LeanAdamW))
             dtype = slots(parameter, optimizer)[slot][1]
-            optimizer.state[parameter][slot] = tensors.get_tensor(key).to("cpu" if on_cpu else parameter.device, dtype)
+            tensor = tensors.get_tensor(key).to("cpu" if on_cpu else parameter.device, dtype)
+            optimizer.state[parameter][slot] = shard_like(tensor, parameter)
 
 
 def _some(names: set[str]) -> str:

@@ -1,11 +1,14 @@
 """ServiceClient: opens models on this machine and hands out the training and sampling clients."""
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from posttrain.backend.adapters import read_base, read_lora
 from posttrain.backend.checkpoint_files import REMEDY, STATE_FILE, check_readable, is_adapter, read_state, state_file
+from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.engines import Engines
 from posttrain.backend.errors import CheckpointError, ConfigError, ModelError
@@ -18,6 +21,7 @@ from posttrain.backend.scalar_trainer import ScalarTrainer
 from posttrain.backend.sdk_keywords import ignore, say_once
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.trainer import Trainer
+from posttrain.backend.trainer_group import TrainerGroup, TrainerRanks
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import GetServerCapabilitiesResponse, LoraConfig, SupportedModel
 from posttrain.backend.vllm_engine import vllm_is_installed
@@ -47,18 +51,21 @@ class ServiceClient:
         self._checkpoint_dir = Path(checkpoint_dir).expanduser()
         self._engines = Engines(self.config)
         self._training_clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
+        self._cluster: Cluster | None = None
+        self._ranks: TrainerRanks | None = None
+        self._opening = threading.Lock()  # of the two
 
     # --- training clients ------------------------------------------------------------------------
 
     def create_training_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
         """Trains all weights, or a LoRA adapter. `seed` is a preset's weights' and the adapter's."""
-        return self._open_training_client(Trainer(base_model, self.config, seed, lora, self._engines.bases))
+        return self._open_training_client(self._open_trainer("language", base_model, lora, seed))
 
     def create_scalar_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
         """A model with a scalar per token instead of logprobs (scalar_trainer.py): reward models,
         process reward models, critics. Its head is zero; `load_state` of a language model's
         checkpoint loads the trunk."""
-        return self._open_training_client(ScalarTrainer(base_model, self.config, seed, lora, self._engines.bases))
+        return self._open_training_client(self._open_trainer("scalar", base_model, lora, seed))
 
     def create_scalar_client_from_state(self, path: str) -> TrainingClient:
         """The scalar model saved at `path`, with a fresh optimizer. CheckpointError if it has no
@@ -69,7 +76,20 @@ class ServiceClient:
             raise CheckpointError(f"{path} has no {SCALAR_HEAD_FILE}: it is not the checkpoint of a scalar model")
         return self._from_state(folder, with_optimizer=False, create=self.create_scalar_client)
 
-    def _open_training_client(self, trainer: Trainer) -> TrainingClient:
+    def _open_trainer(
+        self, kind: Literal["language", "scalar"], base_model: str, lora: LoraConfig | None, seed: int
+    ) -> Trainer | TrainerGroup:
+        """In this process, or in the training processes, which all training clients share."""
+        if self.config.trainer_processes == 1:
+            trainer = ScalarTrainer if kind == "scalar" else Trainer
+            return trainer(base_model, self.config, seed, lora, self._engines.bases)
+        with self._opening:
+            if self._ranks is None:
+                self._cluster = self._cluster or Cluster(self.config, self._checkpoint_dir)
+                self._ranks = TrainerRanks(self.config, self._cluster)
+        return self._ranks.open(kind, base_model, seed, lora)
+
+    def _open_training_client(self, trainer: Trainer | TrainerGroup) -> TrainingClient:
         tokenizer = load_tokenizer(trainer.model_name, self.config.max_length)
         client = TrainingClient(trainer, tokenizer, self._engines, self._checkpoint_dir)
         self._training_clients.add(client)
@@ -172,10 +192,14 @@ class ServiceClient:
         return GetServerCapabilitiesResponse(models, str(training_device()), vllm_is_installed())
 
     def close(self, status: str = "success", detail: str | None = None) -> None:
-        """Stops training threads, then engines. Idempotent; `status` and `detail` are unused."""
+        """Stops training threads, then engines, then other processes. Idempotent; `status` and `detail` are unused."""
         for client in list(self._training_clients):
             client.close()
         self._engines.close()
+        if self._ranks is not None:
+            self._ranks.kill()
+        if self._cluster is not None:
+            self._cluster.close()
 
     def __enter__(self) -> "ServiceClient":
         return self

@@ -63,6 +63,8 @@ class TrainedWeights:
 
     def exact(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A model's tensors, with masters in place of the weights they are of."""
+        if not self.masters:
+            return dict(state_dict)
         masters = {self.named[name].data_ptr(): master.detach() for name, master in self.masters.items()}
         return {name: masters.get(tensor.data_ptr(), tensor) for name, tensor in state_dict.items()}
 

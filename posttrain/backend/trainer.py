@@ -4,22 +4,25 @@ RL compares logprobs of one distribution.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.backend import out_of_memory
+from posttrain.backend import checkpoints, out_of_memory
+from posttrain.backend.adapters import fingerprint
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
-from posttrain.backend.data_checks import check_data, check_sequences, resolve_loss
+from posttrain.backend.custom_loss import CustomLoss, check_loss
+from posttrain.backend.data_checks import check_data, check_finite, check_sequences, resolve_loss
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ConfigError, DataError, ModelError, NonFiniteError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
@@ -50,8 +53,6 @@ from posttrain.backend.types import (
 from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Weights
 
-CustomLoss = Callable[[list[Datum], list[torch.Tensor]], tuple[torch.Tensor, dict[str, float]]]
-
 # Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
 MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 WIDTH_BUCKET = 256  # widths of rows that compiled layers meet are multiples of it
@@ -63,6 +64,7 @@ class Trainer:
     # (1, H) in a ScalarTrainer, in place of the vocabulary's head
     scalar_head: nn.Parameter | None = None
     _base_owner: SharedBase | None = None  # of the tensors shared with other adapters
+    writes = True  # checkpoints; of several ranks, the first
 
     def __init__(
         self,
@@ -79,13 +81,14 @@ class Trainer:
         self.max_length = context_length(model_name, config.max_length)
         if lora:
             self._check_adapter(lora)
-        check_fits(planned(model_name, config, lora), model_name)
+        self._check_fits()
         self.param_dtype = param_dtype(self.device, config)
         masters = lora is None and config.master_weights  # copies of the weights as they are on the disk
         if lora and bases is not None:
             hf_model, self._base_owner = bases.view(model_name, seed, self.device, self.param_dtype)
         else:
-            hf_model = load_model(model_name, seed, self.device, torch.float32 if masters else self.param_dtype)
+            dtype = torch.float32 if masters else self.param_dtype
+            hf_model = load_model(model_name, seed, self._load_device, dtype)
         self.hf_config = hf_model.config
         self.vocabulary = embedding_rows(hf_model)
         self.model: PreTrainedModel | PeftModel = add_lora(hf_model, model_name, lora, seed) if lora else hf_model
@@ -115,6 +118,13 @@ class Trainer:
         self.compiles = config.compile
         if self.compiles:
             self._compile_layers()
+
+    @property
+    def _load_device(self) -> torch.device:
+        return self.device
+
+    def _check_fits(self) -> None:
+        check_fits(planned(self.model_name, self.config, self.lora), self.model_name)
 
     def _check_adapter(self, lora: LoraConfig) -> None:
         """Refuses, before any weight is made, an adapter that the model cannot have."""
@@ -187,11 +197,10 @@ class Trainer:
         with self._turn(terms), out_of_memory.explained(data_D, self.config):
             for batch, p_NK, others_NK, differentiate in self._forward(data_D, needed_D, backward, keep, kept_D):
                 with torch.set_grad_enabled(differentiate):
-                    losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
-                    if differentiate and losses:
-                        torch.stack(losses).sum().backward()
+                    self._lose(running, batch, p_NK, differentiate)
                 for term in running:
                     term.keep_others(batch, others_NK)
+            self._join(running)
         if bad := [d for term in running for d in term.not_finite()]:
             self.zero_grad()
             raise NonFiniteError(f"the loss of data {bad[:10]} is not finite; no gradient was kept", bad)
@@ -200,6 +209,15 @@ class Trainer:
             rows = [[(self.kept.number, term.first + d) for d in range(len(term.term.data_D))] for term in running]
             return [replace(output, kept_D=kept_D) for output, kept_D in zip(outputs, rows, strict=True)]
         return outputs
+
+    def _lose(self, running: Sequence[RunningTerm], batch: MicroBatch, p_NK: torch.Tensor, differentiate: bool) -> None:
+        """The losses of a micro-batch, and their gradients."""
+        losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
+        if differentiate and losses:
+            torch.stack(losses).sum().backward()
+
+    def _join(self, running: Sequence[RunningTerm]) -> None:
+        """Adds what other ranks computed."""
 
     def _turn(self, terms: Sequence[LossTerm]) -> AbstractContextManager[object]:
         """Of this adapter among those on its base. A loss of the user's may wait for another
@@ -257,13 +275,7 @@ class Trainer:
                 data_D, [positions for batch in batches for positions in (batch.loss, batch.others)], parts
             )
             loss, metrics = fn(list(data_D), logprobs_D)
-            if not torch.isfinite(loss):
-                self.zero_grad()
-                raise NonFiniteError("the custom loss is not finite; no gradient was kept")
-            if not loss.requires_grad:
-                raise DataError(
-                    f"the custom loss returned {loss.item()}, which does not depend on the logprobs: was it detached?"
-                )
+            check_loss(loss)
             loss.backward()
             if len(batches) > 1:
                 for batch, *cut in zip(batches, parts[::2], parts[1::2], strict=True):
@@ -290,9 +302,11 @@ class Trainer:
 
     def _compile_layers(self) -> None:
         """One graph for all layers of a kind, for each width and number of rows at first, then for all."""
-        layers = getattr(self.base.get_decoder(), "layers", None) or getattr(self.base.get_decoder(), "h", [])
-        for layer in layers:
+        for layer in self._layers():
             layer.compile()
+
+    def _layers(self) -> Iterable[nn.Module]:
+        return getattr(self.base.get_decoder(), "layers", None) or getattr(self.base.get_decoder(), "h", [])
 
     def _compiled(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """`run`, and again without compilation, from then on, if that fails."""
@@ -410,13 +424,12 @@ class Trainer:
         without a change, if the gradient is not finite."""
         self.trained.hand_over_gradients()
         stepped = self.trained.stepped.values()
-        grads = [p.grad for p in stepped if p.grad is not None]
-        grad_norm = nn.utils.get_total_norm(grads)
+        grad_norm = self._grad_norm([p.grad for p in stepped if p.grad is not None])
         if not torch.isfinite(grad_norm):
             self.zero_grad()
             raise NonFiniteError("the gradient is not finite; the step was not applied")
         if adam.grad_clip_norm > 0:
-            nn.utils.clip_grads_with_norm_(stepped, adam.grad_clip_norm, grad_norm)
+            self._clip(stepped, adam.grad_clip_norm, grad_norm)
         for group in self.optimizer.param_groups:
             group.update(
                 lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
@@ -429,8 +442,38 @@ class Trainer:
         self.zero_grad()
         return OptimStepResponse({"grad_norm": float(grad_norm)})
 
+    def _grad_norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
+        return nn.utils.get_total_norm(grads)
+
+    def _clip(self, stepped: Iterable[nn.Parameter], limit: float, grad_norm: torch.Tensor) -> None:
+        nn.utils.clip_grads_with_norm_(stepped, limit, grad_norm)
+
     def zero_grad(self) -> None:
         self.trained.zero_grad()
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def check_finite(self) -> None:
+        """NonFiniteError if a weight, or its optimizer state, is NaN or infinite."""
+        check_finite(self.trained.stepped, self.optimizer)
+
+    def save_state(self, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
+        checkpoints.save_state(self, tokenizer, path, extra)
+
+    def save_policy(self, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+        """In the sampler's dtype, without optimizer."""
+        checkpoints.save_policy(self, tokenizer, path, self.compute_dtype)
+
+    def load_state(self, path: Path, with_optimizer: bool) -> None:
+        self.kept = None
+        checkpoints.load_state(self, path, with_optimizer)
+
+    def checkpoint_bytes(self) -> int:
+        return checkpoints.checkpoint_bytes(self)
+
+    @property
+    def base_fingerprint(self) -> str:
+        return fingerprint(self.base.state_dict().items())
 
     # --- weights out -----------------------------------------------------------------------------
 

@@ -11,9 +11,6 @@ from typing import Any, Literal, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.backend import checkpoints
-from posttrain.backend.atomic_folder import atomic_folder
-from posttrain.backend.data_checks import check_finite
 from posttrain.backend.engine import EngineThread
 from posttrain.backend.engines import Engines
 from posttrain.backend.errors import ConfigError, CookbookError, ModelError, PassCancelledError
@@ -24,6 +21,7 @@ from posttrain.backend.models import checkpoint_folder
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.sdk_keywords import ignore
 from posttrain.backend.trainer import CustomLoss, Trainer
+from posttrain.backend.trainer_group import TrainerGroup
 from posttrain.backend.types import (
     AdamParams,
     Datum,
@@ -40,7 +38,13 @@ SAMPLER_FOLDER = Path("sampler_weights")
 
 
 class TrainingClient(Ready):
-    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, engines: Engines, checkpoint_dir: Path):
+    def __init__(
+        self,
+        trainer: Trainer | TrainerGroup,
+        tokenizer: PreTrainedTokenizerBase,
+        engines: Engines,
+        checkpoint_dir: Path,
+    ):
         self._trainer, self._tokenizer = trainer, tokenizer
         self._engines, self._checkpoint_dir = engines, checkpoint_dir
         self._thread = InOrder("training")
@@ -261,21 +265,20 @@ class TrainingClient(Ready):
         return self._engines.open_saved(model_path)
 
     def _save_state(self, path: Path, extra: dict[str, Any]) -> SaveWeightsResponse:
-        check_finite(self._trainer.trained.stepped, self._trainer.optimizer)
-        checkpoints.save_state(self._trainer, self._tokenizer, path, extra)
+        self._trainer.check_finite()
+        self._trainer.save_state(self._tokenizer, path, extra)
         return SaveWeightsResponse(str(path))
 
     def _load_state(self, path: str, with_optimizer: bool) -> LoadWeightsResponse:
         with self._changing_weights():
-            checkpoints.load_state(self._trainer, checkpoint_folder(path), with_optimizer)
+            self._trainer.load_state(checkpoint_folder(path), with_optimizer)
             self._drop_gradient()  # of the previous weights
         return LoadWeightsResponse(path)
 
     def _save_for_sampler(self, path: Path) -> SaveWeightsResponse:
         self._check_can_sample()
-        check_finite(self._trainer.trained.stepped, self._trainer.optimizer)
-        with atomic_folder(path) as folder:
-            checkpoints.save_policy(self._trainer, self._tokenizer, folder, self._trainer.compute_dtype)
+        self._trainer.check_finite()
+        self._trainer.save_policy(self._tokenizer, path)
         self._exported[str(path)] = self._weights_version
         return SaveWeightsResponse(str(path))
 
@@ -293,7 +296,7 @@ class TrainingClient(Ready):
             self._engine = self._engines.open(trainer.hf_config, self._tokenizer, trainer.max_length)
             self._let_go = self._engine.hold(self)
         if policy.newest is None or policy.newest.number != self._weights_version:
-            check_finite(trainer.trained.stepped, trainer.optimizer)
+            trainer.check_finite()
             version = WeightVersion(self._weights_version, source.sampler_weights)
             if self._engines.shares:
                 version.keep(source, self._engines.memory)  # other policies may take the engine at any time
@@ -320,7 +323,7 @@ class TrainingClient(Ready):
 
     def checkpoint_bytes(self) -> int:
         """Approximate size of a save_state."""
-        return checkpoints.checkpoint_bytes(self._trainer)
+        return self._trainer.checkpoint_bytes()
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer

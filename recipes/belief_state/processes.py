@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from posttrain.backend.ranks import Processes
 from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder, open_run_folder
-from recipes.libraries.belief_state.distributed import Processes
 
 
 class FollowedFolder(RunFolder):

@@ -24,6 +24,7 @@ import chz
 from posttrain.backend.errors import NonFiniteError
 from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.ranges import COUNT, DECAY, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
+from posttrain.backend.ranks import ALONE, Processes, joined_processes
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import timed
 from posttrain.tracking.run import Run, finish
@@ -32,7 +33,7 @@ from posttrain.tracking.run_folder import RunFolder
 from recipes.belief_state.processes import open_shared_folder
 from recipes.belief_state.source import TokenSource, TokenSourceBuilder
 from recipes.belief_state.star_graph import StarGraphBuilder
-from recipes.libraries.belief_state.distributed import ALONE, ParallelTrainer, Processes, joined_processes
+from recipes.libraries.belief_state.distributed import ParallelTrainer
 from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig, NextToken
 from recipes.libraries.belief_state.pairs import PairObjective
 from recipes.libraries.belief_state.trainer import BeliefStateClient, BeliefStateTrainer, Metrics, PassConfig

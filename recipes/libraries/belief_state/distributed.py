@@ -6,85 +6,23 @@ processes, and each takes its share of a batch's rows.
 Left out: sharded checkpoints (the first process writes one file).
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule
 
+from posttrain.backend import ranks
 from posttrain.backend.config import training_device
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranks import Processes
 from posttrain.backend.types import AdamParams, OptimStepResponse
 from recipes.libraries.belief_state.files import Model, load_state, save_state
 from recipes.libraries.belief_state.losses import Sums
 from recipes.libraries.belief_state.model import BeliefState
 from recipes.libraries.belief_state.pairs import PairObjective
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer, PassConfig, TokenBatch
-
-TIMEOUT = timedelta(minutes=30)  # processes wait for the first process's evaluations and checkpoints
-
-
-@dataclass(frozen=True)
-class Processes:
-    rank: int = 0
-    count: int = 1
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes the run folder."""
-        return self.rank == 0
-
-    def share(self, rows: int) -> range:
-        """The rows of this process."""
-        return range(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
-
-    def any(self, flag: object) -> bool:
-        """Whether `flag` is true in any process. A collective call: a signal that reaches the
-        processes in different steps stops them in the same step.
-        """
-        if self.count == 1:
-            return bool(flag)
-        num_true = torch.tensor(float(bool(flag)), device=training_device())
-        dist.all_reduce(num_true)
-        return bool(num_true)
-
-    def wait(self) -> None:
-        if self.count > 1:
-            dist.barrier()
-
-
-ALONE = Processes()
-
-
-@contextmanager
-def joined_processes() -> Iterator[Processes]:
-    """The process group of torchrun's variables; without them, one process. Only the first
-    prints.
-    """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield ALONE
-        return
-    device = training_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    processes = Processes(dist.get_rank(), count)
-    try:
-        with open(os.devnull, "w") as devnull, nullcontext() if processes.is_first else redirect_stdout(devnull):
-            yield processes
-    finally:
-        dist.destroy_process_group()
 
 
 class ParallelTrainer(BeliefStateTrainer):
@@ -197,7 +135,7 @@ class ParallelTrainer(BeliefStateTrainer):
             if self.processes.is_first:
                 super().save_state(path, extra)
         else:
-            _reshard(self.model)
+            ranks.reshard(self.model)
             model, optimizer = self._whole()
             if self.processes.is_first:
                 save_state(model, optimizer, path, extra)
@@ -207,14 +145,14 @@ class ParallelTrainer(BeliefStateTrainer):
         if not self.is_sharded:
             super().load_state(path, with_optimizer)
             return
-        _reshard(self.model)
+        ranks.reshard(self.model)
         model = self._empty_model()
         optimizer = torch.optim.AdamW(model.parameters())
         load_state(model, optimizer, path, with_optimizer)
         self.optimizer.state.clear()
         for sharded, whole in zip(self.model.parameters(), model.parameters(), strict=True):
-            sharded.data.copy_(_shard_like(whole, sharded))
-            state = {name: _shard_like(value, sharded) for name, value in optimizer.state[whole].items()}
+            sharded.data.copy_(ranks.shard_like(whole, sharded))
+            state = {name: ranks.shard_like(value, sharded) for name, value in optimizer.state[whole].items()}
             self.optimizer.state[sharded].update(state)
 
     def _whole(self) -> tuple[Model, torch.optim.Optimizer]:
@@ -224,8 +162,8 @@ class ParallelTrainer(BeliefStateTrainer):
         model = self._empty_model()
         optimizer = torch.optim.AdamW(model.parameters())
         for sharded, whole in zip(self.model.parameters(), model.parameters(), strict=True):
-            weights = _whole(sharded)
-            state = {name: _whole(value) for name, value in self.optimizer.state[sharded].items()}
+            weights = ranks.whole(sharded).cpu()
+            state = {name: ranks.whole(value).cpu() for name, value in self.optimizer.state[sharded].items()}
             if self.processes.is_first:
                 whole.data.copy_(weights)
                 optimizer.state[whole].update(state)
@@ -243,34 +181,8 @@ def _parts(model: Model) -> list[Any]:
 
 
 def _shard(model: Model) -> None:
-    mesh = dist.device_mesh.init_device_mesh(training_device().type, (dist.get_world_size(),))
+    mesh = ranks.mesh()
     for part in model.children():
         for block in getattr(part, "blocks", ()):
-            _fully_shard(block, mesh)
-        _fully_shard(part, mesh)
-
-
-def _fully_shard(module: nn.Module, mesh: Any) -> None:
-    sharded: Any = fully_shard(module, mesh=mesh)
-    # sum, not mean: losses are already divided by the rows of the whole batch
-    sharded.set_gradient_divide_factor(1.0)
-    sharded.set_force_sum_reduction_for_comms(True)
-
-
-def _reshard(model: Model) -> None:
-    """After a forward pass some modules hold gathered weights, not the optimizer's parameters."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
-
-
-def _shard_like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """`whole` sharded as `parameter` is; a scalar (the optimizer's step count) is not sharded."""
-    assert isinstance(parameter, DTensor)
-    if not whole.ndim:
-        return whole
-    return distribute_tensor(whole.detach().to(parameter.device), parameter.device_mesh, parameter.placements)
+            ranks.sharded(block, mesh)
+        ranks.sharded(part, mesh)

@@ -1,0 +1,175 @@
+"""Processes that train together (ranks): their group, what they agree on, and tensors sharded over
+them by FSDP2 along their first dimension. Without a group, one process, and nothing here changes a
+tensor.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from posttrain.backend.config import training_device
+
+M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # processes wait for the first process's evaluations and checkpoints
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def share(self, rows: int) -> range:
+        """The rows of this process."""
+        return range(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
+
+    def any(self, flag: object) -> bool:
+        """Whether `flag` is true in any process. A collective call: a signal that reaches the
+        processes in different steps stops them in the same step.
+        """
+        if self.count == 1:
+            return bool(flag)
+        num_true = torch.tensor(float(bool(flag)), device=training_device())
+        dist.all_reduce(num_true)
+        return bool(num_true)
+
+    def wait(self) -> None:
+        if self.count > 1:
+            dist.barrier()
+
+    def gathered(self, item: T) -> list[T]:
+        """`item` of every process, by rank. A collective call."""
+        if self.count == 1:
+            return [item]
+        items: list[Any] = [None] * self.count
+        dist.all_gather_object(items, item)
+        return items
+
+    @contextmanager
+    def same_outcome(self) -> Iterator[None]:
+        """The block's error in any process is raised in all of them, the lowest rank's first. The
+        block makes no collective call after it may have failed. A collective call."""
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        self.raise_first(failed)
+
+    def raise_first(self, failed: Exception | None) -> None:
+        """Raises what failed in the lowest rank that failed. A collective call."""
+        for error in self.gathered(failed):
+            if error is not None:
+                raise failed or error
+
+
+ALONE = Processes()
+
+
+def join(rank: int, count: int, store: Any = None) -> Processes:
+    """The default group: NCCL for tensors on GPUs, gloo for those on the CPU and for objects.
+    `store`: a torch.distributed.Store in which they meet; None = that of torchrun's variables."""
+    device = training_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, rank=rank, world_size=count, store=store)
+    return Processes(rank, count)
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """The process group of torchrun's variables; without them, one process. Only the first
+    prints.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield ALONE
+        return
+    processes = join(int(os.environ["RANK"]), count)
+    try:
+        with open(os.devnull, "w") as devnull, nullcontext() if processes.is_first else redirect_stdout(devnull):
+            yield processes
+    finally:
+        dist.destroy_process_group()
+
+
+# --- sharded modules and tensors -----------------------------------------------------------------
+
+
+def mesh() -> Any:
+    """Of all processes."""
+    return dist.device_mesh.init_device_mesh(training_device().type, (dist.get_world_size(),))
+
+
+def sharded(module: M, mesh: Any, compute: torch.dtype = torch.float32, keep_gathered: bool = False) -> M:
+    """The module as an FSDP unit whose gradients are summed over the ranks: losses are sums, or
+    already divided by the rows of the whole batch. bf16 passes read bf16 copies; gradients are
+    added up in fp32. `keep_gathered`: from the forward to the backward pass."""
+    policy = MixedPrecisionPolicy()
+    if compute != torch.float32:
+        policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    unit: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
+    unit.set_gradient_divide_factor(1.0)
+    unit.set_force_sum_reduction_for_comms(True)
+    return unit
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward pass some modules hold gathered weights, not the optimizer's parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its gradient, gathered where it is sharded: then a collective call."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_on_cpu(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    """As `whole`; a gathered tensor goes to the CPU, or is dropped without `keep`."""
+    gathered = whole(tensor)
+    if not isinstance(tensor, DTensor):
+        return gathered
+    return gathered.cpu() if keep else gathered.new_empty(0)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part; a tensor that is not sharded itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`whole`, which every rank has, sharded as `like` is; a scalar (the optimizer's step count) is
+    not sharded."""
+    if not isinstance(like, DTensor) or not whole.ndim:
+        return whole
+    device = like.to_local().device
+    return distribute_tensor(whole.detach().to(device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def local_rows(count: int, processes: Processes) -> slice:
+    """The rows of a tensor of `count` rows that FSDP gives to this rank."""
+    size = -(-count // processes.count)
+    return slice(min(size * processes.rank, count), min(size * (processes.rank + 1), count))
+
+
+def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of this rank's parts."""
+    return nn.utils.get_total_norm([local(tensor) for tensor in tensors]).square()

@@ -1,0 +1,229 @@
+"""Training processes as the driver sees them: TrainerRanks starts and watches them and sends every call
+to all, TrainerGroup is one of their trainers, with what TrainingClient uses of Trainer.
+"""
+
+import itertools
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from posttrain.backend.adapters import absolute
+from posttrain.backend.cluster import Cluster, ProcessLost, answer, future_of
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
+from posttrain.backend.errors import ConfigError, SnapshotMemoryError, TrainerLostError
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.losses import LossFn
+from posttrain.backend.trainer_rank import TrainerRank
+from posttrain.backend.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoraConfig,
+    OptimStepResponse,
+)
+from posttrain.backend.weight_files import FileWeights
+from posttrain.backend.weight_versions import WeightCopy
+
+# Seconds in which all ranks follow one that raised. Longer, and they wait for it in a collective call.
+FOLLOW_SECONDS = 30.0
+
+
+class TrainerRanks:
+    """The training processes of a ServiceClient, shared by all its training clients. Once one is
+    lost, all are killed, and every call raises TrainerLostError."""
+
+    def __init__(self, config: BackendConfig, cluster: Cluster):
+        self.cluster = cluster
+        self._numbers = itertools.count()
+        self._dropped: list[int] = []  # trainers that nobody holds
+        self._lost: TrainerLostError | None = None
+        # Calls reach all ranks in the same order. Not reentrant: what the garbage collector calls
+        # may not come between.
+        self._lock = threading.Lock()
+        self._submitting: int | None = None  # the thread that holds the lock
+        count = config.trainer_processes
+        self._handles = [
+            cluster.start(TrainerRank, rank, count, config, bundle=rank, concurrency=1) for rank in range(count)
+        ]
+        try:
+            seconds, several_nodes = config.call_seconds, config.cluster is not None
+            store = answer(self._handles[0].serve_store.remote(several_nodes), "the first training process", seconds)
+            joining = [handle.join.remote(*store) for handle in self._handles]
+            for rank, reference in enumerate(joining):
+                answer(reference, f"training process {rank}", seconds)
+        except ProcessLost as error:
+            self.kill()
+            raise TrainerLostError(f"a training process did not start: {error}") from error
+        except BaseException:
+            self.kill()
+            raise
+
+    def open(self, kind: str, model_name: str, seed: int, lora: LoraConfig | None) -> "TrainerGroup":
+        number = next(self._numbers)
+        return TrainerGroup(self, number, kind, absolute(model_name), seed, lora)
+
+    def call(self, number: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """The result of a trainer's method."""
+        try:
+            arguments = self.cluster.put((args, kwargs))
+        except TypeError as error:
+            raise ConfigError(f"the loss cannot be sent to the training processes: {error}") from error
+        return pickle.loads(self.every("call", number, method, arguments))
+
+    def every(self, method: str, *args: Any) -> Any:
+        """The first rank's answer, once all have answered."""
+        if self._submitting == threading.get_ident():
+            raise TrainerLostError("the garbage collector cannot wait for training processes")
+        with self._lock:
+            self._submitting = threading.get_ident()
+            try:
+                if self._lost is not None:
+                    raise self._lost
+                while self._dropped:
+                    self._submit("drop", self._dropped.pop())
+                futures = self._submit(method, *args)
+            finally:
+                self._submitting = None
+        return self._outcome(futures)
+
+    def _submit(self, method: str, *args: Any) -> list["Future[Any]"]:
+        return [future_of(getattr(handle, method).remote(*args)) for handle in self._handles]
+
+    def _outcome(self, futures: Sequence["Future[Any]"]) -> Any:
+        done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+        if pending:
+            wait(pending, timeout=FOLLOW_SECONDS)
+        errors = [future.exception() if future.done() else ProcessLost("it does not answer") for future in futures]
+        if not any(errors):
+            return futures[0].result()
+        for rank, error in enumerate(errors):
+            if isinstance(error, ProcessLost):
+                raise self._lose(f"training process {rank} has died ({error})")
+        if len({f"{type(error)} {error}" for error in errors}) > 1:
+            raise self._lose(f"the training processes disagree: {errors}")
+        assert errors[0]
+        raise errors[0]
+
+    def _lose(self, reason: str) -> TrainerLostError:
+        with self._lock:
+            if self._lost is None:
+                self._lost = TrainerLostError(
+                    f"{reason}; all of them were ended. The last checkpoint stands: resume the run from it"
+                )
+        self.kill()
+        return self._lost
+
+    def forget(self, number: int) -> None:
+        """The trainer is not needed any more; takes no lock and waits for nobody."""
+        self._dropped.append(number)
+
+    def kill(self) -> None:
+        if self._lost is None:
+            self._lost = TrainerLostError("the training processes were ended")
+        for handle in self._handles:
+            self.cluster.kill(handle)
+
+
+class TrainerGroup:
+    """A model trained in several processes. Methods are those of Trainer."""
+
+    def __init__(
+        self, ranks: TrainerRanks, number: int, kind: str, model_name: str, seed: int, lora: LoraConfig | None
+    ):
+        self.model_name, self.seed, self.lora = model_name, seed, lora
+        self._ranks, self._number = ranks, number
+        opened = ranks.every("open", number, kind, model_name, seed, lora)
+        weakref.finalize(self, ranks.forget, number).atexit = False
+        self.hf_config: PretrainedConfig = opened["hf_config"]
+        self.max_length: int = opened["max_length"]
+        self.vocabulary: int = opened["vocabulary"]
+        self.compute_dtype: torch.dtype = opened["compute_dtype"]
+        self.output_name: str = opened["output_name"]
+        self.scalar_head = "in the ranks" if kind == "scalar" else None
+        self._call: Callable[..., Any] = partial(ranks.call, number)
+        self.sampled = _GroupWeights(ranks, number, self.compute_dtype, self.info())
+
+    def run(
+        self,
+        data_D: Sequence[Datum],
+        loss_fn: str | LossFn,
+        loss_fn_config: dict[str, Any] | None = None,
+        backward: bool = True,
+    ) -> ForwardBackwardOutput:
+        return self._call("run", data_D, loss_fn, loss_fn_config, backward)
+
+    def run_without_adapter(
+        self, data_D: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
+    ) -> ForwardBackwardOutput:
+        return self._call("run_without_adapter", data_D, loss_fn, loss_fn_config)
+
+    def run_terms(
+        self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False
+    ) -> list[ForwardBackwardOutput]:
+        return self._call("run_terms", terms, backward, keep)
+
+    def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
+        """`fn` runs in this process."""
+        return run_in_two_passes(self.run_terms, data_D, fn, self.output_name)
+
+    def optim_step(self, adam: AdamParams) -> OptimStepResponse:
+        return self._call("optim_step", adam)
+
+    def zero_grad(self) -> None:
+        self._call("zero_grad")
+
+    def info(self) -> GetInfoResponse:
+        return self._call("info")
+
+    def check_finite(self) -> None:
+        self._call("check_finite")
+
+    def checkpoint_bytes(self) -> int:
+        return self._call("checkpoint_bytes")
+
+    def save_state(self, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
+        self._call("save_state", tokenizer, path.absolute(), extra)
+
+    def save_policy(self, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+        self._call("save_policy", tokenizer, path.absolute())
+
+    def load_state(self, path: Path, with_optimizer: bool) -> None:
+        self._call("load_state", path.absolute(), with_optimizer)
+
+    def sampler_weights(self) -> FileWeights:
+        return self.sampled.sampler_weights()
+
+
+class _GroupWeights:
+    """The source of versions: the ranks write their rows of the weights into the cluster's folder."""
+
+    def __init__(self, ranks: TrainerRanks, number: int, dtype: torch.dtype, info: GetInfoResponse):
+        self._ranks, self._number = ranks, number
+        self._bytes = info.num_parameters * dtype.itemsize
+        self._published = itertools.count()
+
+    def sampler_weights(self) -> FileWeights:
+        folder = self._ranks.cluster.folder / f"{self._number}-{next(self._published)}"
+        self._ranks.every("publish", self._number, folder)
+        return FileWeights(folder)
+
+    def copied_bytes(self) -> int:
+        return self._bytes
+
+    def copied_weights(self) -> WeightCopy:
+        """Files, as of a sync."""
+        try:
+            weights = self.sampler_weights()
+        except TrainerLostError as error:
+            raise SnapshotMemoryError(f"the weights are gone: {error}") from error
+        return WeightCopy(lambda: weights, self._bytes)

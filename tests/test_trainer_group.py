@@ -1,0 +1,169 @@
+"""Training clients over two processes that Ray starts: the numbers of one process, one group for all
+clients, the same errors, and a death that everybody hears of and that leaves nothing.
+"""
+
+# Trap: calls that reach the ranks in different orders; a lost rank that its peers wait for.
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, DataError, TrainerLostError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+from tests.conftest import policy_data
+from tests.test_scalar_model import bce, scalar_data
+
+pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = pytest.mark.slow
+SETTINGS = BackendConfig(engine="torch", micro_batch_tokens=60, trainer_processes=2)
+
+
+def processes_of_ranks() -> list[int]:
+    """Process ids of the ranks that this process's Ray has started."""
+    return [pid for pid in all_processes() if title(pid).startswith(b"ray::TrainerRank") and is_ours(pid)]
+
+
+def all_processes() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+
+
+def title(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def is_ours(pid: int) -> bool:
+    """Whether this process is an ancestor."""
+    try:
+        while pid not in (1, os.getpid()):
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return False
+    return pid == os.getpid()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    with ServiceClient(SETTINGS, tmp_path_factory.mktemp("two")) as service:
+        yield service
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[ServiceClient]:
+    with ServiceClient(BackendConfig(engine="torch", micro_batch_tokens=60), tmp_path) as service:
+        yield service
+
+
+def square(data: list[Datum], p_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    return torch.stack([p.square().mean() for p in p_D]).sum(), {}
+
+
+def trained(client: TrainingClient) -> list[float]:
+    """Numbers of two steps, a custom loss among them."""
+    numbers = []
+    for step, client_pass in enumerate(
+        (lambda: client.forward_backward(policy_data(7), "ppo"), lambda: client.forward_backward_custom(policy_data(3), square))
+    ):  # fmt: skip
+        passed, stepped = client_pass(), client.optim_step(AdamParams(1e-4 * step))
+        numbers += [passed.result().metrics["loss:sum"], stepped.result().metrics["grad_norm"]]
+    output = client.forward(policy_data(5, seed=1), "ppo").result()
+    return numbers + [output.metrics["ratio:mean"], float(output.loss_fn_outputs[3]["logprobs"].array.sum())]
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
+def test_clients_over_two_processes_train_and_sample_as_over_one(
+    service: ServiceClient, alone: ServiceClient, lora: LoraConfig | None, tmp_path: Path
+) -> None:
+    client, expected = (s.create_training_client("tiny", lora) for s in (service, alone))
+    assert trained(client) == pytest.approx(trained(expected), rel=1e-4)
+    assert len(processes_of_ranks()) == 2
+    samples = [
+        c.save_weights_and_get_sampling_client()
+        .sample(ModelInput.from_ints([5, 6, 7]), 1, SamplingParams(max_tokens=9, seed=2))
+        .result()
+        .sequences[0]
+        for c in (client, expected)
+    ]
+    assert samples[0].tokens == samples[1].tokens
+    assert samples[0].logprobs == pytest.approx(samples[1].logprobs, abs=1e-4)
+    saved = client.save_state("two").result().path
+    expected.load_state_with_optimizer(saved).result()
+    assert [c.forward(policy_data(4), "ppo").result().metrics["loss:sum"] for c in (client, expected)] == (
+        pytest.approx([client.forward(policy_data(4), "ppo").result().metrics["loss:sum"]] * 2, rel=1e-5)
+    )
+
+
+def test_a_snapshot_keeps_its_weights(service: ServiceClient) -> None:
+    client = service.create_training_client("tiny")
+    snapshot, prompt = client.save_weights_and_get_sampling_client(), ModelInput.from_ints([5, 6, 7, 8])
+    before = snapshot.compute_logprobs(prompt).result()
+    client.forward_backward(policy_data(7), "importance_sampling")
+    client.optim_step(AdamParams(1e-2)).result()
+    after = client.save_weights_and_get_sampling_client().compute_logprobs(prompt).result()
+    assert snapshot.compute_logprobs(prompt).result() == before != after
+
+
+def test_scalar_models_and_errors(service: ServiceClient, alone: ServiceClient) -> None:
+    clients = [s.create_scalar_client("tiny") for s in (service, alone)]
+    for client in clients:
+        client.forward_backward(scalar_data(6), bce)
+        client.optim_step(AdamParams(1e-2)).result()
+    outputs = [client.forward(scalar_data(4, seed=1), bce).result() for client in clients]
+    assert outputs[0].metrics == pytest.approx(outputs[1].metrics, rel=1e-3)
+    texts = []
+    for client in [s.create_training_client("tiny") for s in (service, alone)]:
+        bad = policy_data(3)
+        bad[1] = Datum(bad[1].model_input, {"target_tokens": bad[1].loss_fn_inputs["target_tokens"]})
+        with pytest.raises(DataError) as error:
+            client.forward_backward(bad, "ppo").result()
+        texts.append(str(error.value))
+        with pytest.raises(DataError):
+            client.optim_step(AdamParams(1e-3)).result()
+        with pytest.raises(DataError):
+            client.forward_backward_custom(policy_data(3), lambda data, p_D: (torch.zeros(()), {})).result()
+        client.optim_step(AdamParams(1e-3)).exception()
+    assert texts[0] == texts[1]
+    with pytest.raises(ConfigError, match="cannot be sent to the training processes"):
+        lock = threading.Lock()
+        clients[0].forward(scalar_data(2), lambda p, inputs: (p + bool(lock), {})).result()
+
+
+def test_clients_of_several_threads_share_the_ranks(service: ServiceClient) -> None:
+    """Their calls interleave, in the same order in both ranks."""
+    clients = [service.create_training_client("micro", seed=seed) for seed in range(3)]
+    futures = [client.forward_backward(policy_data(3, seed=k), "ppo") for k in range(6) for client in clients]
+    assert len(processes_of_ranks()) == 2
+    assert all(future.result().metrics["num_loss_tokens:sum"] for future in futures)
+
+
+def test_a_dead_rank_ends_all_and_everybody_hears_of_it(tmp_path: Path) -> None:
+    before = set(processes_of_ranks())
+    with ServiceClient(SETTINGS, tmp_path) as service:
+        clients = [service.create_training_client("tiny") for _ in range(2)]
+        futures = [client.forward_backward(policy_data(60), "ppo") for _ in range(20) for client in clients]
+        pids = set(processes_of_ranks()) - before
+        assert len(pids) == 2
+        futures[0].result()
+        os.kill(max(pids), signal.SIGKILL)
+        killed = time.monotonic()
+        errors = [future.exception() for future in futures]
+        print(f"known after {time.monotonic() - killed:.1f} s")
+        assert isinstance(errors[-1], TrainerLostError) and isinstance(errors[-2], TrainerLostError)
+        assert all(error is None or isinstance(error, TrainerLostError) for error in errors)
+        with pytest.raises(TrainerLostError, match="has died.*resume the run"):
+            clients[0].optim_step(AdamParams(1e-3)).result()
+        deadline = time.monotonic() + 60
+        while pids & set(processes_of_ranks()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not pids & set(processes_of_ranks())
