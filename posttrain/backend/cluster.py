@@ -22,13 +22,12 @@ from typing import Any, TypeVar
 
 import torch
 
-import posttrain
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, EngineError
 from posttrain.backend.placement import check_gpus, check_placement
 
 T = TypeVar("T")
-PACKAGE = Path(next(iter(posttrain.__path__)))
+PACKAGE = Path(__file__).resolve().parents[1]
 # Settings that children get from this process. Ray gives each its CUDA_VISIBLE_DEVICES.
 INHERITED = ("HF_", "VLLM_", "NCCL_", "GLOO_", "TORCH_", "TOKENIZERS_", "OMP_", "XDG_", "POSTTRAIN_", "TMPDIR")
 # Ray hides a process's GPU from actors that ask for none, warns about it, and reports usage.

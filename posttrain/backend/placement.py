@@ -39,6 +39,8 @@ def check_placement(config: BackendConfig) -> None:
         )
     if config.sampler_replicas and config.share_engines:
         raise ConfigError("backend.share_engines=true is for engines in this process: set backend.sampler_replicas=0")
+    if config.trainer_processes > 1:
+        _check_trainers(config)
     if config.weight_sync in ("nccl", "ipc"):
         raise ConfigError(
             f"backend.weight_sync={config.weight_sync} is not offered: nobody has verified it on two GPUs yet. Take "
@@ -46,6 +48,25 @@ def check_placement(config: BackendConfig) -> None:
         )
     if uses_cluster(config) and find_spec("ray") is None:
         raise ConfigError(f"several processes need Ray, which is not installed: {INSTALL}")
+
+
+def _check_trainers(config: BackendConfig) -> None:
+    if config.trainer_restarts:
+        raise ConfigError(
+            f"backend.trainer_restarts={config.trainer_restarts} is not offered: when a training process dies, the run "
+            "ends, and the same command resumes it from its last checkpoint"
+        )
+    of_one_process = {
+        "moments=8bit": config.moments == "8bit",
+        "offload_optimizer=true": config.offload_optimizer,
+        "master_weights=false": not config.master_weights,
+        "compile=true": config.compile,
+    }
+    if config.trainer_sharding == "shard" and (given := [name for name, is_set in of_one_process.items() if is_set]):
+        raise ConfigError(
+            f"backend.{given[0]} is not offered where weights are sharded: set backend.trainer_sharding=replicate, or "
+            "leave it out"
+        )
 
 
 def check_gpus(config: BackendConfig, gpus_of_nodes: list[int]) -> None:
