@@ -29,6 +29,7 @@ from posttrain.backend.sharded_trainer import ShardedScalarTrainer, ShardedTrain
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, Datum, LoraConfig
+from posttrain.backend.weight_files import read_joined, write_shard
 from tests.conftest import policy_data, random_tokens
 from tests.test_scalar_model import bce, scalar_data
 
@@ -181,6 +182,27 @@ def compute_gradients(processes: ranks.Processes, folder: Path) -> None:
         torch.save(found, folder / f"found{processes.count}.pt")
 
 
+def publish_weights(processes: ranks.Processes, folder: Path) -> None:
+    """After a step, so that an adapter's update is not 0."""
+    same = {}
+    for case in ("ppo", "untied", "lora"):
+        for sharding in ("shard", "replicate"):
+            trainer = open_trainer(case, processes, sharding)
+            assert isinstance(trainer, ShardedTrainer)
+            CASES[case][-1](trainer)
+            trainer.optim_step(AdamParams(1e-2))
+            files = folder / f"weights {case} {sharding} {processes.count}"
+            write_shard(files, processes.rank, processes.count, trainer.weight_shard())
+            whole = {name: tensor.clone() for name, tensor in trainer.sampler_weights()}
+            processes.wait()
+            read = dict(read_joined(files))
+            same[f"{case}, {sharding}"] = read.keys() == whole.keys() and all(
+                torch.equal(read[name], tensor) for name, tensor in whole.items()
+            )
+    if processes.is_first:
+        torch.save(same, folder / "published.pt")
+
+
 # cases whose checkpoints are read at other numbers of ranks, with the sharding of those who write
 SAVED = {"ppo": "shard", "untied": "shard", "lora": "shard", "scalar": "shard", "terms": "replicate"}
 
@@ -204,7 +226,7 @@ def read_checkpoints(processes: ranks.Processes | None, folder: Path) -> None:
             trainer.save_state(load_tokenizer("micro", None), folder / f"{case} {wrote} {count}", {"step": 1})
 
 
-PHASES = [(2, compute_gradients), (3, compute_gradients), (2, write_checkpoints), (3, write_checkpoints),
+PHASES = [(2, compute_gradients), (3, compute_gradients), (3, publish_weights), (2, write_checkpoints), (3, write_checkpoints),
           (2, read_checkpoints), (3, read_checkpoints)]  # fmt: skip
 
 
@@ -261,6 +283,12 @@ def test_ranks_fail_together_and_change_nothing(several: dict[str, Any], shardin
     alone = open_trainer("ppo")
     alone.run(policy_data(5), "importance_sampling")
     assert several[f"step, {sharding}"] == pytest.approx(alone.optim_step(AdamParams(1e-3)).metrics, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_published_weights_are_those_of_the_trainer(folder: Path) -> None:
+    same = torch.load(folder / "published.pt")
+    assert len(same) == 6 and all(same.values()), same
 
 
 @pytest.mark.slow

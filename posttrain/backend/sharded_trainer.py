@@ -178,8 +178,8 @@ class ShardedTrainer(Trainer):
     @torch.no_grad()
     def weight_shard(self) -> Weights:
         """This rank's rows of `sampler_weights`, which nobody gathers; an adapter's are."""
-        updates = layer_updates(self.model)
-        for name, tensor in base_weights(self.model).items():
+        updates = layer_updates(self.base)
+        for name, tensor in base_weights(self.base).items():
             if not tensor.ndim:
                 if self.writes:
                     yield name, tensor.to(self.compute_dtype)

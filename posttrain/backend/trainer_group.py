@@ -35,7 +35,7 @@ from posttrain.backend.weight_files import FileWeights
 from posttrain.backend.weight_versions import WeightCopy
 
 # Seconds in which all ranks follow one that raised. Longer, and they wait for it in a collective call.
-FOLLOW_SECONDS = 30.0
+FOLLOW_SECONDS = 60.0
 
 
 class TrainerRanks:
