@@ -6,6 +6,7 @@ vLLM, which it imports itself.
 """
 
 import atexit
+import gc
 import importlib
 import itertools
 import multiprocessing
@@ -33,6 +34,8 @@ CONTEXT.set_forkserver_preload(
         "rl.train",
         "supervised.train",
         "preference.train_dpo",
+        "posttrain.tracking.plots",
+        "matplotlib.backends.backend_agg",
     ]
 )
 
@@ -107,6 +110,7 @@ def run(
 
 def _run(request: _Request) -> None:
     """In the new process: becomes the command, and ends as the interpreter would."""
+    gc.freeze()  # what is imported stays
     for number, (name, flags) in enumerate(
         zip(request.files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)
     ):

@@ -2,6 +2,8 @@
 start), small ragged data.
 """
 
+import gc
+import io
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import posttrain.backend.config
 from posttrain.backend.config import BackendConfig
@@ -26,6 +29,7 @@ from rl.types import TrajectoryGroup
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
 NO_VLLM = "vLLM is not installed"
+SAVEFIG = Figure.savefig
 # The suite computes in fp32 on every device: its tolerances are fp32's. bf16 is tested where a test
 # asks for it.
 posttrain.backend.config.AUTO_DTYPES["cuda"] = "float32"
@@ -34,26 +38,46 @@ posttrain.backend.config.AUTO_DTYPES["cuda"] = "float32"
 ROUNDING = {"cpu": 3e-6, "cuda": 3e-5}[posttrain.backend.config.training_device().type]
 
 
-# A worker runs whole files. The long ones come first, so that the workers end together.
-LONG_FILES = (
-    "test_resume",
-    "test_recipes",
-    "test_cli",
-    "test_sampling",
-    "test_vllm_engine",
-    "test_run_lock",
-    "test_rl",
-)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
+    """A worker runs whole groups: what needs a vLLM engine, what forks commands, every other file.
+    The two come first, so that there is one engine, and the workers end together.
+    """
     skipped = {"cpu_only": "bits are promised on a CPU only"} if torch.cuda.is_available() else {}
     skipped |= {} if vllm_is_installed() else {"needs_vllm": NO_VLLM}
     for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
         for marker, reason in skipped.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: _group(item) not in ("vllm", "commands"))
+
+
+def _group(item: pytest.Item) -> str:
+    names = {*getattr(item, "fixturenames", ()), *item.name.replace("[", "-").replace("]", "-").split("-")}
+    if names & {"vllm", "vllm_service", "vllm_client", "unseeded_service"}:
+        return "vllm"
+    uses = vars(getattr(item, "module", None) or object)
+    return "commands" if {"commands", "Command", "CONTEXT"} & uses.keys() else item.path.stem
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: a full collection would visit it each time
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unrendered() -> Iterator[None]:
+    """Pictures are built and not rendered, which would be half of a small run's time; `rendered`
+    has the real thing, as commands have.
+    """
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Figure, "savefig", lambda _, out, **__: out.write("<svg/>" if isinstance(out, io.StringIO) else b""))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
 
 
 @pytest.fixture(scope="session")

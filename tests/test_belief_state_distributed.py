@@ -27,6 +27,7 @@ from recipes.libraries.belief_state.files import Model
 from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig, NextToken
 from recipes.libraries.belief_state.pairs import PairObjective
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer, PassConfig, TokenBatch
+from tests.commands import CONTEXT
 
 EOS, STEPS = 1, 4
 CONFIG = BeliefStateConfig(vocab_size=17, eos_id=EOS, num_layers=2, num_heads=2, hidden=32)
@@ -129,7 +130,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
     (folder / "ports").write_text(" ".join(str(one.getsockname()[1]) for one in sockets))
     for one in sockets:
         one.close()
-    multiprocessing.spawn(one_of_two, (folder,), nprocs=2)  # type: ignore[attr-defined]
+    multiprocessing.start_processes(one_of_two, (folder,), 2, start_method=CONTEXT.get_start_method())  # type: ignore[attr-defined]
     return torch.load(folder / "found.pt"), folder
 
 

@@ -39,6 +39,7 @@ async def longer(comparison: Comparison) -> float:
     return float(np.sign(b - a))
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_tally_by_hand(tmp_path):
     """Votes fall by length whatever the order: aa beats b, cc and dd tie, e loses."""
     found = asyncio.run(judge_files(config(tmp_path, ["aa", "cc", "e"], ["b", "dd", "ffff"]), longer, "longer"))

@@ -110,6 +110,7 @@ def cells(page: str) -> list[list[str]]:
     return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_page_of_a_run_says_what_the_records_say(tmp_path):
     run = write_run(tmp_path / "run")
     page = report.write_report(run).read_text()
@@ -152,6 +153,7 @@ def test_the_surface_is_drawn_cell_by_cell_and_the_chosen_one_is_framed(tmp_path
     assert (GRID[round(x + 0.5)], THRESHOLDS[round(y + 0.5)]) == (choice.temperature, choice.threshold)
 
 
+@pytest.mark.usefixtures("rendered")
 def test_seeds_are_averaged_and_what_is_not_everywhere_is_named(tmp_path, capsys):
     runs = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, methods=("bstar", "rest_em"))]
     (runs[1] / "bstar" / "round_02" / "summary.json").unlink()

@@ -4,7 +4,6 @@ is the same to the last bit.
 
 import asyncio
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from recipes.bstar.records import read_candidates, read_choice, read_selection, 
 from recipes.bstar.sampling import Pool, sample_pool
 from recipes.bstar.sums import SumsBuilder
 from recipes.bstar.train import Config, main
+from tests.commands import CONTEXT
 
 ARGUMENTS = {
     "methods": ["bstar", "rest_em"],
@@ -124,12 +124,10 @@ def finished(folder: Path) -> Iterator[tuple[str, int, int]]:
 # Trap: stages repeated or changed by a kill.
 def test_killed_at_any_stage_repeats_no_finished_work_and_ends_in_the_same_state(reference: Path, tmp_path: Path):
     folder = tmp_path / "killed"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recipes.bstar.train"])
     kept: set[tuple[str, int, int]] = set()
     kills = 0
     for number in (7, 19, 17, 15, 19, 10**9):
-        process = context.Process(target=killed_at_rename, args=(folder, number))
+        process = CONTEXT.Process(target=killed_at_rename, args=(folder, number))
         process.start()
         process.join()
         now = set(finished(folder))

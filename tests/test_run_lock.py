@@ -164,7 +164,7 @@ def close_output(process: "subprocess.Popen[bytes]") -> None:
 
 # Trap: a step lost to a closed terminal or output.
 @pytest.mark.usefixtures("terminal")
-@pytest.mark.parametrize("end", [close_terminal, close_output])
+@pytest.mark.parametrize("end", [close_terminal, pytest.param(close_output, marks=pytest.mark.slow)])
 def test_a_run_whose_terminal_or_reader_goes_away_saves_its_step(end: Callable, tmp_path: Path) -> None:
     options = [
         "dataset.n_batches=100000",

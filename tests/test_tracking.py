@@ -236,6 +236,7 @@ def test_transcripts_are_whole_escaped_and_in_both_forms(tmp_path):
     assert lines[0]["tags"] == ["arith"] and lines[1]["error"] == "EngineError: <died>"
 
 
+@pytest.mark.usefixtures("rendered")
 def test_runs_are_plotted_alone_and_together(tmp_path, monkeypatch, capsys):
     for name in ("a", "b"):
         log = MetricsLog(open_run_folder(tmp_path / name, "raise", RunConfig()))
@@ -340,6 +341,7 @@ def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:
     assert all(float(tick).is_integer() for axis in figures[0].axes for tick in axis.get_yticks())
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_picture_of_a_process_reward_model_needs_no_right_chain(tmp_path) -> None:
     MetricsLog(open_run_folder(tmp_path / "prm", "raise", RunConfig())).log({"train_loss": 1.0}, 0)
     results = {name: 0.0 for choice in CHOICES for name in (choice, f"{choice}_se")}

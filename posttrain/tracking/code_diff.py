@@ -29,7 +29,7 @@ def user_modules(config_json: Any) -> list[Path]:
     untracked = set((_git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py") or "").split("\0"))
     modules = {file for name in named if (file := _file_of(name)) is not None and _is_users(file, untracked)}
     folders = {file.parent for file in modules if not file.is_relative_to(REPOSITORY)}
-    for name in list(sys.modules):
+    for name in list(sys.modules) if folders else ():
         if (file := _file_of(name)) is not None and folders & set(file.parents) and _is_users(file, untracked):
             modules.add(file)
     return sorted(modules)[:MOST_MODULES]
