@@ -64,6 +64,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays: a full collection would visit it each time
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def unrendered() -> Iterator[None]:
     """Pictures are built and not rendered, which would be half of a small run's time; `rendered`

@@ -176,6 +176,7 @@ def test_gains_are_those_of_the_two_halves():
     assert compare_page.gains(runs)["m"] == pytest.approx((0.2, 0.2))
 
 
+@pytest.mark.slow
 def test_a_round_is_measured_stage_by_stage():
     figures = bstar_round.measure(bstar_round.TINY, "bstar")
     stages = {name.partition(":")[0] for name in figures if name.endswith(": share of the round")}

@@ -7,9 +7,6 @@ let through, never passed off as another's.
 import asyncio
 import json
 import math
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from recipes.latro.toy import ToyBuilder
 from recipes.rlhf import train as rlhf
 from recipes.star_graph.model import make_model
 from supervised import train
+from tests import commands
 from tests.conftest import ROOT
 
 
@@ -240,7 +238,7 @@ def test_the_code_diff_holds_the_commit_and_the_users_own_modules(tmp_path: Path
         from posttrain.tracking.run_folder import open_run_folder
         open_run_folder({str(tmp_path / "run")!r}, "raise", {{"env": my_task.MyTask(), "other": ArithmeticBuilder()}})
     """)
-    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert commands.run("-c", script).returncode == 0
     text = (tmp_path / "run" / "code.diff").read_text()
     assert (
         f"+++ {tmp_path}/my_task.py" in text

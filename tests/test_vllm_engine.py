@@ -45,36 +45,34 @@ def unseeded_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
         yield service
 
 
-def test_noise_is_new_at_every_token_and_in_every_call(unseeded_service: ServiceClient) -> None:
+# Trap: the engine drawing from the program's generators, or repeating its own noise at every token.
+def test_noise_is_new_at_every_token_and_in_every_call_and_not_the_programs(unseeded_service: ServiceClient) -> None:
     """Of a random `micro`, whose distribution is nearly flat. A generator that is put back after
     every step repeats its noise.
     """
-    client = unseeded_service.create_training_client("micro").save_weights_and_get_sampling_client()
+    training = unseeded_service.create_training_client("micro")
+    seed_all()
+    expected = global_draws()
+    seed_all()
+    client = training.save_weights_and_get_sampling_client()  # opens the engine
     params = SamplingParams(max_tokens=64, temperature=1.0, stop=[])
     calls = [client.sample(prompt_of(10), 16, params).result().sequences for _ in range(2)]
     tokens_G_T = np.array([sequence.tokens for sequence in calls[0]])
     assert (tokens_G_T[:, 1:] == tokens_G_T[:, :-1]).mean() < 0.1
     assert (tokens_G_T != np.array([sequence.tokens for sequence in calls[1]])).mean() > 0.8
-
-
-# Trap: the engine drawing from the program's generators, or repeating its own noise at every token.
-def test_global_generators_are_untouched_by_an_engine(unseeded_service: ServiceClient) -> None:
-    client = unseeded_service.create_training_client("micro")
-    seed_all()
-    expected = global_draws()
-    seed_all()
-    sampler = client.save_weights_and_get_sampling_client()  # opens the engine
-    sampler.sample(prompt_of(10), 4, SamplingParams(max_tokens=5)).result()
-    client.save_weights_and_get_sampling_client()
+    training.save_weights_and_get_sampling_client()
     assert global_draws() == expected
 
 
 # Trap: engines that compute with one another's batch, or die with one another.
-def test_engines_beside_each_other(unseeded_service: ServiceClient) -> None:
+def test_engines_beside_each_other_and_after_the_end_of_one(unseeded_service: ServiceClient, tmp_path: Path) -> None:
     """vLLM has one place in the process for the batch that is computed, and one parallel state for
     all engines.
     """
-    clients = [unseeded_service.create_training_client("tiny", seed=seed) for seed in (1, 2)]
+    other = ServiceClient(BackendConfig(engine="vllm", reproducible=False, sampler_memory_gb=0.2), tmp_path)
+    clients = [
+        service.create_training_client("micro", seed=seed) for seed, service in enumerate((unseeded_service, other))
+    ]
     samplers = [client.save_weights_and_get_sampling_client() for client in clients]
     params = SamplingParams(max_tokens=40, stop=[])
 
@@ -87,18 +85,12 @@ def test_engines_beside_each_other(unseeded_service: ServiceClient) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(sample, (0, 1)))
-
-
-def test_an_engine_survives_the_closing_of_another(unseeded_service: ServiceClient, tmp_path: Path) -> None:
-    client = unseeded_service.create_training_client("micro")
-    sampler = client.save_weights_and_get_sampling_client()
-    with ServiceClient(BackendConfig(engine="vllm", sampler_memory_gb=0.2), tmp_path) as other:
-        other.create_sampling_client(base_model="micro").sample(prompt_of(5), 1, GREEDY).result()
-    assert len(sampler.sample(prompt_of(5), 1, GREEDY).result().sequences[0].tokens) == 16
-    train_a_little(client, 1)
-    sampled = client.save_weights_and_get_sampling_client().sample(prompt_of(5), 1, GREEDY).result().sequences[0]
+    other.close()
+    assert len(samplers[0].sample(prompt_of(5), 1, GREEDY).result().sequences[0].tokens) == 16
+    train_a_little(clients[0], 1)
+    sampled = clients[0].save_weights_and_get_sampling_client().sample(prompt_of(5), 1, GREEDY).result().sequences[0]
     assert sampled.logprobs == pytest.approx(
-        trainer_logprobs(client, prompt_of(5), sampled.tokens)[4:].tolist(), abs=1e-4
+        trainer_logprobs(clients[0], prompt_of(5), sampled.tokens)[4:].tolist(), abs=1e-4
     )
 
 
