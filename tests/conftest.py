@@ -57,7 +57,7 @@ def _group(item: pytest.Item) -> str:
     if names & {"vllm", "vllm_service", "vllm_client", "unseeded_service"}:
         return "vllm"
     uses = vars(getattr(item, "module", None) or object)
-    return "commands" if {"commands", "Command", "CONTEXT"} & uses.keys() else item.path.stem
+    return "commands" if {"commands", "Command", "CONTEXT", "kill_at"} & uses.keys() else item.path.stem
 
 
 def pytest_collection_finish() -> None:
