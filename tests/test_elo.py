@@ -181,6 +181,7 @@ def test_a_player_that_fails_costs_its_games_and_no_points() -> None:
         asyncio.run(play_pairs(config, {"a": fails, "b": random_player}, [("a", "b")]))
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_command_rates_models_and_fixed_players(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config(
         models=["micro"],
