@@ -18,6 +18,7 @@ import numpy as np
 
 from posttrain.backend.errors import ContextLengthError, DataError
 from posttrain.backend.ranges import COUNT, POSITIVE, SHARE, WHOLE
+from posttrain.backend.routing import sampling_group
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import SamplingParams
 from posttrain.tracking.seeds import RETRY
@@ -215,11 +216,12 @@ async def do_group_rollout(
     member in flight takes a slot; a game takes one for all its seats, which must run together."""
     limits, slots = limits or RolloutLimits(), slots or asyncio.Semaphore(NO_LIMIT)
     try:
-        if builder.members_are_independent:
-            group = await _roll_out(builder, policy, seed, limits, slots)
-        else:
-            async with slots:
-                group = await _roll_out(builder, policy, seed, limits, asyncio.Semaphore(NO_LIMIT))
+        with sampling_group(seed):
+            if builder.members_are_independent:
+                group = await _roll_out(builder, policy, seed, limits, slots)
+            else:
+                async with slots:
+                    group = await _roll_out(builder, policy, seed, limits, asyncio.Semaphore(NO_LIMIT))
     except BaseException:
         with suppress(RolloutError):  # keep the first error
             await _call_builder(builder, step_checks.nothing, limits, "cleanup")

@@ -107,7 +107,7 @@ class _Call:
         """Why the call can no longer be answered."""
         version, newest = self.version, self.policy.newest
         if version and newest and version is not newest and not self.keep:
-            return _stale(version, newest)
+            return stale(version, newest)
         if self.needs is not loaded and not self.needs.can_be_loaded:
             return self.needs.lost or EngineError(f"the weights of version {self.needs.number} are gone")
         return None
@@ -380,7 +380,7 @@ class EngineThread:
             for call in [*dict.fromkeys(self._calls.values()), *self._waiting]:
                 if call.policy is sync.policy and call.version is not None and not call.keep:
                     self._remove(call)
-                    call.future.fail(_stale(call.version, sync.version))
+                    call.future.fail(stale(call.version, sync.version))
             if any(call.policy is not sync.policy or call.version is not None for call in self._calls.values()):
                 return
             try:
@@ -452,7 +452,7 @@ def _response(call: _Call) -> SampleResponse:
     )
 
 
-def _stale(version: WeightVersion, newest: WeightVersion) -> StaleSamplerError:
+def stale(version: WeightVersion, newest: WeightVersion) -> StaleSamplerError:
     return StaleSamplerError(
         f"this sampling client is of policy version {version.number} only (keep=False), and the policy is at version "
         f"{newest.number}: take a new client from save_weights_and_get_sampling_client, or one that keeps its weights "

@@ -4,23 +4,28 @@ import hashlib
 import json
 import threading
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend.adapters import is_plain, open_merged, open_on_shared
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.checkpoint_files import check_readable, is_adapter
+from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
-from posttrain.backend.engine import Engine, EngineThread
-from posttrain.backend.errors import EngineError, ModelError
+from posttrain.backend.engine import EngineThread
+from posttrain.backend.errors import ConfigError, EngineError
 from posttrain.backend.models import checkpoint_folder, context_length, embedding_rows, load_model
+from posttrain.backend.new_engine import is_reproducible, new_engine
 from posttrain.backend.openmp import release_workers
-from posttrain.backend.random_state import drawn_from
+from posttrain.backend.placement import check_heads
+from posttrain.backend.sampler_actor import RayReplica
+from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.torch_sampler import TorchSampler
-from posttrain.backend.vllm_engine import VllmEngine, samples_with_vllm, vllm_is_installed
+from posttrain.backend.vllm_engine import vllm_is_installed
 from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
 
@@ -29,25 +34,27 @@ class Engines:
     """Holds weak references: an engine ends with its last client. With backend.share_engines, an
     engine for each architecture stays until `close`."""
 
-    def __init__(self, config: BackendConfig):
+    def __init__(self, config: BackendConfig, open_cluster: Callable[[], Cluster]):
         if config.engine == "vllm" and not vllm_is_installed():
             raise EngineError(
                 "backend.engine=vllm, but vllm is not installed: see docs/install.md, or take backend.engine=torch"
             )
-        self.config, self.shares = config, config.share_engines
+        self.config, self.shares, self._open_cluster = config, config.share_engines, open_cluster
         self.bases = BaseModels()
         self.memory = SnapshotMemory(config.snapshot_memory_gb)
-        self._running: weakref.WeakSet[EngineThread] = weakref.WeakSet()
-        self._shared: dict[str, EngineThread] = {}
+        self._running: weakref.WeakSet[EngineThread | SamplerPool] = weakref.WeakSet()
+        self._shared: dict[str, EngineThread | SamplerPool] = {}
         self._lock = threading.Lock()
 
     def new_policy(self) -> Policy:
         return Policy(self.memory, self.shares)
 
-    def open(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
+    def open(
+        self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, frozen: bool = False
+    ) -> EngineThread | SamplerPool:
         """An engine without weights, which the first sync brings; or the one that is shared."""
         if not self.shares:
-            return self._start(hf_config, tokenizer, max_length)
+            return self._start(hf_config, tokenizer, max_length, frozen)
         with self._lock:
             key = _computes(hf_config, tokenizer, max_length)
             engine = self._shared.get(key)
@@ -56,26 +63,43 @@ class Engines:
                 engine.hold(self)
             return engine
 
-    def _start(self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EngineThread:
-        device = training_device()
-        reproducible = device.type == "cpu" if self.config.reproducible is None else self.config.reproducible
-
-        def make() -> Engine:
-            if samples_with_vllm(self.config):
-                try:
-                    return VllmEngine(hf_config, tokenizer, max_length, self.config, device, reproducible)
-                except ModelError as error:
-                    if self.config.engine == "vllm":
-                        raise
-                    print(f"sampling with torch, since {error}", flush=True)
-            # Unlike a trainer's own beginning: a weight that no sync brings shows in the first comparison.
-            with drawn_from(2**31 - 1):
-                model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
-            return TorchSampler(model, tokenizer, max_length, self.config, device)
-
-        engine = EngineThread(make, deterministic=reproducible)
+    def _start(
+        self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, frozen: bool = False
+    ) -> EngineThread | SamplerPool:
+        """In this process, or in replicas: of a policy in training all, of a frozen one its own."""
+        config = self.config
+        if config.sampler_replicas:
+            engine: EngineThread | SamplerPool = self._start_replicas(hf_config, tokenizer, max_length, frozen)
+        elif config.trainer_processes > 1:
+            raise ConfigError(
+                f"backend.trainer_processes={config.trainer_processes} with a sampler needs replicas with GPUs of "
+                "their own (colocated ones are not offered): set backend.sampler_replicas"
+            )
+        else:
+            make = partial(new_engine, config, hf_config, tokenizer, max_length)
+            engine = EngineThread(make, deterministic=is_reproducible(config))
         self._running.add(engine)
         return engine
+
+    def _start_replicas(
+        self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, frozen: bool
+    ) -> SamplerPool:
+        config = self.config
+        check_heads(config, hf_config)
+        cluster = self._open_cluster()
+        ranks = config.trainer_processes if config.trainer_processes > 1 else 0
+
+        def start(index: int) -> RayReplica:
+            return RayReplica(cluster, None if frozen else ranks + index, hf_config, tokenizer, max_length)
+
+        return SamplerPool(
+            start,
+            1 if frozen else config.sampler_replicas,
+            cluster.folder,
+            config.sampler_restarts,
+            config.call_seconds,
+            is_reproducible(config),
+        )
 
     def open_saved(self, path: str, seed: int = 0) -> SamplingClient:
         """The frozen policy of a folder. An adapter is merged into its base; `seed` is used if it
@@ -99,7 +123,7 @@ class Engines:
         if self.shares:
             version.keep(source, self.memory)
             policy.publish(version)
-        engine = self.open(model.config, tokenizer, length)
+        engine = self.open(model.config, tokenizer, length, frozen=True)
         release_workers()  # of the calling thread, which made the weights
         try:
             if not self.shares:

@@ -14,6 +14,7 @@ from posttrain.backend.errors import ClosedError, ConfigError, ContextLengthErro
 from posttrain.backend.futures import APIFuture, Ready, accepted, answered
 from posttrain.backend.prompt_scores import PromptScores, check_scores
 from posttrain.backend.ranges import COUNT, Range, RangeError
+from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.types import ModelInput, SampleResponse, SamplingParams, TensorData
 from posttrain.backend.weight_versions import Policy
 
@@ -28,7 +29,7 @@ class SamplingClient(Ready):
 
     def __init__(
         self,
-        engine: EngineThread,
+        engine: EngineThread | SamplerPool,
         policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,

@@ -15,6 +15,7 @@ from posttrain.backend.errors import CheckpointError, ConfigError, ModelError
 from posttrain.backend.futures import in_thread
 from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, checkpoint_folder, context_length, model_folder
 from posttrain.backend.openmp import release_workers
+from posttrain.backend.placement import check_placement
 from posttrain.backend.ranges import RangeError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.scalar_trainer import ScalarTrainer
@@ -49,11 +50,18 @@ class ServiceClient:
             raise ConfigError(f"base_url={base_url!r}: this backend runs in the process and talks to no service")
         self.config = config or BackendConfig()
         self._checkpoint_dir = Path(checkpoint_dir).expanduser()
-        self._engines = Engines(self.config)
-        self._training_clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
+        check_placement(self.config)
         self._cluster: Cluster | None = None
+        self._opening = threading.RLock()  # of the cluster and the ranks
+        self._engines = Engines(self.config, self._open_cluster)
+        self._training_clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
         self._ranks: TrainerRanks | None = None
-        self._opening = threading.Lock()  # of the two
+
+    def _open_cluster(self) -> Cluster:
+        with self._opening:
+            if self._cluster is None:
+                self._cluster = Cluster(self.config, self._checkpoint_dir)
+            return self._cluster
 
     # --- training clients ------------------------------------------------------------------------
 
@@ -85,8 +93,7 @@ class ServiceClient:
             return trainer(base_model, self.config, seed, lora, self._engines.bases)
         with self._opening:
             if self._ranks is None:
-                self._cluster = self._cluster or Cluster(self.config, self._checkpoint_dir)
-                self._ranks = TrainerRanks(self.config, self._cluster)
+                self._ranks = TrainerRanks(self.config, self._open_cluster())
         return self._ranks.open(kind, base_model, seed, lora)
 
     def _open_training_client(self, trainer: Trainer | TrainerGroup) -> TrainingClient:

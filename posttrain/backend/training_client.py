@@ -18,6 +18,7 @@ from posttrain.backend.futures import APIFuture, InOrder, Ready, accepted
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.losses import LossFn
 from posttrain.backend.models import checkpoint_folder
+from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.sdk_keywords import ignore
 from posttrain.backend.trainer import CustomLoss, Trainer
@@ -48,7 +49,7 @@ class TrainingClient(Ready):
         self._trainer, self._tokenizer = trainer, tokenizer
         self._engines, self._checkpoint_dir = engines, checkpoint_dir
         self._thread = InOrder("training")
-        self._engine: EngineThread | None = None
+        self._engine: EngineThread | SamplerPool | None = None
         self._policy = engines.new_policy()
         self._before_end = weakref.finalize(self, self._policy.before_end, trainer.sampled)
         self._before_end.atexit = False

@@ -1,0 +1,33 @@
+"""The engine that a configuration asks for, on the device of this process."""
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from posttrain.backend.config import BackendConfig, training_device
+from posttrain.backend.engine import Engine
+from posttrain.backend.errors import ModelError
+from posttrain.backend.random_state import drawn_from
+from posttrain.backend.torch_sampler import TorchSampler
+from posttrain.backend.vllm_engine import VllmEngine, samples_with_vllm
+
+
+def is_reproducible(config: BackendConfig) -> bool:
+    return training_device().type == "cpu" if config.reproducible is None else config.reproducible
+
+
+def new_engine(
+    config: BackendConfig, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Engine:
+    """An engine without weights, which the first sync brings."""
+    device = training_device()
+    if samples_with_vllm(config):
+        try:
+            return VllmEngine(hf_config, tokenizer, max_length, config, device, is_reproducible(config))
+        except ModelError as error:
+            if config.engine == "vllm":
+                raise
+            print(f"sampling with torch, since {error}", flush=True)
+    # Unlike a trainer's own beginning: a weight that no sync brings shows in the first comparison.
+    with drawn_from(2**31 - 1):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    return TorchSampler(model, tokenizer, max_length, config, device)

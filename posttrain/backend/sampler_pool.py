@@ -1,0 +1,485 @@
+"""Several sampling engines in processes of their own, with the interface of EngineThread. Requests
+of a dead replica go to the others with their seeds; its replacement serves once it has weights.
+Weights are published once as files, which replicas load, also late, and which snapshots keep.
+"""
+
+import itertools
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from posttrain.backend.cluster import ProcessLost
+from posttrain.backend.engine import SequenceRequest, stale
+from posttrain.backend.errors import CookbookError, EngineError
+from posttrain.backend.futures import APIFuture
+from posttrain.backend.routing import Router, SamplingGroup
+from posttrain.backend.types import SampleResponse
+from posttrain.backend.weight_files import FileWeights, write_shard
+from posttrain.backend.weight_versions import Policy, WeightCopy, Weights, WeightVersion
+
+T = TypeVar("T")
+WATCH_SECONDS = 5.0  # between questions for progress
+MOST_TRIES = 3  # replicas that may die of one request
+
+
+class Replica(Protocol):
+    """An engine elsewhere. Futures fail with ProcessLost when it is dead."""
+
+    def opened(self) -> "Future[None]": ...
+
+    def sample(
+        self, requests: list[SequenceRequest], number: int | None, weights: FileWeights | None, keep: bool
+    ) -> "Future[SampleResponse]":
+        """Of version `number`, None = its newest. `weights` of a version that is not the newest."""
+        ...
+
+    def withdraw(self, answer: "Future[SampleResponse]") -> None: ...
+
+    def sync(self, number: int, weights: FileWeights) -> "Future[float]":
+        """Done when the engine runs on these weights; the seconds of loading."""
+        ...
+
+    def progress(self) -> "Future[Progress]": ...
+
+    def kill(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Totals of a replica. `steps` counts decoded steps and loads."""
+
+    steps: int = 0
+    tokens: int = 0
+    busy_seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class _Call:
+    client: object  # keeps the pool and the version alive
+    requests: list[SequenceRequest]
+    group: SamplingGroup
+    policy: Policy
+    version: WeightVersion | None
+    keep: bool
+    answer: Callable[[SampleResponse], Any]
+    future: APIFuture[Any]
+    sent: "Future[SampleResponse] | None" = None
+    place: "_Place | None" = None
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class _Place:
+    """A place of the pool: a replica, or none while a replacement starts."""
+
+    index: int
+    replica: Replica | None = None
+    serving: bool = False
+    calls: set[_Call] = field(default_factory=set)
+    progress: Progress = Progress()
+    moved: float = 0.0  # when it last decoded, or had nothing to decode
+    asked: "Future[Progress] | None" = None
+
+
+@dataclass(frozen=True)
+class SyncTimes:
+    """Seconds of a sync: writing the files, and loading them in the slowest replica."""
+
+    publish: float
+    load: float
+
+
+@dataclass(frozen=True)
+class Files:
+    """A published version, as its own source."""
+
+    weights: FileWeights
+
+    def sampler_weights(self) -> Weights:
+        return self.weights
+
+    def copied_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.weights.folder.glob("*"))
+
+    def copied_weights(self) -> WeightCopy:
+        return WeightCopy(lambda: self.weights, self.copied_bytes())
+
+
+class SamplerPool:
+    """`start(index)` starts a replica. Published weights lie in `folder`. After `restarts`
+    replacements the dead are no longer replaced; EngineError when the last is dead."""
+
+    def __init__(
+        self,
+        start: Callable[[int], Replica],
+        num_replicas: int,
+        folder: Path,
+        restarts: int,
+        call_seconds: float,
+        deterministic: bool,
+    ):
+        self._start, self._folder, self._restarts, self._call_seconds = start, folder, restarts, call_seconds
+        self._router = Router(num_replicas, deterministic)
+        self._places = [_Place(index) for index in range(num_replicas)]
+        self._lock = threading.RLock()
+        self._syncing = threading.RLock()  # taken before _lock
+        self._weights: FileWeights | None = None  # of the newest version, for replicas that join late
+        self._number = -1
+        self._published = itertools.count()
+        self._calls: set[_Call] = set()
+        self._waiting: list[_Call] = []  # for a replacement
+        self._holders: set[object] = set()
+        self._let_go, self._error, self._stopped = False, None, False
+        self._todo: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self.last_sync: SyncTimes | None = None
+        self.deaths = self._starting = 0  # `_starting`: replacements that do not serve yet
+        try:
+            for place in self._places:
+                place.replica = start(place.index)
+            for place in self._places:
+                assert place.replica
+                _within(place.replica.opened(), call_seconds, f"sampler replica {place.index}")
+        except BaseException as error:
+            self._kill_all()
+            if isinstance(error, ProcessLost):
+                raise EngineError(f"a sampler replica died while it started: {error}") from error
+            raise
+        self._thread = threading.Thread(target=self._watch, name="sampler-pool", daemon=True)
+        self._thread.start()
+
+    # --- as EngineThread -------------------------------------------------------------------------
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(self._router.open_S) + sum(len(call.requests) for call in [*self._waiting])
+
+    @property
+    def has_stopped(self) -> bool:
+        return self._stopped
+
+    def submit(
+        self,
+        client: object,
+        requests: list[SequenceRequest],
+        policy: Policy,
+        version: WeightVersion | None,
+        keep: bool,
+        answer: Callable[[SampleResponse], T],
+    ) -> APIFuture[T]:
+        """As EngineThread's; `on_tokens` is called once, with all tokens."""
+        future: APIFuture[T] = APIFuture(self)
+        with self._lock:
+            if self._stopped:
+                raise self._stop_reason()
+            group = self._router.group_of(requests[0].prompt)
+            call = _Call(client, requests, group, policy, version, keep, answer, future)
+            future.when_cancelled = partial(self._withdraw, call)
+            self._calls.add(call)
+            future.add_done_callback(lambda _: self._calls.discard(call))
+            self._send(call)
+        return future
+
+    def sync(self, policy: Policy, version: WeightVersion) -> None:
+        """Publishes the version and blocks until every serving replica runs on it. A replica that
+        dies meanwhile is replaced; EngineError if none is left."""
+        with self._syncing:
+            if self._stopped:
+                raise self._stop_reason()
+            began, published = time.monotonic(), []
+            version.load(lambda weights: published.append(self._publish(version.number, weights)))
+            if not published:
+                raise EngineError(f"the weights of version {version.number} are gone")
+            (files,), wrote = published, time.monotonic()
+            version.published_in(Files(files))
+            with self._lock:
+                loading = [(place, place.replica) for place in self._places if place.replica]
+                sent = [(place, r, r.sync(version.number, files)) for place, r in loading if self._may_load(place)]
+            for place, replica_, done in sent:
+                try:
+                    _within(done, self._call_seconds, f"the weights in sampler replica {place.index}")
+                except ProcessLost as error:
+                    self._lose(place, replica_, error)
+                except TimeoutError:
+                    self._lose(place, replica_, ProcessLost(f"no weights loaded in {self._call_seconds:g} seconds"))
+                else:
+                    with self._lock:
+                        place.serving = place.replica is replica_
+            with self._lock:
+                self._weights, self._number = files, version.number
+                if self._stopped:
+                    raise self._stop_reason()
+                policy.publish(version)
+                self.last_sync = SyncTimes(wrote - began, time.monotonic() - wrote)
+                self._send_waiting()
+
+    def hold(self, client: object) -> Callable[[], object]:
+        """Keeps the pool until the returned function is called or `client` is garbage-collected."""
+        holder = object()
+        self._holders.add(holder)
+        return weakref.finalize(client, self._release, holder)
+
+    def close_if_unheld(self) -> None:
+        if not self._holders:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the replicas; calls in flight fail with EngineError."""
+        self._stop(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def progress(self) -> list[Progress]:
+        """Totals of each replica that serves, asked now."""
+        with self._lock:
+            asked = [place.replica.progress() for place in self._places if place.replica and place.serving]
+        answers = []
+        for future in asked:
+            try:
+                answers.append(future.result(WATCH_SECONDS))
+            except (ProcessLost, TimeoutError):
+                continue
+        return answers
+
+    # --- calls -----------------------------------------------------------------------------------
+
+    def _refusal(self, call: _Call) -> CookbookError | None:
+        version, newest = call.version, call.policy.newest
+        if newest is None:
+            return EngineError("the replicas have no weights yet")
+        if version is None or version is newest:
+            return None
+        if not call.keep:
+            return stale(version, newest)
+        if not version.can_be_loaded:
+            return version.lost or EngineError(f"the weights of version {version.number} are gone")
+        return None
+
+    def _send(self, call: _Call) -> None:
+        """With the lock held."""
+        if call.future.done():
+            return
+        if self._stopped:
+            call.future.fail(self._stop_reason())
+            return
+        if refusal := self._refusal(call):
+            call.future.fail(refusal)
+            return
+        if not (serving := [place.index for place in self._places if place.serving]):
+            self._waiting.append(call)
+            return
+        place = self._places[self._router.open(call.group, len(call.requests), serving)]
+        assert place.replica
+        if not place.calls:
+            place.moved = time.monotonic()
+        call.place, call.tries = place, call.tries + 1
+        place.calls.add(call)
+        version, older = call.version, None
+        if version is not None and version is not call.policy.newest:
+            kept: list[Any] = []
+            version.load(kept.append)
+            older = kept[0] if kept else None
+        requests = [replace(request, on_tokens=None) for request in call.requests]
+        call.sent = place.replica.sample(requests, version.number if version else None, older, call.keep)
+        call.sent.add_done_callback(partial(self._answered, call, place, place.replica))
+
+    def _send_waiting(self) -> None:
+        """With the lock held."""
+        waiting, self._waiting = self._waiting, []
+        for call in waiting:
+            self._send(call)
+
+    def _answered(self, call: _Call, place: _Place, replica_: Replica, done: "Future[SampleResponse]") -> None:
+        """In a thread of Ray, which must not wait."""
+        with self._lock:
+            self._router.close(call.group, len(call.requests), place.index)
+            place.calls.discard(call)
+            place.moved = time.monotonic()
+        if done.cancelled() or call.future.cancelled():
+            return
+        if (error := done.exception()) is None:
+            self._succeed(call, done.result())
+        elif not isinstance(error, ProcessLost):
+            call.future.fail(error)
+        else:
+            self._todo.put(partial(self._again, call, place, replica_, error))
+
+    def _succeed(self, call: _Call, response: SampleResponse) -> None:
+        try:
+            for request, sequence in zip(call.requests, response.sequences, strict=True):
+                if request.on_tokens and sequence.tokens:
+                    request.on_tokens(list(sequence.tokens))
+            result = call.answer(response)
+        except BaseException as error:
+            call.future.fail(error)
+        else:
+            call.future.succeed(result)
+
+    def _again(self, call: _Call, place: _Place, replica_: Replica, error: ProcessLost) -> None:
+        """Sends the call of a dead replica to another, unless replicas die of it."""
+        self._lose(place, replica_, error)
+        with self._lock:
+            if call.tries >= MOST_TRIES:
+                call.future.fail(EngineError(f"{MOST_TRIES} sampler replicas died with this request: {error}"))
+            else:
+                self._send(call)
+
+    def _withdraw(self, call: _Call) -> None:
+        with self._lock:
+            if call in self._waiting:
+                self._waiting.remove(call)
+            place, sent = call.place, call.sent
+            replica_ = place.replica if place else None
+        if replica_ and sent and not sent.done():
+            replica_.withdraw(sent)
+
+    # --- weights ---------------------------------------------------------------------------------
+
+    def _publish(self, number: int, weights: Weights) -> FileWeights:
+        """Files of the weights; ranks have written theirs."""
+        if isinstance(weights, FileWeights):
+            return weights
+        folder = self._folder / f"version-{number}-{next(self._published)}-{id(self):x}"
+        files = FileWeights(folder)
+        write_shard(folder, 0, 1, weights)
+        return files
+
+    def _may_load(self, place: _Place) -> bool:
+        """Replacements load by themselves, when they have started."""
+        return place.serving or self._number < 0
+
+    # --- replicas --------------------------------------------------------------------------------
+
+    def _lose(self, place: _Place, replica_: Replica, error: Exception) -> None:
+        """Takes a dead replica out, once, and starts its replacement."""
+        with self._lock:
+            if place.replica is not replica_ or self._stopped:
+                return
+            place.replica, place.serving, place.asked = None, False, None
+            self.deaths += 1
+            replaced = self._restarts > 0
+            self._restarts -= replaced
+            left = sum(other.serving for other in self._places)
+            print(
+                f"WARNING sampler replica {place.index} died: {error}. {left} serve"
+                + (f"; a replacement starts ({self._restarts} more allowed)" if replaced else "; it is not replaced"),
+                flush=True,
+            )
+            self._starting += replaced
+        replica_.kill()
+        if replaced:
+            threading.Thread(target=self._replace, args=(place,), name="sampler-replacement", daemon=True).start()
+        else:
+            self._stop_if_none_is_left(error)
+
+    def _stop_if_none_is_left(self, error: Exception) -> None:
+        with self._lock:
+            left = self._starting or any(place.replica for place in self._places)
+        if not left:
+            self._stop(error)
+
+    def _replace(self, place: _Place) -> None:
+        replica_: Replica | None = None
+        failure = EngineError("no sampler replica is left")
+        try:
+            replica_ = self._start(place.index)
+            _within(replica_.opened(), self._call_seconds, f"the replacement of sampler replica {place.index}")
+            with self._syncing:
+                if self._weights is not None:
+                    done = replica_.sync(self._number, self._weights)
+                    _within(done, self._call_seconds, f"the weights in sampler replica {place.index}")
+                with self._lock:
+                    if self._stopped:
+                        replica_.kill()
+                        return
+                    place.replica, place.serving, place.moved = replica_, self._weights is not None, time.monotonic()
+                    self._send_waiting()
+        except Exception as error:
+            if replica_ is not None:
+                replica_.kill()
+            print(f"WARNING the replacement of sampler replica {place.index} failed: {error}", flush=True)
+            failure.__cause__ = error
+        finally:
+            with self._lock:
+                self._starting -= 1
+            self._stop_if_none_is_left(failure)
+
+    def _watch(self) -> None:
+        """Carries out what others leave to this thread; kills replicas that decode nothing."""
+        seconds = min(WATCH_SECONDS, self._call_seconds / 4)
+        while not self._stopped:
+            try:
+                if todo := self._todo.get(timeout=seconds):
+                    todo()
+                    continue
+            except queue.Empty:
+                pass
+            if self._let_go and not self._holders and not self.num_in_flight:
+                self._stop(None)
+            for place in self._places:
+                self._look_at(place)
+
+    def _look_at(self, place: _Place) -> None:
+        now = time.monotonic()
+        with self._lock:
+            replica_, asked = place.replica, place.asked
+            if replica_ is None or self._stopped:
+                return
+            if not place.calls:
+                place.moved = now
+            if asked is not None and asked.done() and asked.exception() is None:
+                if asked.result().steps != place.progress.steps:
+                    place.moved = now
+                place.progress = asked.result()
+            hangs = now - place.moved > self._call_seconds
+            if asked is None or asked.done():
+                place.asked = replica_.progress()
+        if hangs:
+            replica_.kill()  # its calls fail, and are sent again
+            self._lose(place, replica_, ProcessLost(f"it decoded nothing in {self._call_seconds:g} seconds"))
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def _release(self, holder: object) -> None:
+        """Also called by the garbage collector: takes no lock and never waits."""
+        self._holders.discard(holder)
+        self._let_go = True
+        self._todo.put(None)
+
+    def _stop_reason(self) -> EngineError:
+        reason = EngineError("the sampler replicas have stopped" + (f": {self._error}" if self._error else ""))
+        reason.__cause__ = self._error
+        return reason
+
+    def _stop(self, error: BaseException | None) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            self._stopped, self._error = True, error
+            calls, self._waiting = [*self._calls], []
+        self._kill_all()
+        for call in calls:
+            call.future.fail(self._stop_reason())
+        self._weights = None
+        self._todo.put(None)
+
+    def _kill_all(self) -> None:
+        for place in self._places:
+            if (replica_ := place.replica) is not None:
+                place.replica, place.serving = None, False
+                replica_.kill()
+
+
+def _within(future: "Future[T]", seconds: float, what: str) -> T:
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():
+            raise
+        raise TimeoutError(f"{what}: no answer in {seconds:g} seconds") from None
