@@ -30,7 +30,7 @@ from posttrain.backend.checkpoint_files import (
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.models import SCALAR_HEAD_FILE, model_config, read_model
 from posttrain.backend.optimizer_state import check_optimizer, load_optimizer, optimizer_tensors
-from posttrain.backend.ranks import shard_like, whole_on_cpu
+from posttrain.backend.ranks import assign, shard_like, whole_on_cpu
 from posttrain.backend.trained_model import TrainedModel
 
 transformers_logging.disable_progress_bar()  # "Writing model shards" at every checkpoint
@@ -143,7 +143,10 @@ def load_state(trainer: TrainedModel, path: Path, with_optimizer: bool) -> None:
         check_adapter(trainer, path)
         load_adapter(trainer, path)
     else:
-        _copy(trainer.trained.exact(trainer.base.state_dict()), _read_weights(trainer, path), path)
+        live = trainer.trained.exact(trainer.base.state_dict())
+        saved = trainer.read_once(lambda: _read_weights(trainer, live, path))
+        for name, tensor in live.items():
+            assign(tensor, None if saved is None else saved[name])
     if head is not None and trainer.scalar_head is not None:
         trainer.scalar_head.data.copy_(shard_like(head, trainer.scalar_head.data))
     trainer.trained.weights_loaded(("scalar_head",) if head is not None else ())
@@ -176,13 +179,21 @@ def _read_scalar_head(trainer: TrainedModel, file: Path) -> torch.Tensor | None:
     return load_file(file)["weight"]
 
 
-def _read_weights(trainer: TrainedModel, path: Path) -> dict[str, torch.Tensor]:
-    """A full checkpoint's weights: exactly the tensors of its config.json."""
+def _read_weights(trainer: TrainedModel, live: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """A full checkpoint's weights: exactly the tensors of its config.json, and those of `live`."""
     try:
         _check_same_model(trainer, model_config(str(path)), path)
-        return read_model(str(path), torch.float32).state_dict()
+        saved = read_model(str(path), torch.float32).state_dict()
     except ModelError as error:
         raise CheckpointError(f"{error}: {REMEDY}") from error
+    if differing := sorted(name for name in live.keys() ^ saved.keys()):
+        raise CheckpointError(f"{path} is a checkpoint of another model: {differing[:3]} in only one of the two")
+    for name, tensor in live.items():
+        if tensor.shape != saved[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(saved[name].shape)}, this model has {tuple(tensor.shape)}"
+            )
+    return saved
 
 
 def _check_same_model(trainer: TrainedModel, config: PretrainedConfig, path: Path) -> None:
@@ -193,16 +204,3 @@ def _check_same_model(trainer: TrainedModel, config: PretrainedConfig, path: Pat
                 f"{path} is a checkpoint of another model: its {key} is {saved}, that of {trainer.model_name!r} is "
                 f"{live}"
             )
-
-
-@torch.no_grad()
-def _copy(live: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], path: Path) -> None:
-    if differing := sorted(name for name in live.keys() ^ saved.keys()):
-        raise CheckpointError(f"{path} is a checkpoint of another model: {differing[:3]} in only one of the two")
-    for name, tensor in live.items():
-        if tensor.shape != saved[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(saved[name].shape)}, this model has {tuple(tensor.shape)}"
-            )
-    for name, tensor in live.items():
-        tensor.copy_(shard_like(saved[name], tensor))

@@ -164,6 +164,20 @@ def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole.detach().to(device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+@torch.no_grad()
+def assign(live: torch.Tensor, whole: torch.Tensor | None) -> None:
+    """Copies `whole` into `live`. Into a sharded one, the first rank's: a collective call, and the
+    other ranks give None."""
+    if not isinstance(live, DTensor):
+        assert whole is not None
+        live.copy_(whole)
+        return
+    device = live.to_local().device
+    sent = torch.empty(live.shape, dtype=live.dtype, device=device) if whole is None else whole.to(device, live.dtype)
+    dist.broadcast(sent, 0)
+    live.copy_(shard_like(sent, live))
+
+
 def local_rows(count: int, processes: Processes) -> slice:
     """The rows of a tensor of `count` rows that FSDP gives to this rank."""
     size = -(-count // processes.count)

@@ -4,16 +4,17 @@ ranks make the same calls with the same data, each passes its part of the rows, 
 whole outputs and the same errors. Left out: forwards kept for a backward, 8-bit moments, offload.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import chz
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from posttrain.backend import ranks
 from posttrain.backend.batching import MicroBatch, micro_batches
@@ -23,11 +24,14 @@ from posttrain.backend.device_lock import computing
 from posttrain.backend.loss_terms import LossTerm, RunningTerm
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import base_weights, layer_updates
+from posttrain.backend.models import load_model
 from posttrain.backend.ranks import Processes
 from posttrain.backend.scalar_trainer import ScalarTrainer
 from posttrain.backend.trainer import WIDTH_BUCKET, Trainer
 from posttrain.backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse
 from posttrain.backend.weight_versions import Weights
+
+T = TypeVar("T")
 
 
 class ShardedTrainer(Trainer):
@@ -62,9 +66,24 @@ class ShardedTrainer(Trainer):
 
     # --- opening ---------------------------------------------------------------------------------
 
-    @property
-    def _load_device(self) -> torch.device:
-        return torch.device("cpu") if self.shards else self.device
+    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The first rank's on the CPU. The others' have memory that nothing was written to, and get
+        its weights once they are sharded."""
+        if not self.shards:
+            return super()._load(dtype)
+        model = self.read_once(lambda: load_model(self.model_name, self.seed, torch.device("cpu"), dtype))
+        config = self.processes.gathered(model and model.config)[0]
+        if model is None:
+            with no_init_weights():
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model.tie_weights()
+        return model
+
+    def read_once(self, read: Callable[[], T]) -> T | None:
+        if not self.shards:
+            return read()
+        with self.processes.same_outcome():
+            return read() if self.writes else None
 
     def _check_fits(self) -> None:
         run = planned(self.model_name, self.config, self.lora)
@@ -75,13 +94,19 @@ class ShardedTrainer(Trainer):
         trainable = super()._trainable_weights()
         if not self.shards:
             return trainable
-        self._fingerprint = super().base_fingerprint if self.lora else ""
+        of_first = super().base_fingerprint if self.lora and self.writes else ""
+        self._fingerprint = self.processes.gathered(of_first)[0]
+        whole = {name: p.detach() for name, p in self.base.named_parameters()} if self.writes else {}
         mesh = ranks.mesh()
         for layer in self._layers():
             ranks.sharded(layer, mesh, self.compute_dtype)
         # the embedding, the last norm and the head, which a tied embedding is
         root = _Passes(self.model, self._whole_head)
         self._root = ranks.sharded(root, mesh, self.compute_dtype, keep_gathered=True)
+        for name, p in self.base.named_parameters():
+            ranks.assign(p, whole.get(name))
+        for buffer in self.base.buffers():
+            dist.broadcast(buffer, 0)
         live = dict(self.model.named_parameters()) | {"scalar_head": self._root.scalar_head}
         return {name: live[name] for name in trainable}
 

@@ -1,6 +1,7 @@
 """What checkpoints are made from and read into: a Trainer, without importing it."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from peft import PeftModel
@@ -9,6 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from posttrain.backend.trained_weights import TrainedWeights
 from posttrain.backend.types import LoraConfig
+
+T = TypeVar("T")
 
 
 class TrainedModel(Protocol):
@@ -30,6 +33,10 @@ class TrainedModel(Protocol):
     @property
     def writes(self) -> bool:
         """Whether this process writes the files; of several ranks, the first."""
+        ...
+
+    def read_once(self, read: Callable[[], T]) -> T | None:
+        """What `read` returns; None in a rank that gets it from the first."""
         ...
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ from posttrain.backend.types import (
 from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Weights
 
+T = TypeVar("T")
+
 # Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
 MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 WIDTH_BUCKET = 256  # widths of rows that compiled layers meet are multiples of it
@@ -87,8 +89,7 @@ class Trainer:
         if lora and bases is not None:
             hf_model, self._base_owner = bases.view(model_name, seed, self.device, self.param_dtype)
         else:
-            dtype = torch.float32 if masters else self.param_dtype
-            hf_model = load_model(model_name, seed, self._load_device, dtype)
+            hf_model = self._load(torch.float32 if masters else self.param_dtype)
         self.hf_config = hf_model.config
         self.vocabulary = embedding_rows(hf_model)
         self.model: PreTrainedModel | PeftModel = add_lora(hf_model, model_name, lora, seed) if lora else hf_model
@@ -119,9 +120,8 @@ class Trainer:
         if self.compiles:
             self._compile_layers()
 
-    @property
-    def _load_device(self) -> torch.device:
-        return self.device
+    def _load(self, dtype: torch.dtype) -> PreTrainedModel:
+        return load_model(self.model_name, self.seed, self.device, dtype)
 
     def _check_fits(self) -> None:
         check_fits(planned(self.model_name, self.config, self.lora), self.model_name)
@@ -467,6 +467,10 @@ class Trainer:
     def load_state(self, path: Path, with_optimizer: bool) -> None:
         self.kept = None
         checkpoints.load_state(self, path, with_optimizer)
+
+    def read_once(self, read: Callable[[], T]) -> T | None:
+        """What `read` returns; None in a rank that gets it from the first."""
+        return read()
 
     def checkpoint_bytes(self) -> int:
         return checkpoints.checkpoint_bytes(self)
