@@ -70,7 +70,7 @@ class Engines:
         config = self.config
         if config.sampler_replicas:
             engine: EngineThread | SamplerPool = self._start_replicas(hf_config, tokenizer, max_length, frozen)
-        elif config.trainer_processes > 1:
+        elif config.trainer_processes > 1 and training_device().type == "cuda":
             raise ConfigError(
                 f"backend.trainer_processes={config.trainer_processes} with a sampler needs replicas with GPUs of "
                 "their own (colocated ones are not offered): set backend.sampler_replicas"
