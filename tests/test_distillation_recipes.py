@@ -30,12 +30,21 @@ def test_seeds_are_whole_numbers_by_comma() -> None:
 
 
 @pytest.mark.slow
-def test_dynamic_sampling_and_a_critic_beside_grpo(tmp_path: Path) -> None:
-    small = ["seeds=0", "warm_start_nll=9", "num_steps=2", f"log_path={tmp_path}/runs"]
+@pytest.mark.parametrize(
+    ("variants", "names"),
+    [
+        ("algorithms", ("grpo", "dynamic sampling", "critic", "gspo, 4 steps a batch")),
+        ("precision", ("float32", "8-bit moments", "bfloat16, stochastic rounding")),
+    ],
+)
+def test_variants_beside_grpo(variants: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    small = [f"variants={variants}", "seeds=0", "warm_start_nll=9", "num_steps=2", f"log_path={tmp_path}/runs"]
     output = run_recipe("algorithms/beside_grpo", tmp_path, *small)
-    for name in ("grpo", "dynamic sampling", "critic"):
-        assert re.search(rf"^{name} +held-out accuracy [\d.]+ -> [\d.]+; sampled tokens [\d,]+$", output, re.M), output
-    assert (tmp_path / "runs" / "beside_grpo.png").exists()
+    for name in names:
+        assert re.search(
+            rf"^{re.escape(name)} +held-out accuracy [\d.]+ -> [\d.]+; sampled tokens [\d,]+$", output, re.M
+        ), output
+    assert (tmp_path / "runs" / f"{variants}.png").exists()
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""GRPO, the same with dynamic sampling, and PPO with a critic on two-digit addition: three seeds, from the
-same warm starts, over the tokens that each samples.
+"""GRPO on two-digit addition and what changes one thing of it, in three seeds from the same warm
+starts: other algorithms, or weights and optimizers of other precision.
 
-    python recipes/algorithms/beside_grpo.py                          # runs/beside_grpo, beside_grpo.png there
+    python recipes/algorithms/beside_grpo.py                       # runs/beside_grpo/algorithms.png
+    python recipes/algorithms/beside_grpo.py variants=precision    # runs/beside_grpo/precision.png
     python recipes/algorithms/beside_grpo.py seeds=0 num_steps=200
 """
 
@@ -12,6 +13,7 @@ if not __package__:  # run as a file: put the project on the path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from pathlib import Path
+from typing import Any, Literal
 
 import chz
 
@@ -36,23 +38,40 @@ from rl import train
 from rl.algorithms import ALGORITHMS
 
 CORRECT, SAMPLED = "test/env/all/correct", ("env/all/total_ac_tokens", "train/refill_tokens")
-VARIANTS = {
-    "grpo": ALGORITHMS["grpo"].settings,
-    "dynamic sampling": ALGORITHMS["grpo"].settings | {"max_refills": "4"},
-    "critic": ALGORITHMS["ppo_critic"].settings | {"num_substeps": "1"},
+GRPO = ALGORITHMS["grpo"].settings
+HALF = {"dtype": "bfloat16"}
+# Options of RL and of its backend. With one step per batch GSPO's ratio is 1, and it is GRPO.
+VARIANTS: dict[str, dict[str, tuple[dict[str, str], dict[str, Any]]]] = {
+    "algorithms": {
+        "grpo": (GRPO, {}),
+        "dynamic sampling": (GRPO | {"max_refills": "4"}, {}),
+        "critic": (ALGORITHMS["ppo_critic"].settings | {"num_substeps": "1"}, {}),
+        "grpo, 4 steps a batch": (GRPO | {"num_substeps": "4"}, {}),
+        "gspo, 4 steps a batch": (ALGORITHMS["gspo"].settings | {"num_substeps": "4"}, {}),
+    },
+    "precision": {
+        "float32": (GRPO, {}),
+        "8-bit moments": (GRPO, {"moments": "8bit"}),
+        "bfloat16, float32 masters": (GRPO, HALF),
+        "bfloat16, masters, 8-bit moments": (GRPO, HALF | {"moments": "8bit"}),
+        "bfloat16, stochastic rounding": (GRPO, HALF | {"master_weights": False}),
+    },
 }
 
 
 @chz.chz
 class Config:
-    """Dynamic sampling and a critic beside GRPO."""
+    """GRPO, and what changes one thing of it."""
 
+    variants: Literal["algorithms", "precision"] = chz.field(
+        default="algorithms", doc="what is changed: the algorithm, or the precision of weights and optimizer"
+    )
     seeds: str = chz.field(default="0,1,2", doc="seeds by comma")
     warm_start_nll: float = chz.field(
         default=0.4, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends"
     )
-    num_steps: int = chz.field(default=100, validator=COUNT, doc="steps of RL, 32 problems by 8 rollouts each")
-    learning_rate: float = chz.field(default=1e-3, validator=LEARNING_RATE, doc="at the first step; falls to 0")
+    num_steps: int = chz.field(default=150, validator=COUNT, doc="steps of RL, 32 problems by 8 rollouts each")
+    learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="at the first step; falls to 0")
     log_path: str = log_path_field("runs/beside_grpo", "folder of the runs")
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
@@ -65,7 +84,7 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
     settings = {"renderer_name": "plain", "seed": seed, "stop_at_nll": config.warm_start_nll, "eval_every": 0}
     start = warm_start(config, sums, folder / "start", f"start_{seed}", **settings)
     stages = []
-    for name, options in VARIANTS.items():
+    for name, (options, backend) in VARIANTS[config.variants].items():
         run = chz.replace(
             preset(options),
             env=ArithmeticBuilder(num_digits=2, n_batches=config.num_steps, batch_size=32, group_size=8, seed=seed),
@@ -77,8 +96,8 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
             eval_every=10,
             save_every=0,
             transcript_every=100,
-            log_path=str(folder / name.replace(" ", "_")),
-            backend=config.backend,
+            log_path=str(folder / name.replace(",", "").replace(" ", "_")),
+            backend=chz.replace(config.backend, **backend),
         )
         stages.append(training_stage(f"{name}_{seed}", train.main, run, [start]))
     return stages
@@ -89,16 +108,16 @@ async def main(config: Config) -> None:
     await run_stages([stage for of_seed in stages.values() for stage in of_seed])
     steps: dict[str, list[Curve]] = {}
     tokens: dict[str, list[Curve]] = {}
-    for i, name in enumerate(VARIANTS):
+    for i, name in enumerate(VARIANTS[config.variants]):
         records = [read_metrics(of_seed[i].path) for of_seed in stages.values()]
         steps[name] = [read_curve(of_run, CORRECT) for of_run in records]
         tokens[name] = [over_total(of_run, CORRECT, *SAMPLED) for of_run in records]
         ends = ", ".join(f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}" for curve in steps[name])
         sampled = ", ".join(f"{curve.steps_K[-1]:,}" for curve in tokens[name])
-        print(f"{name:17s} held-out accuracy {ends}; sampled tokens {sampled}")
+        print(f"{name:33s} held-out accuracy {ends}; sampled tokens {sampled}")
     shared = {name: [at_multiples(curve, 5000) for curve in curves] for name, curves in tokens.items()}
     panels = [Panel("held-out accuracy", steps), Panel("held-out accuracy", shared, xlabel="sampled tokens")]
-    print(f"curves: {save_figure(draw_panels(panels), Path(config.log_path) / 'beside_grpo.png')}")
+    print(f"curves: {save_figure(draw_panels(panels), Path(config.log_path) / f'{config.variants}.png')}")
 
 
 if __name__ == "__main__":
