@@ -144,7 +144,8 @@ def _plain(name: str) -> str:
 
 def _registry() -> Mapping[str, Any]:
     try:
-        import textarena  # noqa: F401 (fills the registry)
+        with redirect_stderr(io.StringIO()):  # NLTK's downloader writes to the one it is imported with
+            import textarena  # noqa: F401 (fills the registry)
         from textarena.envs.registration import ENV_REGISTRY
     except ImportError as error:
         raise GameUnavailable(f"textarena cannot be imported ({error}): pip install textarena") from error

@@ -1,9 +1,10 @@
 """A person plays an environment in the terminal, with the model's observations, rewards, metrics
 and limits (rl/rollouts.py). One attempt per problem; the seats of a game take turns. A backslash at
-the end of a line continues it; Ctrl-D ends. Left out: a model as the other seat (give the
-environment an opponent), time limits on calls.
+the end of a line continues it; Ctrl-D ends. A saved model has the other seats of a game as the
+environment's opponent. Left out: time limits on calls.
 
   python -m rl.play env=guess_number
+  python -m rl.play env=textarena env.opponent=runs/multiplayer env.group_size=1 model_name=small
   python -m rl.play env=my_package.my_module:MyBuilder split=test limits.max_turns=5
 """
 

@@ -4,6 +4,8 @@ two and more seats; the command and the evaluator inside a run.
 
 import asyncio
 import json
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -17,14 +19,18 @@ from envs.textarena import TextArenaBuilder
 from envs.textarena_game import Game
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import parse
-from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.metrics_log import Metrics, read_metrics
 from rl import train
 from rl.frozen_policy import FrozenPolicy
 from rl.ratings import elo_ratings
 from rl.train_cli import CLIConfig
 from rl.types import RolloutError
+from supervised.evaluators import Evaluated
 from supervised.names import EVALUATOR_OPTIONS
+from tests.conftest import ROOT
 
 GAME = TextArenaBuilder(error_allowance=0, board_only=True, batch_size=2, n_batches=1, num_test=0, max_tokens=4)
 TORCH = BackendConfig(engine="torch")
@@ -218,7 +224,7 @@ def test_the_command_rates_models_and_fixed_players(tmp_path: Path, capsys: pyte
     assert draw(results).axes
 
 
-def test_an_evaluator_in_a_run(tmp_path: Path) -> None:
+def test_the_evaluator() -> None:
     """From the command line's names; a saved policy is an opponent by its folder."""
     arguments = [
         *("env=textarena", "evaluators.0=elo", "evaluators.0.opponents.0=random", "evaluators.0.num_games=4"),
@@ -230,6 +236,32 @@ def test_an_evaluator_in_a_run(tmp_path: Path) -> None:
     assert isinstance(evaluator, EloEvaluator) and evaluator.env.rules == {"x": 1} and evaluator.num_games == 4
     frozen = FrozenPlayer(policy=FrozenPolicy(model_path="runs/a"))
     assert evaluator.opponents == [RandomPlayer(), frozen, RandomPlayer(moves="[0] [4]")]
+    named = chz.replace(evaluator, env=GAME, opponents=[RandomPlayer(), MinimaxPlayer()], num_games=4)
+    client = ServiceClient(TORCH).create_sampling_client(base_model="micro")
+
+    async def rated() -> list[Metrics]:
+        evaluate = await named(get_renderer("plain", client.get_tokenizer()))
+        return [await evaluate(Evaluated(None, client)) for _ in range(2)]  # type: ignore[arg-type]
+
+    first, again = asyncio.run(rated())
+    assert first == again and first["elo/rating"] < 0 < first["elo/rating_stderr"]
+    assert first.keys() >= {"elo/score_random", "elo/score_minimax", "elo/illegal", "elo/games_lost"}
+    with pytest.raises(ConfigError, match="no opponents"):
+        asyncio.run(EloEvaluator(opponents=[])(None))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_person_plays_a_saved_policy_and_the_program_ends() -> None:
+    """Untrained, it breaks the rules at its first move. Trap: an exit while the engine is closing."""
+    command = [sys.executable, "-m", "rl.play", "env=textarena", "env.board_only=true", "env.error_allowance=0"]
+    command += ["env.group_size=1", "env.opponent=frozen", "env.opponent.policy.base_model=small", "model_name=small"]
+    played = subprocess.run([*command, "episodes=1"], input="[4]\n", capture_output=True, text=True, cwd=ROOT)
+    assert played.returncode == 0, played.stderr[-500:]
+    assert "win 1" in played.stdout and "1 episodes played, mean reward 1" in played.stdout
+
+
+@pytest.mark.slow
+def test_an_evaluator_in_a_run(tmp_path: Path) -> None:
     config = train.Config(
         env=GAME,
         model_name="micro",
@@ -243,5 +275,3 @@ def test_an_evaluator_in_a_run(tmp_path: Path) -> None:
     assert len(rated) == 2  # before and after the step
     assert rated[0]["elo/rating"] < 0 < rated[0]["elo/rating_stderr"]
     assert rated[0].keys() >= {"elo/score_random", "elo/score_minimax", "elo/illegal", "elo/games_lost"}
-    with pytest.raises(ConfigError, match="no opponents"):
-        asyncio.run(EloEvaluator(opponents=[])(None))  # type: ignore[arg-type]

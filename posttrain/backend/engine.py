@@ -287,8 +287,10 @@ class EngineThread:
                     item.future.fail(self._stop_reason())
                 elif isinstance(item, _Sync):
                     item.future.set_exception(self._stop_reason())
-            _running.discard(self)
-            self._engine.close()
+            try:
+                self._engine.close()
+            finally:  # not before: the exit of the program waits for those that run
+                _running.discard(self)
 
     def _is_wanted(self) -> bool:
         return not self._closing and (bool(self._holders or self._calls or self._waiting) or not self._let_go)

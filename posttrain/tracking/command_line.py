@@ -271,7 +271,7 @@ def _object_settings(of: Any, prefix: str = "") -> dict[str, Any]:
             value = field._default
         if chz.is_chz(value) and not isinstance(value, type):
             settings |= {prefix + name: type(value)} | _object_settings(value, f"{prefix}{name}.")
-        elif not isinstance(of, type) and value != field._default:
+        elif not isinstance(of, type) and value != field._default and value != {}:  # {} takes keys as it is
             settings[prefix + name] = value
     return settings
 
