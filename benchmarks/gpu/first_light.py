@@ -34,6 +34,7 @@ SECONDS = {
     "half_b_engine": 180,
     "sampling": 430,
     "user_runs": 150,
+    "cluster": 240,
 }
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
