@@ -153,7 +153,6 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 # they stand in the message.
 NOT_WITH_VLLM = {
     "Qwen 3.5": "No module named 'torchvision'",
-    "Gemma 2": "its attention kernel caps scores otherwise than transformers",
     "LFM 2": "its convolution layers give other logprobs from the second sampled token on",
     "gpt-oss": "it does not take 10 of its own weights",
     "Command R7B": "its window is one token longer than transformers'",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import posttrain.backend.batching
+import posttrain.backend.trainer
 import supervised.train
 from envs.arithmetic import ArithmeticExamplesBuilder
 from posttrain.backend.alarms import PROBE_SAMPLES, Alarms, Gap, sampler_gaps
@@ -87,10 +87,10 @@ def trainer_ignores_temperature(patch: pytest.MonkeyPatch) -> None:
 def members_of_a_row_see_each_other(patch: pytest.MonkeyPatch) -> None:
     """And the trainer, which looks for that when it is opened, sees nothing."""
 
-    def causal(mask: Any, ends_BT: Any) -> Any:
-        return mask(ends_BT.new_full(ends_BT.shape, ends_BT.shape[1]))
+    def causal(mask: Any, ends_BT: Any, *rest: Any) -> Any:
+        return mask(ends_BT.new_full(ends_BT.shape, ends_BT.shape[1]), *rest)
 
-    wrapped(patch, posttrain.backend.batching, "_mask", causal)
+    wrapped(patch, posttrain.backend.trainer, "dense_mask", causal)
     patch.setattr(Trainer, "_check_rows", lambda self: None)
 
 

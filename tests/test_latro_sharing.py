@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from posttrain.backend.attention import dense_mask
 from posttrain.backend.batching import MicroBatch, micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import DataError, NonFiniteError
@@ -83,7 +84,7 @@ def test_score_and_training_share_one_forward(
     """The gradient is that of a pass for each loss, which know nothing of each other."""
     groups_P = groups(np.random.default_rng(0), temperature)
     client = torch_service.create_training_client("tiny")
-    trainer = client._trainer
+    trainer: Any = client._trainer
     seen = forwards(trainer, monkeypatch)
     asyncio.run(LikelihoodReward(client, LikelihoodRewardBuilder(likelihood_coef=0.5))(groups_P))
     both = terms(groups_P, np.random.default_rng(1))
@@ -107,7 +108,7 @@ def test_a_kept_forward_serves_part_of_its_data_once_and_under_its_own_weights(
 ):
     groups_P = groups(np.random.default_rng(2))
     client = torch_service.create_training_client("tiny")
-    trainer = client._trainer
+    trainer: Any = client._trainer
     asyncio.run(LikelihoodReward(client, LikelihoodRewardBuilder())(groups_P))
     policy, answers = terms(groups_P, np.random.default_rng(3))
     assert policy.kept_D and answers.kept_D
@@ -163,11 +164,12 @@ def test_rows_are_trees_in_which_each_token_sees_its_ancestors(monkeypatch: pyte
     shared, alone = Trainer("tiny", BackendConfig()), Trainer("tiny", BackendConfig())
     (batch,) = micro_batches(data_D, range(7), 1000, CPU, share=True)
     assert batch.tokens_BT.tolist() == [[7, 8, 9, 5, 5, 6, 4, 11, 12, 30, 31], [9, 9] + [0] * 9]
-    assert batch.mask_B1TT is not None
+    assert batch.ends_BT is not None and batch.positions_BT is not None
+    mask_B1TT = dense_mask(batch.ends_BT, batch.positions_BT, None, torch.float32)
     seen_by_31 = [
         token
-        for token, sees in zip(batch.tokens_BT[0].tolist(), batch.mask_B1TT[0, 0, 10].tolist(), strict=True)
-        if sees
+        for token, sees in zip(batch.tokens_BT[0].tolist(), mask_B1TT[0, 0, 10].tolist(), strict=True)
+        if sees == 0
     ]
     assert seen_by_31 == [7, 8, 30, 31]
     outputs = shared.run(data_D, "cross_entropy").loss_fn_outputs

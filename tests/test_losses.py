@@ -177,13 +177,11 @@ def test_sharing_the_prompts_of_groups_changes_nothing(model: str, monkeypatch: 
             data.append(Datum(ModelInput.from_ints((prompt + own)[:-1]), inputs))
     shared, alone = (Trainer(model, BackendConfig(micro_batch_tokens=150)) for _ in range(2))
     assert any(
-        batch.mask_B1TT is not None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True)
+        batch.ends_BT is not None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True)
     )
     output = shared.run(data, "importance_sampling")
     monkeypatch.setattr("posttrain.backend.batching.SHARED_ROWS_PAY", 0.0)
-    assert all(
-        batch.mask_B1TT is None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True)
-    )
+    assert all(batch.ends_BT is None for batch in micro_batches(data, range(len(data)), 150, shared.device, share=True))
     expected = alone.run(data, "importance_sampling")
     for ours, theirs in zip(output.loss_fn_outputs, expected.loss_fn_outputs, strict=True):
         assert np.allclose(ours["logprobs"].array, theirs["logprobs"].array, atol=5e-6)

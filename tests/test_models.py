@@ -160,7 +160,9 @@ def test_a_config_that_hides_its_windows_is_found_when_the_model_is_opened(
     """As an architecture would whose config says nothing: a shared row is compared with each
     sequence alone.
     """
-    monkeypatch.setattr("posttrain.backend.trainer.attends_to_all", lambda config, max_length: True)
+    monkeypatch.setattr(
+        "posttrain.backend.trainer.attention_windows", lambda config, max_length: {"full_attention": None}
+    )
     trainer = Trainer(str(save_random_model(family, tmp_path)), BackendConfig())
     assert not trainer.shares_prefixes
     data_D = row_check_data(trainer.vocabulary, trainer.max_length)

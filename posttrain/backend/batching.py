@@ -1,7 +1,7 @@
 """From Datums to padded tensors: micro-batches under a token budget, rows sorted by length. A row
 is a sequence, or a tree of sequences with a common prompt (prefix sharing): shared tokens are
-computed once, and each token attends to its ancestors. Rows are padded on the right. Losses are
-sums over tokens, so gradients do not depend on this. Sharing needs models.attends_to_all.
+computed once, and each token attends to its ancestors. Rows are padded on the right, or packed into
+one row. Losses are sums over tokens, so gradients do not depend on this (attention.py).
 """
 
 from collections import defaultdict
@@ -13,8 +13,9 @@ import torch
 
 from posttrain.backend.types import Datum
 
-# longest shared row: attention costs its square
+# longest shared row with a dense mask: attention costs its square
 SHARED_ROW_TOKENS = 1024
+PACKED_TREE_TOKENS = 16384  # and where blocks that nobody sees are skipped
 # share prefixes where that leaves at most this part of the tokens; the mask it needs is not free
 SHARED_ROWS_PAY = 0.8
 
@@ -40,9 +41,12 @@ class MicroBatch:
     tokens_BT: torch.Tensor
     loss: Positions  # positions that carry loss
     others: Positions  # positions of weight 0: logprobs without loss
-    # with shared prefixes: position ids, and the attention mask
+    # with several sequences in a row: position ids, and the column where a column's continuations end
     positions_BT: torch.Tensor | None = None
-    mask_B1TT: torch.Tensor | None = None
+    ends_BT: torch.Tensor | None = None
+    # packed without a shared prefix: where sequences start, and the number of columns
+    starts_N: torch.Tensor | None = None
+    longest: int = 0
 
     def without_positions(self) -> "MicroBatch":
         return replace(self, loss=self.loss.none_of(), others=self.others.none_of())
@@ -67,10 +71,13 @@ def micro_batches(
     bucket: int = 1,
     rank: int = 0,
     ranks: int = 1,
+    packed: bool = False,
+    row_tokens: int | None = None,
 ) -> list[MicroBatch]:
     """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone),
     longest rows first, for an early memory peak. `share`: sequences with a common prefix may share
-    a row. Widths are padded to multiples of `bucket`.
+    a row of up to `row_tokens`. Widths are padded to multiples of `bucket`. `packed`: all rows of a
+    batch follow each other in one.
 
     Of several ranks each gets its part of the rows, which depends on the data alone, and all get
     the same number of batches: the spare ones have no positions."""
@@ -78,16 +85,17 @@ def micro_batches(
         return []
     tokens = {d: data_D[d].model_input.to_ints() for d in chosen}
     carries = {d: carries_loss(data_D[d]) for d in chosen}
-    rows = [row for family in _families(tokens, carries) for row in _trees(family)] if share else []
+    most = row_tokens or (min(PACKED_TREE_TOKENS, token_budget) if packed else SHARED_ROW_TOKENS)
+    rows = [row for family in _families(tokens, carries) for row in _trees(family, most)] if share else []
     if not share or sum(row.length for row in rows) > SHARED_ROWS_PAY * sum(map(len, tokens.values())):
         rows = [
             _Row([d], [np.array(tokens_T)], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()
         ]
     rows.sort(key=lambda row: -row.length)
-    packed_R = [_packed(rows, token_budget) for rows in _cut(rows, ranks)]
-    batches = [_collate(data_D, rows, carries, device, bucket) for rows in packed_R[rank]]
-    if spare := max(map(len, packed_R)) - len(batches):
-        batches += [_collate(data_D, rows[-1:], carries, device, bucket).without_positions()] * spare
+    batches_R = [_batches(rows, token_budget, packed) for rows in _cut(rows, ranks)]
+    batches = [_collate(data_D, rows, carries, device, bucket, packed) for rows in batches_R[rank]]
+    if spare := max(map(len, batches_R)) - len(batches):
+        batches += [_collate(data_D, rows[-1:], carries, device, bucket, packed).without_positions()] * spare
     return batches
 
 
@@ -102,11 +110,15 @@ def _cut(rows: list[_Row], ranks: int) -> list[list[_Row]]:
     return rows_R
 
 
-def _packed(rows: list[_Row], token_budget: int) -> list[list[_Row]]:
+def _batches(rows: list[_Row], token_budget: int, packed: bool) -> list[list[_Row]]:
     batches: list[list[_Row]] = []
+    filled = 0
     for row in rows:
-        if not batches or batches[-1][0].length * (len(batches[-1]) + 1) > token_budget:
+        filled += row.length
+        columns = filled if packed or not batches else batches[-1][0].length * (len(batches[-1]) + 1)
+        if not batches or columns > token_budget:
             batches.append([])
+            filled = row.length
         batches[-1].append(row)
     return batches
 
@@ -126,13 +138,14 @@ def _families(tokens: dict[int, list[int]], carries: dict[int, np.ndarray]) -> l
     return list(families.values())
 
 
-def _trees(family: list[tuple[list[int], int]]) -> list[_Row]:
-    """Rows in which a token's continuations follow it directly: a walk through the prefix tree."""
+def _trees(family: list[tuple[list[int], int]], most: int) -> list[_Row]:
+    """Rows of at most `most` tokens in which a token's continuations follow it directly: a walk
+    through the prefix tree."""
     rows, before_T = [], np.empty(0, dtype=np.int64)
     for tokens, d in sorted(family):
         tokens_T = np.array(tokens)
         shared = _common_prefix(before_T, tokens_T)
-        if not rows or rows[-1].length + len(tokens) - shared > SHARED_ROW_TOKENS:
+        if not rows or rows[-1].length + len(tokens) - shared > most:
             rows.append(_Row([], [], [], 0))
             shared = 0
         row, added = rows[-1], len(tokens) - shared
@@ -150,9 +163,28 @@ def _common_prefix(a_T: np.ndarray, b_T: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else len(differ)
 
 
+def _joined(rows: list[_Row]) -> _Row:
+    """One row after the other, in one."""
+    starts = np.cumsum([0, *(row.length for row in rows)])
+    return _Row(
+        [d for row in rows for d in row.data],
+        [tokens_T for row in rows for tokens_T in row.tokens],
+        [column_T + start for row, start in zip(rows, starts[:-1], strict=True) for column_T in row.columns],
+        int(starts[-1]),
+    )
+
+
 def _collate(
-    data_D: Sequence[Datum], rows: list[_Row], carries: dict[int, np.ndarray], device: torch.device, bucket: int
+    data_D: Sequence[Datum],
+    rows: list[_Row],
+    carries: dict[int, np.ndarray],
+    device: torch.device,
+    bucket: int,
+    packed: bool,
 ) -> MicroBatch:
+    shares = any(len(row.data) > 1 for row in rows)
+    starts_N = np.cumsum([0, *(row.length for row in rows)])
+    rows = [_joined(rows)] if packed else rows
     width, members = -(-max(row.length for row in rows) // bucket) * bucket, [d for row in rows for d in row.data]
     columns = [column_T for row in rows for column_T in row.columns]
     lengths = np.array([len(column_T) for column_T in columns])
@@ -182,13 +214,17 @@ def _collate(
             temperature_N=None if temperatures is None else tensor(temperatures[chosen_N]),
         )
 
-    shares = any(len(row.data) > 1 for row in rows)
+    if starts_N[-1] < width:  # the padding, as a sequence of its own
+        starts_N = np.append(starts_N, width)
+    whole = packed and not shares
     return MicroBatch(
         tokens_BT=tensor(tokens_BT),
         loss=positions(carries_N),
         others=positions(~carries_N),
-        positions_BT=tensor(positions_BT) if shares else None,
-        mask_B1TT=_mask(tensor(ends_BT)) if shares else None,
+        positions_BT=tensor(positions_BT) if shares or packed else None,
+        ends_BT=tensor(ends_BT) if shares or packed else None,
+        starts_N=tensor(starts_N.astype(np.int32)) if whole else None,
+        longest=int(np.diff(starts_N).max()) if whole else 0,
     )
 
 
@@ -200,13 +236,6 @@ def _temperatures(data_D: Sequence[Datum]) -> np.ndarray | None:
     lengths_D = [datum.model_input.length for datum in data_D]
     pairs = zip(given_D, lengths_D, strict=True)
     return np.concatenate([np.ones(length, np.float32) if given is None else given.array for given, length in pairs])
-
-
-def _mask(ends_BT: torch.Tensor) -> torch.Tensor:
-    """True where a token may attend: to itself and its ancestors, the earlier tokens it continues."""
-    column_T = torch.arange(ends_BT.shape[1], device=ends_BT.device)
-    visible_BTT = (column_T[:, None] >= column_T) & (column_T[:, None] < ends_BT[:, None, :])
-    return visible_BTT[:, None]
 
 
 def carries_loss(datum: Datum) -> np.ndarray:

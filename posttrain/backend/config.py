@@ -23,6 +23,18 @@ class BackendConfig:
     micro_batch_tokens: int = chz.field(
         default=16384, validator=COUNT, doc="padded tokens per forward pass; changes memory and speed, never a gradient"
     )
+    attention: Literal["auto", "dense", "flex", "varlen"] = chz.field(
+        default="auto",
+        doc="of rows that hold several sequences: dense = a mask of all pairs; flex = packed rows by FlexAttention; "
+        "varlen = packed rows of whole sequences by flash attention; auto = dense on a CPU, and on a GPU flex where a "
+        "prefix is shared, else varlen",
+    )
+    shared_row_tokens: int | None = chz.field(
+        default=None,
+        validator=COUNT,
+        doc="longest row of sequences that share prefixes; None = 1024 with a dense mask, else 16384 or "
+        "micro_batch_tokens",
+    )
     gradient_checkpointing: bool = chz.field(
         default=False, doc="recompute activations in the backward pass: less memory, a third slower"
     )

@@ -15,7 +15,7 @@ from typing import Any
 import chz
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.errors import ModelError
@@ -23,7 +23,7 @@ from posttrain.backend.logprobs import CHUNK_ELEMENTS
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
-from posttrain.backend.models import cast_weights, context_length, model_config
+from posttrain.backend.models import cast_weights, context_length, model_config, new_model
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_engine import samples_with_vllm
 
@@ -355,7 +355,7 @@ def _fake_model(
 ) -> Iterator[tuple[PreTrainedModel, torch.nn.Module]]:
     """The base, and the model that is trained: shapes that take no memory."""
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
+        base = new_model(copy.deepcopy(hf_config))
         cast_weights(base, dtype)
         model = add_lora(base, "", lora, 0) if lora else base
     with FakeTensorMode():

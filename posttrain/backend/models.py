@@ -201,19 +201,36 @@ FULL_ATTENTION = """cohere gemma glm gpt2 gpt_neox granite granitemoe llama mist
     qwen3_moe stablelm starcoder2"""
 
 
-def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
-    """Whether all layers are causal attention over up to `max_length` earlier tokens. Only then can
-    sequences share a row: windows, chunks, recurrent and convolution layers count the columns
-    between."""
+# Of these tests/test_architectures.py has compared windows in rows of several sequences.
+WINDOWED_ATTENTION = "cohere2 gemma2 gemma3_text gpt_oss mistral phi3 qwen2 qwen3 smollm3"
+
+
+def attention_windows(config: PretrainedConfig, max_length: int) -> dict[str, int | None] | None:
+    """The window of each kind of layer, None = at least `max_length`; None if a layer is not causal
+    attention. Only then can sequences share a row: chunks, recurrent and convolution layers count
+    the columns between."""
     config = config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
     kinds = set(layer_types or ["full_attention" if config.model_type in FULL_ATTENTION.split() else "unknown"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and window >= max_length:
-        kinds.discard("sliding_attention")
-    elif window is not None and not layer_types:
-        kinds.add("sliding_attention")
-    return kinds <= {"full_attention"} and not getattr(config, "attention_chunk_size", None)
+    if not kinds <= {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
+        return None
+    window = None if window is None or window >= max_length else window
+    if window is not None and config.model_type not in WINDOWED_ATTENTION.split():
+        return None
+    return {kind: window if kind == "sliding_attention" or not layer_types else None for kind in kinds}
+
+
+def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
+    """Whether all layers are causal attention over up to `max_length` earlier tokens."""
+    windows = attention_windows(config, max_length)
+    return windows is not None and set(windows.values()) == {None}
+
+
+def kernel_of_attention(config: PretrainedConfig) -> str | None:
+    """For transformers' attn_implementation. Its default, SDPA, leaves out a softcap of the scores
+    (Gemma 2) without a word."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
@@ -231,6 +248,12 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return int(embedding.weight.shape[0])
 
 
+def new_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Of random fp32 weights."""
+    kernel = kernel_of_attention(config)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel)
+
+
 @computing()
 def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model without dropout. A preset's weights depend on `seed` only; torch's RNG does not
@@ -242,7 +265,7 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
     config = model_config(model_name)
     if model_name in PRESETS:
         with drawn_from(seed):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+            model = new_model(copy.deepcopy(config))
         model.config.architectures = [type(model).__name__]  # read by vLLM
     else:
         if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "").endswith("ForConditionalGeneration"):
@@ -269,7 +292,11 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            attn_implementation=kernel_of_attention(model_config(model_name)),
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error

@@ -1,11 +1,11 @@
 """The engine that a configuration asks for, on the device of this process."""
 
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.engine import Engine
 from posttrain.backend.errors import ModelError
+from posttrain.backend.models import new_model
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.vllm_engine import VllmEngine, samples_with_vllm
@@ -29,5 +29,5 @@ def new_engine(
             print(f"sampling with torch, since {error}", flush=True)
     # Unlike a trainer's own beginning: a weight that no sync brings shows in the first comparison.
     with drawn_from(2**31 - 1):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        model = new_model(hf_config)
     return TorchSampler(model, tokenizer, max_length, config, device)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.initialization import no_init_weights
 
 from posttrain.backend import ranks
-from posttrain.backend.batching import MicroBatch, micro_batches
+from posttrain.backend.batching import MicroBatch
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
 from posttrain.backend.device_lock import computing
@@ -27,7 +27,7 @@ from posttrain.backend.merged_lora import base_weights, layer_updates
 from posttrain.backend.models import load_model
 from posttrain.backend.ranks import Processes
 from posttrain.backend.scalar_trainer import ScalarTrainer
-from posttrain.backend.trainer import WIDTH_BUCKET, Trainer
+from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse
 from posttrain.backend.weight_versions import Weights
 
@@ -141,10 +141,9 @@ class ShardedTrainer(Trainer):
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
         return run_in_two_passes(self.run_terms, data_D, fn, self.output_name)
 
-    def _micro_batches(self, data_D: Sequence[Datum], chosen: Sequence[int]) -> list[MicroBatch]:
-        bucket, (rank, count) = WIDTH_BUCKET if self.compiles else 1, (self.processes.rank, self.processes.count)
-        tokens = self.config.micro_batch_tokens
-        return micro_batches(data_D, chosen, tokens, self.device, self.shares_prefixes, bucket, rank, count)
+    @property
+    def _part(self) -> tuple[int, int]:
+        return self.processes.rank, self.processes.count
 
     def _hidden(self, batch: MicroBatch) -> torch.Tensor:
         return _AlwaysDifferentiated.apply(super()._hidden(batch))  # type: ignore[no-any-return]

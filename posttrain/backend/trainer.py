@@ -14,10 +14,19 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend import checkpoints, out_of_memory
 from posttrain.backend.adapters import fingerprint
+from posttrain.backend.attention import (
+    check_setting,
+    dense_mask,
+    kernel_gap,
+    masks_of_layers,
+    set_packing,
+    tree_mask,
+)
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
@@ -32,7 +41,7 @@ from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.models import (
-    attends_to_all,
+    attention_windows,
     cast_weights,
     context_length,
     embedding_rows,
@@ -57,7 +66,9 @@ T = TypeVar("T")
 
 # Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
 MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
-WIDTH_BUCKET = 256  # widths of rows that compiled layers meet are multiples of it
+# Relative difference of an attention kernel's output and gradients from a dense computation in fp32.
+MOST_KERNEL_GAP = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
+WIDTH_BUCKET = 256  # widths of rows that compiled code meets are multiples of it
 LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
 
 
@@ -66,6 +77,7 @@ class Trainer:
     # (1, H) in a ScalarTrainer, in place of the vocabulary's head
     scalar_head: nn.Parameter | None = None
     _base_owner: SharedBase | None = None  # of the tensors shared with other adapters
+    _part = (0, 1)  # rank, and number of ranks that pass over the data
     writes = True  # checkpoints; of several ranks, the first
 
     def __init__(
@@ -80,6 +92,7 @@ class Trainer:
         self.model_name, self.config, self.seed, self.lora = model_name, config, seed, lora
         self.device = training_device()
         self.compute_dtype = compute_dtype(self.device, config)
+        check_setting(config.attention, self.device, self.compute_dtype)
         self.max_length = context_length(model_name, config.max_length)
         if lora:
             self._check_adapter(lora)
@@ -112,10 +125,14 @@ class Trainer:
         # Rows are padded on the right, where no token attends: GPT-2's warning does not apply.
         setattr(self.base.get_decoder(), "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
         self.transform = logit_transform(self.hf_config)
-        self.shares_prefixes = attends_to_all(self.hf_config, self.max_length)
+        self.windows = attention_windows(self.hf_config, self.max_length)
+        self.shares_prefixes = self.windows is not None and config.attention != "varlen"
+        # rows follow each other in one; those without a shared prefix need no mask
+        self.packs, self.whole_sequences = False, False
         self.compiles = False
         self._check_head()
         self._check_rows()
+        self._pack_rows()
         self.compiles = config.compile
         if self.compiles:
             self._compile_layers()
@@ -284,9 +301,10 @@ class Trainer:
         return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
 
     def _micro_batches(self, data_D: Sequence[Datum], chosen: Sequence[int]) -> list[MicroBatch]:
-        bucket = WIDTH_BUCKET if self.compiles else 1
-        tokens = self.config.micro_batch_tokens
-        return micro_batches(data_D, chosen, tokens, self.device, self.shares_prefixes, bucket)
+        bucket = WIDTH_BUCKET if self.compiles or self.packs else 1
+        tokens, longest = self.config.micro_batch_tokens, self.config.shared_row_tokens
+        share, packed = self.shares_prefixes, self.packs
+        return micro_batches(data_D, chosen, tokens, self.device, share, bucket, *self._part, packed, longest)
 
     def _hidden(self, batch: MicroBatch) -> torch.Tensor:
         """(BT, H) last hidden states."""
@@ -294,11 +312,27 @@ class Trainer:
             return self._compiled(
                 lambda: self.base.get_decoder()(
                     input_ids=batch.tokens_BT,
-                    attention_mask=batch.mask_B1TT,
+                    attention_mask=self._masks(batch),
                     position_ids=batch.positions_BT,
                     use_cache=False,
                 ).last_hidden_state.flatten(0, 1)
             )
+
+    def _masks(self, batch: MicroBatch) -> Any:
+        """For the layers; None where every row is a sequence."""
+        ends_BT, positions_BT = batch.ends_BT, batch.positions_BT
+        if ends_BT is None or positions_BT is None or self.windows is None:
+            return None
+
+        def make(window: int | None) -> torch.Tensor | BlockMask:
+            if not self.packs:
+                return dense_mask(ends_BT, positions_BT, window, self.compute_dtype)
+            mask = tree_mask(ends_BT, positions_BT, window)
+            if self.whole_sequences:
+                mask.starts_N, mask.longest = batch.starts_N, batch.longest
+            return mask
+
+        return masks_of_layers(make, self.windows)
 
     def _compile_layers(self) -> None:
         """One graph for all layers of a kind, for each width and number of rows at first, then for all."""
@@ -354,7 +388,9 @@ class Trainer:
     def row_gap(self, data_D: Sequence[Datum], share: bool) -> float:
         """Mean |logprob in one micro-batch - logprob alone| over all positions. `share`: with
         prefix sharing."""
-        together = self._flat_logprobs(data_D, micro_batches(data_D, range(len(data_D)), 2**62, self.device, share))
+        chosen, packed = range(len(data_D)), self.packs
+        batches = micro_batches(data_D, chosen, 2**62, self.device, share, packed=packed)
+        together = self._flat_logprobs(data_D, batches)
         alone = [
             self._flat_logprobs([datum], micro_batches([datum], [0], 2**62, self.device, False)) for datum in data_D
         ]
@@ -377,6 +413,41 @@ class Trainer:
                 "when a longer one is beside it"
             )
         self.shares_prefixes = self.shares_prefixes and self.row_gap(data_D, share=True) <= limit
+
+    def _pack_rows(self) -> None:
+        """Where backend.attention says so and it gives each sequence the logprobs it has alone.
+        Otherwise a line says why not; ModelError if packing is not left to us."""
+        wanted = self.config.attention
+        if wanted == "dense" or wanted == "auto" and self.device.type == "cpu":
+            return
+        if reason := self._packing_fails():
+            self.packs = False
+            set_packing(self.base, False)
+            if wanted != "auto":
+                raise ModelError(
+                    f"backend.attention={wanted}: the rows of {self.model_name!r} cannot be packed: {reason}"
+                )
+            print(f"rows are padded, not packed (backend.attention=auto): {reason}", flush=True)
+
+    def _packing_fails(self) -> str | None:
+        """Packs, and returns the reason if that is wrong."""
+        if self.windows is None:
+            return "its config does not say that all layers are causal attention"
+        self.whole_sequences = self.config.attention != "flex" and self.compute_dtype == torch.bfloat16
+        try:
+            gap = kernel_gap(self.hf_config, self.windows, self.device, self.compute_dtype, self.whole_sequences)
+            limit = MOST_KERNEL_GAP[self.compute_dtype]
+            if gap > limit:
+                return f"the kernel's results differ by {gap:.2g} from those with a mask"
+            self.packs = True
+            set_packing(self.base, True)
+            data_D = row_check_data(self.vocabulary, self.max_length)
+            gap = max(self.row_gap(data_D, share) for share in {False, self.shares_prefixes})
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if gap > MOST_ROW_GAP[self.compute_dtype]:
+            return f"a sequence's logprobs differ by {gap:.2g} from those it has alone"
+        return None
 
     @computing()
     @torch.no_grad()

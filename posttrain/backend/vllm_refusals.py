@@ -15,8 +15,6 @@ def computed_otherwise(hf_config: PretrainedConfig, max_length: int) -> str | No
     """Models that vLLM 0.32 on a CPU accepts and computes differently from transformers
     (tests/test_vllm_architectures.py)."""
     config: Any = hf_config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention kernel caps scores otherwise than transformers"
     if "conv" in (getattr(config, "layer_types", None) or ()):
         return "its convolution layers give other logprobs from the second sampled token on"
     if config.model_type == "cohere2" and max_length > config.sliding_window:
