@@ -24,17 +24,20 @@ EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 # full training, LoRA, source
 FIXED: dict[str, tuple[float, float, str]] = {
     "rl": (1e-6, 4e-5, "full: DeepSeekMath (Shao et al. 2024) and TRL's GRPO; LoRA: Tinker cookbook, rl_basic"),
-    "dpo": (5e-7, 1e-5, "full: Zephyr (Tunstall et al. 2023) and Tulu 3; LoRA: Tinker cookbook, DPO"),
+    "dpo": (5e-7, 1e-5, "full: Zephyr (Tunstall et al. 2023); LoRA: Tinker cookbook, DPO"),
 }
 BATCHES: dict[str, str] = {
-    "sft": "batch_size=128: LoRA loses against full training at larger batches (Schulman et al. 2025)",
-    "rl": "groups_per_batch=64 group_size=8 to 16: 512 to 1024 rollouts a step (DeepSeekMath: 16 x 64)",
-    "dpo": "batch_size=32 to 128 pairs (Zephyr: 32; Tulu 3: 128)",
+    "sft": "batch_size=128 (Tinker cookbook, sl_basic); LoRA bears large batches less well than full training "
+    "(Schulman et al. 2025)",
+    "rl": "groups_per_batch=64 group_size=8 to 16: 512 to 1024 rollouts a step (DeepSeekMath: 16 x 64, Tinker "
+    "cookbook: 128 x 16)",
+    "dpo": "batch_size=32 to 256 pairs (Tinker cookbook: 256; smaller ones without a checked source)",
 }
 RANKS: dict[str, str] = {
-    "sft": "lora_rank=32 for up to some 10,000 examples, 128 and more for larger sets (Schulman et al. 2025)",
-    "rl": "lora_rank=8 to 32: RL learns few bits per rollout (Schulman et al. 2025)",
-    "dpo": "lora_rank=32",
+    "sft": "lora_rank=32 (Tinker's default); larger for a set with more completion tokens than the adapter has "
+    "weights (Tinker's LoRA primer)",
+    "rl": "lora_rank=8 to 32: RL learns few bits per rollout, rank 1 was enough in Schulman et al. 2025",
+    "dpo": "lora_rank=32 (Tinker's default)",
 }
 
 
