@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 
 import benchmarks.report
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.errors import ConfigError
 from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.models import model_config
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.vllm_engine import _model_folder, engine_args
+from posttrain.backend.vllm_engine import _model_folder, _set_environment, engine_args
 
 
 def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +89,38 @@ def test_reports_need_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(benchmarks.report, "RESULTS", tmp_path)
     benchmarks.report.write_report("name", {"a": 1.0}, {}, 0.0, {})
     assert len(list(tmp_path.glob("name-*.json"))) == 1
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], bf16: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+
+
+def test_a_gpu_without_bfloat16_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, (7, 5), bf16=False)
+    with pytest.raises(ConfigError, match="Tesla T4 does not compute in bfloat16.*set backend.dtype=float32"):
+        compute_dtype(torch.device("cuda"), BackendConfig(dtype="bfloat16"))
+    assert compute_dtype(torch.device("cuda"), BackendConfig(dtype="float32")) == torch.float32
+
+
+def test_reproducible_sampling_needs_batch_invariant_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has them from Ampere on, and reads the variable once, when it is imported."""
+    cuda = torch.device("cuda")
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    monkeypatch.delitem(sys.modules, "vllm.v1.engine.llm_engine", raising=False)
+    on_a_gpu(monkeypatch, (9, 0))
+    _set_environment(cuda, reproducible=False)
+    assert "VLLM_BATCH_INVARIANT" not in os.environ
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.llm_engine", sys)
+    with pytest.raises(ConfigError, match="has loaded vLLM without it"):
+        _set_environment(cuda, reproducible=True)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    with pytest.raises(ConfigError, match="the environment sets it to '0'"):
+        _set_environment(cuda, reproducible=True)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    _set_environment(cuda, reproducible=True)
+    on_a_gpu(monkeypatch, (7, 5))
+    with pytest.raises(ConfigError, match="compute capability 8.0 or more, not for Tesla T4"):
+        _set_environment(cuda, reproducible=True)

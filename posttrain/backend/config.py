@@ -151,9 +151,20 @@ AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:
-    """For activations and sampler weights."""
-    dtype = config.dtype if config else "auto"
-    return getattr(torch, AUTO_DTYPES[device.type] if dtype == "auto" else dtype)
+    """For activations and sampler weights. ConfigError if the GPU has no bfloat16."""
+    name = config.dtype if config else "auto"
+    name = AUTO_DTYPES[device.type] if name == "auto" else name
+    if device.type == "cuda" and name == "bfloat16" and not _has_bfloat16():
+        raise ConfigError(
+            f"{torch.cuda.get_device_name(device)} does not compute in bfloat16 (GPUs before Ampere): set "
+            "backend.dtype=float32"
+        )
+    return getattr(torch, name)
+
+
+def _has_bfloat16() -> bool:
+    """True where there is no GPU: what a GPU would do is planned and tested there, too."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def param_dtype(device: torch.device, config: BackendConfig) -> torch.dtype:

@@ -315,8 +315,26 @@ def _set_environment(device: torch.device, reproducible: bool) -> None:
     # never used where logprobs are returned, and its import may fail
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if device.type == "cuda" and reproducible:
-        # Without it a kernel's rounding depends on what is decoded beside a sequence.
-        os.environ.setdefault("VLLM_BATCH_INVARIANT", "1")
+        _set_batch_invariance(device)
+
+
+def _set_batch_invariance(device: torch.device) -> None:
+    """Kernels whose rounding does not depend on what is decoded beside a sequence. vLLM reads the
+    variable when it is imported. ConfigError where the mode cannot be had."""
+    asked, variable = os.environ.get("VLLM_BATCH_INVARIANT"), "backend.reproducible=true needs VLLM_BATCH_INVARIANT=1"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise ConfigError(
+            f"backend.reproducible=true needs batch-invariant kernels, and vLLM has them for GPUs of compute "
+            f"capability 8.0 or more, not for {torch.cuda.get_device_name(device)}: set backend.reproducible=false"
+        )
+    if asked not in (None, "1"):
+        raise ConfigError(f"{variable}, and the environment sets it to {asked!r}: unset it, or set reproducible=false")
+    if asked is None and "vllm.v1.engine.llm_engine" in sys.modules:
+        raise ConfigError(
+            f"{variable} from the first engine on, and this process has loaded vLLM without it: set the variable "
+            "before the start"
+        )
+    os.environ["VLLM_BATCH_INVARIANT"] = "1"
 
 
 @contextmanager
