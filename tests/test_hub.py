@@ -197,6 +197,11 @@ def test_a_model_is_pushed_and_read_back(
     use(hub, monkeypatch, tmp_path / "other")
     with pytest.raises(ModelError, match="no public repository"):
         load_tokenizer("me/new")
+    hub.url = "http://127.0.0.1:9"
+    use(hub, monkeypatch, tmp_path / "other")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(ConfigError, match="push_to=me/third: the Hugging Face hub was not reached"):
+        push("me/third", "third")
 
 
 # --- commands -----------------------------------------------------------------------------------

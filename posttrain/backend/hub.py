@@ -76,8 +76,8 @@ def hub_is_reached() -> bool:
     return True
 
 
-def hub_reason(error: BaseException, otherwise: str | None = None) -> str:
-    """One line; `otherwise` where the hub is not the reason. Libraries chain its error to a page of
+def hub_reason(error: BaseException, otherwise: str | None = None, reading: bool = True) -> str:
+    """One line, of what was read or else written; `otherwise` where the hub is not the reason. Libraries chain its error to a page of
     advice."""
     kinds, status = {type(link).__name__ for link in _chain(error)}, _status(error)
     if "GatedRepoError" in kinds or "is a gated dataset" in str(error):
@@ -99,7 +99,7 @@ def hub_reason(error: BaseException, otherwise: str | None = None) -> str:
     if kinds & {*PASSING, "RemoteProtocolError"} or "Consistency check failed" in str(error):
         return "the download from the Hugging Face hub was interrupted: the same command goes on from there"
     if kinds & UNREACHED:
-        return f"it is not, or not whole, in the local cache, and {NOT_REACHED}"
+        return f"it is not, or not whole, in the local cache, and {NOT_REACHED}" if reading else NOT_REACHED
     return otherwise or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

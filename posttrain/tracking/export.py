@@ -153,7 +153,7 @@ def _check_hub(name: str) -> None:
         api.whoami()
         taken = api.repo_exists(name)
     except Exception as error:  # the hub's own, and those of three HTTP libraries
-        raise ConfigError(f"push_to={name}: {hub_reason(error)}; nothing was written") from error
+        raise ConfigError(f"push_to={name}: {hub_reason(error, reading=False)}; nothing was written") from error
     if taken:
         raise ConfigError(f"push_to={name}: the repository exists already, and nothing is overwritten; choose another")
 
@@ -167,7 +167,7 @@ def _push(folder: Path, name: str, private: bool) -> None:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by posttrain-export")
     except Exception as error:
         raise ConfigError(
-            f"{folder} is written, but could not be pushed to {name}: {hub_reason(error)}. Later: hf upload {name} "
+            f"{folder} is written, but could not be pushed to {name}: {hub_reason(error, reading=False)}. Later: hf upload {name} "
             f"{folder}"
         ) from error
     print(f"pushed to {address}{' (private)' if private else ''}")
