@@ -113,7 +113,7 @@ class FakeReplica:
         return done(0.0)
 
     def progress(self) -> Future:
-        return done(Progress(self.steps))
+        return failed(ProcessLost("dead")) if self.dead else done(Progress(self.steps))
 
     def kill(self) -> None:
         self.dead = True
@@ -293,6 +293,14 @@ def test_a_replica_that_decodes_nothing_is_killed(make: Callable[..., Pool]) -> 
     (other,) = [replica for replica in pool.replicas if not replica.asked]
     other.answers = True
     assert future.result(60) == [1] and hanging.dead and not other.dead
+
+
+def test_a_death_without_requests_is_noticed(make: Callable[..., Pool]) -> None:
+    pool = make(restarts=1, seconds=1.0)
+    pool.sync()
+    pool.replicas[0].kill()
+    wait_until(lambda: len(pool.replicas) == 3 and pool.replicas[2].number == 0)
+    assert pool.pool.deaths == 1
 
 
 def test_a_start_that_fails_is_its_error_and_leaves_nothing(tmp_path: Path) -> None:

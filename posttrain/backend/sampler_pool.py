@@ -433,16 +433,17 @@ class SamplerPool:
                 return
             if not place.calls:
                 place.moved = now
-            if asked is not None and asked.done() and asked.exception() is None:
+            failure = asked.exception() if asked is not None and asked.done() else None
+            if asked is not None and asked.done() and failure is None:
                 if asked.result().steps != place.progress.steps:
                     place.moved = now
                 place.progress = asked.result()
-            hangs = now - place.moved > self._call_seconds
+            if not isinstance(failure, ProcessLost) and now - place.moved > self._call_seconds:
+                failure = ProcessLost(f"it decoded nothing in {self._call_seconds:g} seconds")
             if asked is None or asked.done():
                 place.asked = replica_.progress()
-        if hangs:
-            replica_.kill()  # its calls fail, and are sent again
-            self._lose(place, replica_, ProcessLost(f"it decoded nothing in {self._call_seconds:g} seconds"))
+        if isinstance(failure, ProcessLost):
+            self._lose(place, replica_, failure)  # its calls fail, and are sent again
 
     # --- the end ---------------------------------------------------------------------------------
 

@@ -1,0 +1,179 @@
+"""Two sampler replicas in processes of Ray: the loop unchanged, weights that are the trainer's, the
+same tokens after a kill.
+"""
+
+# Trap: a replica without weights that answers; a tied head or an adapter lost on the way.
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import chz
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import EngineError, StaleSamplerError
+from posttrain.backend.models import PRESETS
+from posttrain.backend.sampler_pool import SamplerPool
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+from rl import train
+from tests.conftest import policy_data
+from tests.test_group_sources import config, metrics
+
+pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = pytest.mark.slow
+BACKEND = BackendConfig(engine="torch", sampler_replicas=2, max_num_seqs=4)
+PROMPTS = [ModelInput.from_ints([1, 5 + number, 7, 9]) for number in range(24)]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    with ServiceClient(BACKEND, tmp_path_factory.mktemp("replicas")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def client(service: ServiceClient) -> TrainingClient:
+    return service.create_training_client("micro")
+
+
+def untied(folder: Path) -> str:
+    hf_config = type(PRESETS["micro"])(**(PRESETS["micro"].to_dict() | {"tie_word_embeddings": False}))
+    AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
+    load_tokenizer("micro").save_pretrained(folder)
+    return str(folder)
+
+
+def sampled(sampler: SamplingClient, max_tokens: int = 12) -> list[list[int]]:
+    params = SamplingParams(max_tokens=max_tokens, seed=3)
+    answers = [sampler.sample(prompt, 2, params) for prompt in PROMPTS]
+    return [sequence.tokens for answer in answers for sequence in answer.result(300).sequences]
+
+
+def gap(client: TrainingClient, sampler: SamplingClient) -> float:
+    """The largest difference of a logprob between sampler and trainer."""
+    params = SamplingParams(max_tokens=12, seed=3)
+    responses = [sampler.sample(prompt, 1, params) for prompt in PROMPTS[:8]]
+    largest = 0.0
+    for prompt, response in zip(PROMPTS, responses, strict=False):
+        sequence = response.result(300).sequences[0]
+        tokens = prompt.to_ints() + sequence.tokens
+        inputs = {"target_tokens": np.array(tokens[1:]), "weights": np.ones(len(tokens) - 1, np.float32)}
+        output = client.forward([Datum(ModelInput.from_ints(tokens[:-1]), inputs)], "cross_entropy").result()
+        logprobs = np.asarray(output.loss_fn_outputs[0]["logprobs"].data)[prompt.length - 1 :]
+        largest = max(largest, float(np.abs(logprobs - np.array(sequence.logprobs)).max()))
+    return largest
+
+
+def step(client: TrainingClient) -> None:
+    client.forward_backward(policy_data(4), "importance_sampling")
+    client.optim_step(AdamParams(1e-2)).result()
+
+
+def pool_of(client: TrainingClient) -> SamplerPool:
+    assert isinstance(client._engine, SamplerPool)
+    return client._engine
+
+
+def pids() -> list[int]:
+    """Of the live replicas, oldest first."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_bytes().startswith(b"ray::SamplerActor") and _is_ours(int(folder.name)):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def _is_ours(pid: int) -> bool:
+    while pid not in (0, 1, os.getpid()):
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid == os.getpid()
+
+
+def test_versions_follow_the_trainer(client: TrainingClient) -> None:
+    kept = client.save_weights_and_get_sampling_client()
+    stale, live = (client.save_weights_and_get_sampling_client(**how) for how in ({"keep": False}, {"follow": True}))
+    before = sampled(kept)
+    assert gap(client, kept) < 1e-5
+    step(client)
+    newest = client.save_weights_and_get_sampling_client()
+    assert gap(client, newest) < 1e-5 and gap(client, live) < 1e-5
+    with pytest.raises(StaleSamplerError):
+        stale.sample(PROMPTS[0], 1, SamplingParams(max_tokens=2)).result(300)
+    assert sampled(kept) == before != sampled(newest)  # a snapshot is loaded from its files
+    assert pool_of(client).deaths == 0 and len(pool_of(client).progress()) == 2
+
+
+def test_a_replica_killed_in_a_batch_changes_no_token(client: TrainingClient) -> None:
+    sampler, pool = client.save_weights_and_get_sampling_client(), pool_of(client)
+    before, deaths = sampled(sampler, 40), pool.deaths
+    params = SamplingParams(max_tokens=40, seed=3)
+    answers = [sampler.sample(prompt, 2, params) for prompt in PROMPTS]
+    for answer in answers[: len(answers) * 2 // 5]:
+        answer.result(300)
+    os.kill(pids()[0], signal.SIGKILL)
+    assert [sequence.tokens for answer in answers for sequence in answer.result(300).sequences] == before
+    while len(pool.progress()) < 2 or pool.deaths == deaths:
+        asyncio.run(asyncio.sleep(0.1))
+    # the replacement has weights that nobody has published again
+    assert sampled(sampler, 40) == before and pool.deaths == deaths + 1
+
+
+def test_a_replica_that_stands_still_is_killed(client: TrainingClient) -> None:
+    sampler, pool = client.save_weights_and_get_sampling_client(), pool_of(client)
+    before, deaths, limit = sampled(sampler), pool.deaths, pool._call_seconds
+    os.kill(pids()[0], signal.SIGSTOP)
+    pool._call_seconds = 3.0
+    answers = [sampler.sample(prompt, 2, SamplingParams(max_tokens=12, seed=3)) for prompt in PROMPTS]
+    while pool.deaths == deaths:
+        asyncio.run(asyncio.sleep(0.1))
+    pool._call_seconds = limit
+    assert [sequence.tokens for answer in answers for sequence in answer.result(300).sequences] == before
+
+
+@pytest.mark.parametrize("kind", ["adapter", "untied head"])
+def test_what_the_trainer_has_reaches_the_replicas(kind: str, tmp_path: Path) -> None:
+    # one process more beside Ray's: ranks write the shards of these models, too
+    with ServiceClient(chz.replace(BACKEND, sampler_replicas=1, trainer_processes=2), tmp_path) as service:
+        if kind == "adapter":
+            client = service.create_training_client("micro", LoraConfig(rank=4))
+        else:
+            client = service.create_training_client(untied(tmp_path / "model"))
+        assert gap(client, client.save_weights_and_get_sampling_client()) < 1e-5
+        step(client)
+        assert gap(client, client.save_weights_and_get_sampling_client()) < 1e-5
+
+
+def test_without_replicas_the_run_ends_and_its_checkpoint_stands(tmp_path: Path) -> None:
+    with ServiceClient(chz.replace(BACKEND, sampler_restarts=0, sampler_replicas=1), tmp_path) as service:
+        client = service.create_training_client("micro")
+        path, others = client.save_state("before").result().path, set(pids())
+        sampler = client.save_weights_and_get_sampling_client()
+        (pid,) = set(pids()) - others
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="the sampler replicas have stopped"):
+            sampler.sample(PROMPTS[0], 1, SamplingParams(max_tokens=2)).result(300)
+        with pytest.raises(EngineError):
+            client.save_weights_and_get_sampling_client()
+            step(client)
+            client.save_weights_and_get_sampling_client()
+        assert service.create_training_client_from_state(path).get_info()
+
+
+def test_the_rl_loop_on_ranks_and_replicas(tmp_path: Path) -> None:
+    backend = BackendConfig(engine="torch", trainer_processes=2, sampler_replicas=2)
+    settings = config(tmp_path, backend=backend, model_name="micro", max_steps=3, eval_every=0, max_steps_off_policy=1)
+    asyncio.run(train.main(settings))
+    rows = [row for row in metrics(tmp_path) if "optim/logprob_gap_mean" in row]
+    assert len(rows) == 3 and max(row["optim/logprob_gap_mean"] for row in rows[:1]) < 1e-5
