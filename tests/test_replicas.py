@@ -142,17 +142,13 @@ def test_a_replica_that_stands_still_is_killed(client: TrainingClient) -> None:
     assert [sequence.tokens for answer in answers for sequence in answer.result(300).sequences] == before
 
 
-@pytest.mark.parametrize("kind", ["adapter", "untied head"])
-def test_what_the_trainer_has_reaches_the_replicas(kind: str, tmp_path: Path) -> None:
-    # one process more beside Ray's: ranks write the shards of these models, too
+def test_shards_of_an_adapter_and_of_an_untied_head_reach_the_replicas(tmp_path: Path) -> None:
     with ServiceClient(chz.replace(BACKEND, sampler_replicas=1, trainer_processes=2), tmp_path) as service:
-        if kind == "adapter":
-            client = service.create_training_client("micro", LoraConfig(rank=4))
-        else:
-            client = service.create_training_client(untied(tmp_path / "model"))
-        assert gap(client, client.save_weights_and_get_sampling_client()) < 1e-5
-        step(client)
-        assert gap(client, client.save_weights_and_get_sampling_client()) < 1e-5
+        adapter = service.create_training_client("micro", LoraConfig(rank=4))
+        for client in (adapter, service.create_training_client(untied(tmp_path / "model"))):
+            assert gap(client, client.save_weights_and_get_sampling_client()) < 1e-5
+            step(client)
+            assert gap(client, client.save_weights_and_get_sampling_client()) < 1e-5
 
 
 def test_without_replicas_the_run_ends_and_its_checkpoint_stands(tmp_path: Path) -> None:

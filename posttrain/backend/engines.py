@@ -88,9 +88,11 @@ class Engines:
         check_heads(config, hf_config)
         cluster = self._open_cluster()
         ranks = config.trainer_processes if config.trainer_processes > 1 else 0
+        # GPUs are reserved for the replicas of one policy in training
+        reserved = not frozen and not any(isinstance(engine, SamplerPool) for engine in self._running)
 
         def start(index: int) -> RayReplica:
-            return RayReplica(cluster, None if frozen else ranks + index, hf_config, tokenizer, max_length)
+            return RayReplica(cluster, ranks + index if reserved else None, hf_config, tokenizer, max_length)
 
         return SamplerPool(
             start,

@@ -33,9 +33,10 @@ def check_placement(config: BackendConfig) -> None:
             f"backend.tensor_parallel={config.tensor_parallel} is for replicas with GPUs of their own: set "
             "backend.sampler_replicas"
         )
-    if config.tensor_parallel > 1 and config.engine == "torch":
+    if config.tensor_parallel > 1:
         raise ConfigError(
-            f"backend.tensor_parallel={config.tensor_parallel} needs vLLM: backend.engine=torch samples on one GPU"
+            f"backend.tensor_parallel={config.tensor_parallel} is not offered yet: new weights do not reach the "
+            "processes that vLLM divides a replica into. Take replicas of one GPU"
         )
     if config.sampler_replicas and config.share_engines:
         raise ConfigError("backend.share_engines=true is for engines in this process: set backend.sampler_replicas=0")
