@@ -8,6 +8,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Ray would kill its processes for the memory that others take on this machine.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

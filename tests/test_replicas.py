@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import chz
 import numpy as np
@@ -46,7 +47,8 @@ def client(service: ServiceClient) -> TrainingClient:
 
 
 def untied(folder: Path) -> str:
-    hf_config = type(PRESETS["micro"])(**(PRESETS["micro"].to_dict() | {"tie_word_embeddings": False}))
+    settings: dict[str, Any] = PRESETS["micro"].to_dict() | {"tie_word_embeddings": False}
+    hf_config = type(PRESETS["micro"])(**settings)
     AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
     load_tokenizer("micro").save_pretrained(folder)
     return str(folder)
@@ -103,7 +105,8 @@ def _is_ours(pid: int) -> bool:
 
 def test_versions_follow_the_trainer(client: TrainingClient) -> None:
     kept = client.save_weights_and_get_sampling_client()
-    stale, live = (client.save_weights_and_get_sampling_client(**how) for how in ({"keep": False}, {"follow": True}))
+    stale = client.save_weights_and_get_sampling_client(keep=False)
+    live = client.save_weights_and_get_sampling_client(follow=True)
     before = sampled(kept)
     assert gap(client, kept) < 1e-5
     step(client)
