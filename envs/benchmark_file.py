@@ -83,4 +83,4 @@ class BenchmarkFile(BenchmarkBuilder):
         return benchmark.recommended_max_tokens() if benchmark else 512
 
     def _columns(self) -> set[str]:
-        return set(read_rows(self.path or "")[0][1])
+        return set(read_rows(self.path or "", most=1)[0][1])

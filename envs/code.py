@@ -158,13 +158,16 @@ def _read_test(where: str, test: Any) -> OutputTest | AssertTest:
         raise DataError(f"{where} must have 'stdin' and 'stdout', or 'assert', not {str(test)[:80]}")
     if not all(isinstance(value, str) for value in test.values()):
         raise DataError(f"{where}: the values must be text")
-    if "stdin" in test:
-        return OutputTest(test["stdin"], test["stdout"])
+    return OutputTest(test["stdin"], test["stdout"]) if "stdin" in test else assert_test(where, test["assert"])
+
+
+def assert_test(where: str, code: str) -> AssertTest:
+    """DataError unless it is Python."""
     try:
-        compile(test["assert"], "<assert>", "exec")
+        compile(code, "<test>", "exec")
     except (SyntaxError, ValueError) as error:
-        raise DataError(f"{where}: not Python: {error}") from error
-    return AssertTest(test["assert"])
+        raise DataError(f"{where}: its test is not Python: {error}") from error
+    return AssertTest(code)
 
 
 def generated_problems() -> list[Problem]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import chz
 
 from envs.benchmark import BenchmarkBuilder, list_of
-from envs.code import AssertTest, CodeGrader, extract_program
+from envs.code import CodeGrader, assert_test, extract_program
 from envs.problem import Problem
 from envs.sandbox import SandboxLimits, check_limits
 from posttrain.backend.errors import DataError
@@ -73,9 +73,9 @@ class HumanEval(CodeBenchmark):
 
     def problem(self, where: str, row: Fields) -> Problem:
         prompt, name = text_of(where, row, "prompt"), text_of(where, row, "entry_point")
-        test = AssertTest(f"{text_of(where, row, 'test')}\ncheck({name})")
+        test = assert_test(where, f"{text_of(where, row, 'test')}\ncheck({name})")
         gold = text_of(where, row, "canonical_solution")
-        grader = FunctionGrader((_checked(where, test),), self.limits, prompt=prompt, entry_point=name)
+        grader = FunctionGrader((test,), self.limits, prompt=prompt, entry_point=name)
         return Problem(prompt, gold, grader, None, ("humaneval",), text_of(where, row, "task_id"))
 
 
@@ -102,7 +102,7 @@ class Mbpp(CodeBenchmark):
             raise DataError(f"{where}: 'test_list' is empty")
         imports = row.get("test_imports")
         setup = row.get("test_setup_code") or ("\n".join(imports) if isinstance(imports, list) else "")
-        checked = tuple(_checked(where, AssertTest(f"{setup}\n{test}" if setup else test)) for test in tests)
+        checked = tuple(assert_test(where, f"{setup}\n{test}" if setup else test) for test in tests)
         shown = "\n".join(tests)
         question = (
             f"You are an expert Python programmer, and here is your task: {text}\nYour code should pass these tests:\n"
@@ -110,11 +110,3 @@ class Mbpp(CodeBenchmark):
         )
         grader = MbppGrader(checked, self.limits)
         return Problem(question, text_of(where, row, "code"), grader, None, ("mbpp",), where)
-
-
-def _checked(where: str, test: AssertTest) -> AssertTest:
-    try:
-        compile(test.code, "<test>", "exec")
-    except (SyntaxError, ValueError) as error:
-        raise DataError(f"{where}: its test is not Python: {error}") from error
-    return test

@@ -21,7 +21,7 @@ from envs.problem_env import ProblemSetBuilder
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import POSITIVE
 from supervised.data import HuggingFaceBuilder
-from supervised.rows import Fields, Row, read_rows
+from supervised.rows import Fields, Row, read_rows, text_of
 
 MATH_SUBSETS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
 MATH_SUBSETS += ("prealgebra", "precalculus")
@@ -123,10 +123,7 @@ class WordProblems(ProblemSet):
         return problems
 
     def problem(self, where: str, row: Fields) -> Problem:
-        for name in (self.question_field, self.answer_field):
-            if not isinstance(row.get(name), str):
-                raise DataError(f"{where}: no text in field {name!r}; it has {', '.join(row) or 'none'}")
-        solution = row[self.answer_field]
+        question, solution = (text_of(where, row, name) for name in (self.question_field, self.answer_field))
         gold = solution.strip() if self.gold_style == "plain" else extract_answer(solution, [self.gold_style])
         numbers_only = self.gold_style == "hash"
         if gold is None or not (quantity(gold) if numbers_only else gradable(gold, self.grader_seconds)):
@@ -134,7 +131,7 @@ class WordProblems(ProblemSet):
             raise BadGold(f"{where}: no {self.gold_style} answer that can be graded in {field}")
         solution = strip_calculator_marks(solution) if self.strip_marks else solution
         grader = MathGrader(self.answer_styles, numbers_only, self.grader_seconds)
-        question = row[self.question_field] + (BOXED_SUFFIX if self.boxed else "")
+        question += BOXED_SUFFIX if self.boxed else ""
         solution = re.sub(r"####\s*(.+?)\s*$", r"\\boxed{\1}", solution) if self.boxed else solution
         return Problem(question, gold, grader, solution, (self.tag,), where)
 

@@ -82,6 +82,14 @@ class Problem:
             Message(role="assistant", content=self.solution),
         ]
 
+    async def scored(self, text: str, truncated: bool) -> tuple[float, Metrics, Logs]:
+        """1 for a correct response, or its partial credit; the metrics `format` and `correct`; logs."""
+        grade = await self.grader.grade(text, self.gold)
+        metrics = {"format": float(grade.answer is not None and not truncated), "correct": float(grade.correct)}
+        logs = {"gold": self.gold} | ({"extracted": self.grader.shown(text)} if self.grader.has_answer else {})
+        value = float(grade.correct) if grade.credit is None else grade.credit
+        return value, metrics | grade.metrics | self.grader.describe(text), logs | grade.logs
+
 
 def check_apart(train: Sequence[Problem], test: Sequence[Problem], name: str = "training") -> None:
     """Raises DataError, with the first example, where a question is in both sets."""

@@ -56,19 +56,14 @@ class ProblemEnv(Env):
 
     async def step(self, action: Action) -> StepResult:
         message, stopped = self.renderer.parse_response(action)
-        text, grader = message["content"], self.problem.grader
-        grade = await self.grade(text)
-        formatted, correct = float(stopped and grade.answer is not None), float(grade.correct)
-        metrics = {"format": formatted, "correct": correct, "truncated": float(not stopped)}
-        logs = {"question": self.problem.question, "gold": self.problem.gold}
-        logs |= {"extracted": grader.shown(text)} if grader.has_answer else {}
+        value, metrics, logs = await self.problem.scored(message["content"], truncated=not stopped)
         return StepResult(
-            reward=self.format_coef * (formatted - 1) + (correct if grade.credit is None else grade.credit),
+            reward=self.format_coef * (metrics["format"] - 1) + value,
             episode_done=True,
             next_observation=ModelInput.empty(),
             next_stop_condition=self.renderer.get_stop_sequences(),
-            metrics=metrics | grade.metrics | grader.describe(text),
-            logs=logs | grade.logs,
+            metrics=metrics | {"truncated": float(not stopped)},
+            logs={"question": self.problem.question} | logs,
         )
 
 
@@ -183,7 +178,7 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         train, test = (apply_template(self.prompt_template, problems) for problems in self.splits())
-        prefix = self._prefix()
+        prefix = self._prefix(train[: self.few_shot])
         shown = {message["content"] for message in prefix}
         left = [problem for problem in train if problem.question not in shown]
         if train and not left:
@@ -193,15 +188,15 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
 
     async def test_set(self, renderer: Renderer) -> RLDataset | None:
         """Reads no training problems but those of `few_shot`."""
-        test = apply_template(self.prompt_template, self.read("test", self.num_test))
-        return self._held_out(test, renderer, self._prefix())
-
-    def _prefix(self) -> list[Message]:
-        """DataError where there is no example, or one has no worked solution."""
         examples = self.read("train", self.few_shot) if self.few_shot else []
+        test, shown = (apply_template(self.prompt_template, p) for p in (self.read("test", self.num_test), examples))
+        return self._held_out(test, renderer, self._prefix(shown))
+
+    def _prefix(self, examples: Sequence[Problem]) -> list[Message]:
+        """DataError where there is no example, or one has no worked solution."""
         if self.few_shot and not examples:
             raise DataError(f"few_shot={self.few_shot}: {type(self).__name__} has no training problems to show")
-        return [message for example in apply_template(self.prompt_template, examples) for message in example.messages()]
+        return [message for example in examples for message in example.messages()]
 
     def _held_out(self, test: list[Problem], renderer: Renderer, prefix: Sequence[Message]) -> RLDataset | None:
         if not test:

@@ -174,12 +174,7 @@ def _name(function: Callable[..., Any]) -> str:
 async def correct_answer(answer: Answer) -> Value:
     """1 if the problem's grader accepts the answer, or its partial credit. Logs `correct` and
     `format`, so that pass@k is measured."""
-    grade = await answer.problem.grader.grade(answer.text, answer.gold)
-    formatted = float(grade.answer is not None and not answer.truncated)
-    metrics = {"correct": float(grade.correct), "format": formatted}
-    metrics |= grade.metrics | answer.problem.grader.describe(answer.text)
-    logs = {"gold": answer.gold, "extracted": answer.problem.grader.shown(answer.text)} | grade.logs
-    return Value(float(grade.correct) if grade.credit is None else grade.credit, metrics, logs)
+    return Value(*await answer.problem.scored(answer.text, answer.truncated))
 
 
 def finished(answer: Answer) -> float:

@@ -18,7 +18,7 @@ from envs.problem import Problem, ProblemSet, Split
 from envs.problem_env import Overlong, apply_template, fit_problems
 from envs.rewards import Answer, Reward, RewardFunction, Value, as_rewards, correct_answer, weighted
 from envs.rubric import rubric
-from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, NUMBER
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Message, Renderer
@@ -39,7 +39,7 @@ from rl.types import (
     StopCondition,
     Trajectory,
 )
-from supervised.rows import read_rows
+from supervised.rows import read_rows, text_of
 
 
 class SingleTurnEnv(Env):
@@ -139,13 +139,9 @@ class QuestionFile(ProblemSet):
     def read(self, split: Split, limit: int | None) -> list[Problem]:
         path = self.train_path if split == "train" else self.test_path
         rows = read_rows(path)[:limit] if path else []
-        names = [self.question_field, *([self.answer_field] if self.answer_field else [])]
-        for where, row in rows:
-            if name := next((name for name in names if not isinstance(row.get(name), str)), None):
-                raise DataError(f"{where}: no text in field {name!r}; it has {', '.join(row) or 'none'}")
+        names = (self.question_field, self.answer_field)
         return [
-            Problem(row[self.question_field], row[self.answer_field] if self.answer_field else "", id=where)
-            for where, row in rows
+            Problem(*(text_of(where, row, name) if name else "" for name in names), id=where) for where, row in rows
         ]
 
 

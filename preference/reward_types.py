@@ -17,7 +17,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message, Renderer, Tokenizer
-from posttrain.tracking.settings import read_settings
+from posttrain.tracking.model_source import find_model
 from preference.types import Comparison
 from rl.types import RolloutError
 
@@ -109,10 +109,10 @@ class SavedModel:
         return client, get_renderer(self._renderer_name(), reward_tokenizer)
 
     def _renderer_name(self) -> str | None:
-        run = Path(self.path).parent.parent / "config.json"
-        if not run.is_file():
+        source = find_model(self.path)
+        trained_with = source.renderer_name
+        if not source.settings:
             return self.renderer_name
-        trained_with = read_settings(run).get("renderer_name")
         if self.renderer_name not in (None, trained_with):
             raise ConfigError(
                 f"renderer_name={self.renderer_name}: {self.path} was trained with renderer_name={trained_with}; leave "

@@ -23,8 +23,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 LONG_LINE = 1 << 20  # bytes of an example that is announced: tokenizing 20 MB takes a minute
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The objects of a JSONL file; blank lines are skipped. DataError, with the line and a remedy,
+def read_rows(path: str | os.PathLike[str], most: int | None = None) -> list[Row]:
+    """The objects of a JSONL file, or of its first `most` lines with one; blank lines are skipped. DataError, with the line and a remedy,
     for anything else."""
     file = _data_file(path)
     rows = []
@@ -45,6 +45,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
                         f"{where}: a {type(fields).__name__}, where an object with fields is needed, one in a line"
                     )
                 rows.append((where, fields))
+                if len(rows) == most:
+                    break
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); check its permissions, or choose another file"

@@ -251,7 +251,7 @@ def test_math_style_answers_are_compared_symbolically(tmp_path: Path):
     [
         (gsm8k_row("eighteen"), "no hash answer"),
         ({"question": "How many?", "answer": "18"}, "no hash answer"),
-        ({"question": "How many?"}, "no text in field 'answer'"),
+        ({"question": "How many?"}, "no field 'answer'; the fields are 'question'"),
         ("{", "not JSON"),
     ],
 )

@@ -259,7 +259,7 @@ def test_questions_from_a_file(tmp_path):
     path.write_text('{"q": "Who?", "a": "Ada"}\n')
     problems = QuestionFile(train_path=str(path), question_field="q", answer_field="a").splits()[0]
     assert [(problem.question, problem.gold) for problem in problems] == [("Who?", "Ada")]
-    with pytest.raises(DataError, match="q.jsonl:1: no text in field 'question'; it has q, a"):
+    with pytest.raises(DataError, match="q.jsonl:1: no field 'question'; the fields are 'q', 'a'"):
         QuestionFile(train_path=str(path)).splits()
 
 
