@@ -15,7 +15,9 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DRIVER = """
 import os, runpy, sys
+from matplotlib.figure import Figure
 sys.modules["vllm"] = None  # torch samples: the start of an engine takes longer than a page
+Figure.savefig = lambda *_, **__: None
 for page in sys.argv[1:]:
     os.chdir(os.path.dirname(page))
     runpy.run_path(page, run_name="__main__")

@@ -233,7 +233,7 @@ def start(solutions: str, folder: Path, killed_at: tuple[str, int] | None = None
     ]
     arguments += [
         "batch_size=16",
-        "num_epochs=8",
+        "num_epochs=4",
         "learning_rate=1e-3",
         "eval_every=7",
         "save_every=4",
@@ -263,15 +263,15 @@ def outcome(folder: Path) -> tuple[dict, list, str]:
 
 def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     solutions = letters_file(tmp_path)
-    whole, killed = start(solutions, tmp_path / "whole"), start(solutions, tmp_path / "killed", ("metrics.jsonl", 20))
-    assert killed.wait() == -signal.SIGKILL and 10 < steps_logged(tmp_path / "killed") < 40
+    whole, killed = start(solutions, tmp_path / "whole"), start(solutions, tmp_path / "killed", ("metrics.jsonl", 11))
+    assert killed.wait() == -signal.SIGKILL and 4 < steps_logged(tmp_path / "killed") < 20
     for process in (whole, again := start(solutions, tmp_path / "killed")):
         assert process.wait() == 0 and ("resuming" in process.output()) == (process is again), process.output()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     saved = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert saved["method"]["class"] == "preference.losses:RPO" and saved["method"]["nll_coef"] == 0.5
     # five steps an epoch, and the last evaluation
-    assert len(read_metrics(tmp_path / "whole")) == 41
+    assert len(read_metrics(tmp_path / "whole")) == 21
 
 
 def test_the_recipe_learns_and_rpo_keeps_the_chosen_answers_likely(

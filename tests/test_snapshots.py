@@ -50,14 +50,22 @@ def kept_bytes(service: ServiceClient) -> int:
     return service._engines.memory.used()
 
 
-@pytest.fixture(params=["torch", "vllm"])
-def service(request: pytest.FixtureRequest) -> ServiceClient:
-    return request.getfixturevalue(f"{request.param}_service")
+@pytest.fixture(scope="module")
+def vllm_micro(vllm_service: ServiceClient) -> TrainingClient:
+    """One engine for those who train a few steps from wherever it is."""
+    return vllm_service.create_training_client("micro")
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
-def test_three_versions_answer_with_their_own_weights(service: ServiceClient, rank: int) -> None:
-    client = service.create_lora_training_client("micro", rank) if rank else service.create_training_client("micro")
+@pytest.mark.parametrize(
+    ("engine", "rank"),
+    [("torch", 0), ("torch", 4), ("vllm", 0), pytest.param("vllm", 4, marks=pytest.mark.slow)],
+)
+def test_three_versions_answer_with_their_own_weights(engine: str, rank: int, request: pytest.FixtureRequest) -> None:
+    service = request.getfixturevalue(f"{engine}_service")
+    if rank:
+        client = service.create_lora_training_client("micro", rank)
+    else:
+        client = request.getfixturevalue("vllm_micro") if engine == "vllm" else service.create_training_client("micro")
     samplers, expected = [], []
     for seed in range(3):
         step(client, seed)
@@ -175,8 +183,8 @@ def test_the_memory_of_snapshots_has_a_limit_that_the_error_names(
         assert len(scored(first)) == len(PROMPT) - 1 and "loses its weights" in capsys.readouterr().out
 
 
-def test_a_sync_waits_for_calls_that_keep_their_version(vllm_service: ServiceClient) -> None:
-    client = vllm_service.create_training_client("micro")
+def test_a_sync_waits_for_calls_that_keep_their_version(vllm_micro: TrainingClient) -> None:
+    client = vllm_micro
     params = SamplingParams(max_tokens=300, seed=1, stop=[])
     old = client.save_weights_and_get_sampling_client()
     running = old.sample(ModelInput.from_ints(PROMPT[:5]), 4, params)
