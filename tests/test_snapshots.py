@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,10 @@ PARAMS = SamplingParams(max_tokens=12, seed=3, stop=[])
 def step(client: TrainingClient, seed: int = 0) -> None:
     client.forward_backward(policy_data(4, seed), "importance_sampling")
     client.optim_step(AdamParams(3e-3)).result()
+
+
+def trainer(client: TrainingClient) -> Any:
+    return client._trainer
 
 
 def trained(client: TrainingClient, tokens: list[int]) -> np.ndarray:
@@ -117,7 +122,7 @@ def test_copies_are_made_for_those_who_keep_a_version_and_go_with_them(torch_ser
     sampler = client.save_weights_and_get_sampling_client()
     step(client)
     step(client)
-    size = sum(p.numel() for p in client._trainer.base.parameters()) * 4
+    size = sum(p.numel() for p in trainer(client).base.parameters()) * 4
     assert kept_bytes(torch_service) == size, "one copy, the tied head once"
     scored(sampler)
     # the weights of the newest synced version, whose place in the engine the snapshot takes
@@ -170,7 +175,7 @@ def test_the_memory_of_snapshots_has_a_limit_that_the_error_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     probe = ServiceClient(BackendConfig(engine="torch"), tmp_path).create_training_client("micro")
-    size = probe._trainer.sampled.copied_bytes()
+    size = trainer(probe).sampled.copied_bytes()
     with ServiceClient(BackendConfig(engine="torch", snapshot_memory_gb=1.5 * size / GIB), tmp_path) as service:
         client = service.create_training_client("micro")
         first = client.save_weights_and_get_sampling_client()
@@ -265,19 +270,19 @@ def test_two_adapters_at_once_train_as_each_alone(torch_service: ServiceClient) 
     ]
     for future in steps:
         future.result()
-    tensors = [{p.data_ptr(): p.numel() for p in client._trainer.base.parameters()} for client in together]
+    tensors = [{p.data_ptr(): p.numel() for p in trainer(client).base.parameters()} for client in together]
     common = sum(tensors[0][pointer] for pointer in tensors[0].keys() & tensors[1].keys())
-    assert common == sum(p.numel() for p in torch_service.create_training_client("micro")._trainer.base.parameters())
+    assert common == sum(p.numel() for p in trainer(torch_service.create_training_client("micro")).base.parameters())
     for client, rank in zip(together, ranks, strict=True):
         with ServiceClient(torch_service.config) as service:
             alone = adapter(service, rank)
             for seed in range(3):
                 alone.forward_backward(policy_data(6, 10 * rank + seed), "importance_sampling")
                 alone.optim_step(AdamParams(1e-3)).result()
-            for name, parameter in alone._trainer.named_trainable.items():
-                assert torch.equal(parameter, client._trainer.named_trainable[name])
+            for name, parameter in trainer(alone).named_trainable.items():
+                assert torch.equal(parameter, trainer(client).named_trainable[name])
             for (name, weight), (_, expected) in zip(
-                alone._trainer.sampler_weights(), client._trainer.sampler_weights(), strict=True
+                trainer(alone).sampler_weights(), trainer(client).sampler_weights(), strict=True
             ):
                 assert torch.equal(weight, expected), name
 
