@@ -139,9 +139,10 @@ class QuestionFile(ProblemSet):
     def read(self, split: Split, limit: int | None) -> list[Problem]:
         path = self.train_path if split == "train" else self.test_path
         rows = read_rows(path)[:limit] if path else []
-        names = (self.question_field, self.answer_field)
+        answer = self.answer_field
         return [
-            Problem(*(text_of(where, row, name) if name else "" for name in names), id=where) for where, row in rows
+            Problem(text_of(where, row, self.question_field), text_of(where, row, answer) if answer else "", id=where)
+            for where, row in rows
         ]
 
 
