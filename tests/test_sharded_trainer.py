@@ -159,10 +159,13 @@ def compute_gradients(processes: ranks.Processes, folder: Path) -> None:
     """What came out, in a file of the first rank."""
     found: dict[str, Any] = {}
     for sharding in ("shard", "replicate"):
-        for case, (*_, passes) in CASES.items():
-            trainer = open_trainer(case, processes, sharding)
+        opened: dict[str, Trainer] = {}
+        for case, (*model, passes) in CASES.items():
+            trainer = opened.get(str(model)) or open_trainer(case, processes, sharding)
+            opened[str(model)] = trainer
             passes(trainer)
             found[f"{case}, {sharding}"] = gradients(trainer)
+            trainer.zero_grad()
         trainer = open_trainer("ppo", processes, sharding)
         before = {name: tensor.clone() for name, tensor in trainer.sampler_weights()}
         errors = [outcome(lambda t=trainer, fn=fn: t.run(marked_data(), fn)) for fn in (fails_on_one, infinite_on_one)]
