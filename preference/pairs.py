@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from posttrain.backend.config import in_float64
 from posttrain.backend.errors import DataError
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
@@ -122,8 +123,8 @@ def sequence_logprobs(data_D: Sequence[Datum], logprobs_D: Sequence[torch.Tensor
     """(D,) sums of the answers' token logprobs, differentiable, in float64 for subtraction."""
     weights_DT = torch.from_numpy(np.concatenate([datum.loss_fn_inputs["weights"].array for datum in data_D]))
     owner_DT = torch.repeat_interleave(torch.tensor([len(logprobs) for logprobs in logprobs_D]))
-    logprobs_DT = torch.cat(list(logprobs_D))
-    weighted_DT = logprobs_DT.double() * weights_DT.to(logprobs_DT.device)
+    logprobs_DT = in_float64(torch.cat(list(logprobs_D)))
+    weighted_DT = logprobs_DT * weights_DT.to(logprobs_DT.device)
     return weighted_DT.new_zeros(len(data_D)).index_add(0, owner_DT.to(logprobs_DT.device), weighted_DT)
 
 

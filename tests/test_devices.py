@@ -9,12 +9,18 @@ import pytest
 import torch
 
 import benchmarks.report
-from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend import memory_plan
+from posttrain.backend.alarms import LIMITS, START_TOKENS
+from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
+from posttrain.backend.memory_plan import free_bytes, planned
 from posttrain.backend.models import model_config
+from posttrain.backend.placement import check_placement
+from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.vllm_engine import _model_folder, _set_environment, engine_args
+from posttrain.backend.vllm_engine import _model_folder, _set_environment, engine_args, samples_with_vllm
+from posttrain.preflight import STEP_SHARE
 
 
 def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +32,34 @@ def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # each process was given one GPU to see
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert training_device() == torch.device("cuda", 0)
+
+
+def test_apples_gpu_is_taken_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = BackendConfig(device="mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"backend.device=mps, but this machine's torch .* has no such device"):
+        training_device(config)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device = training_device(config)
+    assert device == torch.device("mps") and training_device() == torch.device("cpu")
+    assert compute_dtype(device, config) == param_dtype(device, config) == torch.float32
+    monkeypatch.setattr("posttrain.backend.vllm_engine.vllm_is_installed", lambda: True)
+    monkeypatch.setattr("posttrain.backend.engines.vllm_is_installed", lambda: True)
+    assert samples_with_vllm(BackendConfig()) and not samples_with_vllm(config)
+    with pytest.raises(ConfigError, match="backend.engine=vllm samples on cpu, not on backend.device=mps"):
+        ServiceClient(BackendConfig(device="mps", engine="vllm"), tmp_path)
+    with pytest.raises(ConfigError, match="backend.device=mps is for one process"):
+        check_placement(BackendConfig(device="mps", sampler_replicas=1))
+    # every table by device knows it
+    run = planned("tiny", config, None, samples=True)
+    assert "KV cache" in run.plan.sampling and run.device == device and "GiB" in run.plan.table()
+    assert START_TOKENS["mps"] and LIMITS["mps", "float32"] and STEP_SHARE["mps"]
+
+
+def test_a_machine_without_proc_has_half_of_its_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "_read", lambda file: "")
+    assert GIB // 4 < free_bytes(torch.device("cpu")) < 2**44
 
 
 def test_dtype_follows_the_device_unless_it_is_asked_for() -> None:

@@ -10,6 +10,7 @@ import time
 from enum import Enum
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import chz
 import pytest
@@ -19,10 +20,12 @@ from posttrain.tracking.figures import Curve, Panel, at_multiples, curves_by_lab
 from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, print_metrics_table, read_metrics, timed
 from posttrain.tracking.plots import compare_runs, main, plot_run
 from posttrain.tracking.progress import TrainingProgress, reported
+from posttrain.tracking.run_config import RunConfig as SharedConfig
 from posttrain.tracking.run_folder import RunFolder, config_to_json, open_run_folder
 from posttrain.tracking.timeline import Span, Timeline
 from posttrain.tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 from recipes.prm.picture import CHOICES, draw
+from tests import commands
 
 
 class Which(Enum):
@@ -166,12 +169,72 @@ def test_numbers_that_are_not_finite_are_null_and_named(tmp_path):
     }
 
 
-def test_wandb_is_asked_for_only_on_request_and_its_absence_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+LOGGERS = {
+    "wandb": {"wandb_project": "p"},
+    "torch.utils.tensorboard": {"tensorboard": True},
+    "trackio": {"trackio_project": "p"},
+}
+
+
+@pytest.mark.parametrize("module", LOGGERS)
+def test_a_logger_is_asked_for_only_on_request_and_its_absence_says_what_to_install(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
     run = open_run_folder(tmp_path / "run", "raise", RunConfig())
-    MetricsLog(run).close()
-    with pytest.raises(ConfigError, match=r"pip install -e '\.\[wandb\]'"):
-        MetricsLog(run, wandb_project="p")
+    MetricsLog(run, SharedConfig()).close()
+    extra = module.split(".")[-1]
+    with pytest.raises(ConfigError, match=rf"needs {extra}, which is not installed: pip install -e '\.\[{extra}\]'"):
+        MetricsLog(run, SharedConfig(**LOGGERS[module]))
+
+
+def test_trackio_gets_every_metric(tmp_path, monkeypatch):
+    calls = []
+    trackio = SimpleNamespace(
+        init=lambda **settings: calls.append(settings),
+        log=lambda metrics, step: calls.append((metrics, step)),
+        finish=lambda: calls.append("finish"),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    config = SharedConfig(trackio_project="p", eval_every=7)
+    log = MetricsLog(open_run_folder(tmp_path / "run", "raise", config), config)
+    log.log({"loss": 0.5}, 3)
+    log.close()
+    log.close()
+    assert calls[0]["project"] == "p" and calls[0]["name"] == "run" and calls[0]["config"]["eval_every"] == 7
+    assert calls[1:] == [({"loss": 0.5}, 3), "finish"]
+
+
+LOGGED = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from posttrain.tracking import loggers
+from posttrain.tracking.metrics_log import MetricsLog
+from posttrain.tracking.run_config import RunConfig
+from posttrain.tracking.run_folder import RunFolder
+loggers.START_TIMEOUT = 5
+run = RunFolder(Path(sys.argv[1]))
+run.path.mkdir(exist_ok=True)
+log = MetricsLog(run, RunConfig(wandb_project="p", tensorboard=True))
+for step in range(3):
+    log.log({"optim/loss": 0.5 * step}, step)
+log.close()
+"""
+
+
+@pytest.mark.slow
+def test_wandb_and_tensorboard_write_into_the_run_folder_without_a_network(tmp_path):
+    ran = commands.run("-c", LOGGED, tmp_path / "run", env={"WANDB_MODE": "offline"})
+    assert ran.returncode == 0, ran.stderr
+    (logged,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    (events,) = (tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*")
+    for file in (logged, events):
+        assert file.read_bytes().count(b"optim/loss") >= 3
+    assert (tmp_path / "run/wandb_run_id.txt").read_text().strip() in logged.name
+    # a server that is not there: one line, and no wait for ever
+    account = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    ran = commands.run("-c", LOGGED, tmp_path / "other", env=account)
+    assert ran.returncode == 1 and "ConfigError: wandb_project=p: " in ran.stderr.splitlines()[-1], ran.stderr
+    assert "WANDB_MODE=offline" in ran.stderr.splitlines()[-1]
 
 
 def test_timers_add_up_and_the_table_shows_every_metric(capsys):

@@ -50,7 +50,7 @@ def main() -> None:
     low = {} if device.type == "cuda" else {"dtype": "bfloat16"}
     for name, (config, lora, run, temperature) in CASES.items():
         data = policy_data(12, temperature)
-        with patch("posttrain.backend.trainer.training_device", lambda: torch.device("cpu")):
+        with patch("posttrain.backend.trainer.training_device", lambda _: torch.device("cpu")):
             reference = Trainer("tiny", config, lora=lora)
         trainer = Trainer("tiny", BackendConfig(**{**vars_of(config), **low}), lora=lora)
         ours, theirs = run(trainer, data), run(reference, data)

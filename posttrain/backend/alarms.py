@@ -19,7 +19,7 @@ from posttrain.backend.types import Datum, GetInfoResponse, ModelInput, Sampling
 PROBE_SEED = 20260101  # of compared tokens, apart from the run's seeds
 PROBE_SAMPLES = 4  # of one token each, after a sync
 # More tokens at the start than a block of vLLM's prefix cache (128 on a CPU, 16 on a GPU).
-START_TOKENS = {"cpu": 192, "cuda": 1000}
+START_TOKENS = {"cpu": 192, "cuda": 1000, "mps": 192}
 TAIL = 16  # the last of these are compared; the tokens before are shared
 
 TEXT = (
@@ -46,6 +46,7 @@ class Limit:
 LIMITS = {
     ("cpu", "float32"): Limit(1e-3, 0.05),
     ("cuda", "float32"): Limit(0.01, 0.5),  # a kernel may multiply in tf32
+    ("mps", "float32"): Limit(0.01, 0.5),  # not measured
 }
 BF16_LIMIT = Limit(0.05, float("inf"))
 

@@ -202,7 +202,7 @@ def _collate(
     temperatures = _temperatures([data_D[d] for d in members])
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        return torch.from_numpy(array).to(device, non_blocking=device.type == "cuda")
 
     def positions(chosen_N: np.ndarray) -> Positions:
         chosen = targets[chosen_N]

@@ -14,6 +14,10 @@ AlarmAction = Literal["stop", "warn"]
 
 @chz.chz
 class BackendConfig:
+    device: Literal["auto", "cpu", "cuda", "mps"] = chz.field(
+        default="auto",
+        doc="where models are trained and sampled; auto = cuda where there is one, else cpu. mps is Apple's GPU",
+    )
     engine: Literal["auto", "vllm", "torch"] = chz.field(
         default="auto", doc="sampler; auto = vllm where it is installed and serves the model, else torch"
     )
@@ -139,15 +143,28 @@ class BackendConfig:
     )
 
 
-def training_device() -> torch.device:
-    """CUDA if there is a GPU, else the CPU; a process of several takes its own GPU (torchrun's
-    LOCAL_RANK) by number, because a current device holds for one thread only."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+def training_device(config: BackendConfig | None = None) -> torch.device:
+    """backend.device; by default CUDA if there is a GPU, else the CPU. ConfigError where torch has none
+    of its kind. A process of several takes its own GPU (torchrun's LOCAL_RANK) by number, because a
+    current device holds for one thread only."""
+    kind = config.device if config else "auto"
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    is_there = {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if not is_there[kind]():
+        raise ConfigError(f"backend.device={kind}, but this machine's torch ({torch.__version__}) has no such device")
+    if kind != "cuda":
+        return torch.device(kind)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+# bfloat16 on Apple's GPU must be asked for: its autocast is young.
+AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16", "mps": "float32"}
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Apple's GPU has no float64: there, on the CPU."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:

@@ -39,6 +39,11 @@ class Engines:
             raise EngineError(
                 "backend.engine=vllm, but vllm is not installed: see docs/install.md, or take backend.engine=torch"
             )
+        if config.engine == "vllm" and training_device(config) != training_device():
+            raise ConfigError(
+                f"backend.engine=vllm samples on {training_device().type}, not on backend.device={config.device}: take "
+                "backend.engine=torch"
+            )
         self.config, self.shares, self._open_cluster = config, config.share_engines, open_cluster
         self.bases = BaseModels()
         self.memory = SnapshotMemory(config.snapshot_memory_gb)
@@ -70,7 +75,7 @@ class Engines:
         config = self.config
         if config.sampler_replicas:
             engine: EngineThread | SamplerPool = self._start_replicas(hf_config, tokenizer, max_length, frozen)
-        elif config.trainer_processes > 1 and training_device().type == "cuda":
+        elif config.trainer_processes > 1 and training_device(config).type == "cuda":
             raise ConfigError(
                 f"backend.trainer_processes={config.trainer_processes} with a sampler needs replicas with GPUs of "
                 "their own (colocated ones are not offered): set backend.sampler_replicas"
@@ -120,7 +125,7 @@ class Engines:
 
     def _freeze(self, name: str, model: PreTrainedModel, owner: SharedBase | None = None) -> SamplingClient:
         tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
-        source = SampledModel(model, compute_dtype(training_device(), self.config), owner)
+        source = SampledModel(model, compute_dtype(training_device(self.config), self.config), owner)
         policy, version = self.new_policy(), WeightVersion(0, source.sampler_weights)
         if self.shares:
             version.keep(source, self.memory)

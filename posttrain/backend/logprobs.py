@@ -11,7 +11,7 @@ import torch
 
 # Rows times vocabulary held at once: 256 MiB of fp32; on a GPU 2 GiB, as smaller chunks leave it
 # idle.
-CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**29}
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
 
 
 @dataclass(frozen=True)

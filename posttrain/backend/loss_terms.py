@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from posttrain.backend.batching import MicroBatch, Positions
+from posttrain.backend.config import in_float64
 from posttrain.backend.losses import Loss, LossFn
 from posttrain.backend.types import Datum, ForwardBackwardOutput, TensorData
 
@@ -66,7 +67,8 @@ class RunningTerm:
         device = p_NK.device
         p = self._keep(place_N, p_NK[torch.from_numpy(row_N).to(device)])
         inputs = {
-            key: torch.from_numpy(array[place_N]).to(device, non_blocking=True) for key, array in self._inputs.items()
+            key: torch.from_numpy(array[place_N]).to(device, non_blocking=device.type == "cuda")
+            for key, array in self._inputs.items()
         }
         if self.loss.of_sequences:
             inputs["sequence"] = torch.from_numpy(batch.loss.datum_N[row_N]).to(device)
@@ -74,7 +76,7 @@ class RunningTerm:
         self._loss_places.append(place_N)
         self._losses.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
         for name, value_N in diagnostics_N.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value_N.detach().double().sum()
+            self._sums[name] = self._sums.get(name, 0.0) + in_float64(value_N.detach()).sum()
         return loss_N.sum()
 
     def keep_others(self, batch: MicroBatch, p_NK: torch.Tensor) -> None:
@@ -121,7 +123,7 @@ class RunningTerm:
 
     def output(self, name: str) -> ForwardBackwardOutput:
         """`name` of every token, and the metrics; data without loss positions have a sum of 0."""
-        loss_N = torch.cat(self._losses).double().cpu() if self._losses else torch.zeros(0)
+        loss_N = in_float64(torch.cat(self._losses)).cpu() if self._losses else torch.zeros(0)
         p = torch.cat(self._logprobs).float().cpu().numpy()
         flat = np.empty((int(self._offsets_D[-1]), *p.shape[1:]), dtype=np.float32)
         flat[np.concatenate(self._places)] = p

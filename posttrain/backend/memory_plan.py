@@ -5,6 +5,7 @@ processes that share a device, rows longer than a micro-batch, masks of shared p
 
 import copy
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,8 +30,8 @@ from posttrain.backend.vllm_engine import samples_with_vllm
 
 # What a process holds beside models. On a CPU: Python and its imports, and vLLM's. On a GPU: CUDA's
 # contexts and the allocator's fragments, and vLLM's graphs.
-PROCESS_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}
-VLLM_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}
+PROCESS_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB, "mps": GIB}  # mps: a guess
+VLLM_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}  # not on Apple's GPU
 # vLLM packs matrices for a CPU's kernels. Measured for the 0.5B shape with 2, 8 and 24 layers: copies
 # of the layers; of the vocabulary's matrices two, and 2.8 more while the engine starts, on top of
 # what a pass has freed but glibc keeps.
@@ -113,7 +114,8 @@ class PlannedRun:
         if self.lora:
             parts["adapter, fp32"] = 4 * size.trainable
         parts["gradients"] = (4 if copied else trained.itemsize) * size.trainable
-        if device == "cpu" or not self.backend.offload_optimizer:
+        # the CPU's memory is also Apple's GPU's
+        if device != "cuda" or not self.backend.offload_optimizer:
             parts["fp32 copies of the weights"] = 4 * size.trainable if copied else 0
             parts["moments, 8 bits" if lean else "moments, fp32"] = (2 if lean else 8) * size.trainable
         if self.reference:
@@ -212,7 +214,7 @@ def planned(
 ) -> PlannedRun:
     """On this machine's training device."""
     length = context_length(model_name, backend.max_length)
-    return PlannedRun(model_config(model_name), backend, lora, training_device(), length, samples, reference)
+    return PlannedRun(model_config(model_name), backend, lora, training_device(backend), length, samples, reference)
 
 
 def check_fits(run: PlannedRun, model_name: str, free: int | None = None) -> None:
@@ -255,6 +257,8 @@ def free_bytes(device: torch.device) -> int:
     """What this process may still take: of the GPU, or of the machine, within its control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     free = [1024 * _number_after("MemAvailable:", Path("/proc/meminfo"))]
     for folder, limit, used in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),
@@ -264,7 +268,8 @@ def free_bytes(device: torch.device) -> int:
         if all(part.strip().isdigit() for part in text):
             reclaimable = _number_after("\ninactive_file", Path(folder) / "memory.stat")
             free.append(int(text[0]) - int(text[1]) + reclaimable)
-    return max(0, min(n for n in free if n))
+    # macOS has neither file: half of the machine's memory
+    return max(0, min((n for n in free if n), default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2))
 
 
 def _number_after(key: str, file: Path) -> int:

@@ -12,14 +12,14 @@ from posttrain.backend.vllm_engine import VllmEngine, samples_with_vllm
 
 
 def is_reproducible(config: BackendConfig) -> bool:
-    return training_device().type == "cpu" if config.reproducible is None else config.reproducible
+    return training_device(config).type == "cpu" if config.reproducible is None else config.reproducible
 
 
 def new_engine(
     config: BackendConfig, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Engine:
     """An engine without weights, which the first sync brings."""
-    device = training_device()
+    device = training_device(config)
     if samples_with_vllm(config):
         try:
             return VllmEngine(hf_config, tokenizer, max_length, config, device, is_reproducible(config))

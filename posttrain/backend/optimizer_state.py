@@ -79,7 +79,7 @@ def load_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.opti
         for key in tensors.keys():  # noqa: SIM118
             slot, name = key.split(":", 1)
             parameter = parameters[name]
-            on_cpu = slot == "step" and (not parameter.is_cuda or isinstance(optimizer, LeanAdamW))
+            on_cpu = slot == "step" and isinstance(optimizer, LeanAdamW)  # AdamW's, fused, is on the device
             dtype = slots(parameter, optimizer)[slot][1]
             tensor = tensors.get_tensor(key).to("cpu" if on_cpu else parameter.device, dtype)
             optimizer.state[parameter][slot] = shard_like(tensor, parameter)

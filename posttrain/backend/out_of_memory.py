@@ -10,6 +10,8 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import OutOfMemoryError
 from posttrain.backend.types import Datum
 
+TEXTS = ("not enough memory", "MPS backend out of memory")  # of a CPU's RuntimeError, and of Apple's GPU's
+
 
 def explained(data_D: Sequence[Datum], config: BackendConfig) -> AbstractContextManager[None]:
     """OutOfMemoryError for torch's, of either device."""
@@ -26,7 +28,9 @@ def _explained(text: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+            text in str(error) for text in ("not enough memory", "MPS backend out of memory")
+        ):
             raise
         raise OutOfMemoryError(text()) from error
 

@@ -28,6 +28,10 @@ def check_placement(config: BackendConfig) -> None:
                     f"backend.{name}={value} is for several processes, and this run has one: set "
                     "backend.trainer_processes or backend.sampler_replicas"
                 )
+    if uses_cluster(config) and config.device != "auto":
+        raise ConfigError(
+            f"backend.device={config.device} is for one process: several take the GPUs that Ray gives them"
+        )
     if config.tensor_parallel > 1 and not config.sampler_replicas:
         raise ConfigError(
             f"backend.tensor_parallel={config.tensor_parallel} is for replicas with GPUs of their own: set "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from posttrain.backend.config import in_float64
 from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import Range, RangeError
 from posttrain.backend.types import PromptAltTokens, TensorData
@@ -86,10 +87,10 @@ def _draw(
         best_T1 = logprobs_TV.argmax(-1, keepdim=True)
         return best_T1.expand(-1, draws), torch.zeros(len(best_T1), draws)
     tempered_TV = (logprobs_TV / temperature).log_softmax(-1)
-    cdf_TV = tempered_TV.double().exp().cumsum(-1)
+    cdf_TV = in_float64(tempered_TV).exp().cumsum(-1)
     uniform_TK = torch.rand(len(cdf_TV), draws, generator=generator, dtype=torch.float64).to(cdf_TV.device)
     tokens_TK = torch.searchsorted(cdf_TV, uniform_TK * cdf_TV[:, -1:], right=True).clamp(max=cdf_TV.shape[1] - 1)
-    return tokens_TK, tempered_TV.gather(-1, tokens_TK)
+    return tokens_TK, tempered_TV.gather(-1, tokens_TK.to(tempered_TV.device))
 
 
 def _joined(parts: list[np.ndarray], width: int) -> np.ndarray:

@@ -196,7 +196,7 @@ class ServiceClient:
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
         models = [SupportedModel(name, context_length(name, self.config.max_length)) for name in PRESETS]
-        return GetServerCapabilitiesResponse(models, str(training_device()), vllm_is_installed())
+        return GetServerCapabilitiesResponse(models, str(training_device(self.config)), vllm_is_installed())
 
     def close(self, status: str = "success", detail: str | None = None) -> None:
         """Stops training threads, then engines, then other processes. Idempotent; `status` and `detail` are unused."""

@@ -237,6 +237,9 @@ class _Row:
 
 def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
     """Draws and appends a token per row by inverse CDF, with a number of the row's generator."""
+    device = logits_BV.device
+    if device.type == "mps":  # it has no float64
+        logits_BV = logits_BV.cpu()
     temperature_B = torch.tensor([row.request.params.temperature for row in rows], device=logits_BV.device)
     greedy_B = temperature_B == 0
     logits_BV = logits_BV / torch.where(greedy_B, 1.0, temperature_B)[:, None]
@@ -255,7 +258,7 @@ def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
             row.topk.append([(token, logprob) for logprob, token in best if logprob > -torch.inf])
     for row, token, logprob in zip(rows, next_B.tolist(), chosen_B.tolist(), strict=True):
         row.append(token, logprob)
-    return next_B
+    return next_B.to(device)
 
 
 def _truncate(logits_BV: torch.Tensor, params_B: list[SamplingParams]) -> torch.Tensor:

@@ -90,7 +90,7 @@ class Trainer:
     ):
         """`bases`: adapters opened with the same one share their base's tensors."""
         self.model_name, self.config, self.seed, self.lora = model_name, config, seed, lora
-        self.device = training_device()
+        self.device = training_device(config)
         self.compute_dtype = compute_dtype(self.device, config)
         check_setting(config.attention, self.device, self.compute_dtype)
         self.max_length = context_length(model_name, config.max_length)

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from posttrain.backend.config import BackendConfig, compute_dtype
+from posttrain.backend.config import BackendConfig, compute_dtype, training_device
 from posttrain.backend.device_lock import alone, computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.errors import ConfigError, CookbookError, ModelError
@@ -52,7 +52,9 @@ def vllm_is_installed() -> bool:
 
 
 def samples_with_vllm(config: BackendConfig) -> bool:
-    return config.engine == "vllm" or (config.engine == "auto" and vllm_is_installed())
+    """auto: where it is installed, and backend.device is the device it takes."""
+    on_its_device = training_device(config) == training_device()
+    return config.engine == "vllm" or (config.engine == "auto" and vllm_is_installed() and on_its_device)
 
 
 def engine_args(

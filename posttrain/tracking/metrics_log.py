@@ -1,32 +1,29 @@
-"""Metrics of a run: a JSON line per step in metrics.jsonl, optional wandb, a console table, timers."""
+"""Metrics of a run: a JSON line per step in metrics.jsonl, other loggers, a console table, timers."""
 
 import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from posttrain.backend.errors import ConfigError
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
-from posttrain.tracking.run_folder import RunFolder, config_to_json
+from posttrain.tracking.loggers import open_loggers
+from posttrain.tracking.run_config import RunConfig
+from posttrain.tracking.run_folder import RunFolder
 
 Metrics = dict[str, float]
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and, with `wandb_project`, to a wandb run; its id in the folder
-    allows resuming."""
+    """Appends to metrics.jsonl, and to what else `config` asks for (loggers.py)."""
 
-    def __init__(
-        self, run_folder: RunFolder, wandb_project: str | None = None, wandb_name: str | None = None, config: Any = None
-    ):
+    def __init__(self, run_folder: RunFolder, config: RunConfig | None = None):
         self.file = run_folder.metrics_file
         drop_torn_line(self.file)
-        self._wandb_run = _start_wandb(run_folder, wandb_project, wandb_name, config) if wandb_project else None
+        self._loggers = open_loggers(run_folder, config) if config else []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Writes `{"step": step, **metrics}`; non-finite values are null and named in "non_finite"."""
@@ -40,35 +37,12 @@ class MetricsLog:
         if non_finite:
             record["non_finite"] = non_finite
         append_jsonl(self.file, record)
-        if self._wandb_run is not None:
-            self._wandb_run.log(dict(metrics), step=step)
+        for logger in self._loggers:
+            logger.log(metrics, step)
 
     def close(self) -> None:
-        if self._wandb_run is not None:
-            self._wandb_run.finish()
-            self._wandb_run = None
-
-
-def _start_wandb(run_folder: RunFolder, project: str, name: str | None, config: Any) -> Any:
-    try:
-        wandb = import_module("wandb")
-    except ImportError:
-        raise ConfigError(
-            f"wandb_project={project} needs wandb, which is not installed: pip install -e '.[wandb]' in the project's "
-            "folder"
-        ) from None
-    id_file = run_folder.path / "wandb_run_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else None
-    run = wandb.init(
-        project=project,
-        name=name,
-        id=run_id,
-        resume="allow" if run_id else None,
-        dir=str(run_folder.path),
-        config=config_to_json(config) if config is not None else None,
-    )
-    id_file.write_text(run.id + "\n")
-    return run
+        while self._loggers:
+            self._loggers.pop().close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ class Run:
         config, checkpointer, metrics, headline, done = self.config, self._checkpointer, {}, {}, self.first_step
         profile = StepProfile(self.folder.path / "profile", self.first_step + 1, config.profile_steps)
         with (
-            closing(MetricsLog(self.folder, config.wandb_project, config.wandb_name, config)) as log,
+            closing(MetricsLog(self.folder, config)) as log,
             StopRequest() as stop,
             TrainingProgress(self.num_steps, self.first_step, self.name) as progress,
         ):

@@ -47,6 +47,8 @@ class RunConfig:
     )
     wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
     wandb_name: str | None = chz.field(default=None, doc="name of the wandb run")
+    tensorboard: bool = chz.field(default=False, doc="also write TensorBoard's event files into the run folder")
+    trackio_project: str | None = chz.field(default=None, doc="also log to this Trackio project")
 
 
 @chz.chz

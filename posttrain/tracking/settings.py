@@ -21,6 +21,7 @@ Changes = dict[str, tuple[Any, Any]]  # option -> (before, now)
 # These affect evaluation, saving, the end and the speed of a run, not its steps.
 FREE = {
     *("profile_steps", "log_path", "behavior_if_log_dir_exists", "wandb_project", "wandb_name"),
+    *("tensorboard", "trackio_project"),
     *("evaluators", "infrequent_evaluators", "infrequent_eval_every"),
     *(
         "eval_every",
