@@ -3,7 +3,8 @@
     python benchmarks/serve.py --sdk-python PYTHON [--rounds N]
 
 PYTHON has the tinker SDK (tests/test_serve_sdk.py makes one). Both sides sample with torch from the
-same adapter of `small`, with the same seeds, and take turns. Bytes are those of HTTP bodies. Also:
+same adapter of `small`, with the same seeds, and take turns; a round's ratio is that of its median
+steps, by the clock and by CPU time (of client and server together). Bytes are those of HTTP bodies. Also:
 samples of one token a second with 2,000 outstanding, and 50 clients at once, with the server's
 memory. Left out: other machines, GPUs.
 """
@@ -44,6 +45,7 @@ STEP: dict[str, Any] = {
     "steps": 4,
 }
 SAMPLES, CLIENTS = 2000, 50
+SIDES = ("wire", "in_process")
 
 
 class Server:
@@ -120,10 +122,16 @@ def step_bytes(python: str) -> dict[str, float]:
     return {"step_bytes_to_server": to, "step_bytes_from_server": back}
 
 
-def in_process() -> list[float]:
+def in_process() -> list[tuple[float, float]]:
     with tinker.ServiceClient(BackendConfig(engine="torch", share_engines=True)) as service:
         client = service.create_training_client(STEP["model"], LoraConfig(STEP["rank"], 1), 0)
         return rl_steps(STEP, client, tinker, sdk=False)[1:]  # the first opens the engine
+
+
+def ratios(runs: dict[str, list[list[tuple[float, float]]]], which: int) -> list[float]:
+    """Of each round: the wire's median step over that in process; 0 = by the clock, 1 = by CPU time."""
+    wire, local = ([statistics.median(step[which] for step in steps) for steps in runs[side]] for side in SIDES)
+    return [a / b for a, b in zip(wire, local, strict=True)]
 
 
 def samples_in_process() -> float:
@@ -136,7 +144,7 @@ def samples_in_process() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sdk-python", required=True, help="a Python with the tinker SDK")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     load = wait_until_quiet()
     figures: dict[str, Any] = {}
@@ -144,19 +152,24 @@ def main() -> None:
         runs = alternate(
             {
                 "in_process": in_process,
-                "wire": lambda: answer(sdk_side(options.sdk_python, at.url, side="step"))["seconds"][1:],
+                "wire": lambda: answer(sdk_side(options.sdk_python, at.url, side="step", server=at.process.pid))[
+                    "seconds"
+                ][1:],
             },
             options.rounds,
         )
-    medians = {name: [statistics.median(steps) for steps in rounds] for name, rounds in runs.items()}
-    figures |= {f"step_seconds_{name}": values for name, values in medians.items()}
+    for which, unit in enumerate(("seconds", "cpu_seconds")):
+        for side in SIDES:
+            figures[f"step_{unit}_{side}"] = [statistics.median(step[which] for step in steps) for steps in runs[side]]
+        figures[f"step_ratios_{unit}"] = ratios(runs, which)
     figures |= step_bytes(options.sdk_python)
-    ratios = [wire / local for wire, local in zip(medians["wire"], medians["in_process"], strict=True)]
     with server("tiny") as at:
         before = at.mib()
-        figures["one_token_samples_per_second_wire"] = answer(
-            sdk_side(options.sdk_python, at.url, side="samples", model="tiny", samples=SAMPLES)
-        )["per_second"]
+        settings = {"model": "tiny", "samples": SAMPLES, "server": at.process.pid}
+        done = answer(sdk_side(options.sdk_python, at.url, side="samples", **settings))
+        figures["one_token_samples_per_second_wire"] = done["per_second"]
+        figures["one_token_sample_client_cpu_ms"] = done["client_ms"]
+        figures["one_token_sample_server_cpu_ms"] = done["server_ms"]
         figures["server_mib_before_2000_samples"], figures["server_mib_after_2000_samples"] = before, at.mib()
     figures["one_token_samples_per_second_in_process"] = samples_in_process()
     small = {"model": "tiny", "samples": 40, "steps": 1, "groups": 2, "group_size": 2, "rank": 4}
@@ -165,7 +178,11 @@ def main() -> None:
         figures["clients_that_finished"] = answer(many)["finished"]
         figures["server_mib_after_50_clients"] = at.mib()
     settings = {**STEP, "samples": SAMPLES, "clients": CLIENTS, "rounds": options.rounds, "sdk": "tinker 0.38.0"}
-    write_report("serve", figures, settings, load, {"step_wire_over_in_process": statistics.median(ratios)})
+    medians = {
+        f"step_{unit}_wire_over_in_process": statistics.median(figures[f"step_ratios_{unit}"])
+        for unit in ("seconds", "cpu_seconds")
+    }
+    write_report("serve", figures, settings, load, medians)
 
 
 if __name__ == "__main__":

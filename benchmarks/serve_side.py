@@ -3,6 +3,7 @@ object on its last line.
 """
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -12,13 +13,24 @@ from typing import Any
 import numpy as np
 
 
-def rl_steps(settings: dict[str, Any], of: Any, api: Any, sdk: bool) -> list[float]:
-    """Seconds of each step: sync, sample, forward_backward with importance_sampling, optim_step.
-    `of` is the training client, `api` has the types; the same calls on both sides."""
+def cpu_seconds(server: int | None = None) -> float:
+    """CPU time so far of this process, and of the process `server`."""
+    own = time.process_time()
+    if server is None:
+        return own
+    with open(f"/proc/{server}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return own + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rl_steps(settings: dict[str, Any], of: Any, api: Any, sdk: bool) -> list[tuple[float, float]]:
+    """Seconds and CPU-seconds of each step: sync, sample, forward_backward with importance_sampling,
+    optim_step. `of` is the training client, `api` has the types; the same calls on both sides."""
     rng, seconds = np.random.default_rng(0), []
     size, length = settings["group_size"], settings["prompt_tokens"]
+    server = settings.get("server")
     for step in range(settings["steps"]):
-        started = time.perf_counter()
+        started = time.perf_counter(), cpu_seconds(server)
         sampler = of.save_weights_and_get_sampling_client()
         prompts = [rng.integers(4, 260, length).tolist() for _ in range(settings["groups"])]
         params = [
@@ -45,7 +57,7 @@ def rl_steps(settings: dict[str, Any], of: Any, api: Any, sdk: bool) -> list[flo
         done = of.forward_backward(data, "importance_sampling")
         of.optim_step(api.AdamParams(learning_rate=1e-5)).result()
         done.result()
-        seconds.append(time.perf_counter() - started)
+        seconds.append((time.perf_counter() - started[0], cpu_seconds(server) - started[1]))
     return seconds
 
 
@@ -77,7 +89,12 @@ def main(settings: dict[str, Any]) -> None:
     elif settings["side"] == "samples":
         sampler = tinker.ServiceClient().create_sampling_client(base_model=settings["model"])
         one_token_samples(sampler, types, 20)
-        answer = {"per_second": one_token_samples(sampler, types, settings["samples"])}
+        count, server = settings["samples"], settings["server"]
+        both, client = cpu_seconds(server), cpu_seconds()
+        answer = {"per_second": one_token_samples(sampler, types, count)}
+        client = cpu_seconds() - client
+        answer["client_ms"] = 1000 * client / count
+        answer["server_ms"] = 1000 * (cpu_seconds(server) - both - client) / count
     else:
         with ThreadPoolExecutor(settings["clients"]) as pool:
             answer = {"finished": sum(pool.map(samples_and_a_step, range(settings["clients"])))}

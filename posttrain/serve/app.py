@@ -463,7 +463,11 @@ async def external_file(state: State, request: HttpRequest) -> Response:
 
 
 CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
+# Starlette tries them in this order: first those that are called for each sample.
 ENDPOINTS: list[tuple[str, str, Handler]] = [
+    ("POST", "/asample", asample),
+    ("POST", "/retrieve_future", retrieve_future),
+    ("POST", "/retrieve_futures", retrieve_futures),
     ("GET", "/healthz", healthz),
     ("POST", "/client/config", client_config),
     ("POST", "/client/dynamic_config", dynamic_config),
@@ -485,9 +489,6 @@ ENDPOINTS: list[tuple[str, str, Handler]] = [
     ("POST", "/create_sampling_session", create_sampling_session),
     ("POST", "/join_sampling_session", join_sampling_session),
     ("GET", "/samplers/{sampler_id}", get_sampler),
-    ("POST", "/asample", asample),
-    ("POST", "/retrieve_future", retrieve_future),
-    ("POST", "/retrieve_futures", retrieve_futures),
     ("POST", "/cancel_future", cancel_future),
     ("GET", "/training_runs", training_runs),
     ("GET", "/training_runs/{run_id}", training_run),

@@ -90,6 +90,10 @@ def serve(config: ServeConfig) -> None:
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=2,  # long polls are open
+        # the SDK parses each header of each answer in Python
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
         backlog=2048,
     )
     listening = settings.bind_socket()
