@@ -9,10 +9,15 @@ import sys
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
+import numpy as np
 import pytest
 
+from posttrain.serve import wire
 from tests.conftest import ROOT
+from tests.test_serve import datum, pass_body
 
 pytestmark = pytest.mark.slow
 # The environments are kept between runs. They see the packages of this one, for torch.
@@ -38,6 +43,7 @@ CHECKS = [
         "concurrent",
     ),
 ]
+ENGINE = os.environ.get("TINKER_TEST_ENGINE", "torch")  # vllm: the same checks with its sampler
 OLDER = [
     *("capabilities", "supervised", "pipelined", "losses", "custom_loss", "checkpoints", "samplers", "sampling"),
     "rest",
@@ -69,10 +75,11 @@ def _single_threaded() -> dict[str, str]:
 
 
 class Server:
-    """`python -m posttrain.serve` with `micro` as "m"."""
+    """`python -m posttrain.serve` with `micro` as "m". `program`: Python code to run in its place."""
 
-    def __init__(self, folder: Path, *options: str):
-        command = [sys.executable, "-m", "posttrain.serve", "--model", "m=micro", "port=0", "backend.engine=torch"]
+    def __init__(self, folder: Path, *options: str, program: str = ""):
+        command = [sys.executable, *(["-c", program] if program else ["-m", "posttrain.serve"])]
+        command += ["--model", "m=micro", "port=0", f"backend.engine={ENGINE}"]
         self._command = [*command, f"checkpoint_dir={folder / 'checkpoints'}", *options]
         self._log = folder / "log"
         self.start()
@@ -150,6 +157,79 @@ def test_a_killed_server_is_continued_from_its_checkpoint_exactly(tmp_path: Path
     finally:
         server.close()
     assert continued == straight
+
+
+SLOW_SAVES = """
+import time
+from posttrain.backend import atomic_folder
+from posttrain.serve.command import main
+
+fsync = atomic_folder._fsync
+
+def slow(file):
+    print("writing", file.name, flush=True)
+    time.sleep(0.2)
+    fsync(file)
+
+atomic_folder._fsync = slow
+main()
+"""
+
+
+def test_a_save_that_sigterm_meets_leaves_checkpoints_whole(tmp_path: Path) -> None:
+    """The one that it would have replaced is there, old or new; one of a new name is there or is not."""
+    server = Server(tmp_path, program=SLOW_SAVES)
+    assert server.process.stdout
+
+    def call(path: str, /, **body: Any) -> dict[str, Any]:
+        response = httpx.post(f"{server.url}/api/v1/{path}", json=body, timeout=60)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def result(accepted: dict[str, Any]) -> dict[str, Any]:
+        return call("retrieve_future", request_id=accepted["request_id"])
+
+    def logprobs(model_id: str, seq_id: int) -> list[float]:
+        content = pass_body(model_id, seq_id, [datum()], forward_only=True)
+        headers = {"content-type": "application/x-protobuf"}
+        accepted = httpx.post(f"{server.url}/api/v1/forward_backward", content=content, headers=headers).json()
+        answer = httpx.post(f"{server.url}/api/v1/retrieve_future", json=accepted, timeout=60).content
+        output = wire.MESSAGES["ForwardBackwardOutput"].FromString(answer)
+        return np.frombuffer(output.loss_fn_outputs[0].fields["logprobs"].data, "<f4").tolist()
+
+    def loaded(number: int, path: str) -> str:
+        session = call("create_session")["session_id"]
+        return result(call("load_weights", session_id=session, model_seq_id=number, path=path, optimizer=True))[
+            "model_id"
+        ]
+
+    def trained(model_id: str, seq_id: int) -> None:
+        headers = {"content-type": "application/x-protobuf"}
+        content = pass_body(model_id, seq_id, [datum()])
+        httpx.post(f"{server.url}/api/v1/forward_backward", content=content, headers=headers)
+        result(call("optim_step", model_id=model_id, seq_id=seq_id + 1, adam_params={"learning_rate": 0.01}))
+
+    session = call("create_session")["session_id"]
+    model_id = f"{session}:train:0"
+    result(call("create_model", session_id=session, model_seq_id=0, base_model="m", lora_config={"rank": 4}))
+    result(call("save_weights", model_id=model_id, seq_id=1, path="a"))
+    old = logprobs(model_id, 2)
+    trained(model_id, 3)
+    new = logprobs(model_id, 5)
+    next(line for line in server.process.stdout if "optimizer" in line)  # of the first save
+    call("save_weights", model_id=model_id, seq_id=6, path="a", overwrite=True)
+    call("save_weights", model_id=model_id, seq_id=7, path="b")
+    next(line for line in server.process.stdout if line.startswith("writing"))
+    server.close()
+    server.start()
+    try:
+        path = f"tinker://{model_id}/weights/"
+        assert logprobs(loaded(0, path + "a"), 1) in (old, new) and old != new
+        kept = [c["tinker_path"] for c in httpx.get(f"{server.url}/api/v1/checkpoints").json()["checkpoints"]]
+        assert path + "b" not in kept or logprobs(loaded(1, path + "b"), 1) == new
+        assert not [*tmp_path.rglob(".*.tmp")]
+    finally:
+        server.close()
 
 
 def _logprobs_after(server: Server, script: list[str], path: str) -> list[float]:

@@ -12,9 +12,29 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from posttrain.backend.memory import return_free_memory
 from posttrain.backend.models import load_model, model_folder
 
 Key = tuple[object, ...]
+
+
+class Turn:
+    """A lock. Whoever takes it in another thread than the last gives to the system what that one
+    freed: glibc would keep a whole pass's activations for each thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        thread = threading.get_ident()
+        if self._thread not in (None, thread):
+            return_free_memory()
+        self._thread = thread
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
 
 
 @dataclass(eq=False)
@@ -22,7 +42,7 @@ class SharedBase:
     """Owns the tensors. Passes over them hold `turn`."""
 
     model: PreTrainedModel
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    turn: Turn = field(default_factory=Turn)
 
 
 class BaseModels:
