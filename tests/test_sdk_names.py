@@ -7,6 +7,8 @@ script in its idiom.
 import asyncio
 import concurrent.futures
 import inspect
+import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import posttrain.backend as tinker
 from posttrain.backend import sdk_keywords, types
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ConfigError, CookbookError
+from posttrain.backend.rest_client import RestClient
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
@@ -56,6 +59,16 @@ METHODS: list[tuple[type, str, dict[str, Any]]] = [
     (TrainingClient, "load_state", {"path": NO, "weights_access_token": None}),
     (TrainingClient, "load_state_with_optimizer", {"path": NO, "weights_access_token": None}),
     (TrainingClient, "save_weights_for_sampler", {"name": NO, "ttl_seconds": None, "user_metadata": None}),
+    (
+        TrainingClient,
+        "save_weights_external",
+        {"name": NO, "ttl_seconds": None, "age_encryption_recipients": None},
+    ),
+    (ServiceClient, "create_rest_client", {}),
+    (RestClient, "list_user_checkpoints", {"limit": 100, "offset": 0}),
+    (RestClient, "get_weights_info_by_tinker_path", {"tinker_path": NO}),
+    (RestClient, "delete_checkpoint_from_tinker_path", {"tinker_path": NO}),
+    (RestClient, "set_checkpoint_ttl_from_tinker_path", {"tinker_path": NO, "ttl_seconds": NO}),
     (TrainingClient, "save_weights_and_get_sampling_client", {"name": None} | SAMPLER | {"kind": "snapshot"}),
     (TrainingClient, "create_sampling_client", {"model_path": NO} | SAMPLER),
     (TrainingClient, "get_info", {}),
@@ -93,7 +106,7 @@ def test_constructors_and_types_have_the_sdks_defaults() -> None:
     assert tinker.EncodedTextChunk([1]).type == "encoded_text" and tinker.ModelInputChunk is tinker.EncodedTextChunk
 
 
-NAMES = """ServiceClient TrainingClient SamplingClient APIFuture AdamParams Datum EncodedTextChunk ForwardBackwardOutput LoraConfig
+NAMES = """ServiceClient TrainingClient SamplingClient RestClient APIFuture AdamParams Datum EncodedTextChunk ForwardBackwardOutput LoraConfig
 ModelInput ModelInputChunk OptimStepResponse SampledSequence SampleResponse SamplingParams StopReason TensorData TensorDtype types
 TinkerError APIError APIStatusError APITimeoutError APIConnectionError APIResponseValidationError RequestFailedError
 BadRequestError AuthenticationError BillingError PermissionDeniedError NotFoundError ConflictError UnprocessableEntityError
@@ -166,6 +179,42 @@ def test_what_has_a_meaning_and_is_not_there_is_refused_by_name(torch_service: S
     ):
         with pytest.raises(ConfigError):
             call()
+
+
+def test_checkpoints_of_the_folder_are_listed_described_and_deleted(tmp_path: Path) -> None:
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path / "mine") as service:
+        client = service.create_lora_training_client("micro", 4, train_attn=False)
+        reader = service.create_rest_client()
+        assert reader.list_user_checkpoints().result().checkpoints == []
+        saved = [client.save_state("a").result().path, client.save_weights_external("b").result().path]
+        listed = {c.checkpoint_id: c for c in reader.list_user_checkpoints().result().checkpoints}
+        assert {name: c.checkpoint_type for name, c in listed.items()} == {
+            "a": "training",
+            "sampler_weights/b": "sampler",
+        }
+        assert [listed[name].tinker_path for name in sorted(listed)] == saved
+        assert listed["a"].size_bytes > listed["sampler_weights/b"].size_bytes > 1000
+        for path in saved:
+            info = reader.get_weights_info_by_tinker_path(path).result()
+            assert (info.base_model, info.is_lora, info.lora_rank) == ("micro", True, 4)
+        whole = service.create_training_client("micro").save_state("whole").result().path
+        assert reader.get_weights_info_by_tinker_path(whole).result().is_lora is False
+        reader.delete_checkpoint_from_tinker_path(saved[0]).result()
+        assert asyncio.run(reader.list_user_checkpoints_async(1, 1)).checkpoints[0].tinker_path in saved[1:]
+        outside = ServiceClient(BackendConfig(engine="torch"), tmp_path / "other").create_rest_client()
+        for call in (
+            lambda: reader.delete_checkpoint_from_tinker_path(saved[0]).result(),
+            lambda: reader.delete_checkpoint_from_tinker_path(str(tmp_path / "mine")).result(),
+            lambda: outside.delete_checkpoint_from_tinker_path(whole).result(),
+        ):
+            with pytest.raises(CheckpointError):
+                call()
+        with pytest.raises(ConfigError, match="posttrain-serve"):
+            reader.list_sessions()
+        with pytest.raises(ConfigError, match="encrypted"):
+            client.save_weights_external("c", None, ["age1"])
+        with pytest.raises(ConfigError, match="does not pickle"):
+            pickle.dumps(service.create_sampling_client(base_model="micro"))
 
 
 async def script(service_client: tinker.ServiceClient) -> dict[str, Any]:

@@ -15,6 +15,7 @@ _MODULE_OF = {
     "TrainingClient": "training_client",
     "SamplingClient": "sampling_client",
     "APIFuture": "futures",
+    "RestClient": "rest_client",
 }
 
 

@@ -116,7 +116,7 @@ def check_is_checkpoint(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint folder {path}")
     for parent, says in ((path / "checkpoints", "a run's folder"), (path, "a folder of checkpoints")):
-        if checkpoints := _checkpoints_in(parent):
+        if checkpoints := checkpoints_in(parent):
             raise CheckpointError(f"{path} is {says}, not a checkpoint: give its last one, {checkpoints[-1]}")
     if path.is_file() or path.name == STATE_FOLDER:
         raise CheckpointError(f"{path} is a part of a checkpoint: give its folder, {path.parent}")
@@ -136,7 +136,7 @@ def _is_run(path: Path) -> bool:
     return (path / "metrics.jsonl").exists()
 
 
-def _checkpoints_in(parent: Path) -> list[Path]:
+def checkpoints_in(parent: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
     checkpoints = [parent / name for name in _names(parent) if name[0] != "." and _is_checkpoint(parent / name)]
     return sorted(checkpoints, key=lambda child: child.stat().st_mtime)

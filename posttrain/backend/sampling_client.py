@@ -145,6 +145,12 @@ class SamplingClient(Ready):
             self._let_version_go()
         self._engine.close_if_unheld()
 
+    def __reduce__(self) -> str:
+        raise ConfigError(
+            "a sampling client does not pickle: its engine is in this process. Other processes sample through "
+            "posttrain-serve, whose clients of the tinker SDK pickle"
+        )
+
     def __enter__(self) -> Self:
         return self
 

@@ -17,6 +17,7 @@ from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, checkpoint_folde
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.placement import check_placement
 from posttrain.backend.ranges import RangeError
+from posttrain.backend.rest_client import RestClient
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.scalar_trainer import ScalarTrainer
 from posttrain.backend.sdk_keywords import ignore, say_once
@@ -194,6 +195,10 @@ class ServiceClient:
         """Path of a checkpoint of this name; an absolute path is unchanged."""
         return self._checkpoint_dir / name
 
+    def create_rest_client(self) -> RestClient:
+        """Lists and deletes the checkpoints of this service's folder."""
+        return RestClient(self._checkpoint_dir)
+
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
         models = [SupportedModel(name, context_length(name, self.config.max_length)) for name in PRESETS]
         return GetServerCapabilitiesResponse(models, str(training_device(self.config)), vllm_is_installed())
@@ -220,6 +225,7 @@ class ServiceClient:
     create_training_client_from_state_async = in_thread(create_training_client_from_state)
     create_training_client_from_state_with_optimizer_async = in_thread(create_training_client_from_state_with_optimizer)
     create_sampling_client_async = in_thread(create_sampling_client)
+    create_rest_client_async = in_thread(create_rest_client)
     get_server_capabilities_async = in_thread(get_server_capabilities)
 
 

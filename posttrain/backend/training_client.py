@@ -202,6 +202,14 @@ class TrainingClient(Ready):
         ignore(ttl_seconds=ttl_seconds, user_metadata=user_metadata)
         return self._thread.submit(self._save_for_sampler, self._checkpoint_dir / SAMPLER_FOLDER / name)
 
+    def save_weights_external(
+        self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: list[str] | None = None
+    ) -> APIFuture[SaveWeightsResponse]:
+        """As `save_weights_for_sampler`, whose folders are in Hugging Face's form."""
+        if age_encryption_recipients:
+            raise ConfigError("age_encryption_recipients: weights are written as they are, not encrypted")
+        return self.save_weights_for_sampler(name, ttl_seconds)
+
     def save_weights_and_get_sampling_client(
         self,
         name: str | None = None,
@@ -356,4 +364,5 @@ class TrainingClient(Ready):
     load_state_async = accepted(load_state)
     load_state_with_optimizer_async = accepted(load_state_with_optimizer)
     save_weights_for_sampler_async = accepted(save_weights_for_sampler)
+    save_weights_external_async = accepted(save_weights_external)
     get_info_async = accepted(get_info)
