@@ -90,11 +90,11 @@ def main(settings: dict[str, Any]) -> None:
         sampler = tinker.ServiceClient().create_sampling_client(base_model=settings["model"])
         one_token_samples(sampler, types, 20)
         count, server = settings["samples"], settings["server"]
-        both, client = cpu_seconds(server), cpu_seconds()
+        both_before, own_before = cpu_seconds(server), cpu_seconds()
         answer = {"per_second": one_token_samples(sampler, types, count)}
-        client = cpu_seconds() - client
-        answer["client_ms"] = 1000 * client / count
-        answer["server_ms"] = 1000 * (cpu_seconds(server) - both - client) / count
+        own = cpu_seconds() - own_before
+        answer["client_ms"] = 1000 * own / count
+        answer["server_ms"] = 1000 * (cpu_seconds(server) - both_before - own) / count
     else:
         with ThreadPoolExecutor(settings["clients"]) as pool:
             answer = {"finished": sum(pool.map(samples_and_a_step, range(settings["clients"])))}
