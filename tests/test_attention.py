@@ -20,6 +20,7 @@ from posttrain.backend.attention import check_setting, dense_mask, kernel_gap, s
 from posttrain.backend.batching import MicroBatch, micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ModelError
+from posttrain.backend.memory_plan import planned
 from posttrain.backend.trainer import MOST_KERNEL_GAP, Trainer
 from posttrain.backend.types import Datum
 from tests.architectures import WINDOW, save_random_model
@@ -269,3 +270,31 @@ def test_the_check_of_the_kernels_passes_and_finds_a_wrong_window(
     monkeypatch.setattr(attention, "tree_mask", lambda ends, positions, window: tree_mask(ends, positions, None))
     wrong = kernel_gap(trainer.hf_config, trainer.windows, CPU, dtype, False)
     assert wrong > 3 * MOST_KERNEL_GAP[dtype]
+
+
+@pytest.mark.slow
+def test_rows_of_4096_shared_tokens_need_no_mask_of_all_pairs(flex_on_cpu: None) -> None:
+    """What a forward pass keeps for its backward, and the plan."""
+    rng = np.random.default_rng(0)
+    prompt = random_tokens(rng, 256)
+    data_D = [datum_of(prompt + random_tokens(rng, 257), weightless=255) for _ in range(15)]
+    trainer = Trainer("micro", BackendConfig(engine="torch", shared_row_tokens=4096))
+    columns: dict[bool, int] = {}
+    largest, planned_bytes = {}, {}
+    for packed in (False, True):
+        trainer.packs = packed
+        set_packing(trainer.base, packed)
+        (batch,) = trainer._micro_batches(data_D, range(15))
+        assert len(batch.tokens_BT) == 1
+        columns[packed] = batch.tokens_BT.shape[1]
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: (kept.append(x), x)[1], lambda x: x):
+            trainer._hidden(batch)
+        largest[packed] = max(x.untyped_storage().nbytes() for x in kept)
+        config = BackendConfig(attention="flex" if packed else "dense", shared_row_tokens=4096)
+        planned_bytes[packed] = planned("micro", config, None).plan.training.get("masks of shared prefixes", 0)
+    # two answers begin alike; packed rows are padded to blocks of 256
+    assert columns == {False: 4095, True: 4096}
+    # the mask; the MLP's activations
+    assert largest == {False: 4095 * 4095 * 4, True: 4096 * 384 * 4}
+    assert planned_bytes == {False: 16384 * 4096 * 5, True: 0}

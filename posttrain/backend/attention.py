@@ -141,6 +141,11 @@ for usual in ("sdpa", "eager"):
     AttentionMaskInterface.register(f"posttrain_{usual}", ALL_MASK_ATTENTION_FUNCTIONS[usual])
 
 
+def packs(attention: str, device: torch.device) -> bool:
+    """Whether rows are packed by backend.attention, where nothing fails."""
+    return attention != "dense" and (attention != "auto" or device.type == "cuda")
+
+
 def check_setting(attention: str, device: torch.device, dtype: torch.dtype) -> None:
     """ConfigError for backend.attention that this machine cannot compute."""
     if attention == "flex" and device.type not in FLEX_DEVICES:

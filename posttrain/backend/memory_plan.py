@@ -1,6 +1,6 @@
 """The memory a run will need, before anything is opened: weights and optimizer from the config,
 activations from passes of fake tensors (shapes without numbers), engines in bytes. Left out:
-processes that share a device, rows longer than a micro-batch, masks of shared prefixes.
+processes that share a device, rows longer than a micro-batch.
 """
 
 import copy
@@ -18,13 +18,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from posttrain.backend.attention import packs
+from posttrain.backend.batching import SHARED_ROW_TOKENS
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import CHUNK_ELEMENTS
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
-from posttrain.backend.models import cast_weights, context_length, model_config, new_model
+from posttrain.backend.models import attention_windows, cast_weights, context_length, model_config, new_model
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_engine import samples_with_vllm
 
@@ -138,7 +140,17 @@ class PlannedRun:
 
     def _training(self) -> dict[str, int]:
         tokens = self.backend.micro_batch_tokens
-        return {f"activations of {tokens} tokens": self._activations(tokens), "head": self._head(tokens)}
+        parts = {f"activations of {tokens} tokens": self._activations(tokens), "head": self._head(tokens)}
+        return parts | ({"masks of shared prefixes": masks} if (masks := self._masks(tokens)) else {})
+
+    def _masks(self, tokens: int) -> int:
+        """Of a micro-batch of the longest shared rows, for each kind of layer, and as booleans on the
+        way; packed rows have none."""
+        windows = attention_windows(self.hf_config, self.max_length)
+        if windows is None or packs(self.backend.attention, self.device):
+            return 0
+        longest = min(self.backend.shared_row_tokens or SHARED_ROW_TOKENS, tokens)
+        return tokens * longest * (1 + self.compute.itemsize * len(set(windows.values())))
 
     def _activations(self, tokens: int) -> int:
         """Kept from the forward for the backward pass, and the gradients of a layer's MLP."""

@@ -24,6 +24,7 @@ from posttrain.backend.attention import (
     dense_mask,
     kernel_gap,
     masks_of_layers,
+    packs,
     set_packing,
     tree_mask,
 )
@@ -418,7 +419,7 @@ class Trainer:
         """Where backend.attention says so and it gives each sequence the logprobs it has alone.
         Otherwise a line says why not; ModelError if packing is not left to us."""
         wanted = self.config.attention
-        if wanted == "dense" or wanted == "auto" and self.device.type == "cpu":
+        if not packs(wanted, self.device):
             return
         if reason := self._packing_fails():
             self.packs = False
