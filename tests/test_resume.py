@@ -19,8 +19,8 @@ from tests.commands import Command
 
 SFT = [
     "supervised/train_cli.py",
-    "dataset.n_batches=40",
-    "batch_size=32",
+    "dataset.n_batches=20",
+    "batch_size=16",
     "num_epochs=2",
     "dataset.num_test=20",
     "eval_every=10",
@@ -70,7 +70,7 @@ def kill_at(arguments: list[str], folder: Path, file: str, count: int) -> None:
 
 # Between a step and its line in the log; within a checkpoint; between a checkpoint and its line in
 # the record.
-KILLS = (("metrics.jsonl", 20), ("training_state.json", 5), ("checkpoints.jsonl", 16))
+KILLS = (("metrics.jsonl", 12), ("training_state.json", 4), ("checkpoints.jsonl", 12))
 
 
 # Trap: a resumed run that is another run.
