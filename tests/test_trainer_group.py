@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,7 @@ from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, S
 from tests.conftest import policy_data
 from tests.test_scalar_model import bce, scalar_data
 
-pytest.importorskip("ray", reason="Ray is not installed")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
 SETTINGS = BackendConfig(engine="torch", micro_batch_tokens=60, trainer_processes=2)
 
 
