@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, NonFiniteError
 from tests.conftest import ROOT
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'posttrain-cookbook[cluster]'")
-pytestmark = pytest.mark.slow  # Ray starts in ten seconds
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("ray") is None, reason="Ray is not installed: pip install 'posttrain-cookbook[cluster]'"
+    ),
+]
 
 BACKEND = BackendConfig(engine="torch", sampler_replicas=2)
 
