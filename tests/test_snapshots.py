@@ -9,6 +9,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from posttrain.backend import base_models
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import EngineError, SnapshotMemoryError, StaleSamplerError
 from posttrain.backend.sampling_client import SamplingClient
@@ -313,6 +315,30 @@ def test_a_base_model_ends_with_its_last_adapter_and_a_rewritten_folder_is_read_
     second = torch_service.create_lora_training_client(str(folder), rank=4)
     assert trained(second, PROMPT) == pytest.approx(trained(full, PROMPT), abs=1e-4)
     assert np.abs(trained(first, PROMPT) - trained(second, PROMPT)).max() > 1e-3
+
+
+def test_a_pass_in_another_thread_begins_with_the_memory_that_the_last_one_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Trap: glibc keeps a whole pass's activations for each thread
+    given_back: list[int] = []
+    monkeypatch.setattr(base_models, "return_free_memory", lambda: given_back.append(1))
+    turn = base_models.Turn()
+
+    def passes() -> None:
+        for _ in range(2):
+            with turn:
+                pass
+
+    passes()
+    assert not given_back  # one adapter pays nothing
+    for count in (1, 2):
+        thread = threading.Thread(target=passes)
+        thread.start()
+        thread.join()
+        assert len(given_back) == 2 * count - 1
+        passes()
+        assert len(given_back) == 2 * count
 
 
 MEASURE = """
