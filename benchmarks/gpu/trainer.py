@@ -5,6 +5,7 @@ against fp32.
 from collections.abc import Callable
 from unittest.mock import patch
 
+import chz
 import numpy as np
 import torch
 
@@ -41,18 +42,27 @@ CASES: dict[str, tuple[BackendConfig, LoraConfig | None, Callable[[Trainer, list
 }
 
 
+ON_A_GPU = {  # "auto", which all others have, packs rows there
+    f"attention={name}": (BackendConfig(attention=name), None, policy_pass, 1.0) for name in ("dense", "flex", "varlen")
+}
+
+
 def gradient_of(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([p.grad.flatten().cpu() for p in trainer.named_trainable.values() if p.grad is not None])
+    """Of the fp32 copies, where there are any, as the step will read it."""
+    trainer.trained.hand_over_gradients()
+    return torch.cat([p.grad.flatten().float().cpu() for p in trainer.trained.stepped.values() if p.grad is not None])
 
 
 def main() -> None:
     record, device = Record(), training_device()
     low = {} if device.type == "cuda" else {"dtype": "bfloat16"}
-    for name, (config, lora, run, temperature) in CASES.items():
+    for name, (config, lora, run, temperature) in (CASES | (ON_A_GPU if device.type == "cuda" else {})).items():
         data = policy_data(12, temperature)
         with patch("posttrain.backend.trainer.training_device", lambda _: torch.device("cpu")):
-            reference = Trainer("tiny", config, lora=lora)
-        trainer = Trainer("tiny", BackendConfig(**{**vars_of(config), **low}), lora=lora)
+            reference = Trainer("tiny", chz.replace(config, attention="auto"), lora=lora)
+        trainer = Trainer("tiny", chz.replace(config, **low), lora=lora)
+        if device.type == "cuda":
+            record.holds(f"{name}: rows are packed", trainer.packs == (config.attention != "dense"))
         ours, theirs = run(trainer, data), run(reference, data)
         record.at_most(f"{name}: |dlogp| mean", float(np.abs(ours - theirs).mean()), LOGPROB_BOUND)
         a, b = gradient_of(trainer), gradient_of(reference)
@@ -60,10 +70,6 @@ def main() -> None:
         norms = [t.optim_step(AdamParams(1e-3)).metrics["grad_norm"] for t in (trainer, reference)]
         record.at_most(f"{name}: gradient's norm", abs(norms[0] / norms[1] - 1), GRADIENT_BOUND)
     record.print()
-
-
-def vars_of(config: BackendConfig) -> dict:
-    return {"micro_batch_tokens": config.micro_batch_tokens, "gradient_checkpointing": config.gradient_checkpointing}
 
 
 if __name__ == "__main__":
