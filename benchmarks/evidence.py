@@ -17,63 +17,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import chz
 
+from benchmarks.evidence_row import ROOT, Row
+from benchmarks.evidence_rows import ROWS
 from benchmarks.report import machine, rounded, wait_until_quiet
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import read_json, write_atomically
-from posttrain.tracking.metrics_log import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 BUSY = 0.5  # cores that other processes may use beside a row before it is marked
 MARKED = re.compile(r"(<!-- evidence: ([\w ,]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number of a run: `key` of the metrics in `folder`, below the row's own, where {seed} is
-    filled in."""
-
-    key: str
-    take: Literal["first", "last", "max", "min"] = "last"
-    folder: str = ""
-
-    def read(self, path: Path, seed: int) -> float:
-        folder = path / self.folder.format(seed=seed)
-        values = [record[self.key] for record in read_metrics(folder) if self.key in record]
-        if not values:
-            raise ConfigError(f"{folder}: no metric {self.key}")
-        return {"first": values[0], "last": values[-1], "max": max(values), "min": min(values)}[self.take]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A command, and what is read from the runs that it makes. Each seed runs it once."""
-
-    name: str
-    command: str
-    """Arguments of Python; {seed} and {folder} are filled in."""
-    code: tuple[str, ...]
-    """Files and folders of the repository that the figures depend on."""
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
-    results: str = ""
-    """Instead of metrics: benchmarks/results/RESULTS-cpu.json (or -cuda), whose ratios are the figures."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    picture: str = ""
-    """A picture in the last seed's folder, and where in the repository it belongs: "a.png recipes/a/a.png"."""
-
-    def figures(self, folder: Path, seed: int) -> dict[str, float]:
-        if self.results:
-            kind = machine()["device_type"]
-            return read_json(ROOT / "benchmarks" / "results" / f"{self.results}-{kind}.json")["ratios"]
-        return {label: metric.read(folder, seed) for label, metric in self.metrics.items()}
 
 
 @chz.chz
@@ -223,8 +183,6 @@ def _cpu_seconds() -> tuple[float, float]:
 
 
 def main(config: Config) -> None:
-    from benchmarks.evidence_rows import ROWS
-
     evidence = Evidence(ROWS, ROOT, ROOT / "benchmarks" / "evidence", Path(config.log_path).absolute())
     names = [row.name for row in ROWS]
     asked = config.only.split(",") if config.only else names

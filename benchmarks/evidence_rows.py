@@ -1,6 +1,6 @@
 """The rows of `make evidence`: what is run, and which numbers of it the pages show."""
 
-from benchmarks.evidence import Metric, Row
+from benchmarks.evidence_row import Metric, Row
 
 BACKEND = ("posttrain/backend", "posttrain/renderers", "posttrain/tracking")
 SUPERVISED = (*BACKEND, "supervised")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence import Evidence, Metric, Row
+from benchmarks.evidence import Evidence
+from benchmarks.evidence_row import Metric, Row
 from benchmarks.evidence_rows import ROWS
 from posttrain.backend.errors import ConfigError
 
