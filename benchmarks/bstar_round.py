@@ -12,6 +12,7 @@ stages before the rounds, and a peer.
 """
 
 import argparse
+import asyncio
 import os
 import sys
 import tempfile
@@ -165,7 +166,7 @@ def figures_of(summary: Summary) -> dict[str, float]:
 
 def measure(size: Size, method: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="bstar-round-") as folder:
-        run(config(size, method, folder))
+        asyncio.run(run(config(size, method, folder)))
         figures = figures_of(read_summaries(Path(folder) / method)[-1])
     if torch.cuda.is_available():
         figures["peak memory of the trainer: GiB"] = torch.cuda.max_memory_allocated() / 2**30

@@ -109,7 +109,7 @@ def open_llm(client: TrainingClient, size: Size, seeded: bool) -> tuple[VllmEngi
     from vllm import LLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    trainer = client._trainer
+    trainer: Any = client._trainer
     engine = VllmEngine(
         trainer.hf_config, client.get_tokenizer(), trainer.max_length, size.config, trainer.device, seeded
     )

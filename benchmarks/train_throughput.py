@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 if not __package__:  # run as a file: the packages are one folder up
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -65,8 +66,8 @@ def flops_per_token(client: TrainingClient, length: int) -> float:
     """6 per weight that multiplies (a tied head does, a looked-up embedding does not) and 6 L H T
     for causal attention.
     """
-    model = client._trainer.base
-    head = client._trainer._head()
+    trainer: Any = client._trainer
+    model, head = trainer.base, trainer._head()
     weights = head.numel() + sum(
         p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and p is not head
     )

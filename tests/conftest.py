@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,11 @@ def vllm_client(vllm_service: ServiceClient) -> TrainingClient:
 def torch_service(tmp_path: Path) -> Iterator[ServiceClient]:
     with ServiceClient(BackendConfig(engine="torch"), tmp_path / "checkpoints") as service:
         yield service
+
+
+def trainer_of(client: TrainingClient) -> Any:
+    """The trainer in this process, for tests that look inside."""
+    return client._trainer
 
 
 def random_tokens(rng: np.random.Generator, length: int) -> list[int]:

@@ -33,14 +33,14 @@ from posttrain.backend.types import AdamParams, ModelInput, SampleResponse, Samp
 from rl import train
 from rl.frozen_policy import FrozenPolicy
 from rl.rollouts import RolloutLimits
-from tests.conftest import ROOT, policy_data, random_tokens
+from tests.conftest import ROOT, policy_data, random_tokens, trainer_of
 
 PATIENCE = 600.0  # seconds until a wait is taken for a hang
 STEP = AdamParams(1e-3)
 
 
 def weights(client: TrainingClient) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in client._trainer.sampler_weights()}
+    return {name: tensor.clone() for name, tensor in trainer_of(client).sampler_weights()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -150,7 +150,7 @@ def test_no_step_follows_a_pass_that_failed(
 ) -> None:
     """The error comes in the middle of a pass that has left half of its gradient."""
     client = torch_service.create_training_client("micro")
-    before, trainer = weights(client), client._trainer
+    before, trainer = weights(client), trainer_of(client)
     logprobs = trainer._logprobs
 
     def fails_once(batch):  # noqa: ANN001, ANN202
@@ -186,12 +186,12 @@ def test_what_failed_in_optim_step_leaves_no_gradient_and_no_stale_sampler(
     torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = torch_service.create_training_client("micro")
-    monkeypatch.setattr(client._trainer, "optim_step", lambda adam: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(trainer_of(client), "optim_step", lambda adam: (_ for _ in ()).throw(MemoryError()))
     PASSES["forward_backward"](client, 0)
     version = client._weights_version
     assert isinstance(client.optim_step(STEP).exception(PATIENCE), MemoryError)
     assert client._weights_version > version, "a part may have moved: the next sync must not be skipped"
-    assert all(p.grad is None for p in client._trainer.named_trainable.values())
+    assert all(p.grad is None for p in trainer_of(client).named_trainable.values())
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -251,8 +251,8 @@ def test_what_is_not_finite_is_never_saved(torch_service: ServiceClient, where: 
     PASSES["forward_backward"](client, 0)
     client.optim_step(STEP).result(PATIENCE)
     kept = client.save_state("kept").result(PATIENCE).path
-    parameter = list(client._trainer.named_trainable.values())[-1]
-    tensor = parameter.data if where == "weight" else client._trainer.optimizer.state[parameter]["exp_avg_sq"]
+    parameter = list(trainer_of(client).named_trainable.values())[-1]
+    tensor = parameter.data if where == "weight" else trainer_of(client).optimizer.state[parameter]["exp_avg_sq"]
     for value in (torch.nan, torch.inf, -torch.inf):
         tensor.view(-1)[-1] = value
         client._weights_version += 1
@@ -265,14 +265,14 @@ def test_what_is_not_finite_is_never_saved(torch_service: ServiceClient, where: 
     client.load_state_with_optimizer(kept).result(PATIENCE)
     client.save_state("kept").result(PATIENCE)
     tensor = 1e30 * torch.ones(())  # large is not infinite, though its square is
-    client._trainer.named_trainable["model.norm.weight"].data[0] = tensor
+    trainer_of(client).named_trainable["model.norm.weight"].data[0] = tensor
     client.save_state("large").result(PATIENCE)
 
 
 def test_an_infinite_step_ends_in_an_error_and_not_in_a_checkpoint(torch_service: ServiceClient) -> None:
     client = torch_service.create_training_client("micro")
     PASSES["forward_backward"](client, 0).result(PATIENCE)
-    client._trainer.named_trainable["model.norm.weight"].data.fill_(1e30)
+    trainer_of(client).named_trainable["model.norm.weight"].data.fill_(1e30)
     client.optim_step(AdamParams(learning_rate=1.0, weight_decay=1e9)).result(PATIENCE)
     with pytest.raises(NonFiniteError):
         client.save_state("final").result(PATIENCE)
@@ -298,7 +298,7 @@ def sampler(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def assert_all_places_are_free(client: SamplingClient) -> None:
-    thread = client._engine
+    thread: Any = client._engine
     # what was submitted before has been accepted
     client.sample(prompt_of(3), 1, SamplingParams(max_tokens=1)).result(PATIENCE)
     wait_until(lambda: thread.num_in_flight == 0)
@@ -360,7 +360,8 @@ def test_requests_cancelled_at_random_trouble_nobody_else(sampler: SamplingClien
 def test_a_cancelled_request_leaves_the_engine_at_the_next_token(
     sampler: SamplingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine: Any = sampler._engine._engine
+    thread: Any = sampler._engine
+    engine = thread._engine
     decode = "_forward" if hasattr(engine, "_forward") else "step"
     one_token, reached, cancelled, calls = getattr(engine, decode), threading.Event(), threading.Event(), []
 

@@ -31,7 +31,7 @@ from posttrain.backend.types import AdamParams, LoraConfig, ModelInput
 from posttrain.tracking.checkpointing import Checkpointer
 from posttrain.tracking.disk_space import check_disk_space
 from posttrain.tracking.run_folder import open_run_folder
-from tests.conftest import policy_data
+from tests.conftest import policy_data, trainer_of
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def train(client: TrainingClient, seeds: range) -> None:
 
 
 def weights(client: TrainingClient) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in client._trainer.sampler_weights()}
+    return {name: tensor.clone() for name, tensor in trainer_of(client).sampler_weights()}
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -83,10 +83,10 @@ def test_saved_policies_load_elsewhere(torch_service: ServiceClient) -> None:
         client.save_weights_for_sampler("policy" + str(i)).result().path for i, client in enumerate((full, lora))
     )
     loaded = AutoModelForCausalLM.from_pretrained(full_path)
-    assert torch.allclose(loaded(tokens).logits, full._trainer.base(tokens).logits, atol=1e-5)
+    assert torch.allclose(loaded(tokens).logits, trainer_of(full).base(tokens).logits, atol=1e-5)
     assert AutoTokenizer.from_pretrained(full_path).encode("12+3") == full.get_tokenizer().encode("12+3")
     adapted = PeftModel.from_pretrained(load_model("tiny", 0, CPU, torch.float32), lora_path)
-    assert torch.allclose(adapted(input_ids=tokens).logits, lora._trainer.model(input_ids=tokens).logits, atol=1e-5)
+    assert torch.allclose(adapted(input_ids=tokens).logits, trainer_of(lora).model(input_ids=tokens).logits, atol=1e-5)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def test_a_full_disk_met_by_the_tokenizer(torch_service: ServiceClient, tmp_path
         pytest.raises(CheckpointError, match="the tokenizer: File too large"),
         atomic_folder(tmp_path / "x") as folder,
     ):
-        checkpoints._save_tokenizer(client._trainer, client.get_tokenizer(), folder)
+        checkpoints._save_tokenizer(trainer_of(client), client.get_tokenizer(), folder)
 
 
 # Trap: one of another model.

@@ -40,7 +40,7 @@ from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.train_step import Learner, train_step
 from rl.truncation import stop_strings, tokens_before_stop
 from rl.types import Metrics, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
-from tests.conftest import random_tokens
+from tests.conftest import random_tokens, trainer_of
 
 CHARACTERS = character_tokenizer(512)
 EOS = 1  # of CHARACTERS
@@ -238,7 +238,7 @@ def enumerable_policy(service: ServiceClient, folder: Path) -> TrainingClient:
         words(list("abcdef")).save_pretrained(folder)
         client = service.create_training_client(str(folder))
         with torch.no_grad():
-            for p in client._trainer.named_trainable.values():
+            for p in trainer_of(client).named_trainable.values():
                 p += 0.2 * torch.randn_like(p)
     return client
 
@@ -253,13 +253,13 @@ def test_estimator_is_unbiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
         client = enumerable_policy(service, tmp_path / "model")
         reference = Reference(starting_weights(service, str(tmp_path / "model"), None, None, 0))
-        trainer, renderer = client._trainer, PlainRenderer(words(list("abcdef")))
+        trainer, renderer = trainer_of(client), PlainRenderer(words(list("abcdef")))
 
         def logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
             return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
 
         policy_V = logprobs(trainer.base, prompt)[-1]
-        reference_V = logprobs(reference._client._trainer.base, prompt)[-1].detach()
+        reference_V = logprobs(trainer_of(reference._client).base, prompt)[-1].detach()
         answers = []
         for token in range(8):
             context = prompt if token == 0 else [*prompt, token]
@@ -310,7 +310,7 @@ def test_rewards_score_exactly_the_answer_whatever_the_batch(torch_service: Serv
         groups_P.append(rationale_group(prompt, answer, renderer, actions_G))
     rewards = {}
     for budget in (16384, 8):
-        client._trainer.config = BackendConfig(micro_batch_tokens=budget)
+        trainer_of(client).config = BackendConfig(micro_batch_tokens=budget)
         for group in groups_P:
             group.final_rewards_G = [0.0] * 3
         asyncio.run(LikelihoodReward(client, LikelihoodRewardBuilder(likelihood_coef=0.0))(groups_P))
@@ -321,7 +321,7 @@ def test_rewards_score_exactly_the_answer_whatever_the_batch(torch_service: Serv
         for trajectory in group.trajectories_G:
             tokens = [*group.builder.prompt, *trajectory.transitions[0].ac.tokens[:-1], *group.builder.answer_tokens]
             with torch.no_grad():
-                rows = client._trainer.base(torch.tensor([tokens])).logits[0].log_softmax(-1)
+                rows = trainer_of(client).base(torch.tensor([tokens])).logits[0].log_softmax(-1)
             start = len(tokens) - len(group.builder.answer_tokens)
             alone.append(sum(float(rows[t - 1, tokens[t]]) for t in range(start, len(tokens))))
     assert rewards[16384] == pytest.approx(alone, abs=1e-4) and rewards[8] == pytest.approx(alone, abs=1e-4)

@@ -13,7 +13,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig
-from tests.conftest import policy_data
+from tests.conftest import policy_data, trainer_of
 
 BF16 = {"dtype": "bfloat16"}
 SETTINGS = {
@@ -39,7 +39,7 @@ def train(client: TrainingClient, seeds: range) -> None:
 
 
 def exact(client: TrainingClient) -> dict[str, torch.Tensor]:
-    trainer = client._trainer
+    trainer = trainer_of(client)
     return {name: t.detach().clone() for name, t in trainer.trained.exact(trainer.model.state_dict()).items()}
 
 

@@ -11,7 +11,7 @@ from posttrain.backend.errors import OutOfMemoryError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams
 from posttrain.tracking.step_profile import kernel_class, kernel_table
-from tests.conftest import policy_data
+from tests.conftest import policy_data, trainer_of
 
 ON_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 ON_CPU = RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes.")
@@ -23,23 +23,23 @@ def test_a_pass_that_runs_out_of_memory_names_the_setting(
 ) -> None:
     with ServiceClient(BackendConfig(engine="torch", micro_batch_tokens=256), tmp_path) as service:
         client, data = service.create_training_client("micro"), policy_data(4)
-        before = {name: tensor.clone() for name, tensor in client._trainer.sampler_weights()}
+        before = {name: tensor.clone() for name, tensor in trainer_of(client).sampler_weights()}
         saved = client.save_state("last").result().path
 
         def fail(*_: Any) -> Any:
             raise error
 
         with monkeypatch.context() as patched:
-            patched.setattr(client._trainer, "_logprobs", fail)
+            patched.setattr(trainer_of(client), "_logprobs", fail)
             client.forward_backward(data, "importance_sampling")
             with pytest.raises(OutOfMemoryError) as raised:
                 client.optim_step(AdamParams(1e-3)).result()
         tokens = sum(datum.model_input.length for datum in data)
         says = str(raised.value)
         assert f"4 data of {tokens} tokens" in says and "lower backend.micro_batch_tokens to 128" in says
-        assert all(torch.equal(before[name], tensor) for name, tensor in client._trainer.sampler_weights())
+        assert all(torch.equal(before[name], tensor) for name, tensor in trainer_of(client).sampler_weights())
         client.load_state_with_optimizer(saved).result()
-        monkeypatch.setattr(client._trainer.optimizer, "step", fail)
+        monkeypatch.setattr(trainer_of(client).optimizer, "step", fail)
         client.forward_backward(data, "importance_sampling")
         with pytest.raises(OutOfMemoryError, match=r"backend\.moments=8bit or backend\.offload_optimizer=true"):
             client.optim_step(AdamParams(1e-3)).result()
@@ -52,7 +52,7 @@ def test_other_errors_pass_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def fail(*_: Any) -> Any:
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(client._trainer, "_logprobs", fail)
+        monkeypatch.setattr(trainer_of(client), "_logprobs", fail)
         with pytest.raises(RuntimeError, match="a bug"):
             client.forward(policy_data(2), "importance_sampling").result()
 

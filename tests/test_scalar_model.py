@@ -19,7 +19,7 @@ from posttrain.backend.scalar_trainer import ScalarTrainer
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput
-from tests.conftest import gradients, random_tokens
+from tests.conftest import gradients, random_tokens, trainer_of
 
 
 def scalar_data(count: int, seed: int = 0, prompt: Sequence[int] = ()) -> list[Datum]:
@@ -136,7 +136,7 @@ def test_a_trunk_comes_from_a_language_model_and_the_two_are_not_mistaken(torch_
     train(model, range(1))
     scalar_path = model.save_state("scalar").result().path
     model.load_state(policy_path).result()
-    embeddings, policys = (client._trainer.base.get_input_embeddings().weight for client in (model, policy))
+    embeddings, policys = (trainer_of(client).base.get_input_embeddings().weight for client in (model, policy))
     assert torch.equal(embeddings, policys)  # type: ignore
     assert not scalars(model).any()
     for mistake in (

@@ -32,6 +32,7 @@ from recipes.star_graph.evaluation import AccuracyEvaluator, decode_paths
 from recipes.star_graph.model import check_model, make_model
 from recipes.star_graph.rollouts import collect_pairs, read_pairs
 from recipes.star_graph.side_by_side import RunFailed, run_side_by_side
+from tests.conftest import trainer_of
 
 GRAPH = StarGraph(2, 3, 8)
 LAYOUT = numeral_layout(GRAPH)
@@ -118,7 +119,7 @@ def test_the_reinforce_step_is_that_of_the_original(model_path: str, rollouts, b
         batch_D = [supervised_datum(row_T, LAYOUT) for row_T in rows_B_T]
         [(_, future)] = asyncio.run(objective.passes(client, batch_D))
         output = future.result()
-        grads = {name: p.grad.clone() for name, p in client._trainer.named_trainable.items() if p.grad is not None}
+        grads = {name: p.grad.clone() for name, p in trainer_of(client).named_trainable.items() if p.grad is not None}
     greedy_B = logits_of(model_path, rows_B_T[:, :prefix])[:, -1].argmax(-1).numpy()
     assert (rollouts == "greedy") == bool((greedy_B == paths_B_L[:, 0]).all())
     right_B = np.arange(32) < 10

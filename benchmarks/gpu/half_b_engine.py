@@ -88,8 +88,8 @@ def sync_parts(record: Record, client: TrainingClient) -> None:
 
     Each reset has one short answer's blocks to forget, and walks all blocks of the cache.
     """
-    thread = client._engine
-    assert thread is not None and isinstance(thread._engine, VllmEngine)
+    thread: Any = client._engine
+    assert isinstance(thread._engine, VllmEngine)
     vllm_engine, stopwatch, parts = thread._engine._engine, Stopwatch(), []
     with ExitStack() as stack:
         for name, owner, method in (

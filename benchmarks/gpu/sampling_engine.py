@@ -205,7 +205,8 @@ def busy_thread(found: Round, mode: str) -> Iterator[None]:
 @contextmanager
 def middle_profiled(client: SamplingClient, found: Round) -> Iterator[None]:
     """Fills `found` with ms per step: of the wall, of Python functions' own time, of kernels."""
-    engine, python = client._engine._engine, cProfile.Profile()
+    thread: Any = client._engine
+    engine, python = thread._engine, cProfile.Profile()
     kernels = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if MIDDLE["kernels"] else None
     step, count, walls = engine.step, 0, {"plain": 0.0, "python": 0.0, "kernels": 0.0}
 
