@@ -6,11 +6,13 @@ Each is a pair of functions. What was logged after the checkpoint of a resumed r
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.backend.errors import ConfigError
-from posttrain.tracking.run_config import RunConfig
 from posttrain.tracking.run_folder import RunFolder, config_to_json
+
+if TYPE_CHECKING:  # commands that need no model do not import torch
+    from posttrain.tracking.run_config import RunConfig
 
 # Seconds that wandb may take to reach its server at the start, and to send the rest at the end.
 START_TIMEOUT, END_TIMEOUT = 60, 60
@@ -23,7 +25,7 @@ class Logger:
     close: Callable[[], Any]
 
 
-def open_loggers(run: RunFolder, config: RunConfig) -> list[Logger]:
+def open_loggers(run: RunFolder, config: "RunConfig") -> list[Logger]:
     """Those that the configuration asks for. ConfigError where one is not installed or not
     reached."""
     loggers = []
@@ -36,7 +38,7 @@ def open_loggers(run: RunFolder, config: RunConfig) -> list[Logger]:
     return loggers
 
 
-def _wandb(run: RunFolder, project: str, config: RunConfig) -> Logger:
+def _wandb(run: RunFolder, project: str, config: "RunConfig") -> Logger:
     wandb = _import("wandb", f"wandb_project={project}", "wandb")
     id_file = run.path / "wandb_run_id.txt"
     run_id = id_file.read_text().strip() if id_file.exists() else None
@@ -72,7 +74,7 @@ def _tensorboard(run: RunFolder) -> Logger:
     return Logger(log, writer.close)
 
 
-def _trackio(run: RunFolder, project: str, config: RunConfig) -> Logger:
+def _trackio(run: RunFolder, project: str, config: "RunConfig") -> Logger:
     trackio = _import("trackio", f"trackio_project={project}", "trackio")
     trackio.init(project=project, name=run.path.resolve().name, config=config_to_json(config), resume="allow")
     return Logger(lambda metrics, step: trackio.log(dict(metrics), step=step), trackio.finish)

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
 from posttrain.tracking.loggers import open_loggers
-from posttrain.tracking.run_config import RunConfig
 from posttrain.tracking.run_folder import RunFolder
+
+if TYPE_CHECKING:  # commands that need no model do not import torch
+    from posttrain.tracking.run_config import RunConfig
 
 Metrics = dict[str, float]
 
@@ -20,7 +22,7 @@ Metrics = dict[str, float]
 class MetricsLog:
     """Appends to metrics.jsonl, and to what else `config` asks for (loggers.py)."""
 
-    def __init__(self, run_folder: RunFolder, config: RunConfig | None = None):
+    def __init__(self, run_folder: RunFolder, config: "RunConfig | None" = None):
         self.file = run_folder.metrics_file
         drop_torn_line(self.file)
         self._loggers = open_loggers(run_folder, config) if config else []
