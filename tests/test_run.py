@@ -97,6 +97,22 @@ def test_the_order_of_what_is_around_a_step(ends_at: int | None, last: int, tmp_
     assert all("time/total" in record for record in records[:-1])
 
 
+@pytest.mark.parametrize("names", [("num_tokens",), ("env/all/total_ac_tokens", "env/all/total_ob_tokens")])
+def test_a_run_saves_by_tokens(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Steps of 40 tokens: with save_tokens=100 a checkpoint after every third."""
+    events: list[str] = []
+    config = RunConfig(log_path=str(tmp_path / "run"), save_every=0, save_tokens=100, keep_checkpoints=None)
+    folder = open_run_folder(config.log_path, "raise", config)
+    run = Run(config=config, folder=folder, client=Client(events), name="test", num_steps=7)  # type: ignore[arg-type]
+
+    async def step(number: int, metrics: Metrics) -> None:
+        metrics |= dict.fromkeys(names, 40 / len(names))
+
+    assert run.start(None)
+    asyncio.run(run.steps(step))
+    assert [event.split()[1] for event in events] == ["000003", "000006", "final"]
+
+
 def test_a_run_saves_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of 20 minutes: with save_minutes=30 a checkpoint after every second."""
     events: list[str] = []

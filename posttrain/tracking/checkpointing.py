@@ -42,9 +42,11 @@ class Checkpointer:
         save_every: int,
         keep: int | None,
         save_minutes: float | None = None,
+        save_tokens: int | None = None,
     ):
         self._run, self._client, self._save_every, self._keep = run, training_client, save_every, keep
         self._save_minutes, self._saved_at = save_minutes, time.monotonic()
+        self._save_tokens, self._tokens = save_tokens, 0.0  # of the steps since the last checkpoint
         self._saved_step = -1
         self.finished = False  # whether the resumed run had ended
         self.nothing_left = False  # and has no steps left
@@ -87,9 +89,11 @@ class Checkpointer:
         self._saved_step, self.finished = step, record.name == "final"
         return step
 
-    def after_step(self, next_step: int, extra: Callable[[], dict[str, Any]]) -> None:
-        """`extra` is called only if a checkpoint is written."""
+    def after_step(self, next_step: int, extra: Callable[[], dict[str, Any]], tokens: float = 0) -> None:
+        """`extra` is called only if a checkpoint is written; `tokens` are those of the step."""
+        self._tokens += tokens
         late = self._save_minutes is not None and time.monotonic() - self._saved_at >= 60 * self._save_minutes
+        late |= self._save_tokens is not None and self._tokens >= self._save_tokens
         if late or (self._save_every and next_step % self._save_every == 0):
             self.save(f"{next_step:06d}", next_step, extra())
 
@@ -97,7 +101,7 @@ class Checkpointer:
         path = self._run.checkpoints / name
         self._client.save_state(str(path.resolve()), extra={"next_step": next_step, **(extra or {})}).result()
         self._run.record_checkpoint(name, next_step, path)
-        self._saved_step, self._saved_at = next_step, time.monotonic()
+        self._saved_step, self._saved_at, self._tokens = next_step, time.monotonic(), 0.0
         if self._keep:
             self._run.prune_checkpoints(self._keep)
 

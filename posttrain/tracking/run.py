@@ -23,6 +23,9 @@ from posttrain.tracking.step_profile import StepProfile
 Step = Callable[[int, Metrics], Awaitable[None]]
 Evaluation = Callable[[int], Awaitable[Metrics]]
 
+# Metrics of a step that count its tokens: of supervised steps, and of rollouts.
+TOKENS = ("num_tokens", "env/all/total_ac_tokens", "env/all/total_ob_tokens")
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -57,7 +60,12 @@ class Run:
         if config.save_minutes is not None and self.must_stop is not bool:
             raise ConfigError("save_minutes: processes that train together save by steps; use save_every")
         self._checkpointer = Checkpointer(
-            self.folder, self.client, config.save_every, config.keep_checkpoints, config.save_minutes
+            self.folder,
+            self.client,
+            config.save_every,
+            config.keep_checkpoints,
+            config.save_minutes,
+            config.save_tokens,
         )
         self.first_step = self._checkpointer.start(load_checkpoint_path, self.num_steps, self.ends_early is not None)
         self.resumed_extra = self._checkpointer.resumed_extra
@@ -94,7 +102,7 @@ class Run:
                 if self.alarms:
                     self.alarms.decide(f"step {step}")
                 done = step + 1
-                checkpointer.after_step(done, self.extra)
+                checkpointer.after_step(done, self.extra, sum(metrics.get(name, 0) for name in TOKENS))
                 headline |= {short: metrics[name] for name, short in self.headline.items() if name in metrics}
                 progress.update(step, headline)
                 if self.ends_early and self.ends_early(metrics):

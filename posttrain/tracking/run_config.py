@@ -35,6 +35,11 @@ class RunConfig:
     save_minutes: float | None = chz.field(
         default=None, validator=POSITIVE, doc="also a checkpoint once this long has passed since the last; None = no"
     )
+    save_tokens: int | None = chz.field(
+        default=None,
+        validator=COUNT,
+        doc="also a checkpoint after the step in which this many tokens have been trained on since the last; None = no",
+    )
     keep_checkpoints: int | None = chz.field(
         default=3, validator=COUNT, doc="delete older checkpoints than the last this many and `final`; None = keep all"
     )

@@ -27,6 +27,7 @@ FREE = {
         "eval_every",
         "save_every",
         "save_minutes",
+        "save_tokens",
         "keep_checkpoints",
         "transcript_every",
         "num_groups_to_log",
