@@ -1,4 +1,4 @@
-# make install | demo | test | test-slow | test-no-vllm | check | docs | evidence | evidence-status | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
+# make install | demo | test | test-slow | test-cluster | test-no-vllm | check | docs | evidence | evidence-status | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
 PY := .venv/bin/python
 
 install: .venv/installed
@@ -8,11 +8,15 @@ demo: .venv/installed
 
 # Two workers with a thread each: the models are so small that a second thread gains less than a second test.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 -m "not slow and not cluster"
 
 # What takes minutes: every model family against vLLM, long kill-and-resume runs.
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 -m slow
+
+# Processes that Ray starts, and kills: in one process, for Ray ends the program that started it when it is lost.
+test-cluster: .venv/installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m cluster
 
 # An installation from a package index that lacks vLLM, as on a machine for which it has no wheel.
 test-no-vllm:
@@ -42,4 +46,4 @@ evidence-status: .venv/installed
 clean:
 	rm -rf .venv runs site *.egg-info
 
-.PHONY: install demo test test-slow test-no-vllm check docs evidence evidence-status clean
+.PHONY: install demo test test-slow test-cluster test-no-vllm check docs evidence evidence-status clean

@@ -19,7 +19,7 @@ from posttrain.backend.errors import ConfigError, NonFiniteError
 from tests.conftest import ROOT
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.cluster,
     pytest.mark.skipif(
         find_spec("ray") is None, reason="Ray is not installed: pip install 'posttrain-cookbook[cluster]'"
     ),
@@ -112,11 +112,14 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_an_address_without_a_cluster_is_refused(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path; from posttrain.backend.cluster import Cluster; "
-        "from posttrain.backend.config import BackendConfig; "
-        f"Cluster(BackendConfig(sampler_replicas=1, cluster='auto'), Path({str(tmp_path)!r}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert f"{ConfigError.__name__}: there is no Ray cluster at backend.cluster=auto" in done.stderr
+def test_an_address_without_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Other tests have a cluster on this machine, which `auto` would find."""
+    import ray
+
+    def finds_none(**options: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", finds_none)
+    with pytest.raises(ConfigError, match="there is no Ray cluster at backend.cluster=auto"):
+        Cluster(BackendConfig(sampler_replicas=1, cluster="auto"), tmp_path)

@@ -23,7 +23,7 @@ from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, S
 from tests.conftest import policy_data
 from tests.test_scalar_model import bce, scalar_data
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
 SETTINGS = BackendConfig(engine="torch", micro_batch_tokens=60, trainer_processes=2)
 
 

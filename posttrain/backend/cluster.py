@@ -246,7 +246,6 @@ def _ray_running(config: BackendConfig) -> Any:
 
     if ray.is_initialized():
         return ray
-    _started_here = True
     options: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "namespace": secrets.token_hex(4)}
     try:
         if config.cluster is not None:
@@ -264,6 +263,7 @@ def _ray_running(config: BackendConfig) -> Any:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"the Ray cluster at backend.cluster={config.cluster}: {' '.join(lines)}") from error
+    _started_here = True
     return ray
 
 
