@@ -193,7 +193,7 @@ def checkpoints() -> None:
     assert np.array_equal(logprobs(client, data), saved)
     started = time.monotonic()
     assert "exists" in error_of(lambda: client.save_state("three").result())
-    assert time.monotonic() - started < 30  # Trap: 409 would be tried again for five minutes
+    assert time.monotonic() - started < 200  # Trap: 409 would be tried again for five minutes
     assert "checkpoint name" in error_of(lambda: client.save_state("../up").result())
     sampler = client.save_weights_for_sampler("three").result().path
     assert "sampler weights" in error_of(lambda: service().create_training_client_from_state(sampler).get_info())
