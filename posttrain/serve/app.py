@@ -377,8 +377,9 @@ def _run_record(state: State, run_id: str) -> dict[str, Any]:
         "user_metadata": run.user_metadata,
     }
     for checkpoint in state.store.of_run(run_id):
-        key = "last_sampler_checkpoint" if checkpoint.kind == "sampler_weights" else "last_checkpoint"
-        record[key] = checkpoint.record()
+        if checkpoint.kind != "external_weights":  # SDKs before 0.30 do not know them
+            key = "last_sampler_checkpoint" if checkpoint.kind == "sampler_weights" else "last_checkpoint"
+            record[key] = checkpoint.record()
     return record
 
 
