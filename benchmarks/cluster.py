@@ -101,7 +101,7 @@ def measured(layout: str, client: TrainingClient, rounds: int) -> dict[str, floa
         figures["a lone request of a token, ms"] = median(lone) * 1e3
         figures |= syncs(client, rounds)
     if layout == "1 replica":
-        figures["step of both, s"] = timed(lambda: both(client, sampler), rounds)[0]
+        figures["step of both, s"] = timed(lambda: sample(sampler, meanwhile=lambda: train(client)), rounds)[0]
     return {f"{layout}: {name}": value for name, value in figures.items()}
 
 
@@ -159,18 +159,15 @@ def train(client: TrainingClient) -> None:
 
 
 def sample(
-    sampler: SamplingClient, prompts: int = PROMPTS, samples: int = SAMPLES, new_tokens: int = NEW_TOKENS
+    sampler: SamplingClient,
+    prompts: int = PROMPTS,
+    samples: int = SAMPLES,
+    new_tokens: int = NEW_TOKENS,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> None:
     params = SamplingParams(max_tokens=new_tokens, seed=0, stop=[])
     answers = [sampler.sample(ModelInput.from_ints([1, 4 + i, 7, 9]), samples, params) for i in range(prompts)]
-    for answer in answers:
-        answer.result()
-
-
-def both(client: TrainingClient, sampler: SamplingClient) -> None:
-    params = SamplingParams(max_tokens=NEW_TOKENS, seed=0, stop=[])
-    answers = [sampler.sample(ModelInput.from_ints([1, 4 + i, 7, 9]), SAMPLES, params) for i in range(PROMPTS)]
-    train(client)
+    meanwhile()
     for answer in answers:
         answer.result()
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import chz
 
-from benchmarks.evidence_row import ROOT, Row
+from benchmarks.evidence_row import Row
 from benchmarks.evidence_rows import ROWS
-from benchmarks.report import machine, rounded, wait_until_quiet
+from benchmarks.report import ROOT, machine, rounded, wait_until_quiet
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import read_json, write_atomically
@@ -96,21 +96,24 @@ class Evidence:
         if record["command"] != row.command:
             record = {"command": row.command, "seeds": {}}
         for seed in row.seeds:
-            old = record["seeds"].get(str(seed))
-            if old and not self.changed(old["commit"], row.code):
+            taken = record["seeds"].get(str(seed))
+            if taken and not self.changed(taken["commit"], row.code):
                 continue
             folder = self.runs / row.name / str(seed)
-            if old:  # of other code: a run that resumed there would be of two commits
-                shutil.rmtree(folder, ignore_errors=True)
             record["seeds"][str(seed)] = self.run_seed(row, seed, folder)
+            if row.picture and seed == row.seeds[-1]:
+                source, target = row.picture.split()
+                shutil.copy(folder / source, self.root / target)
             self.records.mkdir(parents=True, exist_ok=True)
             write_atomically(self.records / f"{row.name}.json", json.dumps(record, indent=2) + "\n")
-        if row.picture:
-            source, target = row.picture.split()
-            shutil.copy(self.runs / row.name / str(row.seeds[-1]) / source, self.root / target)
 
     def run_seed(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
+        commit, note = self.commit(row.code), folder / "begun.json"
+        begun = read_json(note) if note.exists() else {"command": "", "commit": ""}
+        if begun["command"] != row.command or self.changed(begun["commit"], row.code):
+            shutil.rmtree(folder, ignore_errors=True)  # a run that resumed there would be of two commits or commands
         folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps({"command": row.command, "commit": commit}))
         arguments = row.command.format(seed=seed, folder=folder).split()
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         load = wait_until_quiet()
@@ -127,7 +130,7 @@ class Evidence:
         return rounded(
             {
                 **{key: value for key, value in machine().items() if key != "device_type"},
-                "commit": self.commit(row.code),
+                "commit": commit,
                 "load before": load,
                 "load after": os.getloadavg()[0],
                 "other processes, cores": max(others, 0.0),

@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.report import machine
+from benchmarks.report import RESULTS, machine
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import read_metrics
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -49,5 +47,5 @@ class Row:
     def figures(self, folder: Path, seed: int) -> dict[str, float]:
         if self.results:
             kind = machine()["device_type"]
-            return read_json(ROOT / "benchmarks" / "results" / f"{self.results}-{kind}.json")["ratios"]
+            return read_json(RESULTS / f"{self.results}-{kind}.json")["ratios"]
         return {label: metric.read(folder, seed) for label, metric in self.metrics.items()}

@@ -1,6 +1,7 @@
 """The rows of `make evidence`: what is run, and which numbers of it the pages show."""
 
 from benchmarks.evidence_row import Metric, Row
+from recipes.algorithms.variants import VARIANTS, folder_name
 
 BACKEND = ("posttrain/backend", "posttrain/renderers", "posttrain/tracking")
 SUPERVISED = (*BACKEND, "supervised")
@@ -9,21 +10,11 @@ PREFERENCE = (*SUPERVISED, "preference", "recipes/warm_start.py")
 
 CORRECT, GAP = "test/env/all/correct", "optim/logprob_gap_mean"
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "cispo", "ppo"]
-BESIDE = {
-    "algorithms": ["grpo", "dynamic sampling", "critic", "grpo, 4 steps a batch", "gspo, 4 steps a batch"],
-    "precision": [
-        "float32",
-        "8-bit moments",
-        "bfloat16, float32 masters",
-        "bfloat16, masters, 8-bit moments",
-        "bfloat16, stochastic rounding",
-    ],
-}
 STAR_GRAPH = ["gpt", "teacherless", "bst", "reinforce", "rl", "dpo", "rpo", "cd", "qsharp"]
 
 
 def beside_grpo(variants: str) -> Row:
-    folders = {name: f"run/{{seed}}/{name.replace(',', '').replace(' ', '_')}" for name in BESIDE[variants]}
+    folders = {name: f"run/{{seed}}/{folder_name(name)}" for name in VARIANTS[variants]}
     return Row(
         f"beside_grpo_{variants}",
         f"recipes/algorithms/beside_grpo.py variants={variants} seeds={{seed}} log_path={{folder}}/run",

@@ -45,7 +45,6 @@ STEP: dict[str, Any] = {
     "steps": 4,
 }
 SAMPLES, CLIENTS = 2000, 50
-SIDES = ("wire", "in_process")
 
 
 class Server:
@@ -128,12 +127,6 @@ def in_process() -> list[tuple[float, float]]:
         return rl_steps(STEP, client, tinker, sdk=False)[1:]  # the first opens the engine
 
 
-def ratios(runs: dict[str, list[list[tuple[float, float]]]], which: int) -> list[float]:
-    """Of each round: the wire's median step over that in process; 0 = by the clock, 1 = by CPU time."""
-    wire, local = ([statistics.median(step[which] for step in steps) for steps in runs[side]] for side in SIDES)
-    return [a / b for a, b in zip(wire, local, strict=True)]
-
-
 def samples_in_process() -> float:
     with tinker.ServiceClient(BackendConfig(engine="torch")) as service:
         sampler = service.create_sampling_client(base_model="tiny")
@@ -158,10 +151,13 @@ def main() -> None:
             },
             options.rounds,
         )
+    ratios = {}
     for which, unit in enumerate(("seconds", "cpu_seconds")):
-        for side in SIDES:
-            figures[f"step_{unit}_{side}"] = [statistics.median(step[which] for step in steps) for steps in runs[side]]
-        figures[f"step_ratios_{unit}"] = ratios(runs, which)
+        medians = {side: [statistics.median(step[which] for step in steps) for steps in runs[side]] for side in runs}
+        of_rounds = [wire / local for wire, local in zip(medians["wire"], medians["in_process"], strict=True)]
+        figures |= {f"step_{unit}_{side}": values for side, values in medians.items()}
+        figures[f"step_ratios_{unit}"] = of_rounds
+        ratios[f"step_{unit}_wire_over_in_process"] = statistics.median(of_rounds)
     figures |= step_bytes(options.sdk_python)
     with server("tiny") as at:
         before = at.mib()
@@ -178,11 +174,7 @@ def main() -> None:
         figures["clients_that_finished"] = answer(many)["finished"]
         figures["server_mib_after_50_clients"] = at.mib()
     settings = {**STEP, "samples": SAMPLES, "clients": CLIENTS, "rounds": options.rounds, "sdk": "tinker 0.38.0"}
-    medians = {
-        f"step_{unit}_wire_over_in_process": statistics.median(figures[f"step_ratios_{unit}"])
-        for unit in ("seconds", "cpu_seconds")
-    }
-    write_report("serve", figures, settings, load, medians)
+    write_report("serve", figures, settings, load, ratios)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ import base64
 import hashlib
 import json
 import os
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from posttrain.serve.local_server import LocalServer
 
 TOKEN = "hf_of_the_stand_in"
 REPOSITORY = "/api/{kind:str}/{owner:str}/{name:str}"
@@ -69,9 +69,7 @@ class StandInHub:
             Route("/datasets/{owner:str}/{name:str}/resolve/{revision}/{path:path}", self._file),
             Route("/{owner:str}/{name:str}/resolve/{revision}/{path:path}", self._file),
         ]
-        config = uvicorn.Config(Starlette(routes=routes), port=0, log_level="critical")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._app = Starlette(routes=routes)
 
     def put(self, name: str, files: Path | dict[str, bytes], kind: str = "models", branch: str = "main") -> str:
         """A commit with exactly these files; returns its hash."""
@@ -97,16 +95,12 @@ class StandInHub:
         }
 
     def __enter__(self) -> "StandInHub":
-        self._thread.start()
-        while not self._server.started:
-            self._thread.join(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self._server = LocalServer(self._app)
+        self.url = self._server.url
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
+        self._server.close()
 
     # --- what is read ----------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """`make evidence`: a row is taken once, again when its code changes, and written into the pages."""
 
 import json
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,28 @@ def test_a_row_is_taken_once_and_again_when_its_code_changes(evidence: Evidence)
     evidence.run(row)
     assert [run["figures"]["end"] for run in seeds(evidence).values()] == [-2, -1, 0]
     assert not evidence.state(row).startswith("stale")
+
+
+def test_a_run_of_other_code_or_another_command_is_not_resumed(evidence: Evidence) -> None:
+    (row,) = evidence.rows
+    (evidence.root / "break").touch()
+    with pytest.raises(ConfigError, match="climb, seed 1: ended with 3"):
+        evidence.run(row)
+    (evidence.root / "break").unlink()
+    (evidence.root / "script.py").write_text(SCRIPT.replace("seed + i", "seed - i"))
+    git(evidence.root, "commit", "-qam", "another figure")
+    evidence.run(row)  # seed 1 left its folder, which the script makes
+    assert [run["figures"]["end"] for run in seeds(evidence).values()] == [-2, -1, 0]
+    evidence.run(replace(row, command=row.command + " more"))
+    assert json.loads((evidence.records / "climb.json").read_text())["command"].endswith(" more")
+
+
+def test_a_picture_is_copied_when_it_is_made(evidence: Evidence) -> None:
+    row = replace(evidence.rows[0], picture="run/metrics.jsonl picture")
+    evidence.run(row)
+    assert '"x": 4' in (evidence.root / "picture").read_text()  # of the last seed
+    shutil.rmtree(evidence.runs)
+    evidence.run(row)  # as in a new checkout, which has the records and no runs
 
 
 def test_tables_are_written_between_markers(evidence: Evidence) -> None:

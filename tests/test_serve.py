@@ -5,6 +5,7 @@ SDK itself is in test_serve_sdk.py.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from posttrain.serve.order import InOrder
 from posttrain.serve.requests import Answer, Requests, json_answer
 from posttrain.serve.sdk_versions import check_version
 from posttrain.serve.state import Limits, State
-from posttrain.serve.store import Store
+from posttrain.serve.store import Run, Store
 
 TOKENS = [10, 20, 30, 40, 50, 60]
 
@@ -563,6 +564,16 @@ def test_a_damaged_record_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "run.json").write_text(content)
     with pytest.raises(DataError, match="run.json"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"time": "", "size_bytes": 0, "colour": 1}'])
+def test_a_damaged_record_of_a_checkpoint_is_named(content: str, tmp_path: Path) -> None:
+    run = asdict(Run("r", "m", False, None, True, True, ""))
+    (tmp_path / "r" / "weights" / "a").mkdir(parents=True)
+    (tmp_path / "r" / "run.json").write_text(json.dumps(run))
+    (tmp_path / "r" / "weights" / "a.json").write_text(content)
+    with pytest.raises(DataError, match="a.json"):
         Store(tmp_path)
 
 

@@ -128,7 +128,9 @@ class Store:
         for file in sorted(parent.glob("*.json")):
             folder = parent / file.stem
             if folder.is_dir() and not folder.is_symlink():
-                record = read_json(file) | {"run": run, "kind": kind, "name": file.stem, "folder": folder}
+                record = read_json(file)
+                if isinstance(record, dict):
+                    record |= {"run": run, "kind": kind, "name": file.stem, "folder": folder}
                 checkpoint = as_dataclass(record, Checkpoint, str(file))
                 self._checkpoints[run.training_run_id, kind, file.stem] = checkpoint
 

@@ -13,7 +13,7 @@ if not __package__:  # run as a file: put the project on the path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import chz
 
@@ -33,30 +33,11 @@ from posttrain.tracking.figures import (
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
+from recipes.algorithms.variants import VARIANTS, folder_name
 from recipes.warm_start import preset, seeds_of, warm_start
 from rl import train
-from rl.algorithms import ALGORITHMS
 
 CORRECT, SAMPLED = "test/env/all/correct", ("env/all/total_ac_tokens", "train/refill_tokens")
-GRPO = ALGORITHMS["grpo"].settings
-HALF = {"dtype": "bfloat16"}
-# Options of RL and of its backend. With one step per batch GSPO's ratio is 1, and it is GRPO.
-VARIANTS: dict[str, dict[str, tuple[dict[str, str], dict[str, Any]]]] = {
-    "algorithms": {
-        "grpo": (GRPO, {}),
-        "dynamic sampling": (GRPO | {"max_refills": "4"}, {}),
-        "critic": (ALGORITHMS["ppo_critic"].settings | {"num_substeps": "1"}, {}),
-        "grpo, 4 steps a batch": (GRPO | {"num_substeps": "4"}, {}),
-        "gspo, 4 steps a batch": (ALGORITHMS["gspo"].settings | {"num_substeps": "4"}, {}),
-    },
-    "precision": {
-        "float32": (GRPO, {}),
-        "8-bit moments": (GRPO, {"moments": "8bit"}),
-        "bfloat16, float32 masters": (GRPO, HALF),
-        "bfloat16, masters, 8-bit moments": (GRPO, HALF | {"moments": "8bit"}),
-        "bfloat16, stochastic rounding": (GRPO, HALF | {"master_weights": False}),
-    },
-}
 
 
 @chz.chz
@@ -96,7 +77,7 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
             eval_every=10,
             save_every=0,
             transcript_every=100,
-            log_path=str(folder / name.replace(",", "").replace(" ", "_")),
+            log_path=str(folder / folder_name(name)),
             backend=chz.replace(config.backend, **backend),
         )
         stages.append(training_stage(f"{name}_{seed}", train.main, run, [start]))
