@@ -3,6 +3,7 @@ posttrain-runs lists, compares and deletes.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.models import read_model
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams, LoraConfig
 from posttrain.tracking import export, runs
 from posttrain.tracking.run_folder import RunFolder
 from tests import commands
+from tests.architectures import save_random_model
 from tests.conftest import policy_data
 
 TOKENS = torch.tensor([[5, 9, 77, 30, 8]])
@@ -91,6 +94,7 @@ def test_an_adapter_is_merged_or_stays_alone(folders: dict[str, Path], tmp_path:
     assert {tensor.dtype for tensor in load_file(alone / "adapter_model.safetensors").values()} == {torch.float16}
     card = (alone / "README.md").read_text()
     assert "library_name: peft" in card and 'PeftModel.from_pretrained(base, "alone")' in card
+    assert 'AutoModelForCausalLM.from_pretrained("micro")' in card
 
 
 def test_the_card_has_figures_and_no_folder_of_this_machine(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -111,6 +115,24 @@ def test_the_card_has_figures_and_no_folder_of_this_machine(folders: dict[str, P
     with pytest.raises(ConfigError, match="evaluates full, not adapter"):
         exported(folders, "adapter", tmp_path / "no", evaluation=str(tmp_path / "eval"))
     assert not (tmp_path / "no").exists()
+
+
+# Trap: transformers' own choice of a kernel, which leaves out the softcap of the scores.
+def test_the_card_of_a_gemma_2_names_its_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_random_model("Gemma 2", tmp_path / "gemma")
+    out = export.main(export.Config(model=str(source), out=str(tmp_path / "out")))
+    snippet = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, names)
+    with torch.no_grad():
+        shown, right = (model(TOKENS).logits for model in (names["model"], read_model(str(source), torch.float32)))
+    assert torch.equal(shown, right) and not torch.equal(logits(source), right)
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        client = service.create_training_client(str(source), LoraConfig(rank=2))
+        adapter = client.save_weights_for_sampler("adapter").result().path
+    alone = export.main(export.Config(model=adapter, out=str(tmp_path / "alone"), merge=False))
+    assert '("gemma", attn_implementation="eager")' in (alone / "README.md").read_text()
 
 
 def test_exports_overwrite_nothing(folders: dict[str, Path], tmp_path: Path) -> None:

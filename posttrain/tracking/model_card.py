@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from posttrain.backend.errors import ConfigError
-from posttrain.backend.models import PRESETS, looks_like_path
+from posttrain.backend.errors import ConfigError, ModelError
+from posttrain.backend.models import PRESETS, kernel_of_attention, looks_like_path, model_config
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import IMPORTANT, format_number, last_metrics, read_metrics
 from posttrain.tracking.model_source import ModelSource
@@ -32,7 +32,8 @@ def model_card(
         parts.append(_metrics(source))
     if evaluation:
         parts.append(_evaluation(source, evaluation))
-    parts.append(f"## Use\n\n{_usage(name, base, is_adapter)}")
+    kernel = _kernel(adapter_base or str(source.folder))
+    parts.append(f"## Use\n\n{_usage(name, base, is_adapter, kernel)}")
     if source.settings:
         settings = json.dumps(_without_paths(source.settings), indent=2, ensure_ascii=False)
         parts.append(f"## Settings of the run\n\n```json\n{settings}\n```")
@@ -84,20 +85,30 @@ def _estimate(estimate: Mapping[str, Any]) -> str:
     return f"{estimate['mean']:.4g}" + (f" ± {estimate['stderr']:.2g}" if estimate["stderr"] is not None else "")
 
 
-def _usage(name: str, base: str | None, is_adapter: bool) -> str:
+def _kernel(model: str) -> str | None:
+    """The attn_implementation that transformers must be given; None also for a base that is not at
+    hand."""
+    try:
+        return kernel_of_attention(model_config(model))
+    except ModelError:
+        return None
+
+
+def _usage(name: str, base: str | None, is_adapter: bool, kernel: str | None) -> str:
+    option = f', attn_implementation="{kernel}"' if kernel else ""
     if is_adapter:
         loads = [
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{_short(base) if base else "BASE"}")',
+            f'base = AutoModelForCausalLM.from_pretrained("{_short(base) if base else "BASE"}"{option})',
             f'model = PeftModel.from_pretrained(base, "{name}")',
         ]
     else:
         loads = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            f'model = AutoModelForCausalLM.from_pretrained("{name}"{option})',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         ]
     return "```python\n" + "\n".join(loads) + "\n```"
