@@ -11,7 +11,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # Ray would kill its processes for the memory that others take on this machine.
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 
 import posttrain.backend.config
 from posttrain.backend.config import BackendConfig
+from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import Datum, ModelInput
+from posttrain.backend.types import Datum, ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.backend.vllm_engine import vllm_is_installed
 from rl.data_processing import rows_of, with_advantages
 from rl.types import TrajectoryGroup
@@ -106,6 +107,26 @@ def vllm_client(vllm_service: ServiceClient) -> TrainingClient:
 def torch_service(tmp_path: Path) -> Iterator[ServiceClient]:
     with ServiceClient(BackendConfig(engine="torch"), tmp_path / "checkpoints") as service:
         yield service
+
+
+class Scripted(SamplingClient):
+    """A policy whose answer is a function of the prompt's tokens; `prompts` are those it got."""
+
+    def __init__(self, answer: Callable[[list[int]], list[int]], max_length: int = 4096):
+        self.answer, self.max_length = answer, max_length
+        self.prompts: list[list[int]] = []
+
+    async def sample_async(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+    ) -> SampleResponse:
+        self.prompts.append(prompt.to_ints())
+        tokens = self.answer(self.prompts[-1])
+        return SampleResponse([SampledSequence(tokens, [-0.5] * len(tokens), "stop")])
 
 
 def trainer_of(client: TrainingClient) -> Any:

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import get_renderer, get_tool_calls
 from posttrain.renderers.turns import decode, encode
 from posttrain.tracking.metrics_log import read_metrics
@@ -24,6 +22,7 @@ from recipes.agent.train import Config, demonstration, main
 from rl.agent_env import AgentGroupBuilder, AgentRun, Program
 from rl.data_processing import trajectory_rows
 from rl.rollouts import Policy, RolloutLimits, do_group_rollout
+from tests.conftest import Scripted
 
 INTERPRETER = Path(os.environ.get("AGENTS_PYTHON", "/work/venvs/agents/bin/python"))
 SCRIPT = '''
@@ -46,25 +45,10 @@ CALL = '<tool_call>\n{"name": "price", "arguments": {"item": "tea"}}\n</tool_cal
 TOKENIZER = load_tokenizer("tiny")
 
 
-class Scripted(SamplingClient):
+def call_then_repeat(prompt: list[int]) -> list[int]:
     """Calls the tool, and repeats what it said."""
-
-    def __init__(self) -> None:
-        self.max_length = 4096
-        self.prompts: list[str] = []
-
-    async def sample_async(
-        self,
-        prompt: ModelInput,
-        num_samples: int,
-        sampling_params: SamplingParams,
-        include_prompt_logprobs: bool = False,
-        topk_prompt_logprobs: int = 0,
-    ) -> SampleResponse:
-        self.prompts.append(decode(TOKENIZER, prompt.to_ints()))
-        answered = "<tool_response>\n17" in self.prompts[-1]
-        tokens = encode(TOKENIZER, "It costs 17.<|im_end|>" if answered else CALL)
-        return SampleResponse([SampledSequence(tokens, [-0.5] * len(tokens), "stop")])
+    answered = "<tool_response>\n17" in decode(TOKENIZER, prompt)
+    return encode(TOKENIZER, "It costs 17.<|im_end|>" if answered else CALL)
 
 
 def library_is_missing() -> str | None:
@@ -84,13 +68,14 @@ def test_an_agent_of_a_library_is_one_trajectory() -> None:
         runs.append(run)
         return float("17" in run.result)
 
-    client = Scripted()
+    client = Scripted(call_then_repeat)
     program = Program([str(INTERPRETER), "-c", SCRIPT], stdin="What does tea cost?")
     builder = AgentGroupBuilder(program, reward, 1, get_renderer("chat_template", TOKENIZER))
     limits = RolloutLimits(max_retries=0, env_seconds=300)
     group = asyncio.run(do_group_rollout(builder, Policy(client, 96), (0,), limits))
     assert not group.errors and group.get_total_rewards() == [1.0] and runs[0].result.strip() == "It costs 17."
-    assert "The price of an item." in client.prompts[0] and "Use the tools." in client.prompts[0]
+    prompt = decode(TOKENIZER, client.prompts[0])
+    assert "The price of an item." in prompt and "Use the tools." in prompt
     (conversation,) = runs[0].conversations
     assert [message["role"] for message in conversation] == ["system", "user", "assistant", "tool", "assistant"]
     (call,) = get_tool_calls(conversation[2])

@@ -13,7 +13,6 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.tokenizers import character_tokenizer
-from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers.chat_template import ChatTemplateRenderer
 from posttrain.renderers.plain import PlainRenderer
 from posttrain.renderers.role_colon import RoleColonRenderer
@@ -24,26 +23,15 @@ from rl.frozen_policy import FrozenPolicy, FrozenPolicyError, MessageCompleter
 from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageStep, ParseError, ParsePolicy
 from rl.rollouts import Policy, RolloutLimits, do_single_rollout
 from rl.types import MalformedStep, Metrics, Trajectory
+from tests.conftest import Scripted
 
 TOKENIZER = character_tokenizer(512)
 
 
-class Scripted(SamplingClient):
+def scripted(answers: Sequence[list[int]]) -> Scripted:
     """A policy that answers with given tokens, one list after the other."""
-
-    def __init__(self, answers: Sequence[list[int]]):
-        self.answers, self.max_length = list(answers), 512
-
-    async def sample_async(
-        self,
-        prompt: ModelInput,
-        num_samples: int,
-        sampling_params: SamplingParams,
-        include_prompt_logprobs: bool = False,
-        topk_prompt_logprobs: int = 0,
-    ) -> SampleResponse:
-        tokens = self.answers.pop(0)
-        return SampleResponse([SampledSequence(tokens, [-0.5] * len(tokens), "stop")])
+    left = list(answers)
+    return Scripted(lambda _: left.pop(0), max_length=512)
 
 
 class Echo(MessageEnv):
@@ -73,7 +61,7 @@ class Echo(MessageEnv):
 def roll_out(
     renderer: Renderer, env: Echo, answers: Sequence[list[int]], parse: ParsePolicy | None = None, **limits
 ) -> Trajectory:
-    policy = Policy(Scripted(answers), max_tokens=50)
+    policy = Policy(scripted(answers), max_tokens=50)
     return asyncio.run(
         do_single_rollout(policy, EnvFromMessageEnv(renderer, env, parse), (0,), RolloutLimits(**limits))
     )
@@ -237,9 +225,9 @@ def complete(client: SamplingClient, max_tokens: int = 8) -> str:
 
 
 def test_a_frozen_policy_answers_in_messages_or_raises_a_rollout_error():
-    assert complete(Scripted([say("yes")])) == "yes"
+    assert complete(scripted([say("yes")])) == "yes"
     with pytest.raises(FrozenPolicyError, match="had not finished after 8 tokens: 'yes and'"):
-        complete(Scripted([encode(TOKENIZER, "yes and")]))
+        complete(scripted([encode(TOKENIZER, "yes and")]))
     with pytest.raises(ConfigError, match="one of the two"):
         FrozenPolicy()
     policy = FrozenPolicy(base_model="tiny", renderer_name="plain", max_tokens=4, backend=BackendConfig(engine="torch"))
