@@ -37,7 +37,14 @@ from posttrain.tracking.progress import TrainingProgress
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_lock import RunLock, lock_folder
 from posttrain.tracking.seeds import EVALUATION
-from posttrain.tracking.settings import changes, changes_text, config_to_json, read_settings, write_settings
+from posttrain.tracking.settings import (
+    changes,
+    changes_text,
+    config_to_json,
+    read_settings,
+    with_later_options,
+    write_settings,
+)
 from rl.evaluation_page import print_results, write_page
 from rl.evaluation_results import Estimates, Values, differences, estimates, problem_values
 from rl.evaluators import all_groups, merged
@@ -217,7 +224,8 @@ def _open_samples(
     }
     folder.mkdir(exist_ok=True)
     if (folder / "samples.jsonl").exists():
-        if different := changes(read_settings(folder / "made_with.json"), made_with):
+        before = read_settings(folder / "made_with.json")
+        if different := changes(with_later_options(before, {"env": config.env, "limits": config.limits}), made_with):
             raise ConfigError(
                 f"the samples in {folder} were made with {changes_text(different)}: delete that folder to sample anew, "
                 "or choose another log_path"

@@ -18,6 +18,7 @@ from posttrain.backend.types import ModelInput
 from posttrain.tracking.model_source import find_model
 from rl import evaluate
 from rl.evaluation_results import Estimate, differences, estimates, interval_text, problem_values
+from rl.rollouts import RolloutLimits
 from rl.sample_metrics import mean_and_stderr, paired_difference, ratio_values
 from rl.types import RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests import commands
@@ -160,6 +161,18 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert find_model("Qwen/Qwen3-0.6B").label == "Qwen--Qwen3-0.6B"
     result = commands.run("-m", "rl.evaluate", "models=micro", "env=gsm9k")
     assert result.returncode == 2 and "did you mean gsm8k?" in result.stderr
+
+
+def test_options_that_a_newer_version_added_count_as_their_defaults(tmp_path: Path) -> None:
+    asyncio.run(evaluate.main(config(tmp_path / "eval")))
+    (file,) = (tmp_path / "eval").rglob("made_with.json")
+    made_with = json.loads(file.read_text())
+    del made_with["env"]["group_size"], made_with["limits"]["max_retries"]
+    file.write_text(json.dumps(made_with))
+    asyncio.run(evaluate.main(config(tmp_path / "eval")))
+    file.write_text(json.dumps(made_with))
+    with pytest.raises(ConfigError, match=r"were made with limits.max_retries=\d \(now 9\)"):
+        asyncio.run(evaluate.main(config(tmp_path / "eval", limits=RolloutLimits(max_retries=9))))
 
 
 def test_changed_weights_are_noticed(tmp_path: Path) -> None:

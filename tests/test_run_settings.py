@@ -110,12 +110,14 @@ def test_options_that_a_newer_version_added_count_as_their_defaults(tmp_path: Pa
     """Those of nested objects, too, and whole objects; in the record of a stage as in a run's."""
     open_run_folder(tmp_path / "run", "raise", RunConfig())
     stages = [Stage("data", tmp_path / "data", RunConfig(), (tmp_path / "data").touch)]
-    stages.append(Stage("model", tmp_path / "model", {"run": RunConfig()}, (tmp_path / "model").touch, stages[:1]))
+    tasks = {"run": RunConfig(), "tasks": [Task()]}
+    stages.append(Stage("model", tmp_path / "model", tasks, (tmp_path / "model").touch, stages[:1]))
     asyncio.run(run_stages(stages))
     run, record = tmp_path / "run" / "config.json", stages[1].record
     saved, made_with = json.loads(run.read_text()), json.loads(record.read_text())
     for config in (saved, made_with["data"], made_with["model"]["run"]):
         del config["seed"], config["backend"]["moments"], config["env"]
+    del made_with["model"]["tasks"][0]["group_size"]
     run.write_text(json.dumps(saved))
     record.write_text(json.dumps(made_with))
     assert open_run_folder(tmp_path / "run", "resume", RunConfig()).resumed and stages[1].is_finished()
@@ -123,7 +125,8 @@ def test_options_that_a_newer_version_added_count_as_their_defaults(tmp_path: Pa
     run.write_text(json.dumps(saved))
     with pytest.raises(ConfigError, match=r"backend.moments=float32 \(now 8bit\), env.batch_size=8 \(now 16\)"):
         open_run_folder(tmp_path / "run", "resume", RunConfig(**other))
-    changed = Stage("model", tmp_path / "model", {"run": RunConfig(**other)}, (tmp_path / "model").touch, stages[:1])
+    tasks |= {"run": RunConfig(**other)}
+    changed = Stage("model", tmp_path / "model", tasks, (tmp_path / "model").touch, stages[:1])
     with pytest.raises(ConfigError, match=r"backend.moments=float32 \(now 8bit\)"):
         changed.is_finished()
 

@@ -53,6 +53,8 @@ def config_to_json(config: Any) -> Any:
 def with_later_options(saved: Any, config: Any) -> Any:
     """The saved JSON of a configuration of this class, with the options that it lacks at their
     defaults: a newer version has added them."""
+    if isinstance(saved, list) and isinstance(config, list | tuple) and len(saved) == len(config):
+        return [with_later_options(*pair) for pair in zip(saved, config, strict=True)]
     if not isinstance(saved, dict):
         return saved
     if not chz.is_chz(config):
