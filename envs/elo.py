@@ -33,7 +33,7 @@ from posttrain.tracking.metrics_log import Metrics
 from posttrain.tracking.model_source import find_model
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.seeds import RATED_GAMES
-from posttrain.tracking.settings import changes, changes_text, config_to_json, read_settings
+from posttrain.tracking.settings import changes, changes_text, config_to_json, read_settings, with_later_options
 from rl.names import ENVS
 from rl.ratings import Ratings, elo_ratings
 from rl.rollouts import first_error
@@ -176,15 +176,21 @@ def points(game: Game, seat: int) -> float:
 
 def rate(config: Tournament, names: Sequence[str], pairs: Pairs) -> Ratings:
     """Elo ratings from the points of all pairs."""
-    anchor = config.anchor or (config.opponents[0].label() if config.opponents else names[0])
-    if anchor not in names:
-        raise ConfigError(f"anchor={anchor}: no player of that name; there are {', '.join(names)}")
+    anchor = find_anchor(config, names)
     points_NN = np.zeros((len(names), len(names)))
     for (first, second), pair in pairs.items():
         i, j = names.index(first), names.index(second)
         points_NN[i, j] += pair.points
         points_NN[j, i] += pair.games - pair.points
-    return elo_ratings(points_NN, names, names.index(anchor), config.anchor_rating, config.prior_draws)
+    return elo_ratings(points_NN, names, anchor, config.anchor_rating, config.prior_draws)
+
+
+def find_anchor(config: Tournament, names: Sequence[str]) -> int:
+    """Its place among `names`. ConfigError if it has none."""
+    anchor = config.anchor or (config.opponents[0].label() if config.opponents else names[0])
+    if anchor not in names:
+        raise ConfigError(f"anchor={anchor}: no player of that name; there are {', '.join(names)}")
+    return names.index(anchor)
 
 
 def open_opponents(config: Tournament) -> dict[str, Player]:
@@ -214,6 +220,7 @@ class EloEvaluator(Tournament, EvaluatorBuilder):
         fixed = open_opponents(self)
         if POLICY in fixed:
             raise ConfigError(f"{self.name}: an opponent is called {POLICY}, as the trained policy is")
+        find_anchor(self, [POLICY, *fixed])  # an error before the games
         between_fixed: Pairs = {}
 
         async def evaluate(model: Evaluated) -> Metrics:
@@ -255,6 +262,7 @@ class Config(Tournament):
 
 async def main(config: Config) -> dict[str, Any]:
     """Plays every pair of players; writes results.json and elo.png to `log_path`, prints two tables."""
+    _check_folder(config)
     models = [find_model(name) for name in _expanded(config.models)]
     players = open_opponents(config)
     labels = [source.label for source in models] + list(players)
@@ -262,7 +270,7 @@ async def main(config: Config) -> dict[str, Any]:
         raise ConfigError(f"two players are called {twice[0]}: give each once, or rename a folder")
     if len(labels) < 2:
         raise ConfigError("a rating needs two players or more: give models=, opponents.0=, ...")
-    _check_folder(config)
+    find_anchor(config, labels)  # an error before the games
     max_tokens = config.max_tokens or config.env.recommended_max_tokens()
     with ServiceClient(config.backend) as service:
         for source in models:
@@ -282,7 +290,7 @@ def _check_folder(config: Config) -> None:
         raise ConfigError(f"{folder} holds a training run: choose another log_path for the ratings")
     if (folder / "results.json").exists():
         before = read_settings(folder / "results.json").get("settings")
-        if before is None or (different := changes(before, config_to_json(config))):
+        if before is None or (different := changes(with_later_options(before, config), config_to_json(config))):
             why = changes_text(different) if before is not None else "another command"
             raise ConfigError(f"{folder}/results.json was made with {why}: choose another log_path, or delete it")
 
@@ -309,18 +317,18 @@ def to_json(config: Config, names: Sequence[str], pairs: Pairs, ratings: Ratings
     """Models first, in the order given, then the fixed players."""
     players = []
     for i, name in enumerate(names):
-        own = [(pair, names_of.index(name)) for names_of, pair in pairs.items() if name in names_of]
-        scored = sum(pair.games - pair.points if side else pair.points for pair, side in own)
+        played = [(pair, names_of.index(name)) for names_of, pair in pairs.items() if name in names_of]
+        scored = sum(pair.games - pair.points if side else pair.points for pair, side in played)
         players.append(
             {
                 "name": name,
                 "fixed": i >= num_models,
                 "elo": float(ratings.elo_N[i]),
                 "stderr": float(ratings.stderr_N[i]),
-                "games": sum(pair.games for pair, _ in own),
+                "games": sum(pair.games for pair, _ in played),
                 "points": float(scored),
-                "illegal": sum(pair.illegal[side] for pair, side in own)
-                / max(1, sum(pair.moves[side] for pair, side in own)),
+                "illegal": sum(pair.illegal[side] for pair, side in played)
+                / max(1, sum(pair.moves[side] for pair, side in played)),
             }
         )
     listed = [{"first": first, "second": second, **asdict(pair)} for (first, second), pair in pairs.items()]

@@ -13,6 +13,7 @@ import chz
 import numpy as np
 import pytest
 
+from envs import elo
 from envs.elo import Config, EloEvaluator, Tournament, draw, main, play_game, play_pairs, points, rate
 from envs.opponents import FrozenPlayer, MinimaxPlayer, RandomPlayer
 from envs.textarena import TextArenaBuilder
@@ -188,7 +189,9 @@ def test_a_player_that_fails_costs_its_games_and_no_points() -> None:
 
 
 @pytest.mark.usefixtures("rendered")
-def test_the_command_rates_models_and_fixed_players(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_rates_models_and_fixed_players(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = Config(
         models=["micro"],
         env=GAME,
@@ -210,6 +213,11 @@ def test_the_command_rates_models_and_fixed_players(tmp_path: Path, capsys: pyte
         == json.loads(json.dumps(results))
         == json.loads((tmp_path / "elo" / "results.json").read_text())
     )
+    older = json.loads((tmp_path / "elo" / "results.json").read_text())  # without an option of this version
+    del older["settings"]["prior_draws"], older["settings"]["env"]["rules"]
+    (tmp_path / "elo" / "results.json").write_text(json.dumps(older))
+    assert asyncio.run(main(config)) == again
+    monkeypatch.setattr(elo, "play_pairs", pytest.fail)  # errors come before the games
     with pytest.raises(ConfigError, match="made with .*seed=0"):
         asyncio.run(main(chz.replace(config, seed=1)))
     for wrong, says in [
@@ -246,6 +254,8 @@ def test_the_evaluator() -> None:
     first, again = asyncio.run(rated())
     assert first == again and first["elo/rating"] < 0 < first["elo/rating_stderr"]
     assert first.keys() >= {"elo/score_random", "elo/score_minimax", "elo/illegal", "elo/games_lost"}
+    with pytest.raises(ConfigError, match="there are policy, random, minimax"):
+        asyncio.run(chz.replace(named, anchor="nobody")(get_renderer("plain", client.get_tokenizer())))
     with pytest.raises(ConfigError, match="no opponents"):
         asyncio.run(EloEvaluator(opponents=[])(None))  # type: ignore[arg-type]
 
