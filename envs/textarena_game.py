@@ -163,7 +163,6 @@ def rules_of(name: str) -> dict[str, Any]:
 
 def _open(name: str, num_players: int, seed: int, board_only: bool, rules: Mapping[str, Any]) -> Any:
     """The TextArena environment, reset. Any exception of its code becomes a GameUnavailable."""
-    _registry()
     import textarena
     from textarena.wrappers import ActionFormattingWrapper, GameBoardObservationWrapper
 
