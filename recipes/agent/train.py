@@ -27,8 +27,8 @@ from envs.single_turn import QuestionFile
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.ranges import COUNT, LEARNING_RATE
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.figures import Panel, curves_by_label, draw_panels, save_figure
-from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.figures import Panel, curves_by_label, draw_panels, read_curve, save_figure
+from posttrain.tracking.jsonl import write_jsonl
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists
@@ -38,7 +38,7 @@ from recipes.warm_start import seeds_of, shared_settings, warm_start
 from rl import train
 from supervised.data import ConversationFileBuilder
 
-HELD_OUT = ITEMS[8:]  # items that RL never asks for
+TRAINED_ON, HELD_OUT = ITEMS[:8], ITEMS[8:]  # RL never asks for the latter
 RIGHT_CALLS = 0.65  # share of the demonstrations that call the right tool
 
 
@@ -77,14 +77,14 @@ def write_data(config: Config, folder: Path, seed: int) -> None:
     """The demonstrations, and the questions to train and to evaluate on."""
     rng = np.random.default_rng(seed)
     shown = [{"messages": demonstration(rng)} for _ in range(16 * config.warm_start_steps)]
-    questions = {item: [(f"{kind} of {item}?", SHOP[kind][item]) for kind in SHOP] for item in ITEMS}
-    files: dict[str, Sequence[Any]] = {"demonstrations": shown, "train": [], "test": []}
-    for item, pairs in questions.items():
-        rows = [{"question": question, "answer": answer} for question, answer in pairs]
-        files["test" if item in HELD_OUT else "train"] = [*files["test" if item in HELD_OUT else "train"], *rows]
     folder.mkdir(parents=True, exist_ok=True)
+    files = {"demonstrations": shown, "train": questions_about(TRAINED_ON), "test": questions_about(HELD_OUT)}
     for name, rows in files.items():
-        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(folder / f"{name}.jsonl", rows)
+
+
+def questions_about(items: Sequence[str]) -> list[dict[str, str]]:
+    return [{"question": f"{kind} of {item}?", "answer": SHOP[kind][item]} for item in items for kind in SHOP]
 
 
 def stages_of(config: Config, seed: int) -> list[Stage]:
@@ -120,8 +120,7 @@ def report(config: Config) -> Path:
     runs = [read_metrics(Path(config.log_path, f"seed_{seed}", "rl")) for seed in seeds]
     print("seed   right, first and last 5 steps   held out, before and after")
     for seed, records in zip(seeds, runs, strict=True):
-        rewards = [record["env/all/reward/total"] for record in records if "env/all/reward/total" in record]
-        tests = [record["test/env/all/reward/total"] for record in records if "test/env/all/reward/total" in record]
+        rewards, tests = (read_curve(records, f"{kind}env/all/reward/total").values_K for kind in ("", "test/"))
         first, last = np.mean(rewards[:5]), np.mean(rewards[-5:])
         print(f"{seed:4}   {first:.3f}  {last:.3f}                   {tests[0]:.3f}  {tests[-1]:.3f}")
     panels = [

@@ -65,9 +65,8 @@ async def main(config: Config) -> None:
     print(f"held-out accuracy of the teacher {await teacher.accuracy(config, teaches.result):.3f}")
     for name, stage in stages.items():
         nll = read_metrics(stage.path)[-1]["test/nll"]
-        print(
-            f"{name:13s} {await teacher.accuracy(config, stage.result):.3f}   nats per token of unseen answers {nll:.4f}"
-        )
+        accuracy = await teacher.accuracy(config, stage.result)
+        print(f"{name:13s} {accuracy:.3f}   nats per token of unseen answers {nll:.4f}")
 
 
 if __name__ == "__main__":
