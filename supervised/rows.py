@@ -24,8 +24,8 @@ LONG_LINE = 1 << 20  # bytes of an example that is announced: tokenizing 20 MB t
 
 
 def read_rows(path: str | os.PathLike[str], most: int | None = None) -> list[Row]:
-    """The objects of a JSONL file, or of its first `most` lines with one; blank lines are skipped. DataError, with the line and a remedy,
-    for anything else."""
+    """The objects of a JSONL file, or its first `most`; blank lines are skipped. DataError, with the
+    line and a remedy, for anything else."""
     file = _data_file(path)
     rows = []
     try:

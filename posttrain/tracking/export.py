@@ -167,8 +167,8 @@ def _push(folder: Path, name: str, private: bool) -> None:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by posttrain-export")
     except Exception as error:
         raise ConfigError(
-            f"{folder} is written, but could not be pushed to {name}: {hub_reason(error, reading=False)}. Later: hf upload {name} "
-            f"{folder}"
+            f"{folder} is written, but could not be pushed to {name}: {hub_reason(error, reading=False)}. Later: "
+            f"hf upload {name} {folder}"
         ) from error
     print(f"pushed to {address}{' (private)' if private else ''}")
 
