@@ -47,7 +47,7 @@ from rl.types import Env, EnvGroupBuilder, RLDataset, StepResult
 from supervised.types import SupervisedDataset
 from tests import commands
 from tests.conftest import ROOT
-from tests.test_message_env import Scripted, say
+from tests.test_message_env import say, scripted
 
 TOKENIZER = character_tokenizer(1024)
 RENDERER = PlainRenderer(TOKENIZER)
@@ -214,7 +214,7 @@ def test_questions_by_hand():
 
 
 def second_policy(*replies: str) -> PolicyAnswerer:
-    return PolicyAnswerer(MessageCompleter(Scripted([say(reply) for reply in replies]), RENDERER, 20))
+    return PolicyAnswerer(MessageCompleter(scripted([say(reply) for reply in replies]), RENDERER, 20))
 
 
 def test_a_second_policy_answers_what_is_no_guess():
@@ -236,7 +236,7 @@ def test_a_rollout_whose_answerer_talks_nonsense_has_no_reward():
                 EnvFromMessageEnv(RENDERER, asking("frog", answerer)) for answerer in (second_policy("maybe"), None)
             ]
 
-    policy = Policy(Scripted([say("Is it green?"), say("Is it a frog?"), say("Is it green?")]), max_tokens=30)
+    policy = Policy(scripted([say("Is it green?"), say("Is it a frog?"), say("Is it green?")]), max_tokens=30)
     group = asyncio.run(do_group_rollout(Group(), policy, (0,), RolloutLimits(max_retries=0)))
     assert group.get_total_rewards() == [1.0]
     assert [type(error) for error in group.errors] == [FrozenPolicyError] and "neither yes nor no" in str(

@@ -36,7 +36,7 @@ from rl.tools import MalformedCall, Tool, ToolError, answer_call, check_argument
 from rl.types import RolloutError, Trajectory
 from supervised.names import DATASETS
 from supervised.train import Config as SupervisedConfig
-from tests.test_message_env import Scripted
+from tests.test_message_env import scripted
 from tests.test_message_parts import HERMES_CALL, HERMES_SECOND, WITH_TOOLS
 
 TOKENIZER = character_tokenizer(2048)
@@ -326,7 +326,7 @@ EPISODES = {
 def roll_out(name: str, written: list[str], score: Any = None) -> Trajectory:
     renderer = WITH_TOOLS[name.split(",")[0]]
     env = ToolEnv([Message(role="user", content="1+2?")], [CALCULATOR], score or (lambda text: float(text == "3")))
-    policy = Policy(Scripted([encode(renderer.tokenizer, text) for text in written]), max_tokens=500)
+    policy = Policy(scripted([encode(renderer.tokenizer, text) for text in written]), max_tokens=500)
     return asyncio.run(do_single_rollout(policy, EnvFromMessageEnv(renderer, env), (0,), RolloutLimits()))
 
 
@@ -370,7 +370,7 @@ def test_templates_that_drop_an_empty_thought_render_each_turn_anew():
     qwen3 = ChatTemplateRenderer(WITH_TOOLS["qwen3"].tokenizer, {"enable_thinking": False}, [CALCULATOR.spec])
     env = EnvFromMessageEnv(qwen3, ToolEnv([Message(role="user", content="1+2?")], [CALCULATOR], lambda _: 1.0))
     answers = [encode(qwen3.tokenizer, f"{HERMES_CALL}<|im_end|>"), encode(qwen3.tokenizer, "3<|im_end|>")]
-    trajectory = asyncio.run(do_single_rollout(Policy(Scripted(answers), max_tokens=99), env, (0,), RolloutLimits()))
+    trajectory = asyncio.run(do_single_rollout(Policy(scripted(answers), max_tokens=99), env, (0,), RolloutLimits()))
     assert trajectory.reward == 1 and len(trajectory_rows(trajectory)) == 2
 
 
