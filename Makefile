@@ -14,7 +14,7 @@ test: .venv/installed
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 -m slow
 
-# Processes that Ray starts, and kills: in one process, for Ray ends the program that started it when it is lost.
+# Processes that Ray starts and the tests kill: all in one process, on one Ray after the other.
 test-cluster: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m cluster
 

@@ -2,21 +2,23 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+import posttrain.backend.cluster
 from posttrain.backend.cluster import FOLDER, Cluster, ProcessLost, answer, future_of
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, NonFiniteError
 from tests.conftest import ROOT
+from tests.processes import descendants, runs, wait_until
 
 pytestmark = [
     pytest.mark.cluster,
@@ -41,13 +43,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(BACKEND, tmp_path_factory.mktemp("run"))
     yield cluster
     cluster.close()
-
-
-def wait_until(holds: Callable[[], Any], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_errors_arrive_with_their_attributes_and_a_killed_process_as_lost(cluster: Cluster) -> None:
@@ -89,37 +84,77 @@ def test_a_killed_driver_leaves_no_process_and_no_segment(tmp_path: Path) -> Non
     driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert driver.stdout
     pid, folder = driver.stdout.readline().split()
-    family = [int(child) for child in _descendants(driver.pid)]
+    family = descendants(driver.pid)
     assert int(pid) in family and Path(folder).is_dir() and FOLDER in folder
     driver.kill()
     driver.communicate()
-    wait_until(lambda: not Path(folder).exists() and not any(_runs(child) for child in family))
+    wait_until(lambda: not Path(folder).exists() and not any(runs(child) for child in family))
 
 
-def _descendants(pid: int) -> list[int]:
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    children = [child for child, parent in parents.items() if parent == pid]
-    return children + [below for child in children for below in _descendants(child)]
+ANOTHER_THREAD = """
+import signal, sys, threading, time
+from pathlib import Path
+from posttrain.backend.cluster import Cluster, answer
+from tests.test_cluster import BACKEND, Actor
+asked_to_stop = []
+signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(1))
+clusters = []
+thread = threading.Thread(target=lambda: clusters.append(Cluster(BACKEND, Path(sys.argv[1]))))
+thread.start()
+thread.join()
+time.sleep(2)  # Ray notices within a second that its processes are gone, and ends this program
+answer(clusters[0].start(Actor).process.remote(), "the actor", 60)
+signal.raise_signal(signal.SIGTERM)
+time.sleep(4)  # Ray's own handler aborts after three
+clusters[0].close()
+print(asked_to_stop)
+"""
 
 
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
-    except OSError:
-        return False
+def test_ray_outlives_the_thread_that_started_it_and_leaves_signals_alone(tmp_path: Path) -> None:
+    """Clients open engines in threads of their own, which end with them."""
+    command = [sys.executable, "-c", ANOTHER_THREAD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "[1]\n"), done.stderr[-2000:]
 
 
-def test_an_address_without_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Other tests have a cluster on this machine, which `auto` would find."""
+@contextmanager
+def server(says: bytes | None) -> Iterator[str]:
+    """The address of a server that answers with these bytes; None = not at all."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer_one() -> None:
+            with suppress(OSError):
+                connection, _ = listening.accept()
+                connection.sendall(says or b"")
+                connection.recv(100)
+
+        if says:
+            threading.Thread(target=answer_one, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("says", ["nothing", "HTTP/1.1 400 Bad Request\r\n\r\n", "gone"])
+def test_an_address_without_a_cluster_is_refused_at_once(
+    says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import ray
 
-    def finds_none(**options: Any) -> None:
-        raise ConnectionError("Could not find any running Ray instance")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(posttrain.backend.cluster, "REACH_SECONDS", 1.0)
+    with server(says.encode() if says.startswith("HTTP") else None) as address:
+        if says != "gone":
+            with pytest.raises(ConfigError, match=f"no Ray cluster at backend.cluster={address} .*`ray start --head`"):
+                Cluster(BackendConfig(sampler_replicas=1, cluster=address), tmp_path)
+    if says == "gone":
+        with pytest.raises(ConfigError, match=r"\(\[Errno 111\] Connection refused\): start it by"):
+            Cluster(BackendConfig(sampler_replicas=1, cluster=address), tmp_path)
+
+
+@pytest.mark.parametrize("cluster", ["nonsense", "ray://127.0.0.1:10001", "local", "127.0.0.1:x"])
+def test_an_address_that_is_none_is_refused(cluster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", finds_none)
-    with pytest.raises(ConfigError, match="there is no Ray cluster at backend.cluster=auto"):
-        Cluster(BackendConfig(sampler_replicas=1, cluster="auto"), tmp_path)
+    with pytest.raises(ConfigError, match=f"backend.cluster={cluster}"):
+        Cluster(BackendConfig(sampler_replicas=1, cluster=cluster), tmp_path)

@@ -28,6 +28,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from rl import train
 from tests.conftest import policy_data
+from tests.processes import actors
 from tests.test_group_sources import config, metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
@@ -85,24 +86,6 @@ def pool_of(client: TrainingClient) -> SamplerPool:
     return client._engine
 
 
-def pids() -> list[int]:
-    """Of the live replicas, oldest first."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::SamplerActor") and _is_ours(int(folder.name)):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return sorted(found)
-
-
-def _is_ours(pid: int) -> bool:
-    while pid not in (0, 1, os.getpid()):
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return pid == os.getpid()
-
-
 def test_versions_follow_the_trainer(client: TrainingClient) -> None:
     kept = client.save_weights_and_get_sampling_client()
     stale = client.save_weights_and_get_sampling_client(keep=False)
@@ -125,7 +108,7 @@ def test_a_replica_killed_in_a_batch_changes_no_token(client: TrainingClient) ->
     answers = [sampler.sample(prompt, 2, params) for prompt in PROMPTS]
     for answer in answers[: len(answers) * 2 // 5]:
         answer.result(300)
-    os.kill(pids()[0], signal.SIGKILL)
+    os.kill(actors("SamplerActor")[0], signal.SIGKILL)
     assert [sequence.tokens for answer in answers for sequence in answer.result(300).sequences] == before
     while len(pool.progress()) < 2 or pool.deaths == deaths:
         asyncio.run(asyncio.sleep(0.1))
@@ -136,7 +119,7 @@ def test_a_replica_killed_in_a_batch_changes_no_token(client: TrainingClient) ->
 def test_a_replica_that_stands_still_is_killed(client: TrainingClient) -> None:
     sampler, pool = client.save_weights_and_get_sampling_client(), pool_of(client)
     before, deaths, limit = sampled(sampler), pool.deaths, pool._call_seconds
-    os.kill(pids()[0], signal.SIGSTOP)
+    os.kill(actors("SamplerActor")[0], signal.SIGSTOP)
     pool._call_seconds = 3.0
     answers = [sampler.sample(prompt, 2, SamplingParams(max_tokens=12, seed=3)) for prompt in PROMPTS]
     while pool.deaths == deaths:
@@ -157,9 +140,9 @@ def test_shards_of_an_adapter_and_of_an_untied_head_reach_the_replicas(tmp_path:
 def test_without_replicas_the_run_ends_and_its_checkpoint_stands(tmp_path: Path) -> None:
     with ServiceClient(chz.replace(BACKEND, sampler_restarts=0, sampler_replicas=1), tmp_path) as service:
         client = service.create_training_client("micro")
-        path, others = client.save_state("before").result().path, set(pids())
+        path, others = client.save_state("before").result().path, set(actors("SamplerActor"))
         sampler = client.save_weights_and_get_sampling_client()
-        (pid,) = set(pids()) - others
+        (pid,) = set(actors("SamplerActor")) - others
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="the sampler replicas have stopped"):
             sampler.sample(PROMPTS[0], 1, SamplingParams(max_tokens=2)).result(300)

@@ -21,36 +21,11 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.conftest import policy_data
+from tests.processes import actors, runs, wait_until
 from tests.test_scalar_model import bce, scalar_data
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
 SETTINGS = BackendConfig(engine="torch", micro_batch_tokens=60, trainer_processes=2)
-
-
-def processes_of_ranks() -> list[int]:
-    """Process ids of the ranks that this process's Ray has started."""
-    return [pid for pid in all_processes() if title(pid).startswith(b"ray::TrainerRank") and is_ours(pid)]
-
-
-def all_processes() -> list[int]:
-    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
-
-
-def title(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def is_ours(pid: int) -> bool:
-    """Whether this process is an ancestor."""
-    try:
-        while pid not in (1, os.getpid()):
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return False
-    return pid == os.getpid()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +62,7 @@ def test_clients_over_two_processes_train_and_sample_as_over_one(
 ) -> None:
     client, expected = (s.create_training_client("tiny", lora) for s in (service, alone))
     assert trained(client) == pytest.approx(trained(expected), rel=1e-4)
-    assert len(processes_of_ranks()) == 2
+    assert len(actors("TrainerRank")) == 2
     samples = [
         c.save_weights_and_get_sampling_client()
         .sample(ModelInput.from_ints([5, 6, 7]), 1, SamplingParams(max_tokens=9, seed=2))
@@ -143,16 +118,16 @@ def test_clients_of_several_threads_share_the_ranks(service: ServiceClient) -> N
     """Their calls interleave, in the same order in both ranks."""
     clients = [service.create_training_client("micro", seed=seed) for seed in range(3)]
     futures = [client.forward_backward(policy_data(3, seed=k), "ppo") for k in range(6) for client in clients]
-    assert len(processes_of_ranks()) == 2
+    assert len(actors("TrainerRank")) == 2
     assert all(future.result().metrics["num_loss_tokens:sum"] for future in futures)
 
 
 def test_a_dead_rank_ends_all_and_everybody_hears_of_it(tmp_path: Path) -> None:
-    before = set(processes_of_ranks())
+    before = set(actors("TrainerRank"))
     with ServiceClient(SETTINGS, tmp_path) as service:
         clients = [service.create_training_client("tiny") for _ in range(2)]
         futures = [client.forward_backward(policy_data(60), "ppo") for _ in range(20) for client in clients]
-        pids = set(processes_of_ranks()) - before
+        pids = set(actors("TrainerRank")) - before
         assert len(pids) == 2
         futures[0].result()
         os.kill(max(pids), signal.SIGKILL)
@@ -163,7 +138,4 @@ def test_a_dead_rank_ends_all_and_everybody_hears_of_it(tmp_path: Path) -> None:
         assert all(error is None or isinstance(error, TrainerLostError) for error in errors)
         with pytest.raises(TrainerLostError, match="has died.*resume the run"):
             clients[0].optim_step(AdamParams(1e-3)).result()
-        deadline = time.monotonic() + 60
-        while pids & set(processes_of_ranks()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not pids & set(processes_of_ranks())
+        wait_until(lambda: not any(runs(pid) for pid in pids))

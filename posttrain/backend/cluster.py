@@ -4,17 +4,19 @@ would stay: Ray's own processes, published weights in shared memory.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -30,14 +32,25 @@ T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parents[1]
 # Settings that children get from this process. Ray gives each its CUDA_VISIBLE_DEVICES.
 INHERITED = ("HF_", "VLLM_", "NCCL_", "GLOO_", "TORCH_", "TOKENIZERS_", "OMP_", "XDG_", "POSTTRAIN_", "TMPDIR")
-# Ray hides a process's GPU from actors that ask for none, warns about it, and reports usage.
-RAY_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+RAY_ENVIRONMENT = {
+    # Ray hides a process's GPU from actors that ask for none, warns about it, and reports usage.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Of a Ray that is started here: it would kill our processes for the memory of others, and its own
+    # node, with this program, when a busy machine lets it answer late.
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_health_check_failure_threshold": "1000",
+}
 FOLDER = "posttrain-weights"
 CHECK_SECONDS = 120.0  # for a node's answer at the start
+REACH_SECONDS = 10.0  # for a connection to a running cluster
+# What a client of HTTP/2 says first, with empty settings, and the kind of frame that a server answers with.
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+HTTP2_SETTINGS = b"\4"
 SAY_AFTER_SECONDS = 60.0  # a wait says what it waits for
 
 _open: set["Cluster"] = set()
-_started_here = False
+_ended: threading.Event | None = None  # of the Ray that was started or joined here
 _lock = threading.RLock()
 
 
@@ -239,7 +252,7 @@ def node_report(tokens: dict[str, str]) -> dict[str, Any]:
 
 def _ray_running(config: BackendConfig) -> Any:
     """Ray, initialised."""
-    global _started_here
+    global _ended
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
@@ -247,24 +260,69 @@ def _ray_running(config: BackendConfig) -> Any:
     if ray.is_initialized():
         return ray
     options: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "namespace": secrets.token_hex(4)}
+    if config.cluster is None:
+        with _gpus_left_to_ray(config):
+            _ended = _in_lasting_thread(partial(ray.init, "local", object_store_memory=100 * 2**20, **options))
+        return ray
+    named = f"backend.cluster={config.cluster}"
+    _check_reachable(config.cluster)
     try:
-        if config.cluster is not None:
-            ray.init(address=config.cluster, **options)
-        else:
-            with _gpus_left_to_ray(config):
-                ray.init(address="local", object_store_memory=100 * 2**20, **options)
-    except ConnectionError as error:
-        raise ConfigError(
-            f"there is no Ray cluster at backend.cluster={config.cluster}: start it by `ray start --head`, or leave "
-            "the option out"
-        ) from error
-    except RuntimeError as error:
-        if "ersion mismatch" not in str(error):
-            raise
+        _ended = _in_lasting_thread(partial(ray.init, config.cluster, **options))
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"the Ray cluster at backend.cluster={config.cluster}: {' '.join(lines)}") from error
-    _started_here = True
+        raise ConfigError(f"the Ray cluster at {named} cannot be joined: {' '.join(lines)}") from error
     return ray
+
+
+def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:
+    """Calls `init` in a thread that lasts until the returned event is set: Linux kills Ray's processes
+    when the thread that started them ends. Ray's handler of SIGTERM, which aborts this program within
+    three seconds, is put back to the one before: a run saves and stops."""
+    outcome: Future[None] = Future()
+    ended = threading.Event()
+
+    def run() -> None:
+        sigaction, before = ctypes.CDLL(None).sigaction, ctypes.create_string_buffer(256)
+        sigaction(signal.SIGTERM, None, before)  # signal.signal is for the main thread
+        try:
+            init()
+        except BaseException as error:
+            outcome.set_exception(error)
+            return
+        finally:
+            sigaction(signal.SIGTERM, before, None)
+        outcome.set_result(None)
+        ended.wait()
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    try:
+        outcome.result(CHECK_SECONDS)
+    except TimeoutError:
+        raise TimeoutError(f"Ray did not start within {CHECK_SECONDS:g} seconds") from None
+    return ended
+
+
+def _check_reachable(cluster: str) -> None:
+    """ConfigError unless a server that speaks HTTP/2, as Ray's does, answers at the address: Ray itself
+    tries for minutes."""
+    from ray._private import services
+
+    problem = f"there is no Ray cluster at backend.cluster={cluster}"
+    remedy = "start it by `ray start --head`, or leave the option out"
+    if cluster == "local" or "://" in cluster:
+        raise ConfigError(f"backend.cluster={cluster}: take auto or HOST:PORT of a running Ray cluster")
+    try:
+        address = services.canonicalize_bootstrap_address_or_die(None if cluster == "auto" else cluster)
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS) as server:
+            server.settimeout(REACH_SECONDS)
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                server.sendall(HTTP2_GREETING)
+                if server.recv(9, socket.MSG_WAITALL)[3:4] != HTTP2_SETTINGS:
+                    raise ConnectionError("what answers there is not Ray")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{problem} ({reason}): {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -310,18 +368,16 @@ def _session() -> list[str]:
 
 
 def _stop_ray_if_unused() -> None:
-    global _started_here
-    if _open or not _started_here:
+    global _ended
+    if _open or _ended is None:
         return
     import ray
-    from ray._private import worker
 
-    _started_here = False
-
-    session = worker._global_node.get_session_dir_path() if _own_processes() and worker._global_node else None
+    folders, ended, _ended = _session(), _ended, None
     ray.shutdown()
-    if session:
-        shutil.rmtree(session, ignore_errors=True)
+    ended.set()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- what stays after a process ------------------------------------------------------------------

@@ -1,0 +1,48 @@
+"""Processes on this machine, as /proc lists them: those below another, and Ray's actors."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of all children, their children included."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        if fields := _status(int(folder.name)):
+            parents[int(folder.name)] = int(fields[1])
+    children = [child for child, parent in parents.items() if parent == pid]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def runs(pid: int) -> bool:
+    fields = _status(pid)
+    return bool(fields) and fields[0] not in "XZ"
+
+
+def title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def actors(kind: str, driver: int | None = None) -> list[int]:
+    """Process ids of the actors of this class, oldest first, which the driver has (None = this process)."""
+    return sorted(pid for pid in descendants(driver or os.getpid()) if title(pid).startswith(f"ray::{kind}"))
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _status(pid: int) -> list[str]:
+    """State, parent, ...; empty for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
