@@ -312,7 +312,7 @@ def _check_reachable(cluster: str) -> None:
     if cluster == "local" or "://" in cluster:
         raise ConfigError(f"backend.cluster={cluster}: take auto or HOST:PORT of a running Ray cluster")
     try:
-        address = services.canonicalize_bootstrap_address_or_die(None if cluster == "auto" else cluster)
+        address = services.canonicalize_bootstrap_address_or_die(cluster)
         host, _, port = address.rpartition(":")
         with socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS) as server:
             server.settimeout(REACH_SECONDS)
