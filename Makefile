@@ -8,11 +8,11 @@ demo: .venv/installed
 
 # Two workers with a thread each: the models are so small that a second thread gains less than a second test.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 -m "not slow and not cluster"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 -m "not slow and not cluster"
 
 # What takes minutes: every model family against vLLM, long kill-and-resume runs.
 test-slow: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 -m slow
 
 # Processes that Ray starts and the tests kill: all in one process, on one Ray after the other.
 test-cluster: .venv/installed

@@ -9,13 +9,12 @@ second node, the first hop, is a decision. Left out: arms of different length.
 """
 
 import math
-import random
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError
 
 Seed = int | tuple[int, ...]
 CHUNK = 4096  # rows drawn at a time, few enough for the processor's cache
@@ -245,24 +244,3 @@ def held_out(graph: StarGraph, count: int, seed: Seed) -> HeldOut:
         _, first_B = np.unique(graph_keys(graph, tokens_B_T), return_index=True)
         tokens_B_T = tokens_B_T[np.sort(first_B)[:count]]
     return HeldOut(graph, tokens_B_T)
-
-
-def bst_rows(graph: StarGraph, count: int, first: int = 0) -> np.ndarray:
-    """tokens_B_T: lines `first` to `first + count` of the file that the Belief State Transformer's
-    prepare.py writes, bit for bit; line k is seeded by k.
-    """
-    edges_B, paths_B = [], []
-    for k in range(first, first + count):
-        rng = random.Random(k)
-        nodes = list(range(graph.num_nodes))
-        rng.shuffle(nodes)
-        source = nodes.pop()
-        arms = [[source, *(nodes.pop() for _ in range(graph.path_length - 1))] for _ in range(graph.num_paths)]
-        edges = [edge for arm in arms for edge in zip(arm[:-1], arm[1:], strict=True)]
-        rng.shuffle(edges)
-        edges_B.append(edges)
-        paths_B.append(arms[0])
-    if not count:
-        raise DataError(f"count={count}: at least 1 line is needed")
-    edges_B_E_2 = np.array(edges_B)
-    return graph.rows(edges_B_E_2[:, :, 0], edges_B_E_2[:, :, 1], np.array(paths_B))

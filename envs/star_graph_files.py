@@ -31,16 +31,6 @@ def format_line(tokens_T: Sequence[int] | np.ndarray, graph: StarGraph) -> str:
     return f"{edges}/{row[end]},{row[end + 1]}=" + ",".join(map(str, row[graph.prefix_length :]))
 
 
-def parse_line(line: str, graph: StarGraph, where: str = "line 1") -> np.ndarray:
-    """tokens_T of a line. DataError, beginning with `where`, if it is no star graph of this size."""
-    return _parse([line.rstrip("\n")], graph, lambda _: where)[0]
-
-
-def write_lines(path: str | Path, tokens_B_T: np.ndarray, graph: StarGraph) -> None:
-    with Path(path).open("w", encoding="ascii") as stream:
-        stream.writelines(format_line(tokens_T, graph) + "\n" for tokens_T in tokens_B_T)
-
-
 def read_lines(path: str | Path, graph: StarGraph, max_rows: int | None = None) -> np.ndarray:
     """tokens_B_T of a text file or its first `max_rows` lines, in `dtype_of(graph)`. DataError with
     the line number at the first bad line.

@@ -1,5 +1,4 @@
-"""Tokenizers for star graphs: numeral, GPT-2's or another of the hub, and an offline stand-in for
-GPT-2's.
+"""Tokenizers for star graphs: numeral, GPT-2's or another of the hub.
 
 A Layout turns the numeral ids of star_graph.py into the ids of any tokenizer with one token per
 number and separator. With commas as tokens (GPT-2) prefix and target have 4E + 4 and 2l - 1 tokens,
@@ -23,15 +22,10 @@ SPECIAL = ["<eos>", "<pad>"]
 
 def numeral_tokenizer(graph: StarGraph, max_length: int | None = None) -> PreTrainedTokenizerFast:
     """Node i is i, then | = / $, EOS and padding: the ids of star_graph.py. Commas are skipped."""
-    return _word_tokenizer(graph.num_nodes, SYMBOLS, r"\d+|[|=/$]", max_length or graph.length + 1)
+    return word_tokenizer(graph.num_nodes, SYMBOLS, r"\d+|[|=/$]", max_length or graph.length + 1)
 
 
-def gpt2_stand_in(graph: StarGraph, max_length: int | None = None) -> PreTrainedTokenizerFast:
-    """One token per number and separator, commas too, as GPT-2's BPE for numbers of two digits."""
-    return _word_tokenizer(graph.num_nodes, [*SYMBOLS, ","], r"\d+|[|=/$,]", max_length or 4 * graph.length)
-
-
-def _word_tokenizer(num_nodes: int, symbols: list[str], words: str, max_length: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(num_nodes: int, symbols: list[str], words: str, max_length: int) -> PreTrainedTokenizerFast:
     vocab = {token: i for i, token in enumerate([*map(str, range(num_nodes)), *symbols, *SPECIAL])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(words), behavior="removed", invert=True)
@@ -86,10 +80,6 @@ class Layout:
     def reversed(self, ids_B_T: np.ndarray) -> np.ndarray:
         """The same rows with the path written from the goal to the source."""
         return np.concatenate([ids_B_T[:, : self.prefix_length], ids_B_T[:, self.prefix_length :][:, ::-1]], axis=1)
-
-
-def numeral_layout(graph: StarGraph) -> Layout:
-    return Layout(graph, np.arange(graph.vocab_size))
 
 
 def layout_of(tokenizer: PreTrainedTokenizerBase, graph: StarGraph) -> Layout:

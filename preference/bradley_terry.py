@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from posttrain.backend.errors import ConfigError, ContextLengthError, DataError
+from posttrain.backend.errors import ContextLengthError, DataError
 from posttrain.backend.ranges import NON_NEGATIVE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
@@ -20,13 +20,19 @@ from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig, Mo
 from posttrain.renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
 from posttrain.tracking.datasets import DrawnDataset, ListDataset
 from preference.reward_data import RewardExamplesBuilder
-from preference.reward_types import Judge, JudgeBuilder, PreferenceModel, RewardModel, RewardModelBuilder, SavedModel
+from preference.reward_types import (
+    Judge,
+    JudgeBuilder,
+    PreferenceModel,
+    RewardModel,
+    RewardModelBuilder,
+    SavedModel,
+    no_loss,
+)
 from preference.types import Comparison, LabeledComparison
 from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
 from supervised.train import Objective, Pass
 from supervised.types import SupervisedDataset
-
-Scalars = dict[str, torch.Tensor]
 
 
 def bradley_terry(data_D: list[Datum], scalars_D: list[torch.Tensor]) -> tuple[torch.Tensor, Metrics]:
@@ -70,12 +76,8 @@ class ScalarModel(RewardModel):
             raise ContextLengthError(
                 f"a conversation has {longest} tokens, the reward model's context {limit}: shorten answers"
             )
-        output = await self.client.forward([last_token_datum(tokens) for tokens in tokens_D], _no_loss)
+        output = await self.client.forward([last_token_datum(tokens) for tokens in tokens_D], no_loss)
         return [float(out["scalars"].array[-1]) for out in output.loss_fn_outputs]
-
-
-def _no_loss(scalars_N: torch.Tensor, inputs: Scalars) -> tuple[torch.Tensor, Scalars]:
-    return torch.zeros_like(scalars_N), {}
 
 
 class BradleyTerryJudge(PreferenceModel):
@@ -217,7 +219,5 @@ class RewardModelReward(SavedModel, BatchRewardBuilder):
         self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
     ) -> BatchReward:
         client, own_renderer = self.open(ServiceClient.create_scalar_client_from_state, renderer.tokenizer, service)
-        if type(own_renderer) is not type(renderer):
-            kinds = f"{type(own_renderer).__name__}, the policy by {type(renderer).__name__}"
-            raise ConfigError(f"{self.path} was trained on text written by {kinds}: give both the same renderer_name")
+        self.check_renderer(own_renderer, renderer)
         return ScalarBatchReward(ScalarModel(client, own_renderer), self.coef)

@@ -12,16 +12,14 @@ from typing import Literal
 
 import chz
 import numpy as np
-import torch
 
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.losses import Tensors
 from posttrain.backend.ranges import NON_NEGATIVE, NUMBER
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Renderer, Tokenizer
-from preference.reward_types import SavedModel
+from preference.reward_types import SavedModel, no_loss
 from preference.steps import Malformed, StepFormat, split_response
 from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup, Transition
 
@@ -81,7 +79,7 @@ class ProcessRewardModel:
             for (prompt, response), at in zip(responses_D, at_D, strict=True)
             if len(at)  # a response without steps has nothing to read
         ]
-        outputs = iter((await self.client.forward(data, _no_loss)).loss_fn_outputs if data else ())
+        outputs = iter((await self.client.forward(data, no_loss)).loss_fn_outputs if data else ())
         scores_D = []
         for steps, at in zip(steps_D, at_D, strict=True):
             logits_S = next(outputs)["scalars"].array[at].astype(np.float64) if len(at) else np.zeros(1)
@@ -95,10 +93,6 @@ def _datum(tokens: list[int], positions: np.ndarray) -> Datum:
     weights = np.zeros(len(tokens), dtype=np.float32)
     weights[positions] = 1
     return Datum(ModelInput.from_ints(tokens), {"weights": weights})
-
-
-def _no_loss(scalars_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    return torch.zeros_like(scalars_N), {}
 
 
 @chz.chz
@@ -200,7 +194,5 @@ class PrmReward(SavedPrm, BatchRewardBuilder):
                 "aggregation=product is of probabilities: set scale=probability, or take min, last or mean"
             )
         model = self.load(renderer.tokenizer, service)
-        if type(model.renderer) is not type(renderer):
-            kinds = f"{type(model.renderer).__name__}, the policy by {type(renderer).__name__}"
-            raise ConfigError(f"{self.path} was trained on text written by {kinds}: give both the same renderer_name")
+        self.check_renderer(model.renderer, renderer)
         return ProcessReward(model, self)

@@ -10,9 +10,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import chz
+import torch
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ModelError
+from posttrain.backend.losses import Tensors
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.renderers import get_renderer
@@ -23,6 +25,11 @@ from rl.types import RolloutError
 
 # in [-1, 1]: 1 = B is better, -1 = A is, 0 = neither
 Judge = Callable[[Comparison], Awaitable[float]]
+
+
+def no_loss(scalars_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
+    """For a forward pass whose scalars alone are wanted."""
+    return torch.zeros_like(scalars_N), {}
 
 
 class JudgeError(RolloutError):
@@ -107,6 +114,12 @@ class SavedModel:
                 f"the policy {len(tokenizer)}): train it from a model of the policy's family"
             )
         return client, get_renderer(self._renderer_name(), reward_tokenizer)
+
+    def check_renderer(self, renderer: Renderer, policy_renderer: Renderer) -> None:
+        """ConfigError unless the policy's text is written as the model's training text was."""
+        if type(renderer) is not type(policy_renderer):
+            kinds = f"{type(renderer).__name__}, the policy by {type(policy_renderer).__name__}"
+            raise ConfigError(f"{self.path} was trained on text written by {kinds}: give both the same renderer_name")
 
     def _renderer_name(self) -> str | None:
         source = find_model(self.path)

@@ -108,11 +108,11 @@ def main(config: Config) -> None:
             loss = float("inf")
             while loss > config.warm_start_loss:
                 examples_D = [(prompt(a, b), tokenizer.encode(f"{a + b}{tokenizer.eos_token}")) for a, b in draw(128)]
-                imitated = client.forward_backward(
+                forward_backward = client.forward_backward(
                     [datum(q, a, weights=[1.0] * len(a)) for q, a in examples_D], "cross_entropy"
                 )
                 client.optim_step(AdamParams(learning_rate=2e-3))
-                loss = imitated.result().metrics["loss:sum"] / len(examples_D)
+                loss = forward_backward.result().metrics["loss:sum"] / len(examples_D)
 
         for step in range(config.steps):
             # The weights go to the sampler in memory; after the next sync this client raises.

@@ -64,8 +64,7 @@ def main(config: Config) -> None:
         def datum(a: int, b: int) -> Datum:
             prompt, answer = tokenizer.encode(f"{a}+{b}="), tokenizer.encode(f"{a + b}{tokenizer.eos_token}")
             tokens, weights = prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)
-            # Position t of the input predicts token t + 1: the targets are the tokens shifted by
-            # one.
+            # Position t of the input predicts token t + 1: the targets are the tokens, shifted by one.
             inputs = {
                 "target_tokens": TensorData(data=tokens[1:], dtype="int64"),
                 "weights": TensorData(data=weights[1:], dtype="float32"),
@@ -86,15 +85,15 @@ def main(config: Config) -> None:
 
         start = time.time()
         for step in range(config.steps):
-            # either order
-            chosen_D = rng.permuted(rng.choice(train, config.batch_size), axis=1).tolist()
+            # each pair in a random order
+            pairs_D = rng.permuted(rng.choice(train, config.batch_size), axis=1).tolist()
             if step % config.eval_every == 0:
                 print(
                     f"step {step:4d}  held-out loss {held_out_loss():.3f} nats per token  {time.time() - start:5.1f} s",
                     flush=True,
                 )
             # Both calls return futures at once; they run in this order.
-            forward_backward = client.forward_backward([datum(a, b) for a, b in chosen_D], "cross_entropy")
+            forward_backward = client.forward_backward([datum(a, b) for a, b in pairs_D], "cross_entropy")
             optim_step = client.optim_step(AdamParams(learning_rate=config.learning_rate * (1 - step / config.steps)))
             forward_backward.result()
             optim_step.result()

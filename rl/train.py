@@ -28,7 +28,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.types import Datum
-from posttrain.renderers.types import Tokenizer
+from posttrain.renderers.types import Renderer, Tokenizer
 from posttrain.tracking.checkpointing import Checkpointed
 from posttrain.tracking.metrics_log import timed
 from posttrain.tracking.nonfinite import write_offending_data
@@ -67,11 +67,10 @@ async def main(config: Config) -> Metrics:
     num_steps = config.num_steps(len(dataset))
     if num_steps == 0:
         raise DataError("the dataset has no batch to train on")
-    if short := step_checks.short_batches(config.env, dataset):
-        print(short, flush=True)
-    switched_off = config.lora() is not None and not config.load_checkpoint_path
-    copied = bool(config.kl.coef) and not config.kl.reference_path and not switched_off
-    check_fits(planned(config.model_name, config.backend, config.lora(), True, copied), config.model_name)
+    if notice := step_checks.short_batches(config.env, dataset):
+        print(notice, flush=True)
+    second_copy = bool(config.kl.coef) and not config.kl.reference_path and not starts_at_base(config)
+    check_fits(planned(config.model_name, config.backend, config.lora(), True, second_copy), config.model_name)
     warn_of_learning_rate("rl", config.model_name, config.lora_rank, config.learning_rate)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     if config.model_name in PRESETS and not config.load_checkpoint_path and not folder.resumed:
@@ -80,25 +79,7 @@ async def main(config: Config) -> Metrics:
             "load_checkpoint_path"
         )
     with ServiceClient(config.backend, folder.checkpoints) as service, recording(Timeline()) as timeline:
-        learner = Learner(config, service.create_training_client(config.model_name, config.lora(), config.seed), folder)
-        if config.kl.coef:
-            if path := config.kl.reference_path:
-                frozen = other_model(service, path, learner.client)
-            elif switched_off:
-                frozen = learner.client  # its adapter is left out
-            else:
-                frozen = starting_weights(
-                    service, config.model_name, config.load_checkpoint_path, config.lora(), config.seed
-                )
-            learner.reference = Reference(frozen, without_adapter=frozen is learner.client)
-        if config.distill.paths():
-            learner.teachers = Teachers(config.distill, service, learner.client)
-        if config.critic.model:
-            value_client = config.critic.open(service, config.model_name, config.lora(), config.seed)
-            rate = config.critic.learning_rate / config.learning_rate if config.learning_rate else 1.0
-            learner.critic = Critic(config.critic, value_client, rate)
-        if config.batch_reward:
-            learner.batch_reward = await config.batch_reward(service, learner.client, renderer)
+        learner = await open_learner(config, service, folder, renderer)
         evaluators: list[RLTestSetEvaluator | SamplesEvaluator] = []
         if test_dataset is not None and config.eval_every:
             common = {"seed": config.seed, "limits": config.limits}
@@ -122,6 +103,34 @@ async def main(config: Config) -> Metrics:
     timeline.plot(folder.plots / "timeline.png")
     finish(folder, metrics)
     return metrics
+
+
+def starts_at_base(config: Config) -> bool:
+    """Whether the policy without its adapter has the weights the run began with."""
+    return config.lora() is not None and not config.load_checkpoint_path
+
+
+async def open_learner(config: Config, service: ServiceClient, folder: RunFolder, renderer: Renderer) -> Learner:
+    """The policy, and the models that its step needs: KL reference, teachers, critic, reward."""
+    model_name, lora, seed = config.model_name, config.lora(), config.seed
+    client = service.create_training_client(model_name, lora, seed)
+    learner = Learner(config, client, folder)
+    if config.kl.coef:
+        if path := config.kl.reference_path:
+            learner.reference = Reference(other_model(service, path, client))
+        elif starts_at_base(config):
+            learner.reference = Reference(client, without_adapter=True)
+        else:
+            start = starting_weights(service, model_name, config.load_checkpoint_path, lora, seed)
+            learner.reference = Reference(start)
+    if config.distill.paths():
+        learner.teachers = Teachers(config.distill, service, client)
+    if config.critic.model:
+        rate = config.critic.learning_rate / config.learning_rate if config.learning_rate else 1.0
+        learner.critic = Critic(config.critic, config.critic.open(service, model_name, lora, seed), rate)
+    if config.batch_reward:
+        learner.batch_reward = await config.batch_reward(service, client, renderer)
+    return learner
 
 
 @dataclass

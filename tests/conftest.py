@@ -5,6 +5,7 @@ start), small ragged data.
 import gc
 import io
 import os
+import re
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -12,6 +13,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +45,37 @@ ROUNDING = {"cpu": 3e-6, "cuda": 3e-5}[posttrain.backend.config.training_device(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A worker runs whole groups: what needs a vLLM engine, what forks commands, every other file.
-    The two come first, so that there is one engine, and the workers end together.
-    """
+    """Skips what cannot run here. First comes what takes longest, so that the workers end together."""
     skipped = {"cpu_only": "bits are promised on a CPU only"} if torch.cuda.is_available() else {}
     skipped |= {} if vllm_is_installed() else {"needs_vllm": NO_VLLM}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
         for marker, reason in skipped.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(key=lambda item: _group(item) not in ("vllm", "commands"))
+    items.sort(key=lambda item: _unit(item.path.name) not in ENGINES)
 
 
-def _group(item: pytest.Item) -> str:
-    names = {*getattr(item, "fixturenames", ()), *item.name.replace("[", "-").replace("]", "-").split("-")}
-    if names & {"vllm", "vllm_service", "vllm_client", "unseeded_service"}:
-        return "vllm"
-    uses = vars(getattr(item, "module", None) or object)
-    return "commands" if {"commands", "Command", "CONTEXT", "kill_at"} & uses.keys() else item.path.stem
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker gets whole files, so that their fixtures are made once; and all that use vLLM, or the
+    fork server of commands.py, so that each of these two starts once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesByEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(Path(nodeid.split("::")[0]).name)
+
+    return FilesByEngine(config, log)
+
+
+ENGINES = {"vllm": r"\b(vllm_client|vllm_service)\b", "commands": r"\btests\.commands\b"}
+
+
+@cache
+def _unit(file: str) -> str:
+    """The unit of work that a test file is part of."""
+    text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+    return next((name for name, pattern in ENGINES.items() if re.search(pattern, text)), file)
 
 
 def pytest_collection_finish() -> None:

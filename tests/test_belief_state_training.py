@@ -14,8 +14,6 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks import belief_state_star_graph
-from envs.star_graph import bst_rows
-from envs.star_graph_files import write_lines
 from posttrain.backend.errors import CheckpointError, DataError
 from posttrain.backend.types import AdamParams
 from posttrain.tracking.command_line import parse
@@ -26,6 +24,7 @@ from recipes.libraries.belief_state.files import load_belief_state, load_next_to
 from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer
 from tests.commands import Command
+from tests.star_graph_originals import bst_rows, write_lines
 
 SMALL: dict[str, Any] = {
     "num_layers": 1,

@@ -18,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from envs.star_graph import StarGraph, held_out, sample_graphs
 from envs.star_graph_data import Batches, StarGraphTask
-from envs.star_graph_tokens import Layout, gpt2_stand_in, layout_of, numeral_layout
+from envs.star_graph_tokens import Layout, layout_of
 from posttrain.backend.errors import CheckpointError, ConfigError, ContextLengthError, ModelError
 from posttrain.backend.models import load_model
 from recipes.belief_state.star_graph import task_name
@@ -39,6 +39,7 @@ from recipes.star_graph.guided_accuracy import decode
 from recipes.star_graph.model import make_model
 from recipes.star_graph.oracle import LOGIT, oracle, true_paths
 from tests.architectures import save_random_model
+from tests.star_graph_originals import gpt2_stand_in, numeral_layout
 
 GRAPH = StarGraph(2, 3, 12)
 CPU = torch.device("cpu")

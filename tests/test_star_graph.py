@@ -11,20 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.star_graph import HeldOut, StarGraph, bst_rows, held_out, sample_graphs
+from envs.star_graph import HeldOut, StarGraph, held_out, sample_graphs
 from envs.star_graph_data import StarGraphBuilder, StarGraphExamplesBuilder, path_accuracy, supervised_datum
 from envs.star_graph_files import (
     format_line,
     graph_of_path,
-    parse_line,
     read_lines,
     read_rows,
-    write_lines,
     write_sampled,
 )
-from envs.star_graph_tokens import gpt2_stand_in, layout_of, numeral_layout, numeral_tokenizer
+from envs.star_graph_tokens import layout_of, numeral_tokenizer
 from posttrain.backend.errors import ConfigError, DataError, ModelError
 from posttrain.renderers import get_renderer
+from tests.star_graph_originals import bst_rows, gpt2_stand_in, numeral_layout, parse_line, write_lines
 
 SMALL = StarGraph(2, 3, 12)
 G_2_5, G_5_5, G_2_10 = StarGraph(2, 5, 50), StarGraph(5, 5, 50), StarGraph(2, 10, 50)

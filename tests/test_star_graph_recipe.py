@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from envs.star_graph import StarGraph, held_out, sample_graphs
 from envs.star_graph_data import StarGraphExamplesBuilder, StarGraphTask, supervised_datum
-from envs.star_graph_tokens import numeral_layout
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ConfigError, DataError
 from posttrain.backend.models import load_model
@@ -33,6 +32,7 @@ from recipes.star_graph.model import check_model, make_model
 from recipes.star_graph.rollouts import collect_pairs, read_pairs
 from recipes.star_graph.side_by_side import RunFailed, run_side_by_side
 from tests.conftest import trainer_of
+from tests.star_graph_originals import numeral_layout
 
 GRAPH = StarGraph(2, 3, 8)
 LAYOUT = numeral_layout(GRAPH)

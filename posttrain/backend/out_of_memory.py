@@ -28,9 +28,7 @@ def _explained(text: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(
-            text in str(error) for text in ("not enough memory", "MPS backend out of memory")
-        ):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(known in str(error) for known in TEXTS):
             raise
         raise OutOfMemoryError(text()) from error
 
