@@ -412,6 +412,20 @@ def test_time_outs_waiters_and_loops_that_are_gone(sampler: SamplingClient) -> N
     assert_all_places_are_free(sampler)
 
 
+# Trap: an engine that waits for the reaction of a loop whose thread waits for the engine.
+def test_a_call_that_blocks_its_loop_is_answered_at_once(
+    torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.backend.engine.SETTLE_LOOP_SECONDS", 10 * PATIENCE)
+    sampler = torch_service.create_sampling_client(base_model="micro")
+
+    async def main() -> list[int]:
+        futures = [sampler.sample(prompt_of(5, i), 1, SamplingParams(max_tokens=2, seed=0)) for i in range(2)]
+        return [len(future.result(PATIENCE).sequences[0].tokens) for future in futures]
+
+    assert asyncio.run(main()) == [2, 2]
+
+
 def test_a_future_is_one_of_concurrent_futures(sampler: SamplingClient, caplog: pytest.LogCaptureFixture) -> None:
     futures = [sampler.sample(prompt_of(5, i), 1, SamplingParams(max_tokens=3, seed=i, stop=[])) for i in range(6)]
     assert isinstance(futures[0].future(), concurrent.futures.Future)

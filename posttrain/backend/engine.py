@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from posttrain.backend.errors import CookbookError, EngineError, StaleSamplerError
-from posttrain.backend.futures import APIFuture, work_for
+from posttrain.backend.futures import APIFuture, is_blocked, work_for
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.prompt_scores import PromptScores, ScoredPrompt
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
@@ -424,10 +424,12 @@ class EngineThread:
             if loop is None or not loop.is_running():
                 self._wait_for_quiet()
                 continue
-            reacted = threading.Event()
+            reacted, deadline = threading.Event(), time.monotonic() + SETTLE_LOOP_SECONDS
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(_after_turns, loop, SETTLE_TURNS, reacted)
-                reacted.wait(SETTLE_LOOP_SECONDS)
+                while not reacted.wait(SETTLE_THREAD_SECONDS) and time.monotonic() < deadline:
+                    if is_blocked(loop):  # it submits nothing before this engine answers
+                        break
 
     def _wait_for_quiet(self) -> None:
         with contextlib.suppress(queue.Empty):

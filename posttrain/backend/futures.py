@@ -19,6 +19,8 @@ T = TypeVar("T")
 _lock = threading.Lock()  # of the counters below; held for a line at a time
 # .owner: stands for the InOrder or the engine that runs in this thread
 _working_for = threading.local()
+# event loops whose thread waits in `result` or `exception`, and for which future
+_blocked: dict[asyncio.AbstractEventLoop, Future[Any]] = {}
 
 
 class APIFuture(Future[T]):
@@ -41,11 +43,11 @@ class APIFuture(Future[T]):
     # --- for the caller --------------------------------------------------------------------------
 
     def result(self, timeout: float | None = None) -> T:
-        with self._waiting():
+        with self._waiting(), _blocking(self):
             return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        with self._waiting():
+        with self._waiting(), _blocking(self):
             return super().exception(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:
@@ -123,6 +125,26 @@ class APIFuture(Future[T]):
     def fail(self, error: BaseException) -> None:
         if self.start():
             self.set_exception(error)
+
+
+@contextlib.contextmanager
+def _blocking(future: Future[Any]) -> Generator[None, None, None]:
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        yield
+        return
+    _blocked[loop] = future
+    try:
+        yield
+    finally:
+        del _blocked[loop]
+
+
+def is_blocked(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the loop's thread waits for an APIFuture, so that nothing in the loop can go on."""
+    future = _blocked.get(loop)
+    return future is not None and not future.done()
 
 
 def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None], _: Future[Any]) -> None:
