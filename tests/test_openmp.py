@@ -1,4 +1,4 @@
-"""Threads that are idle hold no OpenMP workers."""
+"""Threads that are idle hold no OpenMP workers; the sampler of a small model has none."""
 
 import os
 import subprocess
@@ -37,3 +37,29 @@ def test_workers_are_given_back_after_each_call() -> None:
     idle = int(done.stdout.split()[0])
     busy = (1e6, idle + 2)  # with the thread of the calls, and one worker of its own
     assert done.stdout.split(maxsplit=1)[1].strip() == f"{busy} {busy} {idle + 1}"
+
+
+LIMITED = """
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from posttrain.backend.openmp import limit_threads
+
+def threads(parameters):
+    limit_threads(parameters)
+    return torch.get_num_threads()
+
+torch.set_num_threads(2)  # as on a machine of two cores
+for parameters in (10**6, 10**9):
+    with ThreadPoolExecutor(1) as engine:
+        print(engine.submit(threads, parameters).result(), torch.get_num_threads())
+"""
+
+
+def test_a_small_model_is_sampled_by_one_thread_unless_the_user_says_otherwise() -> None:
+    for said, expected in [({}, ["1 2", "2 2"]), ({"OMP_NUM_THREADS": "2"}, ["2 2", "2 2"])]:
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        environment |= {"PYTHONPATH": str(ROOT)} | said
+        done = subprocess.run(
+            [sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines() == expected

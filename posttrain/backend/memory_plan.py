@@ -91,7 +91,7 @@ class PlannedRun:
 
     @cached_property
     def size(self) -> ModelSize:
-        return _model_size(self.hf_config, self.lora)
+        return model_size(self.hf_config, self.lora)
 
     @property
     def weights(self) -> torch.dtype:
@@ -306,7 +306,7 @@ _sizes: dict[tuple[str, LoraConfig | None], ModelSize] = {}
 _saved: dict[tuple[str, LoraConfig | None, torch.dtype, torch.dtype], tuple[float, float]] = {}
 
 
-def _model_size(hf_config: PretrainedConfig, lora: LoraConfig | None) -> ModelSize:
+def model_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> ModelSize:
     key = hf_config.to_json_string(use_diff=False), lora
     if key not in _sizes:
         text: Any = hf_config.get_text_config()
@@ -333,7 +333,7 @@ def _saved_bytes(
             per_token = (many - few) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
             _saved[key] = max(0.0, few - PROBE_TOKENS[0] * per_token), per_token
         except Exception:  # of a model whose code reads numbers: about what a dense model saves
-            size = _model_size(hf_config, lora)
+            size = model_size(hf_config, lora)
             _saved[key] = 0.0, compute.itemsize * size.layers * (20 * size.hidden + 5 * size.intermediate)
     return _saved[key]
 

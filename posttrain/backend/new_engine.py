@@ -5,7 +5,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.engine import Engine
 from posttrain.backend.errors import ModelError
+from posttrain.backend.memory_plan import model_size
 from posttrain.backend.models import new_model
+from posttrain.backend.openmp import limit_threads
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.vllm_engine import VllmEngine, samples_with_vllm
@@ -20,6 +22,8 @@ def new_engine(
 ) -> Engine:
     """An engine without weights, which the first sync brings."""
     device = training_device(config)
+    if device.type == "cpu":
+        limit_threads(model_size(hf_config).parameters)
     if samples_with_vllm(config):
         try:
             return VllmEngine(hf_config, tokenizer, max_length, config, device, is_reproducible(config))
