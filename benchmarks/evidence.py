@@ -32,7 +32,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import read_json, write_atomically
 
-BUSY = 0.5  # cores that other processes may use beside a row before it is marked
+BUSY = 0.5  # cores that other processes may use beside a timed row before it is marked
 MARKED = re.compile(r"(<!-- evidence: ([\w ,]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
 
 
@@ -71,7 +71,7 @@ class Evidence:
         if stale := [reason for run in runs if (reason := self.changed(run["commit"], row.code))]:
             return f"stale: {stale[0]}"
         busiest = max(run["other processes, cores"] for run in runs)
-        return f"taken beside other work, {busiest:.1f} cores" if busiest > BUSY else "current"
+        return f"taken beside other work, {busiest:.1f} cores" if row.is_timed and busiest > BUSY else "current"
 
     def commit(self, code: Sequence[str]) -> str:
         """The commit of the tree, marked where `code` differs from it."""
@@ -116,7 +116,7 @@ class Evidence:
         write_atomically(note, json.dumps({"command": row.command, "commit": commit}))
         arguments = row.command.format(seed=seed, folder=folder).split()
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-        load = wait_until_quiet()
+        load = wait_until_quiet() if row.is_timed else os.getloadavg()[0]
         print(f"--- {row.name}, seed {seed}: python {' '.join(arguments)}", flush=True)
         before, start = _cpu_seconds(), time.perf_counter()
         with (folder / "output.txt").open("a") as output:

@@ -44,6 +44,11 @@ class Row:
     picture: str = ""
     """A picture in the last seed's folder, and where in the repository it belongs: "a.png recipes/a/a.png"."""
 
+    @property
+    def is_timed(self) -> bool:
+        """Its figures hold for a quiet machine; those of learning are the same beside other work."""
+        return bool(self.results)
+
     def figures(self, folder: Path, seed: int) -> dict[str, float]:
         if self.results:
             kind = machine()["device_type"]

@@ -65,14 +65,14 @@ def test_a_row_is_taken_once_and_again_when_its_code_changes(evidence: Evidence)
     (evidence.root / "unrelated.py").touch()
     git(evidence.root, "add", "unrelated.py")
     git(evidence.root, "commit", "-qm", "unrelated")
-    assert not evidence.state(row).startswith("stale")
+    assert evidence.state(row) == "current"
     (evidence.root / "script.py").write_text(SCRIPT.replace("seed + i", "seed - i"))
     assert evidence.state(row).startswith("stale: script.py")
     git(evidence.root, "commit", "-qam", "another figure")
     assert evidence.state(row).startswith("stale: script.py")
     evidence.run(row)
     assert [run["figures"]["end"] for run in seeds(evidence).values()] == [-2, -1, 0]
-    assert not evidence.state(row).startswith("stale")
+    assert evidence.state(row) == "current"
 
 
 def test_a_run_of_other_code_or_another_command_is_not_resumed(evidence: Evidence) -> None:
