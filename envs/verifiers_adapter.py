@@ -1,6 +1,6 @@
-"""Tasksets of the verifiers library (0.4) as environments, in this process: several turns, tools,
-users that answer, judges, and the library's own rewards and metrics. A taskset is the name of an
-installed package, also as the library's hub writes it (owner/name@version).
+"""Tasksets of the verifiers library (0.4), or its classic environments (0.1), in this process: several
+turns, tools, users that answer, judges, the library's own rewards and metrics. A taskset is the name
+of an installed package, also as the library's hub writes it (owner/name@version).
 
     python -m pip install "posttrain-cookbook[verifiers]" my-taskset
     python -m rl.train_cli env=verifiers env.taskset=my-taskset
@@ -14,12 +14,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import version
+from typing import Any, Protocol
 
 import chz
 import numpy as np
 
 from envs.problem import GraderError
+from envs.verifiers_calls import Answerer
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.renderers import from_openai, to_openai, with_tools
@@ -29,21 +31,31 @@ from posttrain.tracking.datasets import ListDataset
 from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageStep, ParsePolicy
 from rl.types import EnvGroupBuilder, Metrics, Observation, RLDataset, RLDatasetBuilder, StopCondition
 
-if TYPE_CHECKING:
-    from envs.verifiers_host import Host
+
+class Host(Protocol):
+    """An environment that is loaded: envs/verifiers_host.py, envs/verifiers_classic.py."""
+
+    tasks: list[Any]
+
+    async def open(self) -> None: ...
+
+    async def play(self, index: int, answerer: Answerer) -> tuple[float, Metrics]: ...
 
 
 @cache
-def host(taskset: str, config: str, limit: int) -> "Host":
-    """The environment, loaded once. ConfigError if it cannot be."""
+def host(taskset: str, config: str, limit: int) -> Host:
+    """The environment, loaded once, by the library's version. ConfigError if it cannot be."""
     try:
-        from envs.verifiers_host import Host
+        if version("verifiers").startswith("0.1."):
+            from envs.verifiers_classic import ClassicHost as Loaded
+        else:
+            from envs.verifiers_host import Host as Loaded
     except ImportError as error:
         raise ConfigError(
             f"env=verifiers needs the library ({error}): pip install 'posttrain-cookbook[verifiers]'"
         ) from error
     try:
-        return Host(taskset, _config(config), limit)
+        return Loaded(taskset, _config(config), limit)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"taskset={taskset}: {error}; install its package first (prime env install {taskset}, or pip)"

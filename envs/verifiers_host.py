@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -28,20 +28,12 @@ from verifiers.v1.interception import InterceptionServer
 from verifiers.v1.runtimes import ProgramResult
 from verifiers.v1.utils.loaders import default_harness_id, load_environment, resolve_env_config
 
-from posttrain.renderers import to_openai
-from posttrain.renderers.types import Message
+from envs.verifiers_calls import Answerer, EpisodeFailed, chat_completion
 
 HARNESS = "posttrain_chat"  # the library finds a harness by its module
 sys.modules.setdefault(f"verifiers.v1.harnesses.{HARNESS}", sys.modules[__name__])
 __all__ = ["ChatHarness"]
-# messages and tools in OpenAI's form -> the policy's message; None: a limit of the run ends the
-# episode, as if the model's context were full, and it is scored
-Answerer = Callable[[list[dict[str, Any]], list[dict[str, Any]]], Awaitable[Message | None]]
 _ANSWERERS: dict[str, Answerer] = {}  # of the episodes in flight, by the address of their client
-
-
-class EpisodeFailed(Exception):
-    """The library could not score an episode."""
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -59,15 +51,7 @@ class PolicyClient(Client):
         message = await self.answerer(body["messages"], body.get("tools") or [])
         if message is None:
             raise model_error("maximum context length exceeded: a limit of the run", status_code=400)
-        written = to_openai(message)
-        reason = "tool_calls" if written.get("tool_calls") else "stop"
-        raw = {
-            "id": f"chatcmpl-{uuid4().hex}",
-            "object": "chat.completion",
-            "created": 0,
-            "model": str(body.get("model")),
-            "choices": [{"index": 0, "finish_reason": reason, "message": written}],
-        }
+        raw = chat_completion(message, str(body.get("model")))
         response = dialect.parse_response(dialect.validate_response(raw))
         response.raw = raw
         return response
