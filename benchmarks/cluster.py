@@ -33,6 +33,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams
+from posttrain.tracking.timeline import Timeline
 
 PROMPTS, SAMPLES, NEW_TOKENS = 64, 8, 32
 SEQUENCES, LENGTH = 128, 128  # 16k tokens of a training step
@@ -109,11 +110,13 @@ def syncs(client: TrainingClient, rounds: int) -> dict[str, float]:
     figures: dict[str, list[float]] = {}
     for _ in range(rounds):
         client.optim_step(AdamParams(0.0)).result()
+        before = time.perf_counter()
         seconds, _ = timed(lambda: client.save_weights_and_get_sampling_client(follow=True), 1)
         figures.setdefault("sync, s", []).append(seconds)
-        if isinstance(pool := client._engine, SamplerPool) and pool.last_sync and pool._weights:
-            figures.setdefault("sync: publish, s", []).append(pool.last_sync.publish)
-            figures.setdefault("sync: load, s", []).append(pool.last_sync.load)
+        if isinstance(pool := client._engine, SamplerPool) and pool._weights:
+            seconds_of = Timeline(pool._spans).of_processes(before, time.perf_counter())
+            for name in ("publish", "load", "pause"):
+                figures.setdefault(f"sync: {name}, s", []).append(seconds_of[f"time/sync_{name}"])
             size = sum(file.stat().st_size for file in pool._weights.folder.iterdir())
             source = torch.ones(size, dtype=torch.uint8)
             figures.setdefault("copy of the bytes, s", []).append(timed(source.clone, 1)[0])
@@ -146,10 +149,10 @@ def cpu_seconds() -> float:
     return sum(processes[pid][1] for pid in family)
 
 
-def train(client: TrainingClient) -> None:
+def train(client: TrainingClient, sequences: int = SEQUENCES) -> None:
     rng = np.random.default_rng(0)
     data = []
-    for _ in range(SEQUENCES):
+    for _ in range(sequences):
         tokens = rng.integers(4, 260, LENGTH + 1)
         ones = np.ones(LENGTH, np.float32)
         inputs = {"target_tokens": tokens[1:], "logprobs": -5.5 * ones, "advantages": ones, "mask": ones}

@@ -78,7 +78,7 @@ async def main(config: Config) -> Metrics:
             f"{config.model_name} begins with random weights: warm-start it with supervised/train_cli.py and "
             "load_checkpoint_path"
         )
-    with ServiceClient(config.backend, folder.checkpoints) as service, recording(Timeline()) as timeline:
+    with ServiceClient(config.backend, folder.checkpoints) as service, recording(Timeline(service.spans)) as timeline:
         learner = await open_learner(config, service, folder, renderer)
         evaluators: list[RLTestSetEvaluator | SamplesEvaluator] = []
         if test_dataset is not None and config.eval_every:
@@ -187,8 +187,7 @@ class Loop:
             with timed(metrics, "probe"):
                 await self.probe(step, outcome.data_D[0], metrics)
         self.write_transcript(outcome, step)
-        shares = self.timeline.shares(began, time.perf_counter())
-        metrics |= {f"time/share/{kind}": share for kind, share in shares.items()}
+        metrics |= self.timeline.metrics(began, time.perf_counter())
 
     async def sync(self, step: int = 0, data_D: Sequence[Datum] = ()) -> SamplingClient:
         """Syncs the sampler to the current weights. Asynchronous rollouts in flight continue under

@@ -20,10 +20,19 @@ from envs.arithmetic import ArithmeticExamplesBuilder
 from posttrain.backend.alarms import PROBE_SAMPLES, Alarms, Gap, sampler_gaps
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import LogprobGapError, NonFiniteError
+from posttrain.backend.routing import Router
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import GetInfoResponse, ModelInput, SamplingParams
+from posttrain.backend.types import (
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    ModelInput,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
 from posttrain.tracking.command_line import run_command
 from preference import train_dpo
 from recipes.dpo.letters import SortedPreferredBuilder
@@ -199,6 +208,34 @@ def test_a_prefix_cache_that_is_not_dropped_is_found_at_the_first_sync(
     again = gaps_after_a_step()
     assert sampled.mean > 0.01 and whole.mean < 1e-4
     assert max(gap.mean for gap in (*healthy, *again)) < 1e-4
+
+
+@pytest.mark.parametrize("stale", [None, 0, 2])
+def test_the_probe_asks_each_replica(stale: int | None) -> None:
+    """One of three has other weights; the trainer's logprobs are all 0."""
+
+    class Replicas:
+        num_replicas, router = 3, Router(3, deterministic=True)
+
+        def logprob(self, prompt: ModelInput) -> float:
+            return -0.5 if self.router.open(self.router.group_of(prompt.to_ints()), 1, range(3)) == stale else 0.0
+
+        async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
+            return [None, *[self.logprob(prompt)] * (prompt.length - 1)]
+
+        async def sample_async(self, prompt: ModelInput, count: int, params: SamplingParams) -> SampleResponse:
+            logprob = self.logprob(prompt)
+            return SampleResponse([SampledSequence([7 - int(logprob)], [logprob], "stop")] * count, None, None)
+
+    class Client:
+        async def forward(self, data_D: Any, loss_fn: Any) -> ForwardBackwardOutput:
+            zeros_D = [TensorData(np.zeros(datum.model_input.length, np.float32)) for datum in data_D]
+            return ForwardBackwardOutput([{"logprobs": zeros_T} for zeros_T in zeros_D], {})
+
+    client: Any = Client()
+    gaps = asyncio.run(sampler_gaps(client, Replicas(), [1, 5, 6, 7], 2, 1.0, 2, 1))  # type: ignore[arg-type]
+    for gap in gaps:
+        assert gap == (Gap(0.0, 0.0) if stale is None else Gap(pytest.approx(0.5 / 3), 0.5))
 
 
 def test_weights_that_a_step_made_infinite_are_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,3 +159,12 @@ def test_the_rl_loop_on_ranks_and_replicas(tmp_path: Path) -> None:
     asyncio.run(train.main(settings))
     rows = [row for row in metrics(tmp_path) if "optim/logprob_gap_mean" in row]
     assert len(rows) == 3 and max(row["optim/logprob_gap_mean"] for row in rows[:1]) < 1e-5
+    for row in rows:
+        assert 0 < row["time/sync_publish"] + row["time/sync_load"] <= row["time/sync"]
+        assert 0 < row["time/sync_pause"] <= row["time/sync_load"] and row["optim/probe_logprob_gap"] < 1e-5
+        for number in range(2):
+            assert 0 < row[f"processes/rank_{number}/idle"] < 1
+            assert 0 <= row[f"processes/replica_{number}/idle"] < 1
+        tokens = sum(row[f"processes/replica_{number}/tokens_per_second"] for number in range(2))
+        assert tokens > 0
+    assert (tmp_path / "plots" / "timeline.png").exists()

@@ -16,6 +16,7 @@ from posttrain.backend.errors import EngineError, StaleSamplerError
 from posttrain.backend.futures import APIFuture
 from posttrain.backend.routing import Router, SamplingGroup, sampling_group
 from posttrain.backend.sampler_pool import Progress, SamplerPool
+from posttrain.backend.spans import Spans
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
 from posttrain.backend.weight_files import FileWeights
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
@@ -58,6 +59,16 @@ def test_members_of_a_group_share_a_replica_and_so_do_equal_prompts() -> None:
     assert len({replica for replica, _ in equal}) == 1 and equal[0][0] != members[0][0]
     del members, equal
     assert not router._prompts  # forgotten with the last request
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_request_for_one_replica_goes_there_while_it_serves(deterministic: bool) -> None:
+    router = Router(3, deterministic)
+    router.open_S[2] = 100
+    with sampling_group((0,), only=2):
+        group = router.group_of([1])
+    assert router.open(group, 1, [0, 1, 2]) == 2
+    assert router.open(group, 1, [0, 1]) in (0, 1)
 
 
 def test_deterministic_places_depend_on_the_group_alone() -> None:
@@ -293,6 +304,25 @@ def test_a_replica_that_decodes_nothing_is_killed(make: Callable[..., Pool]) -> 
     (other,) = [replica for replica in pool.replicas if not replica.asked]
     other.answers = True
     assert future.result(60) == [1] and hanging.dead and not other.dead
+
+
+def test_the_pool_records_what_its_replicas_are_at(make: Callable[..., Pool]) -> None:
+    pool, spans = make(size=1, answers=False), Spans()
+    pool.pool._spans, pool.pool._first = spans, 3
+    pool.sync()
+    futures = [pool.sample(seed) for seed in range(2)]
+    pool.replicas[0].answer()
+    assert [future.result(60) for future in futures] == [[0], [1]]
+    recorded = [(span.kind, span.process, span.tokens) for span in reversed(spans.between(0, time.perf_counter()))]
+    # a span up to each answer
+    assert recorded == [
+        ("publish", "sync", 0),
+        ("load", "replica 3", 0),
+        ("load", "sync", 0),
+        ("sampling", "replica 3", 1),
+        ("sampling", "replica 3", 1),
+    ]
+    assert not spans._open
 
 
 def test_a_death_without_requests_is_noticed(make: Callable[..., Pool]) -> None:

@@ -326,8 +326,9 @@ def test_a_long_wait_says_what_it_is_waiting_for(capsys) -> None:  # noqa: ANN00
 
 def test_shares_of_a_timeline_by_hand() -> None:
     timeline = Timeline()
-    timeline._spans.extend([Span("sampling", 0, 4), Span("env", 3, 5), Span("env", 3, 4), Span("train", 7, 8)])
-    timeline._open.add(Span("sampling", 9))
+    closed = [Span("sampling", 0, 4), Span("env", 3, 4), Span("env", 3, 5), Span("train", 7, 8)]
+    timeline.spans._closed.extend(closed)
+    timeline.spans._open.add(Span("sampling", 9))
     assert timeline.shares(0, 10) == pytest.approx(
         {"sampling": 0.5, "env": 0.2, "train": 0.1, "idle": 1 - 0.7, "rollouts_in_flight": 0.8}
     )
@@ -394,7 +395,7 @@ def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("posttrain.tracking.figures.save_figure", lambda figure, path: figures.append(figure) or path)
     timeline = Timeline()
     began = timeline._began
-    timeline._spans.extend([Span("sampling", began + 40, began + 50), Span("train", began + 45, began + 48)])
+    timeline.spans._closed.extend([Span("train", began + 45, began + 48), Span("sampling", began + 40, began + 50)])
     timeline.plot(tmp_path / "t.png")
     assert (
         figures[0]._suptitle.get_text().startswith("the last 10 seconds of the run: number of open spans of each kind")
@@ -402,6 +403,63 @@ def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:
     last = figures[0].axes[-1]
     assert last.get_xlim() == pytest.approx((40, 50)) and last.get_xlabel() == "seconds since the run was started"
     assert all(float(tick).is_integer() for axis in figures[0].axes for tick in axis.get_yticks())
+
+
+def of_two_processes(began: float) -> Timeline:
+    """Ten seconds: a rank trains for 4 and writes for 1; a replica samples for 3, 6 more are open, and
+    loads for 0.5 of them; another does nothing."""
+    timeline = Timeline()
+    timeline.spans.processes |= dict.fromkeys(["rank 0", "replica 0", "replica 1", "sync"])
+    timeline.spans._closed.extend(
+        [
+            Span("sampling", began - 2, began + 1, "replica 0", 50),
+            Span("sampling", began + 1, began + 3, "replica 0", 70),
+            Span("train", began + 1, began + 5, "rank 0"),
+            Span("publish", began + 5, began + 6, "rank 0"),
+            Span("publish", began + 5, began + 6.25, "sync"),
+            Span("load", began + 6.5, began + 7, "replica 0"),
+            Span("load", began + 6.25, began + 8, "sync"),
+            Span("train", began + 1, began + 10),
+        ]
+    )
+    timeline.spans._open.add(Span("sampling", began + 4, process="replica 0"))
+    return timeline
+
+
+def test_figures_of_ranks_and_replicas_by_hand() -> None:
+    timeline = of_two_processes(100.0)
+    assert timeline.metrics(100.0, 110.0) == pytest.approx(
+        {
+            "time/share/train": 0.9,
+            "time/share/idle": 0.1,
+            "time/share/rollouts_in_flight": 0.0,
+            "processes/rank_0/idle": 0.5,
+            "processes/replica_0/idle": 0.1,
+            "processes/replica_0/tokens_per_second": 12.0,
+            "processes/replica_1/idle": 1.0,
+            "processes/replica_1/tokens_per_second": 0.0,
+            "time/sync_publish": 1.25,
+            "time/sync_load": 1.75,
+            "time/sync_pause": 0.5,
+        }
+    )
+    assert timeline.of_processes(100.0, 104.0)["processes/replica_0/tokens_per_second"] == 30.0
+    assert not any(name.startswith(("processes", "time/sync")) for name in Timeline().metrics(0, 1))
+
+
+def test_the_timeline_has_a_row_for_each_rank_and_replica(tmp_path, monkeypatch) -> None:
+    figures = []
+    monkeypatch.setattr("posttrain.tracking.figures.save_figure", lambda figure, path: figures.append(figure) or path)
+    timeline = of_two_processes(Timeline()._began)
+    timeline.plot(tmp_path / "t.png")
+    rows = figures[0].axes[-1]
+    assert [label.get_text() for label in rows.get_yticklabels()] == ["rank 0", "replica 0", "replica 1"]
+    bars = {
+        (round(p.vertices[:, 0].min(), 1), round(p.vertices[:, 1].mean()))
+        for c in rows.collections
+        for p in c.get_paths()
+    }
+    assert {(1.0, 0), (5.0, 0), (6.5, 1), (4.0, 1)} <= bars and not any(row == 2 for _, row in bars)
 
 
 @pytest.mark.usefixtures("rendered")

@@ -3,6 +3,7 @@ than rounding explains (`Alarms` lists the checks). The checks use the clients' 
 so they share no code with what they check. Left out: logprobs of weight 0.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import torch
 
 from posttrain.backend.config import AlarmAction
 from posttrain.backend.errors import LogprobGapError
+from posttrain.backend.routing import sampling_group
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import Datum, GetInfoResponse, ModelInput, SamplingParams
+from posttrain.backend.types import Datum, GetInfoResponse, ModelInput, SampledSequence, SamplingParams
 
 PROBE_SEED = 20260101  # of compared tokens, apart from the run's seeds
 PROBE_SAMPLES = 4  # of one token each, after a sync
@@ -166,20 +168,36 @@ async def sampler_gaps(
     max_tokens: int,
 ) -> tuple[Gap, Gap]:
     """Sampler against trainer, with equal weights: of `tokens` at temperature 1, and of tokens
-    sampled after the first `cut`.
+    sampled after the first `cut`. Of several replicas each is asked.
 
     The engine recomputes `tokens`, as prompt logprobs are requested. Sampling then reads the prefix
     from the cache, and stale blocks show. The requests are sequential: later rollouts may read the
     first one's blocks, so it is computed alone.
     """
-    whole = await sampler.compute_logprobs_async(ModelInput.from_ints(tokens))
     params = SamplingParams(max_tokens=max_tokens, seed=PROBE_SEED, temperature=temperature, stop=[])
-    drawn = (await sampler.sample_async(ModelInput.from_ints(tokens[:cut]), num_samples, params)).sequences
-    continued = [_scored([*tokens[:cut], *sequence.tokens], cut, temperature) for sequence in drawn]
+
+    async def asked(replica: int) -> tuple[list[float | None], list[SampledSequence]]:
+        with sampling_group((replica,), only=replica):
+            whole = await sampler.compute_logprobs_async(ModelInput.from_ints(tokens))
+            return whole, (
+                await sampler.sample_async(ModelInput.from_ints(tokens[:cut]), num_samples, params)
+            ).sequences
+
+    answers_R = await asyncio.gather(*[asked(replica) for replica in range(sampler.num_replicas)])
+    # replicas that drew the same share a pass
+    drawn_R = [tuple(tuple(sequence.tokens) for sequence in drawn) for _, drawn in answers_R]
+    distinct = list(dict.fromkeys(drawn_R))
+    continued = [_scored([*tokens[:cut], *tokens_T], cut, temperature) for drawn in distinct for tokens_T in drawn]
     trained_whole, *trained = await _values(client, [_scored(tokens, 1), *continued])
+    trained_of = {drawn: trained[i * num_samples :][:num_samples] for i, drawn in enumerate(distinct)}
     return (
-        Gap.between([np.array(whole[1:], dtype=np.float64)], [trained_whole]),
-        Gap.between([np.array(sequence.logprobs) for sequence in drawn], trained),
+        Gap.between(
+            [np.array(whole[1:], dtype=np.float64) for whole, _ in answers_R], [trained_whole] * len(answers_R)
+        ),
+        Gap.between(
+            [np.array(sequence.logprobs) for _, drawn in answers_R for sequence in drawn],
+            [values for drawn in drawn_R for values in trained_of[drawn]],
+        ),
     )
 
 

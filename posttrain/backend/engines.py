@@ -24,6 +24,7 @@ from posttrain.backend.placement import check_heads
 from posttrain.backend.sampler_actor import RayReplica
 from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.spans import Spans
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.vllm_engine import vllm_is_installed
 from posttrain.backend.weight_copies import SampledModel
@@ -34,7 +35,7 @@ class Engines:
     """Holds weak references: an engine ends with its last client. With backend.share_engines, an
     engine for each architecture stays until `close`."""
 
-    def __init__(self, config: BackendConfig, open_cluster: Callable[[], Cluster]):
+    def __init__(self, config: BackendConfig, open_cluster: Callable[[], Cluster], spans: Spans):
         if config.engine == "vllm" and not vllm_is_installed():
             raise EngineError(
                 "backend.engine=vllm, but vllm is not installed: see docs/install.md, or take backend.engine=torch"
@@ -45,6 +46,7 @@ class Engines:
                 "backend.engine=torch"
             )
         self.config, self.shares, self._open_cluster = config, config.share_engines, open_cluster
+        self._spans, self._num_replicas = spans, 0
         self.bases = BaseModels()
         self.memory = SnapshotMemory(config.snapshot_memory_gb)
         self._running: weakref.WeakSet[EngineThread | SamplerPool] = weakref.WeakSet()
@@ -99,13 +101,17 @@ class Engines:
         def start(index: int) -> RayReplica:
             return RayReplica(cluster, ranks + index if reserved else None, hf_config, tokenizer, max_length)
 
+        count = 1 if frozen else config.sampler_replicas
+        first, self._num_replicas = self._num_replicas, self._num_replicas + count
         return SamplerPool(
             start,
-            1 if frozen else config.sampler_replicas,
+            count,
             cluster.folder,
             config.sampler_restarts,
             config.call_seconds,
             is_reproducible(config),
+            self._spans,
+            first,
         )
 
     def open_saved(self, path: str, seed: int = 0) -> SamplingClient:

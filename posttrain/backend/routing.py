@@ -18,10 +18,10 @@ SLACK = 1.5
 
 class SamplingGroup:
     """Requests that share a prompt's beginning. `number` places it where the same run must place its
-    groups alike."""
+    groups alike; `only`: on this replica, while it serves."""
 
-    def __init__(self, number: int):
-        self.number = number
+    def __init__(self, number: int, only: int | None = None):
+        self.number, self.only = number, only
         self.replica: int | None = None
         self.open = 0  # sequences, on `replica`
 
@@ -30,10 +30,10 @@ _current: ContextVar[SamplingGroup | None] = ContextVar("sampling_group", defaul
 
 
 @contextmanager
-def sampling_group(seed: tuple[int, ...]) -> Iterator[None]:
+def sampling_group(seed: tuple[int, ...], only: int | None = None) -> Iterator[None]:
     """Requests made inside, and in tasks begun inside, are one group, the last number of whose seed
     is its own."""
-    token = _current.set(SamplingGroup(seed[-1] if seed else 0))
+    token = _current.set(SamplingGroup(seed[-1] if seed else 0, only))
     try:
         yield
     finally:
@@ -74,6 +74,8 @@ class Router:
             group.open = max(0, group.open - sequences)
 
     def _choose(self, group: SamplingGroup, serving: Sequence[int]) -> int:
+        if group.only in serving:
+            return group.only  # type: ignore[return-value]
         if self._deterministic:
             place = group.number % len(self.open_S)
             return place if place in serving else serving[group.number % len(serving)]

@@ -19,7 +19,7 @@ from posttrain.backend.new_engine import new_engine
 from posttrain.backend.sampler_pool import Files, Progress
 from posttrain.backend.types import SampleResponse
 from posttrain.backend.weight_files import FileWeights
-from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
+from posttrain.backend.weight_versions import Policy, SnapshotMemory, Weights, WeightVersion
 
 
 class SamplerActor:
@@ -29,11 +29,12 @@ class SamplerActor:
         self, config: BackendConfig, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> None:
         self._policy, self._steps, self._tokens, self._busy = Policy(SnapshotMemory(None), False), 0, 0, 0.0
+        self._paused = 0.0  # by all loads
         self._versions: weakref.WeakValueDictionary[int, WeightVersion] = weakref.WeakValueDictionary()
 
         def make() -> Engine:
             engine = new_engine(config, hf_config, tokenizer, max_length)
-            step: Any = engine.step
+            step, load = engine.step, engine.load_weights
 
             def counted() -> Any:
                 began, finished = time.monotonic(), step()
@@ -42,7 +43,12 @@ class SamplerActor:
                 self._tokens += sum(len(sampled.sequence.tokens) for _, sampled in finished)
                 return finished
 
-            engine.step = counted  # type: ignore[method-assign]
+            def timed(weights: Weights) -> None:
+                began = time.monotonic()
+                load(weights)
+                self._paused += time.monotonic() - began
+
+            engine.step, engine.load_weights = counted, timed  # type: ignore[method-assign]
             return engine
 
         self._engine = await asyncio.to_thread(EngineThread, make, False)
@@ -59,14 +65,14 @@ class SamplerActor:
             raise self._lost(error) from error
 
     async def sync(self, number: int, weights: FileWeights) -> float:
-        """Seconds of loading, and of waiting for calls that keep their version."""
-        began = time.monotonic()
+        """Seconds of loading, in which nothing is decoded."""
+        before = self._paused
         try:
             await asyncio.to_thread(self._engine.sync, self._policy, self._version(number, weights))
         except Exception as error:
             raise self._lost(error) from error
         self._steps += 1
-        return time.monotonic() - began
+        return self._paused - before
 
     async def progress(self) -> Progress:
         return Progress(self._steps, self._tokens, self._busy)

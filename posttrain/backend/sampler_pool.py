@@ -20,6 +20,7 @@ from posttrain.backend.engine import SequenceRequest, stale
 from posttrain.backend.errors import CookbookError, EngineError
 from posttrain.backend.futures import APIFuture
 from posttrain.backend.routing import Router, SamplingGroup
+from posttrain.backend.spans import Span, Spans
 from posttrain.backend.types import SampleResponse
 from posttrain.backend.weight_files import FileWeights, write_shard
 from posttrain.backend.weight_versions import Policy, WeightCopy, Weights, WeightVersion
@@ -43,7 +44,7 @@ class Replica(Protocol):
     def withdraw(self, answer: "Future[SampleResponse]") -> None: ...
 
     def sync(self, number: int, weights: FileWeights) -> "Future[float]":
-        """Done when the engine runs on these weights; the seconds of loading."""
+        """Done when the engine runs on these weights; the seconds in which it decoded nothing."""
         ...
 
     def progress(self) -> "Future[Progress]": ...
@@ -86,14 +87,7 @@ class _Place:
     progress: Progress = Progress()
     moved: float = 0.0  # when it last decoded, or had nothing to decode
     asked: "Future[Progress] | None" = None
-
-
-@dataclass(frozen=True)
-class SyncTimes:
-    """Seconds of a sync: writing the files, and loading them in the slowest replica."""
-
-    publish: float
-    load: float
+    span: Span | None = None  # since the last answer, while it has calls
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,8 @@ class Files:
 
 class SamplerPool:
     """`start(index)` starts a replica. Published weights lie in `folder`. After `restarts`
-    replacements the dead are no longer replaced; EngineError when the last is dead."""
+    replacements the dead are no longer replaced; EngineError when the last is dead. In `spans` the
+    replicas are numbered from `first`."""
 
     def __init__(
         self,
@@ -124,7 +119,10 @@ class SamplerPool:
         restarts: int,
         call_seconds: float,
         deterministic: bool,
+        spans: Spans | None = None,
+        first: int = 0,
     ):
+        self._spans, self._first = spans or Spans(), first
         self._start, self._folder, self._restarts, self._call_seconds = start, folder, restarts, call_seconds
         self._router = Router(num_replicas, deterministic)
         self._places = [_Place(index) for index in range(num_replicas)]
@@ -138,7 +136,6 @@ class SamplerPool:
         self._holders: set[object] = set()
         self._let_go, self._error, self._stopped = False, None, False
         self._todo: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self.last_sync: SyncTimes | None = None
         self.deaths = self._starting = 0  # `_starting`: replacements that do not serve yet
         try:
             for place in self._places:
@@ -192,15 +189,23 @@ class SamplerPool:
         with self._syncing:
             if self._stopped:
                 raise self._stop_reason()
-            began, published = time.monotonic(), []
-            version.load(lambda weights: published.append(self._publish(version.number, weights)))
+            published: list[FileWeights] = []
+            with self._spans.span("publish", "sync"):
+                version.load(lambda weights: published.append(self._publish(version.number, weights)))
             if not published:
                 raise EngineError(f"the weights of version {version.number} are gone")
-            (files,), wrote = published, time.monotonic()
+            (files,) = published
             version.published_in(Files(files))
+            self._load(policy, version, files)
+
+    def _load(self, policy: Policy, version: WeightVersion, files: FileWeights) -> None:
+        """Every serving replica runs on the files."""
+        with self._spans.span("load", "sync"):
             with self._lock:
                 loading = [(place, place.replica) for place in self._places if place.replica]
-                sent = [(place, r, r.sync(version.number, files)) for place, r in loading if self._may_load(place)]
+                sent = [
+                    (place, r, self._sync(place, r, version, files)) for place, r in loading if self._may_load(place)
+                ]
             for place, replica_, done in sent:
                 try:
                     _within(done, self._call_seconds, f"the weights in sampler replica {place.index}")
@@ -216,7 +221,6 @@ class SamplerPool:
                 if self._stopped:
                     raise self._stop_reason()
                 policy.publish(version)
-                self.last_sync = SyncTimes(wrote - began, time.monotonic() - wrote)
                 self._send_waiting()
 
     def hold(self, client: object) -> Callable[[], object]:
@@ -246,6 +250,13 @@ class SamplerPool:
             except (ProcessLost, TimeoutError):
                 continue
         return answers
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self._places)
+
+    def _name(self, place: _Place) -> str:
+        return f"replica {self._first + place.index}"
 
     # --- calls -----------------------------------------------------------------------------------
 
@@ -277,7 +288,7 @@ class SamplerPool:
         place = self._places[self._router.open(call.group, len(call.requests), serving)]
         assert place.replica
         if not place.calls:
-            place.moved = time.monotonic()
+            place.moved, place.span = time.monotonic(), self._spans.begin("sampling", self._name(place))
         call.place, call.tries = place, call.tries + 1
         place.calls.add(call)
         version, older = call.version, None
@@ -301,6 +312,10 @@ class SamplerPool:
             self._router.close(call.group, len(call.requests), place.index)
             place.calls.discard(call)
             place.moved = time.monotonic()
+            if place.span:
+                tokens = 0 if done.cancelled() or done.exception() else _num_tokens(done.result())
+                self._spans.end(place.span, tokens)
+                place.span = self._spans.begin("sampling", self._name(place)) if place.calls else None
         if done.cancelled() or call.future.cancelled():
             return
         if (error := done.exception()) is None:
@@ -349,6 +364,16 @@ class SamplerPool:
         files = FileWeights(folder)
         write_shard(folder, 0, 1, weights)
         return files
+
+    def _sync(self, place: _Place, replica_: Replica, version: WeightVersion, files: FileWeights) -> "Future[float]":
+        span, done = self._spans.begin("load", self._name(place)), replica_.sync(version.number, files)
+
+        def end(done: "Future[float]") -> None:
+            failed = done.cancelled() or done.exception()
+            self._spans.end(span, seconds=0.0 if failed else done.result())
+
+        done.add_done_callback(end)
+        return done
 
     def _may_load(self, place: _Place) -> bool:
         """Replacements load by themselves, when they have started."""
@@ -475,6 +500,10 @@ class SamplerPool:
             if (replica_ := place.replica) is not None:
                 place.replica, place.serving = None, False
                 replica_.kill()
+
+
+def _num_tokens(response: SampleResponse) -> int:
+    return sum(len(sequence.tokens) for sequence in response.sequences)
 
 
 def _within(future: "Future[T]", seconds: float, what: str) -> T:

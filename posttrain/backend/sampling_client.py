@@ -52,6 +52,11 @@ class SamplingClient(Ready):
         assert version
         return version.number
 
+    @property
+    def num_replicas(self) -> int:
+        """Engines in processes of their own that answer; 1 for the one in this process."""
+        return self._engine.num_replicas if isinstance(self._engine, SamplerPool) else 1
+
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 

@@ -21,6 +21,7 @@ from posttrain.backend.rest_client import RestClient
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.scalar_trainer import ScalarTrainer
 from posttrain.backend.sdk_keywords import ignore, say_once
+from posttrain.backend.spans import Spans
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.trainer_group import TrainerGroup, TrainerRanks
@@ -54,7 +55,8 @@ class ServiceClient:
         check_placement(self.config)
         self._cluster: Cluster | None = None
         self._opening = threading.RLock()  # of the cluster and the ranks
-        self._engines = Engines(self.config, self._open_cluster)
+        self.spans = Spans()  # of ranks and replicas
+        self._engines = Engines(self.config, self._open_cluster, self.spans)
         self._training_clients: weakref.WeakSet[TrainingClient] = weakref.WeakSet()
         self._ranks: TrainerRanks | None = None
 
@@ -94,7 +96,7 @@ class ServiceClient:
             return trainer(base_model, self.config, seed, lora, self._engines.bases)
         with self._opening:
             if self._ranks is None:
-                self._ranks = TrainerRanks(self.config, self._open_cluster())
+                self._ranks = TrainerRanks(self.config, self._open_cluster(), self.spans)
         return self._ranks.open(kind, base_model, seed, lora)
 
     def _open_training_client(self, trainer: Trainer | TrainerGroup) -> TrainingClient:

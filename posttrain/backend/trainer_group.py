@@ -22,6 +22,7 @@ from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
 from posttrain.backend.errors import ConfigError, SnapshotMemoryError, TrainerLostError
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.losses import LossFn
+from posttrain.backend.spans import Spans
 from posttrain.backend.trainer_rank import TrainerRank
 from posttrain.backend.types import (
     AdamParams,
@@ -36,14 +37,16 @@ from posttrain.backend.weight_versions import WeightCopy
 
 # Seconds in which all ranks follow one that raised. Longer, and they wait for it in a collective call.
 FOLLOW_SECONDS = 60.0
+# Kinds of the calls that are no pass or step.
+SPANS = {"publish": "publish", "save_state": "save", "save_policy": "save", "load_state": "save"}
 
 
 class TrainerRanks:
     """The training processes of a ServiceClient, shared by all its training clients. Once one is
     lost, all are killed, and every call raises TrainerLostError."""
 
-    def __init__(self, config: BackendConfig, cluster: Cluster):
-        self.cluster = cluster
+    def __init__(self, config: BackendConfig, cluster: Cluster, spans: Spans | None = None):
+        self.cluster, self._spans = cluster, spans or Spans()
         self._numbers = itertools.count()
         self._dropped: list[int] = []  # trainers that nobody holds
         self._lost: TrainerLostError | None = None
@@ -97,7 +100,12 @@ class TrainerRanks:
         return self._outcome(futures)
 
     def _submit(self, method: str, *args: Any) -> list["Future[Any]"]:
-        return [future_of(getattr(handle, method).remote(*args)) for handle in self._handles]
+        kind, futures = SPANS.get(args[1] if method == "call" else method, "train"), []
+        for rank, handle in enumerate(self._handles):
+            span = self._spans.begin(kind, f"rank {rank}")
+            futures.append(future_of(getattr(handle, method).remote(*args)))
+            futures[-1].add_done_callback(lambda _, span=span: self._spans.end(span))
+        return futures
 
     def _outcome(self, futures: Sequence["Future[Any]"]) -> Any:
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)

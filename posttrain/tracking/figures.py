@@ -134,9 +134,15 @@ def _widen(axis: Any, least_span: float) -> None:
 
 
 def panel_axes(
-    panels: int, title: str = "", legend_rows: int = 0, columns: int = 0, size: tuple[float, float] = (4.4, 2.6)
+    panels: int,
+    title: str = "",
+    legend_rows: int = 0,
+    columns: int = 0,
+    size: tuple[float, float] = (4.4, 2.6),
+    heights: Sequence[float] = (),
 ) -> tuple[Any, list[Any]]:
-    """A figure of `panels` axes of `size` inches, in rows, with room above for a title or a legend."""
+    """A figure of `panels` axes of `size` inches, in rows, with room above for a title or a legend.
+    `heights`: of each row, in place of the size's."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -147,13 +153,15 @@ def panel_axes(
     columns = columns or (2 if panels == 4 else min(COLUMNS, panels))
     rows = math.ceil(panels / columns)
     head = 0.4 if title else 0.3 * legend_rows + 0.1
-    height = size[1] * rows + head
+    heights = heights or [size[1]] * rows
+    height = sum(heights) + head
     figure = Figure(figsize=(size[0] * columns, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)  # not pyplot: no window system, no global state
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - head / height), w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr]
     if title:
         figure.suptitle(title, x=0.012, y=1 - 0.1 / height, ha="left", va="top", fontsize=13, fontweight="bold")
-    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
+    grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+    return figure, [figure.add_subplot(grid[divmod(number, columns)]) for number in range(panels)]
 
 
 def finish_axis(axis: Any, title: str, with_legend: bool = False, xlabel: str = "step", integer: bool = True) -> None:
