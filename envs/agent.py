@@ -18,7 +18,7 @@ from posttrain.backend.ranges import COUNT
 from posttrain.renderers import get_text_content
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.command_line import load_named
-from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.datasets import ListDataset, held_out
 from rl.agent_endpoint import Endpoint
 from rl.agent_env import Agent, AgentGroupBuilder, AgentRun, Program
 from rl.types import RLDataset, RLDatasetBuilder
@@ -92,7 +92,7 @@ class AgentBuilder(RLDatasetBuilder):
 
         train, test = self.problems.splits()
         dataset = ListDataset(groups(train, self.group_size), self.batch_size, self.seed, noun="problems")
-        return dataset, ListDataset(groups(test, 1), self.batch_size, shuffle=False) if test else None
+        return dataset, held_out(groups(test, 1), self.batch_size)
 
     def _agent(self, problem: Problem, function: Any) -> Agent:
         return (

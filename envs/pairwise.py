@@ -19,7 +19,7 @@ from envs.completion_env import CompletionEnv, GoldReward, Prompt, PromptsBuilde
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, NON_NEGATIVE
 from posttrain.renderers.types import Message, Renderer
-from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.datasets import ListDataset, held_out
 from preference.reward_types import Judge, JudgeBuilder, judge_all
 from preference.types import Comparison
 from rl.types import Env, EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, RolloutError, Trajectory
@@ -106,5 +106,4 @@ class PairwiseBuilder(RLDatasetBuilder):
             [PairwisePreferenceGroupBuilder(prompt, renderer, judge, *settings) for prompt in prompts]
             for prompts in self.prompts()
         )
-        held_out = ListDataset(test, self.batch_size, shuffle=False) if test else None
-        return ListDataset(train, self.batch_size, self.seed), held_out
+        return ListDataset(train, self.batch_size, self.seed), held_out(test, self.batch_size)

@@ -13,7 +13,7 @@ import numpy as np
 from envs.completion_env import CompletionEnv, GoldReward, Prompt, PromptsBuilder, completions
 from posttrain.backend.ranges import NON_NEGATIVE
 from posttrain.renderers.types import Renderer
-from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.datasets import ListDataset, held_out
 from preference.reward_types import JudgeError, RewardModel, RewardModelBuilder
 from rl.types import Env, EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, Trajectory
 
@@ -60,5 +60,4 @@ class RewardModelEnvBuilder(RLDatasetBuilder):
             [RewardModelGroupBuilder(prompt, renderer, model, size, *settings) for prompt in prompts]
             for prompts, size in zip(self.prompts(), (self.group_size, 1), strict=True)
         )
-        held_out = ListDataset(test, self.batch_size, shuffle=False) if test else None
-        return ListDataset(train, self.batch_size, self.seed), held_out
+        return ListDataset(train, self.batch_size, self.seed), held_out(test, self.batch_size)

@@ -23,7 +23,7 @@ from posttrain.backend.ranges import COUNT, NUMBER
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Message, Renderer
 from posttrain.tracking.command_line import load_named
-from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.datasets import ListDataset, held_out
 from preference.endpoint import ChatEndpoint
 from rl.frozen_policy import FrozenPolicy
 from rl.types import (
@@ -181,8 +181,7 @@ class SingleTurnBuilder(RLDatasetBuilder):
 
         train, test = self.problems.splits()
         dataset = ListDataset(groups(train, self.group_size, "train"), self.batch_size, self.seed, noun="problems")
-        held_out = ListDataset(groups(test, 1, "test"), self.batch_size, shuffle=False) if test else None
-        return dataset, held_out
+        return dataset, held_out(groups(test, 1, "test"), self.batch_size)
 
 
 def load_rewards(rewards: str | Sequence[Any]) -> Sequence[Any]:

@@ -20,7 +20,7 @@ from posttrain.backend.types import Datum, ModelInput, TensorData
 from posttrain.renderers import with_tools
 from posttrain.renderers.turns import bos, encode, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
-from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.datasets import ListDataset, held_out
 from supervised.forms import customized, form_of, one_form
 from supervised.names import DATASETS
 from supervised.rows import Fields, Row, conversation, exchange, read_rows, tools_of
@@ -137,15 +137,15 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         if self.test_size:
             train, test = self._split(train, test)
         dataset = ListDataset(self._render(train, renderer), self.batch_size, self.seed)
-        return dataset, _held_out(self._render(test, renderer, " held out") if test else [], self.batch_size)
+        return dataset, held_out(self._render(test, renderer, " held out") if test else [], self.batch_size)
 
     def _split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
         if test:
             raise ConfigError(f"test_size={self.test_size} and a held-out set: give one of them")
         if not 0 < self.test_size < len(train):
             raise DataError(f"test_size={self.test_size} of {len(train):,} examples: it must leave some to train on")
-        held_out = set(np.random.default_rng(self.seed).permutation(len(train))[: self.test_size].tolist())
-        return [row for i, row in enumerate(train) if i not in held_out], [train[i] for i in sorted(held_out)]
+        chosen = set(np.random.default_rng(self.seed).permutation(len(train))[: self.test_size].tolist())
+        return [row for i, row in enumerate(train) if i not in chosen], [train[i] for i in sorted(chosen)]
 
     def _render(self, rows: list[Row], renderer: Renderer, kind: str = "") -> list[Datum]:
         """Prints one line: the number of examples, dropped and truncated."""
@@ -303,7 +303,7 @@ class MixtureBuilder(SupervisedDatasetBuilder):
             *(self._examples(i, builder, renderer) for i, builder in enumerate(self.builders)), strict=True
         )
         dataset = MixtureDataset(train, self.weights or [len(source) for source in train], self.batch_size, self.seed)
-        return dataset, _held_out([datum for source in test for datum in source], self.batch_size)
+        return dataset, held_out([datum for source in test for datum in source], self.batch_size)
 
     def _examples(
         self, i: int, builder: SupervisedDatasetBuilder, renderer: Renderer
@@ -318,7 +318,3 @@ class MixtureBuilder(SupervisedDatasetBuilder):
         datasets = chz.replace(builder, **{**common, "batch_size": 1})(renderer)
         train, test = ([d for b in range(len(ds)) for d in ds.get_batch(b)] if ds else [] for ds in datasets)
         return train, test
-
-
-def _held_out(data: list[Datum], batch_size: int) -> SupervisedDataset | None:
-    return ListDataset(data, batch_size, shuffle=False) if data else None

@@ -16,9 +16,9 @@ import pytest
 from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
-from posttrain.tracking.command_line import one_line_errors
 from posttrain.tracking.jsonl import append_jsonl, parse_json, write_atomically
 from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from posttrain.tracking.stages import Stage
 from posttrain.tracking.transcript_index import IndexEntry, update_index

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.backend.errors import ConfigError
-from posttrain.tracking.command_line import one_line_errors
 from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.run_folder import open_run_folder
 from posttrain.tracking.stop_request import StopRequest
 from tests.conftest import ROOT

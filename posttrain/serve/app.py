@@ -5,35 +5,33 @@ billing, copies, server-side custom losses.
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
-from posttrain.serve.body import Body, BodyError, decompressed, read_body
+from posttrain.serve.body import Body, BodyError, body_of, decompressed, page
+from posttrain.serve.checkpoint_endpoints import CHECKPOINT_ENDPOINTS
 from posttrain.serve.guard import MOST_BODY_BYTES, Guard
 from posttrain.serve.openai_api import openai_routes
 from posttrain.serve.openai_models import PublicModels
 from posttrain.serve.requests import Request
 from posttrain.serve.sdk_versions import check_version
 from posttrain.serve.state import MOST_SAMPLES, MOST_TOPK, BusyError, SampleOptions, State, UnknownError
-from posttrain.serve.store import Checkpoint, UnknownPathError
+from posttrain.serve.store import UnknownPathError
 from posttrain.serve.wire import read_pass_request, read_targets
 
 Handler = Callable[[State, HttpRequest], Awaitable[Response]]
 
 POLL_SECONDS = 20.0  # the SDK waits 45 s
-EXTERNAL_SECONDS = 3600.0
 CLIENT_CONFIG = {
     "pjwt_auth_enabled": False,
     "proto_write_fwdbwd": True,  # SDKs up to 0.24, 0.24 and 0.36 read these three
@@ -94,10 +92,6 @@ async def _broken(request: HttpRequest, error: Exception) -> Response:
     return JSONResponse({"detail": f"the server failed with {type(error).__name__}; its log has the traceback"}, 400)
 
 
-async def _body(request: HttpRequest) -> Body:
-    return read_body(await request.body())
-
-
 def _accepted(request: Request) -> Response:
     return JSONResponse({"request_id": request.id})
 
@@ -118,7 +112,7 @@ async def dynamic_config(state: State, request: HttpRequest) -> Response:
 
 
 async def create_session(state: State, request: HttpRequest) -> Response:
-    body = await _body(request)
+    body = await body_of(request)
     warnings = [NO_UNEMBED, *check_version(body.text("sdk_version", ""))]
     key = request.headers.get("x-idempotency-key")
     session = state.create_session(body.texts("user_metadata") or {}, body.text("display_name", None), key)
@@ -127,7 +121,7 @@ async def create_session(state: State, request: HttpRequest) -> Response:
 
 
 async def session_heartbeat(state: State, request: HttpRequest) -> Response:
-    session_id = (await _body(request)).text("session_id")
+    session_id = (await body_of(request)).text("session_id")
     if session_id not in state.sessions:
         return JSONResponse({"detail": "this session has ended, or the server was restarted"}, 410)
     state.sessions[session_id].last_seen = time.monotonic()
@@ -153,7 +147,7 @@ async def capabilities(state: State, request: HttpRequest) -> Response:
 
 
 async def sessions(state: State, request: HttpRequest) -> Response:
-    limit, offset = _page(request, 20)
+    limit, offset = page(request, 20)
     return JSONResponse({"sessions": [*state.sessions][offset : offset + limit]})
 
 
@@ -167,7 +161,7 @@ async def session(state: State, request: HttpRequest) -> Response:
 
 
 async def create_model(state: State, request: HttpRequest) -> Response:
-    body = await _body(request)
+    body = await body_of(request)
     session = state.session(body.text("session_id"))
     number = body.integer("model_seq_id")
     if repeated := state.created(session, number):
@@ -182,7 +176,7 @@ async def create_model(state: State, request: HttpRequest) -> Response:
 
 
 async def load_weights(state: State, request: HttpRequest) -> Response:
-    body = await _body(request)
+    body = await body_of(request)
     path, with_optimizer = body.text("path"), body.flag("optimizer", False)
     if model_id := body.text("model_id", None):
         return _accepted(state.load(model_id, body.integer("seq_id", least=1), path, with_optimizer))
@@ -200,7 +194,7 @@ def _check_optimizer(body: Body) -> None:
 
 
 async def get_info(state: State, request: HttpRequest) -> Response:
-    model = state.model((await _body(request)).text("model_id"))
+    model = state.model((await body_of(request)).text("model_id"))
     run, base = model.run, state.base(model.run.base_model)
     data = {"arch": base.architecture, "model_name": run.base_model, "tokenizer_id": state.tokenizer_folder(base)}
     answer = {"type": "get_info", "model_data": data, "model_id": run.training_run_id, "model_name": run.base_model}
@@ -222,7 +216,7 @@ async def forward_backward(state: State, request: HttpRequest) -> Response:
 
 
 async def optim_step(state: State, request: HttpRequest) -> Response:
-    body = await _body(request)
+    body = await body_of(request)
     model_id, seq_id = body.text("model_id"), body.integer("seq_id", least=1)
 
     def adam() -> AdamParams:
@@ -236,7 +230,7 @@ async def optim_step(state: State, request: HttpRequest) -> Response:
 
 
 async def save_weights(kind: str, state: State, request: HttpRequest) -> Response:
-    body = await _body(request)
+    body = await body_of(request)
     model_id, seq_id = body.text("model_id"), body.integer("seq_id", least=1)
     name = body.fields.get("path")
     if kind == "sampler_weights" and name is None:
@@ -253,7 +247,7 @@ async def save_weights(kind: str, state: State, request: HttpRequest) -> Respons
 
 
 async def create_sampling_session(state: State, request: HttpRequest) -> Response:
-    body = await _body(request)
+    body = await body_of(request)
     path, base_model = body.text("model_path", None), body.text("base_model", None)
     if path is None and base_model is None:
         raise BodyError("base_model or model_path is needed")
@@ -271,13 +265,13 @@ async def get_sampler(state: State, request: HttpRequest) -> Response:
 async def join_sampling_session(state: State, request: HttpRequest) -> Response:
     """Numbers the copies of a sampling client in other processes: their requests begin at 1e9 times
     this."""
-    sampler = state.sampler((await _body(request)).text("sampling_session_id"))
+    sampler = state.sampler((await body_of(request)).text("sampling_session_id"))
     sampler.copies += 1
     return JSONResponse({"type": "join_sampling_session", "client_counter": sampler.copies})
 
 
 async def asample(state: State, request: HttpRequest) -> Response:
-    body = await _body(request)
+    body = await body_of(request)
     sampler_id, seq_id = body.text("sampling_session_id"), body.integer("seq_id")
     num_samples = body.integer("num_samples", 1, least=1, most=MOST_SAMPLES)
     accepted = state.sample(sampler_id, seq_id, _prompt(body), num_samples, _sample_options(body))
@@ -326,7 +320,7 @@ def _sample_options(body: Body) -> SampleOptions:
 
 
 async def retrieve_future(state: State, request: HttpRequest) -> Response:
-    request_id = (await _body(request)).text("request_id")
+    request_id = (await body_of(request)).text("request_id")
     try:
         answer = await state.requests.wait(request_id, POLL_SECONDS)
     except KeyError:
@@ -337,7 +331,7 @@ async def retrieve_future(state: State, request: HttpRequest) -> Response:
 
 
 async def retrieve_futures(state: State, request: HttpRequest) -> Response:
-    body = await _body(request)
+    body = await body_of(request)
     target = body.record("target")
     sampler_id, clone = target.text("sampling_session_id"), target.integer("cloned_sampler_id", 0)
     state.sampler(sampler_id)
@@ -348,122 +342,10 @@ async def retrieve_futures(state: State, request: HttpRequest) -> Response:
 
 
 async def cancel_future(state: State, request: HttpRequest) -> Response:
-    state.requests.cancel((await _body(request)).text("request_id"))
+    state.requests.cancel((await body_of(request)).text("request_id"))
     return Response(status_code=204)
 
 
-# --- training runs and checkpoints ---------------------------------------------------------------
-
-
-def _page(request: HttpRequest, default: int) -> tuple[int, int]:
-    try:
-        limit = int(request.query_params.get("limit", default))
-        offset = int(request.query_params.get("offset", 0))
-    except ValueError as error:
-        raise BodyError(f"limit or offset: {error}") from error
-    return max(0, min(limit, 1000)), max(0, offset)
-
-
-def _run_record(state: State, run_id: str) -> dict[str, Any]:
-    run = state.store.run(run_id)
-    record = {
-        "training_run_id": run_id,
-        "base_model": run.base_model,
-        "model_owner": "local",
-        "is_lora": run.is_lora,
-        "lora_rank": run.lora_rank,
-        "corrupted": False,
-        "last_request_time": run.last_request_time,
-        "user_metadata": run.user_metadata,
-    }
-    for checkpoint in state.store.of_run(run_id):
-        if checkpoint.kind != "external_weights":  # SDKs before 0.30 do not know them
-            key = "last_sampler_checkpoint" if checkpoint.kind == "sampler_weights" else "last_checkpoint"
-            record[key] = checkpoint.record()
-    return record
-
-
-async def training_runs(state: State, request: HttpRequest) -> Response:
-    limit, offset = _page(request, 20)
-    newest = sorted(state.store.runs.values(), key=lambda run: run.last_request_time, reverse=True)
-    records = [_run_record(state, run.training_run_id) for run in newest[offset : offset + limit]]
-    return JSONResponse({"training_runs": records, "cursor": _cursor(limit, offset, len(newest))})
-
-
-def _cursor(limit: int, offset: int, total: int) -> dict[str, int]:
-    return {"limit": limit, "offset": offset, "total_count": total}
-
-
-async def training_run(state: State, request: HttpRequest) -> Response:
-    return JSONResponse(_run_record(state, request.path_params["run_id"]))
-
-
-async def checkpoints_of_run(state: State, request: HttpRequest) -> Response:
-    run = state.store.run(request.path_params["run_id"])
-    return JSONResponse({"checkpoints": [c.record() for c in state.store.of_run(run.training_run_id)]})
-
-
-async def checkpoints(state: State, request: HttpRequest) -> Response:
-    limit, offset = _page(request, 100)
-    newest = state.store.all()[::-1]
-    records = [checkpoint.record() for checkpoint in newest[offset : offset + limit]]
-    return JSONResponse({"checkpoints": records, "cursor": _cursor(limit, offset, len(newest))})
-
-
-def _checkpoint(state: State, request: HttpRequest) -> Checkpoint:
-    named = request.path_params
-    return state.store.find(f"tinker://{named['run_id']}/{named['kind']}/{named['name']}")
-
-
-async def delete_checkpoint(state: State, request: HttpRequest) -> Response:
-    state.store.delete(_checkpoint(state, request))
-    return Response(status_code=204)
-
-
-async def set_ttl(state: State, request: HttpRequest) -> Response:
-    state.store.set_expiry(_checkpoint(state, request), (await _body(request)).fields.get("ttl_seconds"))
-    return Response(status_code=204)
-
-
-async def set_public(public: bool, state: State, request: HttpRequest) -> Response:
-    state.store.set_public(_checkpoint(state, request), public)
-    return Response(status_code=204)
-
-
-async def weights_info(state: State, request: HttpRequest) -> Response:
-    run = state.store.find((await _body(request)).text("tinker_path")).run
-    shape = {"lora_rank": run.lora_rank, "train_mlp": run.train_mlp, "train_attn": run.train_attn}
-    shape = {**shape, "train_unembed": False} if run.is_lora else {}
-    return JSONResponse({"base_model": run.base_model, "is_lora": run.is_lora, **shape})
-
-
-def _files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Those that clients may fetch, by their name in its folder."""
-    files = [file for file in sorted(checkpoint.folder.rglob("*")) if file.is_file() and not file.is_symlink()]
-    return {file.relative_to(checkpoint.folder).as_posix(): file for file in files}
-
-
-async def external_urls(state: State, request: HttpRequest) -> Response:
-    """Addresses of a checkpoint's files that need no key, for an hour."""
-    checkpoint = _checkpoint(state, request)
-    secret = secrets.token_urlsafe(32)
-    state.offered[secret] = (checkpoint, time.monotonic() + EXTERNAL_SECONDS)
-    urls = {name: f"{request.base_url}api/v1/external/{secret}/{name}" for name in _files(checkpoint)}
-    expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + EXTERNAL_SECONDS))
-    return JSONResponse({"urls": urls, "expires": expires})
-
-
-async def external_file(state: State, request: HttpRequest) -> Response:
-    checkpoint, until = state.offered.get(request.path_params["secret"], (None, 0.0))
-    if checkpoint is None or time.monotonic() > until:
-        raise UnknownError("this address has expired: ask for a new one")
-    file = _files(checkpoint).get(request.path_params["name"])
-    if file is None:
-        raise UnknownError("the checkpoint has no such file, or was deleted")
-    return FileResponse(file)
-
-
-CHECKPOINT = "/training_runs/{run_id}/checkpoints/{kind}/{name}"
 # Starlette tries them in this order: first those that are called for each sample.
 ENDPOINTS: list[tuple[str, str, Handler]] = [
     ("POST", "/asample", asample),
@@ -491,15 +373,5 @@ ENDPOINTS: list[tuple[str, str, Handler]] = [
     ("POST", "/join_sampling_session", join_sampling_session),
     ("GET", "/samplers/{sampler_id}", get_sampler),
     ("POST", "/cancel_future", cancel_future),
-    ("GET", "/training_runs", training_runs),
-    ("GET", "/training_runs/{run_id}", training_run),
-    ("GET", "/training_runs/{run_id}/checkpoints", checkpoints_of_run),
-    ("GET", "/checkpoints", checkpoints),
-    ("DELETE", CHECKPOINT, delete_checkpoint),
-    ("PUT", f"{CHECKPOINT}/ttl", set_ttl),
-    ("POST", f"{CHECKPOINT}/publish", partial(set_public, True)),
-    ("DELETE", f"{CHECKPOINT}/publish", partial(set_public, False)),
-    ("GET", f"{CHECKPOINT}/external_weights_urls", external_urls),
-    ("POST", "/weights_info", weights_info),
-    ("GET", "/external/{secret}/{name:path}", external_file),
+    *CHECKPOINT_ENDPOINTS,
 ]

@@ -5,6 +5,8 @@ its default.
 import json
 from typing import Any
 
+from starlette.requests import Request as HttpRequest
+
 from posttrain.backend.errors import DataError
 
 NEEDED: Any = object()
@@ -99,3 +101,16 @@ class Body:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+async def body_of(request: HttpRequest) -> Body:
+    return read_body(await request.body())
+
+
+def page(request: HttpRequest, default: int) -> tuple[int, int]:
+    try:
+        limit = int(request.query_params.get("limit", default))
+        offset = int(request.query_params.get("offset", 0))
+    except ValueError as error:
+        raise BodyError(f"limit or offset: {error}") from error
+    return max(0, min(limit, 1000)), max(0, offset)

@@ -21,9 +21,10 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import ResponseStream, get_renderer, to_openai
 from posttrain.renderers.types import Message, Part, Renderer
-from posttrain.tracking.command_line import one_line_errors, parse
+from posttrain.tracking.command_line import parse
 from posttrain.tracking.jsonl import append_jsonl
 from posttrain.tracking.model_source import find_model
+from posttrain.tracking.one_line_errors import one_line_errors
 
 HELP = """/reset            forget the conversation
 /system TEXT      a new system message, and a new conversation; without TEXT none

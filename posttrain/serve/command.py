@@ -17,7 +17,8 @@ from posttrain.serve.app import create_app
 from posttrain.serve.bases import open_bases, write_tokenizers
 from posttrain.serve.state import Limits, State
 from posttrain.serve.store import Store
-from posttrain.tracking.command_line import one_line_errors, parse
+from posttrain.tracking.command_line import parse
+from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.run_lock import lock_folder
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -1,20 +1,18 @@
 """The command lines on chz's `key=value` arguments, with short names (`env=arithmetic`), default
-objects that keep their class when a field is set, the nearest names for a misspelt option, a
-readable --help, and one-line errors. The options come from Blueprint._parameters, private in chz
-0.4. Left out: options from files, chz's references (`a@=b`).
+objects that keep their class when a field is set, the nearest names for a misspelt option, and a
+readable --help. The options come from Blueprint._parameters, private in chz 0.4. Left out: options
+from files, chz's references (`a@=b`).
 """
 
 import asyncio
 import difflib
-import errno
 import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import chz
 from chz.blueprint import Blueprint, Castable
@@ -26,7 +24,7 @@ from chz.tiepin import CastError, type_repr
 from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.backend.ranges import RangeError
 from posttrain.tracking.command_help import help_text, presets_text, type_text
-from posttrain.tracking.stop_request import silence
+from posttrain.tracking.one_line_errors import one_line_errors
 
 Config = TypeVar("Config")
 # option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"),
@@ -108,49 +106,6 @@ def run_on_folders(main: Callable[..., object], **options: str) -> None:
         if unknown := sorted(given.keys() - options):
             raise ConfigError(f"unknown option {unknown[0]!r}; there is {', '.join(options) or 'none'}")
         print(main([Path(folder) for folder in folders], **options | given))
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns a CookbookError, and an OSError that names a file or a full disk, into one line and
-    exit code 2.
-
-    Ctrl-C exits with 130, a closed standard output with 141. Any other exception is a bug and keeps
-    its traceback.
-    """
-    try:
-        yield
-        sys.stdout.flush()
-    except CookbookError as error:
-        _leave(f"error: {' '.join(str(error).split())}", 2)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
-    except BrokenPipeError:
-        silence(sys.stdout)
-        sys.exit(141)
-    except OSError as error:
-        if (text := _os_error_text(error)) is None:
-            raise
-        _leave(f"error: {text}", 2)
-
-
-def _leave(text: str, status: int) -> NoReturn:
-    with suppress(OSError):  # the terminal may be gone
-        print(text, file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def _os_error_text(error: OSError) -> str | None:
-    """None for errors that a user cannot fix: a socket, a process."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = f"{error.filename}: " if error.filename else ""
-        return (
-            f"{place}{error.strerror}; what was saved before is whole. Free some space, or delete old checkpoints "
-            "(keep_checkpoints=2 keeps few); then add behavior_if_log_dir_exists=resume"
-        )
-    if error.errno is not None and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its permissions, or choose another"
-    return None
 
 
 def parse(

@@ -62,3 +62,8 @@ class ListDataset(DrawnDataset[T]):
         if self._order[0] != epoch:
             self._order = (epoch, self.order(epoch))
         return [self.items[i] for i in self._order[1][index * self.batch_size : (index + 1) * self.batch_size]]
+
+
+def held_out(items: Sequence[T], batch_size: int) -> ListDataset[T] | None:
+    """In their order; None without items."""
+    return ListDataset(items, batch_size, shuffle=False) if items else None

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.errors import ConfigError
-from posttrain.tracking.command_line import one_line_errors
 from posttrain.tracking.disk_space import folder_bytes
 from posttrain.tracking.metrics_log import (
     IMPORTANT,
@@ -28,6 +27,7 @@ from posttrain.tracking.metrics_log import (
     read_last_metrics,
     read_metrics,
 )
+from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
 from posttrain.tracking.run_lock import LOCK_FILE, lock_folder
 from posttrain.tracking.settings import changes, class_name, read_settings

@@ -1,0 +1,54 @@
+"""The errors of a command: a line for what its user can mend, a traceback for a bug."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+from posttrain.backend.errors import CookbookError
+from posttrain.tracking.stop_request import silence
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a CookbookError, and an OSError that names a file or a full disk, into one line and
+    exit code 2.
+
+    Ctrl-C exits with 130, a closed standard output with 141. Any other exception is a bug and keeps
+    its traceback.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except CookbookError as error:
+        _leave(f"error: {' '.join(str(error).split())}", 2)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        sys.exit(141)
+    except OSError as error:
+        if (text := _os_error_text(error)) is None:
+            raise
+        _leave(f"error: {text}", 2)
+
+
+def _leave(text: str, status: int) -> NoReturn:
+    with suppress(OSError):  # the terminal may be gone
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _os_error_text(error: OSError) -> str | None:
+    """None for errors that a user cannot fix: a socket, a process."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{place}{error.strerror}; what was saved before is whole. Free some space, or delete old checkpoints "
+            "(keep_checkpoints=2 keeps few); then add behavior_if_log_dir_exists=resume"
+        )
+    if error.errno is not None and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its permissions, or choose another"
+    return None
