@@ -47,6 +47,8 @@ ROWS = [
     ),
     beside_grpo("algorithms"),
     beside_grpo("precision"),
+    beside_grpo("off_policy"),
+    beside_grpo("faults"),
     Row(
         "distillation",
         "recipes/distillation/on_policy.py seeds={seed} log_path={folder}/run",

@@ -1,8 +1,9 @@
 """GRPO on two-digit addition and what changes one thing of it, in three seeds from the same warm
-starts: other algorithms, or weights and optimizers of other precision.
+starts: other algorithms, weights and optimizers of other precision, older samples; or what can go
+wrong, and the metrics that show it.
 
     python recipes/algorithms/beside_grpo.py                       # runs/beside_grpo/algorithms.png
-    python recipes/algorithms/beside_grpo.py variants=precision    # runs/beside_grpo/precision.png
+    python recipes/algorithms/beside_grpo.py variants=precision    # runs/beside_grpo/precision.png; also off_policy, faults
     python recipes/algorithms/beside_grpo.py seeds=0 num_steps=200
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import chz
+import numpy as np
 
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.config import BackendConfig
@@ -33,7 +35,7 @@ from posttrain.tracking.figures import (
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
-from recipes.algorithms.variants import VARIANTS, folder_name
+from recipes.algorithms.variants import DRAWN, GAP, VARIANTS, folder_name
 from recipes.warm_start import preset, seeds_of, warm_start
 from rl import train
 
@@ -44,8 +46,10 @@ CORRECT, SAMPLED = "test/env/all/correct", ("env/all/total_ac_tokens", "train/re
 class Config:
     """GRPO, and what changes one thing of it."""
 
-    variants: Literal["algorithms", "precision"] = chz.field(
-        default="algorithms", doc="what is changed: the algorithm, or the precision of weights and optimizer"
+    variants: Literal["algorithms", "precision", "off_policy", "faults"] = chz.field(
+        default="algorithms",
+        doc="what is changed: the algorithm, the precision of weights and optimizer, the age of the samples; or what "
+        "goes wrong",
     )
     seeds: str = chz.field(default="0,1,2", doc="seeds by comma")
     warm_start_nll: float = chz.field(
@@ -72,7 +76,7 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
             load_checkpoint_path=str(start.result),
             renderer_name="plain",
             seed=seed,
-            learning_rate=config.learning_rate,
+            learning_rate=float(options.get("learning_rate", config.learning_rate)),
             lr_schedule="linear",
             eval_every=10,
             save_every=0,
@@ -89,16 +93,27 @@ async def main(config: Config) -> None:
     await run_stages([stage for of_seed in stages.values() for stage in of_seed])
     steps: dict[str, list[Curve]] = {}
     tokens: dict[str, list[Curve]] = {}
+    drawn: dict[str, dict[str, list[Curve]]] = {key: {} for key in DRAWN.get(config.variants, [])}
     for i, name in enumerate(VARIANTS[config.variants]):
         records = [read_metrics(of_seed[i].path) for of_seed in stages.values()]
         steps[name] = [read_curve(of_run, CORRECT) for of_run in records]
         tokens[name] = [over_total(of_run, CORRECT, *SAMPLED) for of_run in records]
+        for key, curves in drawn.items():
+            curves[name] = [read_curve(of_run, key) for of_run in records]
         ends = ", ".join(f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}" for curve in steps[name])
         sampled = ", ".join(f"{curve.steps_K[-1]:,}" for curve in tokens[name])
         print(f"{name:33s} held-out accuracy {ends}; sampled tokens {sampled}")
     shared = {name: [at_multiples(curve, 5000) for curve in curves] for name, curves in tokens.items()}
     panels = [Panel("held-out accuracy", steps), Panel("held-out accuracy", shared, xlabel="sampled tokens")]
-    print(f"curves: {save_figure(draw_panels(panels), Path(config.log_path) / f'{config.variants}.png')}")
+    for key, curves in drawn.items():
+        if key == GAP:
+            curves = {
+                name: [Curve(steps, np.log10(gaps).tolist()) for steps, gaps in seeds] for name, seeds in curves.items()
+            }
+        panels.append(Panel(f"{'log10 of ' * (key == GAP)}{key}", curves))
+    print(
+        f"curves: {save_figure(draw_panels(panels, shared_legend=True), Path(config.log_path) / f'{config.variants}.png')}"
+    )
 
 
 if __name__ == "__main__":
