@@ -35,6 +35,7 @@ def test_seeds_are_whole_numbers_by_comma() -> None:
     [
         ("algorithms", ("grpo", "dynamic sampling", "critic", "gspo, 4 steps a batch")),
         ("precision", ("float32", "8-bit moments", "bfloat16, stochastic rounding")),
+        ("faults", ("as it should be", "the same, without their correction", "learning rate 10 times as high")),
     ],
 )
 def test_variants_beside_grpo(variants: str, names: tuple[str, ...], tmp_path: Path) -> None:

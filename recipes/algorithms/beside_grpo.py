@@ -104,7 +104,9 @@ async def main(config: Config) -> None:
         sampled = ", ".join(f"{curve.steps_K[-1]:,}" for curve in tokens[name])
         print(f"{name:33s} held-out accuracy {ends}; sampled tokens {sampled}")
     shared = {name: [at_multiples(curve, 5000) for curve in curves] for name, curves in tokens.items()}
-    panels = [Panel("held-out accuracy", steps), Panel("held-out accuracy", shared, xlabel="sampled tokens")]
+    panels = [Panel("held-out accuracy", steps)]
+    if not drawn:
+        panels.append(Panel("held-out accuracy", shared, xlabel="sampled tokens"))
     for key, curves in drawn.items():
         if key == GAP:
             curves = {

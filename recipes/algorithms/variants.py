@@ -41,7 +41,10 @@ VARIANTS: dict[str, dict[str, tuple[dict[str, str], dict[str, Any]]]] = {
 }
 # Metrics of the runs that are drawn beside their held-out accuracy.
 GAP = "optim/logprob_gap_mean"
-DRAWN = {"off_policy": [GAP], "faults": [GAP, "optim/ratio_p99", "optim/entropy", "optim/grad_norm"]}
+DRAWN = {
+    "off_policy": [GAP],
+    "faults": [GAP, "optim/ratio_p99", "optim/entropy", "optim/grad_norm", "env/all/by_group/frac_mixed"],
+}
 
 
 def folder_name(variant: str) -> str:
