@@ -349,6 +349,23 @@ def test_a_start_that_fails_is_its_error_and_leaves_nothing(tmp_path: Path) -> N
     assert all(replica.dead for replica in replicas)
 
 
+def test_a_replica_that_never_starts_is_an_error_within_the_limit(tmp_path: Path) -> None:
+    replicas: list[FakeReplica] = []
+
+    class Silent(FakeReplica):
+        def opened(self) -> Future:
+            return Future() if self.index else done(None)
+
+    def start(index: int) -> FakeReplica:
+        replicas.append(Silent(index))
+        return replicas[-1]
+
+    text = r"sampler replica 1: no answer in 0.1 seconds \(backend.call_seconds\): it has not started"
+    with pytest.raises(EngineError, match=text):
+        SamplerPool(start, 2, tmp_path, 0, 0.1, deterministic=False)
+    assert all(replica.dead for replica in replicas)
+
+
 def test_cancelled_calls_are_withdrawn_and_streams_get_all_tokens_at_once(make: Callable[..., Pool]) -> None:
     pool = make(answers=False)
     pool.sync()

@@ -103,15 +103,6 @@ class _Call:
         assert self.policy.newest
         return self.version or self.policy.newest
 
-    def refusal(self, loaded: WeightVersion | None) -> CookbookError | None:
-        """Why the call can no longer be answered."""
-        version, newest = self.version, self.policy.newest
-        if version and newest and version is not newest and not self.keep:
-            return stale(version, newest)
-        if self.needs is not loaded and not self.needs.can_be_loaded:
-            return self.needs.lost or EngineError(f"the weights of version {self.needs.number} are gone")
-        return None
-
 
 @dataclass(eq=False)
 class _Sync:
@@ -321,8 +312,8 @@ class EngineThread:
         elif isinstance(item, _Withdrawn):
             self._remove(item.call)
         elif isinstance(item, _Call) and not item.future.done():  # else it was cancelled in the inbox
-            if refusal := item.refusal(self._loaded):
-                item.future.fail(refusal)
+            if refused := refusal(item.policy, item.version, item.keep, self._loaded):
+                item.future.fail(refused)
             else:
                 self._unsettled.add(item.loop)
                 self._waiting.append(item)
@@ -334,9 +325,9 @@ class EngineThread:
         while self._waiting and not self._syncs:
             calls: dict[WeightVersion, list[_Call]] = {}
             for call in [*self._waiting]:
-                if refusal := call.refusal(self._loaded):
+                if refused := refusal(call.policy, call.version, call.keep, self._loaded):
                     self._waiting.remove(call)
-                    call.future.fail(refusal)
+                    call.future.fail(refused)
                 else:
                     calls.setdefault(call.needs, []).append(call)
             others = [version for version in calls if version is not self._loaded]
@@ -462,3 +453,17 @@ def stale(version: WeightVersion, newest: WeightVersion) -> StaleSamplerError:
         f"{newest.number}: take a new client from save_weights_and_get_sampling_client, or one that keeps its weights "
         "(keep=True) or follows the live policy (follow=True)"
     )
+
+
+def refusal(
+    policy: Policy, version: WeightVersion | None, keep: bool, loaded: WeightVersion | None
+) -> CookbookError | None:
+    """Why a call of this version (None = the newest) cannot be answered, or not any more."""
+    newest = policy.newest
+    if version and newest and version is not newest and not keep:
+        return stale(version, newest)
+    if (needed := version or newest) is None:
+        return EngineError("the engine has no weights yet")
+    if needed is not loaded and not needed.can_be_loaded:
+        return needed.lost or EngineError(f"the weights of version {needed.number} are gone")
+    return None

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from posttrain.backend.cluster import ProcessLost
-from posttrain.backend.engine import SequenceRequest, stale
-from posttrain.backend.errors import CookbookError, EngineError
+from posttrain.backend.engine import SequenceRequest, refusal
+from posttrain.backend.errors import EngineError
 from posttrain.backend.futures import APIFuture
 from posttrain.backend.routing import Router, SamplingGroup
 from posttrain.backend.spans import Span, Spans
@@ -147,6 +147,8 @@ class SamplerPool:
             self._kill_all()
             if isinstance(error, ProcessLost):
                 raise EngineError(f"a sampler replica died while it started: {error}") from error
+            if isinstance(error, TimeoutError):
+                raise EngineError(f"{error} (backend.call_seconds): it has not started") from error
             raise
         self._thread = threading.Thread(target=self._watch, name="sampler-pool", daemon=True)
         self._thread.start()
@@ -260,18 +262,6 @@ class SamplerPool:
 
     # --- calls -----------------------------------------------------------------------------------
 
-    def _refusal(self, call: _Call) -> CookbookError | None:
-        version, newest = call.version, call.policy.newest
-        if newest is None:
-            return EngineError("the replicas have no weights yet")
-        if version is None or version is newest:
-            return None
-        if not call.keep:
-            return stale(version, newest)
-        if not version.can_be_loaded:
-            return version.lost or EngineError(f"the weights of version {version.number} are gone")
-        return None
-
     def _send(self, call: _Call) -> None:
         """With the lock held."""
         if call.future.done():
@@ -279,8 +269,8 @@ class SamplerPool:
         if self._stopped:
             call.future.fail(self._stop_reason())
             return
-        if refusal := self._refusal(call):
-            call.future.fail(refusal)
+        if refused := refusal(call.policy, call.version, call.keep, call.policy.newest):
+            call.future.fail(refused)
             return
         if not (serving := [place.index for place in self._places if place.serving]):
             self._waiting.append(call)
