@@ -59,7 +59,7 @@ def test_layouts_that_fit() -> None:
         ({"cluster": "auto"}, "backend.cluster=auto is for several processes"),
         ({"sync_dir": "/shared"}, "backend.sync_dir=/shared is for several processes"),
         ({"tensor_parallel": 2}, "set backend.sampler_replicas"),
-        ({"tensor_parallel": 2, "sampler_replicas": 1}, "backend.tensor_parallel=2 is not offered yet"),
+        ({"tensor_parallel": 2, "sampler_replicas": 1, "engine": "torch"}, "leave backend.engine=torch out"),
         ({"sampler_replicas": 1, "share_engines": True}, "backend.share_engines=true is for engines in this process"),
         ({"sampler_replicas": 1, "weight_sync": "nccl"}, "nobody has verified it"),
         ({"trainer_processes": 2, "trainer_restarts": 1}, "the same command resumes it"),

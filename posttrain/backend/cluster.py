@@ -6,6 +6,7 @@ would stay: Ray's own processes, published weights in shared memory.
 import contextlib
 import ctypes
 import hashlib
+import inspect
 import os
 import secrets
 import shutil
@@ -40,6 +41,7 @@ RAY_ENVIRONMENT = {
     # node, with this program, when a busy machine lets it answer late.
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_health_check_failure_threshold": "1000",
+    "RAY_gcs_server_port_wait_time_s": "300",
 }
 FOLDER = "posttrain-weights"
 CHECK_SECONDS = 120.0  # for a node's answer at the start
@@ -126,7 +128,7 @@ class Cluster:
 
                 with contextlib.suppress(Exception):
                     remove_placement_group(self._group)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
             _stop_ray_if_unused()
             with contextlib.suppress(OSError):
                 self._keeper.communicate(b"closed")
@@ -262,7 +264,7 @@ def _ray_running(config: BackendConfig) -> Any:
     options: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "namespace": secrets.token_hex(4)}
     if config.cluster is None:
         with _gpus_left_to_ray(config):
-            _ended = _in_lasting_thread(partial(ray.init, "local", object_store_memory=100 * 2**20, **options))
+            _ended = _start_here(partial(ray.init, "local", object_store_memory=100 * 2**20, **options))
         return ray
     named = f"backend.cluster={config.cluster}"
     _check_reachable(config.cluster)
@@ -272,6 +274,17 @@ def _ray_running(config: BackendConfig) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"the Ray cluster at {named} cannot be joined: {' '.join(lines)}") from error
     return ray
+
+
+def _start_here(init: Callable[[], object]) -> threading.Event:
+    """As `_in_lasting_thread`, up to three times: Ray gives its node 30 seconds, too few on a busy machine."""
+    for left in (2, 1, 0):
+        try:
+            return _in_lasting_thread(init)
+        except Exception as error:  # of any type
+            if not left:
+                raise EngineError(f"Ray did not start on this machine: {' '.join(str(error).split())}") from error
+    raise AssertionError
 
 
 def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:
@@ -394,7 +407,7 @@ def _weight_folder(config: BackendConfig) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         for folder in parent.glob(f"{prefix}-*-*"):
             if not Path(f"/proc/{folder.name.split('-')[-2]}").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
         folder = parent / f"{prefix}-{os.getpid()}-{secrets.token_hex(4)}"
         folder.mkdir()
     except OSError as error:
@@ -402,10 +415,45 @@ def _weight_folder(config: BackendConfig) -> Path:
     return folder
 
 
+def remove(folder: "str | Path") -> None:
+    """Also the shared memory that processes have noted there (`note_shared_memory`)."""
+    import glob
+    import os
+    import shutil
+
+    for note in glob.glob(f"{folder}/*.segments"):
+        with open(note) as lines:
+            for path in filter(os.path.exists, lines.read().splitlines()):
+                os.remove(path)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def note_shared_memory(note: Path) -> None:
+    """Writes which segments this process and its children have mapped: nobody else can remove them
+    after a SIGKILL."""
+    paths = set()
+    for pid in _family(os.getpid()):
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            paths |= {line.split(maxsplit=5)[-1] for line in maps if "/dev/shm/" in line}
+    segments = ("psm_", "sem.", "vllm_")  # of Python's and vLLM's making
+    note.write_text("\n".join(path for path in paths if Path(path).name.startswith(segments)))
+
+
+def _family(pid: int) -> list[int]:
+    """The process and all below it."""
+    children = [
+        child for file in Path(f"/proc/{pid}/task").glob("*/children") for child in map(int, file.read_text().split())
+    ]
+    return [pid, *(below for child in children for below in _family(child))]
+
+
 # Reads until its pipe closes, which happens however the process that started it ends. Then it ends
 # Ray's processes and their children, workers too, and removes the folders.
-KEEPER = """
-import os, shutil, signal, sys, time
+KEEPER = (
+    f"{inspect.getsource(remove)}"
+    + """
+import os, signal, sys, time
 folders, started = sys.argv[1].split(os.pathsep), {int(pid) for pid in sys.argv[2:]}
 
 def status(pid):  # state, parent, process group
@@ -444,8 +492,9 @@ if sys.stdin.buffer.read() != b"closed":
         while any(map(alive, family)) and time.monotonic() < deadline:
             time.sleep(0.05)
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 """
+)
 
 
 def _keeper(folders: list[str], pids: list[int]) -> "subprocess.Popen[bytes]":

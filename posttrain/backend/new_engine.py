@@ -4,7 +4,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.engine import Engine
-from posttrain.backend.errors import ModelError
+from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.memory_plan import model_size
 from posttrain.backend.models import new_model
 from posttrain.backend.openmp import limit_threads
@@ -28,9 +28,11 @@ def new_engine(
         try:
             return VllmEngine(hf_config, tokenizer, max_length, config, device, is_reproducible(config))
         except ModelError as error:
-            if config.engine == "vllm":
+            if config.engine == "vllm" or config.tensor_parallel > 1:
                 raise
             print(f"sampling with torch, since {error}", flush=True)
+    if config.tensor_parallel > 1:
+        raise ConfigError(f"backend.tensor_parallel={config.tensor_parallel} is for vLLM, which is not installed")
     # Unlike a trainer's own beginning: a weight that no sync brings shows in the first comparison.
     with drawn_from(2**31 - 1):
         model = new_model(hf_config)

@@ -37,10 +37,10 @@ def check_placement(config: BackendConfig) -> None:
             f"backend.tensor_parallel={config.tensor_parallel} is for replicas with GPUs of their own: set "
             "backend.sampler_replicas"
         )
-    if config.tensor_parallel > 1:
+    if config.tensor_parallel > 1 and config.engine == "torch":
         raise ConfigError(
-            f"backend.tensor_parallel={config.tensor_parallel} is not offered yet: new weights do not reach the "
-            "processes that vLLM divides a replica into. Take replicas of one GPU"
+            f"backend.tensor_parallel={config.tensor_parallel} is for vLLM: leave backend.engine=torch out, or take "
+            "replicas of one GPU"
         )
     if config.sampler_replicas and config.share_engines:
         raise ConfigError("backend.share_engines=true is for engines in this process: set backend.sampler_replicas=0")

@@ -4,14 +4,16 @@ last digits of logprobs depend on what is decoded together.
 """
 
 import asyncio
+import secrets
 import time
 import weakref
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from posttrain.backend.cluster import Cluster, ProcessLost, future_of
+from posttrain.backend.cluster import Cluster, ProcessLost, future_of, note_shared_memory
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import Engine, EngineThread, SequenceRequest
 from posttrain.backend.errors import EngineError
@@ -26,7 +28,12 @@ class SamplerActor:
     """Runs in a process that Ray started; its methods are called from the driver."""
 
     async def open(
-        self, config: BackendConfig, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        config: BackendConfig,
+        hf_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        note: Path,
     ) -> None:
         self._policy, self._steps, self._tokens, self._busy = Policy(SnapshotMemory(None), False), 0, 0, 0.0
         self._paused = 0.0  # by all loads
@@ -52,6 +59,8 @@ class SamplerActor:
             return engine
 
         self._engine = await asyncio.to_thread(EngineThread, make, False)
+        if config.tensor_parallel > 1:
+            note_shared_memory(note)
 
     async def sample(
         self, requests: list[SequenceRequest], number: int | None, weights: FileWeights | None, keep: bool
@@ -105,7 +114,8 @@ class RayReplica:
     ):
         config = cluster.config
         self._cluster, self._actor = cluster, cluster.start(SamplerActor, bundle=bundle, gpus=config.tensor_parallel)
-        self._opened = future_of(self._actor.open.remote(config, hf_config, tokenizer, max_length))
+        note = cluster.folder / f"{secrets.token_hex(4)}.segments"
+        self._opened = future_of(self._actor.open.remote(config, hf_config, tokenizer, max_length, note))
         self._references: weakref.WeakKeyDictionary[Future[Any], Any] = weakref.WeakKeyDictionary()
 
     def opened(self) -> "Future[None]":

@@ -34,7 +34,13 @@ from posttrain.backend.prompt_scores import score_prompt
 from posttrain.backend.random_state import OwnTorchGenerators, global_generators_kept
 from posttrain.backend.types import SampledSequence
 from posttrain.backend.vllm_refusals import USE_TORCH, computed_otherwise, refusal
-from posttrain.backend.vllm_weights import CheckpointForm, has_only_attention, pack_experts, parameters_left_out
+from posttrain.backend.vllm_weights import (
+    CheckpointForm,
+    has_only_attention,
+    has_output_layer,
+    load_all,
+    parameters_left_out,
+)
 
 # vLLM keeps the current batch in a global variable: only one engine of the process may compute at a
 # time.
@@ -76,6 +82,8 @@ def engine_args(
         "enforce_eager": eager,
         "disable_log_stats": True,
     }
+    if config.tensor_parallel > 1:
+        args |= {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": "mp"}
     if device.type == "cpu":
         # For a prompt read in two parts vLLM would rewind a seeded request's generator, which it
         # cannot on a CPU.
@@ -132,9 +140,9 @@ class VllmEngine:
                     destroy_model_parallel()
                 with _transformers_classes_kept(self._checkpoint_form.model, vllm_config):
                     self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
-                (has_head,) = self._engine.apply_model(lambda model: hasattr(model, "lm_head"))
+                has_head = all(self._in_processes(has_output_layer))
                 self._checkpoint_form.with_head = has_head or not hf_config.tie_word_embeddings
-                self._check_every_parameter(vllm_config)
+                self._check_every_parameter()
             except Exception as error:  # any error of vLLM with an unknown model
                 self._shut_down()
                 raise error if isinstance(error, CookbookError) else refusal(error, hf_config) from error
@@ -201,28 +209,26 @@ class VllmEngine:
         for request_id in ids:
             del self._unfinished[request_id]
 
-    def _check_every_parameter(self, vllm_config: Any) -> None:
+    def _check_every_parameter(self) -> None:
         """vLLM's loaders silently skip unknown names: loads zeros, and counts."""
-        zeros = self._checkpoint_form(self._checkpoint_form.zeros(self._dtype, self._device))
-        names = self._engine.apply_model(lambda model: parameters_left_out(model, zeros, vllm_config))[0]
-        if names:
+        names_R = self._in_processes(parameters_left_out, self._checkpoint_form, self._dtype)
+        if names := sorted({name for names in names_R for name in names}):
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise ModelError(
                 f"vLLM cannot serve this model: it does not take {len(names)} of its own weights ({some}). {USE_TORCH}"
             )
 
     def load_weights(self, weights: Weights) -> None:
-        weights = self._checkpoint_form(weights)
+        """With tensor parallelism FileWeights, which each process reads."""
         with _computing, computing(), global_generators_kept(), _in_stream_order(self._device):
-            # linears are packed when loaded: only the full reload path may change them
-            if self._device.type == "cpu":
-                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-                self._engine.apply_model(pack_experts)
-            else:
-                self._engine.apply_model(lambda model: _load_in_place(model, weights))
+            self._in_processes(load_all, self._checkpoint_form, weights)
         # Cached prefixes have the old weights; running sequences recompute theirs.
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
+
+    def _in_processes(self, function: Any, *arguments: Any) -> list[Any]:
+        """Results of `function(worker, *arguments)` in each process of tensor parallelism, or in this one."""
+        return self._engine.collective_rpc(function, args=arguments)
 
     def close(self) -> None:
         with alone():
@@ -299,10 +305,6 @@ def _own_graph_pool() -> None:
             setattr(platform, "_global_graph_pool", None)  # noqa: B010
 
 
-def _load_in_place(model: Any, weights: Weights) -> None:
-    model.load_weights(iter(weights))
-
-
 def _set_environment(device: torch.device, reproducible: bool) -> None:
     """Environment variables that vLLM reads on import. The user's settings have priority."""
     warnings.filterwarnings("ignore", module=r"vllm\.")
@@ -314,6 +316,8 @@ def _set_environment(device: torch.device, reproducible: bool) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if device.type == "cpu":  # processes of tensor parallelism would each look for a memory node of their own
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # never used where logprobs are returned, and its import may fail
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if device.type == "cuda" and reproducible:

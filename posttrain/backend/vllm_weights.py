@@ -44,11 +44,31 @@ def has_only_attention(hf_config: PretrainedConfig) -> bool:
     return all(layer_type.endswith("attention") and layer_type != "linear_attention" for layer_type in layer_types)
 
 
+# --- in each process of an engine, of which vLLM gives the worker ---------------------------------
+
+
+def has_output_layer(worker: Any) -> bool:
+    return hasattr(worker.get_model(), "lm_head")
+
+
+def load_all(worker: Any, form: CheckpointForm, weights: Weights) -> None:
+    """Replaces the weights. Those for several processes can be pickled."""
+    vllm_model = worker.get_model()
+    # on a CPU linears are packed when loaded: only the full reload path may change them
+    if _is_on_cpu(vllm_model):
+        worker.reload_weights(weights_iterator=iter(form(weights)))
+        _pack_experts(vllm_model)
+    else:
+        vllm_model.load_weights(iter(form(weights)))
+
+
 @torch.no_grad()
-def parameters_left_out(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
-    """Loads `weights` into an engine with dummies; names the parameters that were not filled."""
-    if next(vllm_model.parameters()).device.type == "cpu":
-        return _left_out_by_reload(vllm_model, weights, vllm_config)
+def parameters_left_out(worker: Any, form: CheckpointForm, dtype: torch.dtype) -> list[str]:
+    """Loads zeros into an engine with dummies; names the parameters that were not filled."""
+    vllm_model = worker.get_model()
+    weights = form(form.zeros(dtype, next(vllm_model.parameters()).device))
+    if _is_on_cpu(vllm_model):
+        return _left_out_by_reload(vllm_model, weights, worker.vllm_config)
     parameters = {name: p for name, p in vllm_model.named_parameters() if p.is_floating_point()}
     for parameter in parameters.values():
         parameter.fill_(torch.nan)
@@ -74,7 +94,11 @@ def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> 
     return names
 
 
-def pack_experts(vllm_model: Any) -> None:
+def _is_on_cpu(vllm_model: Any) -> bool:
+    return next(vllm_model.parameters()).device.type == "cpu"
+
+
+def _pack_experts(vllm_model: Any) -> None:
     """vLLM 0.32 on a CPU packs a mixture's experts on the first load, but not on a reload."""
     for layer in vllm_model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
