@@ -6,6 +6,8 @@ clients, the same errors, and a death that everybody hears of and that leaves no
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +22,8 @@ from posttrain.backend.errors import ConfigError, DataError, TrainerLostError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
-from tests.conftest import policy_data
-from tests.processes import actors, runs, wait_until
+from tests.conftest import ROOT, policy_data
+from tests.processes import actors, descendants, runs, wait_until
 from tests.test_scalar_model import bce, scalar_data
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
@@ -139,3 +141,29 @@ def test_a_dead_rank_ends_all_and_everybody_hears_of_it(tmp_path: Path) -> None:
         with pytest.raises(TrainerLostError, match="has died.*resume the run"):
             clients[0].optim_step(AdamParams(1e-3)).result()
         wait_until(lambda: not any(runs(pid) for pid in pids))
+
+
+def test_two_runs_beside_each_other_are_independent(tmp_path: Path) -> None:
+    """Two commands on one machine, started together; one is killed, the other goes on to its end."""
+
+    def start(name: str, steps: int) -> "subprocess.Popen[str]":
+        options = [f"dataset.n_batches={steps}", "dataset.batch_size=4", f"log_path={tmp_path / name}", "eval_every=0"]
+        backend = ["model_name=micro", "backend.engine=torch", "backend.trainer_processes=2"]
+        command = [sys.executable, "-m", "supervised.train_cli", "dataset=arithmetic", *options, *backend]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def steps_of(name: str) -> int:
+        file = tmp_path / name / "metrics.jsonl"
+        return file.read_text().count("\n") if file.exists() else 0
+
+    killed, other = start("killed", 100_000), start("other", 300)
+    wait_until(lambda: min(map(steps_of, ("killed", "other"))) > 3 or other.poll() is not None, 500)
+    family = descendants(killed.pid)
+    assert other.poll() is None and len(actors("TrainerRank", killed.pid)) == 2
+    killed.kill()
+    killed.communicate()
+    before = steps_of("other")
+    output, _ = other.communicate(timeout=500)
+    assert other.returncode == 0, output[-2000:]
+    assert steps_of("other") > before
+    wait_until(lambda: not any(runs(pid) for pid in family))
