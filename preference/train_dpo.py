@@ -20,6 +20,7 @@ from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.run import Metrics, finish
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import open_run_folder
+from posttrain.tracking.trainer_restarts import with_restarts
 from preference.losses import DPO, PreferenceLoss, pair_metrics
 from preference.pairs import (
     Pair,
@@ -59,6 +60,7 @@ class Config(EvaluatedRunConfig):
     log_path: str = log_path_field("runs/dpo")
 
 
+@with_restarts
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Input errors are raised before the model loads."""
     return await train_on_pairs(config, *_pairs(config))

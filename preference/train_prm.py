@@ -25,6 +25,7 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.run import Metrics, finish
 from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from posttrain.tracking.run_folder import open_run_folder
+from posttrain.tracking.trainer_restarts import with_restarts
 from preference.step_data import StepExamplesBuilder, step_cross_entropy
 from supervised import train
 from supervised.types import SupervisedDataset
@@ -84,6 +85,7 @@ def first(marked_S: np.ndarray) -> int | None:
     return int(marked_S.argmax()) if marked_S.any() else None
 
 
+@with_restarts
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. The model is LOG_PATH/checkpoints/final."""
     dataset, test_dataset = config.dataset(config.renderer())

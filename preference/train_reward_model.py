@@ -22,6 +22,7 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.run import Metrics, finish
 from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from posttrain.tracking.run_folder import open_run_folder
+from posttrain.tracking.trainer_restarts import with_restarts
 from preference.names import DATASETS
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_evaluation import RewardModelEvaluator, plot_reliability
@@ -41,6 +42,7 @@ class Config(LanguageModelRunConfig):
     log_path: str = log_path_field("runs/reward_model")
 
 
+@with_restarts
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. The model is LOG_PATH/checkpoints/final."""
     renderer = config.renderer()

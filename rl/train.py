@@ -36,6 +36,7 @@ from posttrain.tracking.progress import reported
 from posttrain.tracking.run import Metrics, Run, finish
 from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from posttrain.tracking.timeline import Timeline, recording, span
+from posttrain.tracking.trainer_restarts import with_restarts
 from rl import step_checks
 from rl.config import Config, check_config
 from rl.critic import POLICY, ActorCritic, Critic
@@ -51,6 +52,7 @@ from supervised.evaluators import Evaluated, RunEvaluators
 HEADLINE = {"env/all/reward/total": "reward", "test/env/all/correct": "test", "optim/logprob_gap_mean": "gap"}
 
 
+@with_restarts
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Input errors are raised before the model loads."""
     max_tokens = config.max_tokens or config.env.recommended_max_tokens()

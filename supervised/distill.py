@@ -28,6 +28,7 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.run import Metrics, finish
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import open_run_folder
+from posttrain.tracking.trainer_restarts import with_restarts
 from supervised.evaluators import EvaluatedRunConfig
 from supervised.names import DATASETS, EVALUATOR_OPTIONS
 from supervised.nll import NLLEvaluator
@@ -185,6 +186,7 @@ def open_frozen(service: ServiceClient, teacher: str) -> SamplingClient:
     return service.create_sampling_client(base_model=teacher)
 
 
+@with_restarts
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Input errors are raised before a model loads."""
     renderer = config.renderer()

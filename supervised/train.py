@@ -20,6 +20,7 @@ from posttrain.tracking.nonfinite import write_offending_data
 from posttrain.tracking.run import Metrics, Run, finish
 from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
 from posttrain.tracking.run_folder import RunFolder, open_run_folder
+from posttrain.tracking.trainer_restarts import with_restarts
 from supervised.evaluators import Evaluated, EvaluatedRunConfig, RunEvaluators
 from supervised.nll import NLLEvaluator, nll_means, nll_sums
 from supervised.types import Dataset, SupervisedDatasetBuilder
@@ -74,6 +75,7 @@ class Config(EvaluatedRunConfig):
     log_path: str = log_path_field("runs/sft")
 
 
+@with_restarts
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Input errors are raised before the model loads."""
     renderer = config.renderer()

@@ -62,7 +62,6 @@ def test_layouts_that_fit() -> None:
         ({"tensor_parallel": 2, "sampler_replicas": 1, "engine": "torch"}, "leave backend.engine=torch out"),
         ({"sampler_replicas": 1, "share_engines": True}, "backend.share_engines=true is for engines in this process"),
         ({"sampler_replicas": 1, "weight_sync": "nccl"}, "nobody has verified it"),
-        ({"trainer_processes": 2, "trainer_restarts": 1}, "the same command resumes it"),
         ({"trainer_processes": 2, "moments": "8bit"}, "set backend.trainer_sharding=replicate"),
     ],
 )

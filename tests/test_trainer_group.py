@@ -143,27 +143,45 @@ def test_a_dead_rank_ends_all_and_everybody_hears_of_it(tmp_path: Path) -> None:
         wait_until(lambda: not any(runs(pid) for pid in pids))
 
 
+def command(folder: Path, steps: int, *options: str) -> "subprocess.Popen[str]":
+    """A supervised run in two ranks."""
+    run = [f"dataset.n_batches={steps}", "dataset.batch_size=4", f"log_path={folder}", "eval_every=0", *options]
+    backend = ["model_name=micro", "backend.engine=torch", "backend.trainer_processes=2"]
+    arguments = [sys.executable, "-m", "supervised.train_cli", "dataset=arithmetic", *run, *backend]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def steps_of(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def test_a_run_goes_on_from_its_checkpoint_when_a_rank_dies(tmp_path: Path) -> None:
+    """In the same command, to the bits of a run in which none died."""
+    whole = command(tmp_path / "whole", 200)
+    killed = command(tmp_path / "killed", 200, "save_every=10", "backend.trainer_restarts=1")
+    wait_until(lambda: steps_of(tmp_path / "killed") > 15 or killed.poll() is not None, 500)
+    os.kill(actors("TrainerRank", killed.pid)[0], signal.SIGKILL)
+    for run in (whole, killed):
+        output, _ = run.communicate(timeout=500)
+        assert run.returncode == 0, output[-2000:]
+    assert "0 more allowed (backend.trainer_restarts)" in output and "has died" in output
+    weights = [tmp_path / name / "checkpoints/final/model.safetensors" for name in ("whole", "killed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert steps_of(tmp_path / "killed") == 200
+
+
 def test_two_runs_beside_each_other_are_independent(tmp_path: Path) -> None:
     """Two commands on one machine, started together; one is killed, the other goes on to its end."""
-
-    def start(name: str, steps: int) -> "subprocess.Popen[str]":
-        options = [f"dataset.n_batches={steps}", "dataset.batch_size=4", f"log_path={tmp_path / name}", "eval_every=0"]
-        backend = ["model_name=micro", "backend.engine=torch", "backend.trainer_processes=2"]
-        command = [sys.executable, "-m", "supervised.train_cli", "dataset=arithmetic", *options, *backend]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    def steps_of(name: str) -> int:
-        file = tmp_path / name / "metrics.jsonl"
-        return file.read_text().count("\n") if file.exists() else 0
-
-    killed, other = start("killed", 100_000), start("other", 300)
-    wait_until(lambda: min(map(steps_of, ("killed", "other"))) > 3 or other.poll() is not None, 500)
+    killed, other = command(tmp_path / "killed", 100_000), command(tmp_path / "other", 300)
+    both = [tmp_path / name for name in ("killed", "other")]
+    wait_until(lambda: min(map(steps_of, both)) > 3 or other.poll() is not None, 500)
     family = descendants(killed.pid)
     assert other.poll() is None and len(actors("TrainerRank", killed.pid)) == 2
     killed.kill()
     killed.communicate()
-    before = steps_of("other")
+    before = steps_of(tmp_path / "other")
     output, _ = other.communicate(timeout=500)
     assert other.returncode == 0, output[-2000:]
-    assert steps_of("other") > before
+    assert steps_of(tmp_path / "other") == 300 > before
     wait_until(lambda: not any(runs(pid) for pid in family))

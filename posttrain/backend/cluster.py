@@ -270,7 +270,7 @@ def _ray_running(config: BackendConfig) -> Any:
     _check_reachable(config.cluster)
     try:
         _ended = _in_lasting_thread(partial(ray.init, config.cluster, **options))
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except Exception as error:  # of any type
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"the Ray cluster at {named} cannot be joined: {' '.join(lines)}") from error
     return ray

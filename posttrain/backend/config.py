@@ -133,8 +133,8 @@ class BackendConfig:
     trainer_restarts: int = chz.field(
         default=0,
         validator=WHOLE,
-        doc="times that training processes are started again from the last checkpoint, before the run ends with "
-        "TrainerLostError",
+        doc="times that a run whose training processes died is opened again from its last checkpoint, before it ends "
+        "with TrainerLostError",
     )
     call_seconds: float = chz.field(
         default=600.0,

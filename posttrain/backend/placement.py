@@ -56,11 +56,6 @@ def check_placement(config: BackendConfig) -> None:
 
 
 def _check_trainers(config: BackendConfig) -> None:
-    if config.trainer_restarts:
-        raise ConfigError(
-            f"backend.trainer_restarts={config.trainer_restarts} is not offered: when a training process dies, the run "
-            "ends, and the same command resumes it from its last checkpoint"
-        )
     of_one_process = {
         "moments=8bit": config.moments == "8bit",
         "offload_optimizer=true": config.offload_optimizer,
