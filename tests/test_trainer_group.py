@@ -158,8 +158,8 @@ def steps_of(folder: Path) -> int:
 
 def test_a_run_goes_on_from_its_checkpoint_when_a_rank_dies(tmp_path: Path) -> None:
     """In the same command, to the bits of a run in which none died."""
-    whole = command(tmp_path / "whole", 200)
-    killed = command(tmp_path / "killed", 200, "save_every=10", "backend.trainer_restarts=1")
+    whole = command(tmp_path / "whole", 60)
+    killed = command(tmp_path / "killed", 60, "save_every=10", "backend.trainer_restarts=1")
     wait_until(lambda: steps_of(tmp_path / "killed") > 15 or killed.poll() is not None, 500)
     os.kill(actors("TrainerRank", killed.pid)[0], signal.SIGKILL)
     for run in (whole, killed):
@@ -168,12 +168,12 @@ def test_a_run_goes_on_from_its_checkpoint_when_a_rank_dies(tmp_path: Path) -> N
     assert "0 more allowed (backend.trainer_restarts)" in output and "has died" in output
     weights = [tmp_path / name / "checkpoints/final/model.safetensors" for name in ("whole", "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert steps_of(tmp_path / "killed") == 200
+    assert steps_of(tmp_path / "killed") == 60
 
 
 def test_two_runs_beside_each_other_are_independent(tmp_path: Path) -> None:
     """Two commands on one machine, started together; one is killed, the other goes on to its end."""
-    killed, other = command(tmp_path / "killed", 100_000), command(tmp_path / "other", 300)
+    killed, other = command(tmp_path / "killed", 100_000), command(tmp_path / "other", 100)
     both = [tmp_path / name for name in ("killed", "other")]
     wait_until(lambda: min(map(steps_of, both)) > 3 or other.poll() is not None, 500)
     family = descendants(killed.pid)
@@ -183,5 +183,5 @@ def test_two_runs_beside_each_other_are_independent(tmp_path: Path) -> None:
     before = steps_of(tmp_path / "other")
     output, _ = other.communicate(timeout=500)
     assert other.returncode == 0, output[-2000:]
-    assert steps_of(tmp_path / "other") == 300 > before
+    assert steps_of(tmp_path / "other") == 100 > before
     wait_until(lambda: not any(runs(pid) for pid in family))

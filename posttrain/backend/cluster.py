@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 
@@ -45,6 +46,7 @@ RAY_ENVIRONMENT = {
 }
 FOLDER = "posttrain-weights"
 CHECK_SECONDS = 120.0  # for a node's answer at the start
+START_SECONDS = 120.0  # for Ray; ten on a quiet machine
 REACH_SECONDS = 10.0  # for a connection to a running cluster
 # What a client of HTTP/2 says first, with empty settings, and the kind of frame that a server answers with.
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
@@ -277,14 +279,24 @@ def _ray_running(config: BackendConfig) -> Any:
 
 
 def _start_here(init: Callable[[], object]) -> threading.Event:
-    """As `_in_lasting_thread`, up to three times: Ray gives its node 30 seconds, too few on a busy machine."""
-    for left in (2, 1, 0):
-        try:
+    """As `_in_lasting_thread`. Ray gives its node 30 seconds to appear, too few on a busy machine."""
+    from ray._private import services
+
+    def get_node(*arguments: Any, ask: Callable[..., Any] = services.get_node) -> Any:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return ask(*arguments)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    try:
+        with patch.object(services, "get_node", get_node):
             return _in_lasting_thread(init)
-        except Exception as error:  # of any type
-            if not left:
-                raise EngineError(f"Ray did not start on this machine: {' '.join(str(error).split())}") from error
-    raise AssertionError
+    except Exception as error:  # of any type
+        raise EngineError(f"Ray did not start on this machine: {' '.join(str(error).split())}") from error
 
 
 def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:
@@ -309,9 +321,9 @@ def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:
 
     threading.Thread(target=run, name="ray", daemon=True).start()
     try:
-        outcome.result(CHECK_SECONDS)
+        outcome.result(2 * START_SECONDS)
     except TimeoutError:
-        raise TimeoutError(f"Ray did not start within {CHECK_SECONDS:g} seconds") from None
+        raise TimeoutError(f"no answer of Ray in {2 * START_SECONDS:g} seconds") from None
     return ended
 
 
