@@ -3,7 +3,7 @@ its last checkpoint, as `behavior_if_log_dir_exists=resume` does. Its sampler re
 """
 
 import gc
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ Config = TypeVar("Config", bound=Any)
 T = TypeVar("T")
 
 
-def with_restarts(main: Callable[[Config], Awaitable[T]]) -> Callable[[Config], Awaitable[T]]:
+def with_restarts(main: Callable[[Config], Coroutine[Any, Any, T]]) -> Callable[[Config], Coroutine[Any, Any, T]]:
     """`main` opens the run folder of its configuration. TrainerLostError after the last restart."""
 
     @wraps(main)
