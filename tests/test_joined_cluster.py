@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,7 +78,7 @@ def second(head: str, tmp_path: Path) -> Iterator[Callable[[str], None]]:
         end(node)
 
 
-def joined(head: str, folder: Path, **options: str) -> BackendConfig:
+def joined(head: str, folder: Path, **options: Any) -> BackendConfig:
     return BackendConfig(engine="torch", trainer_processes=2, cluster=head, **options)
 
 
