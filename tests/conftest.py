@@ -68,7 +68,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return FilesByEngine(config, log)
 
 
-ENGINES = {"vllm": r"\b(vllm_client|vllm_service)\b", "commands": r"\btests\.commands\b"}
+ENGINES = {"vllm": r"\b(vllm_client|vllm_service)\b", "commands": r"\btests(\.| import )commands\b"}
 
 
 @cache
