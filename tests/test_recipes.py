@@ -88,11 +88,10 @@ def test_every_algorithm_preset_takes_steps_from_one_warm_start(tmp_path):
 
 
 @pytest.mark.slow
-def test_tool_calls_takes_steps_with_the_calculator_and_from_memory(tmp_path):
+@pytest.mark.parametrize("recipe, label", [("train", "with_calculator"), ("retrieval", "with_search")])
+def test_tool_calls_takes_steps_with_the_tool_and_from_memory(tmp_path, recipe, label):
     small = ["model_name=micro", "warm_start_steps=2", "num_steps=1", "env.batch_size=2", "env.num_test=4"]
-    output = run_recipe("tool_calls/train", tmp_path, *small, f"log_path={tmp_path}/runs")
-    rows = re.findall(
-        r"^(with_calculator|from_memory), .* +[\d.]+% +[\d.]+ +(?:-|[\d.]+%) +[\d.]+%$", output, flags=re.M
-    )
-    assert rows == ["with_calculator"] * 2 + ["from_memory"] * 2
+    output = run_recipe(f"tool_calls/{recipe}", tmp_path, *small, f"log_path={tmp_path}/runs")
+    rows = re.findall(r"^(with_\w+|from_memory), .* +[\d.]+% +[\d.]+ +(?:-|[\d.]+%) +[\d.]+%$", output, flags=re.M)
+    assert rows == [label] * 2 + ["from_memory"] * 2
     assert (tmp_path / "runs" / "tool_calls.png").exists()

@@ -1,5 +1,5 @@
-"""Tool calls from nothing: a small model learns to call a calculator, and the same model to answer
-the same sums without one.
+"""Tool calls from nothing: a small model learns to call a tool, and the same model to answer the same
+questions without it. Here a calculator; retrieval.py has a search.
 
     python recipes/tool_calls/train.py                      # runs/tool_calls
     python recipes/tool_calls/train.py seed=1 env.num_digits=3 log_path=runs/again
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import chz
 
-from envs.calculator import Sums, SumsBuilder, SumsExamplesBuilder
+from envs.calculator import SumsBuilder, SumsExamplesBuilder
+from envs.retrieval import RetrievalBuilder, RetrievalExamplesBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
 from posttrain.tracking.command_line import run_command
@@ -30,7 +31,8 @@ from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.warm_start import shared_settings, warm_start
 from rl import train
 
-LABELS = {"with_calculator": True, "from_memory": False}
+EXAMPLES = {SumsBuilder: SumsExamplesBuilder, RetrievalBuilder: RetrievalExamplesBuilder}
+MEMORY = "from_memory"
 
 
 @chz.chz
@@ -43,7 +45,8 @@ class Config:
     )
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str | None = chz.field(default="chat_template", doc="a renderer that writes tools")
-    warm_start_steps: int = chz.field(default=240, validator=COUNT, doc="supervised steps of 16 demonstrations")
+    warm_start_steps: int = chz.field(default=240, validator=COUNT, doc="supervised steps")
+    demonstrations: int = chz.field(default=16, validator=COUNT, doc="demonstrations of a supervised step")
     num_steps: int = chz.field(default=30, validator=COUNT, doc="steps of RL")
     learning_rate: float = chz.field(default=5e-5, validator=LEARNING_RATE, doc="of RL, at its first step")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the data and the sampling")
@@ -54,11 +57,16 @@ class Config:
     )
 
 
+def labels_of(config: Config) -> tuple[str, str]:
+    return f"with_{config.env.tools()[0].spec['name']}", MEMORY
+
+
 def stages_of(config: Config, label: str) -> list[Stage]:
     """The warm start and RL, with tools or without."""
-    env = chz.replace(config.env, use_tools=LABELS[label], n_batches=config.num_steps, seed=config.seed)
-    game = {name: getattr(env, name) for name in chz.chz_fields(Sums)}
-    examples = SumsExamplesBuilder(**game, n_batches=config.warm_start_steps, batch_size=16, seed=config.seed)
+    env = chz.replace(config.env, use_tools=label != MEMORY, n_batches=config.num_steps, seed=config.seed)
+    examples = EXAMPLES[type(env)]
+    shared = {name: getattr(env, name) for name in chz.chz_fields(examples) if name in chz.chz_fields(env)}
+    examples = examples(**shared | {"n_batches": config.warm_start_steps, "batch_size": config.demonstrations})
     folder = Path(config.log_path) / label
     start = warm_start(config, examples, folder / "warm_start", f"{label}/warm_start", lr_schedule="linear")
     run = train.Config(
@@ -76,8 +84,8 @@ def stages_of(config: Config, label: str) -> list[Stage]:
 
 def report(config: Config) -> str:
     """A line for each policy on the held-out sums."""
-    lines = [f"{'held-out sums':32}  correct   calls  well formed  cut off"]
-    for label in LABELS:
+    lines = [f"{'held out':32}  correct   calls  well formed  cut off"]
+    for label in labels_of(config):
         records = [r for r in read_metrics(Path(config.log_path, label, "rl")) if "test/env/all/correct" in r]
         for name, record in (("warm start", records[0]), (f"{config.num_steps} steps of RL", records[-1])):
             calls, malformed = (record[f"test/env/all/{key}"] for key in ("calls", "malformed_calls"))
@@ -90,10 +98,10 @@ def report(config: Config) -> str:
 
 
 def picture(config: Config) -> Path:
-    runs = {label: [read_metrics(Path(config.log_path, label, "rl"))] for label in LABELS}
-    called = {"with_calculator": runs["with_calculator"]}
+    runs = {label: [read_metrics(Path(config.log_path, label, "rl"))] for label in labels_of(config)}
+    called = {label: run for label, run in runs.items() if label != MEMORY}
     panels = [
-        Panel("held-out sums right, greedy", curves_by_label(runs, "test/env/all/correct")),
+        Panel("held-out tasks right, greedy", curves_by_label(runs, "test/env/all/correct")),
         Panel("rollouts right, at temperature 1", curves_by_label(runs, "env/all/correct")),
         Panel("well-formed calls of rollouts", curves_by_label(called, "env/all/well_formed"), limits=(0.5, 1.02)),
     ]
@@ -101,7 +109,7 @@ def picture(config: Config) -> Path:
 
 
 async def main(config: Config) -> None:
-    await run_stages([stage for label in LABELS for stage in stages_of(config, label)])
+    await run_stages([stage for label in labels_of(config) for stage in stages_of(config, label)])
     print(report(config))
     print(f"picture: {picture(config)}")
 
