@@ -4,8 +4,8 @@ machine: three supervised steps, then three of RL from their checkpoint, by the 
     python -m benchmarks.half_b_gsm8k data_dir=gsm8k                 # train.jsonl, test.jsonl
     python -m benchmarks.half_b_gsm8k data_dir=gsm8k lora_rank=16 engine=vllm
 
-Prints the peak of the resident set beside the planned one, seconds, losses, and the largest gap
-between sampler and trainer logprobs.
+Prints for both the peak of the resident set beside the planned one, seconds, losses, norms of the
+gradient, and the largest gap between sampler and trainer logprobs.
 """
 
 import json
@@ -22,16 +22,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.report import ROOT, write_report
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.memory import GIB
+from posttrain.backend.memory_plan import planned
 from posttrain.backend.models import model_config
 from posttrain.backend.ranges import WHOLE
+from posttrain.backend.tokenizers import CHAT_TEMPLATE, SPECIAL_TOKENS
+from posttrain.backend.types import LoraConfig
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import read_metrics
 
-SHAPE, LENGTH = "qwen2.5-0.5b-shape", 512
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+LENGTH, SEQUENCES = 512, 8
+SFT = "dataset=gsm8k dataset.batch_size=4 learning_rate=1e-5"
+# All answers are wrong: with a baseline there would be nothing to train on.
+RL = "env=gsm8k groups_per_batch=2 env.group_size=4 max_tokens=48 advantage=none learning_rate=1e-6"
+BOTH = "max_steps=3 eval_every=0 wandb_project=None"
 
 
 @chz.chz
@@ -41,64 +46,101 @@ class Config:
     data_dir: str = chz.field(doc="a folder with GSM8K's train.jsonl and test.jsonl")
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of an adapter; 0 = all weights are trained")
     engine: Literal["torch", "vllm"] = chz.field(default="torch", doc="the sampler")
+    model_name: str = chz.field(default="qwen2.5-0.5b-shape", doc="the preset whose shape is taken")
+
+    @property
+    def backend(self) -> BackendConfig:
+        return BackendConfig(
+            engine=self.engine,
+            max_length=LENGTH,
+            micro_batch_tokens=LENGTH,
+            max_num_seqs=SEQUENCES,
+            sampler_memory_gb=0.25,
+        )
 
 
-def save_model(folder: Path, data_dir: Path) -> None:
+def save_model(folder: Path, preset: str, data_dir: Path) -> None:
     """Random weights, and byte-level BPE of the training questions, filled up to the vocabulary."""
-    config = model_config(SHAPE)
+    config = model_config(preset)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=151_000, special_tokens=special, initial_alphabet=alphabet)
-    texts = [json.loads(line) for line in (data_dir / "train.jsonl").read_text().splitlines()]
-    tokenizer.train_from_iterator((row["question"] + "\n" + row["answer"] for row in texts), trainer)
-    print(f"{tokenizer.get_vocab_size():,} tokens learnt from {len(texts):,} questions")
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    rows = [json.loads(line) for line in (data_dir / "train.jsonl").read_text().splitlines()]
+    tokenizer.train_from_iterator((row["question"] + "\n" + row["answer"] for row in rows), trainer)
+    print(f"{tokenizer.get_vocab_size():,} tokens learnt from {len(rows):,} questions", flush=True)
     learnt = json.loads(tokenizer.to_str())
     vocabulary = learnt["model"]["vocab"]
     vocabulary |= {f"unused{i}": i for i in range(len(vocabulary), config.vocab_size)}
-    filled = Tokenizer.from_str(json.dumps(learnt))
-    fast = PreTrainedTokenizerFast(tokenizer_object=filled, eos_token=special[2], pad_token=special[0])
-    fast.chat_template = TEMPLATE
-    config.eos_token_id, config.pad_token_id = fast.eos_token_id, fast.pad_token_id
+    pad, end, *_ = SPECIAL_TOKENS
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(learnt)),
+        pad_token=pad,
+        eos_token=end,
+        chat_template=CHAT_TEMPLATE,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     fast.save_pretrained(folder)
 
 
-def run(script: str, *options: str) -> dict[str, Any]:
+def run(command: str, *options: str) -> dict[str, Any]:
     """Seconds and peak of the resident set, in GiB, of a command line."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, script, *options], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, *command.split(), *options], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{script} ended with {os.waitstatus_to_exitcode(status)}")
+        raise SystemExit(f"{command} ended with {os.waitstatus_to_exitcode(status)}")
     return {"seconds": time.perf_counter() - start, "peak, GiB": usage.ru_maxrss / 2**20}
 
 
 def main(config: Config) -> None:
     data, load = Path(config.data_dir).resolve(), os.getloadavg()[0]
+    lora = LoraConfig(config.lora_rank) if config.lora_rank else None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_model(folder / "model", data)
-        shared = [f"model_name={folder / 'model'}", f"lora_rank={config.lora_rank}", f"backend.max_length={LENGTH}"]
-        shared += [f"backend.micro_batch_tokens={LENGTH}", "max_steps=3", "eval_every=0", "wandb_project=None"]
-        rl = [f"env.data_dir={data}", "groups_per_batch=2", "env.group_size=4", "max_tokens=48", "learning_rate=1e-6"]
-        rl += [f"backend.engine={config.engine}", "backend.max_num_seqs=8", "backend.sampler_memory_gb=0.25"]
-        # All answers are wrong: with a baseline there would be nothing to train on.
-        rl += ["advantage=none", f"load_checkpoint_path={folder / 'sft/checkpoints/final'}"]
-        files = [f"dataset.path={data / 'train.jsonl'}", "dataset=gsm8k", "dataset.batch_size=4", "learning_rate=1e-5"]
+        save_model(folder / "model", config.model_name, data)
+        shared = [f"model_name={folder / 'model'}", f"lora_rank={config.lora_rank}", *BOTH.split()]
+        shared += [f"backend.{option}={value}" for option, value in changed(config.backend).items()]
+        logs = {"sft": folder / "sft", "rl": folder / "rl"}
         runs = {
-            "sft": run("supervised/train_cli.py", *shared, *files, f"log_path={folder / 'sft'}"),
-            "rl": run("rl/train_cli.py", "env=gsm8k", *shared, *rl, f"log_path={folder / 'rl'}"),
+            "sft": run(
+                f"supervised/train_cli.py {SFT}",
+                *shared,
+                f"dataset.path={data / 'train.jsonl'}",
+                f"log_path={logs['sft']}",
+            ),
+            "rl": run(
+                f"rl/train_cli.py {RL}",
+                *shared,
+                f"env.data_dir={data}",
+                f"load_checkpoint_path={logs['sft'] / 'checkpoints/final'}",
+                f"log_path={logs['rl']}",
+            ),
         }
-        sft, steps = read_metrics(folder / "sft"), read_metrics(folder / "rl")
-        gaps = [step["optim/logprob_gap_max"] for step in steps if "optim/logprob_gap_max" in step]
-        losses = [step["train_mean_nll"] for step in sft if "train_mean_nll" in step]
-        norms = [step["optim/grad_norm"] for step in steps if "optim/grad_norm" in step]
-        figures = {**runs, "sft: nll, nats per token": losses, "rl: norms of the gradient": norms}
-        figures |= {"rl: largest |dlogp|": max(gaps)}
-        write_report("half_b_gsm8k", figures, chz.asdict(config), load, {})
+        for kind, figures in runs.items():
+            plan = planned(str(folder / "model"), config.backend, lora, samples=kind == "rl").plan
+            figures["planned, GiB"] = plan.peak / GIB
+            print(plan.table())
+        sft, rl = (read_metrics(log) for log in logs.values())
+    runs["sft"]["nll, nats per token"] = values(sft, "train_mean_nll")
+    runs["rl"]["norms of the gradient"] = values(rl, "optim/grad_norm")
+    runs["rl"]["largest |dlogp|"] = max(values(rl, "optim/logprob_gap_max"))
+    kind = f"lora{config.lora_rank}" if lora else "full"
+    settings = {"model": config.model_name, "lora_rank": config.lora_rank, "sft": SFT, "rl": RL, "both": BOTH}
+    ratios = {f"{run}: measured over planned": f["peak, GiB"] / f["planned, GiB"] for run, f in runs.items()}
+    write_report(f"half_b_gsm8k-{kind}-{config.engine}", runs, settings | changed(config.backend), load, ratios)
+
+
+def changed(backend: BackendConfig) -> dict[str, Any]:
+    defaults = chz.asdict(BackendConfig())
+    return {name: value for name, value in chz.asdict(backend).items() if value != defaults[name]}
+
+
+def values(steps: list[dict[str, Any]], metric: str) -> list[float]:
+    return [step[metric] for step in steps if metric in step]
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def members_of_a_row_see_each_other(patch: pytest.MonkeyPatch) -> None:
         return mask(ends_BT.new_full(ends_BT.shape, ends_BT.shape[1]), *rest)
 
     wrapped(patch, posttrain.backend.trainer, "dense_mask", causal)
-    patch.setattr(Trainer, "_check_rows", lambda self: None)
+    patch.setattr("posttrain.backend.trainer.check_rows", lambda trainer: None)
 
 
 AT_START = [

@@ -21,7 +21,8 @@ from posttrain.backend.batching import MicroBatch, micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.memory_plan import planned
-from posttrain.backend.trainer import MOST_KERNEL_GAP, Trainer
+from posttrain.backend.model_checks import MOST_KERNEL_GAP, pack_rows
+from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import Datum
 from tests.architectures import WINDOW, save_random_model
 from tests.conftest import gradients, random_tokens
@@ -227,26 +228,26 @@ def fails(*_: object) -> float:
 def test_a_kernel_that_fails_or_is_wrong_is_left_out_with_one_line(
     kernel: Any, reason: str, tiny_trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("posttrain.backend.trainer.kernel_gap", kernel)
+    monkeypatch.setattr("posttrain.backend.model_checks.kernel_gap", kernel)
     tiny_trainer.device = torch.device("cuda")
-    tiny_trainer._pack_rows()
+    pack_rows(tiny_trainer)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("rows are padded, not packed (backend.attention=auto): ") and reason in line
     tiny_trainer.config = BackendConfig(attention="flex")
     with pytest.raises(ModelError, match=f"backend.attention=flex: the rows of 'micro' cannot be packed: .*{reason}"):
-        tiny_trainer._pack_rows()
+        pack_rows(tiny_trainer)
 
 
 def test_a_layer_that_ignores_the_mask_is_found(
     tiny_trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As an architecture would that does not hand it to its kernel."""
-    monkeypatch.setattr("posttrain.backend.trainer.kernel_gap", lambda *_: 0.0)
+    monkeypatch.setattr("posttrain.backend.model_checks.kernel_gap", lambda *_: 0.0)
     monkeypatch.setattr("posttrain.backend.trainer.tree_mask", lambda *_: None)
     monkeypatch.setattr(Trainer, "_masks", lambda self, batch: None)
     tiny_trainer.config = BackendConfig(attention="flex")
     with pytest.raises(ModelError, match="logprobs differ by"):
-        tiny_trainer._pack_rows()
+        pack_rows(tiny_trainer)
 
 
 @pytest.mark.parametrize("family", ["Qwen 3.5", "LFM 2"])
@@ -254,7 +255,7 @@ def test_a_family_with_other_layers_is_refused_by_name(family: str, tmp_path: Pa
     trainer = Trainer(str(save_random_model(family, tmp_path)), BackendConfig(engine="torch"))
     trainer.config = BackendConfig(attention="flex")
     with pytest.raises(ModelError, match="cannot be packed: its config does not say that all layers are causal"):
-        trainer._pack_rows()
+        pack_rows(trainer)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from posttrain.backend.models import model_config
 from posttrain.backend.placement import check_placement
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.vllm_engine import _model_folder, _set_environment, engine_args, samples_with_vllm
+from posttrain.backend.vllm_engine import NO_SPLIT_SUMS, _model_folder, _set_environment, engine_args, samples_with_vllm
 from posttrain.preflight import STEP_SHARE
 
 
@@ -153,8 +153,11 @@ def test_reproducible_sampling_needs_batch_invariant_kernels(monkeypatch: pytest
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
     with pytest.raises(ConfigError, match="the environment sets it to '0'"):
         _set_environment(cuda, reproducible=True)
+    for variable in NO_SPLIT_SUMS:
+        monkeypatch.setenv(variable, "as it was")
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     _set_environment(cuda, reproducible=True)
+    assert {variable: os.environ[variable] for variable in NO_SPLIT_SUMS} == NO_SPLIT_SUMS
     on_a_gpu(monkeypatch, (7, 5))
     with pytest.raises(ConfigError, match="compute capability 8.0 or more, not for Tesla T4"):
         _set_environment(cuda, reproducible=True)

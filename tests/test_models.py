@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, Gemma3Config, PhiConfig, Qwen2Con
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import PLAIN, LogitTransform
+from posttrain.backend.model_checks import row_check_data, row_gap
 from posttrain.backend.models import context_length, load_model, model_config
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
-from posttrain.backend.trainer import Trainer, row_check_data
+from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import ModelInput, SamplingParams
 from tests.architectures import CONTEXT, FAMILIES, save_random_model
 from tests.conftest import random_tokens
@@ -166,7 +167,7 @@ def test_a_config_that_hides_its_windows_is_found_when_the_model_is_opened(
     trainer = Trainer(str(save_random_model(family, tmp_path)), BackendConfig())
     assert not trainer.shares_prefixes
     data_D = row_check_data(trainer.vocabulary, trainer.max_length)
-    assert trainer.row_gap(data_D, share=True) > 0.01 and trainer.row_gap(data_D, share=False) < 1e-5
+    assert row_gap(trainer, data_D, share=True) > 0.01 and row_gap(trainer, data_D, share=False) < 1e-5
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +188,7 @@ def test_the_check_of_the_head_allows_for_a_model_that_rounds_its_logits(monkeyp
         return transform(hidden_NH.float() @ head_VH.float().T)
 
     monkeypatch.setattr("posttrain.backend.logprobs.fp32_logits", unrounded)
-    monkeypatch.setattr("posttrain.backend.trainer.LARGE_LOGITS", 80.0)
+    monkeypatch.setattr("posttrain.backend.model_checks.LARGE_LOGITS", 80.0)
     Trainer("tiny", BackendConfig(dtype="bfloat16"))
     monkeypatch.setattr("posttrain.backend.trainer.logit_transform", lambda _: LogitTransform(softcap=50.0))
     with pytest.raises(ModelError, match="softcap"):

@@ -1,43 +1,38 @@
-"""Block `attention`: forward and backward of the attention kernels that training could use, at the
-0.5B model's 14 heads of 64.
+"""Block `attention`: forward and backward of the backend's attention kernels, and of torch's causal
+ones beside them, at the 0.5B model's 14 heads of 64.
 
 Tensors are (B, T, heads, 64), as a layer's projections leave them. "tree": 8 answers behind a
 shared prompt of half the row, so a key at column k is seen by the queries k <= q < ends[k].
+"packed": all rows in one, as on a GPU.
 """
 
-import inspect
 from collections.abc import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.timing import attempt, milliseconds, peak_gib, relative
+from posttrain.backend.attention import TreeMask, attend, dense_mask, tree_mask
 from posttrain.backend.config import compute_dtype, training_device
 
 HEADS, KV_HEADS, HEAD_DIM, ANSWERS = 14, 2, 64, 8
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def tree_ends(length: int, device: torch.device) -> torch.Tensor:
-    """(T,): up to which query a key is seen."""
+def tree(rows: int, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) ends: up to which query a key is seen, and positions."""
     half, own = length // 2, length // (2 * ANSWERS)
     ends = [length] * half + [half + own * (answer + 1) for answer in range(ANSWERS) for _ in range(own)]
-    return torch.tensor(ends, device=device)
+    positions = [*range(half), *[half + i for _ in range(ANSWERS) for i in range(own)]]
+    both_2BT = torch.tensor([[ends] * rows, [positions] * rows], device=device)
+    return both_2BT[0], both_2BT[1]
 
 
-def tree_mask(length: int, rows: int, device: torch.device) -> torch.Tensor:
-    """(B, 1, T, T) as posttrain/backend/batching.py makes it."""
-    column_T, ends_T = torch.arange(length, device=device), tree_ends(length, device)
-    visible_TT = (column_T[:, None] >= column_T) & (column_T[:, None] < ends_T)
-    return visible_TT.expand(rows, 1, length, length).contiguous()
-
-
-def heads_repeated(x_BTND: torch.Tensor) -> torch.Tensor:
-    """(B, 14, T, D): with a mask, transformers repeats keys and values."""
-    return x_BTND.transpose(1, 2).repeat_interleave(HEADS // KV_HEADS, dim=1)
+def packed(rows_BT: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    """(1, BT), each row's numbers `offset` larger than those of the one before."""
+    return (rows_BT + offset * torch.arange(len(rows_BT), device=rows_BT.device)[:, None]).flatten()[None]
 
 
 def causal(backend: SDPBackend | None = None) -> Kernel:
@@ -51,67 +46,50 @@ def causal(backend: SDPBackend | None = None) -> Kernel:
     return run
 
 
-def masked(mask_B1TT: torch.Tensor) -> Kernel:
+def masked(bias_B1TT: torch.Tensor) -> Kernel:
+    """By SDPA, for which transformers repeats keys and values where there is a mask."""
+
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k, v = heads_repeated(k), heads_repeated(v)
-        return scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask_B1TT).transpose(1, 2)
+        k, v = (x.transpose(1, 2).repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+        return scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=bias_B1TT).transpose(1, 2)
 
     return run
 
 
-def as_bias(mask_B1TT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(mask_B1TT.shape, dtype=dtype, device=mask_B1TT.device).masked_fill_(~mask_B1TT, float("-inf"))
-
-
-def flex_tree(length: int, device: torch.device, repeat: bool) -> Kernel:
-    ends_T = tree_ends(length, device)
-
-    def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (k <= q) & (q < ends_T[k])
-
-    block_mask = create_block_mask(visible, None, None, length, length, device=device)
-    flex = torch.compile(flex_attention, dynamic=False) if device.type == "cuda" else flex_attention
-
+def by_backend(mask: TreeMask) -> Kernel:
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k, v = (heads_repeated(x) if repeat else x.transpose(1, 2) for x in (k, v))
-        out = flex(q.transpose(1, 2), k, v, block_mask=block_mask, enable_gqa=not repeat)
-        return out.transpose(1, 2)  # type: ignore[union-attr]
+        flat = (x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v))
+        return attend("sdpa", torch.nn.Module(), *flat, mask)[0].view_as(q)
 
     return run
 
 
-def varlen(rows: int, length: int, device: torch.device) -> Kernel:
-    from torch.nn.attention.varlen import varlen_attn
+def tree_packed(rows: int, length: int, device: torch.device) -> Kernel:
+    ends_BT, positions_BT = tree(rows, length, device)
+    return by_backend(tree_mask(packed(ends_BT, length), packed(positions_BT), None))
 
-    known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    grouped = "enable_gqa" in known
-    options |= {"enable_gqa": True} if grouped else {}
-    starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if not grouped:
-            k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=2) for x in (k, v))
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        return varlen_attn(*flat, starts, starts, length, length, **options).view_as(q)  # type: ignore[union-attr]
-
-    return run
+def whole_packed(rows: int, length: int, device: torch.device) -> Kernel:
+    ends_BT = torch.full((rows, length), length, device=device)
+    positions_BT = torch.arange(length, device=device).expand(rows, length)
+    mask = tree_mask(packed(ends_BT, length), packed(positions_BT), None)
+    mask.starts_N = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+    mask.longest = length
+    return by_backend(mask)
 
 
 def kernels(rows: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Kernel]]:
     """Each is made only when its turn comes: its mask takes memory."""
     made: dict[str, Callable[[], Kernel]] = {
         "causal sdpa": causal,
-        "tree, bool mask": lambda: masked(tree_mask(length, rows, device)),
-        "tree, bias mask": lambda: masked(as_bias(tree_mask(length, rows, device), dtype)),
+        "tree, dense": lambda: masked(dense_mask(*tree(rows, length, device), None, dtype)),
     }
     if device.type == "cuda":  # on a CPU these have no backward
         made |= {
-            "tree, flex": lambda: flex_tree(length, device, repeat=False),
-            "tree, flex, repeated heads": lambda: flex_tree(length, device, repeat=True),
-            "causal cudnn": lambda: causal(SDPBackend.CUDNN_ATTENTION),
+            "tree, packed, flex": lambda: tree_packed(rows, length, device),
+            "causal, packed, varlen": lambda: whole_packed(rows, length, device),
             "causal flash": lambda: causal(SDPBackend.FLASH_ATTENTION),
-            "causal varlen": lambda: varlen(rows, length, device),
+            "causal cudnn": lambda: causal(SDPBackend.CUDNN_ATTENTION),
         }
     return made
 
@@ -131,8 +109,9 @@ def both_passes(kernel: Kernel, qkv: list[torch.Tensor]) -> list[torch.Tensor]:
 def worst_error(name: str, kernel: Kernel, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> float:
     """Of the output and the three gradients, against fp64 with a mask."""
     qkv = inputs(rows, length, device, dtype)
-    mask = tree_mask(length, rows, device)
-    mask = mask if "tree" in name else torch.ones_like(mask).tril()
+    ends_BT, positions_BT = tree(rows, length, device)
+    ends_BT = ends_BT if "tree" in name else torch.full_like(ends_BT, length)
+    mask = dense_mask(ends_BT, positions_BT, None, torch.float64)
     exact = both_passes(masked(mask), [x.detach().double().requires_grad_() for x in qkv])
     return max(relative(found, true) for found, true in zip(both_passes(kernel, qkv), exact, strict=True))
 

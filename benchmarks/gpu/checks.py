@@ -9,8 +9,8 @@ from posttrain.backend.config import training_device
 
 
 class Record:
-    """Printed as one JSON line. `passed` is whether every check held; a check that does not hold
-    does not end the block.
+    """Printed as one JSON line after each figure: of a block that is killed, first_light.py reads the
+    last. `passed` is whether every check held; a check that does not hold does not end the block.
     """
 
     def __init__(self) -> None:
@@ -20,6 +20,7 @@ class Record:
 
     def figure(self, name: str, value: Any) -> None:
         self._record[name] = float(f"{value:.4g}") if isinstance(value, float) else value
+        print(json.dumps(self._record | {"passed": False, "error": "ended early"}), flush=True)
 
     def at_most(self, name: str, value: float, bound: float) -> None:
         self.figure(name, value)

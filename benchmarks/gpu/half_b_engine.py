@@ -83,8 +83,8 @@ class Stopwatch:
 
 
 def sync_parts(record: Record, client: TrainingClient) -> None:
-    """The loaders' loop (which casts, too), waiting for their copies, the prefix cache, and what is
-    left: threads and guards.
+    """The fused copy (or the loaders' loop; both cast, too), waiting for it, the prefix cache, and what
+    is left: threads and guards.
 
     Each reset has one short answer's blocks to forget, and walks all blocks of the cache.
     """
@@ -98,6 +98,8 @@ def sync_parts(record: Record, client: TrainingClient) -> None:
             ("load in all", thread._engine, "load_weights"),
         ):
             stack.enter_context(patch.object(owner, method, stopwatch.wrap(name, getattr(owner, method))))
+        if copies := thread._engine._copies:
+            stack.enter_context(patch.object(thread._engine, "_copies", stopwatch.wrap("fused copy", copies)))
         if ON_GPU:
             synchronize = stopwatch.wrap("waiting for the stream", torch.cuda.Stream.synchronize)
             stack.enter_context(patch.object(torch.cuda.Stream, "synchronize", synchronize))
@@ -107,6 +109,7 @@ def sync_parts(record: Record, client: TrainingClient) -> None:
             stopwatch.take()
             client.save_weights_and_get_sampling_client().close()
             parts.append(stopwatch.take())
+    record.holds("syncs are one fused copy", not ON_GPU or thread._engine._copies is not None)
     for name in parts[0]:
         record.figure(f"sync: {name}, ms", float(np.median([part.get(name, 0.0) for part in parts])))
 

@@ -5,7 +5,6 @@ Long enough to see that both learn. The command lines' own checks (sampler again
 end a run that is wrong.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.checks import Record
+from posttrain.tracking.metrics_log import read_metrics
 
 # The warm start and the RL that tests/test_cli.py requires to learn on a CPU.
 TASK = "num_digits=1 operators=+- num_test=20"
@@ -29,17 +29,13 @@ RL = (
 VLLM = "backend.engine=vllm backend.sampler_memory_gb=1"
 
 
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def run(record: Record, name: str, command: str, folder: Path) -> list[dict[str, Any]]:
     start = time.perf_counter()
     ended = subprocess.run([sys.executable, *command.split(), f"log_path={folder}"], capture_output=True, text=True)
     record.figure(f"{name}: s", time.perf_counter() - start)
     print(ended.stdout[-3000:], ended.stderr[-3000:])
     record.holds(f"{name}: exit status {ended.returncode}", ended.returncode == 0)
-    return metrics_of(folder) if ended.returncode == 0 else []
+    return read_metrics(folder) if ended.returncode == 0 else []
 
 
 def main() -> None:

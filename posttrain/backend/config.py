@@ -60,6 +60,11 @@ class BackendConfig:
         validator=POSITIVE_SHARE,
         doc="share of the GPU's free memory that the KV cache of a vLLM engine may take; the trainer needs the rest",
     )
+    sleep_while_training: bool = chz.field(
+        default=False,
+        doc="give the GPU memory of the vLLM engine to the passes: meanwhile its weights are in the CPU's memory, and "
+        "its KV cache is dropped",
+    )
     snapshot_memory_gb: float | None = chz.field(
         default=None,
         validator=POSITIVE,

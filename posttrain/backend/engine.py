@@ -80,6 +80,10 @@ class Engine(Protocol):
         """Replaces all weights and drops every cache that depends on them."""
         ...
 
+    def sleep(self) -> None:
+        """Frees memory until the next `add` or `load_weights`."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -116,8 +120,13 @@ class _Withdrawn:
     call: _Call
 
 
+@dataclass(eq=False)
+class _Sleep:
+    future: "Future[None]"
+
+
 _LookUp = None  # a message without content: check whether the engine is held
-_Message = _Call | _Sync | _Withdrawn | None
+_Message = _Call | _Sync | _Sleep | _Withdrawn | None
 
 _running: set["EngineThread"] = set()
 
@@ -203,6 +212,12 @@ class EngineThread:
         self._put(sync)
         sync.future.result()
 
+    def sleep(self) -> None:
+        """Blocks until the engine's memory is free; it stays awake if there is something to sample."""
+        sleep = _Sleep(Future())
+        self._put(sleep)
+        sleep.future.result()
+
     def hold(self, client: object) -> Callable[[], object]:
         """Keeps the engine until the returned function is called or `client` is garbage-collected."""
         holder = object()
@@ -276,7 +291,7 @@ class EngineThread:
             for item in self._drain():
                 if isinstance(item, _Call):
                     item.future.fail(self._stop_reason())
-                elif isinstance(item, _Sync):
+                elif isinstance(item, _Sync | _Sleep):
                     item.future.set_exception(self._stop_reason())
             try:
                 self._engine.close()
@@ -309,6 +324,10 @@ class EngineThread:
         if isinstance(item, _Sync):
             self._syncs.append(item)
             self._load_synced()
+        elif isinstance(item, _Sleep):
+            if not (self._calls or self._waiting or self._syncs):
+                self._engine.sleep()
+            item.future.set_result(None)
         elif isinstance(item, _Withdrawn):
             self._remove(item.call)
         elif isinstance(item, _Call) and not item.future.done():  # else it was cancelled in the inbox

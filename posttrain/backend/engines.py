@@ -26,7 +26,7 @@ from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.spans import Spans
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.vllm_engine import vllm_is_installed
+from posttrain.backend.vllm_engine import check_sleep, samples_with_vllm, set_batch_invariance, vllm_is_installed
 from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
 
@@ -45,6 +45,10 @@ class Engines:
                 f"backend.engine=vllm samples on {training_device().type}, not on backend.device={config.device}: take "
                 "backend.engine=torch"
             )
+        if config.sleep_while_training:
+            check_sleep(config)
+        if config.reproducible and samples_with_vllm(config) and (device := training_device(config)).type == "cuda":
+            set_batch_invariance(device)
         self.config, self.shares, self._open_cluster = config, config.share_engines, open_cluster
         self._spans, self._num_replicas = spans, 0
         self.bases = BaseModels()

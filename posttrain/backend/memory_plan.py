@@ -106,7 +106,7 @@ class PlannedRun:
         return MemoryPlan(self._always(), self._training(), self._sampling())
 
     def _always(self) -> dict[str, int]:
-        device, size, weights, compute = self.device.type, self.size, self.weights, self.compute
+        device, size, weights = self.device.type, self.size, self.weights
         vllm = self.samples and samples_with_vllm(self.backend)
         parts = {"process": PROCESS_BYTES[device] + (VLLM_BYTES[device] if vllm else 0)}
         lean = self.backend.moments == "8bit"
@@ -123,15 +123,21 @@ class PlannedRun:
         if self.reference:
             parts[f"reference, {_name(weights)}"] = weights.itemsize * size.parameters
         parts = {name: count if name == "process" else count // self.shards for name, count in parts.items() if count}
-        if self.samples:
-            parts[f"sampler weights, {_name(compute)}"] = compute.itemsize * size.parameters
-        if vllm and device == "cpu":
+        return parts | ({} if self.backend.sleep_while_training else self._engine())
+
+    def _engine(self) -> dict[str, int]:
+        """What a sampler holds while it is awake."""
+        device, size, compute = self.device.type, self.size, self.compute
+        if not self.samples:
+            return {}
+        parts = {f"sampler weights, {_name(compute)}": compute.itemsize * size.parameters}
+        if not samples_with_vllm(self.backend):
+            return parts
+        if device == "cpu":
             head = size.vocabulary * size.hidden
             packed = PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head
             parts["vLLM's packed copies"] = int(compute.itemsize * packed)
-        if vllm:
-            parts["KV cache"] = kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)
-        return parts
+        return parts | {"KV cache": kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)}
 
     @property
     def masters(self) -> bool:
@@ -177,7 +183,7 @@ class PlannedRun:
         parts = {f"logits of {rows} sequences": rows * self.size.vocabulary * SAMPLER_BYTES}
         if not samples_with_vllm(self.backend):
             parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, self.compute.itemsize)
-        return parts
+        return parts | (self._engine() if self.backend.sleep_while_training else {})
 
     def changed(self, **settings: Any) -> "PlannedRun":
         """With other settings of the backend."""

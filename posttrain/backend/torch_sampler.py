@@ -66,6 +66,8 @@ class TorchSampler:
         for name, tensor in weights:
             live[name].copy_(tensor)
 
+    def sleep(self) -> None: ...
+
     def close(self) -> None:
         del self._model
 

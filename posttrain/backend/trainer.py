@@ -22,10 +22,7 @@ from posttrain.backend.adapters import fingerprint
 from posttrain.backend.attention import (
     check_setting,
     dense_mask,
-    kernel_gap,
     masks_of_layers,
-    packs,
-    set_packing,
     tree_mask,
 )
 from posttrain.backend.base_models import BaseModels, SharedBase
@@ -34,13 +31,14 @@ from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, 
 from posttrain.backend.custom_loss import CustomLoss, check_loss
 from posttrain.backend.data_checks import check_data, check_finite, check_sequences, resolve_loss
 from posttrain.backend.device_lock import computing
-from posttrain.backend.errors import ConfigError, DataError, ModelError, NonFiniteError
-from posttrain.backend.logprobs import fp32_logits, target_logprobs
+from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
+from posttrain.backend.logprobs import target_logprobs
 from posttrain.backend.lora_layers import add_lora, check_rank
 from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm, by_width, in_order
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import compute_merged
+from posttrain.backend.model_checks import check_head, check_rows, pack_rows
 from posttrain.backend.models import (
     attention_windows,
     cast_weights,
@@ -56,7 +54,6 @@ from posttrain.backend.types import (
     ForwardBackwardOutput,
     GetInfoResponse,
     LoraConfig,
-    ModelInput,
     OptimStepResponse,
     TensorData,
 )
@@ -65,12 +62,7 @@ from posttrain.backend.weight_versions import Weights
 
 T = TypeVar("T")
 
-# Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
-MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
-# Relative difference of an attention kernel's output and gradients from a dense computation in fp32.
-MOST_KERNEL_GAP = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
 WIDTH_BUCKET = 256  # widths of rows that compiled code meets are multiples of it
-LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
 
 
 class Trainer:
@@ -132,8 +124,8 @@ class Trainer:
         self.packs, self.whole_sequences = False, False
         self.compiles = False
         self._check_head()
-        self._check_rows()
-        self._pack_rows()
+        check_rows(self)
+        pack_rows(self)
         self.compiles = config.compile
         if self.compiles:
             self._compile_layers()
@@ -382,111 +374,14 @@ class Trainer:
         weight = head.base_layer.weight
         return weight if head.disable_adapters else weight + head.get_delta_weight("default")
 
-    # --- checks of the architecture, when a model is opened --------------------------------------
-
-    @computing()
-    @torch.no_grad()
-    def row_gap(self, data_D: Sequence[Datum], share: bool) -> float:
-        """Mean |logprob in one micro-batch - logprob alone| over all positions. `share`: with
-        prefix sharing."""
-        chosen, packed = range(len(data_D)), self.packs
-        batches = micro_batches(data_D, chosen, 2**62, self.device, share, packed=packed)
-        together = self._flat_logprobs(data_D, batches)
-        alone = [
-            self._flat_logprobs([datum], micro_batches([datum], [0], 2**62, self.device, False)) for datum in data_D
-        ]
-        return float((together - torch.cat(alone)).abs().mean())
-
     def _flat_logprobs(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Logprobs of all positions of all data, flat."""
         positions = [positions for batch in batches for positions in (batch.loss, batch.others)]
         parts = [p_NK for batch in batches for p_NK in Trainer._logprobs(self, batch)]
         return torch.cat([p.flatten() for p in _split_by_datum(data_D, positions, parts)])
 
-    def _check_rows(self) -> None:
-        """Each sequence must have its own logprobs in padded and shared rows. If only sharing
-        fails, it is switched off."""
-        data_D, limit = row_check_data(self.vocabulary, self.max_length), MOST_ROW_GAP[self.compute_dtype]
-        if (gap := self.row_gap(data_D, share=False)) > limit:
-            raise ModelError(
-                f"{self.model_name!r} cannot be trained in batches: a sequence's logprobs differ by {gap:.2g} on "
-                "average "
-                "when a longer one is beside it"
-            )
-        self.shares_prefixes = self.shares_prefixes and self.row_gap(data_D, share=True) <= limit
-
-    def _pack_rows(self) -> None:
-        """Where backend.attention says so and it gives each sequence the logprobs it has alone.
-        Otherwise a line says why not; ModelError if packing is not left to us."""
-        wanted = self.config.attention
-        if not packs(wanted, self.device):
-            return
-        if reason := self._packing_fails():
-            self.packs = False
-            set_packing(self.base, False)
-            if wanted != "auto":
-                raise ModelError(
-                    f"backend.attention={wanted}: the rows of {self.model_name!r} cannot be packed: {reason}"
-                )
-            print(f"rows are padded, not packed (backend.attention=auto): {reason}", flush=True)
-
-    def _packing_fails(self) -> str | None:
-        """Packs, and returns the reason if that is wrong."""
-        if self.windows is None:
-            return "its config does not say that all layers are causal attention"
-        self.whole_sequences = self.config.attention != "flex" and self.compute_dtype == torch.bfloat16
-        try:
-            gap = kernel_gap(self.hf_config, self.windows, self.device, self.compute_dtype, self.whole_sequences)
-            limit = MOST_KERNEL_GAP[self.compute_dtype]
-            if gap > limit:
-                return f"the kernel's results differ by {gap:.2g} from those with a mask"
-            self.packs = True
-            set_packing(self.base, True)
-            data_D = row_check_data(self.vocabulary, self.max_length)
-            gap = max(self.row_gap(data_D, share) for share in {False, self.shares_prefixes})
-        except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if gap > MOST_ROW_GAP[self.compute_dtype]:
-            return f"a sequence's logprobs differ by {gap:.2g} from those it has alone"
-        return None
-
-    @computing()
-    @torch.no_grad()
     def _check_head(self) -> None:
-        """Refuses a model whose logits have an operation that `logit_transform` does not know.
-        Checked with the model's hidden states, which are small in a random model, and with hidden
-        states large enough for any softcap."""
-        head: Any = self.base.get_output_embeddings()
-        if getattr(head, "bias", None) is not None:
-            raise ModelError(
-                f"{self.model_name!r} has a bias in its output layer, which the chunked logprobs do not add"
-            )
-        tokens, hidden_states = self.vocabulary - 1 - torch.arange(8, device=self.device)[None], []
-        head_VH = self._head()
-        large_BTH = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, head_VH.shape[1]))).to(head_VH)
-        large_BTH *= LARGE_LOGITS / fp32_logits(large_BTH[0], head_VH).std()
-        for replaced_BTH in (None, large_BTH):
-
-            def replace(module: Any, args: Any, output: Any, replaced_BTH: torch.Tensor | None = replaced_BTH) -> Any:
-                if replaced_BTH is not None:
-                    output.last_hidden_state = replaced_BTH
-                hidden_states.append(output.last_hidden_state)
-                return output
-
-            hook = self.base.get_decoder().register_forward_hook(replace)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-                logits_TV = self.base(input_ids=tokens).logits[0].float()
-                expected = logits_TV.log_softmax(-1).gather(-1, tokens.T)
-            hook.remove()
-            hidden_TH = hidden_states.pop()[0].to(self.compute_dtype)
-            gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=self.transform) - expected).abs().max()
-            # On CUDA the chunked logits are fp32, and the model's own rounded to bf16: by up to
-            # 1/256 of the largest.
-            if gap > (1e-3 if self.compute_dtype == torch.float32 else 0.3 + float(logits_TV.abs().max()) / 64):
-                unknown = (
-                    "computes its logits in a way the chunked logprobs do not know (a scale or a softcap of its own)"
-                )
-                raise ModelError(f"{self.model_name!r} {unknown}")
+        check_head(self)
 
     # --- optimizer -------------------------------------------------------------------------------
 
@@ -573,15 +468,6 @@ class Trainer:
 def _check_one_width(data_D: Sequence[Datum]) -> None:
     if len(by_width(data_D)) > 1:
         raise DataError("data with different numbers of targets per token: run them in passes of their own")
-
-
-def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:
-    """Three random sequences with a common prefix, and a longer one without it."""
-    rng, prompt, answer = np.random.default_rng(0), max(1, min(24, max_length // 2)), max(1, min(8, max_length // 4))
-    shared = rng.integers(vocabulary, size=prompt)
-    rows = [np.append(shared, rng.integers(vocabulary, size=answer)) for _ in range(3)]
-    rows.append(rng.integers(vocabulary, size=min(40, max_length)))
-    return [Datum(ModelInput.from_ints(row.tolist()), {"target_tokens": np.roll(row, -1)}) for row in rows]
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

@@ -124,6 +124,8 @@ class TrainingClient(Ready):
 
     def _pass(self, run: Callable[..., T], *args: Any) -> T:
         try:
+            if self._engines.config.sleep_while_training and isinstance(self._engine, EngineThread):
+                self._engine.sleep()
             return run(*args)
         except BaseException as error:
             self._pass_failed(error)

@@ -47,6 +47,8 @@ from posttrain.backend.vllm_weights import (
 _computing = threading.Lock()
 _live_engines: set["VllmEngine"] = set()
 MOST_LISTED = 2**22  # logprobs of one prompt that vLLM lists as Python numbers, some 100 bytes each
+# As vLLM sets it from Hopper on: cuBLAS then does not divide the sums of a product.
+NO_SPLIT_SUMS = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
 LARGEST_GRAPH = 1024  # rows; each size that is captured takes start-up time and memory
 
 
@@ -61,6 +63,15 @@ def samples_with_vllm(config: BackendConfig) -> bool:
     """auto: where it is installed, and backend.device is the device it takes."""
     on_its_device = training_device(config) == training_device()
     return config.engine == "vllm" or (config.engine == "auto" and vllm_is_installed() and on_its_device)
+
+
+def check_sleep(config: BackendConfig) -> None:
+    """ConfigError where backend.sleep_while_training cannot be had."""
+    setting = "backend.sleep_while_training=true"
+    if training_device(config).type != "cuda" or not samples_with_vllm(config):
+        raise ConfigError(f"{setting} gives a GPU's memory back, and needs backend.engine=vllm on a GPU: leave it out")
+    if config.sampler_replicas or config.share_engines:
+        raise ConfigError(f"{setting} is for one engine in this process, not for replicas or shared engines")
 
 
 def engine_args(
@@ -91,6 +102,7 @@ def engine_args(
         # Recurrent and convolution layers keep prefix states only where prompts are read in parts.
         args |= {} if has_only_attention(hf_config) else {"enable_prefix_caching": False}
         return args
+    args |= {"enable_sleep_mode": True} if config.sleep_while_training else {}
     # vLLM requires this much free memory; the KV cache's bytes are given
     args["gpu_memory_utilization"] = 0.01
     if not eager:  # vLLM's own end at 512 rows, and more rows run without a graph
@@ -118,6 +130,7 @@ class VllmEngine:
         self._device, self._dtype = device, compute_dtype(device, config)
         self._vocabulary = hf_config.get_text_config().vocab_size
         self._checkpoint_form = CheckpointForm(hf_config)
+        self._asleep = False
         self._unfinished: dict[str, SequenceRequest] = {}
         self._next_id = 0
         if device.type == "cpu":
@@ -179,6 +192,7 @@ class VllmEngine:
             detokenize=any(isinstance(s, str) for s in stop_list),
             output_kind=RequestOutputKind.CUMULATIVE if request.on_tokens else RequestOutputKind.FINAL_ONLY,
         )
+        self._wake()
         request_id = str(self._next_id)
         self._next_id += 1
         self._engine.add_request(request_id, {"prompt_token_ids": request.prompt}, vllm_params)
@@ -210,7 +224,7 @@ class VllmEngine:
             del self._unfinished[request_id]
 
     def _check_every_parameter(self) -> None:
-        """vLLM's loaders silently skip unknown names: loads zeros, and counts."""
+        """vLLM's loaders silently skip unknown names: loads something, and counts."""
         names_R = self._in_processes(parameters_left_out, self._checkpoint_form, self._dtype)
         if names := sorted({name for names in names_R for name in names}):
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -218,8 +232,22 @@ class VllmEngine:
                 f"vLLM cannot serve this model: it does not take {len(names)} of its own weights ({some}). {USE_TORCH}"
             )
 
+    def sleep(self) -> None:
+        """Without requests: its memory is free until the next request or weights."""
+        if not self._asleep:
+            with _computing, computing(), _in_stream_order(self._device):
+                self._engine.sleep(level=1)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            with _computing, computing():
+                self._engine.wake_up()
+            self._asleep = False
+
     def load_weights(self, weights: Weights) -> None:
         """With tensor parallelism FileWeights, which each process reads."""
+        self._wake()
         with _computing, computing(), global_generators_kept(), _in_stream_order(self._device):
             self._in_processes(load_all, self._checkpoint_form, weights)
         # Cached prefixes have the old weights; running sequences recompute theirs.
@@ -321,12 +349,13 @@ def _set_environment(device: torch.device, reproducible: bool) -> None:
     # never used where logprobs are returned, and its import may fail
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if device.type == "cuda" and reproducible:
-        _set_batch_invariance(device)
+        set_batch_invariance(device)
 
 
-def _set_batch_invariance(device: torch.device) -> None:
+def set_batch_invariance(device: torch.device) -> None:
     """Kernels whose rounding does not depend on what is decoded beside a sequence. vLLM reads the
-    variable when it is imported. ConfigError where the mode cannot be had."""
+    variable when it is imported, cuBLAS its own at the first product of the process, which is the
+    trainer's. ConfigError where the mode cannot be had."""
     asked, variable = os.environ.get("VLLM_BATCH_INVARIANT"), "backend.reproducible=true needs VLLM_BATCH_INVARIANT=1"
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise ConfigError(
@@ -340,7 +369,7 @@ def _set_batch_invariance(device: torch.device) -> None:
             f"{variable} from the first engine on, and this process has loaded vLLM without it: set the variable "
             "before the start"
         )
-    os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    os.environ |= {"VLLM_BATCH_INVARIANT": "1"} | NO_SPLIT_SUMS
 
 
 @contextmanager

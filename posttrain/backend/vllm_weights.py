@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from posttrain.backend.engine import Weights
+from posttrain.backend.vllm_copies import record
 
 TIED_HEAD = "lm_head.weight"
 
@@ -37,6 +38,12 @@ class CheckpointForm:
         for name, tensor in self.model.state_dict().items():
             yield name, torch.zeros(tensor.shape, dtype=dtype, device=device)
 
+    def random(self, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same numbers in each call."""
+        for seed, (name, tensor) in enumerate(self.model.state_dict().items()):
+            generator = torch.Generator(device).manual_seed(seed)
+            yield name, torch.randn(tensor.shape, generator=generator, dtype=dtype, device=device)
+
 
 def has_only_attention(hf_config: PretrainedConfig) -> bool:
     """Whether no layer is recurrent or a convolution."""
@@ -58,22 +65,22 @@ def load_all(worker: Any, form: CheckpointForm, weights: Weights) -> None:
     if _is_on_cpu(vllm_model):
         worker.reload_weights(weights_iterator=iter(form(weights)))
         _pack_experts(vllm_model)
+    elif worker.recorded_copies:
+        worker.recorded_copies(form(weights))
     else:
         vllm_model.load_weights(iter(form(weights)))
 
 
 @torch.no_grad()
 def parameters_left_out(worker: Any, form: CheckpointForm, dtype: torch.dtype) -> list[str]:
-    """Loads zeros into an engine with dummies; names the parameters that were not filled."""
+    """Loads weights into an engine with dummies; names the parameters that were not filled. On a GPU
+    the worker keeps the copies that the loaders made, for syncs."""
     vllm_model = worker.get_model()
-    weights = form(form.zeros(dtype, next(vllm_model.parameters()).device))
+    device = next(vllm_model.parameters()).device
     if _is_on_cpu(vllm_model):
-        return _left_out_by_reload(vllm_model, weights, worker.vllm_config)
-    parameters = {name: p for name, p in vllm_model.named_parameters() if p.is_floating_point()}
-    for parameter in parameters.values():
-        parameter.fill_(torch.nan)
-    vllm_model.load_weights(iter(weights))
-    return [name for name, parameter in parameters.items() if parameter.isnan().any()]
+        return _left_out_by_reload(vllm_model, form(form.zeros(dtype, device)), worker.vllm_config)
+    names, worker.recorded_copies = record(vllm_model, lambda: form(form.random(dtype, device)))
+    return names
 
 
 def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:

@@ -1,0 +1,136 @@
+"""Checks of a model when it is opened for training: its rows, packed or padded, give each sequence the
+logprobs it has alone, and its head is one that the chunked logprobs know.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from posttrain.backend.attention import kernel_gap, packs, set_packing
+from posttrain.backend.batching import micro_batches
+from posttrain.backend.device_lock import computing
+from posttrain.backend.errors import ModelError
+from posttrain.backend.logprobs import fp32_logits, target_logprobs
+from posttrain.backend.types import Datum, ModelInput
+
+if TYPE_CHECKING:
+    from posttrain.backend.trainer import Trainer
+
+# Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
+MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+# Relative difference of an attention kernel's output and gradients from a dense computation in fp32.
+MOST_KERNEL_GAP = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
+LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
+
+
+@computing()
+@torch.no_grad()
+def row_gap(trainer: "Trainer", data_D: Sequence[Datum], share: bool) -> float:
+    """Mean |logprob in one micro-batch - logprob alone| over all positions. `share`: with
+    prefix sharing."""
+    chosen, packed = range(len(data_D)), trainer.packs
+    batches = micro_batches(data_D, chosen, 2**62, trainer.device, share, packed=packed)
+    together = trainer._flat_logprobs(data_D, batches)
+    alone = [
+        trainer._flat_logprobs([datum], micro_batches([datum], [0], 2**62, trainer.device, False)) for datum in data_D
+    ]
+    return float((together - torch.cat(alone)).abs().mean())
+
+
+def check_rows(trainer: "Trainer") -> None:
+    """Each sequence must have its own logprobs in padded and shared rows. If only sharing
+    fails, it is switched off."""
+    data_D, limit = row_check_data(trainer.vocabulary, trainer.max_length), MOST_ROW_GAP[trainer.compute_dtype]
+    if (gap := row_gap(trainer, data_D, share=False)) > limit:
+        raise ModelError(
+            f"{trainer.model_name!r} cannot be trained in batches: a sequence's logprobs differ by {gap:.2g} on "
+            "average when a longer one is beside it"
+        )
+    trainer.shares_prefixes = trainer.shares_prefixes and row_gap(trainer, data_D, share=True) <= limit
+
+
+def pack_rows(trainer: "Trainer") -> None:
+    """Where backend.attention says so and it gives each sequence the logprobs it has alone.
+    Otherwise a line says why not; ModelError if packing is not left to us."""
+    wanted = trainer.config.attention
+    if not packs(wanted, trainer.device):
+        return
+    if reason := _packing_fails(trainer):
+        trainer.packs = False
+        set_packing(trainer.base, False)
+        if wanted != "auto":
+            raise ModelError(
+                f"backend.attention={wanted}: the rows of {trainer.model_name!r} cannot be packed: {reason}"
+            )
+        print(f"rows are padded, not packed (backend.attention=auto): {reason}", flush=True)
+
+
+def _packing_fails(trainer: "Trainer") -> str | None:
+    """Packs, and returns the reason if that is wrong."""
+    if trainer.windows is None:
+        return "its config does not say that all layers are causal attention"
+    trainer.whole_sequences = trainer.config.attention != "flex" and trainer.compute_dtype == torch.bfloat16
+    try:
+        gap = kernel_gap(
+            trainer.hf_config, trainer.windows, trainer.device, trainer.compute_dtype, trainer.whole_sequences
+        )
+        limit = MOST_KERNEL_GAP[trainer.compute_dtype]
+        if gap > limit:
+            return f"the kernel's results differ by {gap:.2g} from those with a mask"
+        trainer.packs = True
+        set_packing(trainer.base, True)
+        data_D = row_check_data(trainer.vocabulary, trainer.max_length)
+        gap = max(row_gap(trainer, data_D, share) for share in {False, trainer.shares_prefixes})
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if gap > MOST_ROW_GAP[trainer.compute_dtype]:
+        return f"a sequence's logprobs differ by {gap:.2g} from those it has alone"
+    return None
+
+
+@computing()
+@torch.no_grad()
+def check_head(trainer: "Trainer") -> None:
+    """Refuses a model whose logits have an operation that `logit_transform` does not know.
+    Checked with the model's hidden states, which are small in a random model, and with hidden
+    states large enough for any softcap."""
+    head: Any = trainer.base.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(
+            f"{trainer.model_name!r} has a bias in its output layer, which the chunked logprobs do not add"
+        )
+    tokens, hidden_states = trainer.vocabulary - 1 - torch.arange(8, device=trainer.device)[None], []
+    head_VH = trainer._head()
+    large_BTH = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, head_VH.shape[1]))).to(head_VH)
+    large_BTH *= LARGE_LOGITS / fp32_logits(large_BTH[0], head_VH).std()
+    for replaced_BTH in (None, large_BTH):
+
+        def replace(module: Any, args: Any, output: Any, replaced_BTH: torch.Tensor | None = replaced_BTH) -> Any:
+            if replaced_BTH is not None:
+                output.last_hidden_state = replaced_BTH
+            hidden_states.append(output.last_hidden_state)
+            return output
+
+        hook = trainer.base.get_decoder().register_forward_hook(replace)
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.compute_dtype == torch.bfloat16):
+            logits_TV = trainer.base(input_ids=tokens).logits[0].float()
+            expected = logits_TV.log_softmax(-1).gather(-1, tokens.T)
+        hook.remove()
+        hidden_TH = hidden_states.pop()[0].to(trainer.compute_dtype)
+        gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=trainer.transform) - expected).abs().max()
+        # On CUDA the chunked logits are fp32, and the model's own rounded to bf16: by up to
+        # 1/256 of the largest.
+        if gap > (1e-3 if trainer.compute_dtype == torch.float32 else 0.3 + float(logits_TV.abs().max()) / 64):
+            unknown = "computes its logits in a way the chunked logprobs do not know (a scale or a softcap of its own)"
+            raise ModelError(f"{trainer.model_name!r} {unknown}")
+
+
+def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:
+    """Three random sequences with a common prefix, and a longer one without it."""
+    rng, prompt, answer = np.random.default_rng(0), max(1, min(24, max_length // 2)), max(1, min(8, max_length // 4))
+    shared = rng.integers(vocabulary, size=prompt)
+    rows = [np.append(shared, rng.integers(vocabulary, size=answer)) for _ in range(3)]
+    rows.append(rng.integers(vocabulary, size=min(40, max_length)))
+    return [Datum(ModelInput.from_ints(row.tolist()), {"target_tokens": np.roll(row, -1)}) for row in rows]

@@ -1,0 +1,63 @@
+"""backend.sleep_while_training: the engine sleeps while a pass runs, unless it has something to sample;
+it is refused where there is no GPU, before a model is opened.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.memory_plan import PlannedRun
+from posttrain.backend.models import PRESETS
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.torch_sampler import TorchSampler
+from posttrain.backend.types import AdamParams, ModelInput, SamplingParams
+from tests.conftest import policy_data
+
+CONFIG = BackendConfig(engine="torch", sleep_while_training=True)
+
+
+def test_it_is_refused_by_name_without_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"backend\.sleep_while_training=true .* needs backend\.engine=vllm on a GPU"):
+        ServiceClient(CONFIG)
+
+
+def test_the_engine_sleeps_in_a_pass_and_wakes_for_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.backend.engines.check_sleep", lambda config: None)
+    events: list[str] = []
+    load = TorchSampler.load_weights
+
+    def loaded(self: TorchSampler, weights: Any) -> None:
+        events.append("load")
+        load(self, weights)
+
+    monkeypatch.setattr(TorchSampler, "load_weights", loaded)
+    monkeypatch.setattr(TorchSampler, "sleep", lambda self: events.append("sleep"))
+    with ServiceClient(CONFIG, tmp_path) as service:
+        client, data = service.create_training_client("micro"), policy_data(2)
+        client.forward_backward(data, "importance_sampling").result()
+        assert not events  # no engine yet
+        for _ in range(2):
+            client.optim_step(AdamParams(1e-3)).result()
+            sampler = client.save_weights_and_get_sampling_client()
+            sampler.sample(ModelInput.from_ints([5, 6]), 1, SamplingParams(max_tokens=2)).result()
+            client.forward_backward(data, "importance_sampling").result()
+        assert events == ["load", "sleep", "load", "sleep"]
+        # a call in flight keeps it awake: nothing sleeps before the call's end
+        future = sampler.sample(ModelInput.from_ints([5, 6]), 4, SamplingParams(max_tokens=200, stop=[]))
+        client.forward_backward(data, "importance_sampling").result()
+        assert events[4:] in ([], ["sleep"]) and (events[4:] == [] or future.done())
+        future.result()
+
+
+def test_the_plan_of_a_gpu_leaves_the_engine_out_of_passes() -> None:
+    def run(sleeps: bool) -> PlannedRun:
+        config = BackendConfig(engine="vllm", sampler_memory_gb=30, sleep_while_training=sleeps)
+        return PlannedRun(PRESETS["qwen2.5-0.5b-shape"], config, None, torch.device("cuda"), 512, samples=True)
+
+    awake, asleep = run(False).plan, run(True).plan
+    assert {"KV cache", "sampler weights, bf16"} <= set(awake.always) and "KV cache" in asleep.sampling
+    assert sum(asleep.training.values()) == sum(awake.training.values()) and asleep.peak < awake.peak
