@@ -15,6 +15,7 @@ from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.vllm_copies import record
 from tests.architectures import FAMILIES, NOT_WITH_VLLM, save_random_model
 
+LOADERS_COMPUTE = {"Qwen 3-MoE"}
 CPU = torch.device("cpu")
 SHAPES = {"embed": (10, 4), "q": (4, 4), "k": (2, 4), "up": (4, 6), "norm": (4,), "lm_head": (10, 4)}
 
@@ -105,7 +106,10 @@ def test_the_copies_of_vllms_models(family: str, tmp_path: Any, monkeypatch: pyt
             loaded = initialize_model(vllm_config)
         form = engine._checkpoint_form
         names, copies = record(model, lambda: form(form.random(torch.float32, CPU)))
-        assert not names and copies, family
+        assert not names
+        if copies is None:  # its loaders do more than copy, and are called in each sync
+            assert family in LOADERS_COMPUTE
+            return
         copies(form(source.state_dict().items()))
         loaded.load_weights(iter(form(source.state_dict().items())))
         check_equal(model, loaded)
