@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.gpu.checks import Record
-from benchmarks.gpu.sampling_engine import ROWS
+from benchmarks.gpu.sampling_engine import ON_GPU, ROWS
 
 START_SHARE = 0.6
 
@@ -60,6 +60,8 @@ VARIANTS = {
     "ours-busy": Variant("ours", "busy"),  # last: it may take long
 }
 DEFAULT = [name for name in VARIANTS if name != "ours-v2-tuned"]
+if not ON_GPU:  # two engines: each takes 1.6 GiB
+    DEFAULT = ["llm", "llm-logprobs", "ours", "rollouts", "ours-profile", "ours-busy-short"]
 
 
 @dataclass
