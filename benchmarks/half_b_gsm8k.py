@@ -32,10 +32,10 @@ from posttrain.backend.types import LoraConfig
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import read_metrics
 
-LENGTH, SEQUENCES = 512, 8
-SFT = "dataset=gsm8k dataset.batch_size=4 learning_rate=1e-5"
+LENGTH, SEQUENCES = 256, 8
+SFT = "dataset=gsm8k dataset.batch_size=2 learning_rate=1e-5"
 # All answers are wrong: with a baseline there would be nothing to train on.
-RL = "env=gsm8k groups_per_batch=2 env.group_size=4 max_tokens=48 advantage=none learning_rate=1e-6"
+RL = "env=gsm8k groups_per_batch=1 env.group_size=2 max_tokens=16 advantage=none learning_rate=1e-6"
 BOTH = "max_steps=3 eval_every=0 wandb_project=None"
 
 

@@ -3,7 +3,7 @@ logprobs it has alone, and its head is one that the chunked logprobs know.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.types import Datum, ModelInput
-
-if TYPE_CHECKING:
-    from posttrain.backend.trainer import Trainer
 
 # Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
 MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
