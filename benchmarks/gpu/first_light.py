@@ -92,7 +92,7 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
         lines = log.read().strip().splitlines()
     record = last_record(lines)
     if "error" in record:
-        record |= {"error": f"{ending}; the last lines: {[line[:300] for line in lines[-3:]]}"}
+        record |= {"error": f"{ending}; the last lines: {[line for line in lines if not line.startswith('{')][-3:]}"}
     return record | {"block": name, "seconds": round(time.monotonic() - start, 1)}
 
 

@@ -7,12 +7,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from posttrain.backend.attention import kernel_gap, packs, set_packing
-from posttrain.backend.batching import micro_batches
+from posttrain.backend.batching import MicroBatch, micro_batches
+from posttrain.backend.config import BackendConfig
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ModelError
-from posttrain.backend.logprobs import fp32_logits, target_logprobs
+from posttrain.backend.logprobs import LogitTransform, fp32_logits, target_logprobs
 from posttrain.backend.types import Datum, ModelInput
 
 # Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
@@ -22,9 +24,31 @@ MOST_KERNEL_GAP = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
 LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
 
 
+class OpenedModel(Protocol):
+    """A Trainer, without importing it."""
+
+    model_name: str
+    config: BackendConfig
+    device: torch.device
+    compute_dtype: torch.dtype
+    max_length: int
+    vocabulary: int
+    hf_config: PretrainedConfig
+    base: PreTrainedModel
+    transform: LogitTransform
+    windows: dict[str, int | None] | None
+    shares_prefixes: bool
+    packs: bool
+    whole_sequences: bool
+
+    def _flat_logprobs(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor: ...
+
+    def _head(self) -> torch.Tensor: ...
+
+
 @computing()
 @torch.no_grad()
-def row_gap(trainer: "Trainer", data_D: Sequence[Datum], share: bool) -> float:
+def row_gap(trainer: OpenedModel, data_D: Sequence[Datum], share: bool) -> float:
     """Mean |logprob in one micro-batch - logprob alone| over all positions. `share`: with
     prefix sharing."""
     chosen, packed = range(len(data_D)), trainer.packs
@@ -36,7 +60,7 @@ def row_gap(trainer: "Trainer", data_D: Sequence[Datum], share: bool) -> float:
     return float((together - torch.cat(alone)).abs().mean())
 
 
-def check_rows(trainer: "Trainer") -> None:
+def check_rows(trainer: OpenedModel) -> None:
     """Each sequence must have its own logprobs in padded and shared rows. If only sharing
     fails, it is switched off."""
     data_D, limit = row_check_data(trainer.vocabulary, trainer.max_length), MOST_ROW_GAP[trainer.compute_dtype]
@@ -48,7 +72,7 @@ def check_rows(trainer: "Trainer") -> None:
     trainer.shares_prefixes = trainer.shares_prefixes and row_gap(trainer, data_D, share=True) <= limit
 
 
-def pack_rows(trainer: "Trainer") -> None:
+def pack_rows(trainer: OpenedModel) -> None:
     """Where backend.attention says so and it gives each sequence the logprobs it has alone.
     Otherwise a line says why not; ModelError if packing is not left to us."""
     wanted = trainer.config.attention
@@ -64,7 +88,7 @@ def pack_rows(trainer: "Trainer") -> None:
         print(f"rows are padded, not packed (backend.attention=auto): {reason}", flush=True)
 
 
-def _packing_fails(trainer: "Trainer") -> str | None:
+def _packing_fails(trainer: OpenedModel) -> str | None:
     """Packs, and returns the reason if that is wrong."""
     if trainer.windows is None:
         return "its config does not say that all layers are causal attention"
@@ -89,7 +113,7 @@ def _packing_fails(trainer: "Trainer") -> str | None:
 
 @computing()
 @torch.no_grad()
-def check_head(trainer: "Trainer") -> None:
+def check_head(trainer: OpenedModel) -> None:
     """Refuses a model whose logits have an operation that `logit_transform` does not know.
     Checked with the model's hidden states, which are small in a random model, and with hidden
     states large enough for any softcap."""

@@ -50,10 +50,10 @@ class Copies:
                 sources.append(copy.source(tensor))
                 size += sources[-1].nbytes
             if size > GROUP_BYTES:
-                torch._foreach_copy_(targets, sources)
+                torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
                 targets, sources, size = [], [], 0
         if targets:
-            torch._foreach_copy_(targets, sources)
+            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
         if missing:
             raise KeyError(f"weights that a sync must bring: {sorted(missing)[:3]}")
 
