@@ -58,8 +58,8 @@ def masked(bias_B1TT: torch.Tensor) -> Kernel:
 
 def by_backend(mask: TreeMask) -> Kernel:
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        flat = (x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v))
-        return attend("sdpa", torch.nn.Module(), *flat, mask)[0].view_as(q)
+        query, key, value = (x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v))
+        return attend("sdpa", torch.nn.Module(), query, key, value, mask)[0].view_as(q)
 
     return run
 
