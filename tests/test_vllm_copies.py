@@ -1,13 +1,14 @@
 """A sync in one copy gives a model of vLLM what its loaders would give it."""
 
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
-from posttrain.backend import vllm_copies
+from posttrain.backend import vllm_copies, vllm_weights
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import Weights
 from posttrain.backend.models import load_model
@@ -80,6 +81,25 @@ def test_loaders_that_compute_are_called_in_each_sync() -> None:
 
 def test_weights_that_the_loaders_skip_are_named() -> None:
     assert record(Loaded(skipped="k"), lambda: random(0)) == (["qk"], None)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_worker_of_a_gpu_syncs_by_copies_or_loaders(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Form:
+        def __call__(self, weights: Weights) -> Weights:
+            return weights
+
+        def random(self, dtype: torch.dtype, device: torch.device) -> Weights:
+            return random(0)
+
+    monkeypatch.setattr(vllm_weights, "_is_on_cpu", lambda model: False)
+    model, loaded, form = Loaded(scale), Loaded(scale), cast(Any, Form())
+    worker: Any = SimpleNamespace(get_model=lambda: model)
+    assert vllm_weights.parameters_left_out(worker, form, torch.float32) == []
+    assert bool(worker.recorded_copies) == (scale == 1)
+    vllm_weights.load_all(worker, form, random(1))
+    loaded.load_weights(iter(random(1)))
+    check_equal(model, loaded)
 
 
 @pytest.mark.slow
