@@ -10,7 +10,7 @@ import torch
 
 from posttrain.backend.batching import micro_batches
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.data_checks import check_data, resolve_loss
+from posttrain.backend.data_checks import check_data, check_finite, resolve_loss
 from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
 from posttrain.backend.logprobs import LogitTransform, target_logprobs
 from posttrain.backend.loss_terms import LossTerm
@@ -441,3 +441,19 @@ def test_scaled_and_capped_logits_forward_and_backward(transform: LogitTransform
     theirs = torch.autograd.grad((expected * weight).sum(), (hidden, head))
     for ours, gradient in zip(torch.autograd.grad((found * weight).sum(), (hidden, head)), theirs, strict=True):
         assert torch.allclose(ours, gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_weights_and_optimizer_state_are_finite_or_named(value: float) -> None:
+    """3e38 is finite, and its square is not."""
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    check_finite({"w": weight}, optimizer)
+    optimizer.state[weight]["exp_avg_sq"][2, 1] = value
+    if value == 3e38:
+        check_finite({"w": weight}, optimizer)
+    else:
+        with pytest.raises(NonFiniteError, match="1 of 3 tensors are not finite, first 'exp_avg_sq of w'"):
+            check_finite({"w": weight}, optimizer)

@@ -106,9 +106,10 @@ def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optim
             if state.ndim and state.is_floating_point()
         }
     tensors = {name: part for name, tensor in tensors.items() if (part := local(tensor.detach())).numel()}
-    largest = get_total_norm(list(tensors.values()), torch.inf)
-    if not torch.isfinite(largest):
-        bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    # On a CPU the norm takes 1/15 of the time of the largest value. It overflows at finite values, too.
+    if torch.isfinite(get_total_norm(list(tensors.values()))):
+        return
+    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise NonFiniteError(
             f"{len(bad)} of {len(tensors)} tensors are not finite, first {bad[0]!r}: an optimizer step went too far, "
             "and nothing was "
