@@ -28,9 +28,11 @@ import torch
 from benchmarks.report import wait_until_quiet, write_report
 from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig
+from posttrain.backend.models import PRESETS, new_model
 from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams
 from posttrain.tracking.timeline import Timeline
@@ -38,6 +40,7 @@ from posttrain.tracking.timeline import Timeline
 PROMPTS, SAMPLES, NEW_TOKENS = 64, 8, 32
 SEQUENCES, LENGTH = 128, 128  # 16k tokens of a training step
 LONE = 40  # requests, one at a time
+LARGE = "2 ranks, 2 replicas, 0.2 GB"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -62,6 +65,11 @@ def main() -> None:
         for layout, backend in layouts.items():
             with ServiceClient(backend, folder) as service:
                 figures |= measured(layout, service.create_training_client(given.model), given.rounds)
+        backend = BackendConfig(**common, trainer_processes=2, sampler_replicas=2)
+        with ServiceClient(backend, folder) as service:
+            client = service.create_training_client(large_model(Path(folder) / "large"))
+            client.save_weights_and_get_sampling_client(follow=True)
+            figures |= {f"{LARGE}: {name}": value for name, value in syncs(client, given.rounds).items()}
         ray.close()
     per_step = {name: figures[f"{name}: training tokens/s"] for name in layouts if name != "2 replicas"}
     cpu = {name: figures[f"{name}: training, CPU s of a step"] for name in per_step}
@@ -77,6 +85,7 @@ def main() -> None:
         "1 replica / 2 replicas, CPU of a token": figures[f"1 replica: {token}"] / figures[f"2 replicas: {token}"],
         "1 replica / 1 process, CPU of a token": figures[f"1 replica: {token}"] / figures[f"1 process: {token}"],
         "sync / copy of the bytes": figures["2 replicas: sync, s"] / figures["2 replicas: copy of the bytes, s"],
+        f"sync / copy of the bytes, {LARGE}": figures[f"{LARGE}: sync, s"] / figures[f"{LARGE}: copy of the bytes, s"],
         "asynchronous step / max(sample, train)": figures["1 replica: step of both, s"]
         / max(figures["1 replica: sampling, s"], figures["1 replica: training step, s"]),
     }
@@ -104,6 +113,16 @@ def measured(layout: str, client: TrainingClient, rounds: int) -> dict[str, floa
     if layout == "1 replica":
         figures["step of both, s"] = timed(lambda: sample(sampler, meanwhile=lambda: train(client)), rounds)[0]
     return {f"{layout}: {name}": value for name, value in figures.items()}
+
+
+def large_model(folder: Path) -> str:
+    """51M random weights: bytes, not calls, are the cost of a sync."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "head_dim": 64}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 8}
+    hf_config = type(PRESETS["tiny"])(**PRESETS["tiny"].to_dict() | sizes | {"layer_types": None})
+    new_model(hf_config).save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)
 
 
 def syncs(client: TrainingClient, rounds: int) -> dict[str, float]:
