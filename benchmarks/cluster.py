@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not __package__:  # run as a file: the packages are one folder up
@@ -117,9 +118,9 @@ def measured(layout: str, client: TrainingClient, rounds: int) -> dict[str, floa
 
 def large_model(folder: Path) -> str:
     """51M random weights: bytes, not calls, are the cost of a sync."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "head_dim": 64}
-    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 8}
-    hf_config = type(PRESETS["tiny"])(**PRESETS["tiny"].to_dict() | sizes | {"layer_types": None})
+    settings: dict[str, Any] = PRESETS["tiny"].to_dict() | {"num_hidden_layers": 4, "layer_types": None, "head_dim": 64}
+    settings |= {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
+    hf_config = type(PRESETS["tiny"])(**settings)
     new_model(hf_config).save_pretrained(folder)
     load_tokenizer("tiny").save_pretrained(folder)
     return str(folder)
