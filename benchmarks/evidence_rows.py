@@ -59,6 +59,15 @@ ROWS = [
         },
     ),
     Row(
+        "off_policy_distillation",
+        "recipes/distillation/off_policy.py seed={seed} log_path={folder}/run",
+        (*RL, "recipes/distillation"),
+        {
+            f"{name}: nats per token of unseen answers": Metric("test/nll", folder=f"run/off_policy_{{seed}}/{name}")
+            for name in ("hard", "soft", "renormalised")
+        },
+    ),
+    Row(
         "guess_number",
         "recipes/guess_number/train.py seed={seed} log_path={folder}/run behavior_if_log_dir_exists=resume",
         (*RL, "recipes/guess_number"),
@@ -76,6 +85,15 @@ ROWS = [
             for label in ("with_calculator", "from_memory")
         },
         picture="run/tool_calls.png recipes/tool_calls/tool_calls.png",
+    ),
+    Row(
+        "retrieval",
+        "recipes/tool_calls/retrieval.py seed={seed} log_path={folder}/run",
+        (*RL, "recipes/tool_calls"),
+        {
+            f"retrieval, {label}: right after RL": Metric(CORRECT, folder=f"run/{label}/rl")
+            for label in ("with_search", "from_memory")
+        },
     ),
     Row(
         "dpo",

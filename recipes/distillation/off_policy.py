@@ -31,8 +31,8 @@ from supervised.data import ConversationFileBuilder
 class Config(teacher.Config):
     """A student of the teacher's answers and probabilities."""
 
-    number: int = chz.field(default=5000, validator=COUNT, doc="questions that the teacher answers")
-    steps: int = chz.field(default=200, validator=COUNT, doc="steps of each student, 128 answers each")
+    number: int = chz.field(default=10000, validator=COUNT, doc="questions that the teacher answers")
+    steps: int = chz.field(default=400, validator=COUNT, doc="steps of each student, 128 answers each")
     top_k: int = chz.field(default=8, validator=COUNT, doc="soft targets per token")
 
 
