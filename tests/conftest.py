@@ -58,7 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A worker gets whole files, so that their fixtures are made once; and all that use vLLM, or the
-    fork server of commands.py, so that each of these two starts once."""
+    fork server of commands.py, so that each of these two starts once. (With pytest 9.2, xdist 3.8's
+    own loadgroup groups nothing.)"""
     from xdist.scheduler import LoadScopeScheduling
 
     class FilesByEngine(LoadScopeScheduling):

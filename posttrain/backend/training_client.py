@@ -97,7 +97,7 @@ class TrainingClient(Ready):
         return self._submit_pass(self._trainer.run_custom, data, loss_fn)
 
     def refuse_pass(self, error: CookbookError) -> APIFuture[Any]:
-        """A pass that fails with `error` in its turn: for who finds a fault before the data come here."""
+        """A pass that fails with `error` in its turn, for a caller that refused the data itself."""
 
         def refuse() -> None:
             raise error
