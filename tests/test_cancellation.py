@@ -421,7 +421,9 @@ def test_a_call_that_blocks_its_loop_is_answered_at_once(
 
     async def main() -> list[int]:
         futures = [sampler.sample(prompt_of(5, i), 1, SamplingParams(max_tokens=2, seed=0)) for i in range(2)]
-        return [len(future.result(PATIENCE).sequences[0].tokens) for future in futures]
+        lengths = [len(future.result(PATIENCE).sequences[0].tokens) for future in futures]
+        torch_service.close()
+        return lengths
 
     assert asyncio.run(main()) == [2, 2]
 

@@ -438,7 +438,7 @@ class EngineThread:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(_after_turns, loop, SETTLE_TURNS, reacted)
                 while not reacted.wait(SETTLE_THREAD_SECONDS) and time.monotonic() < deadline:
-                    if is_blocked(loop):  # it submits nothing before this engine answers
+                    if self._closing or is_blocked(loop):  # it submits nothing before this engine answers, or ends
                         break
 
     def _wait_for_quiet(self) -> None:
