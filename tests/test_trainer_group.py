@@ -158,9 +158,9 @@ def steps_of(folder: Path) -> int:
 
 def test_a_run_goes_on_from_its_checkpoint_when_a_rank_dies(tmp_path: Path) -> None:
     """In the same command, to the bits of a run in which none died."""
-    whole = command(tmp_path / "whole", 60)
-    killed = command(tmp_path / "killed", 60, "save_every=10", "backend.trainer_restarts=1")
-    wait_until(lambda: steps_of(tmp_path / "killed") > 15 or killed.poll() is not None, 500)
+    whole = command(tmp_path / "whole", 24)
+    killed = command(tmp_path / "killed", 24, "save_every=4", "backend.trainer_restarts=1")
+    wait_until(lambda: steps_of(tmp_path / "killed") > 6 or killed.poll() is not None, 500)
     os.kill(actors("TrainerRank", killed.pid)[0], signal.SIGKILL)
     for run in (whole, killed):
         output, _ = run.communicate(timeout=500)
@@ -168,7 +168,7 @@ def test_a_run_goes_on_from_its_checkpoint_when_a_rank_dies(tmp_path: Path) -> N
     assert "0 more allowed (backend.trainer_restarts)" in output and "has died" in output
     weights = [tmp_path / name / "checkpoints/final/model.safetensors" for name in ("whole", "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert steps_of(tmp_path / "killed") == 60
+    assert steps_of(tmp_path / "killed") == 24
 
 
 def test_two_runs_beside_each_other_are_independent(tmp_path: Path) -> None:
