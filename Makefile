@@ -14,9 +14,11 @@ test: .venv/installed
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 -m slow
 
-# Processes that Ray starts and the tests kill: all in one process, on one Ray after the other.
+# Processes that Ray starts, and kills: in one process, for Ray ends the program that started it when it is lost.
+# Clusters that are joined in another: after a Ray of its own, which has a token, a process refuses one without.
 test-cluster: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m cluster
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m cluster --ignore=tests/test_joined_cluster.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m cluster tests/test_joined_cluster.py
 
 # An installation from a package index that lacks vLLM, as on a machine for which it has no wheel.
 test-no-vllm:

@@ -1,5 +1,6 @@
 """A running Ray cluster of two nodes, joined: what differs between nodes is found before a run starts.
-The nodes are of this machine; the second has a file system of its own where the test says so.
+The nodes are of this machine; the second has a file system of its own where the test says so. In a
+process of its own: one that has started a Ray, which has a token, refuses the calls of this cluster.
 """
 
 import os
