@@ -33,6 +33,7 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import read_json, write_atomically
 
 BUSY = 0.5  # cores that other processes may use beside a timed row before it is marked
+COMMAS = r",\s*"
 MARKED = re.compile(r"(<!-- evidence: ([\w ,]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
 
 
@@ -169,9 +170,9 @@ class Evidence:
         for page in [self.root / name for name in listed.split()]:
             text = page.read_text()
             for _, names, _ in MARKED.findall(text):
-                if unknown := set(re.split(r",\s*", names.strip())) - known:
+                if unknown := set(re.split(COMMAS, names.strip())) - known:
                     raise ConfigError(f"{page}: evidence: no row is called {sorted(unknown)[0]}")
-            new = MARKED.sub(lambda m: m[1] + self.table(re.split(r",\s*", m[2].strip())) + m[3], text)
+            new = MARKED.sub(lambda m: f"{m[1]}\n{self.table(re.split(COMMAS, m[2].strip()))}\n{m[3]}", text)
             if new != text:
                 page.write_text(new)
                 written.append(page)
