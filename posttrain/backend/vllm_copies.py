@@ -29,13 +29,18 @@ class Copy:
         return tensor.contiguous().as_strided(self.size, self.stride, self.offset)
 
 
+def by_name(copies: list[Copy]) -> dict[str, list[Copy]]:
+    of: dict[str, list[Copy]] = {}
+    for copy in copies:
+        of.setdefault(copy.name, []).append(copy)
+    return of
+
+
 class Copies:
     """Loads weights as the loaders it was recorded from."""
 
     def __init__(self, copies: list[Copy]):
-        self._of: dict[str, list[Copy]] = {}
-        for copy in copies:
-            self._of.setdefault(copy.name, []).append(copy)
+        self._of = by_name(copies)
 
     @torch.inference_mode()
     def __call__(self, weights: Weights) -> None:
@@ -107,9 +112,7 @@ class _Recorder(TorchDispatchMode):
 
 def _are_all(copies: list[Copy], parameters: dict[str, torch.Tensor], weights: Callable[[], Weights]) -> bool:
     """Whether the copies give each parameter what the loaders have just given it."""
-    of: dict[str, list[Copy]] = {}
-    for copy in copies:
-        of.setdefault(copy.name, []).append(copy)
+    of = by_name(copies)
     for name, tensor in weights():
         for copy in of.pop(name, []):
             if not torch.equal(copy.target, copy.source(tensor).to(copy.target.dtype)):

@@ -103,9 +103,9 @@ async def main(config: Config) -> None:
         ends = ", ".join(f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}" for curve in steps[name])
         sampled = ", ".join(f"{curve.steps_K[-1]:,}" for curve in tokens[name])
         print(f"{name:33s} held-out accuracy {ends}; sampled tokens {sampled}")
-    shared = {name: [at_multiples(curve, 5000) for curve in curves] for name, curves in tokens.items()}
     panels = [Panel("held-out accuracy", steps)]
     if not drawn:
+        shared = {name: [at_multiples(curve, 5000) for curve in curves] for name, curves in tokens.items()}
         panels.append(Panel("held-out accuracy", shared, xlabel="sampled tokens"))
     for key, curves in drawn.items():
         if key == GAP:
