@@ -35,7 +35,11 @@ def segments() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp", "vllm_", FOLDER))}
 
 
-def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(tmp_path: Path) -> None:
+def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # kernels are compiled, as on a machine's first run: that leaves semaphores in its processes
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     before = segments()  # of other runs on this machine
     with ServiceClient(BACKEND, tmp_path) as service:
         client = service.create_training_client("tiny")

@@ -5,8 +5,10 @@ would stay: Ray's own processes, published weights in shared memory.
 
 import contextlib
 import ctypes
+import glob
 import hashlib
 import inspect
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -437,23 +439,34 @@ def remove(folder: "str | Path") -> None:
     import os
     import shutil
 
-    for note in glob.glob(f"{folder}/*.segments"):
+    for note in glob.glob(f"{glob.escape(str(folder))}/*.segments"):
         with open(note) as lines:
-            for path in filter(os.path.exists, lines.read().splitlines()):
+            for path in [path for line in lines.read().splitlines() for path in glob.glob(line)]:
                 os.remove(path)
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def note_semaphores(note: Path) -> None:
+    """Gives the semaphores that this process and its children will make a prefix of their own, and
+    writes it down. Nobody else can remove them: Ray kills Python's resource tracker as well."""
+    prefix = f"mp-{secrets.token_hex(4)}"
+    multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"  # type: ignore[attr-defined]
+    note.write_text(f"/dev/shm/sem.{prefix}-*\n")
+
+
 def note_shared_memory(note: Path) -> None:
-    """Writes which segments this process and its children have mapped: nobody else can remove them
+    """Adds the segments that this process and its children have mapped: nobody else can remove them
     after a SIGKILL."""
     paths = set()
     for pid in _family(os.getpid()):
         with contextlib.suppress(OSError):
             maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
             paths |= {line.split(maxsplit=5)[-1] for line in maps if "/dev/shm/" in line}
-    segments = ("psm_", "sem.", "vllm_")  # of Python's and vLLM's making
-    note.write_text("\n".join(path for path in paths if Path(path).name.startswith(segments)))
+    segments = [
+        path for path in paths if Path(path).name.startswith(("psm_", "vllm_"))
+    ]  # of Python's and vLLM's making
+    with note.open("a") as file:
+        file.writelines(f"{glob.escape(path)}\n" for path in segments)
 
 
 def _family(pid: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from posttrain.backend.cluster import Cluster, ProcessLost, future_of, note_shared_memory
+from posttrain.backend.cluster import Cluster, ProcessLost, future_of, note_semaphores, note_shared_memory
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import Engine, EngineThread, SequenceRequest
 from posttrain.backend.errors import EngineError
@@ -58,6 +58,8 @@ class SamplerActor:
             engine.step, engine.load_weights = counted, timed  # type: ignore[method-assign]
             return engine
 
+        if config.tensor_parallel > 1:
+            note_semaphores(note)
         self._engine = await asyncio.to_thread(EngineThread, make, False)
         if config.tensor_parallel > 1:
             note_shared_memory(note)
