@@ -34,6 +34,8 @@ from posttrain.tracking.jsonl import read_json, write_atomically
 
 BUSY = 0.5  # cores that other processes may use beside a timed row before it is marked
 COMMAS = r",\s*"
+# Pages and pictures in the folders of code: figures do not depend on them.
+NO_CODE = (":(exclude)*.md", ":(exclude)*.png")
 MARKED = re.compile(r"(<!-- evidence: ([\w ,]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
 
 
@@ -84,7 +86,7 @@ class Evidence:
         """What of `code` differs from `commit`, committed or not; empty if nothing does."""
         if not commit or commit.endswith("-dirty"):
             return "taken with uncommitted changes, or outside git"
-        command = ["git", "diff", "--name-only", commit, "--", *code]
+        command = ["git", "diff", "--name-only", commit, "--", *code, *NO_CODE]
         done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
         if done.returncode:
             return f"commit {commit} is unknown here"

@@ -36,7 +36,7 @@ class Row:
     command: str
     """Arguments of Python; {seed} and {folder} are filled in."""
     code: tuple[str, ...]
-    """Files and folders of the repository that the figures depend on."""
+    """Files and folders of the repository that the figures depend on, as git's path specifications."""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     results: str = ""
     """Instead of metrics: benchmarks/results/RESULTS-cpu.json (or -cuda), whose ratios are the figures."""

@@ -3,7 +3,14 @@
 from benchmarks.evidence_row import Metric, Row
 from recipes.algorithms.variants import VARIANTS, folder_name
 
-BACKEND = ("posttrain/backend", "posttrain/renderers", "posttrain/tracking")
+# Files for several processes: every row runs in one.
+CLUSTER = ("cluster", "sampler_actor", "sampler_pool", "sharded_trainer", "trainer_group", "trainer_rank")
+BACKEND = (
+    "posttrain/backend",
+    *(f":(exclude)posttrain/backend/{name}.py" for name in CLUSTER),
+    "posttrain/renderers",
+    "posttrain/tracking",
+)
 SUPERVISED = (*BACKEND, "supervised")
 RL = (*SUPERVISED, "rl", "envs", "recipes/warm_start.py")
 PREFERENCE = (*SUPERVISED, "preference", "recipes/warm_start.py")
