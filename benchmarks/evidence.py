@@ -99,14 +99,16 @@ class Evidence:
         if record["command"] != row.command:
             record = {"command": row.command, "seeds": {}}
         for seed in row.seeds:
-            taken = record["seeds"].get(str(seed))
-            if taken and not self.changed(taken["commit"], row.code):
+            taken, folder = record["seeds"].get(str(seed)), self.runs / row.name / str(seed)
+            if not taken or self.changed(taken["commit"], row.code):
+                record["seeds"][str(seed)] = self.run_seed(row, seed, folder)
+                if row.picture and seed == row.seeds[-1]:
+                    source, target = row.picture.split()
+                    shutil.copy(folder / source, self.root / target)
+            elif row.metrics and taken["figures"].keys() != row.metrics.keys() and (folder / "begun.json").exists():
+                taken["figures"] = rounded(row.figures(folder, seed))  # other numbers of the same run
+            else:
                 continue
-            folder = self.runs / row.name / str(seed)
-            record["seeds"][str(seed)] = self.run_seed(row, seed, folder)
-            if row.picture and seed == row.seeds[-1]:
-                source, target = row.picture.split()
-                shutil.copy(folder / source, self.root / target)
             self.records.mkdir(parents=True, exist_ok=True)
             write_atomically(self.records / f"{row.name}.json", json.dumps(record, indent=2) + "\n")
 
@@ -153,10 +155,12 @@ class Evidence:
             if not runs:
                 lines.append(f"| {row.name} | not taken yet | | |")
                 continue
-            for label in runs[0]["figures"]:
-                values = [run["figures"][label] for run in runs]
+            for label in [label for label in runs[0]["figures"] if all(label in run["figures"] for run in runs)]:
+                values = [value for run in runs if (value := run["figures"][label]) is not None]
+                mean = f"{statistics.mean(values):.4g}" if values else "not reached"
                 span = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
-                lines.append(f"| {label} | {statistics.mean(values):.4g} | {span} | {len(values)} |")
+                seeds = f"{len(values)} of {len(runs)}" if len(values) < len(runs) else len(runs)
+                lines.append(f"| {label} | {mean} | {span} | {seeds} |")
             time_taken = timedelta(seconds=round(sum(run["seconds"] for run in runs)))
             state = "" if (state := self.state(row)) == "current" else f"; {state}"
             notes.append(

@@ -1,14 +1,19 @@
 """A row of `make evidence`: a command, and the numbers that are read from its runs."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.report import RESULTS, machine
 from posttrain.backend.errors import ConfigError
+from posttrain.tracking.figures import over_total, read_curve
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import read_metrics
+
+
+Take = Literal["first", "last", "max", "min"]
 
 
 @dataclass(frozen=True)
@@ -17,15 +22,50 @@ class Metric:
     filled in."""
 
     key: str
-    take: Literal["first", "last", "max", "min"] = "last"
+    take: Take = "last"
     folder: str = ""
+    over: int = 1
+    """The first or last number is the mean of this many."""
 
     def read(self, path: Path, seed: int) -> float:
+        values = read_curve(self.records(path, seed), self.key).values_K
+        first, last = statistics.mean(values[: self.over]), statistics.mean(values[-self.over :])
+        return {"first": first, "last": last, "max": max(values), "min": min(values)}[self.take]
+
+    def records(self, path: Path, seed: int) -> Sequence[Mapping[str, Any]]:
         folder = path / self.folder.format(seed=seed)
-        values = [record[self.key] for record in read_metrics(folder) if self.key in record]
-        if not values:
+        records = read_metrics(folder)
+        if not any(self.key in record for record in records):
             raise ConfigError(f"{folder}: no metric {self.key}")
-        return {"first": values[0], "last": values[-1], "max": max(values), "min": min(values)}[self.take]
+        return records
+
+
+@dataclass(frozen=True)
+class Reached(Metric):
+    """The first step at which `key` is at least `level`, or the sum of the metric `total` until then;
+    None if it never is."""
+
+    level: float = 1.0
+    total: str = ""
+
+    def read(self, path: Path, seed: int) -> float | None:
+        records = self.records(path, seed)
+        curve = over_total(records, self.key, self.total) if self.total else read_curve(records, self.key)
+        return next((float(at) for at, value in zip(*curve, strict=True) if value >= self.level), None)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A number of a JSON file that a run has written: `key` of `file`, below the row's folder."""
+
+    key: str
+    file: str = "run/results.json"
+
+    def read(self, path: Path, seed: int) -> float:
+        results = read_json(path / self.file.format(seed=seed))
+        if self.key not in results:
+            raise ConfigError(f"{self.file} has no {self.key}")
+        return float(results[self.key])
 
 
 @dataclass(frozen=True)
@@ -37,7 +77,7 @@ class Row:
     """Arguments of Python; {seed} and {folder} are filled in."""
     code: tuple[str, ...]
     """Files and folders of the repository that the figures depend on, as git's path specifications."""
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, Metric | Result] = field(default_factory=dict)
     results: str = ""
     """Instead of metrics: benchmarks/results/RESULTS-cpu.json (or -cuda), whose ratios are the figures."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -49,7 +89,7 @@ class Row:
         """Its figures hold for a quiet machine; those of learning are the same beside other work."""
         return bool(self.results)
 
-    def figures(self, folder: Path, seed: int) -> dict[str, float]:
+    def figures(self, folder: Path, seed: int) -> dict[str, float | None]:
         if self.results:
             kind = machine()["device_type"]
             return read_json(RESULTS / f"{self.results}-{kind}.json")["ratios"]

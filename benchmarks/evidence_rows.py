@@ -1,6 +1,6 @@
 """The rows of `make evidence`: what is run, and which numbers of it the pages show."""
 
-from benchmarks.evidence_row import Metric, Row
+from benchmarks.evidence_row import Metric, Reached, Result, Row, Take
 from recipes.algorithms.variants import VARIANTS, folder_name
 
 # Files for several processes: every row runs in one.
@@ -15,7 +15,17 @@ SUPERVISED = (*BACKEND, "supervised")
 RL = (*SUPERVISED, "rl", "envs", "recipes/warm_start.py")
 PREFERENCE = (*SUPERVISED, "preference", "recipes/warm_start.py")
 
+DISTILLATION = (*RL, "recipes/distillation", "recipes/results.py")
+
 CORRECT, GAP = "test/env/all/correct", "optim/logprob_gap_mean"
+REWARD, GOLD, SAMPLED = "env/all/reward/total", "test/env/all/gold", "env/all/total_ac_tokens"
+BEFORE_AND_AFTER: list[tuple[str, Take]] = [("the warm start", "first"), ("RL", "last")]
+PREFERENCES: list[tuple[str, str, Take]] = [
+    ("warm start", "dpo", "first"),
+    ("DPO", "dpo", "last"),
+    ("RPO", "rpo", "last"),
+]
+STUDENTS = ["hard", "soft", "renormalised"]
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "cispo", "ppo"]
 STAR_GRAPH = ["gpt", "teacherless", "bst", "reinforce", "rl", "dpo", "rpo", "cd", "qsharp"]
 
@@ -27,6 +37,22 @@ def beside_grpo(variants: str) -> Row:
         f"recipes/algorithms/beside_grpo.py variants={variants} seeds={{seed}} log_path={{folder}}/run",
         (*RL, "recipes/algorithms"),
         {f"{name}: held-out accuracy": Metric(CORRECT, folder=folder) for name, folder in folders.items()},
+    )
+
+
+def tool_calls(name: str, script: str, tool: str) -> Row:
+    return Row(
+        name,
+        f"recipes/tool_calls/{script} seed={{seed}} log_path={{folder}}/run",
+        (*RL, "recipes/tool_calls"),
+        {
+            f"{label.replace('_', ' ')}: {what}, after {when}": Metric(f"test/env/all/{key}", take, f"run/{label}/rl")
+            for label in (tool, "from_memory")
+            for what, key in (("right", "correct"), ("calls", "calls"))
+            for when, take in BEFORE_AND_AFTER
+            if label == tool or key == "correct"
+        },
+        picture=f"run/tool_calls.png recipes/tool_calls/{name}.png",
     )
 
 
@@ -49,7 +75,11 @@ ROWS = [
         "algorithms",
         "recipes/algorithms/train.py seed={seed} log_path={folder}/run",
         (*RL, "recipes/algorithms"),
-        {f"`{name}`: held-out accuracy": Metric(CORRECT, folder=f"run/{name}") for name in PRESETS},
+        {
+            "after the warm start": Metric(CORRECT, "first", "run/grpo"),
+            **{f"`{name}`": Metric(CORRECT, folder=f"run/{name}") for name in PRESETS},
+            **{f"`{name}`: steps to 0.95": Reached(CORRECT, folder=f"run/{name}", level=0.95) for name in PRESETS},
+        },
         picture="run/compare.png recipes/algorithms/compare.png",
     ),
     beside_grpo("algorithms"),
@@ -59,19 +89,53 @@ ROWS = [
     Row(
         "distillation",
         "recipes/distillation/on_policy.py seeds={seed} log_path={folder}/run",
-        (*RL, "recipes/distillation"),
+        DISTILLATION,
         {
-            f"{name}: held-out accuracy": Metric(CORRECT, folder=f"run/on_policy_{{seed}}/{name}")
-            for name in ("distill", "grpo")
+            "the teacher": Result("teacher"),
+            "after the warm start": Metric(CORRECT, "first", "run/on_policy_{seed}/grpo"),
+            **{
+                f"{label}{what}": Reached(CORRECT, folder=f"run/on_policy_{{seed}}/{name}", level=level, total=SAMPLED)
+                if level
+                else Metric(CORRECT, folder=f"run/on_policy_{{seed}}/{name}")
+                for what, level in (("", 0.0), (": sampled tokens to 0.85", 0.85), (": sampled tokens to 0.945", 0.945))
+                for label, name in (("distillation", "distill"), ("GRPO", "grpo"))
+            },
         },
     ),
     Row(
         "off_policy_distillation",
         "recipes/distillation/off_policy.py seed={seed} log_path={folder}/run",
-        (*RL, "recipes/distillation"),
+        DISTILLATION,
         {
-            f"{name}: nats per token of unseen answers": Metric("test/nll", folder=f"run/off_policy_{{seed}}/{name}")
-            for name in ("hard", "soft", "renormalised")
+            **{f"{name}": Result(name, "run/off_policy_{seed}/results.json") for name in STUDENTS},
+            **{
+                f"{name}: nats per token of unseen answers": Metric(
+                    "test/nll", folder=f"run/off_policy_{{seed}}/{name}"
+                )
+                for name in STUDENTS
+            },
+        },
+    ),
+    Row(
+        "prompt_distillation",
+        "recipes/distillation/prompt.py seed={seed} log_path={folder}/run",
+        DISTILLATION,
+        {
+            label: Result(key, "run/prompt_{seed}/results.json")
+            for label, key in (
+                ("with the words", "prompted"),
+                ("without, before", "before"),
+                ("without, after", "after"),
+            )
+        },
+    ),
+    Row(
+        "self_distillation",
+        "recipes/distillation/self_distillation.py seed={seed} log_path={folder}/run",
+        DISTILLATION,
+        {
+            "before": Metric(CORRECT, "first", "run/self_{seed}/frozen"),
+            "after": Metric(CORRECT, "last", "run/self_{seed}/frozen"),
         },
     ),
     Row(
@@ -79,27 +143,39 @@ ROWS = [
         "recipes/guess_number/train.py seed={seed} log_path={folder}/run behavior_if_log_dir_exists=resume",
         (*RL, "recipes/guess_number"),
         {
-            "guess_number: games won after the warm start": Metric("test/env/all/solved", "first", "run"),
-            "guess_number: games won after RL": Metric("test/env/all/solved", "last", "run"),
+            f"{label}, after {when}": Metric(f"test/env/all/{key}", take, "run")
+            for label, key in (
+                ("games won", "solved"),
+                ("turns", "turns"),
+                ("guesses that the answers allow", "consistent"),
+            )
+            for when, take in BEFORE_AND_AFTER
+        },
+    ),
+    tool_calls("tool_calls", "train.py", "with_calculator"),
+    tool_calls("retrieval", "retrieval.py", "with_search"),
+    Row(
+        "agent",
+        "recipes/agent/train.py seeds={seed} log_path={folder}/run behavior_if_log_dir_exists=resume",
+        (*RL, "recipes/agent"),
+        {
+            "answers right, mean of the first 5 steps": Metric(REWARD, "first", "run/seed_{seed}/rl", over=5),
+            "answers right, mean of the last 5 steps": Metric(REWARD, "last", "run/seed_{seed}/rl", over=5),
+            "held-out items, greedy, before RL": Metric(f"test/{REWARD}", "first", "run/seed_{seed}/rl"),
+            "held-out items, greedy, after RL": Metric(f"test/{REWARD}", "last", "run/seed_{seed}/rl"),
         },
     ),
     Row(
-        "tool_calls",
-        "recipes/tool_calls/train.py seed={seed} log_path={folder}/run",
-        (*RL, "recipes/tool_calls"),
+        "multiplayer",
+        "recipes/multiplayer/train.py seed={seed} log_path={folder}/run behavior_if_log_dir_exists=resume",
+        (*RL, "recipes/multiplayer"),
         {
-            f"tool_calls, {label}: right after RL": Metric(CORRECT, folder=f"run/{label}/rl")
-            for label in ("with_calculator", "from_memory")
-        },
-        picture="run/tool_calls.png recipes/tool_calls/tool_calls.png",
-    ),
-    Row(
-        "retrieval",
-        "recipes/tool_calls/retrieval.py seed={seed} log_path={folder}/run",
-        (*RL, "recipes/tool_calls"),
-        {
-            f"retrieval, {label}: right after RL": Metric(CORRECT, folder=f"run/{label}/rl")
-            for label in ("with_search", "from_memory")
+            "games lost against random play, after the warm start": Metric("test/env/all/loss", "first", "run"),
+            "games lost against random play, after self-play": Metric("test/env/all/loss", "last", "run"),
+            "the same, first seat": Metric("test/env/seat0/loss", "last", "run"),
+            "the same, second seat": Metric("test/env/seat1/loss", "last", "run"),
+            "illegal moves in training, first 5 steps": Metric("env/all/illegal", "first", "run", over=5),
+            "illegal moves in training, last 5 steps": Metric("env/all/illegal", "last", "run", over=5),
         },
     ),
     Row(
@@ -107,19 +183,87 @@ ROWS = [
         "recipes/dpo/train.py seed={seed} log_path={folder}/run",
         (*PREFERENCE, "recipes/dpo"),
         {
-            f"{name}: {key.removeprefix('test/')}, held out": Metric(key, folder=f"run/{name}")
-            for name in ("dpo", "rpo")
-            for key in ("test/accuracy", "test/chosen_logprob", "test/rejected_logprob")
+            **{
+                f"{name}: {label}": Metric(f"test/{key}", take, f"run/{folder}")
+                for name, folder, take in PREFERENCES
+                for label, key in (
+                    ("pairs ranked right", "accuracy"),
+                    ("logprob of the better answer", "chosen_logprob"),
+                    ("logprob of the worse answer", "rejected_logprob"),
+                )
+                if not (name == "warm start" and key == "accuracy")
+            },
+            **{
+                f"{name}, sampled: {kind}": Result(f"{stage}: {kind}")
+                for kind in ("in order", "the letters in another order", "anything else")
+                for name, stage in (("warm start", "warm_start"), ("DPO", "dpo"), ("RPO", "rpo"))
+            },
+        },
+        picture="run/dpo.png recipes/dpo/dpo.png",
+    ),
+    Row(
+        "reward_model",
+        "recipes/reward_model/train.py seed={seed} log_path={folder}/run behavior_if_log_dir_exists=resume",
+        (*PREFERENCE, "recipes/reward_model"),
+        {
+            **{
+                f"{name}: {what}": Result(f"{kind}/{key}")
+                for what, key in (
+                    ("accuracy", "accuracy"),
+                    ("expected calibration error", "ece"),
+                    ("both orders agree", "swap_agreement"),
+                    ("leaning on ties", "tie_leaning"),
+                )
+                for name, kind in (("scalar", "scalar"), ("label token", "label"))
+            },
+            "always the longer answer: accuracy": Result("scalar/always_longer"),
+        },
+        picture="run/reliability.png recipes/reward_model/reliability.png",
+    ),
+    Row(
+        "rlhf",
+        "recipes/rlhf/train.py seed={seed} log_path={folder}/run",
+        (*PREFERENCE, *RL, "recipes/rlhf"),
+        {
+            "reward model: held-out pairs ranked right": Metric("test/accuracy", folder="run/reward_model"),
+            "true reward of held-out notes, SFT": Metric(GOLD, "first", "run/rl"),
+            "true reward of held-out notes, KL penalty 0.5": Metric(GOLD, "last", "run/rl"),
+            "true reward of held-out notes, no penalty": Metric(GOLD, "last", "run/rl_no_penalty"),
+            "the same, its best": Metric(GOLD, "max", "run/rl_no_penalty"),
+        },
+        picture="run/curve.png recipes/rlhf/curve.png",
+    ),
+    Row(
+        "shorter",
+        "recipes/shorter/train.py seed={seed} log_path={folder}/run",
+        (*PREFERENCE, *RL, "recipes/shorter"),
+        {
+            "tokens per answer, first step": Metric("env/all/ac_tokens_per_turn", "first", "run"),
+            "tokens per answer, last step": Metric("env/all/ac_tokens_per_turn", "last", "run"),
+            "win rate against the warm start": Result("win_rate"),
         },
     ),
     Row(
         "prm",
         "recipes/prm/train.py seed={seed} log_path={folder}/run",
-        (*PREFERENCE, *RL, "recipes/prm"),
+        (*PREFERENCE, *RL, "recipes/prm", "recipes/libraries"),
         {
-            "prm: chains whose first wrong step is found": Metric("test/first_error", folder="run/prm"),
-            "prm: steps classified right": Metric("test/accuracy", folder="run/prm"),
+            **{
+                f"answered right: {label}": Result(key)
+                for label, key in (
+                    ("mean of the samples", "sampled"),
+                    ("majority of 8", "majority"),
+                    ("best of 8 by the PRM", "best_of_n"),
+                    ("any of 8", "any"),
+                )
+            },
+            "first wrong step found": Result("first wrong step found"),
+            "the same, by always naming the commonest": Result("... by always guessing the commonest"),
+            "right chains in which nothing is marked": Result("right chains left unmarked"),
+            "right steps labelled 0": Result("labels: right steps labelled 0"),
+            "wrong steps labelled 1": Result("labels: wrong steps labelled 1"),
         },
+        picture="run/prm.png recipes/prm/prm.png",
     ),
     Row(
         "latro",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evidence import Evidence
-from benchmarks.evidence_row import Metric, Row
+from benchmarks.evidence_row import Metric, Reached, Result, Row
 from benchmarks.evidence_rows import ROWS
 from posttrain.backend.errors import ConfigError
 
@@ -75,6 +75,30 @@ def test_a_row_is_taken_once_and_again_when_its_code_changes(evidence: Evidence)
     evidence.run(row)
     assert [run["figures"]["end"] for run in seeds(evidence).values()] == [-2, -1, 0]
     assert evidence.state(row) == "current"
+
+
+def test_other_numbers_of_a_run_are_read_without_running_it_again(evidence: Evidence) -> None:
+    (row,) = evidence.rows
+    evidence.run(row)
+    begun = seeds(evidence)["0"]["date"]
+    for seed in row.seeds:
+        (evidence.runs / f"climb/{seed}/run/results.json").write_text(json.dumps({"x": {1: 2.5}.get(seed, 0.5)}))
+    numbers = {
+        "mean of two": Metric("x", "last", "run", over=2),
+        "reached": Reached("x", folder="run", level=2.0),
+        "reached at a sum of": Reached("x", folder="run", level=2.0, total="x"),
+        "never": Reached("x", folder="run", level=9.0),
+        "result": Result("x"),
+    }
+    evidence.run(replace(row, metrics=numbers))
+    runs = seeds(evidence)
+    assert [run["figures"] for run in runs.values()] == [
+        {"mean of two": 1.5, "reached": 2.0, "reached at a sum of": 1.0, "never": None, "result": 0.5},
+        {"mean of two": 2.5, "reached": 1.0, "reached at a sum of": 1.0, "never": None, "result": 2.5},
+        {"mean of two": 3.5, "reached": 0.0, "reached at a sum of": 0.0, "never": None, "result": 0.5},
+    ]
+    assert runs["0"]["date"] == begun
+    assert "| never | not reached |  | 0 of 3 |" in evidence.table(["climb"])
 
 
 def test_a_run_of_other_code_or_another_command_is_not_resumed(evidence: Evidence) -> None:

@@ -22,6 +22,7 @@ from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.distillation import teacher
 from recipes.distillation.answers import answers_stage
+from recipes.results import write_results
 from recipes.warm_start import shared_settings
 from supervised import distill, train
 from supervised.data import ConversationFileBuilder
@@ -62,11 +63,13 @@ async def main(config: Config) -> None:
     answers = answers_stage(config, folder / "answers.jsonl", teaches, config.number)
     stages = students(config, teaches, answers)
     await run_stages(list(stages.values()))
-    print(f"held-out accuracy of the teacher {await teacher.accuracy(config, teaches.result):.3f}")
+    results = {"teacher": await teacher.accuracy(config, teaches.result)}
+    print(f"held-out accuracy of the teacher {results['teacher']:.3f}")
     for name, stage in stages.items():
         nll = read_metrics(stage.path)[-1]["test/nll"]
-        accuracy = await teacher.accuracy(config, stage.result)
-        print(f"{name:13s} {accuracy:.3f}   nats per token of unseen answers {nll:.4f}")
+        results[name] = await teacher.accuracy(config, stage.result)
+        print(f"{name:13s} {results[name]:.3f}   nats per token of unseen answers {nll:.4f}")
+    write_results(folder, results)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from posttrain.tracking.figures import Curve, Panel, at_multiples, draw_panels, 
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.distillation import teacher
+from recipes.results import write_results
 from recipes.warm_start import preset, seeds_of, shared_settings, warm_start
 from rl import train
 from rl.algorithms import ALGORITHMS
@@ -90,6 +91,7 @@ async def main(config: Config) -> None:
     seeds = seeds_of(config.seeds)
     await run_stages([stage for seed in seeds for stage in stages_of(config, seed)])
     best = await teacher.accuracy(config, teacher.teacher_stage(config).result)
+    write_results(config.log_path, {"teacher": best})
     level = config.share * best
     print(f"teacher: {best:.3f} of the held-out sums; sampled tokens until {level:.3f}:")
     curves: dict[str, list[Curve]] = {

@@ -20,6 +20,7 @@ from posttrain.tracking.stages import run_stages, training_stage
 from recipes.distillation import teacher
 from recipes.distillation.answers import answers_stage
 from recipes.distillation.instructed import BackwardsSums, InstructedSumsExamples
+from recipes.results import write_results
 from recipes.warm_start import shared_settings, warm_start
 from supervised import distill
 from supervised.data import ConversationFileBuilder
@@ -68,6 +69,7 @@ async def main(config: Config) -> None:
     before, after = [
         await teacher.accuracy(config, stage.result, BackwardsSums(num_digits=2)) for stage in (start, student)
     ]
+    write_results(folder, {"prompted": prompted, "before": before, "after": after})
     print(f"held-out sums written backwards: with the prompt {prompted:.3f}; without {before:.3f} -> {after:.3f}")
 
 

@@ -33,6 +33,7 @@ from posttrain.tracking.stages import Stage, run_stages, training_stage
 from preference import train_dpo
 from preference.losses import DPO, RPO
 from recipes.dpo.letters import RandomOrderBuilder, SortedPreferredBuilder
+from recipes.results import write_results
 from recipes.warm_start import shared_settings, warm_start
 
 RENDERER = "plain"
@@ -84,7 +85,7 @@ def stages_of(config: Config) -> list[Stage]:
     return stages
 
 
-async def answers(config: Config, stage: Stage) -> str:
+async def answers(config: Config, stage: Stage) -> dict[str, float]:
     """Shares of a policy's answers to the held-out questions, one sample each."""
     renderer = get_renderer(RENDERER, load_tokenizer("tiny"))
     stop = renderer.get_stop_sequences()
@@ -98,10 +99,7 @@ async def answers(config: Config, stage: Stage) -> str:
     letters = [labeled.comparison.completion_A[0]["content"] for labeled in held_out]
     in_order = sum(text == right for text, right in zip(texts, letters, strict=True)) / len(texts)
     same = sum("".join(sorted(text)) == right for text, right in zip(texts, letters, strict=True)) / len(texts)
-    return (
-        f"{stage.name:12} in order {in_order:6.1%}   the letters in another order {same - in_order:6.1%}   "
-        f"anything else {1 - same:6.1%}"
-    )
+    return {"in order": in_order, "the letters in another order": same - in_order, "anything else": 1 - same}
 
 
 async def main(config: Config) -> None:
@@ -111,8 +109,12 @@ async def main(config: Config) -> None:
         metrics = read_last_metrics(stage.path)
         held_out = {key: metrics[f"test/{key}"] for key in ("accuracy", "chosen_logprob", "rejected_logprob")}
         print(f"{stage.name}: held out " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
+    results = {}
     for stage in stages:
-        print(await answers(config, stage))
+        shares = await answers(config, stage)
+        print(f"{stage.name:12} " + "   ".join(f"{kind} {share:6.1%}" for kind, share in shares.items()))
+        results |= {f"{stage.name}: {kind}": share for kind, share in shares.items()}
+    write_results(config.log_path, results)
     keys = ("test/chosen_logprob", "test/rejected_logprob", "test/accuracy")
     print(f"picture: {compare_runs([stage.path for stage in stages[1:]], Path(config.log_path, 'dpo.png'), keys)}")
 

@@ -26,6 +26,7 @@ from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.metrics_log import Metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists
 from preference import train_reward_model
@@ -36,6 +37,7 @@ from preference.reward_data import RewardExamplesBuilder
 from preference.reward_evaluation import Evaluation, evaluate_judge, length_baseline, plot_reliability
 from preference.reward_types import JudgeBuilder
 from preference.types import ComparisonDatasetBuilder, LabeledComparison
+from recipes.results import write_results
 
 
 @chz.chz
@@ -112,6 +114,7 @@ async def main(config: Config) -> None:
         "", "accuracy", "always the longer*", "chance", "ECE", "both orders agree", "held out", title=config.log_path
     )
     evaluations: dict[str, Evaluation] = {}
+    results: Metrics = {}
     for kind in kinds:
         run = training(config, kind)
         await train_reward_model.main(run)
@@ -120,9 +123,11 @@ async def main(config: Config) -> None:
         evaluations[kind] = await evaluate_judge(judge, test_D)
         m = evaluations[kind].metrics()
         baseline = length_baseline(train_D, test_D)
+        results |= {f"{kind}/{name}": value for name, value in m.items()} | {f"{kind}/always_longer": baseline}
         row = (f"{baseline:.3f}", "0.500", f"{m['ece']:.3f}", f"{m['swap_agreement']:.3f}", f"{m['comparisons']:.0f}")
         table.add_row(kind, f"{m['accuracy']:.3f} +- {m['accuracy_stderr']:.3f}", *row)
     Console().print(table)
+    write_results(config.log_path, results)
     print("* or always the shorter, whichever is right more often on the training comparisons")
     print(f"calibration: {plot_reliability(evaluations, Path(config.log_path) / 'reliability.png')}")
 

@@ -34,6 +34,7 @@ from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists
 from preference.judges import ShorterJudgeBuilder
 from preference.win_rate import WinRateEvaluator
+from recipes.results import write_results
 from recipes.warm_start import warm_started
 from rl import train
 from rl.types import Metrics, RLDatasetBuilder
@@ -86,6 +87,7 @@ async def main(config: Config) -> None:
     await train.main(config)
     final = str(Path(config.log_path) / "checkpoints" / "final")
     metrics = await compare(config, final, config.load_checkpoint_path)
+    write_results(config.log_path, metrics)
     print(
         f"win rate against the warm start: {metrics['win_rate']:.3f} +- {metrics['win_rate_stderr']:.3f} (standard "
         "error)"
