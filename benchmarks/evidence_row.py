@@ -12,7 +12,6 @@ from posttrain.tracking.figures import over_total, read_curve
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import read_metrics
 
-
 Take = Literal["first", "last", "max", "min"]
 
 
