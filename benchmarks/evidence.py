@@ -31,9 +31,11 @@ from benchmarks.report import ROOT, machine, rounded, wait_until_quiet
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import read_json, write_atomically
+from recipes.intervals import mean_and_margin
 
 BUSY = 0.5  # cores that other processes may use beside a timed row before it is marked
 COMMAS = r",\s*"
+FEWEST = 3  # seeds of an interval of the mean
 # Pages and pictures in the folders of code: figures do not depend on them.
 NO_CODE = (":(exclude)*.md", ":(exclude)*.png")
 MARKED = re.compile(r"(<!-- evidence: ([\w ,]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
@@ -146,21 +148,22 @@ class Evidence:
         )
 
     def table(self, names: Sequence[str]) -> str:
-        """Mean and range over the seeds of the rows' figures, and what they were taken with."""
-        lines = ["| figure | mean | smallest to largest | seeds |", "| --- | --- | --- | --- |"]
+        """Mean, 95% interval and range over the seeds of the rows' figures, and what they were taken with."""
+        lines = ["| figure | mean | ± (95%) | smallest to largest | seeds |", "| --- | --- | --- | --- | --- |"]
         notes = []
         for row in [row for row in self.rows if row.name in names]:
             runs = [self.record(row)["seeds"].get(str(seed)) for seed in row.seeds]
             runs = [run for run in runs if run]
             if not runs:
-                lines.append(f"| {row.name} | not taken yet | | |")
+                lines.append(f"| {row.name} | not taken yet | | | |")
                 continue
             for label in [label for label in runs[0]["figures"] if all(label in run["figures"] for run in runs)]:
                 values = [value for run in runs if (value := run["figures"][label]) is not None]
                 mean = f"{statistics.mean(values):.4g}" if values else "not reached"
+                margin = f"{mean_and_margin(values)[1]:.2g}" if len(values) == len(runs) >= FEWEST else ""
                 span = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
                 seeds = f"{len(values)} of {len(runs)}" if len(values) < len(runs) else len(runs)
-                lines.append(f"| {label} | {mean} | {span} | {seeds} |")
+                lines.append(f"| {label} | {mean} | {margin} | {span} | {seeds} |")
             time_taken = timedelta(seconds=round(sum(run["seconds"] for run in runs)))
             state = "" if (state := self.state(row)) == "current" else f"; {state}"
             notes.append(

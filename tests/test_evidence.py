@@ -98,7 +98,11 @@ def test_other_numbers_of_a_run_are_read_without_running_it_again(evidence: Evid
         {"mean of two": 3.5, "reached": 0.0, "reached at a sum of": 0.0, "never": None, "result": 0.5},
     ]
     assert runs["0"]["date"] == begun
-    assert "| never | not reached |  | 0 of 3 |" in evidence.table(["climb"])
+    table = evidence.table(["climb"])
+    assert "| never | not reached |  |  | 0 of 3 |" in table
+    assert (
+        "| mean of two | 2.5 | 2.5 | 1.5 to 3.5 | 3 |" in table
+    )  # t of 2 degrees of freedom, 4.30, over the root of 3
 
 
 def test_a_run_of_other_code_or_another_command_is_not_resumed(evidence: Evidence) -> None:
@@ -126,14 +130,14 @@ def test_a_picture_is_copied_when_it_is_made(evidence: Evidence) -> None:
 def test_tables_are_written_between_markers(evidence: Evidence) -> None:
     page = evidence.root / "page.md"
     evidence.write_pages()
-    assert "| climb | not taken yet | | |" in page.read_text()
+    assert "| climb | not taken yet | | | |" in page.read_text()
     evidence.run(evidence.rows[0])
     assert evidence.write_pages() == [page]
     text = page.read_text()
     assert text.startswith("Before.\n\n<!-- evidence: climb -->\n") and text.endswith(
         "\n<!-- end of evidence -->\n\nAfter.\n"
     )
-    assert "| start | 1 | 0 to 2 | 3 |\n| end | 3 | 2 to 4 | 3 |\n" in text and "old" not in text
+    assert "| start | 1 | 2.5 | 0 to 2 | 3 |\n| end | 3 | 2.5 | 2 to 4 | 3 |\n" in text and "old" not in text
     assert evidence.write_pages() == []
     page.write_text(text.replace("evidence: climb", "evidence: clim"))
     with pytest.raises(ConfigError, match="no row is called clim"):
