@@ -3,7 +3,9 @@ run costs.
 """
 
 import asyncio
+import math
 import random
+import shutil
 from dataclasses import replace
 
 import chz
@@ -19,7 +21,7 @@ from preference.steps import StepFormat
 from recipes.bstar import metrics
 from recipes.bstar.balance import balance_score, canonical, choose, query_score, surface
 from recipes.bstar.budget import check_budget, plan, projected_tokens
-from recipes.bstar.claims import claims
+from recipes.bstar.claims import claims, differences
 from recipes.bstar.config import Config
 from recipes.bstar.methods import METHODS
 from recipes.bstar.records import (
@@ -37,6 +39,7 @@ from recipes.bstar.selection import counts, select, shortfall
 from recipes.bstar.sums import OracleRewardBuilder, Sum, SumsBuilder
 from recipes.bstar.tasks import TaskBuilder
 from recipes.bstar.train import main, stages_of
+from recipes.intervals import mean_and_margin
 
 FORM = StepFormat(separator="\n", answer_marker="#")
 
@@ -327,7 +330,7 @@ def test_claims_about_a_run_by_hand(tmp_path):
             [0.2, 0.3, 0.29, 0.4],
         ),
         "online_rft": ([0.1, 0.2, 0.3, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4, 0.5], ["1"] * 4, [None] * 4),
-        "online_rft_cold": ([0.1, 0.2, 0.4, 0.5, 0.5], [0.1, 0.3, 0.4, 0.3, 0.2], ["0.5"] * 4, [None] * 4),
+        "online_rft_t05": ([0.1, 0.2, 0.4, 0.5, 0.5], [0.1, 0.3, 0.4, 0.3, 0.2], ["0.5"] * 4, [None] * 4),
     }
     for name, (accuracy, wide, temperatures, balance) in lines.items():
         for number, (one, four) in enumerate(zip(accuracy, wide, strict=True)):
@@ -336,8 +339,25 @@ def test_claims_about_a_run_by_hand(tmp_path):
             chosen = (temperatures[number - 1], "0", balance[number - 1]) if number else (None, None, None)
             found = {"test/greedy": one, "test/pass@1": one, "test/pass@4": 1.0, "test/pass@4-4": four}
             write_summary(folder / "summary.json", Summary(number, *chosen, found))
-    holds = {name: held for name, (held, _) in claims(tmp_path).items()}
-    assert holds == {"a": True, "b, greedy": False, "b, pass@1": False, "c, greedy": True, "c, pass@1": True, "d": True}
+    assert {name: held for name, (held, _) in claims(tmp_path).items()} == {"a": True, "b": True, "c": True}
+    lines = differences([tmp_path, tmp_path])
+    assert lines[0].startswith("pass@1     bstar - online_rft ") and "+0.100 ± 0.000; above in 2 of 2" in lines[0]
+    shutil.rmtree(tmp_path / "online_rft")
+    shutil.rmtree(tmp_path / "online_rft_t05")
+    with pytest.raises(DataError, match="an online method with fixed settings"):
+        claims(tmp_path)
+
+
+def test_an_interval_of_a_few_seeds_by_hand():
+    assert mean_and_margin([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
+    mean, margin = mean_and_margin([1.0])
+    assert mean == 1.0 and math.isnan(margin)
+
+
+def test_auc_by_hand():
+    # of the pairs (2, 1), (2, 2), (3, 1), (3, 2) one is a tie
+    assert metrics.auc([1.0, 2.0, 2.0, 3.0], [False, False, True, True]) == 0.875
+    assert metrics.auc([1.0, 2.0], [True, True]) == 0.5
 
 
 # --- tasks.py, sums.py --------------------------------------------------------------------------

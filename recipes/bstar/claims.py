@@ -1,51 +1,65 @@
-"""Tests four claims of the paper about B-STaR and online RFT with fixed settings, on every seed.
+"""What the paper claims of B-STaR, tested over seeds: each run folder is one.
 
     python -m recipes.bstar.claims runs/bstar runs/bstar_1 runs/bstar_2
 
-    (a) pass@K-4: the cold run ends below its best round, B-STaR no lower than after round 1.
-    (b) B-STaR ends above the better of the fixed runs, in greedy accuracy and in pass@1.
-    (c) After the middle round B-STaR still gains, and more than online RFT.
-    (d) The chosen temperature ends above its first value; the balance score never falls by more than `NOISE`.
+The differences between B-STaR and each other method after the last round, at the same seed, with
+the 95% interval of their mean by Student's t; then, for each run:
 
-Left out: significance tests, for which three seeds are too few.
+    (a) pass@K-4: the coldest fixed run ends below its best round, B-STaR no lower than after round 1.
+    (b) After the middle round B-STaR still gains in pass@1, and more than every fixed run.
+    (c) The chosen temperature ends above its first value; the balance score never falls by more than `NOISE`.
 """
 
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from posttrain.backend.errors import DataError
 from posttrain.tracking.command_line import run_on_folders
+from recipes.bstar.methods import METHODS
 from recipes.bstar.pictures import samples_of, value
 from recipes.bstar.records import Summary, read_summaries
+from recipes.bstar.report import method_folders
+from recipes.intervals import mean_and_margin
 
-STATIC = ("online_rft", "online_rft_cold")
 NOISE = 0.02
 
 
-def claims(run: Path) -> dict[str, tuple[bool, str]]:
-    """Claim -> whether it holds in this run, and the figures. DataError if a method is missing."""
-    rounds = {name: read_summaries(run / name) for name in ("bstar", *STATIC)}
+def read_rounds(run: Path) -> dict[str, list[Summary]]:
+    """The rounds of all methods, B-STaR's first. DataError if it or all fixed online runs are missing."""
+    rounds = {name: read_summaries(folder) for name, folder in method_folders(run).items()}
+    if "bstar" not in rounds or not fixed_online(rounds):
+        raise DataError(f"{run}: needs bstar and an online method with fixed settings")
     if short := [name for name, summaries in rounds.items() if len(summaries) < 3]:
         raise DataError(f"{run}: {', '.join(short)} has fewer than two finished rounds")
-    wide = f"test/pass@{samples_of(rounds['bstar'])}-4"
-    line = {
-        (name, key): [value(summary, key) for summary in summaries]
-        for name, summaries in rounds.items()
-        for key in ("test/greedy", "test/pass@1", wide)
+    return rounds
+
+
+def fixed_online(names: Sequence[str] | dict[str, list[Summary]]) -> list[str]:
+    """Methods like B-STaR but for the choice, the coldest first."""
+    methods = {name: METHODS[name] for name in names if name in METHODS}
+    fixed = {
+        n: Decimal(m.temperature) for n, m in methods.items() if m.temperature and m.threshold and m.keep_optimizer
     }
-    middle = len(rounds["bstar"]) // 2
-    cold, bstar = line["online_rft_cold", wide], line["bstar", wide]
+    return sorted(fixed, key=lambda name: fixed[name])
+
+
+def claims(run: Path) -> dict[str, tuple[bool, str]]:
+    """Claim -> whether it holds in this run, and the figures."""
+    rounds = read_rounds(run)
+    fixed = fixed_online(rounds)
+    wide = f"test/pass@{samples_of(rounds['bstar'])}-4"
+    cold, bstar = ([value(summary, wide) for summary in rounds[name]] for name in (fixed[0], "bstar"))
     holds = cold[-1] < max(cold[1:]) and bstar[-1] >= bstar[1]
-    outcomes = {"a": (holds, f"{wide[5:]}: cold {_path(cold)}; bstar {_path(bstar)}")}
-    for key in ("test/greedy", "test/pass@1"):
-        best = max(line[name, key][-1] for name in STATIC)
-        reached = line["bstar", key][-1]
-        outcomes[f"b, {key[5:]}"] = (reached > best, f"{reached:.3f} against {best:.3f}")
-        late = {name: line[name, key][-1] - line[name, key][middle] for name in ("bstar", "online_rft")}
-        holds = 0 < late["bstar"] > late["online_rft"]
-        figures = f"from round {middle}: bstar {late['bstar']:+.3f}, online_rft {late['online_rft']:+.3f}"
-        outcomes[f"c, {key[5:]}"] = (holds, figures)
-    return outcomes | {"d": _chosen(rounds["bstar"][1:])}
+    outcomes = {"a": (holds, f"{wide[5:]}: {fixed[0]} {_path(cold)}; bstar {_path(bstar)}")}
+    middle = len(rounds["bstar"]) // 2
+    late = {
+        name: value(rounds[name][-1], "test/pass@1") - value(rounds[name][middle], "test/pass@1")
+        for name in ("bstar", *fixed)
+    }
+    holds = late["bstar"] > max(0.0, *(late[name] for name in fixed))
+    shown = ", ".join(f"{name} {gain:+.3f}" for name, gain in late.items())
+    return outcomes | {"b": (holds, f"from round {middle}: {shown}"), "c": _chosen(rounds["bstar"][1:])}
 
 
 def _chosen(rounds: Sequence[Summary]) -> tuple[bool, str]:
@@ -60,8 +74,27 @@ def _path(values: Sequence[float]) -> str:
     return " ".join(f"{number:.3f}" for number in values)
 
 
-def text(folders: Sequence[Path]) -> str:
+def differences(folders: Sequence[Path]) -> list[str]:
+    """A line for each metric and method that all runs have: B-STaR less the method."""
+    runs = [read_rounds(run) for run in folders]
+    others = [name for name in runs[0] if name != "bstar" and all(name in rounds for rounds in runs)]
     lines = []
+    for key in ("test/pass@1", "test/greedy", f"test/pass@{samples_of(runs[0]['bstar'])}-4"):
+        ends = {name: [value(rounds[name][-1], key) for rounds in runs] for name in ("bstar", *others)}
+        for name in others:
+            more_S = [b - other for b, other in zip(ends["bstar"], ends[name], strict=True)]
+            mean, margin = mean_and_margin(more_S)
+            level = mean_and_margin(ends[name])[0]
+            above = sum(more > 0 for more in more_S)
+            lines.append(
+                f"{key[5:]:10s} bstar - {name:18s} {mean:+.3f} ± {margin:.3f}; above in {above} of {len(runs)} "
+                f"({mean_and_margin(ends['bstar'])[0]:.3f} - {level:.3f})"
+            )
+    return lines
+
+
+def text(folders: Sequence[Path]) -> str:
+    lines = differences(folders)
     for run in folders:
         shown = (
             f"  ({name}) {'holds' if holds else 'fails'}: {figures}" for name, (holds, figures) in claims(run).items()

@@ -30,7 +30,10 @@ class Config:
     """B-STaR and its relatives, at the same number of samples and steps."""
 
     methods: list[str] = chz.field(
-        default_factory=lambda: ["bstar", "online_rft", "online_rft_cold", "rest_em"],
+        default_factory=lambda: [
+            *("bstar", "temperature_only", "threshold_only"),
+            *("online_rft_t05", "online_rft_t07", "online_rft_t10", "online_rft"),
+        ],
         doc="methods of methods.py, run in this order",
     )
     task: TaskBuilder = chz.field(default_factory=SumsBuilder, doc="the questions")

@@ -3,7 +3,8 @@
 STaR (Zelikman et al. 2022) trains on one greedy answer per query, without rationalization; ReST-EM
 (Singh et al. 2023) on many samples. Both train from the warm start each round. Iterative RFT goes
 on from the last weights with a fresh optimizer, online RFT with the same optimizer and schedule.
-B-STaR is online RFT with temperature and threshold chosen each round.
+B-STaR is online RFT with temperature and threshold chosen each round. `online_rft` has the paper's
+fixed settings, `online_rft_tNN` a better threshold, at three temperatures.
 """
 
 from typing import Literal
@@ -14,6 +15,7 @@ from posttrain.backend.ranges import COUNT
 from recipes.bstar.balance import canonical
 
 CHOSEN = None  # from the grid, by the balance score
+INFORMED = "0.5"  # a threshold that no wrong answer passes, and few right ones fail
 
 
 @chz.chz
@@ -43,10 +45,13 @@ def _decimal(value: str | None) -> str | None:
 METHODS = {
     "bstar": Method(temperature=CHOSEN, threshold=CHOSEN),
     "online_rft": Method(),
-    "online_rft_cold": Method(temperature="0.5"),
+    **{
+        f"online_rft_t{temperature.replace('.', '')}": Method(temperature=temperature, threshold=INFORMED)
+        for temperature in ("0.5", "0.7", "1.0")
+    },
     "rest_em": Method(start="warm_start", keep_optimizer=False),
     "iterative_rft": Method(keep_optimizer=False),
     "star": Method(temperature="0", samples=1, start="warm_start", keep_optimizer=False, outcome_only=True),
-    "temperature_only": Method(temperature=CHOSEN),
+    "temperature_only": Method(temperature=CHOSEN, threshold=INFORMED),
     "threshold_only": Method(threshold=CHOSEN),
 }

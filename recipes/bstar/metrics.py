@@ -4,6 +4,7 @@
     pass@K-S     share of queries with at least S distinct right samples      exploration
     reward@K-S   share of queries whose S best samples are all right          exploitation
     diversity    distinct steps / steps of a query's samples, mean over queries
+    auc          how often a right sample is above a wrong one (of any query)  what the reward model knows
 
 "Best" is by the reward without its outcome term; a reward with no other term has no reward@K-S. The
 original's diversity counts equations instead of steps.
@@ -49,11 +50,23 @@ def sample_metrics(candidates: Sequence[Candidate], queries: Sequence[str], form
     )
     metrics["tokens"] = float(np.mean([len(candidate.tokens) for candidate in everything]))
     ranked = [sorted(group, key=_rank) for group in groups]
-    if any(_model_part(candidate) for candidate in everything):
+    if any(model_part(candidate) for candidate in everything):
         metrics |= {
             f"reward@{k_all}-{s}": float(np.mean([all(c.correct for c in r[:s]) for r in ranked])) for s in powers
         }
+        metrics["auc"] = auc([model_part(c) for c in everything], [c.correct for c in everything])
     return metrics
+
+
+def auc(scores_N: Sequence[float], positive_N: Sequence[bool]) -> float:
+    """P(a positive has the higher score than a negative), where equal scores count one half; 1/2
+    without positives or without negatives."""
+    positive = np.array(positive_N, dtype=bool)
+    above, others = np.array(scores_N)[positive], np.sort(np.array(scores_N)[~positive])
+    if not len(above) or not len(others):
+        return 0.5
+    below, up_to = (np.searchsorted(others, above, side=side) for side in ("left", "right"))
+    return float(np.mean(below + up_to) / (2 * len(others)))
 
 
 def selection_metrics(selection: Sequence[Sequence[Selected]]) -> Metrics:
@@ -83,9 +96,10 @@ def grouped(candidates: Sequence[Candidate], queries: Sequence[str]) -> list[lis
     return list(groups.values())
 
 
-def _model_part(candidate: Candidate) -> float:
+def model_part(candidate: Candidate) -> float:
+    """The reward without its outcome term."""
     return 0.0 if candidate.reward is None else candidate.reward - float(candidate.correct)
 
 
 def _rank(candidate: Candidate) -> tuple[float, bytes]:
-    return -_model_part(candidate), hashlib.sha256(candidate.text.encode()).digest()
+    return -model_part(candidate), hashlib.sha256(candidate.text.encode()).digest()

@@ -22,7 +22,7 @@ from posttrain.renderers.types import Renderer
 from preference.steps import StepFormat
 from recipes.bstar.records import Candidate
 from recipes.bstar.rewards import Queries, Reward, RewardBuilder
-from recipes.bstar.tasks import Sets, TaskBuilder
+from recipes.bstar.tasks import Query, Sets, TaskBuilder
 
 STEP = re.compile(r"(\d+)\+(\d+)=(\d+)")
 
@@ -165,7 +165,13 @@ class OracleRewardBuilder(RewardBuilder):
         ]
 
     def _smallest_logit(self, candidate: Candidate, queries: Queries) -> float:
-        grader = queries[candidate.query].problem.grader
-        if not isinstance(grader, SumGrader):
+        total = sum_of(queries[candidate.query])
+        if total is None:
             raise ConfigError("reward=oracle works for sums only: set task=sums, or another reward")
-        return self.logit if grader.sum.valid(candidate.text) else -self.logit
+        return self.logit if total.valid(candidate.text) else -self.logit
+
+
+def sum_of(query: Query) -> Sum | None:
+    """The sum of a query, which tells valid derivations from others; None if it has none."""
+    grader = query.problem.grader
+    return grader.sum if isinstance(grader, SumGrader) else None

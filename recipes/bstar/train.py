@@ -33,9 +33,11 @@ from recipes.bstar.budget import Plan, check_budget, print_plan, projected_token
 from recipes.bstar.config import Config
 from recipes.bstar.methods import METHODS
 from recipes.bstar.report import write_questions, write_report
+from recipes.bstar.results import final_numbers
 from recipes.bstar.rounds import Lab, Round, run_method
 from recipes.bstar.stages import beginning, prm_path
 from recipes.bstar.tasks import Task
+from recipes.results import write_results
 
 TASKS = {
     "sums": "recipes.bstar.sums:SumsBuilder",
@@ -103,6 +105,7 @@ async def main(config: Config) -> None:
             return Lab(config, task, renderer, client, reward)
 
         await run_stages(stages_of(config, task, open_lab))
+    write_results(config.folder, final_numbers(config.folder, task))
     print(f"report: {write_report(config.folder)}")
 
 
