@@ -163,7 +163,8 @@ class Evidence:
                 margin = f"{mean_and_margin(values)[1]:.2g}" if len(values) == len(runs) >= FEWEST else ""
                 span = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
                 seeds = f"{len(values)} of {len(runs)}" if len(values) < len(runs) else len(runs)
-                lines.append(f"| {label} | {mean} | {margin} | {span} | {seeds} |")
+                name = f"`{row.name}`: {label}" if row.is_timed else label
+                lines.append(f"| {name} | {mean} | {margin} | {span} | {seeds} |")
             time_taken = timedelta(seconds=round(sum(run["seconds"] for run in runs)))
             state = "" if (state := self.state(row)) == "current" else f"; {state}"
             notes.append(

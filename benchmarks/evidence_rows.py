@@ -4,7 +4,8 @@ from benchmarks.evidence_row import Metric, Reached, Result, Row, Take
 from recipes.algorithms.variants import VARIANTS, folder_name
 
 # Files for several processes: every row runs in one.
-CLUSTER = ("cluster", "sampler_actor", "sampler_pool", "sharded_trainer", "trainer_group", "trainer_rank")
+CLUSTER = ["cluster", "ray_process", "left_behind", "sampler_actor", "sampler_pool"]
+CLUSTER += ["sharded_trainer", "trainer_group", "trainer_rank"]
 BACKEND = (
     "posttrain/backend",
     *(f":(exclude)posttrain/backend/{name}.py" for name in CLUSTER),

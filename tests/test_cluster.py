@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import posttrain.backend.cluster
-from posttrain.backend.cluster import FOLDER, Cluster, ProcessLost, answer, future_of
+import posttrain.backend.ray_process
+from posttrain.backend.cluster import Cluster, ProcessLost, answer, future_of
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, NonFiniteError
+from posttrain.backend.left_behind import FOLDER
 from tests.conftest import ROOT
 from tests.processes import descendants, runs, wait_until
 
@@ -141,7 +142,7 @@ def test_an_address_without_a_cluster_is_refused_at_once(
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(posttrain.backend.cluster, "REACH_SECONDS", 1.0)
+    monkeypatch.setattr(posttrain.backend.ray_process, "REACH_SECONDS", 1.0)
     with server(says.encode() if says.startswith("HTTP") else None) as address:
         if says != "gone":
             with pytest.raises(ConfigError, match=f"no Ray cluster at backend.cluster={address} .*`ray start --head`"):

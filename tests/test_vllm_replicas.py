@@ -14,8 +14,8 @@ from pathlib import Path
 import chz
 import pytest
 
-from posttrain.backend.cluster import FOLDER
 from posttrain.backend.config import BackendConfig
+from posttrain.backend.left_behind import FOLDER
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SamplingParams
 from rl import train

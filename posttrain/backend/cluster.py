@@ -1,62 +1,36 @@
 """Ray starts, places and watches the processes of a ServiceClient: trainer ranks and sampler
-replicas. The only importer of ray. Whatever way this process ends, a keeper process removes what
-would stay: Ray's own processes, published weights in shared memory.
+replicas. Only this file and ray_process.py import ray.
 """
 
 import contextlib
-import ctypes
-import glob
 import hashlib
-import inspect
-import multiprocessing
 import os
 import secrets
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, EngineError
+from posttrain.backend.left_behind import remove, start_keeper, weight_folder
 from posttrain.backend.placement import check_gpus, check_placement
+from posttrain.backend.ray_process import own_processes, ray_running, session_folders, stop_ray
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parents[1]
 # Settings that children get from this process. Ray gives each its CUDA_VISIBLE_DEVICES.
 INHERITED = ("HF_", "VLLM_", "NCCL_", "GLOO_", "TORCH_", "TOKENIZERS_", "OMP_", "XDG_", "POSTTRAIN_", "TMPDIR")
-RAY_ENVIRONMENT = {
-    # Ray hides a process's GPU from actors that ask for none, warns about it, and reports usage.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Of a Ray that is started here: it would kill our processes for the memory of others, and its own
-    # node, with this program, when a busy machine lets it answer late.
-    "RAY_memory_monitor_refresh_ms": "0",
-    "RAY_health_check_failure_threshold": "1000",
-    "RAY_gcs_server_port_wait_time_s": "300",
-}
-FOLDER = "posttrain-weights"
 CHECK_SECONDS = 120.0  # for a node's answer at the start
-START_SECONDS = 60.0  # for Ray; ten on a quiet machine
-REACH_SECONDS = 10.0  # for a connection to a running cluster
-# What a client of HTTP/2 says first, with empty settings, and the kind of frame that a server answers with.
-HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-HTTP2_SETTINGS = b"\4"
 SAY_AFTER_SECONDS = 60.0  # a wait says what it waits for
 
 _open: set["Cluster"] = set()
-_ended: threading.Event | None = None  # of the Ray that was started or joined here
 _lock = threading.RLock()
 
 
@@ -75,7 +49,7 @@ class Cluster:
         with _lock:
             if config.cluster is None:
                 check_gpus(config, [torch.cuda.device_count()])
-            self._ray = _ray_running(config)
+            self._ray = ray_running(config)
             try:
                 nodes = [node for node in self._ray.nodes() if node["Alive"]]
                 gpus_of_nodes = [int(node["Resources"].get("GPU", 0)) for node in nodes]
@@ -85,11 +59,11 @@ class Cluster:
                     self._check_nodes(nodes, run_folder)
                 self._gpus = bool(sum(gpus_of_nodes))
                 self._group = self._reserve() if self._gpus else None
-                self.folder = _weight_folder(config)
+                self.folder = weight_folder(config)
             except BaseException:
                 _stop_ray_if_unused()
                 raise
-            self._keeper = _keeper([str(self.folder), *_session()], _own_processes())
+            self._keeper = start_keeper([str(self.folder), *session_folders()], own_processes())
             _open.add(self)
 
     def start(
@@ -253,125 +227,6 @@ def node_report(tokens: dict[str, str]) -> dict[str, Any]:
     return {"version": digest.hexdigest(), "sees": {name: os.path.exists(path) for name, path in tokens.items()}}
 
 
-# --- Ray -----------------------------------------------------------------------------------------
-
-
-def _ray_running(config: BackendConfig) -> Any:
-    """Ray, initialised."""
-    global _ended
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    if ray.is_initialized():
-        return ray
-    options: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "namespace": secrets.token_hex(4)}
-    if config.cluster is None:
-        with _gpus_left_to_ray(config):
-            _ended = _start_here(partial(ray.init, "local", object_store_memory=100 * 2**20, **options))
-        return ray
-    named = f"backend.cluster={config.cluster}"
-    _check_reachable(config.cluster)
-    try:
-        _ended = _in_lasting_thread(partial(ray.init, config.cluster, **options))
-    except Exception as error:  # of any type
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"the Ray cluster at {named} cannot be joined: {' '.join(lines)}") from error
-    return ray
-
-
-def _start_here(init: Callable[[], object]) -> threading.Event:
-    """As `_in_lasting_thread`, up to three times. Ray gives its node 30 seconds to appear, and its helpers
-    15, too few on a busy machine."""
-    from ray._private import services
-
-    def get_node(*arguments: Any, ask: Callable[..., Any] = services.get_node) -> Any:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                return ask(*arguments)
-            except RuntimeError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-
-    for left in (2, 1, 0):
-        try:
-            with patch.object(services, "get_node", get_node):
-                return _in_lasting_thread(init)
-        except Exception as error:  # of any type
-            if not left:
-                raise EngineError(f"Ray did not start on this machine: {' '.join(str(error).split())}") from error
-    raise AssertionError
-
-
-def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:
-    """Calls `init` in a thread that lasts until the returned event is set: Linux kills Ray's processes
-    when the thread that started them ends. Ray's handler of SIGTERM, which aborts this program within
-    three seconds, is put back to the one before: a run saves and stops."""
-    outcome: Future[None] = Future()
-    ended = threading.Event()
-
-    def run() -> None:
-        sigaction, before = ctypes.CDLL(None).sigaction, ctypes.create_string_buffer(256)
-        sigaction(signal.SIGTERM, None, before)  # signal.signal is for the main thread
-        try:
-            init()
-        except BaseException as error:
-            outcome.set_exception(error)
-            return
-        finally:
-            sigaction(signal.SIGTERM, before, None)
-        outcome.set_result(None)
-        ended.wait()
-
-    threading.Thread(target=run, name="ray", daemon=True).start()
-    try:
-        outcome.result(4 * START_SECONDS)
-    except TimeoutError:
-        raise TimeoutError(f"no answer of Ray in {4 * START_SECONDS:g} seconds") from None
-    return ended
-
-
-def _check_reachable(cluster: str) -> None:
-    """ConfigError unless a server that speaks HTTP/2, as Ray's does, answers at the address: Ray itself
-    tries for minutes."""
-    from ray._private import services
-
-    problem = f"there is no Ray cluster at backend.cluster={cluster}"
-    remedy = "start it by `ray start --head`, or leave the option out"
-    if cluster == "local" or "://" in cluster:
-        raise ConfigError(f"backend.cluster={cluster}: take auto or HOST:PORT of a running Ray cluster")
-    try:
-        address = services.canonicalize_bootstrap_address_or_die(cluster)
-        host, _, port = address.rpartition(":")
-        with socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS) as server:
-            server.settimeout(REACH_SECONDS)
-            if os.environ.get("RAY_USE_TLS", "0") == "0":
-                server.sendall(HTTP2_GREETING)
-                if server.recv(9, socket.MSG_WAITALL)[3:4] != HTTP2_SETTINGS:
-                    raise ConnectionError("what answers there is not Ray")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{problem} ({reason}): {remedy}") from error
-
-
-@contextlib.contextmanager
-def _gpus_left_to_ray(config: BackendConfig) -> Iterator[None]:
-    """A single trainer is in this process, on the first GPU: Ray must not give that to a replica."""
-    count, before = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if count and config.trainer_processes == 1:
-        names = before.split(",") if before else [str(i) for i in range(count)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[1:])
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
-        elif count:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-
-
 def _check_driver(config: BackendConfig, gpus: int) -> None:
     if gpus and config.trainer_processes == 1:
         raise ConfigError(
@@ -380,155 +235,9 @@ def _check_driver(config: BackendConfig, gpus: int) -> None:
         )
 
 
-def _own_processes() -> list[int]:
-    """Process ids of the Ray that was started here."""
-    from ray._private import worker
-
-    node: Any = worker._global_node
-    if node is None or not node.is_head():
-        return []
-    return [info.process.pid for infos in node.all_processes.values() for info in infos]
-
-
-def _session() -> list[str]:
-    """The folder with logs and sockets of the Ray that was started here."""
-    from ray._private import worker
-
-    node: Any = worker._global_node
-    return [node.get_session_dir_path()] if _own_processes() else []
-
-
 def _stop_ray_if_unused() -> None:
-    global _ended
-    if _open or _ended is None:
-        return
-    import ray
-
-    folders, ended, _ended = _session(), _ended, None
-    ray.shutdown()
-    ended.set()
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-# --- what stays after a process ------------------------------------------------------------------
-
-
-def _weight_folder(config: BackendConfig) -> Path:
-    """A new folder, named after this process. Folders of dead processes of this node are removed."""
-    shared_memory = Path("/dev/shm")
-    parent = Path(config.sync_dir).expanduser() if config.sync_dir else shared_memory
-    if not config.sync_dir and not shared_memory.is_dir():
-        parent = Path(tempfile.gettempdir())
-    prefix = f"{FOLDER}-{socket.gethostname()}"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for folder in parent.glob(f"{prefix}-*-*"):
-            if not Path(f"/proc/{folder.name.split('-')[-2]}").exists():
-                remove(folder)
-        folder = parent / f"{prefix}-{os.getpid()}-{secrets.token_hex(4)}"
-        folder.mkdir()
-    except OSError as error:
-        raise ConfigError(f"weights cannot be published in {parent} (backend.sync_dir): {error}") from error
-    return folder
-
-
-def remove(folder: "str | Path") -> None:
-    """Also the shared memory that processes have noted there (`note_shared_memory`)."""
-    import glob
-    import os
-    import shutil
-
-    for note in glob.glob(f"{glob.escape(str(folder))}/*.segments"):
-        with open(note) as lines:
-            for path in [path for line in lines.read().splitlines() for path in glob.glob(line)]:
-                os.remove(path)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def note_semaphores(note: Path) -> None:
-    """Gives the semaphores that this process and its children will make a prefix of their own, and
-    writes it down. Nobody else can remove them: Ray kills Python's resource tracker as well."""
-    prefix = f"mp-{secrets.token_hex(4)}"
-    multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"  # type: ignore[attr-defined]
-    note.write_text(f"/dev/shm/sem.{prefix}-*\n")
-
-
-def note_shared_memory(note: Path) -> None:
-    """Adds the segments that this process and its children have mapped: nobody else can remove them
-    after a SIGKILL."""
-    paths = set()
-    for pid in _family(os.getpid()):
-        with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-            paths |= {line.split(maxsplit=5)[-1] for line in maps if "/dev/shm/" in line}
-    segments = [
-        path for path in paths if Path(path).name.startswith(("psm_", "vllm_"))
-    ]  # of Python's and vLLM's making
-    with note.open("a") as file:
-        file.writelines(f"{glob.escape(path)}\n" for path in segments)
-
-
-def _family(pid: int) -> list[int]:
-    """The process and all below it."""
-    children = [
-        child for file in Path(f"/proc/{pid}/task").glob("*/children") for child in map(int, file.read_text().split())
-    ]
-    return [pid, *(below for child in children for below in _family(child))]
-
-
-# Reads until its pipe closes, which happens however the process that started it ends. Then it ends
-# Ray's processes and their children, workers too, and removes the folders.
-KEEPER = (
-    f"{inspect.getsource(remove)}"
-    + """
-import os, signal, sys, time
-folders, started = sys.argv[1].split(os.pathsep), {int(pid) for pid in sys.argv[2:]}
-
-def status(pid):  # state, parent, process group
-    try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[:3]
-    except OSError:
-        return "X", "0", "0"
-
-def alive(pid):
-    return status(pid)[0] not in "XZ"
-
-def is_ray(pid):  # a dead process's number may belong to another by now
-    try:
-        return b"ray" in open(f"/proc/{pid}/cmdline", "rb").read()
-    except OSError:
-        return False
-
-def add_children(family):
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        if pid not in family and family & set(map(int, status(pid)[1:])):
-            family.add(pid)
-            add_children(family)
-
-add_children(started)  # Ray's agents: a dead parent could not be asked later
-if sys.stdin.buffer.read() != b"closed":
-    family = set(started)
-    add_children(family)
-    family = {pid for pid in family if alive(pid) and (pid not in started or is_ray(pid))}
-    for number, seconds in ((signal.SIGTERM, 2), (signal.SIGKILL, 5)):
-        for pid in family:
-            try:
-                os.kill(pid, number)
-            except OSError:
-                pass
-        deadline = time.monotonic() + seconds
-        while any(map(alive, family)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    for folder in folders:
-        remove(folder)
-"""
-)
-
-
-def _keeper(folders: list[str], pids: list[int]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-S", "-c", KEEPER, os.pathsep.join(folders), *map(str, pids)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    if not _open:
+        stop_ray()
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from posttrain.backend.cluster import Cluster, ProcessLost, future_of, note_semaphores, note_shared_memory
+from posttrain.backend.cluster import Cluster, ProcessLost, future_of
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import Engine, EngineThread, SequenceRequest
 from posttrain.backend.errors import EngineError
+from posttrain.backend.left_behind import note_semaphores, note_shared_memory
 from posttrain.backend.new_engine import new_engine
 from posttrain.backend.sampler_pool import Files, Progress
 from posttrain.backend.types import SampleResponse

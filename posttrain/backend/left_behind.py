@@ -1,0 +1,137 @@
+"""What would stay after a process that dies: published weights in shared memory, its segments and
+semaphores, processes of Ray. A keeper process, which outlives this one, removes them.
+"""
+
+import contextlib
+import glob
+import inspect
+import multiprocessing
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+
+FOLDER = "posttrain-weights"
+
+
+def weight_folder(config: BackendConfig) -> Path:
+    """A new folder, named after this process. Folders of dead processes of this node are removed."""
+    shared_memory = Path("/dev/shm")
+    parent = Path(config.sync_dir).expanduser() if config.sync_dir else shared_memory
+    if not config.sync_dir and not shared_memory.is_dir():
+        parent = Path(tempfile.gettempdir())
+    prefix = f"{FOLDER}-{socket.gethostname()}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for folder in parent.glob(f"{prefix}-*-*"):
+            if not Path(f"/proc/{folder.name.split('-')[-2]}").exists():
+                remove(folder)
+        folder = parent / f"{prefix}-{os.getpid()}-{secrets.token_hex(4)}"
+        folder.mkdir()
+    except OSError as error:
+        raise ConfigError(f"weights cannot be published in {parent} (backend.sync_dir): {error}") from error
+    return folder
+
+
+def remove(folder: "str | Path") -> None:
+    """Also the shared memory that processes have noted there (`note_shared_memory`)."""
+    import glob
+    import os
+    import shutil
+
+    for note in glob.glob(f"{glob.escape(str(folder))}/*.segments"):
+        with open(note) as lines:
+            for path in [path for line in lines.read().splitlines() for path in glob.glob(line)]:
+                os.remove(path)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def note_semaphores(note: Path) -> None:
+    """Gives the semaphores that this process and its children will make a prefix of their own, and
+    writes it down. Nobody else can remove them: Ray kills Python's resource tracker as well."""
+    prefix = f"mp-{secrets.token_hex(4)}"
+    multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"  # type: ignore[attr-defined]
+    note.write_text(f"/dev/shm/sem.{prefix}-*\n")
+
+
+def note_shared_memory(note: Path) -> None:
+    """Adds the segments that this process and its children have mapped: nobody else can remove them
+    after a SIGKILL."""
+    paths = set()
+    for pid in _family(os.getpid()):
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            paths |= {line.split(maxsplit=5)[-1] for line in maps if "/dev/shm/" in line}
+    segments = [
+        path for path in paths if Path(path).name.startswith(("psm_", "vllm_"))
+    ]  # of Python's and vLLM's making
+    with note.open("a") as file:
+        file.writelines(f"{glob.escape(path)}\n" for path in segments)
+
+
+def _family(pid: int) -> list[int]:
+    """The process and all below it."""
+    children = [
+        child for file in Path(f"/proc/{pid}/task").glob("*/children") for child in map(int, file.read_text().split())
+    ]
+    return [pid, *(below for child in children for below in _family(child))]
+
+
+# Reads until its pipe closes, which happens however the process that started it ends. Then it ends
+# Ray's processes and their children, workers too, and removes the folders.
+KEEPER = (
+    f"{inspect.getsource(remove)}"
+    + """
+import os, signal, sys, time
+folders, started = sys.argv[1].split(os.pathsep), {int(pid) for pid in sys.argv[2:]}
+
+def status(pid):  # state, parent, process group
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[:3]
+    except OSError:
+        return "X", "0", "0"
+
+def alive(pid):
+    return status(pid)[0] not in "XZ"
+
+def is_ray(pid):  # a dead process's number may belong to another by now
+    try:
+        return b"ray" in open(f"/proc/{pid}/cmdline", "rb").read()
+    except OSError:
+        return False
+
+def add_children(family):
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        if pid not in family and family & set(map(int, status(pid)[1:])):
+            family.add(pid)
+            add_children(family)
+
+add_children(started)  # Ray's agents: a dead parent could not be asked later
+if sys.stdin.buffer.read() != b"closed":
+    family = set(started)
+    add_children(family)
+    family = {pid for pid in family if alive(pid) and (pid not in started or is_ray(pid))}
+    for number, seconds in ((signal.SIGTERM, 2), (signal.SIGKILL, 5)):
+        for pid in family:
+            try:
+                os.kill(pid, number)
+            except OSError:
+                pass
+        deadline = time.monotonic() + seconds
+        while any(map(alive, family)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    for folder in folders:
+        remove(folder)
+"""
+)
+
+
+def start_keeper(folders: list[str], pids: list[int]) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-S", "-c", KEEPER, os.pathsep.join(folders), *map(str, pids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

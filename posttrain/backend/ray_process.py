@@ -1,0 +1,188 @@
+"""Starts Ray on this machine, or joins a cluster, and stops it."""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, EngineError
+
+RAY_ENVIRONMENT = {
+    # Ray hides a process's GPU from actors that ask for none, warns about it, and reports usage.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Of a Ray that is started here: it would kill our processes for the memory of others, and its own
+    # node, with this program, when a busy machine lets it answer late.
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_health_check_failure_threshold": "1000",
+    "RAY_gcs_server_port_wait_time_s": "300",
+}
+START_SECONDS = 60.0  # for Ray; ten on a quiet machine
+REACH_SECONDS = 10.0  # for a connection to a running cluster
+# What a client of HTTP/2 says first, with empty settings, and the kind of frame that a server answers with.
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+HTTP2_SETTINGS = b"\4"
+
+_ended: threading.Event | None = None  # of the Ray that was started or joined here
+
+
+def ray_running(config: BackendConfig) -> Any:
+    """Ray, initialised. ConfigError for a cluster that cannot be joined, EngineError if Ray does not
+    start here."""
+    global _ended
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    options: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "namespace": secrets.token_hex(4)}
+    if config.cluster is None:
+        with _gpus_left_to_ray(config):
+            _ended = _start_here(partial(ray.init, "local", object_store_memory=100 * 2**20, **options))
+        return ray
+    named = f"backend.cluster={config.cluster}"
+    _check_reachable(config.cluster)
+    try:
+        _ended = _in_lasting_thread(partial(ray.init, config.cluster, **options))
+    except Exception as error:  # of any type
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"the Ray cluster at {named} cannot be joined: {' '.join(lines)}") from error
+    return ray
+
+
+def _start_here(init: Callable[[], object]) -> threading.Event:
+    """As `_in_lasting_thread`, up to three times. Ray gives its node 30 seconds to appear, and its helpers
+    15, too few on a busy machine."""
+    from ray._private import services
+
+    def get_node(*arguments: Any, ask: Callable[..., Any] = services.get_node) -> Any:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return ask(*arguments)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    for left in (2, 1, 0):
+        try:
+            with patch.object(services, "get_node", get_node):
+                return _in_lasting_thread(init)
+        except Exception as error:  # of any type
+            if not left:
+                raise EngineError(f"Ray did not start on this machine: {' '.join(str(error).split())}") from error
+    raise AssertionError
+
+
+def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:
+    """Calls `init` in a thread that lasts until the returned event is set: Linux kills Ray's processes
+    when the thread that started them ends. Ray's handler of SIGTERM, which aborts this program within
+    three seconds, is put back to the one before: a run saves and stops."""
+    outcome: Future[None] = Future()
+    ended = threading.Event()
+
+    def run() -> None:
+        sigaction, before = ctypes.CDLL(None).sigaction, ctypes.create_string_buffer(256)
+        sigaction(signal.SIGTERM, None, before)  # signal.signal is for the main thread
+        try:
+            init()
+        except BaseException as error:
+            outcome.set_exception(error)
+            return
+        finally:
+            sigaction(signal.SIGTERM, before, None)
+        outcome.set_result(None)
+        ended.wait()
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    try:
+        outcome.result(4 * START_SECONDS)
+    except TimeoutError:
+        raise TimeoutError(f"no answer of Ray in {4 * START_SECONDS:g} seconds") from None
+    return ended
+
+
+def _check_reachable(cluster: str) -> None:
+    """ConfigError unless a server that speaks HTTP/2, as Ray's does, answers at the address: Ray itself
+    tries for minutes."""
+    from ray._private import services
+
+    problem = f"there is no Ray cluster at backend.cluster={cluster}"
+    remedy = "start it by `ray start --head`, or leave the option out"
+    if cluster == "local" or "://" in cluster:
+        raise ConfigError(f"backend.cluster={cluster}: take auto or HOST:PORT of a running Ray cluster")
+    try:
+        address = services.canonicalize_bootstrap_address_or_die(cluster)
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS) as server:
+            server.settimeout(REACH_SECONDS)
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                server.sendall(HTTP2_GREETING)
+                if server.recv(9, socket.MSG_WAITALL)[3:4] != HTTP2_SETTINGS:
+                    raise ConnectionError("what answers there is not Ray")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{problem} ({reason}): {remedy}") from error
+
+
+@contextlib.contextmanager
+def _gpus_left_to_ray(config: BackendConfig) -> Iterator[None]:
+    """A single trainer is in this process, on the first GPU: Ray must not give that to a replica."""
+    count, before = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count and config.trainer_processes == 1:
+        names = before.split(",") if before else [str(i) for i in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[1:])
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif count:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
+def own_processes() -> list[int]:
+    """Process ids of the Ray that was started here."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    if node is None or not node.is_head():
+        return []
+    return [info.process.pid for infos in node.all_processes.values() for info in infos]
+
+
+def session_folders() -> list[str]:
+    """The folder with logs and sockets of the Ray that was started here."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    return [node.get_session_dir_path()] if own_processes() else []
+
+
+def stop_ray() -> None:
+    """Unless it was neither started nor joined here."""
+    global _ended
+    if _ended is None:
+        return
+    import ray
+
+    folders, ended, _ended = session_folders(), _ended, None
+    ray.shutdown()
+    ended.set()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
