@@ -2,11 +2,13 @@
 paths, which the original does not measure.
 
 A row is graph, path, EOS. Prefixes end at "=" or later and pairs are at least two apart: l (l + 1)
-/ 2 pairs for a path of l nodes. The baseline is trained on every token, also of the random edges.
+/ 2 pairs for a path of l nodes. The baseline is trained on every token, also of the random edges, or
+on the path alone, as the BST is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import chz
 import numpy as np
@@ -24,10 +26,14 @@ EVAL_ROWS = 1024  # graphs per batch
 
 @chz.chz
 class StarGraphBuilder(StarGraphTask, TokenSourceBuilder):
+    loss_on: Literal["all", "path"] = chz.field(
+        default="all", doc="targets of the GPT: all tokens, as in the original, or the path and EOS"
+    )
+
     def __call__(self, batch_size: int, seed: int) -> "StarGraphSource":
         rows_D_T, test = self.split()
         n_batches = 1 if rows_D_T is None else -(-len(rows_D_T) // batch_size)
-        return StarGraphSource(Batches(self.graph(), test, rows_D_T, batch_size, n_batches, (seed,)))
+        return StarGraphSource(Batches(self.graph(), test, rows_D_T, batch_size, n_batches, (seed,)), self.loss_on)
 
 
 def task_name(graph: StarGraph) -> str:
@@ -37,6 +43,7 @@ def task_name(graph: StarGraph) -> str:
 @dataclass(frozen=True)
 class StarGraphSource:
     batches: Batches
+    loss_on: Literal["all", "path"] = "all"
 
     @property
     def graph(self) -> StarGraph:
@@ -60,11 +67,18 @@ class StarGraphSource:
 
     def get_batch(self, step: int) -> TokenBatch:
         epoch, index = divmod(step, len(self.batches))
-        return with_eos(self.graph, self.batches.rows(index, epoch))
+        return self.batch(self.batches.rows(index, epoch))
 
     def evaluate(self, trainer: BeliefStateTrainer) -> Metrics:
-        losses = held_out_losses(trainer, with_eos(self.graph, self.batches.test.tokens_B_T), EVAL_ROWS)
+        losses = held_out_losses(trainer, self.batch(self.batches.test.tokens_B_T), EVAL_ROWS)
         return losses | {f"test/{name}": value for name, value in accuracy(trainer.model, self.batches.test).items()}
+
+    def batch(self, tokens_B_T: np.ndarray) -> TokenBatch:
+        batch = with_eos(self.graph, tokens_B_T)
+        if self.loss_on == "all":
+            return batch
+        on_path_T = np.arange(batch.tokens_B_T.shape[1]) >= self.graph.prefix_length
+        return replace(batch, loss_mask_B_T=np.broadcast_to(on_path_T, batch.tokens_B_T.shape))
 
     def save(self, folder: Path) -> None:
         """Nothing to write: the ids are the node labels."""
