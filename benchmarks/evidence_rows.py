@@ -2,6 +2,7 @@
 
 from benchmarks.evidence_row import Metric, Reached, Result, Row, Take
 from recipes.algorithms.variants import VARIANTS, folder_name
+from recipes.belief_state.search import SETTINGS
 
 # Files for several processes: every row runs in one.
 CLUSTER = ["cluster", "ray_process", "left_behind", "sampler_actor", "sampler_pool"]
@@ -28,7 +29,9 @@ PREFERENCES: list[tuple[str, str, Take]] = [
 ]
 STUDENTS = ["hard", "soft", "renormalised"]
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "cispo", "ppo"]
-STAR_GRAPH = ["gpt", "teacherless", "bst", "reinforce", "rl", "dpo", "rpo", "cd", "qsharp"]
+FIRST_HOP = "test/first_hop"
+STAR_GRAPH = ["gpt", "reversed", "teacherless", "bst", "reinforce", "rl", "dpo", "rpo", "cd", "qsharp"]
+BELIEF_STATE = (*RL, "recipes/libraries/belief_state", "recipes/belief_state", "recipes/results.py")
 
 
 def beside_grpo(variants: str) -> Row:
@@ -54,6 +57,31 @@ def tool_calls(name: str, script: str, tool: str) -> Row:
             if label == tool or key == "correct"
         },
         picture=f"run/tool_calls.png recipes/tool_calls/{name}.png",
+    )
+
+
+def search(model: str, options: str) -> Row:
+    """Nine settings on seed 3, then the best on seeds 0, 1, 2, with as many steps and three times."""
+    labels = [f"best, {steps} steps, seed {seed}" for steps in (600, 1800) for seed in (0, 1, 2)]
+    return Row(
+        f"{model}_search",
+        f"recipes/belief_state/search.py model={model} {options} log_path={{folder}}/run",
+        BELIEF_STATE,
+        {
+            f"{model.upper()}: {label}": Result(label, f"run/{model}/results.json")
+            for label in (*SETTINGS[model], *labels)
+        },
+        seeds=(3,),
+    )
+
+
+def curriculum(name: str, label: str, options: str) -> Row:
+    """Arms of 3, 4 and 5 nodes, each from the weights of the one before."""
+    return Row(
+        name,
+        f"recipes/belief_state/curriculum.py run.seed={{seed}} {options} log_path={{folder}}/run",
+        BELIEF_STATE,
+        {f"{label}, l = {length}: first hop": Metric(FIRST_HOP, folder=f"run/l{length}") for length in (3, 4, 5)},
     )
 
 
@@ -274,17 +302,34 @@ ROWS = [
     ),
     Row(
         "star_graph",
-        "recipes/star_graph/train.py seeds=[{seed}] log_path={folder}/run",
-        (*RL, "preference", "recipes/libraries", "recipes/star_graph", "recipes/belief_state"),
+        "recipes/star_graph/train.py seeds=[{seed}] processes=1 log_path={folder}/run",
+        (*BELIEF_STATE, "preference", "recipes/star_graph"),
         {
-            f"`{name}`: first hop": Metric(
-                "test/env/all/first_hop" if name in ("reinforce", "rl") else "test/first_hop",
-                folder=f"run/seed_{{seed}}/{name}",
-            )
-            for name in STAR_GRAPH
+            **{
+                f"`{name}`: first hop": Metric(
+                    "test/env/all/first_hop" if name == "rl" else FIRST_HOP, folder=f"run/seed_{{seed}}/{name}"
+                )
+                for name in STAR_GRAPH
+            },
+            "`bst`: whole path": Metric("test/exact", folder="run/seed_{seed}/bst"),
+            "`gpt`: nats per token of held-out paths": Metric("test/nll", folder="run/seed_{seed}/gpt"),
         },
         picture="run/star_graph.png recipes/star_graph/star_graph.png",
     ),
+    Row(
+        "belief_state",
+        "recipes/belief_state/train.py seed={seed} log_path={folder}/run",
+        BELIEF_STATE,
+        {
+            "BST: first hop": Metric(FIRST_HOP, folder="run"),
+            "BST: whole path": Metric("test/exact", folder="run"),
+            "BST: whole path right in 95% of the graphs from step": Reached("test/exact", folder="run", level=0.95),
+        },
+    ),
+    search("gpt", "data.loss_on=path"),
+    search("bst", ""),
+    curriculum("star_graph_long_bst", "BST", ""),
+    curriculum("star_graph_long_gpt", "GPT", "run.model=gpt run.num_layers=6 run.hidden=104 data.loss_on=path"),
     benchmark("train_throughput", "benchmarks/train_throughput.py"),
     benchmark("memory_vs_hf_loss", "benchmarks/memory_vs_hf_loss.py"),
     benchmark("async_vs_sync", "benchmarks/async_vs_sync.py"),

@@ -11,6 +11,7 @@ from typing import Any
 import chz
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from benchmarks import belief_state_star_graph
@@ -18,10 +19,10 @@ from posttrain.backend.errors import CheckpointError, DataError
 from posttrain.backend.types import AdamParams
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.metrics_log import read_metrics
-from recipes.belief_state import train
+from recipes.belief_state import curriculum, search, train
 from recipes.belief_state.star_graph import StarGraphBuilder, accuracy, task_name, with_eos
 from recipes.libraries.belief_state.files import load_belief_state, load_next_token
-from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
+from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig, NextToken
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer
 from tests.commands import Command
 from tests.star_graph_originals import bst_rows, write_lines
@@ -158,3 +159,51 @@ def test_presets_are_options_that_exist(preset: str) -> None:
     where = ["data.folder=shards"] if preset == "large" else []
     settings = parse(train.Config, [f"preset={preset}", *where], {"data": train.SOURCES}, {"preset": train.PRESETS})
     assert settings.hidden in (768, 2048) and settings.init_std == 0.02
+
+
+def test_the_gpts_loss_on_the_path_alone() -> None:
+    source = StarGraphBuilder(num_test=20, loss_on="path")(4, 0)
+    graph, model = source.graph, NextToken(BeliefStateConfig(source.vocab_size, source.eos_id, 1, 2, 16))
+    batch = source.get_batch(0)
+    assert (batch.tokens_B_T == GRAPH(4, 0).get_batch(0).tokens_B_T).all()
+    tokens_B_T = torch.from_numpy(batch.tokens_B_T)
+    with torch.no_grad():
+        logprobs_B_T_V = model.logits(tokens_B_T[:, :-1], packed=False).log_softmax(-1)
+    nll_B_T = -logprobs_B_T_V.gather(-1, tokens_B_T[:, 1:, None])[..., 0]
+    loss = BeliefStateTrainer(model, trainer_objective()).evaluate(batch)["loss"]
+    assert loss == pytest.approx(float(nll_B_T[:, graph.prefix_length - 1 :].mean()), rel=1e-5)
+    assert nll_B_T[:, graph.prefix_length - 1 :].shape[1] == graph.path_length + 1  # and EOS
+
+
+def test_the_searches_are_of_the_same_size() -> None:
+    """Settings as many, and weights within a twentieth of those of the recipe's own model."""
+    assert len(search.SETTINGS["bst"]) == len(search.SETTINGS["gpt"])
+    source = GRAPH(4, 0)
+    size = num_weights(train.make_trainer(train.Config(), source).model)
+    for model, settings in search.SETTINGS.items():
+        for setting in settings.values():
+            config = train.Config(model=model, **setting)
+            assert num_weights(train.make_trainer(config, source).model) == pytest.approx(size, rel=0.05)
+
+
+def num_weights(model: BeliefState | NextToken) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_search_reports_every_setting_and_the_best_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"num_layers": 1, "hidden": 16, "batch_size": 4}
+    monkeypatch.setitem(search.SETTINGS, "gpt", {"one": small, "two": small | {"learning_rate": 1e-4}})
+    asked = search.Config(data=GRAPH, num_steps=1, seeds=[0], times=[1, 2], log_path=str(tmp_path))
+    asyncio.run(search.main(asked))
+    results = json.loads((tmp_path / "gpt" / "results.json").read_text())
+    assert results.keys() == {"one", "two", "best, 1 steps, seed 0", "best, 2 steps, seed 0"}
+
+
+def test_a_curriculum_begins_each_length_with_the_weights_of_the_last(tmp_path: Path) -> None:
+    run = train.Config(num_layers=1, hidden=16, batch_size=4, learning_rate=1e-9)
+    asked = curriculum.Config(run=run, data=GRAPH, lengths=[3, 4], steps=[1, 1], log_path=str(tmp_path))
+    asyncio.run(curriculum.main(asked))
+    first, second = (load_belief_state(tmp_path / name / "checkpoints" / "final") for name in ("l3", "l4"))
+    assert second.config.task == "G(2,4) N=12"
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], tensor, atol=1e-7, rtol=0)

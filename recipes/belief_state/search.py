@@ -1,9 +1,10 @@
 """The same small search for the Belief State Transformer and for a GPT of as many weights, on star
-graphs: every shape with every pair of learning rate and first weights' deviation, one seed.
+graphs: every shape with every pair of learning rate and first weights' deviation, one seed. Then
+the best setting with other seeds, and with more steps.
 
-    python recipes/belief_state/search.py model=gpt  # runs/belief_state_search/gpt
+    python recipes/belief_state/search.py model=gpt data.loss_on=path  # runs/belief_state_search/gpt
 
-Prints a table, best first, and writes results.json: the first hop of each setting at the end.
+Prints the table, best first, and writes results.json: the share of right first hops at the end.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -26,9 +27,22 @@ from recipes.belief_state import train
 from recipes.belief_state.star_graph import StarGraphBuilder
 from recipes.results import write_results
 
-# layers (of each encoder) and width; 0.70 to 0.78 million weights each
-SHAPES = {"bst": [(1, 112), (2, 96), (3, 80), (4, 72)], "gpt": [(2, 168), (3, 144), (6, 104), (10, 72)]}
+# layers (of each encoder) and width; 0.71 to 0.75 million weights each
+SHAPES = {"bst": [(1, 112), (2, 96), (3, 80)], "gpt": [(2, 168), (3, 144), (6, 104)]}
 RATES_AND_DEVIATIONS = [(3e-3, 0.08), (1e-3, 0.08), (2e-3, 0.12)]
+SETTINGS = {
+    model: {
+        f"{layers} layers, {hidden} wide, rate {rate:g}, deviation {deviation:g}": {
+            "num_layers": layers,
+            "hidden": hidden,
+            "learning_rate": rate,
+            "init_std": deviation,
+        }
+        for layers, hidden in shapes
+        for rate, deviation in RATES_AND_DEVIATIONS
+    }
+    for model, shapes in SHAPES.items()
+}
 
 
 @chz.chz
@@ -38,39 +52,49 @@ class Config:
     model: Literal["bst", "gpt"] = chz.field(default="gpt", doc="which of the two")
     data: StarGraphBuilder = chz.field(default_factory=StarGraphBuilder, doc="graphs, and the GPT's targets")
     num_steps: int = chz.field(default=600, validator=COUNT, doc="optimizer steps of each run")
-    seed: int = chz.field(default=3, validator=SEED, doc="of weights and graphs; reported runs have others")
+    seed: int = chz.field(default=3, validator=SEED, doc="of the search: weights and graphs")
+    seeds: list[int] = chz.field(default_factory=lambda: [0, 1, 2], validator=SEED, doc="of the best setting's runs")
+    times: list[int] = chz.field(
+        default_factory=lambda: [1, 3], validator=COUNT, doc="the best setting's runs have this many times num_steps"
+    )
     log_path: str = log_path_field("runs/belief_state_search", "folder of the runs")
 
 
-def stages_of(config: Config) -> list[Stage]:
-    folder, stages = Path(config.log_path) / config.model, []
-    for num_layers, hidden in SHAPES[config.model]:
-        for rate, deviation in RATES_AND_DEVIATIONS:
-            name = f"{num_layers} layers, {hidden} wide, learning rate {rate:g}, deviation {deviation:g}"
-            run = train.Config(
-                data=config.data,
-                model=config.model,
-                num_layers=num_layers,
-                hidden=hidden,
-                learning_rate=rate,
-                init_std=deviation,
-                num_steps=config.num_steps,
-                seed=config.seed,
-                eval_every=100,
-                save_every=0,
-                log_path=str(folder / f"{num_layers}x{hidden}_{rate:g}_{deviation:g}"),
-            )
-            stages.append(training_stage(name, train.main, run))
-    return stages
+def run_stage(config: Config, setting: str, num_steps: int, seed: int) -> Stage:
+    name = f"{setting.replace(',', '').replace(' ', '_')}_steps_{num_steps}_seed_{seed}"
+    run = train.Config(
+        **SETTINGS[config.model][setting],
+        model=config.model,
+        data=config.data,
+        num_steps=num_steps,
+        seed=seed,
+        save_every=0,
+        log_path=str(Path(config.log_path) / config.model / name),
+    )
+    return training_stage(name, train.main, run)
+
+
+def first_hop(stage: Stage) -> float:
+    return read_metrics(stage.path)[-1]["test/first_hop"]
 
 
 async def main(config: Config) -> None:
-    stages = stages_of(config)
-    await run_stages(stages)
-    results = {stage.name: read_metrics(stage.path)[-1]["test/first_hop"] for stage in stages}
+    searched = {name: run_stage(config, name, config.num_steps, config.seed) for name in SETTINGS[config.model]}
+    await run_stages(list(searched.values()))
+    results = {name: first_hop(stage) for name, stage in searched.items()}
+    best = max(results, key=lambda name: (results[name], -read_metrics(searched[name].path)[-1]["test/loss"]))
+    ranked = sorted(results.items(), key=lambda item: -item[1])
+    for times in config.times:
+        steps = times * config.num_steps
+        stages = [run_stage(config, best, steps, seed) for seed in config.seeds]
+        await run_stages(stages)
+        results |= {
+            f"best, {steps} steps, seed {seed}": first_hop(stage)
+            for seed, stage in zip(config.seeds, stages, strict=True)
+        }
     write_results(Path(config.log_path) / config.model, results)
-    for name, first_hop in sorted(results.items(), key=lambda item: -item[1]):
-        print(f"{first_hop:.3f}  {name}")
+    print("\n".join(f"{value:.3f}  {name}" for name, value in ranked))
+    print("\n".join(f"{value:.3f}  {name}" for name, value in results.items() if name not in searched))
 
 
 if __name__ == "__main__":
