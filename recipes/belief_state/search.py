@@ -14,7 +14,7 @@ if not __package__:  # run as a file: put the project on the path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import chz
 
@@ -30,9 +30,10 @@ from recipes.results import write_results
 # layers (of each encoder) and width; 0.71 to 0.75 million weights each
 SHAPES = {"bst": [(1, 112), (2, 96), (3, 80)], "gpt": [(2, 168), (3, 144), (6, 104)]}
 RATES_AND_DEVIATIONS = [(3e-3, 0.08), (1e-3, 0.08), (2e-3, 0.12)]
-SETTINGS = {
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     model: {
         f"{layers} layers, {hidden} wide, rate {rate:g}, deviation {deviation:g}": {
+            "model": model,
             "num_layers": layers,
             "hidden": hidden,
             "learning_rate": rate,
@@ -64,7 +65,6 @@ def run_stage(config: Config, setting: str, num_steps: int, seed: int) -> Stage:
     name = f"{setting.replace(',', '').replace(' ', '_')}_steps_{num_steps}_seed_{seed}"
     run = train.Config(
         **SETTINGS[config.model][setting],
-        model=config.model,
         data=config.data,
         num_steps=num_steps,
         seed=seed,
