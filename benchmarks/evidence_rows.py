@@ -30,7 +30,15 @@ PREFERENCES: list[tuple[str, str, Take]] = [
 STUDENTS = ["hard", "soft", "renormalised"]
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "cispo", "ppo"]
 FIRST_HOP = "test/first_hop"
-STAR_GRAPH = ["gpt", "reversed", "teacherless", "bst", "reinforce", "rl", "dpo", "rpo", "cd", "qsharp"]
+FIRST_AND_LAST: list[tuple[str, Take]] = [("first", "first"), ("last", "last")]
+STAR_GRAPH = {
+    "gpt": "`gpt`, 0.10M weights",
+    "reversed": "`reversed`, 0.10M weights",
+    "teacherless": "`teacherless`, 0.10M weights",
+    "bst": "`bst`, 0.74M weights",
+    **{name: f"`{name}`, from `gpt`" for name in ("reinforce", "rl", "dpo", "rpo")},
+    **{name: f"`{name}`, on the trained `bst`'s features" for name in ("cd", "qsharp")},
+}
 BELIEF_STATE = (*RL, "recipes/libraries/belief_state", "recipes/belief_state", "recipes/results.py")
 
 
@@ -60,9 +68,23 @@ def tool_calls(name: str, script: str, tool: str) -> Row:
     )
 
 
+def belief_state(name: str, label: str, options: str) -> Row:
+    return Row(
+        name,
+        f"recipes/belief_state/train.py seed={{seed}} {options} behavior_if_log_dir_exists=resume log_path={{folder}}/run",
+        BELIEF_STATE,
+        {
+            f"{label}: first hop": Metric(FIRST_HOP, folder="run"),
+            f"{label}: whole path": Metric("test/exact", folder="run"),
+            f"{label}: 95% of the paths from step": Reached("test/exact", folder="run", level=0.95),
+        },
+    )
+
+
 def search(model: str, options: str) -> Row:
-    """Nine settings on seed 3, then the best on seeds 0, 1, 2, with as many steps and three times."""
-    labels = [f"best, {steps} steps, seed {seed}" for steps in (600, 1800) for seed in (0, 1, 2)]
+    """Nine settings on seed 3, then the best on seeds 0, 1, 2; the GPT with three times the steps, too."""
+    all_steps = (600, 1800) if model == "gpt" else (600,)
+    labels = [f"best, {steps} steps, seed {seed}" for steps in all_steps for seed in (0, 1, 2)]
     return Row(
         f"{model}_search",
         f"recipes/belief_state/search.py model={model} {options} log_path={{folder}}/run",
@@ -306,28 +328,32 @@ ROWS = [
         (*BELIEF_STATE, "preference", "recipes/star_graph"),
         {
             **{
-                f"`{name}`: first hop": Metric(
+                label: Metric(
                     "test/env/all/first_hop" if name == "rl" else FIRST_HOP, folder=f"run/seed_{{seed}}/{name}"
                 )
-                for name in STAR_GRAPH
+                for name, label in STAR_GRAPH.items()
             },
-            "`bst`: whole path": Metric("test/exact", folder="run/seed_{seed}/bst"),
             "`gpt`: nats per token of held-out paths": Metric("test/nll", folder="run/seed_{seed}/gpt"),
+            **{
+                f"`{name}`: logprob of the right path, {when} 10 steps": Metric(
+                    "chosen_logprob", take, f"run/seed_{{seed}}/{name}", over=10
+                )
+                for name in ("dpo", "rpo")
+                for when, take in FIRST_AND_LAST
+            },
+            **{
+                f"`rl`: entropy, nats per token, {when} 10 steps": Metric(
+                    "optim/entropy", take, "run/seed_{seed}/rl", over=10
+                )
+                for when, take in FIRST_AND_LAST
+            },
         },
         picture="run/star_graph.png recipes/star_graph/star_graph.png",
     ),
-    Row(
-        "belief_state",
-        "recipes/belief_state/train.py seed={seed} log_path={folder}/run",
-        BELIEF_STATE,
-        {
-            "BST: first hop": Metric(FIRST_HOP, folder="run"),
-            "BST: whole path": Metric("test/exact", folder="run"),
-            "BST: whole path right in 95% of the graphs from step": Reached("test/exact", folder="run", level=0.95),
-        },
-    ),
+    belief_state("belief_state", "BST, 0.74M weights", ""),
+    belief_state("belief_state_gpt", "GPT, 0.74M weights, loss on all tokens", "model=gpt num_layers=6 hidden=104"),
     search("gpt", "data.loss_on=path"),
-    search("bst", ""),
+    search("bst", "times=[1]"),
     curriculum("star_graph_long_bst", "BST", ""),
     curriculum("star_graph_long_gpt", "GPT", "run.model=gpt run.num_layers=6 run.hidden=104 data.loss_on=path"),
     benchmark("train_throughput", "benchmarks/train_throughput.py"),

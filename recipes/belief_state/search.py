@@ -32,7 +32,7 @@ SHAPES = {"bst": [(1, 112), (2, 96), (3, 80)], "gpt": [(2, 168), (3, 144), (6, 1
 RATES_AND_DEVIATIONS = [(3e-3, 0.08), (1e-3, 0.08), (2e-3, 0.12)]
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     model: {
-        f"{layers} layers, {hidden} wide, rate {rate:g}, deviation {deviation:g}": {
+        f"{layers} x {hidden}, rate {rate:g}, deviation {deviation:g}": {
             "model": model,
             "num_layers": layers,
             "hidden": hidden,
