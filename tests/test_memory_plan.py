@@ -1,17 +1,21 @@
 """What a run will need is known before anything is opened."""
 
+from pathlib import Path
+from typing import Any
+
 import chz
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, T5Config
 
 import posttrain.preflight
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import ModelError
+from posttrain.backend.errors import CookbookError, ModelError
 from posttrain.backend.memory import GIB
 from posttrain.backend.memory_plan import PlannedRun, _saved_bytes, check_fits, free_bytes, planned
-from posttrain.backend.models import PRESETS
+from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE
 from posttrain.backend.types import LoraConfig
+from posttrain.tracking.command_line import parse
 
 HALF_B = "qwen2.5-0.5b-shape"
 CPU = torch.device("cpu")
@@ -107,3 +111,58 @@ def test_a_model_whose_code_reads_numbers_is_estimated() -> None:
 
 def test_planned_reads_the_config_only() -> None:
     assert planned("tiny", BackendConfig(), None).size.layers == 4
+
+
+def says(options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `python -m posttrain.preflight OPTIONS` prints."""
+    monkeypatch.setattr(posttrain.preflight, "tokens_per_second", lambda run: 1.0)
+    posttrain.preflight.main(parse(posttrain.preflight.Config, options))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model_name="], "model_name is empty: give a preset"),
+        (["model_name=tiny", "lora_rank=999"], "more than the hidden size of 'tiny', 128"),
+        (["model_name=tiny", "backend.sleep_while_training=true"], "needs backend.engine=vllm on a GPU"),
+    ],
+)
+def test_preflight_refuses_what_a_run_would(options: list[str], message: str) -> None:
+    with pytest.raises(CookbookError, match=message):
+        posttrain.preflight.planned_run(parse(posttrain.preflight.Config, options))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (T5Config(), "is no causal language model of transformers"),
+        (Gemma3Config(), "reads images or sound besides text"),
+        (PRESETS["tiny"], "is a scalar model: plan its base model"),
+    ],
+)
+def test_preflight_refuses_models_that_cannot_be_opened(config: Any, message: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    if "scalar" in message:
+        (tmp_path / SCALAR_HEAD_FILE).touch()
+    with pytest.raises(ModelError, match=message):
+        posttrain.preflight.planned_run(posttrain.preflight.Config(model_name=str(tmp_path)))
+
+
+def test_preflight_says_what_the_table_does_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_b = [f"model_name={HALF_B}", "free_gb=24", "backend.engine=torch"]
+    long = says([*half_b, "backend.max_length=32768"], capsys, monkeypatch)
+    assert "one of all 32768 tokens of the context is a micro-batch of its own" in long
+    assert "micro-batch of its own" not in says([*half_b, "backend.max_length=512"], capsys, monkeypatch)
+    cached = says([*half_b[:2], "backend.engine=vllm", "backend.sampler_memory_gb=90"], capsys, monkeypatch)
+    assert "With backend.sampler_memory_gb=1: " in cached and cached.count("It fits with") == 1
+    adapted = says([*half_b, "lora_rank=8", "reference=true"], capsys, monkeypatch)
+    assert "leave out reference=true" in adapted
+    full, part = (says([*half_b, *more], capsys, monkeypatch) for more in ([], ["backend.trainer_processes=4"]))
+    assert "each of 4 training processes" in part and "moments, fp32" in full
+    moments = [
+        float(line.split()[-1]) for out in (full, part) for line in out.splitlines() if line.startswith("moments")
+    ]
+    assert moments[0] == pytest.approx(4 * moments[1], abs=0.02)
