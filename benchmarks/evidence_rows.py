@@ -1,5 +1,7 @@
 """The rows of `make evidence`: what is run, and which numbers of it the pages show."""
 
+from collections.abc import Mapping
+
 from benchmarks.evidence_row import Metric, Reached, Result, Row, Take
 from recipes.algorithms.variants import VARIANTS, folder_name
 from recipes.belief_state.search import SETTINGS
@@ -40,6 +42,24 @@ STAR_GRAPH = {
     **{name: f"`{name}`, on the trained `bst`'s features" for name in ("cd", "qsharp")},
 }
 BELIEF_STATE = (*RL, "recipes/libraries/belief_state", "recipes/belief_state", "recipes/results.py")
+BSTAR = {
+    "bstar": "B-STaR",
+    "temperature_only": "temperature alone is chosen",
+    "threshold_only": "threshold alone is chosen",
+    "online_rft_t05": "fixed T 0.5, threshold 0.5",
+    "online_rft_t07": "fixed T 0.7, threshold 0.5",
+    "online_rft_t10": "fixed T 1, threshold 0.5",
+    "online_rft": "fixed T 1, threshold 0 (the paper's)",
+}
+BSTAR_CONTROLS = {
+    "bstar": "B-STaR",
+    "bstar_n3": "n* = 3",
+    "bstar_n6": "n* = 6",
+    "bstar_n24": "n* = 24",
+    "bstar_oracle": "B-STaR, exact reward",
+    "rest_em": "ReST-EM, 20 steps a round",
+    "rest_em_long": "ReST-EM, 120 steps a round",
+}
 
 
 def beside_grpo(variants: str) -> Row:
@@ -104,6 +124,30 @@ def curriculum(name: str, label: str, options: str) -> Row:
         f"recipes/belief_state/curriculum.py run.seed={{seed}} {options} log_path={{folder}}/run",
         BELIEF_STATE,
         {f"{label}, l = {length}: first hop": Metric(FIRST_HOP, folder=f"run/l{length}") for length in (3, 4, 5)},
+    )
+
+
+def bstar(name: str, methods: Mapping[str, str], seeds: tuple[int, ...], more: Mapping[str, str]) -> Row:
+    """Each method's test accuracy after the last round, and what B-STaR has more at the same seed."""
+    others = {method: label for method, label in methods.items() if method != "bstar"}
+    return Row(
+        name,
+        f"recipes/bstar/train.py methods={','.join(methods)} seed={{seed}} log_path={{folder}}/run",
+        (*PREFERENCE, "envs", "rl/sample_metrics.py", "recipes/libraries", "recipes/results.py", "recipes/bstar"),
+        {
+            **{label: Result(key) for label, key in more.items()},
+            **{
+                f"{label}: {metric}": Result(f"{method}: {metric}")
+                for metric in ("pass@1", "greedy", "pass@16-4")
+                for method, label in {"warm start": "warm start", **methods}.items()
+            },
+            **{
+                f"B-STaR less {label}: {metric}": Result(f"bstar - {method}: {metric}")
+                for metric in ("pass@1", "greedy")
+                for method, label in others.items()
+            },
+        },
+        seeds=seeds,
     )
 
 
@@ -316,6 +360,21 @@ ROWS = [
         },
         picture="run/prm.png recipes/prm/prm.png",
     ),
+    bstar(
+        "bstar",
+        BSTAR,
+        tuple(range(20, 30)),
+        {
+            "AUC of the step scores, valid derivations over others": "reward: AUC, valid derivations over others",
+            "the same, right answers over wrong ones": "reward: AUC, right answers over wrong ones",
+            "warm start: valid derivations": "warm start: valid derivations",
+            "B-STaR's temperature in round 1": "bstar: temperature, round 1",
+            "B-STaR's temperature in the last round": "bstar: temperature",
+            "right in B-STaR's last training set": "bstar: training set right",
+            "right in that of the paper's fixed settings": "online_rft: training set right",
+        },
+    ),
+    bstar("bstar_more", BSTAR_CONTROLS, (20, 21, 22), {}),
     Row(
         "latro",
         "recipes/latro/experiment.py seeds={seed} log_path={folder}/run",

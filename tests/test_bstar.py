@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import chz
 import numpy as np
@@ -35,6 +36,7 @@ from recipes.bstar.records import (
     write_summary,
 )
 from recipes.bstar.rewards import ModelRewardBuilder, OutcomeAndModel, OutcomeAndSteps, RewardBuilder
+from recipes.bstar.rounds import Round
 from recipes.bstar.selection import counts, select, shortfall
 from recipes.bstar.sums import OracleRewardBuilder, Sum, SumsBuilder
 from recipes.bstar.tasks import TaskBuilder
@@ -294,6 +296,12 @@ def test_every_method_gets_the_same_number_of_samples():
     assert charged.sweep + charged.train == 960 + 600
     with pytest.raises(ConfigError, match="sweep_cost=given"):
         plan(METHODS["bstar"], **sizes, sweep_cost="charged")
+
+
+def test_the_test_set_is_sampled_after_every_second_round_and_after_the_last():
+    lab = SimpleNamespace(config=Config(rounds=5, eval_every=2))
+    rounds = [Round(lab, "bstar", METHODS["bstar"], None, number) for number in range(6)]  # type: ignore[arg-type]
+    assert [one.number for one in rounds if one.is_evaluated] == [0, 2, 4, 5]
 
 
 def test_a_run_that_costs_too_much_or_was_begun_otherwise_is_refused(tmp_path):

@@ -51,7 +51,9 @@ def plan(
     return Plan(sweep, per_query, per_query * queries, test * (eval_samples + 1))
 
 
-def print_plan(plans: Mapping[str, Plan], rounds: int, steps: int, batch_size: int, max_tokens: int) -> None:
+def print_plan(
+    plans: Mapping[str, Plan], rounds: int, steps: Mapping[str, int], batch_size: int, max_tokens: int
+) -> None:
     from rich import get_console
     from rich.table import Table
 
@@ -75,7 +77,7 @@ def print_plan(plans: Mapping[str, Plan], rounds: int, steps: int, batch_size: i
             name,
             *(
                 f"{n:,}"
-                for n in (costs.sweep, costs.train, costs.samples_per_query, sampled, costs.test, steps, at_most)
+                for n in (costs.sweep, costs.train, costs.samples_per_query, sampled, costs.test, steps[name], at_most)
             ),
         )
     get_console().print(table)

@@ -121,6 +121,9 @@ class Config:
         default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end of a round"
     )
 
+    eval_every: int = chz.field(
+        default=1, validator=COUNT, doc="the test set is sampled after every this many rounds, and after the last"
+    )
     eval_samples: int = chz.field(default=16, validator=COUNT, doc="samples of each test question")
     eval_temperature: str = chz.field(
         default="1", munger=lambda _, value: canonical(value), doc="temperature of those samples"

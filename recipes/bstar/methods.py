@@ -4,16 +4,19 @@ STaR (Zelikman et al. 2022) trains on one greedy answer per query, without ratio
 (Singh et al. 2023) on many samples. Both train from the warm start each round. Iterative RFT goes
 on from the last weights with a fresh optimizer, online RFT with the same optimizer and schedule.
 B-STaR is online RFT with temperature and threshold chosen each round. `online_rft` has the paper's
-fixed settings, `online_rft_tNN` a better threshold, at three temperatures.
+fixed settings, `online_rft_tNN` a better threshold, at three temperatures. Controls: B-STaR with an
+exact reward (`bstar_oracle`), with another n* (`bstar_nN`); ReST-EM with the steps of all rounds in
+each (`rest_em_long`).
 """
 
 from typing import Literal
 
 import chz
 
-from posttrain.backend.ranges import COUNT
+from posttrain.backend.ranges import COUNT, POSITIVE
 from recipes.bstar.balance import canonical
 
+RewardName = Literal["configured", "outcome", "oracle"]
 CHOSEN = None  # from the grid, by the balance score
 INFORMED = "0.5"  # a threshold that no wrong answer passes, and few right ones fail
 
@@ -35,7 +38,13 @@ class Method:
     samples: int | None = chz.field(
         default=None, validator=COUNT, doc="samples per query; None = all that the budget allows"
     )
-    outcome_only: bool = chz.field(default=False, doc="select by the outcome reward, whatever the configured one")
+    reward: RewardName = chz.field(default="configured", doc="the reward that selects")
+    n_star: float | None = chz.field(
+        default=None, validator=POSITIVE, doc="n* of the balance score, instead of the configured one"
+    )
+    step_factor: int = chz.field(
+        default=1, validator=COUNT, doc="steps of a round, in configured ones; above 1 if no optimizer is kept"
+    )
 
 
 def _decimal(value: str | None) -> str | None:
@@ -51,7 +60,10 @@ METHODS = {
     },
     "rest_em": Method(start="warm_start", keep_optimizer=False),
     "iterative_rft": Method(keep_optimizer=False),
-    "star": Method(temperature="0", samples=1, start="warm_start", keep_optimizer=False, outcome_only=True),
+    "star": Method(temperature="0", samples=1, start="warm_start", keep_optimizer=False, reward="outcome"),
     "temperature_only": Method(temperature=CHOSEN, threshold=INFORMED),
     "threshold_only": Method(threshold=CHOSEN),
+    "bstar_oracle": Method(temperature=CHOSEN, threshold=CHOSEN, reward="oracle"),
+    **{f"bstar_n{n_star}": Method(temperature=CHOSEN, threshold=CHOSEN, n_star=n_star) for n_star in (3, 6, 24)},
+    "rest_em_long": Method(start="warm_start", keep_optimizer=False, step_factor=6),
 }

@@ -6,6 +6,7 @@ warm start: pass@1, ...         before round 1
 reward: ...                     what the reward model's part tells apart in the warm start's test samples
 """
 
+import math
 from pathlib import Path
 
 from recipes.bstar.metrics import auc, model_part
@@ -29,7 +30,8 @@ def final_numbers(run: Path, task: Task) -> dict[str, float]:
             numbers |= {
                 f"bstar - {method}: {name}": difference(rounds["bstar"], summaries, key) for name, key in tests.items()
             }
-    return numbers | what_the_reward_knows(run, task)
+    known = {name: number for name, number in numbers.items() if not math.isnan(number)}
+    return known | what_the_reward_knows(run, task)
 
 
 def difference(rounds: list[Summary], others: list[Summary], key: str) -> float:

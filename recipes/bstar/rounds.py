@@ -8,7 +8,7 @@ without it each round is a run in its own folder.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from posttrain.tracking.seeds import GREEDY, SAMPLE, SWEEP, TEST
 from recipes.bstar.balance import Counts, choose, surface
 from recipes.bstar.budget import Plan
 from recipes.bstar.config import Config
-from recipes.bstar.methods import METHODS, Method
+from recipes.bstar.methods import METHODS, Method, RewardName
 from recipes.bstar.metrics import Metrics, sample_metrics, selection_metrics
 from recipes.bstar.records import (
     Candidate,
@@ -44,7 +44,7 @@ from recipes.bstar.records import (
     write_selection,
     write_summary,
 )
-from recipes.bstar.rewards import Reward, outcome
+from recipes.bstar.rewards import Reward
 from recipes.bstar.sampling import Pool, sample_pool
 from recipes.bstar.selection import counts, select, shortfall
 from recipes.bstar.stages import policy_path
@@ -56,13 +56,13 @@ from supervised.types import SupervisedDatasetBuilder
 
 @dataclass
 class Lab:
-    """Shared by all rounds: one training client, with the only engine, and the reward."""
+    """Shared by all rounds: one training client, with the only engine, and the rewards."""
 
     config: Config
     task: Task
     renderer: Renderer
     client: TrainingClient
-    reward: Reward
+    rewards: Mapping[RewardName, Reward]
     loaded: Path | None = None  # the checkpoint in the client; None after training
 
     def sampler(self, policy: Path) -> SamplingClient:
@@ -113,8 +113,12 @@ class Round:
             return policy_path(self.config)
         if not self.method.keep_optimizer:
             return self.config.folder / self.name / f"round_{number:02d}" / "train" / "checkpoints" / "final"
-        step = "final" if number == self.config.rounds else f"{number * self.config.steps:06d}"
+        step = "final" if number == self.config.rounds else f"{number * self.steps:06d}"
         return self.config.folder / self.name / "train" / "checkpoints" / step
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps * self.method.step_factor
 
     def seed(self, stream: int) -> list[int]:
         return [self.config.seed, self.number, stream]
@@ -160,7 +164,8 @@ class Round:
                 if not result.exists() and (make != self.sweep or self.plan.sweep):
                     with self.stage(make.__name__):
                         await make()
-        await self.evaluate()
+        if self.is_evaluated:
+            await self.evaluate()
         self.summarise()
 
     async def sweep(self) -> None:
@@ -184,8 +189,7 @@ class Round:
         return math.ceil(self.config.wanted(self.lab.task) * num_queries)
 
     async def score_candidates(self, candidates: Sequence[Candidate], queries: Sequence[Query]) -> list[Candidate]:
-        reward = outcome if self.method.outcome_only else self.lab.reward
-        return await reward(candidates, {query.problem.id: query for query in queries})
+        return await self.lab.rewards[self.method.reward](candidates, {query.problem.id: query for query in queries})
 
     async def choose(self) -> None:
         """Temperature and threshold with the best balance score on the dev subset."""
@@ -205,7 +209,7 @@ class Round:
             counts_by_cell,
             self.temperatures,
             self.thresholds,
-            self.config.n_star or math.ceil(self.config.wanted(self.lab.task)),
+            self.method.n_star or self.config.n_star or math.ceil(self.config.wanted(self.lab.task)),
         )
         best = choose(cells)
         write_choice(self.folder / "choice.json", Choice(best.temperature, best.threshold, best.score, cells))
@@ -255,7 +259,7 @@ class Round:
             )
         keep = self.method.keep_optimizer  # one run: only its first round loads another run's checkpoint
         start = self.policy(self.number - 1 if self.method.start == "last" and not keep else 0)
-        first, total = ((self.number - 1) * config.steps, config.rounds * config.steps) if keep else (0, config.steps)
+        first, total = ((self.number - 1) * self.steps, config.rounds * self.steps) if keep else (0, self.steps)
         dataset = round_data(self.data(selected), config.batch_size, [config.seed, self.number], first, total)
         run = supervised_train.Config(
             dataset=SupervisedDatasetBuilder(batch_size=config.batch_size, seed=config.seed),
@@ -278,7 +282,7 @@ class Round:
         self.lab.loaded = None
         objective = supervised_train.CrossEntropy()
         await supervised_train.training_loop(
-            run, folder, self.lab.client, dataset, objective, None, until=first + config.steps
+            run, folder, self.lab.client, dataset, objective, None, until=first + self.steps
         )
 
     @property
@@ -298,6 +302,10 @@ class Round:
                 data.append(datum_from_tokens_weights([*prompt, *tokens], [0.0] * len(prompt) + [1.0] * len(tokens)))
         return data
 
+    @property
+    def is_evaluated(self) -> bool:
+        return self.number % self.config.eval_every == 0 or self.number == self.config.rounds
+
     async def evaluate(self) -> None:
         """Test set: one greedy answer, and `eval_samples` samples, per query."""
         test, config = self.lab.task.test, self.config
@@ -308,16 +316,13 @@ class Round:
                 with self.stage(name):
                     pool = self.pool(stream, name, test, [temperature], num_samples)
                     candidates = await sample_pool(self.lab.sampler(self.policy(self.number)), pool, file)
-                    write_scores(file, await self.lab.reward(candidates, {query.problem.id: query for query in test}))
+                    queries = {query.problem.id: query for query in test}
+                    write_scores(file, await self.lab.rewards["configured"](candidates, queries))
 
     # --- the round in numbers --------------------------------------------------------------------
 
     def summarise(self) -> None:
-        task, test_ids = self.lab.task, [query.problem.id for query in self.lab.task.test]
-        greedy, test = (read_candidates(self.folder / f"{name}.jsonl") for name in ("greedy", "test"))
-        metrics = {"test/greedy": float(np.mean([candidate.correct for candidate in greedy]))}
-        metrics |= {f"test/{key}": value for key, value in sample_metrics(test, test_ids, task.form).items()}
-        tokens = {"greedy": _tokens(greedy), "test": _tokens(test)}
+        metrics, tokens = self.test_results() if self.is_evaluated else ({}, {})
         choice = None
         if self.number:
             choice = read_choice(self.folder / "choice.json")
@@ -332,13 +337,18 @@ class Round:
             seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
         taken = (choice.temperature, choice.threshold, choice.score) if choice else (None, None, None)
         write_summary(self.folder / "summary.json", Summary(self.number, *taken, metrics, seconds, tokens))
-        shown = {key: metrics[f"test/{key}"] for key in ("greedy", "pass@1", f"pass@{self.config.eval_samples}")}
         settings = f" T {taken[0]} threshold {taken[1]}" if choice else ""
-        print(
-            f"{self.name} round {self.number}:{settings} ",
-            ", ".join(f"{key} {value:.3f}" for key, value in shown.items()),
-            flush=True,
-        )
+        shown = [f"test/{key}" for key in ("greedy", "pass@1", f"pass@{self.config.eval_samples}")]
+        results = ", ".join(f"{key[5:]} {metrics[key]:.3f}" for key in shown if key in metrics)
+        print(f"{self.name} round {self.number}:{settings}  {results}", flush=True)
+
+    def test_results(self) -> tuple[Metrics, dict[str, int]]:
+        """Metrics of the test set, and its sampled tokens."""
+        ids = [query.problem.id for query in self.lab.task.test]
+        greedy, test = (read_candidates(self.folder / f"{name}.jsonl") for name in ("greedy", "test"))
+        metrics = {"test/greedy": float(np.mean([candidate.correct for candidate in greedy]))}
+        metrics |= {f"test/{key}": value for key, value in sample_metrics(test, ids, self.lab.task.form).items()}
+        return metrics, {"greedy": _tokens(greedy), "test": _tokens(test)}
 
     def training_metrics(self) -> Metrics:
         ids = [query.problem.id for query in self.lab.task.train]
@@ -350,8 +360,8 @@ class Round:
         return metrics | selection_metrics(list(by_query.values())) | {"selected_shortfall": missing}
 
     def tokens_trained_on(self) -> int:
-        first = (self.number - 1) * self.config.steps if self.method.keep_optimizer else 0
-        records = read_metrics(self.train_folder)[first : first + self.config.steps]
+        first = (self.number - 1) * self.steps if self.method.keep_optimizer else 0
+        records = read_metrics(self.train_folder)[first : first + self.steps]
         return int(sum(record["num_tokens"] for record in records))
 
 

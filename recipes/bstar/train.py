@@ -31,11 +31,13 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.stages import Stage, run_stages
 from recipes.bstar.budget import Plan, check_budget, print_plan, projected_tokens
 from recipes.bstar.config import Config
-from recipes.bstar.methods import METHODS
+from recipes.bstar.methods import METHODS, RewardName
 from recipes.bstar.report import write_questions, write_report
 from recipes.bstar.results import final_numbers
+from recipes.bstar.rewards import Reward, outcome
 from recipes.bstar.rounds import Lab, Round, run_method
 from recipes.bstar.stages import beginning, prm_path
+from recipes.bstar.sums import OracleRewardBuilder
 from recipes.bstar.tasks import Task
 from recipes.results import write_results
 
@@ -92,7 +94,8 @@ async def main(config: Config) -> None:
     renderer = get_renderer(config.renderer_name, load_tokenizer(config.model_name, config.backend.max_length))
     task = config.task(renderer)
     plans = config.plans(task)
-    print_plan(plans, config.rounds, config.steps, config.batch_size, task.max_tokens)
+    steps = {name: config.steps * METHODS[name].step_factor for name in plans}
+    print_plan(plans, config.rounds, steps, config.batch_size, task.max_tokens)
     check_budget(projected_tokens(list(plans.values()), config.rounds, task.max_tokens), config.max_sampled_tokens)
     with ExitStack() as stack:
 
@@ -102,7 +105,12 @@ async def main(config: Config) -> None:
             lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
             client = service.create_training_client(config.model_name, lora, config.seed)
             reward = config.reward(service, renderer, str(prm_path(config)), task.form)
-            return Lab(config, task, renderer, client, reward)
+            rewards: dict[RewardName, Reward] = {
+                "configured": reward,
+                "outcome": outcome,
+                "oracle": OracleRewardBuilder().score,
+            }
+            return Lab(config, task, renderer, client, rewards)
 
         await run_stages(stages_of(config, task, open_lab))
     write_results(config.folder, final_numbers(config.folder, task))
