@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -148,9 +148,10 @@ class Evidence:
         )
 
     def table(self, names: Sequence[str]) -> str:
-        """Mean, 95% interval and range over the seeds of the rows' figures, and what they were taken with."""
-        lines = ["| figure | mean | ± (95%) | smallest to largest | seeds |", "| --- | --- | --- | --- | --- |"]
-        notes = []
+        """Mean, 95% interval and range over the seeds of the rows' figures, and what they were taken with. Figures
+        called "line | column" are cells of a table of their own."""
+        lines, notes = [], []
+        cells: dict[tuple[str, str], str] = {}
         for row in [row for row in self.rows if row.name in names]:
             runs = [self.record(row)["seeds"].get(str(seed)) for seed in row.seeds]
             runs = [run for run in runs if run]
@@ -163,15 +164,23 @@ class Evidence:
                 margin = f"{mean_and_margin(values)[1]:.2g}" if len(values) == len(runs) >= FEWEST else ""
                 span = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
                 seeds = f"{len(values)} of {len(runs)}" if len(values) < len(runs) else len(runs)
-                name = f"`{row.name}`: {label}" if row.is_timed else label
-                lines.append(f"| {name} | {mean} | {margin} | {span} | {seeds} |")
+                line, cell, column = label.partition(" | ")
+                if cell:
+                    missing = f", {seeds} seeds" if len(values) < len(runs) else ""
+                    cells[line, column] = mean + (f" ({span}{missing})" if span else missing)
+                else:
+                    name = f"`{row.name}`: {label}" if row.is_timed else label
+                    lines.append(f"| {name} | {mean} | {margin} | {span} | {seeds} |")
             time_taken = timedelta(seconds=round(sum(run["seconds"] for run in runs)))
             state = "" if (state := self.state(row)) == "current" else f"; {state}"
             notes.append(
                 f"`{row.name}`: {runs[-1]['date'][:10]}, commit {runs[-1]['commit']}, {runs[-1]['device']}, "
                 f"torch {runs[-1]['versions'].get('torch')}, {time_taken} in all{state}."
             )
-        return "\n".join([*lines, "", *notes]) + "\n"
+        if lines:
+            head = ["| figure | mean | ± (95%) | smallest to largest | seeds |", "| --- | --- | --- | --- | --- |"]
+            lines = [*head, *lines, ""]
+        return "\n".join([*lines, *_grid(cells), *notes]) + "\n"
 
     def write_pages(self) -> list[Path]:
         """The pages whose tables have changed. ConfigError for a marker that names no row."""
@@ -187,6 +196,16 @@ class Evidence:
                 page.write_text(new)
                 written.append(page)
         return written
+
+
+def _grid(cells: Mapping[tuple[str, str], str]) -> list[str]:
+    """A table of cells by (line, column), and an empty line; nothing without cells."""
+    if not cells:
+        return []
+    lines, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
+    rows = [["mean (smallest to largest)", *columns], ["---"] * (len(columns) + 1)]
+    rows += [[line, *(cells.get((line, column), "") for column in columns)] for line in lines]
+    return [*(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def _cpu_seconds() -> tuple[float, float]:

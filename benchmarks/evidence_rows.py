@@ -1,10 +1,12 @@
 """The rows of `make evidence`: what is run, and which numbers of it the pages show."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from benchmarks.evidence_row import Metric, Reached, Result, Row, Take
 from recipes.algorithms.variants import VARIANTS, folder_name
 from recipes.belief_state.search import SETTINGS
+from recipes.latro.rare import LINES as RARE
+from recipes.latro.variants import ABLATIONS, NORM, START, Lines, last
 
 # Files for several processes: every row runs in one.
 CLUSTER = ["cluster", "ray_process", "left_behind", "sampler_actor", "sampler_pool"]
@@ -30,6 +32,7 @@ PREFERENCES: list[tuple[str, str, Take]] = [
     ("RPO", "rpo", "last"),
 ]
 STUDENTS = ["hard", "soft", "renormalised"]
+LATRO = ("log p(y given x, z)", "useful", "greedy")
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "cispo", "ppo"]
 FIRST_HOP = "test/first_hop"
 FIRST_AND_LAST: list[tuple[str, Take]] = [("first", "first"), ("last", "last")]
@@ -69,6 +72,21 @@ def beside_grpo(variants: str) -> Row:
         f"recipes/algorithms/beside_grpo.py variants={variants} seeds={{seed}} log_path={{folder}}/run",
         (*RL, "recipes/algorithms"),
         {f"{name}: held-out accuracy": Metric(CORRECT, folder=folder) for name, folder in folders.items()},
+    )
+
+
+def latro(name: str, command: str, lines: Lines, columns: Sequence[str], also: Sequence[str] = ()) -> Row:
+    """A comparison of recipes/latro; `also` the last checkpoints of these lines."""
+    supervised = [line for line, options in lines.items() if options.get("method") == "sft"]
+    cells = [(line, column) for line in (START, *lines, *map(last, also)) for column in columns]
+    cells += [(line, NORM) for line in lines if line not in supervised and lines is ABLATIONS]
+    own = () if lines is RARE else (":(exclude)recipes/latro/rare.py",)
+    return Row(
+        name,
+        f"recipes/latro/{command} seeds={{seed}} log_path={{folder}}/run",
+        (*RL, "recipes/latro", "recipes/results.py", *own),
+        {f"{line} | {column}": Result(f"{line} | {column}") for line, column in cells},
+        picture="run/curves.png recipes/latro/latro.png" if lines is ABLATIONS else "",
     )
 
 
@@ -375,12 +393,9 @@ ROWS = [
         },
     ),
     bstar("bstar_more", BSTAR_CONTROLS, (20, 21, 22), {}),
-    Row(
-        "latro",
-        "recipes/latro/experiment.py seeds={seed} log_path={folder}/run",
-        (*RL, "recipes/latro"),
-        {"LaTRO: held-out accuracy": Metric(CORRECT, folder="run/seed{seed}/latro")},
-    ),
+    latro("latro", "experiment.py", ABLATIONS, (*LATRO, "maj@8"), also=["SFT on answers"]),
+    latro("latro_rare", "rare.py", RARE, (*LATRO, "sampled")),
+    latro("latro_rare_exact", "rare.py noise=0", RARE, (*LATRO, "sampled")),
     Row(
         "star_graph",
         "recipes/star_graph/train.py seeds=[{seed}] processes=1 log_path={folder}/run",

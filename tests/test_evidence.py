@@ -144,6 +144,16 @@ def test_tables_are_written_between_markers(evidence: Evidence) -> None:
         evidence.write_pages()
 
 
+def test_figures_of_lines_and_columns_are_a_table_of_their_own(evidence: Evidence) -> None:
+    (row,) = evidence.rows
+    cells = {"GRPO | start": row.metrics["start"], "GRPO | end": row.metrics["end"], "SFT | end": row.metrics["end"]}
+    evidence.rows = [replace(row, metrics=cells)]
+    evidence.run(evidence.rows[0])
+    head = "| mean (smallest to largest) | start | end |\n| --- | --- | --- |\n"
+    lines = "| GRPO | 1 (0 to 2) | 3 (2 to 4) |\n| SFT |  | 3 (2 to 4) |\n\n`climb`"
+    assert evidence.table(["climb"]).startswith(head + lines)
+
+
 def test_rows_name_code_and_pictures_of_the_repository() -> None:
     root = Path(__file__).parent.parent
     assert len({row.name for row in ROWS}) == len(ROWS)

@@ -466,6 +466,10 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert abs(steps[0]["kl_policy_base"]) < 1e-4  # it began at the reference
     asyncio.run(train.main(chz.replace(small, method="sft")))
     assert (tmp_path / "sft" / "summary.json").exists()
+    asyncio.run(train.main(chz.replace(small, method="verifier", max_updates=2)))
+    verified = read_metrics(tmp_path / "verifier")[0]
+    assert 0 < verified["env/all/correct"] == verified["env/all/reward/total"] < 1
+    assert "likelihood/answer_logprob" not in verified
     asyncio.run(train.main(chz.replace(small, method="diagnose")))
     assert "with_gold_rationale" in capsys.readouterr().out
 

@@ -94,7 +94,11 @@ class LatentRationales(RLDatasetBuilder):
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         train, validation = (self.groups(tasks, renderer) for tasks in self.tasks.split())
-        return ListDataset(train, self.batch_size, self.seed), ListDataset(responses(validation), 64, shuffle=False)
+        held_out = ListDataset(responses(validation), 64, shuffle=False)
+        return ListDataset(self.trained(train), self.batch_size, self.seed), held_out
+
+    def trained(self, groups: list[RationaleGroup]) -> Sequence[EnvGroupBuilder]:
+        return groups
 
     def groups(self, tasks: Sequence[Task], renderer: Renderer) -> list[RationaleGroup]:
         """A group per task whose prompt, longest rationale and answer fit the context. Prints the
@@ -127,6 +131,14 @@ class LatentRationales(RLDatasetBuilder):
         return kept
 
 
-def responses(groups: Sequence[RationaleGroup]) -> list[ProblemGroupBuilder]:
-    """The same questions, one whole response each."""
-    return [ProblemGroupBuilder(partial(ResponseEnv, group.task, group.renderer), 1) for group in groups]
+@chz.chz
+class VerifiedResponses(LatentRationales):
+    """Groups of K whole responses per question instead, with reward 1 for the right answer."""
+
+    def trained(self, groups: list[RationaleGroup]) -> Sequence[EnvGroupBuilder]:
+        return responses(groups, self.group_size)
+
+
+def responses(groups: Sequence[RationaleGroup], size: int = 1) -> list[ProblemGroupBuilder]:
+    """The same questions, `size` whole responses each."""
+    return [ProblemGroupBuilder(partial(ResponseEnv, group.task, group.renderer), size) for group in groups]

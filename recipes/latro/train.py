@@ -9,6 +9,7 @@ differences from the original.
 
     python recipes/latro/train.py                                                     # minutes on 2 cores; runs/latro
     python recipes/latro/train.py method=sft behavior_if_log_dir_exists=resume        # baseline, same warm start
+    python recipes/latro/train.py method=verifier behavior_if_log_dir_exists=resume   # RL: 1 for the right answer
     python recipes/latro/train.py method=diagnose behavior_if_log_dir_exists=resume   # log p(y|x), log p(y|x, gold z)
     python recipes/latro/train.py dataset=gsm8k model_name=Qwen/Qwen2.5-0.5B-Instruct rloo_k=16 \\
         train_batch_size=384 learning_rate=5e-7
@@ -41,7 +42,7 @@ from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder
 from posttrain.tracking.settings import read_settings
 from posttrain.tracking.stages import Stage, run_stages
-from recipes.latro.env import LatentRationales
+from recipes.latro.env import LatentRationales, VerifiedResponses
 from recipes.latro.evaluation import Evaluation, best_so_far
 from recipes.latro.examples import TaskExamples
 from recipes.latro.sizes import Sizes, derive_sizes, estimated_minutes
@@ -69,8 +70,10 @@ HEADLINES = ("likelihood/answer_logprob", "env/all/useful", "env/all/finished", 
 class Config:
     """Latent reasoning optimisation on a data set of questions and answers."""
 
-    method: Literal["latro", "sft", "diagnose"] = chz.field(
-        default="latro", doc="LaTRO, the SFT baseline, or how much gold rationales help"
+    method: Literal["latro", "sft", "verifier", "diagnose"] = chz.field(
+        default="latro",
+        doc="LaTRO; for comparison SFT, or RL on whole responses with reward 1 for the right answer; or how much gold "
+        "rationales help",
     )
     dataset: TaskBuilder = chz.field(default_factory=ToyBuilder, doc="questions, answers and their verifier")
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
@@ -171,7 +174,7 @@ async def main(config: Config) -> None:
 
 
 def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
-    """LaTRO or SFT with its evaluation on the test set, in LOG_PATH/METHOD."""
+    """A method with its evaluation on the test set, in LOG_PATH/METHOD."""
     make, always = partial(run_method, config, begin_path(config, needs)), config.behavior_if_log_dir_exists != "resume"
     return Stage(config.method, config.folder(config.method), config, make, needs, "summary.json", always)
 
@@ -179,11 +182,12 @@ def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
 async def run_method(config: Config, begin: str | None) -> None:
     train, validation = config.dataset.split()
     held_out = config.dataset.test_tasks() or validation
-    method, evaluate = latro if config.method == "latro" else sft, evaluation(config)
-    final = await method(config, announced_sizes(config, train), begin)
-    before, after = await evaluate(begin, held_out), await evaluate(final, held_out)
-    summary = json.dumps({"before": before, "after": after}, indent=2) + "\n"
-    write_atomically(config.folder(config.method) / "summary.json", summary)
+    method, evaluate = sft if config.method == "sft" else reinforced, evaluation(config)
+    best = await method(config, announced_sizes(config, train), begin)
+    last = config.folder(config.method) / "checkpoints" / "final"
+    weights = {"before": begin, "after": best, "last": last}
+    summary = {name: await evaluate(path, held_out) for name, path in weights.items()}
+    write_atomically(config.folder(config.method) / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def prepared(config: Config) -> Config:
@@ -269,9 +273,9 @@ def common(config: Config, stage: str) -> dict:
     }
 
 
-def environment(config: Config) -> LatentRationales:
+def environment(config: Config, kind: type[LatentRationales] = LatentRationales) -> LatentRationales:
     assert config.response_length and config.stop_seqs
-    return LatentRationales(
+    return kind(
         tasks=config.dataset,
         response_length=config.response_length,
         stop_seqs=config.stop_seqs,
@@ -283,16 +287,18 @@ def environment(config: Config) -> LatentRationales:
 
 
 def rl_config(config: Config, sizes: Sizes, begin: str | None) -> rl_train.Config:
-    """LaTRO's settings of the RL loop. Losses are summed over rationales, so `max_grad_norm`, which
-    is of their mean, is scaled.
+    """Settings of the RL loop for LaTRO, or for the verifier. Losses are summed over rationales, so
+    `max_grad_norm`, which is of their mean, is scaled.
     """
+    likelihood = LikelihoodRewardBuilder(
+        likelihood_coef=config.likelihood_coef,
+        non_stop_penalty=config.non_stop_penalty,
+        penalty_reward_value=config.penalty_reward_value,
+    )
+    verified = config.method == "verifier"
     return rl_train.Config(
-        env=environment(config),
-        batch_reward=LikelihoodRewardBuilder(
-            likelihood_coef=config.likelihood_coef,
-            non_stop_penalty=config.non_stop_penalty,
-            penalty_reward_value=config.penalty_reward_value,
-        ),
+        env=environment(config, VerifiedResponses if verified else LatentRationales),
+        batch_reward=None if verified else likelihood,
         advantage=LeaveOneOut() if config.baseline == "leave_one_out" else NoBaseline(),
         kl=KLPenalty(coef=config.kl_coef, where="reward"),
         loss_fn="reinforce",
@@ -306,14 +312,14 @@ def rl_config(config: Config, sizes: Sizes, begin: str | None) -> rl_train.Confi
         eval_every=sizes.eval_every,
         save_every=sizes.eval_every,
         transcript_every=sizes.eval_every,
-        **common(config, "latro"),
+        **common(config, config.method),
     )
 
 
-async def latro(config: Config, sizes: Sizes, begin: str | None) -> str | None:
+async def reinforced(config: Config, sizes: Sizes, begin: str | None) -> str | None:
     """Trains; returns the best checkpoint on the validation split."""
     await rl_train.main(rl_config(config, sizes, begin))
-    best = best_so_far(config.folder("latro"))
+    best = best_so_far(config.folder(config.method))
     assert best is not None
     print(f"best on the validation split: {best.value:.3f} after update {best.step}: {best.path or begin}")
     return str(best.path) if best.path else begin
