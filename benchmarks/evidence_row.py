@@ -12,7 +12,7 @@ from posttrain.tracking.figures import over_total, read_curve
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import read_metrics
 
-Take = Literal["first", "last", "max", "min"]
+Take = Literal["first", "last", "max", "min", "sum"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,14 @@ class Metric:
     folder: str = ""
     over: int = 1
     """The first or last number is the mean of this many."""
+    skip: int = 0
+    """Left out at the beginning."""
 
     def read(self, path: Path, seed: int) -> float:
-        values = read_curve(self.records(path, seed), self.key).values_K
+        values = read_curve(self.records(path, seed), self.key).values_K[self.skip :]
         first, last = statistics.mean(values[: self.over]), statistics.mean(values[-self.over :])
-        return {"first": first, "last": last, "max": max(values), "min": min(values)}[self.take]
+        numbers = {"first": first, "last": last, "max": max(values), "min": min(values), "sum": sum(values)}
+        return numbers[self.take]
 
     def records(self, path: Path, seed: int) -> Sequence[Mapping[str, Any]]:
         folder = path / self.folder.format(seed=seed)

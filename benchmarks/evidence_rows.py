@@ -1,9 +1,10 @@
 """The rows of `make evidence`: what is run, and which numbers of it the pages show."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from benchmarks.evidence_row import Metric, Reached, Result, Row, Take
-from recipes.algorithms.variants import VARIANTS, folder_name
+from recipes.algorithms.variants import DRAWN, VARIANTS, folder_name
 from recipes.belief_state.search import SETTINGS
 from recipes.latro.rare import LINES as RARE
 from recipes.latro.variants import ABLATIONS, NORM, START, Lines, last
@@ -23,6 +24,7 @@ PREFERENCE = (*SUPERVISED, "preference", "recipes/warm_start.py")
 
 DISTILLATION = (*RL, "recipes/distillation", "recipes/results.py")
 
+ACCURACY = "held-out accuracy"
 CORRECT, GAP = "test/env/all/correct", "optim/logprob_gap_mean"
 REWARD, GOLD, SAMPLED = "env/all/reward/total", "test/env/all/gold", "env/all/total_ac_tokens"
 BEFORE_AND_AFTER: list[tuple[str, Take]] = [("the warm start", "first"), ("RL", "last")]
@@ -65,13 +67,22 @@ BSTAR_CONTROLS = {
 }
 
 
-def beside_grpo(variants: str) -> Row:
+def beside_grpo(variants: str, columns: dict[str, Metric]) -> Row:
+    """`columns`: the metrics of each variant, beside its held-out accuracy."""
     folders = {name: f"run/{{seed}}/{folder_name(name)}" for name in VARIANTS[variants]}
+    start = f"run/{{seed}}/{folder_name(next(iter(folders)))}"
     return Row(
         f"beside_grpo_{variants}",
         f"recipes/algorithms/beside_grpo.py variants={variants} seeds={{seed}} log_path={{folder}}/run",
         (*RL, "recipes/algorithms"),
-        {f"{name}: held-out accuracy": Metric(CORRECT, folder=folder) for name, folder in folders.items()},
+        {
+            f"warm start | {ACCURACY}": Metric(CORRECT, "first", start),
+            **{
+                f"{name} | {column}": replace(metric, folder=folder)
+                for name, folder in folders.items()
+                for column, metric in ({ACCURACY: Metric(CORRECT)} | columns).items()
+            },
+        },
     )
 
 
@@ -96,7 +107,7 @@ def tool_calls(name: str, script: str, tool: str) -> Row:
         f"recipes/tool_calls/{script} seed={{seed}} log_path={{folder}}/run",
         (*RL, "recipes/tool_calls"),
         {
-            f"{label.replace('_', ' ')}: {what}, after {when}": Metric(f"test/env/all/{key}", take, f"run/{label}/rl")
+            f"{label.replace('_', ' ')}, after {when} | {what}": Metric(f"test/env/all/{key}", take, f"run/{label}/rl")
             for label in (tool, "from_memory")
             for what, key in (("right", "correct"), ("calls", "calls"))
             for when, take in BEFORE_AND_AFTER
@@ -189,28 +200,33 @@ ROWS = [
         "recipes/algorithms/train.py seed={seed} log_path={folder}/run",
         (*RL, "recipes/algorithms"),
         {
-            "after the warm start": Metric(CORRECT, "first", "run/grpo"),
-            **{f"`{name}`": Metric(CORRECT, folder=f"run/{name}") for name in PRESETS},
-            **{f"`{name}`: steps to 0.95": Reached(CORRECT, folder=f"run/{name}", level=0.95) for name in PRESETS},
+            f"warm start | {ACCURACY}": Metric(CORRECT, "first", "run/grpo"),
+            **{f"`{name}` | {ACCURACY}": Metric(CORRECT, folder=f"run/{name}") for name in PRESETS},
+            **{f"`{name}` | steps to 0.95": Reached(CORRECT, folder=f"run/{name}", level=0.95) for name in PRESETS},
         },
         picture="run/compare.png recipes/algorithms/compare.png",
     ),
-    beside_grpo("algorithms"),
-    beside_grpo("precision"),
-    beside_grpo("off_policy"),
-    beside_grpo("faults"),
+    beside_grpo("algorithms", {"tokens sampled": Metric(SAMPLED, "sum")}),
+    beside_grpo("precision", {"largest mean gap of a step": Metric(GAP, "max")}),
+    beside_grpo("off_policy", {"largest mean gap of a step": Metric(GAP, "max")}),
+    # means over steps 5 to 15, where there is time to stop a run
+    beside_grpo(
+        "faults", {f"`{key.split('/')[-1]}`": Metric(key, "first", over=11, skip=5) for key in DRAWN["faults"]}
+    ),
     Row(
         "distillation",
         "recipes/distillation/on_policy.py seeds={seed} log_path={folder}/run",
         DISTILLATION,
         {
-            "the teacher": Result("teacher"),
-            "after the warm start": Metric(CORRECT, "first", "run/on_policy_{seed}/grpo"),
+            f"teacher | {ACCURACY}": Result("teacher"),
+            f"warm start | {ACCURACY}": Metric(CORRECT, "first", "run/on_policy_{seed}/grpo"),
             **{
-                f"{label}{what}": Reached(CORRECT, folder=f"run/on_policy_{{seed}}/{name}", level=level, total=SAMPLED)
+                f"{label} | {what}": Reached(
+                    CORRECT, folder=f"run/on_policy_{{seed}}/{name}", level=level, total=SAMPLED
+                )
                 if level
                 else Metric(CORRECT, folder=f"run/on_policy_{{seed}}/{name}")
-                for what, level in (("", 0.0), (": sampled tokens to 0.85", 0.85), (": sampled tokens to 0.945", 0.945))
+                for what, level in ((ACCURACY, 0.0), ("sampled tokens to 0.85", 0.85), ("to 0.945", 0.945))
                 for label, name in (("distillation", "distill"), ("GRPO", "grpo"))
             },
         },
@@ -220,9 +236,9 @@ ROWS = [
         "recipes/distillation/off_policy.py seed={seed} log_path={folder}/run",
         DISTILLATION,
         {
-            **{f"{name}": Result(name, "run/off_policy_{seed}/results.json") for name in STUDENTS},
+            **{f"{name} | {ACCURACY}": Result(name, "run/off_policy_{seed}/results.json") for name in STUDENTS},
             **{
-                f"{name}: nats per token of unseen answers": Metric(
+                f"{name} | nats per token of unseen answers": Metric(
                     "test/nll", folder=f"run/off_policy_{{seed}}/{name}"
                 )
                 for name in STUDENTS
@@ -256,7 +272,7 @@ ROWS = [
         "recipes/guess_number/train.py seed={seed} log_path={folder}/run behavior_if_log_dir_exists=resume",
         (*RL, "recipes/guess_number"),
         {
-            f"{label}, after {when}": Metric(f"test/env/all/{key}", take, "run")
+            f"after {when} | {label}": Metric(f"test/env/all/{key}", take, "run")
             for label, key in (
                 ("games won", "solved"),
                 ("turns", "turns"),
@@ -297,7 +313,7 @@ ROWS = [
         (*PREFERENCE, "recipes/dpo"),
         {
             **{
-                f"{name}: {label}": Metric(f"test/{key}", take, f"run/{folder}")
+                f"{name} | {label}": Metric(f"test/{key}", take, f"run/{folder}")
                 for name, folder, take in PREFERENCES
                 for label, key in (
                     ("pairs ranked right", "accuracy"),
@@ -307,7 +323,7 @@ ROWS = [
                 if not (name == "warm start" and key == "accuracy")
             },
             **{
-                f"{name}, sampled: {kind}": Result(f"{stage}: {kind}")
+                f"{name} | sampled: {kind}": Result(f"{stage}: {kind}")
                 for kind in ("in order", "the letters in another order", "anything else")
                 for name, stage in (("warm start", "warm_start"), ("DPO", "dpo"), ("RPO", "rpo"))
             },
@@ -320,7 +336,7 @@ ROWS = [
         (*PREFERENCE, "recipes/reward_model"),
         {
             **{
-                f"{name}: {what}": Result(f"{kind}/{key}")
+                f"{name} | {what}": Result(f"{kind}/{key}")
                 for what, key in (
                     ("accuracy", "accuracy"),
                     ("expected calibration error", "ece"),
@@ -329,7 +345,7 @@ ROWS = [
                 )
                 for name, kind in (("scalar", "scalar"), ("label token", "label"))
             },
-            "always the longer answer: accuracy": Result("scalar/always_longer"),
+            "always the longer | accuracy": Result("scalar/always_longer"),
         },
         picture="run/reliability.png recipes/reward_model/reliability.png",
     ),
