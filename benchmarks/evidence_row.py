@@ -44,15 +44,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Reached(Metric):
-    """The first step at which `key` is at least `level`, or the sum of the metric `total` until then;
+    """The first step at which `key` is at least `level`, or the sum of the metrics `total` until then;
     None if it never is."""
 
     level: float = 1.0
-    total: str = ""
+    total: tuple[str, ...] = ()
 
     def read(self, path: Path, seed: int) -> float | None:
         records = self.records(path, seed)
-        curve = over_total(records, self.key, self.total) if self.total else read_curve(records, self.key)
+        curve = over_total(records, self.key, *self.total) if self.total else read_curve(records, self.key)
         return next((float(at) for at, value in zip(*curve, strict=True) if value >= self.level), None)
 
 

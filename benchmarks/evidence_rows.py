@@ -26,7 +26,8 @@ DISTILLATION = (*RL, "recipes/distillation", "recipes/results.py")
 
 ACCURACY = "held-out accuracy"
 CORRECT, GAP = "test/env/all/correct", "optim/logprob_gap_mean"
-REWARD, GOLD, SAMPLED = "env/all/reward/total", "test/env/all/gold", "env/all/total_ac_tokens"
+REWARD, GOLD, SOLVED = "env/all/reward/total", "test/env/all/gold", "test/env/all/solved"
+SAMPLED = ("env/all/total_ac_tokens", "train/refill_tokens")
 BEFORE_AND_AFTER: list[tuple[str, Take]] = [("the warm start", "first"), ("RL", "last")]
 PREFERENCES: list[tuple[str, str, Take]] = [
     ("warm start", "dpo", "first"),
@@ -36,6 +37,7 @@ PREFERENCES: list[tuple[str, str, Take]] = [
 STUDENTS = ["hard", "soft", "renormalised"]
 LATRO = ("log p(y given x, z)", "useful", "greedy")
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dr_grpo", "dapo", "cispo", "ppo"]
+MULTI_TURN = [*(name for name in PRESETS if name != "dr_grpo"), "ppo_critic", "reinforce_pp", "reinforce_pp_baseline"]
 FIRST_HOP = "test/first_hop"
 FIRST_AND_LAST: list[tuple[str, Take]] = [("first", "first"), ("last", "last")]
 STAR_GRAPH = {
@@ -65,6 +67,10 @@ BSTAR_CONTROLS = {
     "rest_em": "ReST-EM, 20 steps a round",
     "rest_em_long": "ReST-EM, 120 steps a round",
 }
+
+
+LATE = {"rollouts right, last 10 steps": Metric(REWARD, over=10)}
+TOKENS = {"sampled tokens to 0.7": Reached(CORRECT, level=0.7, total=SAMPLED)}
 
 
 def beside_grpo(variants: str, columns: dict[str, Metric]) -> Row:
@@ -200,15 +206,31 @@ ROWS = [
         "recipes/algorithms/train.py seed={seed} log_path={folder}/run",
         (*RL, "recipes/algorithms"),
         {
-            f"warm start | {ACCURACY}": Metric(CORRECT, "first", "run/grpo"),
-            **{f"`{name}` | {ACCURACY}": Metric(CORRECT, folder=f"run/{name}") for name in PRESETS},
-            **{f"`{name}` | steps to 0.95": Reached(CORRECT, folder=f"run/{name}", level=0.95) for name in PRESETS},
+            f"warm start | sums: {ACCURACY}": Metric(CORRECT, "first", "run/grpo"),
+            **{f"`{name}` | sums: {ACCURACY}": Metric(CORRECT, folder=f"run/{name}") for name in PRESETS},
+            **{
+                f"`{name}` | sums: steps to 0.95": Reached(CORRECT, folder=f"run/{name}", level=0.95)
+                for name in PRESETS
+            },
         },
         picture="run/compare.png recipes/algorithms/compare.png",
     ),
-    beside_grpo("algorithms", {"tokens sampled": Metric(SAMPLED, "sum")}),
-    beside_grpo("precision", {"largest mean gap of a step": Metric(GAP, "max")}),
-    beside_grpo("off_policy", {"largest mean gap of a step": Metric(GAP, "max")}),
+    Row(
+        "algorithms_multi_turn",
+        "recipes/algorithms_multi_turn.py seed={seed} log_path={folder}/run",
+        (*RL, "recipes/algorithms_multi_turn.py"),
+        {
+            "warm start | game: won": Metric(SOLVED, "first", "run/grpo"),
+            **{f"`{name}` | game: won": Metric(SOLVED, folder=f"run/{name}") for name in MULTI_TURN},
+            **{
+                f"`{name}` | game: reward, last 10 steps": Metric(REWARD, folder=f"run/{name}", over=10)
+                for name in MULTI_TURN
+            },
+        },
+    ),
+    beside_grpo("algorithms", LATE | TOKENS),
+    beside_grpo("precision", LATE | {"largest mean gap of a step": Metric(GAP, "max")}),
+    beside_grpo("off_policy", LATE | TOKENS | {"largest mean gap of a step": Metric(GAP, "max")}),
     # means over steps 5 to 15, where there is time to stop a run
     beside_grpo(
         "faults", {f"`{key.split('/')[-1]}`": Metric(key, "first", over=11, skip=5) for key in DRAWN["faults"]}

@@ -86,7 +86,7 @@ def test_other_numbers_of_a_run_are_read_without_running_it_again(evidence: Evid
     numbers = {
         "mean of two": Metric("x", "last", "run", over=2),
         "reached": Reached("x", folder="run", level=2.0),
-        "reached at a sum of": Reached("x", folder="run", level=2.0, total="x"),
+        "reached at a sum of": Reached("x", folder="run", level=2.0, total=("x",)),
         "never": Reached("x", folder="run", level=9.0),
         "result": Result("x"),
     }
