@@ -42,6 +42,7 @@ ARGUMENTS = {
     "steps": 20,
     "batch_size": 4,
     "save_every": 18,
+    "eval_every": 1,
     "eval_samples": 3,
     "chunk_sequences": 8,
 }

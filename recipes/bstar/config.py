@@ -52,7 +52,7 @@ class Config:
 
     warm_start_steps: int = chz.field(default=1000, validator=COUNT, doc="maximum steps on human solutions")
     warm_start_nll: float | None = chz.field(
-        default=0.36,
+        default=0.315,
         validator=NON_NEGATIVE,
         doc="stop when a batch's loss is below this, so that the policy still errs; None = after all steps",
     )
@@ -69,9 +69,9 @@ class Config:
         default=3e-3, validator=LEARNING_RATE, doc="constant; falls linearly to 0 if the nll limit is None"
     )
     prm_solutions: int = chz.field(default=3, validator=COUNT, doc="answers sampled for each PRM question")
-    prm_completions: int = chz.field(default=3, validator=COUNT, doc="completions sampled from the end of each step")
+    prm_completions: int = chz.field(default=2, validator=COUNT, doc="completions sampled from the end of each step")
     prm_batch_size: int = chz.field(default=32, validator=COUNT, doc="labelled solutions in a step")
-    prm_epochs: int = chz.field(default=6, validator=COUNT, doc="passes over the labelled solutions")
+    prm_epochs: int = chz.field(default=8, validator=COUNT, doc="passes over the labelled solutions")
     prm_learning_rate: float = chz.field(default=2e-3, validator=LEARNING_RATE, doc="falls linearly to 0")
 
     rounds: int = chz.field(default=6, validator=COUNT, doc="rounds T")
@@ -122,7 +122,7 @@ class Config:
     )
 
     eval_every: int = chz.field(
-        default=1, validator=COUNT, doc="the test set is sampled after every this many rounds, and after the last"
+        default=2, validator=COUNT, doc="the test set is sampled after every this many rounds, and after the last"
     )
     eval_samples: int = chz.field(default=16, validator=COUNT, doc="samples of each test question")
     eval_temperature: str = chz.field(

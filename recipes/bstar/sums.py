@@ -85,10 +85,10 @@ class SumsBuilder(TaskBuilder):
         default=8000, validator=COUNT, doc="questions whose solutions the warm start imitates"
     )
     num_dev: int = chz.field(
-        default=25, validator=COUNT, doc="training queries on which temperature and threshold are chosen"
+        default=16, validator=COUNT, doc="training queries on which temperature and threshold are chosen"
     )
     num_prm: int | None = chz.field(
-        default=300, validator=COUNT, doc="questions whose answers are labelled step by step"
+        default=1500, validator=COUNT, doc="questions whose answers are labelled step by step"
     )
     form: StepFormat = chz.field(
         default_factory=lambda: StepFormat(separator="\n", answer_marker="#"), doc="separators of a solution's steps"

@@ -1,7 +1,7 @@
 """B-STaR (Zeng et al. 2024): self-training that chooses temperature and reward threshold each
 round, compared with STaR, ReST-EM and rejection fine-tuning (methods.py).
 
-    python recipes/bstar/train.py                                 # four methods, one seed; runs/bstar
+    python recipes/bstar/train.py                                 # seven methods, one seed; runs/bstar
     python recipes/bstar/train.py methods=star,iterative_rft      # two more, in the same folder
     python recipes/bstar/train.py seed=1 log_path=runs/bstar_1
     python recipes/bstar/train.py task=gsm8k task.data_dir=DIR model_name=Qwen/Qwen2.5-0.5B renderer_name=role_colon
@@ -30,6 +30,7 @@ from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.stages import Stage, run_stages
 from recipes.bstar.budget import Plan, check_budget, print_plan, projected_tokens
+from recipes.bstar.compare import compare
 from recipes.bstar.config import Config
 from recipes.bstar.methods import METHODS, RewardName
 from recipes.bstar.report import write_questions, write_report
@@ -114,6 +115,7 @@ async def main(config: Config) -> None:
 
         await run_stages(stages_of(config, task, open_lab))
     write_results(config.folder, final_numbers(config.folder, task))
+    compare([config.folder], config.folder / "methods")  # methods.png and .html
     print(f"report: {write_report(config.folder)}")
 
 
