@@ -160,9 +160,9 @@ class Evidence:
                 continue
             for label in [label for label in runs[0]["figures"] if all(label in run["figures"] for run in runs)]:
                 values = [value for run in runs if (value := run["figures"][label]) is not None]
-                mean = f"{statistics.mean(values):.4g}" if values else "not reached"
+                mean = _shown(statistics.mean(values)) if values else "not reached"
                 margin = f"{mean_and_margin(values)[1]:.2g}" if len(values) == len(runs) >= FEWEST else ""
-                span = f"{min(values):.4g} to {max(values):.4g}" if len(values) > 1 else ""
+                span = f"{_shown(min(values))} to {_shown(max(values))}" if len(values) > 1 else ""
                 seeds = f"{len(values)} of {len(runs)}" if len(values) < len(runs) else len(runs)
                 line, cell, column = label.partition(" | ")
                 if cell:
@@ -196,6 +196,10 @@ class Evidence:
                 page.write_text(new)
                 written.append(page)
         return written
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _grid(cells: Mapping[tuple[str, str], str]) -> list[str]:

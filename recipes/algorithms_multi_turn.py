@@ -46,7 +46,7 @@ class Config:
     warm_start_nll: float = chz.field(
         default=0.72, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends"
     )
-    num_steps: int = chz.field(default=60, validator=COUNT, doc="steps of RL, 16 games by 8 attempts each")
+    num_steps: int = chz.field(default=50, validator=COUNT, doc="steps of RL, 16 games by 8 attempts each")
     learning_rate: float = chz.field(default=5e-4, validator=LEARNING_RATE, doc="of RL, at the first step; falls to 0")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the data and the sampling")
     log_path: str = log_path_field("runs/algorithms_multi_turn", "folder of the runs, one for each preset")
@@ -65,7 +65,7 @@ def rl_config(config: Config, algorithm: str, start: Stage) -> train.Config:
         seed=config.seed,
         learning_rate=config.learning_rate,
         lr_schedule="linear",
-        eval_every=20,
+        eval_every=25,
         save_every=0,
         log_path=str(Path(config.log_path) / algorithm),
         backend=config.backend,
