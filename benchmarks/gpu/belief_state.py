@@ -57,7 +57,8 @@ def speed(settings: train.Config, steps: int, all_pairs: bool = False) -> dict[s
 def main() -> None:
     record, cuda = Record(), training_device().type == "cuda"
     many, few = (100, 10) if cuda else (5, 2)
-    attempt(record, "recipe", lambda: speed(config([]), many))
+    found = attempt(record, "recipe", lambda: speed(config([]), many))
+    record.figure("steps/s", found["steps/s"] if isinstance(found, dict) else None)
     for chunk in (32768, 131072):
         settings = config([f"passes.pairs_per_chunk={chunk}"])
         attempt(record, f"all pairs, {chunk} per chunk", lambda settings=settings: speed(settings, few, all_pairs=True))

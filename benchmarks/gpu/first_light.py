@@ -6,9 +6,10 @@ its own with a time limit.
 A block prints its record after each figure, one JSON object on a line; the last becomes
 FOLDER/NAME.json, what else it prints goes to FOLDER/NAME.log. A block that fails or runs out of time
 is recorded as such, with the figures it had, and the next one runs. A session that was cut off goes
-on: first with the blocks that have no JSON, then with those that did not pass. Without a GPU
-everything runs on the CPU, where the JSON says so. The exit status is the number of blocks that did
-not pass.
+on: first with the blocks that have no JSON, then with those that did not pass. After each block
+FOLDER/first_light.json has them all, the machine, and the aims (aims.py) with what was reached.
+Without a GPU everything runs on the CPU, where the JSON says so. The exit status is the number of
+blocks that did not pass.
 """
 
 import argparse
@@ -22,23 +23,32 @@ import time
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a file: the packages are two folders up
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from benchmarks.gpu.aims import read_records, table
+
 ROOT = Path(__file__).resolve().parents[2]
-# Limits, together more than half an hour; on an H100 the blocks that are not killed took two thirds.
+# Limits; about half of them is needed (docs/gpu.md). In the order of what a figure is worth, for a
+# card that is lent for minutes.
 SECONDS = {
     "facts": 60,
     "trainer": 120,
-    "small_engines": 240,
-    "train_step": 150,
+    "train_step": 240,
     "half_b_engine": 180,
-    "sampling": 430,
-    "large_models": 150,
-    "learning": 240,
+    "sampling": 310,
+    "large_models": 240,
+    "learning": 300,
+    "belief_state": 60,
+    "sleep": 120,
+    "small_engines": 240,
+    "star_graph_run": 300,
+    "sampling_more": 310,
     "memory": 150,
     "reproducible": 180,
-    "belief_state": 60,
+    "user_runs": 150,
     "attention": 90,
     "head": 60,
-    "user_runs": 150,
     "cluster": 240,  # of two GPUs
 }
 FEWEST_SECONDS = 20.0  # in which a block can tell anything
@@ -74,7 +84,7 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
     with open(out / f"{name}.log", "w+") as log:
         process = subprocess.Popen(
             command,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | {"BLOCK_SECONDS": str(limit)},
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -94,6 +104,17 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
     if "error" in record:
         record |= {"error": f"{ending}; the last lines: {[line for line in lines if not line.startswith('{')][-3:]}"}
     return record | {"block": name, "seconds": round(time.monotonic() - start, 1)}
+
+
+def write_summary(out: Path) -> None:
+    """One file for benchmarks/results: of a machine that is lent, it may be all that comes back."""
+    records = {name: json.loads(file.read_text()) for name in SECONDS if (file := out / f"{name}.json").exists()}
+    aims = [
+        dict(zip(("aim", "block", "figure", "bound", "found", "verdict"), row, strict=True)) for row in table(records)
+    ]
+    summary = {"benchmark": "gpu/first_light", **records.get("facts", {}).pop("machine", {}), "aims": aims}
+    summary["blocks"] = records
+    (out / "first_light.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def main() -> int:
@@ -117,10 +138,13 @@ def main() -> int:
             continue
         record = run_block(name, arguments.out, min(arguments.patience * SECONDS[name], left))
         file.write_text(json.dumps(record, indent=2) + "\n")
+        write_summary(arguments.out)
         failed += not record["passed"]
         print(f"{name}: {'passed' if record['passed'] else 'FAILED'} in {record['seconds']} s", flush=True)
         for key, value in record.items():
             print(f"    {key}: {value}", flush=True)
+    for what, _, _, bound, found, verdict in table(read_records(arguments.out)):
+        print(f"{verdict:<13} {what}: {found or '-'} ({bound})", flush=True)
     return failed
 
 

@@ -1,5 +1,5 @@
 """Block `half_b_engine`: an engine of Qwen2.5-0.5B's shape with CUDA graphs: its noise and
-logprobs, a sync in its parts, memory.
+logprobs, a sync in its parts, its copy beside vLLM's loaders and the card's memory, memory.
 
 On a CPU: `tiny`, eager.
 """
@@ -22,12 +22,15 @@ from benchmarks.gpu.small_engines import (
     mean_gap,
     train_step,
 )
+from benchmarks.gpu.timing import milliseconds
 from posttrain.backend.config import BackendConfig, training_device
+from posttrain.backend.engine import Weights
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.vllm_copies import Copies
 from posttrain.backend.vllm_engine import VllmEngine
+from posttrain.backend.vllm_weights import CheckpointForm, load_all
 
 ON_GPU = training_device().type == "cuda"
 MODEL = "qwen2.5-0.5b-shape" if ON_GPU else "tiny"
@@ -55,11 +58,14 @@ def memory(record: Record, when: str) -> float:
     return tensors
 
 
-def check_gaps(record: Record, when: str, client: TrainingClient, sampler: SamplingClient) -> None:
+def check_gaps(record: Record, when: str, client: TrainingClient, sampler: SamplingClient) -> float:
+    """The mean |dlogp| at temperature 1."""
+    gap = 0.0
     for temperature in (0.7, 1.0):
         gap = mean_gap(client, sampler, temperature, prompts=8, samples=8, max_tokens=32)
         bound = gap_bound() / temperature  # logits, and their rounding, are divided by it
         record.at_most(f"{when}: |dlogp| at temperature {temperature}", gap, bound)
+    return gap
 
 
 class Stopwatch:
@@ -114,8 +120,45 @@ def sync_parts(record: Record, client: TrainingClient) -> None:
         record.figure(f"sync: {name}, ms", float(np.median([part.get(name, 0.0) for part in parts])))
 
 
+def loads(worker: Any, form: CheckpointForm, weights: Callable[[], Weights]) -> dict[str, float]:
+    """Of one load into the engine: ms of the recorded copies and of vLLM's loaders, and the GB that the
+    copies read and write. On a CPU there is one way to load."""
+    copies = getattr(worker, "recorded_copies", None)
+    found = {"ms": milliseconds(lambda: load_all(worker, form, weights()))}
+    if copies:
+        read_and_written = 0
+        for name, tensor in form(weights()):
+            for copy in copies._of.get(name, []):
+                read_and_written += copy.source(tensor).nbytes + copy.target.nbytes
+        found["GB"] = read_and_written / 1e9
+        worker.recorded_copies = None
+        found["by vLLM's loaders, ms"] = milliseconds(lambda: load_all(worker, form, weights()))
+        worker.recorded_copies = copies
+    return found
+
+
+def check_loads(record: Record, client: TrainingClient) -> None:
+    """Without the prefix cache and the threads of a sync."""
+    engine: Any = client._engine
+    engine = engine._engine
+    trainer: Any = client._trainer
+    found = engine._in_processes(loads, engine._checkpoint_form, trainer.sampler_weights)[0]
+    for name, value in found.items():
+        record.figure(f"load: {name}", value)
+    if "GB" in found:
+        record.figure("load: GB/s", 1e3 * found["GB"] / found["ms"])
+        record.figure("copies of this card, GB/s", copy_speed())
+
+
+def copy_speed() -> float:
+    """Of 1 GiB, read and written."""
+    a = torch.empty(2**29, dtype=torch.bfloat16, device=training_device())
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / 1e6 / milliseconds(lambda: b.copy_(a))
+
+
 def main() -> None:
-    record = Record()
+    record, gaps = Record(), []
     record.figure("model", MODEL)
     with ServiceClient(CONFIG) as service:
         client = service.create_training_client(MODEL)
@@ -130,17 +173,19 @@ def main() -> None:
         memory(record, "beside the engine")
         check_noise(record, MODEL, sampler)
         check_prompt_logprobs(record, MODEL, client, sampler)
-        check_gaps(record, "at first", client, sampler)
+        gaps.append(check_gaps(record, "at first", client, sampler))
         for step in range(3):
             train_step(client, step, LEARNING_RATE)
             sampler = client.save_weights_and_get_sampling_client()
-            check_gaps(record, f"after step {step + 1}", client, sampler)
+            gaps.append(check_gaps(record, f"after step {step + 1}", client, sampler))
         sync_parts(record, client)
+        check_loads(record, client)
         for step in range(TOKENIZER_STEPS if ON_GPU else 0):
             train_step(client, step, 1e-4)
         sampler = client.save_weights_and_get_sampling_client()
         check_stop_string(record, MODEL, sampler)
-        check_gaps(record, "of the trained model", client, sampler)
+        gaps.append(check_gaps(record, "of the trained model", client, sampler))
+        record.figure("largest mean gap at temperature 1, nats", max(gaps))
         memory(record, "before closing")
     record.at_most("GiB of tensors that closing left", memory(record, "after closing") - before, 0.1)
     del client  # held until here: the trainer's tensors are in both sums

@@ -1,8 +1,11 @@
-"""Block `large_models`: tokens/s and peak memory of training 1.5B, 3B and 8B shapes: LoRA, and all
-weights with and without fp32 copies. Random weights, made on the card.
+"""Block `large_models`: tokens/s and peak memory of training 8B, 3B and 1.5B shapes: LoRA, alone and
+with vLLM beside it, and all weights with and without fp32 copies. Random weights, made on the card.
 """
 
 import copy
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -11,18 +14,21 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from benchmarks.gpu.checks import Record
+from benchmarks.gpu.memory import peak_gib
+from benchmarks.gpu.small_engines import mean_gap
 from benchmarks.gpu.timing import attempt
 from benchmarks.gpu.train_step import random_data, speed, train_step
 from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.models import PRESETS, _shape
+from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.trainer import Trainer
-from posttrain.backend.types import LoraConfig
+from posttrain.backend.types import AdamParams, LoraConfig
 
 
 def shapes(cuda: bool) -> dict[str, PretrainedConfig]:
     if not cuda:
         small: dict[str, Any] = {"vocab_size": 260, "eos_token_id": 1}
-        return {name: LlamaConfig(**_shape(2, 64, 128, 4, 2, 256), **small) for name in ("8b", "1.5b", "3b")}
+        return {name: LlamaConfig(**_shape(2, 128, 256, 4, 2, 256), **small) for name in ("8b", "1.5b", "3b")}
     llama: dict[str, Any] = {**_shape(32, 4096, 14336, 32, 8, 8192), "tie_word_embeddings": False, "vocab_size": 128256}
     return {
         "8b": LlamaConfig(**llama),
@@ -33,41 +39,102 @@ def shapes(cuda: bool) -> dict[str, PretrainedConfig]:
 
 def on_card(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with training_device():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    model.config.architectures = [type(model).__name__]  # read by vLLM
+    return model
 
 
 CHECKPOINTING = BackendConfig(gradient_checkpointing=True, micro_batch_tokens=8192)
-CASES = {
+EIGHT_B = {
     "8B, LoRA, checkpointing": ("8b", CHECKPOINTING, LoraConfig(rank=32)),
-    "8B, 8-bit moments, no copies, checkpointing": (
+    "8B, all weights, 8-bit moments, no copies, checkpointing": (
         "8b",
         chz.replace(CHECKPOINTING, dtype="bfloat16", moments="8bit", master_weights=False),
         None,
     ),
-    "8B, 8-bit moments, fp32 copies, checkpointing": ("8b", chz.replace(CHECKPOINTING, moments="8bit"), None),
+    "8B, all weights, 8-bit moments, fp32 copies, checkpointing": (
+        "8b",
+        chz.replace(CHECKPOINTING, moments="8bit"),
+        None,
+    ),
+}
+SMALLER = {
     "1.5B": ("1.5b", chz.replace(CHECKPOINTING, gradient_checkpointing=False), None),
     "3B, checkpointing": ("3b", CHECKPOINTING, None),
 }
 
 
-def our_trainer(
-    name: str, config: PretrainedConfig, rows: int, length: int, lora: LoraConfig | None, backend: BackendConfig
-) -> Any:
+BESIDE = chz.replace(CHECKPOINTING, engine="vllm", max_num_seqs=64, enforce_eager=True)
+AIMS = ("8B, LoRA", "8B, all weights")  # of the cases that begin so, the fastest that fits
+
+
+@contextmanager
+def preset(name: str, config: PretrainedConfig) -> Iterator[None]:
+    """`name` is a preset of this shape, whose weights are made on the card."""
+
     def load(name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         return on_card(config, dtype)
 
-    with patch.dict(PRESETS, {name: config}), patch("posttrain.backend.trainer.load_model", load):
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(PRESETS, {name: config}))
+        for module in ("trainer", "base_models"):
+            stack.enter_context(patch(f"posttrain.backend.{module}.load_model", load))
+        yield
+
+
+def trained_alone(
+    name: str, config: PretrainedConfig, rows: int, length: int, lora: LoraConfig | None, backend: BackendConfig
+) -> dict[str, float]:
+    with preset(name, config):
         trainer = Trainer(name, backend, lora=lora)
     data = random_data(rows, length, trainer.vocabulary)
-    return speed(lambda: train_step(trainer, data), rows * length, 2)
+    found = speed(lambda: train_step(trainer, data), rows * length, 2)
+    return found | {"GiB of the card": peak_gib()}
+
+
+def lora_beside_an_engine(config: PretrainedConfig, rows: int, length: int, cuda: bool) -> dict[str, float]:
+    """Eager, which starts sooner; a sync merges the adapter."""
+    backend = chz.replace(BESIDE, max_length=1024 if cuda else 256, sampler_memory_gb=16 if cuda else 0.25)
+    with preset("8b", config), ServiceClient(backend) as service:
+        client = service.create_training_client("8b", LoraConfig(rank=32))
+        start = time.perf_counter()
+        sampler = client.save_weights_and_get_sampling_client()
+        started = time.perf_counter() - start
+        trainer: Any = client._trainer
+        data = random_data(rows, length, trainer.vocabulary)
+
+        def step() -> None:
+            client.forward_backward(data, "cross_entropy")
+            client.optim_step(AdamParams(1e-5)).result()
+
+        found, syncs = speed(step, rows * length, 2), []
+        for _ in range(3):
+            step()
+            start = time.perf_counter()
+            sampler = client.save_weights_and_get_sampling_client()
+            syncs.append(1e3 * (time.perf_counter() - start))
+        gap = mean_gap(client, sampler)
+        return found | {"start, s": started, "sync, ms": min(syncs), "|dlogp|": gap, "GiB of the card": peak_gib()}
 
 
 def main() -> None:
     record, cuda = Record(), training_device().type == "cuda"
     configs, (rows, length) = shapes(cuda), (8, 1024) if cuda else (2, 64)
-    for title, (name, backend, lora) in CASES.items():
-        case = (name, configs[name], rows, length, lora, backend)
-        attempt(record, title, lambda case=case: our_trainer(*case))
+
+    def measured(title: str, name: str, backend: BackendConfig, lora: LoraConfig | None) -> Any:
+        return attempt(record, title, lambda: trained_alone(name, configs[name], rows, length, lora, backend))
+
+    found = {}
+    for title, (name, backend, lora) in EIGHT_B.items():
+        found[title] = measured(title, name, backend, lora)
+        for aim in AIMS:
+            fit = [case for title, case in found.items() if title.startswith(aim) and isinstance(case, dict)]
+            for key in ("tokens/s", "GiB of the card"):
+                record.figure(f"{aim}: {key}", max(fit, key=lambda case: case["tokens/s"])[key] if fit else None)
+    beside = "8B, LoRA, with vLLM beside it"
+    attempt(record, beside, lambda: lora_beside_an_engine(configs["8b"], rows, length, cuda))
+    for title, (name, backend, lora) in SMALLER.items():
+        measured(title, name, backend, lora)
     record.print()
 
 

@@ -1,5 +1,5 @@
-"""Block `learning`: 85M weights learn sums of two digits, by a supervised run that ends early, then by
-RL with vLLM to an accuracy on held-out sums that the start does not have.
+"""Block `learning`: 85M weights learn sums of two digits: a supervised run on 1,024 of them, repeated
+until it gets no better on held-out ones, then RL with vLLM from its best checkpoint.
 
 On a CPU: a few steps of `tiny`.
 """
@@ -10,33 +10,51 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.checks import Record
-from benchmarks.gpu.user_runs import run
+from benchmarks.gpu.user_runs import run, values
+from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.run_folder import RunFolder
 
 CUDA = torch.cuda.is_available()
 MODEL = "renderer_name=plain model_name=" + ("gpt2-small" if CUDA else "tiny")
-SFT = f"supervised/train_cli.py dataset=arithmetic {MODEL} dataset.batch_size=128 dataset.n_batches=1000 " + (
-    "stop_at_nll=0.3 learning_rate=3e-4" if CUDA else "max_steps=4 learning_rate=2e-3"
+CACHE = "backend.engine=vllm backend.sampler_memory_gb=" + ("4" if CUDA else "0.25")
+EVERY = 40 if CUDA else 2  # steps between evaluations, and between checkpoints
+TEST = 1000 if CUDA else 20  # held-out sums
+SFT = (
+    f"supervised/train_cli.py dataset=arithmetic {MODEL} dataset.batch_size=64 dataset.num_test={TEST} "
+    f"evaluators.0=env evaluators.0.env=arithmetic evaluators.0.env.num_test={TEST} lr_schedule=constant "
+    f"keep_checkpoints=None eval_every={EVERY} save_every={EVERY} {CACHE} "
+) + ("dataset.n_batches=16 num_epochs=20 learning_rate=2e-4" if CUDA else "dataset.n_batches=4 learning_rate=2e-3")
+RL = f"rl/train_cli.py env=arithmetic {MODEL} env.group_size=8 env.num_test={TEST} eval_every={EVERY} {CACHE} " + (
+    "env.batch_size=64 env.n_batches=240 learning_rate=2e-5" if CUDA else "env.batch_size=8 env.n_batches=4"
 )
-RL = f"rl/train_cli.py env=arithmetic {MODEL} env.group_size=8 backend.engine=vllm lr_schedule=linear " + (
-    "env.batch_size=64 env.n_batches=300 eval_every=50 learning_rate=5e-5 backend.sampler_memory_gb=4"
-    if CUDA
-    else "env.batch_size=8 env.n_batches=4 env.num_test=20 eval_every=2 backend.sampler_memory_gb=0.25"
-)
-RISE = 0.2  # of the held-out accuracy
+ALONE, AFTER_RL = "eval/env/all/correct", "test/env/all/correct"
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """Of the supervised run's, which were all evaluated."""
+    accuracy = {step["step"]: step[ALONE] for step in read_metrics(run) if ALONE in step}
+    evaluated = [saved for saved in RunFolder(run).list_checkpoints() if saved.step in accuracy]
+    return max(evaluated, key=lambda saved: accuracy[saved.step]).path if evaluated else None
 
 
 def main() -> None:
     record = Record()
-    with tempfile.TemporaryDirectory() as folder:
-        sft, rl = Path(folder) / "sft", Path(folder) / "rl"
-        start = f" load_checkpoint_path={sft}/checkpoints/final"
-        steps = run(record, "rl", RL + start, rl) if run(record, "sft", SFT, sft) else []
-    for name, metric in (("held-out accuracy", "test/env/all/correct"), ("|dlogp|", "optim/logprob_gap_mean")):
-        record.figure(name, [round(step[metric], 4) for step in steps if metric in step])
-    accuracy = [step["test/env/all/correct"] for step in steps if "test/env/all/correct" in step]
-    record.holds("held-out accuracy was measured", bool(accuracy))
-    if CUDA and accuracy:
-        record.holds(f"it rises by {RISE}", accuracy[-1] >= accuracy[0] + RISE)
+    with tempfile.TemporaryDirectory() as name:
+        sft, rl = Path(name) / "sft", Path(name) / "rl"
+
+        def show(_: Path) -> None:
+            alone, after = values(sft, ALONE), values(rl, AFTER_RL)
+            record.figure(f"held-out accuracy of supervised training, each {EVERY} steps", alone)
+            record.figure(f"held-out accuracy of RL, each {EVERY} steps", after)
+            record.figure(
+                "|dlogp| of RL, largest mean of a step", max(values(rl, "optim/logprob_gap_mean"), default=0.0)
+            )
+            record.figure("accuracy above supervised training alone", after[-1] - max(alone) if after else None)
+
+        run(record, "sft", SFT, sft, show)
+        if start := best_checkpoint(sft):
+            run(record, "rl", f"{RL} load_checkpoint_path={start}", rl, show)
+        record.holds("RL was evaluated", bool(values(rl, AFTER_RL)))
     record.print()
 
 

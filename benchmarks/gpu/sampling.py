@@ -1,5 +1,5 @@
-"""The sampling matrix: tokens per second of 1,024 sequences of 128 + 256 tokens, of Qwen2.5-0.5B's
-shape (on a CPU 64 of `tiny`).
+"""Block `sampling`: tokens per second of 1,024 sequences of 128 + 256 tokens, of Qwen2.5-0.5B's shape
+(on a CPU 64 of `tiny`): raw vLLM, our engine, environments, two engines. `sampling_more` has the rest.
 
     python -m benchmarks.gpu.sampling [--variants llm,ours,...] [--limit SECONDS]
 
@@ -9,9 +9,8 @@ variants are measured one after another, in the order given, and printed at once
 does not start is recorded with the last line it wrote, and one that is still starting when
 START_SHARE of the limit is over is ended.
 
-Memory, estimated: 11 GiB for each of `llm`, `ours`, `ours-v2`, `ours-tuned`, 7 for each process of
-`processes-2` and `-4` (which share theirs): 72 for all. Starting no more than four at a time would
-save memory only while graphs are recorded, and cost a minute: all start at once.
+Memory, estimated: 11 GiB for each of `raw`, `ours`, `llm`, `ours-v2`, 7 for each process of
+`processes-2` and `-4`, which share theirs.
 """
 
 import argparse
@@ -19,11 +18,13 @@ import contextlib
 import json
 import os
 import queue
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,26 +43,31 @@ class Variant:
     processes: int = 1
 
 
-VARIANTS = {
-    "llm": Variant("llm"),
-    "llm-logprobs": Variant("llm", "logprobs"),
-    "ours": Variant("ours"),
-    "ours-tuned": Variant("ours-tuned"),
-    "ours-v2": Variant("ours-v2"),
-    "ours-v2-tuned": Variant("ours-v2-tuned"),
-    "processes-2": Variant("plain", "logprobs", 2),
-    "processes-4": Variant("plain", "logprobs", 4),
+FIRST = {
+    "raw": Variant("raw", "logprobs"),
     "rollouts": Variant("ours", "rollouts"),
+    "ours": Variant("ours"),
+    "processes-2": Variant("plain", "logprobs", 2),
     "ours-profile": Variant("ours", "profile"),
-    "ours-tuned-profile": Variant("ours-tuned", "profile"),
+}
+MORE = {
+    "llm-logprobs": Variant("llm", "logprobs"),
+    "llm": Variant("llm"),
+    "processes-4": Variant("plain", "logprobs", 4),
+    "ours-v2": Variant("ours-v2"),
     "ours-v2-profile": Variant("ours-v2", "profile"),
     # the interpreter's switch interval 0.3 ms instead of 5
     "ours-busy-short": Variant("ours", "busy-short"),
     "ours-busy": Variant("ours", "busy"),  # last: it may take long
 }
-DEFAULT = [name for name in VARIANTS if name != "ours-v2-tuned"]
-if not ON_GPU:  # two engines: each takes 1.6 GiB
-    DEFAULT = ["llm", "llm-logprobs", "ours", "rollouts", "ours-profile", "ours-busy-short"]
+if not ON_GPU:  # where each engine takes 1.6 GiB
+    FIRST.pop("processes-2")
+    MORE = {name: MORE[name] for name in ("llm-logprobs", "ours-busy-short")}
+TWICE = ("raw", "rollouts")  # in turn, for their ratio
+BEST = {  # all with logprobs, as training needs them
+    "tokens/s, one engine": ("raw", "ours", "ours-v2", "llm-logprobs"),
+    "tokens/s, several engines": ("processes-2", "processes-4"),
+}
 
 
 @dataclass
@@ -133,13 +139,15 @@ def measure(variant: Variant, engines: list[EngineProcess], deadline: float) -> 
     return found | answers[0]
 
 
-def main() -> None:
+def main(default: Mapping[str, Variant] = FIRST) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default=",".join(DEFAULT), help=f"of {', '.join(VARIANTS)}")
-    parser.add_argument("--limit", type=float, default=420, help="seconds in all")
+    variants = FIRST | MORE
+    parser.add_argument("--variants", default=",".join(default), help=f"of {', '.join(variants)}")
+    limit = float(os.environ.get("BLOCK_SECONDS", "300")) - 5
+    parser.add_argument("--limit", type=float, default=limit, help="seconds in all")
     arguments = parser.parse_args()
     begin, record = time.monotonic(), Record()
-    wanted = {name: VARIANTS[name] for name in arguments.variants.split(",")}
+    wanted = {name: variants[name] for name in arguments.variants.split(",")}
     names = dict.fromkeys(name for variant in wanted.values() for name in engine_names(variant))
     engines = {name: start_engine(name) for name in names}
     errors: dict[str, str] = {}
@@ -150,13 +158,18 @@ def main() -> None:
                 show(record, f"{name}: start, s", round(seconds, 1))
             except RuntimeError as error:
                 errors[name] = str(error)
-        for name, variant in wanted.items():
+        speeds: dict[str, list[float]] = {}
+        for name in in_order(list(wanted)):
+            variant = wanted[name]
             failed = [errors[engine] for engine in engine_names(variant) if engine in errors]
             try:
                 if failed:
                     raise RuntimeError(failed[0])
                 found = measure(variant, [engines[engine] for engine in engine_names(variant)], begin + arguments.limit)
-                show(record, name, found)
+                show(record, f"{name}, again" if name in speeds else name, found)
+                speeds.setdefault(name, []).append(found["tokens/s"])
+                for key, value in summary(speeds).items():
+                    record.figure(key, value)
             except RuntimeError as error:
                 show(record, name, {"error": str(error)})
                 record.holds(name, False)
@@ -164,6 +177,25 @@ def main() -> None:
         for engine in engines.values():
             engine.process.kill()
     record.print()
+
+
+def in_order(names: list[str]) -> list[str]:
+    """The pair of TWICE first, A, B, A, B."""
+    pair = [name for name in names if name in TWICE]
+    return (2 * pair if len(pair) == 2 else pair) + [name for name in names if name not in TWICE]
+
+
+def summary(speeds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Of the figures so far: the fastest of each kind, and what environments leave of an engine's speed."""
+    means = {name: statistics.mean(values) for name, values in speeds.items()}
+    found = {
+        key: max(means[name] for name in names if name in means)
+        for key, names in BEST.items()
+        if not means.keys().isdisjoint(names)
+    }
+    if means.keys() >= set(TWICE):
+        found["rollouts / raw"] = means["rollouts"] / means["raw"]
+    return found
 
 
 def show(record: Record, name: str, value: Any) -> None:

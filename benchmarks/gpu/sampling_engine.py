@@ -1,14 +1,13 @@
 """One engine of the sampling matrix, in a process that sampling.py starts and talks to.
 
-    python -m benchmarks.gpu.sampling_engine llm|plain|ours|ours-v2|ours-tuned|ours-v2-tuned
+    python -m benchmarks.gpu.sampling_engine llm|raw|plain|ours|ours-v2
 
 Says `@@{"start": seconds}` once the engine is up and has sampled one warm round; then, for each
 JSON line {"mode", "rows"} that it is sent, samples one round and answers `@@` and a JSON object.
 Times in it are of the clock that all processes of the machine share.
 
-`llm` is vLLM's LLM class with its own defaults, `plain` the same with half of the rows and our
-sizes, `ours` SamplingClient; `v2` is vLLM's newer model runner, `tuned` what our engine leaves at
-vLLM's defaults: tokens per step, sizes of CUDA graphs, flat logprobs.
+`llm` is vLLM's LLM class with its own defaults, `raw` with the settings of our engine, `plain` with
+its own and half of the rows; `ours` is SamplingClient; `v2` is vLLM's newer model runner.
 """
 
 import cProfile
@@ -21,31 +20,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-import posttrain.backend.vllm_engine
 from benchmarks.gpu.data import FIRST, VOCABULARY
 from benchmarks.rollouts_vs_vllm import Size, fixed_groups, our_rollouts
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
-from posttrain.backend.engine import Sampled
 from posttrain.backend.models import model_config
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.types import ModelInput, SampledSequence, SamplingParams
+from posttrain.backend.types import ModelInput, SamplingParams
+from posttrain.backend.vllm_engine import _set_environment, engine_args
 from posttrain.renderers import get_renderer
 
 ON_GPU = training_device().type == "cuda"
 MODEL, ROWS, PROMPT, NEW = ("qwen2.5-0.5b-shape", 1024, 128, 256) if ON_GPU else ("tiny", 64, 16, 48)
 GROUP_SIZE, MAX_LENGTH = 8, 512
 CACHE_GB = 4.75 if ON_GPU else 0.25  # of 1,024 x 384 tokens of 12 KiB; `plain` has half
-TUNED = {"max_num_batched_tokens": 8192, "max_cudagraph_capture_size": 1024}
+CONFIG = BackendConfig(
+    engine="vllm", max_length=MAX_LENGTH, max_num_seqs=ROWS, reproducible=False, sampler_memory_gb=CACHE_GB
+)
 # Decode steps of the profiled round: not profiled, under cProfile, recording kernels.
 MIDDLE = {"plain": range(100, 120), "python": range(120, 160), "kernels": range(180, 190)}
 if not ON_GPU:
@@ -76,33 +75,38 @@ def timed(run: Callable[[], int]) -> Round:
 # --- vLLM's LLM class ---------------------------------------------------------------------------
 
 
+def llm_args(name: str, hf_config: PretrainedConfig) -> dict[str, Any]:
+    if name == "raw":
+        return engine_args(hf_config, MAX_LENGTH, CONFIG, training_device())
+    args: dict[str, Any] = {
+        "load_format": "dummy",
+        "dtype": str(compute_dtype(training_device())).removeprefix("torch."),
+        "max_model_len": MAX_LENGTH,
+        "kv_cache_memory_bytes": int(CACHE_GB * 2**30 / (2 if name == "plain" else 1)),
+        "gpu_memory_utilization": 0.01,  # other engines have the rest
+        "enforce_eager": not ON_GPU,
+    }
+    return args | ({"max_num_seqs": ROWS // 2, "max_num_batched_tokens": 8192} if name == "plain" else {})
+
+
 def open_llm(name: str) -> Callable[[str, int], Round]:
-    posttrain.backend.vllm_engine._set_environment(training_device(), reproducible=False)
+    _set_environment(training_device(), reproducible=False)
     from vllm import LLM
     from vllm import SamplingParams as VllmParams
 
-    sizes: dict[str, Any] = {"max_num_seqs": ROWS // 2, "max_num_batched_tokens": 8192} if name == "plain" else {}
     config = model_config(MODEL)
     with torch.device("meta"):
         config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         load_tokenizer(MODEL, MAX_LENGTH).save_pretrained(folder)
-        llm = LLM(
-            model=folder,
-            load_format="dummy",
-            dtype=str(compute_dtype(training_device())).removeprefix("torch."),  # type: ignore[arg-type]
-            max_model_len=MAX_LENGTH,
-            kv_cache_memory_bytes=int(CACHE_GB * 2**30 / (2 if name == "plain" else 1)),
-            gpu_memory_utilization=0.01,  # other engines have the rest
-            enforce_eager=not ON_GPU,
-            **sizes,
-        )
+        llm = LLM(model=folder, **llm_args(name, config))
     prompts = Prompts()
 
     def sample(mode: str, rows: int) -> Round:
         logprobs = 0 if mode == "logprobs" else None
-        params = VllmParams(max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=logprobs)
+        flat = name == "raw"
+        params = VllmParams(max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=logprobs, flat_logprobs=flat)
         asked = [{"prompt_token_ids": prompt} for prompt in prompts(rows) for _ in range(GROUP_SIZE)]
         return timed(lambda: sum(len(o.outputs[0].token_ids) for o in llm.generate(asked, params, use_tqdm=False)))  # type: ignore[arg-type]
 
@@ -115,17 +119,12 @@ def open_llm(name: str) -> Callable[[str, int], Round]:
 def open_ours(name: str, stack: ExitStack) -> Callable[[str, int], Round]:
     if "v2" in name:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    if "tuned" in name:
-        stack.enter_context(tuned())
-    config = BackendConfig(
-        engine="vllm", max_length=MAX_LENGTH, max_num_seqs=ROWS, reproducible=False, sampler_memory_gb=CACHE_GB
-    )
-    client = stack.enter_context(ServiceClient(config)).create_sampling_client(base_model=MODEL)
+    client = stack.enter_context(ServiceClient(CONFIG)).create_sampling_client(base_model=MODEL)
     prompts = Prompts()
 
     def sample(mode: str, rows: int) -> Round:
         if mode == "rollouts":
-            return rollouts(client, config, rows)
+            return rollouts(client, rows)
         found: Round = {}
         asked = prompts(rows)
         with (
@@ -147,33 +146,11 @@ def sampled_tokens(client: SamplingClient, prompts: list[list[int]]) -> int:
     return sum(len(sequence.tokens) for future in futures for sequence in future.result().sequences)
 
 
-def rollouts(client: SamplingClient, config: BackendConfig, rows: int) -> Round:
-    size = Size(MODEL, rows // GROUP_SIZE, GROUP_SIZE, PROMPT, NEW, config)
+def rollouts(client: SamplingClient, rows: int) -> Round:
+    size = Size(MODEL, rows // GROUP_SIZE, GROUP_SIZE, PROMPT, NEW, CONFIG)
     groups = fixed_groups(size, get_renderer("plain", client.get_tokenizer()))
     start, tokens = time.monotonic(), rows * NEW
     return {"tokens": tokens, "from": start, "to": start + tokens / our_rollouts(client, groups, size)}
-
-
-@contextmanager
-def tuned() -> Iterator[None]:
-    """The engine's arguments and requests, changed from outside."""
-    import vllm
-    import vllm.v1.engine.llm_engine  # has EngineArgs itself already
-    from vllm.engine import arg_utils
-
-    with (
-        patch.object(arg_utils, "EngineArgs", partial(arg_utils.EngineArgs, **TUNED)),
-        patch.object(vllm, "SamplingParams", partial(vllm.SamplingParams, flat_logprobs=True)),
-        patch.object(posttrain.backend.vllm_engine, "_sampled", flat_sampled),
-    ):
-        yield
-
-
-def flat_sampled(output: Any) -> Sampled:
-    completion = output.outputs[0]
-    flat = completion.logprobs
-    logprobs = [flat.logprobs[start] for start in flat.start_indices]
-    return Sampled(SampledSequence(list(completion.token_ids), logprobs, completion.finish_reason))
 
 
 @contextmanager

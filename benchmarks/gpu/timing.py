@@ -70,9 +70,9 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def attempt(record: Record, name: str, measure: Callable[[], Any]) -> None:
+def attempt(record: Record, name: str, measure: Callable[[], Any]) -> Any:
     """The figure `name`, told at once on stderr. An error is the figure; it fails the block unless
-    it is a lack of memory.
+    it is a lack of memory. Returns the figure.
     """
     forget()
     start = time.perf_counter()
@@ -86,6 +86,7 @@ def attempt(record: Record, name: str, measure: Callable[[], Any]) -> None:
     value = {key: rounded(part) for key, part in value.items()} if isinstance(value, dict) else value
     record.figure(name, value)
     print(f"{name}: {value} [{time.perf_counter() - start:.1f} s]", file=sys.stderr, flush=True)
+    return value
 
 
 def rounded(value: Any) -> Any:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,35 @@ RL = (
 VLLM = "backend.engine=vllm backend.sampler_memory_gb=1"
 
 
-def run(record: Record, name: str, command: str, folder: Path) -> list[dict[str, Any]]:
-    start = time.perf_counter()
-    ended = subprocess.run([sys.executable, *command.split(), f"log_path={folder}"], capture_output=True, text=True)
+def run(
+    record: Record, name: str, command: str, folder: Path, show: Callable[[Path], None] = lambda folder: None
+) -> list[dict[str, Any]]:
+    """Its metrics. `show` records figures of the run folder, whenever it has further metrics: a block
+    that is killed keeps them."""
+    start, metrics, seen = time.perf_counter(), folder / "metrics.jsonl", 0
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command.split(), f"log_path={folder}"], stdout=output, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:
+            time.sleep(0.5)
+            if metrics.exists() and seen < (size := metrics.stat().st_size):
+                seen = size
+                show(folder)
+        output.seek(0)
+        print(output.read()[-3000:])
     record.figure(f"{name}: s", time.perf_counter() - start)
-    print(ended.stdout[-3000:], ended.stderr[-3000:])
-    record.holds(f"{name}: exit status {ended.returncode}", ended.returncode == 0)
-    return read_metrics(folder) if ended.returncode == 0 else []
+    record.holds(f"{name}: exit status {process.returncode}", process.returncode == 0)
+    if process.returncode:
+        return []
+    show(folder)
+    return read_metrics(folder)
+
+
+def values(folder: Path, metric: str) -> list[float]:
+    """Of the steps that have it, so far."""
+    steps = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    return [round(step[metric], 4) for step in steps if step.get(metric) is not None]
 
 
 def main() -> None:

@@ -1,0 +1,74 @@
+"""First light: aims and their verdicts, ratios, and what only a GPU's blocks do, with a stand-in."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from benchmarks.gpu import first_light
+from benchmarks.gpu.aims import AIMS, Aim, table
+from benchmarks.gpu.half_b_engine import loads
+from benchmarks.gpu.sampling import FIRST, MORE, in_order, summary
+from posttrain.backend import vllm_weights
+from posttrain.backend.vllm_copies import record
+from tests.test_vllm_copies import Loaded, random
+
+
+def test_an_aim_is_reached_missed_or_not_measured() -> None:
+    least, most, wanted = Aim("a", "b", "c", least=0.05), Aim("a", "b", "c", most=10), Aim("a", "b", "c")
+    assert [least.verdict(x) for x in (0.05, 0.04, -1.0, None)] == ["reached", "missed", "missed", "not measured"]
+    assert [most.verdict(x) for x in (9, 10.5)] == ["reached", "missed"]
+    assert wanted.verdict(3.0) == "measured" and wanted.verdict("does not fit") == "not measured"
+    assert {aim.block for aim in AIMS} <= first_light.SECONDS.keys()
+
+
+def test_the_page_has_the_aims_and_the_blocks() -> None:
+    page = (first_light.ROOT / "docs" / "gpu.md").read_text()
+    for aim in AIMS:
+        assert f"| {aim.what} | {aim.bound()} | `{aim.block}` | {aim.key} |" in page
+    assert [name for name in first_light.SECONDS if f"`{name}`" not in page] == []
+
+
+def test_figures_of_a_cpu_are_not_judged() -> None:
+    on = {name: {"sampling": {"device": name, "rollouts / raw": 0.5}} for name in ("cpu", "NVIDIA H200")}
+    row = [aim.key for aim in AIMS].index("rollouts / raw")
+    assert [table(records)[row][-1] for records in on.values()] == ["of a CPU", "missed"]
+
+
+def test_one_file_has_all_blocks_and_the_aims(tmp_path: Path) -> None:
+    machine = {"commit": "abc", "device_type": "cuda"}
+    (tmp_path / "facts.json").write_text(json.dumps({"passed": True, "machine": machine}))
+    (tmp_path / "half_b_engine.json").write_text(json.dumps({"device": "NVIDIA H200", "sync: in all, ms": 4.5}))
+    first_light.write_summary(tmp_path)
+    found = json.loads((tmp_path / "first_light.json").read_text())
+    assert found["commit"] == "abc" and set(found["blocks"]) == {"facts", "half_b_engine"}
+    sync = next(aim for aim in found["aims"] if aim["figure"] == "sync: in all, ms")
+    assert sync["verdict"] == "reached" and sync["found"] == "4.5"
+
+
+def test_the_pair_of_the_ratio_is_measured_in_turn() -> None:
+    assert in_order(["ours", "rollouts", "raw"]) == ["rollouts", "raw", "rollouts", "raw", "ours"]
+    assert in_order(["ours", "raw"]) == ["raw", "ours"]
+    found = summary({"raw": [30.0, 40.0], "rollouts": [28.0, 35.0], "ours": [38.0], "processes-4": [70.0]})
+    assert found == {
+        "tokens/s, one engine": 38.0,
+        "tokens/s, several engines": 70.0,
+        "rollouts / raw": pytest.approx(0.9),
+    }
+    assert summary({"ours-profile": [1.0]}) == {} and set(in_order([*FIRST, *MORE])) == {*FIRST, *MORE}
+
+
+def test_a_load_is_timed_by_copies_and_by_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_weights, "_is_on_cpu", lambda model: False)
+    model = Loaded()
+    _, copies = record(model, lambda: random(0))
+    worker: Any = SimpleNamespace(get_model=lambda: model, recorded_copies=copies)
+    found = loads(worker, cast(Any, lambda weights: weights), lambda: random(1))
+    assert worker.recorded_copies is copies and found.keys() == {"ms", "GB", "by vLLM's loaders, ms"}
+    # fp32 is read and written, once; "norm" is kept in bf16, and the tied head is not loaded
+    loaded = sum(tensor.numel() for name, tensor in random(1) if name != "lm_head")
+    assert found["GB"] == pytest.approx((8 * loaded - 2 * 4) / 1e9)
+    assert torch.equal(model.up, dict(random(1))["up"].T)
