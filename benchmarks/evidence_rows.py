@@ -173,7 +173,7 @@ def bstar(name: str, methods: Mapping[str, str], seeds: tuple[int, ...], more: M
             **{label: Result(key) for label, key in more.items()},
             **{
                 f"{label}: {metric}": Result(f"{method}: {metric}")
-                for metric in ("pass@1", "greedy", "pass@16-4")
+                for metric in ("pass@1", "greedy", "pass@16-8")
                 for method, label in {"warm start": "warm start", **methods}.items()
             },
             **{

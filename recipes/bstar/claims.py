@@ -87,10 +87,11 @@ def differences(folders: Sequence[Path]) -> list[str]:
         for name in others:
             more_S = [b - other for b, other in zip(ends["bstar"], ends[name], strict=True)]
             mean, margin = mean_and_margin(more_S)
+            within = f" ± {margin:.3f}" if len(runs) > 1 else ""
             level = mean_and_margin(ends[name])[0]
             above = sum(more > 0 for more in more_S)
             lines.append(
-                f"{key[5:]:10s} bstar - {name:18s} {mean:+.3f} ± {margin:.3f}; above in {above} of {len(runs)} "
+                f"{key[5:]:10s} bstar - {name:18s} {mean:+.3f}{within}; above in {above} of {len(runs)} "
                 f"({mean_and_margin(ends['bstar'])[0]:.3f} - {level:.3f})"
             )
     return lines

@@ -20,7 +20,8 @@ from recipes.bstar.tasks import Task
 def final_numbers(run: Path, task: Task) -> dict[str, float]:
     rounds = {name: read_summaries(folder) for name, folder in method_folders(run).items()}
     start = next(iter(rounds.values()))[0]
-    tests = {key: f"test/{key}" for key in ("greedy", "pass@1", f"pass@{samples_of([start])}-4", "diversity")}
+    wide = [f"pass@{samples_of([start])}-{distinct}" for distinct in (4, 8)]
+    tests = {key: f"test/{key}" for key in ("greedy", "pass@1", *wide, "diversity")}
     keys = tests | {"training set right": "train/selected_accuracy", "temperature": "temperature"}
     numbers = {f"warm start: {name}": value(start, key) for name, key in tests.items()}
     for method, summaries in rounds.items():
