@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import queue
-import statistics
 import subprocess
 import sys
 import threading
@@ -186,15 +185,16 @@ def in_order(names: list[str]) -> list[str]:
 
 
 def summary(speeds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Of the figures so far: the fastest of each kind, and what environments leave of an engine's speed."""
-    means = {name: statistics.mean(values) for name, values in speeds.items()}
+    """Of the figures so far: the fastest of each kind, and what environments leave of an engine's speed,
+    each at its best round."""
+    best = {name: max(values) for name, values in speeds.items()}
     found = {
-        key: max(means[name] for name in names if name in means)
+        key: max(best[name] for name in names if name in best)
         for key, names in BEST.items()
-        if not means.keys().isdisjoint(names)
+        if not best.keys().isdisjoint(names)
     }
-    if means.keys() >= set(TWICE):
-        found["rollouts / raw"] = means["rollouts"] / means["raw"]
+    if best.keys() >= set(TWICE):
+        found["rollouts / raw"] = best["rollouts"] / best["raw"]
     return found
 
 

@@ -58,7 +58,7 @@ def run(
 def values(folder: Path, metric: str) -> list[float]:
     """Of the steps that have it, so far."""
     steps = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-    return [round(step[metric], 4) for step in steps if step.get(metric) is not None]
+    return [float(f"{step[metric]:.4g}") for step in steps if step.get(metric) is not None]
 
 
 def main() -> None:
