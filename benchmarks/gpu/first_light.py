@@ -38,7 +38,7 @@ SECONDS = {
     "half_b_engine": 180,
     "sampling": 310,
     "large_models": 240,
-    "learning": 300,
+    "learning": 330,
     "belief_state": 60,
     "sleep": 120,
     "small_engines": 240,
