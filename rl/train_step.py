@@ -239,9 +239,10 @@ def _on_policy_gap(
 
 
 async def _finished(passes: Sequence[asyncio.Task[Any]]) -> None:
-    """Waits for all; exceptions stay in the tasks."""
+    """Waits for all; exceptions stay in the tasks. asyncio prints those that nobody has asked for."""
     if passes:
         await asyncio.wait(passes)
+        _ = [task.cancelled() or task.exception() for task in passes]
 
 
 def _spanned(future: APIFuture[T]) -> asyncio.Task[T]:

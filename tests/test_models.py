@@ -82,6 +82,13 @@ def test_a_damaged_or_foreign_folder_is_refused_in_one_line(damage: str, tmp_pat
     assert says in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+# Trap: a run reads the config, for its length, before the model is opened.
+def test_an_encoder_is_refused_by_its_config(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="t5 is not a causal language model"):
+        model_config(str(tmp_path))
+
+
 # Trap: one message for every reason.
 @pytest.mark.parametrize(
     ("error", "says"),

@@ -14,10 +14,17 @@ from posttrain.tracking.step_profile import kernel_class, kernel_table
 from tests.conftest import policy_data, trainer_of
 
 ON_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-ON_CPU = RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes.")
+IN_NUMPY = MemoryError("Unable to allocate 745. GiB for an array with shape (100000000000,) and data type float64")
 
 
-@pytest.mark.parametrize("error", [ON_GPU, ON_CPU], ids=["gpu", "cpu"])
+def torchs_own() -> RuntimeError:
+    """Of this machine's CPU, for more memory than any has."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    return raised.value
+
+
+@pytest.mark.parametrize("error", [ON_GPU, torchs_own(), IN_NUMPY], ids=["gpu", "cpu", "numpy"])
 def test_a_pass_that_runs_out_of_memory_names_the_setting(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,9 +95,12 @@ def model_config(model_name: str) -> PretrainedConfig:
     if is_adapter(path):
         raise ModelError(_is_an_adapter(model_name, path))
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except LOAD_ERRORS as error:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{model_name!r} cannot be opened: {config.model_type} is not a causal language model")
+    return config
 
 
 def model_folder(name: str, weights: bool = False) -> Path:

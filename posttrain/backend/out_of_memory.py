@@ -10,7 +10,8 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import OutOfMemoryError
 from posttrain.backend.types import Datum
 
-TEXTS = ("not enough memory", "MPS backend out of memory")  # of a CPU's RuntimeError, and of Apple's GPU's
+# of a RuntimeError: a CPU's on Linux and macOS, a CPU's on Windows, Apple's GPU's
+TEXTS = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
 
 
 def explained(data_D: Sequence[Datum], config: BackendConfig) -> AbstractContextManager[None]:
@@ -27,8 +28,9 @@ def explained_in_step(config: BackendConfig) -> AbstractContextManager[None]:
 def _explained(text: Callable[[], str]) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(known in str(error) for known in TEXTS):
+    except (RuntimeError, MemoryError) as error:  # MemoryError: of numpy and of Python
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(text in str(error) for text in TEXTS):
             raise
         raise OutOfMemoryError(text()) from error
 
