@@ -38,6 +38,7 @@ COMMAS = r",\s*"
 FEWEST = 3  # seeds of an interval of the mean
 # Pages and pictures in the folders of code: figures do not depend on them.
 NO_CODE = (":(exclude)*.md", ":(exclude)*.png")
+NO_EFFECT = "no_effect.json"  # commits that change no figure -> how that was seen
 MARKED = re.compile(r"(<!-- evidence: ([\w ,]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
 
 
@@ -80,20 +81,27 @@ class Evidence:
 
     def commit(self, code: Sequence[str]) -> str:
         """The commit of the tree, marked where `code` differs from it."""
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=self.root, capture_output=True, text=True)
-        commit = done.stdout.strip()
+        commit = self.git("rev-parse", "--short", "HEAD").stdout.strip()
         return f"{commit}-dirty" if commit and self.changed(commit, code) else commit
 
     def changed(self, commit: str, code: Sequence[str]) -> str:
-        """What of `code` differs from `commit`, committed or not; empty if nothing does."""
+        """What of `code` has changed since `commit`, committed or not; empty if nothing has. Commits of
+        NO_EFFECT are left out."""
         if not commit or commit.endswith("-dirty"):
             return "taken with uncommitted changes, or outside git"
-        command = ["git", "diff", "--name-only", commit, "--", *code, *NO_CODE]
-        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
+        paths, exceptions = [*code, *NO_CODE], self.records / NO_EFFECT
+        none = read_json(exceptions) if exceptions.exists() else {}
+        done = self.git("log", "--format=%H", f"{commit}..HEAD", "--", *paths)
         if done.returncode:
             return f"commit {commit} is unknown here"
-        files = done.stdout.split()
+        files = self.git("diff", "--name-only", "HEAD", "--", *paths).stdout.split()
+        for later in [later for later in done.stdout.split() if not later.startswith(tuple(none))]:
+            files += self.git("show", "--format=", "--name-only", later, "--", *paths).stdout.split()
+        files = sorted(set(files))
         return f"{files[0]} and {len(files) - 1} more have changed since {commit}" if files else ""
+
+    def git(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, text=True)
 
     def run(self, row: Row) -> None:
         """The seeds that are missing or stale. Each is recorded as soon as it has ended."""
@@ -185,7 +193,7 @@ class Evidence:
     def write_pages(self) -> list[Path]:
         """The pages whose tables have changed. ConfigError for a marker that names no row."""
         known, written = {row.name for row in self.rows}, []
-        listed = subprocess.run(["git", "ls-files", "*.md"], cwd=self.root, capture_output=True, text=True).stdout
+        listed = self.git("ls-files", "*.md").stdout
         for page in [self.root / name for name in listed.split()]:
             text = page.read_text()
             for _, names, _ in MARKED.findall(text):

@@ -72,6 +72,10 @@ def test_a_row_is_taken_once_and_again_when_its_code_changes(evidence: Evidence)
     assert evidence.state(row).startswith("stale: script.py")
     git(evidence.root, "commit", "-qam", "another figure")
     assert evidence.state(row).startswith("stale: script.py")
+    commit = evidence.git("rev-parse", "HEAD").stdout[:7]
+    (evidence.records / "no_effect.json").write_text(json.dumps({commit: "a comment"}))
+    assert evidence.state(row) == "current"
+    (evidence.records / "no_effect.json").unlink()
     evidence.run(row)
     assert [run["figures"]["end"] for run in seeds(evidence).values()] == [-2, -1, 0]
     assert evidence.state(row) == "current"
