@@ -473,7 +473,7 @@ ROWS = [
     benchmark("async_vs_sync", "benchmarks/async_vs_sync.py"),
     benchmark("rollouts_vs_vllm-arithmetic", "benchmarks/rollouts_vs_vllm.py --task arithmetic"),
     benchmark("rollouts_vs_vllm-fixed", "benchmarks/rollouts_vs_vllm.py --task fixed"),
-    benchmark("latro_step_vs_plain-small", "benchmarks/latro_step_vs_plain.py --size small", "recipes/latro"),
+    benchmark("latro_step_vs_plain-small", "benchmarks/latro_step_vs_plain.py --shapes small", "recipes/latro"),
     benchmark("bstar_sweep-torch", "benchmarks/bstar_sweep.py --engine torch", "recipes/bstar"),
     benchmark("belief_state_step", "benchmarks/belief_state_step.py", "recipes/libraries"),
     benchmark("star_graph_generation", "benchmarks/star_graph_generation.py", "envs"),
