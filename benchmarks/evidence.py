@@ -39,7 +39,7 @@ FEWEST = 3  # seeds of an interval of the mean
 # Pages and pictures in the folders of code: figures do not depend on them.
 NO_CODE = (":(exclude)*.md", ":(exclude)*.png")
 NO_EFFECT = "no_effect.json"  # commits that change no figure -> how that was seen
-MARKED = re.compile(r"(<!-- evidence: ([\w ,]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- evidence: ([\w ,-]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
 
 
 @chz.chz
