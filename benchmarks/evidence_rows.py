@@ -217,8 +217,8 @@ ROWS = [
     ),
     Row(
         "algorithms_multi_turn",
-        "recipes/algorithms_multi_turn.py seed={seed} log_path={folder}/run",
-        (*RL, "recipes/algorithms_multi_turn.py"),
+        "recipes/algorithms/multi_turn.py seed={seed} log_path={folder}/run",
+        (*RL, "recipes/algorithms"),
         {
             "warm start | game: won": Metric(SOLVED, "first", "run/grpo"),
             **{f"`{name}` | game: won": Metric(SOLVED, folder=f"run/{name}") for name in MULTI_TURN},

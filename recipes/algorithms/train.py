@@ -14,6 +14,7 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import chz
@@ -31,6 +32,8 @@ from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.warm_start import preset, warm_start
 from rl import train
 from rl.algorithms import ALGORITHMS
+from rl.types import RLDatasetBuilder
+from supervised.types import SupervisedDatasetBuilder
 
 
 @chz.chz
@@ -54,8 +57,7 @@ class Config:
     )
 
 
-def rl_config(config: Config, algorithm: str, start: Stage) -> train.Config:
-    env = ArithmeticBuilder(num_digits=2, n_batches=config.num_steps, batch_size=64, group_size=8, seed=config.seed)
+def rl_config(config: Config, algorithm: str, start: Stage, env: RLDatasetBuilder) -> train.Config:
     return chz.replace(
         preset(ALGORITHMS[algorithm].settings),
         env=env,
@@ -73,20 +75,28 @@ def rl_config(config: Config, algorithm: str, start: Stage) -> train.Config:
     )
 
 
-async def main(config: Config) -> None:
+async def run_presets(
+    config: Config, examples: SupervisedDatasetBuilder, env: RLDatasetBuilder, keys: Sequence[str], what: str
+) -> None:
+    """A warm start on `examples`, then each preset on `env`. `what` is the first of the metrics `keys`."""
     names = config.algorithms.split(",")
     if unknown := [name for name in names if name not in ALGORITHMS]:
         raise ConfigError(f"algorithms={unknown[0]}: no such preset; known: {', '.join(ALGORITHMS)}")
-    sums = ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed)
     folder, nll = Path(config.log_path) / "warm_start", config.warm_start_nll
-    start = warm_start(config, sums, folder, renderer_name="plain", stop_at_nll=nll)
-    await run_stages([training_stage(name, train.main, rl_config(config, name, start), [start]) for name in names])
+    start = warm_start(config, examples, folder, renderer_name="plain", stop_at_nll=nll)
+    await run_stages([training_stage(name, train.main, rl_config(config, name, start, env), [start]) for name in names])
     folders = [Path(config.log_path) / name for name in names]
-    keys = ["test/env/all/correct", "env/all/reward/total", "optim/entropy"]
     for folder in folders:
-        accuracy = read_curve(read_metrics(folder), "test/env/all/correct").values_K
-        print(f"{folder.name:20s} held-out accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}")
+        results = read_curve(read_metrics(folder), keys[0]).values_K
+        print(f"{folder.name:24s} {what} {results[0]:.3f} -> {results[-1]:.3f}")
     print(f"curves: {compare_runs(folders, Path(config.log_path) / 'compare.png', keys)}")
+
+
+async def main(config: Config) -> None:
+    sums = ArithmeticExamplesBuilder(num_digits=2, n_batches=1000, batch_size=128, seed=config.seed)
+    env = ArithmeticBuilder(num_digits=2, n_batches=config.num_steps, batch_size=64, group_size=8, seed=config.seed)
+    keys = ["test/env/all/correct", "env/all/reward/total", "optim/entropy"]
+    await run_presets(config, sums, env, keys, "held-out accuracy")
 
 
 if __name__ == "__main__":
