@@ -7,14 +7,13 @@ import time
 
 import chz
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.lora_layers import check_rank
 from posttrain.backend.memory import GIB
 from posttrain.backend.memory_plan import PlannedRun, advice, free_bytes, planned
-from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, model_folder
+from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, check_text_only, model_folder
 from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_engine import check_sleep
@@ -65,11 +64,7 @@ def planned_run(config: Config) -> PlannedRun:
     if (model_folder(name) / SCALAR_HEAD_FILE).exists():
         raise ModelError(f"{name} is a scalar model: plan its base model, which needs a little more (an output layer)")
     run = planned(name, backend, lora, config.sampled, config.reference)
-    kind = run.hf_config.model_type
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    if not isinstance(model_class, str) or model_class.endswith("ForConditionalGeneration"):
-        what = "reads images or sound besides text" if model_class else "is no causal language model of transformers"
-        raise ModelError(f"{name!r} {what} ({kind}): only causal models of text can be opened")
+    check_text_only(name, run.hf_config)
     shares = backend.trainer_processes > 1 and backend.trainer_sharding == "shard"
     return run.sharded(backend.trainer_processes) if shares else run
 

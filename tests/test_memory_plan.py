@@ -136,7 +136,7 @@ def test_preflight_refuses_what_a_run_would(options: list[str], message: str) ->
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (T5Config(), "is no causal language model of transformers"),
+        (T5Config(), "t5 is not a causal language model"),
         (Gemma3Config(), "reads images or sound besides text"),
         (PRESETS["tiny"], "is a scalar model: plan its base model"),
     ],

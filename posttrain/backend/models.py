@@ -271,13 +271,16 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
             model = new_model(copy.deepcopy(config))
         model.config.architectures = [type(model).__name__]  # read by vLLM
     else:
-        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "").endswith("ForConditionalGeneration"):
-            raise ModelError(
-                f"{model_name!r} reads images or sound besides text ({config.model_type}): only text models can be "
-                "opened"
-            )
+        check_text_only(model_name, config)
         model = read_model(model_name, dtype)
     return cast_weights(model.to(device), dtype).eval()  # type: ignore[arg-type]
+
+
+def check_text_only(model_name: str, config: PretrainedConfig) -> None:
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type].endswith("ForConditionalGeneration"):
+        raise ModelError(
+            f"{model_name!r} reads images or sound besides text ({config.model_type}): only text models can be opened"
+        )
 
 
 def cast_weights(model: M, dtype: torch.dtype) -> M:
