@@ -95,8 +95,8 @@ class Evidence:
         if done.returncode:
             return f"commit {commit} is unknown here"
         files = self.git("diff", "--name-only", "HEAD", "--", *paths).stdout.split()
-        for later in [later for later in done.stdout.split() if not later.startswith(tuple(none))]:
-            files += self.git("show", "--format=", "--name-only", later, "--", *paths).stdout.split()
+        if later := [later for later in done.stdout.split() if not later.startswith(tuple(none))]:
+            files += self.git("show", "--format=", "--name-only", *later, "--", *paths).stdout.split()
         files = sorted(set(files))
         return f"{files[0]} and {len(files) - 1} more have changed since {commit}" if files else ""
 

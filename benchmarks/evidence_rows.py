@@ -397,7 +397,7 @@ ROWS = [
     Row(
         "prm",
         "recipes/prm/train.py seed={seed} log_path={folder}/run",
-        (*PREFERENCE, *RL, "recipes/prm", "recipes/libraries"),
+        (*PREFERENCE, *RL, "recipes/prm", "recipes/libraries", "recipes/results.py"),
         {
             **{
                 f"answered right: {label}": Result(key)

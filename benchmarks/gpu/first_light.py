@@ -108,7 +108,7 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
 
 def write_summary(out: Path) -> None:
     """One file for benchmarks/results: of a machine that is lent, it may be all that comes back."""
-    records = {name: json.loads(file.read_text()) for name in SECONDS if (file := out / f"{name}.json").exists()}
+    records = read_records(out, SECONDS)
     aims = [
         dict(zip(("aim", "block", "figure", "bound", "found", "verdict"), row, strict=True)) for row in table(records)
     ]
@@ -143,7 +143,7 @@ def main() -> int:
         print(f"{name}: {'passed' if record['passed'] else 'FAILED'} in {record['seconds']} s", flush=True)
         for key, value in record.items():
             print(f"    {key}: {value}", flush=True)
-    for what, _, _, bound, found, verdict in table(read_records(arguments.out)):
+    for what, _, _, bound, found, verdict in table(read_records(arguments.out, SECONDS)):
         print(f"{verdict:<13} {what}: {found or '-'} ({bound})", flush=True)
     return failed
 

@@ -11,7 +11,7 @@ the 95% interval of their mean by Student's t; then, for each run:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def read_rounds(run: Path) -> dict[str, list[Summary]]:
     return rounds
 
 
-def fixed_online(names: Sequence[str] | dict[str, list[Summary]]) -> list[str]:
+def fixed_online(names: Iterable[str]) -> list[str]:
     """Methods like B-STaR but for the choice, the coldest first."""
     methods = {name: METHODS[name] for name in names if name in METHODS}
     fixed = {

@@ -57,11 +57,16 @@ def is_supervised(folder: Path) -> bool:
     return folder.name == "sft"  # its loss has another scale, and its run no rewards
 
 
+def read_summary(folder: Path) -> dict[str, dict[str, float]]:
+    """Metrics `before` and `after` the run, and of its `last` checkpoint."""
+    return json.loads((folder / "summary.json").read_text())
+
+
 def results_of(folders: dict[str, Path]) -> dict[str, float]:
     """A seed's metrics on the test set, and the gradient's norm early in the run, by "line | column"."""
     weights = {}
     for line, folder in folders.items():
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = read_summary(folder)
         weights |= {START: summary["before"], line: summary["after"], last(line): summary["last"]}
     results = {
         f"{line} | {column}": metrics[key]
@@ -87,9 +92,7 @@ def picture(folders: dict[str, list[Path]], out: Path) -> Path:
     ]
     levels = {
         f"{line}: its best checkpoint, on the test set": float(
-            np.mean(
-                [json.loads((seed / "summary.json").read_text())["after"]["test/env/all/correct"] for seed in seeds]
-            )
+            np.mean([read_summary(seed)["after"]["test/env/all/correct"] for seed in seeds])
         )
         for line, seeds in supervised.items()
     }

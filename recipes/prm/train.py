@@ -18,7 +18,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,7 +35,6 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.metrics_log import print_metrics_table
 from posttrain.tracking.plots import compare_runs
 from posttrain.tracking.run_config import log_path_field
@@ -50,6 +48,7 @@ from preference.steps import StepFormat
 from recipes.libraries.labelled_solutions import labels_stage, read_solutions, solutions_stage
 from recipes.prm.evaluation import evaluate, label_noise
 from recipes.prm.picture import draw
+from recipes.results import write_results
 from recipes.warm_start import shared_settings, warm_start
 from rl import train as rl_train
 
@@ -181,7 +180,7 @@ async def evaluate_prm(config: Config, prm: Path, test_solutions: Path) -> None:
     results |= label_noise({chain.question: chain for chain in config.chains()}, config.folder / "labels.jsonl")
     print_metrics_table(results, f"{config.folder}: held-out chains")
     print(f"picture: {draw(config.folder / 'prm', results, aligned, config.folder / 'prm.png')}")
-    write_atomically(config.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_results(config.folder, results)
 
 
 def _envs(config: Config, chains: Sequence[Chain]) -> list[ProblemEnv]:
