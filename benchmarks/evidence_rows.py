@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.evidence_row import Metric, Reached, Result, Row, Take
-from recipes.algorithms.variants import DRAWN, VARIANTS, folder_name
+from recipes.algorithms.variants import DRAWN, VARIANTS
 from recipes.belief_state.search import SETTINGS
+from recipes.labels import folder_name
 from recipes.latro.rare import LINES as RARE
 from recipes.latro.variants import ABLATIONS, NORM, START, Lines, last
 

@@ -35,7 +35,8 @@ from posttrain.tracking.figures import (
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
-from recipes.algorithms.variants import DRAWN, GAP, VARIANTS, folder_name
+from recipes.algorithms.variants import DRAWN, GAP, VARIANTS
+from recipes.labels import folder_name
 from recipes.warm_start import preset, seeds_of, warm_start
 from rl import train
 

@@ -1,4 +1,4 @@
-"""What beside_grpo.py runs beside GRPO, and the folders of the runs."""
+"""What beside_grpo.py runs beside GRPO."""
 
 from typing import Any
 
@@ -45,7 +45,3 @@ DRAWN = {
     "off_policy": [GAP],
     "faults": [GAP, "optim/ratio_p99", "optim/entropy", "optim/grad_norm", "env/all/by_group/frac_mixed"],
 }
-
-
-def folder_name(variant: str) -> str:
-    return variant.replace(",", "").replace(" ", "_")

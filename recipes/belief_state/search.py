@@ -25,6 +25,7 @@ from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.belief_state import train
 from recipes.belief_state.star_graph import StarGraphBuilder
+from recipes.labels import folder_name
 from recipes.results import write_results
 
 # layers (of each encoder) and width; 0.71 to 0.75 million weights each
@@ -62,7 +63,7 @@ class Config:
 
 
 def run_stage(config: Config, setting: str, num_steps: int, seed: int) -> Stage:
-    name = f"{setting.replace(',', '').replace(' ', '_')}_steps_{num_steps}_seed_{seed}"
+    name = f"{folder_name(setting)}_steps_{num_steps}_seed_{seed}"
     run = train.Config(
         **SETTINGS[config.model][setting],
         data=config.data,

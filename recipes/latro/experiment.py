@@ -24,8 +24,9 @@ from posttrain.tracking.figures import Panel, curves_by_label, draw_panels, read
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import run_stages
+from recipes.labels import folder_name
 from recipes.latro import train
-from recipes.latro.variants import ABLATIONS, COLUMNS, NORM, START, Lines, folder_name, last
+from recipes.latro.variants import ABLATIONS, COLUMNS, NORM, START, Lines, last
 from recipes.results import write_results
 from recipes.warm_start import seeds_of
 

@@ -24,10 +24,6 @@ COLUMNS = {
 NORM = "gradient norm"
 
 
-def folder_name(line: str) -> str:
-    return line.replace(",", "").replace(" ", "_")
-
-
 def last(line: str) -> str:
     """The line of the last checkpoint, where `line` is that of the best on the validation split."""
     return f"{line}, last checkpoint"

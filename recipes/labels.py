@@ -1,0 +1,5 @@
+"""Labels of tables and pictures as names of folders."""
+
+
+def folder_name(label: str) -> str:
+    return label.replace(",", "").replace(" ", "_")
