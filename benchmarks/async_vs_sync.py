@@ -1,7 +1,7 @@
 """The RL step when environments are slow: synchronous, streaming and asynchronous on the same work,
 and where the time goes.
 
-    python benchmarks/async_vs_sync.py [--steps 12] [--engine torch]
+    python benchmarks/async_vs_sync.py [--rounds 2] [--steps 8] [--engine torch]
 
 64 environments at once (8 groups of 8), two turns each, and every turn takes from 0.2 s to 2 s of
 waiting, as a tool or a remote grader would; which environment waits how long is the same for all
@@ -19,7 +19,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 if not __package__:  # run as a file: the packages are one folder up
@@ -28,7 +30,7 @@ if not __package__:  # run as a file: the packages are one folder up
 import chz
 import numpy as np
 
-from benchmarks.report import wait_until_quiet, write_report
+from benchmarks.report import alternate, over, wait_until_quiet, write_report
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.ranges import COUNT
 from posttrain.backend.types import ModelInput
@@ -139,19 +141,26 @@ def run(steps: int, engine: str, model: str, settings: dict[str, Any]) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a round")
     parser.add_argument("--engine", default="torch", choices=("torch", "vllm"))
     parser.add_argument("--model", default="tiny")
     arguments = parser.parse_args()
     load = wait_until_quiet()
-    sides = {
-        name: run(arguments.steps, arguments.engine, arguments.model, settings) for name, settings in SIDES.items()
+    sides = alternate(
+        {
+            name: partial(run, arguments.steps, arguments.engine, arguments.model, settings)
+            for name, settings in SIDES.items()
+        },
+        arguments.rounds,
+    )
+    figures = {
+        f"{name}: {key}": median(side[key] for side in rounds) for name, rounds in sides.items() for key in rounds[0]
     }
-    figures = {f"{name}: {key}": value for name, side in sides.items() for key, value in side.items()}
-    plain = sides["synchronous"]["seconds_per_step"]
+    seconds = {name: [side["seconds_per_step"] for side in rounds] for name, rounds in sides.items()}
     ratios = {
-        f"{name}: steps per second against synchronous": plain / side["seconds_per_step"]
-        for name, side in sides.items()
+        f"{name}: steps per second against synchronous": over(seconds["synchronous"], of_side)
+        for name, of_side in seconds.items()
     }
     settings = vars(arguments) | {
         "groups": GROUPS,

@@ -31,7 +31,7 @@ if not __package__:  # run as a file: the packages are one folder up
 import numpy as np
 import torch
 
-from benchmarks.report import alternate, in_subprocess, spread, wait_until_quiet, write_report
+from benchmarks.report import alternate, in_subprocess, over, spread, wait_until_quiet, write_report
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
@@ -163,10 +163,9 @@ def compare(engine: str, size: Size, rounds: int) -> None:
     figures |= {f"{name}: wall, s": statistics.median(walls), f"{name}: spread": spread(walls)}
     figures |= {f"{name}: CPU, s": statistics.median(cpus), "tokens of a sweep": ours[0]["tokens"]}
     ratios = {
-        f"an engine per temperature / {side}, {clock}": figures[f"an engine per temperature: {clock}, s"]
-        / figures[f"{side}: {clock}, s"]
-        for side in ("one engine", name)
-        for clock in ("wall", "CPU")
+        f"an engine per temperature / {side}, {clock}": over([run[key] for run in theirs], seconds)
+        for clock, key, of_engine in (("wall", "wall", walls), ("CPU", "cpu", cpus))
+        for side, seconds in (("one engine", [run[key] for run in ours]), (name, of_engine))
     }
     settings = asdict(size) | {"engine": engine, "temperatures": list(TEMPERATURES), "rounds": rounds}
     write_report(f"bstar_sweep-{engine}", figures, settings, load, ratios)

@@ -152,12 +152,13 @@ class Evidence:
                 "seconds": seconds,
                 "CPU seconds": after[1] - before[1],
                 "figures": row.figures(folder, seed),
+                **({"figures of the rounds": row.report()["ratios of the rounds"]} if row.is_timed else {}),
             }
         )
 
     def table(self, names: Sequence[str]) -> str:
-        """Mean, 95% interval and range over the seeds of the rows' figures, and what they were taken with. Figures
-        called "line | column" are cells of a table of their own."""
+        """Mean, 95% interval and range over the seeds of the rows' figures, of times median and range over the
+        rounds, and what they were taken with. Figures called "line | column" are cells of a table of their own."""
         lines, notes = [], []
         cells: dict[tuple[str, str], str] = {}
         for row in [row for row in self.rows if row.name in names]:
@@ -170,8 +171,11 @@ class Evidence:
                 values = [value for run in runs if (value := run["figures"][label]) is not None]
                 mean = _shown(statistics.mean(values)) if values else "not reached"
                 margin = f"{mean_and_margin(values)[1]:.2g}" if len(values) == len(runs) >= FEWEST else ""
-                span = f"{_shown(min(values))} to {_shown(max(values))}" if len(values) > 1 else ""
                 seeds = f"{len(values)} of {len(runs)}" if len(values) < len(runs) else len(runs)
+                if row.is_timed:  # one run of several rounds
+                    values = runs[0].get("figures of the rounds", {}).get(label, values)
+                    seeds = f"{len(values)} rounds" if len(values) > 1 else "1 round"
+                span = f"{_shown(min(values))} to {_shown(max(values))}" if len(values) > 1 else ""
                 line, cell, column = label.partition(" | ")
                 if cell:
                     missing = f", {seeds} seeds" if len(values) < len(runs) else ""
@@ -186,7 +190,10 @@ class Evidence:
                 f"torch {runs[-1]['versions'].get('torch')}, {time_taken} in all{state}."
             )
         if lines:
-            head = ["| figure | mean | ± (95%) | smallest to largest | seeds |", "| --- | --- | --- | --- | --- |"]
+            head = [
+                "| figure | mean, of rounds median | ± (95%) | smallest to largest | seeds |",
+                "| --- | --- | --- | --- | --- |",
+            ]
             lines = [*head, *lines, ""]
         return "\n".join([*lines, *_grid(cells), *notes]) + "\n"
 

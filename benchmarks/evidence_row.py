@@ -93,6 +93,8 @@ class Row:
 
     def figures(self, folder: Path, seed: int) -> dict[str, float | None]:
         if self.results:
-            kind = machine()["device_type"]
-            return read_json(RESULTS / f"{self.results}-{kind}.json")["ratios"]
+            return self.report()["ratios"]
         return {label: metric.read(folder, seed) for label, metric in self.metrics.items()}
+
+    def report(self) -> dict[str, Any]:
+        return read_json(RESULTS / f"{self.results}-{machine()['device_type']}.json")

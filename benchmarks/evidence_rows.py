@@ -73,6 +73,8 @@ BSTAR_CONTROLS = {
 LATE = {"rollouts right, last 10 steps": Metric(REWARD, over=10)}
 TOKENS = {"sampled tokens to 0.7": Reached(CORRECT, level=0.7, total=SAMPLED)}
 
+RACE = [f"benchmarks/{name}.py" for name in ("race", "clocked", "trl_side")]
+
 
 def beside_grpo(variants: str, columns: dict[str, Metric]) -> Row:
     """`columns`: the metrics of each variant, beside its held-out accuracy."""
@@ -474,11 +476,17 @@ ROWS = [
     benchmark("async_vs_sync", "benchmarks/async_vs_sync.py"),
     benchmark("rollouts_vs_vllm-arithmetic", "benchmarks/rollouts_vs_vllm.py --task arithmetic"),
     benchmark("rollouts_vs_vllm-fixed", "benchmarks/rollouts_vs_vllm.py --task fixed"),
-    benchmark("latro_step_vs_plain-small", "benchmarks/latro_step_vs_plain.py --shapes small", "recipes/latro"),
+    *(
+        benchmark(
+            f"latro_step_vs_plain-{shape}", f"benchmarks/latro_step_vs_plain.py --shapes {shape}", "recipes/latro"
+        )
+        for shape in ("small", "tiny", "tiny-long")
+    ),
     benchmark("bstar_sweep-torch", "benchmarks/bstar_sweep.py --engine torch", "recipes/bstar"),
     benchmark("belief_state_step", "benchmarks/belief_state_step.py", "recipes/libraries"),
     benchmark("star_graph_generation", "benchmarks/star_graph_generation.py", "envs"),
-    benchmark("rl_step_vs_trl", "benchmarks/rl_step_vs_trl.py"),
-    benchmark("sft_step_vs_trl", "benchmarks/sft_step_vs_trl.py"),
-    benchmark("dpo_step_vs_trl", "benchmarks/dpo_step_vs_trl.py", "preference"),
+    benchmark("rl_step_vs_trl", "benchmarks/rl_step_vs_trl.py", *RACE),
+    benchmark("sft_step_vs_trl", "benchmarks/sft_step_vs_trl.py", *RACE),
+    benchmark("dpo_step_vs_trl", "benchmarks/dpo_step_vs_trl.py", *RACE, "preference"),
+    benchmark("cluster", "benchmarks/cluster.py", "posttrain/backend"),
 ]

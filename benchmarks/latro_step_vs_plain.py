@@ -40,7 +40,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.clocked import ASKED_AT, ClockedDataset, mean_timings, step_times
-from benchmarks.report import ROOT, alternate, in_subprocess, spread, wait_until_quiet, write_report
+from benchmarks.report import ROOT, alternate, in_subprocess, over, spread, wait_until_quiet, write_report
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
 from posttrain.backend.models import load_model
 from posttrain.backend.tokenizers import load_tokenizer
@@ -249,7 +249,7 @@ def run_plain(shape: Shape, begin: str | None, steps: int, warmup: int) -> dict[
 # --- the race -----------------------------------------------------------------------------------
 
 
-def race(name: str, begin: str, rounds: int, counts: Sequence[str]) -> tuple[dict[str, Any], dict[str, float]]:
+def race(name: str, begin: str, rounds: int, counts: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[float]]]:
     shape, script = SHAPES[name], str(ROOT / "benchmarks" / "latro_step_vs_plain.py")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         config = recipe(shape, folder)
@@ -262,18 +262,18 @@ def race(name: str, begin: str, rounds: int, counts: Sequence[str]) -> tuple[dic
         }
         results = alternate(sides, rounds)
     figures: dict[str, Any] = {}
-    medians: dict[str, dict[str, float]] = defaultdict(dict)
+    medians: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for side, outcomes in results.items():
         for kind in ("step", "cpu"):
-            seconds = [second for outcome in outcomes for second in outcome[f"{kind}_seconds"]]
-            medians[kind][side] = figures[f"{side}: {kind}, s"] = statistics.median(seconds)
-        figures[f"{side}: spread of the rounds"] = spread([statistics.median(one["step_seconds"]) for one in outcomes])
+            of_rounds = [statistics.median(outcome[f"{kind}_seconds"]) for outcome in outcomes]
+            medians[kind][side], figures[f"{side}: {kind}, s"] = of_rounds, statistics.median(of_rounds)
+        figures[f"{side}: spread of the rounds"] = spread(medians["step"][side])
         figures |= {f"{side}: {key}": value for key, value in outcomes[-1].items() if isinstance(value, float)}
         figures |= {
             f"{side}: {part}, s": statistics.median(one["parts"][part] for one in outcomes)
             for part in outcomes[-1]["parts"]
         }
-    return figures, {f"plain / ours, {kind} time": both["plain"] / both["ours"] for kind, both in medians.items()}
+    return figures, {f"plain / ours, {kind} time": over(both["plain"], both["ours"]) for kind, both in medians.items()}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from benchmarks.report import alternate, in_subprocess, wait_until_quiet, write_report
+from benchmarks.report import alternate, in_subprocess, over, wait_until_quiet, write_report
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import Datum, ModelInput
@@ -120,7 +120,10 @@ def compare(rounds: int) -> None:
             "rounds": rounds,
         },
         load,
-        {f"plain / ours: {key}": best["plain"][key] / best["ours"][key] for key in best["ours"]},
+        {
+            f"plain / ours: {key}": over(*([outcome[key] for outcome in results[side]] for side in ("plain", "ours")))
+            for key in best["ours"]
+        },
     )
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.clocked import run_sft
-from benchmarks.report import ROOT, alternate, in_subprocess, spread, wait_until_quiet, write_report
+from benchmarks.report import ROOT, alternate, in_subprocess, over, spread, wait_until_quiet, write_report
 
 TRL_SITE = os.environ.get("TRL_SITE", "/tmp/trl-site")
 # what a side may report beside its times
@@ -75,13 +75,15 @@ def _race(
             sides[side] = partial(in_subprocess, trl_script, mode, model, str(steps), str(warmup), extra_path=TRL_SITE)
         load = wait_until_quiet()
         results = alternate(sides, rounds)
-    figures, medians, tenths = {}, {}, {}
+    figures: dict[str, Any] = {}
+    medians: dict[str, list[float]] = {}
+    tenths: dict[str, list[float]] = {}
     for side, outcomes in results.items():
-        seconds = [second for outcome in outcomes for second in outcome["step_seconds"]]
-        medians[side], tenths[side] = statistics.median(seconds), statistics.quantiles(seconds, n=10)[0]
-        round_medians = [statistics.median(outcome["step_seconds"]) for outcome in outcomes]
-        figures |= {f"{side}: step, s": medians[side], f"{side}: spread of the rounds": spread(round_medians)}
-        figures[f"{side}: fastest tenth, s"] = tenths[side]
+        medians[side] = [statistics.median(outcome["step_seconds"]) for outcome in outcomes]
+        tenths[side] = [statistics.quantiles(outcome["step_seconds"], n=10)[0] for outcome in outcomes]
+        figures |= {f"{side}: step, s": statistics.median(medians[side])}
+        figures |= {f"{side}: spread of the rounds": spread(medians[side])}
+        figures[f"{side}: fastest tenth, s"] = statistics.median(tenths[side])
         figures[f"{side}: CPU time of a step, s"] = statistics.median(
             second for outcome in outcomes for second in outcome["cpu_seconds"]
         )
@@ -90,12 +92,12 @@ def _race(
         figures |= {f"{side}: {part}, s": mean for part, mean in last.get("parts", {}).items()}
     settings |= {"steps": steps, "warmup": warmup, "rounds": rounds, "trl": _trl_version()}
     settings["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "default")
-    ratios = {f"{peer} / {side}": medians[peer] / medians[side] for peer in trl for side in ours}
+    ratios = {f"{peer} / {side}": over(medians[peer], medians[side]) for peer in trl for side in ours}
     # The fastest steps are those that nothing else on the machine disturbed.
-    ratios |= {f"{peer} / {side}, fastest tenths": tenths[peer] / tenths[side] for peer in trl for side in ours}
+    ratios |= {f"{peer} / {side}, fastest tenths": over(tenths[peer], tenths[side]) for peer in trl for side in ours}
     for peer, side in [(peer, side) for peer in trl for side in ours if "peak_mib" in results[side][-1]]:
-        peaks = [statistics.median(outcome["peak_mib"] for outcome in results[one]) for one in (peer, side)]
-        ratios[f"{peer} / {side}, peak memory above the start"] = peaks[0] / peaks[1]
+        peaks = [[outcome["peak_mib"] for outcome in results[one]] for one in (peer, side)]
+        ratios[f"{peer} / {side}, peak memory above the start"] = over(*peaks)
     write_report(name, figures, settings, load, ratios)
 
 

@@ -35,6 +35,11 @@ def alternate(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, li
     return results
 
 
+def over(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """The ratio of each round."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
 def spread(values: Sequence[float]) -> str:
     """The range in per cent of the median: how noisy the machine was."""
     return f"{100 * (max(values) - min(values)) / statistics.median(values):.0f}%"
@@ -65,16 +70,23 @@ def wait_until_quiet() -> float:
 
 
 def write_report(
-    name: str, figures: dict[str, Any], settings: dict[str, Any], load: float, ratios: dict[str, float]
+    name: str,
+    figures: dict[str, Any],
+    settings: dict[str, Any],
+    load: float,
+    ratios: Mapping[str, float | Sequence[float]],
 ) -> None:
-    """Prints the figures, the ratios last, and writes results/<name>-<device>.json."""
+    """Prints the figures, the ratios last, and writes results/<name>-<device>.json. Of a ratio that is given
+    for each round the median counts."""
+    rounds = {key: list(values) for key, values in ratios.items() if isinstance(values, Sequence)}
     record = {
         "benchmark": name,
         **machine(),
         "load_at_start": round(load, 2),
         "settings": settings,
         "figures": figures,
-        "ratios": ratios,
+        "ratios": {**ratios, **{key: statistics.median(values) for key, values in rounds.items()}},
+        "ratios of the rounds": rounds,
     }
     record = rounded(record)
     file = RESULTS / f"{name}-{record['device_type']}.json"

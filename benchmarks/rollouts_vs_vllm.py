@@ -31,7 +31,7 @@ if not __package__:  # run as a file: the packages are one folder up
 import numpy as np
 import torch
 
-from benchmarks.report import alternate, spread, wait_until_quiet, write_report
+from benchmarks.report import alternate, over, spread, wait_until_quiet, write_report
 from envs.arithmetic import ArithmeticBuilder
 from envs.problem import Problem
 from envs.problem_env import ProblemEnv, ProblemGroupBuilder
@@ -174,18 +174,20 @@ def compare(task: str, size: Size, rounds: int) -> None:
 
 
 def report(task: str, size: Size, rates: dict[str, list[float]], seeded_here: bool, load: float) -> None:
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    ours, same = medians.pop("our rollouts"), "LLM.generate, seeded" if seeded_here else "LLM.generate, unseeded"
-    figures: dict[str, Any] = {"our rollouts: tokens/s": ours} | {
-        f"{name}: tokens/s": rate for name, rate in medians.items()
-    }
+    same = "LLM.generate, seeded" if seeded_here else "LLM.generate, unseeded"
+    figures: dict[str, Any] = {f"{name}: tokens/s": statistics.median(values) for name, values in rates.items()}
     figures |= {f"{name}: spread": spread(values) for name, values in rates.items()}
     settings = asdict(size) | {
         "config": {"max_num_seqs": size.config.max_num_seqs},
         "rounds": len(rates["our rollouts"]),
         "ours seeded": seeded_here,
     }
-    ratios = {f"ours / {name}{' (our setting)' if name == same else ''}": ours / rate for name, rate in medians.items()}
+    ours = rates["our rollouts"]
+    ratios = {
+        f"ours / {name}{' (our setting)' if name == same else ''}": over(ours, values)
+        for name, values in rates.items()
+        if values is not ours
+    }
     write_report(f"rollouts_vs_vllm-{task}", figures, settings, load, ratios)
 
 

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: the packages are one folder up
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from benchmarks.report import alternate, spread, wait_until_quiet, write_report
+from benchmarks.report import alternate, over, spread, wait_until_quiet, write_report
 from envs.star_graph import StarGraph, held_out, sample_graphs
 from envs.star_graph_files import write_sampled
 
@@ -75,13 +75,12 @@ def main() -> None:
             }
             for run in sides.values():
                 run()  # warm-up
-            for side, rates in alternate(sides, rounds).items():
+            runs = alternate(sides, rounds)
+            for side, rates in runs.items():
                 name = f"{graph.name} N={graph.num_nodes}, {side}"
                 figures[f"{name}: rows/s"], figures[f"{name}: spread"] = median(rates), spread(rates)
                 if side != "line by line":
-                    ratios[name] = (
-                        figures[f"{name}: rows/s"] / figures[f"{graph.name} N={graph.num_nodes}, line by line: rows/s"]
-                    )
+                    ratios[name] = over(rates, runs["line by line"])
     write_report(
         "star_graph_generation", figures, {"rounds": rounds, "lines": LINES, "rows": ROWS, "threads": 1}, load, ratios
     )

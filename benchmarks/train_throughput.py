@@ -108,7 +108,9 @@ def logprob_gap(client: TrainingClient, sampler: SamplingClient, vocabulary: int
     return float(gaps.mean()), float(gaps.max())
 
 
-def measure(shape: Shape, rounds: int, ceilings: dict[str, float]) -> tuple[dict[str, float | str], dict[str, float]]:
+def measure(
+    shape: Shape, rounds: int, ceilings: dict[str, float]
+) -> tuple[dict[str, float | str], dict[str, list[float]]]:
     name = f"{shape.model_name} {shape.sequences}x{shape.length}"
     config = BackendConfig(max_length=max(shape.length, 64))
     with ServiceClient(config) as service:
@@ -126,10 +128,10 @@ def measure(shape: Shape, rounds: int, ceilings: dict[str, float]) -> tuple[dict
             step(client, data)
             syncs.append(timed(client.save_weights_and_get_sampling_client))
         gap_mean, gap_max = logprob_gap(client, client.save_weights_and_get_sampling_client(), vocabulary)
-        rate = shape.sequences * shape.length / statistics.median(seconds)
-        flops = rate * flops_per_token(client, shape.length)
+        rates = [shape.sequences * shape.length / second for second in seconds]
+        flops = flops_per_token(client, shape.length)
     figures: dict[str, float | str] = {
-        f"{name}: tokens/s": rate,
+        f"{name}: tokens/s": statistics.median(rates),
         f"{name}: spread": spread(seconds),
         f"{name}: weight sync, s": statistics.median(syncs),
         f"{name}: |dlogp| mean": gap_mean,
@@ -137,7 +139,9 @@ def measure(shape: Shape, rounds: int, ceilings: dict[str, float]) -> tuple[dict
     }
     if torch.cuda.is_available():
         figures[f"{name}: peak GiB"] = peak / 2**30
-    return figures, {f"{name}: MFU of {ceiling}": flops / most for ceiling, most in ceilings.items()}
+    return figures, {
+        f"{name}: MFU of {ceiling}": [rate * flops / most for rate in rates] for ceiling, most in ceilings.items()
+    }
 
 
 def main() -> None:
@@ -150,7 +154,7 @@ def main() -> None:
     figures: dict[str, float | str] = {"measured matmul, TFLOPS": ceilings["measured matmul"] / 1e12}
     if cuda:
         ceilings["989 TFLOPS"] = NOMINAL_GPU_FLOPS
-    ratios: dict[str, float] = {}
+    ratios: dict[str, list[float]] = {}
     for shape in GPU_SHAPES if cuda else CPU_SHAPES:
         shape_figures, shape_ratios = measure(shape, rounds, ceilings)
         figures |= shape_figures

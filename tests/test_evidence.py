@@ -11,6 +11,7 @@ import pytest
 from benchmarks.evidence import Evidence
 from benchmarks.evidence_row import Metric, Reached, Result, Row
 from benchmarks.evidence_rows import ROWS
+from benchmarks.report import over, write_report
 from posttrain.backend.errors import ConfigError
 
 SCRIPT = """
@@ -156,6 +157,16 @@ def test_figures_of_lines_and_columns_are_a_table_of_their_own(evidence: Evidenc
     head = "| mean (smallest to largest) | start | end |\n| --- | --- | --- |\n"
     lines = "| GRPO | 1 (0 to 2) | 3 (2 to 4) |\n| SFT |  | 3 (2 to 4) |\n\n`climb`"
     assert evidence.table(["climb"]).startswith(head + lines)
+
+
+def test_a_time_has_the_range_of_its_rounds(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.report.RESULTS", evidence.root)
+    monkeypatch.setattr("benchmarks.evidence_row.RESULTS", evidence.root)
+    write_report("race", {}, {}, 0.0, {"theirs / ours": over([3.0, 8.0, 5.0], [1.0, 2.0, 1.0]), "both": 0.5})
+    evidence.rows = [Row("race", "script.py {seed} {folder}/run", ("script.py",), results="race", seeds=(0,))]
+    evidence.run(evidence.rows[0])
+    table = evidence.table(["race"])
+    assert "| `race`: theirs / ours | 4 |  | 3 to 5 | 3 rounds |\n| `race`: both | 0.5 |  |  | 1 round |\n" in table
 
 
 def test_rows_name_code_and_pictures_of_the_repository() -> None:
