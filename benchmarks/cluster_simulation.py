@@ -3,6 +3,7 @@ rollouts, and the router itself.
 
     python benchmarks/cluster_simulation.py            # the tables; about a minute
     python benchmarks/cluster_simulation.py --measure  # first measures the costs on this machine again
+    python benchmarks/cluster_simulation.py --report results.json
 
 Rollouts are decoded event by event on replicas whose step slows with the sequences and the context
 in it. Training is arithmetic over the rows that batching.py gives to each rank. Efficiency is the
@@ -396,6 +397,7 @@ def record(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--report", type=Path, default=RESULTS / "cluster_simulation.json", help="file of the figures")
     parser.add_argument("--record", type=Path, help="a run folder, whose transcripts become the trace")
     given = parser.parse_args()
     if given.record:
@@ -414,26 +416,27 @@ def main() -> None:
         print(f"{name:90} predicted {value:6.3f}   measured {seen:6.3f}   {100 * (value / seen - 1):+.0f}%")
         figures |= {f"{name}, predicted": value, f"{name}, relative error": value / seen - 1}
     print("\nefficiency and bottleneck (sAmpling, sTragglers, tRaining, sYnc, Driver); - does not fit")
-    print(f"{'GPUs':24}" + "".join(f"{gpus:>10}" for gpus in SIZES))
+    print(f"{'GPUs':26}" + "".join(f"{gpus:>10}" for gpus in SIZES))
     for model, asynchronous, how in itertools.product(MODELS, (False, True), ("files", "nccl")):
-        kind = f"{model.name} {'asynchronous' if asynchronous else 'synchronous'} {how}"
+        kind = f"{model.name} {'asynchronous' if asynchronous else 'synchronous'}, `{how}`"
         of_size = {gpus: step(model, gpus, asynchronous, how, trace, costs) for gpus in SIZES}
         print(
-            f"{kind:24}"
+            f"{kind:26}"
             + "".join(f"{f['efficiency']:8.2f} {LETTER[f['by']]}" if f else f"{'-':>10}" for f in of_size.values()),
             flush=True,
         )
         for gpus, figure in of_size.items():
             if figure:
-                figures[f"{kind}, {gpus} GPUs: efficiency, {figure['by']}"] = figure["efficiency"]
-                layouts_of[f"{kind}, {gpus} GPUs"] = f"{figure['ranks']} ranks, {figure['replicas']} replicas"
+                figures[cell := f"{kind} | {gpus} GPUs"] = figure["efficiency"]
+                layout = f"{figure['ranks']} ranks, {figure['replicas']} replicas"
+                layouts_of[cell] = f"{layout}; limited by {figure['by']}"
     print(f"\n7B, 8 replicas, {BUSY} rollouts of each at once: cached share of prompts, a group's seconds, all seconds")
     for name, sampled in routings(trace).items():
         print(f"{name:24}{sampled.cache_hits:8.3f}{sampled.group_seconds:8.1f}{sampled.seconds:8.1f}")
-        figures |= {f"{name}: cached": sampled.cache_hits, f"{name}: group, s": sampled.group_seconds}
-        figures[f"{name}: all, s"] = sampled.seconds
+        figures[f"{name} | cached share of the prompts"] = sampled.cache_hits
+        figures |= {f"{name} | seconds of a group": sampled.group_seconds, f"{name} | of all": sampled.seconds}
     report = rounded({"benchmark": "cluster_simulation", **machine(), "layouts": layouts_of, "figures": figures})
-    (RESULTS / "cluster_simulation.json").write_text(json.dumps(report, indent=2) + "\n")
+    given.report.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def routings(trace: Any) -> dict[str, Sampled]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import chz
 
-from benchmarks.evidence_row import Row
+from benchmarks.evidence_row import OUTPUT, Row
 from benchmarks.evidence_rows import ROWS
 from benchmarks.report import ROOT, machine, rounded, wait_until_quiet
 from posttrain.backend.errors import ConfigError
@@ -134,12 +134,12 @@ class Evidence:
         load = wait_until_quiet() if row.is_timed else os.getloadavg()[0]
         print(f"--- {row.name}, seed {seed}: python {' '.join(arguments)}", flush=True)
         before, start = _cpu_seconds(), time.perf_counter()
-        with (folder / "output.txt").open("a") as output:
+        with (folder / OUTPUT).open("a") as output:
             done = subprocess.run(
                 [sys.executable, *arguments], cwd=self.root, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
         if done.returncode:
-            raise ConfigError(f"{row.name}, seed {seed}: ended with {done.returncode}; see {folder / 'output.txt'}")
+            raise ConfigError(f"{row.name}, seed {seed}: ended with {done.returncode}; see {folder / OUTPUT}")
         seconds, after = time.perf_counter() - start, _cpu_seconds()
         others = (after[0] - before[0] - (after[1] - before[1])) / seconds
         return rounded(
@@ -195,7 +195,7 @@ class Evidence:
                 "| --- | --- | --- | --- | --- |",
             ]
             lines = [*head, *lines, ""]
-        return "\n".join([*lines, *_grid(cells), *notes]) + "\n"
+        return "\n".join([*lines, *_grids(cells), *notes]) + "\n"
 
     def write_pages(self) -> list[Path]:
         """The pages whose tables have changed. ConfigError for a marker that names no row."""
@@ -217,14 +217,27 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _grid(cells: Mapping[tuple[str, str], str]) -> list[str]:
-    """A table of cells by (line, column), and an empty line; nothing without cells."""
-    if not cells:
-        return []
-    lines, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
-    rows = [["mean (smallest to largest)", *columns], ["---"] * (len(columns) + 1)]
-    rows += [[line, *(cells.get((line, column), "") for column in columns)] for line in lines]
-    return [*(f"| {' | '.join(row)} |" for row in rows), ""]
+def _grids(cells: Mapping[tuple[str, str], str]) -> list[str]:
+    """Tables of cells by (line, column), each with an empty line after it. Lines that share no column with
+    those before them begin a table."""
+    columns_of: dict[str, set[str]] = {}
+    for line, column in cells:
+        columns_of.setdefault(line, set()).add(column)
+    tables: list[list[str]] = []  # lines of each
+    known: set[str] = set()
+    for line, columns in columns_of.items():
+        if known.isdisjoint(columns):
+            tables.append([])
+            known = set()
+        tables[-1].append(line)
+        known |= columns
+    text = []
+    for lines in tables:
+        columns = list(dict.fromkeys(column for line, column in cells if line in lines))
+        rows = [["mean (smallest to largest)", *columns], ["---"] * (len(columns) + 1)]
+        rows += [[line, *(cells.get((line, column), "") for column in columns)] for line in lines]
+        text += [*(f"| {' | '.join(row)} |" for row in rows), ""]
+    return text
 
 
 def _cpu_seconds() -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """A row of `make evidence`: a command, and the numbers that are read from its runs."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from posttrain.tracking.figures import over_total, read_curve
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import read_metrics
 
+OUTPUT = "output.txt"  # what a row's command prints, in its seed's folder
 Take = Literal["first", "last", "max", "min", "sum"]
 
 
@@ -58,16 +60,32 @@ class Reached(Metric):
 
 @dataclass(frozen=True)
 class Result:
-    """A number of a JSON file that a run has written: `key` of `file`, below the row's folder."""
+    """A number of a JSON file that a run has written: `key` of `file`, below the row's folder, in its `part`."""
 
     key: str
     file: str = "run/results.json"
+    part: str = ""
 
     def read(self, path: Path, seed: int) -> float:
         results = read_json(path / self.file.format(seed=seed))
+        results = results[self.part] if self.part else results
         if self.key not in results:
             raise ConfigError(f"{self.file} has no {self.key}")
         return float(results[self.key])
+
+
+@dataclass(frozen=True)
+class Printed:
+    """The last number that the command has printed behind `words`, or the `first`."""
+
+    words: str
+    first: bool = False
+
+    def read(self, path: Path, seed: int) -> float:
+        numbers = re.findall(re.escape(self.words) + r"\s*(-?[\d.]+(?:e-?\d+)?)", (path / OUTPUT).read_text())
+        if not numbers:
+            raise ConfigError(f"{path / OUTPUT}: no number behind {self.words!r}")
+        return float(numbers[0 if self.first else -1])
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ class Row:
     """Arguments of Python; {seed} and {folder} are filled in."""
     code: tuple[str, ...]
     """Files and folders of the repository that the figures depend on, as git's path specifications."""
-    metrics: Mapping[str, Metric | Result] = field(default_factory=dict)
+    metrics: Mapping[str, Metric | Result | Printed] = field(default_factory=dict)
     results: str = ""
     """Instead of metrics: benchmarks/results/RESULTS-cpu.json (or -cuda), whose ratios are the figures."""
     seeds: tuple[int, ...] = (0, 1, 2)

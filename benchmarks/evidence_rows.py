@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from benchmarks.evidence_row import Metric, Reached, Result, Row, Take
+from benchmarks.evidence_row import Metric, Printed, Reached, Result, Row, Take
 from recipes.algorithms.variants import DRAWN, VARIANTS
 from recipes.belief_state.search import SETTINGS
 from recipes.labels import folder_name
@@ -110,6 +110,11 @@ def latro(name: str, command: str, lines: Lines, columns: Sequence[str], also: S
     )
 
 
+def lesson(name: str, metrics: dict[str, Metric | Printed], folder: str = "") -> Row:
+    metrics = {f"`{name}` | {label}": metric for label, metric in metrics.items()}
+    return Row(name, f"recipes/{name}.py seed={{seed}} {folder}".strip(), (*RL, f"recipes/{name}.py"), metrics)
+
+
 def tool_calls(name: str, script: str, tool: str) -> Row:
     return Row(
         name,
@@ -189,6 +194,30 @@ def bstar(name: str, methods: Mapping[str, str], seeds: tuple[int, ...], more: M
     )
 
 
+def cluster_simulation() -> Row:
+    """Of models where they fit: the GPU time of the arithmetic over that of a step; and the router's choices."""
+    labels = [
+        f"{model} {kind}, `{how}` | {gpus} GPUs"
+        for model, smallest in (("7B", 8), ("32B", 32), ("70B", 32))
+        for kind in ("synchronous", "asynchronous")
+        for how in ("files", "nccl")
+        for gpus in (8, 32, 128, 512)
+        if gpus >= smallest
+    ]
+    labels += [
+        f"{router} | {what}"
+        for router in ("round robin", "SLACK 1", "SLACK 1.5", "SLACK 4", "SLACK inf", "plain hashing")
+        for what in ("cached share of the prompts", "seconds of a group", "of all")
+    ]
+    return Row(
+        "cluster_simulation",
+        "benchmarks/cluster_simulation.py --report {folder}/simulation.json",
+        ("benchmarks/cluster_simulation.py", "posttrain/backend/routing.py", "posttrain/backend/batching.py"),
+        {label: Result(label, "simulation.json", part="figures") for label in labels},
+        seeds=(0,),
+    )
+
+
 def benchmark(name: str, command: str, *code: str) -> Row:
     return Row(name, command, (*RL, *code, command.split()[0]), results=name, seeds=(0,))
 
@@ -203,6 +232,39 @@ ROWS = [
             "`make demo`: held-out accuracy after RL": Metric(CORRECT, "last", "run"),
             "`make demo`: largest mean gap of a step, sampler against trainer": Metric(GAP, "max", "run"),
         },
+    ),
+    lesson(
+        "sl_loop",
+        {
+            "nats per token, before": Printed("held-out loss", first=True),
+            "after": Printed("held-out loss"),
+            f"{ACCURACY}, after": Printed("held-out accuracy"),
+        },
+    ),
+    lesson(
+        "sl_basic",
+        {
+            "nats per token, before": Metric("test/nll", "first", "run"),
+            "after": Metric("test/nll", "last", "run"),
+        },
+        "log_path={folder}/run",
+    ),
+    lesson(
+        "rl_loop",
+        {
+            f"{ACCURACY}, before RL": Printed("held-out accuracy", first=True),
+            "after RL": Printed("held-out accuracy"),
+            "gap of the last step": Printed("gap"),
+        },
+    ),
+    lesson(
+        "rl_basic",
+        {
+            f"{ACCURACY}, before RL": Metric(CORRECT, "first", "run"),
+            "after RL": Metric(CORRECT, "last", "run"),
+            "gap of the last step": Metric(GAP, "last", "run"),
+        },
+        "log_path={folder}/run",
     ),
     Row(
         "algorithms",
@@ -489,4 +551,5 @@ ROWS = [
     benchmark("sft_step_vs_trl", "benchmarks/sft_step_vs_trl.py", *RACE),
     benchmark("dpo_step_vs_trl", "benchmarks/dpo_step_vs_trl.py", *RACE, "preference"),
     benchmark("cluster", "benchmarks/cluster.py", "posttrain/backend"),
+    cluster_simulation(),
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evidence import Evidence
-from benchmarks.evidence_row import Metric, Reached, Result, Row
+from benchmarks.evidence_row import Metric, Printed, Reached, Result, Row
 from benchmarks.evidence_rows import ROWS
 from benchmarks.report import over, write_report
 from posttrain.backend.errors import ConfigError
@@ -20,6 +20,7 @@ seed, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 folder.mkdir()
 if pathlib.Path("break").exists() and seed == 1:
     raise SystemExit(3)
+print(f"step {seed}: loss 2.5\\nstep 9: loss 5e-1 nats")
 (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "x": seed + i}) + "\\n" for i in range(3)))
 """
 
@@ -152,11 +153,12 @@ def test_tables_are_written_between_markers(evidence: Evidence) -> None:
 def test_figures_of_lines_and_columns_are_a_table_of_their_own(evidence: Evidence) -> None:
     (row,) = evidence.rows
     cells = {"GRPO | start": row.metrics["start"], "GRPO | end": row.metrics["end"], "SFT | end": row.metrics["end"]}
-    evidence.rows = [replace(row, metrics=cells)]
+    evidence.rows = [replace(row, metrics=cells | {"SFT on answers | loss": Printed("loss")})]
     evidence.run(evidence.rows[0])
     head = "| mean (smallest to largest) | start | end |\n| --- | --- | --- |\n"
-    lines = "| GRPO | 1 (0 to 2) | 3 (2 to 4) |\n| SFT |  | 3 (2 to 4) |\n\n`climb`"
-    assert evidence.table(["climb"]).startswith(head + lines)
+    lines = "| GRPO | 1 (0 to 2) | 3 (2 to 4) |\n| SFT |  | 3 (2 to 4) |\n\n"
+    other = "| mean (smallest to largest) | loss |\n| --- | --- |\n| SFT on answers | 0.5 (0.5 to 0.5) |\n\n`climb`"
+    assert evidence.table(["climb"]).startswith(head + lines + other)
 
 
 def test_a_time_has_the_range_of_its_rounds(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
