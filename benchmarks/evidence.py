@@ -174,7 +174,7 @@ class Evidence:
                 seeds = f"{len(values)} of {len(runs)}" if len(values) < len(runs) else len(runs)
                 if row.is_timed:  # one run of several rounds
                     values = runs[0].get("figures of the rounds", {}).get(label, values)
-                    seeds = f"{len(values)} rounds" if len(values) > 1 else "1 round"
+                    seeds = len(values)
                 span = f"{_shown(min(values))} to {_shown(max(values))}" if len(values) > 1 else ""
                 line, cell, column = label.partition(" | ")
                 if cell:
@@ -190,8 +190,11 @@ class Evidence:
                 f"torch {runs[-1]['versions'].get('torch')}, {time_taken} in all{state}."
             )
         if lines:
+            timed = {row.is_timed for row in self.rows if row.name in names}
+            center, runs = ("median", "rounds") if timed == {True} else ("mean", "seeds")
+            center, runs = ("mean or median", "seeds or rounds") if len(timed) > 1 else (center, runs)
             head = [
-                "| figure | mean, of rounds median | ± (95%) | smallest to largest | seeds |",
+                f"| figure | {center} | ± (95%) | smallest to largest | {runs} |",
                 "| --- | --- | --- | --- | --- |",
             ]
             lines = [*head, *lines, ""]

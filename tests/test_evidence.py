@@ -168,7 +168,7 @@ def test_a_time_has_the_range_of_its_rounds(evidence: Evidence, monkeypatch: pyt
     evidence.rows = [Row("race", "script.py {seed} {folder}/run", ("script.py",), results="race", seeds=(0,))]
     evidence.run(evidence.rows[0])
     table = evidence.table(["race"])
-    assert "| `race`: theirs / ours | 4 |  | 3 to 5 | 3 rounds |\n| `race`: both | 0.5 |  |  | 1 round |\n" in table
+    assert "| `race`: theirs / ours | 4 |  | 3 to 5 | 3 |\n| `race`: both | 0.5 |  |  | 1 |\n" in table
 
 
 def test_rows_name_code_and_pictures_of_the_repository() -> None:
