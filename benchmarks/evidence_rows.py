@@ -481,7 +481,7 @@ ROWS = [
     bstar(
         "bstar",
         BSTAR,
-        tuple(range(20, 30)),
+        tuple(range(30, 40)),
         {
             "AUC of the step scores, valid derivations over others": "reward: AUC, valid derivations over others",
             "the same, right answers over wrong ones": "reward: AUC, right answers over wrong ones",
@@ -492,7 +492,7 @@ ROWS = [
             "right in that of the paper's fixed settings": "online_rft: training set right",
         },
     ),
-    bstar("bstar_more", BSTAR_CONTROLS, (20, 21, 22), {}),
+    bstar("bstar_more", BSTAR_CONTROLS, (30, 31, 32), {}),
     latro("latro", "experiment.py", ABLATIONS, (*LATRO, "maj@8"), also=["SFT on answers"]),
     latro("latro_rare", "rare.py", RARE, (*LATRO, "sampled")),
     latro("latro_rare_exact", "rare.py noise=0", RARE, (*LATRO, "sampled")),

@@ -57,12 +57,12 @@ class Config:
         doc="stop when a batch's loss is below this, so that the policy still errs; None = after all steps",
     )
     completer_steps: int = chz.field(
-        default=1000,
+        default=400,
         validator=WHOLE,
         doc="maximum further steps of the model that completes prefixes; 0 = the policy completes them",
     )
     completer_nll: float | None = chz.field(
-        default=0.275, validator=NON_NEGATIVE, doc="stop when a batch's loss is below this; None = after all steps"
+        default=None, validator=NON_NEGATIVE, doc="stop when a batch's loss is below this; None = after all steps"
     )
     warm_start_batch_size: int = chz.field(default=64, validator=COUNT, doc="human solutions in a step")
     warm_start_learning_rate: float = chz.field(
