@@ -439,10 +439,19 @@ ROWS = [
         (*PREFERENCE, *RL, "recipes/rlhf"),
         {
             "reward model: held-out pairs ranked right": Metric("test/accuracy", folder="run/reward_model"),
-            "true reward of held-out notes, SFT": Metric(GOLD, "first", "run/rl"),
-            "true reward of held-out notes, KL penalty 0.5": Metric(GOLD, "last", "run/rl"),
-            "true reward of held-out notes, no penalty": Metric(GOLD, "last", "run/rl_no_penalty"),
-            "the same, its best": Metric(GOLD, "max", "run/rl_no_penalty"),
+            **{
+                f"{line} | {column}": Metric(key, take, f"run/{run}", over=over)
+                for column, key, steps in (
+                    ("true reward, held-out notes", GOLD, 1),
+                    ("true reward, last 10 steps", GOLD.removeprefix("test/"), 10),
+                    ("proxy reward, last 10 steps", REWARD, 10),
+                )
+                for line, run, take, over in (
+                    ("SFT (first step)", "rl", "first", 1),
+                    ("RL, KL penalty 0.5", "rl", "last", steps),
+                    ("RL, no penalty", "rl_no_penalty", "last", steps),
+                )
+            },
         },
         picture="run/curve.png recipes/rlhf/curve.png",
     ),
