@@ -16,7 +16,7 @@ from posttrain.backend.memory_plan import PlannedRun, advice, free_bytes, planne
 from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, check_text_only, model_folder
 from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import LoraConfig
-from posttrain.backend.vllm_engine import check_sleep
+from posttrain.backend.vllm_engine import check_sleep, check_unmerged
 from posttrain.tracking.command_line import run_command
 
 # Of the speed of a large matrix product, what a step reaches: benchmarks/README.md.
@@ -59,6 +59,8 @@ def planned_run(config: Config) -> PlannedRun:
     lora = LoraConfig(config.lora_rank) if config.lora_rank else None
     if lora:
         check_rank(name, lora)
+        if backend.lora == "unmerged":
+            check_unmerged(backend, lora)
     if backend.sleep_while_training:
         check_sleep(backend)
     if (model_folder(name) / SCALAR_HEAD_FILE).exists():

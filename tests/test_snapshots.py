@@ -32,9 +32,9 @@ PROMPT = random_tokens(np.random.default_rng(0), 200)  # vLLM caches prefixes of
 PARAMS = SamplingParams(max_tokens=12, seed=3, stop=[])
 
 
-def step(client: TrainingClient, seed: int = 0) -> None:
+def step(client: TrainingClient, seed: int = 0, rate: float = 3e-3) -> None:
     client.forward_backward(policy_data(4, seed), "importance_sampling")
-    client.optim_step(AdamParams(3e-3)).result()
+    client.optim_step(AdamParams(rate)).result()
 
 
 def trainer(client: TrainingClient) -> Any:

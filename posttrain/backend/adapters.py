@@ -190,6 +190,11 @@ def is_plain(path: Path) -> bool:
     return not any(adapter_config(path).get(name) for name in NOT_PLAIN)
 
 
+def adapts_inner_layers(path: Path) -> bool:
+    """Whether a saved adapter leaves the embedding and the output layer as they are."""
+    return not any("lm_head" in name or "lora_embedding" in name for name in tensor_shapes(path / ADAPTER_FILE))
+
+
 def open_merged(path: Path, seed: int) -> PreTrainedModel:
     """A saved adapter merged into its base, on the CPU in fp32. `seed` is a preset's, where the
     adapter has none."""

@@ -76,6 +76,12 @@ class BackendConfig:
         doc="one sampling engine for all weights of one model, which take turns in it: less memory, and slower where "
         "several are sampled from at once",
     )
+    lora: Literal["merged", "unmerged"] = chz.field(
+        default="merged",
+        doc="how LoRA adapters are computed, in sampler and passes: merged = added to the base's weights, and rounded "
+        "with them to bfloat16; unmerged = beside the base, which stays as it is: a sync moves the adapter alone, and "
+        "vLLM samples slower",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto",
         doc="activations and sampler weights; auto = float32 on a CPU, bfloat16 on a GPU",

@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.backend.adapters import is_plain, open_merged, open_on_shared
+from posttrain.backend.adapters import adapts_inner_layers, is_plain, open_merged, open_on_shared
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.checkpoint_files import check_readable, is_adapter
 from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
 from posttrain.backend.engine import EngineThread
 from posttrain.backend.errors import ConfigError, EngineError
+from posttrain.backend.merged_lora import layer_updates
 from posttrain.backend.models import checkpoint_folder, context_length, embedding_rows, load_model
 from posttrain.backend.new_engine import is_reproducible, new_engine
 from posttrain.backend.openmp import release_workers
@@ -27,6 +28,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.spans import Spans
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.vllm_engine import check_sleep, samples_with_vllm, set_batch_invariance, vllm_is_installed
+from posttrain.backend.vllm_lora import room_for
 from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
 
@@ -54,28 +56,41 @@ class Engines:
         self.bases = BaseModels()
         self.memory = SnapshotMemory(config.snapshot_memory_gb)
         self._running: weakref.WeakSet[EngineThread | SamplerPool] = weakref.WeakSet()
-        self._shared: dict[str, EngineThread | SamplerPool] = {}
+        self._shared: dict[tuple[str, int], EngineThread | SamplerPool] = {}
         self._lock = threading.Lock()
 
     def new_policy(self) -> Policy:
         return Policy(self.memory, self.shares)
 
     def open(
-        self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, frozen: bool = False
+        self,
+        hf_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        lora_rank: int = 0,
+        frozen: bool = False,
     ) -> EngineThread | SamplerPool:
-        """An engine without weights, which the first sync brings; or the one that is shared."""
+        """An engine without weights, which the first sync brings; or the one that is shared.
+        `lora_rank`: of the adapter it is for."""
+        unmerged = self.config.lora == "unmerged" and samples_with_vllm(self.config)
+        room = room_for(lora_rank) if lora_rank and unmerged else 0
         if not self.shares:
-            return self._start(hf_config, tokenizer, max_length, frozen)
+            return self._start(hf_config, tokenizer, max_length, room, frozen)
         with self._lock:
-            key = _computes(hf_config, tokenizer, max_length)
+            key = _computes(hf_config, tokenizer, max_length), room
             engine = self._shared.get(key)
             if engine is None or engine.has_stopped:
-                engine = self._shared[key] = self._start(hf_config, tokenizer, max_length)
+                engine = self._shared[key] = self._start(hf_config, tokenizer, max_length, room)
                 engine.hold(self)
             return engine
 
     def _start(
-        self, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, frozen: bool = False
+        self,
+        hf_config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        lora_room: int,
+        frozen: bool = False,
     ) -> EngineThread | SamplerPool:
         """In this process, or in replicas: of a policy in training all, of a frozen one its own."""
         config = self.config
@@ -87,7 +102,7 @@ class Engines:
                 "their own (colocated ones are not offered): set backend.sampler_replicas"
             )
         else:
-            make = partial(new_engine, config, hf_config, tokenizer, max_length)
+            make = partial(new_engine, config, hf_config, tokenizer, max_length, lora_room)
             engine = EngineThread(make, deterministic=is_reproducible(config))
         self._running.add(engine)
         return engine
@@ -119,13 +134,15 @@ class Engines:
         )
 
     def open_saved(self, path: str, seed: int = 0) -> SamplingClient:
-        """The frozen policy of a folder. An adapter is merged into its base; `seed` is used if it
-        has none. SnapshotMemoryError if a shared engine's weights would exceed the memory."""
+        """The frozen policy of a folder. An adapter is merged into its base, or with
+        backend.lora=unmerged, if it is a plain one, served beside it; `seed` is used if it has none.
+        SnapshotMemoryError if a shared engine's weights would exceed the memory."""
         folder = checkpoint_folder(path)
         check_readable(folder)
         if not is_adapter(folder):
             return self._freeze(path, load_model(str(folder), seed, torch.device("cpu"), torch.float32))
-        if self.shares and is_plain(folder):
+        apart = adapts_inner_layers(folder) if self.config.lora == "unmerged" else self.shares
+        if apart and is_plain(folder):
             return self._freeze(path, *open_on_shared(folder, seed, self.bases))
         return self._freeze(path, open_merged(folder, seed))
 
@@ -136,11 +153,12 @@ class Engines:
     def _freeze(self, name: str, model: PreTrainedModel, owner: SharedBase | None = None) -> SamplingClient:
         tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
         source = SampledModel(model, compute_dtype(training_device(self.config), self.config), owner)
+        rank = max((update.a_RI.shape[0] for update in layer_updates(model).values()), default=0)
         policy, version = self.new_policy(), WeightVersion(0, source.sampler_weights)
         if self.shares:
             version.keep(source, self.memory)
             policy.publish(version)
-        engine = self.open(model.config, tokenizer, length, frozen=True)
+        engine = self.open(model.config, tokenizer, length, rank, frozen=True)
         release_workers()  # of the calling thread, which made the weights
         try:
             if not self.shares:

@@ -29,6 +29,7 @@ from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.models import attention_windows, cast_weights, context_length, model_config, new_model
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_engine import samples_with_vllm
+from posttrain.backend.vllm_lora import room_for, tokens_of_a_step
 
 # What a process holds beside models. On a CPU: Python and its imports, and vLLM's. On a GPU: CUDA's
 # contexts and the allocator's fragments, and vLLM's graphs.
@@ -133,11 +134,20 @@ class PlannedRun:
         parts = {f"sampler weights, {_name(compute)}": compute.itemsize * size.parameters}
         if not samples_with_vllm(self.backend):
             return parts
+        if self.serves_adapters and self.lora:
+            # in a place for adapters of vLLM's next larger rank, and as it was read
+            room = room_for(self.lora.rank) / self.lora.rank + (device == "cpu")
+            parts[f"sampler's adapter, {_name(compute)}"] = int(compute.itemsize * size.trainable * room)
         if device == "cpu":
             head = size.vocabulary * size.hidden
             packed = PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head
             parts["vLLM's packed copies"] = int(compute.itemsize * packed)
         return parts | {"KV cache": kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)}
+
+    @property
+    def serves_adapters(self) -> bool:
+        """Whether vLLM has the adapter beside the base's weights."""
+        return self.backend.lora == "unmerged" and self.lora is not None and samples_with_vllm(self.backend)
 
     @property
     def masters(self) -> bool:
@@ -161,7 +171,8 @@ class PlannedRun:
     def _activations(self, tokens: int) -> int:
         """Kept from the forward for the backward pass, and the gradients of a layer's MLP."""
         compute, size = self.compute, self.size
-        fixed, per_token = _saved_bytes(self.hf_config, self.lora, compute, self.weights)
+        merged = self.backend.lora == "merged"
+        fixed, per_token = _saved_bytes(self.hf_config, self.lora, compute, self.weights, merged)
         if self.backend.gradient_checkpointing:
             inputs = size.layers * size.hidden * compute.itemsize
             fixed, per_token = fixed / size.layers, per_token / size.layers + inputs
@@ -183,6 +194,9 @@ class PlannedRun:
         parts = {f"logits of {rows} sequences": rows * self.size.vocabulary * SAMPLER_BYTES}
         if not samples_with_vllm(self.backend):
             parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, self.compute.itemsize)
+        if self.serves_adapters and self.lora and self.device.type == "cpu":
+            tokens = tokens_of_a_step(self.max_length, self.backend)
+            parts[f"adapters of {tokens} tokens"] = 4 * tokens * room_for(self.lora.rank) * self.size.intermediate
         return parts | (self._engine() if self.backend.sleep_while_training else {})
 
     def changed(self, **settings: Any) -> "PlannedRun":
@@ -309,7 +323,7 @@ def _name(dtype: torch.dtype) -> str:
 # --- a model of fake tensors ----------------------------------------------------------------------
 
 _sizes: dict[tuple[str, LoraConfig | None], ModelSize] = {}
-_saved: dict[tuple[str, LoraConfig | None, torch.dtype, torch.dtype], tuple[float, float]] = {}
+_saved: dict[tuple[str, LoraConfig | None, torch.dtype, torch.dtype, bool], tuple[float, float]] = {}
 
 
 def model_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> ModelSize:
@@ -327,15 +341,19 @@ def model_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> M
 
 
 def _saved_bytes(
-    hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype, weights: torch.dtype = torch.float32
+    hf_config: PretrainedConfig,
+    lora: LoraConfig | None,
+    compute: torch.dtype,
+    weights: torch.dtype = torch.float32,
+    merged: bool = True,
 ) -> tuple[float, float]:
     """Bytes that a forward pass saves for its backward: of each pass, and of each token."""
-    key = hf_config.to_json_string(use_diff=False), lora, compute, weights
+    key = hf_config.to_json_string(use_diff=False), lora, compute, weights, merged
     if key not in _saved:
         try:
             if _experts(hf_config):
                 raise NotImplementedError("which tokens an expert reads depends on numbers")
-            few, many = (_saved_by_pass(hf_config, lora, compute, weights, tokens) for tokens in PROBE_TOKENS)
+            few, many = (_saved_by_pass(hf_config, lora, compute, weights, merged, tokens) for tokens in PROBE_TOKENS)
             per_token = (many - few) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
             _saved[key] = max(0.0, few - PROBE_TOKENS[0] * per_token), per_token
         except Exception:  # of a model whose code reads numbers: about what a dense model saves
@@ -351,10 +369,15 @@ def _experts(hf_config: PretrainedConfig) -> int:
 
 
 def _saved_by_pass(
-    hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype, dtype: torch.dtype, tokens: int
+    hf_config: PretrainedConfig,
+    lora: LoraConfig | None,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+    merged: bool,
+    tokens: int,
 ) -> int:
     saved: dict[int, int] = {}
-    with _fake_model(hf_config, lora, compute, dtype) as (base, model):
+    with _fake_model(hf_config, lora, dtype, compute if merged else torch.float32) as (base, model):
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -374,9 +397,10 @@ def _saved_by_pass(
 
 @contextmanager
 def _fake_model(
-    hf_config: PretrainedConfig, lora: LoraConfig | None, compute: torch.dtype, dtype: torch.dtype
+    hf_config: PretrainedConfig, lora: LoraConfig | None, dtype: torch.dtype, merged: torch.dtype
 ) -> Iterator[tuple[PreTrainedModel, torch.nn.Module]]:
-    """The base, and the model that is trained: shapes that take no memory."""
+    """The base, and the model that is trained: shapes that take no memory. `merged`: other than fp32,
+    adapters are merged in it."""
     with torch.device("meta"):
         base = new_model(copy.deepcopy(hf_config))
         cast_weights(base, dtype)
@@ -388,8 +412,8 @@ def _fake_model(
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = fakes.setdefault(id(tensor), _fake(tensor))
-        if lora and compute != torch.float32:
-            compute_merged(model, compute)
+        if lora and merged != torch.float32:
+            compute_merged(model, merged)
         yield base, model
 
 

@@ -1,6 +1,7 @@
-"""A LoRA adapter that computes with the sampler's weights: W + scaling * B A merged, then rounded.
-Rounding to bf16 drops updates below half a step of W; an unrounded adapter would score with another
-policy than the sampler's. The gradient passes the rounding unchanged, as in full bf16 training.
+"""A LoRA adapter that computes with the sampler's weights: W + scaling * B A merged, then rounded
+(backend.lora=merged). Rounding to bf16 drops updates below half a step of W; an unrounded adapter
+would score with another policy than the sampler's. The gradient passes the rounding unchanged, as in
+full bf16 training.
 """
 
 from collections.abc import Iterator, Mapping
@@ -60,6 +61,24 @@ def merged_weights(
         update = updates.get(name.removesuffix(".weight"))
         tensor = whole(tensor)
         yield name, (tensor if update is None else tensor + update.delta()).to(dtype)
+
+
+@dataclass(frozen=True)
+class AdaptedWeights:
+    """An adapted model's weights for a sampler: iterated, those of `merged_weights`. An engine with
+    backend.lora=unmerged reads `base_weights` once and then `updates` alone, as long as `base` is
+    the same object, which stands for tensors that nobody changes."""
+
+    base: object
+    tensors: Mapping[str, torch.Tensor]
+    updates: Mapping[str, LayerUpdate]
+    dtype: torch.dtype
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return merged_weights(self.tensors, self.updates, self.dtype)
+
+    def base_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return merged_weights(self.tensors, {}, self.dtype)
 
 
 def merged_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:

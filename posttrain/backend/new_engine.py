@@ -18,15 +18,20 @@ def is_reproducible(config: BackendConfig) -> bool:
 
 
 def new_engine(
-    config: BackendConfig, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+    config: BackendConfig,
+    hf_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    lora_room: int = 0,
 ) -> Engine:
-    """An engine without weights, which the first sync brings."""
+    """An engine without weights, which the first sync brings. `lora_room`: of the largest adapter that
+    it is given unmerged."""
     device = training_device(config)
     if device.type == "cpu":
         limit_threads(model_size(hf_config).parameters)
     if samples_with_vllm(config):
         try:
-            return VllmEngine(hf_config, tokenizer, max_length, config, device, is_reproducible(config))
+            return VllmEngine(hf_config, tokenizer, max_length, config, device, is_reproducible(config), lora_room)
         except ModelError as error:
             if config.engine == "vllm" or config.tensor_parallel > 1:
                 raise

@@ -10,12 +10,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
+from posttrain.backend.merged_lora import AdaptedWeights
 from posttrain.backend.models import cast_weights, end_token_ids, logit_transform, with_cache
 from posttrain.backend.prompt_scores import ROWS, ScoredPrompt, score_prompt
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
@@ -32,7 +36,8 @@ class TorchSampler:
         config: BackendConfig,
         device: torch.device,
     ):
-        self._model: Any = cast_weights(model.to(device), compute_dtype(device, config)).eval()  # type: ignore[arg-type]
+        self._dtype = compute_dtype(device, config)
+        self._model: Any = cast_weights(model.to(device), self._dtype).eval()  # type: ignore[arg-type]
         self._tokenizer, self._max_length, self._max_num_seqs, self._device = (
             tokenizer,
             max_length,
@@ -40,6 +45,8 @@ class TorchSampler:
             device,
         )
         self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
+        self._unmerged = config.lora == "unmerged"
+        self._adapters: list[RemovableHandle] = []
         self._waiting: list[SequenceRequest] = []
         self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}
 
@@ -62,6 +69,15 @@ class TorchSampler:
     @computing()
     @torch.no_grad()
     def load_weights(self, weights: Weights) -> None:
+        for adapter in self._adapters:
+            adapter.remove()
+        self._adapters = []
+        if self._unmerged and isinstance(weights, AdaptedWeights):
+            for name, update in weights.updates.items():
+                a_RI, b_OR = (t.to(self._device, self._dtype, copy=True) for t in (update.a_RI, update.b_OR))
+                hook = partial(_add_update, a_RI, b_OR, update.scaling)
+                self._adapters.append(self._model.get_submodule(name).register_forward_hook(hook))
+            weights = weights.base_weights()
         live = self._model.state_dict()
         for name, tensor in weights:
             live[name].copy_(tensor)
@@ -235,6 +251,13 @@ class _Row:
             self.topk_prompt_logprobs,
             self.scored,
         )
+
+
+def _add_update(
+    a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float, layer: nn.Module, args: Any, y: torch.Tensor
+) -> torch.Tensor:
+    """A layer's output and its adapter's, as in peft."""
+    return y + F.linear(F.linear(args[0], a_RI), b_OR) * scaling
 
 
 def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:

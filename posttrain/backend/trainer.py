@@ -57,6 +57,7 @@ from posttrain.backend.types import (
     OptimStepResponse,
     TensorData,
 )
+from posttrain.backend.vllm_engine import check_unmerged
 from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Weights
 
@@ -100,7 +101,7 @@ class Trainer:
         self.vocabulary = embedding_rows(hf_model)
         self.model: PreTrainedModel | PeftModel = add_lora(hf_model, model_name, lora, seed) if lora else hf_model
         self.base: PreTrainedModel = hf_model
-        if lora and self.compute_dtype != torch.float32:
+        if lora and config.lora == "merged" and self.compute_dtype != torch.float32:
             compute_merged(self.model, self.compute_dtype)
         _switch_off_dropout(self.model)
         if config.gradient_checkpointing:
@@ -139,6 +140,8 @@ class Trainer:
     def _check_adapter(self, lora: LoraConfig) -> None:
         """Refuses, before any weight is made, an adapter that the model cannot have."""
         check_rank(self.model_name, lora)
+        if self.config.lora == "unmerged":
+            check_unmerged(self.config, lora)
 
     def _trainable_weights(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

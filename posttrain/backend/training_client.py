@@ -304,7 +304,8 @@ class TrainingClient(Ready):
         self._check_can_sample()
         trainer, policy, source = self._trainer, self._policy, self._trainer.sampled
         if self._engine is None or (self._engines.shares and self._engine.has_stopped):
-            self._engine = self._engines.open(trainer.hf_config, self._tokenizer, trainer.max_length)
+            rank = trainer.lora.rank if trainer.lora else 0
+            self._engine = self._engines.open(trainer.hf_config, self._tokenizer, trainer.max_length, rank)
             self._let_go = self._engine.hold(self)
         if policy.newest is None or policy.newest.number != self._weights_version:
             trainer.check_finite()

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,10 +31,12 @@ from posttrain.backend.device_lock import alone, computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.errors import ConfigError, CookbookError, ModelError
 from posttrain.backend.memory import kv_cache_bytes, return_free_memory
+from posttrain.backend.merged_lora import AdaptedWeights
 from posttrain.backend.prompt_scores import score_prompt
 from posttrain.backend.random_state import OwnTorchGenerators, global_generators_kept
-from posttrain.backend.types import SampledSequence
-from posttrain.backend.vllm_refusals import USE_TORCH, computed_otherwise, refusal
+from posttrain.backend.types import LoraConfig, SampledSequence
+from posttrain.backend.vllm_lora import lora_args, room_for, serve_adapter, served_adapter, tokens_of_a_step
+from posttrain.backend.vllm_refusals import MERGE, USE_TORCH, computed_otherwise, refusal
 from posttrain.backend.vllm_weights import (
     CheckpointForm,
     has_only_attention,
@@ -74,8 +77,22 @@ def check_sleep(config: BackendConfig) -> None:
         raise ConfigError(f"{setting} is for one engine in this process, not for replicas or shared engines")
 
 
+def check_unmerged(config: BackendConfig, lora: LoraConfig) -> None:
+    """ConfigError for an adapter that backend.lora=unmerged does not sample, as far as the settings
+    tell."""
+    setting = "backend.lora=unmerged"
+    if lora.train_unembed:
+        raise ConfigError(f"{setting} is not for train_unembed: leave one of the two out")
+    if not samples_with_vllm(config):
+        return
+    room_for(lora.rank)
+    device = training_device(config)
+    if device.type == "cuda" and compute_dtype(device, config) == torch.float32:
+        raise ConfigError(f"{setting} on a GPU needs backend.dtype=bfloat16: vLLM has no kernels for float32. {MERGE}")
+
+
 def engine_args(
-    hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device
+    hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device, lora_room: int = 0
 ) -> dict[str, Any]:
     """vLLM's EngineArgs for this device, without the model's folder and the seed."""
     eager = device.type == "cpu" if config.enforce_eager is None else config.enforce_eager
@@ -93,12 +110,16 @@ def engine_args(
         "enforce_eager": eager,
         "disable_log_stats": True,
     }
+    if lora_room:
+        args |= lora_args(lora_room)
     if config.tensor_parallel > 1:
         args |= {"tensor_parallel_size": config.tensor_parallel, "distributed_executor_backend": "mp"}
     if device.type == "cpu":
         # For a prompt read in two parts vLLM would rewind a seeded request's generator, which it
         # cannot on a CPU.
         args["enable_chunked_prefill"] = False
+        if lora_room:
+            args["max_num_batched_tokens"] = tokens_of_a_step(max_length, config)
         # Recurrent and convolution layers keep prefix states only where prompts are read in parts.
         args |= {} if has_only_attention(hf_config) else {"enable_prefix_caching": False}
         return args
@@ -119,23 +140,27 @@ class VllmEngine:
         config: BackendConfig,
         device: torch.device,
         reproducible: bool,
+        lora_room: int = 0,
     ):
+        """`lora_room`: adapters of up to this rank are served unmerged; 0 = merged."""
         _set_environment(device, reproducible)
         from vllm.distributed.parallel_state import destroy_model_parallel
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        if device.type == "cpu" and (reason := computed_otherwise(hf_config, max_length)):
+        if device.type == "cpu" and (reason := computed_otherwise(hf_config, max_length, lora_room > 0)):
             raise ModelError(f"vLLM cannot serve this model on a CPU: {reason}. {USE_TORCH}")
         self._device, self._dtype = device, compute_dtype(device, config)
         self._vocabulary = hf_config.get_text_config().vocab_size
         self._checkpoint_form = CheckpointForm(hf_config)
-        self._asleep = False
+        self._asleep, self._serves_adapters = False, lora_room > 0
+        self._base: weakref.ref[Any] | None = None  # whose weights the engine has, under adapters
+        self._adapter: Any = None  # vLLM's LoRARequest, while there is one
         self._unfinished: dict[str, SequenceRequest] = {}
         self._next_id = 0
         if device.type == "cpu":
             return_free_memory()
-        args = engine_args(hf_config, max_length, config, device)
+        args = engine_args(hf_config, max_length, config, device, lora_room)
         with (
             _model_folder(hf_config, tokenizer, keep=not args["enforce_eager"]) as folder,
             alone(),
@@ -195,7 +220,9 @@ class VllmEngine:
         self._wake()
         request_id = str(self._next_id)
         self._next_id += 1
-        self._engine.add_request(request_id, {"prompt_token_ids": request.prompt}, vllm_params)
+        self._engine.add_request(
+            request_id, {"prompt_token_ids": request.prompt}, vllm_params, lora_request=self._adapter
+        )
         self._unfinished[request_id] = request
 
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
@@ -249,10 +276,22 @@ class VllmEngine:
         """With tensor parallelism FileWeights, which each process reads."""
         self._wake()
         with _computing, computing(), global_generators_kept(), _in_stream_order(self._device):
-            self._in_processes(load_all, self._checkpoint_form, weights)
+            if self._serves_adapters and isinstance(weights, AdaptedWeights):
+                self._load_adapted(weights)
+            else:
+                self._base, self._adapter = None, None
+                self._in_processes(load_all, self._checkpoint_form, weights)
         # Cached prefixes have the old weights; running sequences recompute theirs.
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
+
+    def _load_adapted(self, weights: AdaptedWeights) -> None:
+        if self._base is None or self._base() is not weights.base:
+            self._base = None
+            self._in_processes(load_all, self._checkpoint_form, weights.base_weights())
+            self._base = weakref.ref(weights.base)
+        serve_adapter(self._engine, weights.updates, self._dtype)
+        self._adapter = served_adapter()
 
     def _in_processes(self, function: Any, *arguments: Any) -> list[Any]:
         """Results of `function(worker, *arguments)` in each process of tensor parallelism, or in this one."""

@@ -9,12 +9,15 @@ from transformers import PretrainedConfig
 from posttrain.backend.errors import CookbookError, EngineError, ModelError
 
 USE_TORCH = "backend.engine=torch samples with torch instead"
+MERGE = "backend.lora=merged adds adapters to the weights instead"
 
 
-def computed_otherwise(hf_config: PretrainedConfig, max_length: int) -> str | None:
-    """Models that vLLM 0.32 on a CPU accepts and computes differently from transformers
-    (tests/test_vllm_architectures.py)."""
+def computed_otherwise(hf_config: PretrainedConfig, max_length: int, unmerged: bool = False) -> str | None:
+    """Models that vLLM 0.32 on a CPU accepts and computes differently from transformers, or not at
+    all, once it is opened (tests/test_vllm_architectures.py). `unmerged`: with adapters."""
     config: Any = hf_config.get_text_config()
+    if unmerged and getattr(config, "num_experts_per_tok", None):
+        return f"it has no kernels for experts beside adapters; {MERGE}"
     if "conv" in (getattr(config, "layer_types", None) or ()):
         return "its convolution layers give other logprobs from the second sampled token on"
     if config.model_type == "cohere2" and max_length > config.sliding_window:
@@ -34,7 +37,8 @@ def refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:
     if isinstance(error, torch.OutOfMemoryError) or "memory" in details.lower() or "KV cache" in details:
         hint = "lower backend.max_num_seqs, backend.max_length or backend.sampler_memory_gb, or close other engines"
         return EngineError(f"there is too little memory for a vLLM engine: {reason}. {hint}")
-    return ModelError(f"vLLM cannot serve this model: {reason}. {USE_TORCH}")
+    remedy = f"{MERGE}, {USE_TORCH}" if "LoRA" in reason else USE_TORCH
+    return ModelError(f"vLLM cannot serve this model: {reason}. {remedy}")
 
 
 def _import_error(hf_config: PretrainedConfig) -> Exception | None:

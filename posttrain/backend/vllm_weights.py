@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from posttrain.backend.engine import Weights
 from posttrain.backend.vllm_copies import record
+from posttrain.backend.vllm_lora import base_layers
 
 TIED_HEAD = "lm_head.weight"
 
@@ -61,14 +62,15 @@ def has_output_layer(worker: Any) -> bool:
 def load_all(worker: Any, form: CheckpointForm, weights: Weights) -> None:
     """Replaces the weights. Those for several processes can be pickled."""
     vllm_model = worker.get_model()
-    # on a CPU linears are packed when loaded: only the full reload path may change them
-    if _is_on_cpu(vllm_model):
-        worker.reload_weights(weights_iterator=iter(form(weights)))
-        _pack_experts(vllm_model)
-    elif worker.recorded_copies:
-        worker.recorded_copies(form(weights))
-    else:
-        vllm_model.load_weights(iter(form(weights)))
+    with base_layers(worker):
+        # on a CPU linears are packed when loaded: only the full reload path may change them
+        if _is_on_cpu(vllm_model):
+            worker.reload_weights(weights_iterator=iter(form(weights)))
+            _pack_experts(vllm_model)
+        elif worker.recorded_copies:
+            worker.recorded_copies(form(weights))
+        else:
+            vllm_model.load_weights(iter(form(weights)))
 
 
 @torch.no_grad()
@@ -77,10 +79,11 @@ def parameters_left_out(worker: Any, form: CheckpointForm, dtype: torch.dtype) -
     the worker keeps the copies that the loaders made, for syncs."""
     vllm_model = worker.get_model()
     device = next(vllm_model.parameters()).device
-    if _is_on_cpu(vllm_model):
-        return _left_out_by_reload(vllm_model, form(form.zeros(dtype, device)), worker.vllm_config)
-    names, worker.recorded_copies = record(vllm_model, lambda: form(form.random(dtype, device)))
-    return names
+    with base_layers(worker):
+        if _is_on_cpu(vllm_model):
+            return _left_out_by_reload(vllm_model, form(form.zeros(dtype, device)), worker.vllm_config)
+        names, worker.recorded_copies = record(vllm_model, lambda: form(form.random(dtype, device)))
+        return names
 
 
 def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:

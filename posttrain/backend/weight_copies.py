@@ -2,12 +2,13 @@
 base's, which no step changes; else all weights, on the CPU.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from posttrain.backend.merged_lora import base_weights, layer_updates, merged_weights
+from posttrain.backend.merged_lora import AdaptedWeights, LayerUpdate, base_weights, layer_updates, merged_weights
 from posttrain.backend.weight_versions import WeightCopy, Weights
 
 
@@ -24,7 +25,11 @@ class SampledModel:
         """Names and tensors as in a checkpoint, adapters merged, in the sampler's dtype, one at a
         time. From state_dict, as a tied lm_head must be included: vLLM on a CPU packs a copy of it.
         """
-        return merged_weights(base_weights(self.model), layer_updates(self.model), self.dtype)
+        base, updates = base_weights(self.model), layer_updates(self.model)
+        return self._adapted(base, updates) if updates else merged_weights(base, {}, self.dtype)
+
+    def _adapted(self, base: Mapping[str, torch.Tensor], updates: Mapping[str, LayerUpdate]) -> AdaptedWeights:
+        return AdaptedWeights(self.owner or self.model, base, updates, self.dtype)
 
     def copied_bytes(self) -> int:
         """Size of `copied_weights`."""
@@ -37,8 +42,8 @@ class SampledModel:
         """The sampler's weights as they are now."""
         base, size, dtype = base_weights(self.model), self.copied_bytes(), self.dtype
         if updates := layer_updates(self.model):
-            copied = {name: update.copied() for name, update in updates.items()}
-            return WeightCopy(lambda: merged_weights(base, copied, dtype), size, self.owner)
+            copied = self._adapted(base, {name: update.copied() for name, update in updates.items()})
+            return WeightCopy(lambda: copied, size, self.owner)
         copies: dict[tuple[int, ...], torch.Tensor] = {}  # a tied head is in state_dict twice
         for tensor in base.values():
             if (key := (tensor.data_ptr(), *tensor.shape)) not in copies:

@@ -1,0 +1,160 @@
+"""backend.lora=unmerged: the sampler computes an adapter beside the base's weights, as the trainer
+does. All families are in test_vllm_architectures.py.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import chz
+import numpy as np
+import pytest
+import torch
+
+import posttrain.backend.vllm_engine
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import LoraConfig, ModelInput, SamplingParams
+from posttrain.backend.vllm_engine import check_unmerged
+from tests.conftest import trainer_of
+from tests.test_snapshots import PARAMS, PROMPT, scored, step, trained
+
+UNMERGED = BackendConfig(lora="unmerged", engine="torch", max_num_seqs=16, sampler_memory_gb=0.1)
+SLOW_VLLM = pytest.param("vllm", marks=[pytest.mark.slow, pytest.mark.needs_vllm])
+TORCH_AND_SLOW_VLLM = pytest.mark.parametrize("engine", ["torch", SLOW_VLLM])
+
+
+def opened(tmp_path: Path, **settings: Any) -> ServiceClient:
+    return ServiceClient(chz.replace(UNMERGED, **settings), tmp_path)
+
+
+@pytest.fixture
+def base_loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows when a vLLM engine is given all weights of a base."""
+    loads, load = [], posttrain.backend.vllm_engine.load_all
+    counted = lambda *given: (loads.append(given), load(*given))[1]  # noqa: E731
+    monkeypatch.setattr(posttrain.backend.vllm_engine, "load_all", counted)
+    return loads
+
+
+# Trap: an adapter that stays under its id, or in cached prefixes of its id; B scaled where it lies.
+@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.needs_vllm)])
+def test_a_sync_brings_the_new_adapter_alone_and_versions_keep_theirs(
+    engine: Any, tmp_path: Path, base_loads: list[Any]
+) -> None:
+    """Of the prompt, vLLM caches the first 128 tokens. A client follows through a sync in mid-generation."""
+    with opened(tmp_path, engine=engine) as service:
+        client = service.create_training_client("micro", LoraConfig(rank=4, alpha=10))
+        live = client.save_weights_and_get_sampling_client(follow=True)
+        versions: list[tuple[SamplingClient, np.ndarray]] = []
+        for seed in range(3):
+            running = live.sample(ModelInput.from_ints(PROMPT), 2, SamplingParams(max_tokens=60, seed=1, stop=[]))
+            step(client, seed)
+            versions.append((client.save_weights_and_get_sampling_client(), trained(client, PROMPT)))
+            sampler, expected = versions[-1]
+            for _ in range(2):  # the second time from the cache
+                assert scored(sampler) == pytest.approx(expected.tolist(), abs=1e-4)
+            (sequence,) = sampler.sample(ModelInput.from_ints(PROMPT), 1, PARAMS).result().sequences
+            ours = trained(client, PROMPT + sequence.tokens)[len(PROMPT) - 1 :]
+            assert sequence.logprobs == pytest.approx(ours.tolist(), abs=1e-4)
+            assert [len(sequence.tokens) for sequence in running.result().sequences] == [60, 60]
+        assert min(np.abs(a[1] - b[1]).max() for a, b in zip(versions, versions[1:], strict=False)) > 0.01
+        for sampler, expected in versions:  # the first two from their copies
+            assert scored(sampler) == pytest.approx(expected.tolist(), abs=1e-4)
+        assert len(base_loads) == (engine == "vllm")
+
+
+@TORCH_AND_SLOW_VLLM
+def test_a_saved_adapter_and_the_base_are_sampled_beside_the_live_one(engine: Any, tmp_path: Path) -> None:
+    with opened(tmp_path, engine=engine) as service:
+        client = service.create_training_client("micro", LoraConfig(rank=4))
+        step(client)
+        path, expected = client.save_weights_for_sampler("adapter").result().path, trained(client, PROMPT)
+        step(client, 1)
+        live = client.save_weights_and_get_sampling_client()
+        saved = service.create_sampling_client(model_path=path)
+        base = service.create_sampling_client(base_model="micro")
+        assert scored(saved) == pytest.approx(expected.tolist(), abs=1e-4)
+        assert scored(live) == pytest.approx(trained(client, PROMPT).tolist(), abs=1e-4)
+        full = service.create_training_client("micro")
+        assert scored(base) == pytest.approx(trained(full, PROMPT).tolist(), abs=1e-4)
+
+
+@TORCH_AND_SLOW_VLLM
+def test_adapters_of_one_base_take_turns_in_one_engine(engine: Any, tmp_path: Path, base_loads: list[Any]) -> None:
+    with opened(tmp_path, engine=engine, share_engines=True) as service:
+        clients = [service.create_training_client("micro", LoraConfig(rank=rank)) for rank in (4, 8)]
+        for seed, client in enumerate(clients):
+            step(client, seed)
+        samplers = [client.save_weights_and_get_sampling_client() for client in clients]
+        expected = [trained(client, PROMPT).tolist() for client in clients]
+
+        async def at_once() -> list[list[float | None]]:
+            prompt = ModelInput.from_ints(PROMPT)
+            return await asyncio.gather(*(sampler.compute_logprobs_async(prompt) for sampler in samplers * 3))
+
+        for found, ours in zip(asyncio.run(at_once()), expected * 3, strict=True):
+            assert found[1:] == pytest.approx(ours, abs=1e-4)
+        assert np.abs(np.array(expected[0]) - expected[1]).max() > 0.01
+        assert samplers[0]._engine is samplers[1]._engine and len(base_loads) == (engine == "vllm")
+
+
+@pytest.mark.cpu_only
+@TORCH_AND_SLOW_VLLM
+def test_a_resumed_adapter_is_trained_and_sampled_as_the_uninterrupted_one(engine: Any, tmp_path: Path) -> None:
+    """Bit for bit."""
+    with opened(tmp_path, engine=engine) as service:
+        whole = service.create_training_client("micro", LoraConfig(rank=4))
+        step(whole)
+        path = whole.save_state("middle").result().path
+        resumed = service.create_training_client_from_state_with_optimizer(path)
+        sampled = []
+        for client in (whole, resumed):
+            step(client, 1)
+            sampler = client.save_weights_and_get_sampling_client()
+            sampled.append(sampler.sample(ModelInput.from_ints(PROMPT), 2, PARAMS).result().sequences)
+        assert sampled[0] == sampled[1]
+
+
+@pytest.fixture(scope="module")
+def coarse_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A `micro` on the bf16 grid, as hub models are, without weights so small that their steps are fine."""
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path_factory.mktemp("base")) as service:
+        client = service.create_training_client("micro")
+        with torch.no_grad():
+            for p in trainer_of(client).base.parameters():
+                p.copy_(torch.where(p.abs() < 0.01, torch.copysign(torch.tensor(0.01), p), p).bfloat16())
+        return client.save_state("base").result().path
+
+
+# Trap: a LoRA update that bf16 rounds away.
+@TORCH_AND_SLOW_VLLM
+@pytest.mark.parametrize("lora", ["merged", "unmerged"])
+def test_in_bf16_an_update_below_half_a_step_of_the_weights_is_sampled_unmerged(
+    engine: Any, lora: Any, coarse_base: str, tmp_path: Path
+) -> None:
+    with opened(tmp_path, engine=engine, lora=lora, dtype="bfloat16") as service:
+        client = service.create_training_client(coarse_base, LoraConfig(rank=4))
+        logprobs = []
+        for rate in (1e-6, 0.0):  # of B, zero at first: B A is then at most 4e-6, and half a step 3e-5
+            sampler = client.save_weights_and_get_sampling_client(keep=False)
+            logprobs.append(scored(sampler))
+            assert np.abs(np.array(logprobs[-1]) - trained(client, PROMPT)).mean() < 0.02
+            step(client, rate=rate)
+        changed = np.mean([before != after for before, after in zip(*logprobs, strict=True)])
+        assert changed == 0 if lora == "merged" else changed > 0.5
+
+
+def test_what_is_not_sampled_unmerged_is_refused_by_name(tmp_path: Path) -> None:
+    def refused(says: str, lora: LoraConfig | None = None, **settings: Any) -> None:
+        with pytest.raises(ConfigError, match=says), opened(tmp_path, **settings) as service:
+            service.create_training_client("tiny", lora)
+
+    refused("not for train_unembed", LoraConfig(rank=4, train_unembed=True))
+    refused("set backend.trainer_processes=1", trainer_processes=2)
+    refused("backend.sampler_replicas=0", sampler_replicas=1)
+    with pytest.raises(ConfigError, match=r"ranks up to 512 .* 513: backend\.lora=merged"):
+        check_unmerged(chz.replace(UNMERGED, engine="vllm"), LoraConfig(rank=513))
+    check_unmerged(UNMERGED, LoraConfig(rank=513))  # torch has room for it
