@@ -158,6 +158,12 @@ NOT_WITH_VLLM = {
     "Command R7B": "its window is one token longer than transformers'",
 }
 
+# The same for adapters beside the weights, backend.lora=unmerged.
+NOT_UNMERGED = {
+    "GPT-2": "does not support LoRA yet",
+    "Qwen 3-MoE": "it has no kernels for experts beside adapters",
+}
+
 
 def _without(name: str) -> dict[str, Any]:
     return {key: value for key, value in _SHAPE.items() if key != name}

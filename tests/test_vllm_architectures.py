@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import chz
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from posttrain.backend.errors import ModelError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
-from tests.architectures import FAMILIES, NOT_WITH_VLLM, save_random_model
+from tests.architectures import FAMILIES, NOT_UNMERGED, NOT_WITH_VLLM, save_random_model
 from tests.test_sampling import prompt_of, trainer_logprobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]
@@ -76,6 +77,38 @@ def test_sampled_logprobs_are_the_trainers(service: ServiceClient, family: str, 
         after = client.save_weights_and_get_sampling_client().compute_logprobs(prompt_of(40)).result()[1:]
         assert max(abs(a - b) for a, b in zip(after, before, strict=True) if a is not None and b is not None) > 0.05
         client.close()
+
+
+@pytest.fixture(scope="module")
+def sharing(service: ServiceClient, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    """All adapters of a model unmerged in one engine."""
+    config = chz.replace(service.config, lora="unmerged", share_engines=True)
+    with ServiceClient(config, tmp_path_factory.mktemp("checkpoints")) as sharing:
+        yield sharing
+
+
+# Trap: adapters that vLLM leaves out, or mixes up.
+@pytest.mark.parametrize("family", [family for family in SERVED if family not in NOT_UNMERGED])
+def test_unmerged_adapters_are_sampled_as_trained(sharing: ServiceClient, family: str, tmp_path: Path) -> None:
+    folder = str(save_random_model(family, tmp_path / "model"))
+    clients = [sharing.create_training_client(folder, LoraConfig(rank, alpha=20)) for rank in (3, 5)]
+    for client in (*clients, clients[0]):
+        move_every_weight(client)
+        assert largest_gap(client) < ROUNDING
+    assert largest_gap(clients[1]) < ROUNDING
+    logprobs = [c.save_weights_and_get_sampling_client().compute_logprobs(prompt_of(40)).result()[1:] for c in clients]
+    assert max(abs(a - b) for a, b in zip(*logprobs, strict=True) if a is not None and b is not None) > 0.05
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize("family", NOT_UNMERGED)
+def test_a_family_without_adapters_in_vllm_is_refused_when_its_engine_is_opened(
+    sharing: ServiceClient, family: str, tmp_path: Path
+) -> None:
+    client = sharing.create_training_client(str(save_random_model(family, tmp_path / "model")), LoraConfig(rank=4))
+    with pytest.raises(ModelError, match=f"{NOT_UNMERGED[family]}.*backend.lora=merged"):
+        client.save_weights_and_get_sampling_client()
 
 
 @pytest.mark.parametrize("family", NOT_WITH_VLLM)
