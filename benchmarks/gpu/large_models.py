@@ -1,12 +1,14 @@
 """Block `large_models`: tokens/s and peak memory of training 8B, 3B and 1.5B shapes: LoRA, alone and
-with vLLM beside it, and all weights with and without fp32 copies. Random weights, made on the card.
+with vLLM beside it (merged, and unmerged), and all weights with and without fp32 copies. Random
+weights, made on the card.
 """
 
 import copy
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 from unittest.mock import patch
 
 import chz
@@ -92,9 +94,11 @@ def trained_alone(
     return found | {"GiB of the card": peak_gib()}
 
 
-def lora_beside_an_engine(config: PretrainedConfig, rows: int, length: int, cuda: bool) -> dict[str, float]:
-    """Eager, which starts sooner; a sync merges the adapter."""
-    backend = chz.replace(BESIDE, max_length=1024 if cuda else 256, sampler_memory_gb=16 if cuda else 0.25)
+def lora_beside_an_engine(
+    config: PretrainedConfig, rows: int, length: int, cuda: bool, lora: Literal["merged", "unmerged"]
+) -> dict[str, float]:
+    """Eager, which starts sooner; a sync merges the adapter, or moves it alone."""
+    backend = chz.replace(BESIDE, max_length=1024 if cuda else 256, sampler_memory_gb=16 if cuda else 0.25, lora=lora)
     with preset("8b", config), ServiceClient(backend) as service:
         client = service.create_training_client("8b", LoraConfig(rank=32))
         start = time.perf_counter()
@@ -131,10 +135,11 @@ def main() -> None:
             fit = [case for title, case in found.items() if title.startswith(aim) and isinstance(case, dict)]
             for key in ("tokens/s", "GiB of the card"):
                 record.figure(f"{aim}: {key}", max(fit, key=lambda case: case["tokens/s"])[key] if fit else None)
-    beside = "8B, LoRA, with vLLM beside it"
-    attempt(record, beside, lambda: lora_beside_an_engine(configs["8b"], rows, length, cuda))
+    beside = partial(lora_beside_an_engine, configs["8b"], rows, length, cuda)
+    attempt(record, "8B, LoRA, with vLLM beside it", partial(beside, "merged"))
     for title, (name, backend, lora) in SMALLER.items():
         measured(title, name, backend, lora)
+    attempt(record, "8B, LoRA unmerged, with vLLM beside it", partial(beside, "unmerged"))
     record.print()
 
 

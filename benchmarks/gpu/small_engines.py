@@ -7,6 +7,7 @@ If this block fails, every figure of later blocks is of a broken sampler.
 import random
 import time
 
+import chz
 import numpy as np
 import torch
 
@@ -135,6 +136,12 @@ def check_model(record: Record, service: ServiceClient, model: str) -> None:
     check_training(record, f"{model} lora", adapted)
 
 
+def check_unmerged(record: Record) -> None:
+    """The adapter beside the base's weights: a sync moves it alone."""
+    with ServiceClient(chz.replace(CONFIG, lora="unmerged")) as service:
+        check_training(record, "tiny unmerged lora", service.create_lora_training_client("tiny", rank=8))
+
+
 def main() -> None:
     record = Record()
     for attempt in ("first", "again"):
@@ -149,6 +156,7 @@ def main() -> None:
                     mean_gap(client, client.save_weights_and_get_sampling_client()),
                     gap_bound(),
                 )
+    check_unmerged(record)
     if torch.cuda.is_available():
         record.figure("GiB in use after closing", torch.cuda.memory_allocated() / 2**30)
     record.print()
