@@ -26,6 +26,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ModelError, NonFiniteError
 from posttrain.backend.models import load_model
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig, ModelInput
 from posttrain.tracking.checkpointing import Checkpointer
@@ -257,6 +258,29 @@ def test_an_adapter_is_put_on_the_base_it_was_trained_on(torch_service: ServiceC
     assert torch.equal(logprobs(reopened), logprobs(client))
 
 
+# Trap: a base that is held in bf16 in one place and in fp32 in another.
+def test_an_adapter_that_was_trained_on_a_base_in_bf16_is_opened_anywhere(
+    torch_service: ServiceClient, tmp_path: Path
+) -> None:
+    with ServiceClient(BackendConfig(engine="torch", dtype="bfloat16"), tmp_path) as half:
+        client = half.create_lora_training_client("micro", 4)
+        train(client, range(2))
+        path = client.save_state("adapter").result().path
+        trained, sampled = logprobs(client), sampler_logprobs(half, path)
+        for service in (half, torch_service):
+            torch.testing.assert_close(sampler_logprobs(service, path), sampled, rtol=0, atol=0.1)
+            opened = service.create_training_client_from_state(path)
+            torch.testing.assert_close(logprobs(opened), trained, rtol=0, atol=0.1)
+    other = torch_service.create_lora_training_client("micro", 4, seed=1)
+    with pytest.raises(CheckpointError, match="base model 'micro' with seed 0"):
+        other.load_state(path).result()
+    file = Path(path) / "base_model.json"  # as earlier versions wrote it: the part in fp32 alone
+    saved = json.loads(file.read_text())
+    in_fp32 = trainer_of(torch_service.create_lora_training_client("micro", 4)).base_fingerprint.partition("-")[0]
+    file.write_text(json.dumps(saved | {"fingerprint": in_fp32}))
+    sampler_logprobs(torch_service, path)
+
+
 def test_a_base_folder_that_moved_or_changed(torch_service: ServiceClient, tmp_path: Path) -> None:
     full = torch_service.create_training_client("micro", seed=5)
     base = full.save_weights_for_sampler("base").result().path
@@ -335,6 +359,32 @@ def test_an_adapter_made_by_peft_is_a_start(torch_service: ServiceClient, tmp_pa
         (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config | setting))
         with pytest.raises(CheckpointError, match=says):
             client.load_state(str(tmp_path / "peft")).result()
+
+
+# Trap: merged into a tied embedding, an adapter of the embedding changes the output layer too, and the reverse.
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_adapter_of_the_embedding_or_the_output_layer(layer: str, tied: bool, shared: bool, tmp_path: Path) -> None:
+    base = load_model("micro", 0, CPU, torch.float32)
+    if not tied:
+        base.config.tie_word_embeddings = False
+        base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer("micro").save_pretrained(tmp_path / "base")
+    config = PeftConfig(r=4, target_modules=["q_proj", layer], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
+    expected = model(input_ids=torch.tensor([TOKENS.to_ints()])).logits[0].log_softmax(-1)
+    expected = expected[:-1].gather(-1, torch.tensor(TOKENS.to_ints()[1:])[:, None])[:, 0].detach()
+    with ServiceClient(BackendConfig(engine="torch", share_engines=shared), tmp_path) as service:
+        if tied:
+            with pytest.raises(CheckpointError, match="adapts the embedding or the output layer"):
+                service.create_sampling_client(model_path=str(tmp_path / "peft"))
+        else:
+            found = sampler_logprobs(service, str(tmp_path / "peft"))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_an_adapter_given_as_a_model_is_named(torch_service: ServiceClient) -> None:

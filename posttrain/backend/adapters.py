@@ -57,17 +57,24 @@ class Base:
 
 
 def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A hash of the base's tensor names, shapes and 32 values of each, in fp32, whether or not an
-    adapter is on it."""
-    digest = hashlib.sha256()
+    """A hash of the base's tensor names, shapes and 32 values of each, whether or not an adapter is on
+    it: of the values in fp32, and of them in bf16, which a run may hold them in (`same_weights`)."""
+    exact, rounded = hashlib.sha256(), hashlib.sha256()
     for name, tensor in sorted(
         (name.replace(".base_layer.", "."), tensor) for name, tensor in weights if ".lora_" not in name
     ):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 32)][:32]
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:32]
+        for digest, values in ((exact, sample), (rounded, sample.bfloat16())):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(values.to("cpu", torch.float32).numpy().tobytes())
+    return f"{exact.hexdigest()[:32]}-{rounded.hexdigest()[:32]}"
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Of two fingerprints. Those of earlier versions have the part in fp32 alone."""
+    (exact, _, rounded), (other_exact, _, other_rounded) = one.partition("-"), other.partition("-")
+    return rounded == other_rounded if rounded and other_rounded else exact == other_exact
 
 
 def write_adapter(trainer: TrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -157,7 +164,7 @@ def check_adapter(trainer: TrainedModel, path: Path) -> None:
 def _check_same_base(trainer: TrainedModel, path: Path) -> None:
     saved, live = read_base(path), Base(absolute(trainer.model_name), trainer.seed)
     if saved.fingerprint:
-        same = saved.fingerprint == trainer.base_fingerprint
+        same = same_weights(saved.fingerprint, trainer.base_fingerprint)
     else:
         same = saved.name not in PRESETS or live.name not in PRESETS or saved.seed is None or saved == live
         if Path(saved.name).name != Path(live.name).name:
@@ -186,13 +193,14 @@ def load_adapter(trainer: TrainedModel, path: Path) -> None:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a saved adapter's update is B A alpha / r on each layer."""
-    return not any(adapter_config(path).get(name) for name in NOT_PLAIN)
+    """Whether a saved adapter's update is B A alpha / r on each of some linear layers."""
+    config, names = adapter_config(path), tensor_shapes(path / ADAPTER_FILE)
+    return not any(config.get(name) for name in NOT_PLAIN) and not any("lora_embedding" in name for name in names)
 
 
 def adapts_inner_layers(path: Path) -> bool:
-    """Whether a saved adapter leaves the embedding and the output layer as they are."""
-    return not any("lm_head" in name or "lora_embedding" in name for name in tensor_shapes(path / ADAPTER_FILE))
+    """Whether a saved adapter leaves the output layer as it is."""
+    return not any("lm_head" in name for name in tensor_shapes(path / ADAPTER_FILE))
 
 
 def open_merged(path: Path, seed: int) -> PreTrainedModel:
@@ -226,16 +234,24 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         model = load(base)
     except ModelError as error:
         raise CheckpointError(f"the base model of the adapter {path} cannot be opened: {error}") from error
-    if base.fingerprint and base.fingerprint != fingerprint(model.state_dict().items()):
+    if base.fingerprint and not same_weights(base.fingerprint, fingerprint(model.state_dict().items())):
         raise CheckpointError(
             f"{path} was trained on the base model {base}, whose weights have changed since: restore them"
         )
+    head: Any = model.get_output_embeddings()
+    tied = head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
     try:
         with warnings.catch_warnings(action="ignore"):  # missing tensors, which the next lines make an error
             adapted = PeftModel.from_pretrained(model, str(path))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the adapter {path} does not fit its base model {base}: {reason}") from error
+    layers = (getattr(module, "base_layer", None) for module in adapted.modules())
+    if tied is not None and any(layer is not None and layer.weight is tied for layer in layers):
+        raise CheckpointError(
+            f"{path} adapts the embedding or the output layer of {base}, which are one matrix there: merged, the "
+            "adapter would change both"
+        )
     if different := sorted(_tensors(adapted).keys() ^ saved.keys()):
         raise CheckpointError(
             f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
