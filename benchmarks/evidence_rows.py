@@ -35,6 +35,11 @@ PREFERENCES: list[tuple[str, str, Take]] = [
     ("DPO", "dpo", "last"),
     ("RPO", "rpo", "last"),
 ]
+RLHF: list[tuple[str, str, Take]] = [
+    ("SFT (first step)", "rl", "first"),
+    ("RL, KL penalty 0.5", "rl", "last"),
+    ("RL, no penalty", "rl_no_penalty", "last"),
+]
 STUDENTS = ["hard", "soft", "renormalised"]
 LATRO = ("log p(y given x, z)", "useful", "greedy")
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dapo", "cispo", "ppo"]
@@ -440,17 +445,13 @@ ROWS = [
         {
             "reward model: held-out pairs ranked right": Metric("test/accuracy", folder="run/reward_model"),
             **{
-                f"{line} | {column}": Metric(key, take, f"run/{run}", over=over)
+                f"{line} | {column}": Metric(key, take, f"run/{run}", over=steps if take == "last" else 1)
                 for column, key, steps in (
                     ("true reward, held-out notes", GOLD, 1),
                     ("true reward, last 10 steps", GOLD.removeprefix("test/"), 10),
                     ("proxy reward, last 10 steps", REWARD, 10),
                 )
-                for line, run, take, over in (
-                    ("SFT (first step)", "rl", "first", 1),
-                    ("RL, KL penalty 0.5", "rl", "last", steps),
-                    ("RL, no penalty", "rl_no_penalty", "last", steps),
-                )
+                for line, run, take in RLHF
             },
         },
         picture="run/curve.png recipes/rlhf/curve.png",
