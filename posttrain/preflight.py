@@ -59,8 +59,7 @@ def planned_run(config: Config) -> PlannedRun:
     lora = LoraConfig(config.lora_rank) if config.lora_rank else None
     if lora:
         check_rank(name, lora)
-        if backend.lora == "unmerged":
-            check_unmerged(backend, lora)
+        check_unmerged(backend, lora)
     if backend.sleep_while_training:
         check_sleep(backend)
     if (model_folder(name) / SCALAR_HEAD_FILE).exists():

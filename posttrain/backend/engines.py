@@ -27,8 +27,13 @@ from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.spans import Spans
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.vllm_engine import check_sleep, samples_with_vllm, set_batch_invariance, vllm_is_installed
-from posttrain.backend.vllm_lora import room_for
+from posttrain.backend.vllm_engine import (
+    check_sleep,
+    lora_room,
+    samples_with_vllm,
+    set_batch_invariance,
+    vllm_is_installed,
+)
 from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
 
@@ -72,8 +77,7 @@ class Engines:
     ) -> EngineThread | SamplerPool:
         """An engine without weights, which the first sync brings; or the one that is shared.
         `lora_rank`: of the adapter it is for."""
-        unmerged = self.config.lora == "unmerged" and samples_with_vllm(self.config)
-        room = room_for(lora_rank) if lora_rank and unmerged else 0
+        room = lora_room(self.config, lora_rank)
         if not self.shares:
             return self._start(hf_config, tokenizer, max_length, room, frozen)
         with self._lock:

@@ -28,8 +28,8 @@ from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.models import attention_windows, cast_weights, context_length, model_config, new_model
 from posttrain.backend.types import LoraConfig
-from posttrain.backend.vllm_engine import samples_with_vllm
-from posttrain.backend.vllm_lora import room_for, tokens_of_a_step
+from posttrain.backend.vllm_engine import lora_room, samples_with_vllm
+from posttrain.backend.vllm_lora import tokens_of_a_step
 
 # What a process holds beside models. On a CPU: Python and its imports, and vLLM's. On a GPU: CUDA's
 # contexts and the allocator's fragments, and vLLM's graphs.
@@ -134,10 +134,10 @@ class PlannedRun:
         parts = {f"sampler weights, {_name(compute)}": compute.itemsize * size.parameters}
         if not samples_with_vllm(self.backend):
             return parts
-        if self.serves_adapters and self.lora:
+        if self.lora and self.lora_room:
             # in a place for adapters of vLLM's next larger rank, and as it was read
-            room = room_for(self.lora.rank) / self.lora.rank + (device == "cpu")
-            parts[f"sampler's adapter, {_name(compute)}"] = int(compute.itemsize * size.trainable * room)
+            copies = self.lora_room / self.lora.rank + (device == "cpu")
+            parts[f"sampler's adapter, {_name(compute)}"] = int(compute.itemsize * size.trainable * copies)
         if device == "cpu":
             head = size.vocabulary * size.hidden
             packed = PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head
@@ -145,9 +145,9 @@ class PlannedRun:
         return parts | {"KV cache": kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)}
 
     @property
-    def serves_adapters(self) -> bool:
-        """Whether vLLM has the adapter beside the base's weights."""
-        return self.backend.lora == "unmerged" and self.lora is not None and samples_with_vllm(self.backend)
+    def lora_room(self) -> int:
+        """The rank that vLLM has room for, if it has the adapter beside the base's weights."""
+        return lora_room(self.backend, self.lora.rank if self.lora else 0)
 
     @property
     def masters(self) -> bool:
@@ -194,9 +194,9 @@ class PlannedRun:
         parts = {f"logits of {rows} sequences": rows * self.size.vocabulary * SAMPLER_BYTES}
         if not samples_with_vllm(self.backend):
             parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, self.compute.itemsize)
-        if self.serves_adapters and self.lora and self.device.type == "cpu":
+        if self.lora_room and self.device.type == "cpu":
             tokens = tokens_of_a_step(self.max_length, self.backend)
-            parts[f"adapters of {tokens} tokens"] = 4 * tokens * room_for(self.lora.rank) * self.size.intermediate
+            parts[f"adapters of {tokens} tokens"] = 4 * tokens * self.lora_room * self.size.intermediate
         return parts | (self._engine() if self.backend.sleep_while_training else {})
 
     def changed(self, **settings: Any) -> "PlannedRun":

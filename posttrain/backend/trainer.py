@@ -140,8 +140,7 @@ class Trainer:
     def _check_adapter(self, lora: LoraConfig) -> None:
         """Refuses, before any weight is made, an adapter that the model cannot have."""
         check_rank(self.model_name, lora)
-        if self.config.lora == "unmerged":
-            check_unmerged(self.config, lora)
+        check_unmerged(self.config, lora)
 
     def _trainable_weights(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

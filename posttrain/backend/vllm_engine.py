@@ -35,7 +35,7 @@ from posttrain.backend.merged_lora import AdaptedWeights
 from posttrain.backend.prompt_scores import score_prompt
 from posttrain.backend.random_state import OwnTorchGenerators, global_generators_kept
 from posttrain.backend.types import LoraConfig, SampledSequence
-from posttrain.backend.vllm_lora import lora_args, room_for, serve_adapter, served_adapter, tokens_of_a_step
+from posttrain.backend.vllm_lora import lora_args, room_for, serve_adapter, tokens_of_a_step
 from posttrain.backend.vllm_refusals import MERGE, USE_TORCH, computed_otherwise, refusal
 from posttrain.backend.vllm_weights import (
     CheckpointForm,
@@ -77,17 +77,19 @@ def check_sleep(config: BackendConfig) -> None:
         raise ConfigError(f"{setting} is for one engine in this process, not for replicas or shared engines")
 
 
+def lora_room(config: BackendConfig, rank: int) -> int:
+    """The rank that vLLM needs room for, to compute an adapter of `rank` beside the base's weights; 0 where it
+    does not: merged ones, none (`rank` 0), another sampler. ConfigError if it has no such room."""
+    return room_for(rank) if rank and config.lora == "unmerged" and samples_with_vllm(config) else 0
+
+
 def check_unmerged(config: BackendConfig, lora: LoraConfig) -> None:
-    """ConfigError for an adapter that backend.lora=unmerged does not sample, as far as the settings
-    tell."""
-    setting = "backend.lora=unmerged"
-    if lora.train_unembed:
+    """ConfigError for an adapter that backend.lora=unmerged, where it is set, does not sample, as far
+    as the settings tell."""
+    setting, device = "backend.lora=unmerged", training_device(config)
+    if config.lora == "unmerged" and lora.train_unembed:
         raise ConfigError(f"{setting} is not for train_unembed: leave one of the two out")
-    if not samples_with_vllm(config):
-        return
-    room_for(lora.rank)
-    device = training_device(config)
-    if device.type == "cuda" and compute_dtype(device, config) == torch.float32:
+    if lora_room(config, lora.rank) and device.type == "cuda" and compute_dtype(device, config) == torch.float32:
         raise ConfigError(f"{setting} on a GPU needs backend.dtype=bfloat16: vLLM has no kernels for float32. {MERGE}")
 
 
@@ -290,8 +292,7 @@ class VllmEngine:
             self._base = None
             self._in_processes(load_all, self._checkpoint_form, weights.base_weights())
             self._base = weakref.ref(weights.base)
-        serve_adapter(self._engine, weights.updates, self._dtype)
-        self._adapter = served_adapter()
+        self._adapter = serve_adapter(self._engine, weights.updates, self._dtype)
 
     def _in_processes(self, function: Any, *arguments: Any) -> list[Any]:
         """Results of `function(worker, *arguments)` in each process of tensor parallelism, or in this one."""

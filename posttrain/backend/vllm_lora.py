@@ -22,6 +22,7 @@ from posttrain.backend.vllm_refusals import MERGE, USE_TORCH
 
 # Ranks that vLLM has room for; an adapter of another takes the next larger.
 RANKS = (8, 16, 32, 64, 128, 256, 512)
+ADAPTER = ("policy", 1)  # its name and id, also of all that follow it
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -44,28 +45,20 @@ def tokens_of_a_step(max_length: int, config: BackendConfig) -> int:
     return max(max_length, config.max_num_seqs, 1024)
 
 
-def served_adapter() -> Any:
-    """What a request to an engine with an adapter carries. Its path is never read: the adapter is
-    there, or vLLM fails."""
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest("policy", 1, "/loaded-before")
-
-
-def serve_adapter(engine: Any, updates: Mapping[str, LayerUpdate], dtype: torch.dtype) -> None:
-    """Replaces the engine's adapter. ModelError where vLLM leaves a layer's update out, which it does
-    without a word."""
+def serve_adapter(engine: Any, updates: Mapping[str, LayerUpdate], dtype: torch.dtype) -> Any:
+    """Replaces the engine's adapter. Returns the LoRARequest that each request to the engine carries. ModelError
+    where vLLM leaves a layer's update out, which it does without a word."""
     from vllm.lora.request import LoRARequest
 
     with tempfile.TemporaryDirectory(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None) as folder:
         first_rows = write_adapter(Path(folder), updates, dtype)
-        request = served_adapter()
         # Without load_inplace the adapter that was there under this id would stay.
-        engine.add_lora(LoRARequest(request.lora_name, request.lora_int_id, folder, load_inplace=True))
+        engine.add_lora(LoRARequest(*ADAPTER, folder, load_inplace=True))
     (left_out,) = engine.collective_rpc(updates_left_out, args=(first_rows,))
     if left_out:
         some = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
         raise ModelError(f"vLLM leaves out the adapters of {len(left_out)} layers ({some}). {MERGE}, {USE_TORCH}")
+    return LoRARequest(*ADAPTER, "/loaded-before")  # never read: the adapter is there, or vLLM fails
 
 
 def write_adapter(folder: Path, updates: Mapping[str, LayerUpdate], dtype: torch.dtype) -> dict[str, torch.Tensor]:
