@@ -5,7 +5,7 @@ then the tables and pictures between markers in the pages are written anew.
     python -m benchmarks.evidence only=demo,algorithms
     python -m benchmarks.evidence status=true            # which rows are stale; nothing runs
 
-A killed command goes on where it stopped. The rows are in benchmarks/evidence_rows.py.
+A killed command goes on where it stopped. The rows are in benchmarks/evidence_rows.py and evidence_times.py.
 """
 
 import json

@@ -3,25 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from benchmarks.evidence_code import PREFERENCE, RL
 from benchmarks.evidence_row import Metric, Printed, Reached, Result, Row, Take
+from benchmarks.evidence_times import TIMES
 from recipes.algorithms.variants import DRAWN, VARIANTS
 from recipes.belief_state.search import SETTINGS
 from recipes.labels import folder_name
 from recipes.latro.rare import LINES as RARE
 from recipes.latro.variants import ABLATIONS, NORM, START, Lines, last
-
-# Files for several processes: every row runs in one.
-CLUSTER = ["cluster", "ray_process", "left_behind", "sampler_actor", "sampler_pool"]
-CLUSTER += ["sharded_trainer", "trainer_group", "trainer_rank"]
-BACKEND = (
-    "posttrain/backend",
-    *(f":(exclude)posttrain/backend/{name}.py" for name in CLUSTER),
-    "posttrain/renderers",
-    "posttrain/tracking",
-)
-SUPERVISED = (*BACKEND, "supervised")
-RL = (*SUPERVISED, "rl", "envs", "recipes/warm_start.py")
-PREFERENCE = (*SUPERVISED, "preference", "recipes/warm_start.py")
 
 DISTILLATION = (*RL, "recipes/distillation", "recipes/results.py")
 
@@ -77,8 +66,6 @@ BSTAR_CONTROLS = {
 
 LATE = {"rollouts right, last 10 steps": Metric(REWARD, over=10)}
 TOKENS = {"sampled tokens to 0.7": Reached(CORRECT, level=0.7, total=SAMPLED)}
-
-RACE = [f"benchmarks/{name}.py" for name in ("race", "clocked", "trl_side")]
 
 
 def beside_grpo(variants: str, columns: dict[str, Metric]) -> Row:
@@ -197,34 +184,6 @@ def bstar(name: str, methods: Mapping[str, str], seeds: tuple[int, ...], more: M
         },
         seeds=seeds,
     )
-
-
-def cluster_simulation() -> Row:
-    """Of models where they fit: the GPU time of the arithmetic over that of a step; and the router's choices."""
-    labels = [
-        f"{model} {kind}, `{how}` | {gpus} GPUs"
-        for model, smallest in (("7B", 8), ("32B", 32), ("70B", 32))
-        for kind in ("synchronous", "asynchronous")
-        for how in ("files", "nccl")
-        for gpus in (8, 32, 128, 512)
-        if gpus >= smallest
-    ]
-    labels += [
-        f"{router} | {what}"
-        for router in ("round robin", "SLACK 1", "SLACK 1.5", "SLACK 4", "SLACK inf", "plain hashing")
-        for what in ("cached share of the prompts", "seconds of a group", "of all")
-    ]
-    return Row(
-        "cluster_simulation",
-        "benchmarks/cluster_simulation.py --report {folder}/simulation.json",
-        ("benchmarks/cluster_simulation.py", "posttrain/backend/routing.py", "posttrain/backend/batching.py"),
-        {label: Result(label, "simulation.json", part="figures") for label in labels},
-        seeds=(0,),
-    )
-
-
-def benchmark(name: str, command: str, *code: str) -> Row:
-    return Row(name, command, (*RL, *code, command.split()[0]), results=name, seeds=(0,))
 
 
 ROWS = [
@@ -540,23 +499,5 @@ ROWS = [
     search("bst", "times=[1]"),
     curriculum("star_graph_long_bst", "BST", ""),
     curriculum("star_graph_long_gpt", "GPT", "run.model=gpt run.num_layers=6 run.hidden=104 data.loss_on=path"),
-    benchmark("train_throughput", "benchmarks/train_throughput.py"),
-    benchmark("memory_vs_hf_loss", "benchmarks/memory_vs_hf_loss.py"),
-    benchmark("async_vs_sync", "benchmarks/async_vs_sync.py"),
-    benchmark("rollouts_vs_vllm-arithmetic", "benchmarks/rollouts_vs_vllm.py --task arithmetic"),
-    benchmark("rollouts_vs_vllm-fixed", "benchmarks/rollouts_vs_vllm.py --task fixed"),
-    *(
-        benchmark(
-            f"latro_step_vs_plain-{shape}", f"benchmarks/latro_step_vs_plain.py --shapes {shape}", "recipes/latro"
-        )
-        for shape in ("small", "tiny", "tiny-long")
-    ),
-    benchmark("bstar_sweep-torch", "benchmarks/bstar_sweep.py --engine torch", "recipes/bstar"),
-    benchmark("belief_state_step", "benchmarks/belief_state_step.py", "recipes/libraries"),
-    benchmark("star_graph_generation", "benchmarks/star_graph_generation.py", "envs"),
-    benchmark("rl_step_vs_trl", "benchmarks/rl_step_vs_trl.py", *RACE),
-    benchmark("sft_step_vs_trl", "benchmarks/sft_step_vs_trl.py", *RACE),
-    benchmark("dpo_step_vs_trl", "benchmarks/dpo_step_vs_trl.py", *RACE, "preference"),
-    benchmark("cluster", "benchmarks/cluster.py", "posttrain/backend"),
-    cluster_simulation(),
+    *TIMES,
 ]

@@ -129,7 +129,9 @@ def compare(rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="the smallest figure of each side counts")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="of each side the smallest figure counts, of the ratios the median"
+    )
     parser.add_argument(
         "--side", choices=("ours", "plain"), help="used by the script itself: run one side, print what it took"
     )

@@ -1,0 +1,61 @@
+"""The rows of `make evidence` that are ratios of times or memory, taken on a quiet machine; and the simulated
+cluster.
+"""
+
+from benchmarks.evidence_code import RL
+from benchmarks.evidence_row import Result, Row
+
+RACE = [f"benchmarks/{name}.py" for name in ("race", "clocked", "trl_side")]
+SEVERAL = ("posttrain/backend", "posttrain/tracking")
+
+
+def cluster_simulation() -> Row:
+    """Of models where they fit: the GPU time of the arithmetic over that of a step; and the router's choices."""
+    labels = [
+        f"{model} {kind}, `{how}` | {gpus} GPUs"
+        for model, smallest in (("7B", 8), ("32B", 32), ("70B", 32))
+        for kind in ("synchronous", "asynchronous")
+        for how in ("files", "nccl")
+        for gpus in (8, 32, 128, 512)
+        if gpus >= smallest
+    ]
+    labels += [
+        f"{router} | {what}"
+        for router in ("round robin", "SLACK 1", "SLACK 1.5", "SLACK 4", "SLACK inf", "plain hashing")
+        for what in ("cached share of the prompts", "seconds of a group", "of all")
+    ]
+    return Row(
+        "cluster_simulation",
+        "benchmarks/cluster_simulation.py --report {folder}/simulation.json",
+        ("benchmarks/cluster_simulation.py", "posttrain/backend/routing.py", "posttrain/backend/batching.py"),
+        {label: Result(label, "simulation.json", part="figures") for label in labels},
+        seeds=(0,),
+    )
+
+
+def benchmark(name: str, command: str, *code: str) -> Row:
+    return Row(name, command, (*RL, *code, command.split()[0]), results=name, seeds=(0,))
+
+
+TIMES = [
+    benchmark("train_throughput", "benchmarks/train_throughput.py"),
+    benchmark("memory_vs_hf_loss", "benchmarks/memory_vs_hf_loss.py"),
+    benchmark("async_vs_sync", "benchmarks/async_vs_sync.py"),
+    benchmark("rollouts_vs_vllm-arithmetic", "benchmarks/rollouts_vs_vllm.py --task arithmetic"),
+    benchmark("rollouts_vs_vllm-fixed", "benchmarks/rollouts_vs_vllm.py --task fixed"),
+    *(
+        benchmark(
+            f"latro_step_vs_plain-{shape}", f"benchmarks/latro_step_vs_plain.py --shapes {shape}", "recipes/latro"
+        )
+        for shape in ("small", "tiny", "tiny-long")
+    ),
+    benchmark("bstar_sweep-torch", "benchmarks/bstar_sweep.py --engine torch", "recipes/bstar"),
+    benchmark("belief_state_step", "benchmarks/belief_state_step.py", "recipes/libraries"),
+    benchmark("star_graph_generation", "benchmarks/star_graph_generation.py", "envs"),
+    benchmark("rl_step_vs_trl", "benchmarks/rl_step_vs_trl.py", *RACE),
+    benchmark("sft_step_vs_trl", "benchmarks/sft_step_vs_trl.py", *RACE),
+    benchmark("dpo_step_vs_trl", "benchmarks/dpo_step_vs_trl.py", *RACE, "preference"),
+    # not RL, which leaves out the files for several processes
+    Row("cluster", "benchmarks/cluster.py", (*SEVERAL, "benchmarks/cluster.py"), results="cluster", seeds=(0,)),
+    cluster_simulation(),
+]
