@@ -98,7 +98,10 @@ class Evidence:
         if later := [later for later in done.stdout.split() if not later.startswith(tuple(none))]:
             files += self.git("show", "--format=", "--name-only", *later, "--", *paths).stdout.split()
         files = sorted(set(files))
-        return f"{files[0]} and {len(files) - 1} more have changed since {commit}" if files else ""
+        if not files:
+            return ""
+        what = f"{files[0]} has" if len(files) == 1 else f"{files[0]} and {len(files) - 1} more have"
+        return f"{what} changed since {commit}"
 
     def git(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, text=True)
