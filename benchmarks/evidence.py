@@ -5,7 +5,7 @@ then the tables and pictures between markers in the pages are written anew.
     python -m benchmarks.evidence only=demo,algorithms
     python -m benchmarks.evidence status=true            # which rows are stale; nothing runs
 
-A killed command goes on where it stopped. The rows are in benchmarks/evidence_rows.py and evidence_times.py.
+A killed command goes on where it stopped. The rows are in benchmarks/evidence_recipes.py, evidence_systems.py and evidence_times.py.
 """
 
 import json
@@ -25,14 +25,17 @@ from typing import Any
 
 import chz
 
+from benchmarks.evidence_recipes import RECIPES
 from benchmarks.evidence_row import OUTPUT, Row
-from benchmarks.evidence_rows import ROWS
+from benchmarks.evidence_systems import SYSTEMS
+from benchmarks.evidence_times import TIMES
 from benchmarks.report import ROOT, machine, rounded, wait_until_quiet
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.jsonl import read_json, write_atomically
 from recipes.intervals import mean_and_margin
 
+ROWS = [*RECIPES, *SYSTEMS, *TIMES]
 BUSY = 0.5  # cores that other processes may use beside a timed row before it is marked
 COMMAS = r",\s*"
 FEWEST = 3  # seeds of an interval of the mean
@@ -50,6 +53,7 @@ class Config:
     status: bool = chz.field(default=False, doc="say which rows are missing, stale or taken beside other work")
     pages: bool = chz.field(default=False, doc="write the tables of the pages anew from what is there; nothing runs")
     log_path: str = chz.field(default="runs/evidence", doc="folder of the runs")
+    data: str = chz.field(default="../shared/data", doc="folder of the data sets: gsm8k/, arc_challenge/")
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Evidence:
     root: Path
     records: Path
     runs: Path
+    data: Path = Path()
 
     def record(self, row: Row) -> dict[str, Any]:
         """The seeds that have been run, by number; empty if none has."""
@@ -132,7 +137,7 @@ class Evidence:
             shutil.rmtree(folder, ignore_errors=True)  # a run that resumed there would be of two commits or commands
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps({"command": row.command, "commit": commit}))
-        arguments = row.command.format(seed=seed, folder=folder).split()
+        arguments = row.command.format(seed=seed, folder=folder, data=self.data).split()
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         load = wait_until_quiet() if row.is_timed else os.getloadavg()[0]
         print(f"--- {row.name}, seed {seed}: python {' '.join(arguments)}", flush=True)
@@ -254,7 +259,9 @@ def _cpu_seconds() -> tuple[float, float]:
 
 
 def main(config: Config) -> None:
-    evidence = Evidence(ROWS, ROOT, ROOT / "benchmarks" / "evidence", Path(config.log_path).absolute())
+    evidence = Evidence(
+        ROWS, ROOT, ROOT / "benchmarks" / "evidence", Path(config.log_path).absolute(), Path(config.data)
+    )
     names = [row.name for row in ROWS]
     asked = config.only.split(",") if config.only else names
     if unknown := [name for name in asked if name not in names]:

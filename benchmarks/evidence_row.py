@@ -75,6 +75,21 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A number of a player of a tournament (envs/elo.py)."""
+
+    name: str
+    key: str
+    file: str = "run/results.json"
+
+    def read(self, path: Path, seed: int) -> float:
+        players = {player["name"]: player for player in read_json(path / self.file)["players"]}
+        if self.name not in players:
+            raise ConfigError(f"{self.file} has no player {self.name}: {', '.join(players)}")
+        return float(players[self.name][self.key])
+
+
+@dataclass(frozen=True)
 class Printed:
     """The last number that the command has printed behind `words`, or the `first`."""
 
@@ -94,10 +109,10 @@ class Row:
 
     name: str
     command: str
-    """Arguments of Python; {seed} and {folder} are filled in."""
+    """Arguments of Python; {seed}, {folder} and {data} are filled in."""
     code: tuple[str, ...]
     """Files and folders of the repository that the figures depend on, as git's path specifications."""
-    metrics: Mapping[str, Metric | Result | Printed] = field(default_factory=dict)
+    metrics: Mapping[str, Metric | Result | Listed | Printed] = field(default_factory=dict)
     results: str = ""
     """Instead of metrics: benchmarks/results/RESULTS-cpu.json (or -cuda), whose ratios are the figures."""
     seeds: tuple[int, ...] = (0, 1, 2)

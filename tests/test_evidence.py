@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence import Evidence
+from benchmarks.evidence import ROWS, Evidence
 from benchmarks.evidence_row import Metric, Printed, Reached, Result, Row
-from benchmarks.evidence_rows import ROWS
 from benchmarks.report import over, write_report
 from posttrain.backend.errors import ConfigError
 

@@ -1,16 +1,11 @@
-"""The rows of `make evidence`: what is run, and which numbers of it the pages show."""
+"""The rows of `make evidence` that teach by recipes: lessons, RL, distillation, tools, games, preferences."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.evidence_code import PREFERENCE, RL
-from benchmarks.evidence_row import Metric, Printed, Reached, Result, Row, Take
-from benchmarks.evidence_times import TIMES
+from benchmarks.evidence_row import Listed, Metric, Printed, Reached, Result, Row, Take
 from recipes.algorithms.variants import DRAWN, VARIANTS
-from recipes.belief_state.search import SETTINGS
 from recipes.labels import folder_name
-from recipes.latro.rare import LINES as RARE
-from recipes.latro.variants import ABLATIONS, NORM, START, Lines, last
 
 DISTILLATION = (*RL, "recipes/distillation", "recipes/results.py")
 
@@ -29,41 +24,15 @@ RLHF: list[tuple[str, str, Take]] = [
     ("RL, KL penalty 0.5", "rl", "last"),
     ("RL, no penalty", "rl_no_penalty", "last"),
 ]
+RATED = {
+    "perfect play": "minimax",
+    **{f"step {step}": f"run_{step:06d}" for step in (100, 80, 60, 40, 20)},
+    "random play": "random",
+    "warm start": "run_warm_start",
+}
 STUDENTS = ["hard", "soft", "renormalised"]
-LATRO = ("log p(y given x, z)", "useful", "greedy")
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dapo", "cispo", "ppo"]
 MULTI_TURN = [*PRESETS, "ppo_critic", "reinforce_pp", "reinforce_pp_baseline"]
-FIRST_HOP = "test/first_hop"
-FIRST_AND_LAST: list[tuple[str, Take]] = [("first", "first"), ("last", "last")]
-STAR_GRAPH = {
-    "gpt": "`gpt`, 0.10M weights",
-    "reversed": "`reversed`, 0.10M weights",
-    "teacherless": "`teacherless`, 0.10M weights",
-    "bst": "`bst`, 0.74M weights",
-    **{name: f"`{name}`, from `gpt`" for name in ("reinforce", "rl", "dpo", "rpo")},
-    **{name: f"`{name}`, on the trained `bst`'s features" for name in ("cd", "qsharp")},
-}
-BELIEF_STATE = (*RL, "recipes/libraries/belief_state", "recipes/belief_state", "recipes/results.py")
-BSTAR = {
-    "bstar": "B-STaR",
-    "temperature_only": "temperature alone is chosen",
-    "threshold_only": "threshold alone is chosen",
-    "online_rft_t05": "fixed T 0.5, threshold 0.5",
-    "online_rft_t07": "fixed T 0.7, threshold 0.5",
-    "online_rft_t10": "fixed T 1, threshold 0.5",
-    "online_rft": "fixed T 1, threshold 0 (the paper's)",
-}
-BSTAR_CONTROLS = {
-    "bstar": "B-STaR",
-    "bstar_n3": "n* = 3",
-    "bstar_n6": "n* = 6",
-    "bstar_n24": "n* = 24",
-    "bstar_oracle": "B-STaR, exact reward",
-    "rest_em": "ReST-EM, 20 steps a round",
-    "rest_em_long": "ReST-EM, 120 steps a round",
-}
-
-
 LATE = {"rollouts right, last 10 steps": Metric(REWARD, over=10)}
 TOKENS = {"sampled tokens to 0.7": Reached(CORRECT, level=0.7, total=SAMPLED)}
 
@@ -84,21 +53,6 @@ def beside_grpo(variants: str, columns: dict[str, Metric]) -> Row:
                 for column, metric in ({ACCURACY: Metric(CORRECT)} | columns).items()
             },
         },
-    )
-
-
-def latro(name: str, command: str, lines: Lines, columns: Sequence[str], also: Sequence[str] = ()) -> Row:
-    """A comparison of recipes/latro; `also` the last checkpoints of these lines."""
-    supervised = [line for line, options in lines.items() if options.get("method") == "sft"]
-    cells = [(line, column) for line in (START, *lines, *map(last, also)) for column in columns]
-    cells += [(line, NORM) for line in lines if line not in supervised and lines is ABLATIONS]
-    own = () if lines is RARE else (":(exclude)recipes/latro/rare.py",)
-    return Row(
-        name,
-        f"recipes/latro/{command} seeds={{seed}} log_path={{folder}}/run",
-        (*RL, "recipes/latro", "recipes/results.py", *own),
-        {f"{line} | {column}": Result(f"{line} | {column}") for line, column in cells},
-        picture="run/curves.png recipes/latro/latro.png" if lines is ABLATIONS else "",
     )
 
 
@@ -123,70 +77,7 @@ def tool_calls(name: str, script: str, tool: str) -> Row:
     )
 
 
-def belief_state(name: str, label: str, options: str) -> Row:
-    return Row(
-        name,
-        f"recipes/belief_state/train.py seed={{seed}} {options} behavior_if_log_dir_exists=resume log_path={{folder}}/run",
-        BELIEF_STATE,
-        {
-            f"{label}: first hop": Metric(FIRST_HOP, folder="run"),
-            f"{label}: whole path": Metric("test/exact", folder="run"),
-            f"{label}: 95% of the paths from step": Reached("test/exact", folder="run", level=0.95),
-        },
-    )
-
-
-def search(model: str, options: str) -> Row:
-    """Nine settings on seed 3, then the best on seeds 0, 1, 2; the GPT with three times the steps, too."""
-    all_steps = (600, 1800) if model == "gpt" else (600,)
-    labels = [f"best, {steps} steps, seed {seed}" for steps in all_steps for seed in (0, 1, 2)]
-    return Row(
-        f"{model}_search",
-        f"recipes/belief_state/search.py model={model} {options} log_path={{folder}}/run",
-        BELIEF_STATE,
-        {
-            f"{model.upper()}: {label}": Result(label, f"run/{model}/results.json")
-            for label in (*SETTINGS[model], *labels)
-        },
-        seeds=(3,),
-    )
-
-
-def curriculum(name: str, label: str, options: str) -> Row:
-    """Arms of 3, 4 and 5 nodes, each from the weights of the one before."""
-    return Row(
-        name,
-        f"recipes/belief_state/curriculum.py run.seed={{seed}} {options} log_path={{folder}}/run",
-        BELIEF_STATE,
-        {f"{label}, l = {length}: first hop": Metric(FIRST_HOP, folder=f"run/l{length}") for length in (3, 4, 5)},
-    )
-
-
-def bstar(name: str, methods: Mapping[str, str], seeds: tuple[int, ...], more: Mapping[str, str]) -> Row:
-    """Each method's test accuracy after the last round, and what B-STaR has more at the same seed."""
-    others = {method: label for method, label in methods.items() if method != "bstar"}
-    return Row(
-        name,
-        f"recipes/bstar/train.py methods={','.join(methods)} seed={{seed}} log_path={{folder}}/run",
-        (*PREFERENCE, "envs", "rl/sample_metrics.py", "recipes/libraries", "recipes/results.py", "recipes/bstar"),
-        {
-            **{label: Result(key) for label, key in more.items()},
-            **{
-                f"{label}: {metric}": Result(f"{method}: {metric}")
-                for metric in ("pass@1", "greedy", "pass@16-8")
-                for method, label in {"warm start": "warm start", **methods}.items()
-            },
-            **{
-                f"B-STaR less {label}: {metric}": Result(f"bstar - {method}: {metric}")
-                for metric in ("pass@1", "greedy")
-                for method, label in others.items()
-            },
-        },
-        seeds=seeds,
-    )
-
-
-ROWS = [
+RECIPES = [
     Row(
         "demo",
         "recipes/demo.py seed={seed} log_path={folder}/run",
@@ -304,6 +195,12 @@ ROWS = [
                 ("without, before", "before"),
                 ("without, after", "after"),
             )
+        }
+        | {
+            f"forward KL to the prompted teacher, nats per token | step {20 * index}": Metric(
+                "test/teacher_kl", "first", "run/prompt_{seed}/distill", skip=index
+            )
+            for index in (0, 1, 2, 3, 5)
         },
     ),
     Row(
@@ -311,8 +208,10 @@ ROWS = [
         "recipes/distillation/self_distillation.py seed={seed} log_path={folder}/run",
         DISTILLATION,
         {
-            "before": Metric(CORRECT, "first", "run/self_{seed}/frozen"),
-            "after": Metric(CORRECT, "last", "run/self_{seed}/frozen"),
+            f"{ACCURACY} without the hint | step {25 * index}": Metric(
+                CORRECT, "first", "run/self_{seed}/frozen", skip=index
+            )
+            for index in range(0, 7, 2)
         },
     ),
     Row(
@@ -344,7 +243,8 @@ ROWS = [
     ),
     Row(
         "multiplayer",
-        "recipes/multiplayer/train.py seed={seed} log_path={folder}/run behavior_if_log_dir_exists=resume",
+        "recipes/multiplayer/train.py seed={seed} save_every=20 keep_checkpoints=None log_path={folder}/run "
+        "behavior_if_log_dir_exists=resume",
         (*RL, "recipes/multiplayer"),
         {
             "games lost against random play, after the warm start": Metric("test/env/all/loss", "first", "run"),
@@ -354,6 +254,20 @@ ROWS = [
             "illegal moves in training, first 5 steps": Metric("env/all/illegal", "first", "run", over=5),
             "illegal moves in training, last 5 steps": Metric("env/all/illegal", "last", "run", over=5),
         },
+    ),
+    Row(  # of the checkpoints that `multiplayer` has left at its seed
+        "multiplayer_elo",
+        "-m envs.elo models={folder}/../../multiplayer/{seed}/run_warm_start,"
+        "{folder}/../../multiplayer/{seed}/run/checkpoints/0* opponents.0=random opponents.1=minimax seed={seed} "
+        "env.board_only=true env.error_allowance=0 env.max_tokens=3 renderer_name=plain backend.engine=torch "
+        "log_path={folder}/run",
+        (*RL, "recipes/multiplayer"),
+        {
+            f"{label} | {column}": Listed(player, key)
+            for label, player in RATED.items()
+            for column, key in (("Elo", "elo"), ("illegal moves", "illegal"))
+        },
+        picture="run/elo.png recipes/multiplayer/elo.png",
     ),
     Row(
         "dpo",
@@ -396,6 +310,19 @@ ROWS = [
             "always the longer | accuracy": Result("scalar/always_longer"),
         },
         picture="run/reliability.png recipes/reward_model/reliability.png",
+    ),
+    Row(
+        "reward_model_gsm8k",
+        "recipes/reward_model/train.py comparisons=gsm8k_solutions comparisons.test_size=250 kinds=scalar num_epochs=1 "
+        "comparisons.path={data}/gsm8k/example_model_solutions.jsonl batch_size=16 eval_every=0 seed={seed} "
+        "log_path={folder}/run behavior_if_log_dir_exists=resume",
+        (*PREFERENCE, "recipes/reward_model"),
+        {
+            "scalar: accuracy": Result("scalar/accuracy"),
+            "always the longer or shorter, as on the training pairs": Result("scalar/always_longer"),
+            "expected calibration error": Result("scalar/ece"),
+            "held-out pairs": Result("scalar/comparisons"),
+        },
     ),
     Row(
         "rlhf",
@@ -447,57 +374,4 @@ ROWS = [
         },
         picture="run/prm.png recipes/prm/prm.png",
     ),
-    bstar(
-        "bstar",
-        BSTAR,
-        tuple(range(30, 40)),
-        {
-            "AUC of the step scores, valid derivations over others": "reward: AUC, valid derivations over others",
-            "the same, right answers over wrong ones": "reward: AUC, right answers over wrong ones",
-            "warm start: valid derivations": "warm start: valid derivations",
-            "B-STaR's temperature in round 1": "bstar: temperature, round 1",
-            "B-STaR's temperature in the last round": "bstar: temperature",
-            "right in B-STaR's last training set": "bstar: training set right",
-            "right in that of the paper's fixed settings": "online_rft: training set right",
-        },
-    ),
-    bstar("bstar_more", BSTAR_CONTROLS, (30, 31, 32), {}),
-    latro("latro", "experiment.py", ABLATIONS, (*LATRO, "maj@8"), also=["SFT on answers"]),
-    latro("latro_rare", "rare.py", RARE, (*LATRO, "sampled")),
-    latro("latro_rare_exact", "rare.py noise=0", RARE, (*LATRO, "sampled")),
-    Row(
-        "star_graph",
-        "recipes/star_graph/train.py seeds=[{seed}] processes=1 log_path={folder}/run",
-        (*BELIEF_STATE, "preference", "recipes/star_graph"),
-        {
-            **{
-                label: Metric(
-                    "test/env/all/first_hop" if name == "rl" else FIRST_HOP, folder=f"run/seed_{{seed}}/{name}"
-                )
-                for name, label in STAR_GRAPH.items()
-            },
-            "`gpt`: nats per token of held-out paths": Metric("test/nll", folder="run/seed_{seed}/gpt"),
-            **{
-                f"`{name}`: logprob of the right path, {when} 10 steps": Metric(
-                    "chosen_logprob", take, f"run/seed_{{seed}}/{name}", over=10
-                )
-                for name in ("dpo", "rpo")
-                for when, take in FIRST_AND_LAST
-            },
-            **{
-                f"`rl`: entropy, nats per token, {when} 10 steps": Metric(
-                    "optim/entropy", take, "run/seed_{seed}/rl", over=10
-                )
-                for when, take in FIRST_AND_LAST
-            },
-        },
-        picture="run/star_graph.png recipes/star_graph/star_graph.png",
-    ),
-    belief_state("belief_state", "BST, 0.74M weights", ""),
-    belief_state("belief_state_gpt", "GPT, 0.74M weights, loss on all tokens", "model=gpt num_layers=6 hidden=104"),
-    search("gpt", "data.loss_on=path"),
-    search("bst", "times=[1]"),
-    curriculum("star_graph_long_bst", "BST", ""),
-    curriculum("star_graph_long_gpt", "GPT", "run.model=gpt run.num_layers=6 run.hidden=104 data.loss_on=path"),
-    *TIMES,
 ]
