@@ -13,7 +13,7 @@ if not __package__:  # run as a file: put the project on the path
 import chz
 
 from envs.retrieval import RetrievalBuilder
-from posttrain.backend.ranges import COUNT
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.run_config import log_path_field
 from recipes.tool_calls import train
@@ -29,9 +29,13 @@ class Config(train.Config):
     """A search called by a small model, against the same model without it."""
 
     env: RetrievalBuilder = chz.field(default_factory=library, doc="the library, and what an episode may do")  # type: ignore[assignment]
-    warm_start_steps: int = chz.field(default=600, validator=COUNT, doc="supervised steps")
+    warm_start_nll: float = chz.field(
+        default=0.0, validator=NON_NEGATIVE, doc="nats per token of a batch at which imitation ends"
+    )
+    warm_start_steps: int = chz.field(default=600, validator=COUNT, doc="most supervised steps")
     demonstrations: int = chz.field(default=8, validator=COUNT, doc="demonstrations of a supervised step")
     num_steps: int = chz.field(default=20, validator=COUNT, doc="steps of RL")
+    learning_rate: float = chz.field(default=5e-5, validator=LEARNING_RATE, doc="of RL, at its first step")
     log_path: str = log_path_field("runs/retrieval", "folder of the four runs and the picture")
 
 

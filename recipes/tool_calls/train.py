@@ -21,7 +21,7 @@ import chz
 from envs.calculator import SumsBuilder, SumsExamplesBuilder
 from envs.retrieval import RetrievalBuilder, RetrievalExamplesBuilder
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SEED
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.figures import Panel, curves_by_label, draw_panels, save_figure
 from posttrain.tracking.metrics_log import read_metrics
@@ -45,10 +45,13 @@ class Config:
     )
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str | None = chz.field(default="chat_template", doc="a renderer that writes tools")
-    warm_start_steps: int = chz.field(default=240, validator=COUNT, doc="supervised steps")
+    warm_start_nll: float = chz.field(
+        default=0.03, validator=NON_NEGATIVE, doc="nats per token of a batch at which imitation ends"
+    )
+    warm_start_steps: int = chz.field(default=720, validator=COUNT, doc="most supervised steps")
     demonstrations: int = chz.field(default=16, validator=COUNT, doc="demonstrations of a supervised step")
-    num_steps: int = chz.field(default=30, validator=COUNT, doc="steps of RL")
-    learning_rate: float = chz.field(default=5e-5, validator=LEARNING_RATE, doc="of RL, at its first step")
+    num_steps: int = chz.field(default=60, validator=COUNT, doc="steps of RL")
+    learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at its first step")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the data and the sampling")
     log_path: str = log_path_field("runs/tool_calls", "folder of the four runs and the picture")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with existing run folders")
@@ -68,7 +71,8 @@ def stages_of(config: Config, label: str) -> list[Stage]:
     shared = {name: getattr(env, name) for name in chz.chz_fields(examples) if name in chz.chz_fields(env)}
     examples = examples(**shared | {"n_batches": config.warm_start_steps, "batch_size": config.demonstrations})
     folder = Path(config.log_path) / label
-    start = warm_start(config, examples, folder / "warm_start", f"{label}/warm_start", lr_schedule="linear")
+    ends = {"lr_schedule": "linear", "stop_at_nll": config.warm_start_nll}
+    start = warm_start(config, examples, folder / "warm_start", f"{label}/warm_start", **ends)
     run = train.Config(
         env=env,
         load_checkpoint_path=str(start.result),
