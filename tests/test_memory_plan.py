@@ -39,6 +39,9 @@ def test_the_parts_by_hand() -> None:
     # r (in + out) of q, k, v, o, gate, up and down
     sums = (896 + 896) + 2 * (896 + 128) + (896 + 896) + 3 * (896 + 4864)
     assert adapted.size.trainable == 24 * 8 * sums
+    shared = half_b(LoraConfig(rank=8), lora="shared").plan  # the sampler's weights are there while it opens
+    assert sum(adapted.plan.always.values()) - sum(shared.always.values()) == 4 * (adapted.size.parameters)
+    assert shared.sampling["sampler weights, fp32, as it opens"] == 4 * adapted.size.parameters
 
 
 def test_activations_are_those_of_a_real_pass() -> None:

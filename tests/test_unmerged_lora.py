@@ -1,5 +1,6 @@
 """backend.lora=unmerged: the sampler computes an adapter beside the base's weights, as the trainer
-does. All families are in test_vllm_architectures.py.
+does; backend.lora=shared: it also has these weights with the trainer. All families are in
+test_vllm_architectures.py.
 """
 
 import asyncio
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 import posttrain.backend.vllm_engine
+import posttrain.backend.vllm_weights
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.merged_lora import base_weights
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import LoraConfig, ModelInput, SamplingParams
 from posttrain.backend.vllm_engine import check_unmerged
 from tests.conftest import trainer_of
@@ -158,3 +162,84 @@ def test_what_is_not_sampled_unmerged_is_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"ranks up to 512 .* 513: backend\.lora=merged"):
         check_unmerged(chz.replace(UNMERGED, engine="vllm"), LoraConfig(rank=513))
     check_unmerged(UNMERGED, LoraConfig(rank=513))  # torch has room for it
+
+
+# --- backend.lora=shared --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps its matrices as they were loaded, as on a GPU."""
+    import vllm.model_executor.layers.utils as layers
+
+    def unpacked(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(layers, "dispatch_cpu_unquantized_gemm", unpacked)
+    monkeypatch.setattr(posttrain.backend.vllm_weights, "_is_on_cpu", lambda model: False)
+    monkeypatch.setattr(posttrain.backend.vllm_engine, "check_shared", lambda config: None)
+
+
+def weights_of(client: TrainingClient) -> dict[str, torch.Tensor]:
+    return base_weights(trainer_of(client).base)
+
+
+def check_samples_as_trained(client: TrainingClient, sampler: SamplingClient) -> None:
+    expected = trained(client, PROMPT).tolist()
+    assert scored(sampler) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("vllm", marks=pytest.mark.needs_vllm)])
+def test_passes_and_sampler_read_one_base(engine: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Two adapters train on it; what they learn, and what is sampled, is what it is without sharing."""
+    if engine == "vllm":
+        request.getfixturevalue("as_on_a_gpu")
+    logprobs: dict[str, list[np.ndarray]] = {}
+    for lora in ("unmerged", "shared"):
+        with opened(tmp_path, engine=engine, lora=lora) as service:
+            clients = [service.create_training_client("micro", LoraConfig(rank=rank)) for rank in (4, 8)]
+            before = {name: weight.detach().clone() for name, weight in weights_of(clients[0]).items()}
+            places = {name: weight.data_ptr() for name, weight in weights_of(clients[0]).items()}
+            samplers = [clients[0].save_weights_and_get_sampling_client()]
+            step(clients[0])
+            samplers.append(clients[0].save_weights_and_get_sampling_client())
+            check_samples_as_trained(clients[0], samplers[1])
+            samplers.append(clients[1].save_weights_and_get_sampling_client())
+            step(clients[1], 1)
+            check_samples_as_trained(clients[1], clients[1].save_weights_and_get_sampling_client())
+            check_samples_as_trained(clients[0], samplers[1])
+            for name, weight in weights_of(clients[1]).items():
+                assert (
+                    torch.equal(weight, before[name]) and weight.data_ptr() == weights_of(clients[0])[name].data_ptr()
+                )
+            moved = {name for name, weight in weights_of(clients[0]).items() if weight.data_ptr() != places[name]}
+            # the torch sampler reads the trainer's tensors, vLLM's are read by the trainer
+            assert moved == (set(places) if (engine, lora) == ("vllm", "shared") else set())
+            logprobs[lora] = [np.array(scored(sampler)) for sampler in samplers]
+            logprobs[lora] += [trained(client, PROMPT) for client in clients]
+            if (engine, lora) == ("torch", "shared"):
+                sampled = samplers[1]._engine._engine._model.named_parameters()  # type: ignore[union-attr]
+                assert {weight.data_ptr() for _, weight in sampled} == set(places.values())
+            for sampler in samplers:  # the engines end, and with them what the trainer reads is still there
+                sampler._engine.close()
+            logprobs[lora] += [trained(client, PROMPT) for client in clients]
+    for merged, shared in zip(logprobs["unmerged"], logprobs["shared"], strict=True):
+        assert shared == pytest.approx(merged, abs=1e-5)
+
+
+def test_what_cannot_share_its_weights_is_refused_by_name(tmp_path: Path) -> None:
+    def refused(says: str, **settings: Any) -> None:
+        with pytest.raises(ConfigError, match=says), opened(tmp_path, lora="shared", **settings) as service:
+            service.create_training_client("micro", LoraConfig(rank=4))
+
+    refused("leave backend.share_engines out, or take backend.lora=unmerged", share_engines=True)
+    refused("set backend.trainer_processes=1", trainer_processes=2)
+    refused("leave backend.param_dtype out", dtype="bfloat16", param_dtype="float32")
+
+
+@pytest.mark.needs_vllm
+@pytest.mark.cpu_only
+def test_vllm_on_a_cpu_does_not_share_its_weights(tmp_path: Path) -> None:
+    says = "Set backend.engine=torch, or take backend.lora=unmerged"
+    with opened(tmp_path, lora="shared", engine="vllm") as service, pytest.raises(ConfigError, match=says):
+        service.create_training_client("micro", LoraConfig(rank=4))

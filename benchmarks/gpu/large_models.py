@@ -1,5 +1,5 @@
 """Block `large_models`: tokens/s and peak memory of training 8B, 3B and 1.5B shapes: LoRA, alone and
-with vLLM beside it (merged, and unmerged), and all weights with and without fp32 copies. Random
+with vLLM beside it (merged, unmerged, and of one base), and all weights with and without fp32 copies. Random
 weights, made on the card.
 """
 
@@ -95,7 +95,7 @@ def trained_alone(
 
 
 def lora_beside_an_engine(
-    config: PretrainedConfig, rows: int, length: int, cuda: bool, lora: Literal["merged", "unmerged"]
+    config: PretrainedConfig, rows: int, length: int, cuda: bool, lora: Literal["merged", "unmerged", "shared"]
 ) -> dict[str, float]:
     """Eager, which starts sooner; a sync merges the adapter, or moves it alone."""
     backend = chz.replace(BESIDE, max_length=1024 if cuda else 256, sampler_memory_gb=16 if cuda else 0.25, lora=lora)
@@ -140,6 +140,8 @@ def main() -> None:
     for title, (name, backend, lora) in SMALLER.items():
         measured(title, name, backend, lora)
     attempt(record, "8B, LoRA unmerged, with vLLM beside it", partial(beside, "unmerged"))
+    if cuda:  # on a CPU vLLM shares no weights
+        attempt(record, "8B, LoRA, one base for passes and vLLM", partial(beside, "shared"))
     record.print()
 
 

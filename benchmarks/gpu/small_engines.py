@@ -137,9 +137,10 @@ def check_model(record: Record, service: ServiceClient, model: str) -> None:
 
 
 def check_unmerged(record: Record) -> None:
-    """The adapter beside the base's weights: a sync moves it alone."""
-    with ServiceClient(chz.replace(CONFIG, lora="unmerged")) as service:
-        check_training(record, "tiny unmerged lora", service.create_lora_training_client("tiny", rank=8))
+    """The adapter beside the base's weights: a sync moves it alone. On a GPU passes may read these, too."""
+    for lora in ("unmerged", "shared") if torch.cuda.is_available() else ("unmerged",):
+        with ServiceClient(chz.replace(CONFIG, lora=lora)) as service:
+            check_training(record, f"tiny {lora} lora", service.create_lora_training_client("tiny", rank=8))
 
 
 def main() -> None:

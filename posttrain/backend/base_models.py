@@ -7,6 +7,8 @@ Models trained in full share nothing.
 import copy
 import threading
 import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +45,37 @@ class SharedBase:
 
     model: PreTrainedModel
     turn: Turn = field(default_factory=Turn)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves its GPU for an engine that opens, and comes back unless the engine holds it then
+        (`move_into`)."""
+        parameters = list(self.model.parameters())
+        device = parameters[0].device
+        with self.turn:
+            try:
+                _move(parameters, torch.device("cpu"))
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                yield
+            finally:
+                _move(parameters, device)
+
+    def move_into(self, places: Mapping[str, torch.Tensor]) -> int:
+        """The parameters become these tensors, which have their values, where they are the same in
+        shape and dtype. Returns how many weights are held there."""
+        moved = 0
+        for name, parameter in self.model.named_parameters():
+            place = places.get(name)
+            if place is not None and (place.shape, place.dtype) == (parameter.shape, parameter.dtype):
+                parameter.data = place
+                moved += place.numel()
+        return moved
+
+
+def _move(parameters: Iterable[torch.nn.Parameter], device: torch.device) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device)
 
 
 class BaseModels:

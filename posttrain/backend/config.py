@@ -76,11 +76,11 @@ class BackendConfig:
         doc="one sampling engine for all weights of one model, which take turns in it: less memory, and slower where "
         "several are sampled from at once",
     )
-    lora: Literal["merged", "unmerged"] = chz.field(
+    lora: Literal["merged", "unmerged", "shared"] = chz.field(
         default="merged",
         doc="how LoRA adapters are computed, in sampler and passes: merged = added to the base's weights, and rounded "
         "with them to bfloat16; unmerged = beside the base, which stays as it is: a sync moves the adapter alone, and "
-        "vLLM samples slower",
+        "vLLM samples slower; shared = unmerged, and passes read the sampler's base: it is in memory once",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto",

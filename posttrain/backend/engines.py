@@ -145,7 +145,7 @@ class Engines:
         check_readable(folder)
         if not is_adapter(folder):
             return self._freeze(path, load_model(str(folder), seed, torch.device("cpu"), torch.float32))
-        apart = adapts_inner_layers(folder) if self.config.lora == "unmerged" else self.shares
+        apart = adapts_inner_layers(folder) if self.config.lora != "merged" else self.shares
         if apart and is_plain(folder):
             return self._freeze(path, *open_on_shared(folder, seed, self.bases))
         return self._freeze(path, open_merged(folder, seed))

@@ -131,7 +131,7 @@ class PlannedRun:
         device, size, compute = self.device.type, self.size, self.compute
         if not self.samples:
             return {}
-        parts = {f"sampler weights, {_name(compute)}": compute.itemsize * size.parameters}
+        parts = {} if self._borrows else {f"sampler weights, {_name(compute)}": compute.itemsize * size.parameters}
         if not samples_with_vllm(self.backend):
             return parts
         if self.lora and self.lora_room:
@@ -143,6 +143,11 @@ class PlannedRun:
             packed = PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head
             parts["vLLM's packed copies"] = int(compute.itemsize * packed)
         return parts | {"KV cache": kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)}
+
+    @property
+    def _borrows(self) -> bool:
+        """Whether passes and sampler read one copy of the weights."""
+        return self.lora is not None and self.backend.lora == "shared"
 
     @property
     def lora_room(self) -> int:
@@ -193,6 +198,10 @@ class PlannedRun:
         rows = self.backend.max_num_seqs
         parts = {f"logits of {rows} sequences": rows * self.size.vocabulary * SAMPLER_BYTES}
         if not samples_with_vllm(self.backend):
+            if self._borrows:
+                parts[f"sampler weights, {_name(self.compute)}, as it opens"] = (
+                    self.compute.itemsize * self.size.parameters
+                )
             parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, self.compute.itemsize)
         if self.lora_room and self.device.type == "cpu":
             tokens = tokens_of_a_step(self.max_length, self.backend)

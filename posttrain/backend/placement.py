@@ -44,9 +44,9 @@ def check_placement(config: BackendConfig) -> None:
         )
     if config.sampler_replicas and config.share_engines:
         raise ConfigError("backend.share_engines=true is for engines in this process: set backend.sampler_replicas=0")
-    if config.lora == "unmerged" and uses_cluster(config):
+    if config.lora != "merged" and uses_cluster(config):
         raise ConfigError(
-            "backend.lora=unmerged is for one process that trains and samples: set backend.trainer_processes=1 and "
+            f"backend.lora={config.lora} is for one process that trains and samples: set backend.trainer_processes=1 and "
             "backend.sampler_replicas=0, or take backend.lora=merged"
         )
     if config.trainer_processes > 1:

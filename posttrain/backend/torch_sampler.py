@@ -45,7 +45,8 @@ class TorchSampler:
             device,
         )
         self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
-        self._unmerged = config.lora == "unmerged"
+        self._unmerged, self._shares = config.lora != "merged", config.lora == "shared"
+        self._borrows = False  # the weights of passes
         self._adapters: list[RemovableHandle] = []
         self._waiting: list[SequenceRequest] = []
         self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}
@@ -77,10 +78,22 @@ class TorchSampler:
                 a_RI, b_OR = (t.to(self._device, self._dtype, copy=True) for t in (update.a_RI, update.b_OR))
                 hook = partial(_add_update, a_RI, b_OR, update.scaling)
                 self._adapters.append(self._model.get_submodule(name).register_forward_hook(hook))
-            weights = weights.base_weights()
-        live = self._model.state_dict()
+            self._read(weights.base_weights(), shares=self._shares)
+        else:
+            self._read(weights)
+
+    def _read(self, weights: Weights, shares: bool = False) -> None:
+        """Copies; or `shares` the tensors themselves, which nobody changes."""
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        if self._borrows and not shares:
+            for parameter in self._model.parameters():
+                parameter.data = torch.empty_like(parameter)
+        self._borrows, live = shares, self._model.state_dict()
         for name, tensor in weights:
-            live[name].copy_(tensor)
+            if shares and name in parameters:
+                parameters[name].data = tensor
+            else:
+                live[name].copy_(tensor)
 
     def sleep(self) -> None: ...
 

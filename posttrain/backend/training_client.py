@@ -5,12 +5,13 @@ meanwhile. Of the `_async` twins: awaiting the twin means queued, awaiting its r
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from posttrain.backend.base_models import SharedBase
 from posttrain.backend.engine import EngineThread
 from posttrain.backend.engines import Engines
 from posttrain.backend.errors import ConfigError, CookbookError, ModelError, PassCancelledError
@@ -32,7 +33,7 @@ from posttrain.backend.types import (
     OptimStepResponse,
     SaveWeightsResponse,
 )
-from posttrain.backend.weight_versions import WeightVersion
+from posttrain.backend.weight_versions import Policy, WeightVersion
 
 T = TypeVar("T")
 SAMPLER_FOLDER = Path("sampler_weights")
@@ -302,21 +303,15 @@ class TrainingClient(Ready):
 
     def _sync(self, follow: bool = False, keep: bool = True) -> SamplingClient:
         self._check_can_sample()
-        trainer, policy, source = self._trainer, self._policy, self._trainer.sampled
+        trainer, policy = self._trainer, self._policy
         if self._engine is None or (self._engines.shares and self._engine.has_stopped):
-            rank = trainer.lora.rank if trainer.lora else 0
-            self._engine = self._engines.open(trainer.hf_config, self._tokenizer, trainer.max_length, rank)
-            self._let_go = self._engine.hold(self)
-        if policy.newest is None or policy.newest.number != self._weights_version:
-            trainer.check_finite()
-            version = WeightVersion(self._weights_version, source.sampler_weights)
-            if self._engines.shares:
-                version.keep(source, self._engines.memory)  # other policies may take the engine at any time
-                policy.publish(version)
-            else:
-                self._engine.sync(policy, version)
+            with self._base_aside():
+                rank = trainer.lora.rank if trainer.lora else 0
+                self._engine = self._engines.open(trainer.hf_config, self._tokenizer, trainer.max_length, rank)
+                self._let_go = self._engine.hold(self)
+                self._publish(policy)
         else:
-            policy.newest.lives_in(source)
+            self._publish(policy)
         return SamplingClient(
             self._engine,
             policy,
@@ -327,6 +322,26 @@ class TrainingClient(Ready):
             trainer.model_name,
             keep,
         )
+
+    def _base_aside(self) -> AbstractContextManager[None]:
+        """With backend.lora=shared, while an engine opens that is to hold the base for both."""
+        base = self._trainer.sampled.owner if self._engines.config.lora == "shared" else None
+        return base.aside() if isinstance(base, SharedBase) else nullcontext()
+
+    def _publish(self, policy: Policy) -> None:
+        """The trainer's weights become the policy's newest version."""
+        trainer, source = self._trainer, self._trainer.sampled
+        assert self._engine
+        if policy.newest is None or policy.newest.number != self._weights_version:
+            trainer.check_finite()
+            version = WeightVersion(self._weights_version, source.sampler_weights)
+            if self._engines.shares:
+                version.keep(source, self._engines.memory)  # other policies may take the engine at any time
+                policy.publish(version)
+            else:
+                self._engine.sync(policy, version)
+        else:
+            policy.newest.lives_in(source)
 
     # --- the rest --------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 opens, checked with random weights, and copied at once from then on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ class Copy:
     target: torch.Tensor
 
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.contiguous().as_strided(self.size, self.stride, self.offset)
+        tensor = tensor.contiguous()
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
 
 def by_name(copies: list[Copy]) -> dict[str, list[Copy]]:
@@ -36,11 +37,29 @@ def by_name(copies: list[Copy]) -> dict[str, list[Copy]]:
     return of
 
 
+def _size(copy: Copy) -> int:
+    return copy.target.numel()
+
+
 class Copies:
     """Loads weights as the loaders it was recorded from."""
 
     def __init__(self, copies: list[Copy]):
         self._of = by_name(copies)
+
+    def places(self, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+        """The parts of the model's parameters that hold a checkpoint's tensors of these names and shapes,
+        in the same order of elements."""
+        found = {}
+        for name, shape in shapes.items():
+            copies = self._of.get(name, [])
+            storages = {copy.target.untyped_storage().data_ptr() for copy in copies}
+            starts = {copy.target.storage_offset() - copy.offset for copy in copies}
+            as_given = all(copy.target.stride() == copy.stride for copy in copies)
+            if as_given and len(storages) == len(starts) == 1 and sum(map(_size, copies)) == shape.numel():
+                stride = torch.empty(shape, device="meta").stride()
+                found[name] = copies[0].target.as_strided(shape, stride, starts.pop())
+        return found
 
     @torch.inference_mode()
     def __call__(self, weights: Weights) -> None:

@@ -26,7 +26,8 @@ from unittest.mock import patch
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from posttrain.backend.config import BackendConfig, compute_dtype, training_device
+from posttrain.backend.base_models import SharedBase
+from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.device_lock import alone, computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.errors import ConfigError, CookbookError, ModelError
@@ -36,13 +37,14 @@ from posttrain.backend.prompt_scores import score_prompt
 from posttrain.backend.random_state import OwnTorchGenerators, global_generators_kept
 from posttrain.backend.types import LoraConfig, SampledSequence
 from posttrain.backend.vllm_lora import lora_args, room_for, serve_adapter, tokens_of_a_step
-from posttrain.backend.vllm_refusals import MERGE, USE_TORCH, computed_otherwise, refusal
+from posttrain.backend.vllm_refusals import MERGE, UNMERGED, USE_TORCH, computed_otherwise, refusal
 from posttrain.backend.vllm_weights import (
     CheckpointForm,
     has_only_attention,
     has_output_layer,
     load_all,
     parameters_left_out,
+    places_of,
 )
 
 # vLLM keeps the current batch in a global variable: only one engine of the process may compute at a
@@ -80,17 +82,37 @@ def check_sleep(config: BackendConfig) -> None:
 def lora_room(config: BackendConfig, rank: int) -> int:
     """The rank that vLLM needs room for, to compute an adapter of `rank` beside the base's weights; 0 where it
     does not: merged ones, none (`rank` 0), another sampler. ConfigError if it has no such room."""
-    return room_for(rank) if rank and config.lora == "unmerged" and samples_with_vllm(config) else 0
+    return room_for(rank) if rank and config.lora != "merged" and samples_with_vllm(config) else 0
 
 
 def check_unmerged(config: BackendConfig, lora: LoraConfig) -> None:
-    """ConfigError for an adapter that backend.lora=unmerged, where it is set, does not sample, as far
-    as the settings tell."""
-    setting, device = "backend.lora=unmerged", training_device(config)
-    if config.lora == "unmerged" and lora.train_unembed:
+    """ConfigError for an adapter that backend.lora=unmerged or shared, where it is set, does not sample, as
+    far as the settings tell."""
+    setting, device = f"backend.lora={config.lora}", training_device(config)
+    if config.lora == "shared":
+        check_shared(config)
+    if config.lora != "merged" and lora.train_unembed:
         raise ConfigError(f"{setting} is not for train_unembed: leave one of the two out")
     if lora_room(config, lora.rank) and device.type == "cuda" and compute_dtype(device, config) == torch.float32:
         raise ConfigError(f"{setting} on a GPU needs backend.dtype=bfloat16: vLLM has no kernels for float32. {MERGE}")
+
+
+def check_shared(config: BackendConfig) -> None:
+    """ConfigError where passes cannot read the sampler's weights."""
+    setting, device = "backend.lora=shared", training_device(config)
+    if samples_with_vllm(config) and device.type != "cuda":
+        raise ConfigError(
+            f"{setting}: on a CPU vLLM keeps its weights in another form than passes read. Set backend.engine=torch, or "
+            "take backend.lora=unmerged"
+        )
+    if config.share_engines or config.sleep_while_training:
+        other = "share_engines" if config.share_engines else "sleep_while_training"
+        raise ConfigError(
+            f"{setting} needs an engine whose weights stay where they are: leave backend.{other} out, or take "
+            "backend.lora=unmerged"
+        )
+    if param_dtype(device, config) != compute_dtype(device, config):
+        raise ConfigError(f"{setting} needs weights of one dtype: leave backend.param_dtype out")
 
 
 def engine_args(
@@ -155,8 +177,9 @@ class VllmEngine:
         self._device, self._dtype = device, compute_dtype(device, config)
         self._vocabulary = hf_config.get_text_config().vocab_size
         self._checkpoint_form = CheckpointForm(hf_config)
-        self._asleep, self._serves_adapters = False, lora_room > 0
+        self._asleep, self._serves_adapters, self._lends = False, lora_room > 0, config.lora == "shared"
         self._base: weakref.ref[Any] | None = None  # whose weights the engine has, under adapters
+        self._borrower: weakref.ref[SharedBase] | None = None  # reads this engine's weights in its passes
         self._adapter: Any = None  # vLLM's LoRARequest, while there is one
         self._unfinished: dict[str, SequenceRequest] = {}
         self._next_id = 0
@@ -277,6 +300,8 @@ class VllmEngine:
     def load_weights(self, weights: Weights) -> None:
         """With tensor parallelism FileWeights, which each process reads."""
         self._wake()
+        if self._borrower and (base := self._borrower()) and getattr(weights, "base", None) is not base:
+            raise RuntimeError("the engine was to replace weights that passes read")
         with _computing, computing(), global_generators_kept(), _in_stream_order(self._device):
             if self._serves_adapters and isinstance(weights, AdaptedWeights):
                 self._load_adapted(weights)
@@ -291,8 +316,18 @@ class VllmEngine:
         if self._base is None or self._base() is not weights.base:
             self._base = None
             self._in_processes(load_all, self._checkpoint_form, weights.base_weights())
+            if self._lends and isinstance(weights.base, SharedBase):
+                self._lend(weights.base)
             self._base = weakref.ref(weights.base)
         self._adapter = serve_adapter(self._engine, weights.updates, self._dtype)
+
+    def _lend(self, base: SharedBase) -> None:
+        """The base's own tensors end, and this engine's take their place."""
+        shapes = {name: parameter.shape for name, parameter in base.model.named_parameters()}
+        (places,) = self._in_processes(places_of, shapes)
+        if not base.move_into(places):
+            raise ModelError(f"vLLM holds no weight of this model as passes read it: {UNMERGED}")
+        self._borrower = weakref.ref(base)
 
     def _in_processes(self, function: Any, *arguments: Any) -> list[Any]:
         """Results of `function(worker, *arguments)` in each process of tensor parallelism, or in this one."""

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from posttrain.backend.errors import CookbookError, EngineError, ModelError
 
 USE_TORCH = "backend.engine=torch samples with torch instead"
+UNMERGED = "backend.lora=unmerged keeps a copy for each of the two instead"
 MERGE = "backend.lora=merged adds adapters to the weights instead"
 
 

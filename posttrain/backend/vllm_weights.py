@@ -3,7 +3,7 @@ reads checkpoints; transformers may hold another form (a layer's experts in one 
 loaders skip unknown names silently, and parameters without weights keep dummy values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ def load_all(worker: Any, form: CheckpointForm, weights: Weights) -> None:
             worker.recorded_copies(form(weights))
         else:
             vllm_model.load_weights(iter(form(weights)))
+
+
+def places_of(worker: Any, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Where a GPU's engine holds a checkpoint's tensors as they are; {} where its loaders do more than copy."""
+    return worker.recorded_copies.places(shapes) if worker.recorded_copies else {}
 
 
 @torch.no_grad()
