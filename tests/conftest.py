@@ -180,3 +180,18 @@ def gradients(trainer) -> dict[str, torch.Tensor]:  # noqa: ANN001
 def training_data(groups_P: Sequence[TrajectoryGroup], advantages_P_G: Sequence[np.ndarray]) -> list[Datum]:
     """All rows of the groups as Datums, with their members' advantages and nothing else."""
     return [row.datum() for row in with_advantages(rows_of(groups_P), advantages_P_G)]
+
+
+@pytest.fixture
+def packing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps its matrices as they were loaded, as on a GPU."""
+    import vllm.model_executor.layers.utils as layers
+
+    from posttrain.backend import vllm_engine, vllm_weights
+
+    def unpacked(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(layers, "dispatch_cpu_unquantized_gemm", unpacked)
+    monkeypatch.setattr(vllm_weights, "_is_on_cpu", lambda model: False)
+    monkeypatch.setattr(vllm_engine, "check_shared", lambda config: None)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import posttrain.backend.vllm_engine
-import posttrain.backend.vllm_weights
+from posttrain.backend.base_models import BaseModels
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.merged_lora import base_weights
@@ -167,19 +167,6 @@ def test_what_is_not_sampled_unmerged_is_refused_by_name(tmp_path: Path) -> None
 # --- backend.lora=shared --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM keeps its matrices as they were loaded, as on a GPU."""
-    import vllm.model_executor.layers.utils as layers
-
-    def unpacked(layer: Any, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
-
-    monkeypatch.setattr(layers, "dispatch_cpu_unquantized_gemm", unpacked)
-    monkeypatch.setattr(posttrain.backend.vllm_weights, "_is_on_cpu", lambda model: False)
-    monkeypatch.setattr(posttrain.backend.vllm_engine, "check_shared", lambda config: None)
-
-
 def weights_of(client: TrainingClient) -> dict[str, torch.Tensor]:
     return base_weights(trainer_of(client).base)
 
@@ -193,7 +180,7 @@ def check_samples_as_trained(client: TrainingClient, sampler: SamplingClient) ->
 def test_passes_and_sampler_read_one_base(engine: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Two adapters train on it; what they learn, and what is sampled, is what it is without sharing."""
     if engine == "vllm":
-        request.getfixturevalue("as_on_a_gpu")
+        request.getfixturevalue("packing_off")
     logprobs: dict[str, list[np.ndarray]] = {}
     for lora in ("unmerged", "shared"):
         with opened(tmp_path, engine=engine, lora=lora) as service:
@@ -243,3 +230,17 @@ def test_vllm_on_a_cpu_does_not_share_its_weights(tmp_path: Path) -> None:
     says = "Set backend.engine=torch, or take backend.lora=unmerged"
     with opened(tmp_path, lora="shared", engine="vllm") as service, pytest.raises(ConfigError, match=says):
         service.create_training_client("micro", LoraConfig(rank=4))
+
+
+def test_a_place_with_other_values_is_not_taken() -> None:
+    """As where vLLM's checkpoints have a weight permuted."""
+    base = BaseModels().view("micro", 0, torch.device("cpu"), torch.float32)[1]
+    parameters = dict(base.model.named_parameters())
+    places = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    (first, second, third), others = list(places)[:3], list(places)[3:]
+    places[first] = places[first].flip(0)
+    places[second] = places[second].double()
+    del places[third]
+    assert base.move_into(places) == sum(parameters[name].numel() for name in others)
+    moved = {name for name, place in places.items() if parameters[name].data_ptr() == place.data_ptr()}
+    assert moved == set(others)

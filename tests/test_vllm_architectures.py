@@ -14,13 +14,16 @@ from pathlib import Path
 import chz
 import numpy as np
 import pytest
+import torch
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ModelError
+from posttrain.backend.merged_lora import base_weights
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.architectures import FAMILIES, NOT_UNMERGED, NOT_WITH_VLLM, save_random_model
+from tests.conftest import trainer_of
 from tests.test_sampling import prompt_of, trainer_logprobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]
@@ -100,6 +103,26 @@ def test_unmerged_adapters_are_sampled_as_trained(sharing: ServiceClient, family
     assert max(abs(a - b) for a, b in zip(*logprobs, strict=True) if a is not None and b is not None) > 0.05
     for client in clients:
         client.close()
+
+
+# Trap: a weight that passes read in another place than it is, or with another layout.
+@pytest.mark.parametrize("family", [family for family in SERVED if family not in NOT_UNMERGED])
+def test_passes_read_the_weights_that_vllm_has(
+    service: ServiceClient, packing_off: None, family: str, tmp_path: Path
+) -> None:
+    """All of them, as on a GPU; but for one that has another name in vLLM's checkpoints."""
+    folder = str(save_random_model(family, tmp_path / "model"))
+    with ServiceClient(chz.replace(service.config, lora="shared"), tmp_path) as sharing:
+        client = sharing.create_training_client(folder, LoraConfig(rank=4))
+        before = {name: weight.clone() for name, weight in base_weights(trainer_of(client).base).items()}
+        own = {weight.untyped_storage().data_ptr() for weight in base_weights(trainer_of(client).base).values()}
+        for _ in range(2):
+            assert largest_gap(client) < ROUNDING
+            move_every_weight(client)
+        for name, weight in base_weights(trainer_of(client).base).items():
+            assert torch.equal(weight, before[name]), name
+            stays = weight.untyped_storage().data_ptr() in own
+            assert stays == ((family, name) == ("Pythia", "lm_head.weight")), name
 
 
 @pytest.mark.parametrize("family", NOT_UNMERGED)
