@@ -37,7 +37,7 @@ SECONDS = {
     "train_step": 240,
     "half_b_engine": 180,
     "sampling": 310,
-    "large_models": 240,
+    "large_models": 360,
     "learning": 330,
     "belief_state": 60,
     "sleep": 120,

@@ -1,6 +1,6 @@
 """Block `large_models`: tokens/s and peak memory of training 8B, 3B and 1.5B shapes: LoRA, alone and
-with vLLM beside it (merged, unmerged, and of one base), and all weights with and without fp32 copies. Random
-weights, made on the card.
+with vLLM beside it (merged, unmerged, and of one base, this of 32B, too), and all weights with and without
+fp32 copies. Random weights, made on the card.
 """
 
 import copy
@@ -30,12 +30,15 @@ from posttrain.backend.types import AdamParams, LoraConfig
 def shapes(cuda: bool) -> dict[str, PretrainedConfig]:
     if not cuda:
         small: dict[str, Any] = {"vocab_size": 260, "eos_token_id": 1}
-        return {name: LlamaConfig(**_shape(2, 128, 256, 4, 2, 256), **small) for name in ("8b", "1.5b", "3b")}
+        return {name: LlamaConfig(**_shape(2, 128, 256, 4, 2, 256), **small) for name in ("8b", "1.5b", "3b", "32b")}
     llama: dict[str, Any] = {**_shape(32, 4096, 14336, 32, 8, 8192), "tie_word_embeddings": False, "vocab_size": 128256}
     return {
         "8b": LlamaConfig(**llama),
         "1.5b": Qwen2Config(**_shape(28, 1536, 8960, 12, 2, 32768), vocab_size=151936),
         "3b": Qwen2Config(**_shape(36, 2048, 11008, 16, 2, 32768), vocab_size=151936),
+        "32b": Qwen2Config(
+            **{**_shape(64, 5120, 27648, 40, 8, 32768), "tie_word_embeddings": False}, vocab_size=152064
+        ),
     }
 
 
@@ -95,12 +98,17 @@ def trained_alone(
 
 
 def lora_beside_an_engine(
-    config: PretrainedConfig, rows: int, length: int, cuda: bool, lora: Literal["merged", "unmerged", "shared"]
+    name: str,
+    config: PretrainedConfig,
+    rows: int,
+    length: int,
+    cuda: bool,
+    lora: Literal["merged", "unmerged", "shared"],
 ) -> dict[str, float]:
     """Eager, which starts sooner; a sync merges the adapter, or moves it alone."""
     backend = chz.replace(BESIDE, max_length=1024 if cuda else 256, sampler_memory_gb=16 if cuda else 0.25, lora=lora)
-    with preset("8b", config), ServiceClient(backend) as service:
-        client = service.create_training_client("8b", LoraConfig(rank=32))
+    with preset(name, config), ServiceClient(backend) as service:
+        client = service.create_training_client(name, LoraConfig(rank=32))
         start = time.perf_counter()
         sampler = client.save_weights_and_get_sampling_client()
         started = time.perf_counter() - start
@@ -135,13 +143,17 @@ def main() -> None:
             fit = [case for title, case in found.items() if title.startswith(aim) and isinstance(case, dict)]
             for key in ("tokens/s", "GiB of the card"):
                 record.figure(f"{aim}: {key}", max(fit, key=lambda case: case["tokens/s"])[key] if fit else None)
-    beside = partial(lora_beside_an_engine, configs["8b"], rows, length, cuda)
-    attempt(record, "8B, LoRA, with vLLM beside it", partial(beside, "merged"))
+
+    def beside(title: str, name: str, lora: Literal["merged", "unmerged", "shared"]) -> None:
+        attempt(record, title, partial(lora_beside_an_engine, name, configs[name], rows, length, cuda, lora))
+
+    beside("8B, LoRA, with vLLM beside it", "8b", "merged")
     for title, (name, backend, lora) in SMALLER.items():
         measured(title, name, backend, lora)
-    attempt(record, "8B, LoRA unmerged, with vLLM beside it", partial(beside, "unmerged"))
+    beside("8B, LoRA unmerged, with vLLM beside it", "8b", "unmerged")
     if cuda:  # on a CPU vLLM shares no weights
-        attempt(record, "8B, LoRA, one base for passes and vLLM", partial(beside, "shared"))
+        beside("8B, LoRA, one base for passes and vLLM", "8b", "shared")
+        beside("32B, LoRA, one base for passes and vLLM", "32b", "shared")  # two copies are 122 GiB
     record.print()
 
 
