@@ -224,6 +224,22 @@ def test_what_cannot_share_its_weights_is_refused_by_name(tmp_path: Path) -> Non
     refused("leave backend.param_dtype out", dtype="bfloat16", param_dtype="float32")
 
 
+@TORCH_AND_SLOW_VLLM
+def test_a_saved_adapter_has_weights_of_its_own(engine: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if engine == "vllm":
+        request.getfixturevalue("packing_off")
+    with opened(tmp_path, engine=engine, lora="shared") as service:
+        client = service.create_training_client("micro", LoraConfig(rank=4))
+        step(client)
+        path, expected = client.save_weights_for_sampler("adapter").result().path, trained(client, PROMPT)
+        saved = service.create_sampling_client(model_path=path)
+        live = client.save_weights_and_get_sampling_client()
+        step(client, 1)
+        check_samples_as_trained(client, client.save_weights_and_get_sampling_client())
+        for sampler in (saved, live):
+            assert scored(sampler) == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 @pytest.mark.needs_vllm
 @pytest.mark.cpu_only
 def test_vllm_on_a_cpu_does_not_share_its_weights(tmp_path: Path) -> None:

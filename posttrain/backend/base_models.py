@@ -46,20 +46,22 @@ class SharedBase:
 
     model: PreTrainedModel
     turn: Turn = field(default_factory=Turn)
+    is_aside: bool = False  # an engine opens that is to hold the tensors
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Leaves its GPU for an engine that opens, and comes back unless the engine holds it then
-        (`move_into`)."""
+        """Leaves its GPU, and comes back unless the engine holds it then (`move_into`)."""
         parameters = list(self.model.parameters())
         device = parameters[0].device
         with self.turn:
             try:
+                self.is_aside = True
                 _move(parameters, torch.device("cpu"))
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                 yield
             finally:
+                self.is_aside = False
                 _move(parameters, device)
 
     def move_into(self, places: Mapping[str, torch.Tensor]) -> int:

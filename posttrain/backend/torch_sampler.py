@@ -90,7 +90,7 @@ class TorchSampler:
                 parameter.data = torch.empty_like(parameter)
         self._borrows, live = shares, self._model.state_dict()
         for name, tensor in weights:
-            if shares and name in parameters:
+            if shares and name in parameters and tensor.device == parameters[name].device:
                 parameters[name].data = tensor
             else:
                 live[name].copy_(tensor)

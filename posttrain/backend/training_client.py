@@ -33,6 +33,7 @@ from posttrain.backend.types import (
     OptimStepResponse,
     SaveWeightsResponse,
 )
+from posttrain.backend.vllm_engine import samples_with_vllm
 from posttrain.backend.weight_versions import Policy, WeightVersion
 
 T = TypeVar("T")
@@ -324,8 +325,9 @@ class TrainingClient(Ready):
         )
 
     def _base_aside(self) -> AbstractContextManager[None]:
-        """With backend.lora=shared, while an engine opens that is to hold the base for both."""
-        base = self._trainer.sampled.owner if self._engines.config.lora == "shared" else None
+        """With backend.lora=shared, while vLLM opens, which is to hold the base for both."""
+        config = self._engines.config
+        base = self._trainer.sampled.owner if config.lora == "shared" and samples_with_vllm(config) else None
         return base.aside() if isinstance(base, SharedBase) else nullcontext()
 
     def _publish(self, policy: Policy) -> None:

@@ -177,7 +177,7 @@ class VllmEngine:
         self._device, self._dtype = device, compute_dtype(device, config)
         self._vocabulary = hf_config.get_text_config().vocab_size
         self._checkpoint_form = CheckpointForm(hf_config)
-        self._asleep, self._serves_adapters, self._lends = False, lora_room > 0, config.lora == "shared"
+        self._asleep, self._serves_adapters = False, lora_room > 0
         self._base: weakref.ref[Any] | None = None  # whose weights the engine has, under adapters
         self._borrower: weakref.ref[SharedBase] | None = None  # reads this engine's weights in its passes
         self._adapter: Any = None  # vLLM's LoRARequest, while there is one
@@ -316,7 +316,7 @@ class VllmEngine:
         if self._base is None or self._base() is not weights.base:
             self._base = None
             self._in_processes(load_all, self._checkpoint_form, weights.base_weights())
-            if self._lends and isinstance(weights.base, SharedBase):
+            if isinstance(weights.base, SharedBase) and weights.base.is_aside:
                 self._lend(weights.base)
             self._base = weakref.ref(weights.base)
         self._adapter = serve_adapter(self._engine, weights.updates, self._dtype)
