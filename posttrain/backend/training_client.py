@@ -34,6 +34,7 @@ from posttrain.backend.types import (
     SaveWeightsResponse,
 )
 from posttrain.backend.vllm_engine import samples_with_vllm
+from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Policy, WeightVersion
 
 T = TypeVar("T")
@@ -326,9 +327,9 @@ class TrainingClient(Ready):
 
     def _base_aside(self) -> AbstractContextManager[None]:
         """With backend.lora=shared, while vLLM opens, which is to hold the base for both."""
-        config = self._engines.config
-        base = self._trainer.sampled.owner if config.lora == "shared" and samples_with_vllm(config) else None
-        return base.aside() if isinstance(base, SharedBase) else nullcontext()
+        config, source = self._engines.config, self._trainer.sampled
+        waits = config.lora == "shared" and samples_with_vllm(config) and isinstance(source, SampledModel)
+        return source.owner.aside() if waits and isinstance(source.owner, SharedBase) else nullcontext()
 
     def _publish(self, policy: Policy) -> None:
         """The trainer's weights become the policy's newest version."""
