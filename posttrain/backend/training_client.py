@@ -328,8 +328,9 @@ class TrainingClient(Ready):
     def _base_aside(self) -> AbstractContextManager[None]:
         """With backend.lora=shared, while vLLM opens, which is to hold the base for both."""
         config, source = self._engines.config, self._trainer.sampled
-        waits = config.lora == "shared" and samples_with_vllm(config) and isinstance(source, SampledModel)
-        return source.owner.aside() if waits and isinstance(source.owner, SharedBase) else nullcontext()
+        base = source.owner if isinstance(source, SampledModel) else None
+        waits = config.lora == "shared" and samples_with_vllm(config)
+        return base.aside() if waits and isinstance(base, SharedBase) else nullcontext()
 
     def _publish(self, policy: Policy) -> None:
         """The trainer's weights become the policy's newest version."""
