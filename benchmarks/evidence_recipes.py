@@ -72,6 +72,13 @@ def tool_calls(name: str, script: str, tool: str) -> Row:
             for what, key in (("right", "correct"), ("calls", "calls"))
             for when, take in BEFORE_AND_AFTER
             if label == tool or key == "correct"
+        }
+        | {
+            f"{label.replace('_', ' ')}, after {when} | sampled: right, 10 steps": Metric(
+                "env/all/correct", take, f"run/{label}/rl", over=10
+            )
+            for label in (tool, "from_memory")
+            for when, take in BEFORE_AND_AFTER
         },
         picture=f"run/tool_calls.png recipes/tool_calls/{name}.png",
     )
