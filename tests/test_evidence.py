@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evidence import ROWS, Evidence
-from benchmarks.evidence_row import Metric, Printed, Reached, Result, Row
+from benchmarks.evidence_row import Listed, Metric, Printed, Reached, Result, Row
 from benchmarks.report import over, write_report
 from posttrain.backend.errors import ConfigError
 
@@ -177,3 +177,12 @@ def test_rows_name_code_and_pictures_of_the_repository() -> None:
         assert row.command.format(seed=0, folder="f") != "" and bool(row.metrics) != bool(row.results)
         for path in (*row.code, row.command.split()[0], *row.picture.split()[1:]):
             assert (root / path.removeprefix(":(exclude)")).exists(), f"{row.name}: {path}"
+
+
+def test_a_players_number_is_read_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    players = [{"name": "random", "elo": 0.0}, {"name": "run_000100", "elo": 260.0}]
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"players": players}))
+    assert Listed("run_000100", "elo").read(tmp_path, 0) == 260
+    with pytest.raises(ConfigError, match="no player step 100: random, run_000100"):
+        Listed("step 100", "elo").read(tmp_path, 0)
