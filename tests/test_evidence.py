@@ -174,8 +174,10 @@ def test_rows_name_code_and_pictures_of_the_repository() -> None:
     root = Path(__file__).parent.parent
     assert len({row.name for row in ROWS}) == len(ROWS)
     for row in ROWS:
-        assert row.command.format(seed=0, folder="f") != "" and bool(row.metrics) != bool(row.results)
-        for path in (*row.code, row.command.split()[0], *row.picture.split()[1:]):
+        assert row.command.format(seed=0, folder="f", data="d") and bool(row.metrics) != bool(row.results)
+        words = row.command.split()
+        script = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+        for path in (*row.code, script, *row.picture.split()[1:]):
             assert (root / path.removeprefix(":(exclude)")).exists(), f"{row.name}: {path}"
 
 
