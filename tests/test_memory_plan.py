@@ -12,7 +12,7 @@ import posttrain.preflight
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CookbookError, ModelError
 from posttrain.backend.memory import GIB
-from posttrain.backend.memory_plan import PlannedRun, _saved_bytes, check_fits, free_bytes, planned
+from posttrain.backend.memory_plan import PROCESS_BYTES, PlannedRun, _saved_bytes, check_fits, free_bytes, planned
 from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE
 from posttrain.backend.types import LoraConfig
 from posttrain.tracking.command_line import parse
@@ -39,9 +39,20 @@ def test_the_parts_by_hand() -> None:
     # r (in + out) of q, k, v, o, gate, up and down
     sums = (896 + 896) + 2 * (896 + 128) + (896 + 896) + 3 * (896 + 4864)
     assert adapted.size.trainable == 24 * 8 * sums
-    shared = half_b(LoraConfig(rank=8), lora="shared").plan  # the sampler's weights are there while it opens
+    shared = adapted.changed(lora="shared").plan  # the sampler's weights are there while it opens
     assert sum(adapted.plan.always.values()) - sum(shared.always.values()) == 4 * (adapted.size.parameters)
     assert shared.sampling["sampler weights, fp32, as it opens"] == 4 * adapted.size.parameters
+
+
+def test_a_sampler_counts_where_it_is() -> None:
+    def on_a_gpu(**settings: Any) -> int:
+        config = BackendConfig(engine="torch", max_length=512, dtype="bfloat16", **settings)
+        return PlannedRun(PRESETS[HALF_B], config, None, torch.device("cuda"), 512, samples=True).plan.peak
+
+    apart, weights = on_a_gpu(sampler_replicas=2), 2 * 494_032_768
+    one, two = (on_a_gpu(sampler_replicas=n, replicas_share_gpu=True) for n in (1, 2))
+    assert on_a_gpu() == apart + weights
+    assert two - one == one - apart == weights + PROCESS_BYTES["cuda"]
 
 
 def test_activations_are_those_of_a_real_pass() -> None:

@@ -1,15 +1,19 @@
 """Layouts that cannot work are refused before a process starts, with the arithmetic."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from posttrain.backend import placement
+from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.models import PRESETS
 from posttrain.backend.placement import check_gpus, check_heads, check_placement, uses_cluster
+from posttrain.backend.ray_process import gpus_left_to_ray
 
 
 def refused(check, *arguments) -> str:  # noqa: ANN001
@@ -35,7 +39,12 @@ def test_one_process_needs_no_cluster() -> None:
             [8],
             "4 trainer processes and 2 replicas of 4 GPUs need 12 GPUs; this cluster has 8",
         ),
-        (BackendConfig(sampler_replicas=1), [1], "1 trainer process and 1 replica need 2 GPUs; this cluster has 1"),
+        (
+            BackendConfig(sampler_replicas=1),
+            [1],
+            "1 trainer process and 1 replica need 2 GPUs; this cluster has 1. backend.replicas_share_gpu=true puts the "
+            "replicas beside the trainer",
+        ),
         (BackendConfig(trainer_processes=8), [4, 2], "8 trainer processes need 8 GPUs; this cluster has 6"),
         (
             BackendConfig(trainer_processes=2, sampler_replicas=1, tensor_parallel=8),
@@ -48,8 +57,24 @@ def test_too_few_gpus(config: BackendConfig, gpus_of_nodes: list[int], text: str
     assert refused(check_gpus, config, gpus_of_nodes) == text
 
 
+def test_replicas_beside_the_trainer_see_its_gpu_and_ray_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cluster = object.__new__(Cluster)
+    cluster.config = BackendConfig(sampler_replicas=2, replicas_share_gpu=True)
+    for visible, own, trainers in (("", "1", "0"), ("3,1", "1", "3")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with gpus_left_to_ray(BackendConfig(sampler_replicas=1)):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+        with gpus_left_to_ray(cluster.config):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+        assert cluster._environment()["CUDA_VISIBLE_DEVICES"] == trainers
+
+
 def test_layouts_that_fit() -> None:
     check_gpus(BackendConfig(trainer_processes=4, sampler_replicas=4), [8])
+    check_gpus(BackendConfig(sampler_replicas=4, replicas_share_gpu=True), [1])
     check_gpus(BackendConfig(trainer_processes=4, sampler_replicas=4), [0])  # on CPUs processes share the cores
 
 
@@ -61,6 +86,11 @@ def test_layouts_that_fit() -> None:
         ({"tensor_parallel": 2}, "set backend.sampler_replicas"),
         ({"tensor_parallel": 2, "sampler_replicas": 1, "engine": "torch"}, "leave backend.engine=torch out"),
         ({"sampler_replicas": 1, "share_engines": True}, "backend.share_engines=true is for engines in this process"),
+        ({"replicas_share_gpu": True}, "set backend.sampler_replicas, and leave"),
+        (
+            {"replicas_share_gpu": True, "sampler_replicas": 2, "trainer_processes": 2},
+            "beside a trainer in this process",
+        ),
         ({"sampler_replicas": 1, "weight_sync": "nccl"}, "nobody has verified it"),
         ({"trainer_processes": 2, "moments": "8bit"}, "set backend.trainer_sharding=replicate"),
     ],

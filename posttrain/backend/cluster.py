@@ -117,6 +117,8 @@ class Cluster:
         threads = max(1, (os.cpu_count() or 1) // processes)
         env = {name: value for name, value in os.environ.items() if name.startswith(INHERITED)}
         env["OMP_NUM_THREADS"] = str(min(threads, int(os.environ.get("OMP_NUM_THREADS") or threads)))
+        if self.config.replicas_share_gpu and torch.cuda.is_available():
+            env["CUDA_VISIBLE_DEVICES"] = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
         paths = [str(PACKAGE.parent), *filter(None, sys.path)]
         return env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 

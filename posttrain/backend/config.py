@@ -126,6 +126,11 @@ class BackendConfig:
     sampler_replicas: int = chz.field(
         default=0, validator=WHOLE, doc="sampling engines in processes and on GPUs of their own; 0 = in this process"
     )
+    replicas_share_gpu: bool = chz.field(
+        default=False,
+        doc="the replicas are on the trainer's GPU: where Python bounds the decoding of one engine, several beside each "
+        "other decode more; each has weights and a KV cache of its own",
+    )
     tensor_parallel: int = chz.field(
         default=1, validator=COUNT, doc="GPUs of each replica; must divide the attention heads and fit a node"
     )

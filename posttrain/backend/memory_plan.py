@@ -108,8 +108,7 @@ class PlannedRun:
 
     def _always(self) -> dict[str, int]:
         device, size, weights = self.device.type, self.size, self.weights
-        vllm = self.samples and samples_with_vllm(self.backend)
-        parts = {"process": PROCESS_BYTES[device] + (VLLM_BYTES[device] if vllm else 0)}
+        parts = {"process": PROCESS_BYTES[device] + self._engine_processes()}
         lean = self.backend.moments == "8bit"
         frozen = size.parameters - size.trainable if self.lora else 0
         trained, copied = (weights, self.masters) if not self.lora else (torch.float32, False)
@@ -126,11 +125,23 @@ class PlannedRun:
         parts = {name: count if name == "process" else count // self.shards for name, count in parts.items() if count}
         return parts | ({} if self.backend.sleep_while_training else self._engine())
 
+    @property
+    def engines(self) -> int:
+        """Samplers on this device: one, the replicas, or none where these have GPUs of their own."""
+        replicas = self.backend.sampler_replicas
+        elsewhere = replicas and self.device.type == "cuda" and not self.backend.replicas_share_gpu
+        return max(replicas, 1) if self.samples and not elsewhere else 0
+
+    def _engine_processes(self) -> int:
+        vllm = VLLM_BYTES[self.device.type] if samples_with_vllm(self.backend) else 0
+        return self.engines * (vllm + (PROCESS_BYTES[self.device.type] if self.backend.sampler_replicas else 0))
+
     def _engine(self) -> dict[str, int]:
-        """What a sampler holds while it is awake."""
+        """What the samplers hold while they are awake."""
+        return {name: self.engines * size for name, size in self._one_engine().items()} if self.engines else {}
+
+    def _one_engine(self) -> dict[str, int]:
         device, size, compute = self.device.type, self.size, self.compute
-        if not self.samples:
-            return {}
         parts = {} if self._borrows else {f"sampler weights, {_name(compute)}": compute.itemsize * size.parameters}
         if not samples_with_vllm(self.backend):
             return parts
@@ -142,7 +153,8 @@ class PlannedRun:
             head = size.vocabulary * size.hidden
             packed = PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head
             parts["vLLM's packed copies"] = int(compute.itemsize * packed)
-        return parts | {"KV cache": kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)}
+        share = chz.replace(self.backend, gpu_memory_utilization=self.backend.gpu_memory_utilization / self.engines)
+        return parts | {"KV cache": kv_cache_bytes(self.hf_config, self.max_length, share, self.device)}
 
     @property
     def _borrows(self) -> bool:
@@ -193,9 +205,9 @@ class PlannedRun:
         return 3 * 4 * elements + per_weight * size.vocabulary * size.hidden
 
     def _sampling(self) -> dict[str, int]:
-        if not self.samples:
+        if not self.engines:
             return {}
-        rows = self.backend.max_num_seqs
+        rows = self.backend.max_num_seqs * self.engines
         parts = {f"logits of {rows} sequences": rows * self.size.vocabulary * SAMPLER_BYTES}
         if not samples_with_vllm(self.backend):
             if self._borrows:

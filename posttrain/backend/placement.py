@@ -16,6 +16,8 @@ def uses_cluster(config: BackendConfig) -> bool:
 
 
 def gpus_needed(config: BackendConfig) -> int:
+    if config.replicas_share_gpu:
+        return 1
     return config.trainer_processes + config.sampler_replicas * config.tensor_parallel
 
 
@@ -41,6 +43,13 @@ def check_placement(config: BackendConfig) -> None:
         raise ConfigError(
             f"backend.tensor_parallel={config.tensor_parallel} is for vLLM: leave backend.engine=torch out, or take "
             "replicas of one GPU"
+        )
+    if config.replicas_share_gpu and not (
+        config.sampler_replicas and config.trainer_processes == config.tensor_parallel == 1 and config.cluster is None
+    ):
+        raise ConfigError(
+            "backend.replicas_share_gpu=true is for replicas beside a trainer in this process: set "
+            "backend.sampler_replicas, and leave backend.trainer_processes, tensor_parallel and cluster out"
         )
     if config.sampler_replicas and config.share_engines:
         raise ConfigError("backend.share_engines=true is for engines in this process: set backend.sampler_replicas=0")
@@ -79,7 +88,9 @@ def check_gpus(config: BackendConfig, gpus_of_nodes: list[int]) -> None:
     if not sum(gpus_of_nodes):
         return
     if (needed := gpus_needed(config)) > (total := sum(gpus_of_nodes)):
-        raise ConfigError(f"{_processes(config)} need {needed} GPUs; this cluster has {total}")
+        beside = config.trainer_processes == config.tensor_parallel == 1 and config.cluster is None
+        advice = ". backend.replicas_share_gpu=true puts the replicas beside the trainer" if beside else ""
+        raise ConfigError(f"{_processes(config)} need {needed} GPUs; this cluster has {total}{advice}")
     if config.sampler_replicas and config.tensor_parallel > (largest := max(gpus_of_nodes)):
         raise ConfigError(
             f"a replica of {config.tensor_parallel} GPUs (backend.tensor_parallel) does not fit a node: the largest "

@@ -51,7 +51,7 @@ def ray_running(config: BackendConfig) -> Any:
         return ray
     options: dict[str, Any] = {"include_dashboard": False, "logging_level": "ERROR", "namespace": secrets.token_hex(4)}
     if config.cluster is None:
-        with _gpus_left_to_ray(config):
+        with gpus_left_to_ray(config):
             _ended = _start_here(partial(ray.init, "local", object_store_memory=100 * 2**20, **options))
         return ray
     named = f"backend.cluster={config.cluster}"
@@ -141,12 +141,13 @@ def _check_reachable(cluster: str) -> None:
 
 
 @contextlib.contextmanager
-def _gpus_left_to_ray(config: BackendConfig) -> Iterator[None]:
-    """A single trainer is in this process, on the first GPU: Ray must not give that to a replica."""
+def gpus_left_to_ray(config: BackendConfig) -> Iterator[None]:
+    """A single trainer is in this process, on the first GPU: Ray must not give that to a replica, nor any
+    other where the replicas are on the trainer's."""
     count, before = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if count and config.trainer_processes == 1:
         names = before.split(",") if before else [str(i) for i in range(count)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[1:])
+        os.environ["CUDA_VISIBLE_DEVICES"] = "" if config.replicas_share_gpu else ",".join(names[1:])
     try:
         yield
     finally:

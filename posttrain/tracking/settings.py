@@ -38,7 +38,7 @@ FREE_OF_BACKEND = (
     *("micro_batch_tokens", "gradient_checkpointing", "max_num_seqs"),
     *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager", "alarm", "offload_optimizer", "compile"),
     # Where a run computes: it may be resumed with other numbers of processes.
-    *("trainer_processes", "trainer_sharding", "sampler_replicas", "tensor_parallel", "cluster"),
+    *("trainer_processes", "trainer_sharding", "sampler_replicas", "replicas_share_gpu", "tensor_parallel", "cluster"),
     *("weight_sync", "sync_dir", "sampler_restarts", "trainer_restarts", "call_seconds"),
 )
 MAY_GROW = ("max_steps", "num_epochs", "num_steps")  # of a continued run; None is no limit
