@@ -43,7 +43,7 @@ SECONDS = {
     "sleep": 120,
     "small_engines": 240,
     "star_graph_run": 300,
-    "sampling_more": 310,
+    "sampling_more": 420,
     "memory": 150,
     "reproducible": 180,
     "user_runs": 150,

@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.gpu.checks import Record
@@ -59,13 +60,16 @@ MORE = {
     "ours-busy-short": Variant("ours", "busy-short"),
     "ours-busy": Variant("ours", "busy"),  # last: it may take long
 }
+if find_spec("ray"):  # as a run has them
+    MORE = {name: Variant(name) for name in ("replicas-2", "replicas-4")} | MORE
 if not ON_GPU:  # where each engine takes 1.6 GiB
     FIRST.pop("processes-2")
-    MORE = {name: MORE[name] for name in ("llm-logprobs", "ours-busy-short")}
+    MORE = {name: MORE[name] for name in ("replicas-2", "llm-logprobs", "ours-busy-short") if name in MORE}
 TWICE = ("raw", "rollouts")  # in turn, for their ratio
 BEST = {  # all with logprobs, as training needs them
     "tokens/s, one engine": ("raw", "ours", "ours-v2", "llm-logprobs"),
     "tokens/s, several engines": ("processes-2", "processes-4"),
+    "tokens/s, replicas": ("replicas-2", "replicas-4"),
 }
 
 

@@ -1,13 +1,14 @@
 """One engine of the sampling matrix, in a process that sampling.py starts and talks to.
 
-    python -m benchmarks.gpu.sampling_engine llm|raw|plain|ours|ours-v2
+    python -m benchmarks.gpu.sampling_engine llm|raw|plain|ours|ours-v2|replicas-2|replicas-4
 
 Says `@@{"start": seconds}` once the engine is up and has sampled one warm round; then, for each
 JSON line {"mode", "rows"} that it is sent, samples one round and answers `@@` and a JSON object.
 Times in it are of the clock that all processes of the machine share.
 
 `llm` is vLLM's LLM class with its own defaults, `raw` with the settings of our engine, `plain` with
-its own and half of the rows; `ours` is SamplingClient; `v2` is vLLM's newer model runner.
+its own and half of the rows; `ours` is SamplingClient; `v2` is vLLM's newer model runner; `replicas` are
+those of a policy in training, beside it on its GPU.
 """
 
 import cProfile
@@ -23,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import chz
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -119,7 +121,12 @@ def open_llm(name: str) -> Callable[[str, int], Round]:
 def open_ours(name: str, stack: ExitStack) -> Callable[[str, int], Round]:
     if "v2" in name:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    client = stack.enter_context(ServiceClient(CONFIG)).create_sampling_client(base_model=MODEL)
+    if name.startswith("replicas"):
+        config = beside_the_trainer(int(name.rpartition("-")[2]))
+        trainer = stack.enter_context(ServiceClient(config)).create_lora_training_client(MODEL, rank=8)
+        client = trainer.save_weights_and_get_sampling_client()
+    else:
+        client = stack.enter_context(ServiceClient(CONFIG)).create_sampling_client(base_model=MODEL)
     prompts = Prompts()
 
     def sample(mode: str, rows: int) -> Round:
@@ -138,6 +145,16 @@ def open_ours(name: str, stack: ExitStack) -> Callable[[str, int], Round]:
         return found
 
     return sample
+
+
+def beside_the_trainer(replicas: int) -> BackendConfig:
+    return chz.replace(
+        CONFIG,
+        sampler_replicas=replicas,
+        replicas_share_gpu=True,
+        max_num_seqs=ROWS // replicas,
+        sampler_memory_gb=CACHE_GB / replicas,
+    )
 
 
 def sampled_tokens(client: SamplingClient, prompts: list[list[int]]) -> int:
@@ -237,7 +254,7 @@ def main() -> None:
     name = sys.argv[1]
     with ExitStack() as stack:
         start = time.monotonic()
-        sample = open_ours(name, stack) if name.startswith("ours") else open_llm(name)
+        sample = open_ours(name, stack) if name.startswith(("ours", "replicas")) else open_llm(name)
         started = time.monotonic() - start
         # of all modes, what the first call compiles
         sample("logprobs", ROWS // 2 if name == "plain" else ROWS)
