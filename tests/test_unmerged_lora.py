@@ -1,6 +1,6 @@
 """backend.lora=unmerged: the sampler computes an adapter beside the base's weights, as the trainer
 does; backend.lora=shared: it also has these weights with the trainer. All families are in
-test_vllm_architectures.py.
+test_vllm_adapters.py.
 """
 
 import asyncio
