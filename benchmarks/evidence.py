@@ -5,7 +5,8 @@ then the tables and pictures between markers in the pages are written anew.
     python -m benchmarks.evidence only=demo,algorithms
     python -m benchmarks.evidence status=true            # which rows are stale; nothing runs
 
-A killed command goes on where it stopped. The rows are in benchmarks/evidence_recipes.py, evidence_systems.py and evidence_times.py.
+A killed command goes on where it stopped. The rows are in evidence_recipes.py, evidence_systems.py and
+evidence_times.py.
 """
 
 import json

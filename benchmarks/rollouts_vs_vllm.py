@@ -3,7 +3,7 @@ engine settings and sampling.
 
     python benchmarks/rollouts_vs_vllm.py [--task fixed|arithmetic] [--rounds N]
 
-One process holds two engines with the settings of posttrain/backend/vllm_engine.py and the same
+One process holds two engines with the settings of posttrain/backend/vllm_settings.py and the same
 weights: one behind SamplingClient, Policy and do_rollouts, the other inside vLLM's LLM class.
 `fixed` has random prompts and answers of one length; `arithmetic` is the demo's task with an
 untrained model, stopped at EOS. LLM.generate runs with and without per-request seeds, which cost

@@ -16,7 +16,7 @@ from posttrain.backend.memory_plan import PlannedRun, advice, free_bytes, planne
 from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, check_text_only, model_folder
 from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import LoraConfig
-from posttrain.backend.vllm_engine import check_sleep, check_unmerged
+from posttrain.backend.vllm_settings import check_sleep, check_unmerged
 from posttrain.tracking.command_line import run_command
 
 # Of the speed of a large matrix product, what a step reaches: benchmarks/README.md.

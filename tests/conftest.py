@@ -28,7 +28,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ModelInput, SampledSequence, SampleResponse, SamplingParams
-from posttrain.backend.vllm_engine import vllm_is_installed
+from posttrain.backend.vllm_settings import vllm_is_installed
 from rl.data_processing import rows_of, with_advantages
 from rl.types import TrajectoryGroup
 
@@ -187,11 +187,11 @@ def packing_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM keeps its matrices as they were loaded, as on a GPU."""
     import vllm.model_executor.layers.utils as layers
 
-    from posttrain.backend import vllm_engine, vllm_weights
+    from posttrain.backend import vllm_settings, vllm_weights
 
     def unpacked(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     monkeypatch.setattr(layers, "dispatch_cpu_unquantized_gemm", unpacked)
     monkeypatch.setattr(vllm_weights, "_is_on_cpu", lambda model: False)
-    monkeypatch.setattr(vllm_engine, "check_shared", lambda config: None)
+    monkeypatch.setattr(vllm_settings, "check_shared", lambda config: None)

@@ -19,7 +19,8 @@ from posttrain.backend.models import model_config
 from posttrain.backend.placement import check_placement
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.vllm_engine import NO_SPLIT_SUMS, _model_folder, _set_environment, engine_args, samples_with_vllm
+from posttrain.backend.vllm_engine import NO_SPLIT_SUMS, _model_folder, _set_environment
+from posttrain.backend.vllm_settings import engine_args, samples_with_vllm
 from posttrain.preflight import STEP_SHARE
 
 
@@ -44,7 +45,7 @@ def test_apples_gpu_is_taken_on_request(monkeypatch: pytest.MonkeyPatch, tmp_pat
     device = training_device(config)
     assert device == torch.device("mps") and training_device() == torch.device("cpu")
     assert compute_dtype(device, config) == param_dtype(device, config) == torch.float32
-    monkeypatch.setattr("posttrain.backend.vllm_engine.vllm_is_installed", lambda: True)
+    monkeypatch.setattr("posttrain.backend.vllm_settings.vllm_is_installed", lambda: True)
     monkeypatch.setattr("posttrain.backend.engines.vllm_is_installed", lambda: True)
     assert samples_with_vllm(BackendConfig()) and not samples_with_vllm(config)
     with pytest.raises(ConfigError, match="backend.engine=vllm samples on cpu, not on backend.device=mps"):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, T5Config
 import posttrain.preflight
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CookbookError, ModelError
-from posttrain.backend.memory import GIB
+from posttrain.backend.memory import GIB, kv_cache_bytes
 from posttrain.backend.memory_plan import PROCESS_BYTES, PlannedRun, _saved_bytes, check_fits, free_bytes, planned
 from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE
 from posttrain.backend.types import LoraConfig
@@ -53,6 +53,13 @@ def test_a_sampler_counts_where_it_is() -> None:
     one, two = (on_a_gpu(sampler_replicas=n, replicas_share_gpu=True) for n in (1, 2))
     assert on_a_gpu() == apart + weights
     assert two - one == one - apart == weights + PROCESS_BYTES["cuda"]
+
+
+def test_replicas_on_one_gpu_divide_the_share_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    for engines, shares in ((4, True), (1, False)):
+        config = BackendConfig(gpu_memory_utilization=0.5, sampler_replicas=4, replicas_share_gpu=shares)
+        assert kv_cache_bytes(PRESETS[HALF_B], 512, config, torch.device("cuda")) == 500 // engines
 
 
 def test_activations_are_those_of_a_real_pass() -> None:

@@ -12,7 +12,7 @@ from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.models import PRESETS
-from posttrain.backend.placement import check_gpus, check_heads, check_placement, uses_cluster
+from posttrain.backend.placement import check_gpus, check_heads, check_placement, gpus_needed, uses_cluster
 from posttrain.backend.ray_process import gpus_left_to_ray
 
 
@@ -59,7 +59,6 @@ def test_too_few_gpus(config: BackendConfig, gpus_of_nodes: list[int], text: str
 
 def test_replicas_beside_the_trainer_see_its_gpu_and_ray_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cluster = object.__new__(Cluster)
     cluster.config = BackendConfig(sampler_replicas=2, replicas_share_gpu=True)
     for visible, own, trainers in (("", "1", "0"), ("3,1", "1", "3")):
@@ -72,10 +71,17 @@ def test_replicas_beside_the_trainer_see_its_gpu_and_ray_has_none(monkeypatch: p
         assert cluster._environment()["CUDA_VISIBLE_DEVICES"] == trainers
 
 
-def test_layouts_that_fit() -> None:
-    check_gpus(BackendConfig(trainer_processes=4, sampler_replicas=4), [8])
-    check_gpus(BackendConfig(sampler_replicas=4, replicas_share_gpu=True), [1])
-    check_gpus(BackendConfig(trainer_processes=4, sampler_replicas=4), [0])  # on CPUs processes share the cores
+@pytest.mark.parametrize(
+    ("config", "needed", "gpus_of_nodes"),
+    [
+        (BackendConfig(trainer_processes=4, sampler_replicas=4), 8, [8]),
+        (BackendConfig(sampler_replicas=4, replicas_share_gpu=True), 1, [1]),
+        (BackendConfig(trainer_processes=4, sampler_replicas=4), 8, [0]),  # on CPUs processes share the cores
+    ],
+)
+def test_layouts_that_fit(config: BackendConfig, needed: int, gpus_of_nodes: list[int]) -> None:
+    assert gpus_needed(config) == needed
+    check_gpus(config, gpus_of_nodes)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import LoraConfig, ModelInput, SamplingParams
-from posttrain.backend.vllm_engine import check_unmerged
+from posttrain.backend.vllm_settings import check_unmerged
 from tests.conftest import trainer_of
 from tests.test_snapshots import PARAMS, PROMPT, scored, step, trained
 

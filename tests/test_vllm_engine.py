@@ -19,7 +19,7 @@ from posttrain.backend.errors import EngineError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import LoraConfig, SamplingParams
-from posttrain.backend.vllm_engine import vllm_is_installed
+from posttrain.backend.vllm_settings import vllm_is_installed
 from tests.conftest import NO_VLLM
 from tests.test_sampling import GREEDY, prompt_of, train_a_little, trainer_logprobs
 

@@ -26,11 +26,13 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, LoraConfig
 
+Lora = Literal["merged", "unmerged", "shared"]
+
 
 def shapes(cuda: bool) -> dict[str, PretrainedConfig]:
     if not cuda:
         small: dict[str, Any] = {"vocab_size": 260, "eos_token_id": 1}
-        return {name: LlamaConfig(**_shape(2, 128, 256, 4, 2, 256), **small) for name in ("8b", "1.5b", "3b", "32b")}
+        return {name: LlamaConfig(**_shape(2, 128, 256, 4, 2, 256), **small) for name in ("8b", "1.5b", "3b")}
     llama: dict[str, Any] = {**_shape(32, 4096, 14336, 32, 8, 8192), "tie_word_embeddings": False, "vocab_size": 128256}
     return {
         "8b": LlamaConfig(**llama),
@@ -103,7 +105,7 @@ def lora_beside_an_engine(
     rows: int,
     length: int,
     cuda: bool,
-    lora: Literal["merged", "unmerged", "shared"],
+    lora: Lora,
 ) -> dict[str, float]:
     """Eager, which starts sooner; a sync merges the adapter, or moves it alone."""
     backend = chz.replace(BESIDE, max_length=1024 if cuda else 256, sampler_memory_gb=16 if cuda else 0.25, lora=lora)
@@ -144,7 +146,7 @@ def main() -> None:
             for key in ("tokens/s", "GiB of the card"):
                 record.figure(f"{aim}: {key}", max(fit, key=lambda case: case["tokens/s"])[key] if fit else None)
 
-    def beside(title: str, name: str, lora: Literal["merged", "unmerged", "shared"]) -> None:
+    def beside(title: str, name: str, lora: Lora) -> None:
         attempt(record, title, partial(lora_beside_an_engine, name, configs[name], rows, length, cuda, lora))
 
     beside("8B, LoRA, with vLLM beside it", "8b", "merged")

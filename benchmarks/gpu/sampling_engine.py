@@ -37,7 +37,8 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import ModelInput, SamplingParams
-from posttrain.backend.vllm_engine import _set_environment, engine_args
+from posttrain.backend.vllm_engine import _set_environment
+from posttrain.backend.vllm_settings import engine_args
 from posttrain.renderers import get_renderer
 
 ON_GPU = training_device().type == "cuda"

@@ -21,7 +21,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, EngineError
 from posttrain.backend.left_behind import remove, start_keeper, weight_folder
 from posttrain.backend.placement import check_gpus, check_placement
-from posttrain.backend.ray_process import own_processes, ray_running, session_folders, stop_ray
+from posttrain.backend.ray_process import own_processes, ray_running, session_folders, stop_ray, visible_gpus
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -117,8 +117,8 @@ class Cluster:
         threads = max(1, (os.cpu_count() or 1) // processes)
         env = {name: value for name, value in os.environ.items() if name.startswith(INHERITED)}
         env["OMP_NUM_THREADS"] = str(min(threads, int(os.environ.get("OMP_NUM_THREADS") or threads)))
-        if self.config.replicas_share_gpu and torch.cuda.is_available():
-            env["CUDA_VISIBLE_DEVICES"] = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+        if self.config.replicas_share_gpu and (gpus := visible_gpus()):
+            env["CUDA_VISIBLE_DEVICES"] = gpus[0]
         paths = [str(PACKAGE.parent), *filter(None, sys.path)]
         return env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 

@@ -14,7 +14,7 @@ GIB = 2**30
 
 def kv_cache_bytes(hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device) -> int:
     """For one engine: the configured size; else 1 GiB on a CPU, and on a GPU enough for
-    `max_num_seqs` full sequences, within the share."""
+    `max_num_seqs` full sequences, within the share, which replicas on the trainer's GPU divide."""
     if config.sampler_memory_gb is not None:
         return int(config.sampler_memory_gb * GIB)
     if device.type != "cuda":
@@ -22,7 +22,8 @@ def kv_cache_bytes(hf_config: PretrainedConfig, max_length: int, config: Backend
     itemsize = torch.finfo(compute_dtype(device, config)).bits // 8
     wanted = config.max_num_seqs * (max_length + 16) * kv_bytes_per_token(hf_config, itemsize)
     free, _ = torch.cuda.mem_get_info(device)
-    return int(min(wanted, config.gpu_memory_utilization * free))
+    engines = config.sampler_replicas if config.replicas_share_gpu else 1
+    return int(min(wanted, config.gpu_memory_utilization * free / engines))
 
 
 def kv_bytes_per_token(hf_config: PretrainedConfig, itemsize: int) -> int:

@@ -28,8 +28,8 @@ from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.models import attention_windows, cast_weights, context_length, model_config, new_model
 from posttrain.backend.types import LoraConfig
-from posttrain.backend.vllm_engine import lora_room, samples_with_vllm
 from posttrain.backend.vllm_lora import tokens_of_a_step
+from posttrain.backend.vllm_settings import lora_room, samples_with_vllm
 
 # What a process holds beside models. On a CPU: Python and its imports, and vLLM's. On a GPU: CUDA's
 # contexts and the allocator's fragments, and vLLM's graphs.
@@ -153,8 +153,7 @@ class PlannedRun:
             head = size.vocabulary * size.hidden
             packed = PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head
             parts["vLLM's packed copies"] = int(compute.itemsize * packed)
-        share = chz.replace(self.backend, gpu_memory_utilization=self.backend.gpu_memory_utilization / self.engines)
-        return parts | {"KV cache": kv_cache_bytes(self.hf_config, self.max_length, share, self.device)}
+        return parts | {"KV cache": kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)}
 
     @property
     def _borrows(self) -> bool:

@@ -10,7 +10,8 @@ from posttrain.backend.models import new_model
 from posttrain.backend.openmp import limit_threads
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.torch_sampler import TorchSampler
-from posttrain.backend.vllm_engine import VllmEngine, samples_with_vllm
+from posttrain.backend.vllm_engine import VllmEngine
+from posttrain.backend.vllm_settings import samples_with_vllm
 
 
 def is_reproducible(config: BackendConfig) -> bool:

@@ -21,6 +21,11 @@ def gpus_needed(config: BackendConfig) -> int:
     return config.trainer_processes + config.sampler_replicas * config.tensor_parallel
 
 
+def _may_share(config: BackendConfig) -> bool:
+    """Whether replicas may be on the trainer's GPU."""
+    return config.trainer_processes == config.tensor_parallel == 1 and config.cluster is None
+
+
 def check_placement(config: BackendConfig) -> None:
     """ConfigError for options that contradict each other, or where Ray is missing."""
     if not uses_cluster(config):
@@ -44,9 +49,7 @@ def check_placement(config: BackendConfig) -> None:
             f"backend.tensor_parallel={config.tensor_parallel} is for vLLM: leave backend.engine=torch out, or take "
             "replicas of one GPU"
         )
-    if config.replicas_share_gpu and not (
-        config.sampler_replicas and config.trainer_processes == config.tensor_parallel == 1 and config.cluster is None
-    ):
+    if config.replicas_share_gpu and not (config.sampler_replicas and _may_share(config)):
         raise ConfigError(
             "backend.replicas_share_gpu=true is for replicas beside a trainer in this process: set "
             "backend.sampler_replicas, and leave backend.trainer_processes, tensor_parallel and cluster out"
@@ -88,8 +91,7 @@ def check_gpus(config: BackendConfig, gpus_of_nodes: list[int]) -> None:
     if not sum(gpus_of_nodes):
         return
     if (needed := gpus_needed(config)) > (total := sum(gpus_of_nodes)):
-        beside = config.trainer_processes == config.tensor_parallel == 1 and config.cluster is None
-        advice = ". backend.replicas_share_gpu=true puts the replicas beside the trainer" if beside else ""
+        advice = ". backend.replicas_share_gpu=true puts the replicas beside the trainer" if _may_share(config) else ""
         raise ConfigError(f"{_processes(config)} need {needed} GPUs; this cluster has {total}{advice}")
     if config.sampler_replicas and config.tensor_parallel > (largest := max(gpus_of_nodes)):
         raise ConfigError(

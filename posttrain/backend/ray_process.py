@@ -140,20 +140,25 @@ def _check_reachable(cluster: str) -> None:
         raise ConfigError(f"{problem} ({reason}): {remedy}") from error
 
 
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process sees; a single trainer has the first."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if count and visible else [str(i) for i in range(count)]
+
+
 @contextlib.contextmanager
 def gpus_left_to_ray(config: BackendConfig) -> Iterator[None]:
     """A single trainer is in this process, on the first GPU: Ray must not give that to a replica, nor any
     other where the replicas are on the trainer's."""
-    count, before = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if count and config.trainer_processes == 1:
-        names = before.split(",") if before else [str(i) for i in range(count)]
+    names, before = visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names and config.trainer_processes == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = "" if config.replicas_share_gpu else ",".join(names[1:])
     try:
         yield
     finally:
         if before is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
-        elif count:
+        elif names:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 

@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import chz
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from posttrain.backend.cluster import Cluster, ProcessLost, future_of
@@ -117,8 +116,6 @@ class RayReplica:
         max_length: int,
     ):
         config = cluster.config
-        if config.replicas_share_gpu:  # and the memory of its KV caches
-            config = chz.replace(config, gpu_memory_utilization=config.gpu_memory_utilization / config.sampler_replicas)
         self._cluster, self._actor = cluster, cluster.start(SamplerActor, bundle=bundle, gpus=config.tensor_parallel)
         note = cluster.folder / f"{secrets.token_hex(4)}.segments"
         self._opened = future_of(self._actor.open.remote(config, hf_config, tokenizer, max_length, note))

@@ -27,7 +27,7 @@ from posttrain.backend.trainer import Trainer
 from posttrain.backend.trainer_group import TrainerGroup, TrainerRanks
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import GetServerCapabilitiesResponse, LoraConfig, SupportedModel
-from posttrain.backend.vllm_engine import vllm_is_installed
+from posttrain.backend.vllm_settings import vllm_is_installed
 
 
 class ServiceClient:

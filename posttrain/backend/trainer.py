@@ -57,7 +57,7 @@ from posttrain.backend.types import (
     OptimStepResponse,
     TensorData,
 )
-from posttrain.backend.vllm_engine import check_unmerged
+from posttrain.backend.vllm_settings import check_unmerged
 from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Weights
 

@@ -33,9 +33,9 @@ from posttrain.backend.types import (
     OptimStepResponse,
     SaveWeightsResponse,
 )
-from posttrain.backend.vllm_engine import samples_with_vllm
+from posttrain.backend.vllm_settings import samples_with_vllm
 from posttrain.backend.weight_copies import SampledModel
-from posttrain.backend.weight_versions import Policy, WeightVersion
+from posttrain.backend.weight_versions import WeightVersion
 
 T = TypeVar("T")
 SAMPLER_FOLDER = Path("sampler_weights")
@@ -305,15 +305,22 @@ class TrainingClient(Ready):
 
     def _sync(self, follow: bool = False, keep: bool = True) -> SamplingClient:
         self._check_can_sample()
-        trainer, policy = self._trainer, self._policy
-        if self._engine is None or (self._engines.shares and self._engine.has_stopped):
-            with self._base_aside():
+        trainer, policy, source = self._trainer, self._policy, self._trainer.sampled
+        with self._base_aside():
+            if self._engine is None or (self._engines.shares and self._engine.has_stopped):
                 rank = trainer.lora.rank if trainer.lora else 0
                 self._engine = self._engines.open(trainer.hf_config, self._tokenizer, trainer.max_length, rank)
                 self._let_go = self._engine.hold(self)
-                self._publish(policy)
-        else:
-            self._publish(policy)
+            if policy.newest is None or policy.newest.number != self._weights_version:
+                trainer.check_finite()
+                version = WeightVersion(self._weights_version, source.sampler_weights)
+                if self._engines.shares:
+                    version.keep(source, self._engines.memory)  # other policies may take the engine at any time
+                    policy.publish(version)
+                else:
+                    self._engine.sync(policy, version)
+            else:
+                policy.newest.lives_in(source)
         return SamplingClient(
             self._engine,
             policy,
@@ -329,23 +336,8 @@ class TrainingClient(Ready):
         """With backend.lora=shared, while vLLM opens, which is to hold the base for both."""
         config, source = self._engines.config, self._trainer.sampled
         base = source.owner if isinstance(source, SampledModel) else None
-        waits = config.lora == "shared" and samples_with_vllm(config)
+        waits = self._engine is None and config.lora == "shared" and samples_with_vllm(config)
         return base.aside() if waits and isinstance(base, SharedBase) else nullcontext()
-
-    def _publish(self, policy: Policy) -> None:
-        """The trainer's weights become the policy's newest version."""
-        trainer, source = self._trainer, self._trainer.sampled
-        assert self._engine
-        if policy.newest is None or policy.newest.number != self._weights_version:
-            trainer.check_finite()
-            version = WeightVersion(self._weights_version, source.sampler_weights)
-            if self._engines.shares:
-                version.keep(source, self._engines.memory)  # other policies may take the engine at any time
-                policy.publish(version)
-            else:
-                self._engine.sync(policy, version)
-        else:
-            policy.newest.lives_in(source)
 
     # --- the rest --------------------------------------------------------------------------------
 
