@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from benchmarks.evaluation_example import COLUMNS
+from benchmarks.evaluation_example import FIGURES as EXAMPLE
 from benchmarks.evidence_code import PREFERENCE, RL
 from benchmarks.evidence_row import Listed, Metric, Printed, Reached, Result, Row, Take
 from recipes.algorithms.variants import DRAWN, VARIANTS
@@ -380,5 +382,11 @@ RECIPES = [
             "wrong steps labelled 1": Result("labels: wrong steps labelled 1"),
         },
         picture="run/prm.png recipes/prm/prm.png",
+    ),
+    Row(
+        "evaluation_example",
+        "-m benchmarks.evaluation_example data={data} seed={seed} log_path={folder}/run",
+        (*RL, "benchmarks/evaluation_example.py"),
+        {f"{line} | {column}": Result(f"{line} | {column}") for line in EXAMPLE for column in COLUMNS},
     ),
 ]

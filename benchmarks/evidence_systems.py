@@ -55,6 +55,24 @@ def latro(name: str, command: str, lines: Lines, columns: Sequence[str], also: S
     )
 
 
+def latro_real(label: str, dataset: str, options: str = "") -> Row:
+    """A few updates of a model that cannot solve the task."""
+    columns = {"log p(y given x, z)": "likelihood/answer_logprob", "rationales that stop": "env/all/finished"}
+    summary = "run/latro/summary.json"
+    return Row(
+        f"latro_{dataset}",
+        f"recipes/latro/train.py dataset={dataset} dataset.data_dir={{data}}/{dataset} "
+        f"dataset.num_validation=16 dataset.num_test=32 {options} rloo_k=4 train_batch_size=32 response_length=100 "
+        f"max_updates=30 num_evaluations=2 learning_rate=1e-3 seed={{seed}} log_path={{folder}}/run",
+        (*RL, "recipes/latro", ":(exclude)recipes/latro/rare.py"),
+        {
+            f"{label} | {column}, {part}": Result(key, summary, part)
+            for column, key in columns.items()
+            for part in ("before", "after")
+        },
+    )
+
+
 def belief_state(name: str, label: str, options: str) -> Row:
     return Row(
         name,
@@ -137,6 +155,8 @@ SYSTEMS = [
     latro("latro", "experiment.py", ABLATIONS, (*LATRO, "maj@8"), also=["SFT on answers"]),
     latro("latro_rare", "rare.py", RARE, (*LATRO, "sampled")),
     latro("latro_rare_exact", "rare.py noise=0", RARE, (*LATRO, "sampled")),
+    latro_real("GSM8K", "gsm8k", "warm_start_updates=10"),
+    latro_real("ARC-Challenge", "arc_challenge"),
     Row(
         "star_graph",
         "recipes/star_graph/train.py seeds=[{seed}] processes=1 log_path={folder}/run",

@@ -1,9 +1,9 @@
-"""The rows of `make evidence` that are ratios of times or memory, taken on a quiet machine; and the simulated
-cluster.
+"""The rows of `make evidence` that are ratios of times or memory, taken on a quiet machine; the simulated
+cluster; and the 0.5B shape, whose figures are the same beside other work.
 """
 
 from benchmarks.evidence_code import RL
-from benchmarks.evidence_row import Result, Row
+from benchmarks.evidence_row import Printed, Result, Row
 
 RACE = [f"benchmarks/{name}.py" for name in ("race", "clocked", "trl_side")]
 SEVERAL = ("posttrain/backend", "posttrain/tracking")
@@ -37,6 +37,18 @@ def benchmark(name: str, command: str, *code: str) -> Row:
     return Row(name, command, (*RL, *code, command.split()[0]), results=name, seeds=(0,))
 
 
+def half_b(name: str, label: str, options: str) -> Row:
+    columns = {"sft": "supervised", "rl": "RL"}
+    cells = [(run, what) for what in ("peak, GiB", "planned, GiB") for run in columns] + [("rl", "largest |dlogp|")]
+    return Row(
+        name,
+        f"-m benchmarks.half_b_gsm8k data_dir={{data}}/gsm8k {options}",
+        (*RL, "benchmarks/half_b_gsm8k.py"),
+        {f"{label} | {columns[run]}: {what}": Printed(f"{run}: {what}") for run, what in cells},
+        seeds=(0,),
+    )
+
+
 TIMES = [
     benchmark("train_throughput", "benchmarks/train_throughput.py"),
     benchmark("memory_vs_hf_loss", "benchmarks/memory_vs_hf_loss.py"),
@@ -58,4 +70,6 @@ TIMES = [
     # not RL, which leaves out the files for several processes
     Row("cluster", "benchmarks/cluster.py", (*SEVERAL, "benchmarks/cluster.py"), results="cluster", seeds=(0,)),
     cluster_simulation(),
+    half_b("half_b", "all weights, torch", ""),
+    half_b("half_b_lora", "LoRA, rank 16, vLLM", "lora_rank=16 engine=vllm"),
 ]

@@ -131,6 +131,10 @@ def main(config: Config) -> None:
     kind = f"lora{config.lora_rank}" if lora else "full"
     settings = {"model": config.model_name, "lora_rank": config.lora_rank, "sft": SFT, "rl": RL, "both": BOTH}
     ratios = {f"{run}: measured over planned": f["peak, GiB"] / f["planned, GiB"] for run, f in runs.items()}
+    for name, figures in runs.items():
+        for what in ("peak, GiB", "planned, GiB"):
+            print(f"{name}: {what} {figures[what]:.2f}")
+    print(f"rl: largest |dlogp| {runs['rl']['largest |dlogp|']:.1e}")
     write_report(f"half_b_gsm8k-{kind}-{config.engine}", runs, settings | changed(config.backend), load, ratios)
 
 
