@@ -82,7 +82,7 @@ class Evidence:
             return "stale: its command is another now"
         if stale := [reason for run in runs if (reason := self.changed(run["commit"], row.code))]:
             return f"stale: {stale[0]}"
-        busiest = max(run["other processes, cores"] for run in runs)
+        busiest = max(run["other processes, cores"] or 0.0 for run in runs)
         return f"taken beside other work, {busiest:.1f} cores" if row.is_timed and busiest > BUSY else "current"
 
     def commit(self, code: Sequence[str]) -> str:
@@ -157,7 +157,7 @@ class Evidence:
                 "commit": commit,
                 "load before": load,
                 "load after": os.getloadavg()[0],
-                "other processes, cores": max(others, 0.0),
+                "other processes, cores": None if row.has_daemons else max(others, 0.0),
                 "seconds": seconds,
                 "CPU seconds": after[1] - before[1],
                 "figures": row.figures(folder, seed),

@@ -118,6 +118,8 @@ class Row:
     seeds: tuple[int, ...] = (0, 1, 2)
     picture: str = ""
     """A picture in the last seed's folder, and where in the repository it belongs: "a.png recipes/a/a.png"."""
+    has_daemons: bool = False
+    """Its command starts processes that are not its children, whose CPU time looks like other programs'."""
 
     @property
     def is_timed(self) -> bool:

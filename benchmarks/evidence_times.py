@@ -67,8 +67,14 @@ TIMES = [
     benchmark("rl_step_vs_trl", "benchmarks/rl_step_vs_trl.py", *RACE),
     benchmark("sft_step_vs_trl", "benchmarks/sft_step_vs_trl.py", *RACE),
     benchmark("dpo_step_vs_trl", "benchmarks/dpo_step_vs_trl.py", *RACE, "preference"),
-    # not RL, which leaves out the files for several processes
-    Row("cluster", "benchmarks/cluster.py", (*SEVERAL, "benchmarks/cluster.py"), results="cluster", seeds=(0,)),
+    Row(
+        "cluster",
+        "benchmarks/cluster.py",
+        (*SEVERAL, "benchmarks/cluster.py"),  # not RL, which leaves out the files for several processes
+        results="cluster",
+        seeds=(0,),
+        has_daemons=True,
+    ),
     cluster_simulation(),
     half_b("half_b", "all weights, torch", ""),
     half_b("half_b_lora", "LoRA, rank 16, vLLM", "lora_rank=16 engine=vllm"),

@@ -170,6 +170,22 @@ def test_a_time_has_the_range_of_its_rounds(evidence: Evidence, monkeypatch: pyt
     assert "| `race`: theirs / ours | 4 |  | 3 to 5 | 3 |\n| `race`: both | 0.5 |  |  | 1 |\n" in table
 
 
+def test_a_time_taken_beside_other_work_says_so(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.evidence_row.RESULTS", evidence.root)
+    monkeypatch.setattr("benchmarks.report.RESULTS", evidence.root)
+    write_report("race", {}, {}, 0.0, {"theirs / ours": 2.0})
+    ticks = iter([(0.0, 0.0), (1e4, 1.0)] * 2)
+    monkeypatch.setattr("benchmarks.evidence._cpu_seconds", lambda: next(ticks))
+    row = Row("race", "script.py {seed} {folder}/run", ("script.py",), results="race", seeds=(0,))
+    evidence.run(row)
+    assert evidence.state(row).startswith("taken beside other work")
+    (evidence.records / "race.json").unlink()
+    daemons = replace(row, has_daemons=True)  # whose time cannot be told from other programs'
+    shutil.rmtree(evidence.runs)
+    evidence.run(daemons)
+    assert evidence.state(daemons) == "current"
+
+
 def test_rows_name_code_and_pictures_of_the_repository() -> None:
     root = Path(__file__).parent.parent
     assert len({row.name for row in ROWS}) == len(ROWS)
