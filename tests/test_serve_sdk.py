@@ -17,7 +17,7 @@ import pytest
 
 from posttrain.serve import wire
 from tests.conftest import ROOT
-from tests.test_serve import datum, pass_body
+from tests.tinker_messages import datum, pass_body
 
 pytestmark = pytest.mark.slow
 # The environments are kept between runs. They see the packages of this one, for torch.

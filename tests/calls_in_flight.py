@@ -1,0 +1,43 @@
+"""What the tests of cancelled calls and of closing share: calls that take a while, and waiting."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from posttrain.backend.futures import APIFuture
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.types import AdamParams, ModelInput, SamplingParams
+from tests.conftest import policy_data, random_tokens
+
+PATIENCE = 600.0  # seconds until a wait is taken for a hang
+STEP = AdamParams(1e-3)
+LONG = SamplingParams(max_tokens=100, seed=1, stop=[])
+
+
+def prompt_of(length: int, seed: int = 0) -> ModelInput:
+    return ModelInput.from_ints(random_tokens(np.random.default_rng([seed, length]), length))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def sum_of_logprobs(data, logprobs_D):  # noqa: ANN001, ANN201
+    return -torch.cat(list(logprobs_D)).sum() * 1e-2, {}
+
+
+PASSES: dict[str, Callable[[TrainingClient, int], APIFuture]] = {
+    "forward_backward": lambda client, seed: client.forward_backward(policy_data(3, seed), "importance_sampling"),
+    "forward_backward_custom": lambda client, seed: client.forward_backward_custom(
+        policy_data(3, seed), sum_of_logprobs
+    ),
+    "forward_backward_terms": lambda client, seed: client.forward_backward_terms(
+        [LossTerm(policy_data(3, seed), "ppo", None)]
+    ),
+}
