@@ -5,7 +5,7 @@ from dataclasses import replace
 from benchmarks.evaluation_example import COLUMNS
 from benchmarks.evaluation_example import FIGURES as EXAMPLE
 from benchmarks.evidence_code import PREFERENCE, RL
-from benchmarks.evidence_row import Listed, Metric, Printed, Reached, Result, Row, Take
+from benchmarks.evidence_row import FIRST_AND_LAST, Listed, Metric, Printed, Reached, Result, Row, Take
 from recipes.algorithms.variants import DRAWN, VARIANTS
 from recipes.labels import folder_name
 
@@ -149,8 +149,9 @@ RECIPES = [
             "warm start | game: won": Metric(SOLVED, "first", "run/grpo"),
             **{f"`{name}` | game: won": Metric(SOLVED, folder=f"run/{name}") for name in MULTI_TURN},
             **{
-                f"`{name}` | game: reward, last 10 steps": Metric(REWARD, folder=f"run/{name}", over=10)
+                f"`{name}` | game: reward, {take} 10 steps": Metric(REWARD, take, f"run/{name}", over=10)
                 for name in MULTI_TURN
+                for take in FIRST_AND_LAST
             },
         },
     ),

@@ -15,6 +15,7 @@ from posttrain.tracking.metrics_log import read_metrics
 
 OUTPUT = "output.txt"  # what a row's command prints, in its seed's folder
 Take = Literal["first", "last", "max", "min", "sum"]
+FIRST_AND_LAST: tuple[Take, Take] = ("first", "last")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from benchmarks.evidence_code import PREFERENCE, RL
-from benchmarks.evidence_row import Metric, Reached, Result, Row, Take
+from benchmarks.evidence_row import FIRST_AND_LAST, Metric, Reached, Result, Row
 from recipes.belief_state.search import SETTINGS
 from recipes.latro.rare import LINES as RARE
 from recipes.latro.variants import ABLATIONS, NORM, START, Lines, last
 
 LATRO = ("log p(y given x, z)", "useful", "greedy")
 FIRST_HOP = "test/first_hop"
-FIRST_AND_LAST: list[tuple[str, Take]] = [("first", "first"), ("last", "last")]
 STAR_GRAPH = {
     "gpt": "`gpt`, 0.10M weights",
     "reversed": "`reversed`, 0.10M weights",
@@ -170,17 +169,17 @@ SYSTEMS = [
             },
             "`gpt`: nats per token of held-out paths": Metric("test/nll", folder="run/seed_{seed}/gpt"),
             **{
-                f"`{name}`: logprob of the right path, {when} 10 steps": Metric(
+                f"`{name}`: logprob of the right path, {take} 10 steps": Metric(
                     "chosen_logprob", take, f"run/seed_{{seed}}/{name}", over=10
                 )
                 for name in ("dpo", "rpo")
-                for when, take in FIRST_AND_LAST
+                for take in FIRST_AND_LAST
             },
             **{
-                f"`rl`: entropy, nats per token, {when} 10 steps": Metric(
+                f"`rl`: entropy, nats per token, {take} 10 steps": Metric(
                     "optim/entropy", take, "run/seed_{seed}/rl", over=10
                 )
-                for when, take in FIRST_AND_LAST
+                for take in FIRST_AND_LAST
             },
         },
         picture="run/star_graph.png recipes/star_graph/star_graph.png",
