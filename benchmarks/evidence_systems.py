@@ -7,6 +7,7 @@ from benchmarks.evidence_row import FIRST_AND_LAST, Metric, Reached, Result, Row
 from recipes.belief_state.search import SETTINGS
 from recipes.latro.rare import LINES as RARE
 from recipes.latro.variants import ABLATIONS, NORM, START, Lines, last
+from recipes.star_graph.trunks import TRUNKS
 
 LATRO = ("log p(y given x, z)", "useful", "greedy")
 FIRST_HOP = "test/first_hop"
@@ -17,6 +18,10 @@ STAR_GRAPH = {
     "bst": "`bst`, 0.74M weights",
     **{name: f"`{name}`, from `gpt`" for name in ("reinforce", "rl", "dpo", "rpo")},
     **{name: f"`{name}`, on the trained `bst`'s features" for name in ("cd", "qsharp")},
+}
+GUIDANCE = {
+    **{method: f"{method}, greedy" for method in ("Q#, 0.1", "CD, 0.1", "cd_code", "Q#, 1", "CD, 1")},
+    **{f"{method}: KL": f"{method}, KL" for method in ("Q#, 0.1", "CD, 0.1")},
 }
 BELIEF_STATE = (*RL, "recipes/libraries/belief_state", "recipes/belief_state", "recipes/results.py")
 BSTAR = {
@@ -183,6 +188,21 @@ SYSTEMS = [
             },
         },
         picture="run/star_graph.png recipes/star_graph/star_graph.png",
+    ),
+    Row(
+        "guidance",
+        "recipes/star_graph/trunks.py seed={seed} log_path={folder}/run",
+        (*BELIEF_STATE, "recipes/star_graph"),
+        {
+            **{
+                f"the policy alone | {how}": Result(f"the policy alone | alone, {how}") for how in ("greedy", "sampled")
+            },
+            **{
+                f"{line} | {column}": Result(f"{line} | {key}")
+                for line in (*(f"bst's encoder, {name}" for name in TRUNKS), "oracle")
+                for column, key in GUIDANCE.items()
+            },
+        },
     ),
     belief_state("belief_state", "BST, 0.74M weights", ""),
     belief_state("belief_state_gpt", "GPT, 0.74M weights, loss on all tokens", "model=gpt num_layers=6 hidden=104"),
