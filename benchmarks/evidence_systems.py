@@ -106,16 +106,6 @@ def search(model: str, options: str) -> Row:
     )
 
 
-def curriculum(name: str, label: str, options: str) -> Row:
-    """Arms of 3, 4 and 5 nodes, each from the weights of the one before."""
-    return Row(
-        name,
-        f"recipes/belief_state/curriculum.py run.seed={{seed}} {options} log_path={{folder}}/run",
-        BELIEF_STATE,
-        {f"{label}, l = {length}: first hop": Metric(FIRST_HOP, folder=f"run/l{length}") for length in (3, 4, 5)},
-    )
-
-
 def bstar(name: str, methods: Mapping[str, str], seeds: tuple[int, ...], more: Mapping[str, str]) -> Row:
     """Each method's test accuracy after the last round, and what B-STaR has more at the same seed."""
     others = {method: label for method, label in methods.items() if method != "bstar"}
@@ -208,6 +198,10 @@ SYSTEMS = [
     belief_state("belief_state_gpt", "GPT, 0.74M weights, loss on all tokens", "model=gpt num_layers=6 hidden=104"),
     search("gpt", "data.loss_on=path"),
     search("bst", "times=[1]"),
-    curriculum("star_graph_long_bst", "BST", ""),
-    curriculum("star_graph_long_gpt", "GPT", "run.model=gpt run.num_layers=6 run.hidden=104 data.loss_on=path"),
+    Row(
+        "star_graph_long_bst",
+        "recipes/belief_state/curriculum.py run.seed={seed} log_path={folder}/run",
+        BELIEF_STATE,
+        {f"BST, l = {length}: first hop": Metric(FIRST_HOP, folder=f"run/l{length}") for length in (3, 4, 5)},
+    ),
 ]
