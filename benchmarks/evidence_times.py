@@ -6,6 +6,7 @@ from benchmarks.evidence_code import RL
 from benchmarks.evidence_row import Printed, Result, Row
 
 RACE = [f"benchmarks/{name}.py" for name in ("race", "clocked", "trl_side")]
+RUNS = {"sft": "supervised", "rl": "RL"}  # of half_b_gsm8k.py
 SEVERAL = ("posttrain/backend", "posttrain/tracking")
 
 
@@ -38,13 +39,15 @@ def benchmark(name: str, command: str, *code: str) -> Row:
 
 
 def half_b(name: str, label: str, options: str) -> Row:
-    columns = {"sft": "supervised", "rl": "RL"}
-    cells = [(run, what) for what in ("peak, GiB", "planned, GiB") for run in columns] + [("rl", "largest |dlogp|")]
+    printed = {
+        f"{column}, {what}": f"{run}: {what}" for run, column in RUNS.items() for what in ("peak, GiB", "planned, GiB")
+    }
+    printed["RL, largest difference of a logprob"] = "rl: largest |dlogp|"
     return Row(
         name,
-        f"-m benchmarks.half_b_gsm8k data_dir={{data}}/gsm8k {options}",
+        f"-m benchmarks.half_b_gsm8k data_dir={{data}}/gsm8k {options}".strip(),
         (*RL, "benchmarks/half_b_gsm8k.py"),
-        {f"{label} | {columns[run]}: {what}": Printed(f"{run}: {what}") for run, what in cells},
+        {f"{label} | {column}": Printed(words) for column, words in printed.items()},
         seeds=(0,),
     )
 
