@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from posttrain.backend.errors import CheckpointError, ConfigError, DataError
 from posttrain.serve import guard
 from posttrain.serve.bases import open_bases
-from posttrain.serve.command import ServeConfig, _joined_models, api_key, substitutes
+from posttrain.serve.command import ServeConfig, _joined_models, api_key, main, substitutes
 from posttrain.serve.order import InOrder
 from posttrain.serve.requests import Answer, Requests, json_answer
 from posttrain.serve.sdk_versions import check_version
@@ -174,3 +176,19 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
         api_key(ServeConfig(model="tiny", host="0.0.0.0"))
     with pytest.raises(ConfigError, match="tml-"):
         api_key(ServeConfig(model="tiny", api_key="secret"))
+
+
+def test_a_client_that_comes_as_soon_as_the_address_is_told_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses: list[tuple[str, int]] = []
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:  # before the server itself listens
+        addresses.append(sockets[0].getsockname())
+        socket.create_connection(addresses[0], timeout=10).close()
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)
+    main(["--model", "m=micro", "port=0", "backend.engine=torch", f"checkpoint_dir={tmp_path}"])
+    assert addresses
