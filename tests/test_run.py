@@ -3,6 +3,7 @@ rate of each step.
 """
 
 import asyncio
+import gc
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,25 @@ def test_a_run_saves_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     run.must_stop = lambda request: False  # as of several processes, whose clocks differ
     with pytest.raises(ConfigError, match="save_minutes"):
         run.start(None)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_full_collections_of_a_run_do_not_visit_what_was_there_before(frozen: bool, tmp_path: Path) -> None:
+    """And what is frozen stays so: vLLM freezes what it makes."""
+    config = RunConfig(log_path=str(tmp_path / "run"), save_every=0)
+    folder = open_run_folder(config.log_path, "raise", config)
+    run = Run(config=config, folder=folder, client=Client([]), name="test", num_steps=2)  # type: ignore[arg-type]
+    most_are_frozen: list[bool] = []
+
+    async def step(number: int, metrics: Metrics) -> None:
+        most_are_frozen.append(gc.get_freeze_count() > len(gc.get_objects()))
+
+    try:
+        if not frozen:
+            gc.unfreeze()
+        assert run.start(None)
+        asyncio.run(run.steps(step))
+        most_are_frozen.append(gc.get_freeze_count() > len(gc.get_objects()))
+    finally:
+        gc.freeze()  # as conftest.py has done
+    assert most_are_frozen == [True, True, frozen]

@@ -14,6 +14,7 @@ from typing import Any
 from posttrain.backend.alarms import Alarms
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.checkpointing import Checkpointed, Checkpointer, StopRequest
+from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.metrics_log import Metrics, MetricsLog, print_last_metrics, read_last_metrics, timed
 from posttrain.tracking.progress import TrainingProgress
 from posttrain.tracking.run_config import RunConfig
@@ -84,6 +85,7 @@ class Run:
         config, checkpointer, metrics, headline, done = self.config, self._checkpointer, {}, {}, self.first_step
         profile = StepProfile(self.folder.path / "profile", self.first_step + 1, config.profile_steps)
         with (
+            startup_objects_frozen(),
             closing(MetricsLog(self.folder, config)) as log,
             StopRequest() as stop,
             TrainingProgress(self.num_steps, self.first_step, self.name) as progress,
