@@ -6,7 +6,6 @@ vLLM, which it imports itself.
 """
 
 import atexit
-import gc
 import importlib
 import itertools
 import multiprocessing
@@ -22,6 +21,8 @@ from subprocess import CompletedProcess
 from typing import Any
 
 from huggingface_hub import constants
+
+from tests.heap import freeze_for_good
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 600  # for hangs
@@ -110,7 +111,7 @@ def run(
 
 def _run(request: _Request) -> None:
     """In the new process: becomes the command, and ends as the interpreter would."""
-    gc.freeze()  # what is imported stays
+    freeze_for_good()
     for number, (name, flags) in enumerate(
         zip(request.files, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)
     ):

@@ -6,6 +6,7 @@ import gc
 import io
 import os
 import re
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -31,11 +32,13 @@ from posttrain.backend.types import Datum, ModelInput, SampledSequence, SampleRe
 from posttrain.backend.vllm_settings import vllm_is_installed
 from rl.data_processing import rows_of, with_advantages
 from rl.types import TrajectoryGroup
+from tests.heap import UNFREEZE, freeze_for_good
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
 NO_VLLM = "vLLM is not installed"
 SAVEFIG = Figure.savefig
+VLLM_IS_FROZEN: list[bool] = []
 # The suite computes in fp32 on every device: its tolerances are fp32's. bf16 is tested where a test
 # asks for it.
 posttrain.backend.config.AUTO_DTYPES["cuda"] = "float32"
@@ -80,11 +83,18 @@ def _unit(file: str) -> str:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what is imported stays: a full collection would visit it each time
+    freeze_for_good()
+
+
+def pytest_runtest_teardown() -> None:
+    if "vllm.v1.engine.llm_engine" in sys.modules and not VLLM_IS_FROZEN:  # some test has imported it
+        gc.collect()
+        freeze_for_good()
+        VLLM_IS_FROZEN.append(True)
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()
+    UNFREEZE()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,6 +17,7 @@ from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run import Metrics, Run
 from posttrain.tracking.run_config import RunConfig, TrainingConfig
 from posttrain.tracking.run_folder import open_run_folder
+from tests.heap import FREEZE, UNFREEZE
 
 
 def test_learning_rates_by_hand() -> None:
@@ -135,7 +136,9 @@ def test_a_run_saves_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_full_collections_of_a_run_do_not_visit_what_was_there_before(frozen: bool, tmp_path: Path) -> None:
+def test_full_collections_of_a_run_do_not_visit_what_was_there_before(
+    frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And what is frozen stays so: vLLM freezes what it makes."""
     config = RunConfig(log_path=str(tmp_path / "run"), save_every=0)
     folder = open_run_folder(config.log_path, "raise", config)
@@ -145,12 +148,14 @@ def test_full_collections_of_a_run_do_not_visit_what_was_there_before(frozen: bo
     async def step(number: int, metrics: Metrics) -> None:
         most_are_frozen.append(gc.get_freeze_count() > len(gc.get_objects()))
 
+    monkeypatch.setattr(gc, "freeze", FREEZE)
+    monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
     try:
         if not frozen:
-            gc.unfreeze()
+            UNFREEZE()
         assert run.start(None)
         asyncio.run(run.steps(step))
         most_are_frozen.append(gc.get_freeze_count() > len(gc.get_objects()))
     finally:
-        gc.freeze()  # as conftest.py has done
+        FREEZE()  # as conftest.py has done
     assert most_are_frozen == [True, True, frozen]
