@@ -70,6 +70,8 @@ TIMES = [
     benchmark("rl_step_vs_trl", "benchmarks/rl_step_vs_trl.py", *RACE),
     benchmark("sft_step_vs_trl", "benchmarks/sft_step_vs_trl.py", *RACE),
     benchmark("dpo_step_vs_trl", "benchmarks/dpo_step_vs_trl.py", *RACE, "preference"),
+    benchmark("threads", "benchmarks/threads.py", "benchmarks/train_throughput.py"),
+    benchmark("serve", "benchmarks/serve.py", "benchmarks/serve_side.py", "posttrain/serve"),
     Row(
         "cluster",
         "benchmarks/cluster.py",

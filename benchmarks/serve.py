@@ -1,8 +1,8 @@
 """The cost of the wire: the same RL step through the Tinker SDK and posttrain.serve, and in process.
 
-    python benchmarks/serve.py --sdk-python PYTHON [--rounds N]
+    python benchmarks/serve.py [--rounds N]
 
-PYTHON has the tinker SDK (tests/test_serve_sdk.py makes one). Both sides sample with torch from the
+The SDK has an environment of its own (tinker_sdk.py). Both sides sample with torch from the
 same adapter of `small`, with the same seeds, and take turns; a round's ratio is that of its median
 steps, by the clock and by CPU time (of client and server together). Bytes are those of HTTP bodies. Also:
 samples of one token a second with 2,000 outstanding, and 50 clients at once, with the server's
@@ -25,8 +25,9 @@ if not __package__:  # run as a file: the packages are one folder up
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import posttrain.backend as tinker
-from benchmarks.report import ROOT, alternate, wait_until_quiet, write_report
+from benchmarks.report import ROOT, alternate, over, wait_until_quiet, write_report
 from benchmarks.serve_side import one_token_samples, rl_steps
+from benchmarks.tinker_sdk import sdk_python
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.types import LoraConfig
 from posttrain.serve.app import create_app
@@ -45,6 +46,7 @@ STEP: dict[str, Any] = {
     "steps": 4,
 }
 SAMPLES, CLIENTS = 2000, 50
+SDK = "0.38.0"
 
 
 class Server:
@@ -106,7 +108,7 @@ class Counted:
         await self._app(scope, counted_receive, counted_send)
 
 
-def step_bytes(python: str) -> dict[str, float]:
+def step_bytes(python: str) -> list[float]:
     """Bytes of HTTP bodies of a step, to the server and back: of four steps less those of one."""
     totals = []
     with tempfile.TemporaryDirectory() as folder, tinker.ServiceClient(BackendConfig(engine="torch")) as service:
@@ -117,8 +119,7 @@ def step_bytes(python: str) -> dict[str, float]:
                 before = app.received, app.sent
                 answer(sdk_side(python, at.url, side="step", steps=steps))
                 totals.append((app.received - before[0], app.sent - before[1]))
-    to, back = ((four - one) / 3 for one, four in zip(*totals, strict=True))
-    return {"step_bytes_to_server": to, "step_bytes_from_server": back}
+    return [(four - one) / 3 for one, four in zip(*totals, strict=True)]
 
 
 def in_process() -> list[tuple[float, float]]:
@@ -136,44 +137,44 @@ def samples_in_process() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--sdk-python", required=True, help="a Python with the tinker SDK")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    python = sdk_python(SDK)
     load = wait_until_quiet()
     figures: dict[str, Any] = {}
     with server("small") as at:
         runs = alternate(
             {
                 "in_process": in_process,
-                "wire": lambda: answer(sdk_side(options.sdk_python, at.url, side="step", server=at.process.pid))[
-                    "seconds"
-                ][1:],
+                "wire": lambda: answer(sdk_side(python, at.url, side="step", server=at.process.pid))["seconds"][1:],
             },
             options.rounds,
         )
-    ratios = {}
-    for which, unit in enumerate(("seconds", "cpu_seconds")):
+    ratios: dict[str, Any] = {}
+    for which, unit in enumerate(("seconds", "CPU seconds")):
         medians = {side: [statistics.median(step[which] for step in steps) for steps in runs[side]] for side in runs}
-        of_rounds = [wire / local for wire, local in zip(medians["wire"], medians["in_process"], strict=True)]
-        figures |= {f"step_{unit}_{side}": values for side, values in medians.items()}
-        figures[f"step_ratios_{unit}"] = of_rounds
-        ratios[f"step_{unit}_wire_over_in_process"] = statistics.median(of_rounds)
-    figures |= step_bytes(options.sdk_python)
+        figures |= {f"{unit} of a step, {side}": values for side, values in medians.items()}
+        ratios[f"{unit} of an RL step, SDK and server / in process"] = over(medians["wire"], medians["in_process"])
+    to, back = step_bytes(python)
+    ratios |= {
+        "kB of HTTP bodies of a step, to the server": to / 1000,
+        "kB of HTTP bodies of a step, back": back / 1000,
+    }
     with server("tiny") as at:
         before = at.mib()
         settings = {"model": "tiny", "samples": SAMPLES, "server": at.process.pid}
-        done = answer(sdk_side(options.sdk_python, at.url, side="samples", **settings))
-        figures["one_token_samples_per_second_wire"] = done["per_second"]
-        figures["one_token_sample_client_cpu_ms"] = done["client_ms"]
-        figures["one_token_sample_server_cpu_ms"] = done["server_ms"]
-        figures["server_mib_before_2000_samples"], figures["server_mib_after_2000_samples"] = before, at.mib()
-    figures["one_token_samples_per_second_in_process"] = samples_in_process()
+        done = answer(sdk_side(python, at.url, side="samples", **settings))
+        ratios[f"samples of one token per second, {SAMPLES} outstanding, SDK and server"] = done["per_second"]
+        ratios["samples of one token per second, in process"] = samples_in_process()
+        ratios["CPU ms of such a sample in the SDK"] = done["client_ms"]
+        ratios["CPU ms of such a sample in the server"] = done["server_ms"]
+        ratios["the server's memory before them, MiB"], ratios["after them, MiB"] = before, at.mib()
     small = {"model": "tiny", "samples": 40, "steps": 1, "groups": 2, "group_size": 2, "rank": 4}
     with server("tiny") as at:
-        many = sdk_side(options.sdk_python, at.url, side="clients", clients=CLIENTS, **small)
-        figures["clients_that_finished"] = answer(many)["finished"]
-        figures["server_mib_after_50_clients"] = at.mib()
-    settings = {**STEP, "samples": SAMPLES, "clients": CLIENTS, "rounds": options.rounds, "sdk": "tinker 0.38.0"}
+        many = sdk_side(python, at.url, side="clients", clients=CLIENTS, **small)
+        ratios[f"{CLIENTS} clients at once, each with an adapter: finished"] = answer(many)["finished"]
+        ratios["the server's memory after them, MiB"] = at.mib()
+    settings = {**STEP, "samples": SAMPLES, "clients": CLIENTS, "rounds": options.rounds, "sdk": f"tinker {SDK}"}
     write_report("serve", figures, settings, load, ratios)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks import tinker_sdk
+from posttrain.backend.errors import ConfigError
 from posttrain.serve import wire
 from tests.conftest import ROOT
 from tests.tinker_messages import datum, pass_body
 
 pytestmark = pytest.mark.slow
-# The environments are kept between runs. They see the packages of this one, for torch.
-ENVIRONMENTS = Path(os.environ.get("TINKER_SDK_VENVS", "~/.cache/posttrain/tinker-sdk")).expanduser()
 CHECKS = [
     *("capabilities", "supervised", "pipelined", "many_data", "losses", "reinforced", "custom_loss", "checkpoints"),
     *(
@@ -51,22 +50,11 @@ OLDER = [
 
 
 def sdk_python(version: str) -> str:
-    """A Python with this version of the SDK; skips where it cannot be installed."""
-    folder = ENVIRONMENTS / version
-    python, is_complete = folder / "bin" / "python", (folder / "complete").exists()
-    if not is_complete:
-        venv.create(folder, with_pip=True, clear=True)
-    # anew each time: the checkout that made the environment may have gone
-    site = next(folder.glob("lib/python*/site-packages"))
-    here = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "packages_of_the_project.pth").write_text(f"{Path(here).resolve()}\n")
-    if not is_complete:
-        install = [str(python), "-m", "pip", "install", "-q", f"tinker=={version}"]
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"tinker {version} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
-        (folder / "complete").touch()
-    return str(python)
+    """Skips where it cannot be installed."""
+    try:
+        return tinker_sdk.sdk_python(version)
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 def _single_threaded() -> dict[str, str]:
