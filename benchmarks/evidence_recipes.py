@@ -32,6 +32,7 @@ RATED = {
     "random play": "random",
     "warm start": "run_warm_start",
 }
+SEATS = {"": "all", ", first seat": "seat0", ", second seat": "seat1"}
 STUDENTS = ["hard", "soft", "renormalised"]
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dapo", "cispo", "ppo"]
 MULTI_TURN = [*PRESETS, "ppo_critic", "reinforce_pp", "reinforce_pp_baseline"]
@@ -83,6 +84,25 @@ def tool_calls(name: str, script: str, tool: str) -> Row:
             for when, take in BEFORE_AND_AFTER
         },
         picture=f"run/tool_calls.png recipes/tool_calls/{name}.png",
+    )
+
+
+def multiplayer(name: str, label: str, options: str, with_start: bool) -> Row:
+    takes: list[tuple[str, Take]] = [("warm start", "first")] if with_start else []
+    columns = {
+        **{f"games lost{seat}": Metric(f"test/env/{key}/loss") for seat, key in SEATS.items()},
+        "illegal moves in training, 5 steps": Metric("env/all/illegal", over=5),
+        "entropy, nats per token, 5 steps": Metric("optim/entropy", over=5),
+    }
+    return Row(
+        name,
+        f"recipes/multiplayer/train.py seed={{seed}} {options} log_path={{folder}}/run behavior_if_log_dir_exists=resume",
+        (*RL, "recipes/multiplayer"),
+        {
+            f"{line} | {column}": replace(metric, take=take, folder="run")
+            for line, take in [*takes, (label, "last")]
+            for column, metric in columns.items()
+        },
     )
 
 
@@ -251,20 +271,8 @@ RECIPES = [
             "held-out items, greedy, after RL": Metric(f"test/{REWARD}", "last", "run/seed_{seed}/rl"),
         },
     ),
-    Row(
-        "multiplayer",
-        "recipes/multiplayer/train.py seed={seed} save_every=20 keep_checkpoints=None log_path={folder}/run "
-        "behavior_if_log_dir_exists=resume",
-        (*RL, "recipes/multiplayer"),
-        {
-            "games lost against random play, after the warm start": Metric("test/env/all/loss", "first", "run"),
-            "games lost against random play, after self-play": Metric("test/env/all/loss", "last", "run"),
-            "the same, first seat": Metric("test/env/seat0/loss", "last", "run"),
-            "the same, second seat": Metric("test/env/seat1/loss", "last", "run"),
-            "illegal moves in training, first 5 steps": Metric("env/all/illegal", "first", "run", over=5),
-            "illegal moves in training, last 5 steps": Metric("env/all/illegal", "last", "run", over=5),
-        },
-    ),
+    multiplayer("multiplayer", "self-play", "save_every=20 keep_checkpoints=None", with_start=True),
+    multiplayer("multiplayer_no_kl", "self-play without the KL penalty", "kl.coef=0 save_every=0", with_start=False),
     Row(  # of the checkpoints that `multiplayer` has left at its seed
         "multiplayer_elo",
         "-m envs.elo models={folder}/../../multiplayer/{seed}/run_warm_start,"
