@@ -56,8 +56,10 @@ TIMES = [
     benchmark("train_throughput", "benchmarks/train_throughput.py"),
     benchmark("memory_vs_hf_loss", "benchmarks/memory_vs_hf_loss.py"),
     benchmark("async_vs_sync", "benchmarks/async_vs_sync.py"),
-    benchmark("rollouts_vs_vllm-arithmetic", "benchmarks/rollouts_vs_vllm.py --task arithmetic"),
-    benchmark("rollouts_vs_vllm-fixed", "benchmarks/rollouts_vs_vllm.py --task fixed"),
+    *(
+        benchmark(f"rollouts_vs_vllm-{task}", f"benchmarks/rollouts_vs_vllm.py --task {task}")
+        for task in ("arithmetic", "fixed", "short")
+    ),
     *(
         benchmark(
             f"latro_step_vs_plain-{shape}", f"benchmarks/latro_step_vs_plain.py --shapes {shape}", "recipes/latro"

@@ -1,12 +1,13 @@
 """Rollouts through our environments against vLLM's own LLM.generate: the same prompts, weights,
 engine settings and sampling.
 
-    python benchmarks/rollouts_vs_vllm.py [--task fixed|arithmetic] [--rounds N]
+    python benchmarks/rollouts_vs_vllm.py [--task fixed|arithmetic|short] [--rounds N]
 
 One process holds two engines with the settings of posttrain/backend/vllm_settings.py and the same
 weights: one behind SamplingClient, Policy and do_rollouts, the other inside vLLM's LLM class.
 `fixed` has random prompts and answers of one length; `arithmetic` is the demo's task with an
-untrained model, stopped at EOS. LLM.generate runs with and without per-request seeds, which cost
+untrained model, stopped at EOS; `short` is the same with answers of at most 4 tokens, where a sequence
+costs more than its tokens. LLM.generate runs with and without per-request seeds, which cost
 vLLM time of their own; we seed every request on a CPU, and none on a GPU, so the ratio with the
 same setting as ours is the cost of our machinery. Left out: prefix caching (prompts are shorter
 than a block on a CPU), several turns.
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -193,10 +194,11 @@ def report(task: str, size: Size, rates: dict[str, list[float]], seeded_here: bo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("fixed", "arithmetic"), default="fixed")
+    parser.add_argument("--task", choices=("fixed", "arithmetic", "short"), default="fixed")
     parser.add_argument("--rounds", type=int, default=1 if torch.cuda.is_available() else 5)
     arguments = parser.parse_args()
-    compare(arguments.task, GPU if torch.cuda.is_available() else CPU, arguments.rounds)
+    size = GPU if torch.cuda.is_available() else CPU
+    compare(arguments.task, replace(size, max_tokens=4) if arguments.task == "short" else size, arguments.rounds)
 
 
 if __name__ == "__main__":
