@@ -18,6 +18,7 @@ from posttrain.serve.bases import open_bases, write_tokenizers
 from posttrain.serve.state import Limits, State
 from posttrain.serve.store import Store
 from posttrain.tracking.command_line import parse
+from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.run_lock import lock_folder
 
@@ -103,7 +104,8 @@ def serve(config: ServeConfig) -> None:
     print(f"serving {', '.join(bases)} at {url}", flush=True)
     print(f"  export TINKER_BASE_URL={url} TINKER_API_KEY={'(the key)' if key else 'tml-local'}", flush=True)
     print(f"  export OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY={'(the key)' if key else 'none'}", flush=True)
-    uvicorn.Server(settings).run(sockets=[listening])
+    with startup_objects_frozen():
+        uvicorn.Server(settings).run(sockets=[listening])
     lock.close()
 
 

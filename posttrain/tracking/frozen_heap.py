@@ -1,4 +1,4 @@
-"""Keeps the garbage collector from what was there before a run's first step."""
+"""Keeps the garbage collector from what was there before the work of a process began."""
 
 import gc
 from collections.abc import Iterator
