@@ -6,7 +6,7 @@ then the tables and pictures between markers in the pages are written anew.
     python -m benchmarks.evidence status=true            # which rows are stale; nothing runs
 
 A killed command goes on where it stopped. The rows are in evidence_recipes.py, evidence_systems.py and
-evidence_times.py.
+evidence_times.py, the pictures in evidence_pictures.py.
 """
 
 import json
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 import chz
 
+from benchmarks.evidence_pictures import PICTURES, Picture
 from benchmarks.evidence_recipes import RECIPES
 from benchmarks.evidence_row import OUTPUT, Row
 from benchmarks.evidence_systems import SYSTEMS
@@ -52,7 +53,9 @@ class Config:
 
     only: str | None = chz.field(default=None, doc="rows by comma; None = all")
     status: bool = chz.field(default=False, doc="say which rows are missing, stale or taken beside other work")
-    pages: bool = chz.field(default=False, doc="write the tables of the pages anew from what is there; nothing runs")
+    pages: bool = chz.field(
+        default=False, doc="write tables and pictures of the pages anew from what is there; nothing runs"
+    )
     log_path: str = chz.field(default="runs/evidence", doc="folder of the runs")
     data: str = chz.field(default="../shared/data", doc="folder of the data sets: gsm8k/, arc_challenge/")
 
@@ -112,15 +115,15 @@ class Evidence:
     def git(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, text=True)
 
-    def run(self, row: Row) -> None:
-        """The seeds that are missing or stale. Each is recorded as soon as it has ended."""
-        record = self.record(row)
+    def run(self, row: Row) -> bool:
+        """The seeds that are missing or stale. Each is recorded as soon as it has ended. False if there is none."""
+        record, ran = self.record(row), False
         if record["command"] != row.command:
             record = {"command": row.command, "seeds": {}}
         for seed in row.seeds:
             taken, folder = record["seeds"].get(str(seed)), self.runs / row.name / str(seed)
             if not taken or self.changed(taken["commit"], row.code):
-                record["seeds"][str(seed)] = self.run_seed(row, seed, folder)
+                record["seeds"][str(seed)], ran = self.run_seed(row, seed, folder), True
                 if row.picture and seed == row.seeds[-1]:
                     source, target = row.picture.split()
                     shutil.copy(folder / source, self.root / target)
@@ -130,6 +133,17 @@ class Evidence:
                 continue
             self.records.mkdir(parents=True, exist_ok=True)
             write_atomically(self.records / f"{row.name}.json", json.dumps(record, indent=2) + "\n")
+        return ran
+
+    def draw(self, pictures: Sequence[Picture], names: Collection[str]) -> list[Path]:
+        """Of the pictures that show runs of these rows those whose runs are all here."""
+        drawn = []
+        for picture in pictures:
+            folders = picture.folders(self.rows, self.runs)
+            if set(names) & set(picture.rows) and all(run.exists() for seeds in folders.values() for run in seeds):
+                picture.draw(folders, self.root / picture.target)
+                drawn.append(self.root / picture.target)
+        return drawn
 
     def run_seed(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
         commit, note = self.commit(row.code), folder / "begun.json"
@@ -272,15 +286,16 @@ def main(config: Config) -> None:
         for row in rows:
             print(f"{row.name:24s} {evidence.state(row)}")
         return
-    failures = []
+    failures, written = [], evidence.draw(PICTURES, asked) if config.pages else []
     for row in [] if config.pages else rows:
         try:
-            evidence.run(row)
+            if evidence.run(row):
+                written += evidence.draw(PICTURES, [row.name])
         except ConfigError as failure:
             failures.append(str(failure))
             print(f"--- {failure}", flush=True)
-    for page in evidence.write_pages():
-        print(f"written: {page}")
+    for path in [*written, *evidence.write_pages()]:
+        print(f"written: {path}")
     if failures:
         raise ConfigError(f"{len(failures)} rows could not be taken: {'; '.join(failures)}")
 

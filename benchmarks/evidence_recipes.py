@@ -116,6 +116,7 @@ RECIPES = [
             "`make demo`: held-out accuracy after RL": Metric(CORRECT, "last", "run"),
             "`make demo`: largest mean gap of a step, sampler against trainer": Metric(GAP, "max", "run"),
         },
+        picture="run/plots/run.png docs/demo.png",
     ),
     lesson(
         "sl_loop",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evidence import ROWS, Evidence
+from benchmarks.evidence_pictures import PICTURES, Picture
 from benchmarks.evidence_row import Listed, Metric, Printed, Reached, Result, Row
 from benchmarks.report import over, write_report
 from posttrain.backend.errors import ConfigError
@@ -132,6 +133,22 @@ def test_a_picture_is_copied_when_it_is_made(evidence: Evidence) -> None:
     evidence.run(row)  # as in a new checkout, which has the records and no runs
 
 
+def test_a_picture_of_several_seeds_is_drawn_when_all_have_run(evidence: Evidence) -> None:
+    shown: list[list[str]] = []
+    picture = Picture(
+        "picture",
+        {"climbs": "climb/{seed}/run"},
+        lambda folders, out: shown.append([f.name for f in folders["climbs"]]),
+    )
+    row = evidence.rows[0]
+    evidence.run(replace(row, seeds=row.seeds[:1]))
+    assert evidence.draw([picture], [row.name]) == []
+    evidence.run(row)
+    assert evidence.draw([picture], ["another"]) == []
+    assert evidence.draw([picture], [row.name]) == [evidence.root / "picture"]
+    assert shown == [["run"] * len(row.seeds)]
+
+
 def test_tables_are_written_between_markers(evidence: Evidence) -> None:
     page = evidence.root / "page.md"
     evidence.write_pages()
@@ -196,6 +213,10 @@ def test_rows_name_code_and_pictures_of_the_repository() -> None:
         script = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
         for path in (*row.code, script, *row.picture.split()[1:]):
             assert (root / path.removeprefix(":(exclude)")).exists(), f"{row.name}: {path}"
+    pictures = {row.picture.split()[1] for row in ROWS if row.picture} | {picture.target for picture in PICTURES}
+    listed = subprocess.run(["git", "ls-files", "*.png"], cwd=root, capture_output=True, text=True).stdout.split()
+    assert pictures == set(listed) - {"docs/transcript.png"}  # which is a page as a browser shows it
+    assert {name for picture in PICTURES for name in picture.rows} <= {row.name for row in ROWS}
 
 
 def test_a_players_number_is_read_by_its_name(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ of a panel: figures.py.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,19 @@ def compare_runs(
 ) -> Path:
     """Draws a panel per metric with a curve per run. Default `keys`: every known metric of any run."""
     paths = [Path(folder) for folder in folders]
-    runs = {_run_name(path, paths): [_records(path)] for path in paths}
+    return compare_seeds({_run_name(path, paths): [path] for path in paths}, out, keys)
+
+
+def compare_seeds(folders: Mapping[str, Sequence[Path]], out: str | os.PathLike[str], keys: Sequence[str] = ()) -> Path:
+    """As `compare_runs`, with the mean of several seeds' runs, and thin curves of each."""
+    runs = {label: [_records(path) for path in seeds] for label, seeds in folders.items()}
     wanted = keys or dict.fromkeys(key for known in (*PANELS.values(), ("time/total",)) for key in known)
     panels = [Panel(key, curves_by_label(runs, key), least_span=FLOORS.get(key, 0.0)) for key in wanted]
     panels = [panel for panel in panels if not panel.empty]
     if missing := [key for key in keys if key not in {panel.title for panel in panels}]:
-        known = sorted(
-            {name for (records,) in runs.values() for record in records for name in record} - {"step", "non_finite"}
-        )
-        raise ConfigError(f"keys={','.join(missing)}: no such metric in these runs; they have {', '.join(known)}")
+        logged = {name for seeds in runs.values() for records in seeds for record in records for name in record}
+        known = ", ".join(sorted(logged - {"step", "non_finite"}))
+        raise ConfigError(f"keys={','.join(missing)}: no such metric in these runs; they have {known}")
     if not panels:
         raise DataError("none of the metrics that plots know; name some with keys=a,b")
     return save_figure(draw_panels(panels, shared_legend=True), Path(out))

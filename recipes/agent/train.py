@@ -15,7 +15,7 @@ if not __package__:  # run as a file: put the project on the path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from rl import train
 from supervised.data import ConversationFileBuilder
 
 TRAINED_ON, HELD_OUT = ITEMS[:8], ITEMS[8:]  # RL never asks for the latter
+REWARD = "env/all/reward/total"
 RIGHT_CALLS = 0.65  # share of the demonstrations that call the right tool
 
 
@@ -117,19 +118,20 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
 def report(config: Config) -> Path:
     """Prints the figures of each seed and draws the curves."""
     seeds = seeds_of(config.seeds)
-    runs = [read_metrics(Path(config.log_path, f"seed_{seed}", "rl")) for seed in seeds]
+    runs = [Path(config.log_path, f"seed_{seed}", "rl") for seed in seeds]
     print("seed   right, first and last 5 steps   held out, before and after")
-    for seed, records in zip(seeds, runs, strict=True):
-        rewards, tests = (read_curve(records, f"{kind}env/all/reward/total").values_K for kind in ("", "test/"))
+    for seed, run in zip(seeds, runs, strict=True):
+        rewards, tests = (read_curve(read_metrics(run), key).values_K for key in (REWARD, f"test/{REWARD}"))
         first, last = np.mean(rewards[:5]), np.mean(rewards[-5:])
         print(f"{seed:4}   {first:.3f}  {last:.3f}                   {tests[0]:.3f}  {tests[-1]:.3f}")
-    panels = [
-        Panel(
-            "answers right, at temperature 1", curves_by_label({"rl": runs}, "env/all/reward/total"), limits=(0, 1.02)
-        ),
-        Panel("held-out items, greedy", curves_by_label({"rl": runs}, "test/env/all/reward/total"), limits=(0, 1.02)),
-    ]
-    return save_figure(draw_panels(panels), Path(config.log_path) / "agent.png")
+    return draw({"rl": runs}, Path(config.log_path) / "agent.png")
+
+
+def draw(runs: Mapping[str, Sequence[Path]], out: Path) -> Path:
+    records = {label: [read_metrics(run) for run in seeds] for label, seeds in runs.items()}
+    titles = {"answers right, at temperature 1": REWARD, "held-out items, greedy": f"test/{REWARD}"}
+    panels = [Panel(title, curves_by_label(records, key), limits=(0, 1.02)) for title, key in titles.items()]
+    return save_figure(draw_panels(panels), out)
 
 
 async def main(config: Config) -> None:

@@ -13,6 +13,7 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from posttrain.tracking.figures import (
     Curve,
     Panel,
     at_multiples,
+    curves_by_label,
     draw_panels,
     over_total,
     read_curve,
@@ -92,31 +94,34 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
 async def main(config: Config) -> None:
     stages = {seed: stages_of(config, seed) for seed in seeds_of(config.seeds)}
     await run_stages([stage for of_seed in stages.values() for stage in of_seed])
-    steps: dict[str, list[Curve]] = {}
-    tokens: dict[str, list[Curve]] = {}
-    drawn: dict[str, dict[str, list[Curve]]] = {key: {} for key in DRAWN.get(config.variants, [])}
-    for i, name in enumerate(VARIANTS[config.variants]):
-        records = [read_metrics(of_seed[i].path) for of_seed in stages.values()]
-        steps[name] = [read_curve(of_run, CORRECT) for of_run in records]
-        tokens[name] = [over_total(of_run, CORRECT, *SAMPLED) for of_run in records]
-        for key, curves in drawn.items():
-            curves[name] = [read_curve(of_run, key) for of_run in records]
-        ends = ", ".join(f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}" for curve in steps[name])
-        sampled = ", ".join(f"{curve.steps_K[-1]:,}" for curve in tokens[name])
+    runs = {name: [of_seed[i].path for of_seed in stages.values()] for i, name in enumerate(VARIANTS[config.variants])}
+    for name, seeds in runs.items():
+        records = [read_metrics(run) for run in seeds]
+        ends = ", ".join(
+            f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}"
+            for curve in (read_curve(of_run, CORRECT) for of_run in records)
+        )
+        sampled = ", ".join(f"{over_total(of_run, CORRECT, *SAMPLED).steps_K[-1]:,}" for of_run in records)
         print(f"{name:33s} held-out accuracy {ends}; sampled tokens {sampled}")
-    panels = [Panel("held-out accuracy", steps)]
-    if not drawn:
+    print(f"curves: {draw(config.variants, runs, Path(config.log_path) / f'{config.variants}.png')}")
+
+
+def draw(variants: str, runs: Mapping[str, Sequence[Path]], out: Path) -> Path:
+    """Held-out accuracy of the variants over the steps, and over sampled tokens or beside the metrics DRAWN."""
+    records = {name: [read_metrics(run) for run in seeds] for name, seeds in runs.items()}
+    panels = [Panel("held-out accuracy", curves_by_label(records, CORRECT))]
+    if variants not in DRAWN:
+        tokens = {name: [over_total(of_run, CORRECT, *SAMPLED) for of_run in seeds] for name, seeds in records.items()}
         shared = {name: [at_multiples(curve, 5000) for curve in curves] for name, curves in tokens.items()}
         panels.append(Panel("held-out accuracy", shared, xlabel="sampled tokens"))
-    for key, curves in drawn.items():
+    for key in DRAWN.get(variants, []):
+        curves = curves_by_label(records, key)
         if key == GAP:
             curves = {
                 name: [Curve(steps, np.log10(gaps).tolist()) for steps, gaps in seeds] for name, seeds in curves.items()
             }
         panels.append(Panel(f"{'log10 of ' * (key == GAP)}{key}", curves))
-    print(
-        f"curves: {save_figure(draw_panels(panels, shared_legend=True), Path(config.log_path) / f'{config.variants}.png')}"
-    )
+    return save_figure(draw_panels(panels, shared_legend=True), out)
 
 
 if __name__ == "__main__":

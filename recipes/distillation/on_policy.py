@@ -12,6 +12,7 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import chz
@@ -94,18 +95,22 @@ async def main(config: Config) -> None:
     write_results(config.log_path, {"teacher": best})
     level = config.share * best
     print(f"teacher: {best:.3f} of the held-out sums; sampled tokens until {level:.3f}:")
-    curves: dict[str, list[Curve]] = {
-        name: [read(Path(config.log_path) / f"on_policy_{seed}" / name) for seed in seeds]
+    runs = {
+        name: [Path(config.log_path) / f"on_policy_{seed}" / name for seed in seeds]
         for name in (("distill", "grpo") if config.rl_steps else ("distill",))
     }
-    for name, of_seeds in curves.items():
-        for seed, curve in zip(seeds, of_seeds, strict=True):
+    for name, of_seeds in runs.items():
+        for seed, curve in zip(seeds, map(read, of_seeds), strict=True):
             accuracy = f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}"
             print(f"{name:8s} seed {seed}  {first_at(curve, level):>18s}   accuracy {accuracy}")
-    shared = {name: [at_multiples(curve, 5000) for curve in of_seeds] for name, of_seeds in curves.items()}
-    line = {f"{config.share:g} of the teacher": level}
-    panel = Panel("held-out accuracy", shared, line, xlabel="sampled tokens")
-    print(f"curves: {save_figure(draw_panels([panel]), Path(config.log_path) / 'on_policy.png')}")
+    picture = draw(runs, Path(config.log_path) / "on_policy.png", {f"{config.share:g} of the teacher": level})
+    print(f"curves: {picture}")
+
+
+def draw(runs: Mapping[str, Sequence[Path]], out: Path, levels: Mapping[str, float]) -> Path:
+    """Held-out accuracy over sampled tokens."""
+    shared = {name: [at_multiples(read(run), 5000) for run in seeds] for name, seeds in runs.items()}
+    return save_figure(draw_panels([Panel("held-out accuracy", shared, levels, xlabel="sampled tokens")]), out)
 
 
 if __name__ == "__main__":
