@@ -247,7 +247,8 @@ class VllmEngine:
             # vLLM's shutdown destroys the parallel state of all engines in the process: only the
             # last may call it.
             cleanup = _no_cleanup if _live_engines else cleanup_dist_env_and_memory
-            with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", cleanup):
+            # each of its five full collections would take as long as the one below
+            with patch("vllm.v1.engine.core.cleanup_dist_env_and_memory", cleanup), patch("gc.collect"):
                 self._engine.engine_core.shutdown()
             del self._engine
         gc.collect()
