@@ -61,6 +61,8 @@ VLLM = """
 import gc, json, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+gc.freeze()
+gc.freeze = gc.unfreeze = lambda: None  # as in heap.py
 tokens, found = json.loads(sys.argv[1]), []
 for folder, adapter in json.loads(sys.argv[2]):
     llm = LLM(folder, dtype="float32", max_model_len=64, max_num_seqs=2, enforce_eager=True, enable_lora=bool(adapter))

@@ -59,10 +59,12 @@ def test_a_family_that_vllm_cannot_serve_is_refused_when_its_engine_is_opened(
 
 
 PLAIN_VLLM = """
-import json, sys
+import gc, json, sys
 from unittest.mock import patch
 from vllm import LLM, SamplingParams
 
+gc.freeze()
+gc.freeze = gc.unfreeze = lambda: None  # as in heap.py
 prompt, folders = json.loads(sys.argv[1]), sys.argv[2:]
 with patch("vllm.model_executor.models.registry._run_in_subprocess", lambda fn: fn()):
     for folder in folders:
