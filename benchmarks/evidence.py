@@ -212,16 +212,16 @@ class Evidence:
                 f"`{row.name}`: {runs[-1]['date'][:10]}, commit {runs[-1]['commit']}, {runs[-1]['device']}, "
                 f"torch {runs[-1]['versions'].get('torch')}, {time_taken} in all{state}."
             )
+        timed = {row.is_timed for row in self.rows if row.name in names}
+        center, runs = ("median", "rounds") if timed == {True} else ("mean", "seeds")
+        center, runs = ("mean or median", "seeds or rounds") if len(timed) > 1 else (center, runs)
         if lines:
-            timed = {row.is_timed for row in self.rows if row.name in names}
-            center, runs = ("median", "rounds") if timed == {True} else ("mean", "seeds")
-            center, runs = ("mean or median", "seeds or rounds") if len(timed) > 1 else (center, runs)
             head = [
                 f"| figure | {center} | ± (95%) | smallest to largest | {runs} |",
                 "| --- | --- | --- | --- | --- |",
             ]
             lines = [*head, *lines, ""]
-        return "\n".join([*lines, *_grids(cells), *notes]) + "\n"
+        return "\n".join([*lines, *_grids(cells, center), *notes]) + "\n"
 
     def write_pages(self) -> list[Path]:
         """The pages whose tables have changed. ConfigError for a marker that names no row."""
@@ -243,7 +243,7 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _grids(cells: Mapping[tuple[str, str], str]) -> list[str]:
+def _grids(cells: Mapping[tuple[str, str], str], center: str) -> list[str]:
     """Tables of cells by (line, column), each with an empty line after it. Lines that share no column with
     those before them begin a table."""
     columns_of: dict[str, set[str]] = {}
@@ -260,7 +260,7 @@ def _grids(cells: Mapping[tuple[str, str], str]) -> list[str]:
     text = []
     for lines in tables:
         columns = list(dict.fromkeys(column for line, column in cells if line in lines))
-        rows = [["mean (smallest to largest)", *columns], ["---"] * (len(columns) + 1)]
+        rows = [[f"{center} (smallest to largest)", *columns], ["---"] * (len(columns) + 1)]
         rows += [[line, *(cells.get((line, column), "") for column in columns)] for line in lines]
         text += [*(f"| {' | '.join(row)} |" for row in rows), ""]
     return text
