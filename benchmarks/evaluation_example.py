@@ -63,8 +63,8 @@ def main(config: Config) -> None:
     write_atomically(folder / "train.jsonl", examples(data, config.seed))
     run(
         f"supervised/train_cli.py dataset=prompt_completion dataset.path={folder}/train.jsonl dataset.batch_size=16 "
-        f"dataset.max_length=512 model_name=tiny learning_rate=1e-3 max_steps=600 save_every=200 keep_checkpoints=None "
-        f"eval_every=0 behavior_if_log_dir_exists=resume seed={config.seed} log_path={folder}/sft"
+        f"dataset.max_length=512 model_name=tiny learning_rate=1e-3 num_epochs=2 max_steps=600 save_every=200 "
+        f"keep_checkpoints=None eval_every=0 behavior_if_log_dir_exists=resume seed={config.seed} log_path={folder}/sft"
     )
     found = {}
     for name, options in EVALUATIONS.items():
