@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks.evidence_recipes import NEARLY_TAUGHT
 from benchmarks.evidence_row import Row
+from posttrain.tracking.figures import Records
+from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.plots import compare_seeds
 from recipes.algorithms import beside_grpo
 from recipes.algorithms.variants import VARIANTS
@@ -39,6 +42,12 @@ class Picture:
         }
 
 
+def of_records(draw: Callable[[Mapping[str, Sequence[Records]], Path], object]) -> Callable[[Folders, Path], object]:
+    return lambda folders, out: draw(
+        {label: [read_metrics(run) for run in seeds] for label, seeds in folders.items()}, out
+    )
+
+
 def of_metrics(*keys: str) -> Callable[[Folders, Path], object]:
     return lambda folders, out: compare_seeds(folders, out, keys)
 
@@ -46,13 +55,13 @@ def of_metrics(*keys: str) -> Callable[[Folders, Path], object]:
 def agent(folders: Folders, out: Path) -> None:
     from recipes.agent.train import draw  # imports openai
 
-    draw(folders, out)
+    of_records(draw)(folders, out)
 
 
 def beside_grpo_picture(variants: str, target: str) -> Picture:
     folder = f"beside_grpo_{variants}/{{seed}}/run/{{seed}}"
     runs = {name: f"{folder}/{folder_name(name)}" for name in VARIANTS[variants]}
-    return Picture(target, runs, partial(beside_grpo.draw, variants))
+    return Picture(target, runs, of_records(partial(beside_grpo.draw, variants)))
 
 
 def bstar(folders: Folders, out: Path) -> None:
@@ -72,7 +81,7 @@ PICTURES = [
     Picture(
         "recipes/distillation/on_policy.png",
         {name: f"distillation/{{seed}}/run/on_policy_{{seed}}/{name}" for name in ("distill", "grpo")},
-        partial(on_policy.draw, levels={"0.95 of the teacher": 0.945}),
+        of_records(partial(on_policy.draw, levels={"0.95 of the teacher": NEARLY_TAUGHT})),
     ),
     Picture(
         "recipes/guess_number/curve.png",

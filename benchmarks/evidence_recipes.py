@@ -33,6 +33,7 @@ RATED = {
     "warm start": "run_warm_start",
 }
 SEATS = {"": "all", ", first seat": "seat0", ", second seat": "seat1"}
+NEARLY_TAUGHT = 0.945  # 0.95 of what the teacher has right
 STUDENTS = ["hard", "soft", "renormalised"]
 PRESETS = ["importance_sampling", "reinforce", "rloo", "grpo", "dapo", "cispo", "ppo"]
 MULTI_TURN = [*PRESETS, "ppo_critic", "reinforce_pp", "reinforce_pp_baseline"]
@@ -196,7 +197,11 @@ RECIPES = [
                 )
                 if level
                 else Metric(CORRECT, folder=f"run/on_policy_{{seed}}/{name}")
-                for what, level in ((ACCURACY, 0.0), ("sampled tokens to 0.85", 0.85), ("to 0.945", 0.945))
+                for what, level in (
+                    (ACCURACY, 0.0),
+                    ("sampled tokens to 0.85", 0.85),
+                    (f"to {NEARLY_TAUGHT}", NEARLY_TAUGHT),
+                )
                 for label, name in (("distillation", "distill"), ("GRPO", "grpo"))
             },
         },

@@ -72,7 +72,7 @@ def _race(
         sides = {side: partial(in_subprocess, script, "--side", side, "--model", model, *counts) for side in ours}
         trl_script = str(ROOT / "benchmarks" / "trl_side.py")
         for side, mode in trl.items():
-            sides[side] = partial(in_subprocess, trl_script, mode, model, str(steps), str(warmup), extra_path=TRL_SITE)
+            sides[side] = partial(in_subprocess, trl_script, mode, model, str(steps), str(warmup), PYTHONPATH=TRL_SITE)
         load = wait_until_quiet()
         results = alternate(sides, rounds)
     figures: dict[str, Any] = {}

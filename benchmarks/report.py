@@ -45,13 +45,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{100 * (max(values) - min(values)) / statistics.median(values):.0f}%"
 
 
-def in_subprocess(script: str, *arguments: str, extra_path: str | None = None) -> dict[str, Any]:
-    """Runs `python script arguments` and reads the JSON object on the last line it prints."""
+def in_subprocess(script: str, *arguments: str, **variables: str) -> dict[str, Any]:
+    """Runs `python script arguments`, with these environment variables, and reads the JSON object on the
+    last line it prints."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-    if extra_path:
-        environment["PYTHONPATH"] = extra_path
     command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment | variables, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(
             f"{' '.join(command)} failed with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

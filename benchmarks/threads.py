@@ -14,8 +14,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 if not __package__:  # run as a file: the packages are one folder up
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -25,7 +25,7 @@ from benchmarks.train_throughput import Shape, random_data, step, timed
 from posttrain.backend.service_client import ServiceClient
 
 SHAPE = Shape("tiny", 128, 24)
-THREADS = {"two threads": 2, "one thread": 1}
+THREADS = {"two threads: seconds of a step": 2, "one thread: seconds of a step": 1}
 BESIDE = {"alone": 0, "beside one busy program": 1, "beside two": 2}
 WARM_UP, STEPS = 5, 20
 
@@ -50,9 +50,8 @@ def busy_programs(count: int) -> Iterator[None]:
 
 
 def side(threads: int, beside: int) -> float:
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the process that is started
     with busy_programs(beside):
-        return in_subprocess(__file__, "--side")["seconds"]
+        return in_subprocess(__file__, "--side", OMP_NUM_THREADS=str(threads))["seconds"]
 
 
 def main() -> None:
@@ -70,9 +69,7 @@ def main() -> None:
         for column, threads in THREADS.items()
     }
     seconds = alternate(cells, options.rounds)
-    settings: dict[str, Any] = {"model": SHAPE.model_name, "rows": SHAPE.sequences, "tokens of a row": SHAPE.length}
-    labels = {cell: f"{cell}: seconds of a step" for cell in cells}
-    write_report("threads", {}, settings | {"rounds": options.rounds}, load, {labels[c]: seconds[c] for c in cells})
+    write_report("threads", {}, asdict(SHAPE) | {"rounds": options.rounds}, load, seconds)
 
 
 if __name__ == "__main__":

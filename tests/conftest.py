@@ -38,7 +38,6 @@ ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
 NO_VLLM = "vLLM is not installed"
 SAVEFIG = Figure.savefig
-VLLM_IS_FROZEN: list[bool] = []
 # The suite computes in fp32 on every device: its tolerances are fp32's. bf16 is tested where a test
 # asks for it.
 posttrain.backend.config.AUTO_DTYPES["cuda"] = "float32"
@@ -87,10 +86,14 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    if "vllm.v1.engine.llm_engine" in sys.modules and not VLLM_IS_FROZEN:  # some test has imported it
-        gc.collect()
-        freeze_for_good()
-        VLLM_IS_FROZEN.append(True)
+    if "vllm.v1.engine.llm_engine" in sys.modules:  # some test has imported it
+        _freeze_vllm()
+
+
+@cache
+def _freeze_vllm() -> None:
+    gc.collect()
+    freeze_for_good()
 
 
 def pytest_sessionfinish() -> None:

@@ -27,7 +27,7 @@ from envs.single_turn import QuestionFile
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.ranges import COUNT, LEARNING_RATE
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.figures import Panel, curves_by_label, draw_panels, read_curve, save_figure
+from posttrain.tracking.figures import Panel, Records, curves_by_label, draw_panels, read_curve, save_figure
 from posttrain.tracking.jsonl import write_jsonl
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
@@ -118,19 +118,18 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
 def report(config: Config) -> Path:
     """Prints the figures of each seed and draws the curves."""
     seeds = seeds_of(config.seeds)
-    runs = [Path(config.log_path, f"seed_{seed}", "rl") for seed in seeds]
+    runs = [read_metrics(Path(config.log_path, f"seed_{seed}", "rl")) for seed in seeds]
     print("seed   right, first and last 5 steps   held out, before and after")
-    for seed, run in zip(seeds, runs, strict=True):
-        rewards, tests = (read_curve(read_metrics(run), key).values_K for key in (REWARD, f"test/{REWARD}"))
+    for seed, records in zip(seeds, runs, strict=True):
+        rewards, tests = (read_curve(records, key).values_K for key in (REWARD, f"test/{REWARD}"))
         first, last = np.mean(rewards[:5]), np.mean(rewards[-5:])
         print(f"{seed:4}   {first:.3f}  {last:.3f}                   {tests[0]:.3f}  {tests[-1]:.3f}")
     return draw({"rl": runs}, Path(config.log_path) / "agent.png")
 
 
-def draw(runs: Mapping[str, Sequence[Path]], out: Path) -> Path:
-    records = {label: [read_metrics(run) for run in seeds] for label, seeds in runs.items()}
+def draw(runs: Mapping[str, Sequence[Records]], out: Path) -> Path:
     titles = {"answers right, at temperature 1": REWARD, "held-out items, greedy": f"test/{REWARD}"}
-    panels = [Panel(title, curves_by_label(records, key), limits=(0, 1.02)) for title, key in titles.items()]
+    panels = [Panel(title, curves_by_label(runs, key), limits=(0, 1.02)) for title, key in titles.items()]
     return save_figure(draw_panels(panels), out)
 
 

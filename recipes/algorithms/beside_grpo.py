@@ -27,11 +27,11 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.figures import (
     Curve,
     Panel,
+    Records,
     at_multiples,
     curves_by_label,
     draw_panels,
     over_total,
-    read_curve,
     save_figure,
 )
 from posttrain.tracking.metrics_log import read_metrics
@@ -94,28 +94,27 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
 async def main(config: Config) -> None:
     stages = {seed: stages_of(config, seed) for seed in seeds_of(config.seeds)}
     await run_stages([stage for of_seed in stages.values() for stage in of_seed])
-    runs = {name: [of_seed[i].path for of_seed in stages.values()] for i, name in enumerate(VARIANTS[config.variants])}
+    runs = {
+        name: [read_metrics(of_seed[i].path) for of_seed in stages.values()]
+        for i, name in enumerate(VARIANTS[config.variants])
+    }
     for name, seeds in runs.items():
-        records = [read_metrics(run) for run in seeds]
-        ends = ", ".join(
-            f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}"
-            for curve in (read_curve(of_run, CORRECT) for of_run in records)
-        )
-        sampled = ", ".join(f"{over_total(of_run, CORRECT, *SAMPLED).steps_K[-1]:,}" for of_run in records)
+        curves = [over_total(records, CORRECT, *SAMPLED) for records in seeds]
+        ends = ", ".join(f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}" for curve in curves)
+        sampled = ", ".join(f"{curve.steps_K[-1]:,}" for curve in curves)
         print(f"{name:33s} held-out accuracy {ends}; sampled tokens {sampled}")
     print(f"curves: {draw(config.variants, runs, Path(config.log_path) / f'{config.variants}.png')}")
 
 
-def draw(variants: str, runs: Mapping[str, Sequence[Path]], out: Path) -> Path:
+def draw(variants: str, runs: Mapping[str, Sequence[Records]], out: Path) -> Path:
     """Held-out accuracy of the variants over the steps, and over sampled tokens or beside the metrics DRAWN."""
-    records = {name: [read_metrics(run) for run in seeds] for name, seeds in runs.items()}
-    panels = [Panel("held-out accuracy", curves_by_label(records, CORRECT))]
+    panels = [Panel("held-out accuracy", curves_by_label(runs, CORRECT))]
     if variants not in DRAWN:
-        tokens = {name: [over_total(of_run, CORRECT, *SAMPLED) for of_run in seeds] for name, seeds in records.items()}
+        tokens = {name: [over_total(records, CORRECT, *SAMPLED) for records in seeds] for name, seeds in runs.items()}
         shared = {name: [at_multiples(curve, 5000) for curve in curves] for name, curves in tokens.items()}
         panels.append(Panel("held-out accuracy", shared, xlabel="sampled tokens"))
     for key in DRAWN.get(variants, []):
-        curves = curves_by_label(records, key)
+        curves = curves_by_label(runs, key)
         if key == GAP:
             curves = {
                 name: [Curve(steps, np.log10(gaps).tolist()) for steps, gaps in seeds] for name, seeds in curves.items()

@@ -20,7 +20,7 @@ import chz
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE, WHOLE
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.figures import Curve, Panel, at_multiples, draw_panels, over_total, save_figure
+from posttrain.tracking.figures import Curve, Panel, Records, at_multiples, draw_panels, over_total, save_figure
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.distillation import teacher
@@ -79,8 +79,8 @@ def stages_of(config: Config, seed: int) -> list[Stage]:
     ]
 
 
-def read(run: Path) -> Curve:
-    return over_total(read_metrics(run), CORRECT, SAMPLED)
+def over_tokens(records: Records) -> Curve:
+    return over_total(records, CORRECT, SAMPLED)
 
 
 def first_at(curve: Curve, level: float) -> str:
@@ -96,20 +96,20 @@ async def main(config: Config) -> None:
     level = config.share * best
     print(f"teacher: {best:.3f} of the held-out sums; sampled tokens until {level:.3f}:")
     runs = {
-        name: [Path(config.log_path) / f"on_policy_{seed}" / name for seed in seeds]
+        name: [read_metrics(Path(config.log_path) / f"on_policy_{seed}" / name) for seed in seeds]
         for name in (("distill", "grpo") if config.rl_steps else ("distill",))
     }
     for name, of_seeds in runs.items():
-        for seed, curve in zip(seeds, map(read, of_seeds), strict=True):
+        for seed, curve in zip(seeds, map(over_tokens, of_seeds), strict=True):
             accuracy = f"{curve.values_K[0]:.3f} -> {curve.values_K[-1]:.3f}"
             print(f"{name:8s} seed {seed}  {first_at(curve, level):>18s}   accuracy {accuracy}")
     picture = draw(runs, Path(config.log_path) / "on_policy.png", {f"{config.share:g} of the teacher": level})
     print(f"curves: {picture}")
 
 
-def draw(runs: Mapping[str, Sequence[Path]], out: Path, levels: Mapping[str, float]) -> Path:
+def draw(runs: Mapping[str, Sequence[Records]], out: Path, levels: Mapping[str, float]) -> Path:
     """Held-out accuracy over sampled tokens."""
-    shared = {name: [at_multiples(read(run), 5000) for run in seeds] for name, seeds in runs.items()}
+    shared = {name: [at_multiples(over_tokens(records), 5000) for records in seeds] for name, seeds in runs.items()}
     return save_figure(draw_panels([Panel("held-out accuracy", shared, levels, xlabel="sampled tokens")]), out)
 
 
