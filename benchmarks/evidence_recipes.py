@@ -26,6 +26,11 @@ RLHF: list[tuple[str, str, Take]] = [
     ("RL, KL penalty 0.5", "rl", "last"),
     ("RL, no penalty", "rl_no_penalty", "last"),
 ]
+PRM_REWARDS = {
+    "the verifier's reward": "verifier",
+    "and half of the smallest step's probability": "verifier_and_prm",
+    "and half of the change over each step, as advantages of its tokens": "verifier_and_steps",
+}
 RATED = {
     "perfect play": "minimax",
     **{f"step {step}": f"run_{step:06d}" for step in (100, 80, 60, 40, 20)},
@@ -378,7 +383,7 @@ RECIPES = [
     ),
     Row(
         "prm",
-        "recipes/prm/train.py seed={seed} log_path={folder}/run",
+        "recipes/prm/train.py stages=evaluate,controls,rl seed={seed} log_path={folder}/run",
         (*PREFERENCE, *RL, "recipes/prm", "recipes/libraries", "recipes/results.py"),
         {
             **{
@@ -395,6 +400,27 @@ RECIPES = [
             "right chains in which nothing is marked": Result("right chains left unmarked"),
             "right steps labelled 0": Result("labels: right steps labelled 0"),
             "wrong steps labelled 1": Result("labels: wrong steps labelled 1"),
+            **{
+                f"{kind} labels, the {weights}'s weights | {column}": Result(
+                    f"{kind}, {weights} | {key}", "run/controls/results.json"
+                )
+                for kind in ("soft", "hard")
+                for weights in ("completer", "policy")
+                for column, key in (
+                    ("first wrong step found", "first wrong step found"),
+                    ("nothing marked in right chains", "right chains left unmarked"),
+                    ("best of 8", "best_of_n"),
+                )
+            },
+            **{
+                f"{line} | {column}": replace(metric, folder=f"run/{run}")
+                for line, run in PRM_REWARDS.items()
+                for column, metric in {
+                    f"{ACCURACY}, step 0": Metric(CORRECT, "first"),
+                    f"{ACCURACY}, last step": Metric(CORRECT),
+                    "sampled answers right, last 5 steps": Metric("env/all/correct", over=5),
+                }.items()
+            },
         },
         picture="run/prm.png recipes/prm/prm.png",
     ),

@@ -1,7 +1,8 @@
 """A process reward model (PRM) from a verifier of answers only, on chains of sums: which step is
 the first wrong one? README.md has the results.
 
-    python recipes/prm/train.py                          # all stages but rl; runs/prm
+    python recipes/prm/train.py                          # the six stages below; runs/prm
+    python recipes/prm/train.py stages=controls          # other labels, other first weights
     python recipes/prm/train.py stages=rl                # RL with and without the PRM's reward
 
     warm_start  a policy that is right about one time in three
@@ -10,6 +11,8 @@ the first wrong one? README.md has the results.
     labels      of their steps, by the completer's rollouts
     prm         trained from the completer's weights
     evaluate    on held-out chains: first wrong steps, best of 8
+    controls    the last two with hard labels, and from the policy's weights
+    rl          of the policy: the verifier's reward alone, with the PRM's, with its per-step advantages
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -18,11 +21,11 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import chz
 
@@ -35,6 +38,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import print_metrics_table
 from posttrain.tracking.plots import compare_runs
 from posttrain.tracking.run_config import log_path_field
@@ -53,6 +57,8 @@ from recipes.warm_start import shared_settings, warm_start
 from rl import train as rl_train
 
 STAGES = ("warm_start", "completer", "solutions", "labels", "prm", "evaluate")
+CONTROLS: list[tuple[Literal["hard", "soft"], str]] = [("soft", "policy"), ("hard", "completer"), ("hard", "policy")]
+COMPARED = ("first wrong step found", "right chains left unmarked", "best_of_n")
 FORM = StepFormat(separator="\n", answer_marker=ANSWER)
 
 
@@ -132,21 +138,32 @@ def stages_of(config: Config) -> list[Stage]:
         last_tokens=1,
         until_first_error=True,
     )
-    run = train_prm.Config(
-        dataset=examples,
-        load_checkpoint_path=str(completer.result),  # a trunk that can add
-        learning_rate=config.prm_learning_rate,
-        num_epochs=config.prm_epochs,
-        eval_every=40,
-        log_path=str(folder / "prm"),
-        **common,
-    )
-    prm = training_stage("prm", train_prm.main, run, [labels])
-
     params, file = replace(params, seed=1000 * config.seed + 2), folder / "test_solutions.jsonl"
     test_solutions = solutions_stage(file, policy, test_problems, config.best_of, params, {}, config.backend)
-    make = partial(evaluate_prm, config, prm.result, test_solutions.path)
-    evaluation = Stage("evaluate", folder / "results.json", {}, make, [prm, test_solutions])
+
+    def trained(place: Path, examples: StepExamplesBuilder, trunk: Stage, suffix: str = "") -> tuple[Stage, Stage]:
+        """A process reward model in PLACE/prm, and its evaluation."""
+        run = train_prm.Config(
+            dataset=examples,
+            load_checkpoint_path=str(trunk.result),
+            learning_rate=config.prm_learning_rate,
+            num_epochs=config.prm_epochs,
+            eval_every=40,
+            log_path=str(place / "prm"),
+            **common,
+        )
+        prm = training_stage(f"prm{suffix}", train_prm.main, run, [labels])
+        make = partial(evaluate_prm, config, prm.result, test_solutions.path, place)
+        return prm, Stage(f"evaluate{suffix}", place / "results.json", {}, make, [prm, test_solutions])
+
+    prm, evaluation = trained(folder, examples, completer)  # a trunk that can add
+    evaluations = {"soft, completer": evaluation}
+    for kind, trunk in CONTROLS:
+        name, place = f"{kind}, {trunk}", folder / "controls" / f"{kind}_{trunk}"
+        first_weights = {"policy": policy, "completer": completer}[trunk]
+        _, evaluations[name] = trained(place, chz.replace(examples, labels=kind), first_weights, f"_{place.name}")
+    make = partial(collect, {name: stage.path for name, stage in evaluations.items()}, folder / "controls")
+    controls = Stage("controls", folder / "controls" / "results.json", {}, make, list(evaluations.values()))
 
     reward = PrmReward(path=str(prm.result), form=FORM, scale="probability", coef=0.5)
     rewards = {"verifier": None, "verifier_and_prm": reward, "verifier_and_steps": chz.replace(reward, per_step=True)}
@@ -165,10 +182,11 @@ def stages_of(config: Config) -> list[Stage]:
         runs.append(training_stage(name, rl_train.main, run, [policy, prm] if batch_reward else [policy]))
     keys, picture = ["env/all/correct", "test/env/all/correct"], folder / "rl.png"
     rl = Stage("rl", picture, {}, partial(compare_runs, [run.path for run in runs], picture, keys), runs)
-    return [policy, completer, solutions, labels, prm, evaluation, rl]
+    return [policy, completer, solutions, labels, prm, evaluation, controls, rl]
 
 
-async def evaluate_prm(config: Config, prm: Path, test_solutions: Path) -> None:
+async def evaluate_prm(config: Config, prm: Path, test_solutions: Path, folder: Path) -> None:
+    """Writes results.json and prm.png into `folder`."""
     chains, solutions_P_G = config.task.test_chains(), read_solutions(test_solutions)
     tokenizer = load_tokenizer(config.model_name)
     with ServiceClient(config.backend) as service:
@@ -178,9 +196,17 @@ async def evaluate_prm(config: Config, prm: Path, test_solutions: Path) -> None:
     scores_P_G = [[next(scores) for _ in group] for group in solutions_P_G]
     results, aligned = evaluate(chains, solutions_P_G, scores_P_G, model.renderer, FORM)
     results |= label_noise({chain.question: chain for chain in config.chains()}, config.folder / "labels.jsonl")
-    print_metrics_table(results, f"{config.folder}: held-out chains")
-    print(f"picture: {draw(config.folder / 'prm', results, aligned, config.folder / 'prm.png')}")
-    write_results(config.folder, results)
+    print_metrics_table(results, f"{folder}: held-out chains")
+    print(f"picture: {draw(folder / 'prm', results, aligned, folder / 'prm.png')}")
+    write_results(folder, results)
+
+
+def collect(evaluations: Mapping[str, Path], folder: Path) -> None:
+    """`evaluations`: results.json by what was trained; writes those that tell them apart into `folder`."""
+    found = {name: read_json(path) for name, path in evaluations.items()}
+    results = {f"{name} | {key}": results[key] for name, results in found.items() for key in COMPARED}
+    print_metrics_table(results, f"{folder}: labels, first weights")
+    write_results(folder, results)
 
 
 def _envs(config: Config, chains: Sequence[Chain]) -> list[ProblemEnv]:
