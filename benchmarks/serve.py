@@ -52,8 +52,8 @@ SDK = "0.38.0"
 class Server:
     """A server process on a free port, and what /proc and its counters say of it."""
 
-    def __init__(self, model: str, folder: str):
-        command = [sys.executable, "-m", "posttrain.serve", "--model", model, "port=0", "backend.engine=torch"]
+    def __init__(self, model: str, folder: str, *options: str):
+        command = [sys.executable, "-m", "posttrain.serve", "--model", model, "port=0", "backend.engine=torch", *options]
         self.process = subprocess.Popen(
             [*command, f"checkpoint_dir={folder}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
@@ -67,9 +67,9 @@ class Server:
 
 
 @contextmanager
-def server(model: str) -> Iterator[Server]:
+def server(model: str, *options: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
-        running = Server(model, folder)
+        running = Server(model, folder, *options)
         try:
             yield running
         finally:

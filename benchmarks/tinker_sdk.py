@@ -1,9 +1,10 @@
-"""Pythons with an unmodified Tinker SDK, for its tests and for serve.py."""
+"""Pythons with an unmodified Tinker SDK, for its tests, serve.py and math_rl_recipe.py."""
 
 import os
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 from posttrain.backend.errors import ConfigError
@@ -12,9 +13,10 @@ from posttrain.backend.errors import ConfigError
 ENVIRONMENTS = Path(os.environ.get("TINKER_SDK_VENVS", "~/.cache/posttrain/tinker-sdk")).expanduser()
 
 
-def sdk_python(version: str) -> str:
-    """A Python with this version of the SDK. ConfigError where it cannot be installed."""
-    folder = ENVIRONMENTS / version
+def sdk_python(version: str, name: str = "", also: Sequence[str] = ()) -> str:
+    """A Python with this version of the SDK, and what pip installs with the arguments `also`, one call each,
+    in the environment `name`. ConfigError where it cannot be installed."""
+    folder = ENVIRONMENTS / (name or version)
     python, is_complete = folder / "bin" / "python", (folder / "complete").exists()
     if not is_complete:
         venv.create(folder, with_pip=True, clear=True)
@@ -23,9 +25,10 @@ def sdk_python(version: str) -> str:
     here = next(path for path in sys.path if path.endswith("site-packages"))
     (site / "packages_of_the_project.pth").write_text(f"{Path(here).resolve()}\n")
     if not is_complete:
-        install = [str(python), "-m", "pip", "install", "-q", f"tinker=={version}"]
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode:
-            raise ConfigError(f"tinker {version} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+        for packages in (f"tinker=={version}", *also):
+            install = [str(python), "-m", "pip", "install", "-q", *packages.split()]
+            done = subprocess.run(install, capture_output=True, text=True)
+            if done.returncode:
+                raise ConfigError(f"{packages} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
         (folder / "complete").touch()
     return str(python)
