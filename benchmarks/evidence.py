@@ -115,25 +115,30 @@ class Evidence:
     def git(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, text=True)
 
-    def run(self, row: Row) -> bool:
-        """The seeds that are missing or stale. Each is recorded as soon as it has ended. False if there is none."""
-        record, ran = self.record(row), False
+    def run(self, row: Row, pictures: Sequence[Picture] = ()) -> list[Path]:
+        """The seeds that are missing or stale. Each is recorded as soon as it has ended, the last one after the
+        row's pictures are drawn: a command killed before goes on there. Returns the pictures."""
+        record, drawn = self.record(row), list[Path]()
         if record["command"] != row.command:
             record = {"command": row.command, "seeds": {}}
-        for seed in row.seeds:
-            taken, folder = record["seeds"].get(str(seed)), self.runs / row.name / str(seed)
-            if not taken or self.changed(taken["commit"], row.code):
-                record["seeds"][str(seed)], ran = self.run_seed(row, seed, folder), True
+        taken = {seed: record["seeds"].get(str(seed)) for seed in row.seeds}
+        due = [seed for seed, run in taken.items() if not run or self.changed(run["commit"], row.code)]
+        for seed, run in taken.items():
+            folder = self.runs / row.name / str(seed)
+            if seed in due:
+                record["seeds"][str(seed)] = self.run_seed(row, seed, folder)
                 if row.picture and seed == row.seeds[-1]:
                     source, target = row.picture.split()
                     shutil.copy(folder / source, self.root / target)
-            elif row.metrics and taken["figures"].keys() != row.metrics.keys() and (folder / "begun.json").exists():
-                taken["figures"] = rounded(row.figures(folder, seed))  # other numbers of the same run
+                if seed == due[-1]:
+                    drawn = self.draw(pictures, [row.name])
+            elif row.metrics and run["figures"].keys() != row.metrics.keys() and (folder / "begun.json").exists():
+                run["figures"] = rounded(row.figures(folder, seed))  # other numbers of the same run
             else:
                 continue
             self.records.mkdir(parents=True, exist_ok=True)
             write_atomically(self.records / f"{row.name}.json", json.dumps(record, indent=2) + "\n")
-        return ran
+        return drawn
 
     def draw(self, pictures: Sequence[Picture], names: Collection[str]) -> list[Path]:
         """Of the pictures that show runs of these rows those whose runs are all here."""
@@ -289,8 +294,7 @@ def main(config: Config) -> None:
     failures, written = [], evidence.draw(PICTURES, asked) if config.pages else []
     for row in [] if config.pages else rows:
         try:
-            if evidence.run(row):
-                written += evidence.draw(PICTURES, [row.name])
+            written += evidence.run(row, PICTURES)
         except ConfigError as failure:
             failures.append(str(failure))
             print(f"--- {failure}", flush=True)

@@ -53,7 +53,16 @@ class Server:
     """A server process on a free port, and what /proc and its counters say of it."""
 
     def __init__(self, model: str, folder: str, *options: str):
-        command = [sys.executable, "-m", "posttrain.serve", "--model", model, "port=0", "backend.engine=torch", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "posttrain.serve",
+            "--model",
+            model,
+            "port=0",
+            "backend.engine=torch",
+            *options,
+        ]
         self.process = subprocess.Popen(
             [*command, f"checkpoint_dir={folder}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.evidence import ROWS, Evidence
-from benchmarks.evidence_pictures import PICTURES, Picture
+from benchmarks.evidence_pictures import PICTURES, Folders, Picture
 from benchmarks.evidence_row import Listed, Metric, Printed, Reached, Result, Row
 from benchmarks.report import over, write_report
 from posttrain.backend.errors import ConfigError
@@ -135,18 +135,21 @@ def test_a_picture_is_copied_when_it_is_made(evidence: Evidence) -> None:
 
 def test_a_picture_of_several_seeds_is_drawn_when_all_have_run(evidence: Evidence) -> None:
     shown: list[list[str]] = []
-    picture = Picture(
-        "picture",
-        {"climbs": "climb/{seed}/run"},
-        lambda folders, out: shown.append([f.name for f in folders["climbs"]]),
-    )
-    row = evidence.rows[0]
-    evidence.run(replace(row, seeds=row.seeds[:1]))
-    assert evidence.draw([picture], [row.name]) == []
-    evidence.run(row)
+
+    def draw(folders: Folders, out: Path) -> None:
+        shown.append([folder.name for folder in folders["climbs"]])
+        if len(shown) == 1:
+            raise KeyboardInterrupt
+
+    picture, row = Picture("picture", {"climbs": "climb/{seed}/run"}, draw), evidence.rows[0]
+    assert evidence.run(replace(row, seeds=row.seeds[:1]), [picture]) == []
+    with pytest.raises(KeyboardInterrupt):
+        evidence.run(row, [picture])
+    shutil.rmtree(evidence.runs / "climb" / "2" / "run")
+    assert evidence.run(row, [picture]) == [evidence.root / "picture"]
+    assert evidence.run(row, [picture]) == []
+    assert shown == [["run"] * len(row.seeds)] * 2
     assert evidence.draw([picture], ["another"]) == []
-    assert evidence.draw([picture], [row.name]) == [evidence.root / "picture"]
-    assert shown == [["run"] * len(row.seeds)]
 
 
 def test_tables_are_written_between_markers(evidence: Evidence) -> None:
