@@ -73,6 +73,7 @@ TIMES = [
     benchmark("sft_step_vs_trl", "benchmarks/sft_step_vs_trl.py", *RACE),
     benchmark("dpo_step_vs_trl", "benchmarks/dpo_step_vs_trl.py", *RACE, "preference"),
     benchmark("threads", "benchmarks/threads.py", "benchmarks/train_throughput.py"),
+    benchmark("unmerged_adapters", "benchmarks/unmerged_adapters.py"),
     benchmark("serve", "benchmarks/serve.py", "benchmarks/serve_side.py", "posttrain/serve"),
     Row(
         "cluster",
