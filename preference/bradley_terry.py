@@ -1,4 +1,4 @@
-"""The scalar reward model: a number r for a conversation, read at its last token. Bradley and
+"""The scalar reward model: a number r for a conversation, read at the last token of its answer. Bradley and
 Terry: P(chosen is better) = sigmoid(r_chosen - r_rejected); the loss is -log of it (Ouyang et al.
 2022 eq. 1), with a margin m -log sigmoid(r_chosen - r_rejected - m) (Touvron et al. 2023, eq. 2).
 Ties are dropped and counted. Left out: centring r (only differences have a meaning), ensembles.
@@ -17,7 +17,7 @@ from posttrain.backend.ranges import NON_NEGATIVE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
-from posttrain.renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
+from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.tracking.datasets import DrawnDataset, ListDataset
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import (
@@ -29,6 +29,7 @@ from preference.reward_types import (
     SavedModel,
     no_loss,
 )
+from preference.scored_tokens import scored_tokens
 from preference.types import Comparison, LabeledComparison
 from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
 from supervised.train import Objective, Pass
@@ -52,11 +53,6 @@ def last_token_datum(tokens: Sequence[int], margin: float = 0.0) -> Datum:
     return Datum(ModelInput.from_ints(tokens), {"weights": at_last_T, "margins": margin * at_last_T})
 
 
-def conversation_tokens(renderer: Renderer, conversation: Sequence[Message]) -> list[int]:
-    """The conversation as the model is trained on it, ended as an answer ends."""
-    return renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)[0]
-
-
 class ScalarModel(RewardModel):
     """A trained scalar client. One forward pass scores all conversations of a call."""
 
@@ -65,7 +61,7 @@ class ScalarModel(RewardModel):
 
     async def score(self, conversations_D: Sequence[Sequence[Message]]) -> list[float]:
         return await self.score_tokens(
-            [conversation_tokens(self.renderer, conversation) for conversation in conversations_D]
+            [scored_tokens(self.renderer, conversation)[0] for conversation in conversations_D]
         )
 
     async def score_tokens(self, tokens_D: Sequence[Sequence[int]]) -> list[float]:
@@ -161,7 +157,7 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
             )
         margin = self.margin_coef * (labeled.margin or 0.0)
         chosen, rejected = (
-            last_token_datum(conversation_tokens(renderer, [*labeled.comparison.prompt_conversation, *side]), margin)
+            last_token_datum(scored_tokens(renderer, [*labeled.comparison.prompt_conversation, *side])[0], margin)
             for side in labeled.chosen_and_rejected()
         )
         return chosen, rejected
@@ -169,7 +165,7 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
     def length(self, renderer: Renderer, labeled: LabeledComparison) -> int:
         comparison = labeled.comparison
         sides = (comparison.completion_A, comparison.completion_B)
-        return max(len(conversation_tokens(renderer, [*comparison.prompt_conversation, *side])) for side in sides)
+        return max(len(scored_tokens(renderer, [*comparison.prompt_conversation, *side])[0]) for side in sides)
 
     def create_client(
         self, service: ServiceClient, model_name: str, lora: LoraConfig | None, seed: int

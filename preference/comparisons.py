@@ -19,7 +19,7 @@ from preference import rows as shapes
 from preference.rows import ScoredSample
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
 from supervised.data import HuggingFaceBuilder
-from supervised.rows import Fields, Row, read_rows
+from supervised.rows import Fields, Row, read_rows, tools_of
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def content_hash(*parts: object) -> str:
-    """Equal for equal content, in any process; messages are compared by role and content."""
+    """Equal for equal content, in any process; messages are compared by all their fields."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -117,16 +117,17 @@ def _fault(labeled: LabeledComparison) -> str:
         return "no prompt before the answers"
     if any(side and side[0]["role"] != "assistant" for side in (a, b)):
         return "an answer that does not begin with an assistant's message"
-    if not all(side and all(message["content"].strip() for message in side) for side in (a, b)):
+    if not all(side and all(message["content"].strip() or message.get("parts") for message in side) for side in (a, b)):
         return "empty answers"
     return "identical answers" if a == b else ""
 
 
 def _judgement(labeled: LabeledComparison) -> str:
     prompt, a, b = _sides(labeled)
+    offered = [list(labeled.comparison.tools)] if labeled.comparison.tools else []
     if labeled.label == "Tie":
-        return content_hash(prompt, sorted(map(content_hash, (a, b))), "Tie")
-    return content_hash(prompt, a, b) if labeled.label == "A" else content_hash(prompt, b, a)
+        return content_hash(prompt, sorted(map(content_hash, (a, b))), "Tie", *offered)
+    return content_hash(prompt, *((a, b) if labeled.label == "A" else (b, a)), *offered)
 
 
 def split_by_prompt(
@@ -189,7 +190,11 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
 
     def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
         """Malformed rows are counted in `dropped`; where that is None, they raise DataError."""
-        return [replace(labeled, where=where) for where, labeled in read_each(rows, self.comparison, dropped)]
+        return [replace(labeled, where=where) for where, labeled in read_each(rows, self._offering, dropped)]
+
+    def _offering(self, fields: Fields) -> LabeledComparison:
+        labeled, tools = self.comparison(fields), tools_of(fields)
+        return replace(labeled, comparison=replace(labeled.comparison, tools=tools)) if tools else labeled
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         train_rows, test_rows = self._rows()

@@ -10,7 +10,7 @@ from typing import get_args
 import chz
 import numpy as np
 
-from posttrain.backend.errors import ConfigError, ContextLengthError
+from posttrain.backend.errors import ConfigError, ContextLengthError, DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig, ModelInput
@@ -35,6 +35,8 @@ def question(comparison: Comparison) -> list[Message]:
 
 
 def _text(messages: Sequence[Message]) -> str:
+    if any(not message["content"] and message.get("parts") for message in messages):
+        raise DataError("an answer with thinking or tool calls, which a judge of texts cannot read")
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)

@@ -17,7 +17,7 @@ from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from preference.losses import PairLogprobs
 from preference.types import LabeledComparison
-from supervised.data import datum_from_tokens_weights
+from supervised.data import datum_from_tokens_weights, offering
 
 Ties = Literal["drop", "both", "raise"]
 
@@ -84,7 +84,7 @@ def _pair(
     labeled: LabeledComparison, chosen: Sequence[Message], rejected: Sequence[Message], renderer: Renderer
 ) -> Pair:
     prompt = [_marked(message, False) for message in labeled.comparison.prompt_conversation]
-    data = []
+    renderer, data = offering({"tools": list(labeled.comparison.tools)}, renderer), []
     for answer in (chosen, rejected):
         marked = [_marked(message, message["role"] == "assistant") for message in answer]
         try:
@@ -96,7 +96,7 @@ def _pair(
 
 
 def _marked(message: Message, trainable: bool) -> Message:
-    return Message(role=message["role"], content=message["content"], trainable=trainable)
+    return {**message, "trainable": trainable}
 
 
 def _targets(datum: Datum) -> list[int]:

@@ -47,6 +47,9 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
     def load(self, renderer: Renderer) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         """Training and held-out comparisons that fit; one printed line counts the dropped."""
         train_D, test_D = self.comparisons()
+        for labeled in (*train_D, *test_D):
+            if labeled.comparison.tools:
+                raise DataError(f"{labeled.where}: a field 'tools', which reward models do not read; leave it out")
         limit = self.max_length or renderer.tokenizer.model_max_length
         kept_train_D, kept_test_D = (
             [labeled for labeled in labeled_D if self.length(renderer, labeled) <= limit]

@@ -12,6 +12,7 @@ import numpy as np
 
 from posttrain.backend.errors import DataError
 from posttrain.backend.training_client import TrainingClient
+from posttrain.renderers.parts import get_text_content
 from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_figure
 from posttrain.tracking.metrics_log import Metrics
 from preference.reward_types import Judge, judge_all
@@ -113,7 +114,10 @@ def _longer_is_better(labeled_D: Sequence[LabeledComparison]) -> list[float]:
     pairs = [labeled.chosen_and_rejected() for labeled in labeled_D if labeled.label != "Tie"]
     if not pairs:
         raise DataError(f"{len(labeled_D)} comparisons and not one that is decided: nothing to measure a judge on")
-    lengths = [[sum(len(message["content"]) for message in side) for side in pair] for pair in pairs]
+    lengths = [
+        [sum(len(message["content"] or get_text_content(message)) for message in side) for side in pair]
+        for pair in pairs
+    ]
     return [0.5 * float(np.sign(chosen - rejected) + 1) for chosen, rejected in lengths]
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from posttrain.backend.errors import DataError
 from posttrain.renderers.types import Message
 from preference.types import Comparison, Label, LabeledComparison
-from supervised.rows import Fields, conversation
+from supervised.rows import Fields, conversation, tools_of
 
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+KEPT = ("role", "content", "parts", "name", "tool_call_id")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def scored_samples(
     fields: Fields, prompt_field: str, completion_field: str, score_field: str
 ) -> Iterator[ScoredSample]:
     """The answer in a row, or nested answers in objects or lists of objects (a row per problem)."""
+    if tools_of(fields):
+        raise DataError("scored answers with a field 'tools': write the pairs as prompt, chosen and rejected")
     prompt = messages(fields, prompt_field, "user")
     flat = completion_field in fields
     inner = [item for value in fields.values() for item in (value if isinstance(value, list) else [value])]
@@ -103,7 +106,12 @@ def messages(fields: Fields, name: str, role: str) -> list[Message]:
     value = need(fields, name)
     if isinstance(value, str):
         return [Message(role=role, content=value)]
-    return [Message(role=message["role"], content=message["content"]) for message in conversation(fields, name)]
+    return [kept_fields(message) for message in conversation(fields, name)]
+
+
+def kept_fields(message: Message) -> Message:
+    """A message of a data set, without marks of what is trained on: preferences train on whole answers."""
+    return {key: message[key] for key in KEPT if key in message}  # type: ignore[return-value]
 
 
 def number(fields: Fields, name: str) -> float:

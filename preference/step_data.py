@@ -21,6 +21,7 @@ from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Renderer, TrainOnWhat
 from posttrain.tracking.datasets import DrawnDataset, ListDataset
 from preference.prm_labels import StepRecord, read_records
+from preference.scored_tokens import scored_tokens
 from preference.steps import StepFormat, split_response
 from supervised.rows import exchange
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
@@ -56,7 +57,7 @@ def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuil
     form, last_tokens = config.form, config.last_tokens
     text = form.separator.join(record.output)
     messages = exchange({"prompt": record.input, "completion": text}, "prompt", "completion", config.prompt_template)
-    tokens, weights = renderer.build_supervised_example(messages, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+    tokens, weights = scored_tokens(renderer, messages)
     prompt = weights.index(1.0)
     steps = split_response(tokens[prompt:], renderer, form)
     if len(steps.strings) != len(record.output):

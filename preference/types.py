@@ -4,14 +4,14 @@ than two answers become pairs by `comparisons.pairs_of_samples`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import chz
 
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import SEED, WHOLE
-from posttrain.renderers.types import Message
+from posttrain.renderers.types import Message, ToolSpec
 
 Label = Literal["A", "B", "Tie"]
 SWAPPED: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "Tie"}
@@ -19,14 +19,16 @@ SWAPPED: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "Tie"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two completions, each a list of messages that continues `prompt_conversation`."""
+    """Two completions, each a list of messages that continues `prompt_conversation`. `tools` are those that
+    the prompt offers."""
 
     prompt_conversation: Sequence[Message]
     completion_A: Sequence[Message]
     completion_B: Sequence[Message]
+    tools: Sequence[ToolSpec] = field(default=(), kw_only=True)
 
     def swap(self) -> "Comparison":
-        return Comparison(self.prompt_conversation, self.completion_B, self.completion_A)
+        return replace(self, completion_A=self.completion_B, completion_B=self.completion_A)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import pytest
 
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.renderers import get_renderer
-from posttrain.renderers.types import Message
+from posttrain.renderers import get_renderer, with_tools
+from posttrain.renderers.types import Message, TrainOnWhat
+from preference.bradley_terry import PreferencePairsBuilder
 from preference.comparisons import (
     ChosenRejectedBuilder,
     LabeledBuilder,
@@ -24,8 +25,12 @@ from preference.comparisons import (
     randomly_swapped,
     split_by_prompt,
 )
+from preference.forms import FileBuilder
+from preference.label_model import question
 from preference.pairs import render_pairs
 from preference.types import Comparison, LabeledComparison
+from supervised.rows import conversation
+from tests.test_message_parts import CALCULATOR, RENDERERS
 
 
 def say(role: str, content: str) -> Message:
@@ -206,3 +211,47 @@ def test_pairs_in_tokens_share_the_prompt_and_weigh_the_answer(capsys: pytest.Ca
         render_pairs(found, renderer, ties="raise")
     with pytest.raises(DataError, match="overlong=drop"):
         render_pairs(found, renderer, max_length=20, overlong="raise")
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "calculator", "arguments": '{"expression": "2+2"}'}}
+ASKED = [
+    USER,
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "4", "name": "calculator", "tool_call_id": "a"},
+]
+THOUGHT, CALLED = {**GOOD, "reasoning_content": "2 and 2"}, {"role": "assistant", "tool_calls": [CALL]}
+TOOLS = [{"type": "function", "function": CALCULATOR}]
+
+
+# Trap: messages cut down to role and text, whose calls, thinking and tools are then in no prompt or answer.
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"), [(ASKED, THOUGHT, BAD), ([USER], CALLED, BAD), ([USER], GOOD, CALLED)]
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_pairs_are_written_with_calls_thinking_and_tools(
+    prompt: Any, chosen: Any, rejected: Any, whole: bool, tmp_path: Path
+) -> None:
+    conversations = {"chosen": [*prompt, chosen], "rejected": [*prompt, rejected]}
+    row = conversations if whole else {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
+    path = write(tmp_path / "a.jsonl", row | {"tools": TOOLS})
+    (one,) = render_pairs(FileBuilder(path=path)()[0], RENDERERS["qwen3"])
+    renderer = with_tools(RENDERERS["qwen3"], [CALCULATOR])
+    for datum, name in ((one.chosen, "chosen"), (one.rejected, "rejected")):
+        read = conversation(conversations, name)
+        tokens, weights = renderer.build_supervised_example(read, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+        end = len(weights) - weights[::-1].index(1.0)
+        found = [*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].array[-1])]
+        assert found[:end] == tokens[:end]
+
+
+def test_what_judges_of_texts_and_scalar_models_cannot_read_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "2+2?", "chosen": "4", "rejected": "5", "tools": TOOLS})
+    with pytest.raises(DataError, match="a.jsonl:1: a field 'tools', which reward models do not read"):
+        PreferencePairsBuilder(comparisons=FileBuilder(path=path))(RENDERERS["qwen3"])
+    path = write(tmp_path / "b.jsonl", {"prompt": "2+2?", "completion": "4", "score": 1, "tools": TOOLS})
+    with pytest.raises(DataError, match="b.jsonl:1: scored answers with a field 'tools'"):
+        FileBuilder(path=path)()
+    path = write(tmp_path / "c.jsonl", {"prompt": "2+2?", "chosen": [CALLED], "rejected": "5"})
+    (labeled,), _ = FileBuilder(path=path)()
+    with pytest.raises(DataError, match="a judge of texts cannot read"):
+        question(labeled.comparison)

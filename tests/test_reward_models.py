@@ -31,12 +31,17 @@ from preference.bradley_terry import (
 )
 from preference.comparisons import LabeledBuilder
 from preference.label_model import LABELS, LabelExamplesBuilder, LabelFormat, LabelModel, LabelModelBuilder, question
+from preference.prm_labels import StepRecord
 from preference.reward_evaluation import Evaluation, evaluate_judge, length_baseline
 from preference.reward_types import JudgeError, PreferenceModel, RewardModel, judge_all
+from preference.scored_tokens import scored_tokens
+from preference.step_data import StepExamplesBuilder, step_datum
+from preference.steps import StepFormat
 from preference.types import Comparison, ComparisonDatasetBuilder, Label, LabeledComparison
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests import commands
 from tests.conftest import ROOT
+from tests.test_message_parts import RENDERERS
 
 TORCH = BackendConfig(engine="torch")
 
@@ -161,6 +166,22 @@ def test_multi_turn_prompts_keep_their_speakers():
     )
     text = question(comparison)[0]["content"]
     assert text.startswith("User: hi\n\nAssistant: ho\n\nUser: so?\n\n[A]\n1\n\n[B]\n2\n\n")
+
+
+TEXT_RENDERERS = {name: get_renderer(name, load_tokenizer("tiny")) for name in ("plain", "role_colon")}
+
+
+# Trap: a template that writes a line break after the end of an answer, which is in no sampled answer.
+@pytest.mark.parametrize("name", [*TEXT_RENDERERS, *RENDERERS])
+def test_scores_are_trained_where_sampled_answers_end(name):
+    renderer = (TEXT_RENDERERS | RENDERERS)[name]
+    tokens, weights = scored_tokens(renderer, [*said("user", "7="), *said("assistant", "1+6;#7")])
+    start = weights.index(1.0)
+    assert renderer.parse_response(tokens[start:])[1] and not renderer.parse_response(tokens[start:-1])[1]
+    config = StepExamplesBuilder(path="", form=StepFormat(separator=";", answer_marker="#"), last_tokens=1)
+    datum = step_datum(StepRecord("7=", ["1+6", "#7"], [1, 1]), renderer, config)
+    assert datum is not None and datum.model_input.to_ints() == tokens
+    assert np.flatnonzero(datum.loss_fn_inputs["step_ends"].array)[-1] == len(tokens) - 1
 
 
 # --- training, saving, opening ------------------------------------------------------------------
