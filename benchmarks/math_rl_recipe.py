@@ -3,9 +3,9 @@ in one process: do they learn alike?
 
     python -m benchmarks.math_rl_recipe seed=0 log_path=runs/math_rl_recipe
 
-Both start from the weights of a supervised run on sums of which half are wrong, draw the same problems and have the
-same prompt, grader and settings. The recipe gives no seeds to the sampler. The SDK and the cookbook have an
-environment of their own (tinker_sdk.py).
+Both start from the same weights, taught to add and then, for less time, to be wrong by up to 9 in half of the
+answers. They draw the same problems and have the same prompt, grader and settings. The recipe gives no seeds to
+the sampler. The SDK and the cookbook have an environment of their own (tinker_sdk.py).
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import chz
 import numpy as np
@@ -26,14 +27,15 @@ from envs.problem import Grader, Problem
 from envs.problem_env import DrawnExamplesBuilder, DrawnProblems, DrawnProblemsBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.ranges import COUNT, SEED
+from posttrain.backend.ranges import COUNT, POSITIVE, SEED, SHARE
 from posttrain.renderers.types import Message
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
+from posttrain.tracking.stages import run_stages
 from recipes.results import write_results
+from recipes.warm_start import warm_start
 from rl import train as rl_train
-from supervised import train as supervised_train
 
 COOKBOOK = "0.6.1"
 # Without its dependencies: one of them, tml-renderers, is not on PyPI in the version that it asks for.
@@ -53,8 +55,10 @@ class Config:
     """A recipe of tinker-cookbook through the server, and the same in process."""
 
     seed: int = chz.field(default=0, validator=SEED, doc="of the first weights, and of the run in process")
+    model_name: str = chz.field(default="tiny", doc="the model that both sides train")
     steps: int = chz.field(default=60, validator=COUNT, doc="steps of each run, a multiple of 10")
-    supervised_steps: int = chz.field(default=500, validator=COUNT, doc="steps of the supervised run")
+    taught_nll: float = chz.field(default=0.03, validator=POSITIVE, doc="adding is taught until this loss of a batch")
+    wrong_steps: int = chz.field(default=120, validator=COUNT, doc="then so many batches are half wrong")
     log_path: str = log_path_field("runs/math_rl_recipe")
 
     @chz.validate
@@ -97,40 +101,41 @@ class SumsBuilder(Sums, DrawnProblemsBuilder):
 
 
 @chz.chz
-class HalfWrong(Sums, DrawnExamplesBuilder):
-    """Sums to imitate. Half of the answers are wrong by 1 to 9, to either side."""
+class SumExamples(Sums, DrawnExamplesBuilder):
+    """Sums to imitate, of which a share is wrong by 1 to 9, to either side."""
+
+    wrong: float = chz.field(default=0.0, validator=SHARE, doc="share of wrong answers")
+    with_example: bool = chz.field(
+        default=False, doc="after the worked example that the recipe puts before each question"
+    )
 
     def draw(self, count: int, seed: Sequence[int]) -> list[Problem]:
         rng = np.random.default_rng(seed)
-        error_D = rng.integers(2, size=count) * rng.integers(1, 10, size=count) * rng.choice([-1, 1], size=count)
+        error_D = (rng.random(count) < self.wrong) * rng.integers(1, 10, count) * rng.choice([-1, 1], count)
         pairs = rng.integers(0, 101, (count, 2)).tolist()
         return [self.problem(a, b, int(error)) for (a, b), error in zip(pairs, error_D, strict=True)]
 
     def messages(self, problem: Problem) -> list[Message]:
-        return problem.messages(EXAMPLE)
+        return problem.messages(EXAMPLE if self.with_example else ())
 
 
 async def first_weights(config: Config, folder: Path) -> Path:
-    examples = HalfWrong(n_batches=config.supervised_steps, batch_size=64, seed=config.seed)
-    run = supervised_train.Config(
-        dataset=examples,
-        model_name="tiny",
-        renderer_name=RENDERER,
-        learning_rate=2e-3,
-        lr_schedule="linear",
-        seed=config.seed,
-        log_path=str(folder),
-        behavior_if_log_dir_exists="resume",
+    taught = SumExamples(n_batches=1000, batch_size=128, seed=config.seed)
+    half_wrong = SumExamples(
+        n_batches=config.wrong_steps, batch_size=64, seed=config.seed, wrong=0.5, with_example=True
     )
-    await supervised_train.main(run)
-    return folder / "checkpoints" / "final"
+    settings: dict[str, Any] = {"renderer_name": RENDERER, "eval_every": 0}
+    stage = warm_start(config, taught, folder / "taught", "taught", stop_at_nll=config.taught_nll, **settings)
+    stage = warm_start(config, half_wrong, folder / "half_wrong", "half_wrong", [stage], **settings)
+    await run_stages([stage])
+    return stage.result
 
 
 async def in_process(config: Config, weights: Path, folder: Path) -> list[dict[str, float]]:
     env = SumsBuilder(n_batches=config.steps, batch_size=GROUPS_OF_A_BATCH, group_size=GROUP_SIZE, seed=config.seed)
     run = rl_train.Config(
         env=env,
-        model_name="tiny",
+        model_name=config.model_name,
         load_checkpoint_path=str(weights),
         renderer_name=RENDERER,
         seed=config.seed,
@@ -176,7 +181,7 @@ def through_the_server(config: Config, weights: Path, folder: Path) -> list[dict
 
 def main(config: Config) -> None:
     folder = Path(config.log_path).absolute()
-    weights = asyncio.run(first_weights(config, folder / "supervised"))
+    weights = asyncio.run(first_weights(config, folder))
     runs = {
         SIDES[0]: through_the_server(config, weights, folder / "recipe"),
         SIDES[1]: asyncio.run(in_process(config, weights, folder / "in_process")),
