@@ -6,6 +6,7 @@ request's sampling options only `stop` counts.
 
 import asyncio
 import json
+import re
 import secrets
 import threading
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams, StopReason
-from posttrain.renderers import get_text_content, get_tool_calls
+from posttrain.renderers import from_openai, get_text_content, get_tool_calls, to_openai
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Message, Renderer
 from posttrain.serve.local_server import LocalServer
@@ -44,21 +45,30 @@ class Endpoint:
 
 @dataclass(eq=False)
 class Conversation:
-    """Messages up to the model's latest, and their tokens up to the prompt of it."""
+    """Messages up to the model's latest, and their tokens up to the prompt of it. `told`: the same
+    messages as the agent knows them."""
 
     messages: list[Message]
+    told: list[Message]
     renderer: Renderer
     prompt: list[int]
     action: list[int] = field(default_factory=list)
     continued: bool = False
 
     def is_start_of(self, messages: Sequence[Message], renderer: Renderer) -> bool:
-        known = self.messages
         return (
             renderer is self.renderer
-            and len(known) < len(messages)
-            and all(_content(a) == _content(b) for a, b in zip(known, messages, strict=False))
+            and len(self.told) < len(messages)
+            and all(_content(a) == _content(b) for a, b in zip(self.told, messages, strict=False))
         )
+
+
+def _as_told(message: Message, stop: list[str | int] | None) -> Message:
+    """A sampled message as the endpoint answers it: cut at its stops, unreadable calls as text."""
+    fields = to_openai(message)
+    if stops := [re.escape(text) for text in stop or () if isinstance(text, str)]:
+        fields["content"] = re.split("|".join(stops), fields["content"], maxsplit=1)[0]
+    return from_openai(fields)
 
 
 def _content(message: Message) -> tuple[Any, ...]:
@@ -105,14 +115,14 @@ class Rollout:
         start = max(reversed(starts), key=lambda c: len(c.messages), default=None)
         known = [*start.messages, *messages[len(start.messages) :]] if start else [*messages]
         tokens = _prompt_after(start, known) if start else renderer.build_generation_prompt(known).to_ints()
-        self._prompts[tuple(tokens)] = Conversation(known, renderer, tokens)
+        self._prompts[tuple(tokens)] = Conversation(known, [*messages], renderer, tokens)
         return tokens
 
     async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
         text = Message(role="user", content=decode(self.renderer.tokenizer, prompt))  # of a text completion
-        known = self._prompts.get(tuple(prompt)) or Conversation([text], self.renderer, prompt)
+        known = self._prompts.get(tuple(prompt)) or Conversation([text], [text], self.renderer, prompt)
         stop: Any = params.stop
-        calls = [Call(Conversation([*known.messages], known.renderer, prompt), stop) for _ in range(n)]
+        calls = [Call(Conversation([*known.messages], [*known.told], known.renderer, prompt), stop) for _ in range(n)]
         self._waiting |= set(calls)
         if self.key not in GATEWAY.rollouts:
             raise _ended()
@@ -131,9 +141,10 @@ class Rollout:
         message, _ = conversation.renderer.parse_response(action)
         with self._lock:
             for earlier in self.conversations:
-                if earlier.is_start_of(conversation.messages, conversation.renderer):
+                if earlier.is_start_of(conversation.told, conversation.renderer):
                     earlier.continued = True
             conversation.messages.append(message)
+            conversation.told.append(_as_told(message, call.stop))
             conversation.action = action
             self.conversations.append(conversation)
         self._waiting.discard(call)

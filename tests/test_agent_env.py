@@ -18,13 +18,16 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import ModelInput
 from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import encode
 from rl.agent_endpoint import Endpoint
 from rl.agent_env import Agent, AgentCrashed, AgentGroupBuilder, AgentRun, Program
 from rl.data_processing import trajectory_rows
 from rl.rollouts import Policy, RolloutLimits, do_group_rollout
 from rl.types import TrajectoryGroup
+from tests.conftest import Scripted
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,38 @@ def test_each_conversation_is_one_row_of_the_tokens_that_were_sampled(client: Sa
         assert masked == [token for turn in turns for token in sampled[turn]]
         exact: Any = client.compute_logprobs(ModelInput.from_ints(row.tokens)).result()
         np.testing.assert_allclose(row.logprobs_T[row.mask_T > 0], np.array(exact[1:])[row.mask_T > 0], atol=1e-4)
+
+
+# Trap: what the agent sends back compared with what was sampled: it was told less, or something else.
+@pytest.mark.parametrize(
+    ("first", "options"),
+    [
+        ("Thought: x\nObservation:", {"stop": ["Answer:", "Observation:"]}),
+        ('I ask.\n<tool_call>\n{"name": "f", "arguments": {bad\n</tool_call><|im_end|>', {}),
+    ],
+    ids=["stop", "malformed call"],
+)
+def test_what_the_agent_was_told_continues_its_conversation(first: str, options: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer("tiny")
+    replies = iter([encode(tokenizer, text) for text in (first, "two<|im_end|>", "three<|im_end|>")])
+    runs: list[AgentRun] = []
+
+    async def agent(endpoint: Endpoint) -> list[Any]:
+        policy, messages = asking(endpoint), []
+        for text in ("Q", "Go on.", "And now?"):
+            await say(policy, messages, text, **options)
+        return messages
+
+    renderer = get_renderer("chat_template", tokenizer)
+    builder = AgentGroupBuilder(agent, lambda run: runs.append(run) or 1.0, 1, renderer)
+    group = asyncio.run(do_group_rollout(builder, Policy(Scripted(lambda prompt: next(replies)), 96), (0,)))
+    (trajectory,), (run,) = group.trajectories_G, runs
+    (row,) = trajectory_rows(trajectory)
+    (conversation,) = run.conversations
+    assert [message["role"] for message in conversation] == ["user", "assistant"] * 3
+    assert not run.result[1]["content"].endswith(("Observation:", "</tool_call>"))  # what it was told
+    sampled = [token for turn in trajectory.transitions for token in turn.ac.tokens]
+    assert [token for token, mask in zip(row.tokens[1:], row.mask_T, strict=True) if mask] == sampled
 
 
 def test_streams_tools_several_choices_and_text_completions(client: SamplingClient) -> None:
