@@ -62,7 +62,6 @@ ALGORITHMS: dict[str, Algorithm] = {
         },
         "REINFORCE++, Hu 2025: no baseline but the batch's mean and deviation, over tokens; give kl.coef for its "
         "penalty, where each token pays for the later ones",
-        "the penalty is centred before the normalisation",
     ),
     "reinforce_pp_baseline": Algorithm(
         {

@@ -2,7 +2,7 @@
 its tokens. With `context` the teacher reads more than the policy: prompt distillation,
 self-distillation. Left out: the KL over the whole vocabulary, of which the mean of d is an estimate.
 
-  A_t += coef * (mean of d - d_t), or its discounted future sum    d = log policy - log teacher
+  A_t += coef * (mean of d - d_t), or minus the discounted future sum of d    d = log policy - log teacher
 """
 
 from collections import defaultdict
@@ -42,7 +42,8 @@ class Distillation:
         default=0.0, validator=SHARE, doc="a token also pays for later ones, this much less per token"
     )
     centre: bool = chz.field(
-        default=True, doc="subtract the mean of d over the minibatch: the same expected gradient, with less noise"
+        default=True,
+        doc="without a discount: subtract the mean of d over the minibatch: the same expected gradient, with less noise",
     )
     context: str | None = chz.field(
         default=None,

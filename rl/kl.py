@@ -1,7 +1,8 @@
 """KL penalty against a frozen reference, per sampled token ("advantage") or per member ("reward"),
 on d_t = log q(token) - log ref(token), whose mean estimates KL(policy || reference) ("k1").
 
-  advantage  A_t += coef * (mean of d over the minibatch - d_t), or its discounted future sum (tinker_semantics 2.2)
+  advantage  A_t += coef * (mean of d over the minibatch - d_t) (tinker_semantics 2.2), or with a discount
+             A_t -= coef * discounted sum of d over this token and the later ones (REINFORCE++)
   reward     R   -= coef * sum of d_t over the trajectory (RLOO, LaTRO), before the baseline
 """
 
@@ -106,8 +107,9 @@ def penalized_advantages(
     rows: Sequence[Row], difference_D: Sequence[np.ndarray], coef: float, discount: float, centre: bool = True
 ) -> list[Row]:
     """Advantages outside the mask do not change, whatever the discount. `centre`: subtract the mean
-    of d per sampled token."""
-    mean = mean_difference(rows, difference_D) if centre else 0.0
+    of d per sampled token, without a discount only."""
+    # A discounted sum would hold the mean once for each later token: a reward for length, not a baseline.
+    mean = mean_difference(rows, difference_D) if centre and not discount else 0.0
     return [
         replace(
             row,

@@ -68,10 +68,16 @@ def test_kl_in_the_advantage_is_centred_and_leaks_nowhere() -> None:
 
 # Trap: KL that reaches prompt tokens through its discount.
 def test_discounted_kl_pays_for_later_tokens_and_never_touches_the_prompt() -> None:
-    data, mean = two_data(), -0.2 / 3
+    data = two_data()
     data = penalized_advantages(data, sampled_minus_reference(data, REFERENCE), coef=0.1, discount=0.5)
-    first, second = mean - 0.5, mean + 1.0
-    assert advantages(data)[0] == pytest.approx([0.0, 0.5 + 0.1 * (first + 0.5 * second), 0.5 + 0.1 * second])
+    assert advantages(data)[0] == pytest.approx([0.0, 0.5 + 0.1 * (-0.5 + 0.5 * 1.0), 0.5 + 0.1 * 1.0])
+
+
+def test_discounted_kl_does_not_pay_for_length() -> None:
+    """The mean of d, summed over the tokens to come, would: here nothing is left of the penalty."""
+    data = two_data()
+    paid = penalized_advantages(data, [0.3 * row.mask_T for row in data], coef=1.0, discount=1.0)
+    assert advantages(paid) == [pytest.approx([0.0, 0.5 - 0.6, 0.5 - 0.3]), pytest.approx([0.0, -0.5 - 0.3])]
 
 
 def test_kl_in_the_reward_goes_through_the_baseline_and_leaves_the_logged_reward() -> None:
