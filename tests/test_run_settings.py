@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import LoraConfig
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import open_run_folder
-from posttrain.tracking.settings import changes, changes_text, write_settings
+from posttrain.tracking.settings import changes, changes_text, config_to_json, write_settings
 from posttrain.tracking.stages import Stage, run_stages
 from recipes.algorithms import train as algorithms
 from recipes.latro import train as latro
@@ -129,6 +130,29 @@ def test_options_that_a_newer_version_added_count_as_their_defaults(tmp_path: Pa
     changed = Stage("model", tmp_path / "model", tasks, (tmp_path / "model").touch, stages[:1])
     with pytest.raises(ConfigError, match=r"backend.moments=float32 \(now 8bit\)"):
         changed.is_finished()
+
+
+def functions(limit: int) -> dict[str, Any]:
+    """As a process makes them: each time at other addresses."""
+
+    def short(text: str, limit: int) -> bool:
+        return len(text) < limit
+
+    def other() -> None: ...
+
+    class Shown:
+        def __repr__(self) -> str:
+            return f"<Shown of {short!r}>"
+
+    return {"partial": partial(short, limit=limit), "set": {short, other, partial(other)}, "shown": Shown()}
+
+
+def test_functions_are_written_without_their_addresses() -> None:
+    first, again, other = functions(5), functions(5), functions(6)  # all alive: no address is used twice
+    saved = config_to_json(first)
+    assert not changes(saved, config_to_json(again))
+    assert changes_text(changes(saved, config_to_json(other))) == "partial.keywords.limit=5 (now 6)"
+    assert json.loads(json.dumps(saved))["partial"]["function"].endswith(":functions.<locals>.short")
 
 
 def test_a_long_list_of_changes_is_cut() -> None:

@@ -4,9 +4,11 @@ config.json of a run folder (run_folder.py), NAME.made_with.json of a stage (sta
 
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,8 @@ def _to_json(value: Any, top: bool = False) -> Any:
         return value if value - value == 0 else str(value)  # inf and nan are not JSON
     if isinstance(value, Enum):
         return _to_json(value.value)
+    if isinstance(value, partial):
+        return {"function": _to_json(value.func), "args": _to_json(value.args), "keywords": _to_json(value.keywords)}
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}:{value.__qualname__}"
     if chz.is_chz(value) or is_dataclass(value):
@@ -88,10 +92,15 @@ def _to_json(value: Any, top: bool = False) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_to_json(item) for item in (sorted(value, key=repr) if isinstance(value, set | frozenset) else value)]
-    if type(value).__repr__ is object.__repr__:  # it has an address, which differs from run to run
+        return [_to_json(item) for item in (sorted(value, key=_repr) if isinstance(value, set | frozenset) else value)]
+    if type(value).__repr__ is object.__repr__:
         return f"{type(value).__module__}:{type(value).__qualname__}"
-    return str(value) if isinstance(value, os.PathLike) else repr(value)
+    return str(value) if isinstance(value, os.PathLike) else _repr(value)
+
+
+def _repr(value: Any) -> str:
+    """Without addresses, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def class_name(settings: Mapping[str, Any], *options: str) -> str:
