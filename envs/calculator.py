@@ -10,6 +10,7 @@ from functools import partial
 import chz
 import numpy as np
 
+from envs.graders import with_ascii_minus
 from envs.tool_games import ToolGame, ToolGameBuilder, ToolGameExamplesBuilder, called
 from envs.tool_use import Calculator, CalculatorError, calculate, read_number
 from posttrain.renderers.types import Message
@@ -34,7 +35,7 @@ CALCULATOR = tool(calculator)
 
 def score(answer: str, expression: str) -> float:
     """Compares the last number of `answer` with the exact value."""
-    numbers = re.findall(r"-?\d+(?:[./]\d+)?", answer.replace(",", ""))
+    numbers = re.findall(r"-?\d+(?:[./]\d+)?", with_ascii_minus(answer).replace(",", ""))
     return float(bool(numbers) and read_number(numbers[-1]) == calculate(expression))
 
 

@@ -29,6 +29,7 @@ class StatedNumber(Grader):
     """The first number after the last "answer is", else the last number of the text. 18.0 = 018."""
 
     def extract(self, text: str) -> str | None:
+        text = with_ascii_minus(text)
         *_, last = ANSWER_PHRASE.split(text)
         numbers = NUMBER.findall(last)
         if not numbers:
@@ -36,11 +37,16 @@ class StatedNumber(Grader):
         return plain_number(numbers[-1] if last == text else numbers[0])
 
     async def is_right(self, answer: str, gold: str) -> bool:
-        return Fraction(answer) == Fraction(gold.replace(",", ""))
+        return Fraction(answer) == Fraction(with_ascii_minus(gold).replace(",", ""))
+
+
+def with_ascii_minus(text: str) -> str:
+    """The minus sign of typesetting, U+2212, as "-": read as no sign it would turn -5 into 5."""
+    return text.replace("\u2212", "-")
 
 
 def is_number(text: str) -> bool:
-    return NUMBER.fullmatch(text.strip()) is not None
+    return NUMBER.fullmatch(with_ascii_minus(text).strip()) is not None
 
 
 def plain_number(text: str) -> str:
@@ -63,4 +69,4 @@ class StatedText(Grader):
 
 
 def _normalised(text: str) -> str:
-    return " ".join(text.casefold().strip(" \t\n.'\"`*[](){}").split())
+    return " ".join(with_ascii_minus(text).casefold().strip(" \t\n.'\"`*[](){}").split())

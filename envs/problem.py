@@ -46,7 +46,7 @@ class Grader:
 
     async def is_right(self, answer: str, gold: str) -> bool:
         """Raises GraderError if the comparison fails."""
-        return answer == gold
+        return answer in (gold, gold.strip())  # a file's line break is no part of the answer
 
     async def grade(self, text: str, gold: str) -> Grade:
         answer = self.extract(text)

@@ -15,6 +15,7 @@ from typing import Any
 
 import chz
 
+from envs.graders import with_ascii_minus
 from envs.rewards import Answer, Number, Reward, Value, called
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import NUMBER, POSITIVE
@@ -131,7 +132,7 @@ class LanguageJudge:
         }
         reply = await self.complete(self.instruction.format(**filled))
         lines = reply.strip().splitlines() or [""]
-        number = NUMBER_AT_THE_END.fullmatch(lines[-1])
+        number = NUMBER_AT_THE_END.fullmatch(with_ascii_minus(lines[-1]))
         if number is None:
             raise JudgeError(f"the judge ended with {reply[-60:]!r}, not with a number from 0 to {self.highest:g}")
         if not 0 <= float(number[1]) <= self.highest or float(number[2] or self.highest) != self.highest:

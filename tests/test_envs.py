@@ -100,6 +100,12 @@ def test_overlong_prompts_are_dropped_and_counted_or_refused(capsys: pytest.Capt
         fit_problems([long], RENDERER, 5, "drop")
 
 
+@pytest.mark.parametrize(("gold", "said", "right"), [("4\n", "4", True), (" 4 ", " 4", True), ("4\n", "5", False)])
+def test_white_space_around_the_gold_answer_does_not_count(gold: str, said: str, right: bool):
+    reward, _, _ = asyncio.run(Problem("q", gold).scored(said, truncated=False))
+    assert reward == right
+
+
 def test_a_grader_that_cannot_decide_gives_no_reward():
     class Broken(WholeNumber):
         async def is_right(self, answer: str, gold: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from envs.calculator import score as calculator_score
 from envs.graders import StatedNumber, StatedText
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
@@ -207,6 +208,10 @@ def test_answers_are_read_exactly():
     for said, right in [("the answer is 5.", True), ("The answer is 15", False), ("The answer is 5, 15 or 25", False)]:
         assert asyncio.run(text.is_right(text.extract(said) or "", "5")) is right
     assert text.extract("five") is None
+    minus = "the answer is \u22125"
+    assert (
+        asyncio.run(number.is_right("-5", "\u22125")) and text.extract(minus) == "-5" and calculator_score(minus, "-5")
+    )
 
 
 # --- the estimator ------------------------------------------------------------------------------
@@ -484,6 +489,7 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("The answer is .5", "0.5"),
         ("The answer is -.50", "-0.5"),
         ("The answer is -0.0", "0"),
+        ("The answer is \u22125", "-5"),
         ("so... 5", "5"),
         ("so...5", "5"),
     ],

@@ -211,6 +211,7 @@ def test_a_language_model_ends_with_a_number(reply, score):
         ("11", "answered 11"),
         ("-1", "answered -1"),
         ("Score: -3", "-3"),
+        ("Score: \u22123", "-3"),
         ("4/5", "4/5"),
     ],
 )
