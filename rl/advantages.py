@@ -6,7 +6,7 @@ import chz
 import numpy as np
 
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.ranges import COUNT, NON_NEGATIVE
+from posttrain.backend.ranges import COUNT, POSITIVE
 
 
 @chz.chz
@@ -39,7 +39,7 @@ class GroupMean(AdvantageEstimator):
 class GroupMeanStd(AdvantageEstimator):
     """(R - mean(R)) / (std(R) + eps), GRPO: Shao et al. 2024, section 4.1; population std (ddof 0)."""
 
-    eps: float = chz.field(default=1e-6, validator=NON_NEGATIVE, doc="added to the standard deviation")
+    eps: float = chz.field(default=1e-6, validator=POSITIVE, doc="added to the standard deviation")
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         return (rewards_G - rewards_G.mean()) / (rewards_G.std() + self.eps)

@@ -34,6 +34,17 @@ from rl.types import (
 # a larger reward overflows fp32 in the norm of a gradient, which would end the run there
 MAX_REWARD = 1e9
 
+# Metrics of the run itself (metrics.py), of samples (evaluators.py) and of posttrain-eval
+# (evaluation_results.py): an environment's own of that name would replace them, or be replaced.
+# `turns`, which several games count in their own way, is no such name.
+RESERVED_METRICS = {
+    *("ac_tokens_per_turn", "ob_tokens_per_turn", "turns_per_episode", "total_episodes", "total_turns"),
+    *("total_ac_tokens", "total_ob_tokens", "frac_truncated", "reward/total"),
+    *("samples_lost", "reward", "tokens"),
+}
+RESERVED_PREFIXES = ("ended_by/", "by_group/", "pass@", "maj@", "best@")
+RESERVED_TAG = "all"  # of env/all/...
+
 # --- of an environment ---------------------------------------------------------------------------
 
 
@@ -102,7 +113,10 @@ def _truth(value: object) -> bool:
 def _metrics(metrics: object) -> Metrics:
     if not isinstance(metrics, Mapping):
         raise MalformedStep(f"the metrics are {metrics!r:.100}, not a dict of numbers")
-    return {plain_text(name): _number(value, f"metric {name!r:.100}") for name, value in metrics.items()}
+    plain = {plain_text(name): _number(value, f"metric {name!r:.100}") for name, value in metrics.items()}
+    if taken := [name for name in plain if name in RESERVED_METRICS or name.startswith(RESERVED_PREFIXES)]:
+        raise MalformedStep(f"a metric is called {taken[0]!r:.100}, as one of the run's own: give it another name")
+    return plain
 
 
 def _logs(logs: object) -> Logs:
@@ -214,6 +228,11 @@ def group_rewards(
 def tags(builder: EnvGroupBuilder, result: object) -> list[str]:
     if not isinstance(result, Sequence) or isinstance(result, str) or not all(isinstance(tag, str) for tag in result):
         raise MalformedStep(f"{type(builder).__name__}.logging_tags returned {result!r:.100}, not a list of texts")
+    if RESERVED_TAG in result:
+        raise MalformedStep(
+            f"{type(builder).__name__}.logging_tags returned {RESERVED_TAG!r}, under which the metrics of all groups "
+            "are logged: give the tag another name"
+        )
     return [plain_text(tag) for tag in result]
 
 

@@ -288,6 +288,7 @@ MEMBERS: dict[str, tuple[dict[str, Callable[..., Any]], str | None]] = {
     "metrics list": (ended(metrics=[1.0]), MALFORMED),
     "metrics text": (ended(metrics={"a": "b"}), MALFORMED),
     "metrics of None": (ended(metrics={"a": None}), MALFORMED),
+    "metrics of the run's name": (ended(metrics={"reward/total": 1.0}), MALFORMED),
     "metrics beyond all floats": (ended(metrics={"a": 10**400}), MALFORMED),
     "logs None": (ended(logs=None), MALFORMED),
     "logs text": (ended(logs="text"), MALFORMED),
@@ -395,6 +396,7 @@ GROUPS: dict[str, tuple[dict[str, Callable[..., Any]], str | None]] = {
     "tags exit": ({"logging_tags": at_once(SystemExit(0))}, RAISED),
     "tags text": ({"logging_tags": lambda: "tag"}, MALFORMED),
     "tags of numbers": ({"logging_tags": lambda: [3]}, MALFORMED),
+    "tags of all": ({"logging_tags": lambda: ["mine", "all"]}, MALFORMED),
     "cleanup raises": ({"cleanup": raises(OSError("no disk"))}, RAISED),
     "cleanup hangs": ({"cleanup": hang}, TIMEOUT),
 }

@@ -18,11 +18,15 @@ from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import Datum, ModelInput, TensorData
 from rl.advantages import GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline
 from rl.data_processing import compute_advantages, rows_of, split_substeps, trainable_groups, with_advantages
+from rl.evaluation_results import problem_values
+from rl.evaluators import sample_metrics
 from rl.metrics import compute_sampling_metrics, compute_trajectory_metrics
 from rl.rollouts import Policy, do_rollouts
+from rl.step_checks import reward_and_metrics
 from rl.types import (
     Env,
     EnvGroupBuilder,
+    MalformedStep,
     Metrics,
     Observation,
     RolloutError,
@@ -94,7 +98,9 @@ def test_temperature_track_appears_when_some_token_was_tempered() -> None:
 def test_advantage_estimators_by_hand() -> None:
     rewards = np.array([1.0, 0.0, 0.0, 1.0, 1.0])
     assert GroupMean()(rewards) == pytest.approx([0.4, -0.6, -0.6, 0.4, 0.4])
-    assert GroupMeanStd(eps=0.0)(rewards) == pytest.approx(np.array([0.4, -0.6, -0.6, 0.4, 0.4]) / np.sqrt(0.24))
+    with pytest.raises(ConfigError, match="eps=0 must be above 0"):  # 0/0 in a group of equal rewards
+        GroupMeanStd(eps=0)
+    assert GroupMeanStd(eps=1e-12)(rewards) == pytest.approx(np.array([0.4, -0.6, -0.6, 0.4, 0.4]) / np.sqrt(0.24))
     assert LeaveOneOut()(rewards) == pytest.approx([1 - 2 / 4, 0 - 3 / 4, 0 - 3 / 4, 1 - 2 / 4, 1 - 2 / 4])
     assert NoBaseline()(rewards) == pytest.approx(rewards)
     assert GroupMean()(np.array([3.0])) == pytest.approx([0.0])
@@ -142,6 +148,18 @@ def test_sampler_against_trainer_metrics_by_hand() -> None:
         "ratio_p99": np.exp(-0.1),
     }
     assert metrics == {f"optim/{name}": pytest.approx(value, abs=1e-6) for name, value in expected.items()}
+
+
+# Trap: an environment's metric that takes the place of the run's own, or a tag that of all groups.
+def test_the_names_of_the_runs_own_metrics_are_refused() -> None:
+    plain = group([0, 1], [])
+    plain.trajectories_G[0].stop_reason = "max_turns"
+    of_training = [name.removeprefix("env/all/") for name in compute_trajectory_metrics([plain])]
+    of_evaluation = [*problem_values([plain], [1, 2], {}), *sample_metrics([plain], [1, 2], "test")]
+    for name in {*of_training, *(name.removeprefix("test/") for name in of_evaluation)} - {"turns"}:
+        with pytest.raises(MalformedStep, match=f"'{name}', as one of the run's own: give it another name"):
+            reward_and_metrics((0.0, {name: 1.0}))
+    reward_and_metrics((0.0, {"turns": 1.0, "correct": 1.0, "reward/mine": 1.0}))
 
 
 def test_trajectory_metrics_by_hand() -> None:
