@@ -16,11 +16,13 @@ import chz
 from envs.pairwise import Matchups, wins_minus_losses
 from envs.problem import Problem
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.ranges import COUNT, NUMBER
+from posttrain.backend.ranges import LARGEST_COUNT, NUMBER, Range
 from posttrain.renderers.types import Message
 from preference.reward_types import Judge
 from rl import step_checks
 from rl.types import Logs, MalformedStep, Metrics, RolloutError
+
+PAIR = Range(2, LARGEST_COUNT, whole=True)
 
 
 class RewardError(RolloutError):
@@ -108,7 +110,7 @@ class Compared(Reward):
 
     judge: Judge = chz.field(doc="Comparison to a number from -1 (A is better) to 1 (B is)")
     matchup_pattern: Matchups = chz.field(default="all_pairs_both_ways", doc="which pairs are judged")
-    matchup_group_size: int = chz.field(default=4, validator=COUNT, doc="answers meet within chunks of this size")
+    matchup_group_size: int = chz.field(default=4, validator=PAIR, doc="answers meet within chunks of this size")
     of_group = True
 
     async def score(self, answers_G: Sequence[Answer]) -> list[Value]:

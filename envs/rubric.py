@@ -10,6 +10,7 @@ import asyncio
 import difflib
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,7 +24,9 @@ from posttrain.renderers.types import Message
 from posttrain.tracking.jsonl import read_json
 from preference.endpoint import ChatEndpoint
 from preference.reward_types import JudgeError
+from rl import step_checks
 from rl.frozen_policy import FrozenPolicy
+from rl.types import MalformedStep
 from supervised.rows import read_rows
 
 Completer = Callable[[str], Awaitable[str]]  # of a language model: text in, text out
@@ -200,9 +203,10 @@ class Rubric(Reward):
         except JudgeError as error:
             raise JudgeError(f"{what}: {error}") from error
         value = result if isinstance(result, Value) else Value(result)
-        if not isinstance(value.value, int | float) or not 0 <= value.value <= 1:  # refuses NaN, too
-            raise JudgeError(f"{what}: the judge answered {value.value!r:.60}; a number from 0 to 1 is needed")
-        return Value(float(value.value), logs=value.logs)
+        with suppress(MalformedStep):
+            if 0 <= (score := step_checks.reward(value.value)) <= 1:
+                return Value(score, logs=value.logs)
+        raise JudgeError(f"{what}: the judge answered {value.value!r:.60}; a number from 0 to 1 is needed")
 
 
 class _Frozen:

@@ -4,9 +4,9 @@ one batch, never with other waiting requests: scores then do not depend on timin
 """
 
 import asyncio
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import chz
@@ -21,7 +21,8 @@ from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.tracking.model_source import find_model
 from preference.types import Comparison
-from rl.types import RolloutError
+from rl import step_checks
+from rl.types import MalformedStep, RolloutError
 
 # in [-1, 1]: 1 = B is better, -1 = A is, 0 = neither
 Judge = Callable[[Comparison], Awaitable[float]]
@@ -65,12 +66,17 @@ async def judge_all(judge: Judge, comparisons_D: Sequence[Comparison]) -> list[f
         scores_D = await judge.compare(comparisons_D)
     else:
         scores_D = list(await asyncio.gather(*(judge(comparison) for comparison in comparisons_D)))
-    for score in scores_D:
-        if not (isinstance(score, int | float) and math.isfinite(score) and -1 <= score <= 1):
-            raise JudgeError(
-                f"the judge answered {score!r:.80}: a number from -1 (A is better) to 1 (B is better) is needed"
-            )
-    return scores_D
+    return [_score(score) for score in scores_D]
+
+
+def _score(answered: object) -> float:
+    """Numpy's and torch's numbers, too."""
+    with suppress(MalformedStep):
+        if -1 <= (score := step_checks.reward(answered)) <= 1:
+            return score
+    raise JudgeError(
+        f"the judge answered {answered!r:.80}: a number from -1 (A is better) to 1 (B is better) is needed"
+    )
 
 
 @chz.chz

@@ -43,6 +43,7 @@ from rl.types import (
     Metrics,
     Observation,
     RLDatasetBuilder,
+    RolloutError,
     StepResult,
     StopCondition,
 )
@@ -207,7 +208,13 @@ async def _play_group(
         raise first_error(errors) from errors
     trajectories_G = [player.result() for player in players]
     rewards_G = []
-    group_rewards_G = await builder.compute_group_rewards(trajectories_G, envs_G)
+    try:
+        group_rewards_G = await builder.compute_group_rewards(trajectories_G, envs_G)
+    except RolloutError as error:
+        if len(envs_G) > 1:
+            raise
+        print(f"without the group's rewards, of which a single attempt has none: {error}")
+        group_rewards_G = [(0.0, {})]
     for seat, trajectory, (reward, metrics) in zip(seats_G, trajectories_G, group_rewards_G, strict=True):
         rewards_G.append(trajectory.reward + reward)
         print(f"{seat}total reward {rewards_G[-1]:g}{_listed(metrics)}")

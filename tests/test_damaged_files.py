@@ -13,7 +13,7 @@ from typing import Any
 import chz
 import pytest
 
-from posttrain.backend.errors import CookbookError, DataError
+from posttrain.backend.errors import ConfigError, CookbookError, DataError
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.tracking.jsonl import append_jsonl, parse_json, write_atomically
@@ -210,6 +210,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, capsys,
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
     said = leaves(lambda: (tmp_path / "nowhere" / "x").read_text())
     assert "nowhere/x: No such file or directory; check the path" in said and said.count("\n") == 1
+
+
+def test_the_notes_of_an_error_are_in_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ConfigError("no number\nin the answer")
+    error.add_note("9 of 9 rollouts failed\n(limits.max_failed_fraction)")
+    with pytest.raises(SystemExit), one_line_errors():
+        raise error
+    said = "error: no number in the answer (9 of 9 rollouts failed (limits.max_failed_fraction))\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname/run", "/proc/run", "/sys/run", "a\0b", "x" * 300], ids=str.__repr__)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from posttrain.tracking.command_line import parse
 from posttrain.tracking.settings import config_to_json
 from preference.endpoint import ChatEndpoint
 from preference.reward_types import JudgeError
-from rl import train
+from preference.types import Comparison
+from rl import play, train
 from rl.names import ENVS
+from rl.rollouts import RolloutLimits
 from rl.train_cli import CLIConfig
 from rl.types import TrajectoryGroup
 from tests.test_pairwise import SHORTER, Endpoint, endpoint, rolled_out  # noqa: F401 (a fixture)
@@ -98,6 +101,25 @@ def test_a_single_held_out_answer_has_no_group_reward_but_a_lonely_survivor_is_n
     assert "nothing to compare it with" in str(group_of(renderer, [fails_on_b, *rewards[1:]], ["a", "b"]).errors)
     with pytest.raises(ConfigError, match="group_size=1: the reward compared compares"):
         asyncio.run(SingleTurn([ANT], rewards, group_size=1)(renderer))
+    with pytest.raises(ConfigError, match="matchup_group_size=1 must be at least 2"):
+        compared(SHORTER, matchup_group_size=1)
+
+
+def test_a_person_plays_without_the_rewards_of_a_group(renderer, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda prompt: "ant")
+    train, _ = asyncio.run(SingleTurn([ANT], [correct_answer, compared(SHORTER)], batch_size=1, group_size=2)(renderer))
+    played = play.play_group(train.get_batch(0)[0], renderer.tokenizer, 20, RolloutLimits())
+    assert asyncio.run(played) == [1.0]
+    assert "without the group's rewards, of which a single attempt has none: only one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.bool_(True), np.array(0.5)], ids=repr)
+def test_judges_may_answer_with_numpys_numbers(renderer, number):
+    async def judge(comparison: Comparison) -> Any:
+        return number
+
+    rewards = [rubric({"kind": "Be kind."}, lambda answer, criterion: number), compared(judge, weight=0.0)]
+    assert group_of(renderer, rewards, ["a", "b"]).get_total_rewards() == [float(number)] * 2
 
 
 # Trap: a reward that raises, or returns nonsense, scored as 0.

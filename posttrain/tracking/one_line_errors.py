@@ -13,8 +13,8 @@ from posttrain.tracking.stop_request import silence
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a CookbookError, and an OSError that names a file or a full disk, into one line and
-    exit code 2.
+    """Turns a CookbookError, with its notes, and an OSError that names a file or a full disk, into
+    one line and exit code 2.
 
     Ctrl-C exits with 130, a closed standard output with 141. Any other exception is a bug and keeps
     its traceback.
@@ -23,7 +23,8 @@ def one_line_errors() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except CookbookError as error:
-        _leave(f"error: {' '.join(str(error).split())}", 2)
+        texts = [str(error), *(f"({note})" for note in getattr(error, "__notes__", ()))]
+        _leave(f"error: {' '.join(' '.join(texts).split())}", 2)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
     except BrokenPipeError:
