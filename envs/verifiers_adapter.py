@@ -29,6 +29,7 @@ from posttrain.renderers.parts import tool_spec
 from posttrain.renderers.types import Message, Renderer, ToolSpec
 from posttrain.tracking.datasets import ListDataset
 from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageStep, ParsePolicy
+from rl.step_checks import is_reserved
 from rl.types import EnvGroupBuilder, Metrics, Observation, RLDataset, RLDatasetBuilder, StopCondition
 
 
@@ -133,9 +134,11 @@ class VerifiersEnv(MessageEnv):
     def _result(self) -> tuple[float, Metrics]:
         assert self._episode is not None
         try:
-            return self._episode.result()
+            reward, metrics = self._episode.result()
         except Exception as error:  # another project's code may raise anything
             raise GraderError(f"{self._name()}: {error}") from error
+        # names that the library's user cannot change
+        return reward, {f"{name}_" if is_reserved(name) else name: value for name, value in metrics.items()}
 
     async def cut_short(self, reason: MessageEnd) -> tuple[float, Metrics]:
         """The library scores what was said; an answer that could not be read has no score."""

@@ -45,6 +45,11 @@ RESERVED_METRICS = {
 RESERVED_PREFIXES = ("ended_by/", "by_group/", "pass@", "maj@", "best@")
 RESERVED_TAG = "all"  # of env/all/...
 
+
+def is_reserved(metric: str) -> bool:
+    return metric in RESERVED_METRICS or metric.startswith(RESERVED_PREFIXES)
+
+
 # --- of an environment ---------------------------------------------------------------------------
 
 
@@ -114,7 +119,7 @@ def _metrics(metrics: object) -> Metrics:
     if not isinstance(metrics, Mapping):
         raise MalformedStep(f"the metrics are {metrics!r:.100}, not a dict of numbers")
     plain = {plain_text(name): _number(value, f"metric {name!r:.100}") for name, value in metrics.items()}
-    if taken := [name for name in plain if name in RESERVED_METRICS or name.startswith(RESERVED_PREFIXES)]:
+    if taken := [name for name in plain if is_reserved(name)]:
         raise MalformedStep(f"a metric is called {taken[0]!r:.100}, as one of the run's own: give it another name")
     return plain
 

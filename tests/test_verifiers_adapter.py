@@ -112,6 +112,18 @@ def test_an_episode_of_two_turns_extends_the_sampled_tokens(stand_in):
     assert "again" in TOKENIZER.decode(second.ob.to_ints()) and group.tags == ["stand-in"]
 
 
+def test_a_metric_with_the_name_of_the_runs_own_is_renamed(stand_in):
+    """A user of the library cannot rename it, and would lose every rollout."""
+
+    async def totals(index: int, answerer: Any) -> tuple[float, dict[str, float]]:
+        await answerer([user("q")], [])
+        return 1.0, {"reward/total": 0.25, "length": 3.0}
+
+    stand_in(totals)
+    (turn,) = play(builder(), "a").trajectories_G[0].transitions
+    assert turn.metrics["reward/total_"] == 0.25 and turn.metrics["length"] == 3.0
+
+
 # Trap: a library that fails, scored as 0.
 def test_what_the_library_cannot_score_is_a_failed_rollout(stand_in):
     async def fails(index: int, answerer: Any) -> tuple[float, dict[str, float]]:
