@@ -344,6 +344,47 @@ def test_all_turns_of_an_episode_with_a_call_can_be_trained_on(name: str):
     assert trained == f"{written}{answer}{end}"
 
 
+# Trap: calls and texts that a template leaves out, and nobody says so.
+@pytest.mark.parametrize(
+    ("name", "parts", "lost"),
+    [
+        ("llama3_1", [call("1+2"), call("3+4", 2)], "calls after the first"),
+        ("llama3_1", [text("Let me see."), call("1+2")], "text"),
+        ("llama3_1", [thinking("A sum."), call("1+2")], "thinking"),
+        ("gptoss", [call("1+2"), call("3+4", 2)], "calls after the first"),
+        ("mistral", [text("Let me see."), call("1+2")], "text"),
+    ],
+)
+def test_examples_of_which_the_template_would_leave_out_a_part_are_refused(name: str, parts: list[Part], lost: str):
+    with pytest.raises(DataError, match=rf"message 1 \(assistant\): the chat template leaves out its {lost}: make a"):
+        WITH_TOOLS[name].build_supervised_example([user("1+2, 3+4?"), assistant(*parts)])
+    # white space beside a call is no text
+    RENDERERS["llama3_1"].build_supervised_example([user("1+2?"), assistant(text("\n"), call("1+2"))])
+
+
+CALLS_OF_ITS_OWN = "{% for call in message.tool_calls or [] %}<function={{ call.function.name }}>{% endfor %}"
+THINKING_OF_ITS_OWN = "{% if message.reasoning_content %}[[{{ message.reasoning_content }}]]{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("markup", "part", "complaint"),
+    [
+        (CALLS_OF_ITS_OWN, call("1+2"), "writes tool calls in no format that is known here"),
+        (THINKING_OF_ITS_OWN, thinking("Hm."), "writes thinking between markers of its own"),
+    ],
+)
+def test_what_a_template_writes_in_a_format_of_its_own_is_refused_in_examples(markup: str, part: Part, complaint: str):
+    tokenizer = character_tokenizer(512)
+    template = str(tokenizer.chat_template)
+    tokenizer.chat_template = template.replace("{{ message['content'] }}", markup + "{{ message['content'] }}")
+    assert tokenizer.chat_template != template
+    renderer = ChatTemplateRenderer(tokenizer)
+    with pytest.raises(DataError, match=rf"message 1 \(assistant\): the chat template {complaint}"):
+        renderer.build_supervised_example([user("a"), assistant(part), user("b"), assistant(text("c"))])
+    sampled: Message = {**assistant(part, text("c")), "content": "as the model wrote it"}
+    assert renderer.build_supervised_example([user("a"), sampled])
+
+
 # --- a stream -----------------------------------------------------------------------------------
 
 PIECES = [

@@ -246,6 +246,12 @@ def test_template_whose_prompt_says_what_replies_do_not_repeat():
         renderer.build_supervised_example(CHAT, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
 
 
+def test_a_line_break_that_joins_the_prompt_is_named():
+    renderer = get_renderer("chat_template", bpe_tokenizer(str(CHARACTERS.chat_template)))
+    with pytest.raises(DataError, match=r"message 1 \(assistant\): it begins with '\\n', which the tokenizer joins"):
+        renderer.build_supervised_example([{"role": "user", "content": "a"}, {"role": "assistant", "content": "\nb"}])
+
+
 def test_extension_property_is_probed():
     assert RENDERERS["chatml"].has_extension_property
     # trims replies, so a sampled space would vanish

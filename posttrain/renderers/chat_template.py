@@ -14,6 +14,7 @@ import jinja2
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.formats import FORMATS, HERMES, Kind, format_of, template_message, tools_as_text
+from posttrain.renderers.parts_check import shape_of, unwritable
 from posttrain.renderers.stream import PartsReader, read_parts
 from posttrain.renderers.turns import cut_at_stop, decode, encode, eos, trained_messages
 from posttrain.renderers.types import Message, Tokenizer, ToolSpec, TrainOnWhat
@@ -43,6 +44,7 @@ class ChatTemplateRenderer:
         known = format_of(template)
         self.format, self.writes_tools = known or HERMES, known is not None
         self.tools, self.list_tools = list(tools), list_tools
+        self._faults: dict[tuple[Any, ...], str] = {}  # of the messages that were checked, by shape
         if tools and not known and re.search(r"\btools\b", template):
             raise ConfigError(
                 "the chat template has tools, but writes calls in no format that is known here "
@@ -150,6 +152,8 @@ class ChatTemplateRenderer:
     ) -> tuple[list[int], list[float]]:
         """Tokens after a turn's end (mostly a line break) have weight 0: the model has stopped."""
         trained = trained_messages(messages, train_on_what)
+        for i, (message, is_trained) in enumerate(zip(messages, trained, strict=True)):
+            self._check_parts(message, i, is_trained)
         tokens = self._render(messages)
         if train_on_what == TrainOnWhat.ALL_TOKENS:
             return tokens, [1.0] * len(tokens)
@@ -158,6 +162,21 @@ class ChatTemplateRenderer:
             start, end = self._output_span(messages, i, tokens)
             weights[start:end] = [1.0] * (end - start)
         return tokens, weights
+
+    def _check_parts(self, message: Message, i: int, trained: bool) -> None:
+        """DataError for parts that the template would cut, or write as no model of it does."""
+        parts = message.get("parts", ())
+        if not parts or (message["content"] and self.format.write):  # sampled: copied as it is
+            return
+        key = (shape_of(parts), trained)
+        if key not in self._faults:
+            template = str(self.tokenizer.chat_template)
+            self._faults[key] = unwritable(self._last_message, template, self.writes_tools, *key)
+        if self._faults[key]:
+            raise DataError(f"message {i} ({message['role']}): {self._faults[key]}")
+
+    def _last_message(self, message: Message) -> str:
+        return decode(self.tokenizer, self._render([Message(role="user", content="a"), message]))
 
     def _output_span(self, messages: Sequence[Message], i: int, tokens: list[int]) -> tuple[int, int]:
         """Start and end in `tokens` of message `i` and its turn's end."""
@@ -177,6 +196,12 @@ class ChatTemplateRenderer:
             spoken = prompt + encode(self.tokenizer, content) + [self.end_of_turn]
             if role == "assistant" and not last and tokens[: len(spoken)] == spoken:
                 return start, len(spoken)
+            joined = whole[:start] != prompt and content[:1].isspace()
+            if joined and self._begins(messages[:i], content.lstrip(), prompt):
+                raise DataError(
+                    f"message {i} (assistant): it begins with {content[0]!r}, which the tokenizer joins with the end "
+                    "of the prompt into another token, so no mask would be right: take the white space there away"
+                )
             why = "its tokens do not begin with those of the prompt" if last else "it rewrites earlier turns"
             advice = "use renderer_name=role_colon" if last else "set train_on_what=last_assistant_message"
             raise DataError(
@@ -192,6 +217,10 @@ class ChatTemplateRenderer:
                 "stop"
             )
         return start, ends[-1] if ends else len(whole)
+
+    def _begins(self, messages: Sequence[Message], answer: str, prompt: list[int]) -> bool:
+        """Whether the conversation with this answer begins with the prompt's tokens."""
+        return self._render([*messages, Message(role="assistant", content=answer)])[: len(prompt)] == prompt
 
     def get_stop_sequences(self) -> list[str] | list[int]:
         return [*self.stops]

@@ -17,6 +17,9 @@ from posttrain.renderers.types import (
     UnparsedToolCallPart,
 )
 
+# where other programs write thinking
+THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
 
 def get_text_content(message: Message) -> str:
     """The text of a message without thinking and calls, named as in the cookbook."""
@@ -87,13 +90,13 @@ def openai_call(call: ToolCallPart) -> dict[str, Any]:
 
 def from_openai(fields: Mapping[str, Any]) -> Message:
     """A message of the OpenAI API: `content` may be null or a list of texts; `arguments` may be an
-    object, too. `thinking` is read as `reasoning_content`. DataError for anything else."""
+    object, too. `reasoning` and `thinking` are read as `reasoning_content`. DataError for anything else."""
     content = fields.get("content")
     if isinstance(content, list):
         if not all(isinstance(piece, Mapping) and isinstance(piece.get("text"), str) for piece in content):
             raise DataError(f"'content' is a list of something other than texts: {str(content)[:80]}")
         content = "".join(piece["text"] for piece in content)
-    thinking = fields.get("reasoning_content") or fields.get("thinking")
+    thinking = next((fields[key] for key in THINKING_KEYS if fields.get(key)), None)
     calls = fields.get("tool_calls") or []
     if content is None and (calls or thinking):
         content = ""
