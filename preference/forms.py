@@ -1,4 +1,6 @@
-"""The shapes of preference files, recognised by field names. docs/data_formats.md has the table."""
+"""The shapes of preference files, recognised by field names. docs/data_formats.md has the table. A
+field that would change what is trained on, and that the form does not read, is a DataError.
+"""
 
 import os
 from collections import Counter
@@ -16,11 +18,15 @@ from preference.comparisons import (
     RatedPairBuilder,
     ScoredSamplesBuilder,
     TranscriptBuilder,
+    read_each,
 )
 from preference.rows import SPEAKER
 from preference.types import Comparison, LabeledComparison
-from supervised.forms import has, names_of, one_form, unknown
-from supervised.rows import Fields, Row
+from supervised.forms import check_meaning, has, names_of, one_form, print_form, unknown
+from supervised.rows import SYSTEM, Fields, Row, after_system, system_of
+
+# texts beside an answer that are no prompt
+NOTES = ("id", "source", "dataset", "subset", "split", "category", "domain", "task", "type", "language", "model")
 
 
 @chz.chz
@@ -51,6 +57,12 @@ class Form(NamedTuple):
 
 LABELED = Form("labelled comparisons", ("prompt", "completion_A", "completion_B", "label"), LabeledBuilder)
 CHOSEN = Form("chosen and rejected", ("prompt", "chosen", "rejected"), ChosenRejectedBuilder)
+QUESTION = Form(
+    "question, chosen and rejected",
+    ("question", "chosen", "rejected"),
+    ChosenRejectedBuilder,
+    {"prompt_field": "question"},
+)
 CONVERSATIONS = Form("chosen and rejected conversations", ("chosen", "rejected"), ChosenRejectedBuilder)
 TRANSCRIPTS = Form("chosen and rejected transcripts", ("chosen", "rejected"), TranscriptBuilder)
 SHARED_PREFIX = Form("chosen and rejected texts with the prompt in both", ("chosen", "rejected"), SharedPrefixBuilder)
@@ -59,7 +71,7 @@ SCORED = Form("scored answers", ("prompt", "completion", "score"), ScoredSamples
 KTO = Form(
     "answers marked good and bad", ("prompt", "completion", "label"), ScoredSamplesBuilder, {"score_field": "label"}
 )
-FORMS = (LABELED, CHOSEN, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX, RATED, SCORED, KTO)
+FORMS = (LABELED, CHOSEN, QUESTION, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX, RATED, SCORED, KTO)
 
 
 def form_of(fields: Fields) -> Form:
@@ -79,11 +91,46 @@ def form_of(fields: Fields) -> Form:
 
 
 def _chosen_rejected(fields: Fields) -> Form:
-    if not isinstance(fields["chosen"], str):
-        return CHOSEN if has(fields, ("prompt",)) else CONVERSATIONS
     if has(fields, ("prompt",)):
         return CHOSEN
-    return TRANSCRIPTS if SPEAKER.match("\n\n" + fields["chosen"].lstrip("\n")) else SHARED_PREFIX
+    if not isinstance(fields["chosen"], str):
+        return QUESTION if has(fields, ("question",)) and not _is_whole(fields["chosen"]) else CONVERSATIONS
+    if SPEAKER.match("\n\n" + fields["chosen"].lstrip("\n")):
+        return TRANSCRIPTS
+    if has(fields, ("question",)):
+        return QUESTION
+    known = (*SHARED_PREFIX.fields, *SYSTEM, *NOTES)
+    texts = [name for name, value in fields.items() if isinstance(value, str) and value.strip() and name not in known]
+    if texts := [name for name in texts if not name.endswith("_id")]:
+        raise DataError(
+            f"'chosen' and 'rejected' are texts without a field 'prompt', beside {', '.join(map(repr, texts))}: name "
+            "the prompt 'prompt'; if it is what the two texts have in common, leave other texts out of the rows"
+        )
+    return SHARED_PREFIX
+
+
+def with_system(form: Form, fields: Fields) -> Fields:
+    """The fields of a row with its field `system` as the first message of its conversations."""
+    check_meaning(fields, (*form.fields, *SYSTEM), form.name)
+    if not (system := system_of(fields)):
+        return fields
+    whole = [name for name in ("chosen", "rejected") if _is_whole(fields.get(name))]
+    names = whole or [name for name in ("prompt", "question", "context") if name in form.fields]
+    if not names:
+        raise DataError(f"{form.name} have no place for the field 'system': write conversations with a system message")
+    return {**fields, **{name: _after_system(system, fields[name]) for name in names}}
+
+
+def _is_whole(answer: Any) -> bool:
+    """Whether an answer is a conversation with its prompt."""
+    is_list = isinstance(answer, list) and len(answer) > 0 and isinstance(answer[0], Mapping)
+    return is_list and answer[0].get("role") != "assistant"
+
+
+def _after_system(system: str, value: Any) -> Any:
+    messages = [Message(role="user", content=value)] if isinstance(value, str) else value
+    are_messages = isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)
+    return after_system(system, messages) if are_messages else value  # what it is instead is said by its reader
 
 
 @chz.chz
@@ -94,7 +141,8 @@ class FileBuilder(PreferenceRowsBuilder):
         if not rows:
             return []
         form: Form = one_form(rows if dropped is None else rows[:1], form_of)
-        print(f"{rows[0][0].rsplit(':', 1)[0]}: read as {form.name} ({', '.join(form.fields)})", flush=True)
+        print_form(rows[0][0].rsplit(":", 1)[0], form, rows, (*SYSTEM, "tools"))
+        rows = list(read_each(rows, lambda fields: with_system(form, fields), dropped))
         common: dict[str, Any] = {name: getattr(self, name) for name in chz.chz_fields(PreferenceRowsBuilder)}
         comparisons = form.builder(**common, **form.settings).comparisons(rows, dropped)
         if form is KTO and not comparisons:

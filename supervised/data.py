@@ -21,9 +21,9 @@ from posttrain.renderers import with_tools
 from posttrain.renderers.turns import bos, encode, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset, held_out
-from supervised.forms import customized, form_of, one_form
+from supervised.forms import customized, form_of, one_form, print_form, read_row
 from supervised.names import DATASETS
-from supervised.rows import Fields, Row, conversation, exchange, read_rows, tools_of
+from supervised.rows import Fields, Row, after_system, conversation, exchange, read_rows, system_of, tools_of
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
@@ -130,7 +130,8 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
 
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
         """Tokens of a row and their weights."""
-        return offering(fields, renderer).build_supervised_example(self.messages(fields), self.train_on_what)
+        messages, what = customized(self.messages(fields), self.train_on_what)
+        return offering(fields, renderer).build_supervised_example(messages, what)
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train, test = self.rows()
@@ -198,15 +199,17 @@ class FileBuilder(JsonLinesBuilder):
     def rows(self) -> tuple[list[Row], list[Row]]:
         train, test = super().rows()
         form = one_form(train + test, form_of)
-        print(f"{self.path}: read as {form.name} ({', '.join(form.fields)})", flush=True)
+        print_form(self.path, form, train + test, form.also)
         return train, test
 
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
-        read = form_of(fields).read(fields)
+        read = read_row(fields)
         if not isinstance(read, str):
             return offering(fields, renderer).build_supervised_example(*customized(read, self.train_on_what))
-        start, tokenizer = bos(renderer.tokenizer), renderer.tokenizer
-        tokens = start + encode(tokenizer, read) + eos(tokenizer)
+        tokens = encode(renderer.tokenizer, read)
+        start, end = bos(renderer.tokenizer), eos(renderer.tokenizer)
+        # a text may have been written with its BOS and EOS
+        tokens = ([] if tokens[:1] == start else start) + tokens + ([] if tokens[-1:] == end else end)
         return tokens, [0.0] * len(start) + [1.0] * (len(tokens) - len(start))
 
 
@@ -215,7 +218,7 @@ class ConversationFileBuilder(JsonLinesBuilder):
     """JSONL with messages in each line: {"messages": [{"role": "user", "content": "hi"}, ...]}."""
 
     def messages(self, fields: Fields) -> list[Message]:
-        return conversation(fields, "messages")
+        return after_system(system_of(fields), conversation(fields, "messages"))
 
 
 @chz.chz
@@ -228,7 +231,8 @@ class PromptCompletionFileBuilder(JsonLinesBuilder):
     prompt_template: str = chz.field(default="{prompt}", doc="the user's message; {prompt} stands for the prompt field")
 
     def messages(self, fields: Fields) -> list[Message]:
-        return exchange(fields, self.prompt_field, self.completion_field, self.prompt_template)
+        messages = exchange(fields, self.prompt_field, self.completion_field, self.prompt_template)
+        return after_system(system_of(fields), messages)
 
 
 @chz.chz
@@ -248,8 +252,10 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
 
     def messages(self, fields: Fields) -> list[Message]:
         if self.prompt_field is None:
-            return conversation(fields, self.messages_field)
-        return exchange(fields, self.prompt_field, self.completion_field, self.prompt_template)
+            messages = conversation(fields, self.messages_field)
+        else:
+            messages = exchange(fields, self.prompt_field, self.completion_field, self.prompt_template)
+        return after_system(system_of(fields), messages)
 
     def rows(self) -> tuple[list[Row], list[Row]]:
         return self._split_rows(self.split), self._split_rows(self.test_split) if self.test_split else []

@@ -1,6 +1,7 @@
 """The shapes of conversation files, recognised by field names. docs/data_formats.md has the table.
-A row of no form or of two is a DataError that names the fields and the known forms. Left out:
-images, several answers in a row.
+A row of no form or of two is a DataError that names the fields and the known forms; so is a field
+that would change what is trained on, and that the form does not read. Left out: images, several
+answers in a row.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,16 +9,28 @@ from typing import Any, NamedTuple
 
 from posttrain.backend.errors import DataError
 from posttrain.renderers.types import Message, TrainOnWhat
-from supervised.rows import Fields, Row, conversation, exchange
+from supervised.rows import MARKS, SYSTEM, Fields, Row, after_system, conversation, exchange, is_trained, system_of
 
 
 class Form(NamedTuple):
-    """`read` gives the messages of a row, or a plain text."""
+    """`read` gives the messages of a row, or a plain text. `also` are fields that it may have."""
 
     name: str
     fields: tuple[str, ...]
     read: Callable[[Fields], list[Message] | str]
+    also: tuple[str, ...] = (*SYSTEM, "tools")
 
+
+# Fields that change what a row means, and what to do where the form does not read them.
+ELSEWISE = {
+    "history": "write its turns as messages",
+    "functions": "write them as 'tools'",
+    "function_call": "write it as 'tool_calls' of a message",
+    "chat_template_kwargs": "give its options to all rows, as renderer_name=chat_template:NAME=VALUE",
+    "images": "leave rows with images out",
+    "videos": "leave rows with videos out",
+    "audios": "leave rows with sound out",
+}
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
@@ -29,7 +42,8 @@ def sharegpt(fields: Fields) -> list[Message]:
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise DataError("the field 'conversations' is no list of objects")
     renamed = [
-        {"role": SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+        {key: value for key, value in turn.items() if key not in ("from", "value")}
+        | {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
         if "from" in turn
         else turn
         for turn in turns
@@ -46,18 +60,31 @@ def prompt_completion(fields: Fields) -> list[Message]:
         for name, role in (("prompt", "user"), ("completion", "assistant"))
     )
     marked = [(message, False) for message in prompt] + [
-        (message, message["role"] == "assistant") for message in answered
+        (message, message.get("trainable", message["role"] == "assistant")) for message in answered
     ]
     return [Message(**(_unmarked(message) | {"trainable": trained})) for message, trained in marked]  # type: ignore[typeddict-item]
 
 
 def alpaca(fields: Fields) -> list[Message]:
-    """{"instruction": ..., "input": ..., "output": ...}; an empty input is left out."""
+    """{"instruction": ..., "input": ..., "output": ...}, perhaps after the pairs in "history"; an
+    empty input is left out."""
     given = fields.get("input") or ""
     if not isinstance(given, str) or not isinstance(fields["instruction"], str):
         raise DataError("'instruction' and 'input' must be texts")
     prompt = fields["instruction"] + (f"\n\n{given}" if given else "")
-    return exchange({"prompt": prompt, "completion": fields["output"]}, "prompt", "completion", "{prompt}")
+    now = exchange({"prompt": prompt, "completion": fields["output"]}, "prompt", "completion", "{prompt}")
+    return [*_earlier(fields.get("history") or []), *now]
+
+
+def _earlier(pairs: Any) -> list[Message]:
+    are_pairs = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    if not are_pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise DataError("'history' must be a list of pairs of texts, an instruction and its answer")
+    return [
+        Message(role=role, content=text)
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def plain_text(fields: Fields) -> str:
@@ -73,10 +100,10 @@ FORMS = (
     Form(
         "question and answer", ("question", "answer"), lambda fields: exchange(fields, "question", "answer", "{prompt}")
     ),
-    Form("Alpaca", ("instruction", "output"), alpaca),
+    Form("Alpaca", ("instruction", "output"), alpaca, also=("input", "history", *SYSTEM, "tools")),
 )
 # often a rendered copy beside other fields, so only where there are no others
-TEXT = Form("text", ("text",), plain_text)
+TEXT = Form("text", ("text",), plain_text, also=())
 ELSEWHERE = {
     ("chosen", "rejected"): "preferences, which preference/train_cli.py trains on",
     ("completion_A", "completion_B", "label"): "preferences, which preference/train_cli.py trains on",
@@ -110,6 +137,31 @@ def form_of(fields: Fields) -> Form:
             "dataset.prompt_field=NAME dataset.completion_field=NAME",
         )
     return forms[0]
+
+
+def read_row(fields: Fields) -> list[Message] | str:
+    """The messages of a row, its system message first, or its text."""
+    form = form_of(fields)
+    found = form.read(fields)
+    if isinstance(found, str):  # whole, whatever stands beside it
+        return found
+    check_meaning(fields, (*form.fields, *form.also), form.name)
+    return after_system(system_of(fields), found)
+
+
+def check_meaning(fields: Fields, are_read: Sequence[str], form: str) -> None:
+    """DataError for a field that is not read and changes what the row means."""
+    for name, remedy in ELSEWISE.items():
+        if name not in are_read and fields.get(name):
+            raise DataError(f"the field {name!r} would change what is trained on, and is not read in {form}: {remedy}")
+
+
+def print_form(path: str, form: Any, rows: Sequence[Row], also: Sequence[str]) -> None:
+    """One line: the form, the fields it is known by, and those that are not read."""
+    given = dict.fromkeys(name for _, fields in rows for name, value in fields.items() if value is not None)
+    unread = [name for name in given if name not in (*form.fields, *also)]
+    line = f"{path}: read as {form.name} ({', '.join(form.fields)})"
+    print(line + (f"; not read: {', '.join(unread)}" if unread else ""), flush=True)
 
 
 def has(fields: Fields, names: Sequence[str]) -> bool:
@@ -146,8 +198,16 @@ def one_form(rows: Sequence[Row], of: Callable[[Fields], Any]) -> Any:
 
 
 def customized(messages: Sequence[Message], train_on_what: TrainOnWhat) -> tuple[list[Message], TrainOnWhat]:
-    """Trainable marks of `prompt_completion` count only where all assistant messages are trained
-    on; otherwise they are removed."""
+    """Trainable marks count only where all assistant messages are trained on; otherwise they are
+    removed. DataError where a message that a row marks as not trained on would be trained on."""
+    last = messages[-1:] if train_on_what == TrainOnWhat.LAST_ASSISTANT_MESSAGE else []
+    every = messages if train_on_what in (TrainOnWhat.ALL_MESSAGES, TrainOnWhat.ALL_TOKENS) else []
+    untrained = any(message["role"] == "assistant" and not message.get("trainable", True) for message in last)
+    if untrained or not all(is_trained(message) for message in every):
+        raise DataError(
+            f"an assistant's message is marked as not trained on ({', '.join(MARKS)}), and is with "
+            f"train_on_what={train_on_what}: set train_on_what=all_assistant_messages, or take the mark away"
+        )
     if not any("trainable" in message for message in messages) or train_on_what == TrainOnWhat.CUSTOMIZED:
         return list(messages), train_on_what
     if train_on_what == TrainOnWhat.ALL_ASSISTANT_MESSAGES:
@@ -156,5 +216,5 @@ def customized(messages: Sequence[Message], train_on_what: TrainOnWhat) -> tuple
 
 
 def _unmarked(message: Message) -> Message:
-    kept = ("role", "content", "parts", "name", "tool_call_id")
+    kept = ("role", "content", "parts", "name", "tool_call_id", *MARKS)
     return {key: value for key, value in message.items() if key in kept}  # type: ignore[return-value]

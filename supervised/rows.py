@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.errors import ConfigError, DataError
-from posttrain.renderers.parts import from_openai, tool_spec
+from posttrain.renderers.parts import THINKING_KEYS, from_openai, tool_spec
 from posttrain.renderers.types import Message, ToolSpec
 from posttrain.tracking.jsonl import parse_json
 
@@ -18,7 +18,9 @@ Fields = Mapping[str, Any]
 # The place, for errors: "path:line" or "name[split]:index"; and the fields.
 Row = tuple[str, Fields]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-
+# 0 or false in an assistant's message: it is read, and not trained on (OpenAI, ShareGPT, Axolotl)
+MARKS = ("weight", "loss", "train")
+SYSTEM = ("system", "system_prompt")
 
 LONG_LINE = 1 << 20  # bytes of an example that is announced: tokenizing 20 MB takes a minute
 
@@ -95,21 +97,68 @@ def text_of(where: str, fields: Fields, name: str) -> str:
 
 
 def conversation(fields: Fields, name: str) -> list[Message]:
-    """The messages in the field `name`; thinking and tool calls as the OpenAI API writes them."""
+    """The messages in the field `name`; thinking and tool calls as the OpenAI API writes them. Where
+    one is marked as not trained on, all have a `trainable` mark."""
     messages = list(_field(fields, name, list))
+    trained = [is_trained(message, f"{name}[{i}]") for i, message in enumerate(messages)]
     for i, message in enumerate(messages):
-        if isinstance(message, dict) and any(
-            message.get(key) for key in ("tool_calls", "reasoning_content", "thinking")
-        ):
+        if isinstance(message, dict) and message.get("function_call"):
+            raise DataError(f"{name}[{i}] has a 'function_call': write it as 'tool_calls', a list")
+        if isinstance(message, dict) and any(message.get(key) for key in ("tool_calls", *THINKING_KEYS)):
             try:
-                messages[i] = message = from_openai(message)
+                messages[i] = message = {
+                    **from_openai(message),
+                    **{key: message[key] for key in MARKS if key in message},
+                }
             except DataError as error:
                 raise DataError(f"{name}[{i}]: {error}") from None
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise DataError(f"{name}[{i}] needs a 'role' and a 'content' of text, not {str(message)[:80]}")
         if message.get("role") not in ROLES:
             raise DataError(f"{name}[{i}] has the role {message.get('role')!r}; roles are {', '.join(ROLES)}")
-    return messages
+    if all(trained):
+        return messages
+    default = [message.get("trainable", message["role"] == "assistant") for message in messages]
+    return [
+        {**message, "trainable": bool(given and unmarked)}  # type: ignore[misc]
+        for message, given, unmarked in zip(messages, default, trained, strict=True)
+    ]
+
+
+def is_trained(message: Any, where: str = "") -> bool:
+    """False for an assistant's message that is marked as not trained on."""
+    if not isinstance(message, Mapping) or message.get("role") != "assistant":
+        return True
+    given = {key: message[key] for key in MARKS if message.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1):
+            raise DataError(f"{where}: {key!r} is {str(value)[:40]!r}; it is 0 or 1, false or true")
+    return all(given.values())
+
+
+def system_of(fields: Fields) -> str:
+    """The text in the row's field `system`; "" without."""
+    given = {name: fields[name] for name in SYSTEM if fields.get(name)}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise DataError(f"the field {name!r} is a {type(value).__name__}, not a text")
+    if len(set(given.values())) > 1:
+        raise DataError(f"the fields {' and '.join(map(repr, given))} differ: keep one of them")
+    return next(iter(given.values()), "")
+
+
+def after_system(system: str, messages: list[Message]) -> list[Message]:
+    """The messages after a system message; unchanged if `system` is ""."""
+    if not system:
+        return messages
+    if messages and messages[0].get("role") in ("system", "developer"):
+        if messages[0].get("content") == system:
+            return messages
+        raise DataError("the row has a field 'system' and a system message of another text: keep one of them")
+    first = Message(role="system", content=system)
+    if any("trainable" in message for message in messages):
+        first["trainable"] = False
+    return [first, *messages]
 
 
 def tools_of(fields: Fields) -> list[ToolSpec]:

@@ -5,11 +5,13 @@ names the file, never a traceback.
 import asyncio
 import json
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from envs.arc_challenge import ArcChallenge
 from envs.code import CodeBuilder
@@ -29,7 +31,7 @@ from recipes.belief_state.judge_votes import read_contests
 from recipes.belief_state.text_data import TextData
 from recipes.latro.tasks import Gsm8kBuilder as LatroGsm8k
 from recipes.latro.tasks import JsonlBuilder, MathBuilder
-from supervised.data import FileBuilder
+from supervised.data import ConversationFileBuilder, FileBuilder, PromptCompletionFileBuilder
 
 TOKENIZER = character_tokenizer(512)
 PLAIN = get_renderer("plain", TOKENIZER)
@@ -82,6 +84,123 @@ def test_texts_are_trained_on_whole_and_only_the_completion_of_messages(tmp_path
     given = write(tmp_path / "alpaca.jsonl", {"instruction": "Add.", "input": "2, 3", "output": "5"})
     datum = FileBuilder(path=given, batch_size=1)(PLAIN)[0].get_batch(0)[0]
     assert decode(TOKENIZER, datum.model_input.to_ints()) == "Add.\n\n2, 35"
+
+
+def trained_on(row: dict[str, Any], what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES) -> str:
+    """The text of a row in ChatML, with what is trained on in brackets."""
+    renderer = get_renderer("chat_template", character_tokenizer(2048))
+    tokens, weights = FileBuilder(path="", train_on_what=what).example(row, renderer)
+    runs = groupby(zip(tokens, weights, strict=True), key=lambda pair: pair[1] > 0)
+    texts = [(weighs, decode(renderer.tokenizer, [token for token, _ in run])) for weighs, run in runs]
+    text = "".join(f"[{text}]" if weighs else text for weighs, text in texts)
+    return text.replace("<|im_start|>", "").replace("<|im_end|>", ";").replace("\n", " ").strip()
+
+
+SHAREGPT = [{"from": "human", "value": "2+3="}, {"from": "gpt", "value": "5"}]
+
+
+# Trap: a field that changes the prompt, or what is trained on, is passed over in silence.
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"conversations": SHAREGPT, "system": "Add."}, "system Add.; user 2+3=; assistant [5;]"),
+        ({"messages": [USER, ASSISTANT], "system_prompt": "Add."}, "system Add.; user 2+3=; assistant [5;]"),
+        (
+            {"messages": [{"role": "system", "content": "Add."}, USER, ASSISTANT], "system": "Add."},
+            "system Add.; user 2+3=; assistant [5;]",
+        ),
+        (
+            {"instruction": "2+3=", "output": "5", "system": "Add.", "history": [["1+1=", "2"]]},
+            "system Add.; user 1+1=; assistant [2;] user 2+3=; assistant [5;]",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "weight": 1}], "system": "Add."},
+            "system Add.; user 2+3=; assistant 5; user 2+3=; assistant [5;]",
+        ),
+        (
+            {"conversations": [SHAREGPT[0], {**SHAREGPT[1], "loss": False}, *SHAREGPT]},
+            "user 2+3=; assistant 5; user 2+3=; assistant [5;]",
+        ),
+        (
+            {"prompt": "2+3=", "completion": [{**ASSISTANT, "train": False}, USER, ASSISTANT]},
+            "user 2+3=; assistant 5; user 2+3=; assistant [5;]",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {**ASSISTANT, "reasoning": "Hm.", "weight": 0},
+                    USER,
+                    {**ASSISTANT, "reasoning": "So"},
+                ]
+            },
+            "user 2+3=; assistant <think> Hm. </think>  5; user 2+3=; assistant [<think> So </think>  5;]",
+        ),
+    ],
+)
+def test_fields_that_change_what_is_trained_on_are_read(row: dict[str, Any], expected: str):
+    assert trained_on(row) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "what", "complaint"),
+    [
+        ({"messages": [USER, ASSISTANT], "history": [["a", "b"]]}, "all_assistant_messages", "'history' would change"),
+        ({"prompt": "a", "completion": "b", "images": ["a.png"]}, "all_assistant_messages", "leave rows with images"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "all_assistant_messages", "must be a list of pairs"),
+        ({"messages": [USER, ASSISTANT], "system": 3}, "all_assistant_messages", "'system' is a int, not a text"),
+        (
+            {"messages": [{"role": "system", "content": "Add."}, USER, ASSISTANT], "system": "Divide."},
+            "all_assistant_messages",
+            "a system message of another text",
+        ),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "all_assistant_messages", r"'weight' is '0.5'; it is 0"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "last_assistant_message", "marked as not trained on"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]}, "all_tokens", "marked as not trained on"),
+        ({"messages": [USER, {**ASSISTANT, "function_call": {"name": "f"}}]}, "all_assistant_messages", "tool_calls"),
+    ],
+)
+def test_fields_that_change_what_is_trained_on_and_cannot_be_read_are_refused(
+    row: dict[str, Any], what: str, complaint: str
+):
+    with pytest.raises(DataError, match=complaint):
+        trained_on(row, TrainOnWhat(what))
+
+
+def test_builders_with_named_fields_read_the_system_field_and_the_marks(tmp_path: Path):
+    muted = [USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]
+    chats = write(tmp_path / "chats.jsonl", {"messages": muted, "system": "Add."})
+    datum = ConversationFileBuilder(path=chats, batch_size=1)(PLAIN)[0].get_batch(0)[0]
+    assert decode(TOKENIZER, datum.model_input.to_ints()).startswith("Add.2+3=5")
+    assert np.count_nonzero(datum.loss_fn_inputs["weights"].to_numpy()) == 2  # the last answer and its end
+    pairs = write(tmp_path / "pairs.jsonl", {"prompt": "2+3=", "completion": "5", "system": "Add."})
+    datum = PromptCompletionFileBuilder(path=pairs, batch_size=1)(PLAIN)[0].get_batch(0)[0]
+    assert decode(TOKENIZER, datum.model_input.to_ints()) == "Add.2+3=5"
+
+
+def test_fields_that_are_not_read_are_listed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [{"messages": [USER, ASSISTANT], "id": 1, "system": "Add."}, {"messages": [USER, ASSISTANT], "source": "a"}]
+    FileBuilder(path=write(tmp_path / "data.jsonl", *rows), batch_size=1)(PLAIN)
+    PreferenceFile(path=write(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c", "id": 1}))()
+    out = capsys.readouterr().out
+    assert "data.jsonl: read as messages (messages); not read: id, source\n" in out
+    assert "pairs.jsonl: read as chosen and rejected (prompt, chosen, rejected); not read: id\n" in out
+
+
+def test_texts_with_their_bos_and_eos_get_no_second_ones():
+    tokenizer = character_tokenizer(512)
+    tokenizer.bos_token = "<|im_start|>"
+    single = "<|im_start|> $A"
+    post = TemplateProcessing(single=single, special_tokens=[("<|im_start|>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = post  # type: ignore[attr-defined]
+    renderer = get_renderer("plain", tokenizer)
+    examples = [
+        FileBuilder(path="").example({"text": text}, renderer)
+        for text in ("abc", "<|im_start|>abc", "abc<|endoftext|>", "<|im_start|>abc<|endoftext|>")
+    ]
+    assert examples == [examples[0]] * 4
+    tokens, weights = examples[0]
+    assert decode(tokenizer, tokens) == "<|im_start|>abc<|endoftext|>" and weights == [0, 1, 1, 1, 1]
 
 
 def test_tool_calls_and_tools_of_files_are_trained_on(tmp_path: Path):
@@ -174,6 +293,7 @@ PAIR = ([USER], [ASSISTANT], [{"role": "assistant", "content": "6"}])
                 for role, text in (("user", "The sky is"), ("assistant", " blue."), ("assistant", " black."))
             ),
         ),
+        ([{"question": "2+3=", "chosen": "5", "rejected": "6"}], "question, chosen and rejected", PAIR),
         ([{"prompt": "2+3=", "completion_A": "5", "completion_B": "6", "label": "A"}], "labelled comparisons", PAIR),
         ([{"context": "2+3=", "response1": "5", "response2": "6", "overall_preference": -2}], "rated pairs", PAIR),
         (
@@ -212,11 +332,34 @@ def test_preferences_are_found_by_their_fields(tmp_path: Path, rows: list[dict[s
         ),
         ({"prompt": "a", "completion": "b", "label": True}, "no prompt has both a good and a bad answer"),
         ({"chosen": "red", "rejected": "rot"}, "do not begin with the same words"),
+        (
+            {"instruction": "2+2?", "chosen": "The answer is 4.", "rejected": "The answer is 5."},
+            "beside 'instruction': name the prompt 'prompt'",
+        ),
+        ({"system": "Be brief.", "chosen": "It is 4.", "rejected": "It is 5."}, "no place for the field 'system'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "history": [["d", "e"]]}, "'history' would change"),
     ],
 )
 def test_preferences_of_no_form_say_what_they_are(tmp_path: Path, row: dict[str, Any], complaint: str):
     with pytest.raises(DataError, match=complaint):
         PreferenceFile(path=write(tmp_path / "pairs.jsonl", row))()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2+3=", "chosen": "5", "rejected": "6"},
+        {"question": "2+3=", "chosen": "5", "rejected": "6"},
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [PAIR[2][0]]},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, PAIR[2][0]]},
+        {"prompt": "2+3=", "chosen": [USER, ASSISTANT], "rejected": [USER, PAIR[2][0]]},
+        {"context": "2+3=", "response1": "5", "response2": "6", "overall_preference": -2},
+    ],
+)
+def test_the_system_field_of_preferences_is_a_message(tmp_path: Path, row: dict[str, Any]):
+    (one,), _ = PreferenceFile(path=write(tmp_path / "pairs.jsonl", {**row, "system": "Add.", "id": "a b"}))()
+    assert one.comparison.prompt_conversation == [{"role": "system", "content": "Add."}, USER]
+    assert (one.comparison.completion_A, one.comparison.completion_B) == PAIR[1:]
 
 
 # --- damage -------------------------------------------------------------------------------------
