@@ -19,7 +19,7 @@ from preference import rows as shapes
 from preference.rows import ScoredSample
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
 from supervised.data import HuggingFaceBuilder
-from supervised.rows import Fields, Row, read_rows, tools_of
+from supervised.rows import Fields, Row, after_system, read_rows, system_of, tools_of
 
 T = TypeVar("T")
 
@@ -190,11 +190,15 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
 
     def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
         """Malformed rows are counted in `dropped`; where that is None, they raise DataError."""
-        return [replace(labeled, where=where) for where, labeled in read_each(rows, self._offering, dropped)]
+        return [replace(labeled, where=where) for where, labeled in read_each(rows, self._whole, dropped)]
 
-    def _offering(self, fields: Fields) -> LabeledComparison:
-        labeled, tools = self.comparison(fields), tools_of(fields)
-        return replace(labeled, comparison=replace(labeled.comparison, tools=tools)) if tools else labeled
+    def _whole(self, fields: Fields) -> LabeledComparison:
+        """With what a row of any shape may say beside its answers: `system` and `tools`."""
+        labeled = self.comparison(fields)
+        prompt = after_system(system_of(fields), list(labeled.comparison.prompt_conversation))
+        return replace(
+            labeled, comparison=replace(labeled.comparison, prompt_conversation=prompt, tools=tuple(tools_of(fields)))
+        )
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         train_rows, test_rows = self._rows()

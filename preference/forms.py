@@ -23,7 +23,7 @@ from preference.comparisons import (
 from preference.rows import SPEAKER
 from preference.types import Comparison, LabeledComparison
 from supervised.forms import check_meaning, has, names_of, one_form, print_form, unknown
-from supervised.rows import SYSTEM, Fields, Row, after_system, system_of
+from supervised.rows import SYSTEM, Fields, Row
 
 # texts beside an answer that are no prompt
 NOTES = ("id", "source", "dataset", "subset", "split", "category", "domain", "task", "type", "language", "model")
@@ -109,28 +109,10 @@ def _chosen_rejected(fields: Fields) -> Form:
     return SHARED_PREFIX
 
 
-def with_system(form: Form, fields: Fields) -> Fields:
-    """The fields of a row with its field `system` as the first message of its conversations."""
-    check_meaning(fields, (*form.fields, *SYSTEM), form.name)
-    if not (system := system_of(fields)):
-        return fields
-    whole = [name for name in ("chosen", "rejected") if _is_whole(fields.get(name))]
-    names = whole or [name for name in ("prompt", "question", "context") if name in form.fields]
-    if not names:
-        raise DataError(f"{form.name} have no place for the field 'system': write conversations with a system message")
-    return {**fields, **{name: _after_system(system, fields[name]) for name in names}}
-
-
 def _is_whole(answer: Any) -> bool:
     """Whether an answer is a conversation with its prompt."""
     is_list = isinstance(answer, list) and len(answer) > 0 and isinstance(answer[0], Mapping)
     return is_list and answer[0].get("role") != "assistant"
-
-
-def _after_system(system: str, value: Any) -> Any:
-    messages = [Message(role="user", content=value)] if isinstance(value, str) else value
-    are_messages = isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)
-    return after_system(system, messages) if are_messages else value  # what it is instead is said by its reader
 
 
 @chz.chz
@@ -142,7 +124,12 @@ class FileBuilder(PreferenceRowsBuilder):
             return []
         form: Form = one_form(rows if dropped is None else rows[:1], form_of)
         print_form(rows[0][0].rsplit(":", 1)[0], form, rows, (*SYSTEM, "tools"))
-        rows = list(read_each(rows, lambda fields: with_system(form, fields), dropped))
+
+        def checked(fields: Fields) -> Fields:
+            check_meaning(fields, (*form.fields, *SYSTEM), form.name)
+            return fields
+
+        rows = list(read_each(rows, checked, dropped))
         common: dict[str, Any] = {name: getattr(self, name) for name in chz.chz_fields(PreferenceRowsBuilder)}
         comparisons = form.builder(**common, **form.settings).comparisons(rows, dropped)
         if form is KTO and not comparisons:

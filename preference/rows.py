@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.backend.errors import DataError
 from posttrain.renderers.types import Message
 from preference.types import Comparison, Label, LabeledComparison
-from supervised.rows import Fields, conversation, tools_of
+from supervised.rows import Fields, after_system, conversation, system_of, tools_of
 
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 ROLE_OF = {"Human": "user", "Assistant": "assistant"}
@@ -89,7 +89,7 @@ def scored_samples(
     """The answer in a row, or nested answers in objects or lists of objects (a row per problem)."""
     if tools_of(fields):
         raise DataError("scored answers with a field 'tools': write the pairs as prompt, chosen and rejected")
-    prompt = messages(fields, prompt_field, "user")
+    prompt = after_system(system_of(fields), messages(fields, prompt_field, "user"))
     flat = completion_field in fields
     inner = [item for value in fields.values() for item in (value if isinstance(value, list) else [value])]
     items = [fields] if flat else [item for item in inner if isinstance(item, Mapping) and completion_field in item]

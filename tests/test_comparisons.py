@@ -64,9 +64,11 @@ SHAPES: list[tuple[type[PreferenceRowsBuilder], dict[str, Any], dict[str, Any]]]
 
 @pytest.mark.parametrize(("builder", "row", "options"), SHAPES)
 def test_every_shape_says_which_answer_is_better(builder, row, options, tmp_path: Path) -> None:
-    (one,), held_out = builder(path=write(tmp_path / "a.jsonl", row), **options)()
+    path = write(tmp_path / "a.jsonl", row, row | {"system": "Be brief."})
+    (one, with_system), held_out = builder(path=path, **options)()
     chosen, rejected = one.chosen_and_rejected()
     assert (list(one.comparison.prompt_conversation), list(chosen), list(rejected)) == ([USER], [GOOD], [BAD])
+    assert list(with_system.comparison.prompt_conversation) == [say("system", "Be brief."), USER]
     assert held_out == [] and one.where == f"{tmp_path / 'a.jsonl'}:1"
 
 

@@ -336,7 +336,6 @@ def test_preferences_are_found_by_their_fields(tmp_path: Path, rows: list[dict[s
             {"instruction": "2+2?", "chosen": "The answer is 4.", "rejected": "The answer is 5."},
             "beside 'instruction': name the prompt 'prompt'",
         ),
-        ({"system": "Be brief.", "chosen": "It is 4.", "rejected": "It is 5."}, "no place for the field 'system'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "history": [["d", "e"]]}, "'history' would change"),
     ],
 )
