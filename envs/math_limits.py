@@ -19,10 +19,12 @@ _COUNTED |= {"factorial", "binomial", "\\choose", "fibonacci"}
 
 
 def explodes(expression: str) -> bool:
-    """Whether a power, factorial or binomial may exceed MAX_DIGITS digits, or an exponent 10,000."""
+    """Whether a power, factorial or binomial may exceed MAX_DIGITS digits, or an exponent 10,000.
+    A text whose size cannot be read counts as one, too: an exception would be the environment's
+    failure, and a wrong answer would lose its rollout instead of its reward."""
     try:
         _digits(_TOKEN.findall(expression))
-    except OverflowError:
+    except (OverflowError, ValueError, IndexError, RecursionError):
         return True
     return False
 
@@ -54,7 +56,7 @@ def _digits(tokens: list[str]) -> float:
             counted = token in _COUNTED
         if base > MAX_DIGITS:
             raise OverflowError
-        if i == len(tokens) or tokens[i][0] not in "^!":
+        if i >= len(tokens) or tokens[i][0] not in "^!":
             total += math.log10(1 + 10**base) if base < 300 else base
     return total
 
@@ -78,11 +80,12 @@ def _is_sum_with_letters(tokens: list[str]) -> bool:
 
 
 def _size(token: str) -> float:
-    mantissa, _, exponent = token.lower().partition("e") if token[0].isdigit() else (token, "", "")
-    digits = sum(char.isdigit() for char in mantissa)
+    # isdecimal: what int() reads; isdigit would add superscripts and circled digits
+    mantissa, _, exponent = token.lower().partition("e") if token[0].isdecimal() else (token, "", "")
+    digits = sum(char.isdecimal() for char in mantissa)
     if len(exponent.lstrip("+-0")) > MAX_EXPONENT_DIGITS - 1:
         raise OverflowError
-    figure = int("".join(filter(str.isdigit, mantissa))[:15] or 1)
+    figure = int("".join(filter(str.isdecimal, mantissa))[:15] or 1)
     return (math.log10(max(figure, 1)) + max(0, digits - 15) if digits else 0.0) + abs(int(exponent or 0))
 
 

@@ -211,6 +211,14 @@ def test_expressions_of_common_size_do_not_explode(expression: str):
     assert not explodes(expression)
 
 
+# Trap: an exception on the model's text is an EnvError, so that a wrong answer loses its rollout
+# instead of its reward.
+@pytest.mark.parametrize("answer", ["12 cm²", "x²+1", "①", "x₁", "x^", "2^", r"\le^", "++", "{" * 1000, "x^" * 500])
+def test_odd_answers_are_wrong_and_no_failure(answer: str):
+    for gold in ("5", r"\sqrt{2}", "x+1"):
+        assert not is_equal(gold, answer)
+
+
 @pytest.mark.parametrize("answer", [r"(x+y+z)^{60}", r"\int \frac{1}{x^{99}+1} dx"])
 def test_an_answer_that_is_too_costly_by_itself_is_wrong(answer: str):
     assert not is_equal(r"\sqrt{2}", answer, seconds=0.5)
