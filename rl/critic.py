@@ -121,16 +121,24 @@ class Critic:
         data_D = [Datum(ModelInput.from_ints(row.tokens[:-1]), {"mask": row.mask_T}) for row in rows]
         output = await self.client.forward(data_D, _scalars)
         values_D = [out["scalars"].array for out in output.loss_fn_outputs]
+        turn_D = [row.turn_T for row in rows]
         places: dict[tuple[int, int], list[int]] = defaultdict(list)
         for d, row in enumerate(rows):
             places[row.origin].append(d)
         out: dict[int, Row] = {}
         for (p, g), of_trajectory in places.items():
             sampled_D = [rows[d].mask_T > 0 for d in of_trajectory]
-            values_N = np.concatenate([values_D[d][at] for d, at in zip(of_trajectory, sampled_D, strict=True)])
+            values_N, turn_N = (
+                np.concatenate([tracks[d][at] for d, at in zip(of_trajectory, sampled_D, strict=True)])
+                for tracks in (values_D, turn_D)
+            )
             group = groups_P[p]
             rewards_N = token_rewards(group.trajectories_G[g], group.final_rewards_G[g])
-            advantages_N = gae(rewards_N, values_N.astype(np.float64), self.config.discount, self.config.gae_lambda)
+            # rewards are in the order of time, values row by row
+            time_N, advantages_N = np.argsort(turn_N, kind="stable"), np.empty(len(values_N))
+            advantages_N[time_N] = gae(
+                rewards_N, values_N[time_N].astype(np.float64), self.config.discount, self.config.gae_lambda
+            )
             start = 0
             for d, at in zip(of_trajectory, sampled_D, strict=True):
                 part = slice(start, start := start + int(at.sum()))

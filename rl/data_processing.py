@@ -39,6 +39,9 @@ class Row:
     """1 where the predicted token was sampled."""
     temperature_T: np.ndarray | None
     """None where every token was sampled at temperature 1."""
+    turn_T: np.ndarray
+    """int32: the trajectory's turn that the predicted token is of. Rows of conversations that take
+    turns are not in the order of time."""
     origin: tuple[int, int] = (0, 0)
     """(group, member)."""
     values_T: np.ndarray | None = None
@@ -66,14 +69,19 @@ class _Tokens:
     advantages: list[float] = field(default_factory=list)
     mask: list[float] = field(default_factory=list)
     temperature: list[float] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)
 
-    def observe(self, tokens: list[int]) -> None:
+    def observe(self, turn: int, tokens: list[int]) -> None:
         self.tokens += tokens
+        self.turn += [turn] * len(tokens)
         for track, value in ((self.logprobs, 0.0), (self.advantages, 0.0), (self.mask, 0.0), (self.temperature, 1.0)):
             track += [value] * len(tokens)
 
-    def act(self, tokens: list[int], logprobs: list[float], advantages: list[float], temperature: float) -> None:
+    def act(
+        self, turn: int, tokens: list[int], logprobs: list[float], advantages: list[float], temperature: float
+    ) -> None:
         self.tokens += tokens
+        self.turn += [turn] * len(tokens)
         self.logprobs += logprobs
         self.advantages += advantages
         for track, value in ((self.mask, 1.0), (self.temperature, temperature)):
@@ -82,7 +90,8 @@ class _Tokens:
     def row(self, with_temperature: bool) -> Row:
         tracks = (self.logprobs, self.advantages, self.mask, self.temperature)
         logprobs_T, advantages_T, mask_T, temperature_T = (np.array(track[1:], dtype=np.float32) for track in tracks)
-        return Row(self.tokens, logprobs_T, advantages_T, mask_T, temperature_T if with_temperature else None)
+        turn_T = np.array(self.turn[1:], dtype=np.int32)
+        return Row(self.tokens, logprobs_T, advantages_T, mask_T, temperature_T if with_temperature else None, turn_T)
 
 
 def trajectory_rows(trajectory: Trajectory, with_temperature: bool = False) -> list[Row]:
@@ -93,18 +102,18 @@ def trajectory_rows(trajectory: Trajectory, with_temperature: bool = False) -> l
     again. Greedy tokens (temperature 0) have the untempered distribution's logprobs.
     """
     rows: list[_Tokens] = []
-    for transition in trajectory.transitions:
+    for turn, transition in enumerate(trajectory.transitions):
         ob = transition.ob.to_ints()
         extended = [row for row in rows if ob[: len(row.tokens)] == row.tokens]
         running = max(reversed(extended), key=lambda row: len(row.tokens), default=None) or _Tokens()
         if not running.tokens:
             rows.append(running)
-        running.observe(ob[len(running.tokens) :])
+        running.observe(turn, ob[len(running.tokens) :])
         ac = transition.ac
         advantages = transition.token_advantages or [0.0] * len(ac.tokens)
         if len(advantages) != len(ac.tokens):
             raise DataError(f"a turn has {len(ac.tokens)} sampled tokens and {len(advantages)} token_advantages")
-        running.act(ac.tokens, ac.logprobs, advantages, ac.temperature or 1.0)
+        running.act(turn, ac.tokens, ac.logprobs, advantages, ac.temperature or 1.0)
     return [tokens.row(with_temperature) for tokens in rows if len(tokens.tokens) >= 2]
 
 

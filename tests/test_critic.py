@@ -97,6 +97,24 @@ def test_values_have_read_the_tokens_before_the_action_and_go_into_the_advantage
     assert losses[-1] < 0.1 * losses[0]
 
 
+# Trap: rows of conversations that take turns, laid end to end, are not in the order of time.
+def test_a_reward_stays_at_its_turn_where_conversations_take_turns(torch_service) -> None:  # noqa: ANN001
+    """A sub-agent (9) answers within its parent's conversation, which then earns 1."""
+    client = torch_service.create_scalar_client("tiny")
+    client._trainer.scalar_head.data.zero_()
+    turns = [
+        turn([1, 2], [3], [-1.0], 0.0),
+        turn([9, 9], [8, 8], [-1.0, -1.0], 0.5),
+        turn([1, 2, 3, 4], [5], [-1.0], 1),
+    ]
+    group = TrajectoryGroup([Trajectory(turns)], [0.0], [{}])
+    critic = Critic(CriticConfig(discount=0.5, gae_lambda=1.0), client, 1.0)
+    rows, _ = asyncio.run(critic.with_advantages([group], rows_of([group])))
+    parent, sub_agent = (row.returns_T for row in rows)
+    # discounted rewards of the tokens 3, 8, 8, 5: 0, 0, 0.5, 1
+    assert parent[[1, 3]].tolist() == [0.25, 1.0] and sub_agent[1:].tolist() == [0.5, 1.0]
+
+
 def test_normalized_advantages_have_mean_0_and_deviation_1_over_tokens() -> None:
     """0.5 on two tokens and -0.5 on one: mean 1/6, deviation sqrt(2) / 3."""
     rows = normalized(two_data())
