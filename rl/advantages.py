@@ -22,8 +22,12 @@ class AdvantageEstimator:
         """The advantages of all groups of a batch."""
         return [self(rewards_G) for rewards_G in rewards_P_G]
 
+    def accepts(self, group_size: int) -> bool:
+        """Whether a group of this size, which may have lost members, has an estimate."""
+        return group_size >= self.min_group_size
+
     def check_group_size(self, group_size: int) -> None:
-        if group_size < self.min_group_size:
+        if not self.accepts(group_size):
             raise ConfigError(f"{type(self).__name__} needs group_size >= {self.min_group_size}, not {group_size}")
 
 
@@ -70,8 +74,11 @@ class SeatMean(AdvantageEstimator):
         rewards_GS = rewards_G.reshape(-1, self.num_seats)
         return (rewards_GS - rewards_GS.mean(axis=0)).reshape(-1)
 
+    def accepts(self, group_size: int) -> bool:
+        return group_size % self.num_seats == 0 and group_size >= 2 * self.num_seats
+
     def check_group_size(self, group_size: int) -> None:
-        if group_size % self.num_seats or group_size < 2 * self.num_seats:
+        if not self.accepts(group_size):
             raise ConfigError(
                 f"SeatMean needs two or more games of {self.num_seats} seats in a group, not group_size={group_size}"
             )

@@ -139,13 +139,14 @@ def _with_kept(items: Sequence[T], kept: Sequence[KeptRow]) -> list[tuple[T, Kep
 def trainable_groups(
     groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool, min_group_size: int = 1
 ) -> list[int]:
-    """Indices of the groups with enough members for the estimator and, if required, more than one
-    distinct reward (compared exactly)."""
-    least = max(1, estimator.min_group_size, min_group_size)
+    """Indices of the groups with enough members for the estimator (of a game, all seats) and, if
+    required, more than one distinct reward (compared exactly)."""
     return [
         p
         for p, group in enumerate(groups_P)
-        if len(group.trajectories_G) >= least and not (remove_constant and len(set(group.get_total_rewards())) <= 1)
+        if (size := len(group.trajectories_G)) >= max(1, min_group_size)
+        and estimator.accepts(size)
+        and not (remove_constant and len(set(group.get_total_rewards())) <= 1)
     ]
 
 

@@ -34,6 +34,7 @@ from rl.types import (
     MalformedStep,
     Observation,
     RolloutError,
+    SeatLost,
     StopCondition,
     TokensWithLogprobs,
     Trajectory,
@@ -324,10 +325,12 @@ async def _score(builder: EnvGroupBuilder, members_G: Sequence[_Member], limits:
     trajectories_G = [trajectory for _, trajectory in alive]
     group = TrajectoryGroup(trajectories_G, [0.0 for _ in alive], [{} for _ in alive], builder=builder)
     group.errors = [member.outcome for member in members_G if isinstance(member.outcome, RolloutError)]
+    if group.errors:
+        lose_game(group)
     try:
         group.tags = call_now(partial(step_checks.tags, builder), builder, "logging_tags")
         if (
-            alive
+            group.trajectories_G
             and getattr(builder.compute_group_rewards, "__func__", None) is not EnvGroupBuilder.compute_group_rewards
         ):
             await _add_group_rewards(group, [env for env, _ in alive], limits)
@@ -349,6 +352,13 @@ async def _add_group_rewards(group: TrajectoryGroup, envs_G: list[Env], limits: 
     group.final_rewards_G, group.metrics_G = rewards_G, metrics_G
     for trajectory, kept in zip(group.trajectories_G, kept_G, strict=True):
         trajectory.transitions = [turn for turn, is_kept in zip(trajectory.transitions, kept, strict=True) if is_kept]
+
+
+def lose_game(group: TrajectoryGroup) -> None:
+    """Of a group that lost a member: where members play one game, the rest has no result and no
+    baseline, and is lost too."""
+    if group.builder is not None and not group.builder.members_are_independent:
+        _lose_all(group, SeatLost(f"another seat of the game was lost ({group.errors[-1]})"))
 
 
 def _lose_all(group: TrajectoryGroup, error: RolloutError) -> None:

@@ -43,6 +43,7 @@ from rl.kl import Reference, kl_metrics, penalized_advantages, penalized_rewards
 from rl.length import length_penalized
 from rl.metrics import compute_sampling_metrics, mean_by_key
 from rl.mismatch import corrected
+from rl.rollouts import lose_game
 from rl.types import BatchReward, Metrics, TrajectoryGroup
 
 T = TypeVar("T")
@@ -110,8 +111,12 @@ async def _prepare(
     each row sampled under this step's starting weights, else None."""
     config = learner.config
     if learner.batch_reward:
+        sizes_P = [len(group.trajectories_G) for group in groups_P]
         with timed(metrics, "batch_reward"), span("score"):
             metrics |= await learner.batch_reward(groups_P)
+        for group, size in zip(groups_P, sizes_P, strict=True):
+            if len(group.trajectories_G) < size:
+                lose_game(group)
     places = trainable_groups(
         groups_P, config.advantage, config.remove_constant_reward_groups, config.limits.min_group_size
     )

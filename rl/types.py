@@ -257,7 +257,7 @@ class BatchReward(Protocol):
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
         """Adds, in place, to `final_rewards_G`, to a turn's `reward` or `token_advantages`, or to a
         trajectory's `supervised`. Returns metrics of the step. A member that cannot be scored is
-        removed with `drop_member`, never scored 0."""
+        removed with `drop_member`, never scored 0; the other seats of its game are removed then."""
         ...
 
 

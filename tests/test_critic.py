@@ -110,7 +110,7 @@ def test_a_reward_stays_at_its_turn_where_conversations_take_turns(torch_service
     group = TrajectoryGroup([Trajectory(turns)], [0.0], [{}])
     critic = Critic(CriticConfig(discount=0.5, gae_lambda=1.0), client, 1.0)
     rows, _ = asyncio.run(critic.with_advantages([group], rows_of([group])))
-    parent, sub_agent = (row.returns_T for row in rows)
+    parent, sub_agent = (np.array(row.returns_T) for row in rows)
     # discounted rewards of the tokens 3, 8, 8, 5: 0, 0, 0.5, 1
     assert parent[[1, 3]].tolist() == [0.25, 1.0] and sub_agent[1:].tolist() == [0.5, 1.0]
 

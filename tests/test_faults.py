@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 
 from posttrain.backend.config import BackendConfig
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Renderer
 from rl import train
+from rl.advantages import SeatMean
 from rl.metrics import compute_trajectory_metrics
 from rl.rollouts import Policy, RolloutLimits, do_rollouts
 from rl.types import (
+    BatchReward,
+    BatchRewardBuilder,
     Env,
     EnvGroupBuilder,
     EpisodeEnd,
@@ -25,6 +30,7 @@ from rl.types import (
     RLDataset,
     RLDatasetBuilder,
     RolloutError,
+    SeatLost,
     StepResult,
     StopCondition,
     Trajectory,
@@ -151,6 +157,59 @@ def test_a_game_is_retried_as_a_whole_and_a_single_member_alone(torch_service) -
         "the member beside the one retried is as it was"
     )
     assert second[1] != first[1], "a second game is sampled anew"
+
+
+# Trap: a baseline over the seats that are left, which are then counted as other seats.
+def test_a_game_that_lost_a_seat_is_lost_whole(torch_service) -> None:  # noqa: ANN001
+    def broken() -> Callable[[], object]:
+        return raising(RolloutError("tool down"))
+
+    alone, game = (ScriptedGroup(None, broken(), None, None, independent=free) for free in (True, False))
+    groups = rollout(torch_service, alone, game, max_turns=1, max_failed_fraction=1.0)
+    assert [len(group.trajectories_G) for group in groups] == [3, 0]
+    assert [type(error) for error in groups[1].errors] == [RolloutError, *[SeatLost] * 3]
+    assert "tool down" in str(groups[1].errors[-1]) and len(groups[0].errors) == 1
+
+
+@chz.chz
+class DropsAMember(BatchRewardBuilder):
+    async def __call__(
+        self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
+    ) -> BatchReward:
+        async def reward(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
+            groups_P[0].drop_member(1, RolloutError("the judge is down"))
+            return {}
+
+        return reward  # type: ignore[return-value]
+
+
+class GameDataset(RLDataset):
+    def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
+        return [ScriptedGroup(None, None, None, None, independent=False) for _ in range(2)]
+
+    def __len__(self) -> int:
+        return 1
+
+
+@chz.chz
+class GameBuilder(RLDatasetBuilder):
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
+        return GameDataset(), None
+
+
+def test_a_batch_reward_that_drops_a_seat_loses_its_game(tmp_path: Path) -> None:
+    settings = train.Config(
+        env=GameBuilder(batch_size=2, group_size=4),
+        advantage=SeatMean(),
+        batch_reward=DropsAMember(),
+        max_tokens=1,
+        limits=RolloutLimits(max_turns=1),
+        log_path=str(tmp_path),
+        backend=BackendConfig(engine="torch"),
+    )
+    record = asyncio.run(train.main(settings))
+    assert record["env/all/total_episodes"] == 4 and record["train/groups_removed"] == 1
+    assert record["rollout_errors/RolloutError"] == 1 and record["rollout_errors/SeatLost"] == 3
 
 
 def test_a_thousand_environments_run_at_once_in_one_process(torch_service) -> None:  # noqa: ANN001

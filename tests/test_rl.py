@@ -16,7 +16,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import Datum, ModelInput, TensorData
-from rl.advantages import GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline
+from rl.advantages import GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline, SeatMean
 from rl.data_processing import compute_advantages, rows_of, split_substeps, trainable_groups, with_advantages
 from rl.evaluation_results import problem_values
 from rl.evaluators import sample_metrics
@@ -124,6 +124,8 @@ def test_removing_constant_groups_keeps_rewards_and_trajectories_aligned() -> No
     assert [row.advantages_T.max() for row in rows] == pytest.approx([0, 2 / 3, 0, 0.5, 0])
     assert trainable_groups(groups[:1], GroupMean(), remove_constant=True) == []
     assert trainable_groups([group([1])], LeaveOneOut(), remove_constant=False) == []
+    games = [group([1, 0] * 2), group([1, 0, 1]), group([1, 0]), group([])]
+    assert trainable_groups(games, SeatMean(), remove_constant=False) == [0]
 
 
 def test_substeps_are_cut_in_order() -> None:
