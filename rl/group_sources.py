@@ -93,6 +93,7 @@ class GroupSource:
             discarded.append(group)
         group.refills = refills
         group.refill_tokens = sum(t.num_sampled_tokens for other in discarded for t in other.trajectories_G)
+        group.refill_rollouts = sum(len(other.trajectories_G) for other in discarded)
         group.errors = [error for other in discarded for error in other.errors] + group.errors
         return group
 

@@ -21,6 +21,7 @@ def group_to_json(group: TrajectoryGroup) -> dict[str, Any]:
         "sampled_at_step": group.sampled_at_step,
         "refills": group.refills,
         "refill_tokens": group.refill_tokens,
+        "refill_rollouts": group.refill_rollouts,
     }
 
 
@@ -37,6 +38,7 @@ def group_from_json(saved: dict[str, Any], builder: EnvGroupBuilder) -> Trajecto
         sampled_at_step=saved["sampled_at_step"],
         refills=saved.get("refills", 0),
         refill_tokens=saved.get("refill_tokens", 0),
+        refill_rollouts=saved.get("refill_rollouts", 0),
     )
 
 

@@ -388,7 +388,7 @@ async def do_rollouts(
 def check_failures(groups_P: Sequence[TrajectoryGroup], limits: RolloutLimits) -> None:
     """Raises if too many rollouts failed: the exception of the environment's code if there is one."""
     errors = [error for group in groups_P for error in group.errors]
-    total = len(errors) + sum(len(group.trajectories_G) for group in groups_P)
+    total = len(errors) + sum(len(group.trajectories_G) + group.refill_rollouts for group in groups_P)
     if errors and len(errors) > limits.max_failed_fraction * total:
         first = _own_exception(errors[0])
         first.add_note(

@@ -163,9 +163,11 @@ class TrajectoryGroup:
     # the group's builder, where a batch reward finds the task
     builder: "EnvGroupBuilder | None" = None
     sampled_at_step: int | None = None  # the training step of its first weights
-    # groups of equal rewards that were sampled at this place before, and their tokens
+    # groups of equal rewards that were sampled at this place before, their tokens and finished rollouts
+    # (their lost ones are in `errors`)
     refills: int = 0
     refill_tokens: int = 0
+    refill_rollouts: int = 0
 
     def get_total_rewards(self) -> list[float]:
         """Step rewards plus the group's reward, one number per member."""

@@ -9,10 +9,12 @@ import chz
 import pytest
 
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.types import ModelInput
 from rl import train
 from rl.group_sources import REFILL, GroupSource
 from rl.likelihood_reward import LikelihoodRewardBuilder
-from rl.types import EnvGroupBuilder, TrajectoryGroup
+from rl.rollouts import RolloutLimits
+from rl.types import EnvGroupBuilder, RolloutError, StepResult, TrajectoryGroup
 from tests.test_group_sources import (
     LowTokenBuilder,
     LowTokenDataset,
@@ -71,6 +73,45 @@ def test_a_group_is_replaced_until_its_rewards_differ_or_the_limit_is_reached(to
         assert vars(ours) | {"builder": 0} == vars(there) | {"builder": 0}
         assert ours.builder.number == there.builder.number  # type: ignore[union-attr]
     assert [group.refills for group in groups(client, max_refills=0)[0]] == [0, 0, 0, 0]
+
+
+class OneOfThreeFails(LowTokenGroup):
+    """Equal rewards; one member of three fails, in every group."""
+
+    async def make_envs(self) -> Sequence[LowTokenEnv]:
+        return [FailingEnv(self.number, 0.0), EqualEnv(0, 0.0), EqualEnv(0, 0.0)]
+
+
+class EqualEnv(LowTokenEnv):
+    async def step(self, action: list[int]) -> StepResult:
+        return StepResult(1.0, True, ModelInput.empty())
+
+
+class FailingEnv(LowTokenEnv):
+    async def step(self, action: list[int]) -> StepResult:
+        raise RolloutError("the tool is down")
+
+
+class FailingDataset(LowTokenDataset):
+    def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
+        return [OneOfThreeFails(index % REFILL, 3, 0.0)]
+
+
+# Trap: the failures of all replaced groups, as a part of the last group's rollouts.
+def test_a_steps_failures_are_a_part_of_all_its_rollouts(torch_service) -> None:  # noqa: ANN001
+    async def sample(limits: RolloutLimits) -> TrajectoryGroup:
+        source = GroupSource(FailingDataset(LowTokenBuilder()), 1, 4, limits=limits, max_refills=4)
+        async with source:
+            source.set_policy(0, client)
+            ((group,),) = [part async for part in source.minibatches(0)]
+            return group
+
+    client = torch_service.create_training_client("tiny").save_weights_and_get_sampling_client()
+    group = asyncio.run(sample(RolloutLimits(max_retries=0, max_failed_fraction=0.5)))
+    assert (len(group.errors), len(group.trajectories_G), group.refill_rollouts) == (5, 2, 8)
+    with pytest.raises(RolloutError) as stopped:
+        asyncio.run(sample(RolloutLimits(max_retries=0, max_failed_fraction=0.3)))
+    assert "5 of 15 rollouts failed" in str(stopped.value.__notes__)
 
 
 @pytest.mark.slow
