@@ -286,7 +286,7 @@ def to_json(config: Config, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
     first, *others = evaluated
     paired = []
     for other in others:
-        if other.questions_P != first.questions_P:
+        if not _same_problems(other.questions_P, first.questions_P):
             print(f"{other.label} and {first.label} were not given the same problems: no paired differences")
             continue
         found = differences(other.values, first.values)
@@ -305,6 +305,13 @@ def to_json(config: Config, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
         for one in evaluated
     ]
     return {"settings": config_to_json(config), "models": models, "paired": paired}
+
+
+def _same_problems(questions_P: Sequence[str | None], others_P: Sequence[str | None]) -> bool:
+    """A problem whose samples were all lost has no question (None), and differs from none."""
+    return len(questions_P) == len(others_P) and all(
+        None in pair or pair[0] == pair[1] for pair in zip(questions_P, others_P, strict=True)
+    )
 
 
 def _json(found: Estimates) -> dict[str, Any]:

@@ -1,20 +1,22 @@
-"""Finished groups as JSON, for the checkpoint of an asynchronous run. Floats are exact. Left out:
-images, and what batch rewards add (they run when a group is trained on).
+"""Finished groups as JSON, for the checkpoint of an asynchronous run and the samples of an
+evaluation. Floats are exact; a metric that is not finite, which JSON does not have, is a text
+("nan"). Left out: images, and what batch rewards add (they run when a group is trained on).
 """
 
+import math
 from dataclasses import asdict
 from typing import Any
 
 from posttrain.backend.types import ModelInput
 from rl import types
-from rl.types import EnvGroupBuilder, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
+from rl.types import EnvGroupBuilder, Metrics, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 
 
 def group_to_json(group: TrajectoryGroup) -> dict[str, Any]:
     return {
         "trajectories": [_trajectory_to_json(trajectory) for trajectory in group.trajectories_G],
         "final_rewards": group.final_rewards_G,
-        "metrics": group.metrics_G,
+        "metrics": [_metrics_to_json(metrics) for metrics in group.metrics_G],
         "tags": group.tags,
         "errors": [[type(error).__name__, str(error)] for error in group.errors],
         "num_retries": group.num_retries,
@@ -30,7 +32,7 @@ def group_from_json(saved: dict[str, Any], builder: EnvGroupBuilder) -> Trajecto
     return TrajectoryGroup(
         trajectories_G=[_trajectory_from_json(trajectory) for trajectory in saved["trajectories"]],
         final_rewards_G=saved["final_rewards"],
-        metrics_G=saved["metrics"],
+        metrics_G=[_metrics_from_json(metrics) for metrics in saved["metrics"]],
         tags=saved["tags"],
         errors=[getattr(types, name, RolloutError)(message) for name, message in saved["errors"]],
         num_retries=saved["num_retries"],
@@ -43,7 +45,15 @@ def group_from_json(saved: dict[str, Any], builder: EnvGroupBuilder) -> Trajecto
 
 
 def _trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
-    turns = [{**vars(turn), "ob": turn.ob.to_ints(), "ac": asdict(turn.ac)} for turn in trajectory.transitions]
+    turns = [
+        {
+            **vars(turn),
+            "ob": turn.ob.to_ints(),
+            "ac": asdict(turn.ac),
+            "metrics": _metrics_to_json(turn.metrics),
+        }
+        for turn in trajectory.transitions
+    ]
     return {
         "turns": turns,
         "stop_reason": trajectory.stop_reason,
@@ -52,7 +62,22 @@ def _trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
 
 def _trajectory_from_json(saved: dict[str, Any]) -> Trajectory:
     turns = [
-        Transition(**{**turn, "ob": ModelInput.from_ints(turn["ob"]), "ac": TokensWithLogprobs(**turn["ac"])})
+        Transition(
+            **{
+                **turn,
+                "ob": ModelInput.from_ints(turn["ob"]),
+                "ac": TokensWithLogprobs(**turn["ac"]),
+                "metrics": _metrics_from_json(turn["metrics"]),
+            }
+        )
         for turn in saved["turns"]
     ]
     return Trajectory(turns, saved["stop_reason"])
+
+
+def _metrics_to_json(metrics: Metrics) -> dict[str, float | str]:
+    return {name: value if math.isfinite(value) else str(float(value)) for name, value in metrics.items()}
+
+
+def _metrics_from_json(saved: dict[str, float | str]) -> Metrics:
+    return {name: float(value) if isinstance(value, str) else value for name, value in saved.items()}

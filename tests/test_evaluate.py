@@ -4,10 +4,11 @@ its evaluators inside training runs.
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import chz
 import numpy as np
 import pytest
 
@@ -15,12 +16,27 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ConfigError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import ModelInput
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.model_source import find_model
 from rl import evaluate
 from rl.evaluation_results import Estimate, differences, estimates, interval_text, problem_values
 from rl.rollouts import RolloutLimits
 from rl.sample_metrics import mean_and_stderr, paired_difference, ratio_values
-from rl.types import RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
+from rl.types import (
+    Env,
+    EnvGroupBuilder,
+    Observation,
+    RLDataset,
+    RLDatasetBuilder,
+    RolloutError,
+    StepResult,
+    StopCondition,
+    TokensWithLogprobs,
+    Trajectory,
+    TrajectoryGroup,
+    Transition,
+)
 from tests import commands
 from tests.test_benchmarks import IFEVAL, write
 
@@ -78,6 +94,61 @@ def test_paired_differences_by_hand() -> None:
     # the same difference unpaired has a larger error: 0.47 against 0.33
     unpaired = sum(mean_and_stderr(values)[1] ** 2 for values in ([1.0, 1.0, 0.0], [0.0, 1.0, 0.0])) ** 0.5
     assert stderr < unpaired
+
+
+# Trap: one lost problem, taken for another problem.
+def test_a_lost_problem_is_left_out_of_the_paired_differences(capsys: pytest.CaptureFixture[str]) -> None:
+    def evaluated(label: str, *groups: TrajectoryGroup) -> evaluate.Evaluated:
+        values = problem_values(groups, [1], {})
+        return evaluate.Evaluated(find_model("micro"), label, groups, values, [[] for _ in groups], f"{label}.html")
+
+    def asking(question: str) -> TrajectoryGroup:
+        asked = episode(1.0)
+        asked.transitions[0].logs["question"] = question
+        return group(asked)
+
+    whole = evaluated("whole", group(episode(0.0)), group(episode(1.0)), group(episode(1.0)))
+    others = [
+        evaluated("lost", group(lost=1), group(episode(0.0)), group(episode(1.0))),
+        evaluated("other", asking("else"), group(episode(1.0)), group(episode(1.0))),
+        evaluated("fewer", group(episode(1.0)), group(episode(1.0))),
+    ]
+    paired = evaluate.to_json(config(Path("unused")), [whole, *others])["paired"]
+    assert [pair["model"] for pair in paired] == ["lost"]
+    assert paired[0]["metrics"]["reward"] == {"mean": -0.5, "stderr": pytest.approx(0.5), "problems": 2}
+    assert "fewer and whole were not given the same problems" in capsys.readouterr().out
+
+
+class BoundlessEnv(Env):
+    async def initial_observation(self) -> tuple[Observation, StopCondition]:
+        return ModelInput.from_ints([5]), []
+
+    async def step(self, action: list[int]) -> StepResult:
+        metrics = {"ratio": float("nan"), "bound": float("-inf"), "fine": 1.0}
+        return StepResult(1.0, True, ModelInput.empty(), metrics=metrics)
+
+
+class BoundlessGroup(EnvGroupBuilder):
+    async def make_envs(self) -> Sequence[Env]:
+        return [BoundlessEnv()]
+
+
+@chz.chz
+class BoundlessBuilder(RLDatasetBuilder):
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+        groups = ListDataset([BoundlessGroup() for _ in range(2)], 2, shuffle=False)
+        return groups, groups
+
+
+# Trap: a metric that training logs and an evaluation dies of, after its sampling.
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_metric_that_is_not_finite_is_null_in_the_results(tmp_path: Path) -> None:
+    settings = config(tmp_path, env=BoundlessBuilder(), num_samples=1)
+    for _ in range(2):  # sampled, then read
+        (one,) = asyncio.run(evaluate.main(settings))
+        assert one.groups_P[0].trajectories_G[0].transitions[0].metrics["bound"] == float("-inf")
+        (model,) = json.loads((tmp_path / "results.json").read_text())["models"]
+        assert [model["metrics"][name]["mean"] for name in ("ratio", "bound", "fine")] == [None, None, 1.0]
 
 
 def config(path: Path, *models: str, **options: Any) -> evaluate.Config:
