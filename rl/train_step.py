@@ -48,6 +48,8 @@ from rl.types import BatchReward, Metrics, TrajectoryGroup
 
 T = TypeVar("T")
 
+PER_TOKEN = {"kl_policy_base", "kl_policy_base_k3", "teacher_kl", "critic/value_mean"}  # means over sampled tokens
+
 
 @dataclass
 class Learner:
@@ -79,7 +81,9 @@ async def train_step(
     """Trains on batch `step` and adds to `metrics`. A batch without a learning signal changes
     nothing. Passes are only submitted here: the next groups are awaited while the last ones are
     trained on."""
-    config, outcome, of_minibatches = learner.config, StepOutcome(), []
+    config, outcome = learner.config, StepOutcome()
+    of_minibatches: list[Metrics] = []
+    tokens: list[int] = []  # sampled, of each minibatch's groups that are trained on
     steps_per_minibatch = max(1, config.num_substeps // source.num_minibatches)
     minibatches_per_step = max(1, source.num_minibatches // config.num_substeps)
     passes = _Passes(learner, adam)
@@ -91,6 +95,9 @@ async def train_step(
             break
         rows, sampled_D = await _prepare(learner, groups, step, outcome, minibatch_metrics := {})
         of_minibatches.append(minibatch_metrics)
+        advantages_P = outcome.advantages_P[-len(groups) :]
+        trained = [group for group, advantages_G in zip(groups, advantages_P, strict=True) if advantages_G is not None]
+        tokens.append(sum(t.num_sampled_tokens for group in trained for t in group.trajectories_G))
         for part in split_substeps(list(zip(rows, sampled_D, strict=True)), steps_per_minibatch):
             passes.forward_backward([row for row, _ in part], [sampled_T for _, sampled_T in part])
             if minibatches_per_step == 1:
@@ -99,7 +106,7 @@ async def train_step(
             passes.optim_step()
     passes.optim_step()
     with timed(metrics, "train"):
-        metrics |= await passes.metrics(step, outcome) | mean_by_key(of_minibatches)
+        metrics |= await passes.metrics(step, outcome) | metrics_of_step(of_minibatches, tokens)
     metrics |= _group_counts(outcome, source)
     return outcome
 
@@ -256,6 +263,23 @@ def _spanned(future: APIFuture[T]) -> asyncio.Task[T]:
             return await future
 
     return asyncio.create_task(wait())
+
+
+def metrics_of_step(of_minibatches: Sequence[Metrics], tokens: Sequence[int]) -> Metrics:
+    """Seconds are added, a maximum is the largest, and means over tokens are weighed by `tokens` of
+    each minibatch. Anything else is the mean of the minibatches that have it."""
+    out = mean_by_key(of_minibatches)
+    if len(of_minibatches) == 1:  # exact as it is
+        return out
+    for name in out:
+        having = [(m[name], count) for m, count in zip(of_minibatches, tokens, strict=True) if name in m]
+        if name.startswith("time/"):
+            out[name] = sum(value for value, _ in having)
+        elif name.endswith("_max"):
+            out[name] = max(value for value, _ in having)
+        elif name in PER_TOKEN:
+            out[name] = sum(value * count for value, count in having) / max(sum(count for _, count in having), 1)
+    return out
 
 
 def _reduced(metrics: Sequence[dict[str, float]]) -> Metrics:

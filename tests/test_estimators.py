@@ -35,6 +35,7 @@ from rl.kl import (
 )
 from rl.mismatch import MismatchCorrection, corrected, correction_weights
 from rl.train_cli import ADVANTAGES, CLIConfig
+from rl.train_step import metrics_of_step
 from rl.types import BatchReward, BatchRewardBuilder, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import gradients, policy_data
 from tests.test_group_sources import LowTokenBuilder, config, metrics, weights
@@ -287,6 +288,28 @@ def test_a_batch_reward_reaches_rewards_tokens_and_the_supervised_loss(tmp_path:
     )
     assert records[0]["optim/supervised_loss"] > 12 * 4.0, "twelve tokens of about ln 260"
     assert records[-1]["optim/supervised_loss"] < 12 * 1.0
+
+
+@chz.chz
+class SlowReward(BatchRewardBuilder):
+    async def __call__(
+        self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
+    ) -> BatchReward:
+        async def reward(groups_P: list[TrajectoryGroup]) -> dict[str, float]:
+            calls.append(len(groups_P))
+            await asyncio.sleep(0.1)
+            return {"call_max": float(len(calls)), "call": float(len(calls))}
+
+        calls: list[int] = []
+        return reward  # type: ignore[return-value]
+
+
+# Trap: seconds of a streaming step, averaged over its minibatches.
+def test_a_steps_metrics_are_those_of_all_its_minibatches(tmp_path: Path) -> None:
+    record = asyncio.run(train.main(config(tmp_path, batch_reward=SlowReward(), num_minibatches=4, max_steps=1)))
+    assert record["time/batch_reward"] > 0.39 and (record["call_max"], record["call"]) == (4.0, 2.5)
+    parts: list[dict[str, float]] = [{"kl_policy_base": 1.0, "time/critic": 0.5}, {"kl_policy_base": 4.0}, {}]
+    assert metrics_of_step(parts, [20, 10, 0]) == {"kl_policy_base": 2.0, "time/critic": 0.5}
 
 
 def test_token_advantages_are_added_to_the_members() -> None:
