@@ -1,5 +1,6 @@
 """Saved LoRA adapters: put on the base they were trained on, wherever it is held, or refused."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,10 @@ from peft import get_peft_model
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ModelError
-from posttrain.backend.models import load_model
+from posttrain.backend.models import PRESETS, load_model, new_model
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.types import ModelInput
+from posttrain.backend.types import LoraConfig, ModelInput
 from tests.conftest import trainer_of
 from tests.test_checkpoints import CPU, TOKENS, logprobs, sampler_logprobs, train
 
@@ -126,8 +127,7 @@ def test_an_adapter_made_by_peft_is_a_start(torch_service: ServiceClient, tmp_pa
     model.peft_config["default"].base_model_name_or_path = "micro"
     model.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
     assert not (tmp_path / "peft" / "config.json").exists()
-    expected = model(input_ids=torch.tensor([TOKENS.to_ints()])).logits[0].log_softmax(-1)
-    expected = expected[:-1].gather(-1, torch.tensor(TOKENS.to_ints()[1:])[:, None])[:, 0].detach()
+    expected = of_peft(model)
     client = torch_service.create_lora_training_client("micro", 8, alpha=16)
     client.load_state(str(tmp_path / "peft")).result()
     live = torch.tensor(client.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:])
@@ -146,30 +146,83 @@ def test_an_adapter_made_by_peft_is_a_start(torch_service: ServiceClient, tmp_pa
             client.load_state(str(tmp_path / "peft")).result()
 
 
+def of_peft(model: Any) -> torch.Tensor:
+    """Logprobs of TOKENS by peft's own forward pass."""
+    logprobs = model(input_ids=torch.tensor([TOKENS.to_ints()])).logits[0].log_softmax(-1)
+    return logprobs[:-1].gather(-1, torch.tensor(TOKENS.to_ints()[1:])[:, None])[:, 0].detach()
+
+
+# Trap: peft changes the base's tensors when it opens such an adapter, under whoever else reads them.
+@pytest.mark.parametrize(
+    "setting", [{"init_lora_weights": "pissa"}, {"bias": "lora_only"}, {"alora_invocation_tokens": [97]}], ids=str
+)
+def test_an_adapter_that_is_not_plain_is_sampled_on_a_base_of_its_own(setting: dict[str, Any], tmp_path: Path) -> None:
+    config = copy.deepcopy(PRESETS["micro"])
+    config.attention_bias = True
+    base = tmp_path / "base"
+    new_model(config).save_pretrained(base)
+    load_tokenizer("micro").save_pretrained(base)
+    adapted: Any = get_peft_model(
+        load_model(str(base), 0, CPU, torch.float32),
+        PeftConfig(r=4, lora_alpha=32, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **setting),
+    )
+    with torch.no_grad():
+        for p in (p for p in adapted.parameters() if p.requires_grad):
+            p.add_(0.1 * torch.randn_like(p))
+    adapted.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
+    with ServiceClient(BackendConfig(engine="torch", share_engines=True), tmp_path) as service:
+        client = service.create_training_client(str(base), LoraConfig(rank=4))
+        before = logprobs(client)
+        if "alora_invocation_tokens" in setting:
+            with pytest.raises(CheckpointError, match="cannot be merged into its base model: aLoRA"):
+                service.create_sampling_client(model_path=str(tmp_path / "peft"))
+        else:
+            found = sampler_logprobs(service, str(tmp_path / "peft"))
+            torch.testing.assert_close(found, of_peft(adapted), rtol=1e-5, atol=1e-4)
+        with pytest.raises(CheckpointError, match=f"with {next(iter(setting))}=.*cannot be trained here"):
+            client.load_state(str(tmp_path / "peft")).result()
+        assert torch.equal(logprobs(client), before)
+
+
 # Trap: merged into a tied embedding, an adapter of the embedding changes the output layer too, and the reverse.
 @pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
-def test_an_adapter_of_the_embedding_or_the_output_layer(layer: str, tied: bool, shared: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shared", "copies"), [(True, False), (False, True)])
+def test_an_adapter_of_the_embedding_or_the_output_layer(
+    layer: str, tied: bool, shared: bool, copies: bool, tmp_path: Path
+) -> None:
+    """`copies`: the base's layer, too, is in the adapter, as peft writes it unless told not to."""
     base = load_model("micro", 0, CPU, torch.float32)
     if not tied:
         base.config.tie_word_embeddings = False
         base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
     base.save_pretrained(tmp_path / "base")
     load_tokenizer("micro").save_pretrained(tmp_path / "base")
-    config = PeftConfig(r=4, target_modules=["q_proj", layer], init_lora_weights=False)
-    model = get_peft_model(base, config)
+    model: Any = get_peft_model(base, PeftConfig(r=4, target_modules=["q_proj", layer], init_lora_weights=False))
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    model.save_pretrained(str(tmp_path / "peft"), save_embedding_layers=False)
-    expected = model(input_ids=torch.tensor([TOKENS.to_ints()])).logits[0].log_softmax(-1)
-    expected = expected[:-1].gather(-1, torch.tensor(TOKENS.to_ints()[1:])[:, None])[:, 0].detach()
+    path = str(tmp_path / "peft")
+    model.save_pretrained(path, save_embedding_layers=copies)
     with ServiceClient(BackendConfig(engine="torch", share_engines=shared), tmp_path) as service:
         if tied:
             with pytest.raises(CheckpointError, match="adapts the embedding or the output layer"):
-                service.create_sampling_client(model_path=str(tmp_path / "peft"))
+                service.create_sampling_client(model_path=path)
+            return
+        torch.testing.assert_close(sampler_logprobs(service, path), of_peft(model), rtol=1e-5, atol=1e-4)
+        opened = service.create_training_client(str(tmp_path / "base"), LoraConfig(4, alpha=8, train_unembed=True))
+        if layer == "lm_head":
+            opened.load_state(path).result()
+            live = opened.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:]
+            torch.testing.assert_close(torch.tensor(live), of_peft(model), rtol=1e-5, atol=1e-4)
         else:
-            found = sampler_logprobs(service, str(tmp_path / "peft"))
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+            with pytest.raises(CheckpointError, match="layers that this run does not train: .*lora_embedding_A"):
+                opened.load_state(path).result()
+        if copies:
+            with torch.no_grad():
+                next(p for name, p in model.named_parameters() if f"{layer}.base_layer" in name).mul_(1.1)
+            model.save_pretrained(path, save_embedding_layers=True)
+            for use in (service.create_sampling_client, lambda model_path: opened.load_state(model_path).result()):
+                with pytest.raises(CheckpointError, match=rf"{layer}\.base_layer.* with other values"):
+                    use(model_path=path)
 
 
 def test_an_adapter_given_as_a_model_is_named(torch_service: ServiceClient) -> None:

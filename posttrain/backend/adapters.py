@@ -6,13 +6,14 @@ fit. Left out: adapters other than plain LoRA on linear layers.
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -28,16 +29,20 @@ from posttrain.backend.checkpoint_files import (
     tensor_shapes,
 )
 from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.merged_lora import base_weights
 from posttrain.backend.models import PRESETS, load_model
 from posttrain.backend.ranges import RangeError
-from posttrain.backend.ranks import shard_like
+from posttrain.backend.ranks import shard_like, whole
 from posttrain.backend.trained_model import TrainedModel
 from posttrain.backend.types import LoraConfig
 
 BASE_FILE = "base_model.json"
-# Settings of peft's LoraConfig under which the update is not B A alpha / r on each layer.
-NOT_PLAIN = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication",
-             "trainable_token_indices", "target_parameters")  # fmt: skip
+# Settings of peft's LoraConfig under which an adapter is B A alpha / r on linear layers of an unchanged
+# base: these with any value, those with some. Any other must be off, also one that a later peft adds.
+PLAIN = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+         "fan_in_fan_out", "base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "auto_mapping",
+         "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config"}  # fmt: skip
+PLAIN_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica")}
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,8 @@ def adapter_config(path: Path) -> dict[str, Any]:
 def read_lora(path: Path) -> LoraConfig:
     """The settings to continue an adapter's training. Layers that it lacks begin at zero."""
     config = adapter_config(path)
-    on_head = any("lm_head" in name for name in tensor_shapes(path / ADAPTER_FILE))
     try:
-        return LoraConfig(config["r"], alpha=float(config["lora_alpha"]), train_unembed=on_head)
+        return LoraConfig(config["r"], alpha=float(config["lora_alpha"]), train_unembed=not adapts_inner_layers(path))
     except RangeError as error:
         raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} says {error}: {REMEDY}") from error
 
@@ -141,16 +145,21 @@ def check_adapter(trainer: TrainedModel, path: Path) -> None:
     assert trainer.lora and isinstance(trainer.model, PeftModel)
     config, saved = adapter_config(path), tensor_shapes(path / ADAPTER_FILE)
     _check_same_base(trainer, path)
-    if unusual := [name for name in NOT_PLAIN if config.get(name)]:
+    if unusual := _unusual_setting(config):
         raise CheckpointError(
-            f"{path} is a LoRA adapter with {unusual[0]}={config[unusual[0]]}, which cannot be trained here"
+            f"{path} is a LoRA adapter with {unusual}, which cannot be trained here: train the model that "
+            "posttrain-export makes of it"
         )
     live: Any = trainer.model.peft_config["default"]
     for option, before, now in (("rank", config["r"], live.r), ("alpha", config["lora_alpha"], live.lora_alpha)):
         if before != now:
             raise CheckpointError(f"{path} has LoRA {option} {before}, this run has {now}: set lora_{option}={before}")
     expected = {name: tuple(tensor.shape) for name, tensor in _tensors(trainer.model).items()}
+    copies = _copies_of_base(path, base_weights(trainer.base))
+    saved = {name: shape for name, shape in saved.items() if name not in copies}
     if unexpected := sorted(saved.keys() - expected.keys()):
+        if ".lora_" not in unexpected[0]:
+            raise CheckpointError(_says_changed(path, unexpected[0]))
         raise CheckpointError(f"{path} adapts layers that this run does not train: {', '.join(unexpected[:3])}")
     for name, shape in saved.items():
         if shape != expected[name]:
@@ -186,28 +195,69 @@ def load_adapter(trainer: TrainedModel, path: Path) -> None:
         print(f"{path} has no adapter for {len(missing) // 2} of the layers ({missing[0]}, ...): they begin at zero")
     with torch.no_grad():
         for name, tensor in saved.items():
-            live[name].copy_(shard_like(tensor, live[name]))
+            if name in live:
+                live[name].copy_(shard_like(tensor, live[name]))
         for name in missing:
             if ".lora_B" in name:
                 live[name].zero_()
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a saved adapter's update is B A alpha / r on each of some linear layers."""
-    config, names = adapter_config(path), tensor_shapes(path / ADAPTER_FILE)
-    return not any(config.get(name) for name in NOT_PLAIN) and not any("lora_embedding" in name for name in names)
+    """Whether a saved adapter is B A alpha / r on each of some linear layers, and nothing else. Only then does peft
+    leave the base's tensors as they are when it opens the adapter."""
+    return _unusual_setting(adapter_config(path)) is None and all(
+        name.endswith((".lora_A.weight", ".lora_B.weight")) and len(shape) == 2
+        for name, shape in tensor_shapes(path / ADAPTER_FILE).items()
+    )
+
+
+def _unusual_setting(config: dict[str, Any]) -> str | None:
+    """The first setting under which an adapter is not plain."""
+    for name, value in config.items():
+        usual = value in PLAIN_VALUES[name] if value and name in PLAIN_VALUES else name in PLAIN or not value
+        if not usual:
+            return f"{name}={value}"
+    return None
+
+
+def _copies_of_base(path: Path, base: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names of a saved adapter's tensors that are the base's own: peft writes the embedding and the output layer
+    beside an adapter of one of them."""
+    with safe_open(path / ADAPTER_FILE, "pt") as saved:
+        names = [name for name in saved.keys() if ".lora_" not in name]  # noqa: SIM118
+        pairs = [
+            (name, base.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))) for name in names
+        ]
+        return {name for name, own in pairs if own is not None and _same_values(saved.get_tensor(name), whole(own))}
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Or the rounded ones, where one of the two is held in bf16."""
+    other = other.cpu()
+    return torch.equal(one.to(other.dtype), other) or torch.equal(one, other.to(one.dtype))
+
+
+def _says_changed(path: Path, name: str) -> str:
+    return (
+        f"{path} holds {name}, a layer of the base model with other values than there: merge it into its base with "
+        "peft, and give the merged folder as the model"
+    )
 
 
 def adapts_inner_layers(path: Path) -> bool:
     """Whether a saved adapter leaves the output layer as it is."""
-    return not any("lm_head" in name for name in tensor_shapes(path / ADAPTER_FILE))
+    return not any("lm_head.lora_" in name for name in tensor_shapes(path / ADAPTER_FILE))
 
 
 def open_merged(path: Path, seed: int) -> PreTrainedModel:
     """A saved adapter merged into its base, on the CPU in fp32. `seed` is a preset's, where the
     adapter has none."""
     adapted = open_adapter(path, lambda base: load_model(*_preset_seed(base, seed), torch.device("cpu"), torch.float32))
-    return adapted.merge_and_unload()  # type: ignore[operator]
+    try:
+        return adapted.merge_and_unload()  # type: ignore[operator]
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # as of aLoRA, which depends on the tokens
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the adapter {path} cannot be merged into its base model: {reason}") from error
 
 
 def open_on_shared(path: Path, seed: int, bases: BaseModels) -> tuple[PreTrainedModel, SharedBase]:
@@ -238,6 +288,7 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         raise CheckpointError(
             f"{path} was trained on the base model {base}, whose weights have changed since: restore them"
         )
+    copies = _copies_of_base(path, model.state_dict())
     head: Any = model.get_output_embeddings()
     tied = head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
     try:
@@ -252,7 +303,10 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
             f"{path} adapts the embedding or the output layer of {base}, which are one matrix there: merged, the "
             "adapter would change both"
         )
-    if different := sorted(_tensors(adapted).keys() ^ saved.keys()):
+    adapters = _tensors(adapted).keys()
+    if different := sorted(adapters ^ (saved.keys() - (copies - adapters))):
+        if ".lora_" not in different[0] and different[0] in saved:
+            raise CheckpointError(_says_changed(path, different[0]))
         raise CheckpointError(
             f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
         )
