@@ -2,6 +2,7 @@
 
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from posttrain.backend.errors import ConfigError, ModelError
@@ -9,19 +10,22 @@ from posttrain.backend.models import model_config
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.types import LoraConfig
 
-# Names of linear layers with adapters: Llama and its relatives; GPT-2; Pythia; Qwen 3.5; LFM 2.
+# Names of linear layers with adapters: Llama and its relatives; GPT-2; Pythia; BLOOM and Falcon; Qwen 3.5;
+# LFM 2 and OPT; DeepSeek.
 ATTENTION_LAYERS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
     *("c_attn", "attn.c_proj"),
-    *("query_key_value", "attention.dense"),
+    *("query_key_value", "attention.dense", "self_attention.dense"),
     *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "linear_attn.out_proj"),
     *("self_attn.out_proj", "conv.in_proj", "conv.out_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
 )
 MLP_LAYERS = (
     *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
     *("c_fc", "mlp.c_proj"),
     *("dense_h_to_4h", "dense_4h_to_h"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    *("fc1", "fc2"),
 )
 DEFAULT_LORA_ALPHA = 32.0
 
@@ -37,12 +41,25 @@ def check_rank(model_name: str, lora: LoraConfig) -> None:
         )
 
 
+def _kept_by_peft(hf_model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Without dense layers whose names peft takes for those of experts (GLM 4 MoE, DeepSeek, Ernie 4.5): it would
+    put the adapters on the experts, here and wherever the saved adapter is opened."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # an earlier peft, which moves no adapter
+        return names
+    config = PeftConfig(target_modules=names)
+    convert_peft_config_for_transformers(config, model=hf_model, conversions=None)
+    return [name for name in names if name in (config.target_modules or ())]
+
+
 def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
     """Without a name nothing is printed."""
     suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
-    targets = [
+    named = [
         name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
     ]
+    targets = _kept_by_peft(hf_model, named)
     if lora.train_unembed:
         if hf_model.config.tie_word_embeddings:
             raise ModelError(
@@ -56,11 +73,17 @@ def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed:
             f"{hf_model.config.model_type} has none of the requested layers {where}: train all weights instead"
         )
     if lora.train_mlp and experts and model_name:
+        shared = "layers all tokens share" if targets == named else "no other layer"
         print(
-            f"LoRA on {model_name}: its attention, and layers all tokens share; experts and their router stay as they "
-            "are",
-            flush=True,
+            f"LoRA on {model_name}: its attention, and {shared}; experts and their router stay as they are", flush=True
         )
+    others = {
+        name.rpartition(".")[2]
+        for name, module in hf_model.named_modules()
+        if isinstance(module, nn.Linear) and module is not hf_model.get_output_embeddings() and name not in targets
+    }
+    if lora.train_attn and lora.train_mlp and model_name and others:
+        print(f"LoRA on {model_name}: no adapter on the linear layers {', '.join(sorted(others))}", flush=True)
     alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
     conv1d = hf_model.config.model_type == "gpt2"
     config = PeftConfig(
@@ -73,5 +96,9 @@ def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed:
     )
     with drawn_from(seed if lora.seed is None else lora.seed):
         model = get_peft_model(hf_model, config)
+    if getattr(model.peft_config["default"], "target_parameters", None):
+        raise ModelError(
+            f"peft puts adapters on the experts of {hf_model.config.model_type}: leave them out with train_mlp=False"
+        )
     model.peft_config["default"].base_model_name_or_path = model_name
     return model  # type: ignore[return-value]
