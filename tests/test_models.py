@@ -11,18 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma3Config, PhiConfig, Qwen2Config, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3Config,
+    Glm4MoeConfig,
+    PhiConfig,
+    Qwen2Config,
+    T5Config,
+)
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import PLAIN, LogitTransform
 from posttrain.backend.model_checks import row_check_data, row_gap
-from posttrain.backend.models import context_length, load_model, model_config
+from posttrain.backend.models import context_length, load_model, model_config, new_model
+from posttrain.backend.random_state import drawn_from
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.trainer import Trainer
-from posttrain.backend.types import ModelInput, SamplingParams
+from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.architectures import CONTEXT, FAMILIES, save_random_model
 from tests.conftest import random_tokens
 
@@ -63,6 +73,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown architecture": (with_config(model_type="zebra"), "architecture 'zebra' is unknown to transformers"),
     "an impossible config": (with_config(num_attention_heads="many"), "num_attention_heads"),
     "an encoder": (lambda folder: T5Config().save_pretrained(folder), "not a causal language model"),
+    "quantised": (with_config(quantization_config={"quant_method": "awq"}), "has quantised weights (awq)"),
     "pictures too": (lambda folder: Gemma3Config().save_pretrained(folder), "only text models"),
 }
 
@@ -140,6 +151,55 @@ def test_every_end_token_of_both_configs_ends_an_answer(tmp_path: Path) -> None:
         assert client.sample(prompt, 1, greedy).result().sequences[0].tokens == free.tokens
     # what vLLM is given
     assert load_model(str(folder), 0, CPU, torch.float32).config.eos_token_id == [1, end]
+
+
+# Trap: transformers reads such a file and refuses to write it, at a run's first checkpoint.
+@pytest.mark.parametrize(
+    ("settings", "saved"),
+    [
+        ({"temperature": 0.9, "do_sample": False}, {"temperature": 0.9, "do_sample": True, "eos_token_id": [1, 3]}),
+        ({"early_stopping": True}, {"eos_token_id": [1, 3]}),
+        ({"temperature": 0.6, "do_sample": True}, {"temperature": 0.6, "do_sample": True, "eos_token_id": [1, 3]}),
+    ],
+    ids=str,
+)
+def test_a_model_is_saved_whatever_its_generation_config(
+    settings: dict[str, Any], saved: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_random_model("Qwen 3", tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3], **settings}))
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        path = Path(service.create_training_client(str(folder)).save_state("state").result().path)
+    written = json.loads((path / "generation_config.json").read_text())
+    assert {name: written[name] for name in written if name in {*settings, *saved}} == saved
+
+
+# Trap: peft takes dense layers of these families for experts, and puts the adapters on those.
+@pytest.mark.parametrize("kind", [Glm4MoeConfig, DeepseekV3Config])
+def test_lora_beside_experts_leaves_them_alone_and_peft_reads_it(
+    kind: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = kind(hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, n_group=1,
+                  num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, topk_group=1,
+                  first_k_dense_replace=1, max_position_embeddings=256, vocab_size=260, kv_lora_rank=16, q_lora_rank=16,
+                  qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, pad_token_id=0, eos_token_id=1)  # fmt: skip
+    with drawn_from(0):
+        new_model(config).save_pretrained(tmp_path / "base")
+    character_tokenizer(256).save_pretrained(tmp_path / "base")
+    data = [Datum(ModelInput.from_ints([5, 6, 7]), {"target_tokens": [6, 7, 8], "weights": [1.0] * 3})]
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        client = service.create_training_client(str(tmp_path / "base"), LoraConfig(rank=4))
+        client.forward_backward(data, "cross_entropy").result()
+        client.optim_step(AdamParams(learning_rate=1e-2)).result()
+        trained = client.forward(data, "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist()
+        path = client.save_state("state").result().path
+        resumed = service.create_training_client_from_state_with_optimizer(path)
+        assert resumed.forward(data, "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist() == trained
+    said = capsys.readouterr().out
+    assert "its attention, and no other layer" in said and "no adapter on the linear layers down_proj" in said
+    of_peft = PeftModel.from_pretrained(load_model(str(tmp_path / "base"), 0, CPU, torch.float32), path)
+    logprobs = of_peft(input_ids=torch.tensor([[5, 6, 7]])).logits[0].log_softmax(-1)[range(3), [6, 7, 8]]
+    assert logprobs.tolist() == pytest.approx(trained, abs=1e-5)
 
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:

@@ -225,6 +225,14 @@ def test_an_adapter_of_the_embedding_or_the_output_layer(
                     use(model_path=path)
 
 
+def test_an_adapter_in_torchs_format_is_named(torch_service: ServiceClient) -> None:
+    path = Path(adapter(torch_service))
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    for use in (torch_service.create_sampling_client, torch_service.create_training_client_from_state):
+        with pytest.raises(CheckpointError, match="adapter_model.bin is in torch's own format.*save it again"):
+            use(str(path))
+
+
 def test_an_adapter_given_as_a_model_is_named(torch_service: ServiceClient) -> None:
     path = adapter(torch_service)
     says = (

@@ -87,6 +87,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a safetensors file's tensors. CheckpointError for a bad file."""
+    if not file.exists() and (old := file.with_suffix(".bin")).exists():
+        raise CheckpointError(
+            f"{old} is in torch's own format, which is not read here: open it with peft or transformers, and save it "
+            f"again, as {file.name}"
+        )
     try:
         if not file.is_file():
             raise FileNotFoundError("no such file" if not file.exists() else "not a file")

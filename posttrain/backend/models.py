@@ -43,6 +43,8 @@ SCALAR_HEAD_FILE = "scalar_head.safetensors"
 # Longer contexts must be requested: a hub model's limit can be a million tokens, and the KV cache
 # is sized for it.
 DEFAULT_MAX_LENGTH = 4096
+# Quantised checkpoints that transformers can open with whole weights.
+DEQUANTIZED = {"fp8", "mxfp4"}
 
 
 def _shape(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, context: int) -> dict[str, Any]:
@@ -98,6 +100,14 @@ def model_config(model_name: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path)
     except LOAD_ERRORS as error:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error
+    quantized: Any = getattr(config, "quantization_config", None) or {}
+    method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method")
+    if method and str(getattr(method, "value", method)) not in DEQUANTIZED:
+        raise ModelError(
+            f"{model_name!r} has quantised weights ({getattr(method, 'value', method)}), which are neither trained nor "
+            "sampled here: give the model that it was made from, or dequantise it and save it; for an adapter on it, "
+            f"set that model as base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
+        )
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{model_name!r} cannot be opened: {config.model_type} is not a causal language model")
     return config
@@ -155,6 +165,7 @@ LOAD_ERRORS = (
     KeyError,
     TypeError,
     AttributeError,
+    ImportError,
     SafetensorError,
     StrictDataclassError,
 )
@@ -317,7 +328,29 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
         if names := sorted(name if isinstance(name, str) else name[0] for name in report[kind]):
             raise ModelError(f"{model_name!r} cannot be opened: {fault} ({len(names)}, such as {names[0]})")
     _join_end_tokens(model)
+    _make_savable(model_name, model)
     return model
+
+
+def _make_savable(model_name: str, model: PreTrainedModel) -> None:
+    """transformers reads a generation_config.json with a temperature and without do_sample, and refuses to write
+    it, which would end a run at its first checkpoint."""
+    settings: Any = model.generation_config
+    if settings is None or _is_savable(settings):
+        return
+    settings.do_sample = True
+    if not _is_savable(settings):
+        print(f"{model_name}: transformers does not accept its generation_config.json: its token ids alone are kept")
+        ids = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = type(settings)(**ids)
+
+
+def _is_savable(settings: Any) -> bool:
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _join_end_tokens(model: PreTrainedModel) -> None:

@@ -193,7 +193,7 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """`loss_fn_outputs[d]["logprobs"]` has an entry per token of datum d, 0.0 at weight and mask 0."""
+    """`loss_fn_outputs[d]["logprobs"]` has an entry per token of datum d, at weight and mask 0 too."""
 
     loss_fn_outputs: list[dict[str, TensorData]]
     metrics: dict[str, float]
