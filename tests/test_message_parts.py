@@ -176,6 +176,22 @@ def test_conversations_are_those_of_the_models_template(name: str):
             assert written == encode(tokenizer, str(expected))
 
 
+# Trap: Qwen's templates write nothing for a message of the role "developer".
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+@pytest.mark.parametrize("name", RENDERERS)
+def test_a_message_is_written_or_refused_by_its_role(name: str, role: str):
+    renderer = RENDERERS[name]
+    turn = [user("a"), assistant(text("b"))]
+    messages: list[Message] = [*turn, {"role": role, "content": "Hm?"}, *turn]
+    messages = messages if role == "tool" else messages[2:]
+    try:
+        written = decode(renderer.tokenizer, renderer.build_generation_prompt(messages).to_ints())
+    except DataError as error:
+        assert repr(role) in str(error)
+    else:
+        assert "Hm?" in written
+
+
 def test_mistral_writes_what_its_own_library_writes():
     mistral = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
     request = pytest.importorskip("mistral_common.protocol.instruct.request")

@@ -19,6 +19,12 @@ from posttrain.renderers.stream import PartsReader, read_parts
 from posttrain.renderers.turns import cut_at_stop, decode, encode, eos, trained_messages
 from posttrain.renderers.types import Message, Tokenizer, ToolSpec, TrainOnWhat
 
+# Roles that some templates leave out without a word, and what to do.
+INSTEAD = {
+    "developer": "write them as the role 'system'",
+    "system": "put their text into the first message of the user",
+    "tool": "write them as the user's messages, or use a model whose template knows tools",
+}
 # Replies that known templates rewrite in longer conversations: they drop thinking, trim white
 # space.
 PROBE_REPLIES = ["Yes.", "<think>\nHm.\n</think>\n\nNo.", " Perhaps. \n"]
@@ -45,6 +51,7 @@ class ChatTemplateRenderer:
         self.format, self.writes_tools = known or HERMES, known is not None
         self.tools, self.list_tools = list(tools), list_tools
         self._faults: dict[tuple[Any, ...], str] = {}  # of the messages that were checked, by shape
+        self._written: dict[str, bool] = {}  # the roles that were checked
         if tools and not known and re.search(r"\btools\b", template):
             raise ConfigError(
                 "the chat template has tools, but writes calls in no format that is known here "
@@ -61,7 +68,25 @@ class ChatTemplateRenderer:
         return type(self)(self.tokenizer, self.template_kwargs, tools, list_tools)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        """Tokens of `apply_chat_template`. DataError with the template's message if it refuses."""
+        """Tokens of `apply_chat_template`. DataError with the template's message if it refuses, and for a role
+        whose messages it leaves out."""
+        for role in {message["role"] for message in messages} & set(INSTEAD):
+            if not self._writes(role):
+                raise DataError(f"the chat template leaves out messages of the role {role!r}: {INSTEAD[role]}")
+        return self._apply(messages, add_generation_prompt)
+
+    def _writes(self, role: str) -> bool:
+        if role not in self._written:
+            turn = Message(role="user", content="a"), Message(role="assistant", content="b")
+            probe = Message(role=role, content="qsaid")
+            try:
+                text = decode(self.tokenizer, self._apply([*turn, probe, *turn] if role == "tool" else [probe, *turn]))
+                self._written[role] = "qsaid" in text
+            except Exception:  # of the template's code: it says so itself, where the role is used
+                self._written[role] = True
+        return self._written[role]
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         plain = [self._for_template(message) for message in messages]
         tools: dict[str, Any] = {}
         if not self.writes_tools:
