@@ -11,6 +11,7 @@ from fractions import Fraction
 from envs.problem import Grader
 
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\.)\.\d+)")
+LONGEST_NUMBER = 1000  # digits; from 4,300 on Python raises, and a wrong answer would be a lost rollout
 ANSWER_PHRASE = re.compile(r"answer\s+is:?", re.IGNORECASE)
 
 
@@ -37,6 +38,8 @@ class StatedNumber(Grader):
         return plain_number(numbers[-1] if last == text else numbers[0])
 
     async def is_right(self, answer: str, gold: str) -> bool:
+        if len(answer) > LONGEST_NUMBER:
+            return False
         return Fraction(answer) == Fraction(with_ascii_minus(gold).replace(",", ""))
 
 

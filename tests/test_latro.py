@@ -204,6 +204,7 @@ def test_answers_are_read_exactly():
     assert number.extract("so 3 and 4") == "4"
     assert number.extract("The answer is 3. No: the answer is 5, not 6.") == "5"
     assert number.extract("no idea") is None
+    assert not asyncio.run(number.is_right("1" * 5000, "1"))
     assert asyncio.run(number.is_right("18.0", "18")) and not asyncio.run(number.is_right("18", "180"))
     for said, right in [("the answer is 5.", True), ("The answer is 15", False), ("The answer is 5, 15 or 25", False)]:
         assert asyncio.run(text.is_right(text.extract(said) or "", "5")) is right
