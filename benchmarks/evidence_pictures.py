@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.evidence_recipes import NEARLY_TAUGHT
+from benchmarks.evidence_recipes import NEARLY_TAUGHT, PRM_REWARDS
 from benchmarks.evidence_row import Row
 from posttrain.tracking.figures import Records
 from posttrain.tracking.metrics_log import read_metrics
@@ -92,6 +92,11 @@ PICTURES = [
         "recipes/multiplayer/curve.png",
         {"with the KL penalty": "multiplayer/{seed}/run", "without": "multiplayer_no_kl/{seed}/run"},
         of_metrics("test/env/all/loss", "test/env/seat1/loss", "env/all/illegal", "optim/entropy"),
+    ),
+    Picture(
+        "recipes/prm/rl.png",
+        {label: f"prm/{{seed}}/run/{run}" for label, run in PRM_REWARDS.items()},
+        of_metrics("env/all/correct", "test/env/all/correct"),
     ),
     Picture(
         "recipes/shorter/curve.png",

@@ -29,8 +29,8 @@ RLHF: list[tuple[str, str, Take]] = [
 ]
 PRM_REWARDS = {
     "the verifier's reward": "verifier",
-    "and half of the smallest step's probability": "verifier_and_prm",
-    "and half of the change over each step, as advantages of its tokens": "verifier_and_steps",
+    "and the PRM, smallest step": "verifier_and_prm",
+    "and the PRM, each step": "verifier_and_steps",
 }
 RATED = {
     "perfect play": "minimax",
