@@ -398,7 +398,7 @@ def test_what_a_template_writes_in_a_format_of_its_own_is_refused_in_examples(ma
     with pytest.raises(DataError, match=rf"message 1 \(assistant\): the chat template {complaint}"):
         renderer.build_supervised_example([user("a"), assistant(part), user("b"), assistant(text("c"))])
     sampled: Message = {**assistant(part, text("c")), "content": "as the model wrote it"}
-    assert renderer.build_supervised_example([user("a"), sampled])
+    assert renderer.build_supervised_example([user("a"), sampled])[0]
 
 
 # --- a stream -----------------------------------------------------------------------------------
