@@ -28,7 +28,7 @@ import chz
 
 from benchmarks.evidence_pictures import PICTURES, Picture
 from benchmarks.evidence_recipes import RECIPES
-from benchmarks.evidence_row import OUTPUT, Row
+from benchmarks.evidence_row import OUTPUT, RESUME, Row
 from benchmarks.evidence_systems import SYSTEMS
 from benchmarks.evidence_times import TIMES
 from benchmarks.report import ROOT, machine, rounded, wait_until_quiet
@@ -153,11 +153,13 @@ class Evidence:
     def run_seed(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
         commit, note = self.commit(row.code), folder / "begun.json"
         begun = read_json(note) if note.exists() else {"command": "", "commit": ""}
-        if begun["command"] != row.command or self.changed(begun["commit"], row.code):
+        is_new = begun["command"] != row.command or bool(self.changed(begun["commit"], row.code))
+        if is_new:
             shutil.rmtree(folder, ignore_errors=True)  # a run that resumed there would be of two commits or commands
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps({"command": row.command, "commit": commit}))
         arguments = row.command.format(seed=seed, folder=folder, data=self.data).split()
+        arguments += [RESUME] if row.asks and not is_new else []
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         load = wait_until_quiet() if row.is_timed else os.getloadavg()[0]
         print(f"--- {row.name}, seed {seed}: python {' '.join(arguments)}", flush=True)

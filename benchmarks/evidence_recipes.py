@@ -68,7 +68,8 @@ def beside_grpo(variants: str, columns: dict[str, Metric]) -> Row:
 
 def lesson(name: str, metrics: dict[str, Metric | Printed], folder: str = "") -> Row:
     metrics = {f"`{name}` | {label}": metric for label, metric in metrics.items()}
-    return Row(name, f"recipes/{name}.py seed={{seed}} {folder}".strip(), (*RL, f"recipes/{name}.py"), metrics)
+    command = f"recipes/{name}.py seed={{seed}} {folder}".strip()
+    return Row(name, command, (*RL, f"recipes/{name}.py"), metrics, asks=bool(folder))
 
 
 def tool_calls(name: str, script: str, tool: str) -> Row:
@@ -91,6 +92,7 @@ def tool_calls(name: str, script: str, tool: str) -> Row:
             for when, take in BEFORE_AND_AFTER
         },
         picture=f"run/tool_calls.png recipes/tool_calls/{name}.png",
+        asks=True,
     )
 
 
@@ -124,6 +126,7 @@ RECIPES = [
             "`make demo`: largest mean gap of a step, sampler against trainer": Metric(GAP, "max", "run"),
         },
         picture="run/plots/run.png docs/demo.png",
+        asks=True,
     ),
     lesson(
         "sl_loop",
@@ -321,6 +324,7 @@ RECIPES = [
             },
         },
         picture="run/dpo.png recipes/dpo/dpo.png",
+        asks=True,
     ),
     Row(
         "reward_model",
@@ -381,6 +385,7 @@ RECIPES = [
             "tokens per answer, last step": Metric("env/all/ac_tokens_per_turn", "last", "run"),
             "win rate against the warm start": Result("win_rate"),
         },
+        asks=True,
     ),
     Row(
         "prm",

@@ -104,6 +104,9 @@ class Printed:
         return float(numbers[0 if self.first else -1])
 
 
+RESUME = "behavior_if_log_dir_exists=resume"
+
+
 @dataclass(frozen=True)
 class Row:
     """A command, and what is read from the runs that it makes. Each seed runs it once."""
@@ -119,6 +122,8 @@ class Row:
     seeds: tuple[int, ...] = (0, 1, 2)
     picture: str = ""
     """A picture in the last seed's folder, and where in the repository it belongs: "a.png recipes/a/a.png"."""
+    asks: bool = False
+    """Its command does not go on with a folder that is there unless it is told to."""
     has_daemons: bool = False
     """Its command starts processes that are not its children, whose CPU time looks like other programs'."""
 

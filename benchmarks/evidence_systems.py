@@ -74,6 +74,7 @@ def latro_real(label: str, dataset: str, options: str = "") -> Row:
             for column, key in columns.items()
             for part in ("before", "after")
         },
+        asks=True,
     )
 
 

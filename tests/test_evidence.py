@@ -1,16 +1,18 @@
 """`make evidence`: a row is taken once, again when its code changes, and written into the pages."""
 
+import importlib
 import json
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import chz
 import pytest
 
 from benchmarks.evidence import ROWS, Evidence
 from benchmarks.evidence_pictures import PICTURES, Folders, Picture
-from benchmarks.evidence_row import Listed, Metric, Printed, Reached, Result, Row
+from benchmarks.evidence_row import RESUME, Listed, Metric, Printed, Reached, Result, Row
 from benchmarks.report import over, write_report
 from posttrain.backend.errors import ConfigError
 
@@ -150,6 +152,27 @@ def test_a_picture_of_several_seeds_is_drawn_when_all_have_run(evidence: Evidenc
     assert evidence.run(row, [picture]) == []
     assert shown == [["run"] * len(row.seeds)] * 2
     assert evidence.draw([picture], ["another"]) == []
+
+
+# Trap: a row whose second start asks what to do with the folder of the first, and has no terminal.
+def test_a_killed_row_is_told_to_go_on_where_its_command_would_ask(evidence: Evidence) -> None:
+    (evidence.root / "script.py").write_text("import sys\nprint(sys.argv[2:])\nraise SystemExit(len(sys.argv) == 2)\n")
+    git(evidence.root, "commit", "-qam", "another")
+    row = Row("asks", "script.py {seed}", ("script.py",), {}, seeds=(0,), asks=True)
+    with pytest.raises(ConfigError, match="ended with 1"):
+        evidence.run(row)
+    evidence.run(row)
+    assert (evidence.runs / "asks/0/output.txt").read_text() == f"[]\n['{RESUME}']\n"
+
+
+def test_rows_of_commands_that_ask_say_so() -> None:
+    for row in ROWS:
+        script = row.command.split()[row.command.startswith("-m")]
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        fields = chz.chz_fields(module.Config) if hasattr(module, "Config") else {}
+        option = fields.get("behavior_if_log_dir_exists")
+        asks = option is not None and option._default != "resume" and RESUME not in row.command
+        assert row.asks is asks, row.name
 
 
 def test_tables_are_written_between_markers(evidence: Evidence) -> None:
