@@ -6,7 +6,7 @@ from benchmarks.evaluation_example import COLUMNS
 from benchmarks.evaluation_example import FIGURES as EXAMPLE
 from benchmarks.evidence_code import PREFERENCE, RL
 from benchmarks.evidence_row import FIRST_AND_LAST, Listed, Metric, Printed, Reached, Result, Row, Take
-from benchmarks.math_rl_recipe import KL, SIDES, SPAN
+from benchmarks.math_rl_recipe import KL, SIDES, columns
 from recipes.algorithms.variants import DRAWN, VARIANTS
 from recipes.labels import folder_name
 
@@ -441,11 +441,7 @@ RECIPES = [
         "-m benchmarks.math_rl_recipe seed={seed} log_path={folder}/run",
         (*RL, "posttrain/serve", "benchmarks/math_rl_recipe.py"),
         {
-            **{
-                f"{side} | {steps}": Result(f"{side} | {steps}")
-                for side in SIDES
-                for steps in (f"steps {start + 1} to {start + SPAN}" for start in range(0, 60, SPAN))
-            },
+            **{f"{side} | {column}": Result(f"{side} | {column}") for side in SIDES for column in columns()},
             "largest `optim/kl_sample_train_v1` of the recipe": Result(KL),
         },
     ),

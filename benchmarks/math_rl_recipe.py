@@ -44,7 +44,7 @@ MODEL = "meta-llama/Llama-3.2-1B"  # a name that the cookbook knows; here of the
 SHARED = {"learning_rate": 1e-4, "max_tokens": 12, "loss_fn": "importance_sampling"}
 GROUPS_OF_A_BATCH, GROUP_SIZE = 32, 8
 EXAMPLE = [Message(role="user", content="What is 4 + 5?"), Message(role="assistant", content="9")]
-SPAN = 10  # steps of a column
+STEPS, SPAN = 60, 10  # of a run, and of a column
 RENDERER = "role_colon"
 SIDES = ("the recipe through the server", "in process")
 KL = "kl_sample_train_v1"  # of the recipe, and of its metrics the largest
@@ -56,7 +56,7 @@ class Config:
 
     seed: int = chz.field(default=0, validator=SEED, doc="of the first weights, and of the run in process")
     model_name: str = chz.field(default="tiny", doc="the model that both sides train")
-    steps: int = chz.field(default=60, validator=COUNT, doc="steps of each run, a multiple of 10")
+    steps: int = chz.field(default=STEPS, validator=COUNT, doc="steps of each run, a multiple of 10")
     taught_nll: float = chz.field(default=0.03, validator=POSITIVE, doc="adding is taught until this loss of a batch")
     wrong_steps: int = chz.field(default=120, validator=COUNT, doc="then so many batches are half wrong")
     log_path: str = log_path_field("runs/math_rl_recipe")
@@ -117,6 +117,11 @@ class SumExamples(Sums, DrawnExamplesBuilder):
 
     def messages(self, problem: Problem) -> list[Message]:
         return problem.messages(EXAMPLE if self.with_example else ())
+
+
+def columns(steps: int = STEPS) -> dict[str, slice]:
+    """Columns of the table, and which steps are their means."""
+    return {f"steps {start + 1} to {start + SPAN}": slice(start, start + SPAN) for start in range(0, steps, SPAN)}
 
 
 async def first_weights(config: Config, folder: Path) -> Path:
@@ -187,11 +192,9 @@ def main(config: Config) -> None:
         SIDES[1]: asyncio.run(in_process(config, weights, folder / "in_process")),
     }
     results = {
-        f"{side} | steps {start + 1} to {start + SPAN}": mean(
-            record["env/all/correct"] for record in records[start : start + SPAN]
-        )
+        f"{side} | {column}": mean(record["env/all/correct"] for record in records[part])
         for side, records in runs.items()
-        for start in range(0, config.steps, SPAN)
+        for column, part in columns(config.steps).items()
     }
     results[KL] = max(abs(record[f"optim/{KL}"]) for record in runs[SIDES[0]])
     write_results(folder, results)

@@ -10,7 +10,6 @@ import asyncio
 import difflib
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,10 +22,8 @@ from posttrain.backend.ranges import NUMBER, POSITIVE
 from posttrain.renderers.types import Message
 from posttrain.tracking.jsonl import read_json
 from preference.endpoint import ChatEndpoint
-from preference.reward_types import JudgeError
-from rl import step_checks
+from preference.reward_types import JudgeError, judged
 from rl.frozen_policy import FrozenPolicy
-from rl.types import MalformedStep
 from supervised.rows import read_rows
 
 Completer = Callable[[str], Awaitable[str]]  # of a language model: text in, text out
@@ -203,10 +200,9 @@ class Rubric(Reward):
         except JudgeError as error:
             raise JudgeError(f"{what}: {error}") from error
         value = result if isinstance(result, Value) else Value(result)
-        with suppress(MalformedStep):
-            if 0 <= (score := step_checks.reward(value.value)) <= 1:
-                return Value(score, logs=value.logs)
-        raise JudgeError(f"{what}: the judge answered {value.value!r:.60}; a number from 0 to 1 is needed")
+        if (score := judged(value.value, 0)) is None:
+            raise JudgeError(f"{what}: the judge answered {value.value!r:.60}; a number from 0 to 1 is needed")
+        return Value(score, logs=value.logs)
 
 
 class _Frozen:

@@ -66,17 +66,23 @@ async def judge_all(judge: Judge, comparisons_D: Sequence[Comparison]) -> list[f
         scores_D = await judge.compare(comparisons_D)
     else:
         scores_D = list(await asyncio.gather(*(judge(comparison) for comparison in comparisons_D)))
-    return [_score(score) for score in scores_D]
+    return [_score(answered) for answered in scores_D]
 
 
 def _score(answered: object) -> float:
-    """Numpy's and torch's numbers, too."""
+    if (score := judged(answered, -1)) is None:
+        raise JudgeError(
+            f"the judge answered {answered!r:.80}: a number from -1 (A is better) to 1 (B is better) is needed"
+        )
+    return score
+
+
+def judged(answered: object, least: float) -> float | None:
+    """A number from `least` to 1, Python's, numpy's or torch's; None for anything else."""
     with suppress(MalformedStep):
-        if -1 <= (score := step_checks.reward(answered)) <= 1:
+        if least <= (score := step_checks.reward(answered)) <= 1:
             return score
-    raise JudgeError(
-        f"the judge answered {answered!r:.80}: a number from -1 (A is better) to 1 (B is better) is needed"
-    )
+    return None
 
 
 @chz.chz

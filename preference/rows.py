@@ -10,11 +10,10 @@ from typing import Any
 from posttrain.backend.errors import DataError
 from posttrain.renderers.types import Message
 from preference.types import Comparison, Label, LabeledComparison
-from supervised.rows import Fields, after_system, conversation, system_of, tools_of
+from supervised.rows import Fields, after_system, conversation, system_of, tools_of, unmarked
 
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 ROLE_OF = {"Human": "user", "Assistant": "assistant"}
-KEPT = ("role", "content", "parts", "name", "tool_call_id")
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,8 @@ def messages(fields: Fields, name: str, role: str) -> list[Message]:
     value = need(fields, name)
     if isinstance(value, str):
         return [Message(role=role, content=value)]
-    return [kept_fields(message) for message in conversation(fields, name)]
-
-
-def kept_fields(message: Message) -> Message:
-    """A message of a data set, without marks of what is trained on: preferences train on whole answers."""
-    return {key: message[key] for key in KEPT if key in message}  # type: ignore[return-value]
+    # without marks of what is trained on: preferences train on whole answers
+    return [unmarked(message) for message in conversation(fields, name)]
 
 
 def number(fields: Fields, name: str) -> float:

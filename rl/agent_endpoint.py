@@ -6,7 +6,6 @@ request's sampling options only `stop` counts.
 
 import asyncio
 import json
-import re
 import secrets
 import threading
 from collections.abc import Sequence
@@ -18,11 +17,11 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams, StopReason
-from posttrain.renderers import from_openai, get_text_content, get_tool_calls, to_openai
+from posttrain.renderers import from_openai, get_text_content, get_tool_calls
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Message, Renderer
 from posttrain.serve.local_server import LocalServer
-from posttrain.serve.openai_answers import OnTokens
+from posttrain.serve.openai_answers import OnTokens, answered
 from posttrain.serve.openai_api import openai_routes
 from posttrain.serve.openai_requests import Refusal
 from rl.message_env import next_prompt
@@ -65,10 +64,7 @@ class Conversation:
 
 def _as_told(message: Message, stop: list[str | int] | None) -> Message:
     """A sampled message as the endpoint answers it: cut at its stops, unreadable calls as text."""
-    fields = to_openai(message)
-    if stops := [re.escape(text) for text in stop or () if isinstance(text, str)]:
-        fields["content"] = re.split("|".join(stops), fields["content"], maxsplit=1)[0]
-    return from_openai(fields)
+    return from_openai(answered(message, [text for text in stop or () if isinstance(text, str)]))
 
 
 def _content(message: Message) -> tuple[Any, ...]:

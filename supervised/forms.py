@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 
 from posttrain.backend.errors import DataError
 from posttrain.renderers.types import Message, TrainOnWhat
-from supervised.rows import MARKS, SYSTEM, Fields, Row, after_system, conversation, exchange, is_trained, system_of
+from supervised.rows import (
+    MARKS,
+    SYSTEM,
+    Fields,
+    Row,
+    after_system,
+    conversation,
+    exchange,
+    is_trained,
+    system_of,
+    unmarked,
+)
 
 
 class Form(NamedTuple):
@@ -62,7 +73,7 @@ def prompt_completion(fields: Fields) -> list[Message]:
     marked = [(message, False) for message in prompt] + [
         (message, message.get("trainable", message["role"] == "assistant")) for message in answered
     ]
-    return [Message(**(_unmarked(message) | {"trainable": trained})) for message, trained in marked]  # type: ignore[typeddict-item]
+    return [Message(**(unmarked(message, MARKS) | {"trainable": trained})) for message, trained in marked]  # type: ignore[typeddict-item]
 
 
 def alpaca(fields: Fields) -> list[Message]:
@@ -212,9 +223,4 @@ def customized(messages: Sequence[Message], train_on_what: TrainOnWhat) -> tuple
         return list(messages), train_on_what
     if train_on_what == TrainOnWhat.ALL_ASSISTANT_MESSAGES:
         return list(messages), TrainOnWhat.CUSTOMIZED
-    return [_unmarked(message) for message in messages], train_on_what
-
-
-def _unmarked(message: Message) -> Message:
-    kept = ("role", "content", "parts", "name", "tool_call_id", *MARKS)
-    return {key: value for key, value in message.items() if key in kept}  # type: ignore[return-value]
+    return [unmarked(message, MARKS) for message in messages], train_on_what

@@ -5,7 +5,7 @@ needed.
 import codecs
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ Row = tuple[str, Fields]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # 0 or false in an assistant's message: it is read, and not trained on (OpenAI, ShareGPT, Axolotl)
 MARKS = ("weight", "loss", "train")
+WRITTEN = ("role", "content", "parts", "name", "tool_call_id")  # what renderers read of a message, but for marks
 SYSTEM = ("system", "system_prompt")
 
 LONG_LINE = 1 << 20  # bytes of an example that is announced: tokenizing 20 MB takes a minute
@@ -123,6 +124,11 @@ def conversation(fields: Fields, name: str) -> list[Message]:
         {**message, "trainable": bool(given and unmarked)}  # type: ignore[misc]
         for message, given, unmarked in zip(messages, default, trained, strict=True)
     ]
+
+
+def unmarked(message: Message, also: Sequence[str] = ()) -> Message:
+    """The message without its `trainable` mark and fields that no renderer reads; `also` stay."""
+    return {key: value for key, value in message.items() if key in (*WRITTEN, *also)}  # type: ignore[return-value]
 
 
 def is_trained(message: Any, where: str = "") -> bool:

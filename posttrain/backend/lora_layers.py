@@ -53,6 +53,13 @@ def _kept_by_peft(hf_model: PreTrainedModel, names: list[str]) -> list[str]:
     return [name for name in names if name in (config.target_modules or ())]
 
 
+def _left_out(hf_model: PreTrainedModel, targets: set[str]) -> list[str]:
+    """Last names of the linear layers without an adapter, but for the output layer."""
+    head, modules = hf_model.get_output_embeddings(), hf_model.named_modules()
+    linear = [name for name, module in modules if isinstance(module, nn.Linear) and module is not head]
+    return sorted({name.rpartition(".")[2] for name in linear if name not in targets})
+
+
 def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
     """Without a name nothing is printed."""
     suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
@@ -77,13 +84,8 @@ def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed:
         print(
             f"LoRA on {model_name}: its attention, and {shared}; experts and their router stay as they are", flush=True
         )
-    others = {
-        name.rpartition(".")[2]
-        for name, module in hf_model.named_modules()
-        if isinstance(module, nn.Linear) and module is not hf_model.get_output_embeddings() and name not in targets
-    }
-    if lora.train_attn and lora.train_mlp and model_name and others:
-        print(f"LoRA on {model_name}: no adapter on the linear layers {', '.join(sorted(others))}", flush=True)
+    if lora.train_attn and lora.train_mlp and model_name and (others := _left_out(hf_model, {*targets})):
+        print(f"LoRA on {model_name}: no adapter on the linear layers {', '.join(others)}", flush=True)
     alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
     conv1d = hf_model.config.model_type == "gpt2"
     config = PeftConfig(

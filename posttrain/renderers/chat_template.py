@@ -14,7 +14,7 @@ import jinja2
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.formats import FORMATS, HERMES, Kind, format_of, template_message, tools_as_text
-from posttrain.renderers.parts_check import shape_of, unwritable
+from posttrain.renderers.parts_check import SAID, shape_of, unwritable
 from posttrain.renderers.stream import PartsReader, read_parts
 from posttrain.renderers.turns import cut_at_stop, decode, encode, eos, trained_messages
 from posttrain.renderers.types import Message, Tokenizer, ToolSpec, TrainOnWhat
@@ -70,7 +70,7 @@ class ChatTemplateRenderer:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Tokens of `apply_chat_template`. DataError with the template's message if it refuses, and for a role
         whose messages it leaves out."""
-        for role in {message["role"] for message in messages} & set(INSTEAD):
+        for role in {message["role"] for message in messages} & INSTEAD.keys():
             if not self._writes(role):
                 raise DataError(f"the chat template leaves out messages of the role {role!r}: {INSTEAD[role]}")
         return self._apply(messages, add_generation_prompt)
@@ -78,10 +78,10 @@ class ChatTemplateRenderer:
     def _writes(self, role: str) -> bool:
         if role not in self._written:
             turn = Message(role="user", content="a"), Message(role="assistant", content="b")
-            probe = Message(role=role, content="qsaid")
+            probe = Message(role=role, content=SAID)
             try:
                 text = decode(self.tokenizer, self._apply([*turn, probe, *turn] if role == "tool" else [probe, *turn]))
-                self._written[role] = "qsaid" in text
+                self._written[role] = SAID in text
             except Exception:  # of the template's code: it says so itself, where the role is used
                 self._written[role] = True
         return self._written[role]

@@ -97,8 +97,7 @@ class Answer:
 
     def cut(self, text: str) -> str:
         """The text before the first of the request's stops."""
-        ends = [text.find(stop) for stop in self.options.stop]
-        return text[: min((end for end in ends if end >= 0), default=len(text))]
+        return _before(text, self.options.stop)
 
     async def choice(self, index: int, sequence: SampledSequence) -> dict[str, Any]:
         prompt = self.prompts[index // self.options.n]
@@ -164,9 +163,7 @@ class ChatAnswer(Answer):
 
     async def choice(self, index: int, sequence: SampledSequence) -> dict[str, Any]:
         message, _ = self.renderer.parse_response(sequence.tokens)
-        fields: dict[str, Any] = to_openai(message) | {"refusal": None}
-        for name in ("content", "reasoning_content"):
-            fields |= {name: self.cut(fields[name])} if name in fields else {}
+        fields = answered(message, self.options.stop) | {"refusal": None}
         fields["content"] = fields["content"] or ("" if "tool_calls" not in fields else None)
         logprobs = await self._logprobs(self.prompts[0], sequence.tokens)
         finish = "tool_calls" if "tool_calls" in fields else sequence.stop_reason
@@ -188,6 +185,17 @@ class ChatAnswer(Answer):
 
     def feed(self) -> "ChatFeed":
         return ChatFeed(self)
+
+
+def answered(message: Message, stops: Sequence[str]) -> dict[str, Any]:
+    """A sampled message as a client is told it: text and thinking before the first of `stops`."""
+    fields = to_openai(message)
+    return fields | {name: _before(fields[name], stops) for name in ("content", "reasoning_content") if name in fields}
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    ends = [text.find(stop) for stop in stops]
+    return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
 class TextFeed:
