@@ -5,6 +5,7 @@ line after the last "####"; "stated" the text after the last "the answer is", "A
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -49,7 +50,26 @@ def extract_stated(text: str) -> str | None:
 _Extractor = Callable[[str], str | None]
 _EXTRACTORS: dict[AnswerStyle, _Extractor] = {"boxed": extract_boxed, "hash": extract_hash, "stated": extract_stated}
 
-_REPLACEMENTS = [
+_RAISED, _LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"), str.maketrans("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n")
+_ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
+
+
+def _vulgar(match: re.Match[str]) -> str:
+    over, _, under = unicodedata.normalize("NFKC", match[0]).partition("\u2044")  # ½ is 1\u20442
+    return rf"\frac{{{over}}}{{{under}}}"
+
+
+_REPLACEMENTS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: f"^{{{match[0].translate(_RAISED)}}}"),
+    (r"[₀₁₂₃₄₅₆₇₈₉ₙ]+", lambda match: f"_{{{match[0].translate(_LOWERED)}}}"),
+    (r"[¼½¾⅓-⅞]", _vulgar),
+    (
+        r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))",
+        lambda match: f"{_ROOTS[match[1]]}{{{match[2] or match[3] or match[4] or ''}}}",
+    ),
+    (r"[·⋅]", r"\\cdot "),
+    (r"º", "°"),
+    (r"(?<![\\A-Za-z])exp(?=\s*[({])", r"\\exp"),
     (r"[\u2212\u2013\u2012\ufe63\uff0d]", "-"),
     (r"\\left\b|\\right\b|\\displaystyle\b|(?<!\\)\\[!,;: ]|\\q?quad\b|[\u00a0\u202f]|~", " "),
     (r"\\[dt]frac", r"\\frac"),
@@ -114,8 +134,32 @@ def quantity(answer: str) -> Quantity | None:
         return None
     value = _fraction(whole) + value / divisor if over else value
     negative = "-" in (match["sign"], match["sign2"])
-    unit = (match["unit"] or "").lower().removesuffix("s") or _UNIT_OF_CURRENCY[match["currency"]]
+    unit = _bare_unit(match["unit"] or "") or _UNIT_OF_CURRENCY[match["currency"]]
     return Quantity(-value if negative else value, unit)
+
+
+_UNIT_AT_END = re.compile(
+    r"\s*(?<![A-Za-z\\])((?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
+    r"(?:[cdkm]m|kg|ml|mph|units?|inch(?:es)?|f(?:oo|ee|)t|yards?|miles?|(?:milli|centi|kilo)?met(?:er|re)s?|(?:kilo)?grams?"
+    r"|lit(?:er|re)s?|seconds?|minutes?|hours?|days?|degrees|radians?|dollars?|cents?)(?:\s?\^\s?\{?[23]\}?)?)\.?"
+)
+
+
+def without_units(gold: str, answer: str) -> tuple[str, str]:
+    """36\\pi cm^3 against 36\\pi: drops the unit after an expression, unless the two have different ones."""
+    (gold_value, gold_unit), (value, unit) = _value_and_unit(gold), _value_and_unit(answer)
+    return (gold, answer) if gold_unit and unit and gold_unit != unit else (gold_value, value)
+
+
+def _value_and_unit(text: str) -> tuple[str, str]:
+    for match in _UNIT_AT_END.finditer(text):
+        if match.end() == len(text) and match.start():
+            return text[: match.start()], _bare_unit(match[1])
+    return text, ""
+
+
+def _bare_unit(unit: str) -> str:
+    return re.sub(r"\s*\^\s*|[{}]", "", unit.lower()).removesuffix("s")
 
 
 def _fraction(decimal: str) -> Fraction:

@@ -2,7 +2,7 @@ r"""Decides whether two answers are equal, never by substring. The first rule th
 
 1. The same text after math_answers.normalise.
 2. Two numbers, exactly, as fractions: 1,000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333. Units
-  are compared where both have one: 5 cm = 5, but not 5 km; 50% = 50. 1011_2 is neither 1011 nor 11.
+  are compared where both have one: 5 cm = 5, but not 5 km; 50% = 50; 36\pi cm^3 = 36\pi. 1011_2 is neither 1011 nor 11.
 3. Inequalities and intervals, by their ends: x>3 is (3,\infty).
 4. Lists and tuples by element, with the same brackets; the order is free in braces or without
   brackets. 1,234 is a number, 1, 234 a list.
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from envs.math_answers import MAX_ANSWER_CHARS, normalise, numeral, quantity
+from envs.math_answers import MAX_ANSWER_CHARS, normalise, numeral, quantity, without_units
 from envs.math_intervals import Solution, inequality, intervals
 from envs.math_limits import explodes
 from envs.problem import GraderError
@@ -55,6 +55,7 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
         return gold_number.value == number.value and (
             not gold_number.unit or not number.unit or gold_number.unit == number.unit
         )
+    gold, answer = without_units(gold, answer)
     solutions = _solutions(gold, answer)
     if solutions:
         return _solutions_equal(*solutions, seconds)

@@ -219,6 +219,44 @@ def test_odd_answers_are_wrong_and_no_failure(answer: str):
         assert not is_equal(gold, answer)
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("12", "12 cm²"),
+        ("12 cm^2", "12 cm²"),
+        ("x^2+1", "x²+1"),
+        ("x^{12}", "x¹²"),
+        ("2^{n}", "2ⁿ"),
+        (r"1.5\times10^{-3}", "1.5·10⁻³"),
+        ("x_1", "x₁"),
+        ("1011_2", "1011₂"),
+        (r"\frac12", "½"),
+        ("2.75", "2¾"),
+        (r"\frac{\sqrt{3}}{2}", "√3/2"),
+        (r"\sqrt{x+1}", "√(x+1)"),
+        (r"\sqrt[3]{5}", "∛5"),
+        ("6", "2·3"),
+        (r"90^\circ", "90º"),
+        ("e^{x}", "exp(x)"),
+    ],
+)
+def test_signs_that_models_write_without_latex(gold: str, answer: str):
+    assert is_equal(gold, answer)
+
+
+def test_a_power_in_raised_digits_explodes_too():
+    assert not is_equal("5", "9⁹⁹⁹⁹⁹⁹⁹⁹")
+
+
+def test_units_after_an_expression():
+    for answer in (r"36\pi\text{ cm}^3", "36π cm³", r"36\pi", r"36\pi \text{ cubic feet}"):
+        assert is_equal(r"36\pi", answer)
+        assert is_equal(answer, r"36\pi")
+    assert is_equal(r"10\sqrt{3}\text{ square units}", "10√3 square units")
+    assert not is_equal(r"36\pi \text{ cm}^3", r"36\pi \text{ cm}^2")
+    assert not is_equal(r"36\pi", r"6\pi \text{ cm}^2") and not is_equal("5l", "5") and not is_equal("12", "144 cm²")
+
+
 @pytest.mark.parametrize("answer", [r"(x+y+z)^{60}", r"\int \frac{1}{x^{99}+1} dx"])
 def test_an_answer_that_is_too_costly_by_itself_is_wrong(answer: str):
     assert not is_equal(r"\sqrt{2}", answer, seconds=0.5)
