@@ -244,6 +244,9 @@ def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(eval_every: 
     )
     # the end is no end any more
     longer = asyncio.run(train.main(chz.replace(config, num_epochs=2)))
+    assert (
+        "by lr_schedule=linear to step 6 its learning rate goes from 3.33e-05 up to 6.67e-05" in capsys.readouterr().out
+    )
     assert [record["step"] for record in read_metrics(tmp_path)] == list(
         range(6 + bool(eval_every))
     ) and longer != metrics

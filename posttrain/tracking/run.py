@@ -17,7 +17,7 @@ from posttrain.tracking.checkpointing import Checkpointed, Checkpointer, StopReq
 from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.metrics_log import Metrics, MetricsLog, print_last_metrics, read_last_metrics, timed
 from posttrain.tracking.progress import TrainingProgress
-from posttrain.tracking.run_config import RunConfig
+from posttrain.tracking.run_config import RunConfig, TrainingConfig
 from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.step_profile import StepProfile
 
@@ -70,7 +70,18 @@ class Run:
         )
         self.first_step = self._checkpointer.start(load_checkpoint_path, self.num_steps, self.ends_early is not None)
         self.resumed_extra = self._checkpointer.resumed_extra
+        if self._checkpointer.finished and not self._checkpointer.nothing_left:
+            self._say_if_the_rate_jumps()
         return not self._checkpointer.nothing_left
+
+    def _say_if_the_rate_jumps(self) -> None:
+        """A schedule that had come to its end falls to the new last step instead."""
+        if isinstance(self.config, TrainingConfig) and self.config.lr_schedule != "constant":
+            ended, now = (self.config.adam(self.first_step - 1, n) for n in (self.first_step, self.num_steps))
+            print(
+                f"this run had ended: by lr_schedule={self.config.lr_schedule} to step {self.num_steps} its learning rate "
+                f"goes from {ended.learning_rate:.3g} up to {now.learning_rate:.3g} again"
+            )
 
     def _evaluations(self) -> list[tuple[Evaluation, int]]:
         """Each with its interval."""
