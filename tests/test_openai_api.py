@@ -20,7 +20,9 @@ from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
 from posttrain.serve.guard import Guard
 from posttrain.serve.local_server import LocalServer
+from posttrain.serve.openai_answers import ChatAnswer, ChatFeed
 from posttrain.serve.openai_api import OnTokens, ServedModel, openai_routes
+from posttrain.serve.openai_requests import Options
 
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hällo 🙂"}]
 
@@ -155,6 +157,34 @@ def test_tool_calls_whole_and_in_a_stream(models: Table) -> None:
     assert '"name": "add"' in script.prompts[0] and '"name": "add"' not in script.prompts[-1]
     assert CALL in script.prompts[2] and "<tool_response>\n3" in script.prompts[2]  # the call as the model writes it
     assert untooled.choices[0].message.content
+
+
+@pytest.mark.parametrize("stop", [[], ["Stop", "bad"]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Let me see.\n<tool_call>\n{bad\n</tool_call>",
+        "<tool_call>\n{bad\n</tool_call>\nand <tool_call>\nworse\n</tool_call> then",
+        f"{CALL}\n<tool_call>\n[1]\n</tool_call>Stop it. And",
+        "Let me see.\n\n<tool_call>\n{Sto",
+        "text\n",
+        "",
+    ],
+)
+def test_a_stream_tells_what_a_whole_answer_tells(models: Table, text: str, stop: list[str]) -> None:
+    model = models["tiny"]
+    options = Options("m", 1, stop, 1.0, 1.0, -1, 64, None, True, False, None)
+    answer = ChatAnswer(model, options, [[1]], None, renderer=model.renderer)
+    tokens = model.renderer.tokenizer.encode(text + "<|im_end|>")
+    sequence = SampledSequence(tokens, [0.0] * len(tokens), "stop")
+    whole = asyncio.run(answer.choice(0, sequence))
+    feed = ChatFeed(answer)
+    chunks = [chunk for n in range(len(tokens)) for chunk in feed.feed(tokens[:n])] + feed.close(sequence)
+    deltas = [chunk["delta"] for chunk in chunks]
+    assert "".join(delta.get("content", "") for delta in deltas) == (whole["message"]["content"] or "")
+    assert [call["function"] for delta in deltas for call in delta.get("tool_calls", ())] == [
+        call["function"] for call in whole["message"].get("tool_calls", ())
+    ]
 
 
 def test_prompts_in_all_their_forms(client: openai.OpenAI, models: Table) -> None:

@@ -228,12 +228,14 @@ class TextFeed:
 
 
 class ChatFeed:
-    """The chunks of one choice: text and thinking in pieces, calls whole."""
+    """The chunks of one choice: text and thinking in pieces, calls whole. Calls that could not be read are
+    the end of the text, as `to_openai` writes them."""
 
     def __init__(self, answer: ChatAnswer):
         self.stream, self.stops = ResponseStream(answer.renderer), answer.options.stop
         self.fed = self.calls = 0
         self.field, self.waiting, self.is_cut = "content", "", False
+        self.has_text, self.unread = False, list[str]()
         self.delta: dict[str, Any] = {"role": "assistant", "content": ""}  # what every stream begins with
 
     def feed(self, tokens: list[int]) -> list[dict[str, Any]]:
@@ -243,15 +245,20 @@ class ChatFeed:
     def close(self, sequence: SampledSequence) -> list[dict[str, Any]]:
         chunks = self.feed(sequence.tokens)
         chunks += [_delta(delta) for part in self.stream.close() for delta in self._deltas(part)]
-        chunks += [_delta(delta) for delta in self._rest()]
+        unread = "\n".join([*([""] if self.has_text else []), *self.unread])
+        chunks += [_delta(delta) for delta in [*self._pieces("content", unread), *self._rest()]]
         finish = "tool_calls" if self.calls else sequence.stop_reason
         return [*chunks, _delta(self._with_role({})) | {"finish_reason": finish}]
 
     def _deltas(self, part: Part) -> list[dict[str, Any]]:
         if part["type"] == "thinking":
             return self._pieces("reasoning_content", part["thinking"])
-        if part["type"] != "tool_call":
+        if part["type"] == "text":
+            self.has_text |= bool(part["text"])
             return self._pieces("content", part["text"])
+        if part["type"] == "unparsed_tool_call":
+            self.unread.append(part["text"])
+            return []
         call = {"index": self.calls} | openai_call(part)
         self.calls += 1
         return [*self._rest(), self._with_role({"tool_calls": [call]})]
