@@ -359,7 +359,8 @@ def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> Non
     log = MetricsLog(open_run_folder(tmp_path / "run", "raise", RunConfig()))
     for step in range(4):
         noise = {
-            "optim/logprob_gap_mean": 1e-7 * step,
+            "optim/logprob_gap_mean": 2e-7 * step,
+            "optim/kl_sample_train_v1": -1e-7 * step,
             "optim/entropy": 2.0 + 1e-9 * step,
             "optim/grad_norm": 1.0 + step,
         }
@@ -368,11 +369,10 @@ def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr("posttrain.tracking.plots.save_figure", lambda figure, path: figures.append(figure) or path)
     plot_run(tmp_path / "run")
     limits = {axis.get_title("left"): axis.get_ylim() for axis in figures[0].axes}
-    assert list(limits) == ["reward = accuracy", "|logprob gap| sampler to trainer", "entropy (nats)", "gradient norm"]
+    gap = "|logprob gap| sampler to trainer (nats)"  # and no panel of KLs that are rounding
+    assert list(limits) == ["reward = accuracy", gap, "entropy (nats)", "gradient norm"]
     spans = {title: high - low for title, (low, high) in limits.items()}
-    assert spans["|logprob gap| sampler to trainer"] == pytest.approx(1e-3) and spans[
-        "entropy (nats)"
-    ] == pytest.approx(0.1)
+    assert limits[gap] == pytest.approx((1e-7, 1e-6)) and spans["entropy (nats)"] == pytest.approx(0.1)
     assert 3 < spans["gradient norm"] < 3.5  # what moves is drawn as before
 
 

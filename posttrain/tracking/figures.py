@@ -36,13 +36,15 @@ Curves = Mapping[str, Sequence[Curve]]  # label -> a curve for each seed
 @dataclass(frozen=True)
 class Panel:
     """`levels` are dashed horizontal lines (chance, a target), `dashed` the labels of curves that
-    overlap others. Without `limits` the axis fits the curves and spans at least `least_span`."""
+    overlap others. Without `limits` the axis fits the curves and spans at least `least_span`; of `decades`
+    it spans whole powers of ten."""
 
     title: str
     curves: Curves
     levels: Mapping[str, float] = field(default_factory=dict)
     limits: tuple[float, float] | None = None
     least_span: float = 0.0
+    decades: bool = False
     dashed: Sequence[str] = ()
     xlabel: str = "step"
 
@@ -117,6 +119,8 @@ def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
         axis.axhline(level, label=label, color=color, linestyle="--", linewidth=1.2)
     if panel.limits:
         axis.set_ylim(panel.limits)
+    elif panel.decades:
+        _span_decades(axis)
     else:
         _widen(axis, panel.least_span)
     finish_axis(axis, panel.title, not labels and len(axis.get_legend_handles_labels()[1]) > 1, panel.xlabel)
@@ -131,6 +135,14 @@ def _widen(axis: Any, least_span: float) -> None:
         middle = (low + high) / 2
         bottom = middle - span / 2 if min(values, default=0.0) < 0 else max(middle - span / 2, -0.04 * span)
         axis.set_ylim(bottom, bottom + span)
+
+
+def _span_decades(axis: Any) -> None:
+    """A logarithmic axis, where a value is positive."""
+    logs = [math.log10(y) for line in axis.get_lines() for y in line.get_ydata() if 0 < y < math.inf]
+    if logs:
+        axis.set_yscale("log")
+        axis.set_ylim(10.0 ** math.floor(min(logs)), 10.0 ** (math.floor(max(logs)) + 1))
 
 
 def panel_axes(

@@ -16,6 +16,7 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import (
     COLORS,
+    Curves,
     Panel,
     Records,
     curves_by_label,
@@ -53,7 +54,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "reward margin, chosen over rejected": ("margin", "test/margin"),
     "answer logprob (nats, summed)": ("chosen_logprob", "rejected_logprob"),
     "KL sampler to trainer (nats)": ("optim/kl_sample_train_v1", "optim/kl_sample_train_v2"),
-    "|logprob gap| sampler to trainer": ("optim/logprob_gap_mean",),
+    "|logprob gap| sampler to trainer (nats)": ("optim/logprob_gap_mean",),
     "entropy (nats)": ("optim/entropy",),
     "gradient norm": ("optim/grad_norm",),
     "response tokens per turn": ("env/all/ac_tokens_per_turn",),
@@ -61,10 +62,9 @@ PANELS: dict[str, tuple[str, ...]] = {
     "tokens": ("num_tokens",),
 }
 TIMES = ("time/sampling", "time/train", "time/sync", "time/eval")
-# Least span of a panel's axis: smaller differences are rounding.
-FLOORS: dict[str, float] = dict.fromkeys(
-    ("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/logprob_gap_mean", "optim/loss"), 1e-3
-)
+# Least span of a panel's axis: smaller differences are rounding. A whole run of such KLs has no panel.
+FLOORS: dict[str, float] = dict.fromkeys(("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/loss"), 1e-3)
+DECADES = ("optim/logprob_gap_mean",)  # on a logarithmic axis
 
 
 def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
@@ -84,16 +84,27 @@ def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
 
 
 def _panels(records: Records) -> list[Panel]:
-    """The PANELS with data; a metric with the same curve as another is named in the title instead."""
+    """The PANELS with data; a metric with the same curve as another is named in the title instead.
+    KLs that are rounding throughout are left out: the gap's panel says so."""
     panels: list[Panel] = []
     for title, keys in PANELS.items():
         logged = {label: [curve] for label, key in _labels(keys).items() if (curve := read_curve(records, key)).steps_K}
         twin = next((n for n, panel in enumerate(panels) if [*panel.curves.values()] == [*logged.values()]), None)
         if twin is not None:
             panels[twin] = replace(panels[twin], title=f"{panels[twin].title} = {title}")
-        elif logged:
-            panels.append(Panel(title, logged, least_span=max(FLOORS.get(key, 0.0) for key in keys)))
+        elif logged and not _is_rounding(keys, logged):
+            panels.append(_panel(title, logged, *keys))
     return panels
+
+
+def _panel(title: str, curves: Curves, *keys: str) -> Panel:
+    least_span = max(FLOORS.get(key, 0.0) for key in keys)
+    return Panel(title, curves, least_span=least_span, decades=keys[0] in DECADES)
+
+
+def _is_rounding(keys: Sequence[str], curves: Curves) -> bool:
+    values = [value for seeds in curves.values() for curve in seeds for value in curve.values_K if value == value]
+    return keys[0].startswith("optim/kl_") and max(map(abs, values), default=0.0) < FLOORS[keys[0]] / 10
 
 
 def compare_runs(
@@ -108,7 +119,7 @@ def compare_seeds(folders: Mapping[str, Sequence[Path]], out: str | os.PathLike[
     """As `compare_runs`, with the mean of several seeds' runs, and thin curves of each."""
     runs = {label: [_records(path) for path in seeds] for label, seeds in folders.items()}
     wanted = keys or dict.fromkeys(key for known in (*PANELS.values(), ("time/total",)) for key in known)
-    panels = [Panel(key, curves_by_label(runs, key), least_span=FLOORS.get(key, 0.0)) for key in wanted]
+    panels = [_panel(key, curves_by_label(runs, key), key) for key in wanted]
     panels = [panel for panel in panels if not panel.empty]
     if missing := [key for key in keys if key not in {panel.title for panel in panels}]:
         logged = {name for seeds in runs.values() for records in seeds for record in records for name in record}
@@ -159,7 +170,7 @@ def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
     )
     finish_axis(axis, "seconds per step")
     above = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.98), "ncols": len(layers)}
-    axis.legend(**above, fontsize=7, frameon=False, handlelength=0.9, handletextpad=0.4, columnspacing=0.9)
+    axis.legend(**above, fontsize=6.5, frameon=False, handlelength=0.8, handletextpad=0.4, columnspacing=0.7)
 
 
 def draw(folders: Sequence[Path], out: str, keys: str) -> Path:
