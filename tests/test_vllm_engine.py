@@ -15,7 +15,7 @@ import torch
 import posttrain.backend.vllm_engine
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import Sampled
-from posttrain.backend.errors import EngineError
+from posttrain.backend.errors import EngineError, ModelError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import LoraConfig, SamplingParams
@@ -62,6 +62,17 @@ def test_noise_is_new_at_every_token_and_in_every_call_and_not_the_programs(unse
     assert (tokens_G_T != np.array([sequence.tokens for sequence in calls[1]])).mean() > 0.8
     training.save_weights_and_get_sampling_client()
     assert global_draws() == expected
+
+
+# Trap: vLLM 0.24 on a CPU, whose packed matrices stay those of an earlier sync.
+def test_an_old_vllm_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    vllm = pytest.importorskip("vllm", reason=NO_VLLM)
+    monkeypatch.setattr(vllm, "__version__", "0.24.0")
+    with (
+        ServiceClient(BackendConfig(engine="vllm", device="cpu"), tmp_path) as service,
+        pytest.raises(ModelError, match=r"vLLM 0\.24\.0 computes with old weights .*install\.sh"),
+    ):
+        service.create_training_client("micro").save_weights_and_get_sampling_client()
 
 
 # Trap: engines that compute with one another's batch, or die with one another.
