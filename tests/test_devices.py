@@ -90,6 +90,7 @@ def test_engine_settings_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     assert "max_cudagraph_capture_size" not in on_cpu and "gpu_memory_utilization" not in on_cpu
     on_gpu = engine_args(config, 512, BackendConfig(max_num_seqs=768), cuda)
     assert on_gpu["max_num_batched_tokens"] == 8192 and on_gpu["max_cudagraph_capture_size"] == 768
+    assert on_gpu["moe_backend"] == "triton" and "moe_backend" not in on_cpu  # FlashInfer's reorder the experts
     assert not on_gpu["enforce_eager"] and "enable_chunked_prefill" not in on_gpu
     assert engine_args(config, 512, BackendConfig(max_num_seqs=4096), cuda)["max_cudagraph_capture_size"] == 1024
     assert "max_cudagraph_capture_size" not in engine_args(config, 512, BackendConfig(enforce_eager=True), cuda)

@@ -43,6 +43,7 @@ def refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:
     details = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
     if "failed to be inspected" in details and (cause := _import_error(hf_config)):
         error, details = cause, str(cause)
+    details = details.partition(" Supported architectures:")[0]  # a list of hundreds
     reason = f"{details.strip().splitlines()[0] if details.strip() else ''} ({type(error).__name__})".rstrip(".")
     if isinstance(error, torch.OutOfMemoryError) or "memory" in details.lower() or "KV cache" in details:
         hint = "lower backend.max_num_seqs, backend.max_length or backend.sampler_memory_gb, or close other engines"

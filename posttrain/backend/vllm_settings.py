@@ -109,6 +109,8 @@ def engine_args(
         args |= {} if has_only_attention(hf_config) else {"enable_prefix_caching": False}
         return args
     args |= {"enable_sleep_mode": True} if config.sleep_while_training else {}
+    # other kernels keep a mixture's experts in an order of their own, which a sync would not write
+    args["moe_backend"] = "triton"
     # vLLM requires this much free memory; the KV cache's bytes are given
     args["gpu_memory_utilization"] = 0.01
     if not eager:  # vLLM's own end at 512 rows, and more rows run without a graph
