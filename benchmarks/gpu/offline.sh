@@ -36,10 +36,10 @@ copy_results() {
 
 run_blocks() {
   export PYTHONPATH="$keep/site" PYTHONUNBUFFERED=1
-  (while sleep 10; do copy_results; done) &
+  (while sleep 10; do copy_results || true; done) & # a file may change while it is packed
   copies=$!
   python3 benchmarks/gpu/first_light.py --out "$keep/first_light" --seconds "$2" --blocks "$1" || true
-  kill $copies
+  kill $copies || true
   copy_results
 }
 
