@@ -17,7 +17,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from posttrain.backend import attention
 from posttrain.backend.attention import check_setting, dense_mask, kernel_gap, set_packing, tree_mask
-from posttrain.backend.batching import MicroBatch, micro_batches
+from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.memory_plan import planned
@@ -121,6 +121,21 @@ def test_a_trainer_packs_where_it_is_told_to(flex_on_cpu: None, tmp_path: Path) 
         assert (gradients(flex)[name] - gradient).norm() < 1e-5 * gradient.norm(), name
     tokens = torch.tensor([random_tokens(np.random.default_rng(0), 30)])
     assert torch.equal(flex.base(tokens).logits, dense.base(tokens).logits)
+
+
+@pytest.mark.slow
+def test_packed_rows_are_checked_at_the_widths_of_passes(flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: of fewer than 128 columns torch takes another kernel, which no pass meets."""
+    widths = []
+
+    def noted(ends_BT: torch.Tensor, *rest: Any) -> attention.TreeMask:
+        widths.append(ends_BT.shape[1])
+        return tree_mask(ends_BT, *rest)
+
+    monkeypatch.setattr("posttrain.backend.trainer.tree_mask", noted)
+    monkeypatch.setattr("posttrain.backend.model_checks.kernel_gap", lambda *_: 0.0)
+    assert Trainer("micro", BackendConfig(engine="torch", attention="flex")).packs
+    assert widths and all(width % WIDTH_BUCKET == 0 for width in widths)
 
 
 # --- masks ----------------------------------------------------------------------------------------

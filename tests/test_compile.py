@@ -1,5 +1,6 @@
 """backend.compile changes speed, not numbers; what cannot be compiled runs as it is."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -48,3 +49,16 @@ def test_a_compiler_that_fails_is_switched_off_with_one_line(
     pairs = zip(ours, theirs, strict=True)
     assert all(abs(a["logprobs"].array - b["logprobs"].array).max() < 1e-5 for a, b in pairs)
     assert not failing.compiles
+
+
+def test_passes_may_be_compiled_for_more_shapes_than_torch_allows_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: an adapter or checkpointing needs more than 8 graphs, and torch goes on uncompiled. In torch 2.13 a
+    setting made where the model is opened does not hold in the thread of its passes."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr("posttrain.backend.logprobs._compiled", lambda function: function)
+    compiled, limits = trainer(compile=True), []
+    layer = compiled.base.get_decoder().layers[0]  # type: ignore[union-attr,index]
+    layer.register_forward_pre_hook(lambda *_: limits.append(torch._dynamo.config.recompile_limit))  # type: ignore[union-attr]
+    with ThreadPoolExecutor() as thread:
+        thread.submit(compiled.run, policy_data(2), "importance_sampling").result()
+    assert min(limits) >= 64

@@ -1,10 +1,13 @@
 """First light: aims and their verdicts, ratios, and what only a GPU's blocks do, with a stand-in."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +33,26 @@ def test_the_page_has_the_aims_and_the_blocks() -> None:
     for aim in AIMS:
         assert f"| {aim.what} | {aim.bound()} | `{aim.block}` | {aim.key} |" in page
     assert [name for name in first_light.SECONDS if f"`{name}`" not in page] == []
+
+
+def test_the_parts_for_an_offline_machine_are_of_one_size_and_join_to_what_was_packed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    archive, wheels = rng.bytes(50_000), {"chz-0.4.0-py3-none-any.whl": 3000, "pycountry-26.2-py3-none-any.whl": 9000}
+    for part in range(5):
+        (folder := tmp_path / f"part{part}").mkdir()
+        if part < 4:
+            (folder / f"vllm.tar.xz.{part}").write_bytes(archive[part * 15_000 : (part + 1) * 15_000])
+    for name, size in wheels.items():
+        (tmp_path / "part4" / name).write_bytes(bytes(size))
+    script = tmp_path / "project" / "benchmarks" / "gpu" / "offline.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(first_light.ROOT / "benchmarks" / "gpu" / "offline.sh", script)
+    subprocess.run(["bash", script, "pack", tmp_path / "part"], check=True, capture_output=True)
+    light = tmp_path / "project" / ".light"
+    assert b"".join((light / str(part) / f"vllm.tar.xz.{part}").read_bytes() for part in (1, 2, 3)) == archive
+    assert [file.name for file in light.rglob("*.whl")] == ["chz-0.4.0-py3-none-any.whl"]
+    sizes = [sum(file.stat().st_size for file in (light / str(part)).iterdir()) for part in (1, 2, 3)]
+    assert max(sizes) - min(sizes) <= 2
 
 
 def test_figures_of_a_cpu_are_not_judged() -> None:

@@ -58,14 +58,15 @@ def memory(record: Record, when: str) -> float:
     return tensors
 
 
-def check_gaps(record: Record, when: str, client: TrainingClient, sampler: SamplingClient) -> float:
-    """The mean |dlogp| at temperature 1."""
+def check_gaps(record: Record, when: str, client: TrainingClient, sampler: SamplingClient, gaps: list[float]) -> None:
+    """Adds the mean |dlogp| at temperature 1 to `gaps`."""
     gap = 0.0
     for temperature in (0.7, 1.0):
         gap = mean_gap(client, sampler, temperature, prompts=8, samples=8, max_tokens=32)
         bound = gap_bound() / temperature  # logits, and their rounding, are divided by it
         record.at_most(f"{when}: |dlogp| at temperature {temperature}", gap, bound)
-    return gap
+    gaps.append(gap)
+    record.figure("largest mean gap at temperature 1, nats", max(gaps))
 
 
 class Stopwatch:
@@ -158,7 +159,7 @@ def copy_speed() -> float:
 
 
 def main() -> None:
-    record, gaps = Record(), []
+    record, gaps = Record(), list[float]()
     record.figure("model", MODEL)
     with ServiceClient(CONFIG) as service:
         client = service.create_training_client(MODEL)
@@ -173,19 +174,18 @@ def main() -> None:
         memory(record, "beside the engine")
         check_noise(record, MODEL, sampler)
         check_prompt_logprobs(record, MODEL, client, sampler)
-        gaps.append(check_gaps(record, "at first", client, sampler))
+        check_gaps(record, "at first", client, sampler, gaps)
         for step in range(3):
             train_step(client, step, LEARNING_RATE)
             sampler = client.save_weights_and_get_sampling_client()
-            gaps.append(check_gaps(record, f"after step {step + 1}", client, sampler))
+            check_gaps(record, f"after step {step + 1}", client, sampler, gaps)
         sync_parts(record, client)
         check_loads(record, client)
         for step in range(TOKENIZER_STEPS if ON_GPU else 0):
             train_step(client, step, 1e-4)
         sampler = client.save_weights_and_get_sampling_client()
         check_stop_string(record, MODEL, sampler)
-        gaps.append(check_gaps(record, "of the trained model", client, sampler))
-        record.figure("largest mean gap at temperature 1, nats", max(gaps))
+        check_gaps(record, "of the trained model", client, sampler, gaps)
         memory(record, "before closing")
     record.at_most("GiB of tensors that closing left", memory(record, "after closing") - before, 0.1)
     del client  # held until here: the trainer's tensors are in both sums

@@ -16,6 +16,8 @@ from posttrain.backend.types import Datum
 # longest shared row with a dense mask: attention costs its square
 SHARED_ROW_TOKENS = 1024
 PACKED_TREE_TOKENS = 16384  # and where blocks that nobody sees are skipped
+# widths of packed rows, and of all that compiled code meets, are multiples of it
+WIDTH_BUCKET = 256
 # share prefixes where that leaves at most this part of the tokens; the mask it needs is not free
 SHARED_ROWS_PAY = 0.8
 

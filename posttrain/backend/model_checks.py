@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from posttrain.backend.attention import kernel_gap, packs, set_packing
-from posttrain.backend.batching import MicroBatch, micro_batches
+from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ModelError
@@ -50,9 +50,11 @@ class OpenedModel(Protocol):
 @torch.no_grad()
 def row_gap(trainer: OpenedModel, data_D: Sequence[Datum], share: bool) -> float:
     """Mean |logprob in one micro-batch - logprob alone| over all positions. `share`: with
-    prefix sharing."""
+    prefix sharing. Packed rows have the width that passes give them: below 128 columns torch takes
+    another kernel of FlexAttention."""
     chosen, packed = range(len(data_D)), trainer.packs
-    batches = micro_batches(data_D, chosen, 2**62, trainer.device, share, packed=packed)
+    bucket = WIDTH_BUCKET if packed else 1
+    batches = micro_batches(data_D, chosen, 2**62, trainer.device, share, bucket, packed=packed)
     together = trainer._flat_logprobs(data_D, batches)
     alone = [
         trainer._flat_logprobs([datum], micro_batches([datum], [0], 2**62, trainer.device, False)) for datum in data_D

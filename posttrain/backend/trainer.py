@@ -26,7 +26,7 @@ from posttrain.backend.attention import (
     tree_mask,
 )
 from posttrain.backend.base_models import BaseModels, SharedBase
-from posttrain.backend.batching import MicroBatch, Positions, micro_batches
+from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.custom_loss import CustomLoss, check_loss
 from posttrain.backend.data_checks import check_data, check_finite, check_sequences, resolve_loss
@@ -63,7 +63,7 @@ from posttrain.backend.weight_versions import Weights
 
 T = TypeVar("T")
 
-WIDTH_BUCKET = 256  # widths of rows that compiled code meets are multiples of it
+MOST_GRAPHS = 64  # of one function that is compiled; torch's own 8 are fewer than a run's shapes and modes need
 
 
 class Trainer:
@@ -303,6 +303,9 @@ class Trainer:
 
     def _hidden(self, batch: MicroBatch) -> torch.Tensor:
         """(BT, H) last hidden states."""
+        if self.compiles or self.packs:  # torch's settings are of a thread
+            # beyond the limit torch goes on uncompiled: FlexAttention with all scores in memory
+            torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             return self._compiled(
                 lambda: self.base.get_decoder()(

@@ -16,6 +16,7 @@ from posttrain.backend.vllm_refusals import MERGE
 from posttrain.backend.vllm_weights import has_only_attention
 
 LARGEST_GRAPH = 1024  # rows; each size that is captured takes start-up time and memory
+GRAPH_STEP = 16  # between the largest sizes that vLLM captures; it leaves out a size between two of them
 
 
 def vllm_is_installed() -> bool:
@@ -114,5 +115,6 @@ def engine_args(
     # vLLM requires this much free memory; the KV cache's bytes are given
     args["gpu_memory_utilization"] = 0.01
     if not eager:  # vLLM's own end at 512 rows, and more rows run without a graph
-        args["max_cudagraph_capture_size"] = min(config.max_num_seqs, LARGEST_GRAPH)
+        rows = -(-config.max_num_seqs // GRAPH_STEP) * GRAPH_STEP
+        args["max_cudagraph_capture_size"] = min(rows, LARGEST_GRAPH)
     return args

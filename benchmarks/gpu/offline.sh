@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# First light on a machine that is lent for minutes, has torch and no network, and takes 64 MiB with
+# each command (docs/gpu.md).
+#
+#   offline.sh pack BUNDLE     here: what bundle_vllm.sh wrote to BUNDLE0 .. BUNDLE4, as .light/1 .. .light/3
+#   offline.sh N [SECONDS]     there, with .light/N: keeps the part. 1 runs the blocks without vLLM,
+#                              3 installs vLLM and runs the others for SECONDS, 4 goes on with them
+#
+# What it has measured is copied to $OUT: first_light.json, and all files of the blocks in first_light.tgz.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+keep=${KEEP:-/root/light}
+# What vLLM's servers and other models import, and an engine in this process does not: 32 of 54 MB.
+unneeded='anthropic|cryptography|fastar|httptools|mistral_common|oss_harmony|outlines_core|pycountry|rignore|sentry_sdk|textarena|watchfiles'
+
+pack() {
+  rm -rf .light && mkdir -p .light/{1,2,3}
+  for wheel in "$1"[0-4]/*.whl; do
+    [[ ${wheel##*/} =~ ^($unneeded)- ]] || cp "$wheel" .light/1/
+  done
+  cat "$1"[0-4]/vllm.tar.xz.* > .light/archive
+  wheels=$(cat .light/1/*.whl | wc -c) archive=$(stat -c %s .light/archive)
+  part=$(((wheels + archive + 2) / 3))
+  head -c $((part - wheels)) .light/archive > .light/1/vllm.tar.xz.1
+  tail -c +$((part - wheels + 1)) .light/archive | split -b $part -a 1 --numeric-suffixes=2 - .light/vllm.tar.xz.
+  mv .light/vllm.tar.xz.2 .light/2/ && mv .light/vllm.tar.xz.3 .light/3/
+  rm .light/archive
+  du -sm .light/*
+}
+
+copy_results() {
+  [ -n "${OUT:-}" ] && [ -e "$keep/first_light/first_light.json" ] || return 0
+  cp "$keep/first_light/first_light.json" "$OUT/"
+  tar -czf "$OUT/first_light.tgz" -C "$keep" first_light
+}
+
+run_blocks() {
+  export PYTHONPATH="$keep/site" PYTHONUNBUFFERED=1
+  (while sleep 10; do copy_results || true; done) & # a file may change while it is packed
+  copies=$!
+  python3 benchmarks/gpu/first_light.py --out "$keep/first_light" --seconds "$2" --blocks "$1" || true
+  kill $copies || true
+  copy_results
+}
+
+case $1 in
+pack) pack "$2" ;;
+1)
+  mkdir -p "$keep/site" && cp .light/1/* "$keep/"
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$keep/site" "$keep"/*.whl
+  run_blocks facts,train_step "${2:-300}"
+  ;;
+2) cp .light/2/* "$keep/" ;;
+3 | 4)
+  if [ "$1" = 3 ]; then
+    cp .light/3/* "$keep/"
+    cat "$keep"/vllm.tar.xz.* | xz -dc -T0 | tar -xf - -C "$keep/site"
+  fi
+  run_blocks half_b_engine,sampling,large_models,learning "${2:-480}"
+  ;;
+esac
