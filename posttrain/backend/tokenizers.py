@@ -6,7 +6,7 @@ tokens.
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from posttrain.backend.checkpoint_files import adapted_model, is_adapter
+from posttrain.backend.checkpoint_files import adapted_model, is_adapter, not_pulled
 from posttrain.backend.errors import ConfigError, ModelError
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
@@ -51,9 +51,9 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
             f"{model_name} has no tokenizer (tokenizer.json, tokenizer_config.json): save the model's tokenizer into it"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of a damaged file, the tokenizers library raises a plain Exception
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = not_pulled(folder) or " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"no tokenizer could be loaded for {model_name!r}: {reason}") from error
     tokenizer.model_max_length = length
     return tokenizer
