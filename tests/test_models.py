@@ -171,9 +171,9 @@ def test_an_output_layer_of_its_own_counts_whatever_the_config_says(tmp_path: Pa
 def test_weights_that_are_not_finite_are_not_sampled_from(tmp_path: Path) -> None:
     folder = save_random_model("Llama 3", tmp_path / "model")
     with_tensors(lambda tensors: tensors[LAYER][0].fill_(torch.nan))(folder)
-    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
-        with pytest.raises(ModelError, match=f"NaN or infinite .*{LAYER}"):
-            service.create_sampling_client(model_path=str(folder))
+    service = ServiceClient(BackendConfig(engine="torch"), tmp_path)
+    with service, pytest.raises(ModelError, match=f"NaN or infinite .*{LAYER}"):
+        service.create_sampling_client(model_path=str(folder))
 
 
 # Trap: a run reads the config, for its length, before the model is opened.
