@@ -2,18 +2,22 @@
 are not in the vocabulary, texts changed by a normaliser.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError, DataError, ModelError
+from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.stream import ResponseStream
 from posttrain.renderers.turns import decode, encode, encode_text
 from posttrain.renderers.types import Message
+from tests.architectures import save_random_model
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -132,3 +136,20 @@ def test_tokenizers_that_change_texts_are_refused_where_a_stop_would_be_lost() -
     words = Tokenizer(models.WordLevel({**{token: i for i, token in enumerate(SPECIAL)}, "A": 5}, unk_token="<unk>"))
     with pytest.raises(ConfigError, match="the replies 'x' and '0' alike"):
         get_renderer(None, wrapped(words, CHATML))
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content + 1 }}", {"rag": CHATML}], ids=["wrong", "no default"])
+def test_a_template_that_fails_is_one_line(template: Any) -> None:
+    with pytest.raises(DataError, match="the chat template refuses the roles"):
+        get_renderer(None, wrapped(byte_level(), template))
+
+
+# Trap: transformers makes a tokenizer of the special tokens in tokenizer_config.json, which drops every text.
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    folder = save_random_model("Qwen 2.5", tmp_path)
+    (folder / "tokenizer.json").unlink()
+    for kind in ("Qwen2Tokenizer", "LlamaTokenizer", "GPT2Tokenizer"):
+        config = {"tokenizer_class": kind, "eos_token": "</s>", "additional_special_tokens": ["<|im_end|>"]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match="its vocabulary .* is missing"):
+            load_tokenizer(str(folder))

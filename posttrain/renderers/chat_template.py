@@ -111,7 +111,7 @@ class ChatTemplateRenderer:
                 **tools,
                 **self.template_kwargs,
             )  # type: ignore[return-value]
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two of the template's code, too
             raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
 
     def _for_template(self, message: Message) -> dict[str, Any]:
