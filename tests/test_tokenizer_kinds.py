@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from posttrain.backend.errors import ConfigError, DataError, ModelError
 from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.torch_sampler import _Stop
 from posttrain.renderers import get_renderer
 from posttrain.renderers.stream import ResponseStream
 from posttrain.renderers.turns import decode, encode, encode_text
@@ -120,6 +121,17 @@ def test_a_conversation_reads_as_one_text(kind: str) -> None:
         assert decode(tokenizer, tokens[1:]).removeprefix(" ") == text
         if name == "role_colon":  # and is the text's own tokens
             assert tokens == encode_text(tokenizer, text)
+
+
+# Trap: a run of bytes that is cut in a character is no text, nor are the line breaks after it.
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_is_found_where_the_whole_text_has_it(kind: str) -> None:
+    tokenizer, stop = wrapped(KINDS[kind]()), "\n\nUser:"
+    ends = _Stop(frozenset(), (stop,), tokenizer).ends
+    for said in ("hello", "日本 " + "😀" * 12, "日" * 11, "\n\n😀\nUser" * 5):
+        tokens = encode(tokenizer, said + stop + " more")
+        found = [n for n in range(1, len(tokens) + 1) if stop in decode(tokenizer, tokens[:n])]
+        assert [n for n in range(1, found[0] + 1) if ends(tokens[:n])] == found[:1]
 
 
 def test_a_text_with_its_bos_gets_no_second_one() -> None:
