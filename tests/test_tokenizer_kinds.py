@@ -16,7 +16,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.torch_sampler import _Stop
 from posttrain.renderers import get_renderer
 from posttrain.renderers.stream import ResponseStream
-from posttrain.renderers.turns import decode, encode, encode_text
+from posttrain.renderers.turns import decode, encode, encode_text, token_text
 from posttrain.renderers.types import Message
 from tests.architectures import save_random_model
 
@@ -132,6 +132,16 @@ def test_a_stop_is_found_where_the_whole_text_has_it(kind: str) -> None:
         tokens = encode(tokenizer, said + stop + " more")
         found = [n for n in range(1, len(tokens) + 1) if stop in decode(tokenizer, tokens[:n])]
         assert [n for n in range(1, found[0] + 1) if ends(tokens[:n])] == found[:1]
+
+
+# Trap: transcripts and logprobs of words without the spaces between them, and two tokens of one name.
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_texts_of_tokens_are_those_of_the_whole(kind: str) -> None:
+    tokenizer, text = wrapped(KINDS[kind]()), "hello there, what is that?\n yes"
+    tokens = encode(tokenizer, text, begins=True)
+    texts = [token_text(tokenizer, token) for token in tokens]
+    assert "".join(texts).removeprefix(" ") == text
+    assert token_text(tokenizer, 2) == "</s>"
 
 
 def test_a_text_with_its_bos_gets_no_second_one() -> None:

@@ -56,6 +56,14 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text by itself, with the space that some tokenizers drop before a first word."""
+    if not _puts_space(tokenizer):
+        return decode(tokenizer, [token])
+    before = encode(tokenizer, ".")
+    return decode(tokenizer, [*before, token])[len(decode(tokenizer, before)) :]
+
+
 def text_of(message: Message) -> str:
     """The text of a message for a renderer that knows text alone. DataError for a message of parts
     written by hand, whose thinking or calls would be lost."""
