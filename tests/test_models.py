@@ -73,6 +73,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pointer for a config": (lambda folder: (folder / "config.json").write_text(POINTER), "run `git lfs pull`"),
     "an empty older file": (lambda folder: as_older_file(folder).write_bytes(b""), "pytorch_model.bin is damaged"),
     "code in an older file": (lambda folder: torch.save(Harmful(), as_older_file(folder)), "is not loaded"),
+    "an adapter beside the model": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
+        "a whole model and an adapter",
+    ),
     "quantised by MLX": (with_config(quantization={"group_size": 64, "bits": 4}), "has quantised weights"),
     "code of its own": (
         with_config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.MyConfig"}),

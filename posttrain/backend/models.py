@@ -102,6 +102,11 @@ def model_config(model_name: str) -> PretrainedConfig:
         raise ModelError(_is_no_model(path))
     if is_adapter(path):
         raise ModelError(_is_an_adapter(model_name, path))
+    if (path / ADAPTER_CONFIG_FILE).exists():  # transformers would add the adapter, vLLM would not
+        raise ModelError(
+            f"{model_name!r} holds a whole model and an adapter, and does not say whether the two are merged already: "
+            f"move the adapter's files ({ADAPTER_CONFIG_FILE}, ...) out of the folder, or the model's"
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as error:
