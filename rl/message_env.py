@@ -162,21 +162,34 @@ def next_prompt(
     of_tools = all(following["role"] == "tool" for following in next_messages)
     if not renderer.has_extension_property and not of_tools:
         return rendered
-    end = _end_of_turn(renderer, conversation, rendered)
-    if end is None and of_tools and not get_thinking(conversation[-1]):
-        end = _end_of_turn_without_thought(renderer, conversation[:-1], rendered)
+    end = _end_of_turn(renderer, conversation, rendered, of_tools)
+    if end is None:
+        # The reply may begin with a line break, which joins that of the prompt in one token. What follows the turn
+        # is the same after another reply.
+        parts = conversation[-1].get("parts")
+        other = Message(role="assistant", content="", parts=parts) if parts else Message(role="assistant", content="x")
+        spoken = [*conversation[:-1], other]
+        after = renderer.build_generation_prompt([*spoken, *next_messages]).to_ints()
+        if (end := _end_of_turn(renderer, spoken, after, of_tools)) is not None:
+            rendered = after
     return rendered if end is None else prompt + action + _missing_stop(renderer, action) + rendered[end:]
 
 
-def _end_of_turn(renderer: Renderer, conversation: Sequence[Message], rendered: list[int]) -> int | None:
+def _end_of_turn(
+    renderer: Renderer, conversation: Sequence[Message], rendered: list[int], of_tools: bool
+) -> int | None:
     """Where the renderer ends the model's turn: after the last weight. None where the next
     prompt writes the turn otherwise, e.g. role_colon's "User:" if another role speaks next."""
     try:
         tokens, weights = renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+        end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
+        if rendered[:end] == tokens[:end]:
+            return end
     except DataError:
-        return None
-    end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
-    return end if rendered[:end] == tokens[:end] else None
+        pass
+    if of_tools and not get_thinking(conversation[-1]):
+        return _end_of_turn_without_thought(renderer, conversation[:-1], rendered)
+    return None
 
 
 def _end_of_turn_without_thought(renderer: Renderer, before: Sequence[Message], rendered: list[int]) -> int | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from posttrain.renderers.turns import decode, token_text
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 from rl.types import Trajectory, TrajectoryGroup, Transition
@@ -64,8 +65,8 @@ def _turn(
         token_advantages = turn.token_advantages or [0.0] * len(tokens)
         advantages = [advantage + token_advantage for token_advantage in token_advantages]
     return TranscriptTurn(
-        prompt_text=str(tokenizer.decode(new_ob)),
-        tokens=[str(tokenizer.decode([token])) for token in tokens],
+        prompt_text=decode(tokenizer, new_ob),
+        tokens=[token_text(tokenizer, token) for token in tokens],
         advantages=advantages,
         logprobs=turn.ac.logprobs,
         reward=turn.reward,

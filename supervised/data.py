@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest.mock import patch
 
 import chz
@@ -18,12 +18,22 @@ from posttrain.backend.hub import hub_is_reached, hub_reason
 from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import Datum, ModelInput, TensorData
 from posttrain.renderers import with_tools
-from posttrain.renderers.turns import bos, encode, eos
+from posttrain.renderers.turns import bos, encode_text, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset, held_out
 from supervised.forms import customized, form_of, one_form, print_form, read_row
 from supervised.names import DATASETS
-from supervised.rows import Fields, Row, after_system, conversation, exchange, read_rows, system_of, tools_of
+from supervised.rows import (
+    Fields,
+    Row,
+    after_system,
+    conversation,
+    exchange,
+    read_rows,
+    system_of,
+    tools_of,
+    without_nulls,
+)
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
@@ -206,10 +216,9 @@ class FileBuilder(JsonLinesBuilder):
         read = read_row(fields)
         if not isinstance(read, str):
             return offering(fields, renderer).build_supervised_example(*customized(read, self.train_on_what))
-        tokens = encode(renderer.tokenizer, read)
-        start, end = bos(renderer.tokenizer), eos(renderer.tokenizer)
-        # a text may have been written with its BOS and EOS
-        tokens = ([] if tokens[:1] == start else start) + tokens + ([] if tokens[-1:] == end else end)
+        tokens, end = encode_text(renderer.tokenizer, read), eos(renderer.tokenizer)
+        tokens += [] if tokens[-1:] == end else end  # a text may have been written with its EOS
+        start = bos(renderer.tokenizer)
         return tokens, [0.0] * len(start) + [1.0] * (len(tokens) - len(start))
 
 
@@ -237,9 +246,9 @@ class PromptCompletionFileBuilder(JsonLinesBuilder):
 
 @chz.chz
 class HuggingFaceBuilder(ChatDatasetBuilder):
-    """A dataset of the hub, a folder of data files, or a folder written by `save_to_disk`."""
+    """A dataset of the hub, a data file, a folder of them, or a folder written by `save_to_disk`."""
 
-    name: str = chz.field(doc="hub name or local folder")
+    name: str = chz.field(doc="hub name, local folder or file (Parquet, CSV, JSON)")
     subset: str | None = chz.field(default=None, doc="configuration of the hub dataset, e.g. main")
     split: str = chz.field(default="train", doc="split to train on")
     test_split: str | None = chz.field(default=None, doc="split held out")
@@ -274,10 +283,16 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
                 table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
             else:
                 name, _, revision = (str(path), "", "") if path.exists() else self.name.partition("@")
+                name, files = (str(path.parent), path.name) if path.is_file() else (name, None)
                 unreached = datasets_config.HF_HUB_OFFLINE or not (path.exists() or hub_is_reached())
                 with patch.object(datasets_config, "HF_HUB_OFFLINE", unreached):
-                    table = datasets.load_dataset(name, self.subset, split=split, revision=revision or None)
-            rows = [(f"{self.name}[{split}]:{i}", fields) for i, fields in enumerate(table)]
+                    table: Any = datasets.load_dataset(
+                        name, self.subset, data_files=files, split=split, revision=revision or None
+                    )
+            rows = [
+                (f"{self.name}[{split}]:{i}", {name: without_nulls(value) for name, value in fields.items()})
+                for i, fields in enumerate(table)
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, DatasetsError) as error:
             cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
             reason = " ".join(str(cause).split())[:300]

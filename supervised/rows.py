@@ -99,13 +99,16 @@ def text_of(where: str, fields: Fields, name: str) -> str:
 
 def conversation(fields: Fields, name: str) -> list[Message]:
     """The messages in the field `name`; thinking and tool calls as the OpenAI API writes them. Where
-    one is marked as not trained on, all have a `trainable` mark."""
-    messages = list(_field(fields, name, list))
+    one is marked as trained on or not, all have a `trainable` mark."""
+    messages = [_given(message) for message in _field(fields, name, list)]
     trained = [is_trained(message, f"{name}[{i}]") for i, message in enumerate(messages)]
     for i, message in enumerate(messages):
         if isinstance(message, dict) and message.get("function_call"):
             raise DataError(f"{name}[{i}] has a 'function_call': write it as 'tool_calls', a list")
-        if isinstance(message, dict) and any(message.get(key) for key in ("tool_calls", *THINKING_KEYS)):
+        of_api = ("tool_calls", *THINKING_KEYS)
+        if isinstance(message, dict) and (
+            any(message.get(key) for key in of_api) or isinstance(message.get("content"), list)
+        ):
             try:
                 messages[i] = message = {
                     **from_openai(message),
@@ -117,13 +120,27 @@ def conversation(fields: Fields, name: str) -> list[Message]:
             raise DataError(f"{name}[{i}] needs a 'role' and a 'content' of text, not {str(message)[:80]}")
         if message.get("role") not in ROLES:
             raise DataError(f"{name}[{i}] has the role {message.get('role')!r}; roles are {', '.join(ROLES)}")
-    if all(trained):
+    if all(trained) and not any("trainable" in message for message in messages):
         return messages
     default = [message.get("trainable", message["role"] == "assistant") for message in messages]
     return [
         {**message, "trainable": bool(given and unmarked)}  # type: ignore[misc]
         for message, given, unmarked in zip(messages, default, trained, strict=True)
     ]
+
+
+def _given(message: Any) -> Any:
+    """A message without fields that are null, as those of other messages are in a table."""
+    if not isinstance(message, Mapping):
+        return message
+    return {key: value for key, value in message.items() if value is not None or key == "content"}
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without null fields of the objects in it: a table's objects have all each other's fields."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def unmarked(message: Message, also: Sequence[str] = ()) -> Message:

@@ -81,6 +81,27 @@ def test_a_full_model_keeps_its_function_and_loses_its_training_state(folders: d
     assert all(torch.equal(rounded[name], tensor) for name, tensor in load_file(half / "model.safetensors").items())
 
 
+# Trap: a folder of TRL, exported with every checkpoint in it, and its pickled settings pushed to the hub.
+def test_the_training_state_of_other_trainers_stays_behind(tmp_path: Path) -> None:
+    folder = save_random_model("Qwen 3", tmp_path / "trained elsewhere")
+    kept = {file.name for file in folder.iterdir()} | {"additional_chat_templates", "LICENSE"}
+    for name in (
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state_0.pth",
+        "trainer_state.json",
+        "training_args.bin",
+        "LICENSE",
+    ):
+        (folder / name).write_text("")
+    for name in ("checkpoint-500", "global_step500", "additional_chat_templates", "runs"):
+        (folder / name).mkdir()
+        (folder / name / "file").write_text("")
+    out = export.main(export.Config(model=str(folder), out=str(tmp_path / "out")))
+    assert {file.name for file in out.iterdir()} == kept | {"README.md"}
+    assert torch.equal(logits(out), logits(folder))
+
+
 def test_an_adapter_is_merged_or_stays_alone(folders: dict[str, Path], tmp_path: Path) -> None:
     with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
         client = service.create_training_client_from_state(str(folders["adapter"] / "checkpoints/final"))

@@ -112,11 +112,11 @@ def test_an_episode_is_one_sequence_of_what_was_said(renderer: Renderer, stop: s
     }
 
 
-def merging_tokenizer() -> PreTrainedTokenizerFast:
+def merging_tokenizer(first: str = "a", second: str = "b") -> PreTrainedTokenizerFast:
     """Bytes, and one merge: "ab" is a single token whenever text is encoded."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<|end|>", *letters, "ab"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    vocab = {token: i for i, token in enumerate(["<|end|>", *letters, first + second])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[(first, second)]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", model_max_length=512)
 
@@ -137,6 +137,20 @@ def test_sampled_tokens_are_kept_where_their_text_is_tokenized_otherwise(
     assert env.heard == ["ab"] * 3
     assert sum(pair == (a, b) for pair in zip(tokens, tokens[1:], strict=False)) == 3
     assert encode(tokenizer, "ab")[0] in tokens  # what the environment says is encoded as usual
+
+
+# Trap: a reply's line break joins the prompt's, and the conversation is tokenized anew.
+def test_a_reply_that_begins_with_a_line_break_is_kept():
+    tokenizer = merging_tokenizer("Ċ", "Ċ")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    renderer = ChatTemplateRenderer(tokenizer)
+    assert renderer.has_extension_property
+    sampled = [encode(tokenizer, text + "<|end|>") for text in ("\nab", "a", "\n\nb")]
+    tokens = one_sequence(roll_out(renderer, Echo(), sampled))
+    assert decode(tokenizer, tokens).count("assistant:\n\nab<|end|>user:\nyou said \nab<|end|>assistant:\na") == 1
 
 
 def test_a_conversation_goes_on_from_a_stop_that_was_not_sampled():

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import ModelError
+from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.logprobs import PLAIN, LogitTransform
 from posttrain.backend.model_checks import row_check_data, row_gap
 from posttrain.backend.models import context_length, load_model, model_config, new_model
@@ -65,6 +65,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing tensor": (with_tensors(lambda tensors: tensors.pop(LAYER)), LAYER),
     "one too many": (with_tensors(lambda tensors: tensors.update(more=torch.zeros(2))), "such as more"),
     "another shape": (with_tensors(lambda tensors: tensors.update({LAYER: torch.zeros(3, 2)})), LAYER),
+    "names of a wrapper": (
+        with_tensors(lambda tensors: tensors.update({f"_orig_mod.{name}": tensors.pop(name) for name in [*tensors]})),
+        "lm_head.weight; they hold others, such as _orig_mod.lm_head.weight",
+    ),
+    "a pointer of Git LFS": (lambda folder: (folder / "model.safetensors").write_text(POINTER), "run `git lfs pull`"),
+    "a pointer for a config": (lambda folder: (folder / "config.json").write_text(POINTER), "run `git lfs pull`"),
+    "an empty older file": (lambda folder: as_older_file(folder).write_bytes(b""), "pytorch_model.bin is damaged"),
+    "code in an older file": (lambda folder: torch.save(Harmful(), as_older_file(folder)), "is not loaded"),
+    "an adapter beside the model": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
+        "a whole model and an adapter",
+    ),
+    "quantised by MLX": (with_config(quantization={"group_size": 64, "bits": 4}), "has quantised weights"),
+    "code of its own": (
+        with_config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.MyConfig"}),
+        "it needs code of its own",
+    ),
     "truncated weights": (lambda folder: truncate(folder / "model.safetensors"), "SafetensorError"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "SafetensorError"),
@@ -76,6 +93,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "quantised": (with_config(quantization_config={"quant_method": "awq"}), "has quantised weights (awq)"),
     "pictures too": (lambda folder: Gemma3Config().save_pretrained(folder), "only text models"),
 }
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return print, ("code of a stranger runs",)
+
+
+def as_older_file(folder: Path) -> Path:
+    return (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
 def truncate(file: Path) -> None:
@@ -91,6 +120,64 @@ def test_a_damaged_or_foreign_folder_is_refused_in_one_line(damage: str, tmp_pat
     with pytest.raises(ModelError) as caught:
         load_model(str(folder), 0, CPU, torch.float32)
     assert says in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Trap: transformers asks in the terminal whether to run the code, and runs it after a "y".
+def test_code_of_a_model_is_never_offered_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_random_model("Llama 3", tmp_path / "model")
+    (folder / "configuration_mine.py").write_text("raise SystemExit('code of a stranger runs')")
+    with_config(model_type="mine", auto_map={"AutoConfig": "configuration_mine.MyConfig"})(folder)
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    with pytest.raises(ModelError, match="which this project does not run"):
+        model_config(str(folder))
+
+
+def test_what_may_have_been_meant_is_named(tmp_path: Path) -> None:
+    folder = save_random_model("Llama 3", tmp_path / "models--me--mine" / "snapshots" / "4d7a")
+    for given, says in (
+        (folder / "config.json", "is a file: give a model's folder"),
+        (folder.parent, f"did you mean {folder}?"),
+        (folder.parent.parent, f"did you mean {folder}?"),
+        (tmp_path, "not a Hugging Face model folder$"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            model_config(str(given))
+
+
+# Trap: transformers does not tie an output layer that the file has, whatever the config says; samplers did.
+def test_an_output_layer_of_its_own_counts_whatever_the_config_says(tmp_path: Path) -> None:
+    folder = save_random_model("Llama 3", tmp_path / "model")
+    with_config(tie_word_embeddings=True)(folder)
+    tokens = random_tokens(np.random.default_rng(0), 9)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(input_ids=torch.tensor([tokens])).logits[0]
+    expected = logits.log_softmax(-1)[range(8), tokens[1:]].tolist()
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        client = service.create_training_client(str(folder))
+        saved = client.save_state("state").result().path
+        for sampler in (
+            service.create_sampling_client(base_model=str(folder)),
+            client.save_weights_and_get_sampling_client(),
+            service.create_sampling_client(model_path=saved),
+        ):
+            assert sampler.compute_logprobs(ModelInput.from_ints(tokens)).result()[1:] == pytest.approx(
+                expected, abs=1e-5
+            )
+        assert json.loads((Path(saved) / "config.json").read_text())["tie_word_embeddings"] is False
+        tied = save_random_model("Llama 3", tmp_path / "tied")
+        with_config(tie_word_embeddings=True)(tied)
+        with_tensors(lambda tensors: tensors.pop("lm_head.weight"))(tied)
+        with pytest.raises(CheckpointError, match="has an output layer of its own"):
+            service.create_training_client(str(tied)).load_state(saved).result()
+
+
+# Trap: a diverged model is evaluated, at 0.
+def test_weights_that_are_not_finite_are_not_sampled_from(tmp_path: Path) -> None:
+    folder = save_random_model("Llama 3", tmp_path / "model")
+    with_tensors(lambda tensors: tensors[LAYER][0].fill_(torch.nan))(folder)
+    service = ServiceClient(BackendConfig(engine="torch"), tmp_path)
+    with service, pytest.raises(ModelError, match=f"NaN or infinite .*{LAYER}"):
+        service.create_sampling_client(model_path=str(folder))
 
 
 # Trap: a run reads the config, for its length, before the model is opened.
@@ -111,7 +198,7 @@ def test_an_encoder_is_refused_by_its_config(tmp_path: Path) -> None:
 def test_each_reason_for_a_hub_model_has_its_own_line(
     error: Exception, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fail(path: Path) -> None:
+    def fail(path: Path, **_: Any) -> None:
         raise error
 
     (tmp_path / "config.json").write_text("{}")

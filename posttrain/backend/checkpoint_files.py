@@ -74,12 +74,22 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def not_pulled(folder: Path) -> str:
+    """What to do where a file of the folder is the pointer that Git LFS leaves for it; "" without one."""
+    for file in sorted(folder.glob("*")):
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+            return f"{file.name} is a pointer of Git LFS and not the file itself: run `git lfs pull` in its folder"
+    return ""
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a file. CheckpointError, with the file's name, if it is missing or damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read ({_reason(error)}): {REMEDY}") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({_reason(error)}): {not_pulled(file.parent) or REMEDY}"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds {type(content).__name__} where an object is expected: {REMEDY}")
     return content
@@ -98,7 +108,9 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, "pt") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read ({_reason(error)}): {REMEDY}") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({_reason(error)}): {not_pulled(file.parent) or REMEDY}"
+        ) from error
 
 
 def check_readable(path: Path) -> None:

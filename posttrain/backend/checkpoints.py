@@ -183,9 +183,15 @@ def _read_weights(trainer: TrainedModel, live: dict[str, torch.Tensor], path: Pa
     """A full checkpoint's weights: exactly the tensors of its config.json, and those of `live`."""
     try:
         _check_same_model(trainer, model_config(str(path)), path)
-        saved = read_model(str(path), torch.float32).state_dict()
+        model = read_model(str(path), torch.float32)
     except ModelError as error:
         raise CheckpointError(f"{error}: {REMEDY}") from error
+    if trainer.hf_config.tie_word_embeddings and not model.config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{path} has an output layer of its own, and that of {trainer.model_name!r} is its embedding: give it as "
+            f"model_name={path}"
+        )
+    saved = model.state_dict()
     if differing := sorted(name for name in live.keys() ^ saved.keys()):
         raise CheckpointError(f"{path} is a checkpoint of another model: {differing[:3]} in only one of the two")
     for name, tensor in live.items():

@@ -95,6 +95,15 @@ def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarra
     return int(np.searchsorted(np.cumsum([array.size for array in arrays_D]), bad_N.argmax(), side="right"))
 
 
+def not_finite(named: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of tensors with a value that is NaN or infinite."""
+    tensors = {name: part for name, tensor in named.items() if (part := local(tensor.detach())).numel()}
+    # On a CPU the norm takes 1/15 of the time of the largest value. It overflows at finite values, too.
+    if torch.isfinite(get_total_norm(list(tensors.values()))):
+        return []
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+
+
 def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     """NonFiniteError if a weight of `named`, or its optimizer state, is NaN or infinite; one pass. Of
     sharded tensors, this rank's part."""
@@ -105,11 +114,7 @@ def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optim
             for key, state in optimizer.state.get(parameter, {}).items()
             if state.ndim and state.is_floating_point()
         }
-    tensors = {name: part for name, tensor in tensors.items() if (part := local(tensor.detach())).numel()}
-    # On a CPU the norm takes 1/15 of the time of the largest value. It overflows at finite values, too.
-    if torch.isfinite(get_total_norm(list(tensors.values()))):
-        return
-    if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+    if bad := not_finite(tensors):
         raise NonFiniteError(
             f"{len(bad)} of {len(tensors)} tensors are not finite, first {bad[0]!r}: an optimizer step went too far, "
             "and nothing was "

@@ -6,6 +6,7 @@ import copy
 import difflib
 import functools
 import inspect
+import pickle
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from posttrain.backend.checkpoint_files import ADAPTER_CONFIG_FILE, adapted_model, is_adapter, read_json
+from posttrain.backend.checkpoint_files import (
+    ADAPTER_CONFIG_FILE,
+    adapted_model,
+    checkpoints_in,
+    is_adapter,
+    not_pulled,
+    read_json,
+)
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.hub import hub_folder
@@ -90,18 +98,22 @@ def model_config(model_name: str) -> PretrainedConfig:
     if model_name in PRESETS:
         return PRESETS[model_name]
     path = model_folder(model_name)
-    if not path.is_dir():
-        raise ModelError(f"there is no model folder {path}")
-    if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
-        raise ModelError(f"{path} has no config.json: it is not a Hugging Face model folder")
+    if not (path / "config.json").exists() and not (path / ADAPTER_CONFIG_FILE).exists():
+        raise ModelError(_is_no_model(path))
     if is_adapter(path):
         raise ModelError(_is_an_adapter(model_name, path))
+    if (path / ADAPTER_CONFIG_FILE).exists():  # transformers would add the adapter, vLLM would not
+        raise ModelError(
+            f"{model_name!r} holds a whole model and an adapter, and does not say whether the two are merged already: "
+            f"move the adapter's files ({ADAPTER_CONFIG_FILE}, ...) out of the folder, or the model's"
+        )
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error
-    quantized: Any = getattr(config, "quantization_config", None) or {}
-    method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method")
+        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error, path)}") from error
+    quantized: Any = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)  # MLX's
+    settings: dict[str, Any] = quantized if isinstance(quantized, dict) else quantized.to_dict() if quantized else {}
+    method = settings.get("quant_method", "of an unnamed method") if quantized else None
     if method and str(getattr(method, "value", method)) not in DEQUANTIZED:
         raise ModelError(
             f"{model_name!r} has quantised weights ({getattr(method, 'value', method)}), which are neither trained nor "
@@ -147,6 +159,18 @@ def looks_like_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.partition("@")[0].count("/") > 1
 
 
+def _is_no_model(path: Path) -> str:
+    """Why a path is no model, and what may have been meant."""
+    if not path.exists():
+        return f"there is no model folder {path}"
+    if path.is_file():
+        return f"{path} is a file: give a model's folder, with config.json"
+    # of a trainer's output, a run here, and the hub's cache
+    inside = [model for name in (".", "checkpoints", "snapshots") for model in checkpoints_in(path / name)]
+    hint = f"; did you mean {inside[-1]}?" if inside else ""
+    return f"{path} has no config.json: it is not a Hugging Face model folder{hint}"
+
+
 def _is_an_adapter(name: str, path: Path) -> str:
     """What to do with an adapter where a whole model is wanted."""
     config = read_json(path / ADAPTER_CONFIG_FILE)
@@ -166,14 +190,20 @@ LOAD_ERRORS = (
     TypeError,
     AttributeError,
     ImportError,
+    EOFError,
+    pickle.UnpicklingError,
     SafetensorError,
     StrictDataclassError,
 )
 
 
-def _reason(error: BaseException) -> str:
-    """One line with the reason."""
+def _reason(error: BaseException, path: Path) -> str:
+    """One line with the reason why the folder cannot be read."""
     text = str(error)
+    if pointer := not_pulled(path):
+        return pointer
+    if isinstance(error, (EOFError, pickle.UnpicklingError)):
+        return "its pytorch_model.bin is damaged, or holds something other than tensors, which is not loaded"
     if "trust_remote_code" in text:
         return "it needs code of its own from its repository, which this project does not run"
     if "model type" in text or "Unrecognized model" in text:
@@ -311,12 +341,13 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             attn_implementation=kernel_of_attention(model_config(model_name)),
         )
     except LOAD_ERRORS as error:
-        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error)}") from error
+        raise ModelError(f"{model_name!r} cannot be opened: {_reason(error, path)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     model, report = opened
@@ -325,11 +356,27 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
         ("unexpected_keys", "its weights hold tensors that its config.json does not ask for"),
         ("mismatched_keys", "its weights and its config.json differ in shapes"),
     ):
-        if names := sorted(name if isinstance(name, str) else name[0] for name in report[kind]):
-            raise ModelError(f"{model_name!r} cannot be opened: {fault} ({len(names)}, such as {names[0]})")
+        if names := _names(report[kind]):
+            other = _names(report["unexpected_keys"]) if kind == "missing_keys" else []
+            beside = f"; they hold others, such as {other[0]}" if other else ""
+            raise ModelError(f"{model_name!r} cannot be opened: {fault} ({len(names)}, such as {names[0]}{beside})")
+    _say_untied(model)
     _join_end_tokens(model)
     _make_savable(model_name, model)
     return model
+
+
+def _names(report: Any) -> list[str]:
+    return sorted(name if isinstance(name, str) else name[0] for name in report)
+
+
+def _say_untied(model: PreTrainedModel) -> None:
+    """transformers does not tie an output layer that the weights have with values of its own, whatever the config
+    says; samplers and savers go by the config."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _make_savable(model_name: str, model: PreTrainedModel) -> None:

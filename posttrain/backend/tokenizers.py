@@ -6,7 +6,7 @@ tokens.
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from posttrain.backend.checkpoint_files import adapted_model, is_adapter
+from posttrain.backend.checkpoint_files import adapted_model, is_adapter, not_pulled
 from posttrain.backend.errors import ConfigError, ModelError
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
@@ -51,10 +51,17 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
             f"{model_name} has no tokenizer (tokenizer.json, tokenizer_config.json): save the model's tokenizer into it"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of a damaged file, the tokenizers library raises a plain Exception
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = not_pulled(folder) or " ".join(str(error).split())[:300] or type(error).__name__
+        if "custom code" in reason:
+            reason = "it needs code of its own from its repository, which this project does not run"
         raise ModelError(f"no tokenizer could be loaded for {model_name!r}: {reason}") from error
+    if len(tokenizer) <= len({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}):
+        raise ModelError(
+            f"the tokenizer of {model_name!r} has special tokens alone: its vocabulary (tokenizer.json, tokenizer.model, "
+            "or vocab.json with merges.txt) is missing"
+        )
     tokenizer.model_max_length = length
     return tokenizer
 

@@ -217,9 +217,15 @@ class _Stop:
         if not self._may_end[last]:
             return False
         # a character is at most four tokens (bytes)
-        tail = tokens[-(max(map(len, self.strings)) * 4 + 4) :]
-        text = self.tokenizer.decode(tail, skip_special_tokens=False)
+        start = max(0, len(tokens) - (max(map(len, self.strings)) * 4 + 4))
+        while start and self._is_byte(tokens[start]):  # tokens of bytes in a row are read together, or not at all
+            start -= 1
+        text = self.tokenizer.decode(tokens[start:], skip_special_tokens=False)
         return any(string in text for string in self.strings)
+
+    def _is_byte(self, token: int) -> bool:
+        """Whether SentencePiece has a token for a byte, and not for text."""
+        return str(self.tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
 
 
 @dataclass(eq=False)

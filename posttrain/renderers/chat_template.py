@@ -61,6 +61,9 @@ class ChatTemplateRenderer:
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         self.stops = [self.end_of_turn, *(added[stop] for stop in self.format.call_stops if stop in added)]
         self.opens: Kind | None = self._opens()
+        self.before_reply = self._before_reply()
+        # of a sampled text; some tokenizers drop the space before a first word
+        self.lead = decode(tokenizer, encode(tokenizer, " x")).removesuffix("x") if self.before_reply else ""
         self.has_extension_property: bool = self._extends()
 
     def with_tools(self, tools: Sequence[ToolSpec], list_tools: bool = True) -> "ChatTemplateRenderer":
@@ -70,6 +73,10 @@ class ChatTemplateRenderer:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Tokens of `apply_chat_template`. DataError with the template's message if it refuses, and for a role
         whose messages it leaves out."""
+        if not messages:
+            raise DataError(
+                "the chat template needs a message before the assistant's: begin with the system's or user's"
+            )
         for role in {message["role"] for message in messages} & INSTEAD.keys():
             if not self._writes(role):
                 raise DataError(f"the chat template leaves out messages of the role {role!r}: {INSTEAD[role]}")
@@ -104,7 +111,7 @@ class ChatTemplateRenderer:
                 **tools,
                 **self.template_kwargs,
             )  # type: ignore[return-value]
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two of the template's code, too
             raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
 
     def _for_template(self, message: Message) -> dict[str, Any]:
@@ -125,11 +132,24 @@ class ChatTemplateRenderer:
         """Reads a response into parts."""
         return PartsReader(self.format, self.opens, has_tools=bool(self.tools))
 
+    def _before_reply(self) -> str:
+        """The space that some templates write between the prompt and a reply ("Assistant:" and " Hi"), or ""."""
+        ask = Message(role="user", content="a")
+        prompt = self._render([ask], add_generation_prompt=True)
+        whole = self._render([ask, Message(role="assistant", content="x")])
+        text, begun = decode(self.tokenizer, whole), decode(self.tokenizer, prompt)
+        return " " if text.startswith(begun + " x") else ""
+
     def _find_end_of_turn(self) -> int:
         """The first special token in the common ending of two conversations that differ in the
         assistant's reply."""
         ask = Message(role="user", content="a")
         first, second = (self._render([ask, Message(role="assistant", content=reply)]) for reply in "x0")
+        if first == second:
+            raise ConfigError(
+                "the tokenizer or its chat template writes the replies 'x' and '0' alike, so the end of a turn cannot "
+                "be found: use another renderer_name"
+            )
         special = set(self.tokenizer.all_special_ids) | {
             i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special
         }
@@ -148,7 +168,7 @@ class ChatTemplateRenderer:
                 messages += [Message(role="user", content="Is it so?")]
                 spoken = [
                     *self._render(messages, add_generation_prompt=True),
-                    *encode(self.tokenizer, reply),
+                    *encode(self.tokenizer, self.before_reply + reply),
                     self.end_of_turn,
                 ]
                 messages += [Message(role="assistant", content=reply)]
@@ -169,7 +189,8 @@ class ChatTemplateRenderer:
                 f"a chat template prompts the assistant only, not {role!r}: swap the roles or use role_colon"
             )
         return ModelInput.from_ints(
-            self._render(messages, add_generation_prompt=True) + encode(self.tokenizer, prefill or "")
+            self._render(messages, add_generation_prompt=True)
+            + (encode(self.tokenizer, self.before_reply + prefill) if prefill else [])
         )
 
     def build_supervised_example(
@@ -218,7 +239,7 @@ class ChatTemplateRenderer:
             last = i == len(messages) - 1
             # Qwen3 gives the last message an empty thought, and others none: what counts is what is sampled
             content = self._for_template(messages[i])["content"]
-            spoken = prompt + encode(self.tokenizer, content) + [self.end_of_turn]
+            spoken = prompt + encode(self.tokenizer, self.before_reply + content) + [self.end_of_turn]
             if role == "assistant" and not last and tokens[: len(spoken)] == spoken:
                 return start, len(spoken)
             joined = whole[:start] != prompt and content[:1].isspace()
@@ -253,6 +274,7 @@ class ChatTemplateRenderer:
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
         """The message has `parts` if it is more than text."""
         text, ended = cut_at_stop(self.tokenizer, tokens, [*self.stops, *eos(self.tokenizer)])
+        text = text.removeprefix(self.lead)
         message = Message(role="assistant", content=text)
         parts = read_parts(self.reader(), text)
         if parts != ([{"type": "text", "text": text}] if text else []):

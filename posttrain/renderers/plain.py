@@ -19,21 +19,22 @@ class PlainRenderer:
         self.tokenizer = tokenizer
         self.bos, self.eos = bos(tokenizer), eos(tokenizer)
 
-    def _turn(self, message: Message) -> Turn:
-        end = self.eos if message["role"] == "assistant" else []
-        return Turn([], encode(self.tokenizer, text_of(message)) + end)
+    def _turns(self, messages: Sequence[Message]) -> list[Turn]:
+        ends = [self.eos if message["role"] == "assistant" else [] for message in messages]
+        tokens = [encode(self.tokenizer, text_of(message), begins=i == 0) for i, message in enumerate(messages)]
+        return [Turn([], output + end) for output, end in zip(tokens, ends, strict=True)]
 
     def build_generation_prompt(
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
     ) -> ModelInput:
         """`role` has no effect."""
-        tokens = self.bos + [token for message in messages for token in self._turn(message).output]
+        tokens = self.bos + [token for turn in self._turns(messages) for token in turn.output]
         return ModelInput.from_ints(tokens + encode(self.tokenizer, prefill or ""))
 
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
     ) -> tuple[list[int], list[float]]:
-        return supervised_example(self.bos, [self._turn(message) for message in messages], messages, train_on_what)
+        return supervised_example(self.bos, self._turns(messages), messages, train_on_what)
 
     def get_stop_sequences(self) -> list[str] | list[int]:
         return self.eos

@@ -7,8 +7,9 @@ escaping a "\\n\\nUser:" in a message.
 
 from collections.abc import Sequence
 
+from posttrain.backend.errors import ConfigError
 from posttrain.backend.types import ModelInput
-from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example, text_of
+from posttrain.renderers.turns import Turn, bos, cut_at_stop, decode, encode, eos, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
 STOP = "\n\nUser:"
@@ -19,6 +20,10 @@ class RoleColonRenderer:
     lead = " "
 
     def __init__(self, tokenizer: Tokenizer):
+        if (kept := decode(tokenizer, encode(tokenizer, STOP))) != STOP:
+            raise ConfigError(
+                f"renderer_name=role_colon ends answers with {STOP!r}, which this tokenizer turns into {kept!r}: use plain"
+            )
         self.tokenizer = tokenizer
         self.bos = bos(tokenizer)
 
@@ -31,7 +36,7 @@ class RoleColonRenderer:
             header = "" if word_given else ("\n\n" if i else "") + f"{role.capitalize()}:"
             word_given = role == "assistant" and roles[i + 1 : i + 2] == ["user"]
             stop = encode(self.tokenizer, STOP) if word_given else []
-            turns.append(Turn(encode(self.tokenizer, header), encode(self.tokenizer, output) + stop))
+            turns.append(Turn(encode(self.tokenizer, header, begins=i == 0), encode(self.tokenizer, output) + stop))
         return turns
 
     def build_generation_prompt(

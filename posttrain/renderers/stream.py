@@ -128,21 +128,26 @@ class TokenText:
     """Tokens to text as they arrive; half a character waits for its other half."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.done = tokenizer, 0  # the tokens before `done` have been given out
-        self.tokens: list[int] = []
+        self.tokenizer = tokenizer
+        # The last that were given out stay, for tokenizers that drop the space before a first word. They
+        # are whole characters: bytes beside half of one would be read as none.
+        self.given: list[int] = []
+        self.waiting: list[int] = []
 
     def feed(self, tokens: Sequence[int]) -> str:
-        self.tokens += tokens
-        before, now = decode(self.tokenizer, self.tokens[: self.done]), decode(self.tokenizer, self.tokens)
-        if now.endswith("\ufffd"):
+        self.waiting += tokens
+        text = self._text()
+        if not text or text.endswith("\ufffd"):
             return ""
-        # the last tokens given out stay, for tokenizers that drop the space before a first word
-        self.tokens = self.tokens[-8:]
-        self.done = len(self.tokens)
-        return now[len(before) :]
+        self.given, self.waiting = self.waiting, []
+        return text
 
     def close(self) -> str:
-        return decode(self.tokenizer, self.tokens)[len(decode(self.tokenizer, self.tokens[: self.done])) :]
+        return self._text()
+
+    def _text(self) -> str:
+        """Of what waits."""
+        return decode(self.tokenizer, self.given + self.waiting)[len(decode(self.tokenizer, self.given)) :]
 
 
 class ResponseStream:

@@ -5,6 +5,7 @@ carry loss; headers only under ALL_TOKENS.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.renderers.parts import get_text_content
@@ -19,14 +20,48 @@ class Turn:
     output: list[int]
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of a part of a text: no BOS or EOS, no truncation."""
+ANCHORS = ("\n", ".", "0")  # what a continued text may follow
+
+
+def encode(tokenizer: Tokenizer, text: str, begins: bool = False) -> list[int]:
+    """Tokens of a part of a text: no BOS or EOS, no truncation. Some tokenizers (Llama 2, Mistral) put a
+    space before each text: here only before one that `begins`, not before its continuation."""
+    if text and not begins and _puts_space(tokenizer):
+        for before in ANCHORS:
+            start, whole = _alone(tokenizer, before), _alone(tokenizer, before + text)
+            if whole[: len(start)] == start:
+                return whole[len(start) :]
+    return _alone(tokenizer, text)
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a whole text, after BOS if the tokenizer's texts begin with it; not after two."""
+    tokens, start = encode(tokenizer, text, begins=True), bos(tokenizer)
+    return tokens if tokens[: len(start)] == start else start + tokens
+
+
+@lru_cache(maxsize=16)
+def _puts_space(tokenizer: Tokenizer) -> bool:
+    """As SentencePiece and GPT-2 write a space in a token."""
+    first = "".join(tokenizer.convert_ids_to_tokens(_alone(tokenizer, "a"))[:1])
+    return first.startswith(("▁", "Ġ"))
+
+
+def _alone(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The text unchanged: with special tokens, spaces not cleaned up."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text by itself, with the space that some tokenizers drop before a first word."""
+    if not _puts_space(tokenizer):
+        return decode(tokenizer, [token])
+    before = encode(tokenizer, ".")
+    return decode(tokenizer, [*before, token])[len(decode(tokenizer, before)) :]
 
 
 def text_of(message: Message) -> str:

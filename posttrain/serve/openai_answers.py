@@ -15,7 +15,7 @@ from posttrain.backend.types import SampledSequence, SampleResponse, SamplingPar
 from posttrain.renderers import ResponseStream, to_openai
 from posttrain.renderers.parts import openai_call
 from posttrain.renderers.stream import TokenText, held_back
-from posttrain.renderers.turns import decode
+from posttrain.renderers.turns import decode, token_text
 from posttrain.renderers.types import Message, Part, Renderer
 from posttrain.serve.openai_requests import Options
 
@@ -134,7 +134,7 @@ class Answer:
 
     def _name(self, token: int) -> str:
         """A token's text; of a part of a character, its own name in the vocabulary."""
-        text = decode(self.model.renderer.tokenizer, [token])
+        text = token_text(self.model.renderer.tokenizer, token)
         return f"bytes:{self.model.renderer.tokenizer.convert_ids_to_tokens(token)}" if "\ufffd" in text else text
 
     def feed(self) -> "TextFeed | ChatFeed":
@@ -179,7 +179,7 @@ class ChatAnswer(Answer):
         return {"content": entries, "refusal": None}
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = decode(self.model.renderer.tokenizer, [token])
+        text = token_text(self.model.renderer.tokenizer, token)
         known = None if "\ufffd" in text else list(text.encode())
         return {"token": self._name(token), "logprob": logprob, "bytes": known}
 

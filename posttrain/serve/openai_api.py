@@ -22,7 +22,7 @@ from posttrain.backend.ranges import RangeError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import with_tools
-from posttrain.renderers.turns import bos, encode
+from posttrain.renderers.turns import encode_text
 from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.serve.openai_answers import Answer, ChatAnswer, OnTokens, Served
 from posttrain.serve.openai_requests import Refusal, chat_request, completion_request, read_body
@@ -152,7 +152,7 @@ def _with_tools(renderer: Renderer, tools: str) -> Renderer:
 
 
 def _tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
-    return bos(tokenizer) + encode(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    return encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
 
 
 # --- answers ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ training state, and a model card with the run's figures; pushed to the Hugging F
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +19,7 @@ from posttrain.backend.adapters import open_merged, read_base
 from posttrain.backend.atomic_folder import atomic_folder
 from posttrain.backend.checkpoint_files import (
     INDEX_FILE,
-    OPTIMIZER_FILE,
     STATE_FILE,
-    STATE_FOLDER,
     check_readable,
     is_adapter,
     read_json,
@@ -34,7 +33,10 @@ from posttrain.tracking.disk_space import folder_bytes
 from posttrain.tracking.model_card import model_card
 from posttrain.tracking.model_source import find_model
 
-NOT_EXPORTED = {STATE_FOLDER, STATE_FILE, OPTIMIZER_FILE, "README.md"}
+# beside folders, hidden files and what holds training state, here or of transformers' Trainer
+NOT_EXPORTED = ("README.md", ".*", STATE_FILE, "optimizer.*", "scheduler.*", "scaler.*", "rng_state*",
+                "trainer_state.json", "training_args.bin", "latest", "zero_to_fp32.py")  # fmt: skip
+EXPORTED_FOLDERS = ("additional_chat_templates",)
 
 
 @chz.chz
@@ -88,7 +90,7 @@ def main(config: Config) -> Path:
 def _write_merged(adapter: Path, folder: Path, dtype: torch.dtype | None, seed: int) -> None:
     model = open_merged(adapter, seed)
     model.to(dtype=dtype or torch.float32).save_pretrained(folder)  # type: ignore[arg-type]
-    files = [file for pattern in (*TOKENIZER_FILES, "chat_template*") for file in adapter.glob(pattern)]
+    files = [file for pattern in (*TOKENIZER_FILES, "merges.txt", "chat_template*") for file in adapter.glob(pattern)]
     for file in files:
         shutil.copy(file, folder)
     if not files:
@@ -101,7 +103,9 @@ def _copy(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
         raise ConfigError("the weights are pytorch_model.bin, not safetensors: only dtype=keep copies them")
     num_bytes = 0
     for path in sorted(source.iterdir()):
-        if path.name in NOT_EXPORTED or path.name.startswith("."):
+        if any(fnmatch(path.name, left_out) for left_out in NOT_EXPORTED):
+            continue
+        if path.is_dir() and path.name not in EXPORTED_FOLDERS:
             continue
         if path.suffix == ".safetensors" and dtype is not None:
             tensors = {name: _cast(tensor, dtype) for name, tensor in load_file(path).items()}
