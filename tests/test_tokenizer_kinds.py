@@ -109,6 +109,22 @@ def test_what_is_sampled_is_read_streamed_and_prompted_again(kind: str, template
             assert following[: len(prompt) + len(action)] == prompt + action
 
 
+# Trap: samplers stop at every end token of the model's configs. Qwen 2.5's tokenizer knows <|im_end|> alone, and
+# an answer that <|endoftext|> ends was read as one without an end, with that text in it.
+@pytest.mark.parametrize("name", ["chat_template", "plain", "role_colon"])
+def test_each_end_token_of_the_model_ends_an_answer(name: str, tmp_path: Path) -> None:
+    save_random_model("Llama 3", tmp_path)
+    wrapped(byte_level(), CHATML).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).eos_token_id == 2
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    renderer = get_renderer(name, tokenizer)
+    action = [*encode(tokenizer, "yes"), 3]
+    assert renderer.parse_response(action) == ({"role": "assistant", "content": "yes"}, True)
+    stream = ResponseStream(renderer)
+    assert stream.feed(action) == [{"type": "text", "text": "yes"}] and stream.ended
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_conversation_reads_as_one_text(kind: str) -> None:
     tokenizer, said = (

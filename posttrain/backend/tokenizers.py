@@ -3,10 +3,12 @@ Digits are never merged, and any text round-trips. Its chat template marks turns
 tokens.
 """
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from posttrain.backend.checkpoint_files import adapted_model, is_adapter, not_pulled
+from posttrain.backend.checkpoint_files import adapted_model, is_adapter, not_pulled, read_json
 from posttrain.backend.errors import ConfigError, ModelError
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
@@ -63,7 +65,22 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
             "or vocab.json with merges.txt) is missing"
         )
     tokenizer.model_max_length = length
+    tokenizer.answer_ends = _answer_ends(folder)  # type: ignore[attr-defined]
     return tokenizer
+
+
+def _answer_ends(folder: Path) -> list[int]:
+    """The end tokens in a model's configs: samplers stop at each, and the tokenizer knows one of them."""
+    from posttrain.backend.models import PRESETS, model_folder
+
+    if is_adapter(folder):
+        base = adapted_model(folder)
+        if base in PRESETS:
+            return []
+        folder = model_folder(base)
+    files = (folder / name for name in ("generation_config.json", "config.json"))
+    ids = [read_json(file).get("eos_token_id") for file in files if file.exists()]
+    return [i for known in ids for i in (known if isinstance(known, list) else [known]) if isinstance(i, int)]
 
 
 def check_vocabulary(option: str, path: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,7 +16,7 @@ from posttrain.backend.types import ModelInput
 from posttrain.renderers.formats import FORMATS, HERMES, Kind, format_of, template_message, tools_as_text
 from posttrain.renderers.parts_check import SAID, shape_of, unwritable
 from posttrain.renderers.stream import PartsReader, read_parts
-from posttrain.renderers.turns import cut_at_stop, decode, encode, eos, trained_messages
+from posttrain.renderers.turns import cut_at_stop, decode, encode, ends, trained_messages
 from posttrain.renderers.types import Message, Tokenizer, ToolSpec, TrainOnWhat
 
 # Roles that some templates leave out without a word, and what to do.
@@ -273,7 +273,7 @@ class ChatTemplateRenderer:
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
         """The message has `parts` if it is more than text."""
-        text, ended = cut_at_stop(self.tokenizer, tokens, [*self.stops, *eos(self.tokenizer)])
+        text, ended = cut_at_stop(self.tokenizer, tokens, [*self.stops, *ends(self.tokenizer)])
         text = text.removeprefix(self.lead)
         message = Message(role="assistant", content=text)
         parts = read_parts(self.reader(), text)

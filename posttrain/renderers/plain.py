@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.types import ModelInput
-from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example, text_of
+from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, ends, eos, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
 
@@ -20,9 +20,9 @@ class PlainRenderer:
         self.bos, self.eos = bos(tokenizer), eos(tokenizer)
 
     def _turns(self, messages: Sequence[Message]) -> list[Turn]:
-        ends = [self.eos if message["role"] == "assistant" else [] for message in messages]
+        stops = [self.eos if message["role"] == "assistant" else [] for message in messages]
         tokens = [encode(self.tokenizer, text_of(message), begins=i == 0) for i, message in enumerate(messages)]
-        return [Turn([], output + end) for output, end in zip(tokens, ends, strict=True)]
+        return [Turn([], output + end) for output, end in zip(tokens, stops, strict=True)]
 
     def build_generation_prompt(
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
@@ -40,5 +40,5 @@ class PlainRenderer:
         return self.eos
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
-        text, ended = cut_at_stop(self.tokenizer, tokens, self.eos)
+        text, ended = cut_at_stop(self.tokenizer, tokens, ends(self.tokenizer))
         return {"role": "assistant", "content": text}, ended

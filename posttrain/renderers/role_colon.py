@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.types import ModelInput
-from posttrain.renderers.turns import Turn, bos, cut_at_stop, decode, encode, eos, supervised_example, text_of
+from posttrain.renderers.turns import Turn, bos, cut_at_stop, decode, encode, ends, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
 STOP = "\n\nUser:"
@@ -56,5 +56,5 @@ class RoleColonRenderer:
         return [STOP]
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
-        text, ended = cut_at_stop(self.tokenizer, tokens, eos(self.tokenizer), STOP)
+        text, ended = cut_at_stop(self.tokenizer, tokens, ends(self.tokenizer), STOP)
         return {"role": "assistant", "content": text.removeprefix(self.lead)}, ended

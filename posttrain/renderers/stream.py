@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from posttrain.renderers.formats import Kind, MessageFormat, harmony_kind, is_llama_call, might_be_llama_call
 from posttrain.renderers.parts import calls_in, join_parts
-from posttrain.renderers.turns import decode, eos
+from posttrain.renderers.turns import decode, ends
 from posttrain.renderers.types import Part, Renderer, TextPart, ThinkingPart, Tokenizer, UnparsedToolCallPart
 
 
@@ -157,7 +157,7 @@ class ResponseStream:
     def __init__(self, renderer: Renderer):
         tokenizer = renderer.tokenizer
         stops = renderer.get_stop_sequences()
-        self.stop_ids = {*(stop for stop in stops if isinstance(stop, int)), *eos(tokenizer)}
+        self.stop_ids = {*(stop for stop in stops if isinstance(stop, int)), *ends(tokenizer)}
         self.stop_texts = [stop for stop in stops if isinstance(stop, str)]
         self.text, self.waiting, self.ended = TokenText(tokenizer), "", False
         self.reader: PartsReader | None = getattr(renderer, "reader", lambda: None)()

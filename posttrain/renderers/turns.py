@@ -85,6 +85,11 @@ def eos(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
 
 
+def ends(tokenizer: Tokenizer) -> list[int]:
+    """EOS, and the other tokens at which samplers stop by the model's configs (Qwen 2.5's <|endoftext|>)."""
+    return [*eos(tokenizer), *getattr(tokenizer, "answer_ends", ())]
+
+
 def trained_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[bool]:
     """Whether each message carries loss. DataError if none does, or if `trainable` marks and
     `train_on_what` disagree."""
