@@ -21,7 +21,7 @@ from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
 from posttrain.serve.body import Body, BodyError, body_of, decompressed, page
 from posttrain.serve.checkpoint_endpoints import CHECKPOINT_ENDPOINTS
 from posttrain.serve.guard import MOST_BODY_BYTES, Guard
-from posttrain.serve.openai_api import openai_routes
+from posttrain.serve.openai_api import no_endpoint, openai_routes
 from posttrain.serve.openai_models import PublicModels
 from posttrain.serve.requests import Request
 from posttrain.serve.sdk_versions import check_version
@@ -83,6 +83,8 @@ async def _guarded(state: State, handler: Handler, request: HttpRequest) -> Resp
 
 async def _refused(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if not request.url.path.startswith("/api/"):
+        return await no_endpoint(request, error)
     detail = error.detail if error.status_code != 404 else f"this server has no endpoint {request.url.path[:200]}"
     return JSONResponse({"detail": detail}, error.status_code)
 

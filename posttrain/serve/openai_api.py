@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from posttrain.backend.errors import ContextLengthError, CookbookError, EngineError
 from posttrain.backend.ranges import RangeError
@@ -27,6 +28,7 @@ from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.serve.openai_answers import Answer, ChatAnswer, OnTokens, Served
 from posttrain.serve.openai_requests import Refusal, chat_request, completion_request, read_body
 
+OFFERED = "GET /v1/models, POST /v1/completions and POST /v1/chat/completions"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Models(Protocol):
 
 
 def openai_routes(models: Models) -> list[Route]:
-    """GET /v1/models and /v1/models/NAME, POST /v1/completions and /v1/chat/completions."""
+    """OFFERED, and GET /v1/models/NAME."""
 
     async def listing(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_card(name) for name in models.names()]})
@@ -102,6 +104,12 @@ def error_response(status: int, message: str, param: str | None = None, code: st
     """An error in OpenAI's shape."""
     kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+
+
+async def no_endpoint(request: Request, error: Exception) -> JSONResponse:
+    """For a Starlette application's HTTPException: what there is, in OpenAI's shape."""
+    status, asked = getattr(error, "status_code", 404), f"{request.method} {request.url.path:.200}"
+    return error_response(status, f"this server has no {asked}; its OpenAI endpoints are {OFFERED}")
 
 
 def _refused(error: Exception) -> JSONResponse:
@@ -160,7 +168,7 @@ def _tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
 
 async def _answer(request: Request, answer: Answer) -> Response:
     if answer.options.stream:
-        return await _streamed(answer)
+        return await _streamed(request, answer)
     sequences = await _while_connected(request, answer.sequences(lambda i, tokens: None))
     choices = await _while_connected(
         request, _gathered([answer.choice(i, sequence) for i, sequence in enumerate(sequences)])
@@ -192,7 +200,21 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-async def _streamed(answer: Answer) -> Response:
+class _Events(StreamingResponse):
+    """Ends `work` with the response: a client may hang up before the first event is asked for."""
+
+    def __init__(self, events: AsyncIterator[str], work: "asyncio.Task[list[SampledSequence]]"):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.work.cancel()
+
+
+async def _streamed(request: Request, answer: Answer) -> Response:
     """Server-sent events. What fails before the first token is an error of the whole request."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
     latest: dict[int, list[int]] = {}
@@ -205,14 +227,13 @@ async def _streamed(answer: Answer) -> Response:
     work = asyncio.create_task(answer.sequences(on_tokens))
     work.add_done_callback(lambda _: news.set())
     try:
-        await news.wait()
+        await _while_connected(request, news.wait())
         if work.done():
             work.result()
     except BaseException:
         work.cancel()
         raise
-    events = _events(answer, work, latest, news)
-    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    return _Events(_events(answer, work, latest, news), work)
 
 
 async def _events(
@@ -239,8 +260,6 @@ async def _events(
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield f"data: {bytes(_refused(error).body).decode()}\n\n"
-    finally:
-        work.cancel()
 
 
 def _event(content: dict[str, Any]) -> str:
