@@ -123,6 +123,16 @@ async def test_records_that_could_not_be_read_again_are_not_written(http: Http, 
 
 
 @app_test
+async def test_a_checkpoint_of_a_model_that_is_no_longer_served_is_refused(http: Http, state: State) -> None:
+    model_id = await http.model(rank=4)
+    path = (await http.result(await http.call("save_weights", model_id=model_id, seq_id=1, path="a"))).json()["path"]
+    state.bases = {}
+    session = model_id.split(":")[0]
+    loaded = await http.call("load_weights", session_id=session, model_seq_id=1, path=path)
+    assert "'m' is not served here" in await error_of(http, loaded)
+
+
+@app_test
 async def test_targets_and_weights_of_other_shapes_are_the_clients_error(http: Http, state: State) -> None:
     model_id = await http.model(rank=4)
     column = [[1.0]] * 5

@@ -187,6 +187,7 @@ class State:
     ) -> Request:
         checkpoint = self.store.find(path, ("weights",))
         saved = checkpoint.run
+        self.base(saved.base_model)
         lora = (
             LoraConfig(saved.lora_rank or 1, None, None, saved.train_mlp, saved.train_attn) if saved.is_lora else None
         )
