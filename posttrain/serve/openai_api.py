@@ -16,7 +16,6 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from posttrain.backend.errors import ContextLengthError, CookbookError, EngineError
 from posttrain.backend.ranges import RangeError
@@ -200,20 +199,6 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-class _Events(StreamingResponse):
-    """Ends `work` with the response: a client may hang up before the first event is asked for."""
-
-    def __init__(self, events: AsyncIterator[str], work: "asyncio.Task[list[SampledSequence]]"):
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.work = work
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.work.cancel()
-
-
 async def _streamed(request: Request, answer: Answer) -> Response:
     """Server-sent events. What fails before the first token is an error of the whole request."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
@@ -233,7 +218,8 @@ async def _streamed(request: Request, answer: Answer) -> Response:
     except BaseException:
         work.cancel()
         raise
-    return _Events(_events(answer, work, latest, news), work)
+    events = _events(answer, work, latest, news)
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
 async def _events(
@@ -260,6 +246,8 @@ async def _events(
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield f"data: {bytes(_refused(error).body).decode()}\n\n"
+    finally:
+        work.cancel()
 
 
 def _event(content: dict[str, Any]) -> str:
