@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams, StopReason
@@ -22,7 +23,7 @@ from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Message, Renderer
 from posttrain.serve.local_server import LocalServer
 from posttrain.serve.openai_answers import OnTokens, answered
-from posttrain.serve.openai_api import openai_routes
+from posttrain.serve.openai_api import no_endpoint, openai_routes
 from posttrain.serve.openai_requests import Refusal
 from rl.message_env import next_prompt
 
@@ -186,5 +187,6 @@ GATEWAY = _Gateway()
 
 def _gateway() -> LocalServer:
     with GATEWAY.lock:
-        GATEWAY.server = GATEWAY.server or LocalServer(Starlette(routes=openai_routes(GATEWAY)))
+        app = Starlette(routes=openai_routes(GATEWAY), exception_handlers={HTTPException: no_endpoint})
+        GATEWAY.server = GATEWAY.server or LocalServer(app)
         return GATEWAY.server

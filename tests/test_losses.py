@@ -3,6 +3,7 @@ model's logits.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,6 +329,30 @@ def test_the_one_bad_datum_of_a_batch_is_named(d: int, t: int) -> None:
     foreign[d].loss_fn_inputs["target_tokens"].array[t] = VOCABULARY
     with pytest.raises(DataError, match=f"datum {d + 7} has a token outside"):
         check_data(foreign, (), VOCABULARY, 512, first=7)
+
+
+# Trap: torch multiplies (T,) by (T, 1) each with each, and the loss is that of T x T pairs.
+@pytest.mark.parametrize(
+    ("loss_fn", "name", "shape"),
+    [
+        *[("cross_entropy", "weights", shape) for shape in ((5, 1), (5, 5))],
+        *[("importance_sampling", name, (5, 1)) for name in ("advantages", "logprobs")],
+        *[("ppo", name, (5, 1)) for name in ("clip_low_threshold", "target_tokens")],
+        *[("cross_entropy", "target_tokens", (5, 1, 1)), ("gspo", "sequence_ratio_mask", (5, 1))],
+    ],
+)
+def test_inputs_of_another_shape_than_their_targets_are_refused(loss_fn: str, name: str, shape: tuple) -> None:
+    names = {"cross_entropy": ["weights"], "gspo": ["logprobs", "advantages", "sequence_ratio_mask"]}
+    inputs: dict[str, Any] = {key: np.ones(5) for key in names.get(loss_fn, ["logprobs", "advantages"])}
+    inputs["target_tokens"] = np.ones(5, np.int64)
+    inputs[name] = np.ones(shape, np.int64 if name == "target_tokens" else np.float32)
+    with pytest.raises(DataError, match="datum 0: .* shape"):
+        check_data([Datum(ModelInput.from_ints([5] * 5), inputs)], resolve_loss(loss_fn, None).required, VOCABULARY, 9)
+
+
+def test_targets_that_are_no_whole_numbers_are_refused() -> None:
+    with pytest.raises(DataError, match="target_tokens is float32"):
+        check_data([bad_datum(target_tokens=[5.0] * bad_datum().model_input.length)], (), VOCABULARY, 512)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import numpy as np
 import openai
 import pytest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.service_client import ServiceClient
@@ -21,7 +23,7 @@ from posttrain.renderers.turns import decode
 from posttrain.serve.guard import Guard
 from posttrain.serve.local_server import LocalServer
 from posttrain.serve.openai_answers import ChatAnswer, ChatFeed
-from posttrain.serve.openai_api import OnTokens, ServedModel, openai_routes
+from posttrain.serve.openai_api import OnTokens, ServedModel, no_endpoint, openai_routes
 from posttrain.serve.openai_requests import Options
 
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hällo 🙂"}]
@@ -263,6 +265,10 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"tools": [ADD], "model": "tiny-colon"}, 400, None, "cannot write tools"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "messages", "tool_calls[0]"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format", "not offered"),
+    ({"max_tokens": -1}, 400, "max_tokens", "must be at least 1"),
+    ({"reasoning_effort": "low"}, 400, "reasoning_effort", "not offered"),
+    ({"tools": [ADD], "parallel_tool_calls": False}, 400, "parallel_tool_calls", "not offered"),
+    ({"messages": [{"role": "user", "content": 5}]}, 400, "messages", "{'role': 'user', 'content': 5}"),
     ({"temprature": 1}, 400, "temprature", "did you mean 'temperature'?"),
     ({"stream": True, "max_tokens": 10**6}, 400, "prompt", "the context 512"),
 ]
@@ -285,6 +291,9 @@ def test_what_asks_for_nothing_is_accepted(server: str) -> None:
         "tools": [],
         "user": "me",
         "response_format": {"type": "text"},
+        "parallel_tool_calls": False,  # of no tools
+        "prompt_cache_retention": "24h",
+        "repetition_penalty": 1.0,
     }
     assert post(f"{server}/chat/completions", {"messages": CHAT, "max_tokens": 1} | nothing).status_code == 200
 
@@ -318,6 +327,52 @@ def test_many_at_once_and_a_client_that_hangs_up(server: str, models: Table) -> 
         tokens = policy.sample(prompt, 1, SamplingParams(max_tokens=8, seed=i)).result().sequences[0].tokens
         assert texts[i].startswith(decode(policy.get_tokenizer(), tokens).split("<|")[0])
     assert policy._engine.num_in_flight == 0
+
+
+class Waiting(ServedModel):
+    """Waits for its turn before the first token."""
+
+    cancelled: ClassVar[threading.Event] = threading.Event()
+
+    async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            self.cancelled.set()
+        raise AssertionError
+
+
+def test_a_stream_that_is_given_up_before_its_first_token_frees_its_place(models: Table) -> None:
+    waiting = Waiting(models["tiny"].client, models["tiny"].renderer)
+    with LocalServer(Starlette(routes=openai_routes(Table(waiting=waiting)))) as running:
+        ask = {"model": "waiting", "prompt": "a", "stream": True}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{running.url}/v1/completions", json=ask, timeout=httpx.Timeout(30, read=0.2))
+        assert waiting.cancelled.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/responses", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("POST", "/chat/completions", 404),  # a base URL without /v1
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models/tiny", 405),
+    ],
+)
+def test_what_is_not_offered_is_told_in_openais_shape(models: Table, method: str, path: str, status: int) -> None:
+    routes = openai_routes(models)
+
+    async def body() -> httpx.Response:
+        app = Starlette(routes=routes, exception_handlers={HTTPException: no_endpoint})
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            return await client.request(method, path)
+
+    response = asyncio.run(body())
+    error = response.json()["error"]
+    assert response.status_code == status and error["type"] == "invalid_request_error"
+    assert f"no {method} {path}; its OpenAI endpoints are" in error["message"]
 
 
 def test_a_server_with_a_key_answers_in_openais_shape(models: Table) -> None:

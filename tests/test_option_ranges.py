@@ -102,9 +102,22 @@ def test_numbers_given_in_python_are_checked_when_the_object_is_built(kind: type
     fields = [name for name, annotation in named.items() if re.search(r"\b(int|float)\b", annotation)]
     assert len(fields) >= 2
     for name in fields:
-        for value in (-5, math.nan, math.inf, 10**30, True, "7"):
+        for value in (-5, math.nan, math.inf, 10**30, True, "7", [1], (1,)):
             with pytest.raises(RangeError, match=rf"^{name}=.* must be .+$"):
                 kind(**{name: value})
+
+
+# Trap: an engine that meets such a stop ends, for all its clients; numpy's numbers would never stop.
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], 5, [1.5], [[5]], [None], [True], [np.int64(5)]])
+def test_stops_that_no_engine_can_read_are_refused(stop: Any):
+    with pytest.raises(RangeError, match=r"^stop=.* must be a text, or a list of texts or token ids"):
+        SamplingParams(stop=stop)
+
+
+def test_stops_that_engines_read():
+    stops: list[Any] = [None, [], "a", ["a", "b"], [0, 5], ("a", 5)]
+    for stop in stops:
+        assert SamplingParams(stop=stop).stop == stop
 
 
 @pytest.mark.parametrize(

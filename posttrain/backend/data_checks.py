@@ -13,6 +13,9 @@ from posttrain.backend.losses import LOSSES, Loss, LossFn
 from posttrain.backend.ranks import local
 from posttrain.backend.types import Datum
 
+# What a named loss may read besides the arrays that it needs: of another shape, torch would multiply each with each.
+PER_TARGET = ("clip_low_threshold", "clip_high_threshold", "sequence_ratio_mask")
+
 
 def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     """The loss by name, or a callable of the same signature. ConfigError for unknown options."""
@@ -58,6 +61,17 @@ def check_data(
         for key, value in inputs.items():
             if value.array.shape[:1] != (length,):
                 raise DataError(f"datum {d}: {key} has shape {value.shape}, model_input has {length} tokens")
+        targets = inputs["target_tokens"]
+        if targets.dtype != "int64" or targets.array.ndim > 2:
+            raise DataError(
+                f"datum {d}: target_tokens is {targets.dtype} of shape {targets.shape}: int64 of shape (T,) or (T, K) "
+                "is needed"
+            )
+        for key in (*required, *PER_TARGET) if required else ():
+            shape = inputs[key].shape if key in inputs else targets.shape
+            # weights of one number per token are those of the first of several targets
+            if shape != targets.shape and (key, len(shape)) != ("weights", 1):
+                raise DataError(f"datum {d}: {key} has shape {shape}, target_tokens {targets.shape}")
     for key in keys:
         arrays_D = [datum.loss_fn_inputs[key].array for datum in data_D]
         if (d := _first(arrays_D, lambda array: ~np.isfinite(array))) is not None:

@@ -75,8 +75,9 @@ def check_ranges(instance: Any, **ranges: Range) -> None:
     """RangeError unless each named field is in its range, or None where that is its default."""
     defaults = {field.name: field.default for field in fields(instance)}
     for name, allowed in ranges.items():
-        if getattr(instance, name) is None and defaults[name] is not None:
-            raise RangeError(name, None, "a number")
+        value = getattr(instance, name)
+        if isinstance(value, list | tuple) or (value is None and defaults[name] is not None):
+            raise RangeError(name, value, "a number")
         allowed(instance, name)
 
 

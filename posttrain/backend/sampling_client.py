@@ -57,6 +57,11 @@ class SamplingClient(Ready):
         """Engines in processes of their own that answer; 1 for the one in this process."""
         return self._engine.num_replicas if isinstance(self._engine, SamplerPool) else 1
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether its engine has ended, so that all calls fail."""
+        return self._engine.has_stopped
+
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 

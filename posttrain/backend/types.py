@@ -2,7 +2,7 @@
 only (specs: tinker_semantics 3.2). Left out: image chunks, sparse tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from posttrain.backend.ranges import (
     SEED,
     TEMPERATURE,
     Range,
+    RangeError,
     check_ranges,
 )
 from posttrain.backend.tensor_data import TensorData as TensorData
@@ -96,7 +97,7 @@ def _as_tensor_data(value: Any) -> TensorData:
 @dataclass(frozen=True)
 class SamplingParams:
     """`stop`: None stops at EOS; strings or token ids stop there and at EOS; [] never stops.
-    `top_k` -1 or 0 means all tokens. RangeError for numbers out of range."""
+    `top_k` -1 or 0 means all tokens. RangeError for numbers out of range, and for other stops."""
 
     max_tokens: int | None = None
     seed: int | None = None
@@ -109,6 +110,14 @@ class SamplingParams:
         check_ranges(
             self, max_tokens=COUNT, seed=SAMPLING_SEED, temperature=TEMPERATURE, top_k=TOP_K, top_p=POSITIVE_SHARE
         )
+        stops = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
+        # what an engine cannot read would end it, for all its clients
+        if not isinstance(stops, Collection) or not all(map(_is_stop, stops)):
+            raise RangeError("stop", self.stop, "a text, or a list of texts or token ids (int), and no text empty")
+
+
+def _is_stop(stop: object) -> bool:
+    return isinstance(stop, str | int) and stop != "" and not isinstance(stop, bool)
 
 
 @dataclass(frozen=True)

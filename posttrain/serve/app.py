@@ -21,7 +21,7 @@ from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
 from posttrain.serve.body import Body, BodyError, body_of, decompressed, page
 from posttrain.serve.checkpoint_endpoints import CHECKPOINT_ENDPOINTS
 from posttrain.serve.guard import MOST_BODY_BYTES, Guard
-from posttrain.serve.openai_api import openai_routes
+from posttrain.serve.openai_api import no_endpoint, openai_routes
 from posttrain.serve.openai_models import PublicModels
 from posttrain.serve.requests import Request
 from posttrain.serve.sdk_versions import check_version
@@ -83,6 +83,8 @@ async def _guarded(state: State, handler: Handler, request: HttpRequest) -> Resp
 
 async def _refused(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if not request.url.path.startswith("/api/"):
+        return await no_endpoint(request, error)
     detail = error.detail if error.status_code != 404 else f"this server has no endpoint {request.url.path[:200]}"
     return JSONResponse({"detail": detail}, error.status_code)
 
@@ -168,6 +170,7 @@ async def create_model(state: State, request: HttpRequest) -> Response:
         return _accepted(repeated)
     _check_optimizer(body)
     lora, config = body.record("lora_config", Body({})), None
+    lora.only("rank", "seed", "train_unembed", "train_mlp", "train_attn")
     if rank := lora.integer("rank", 32):  # 0 trains all weights
         seed = lora.integer("seed", None)
         config = LoraConfig(rank, seed, None, lora.flag("train_mlp", True), lora.flag("train_attn", True))
@@ -223,8 +226,8 @@ async def optim_step(state: State, request: HttpRequest) -> Response:
         if body.fields.get("optimizer_params") is not None:
             raise DataError("optimizer_params: models are trained with AdamW here")
         params = body.record("adam_params", Body({}))
-        names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
-        return AdamParams(**{name: params.number(name) for name in names if params.fields.get(name) is not None})
+        given = params.only("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
+        return AdamParams(**{name: params.number(name) for name in given})
 
     return _accepted(state.optim_step(model_id, seq_id, adam))
 
@@ -239,7 +242,7 @@ async def save_weights(kind: str, state: State, request: HttpRequest) -> Respons
     if body.fields.get("age_encryption_recipients"):
         raise BodyError("age_encryption_recipients: this server writes weights as they are, not encrypted")
     overwrite = kind != "weights" or body.flag("overwrite", False)
-    ttl_seconds, metadata = body.fields.get("ttl_seconds"), body.fields.get("user_metadata")
+    ttl_seconds, metadata = body.fields.get("ttl_seconds"), body.texts("user_metadata")
     return _accepted(state.save(model_id, seq_id, kind, name, ttl_seconds, overwrite, metadata))
 
 
@@ -303,8 +306,7 @@ def _sample_options(body: Body) -> SampleOptions:
         others["target_prompt_logprobs"] = targets.tensor
 
     def params() -> SamplingParams:
-        names = ("max_tokens", "seed", "temperature", "top_k", "top_p", "stop")
-        return SamplingParams(**{name: fields.fields[name] for name in names if fields.fields.get(name) is not None})
+        return SamplingParams(**fields.only("max_tokens", "seed", "temperature", "top_k", "top_p", "stop"))
 
     return SampleOptions(
         params,

@@ -91,6 +91,13 @@ class Body:
         value = self._get(name, dict, "an object", default)
         return value if value is default else Body(value)
 
+    def only(self, *names: str) -> dict[str, Any]:
+        """The fields that are not null. BodyError for others than these, which the answer would lack."""
+        fields = {name: value for name, value in self.fields.items() if value is not None}
+        if unknown := sorted(fields.keys() - {*names}):
+            raise BodyError(f"{', '.join(unknown)[:200]}: this server knows only {', '.join(names)} here")
+        return fields
+
     def texts(self, name: str) -> dict[str, str] | None:
         """A mapping of texts, such as user_metadata."""
         value = self._get(name, dict, "an object of texts", None)

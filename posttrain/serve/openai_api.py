@@ -27,6 +27,7 @@ from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.serve.openai_answers import Answer, ChatAnswer, OnTokens, Served
 from posttrain.serve.openai_requests import Refusal, chat_request, completion_request, read_body
 
+OFFERED = "GET /v1/models, POST /v1/completions and POST /v1/chat/completions"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Models(Protocol):
 
 
 def openai_routes(models: Models) -> list[Route]:
-    """GET /v1/models and /v1/models/NAME, POST /v1/completions and /v1/chat/completions."""
+    """OFFERED, and GET /v1/models/NAME."""
 
     async def listing(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_card(name) for name in models.names()]})
@@ -102,6 +103,12 @@ def error_response(status: int, message: str, param: str | None = None, code: st
     """An error in OpenAI's shape."""
     kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+
+
+async def no_endpoint(request: Request, error: Exception) -> JSONResponse:
+    """For a Starlette application's HTTPException: what there is, in OpenAI's shape."""
+    status, asked = getattr(error, "status_code", 404), f"{request.method} {request.url.path:.200}"
+    return error_response(status, f"this server has no {asked}; its OpenAI endpoints are {OFFERED}")
 
 
 def _refused(error: Exception) -> JSONResponse:
@@ -160,7 +167,7 @@ def _tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
 
 async def _answer(request: Request, answer: Answer) -> Response:
     if answer.options.stream:
-        return await _streamed(answer)
+        return await _streamed(request, answer)
     sequences = await _while_connected(request, answer.sequences(lambda i, tokens: None))
     choices = await _while_connected(
         request, _gathered([answer.choice(i, sequence) for i, sequence in enumerate(sequences)])
@@ -192,7 +199,7 @@ async def _hung_up(request: Request) -> None:
         pass
 
 
-async def _streamed(answer: Answer) -> Response:
+async def _streamed(request: Request, answer: Answer) -> Response:
     """Server-sent events. What fails before the first token is an error of the whole request."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
     latest: dict[int, list[int]] = {}
@@ -205,7 +212,7 @@ async def _streamed(answer: Answer) -> Response:
     work = asyncio.create_task(answer.sequences(on_tokens))
     work.add_done_callback(lambda _: news.set())
     try:
-        await news.wait()
+        await _while_connected(request, news.wait())
         if work.done():
             work.result()
     except BaseException:

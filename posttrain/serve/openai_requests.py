@@ -18,7 +18,10 @@ from posttrain.serve.body import read_json
 MAX_BODY_BYTES = 16 * 2**20
 MAX_CHOICES, MAX_PROMPTS, MAX_STOPS, MAX_TOP_LOGPROBS = 128, 256, 16, 20
 # They change no answer of this server.
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_retention", "prediction"),
+}
 # What is not offered, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,),
@@ -31,6 +34,12 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "chat_template_kwargs": ({},),
+    "web_search_options": (),
 }
 
 
@@ -93,7 +102,8 @@ class Body:
             names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
             raise Refusal(f"{name}={value!r:.60} must be {names.get(kind, f'a {kind.__name__}')}", name)
         if isinstance(value, int | float) and not least <= value <= most:
-            raise Refusal(f"{name}={value} must be from {least:g} to {most:g}", name)
+            limits = f"from {least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
+            raise Refusal(f"{name}={value} must be {limits}", name)
         return value
 
     def take_any(self, name: str) -> Any:
@@ -142,6 +152,8 @@ def chat_request(body: Body) -> ChatRequest:
             f"tool_choice={choice!r:.60}: the model is free to choose here (auto), or has no tools (none)",
             "tool_choice",
         )
+    if choice == "none" or not tools:
+        body.take_any("parallel_tool_calls")
     try:
         tools = [tool_spec(tool) for tool in tools] if choice == "auto" else []
     except DataError as error:
@@ -214,6 +226,6 @@ def _message(i: int, fields: object) -> Message:
         raise Refusal(f"messages[{i}] has the role {role!r:.40}: system, user, assistant or tool is needed", "messages")
     content = "" if fields.get("content") is None else fields["content"]
     try:
-        return from_openai({**fields, "role": role, "content": content, "trainable": None})
+        return from_openai({k: v for k, v in fields.items() if k != "trainable"} | {"role": role, "content": content})
     except DataError as error:
         raise Refusal(f"messages[{i}]: {error}", "messages") from error

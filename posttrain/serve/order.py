@@ -29,7 +29,7 @@ class InOrder(Generic[C]):
         self._next = 1
         self._arrived = asyncio.Event()
         self._on_gap, self._gap_seconds = on_gap, gap_seconds
-        self._closed = False
+        self._closed: BaseException | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._worker = asyncio.create_task(self._work(opened))
 
@@ -37,7 +37,7 @@ class InOrder(Generic[C]):
         """The outcome of `start(client)`, called when it is this number's turn."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         if self._closed:
-            future.set_exception(ClosedError("this model is gone: its session has ended"))
+            future.set_exception(self._closed)
         elif number < self._next or number in self._waiting:
             future.set_exception(DataError(f"seq_id {number} was used before, and its answer is no longer kept"))
         else:
@@ -49,7 +49,7 @@ class InOrder(Generic[C]):
         try:
             client = await opened
         except Exception as error:
-            self._closed = True
+            self._closed = error
             self._refuse(error)
             return
         loop, give_up_at = asyncio.get_running_loop(), None
@@ -88,9 +88,9 @@ class InOrder(Generic[C]):
         self._waiting.clear()
 
     def close(self) -> None:
-        self._closed = True
+        self._closed = ClosedError("this model is gone: its session has ended")
         self._worker.cancel()
-        self._refuse(ClosedError("this model is gone: its session has ended"))
+        self._refuse(self._closed)
 
 
 async def _run(start: Start[C], client: C, future: asyncio.Future[Answer]) -> None:

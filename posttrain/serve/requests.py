@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Collection, Coroutine, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -120,6 +120,13 @@ class Requests:
         if request and request.task:
             request.task.cancel()
 
+    def end(self, sampler_ids: Collection[str]) -> None:
+        """Samplers and their clones have gone: nobody waits for what they still sample."""
+        for request in self._by_id.values():
+            if request.task and not request.answer and request.owner.split("#")[0] in sampler_ids:
+                request.task.cancel()
+        self.completions.forget(sampler_ids)
+
     def _sweep(self) -> None:
         """Drops answers whose time is over, and beyond the number of bytes those next in time."""
         now = time.monotonic()
@@ -174,9 +181,9 @@ class Completions:
                     await event.wait()
         return [_completion(request) for request in finished.values()], max(finished, default=cursor)
 
-    def forget(self, sampler_id: str) -> None:
-        """A sampler and its clones have gone."""
-        for owner in [owner for owner in self._finished if owner.split("#")[0] == sampler_id]:
+    def forget(self, sampler_ids: Collection[str]) -> None:
+        """Samplers and their clones have gone."""
+        for owner in [owner for owner in self._finished if owner.split("#")[0] in sampler_ids]:
             del self._finished[owner]
             self._changed.pop(owner, None)
 

@@ -9,7 +9,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from posttrain.backend.types import AdamParams, LoraConfig, ModelInput, Sampling
 from posttrain.serve.bases import BaseModel
 from posttrain.serve.order import GAP_SECONDS, InOrder
 from posttrain.serve.requests import PROTOBUF, Answer, Request, Requests, json_answer
+from posttrain.serve.sessions import Model, Sampler, Session
 from posttrain.serve.store import Checkpoint, Run, Store, check_name, now
 from posttrain.serve.wire import PassRequest, Targets, write_pass_output, write_sample_response
 
@@ -39,37 +40,6 @@ class UnknownError(CookbookError):
 
 class BusyError(CookbookError):
     """More requests than the server keeps: ask again."""
-
-
-@dataclass(eq=False)
-class Session:
-    id: str
-    user_metadata: dict[str, str]
-    display_name: str | None
-    last_seen: float = field(default_factory=time.monotonic)
-    models: dict[str, "Model"] = field(default_factory=dict)
-    samplers: dict[str, "Sampler"] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Model:
-    """A model in training. Its requests wait in `queue`, also while it is being opened."""
-
-    run: Run
-    session: Session
-    opened: "asyncio.Task[TrainingClient]"
-    queue: InOrder[TrainingClient]
-    substituted: set[str] = field(default_factory=set)  # losses whose substitution was logged
-
-
-@dataclass(eq=False)
-class Sampler:
-    id: str
-    session: Session
-    base_model: str
-    model_path: str | None
-    opened: "asyncio.Task[SamplingClient]"
-    copies: int = 0  # of its client, in other processes
 
 
 @dataclass(frozen=True)
@@ -141,14 +111,14 @@ class State:
         return self.sessions[session_id]
 
     def end_session(self, session_id: str) -> None:
-        """Frees its models and snapshots. Checkpoints stay."""
+        """Frees its models and snapshots, and what samples for it. Checkpoints stay."""
         session = self.sessions.pop(session_id, None)
         if session is None:
             return
         self._sessions_by_key = {key: kept for key, kept in self._sessions_by_key.items() if kept is not session}
+        self.requests.end(session.samplers)
         for sampler in session.samplers.values():
             del self.samplers[sampler.id]
-            self.requests.completions.forget(sampler.id)
             sampler.opened.cancel()
         for model in session.models.values():
             del self.models[model.run.training_run_id]
@@ -182,8 +152,12 @@ class State:
         return str(self._tokenizers / base.name) if self._tokenizers else None
 
     def created(self, session: Session, number: int) -> Request | None:
-        """The request that made a model of this number, if there was one."""
-        return self.requests.repeated(("model", f"{session.id}:train:{number}", 0))
+        """The request that made a model of this number, if there was one. ConfigError if it is no longer kept."""
+        run_id = f"{session.id}:train:{number}"
+        request = self.requests.repeated(("model", run_id, 0))
+        if request is None and run_id in self.models:
+            raise ConfigError(f"model_seq_id={number} is in use: this session has the model {run_id}")
+        return request
 
     def model(self, model_id: str) -> Model:
         if model_id not in self.models:
@@ -213,6 +187,7 @@ class State:
     ) -> Request:
         checkpoint = self.store.find(path, ("weights",))
         saved = checkpoint.run
+        self.base(saved.base_model)
         lora = (
             LoraConfig(saved.lora_rank or 1, None, None, saved.train_mlp, saved.train_attn) if saved.is_lora else None
         )
@@ -351,6 +326,7 @@ class State:
         sampler_id = f"{model.session.id}:sample:{sampling_number}"
 
         async def start(client: TrainingClient) -> Answer:
+            self._check_unused(sampler_id)
             kind = "inflight" if follow else "snapshot"
             sampling = await client.save_weights_and_get_sampling_client_async(kind=kind)
             self._add_sampler(model.session, sampler_id, model.run.base_model, None, _ready(sampling))
@@ -364,8 +340,9 @@ class State:
         """CheckpointError or ConfigError for a path or model that does not exist; opening goes on
         afterwards."""
         sampler_id = f"{session.id}:sample:{number}"
-        if sampler_id in self.samplers:
-            return self.samplers[sampler_id]
+        if (old := self.samplers.get(sampler_id)) and (old.model_path or old.base_model) == (model_path or base_model):
+            return old
+        self._check_unused(sampler_id)
         name = (
             self.store.find(model_path, ("sampler_weights", "weights")).run.base_model
             if model_path
@@ -374,6 +351,10 @@ class State:
         self.base(name)
         opened = self.sampling_client(model_path or name)
         return self._add_sampler(session, sampler_id, name, model_path, opened)
+
+    def _check_unused(self, sampler_id: str) -> None:
+        if sampler_id in self.samplers:
+            raise ConfigError(f"sampling_session_seq_id: {sampler_id} is another sampler of this session")
 
     def _add_sampler(
         self,
@@ -392,10 +373,10 @@ class State:
 
     async def sampling_client(self, name: str) -> SamplingClient:
         """The sampler of a model by its public name, or of a tinker:// path. Callers of the same
-        name share it while one holds it. UnknownPathError or ConfigError if there is none."""
+        name share it while one holds it and its engine runs. UnknownPathError or ConfigError if there is none."""
         checkpoint = self.store.find(name) if name.startswith("tinker://") else None
         key = (name, checkpoint.time if checkpoint else "")
-        if client := self._clients.get(key):
+        if (client := self._clients.get(key)) and not client.has_stopped:
             return client
         if key not in self._opening:
             work = self._open_checkpoint(checkpoint) if checkpoint else self._open_base(self.base(name))

@@ -93,10 +93,11 @@ def expiry(ttl_seconds: int | None) -> str | None:
 
 
 def check_name(name: object) -> str:
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    # NAME.json is the record of the checkpoint NAME
+    if not isinstance(name, str) or not NAME.fullmatch(name) or name.lower().endswith(".json"):
         raise CheckpointError(
-            f"checkpoint name {str(name)[:80]!r}: letters, digits, '.', '_' and '-' are allowed, at most 128, and a "
-            "letter or digit first"
+            f"checkpoint name {str(name)[:80]!r}: letters, digits, '.', '_' and '-' are allowed, at most 128, a "
+            "letter or digit first, and not .json at the end"
         )
     return name
 

@@ -176,7 +176,8 @@ def read_targets(fields: Mapping[str, Any]) -> Targets:
     """From the JSON of a tensor. DataError if it cannot be read."""
     name = "target_prompt_logprobs"
     try:
-        values = np.array(fields["data"], np.int64)
+        # no float loses its fraction
+        values = np.array(fields["data"] or np.empty(0, np.int64)).astype(np.int64, casting="same_kind")
         shape = tuple(map(int, fields.get("shape") or values.shape))
         if fields.get("sparse_crow_indices") is None:
             return Targets(TensorData(values, "int64", shape), None)
