@@ -175,7 +175,7 @@ def _end_of_turn(renderer: Renderer, conversation: Sequence[Message], rendered: 
         tokens, weights = renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
     except DataError:
         return None
-    end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
+    end = next(t for t in reversed(range(len(weights))) if weights[t] > 0) + 1
     return end if rendered[:end] == tokens[:end] else None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.types import ModelInput
+from posttrain.renderers.encoding import Encoder
 from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
@@ -18,10 +19,11 @@ class PlainRenderer:
             raise ConfigError("renderer_name=plain ends answers with EOS, and this tokenizer has none: use role_colon")
         self.tokenizer = tokenizer
         self.bos, self.eos = bos(tokenizer), eos(tokenizer)
+        self._encode = Encoder(tokenizer)
 
     def _turn(self, message: Message) -> Turn:
         end = self.eos if message["role"] == "assistant" else []
-        return Turn([], encode(self.tokenizer, text_of(message)) + end)
+        return Turn([], self._encode(text_of(message)) + end)
 
     def build_generation_prompt(
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None

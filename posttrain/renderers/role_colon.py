@@ -8,6 +8,7 @@ escaping a "\\n\\nUser:" in a message.
 from collections.abc import Sequence
 
 from posttrain.backend.types import ModelInput
+from posttrain.renderers.encoding import Encoder
 from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, eos, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
@@ -21,6 +22,7 @@ class RoleColonRenderer:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.bos = bos(tokenizer)
+        self._encode = Encoder(tokenizer)
 
     def _turns(self, messages: Sequence[Message], next_role: str) -> list[Turn]:
         """The messages, then the header of `next_role`."""
@@ -30,8 +32,8 @@ class RoleColonRenderer:
         for i, (role, output) in enumerate(zip(roles, outputs, strict=True)):
             header = "" if word_given else ("\n\n" if i else "") + f"{role.capitalize()}:"
             word_given = role == "assistant" and roles[i + 1 : i + 2] == ["user"]
-            stop = encode(self.tokenizer, STOP) if word_given else []
-            turns.append(Turn(encode(self.tokenizer, header), encode(self.tokenizer, output) + stop))
+            stop = self._encode(STOP) if word_given else []
+            turns.append(Turn(self._encode(header), self._encode(output) + stop))
         return turns
 
     def build_generation_prompt(
