@@ -146,11 +146,11 @@ async def _episode(policy: Policy, env: Env, seed: Seed, limits: RolloutLimits, 
 
 
 def extending(turn: Transition, ob: Observation) -> Observation:
-    """`ob`; where it extends the turn, with the turn's own chunks: the observations of an episode
-    take the memory of its tokens, not of its tokens times its turns."""
+    """`ob`, in little memory: where it extends the turn it has the turn's own chunks, so that an
+    episode's observations take the memory of its tokens, not of its tokens times its turns."""
     seen, tokens = turn.ob.to_ints() + turn.ac.tokens, ob.to_ints()
     if tokens[: len(seen)] != seen:
-        return ob
+        return ModelInput.kept(tokens)
     new = (turn.ac.tokens, tokens[len(seen) :])
     return ModelInput([*turn.ob.chunks, *(EncodedTextChunk(part) for part in new)])
 
