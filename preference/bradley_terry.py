@@ -19,6 +19,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
 from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.progress import counted
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import (
     Judge,
@@ -50,7 +51,7 @@ def last_token_datum(tokens: Sequence[int], margin: float = 0.0) -> Datum:
     """A sequence with its scalar at the last token; `margins` is read from a pair's chosen Datum."""
     at_last_T = np.zeros(len(tokens), dtype=np.float32)
     at_last_T[-1] = 1
-    return Datum(ModelInput.from_ints(tokens), {"weights": at_last_T, "margins": margin * at_last_T})
+    return Datum(ModelInput.kept(tokens), {"weights": at_last_T, "margins": margin * at_last_T})
 
 
 class ScalarModel(RewardModel):
@@ -144,7 +145,9 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
                 f"preference pairs: {len(labeled_D) - len(decided_D):,} ties of {len(labeled_D):,} comparisons dropped"
             )
         pairs = ListDataset(
-            [self._pair(renderer, labeled) for labeled in decided_D], min(self.batch_size, len(decided_D)), self.seed
+            [self._pair(renderer, labeled) for labeled in counted(decided_D, "tokenizing comparisons")],
+            min(self.batch_size, len(decided_D)),
+            self.seed,
         )
         # The units of a batch are pairs: chosen and rejected, side by side.
         sides = chain.from_iterable

@@ -16,6 +16,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig, ModelInput
 from posttrain.renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.progress import counted
 from preference.comparisons import in_both_orders, randomly_swapped
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, PreferenceModel, SavedModel
@@ -144,7 +145,7 @@ class LabelExamplesBuilder(RewardExamplesBuilder):
     def examples(self, renderer: Renderer, labeled_D: Sequence[LabeledComparison]) -> SupervisedDataset:
         ordered = in_both_orders(labeled_D) if self.both_orders else randomly_swapped(labeled_D, self.seed)
         label_format = LabelFormat(renderer)
-        data_D = [label_format.example(labeled) for labeled in ordered]
+        data_D = [label_format.example(labeled) for labeled in counted(ordered, "tokenizing comparisons")]
         return ListDataset(data_D, min(self.batch_size, len(data_D)), self.seed)
 
     def length(self, renderer: Renderer, labeled: LabeledComparison) -> int:

@@ -15,6 +15,7 @@ from posttrain.backend.config import in_float64
 from posttrain.backend.errors import DataError
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
+from posttrain.tracking.progress import counted
 from preference.losses import PairLogprobs
 from preference.types import LabeledComparison
 from supervised.data import datum_from_tokens_weights, offering
@@ -49,7 +50,7 @@ def render_pairs(
     order, which asks for equal rewards."""
     limit = int(max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
     pairs, dropped = [], Counter[str]()
-    for labeled in comparisons:
+    for labeled in counted(comparisons, f"tokenizing {kind} comparisons"):
         if labeled.label == "Tie" and ties != "both":
             if ties == "raise":
                 raise DataError(f"{labeled.where}: a tie; ties=drop leaves ties out, ties=both asks for equal rewards")

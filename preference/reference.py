@@ -18,6 +18,7 @@ from posttrain.backend.errors import CheckpointError, DataError
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
+from posttrain.tracking.progress import counted
 from preference.pairs import Pair, as_data, sequence_logprobs
 
 CHUNK = 256  # answers per forward call, and per append to the file
@@ -43,7 +44,7 @@ async def with_reference(
     chunks = [list(data)[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
     # Chunks are always computed whole: the answers in a batch decide the last digits of a logprob.
     needed = [keys for i, keys in enumerate(chunks) if i == 0 or not known.keys() >= set(keys)]
-    for keys in needed:
+    for keys in counted(needed, f"computing the reference's logprobs, {CHUNK} answers at a time"):
         computed = zip(keys, await answer_logprobs(client, [data[key] for key in keys]), strict=True)
         new = [(key, logprob) for key, logprob in computed if _is_new(known, key, logprob, file)]
         known |= new

@@ -20,6 +20,7 @@ from posttrain.backend.ranges import COUNT, WHOLE
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Renderer, TrainOnWhat
 from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.progress import counted
 from preference.prm_labels import StepRecord, read_records
 from preference.scored_tokens import scored_tokens
 from preference.steps import StepFormat, split_response
@@ -76,7 +77,7 @@ def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuil
         arrays["labels"][prompt + start : prompt + end] = label
         arrays["weights"][prompt + start : prompt + end] = 1
         arrays["step_ends"][prompt + end - 1] = 1
-    return Datum(ModelInput.from_ints(tokens), arrays) if trained else None
+    return Datum(ModelInput.kept(tokens), arrays) if trained else None
 
 
 @chz.chz
@@ -127,7 +128,7 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
         """Prints one line: the number of solutions and the reasons for dropping others."""
         limit = self.max_length or renderer.tokenizer.model_max_length
         data, overlong, empty = [], 0, 0
-        for number, record in enumerate(records):
+        for number, record in enumerate(counted(records, f"tokenizing {kind} solutions")):
             try:
                 datum = step_datum(record, renderer, self)
             except DataError as error:

@@ -55,7 +55,7 @@ class GroupSource:
         # batch -> index in it -> its rollouts
         self._groups: dict[int, dict[int, asyncio.Future[TrajectoryGroup]]] = {}
         self._policy: Policy | None = None
-        self._step = 0
+        self._step = self._unstarted = 0
 
     async def __aenter__(self) -> "GroupSource":
         self._tasks = await asyncio.TaskGroup().__aenter__()
@@ -70,7 +70,8 @@ class GroupSource:
     def set_policy(self, step: int, client: SamplingClient) -> None:
         """`client` now has the weights of `step`: starts every group that may begin."""
         self._step, self._policy = step, Policy(client, self._max_tokens, self._temperature)
-        for batch in range(step, min(step + self.max_steps_off_policy, self._num_steps - 1) + 1):
+        first, self._unstarted = max(step, self._unstarted), min(step + self.max_steps_off_policy + 1, self._num_steps)
+        for batch in range(first, self._unstarted):
             groups = self._groups.setdefault(batch, {})
             for p, builder in enumerate(groups_of_batch(self._dataset, batch)):
                 if p not in groups:

@@ -122,6 +122,8 @@ def penalized_advantages(
 
 def discounted(x_T: np.ndarray, discount: float) -> np.ndarray:
     """y_t = sum over k >= 0 of discount^k x_{t+k}."""
+    if not discount:
+        return x_T
     y_T, running = np.zeros_like(x_T), 0.0
     for t in reversed(range(len(x_T))):
         running = float(x_T[t]) + discount * running

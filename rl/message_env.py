@@ -182,7 +182,7 @@ def _end_of_turn(
     prompt writes the turn otherwise, e.g. role_colon's "User:" if another role speaks next."""
     try:
         tokens, weights = renderer.build_supervised_example(conversation, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
-        end = max(t for t, weight in enumerate(weights) if weight > 0) + 1
+        end = next(t for t in reversed(range(len(weights))) if weights[t] > 0) + 1
         if rendered[:end] == tokens[:end]:
             return end
     except DataError:

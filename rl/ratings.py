@@ -76,7 +76,7 @@ def elo_ratings(
 def _check_connected(points_NN: np.ndarray, names: Sequence[str], anchor: int) -> None:
     """Hunter's assumption 1: from each player a chain of points leads to every other one."""
     reached_NN = (points_NN > 0) | np.eye(len(names), dtype=bool)
-    for _ in names:
+    for _ in range(len(names).bit_length()):  # chains of 2, 4, 8, ... games
         reached_NN = reached_NN @ reached_NN
     for i, name in enumerate(names):
         if not reached_NN[i, anchor] and not reached_NN[anchor, i]:

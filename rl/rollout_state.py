@@ -4,10 +4,9 @@ evaluation. Floats are exact; a metric that is not finite, which JSON does not h
 """
 
 import math
-from dataclasses import asdict
 from typing import Any
 
-from posttrain.backend.types import ModelInput
+from posttrain.backend.types import EncodedTextChunk, ModelInput
 from rl import types
 from rl.types import EnvGroupBuilder, Metrics, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 
@@ -45,33 +44,26 @@ def group_from_json(saved: dict[str, Any], builder: EnvGroupBuilder) -> Trajecto
 
 
 def _trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
-    turns = [
-        {
-            **vars(turn),
-            "ob": turn.ob.to_ints(),
-            "ac": asdict(turn.ac),
-            "metrics": _metrics_to_json(turn.metrics),
-        }
-        for turn in trajectory.transitions
-    ]
-    return {
-        "turns": turns,
-        "stop_reason": trajectory.stop_reason,
-    }
+    """Of an observation that `continues` the turn before, only the new tokens."""
+    turns, seen = [], []
+    for turn in trajectory.transitions:
+        ob = turn.ob.to_ints()
+        continues = bool(seen) and ob[: len(seen)] == seen
+        new = {"ob": ob[len(seen) :] if continues else ob, "continues": continues}
+        turns.append({**vars(turn), **new, "ac": vars(turn.ac), "metrics": _metrics_to_json(turn.metrics)})
+        seen = ob + turn.ac.tokens
+    return {"turns": turns, "stop_reason": trajectory.stop_reason}
 
 
 def _trajectory_from_json(saved: dict[str, Any]) -> Trajectory:
-    turns = [
-        Transition(
-            **{
-                **turn,
-                "ob": ModelInput.from_ints(turn["ob"]),
-                "ac": TokensWithLogprobs(**turn["ac"]),
-                "metrics": _metrics_from_json(turn["metrics"]),
-            }
-        )
-        for turn in saved["turns"]
-    ]
+    turns: list[Transition] = []
+    for turn in saved["turns"]:
+        ob = ModelInput.from_ints(turn["ob"])
+        if turn.get("continues"):  # older versions wrote every observation whole
+            ob = ModelInput([*turns[-1].ob.chunks, EncodedTextChunk(turns[-1].ac.tokens), *ob.chunks])
+        ac, metrics = TokensWithLogprobs(**turn["ac"]), _metrics_from_json(turn["metrics"])
+        fields = {name: value for name, value in turn.items() if name != "continues"}
+        turns.append(Transition(**{**fields, "ob": ob, "ac": ac, "metrics": metrics}))
     return Trajectory(turns, saved["stop_reason"])
 
 

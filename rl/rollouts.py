@@ -20,7 +20,7 @@ from posttrain.backend.errors import ContextLengthError, DataError
 from posttrain.backend.ranges import COUNT, POSITIVE, SHARE, WHOLE
 from posttrain.backend.routing import sampling_group
 from posttrain.backend.sampling_client import SamplingClient
-from posttrain.backend.types import SamplingParams
+from posttrain.backend.types import EncodedTextChunk, ModelInput, SamplingParams
 from posttrain.tracking.seeds import RETRY
 from posttrain.tracking.timeline import span
 from rl import step_checks
@@ -141,8 +141,18 @@ async def _episode(policy: Policy, env: Env, seed: Seed, limits: RolloutLimits, 
         transitions.append(Transition(ob, ac, result.reward, result.episode_done, result.metrics, result.logs))
         if result.episode_done:
             return Trajectory(transitions)
-        ob, stop = result.next_observation, result.next_stop_condition
+        ob, stop = extending(transitions[-1], result.next_observation), result.next_stop_condition
     raise AssertionError("unreachable")
+
+
+def extending(turn: Transition, ob: Observation) -> Observation:
+    """`ob`, in little memory: where it extends the turn it has the turn's own chunks, so that an
+    episode's observations take the memory of its tokens, not of its tokens times its turns."""
+    seen, tokens = turn.ob.to_ints() + turn.ac.tokens, ob.to_ints()
+    if tokens[: len(seen)] != seen:
+        return ModelInput.kept(tokens)
+    new = (turn.ac.tokens, tokens[len(seen) :])
+    return ModelInput([*turn.ob.chunks, *(EncodedTextChunk(part) for part in new)])
 
 
 async def _sample(

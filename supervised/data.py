@@ -21,6 +21,7 @@ from posttrain.renderers import with_tools
 from posttrain.renderers.turns import bos, encode_text, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset, held_out
+from posttrain.tracking.progress import counted
 from supervised.forms import customized, form_of, one_form, print_form, read_row
 from supervised.names import DATASETS
 from supervised.rows import (
@@ -58,7 +59,7 @@ def datum_from_tokens_weights(
         )
     if reduction == "mean":
         weights_T = weights_T / total
-    model_input = ModelInput.from_ints(tokens_T[:-1].tolist())
+    model_input = ModelInput.kept(tokens_T[:-1].tolist())
     return Datum(model_input, {"target_tokens": TensorData(tokens_T[1:]), "weights": TensorData(weights_T)})
 
 
@@ -162,7 +163,7 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         """Prints one line: the number of examples, dropped and truncated."""
         limit = int(self.max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
         data, overlong, emptied = [], 0, 0
-        for where, fields in rows:
+        for where, fields in counted(rows, f"tokenizing{kind} examples"):
             try:
                 tokens, weights = self.example(fields, renderer)
                 if len(tokens) > limit:

@@ -75,6 +75,18 @@ class LowTokenDataset(RLDataset):
         return self.builder.n_batches
 
 
+class CountingDataset(LowTokenDataset):
+    """Knows which batches were read: making their problems may take long."""
+
+    def __init__(self, builder: "LowTokenBuilder"):
+        super().__init__(builder)
+        self.read: list[int] = []
+
+    def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
+        self.read.append(index)
+        return super().get_batch(index)
+
+
 @chz.chz
 class LowTokenBuilder(RLDatasetBuilder):
     n_batches: int = chz.field(default=6, doc="batches")
@@ -194,16 +206,20 @@ def test_queued_groups_are_restored_and_unfinished_ones_begin_again(torch_servic
 
     async def resumed(state: list) -> list:
         LowTokenGroup.made.clear()
-        quick = LowTokenDataset(LowTokenBuilder())
+        quick = CountingDataset(LowTokenBuilder())
         async with GroupSource(quick, 6, 4, max_steps_off_policy=1) as source:
             source.restore(state)
+            quick.read.clear()
             source.set_policy(0, client.save_weights_and_get_sampling_client())
-            return [group async for groups in source.minibatches(0) for group in groups]
+            batches = [group async for groups in source.minibatches(0) for group in groups]
+            source.set_policy(1, client.save_weights_and_get_sampling_client())
+            assert quick.read == [0, 1, 2]
+            return batches
 
     state = asyncio.run(interrupted())
     groups = asyncio.run(resumed(state))
     restored = {saved["batch"] * 4 + saved["place"] for saved in state}
-    assert restored and set(LowTokenGroup.made) == set(range(8)) - restored
+    assert restored and set(LowTokenGroup.made) == set(range(12)) - restored
     assert [group.trajectories_G[0].transitions[0].ob.to_ints()[1] - 4 for group in groups] == [0, 1, 2, 3]
     assert all(len(group.get_total_rewards()) == 3 for group in groups)
 

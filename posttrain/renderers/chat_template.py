@@ -13,6 +13,7 @@ import jinja2
 
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.types import ModelInput
+from posttrain.renderers.encoding import Encoder, separates
 from posttrain.renderers.formats import FORMATS, HERMES, Kind, format_of, template_message, tools_as_text
 from posttrain.renderers.parts_check import SAID, shape_of, unwritable
 from posttrain.renderers.stream import PartsReader, read_parts
@@ -50,6 +51,7 @@ class ChatTemplateRenderer:
         known = format_of(template)
         self.format, self.writes_tools = known or HERMES, known is not None
         self.tools, self.list_tools = list(tools), list_tools
+        self._encoder, self._separator = Encoder(tokenizer), ""
         self._faults: dict[tuple[Any, ...], str] = {}  # of the messages that were checked, by shape
         self._written: dict[str, bool] = {}  # the roles that were checked
         if tools and not known and re.search(r"\btools\b", template):
@@ -58,6 +60,8 @@ class ChatTemplateRenderer:
                 f"({', '.join(row.name for row in FORMATS)}): add a row to posttrain/renderers/formats.py"
             )
         self.end_of_turn = self._find_end_of_turn()
+        if separates(tokenizer, self.end_of_turn):
+            self._separator = tokenizer.added_tokens_decoder[self.end_of_turn].content
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         self.stops = [self.end_of_turn, *(added[stop] for stop in self.format.call_stops if stop in added)]
         self.opens: Kind | None = self._opens()
@@ -68,7 +72,9 @@ class ChatTemplateRenderer:
 
     def with_tools(self, tools: Sequence[ToolSpec], list_tools: bool = True) -> "ChatTemplateRenderer":
         """A renderer that offers `tools`. ConfigError where the template's calls cannot be read."""
-        return type(self)(self.tokenizer, self.template_kwargs, tools, list_tools)
+        renderer = type(self)(self.tokenizer, self.template_kwargs, tools, list_tools)
+        renderer._encoder = self._encoder
+        return renderer
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Tokens of `apply_chat_template`. DataError with the template's message if it refuses, and for a role
@@ -102,17 +108,19 @@ class ChatTemplateRenderer:
         elif self.tools and self.list_tools:
             tools = {"tools": [{"type": "function", "function": tool} for tool in self.tools]}
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 plain,  # type: ignore[arg-type]
                 add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-                tokenizer_kwargs={"verbose": False},
+                tokenize=False,
                 **tools,
                 **self.template_kwargs,
-            )  # type: ignore[return-value]
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two of the template's code, too
             raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
+        assert isinstance(text, str)
+        return (
+            self._encoder.parts(text, self._separator) if self._separator else encode(self.tokenizer, text, begins=True)
+        )
 
     def _for_template(self, message: Message) -> dict[str, Any]:
         fields = {key: value for key, value in message.items() if key not in ("trainable", "parts")}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.types import ModelInput
+from posttrain.renderers.encoding import Encoder
 from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, ends, eos, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
@@ -18,10 +19,11 @@ class PlainRenderer:
             raise ConfigError("renderer_name=plain ends answers with EOS, and this tokenizer has none: use role_colon")
         self.tokenizer = tokenizer
         self.bos, self.eos = bos(tokenizer), eos(tokenizer)
+        self._encode = Encoder(tokenizer)
 
     def _turns(self, messages: Sequence[Message]) -> list[Turn]:
         stops = [self.eos if message["role"] == "assistant" else [] for message in messages]
-        tokens = [encode(self.tokenizer, text_of(message), begins=i == 0) for i, message in enumerate(messages)]
+        tokens = [self._encode(text_of(message), begins=i == 0) for i, message in enumerate(messages)]
         return [Turn([], output + end) for output, end in zip(tokens, stops, strict=True)]
 
     def build_generation_prompt(

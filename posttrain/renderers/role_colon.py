@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.types import ModelInput
+from posttrain.renderers.encoding import Encoder
 from posttrain.renderers.turns import Turn, bos, cut_at_stop, decode, encode, ends, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
@@ -26,6 +27,7 @@ class RoleColonRenderer:
             )
         self.tokenizer = tokenizer
         self.bos = bos(tokenizer)
+        self._encode = Encoder(tokenizer)
 
     def _turns(self, messages: Sequence[Message], next_role: str) -> list[Turn]:
         """The messages, then the header of `next_role`."""
@@ -35,8 +37,8 @@ class RoleColonRenderer:
         for i, (role, output) in enumerate(zip(roles, outputs, strict=True)):
             header = "" if word_given else ("\n\n" if i else "") + f"{role.capitalize()}:"
             word_given = role == "assistant" and roles[i + 1 : i + 2] == ["user"]
-            stop = encode(self.tokenizer, STOP) if word_given else []
-            turns.append(Turn(encode(self.tokenizer, header, begins=i == 0), encode(self.tokenizer, output) + stop))
+            stop = self._encode(STOP) if word_given else []
+            turns.append(Turn(self._encode(header, begins=i == 0), self._encode(output) + stop))
         return turns
 
     def build_generation_prompt(

@@ -4,7 +4,7 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from posttrain.tracking.metrics_log import format_number
@@ -68,6 +68,16 @@ async def reported(waited_for: Awaitable[T], activity: str, seconds: float = 60.
         if not task.done():
             task.cancel()
     return task.result()
+
+
+def counted(items: Sequence[T], activity: str) -> Iterator[T]:
+    """The items; prints every SECONDS_BETWEEN_LINES how many have been taken."""
+    printed = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - printed >= SECONDS_BETWEEN_LINES:
+            printed = time.monotonic()
+            print(f"{activity}: {number:,} of {len(items):,}", flush=True)
+        yield item
 
 
 def _make_bar() -> Any:

@@ -16,7 +16,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.tracking.checkpointing import Checkpointed, Checkpointer, StopRequest
 from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.metrics_log import Metrics, MetricsLog, print_last_metrics, read_last_metrics, timed
-from posttrain.tracking.progress import TrainingProgress
+from posttrain.tracking.progress import TrainingProgress, reported
 from posttrain.tracking.run_config import RunConfig, TrainingConfig
 from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.step_profile import StepProfile
@@ -107,7 +107,7 @@ class Run:
                     for evaluate, every in self._evaluations():
                         if every and step % every == 0:
                             with timed(metrics, "eval"):
-                                metrics |= await evaluate(step)
+                                metrics |= await reported(evaluate(step), "evaluating")
                     with profile.step(step):
                         await train_step(step, metrics)
                 metrics |= self.alarms.metrics() if self.alarms else {}
@@ -125,7 +125,7 @@ class Run:
             profile.finish()
             final: Metrics = {}
             for evaluate, _ in self._evaluations():
-                final |= await evaluate(done)
+                final |= await reported(evaluate(done), "evaluating")
             if final:
                 log.log(final, done)
                 metrics |= final

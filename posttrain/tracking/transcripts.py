@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from posttrain.tracking.transcript_index import IndexEntry, update_index
 SHADES = 5  # of green and of red
 # an observation's common beginning with the previous one is folded from this length on
 FOLDED_CHARS = 80
+# sampled tokens of a page after which no group is added: 20 MB, more than which browsers refuse
+PAGE_TOKENS = 300_000
 
 
 @dataclass
@@ -110,13 +113,13 @@ def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) ->
 def transcript_page(
     title: str, groups: Sequence[TranscriptGroup], max_groups: int, rest: str, links: Mapping[str, str]
 ) -> str:
-    """The page of the first `max_groups`; `rest` says where the others are."""
+    """The page of the first `max_groups`, fewer if they are long; `rest` says where the others are."""
     entry, retries = _entry(0, groups), sum(group.num_retries for group in groups)
     facts = [f"{len(groups)} groups", f"{entry.rollouts} rollouts"]
     facts += [f"mean reward {format_number(entry.mean_reward)}"] if entry.mean_reward is not None else []
     facts += [f"{entry.failed} failed"] if entry.failed else []
     facts += [f"{retries} retried"] if retries else []
-    shown = groups[:max_groups]
+    shown = groups[: min(max_groups, 1 + _groups_before(PAGE_TOKENS, groups))]
     if len(shown) < len(groups):
         facts.append(f"the first {len(shown)} groups are shown, {rest}")
     scale = max(
@@ -132,6 +135,12 @@ _LEGEND = (
     '<span class="legend"><b class="n5">lower</b> <b class="n2">&nbsp;</b> <b class="p2">&nbsp;</b> <b '
     'class="p5">higher</b>'
 )
+
+
+def _groups_before(most: int, groups: Sequence[TranscriptGroup]) -> int:
+    """How many groups, in order, have at most so many sampled tokens."""
+    sizes = (sum(len(turn.tokens) for member in group.members for turn in member.turns) for group in groups)
+    return sum(total <= most for total in accumulate(sizes))
 
 
 def _group(number: int, group: TranscriptGroup, scale: float) -> str:

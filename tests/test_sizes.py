@@ -1,0 +1,138 @@
+"""What grows with a run's size grows no faster. Sizes and counts, never seconds."""
+
+import asyncio
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from posttrain.backend.errors import DataError
+from posttrain.backend.spans import Span
+from posttrain.backend.types import ModelInput
+from posttrain.tracking import progress, transcripts
+from posttrain.tracking.progress import counted
+from posttrain.tracking.timeline import Timeline
+from posttrain.tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
+from rl.data_processing import rows_of
+from rl.ratings import elo_ratings
+from rl.rollout_state import group_from_json, group_to_json
+from rl.rollouts import do_single_rollout
+from rl.types import Env, EnvGroupBuilder, StepResult, TokensWithLogprobs, Trajectory, TrajectoryGroup
+from supervised.data import datum_from_tokens_weights
+
+NEW = list(range(1000, 1050))  # above 256 each int is an object
+
+
+class Talk(Env):
+    """Each observation is all that was said, then NEW; or, with `rewrites`, not what was said before."""
+
+    def __init__(self, turns: int, rewrites: bool = False):
+        self.turns, self.rewrites, self.tokens = turns, rewrites, [*NEW]
+
+    async def initial_observation(self) -> tuple[ModelInput, None]:
+        return ModelInput.from_ints(self.tokens), None
+
+    async def step(self, action: list[int]) -> StepResult:
+        self.turns -= 1
+        self.tokens = [*([self.turns] if self.rewrites else []), *self.tokens, *action, *NEW]
+        return StepResult(1.0, not self.turns, ModelInput.from_ints(self.tokens))
+
+
+class Speaker:
+    async def __call__(self, ob: ModelInput, *_: Any) -> TokensWithLogprobs:
+        return TokensWithLogprobs([token + ob.length for token in NEW], [-0.5] * len(NEW))
+
+
+def talk(turns: int, rewrites: bool = False) -> Trajectory:
+    return asyncio.run(do_single_rollout(Speaker(), Talk(turns, rewrites), (0,)))  # type: ignore[arg-type]
+
+
+def group_of(trajectory: Trajectory) -> TrajectoryGroup:
+    return TrajectoryGroup([trajectory], [0.0], [{}])
+
+
+def bytes_of_talk(turns: int) -> int:
+    tracemalloc.start()
+    kept = talk(turns)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(kept.transitions) == turns
+    return size
+
+
+def test_an_episode_keeps_each_token_once() -> None:
+    bytes_of_talk(1)  # what the first call alone takes
+    assert bytes_of_talk(32) < 3 * bytes_of_talk(16)
+    assert len(json.dumps(group_to_json(group_of(talk(32))))) < 2.5 * len(json.dumps(group_to_json(group_of(talk(16)))))
+
+
+class NoGroup(EnvGroupBuilder):
+    async def make_envs(self) -> list[Env]:
+        return []
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_saved_observations_are_whole_again(rewrites: bool) -> None:
+    group = group_of(talk(4, rewrites))
+    saved = json.loads(json.dumps(group_to_json(group)))
+    older = json.loads(json.dumps(saved))  # with every observation whole, and no mark
+    for turn, transition in zip(older["trajectories"][0]["turns"], group.trajectories_G[0].transitions, strict=True):
+        turn["ob"] = transition.ob.to_ints()
+        assert turn.pop("continues") == (not rewrites and transition.ob.length > len(NEW))
+    for file in (saved, older):
+        again = group_from_json(file, NoGroup())
+        pairs = zip(again.trajectories_G[0].transitions, group.trajectories_G[0].transitions, strict=True)
+        assert all(a.ob.to_ints() == b.ob.to_ints() and a.ac == b.ac for a, b in pairs)
+        assert [row.tokens for row in rows_of([again])] == [row.tokens for row in rows_of([group])]
+    assert len(rows_of([group])) == (4 if rewrites else 1)
+
+
+def test_token_ids_of_kept_data_are_shared() -> None:
+    first, second = (datum_from_tokens_weights(range(1000, 1010), [1.0] * 10).model_input for _ in range(2))
+    assert first == ModelInput.from_ints(range(1000, 1009))
+    assert all(type(a) is int and a is b for a, b in zip(first.to_ints(), second.to_ints(), strict=True))
+
+
+def test_a_long_preparation_counts_what_it_has_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(counted("abc", "reading")) == ["a", "b", "c"]
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    assert list(counted(range(3), "reading")) == [0, 1, 2]
+    assert capsys.readouterr().out.splitlines()[-1] == "reading: 2 of 3"
+
+
+# Trap: with too few spans kept, a step of many rollouts seems idle.
+def test_the_shares_of_a_step_count_all_its_rollouts() -> None:
+    timeline, rollouts = Timeline(), 50_000
+    for start in np.linspace(0, 9, rollouts):
+        timeline.spans._closed.append(Span("sampling", float(start), float(start) + 1))
+    shares = timeline.shares(0, 10)
+    assert shares["sampling"] == pytest.approx(1) and shares["idle"] == pytest.approx(0)
+    assert shares["rollouts_in_flight"] == pytest.approx(rollouts / 10)
+
+
+@pytest.mark.parametrize("players", [2, 3, 4, 5, 8, 9, 17])
+def test_a_chain_of_games_connects_its_ends(players: int) -> None:
+    points_NN, names = np.zeros((players, players)), [f"player {i}" for i in range(players)]
+    for i in range(players - 1):
+        points_NN[i, i + 1], points_NN[i + 1, i] = 2, 1
+    elo_N = elo_ratings(points_NN, names, prior_draws=0).elo_N
+    assert np.diff(elo_N) == pytest.approx(-400 * np.log10(2))
+    points_NN[players - 2, players - 1] = 0
+    with pytest.raises(DataError, match="won every game"):
+        elo_ratings(points_NN, names, prior_draws=0)
+
+
+def test_a_page_of_long_rollouts_has_fewer_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transcripts, "PAGE_TOKENS", 25)
+    for length, shown in ((1, 4), (10, 3), (30, 1)):
+        groups = [TranscriptGroup([TranscriptMember([TranscriptTurn("ask", ["t"] * length)], 1.0)]) for _ in range(4)]
+        page = write_transcripts(tmp_path, length, groups)
+        assert page.read_text().count('class="group"') == shown
+        assert (f"the first {shown} groups are shown" in page.read_text()) == (shown < 4)
+        assert len(page.with_suffix(".jsonl").read_text().splitlines()) == 4
