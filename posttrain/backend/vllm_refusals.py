@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from posttrain.backend.errors import CookbookError, EngineError, ModelError
+from posttrain.backend.models import experts_per_token
 
 USE_TORCH = "backend.engine=torch samples with torch instead"
 UNMERGED = "backend.lora=unmerged keeps a copy for each of the two instead"
@@ -17,7 +18,7 @@ def computed_otherwise(hf_config: PretrainedConfig, max_length: int, unmerged: b
     """Models that vLLM 0.32 on a CPU accepts and computes differently from transformers, or not at
     all, once it is opened (tests/test_vllm_architectures.py). `unmerged`: with adapters."""
     config: Any = hf_config.get_text_config()
-    if unmerged and getattr(config, "num_experts_per_tok", None):
+    if unmerged and experts_per_token(config):
         return f"it has no kernels for experts beside adapters; {MERGE}"
     if "conv" in (getattr(config, "layer_types", None) or ()):
         return "its convolution layers give other logprobs from the second sampled token on"
