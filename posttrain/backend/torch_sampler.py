@@ -36,7 +36,7 @@ from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 
 # Of prompts that are decoded when a sampler opens, and the relative gap of hidden states that rounding explains.
 CHECKED_LENGTHS = (2, 5)
-MOST_DECODING_GAP = {torch.float32: 1e-2, torch.bfloat16: 0.1}
+MOST_DECODING_GAP = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # bf16 may send a token to another expert
 UNIFORMS = 16  # random numbers drawn per row at a time
 
 
