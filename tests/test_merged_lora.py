@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.merged_lora import compute_merged
+from posttrain.backend.merged_lora import compute_merged, merged_weights
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import LoraConfig
 from tests.conftest import gradients, policy_data
@@ -79,3 +79,10 @@ def test_the_model_is_the_one_with_merged_weights() -> None:
     )
     assert np.abs(ours - theirs).max() < 1e-6
     assert np.abs(others - theirs).mean() > 1e-4
+
+
+# Trap: a hash's factors, or experts by token, rounded on their way to the sampler (Qwen 4, DeepSeek V4).
+def test_integers_reach_the_sampler_as_they_are() -> None:
+    numbers = torch.tensor([257, 2**40 + 1])
+    (_, weight), (_, sent) = merged_weights({"weight": torch.ones(2), "factors": numbers}, {}, torch.bfloat16)
+    assert weight.dtype == torch.bfloat16 and torch.equal(sent, numbers) and sent.dtype == numbers.dtype

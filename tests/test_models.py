@@ -329,7 +329,7 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path, monkeypatch: pytest
         FAMILIES, "ahead", lambda: Qwen2Config(**{**FAMILIES["Qwen 2.5"]().to_dict(), "is_causal": False})
     )
     folder = save_random_model("ahead", tmp_path)
-    with pytest.raises(ModelError, match="cannot be trained in batches"):
+    with pytest.raises(ModelError, match="not a causal language model as it is configured"):
         Trainer(str(folder), BackendConfig())
 
 

@@ -310,7 +310,15 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         raise CheckpointError(
             f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
         )
+    _load_tensors(adapted, load_file(path / ADAPTER_FILE))  # peft leaves out those whose names it converts wrongly
     return adapted
+
+
+@torch.no_grad()
+def _load_tensors(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in _tensors(model).items():
+        if name in saved:
+            tensor.copy_(saved[name])
 
 
 def _tensors(model: PeftModel) -> dict[str, torch.Tensor]:

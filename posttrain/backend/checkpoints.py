@@ -28,6 +28,7 @@ from posttrain.backend.checkpoint_files import (
     write_state,
 )
 from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.merged_lora import in_dtype
 from posttrain.backend.models import SCALAR_HEAD_FILE, model_config, read_model
 from posttrain.backend.optimizer_state import check_optimizer, load_optimizer, optimizer_tensors
 from posttrain.backend.ranks import assign, shard_like, whole_on_cpu
@@ -81,7 +82,7 @@ def _weights(trainer: TrainedModel, dtype: torch.dtype | None = None) -> dict[st
         if trainer.lora and ".lora_" not in name:
             continue
         if id(tensor) not in gathered:
-            gathered[id(tensor)] = whole_on_cpu(tensor, trainer.writes).to(dtype or tensor.dtype)
+            gathered[id(tensor)] = in_dtype(whole_on_cpu(tensor, trainer.writes), dtype or tensor.dtype)
         weights[name] = gathered[id(tensor)]
     if trainer.scalar_head is not None:
         weights[SCALAR_HEAD_FILE] = whole_on_cpu(trainer.scalar_head, trainer.writes)

@@ -1,9 +1,11 @@
 """LoRA adapters on a transformers model: which layers get them, by peft."""
 
+import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.models import model_config
@@ -43,14 +45,20 @@ def check_rank(model_name: str, lora: LoraConfig) -> None:
 
 def _kept_by_peft(hf_model: PreTrainedModel, names: list[str]) -> list[str]:
     """Without dense layers whose names peft takes for those of experts (GLM 4 MoE, DeepSeek, Ernie 4.5): it would
-    put the adapters on the experts, here and wherever the saved adapter is opened."""
+    put the adapters on the experts, here and wherever the saved adapter is opened. And without layers whose
+    names it does not find again (shared experts of Laguna): it would leave out their adapters."""
     try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+        from peft.utils import transformers_weight_conversion as conversion
     except ImportError:  # an earlier peft, which moves no adapter
         return names
     config = PeftConfig(target_modules=names)
-    convert_peft_config_for_transformers(config, model=hf_model, conversions=None)
-    return [name for name in names if name in (config.target_modules or ())]
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    read = conversion.convert_peft_adapter_state_dict_for_transformers(
+        hf_model, config, {key: torch.zeros(1, 1) for key in keys}
+    )
+    found = {keys.get(key.replace(".default.", ".")) for key in read}
+    conversion.convert_peft_config_for_transformers(config, model=hf_model, conversions=None)
+    return [name for name in names if name in (config.target_modules or ()) and name in found]
 
 
 def _left_out(hf_model: PreTrainedModel, targets: set[str]) -> list[str]:
@@ -63,9 +71,13 @@ def _left_out(hf_model: PreTrainedModel, targets: set[str]) -> list[str]:
 def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed: int) -> PeftModel:
     """Without a name nothing is printed."""
     suffixes = (ATTENTION_LAYERS if lora.train_attn else ()) + (MLP_LAYERS if lora.train_mlp else ())
-    named = [
-        name for name, _ in hf_model.named_modules() if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
-    ]
+    linear = {name: layer for name, layer in hf_model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    named = [name for name in linear if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)]
+    if len({id(linear[name].weight) for name in named}) < len(named):
+        raise ModelError(
+            f"{hf_model.config.model_type} has layers that share their weights (as in Zamba), on which adapters would "
+            "differ: train all weights instead"
+        )
     targets = _kept_by_peft(hf_model, named)
     if lora.train_unembed:
         if hf_model.config.tie_word_embeddings:
@@ -80,20 +92,20 @@ def add_lora(hf_model: PreTrainedModel, model_name: str, lora: LoraConfig, seed:
             f"{hf_model.config.model_type} has none of the requested layers {where}: train all weights instead"
         )
     if lora.train_mlp and experts and model_name:
-        shared = "layers all tokens share" if targets == named else "no other layer"
+        adapted = {name for name in targets if any(f".{name}".endswith(f".{suffix}") for suffix in MLP_LAYERS)}
+        shared = "layers all tokens share" if targets == named else "dense layers" if adapted else "no other layer"
         print(
             f"LoRA on {model_name}: its attention, and {shared}; experts and their router stay as they are", flush=True
         )
     if lora.train_attn and lora.train_mlp and model_name and (others := _left_out(hf_model, {*targets})):
         print(f"LoRA on {model_name}: no adapter on the linear layers {', '.join(others)}", flush=True)
     alpha = DEFAULT_LORA_ALPHA if lora.alpha is None else lora.alpha
-    conv1d = hf_model.config.model_type == "gpt2"
     config = PeftConfig(
         r=lora.rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=targets,
         lora_dropout=0.0,
-        fan_in_fan_out=conv1d,
+        fan_in_fan_out=any(isinstance(linear[name], Conv1D) for name in named),
         task_type="CAUSAL_LM",
     )
     with drawn_from(seed if lora.seed is None else lora.seed):

@@ -27,10 +27,11 @@ def kv_cache_bytes(hf_config: PretrainedConfig, max_length: int, config: Backend
 
 
 def kv_bytes_per_token(hf_config: PretrainedConfig, itemsize: int) -> int:
-    """An upper bound if some layers have a window or no attention."""
+    """An upper bound if some layers have a window, or no attention and no heads (Mamba)."""
     text: Any = hf_config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query_heads = getattr(text, "num_attention_heads", None) or 1
+    heads = getattr(text, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
     return 2 * text.num_hidden_layers * heads * head_dim * itemsize
 
 

@@ -5,6 +5,7 @@ processes that share a device, rows longer than a micro-batch.
 
 import copy
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,15 @@ from posttrain.backend.logprobs import CHUNK_ELEMENTS
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
-from posttrain.backend.models import attention_windows, cast_weights, context_length, model_config, new_model
+from posttrain.backend.models import (
+    attention_windows,
+    cast_weights,
+    context_length,
+    decoder_of,
+    experts_per_token,
+    model_config,
+    new_model,
+)
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_lora import tokens_of_a_step
 from posttrain.backend.vllm_settings import lora_room, samples_with_vllm
@@ -355,7 +364,9 @@ def model_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> M
             vocabulary, hidden = (head.base_layer if hasattr(head, "base_layer") else head).weight.shape
             parameters = sum(p.numel() for p in model.parameters())
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        intermediate = (getattr(text, "intermediate_size", None) or 4 * hidden) * max(1, _experts(hf_config))
+        widths = getattr(text, "intermediate_size", None) or 4 * hidden
+        widest = max(widths) if isinstance(widths, list) else widths  # Gemma 3n has a width for each layer
+        intermediate = widest * max(1, experts_per_token(hf_config))
         _sizes[key] = ModelSize(parameters, trainable, text.num_hidden_layers, hidden, intermediate, vocabulary)
     return _sizes[key]
 
@@ -371,9 +382,12 @@ def _saved_bytes(
     key = hf_config.to_json_string(use_diff=False), lora, compute, weights, merged
     if key not in _saved:
         try:
-            if _experts(hf_config):
+            if experts_per_token(hf_config):
                 raise NotImplementedError("which tokens an expert reads depends on numbers")
-            few, many = (_saved_by_pass(hf_config, lora, compute, weights, merged, tokens) for tokens in PROBE_TOKENS)
+            with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+                few, many = (
+                    _saved_by_pass(hf_config, lora, compute, weights, merged, tokens) for tokens in PROBE_TOKENS
+                )
             per_token = (many - few) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
             _saved[key] = max(0.0, few - PROBE_TOKENS[0] * per_token), per_token
         except Exception:  # of a model whose code reads numbers: about what a dense model saves
@@ -382,10 +396,14 @@ def _saved_bytes(
     return _saved[key]
 
 
-def _experts(hf_config: PretrainedConfig) -> int:
-    """Experts that a token is sent to; 0 without experts."""
-    text: Any = hf_config.get_text_config()
-    return getattr(text, "num_experts_per_tok", None) or 0
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """Without the pages that torch logs before it raises."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _saved_by_pass(
@@ -410,7 +428,7 @@ def _saved_by_pass(
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16),
         ):
-            output = base.get_decoder()(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+            output = decoder_of(base)(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
         del output  # kept until here: freed storages would give their addresses to others
     return sum(saved.values())
 

@@ -60,7 +60,12 @@ def merged_weights(
     for name, tensor in base.items():
         update = updates.get(name.removesuffix(".weight"))
         tensor = whole(tensor)
-        yield name, (tensor if update is None else tensor + update.delta()).to(dtype)
+        yield name, in_dtype(tensor if update is None else tensor + update.delta(), dtype)
+
+
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Integers, such as the factors of a hash (Qwen 4), stay as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import LogitTransform, fp32_logits, target_logprobs
+from posttrain.backend.models import decoder_of, embedding_rows
 from posttrain.backend.types import Datum, ModelInput
 
 # Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
@@ -35,7 +36,6 @@ class OpenedModel(Protocol):
     vocabulary: int
     hf_config: PretrainedConfig
     base: PreTrainedModel
-    transform: LogitTransform
     windows: dict[str, int | None] | None
     shares_prefixes: bool
     packs: bool
@@ -43,7 +43,24 @@ class OpenedModel(Protocol):
 
     def _flat_logprobs(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor: ...
 
-    def _head(self) -> torch.Tensor: ...
+
+@computing()
+@torch.no_grad()
+def check_causal(trainer: OpenedModel, pair_D: Sequence[Datum], limit: float) -> None:
+    """`pair_D`: two sequences of one length with a common prompt, whose logprobs must not depend on
+    what follows it."""
+    one_T, other_T = (
+        trainer._flat_logprobs([datum], micro_batches([datum], [0], 2**62, trainer.device, False)) for datum in pair_D
+    )
+    tokens, other_tokens = (datum.model_input.to_ints() for datum in pair_D)
+    # the last of these predicts the first token that differs
+    common = next((t for t, (a, b) in enumerate(zip(tokens, other_tokens, strict=True)) if a != b), 1) - 1
+    if (gap := float((one_T - other_T)[:common].abs().sum() / max(1, common))) > limit:
+        raise ModelError(
+            f"{trainer.model_name!r} is not a causal language model as it is configured: a token's logprobs differ by "
+            f"{gap:.2g} on average with the tokens after it, as in an encoder (is_decoder=false, bidirectional "
+            "attention)"
+        )
 
 
 @computing()
@@ -66,6 +83,7 @@ def check_rows(trainer: OpenedModel) -> None:
     """Each sequence must have its own logprobs in padded and shared rows. If only sharing
     fails, it is switched off."""
     data_D, limit = row_check_data(trainer.vocabulary, trainer.max_length), MOST_ROW_GAP[trainer.compute_dtype]
+    check_causal(trainer, data_D[:2], limit)
     if (gap := row_gap(trainer, data_D, share=False)) > limit:
         raise ModelError(
             f"{trainer.model_name!r} cannot be trained in batches: a sequence's logprobs differ by {gap:.2g} on "
@@ -115,17 +133,21 @@ def _packing_fails(trainer: OpenedModel) -> str | None:
 
 @computing()
 @torch.no_grad()
-def check_head(trainer: OpenedModel) -> None:
-    """Refuses a model whose logits have an operation that `logit_transform` does not know.
+def check_head(
+    model_name: str,
+    model: PreTrainedModel,
+    head_VH: torch.Tensor,
+    transform: LogitTransform,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Refuses a model whose logits have an operation that `transform` does not have.
     Checked with the model's hidden states, which are small in a random model, and with hidden
     states large enough for any softcap."""
-    head: Any = trainer.base.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
-        raise ModelError(
-            f"{trainer.model_name!r} has a bias in its output layer, which the chunked logprobs do not add"
-        )
-    tokens, hidden_states = trainer.vocabulary - 1 - torch.arange(8, device=trainer.device)[None], []
-    head_VH = trainer._head()
+        raise ModelError(f"{model_name!r} has a bias in its output layer, which the chunked logprobs do not add")
+    tokens, hidden_states = embedding_rows(model) - 1 - torch.arange(8, device=device)[None], []
     large_BTH = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, head_VH.shape[1]))).to(head_VH)
     large_BTH *= LARGE_LOGITS / fp32_logits(large_BTH[0], head_VH).std()
     for replaced_BTH in (None, large_BTH):
@@ -136,18 +158,18 @@ def check_head(trainer: OpenedModel) -> None:
             hidden_states.append(output.last_hidden_state)
             return output
 
-        hook = trainer.base.get_decoder().register_forward_hook(replace)
-        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.compute_dtype == torch.bfloat16):
-            logits_TV = trainer.base(input_ids=tokens).logits[0].float()
+        hook = decoder_of(model).register_forward_hook(replace)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits_TV = model(input_ids=tokens).logits[0].float()
             expected = logits_TV.log_softmax(-1).gather(-1, tokens.T)
         hook.remove()
-        hidden_TH = hidden_states.pop()[0].to(trainer.compute_dtype)
-        gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=trainer.transform) - expected).abs().max()
+        hidden_TH = hidden_states.pop()[0].to(dtype)
+        gap = (target_logprobs(hidden_TH, head_VH, tokens.T, transform=transform) - expected).abs().max()
         # On CUDA the chunked logits are fp32, and the model's own rounded to bf16: by up to
         # 1/256 of the largest.
-        if gap > (1e-3 if trainer.compute_dtype == torch.float32 else 0.3 + float(logits_TV.abs().max()) / 64):
+        if gap > (1e-3 if dtype == torch.float32 else 0.3 + float(logits_TV.abs().max()) / 64):
             unknown = "computes its logits in a way the chunked logprobs do not know (a scale or a softcap of its own)"
-            raise ModelError(f"{trainer.model_name!r} {unknown}")
+            raise ModelError(f"{model_name!r} {unknown}")
 
 
 def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:

@@ -6,8 +6,11 @@ import copy
 import difflib
 import functools
 import inspect
+import math
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +30,11 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from posttrain.backend.checkpoint_files import (
@@ -51,6 +58,8 @@ SCALAR_HEAD_FILE = "scalar_head.safetensors"
 # Longer contexts must be requested: a hub model's limit can be a million tokens, and the KV cache
 # is sized for it.
 DEFAULT_MAX_LENGTH = 4096
+# Beginnings of the names of configs in the configs of models with pictures or sound.
+SENSES = ("vision", "audio", "vq")
 # Quantised checkpoints that transformers can open with whole weights.
 DEQUANTIZED = {"fp8", "mxfp4"}
 
@@ -121,7 +130,13 @@ def model_config(model_name: str) -> PretrainedConfig:
             f"set that model as base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
         )
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"{model_name!r} cannot be opened: {config.model_type} is not a causal language model")
+        pictures = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        why = (
+            "reads pictures besides text: only text models can be opened"
+            if pictures
+            else "is not a causal language model"
+        )
+        raise ModelError(f"{model_name!r} cannot be opened: {config.model_type} {why}")
     return config
 
 
@@ -197,10 +212,26 @@ LOAD_ERRORS = (
 )
 
 
-def _reason(error: BaseException, path: Path) -> str:
-    """One line with the reason why the folder cannot be read."""
+# What a model raises in a pass over tokens that it does not support.
+PASS_ERRORS = (*LOAD_ERRORS, IndexError, AssertionError)
+
+
+@contextmanager
+def fails_as(model_name: str, does: str) -> Iterator[None]:
+    """ModelError with one line in place of what a model raises in a pass."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except PASS_ERRORS as error:
+        text = f"transformers {transformers.__version__} {does} with {_reason(error)}"
+        raise ModelError(f"{model_name!r} cannot be used: {text}") from error
+
+
+def _reason(error: BaseException, path: Path | None = None) -> str:
+    """One line with the reason why a folder cannot be read, or a model not used."""
     text = str(error)
-    if pointer := not_pulled(path):
+    if path and (pointer := not_pulled(path)):
         return pointer
     if isinstance(error, (EOFError, pickle.UnpicklingError)):
         return "its pytorch_model.bin is damaged, or holds something other than tensors, which is not loaded"
@@ -232,6 +263,8 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
             config, "original_max_position_embeddings", limit
         )
         limit, why = min(limit, int(original)), " with one set of rotations (LongRoPE changes them beyond)"
+    if window := getattr(config, "keep_window_size", None):
+        limit, why = min(limit, window), " that its layers do not choose from (Doge counts padding, too)"
     if max_length is not None and max_length > limit:
         raise ModelError(
             f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has{why}"
@@ -277,19 +310,42 @@ def kernel_of_attention(config: PretrainedConfig) -> str | None:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
+# Names in configs of what is done to logits: they are multiplied, divided, and capped.
+LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
+LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
     """Scale and softcap of the logits (Granite, Cohere, Gemma 2), all that `Trainer` accepts."""
     config = config.get_text_config()
-    scale = getattr(config, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
-    return LogitTransform(
-        scale / getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+    factors, divisors, caps = (
+        [value for name in names if (value := getattr(config, name, None))]
+        for names in (LOGIT_FACTORS, LOGIT_DIVISORS, LOGIT_CAPS)
     )
+    if config.model_type == "hyperclovax":  # which multiplies by what Granite divides by
+        factors, divisors = factors + divisors, []
+    return LogitTransform(math.prod(factors, start=1.0) / math.prod(divisors), caps[0] if caps else None)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Number of token ids a model reads; its tokenizer may have fewer if the vocabulary was padded."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.weight.shape[0])
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    """Experts that a token is sent to; 0 without experts."""
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_k")
+    text = config.get_text_config()
+    return next((int(number) for name in names if (number := getattr(text, name, None))), 0)
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The layers below the output layer. transformers gives for Llama 4 the whole model instead, and for
+    ModernBERT the output layer."""
+    decoder: Any = model.get_decoder()
+    return model.model if decoder is model or decoder is model.get_output_embeddings() else decoder
 
 
 def new_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -318,7 +374,9 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
 
 
 def check_text_only(model_name: str, config: PretrainedConfig) -> None:
-    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type].endswith("ForConditionalGeneration"):
+    opened: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # a class of text models for some configs with pictures
+    parts = getattr(opened.config_class, "sub_configs", {})
+    if opened.__name__.endswith("ForConditionalGeneration") or any(name.startswith(SENSES) for name in parts):
         raise ModelError(
             f"{model_name!r} reads images or sound besides text ({config.model_type}): only text models can be opened"
         )
@@ -351,6 +409,8 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     finally:
         transformers_logging.set_verbosity(verbosity)
     model, report = opened
+    if type(model.config) is not type(model_config(model_name)):  # the text model that it contains
+        report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not _is_of_senses(name)]
     for kind, fault in (
         ("missing_keys", "its weights lack tensors that its config.json asks for"),
         ("unexpected_keys", "its weights hold tensors that its config.json does not ask for"),
@@ -377,6 +437,11 @@ def _say_untied(model: PreTrainedModel) -> None:
     embedding: Any = model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
+def _is_of_senses(tensor: str) -> bool:
+    """Whether a tensor is of a part that reads pictures or sound, or of what connects it (Llama 4)."""
+    return any(part.startswith((*SENSES, "multi_modal")) for part in tensor.split(".")[:2])
 
 
 def _make_savable(model_name: str, model: PreTrainedModel) -> None:
@@ -417,8 +482,9 @@ def with_cache(model: Any, cache: Cache) -> dict[str, Any]:
 
 @functools.cache
 def _cache_argument(kind: type) -> str:
-    """transformers 5.24 has renamed it."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"  # type: ignore[attr-defined]
+    """Mamba's has a name of its own, and transformers 5.24 has renamed the others'."""
+    arguments = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return next((name for name in ("cache", "cache_params") if name in arguments), "past_key_values")
 
 
 def end_token_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:

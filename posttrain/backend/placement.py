@@ -103,7 +103,7 @@ def check_gpus(config: BackendConfig, gpus_of_nodes: list[int]) -> None:
 def check_heads(config: BackendConfig, hf_config: PretrainedConfig) -> None:
     """ConfigError if the attention heads cannot be divided among a replica's GPUs."""
     text: Any = hf_config.get_text_config()
-    if (heads := text.num_attention_heads) % config.tensor_parallel:
+    if (heads := getattr(text, "num_attention_heads", 0)) % config.tensor_parallel:
         raise ConfigError(
             f"backend.tensor_parallel={config.tensor_parallel} does not divide the model's {heads} attention heads"
         )

@@ -23,7 +23,7 @@ from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
 from posttrain.backend.device_lock import computing
 from posttrain.backend.loss_terms import LossTerm, RunningTerm
 from posttrain.backend.memory_plan import check_fits, planned
-from posttrain.backend.merged_lora import base_weights, layer_updates
+from posttrain.backend.merged_lora import base_weights, in_dtype, layer_updates
 from posttrain.backend.models import load_model
 from posttrain.backend.ranks import Processes
 from posttrain.backend.scalar_trainer import ScalarTrainer
@@ -206,13 +206,13 @@ class ShardedTrainer(Trainer):
         for name, tensor in base_weights(self.base).items():
             if not tensor.ndim:
                 if self.writes:
-                    yield name, tensor.to(self.compute_dtype)
+                    yield name, in_dtype(tensor, self.compute_dtype)
                 continue
             rows = ranks.local_rows(tensor.shape[0], self.processes)
             part = ranks.local(tensor) if tensor is not ranks.local(tensor) else tensor[rows]
             if update := updates.get(name.removesuffix(".weight")):
                 part = part + update.delta()[rows]
-            yield name, part.to(self.compute_dtype)
+            yield name, in_dtype(part, self.compute_dtype)
 
     # --- checkpoints -----------------------------------------------------------------------------
 

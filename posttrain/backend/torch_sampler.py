@@ -18,12 +18,25 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
+from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.merged_lora import AdaptedWeights
-from posttrain.backend.models import cast_weights, end_token_ids, logit_transform, with_cache
+from posttrain.backend.model_checks import check_head
+from posttrain.backend.models import (
+    cast_weights,
+    decoder_of,
+    embedding_rows,
+    end_token_ids,
+    fails_as,
+    logit_transform,
+    with_cache,
+)
 from posttrain.backend.prompt_scores import ROWS, ScoredPrompt, score_prompt
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 
+# Of prompts that are decoded when a sampler opens, and the relative gap of hidden states that rounding explains.
+CHECKED_LENGTHS = (2, 5)
+MOST_DECODING_GAP = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # bf16 may send a token to another expert
 UNIFORMS = 16  # random numbers drawn per row at a time
 
 
@@ -50,6 +63,8 @@ class TorchSampler:
         self._adapters: list[RemovableHandle] = []
         self._waiting: list[SequenceRequest] = []
         self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}
+        self._check_head()
+        self._pads = self._check_decoding()  # prompts of different lengths share a batch
 
     def add(self, request: SequenceRequest) -> None:
         self._waiting.append(request)
@@ -60,7 +75,10 @@ class TorchSampler:
         """Decodes up to max_num_seqs waiting requests to the end."""
         # prompts of similar length waste less padding
         self._waiting.sort(key=lambda request: len(request.prompt))
-        requests, self._waiting = self._waiting[: self._max_num_seqs], self._waiting[self._max_num_seqs :]
+        requests = self._waiting[: self._max_num_seqs]
+        if not self._pads:
+            requests = [request for request in requests if len(request.prompt) == len(requests[0].prompt)]
+        self._waiting = self._waiting[len(requests) :]
         return self._decode(requests) if requests else []
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
@@ -108,16 +126,8 @@ class TorchSampler:
         # members of a group share a prompt, which is read once
         prompts: dict[tuple[int, ...], int] = {}
         prompt_B = [prompts.setdefault(tuple(row.request.prompt), len(prompts)) for row in rows]
-        width = max(map(len, prompts))
-        tokens_BT = torch.zeros((len(prompts), width), dtype=torch.long)
-        mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
-        for prompt, b in prompts.items():
-            tokens_BT[b, width - len(prompt) :] = torch.tensor(prompt)
-            mask_BT[b, width - len(prompt) :] = 1
-        tokens_BT, mask_BT = tokens_BT.to(self._device), mask_BT.to(self._device)
-        cache: Any = DynamicCache(config=self._model.config)
-        hidden_BTH = self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache)
-        self._score_prompts(rows, prompt_B, hidden_BTH, width)
+        hidden_BTH, mask_BT, cache = self._prefill(list(prompts))
+        self._score_prompts(rows, prompt_B, hidden_BTH)
         index = torch.tensor(prompt_B, device=self._device)
         # selects in every kind of layer, convolutions' and recurrent states too
         cache.reorder_cache(index)
@@ -131,13 +141,31 @@ class TorchSampler:
                 index = torch.tensor(keep, device=self._device)
                 cache.reorder_cache(index)
                 alive, next_B, mask_BT = [alive[b] for b in keep], next_B[index], mask_BT[index]
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
-            hidden_BH = self._forward(next_B[:, None], mask_BT, mask_BT.sum(-1, keepdim=True) - 1, cache)[:, -1]
+            hidden_BH, mask_BT = self._extend(next_B, mask_BT, cache)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Hidden states and mask of prompts padded on the left, and the cache that holds them."""
+        width = max(map(len, prompts))
+        tokens_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+        mask_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+        for b, prompt in enumerate(prompts):
+            tokens_BT[b, width - len(prompt) :] = torch.tensor(prompt)
+            mask_BT[b, width - len(prompt) :] = 1
+        tokens_BT, mask_BT = tokens_BT.to(self._device), mask_BT.to(self._device)
+        cache: Any = DynamicCache(config=self._model.config)
+        return self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0), cache), mask_BT, cache
+
+    def _extend(
+        self, next_B: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, H) hidden states after one more token, and the mask with it."""
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
+        return self._forward(next_B[:, None], mask_BT, mask_BT.sum(-1, keepdim=True) - 1, cache)[:, -1], mask_BT
 
     def _forward(
         self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        decoder = self._model.get_decoder()
+        decoder = decoder_of(self._model)
         return decoder(
             input_ids=tokens_BT,
             attention_mask=mask_BT,
@@ -145,11 +173,61 @@ class TorchSampler:
             **with_cache(decoder, cache),
         ).last_hidden_state
 
+    def _check_head(self) -> None:
+        name, head = str(self._model.config.model_type), self._model.get_output_embeddings()
+        with fails_as(name, "fails on a row of tokens"):
+            check_head(name, self._model, head.weight, self._transform, self._device, self._dtype)
+
+    @computing()
+    @torch.inference_mode()
+    def _check_decoding(self) -> bool:
+        """Whether prompts padded on the left are right; ModelError if decoding is wrong without padding,
+        too."""
+        config: Any = self._model.config.get_text_config()
+        # Llama 4 counts columns, padding included, where its attention is chunked and where its scale grows
+        columns = min(
+            getattr(config, name, None) or self._max_length for name in ("attention_chunk_size", "floor_scale")
+        )
+        if self._max_length < CHECKED_LENGTHS[-1] + 2:
+            return True
+        limit = MOST_DECODING_GAP[self._dtype]
+        with fails_as(str(self._model.config.model_type), "fails to decode"):
+            if columns >= self._max_length and self._decoding_gap(CHECKED_LENGTHS) <= limit:
+                return True
+            gap = self._decoding_gap(CHECKED_LENGTHS[-1:] * 2)
+        if gap > limit:
+            raise ModelError(
+                f"{self._model.config.model_type} cannot be sampled from with torch: with a cache, hidden states differ "
+                f"by {gap:.2g} (relative) from those of a pass without"
+            )
+        return False
+
+    def _decoding_gap(self, lengths: Sequence[int]) -> float:
+        """Largest relative difference of hidden states from those of whole sequences: after the prompts,
+        for a group of the first, and after rows have left."""
+        generator = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(embedding_rows(self._model), (n,), generator=generator).tolist() for n in lengths]
+        hidden_BTH, mask_BT, cache = self._prefill(prompts)
+        hidden_BH, sequences, gaps = hidden_BTH[:, -1], [*prompts], []
+        for rows in ([0, 0, 1], [1, 2]):
+            gaps += [self._gap(h, tokens) for h, tokens in zip(hidden_BH, sequences, strict=True)]
+            index = torch.tensor(rows, device=self._device)
+            cache.reorder_cache(index)
+            sequences = [[*sequences[b], 1 + n] for n, b in enumerate(rows)]
+            next_B = torch.tensor([tokens[-1] for tokens in sequences], device=self._device)
+            hidden_BH, mask_BT = self._extend(next_B, mask_BT[index], cache)
+        return max(gaps + [self._gap(h, tokens) for h, tokens in zip(hidden_BH, sequences, strict=True)])
+
+    def _gap(self, hidden_H: torch.Tensor, tokens: Sequence[int]) -> float:
+        whole = decoder_of(self._model)(input_ids=torch.tensor([tokens], device=self._device), use_cache=False)
+        whole_H = whole.last_hidden_state[0, -1].float()
+        return float((hidden_H.float() - whole_H).norm() / whole_H.norm())
+
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return fp32_logits(hidden, self._model.get_output_embeddings().weight, self._transform)
 
-    def _score_prompts(self, rows: list["_Row"], prompt_B: list[int], hidden_BTH: torch.Tensor, width: int) -> None:
-        head = self._model.get_output_embeddings().weight
+    def _score_prompts(self, rows: list["_Row"], prompt_B: list[int], hidden_BTH: torch.Tensor) -> None:
+        head, width = self._model.get_output_embeddings().weight, hidden_BTH.shape[1]
         for b, row in zip(prompt_B, rows, strict=True):
             prompt, k, scores = row.request.prompt, row.request.topk_prompt, row.request.scores
             if k is None and scores is None:

@@ -43,11 +43,14 @@ from posttrain.backend.models import (
     attention_windows,
     cast_weights,
     context_length,
+    decoder_of,
     embedding_rows,
+    fails_as,
     load_model,
     logit_transform,
 )
 from posttrain.backend.trained_weights import TrainedWeights
+from posttrain.backend.training_mode import checkpoint_gradients, switch_off_dropout
 from posttrain.backend.types import (
     AdamParams,
     Datum,
@@ -103,12 +106,9 @@ class Trainer:
         self.base: PreTrainedModel = hf_model
         if lora and config.lora == "merged" and self.compute_dtype != torch.float32:
             compute_merged(self.model, self.compute_dtype)
-        _switch_off_dropout(self.model)
+        switch_off_dropout(self.model)
         if config.gradient_checkpointing:
-            hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # the frozen embedding of a LoRA run would cut the recomputed graph
-            hf_model.enable_input_require_grads()
-            self.model.train()
+            checkpoint_gradients(hf_model, model_name)
         self.named_trainable = self._trainable_weights()
         self.trained = TrainedWeights(self.named_trainable, config, seed, self.param_dtype if masters else None)
         if masters:
@@ -117,15 +117,16 @@ class Trainer:
         # a forward that waits for its backward; dropped when the weights change
         self.kept: KeptForward | None = None
         # Rows are padded on the right, where no token attends: GPT-2's warning does not apply.
-        setattr(self.base.get_decoder(), "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
+        setattr(decoder_of(self.base), "warn_if_padding_and_no_attention_mask", lambda *_: None)  # noqa: B010
         self.transform = logit_transform(self.hf_config)
         self.windows = attention_windows(self.hf_config, self.max_length)
         self.shares_prefixes = self.windows is not None and config.attention != "varlen"
         # rows follow each other in one; those without a shared prefix need no mask
         self.packs, self.whole_sequences = False, False
         self.compiles = False
-        self._check_head()
-        check_rows(self)
+        with fails_as(model_name, "fails on a row of tokens"):
+            check_rows(self)
+            self._check_head()
         pack_rows(self)
         self.compiles = config.compile
         if self.compiles:
@@ -308,7 +309,7 @@ class Trainer:
             torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             return self._compiled(
-                lambda: self.base.get_decoder()(
+                lambda: decoder_of(self.base)(
                     input_ids=batch.tokens_BT,
                     attention_mask=self._masks(batch),
                     position_ids=batch.positions_BT,
@@ -338,7 +339,7 @@ class Trainer:
             layer.compile()
 
     def _layers(self) -> Iterable[nn.Module]:
-        return getattr(self.base.get_decoder(), "layers", None) or getattr(self.base.get_decoder(), "h", [])
+        return getattr(decoder_of(self.base), "layers", None) or getattr(decoder_of(self.base), "h", [])
 
     def _compiled(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """`run`, and again without compilation, from then on, if that fails."""
@@ -386,7 +387,7 @@ class Trainer:
         return torch.cat([p.flatten() for p in _split_by_datum(data_D, positions, parts)])
 
     def _check_head(self) -> None:
-        check_head(self)
+        check_head(self.model_name, self.base, self._head(), self.transform, self.device, self.compute_dtype)
 
     # --- optimizer -------------------------------------------------------------------------------
 
@@ -473,14 +474,6 @@ class Trainer:
 def _check_one_width(data_D: Sequence[Datum]) -> None:
     if len(by_width(data_D)) > 1:
         raise DataError("data with different numbers of targets per token: run them in passes of their own")
-
-
-def _switch_off_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _split_by_datum(

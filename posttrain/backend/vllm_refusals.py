@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from posttrain.backend.errors import CookbookError, EngineError, ModelError
+from posttrain.backend.models import experts_per_token
 
 OLDEST_ON_CPU = Version("0.32.0")
 USE_TORCH = "backend.engine=torch samples with torch instead"
@@ -26,7 +27,7 @@ def computed_otherwise(hf_config: PretrainedConfig, max_length: int, unmerged: b
         return (
             f"vLLM {version} computes with old weights after a sync and drops seeds; ./install.sh installs a newer one"
         )
-    if unmerged and getattr(config, "num_experts_per_tok", None):
+    if unmerged and experts_per_token(config):
         return f"it has no kernels for experts beside adapters; {MERGE}"
     if "conv" in (getattr(config, "layer_types", None) or ()):
         return "its convolution layers give other logprobs from the second sampled token on"

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from posttrain.backend.merged_lora import AdaptedWeights, LayerUpdate, base_weights, layer_updates, merged_weights
+from posttrain.backend.merged_lora import (
+    AdaptedWeights,
+    LayerUpdate,
+    base_weights,
+    in_dtype,
+    layer_updates,
+    merged_weights,
+)
 from posttrain.backend.weight_versions import WeightCopy, Weights
 
 
@@ -47,6 +54,6 @@ class SampledModel:
         copies: dict[tuple[int, ...], torch.Tensor] = {}  # a tied head is in state_dict twice
         for tensor in base.values():
             if (key := (tensor.data_ptr(), *tensor.shape)) not in copies:
-                copies[key] = tensor.to("cpu", dtype, copy=True)
+                copies[key] = in_dtype(tensor, dtype).to("cpu", copy=True)
         frozen = {name: copies[tensor.data_ptr(), *tensor.shape] for name, tensor in base.items()}
         return WeightCopy(frozen.items, size)
