@@ -33,7 +33,7 @@ from posttrain.backend.engine import SequenceRequest
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.merged_lora import base_weights, layer_updates, merged_weights
-from posttrain.backend.models import check_text_only
+from posttrain.backend.models import FULL_ATTENTION, WINDOWED_ATTENTION, check_text_only
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.trainer import Trainer
@@ -100,12 +100,15 @@ def _reason(check: Any, kind: str, folder: Path) -> str:
 
 
 def check_trainer(folder: Path, model: PreTrainedModel, sequences: list[list[int]]) -> None:
-    """A batch, in a pass with gradients, whose layers recompute their activations where they can."""
+    """A batch, in a pass with gradients, whose layers recompute their activations where they can. Two of it share a
+    prompt that is longer than the windows: in one row, where the type's name says that it may be."""
     try:
         trainer = Trainer(str(folder), BackendConfig(gradient_checkpointing=True))
     except ConfigError as error:
         assert "cannot recompute" in str(error)
         trainer = Trainer(str(folder), BackendConfig())
+    named = {*FULL_ATTENTION.split(), *WINDOWED_ATTENTION.split()}
+    assert trainer.shares_prefixes or model.config.get_text_config().model_type not in named
     data_D = [datum_of(tokens, weightless=WINDOW) for tokens in sequences]
     outputs = trainer.run(data_D, "cross_entropy").loss_fn_outputs
     for datum, output in zip(data_D, outputs, strict=True):

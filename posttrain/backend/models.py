@@ -274,12 +274,14 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
 
 # Model types without `layer_types`: all layers are causal attention over all earlier tokens, unless
 # there is a window.
-FULL_ATTENTION = """cohere gemma glm gpt2 gpt_neox granite granitemoe llama mistral mixtral olmo olmo2 olmoe phi phi3
-    qwen3_moe stablelm starcoder2"""
+FULL_ATTENTION = """apertus arcee cohere ernie4_5 ernie4_5_moe falcon flex_olmo gemma glm glm4 glm4_moe gpt2 gpt_bigcode
+    gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax jais2 jetmoe llama
+    minimax_m2 ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmoe persimmon phi phi3 phimoe qwen3_moe seed_oss
+    solar_open stablelm starcoder2"""
 
-
-# Of these tests/test_architectures.py has compared windows in rows of several sequences.
-WINDOWED_ATTENTION = "cohere2 gemma2 gemma3_text gpt_oss mistral phi3 qwen2 qwen3 smollm3"
+# Of these tests/test_architectures.py or test_every_architecture.py has compared windows in rows of several sequences.
+WINDOWED_ATTENTION = """afmoe cohere2 cohere2_moe cwm exaone4 exaone_moe gemma2 gemma3_text gemma4_text gemma4_unified_text
+    gpt_oss granite_swa granitemoe_swa ministral mistral olmo3 phi3 qwen2 qwen3 smollm3 vaultgemma"""
 
 
 def attention_windows(config: PretrainedConfig, max_length: int) -> dict[str, int | None] | None:
