@@ -117,6 +117,7 @@ class ShardedTrainer(Trainer):
     def _flat_logprobs(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor:
         return self._passing(partial(super()._flat_logprobs, data_D, batches))
 
+    @torch.no_grad()  # else what is gathered would stay so, and later changes of the weights would not be read
     def _check_head(self) -> None:
         self._passing(super()._check_head)
 
