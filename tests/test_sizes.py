@@ -136,3 +136,13 @@ def test_a_page_of_long_rollouts_has_fewer_groups(tmp_path: Path, monkeypatch: p
         assert page.read_text().count('class="group"') == shown
         assert (f"the first {shown} groups are shown" in page.read_text()) == (shown < 4)
         assert len(page.with_suffix(".jsonl").read_text().splitlines()) == 4
+
+
+# Trap: the time of a step that grows with the steps before it.
+def test_a_timeline_keeps_the_spans_of_its_last_steps() -> None:
+    timeline = Timeline()
+    for step in range(50):
+        timeline.spans._closed.extend(Span("sampling", 10.0 * step, 10.0 * step + 9) for _ in range(100))
+        shares = timeline.metrics(10.0 * step, 10.0 * step + 10)
+        assert shares["time/share/sampling"] == pytest.approx(0.9)
+    assert len(timeline.spans._closed) == 300

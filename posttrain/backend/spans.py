@@ -60,6 +60,11 @@ class Spans:
         closed = takewhile(lambda span: span.end > start, reversed(self._closed.copy()))
         return [span for span in chain(list(self._open), closed) if span.start < end]
 
+    def forget(self, before: float) -> None:
+        """Drops the closed ones that ended before that."""
+        while self._closed and self._closed[0].end < before:
+            self._closed.popleft()
+
     @property
     def last_end(self) -> float:
         """Of the closed ones; 0 without one."""

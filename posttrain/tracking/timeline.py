@@ -14,6 +14,7 @@ from posttrain.backend.spans import Span, Spans
 
 KINDS = ("sampling", "env", "score", "train", "sync", "eval")
 PROCESS_KINDS = ("sampling", "train", "publish", "load", "save")  # of ranks and replicas; later ones are drawn above
+SHOWN = 30.0  # seconds of the picture
 SYNC = "sync"  # the name under which a pool records the halves of a sync
 
 
@@ -25,9 +26,12 @@ class Timeline:
         self._began = time.perf_counter()
 
     def metrics(self, start: float, end: float) -> dict[str, float]:
-        """Of the step from `start` to `end`: `shares` as time/share/..., and `of_processes`."""
+        """Of the step from `start` to `end`: `shares` as time/share/..., and `of_processes`. Spans that neither
+        the next step nor the picture needs are dropped."""
         shares = {f"time/share/{kind}": share for kind, share in self.shares(start, end).items()}
-        return shares | self.of_processes(start, end)
+        metrics = shares | self.of_processes(start, end)
+        self.spans.forget(min(start, end - SHOWN))
+        return metrics
 
     def shares(self, start: float, end: float) -> dict[str, float]:
         """Shares of the seconds from `start` to `end`: with at least one span of a kind, and with
@@ -65,7 +69,7 @@ class Timeline:
                 metrics["time/sync_pause"] = max(metrics.get("time/sync_pause", 0.0), paused)
         return metrics
 
-    def plot(self, path: Path, seconds: float = 30.0) -> Path | None:
+    def plot(self, path: Path, seconds: float = SHOWN) -> Path | None:
         """Draws the number of open spans of each kind over the last `seconds`. None without spans."""
         end = self.spans.last_end
         spans = self.spans.between(end - seconds, end)
