@@ -6,7 +6,7 @@ evaluation. Floats are exact; a metric that is not finite, which JSON does not h
 import math
 from typing import Any
 
-from posttrain.backend.types import EncodedTextChunk, ModelInput
+from posttrain.backend.types import ModelInput
 from rl import types
 from rl.types import EnvGroupBuilder, Metrics, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 
@@ -45,22 +45,21 @@ def group_from_json(saved: dict[str, Any], builder: EnvGroupBuilder) -> Trajecto
 
 def _trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
     """Of an observation that `continues` the turn before, only the new tokens."""
-    turns, seen = [], []
-    for turn in trajectory.transitions:
-        ob = turn.ob.to_ints()
-        continues = bool(seen) and ob[: len(seen)] == seen
-        new = {"ob": ob[len(seen) :] if continues else ob, "continues": continues}
-        turns.append({**vars(turn), **new, "ac": vars(turn.ac), "metrics": _metrics_to_json(turn.metrics)})
-        seen = ob + turn.ac.tokens
+    turns = [
+        {
+            **vars(turn),
+            "ob": ob, "continues": continues, "ac": vars(turn.ac), "metrics": _metrics_to_json(turn.metrics),
+        }
+        for turn, (ob, continues) in zip(trajectory.transitions, trajectory.new_observations(), strict=True)
+    ]
     return {"turns": turns, "stop_reason": trajectory.stop_reason}
 
 
 def _trajectory_from_json(saved: dict[str, Any]) -> Trajectory:
     turns: list[Transition] = []
     for turn in saved["turns"]:
-        ob = ModelInput.from_ints(turn["ob"])
-        if turn.get("continues"):  # older versions wrote every observation whole
-            ob = ModelInput([*turns[-1].ob.chunks, EncodedTextChunk(turns[-1].ac.tokens), *ob.chunks])
+        continues = turn.get("continues")  # older versions wrote every observation whole
+        ob = turns[-1].extended(turn["ob"]) if continues else ModelInput.from_ints(turn["ob"])
         ac, metrics = TokensWithLogprobs(**turn["ac"]), _metrics_from_json(turn["metrics"])
         fields = {name: value for name, value in turn.items() if name != "continues"}
         turns.append(Transition(**{**fields, "ob": ob, "ac": ac, "metrics": metrics}))

@@ -20,7 +20,7 @@ from posttrain.backend.errors import ContextLengthError, DataError
 from posttrain.backend.ranges import COUNT, POSITIVE, SHARE, WHOLE
 from posttrain.backend.routing import sampling_group
 from posttrain.backend.sampling_client import SamplingClient
-from posttrain.backend.types import EncodedTextChunk, ModelInput, SamplingParams
+from posttrain.backend.types import ModelInput, SamplingParams
 from posttrain.tracking.seeds import RETRY
 from posttrain.tracking.timeline import span
 from rl import step_checks
@@ -151,8 +151,7 @@ def extending(turn: Transition, ob: Observation) -> Observation:
     seen, tokens = turn.ob.to_ints() + turn.ac.tokens, ob.to_ints()
     if tokens[: len(seen)] != seen:
         return ModelInput.kept(tokens)
-    new = (turn.ac.tokens, tokens[len(seen) :])
-    return ModelInput([*turn.ob.chunks, *(EncodedTextChunk(part) for part in new)])
+    return turn.extended(tokens[len(seen) :])
 
 
 async def _sample(

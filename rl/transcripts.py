@@ -47,13 +47,10 @@ def transcript_group(group: TrajectoryGroup, advantages_G: np.ndarray | None, to
 
 
 def _turns(trajectory: Trajectory, advantage: float | None, tokenizer: Tokenizer) -> list[TranscriptTurn]:
-    turns, seen = [], []
-    for turn in trajectory.transitions:
-        ob = turn.ob.to_ints()
-        continues = bool(seen) and ob[: len(seen)] == seen
-        turns.append(_turn(turn, ob[len(seen) :] if continues else ob, continues, advantage, tokenizer))
-        seen = ob + turn.ac.tokens
-    return turns
+    return [
+        _turn(turn, ob, continues, advantage, tokenizer)
+        for turn, (ob, continues) in zip(trajectory.transitions, trajectory.new_observations(), strict=True)
+    ]
 
 
 def _turn(

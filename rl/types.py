@@ -15,7 +15,7 @@ from posttrain.backend.loss_terms import KeptRow
 from posttrain.backend.ranges import COUNT, SEED
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import Datum, ModelInput, StopReason
+from posttrain.backend.types import Datum, EncodedTextChunk, ModelInput, StopReason
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.metrics_log import Metrics
 
@@ -84,6 +84,10 @@ class Transition:
     logs: Logs = field(default_factory=dict)
     token_advantages: list[float] | None = None
 
+    def extended(self, new: list[int]) -> ModelInput:
+        """This turn and new tokens after it, with the turn's own chunks: no second copy of its tokens."""
+        return ModelInput([*self.ob.chunks, EncodedTextChunk(self.ac.tokens), EncodedTextChunk(new)])
+
 
 class Env(ABC):
     """One episode. Single-use."""
@@ -133,6 +137,17 @@ class Trajectory:
     @property
     def num_sampled_tokens(self) -> int:
         return sum(len(transition.ac.tokens) for transition in self.transitions)
+
+    def new_observations(self) -> list[tuple[list[int], bool]]:
+        """Of each turn the tokens of its observation, and whether it continues the turn before: then the new
+        ones alone."""
+        found, seen = [], []
+        for turn in self.transitions:
+            ob = turn.ob.to_ints()
+            continues = bool(seen) and ob[: len(seen)] == seen
+            found.append((ob[len(seen) :] if continues else ob, continues))
+            seen = ob + turn.ac.tokens
+        return found
 
     def copy(self) -> "Trajectory":
         """A copy that shares nothing, for code that may change it. Without `supervised`."""
