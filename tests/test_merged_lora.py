@@ -1,18 +1,24 @@
 """LoRA in bf16: the trainer scores with the very weights that the sampler gets."""
 
+from pathlib import Path
 from types import MethodType
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from posttrain.backend.checkpoints import save_policy
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.merged_lora import compute_merged, merged_weights
+from posttrain.backend.merged_lora import base_weights, compute_merged, merged_weights
+from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import LoraConfig
+from tests.architectures import CONTEXT
 from tests.conftest import gradients, policy_data
+from tests.every_architecture import random_model, save
 
 
 def adapted(dtype: str, name: str = "micro") -> Trainer:
@@ -81,8 +87,29 @@ def test_the_model_is_the_one_with_merged_weights() -> None:
     assert np.abs(others - theirs).mean() > 1e-4
 
 
-# Trap: a hash's factors, or experts by token, rounded on their way to the sampler (Qwen 4, DeepSeek V4).
-def test_integers_reach_the_sampler_as_they_are() -> None:
-    numbers = torch.tensor([257, 2**40 + 1])
-    (_, weight), (_, sent) = merged_weights({"weight": torch.ones(2), "factors": numbers}, {}, torch.bfloat16)
-    assert weight.dtype == torch.bfloat16 and torch.equal(sent, numbers) and sent.dtype == numbers.dtype
+# Trap: a hash's factors or a router's biases, rounded on their way to the sampler (Qwen 4, DeepSeek V3 and V4).
+def test_what_is_no_weight_reaches_the_sampler_and_files_as_it_is() -> None:
+    numbers, biases = torch.tensor([257, 2**40 + 1]), torch.tensor([0.1, 1 + 2**-20])
+    model = torch.nn.Linear(2, 2, bias=False)
+    model.register_buffer("factors", numbers)
+    model.register_buffer("biases", biases)
+    sent = dict(merged_weights(base_weights(model), {}, torch.bfloat16))
+    assert sent["weight"].dtype == torch.bfloat16
+    for name, expected in (("factors", numbers), ("biases", biases)):
+        assert sent[name].dtype == expected.dtype and torch.equal(sent[name], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_routers_biases_reach_a_bf16_sampler_and_a_bf16_export_whole(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder, name = (
+        save(random_model("deepseek_v3"), tmp_path / "model"),
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+    )
+    trainer = Trainer(str(folder), BackendConfig(dtype=str(dtype).removeprefix("torch.")))  # type: ignore[arg-type]
+    exact = trainer.model.state_dict()[name].clone()
+    assert exact.dtype == torch.float32 and not torch.equal(exact.bfloat16().float(), exact)
+    sent = dict(trainer.sampler_weights())
+    assert sent["lm_head.weight"].dtype == dtype and torch.equal(sent[name], exact)
+    save_policy(trainer, character_tokenizer(CONTEXT), tmp_path / "saved", torch.bfloat16)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved["lm_head.weight"].dtype == torch.bfloat16 and torch.equal(saved[name], exact)

@@ -43,6 +43,12 @@ OPENS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+# as LLaVA's and SmolVLM's, which write a text only as a part of a content
+READS_PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ALTERNATES = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must "
     "alternate') }}"
@@ -230,6 +236,15 @@ def test_tokens_are_those_of_the_template(template):
 
 
 # Trap: chat templates that rewrite earlier turns.
+def test_a_template_that_reads_parts_of_a_content_gets_the_text_as_one(capsys):
+    tokenizer, plain = bpe_tokenizer(READS_PARTS), bpe_tokenizer(OPENS_THINKING.replace("<think>\n", ""))
+    renderer, expected = get_renderer(None, tokenizer), get_renderer(None, plain)
+    assert renderer.build_generation_prompt(CHAT[:2]) == expected.build_generation_prompt(CHAT[:2])
+    assert renderer.build_supervised_example(CHAT) == expected.build_supervised_example(CHAT)
+    assert renderer.has_extension_property
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_template_with_thinking_dropped_from_earlier_turns():
     renderer = ChatTemplateRenderer(bpe_tokenizer(DROPS_THINKING))
     thought: list[Message] = [*CHAT[:2], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nhello"}, *CHAT[3:]]

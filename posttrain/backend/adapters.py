@@ -5,16 +5,17 @@ fit. Left out: adapters other than plain LoRA on linear layers.
 
 import hashlib
 import json
+import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from posttrain.backend.base_models import BaseModels, SharedBase
@@ -30,13 +31,15 @@ from posttrain.backend.checkpoint_files import (
 )
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.merged_lora import base_weights
-from posttrain.backend.models import PRESETS, load_model
+from posttrain.backend.models import PRESETS, load_model, whole_config
 from posttrain.backend.ranges import RangeError
 from posttrain.backend.ranks import shard_like, whole
+from posttrain.backend.text_models import name_in_text_model, place_in
 from posttrain.backend.trained_model import TrainedModel
 from posttrain.backend.types import LoraConfig
 
 BASE_FILE = "base_model.json"
+IN_PEFT = "base_model.model."  # before the name of each tensor
 # Settings of peft's LoraConfig under which an adapter is B A alpha / r on linear layers of an unchanged
 # base: these with any value, those with some. Any other must be off, also one that a later peft adds.
 PLAIN = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -92,7 +95,44 @@ def write_adapter(trainer: TrainedModel, weights: dict[str, torch.Tensor], folde
     )
     # save_embedding_layers="auto" would ask the hub for the base's config
     trainer.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
+    if (place := place_in(whole_config(trainer.model_name))) != "model.":
+        _rename(folder, load_file(folder / ADAPTER_FILE), lambda name: name.replace("model.", place, 1))
     (folder / BASE_FILE).write_text(json.dumps(asdict(base_of(trainer)), indent=2))
+
+
+def _rename(folder: Path, tensors: Mapping[str, torch.Tensor], new_name: Callable[[str], str]) -> None:
+    """Writes an adapter's tensors under other names, and the layers that they adapt into its config."""
+    renamed = {IN_PEFT + new_name(name.removeprefix(IN_PEFT)): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    layers = {name.removeprefix(IN_PEFT).rpartition(".lora_")[0] for name in renamed if ".lora_" in name}
+    config = read_json(folder / ADAPTER_CONFIG_FILE) | {"target_modules": sorted(layers)}
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=2))
+
+
+def _saved_name(name: str) -> str:
+    """As in the text model: other tools train adapters on models that also read pictures (text_models.py)."""
+    return IN_PEFT + name_in_text_model(name.removeprefix(IN_PEFT))
+
+
+def saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    return {_saved_name(name): shape for name, shape in tensor_shapes(path / ADAPTER_FILE).items()}
+
+
+def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {_saved_name(name): tensor for name, tensor in load_file(path / ADAPTER_FILE).items()}
+
+
+@contextmanager
+def _of_text_model(path: Path) -> Iterator[Path]:
+    """The adapter's folder, or one with its tensors' names in the text model, as peft reads it."""
+    if saved_shapes(path).keys() == tensor_shapes(path / ADAPTER_FILE).keys():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="posttrain-adapter-") as name:
+        folder = Path(name)
+        (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(adapter_config(path)))
+        _rename(folder, load_file(path / ADAPTER_FILE), name_in_text_model)
+        yield folder
 
 
 def base_of(trainer: TrainedModel) -> Base:
@@ -143,7 +183,7 @@ def read_lora(path: Path) -> LoraConfig:
 def check_adapter(trainer: TrainedModel, path: Path) -> None:
     """CheckpointError if the trainer would compute another function from the adapter."""
     assert trainer.lora and isinstance(trainer.model, PeftModel)
-    config, saved = adapter_config(path), tensor_shapes(path / ADAPTER_FILE)
+    config, saved = adapter_config(path), saved_shapes(path)
     _check_same_base(trainer, path)
     if unusual := _unusual_setting(config):
         raise CheckpointError(
@@ -188,7 +228,7 @@ def _check_same_base(trainer: TrainedModel, path: Path) -> None:
 def load_adapter(trainer: TrainedModel, path: Path) -> None:
     """Loads the adapter's tensors. Layers without one begin at an update of zero and are printed."""
     assert isinstance(trainer.model, PeftModel)
-    saved = load_file(path / ADAPTER_FILE)
+    saved = saved_tensors(path)
     live = _tensors(trainer.model)
     missing = sorted(live.keys() - saved.keys())
     if missing:
@@ -223,12 +263,9 @@ def _unusual_setting(config: dict[str, Any]) -> str | None:
 def _copies_of_base(path: Path, base: Mapping[str, torch.Tensor]) -> set[str]:
     """Names of a saved adapter's tensors that are the base's own: peft writes the embedding and the output layer
     beside an adapter of one of them."""
-    with safe_open(path / ADAPTER_FILE, "pt") as saved:
-        names = [name for name in saved.keys() if ".lora_" not in name]  # noqa: SIM118
-        pairs = [
-            (name, base.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))) for name in names
-        ]
-        return {name for name, own in pairs if own is not None and _same_values(saved.get_tensor(name), whole(own))}
+    copies = {name: tensor for name, tensor in saved_tensors(path).items() if ".lora_" not in name}
+    pairs = [(name, base.get(name.removeprefix(IN_PEFT).replace(".base_layer.", "."))) for name in copies]
+    return {name for name, own in pairs if own is not None and _same_values(copies[name], whole(own))}
 
 
 def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -279,7 +316,7 @@ def _preset_seed(base: Base, seed: int) -> tuple[str, int]:
 
 def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftModel:
     """A saved adapter on its base, which `load` opens."""
-    base, saved = read_base(path), tensor_shapes(path / ADAPTER_FILE)
+    base, saved = read_base(path), saved_shapes(path)
     try:
         model = load(base)
     except ModelError as error:
@@ -292,8 +329,9 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
     head: Any = model.get_output_embeddings()
     tied = head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
     try:
-        with warnings.catch_warnings(action="ignore"):  # missing tensors, which the next lines make an error
-            adapted = PeftModel.from_pretrained(model, str(path))
+        # missing tensors are warned of, which the next lines make an error
+        with warnings.catch_warnings(action="ignore"), _of_text_model(path) as folder:
+            adapted = PeftModel.from_pretrained(model, str(folder))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the adapter {path} does not fit its base model {base}: {reason}") from error
@@ -310,7 +348,7 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         raise CheckpointError(
             f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
         )
-    _load_tensors(adapted, load_file(path / ADAPTER_FILE))  # peft leaves out those whose names it converts wrongly
+    _load_tensors(adapted, saved_tensors(path))  # peft leaves out those whose names it converts wrongly
     return adapted
 
 

@@ -28,7 +28,6 @@ from posttrain.backend.checkpoint_files import (
     write_state,
 )
 from posttrain.backend.errors import CheckpointError, ModelError
-from posttrain.backend.merged_lora import in_dtype
 from posttrain.backend.models import SCALAR_HEAD_FILE, model_config, read_model
 from posttrain.backend.optimizer_state import check_optimizer, load_optimizer, optimizer_tensors
 from posttrain.backend.ranks import assign, shard_like, whole_on_cpu
@@ -76,13 +75,15 @@ def _weights(trainer: TrainedModel, dtype: torch.dtype | None = None) -> dict[st
     nothing is written, empty. On the CPU, where they were gathered."""
     model = trainer.model if trainer.lora else trainer.base
     tensors = trainer.trained.exact(model.state_dict(keep_vars=True))  # a tied head is the embedding itself
+    buffers = {id(tensor) for tensor in model.buffers()}
     gathered: dict[int, torch.Tensor] = {}
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if trainer.lora and ".lora_" not in name:
             continue
         if id(tensor) not in gathered:
-            gathered[id(tensor)] = in_dtype(whole_on_cpu(tensor, trainer.writes), dtype or tensor.dtype)
+            kept = not dtype or id(tensor) in buffers
+            gathered[id(tensor)] = whole_on_cpu(tensor, trainer.writes).to(tensor.dtype if kept else dtype)
         weights[name] = gathered[id(tensor)]
     if trainer.scalar_head is not None:
         weights[SCALAR_HEAD_FILE] = whole_on_cpu(trainer.scalar_head, trainer.writes)

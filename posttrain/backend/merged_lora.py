@@ -41,9 +41,11 @@ class LayerUpdate:
 
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's tensors without its adapter's, named as in a checkpoint."""
+    """A model's tensors without its adapter's, named as in a checkpoint. Of its buffers, each is an nn.Buffer."""
     return {
-        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): tensor.detach() if isinstance(tensor, nn.Parameter) else nn.Buffer(tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if ".lora_" not in name
     }
 
 
@@ -59,13 +61,14 @@ def merged_weights(
     """Tensors as in a checkpoint of the base, with the updates of its layers, one at a time."""
     for name, tensor in base.items():
         update = updates.get(name.removesuffix(".weight"))
-        tensor = whole(tensor)
+        tensor = tensor if isinstance(tensor, nn.Buffer) else whole(tensor)
         yield name, in_dtype(tensor if update is None else tensor + update.delta(), dtype)
 
 
 def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Integers, such as the factors of a hash (Qwen 4), stay as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    """Weights. Buffers stay as they are: integers, such as the factors of a hash (Qwen 4), and the biases of routers
+    (DeepSeek V3), which rounded would choose other experts."""
+    return tensor if isinstance(tensor, nn.Buffer) or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
@@ -50,6 +49,7 @@ from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.hub import hub_folder
 from posttrain.backend.logprobs import LogitTransform
 from posttrain.backend.random_state import drawn_from
+from posttrain.backend.text_models import PLACES, check_text_only, of_text_model, text_model_of
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -58,8 +58,6 @@ SCALAR_HEAD_FILE = "scalar_head.safetensors"
 # Longer contexts must be requested: a hub model's limit can be a million tokens, and the KV cache
 # is sized for it.
 DEFAULT_MAX_LENGTH = 4096
-# Beginnings of the names of configs in the configs of models with pictures or sound.
-SENSES = ("vision", "audio", "vq")
 # Quantised checkpoints that transformers can open with whole weights.
 DEQUANTIZED = {"fp8", "mxfp4"}
 
@@ -102,8 +100,14 @@ PRESETS: dict[str, PretrainedConfig] = {
 
 
 def model_config(model_name: str) -> PretrainedConfig:
-    """The Hugging Face config of a name. ModelError, with the nearest preset, before reading
-    weights."""
+    """The Hugging Face config of a name, or of the text model in it (text_models.py). ModelError, with
+    the nearest preset, before reading weights."""
+    config = whole_config(model_name)
+    return text_model_of(config) or config
+
+
+def whole_config(model_name: str) -> PretrainedConfig:
+    """With the parts that read pictures or sound."""
     if model_name in PRESETS:
         return PRESETS[model_name]
     path = model_folder(model_name)
@@ -129,11 +133,13 @@ def model_config(model_name: str) -> PretrainedConfig:
             "sampled here: give the model that it was made from, or dequantise it and save it; for an adapter on it, "
             f"set that model as base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
         )
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        pictures = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if method:
+        config.quantization_config = {**settings, "dequantize": True}  # a GPU would keep FP8, without its scales
+    if not text_model_of(config) and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        reads_more = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         why = (
-            "reads pictures besides text: only text models can be opened"
-            if pictures
+            "reads pictures besides text, and transformers has its text model only as a part of it"
+            if reads_more
             else "is not a causal language model"
         )
         raise ModelError(f"{model_name!r} cannot be opened: {config.model_type} {why}")
@@ -375,15 +381,6 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
     return cast_weights(model.to(device), dtype).eval()  # type: ignore[arg-type]
 
 
-def check_text_only(model_name: str, config: PretrainedConfig) -> None:
-    opened: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # a class of text models for some configs with pictures
-    parts = getattr(opened.config_class, "sub_configs", {})
-    if opened.__name__.endswith("ForConditionalGeneration") or any(name.startswith(SENSES) for name in parts):
-        raise ModelError(
-            f"{model_name!r} reads images or sound besides text ({config.model_type}): only text models can be opened"
-        )
-
-
 def cast_weights(model: M, dtype: torch.dtype) -> M:
     """In place, and weights only: rotations in bf16 would be off from the tenth position on."""
     for p in model.parameters():
@@ -395,24 +392,29 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     """A folder or hub model with exactly the tensors of its config. ModelError otherwise: random
     layers train, but mean nothing."""
     path, verbosity = model_folder(model_name, weights=True), transformers_logging.get_verbosity()
+    whole, config = whole_config(model_name), model_config(model_name)
+    has_more = type(whole) is not type(config)  # than a text model
     # its report of the tensors that do not fit is a page long
     transformers_logging.set_verbosity_error()
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
+            key_mapping=PLACES if has_more else None,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            attn_implementation=kernel_of_attention(model_config(model_name)),
+            attn_implementation=kernel_of_attention(config),
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error, path)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     model, report = opened
-    if type(model.config) is not type(model_config(model_name)):  # the text model that it contains
-        report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not _is_of_senses(name)]
+    if has_more:
+        report["unexpected_keys"] = of_text_model(report["unexpected_keys"], model.state_dict())
+        model._weight_conversions = None  # it is saved as a text model
     for kind, fault in (
         ("missing_keys", "its weights lack tensors that its config.json asks for"),
         ("unexpected_keys", "its weights hold tensors that its config.json does not ask for"),
@@ -439,11 +441,6 @@ def _say_untied(model: PreTrainedModel) -> None:
     embedding: Any = model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-
-
-def _is_of_senses(tensor: str) -> bool:
-    """Whether a tensor is of a part that reads pictures or sound, or of what connects it (Llama 4)."""
-    return any(part.startswith((*SENSES, "multi_modal")) for part in tensor.split(".")[:2])
 
 
 def _make_savable(model_name: str, model: PreTrainedModel) -> None:

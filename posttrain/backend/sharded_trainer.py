@@ -213,7 +213,7 @@ class ShardedTrainer(Trainer):
             part = ranks.local(tensor) if tensor is not ranks.local(tensor) else tensor[rows]
             if update := updates.get(name.removesuffix(".weight")):
                 part = part + update.delta()[rows]
-            yield name, in_dtype(part, self.compute_dtype)
+            yield name, in_dtype(nn.Buffer(part) if isinstance(tensor, nn.Buffer) else part, self.compute_dtype)
 
     # --- checkpoints -----------------------------------------------------------------------------
 

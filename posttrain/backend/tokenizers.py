@@ -64,6 +64,8 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
             f"the tokenizer of {model_name!r} has special tokens alone: its vocabulary (tokenizer.json, tokenizer.model, "
             "or vocab.json with merges.txt) is missing"
         )
+    if not tokenizer.chat_template and (template := folder / "chat_template.json").exists():
+        tokenizer.chat_template = read_json(template).get("chat_template")  # of a processor of pictures
     tokenizer.model_max_length = length
     tokenizer.answer_ends = _answer_ends(folder)  # type: ignore[attr-defined]
     return tokenizer
@@ -79,7 +81,8 @@ def _answer_ends(folder: Path) -> list[int]:
             return []
         folder = model_folder(base)
     files = (folder / name for name in ("generation_config.json", "config.json"))
-    ids = [read_json(file).get("eos_token_id") for file in files if file.exists()]
+    read = [read_json(file) for file in files if file.exists()]
+    ids = [part.get("eos_token_id") for config in read for part in (config, config.get("text_config") or {})]
     return [i for known in ids for i in (known if isinstance(known, list) else [known]) if isinstance(i, int)]
 
 

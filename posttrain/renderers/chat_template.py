@@ -59,6 +59,7 @@ class ChatTemplateRenderer:
                 "the chat template has tools, but writes calls in no format that is known here "
                 f"({', '.join(row.name for row in FORMATS)}): add a row to posttrain/renderers/formats.py"
             )
+        self._in_parts = self._reads_parts()
         self.end_of_turn = self._find_end_of_turn()
         if separates(tokenizer, self.end_of_turn):
             self._separator = tokenizer.added_tokens_decoder[self.end_of_turn].content
@@ -88,6 +89,18 @@ class ChatTemplateRenderer:
                 raise DataError(f"the chat template leaves out messages of the role {role!r}: {INSTEAD[role]}")
         return self._apply(messages, add_generation_prompt)
 
+    def _reads_parts(self) -> bool:
+        """Whether the template writes no content that is text: those of some models that read pictures (SmolVLM,
+        LLaVA) look for parts in it, of which one has the text."""
+        found = []
+        for self._in_parts in (False, True):
+            try:
+                found.append(decode(self.tokenizer, self._apply([Message(role="user", content=SAID)])))
+            except DataError:
+                return False
+        as_text, in_parts = found
+        return SAID not in as_text and SAID in in_parts and "'type'" not in in_parts
+
     def _writes(self, role: str) -> bool:
         if role not in self._written:
             turn = Message(role="user", content="a"), Message(role="assistant", content="b")
@@ -101,6 +114,8 @@ class ChatTemplateRenderer:
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         plain = [self._for_template(message) for message in messages]
+        if self._in_parts:
+            plain = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in plain]
         tools: dict[str, Any] = {}
         if not self.writes_tools:
             plain = _answers_as_user(plain) if self.tools else plain
