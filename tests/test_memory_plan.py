@@ -6,7 +6,7 @@ from typing import Any
 import chz
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3Config, T5Config
+from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, T5Config
 
 import posttrain.preflight
 from posttrain.backend.config import BackendConfig
@@ -158,7 +158,7 @@ def test_preflight_refuses_what_a_run_would(options: list[str], message: str) ->
     ("config", "message"),
     [
         (T5Config(), "t5 is not a causal language model"),
-        (Gemma3Config(), "reads images or sound besides text"),
+        (Qwen2_5_VLConfig(), "reads pictures besides text"),
         (PRESETS["tiny"], "is a scalar model: plan its base model"),
     ],
 )

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
-    Gemma3Config,
     Glm4MoeConfig,
     PhiConfig,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     T5Config,
 )
@@ -91,7 +91,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an impossible config": (with_config(num_attention_heads="many"), "num_attention_heads"),
     "an encoder": (lambda folder: T5Config().save_pretrained(folder), "not a causal language model"),
     "quantised": (with_config(quantization_config={"quant_method": "awq"}), "has quantised weights (awq)"),
-    "pictures too": (lambda folder: Gemma3Config().save_pretrained(folder), "only text models"),
+    "pictures too": (lambda folder: Qwen2_5_VLConfig().save_pretrained(folder), "reads pictures besides text, and"),
 }
 
 
