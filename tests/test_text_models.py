@@ -21,8 +21,9 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.models import end_token_ids, load_model
 from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
 from posttrain.backend.types import AdamParams, ModelInput
+from posttrain.serve.bases import open_bases
 from tests.every_architecture import random_model, save
 from tests.test_architectures import datum_of, full_logprobs, of_targets
 
@@ -169,3 +170,14 @@ def test_fp8_checkpoints_are_opened_with_whole_weights(gpu: bool, tmp_path: Path
     assert type(whole.model.layers[0].mlp.up_proj) is torch.nn.Linear  # type: ignore[union-attr,index]
     assert (full_logprobs(whole, TOKENS) - full_logprobs(model, TOKENS)).abs().max() < ATOL
     assert getattr(whole.config, "quantization_config", None) is None
+
+
+def test_a_model_is_served_whose_tokenizer_has_a_place_for_pictures_and_its_embedding_no_row(tmp_path: Path) -> None:
+    folder, tokenizer = save(load_model("micro", 0, CPU, torch.float32), tmp_path / "model"), character_tokenizer(512)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    assert [*open_bases([f"it={folder}"], None)] == ["it"]
+    tokenizer.add_tokens(["word"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="its tokenizer has 262 tokens, the model 260"):
+        open_bases([f"it={folder}"], None)

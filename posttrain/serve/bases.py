@@ -44,7 +44,9 @@ def _open(name: str, local: str, max_length: int | None) -> BaseModel:
     if local not in PRESETS and (folder := Path(local).expanduser()).is_dir():
         local = str(folder.resolve())
     config, tokenizer = model_config(local), load_tokenizer(local, max_length)
-    if len(tokenizer) > (vocabulary := config.get_text_config().vocab_size):
+    vocabulary = config.get_text_config().vocab_size
+    beyond = [token for i, token in tokenizer.added_tokens_decoder.items() if i >= vocabulary and token.special]
+    if len(tokenizer) - len(beyond) > vocabulary:  # of Gemma 3 1B, the place of a picture has no row
         raise ModelError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model {vocabulary}")
     return BaseModel(name, local, context_length(local, max_length), tokenizer, config.model_type)
 
