@@ -136,6 +136,24 @@ def _with_kept(items: Sequence[T], kept: Sequence[KeptRow]) -> list[tuple[T, Kep
     return list(zip(items, kept if len(kept) == len(items) else [None] * len(items), strict=True))
 
 
+def sampled_in_time(rows: Sequence[Row]) -> dict[tuple[int, int], np.ndarray]:
+    """(group, member) -> the places of its sampled tokens in the rows laid end to end, in the order of
+    time."""
+    places_of: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
+    start = 0
+    for row in rows:
+        places_of[row.origin].append(start + np.flatnonzero(row.mask_T > 0))
+        start += len(row.mask_T)
+    turns = np.concatenate([row.turn_T for row in rows])
+    joined = {origin: np.concatenate(places) for origin, places in places_of.items()}
+    return {origin: place_N[np.argsort(turns[place_N], kind="stable")] for origin, place_N in joined.items()}
+
+
+def split_by_row(rows: Sequence[Row], flat: np.ndarray) -> list[np.ndarray]:
+    """The rows' parts of an array that lays them end to end."""
+    return np.split(flat, np.cumsum([len(row.mask_T) for row in rows])[:-1])
+
+
 def trainable_groups(
     groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool, min_group_size: int = 1
 ) -> list[int]:

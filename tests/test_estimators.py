@@ -74,6 +74,16 @@ def test_discounted_kl_pays_for_later_tokens_and_never_touches_the_prompt() -> N
     assert advantages(data)[0] == pytest.approx([0.0, 0.5 + 0.1 * (-0.5 + 0.5 * 1.0), 0.5 + 0.1 * 1.0])
 
 
+# Trap: a tool's long answer that discounts, or a sub-agent's row that is not seen.
+def test_discounted_kl_counts_the_sampled_tokens_of_all_rows_in_time() -> None:
+    """A sub-agent (9) says 8 between its parent's 3 and 5, before which are two tokens that were not sampled."""
+    turns = [turn([1, 2], [3], [-1.0]), turn([9, 9], [8], [-1.0]), turn([1, 2, 3, 4, 4], [5], [-1.0])]
+    rows = rows_of([TrajectoryGroup([Trajectory(turns)], [0.0], [{}])])
+    d = [np.array([9.0, 0.5, 9.0, 9.0, 0.25], np.float32), np.array([9.0, 1.0], np.float32)]
+    parent, sub_agent = advantages(penalized_advantages(rows, d, coef=1.0, discount=0.5))
+    assert parent == [0.0, -(0.5 + 0.5 * 1.125), 0.0, 0.0, -0.25] and sub_agent == [0.0, -(1.0 + 0.5 * 0.25)]
+
+
 def test_discounted_kl_does_not_pay_for_length() -> None:
     """The mean of d, summed over the tokens to come, would: here nothing is left of the penalty."""
     data = two_data()
