@@ -128,7 +128,7 @@ async def open_learner(config: Config, service: ServiceClient, folder: RunFolder
     if config.distill.paths():
         learner.teachers = Teachers(config.distill, service, client)
     if config.critic.model:
-        rate = config.critic.learning_rate / config.learning_rate if config.learning_rate else 1.0
+        rate = config.critic.learning_rate / config.learning_rate
         learner.critic = Critic(config.critic, config.critic.open(service, model_name, lora, seed), rate)
     if config.batch_reward:
         learner.batch_reward = await config.batch_reward(service, client, renderer)

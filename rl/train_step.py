@@ -48,7 +48,11 @@ from rl.types import BatchReward, Metrics, TrajectoryGroup
 
 T = TypeVar("T")
 
-PER_TOKEN = {"kl_policy_base", "kl_policy_base_k3", "teacher_kl", "critic/value_mean"}  # means over sampled tokens
+PER_TOKEN = {  # weighed by sampled tokens
+    *("kl_policy_base", "kl_policy_base_k3", "teacher_kl", "critic/value_mean"),
+    *("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/logprob_gap_mean", "optim/entropy"),
+    *("mismatch/weight_mean", "mismatch/frac_changed", "mismatch/effective_sample_size"),
+}
 
 
 @dataclass
@@ -266,8 +270,8 @@ def _spanned(future: APIFuture[T]) -> asyncio.Task[T]:
 
 
 def metrics_of_step(of_minibatches: Sequence[Metrics], tokens: Sequence[int]) -> Metrics:
-    """Seconds are added, a maximum is the largest, and means over tokens are weighed by `tokens` of
-    each minibatch. Anything else is the mean of the minibatches that have it."""
+    """Seconds are added, a maximum is the largest, and PER_TOKEN are weighed by `tokens` of each
+    minibatch. Anything else is the mean of the minibatches that have it."""
     out = mean_by_key(of_minibatches)
     if len(of_minibatches) == 1:  # exact as it is
         return out

@@ -20,10 +20,12 @@ from posttrain.renderers.types import Renderer
 from posttrain.tracking.command_line import parse
 from recipes.star_graph.model import make_model
 from rl import train
-from rl.advantages import BatchMean, GroupMean
+from rl.advantages import BatchMean, GroupMean, GroupMeanStd, NoBaseline, NoReward
 from rl.algorithms import ALGORITHMS
 from rl.config import check_config
+from rl.critic import CriticConfig
 from rl.data_processing import Row, compute_advantages, reduced, rows_of, with_advantages, without_truncated
+from rl.distill import Distillation
 from rl.kl import (
     KLPenalty,
     Reference,
@@ -34,6 +36,7 @@ from rl.kl import (
     sampled_minus_reference,
 )
 from rl.mismatch import MismatchCorrection, corrected, correction_weights
+from rl.rollouts import RolloutLimits
 from rl.train_cli import ADVANTAGES, CLIConfig
 from rl.train_step import metrics_of_step
 from rl.types import BatchReward, BatchRewardBuilder, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
@@ -320,6 +323,43 @@ def test_a_steps_metrics_are_those_of_all_its_minibatches(tmp_path: Path) -> Non
     assert record["time/batch_reward"] > 0.39 and (record["call_max"], record["call"]) == (4.0, 2.5)
     parts: list[dict[str, float]] = [{"kl_policy_base": 1.0, "time/critic": 0.5}, {"kl_policy_base": 4.0}, {}]
     assert metrics_of_step(parts, [20, 10, 0]) == {"kl_policy_base": 2.0, "time/critic": 0.5}
+
+
+# Trap: metrics of the mismatch correction, which are those of a minibatch, averaged over minibatches of other lengths.
+def test_the_sampling_metrics_of_minibatches_are_those_of_all_their_tokens(torch_service) -> None:  # noqa: ANN001
+    client = torch_service.create_training_client("tiny")
+    long, short = two_data()
+    correction = MismatchCorrection(mode="truncate")
+    (_, whole), *parts = (asyncio.run(corrected(client, rows, correction)) for rows in ([long, short], [long], [short]))
+    joined = metrics_of_step([part for _, part in parts], [2, 1])
+    means = {name for name in whole if "ratio_p" not in name and name != "mismatch/effective_sample_size"}
+    assert {name: joined[name] for name in means} == pytest.approx({name: whole[name] for name in means}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"env": LowTokenBuilder(group_size=1)}, "advantage=GroupMean: .*every advantage is 0"),
+        ({"env": LowTokenBuilder(group_size=1), "advantage": GroupMeanStd()}, "advantage=GroupMeanStd: .* is 0"),
+        (
+            {"env": LowTokenBuilder(group_size=1), "advantage": BatchMean(), "remove_constant_reward_groups": True},
+            "no group would be trained on",
+        ),
+        ({"limits": RolloutLimits(min_group_size=4)}, "min_group_size=4 is more than group_size=3"),
+        ({"critic": CriticConfig(model="policy"), "advantage": NoReward(), "learning_rate": 0.0}, "a tiny one"),
+        ({"loss_fn": "ppo", "loss_fn_config": {"clip_high_threshold": 0.28}}, "clip_high_threshold=0.28 .*no epsilon"),
+        ({"loss_fn": "gspo", "loss_fn_config": {"clip_low_threshold": 1.1}}, "clip_low_threshold=1.1 cuts tokens"),
+        ({"mismatch": MismatchCorrection(mode="mask", low=3.0, high=4.0)}, "mismatch.low=3.0 cuts tokens"),
+        ({"mismatch": MismatchCorrection(mode="truncate", high=0.2)}, "mismatch.high=0.2 cuts tokens"),
+    ],
+)
+def test_options_with_which_nothing_would_be_learnt_are_refused(settings: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_config(config(tmp_path, **settings))
+    alone = {"env": LowTokenBuilder(group_size=1), "loss_fn": "ppo", "loss_fn_config": {"clip_low_threshold": 0.2}}
+    for advantage in (BatchMean(), NoBaseline()):
+        check_config(config(tmp_path, advantage=advantage, **alone))
+    check_config(config(tmp_path, env=LowTokenBuilder(group_size=1), distill=Distillation(teacher="small")))
 
 
 def test_token_advantages_are_added_to_the_members() -> None:
