@@ -150,6 +150,13 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             "advantage=no_reward leaves nothing to learn from: give distill.teacher, critic.model, or a batch_reward"
         )
+    if isinstance(config.advantage, NoReward) and not config.critic.model:
+        in_reward = {"kl.where=reward": config.kl.coef and config.kl.where == "reward"}
+        in_reward[f"length.kind={config.length.kind}"] = config.length.kind != "none"
+        if lost := next((name for name, given in in_reward.items() if given), None):
+            raise ConfigError(f"{lost} changes the reward, which advantage=no_reward does not learn from")
+    if config.kl.coef and config.kl.discount and config.kl.where == "reward":
+        raise ConfigError(f"kl.discount={config.kl.discount} is of kl.where=advantage, and kl.where=reward has none")
     if config.critic.model and not config.learning_rate:
         raise ConfigError(
             "learning_rate=0 with a critic, whose rate is a multiple of it: to train the critic alone give a tiny one, as "

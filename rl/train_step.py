@@ -300,7 +300,7 @@ def _reduced(metrics: Sequence[dict[str, float]]) -> Metrics:
 def _group_counts(outcome: StepOutcome, source: GroupSource) -> Metrics:
     counts = {
         "train/groups_removed": float(sum(advantages_G is None for advantages_G in outcome.advantages_P)),
-        "train/groups_constant": float(sum(len(set(group.get_total_rewards())) <= 1 for group in outcome.groups_P)),
+        "train/groups_constant": float(sum(len(set(group.get_total_rewards())) == 1 for group in outcome.groups_P)),
     }
     if source.max_refills:
         counts["train/groups_refilled"] = float(sum(group.refills for group in outcome.groups_P))

@@ -35,6 +35,7 @@ from rl.kl import (
     penalized_rewards,
     sampled_minus_reference,
 )
+from rl.length import LengthPenalty
 from rl.mismatch import MismatchCorrection, corrected, correction_weights
 from rl.rollouts import RolloutLimits
 from rl.train_cli import ADVANTAGES, CLIConfig
@@ -336,6 +337,9 @@ def test_the_sampling_metrics_of_minibatches_are_those_of_all_their_tokens(torch
     assert {name: joined[name] for name in means} == pytest.approx({name: whole[name] for name in means}, rel=1e-5)
 
 
+DISTILLED = {"distill": Distillation(teacher="small"), "advantage": NoReward()}
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -347,13 +351,18 @@ def test_the_sampling_metrics_of_minibatches_are_those_of_all_their_tokens(torch
         ),
         ({"limits": RolloutLimits(min_group_size=4)}, "min_group_size=4 is more than group_size=3"),
         ({"critic": CriticConfig(model="policy"), "advantage": NoReward(), "learning_rate": 0.0}, "a tiny one"),
+        ({**DISTILLED, "kl": KLPenalty(coef=0.1, where="reward")}, "kl.where=reward changes the reward, which"),
+        ({**DISTILLED, "length": LengthPenalty(kind="kimi")}, "length.kind=kimi changes the reward, which"),
+        ({"kl": KLPenalty(coef=0.1, where="reward", discount=0.5)}, "kl.discount=0.5 is of kl.where=advantage"),
         ({"loss_fn": "ppo", "loss_fn_config": {"clip_high_threshold": 0.28}}, "clip_high_threshold=0.28 .*no epsilon"),
         ({"loss_fn": "gspo", "loss_fn_config": {"clip_low_threshold": 1.1}}, "clip_low_threshold=1.1 cuts tokens"),
         ({"mismatch": MismatchCorrection(mode="mask", low=3.0, high=4.0)}, "mismatch.low=3.0 cuts tokens"),
         ({"mismatch": MismatchCorrection(mode="truncate", high=0.2)}, "mismatch.high=0.2 cuts tokens"),
     ],
 )
-def test_options_with_which_nothing_would_be_learnt_are_refused(settings: dict, says: str, tmp_path: Path) -> None:
+def test_options_that_would_have_no_effect_or_teach_nothing_are_refused(
+    settings: dict, says: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=says):
         check_config(config(tmp_path, **settings))
     alone = {"env": LowTokenBuilder(group_size=1), "loss_fn": "ppo", "loss_fn_config": {"clip_low_threshold": 0.2}}

@@ -226,6 +226,7 @@ def test_a_batch_reward_that_drops_a_seat_loses_its_game(tmp_path: Path) -> None
     )
     record = asyncio.run(train.main(settings))
     assert record["env/all/total_episodes"] == 4 and record["train/groups_removed"] == 1
+    assert record["train/groups_constant"] == 1 - record["env/all/by_group/frac_mixed"] == 1  # of the one that is left
     assert record["rollout_errors/RolloutError"] == 1 and record["rollout_errors/SeatLost"] == 3
 
 
