@@ -149,6 +149,14 @@ def sampled_in_time(rows: Sequence[Row]) -> dict[tuple[int, int], np.ndarray]:
     return {origin: place_N[np.argsort(turns[place_N], kind="stable")] for origin, place_N in joined.items()}
 
 
+def sampled_advantages(rows: Sequence[Row]) -> dict[tuple[int, int], np.ndarray]:
+    """(group, member) -> the advantages of its sampled tokens, in the order of time."""
+    if not rows:
+        return {}
+    flat = np.concatenate([row.advantages_T for row in rows])
+    return {origin: flat[place_N] for origin, place_N in sampled_in_time(rows).items()}
+
+
 def split_by_row(rows: Sequence[Row], flat: np.ndarray) -> list[np.ndarray]:
     """The rows' parts of an array that lays them end to end."""
     return np.split(flat, np.cumsum([len(row.mask_T) for row in rows])[:-1])

@@ -267,4 +267,5 @@ class Loop:
         advantages_P_G = [
             np.zeros(len(g.trajectories_G)) if a is None else a for g, a in zip(groups_P, advantages_P, strict=True)
         ]
-        write_rollouts(self.folder.transcripts, step, groups_P, advantages_P_G, self.tokenizer)
+        token_advantages_P = [outcome.token_advantages_P[p] for p in places]
+        write_rollouts(self.folder.transcripts, step, groups_P, advantages_P_G, self.tokenizer, token_advantages_P)

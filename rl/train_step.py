@@ -32,6 +32,7 @@ from rl.data_processing import (
     normalized,
     reduced,
     rows_of,
+    sampled_advantages,
     split_substeps,
     trainable_groups,
     with_advantages,
@@ -71,10 +72,12 @@ class Learner:
 @dataclass
 class StepOutcome:
     """Groups and data of a step. `advantages_P` is None for a group that was left out.
-    `on_policy_gap` is between sampler and trainer with the same weights, None without such data."""
+    `token_advantages_P`: member -> advantages of its sampled tokens in time, all that is added to them included,
+    before reduction and mismatch weights. `on_policy_gap` is between sampler and trainer with the same weights, None without such data."""
 
     groups_P: list[TrajectoryGroup] = field(default_factory=list)
     advantages_P: list[np.ndarray | None] = field(default_factory=list)
+    token_advantages_P: list[dict[int, np.ndarray]] = field(default_factory=list)
     data_D: list[Datum] = field(default_factory=list)
     on_policy_gap: Gap | None = None
 
@@ -161,6 +164,9 @@ async def _prepare(
         rows = penalized_advantages(rows, teacher_difference_D, distill.coef, distill.discount, distill.centre)
     if config.normalize_advantages and rows:
         rows = normalized(rows)
+    token_advantages_P: list[dict[int, np.ndarray]] = [{} for _ in groups_P]
+    for (p, g), advantages_N in sampled_advantages(rows).items():
+        token_advantages_P[places[p]][g] = advantages_N
     if not config.train_on_truncated:
         rows = without_truncated(rows, kept_P)
     num_rollouts = sum(len(group.trajectories_G) for group in groups_P)
@@ -175,6 +181,7 @@ async def _prepare(
         advantages_P[p] = advantages_G
     outcome.groups_P += groups_P
     outcome.advantages_P += advantages_P
+    outcome.token_advantages_P += token_advantages_P
     return rows, sampled_D
 
 

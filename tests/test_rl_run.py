@@ -95,6 +95,15 @@ def test_a_function_may_be_the_loss(tmp_path: Path) -> None:
     assert by_function == pytest.approx(by_name, rel=1e-4) and len(by_name) == 1
 
 
+# Trap: the group's advantage beside each token, where a critic, a teacher, KL or normalisation gave another one.
+def test_a_transcript_shows_the_advantages_that_tokens_are_trained_with(tmp_path: Path) -> None:
+    settings = {"normalize_advantages": True, "entropy_coef": 0.5, "transcript_every": 1, "num_groups_to_log": 9}
+    run(tmp_path, max_steps=1, **settings)
+    lines = (tmp_path / "transcripts" / "000000.jsonl").read_text().splitlines()
+    shown = np.concatenate([turn["advantages"] for line in map(json.loads, lines) for turn in line["turns"]])
+    assert (shown.mean(), shown.std()) == pytest.approx((0, 1), abs=1e-5) and len(set(shown)) > len(shown) / 2
+
+
 def test_finished_groups_become_json_only_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(GroupSource, "state", lambda self: calls.append(1) or [])
