@@ -130,9 +130,10 @@ class Critic:
         valued = [_with_values(row, advantages_T, values_T) for row, advantages_T, values_T in of_rows]
         return valued, _value_metrics(valued)
 
-    def forward_backward(self, rows: Sequence[Row]) -> None:
-        """Submits the value loss, a mean over the sampled tokens of `rows`."""
-        tokens = sum(float(row.mask_T.sum()) for row in rows)
+    def forward_backward(self, rows: Sequence[Row], passes: int = 1) -> None:
+        """Submits the value loss, a mean over the sampled tokens of `rows`, as one of so many `passes` of a
+        step: its gradient is that of their mean."""
+        tokens = sum(float(row.mask_T.sum()) for row in rows) * passes
         data_D = [
             Datum(
                 ModelInput.from_ints(row.tokens[:-1]),

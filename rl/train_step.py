@@ -93,7 +93,7 @@ async def train_step(
     tokens: list[int] = []  # sampled, of each minibatch's groups that are trained on
     steps_per_minibatch = max(1, config.num_substeps // source.num_minibatches)
     minibatches_per_step = max(1, source.num_minibatches // config.num_substeps)
-    passes = _Passes(learner, adam)
+    passes = _Passes(learner, adam, minibatches_per_step)
     minibatches = source.minibatches(step)
     while True:
         with timed(metrics, "sampling"):
@@ -188,8 +188,9 @@ async def _prepare(
 class _Passes:
     """Submits the passes of a step in order and collects what they return."""
 
-    def __init__(self, learner: Learner, adam: AdamParams):
-        self._learner, self._adam = learner, adam
+    def __init__(self, learner: Learner, adam: AdamParams, per_step: int):
+        """`per_step`: passes before an optimizer step."""
+        self._learner, self._adam, self._per_step = learner, adam, per_step
         # of each pass: the policy's, followed by the supervised pass if there is one
         self._terms: list[list[LossTerm]] = []
         # one for each entry of _terms
@@ -213,7 +214,7 @@ class _Passes:
         self._sampled_D += [None] * len(data_D) if self._steps else sampled_D
         self._outputs.append(_spanned(self._learner.client.forward_backward_terms(terms)))
         if self._learner.critic:
-            self._learner.critic.forward_backward(rows)
+            self._learner.critic.forward_backward(rows, self._per_step)
         self._pending = True
 
     def optim_step(self) -> None:
