@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from posttrain.backend.errors import DataError
+from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.loss_terms import KeptRow
 from posttrain.backend.types import Datum, ModelInput
 from rl.advantages import AdvantageEstimator
@@ -177,8 +177,16 @@ def trainable_groups(
 
 
 def compute_advantages(groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator) -> list[np.ndarray]:
-    """(G,) advantages of each group's members."""
-    return estimator.of_batch([np.array(group.get_total_rewards(), dtype=np.float64) for group in groups_P])
+    """(G,) advantages of each group's members. ConfigError for an estimator that returns another shape."""
+    advantages_P_G = estimator.of_batch([np.array(group.get_total_rewards(), dtype=np.float64) for group in groups_P])
+    for group, advantages_G in zip(groups_P, advantages_P_G, strict=True):
+        size = len(group.trajectories_G)
+        if np.shape(advantages_G) != (size,):
+            raise ConfigError(
+                f"advantage={type(estimator).__name__} returned the shape {np.shape(advantages_G)} for {size} rollouts: "
+                "one number for each is needed"
+            )
+    return [np.asarray(advantages_G) for advantages_G in advantages_P_G]
 
 
 def with_advantages(rows: Sequence[Row], advantages_P_G: Sequence[np.ndarray]) -> list[Row]:

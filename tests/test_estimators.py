@@ -371,6 +371,23 @@ def test_options_that_would_have_no_effect_or_teach_nothing_are_refused(
     check_config(config(tmp_path, env=LowTokenBuilder(group_size=1), distill=Distillation(teacher="small")))
 
 
+# Trap: an estimator's matrix, or its list of another length, of which the first numbers are taken.
+def test_an_estimator_of_the_users_gives_one_number_for_each_rollout() -> None:
+    @chz.chz
+    class Wrong(GroupMean):
+        def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+            return np.append(rewards_G, 0.0)
+
+    @chz.chz
+    class Listed(GroupMean):
+        def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+            return [1.0] * len(rewards_G)  # type: ignore[return-value]
+
+    with pytest.raises(ConfigError, match=r"advantage=Wrong returned the shape \(4,\) for 3 rollouts"):
+        compute_advantages([group([0, 1, 1])], Wrong())
+    assert compute_advantages([group([0, 1, 1])], Listed())[0].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_token_advantages_are_added_to_the_members() -> None:
     trajectory = Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0])])
     trajectory.transitions[0].token_advantages = [0.25, -0.25]
