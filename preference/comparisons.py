@@ -133,7 +133,7 @@ def _judgement(labeled: LabeledComparison) -> str:
 def split_by_prompt(
     comparisons: Sequence[LabeledComparison], test_size: int, seed: int
 ) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-    """Training and held-out comparisons: prompts in hash order, up to `test_size` comparisons."""
+    """Training and held-out comparisons: whole prompts, in hash order, until there are `test_size` comparisons."""
     if not 0 <= test_size < len(comparisons):
         raise DataError(f"test_size={test_size} of {len(comparisons):,} comparisons: it must leave some to train on")
     prompts = [content_hash(list(labeled.comparison.prompt_conversation), seed) for labeled in comparisons]

@@ -19,7 +19,7 @@ from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 @chz.chz
 class RewardExamplesBuilder(SupervisedDatasetBuilder):
-    """Comparisons to train a reward model on. `batch_size` counts comparisons."""
+    """Comparisons to train a reward model on. `batch_size` counts comparisons, of a label model in one order."""
 
     comparisons: ComparisonDatasetBuilder = chz.field(doc="builder of the comparisons")
 

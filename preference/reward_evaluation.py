@@ -61,7 +61,8 @@ class Evaluation:
 
     def metrics(self) -> Metrics:
         """`ece`: expected calibration error, Guo et al. 2017 eq. 5. `swap_agreement`: share of
-        comparisons where both orders prefer the same side."""
+        comparisons where both orders prefer the same side. `accuracy_stderr` takes comparisons as
+        independent: too small where a prompt has several."""
         count = len(self.correct_D)
         accuracy = float(self.correct_D.mean())
         metrics = {

@@ -53,7 +53,8 @@ class StepObjective:
 class StepEvaluator:
     """One forward pass over the held-out solutions. `accuracy` is of steps, at their last token;
     `majority` that of always guessing the commoner label; `first_error` the share of solutions
-    whose first step below 1/2 is the first labelled 0."""
+    whose first step below 1/2 is the first labelled 0. A soft label of at most 1/2 counts as 0.
+    `loss` is the mean of the batches' losses."""
 
     def __init__(self, dataset: SupervisedDataset, name: str = "test"):
         self._batches, self._name = [dataset.get_batch(i) for i in range(len(dataset))], name

@@ -31,12 +31,18 @@ class AdvantageEstimator:
             raise ConfigError(f"{type(self).__name__} needs group_size >= {self.min_group_size}, not {group_size}")
 
 
+def baseline(rewards: np.ndarray) -> np.ndarray:
+    """The mean along the first axis. Of equal rewards it is their value: a mean that rounds would leave an
+    advantage that Adam makes a step of."""
+    return np.where((rewards == rewards[0]).all(axis=0), rewards[0], rewards.mean(axis=0))
+
+
 @chz.chz
 class GroupMean(AdvantageEstimator):
     """R - mean(R). Division by the deviation would favour problems almost always or never solved."""
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
-        return rewards_G - rewards_G.mean()
+        return rewards_G - baseline(rewards_G)
 
 
 @chz.chz
@@ -46,7 +52,7 @@ class GroupMeanStd(AdvantageEstimator):
     eps: float = chz.field(default=1e-6, validator=POSITIVE, doc="added to the standard deviation")
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
-        return (rewards_G - rewards_G.mean()) / (rewards_G.std() + self.eps)
+        return (rewards_G - baseline(rewards_G)) / (rewards_G.std() + self.eps)
 
 
 @chz.chz
@@ -59,6 +65,8 @@ class LeaveOneOut(AdvantageEstimator):
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         size = len(rewards_G)
         self.check_group_size(size)
+        if (rewards_G == rewards_G[0]).all():  # their sum may round
+            return np.zeros(size)
         return (size * rewards_G - rewards_G.sum()) / (size - 1)
 
 
@@ -72,7 +80,7 @@ class SeatMean(AdvantageEstimator):
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         rewards_GS = rewards_G.reshape(-1, self.num_seats)
-        return (rewards_GS - rewards_GS.mean(axis=0)).reshape(-1)
+        return (rewards_GS - baseline(rewards_GS)).reshape(-1)
 
     def accepts(self, group_size: int) -> bool:
         return group_size % self.num_seats == 0 and group_size >= 2 * self.num_seats
@@ -107,8 +115,8 @@ class BatchMean(AdvantageEstimator):
     needs_whole_batch = True
 
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
-        return rewards_G - rewards_G.mean()
+        return rewards_G - baseline(rewards_G)
 
     def of_batch(self, rewards_P_G: Sequence[np.ndarray]) -> list[np.ndarray]:
-        mean = np.concatenate(rewards_P_G).mean() if rewards_P_G else 0.0
+        mean = baseline(np.concatenate(rewards_P_G)) if rewards_P_G else 0.0
         return [rewards_G - mean for rewards_G in rewards_P_G]

@@ -10,7 +10,7 @@ from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.losses import LossFn
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SAMPLING_TEMPERATURE, TEMPERATURE, WHOLE
 from posttrain.tracking.run_config import log_path_field
-from rl.advantages import AdvantageEstimator, GroupMean, NoReward, SeatMean
+from rl.advantages import AdvantageEstimator, GroupMean, GroupMeanStd, NoReward, SeatMean
 from rl.critic import CriticConfig
 from rl.data_processing import Reduction
 from rl.distill import Distillation
@@ -150,16 +150,34 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             "advantage=no_reward leaves nothing to learn from: give distill.teacher, critic.model, or a batch_reward"
         )
+    if isinstance(config.advantage, NoReward) and not config.critic.model:
+        in_reward = {"kl.where=reward": config.kl.coef and config.kl.where == "reward"}
+        in_reward[f"length.kind={config.length.kind}"] = config.length.kind != "none"
+        if lost := next((name for name, given in in_reward.items() if given), None):
+            raise ConfigError(f"{lost} changes the reward, which advantage=no_reward does not learn from")
+    if config.kl.coef and config.kl.discount and config.kl.where == "reward":
+        raise ConfigError(f"kl.discount={config.kl.discount} is of kl.where=advantage, and kl.where=reward has none")
+    if config.critic.model and not config.learning_rate:
+        raise ConfigError(
+            "learning_rate=0 with a critic, whose rate is a multiple of it: to train the critic alone give a tiny one, as "
+            "1e-12"
+        )
     if config.critic.model and not isinstance(config.advantage, NoReward):
         raise ConfigError(
             f"critic.model={config.critic.model}: its advantages take the place of advantage="
             f"{type(config.advantage).__name__}: set advantage=no_reward"
         )
-    if config.max_refills and (config.env.group_size < 2 or config.batch_reward is not None):
-        reason = "with group_size=1 all rewards of a group are equal"
-        if config.batch_reward is not None:
-            reason = "a batch_reward comes after the sampling that would be repeated"
-        raise ConfigError(f"max_refills={config.max_refills}: {reason}")
+    if config.env.group_size < 2:
+        _check_lone_rollouts(config, other)
+    if config.max_refills and config.batch_reward is not None:
+        raise ConfigError(
+            f"max_refills={config.max_refills}: a batch_reward comes after the sampling that would be repeated"
+        )
+    if config.limits.min_group_size > config.env.group_size:
+        raise ConfigError(
+            f"limits.min_group_size={config.limits.min_group_size} is more than group_size={config.env.group_size}: no "
+            "group would be trained on"
+        )
     if config.temperature <= 0:
         raise ConfigError(
             f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0"
@@ -171,7 +189,44 @@ def check_config(config: Config) -> None:
         )
     if config.max_tokens:
         config.length.checked(config.max_tokens)
+    _check_ratios(config)
     _check_minibatches(config)
+
+
+def _check_lone_rollouts(config: Config, other: object) -> None:
+    """Raises ConfigError for groups of one rollout where that teaches nothing. `other`: what else there is to
+    learn from."""
+    equal = "with group_size=1 all rewards of a group are equal"
+    if config.max_refills:
+        raise ConfigError(f"max_refills={config.max_refills}: {equal}")
+    if config.remove_constant_reward_groups:
+        raise ConfigError(f"remove_constant_reward_groups: {equal}, so no group would be trained on")
+    if isinstance(config.advantage, GroupMean | GroupMeanStd) and not other:
+        raise ConfigError(
+            f"advantage={type(config.advantage).__name__}: {equal} and every advantage is 0; set group_size=2 or more, or "
+            "advantage=batch_mean"
+        )
+
+
+def _check_ratios(config: Config) -> None:
+    """Raises ConfigError for thresholds that cut a ratio of 1, which is that of all tokens on-policy."""
+    options = (config.loss_fn_config or {}) if isinstance(config.loss_fn, str) else {}
+    mismatch = config.mismatch
+    lows = {
+        "loss_fn_config.clip_low_threshold": options.get("clip_low_threshold", 1),
+        "mismatch.low": mismatch.low if mismatch.mode == "mask" else 1,
+    }
+    highs = {
+        "loss_fn_config.clip_high_threshold": options.get("clip_high_threshold", 1),
+        "mismatch.high": mismatch.high if mismatch.mode != "none" else 1,
+    }
+    wrong = [(name, bound) for name, bound in lows.items() if bound > 1]
+    wrong += [(name, bound) for name, bound in highs.items() if bound < 1]
+    for name, bound in wrong:
+        raise ConfigError(
+            f"{name}={bound} cuts tokens whose probability has not changed: it bounds a ratio of probabilities, 1 at "
+            "first, and is no epsilon; an epsilon of 0.2 is 0.8 or 1.2"
+        )
 
 
 def _check_minibatches(config: Config) -> None:

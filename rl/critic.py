@@ -5,7 +5,6 @@ tokens of a trajectory. Left out: bootstrapping where a limit ends an episode; i
 """
 
 import shutil
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from posttrain.backend.types import (
 )
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.metrics_log import Metrics
-from rl.data_processing import Row
+from rl.data_processing import Row, sampled_in_time, split_by_row
 from rl.types import Trajectory, TrajectoryGroup
 
 POLICY = "policy"
@@ -121,34 +120,20 @@ class Critic:
         data_D = [Datum(ModelInput.from_ints(row.tokens[:-1]), {"mask": row.mask_T}) for row in rows]
         output = await self.client.forward(data_D, _scalars)
         values_D = [out["scalars"].array for out in output.loss_fn_outputs]
-        turn_D = [row.turn_T for row in rows]
-        places: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for d, row in enumerate(rows):
-            places[row.origin].append(d)
-        out: dict[int, Row] = {}
-        for (p, g), of_trajectory in places.items():
-            sampled_D = [rows[d].mask_T > 0 for d in of_trajectory]
-            values_N, turn_N = (
-                np.concatenate([tracks[d][at] for d, at in zip(of_trajectory, sampled_D, strict=True)])
-                for tracks in (values_D, turn_D)
-            )
-            group = groups_P[p]
+        values = np.concatenate(values_D)
+        advantages = np.zeros(len(values))
+        for (p, g), place_N in sampled_in_time(rows).items():
+            group, values_N = groups_P[p], values[place_N].astype(np.float64)
             rewards_N = token_rewards(group.trajectories_G[g], group.final_rewards_G[g])
-            # rewards are in the order of time, values row by row
-            time_N, advantages_N = np.argsort(turn_N, kind="stable"), np.empty(len(values_N))
-            advantages_N[time_N] = gae(
-                rewards_N, values_N[time_N].astype(np.float64), self.config.discount, self.config.gae_lambda
-            )
-            start = 0
-            for d, at in zip(of_trajectory, sampled_D, strict=True):
-                part = slice(start, start := start + int(at.sum()))
-                out[d] = _with_values(rows[d], at, advantages_N[part], values_N[part])
-        ordered = [out[d] for d in range(len(rows))]
-        return ordered, _value_metrics(ordered)
+            advantages[place_N] = gae(rewards_N, values_N, self.config.discount, self.config.gae_lambda)
+        of_rows = zip(rows, split_by_row(rows, advantages), values_D, strict=True)
+        valued = [_with_values(row, advantages_T, values_T) for row, advantages_T, values_T in of_rows]
+        return valued, _value_metrics(valued)
 
-    def forward_backward(self, rows: Sequence[Row]) -> None:
-        """Submits the value loss, a mean over the sampled tokens of `rows`."""
-        tokens = sum(float(row.mask_T.sum()) for row in rows)
+    def forward_backward(self, rows: Sequence[Row], passes: int = 1) -> None:
+        """Submits the value loss, a mean over the sampled tokens of `rows`, as one of so many `passes` of a
+        step: its gradient is that of their mean."""
+        tokens = sum(float(row.mask_T.sum()) for row in rows) * passes
         data_D = [
             Datum(
                 ModelInput.from_ints(row.tokens[:-1]),
@@ -175,10 +160,11 @@ class Critic:
         return {"critic/value_loss": float(np.mean(losses)), "critic/grad_norm": float(np.mean(norms))}
 
 
-def _with_values(row: Row, at: np.ndarray, advantages_N: np.ndarray, values_N: np.ndarray) -> Row:
+def _with_values(row: Row, gae_T: np.ndarray, read_T: np.ndarray) -> Row:
+    at = row.mask_T > 0
     advantages_T, values_T, returns_T = row.advantages_T.copy(), np.zeros_like(row.mask_T), np.zeros_like(row.mask_T)
-    advantages_T[at] += advantages_N.astype(np.float32)
-    values_T[at], returns_T[at] = values_N, advantages_N + values_N
+    advantages_T[at] += gae_T[at].astype(np.float32)
+    values_T[at], returns_T[at] = read_T[at], gae_T[at] + read_T[at]
     return replace(row, advantages_T=advantages_T, values_T=values_T, returns_T=returns_T)
 
 

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from posttrain.backend.errors import DataError
+from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.loss_terms import KeptRow
 from posttrain.backend.types import Datum, ModelInput
 from rl.advantages import AdvantageEstimator
@@ -136,6 +136,32 @@ def _with_kept(items: Sequence[T], kept: Sequence[KeptRow]) -> list[tuple[T, Kep
     return list(zip(items, kept if len(kept) == len(items) else [None] * len(items), strict=True))
 
 
+def sampled_in_time(rows: Sequence[Row]) -> dict[tuple[int, int], np.ndarray]:
+    """(group, member) -> the places of its sampled tokens in the rows laid end to end, in the order of
+    time."""
+    places_of: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
+    start = 0
+    for row in rows:
+        places_of[row.origin].append(start + np.flatnonzero(row.mask_T > 0))
+        start += len(row.mask_T)
+    turns = np.concatenate([row.turn_T for row in rows])
+    joined = {origin: np.concatenate(places) for origin, places in places_of.items()}
+    return {origin: place_N[np.argsort(turns[place_N], kind="stable")] for origin, place_N in joined.items()}
+
+
+def sampled_advantages(rows: Sequence[Row]) -> dict[tuple[int, int], np.ndarray]:
+    """(group, member) -> the advantages of its sampled tokens, in the order of time."""
+    if not rows:
+        return {}
+    flat = np.concatenate([row.advantages_T for row in rows])
+    return {origin: flat[place_N] for origin, place_N in sampled_in_time(rows).items()}
+
+
+def split_by_row(rows: Sequence[Row], flat: np.ndarray) -> list[np.ndarray]:
+    """The rows' parts of an array that lays them end to end."""
+    return np.split(flat, np.cumsum([len(row.mask_T) for row in rows])[:-1])
+
+
 def trainable_groups(
     groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool, min_group_size: int = 1
 ) -> list[int]:
@@ -151,8 +177,16 @@ def trainable_groups(
 
 
 def compute_advantages(groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator) -> list[np.ndarray]:
-    """(G,) advantages of each group's members."""
-    return estimator.of_batch([np.array(group.get_total_rewards(), dtype=np.float64) for group in groups_P])
+    """(G,) advantages of each group's members. ConfigError for an estimator that returns another shape."""
+    advantages_P_G = estimator.of_batch([np.array(group.get_total_rewards(), dtype=np.float64) for group in groups_P])
+    for group, advantages_G in zip(groups_P, advantages_P_G, strict=True):
+        size = len(group.trajectories_G)
+        if np.shape(advantages_G) != (size,):
+            raise ConfigError(
+                f"advantage={type(estimator).__name__} returned the shape {np.shape(advantages_G)} for {size} rollouts: "
+                "one number for each is needed"
+            )
+    return [np.asarray(advantages_G) for advantages_G in advantages_P_G]
 
 
 def with_advantages(rows: Sequence[Row], advantages_P_G: Sequence[np.ndarray]) -> list[Row]:

@@ -39,7 +39,9 @@ class Distillation:
     )
     coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight of the reverse KL in the advantage")
     discount: float = chz.field(
-        default=0.0, validator=SHARE, doc="a token also pays for later ones, this much less per token"
+        default=0.0,
+        validator=SHARE,
+        doc="a token also pays for later ones of its rollout, this much less per sampled token",
     )
     centre: bool = chz.field(
         default=True,

@@ -9,7 +9,7 @@ from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.pages import html_page, table
 from rl.evaluation_results import Estimate, interval_text
 
-TAG_METRIC = "correct"  # shown for each tag; the reward where there is none
+TAG_METRIC = "correct"  # shown for each tag; the reward where no model has it
 Results = Mapping[str, Any]
 Table = tuple[str, Sequence[str], list[list[str]]]  # title, columns, rows
 
@@ -53,7 +53,9 @@ def tables(results: Results) -> list[Table]:
     by_tag = {}
     for tag in dict.fromkeys(tag for model in models for tag in model["tags"]):
         metrics = [model["tags"].get(tag, {}) for model in models]
-        by_tag[tag] = [_text(of.get(TAG_METRIC if TAG_METRIC in of else "reward")) for of in metrics]
+        metric = TAG_METRIC if any(TAG_METRIC in of for of in metrics) else "reward"
+        name = tag if metric == TAG_METRIC else f"{tag} ({metric})"
+        by_tag[name] = [_text(of.get(metric)) for of in metrics]
     if by_tag:
         shown.append((f"{TAG_METRIC}, by tag", ["tag", *labels], [[tag, *cells] for tag, cells in by_tag.items()]))
     if paired:

@@ -2,7 +2,8 @@
 on d_t = log q(token) - log ref(token), whose mean estimates KL(policy || reference) ("k1").
 
   advantage  A_t += coef * (mean of d over the minibatch - d_t) (tinker_semantics 2.2), or with a discount
-             A_t -= coef * discounted sum of d over this token and the later ones (REINFORCE++)
+             A_t -= coef * discounted sum of d over this sampled token and the later ones of the rollout
+             (REINFORCE++)
   reward     R   -= coef * sum of d_t over the trajectory (RLOO, LaTRO), before the baseline
 """
 
@@ -19,7 +20,7 @@ from posttrain.backend.ranges import NON_NEGATIVE, SHARE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig
-from rl.data_processing import Row
+from rl.data_processing import Row, sampled_in_time, split_by_row
 from rl.types import Metrics, TrajectoryGroup
 
 
@@ -32,7 +33,9 @@ class KLPenalty:
         default="advantage", doc="penalty on token advantages or the reward"
     )
     discount: float = chz.field(
-        default=0.0, validator=SHARE, doc="where=advantage: a token also pays for later ones, this much less per token"
+        default=0.0,
+        validator=SHARE,
+        doc="where=advantage: a token also pays for later ones of its rollout, this much less per sampled token",
     )
     reference_path: str | None = chz.field(
         default=None,
@@ -110,25 +113,31 @@ def penalized_advantages(
     of d per sampled token, without a discount only."""
     # A discounted sum would hold the mean once for each later token: a reward for length, not a baseline.
     mean = mean_difference(rows, difference_D) if centre and not discount else 0.0
+    gain_D = [(mean - d_T) * row.mask_T for row, d_T in zip(rows, difference_D, strict=True)]
+    if discount:
+        gain_D = _with_later(rows, gain_D, discount)
     return [
-        replace(
-            row,
-            advantages_T=row.advantages_T
-            + np.float32(coef) * row.mask_T * discounted((mean - d_T) * row.mask_T, discount),
-        )
-        for row, d_T in zip(rows, difference_D, strict=True)
+        replace(row, advantages_T=row.advantages_T + np.float32(coef) * row.mask_T * gain_T)
+        for row, gain_T in zip(rows, gain_D, strict=True)
     ]
 
 
-def discounted(x_T: np.ndarray, discount: float) -> np.ndarray:
-    """y_t = sum over k >= 0 of discount^k x_{t+k}."""
-    if not discount:
-        return x_T
-    y_T, running = np.zeros_like(x_T), 0.0
-    for t in reversed(range(len(x_T))):
-        running = float(x_T[t]) + discount * running
-        y_T[t] = running
-    return y_T
+def _with_later(rows: Sequence[Row], x_D: Sequence[np.ndarray], discount: float) -> list[np.ndarray]:
+    """Discounted sums over the sampled tokens of a trajectory, in whichever rows they are; 0 elsewhere."""
+    flat = np.concatenate(x_D)
+    out = np.zeros_like(flat)
+    for place_N in sampled_in_time(rows).values():
+        out[place_N] = discounted(flat[place_N], discount)
+    return split_by_row(rows, out)
+
+
+def discounted(x_N: np.ndarray, discount: float) -> np.ndarray:
+    """y_n = sum over k >= 0 of discount^k x_{n+k}."""
+    y_N, running = np.zeros_like(x_N), 0.0
+    for n in reversed(range(len(x_N))):
+        running = float(x_N[n]) + discount * running
+        y_N[n] = running
+    return y_N
 
 
 def penalized_rewards(

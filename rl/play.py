@@ -209,7 +209,9 @@ async def _play_group(
     trajectories_G = [player.result() for player in players]
     rewards_G = []
     try:
-        group_rewards_G = await builder.compute_group_rewards(trajectories_G, envs_G)
+        group_rewards_G = await builder.compute_group_rewards(
+            [trajectory.copy() for trajectory in trajectories_G], envs_G
+        )
     except RolloutError as error:
         if len(envs_G) > 1:
             raise

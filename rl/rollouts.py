@@ -349,7 +349,8 @@ async def _score(builder: EnvGroupBuilder, members_G: Sequence[_Member], limits:
 
 
 async def _add_group_rewards(group: TrajectoryGroup, envs_G: list[Env], limits: RolloutLimits) -> None:
-    """The builder gets copies. Turns it removes (no moves) leave the trajectory."""
+    """The builder gets copies. Turns it removes (no moves) leave the trajectory; what they earned stays in
+    the reward."""
     builder = group.builder
     assert builder is not None
     copies_G = [trajectory.copy() for trajectory in group.trajectories_G]
@@ -358,9 +359,11 @@ async def _add_group_rewards(group: TrajectoryGroup, envs_G: list[Env], limits: 
     rewards_G, metrics_G, kept_G = await _call_builder(
         builder, check, limits, "compute_group_rewards", [*copies_G], envs_G
     )
+    for g, kept in enumerate(kept_G):
+        turns = group.trajectories_G[g].transitions
+        rewards_G[g] += sum(turn.reward for turn, is_kept in zip(turns, kept, strict=True) if not is_kept)
+        group.trajectories_G[g].transitions = [turn for turn, is_kept in zip(turns, kept, strict=True) if is_kept]
     group.final_rewards_G, group.metrics_G = rewards_G, metrics_G
-    for trajectory, kept in zip(group.trajectories_G, kept_G, strict=True):
-        trajectory.transitions = [turn for turn, is_kept in zip(trajectory.transitions, kept, strict=True) if is_kept]
 
 
 def lose_game(group: TrajectoryGroup) -> None:

@@ -128,7 +128,7 @@ async def open_learner(config: Config, service: ServiceClient, folder: RunFolder
     if config.distill.paths():
         learner.teachers = Teachers(config.distill, service, client)
     if config.critic.model:
-        rate = config.critic.learning_rate / config.learning_rate if config.learning_rate else 1.0
+        rate = config.critic.learning_rate / config.learning_rate
         learner.critic = Critic(config.critic, config.critic.open(service, model_name, lora, seed), rate)
     if config.batch_reward:
         learner.batch_reward = await config.batch_reward(service, client, renderer)
@@ -267,4 +267,5 @@ class Loop:
         advantages_P_G = [
             np.zeros(len(g.trajectories_G)) if a is None else a for g, a in zip(groups_P, advantages_P, strict=True)
         ]
-        write_rollouts(self.folder.transcripts, step, groups_P, advantages_P_G, self.tokenizer)
+        token_advantages_P = [outcome.token_advantages_P[p] for p in places]
+        write_rollouts(self.folder.transcripts, step, groups_P, advantages_P_G, self.tokenizer, token_advantages_P)

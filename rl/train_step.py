@@ -32,6 +32,7 @@ from rl.data_processing import (
     normalized,
     reduced,
     rows_of,
+    sampled_advantages,
     split_substeps,
     trainable_groups,
     with_advantages,
@@ -48,7 +49,11 @@ from rl.types import BatchReward, Metrics, TrajectoryGroup
 
 T = TypeVar("T")
 
-PER_TOKEN = {"kl_policy_base", "kl_policy_base_k3", "teacher_kl", "critic/value_mean"}  # means over sampled tokens
+PER_TOKEN = {  # weighed by sampled tokens
+    *("kl_policy_base", "kl_policy_base_k3", "teacher_kl", "critic/value_mean"),
+    *("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/logprob_gap_mean", "optim/entropy"),
+    *("mismatch/weight_mean", "mismatch/frac_changed", "mismatch/effective_sample_size"),
+}
 
 
 @dataclass
@@ -67,10 +72,12 @@ class Learner:
 @dataclass
 class StepOutcome:
     """Groups and data of a step. `advantages_P` is None for a group that was left out.
-    `on_policy_gap` is between sampler and trainer with the same weights, None without such data."""
+    `token_advantages_P`: member -> advantages of its sampled tokens in time, all that is added to them included,
+    before reduction and mismatch weights. `on_policy_gap` is between sampler and trainer with the same weights, None without such data."""
 
     groups_P: list[TrajectoryGroup] = field(default_factory=list)
     advantages_P: list[np.ndarray | None] = field(default_factory=list)
+    token_advantages_P: list[dict[int, np.ndarray]] = field(default_factory=list)
     data_D: list[Datum] = field(default_factory=list)
     on_policy_gap: Gap | None = None
 
@@ -86,7 +93,7 @@ async def train_step(
     tokens: list[int] = []  # sampled, of each minibatch's groups that are trained on
     steps_per_minibatch = max(1, config.num_substeps // source.num_minibatches)
     minibatches_per_step = max(1, source.num_minibatches // config.num_substeps)
-    passes = _Passes(learner, adam)
+    passes = _Passes(learner, adam, minibatches_per_step)
     minibatches = source.minibatches(step)
     while True:
         with timed(metrics, "sampling"):
@@ -157,6 +164,9 @@ async def _prepare(
         rows = penalized_advantages(rows, teacher_difference_D, distill.coef, distill.discount, distill.centre)
     if config.normalize_advantages and rows:
         rows = normalized(rows)
+    token_advantages_P: list[dict[int, np.ndarray]] = [{} for _ in groups_P]
+    for (p, g), advantages_N in sampled_advantages(rows).items():
+        token_advantages_P[places[p]][g] = advantages_N
     if not config.train_on_truncated:
         rows = without_truncated(rows, kept_P)
     num_rollouts = sum(len(group.trajectories_G) for group in groups_P)
@@ -171,14 +181,16 @@ async def _prepare(
         advantages_P[p] = advantages_G
     outcome.groups_P += groups_P
     outcome.advantages_P += advantages_P
+    outcome.token_advantages_P += token_advantages_P
     return rows, sampled_D
 
 
 class _Passes:
     """Submits the passes of a step in order and collects what they return."""
 
-    def __init__(self, learner: Learner, adam: AdamParams):
-        self._learner, self._adam = learner, adam
+    def __init__(self, learner: Learner, adam: AdamParams, per_step: int):
+        """`per_step`: passes before an optimizer step."""
+        self._learner, self._adam, self._per_step = learner, adam, per_step
         # of each pass: the policy's, followed by the supervised pass if there is one
         self._terms: list[list[LossTerm]] = []
         # one for each entry of _terms
@@ -202,7 +214,7 @@ class _Passes:
         self._sampled_D += [None] * len(data_D) if self._steps else sampled_D
         self._outputs.append(_spanned(self._learner.client.forward_backward_terms(terms)))
         if self._learner.critic:
-            self._learner.critic.forward_backward(rows)
+            self._learner.critic.forward_backward(rows, self._per_step)
         self._pending = True
 
     def optim_step(self) -> None:
@@ -266,8 +278,8 @@ def _spanned(future: APIFuture[T]) -> asyncio.Task[T]:
 
 
 def metrics_of_step(of_minibatches: Sequence[Metrics], tokens: Sequence[int]) -> Metrics:
-    """Seconds are added, a maximum is the largest, and means over tokens are weighed by `tokens` of
-    each minibatch. Anything else is the mean of the minibatches that have it."""
+    """Seconds are added, a maximum is the largest, and PER_TOKEN are weighed by `tokens` of each
+    minibatch. Anything else is the mean of the minibatches that have it."""
     out = mean_by_key(of_minibatches)
     if len(of_minibatches) == 1:  # exact as it is
         return out
@@ -296,7 +308,7 @@ def _reduced(metrics: Sequence[dict[str, float]]) -> Metrics:
 def _group_counts(outcome: StepOutcome, source: GroupSource) -> Metrics:
     counts = {
         "train/groups_removed": float(sum(advantages_G is None for advantages_G in outcome.advantages_P)),
-        "train/groups_constant": float(sum(len(set(group.get_total_rewards())) <= 1 for group in outcome.groups_P)),
+        "train/groups_constant": float(sum(len(set(group.get_total_rewards())) == 1 for group in outcome.groups_P)),
     }
     if source.max_refills:
         counts["train/groups_refilled"] = float(sum(group.refills for group in outcome.groups_P))

@@ -2,7 +2,7 @@
 only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +19,35 @@ def write_rollouts(
     groups_P: Sequence[TrajectoryGroup],
     advantages_P_G: Sequence[np.ndarray] | None,
     tokenizer: Tokenizer,
+    token_advantages_P: Sequence[Mapping[int, np.ndarray]] | None = None,
 ) -> Path:
     """Writes `folder`/<step>.html and .jsonl, and the index. An evaluation has no advantages."""
     no_advantages = [None] * len(groups_P)
-    pairs = zip(groups_P, no_advantages if advantages_P_G is None else advantages_P_G, strict=True)
-    return write_transcripts(folder, step, [transcript_group(*pair, tokenizer) for pair in pairs])
+    of_tokens = token_advantages_P or [{}] * len(groups_P)
+    parts = zip(groups_P, no_advantages if advantages_P_G is None else advantages_P_G, of_tokens, strict=True)
+    shown = [transcript_group(group, of_members, tokenizer, tokens) for group, of_members, tokens in parts]
+    return write_transcripts(folder, step, shown)
 
 
-def transcript_group(group: TrajectoryGroup, advantages_G: np.ndarray | None, tokenizer: Tokenizer) -> TranscriptGroup:
+def transcript_group(
+    group: TrajectoryGroup,
+    advantages_G: np.ndarray | None,
+    tokenizer: Tokenizer,
+    token_advantages: Mapping[int, np.ndarray] | None = None,
+) -> TranscriptGroup:
+    """`token_advantages`: member -> advantages of its sampled tokens, where they are not its own alone."""
     shown_G = [None] * len(group.trajectories_G) if advantages_G is None else advantages_G.tolist()
     parts = (group.trajectories_G, group.get_total_rewards(), shown_G, group.final_rewards_G, group.metrics_G)
     members = [
         TranscriptMember(
-            turns=_turns(trajectory, advantage, tokenizer),
+            turns=_turns(trajectory, advantage, (token_advantages or {}).get(g), tokenizer),
             total_reward=reward,
             advantage=advantage,
             stop_reason=trajectory.stop_reason,
             final_reward=final_reward,
             metrics=metrics,
         )
-        for trajectory, reward, advantage, final_reward, metrics in zip(*parts, strict=True)
+        for g, (trajectory, reward, advantage, final_reward, metrics) in enumerate(zip(*parts, strict=True))
     ]
     members += [TranscriptMember([], float("nan"), error=f"{type(error).__name__}: {error}") for error in group.errors]
     seats = group.builder is not None and not group.builder.members_are_independent
@@ -46,21 +55,29 @@ def transcript_group(group: TrajectoryGroup, advantages_G: np.ndarray | None, to
     return TranscriptGroup(members, group.tags, group.num_retries, num_seats)
 
 
-def _turns(trajectory: Trajectory, advantage: float | None, tokenizer: Tokenizer) -> list[TranscriptTurn]:
+def _turns(
+    trajectory: Trajectory, advantage: float | None, advantages_N: np.ndarray | None, tokenizer: Tokenizer
+) -> list[TranscriptTurn]:
+    turns, ends = trajectory.transitions, np.cumsum([len(turn.ac.tokens) for turn in trajectory.transitions])
+    of_turns = [None] * len(turns) if advantages_N is None or not turns else np.split(advantages_N, ends[:-1])
     return [
-        _turn(turn, ob, continues, advantage, tokenizer)
-        for turn, (ob, continues) in zip(trajectory.transitions, trajectory.new_observations(), strict=True)
+        _turn(turn, ob, continues, _advantages(turn, advantage, of_turn), tokenizer)
+        for turn, (ob, continues), of_turn in zip(turns, trajectory.new_observations(), of_turns, strict=True)
     ]
 
 
+def _advantages(turn: Transition, advantage: float | None, of_turn: np.ndarray | None) -> list[float] | None:
+    if advantage is None:
+        return None
+    if of_turn is not None:
+        return [float(f"{number:.7g}") for number in of_turn]  # fp32 has no more digits
+    return [advantage + token_advantage for token_advantage in turn.token_advantages or [0.0] * len(turn.ac.tokens)]
+
+
 def _turn(
-    turn: Transition, new_ob: list[int], continues: bool, advantage: float | None, tokenizer: Tokenizer
+    turn: Transition, new_ob: list[int], continues: bool, advantages: list[float] | None, tokenizer: Tokenizer
 ) -> TranscriptTurn:
     tokens = turn.ac.tokens
-    advantages = None
-    if advantage is not None:
-        token_advantages = turn.token_advantages or [0.0] * len(tokens)
-        advantages = [advantage + token_advantage for token_advantage in token_advantages]
     return TranscriptTurn(
         prompt_text=decode(tokenizer, new_ob),
         tokens=[token_text(tokenizer, token) for token in tokens],

@@ -211,8 +211,8 @@ class EnvGroupBuilder(ABC):
         self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
     ) -> list[tuple[float, Metrics]]:
         """A reward and metrics for each finished trajectory, added to the step rewards. The
-        trajectories are copies: a turn removed from a copy (no move) is not trained on; other
-        changes have no effect."""
+        trajectories are copies: a turn removed from a copy (no move) is not trained on, though its
+        reward counts; other changes have no effect."""
         return [(0.0, {}) for _ in trajectories_G]
 
     def logging_tags(self) -> list[str]:

@@ -95,6 +95,13 @@ def test_values_have_read_the_tokens_before_the_action_and_go_into_the_advantage
         critic.optim_step(AdamParams(1e-2))
         losses.append(asyncio.run(critic.metrics())["critic/value_loss"])
     assert losses[-1] < 0.1 * losses[0]
+    norms = []
+    for passes in (1, 3):  # Trap: a value loss that is as many times as large as a batch has minibatches
+        for _ in range(passes):
+            critic.forward_backward(rows, passes)
+        critic.optim_step(AdamParams(0.0))
+        norms.append(asyncio.run(critic.metrics())["critic/grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
 # Trap: rows of conversations that take turns, laid end to end, are not in the order of time.

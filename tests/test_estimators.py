@@ -20,10 +20,12 @@ from posttrain.renderers.types import Renderer
 from posttrain.tracking.command_line import parse
 from recipes.star_graph.model import make_model
 from rl import train
-from rl.advantages import BatchMean, GroupMean
+from rl.advantages import BatchMean, GroupMean, GroupMeanStd, NoBaseline, NoReward
 from rl.algorithms import ALGORITHMS
 from rl.config import check_config
+from rl.critic import CriticConfig
 from rl.data_processing import Row, compute_advantages, reduced, rows_of, with_advantages, without_truncated
+from rl.distill import Distillation
 from rl.kl import (
     KLPenalty,
     Reference,
@@ -33,7 +35,9 @@ from rl.kl import (
     penalized_rewards,
     sampled_minus_reference,
 )
+from rl.length import LengthPenalty
 from rl.mismatch import MismatchCorrection, corrected, correction_weights
+from rl.rollouts import RolloutLimits
 from rl.train_cli import ADVANTAGES, CLIConfig
 from rl.train_step import metrics_of_step
 from rl.types import BatchReward, BatchRewardBuilder, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
@@ -72,6 +76,16 @@ def test_discounted_kl_pays_for_later_tokens_and_never_touches_the_prompt() -> N
     data = two_data()
     data = penalized_advantages(data, sampled_minus_reference(data, REFERENCE), coef=0.1, discount=0.5)
     assert advantages(data)[0] == pytest.approx([0.0, 0.5 + 0.1 * (-0.5 + 0.5 * 1.0), 0.5 + 0.1 * 1.0])
+
+
+# Trap: a tool's long answer that discounts, or a sub-agent's row that is not seen.
+def test_discounted_kl_counts_the_sampled_tokens_of_all_rows_in_time() -> None:
+    """A sub-agent (9) says 8 between its parent's 3 and 5, before which are two tokens that were not sampled."""
+    turns = [turn([1, 2], [3], [-1.0]), turn([9, 9], [8], [-1.0]), turn([1, 2, 3, 4, 4], [5], [-1.0])]
+    rows = rows_of([TrajectoryGroup([Trajectory(turns)], [0.0], [{}])])
+    d = [np.array([9.0, 0.5, 9.0, 9.0, 0.25], np.float32), np.array([9.0, 1.0], np.float32)]
+    parent, sub_agent = advantages(penalized_advantages(rows, d, coef=1.0, discount=0.5))
+    assert parent == [0.0, -(0.5 + 0.5 * 1.125), 0.0, 0.0, -0.25] and sub_agent == [0.0, -(1.0 + 0.5 * 0.25)]
 
 
 def test_discounted_kl_does_not_pay_for_length() -> None:
@@ -310,6 +324,68 @@ def test_a_steps_metrics_are_those_of_all_its_minibatches(tmp_path: Path) -> Non
     assert record["time/batch_reward"] > 0.39 and (record["call_max"], record["call"]) == (4.0, 2.5)
     parts: list[dict[str, float]] = [{"kl_policy_base": 1.0, "time/critic": 0.5}, {"kl_policy_base": 4.0}, {}]
     assert metrics_of_step(parts, [20, 10, 0]) == {"kl_policy_base": 2.0, "time/critic": 0.5}
+
+
+# Trap: metrics of the mismatch correction, which are those of a minibatch, averaged over minibatches of other lengths.
+def test_the_sampling_metrics_of_minibatches_are_those_of_all_their_tokens(torch_service) -> None:  # noqa: ANN001
+    client = torch_service.create_training_client("tiny")
+    long, short = two_data()
+    correction = MismatchCorrection(mode="truncate")
+    (_, whole), *parts = (asyncio.run(corrected(client, rows, correction)) for rows in ([long, short], [long], [short]))
+    joined = metrics_of_step([part for _, part in parts], [2, 1])
+    means = {name for name in whole if "ratio_p" not in name and name != "mismatch/effective_sample_size"}
+    assert {name: joined[name] for name in means} == pytest.approx({name: whole[name] for name in means}, rel=1e-5)
+
+
+DISTILLED = {"distill": Distillation(teacher="small"), "advantage": NoReward()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"env": LowTokenBuilder(group_size=1)}, "advantage=GroupMean: .*every advantage is 0"),
+        ({"env": LowTokenBuilder(group_size=1), "advantage": GroupMeanStd()}, "advantage=GroupMeanStd: .* is 0"),
+        (
+            {"env": LowTokenBuilder(group_size=1), "advantage": BatchMean(), "remove_constant_reward_groups": True},
+            "no group would be trained on",
+        ),
+        ({"limits": RolloutLimits(min_group_size=4)}, "min_group_size=4 is more than group_size=3"),
+        ({"critic": CriticConfig(model="policy"), "advantage": NoReward(), "learning_rate": 0.0}, "a tiny one"),
+        ({**DISTILLED, "kl": KLPenalty(coef=0.1, where="reward")}, "kl.where=reward changes the reward, which"),
+        ({**DISTILLED, "length": LengthPenalty(kind="kimi")}, "length.kind=kimi changes the reward, which"),
+        ({"kl": KLPenalty(coef=0.1, where="reward", discount=0.5)}, "kl.discount=0.5 is of kl.where=advantage"),
+        ({"loss_fn": "ppo", "loss_fn_config": {"clip_high_threshold": 0.28}}, "clip_high_threshold=0.28 .*no epsilon"),
+        ({"loss_fn": "gspo", "loss_fn_config": {"clip_low_threshold": 1.1}}, "clip_low_threshold=1.1 cuts tokens"),
+        ({"mismatch": MismatchCorrection(mode="mask", low=3.0, high=4.0)}, "mismatch.low=3.0 cuts tokens"),
+        ({"mismatch": MismatchCorrection(mode="truncate", high=0.2)}, "mismatch.high=0.2 cuts tokens"),
+    ],
+)
+def test_options_that_would_have_no_effect_or_teach_nothing_are_refused(
+    settings: dict, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_config(config(tmp_path, **settings))
+    alone = {"env": LowTokenBuilder(group_size=1), "loss_fn": "ppo", "loss_fn_config": {"clip_low_threshold": 0.2}}
+    for advantage in (BatchMean(), NoBaseline()):
+        check_config(config(tmp_path, advantage=advantage, **alone))
+    check_config(config(tmp_path, env=LowTokenBuilder(group_size=1), distill=Distillation(teacher="small")))
+
+
+# Trap: an estimator's matrix, or its list of another length, of which the first numbers are taken.
+def test_an_estimator_of_the_users_gives_one_number_for_each_rollout() -> None:
+    @chz.chz
+    class Wrong(GroupMean):
+        def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+            return np.append(rewards_G, 0.0)
+
+    @chz.chz
+    class Listed(GroupMean):
+        def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+            return [1.0] * len(rewards_G)  # type: ignore[return-value]
+
+    with pytest.raises(ConfigError, match=r"advantage=Wrong returned the shape \(4,\) for 3 rollouts"):
+        compute_advantages([group([0, 1, 1])], Wrong())
+    assert compute_advantages([group([0, 1, 1])], Listed())[0].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_token_advantages_are_added_to_the_members() -> None:

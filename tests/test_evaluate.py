@@ -20,6 +20,7 @@ from posttrain.renderers.types import Renderer
 from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.model_source import find_model
 from rl import evaluate
+from rl.evaluation_page import tables
 from rl.evaluation_results import Estimate, differences, estimates, interval_text, problem_values
 from rl.rollouts import RolloutLimits
 from rl.sample_metrics import mean_and_stderr, paired_difference, ratio_values
@@ -69,6 +70,14 @@ def test_standard_errors_are_clustered_by_problem() -> None:
     residuals_P = [2 * (1 - 0.5), 0.0, 2 * (0 - 0.5)]
     assert found["correct"].stderr == pytest.approx((3 / 2 * sum(r**2 for r in residuals_P) / 6**2) ** 0.5)
     assert estimates(values, [0])["correct"].to_json() == {"mean": 1.0, "stderr": None, "problems": 1}
+
+
+def test_a_tag_whose_problems_have_no_right_answers_is_shown_by_its_reward() -> None:
+    found = {"mean": 0.5, "stderr": 0.1, "problems": 4}
+    tags = {"sums": {"correct": found, "reward": found}, "essays": {"reward": found}}
+    model = {"label": "policy", "problems": 8, "samples_lost": 0, "metrics": {}, "tags": tags}
+    _, (title, _, rows) = tables({"models": [model], "paired": [], "settings": {"env": {"class": "envs:Mixed"}}})
+    assert title == "correct, by tag" and [name for name, _ in rows] == ["sums", "essays (reward)"]
 
 
 def test_a_ratio_of_sums_and_its_standard_error_agree_with_the_bootstrap() -> None:

@@ -17,6 +17,7 @@ from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Renderer
 from rl import train
 from rl.advantages import SeatMean
+from rl.data_processing import rows_of
 from rl.metrics import compute_trajectory_metrics
 from rl.rollouts import Policy, RolloutLimits, do_rollouts
 from rl.types import (
@@ -102,6 +103,22 @@ def test_limits_end_the_episode_softly_with_their_name(limits: dict, expected: t
     metrics = compute_trajectory_metrics([group])
     assert metrics[f"env/all/ended_by/{expected[0]}"] == 1.0 and metrics["env/all/cut"] == 1.0
     assert all(env.closed for env in builder.envs) and not group.errors
+
+
+# Trap: a penalty that vanishes from the reward with the turn that is not to be trained on.
+def test_a_turn_that_group_rewards_remove_is_not_trained_on_and_its_reward_counts(torch_service) -> None:  # noqa: ANN001
+    class MasksTheFirst(ScriptedGroup):
+        async def compute_group_rewards(
+            self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
+        ) -> list[tuple[float, Metrics]]:
+            del trajectories_G[0].transitions[0]
+            return [(10.0, {}) for _ in trajectories_G]
+
+    (group,) = rollout(torch_service, MasksTheFirst(None, None), max_turns=3)
+    assert [len(trajectory.transitions) for trajectory in group.trajectories_G] == [2, 3]
+    assert group.get_total_rewards() == [10 + 3 - 5, 10 + 3 - 5]
+    first, whole = rows_of([group])
+    assert [int(row.mask_T.sum()) for row in (first, whole)] == [6, 9]
 
 
 def test_a_full_context_ends_the_episode_and_an_overlong_first_prompt_is_no_reward(torch_service) -> None:  # noqa: ANN001
@@ -209,6 +226,7 @@ def test_a_batch_reward_that_drops_a_seat_loses_its_game(tmp_path: Path) -> None
     )
     record = asyncio.run(train.main(settings))
     assert record["env/all/total_episodes"] == 4 and record["train/groups_removed"] == 1
+    assert record["train/groups_constant"] == 1 - record["env/all/by_group/frac_mixed"] == 1  # of the one that is left
     assert record["rollout_errors/RolloutError"] == 1 and record["rollout_errors/SeatLost"] == 3
 
 

@@ -379,6 +379,19 @@ class CarelessPolicy(ShortcutPolicy):
         return logits_B_1_V, ids_B_T
 
 
+# Trap: a limit of 0, which is none, as a limit: the gradient times 0.
+def test_a_classifier_without_clipping_learns_as_one_whose_limit_is_never_met(tmp_path: Path) -> None:
+    graph, config = StarGraph(2, 2, 6), options(tmp_path)
+    layout, test = numeral_layout(graph), held_out(graph, 60, 0)
+    careless, biases = Reader(CarelessPolicy(graph), lambda states: states), []
+    for limit in (0.0, 1e6):
+        trunk = new_trunk(language_model(load_model(config.policy_path, 0, CPU, torch.float32)).trunk, True, 0)  # type: ignore[arg-type]
+        settings, model = chz.replace(config, grad_clip_norm=limit), Classifier(trunk)
+        guided.Trainer(settings, layout, careless, model, Batches(graph, test, None, 16, 100, (0,))).step(0)
+        biases.append(model.head.out.bias.tolist())
+    assert biases[0] == biases[1] and Classifier(trunk).head.out.bias.tolist() != biases[0]
+
+
 @pytest.mark.parametrize("num_outputs", [1, 3])
 def test_a_trained_classifier_guides(tmp_path: Path, num_outputs: int) -> None:
     graph = StarGraph(2, 2, 6)

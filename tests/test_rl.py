@@ -16,7 +16,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import Datum, ModelInput, TensorData
-from rl.advantages import GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline, SeatMean
+from rl.advantages import BatchMean, GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline, SeatMean
 from rl.data_processing import compute_advantages, rows_of, split_substeps, trainable_groups, with_advantages
 from rl.evaluation_results import problem_values
 from rl.evaluators import sample_metrics
@@ -106,6 +106,18 @@ def test_advantage_estimators_by_hand() -> None:
     assert GroupMean()(np.array([3.0])) == pytest.approx([0.0])
     with pytest.raises(ConfigError, match="group_size >= 2"):
         LeaveOneOut().check_group_size(1)
+
+
+# Trap: the mean of three times 0.1 is not 0.1; Adam makes a step of what is left.
+@pytest.mark.parametrize("reward", [0.1, -0.1, 7.3, 1e6 + 0.1, 999_999_999.1])
+@pytest.mark.parametrize("size", [2, 4, 6, 10, 14])
+def test_equal_rewards_have_an_advantage_of_exactly_0(reward: float, size: int) -> None:
+    for estimator in (GroupMean(), GroupMeanStd(), LeaveOneOut(), BatchMean()):
+        for rewards in (np.full(size, reward), np.full(size + 1, reward)):
+            assert not estimator(rewards).any(), estimator
+    assert not BatchMean().of_batch([np.full(size, reward), np.full(3, reward)])[0].any()
+    # each seat has its own constant reward
+    assert size < 4 or not SeatMean()(np.tile([reward, -1.0], size)).any()
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=9))

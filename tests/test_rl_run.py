@@ -17,7 +17,7 @@ from envs.problem import Problem
 from envs.problem_env import ProblemEnv
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.losses import reinforce
-from posttrain.backend.types import ForwardBackwardOutput, ModelInput, TensorData
+from posttrain.backend.types import Datum, ForwardBackwardOutput, ModelInput, TensorData
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message
 from posttrain.tracking.progress import TrainingProgress
@@ -93,6 +93,32 @@ def test_a_function_may_be_the_loss(tmp_path: Path) -> None:
         [record["optim/loss"] for record in metrics(tmp_path / kind)] for kind in ("function", "name")
     )
     assert by_function == pytest.approx(by_name, rel=1e-4) and len(by_name) == 1
+
+
+# Trap: a loss of N x N pairs; a diagnostic that is a mean, divided by the number of tokens again.
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda p_N, inputs: (-p_N.mean(), {}), r"a loss of shape \(\) for 4 tokens"),
+        (lambda p_N, inputs: (-p_N[:, None] * inputs["advantages"], {}), r"a loss of shape \(4, 4\)"),
+        (lambda p_N, inputs: (-p_N, {"surprise": p_N.mean()}), r"surprise of shape \(\) for 4 tokens"),
+    ],
+)
+def test_a_loss_of_the_users_gives_one_number_for_each_token(wrong: Any, says: str, torch_service: Any) -> None:
+    client = torch_service.create_training_client("micro")
+    numbers = {"logprobs": [-1.0] * 4, "advantages": [1.0] * 4, "mask": [1.0] * 4}
+    datum = Datum(ModelInput.from_ints([3, 4, 5, 6]), {"target_tokens": np.arange(4, 8), **numbers})
+    with pytest.raises(ConfigError, match=says):
+        client.forward_backward([datum], wrong).result()
+
+
+# Trap: the group's advantage beside each token, where a critic, a teacher, KL or normalisation gave another one.
+def test_a_transcript_shows_the_advantages_that_tokens_are_trained_with(tmp_path: Path) -> None:
+    settings = {"normalize_advantages": True, "entropy_coef": 0.5, "transcript_every": 1, "num_groups_to_log": 9}
+    run(tmp_path, max_steps=1, **settings)
+    lines = (tmp_path / "transcripts" / "000000.jsonl").read_text().splitlines()
+    shown = np.concatenate([turn["advantages"] for line in map(json.loads, lines) for turn in line["turns"]])
+    assert (shown.mean(), shown.std()) == pytest.approx((0, 1), abs=1e-5) and len(set(shown)) > len(shown) / 2
 
 
 def test_finished_groups_become_json_only_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

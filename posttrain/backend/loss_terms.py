@@ -12,6 +12,7 @@ import torch
 
 from posttrain.backend.batching import MicroBatch, Positions
 from posttrain.backend.config import in_float64
+from posttrain.backend.errors import ConfigError
 from posttrain.backend.losses import Loss, LossFn
 from posttrain.backend.types import Datum, ForwardBackwardOutput, TensorData
 
@@ -73,6 +74,12 @@ class RunningTerm:
         if self.loss.of_sequences:
             inputs["sequence"] = torch.from_numpy(batch.loss.datum_N[row_N]).to(device)
         loss_N, diagnostics_N = self.loss.fn(p, inputs, **(self.term.loss_fn_config or {}))
+        for name, value in {"a loss": loss_N, **diagnostics_N}.items():
+            if value.shape not in (p.shape, p.shape[:1]):
+                raise ConfigError(
+                    f"{getattr(self.loss.fn, '__name__', self.loss.fn)} returned {name} of shape {tuple(value.shape)} "
+                    f"for {len(p)} tokens: one number for each is needed, {tuple(p.shape[:1])}"
+                )
         self._loss_places.append(place_N)
         self._losses.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
         for name, value_N in diagnostics_N.items():

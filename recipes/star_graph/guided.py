@@ -100,7 +100,9 @@ class Config(RunConfig):
     learning_rate: float = chz.field(default=3e-3, validator=LEARNING_RATE, doc="after the warm-up")
     warmup_steps: int = chz.field(default=30, validator=WHOLE, doc="steps of linear warm-up")
     weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
-    grad_clip_norm: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="of all gradients together")
+    grad_clip_norm: float = chz.field(
+        default=1.0, validator=NON_NEGATIVE, doc="of all gradients together; 0 = no clipping"
+    )
     seed: int = chz.field(default=0, validator=SEED, doc="of the classifier's weights, its pairs, and sampled decoding")
 
     eval_every: int = chz.field(
@@ -182,7 +184,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         metrics["optim/grad_norm"] = float(
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm or math.inf)
         )
         if not math.isfinite(metrics["optim/grad_norm"]):
             raise NonFiniteError(
