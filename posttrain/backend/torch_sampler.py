@@ -6,7 +6,7 @@ batch that is decoding.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 CHECKED_LENGTHS = (2, 5)
 MOST_DECODING_GAP = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # bf16 may send a token to another expert
 UNIFORMS = 16  # random numbers drawn per row at a time
+MOST_STOPS = 64  # that are remembered, each with a mark for every token it has met
 
 
 class TorchSampler:
@@ -62,7 +63,7 @@ class TorchSampler:
         self._borrows = False  # the weights of passes
         self._adapters: list[RemovableHandle] = []
         self._waiting: list[SequenceRequest] = []
-        self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}
+        self._known_stop = lru_cache(MOST_STOPS)(partial(_Stop, tokenizer=tokenizer))
         self._check_head()
         self._pads = self._check_decoding()  # prompts of different lengths share a batch
 
@@ -268,8 +269,7 @@ class TorchSampler:
         strings = tuple(item for item in stop or () if isinstance(item, str))
         if stop is None or len(stop):
             ids |= self._end_ids
-        key = (frozenset(ids), strings)
-        return self._stops.setdefault(key, _Stop(*key, self._tokenizer))
+        return self._known_stop(frozenset(ids), strings)
 
 
 @dataclass(frozen=True)

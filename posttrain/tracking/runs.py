@@ -25,6 +25,7 @@ from posttrain.tracking.metrics_log import (
     last_metrics,
     print_metrics_table,
     read_last_metrics,
+    read_latest_metrics,
     read_metrics,
 )
 from posttrain.tracking.one_line_errors import one_line_errors
@@ -50,7 +51,7 @@ def list_runs(folders: Sequence[Path]) -> None:
 
 
 def _summary(run: Path) -> list[str]:
-    settings, records = _settings(run), read_metrics(run)
+    settings, records = _settings(run), read_latest_metrics(run)
     metrics, checkpoints = last_metrics(records), RunFolder(run).list_checkpoints()
     # the last record is an evaluation after the last step
     final = [record.step for record in checkpoints if record.name == "final"]
