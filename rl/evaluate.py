@@ -200,7 +200,7 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
             policy = Policy(model.open(service, config.seed), max_tokens, config.sampling_temperature)
             await _sample(config, label, policy, builders_P, missing, folder / "samples.jsonl", saved)
     groups_P = [
-        merged([group_from_json(saved[p, s], builder) for s in range(config.num_samples)])
+        merged([group_from_json(saved.pop((p, s)), builder) for s in range(config.num_samples)])
         for p, builder in enumerate(builders_P)
     ]
     check_failures(groups_P, config.limits)

@@ -48,7 +48,10 @@ def _trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
     turns = [
         {
             **vars(turn),
-            "ob": ob, "continues": continues, "ac": vars(turn.ac), "metrics": _metrics_to_json(turn.metrics),
+            "ob": ob,
+            "continues": continues,
+            "ac": vars(turn.ac),
+            "metrics": _metrics_to_json(turn.metrics),
         }
         for turn, (ob, continues) in zip(trajectory.transitions, trajectory.new_observations(), strict=True)
     ]
