@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
 from posttrain.backend.config import BackendConfig
@@ -20,6 +19,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.torch_sampler import MOST_STOPS
 from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Message
 from posttrain.serve import requests as requests_module
 from posttrain.serve.app import create_app
 from posttrain.serve.bases import open_bases
@@ -32,6 +32,7 @@ from posttrain.tracking.metrics_log import last_metrics, read_last_metrics, read
 from posttrain.tracking.open_files import MOST, allow_open_files
 from posttrain.tracking.transcript_index import IndexEntry, update_index
 from preference.step_data import StepExamplesBuilder
+from rl.agent_endpoint import Call, Conversation, Rollout
 from tests.test_serve import Http
 from tests.tinker_messages import TOKENS, datum, pass_body
 
@@ -201,14 +202,35 @@ def test_a_page_of_iterations_ends_after_the_latest(tmp_path: Path, monkeypatch:
 
 
 def test_a_long_question_takes_its_own_room_alone(tmp_path: Path) -> None:
-    # Trap: an array of texts has the longest one's room for each, and drops the zeros at their ends
-    questions = [*map(str, range(999)), "1" * 50_000, "998\0"]
+    # Trap: an array of texts has the longest one's room for each
+    questions = [*map(str, range(400)), "1" * 50_000]
     rows = ({"input": question, "output": ["2"], "label": [1]} for question in questions)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    builder = StepExamplesBuilder(path=str(tmp_path / "a.jsonl"), test_size=500, max_length=200)
+    builder = StepExamplesBuilder(path=str(tmp_path / "a.jsonl"), test_size=200, max_length=200)
     tracemalloc.start()
     train, test = builder(get_renderer("plain", load_tokenizer("micro")))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 50e6
-    assert test is not None and np.isclose(len(train) + len(test), 1000 / builder.batch_size, atol=2)
+    assert peak < 50e6  # 401 x 50,000 x 4 bytes are 80e6
+    assert test is not None and len(train) + len(test) == 2 * -(-200 // builder.batch_size)
+
+
+def test_a_turn_of_a_long_agent_is_not_compared_with_all_turns_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    is_start_of = Conversation.is_start_of
+    monkeypatch.setattr(Conversation, "is_start_of", lambda *args: compared.append(1) or is_start_of(*args))
+    renderer = get_renderer("role_colon", load_tokenizer("micro"))
+
+    async def body() -> None:
+        rollout, messages = Rollout(renderer), [Message(role="user", content="a question")]
+        for turn in range(30):
+            prompt = rollout.prompt(renderer, messages)
+            known = rollout._prompts[tuple(prompt)]
+            call = Call(Conversation([*known.messages], [*known.told], renderer, prompt), None)
+            rollout.reply(call, [*renderer.tokenizer.encode(f"answer {turn}", add_special_tokens=False)], "length")
+            messages = [*call.conversation.told, Message(role="user", content=f"and {turn}?")]
+        assert [conversation.continued for conversation in rollout.conversations] == [True] * 29 + [False]
+        rollout.close()
+
+    asyncio.run(body())
+    assert len(compared) < 3 * 30

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.tracking.disk_space import folder_bytes
 from posttrain.tracking.metrics_log import (
     IMPORTANT,
@@ -47,7 +47,14 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 def list_runs(folders: Sequence[Path]) -> None:
     columns = ("run", "model", "task", "steps", "metric", "value", "checkpoints", "MB", "changed", "state")
-    _print_table(columns, [_summary(run) for run in find_runs(folders)], left=(0, 1, 2, 4, 9))
+    rows, faults = [], []
+    for run in find_runs(folders):
+        try:
+            rows.append(_summary(run))
+        except CookbookError as error:
+            faults.append(f"not listed: {error}")
+    _print_table(columns, rows, left=(0, 1, 2, 4, 9))
+    print("".join(f"{fault}\n" for fault in faults), end="")
 
 
 def _summary(run: Path) -> list[str]:
