@@ -41,7 +41,8 @@ async def with_reference(
     names. CheckpointError if the file belongs to another reference, by name or by value."""
     data = {answer_key(datum): datum for datum in as_data(pairs)}
     known = read_reference(file, reference)
-    chunks = [list(data)[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
+    keys_D = list(data)
+    chunks = [keys_D[start : start + CHUNK] for start in range(0, len(keys_D), CHUNK)]
     # Chunks are always computed whole: the answers in a batch decide the last digits of a logprob.
     needed = [keys for i, keys in enumerate(chunks) if i == 0 or not known.keys() >= set(keys)]
     for keys in counted(needed, f"computing the reference's logprobs, {CHUNK} answers at a time"):

@@ -11,6 +11,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.progress import counted
 from preference.reward_types import PreferenceModel
 from preference.types import ComparisonDatasetBuilder, LabeledComparison
 from supervised.train import Objective
@@ -52,8 +53,8 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
                 raise DataError(f"{labeled.where}: a field 'tools', which reward models do not read; leave it out")
         limit = self.max_length or renderer.tokenizer.model_max_length
         kept_train_D, kept_test_D = (
-            [labeled for labeled in labeled_D if self.length(renderer, labeled) <= limit]
-            for labeled_D in (train_D, test_D)
+            [labeled for labeled in counted(labeled_D, what) if self.length(renderer, labeled) <= limit]
+            for labeled_D, what in ((train_D, "measuring comparisons"), (test_D, "measuring held-out comparisons"))
         )
         total, kept = len(train_D) + len(test_D), len(kept_train_D) + len(kept_test_D)
         if not kept_train_D or (test_D and not kept_test_D):

@@ -121,7 +121,9 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
             raise ConfigError(
                 f"test_size={self.test_size} of {len(questions)} questions: leave some to train on, and no test_path"
             )
-        held_out = set(np.random.default_rng(self.seed).permutation(questions)[: self.test_size].tolist())
+        # of places: an array of texts takes the room of the longest for each
+        chosen = np.random.default_rng(self.seed).permutation(len(questions))[: self.test_size]
+        held_out = {questions[place] for place in chosen}
         return [record for record in train if record.input not in held_out], [r for r in train if r.input in held_out]
 
     def _data(self, records: Sequence[StepRecord], renderer: Renderer, kind: str) -> list[Datum]:

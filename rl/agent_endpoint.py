@@ -108,8 +108,9 @@ class Rollout:
 
     def prompt(self, renderer: Renderer, messages: Sequence[Message]) -> list[int]:
         with self._lock:
-            starts = [c for c in self.conversations if c.is_start_of(messages, renderer)]
-        start = max(reversed(starts), key=lambda c: len(c.messages), default=None)
+            # the longest, mostly the latest: a long episode is not compared with all its turns at each turn
+            by_length = sorted(self.conversations, key=lambda c: len(c.messages))
+        start = next((c for c in reversed(by_length) if c.is_start_of(messages, renderer)), None)
         known = [*start.messages, *messages[len(start.messages) :]] if start else [*messages]
         tokens = _prompt_after(start, known) if start else renderer.build_generation_prompt(known).to_ints()
         self._prompts[tuple(tokens)] = Conversation(known, [*messages], renderer, tokens)
@@ -138,8 +139,7 @@ class Rollout:
         message, _ = conversation.renderer.parse_response(action)
         with self._lock:
             for earlier in self.conversations:
-                if earlier.is_start_of(conversation.told, conversation.renderer):
-                    earlier.continued = True
+                earlier.continued = earlier.continued or earlier.is_start_of(conversation.told, conversation.renderer)
             conversation.messages.append(message)
             conversation.told.append(_as_told(message, call.stop))
             conversation.action = action

@@ -15,6 +15,7 @@ if not __package__:
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -108,11 +109,13 @@ class Evaluated:
 
     def by_tag(self) -> dict[str, Estimates]:
         """Of tags that only some of the problems have."""
-        tags = sorted({tag for tags in self.tags_P for tag in tags})
-        places = {tag: [p for p, tags in enumerate(self.tags_P) if tag in tags] for tag in tags}
+        places: dict[str, list[int]] = defaultdict(list)
+        for p, tags in enumerate(self.tags_P):
+            for tag in set(tags):
+                places[tag].append(p)
         return {
             tag: estimates(self.values, places_T)
-            for tag, places_T in places.items()
+            for tag, places_T in sorted(places.items())
             if len(places_T) < len(self.tags_P)
         }
 
@@ -197,7 +200,7 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
             policy = Policy(model.open(service, config.seed), max_tokens, config.sampling_temperature)
             await _sample(config, label, policy, builders_P, missing, folder / "samples.jsonl", saved)
     groups_P = [
-        merged([group_from_json(saved[p, s], builder) for s in range(config.num_samples)])
+        merged([group_from_json(saved.pop((p, s)), builder) for s in range(config.num_samples)])
         for p, builder in enumerate(builders_P)
     ]
     check_failures(groups_P, config.limits)

@@ -10,7 +10,8 @@ is waiting for stragglers, which K hides.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from copy import copy
 from typing import Any
 
 from posttrain.backend.errors import ConfigError
@@ -54,6 +55,7 @@ class GroupSource:
         self._slots = asyncio.Semaphore(concurrent_rollouts or NO_LIMIT)
         # batch -> index in it -> its rollouts
         self._groups: dict[int, dict[int, asyncio.Future[TrajectoryGroup]]] = {}
+        self._read: dict[int, Sequence[EnvGroupBuilder]] = {}  # batch -> its builders, while it is needed
         self._policy: Policy | None = None
         self._step = self._unstarted = 0
 
@@ -73,7 +75,7 @@ class GroupSource:
         first, self._unstarted = max(step, self._unstarted), min(step + self.max_steps_off_policy + 1, self._num_steps)
         for batch in range(first, self._unstarted):
             groups = self._groups.setdefault(batch, {})
-            for p, builder in enumerate(groups_of_batch(self._dataset, batch)):
+            for p, builder in enumerate(self._builders(batch)):
                 if p not in groups:
                     groups[p] = self._tasks.create_task(self._sample(batch, p, builder))
 
@@ -98,10 +100,16 @@ class GroupSource:
         group.errors = [error for other in discarded for error in other.errors] + group.errors
         return group
 
+    def _builders(self, batch: int) -> Sequence[EnvGroupBuilder]:
+        """Read once: for each of thousands of groups it would take time with the square of the batch."""
+        if batch not in self._read:
+            self._read[batch] = groups_of_batch(self._dataset, batch)
+        return self._read[batch]
+
     def _builder(self, batch: int, p: int, refills: int) -> EnvGroupBuilder:
         """The builder at a place after `refills` replacements; the last batch of an epoch may be short."""
-        builders_P = groups_of_batch(self._dataset, batch + refills * REFILL)
-        return builders_P[p % len(builders_P)]
+        builders_P = self._builders(batch + refills * REFILL)
+        return builders_P[p] if p < len(builders_P) else copy(builders_P[p % len(builders_P)])
 
     async def minibatches(self, step: int) -> AsyncIterator[list[TrajectoryGroup]]:
         """The groups of batch `step` in `num_minibatches` equal parts, in dataset order, each part
@@ -125,6 +133,7 @@ class GroupSource:
                 part, finished = sorted(finished[:size], key=lambda pair: pair[0]), finished[size:]
                 yield [group for _, group in part]
         del self._groups[step]
+        self._read = {batch: builders_P for batch, builders_P in self._read.items() if batch % REFILL != step}
 
     def state(self) -> list[dict[str, Any]]:
         """The finished groups of future batches, for a checkpoint. A resume restarts the rest."""
@@ -140,7 +149,7 @@ class GroupSource:
         for saved in state:
             future: asyncio.Future[TrajectoryGroup] = asyncio.get_running_loop().create_future()
             batch, place = saved["batch"], saved["place"]
-            builders_P = groups_of_batch(self._dataset, batch)
+            builders_P = self._builders(batch)
             if place >= len(builders_P):
                 raise ConfigError(
                     f"the checkpoint holds finished group {place} of batch {batch}, and "

@@ -5,7 +5,8 @@ enumerated, or sampled with a seed if there are more than `MAX_SUBSETS`.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations
 from math import comb
 
@@ -51,12 +52,17 @@ def maj_at_k(
     _check_k(k, len(answers_N))
     if len(correct_N) != len(answers_N):
         raise ValueError(f"{len(answers_N)} answers and {len(correct_N)} grades")
-    hits = count = 0
-    for chosen_K in _subsets(len(answers_N), k, max_subsets):
-        first = majority([answers_N[i] for i in chosen_K])
-        hits += first is not None and correct_N[chosen_K[first]]
-        count += 1
-    return hits / count
+    subsets_SK = _subsets(len(answers_N), k, max_subsets)
+    numbers = {answer: number for number, answer in enumerate(set(answers_N) - {None})}
+    chosen_SK = np.array([numbers.get(answer, -1) for answer in answers_N])[subsets_SK]
+    votes_SK = np.zeros_like(chosen_SK)  # for the answer of each sample; none for None
+    for number in numbers.values():
+        same_SK = chosen_SK == number
+        votes_SK += same_SK * same_SK.sum(1, keepdims=True)
+    # `majority` of each subset: argmax takes the first of the largest
+    first_S = votes_SK.argmax(1)[:, None]
+    right_S = np.take_along_axis(np.array(correct_N)[subsets_SK] & (votes_SK > 0), first_S, 1)
+    return int(right_S.sum()) / len(subsets_SK)
 
 
 def mean_and_stderr(values_P: Sequence[float]) -> tuple[float, float]:
@@ -83,13 +89,13 @@ def paired_difference(values_P: Sequence[float | None], baseline_P: Sequence[flo
     return (*mean_and_stderr(differences), len(differences))
 
 
-def _subsets(n: int, k: int, max_subsets: int) -> Iterator[tuple[int, ...]]:
+@lru_cache(maxsize=64)  # all problems of an evaluation have the same
+def _subsets(n: int, k: int, max_subsets: int) -> np.ndarray:
+    """(S, k) indices, ascending in each row."""
     if comb(n, k) <= max_subsets:
-        yield from combinations(range(n), k)
-        return
+        return np.array([*combinations(range(n), k)])
     rng = np.random.default_rng([n, k])
-    for _ in range(max_subsets):
-        yield tuple(sorted(rng.choice(n, k, replace=False).tolist()))
+    return np.sort([rng.choice(n, k, replace=False) for _ in range(max_subsets)], axis=1)
 
 
 def _check_k(k: int, num_samples: int) -> None:

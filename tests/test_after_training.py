@@ -229,6 +229,11 @@ def test_list_show_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     runs.main(["compare", str(tmp_path / "a"), str(tmp_path / "deep/b")])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["test/env/all/correct", "0.3000", "0.4000"] in lines and ["learning_rate", "0.001", "0.0001"] in lines
+    (tmp_path / "a/config.json").write_text("{")  # of hundreds of runs one may be damaged
+    runs.main(["list", str(tmp_path)])
+    head, listed, fault = capsys.readouterr().out.splitlines()
+    assert listed == second and fault.startswith("not listed: ") and "config.json" in fault
+    (tmp_path / "a/config.json").write_text("{}")
     runs.main(["show", str(tmp_path / "a"), "metrics=test/*"])
     assert "000001  before step 1" in capsys.readouterr().out
     for arguments, message in (

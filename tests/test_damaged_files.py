@@ -4,6 +4,7 @@ one line says which file, and what to do.
 
 # Trap: a damaged file that ends in a traceback, or is passed over.
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -203,6 +204,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, capsys,
 
     said = leaves(lambda: append_jsonl(Path("/dev/full"), {"step": 0}))
     assert said.startswith("error: ") and "No space left" in said and "behavior_if_log_dir_exists=resume" in said
+
+    def too_large() -> None:
+        raise OSError(errno.EFBIG, "File too large")  # ulimit -f
+
+    assert leaves(too_large).startswith("error: File too large; what was saved before is whole")
     file = tmp_path / "config.json"
     file.write_text("old")
     monkeypatch.setattr("os.fsync", lambda descriptor: Path("/dev/full").write_bytes(b"x"))

@@ -75,6 +75,18 @@ def test_a_group_is_replaced_until_its_rewards_differ_or_the_limit_is_reached(to
     assert [group.refills for group in groups(client, max_refills=0)[0]] == [0, 0, 0, 0]
 
 
+def test_a_batch_is_read_once_for_all_its_groups(torch_service, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    read: list[int] = []
+    get_batch = EqualDataset.get_batch
+    monkeypatch.setattr(EqualDataset, "get_batch", lambda self, index: read.append(index) or get_batch(self, index))
+    client = torch_service.create_training_client("tiny")
+    _, state = groups(client, max_refills=3)
+    assert sorted(read) == [REFILL * refills for refills in range(4)]
+    read.clear()
+    groups(client, max_refills=3, state=state)  # resumed
+    assert sorted(read) == [REFILL * refills for refills in range(4)]
+
+
 class OneOfThreeFails(LowTokenGroup):
     """Equal rewards; one member of three fails, in every group."""
 

@@ -48,6 +48,30 @@ def test_checkpoint_names_that_are_refused(name: Any, tmp_path: Path) -> None:
         check_name(name)
 
 
+def test_a_checkpoint_whose_record_finds_no_room_leaves_no_files(tmp_path: Path) -> None:
+    # Trap: no client sees a checkpoint without a record, so none could delete its files
+    store = Store(tmp_path)
+    store.add_run(Run("r", "m", False, None, True, True, ""))
+
+    def save() -> None:
+        with store.writing("r", "weights", "a", None, None, overwrite=True) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "weights").write_text("w")
+
+    record = tmp_path / "r" / "weights" / "a.json"
+    record.mkdir(parents=True)  # in the place of the record, which then cannot be written
+    with pytest.raises(OSError):
+        save()
+    assert not (tmp_path / "r" / "weights" / "a").exists()
+    record.rmdir()
+    save()
+    record.unlink()
+    record.mkdir()
+    with pytest.raises(OSError):
+        save()
+    assert (store.find("tinker://r/weights/a").folder / "weights").exists()  # the one before was whole
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

@@ -150,7 +150,7 @@ class EngineThread:
         self._deterministic = deterministic
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._calls: dict[SequenceRequest, _Call] = {}  # in the engine
-        self._waiting: list[_Call] = []
+        self._waiting: dict[_Call, None] = {}
         self._syncs: list[_Sync] = []
         self._loaded: WeightVersion | None = None
         self._turns = self._sequences_in_turn = 0
@@ -335,7 +335,7 @@ class EngineThread:
                 item.future.fail(refused)
             else:
                 self._unsettled.add(item.loop)
-                self._waiting.append(item)
+                self._waiting[item] = None
 
     def _take_turns(self) -> None:
         """Adds waiting calls of the loaded version. Once its turn is over and nothing is in flight,
@@ -345,7 +345,7 @@ class EngineThread:
             calls: dict[WeightVersion, list[_Call]] = {}
             for call in [*self._waiting]:
                 if refused := refusal(call.policy, call.version, call.keep, self._loaded):
-                    self._waiting.remove(call)
+                    del self._waiting[call]
                     call.future.fail(refused)
                 else:
                     calls.setdefault(call.needs, []).append(call)
@@ -353,7 +353,7 @@ class EngineThread:
             for call in calls.get(self._loaded, []) if self._loaded else []:
                 if others and self._turn_is_over():
                     break
-                self._waiting.remove(call)
+                del self._waiting[call]
                 self._sequences_in_turn += len(call.requests)
                 self._add(call)
             if self._calls or not others:
@@ -378,8 +378,7 @@ class EngineThread:
 
     def _remove(self, call: _Call) -> None:
         """Removes a call's unfinished requests."""
-        if call in self._waiting:
-            self._waiting.remove(call)
+        self._waiting.pop(call, None)
         unfinished = [request for request in call.requests if self._calls.pop(request, None)]
         if unfinished:
             self._engine.drop(unfinished)

@@ -62,6 +62,12 @@ class SamplingClient(Ready):
         """Whether its engine has ended, so that all calls fail."""
         return self._engine.has_stopped
 
+    @property
+    def holds_old_weights(self) -> bool:
+        """Whether it keeps a version that its policy has left."""
+        version = self._version
+        return self._keep and not self._closed and version is not None and version is not self._policy.newest
+
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._tokenizer
 

@@ -66,6 +66,11 @@ class ServiceClient:
                 self._cluster = Cluster(self.config, self._checkpoint_dir)
             return self._cluster
 
+    def on_full_snapshots(self, make_room: Callable[[], bool]) -> None:
+        """Calls `make_room`, in any thread, where a snapshot finds no room within
+        backend.snapshot_memory_gb; it closes a client and returns True, or returns False."""
+        self._engines.memory.make_room = make_room
+
     # --- training clients ------------------------------------------------------------------------
 
     def create_training_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:

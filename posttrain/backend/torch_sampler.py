@@ -6,7 +6,7 @@ batch that is decoding.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 CHECKED_LENGTHS = (2, 5)
 MOST_DECODING_GAP = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # bf16 may send a token to another expert
 UNIFORMS = 16  # random numbers drawn per row at a time
+MOST_STOPS = 64  # that are remembered, each with a mark for every token it has met
 
 
 class TorchSampler:
@@ -61,29 +62,28 @@ class TorchSampler:
         self._unmerged, self._shares = config.lora != "merged", config.lora == "shared"
         self._borrows = False  # the weights of passes
         self._adapters: list[RemovableHandle] = []
-        self._waiting: list[SequenceRequest] = []
-        self._stops: dict[tuple[frozenset[int], tuple[str, ...]], _Stop] = {}
+        self._waiting: dict[SequenceRequest, None] = {}  # of thousands each may be dropped alone
+        self._known_stop = lru_cache(MOST_STOPS)(partial(_Stop, tokenizer=tokenizer))
         self._check_head()
         self._pads = self._check_decoding()  # prompts of different lengths share a batch
 
     def add(self, request: SequenceRequest) -> None:
-        self._waiting.append(request)
+        self._waiting[request] = None
 
     @computing()
     @torch.inference_mode()
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
         """Decodes up to max_num_seqs waiting requests to the end."""
         # prompts of similar length waste less padding
-        self._waiting.sort(key=lambda request: len(request.prompt))
-        requests = self._waiting[: self._max_num_seqs]
+        requests = sorted(self._waiting, key=lambda request: len(request.prompt))[: self._max_num_seqs]
         if not self._pads:
             requests = [request for request in requests if len(request.prompt) == len(requests[0].prompt)]
-        self._waiting = self._waiting[len(requests) :]
+        self.drop(requests)
         return self._decode(requests) if requests else []
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
-        dropped = set(requests)
-        self._waiting = [request for request in self._waiting if request not in dropped]
+        for request in requests:
+            self._waiting.pop(request, None)
 
     @computing()
     @torch.no_grad()
@@ -268,8 +268,7 @@ class TorchSampler:
         strings = tuple(item for item in stop or () if isinstance(item, str))
         if stop is None or len(stop):
             ids |= self._end_ids
-        key = (frozenset(ids), strings)
-        return self._stops.setdefault(key, _Stop(*key, self._tokenizer))
+        return self._known_stop(frozenset(ids), strings)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class VllmEngine:
         self._borrower: weakref.ref[SharedBase] | None = None  # reads this engine's weights in its passes
         self._adapter: Any = None  # vLLM's LoRARequest, while there is one
         self._unfinished: dict[str, SequenceRequest] = {}
+        self._ids: dict[SequenceRequest, str] = {}  # of thousands each may be dropped alone
         self._next_id = 0
         if device.type == "cpu":
             return_free_memory()
@@ -149,7 +150,7 @@ class VllmEngine:
         self._engine.add_request(
             request_id, {"prompt_token_ids": request.prompt}, vllm_params, lora_request=self._adapter
         )
-        self._unfinished[request_id] = request
+        self._unfinished[request_id], self._ids[request] = request, request_id
 
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
         with _computing, computing(), self._generators:
@@ -158,6 +159,8 @@ class VllmEngine:
             if (on_tokens := self._unfinished[output.request_id].on_tokens) and output.outputs[0].token_ids:
                 on_tokens(list(output.outputs[0].token_ids))
         finished = [(self._unfinished.pop(output.request_id), output) for output in outputs if output.finished]
+        for request, _ in finished:
+            del self._ids[request]
         return [(request, self._answer(request, output)) for request, output in finished]
 
     def _answer(self, request: SequenceRequest, output: Any) -> Sampled:
@@ -170,8 +173,7 @@ class VllmEngine:
         return replace(sampled, scored=score_prompt(request.scores, len(logprobs_TV), logprobs_TV.__getitem__))
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
-        dropped = set(requests)
-        ids = [request_id for request_id, request in self._unfinished.items() if request in dropped]
+        ids = [self._ids.pop(request) for request in requests if request in self._ids]
         self._engine.abort_request(ids)
         for request_id in ids:
             del self._unfinished[request_id]

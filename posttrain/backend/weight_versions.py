@@ -48,13 +48,18 @@ class SnapshotMemory:
         if limit_gb is not None:
             self.limit = int(limit_gb * GIB)
         self._versions: weakref.WeakSet[WeightVersion] = weakref.WeakSet()
+        self.make_room: Callable[[], bool] = lambda: False
+        """Called, in any thread, where a copy finds no room: whether it has closed a client."""
 
     def used(self) -> int:
         return sum(version.copied_bytes for version in list(self._versions))
 
     def copy(self, version: "WeightVersion", source: WeightSource) -> WeightCopy:
         """SnapshotMemoryError if the copy would exceed the limit."""
-        if (used := self.used()) + (needed := source.copied_bytes()) > self.limit:
+        needed = source.copied_bytes()
+        while (used := self.used()) + needed > self.limit:
+            if self.make_room():
+                continue
             raise SnapshotMemoryError(
                 f"keeping version {version.number} of the weights needs {needed / GIB:.3g} GiB, and snapshots may take "
                 f"{self.limit / GIB:.3g} GiB, of which {used / GIB:.3g} are in use: raise backend.snapshot_memory_gb, "

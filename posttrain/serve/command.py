@@ -20,6 +20,7 @@ from posttrain.serve.store import Store
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.one_line_errors import one_line_errors
+from posttrain.tracking.open_files import allow_open_files
 from posttrain.tracking.run_lock import lock_folder
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 def serve(config: ServeConfig) -> None:
     """Runs until SIGINT or SIGTERM. Prints the address when it listens."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    allow_open_files()
     key, losses = api_key(config), substitutes(config.substitute)
     bases = open_bases(config.model.split(","), config.backend.max_length)
     store = Store(Path(config.checkpoint_dir))

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Coroutine, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from posttrain.backend.errors import CookbookError, EngineError
@@ -57,7 +58,7 @@ class Request:
     done: asyncio.Event = field(default_factory=asyncio.Event)
     drop_at: float = 0.0
     completion: int = 0  # its number in the owner's list
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[Answer] | None = None
 
 
 class Requests:
@@ -86,14 +87,14 @@ class Requests:
         request = Request(key, owner)
         self._by_id[request.id] = self._by_key[key] = request
         self._unanswered += 1
-        request.task = asyncio.create_task(self._run(request, work))
+        request.task = asyncio.create_task(work)
+        request.task.add_done_callback(partial(self._finished, request))
         return request
 
-    async def _run(self, request: Request, work: Coroutine[Any, Any, Answer]) -> None:
-        try:
-            answer = await work
-        except (Exception, asyncio.CancelledError) as error:
-            answer = failure(error, self._clean)
+    def _finished(self, request: Request, task: asyncio.Task[Answer]) -> None:
+        """Also where it was cancelled before it began."""
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        answer = failure(error, self._clean) if error else task.result()
         self._unanswered -= 1
         request.answer, request.drop_at = answer, time.monotonic() + UNFETCHED_SECONDS
         self._bytes += len(answer.body)
@@ -125,17 +126,21 @@ class Requests:
         for request in self._by_id.values():
             if request.task and not request.answer and request.owner.split("#")[0] in sampler_ids:
                 request.task.cancel()
+                request.owner = ""  # no list for it
         self.completions.forget(sampler_ids)
 
     def _sweep(self) -> None:
-        """Drops answers whose time is over, and beyond the number of bytes those next in time."""
-        now = time.monotonic()
-        if now < self._next_sweep and self._bytes <= self._most_bytes:
+        """Drops answers whose time is over, and beyond the number of bytes those next in time: a tenth, so
+        that not each request afterwards sorts all of them."""
+        now, most_bytes = time.monotonic(), self._most_bytes
+        if self._bytes > most_bytes:
+            most_bytes = 0.9 * most_bytes
+        elif now < self._next_sweep:
             return
         self._next_sweep = now + SWEEP_SECONDS
         finished = sorted((r for r in self._by_id.values() if r.answer), key=lambda request: request.drop_at)
         for request in finished:
-            if request.drop_at > now and self._bytes <= self._most_bytes:
+            if request.drop_at > now and self._bytes <= most_bytes:
                 break
             assert request.answer
             self._bytes -= len(request.answer.body)

@@ -2,8 +2,11 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from posttrain.backend.errors import SnapshotMemoryError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.serve.order import InOrder
@@ -39,3 +42,31 @@ class Sampler:
     model_path: str | None
     opened: "asyncio.Task[SamplingClient]"
     copies: int = 0  # of its client, in other processes
+    last_used: float = field(default_factory=time.monotonic)
+    sampling: int = 0  # requests without an answer
+    let_go: bool = False  # its weights made room for those of others
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Around a request. SnapshotMemoryError if the weights are gone."""
+        if self.let_go:
+            raise SnapshotMemoryError(
+                f"sampler {self.id} has given its weights up: it was sampled from longest ago, and snapshots had no "
+                "more room (backend.snapshot_memory_gb); save weights that are needed later under a name"
+            )
+        self.sampling, self.last_used = self.sampling + 1, time.monotonic()
+        try:
+            yield
+        finally:
+            self.sampling -= 1
+
+    @property
+    def keeps_old_weights(self) -> bool:
+        """Whether its end would free memory, and disturb no request."""
+        opened = self.opened
+        is_open = opened.done() and not opened.cancelled() and not opened.exception()
+        return is_open and not self.sampling and opened.result().holds_old_weights
+
+    def let_weights_go(self) -> None:
+        self.let_go = True
+        self.opened.result().close()

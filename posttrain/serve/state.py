@@ -79,6 +79,7 @@ class State:
         self._opening: dict[tuple[str, str], asyncio.Task[SamplingClient]] = {}
         self._recent: deque[SamplingClient] = deque(maxlen=4)
         self._closing: set[asyncio.Task[None]] = set()
+        service.on_full_snapshots(self._let_oldest_go)
 
     def without_folders(self, text: str) -> str:
         """An error as a client may see it: this machine's folders under their public names."""
@@ -232,9 +233,9 @@ class State:
         if request := self.requests.repeated(key):
             return request
         self._check_room(num_bytes)
-        self._pending_bytes += num_bytes
 
         async def work() -> Answer:
+            self._pending_bytes += num_bytes
             try:
                 return await model.queue.put(seq_id, start)
             finally:
@@ -413,19 +414,28 @@ class State:
         async def work() -> Answer:
             params, topk = options.params(), options.topk_prompt_logprobs
             client = await asyncio.shield(sampler.opened)
-            response = await client.sample(
-                ModelInput.from_ints(prompt),
-                num_samples,
-                params,
-                options.prompt_logprobs or topk > 0,
-                topk,
-                **options.others,
-            )
+            with sampler.in_use():
+                response = await client.sample(
+                    ModelInput.from_ints(prompt),
+                    num_samples,
+                    params,
+                    options.prompt_logprobs or topk > 0,
+                    topk,
+                    **options.others,
+                )
             topk_sample = options.others.get("topk_sample_logprobs", 0)
             written = write_sample_response(response, options.last_n, topk, topk_sample, options.targets)
             return Answer(written, PROTOBUF)
 
         return self.requests.accept(key, work(), owner=f"{sampler_id}#{seq_id // 10**9}")
+
+    def _let_oldest_go(self) -> bool:
+        """Snapshots have no room: closes the one that was sampled from longest ago, since the SDK does not say
+        which it still needs. Called in a trainer's thread."""
+        kept = [sampler for sampler in [*self.samplers.values()] if sampler.keeps_old_weights]
+        if kept:
+            min(kept, key=lambda sampler: sampler.last_used).let_weights_go()
+        return bool(kept)
 
     async def close(self) -> None:
         for session_id in [*self.sessions]:

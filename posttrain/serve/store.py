@@ -202,17 +202,18 @@ class Store:
             raise CheckpointError(
                 f"tinker://{run_id}/{kind}/{name} exists: choose another name, delete it, or save with overwrite=True"
             )
-        folder = self.folder(run_id) / kind / name
+        checkpoint = Checkpoint(run, kind, name, now(), 0, self.folder(run_id) / kind / name)
         self._writing.add(key)
         try:
-            yield folder
-            size = folder_bytes(folder)
-            checkpoint = Checkpoint(run, kind, name, now(), size, folder, False, user_metadata, expiry(ttl_seconds))
+            yield checkpoint.folder
+            checkpoint.time, checkpoint.size_bytes = now(), folder_bytes(checkpoint.folder)
+            checkpoint.user_metadata, checkpoint.expires_at = user_metadata, expiry(ttl_seconds)
             self._write_run(run)
             self._write(checkpoint)
             self._checkpoints[key] = checkpoint
         finally:
             self._writing.discard(key)
+            self._remove_files(checkpoint)  # of one without a record: nobody could delete them
 
     @contextmanager
     def reading(self, checkpoint: Checkpoint) -> Iterator[Path]:

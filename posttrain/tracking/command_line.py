@@ -25,6 +25,7 @@ from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.backend.ranges import RangeError
 from posttrain.tracking.command_help import help_text, presets_text, type_text
 from posttrain.tracking.one_line_errors import one_line_errors
+from posttrain.tracking.open_files import allow_open_files
 
 Config = TypeVar("Config")
 # option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"),
@@ -88,6 +89,7 @@ def run_command(
     presets: Presets | None = None,
 ) -> None:
     """The entry point of a command: parses sys.argv and runs `main`, under `one_line_errors`."""
+    allow_open_files()
     with one_line_errors():
         outcome = main(parse(config_class, None, short_names, presets))
         if isinstance(outcome, Coroutine):

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +14,17 @@ from posttrain.backend.errors import DataError
 
 T = TypeVar("T")
 EXAMPLE_CHARS = 80  # of a bad value in a message
+BLOCK = 1 << 16  # bytes that are read first from the end of a file
+MISSING = "put it back, or delete it"
 
 
-def read_bytes(path: str | os.PathLike[str], remedy: str = "choose another file") -> bytes:
-    """The file's content. DataError if it is missing, a folder or unreadable."""
+def read_bytes(path: str | os.PathLike[str], remedy: str = "choose another file", last: int | None = None) -> bytes:
+    """The file's content, or its `last` bytes. DataError if it is missing, a folder or unreadable."""
     try:
-        return Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            if last is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - last))
+            return file.read()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}") from error
 
@@ -45,24 +51,38 @@ def read_json(path: str | os.PathLike[str], remedy: str = "repair or delete it")
 def read_jsonl(path: str | os.PathLike[str], fields: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The records of a file, [] without one. A torn last line is dropped; any other bad line is a
     DataError. `fields` are required names with their types."""
-    path = Path(path)
     if not os.path.lexists(path):
         return []
     records = []
-    lines = read_bytes(path, "put it back, or delete it").split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        # what follows the last newline is empty or torn
-        if not line.strip() or number == len(lines):
-            continue
-        where = f"{path}:{number}"
-        record = parse_json(line, where, "repair or delete that line")
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: not a JSON record but {str(record)[:EXAMPLE_CHARS]}; repair or delete that line")
-        for name, kind in (fields or {}).items():
-            if not isinstance(record.get(name), kind):
-                raise DataError(f"{where}: no {name!r}, or one of another type; repair or delete that line")
-        records.append(record)
+    for number, line in enumerate(BytesIO(read_bytes(path, MISSING)), start=1):
+        if line.strip() and line.endswith(b"\n"):  # else it is torn
+            records.append(_record(line, f"{path}:{number}", fields or {}))
     return records
+
+
+def read_last_records(
+    path: str | os.PathLike[str], count: int, fields: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """As `read_jsonl`, of the last `count` lines, whatever the length of the file."""
+    if not os.path.lexists(path):
+        return []
+    size, block = BLOCK, read_bytes(path, MISSING, BLOCK)
+    while len(block) == size and block.count(b"\n") <= count:
+        size *= 4
+        block = read_bytes(path, MISSING, size)
+    lines = block.split(b"\n")[:-1][-count:]
+    places = (f"{path}: line {len(lines) - i} from the end" for i in range(len(lines)))
+    return [_record(line, where, fields or {}) for line, where in zip(lines, places, strict=True) if line.strip()]
+
+
+def _record(line: bytes, where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    record = parse_json(line, where, "repair or delete that line")
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: not a JSON record but {str(record)[:EXAMPLE_CHARS]}; repair or delete that line")
+    for name, kind in fields.items():
+        if not isinstance(record.get(name), kind):
+            raise DataError(f"{where}: no {name!r}, or one of another type; repair or delete that line")
+    return record
 
 
 def read_dataclasses(path: str | os.PathLike[str], kind: type[T]) -> list[T]:
@@ -90,8 +110,8 @@ def append_jsonl(path: Path, record: dict[str, Any], *, sync: bool = False) -> N
 
 def drop_torn_line(path: Path) -> None:
     """Cuts the text after the last newline, so that the next append starts a line."""
-    if os.path.lexists(path) and (content := read_bytes(path)) and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+    if os.path.lexists(path) and read_bytes(path, last=1) not in (b"", b"\n"):
+        os.truncate(path, read_bytes(path).rfind(b"\n") + 1)
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:

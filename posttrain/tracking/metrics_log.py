@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
+from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, read_last_records
 from posttrain.tracking.loggers import open_loggers
 from posttrain.tracking.run_folder import RunFolder
 
@@ -53,9 +53,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return read_jsonl(path / "metrics.jsonl" if path.is_dir() else path, {"step": int})
 
 
-def read_last_metrics(path: str | os.PathLike[str]) -> dict[str, float]:
+def read_latest_metrics(run: Path) -> list[dict[str, Any]]:
+    """The last records of a run folder, those of its last step among them, however long the run was."""
+    return read_last_records(run / "metrics.jsonl", 4, {"step": int})
+
+
+def read_last_metrics(run: Path) -> dict[str, float]:
     """The result of a finished run: metrics of its last step, and those after it."""
-    return last_metrics(read_metrics(path))
+    return last_metrics(read_latest_metrics(run))
 
 
 def last_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

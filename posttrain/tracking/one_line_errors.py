@@ -10,6 +10,8 @@ from typing import NoReturn
 from posttrain.backend.errors import CookbookError
 from posttrain.tracking.stop_request import silence
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file that is allowed (ulimit -f)
+
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
@@ -44,7 +46,7 @@ def _leave(text: str, status: int) -> NoReturn:
 
 def _os_error_text(error: OSError) -> str | None:
     """None for errors that a user cannot fix: a socket, a process."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         place = f"{error.filename}: " if error.filename else ""
         return (
             f"{place}{error.strerror}; what was saved before is whole. Free some space, or delete old checkpoints "

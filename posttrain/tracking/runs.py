@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.tracking.disk_space import folder_bytes
 from posttrain.tracking.metrics_log import (
     IMPORTANT,
@@ -25,6 +25,7 @@ from posttrain.tracking.metrics_log import (
     last_metrics,
     print_metrics_table,
     read_last_metrics,
+    read_latest_metrics,
     read_metrics,
 )
 from posttrain.tracking.one_line_errors import one_line_errors
@@ -46,11 +47,18 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 def list_runs(folders: Sequence[Path]) -> None:
     columns = ("run", "model", "task", "steps", "metric", "value", "checkpoints", "MB", "changed", "state")
-    _print_table(columns, [_summary(run) for run in find_runs(folders)], left=(0, 1, 2, 4, 9))
+    rows, faults = [], []
+    for run in find_runs(folders):
+        try:
+            rows.append(_summary(run))
+        except CookbookError as error:
+            faults.append(f"not listed: {error}")
+    _print_table(columns, rows, left=(0, 1, 2, 4, 9))
+    print("".join(f"{fault}\n" for fault in faults), end="")
 
 
 def _summary(run: Path) -> list[str]:
-    settings, records = _settings(run), read_metrics(run)
+    settings, records = _settings(run), read_latest_metrics(run)
     metrics, checkpoints = last_metrics(records), RunFolder(run).list_checkpoints()
     # the last record is an evaluation after the last step
     final = [record.step for record in checkpoints if record.name == "final"]

@@ -3,12 +3,22 @@ first. The numbers are of the transcripts' rollouts, perhaps a part of the step'
 (plots/).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from posttrain.tracking.jsonl import read_dataclasses, write_atomically, write_jsonl
+from posttrain.tracking.jsonl import (
+    append_jsonl,
+    as_dataclass,
+    drop_torn_line,
+    read_dataclasses,
+    read_last_records,
+    write_atomically,
+    write_jsonl,
+)
 from posttrain.tracking.metrics_log import format_number
 from posttrain.tracking.pages import html_page, table
+
+ROWS = 1000  # of the page: a step of a long run writes no more than one of a short run
 
 
 @dataclass
@@ -23,12 +33,19 @@ class IndexEntry:
 
 
 def update_index(folder: Path, entry: IndexEntry) -> None:
-    """Adds the entry, or replaces that of the same iteration, and rewrites the page."""
+    """Adds the entry, or replaces that of the same iteration, and rewrites the page of the last ROWS."""
     records = folder / "index.jsonl"
-    entries = {known.iteration: known for known in read_dataclasses(records, IndexEntry)} | {entry.iteration: entry}
-    ordered = [entries[iteration] for iteration in sorted(entries)]
-    write_jsonl(records, ordered)
-    write_atomically(folder / "index.html", _page(folder, ordered))
+    drop_torn_line(records)
+    latest = [as_dataclass(record, IndexEntry, str(records)) for record in read_last_records(records, ROWS)]
+    if latest and latest[-1].iteration >= entry.iteration:  # a resumed run writes it again
+        entries = {known.iteration: known for known in read_dataclasses(records, IndexEntry)}
+        entries[entry.iteration] = entry
+        latest = [entries[iteration] for iteration in sorted(entries)]
+        write_jsonl(records, latest)
+    else:
+        append_jsonl(records, asdict(entry))
+        latest.append(entry)
+    write_atomically(folder / "index.html", _page(folder, latest[-ROWS:]))
 
 
 def _page(folder: Path, entries: list[IndexEntry]) -> str:
@@ -37,9 +54,9 @@ def _page(folder: Path, entries: list[IndexEntry]) -> str:
     rows = [_row(entry, min(low, 0.0), high) for entry in reversed(entries)]
     links = [(f"{other.parent.name}/index.html", other.parent.name) for other in sorted(folder.glob("*/index.html"))]
     links += [("../index.html", folder.parent.name)] if (folder.parent / "index.jsonl").exists() else []
-    title = f"{folder.name}: {len(entries)} iterations"
+    shown = f"the last {ROWS}" if len(entries) == ROWS else len(entries)
     columns = ("iteration", "mean reward", "", "rollouts", "failed", "turns")
-    return html_page(title, [], dict(links), table(columns, rows), _STYLE)
+    return html_page(f"{folder.name}: {shown} iterations", [], dict(links), table(columns, rows), _STYLE)
 
 
 def _row(entry: IndexEntry, low: float, high: float) -> list[str]:
