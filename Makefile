@@ -1,5 +1,7 @@
 # make install | demo | test | test-slow | test-cluster | test-no-vllm | check | docs | evidence | evidence-status | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
 PY := .venv/bin/python
+# Modules stay compiled: each of the hundred processes of the tests would compile them again.
+export PYTHONDONTWRITEBYTECODE =
 # Files with a mark: to read all others only to leave them out takes a worker a quarter of a minute.
 marked = $(shell grep -lE 'mark\.$(1)\b' tests/test_*.py)
 
