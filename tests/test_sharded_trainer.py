@@ -167,7 +167,7 @@ def compute_gradients(processes: ranks.Processes, folder: Path) -> None:
             passes(trainer)
             found[f"{case}, {sharding}"] = gradients(trainer)
             trainer.zero_grad()
-        trainer = open_trainer("ppo", processes, sharding)
+        trainer = opened[str([Trainer, "micro", None])]
         before = {name: tensor.clone() for name, tensor in trainer.sampler_weights()}
         errors = [outcome(lambda t=trainer, fn=fn: t.run(marked_data(), fn)) for fn in (fails_on_one, infinite_on_one)]
         trainer.zero_grad()
