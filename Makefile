@@ -1,5 +1,9 @@
 # make install | demo | test | test-slow | test-cluster | test-no-vllm | check | docs | evidence | evidence-status | clean.   Each does its own set-up: .venv appears on first use, and again when pyproject.toml changes.
 PY := .venv/bin/python
+# Modules stay compiled: each of the hundred processes of the tests would compile them again.
+export PYTHONDONTWRITEBYTECODE =
+# Files with a mark: to read all others only to leave them out takes a worker a quarter of a minute.
+marked = $(shell grep -lE 'mark\.$(1)\b' tests/test_*.py)
 
 install: .venv/installed
 
@@ -12,12 +16,12 @@ test: .venv/installed
 
 # What takes minutes: every model family against vLLM, long kill-and-resume runs.
 test-slow: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 -m slow $(call marked,slow)
 
 # Processes that Ray starts, and kills: in one process, for Ray ends the program that started it when it is lost.
 # Clusters that are joined in another: after a Ray of its own, which has a token, a process refuses one without.
 test-cluster: .venv/installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m cluster --ignore=tests/test_joined_cluster.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m cluster $(filter-out tests/test_joined_cluster.py,$(call marked,cluster))
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m cluster tests/test_joined_cluster.py
 
 # An installation from a package index that lacks vLLM, as on a machine for which it has no wheel.

@@ -16,7 +16,7 @@ fail() { echo "install.sh: $*" >&2; exit 1; }
 case "$installer" in
   pip)
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-    install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts "$@"; } ;;
+    install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile "$@"; } ;;
   uv)
     command -v uv >/dev/null || fail "INSTALLER=uv, but there is no uv on the path"
     [ -x "$venv/bin/python" ] || uv venv --quiet --seed --python "$(command -v "$python")" "$venv"
@@ -43,6 +43,8 @@ else
   fi
   install -e ".[$extras]" -r "$requirements"
 fi
+# On all cores; pip would take one, and uv leaves it to the first import.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv"/lib/python*/site-packages || true  # some packages hold files for other Pythons
 "$venv/bin/python" - <<'END'
 import torch
 from importlib.metadata import distributions

@@ -141,7 +141,7 @@ def quantity(answer: str) -> Quantity | None:
 _UNIT_AT_END = re.compile(
     r"\s*(?<![A-Za-z\\])((?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
     r"(?:[cdkm]m|kg|ml|mph|units?|inch(?:es)?|f(?:oo|ee|)t|yards?|miles?|(?:milli|centi|kilo)?met(?:er|re)s?|(?:kilo)?grams?"
-    r"|lit(?:er|re)s?|seconds?|minutes?|hours?|days?|degrees|radians?|dollars?|cents?)(?:\s?\^\s?\{?[23]\}?)?)\.?"
+    r"|lit(?:er|re)s?|seconds?|minutes?|hours?|days?|degrees|radians?|dollars?|cents?)(?:\s?\^\s?\{?[23]\}?)?)\.?\Z"
 )
 
 
@@ -152,10 +152,8 @@ def without_units(gold: str, answer: str) -> tuple[str, str]:
 
 
 def _value_and_unit(text: str) -> tuple[str, str]:
-    for match in _UNIT_AT_END.finditer(text):
-        if match.end() == len(text) and match.start():
-            return text[: match.start()], _bare_unit(match[1])
-    return text, ""
+    match = _UNIT_AT_END.search(text)
+    return (text[: match.start()], _bare_unit(match[1])) if match and match.start() else (text, "")
 
 
 def _bare_unit(unit: str) -> str:

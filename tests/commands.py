@@ -1,8 +1,8 @@
 """Commands in processes that have torch, transformers and the loops imported already: forked by
 multiprocessing's fork server.
 
-A command is what stands after `python`: a file, `-m module` or `-c code`, and arguments. Left out:
-vLLM, which it imports itself.
+A command is what stands after `python`: a file, `-m module` or `-c code`, and arguments. The pictures
+of a run are built and not rendered, unless `rendered`. Left out: vLLM, which it imports itself.
 """
 
 import atexit
@@ -22,6 +22,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
+from posttrain.tracking import plots, timeline
 from tests.heap import freeze_for_good
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,7 @@ class _Request:
     environment: dict[str, str]
     files: tuple[str, str, str]  # standard input, output and error
     killed_at: tuple[str, int] | None
+    rendered: bool
 
 
 class Command:
@@ -64,13 +66,15 @@ class Command:
         env: dict[str, str] | None = None,
         typed: str = "",
         killed_at: tuple[str, int] | None = None,
+        rendered: bool = False,
     ):
         self._folder = tempfile.TemporaryDirectory()
         files = [Path(self._folder.name, name) for name in ("in", "out", "err")]
         files[0].write_text(typed)
         self._out, self._err = files[1:]
         names = (str(files[0]), str(files[1]), str(files[2]))
-        request = _Request([str(part) for part in command], str(cwd), os.environ | (env or {}), names, killed_at)
+        words, environment = [str(part) for part in command], os.environ | (env or {})
+        request = _Request(words, str(cwd), environment, names, killed_at, rendered)
         self._process = CONTEXT.Process(target=_run, args=(request,))
         self._process.start()
         assert self._process.pid is not None
@@ -104,9 +108,9 @@ class Command:
 
 
 def run(
-    *command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, typed: str = ""
+    *command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, typed: str = "", rendered: bool = False
 ) -> "CompletedProcess[str]":
-    return Command(*command, cwd=cwd, env=env, typed=typed).completed()
+    return Command(*command, cwd=cwd, env=env, typed=typed, rendered=rendered).completed()
 
 
 def _run(request: _Request) -> None:
@@ -125,6 +129,8 @@ def _run(request: _Request) -> None:
     path = [str(Path(request.cwd, kind).parent) if kind.endswith(".py") else request.cwd]
     sys.path[:] = [*path, *filter(None, request.environment.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
     sys.modules.pop("__mp_main__", None)
+    if not request.rendered:
+        plots.save_figure = timeline.save_figure = _save_nothing
     if request.killed_at:
         _kill_at(*request.killed_at)
     status: Any = 0
@@ -150,6 +156,12 @@ def _run(request: _Request) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+def _save_nothing(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
 
 
 def _kill_at(name: str, count: int) -> None:

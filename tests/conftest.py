@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in skipped.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(key=lambda item: _unit(item.path.name) not in ENGINES)
+    items.sort(key=lambda item: (_unit(item.path.name) not in ENGINES, item.path.name not in LONG))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,7 +71,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return FilesByEngine(config, log)
 
 
-ENGINES = {"vllm": r"\b(vllm_client|vllm_service)\b", "commands": r"\btests(\.| import )commands\b"}
+ENGINES = {
+    "vllm": r"\b(vllm_client|vllm_service|families_service|packing_off)\b|\bimport vllm\.",
+    "commands": r"\btests(\.| import )(commands|test_recipes|test_resume)\b",
+}
+LONG = ("test_serve_sdk.py", "test_damaged_checkpoints.py")  # minutes each
 
 
 @cache

@@ -470,33 +470,7 @@ def several_targets() -> None:
     np.testing.assert_allclose(outputs[0]["logprobs"].to_numpy(), outputs[1]["logprobs"].to_numpy()[:, :2], atol=1e-5)
 
 
-def train_and_save(path: str = "") -> None:
-    """For the test of a killed server: three steps and a checkpoint; prints its path, then goes on
-    training without end. With a path: two steps from it; prints the logprobs."""
-    if not path:
-        client = model()
-        for _ in range(3):
-            step(client, [datum()])
-        print(json.dumps(client.save_state("before").result().path), flush=True)
-        while True:
-            step(client, [datum()])
-    client = service().create_training_client_from_state_with_optimizer(path)
-    for _ in range(2):
-        step(client, [datum()])
-    print(json.dumps(logprobs(client, [datum()]).tolist()), flush=True)
-
-
-def five_steps() -> None:
-    client = model()
-    for _ in range(5):
-        step(client, [datum()])
-    print(json.dumps(logprobs(client, [datum()]).tolist()), flush=True)
-
-
 def main(names: list[str]) -> None:
-    if names[0] == "train_and_save":
-        train_and_save(*names[1:])
-        return
     for name in names:
         started = time.monotonic()
         try:

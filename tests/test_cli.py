@@ -22,14 +22,14 @@ GSM8K = [
 ]
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+def run(*arguments: str, cwd: Path = ROOT, rendered: bool = False) -> "subprocess.CompletedProcess[str]":
     script, *options = arguments
     command = ["-m", script] if not script.endswith(".py") else [str(ROOT / script)]
-    return commands.run(*command, *options, cwd=cwd)
+    return commands.run(*command, *options, cwd=cwd, rendered=rendered)
 
 
-def succeeds(*arguments: str, cwd: Path = ROOT) -> str:
-    result = run(*arguments, cwd=cwd)
+def succeeds(*arguments: str, cwd: Path = ROOT, rendered: bool = False) -> str:
+    result = run(*arguments, cwd=cwd, rendered=rendered)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -52,6 +52,7 @@ def test_warm_start_then_rl_by_vllm_learns_one_digit_sums(tmp_path: Path) -> Non
     output = succeeds(
         RL, *rl, "renderer_name=plain", f"load_checkpoint_path={tmp_path / 'sft/checkpoints/final'}", "backend.engine=vllm",
         "max_tokens=4", "learning_rate=3e-4", "env.n_batches=60", "groups_per_batch=32", "advantage=rloo", f"log_path={tmp_path / 'rl'}",
+        rendered=True,
     )  # fmt: skip
     metrics = read_metrics(tmp_path / "rl")
     reward = [record["env/all/reward/total"] for record in metrics if "env/all/reward/total" in record]

@@ -26,7 +26,7 @@ from transformers import (
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.logprobs import PLAIN, LogitTransform
-from posttrain.backend.model_checks import row_check_data, row_gap
+from posttrain.backend.model_checks import alone, row_check_data, row_gap
 from posttrain.backend.models import context_length, load_model, model_config, new_model
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.service_client import ServiceClient
@@ -321,7 +321,9 @@ def test_a_config_that_hides_its_windows_is_found_when_the_model_is_opened(
     trainer = Trainer(str(save_random_model(family, tmp_path)), BackendConfig())
     assert not trainer.shares_prefixes
     data_D = row_check_data(trainer.vocabulary, trainer.max_length)
-    assert row_gap(trainer, data_D, share=True) > 0.01 and row_gap(trainer, data_D, share=False) < 1e-5
+    alone_D = alone(trainer, data_D)
+    assert row_gap(trainer, data_D, alone_D, share=True) > 0.01
+    assert row_gap(trainer, data_D, alone_D, share=False) < 1e-5
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 """The unmodified Tinker SDK, in an environment of its own, against the server in a process of its
-own: sdk_checks.py has the checks.
+own: sdk_checks.py has the checks, sdk_restart.py what survives a killed server.
 """
 
 import json
@@ -134,7 +134,7 @@ def test_a_killed_server_is_continued_from_its_checkpoint_exactly(tmp_path: Path
     """Three steps, kill -9 in the middle of later ones, restart, two steps: as five steps."""
     server = Server(tmp_path)
     try:
-        script = [sdk_python("0.38.0"), str(ROOT / "tests" / "sdk_checks.py"), "train_and_save"]
+        script = [sdk_python("0.38.0"), str(ROOT / "tests" / "sdk_restart.py"), "train_and_save"]
         trains = subprocess.Popen(script, env=server.environment(), stdout=subprocess.PIPE, text=True)
         assert trains.stdout
         path = next(json.loads(line) for line in trains.stdout if line.startswith('"tinker://'))

@@ -30,6 +30,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, Datum, LoraConfig
 from posttrain.backend.weight_files import read_joined, write_shard
+from tests.commands import CONTEXT
 from tests.conftest import policy_data, random_tokens
 from tests.test_scalar_model import bce, scalar_data
 
@@ -166,7 +167,7 @@ def compute_gradients(processes: ranks.Processes, folder: Path) -> None:
             passes(trainer)
             found[f"{case}, {sharding}"] = gradients(trainer)
             trainer.zero_grad()
-        trainer = open_trainer("ppo", processes, sharding)
+        trainer = opened[str([Trainer, "micro", None])]
         before = {name: tensor.clone() for name, tensor in trainer.sampler_weights()}
         errors = [outcome(lambda t=trainer, fn=fn: t.run(marked_data(), fn)) for fn in (fails_on_one, infinite_on_one)]
         trainer.zero_grad()
@@ -250,7 +251,7 @@ def one_of_several(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_checkpoints(None, folder)
-    multiprocessing.spawn(one_of_several, (folder,), nprocs=3)  # type: ignore[attr-defined]
+    multiprocessing.start_processes(one_of_several, (folder,), 3, start_method=CONTEXT.get_start_method())  # type: ignore[attr-defined]
     read_checkpoints(None, folder)
     return folder
 

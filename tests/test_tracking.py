@@ -392,7 +392,7 @@ def test_curves_of_seeds_are_averaged_at_the_steps_they_share(tmp_path) -> None:
 
 def test_the_timeline_says_what_it_shows(tmp_path, monkeypatch) -> None:
     figures = []
-    monkeypatch.setattr("posttrain.tracking.figures.save_figure", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr("posttrain.tracking.timeline.save_figure", lambda figure, path: figures.append(figure) or path)
     timeline = Timeline()
     began = timeline._began
     timeline.spans._closed.extend([Span("train", began + 45, began + 48), Span("sampling", began + 40, began + 50)])
@@ -449,7 +449,7 @@ def test_figures_of_ranks_and_replicas_by_hand() -> None:
 
 def test_the_timeline_has_a_row_for_each_rank_and_replica(tmp_path, monkeypatch) -> None:
     figures = []
-    monkeypatch.setattr("posttrain.tracking.figures.save_figure", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr("posttrain.tracking.timeline.save_figure", lambda figure, path: figures.append(figure) or path)
     timeline = of_two_processes(Timeline()._began)
     timeline.plot(tmp_path / "t.png")
     rows = figures[0].axes[-1]

@@ -1,13 +1,8 @@
 """Every model family with vLLM: what it samples is the trainer's distribution, in full training and
-with LoRA, and plain vLLM reads what is saved. Or the engine refuses when it is opened, with the
-reason and the alternative. All engines live in one process, as they do in a run that has several
-models.
+with LoRA. Or the engine refuses when it is opened, with the reason and the alternative. All engines
+live in one process, as they do in a run that has several models.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +13,7 @@ from posttrain.backend.errors import ModelError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import LoraConfig
 from tests.architectures import NOT_WITH_VLLM, save_random_model
-from tests.test_sampling import prompt_of, trainer_logprobs
+from tests.test_sampling import prompt_of
 from tests.vllm_families import ROUNDING, SERVED, families_service, largest_gap, move_every_weight
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]
@@ -56,45 +51,3 @@ def test_a_family_that_vllm_cannot_serve_is_refused_when_its_engine_is_opened(
         auto.create_sampling_client(base_model=folder)
     lines = [line for line in capsys.readouterr().out.splitlines() if "sampling with torch" in line]
     assert len(lines) == 1 and NOT_WITH_VLLM[family] in lines[0]
-
-
-PLAIN_VLLM = """
-import gc, json, sys
-from unittest.mock import patch
-from vllm import LLM, SamplingParams
-
-gc.freeze()
-gc.freeze = gc.unfreeze = lambda: None  # as in heap.py
-prompt, folders = json.loads(sys.argv[1]), sys.argv[2:]
-with patch("vllm.model_executor.models.registry._run_in_subprocess", lambda fn: fn()):
-    for folder in folders:
-        llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=2**26)
-        prompts = [{"prompt_token_ids": prompt}]
-        (output,) = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
-        entries = list(zip(prompt, output.prompt_logprobs))[1:]
-        print("READ", json.dumps([entry[token].logprob for token, entry in entries]), flush=True)
-        llm.llm_engine.engine_core.shutdown()
-"""
-
-
-def test_plain_vllm_reads_what_is_saved(tmp_path: Path) -> None:
-    prompt = prompt_of(40)
-    expected, folders = [], []
-    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
-        for family in SERVED:
-            client = service.create_training_client(str(save_random_model(family, tmp_path / "model" / family)))
-            move_every_weight(client)
-            saves = (
-                [client.save_state] if family != "Qwen 2.5" else [client.save_state, client.save_weights_for_sampler]
-            )
-            for save in saves:
-                folders.append(save(f"{family} {save.__name__}").result().path)
-                expected.append(trainer_logprobs(client, prompt, []).tolist())
-            client.close()
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-c", PLAIN_VLLM, json.dumps(prompt.to_ints()), *folders]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    read = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("READ ")]
-    assert len(read) == len(folders), done.stderr[-3000:]
-    for folder, ours, theirs in zip(folders, expected, read, strict=True):
-        assert theirs == pytest.approx(ours, abs=ROUNDING), folder

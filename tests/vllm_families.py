@@ -45,7 +45,7 @@ def largest_gap(client: TrainingClient) -> float:
     gaps = []
     long = prompt_of(min(150, sampler.max_length - 16))
     for prompt in (prompt_of(40), long, long):
-        params = SamplingParams(max_tokens=16, seed=1, temperature=0.7, stop=[])
+        params = SamplingParams(max_tokens=8, seed=1, temperature=0.7, stop=[])
         for sequence in sampler.sample(prompt, 2, params).result().sequences:
             trained = trainer_logprobs(client, prompt, sequence.tokens, temperature=0.7)[prompt.length - 1 :]
             gaps.append(float(np.abs(trained - np.array(sequence.logprobs)).max()))

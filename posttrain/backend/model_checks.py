@@ -46,50 +46,51 @@ class OpenedModel(Protocol):
 
 @computing()
 @torch.no_grad()
-def check_causal(trainer: OpenedModel, pair_D: Sequence[Datum], limit: float) -> None:
-    """`pair_D`: two sequences of one length with a common prompt, whose logprobs must not depend on
-    what follows it."""
-    one_T, other_T = (
-        trainer._flat_logprobs([datum], micro_batches([datum], [0], 2**62, trainer.device, False)) for datum in pair_D
-    )
-    tokens, other_tokens = (datum.model_input.to_ints() for datum in pair_D)
-    # the last of these predicts the first token that differs
-    common = next((t for t, (a, b) in enumerate(zip(tokens, other_tokens, strict=True)) if a != b), 1) - 1
-    if (gap := float((one_T - other_T)[:common].abs().sum() / max(1, common))) > limit:
-        raise ModelError(
-            f"{trainer.model_name!r} is not a causal language model as it is configured: a token's logprobs differ by "
-            f"{gap:.2g} on average with the tokens after it, as in an encoder (is_decoder=false, bidirectional "
-            "attention)"
-        )
+def alone(trainer: OpenedModel, data_D: Sequence[Datum]) -> list[torch.Tensor]:
+    """The logprobs of each sequence in a micro-batch of its own."""
+    return [
+        trainer._flat_logprobs([datum], micro_batches([datum], [0], 2**62, trainer.device, False)) for datum in data_D
+    ]
 
 
 @computing()
 @torch.no_grad()
-def row_gap(trainer: OpenedModel, data_D: Sequence[Datum], share: bool) -> float:
+def row_gap(trainer: OpenedModel, data_D: Sequence[Datum], alone_D: Sequence[torch.Tensor], share: bool) -> float:
     """Mean |logprob in one micro-batch - logprob alone| over all positions. `share`: with
     prefix sharing. Packed rows have the width that passes give them: below 128 columns torch takes
     another kernel of FlexAttention."""
     chosen, packed = range(len(data_D)), trainer.packs
     bucket = WIDTH_BUCKET if packed else 1
     batches = micro_batches(data_D, chosen, 2**62, trainer.device, share, bucket, packed=packed)
-    together = trainer._flat_logprobs(data_D, batches)
-    alone = [
-        trainer._flat_logprobs([datum], micro_batches([datum], [0], 2**62, trainer.device, False)) for datum in data_D
-    ]
-    return float((together - torch.cat(alone)).abs().mean())
+    return float((trainer._flat_logprobs(data_D, batches) - torch.cat([*alone_D])).abs().mean())
+
+
+def check_causal(model_name: str, pair_D: Sequence[Datum], alone_D: Sequence[torch.Tensor], limit: float) -> None:
+    """`pair_D`: two sequences of one length with a common prompt, whose logprobs must not depend on
+    what follows it."""
+    tokens, other_tokens = (datum.model_input.to_ints() for datum in pair_D)
+    # the last of these predicts the first token that differs
+    common = next((t for t, (a, b) in enumerate(zip(tokens, other_tokens, strict=True)) if a != b), 1) - 1
+    if (gap := float((alone_D[0] - alone_D[1])[:common].abs().sum() / max(1, common))) > limit:
+        raise ModelError(
+            f"{model_name!r} is not a causal language model as it is configured: a token's logprobs differ by "
+            f"{gap:.2g} on average with the tokens after it, as in an encoder (is_decoder=false, bidirectional "
+            "attention)"
+        )
 
 
 def check_rows(trainer: OpenedModel) -> None:
     """Each sequence must have its own logprobs in padded and shared rows. If only sharing
     fails, it is switched off."""
     data_D, limit = row_check_data(trainer.vocabulary, trainer.max_length), MOST_ROW_GAP[trainer.compute_dtype]
-    check_causal(trainer, data_D[:2], limit)
-    if (gap := row_gap(trainer, data_D, share=False)) > limit:
+    alone_D = alone(trainer, data_D)
+    check_causal(trainer.model_name, data_D[:2], alone_D, limit)
+    if (gap := row_gap(trainer, data_D, alone_D, share=False)) > limit:
         raise ModelError(
             f"{trainer.model_name!r} cannot be trained in batches: a sequence's logprobs differ by {gap:.2g} on "
             "average when a longer one is beside it"
         )
-    trainer.shares_prefixes = trainer.shares_prefixes and row_gap(trainer, data_D, share=True) <= limit
+    trainer.shares_prefixes = trainer.shares_prefixes and row_gap(trainer, data_D, alone_D, share=True) <= limit
 
 
 def pack_rows(trainer: OpenedModel) -> None:
@@ -123,7 +124,8 @@ def _packing_fails(trainer: OpenedModel) -> str | None:
         trainer.packs = True
         set_packing(trainer.base, True)
         data_D = row_check_data(trainer.vocabulary, trainer.max_length)
-        gap = max(row_gap(trainer, data_D, share) for share in {False, trainer.shares_prefixes})
+        alone_D = alone(trainer, data_D)
+        gap = max(row_gap(trainer, data_D, alone_D, share) for share in {False, trainer.shares_prefixes})
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if gap > MOST_ROW_GAP[trainer.compute_dtype]:

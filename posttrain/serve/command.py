@@ -101,7 +101,7 @@ def serve(config: ServeConfig) -> None:
         backlog=2048,
     )
     listening = settings.bind_socket()
-    listening.listen(settings.backlog)  # who comes as soon as the address is told waits, and is not refused
+    listening.listen(settings.backlog)  # a client that comes at once waits, and is not refused
     url = f"http://{config.host}:{listening.getsockname()[1]}"
     print(f"serving {', '.join(bases)} at {url}", flush=True)
     print(f"  export TINKER_BASE_URL={url} TINKER_API_KEY={'(the key)' if key else 'tml-local'}", flush=True)

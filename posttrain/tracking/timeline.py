@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.spans import Span, Spans
+from posttrain.tracking.figures import COLORS, finish_axis, panel_axes, save_figure
 
 KINDS = ("sampling", "env", "score", "train", "sync", "eval")
 PROCESS_KINDS = ("sampling", "train", "publish", "load", "save")  # of ranks and replicas; later ones are drawn above
@@ -75,13 +76,6 @@ class Timeline:
         spans = self.spans.between(end - seconds, end)
         if not spans:
             return None
-        from posttrain.tracking.figures import (  # draws, so it is imported when something is drawn
-            COLORS,
-            finish_axis,
-            panel_axes,
-            save_figure,
-        )
-
         start = max(end - seconds, min(span.start for span in spans))
         kinds = [kind for kind in KINDS if any(span.kind == kind and not span.process for span in spans)]
         processes = [process for process in self.spans.processes if process != SYNC]
@@ -108,8 +102,6 @@ class Timeline:
 
     def _draw_processes(self, axis: Any, processes: Sequence[str], spans: Sequence[Span], end: float) -> None:
         """A row for each: what it is at."""
-        from posttrain.tracking.figures import COLORS
-
         colors = dict(zip(("sampling", "save", "", "train", "publish", "", "load"), COLORS, strict=False))
         for kind in PROCESS_KINDS:
             for row, process in enumerate(processes):
