@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 
 from posttrain.backend.errors import EngineError
 from posttrain.backend.memory import GIB
-from posttrain.backend.weight_versions import Weights
+from posttrain.backend.weight_versions import WeightCopy, Weights
 
 
 class FileWeights:
-    """The weights in a folder, name by name; iterable any number of times. The folder is removed
-    when nobody holds this."""
+    """The weights in a folder, name by name; iterable any number of times, and a WeightSource. The
+    folder is removed when nobody holds this."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -31,6 +31,15 @@ class FileWeights:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(read_joined(self.folder))
+
+    def sampler_weights(self) -> Weights:
+        return self
+
+    def copied_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.glob("*"))
+
+    def copied_weights(self) -> WeightCopy:
+        return WeightCopy(self.sampler_weights, self.copied_bytes())
 
 
 def write_shard(folder: Path, rank: int, ranks: int, weights: Weights) -> None:
