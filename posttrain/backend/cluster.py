@@ -158,15 +158,18 @@ class Cluster:
         with contextlib.ExitStack() as stack:
             tokens = {name: str(stack.enter_context(_token(folder))) for name, folder in folders.items()}
             here = node_report({})
-            for node in nodes:
-                address = node["NodeManagerAddress"]
-                task = self._ray.remote(node_report).options(
+            reports = [
+                self._ray.remote(node_report).options(
                     num_cpus=0,
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
                     runtime_env={"env_vars": self._environment()},
-                )
+                ).remote(tokens)
+                for node in nodes
+            ]  # fmt: skip
+            for node, reference in zip(nodes, reports, strict=True):
+                address = node["NodeManagerAddress"]
                 try:
-                    report = answer(task.remote(tokens), f"node {address}", CHECK_SECONDS)
+                    report = answer(reference, f"node {address}", CHECK_SECONDS)
                 except (ImportError, ProcessLost) as error:
                     raise ConfigError(
                         f"node {address} cannot run this project ({error}): install the same version on all nodes"
