@@ -70,6 +70,7 @@ def test_a_killed_driver_leaves_no_process_and_no_segment(tmp_path: Path) -> Non
     assert int(pid) in family and Path(folder).is_dir()
     driver.kill()
     wait_until(lambda: not Path(folder).exists() and not any(runs(child) for child in family))
+    assert "ERROR the main process was killed" in driver.output()
 
 
 ANOTHER_THREAD = """
