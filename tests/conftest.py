@@ -24,6 +24,7 @@ import torch
 from matplotlib.figure import Figure
 
 import posttrain.backend.config
+from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
@@ -118,6 +119,14 @@ def unrendered() -> Iterator[None]:
 @pytest.fixture
 def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Figure, "savefig", SAVEFIG)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Ray, started once: the clients of a process share it."""
+    cluster = Cluster(BackendConfig(engine="torch", sampler_replicas=2), tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture(scope="session")

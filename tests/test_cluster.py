@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +16,8 @@ from posttrain.backend.cluster import Cluster, ProcessLost, answer, future_of
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, NonFiniteError
 from posttrain.backend.left_behind import FOLDER
-from tests.conftest import ROOT
-from tests.processes import descendants, runs, wait_until
+from tests.commands import Command, run
+from tests.processes import Actor, descendants, runs, wait_until
 
 pytestmark = [
     pytest.mark.cluster,
@@ -28,85 +26,69 @@ pytestmark = [
     ),
 ]
 
-BACKEND = BackendConfig(engine="torch", sampler_replicas=2)
-
-
-class Actor:
-    async def process(self) -> tuple[int, str | None]:
-        return os.getpid(), os.environ.get("OMP_NUM_THREADS")
-
-    async def fail(self) -> None:
-        raise NonFiniteError("a loss is not finite", [3])
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(BACKEND, tmp_path_factory.mktemp("run"))
-    yield cluster
-    cluster.close()
-
 
 def test_errors_arrive_with_their_attributes_and_a_killed_process_as_lost(cluster: Cluster) -> None:
     actor = cluster.start(Actor)
-    pid, threads = answer(actor.process.remote(), "the actor", 60)
+    pid, threads = answer(actor.process.remote(), "the actor", 300)
     assert pid != os.getpid() and threads == "1"
     with pytest.raises(NonFiniteError) as raised:
-        answer(actor.fail.remote(), "the actor", 60)
+        answer(actor.fail.remote(), "the actor", 300)
     assert raised.value.datum_indices == [3] and str(raised.value) == "a loss is not finite"
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(ProcessLost):
-        future_of(actor.process.remote()).result(60)
+        future_of(actor.process.remote()).result(300)
 
 
 def test_another_client_of_this_process_shares_ray_and_has_a_folder_of_its_own(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    other = Cluster(BACKEND, tmp_path)
+    other = Cluster(cluster.config, tmp_path)
     assert other.folder.is_dir() and other.folder != cluster.folder
     other.close()
     assert not other.folder.exists() and cluster.folder.is_dir()
-    assert answer(cluster.start(Actor).process.remote(), "the actor", 60)
+    assert answer(cluster.start(Actor).process.remote(), "the actor", 300)
 
 
 DRIVER = """
-import os, sys
+import sys, time
 from pathlib import Path
 from posttrain.backend.cluster import Cluster, answer
-from tests.test_cluster import BACKEND, Actor
-cluster = Cluster(BACKEND, Path(sys.argv[1]))
-pid, _ = answer(cluster.start(Actor).process.remote(), "the actor", 60)
+from posttrain.backend.config import BackendConfig
+from tests.processes import Actor
+cluster = Cluster(BackendConfig(engine="torch", sampler_replicas=2), Path(sys.argv[1]))
+pid, _ = answer(cluster.start(Actor).process.remote(), "the actor", 300)
 print(pid, cluster.folder, flush=True)
-sys.stdin.read()
+time.sleep(600)
 """
 
 
 def test_a_killed_driver_leaves_no_process_and_no_segment(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
-    driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert driver.stdout
-    pid, folder = driver.stdout.readline().split()
+    driver = Command("-c", DRIVER, tmp_path)
+    wait_until(lambda: FOLDER in driver.output() or driver.poll() is not None, 300)
+    pid, folder = driver.output().split()
     family = descendants(driver.pid)
-    assert int(pid) in family and Path(folder).is_dir() and FOLDER in folder
+    assert int(pid) in family and Path(folder).is_dir()
     driver.kill()
-    driver.communicate()
     wait_until(lambda: not Path(folder).exists() and not any(runs(child) for child in family))
+    assert "ERROR the main process was killed" in driver.output()
 
 
 ANOTHER_THREAD = """
 import signal, sys, threading, time
 from pathlib import Path
 from posttrain.backend.cluster import Cluster, answer
-from tests.test_cluster import BACKEND, Actor
+from posttrain.backend.config import BackendConfig
+from tests.processes import Actor
 asked_to_stop = []
 signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(1))
-clusters = []
-thread = threading.Thread(target=lambda: clusters.append(Cluster(BACKEND, Path(sys.argv[1]))))
+clusters, backend = [], BackendConfig(engine="torch", sampler_replicas=2)
+thread = threading.Thread(target=lambda: clusters.append(Cluster(backend, Path(sys.argv[1]))))
 thread.start()
 thread.join()
-time.sleep(2)  # Ray notices within a second that its processes are gone, and ends this program
-answer(clusters[0].start(Actor).process.remote(), "the actor", 60)
 signal.raise_signal(signal.SIGTERM)
-time.sleep(4)  # Ray's own handler aborts after three
+# Ray notices within a second that its processes are gone, and ends this program; its handler aborts after three
+time.sleep(4)
+answer(clusters[0].start(Actor).process.remote(), "the actor", 300)
 clusters[0].close()
 print(asked_to_stop)
 """
@@ -114,8 +96,7 @@ print(asked_to_stop)
 
 def test_ray_outlives_the_thread_that_started_it_and_leaves_signals_alone(tmp_path: Path) -> None:
     """Clients open engines in threads of their own, which end with them."""
-    command = [sys.executable, "-c", ANOTHER_THREAD, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = run("-c", ANOTHER_THREAD, tmp_path)
     assert (done.returncode, done.stdout) == (0, "[1]\n"), done.stderr[-2000:]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.backend import cluster
 from posttrain.backend.cluster import PACKAGE, Cluster
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
@@ -101,6 +102,12 @@ def test_a_node_with_another_version_of_this_project(head: str, second: Callable
         file.write("# newer\n")
     second(f"mount --bind {tmp_path}/other {PACKAGE}")
     with pytest.raises(ConfigError, match=r"node [\d.]+ has another version of this project \(\w{8}, here \w{8}\)"):
+        Cluster(joined(head, tmp_path), tmp_path)
+
+
+def test_a_node_with_another_version_of_a_package(head: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cluster, "_version_of", lambda package: "0.1")  # here
+    with pytest.raises(ConfigError, match=r"node [\d.]+ has another version of torch \(2[\d.]+, here 0.1\): install"):
         Cluster(joined(head, tmp_path), tmp_path)
 
 

@@ -31,7 +31,11 @@ from tests.conftest import policy_data
 from tests.processes import actors
 from tests.test_group_sources import config, metrics
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
+]
 BACKEND = BackendConfig(engine="torch", sampler_replicas=2, max_num_seqs=4)
 PROMPTS = [ModelInput.from_ints([1, 5 + number, 7, 9]) for number in range(24)]
 

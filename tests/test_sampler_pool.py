@@ -254,6 +254,24 @@ def test_a_replacement_serves_only_once_it_has_weights(make: Callable[..., Pool]
     assert len(pool.replicas) == 2 and pool.replicas[1].number == 0
 
 
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_replacement_that_fails_is_replaced(restarts: int, make: Callable[..., Pool]) -> None:
+    """As where the dead one's memory is not free yet."""
+    pool = make(restarts=restarts, seconds=0.4)
+    pool.sync()
+    start = pool.pool._start
+
+    def fails_once(index: int) -> FakeReplica:
+        pool.pool._start = start
+        raise EngineError("out of memory")
+
+    pool.pool._start = fails_once
+    pool.replicas[0].kill()
+    wait_until(lambda: pool.pool.deaths == 1 and not pool.pool._starting)
+    assert len(pool.replicas) == restarts + 1 and pool.pool._restarts == 0
+    assert [place.serving for place in pool.pool._places] == [restarts == 2, True]
+
+
 def test_without_a_replica_everybody_is_told(make: Callable[..., Pool]) -> None:
     pool = make(answers=False)
     pool.sync()

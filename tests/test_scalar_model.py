@@ -69,6 +69,19 @@ def test_every_scalar_is_zero_at_first_and_the_loss_is_ln_2(torch_service: Servi
     assert not scalars(client).any()
 
 
+@pytest.mark.parametrize("options", [{}, {"master_weights": False}, {"offload_optimizer": True}])
+def test_in_bf16_as_on_a_gpu_the_head_is_fp32_and_a_resumed_step_the_same(options: dict, tmp_path: Path) -> None:
+    with ServiceClient(BackendConfig(engine="torch", dtype="bfloat16", **options), tmp_path) as service:
+        client, resumed = (service.create_scalar_client("micro") for _ in range(2))
+        train(client, range(2))
+        resumed.load_state_with_optimizer(client.save_state("two").result().path).result()
+        head, same = (trainer_of(c).scalar_head for c in (client, resumed))
+        assert head.dtype == torch.float32 and not torch.equal(head, head.bfloat16()) and torch.equal(head, same)
+        for c in (client, resumed):
+            train(c, range(2, 3))
+        assert torch.equal(head, same) and np.array_equal(scalars(client), scalars(resumed))
+
+
 def test_loss_and_gradients_equal_a_naive_forward_and_a_linear_row() -> None:
     ours, data = trainer(), scalar_data(6)
     nudge_head(ours)

@@ -6,8 +6,6 @@ clients, the same errors, and a death that everybody hears of and that leaves no
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,11 +20,16 @@ from posttrain.backend.errors import ConfigError, DataError, TrainerLostError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
-from tests.conftest import ROOT, policy_data
+from tests.commands import Command
+from tests.conftest import policy_data
 from tests.processes import actors, descendants, runs, wait_until
 from tests.test_scalar_model import bce, scalar_data
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
+]
 SETTINGS = BackendConfig(engine="torch", micro_batch_tokens=60, trainer_processes=2)
 
 
@@ -143,12 +146,11 @@ def test_a_dead_rank_ends_all_and_everybody_hears_of_it(tmp_path: Path) -> None:
         wait_until(lambda: not any(runs(pid) for pid in pids))
 
 
-def command(folder: Path, steps: int, *options: str) -> "subprocess.Popen[str]":
+def command(folder: Path, steps: int, *options: str) -> Command:
     """A supervised run in two ranks."""
     run = [f"dataset.n_batches={steps}", "dataset.batch_size=4", f"log_path={folder}", "eval_every=0", *options]
     backend = ["model_name=micro", "backend.engine=torch", "backend.trainer_processes=2"]
-    arguments = [sys.executable, "-m", "supervised.train_cli", "dataset=arithmetic", *run, *backend]
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Command("-m", "supervised.train_cli", "dataset=arithmetic", *run, *backend)
 
 
 def steps_of(folder: Path) -> int:
@@ -163,9 +165,8 @@ def test_a_run_goes_on_from_its_checkpoint_when_a_rank_dies(tmp_path: Path) -> N
     wait_until(lambda: steps_of(tmp_path / "killed") > 6 or killed.poll() is not None, 500)
     os.kill(actors("TrainerRank", killed.pid)[0], signal.SIGKILL)
     for run in (whole, killed):
-        output, _ = run.communicate(timeout=500)
-        assert run.returncode == 0, output[-2000:]
-    assert "0 more allowed (backend.trainer_restarts)" in output and "has died" in output
+        assert run.wait() == 0, run.output()[-2000:]
+    assert "0 more allowed (backend.trainer_restarts)" in killed.output() and "has died" in killed.output()
     weights = [tmp_path / name / "checkpoints/final/model.safetensors" for name in ("whole", "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert steps_of(tmp_path / "killed") == 24
@@ -179,9 +180,7 @@ def test_two_runs_beside_each_other_are_independent(tmp_path: Path) -> None:
     family = descendants(killed.pid)
     assert other.poll() is None and len(actors("TrainerRank", killed.pid)) == 2
     killed.kill()
-    killed.communicate()
     before = steps_of(tmp_path / "other")
-    output, _ = other.communicate(timeout=500)
-    assert other.returncode == 0, output[-2000:]
+    assert other.wait() == 0, other.output()[-2000:]
     assert steps_of(tmp_path / "other") == 100 > before
     wait_until(lambda: not any(runs(pid) for pid in family))

@@ -25,6 +25,7 @@ from tests.test_replicas import PROMPTS, gap, step
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.usefixtures("cluster"),
     pytest.mark.needs_vllm,
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
 ]

@@ -151,7 +151,7 @@ def load_state(trainer: TrainedModel, path: Path, with_optimizer: bool) -> None:
             assign(tensor, None if saved is None else saved[name])
     if head is not None and trainer.scalar_head is not None:
         trainer.scalar_head.data.copy_(shard_like(head, trainer.scalar_head.data))
-    trainer.trained.weights_loaded(("scalar_head",) if head is not None else ())
+    trainer.trained.masters_to_weights()
     trainer.optimizer.state.clear()
     if with_optimizer:
         load_optimizer(trainer.trained.stepped, trainer.optimizer, optimizer_file)

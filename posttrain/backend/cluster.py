@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,13 +21,17 @@ import torch
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, EngineError
 from posttrain.backend.left_behind import remove, start_keeper, weight_folder
-from posttrain.backend.placement import check_gpus, check_placement
+from posttrain.backend.placement import check_gpus, check_placement, gpus_needed
 from posttrain.backend.ray_process import own_processes, ray_running, session_folders, stop_ray, visible_gpus
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parents[1]
 # Settings that children get from this process. Ray gives each its CUDA_VISIBLE_DEVICES.
-INHERITED = ("HF_", "VLLM_", "NCCL_", "GLOO_", "TORCH_", "TOKENIZERS_", "OMP_", "XDG_", "POSTTRAIN_", "TMPDIR")
+INHERITED = (
+    *("HF_", "TRANSFORMERS_", "VLLM_", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "CUBLAS_", "CUDA_LAUNCH_"),
+    *("TOKENIZERS_", "OMP_", "XDG_", "POSTTRAIN_", "TMPDIR"),
+)
+COMPUTES = ("torch", "transformers", "peft", "safetensors", "vllm")  # packages whose versions must be those here
 CHECK_SECONDS = 120.0  # for a node's answer at the start
 SAY_AFTER_SECONDS = 60.0  # a wait says what it waits for
 
@@ -124,7 +129,7 @@ class Cluster:
 
     def _reserve(self) -> Any:
         """GPUs for all ranks and replicas, so that a node's GPUs are not scattered."""
-        from ray.util import placement_group
+        from ray.util import placement_group, remove_placement_group
 
         config = self.config
         ranks = config.trainer_processes if config.trainer_processes > 1 else 0
@@ -132,7 +137,11 @@ class Cluster:
         group = placement_group(bundles, strategy="PACK")
         if not group.wait(timeout_seconds=CHECK_SECONDS):
             free = self._ray.available_resources().get("GPU", 0)
-            raise ConfigError(f"GPUs of this cluster are in use: {free:g} are free, and the run needs {bundles}")
+            remove_placement_group(group)
+            raise ConfigError(
+                f"the run needs {gpus_needed(config)} GPUs, those of each replica on one node, and {free:g} of this "
+                "cluster are free: end what uses the others, or take fewer processes"
+            )
         return group
 
     def _check_nodes(self, nodes: list[dict[str, Any]], run_folder: Path) -> None:
@@ -148,25 +157,29 @@ class Cluster:
         folders = {"log_path": run_folder} | ({"backend.sync_dir": Path(d)} if (d := self.config.sync_dir) else {})
         with contextlib.ExitStack() as stack:
             tokens = {name: str(stack.enter_context(_token(folder))) for name, folder in folders.items()}
-            here = node_report({})["version"]
-            for node in nodes:
-                address = node["NodeManagerAddress"]
-                task = self._ray.remote(node_report).options(
+            here = node_report({})
+            reports = [
+                self._ray.remote(node_report).options(
                     num_cpus=0,
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
                     runtime_env={"env_vars": self._environment()},
-                )
+                ).remote(tokens)
+                for node in nodes
+            ]  # fmt: skip
+            for node, reference in zip(nodes, reports, strict=True):
+                address = node["NodeManagerAddress"]
                 try:
-                    report = answer(task.remote(tokens), f"node {address}", CHECK_SECONDS)
+                    report = answer(reference, f"node {address}", CHECK_SECONDS)
                 except (ImportError, ProcessLost) as error:
                     raise ConfigError(
                         f"node {address} cannot run this project ({error}): install the same version on all nodes"
                     ) from error
-                if report["version"] != here:
-                    raise ConfigError(
-                        f"node {address} has another version of this project ({report['version'][:8]}, here "
-                        f"{here[:8]}): install the same on all nodes"
-                    )
+                for what, ours in here["versions"].items():
+                    if (there := report["versions"][what]) != ours:
+                        raise ConfigError(
+                            f"node {address} has another version of {what} ({there}, here {ours}): install the same "
+                            "on all nodes"
+                        )
                 for name, seen in report["sees"].items():
                     if not seen:
                         raise ConfigError(
@@ -222,11 +235,28 @@ def answer(reference: Any, what: str, seconds: float) -> Any:
 
 
 def node_report(tokens: dict[str, str]) -> dict[str, Any]:
-    """Of the node that runs this: the version of the project there, and which files it sees."""
+    """Of the node that runs this: the versions of the project and its packages there, and which files
+    it sees."""
     digest = hashlib.sha256()
     for file in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
-    return {"version": digest.hexdigest(), "sees": {name: os.path.exists(path) for name, path in tokens.items()}}
+    versions = {"this project": digest.hexdigest()[:8]} | {name: _version_of(name) for name in COMPUTES}
+    return {"versions": versions, "sees": {name: os.path.exists(path) for name, path in tokens.items()}}
+
+
+def _version_of(package: str) -> str:
+    """Without what it was built for: a node may have no GPU."""
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return "none"
+
+
+def node_address() -> str:
+    """Of the node that runs this, as the others reach it."""
+    from ray.util import get_node_ip_address
+
+    return get_node_ip_address()
 
 
 def _check_driver(config: BackendConfig, gpus: int) -> None:

@@ -2,6 +2,7 @@
 semaphores, processes of Ray. A keeper process, which outlives this one, removes them.
 """
 
+import atexit
 import contextlib
 import glob
 import inspect
@@ -84,7 +85,8 @@ def _family(pid: int) -> list[int]:
 
 
 # Reads until its pipe closes, which happens however the process that started it ends. Then it ends
-# Ray's processes and their children, workers too, and removes the folders.
+# Ray's processes and their children, workers too, and removes the folders. Ray ends a process without
+# a word when its own have died.
 KEEPER = (
     f"{inspect.getsource(remove)}"
     + """
@@ -113,7 +115,10 @@ def add_children(family):
             add_children(family)
 
 add_children(started)  # Ray's agents: a dead parent could not be asked later
-if sys.stdin.buffer.read() != b"closed":
+if (said := sys.stdin.buffer.read()) != b"closed":
+    if said != b"exit":
+        text = "ERROR the main process was killed, by the system (memory?) or with Ray: resume the run from its last checkpoint"
+        print(text, file=sys.stderr, flush=True)
     family = set(started)
     add_children(family)
     family = {pid for pid in family if alive(pid) and (pid not in started or is_ray(pid))}
@@ -134,4 +139,14 @@ if sys.stdin.buffer.read() != b"closed":
 
 def start_keeper(folders: list[str], pids: list[int]) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-S", "-c", KEEPER, os.pathsep.join(folders), *map(str, pids)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    atexit.register(_exits, keeper)
+    return keeper
+
+
+def _exits(keeper: "subprocess.Popen[bytes]") -> None:
+    """Nobody has killed this process."""
+    assert keeper.stdin
+    with contextlib.suppress(OSError, ValueError):  # it was told before
+        keeper.stdin.write(b"exit")
+        keeper.stdin.close()

@@ -71,10 +71,10 @@ class Processes:
         self.raise_first(failed)
 
     def raise_first(self, failed: Exception | None) -> None:
-        """Raises what failed in the lowest rank that failed. A collective call."""
-        for error in self.gathered(failed):
+        """Raises in all what failed in the lowest rank that failed. A collective call."""
+        for rank, error in enumerate(self.gathered(failed)):
             if error is not None:
-                raise failed or error
+                raise failed if failed is not None and rank == self.rank else error
 
 
 ALONE = Processes()
@@ -116,16 +116,18 @@ def mesh() -> Any:
     return dist.device_mesh.init_device_mesh(training_device().type, (dist.get_world_size(),))
 
 
-def sharded(module: M, mesh: Any, compute: torch.dtype = torch.float32, keep_gathered: bool = False) -> M:
+def sharded(module: M, mesh: Any, dtype: torch.dtype | None = None, keep_gathered: bool = False) -> M:
     """The module as an FSDP unit whose gradients are summed over the ranks: losses are sums, or
-    already divided by the rows of the whole batch. bf16 passes read bf16 copies; gradients are
-    added up in fp32. `keep_gathered`: from the forward to the backward pass."""
-    policy = MixedPrecisionPolicy()
-    if compute != torch.float32:
-        policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    already divided by the rows of the whole batch. `dtype`: of the copies that passes read, None =
+    the weights' own. Gradients are added up in fp32. `keep_gathered`: from the forward to the
+    backward pass."""
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     unit: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep_gathered)
     unit.set_gradient_divide_factor(1.0)
     unit.set_force_sum_reduction_for_comms(True)
+    if hasattr(unit, "set_reduce_scatter_unused_params"):  # since torch 2.13
+        # Whether a weight has a gradient may depend on a rank's rows: the compressed tokens of DeepSeek V4, experts.
+        unit.set_reduce_scatter_unused_params(True)
     return unit
 
 
@@ -167,10 +169,10 @@ def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def assign(live: torch.Tensor, whole: torch.Tensor | None) -> None:
     """Copies `whole` into `live`. Into a sharded one, the first rank's: a collective call, and the
-    other ranks give None."""
+    other ranks give None. With None a tensor that is not sharded, a buffer, stays as it is."""
     if not isinstance(live, DTensor):
-        assert whole is not None
-        live.copy_(whole)
+        if whole is not None:
+            live.copy_(whole)
         return
     device = live.to_local().device
     sent = torch.empty(live.shape, dtype=live.dtype, device=device) if whole is None else whole.to(device, live.dtype)

@@ -24,6 +24,10 @@ RAY_ENVIRONMENT = {
     # Ray hides a process's GPU from actors that ask for none, warns about it, and reports usage.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray would give ranks and replicas the processor after everything else: graders, sandboxes, this program.
+    "RAY_worker_niceness": "0",
+    # Idle workers, as many as the machine has cores. Ours have settings of their own, and cannot use them.
+    "RAY_prestart_worker_first_driver": "0",
     # Of a Ray that is started here: it would kill our processes for the memory of others, and its own
     # node, with this program, when a busy machine lets it answer late.
     "RAY_memory_monitor_refresh_ms": "0",

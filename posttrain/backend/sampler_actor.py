@@ -19,7 +19,7 @@ from posttrain.backend.engine import Engine, EngineThread, SequenceRequest
 from posttrain.backend.errors import EngineError
 from posttrain.backend.left_behind import note_semaphores, note_shared_memory
 from posttrain.backend.new_engine import new_engine
-from posttrain.backend.sampler_pool import Files, Progress
+from posttrain.backend.sampler_pool import Progress
 from posttrain.backend.types import SampleResponse
 from posttrain.backend.weight_files import FileWeights
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, Weights, WeightVersion
@@ -96,7 +96,7 @@ class SamplerActor:
             if weights is None:
                 version.drop()
         elif weights is not None:
-            version.lives_in(Files(weights))
+            version.lives_in(weights)
         return version
 
     def _lost(self, error: Exception) -> Exception:

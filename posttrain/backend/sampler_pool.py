@@ -23,7 +23,7 @@ from posttrain.backend.routing import Router, SamplingGroup
 from posttrain.backend.spans import Span, Spans
 from posttrain.backend.types import SampleResponse
 from posttrain.backend.weight_files import FileWeights, write_shard
-from posttrain.backend.weight_versions import Policy, WeightCopy, Weights, WeightVersion
+from posttrain.backend.weight_versions import Policy, Weights, WeightVersion
 
 T = TypeVar("T")
 WATCH_SECONDS = 5.0  # between questions for progress
@@ -88,22 +88,6 @@ class _Place:
     moved: float = 0.0  # when it last decoded, or had nothing to decode
     asked: "Future[Progress] | None" = None
     span: Span | None = None  # since the last answer, while it has calls
-
-
-@dataclass(frozen=True)
-class Files:
-    """A published version, as its own source."""
-
-    weights: FileWeights
-
-    def sampler_weights(self) -> Weights:
-        return self.weights
-
-    def copied_bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.weights.folder.glob("*"))
-
-    def copied_weights(self) -> WeightCopy:
-        return WeightCopy(lambda: self.weights, self.copied_bytes())
 
 
 class SamplerPool:
@@ -197,17 +181,16 @@ class SamplerPool:
             if not published:
                 raise EngineError(f"the weights of version {version.number} are gone")
             (files,) = published
-            version.published_in(Files(files))
+            version.published_in(files)
             self._load(policy, version, files)
 
     def _load(self, policy: Policy, version: WeightVersion, files: FileWeights) -> None:
         """Every serving replica runs on the files."""
         with self._spans.span("load", "sync"):
             with self._lock:
-                loading = [(place, place.replica) for place in self._places if place.replica]
-                sent = [
-                    (place, r, self._sync(place, r, version, files)) for place, r in loading if self._may_load(place)
-                ]
+                # replacements load by themselves, when they have started
+                loading = [place for place in self._places if place.serving or self._number < 0]
+                sent = [(place, r, self._sync(place, r, version, files)) for place in loading if (r := place.replica)]
             for place, replica_, done in sent:
                 try:
                     _within(done, self._call_seconds, f"the weights in sampler replica {place.index}")
@@ -365,10 +348,6 @@ class SamplerPool:
         done.add_done_callback(end)
         return done
 
-    def _may_load(self, place: _Place) -> bool:
-        """Replacements load by themselves, when they have started."""
-        return place.serving or self._number < 0
-
     # --- replicas --------------------------------------------------------------------------------
 
     def _lose(self, place: _Place, replica_: Replica, error: Exception) -> None:
@@ -400,37 +379,48 @@ class SamplerPool:
             self._stop(error)
 
     def _replace(self, place: _Place) -> None:
-        replica_: Replica | None = None
-        failure = EngineError("no sampler replica is left")
-        try:
-            replica_ = self._start(place.index)
-            _within(replica_.opened(), self._call_seconds, f"the replacement of sampler replica {place.index}")
-            with self._syncing:
-                if self._weights is not None:
-                    done = replica_.sync(self._number, self._weights)
-                    _within(done, self._call_seconds, f"the weights in sampler replica {place.index}")
+        """Until a replacement serves, or no more are allowed."""
+        failure, again = EngineError("no sampler replica is left"), True
+        while again:
+            replica_: Replica | None = None
+            try:
+                replica_ = self._start(place.index)
+                _within(replica_.opened(), self._call_seconds, "it has not started")
+                self._join(place, replica_)
+                again = False
+            except Exception as error:
+                if replica_ is not None:
+                    replica_.kill()
+                failure.__cause__ = error
                 with self._lock:
-                    if self._stopped:
-                        replica_.kill()
-                        return
-                    place.replica, place.serving, place.moved = replica_, self._weights is not None, time.monotonic()
-                    self._send_waiting()
-        except Exception as error:
-            if replica_ is not None:
-                replica_.kill()
-            print(f"WARNING the replacement of sampler replica {place.index} failed: {error}", flush=True)
-            failure.__cause__ = error
-        finally:
+                    again = self._restarts > 0 and not self._stopped
+                    self._restarts -= again
+                print(
+                    f"WARNING the replacement of sampler replica {place.index} failed: {error}"
+                    + (f"; another starts ({self._restarts} more allowed)" if again else ""),
+                    flush=True,
+                )
+        with self._lock:
+            self._starting -= 1
+        self._stop_if_none_is_left(failure)
+
+    def _join(self, place: _Place, replica_: Replica) -> None:
+        """Loads the newest weights into a replacement, which then serves."""
+        with self._syncing:
+            if self._weights is not None:
+                _within(replica_.sync(self._number, self._weights), self._call_seconds, "its weights")
             with self._lock:
-                self._starting -= 1
-            self._stop_if_none_is_left(failure)
+                if self._stopped:
+                    replica_.kill()
+                    return
+                place.replica, place.serving, place.moved = replica_, self._weights is not None, time.monotonic()
+                self._send_waiting()
 
     def _watch(self) -> None:
         """Carries out what others leave to this thread; kills replicas that decode nothing."""
-        seconds = min(WATCH_SECONDS, self._call_seconds / 4)
         while not self._stopped:
             try:
-                if todo := self._todo.get(timeout=seconds):
+                if todo := self._todo.get(timeout=min(WATCH_SECONDS, self._call_seconds / 4)):
                     todo()
                     continue
             except queue.Empty:

@@ -13,6 +13,7 @@ from torch import nn
 from posttrain.backend.batching import MicroBatch
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.trained_weights import SCALAR_HEAD
 from posttrain.backend.trainer import CustomLoss, Trainer
 from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig
 
@@ -40,7 +41,7 @@ class ScalarTrainer(Trainer):
         unused: Any = self.base.get_output_embeddings()
         if not self.hf_config.tie_word_embeddings:
             unused.requires_grad_(False)
-        return super()._trainable_weights() | {"scalar_head": self.scalar_head}
+        return super()._trainable_weights() | {SCALAR_HEAD: self.scalar_head}
 
     def run_terms(
         self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False
@@ -65,7 +66,8 @@ class ScalarTrainer(Trainer):
         loss_NH, others_NH = (
             hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype) for at in (batch.loss, batch.others)
         )
-        return loss_NH.float() @ self.scalar_head.T, others_NH.float() @ self.scalar_head.T
+        head_H1 = self.scalar_head.T.float()  # FSDP gathers it in bf16
+        return loss_NH.float() @ head_H1, others_NH.float() @ head_H1
 
     def _check_head(self) -> None:
         """A model's operations on its logits do not affect a scalar."""

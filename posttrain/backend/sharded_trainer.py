@@ -27,6 +27,7 @@ from posttrain.backend.merged_lora import base_weights, in_dtype, layer_updates
 from posttrain.backend.models import load_model
 from posttrain.backend.ranks import Processes
 from posttrain.backend.scalar_trainer import ScalarTrainer
+from posttrain.backend.trained_weights import SCALAR_HEAD
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse
 from posttrain.backend.weight_versions import Weights
@@ -51,7 +52,7 @@ class ShardedTrainer(Trainer):
         self.processes = processes
         self.writes = processes.is_first
         self.shards = shard
-        if shard:  # passes read bf16 copies of fp32 shards
+        if shard and lora is None:  # passes read bf16 copies of fp32 shards
             config = chz.replace(config, param_dtype="float32")
         self._failed: Exception | None = None  # in the losses of this rank's rows
         super().__init__(model_name, config, seed, lora)
@@ -72,11 +73,15 @@ class ShardedTrainer(Trainer):
         if not self.shards:
             return super()._load(dtype)
         model = self.read_once(lambda: load_model(self.model_name, self.seed, torch.device("cpu"), dtype))
-        config = self.processes.gathered(model and model.config)[0]
+        first: Any = model and (model.config, {name: p.requires_grad for name, p in model.named_parameters()})
+        config, trained = self.processes.gathered(first)[0]  # reading trains what a new model does not (Ernie 4.5)
         if model is None:
             with no_init_weights():
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             model.tie_weights()
+            for name, p in model.named_parameters():
+                p.data = torch.empty_like(p, dtype=dtype)
+                p.requires_grad_(trained[name])
         return model
 
     def read_once(self, read: Callable[[], T]) -> T | None:
@@ -97,18 +102,23 @@ class ShardedTrainer(Trainer):
         of_first = super().base_fingerprint if self.lora and self.writes else ""
         self._fingerprint = self.processes.gathered(of_first)[0]
         whole = {name: p.detach() for name, p in self.base.named_parameters()} if self.writes else {}
-        mesh = ranks.mesh()
+        # An adapter stays fp32 beside a base that is in the passes' dtype: merged_lora.py adds them up unrounded.
+        mesh, dtype = ranks.mesh(), None if self.lora else self.compute_dtype
         for layer in self._layers():
-            ranks.sharded(layer, mesh, self.compute_dtype)
+            ranks.sharded(layer, mesh, dtype)
         # the embedding, the last norm and the head, which a tied embedding is
         root = _Passes(self.model, self._whole_head)
-        self._root = ranks.sharded(root, mesh, self.compute_dtype, keep_gathered=True)
+        self._root = ranks.sharded(root, mesh, dtype, keep_gathered=True)
         for name, p in self.base.named_parameters():
             ranks.assign(p, whole.get(name))
+        self._send_buffers()
+        live = dict(self.model.named_parameters()) | {SCALAR_HEAD: self._root.scalar_head}
+        return {name: live[name] for name in trainable}
+
+    def _send_buffers(self) -> None:
+        """The first rank's, to all. They are not sharded."""
         for buffer in self.base.buffers():
             dist.broadcast(buffer, 0)
-        live = dict(self.model.named_parameters()) | {"scalar_head": self._root.scalar_head}
-        return {name: live[name] for name in trainable}
 
     @property
     def base_fingerprint(self) -> str:
@@ -232,6 +242,8 @@ class ShardedTrainer(Trainer):
     def load_state(self, path: Path, with_optimizer: bool) -> None:
         with self.processes.same_outcome():
             super().load_state(path, with_optimizer)
+            if self.shards:
+                self._send_buffers()
 
 
 class ShardedScalarTrainer(ShardedTrainer, ScalarTrainer):

@@ -1,9 +1,9 @@
 """What the optimizer steps: the trained weights, or fp32 copies of them (masters). Masters exist
 for bf16 weights, whose gradients are then added up in fp32, and for all weights where the
-optimizer is offloaded to the CPU.
+optimizer is offloaded to the CPU. A scalar head is fp32 in passes, too, and has none.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -11,6 +11,8 @@ from torch import nn
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.lean_adamw import LeanAdamW
+
+SCALAR_HEAD = "scalar_head"  # the name of a scalar model's
 
 
 class TrainedWeights:
@@ -24,7 +26,7 @@ class TrainedWeights:
         self.masters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, torch.Tensor] = {}
         for name, p in self.named.items():
-            if config.offload_optimizer or dtype == torch.bfloat16:
+            if name != SCALAR_HEAD and (config.offload_optimizer or dtype == torch.bfloat16):
                 device = torch.device("cpu") if config.offload_optimizer else p.device
                 self.masters[name] = nn.Parameter(p.detach().to(device=device, dtype=torch.float32, copy=True))
                 p.data = p.data.to(dtype or p.dtype)
@@ -67,12 +69,3 @@ class TrainedWeights:
             return dict(state_dict)
         masters = {self.named[name].data_ptr(): master.detach() for name, master in self.masters.items()}
         return {name: masters.get(tensor.data_ptr(), tensor) for name, tensor in state_dict.items()}
-
-    @torch.no_grad()
-    def weights_loaded(self, beside: Iterable[str] = ()) -> None:
-        """After a checkpoint was read into `exact` tensors; `beside`: weights outside the model,
-        which were read into the passes' parameters."""
-        for name in beside:
-            if name in self.masters:
-                self.masters[name].copy_(self.named[name])
-        self.masters_to_weights()

@@ -61,7 +61,7 @@ class TrainerRanks:
         try:
             seconds, several_nodes = config.call_seconds, config.cluster is not None
             store = answer(self._handles[0].serve_store.remote(several_nodes), "the first training process", seconds)
-            joining = [handle.join.remote(*store) for handle in self._handles]
+            joining = [handle.join.remote(*store, several_nodes) for handle in self._handles]
             for rank, reference in enumerate(joining):
                 answer(reference, f"training process {rank}", seconds)
         except ProcessLost as error:
@@ -111,15 +111,15 @@ class TrainerRanks:
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)
         if pending:
             wait(pending, timeout=FOLLOW_SECONDS)
-        errors = [future.exception() if future.done() else ProcessLost("it does not answer") for future in futures]
-        if not any(errors):
+        errors = {rank: error for rank, future in enumerate(futures) if future.done() and (error := future.exception())}
+        if not errors:
             return futures[0].result()
-        for rank, error in enumerate(errors):
+        for rank, error in errors.items():
             if isinstance(error, ProcessLost):
                 raise self._lose(f"training process {rank} has died ({error})")
-        if len({f"{type(error)} {error}" for error in errors}) > 1:
-            raise self._lose(f"the training processes disagree: {errors}")
-        assert errors[0]
+        told = dict.fromkeys(f"{type(error).__name__}: {error}" for error in errors.values())
+        if len(errors) < len(futures) or len(told) > 1:
+            raise self._lose(f"{len(errors)} of {len(futures)} training processes failed ({'; '.join(told)})")
         raise errors[0]
 
     def _lose(self, reason: str) -> TrainerLostError:
@@ -221,9 +221,9 @@ class _GroupWeights:
         self._published = itertools.count()
 
     def sampler_weights(self) -> FileWeights:
-        folder = self._ranks.cluster.folder / f"{self._number}-{next(self._published)}"
-        self._ranks.every("publish", self._number, folder)
-        return FileWeights(folder)
+        files = FileWeights(self._ranks.cluster.folder / f"{self._number}-{next(self._published)}")
+        self._ranks.every("publish", self._number, files.folder)
+        return files
 
     def copied_bytes(self) -> int:
         return self._bytes

@@ -2,9 +2,12 @@
 number. All ranks get the same calls in the same order; the first returns what they come to.
 """
 
+import contextlib
+import fcntl
 import os
 import pickle
 import socket
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ from typing import Any
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from posttrain.backend import ranks
+from posttrain.backend.cluster import node_address
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.sharded_trainer import ShardedScalarTrainer, ShardedTrainer
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.weight_files import write_shard
 
+SIOCGIFADDR = 0x8915  # of Linux: an interface's address
 KINDS = {"language": ShardedTrainer, "scalar": ShardedScalarTrainer}
 
 
@@ -30,13 +35,16 @@ class TrainerRank:
     def serve_store(self, several_nodes: bool) -> tuple[str, int]:
         """Host and port at which the ranks find each other; the first rank's. The port is bound
         before its number is told."""
-        host = _address() if several_nodes else "127.0.0.1"
+        host = node_address() if several_nodes else "127.0.0.1"
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=ranks.TIMEOUT)
         return host, self._store.port
 
-    def join(self, host: str, port: int) -> None:
+    def join(self, host: str, port: int, several_nodes: bool) -> None:
         if self._rank:
             self._store = TCPStore(host, port, timeout=ranks.TIMEOUT)
+        if several_nodes and (interface := interface_of(node_address())):
+            # gloo would take the interface of the host's name, which is the loopback on many systems
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._processes = ranks.join(self._rank, self._count, self._store)
 
     def open(self, number: int, kind: str, model_name: str, seed: int, lora: LoraConfig | None) -> dict[str, Any]:
@@ -63,11 +71,12 @@ class TrainerRank:
         self._trainers.pop(number, None)
 
 
-def _address() -> str:
-    """This node's, as other nodes see it: of the interface that a packet would leave by."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 1))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostbyname(socket.gethostname())
+def interface_of(address: str) -> str | None:
+    """The network interface with this address; None if no interface of this machine has it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                found = fcntl.ioctl(asked.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from posttrain.backend.weight_versions import Weights
+from posttrain.backend.errors import EngineError
+from posttrain.backend.memory import GIB
+from posttrain.backend.weight_versions import WeightCopy, Weights
 
 
 class FileWeights:
-    """The weights in a folder, name by name; iterable any number of times. The folder is removed
-    when nobody holds this."""
+    """The weights in a folder, name by name; iterable any number of times, and a WeightSource. The
+    folder is removed when nobody holds this."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -29,6 +31,15 @@ class FileWeights:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(read_joined(self.folder))
+
+    def sampler_weights(self) -> Weights:
+        return self
+
+    def copied_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.glob("*"))
+
+    def copied_weights(self) -> WeightCopy:
+        return WeightCopy(self.sampler_weights, self.copied_bytes())
 
 
 def write_shard(folder: Path, rank: int, ranks: int, weights: Weights) -> None:
@@ -47,8 +58,15 @@ def write_shard(folder: Path, rank: int, ranks: int, weights: Weights) -> None:
             names[key], tensors[name] = name, stored
     file = _file(folder, rank, ranks)
     unfinished = file.with_suffix(".unfinished")
-    save_file(tensors, unfinished, metadata={"same": json.dumps(same)})
-    os.replace(unfinished, file)
+    try:
+        save_file(tensors, unfinished, metadata={"same": json.dumps(same)})
+        os.replace(unfinished, file)
+    except (OSError, SafetensorError) as error:
+        needed, room = sum(tensor.nbytes for tensor in tensors.values()) / GIB, shutil.disk_usage(folder).free / GIB
+        raise EngineError(
+            f"new weights of {needed:.3g} GiB cannot be written to {folder.parent}, which has {room:.3g} GiB free "
+            f"({error}): set backend.sync_dir to a folder with more room (in a container /dev/shm is 64 MB by default)"
+        ) from error
 
 
 def read_joined(folder: Path) -> Weights:

@@ -1,0 +1,73 @@
+"""What is said when training processes fail, alike or not; where they find each other, and no room for
+their weights. Without Ray.
+"""
+
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from posttrain.backend import trainer_group, weight_files
+from posttrain.backend.cluster import ProcessLost
+from posttrain.backend.errors import DataError, EngineError, OutOfMemoryError, TrainerLostError
+from posttrain.backend.trainer_group import TrainerRanks, _GroupWeights
+from posttrain.backend.trainer_rank import interface_of
+from posttrain.backend.types import GetInfoResponse
+from posttrain.backend.weight_files import write_shard
+
+SILENT = object()
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "error", "says"),
+    [
+        ([DataError("bad"), DataError("bad")], DataError, "^bad$"),
+        (
+            [OutOfMemoryError("no room"), SILENT],
+            TrainerLostError,
+            r"1 of 2 .* failed \(OutOfMemoryError: no room\); all",
+        ),
+        ([1, OutOfMemoryError("no room")], TrainerLostError, r"1 of 2 .* failed \(OutOfMemoryError: no room\)"),
+        ([ValueError("a"), ValueError("b")], TrainerLostError, r"2 of 2 .* failed \(ValueError: a; ValueError: b\)"),
+        ([RuntimeError("gloo"), ProcessLost("SIGKILL")], TrainerLostError, r"training process 1 has died \(SIGKILL\)"),
+    ],
+)
+def test_what_is_said(outcomes: list[Any], error: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_group, "FOLLOW_SECONDS", 0.05)
+    ranks: Any = object.__new__(TrainerRanks)
+    ranks._lock, ranks._lost, ranks._handles = threading.Lock(), None, []
+    futures: list[Future[Any]] = [Future() for _ in outcomes]
+    for future, outcome in zip(futures, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        elif outcome is not SILENT:
+            future.set_result(outcome)
+    with pytest.raises(error, match=says):
+        ranks._outcome(futures)
+
+
+def test_the_interface_of_an_address() -> None:
+    assert interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.77") is None
+
+
+def test_weights_without_room_name_the_folder_and_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(weight_files, "save_file", full)
+
+    def publish(_: str, number: int, folder: Path) -> None:
+        write_shard(folder, 0, 1, [("w", torch.ones(2**20))])
+
+    ranks: Any = SimpleNamespace(cluster=SimpleNamespace(folder=tmp_path), every=publish)
+    source = _GroupWeights(ranks, 0, torch.float32, GetInfoResponse("m", 0, 1, 1, 512, "cpu", "float32"))
+    with pytest.raises(EngineError, match=rf"0.00391 GiB cannot be written to {tmp_path}, which .* backend.sync_dir"):
+        source.sampler_weights()
+    assert not list(tmp_path.iterdir())
