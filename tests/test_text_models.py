@@ -24,6 +24,8 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
 from posttrain.backend.types import AdamParams, ModelInput
 from posttrain.serve.bases import open_bases
+from posttrain.tracking.export import Config as Export
+from posttrain.tracking.export import main as export
 from tests.every_architecture import random_model, save
 from tests.test_architectures import datum_of, full_logprobs, of_targets
 
@@ -128,6 +130,10 @@ def test_adapters_fit_the_whole_model_of_other_tools(kind: str, tmp_path: Path) 
         assert np.abs(logprobs - trained).max() < ATOL
     assert np.abs(np.array(sampled) - trained).max() < ATOL
     assert np.array_equal(continued, trained)
+    for merge, line in ((False, 'base = AutoModelForMultimodalLM.from_pretrained("model")'),
+                        (True, 'model = AutoModelForCausalLM.from_pretrained("out-True")')):  # fmt: skip
+        out = export(Export(model=str(saved), out=str(tmp_path / f"out-{merge}"), merge=merge))
+        assert line in (out / "README.md").read_text()
 
 
 def test_an_adapter_of_another_tool_is_read_and_one_on_the_pictures_refused(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.errors import ConfigError, ModelError
-from posttrain.backend.models import PRESETS, kernel_of_attention, looks_like_path, model_config
+from posttrain.backend.models import PRESETS, kernel_of_attention, looks_like_path, model_config, whole_config
+from posttrain.backend.text_models import text_model_of
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import IMPORTANT, format_number, last_metrics, read_metrics
 from posttrain.tracking.model_source import ModelSource
@@ -32,8 +33,10 @@ def model_card(
         parts.append(_metrics(source))
     if evaluation:
         parts.append(_evaluation(source, evaluation))
-    kernel = _kernel(adapter_base or str(source.folder))
-    parts.append(f"## Use\n\n{_usage(name, base, is_adapter, kernel)}")
+    opens, kernel = _opened_by(adapter_base or str(source.folder))
+    if not is_adapter:
+        opens = "AutoModelForCausalLM"  # a merged model is a text model, whatever its base is
+    parts.append(f"## Use\n\n{_usage(name, base, is_adapter, opens, kernel)}")
     if source.settings:
         settings = json.dumps(_without_paths(source.settings), indent=2, ensure_ascii=False)
         parts.append(f"## Settings of the run\n\n```json\n{settings}\n```")
@@ -85,30 +88,31 @@ def _estimate(estimate: Mapping[str, Any]) -> str:
     return f"{estimate['mean']:.4g}" + (f" ± {estimate['stderr']:.2g}" if estimate["stderr"] is not None else "")
 
 
-def _kernel(model: str) -> str | None:
-    """The attn_implementation that transformers must be given; None also for a base that is not at
-    hand."""
+def _opened_by(model: str) -> tuple[str, str | None]:
+    """transformers' class, and the attn_implementation that it must be given; the usual ones also for a base that
+    is not at hand."""
     try:
-        return kernel_of_attention(model_config(model))
+        has_more = text_model_of(whole_config(model)) is not None
+        return f"AutoModelFor{'Multimodal' if has_more else 'Causal'}LM", kernel_of_attention(model_config(model))
     except ModelError:
-        return None
+        return "AutoModelForCausalLM", None
 
 
-def _usage(name: str, base: str | None, is_adapter: bool, kernel: str | None) -> str:
+def _usage(name: str, base: str | None, is_adapter: bool, opens: str, kernel: str | None) -> str:
     option = f', attn_implementation="{kernel}"' if kernel else ""
     if is_adapter:
         loads = [
             "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
+            f"from transformers import {opens}",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{_short(base) if base else "BASE"}"{option})',
+            f'base = {opens}.from_pretrained("{_short(base) if base else "BASE"}"{option})',
             f'model = PeftModel.from_pretrained(base, "{name}")',
         ]
     else:
         loads = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {opens}, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}"{option})',
+            f'model = {opens}.from_pretrained("{name}"{option})',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         ]
     return "```python\n" + "\n".join(loads) + "\n```"
