@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -31,10 +32,10 @@ from posttrain.backend.checkpoint_files import (
 )
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.merged_lora import base_weights
-from posttrain.backend.models import PRESETS, load_model, whole_config
+from posttrain.backend.models import PRESETS, load_model
 from posttrain.backend.ranges import RangeError
 from posttrain.backend.ranks import shard_like, whole
-from posttrain.backend.text_models import name_in_text_model, place_in
+from posttrain.backend.text_models import PLACE, name_in_text_model
 from posttrain.backend.trained_model import TrainedModel
 from posttrain.backend.types import LoraConfig
 
@@ -95,7 +96,7 @@ def write_adapter(trainer: TrainedModel, weights: dict[str, torch.Tensor], folde
     )
     # save_embedding_layers="auto" would ask the hub for the base's config
     trainer.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
-    if (place := place_in(whole_config(trainer.model_name))) != "model.":
+    if (place := getattr(trainer.base, PLACE, "model.")) != "model.":
         _rename(folder, load_file(folder / ADAPTER_FILE), lambda name: name.replace("model.", place, 1))
     (folder / BASE_FILE).write_text(json.dumps(asdict(base_of(trainer)), indent=2))
 
@@ -125,7 +126,7 @@ def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
 @contextmanager
 def _of_text_model(path: Path) -> Iterator[Path]:
     """The adapter's folder, or one with its tensors' names in the text model, as peft reads it."""
-    if saved_shapes(path).keys() == tensor_shapes(path / ADAPTER_FILE).keys():
+    if all(_saved_name(name) == name for name in tensor_shapes(path / ADAPTER_FILE)):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="posttrain-adapter-") as name:
@@ -263,9 +264,13 @@ def _unusual_setting(config: dict[str, Any]) -> str | None:
 def _copies_of_base(path: Path, base: Mapping[str, torch.Tensor]) -> set[str]:
     """Names of a saved adapter's tensors that are the base's own: peft writes the embedding and the output layer
     beside an adapter of one of them."""
-    copies = {name: tensor for name, tensor in saved_tensors(path).items() if ".lora_" not in name}
-    pairs = [(name, base.get(name.removeprefix(IN_PEFT).replace(".base_layer.", "."))) for name in copies]
-    return {name for name, own in pairs if own is not None and _same_values(copies[name], whole(own))}
+    found = set()
+    with safe_open(path / ADAPTER_FILE, "pt") as saved:
+        for name in saved.keys():  # noqa: SIM118
+            own = base.get(_saved_name(name).removeprefix(IN_PEFT).replace(".base_layer.", "."))
+            if ".lora_" not in name and own is not None and _same_values(saved.get_tensor(name), whole(own)):
+                found.add(_saved_name(name))
+    return found
 
 
 def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:

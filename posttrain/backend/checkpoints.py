@@ -28,6 +28,7 @@ from posttrain.backend.checkpoint_files import (
     write_state,
 )
 from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.merged_lora import in_dtype
 from posttrain.backend.models import SCALAR_HEAD_FILE, model_config, read_model
 from posttrain.backend.optimizer_state import check_optimizer, load_optimizer, optimizer_tensors
 from posttrain.backend.ranks import assign, shard_like, whole_on_cpu
@@ -82,8 +83,8 @@ def _weights(trainer: TrainedModel, dtype: torch.dtype | None = None) -> dict[st
         if trainer.lora and ".lora_" not in name:
             continue
         if id(tensor) not in gathered:
-            kept = not dtype or id(tensor) in buffers
-            gathered[id(tensor)] = whole_on_cpu(tensor, trainer.writes).to(tensor.dtype if kept else dtype)
+            saved_as = tensor.dtype if dtype is None or id(tensor) in buffers else dtype
+            gathered[id(tensor)] = in_dtype(whole_on_cpu(tensor, trainer.writes), saved_as)
         weights[name] = gathered[id(tensor)]
     if trainer.scalar_head is not None:
         weights[SCALAR_HEAD_FILE] = whole_on_cpu(trainer.scalar_head, trainer.writes)

@@ -49,7 +49,7 @@ from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.hub import hub_folder
 from posttrain.backend.logprobs import LogitTransform
 from posttrain.backend.random_state import drawn_from
-from posttrain.backend.text_models import PLACES, check_text_only, of_text_model, text_model_of
+from posttrain.backend.text_models import PLACE, PLACES, check_text_only, of_text_model, place_in, text_model_of
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -392,8 +392,9 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     """A folder or hub model with exactly the tensors of its config. ModelError otherwise: random
     layers train, but mean nothing."""
     path, verbosity = model_folder(model_name, weights=True), transformers_logging.get_verbosity()
-    whole, config = whole_config(model_name), model_config(model_name)
-    has_more = type(whole) is not type(config)  # than a text model
+    whole = whole_config(model_name)
+    config = text_model_of(whole) or whole
+    has_more = config is not whole  # than a text model
     # its report of the tensors that do not fit is a page long
     transformers_logging.set_verbosity_error()
     try:
@@ -415,6 +416,7 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     if has_more:
         report["unexpected_keys"] = of_text_model(report["unexpected_keys"], model.state_dict())
         model._weight_conversions = None  # it is saved as a text model
+        setattr(model, PLACE, place_in(whole))
     for kind, fault in (
         ("missing_keys", "its weights lack tensors that its config.json asks for"),
         ("unexpected_keys", "its weights hold tensors that its config.json does not ask for"),

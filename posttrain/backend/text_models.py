@@ -15,6 +15,8 @@ from posttrain.backend.errors import ModelError
 
 # Beginnings of the names of configs in the configs of models with pictures or sound.
 SENSES = ("vision", "audio", "vq")
+# The attribute of a text model that says where the whole one has its layers.
+PLACE = "place_in_whole"
 # Where the whole model has the layers, in checkpoints of transformers 5 and of earlier versions, and the text model.
 PLACES = {
     r"^language_model\.lm_head\.": "lm_head.",
@@ -49,9 +51,7 @@ def text_model_of(config: PretrainedConfig) -> PretrainedConfig | None:
 
 
 def place_in(config: PretrainedConfig) -> str:
-    """Where the whole model of a config has the text model's layers, "model." in a text model itself."""
-    if not text_model_of(config):
-        return "model."
+    """Where the whole model of a config has the text model's layers."""
     return "model.text_model." if config.model_type in TEXT_MODEL else "model.language_model."
 
 
