@@ -63,3 +63,13 @@ def test_a_small_model_is_sampled_by_one_thread_unless_the_user_says_otherwise()
             [sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, check=True
         )
         assert done.stdout.splitlines() == expected
+
+
+# Trap: a second program on the machine, for which threads that spin leave no core.
+def test_threads_that_wait_leave_their_core_to_other_programs() -> None:
+    said = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for environment, expected in [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")]:
+        shown = said | environment | {"OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT)}
+        code = "import posttrain.backend, torch"
+        done = subprocess.run([sys.executable, "-c", code], env=shown, capture_output=True, text=True, check=True)
+        assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr, done.stderr
