@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ModelError
@@ -51,3 +52,15 @@ def test_a_family_that_vllm_cannot_serve_is_refused_when_its_engine_is_opened(
         auto.create_sampling_client(base_model=folder)
     lines = [line for line in capsys.readouterr().out.splitlines() if "sampling with torch" in line]
     assert len(lines) == 1 and NOT_WITH_VLLM[family] in lines[0]
+
+
+# Trap: vLLM opens an engine for heads of any size, and its kernels fail in the first step.
+def test_a_size_that_kernels_lack_is_refused_when_the_engine_is_opened(service: ServiceClient, tmp_path: Path) -> None:
+    folder = save_random_model("Llama 3", tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder)
+    config.head_dim = 120  # as in H2O Danube 3 4B
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with pytest.raises(ModelError, match="head_dim=120.*backend.engine=torch"):
+        service.create_training_client(str(folder)).save_weights_and_get_sampling_client()
+    with ServiceClient(BackendConfig(engine="auto"), tmp_path) as auto:
+        assert largest_gap(auto.create_training_client(str(folder))) < ROUNDING

@@ -108,6 +108,7 @@ class VllmEngine:
                 has_head = all(self._in_processes(has_output_layer))
                 self._checkpoint_form.with_head = has_head or not hf_config.tie_word_embeddings
                 self._check_every_parameter()
+                self._check_it_decodes(max_length)
             except Exception as error:  # any error of vLLM with an unknown model
                 self._shut_down()
                 raise error if isinstance(error, CookbookError) else refusal(error, hf_config) from error
@@ -186,6 +187,15 @@ class VllmEngine:
             raise ModelError(
                 f"vLLM cannot serve this model: it does not take {len(names)} of its own weights ({some}). {USE_TORCH}"
             )
+
+    def _check_it_decodes(self, max_length: int) -> None:
+        """A kernel that lacks a size of this model, such as that of its heads, fails in its first step."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=min(2, max_length - 1), temperature=0.0, detokenize=False)
+        self._engine.add_request("first", {"prompt_token_ids": [0]}, params)
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
 
     def sleep(self) -> None:
         """Without requests: its memory is free until the next request or weights."""
