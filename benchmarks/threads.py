@@ -2,8 +2,9 @@
 
     python benchmarks/threads.py [--rounds 3]
 
-A step is forward_backward and optim_step on 128 rows of 24 tokens; a program beside it is a loop in Python
-that never waits. Left out: sampling, which takes one thread at this size.
+A step is forward_backward and optim_step on 128 rows of 24 tokens; a busy program is a loop in Python that
+never waits, another run the same steps with as many threads. Left out: sampling, which takes one thread at
+this size.
 """
 
 import argparse
@@ -12,10 +13,13 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 
 if not __package__:  # run as a file: the packages are one folder up
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -26,22 +30,26 @@ from posttrain.backend.service_client import ServiceClient
 
 SHAPE = Shape("tiny", 128, 24)
 THREADS = {"two threads: seconds of a step": 2, "one thread: seconds of a step": 1}
-BESIDE = {"alone": 0, "beside one busy program": 1, "beside two": 2}
+LOOP, RUN = ["-c", "while True: pass"], [__file__, "--endless"]
+BESIDE = {"alone": [], "beside one busy program": [LOOP], "beside two": [LOOP, LOOP], "beside another run": [RUN]}
 WARM_UP, STEPS = 5, 20
+START_UP = 15  # seconds until another run takes steps
 
 
-def median_step() -> float:
+def seconds_of_steps() -> Iterator[float]:
     with ServiceClient() as service:
         client = service.create_training_client(SHAPE.model_name)
         data = random_data(SHAPE, len(client.get_tokenizer()))
-        seconds = [timed(lambda: step(client, data)) for _ in range(WARM_UP + STEPS)]
-    return statistics.median(seconds[WARM_UP:])
+        while True:
+            yield timed(lambda: step(client, data))
 
 
 @contextmanager
-def busy_programs(count: int) -> Iterator[None]:
-    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+def running(commands: Sequence[list[str]], threads: int) -> Iterator[None]:
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    programs = [subprocess.Popen([sys.executable, *command], env=env) for command in commands]
     try:
+        time.sleep(START_UP if RUN in commands else 0)
         yield
     finally:
         for program in programs:
@@ -49,8 +57,8 @@ def busy_programs(count: int) -> Iterator[None]:
             program.wait()
 
 
-def side(threads: int, beside: int) -> float:
-    with busy_programs(beside):
+def side(threads: int, beside: Sequence[list[str]]) -> float:
+    with running(beside, threads):
         return in_subprocess(__file__, "--side", OMP_NUM_THREADS=str(threads))["seconds"]
 
 
@@ -58,14 +66,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", action="store_true", help="used by the script itself: the seconds of one process")
+    parser.add_argument("--endless", action="store_true", help="used by the script itself: steps without end")
     options = parser.parse_args()
+    if options.endless:
+        deque(seconds_of_steps(), maxlen=0)
     if options.side:
-        print(json.dumps({"seconds": median_step()}))
+        seconds = [*islice(seconds_of_steps(), WARM_UP + STEPS)]
+        print(json.dumps({"seconds": statistics.median(seconds[WARM_UP:])}))
         return
     load = wait_until_quiet()
     cells = {
-        f"{line} | {column}": partial(side, threads, beside)
-        for line, beside in BESIDE.items()
+        f"{line} | {column}": partial(side, threads, commands)
+        for line, commands in BESIDE.items()
         for column, threads in THREADS.items()
     }
     seconds = alternate(cells, options.rounds)
