@@ -70,7 +70,8 @@ def ray_running(config: BackendConfig) -> Any:
 
 def _start_here(init: Callable[[], object]) -> threading.Event:
     """As `_in_lasting_thread`, up to three times. Ray gives its node 30 seconds to appear, and its helpers
-    15, too few on a busy machine."""
+    15, too few on a busy machine. Its processes get a session of their own: what a terminal, or a batch
+    system, sends to all processes of the command (SIGHUP, SIGTERM) would end Ray before the run has saved."""
     from ray._private import services
 
     def get_node(*arguments: Any, ask: Callable[..., Any] = services.get_node) -> Any:
@@ -85,7 +86,8 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
 
     for left in (2, 1, 0):
         try:
-            with patch.object(services, "get_node", get_node):
+            apart = partial(services.ConsolePopen, start_new_session=True)
+            with patch.object(services, "get_node", get_node), patch.object(services, "ConsolePopen", apart):
                 return _in_lasting_thread(init)
         except Exception as error:  # of any type
             if not left:
