@@ -76,6 +76,8 @@ class Cluster:
     ) -> Any:
         """The handle of a new actor, which may not have started yet. `bundle`: its place among the
         reserved GPUs, ranks first."""
+        if self.closed:
+            raise EngineError("the processes of this service were ended")
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus if self._gpus else 0, "max_concurrency": concurrency}
         if self._group is not None and bundle is not None:
             from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -93,8 +95,9 @@ class Cluster:
         return self._ray.put(item)
 
     def kill(self, handle: Any) -> None:
-        with contextlib.suppress(Exception):  # it is dead, or Ray is
-            self._ray.kill(handle)
+        if self._ray.is_initialized():  # else its process is gone
+            with contextlib.suppress(Exception):  # it is dead, or Ray is
+                self._ray.kill(handle)
 
     def cancel(self, reference: Any) -> None:
         with contextlib.suppress(Exception):

@@ -76,6 +76,8 @@ class TrainerRanks:
 
     def call(self, number: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """The result of a trainer's method."""
+        if self._lost is not None:
+            raise self._lost
         try:
             arguments = self.cluster.put((args, kwargs))
         except TypeError as error:
