@@ -2,6 +2,7 @@
 reader of its output that has gone.
 """
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import chz
@@ -232,3 +234,24 @@ def test_a_stopped_command_says_the_line_that_continues_it(
     with pytest.raises(SystemExit):
         run_command(main, config_class)
     assert f"(to continue, run: 'my python' recipes/demo.py seed=1{option})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_ctrl_c_ends_a_command_that_opens_a_model(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio would wait for the next `await`, which comes when the model is open; where Python drops what a
+    weak reference's callback raises, it still does."""
+    monkeypatch.setattr(sys, "argv", ["recipes/demo.py"])
+    opened: list[bool] = []
+
+    async def main(config: Recipe) -> None:
+        with suppress(*[KeyboardInterrupt] * lost):
+            signal.raise_signal(signal.SIGINT)
+        if not lost:
+            opened.append(True)
+        await asyncio.sleep(0)
+        opened.append(True)
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main, Recipe)
+    assert end.value.code == 130 and not opened
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

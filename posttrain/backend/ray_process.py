@@ -1,5 +1,6 @@
 """Starts Ray on this machine, or joins a cluster, and stops it."""
 
+import atexit
 import contextlib
 import ctypes
 import glob
@@ -75,7 +76,6 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
     """As `_in_lasting_thread`, up to three times. Ray gives its node 30 seconds to appear, and its helpers
     15, too few on a busy machine. Its processes get a session of their own: what a terminal, or a batch
     system, sends to all processes of the command (SIGHUP, SIGTERM) would end Ray before the run has saved."""
-    from ray._common.utils import get_default_ray_temp_dir
     from ray._private import services
 
     def get_node(*arguments: Any, ask: Callable[..., Any] = services.get_node) -> Any:
@@ -94,11 +94,21 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
             with patch.object(services, "get_node", get_node), patch.object(services, "ConsolePopen", apart):
                 return _in_lasting_thread(init)
         except Exception as error:  # of any type
-            for folder in glob.glob(f"{get_default_ray_temp_dir()}/session_*_{os.getpid()}"):
-                shutil.rmtree(folder, ignore_errors=True)
+            _remove_sessions()
             if not left:
                 raise EngineError(f"Ray did not start on this machine: {' '.join(str(error).split())}") from error
+        except KeyboardInterrupt:
+            atexit.register(_remove_sessions)  # what has begun to start ends with this process
+            raise
     raise AssertionError
+
+
+def _remove_sessions() -> None:
+    """The folders of Rays whose start here has failed."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    for folder in glob.glob(f"{get_default_ray_temp_dir()}/session_*_{os.getpid()}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:

@@ -27,6 +27,7 @@ from posttrain.tracking.command_help import help_text, presets_text, type_text
 from posttrain.tracking.how_to_resume import remember_options
 from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.open_files import allow_open_files
+from posttrain.tracking.stop_request import ctrl_c_at_once
 
 Config = TypeVar("Config")
 # option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"),
@@ -96,7 +97,7 @@ def run_command(
         remember_options(chz.chz_fields(config))
         outcome = main(config)
         if isinstance(outcome, Coroutine):
-            asyncio.run(outcome)
+            asyncio.run(ctrl_c_at_once(outcome))
 
 
 def run_on_folders(main: Callable[..., object], **options: str) -> None:
