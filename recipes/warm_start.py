@@ -8,7 +8,7 @@ import chz
 
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.command_line import parse
-from posttrain.tracking.run_folder import BehaviorIfExists
+from posttrain.tracking.run_folder import BehaviorIfExists, delete_run
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from rl import train as rl_train
 from rl.names import ADVANTAGES
@@ -64,6 +64,9 @@ async def warm_started(config: RLConfig, dataset: SupervisedDatasetBuilder, **se
     """
     if config.load_checkpoint_path is not None:
         return config
+    if config.behavior_if_log_dir_exists == "delete":
+        # At once: after a stop in the warm start, a resume would find the last run at its end, and show its result.
+        delete_run(config.log_path)
     stage = warm_start(config, dataset, f"{config.log_path}_warm_start", **settings)
     await run_stages([stage])
     return chz.replace(config, load_checkpoint_path=str(stage.result))

@@ -16,7 +16,6 @@ if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import asyncio
-import signal
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 from typing import Literal
@@ -248,13 +247,7 @@ def _builders(config: Config, datasets: tuple) -> Iterator[EnvGroupBuilder]:
     return (builder for index in range(config.batch, len(test)) for builder in test.get_batch(index))
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    # asyncio's handler would wait for the end of the line
-    signal.signal(signal.SIGINT, _interrupt)
     run_command(play, Config, {"env": ENVS})
 
 

@@ -5,10 +5,13 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from envs.twenty_questions import TwentyQuestionsBuilder
 from posttrain.backend.config import BackendConfig
@@ -16,11 +19,12 @@ from posttrain.backend.engine import EngineThread
 from posttrain.backend.errors import ClosedError, EngineError
 from posttrain.backend.futures import InOrder
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import Datum
 from rl import train
 from rl.frozen_policy import FrozenPolicy
 from rl.rollouts import RolloutLimits
 from tests.calls_in_flight import LONG, PASSES, PATIENCE, STEP, prompt_of, wait_until
-from tests.conftest import ROOT
+from tests.conftest import ROOT, policy_data
 
 
 def engines() -> set[threading.Thread]:
@@ -164,3 +168,20 @@ def test_a_process_ends_cleanly_with_calls_in_flight(tmp_path: Path) -> None:
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "gave up\n", "")
     assert (tmp_path / "checkpoints" / "left").is_dir(), "a call that was accepted is carried out"
+
+
+def test_ctrl_c_ends_processes_before_it_waits_for_their_calls(tmp_path: Path) -> None:
+    """A rank that stands still never answers: the second and the third Ctrl-C hung."""
+    killed = threading.Event()
+    ranks: Any = SimpleNamespace(kill=killed.set)
+    cluster: Any = SimpleNamespace(close=lambda: None)
+
+    def until_killed(data_D: Sequence[Datum], p_D: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        return p_D[0].sum(), {"killed": float(killed.wait(5))}
+
+    with pytest.raises(KeyboardInterrupt), ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        service._cluster, service._ranks = cluster, ranks
+        client = service.create_training_client("micro")
+        call = client.forward_backward_custom(policy_data(1), until_killed)
+        raise KeyboardInterrupt
+    assert call.result().metrics["killed"]

@@ -74,30 +74,54 @@ def test_a_killed_driver_leaves_no_process_and_no_segment(tmp_path: Path) -> Non
 
 
 ANOTHER_THREAD = """
-import signal, sys, threading, time
+import os, signal, sys, threading, time
+from contextlib import suppress
 from pathlib import Path
 from posttrain.backend.cluster import Cluster, answer
 from posttrain.backend.config import BackendConfig
 from tests.processes import Actor
+os.setpgrp()  # as a shell does for a command
 asked_to_stop = []
-signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(1))
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, _: asked_to_stop.append(number))
 clusters, backend = [], BackendConfig(engine="torch", sampler_replicas=2)
 thread = threading.Thread(target=lambda: clusters.append(Cluster(backend, Path(sys.argv[1]))))
 thread.start()
 thread.join()
-signal.raise_signal(signal.SIGTERM)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    os.killpg(0, number)  # as a closed terminal does
 # Ray notices within a second that its processes are gone, and ends this program; its handler aborts after three
 time.sleep(4)
-answer(clusters[0].start(Actor).process.remote(), "the actor", 300)
+answer((actor := clusters[0].start(Actor)).process.remote(), "the actor", 300)
 clusters[0].close()
-print(asked_to_stop)
+import ray
+for late in (clusters[0].kill, ray.kill, lambda _: clusters[0].start(Actor)):
+    with suppress(Exception):
+        late(actor)  # as of a replacement that was starting: Ray would start anew
+print(len(asked_to_stop), ray.is_initialized())
 """
 
 
-def test_ray_outlives_the_thread_that_started_it_and_leaves_signals_alone(tmp_path: Path) -> None:
+def test_ray_outlives_the_thread_that_started_it_and_signals_to_the_command(tmp_path: Path) -> None:
     """Clients open engines in threads of their own, which end with them."""
     done = run("-c", ANOTHER_THREAD, tmp_path)
-    assert (done.returncode, done.stdout) == (0, "[1]\n"), done.stderr[-2000:]
+    assert (done.returncode, done.stdout) == (0, "2 False\n"), done.stderr[-2000:]
+
+
+def test_a_start_that_fails_is_repeated_and_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray._common.utils
+
+    monkeypatch.setattr(ray._common.utils, "get_default_ray_temp_dir", lambda: str(tmp_path))
+    attempts: list[int] = []
+
+    def init() -> None:
+        attempts.append(1)
+        (tmp_path / f"session_of_{len(attempts)}_{os.getpid()}").mkdir()
+        if len(attempts) < 2:
+            raise TimeoutError
+
+    posttrain.backend.ray_process._start_here(init).set()
+    assert [path.name[:12] for path in tmp_path.iterdir()] == ["session_of_2"]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from posttrain.backend import trainer_group, weight_files
+from posttrain.backend import cluster, trainer_group, weight_files
 from posttrain.backend.cluster import ProcessLost
 from posttrain.backend.errors import DataError, EngineError, OutOfMemoryError, TrainerLostError
 from posttrain.backend.trainer_group import TrainerRanks, _GroupWeights
@@ -49,6 +49,17 @@ def test_what_is_said(outcomes: list[Any], error: type[Exception], says: str, mo
             future.set_result(outcome)
     with pytest.raises(error, match=says):
         ranks._outcome(futures)
+
+
+def test_a_process_that_dies_while_others_wait_for_it_is_heard_of_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ranks that join, the first waits for the others, and was the one that was asked."""
+    monkeypatch.setattr(cluster, "future_of", lambda future: future)
+    waits, dies = Future[Any](), Future[Any]()
+    dies.set_exception(ProcessLost("SIGKILL"))
+    with pytest.raises(ProcessLost):
+        cluster.answers([waits, dies], "the training processes", 600)
+    with pytest.raises(EngineError, match="the training processes did not answer within 0.01 seconds"):
+        cluster.answers([waits], "the training processes", 0.01)
 
 
 def test_the_interface_of_an_address() -> None:

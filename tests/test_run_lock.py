@@ -2,6 +2,7 @@
 reader of its output that has gone.
 """
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,15 +10,21 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import chz
 import pytest
 
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, TrainerLostError
+from posttrain.tracking import how_to_resume
+from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.one_line_errors import one_line_errors
-from posttrain.tracking.run_folder import open_run_folder
+from posttrain.tracking.run_folder import BehaviorIfExists, open_run_folder
 from posttrain.tracking.stop_request import StopRequest
+from posttrain.tracking.trainer_restarts import with_restarts
 from tests.conftest import ROOT
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -188,3 +195,63 @@ def test_a_run_whose_terminal_or_reader_goes_away_saves_its_step(end: Callable, 
     assert process.wait(timeout=600) == 130
     logged = len(read_metrics(tmp_path))
     assert logged < 100_000 and (tmp_path / "checkpoints" / f"{logged:06d}" / "model.safetensors").exists()
+
+
+@chz.chz
+class Recipe:
+    """Resumes by itself."""
+
+    seed: int = 0
+    backend: BackendConfig = chz.field(default_factory=BackendConfig)
+
+
+@chz.chz
+class Command(Recipe):
+    behavior_if_log_dir_exists: BehaviorIfExists = "delete"
+
+
+@pytest.mark.parametrize(
+    ("config_class", "given", "option"),
+    [
+        (Command, ["behavior_if_log_dir_exists=delete", "seed=1"], " behavior_if_log_dir_exists=resume"),
+        (Command, ["seed=1"], " behavior_if_log_dir_exists=resume"),
+        (Recipe, ["seed=1"], ""),
+    ],
+)
+def test_a_stopped_command_says_the_line_that_continues_it(
+    config_class: type, given: list[str], option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Whoever typed `make demo` does not know it, and recipes that resume by themselves refuse the option."""
+    monkeypatch.setattr(how_to_resume, "_options", None)
+    assert "the same program with behavior_if_log_dir_exists=resume" in how_to_resume.how_to_resume()
+    monkeypatch.setattr(sys, "orig_argv", ["my python", "recipes/demo.py", *given])
+    monkeypatch.setattr(sys, "argv", ["recipes/demo.py", *given])
+
+    @with_restarts
+    async def main(config: Recipe) -> None:
+        raise TrainerLostError("a training process has died")
+
+    with pytest.raises(SystemExit):
+        run_command(main, config_class)
+    assert f"(to continue, run: 'my python' recipes/demo.py seed=1{option})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_ctrl_c_ends_a_command_that_opens_a_model(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio would wait for the next `await`, which comes when the model is open; where Python drops what a
+    weak reference's callback raises, it still does."""
+    monkeypatch.setattr(sys, "argv", ["recipes/demo.py"])
+    opened: list[bool] = []
+
+    async def main(config: Recipe) -> None:
+        with suppress(*[KeyboardInterrupt] * lost):
+            signal.raise_signal(signal.SIGINT)
+        if not lost:
+            opened.append(True)
+        await asyncio.sleep(0)
+        opened.append(True)
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main, Recipe)
+    assert end.value.code == 130 and not opened
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -27,6 +27,7 @@ from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import open_run_folder
 from posttrain.tracking.settings import changes, changes_text, config_to_json, write_settings
 from posttrain.tracking.stages import Stage, run_stages
+from recipes import demo, warm_start
 from recipes.algorithms import train as algorithms
 from recipes.latro import train as latro
 from recipes.latro.toy import ToyBuilder
@@ -174,6 +175,21 @@ def test_algorithms_of_another_seed_are_not_those_of_the_first(tmp_path: Path, c
     asyncio.run(algorithms.main(first))  # the same command again: nothing is done twice, the same is reported
     printed = capsys.readouterr().out
     assert "grpo is there" in printed and [text for text in printed.splitlines() if "held-out accuracy" in text] == line
+
+
+def test_a_demo_that_begins_anew_keeps_nothing_of_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its warm start and resumed, it found the last demo at its end, and showed that one's result."""
+
+    async def stop(stages: list) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warm_start, "run_stages", stop)
+    config = demo.Config(log_path=str(tmp_path / "demo"))
+    open_run_folder(config.log_path, "delete", config)
+    for behavior, left in (("resume", True), ("delete", False)):
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(demo.main(chz.replace(config, behavior_if_log_dir_exists=behavior)))
+        assert (tmp_path / "demo" / "metrics.jsonl").exists() == left
 
 
 def test_stages_of_rlhf_depend_on_those_before_them(tmp_path: Path) -> None:

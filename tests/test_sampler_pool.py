@@ -272,6 +272,28 @@ def test_a_replacement_that_fails_is_replaced(restarts: int, make: Callable[...,
     assert [place.serving for place in pool.pool._places] == [restarts == 2, True]
 
 
+def test_a_replacement_that_starts_as_the_pool_ends_is_ended_without_a_word(
+    make: Callable[..., Pool], capsys: pytest.CaptureFixture
+) -> None:
+    pool = make(restarts=3)
+    pool.sync()
+    starting: list[FakeReplica] = []
+    opened = Future[None]()
+
+    class Starting(FakeReplica):
+        def opened(self) -> Future:
+            starting.append(self)
+            return opened
+
+    pool.pool._start = Starting
+    pool.replicas[0].kill()
+    wait_until(lambda: starting)
+    pool.pool.close()
+    opened.set_exception(ProcessLost("Ray was stopped"))
+    wait_until(lambda: not pool.pool._starting)
+    assert len(starting) == 1 and starting[0].dead and "the replacement" not in capsys.readouterr().out
+
+
 def test_without_a_replica_everybody_is_told(make: Callable[..., Pool]) -> None:
     pool = make(answers=False)
     pool.sync()

@@ -9,8 +9,8 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -76,6 +76,8 @@ class Cluster:
     ) -> Any:
         """The handle of a new actor, which may not have started yet. `bundle`: its place among the
         reserved GPUs, ranks first."""
+        if self.closed:
+            raise EngineError("the processes of this service were ended")
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus if self._gpus else 0, "max_concurrency": concurrency}
         if self._group is not None and bundle is not None:
             from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -93,8 +95,9 @@ class Cluster:
         return self._ray.put(item)
 
     def kill(self, handle: Any) -> None:
-        with contextlib.suppress(Exception):  # it is dead, or Ray is
-            self._ray.kill(handle)
+        if self._ray.is_initialized():  # else its process is gone
+            with contextlib.suppress(Exception):  # it is dead, or Ray is
+                self._ray.kill(handle)
 
     def cancel(self, reference: Any) -> None:
         with contextlib.suppress(Exception):
@@ -221,17 +224,22 @@ def _pass_on(future: "Future[Any]", done: "Future[Any]") -> None:
 def answer(reference: Any, what: str, seconds: float) -> Any:
     """Waits for an actor's answer. EngineError after `seconds`; after a minute it says what it waits
     for."""
-    future, began = future_of(reference), time.monotonic()
+    return answers([reference], what, seconds)[0]
+
+
+def answers(references: Sequence[Any], what: str, seconds: float) -> list[Any]:
+    """As `answer`, of actors that may wait for each other: the first error of any is raised at once."""
+    futures, began = [future_of(reference) for reference in references], time.monotonic()
     while True:
         left = seconds - (time.monotonic() - began)
-        try:
-            return future.result(min(max(left, 0.0), SAY_AFTER_SECONDS))
-        except TimeoutError:
-            if future.done():
-                raise
-            if left <= SAY_AFTER_SECONDS:
-                raise EngineError(f"{what} did not answer within {seconds:g} seconds") from None
-            print(f"waiting for {what} since {time.monotonic() - began:.0f} s", flush=True)
+        done, pending = wait(futures, min(max(left, 0.0), SAY_AFTER_SECONDS), FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        if not pending:
+            return [future.result() for future in futures]
+        if left <= SAY_AFTER_SECONDS:
+            raise EngineError(f"{what} did not answer within {seconds:g} seconds")
+        print(f"waiting for {what} since {time.monotonic() - began:.0f} s", flush=True)
 
 
 def node_report(tokens: dict[str, str]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Starts Ray on this machine, or joins a cluster, and stops it."""
 
+import atexit
 import contextlib
 import ctypes
+import glob
 import os
 import secrets
 import shutil
@@ -28,6 +30,8 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # Idle workers, as many as the machine has cores. Ours have settings of their own, and cannot use them.
     "RAY_prestart_worker_first_driver": "0",
+    # A call after the end, such as the end of a replica that was still starting, would start another Ray.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     # Of a Ray that is started here: it would kill our processes for the memory of others, and its own
     # node, with this program, when a busy machine lets it answer late.
     "RAY_memory_monitor_refresh_ms": "0",
@@ -70,7 +74,8 @@ def ray_running(config: BackendConfig) -> Any:
 
 def _start_here(init: Callable[[], object]) -> threading.Event:
     """As `_in_lasting_thread`, up to three times. Ray gives its node 30 seconds to appear, and its helpers
-    15, too few on a busy machine."""
+    15, too few on a busy machine. Its processes get a session of their own: what a terminal, or a batch
+    system, sends to all processes of the command (SIGHUP, SIGTERM) would end Ray before the run has saved."""
     from ray._private import services
 
     def get_node(*arguments: Any, ask: Callable[..., Any] = services.get_node) -> Any:
@@ -85,12 +90,25 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
 
     for left in (2, 1, 0):
         try:
-            with patch.object(services, "get_node", get_node):
+            apart = partial(services.ConsolePopen, start_new_session=True)
+            with patch.object(services, "get_node", get_node), patch.object(services, "ConsolePopen", apart):
                 return _in_lasting_thread(init)
         except Exception as error:  # of any type
+            _remove_sessions()
             if not left:
                 raise EngineError(f"Ray did not start on this machine: {' '.join(str(error).split())}") from error
+        except KeyboardInterrupt:
+            atexit.register(_remove_sessions)  # what has begun to start ends with this process
+            raise
     raise AssertionError
+
+
+def _remove_sessions() -> None:
+    """The folders of Rays whose start here has failed."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    for folder in glob.glob(f"{get_default_ray_temp_dir()}/session_*_{os.getpid()}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:

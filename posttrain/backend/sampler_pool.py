@@ -395,11 +395,12 @@ class SamplerPool:
                 with self._lock:
                     again = self._restarts > 0 and not self._stopped
                     self._restarts -= again
-                print(
-                    f"WARNING the replacement of sampler replica {place.index} failed: {error}"
-                    + (f"; another starts ({self._restarts} more allowed)" if again else ""),
-                    flush=True,
-                )
+                if not self._stopped:  # else it was ended with the others
+                    print(
+                        f"WARNING the replacement of sampler replica {place.index} failed: {error}"
+                        + (f"; another starts ({self._restarts} more allowed)" if again else ""),
+                        flush=True,
+                    )
         with self._lock:
             self._starting -= 1
         self._stop_if_none_is_left(failure)

@@ -1,5 +1,6 @@
 """ServiceClient: opens models on this machine and hands out the training and sampling clients."""
 
+import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -223,7 +224,12 @@ class ServiceClient:
     def __enter__(self) -> "ServiceClient":
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: object, *trace: object) -> None:
+        if self._cluster is not None and isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+            # Ctrl-C: a rank or replica that stands still would keep the calls in flight, for which `close` waits.
+            if self._ranks is not None:
+                self._ranks.kill()
+            self._engines.close()
         self.close()
 
     # --- twins -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from posttrain.backend.adapters import absolute
-from posttrain.backend.cluster import Cluster, ProcessLost, answer, future_of
+from posttrain.backend.cluster import Cluster, ProcessLost, answer, answers, future_of
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
 from posttrain.backend.errors import ConfigError, SnapshotMemoryError, TrainerLostError
@@ -62,8 +62,7 @@ class TrainerRanks:
             seconds, several_nodes = config.call_seconds, config.cluster is not None
             store = answer(self._handles[0].serve_store.remote(several_nodes), "the first training process", seconds)
             joining = [handle.join.remote(*store, several_nodes) for handle in self._handles]
-            for rank, reference in enumerate(joining):
-                answer(reference, f"training process {rank}", seconds)
+            answers(joining, "the training processes", seconds)
         except ProcessLost as error:
             self.kill()
             raise TrainerLostError(f"a training process did not start: {error}") from error
@@ -77,6 +76,8 @@ class TrainerRanks:
 
     def call(self, number: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """The result of a trainer's method."""
+        if self._lost is not None:
+            raise self._lost
         try:
             arguments = self.cluster.put((args, kwargs))
         except TypeError as error:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from posttrain.backend.checkpoint_files import read_state
 from posttrain.backend.errors import CheckpointError
 from posttrain.tracking.disk_space import check_disk_space
+from posttrain.tracking.how_to_resume import how_to_resume
 from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
 from posttrain.tracking.stop_request import StopRequest
 
@@ -109,8 +110,5 @@ class Checkpointer:
         """Saves, unless this step is saved, and ends the command as Ctrl-C does."""
         if self._saved_step != next_step:
             self.save(f"{next_step:06d}", next_step, extra())
-        print(
-            f"stopped before step {next_step}; its state is saved. The same command with "
-            "behavior_if_log_dir_exists=resume continues from there"
-        )
+        print(f"stopped before step {next_step}; its state is saved; {how_to_resume()}")
         raise KeyboardInterrupt

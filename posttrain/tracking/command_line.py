@@ -24,8 +24,10 @@ from chz.tiepin import CastError, type_repr
 from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.backend.ranges import RangeError
 from posttrain.tracking.command_help import help_text, presets_text, type_text
+from posttrain.tracking.how_to_resume import remember_options
 from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.open_files import allow_open_files
+from posttrain.tracking.stop_request import ctrl_c_at_once
 
 Config = TypeVar("Config")
 # option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"),
@@ -91,9 +93,11 @@ def run_command(
     """The entry point of a command: parses sys.argv and runs `main`, under `one_line_errors`."""
     allow_open_files()
     with one_line_errors():
-        outcome = main(parse(config_class, None, short_names, presets))
+        config = parse(config_class, None, short_names, presets)
+        remember_options(chz.chz_fields(config))
+        outcome = main(config)
         if isinstance(outcome, Coroutine):
-            asyncio.run(outcome)
+            asyncio.run(ctrl_c_at_once(outcome))
 
 
 def run_on_folders(main: Callable[..., object], **options: str) -> None:

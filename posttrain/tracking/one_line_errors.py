@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from posttrain.backend.errors import CookbookError
+from posttrain.tracking.how_to_resume import how_to_resume
 from posttrain.tracking.stop_request import silence
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file that is allowed (ulimit -f)
@@ -50,7 +51,7 @@ def _os_error_text(error: OSError) -> str | None:
         place = f"{error.filename}: " if error.filename else ""
         return (
             f"{place}{error.strerror}; what was saved before is whole. Free some space, or delete old checkpoints "
-            "(keep_checkpoints=2 keeps few); then add behavior_if_log_dir_exists=resume"
+            f"(keep_checkpoints=2 keeps few); {how_to_resume()}"
         )
     if error.errno is not None and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}; check the path and its permissions, or choose another"

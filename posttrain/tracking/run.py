@@ -129,7 +129,7 @@ class Run:
             if final:
                 log.log(final, done)
                 metrics |= final
-        checkpointer.save(self.final_name or f"{done:06d}", done)
+            checkpointer.save(self.final_name or f"{done:06d}", done)
         return metrics
 
 

@@ -188,6 +188,15 @@ def _holds_a_run(path: Path) -> bool:
     return bool(entries)
 
 
+def delete_run(path: str | os.PathLike[str]) -> None:
+    """Empties the folder if it holds a run. ConfigError as open_run_folder's."""
+    path = Path(path).expanduser()
+    if _holds_a_run(path):
+        lock = lock_folder(path)
+        _empty(path)
+        del lock
+
+
 def _empty(path: Path) -> None:
     """Deletes all but the lock, which stays held."""
     for entry in path.iterdir():

@@ -8,11 +8,31 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Awaitable
 from contextlib import suppress
 from types import FrameType
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
+T = TypeVar("T")
 GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is gone
+
+
+async def ctrl_c_at_once(command: Awaitable[T]) -> T:
+    """`await command`; Ctrl-C raises KeyboardInterrupt where it is. asyncio's handler cancels it, which takes
+    effect at its next `await`: once a model is open."""
+    cancel = signal.getsignal(signal.SIGINT)
+    if not callable(cancel):  # ignored: `command &` in a script
+        return await command
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        cancel(number, frame)  # too: in the callback of a weak reference the error would be lost
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        return await command
+    finally:
+        signal.signal(signal.SIGINT, cancel)
 
 
 class StopRequest:

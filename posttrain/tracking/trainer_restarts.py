@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import chz
 
 from posttrain.backend.errors import TrainerLostError
+from posttrain.tracking.how_to_resume import how_to_resume
 
 Config = TypeVar("Config", bound=Any)
 T = TypeVar("T")
@@ -26,6 +27,7 @@ def with_restarts(main: Callable[[Config], Coroutine[Any, Any, T]]) -> Callable[
                 return await main(config)
             except TrainerLostError as error:
                 if not left:
+                    error.add_note(how_to_resume())
                     raise
                 print(f"WARNING {error}: done now, {left - 1} more allowed (backend.trainer_restarts)", flush=True)
             left -= 1
