@@ -15,6 +15,7 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.encoding import Encoder, separates
 from posttrain.renderers.formats import FORMATS, HERMES, Kind, format_of, template_message, tools_as_text
+from posttrain.renderers.parts import get_tool_calls
 from posttrain.renderers.parts_check import SAID, shape_of, unwritable
 from posttrain.renderers.spelled_out import SpelledOut
 from posttrain.renderers.stream import PartsReader, read_parts
@@ -222,6 +223,10 @@ class ChatTemplateRenderer:
             raise ConfigError(
                 f"a chat template prompts the assistant only, not {role!r}: swap the roles or use role_colon"
             )
+        for i, message in enumerate(messages):
+            # of one that is lost, the answer would follow nothing; a client's text beside a call may be lost
+            if self.writes_tools and not message["content"] and len(calls := get_tool_calls(message)) > 1:
+                self._check_parts({**message, "parts": [*calls]}, i, trained=False)
         return ModelInput.from_ints(
             self._render(messages, add_generation_prompt=True)
             + (encode(self.tokenizer, self.before_reply + prefill) if prefill else [])
