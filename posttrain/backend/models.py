@@ -42,7 +42,7 @@ from posttrain.backend.checkpoint_files import (
     checkpoints_in,
     is_adapter,
     not_pulled,
-    read_json,
+    why_no_model,
 )
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import CheckpointError, ModelError
@@ -121,7 +121,7 @@ def whole_config(model_name: str) -> PretrainedConfig:
     if not (path / "config.json").exists() and not (path / ADAPTER_CONFIG_FILE).exists():
         raise ModelError(_is_no_model(path))
     if is_adapter(path):
-        raise ModelError(_is_an_adapter(model_name, path))
+        raise ModelError(why_no_model(model_name, path))
     if (path / ADAPTER_CONFIG_FILE).exists():  # transformers would add the adapter, vLLM would not
         raise ModelError(
             f"{model_name!r} holds a whole model and an adapter, and does not say whether the two are merged already: "
@@ -190,16 +190,6 @@ def _is_no_model(path: Path) -> str:
     inside = [model for name in (".", "checkpoints", "snapshots") for model in checkpoints_in(path / name)]
     hint = f"; did you mean {inside[-1]}?" if inside else ""
     return f"{path} has no config.json: it is not a Hugging Face model folder{hint}"
-
-
-def _is_an_adapter(name: str, path: Path) -> str:
-    """What to do with an adapter where a whole model is wanted."""
-    config = read_json(path / ADAPTER_CONFIG_FILE)
-    return (
-        f"{name} is a LoRA adapter and no whole model: to train it on, set model_name={adapted_model(path)} "
-        f"lora_rank={config.get('r')} lora_alpha={config.get('lora_alpha')} load_checkpoint_path={name}; to sample "
-        "from it, give it as model_path, or to posttrain-chat, posttrain-eval or posttrain-export"
-    )
 
 
 # What transformers, safetensors and the hub raise for a model that is damaged, absent or unknown.
