@@ -68,6 +68,7 @@ def _layers(*kinds: str) -> dict[str, Any]:
 
 _SLIDING = _layers("sliding_attention", "full_attention")
 _MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [3, 3, 2]}
+_HALF_MROPE = {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
 _ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
 _ASSISTANT = {
     **TOKENS,
@@ -90,6 +91,19 @@ OWN: dict[str, dict[str, Any]] = {
         kind: {"text_config": {"model_type": "cohere2", **_ASSISTANT, "logit_scale": 1.0}}
         for kind in ("aya_vision", "cohere2_vision")
     },
+    **{
+        kind: {"rope_parameters": _MROPE}
+        for kind in (
+            "qwen2_vl_text",
+            "qwen2_5_vl_text",
+            "qwen2_5_omni_text",
+            "qwen3_vl_text",
+            "qwen3_vl_moe_text",
+            "glm_ocr_text",
+        )
+    },
+    "qwen3_omni_moe_text": {"rope_parameters": _MROPE, "head_dim": 16},
+    **{kind: {"rope_parameters": _HALF_MROPE} for kind in ("glm4v_text", "glm4v_moe_text")},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         **_SLIDING,
@@ -202,12 +216,13 @@ OWN: dict[str, dict[str, Any]] = {
 }
 # Types that are not made small, and why.
 NOT_SHRUNK = {
+    "qwen3_omni_moe": "its speech model's config has no defaults",
     "blt": "it reads patches of bytes that a second model cuts",
     **dict.fromkeys(
         ("musicgen", "musicgen_melody", "vision-encoder-decoder"), "its config needs those of two other models"
     ),
-    **dict.fromkeys(("phi4_multimodal", "vibevoice_asr"), "its sound encoder has fixed widths"),
-    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), "it needs the package timm"),
+    "gemma3n": "it needs the package timm; where that is installed, it is right as the text model in it",
+    **dict.fromkeys(("fast_vlm", "perception_lm"), "it needs the package timm"),
     "inkling_mm_model": "it needs the package scipy",
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), "it reads no text without a picture"),
     **dict.fromkeys(("fun_asr_nano", "granite4_vision", "nemotron_h_omni"), "its parts depend on each other's widths"),

@@ -26,7 +26,7 @@ import pytest
 import torch
 import transformers
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -45,7 +45,7 @@ from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import LoraConfig, SamplingParams
 from tests.architectures import CONTEXT, WINDOW
 from tests.conftest import random_tokens
-from tests.every_architecture import NOT_SHRUNK, OWN, random_model, save
+from tests.every_architecture import NOT_SHRUNK, OWN, random_model, save, shrunk
 from tests.test_architectures import DOCS, datum_of, full_logprobs, of_targets
 
 ATOL = 1e-3  # of a logprob in fp32
@@ -94,14 +94,13 @@ def verdict(kind: str) -> Verdict:
 def _refused_by_its_config(kind: str) -> str:
     if kind in NOT_SHRUNK:
         return f"not looked at: {NOT_SHRUNK[kind]}"
-    config = CONFIG_MAPPING[kind.partition("+")[0]]()
     with TemporaryDirectory() as name:
-        config.save_pretrained(folder := Path(name))
+        shrunk(kind).save_pretrained(folder := Path(name))
         return _reason(lambda: check_text_only("it", model_config(str(folder))), kind, folder)
 
 
 def contains_text_model(kind: str) -> bool:
-    return kind not in NOT_SHRUNK and text_model_of(CONFIG_MAPPING[kind.partition("+")[0]]()) is not None
+    return kind not in NOT_SHRUNK and text_model_of(shrunk(kind)) is not None
 
 
 def _reason(check: Any, kind: str, folder: Path) -> str:
@@ -125,6 +124,7 @@ def check_trainer(folder: Path, model: PreTrainedModel, sequences: list[list[int
     named = {*FULL_ATTENTION.split(), *WINDOWED_ATTENTION.split()}
     assert trainer.shares_prefixes or model.config.get_text_config().model_type not in named
     data_D = [datum_of(tokens, weightless=WINDOW) for tokens in sequences]
+    model = getattr(model, "thinker", model)  # of one that also speaks
     outputs = trainer.run(data_D, "cross_entropy").loss_fn_outputs
     for datum, output in zip(data_D, outputs, strict=True):
         expected = of_targets(full_logprobs(model, datum.model_input.to_ints()), datum)

@@ -371,6 +371,12 @@ def test_all_turns_of_an_episode_with_a_call_can_be_trained_on(name: str):
 def test_examples_of_which_the_template_would_leave_out_a_part_are_refused(name: str, parts: list[Part], lost: str):
     with pytest.raises(DataError, match=rf"message 1 \(assistant\): the chat template leaves out its {lost}: make a"):
         WITH_TOOLS[name].build_supervised_example([user("1+2, 3+4?"), assistant(*parts)])
+    talk = [user("1+2, 3+4?"), assistant(*parts), tool("3"), tool("7", 2)]
+    if "calls" in lost:
+        with pytest.raises(
+            DataError, match=rf"message 1 \(assistant\): the chat template leaves out its {lost}: make a"
+        ):
+            WITH_TOOLS[name].build_generation_prompt(talk)
     # white space beside a call is no text
     RENDERERS["llama3_1"].build_supervised_example([user("1+2?"), assistant(text("\n"), call("1+2"))])
 

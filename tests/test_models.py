@@ -17,8 +17,8 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Glm4MoeConfig,
+    PaliGemmaConfig,
     PhiConfig,
-    Qwen2_5_VLConfig,
     Qwen2Config,
     T5Config,
 )
@@ -91,7 +91,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an impossible config": (with_config(num_attention_heads="many"), "num_attention_heads"),
     "an encoder": (lambda folder: T5Config().save_pretrained(folder), "not a causal language model"),
     "quantised": (with_config(quantization_config={"quant_method": "awq"}), "has quantised weights (awq)"),
-    "pictures too": (lambda folder: Qwen2_5_VLConfig().save_pretrained(folder), "reads pictures besides text, and"),
+    "pictures too": (lambda folder: PaliGemmaConfig().save_pretrained(folder), "reads pictures besides text, and"),
 }
 
 
@@ -134,11 +134,14 @@ def test_code_of_a_model_is_never_offered_to_run(tmp_path: Path, monkeypatch: py
 
 def test_what_may_have_been_meant_is_named(tmp_path: Path) -> None:
     folder = save_random_model("Llama 3", tmp_path / "models--me--mine" / "snapshots" / "4d7a")
+    (gguf := tmp_path / "llama.cpp" / "model-Q4_K_M.gguf").parent.mkdir()
+    gguf.write_bytes(b"GGUF")
     for given, says in (
         (folder / "config.json", "is a file: give a model's folder"),
         (folder.parent, f"did you mean {folder}?"),
         (folder.parent.parent, f"did you mean {folder}?"),
         (tmp_path, "not a Hugging Face model folder$"),
+        (gguf.parent, "quantised weights .GGUF"),
     ):
         with pytest.raises(ModelError, match=says):
             model_config(str(given))

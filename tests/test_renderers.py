@@ -228,7 +228,7 @@ def test_parsing_counts_stops(name):
 def test_tokens_are_those_of_the_template(template):
     tokenizer = bpe_tokenizer(template, add_bos=True) if template else CHARACTERS
     renderer = ChatTemplateRenderer(tokenizer)
-    for messages in (CHAT[1:2], CHAT[1:4], [Message(role="user", content="a<|im_end|>日\n")]):
+    for messages in (CHAT[1:2], CHAT[1:4], [Message(role="user", content="a <|im_end 日\n")]):
         expected = template_tokens(tokenizer, messages, add_generation_prompt=True)
         assert renderer.build_generation_prompt(messages).to_ints() == expected
     tokens, _ = renderer.build_supervised_example(CHAT[1:5], TrainOnWhat.ALL_TOKENS)

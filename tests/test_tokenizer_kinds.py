@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from posttrain.backend.errors import ConfigError, DataError, ModelError
 from posttrain.backend.tokenizers import load_tokenizer
@@ -158,6 +158,27 @@ def test_the_texts_of_tokens_are_those_of_the_whole(kind: str) -> None:
     texts = [token_text(tokenizer, token) for token in tokens]
     assert "".join(texts).removeprefix(" ") == text
     assert token_text(tokenizer, 2) == "</s>"
+
+
+CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer", "GemmaTokenizerFast", "TokenizersBackend"]
+
+
+# Trap: transformers builds DeepSeek-R1-Distill's tokenizer as a Llama 2's, which loses all spaces, and every tokenizer
+# beside a model of type qwen2 as Qwen's.
+@pytest.mark.parametrize("family", ["Llama 3", "Qwen 2.5", "Gemma 3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_is_that_of_its_file_whatever_its_class_is_called(kind: str, family: str, tmp_path: Path) -> None:
+    folder, made = save_random_model(family, tmp_path / "model"), wrapped(KINDS[kind](), CHATML)
+    made.save_pretrained(folder)
+    config, text = json.loads((folder / "tokenizer_config.json").read_text()), "that is  it,\n yes or 12 日本 é"
+    for name in CLASSES:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": name}))
+        read = load_tokenizer(str(folder))
+        read.save_pretrained(tmp_path / name)  # as vLLM reads it
+        for tokenizer in (read, AutoTokenizer.from_pretrained(tmp_path / name)):
+            assert tokenizer.encode(text) == made.encode(text)
+            assert decode(tokenizer, made.encode(text)) == decode(made, made.encode(text))
+            assert (tokenizer.chat_template, tokenizer.all_special_ids[:3]) == (CHATML, made.all_special_ids[:3])
 
 
 def test_a_text_with_its_bos_gets_no_second_one() -> None:

@@ -29,6 +29,7 @@ from posttrain.backend.checkpoint_files import (
     read_json,
     state_file,
     tensor_shapes,
+    unlike_peft,
 )
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.merged_lora import base_weights
@@ -165,8 +166,8 @@ def read_base(path: Path) -> Base:
 
 def adapter_config(path: Path) -> dict[str, Any]:
     config = read_json(path / ADAPTER_CONFIG_FILE)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path} is an adapter of type {config.get('peft_type')}: only LoRA is supported")
+    if reason := unlike_peft(config):
+        raise CheckpointError(f"{path} {reason}")
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} lacks r or lora_alpha: {REMEDY}")
     return config
@@ -329,6 +330,10 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
     if base.fingerprint and not same_weights(base.fingerprint, fingerprint(model.state_dict().items())):
         raise CheckpointError(
             f"{path} was trained on the base model {base}, whose weights have changed since: restore them"
+        )
+    if adapter_config(path).get("layer_replication"):
+        raise CheckpointError(
+            f"{path} is a LoRA adapter with layer_replication: layers share their weights, and merged it would change each"
         )
     copies = _copies_of_base(path, model.state_dict())
     head: Any = model.get_output_embeddings()

@@ -34,6 +34,30 @@ def adapted_model(path: Path) -> str:
     return f"{name}@{revision}" if revision else str(name)
 
 
+def unlike_peft(config: dict[str, Any]) -> str:
+    """What an adapter is, and what to do, where its adapter_config.json is not peft's or not of LoRA; else ""."""
+    if "peft_type" not in config:
+        tool = "MLX" if "fine_tune_type" in config else "another tool than peft"
+        return (
+            f"is an adapter of {tool}, which is not read here: merge it there (mlx_lm.fuse), and give the whole model"
+        )
+    return (
+        "" if config["peft_type"] == "LORA" else f"is an adapter of type {config['peft_type']}: only LoRA is supported"
+    )
+
+
+def why_no_model(name: str, path: Path) -> str:
+    """What to do with an adapter where a whole model is wanted."""
+    config = read_json(path / ADAPTER_CONFIG_FILE)
+    if reason := unlike_peft(config):
+        return f"{name} {reason}"
+    return (
+        f"{name} is a LoRA adapter and no whole model: to train it on, set model_name={adapted_model(path)} "
+        f"lora_rank={config.get('r')} lora_alpha={config.get('lora_alpha')} load_checkpoint_path={name}; to sample "
+        "from it, give it as model_path, or to posttrain-chat, posttrain-eval or posttrain-export"
+    )
+
+
 def state_file(path: Path, name: str) -> Path:
     """Path of STATE_FILE or OPTIMIZER_FILE in the current format or format 1."""
     file = path / STATE_FOLDER / name

@@ -42,14 +42,23 @@ from posttrain.backend.checkpoint_files import (
     checkpoints_in,
     is_adapter,
     not_pulled,
-    read_json,
+    why_no_model,
 )
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.hub import hub_folder
 from posttrain.backend.logprobs import LogitTransform
+from posttrain.backend.quantized import ask_for_whole_weights, make_plain
 from posttrain.backend.random_state import drawn_from
-from posttrain.backend.text_models import PLACE, PLACES, check_text_only, of_text_model, place_in, text_model_of
+from posttrain.backend.text_models import (
+    PLACE,
+    PLACES,
+    check_text_only,
+    of_text_model,
+    place_in,
+    text_model_of,
+    turn_experts,
+)
 
 M = TypeVar("M", bound=PreTrainedModel)
 
@@ -58,8 +67,6 @@ SCALAR_HEAD_FILE = "scalar_head.safetensors"
 # Longer contexts must be requested: a hub model's limit can be a million tokens, and the KV cache
 # is sized for it.
 DEFAULT_MAX_LENGTH = 4096
-# Quantised checkpoints that transformers can open with whole weights.
-DEQUANTIZED = {"fp8", "mxfp4"}
 
 
 def _shape(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, context: int) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def whole_config(model_name: str) -> PretrainedConfig:
     if not (path / "config.json").exists() and not (path / ADAPTER_CONFIG_FILE).exists():
         raise ModelError(_is_no_model(path))
     if is_adapter(path):
-        raise ModelError(_is_an_adapter(model_name, path))
+        raise ModelError(why_no_model(model_name, path))
     if (path / ADAPTER_CONFIG_FILE).exists():  # transformers would add the adapter, vLLM would not
         raise ModelError(
             f"{model_name!r} holds a whole model and an adapter, and does not say whether the two are merged already: "
@@ -122,20 +129,11 @@ def whole_config(model_name: str) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        is_text = text_model_of(config) is not None or config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     except LOAD_ERRORS as error:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error, path)}") from error
-    quantized: Any = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)  # MLX's
-    settings: dict[str, Any] = quantized if isinstance(quantized, dict) else quantized.to_dict() if quantized else {}
-    method = settings.get("quant_method", "of an unnamed method") if quantized else None
-    if method and str(getattr(method, "value", method)) not in DEQUANTIZED:
-        raise ModelError(
-            f"{model_name!r} has quantised weights ({getattr(method, 'value', method)}), which are neither trained nor "
-            "sampled here: give the model that it was made from, or dequantise it and save it; for an adapter on it, "
-            f"set that model as base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
-        )
-    if method:
-        config.quantization_config = {**settings, "dequantize": True}  # a GPU would keep FP8, without its scales
-    if not text_model_of(config) and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    ask_for_whole_weights(model_name, config)
+    if not is_text:
         reads_more = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         why = (
             "reads pictures besides text, and transformers has its text model only as a part of it"
@@ -186,20 +184,12 @@ def _is_no_model(path: Path) -> str:
         return f"there is no model folder {path}"
     if path.is_file():
         return f"{path} is a file: give a model's folder, with config.json"
+    if any(path.glob("*.gguf")):
+        return f"{path} has quantised weights (GGUF, for llama.cpp): give the model that it was made from"
     # of a trainer's output, a run here, and the hub's cache
     inside = [model for name in (".", "checkpoints", "snapshots") for model in checkpoints_in(path / name)]
     hint = f"; did you mean {inside[-1]}?" if inside else ""
     return f"{path} has no config.json: it is not a Hugging Face model folder{hint}"
-
-
-def _is_an_adapter(name: str, path: Path) -> str:
-    """What to do with an adapter where a whole model is wanted."""
-    config = read_json(path / ADAPTER_CONFIG_FILE)
-    return (
-        f"{name} is a LoRA adapter and no whole model: to train it on, set model_name={adapted_model(path)} "
-        f"lora_rank={config.get('r')} lora_alpha={config.get('lora_alpha')} load_checkpoint_path={name}; to sample "
-        "from it, give it as model_path, or to posttrain-chat, posttrain-eval or posttrain-export"
-    )
 
 
 # What transformers, safetensors and the hub raise for a model that is damaged, absent or unknown.
@@ -247,6 +237,8 @@ def _reason(error: BaseException, path: Path | None = None) -> str:
         kind = re.search(r"model type `?([\w.-]+)`? but", text)
         named = f"its architecture {kind[1]!r}" if kind else "its architecture (model_type in config.json)"
         return f"{named} is unknown to transformers {transformers.__version__}: a newer version may have it"
+    if "conversion of the weights" in text:  # of some quantised experts
+        return f"transformers {transformers.__version__} cannot convert its tensors to those of the model"
     if "Unrecognized configuration class" in text:
         return "it is not a causal language model"
     return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
@@ -415,6 +407,7 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
     model, report = opened
     if has_more:
         report["unexpected_keys"] = of_text_model(report["unexpected_keys"], model.state_dict())
+        report["mismatched_keys"] = turn_experts(model, path, _names(report["mismatched_keys"]))
         model._weight_conversions = None  # it is saved as a text model
         setattr(model, PLACE, place_in(whole))
     for kind, fault in (
@@ -426,6 +419,7 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
             other = _names(report["unexpected_keys"]) if kind == "missing_keys" else []
             beside = f"; they hold others, such as {other[0]}" if other else ""
             raise ModelError(f"{model_name!r} cannot be opened: {fault} ({len(names)}, such as {names[0]}{beside})")
+    make_plain(model)
     _say_untied(model)
     _join_end_tokens(model)
     _make_savable(model_name, model)

@@ -12,6 +12,8 @@ from posttrain.backend.checkpoint_files import adapted_model, is_adapter, not_pu
 from posttrain.backend.errors import ConfigError, ModelError
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
+# Words, spaces, digits, accents.
+PROBES = ("That is\tit,\n\n  isn't it?\nYES or 12 + 345: 日本語 é naïve\u00a0x", " a ")
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -53,7 +55,7 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
             f"{model_name} has no tokenizer (tokenizer.json, tokenizer_config.json): save the model's tokenizer into it"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _as_in_its_file(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), folder)
     except Exception as error:  # of a damaged file, the tokenizers library raises a plain Exception
         reason = not_pulled(folder) or " ".join(str(error).split())[:300] or type(error).__name__
         if "custom code" in reason:
@@ -69,6 +71,28 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
     tokenizer.model_max_length = length
     tokenizer.answer_ends = _answer_ends(folder)  # type: ignore[attr-defined]
     return tokenizer
+
+
+def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """transformers 5 builds a tokenizer by the class that a folder or the model's type names, around the vocabulary in
+    tokenizer.json: a byte-level one of class LlamaTokenizer (DeepSeek-R1-Distill) would lose all spaces."""
+    file = folder / "tokenizer.json"
+    if not file.exists() or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    saved = Tokenizer.from_file(str(file))
+    saved.no_truncation()
+    saved.no_padding()
+
+    def is_same(found: PreTrainedTokenizerFast) -> bool:
+        tokens = [saved.encode(text, add_special_tokens=False).ids for text in PROBES]
+        return tokens == [found.encode(text, add_special_tokens=False, verbose=False) for text in PROBES] and all(
+            saved.decode(ids) == found.backend_tokenizer.decode(ids) for ids in tokens
+        )
+
+    if is_same(tokenizer):
+        return tokenizer
+    plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    return plain if is_same(plain) else tokenizer
 
 
 def _answer_ends(folder: Path) -> list[int]:

@@ -94,7 +94,11 @@ class VllmEngine:
             global_generators_kept(),
         ):
             # noise of requests without a seed
-            args |= {"model": folder, "seed": 0 if reproducible else secrets.randbits(31)}
+            args |= {
+                "model": folder,
+                "tokenizer": f"{folder}/tokenizer",
+                "seed": 0 if reproducible else secrets.randbits(31),
+            }
             _own_graph_pool()
             _let_modules_be_searched()
             try:
@@ -278,7 +282,7 @@ def _model_folder(hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
     with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as name:
         folder = Path(name) / "model"
         hf_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder / "tokenizer")  # beside a config, transformers takes that type's class for it
         if keep:
             digest = hashlib.sha256()
             for file in sorted(folder.rglob("*.*")):

@@ -1,8 +1,8 @@
 """Follows the tokenizer's chat template, token for token: prompts and examples are what
-`apply_chat_template` returns. A message's tokens are the difference of two renderings, up to the
-message and up to its end; both must be prefixes of the whole. Where a template rewrites earlier
-turns (Qwen3 drops their thinking) training on the message is an error, never a wrong mask. How
-thinking and tool calls are read and written: formats.py.
+`apply_chat_template` returns, but for special tokens that somebody typed (spelled_out.py). A
+message's tokens are the difference of two renderings, up to the message and up to its end; both
+must be prefixes of the whole. Where a template rewrites earlier turns (Qwen3 drops their thinking)
+training on the message is an error, never a wrong mask. Thinking and tool calls: formats.py.
 """
 
 import re
@@ -15,7 +15,9 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.encoding import Encoder, separates
 from posttrain.renderers.formats import FORMATS, HERMES, Kind, format_of, template_message, tools_as_text
+from posttrain.renderers.parts import get_tool_calls
 from posttrain.renderers.parts_check import SAID, shape_of, unwritable
+from posttrain.renderers.spelled_out import SpelledOut
 from posttrain.renderers.stream import PartsReader, read_parts
 from posttrain.renderers.turns import cut_at_stop, decode, encode, ends, trained_messages
 from posttrain.renderers.types import Message, Tokenizer, ToolSpec, TrainOnWhat
@@ -59,12 +61,14 @@ class ChatTemplateRenderer:
                 "the chat template has tools, but writes calls in no format that is known here "
                 f"({', '.join(row.name for row in FORMATS)}): add a row to posttrain/renderers/formats.py"
             )
+        self._spelled = SpelledOut(tokenizer, template, ())
         self._in_parts = self._reads_parts()
         self.end_of_turn = self._find_end_of_turn()
         if separates(tokenizer, self.end_of_turn):
             self._separator = tokenizer.added_tokens_decoder[self.end_of_turn].content
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         self.stops = [self.end_of_turn, *(added[stop] for stop in self.format.call_stops if stop in added)]
+        self._spelled = SpelledOut(tokenizer, template, self.stops)
         self.opens: Kind | None = self._opens()
         self.before_reply = self._before_reply()
         # of a sampled text; some tokenizers drop the space before a first word
@@ -114,6 +118,8 @@ class ChatTemplateRenderer:
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         plain = [self._for_template(message) for message in messages]
+        for fields in plain:
+            fields["content"] = self._spelled.marked(fields["role"], fields["content"])
         if self._in_parts:
             plain = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in plain]
         tools: dict[str, Any] = {}
@@ -133,9 +139,15 @@ class ChatTemplateRenderer:
         except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two of the template's code, too
             raise DataError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error
         assert isinstance(text, str)
-        return (
-            self._encoder.parts(text, self._separator) if self._separator else encode(self.tokenizer, text, begins=True)
-        )
+        return self._spelled.encode(text, self._encoded)
+
+    def _encoded(self, text: str, begins: bool) -> list[int]:
+        if not self._separator:
+            return encode(self.tokenizer, text, begins)
+        if begins:
+            return self._encoder.parts(text, self._separator)
+        first, end, rest = text.partition(self._separator)
+        return self._encoder(first) + (self._encoder.parts(end + rest, self._separator) if end else [])
 
     def _for_template(self, message: Message) -> dict[str, Any]:
         fields = {key: value for key, value in message.items() if key not in ("trainable", "parts")}
@@ -211,6 +223,10 @@ class ChatTemplateRenderer:
             raise ConfigError(
                 f"a chat template prompts the assistant only, not {role!r}: swap the roles or use role_colon"
             )
+        for i, message in enumerate(messages):
+            # of one that is lost, the answer would follow nothing; a client's text beside a call may be lost
+            if self.writes_tools and not message["content"] and len(calls := get_tool_calls(message)) > 1:
+                self._check_parts({**message, "parts": [*calls]}, i, trained=False)
         return ModelInput.from_ints(
             self._render(messages, add_generation_prompt=True)
             + (encode(self.tokenizer, self.before_reply + prefill) if prefill else [])
@@ -223,6 +239,8 @@ class ChatTemplateRenderer:
         trained = trained_messages(messages, train_on_what)
         for i, (message, is_trained) in enumerate(zip(messages, trained, strict=True)):
             self._check_parts(message, i, is_trained)
+            if message["role"] == "assistant":
+                self._spelled.check_answer(i, message["content"])
         tokens = self._render(messages)
         if train_on_what == TrainOnWhat.ALL_TOKENS:
             return tokens, [1.0] * len(tokens)

@@ -1,6 +1,7 @@
 """Whether a chat template can write a message of parts as an example: all of it, and in the format
 that models of this template write. It renders a small message with the same parts; what a template
-keeps does not depend on the words. Left out: prompts, where a client's message may lose a part.
+keeps does not depend on the words. Left out: prompts, where a client's message may lose a part other than
+a call.
 """
 
 import re

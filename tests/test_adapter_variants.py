@@ -1,0 +1,90 @@
+"""Adapters as other tools write them are merged to what peft computes with them, or refused by name."""
+
+# Trap: settings that change what an adapter computes (rsLoRA's scale, DoRA's magnitudes, ranks by layer, tokens and
+# whole layers beside it), and layers that share their weights, which a merged adapter would change twice.
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+
+from posttrain.backend.adapters import is_plain, open_merged
+from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.models import load_model, model_config
+from tests.architectures import save_random_model
+from tests.test_architectures import full_logprobs
+
+CPU = torch.device("cpu")
+TOKENS = list(range(20, 60))
+Q = ["q_proj"]
+PLAIN = {
+    "all-linear": {"target_modules": "all-linear"},
+    "an expression": {"target_modules": r".*self_attn\.(q|v)_proj"},
+    "some layers": {"target_modules": Q, "layers_to_transform": [1]},
+    "a pattern of layers": {"target_modules": Q, "layers_to_transform": 1, "layers_pattern": "layers"},
+    "all but some": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+    "dropout": {"target_modules": Q, "lora_dropout": 0.3},
+}
+UNUSUAL = {
+    "the output layer, and the base's beside it": {"target_modules": ["q_proj", "lm_head"]},
+    "rsLoRA": {"target_modules": Q, "use_rslora": True},
+    "DoRA": {"target_modules": Q, "use_dora": True},
+    "ranks": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 8}},
+    "scales": {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"v_proj": 64}},
+    "biases": {"target_modules": Q, "bias": "all"},
+    "a whole layer": {"target_modules": Q, "modules_to_save": ["lm_head"]},
+    "two whole layers": {"target_modules": Q, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "new tokens": {"target_modules": Q, "trainable_token_indices": [3, 4]},
+    "parameters": {"target_modules": Q, "target_parameters": ["up_proj.weight"]},
+    "PiSSA": {"target_modules": Q, "init_lora_weights": "pissa"},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model("Llama 3", tmp_path_factory.mktemp("base"))
+
+
+def of_peft(base: Path, folder: Path, settings: dict[str, Any]) -> torch.Tensor:
+    """Saves an adapter; the logprobs that peft computes with it."""
+    given: dict[str, Any] = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **settings}
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        torch.manual_seed(0)
+        adapted: Any = get_peft_model(load_model(str(base), 0, CPU, torch.float32), LoraConfig(**given)).eval()
+        for parameter in (parameter for parameter in adapted.parameters() if parameter.requires_grad):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        adapted.peft_config["default"].base_model_name_or_path = str(base)
+        logprobs = full_logprobs(adapted, TOKENS)
+        adapted.save_pretrained(folder)
+    return logprobs
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *UNUSUAL])
+def test_an_adapter_is_merged_to_what_peft_computes(name: str, base: Path, tmp_path: Path) -> None:
+    expected = of_peft(base, tmp_path / "adapter", {**PLAIN, **UNUSUAL}[name])
+    with warnings.catch_warnings(action="ignore"):
+        found = full_logprobs(open_merged(tmp_path / "adapter", 0), TOKENS)
+    assert (found - expected).abs().max() < 1e-4
+    assert (full_logprobs(load_model(str(base), 0, CPU, torch.float32), TOKENS) - expected).abs().max() > 1e-2
+    assert is_plain(tmp_path / "adapter") == (name in PLAIN)
+
+
+def test_layers_that_share_their_weights_are_refused(base: Path, tmp_path: Path) -> None:
+    of_peft(base, tmp_path / "adapter", {"target_modules": Q, "layer_replication": [[0, 2], [1, 2]]})
+    with pytest.raises(CheckpointError, match="with layer_replication: layers share their weights"):
+        open_merged(tmp_path / "adapter", 0)
+
+
+def test_an_adapter_of_mlx_is_named(base: Path, tmp_path: Path) -> None:
+    config = {"fine_tune_type": "lora", "model": str(base), "lora_parameters": {"rank": 8, "scale": 20.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.zeros(128, 8)}, tmp_path / "adapters.safetensors")
+    with pytest.raises(CheckpointError, match="is an adapter of MLX.*merge it there"):
+        open_merged(tmp_path, 0)
+    with pytest.raises(ModelError, match="is an adapter of MLX.*merge it there"):
+        model_config(str(tmp_path))
