@@ -23,7 +23,7 @@ from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from posttrain.tracking.trainer_restarts import with_restarts
 from supervised.evaluators import Evaluated, EvaluatedRunConfig, RunEvaluators
 from supervised.nll import NLLEvaluator, nll_means, nll_sums
-from supervised.types import Dataset, SupervisedDatasetBuilder
+from supervised.types import Dataset, SupervisedDatasetBuilder, datasets_of
 
 Evaluator = Callable[[TrainingClient], Awaitable[Metrics]]
 Batch = TypeVar("Batch")
@@ -79,7 +79,7 @@ class Config(EvaluatedRunConfig):
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Input errors are raised before the model loads."""
     renderer = config.renderer()
-    dataset, test_dataset = config.dataset(renderer)
+    dataset, test_dataset = datasets_of(config.dataset, renderer)
     custom = await config.build_evaluators(renderer)
     warn_of_learning_rate("sft", config.model_name, config.lora_rank, config.learning_rate)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
