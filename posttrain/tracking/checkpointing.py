@@ -8,7 +8,7 @@ from posttrain.backend.checkpoint_files import read_state
 from posttrain.backend.errors import CheckpointError
 from posttrain.tracking.disk_space import check_disk_space
 from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
-from posttrain.tracking.stop_request import StopRequest
+from posttrain.tracking.stop_request import Stopped, StopRequest
 
 __all__ = ["Checkpointed", "Checkpointer", "StopRequest"]
 
@@ -113,8 +113,5 @@ class Checkpointer:
     def interrupted(self, next_step: int, extra: Callable[[], dict[str, Any]]) -> None:
         """Saves, unless this step is saved, and ends the command as Ctrl-C does."""
         self.save_once(next_step, extra)
-        print(
-            f"stopped before step {next_step}; its state is saved. The same command with "
-            "behavior_if_log_dir_exists=resume continues from there"
-        )
-        raise KeyboardInterrupt
+        print(f"stopped before step {next_step}; its state is saved")
+        raise Stopped("behavior_if_log_dir_exists=resume goes on from there")

@@ -7,8 +7,10 @@ from files, chz's references (`a@=b`).
 import asyncio
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +28,7 @@ from posttrain.backend.ranges import RangeError
 from posttrain.tracking.command_help import help_text, presets_text, type_text
 from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.open_files import allow_open_files
+from posttrain.tracking.stop_request import Stopped
 
 Config = TypeVar("Config")
 # option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"),
@@ -91,9 +94,26 @@ def run_command(
     """The entry point of a command: parses sys.argv and runs `main`, under `one_line_errors`."""
     allow_open_files()
     with one_line_errors():
-        outcome = main(parse(config_class, None, short_names, presets))
-        if isinstance(outcome, Coroutine):
-            asyncio.run(outcome)
+        try:
+            outcome = main(parse(config_class, None, short_names, presets))
+            if isinstance(outcome, Coroutine):
+                asyncio.run(outcome)
+        except Stopped:
+            option = "behavior_if_log_dir_exists"  # a recipe of stages goes on without it
+            again = command_with(option, "resume" if option in chz.chz_fields(config_class) else None)
+            with suppress(OSError):  # the terminal may be gone
+                print(f"to go on: {again}", file=sys.stderr, flush=True)
+            raise
+
+
+def command_with(option: str, value: str | None) -> str:
+    """The command that was typed, with another value of an option, or with None without the option."""
+    name = Path(sys.argv[0]).name
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    python = [sys.orig_argv[0], *(["-m", spec.name] if spec else [sys.argv[0]])]
+    given = [word for word in sys.argv[1:] if word.lstrip("-").partition("=")[0] != option]
+    words = [name] if name.startswith("posttrain-") else python
+    return shlex.join([*words, *given, *([] if value is None else [f"{option}={value}"])])
 
 
 def run_on_folders(main: Callable[..., object], **options: str) -> None:

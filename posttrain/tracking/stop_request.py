@@ -15,6 +15,10 @@ from typing import Any, TextIO, cast
 GONE = (errno.EPIPE, errno.EIO)  # the reader of a pipe, or the terminal, is gone
 
 
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and has saved its state."""
+
+
 class StopRequest:
     """`with StopRequest() as stop: ... if stop: save and leave`."""
 
