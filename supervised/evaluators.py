@@ -6,26 +6,28 @@ environments and benchmarks; names.py the short names.
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import chz
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import WHOLE
-from posttrain.backend.sampling_client import SamplingClient
-from posttrain.backend.training_client import TrainingClient
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.metrics_log import Metrics
 from posttrain.tracking.run_config import LanguageModelRunConfig
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.sampling_client import SamplingClient
+    from posttrain.backend.training_client import TrainingClient
 
 
 class Evaluated:
     """The trained model during one evaluation."""
 
-    def __init__(self, training_client: TrainingClient, sampling_client: SamplingClient | None = None):
+    def __init__(self, training_client: "TrainingClient", sampling_client: "SamplingClient | None" = None):
         self.training_client, self._sampling_client = training_client, sampling_client
 
-    async def sampling_client(self) -> SamplingClient:
+    async def sampling_client(self) -> "SamplingClient":
         """A client of the present weights; the first call of an evaluation syncs the sampler."""
         if self._sampling_client is None:
             self._sampling_client = await self.training_client.save_weights_and_get_sampling_client_async()

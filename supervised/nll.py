@@ -9,17 +9,20 @@ with different tokenizers:
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import chz
 import numpy as np
 
 from posttrain.backend.errors import DataError
-from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, TensorData
 from posttrain.renderers.types import Renderer, Tokenizer
 from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
 from supervised.names import DATASETS
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder, datasets_of
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.training_client import TrainingClient
 
 
 def nll_sums(data_D: Sequence[Datum], logprobs_D: Sequence[TensorData]) -> np.ndarray:
@@ -55,7 +58,7 @@ class NLLEvaluator:
         self._batches = [dataset.get_batch(i) for i in range(len(dataset))]
         self._name, self._bytes = name, -1
 
-    async def __call__(self, client: TrainingClient) -> dict[str, float]:
+    async def __call__(self, client: "TrainingClient") -> dict[str, float]:
         submitted = [(batch, client.forward(batch, "cross_entropy")) for batch in self._batches]
         sums = [
             nll_sums(batch, [out["logprobs"] for out in (await future).loss_fn_outputs]) for batch, future in submitted

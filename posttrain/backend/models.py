@@ -38,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from posttrain.backend.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
+    SCALAR_HEAD_FILE,
     adapted_model,
     checkpoints_in,
     is_adapter,
@@ -53,8 +54,6 @@ from posttrain.backend.text_models import PLACE, PLACES, check_text_only, of_tex
 
 M = TypeVar("M", bound=PreTrainedModel)
 
-# beside the trunk of a saved scalar model (scalar_trainer.py)
-SCALAR_HEAD_FILE = "scalar_head.safetensors"
 # Longer contexts must be requested: a hub model's limit can be a million tokens, and the KV cache
 # is sized for it.
 DEFAULT_MAX_LENGTH = 4096

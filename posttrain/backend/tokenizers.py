@@ -4,12 +4,13 @@ tokens.
 """
 
 from pathlib import Path
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from posttrain.backend.checkpoint_files import adapted_model, is_adapter, not_pulled, read_json
 from posttrain.backend.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:  # commands answer before transformers is imported
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -19,8 +20,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+def character_tokenizer(max_length: int) -> "PreTrainedTokenizerFast":
     """The presets' tokenizer: ids 0 to 3 are special tokens, then the 256 bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -36,9 +40,11 @@ def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_name: str, max_length: int | None = None) -> "PreTrainedTokenizerBase":
     """The tokenizer of a preset, a local folder or a hub name; an adapter without one has its
     base's. `model_max_length` is set to the backend's context."""
+    from transformers import AutoTokenizer
+
     from posttrain.backend.models import PRESETS, context_length, model_folder
 
     length = context_length(model_name, max_length)
@@ -86,7 +92,7 @@ def _answer_ends(folder: Path) -> list[int]:
     return [i for known in ids for i in (known if isinstance(known, list) else [known]) if isinstance(i, int)]
 
 
-def check_vocabulary(option: str, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(option: str, path: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     """ConfigError if the model at `path` has another vocabulary: it would score other text."""
     theirs, ours = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
     if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):

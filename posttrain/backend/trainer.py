@@ -34,7 +34,7 @@ from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
 from posttrain.backend.logprobs import target_logprobs
 from posttrain.backend.lora_layers import add_lora, check_rank
-from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm, by_width, in_order
+from posttrain.backend.loss_terms import KeptForward, LossTerm, RunningTerm, by_width, in_order
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import compute_merged
@@ -56,6 +56,7 @@ from posttrain.backend.types import (
     Datum,
     ForwardBackwardOutput,
     GetInfoResponse,
+    KeptRow,
     LoraConfig,
     OptimStepResponse,
     TensorData,

@@ -6,17 +6,10 @@ import sys
 from pathlib import Path
 
 import chz
-import uvicorn
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.losses import LOSSES
 from posttrain.backend.ranges import POSITIVE, SEED, Range
-from posttrain.backend.service_client import ServiceClient
-from posttrain.serve.app import create_app
-from posttrain.serve.bases import open_bases, write_tokenizers
-from posttrain.serve.state import Limits, State
-from posttrain.serve.store import Store
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.one_line_errors import one_line_errors
@@ -74,6 +67,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def serve(config: ServeConfig) -> None:
     """Runs until SIGINT or SIGTERM. Prints the address when it listens."""
+    import uvicorn  # and torch below: --help and errors do not wait for them
+
+    from posttrain.backend.service_client import ServiceClient
+    from posttrain.serve.app import create_app
+    from posttrain.serve.bases import open_bases, write_tokenizers
+    from posttrain.serve.state import Limits, State
+    from posttrain.serve.store import Store
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     allow_open_files()
     key, losses = api_key(config), substitutes(config.substitute)
@@ -126,6 +127,10 @@ def _joined_models(argv: list[str]) -> list[str]:
 def substitutes(text: str | None) -> dict[str, str]:
     parts = [pair.partition("=") for pair in (text or "").split(",") if pair]
     pairs = {name: loss for name, _, loss in parts}
+    if not pairs:
+        return {}
+    from posttrain.backend.losses import LOSSES
+
     for name, loss in pairs.items():
         if loss not in LOSSES or name in LOSSES:
             raise ConfigError(
