@@ -10,14 +10,21 @@ import chz
 import pytest
 
 from posttrain.backend import Datum, ModelInput, SamplingParams, ServiceClient
-from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError, DataError, ModelError
+from posttrain.backend.models import model_folder
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.command_line import parse
 from posttrain.tracking.datasets import ListDataset
+from rl import evaluate
 from rl import train as rl
+from rl.names import ENVS
 from rl.types import RLDatasetBuilder
 from supervised import train as sft
+from supervised.data import HuggingFaceBuilder
 from supervised.evaluators import EvaluatorBuilder, EvaluatorList
+from supervised.names import DATASETS
 from supervised.nll import nll_means, nll_sums
+from supervised.train_cli import CLIConfig
 from supervised.types import SupervisedDatasetBuilder, datasets_of
 
 PROMPT, PARAMS = ModelInput.from_ints([1, 2]), SamplingParams(max_tokens=1)
@@ -87,6 +94,30 @@ def test_examples_of_which_no_token_carries_loss_are_named() -> None:
     unweighted = Datum(PROMPT, {"target_tokens": [1, 2], "weights": [0.0, 0.0]})
     with pytest.raises(DataError, match="no token carries loss"):
         nll_means(nll_sums([unweighted], [unweighted.loss_fn_inputs["weights"]]))
+
+
+# Trap: a file in the current folder is no data set "." of the hub.
+def test_a_table_in_the_current_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    Path("sums.csv").write_text("prompt,completion\n1+1=,two\n")
+    with pytest.raises(ConfigError, match="dataset=huggingface dataset.name=sums.csv reads"):
+        parse(CLIConfig, ["dataset=sums.csv"], {"dataset": DATASETS})
+    train, _ = HuggingFaceBuilder(name="sums.csv", prompt_field="prompt")(sft.Config(dataset=OddExamples()).renderer())
+    assert len(train) == 1
+
+
+def test_a_run_that_is_not_in_its_folder_is_not_only_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "first_run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="the folder runs is here, and has no frist_run .* mean runs/first_run"):
+        model_folder("runs/frist_run")
+    with pytest.raises(ConfigError, match=r"^models: not given; write models=\.\.\."):
+        parse(evaluate.Config, ["env=arithmetic"], {"env": ENVS})
 
 
 @chz.chz
