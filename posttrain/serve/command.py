@@ -2,7 +2,10 @@
 
 import logging
 import os
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import chz
@@ -78,6 +81,10 @@ def serve(config: ServeConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     allow_open_files()
     key, losses = api_key(config), substitutes(config.substitute)
+    listening = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with _port_errors(config):  # before the models are opened
+        listening.bind((config.host, config.port))
     bases = open_bases(config.model.split(","), config.backend.max_length)
     store = Store(Path(config.checkpoint_dir))
     lock = lock_folder(store.root)
@@ -101,8 +108,8 @@ def serve(config: ServeConfig) -> None:
         proxy_headers=False,
         backlog=2048,
     )
-    listening = settings.bind_socket()
-    listening.listen(settings.backlog)  # a client that comes at once waits, and is not refused
+    with _port_errors(config):
+        listening.listen(settings.backlog)  # a client that comes at once waits, and is not refused
     url = f"http://{config.host}:{listening.getsockname()[1]}"
     print(f"serving {', '.join(bases)} at {url}", flush=True)
     print(f"  export TINKER_BASE_URL={url} TINKER_API_KEY={'(the key)' if key else 'tml-local'}", flush=True)
@@ -110,6 +117,16 @@ def serve(config: ServeConfig) -> None:
     with startup_objects_frozen():
         uvicorn.Server(settings).run(sockets=[listening])
     lock.close()
+
+
+@contextmanager
+def _port_errors(config: ServeConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"host={config.host} port={config.port}: {error.strerror}; give another port, or port=0 for a free one"
+        ) from error
 
 
 def _joined_models(argv: list[str]) -> list[str]:
