@@ -23,7 +23,6 @@ from envs.textarena_game import Game
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, NON_NEGATIVE, NUMBER, SEED, TEMPERATURE
-from posttrain.backend.service_client import ServiceClient
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.command_line import run_command
@@ -272,6 +271,8 @@ async def main(config: Config) -> dict[str, Any]:
         raise ConfigError("a rating needs two players or more: give models=, opponents.0=, ...")
     find_anchor(config, labels)  # an error before the games
     max_tokens = config.max_tokens or config.env.recommended_max_tokens()
+    from posttrain.backend.service_client import ServiceClient  # with torch, for which --help does not wait
+
     with ServiceClient(config.backend) as service:
         for source in models:
             client = source.open(service, config.seed)

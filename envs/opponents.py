@@ -9,19 +9,22 @@ tic-tac-toe; opponents that learn (self-play has no opponent).
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import chz
 import numpy as np
 
 from envs.textarena_game import Game
 from posttrain.backend.errors import ConfigError, CookbookError
-from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message, Renderer
 from posttrain.tracking.model_source import find_model
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError
 from rl.types import RolloutError
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.sampling_client import SamplingClient
 
 Player = Callable[[Game, np.random.Generator], Awaitable[str]]
 
@@ -145,7 +148,7 @@ class FrozenPlayer(Opponent):
         return policy_player(client, renderer, policy.max_tokens, policy.temperature)
 
 
-def policy_player(client: SamplingClient, renderer: Renderer, max_tokens: int, temperature: float) -> Player:
+def policy_player(client: "SamplingClient", renderer: Renderer, max_tokens: int, temperature: float) -> Player:
     """A policy as a player. Raises FrozenPolicyError where it cannot answer."""
 
     async def move(game: Game, rng: np.random.Generator) -> str:

@@ -8,12 +8,13 @@ import time
 import chz
 import torch
 
+from posttrain.backend.checkpoint_files import SCALAR_HEAD_FILE
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.lora_layers import check_rank
 from posttrain.backend.memory import GIB
 from posttrain.backend.memory_plan import PlannedRun, advice, free_bytes, planned
-from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, check_text_only, model_folder
+from posttrain.backend.models import PRESETS, check_text_only, model_folder
 from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_settings import check_sleep, check_unmerged

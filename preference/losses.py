@@ -5,26 +5,28 @@ on unpaired answers (KTO), on-policy pairs.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import chz
-import torch
-from torch.nn.functional import logsigmoid
 
 from posttrain.backend.ranges import NON_NEGATIVE, POSITIVE, Range
 
-Pairwise = tuple[torch.Tensor, torch.Tensor]  # chosen answers, rejected answers
+if TYPE_CHECKING:  # commands answer before torch is imported
+    import torch
+
+Pairwise = tuple["torch.Tensor", "torch.Tensor"]  # chosen answers, rejected answers
 
 
 @dataclass(frozen=True)
 class PairLogprobs:
     """Sums over the tokens of each answer, and their numbers. SimPO reads no reference."""
 
-    policy_chosen_P: torch.Tensor
-    policy_rejected_P: torch.Tensor
-    ref_chosen_P: torch.Tensor
-    ref_rejected_P: torch.Tensor
-    chosen_tokens_P: torch.Tensor
-    rejected_tokens_P: torch.Tensor
+    policy_chosen_P: "torch.Tensor"
+    policy_rejected_P: "torch.Tensor"
+    ref_chosen_P: "torch.Tensor"
+    ref_rejected_P: "torch.Tensor"
+    chosen_tokens_P: "torch.Tensor"
+    rejected_tokens_P: "torch.Tensor"
 
     def log_ratios(self, length_normalised: bool) -> Pairwise:
         """s - s_ref of the chosen and the rejected answers; per token with `length_normalised`."""
@@ -46,7 +48,7 @@ class PreferenceLoss:
         doc="strength of the pull towards the reference: rewards are beta * (s - s_ref)",
     )
 
-    def __call__(self, logprobs: PairLogprobs) -> torch.Tensor:
+    def __call__(self, logprobs: PairLogprobs) -> "torch.Tensor":
         """The loss of each pair."""
         raise NotImplementedError
 
@@ -75,7 +77,9 @@ class DPO(PreferenceLoss):
         chosen_P, rejected_P = logprobs.log_ratios(self.length_normalised)
         return self.beta * chosen_P, self.beta * rejected_P
 
-    def __call__(self, logprobs: PairLogprobs) -> torch.Tensor:
+    def __call__(self, logprobs: PairLogprobs) -> "torch.Tensor":
+        from torch.nn.functional import logsigmoid
+
         chosen_P, rejected_P = self.rewards(logprobs)
         right_P, wrong_P = logsigmoid(chosen_P - rejected_P), logsigmoid(rejected_P - chosen_P)
         return -(1 - self.label_smoothing) * right_P - self.label_smoothing * wrong_P
@@ -92,7 +96,7 @@ class RPO(DPO):
     )
     nll_per_token: bool = chz.field(default=False, doc="likelihood per token instead of summed")
 
-    def __call__(self, logprobs: PairLogprobs) -> torch.Tensor:
+    def __call__(self, logprobs: PairLogprobs) -> "torch.Tensor":
         nll_P = -logprobs.policy_chosen_P / (logprobs.chosen_tokens_P if self.nll_per_token else 1)
         return DPO.__call__(self, logprobs) + self.nll_coef * nll_P
 
@@ -108,7 +112,7 @@ class IPO(PreferenceLoss):
         chosen_P, rejected_P = logprobs.log_ratios(self.length_normalised)
         return self.beta * chosen_P, self.beta * rejected_P
 
-    def __call__(self, logprobs: PairLogprobs) -> torch.Tensor:
+    def __call__(self, logprobs: PairLogprobs) -> "torch.Tensor":
         chosen_P, rejected_P = logprobs.log_ratios(self.length_normalised)
         return (chosen_P - rejected_P - 1 / (2 * self.beta)) ** 2
 
@@ -129,7 +133,9 @@ class SimPO(PreferenceLoss):
         chosen_P = self.beta * logprobs.policy_chosen_P / logprobs.chosen_tokens_P
         return chosen_P, self.beta * logprobs.policy_rejected_P / logprobs.rejected_tokens_P
 
-    def __call__(self, logprobs: PairLogprobs) -> torch.Tensor:
+    def __call__(self, logprobs: PairLogprobs) -> "torch.Tensor":
+        from torch.nn.functional import logsigmoid
+
         chosen_P, rejected_P = self.rewards(logprobs)
         return -logsigmoid(chosen_P - rejected_P - self.gamma)
 

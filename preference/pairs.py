@@ -17,10 +17,8 @@ from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from posttrain.tracking.progress import counted
 from preference.losses import PairLogprobs
-from preference.types import LabeledComparison
+from preference.types import LabeledComparison, Ties
 from supervised.data import datum_from_tokens_weights, offering
-
-Ties = Literal["drop", "both", "raise"]
 
 
 @dataclass(frozen=True)

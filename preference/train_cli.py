@@ -12,15 +12,24 @@ if not __package__:
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+from collections.abc import Coroutine
+from typing import Any
+
 from posttrain.tracking.command_line import run_command
-from preference import train_dpo
+from posttrain.tracking.metrics_log import Metrics
+from preference.config import Config
 from preference.names import DATASETS, METHODS
-from preference.train_dpo import Config
 from supervised.names import EVALUATOR_OPTIONS
 
 
+def trained(config: Config) -> Coroutine[Any, Any, Metrics]:
+    from preference import train_dpo  # with torch, for which --help and errors do not wait
+
+    return train_dpo.main(config)
+
+
 def main() -> None:
-    run_command(train_dpo.main, Config, {"dataset": DATASETS, "method": METHODS} | EVALUATOR_OPTIONS)
+    run_command(trained, Config, {"dataset": DATASETS, "method": METHODS} | EVALUATOR_OPTIONS)
 
 
 if __name__ == "__main__":

@@ -5,26 +5,23 @@ its logprobs are computed once, before the first step. Left out: sampling new an
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import chz
 import torch
 
 from posttrain.advise import warn_of_learning_rate
 from posttrain.backend.alarms import Alarms, check_at_start
-from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput
 from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.run import Metrics, finish
-from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import open_run_folder
 from posttrain.tracking.trainer_restarts import with_restarts
-from preference.losses import DPO, PreferenceLoss, pair_metrics
+from preference.config import Config
+from preference.losses import PreferenceLoss, pair_metrics
 from preference.pairs import (
     Pair,
-    Ties,
     as_data,
     micro_batches_of_pairs,
     pair_logprobs,
@@ -32,32 +29,9 @@ from preference.pairs import (
     sequence_logprobs,
 )
 from preference.reference import with_reference
-from preference.types import ComparisonDatasetBuilder
-from supervised.evaluators import EvaluatedRunConfig
 from supervised.train import Evaluator, Pass, training_loop
 
 HEADLINE = {"dpo_loss": "loss", "accuracy": "accuracy", "test/accuracy": "test accuracy"}
-
-
-@chz.chz
-class Config(EvaluatedRunConfig):
-    """Direct preference optimisation of a language model on pairs of answers."""
-
-    dataset: ComparisonDatasetBuilder = chz.field(doc="builder of the training and held-out comparisons")
-    method: PreferenceLoss = chz.field(default_factory=DPO, doc="the loss and its settings")
-    batch_size: int = chz.field(default=64, validator=COUNT, doc="pairs per optimizer step")
-    data_seed: int = chz.field(default=0, validator=SEED, doc="seed of the order of the pairs")
-    max_length: int | None = chz.field(
-        default=None, validator=COUNT, doc="most tokens of prompt and answer; None = the model's context"
-    )
-    overlong: Literal["drop", "raise"] = chz.field(
-        default="drop", doc="pairs with an answer longer than that; the count is printed"
-    )
-    ties: Ties = chz.field(
-        default="drop", doc="ties are left out, trained on both ways round (towards equal rewards), or an error"
-    )
-    learning_rate: float = chz.field(default=1e-5, validator=LEARNING_RATE, doc="the highest, after the warm-up")
-    log_path: str = log_path_field("runs/dpo")
 
 
 @with_restarts

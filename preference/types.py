@@ -16,6 +16,8 @@ from posttrain.renderers.types import Message, ToolSpec
 Label = Literal["A", "B", "Tie"]
 SWAPPED: dict[Label, Label] = {"A": "B", "B": "A", "Tie": "Tie"}
 
+Ties = Literal["drop", "both", "raise"]
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -1,13 +1,12 @@
 """The options of an RL run (train.py), and the combinations that are refused."""
 
+from collections.abc import Callable
 from typing import Any
 
 import chz
 
-from posttrain.backend.data_checks import resolve_loss
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import LRSchedule
-from posttrain.backend.losses import LossFn
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SAMPLING_TEMPERATURE, TEMPERATURE, WHOLE
 from posttrain.tracking.run_config import log_path_field
 from rl.advantages import AdvantageEstimator, GroupMean, GroupMeanStd, NoReward, SeatMean
@@ -81,7 +80,7 @@ class Config(EvaluatedRunConfig):
         "this often",
     )
     train_on_truncated: bool = chz.field(default=True, doc="train on rollouts that ran into the token limit")
-    loss_fn: str | LossFn = chz.field(
+    loss_fn: str | Callable[..., Any] = chz.field(
         default="importance_sampling",
         doc="importance_sampling, reinforce, ppo, gspo, cispo, dro, or a function of your own",
     )
@@ -133,6 +132,8 @@ def check_config(config: Config) -> None:
             f"advantage.num_seats={config.advantage.num_seats}: the policy plays {seats} of a game's seats with these "
             f"settings; set advantage.num_seats={seats}"
         )
+    from posttrain.backend.data_checks import resolve_loss  # torch: not to be waited for by --help
+
     loss = resolve_loss(config.loss_fn, config.loss_fn_config)
     if isinstance(config.loss_fn, str) and "advantages" not in loss.required:
         raise ConfigError(

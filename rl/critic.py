@@ -8,21 +8,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import chz
 import numpy as np
-import torch
 
-from posttrain.backend.checkpoint_files import read_state
+from posttrain.backend.checkpoint_files import SCALAR_HEAD_FILE, read_state
 from posttrain.backend.errors import CheckpointError
-from posttrain.backend.futures import APIFuture
-from posttrain.backend.losses import Tensors
-from posttrain.backend.models import SCALAR_HEAD_FILE
 from posttrain.backend.ranges import LEARNING_RATE, NON_NEGATIVE, SHARE
-from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import check_vocabulary
-from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import (
     AdamParams,
     Datum,
@@ -35,6 +29,14 @@ from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.metrics_log import Metrics
 from rl.data_processing import Row, sampled_in_time, split_by_row
 from rl.types import Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    import torch
+
+    from posttrain.backend.futures import APIFuture
+    from posttrain.backend.losses import Tensors
+    from posttrain.backend.service_client import ServiceClient
+    from posttrain.backend.training_client import TrainingClient
 
 POLICY = "policy"
 
@@ -64,7 +66,7 @@ class CriticConfig:
         if self.model not in (None, POLICY):
             check_vocabulary(f"critic.model={self.model}", str(self.model), tokenizer)
 
-    def open(self, service: ServiceClient, policy_name: str, lora: LoraConfig | None, seed: int) -> TrainingClient:
+    def open(self, service: "ServiceClient", policy_name: str, lora: LoraConfig | None, seed: int) -> "TrainingClient":
         path = Path(str(self.model)).expanduser()
         if (path / SCALAR_HEAD_FILE).exists():
             return service.create_scalar_client_from_state(str(path))
@@ -90,28 +92,28 @@ def token_rewards(trajectory: Trajectory, final: float) -> np.ndarray:
     return rewards_N
 
 
-def value_loss(values_N: torch.Tensor, inputs: Tensors, clip: float) -> tuple[torch.Tensor, Tensors]:
+def value_loss(values_N: "torch.Tensor", inputs: "Tensors", clip: float) -> "tuple[torch.Tensor, Tensors]":
     """w max((V - return)^2, (V_old + clip(V - V_old, -clip, clip) - return)^2) / 2."""
     returns_N, old_N = inputs["returns"], inputs["values"]
     loss_N = (values_N - returns_N).square()
     if clip:
         clipped_N = old_N + (values_N - old_N).clamp(-clip, clip)
-        loss_N = torch.maximum(loss_N, (clipped_N - returns_N).square())
+        loss_N = loss_N.maximum((clipped_N - returns_N).square())
     return 0.5 * inputs["weights"] * loss_N, {"value_loss": 0.5 * loss_N}
 
 
-def _scalars(values_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
+def _scalars(values_N: "torch.Tensor", inputs: "Tensors") -> "tuple[torch.Tensor, Tensors]":
     return 0.0 * values_N, {}
 
 
 @dataclass
 class Critic:
     config: CriticConfig
-    client: TrainingClient
+    client: "TrainingClient"
     rate: float
     """Its learning rate, divided by the policy's."""
-    _outputs: list[APIFuture[ForwardBackwardOutput]] = field(default_factory=list)
-    _steps: list[APIFuture[OptimStepResponse]] = field(default_factory=list)
+    _outputs: "list[APIFuture[ForwardBackwardOutput]]" = field(default_factory=list)
+    _steps: "list[APIFuture[OptimStepResponse]]" = field(default_factory=list)
 
     async def with_advantages(
         self, groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row]
@@ -185,13 +187,13 @@ class ActorCritic:
     """The checkpoints of policy and critic as one: the critic's are in `folder`, under the same names, and
     deleted after the policy's."""
 
-    policy: TrainingClient
-    critic: TrainingClient
+    policy: "TrainingClient"
+    critic: "TrainingClient"
     folder: Path
     takes_policy: bool
     """Whether the critic starts from the policy's weights."""
 
-    def save_state(self, name: str, *, extra: dict[str, Any]) -> APIFuture[Any]:
+    def save_state(self, name: str, *, extra: dict[str, Any]) -> "APIFuture[Any]":
         """The critic first: a policy's checkpoint always has its critic's."""
         checkpoints = Path(name).parent
         for old in self.folder.glob("*"):
@@ -201,12 +203,12 @@ class ActorCritic:
         self.critic.save_state(str(path), extra={"next_step": extra.get("next_step")}).result()
         return self.policy.save_state(name, extra=extra)
 
-    def load_state(self, path: str) -> APIFuture[Any]:
+    def load_state(self, path: str) -> "APIFuture[Any]":
         if self.takes_policy:
             self.critic.load_state(path).result()
         return self.policy.load_state(path)
 
-    def load_state_with_optimizer(self, path: str) -> APIFuture[Any]:
+    def load_state_with_optimizer(self, path: str) -> "APIFuture[Any]":
         saved = self.folder / Path(path).name
         steps = [read_state(folder)["extra"].get("next_step") for folder in (saved, Path(path))]
         if steps[0] != steps[1]:

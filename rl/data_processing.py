@@ -13,8 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from posttrain.backend.errors import ConfigError, DataError
-from posttrain.backend.loss_terms import KeptRow
-from posttrain.backend.types import Datum, ModelInput
+from posttrain.backend.types import Datum, KeptRow, ModelInput
 from rl.advantages import AdvantageEstimator
 from rl.types import Trajectory, TrajectoryGroup
 

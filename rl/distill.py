@@ -8,21 +8,23 @@ self-distillation. Left out: the KL over the whole vocabulary, of which the mean
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import chz
 import numpy as np
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import NON_NEGATIVE, SHARE
-from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import check_vocabulary
-from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Tokenizer
 from rl.data_processing import Row
 from rl.kl import Reference, mean_difference, other_model
 from rl.types import Metrics, TrajectoryGroup
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.service_client import ServiceClient
+    from posttrain.backend.training_client import TrainingClient
 
 POLICY = "policy"
 
@@ -82,8 +84,8 @@ class Teachers:
     """The opened teachers. Equal paths are opened once."""
 
     config: Distillation
-    service: ServiceClient
-    policy: TrainingClient
+    service: "ServiceClient"
+    policy: "TrainingClient"
     opened: dict[str, Reference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 CLEANUP_SECONDS = 5.0  # for the clean-up of a cancelled coroutine; then it is abandoned
 MESSAGE_CHARS = 2000  # of an environment's exception
+BLOCKED_SECONDS, BLOCKED_TOTAL = 0.25, 10.0  # of a stretch without `await` that counts, and of all that are said
+
+_blocked: dict[str, float] = {}  # seconds by method
 
 
 class SamplingClock:
@@ -56,7 +59,7 @@ async def call(
 ) -> T:
     """`check(await owner.method(*arguments, **keywords))`. Raises RolloutError, unless the run
     itself is cancelled or interrupted."""
-    watch = _Watch(seconds, clock)
+    watch, call_name = _Watch(seconds, clock), f"{type(owner).__name__}.{method}"
     try:
         with span("env"):
             result = check(await _driven(partial(_started, owner, method, arguments, keywords), watch))
@@ -67,7 +70,8 @@ async def call(
         if watch.ends_the_task(error) or _is_ctrl_c(error):
             raise
         failure = error
-    call_name = f"{type(owner).__name__}.{method}"
+    finally:
+        _say_if_blocking(call_name, watch.blocked)
     if watch.expired:
         also = ", and did not let itself be cancelled" if watch.left else ""
         raise EnvTimeout(f"{call_name} took more than {seconds:g} s{also}") from failure
@@ -76,6 +80,18 @@ async def call(
         raise EnvError(f"{call_name} cancelled the task of its rollout") from failure
     assert failure is not None
     raise _rollout_error(call_name, failure)
+
+
+def _say_if_blocking(call_name: str, seconds: float) -> None:
+    """A line, once, where an environment's code that does not `await` keeps all other rollouts waiting."""
+    before = _blocked.get(call_name, 0.0)
+    _blocked[call_name] = before + seconds
+    if before < BLOCKED_TOTAL <= before + seconds:
+        print(
+            f"WARNING {call_name} has blocked the event loop for {before + seconds:.0f} s in all: every other rollout "
+            "waits then. Run what is slow in a thread (await asyncio.to_thread(...)) or a process",
+            flush=True,
+        )
 
 
 def call_now(check: Callable[[Any], T], owner: object, method: str) -> T:
@@ -178,6 +194,7 @@ class _Watch:
         self._was, self._own = task.cancelling(), 0
         self._timer: asyncio.TimerHandle | None = None
         self.expired = self.left = self.cancelled_itself = self.closed = False
+        self.blocked = 0.0  # seconds of long stretches without a wait
 
     @property
     def disturbed(self) -> bool:
@@ -191,10 +208,12 @@ class _Watch:
     def run(self, code: Callable[[], T]) -> T:
         """Runs the environment's code up to its next wait, and withdraws cancellations it requests
         of its own task."""
-        before = self._task.cancelling()
+        before, began = self._task.cancelling(), time.monotonic()
         try:
             return code()
         finally:
+            if (stretch := time.monotonic() - began) >= BLOCKED_SECONDS:
+                self.blocked += stretch
             while self._task.cancelling() > before:
                 self._task.uncancel()
                 self.cancelled_itself = True

@@ -27,7 +27,6 @@ import chz
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, SEED, TEMPERATURE, WHOLE
-from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Renderer
@@ -196,6 +195,8 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
     if missing:
         if saved:
             print(f"{label}: {len(saved)} samples are there, {len(missing)} to go", flush=True)
+        from posttrain.backend.service_client import ServiceClient  # with torch, for which --help does not wait
+
         with ServiceClient(config.backend) as service:
             policy = Policy(model.open(service, config.seed), max_tokens, config.sampling_temperature)
             await _sample(config, label, policy, builders_P, missing, folder / "samples.jsonl", saved)

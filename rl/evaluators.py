@@ -4,12 +4,12 @@ metrics of k of them.
 
 from collections.abc import Sequence
 from copy import copy
+from typing import TYPE_CHECKING
 
 import chz
 
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, TEMPERATURE
-from posttrain.backend.sampling_client import SamplingClient
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.seeds import EVALUATION
@@ -20,6 +20,9 @@ from rl.rollouts import Policy, RolloutLimits, do_rollouts
 from rl.sample_metrics import best_at_k, maj_at_k, mean_and_stderr, pass_at_k
 from rl.types import EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, Trajectory, TrajectoryGroup
 from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.sampling_client import SamplingClient
 
 
 def all_groups(dataset: RLDataset) -> list[EnvGroupBuilder]:
@@ -47,7 +50,7 @@ class RLTestSetEvaluator:
         self._name, self._limits = name, limits
         self.groups: list[TrajectoryGroup] = []
 
-    async def __call__(self, client: SamplingClient) -> Metrics:
+    async def __call__(self, client: "SamplingClient") -> Metrics:
         policy = Policy(client, self._max_tokens, self._temperature)
         self.groups = await do_rollouts(self._builders, policy, (self._seed, EVALUATION), self._limits)
         return compute_trajectory_metrics(self.groups, f"{self._name}/env")
@@ -85,7 +88,7 @@ class SamplesEvaluator:
         # all samples of a problem in one group, for the transcript
         self.groups: list[TrajectoryGroup] = []
 
-    async def __call__(self, client: SamplingClient) -> Metrics:
+    async def __call__(self, client: "SamplingClient") -> Metrics:
         policy = Policy(client, self._max_tokens, self._temperature)
         seed = (self._seed, EVALUATION, self._num_samples)
         # Sample by sample: the first samples do not depend on later ones. Copies, since each

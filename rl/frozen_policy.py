@@ -6,6 +6,7 @@ FrozenPolicy objects.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import chz
 import numpy as np
@@ -13,13 +14,14 @@ import numpy as np
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.backend.ranges import COUNT, SEED, TEMPERATURE
-from posttrain.backend.sampling_client import SamplingClient
-from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message, Renderer
 from posttrain.tracking.model_source import ModelSource, find_model
 from rl.types import RolloutError
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.sampling_client import SamplingClient
 
 
 class FrozenPolicyError(RolloutError):
@@ -31,7 +33,7 @@ class MessageCompleter:
     """Messages in, one message out. A reply's seed is a function of `seed` and the prompt: equal
     prompts get equal replies."""
 
-    client: SamplingClient
+    client: "SamplingClient"
     renderer: Renderer
     max_tokens: int
     temperature: float = 0.0
@@ -79,8 +81,10 @@ class FrozenPolicy:
                 f"model_path={self.model_path}, base_model={self.base_model}: a frozen policy needs one of the two"
             )
 
-    def open(self) -> SamplingClient:
+    def open(self) -> "SamplingClient":
         """Loads the model and starts its engine."""
+        from posttrain.backend.service_client import ServiceClient
+
         service, run = ServiceClient(self.backend), self._run()
         path = str(run.folder) if run and run.folder else self.model_path
         return service.create_sampling_client(path, self.base_model, seed=self.seed)

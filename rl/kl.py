@@ -10,18 +10,20 @@ on d_t = log q(token) - log ref(token), whose mean estimates KL(policy || refere
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import chz
 import numpy as np
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import NON_NEGATIVE, SHARE
-from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig
 from rl.data_processing import Row, sampled_in_time, split_by_row
 from rl.types import Metrics, TrajectoryGroup
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.service_client import ServiceClient
+    from posttrain.backend.training_client import TrainingClient
 
 
 @chz.chz
@@ -48,7 +50,7 @@ class Reference:
     """The frozen policy, computed by torch like the trained one: equal weights, equal logprobs.
     `without_adapter`: the client is the policy's own, and the reference its base."""
 
-    def __init__(self, client: TrainingClient, without_adapter: bool = False):
+    def __init__(self, client: "TrainingClient", without_adapter: bool = False):
         self._client, self._without_adapter = client, without_adapter
 
     async def logprobs(self, data_D: Sequence[Datum]) -> list[np.ndarray]:
@@ -58,8 +60,8 @@ class Reference:
 
 
 def starting_weights(
-    service: ServiceClient, model_name: str, path: str | None, lora: LoraConfig | None, seed: int
-) -> TrainingClient:
+    service: "ServiceClient", model_name: str, path: str | None, lora: LoraConfig | None, seed: int
+) -> "TrainingClient":
     """A second copy of the starting weights. An adapter that is still zero is left out."""
     client = service.create_training_client(model_name, lora if path else None, seed)
     if path:
@@ -68,8 +70,8 @@ def starting_weights(
 
 
 def other_model(
-    service: ServiceClient, path: str, policy: TrainingClient, option: str = "kl.reference_path"
-) -> TrainingClient:
+    service: "ServiceClient", path: str, policy: "TrainingClient", option: str = "kl.reference_path"
+) -> "TrainingClient":
     """A checkpoint of any architecture, full or LoRA, or a model by folder or name. ConfigError if
     its context is shorter than the policy's."""
     folder = Path(path).expanduser()

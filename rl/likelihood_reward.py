@@ -12,11 +12,11 @@ import chz
 import numpy as np
 
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.loss_terms import KeptRow, LossTerm
+from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.ranges import LARGEST, NON_NEGATIVE, Range
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import Datum, ForwardBackwardOutput, ModelInput
+from posttrain.backend.types import Datum, ForwardBackwardOutput, KeptRow, ModelInput
 from posttrain.renderers.types import Renderer
 from rl.data_processing import rows_of
 from rl.types import Action, BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup

@@ -9,16 +9,18 @@ update only.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import chz
 import numpy as np
 
 from posttrain.backend.ranges import NON_NEGATIVE
-from posttrain.backend.training_client import TrainingClient
 from rl.data_processing import Row
 from rl.metrics import compute_sampling_metrics
 from rl.types import Metrics
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.training_client import TrainingClient
 
 
 @chz.chz
@@ -31,7 +33,7 @@ class MismatchCorrection:
 
 
 async def corrected(
-    client: TrainingClient, rows: Sequence[Row], correction: MismatchCorrection
+    client: "TrainingClient", rows: Sequence[Row], correction: MismatchCorrection
 ) -> tuple[list[Row], Metrics]:
     """The rows with weighted advantages, and the trainer's logprobs in place of the sampler's, by
     one forward pass."""

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import chz
 import numpy as np
@@ -19,7 +19,6 @@ import numpy as np
 from posttrain.backend.errors import ContextLengthError, DataError
 from posttrain.backend.ranges import COUNT, POSITIVE, SHARE, WHOLE
 from posttrain.backend.routing import sampling_group
-from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import ModelInput, SamplingParams
 from posttrain.tracking.seeds import RETRY
 from posttrain.tracking.timeline import span
@@ -41,6 +40,9 @@ from rl.types import (
     TrajectoryGroup,
     Transition,
 )
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.sampling_client import SamplingClient
 
 T = TypeVar("T")
 # e.g. (run seed, step, group): determines a rollout's sampling
@@ -84,7 +86,7 @@ class RolloutLimits:
 class Policy:
     """A sampling client and how to sample from it."""
 
-    client: SamplingClient
+    client: "SamplingClient"
     max_tokens: int
     temperature: float = 1.0
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.types import EncodedTextChunk, ModelInput
-from posttrain.tracking.datasets import ListDataset
+from posttrain.renderers.types import Renderer
+from posttrain.tracking.datasets import ListDataset, train_and_test
 from rl.types import (
     Env,
     EnvGroupBuilder,
@@ -244,12 +245,12 @@ def tags(builder: EnvGroupBuilder, result: object) -> list[str]:
 # --- of a dataset and its builder ---------------------------------------------------------------
 
 
-def datasets(builder: RLDatasetBuilder, result: object) -> tuple[RLDataset, RLDataset | None]:
-    """Result of `await builder(renderer)`."""
-    name = type(builder).__name__
-    if not isinstance(result, tuple | list) or len(result) != 2:
-        raise DataError(f"{name} returned {result!r:.100}, not a training set and a held-out set (which may be None)")
-    train, test = result
+async def datasets(builder: RLDatasetBuilder, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
+    """Those that the builder returns."""
+    name, result = type(builder).__name__, builder(renderer)
+    if not inspect.isawaitable(result):
+        raise DataError(f"{name}.__call__ is no `async def`: it cannot be awaited")
+    train, test = train_and_test(builder, await result)
     for dataset in (train, *(() if test is None else (test,))):
         if not isinstance(dataset, RLDataset):
             raise DataError(f"{name} returned {dataset!r:.100}, which is no RLDataset")

@@ -64,7 +64,7 @@ async def main(config: Config) -> Metrics:
         check_vocabulary(option, config.kl.reference_path, renderer.tokenizer)
     config.distill.check(renderer.tokenizer)
     config.critic.check(renderer.tokenizer)
-    dataset, test_dataset = step_checks.datasets(config.env, await config.env(renderer))
+    dataset, test_dataset = await step_checks.datasets(config.env, renderer)
     custom = await config.build_evaluators(renderer)
     num_steps = config.num_steps(len(dataset))
     if num_steps == 0:

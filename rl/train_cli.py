@@ -11,19 +11,23 @@ if not __package__:
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+from collections.abc import Coroutine
+from typing import Any
+
 import chz
 
 from posttrain.backend.ranges import COUNT
 from posttrain.tracking.command_line import by_name, run_command
-from rl import train
+from posttrain.tracking.metrics_log import Metrics
 from rl.algorithms import ALGORITHMS
+from rl.config import Config
 from rl.names import ADVANTAGES, ENVS
 from rl.types import RLDatasetBuilder
 from supervised.names import EVALUATOR_OPTIONS
 
 
 @chz.chz
-class CLIConfig(train.Config):
+class CLIConfig(Config):
     """Reinforcement learning of a language model on an environment."""
 
     env: RLDatasetBuilder = chz.field(
@@ -46,10 +50,16 @@ class CLIConfig(train.Config):
         return chz.replace(self, env=env, group_size=None, groups_per_batch=None)
 
 
+def trained(config: CLIConfig) -> Coroutine[Any, Any, Metrics]:
+    from rl import train  # with torch, for which --help and errors do not wait
+
+    return train.main(config.resolved())
+
+
 def main() -> None:
     presets = {"algorithm": {name: algorithm.settings for name, algorithm in ALGORITHMS.items()}}
     names = {"env": ENVS, "advantage": ADVANTAGES} | EVALUATOR_OPTIONS
-    run_command(lambda config: train.main(config.resolved()), CLIConfig, names, presets)
+    run_command(trained, CLIConfig, names, presets)
 
 
 if __name__ == "__main__":

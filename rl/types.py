@@ -6,18 +6,19 @@ are centred over the group. Builders are cheap configuration; `make_envs` makes 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import chz
 
 from posttrain.backend.errors import CookbookError
-from posttrain.backend.loss_terms import KeptRow
 from posttrain.backend.ranges import COUNT, SEED
-from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import Datum, EncodedTextChunk, ModelInput, StopReason
+from posttrain.backend.types import Datum, EncodedTextChunk, KeptRow, ModelInput, StopReason
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.metrics_log import Metrics
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.service_client import ServiceClient
+    from posttrain.backend.training_client import TrainingClient
 
 Action = list[int]  # the sampled tokens, stop token included
 Observation = ModelInput
@@ -284,6 +285,6 @@ class BatchRewardBuilder:
     at every call."""
 
     async def __call__(
-        self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
+        self, service: "ServiceClient", training_client: "TrainingClient", renderer: Renderer
     ) -> BatchReward:
         raise NotImplementedError

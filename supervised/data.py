@@ -275,7 +275,7 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
         from datasets import config as datasets_config
         from datasets.exceptions import DatasetsError
 
-        path = Path(self.name).expanduser()
+        path = Path(self.name).expanduser().absolute()  # "." is no folder to load_dataset
         try:
             if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
                 saved = datasets.load_from_disk(str(path))

@@ -33,7 +33,7 @@ from supervised.evaluators import EvaluatedRunConfig
 from supervised.names import DATASETS, EVALUATOR_OPTIONS
 from supervised.nll import NLLEvaluator
 from supervised.train import Pass, training_loop
-from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder, datasets_of
 
 LEAST_REST = 1e-6  # a student's probability outside the K tokens, below which the loss is flat
 
@@ -191,10 +191,10 @@ async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Input errors are raised before a model loads."""
     renderer = config.renderer()
     check_vocabulary(f"teacher={config.teacher}", config.teacher, renderer.tokenizer)
-    dataset, test_dataset = config.dataset(renderer)
+    dataset, test_dataset = datasets_of(config.dataset, renderer)
     read, test_read = dataset, test_dataset
     if config.context:
-        read, test_read = config.dataset(with_context(renderer, config.context))
+        read, test_read = datasets_of(config.dataset, with_context(renderer, config.context))
     custom = await config.build_evaluators(renderer)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     with ServiceClient(config.backend, folder.checkpoints) as service:

@@ -3,27 +3,31 @@
 environments and benchmarks; names.py the short names.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import chz
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import WHOLE
-from posttrain.backend.sampling_client import SamplingClient
-from posttrain.backend.training_client import TrainingClient
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.metrics_log import Metrics
 from posttrain.tracking.run_config import LanguageModelRunConfig
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.sampling_client import SamplingClient
+    from posttrain.backend.training_client import TrainingClient
 
 
 class Evaluated:
     """The trained model during one evaluation."""
 
-    def __init__(self, training_client: TrainingClient, sampling_client: SamplingClient | None = None):
+    def __init__(self, training_client: "TrainingClient", sampling_client: "SamplingClient | None" = None):
         self.training_client, self._sampling_client = training_client, sampling_client
 
-    async def sampling_client(self) -> SamplingClient:
+    async def sampling_client(self) -> "SamplingClient":
         """A client of the present weights; the first call of an evaluation syncs the sampler."""
         if self._sampling_client is None:
             self._sampling_client = await self.training_client.save_weights_and_get_sampling_client_async()
@@ -55,7 +59,14 @@ class EvaluatorList:
         """`others` and the evaluators' metrics. ConfigError if two have the same name."""
         metrics = {**(others or {})}
         for option, evaluator in self._evaluators:
-            added = await evaluator(model)
+            added = await _awaited(option, evaluator(model))
+            if not isinstance(added, Mapping):
+                raise ConfigError(f"{option} returned {added!r:.100}, not a dict of metrics")
+            for name, value in added.items():
+                try:
+                    float(value)
+                except (TypeError, ValueError):
+                    raise ConfigError(f"{option} returned the metric {name}={value!r:.100}: not a number") from None
             if twice := metrics.keys() & added.keys():
                 raise ConfigError(
                     f"{option} returns the metric {min(twice)}, which is there already: set {option}.name"
@@ -99,4 +110,13 @@ class EvaluatedRunConfig(LanguageModelRunConfig):
 
 
 async def _built(option: str, builders: Sequence[EvaluatorBuilder], renderer: Renderer) -> EvaluatorList:
-    return EvaluatorList([(f"{option}.{i}", await builder(renderer)) for i, builder in enumerate(builders)])
+    names = [f"{option}.{i}" for i in range(len(builders))]
+    return EvaluatorList(
+        [(name, await _awaited(name, builder(renderer))) for name, builder in zip(names, builders, strict=True)]
+    )
+
+
+async def _awaited(option: str, result: Any) -> Any:
+    if not inspect.isawaitable(result):
+        raise ConfigError(f"{option} returned {result!r:.100} and is no `async def`: it cannot be awaited")
+    return await result

@@ -9,16 +9,20 @@ with different tokenizers:
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import chz
 import numpy as np
 
-from posttrain.backend.training_client import TrainingClient
+from posttrain.backend.errors import DataError
 from posttrain.backend.types import Datum, TensorData
 from posttrain.renderers.types import Renderer, Tokenizer
 from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
 from supervised.names import DATASETS
-from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder, datasets_of
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.training_client import TrainingClient
 
 
 def nll_sums(data_D: Sequence[Datum], logprobs_D: Sequence[TensorData]) -> np.ndarray:
@@ -30,8 +34,10 @@ def nll_sums(data_D: Sequence[Datum], logprobs_D: Sequence[TensorData]) -> np.nd
 
 
 def nll_means(sums: np.ndarray) -> tuple[float, float]:
-    """`nll` and `weighted_nll` from the sums of nll_sums."""
+    """`nll` and `weighted_nll` from the sums of nll_sums. DataError without a token that carries loss."""
     nll, count, weighted_nll, weight = sums.tolist()
+    if not count:
+        raise DataError("no token carries loss: every weight of these examples is 0")
     return nll / count, weighted_nll / weight
 
 
@@ -52,7 +58,7 @@ class NLLEvaluator:
         self._batches = [dataset.get_batch(i) for i in range(len(dataset))]
         self._name, self._bytes = name, -1
 
-    async def __call__(self, client: TrainingClient) -> dict[str, float]:
+    async def __call__(self, client: "TrainingClient") -> dict[str, float]:
         submitted = [(batch, client.forward(batch, "cross_entropy")) for batch in self._batches]
         sums = [
             nll_sums(batch, [out["logprobs"] for out in (await future).loss_fn_outputs]) for batch, future in submitted
@@ -76,7 +82,7 @@ class DatasetNLL(EvaluatorBuilder):
     name: str = chz.field(default="nll", doc="the metrics are NAME/nll and NAME/weighted_nll")
 
     async def __call__(self, renderer: Renderer) -> CustomEvaluator:
-        train, test = self.dataset(renderer)
+        train, test = datasets_of(self.dataset, renderer)
         evaluator = NLLEvaluator(test if test is not None else train, self.name)
 
         async def evaluate(model: Evaluated) -> dict[str, float]:

@@ -207,5 +207,6 @@ def _field(fields: Fields, name: str, kind: type) -> Any:
     if name not in fields:
         raise DataError(f"no field {name!r}; the fields are {', '.join(map(repr, fields))}")
     if not isinstance(fields[name], kind):
-        raise DataError(f"the field {name!r} is a {type(fields[name]).__name__}, not a {kind.__name__}")
+        wanted = "text" if kind is str else "text or a list of messages" if name != "messages" else "list of messages"
+        raise DataError(f"the field {name!r} is a {type(fields[name]).__name__}, not a {wanted}")
     return fields[name]

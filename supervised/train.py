@@ -5,25 +5,23 @@ loss is an Objective: cross-entropy here; DPO, Bradley-Terry and step labels in 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
-import chz
-
 from posttrain.advise import warn_of_learning_rate
 from posttrain.backend.alarms import Alarms, check_at_start
 from posttrain.backend.errors import NonFiniteError
 from posttrain.backend.futures import APIFuture
-from posttrain.backend.ranges import NON_NEGATIVE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput, OptimStepResponse
 from posttrain.tracking.metrics_log import timed
 from posttrain.tracking.nonfinite import write_offending_data
 from posttrain.tracking.run import Metrics, Run, finish
-from posttrain.tracking.run_config import LanguageModelRunConfig, log_path_field
+from posttrain.tracking.run_config import LanguageModelRunConfig
 from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from posttrain.tracking.trainer_restarts import with_restarts
-from supervised.evaluators import Evaluated, EvaluatedRunConfig, RunEvaluators
+from supervised.config import Config
+from supervised.evaluators import Evaluated, RunEvaluators
 from supervised.nll import NLLEvaluator, nll_means, nll_sums
-from supervised.types import Dataset, SupervisedDatasetBuilder
+from supervised.types import Dataset, datasets_of
 
 Evaluator = Callable[[TrainingClient], Awaitable[Metrics]]
 Batch = TypeVar("Batch")
@@ -62,24 +60,11 @@ class CrossEntropy:
         return {"train_mean_nll": mean, "train_weighted_nll": weighted, "num_loss_tokens": float(sums[1])}
 
 
-@chz.chz
-class Config(EvaluatedRunConfig):
-    """Supervised fine-tuning of a language model on a dataset."""
-
-    dataset: SupervisedDatasetBuilder = chz.field(doc="builder of the training and held-out data")
-    stop_at_nll: float | None = chz.field(
-        default=None,
-        validator=NON_NEGATIVE,
-        doc="end once a batch's train_mean_nll, a mean over tokens, is below this (with a constant lr_schedule)",
-    )
-    log_path: str = log_path_field("runs/sft")
-
-
 @with_restarts
 async def main(config: Config) -> Metrics:
     """Trains; returns the last metrics. Input errors are raised before the model loads."""
     renderer = config.renderer()
-    dataset, test_dataset = config.dataset(renderer)
+    dataset, test_dataset = datasets_of(config.dataset, renderer)
     custom = await config.build_evaluators(renderer)
     warn_of_learning_rate("sft", config.model_name, config.lora_rank, config.learning_rate)
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)

@@ -12,17 +12,21 @@ if not __package__:
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+from collections.abc import Coroutine
+from typing import Any
+
 import chz
 
 from posttrain.backend.ranges import COUNT
 from posttrain.tracking.command_line import by_name, run_command
-from supervised import train
+from posttrain.tracking.metrics_log import Metrics
+from supervised.config import Config
 from supervised.names import DATASETS, EVALUATOR_OPTIONS
 from supervised.types import SupervisedDatasetBuilder
 
 
 @chz.chz
-class CLIConfig(train.Config):
+class CLIConfig(Config):
     """Supervised fine-tuning of a language model on a dataset."""
 
     dataset: SupervisedDatasetBuilder = chz.field(
@@ -39,8 +43,14 @@ class CLIConfig(train.Config):
         return chz.replace(self, dataset=chz.replace(self.dataset, batch_size=self.batch_size), batch_size=None)
 
 
+def trained(config: CLIConfig) -> Coroutine[Any, Any, Metrics]:
+    from supervised import train  # with torch, for which --help and errors do not wait
+
+    return train.main(config.resolved())
+
+
 def main() -> None:
-    run_command(lambda config: train.main(config.resolved()), CLIConfig, {"dataset": DATASETS} | EVALUATOR_OPTIONS)
+    run_command(trained, CLIConfig, {"dataset": DATASETS} | EVALUATOR_OPTIONS)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import chz
 from posttrain.backend.ranges import COUNT, SEED
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Renderer, TrainOnWhat
+from posttrain.tracking.datasets import train_and_test
 
 Batch = TypeVar("Batch", covariant=True)
 
@@ -45,3 +46,10 @@ class SupervisedDatasetBuilder:
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         raise NotImplementedError
+
+
+def datasets_of(
+    builder: SupervisedDatasetBuilder, renderer: Renderer
+) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+    """Those that the builder returns; DataError for anything else."""
+    return train_and_test(builder, builder(renderer), "get_batch", "set_epoch", "__len__")

@@ -106,3 +106,23 @@ def test_a_link_keeps_pointing_and_other_folders_are_left_alone(tmp_path: Path) 
     recover_folders(tmp_path / "run")
     assert (tmp_path / "disk" / "real" / "a").read_text() == "2" and (tmp_path / "run" / "final").is_symlink()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["final", "notes.old"]
+
+
+# Trap: save_state("a") after save_state("a/b"), or with the name of a folder of something else, deletes what is there.
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        with atomic_folder(path) as folder:
+            (folder / "state").mkdir()
+            (folder / "weights").write_text("new")
+
+    write(tmp_path / "a" / "b")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")
+    write(tmp_path / "empty")  # an older version of itself
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for path, held in [(tmp_path / "a", "b"), (tmp_path, "a|empty|papers"), (tmp_path / "papers", "thesis")]:
+        with pytest.raises(CheckpointError, match=f"it holds ({held}).* choose another name"):
+            write(path)
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "papers" / "thesis").read_text() == "mine"

@@ -157,6 +157,16 @@ def test_help_shows_every_option_and_those_of_the_class_asked_for(capsys):
         assert max(map(len, page.splitlines())) <= 130
 
 
+def test_commands_answer_before_torch_and_transformers_are_imported() -> None:
+    commands = ("rl.train_cli", "supervised.train_cli", "preference.train_cli", "rl.evaluate", "envs.elo")
+    commands += ("posttrain.serve.chat", "posttrain.serve.command", "posttrain.tracking.runs")
+    code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+    code += "    heavy = {'torch', 'transformers', 'peft', 'vllm', 'matplotlib', 'datasets'} & set(sys.modules)\n"
+    code += "    assert not heavy, (name, heavy)"
+    done = subprocess.run([sys.executable, "-c", code, *commands], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_command_exits_2_with_one_line_130_on_ctrl_c_and_is_light(tmp_path):
     script = tmp_path / "command.py"
     script.write_text(

@@ -1,14 +1,21 @@
 """The python blocks of README.md and docs/*.md run, page by page, in the order they are read in.
 
-A block that cannot be run here stands under a line `<!-- not executed: REASON -->`.
+A block that cannot be run here stands under a line `<!-- not executed: REASON -->`. Commands are parsed.
 """
 
 import ast
 import re
+import runpy
+import shlex
+import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from posttrain.backend.errors import CookbookError
+from posttrain.tracking import command_line
 from tests import commands
 from tests.conftest import ROOT
 
@@ -88,3 +95,39 @@ def test_commands_in_docstrings_can_be_pasted():
             if command.match(line) and (cut or line.endswith(" python")) or second.search(line.strip()):
                 broken.append(f"{file.relative_to(ROOT)}: {line.strip()}")
     assert not broken
+
+
+def page_commands() -> list[tuple[str, Path, list[str]]]:
+    """Of all pages, recipes' included: line, file and options of the commands that run_command parses."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    found = []
+    for page in [*PAGES, *sorted((ROOT / "recipes").rglob("README.md"))]:
+        for line in page.read_text().replace("\\\n", " ").splitlines():
+            if not re.match(r" {4}([A-Z_]+=\S+ )*(python|posttrain-\w+) ", line) or re.search(r"\.\.\.|my_envs", line):
+                continue
+            words = [word for word in shlex.split(line, comments=True) if not re.match("[A-Z_]+=", word)]
+            name, *given = words[2:] if words[1] == "-m" else words[1:] if words[0] == "python" else words
+            module = scripts.get(name, name).partition(":")[0]
+            file = ROOT / (module if module.endswith(".py") else f"{module.replace('.', '/')}.py")
+            if file.is_file() and "run_command(" in file.read_text():
+                found.append((line.strip(), file, given))
+    return found
+
+
+# Trap: an option that was renamed, on a page that nobody types from.
+def test_commands_on_pages_have_the_options_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[object] = []
+
+    def parse_only(main: object, config_class: type, *names: Any) -> None:
+        parsed.append(command_line.parse(config_class, None, *names))
+
+    monkeypatch.setattr(command_line, "run_command", parse_only)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    commands_found = page_commands()
+    for line, file, given in commands_found:
+        monkeypatch.setattr(sys, "argv", [str(file), *given])
+        try:
+            runpy.run_path(str(file), run_name="__main__")
+        except CookbookError as error:
+            raise AssertionError(f"{line}: {error}") from error
+    assert len(parsed) == len(commands_found) > 80

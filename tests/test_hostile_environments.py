@@ -5,6 +5,7 @@ costs its own rollout and nothing else.
 import asyncio
 import json
 import signal
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -265,6 +266,27 @@ def test_cleanup_comes_at_the_end_of_every_group(torch_service: Any) -> None:
     with pytest.raises(ZeroDivisionError, match="mine"):
         rollouts(torch_service, Broken("None"))
     assert len(calls) == 4
+
+
+def test_a_method_that_blocks_all_others_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(env_calls, "_blocked", {})
+    monkeypatch.setattr(env_calls, "BLOCKED_SECONDS", 0.0)
+    monkeypatch.setattr(env_calls, "BLOCKED_TOTAL", 0.02)
+
+    class Slow:
+        async def step(self) -> None:
+            time.sleep(0.015)  # noqa: ASYNC251
+            await asyncio.sleep(0)
+
+    async def calls() -> None:
+        for _ in range(4):
+            await env_calls.call(lambda result: result, 5.0, env_calls.SamplingClock(), Slow(), "step")
+
+    asyncio.run(calls())
+    out = capsys.readouterr().out
+    assert out.count("WARNING Slow.step has blocked the event loop") == 1 and "asyncio.to_thread" in out
 
 
 def test_a_seat_is_not_billed_for_what_the_others_sample(torch_service: Any) -> None:

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, T5Config
 
 import posttrain.preflight
+from posttrain.backend.checkpoint_files import SCALAR_HEAD_FILE
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CookbookError, ModelError
 from posttrain.backend.memory import GIB, kv_cache_bytes
 from posttrain.backend.memory_plan import PROCESS_BYTES, PlannedRun, _saved_bytes, check_fits, free_bytes, planned
-from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE
+from posttrain.backend.models import PRESETS
 from posttrain.backend.types import LoraConfig
 from posttrain.tracking.command_line import parse
 

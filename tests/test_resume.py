@@ -5,6 +5,7 @@ same weights, same metrics, bit for bit.
 # Trap: `types.py` in a script's folder shadowing the standard library's.
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from posttrain.tracking.metrics_log import read_metrics
-from tests.commands import Command
+from tests.commands import Command, run
 
 SFT = [
     "supervised/train_cli.py",
@@ -108,5 +109,7 @@ def test_ctrl_c_saves_the_step_and_leaves_no_process(tmp_path: Path) -> None:
     children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True).stdout
     assert not children.strip() and not Path(f"/proc/{process.pid}").exists()
     logged = steps_logged(tmp_path)
-    assert f"at step {logged}" in finish(arguments, tmp_path)
+    resuming = shlex.split(process.output().partition("to continue, run: ")[2].partition("\n")[0])
+    done = run(*resuming[1:])
+    assert done.returncode == 0 and f"at step {logged}" in done.stdout, (resuming, done.stderr)
     assert steps_logged(tmp_path) == 31 and os.path.exists(tmp_path / "plots" / "run.png")

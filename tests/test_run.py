@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError, LogprobGapError
 from posttrain.backend.learning_rate import learning_rate_at
 from posttrain.tracking import checkpointing
 from posttrain.tracking.metrics_log import read_metrics
@@ -97,6 +97,30 @@ def test_the_order_of_what_is_around_a_step(ends_at: int | None, last: int, tmp_
     assert [record["step"] for record in records] == [*range(last), last]
     assert [record["step"] for record in records if "test/nll" in record] == [*range(0, last, 2), last]
     assert all("time/total" in record for record in records[:-1])
+
+
+# Trap: an evaluator that fails in the last minute costs all steps since the last checkpoint.
+@pytest.mark.parametrize(
+    ("error", "saved"), [(ValueError("endpoint"), ["save 000003 {'next_step': 3}"]), (LogprobGapError("gap"), [])]
+)
+def test_an_evaluation_that_fails_loses_no_step(error: Exception, saved: list[str], tmp_path: Path) -> None:
+    events: list[str] = []
+    config = RunConfig(log_path=str(tmp_path / "run"), eval_every=3, save_every=0)
+    folder = open_run_folder(config.log_path, "raise", config)
+    run = Run(config=config, folder=folder, client=Client(events), name="test", num_steps=5)  # type: ignore[arg-type]
+
+    async def evaluate(step: int) -> Metrics:
+        if step:
+            raise error
+        return {}
+
+    async def step(number: int, metrics: Metrics) -> None: ...
+
+    run.evaluate = evaluate
+    assert run.start(None)
+    with pytest.raises(type(error), match=str(error)):
+        asyncio.run(run.steps(step))
+    assert events == saved and [record.step for record in folder.list_checkpoints()] == [3] * len(saved)
 
 
 @pytest.mark.parametrize("names", [("num_tokens",), ("env/all/total_ac_tokens", "env/all/total_ob_tokens")])

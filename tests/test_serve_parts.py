@@ -216,3 +216,9 @@ def test_a_client_that_comes_as_soon_as_the_address_is_told_is_not_refused(
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
     main(["--model", "m=micro", "port=0", "backend.engine=torch", f"checkpoint_dir={tmp_path}"])
     assert addresses
+
+
+def test_a_port_in_use_is_named_before_a_model_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit):
+        main(["--model", "no_such_model", f"port={taken.getsockname()[1]}", f"checkpoint_dir={tmp_path}"])
+    assert "Address already in use; give another port, or port=0" in capsys.readouterr().err

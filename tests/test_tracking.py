@@ -376,6 +376,15 @@ def test_pictures_show_no_noise_and_no_panel_twice(tmp_path, monkeypatch) -> Non
     assert 3 < spans["gradient norm"] < 3.5  # what moves is drawn as before
 
 
+def test_a_curve_of_thousands_of_steps_is_shown_by_means() -> None:
+    values = [math.nan, *[float(step % 10) for step in range(1, 2000)]]
+    axis = draw_panels([Panel("reward", {"run": [Curve(list(range(2000)), values)]})]).axes[0]
+    thin, means = axis.get_lines()
+    assert len(thin.get_xdata()) == 2000 and thin.get_linewidth() < means.get_linewidth()
+    assert list(means.get_xdata()[:2]) == [4.5, 14.5] and list(means.get_ydata()) == [5.0, *[4.5] * 199]
+    assert axis.get_xlabel() == "step (means of 10)"
+
+
 def test_curves_of_seeds_are_averaged_at_the_steps_they_share(tmp_path) -> None:
     seeds = [[{"step": step, "test/hop": float(step + seed)} for step in (0, 4, 9 + seed)] for seed in (0, 2)]
     runs = {"a": [[{"step": 0, "hop": None}, *seeds[0]], seeds[1]], "b": [[{"step": 0, "hop": 1.0}]]}

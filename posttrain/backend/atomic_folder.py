@@ -22,7 +22,7 @@ NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` if the block succeeds, and is deleted if not.
-    CheckpointError, with `path` unchanged, if the folder cannot be written."""
+    CheckpointError, with `path` unchanged, if the folder cannot be written, or holds something else."""
     path = Path(os.path.realpath(path))  # a link's target is replaced
     temporary = _temporary(path)
     try:
@@ -31,6 +31,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         recover_folder(path)
         temporary.mkdir(parents=True)
         yield temporary
+        _check_alike(path, temporary)
         for file in [*temporary.rglob("*"), temporary]:
             _fsync(file)
         _replace(path, temporary)
@@ -41,6 +42,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_alike(path: Path, temporary: Path) -> None:
+    """FileExistsError if more would be deleted with `path` than an older version of the new folder: a folder that
+    the new one lacks, or, where no file has the name of a new one, all of it."""
+    there = [*path.iterdir()] if path.exists() else []
+    new = {entry.name for entry in temporary.iterdir()}
+    foreign = [entry.name for entry in there if entry.name not in new]
+    if folders := [name for name in foreign if (path / name).is_dir()]:
+        raise FileExistsError(errno.EEXIST, f"it holds {folders[0]}, which would be deleted; choose another name")
+    if foreign and len(foreign) == len(there):
+        raise FileExistsError(errno.EEXIST, f"it holds {foreign[0]}, and is no checkpoint; choose another name")
 
 
 def recover_folder(path: Path) -> None:

@@ -14,6 +14,8 @@ from posttrain.backend.errors import CheckpointError
 
 STATE_FOLDER, STATE_FILE, OPTIMIZER_FILE = "training_state", "training_state.json", "optimizer.safetensors"
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+# beside the trunk of a saved scalar model (scalar_trainer.py)
+SCALAR_HEAD_FILE = "scalar_head.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 2
 # every checkpoint has one of these

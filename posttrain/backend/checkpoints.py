@@ -20,6 +20,7 @@ from posttrain.backend.atomic_folder import atomic_folder
 from posttrain.backend.checkpoint_files import (
     OPTIMIZER_FILE,
     REMEDY,
+    SCALAR_HEAD_FILE,
     STATE_FOLDER,
     check_readable,
     is_adapter,
@@ -29,7 +30,7 @@ from posttrain.backend.checkpoint_files import (
 )
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.merged_lora import in_dtype
-from posttrain.backend.models import SCALAR_HEAD_FILE, model_config, read_model
+from posttrain.backend.models import model_config, read_model
 from posttrain.backend.optimizer_state import check_optimizer, load_optimizer, optimizer_tensors
 from posttrain.backend.ranks import assign, shard_like, whole_on_cpu
 from posttrain.backend.trained_model import TrainedModel

@@ -1,13 +1,15 @@
 """Options of the backend: how this machine trains and samples a model."""
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import chz
-import torch
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, POSITIVE, POSITIVE_SHARE, WHOLE
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    import torch
 
 AlarmAction = Literal["stop", "warn"]
 
@@ -159,10 +161,12 @@ class BackendConfig:
     )
 
 
-def training_device(config: BackendConfig | None = None) -> torch.device:
+def training_device(config: BackendConfig | None = None) -> "torch.device":
     """backend.device; by default CUDA if there is a GPU, else the CPU. ConfigError where torch has none
     of its kind. A process of several takes its own GPU (torchrun's LOCAL_RANK) by number, because a
     current device holds for one thread only."""
+    import torch
+
     kind = config.device if config else "auto"
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,13 +182,15 @@ def training_device(config: BackendConfig | None = None) -> torch.device:
 AUTO_DTYPES = {"cpu": "float32", "cuda": "bfloat16", "mps": "float32"}
 
 
-def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+def in_float64(tensor: "torch.Tensor") -> "torch.Tensor":
     """Apple's GPU has no float64: there, on the CPU."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
-def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> torch.dtype:
+def compute_dtype(device: "torch.device", config: BackendConfig | None = None) -> "torch.dtype":
     """For activations and sampler weights. ConfigError if the GPU has no bfloat16."""
+    import torch
+
     name = config.dtype if config else "auto"
     name = AUTO_DTYPES[device.type] if name == "auto" else name
     if device.type == "cuda" and name == "bfloat16" and not _has_bfloat16():
@@ -197,11 +203,15 @@ def compute_dtype(device: torch.device, config: BackendConfig | None = None) -> 
 
 def _has_bfloat16() -> bool:
     """True where there is no GPU: what a GPU would do is planned and tested there, too."""
+    import torch
+
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def param_dtype(device: torch.device, config: BackendConfig) -> torch.dtype:
+def param_dtype(device: "torch.device", config: BackendConfig) -> "torch.dtype":
     """Of the weights that passes read. ConfigError for settings that contradict each other."""
+    import torch
+
     compute = compute_dtype(device, config)
     dtype = compute if config.param_dtype == "auto" else getattr(torch, config.param_dtype)
     if dtype == torch.bfloat16 and compute != dtype:

@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
 from posttrain.backend.losses import LOSSES, Loss, LossFn
 from posttrain.backend.ranks import local
-from posttrain.backend.types import Datum
+from posttrain.backend.types import Datum, ModelInput
 
 # What a named loss may read besides the arrays that it needs: of another shape, torch would multiply each with each.
 PER_TARGET = ("clip_low_threshold", "clip_high_threshold", "sequence_ratio_mask")
@@ -41,10 +41,25 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     return loss
 
 
+def check_kinds(data_D: object) -> None:
+    """DataError for anything but a sequence of Datum."""
+    if not isinstance(data_D, Sequence) or isinstance(data_D, str):
+        raise DataError(f"the data are {data_D!r:.100}, not a list of Datum")
+    for d, datum in enumerate(data_D):
+        if not isinstance(datum, Datum):
+            raise DataError(f"datum {d} is {datum!r:.100}, not a Datum")
+        if not isinstance(datum.model_input, ModelInput):
+            raise DataError(
+                f"datum {d}: model_input is {datum.model_input!r:.100}, not a ModelInput: "
+                "ModelInput.from_ints(tokens) makes one"
+            )
+
+
 def check_data(
     data_D: Sequence[Datum], required: Sequence[str], vocabulary: int, max_length: int, first: int = 0
 ) -> None:
     """DataError and the like for a bad Datum. `first` is the number of the first Datum."""
+    check_kinds(data_D)
     if not data_D:
         raise DataError("no data: forward and forward_backward need at least one Datum")
     keys = data_D[0].loss_fn_inputs.keys()
@@ -76,10 +91,10 @@ def check_data(
         arrays_D = [datum.loss_fn_inputs[key].array for datum in data_D]
         if (d := _first(arrays_D, lambda array: ~np.isfinite(array))) is not None:
             raise NonFiniteError(f"datum {first + d}: {key} is not finite", [first + d])
-    for tokens_D in (
-        [datum.loss_fn_inputs["target_tokens"].array for datum in data_D],
-        [np.array(datum.model_input.to_ints()) for datum in data_D],
-    ):
+    inputs_D = [np.array(datum.model_input.to_ints()) for datum in data_D]
+    if floats := [d for d, tokens_T in enumerate(inputs_D, start=first) if tokens_T.dtype.kind not in "iu"]:
+        raise DataError(f"datum {floats[0]}: model_input has tokens that are no whole numbers")
+    for tokens_D in ([datum.loss_fn_inputs["target_tokens"].array for datum in data_D], inputs_D):
         if (d := _first(tokens_D, lambda array: (array < 0) | (array >= vocabulary))) is not None:
             raise DataError(
                 f"datum {first + d} has a token outside the vocabulary of {vocabulary}: was it made with another "

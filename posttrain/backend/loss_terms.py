@@ -14,9 +14,7 @@ from posttrain.backend.batching import MicroBatch, Positions
 from posttrain.backend.config import in_float64
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.losses import Loss, LossFn
-from posttrain.backend.types import Datum, ForwardBackwardOutput, TensorData
-
-KeptRow = tuple[int, int]  # number of a kept forward pass, and of a Datum in it
+from posttrain.backend.types import Datum, ForwardBackwardOutput, KeptRow, TensorData
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from posttrain.backend.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
+    SCALAR_HEAD_FILE,
     adapted_model,
     checkpoints_in,
     is_adapter,
@@ -62,8 +63,6 @@ from posttrain.backend.text_models import (
 
 M = TypeVar("M", bound=PreTrainedModel)
 
-# beside the trunk of a saved scalar model (scalar_trainer.py)
-SCALAR_HEAD_FILE = "scalar_head.safetensors"
 # Longer contexts must be requested: a hub model's limit can be a million tokens, and the KV cache
 # is sized for it.
 DEFAULT_MAX_LENGTH = 4096
@@ -156,6 +155,11 @@ def model_folder(name: str, weights: bool = False) -> Path:
     # a misspelling: asking the hub could take half a minute of time-outs
     if near and "/" not in name:
         raise ModelError(f"{name!r} is neither a preset nor a local folder{hint}")
+    if "/" in name and path.parent.is_dir():  # a folder's name, rather than the hub's
+        siblings = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+        hint = f"; the folder {path.parent} is here, and has no {path.name} in it" + (
+            f"; did you mean {path.parent / siblings[0]}?" if siblings else ""
+        )
     try:
         return hub_folder(name, weights)
     except ModelError as error:

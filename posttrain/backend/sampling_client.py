@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Self, TypeVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.backend.engine import EngineThread, SequenceRequest
@@ -94,7 +95,9 @@ class SamplingClient(Ready):
         ids to score at each position of the prompt but the first, int64 (T, K), -1 for none;
         `prompt_alt_tokens_k` tokens are drawn at each of them.
         """
-        tokens = prompt.to_ints()
+        tokens = _tokens(prompt)
+        if not isinstance(sampling_params, SamplingParams):
+            raise DataError(f"the sampling_params are {sampling_params!r:.100}, not SamplingParams")
         _check_topk(
             self._vocabulary, topk_prompt_logprobs=topk_prompt_logprobs, topk_sample_logprobs=topk_sample_logprobs
         )
@@ -133,7 +136,7 @@ class SamplingClient(Ready):
         """log p(token t | tokens before t) at temperature 1; element 0 is None. The prompt may fill
         all but one token of the context. Elements before the last `prompt_logprobs_last_n` are
         None."""
-        tokens, params = prompt.to_ints(), SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+        tokens, params = _tokens(prompt), SamplingParams(max_tokens=1, seed=0, temperature=0.0)
         self._check(tokens, 1)
         last = _check_last(tokens, prompt_logprobs_last_n)
         request = SequenceRequest(tokens, params, 1, seed=0, topk_prompt=0)
@@ -190,6 +193,15 @@ class SamplingClient(Ready):
         if needs := COUNT.needs(num_samples):
             raise RangeError("num_samples", num_samples, needs)
         return self.max_length - len(tokens)
+
+
+def _tokens(prompt: ModelInput) -> list[int]:
+    if not isinstance(prompt, ModelInput):
+        raise DataError(f"the prompt is {prompt!r:.100}, not a ModelInput: ModelInput.from_ints(tokens) makes one")
+    tokens = prompt.to_ints()
+    if wrong := [token for token in tokens if not isinstance(token, int | np.integer)]:
+        raise DataError(f"the prompt has the token {wrong[0]!r:.100}: tokens are whole numbers")
+    return tokens
 
 
 def _prompt_logprobs(response: SampleResponse) -> list[float | None]:

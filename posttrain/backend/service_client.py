@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Literal
 
 from posttrain.backend.adapters import read_base, read_lora
-from posttrain.backend.checkpoint_files import REMEDY, STATE_FILE, check_readable, is_adapter, read_state, state_file
+from posttrain.backend.checkpoint_files import (
+    REMEDY,
+    SCALAR_HEAD_FILE,
+    STATE_FILE,
+    check_readable,
+    is_adapter,
+    read_state,
+    state_file,
+)
 from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.engines import Engines
 from posttrain.backend.errors import CheckpointError, ConfigError, ModelError
 from posttrain.backend.futures import in_thread
-from posttrain.backend.models import PRESETS, SCALAR_HEAD_FILE, checkpoint_folder, context_length, model_folder
+from posttrain.backend.models import PRESETS, checkpoint_folder, context_length, model_folder
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.placement import check_placement
 from posttrain.backend.ranges import RangeError

@@ -1,10 +1,12 @@
 """An array in the backend's API."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    import torch
 
 TensorDtype = Literal["float32", "int64"]
 
@@ -23,10 +25,9 @@ class TensorData:
             self.array = self.array.reshape(tuple(shape))
 
     @classmethod
-    def from_torch(cls, tensor: torch.Tensor) -> "TensorData":
-        return cls(
-            tensor.detach().cpu().numpy() if tensor.dtype != torch.bfloat16 else tensor.detach().float().cpu().numpy()
-        )
+    def from_torch(cls, tensor: "torch.Tensor") -> "TensorData":
+        known = tensor.detach().float() if str(tensor.dtype) == "torch.bfloat16" else tensor.detach()
+        return cls(known.cpu().numpy())
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> "TensorData":
@@ -47,7 +48,9 @@ class TensorData:
     def to_numpy(self) -> np.ndarray:
         return self.array
 
-    def to_torch(self) -> torch.Tensor:
+    def to_torch(self) -> "torch.Tensor":
+        import torch
+
         return torch.from_numpy(self.array)
 
     def tolist(self) -> list[Any]:

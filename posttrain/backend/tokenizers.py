@@ -4,12 +4,13 @@ tokens.
 """
 
 from pathlib import Path
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from posttrain.backend.checkpoint_files import adapted_model, is_adapter, not_pulled, read_json
 from posttrain.backend.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:  # commands answer before transformers is imported
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
 # Words, spaces, digits, accents.
@@ -21,8 +22,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+def character_tokenizer(max_length: int) -> "PreTrainedTokenizerFast":
     """The presets' tokenizer: ids 0 to 3 are special tokens, then the 256 bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -38,9 +42,11 @@ def character_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_name: str, max_length: int | None = None) -> "PreTrainedTokenizerBase":
     """The tokenizer of a preset, a local folder or a hub name; an adapter without one has its
     base's. `model_max_length` is set to the backend's context."""
+    from transformers import AutoTokenizer
+
     from posttrain.backend.models import PRESETS, context_length, model_folder
 
     length = context_length(model_name, max_length)
@@ -73,9 +79,12 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> PreTrained
     return tokenizer
 
 
-def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+def _as_in_its_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "PreTrainedTokenizerBase":
     """transformers 5 builds a tokenizer by the class that a folder or the model's type names, around the vocabulary in
     tokenizer.json: a byte-level one of class LlamaTokenizer (DeepSeek-R1-Distill) would lose all spaces."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
     file = folder / "tokenizer.json"
     if not file.exists() or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer
@@ -110,7 +119,7 @@ def _answer_ends(folder: Path) -> list[int]:
     return [i for known in ids for i in (known if isinstance(known, list) else [known]) if isinstance(i, int)]
 
 
-def check_vocabulary(option: str, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(option: str, path: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     """ConfigError if the model at `path` has another vocabulary: it would score other text."""
     theirs, ours = load_tokenizer(path).get_vocab(), tokenizer.get_vocab()
     if differing := sorted(ours.items() ^ theirs.items(), key=lambda item: item[1]):

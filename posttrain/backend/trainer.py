@@ -29,12 +29,12 @@ from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.custom_loss import CustomLoss, check_loss
-from posttrain.backend.data_checks import check_data, check_finite, check_sequences, resolve_loss
+from posttrain.backend.data_checks import check_data, check_finite, check_kinds, check_sequences, resolve_loss
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
 from posttrain.backend.logprobs import target_logprobs
 from posttrain.backend.lora_layers import add_lora, check_rank
-from posttrain.backend.loss_terms import KeptForward, KeptRow, LossTerm, RunningTerm, by_width, in_order
+from posttrain.backend.loss_terms import KeptForward, LossTerm, RunningTerm, by_width, in_order
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import compute_merged
@@ -56,6 +56,7 @@ from posttrain.backend.types import (
     Datum,
     ForwardBackwardOutput,
     GetInfoResponse,
+    KeptRow,
     LoraConfig,
     OptimStepResponse,
     TensorData,
@@ -171,6 +172,7 @@ class Trainer:
         """Logprobs and loss of every Datum; `backward` adds to the accumulated gradients. A loss
         that is not finite raises NonFiniteError and leaves no gradient. Data with different numbers
         of targets per token pass one width after the other."""
+        check_kinds(data_D)
         if len(widths := by_width(data_D)) < 2:
             return self.run_terms([LossTerm(data_D, loss_fn, loss_fn_config)], backward)[0]
         check_data(data_D, resolve_loss(loss_fn, loss_fn_config).required, self.vocabulary, self.max_length)

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from posttrain.backend import tensor_data as tensor_data
 from posttrain.backend.ranges import (
@@ -31,6 +30,7 @@ from posttrain.backend.tensor_data import TensorDtype as TensorDtype
 StopReason = Literal["stop", "length"]
 SAMPLING_SEED = Range(0, 2**63, whole=True)
 TOP_K = Range(-1, LARGEST_COUNT, whole=True)
+KeptRow = tuple[int, int]  # number of a kept forward pass, and of a Datum in it
 LossFnType = Literal["cross_entropy", "importance_sampling", "ppo", "gspo", "cispo", "dro", "reinforce"]
 
 
@@ -101,7 +101,9 @@ class Datum:
 def _as_tensor_data(value: Any) -> TensorData:
     if isinstance(value, TensorData):
         return value
-    return TensorData.from_torch(value) if isinstance(value, torch.Tensor) else TensorData(value)
+    return (
+        TensorData.from_torch(value) if hasattr(value, "detach") else TensorData(value)
+    )  # torch is not imported for it
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ class ForwardBackwardOutput:
     metrics: dict[str, float]
     loss_fn_output_type: str = "ArrayRecord"
     kept_D: list[tuple[int, int]] | None = (
-        None  # of forward_terms(keep=True): the rows that a LossTerm may name (loss_terms.KeptRow)
+        None  # of forward_terms(keep=True): the rows that a LossTerm may name (KeptRow)
     )
 
 

@@ -4,13 +4,14 @@ sampling, sampled tokens to a message.
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any, Literal, NotRequired, Protocol, TypedDict
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 from posttrain.backend.types import ModelInput
 
-Tokenizer = PreTrainedTokenizerBase
+if TYPE_CHECKING:  # commands answer before transformers is imported
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:
+    Tokenizer = Any
 
 
 class TextPart(TypedDict):

@@ -10,14 +10,13 @@ import queue
 import secrets
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import chz
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ContextLengthError, CookbookError
 from posttrain.backend.ranges import COUNT, POSITIVE_SHARE, SEED, TEMPERATURE
-from posttrain.backend.sampling_client import SamplingClient
-from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import ResponseStream, get_renderer, to_openai
 from posttrain.renderers.types import Message, Part, Renderer
@@ -25,6 +24,9 @@ from posttrain.tracking.command_line import parse
 from posttrain.tracking.jsonl import append_jsonl
 from posttrain.tracking.model_source import find_model
 from posttrain.tracking.one_line_errors import one_line_errors
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.sampling_client import SamplingClient
 
 HELP = """/reset            forget the conversation
 /system TEXT      a new system message, and a new conversation; without TEXT none
@@ -62,7 +64,7 @@ class Config:
 class Chat:
     """One conversation. Answers go to standard output while they are sampled."""
 
-    def __init__(self, config: Config, client: SamplingClient, renderer: Renderer):
+    def __init__(self, config: Config, client: "SamplingClient", renderer: Renderer):
         self.config, self.client, self.renderer = config, client, renderer
         self.system = config.system
         self.seed = secrets.randbits(31) if config.seed is None else config.seed
@@ -180,6 +182,8 @@ def read_message() -> str | None:
 
 
 def chat(config: Config) -> None:
+    from posttrain.backend.service_client import ServiceClient
+
     source = find_model(config.model_name)
     with ServiceClient(config.backend) as service:
         client = source.open(service, config.base_seed)

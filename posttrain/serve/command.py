@@ -2,21 +2,17 @@
 
 import logging
 import os
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import chz
-import uvicorn
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.losses import LOSSES
 from posttrain.backend.ranges import POSITIVE, SEED, Range
-from posttrain.backend.service_client import ServiceClient
-from posttrain.serve.app import create_app
-from posttrain.serve.bases import open_bases, write_tokenizers
-from posttrain.serve.state import Limits, State
-from posttrain.serve.store import Store
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.one_line_errors import one_line_errors
@@ -74,9 +70,21 @@ def main(argv: list[str] | None = None) -> None:
 
 def serve(config: ServeConfig) -> None:
     """Runs until SIGINT or SIGTERM. Prints the address when it listens."""
+    import uvicorn  # and torch below: --help and errors do not wait for them
+
+    from posttrain.backend.service_client import ServiceClient
+    from posttrain.serve.app import create_app
+    from posttrain.serve.bases import open_bases, write_tokenizers
+    from posttrain.serve.state import Limits, State
+    from posttrain.serve.store import Store
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     allow_open_files()
     key, losses = api_key(config), substitutes(config.substitute)
+    listening = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with _port_errors(config):  # before the models are opened
+        listening.bind((config.host, config.port))
     bases = open_bases(config.model.split(","), config.backend.max_length)
     store = Store(Path(config.checkpoint_dir))
     lock = lock_folder(store.root)
@@ -100,8 +108,8 @@ def serve(config: ServeConfig) -> None:
         proxy_headers=False,
         backlog=2048,
     )
-    listening = settings.bind_socket()
-    listening.listen(settings.backlog)  # a client that comes at once waits, and is not refused
+    with _port_errors(config):
+        listening.listen(settings.backlog)  # a client that comes at once waits, and is not refused
     url = f"http://{config.host}:{listening.getsockname()[1]}"
     print(f"serving {', '.join(bases)} at {url}", flush=True)
     print(f"  export TINKER_BASE_URL={url} TINKER_API_KEY={'(the key)' if key else 'tml-local'}", flush=True)
@@ -109,6 +117,16 @@ def serve(config: ServeConfig) -> None:
     with startup_objects_frozen():
         uvicorn.Server(settings).run(sockets=[listening])
     lock.close()
+
+
+@contextmanager
+def _port_errors(config: ServeConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"host={config.host} port={config.port}: {error.strerror}; give another port, or port=0 for a free one"
+        ) from error
 
 
 def _joined_models(argv: list[str]) -> list[str]:
@@ -126,6 +144,10 @@ def _joined_models(argv: list[str]) -> list[str]:
 def substitutes(text: str | None) -> dict[str, str]:
     parts = [pair.partition("=") for pair in (text or "").split(",") if pair]
     pairs = {name: loss for name, _, loss in parts}
+    if not pairs:
+        return {}
+    from posttrain.backend.losses import LOSSES
+
     for name, loss in pairs.items():
         if loss not in LOSSES or name in LOSSES:
             raise ConfigError(

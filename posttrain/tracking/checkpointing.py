@@ -106,9 +106,13 @@ class Checkpointer:
         if self._keep:
             self._run.prune_checkpoints(self._keep)
 
-    def interrupted(self, next_step: int, extra: Callable[[], dict[str, Any]]) -> None:
-        """Saves, unless this step is saved, and ends the command as Ctrl-C does."""
+    def save_once(self, next_step: int, extra: Callable[[], dict[str, Any]]) -> None:
+        """Saves, unless this step is saved."""
         if self._saved_step != next_step:
             self.save(f"{next_step:06d}", next_step, extra())
+
+    def interrupted(self, next_step: int, extra: Callable[[], dict[str, Any]]) -> None:
+        """Saves, unless this step is saved, and ends the command as Ctrl-C does."""
+        self.save_once(next_step, extra)
         print(f"stopped before step {next_step}; its state is saved; {how_to_resume()}")
         raise KeyboardInterrupt

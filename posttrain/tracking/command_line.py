@@ -137,6 +137,10 @@ def parse(
         _check_option(key, value, parameters)
     _check_chosen(blueprint, parameters)
     blueprint.apply({key: Castable(value) for key, value in given.items()})
+    if missing := blueprint._make_lazy().missing_params:
+        raise ConfigError(
+            f"{', '.join(missing)}: not given; write {' '.join(f'{path}=...' for path in missing)} (--help says what)"
+        )
     try:
         return blueprint.make()
     except RangeError as error:
@@ -279,11 +283,7 @@ def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict
     fault = "no such name"
     if os.path.exists(value):
         fault = f"a {'folder' if os.path.isdir(value) else 'file'} that no short name reads"
-        hint = (
-            f"huggingface with {path}.name={value} reads folders; "
-            if os.path.isdir(value) and "huggingface" in names
-            else ""
-        )
+        hint = f"{path}=huggingface {path}.name={value} reads folders and tables; " if "huggingface" in names else ""
     raise ConfigError(f"{path}={value}: {fault}; {hint}known: {', '.join(names)}, or module:Class")
 
 

@@ -4,8 +4,8 @@ first batch of the current epoch; indices past the end are later epochs. A batch
 depends only on (seed, epoch, index); seeds.py has the streams.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -67,3 +67,20 @@ class ListDataset(DrawnDataset[T]):
 def held_out(items: Sequence[T], batch_size: int) -> ListDataset[T] | None:
     """In their order; None without items."""
     return ListDataset(items, batch_size, shuffle=False) if items else None
+
+
+def train_and_test(builder: object, result: object, *methods: str) -> tuple[Any, Any]:
+    """What a user's builder returned: a training set, and a held-out set or None, with `methods`.
+    DataError for anything else."""
+    name = type(builder).__name__
+    if isinstance(result, Coroutine):
+        result.close()
+        raise DataError(f"{name}.__call__ is an `async def`: here it is to be a plain `def`")
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise DataError(f"{name} returned {result!r:.100}, not a training set and a held-out set (which may be None)")
+    train, test = result
+    for dataset in (train, *(() if test is None else (test,))):
+        for method in methods:
+            if not callable(getattr(dataset, method, None)):
+                raise DataError(f"{name} returned {dataset!r:.100}, which is no data set: it has no {method}")
+    return train, test

@@ -1,5 +1,5 @@
 """Figures of panels in one style: curves by label, thin for each seed and thick for their mean.
-Left out: smoothing. matplotlib is imported on the first drawing, without a window system.
+A curve of very many steps is thin, with the means of equal bins in front. matplotlib is imported on the first drawing, without a window system.
 """
 
 import io
@@ -20,6 +20,7 @@ COLUMNS = 3
 SHARE = (-0.03, 1.03)  # axis limits for shares
 SMALLEST_SPAN = 0.05  # of the largest value; smaller spans are noise
 SPARSE = 30  # fewer steps get markers
+DENSE, BINS = 1000, 200  # more steps are a blot: the means of about so many bins are drawn in front
 Records = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
 
 
@@ -90,6 +91,18 @@ def mean_curve(curves_S: Sequence[Curve]) -> Curve:
     return Curve(shared, [sum(values[step] for values in at) / len(at) for step in shared])
 
 
+def binned(curve: Curve) -> tuple[Curve, int]:
+    """Means over bins of steps, without NaN, and the number of steps in a bin: 1, and the curve itself, up to DENSE."""
+    width = math.ceil(len(curve.steps_K) / BINS) if len(curve.steps_K) > DENSE else 1
+    if width == 1:
+        return curve, 1
+    means = []
+    for values in (curve.steps_K, curve.values_K):
+        parts = (np.array(values[start : start + width], float) for start in range(0, len(values), width))
+        means.append([float(part[~np.isnan(part)].mean()) if (part == part).any() else math.nan for part in parts])
+    return Curve(*means), width
+
+
 def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = False) -> Any:
     """The figure. With `shared_legend` labels keep their colour, and the legend is above."""
     labels = list(dict.fromkeys(label for panel in panels for label in panel.curves)) if shared_legend else []
@@ -105,12 +118,16 @@ def draw_panels(panels: Sequence[Panel], title: str = "", shared_legend: bool = 
 
 def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
     """`labels` set the order of colours; default: the panel's, with a legend for several."""
-    order = list(labels or panel.curves)
+    order, widths = list(labels or panel.curves), {1}
     for label, seeds in panel.curves.items():
         color, curves_S = COLORS[order.index(label) % len(COLORS)], [curve for curve in seeds if curve.steps_K]
         for curve in curves_S if len(curves_S) > 1 else ():
             axis.plot(*curve, color=color, linewidth=0.7, alpha=0.4)
-        mean = mean_curve(curves_S)
+        whole = mean_curve(curves_S)
+        mean, width = binned(whole)
+        if width > 1 and len(curves_S) == 1:
+            axis.plot(*whole, color=color, linewidth=0.4, alpha=0.35)
+        widths.add(width)
         style = {"marker": "o", "markersize": 3.5} if len(mean.steps_K) < SPARSE else {}
         if mean.steps_K:
             style["linestyle"] = "--" if label in panel.dashed else "-"
@@ -123,7 +140,16 @@ def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
         _span_decades(axis)
     else:
         _widen(axis, panel.least_span)
-    finish_axis(axis, panel.title, not labels and len(axis.get_legend_handles_labels()[1]) > 1, panel.xlabel)
+    finish_axis(
+        axis,
+        panel.title,
+        not labels and len(axis.get_legend_handles_labels()[1]) > 1,
+        with_width(panel.xlabel, max(widths)),
+    )
+
+
+def with_width(xlabel: str, width: int) -> str:
+    return xlabel if width == 1 else f"{xlabel} (means of {width})"
 
 
 def _widen(axis: Any, least_span: float) -> None:

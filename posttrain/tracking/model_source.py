@@ -5,15 +5,16 @@ adapter, a preset, or a name of the Hugging Face hub; and what the run says abou
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.backend.checkpoint_files import check_is_checkpoint
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.models import PRESETS, looks_like_path
-from posttrain.backend.sampling_client import SamplingClient
-from posttrain.backend.service_client import ServiceClient
 from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
 from posttrain.tracking.settings import read_settings
+
+if TYPE_CHECKING:  # commands answer before torch is imported
+    from posttrain.backend.sampling_client import SamplingClient
+    from posttrain.backend.service_client import ServiceClient
 
 SAMPLED_BYTES, SAMPLES = 4096, 64  # of each weight file, for a fingerprint
 
@@ -43,7 +44,7 @@ class ModelSource:
         """The renderer that the run trained with."""
         return self.settings.get("renderer_name")
 
-    def open(self, service: ServiceClient, seed: int = 0) -> SamplingClient:
+    def open(self, service: "ServiceClient", seed: int = 0) -> "SamplingClient":
         """`seed` is that of a preset's weights."""
         if self.folder is None:
             return service.create_sampling_client(base_model=self.name, seed=seed)
@@ -67,6 +68,8 @@ class ModelSource:
 def find_model(name: str) -> ModelSource:
     """ConfigError or CheckpointError for a folder that holds no model. A name that is neither a
     preset nor a folder is the hub's, and is looked up when it is opened."""
+    from posttrain.backend.models import PRESETS, looks_like_path
+
     path = Path(name).expanduser()
     if name in PRESETS or not path.exists():
         if name not in PRESETS and looks_like_path(name):

@@ -43,7 +43,7 @@ th:first-child,td:first-child{text-align:left}
 figure{margin:14px 0;background:#fff;border:1px solid var(--line);border-radius:6px;padding:8px}figure svg{display:block;height:auto}
 figcaption{color:#67717e;font-size:12px;padding:4px 6px 0}
 pre,dd,code{font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;
-overflow-wrap:anywhere;margin:0}
+overflow-wrap:anywhere;unicode-bidi:plaintext;margin:0}
 .chip{font-variant-numeric:tabular-nums;font-size:12px;font-weight:400;white-space:nowrap;padding:0 7px;border-radius:9px;
 background:var(--inset);color:var(--soft)}
 .chip.good{background:rgba(var(--good),.16);color:rgb(var(--good))}.chip.bad{background:rgba(var(--bad),.14);color:rgb(var(--bad))}

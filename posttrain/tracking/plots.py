@@ -16,9 +16,11 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import (
     COLORS,
+    Curve,
     Curves,
     Panel,
     Records,
+    binned,
     curves_by_label,
     draw_panel,
     draw_panels,
@@ -26,6 +28,7 @@ from posttrain.tracking.figures import (
     panel_axes,
     read_curve,
     save_figure,
+    with_width,
 )
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import RunFolder
@@ -165,10 +168,16 @@ def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
         layers["other"] = [
             max(total.get(step, 0.0) - sum(seconds[key].get(step, 0.0) for key in parts), 0.0) for step in steps
         ]
+    means = [binned(Curve(steps, values)) for values in layers.values()]
     axis.stackplot(
-        steps, *layers.values(), labels=list(layers), colors=[*COLORS[: len(parts)], "#c3c9d1"], alpha=0.85, linewidth=0
+        means[0][0].steps_K,
+        *(curve.values_K for curve, _ in means),
+        labels=list(layers),
+        colors=[*COLORS[: len(parts)], "#c3c9d1"],
+        alpha=0.85,
+        linewidth=0,
     )
-    finish_axis(axis, "seconds per step")
+    finish_axis(axis, "seconds per step", xlabel=with_width("step", means[0][1]))
     above = {"loc": "lower right", "bbox_to_anchor": (1.02, 0.98), "ncols": len(layers)}
     axis.legend(**above, fontsize=6.5, frameon=False, handlelength=0.8, handletextpad=0.4, columnspacing=0.7)
 

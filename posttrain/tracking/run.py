@@ -7,12 +7,19 @@ stopping, progress.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from posttrain.backend.alarms import Alarms
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import (
+    ConfigError,
+    CookbookError,
+    LogprobGapError,
+    NonFiniteError,
+    OutOfMemoryError,
+    TrainerLostError,
+)
 from posttrain.tracking.checkpointing import Checkpointed, Checkpointer, StopRequest
 from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.metrics_log import Metrics, MetricsLog, print_last_metrics, read_last_metrics, timed
@@ -24,6 +31,8 @@ from posttrain.tracking.step_profile import StepProfile
 Step = Callable[[int, Metrics], Awaitable[None]]
 Evaluation = Callable[[int], Awaitable[Metrics]]
 
+# After these the trainer's weights are not to be saved.
+NOTHING_SAVED = (LogprobGapError, NonFiniteError, OutOfMemoryError, TrainerLostError)
 # Metrics of a step that count its tokens: of supervised steps, and of rollouts.
 TOKENS = ("num_tokens", "env/all/total_ac_tokens", "env/all/total_ob_tokens")
 
@@ -88,6 +97,19 @@ class Run:
         both = ((self.evaluate, self.config.eval_every), (self.infrequent, self.infrequent_every))
         return [(evaluate, every) for evaluate, every in both if evaluate]
 
+    async def _evaluated(self, evaluate: Evaluation, done: int) -> Metrics:
+        """After `done` steps. An evaluation that fails, as a user's may, loses none of them."""
+        try:
+            return await reported(evaluate(done), "evaluating")
+        except NOTHING_SAVED:
+            raise
+        except Exception:
+            if done > self.first_step and self.must_stop is bool:  # not where processes save together
+                with suppress(CookbookError, OSError):
+                    self._checkpointer.save_once(done, self.extra)
+                    print(f"the evaluation after step {done} failed; the state is saved", flush=True)
+            raise
+
     def last_metrics(self) -> Metrics:
         return read_last_metrics(self.folder.path)
 
@@ -107,7 +129,7 @@ class Run:
                     for evaluate, every in self._evaluations():
                         if every and step % every == 0:
                             with timed(metrics, "eval"):
-                                metrics |= await reported(evaluate(step), "evaluating")
+                                metrics |= await self._evaluated(evaluate, done)
                     with profile.step(step):
                         await train_step(step, metrics)
                 metrics |= self.alarms.metrics() if self.alarms else {}
@@ -125,7 +147,7 @@ class Run:
             profile.finish()
             final: Metrics = {}
             for evaluate, _ in self._evaluations():
-                final |= await reported(evaluate(done), "evaluating")
+                final |= await self._evaluated(evaluate, done)
             if final:
                 log.log(final, done)
                 metrics |= final

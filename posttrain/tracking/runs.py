@@ -97,7 +97,10 @@ def _is_in_use(run: Path) -> bool:
 def show_runs(folders: Sequence[Path], metrics: str = "*") -> None:
     """All last metrics, and the checkpoints with their sizes."""
     for run in find_runs(folders):
-        last = {name: value for name, value in read_last_metrics(run).items() if _chosen(name, metrics)}
+        logged = read_last_metrics(run)
+        last = {name: value for name, value in logged.items() if _chosen(name, metrics)}
+        if logged and not last:
+            raise ConfigError(f"no metric {metrics} was logged in {run}; there is {', '.join(sorted(logged))}")
         print_metrics_table(last, f"{run}: last metrics")
         for record in RunFolder(run).list_checkpoints():
             print(f"{record.path}  before step {record.step}  {folder_bytes(record.path) / 1e6:,.1f} MB")

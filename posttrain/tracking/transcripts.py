@@ -274,7 +274,7 @@ summary::before{content:"▸";color:var(--soft);width:10px}details[open]>summary
 .hint{flex:1 1 200px;min-width:0;color:var(--soft);white-space:nowrap;overflow:hidden;text-overflow:ellipsis;text-align:right}
 .chips{display:flex;gap:4px;flex-wrap:wrap}
 .tag{font-size:12px;padding:0 6px;border:1px solid var(--line);border-radius:4px;color:var(--soft)}
-pre{margin:6px 0;padding:8px 12px;border-radius:6px;max-height:420px;overflow-y:auto}
+pre,dd{max-height:420px;overflow-y:auto}pre{margin:6px 0;padding:8px 12px;border-radius:6px}
 .ob{background:var(--inset);color:var(--soft)}.ac{border:1px solid var(--line)}
 b{font-weight:400;border-radius:3px;padding:1px 0}pre b:hover{outline:1px solid var(--soft)}.legend b{padding:1px 7px}
 i{font-style:normal}.s,.t{position:relative}.s::before,.t::before,.l::before{color:var(--soft);opacity:.4}
