@@ -23,7 +23,7 @@ from posttrain.backend.errors import DataError
 from supervised.rows import Fields, read_rows, text_of
 
 ANSWER_PHRASE = "The answer is"
-_ANSWER = re.compile(r"answer is:?\s*\(?([A-Z])\b")
+_ANSWER = re.compile(r"answer is:?[\s(*]*([A-Z])\b")  # also (B) and **B**
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ def _question(where: str, row: Fields) -> tuple[str, list[str], int]:
         )
     stem, key = text_of(where, row, "question"), text_of(where, row, "answerKey")
     options = dict(zip(*columns, strict=True))
+    if len(options) < len(columns[0]) or len(options) > len(ascii_uppercase):
+        raise DataError(
+            f"{where}: {len(columns[0])} options are labelled {', '.join(columns[0])[:80]}: give each its own label, "
+            f"and at most {len(ascii_uppercase)}"
+        )
     if key not in options:
         raise DataError(f"{where}: answerKey {key!r} is none of the options {', '.join(options)}")
     return stem, [text.strip() for text in options.values()], list(options).index(key)

@@ -29,7 +29,7 @@ from supervised.rows import Fields, read_rows
 
 # An opening fence, perhaps indented or in a list item; the lines of the block; the closing fence.
 FENCED = re.compile(
-    r"^(?P<before>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})[^\n`]*\n(?P<block>.*?)^[ \t]*(?P=fence)",
+    r"^(?P<before>[ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)*)(?P<fence>`{3,}+|~{3,}+)[^\n`]*\n(?P<block>.*?)^[ \t]*(?P=fence)",
     re.DOTALL | re.MULTILINE,
 )
 SHOWN_CHARS = 1000  # of a failed test's output, in the transcript

@@ -23,7 +23,7 @@ from supervised.rows import Fields, text_of
 SECONDS = 3.0
 # where a continuation leaves the function (Chen et al. 2021, section 2.2)
 ENDS = re.compile(r"\n(?:class |def |#|if |print)")
-DONE = re.compile(r"\[BEGIN\]\n?(.*?)\[DONE\]", re.DOTALL)
+DONE = re.compile(r"\[BEGIN\]\n?((?:(?!\[BEGIN\]).)*?)\[DONE\]", re.DOTALL)
 
 
 @chz.chz
@@ -54,7 +54,7 @@ class FunctionGrader(CodeGrader):
     def extract(self, text: str) -> str | None:
         block = extract_program(text)
         code = text if block is None else block
-        definition = re.compile(rf"^\s*(?:async )?def {re.escape(self.entry_point)}\b", re.MULTILINE)
+        definition = re.compile(rf"^[ \t]*(?:async )?def {re.escape(self.entry_point)}\b", re.MULTILINE)
         if definition.search(code):
             return definition.split(self.prompt)[0] + "\n" + code
         return self.prompt + ENDS.split(code)[0]

@@ -118,20 +118,20 @@ def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int,
 
 
 def has_placeholders(text: str, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+    ended = [part for line in text.split("\n") for part in line.split("]")[:-1]]
+    return sum("[" in part for part in ended) >= num_placeholders
 
 
 def has_postscript(text: str, postscript_marker: str) -> bool:
-    patterns = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
-    pattern = patterns.get(postscript_marker, rf"\s*{postscript_marker.lower()}.*$")
-    return re.search(pattern, text.lower(), re.MULTILINE) is not None
+    patterns = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
+    return re.search(patterns.get(postscript_marker, postscript_marker.lower()), text.lower()) is not None
 
 
 # --- format -------------------------------------------------------------------------------------
 
 
 def number_of_bullets(text: str, num_bullets: int) -> bool:
-    stars, dashes = (re.findall(bullet, text, re.MULTILINE) for bullet in (r"^\s*\*[^\*].*$", r"^\s*-.*$"))
+    stars, dashes = (re.findall(bullet, text, re.MULTILINE) for bullet in (r"^[^\S\n]*\*[^\*].*$", r"^[^\S\n]*-.*$"))
     return len(stars) + len(dashes) == num_bullets
 
 
@@ -227,11 +227,13 @@ CHECKS: Mapping[str, tuple[Check, tuple[str, ...]]] = {
     "punctuation:no_comma": (no_comma, ()),
 }
 LANGUAGE = "language:response_language"
+# arguments that the authors' code reads as regular expressions
+PATTERNS = ("keywords", "keyword", "forbidden_words", "section_spliter", "postscript_marker")
 
 
 def check_instruction(where: str, name: str, arguments: Arguments) -> dict[str, Any]:
-    """The arguments that the check needs. DataError for an unknown instruction, a missing argument
-    or an unknown relation."""
+    """The arguments that the check needs. DataError for an unknown instruction, a missing argument or one of
+    another kind, or an unknown relation."""
     if name not in CHECKS:
         raise DataError(f"{where}: the instruction {name!r} is none of {', '.join(CHECKS)}")
     needed = {argument: arguments.get(argument) for argument in CHECKS[name][1]}
@@ -246,7 +248,25 @@ def check_instruction(where: str, name: str, arguments: Arguments) -> dict[str, 
             "without_language=true"
         )
     # the data set has 3.0 for 3
-    return {key: int(value) if isinstance(value, float) else value for key, value in needed.items()}
+    found: dict[str, Any] = {key: int(value) if isinstance(value, float) else value for key, value in needed.items()}
+    for argument, value in found.items():
+        _check_argument(f"{where}: {argument} of {name!r}", value, CHECKS[name][0].__annotations__[argument])
+        for pattern in (value if isinstance(value, list) else [value]) if argument in PATTERNS else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise DataError(
+                    f"{where}: {argument} of {name!r} is {pattern!r}, which is read as a regular expression: {error}"
+                ) from error
+    return found
+
+
+def _check_argument(what: str, value: Any, kind: Any) -> None:
+    """`kind`: the check's annotation, int, str or list[str]."""
+    texts = isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+    if not (texts if kind == list[str] else isinstance(value, kind) and not isinstance(value, bool)):
+        needs = {int: "a whole number", str: "a text"}.get(kind, "a list of texts")
+        raise DataError(f"{what} is {str(value)[:60]!r}, where {needs} is needed")
 
 
 def follows(text: str, name: str, arguments: Arguments) -> bool:

@@ -42,9 +42,14 @@ def extract_hash(text: str) -> str | None:
     return answers[-1].replace("**", "") if answers else None
 
 
+# of Markdown: it begins a word or ends it, where the * of 3*4 and 3 * 4 does neither
+_EMPHASIS = re.compile(r"(?<![^\s(])\*++(?=\S)|(?<=[^\s*])\*++(?![^\s.,:;!?)])")
+
+
 def extract_stated(text: str) -> str | None:
-    answers = re.findall(r"(?:\banswer(?: is)?:|\banswer is|^A:)\s*([^\n]+)", text, re.IGNORECASE | re.MULTILINE)
-    return re.split(r"[.?](?:\s|$)", answers[-1].replace("*", ""))[0] if answers else None
+    said = re.compile(r"(?:\banswer(?: is)?:|\banswer is|^A:)\s*([^\n]+)", re.IGNORECASE | re.MULTILINE)
+    answers = said.findall(_EMPHASIS.sub("", text))
+    return re.split(r"[.?](?:\s|$)", answers[-1])[0] if answers else None
 
 
 _Extractor = Callable[[str], str | None]
@@ -112,7 +117,7 @@ _QUANTITY = re.compile(
     rf"(?:(?P<whole>\d+)\s*)?\\frac\s*\{{\s*(?P<fn>{_DECIMAL})\s*\}}\s*\{{\s*(?P<fd>{_DECIMAL})\s*\}}"
     rf"|(?:(?P<whole2>\d+)\s+)?(?P<n>{_DECIMAL})\s*/\s*(?P<d>{_DECIMAL})"
     rf"|(?P<decimal>{_DECIMAL})(?:{_POWER_OF_TEN})?)"
-    rf"\s*(?P<unit>[A-Za-z]{{2,}}(?:[ /-][A-Za-z]+){{0,2}}(?:\s?\^?\s?\{{?[23]\}}?)?)?\.?"
+    rf"\s*(?:(?P<after>\\?\$|[€£])|(?P<unit>[A-Za-z]{{2,}}(?:[ /-][A-Za-z]+){{0,2}}(?:\s?\^?\s?\{{?[23]\}}?)?))?\.?"
 )
 _UNIT_OF_CURRENCY = {"$": "dollar", "\\$": "dollar", "€": "euro", "£": "pound", None: ""}
 # A number before these words is no quantity: they change its value or say that it is not the answer.
@@ -134,7 +139,7 @@ def quantity(answer: str) -> Quantity | None:
         return None
     value = _fraction(whole) + value / divisor if over else value
     negative = "-" in (match["sign"], match["sign2"])
-    unit = _bare_unit(match["unit"] or "") or _UNIT_OF_CURRENCY[match["currency"]]
+    unit = _bare_unit(match["unit"] or "") or _UNIT_OF_CURRENCY[match["currency"] or match["after"]]
     return Quantity(-value if negative else value, unit)
 
 

@@ -39,8 +39,10 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
     An answer that is too costly by itself is wrong: math_limits.py refuses it, or it exceeds the
     limits against the gold answer 1 too. Raises GraderError if only the comparison is too costly.
     """
+    if len(answer) > MAX_ANSWER_CHARS:
+        return False
     gold, answer = _strip_assignments(normalise(gold), normalise(answer))
-    if not answer or len(answer) > MAX_ANSWER_CHARS:
+    if not answer:
         return False
     if _NO_MEANING.sub("", gold) == _NO_MEANING.sub("", answer):
         return True

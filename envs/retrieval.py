@@ -69,9 +69,10 @@ def words(text: str) -> list[str]:
 
 
 def normalized(answer: str) -> str:
-    """Lower case without punctuation, articles and extra spaces, as in SQuAD's evaluation."""
+    """Lower case without punctuation, articles and extra spaces, as in SQuAD's evaluation; but "A", of which
+    nothing would be left, stays: an empty answer is not equal to it."""
     bare = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or answer.lower().strip()
 
 
 def score(answer: str, answers: Sequence[str]) -> float:
@@ -161,6 +162,12 @@ class Retrieval(ToolGame):
 
     def tasks(self) -> Sequence[Question]:
         return self.library().questions
+
+    def split(self) -> tuple[list[Question], list[Question]]:
+        """A question that is held out is not trained on where a file has it again."""
+        train, test = super().split()
+        held_out = {task.question for task in test}
+        return [task for task in train if task.question not in held_out], test
 
     def demonstration(self, task: Question, rng: np.random.Generator) -> list[Message]:
         """The searches that find the answer, then the answer."""

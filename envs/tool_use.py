@@ -24,7 +24,7 @@ from posttrain.renderers.types import Message
 from rl.message_env import MessageEnd, MessageEnv, MessageStep, ParseError
 from rl.types import Metrics
 
-LINE = re.compile(r"^\s*(calc|answer):[ \t]*(\S.*?)\s*$", re.MULTILINE)
+LINE = re.compile(r"^[^\S\n]*(calc|answer):[ \t]*(\S(?:.*\S)?)", re.MULTILINE)
 MAX_CHARACTERS, MAX_BITS = 200, 2048  # of an expression; of any number on the way
 OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
     ast.Add: operator.add,

@@ -198,6 +198,23 @@ def test_each_instruction_by_hand(name: str, arguments: dict[str, Any], good: st
     assert not follows("  \n", name, needed), "an empty response follows nothing"
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("keywords:existence", {"keywords": "rain"}, "keywords of .* is 'rain', where a list of texts is needed"),
+        ("keywords:existence", {"keywords": []}, "a list of texts"),
+        ("keywords:existence", {"keywords": ["C("]}, r"'C\(', which is read as a regular expression"),
+        ("length_constraints:number_words", {"num_words": "9", "relation": "at least"}, "a whole number is needed"),
+        ("startend:end_checker", {"end_phrase": 3}, "a text is needed"),
+    ],
+)
+def test_an_instructions_arguments_are_checked_when_they_are_read(
+    name: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=f"rows.jsonl:3: .*{message}"):
+        check_instruction("rows.jsonl:3", name, arguments)
+
+
 def test_every_published_instruction_has_a_check_and_a_case() -> None:
     assert len(CHECKS) == 25
     assert CHECKS.keys() - {name for name, *_ in INSTRUCTIONS} == {"language:response_language"}  # needs langdetect

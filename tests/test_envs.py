@@ -12,6 +12,7 @@ import chz
 import numpy as np
 import pytest
 
+from envs.arc_challenge import ArcChallenge, OptionGrader
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder, PairSpace, WholeNumber
 from envs.math_word import Gsm8k, Gsm8kBuilder, MathWordBuilder
 from envs.problem import GraderError, Problem, split_off
@@ -285,3 +286,15 @@ def test_a_missing_file_and_a_bad_template_are_errors(tmp_path: Path):
         first_env(Gsm8kBuilder(train_path=write(tmp_path / "t.jsonl", [gsm8k_row()]), prompt_template="Solve:"))
     with pytest.raises(ConfigError, match="train_path"):
         first_env(MathWordBuilder())
+
+
+@pytest.mark.parametrize("said", [" B", " (B)", " **B**", " **(B)** a cell", ": B.", " \nB", ":** B"])
+def test_a_letter_is_read_in_brackets_and_in_bold(said: str):
+    assert OptionGrader(4).extract(f"So the answer is{said}") == "B" and OptionGrader(1).extract("answer is B") is None
+
+
+def test_options_that_share_a_label_are_named_by_their_line(tmp_path: Path):
+    row = {"question": "Which?", "choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answerKey": "A"}
+    write(tmp_path / "train.jsonl", [row])
+    with pytest.raises(DataError, match=r"train.jsonl:1: 2 options are labelled A, A: give each its own label"):
+        ArcChallenge(data_dir=str(tmp_path)).read("train", None)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from envs.calculator import CALCULATOR, SumsBuilder, SumsExamplesBuilder
-from envs.retrieval import Index, RetrievalBuilder, RetrievalExamplesBuilder, words
+from envs.retrieval import Index, RetrievalBuilder, RetrievalExamplesBuilder, score, words
 from envs.tool_games import ToolGameBuilder, ToolGameExamplesBuilder
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import character_tokenizer
@@ -26,6 +26,7 @@ from posttrain.renderers.plain import PlainRenderer
 from posttrain.renderers.turns import decode, encode
 from posttrain.renderers.types import Message, Part, ToolCallPart
 from posttrain.tracking.command_line import parse
+from posttrain.tracking.jsonl import write_jsonl
 from rl.config import Config
 from rl.data_processing import trajectory_rows
 from rl.message_env import EnvFromMessageEnv, MessageStep
@@ -408,6 +409,18 @@ def test_demonstrations_are_won_episodes(
     unlisted, _ = asyncio.run(chz.replace(game, list_tools=False)(RENDERER))
     short = asyncio.run(asyncio.run(unlisted.get_batch(0)[0].make_envs())[0].initial_observation())[0]
     assert "To call" not in decode(TOKENIZER, short.to_ints())
+
+
+def test_questions_of_a_file_that_occur_twice_and_answers_of_an_article(tmp_path: Path):
+    rows = [{"question": f"Which letter is number {n % 6}?", "answer": "A"} for n in range(12)]
+    write_jsonl(tmp_path / "questions.jsonl", rows)
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": "A is the first letter."}])
+    paths: dict[str, Any] = {"corpus": str(tmp_path / "corpus.jsonl"), "questions": str(tmp_path / "questions.jsonl")}
+    train, test = RetrievalBuilder(**paths, num_test=3).split()
+    assert train and not {task.question for task in train} & {task.question for task in test}
+    # nothing is left of "A" without its article: an empty answer is not equal to it
+    assert [score(said, ("A",)) for said in ("", " ", "a", "A", "the")] == [0, 0, 1, 1, 0]
+    assert score("the Rhine.", ("Rhine",)) == 1
 
 
 def test_environments_and_examples_by_name():
