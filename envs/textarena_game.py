@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.backend.errors import ConfigError, CookbookError
-from rl.types import Metrics, RolloutError
+from rl.types import EnvError, Metrics, RolloutError
 
 SOLVED = 1.0  # the reward from which a game for one player counts as won
 
@@ -59,15 +59,18 @@ class Game:
             self.player, self.text = self.env.get_observation()
 
     def move(self, text: str) -> bool:
-        """The current player's move. Returns whether it was legal."""
+        """The current player's move. Returns whether it was legal. EnvError if the game's code raises."""
         assert not self.over, "the game is over"
         self._illegal = False
-        with self._own_randomness():
-            self.over, _ = self.env.step(action=text)
-            if self.over:
-                self.rewards, _ = self.env.close()
-            else:
-                self.player, self.text = self.env.get_observation()
+        try:
+            with self._own_randomness():
+                self.over, _ = self.env.step(action=text)
+                if self.over:
+                    self.rewards, _ = self.env.close()
+                else:
+                    self.player, self.text = self.env.get_observation()
+        except Exception as error:  # another project's code may raise anything
+            raise EnvError(f"{self.name}, move {text[:60]!r}: {type(error).__name__}: {error}") from error
         self.moves += 1
         self.ended_illegally = self.over and self._illegal
         return not self._illegal

@@ -28,7 +28,7 @@ from rl import train
 from rl.frozen_policy import FrozenPolicy
 from rl.ratings import elo_ratings
 from rl.train_cli import CLIConfig
-from rl.types import RolloutError
+from rl.types import EnvError, RolloutError
 from supervised.evaluators import Evaluated
 from supervised.names import EVALUATOR_OPTIONS
 from tests.conftest import ROOT
@@ -186,6 +186,20 @@ def test_a_player_that_fails_costs_its_games_and_no_points() -> None:
     assert pair.games == 3 and pair.lost == 3 and sum(pair.illegal) == 0
     with pytest.raises(RolloutError, match="was down"):
         asyncio.run(play_pairs(config, {"a": fails, "b": random_player}, [("a", "b")]))
+
+
+# Trap: a game whose own code raises ends the tournament, or the training run that rates its policy.
+def test_a_move_on_which_the_games_code_raises_costs_that_game() -> None:
+    config = Tournament(env=GAME, num_games=4, opponents=[])
+    random_player = RandomPlayer().open(GAME.open_game(0))
+
+    async def too_long(game: Game, rng: np.random.Generator) -> str:
+        return f"[{'9' * 5000}]" if game.player == 0 else "[x]"  # beyond what int() reads
+
+    (pair,) = asyncio.run(play_pairs(config, {"a": too_long, "b": random_player}, [("a", "b")])).values()
+    assert pair.games == 2 and pair.lost == 2
+    with pytest.raises(EnvError, match="TicTacToe.*ValueError"):
+        GAME.open_game(0).move(f"[{'9' * 5000}]")
 
 
 @pytest.mark.usefixtures("rendered")
