@@ -146,8 +146,9 @@ def read_records(path: str | Path) -> list[StepRecord]:
 def _record(fields: dict[str, Any]) -> StepRecord:
     if missing := [name for name in ("input", "output", "label") if name not in fields]:
         raise DataError(f"no field {missing[0]!r}; the fields are {', '.join(map(repr, fields))}")
-    if not isinstance(fields["input"], str):
-        raise DataError(f"input must be a text, not {str(fields['input'])[:80]}")
+    for name in ("input", "output_prefix", "malformed", "id"):
+        if not isinstance(fields.get(name), str if name == "input" else str | None):
+            raise DataError(f"{name} must be a text, not {str(fields[name])[:80]}")
     steps, label, soft = fields["output"], fields["label"], fields.get("soft")
     if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
         raise DataError("output must be a list of at least one step, each a text")
@@ -160,7 +161,7 @@ def _record(fields: dict[str, Any]) -> StepRecord:
         or not all(0 <= share <= 1 for share in soft)
     ):
         raise DataError(f"soft must be a share from 0 to 1 for each of the {len(steps)} steps, not {str(soft)[:80]}")
-    question = fields["input"] + fields.get("output_prefix", "")
+    question = fields["input"] + (fields.get("output_prefix") or "")
     return StepRecord(
-        question, steps, [int(value) for value in label], soft, fields.get("malformed"), fields.get("id", "")
+        question, steps, [int(value) for value in label], soft, fields.get("malformed"), fields.get("id") or ""
     )

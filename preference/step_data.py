@@ -108,12 +108,16 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
         train, test = read_records(self.path), read_records(self.test_path) if self.test_path else []
         if self.test_size:
             train, test = self._split(train, test)
+        held_out = {record.input for record in test}
+        if shared := sum(record.input in held_out for record in train):
+            print(f"{self.path}: {shared:,} solutions of held-out questions dropped from the training set")
+            train = [record for record in train if record.input not in held_out]
         train_D, test_D = (
             self._data(train, renderer, "training"),
             self._data(test, renderer, "held-out") if test else [],
         )
-        held_out = step_dataset(test_D, self.batch_size, shuffle=False) if test_D else None
-        return step_dataset(train_D, self.batch_size, self.seed), held_out
+        test_set = step_dataset(test_D, self.batch_size, shuffle=False) if test_D else None
+        return step_dataset(train_D, self.batch_size, self.seed), test_set
 
     def _split(self, train: list[StepRecord], test: list[StepRecord]) -> tuple[list[StepRecord], list[StepRecord]]:
         questions = sorted({record.input for record in train})

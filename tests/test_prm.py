@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import chz
 import numpy as np
@@ -185,6 +186,9 @@ def test_a_verifier_that_fails_leaves_no_label(
         ({"input": "q", "output": ["a"], "label": [2]}, "label must be"),
         ({"input": "q", "output": [], "label": []}, "output must be"),
         ({"input": "q", "output": ["a"], "label": [1], "soft": [1.5]}, "soft must be"),
+        ({"input": None, "output": ["a"], "label": [1]}, "input must be a text"),
+        ({"input": "q", "output": ["a"], "label": [1], "output_prefix": ["b"]}, "output_prefix must be a text"),
+        ({"input": "q", "output": ["a"], "label": [1], "id": 7}, "id must be a text"),
     ],
 )
 def test_bad_records_are_named_by_file_and_line(line: dict, complaint: str, tmp_path: Path) -> None:
@@ -192,6 +196,21 @@ def test_bad_records_are_named_by_file_and_line(line: dict, complaint: str, tmp_
     file.write_text(json.dumps({"input": "q", "output": ["a"], "label": [1]}) + "\n" + json.dumps(line) + "\n")
     with pytest.raises(DataError, match=rf"prm.jsonl:2: .*{complaint}"):
         read_records(file)
+
+
+def test_questions_that_are_held_out_in_a_file_of_their_own_are_not_trained_on(
+    plain: Renderer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"train": ["1+1=", "1+2=", "1+1="], "test": ["1+1=", "1+3="]}
+    for name, questions in rows.items():
+        records = [{"input": q, "output": ["2", "#2"], "label": [1, 1], "output_prefix": None} for q in questions]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    paths: dict[str, Any] = {"path": str(tmp_path / "train.jsonl"), "test_path": str(tmp_path / "test.jsonl")}
+    train, test = StepExamplesBuilder(**paths, form=LINES)(plain)
+    assert test is not None and len(test.get_batch(0)) == 2
+    (left,) = train.get_batch(0)
+    assert decode(plain.tokenizer, left.model_input.to_ints()).startswith("1+2=")
+    assert "2 solutions of held-out questions dropped" in capsys.readouterr().out
 
 
 # --- the loss -----------------------------------------------------------------------------------
