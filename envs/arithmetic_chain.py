@@ -74,6 +74,11 @@ class ChainTask(DrawnProblems):
             raise ConfigError(
                 f"1 to 20 num_steps, max_term from 1 to 9 and max_total from 9 to 999 are needed, not {self}"
             )
+        if self.max_total < 2 * self.max_term - 1:
+            raise ConfigError(
+                f"max_total={self.max_total}: a term of {self.max_term} may fit neither added nor subtracted; set it to "
+                f"{2 * self.max_term - 1} or more, or lower max_term"
+            )
         rng, chains = np.random.default_rng(seed), {}
         for tries in itertools.count():
             if len(chains) == count:

@@ -79,6 +79,11 @@ class StarGraphTask:
                 )
         return graph
 
+    def check_measured(self) -> None:
+        """For those who measure accuracy: ConfigError if no graph is to be held out."""
+        if not self.num_test:
+            raise ConfigError("num_test=0: accuracy is measured on held-out graphs; set it to 1 or more")
+
     def split(self) -> tuple[KeptRows | None, HeldOut]:
         """Training rows, without held-out graphs, and held-out rows. None: training rows are drawn."""
         graph = self.graph()
@@ -145,8 +150,9 @@ class StarGraphExamplesBuilder(StarGraphTask, SupervisedDatasetBuilder):
     )
     n_batches: int = chz.field(default=1000, validator=COUNT, doc="batches of an epoch, where graphs are drawn")
 
-    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset]:
-        return self.datasets(renderer)[:2]
+    def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        train, test, _ = self.datasets(renderer)
+        return train, test if self.num_test else None
 
     def datasets(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset, HeldOut]:
         """Training set, held-out set, and the held-out graphs."""
@@ -231,7 +237,7 @@ class StarGraphBuilder(StarGraphTask, RLDatasetBuilder):
     def recommended_max_tokens(self) -> int:
         return 2 * self.graph().path_length - 1  # with commas; whatever follows a path is not read
 
-    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset]:
+    async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         rows_D_T, test = self.split()
         layout = layout_of(renderer.tokenizer, test.graph)
         train = Batches(test.graph, test, rows_D_T, self.batch_size, self.n_batches, (self.seed, GRAPH_GROUPS))
@@ -243,5 +249,7 @@ class StarGraphBuilder(StarGraphTask, RLDatasetBuilder):
         held_out_rows = Batches(test.graph, test, test.tokens_B_T, self.batch_size, 1, (0,))
         return (
             DrawnDataset(lambda epoch, index: groups(train.rows(index, epoch), self.group_size), len(train)),
-            DrawnDataset(lambda epoch, index: groups(held_out_rows.rows(index, epoch), 1), len(held_out_rows)),
+            DrawnDataset(lambda epoch, index: groups(held_out_rows.rows(index, epoch), 1), len(held_out_rows))
+            if self.num_test
+            else None,
         )

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import chz
 
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.ranges import SEED
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.run_folder import BehaviorIfExists
 from posttrain.tracking.stages import Stage, run_stages, training_stage
@@ -30,11 +31,19 @@ def preset(settings: Mapping[str, str]) -> rl_train.Config:
 
 
 def seeds_of(written: str) -> list[int]:
-    """ConfigError unless the option `seeds` has whole numbers by comma."""
+    """ConfigError unless the option `seeds` has different whole numbers by comma."""
     try:
-        return [int(seed) for seed in written.split(",")]
+        seeds = [int(seed) for seed in written.split(",")]
     except ValueError:
         raise ConfigError(f"seeds={written}: whole numbers by comma are needed, e.g. seeds=0,1,2") from None
+    check_seeds(seeds)
+    return seeds
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """ConfigError unless there is one, and each is given once: a run that counts twice narrows every interval."""
+    if not seeds or len(set(seeds)) < len(seeds) or any(SEED.needs(seed) for seed in seeds):
+        raise ConfigError(f"seeds={','.join(map(str, seeds))}: give different whole numbers from 0 up, e.g. 0,1,2")
 
 
 def warm_start(

@@ -292,7 +292,7 @@ def test_methods_bring_what_they_start_from_and_wait_for_it(tmp_path: Path):
     assert train.chosen_methods(chz.replace(config, methods="guided", classifier_trunk="scratch")) == ["gpt", "guided"]
     with pytest.raises(ConfigError, match="methods=gtp: no such method"):
         asyncio.run(train.main(chz.replace(config, methods="gtp")))
-    with pytest.raises(ConfigError, match="seeds is empty"):
+    with pytest.raises(ConfigError, match="seeds=: give different whole numbers"):
         asyncio.run(train.main(chz.replace(config, seeds=[])))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import chz
 
+from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.run_config import log_path_field
@@ -40,6 +41,8 @@ class Config:
 
 
 async def main(config: Config) -> None:
+    if not config.lengths or len(config.lengths) != len(config.steps):
+        raise ConfigError(f"lengths={config.lengths}, steps={config.steps}: give a number of steps for each length")
     stages: list[Stage] = []
     for length, steps in zip(config.lengths, config.steps, strict=True):
         run = chz.replace(

@@ -27,6 +27,7 @@ from recipes.belief_state import train
 from recipes.belief_state.star_graph import StarGraphBuilder
 from recipes.labels import folder_name
 from recipes.results import write_results
+from recipes.warm_start import check_seeds
 
 # layers (of each encoder) and width; 0.71 to 0.75 million weights each
 SHAPES = {"bst": [(1, 112), (2, 96), (3, 80)], "gpt": [(2, 168), (3, 144), (6, 104)]}
@@ -80,6 +81,7 @@ def first_hop(stage: Stage) -> float:
 
 
 async def main(config: Config) -> None:
+    check_seeds(config.seeds)
     searched = {name: run_stage(config, name, config.num_steps, config.seed) for name in SETTINGS[config.model]}
     await run_stages(list(searched.values()))
     results = {name: first_hop(stage) for name, stage in searched.items()}

@@ -31,6 +31,7 @@ class StarGraphBuilder(StarGraphTask, TokenSourceBuilder):
     )
 
     def __call__(self, batch_size: int, seed: int) -> "StarGraphSource":
+        self.check_measured()
         rows_D_T, test = self.split()
         n_batches = 1 if rows_D_T is None else -(-len(rows_D_T) // batch_size)
         return StarGraphSource(Batches(self.graph(), test, rows_D_T, batch_size, n_batches, (seed,)), self.loss_on)

@@ -20,9 +20,12 @@ Counts = tuple[int, int]  # (selected, right among them) of a query
 def canonical(number: float | str) -> str:
     """The canonical text of a decimal: 0.50 and "0.5" are "0.5", 1.0 is "1", -0.0 is "0"."""
     try:
-        text = f"{Decimal(str(number)).normalize():f}"
+        decimal = Decimal(str(number))
     except InvalidOperation:
         raise ConfigError(f"{number!r} is not a decimal number") from None
+    if not decimal.is_finite():
+        raise ConfigError(f"{number!r} is not a finite number")
+    text = f"{decimal.normalize():f}"
     return "0" if text == "-0" else text
 
 

@@ -8,7 +8,7 @@ import chz
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import LRSchedule
-from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
+from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, TEMPERATURE, WHOLE
 from posttrain.tracking.run_config import log_path_field
 from recipes.bstar.balance import canonical
 from recipes.bstar.budget import Plan, SweepCost, plan
@@ -133,6 +133,16 @@ class Config:
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(engine="torch", max_num_seqs=512), doc="how this machine runs models"
     )
+
+    @chz.validate
+    def _check(self) -> None:
+        if not self.methods:
+            raise ConfigError(f"methods is empty: choose from {', '.join(METHODS)}")
+        for name in ("temperatures", "eval_temperature"):
+            values = getattr(self, name)
+            for value in values if isinstance(values, list) else [values]:
+                if needs := TEMPERATURE.needs(float(value)):
+                    raise ConfigError(f"{name}={value} must be {needs}")
 
     @property
     def folder(self) -> Path:

@@ -26,6 +26,10 @@ TEST_SETS = 200
 
 def letter_sets(num_letters: int, alphabet: int, test_size: int, split_seed: int) -> tuple[list[str], list[str]]:
     """Training and held-out sets of `num_letters` of the first `alphabet` letters, each sorted."""
+    if not 2 <= num_letters <= alphabet <= len(ascii_lowercase):
+        raise ConfigError(
+            f"num_letters={num_letters}, alphabet={alphabet}: 2 <= num_letters <= alphabet <= 26 is needed"
+        )
     sets = ["".join(letters) for letters in combinations(ascii_lowercase[:alphabet], num_letters)]
     if not 0 < test_size < len(sets):
         raise ConfigError(f"test_size={test_size} must be above 0 and below the {len(sets)} sets of letters")

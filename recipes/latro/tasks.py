@@ -173,5 +173,8 @@ class JsonlBuilder(TaskBuilder):
                 f"{where}: no {', '.join(missing)}; the columns are {', '.join(columns)}, and rationales if there are"
             )
         query, response, gold = (str(row[column]) for column in columns)
+        rationale = row.get("rationales")
+        if not isinstance(rationale, str | None):
+            raise DataError(f"{where}: 'rationales' is {str(rationale)[:60]!r}; it is a text, where a row has one")
         grader = StatedNumber() if is_number(gold) else StatedText()
-        return Task(query, gold, grader, row.get("rationales"), id=where, answer=self.separator + response)
+        return Task(query, gold, grader, rationale, id=where, answer=self.separator + response)

@@ -18,7 +18,7 @@ import chz
 import numpy as np
 
 from envs.problem import Grader, Split
-from posttrain.backend.errors import DataError
+from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, SHARE
 from recipes.latro.tasks import Task, TaskBuilder
 from rl.types import Metrics
@@ -58,6 +58,11 @@ class ToyBuilder(TaskBuilder):
     num_train_epochs = 0.1
     warm_start_updates = 300
 
+    @chz.validate
+    def _check(self) -> None:
+        if self.useful + self.filler > 1 + 1e-9:
+            raise ConfigError(f"useful={self.useful} and filler={self.filler} are shares: together at most 1")
+
     def tasks(self, split: Split, limit: int | None) -> list[Task]:
         if not 1 <= self.num_digits <= 18:
             raise DataError(
@@ -81,7 +86,9 @@ class ToyBuilder(TaskBuilder):
         """Tasks whose `answer` is the one that the rationale supports, right or wrong."""
         rng = np.random.default_rng([self.data_seed, 1])
         marks = rng.choice(
-            [SUMS, FILLER, MAXIMA], size=len(tasks), p=[self.useful, self.filler, 1 - self.useful - self.filler]
+            [SUMS, FILLER, MAXIMA],
+            size=len(tasks),
+            p=[self.useful, self.filler, max(0.0, 1 - self.useful - self.filler)],
         )
         return [self._demonstration(task, str(mark), rng) for task, mark in zip(tasks, marks, strict=True)]
 

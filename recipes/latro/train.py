@@ -174,16 +174,18 @@ async def main(config: Config) -> None:
 
 
 def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
-    """A method with its evaluation on the test set, in LOG_PATH/METHOD."""
-    make, always = partial(run_method, config, begin_path(config, needs)), config.behavior_if_log_dir_exists != "resume"
+    """A method with its evaluation on the test set, in LOG_PATH/METHOD. Sizes that do not work together, and
+    unusable data, are errors here, before a warm start."""
+    train, validation = config.dataset.split()
+    held_out = config.dataset.test_tasks() or validation
+    make = partial(run_method, config, announced_sizes(config, train), held_out, begin_path(config, needs))
+    always = config.behavior_if_log_dir_exists != "resume"
     return Stage(config.method, config.folder(config.method), config, make, needs, "summary.json", always)
 
 
-async def run_method(config: Config, begin: str | None) -> None:
-    train, validation = config.dataset.split()
-    held_out = config.dataset.test_tasks() or validation
+async def run_method(config: Config, sizes: Sizes, held_out: list[Task], begin: str | None) -> None:
     method, evaluate = sft if config.method == "sft" else reinforced, evaluation(config)
-    best = await method(config, announced_sizes(config, train), begin)
+    best = await method(config, sizes, begin)
     last = config.folder(config.method) / "checkpoints" / "final"
     weights = {"before": begin, "after": best, "last": last}
     summary = {name: await evaluate(path, held_out) for name, path in weights.items()}

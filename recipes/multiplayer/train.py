@@ -22,9 +22,10 @@ from pathlib import Path
 
 import chz
 
-from envs.opponents import RandomPlayer
+from envs.opponents import RandomPlayer, listed_moves
 from envs.textarena import TextArenaBuilder
 from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, SHARE, WHOLE
 from posttrain.backend.types import Datum
@@ -115,6 +116,10 @@ class Config(train.Config):
 async def main(config: Config) -> None:
     task = config.env
     assert isinstance(task, TextArenaBuilder)
+    if not listed_moves(task.open_game(0).text):
+        raise ConfigError(
+            f"env.game={task.game} does not list its legal moves: the warm start cannot play it at random"
+        )
     if config.model_name == "new":
         config = chz.replace(config, model_name=f"{config.log_path}_model")
         save_model(Path(config.model_name), task, config.seed)

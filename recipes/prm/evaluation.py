@@ -1,6 +1,7 @@
 """Evaluation of a process reward model of chains by the exact rule."""
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def evaluate(
     form: StepFormat,
 ) -> tuple[dict[str, float], Aligned]:
     """The README's results, and the scores around the first wrong step. That step is "found" if it
-    is the first one with a probability below 1/2.
+    is the first one with a probability below 1/2. NaN where all chains are right, or all are wrong.
     """
     hit_P, clean_P, truths, aligned = [], [], [], {}
     for chain, group, scores in zip(chains_P, solutions_P_G, scores_P_G, strict=True):
@@ -45,15 +46,21 @@ def evaluate(
         clean_P += [np.mean(right)] if right else []
     counts = np.bincount(truths)
     results = {
-        "first wrong step found": float(np.mean(hit_P)),
-        "first wrong step found, standard error": float(np.std(hit_P, ddof=1) / len(hit_P) ** 0.5),
-        "... by always guessing the commonest": float(counts.max() / counts.sum()),
+        "first wrong step found": _mean(hit_P),
+        "first wrong step found, standard error": (
+            float(np.std(hit_P, ddof=1) / len(hit_P) ** 0.5) if len(hit_P) > 1 else nan
+        ),
+        "... by always guessing the commonest": float(counts.max() / counts.sum()) if truths else nan,
         "... by drawing a step": 1 / len(chains_P[0].steps),
-        "right chains left unmarked": float(np.mean(clean_P)),
+        "right chains left unmarked": _mean(clean_P),
         "wrong chains": float(len(truths)),
     }
     worst_P_G = [[score.aggregate("min") for score in scores] for scores in scores_P_G]
     return results | compare_selections(solutions_P_G, worst_P_G), aligned
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else nan
 
 
 def label_noise(chains: Mapping[str, Chain], labels: Path) -> dict[str, float]:
@@ -67,8 +74,8 @@ def label_noise(chains: Mapping[str, Chain], labels: Path) -> dict[str, float]:
             right = truth is None or step < truth
             noisy[right].append(bool(label) != right)
     return {
-        "labels: right steps labelled 0": float(np.mean(noisy[True])),
-        "labels: wrong steps labelled 1": float(np.mean(noisy[False])),
+        "labels: right steps labelled 0": _mean(noisy[True]),
+        "labels: wrong steps labelled 1": _mean(noisy[False]),
         "labels: steps": float(len(noisy[True]) + len(noisy[False])),
         "labels: share labelled 1 that should be": float(len(noisy[True]) / (len(noisy[True]) + len(noisy[False]))),
     }

@@ -38,7 +38,7 @@ def draw(run: Path, results: Mapping[str, float], aligned: Aligned, out: Path) -
     quartiles = np.array([np.percentile(aligned[offset], (25, 50, 75)) for offset in offsets]).reshape(-1, 3).T
     middle.fill_between(offsets, quartiles[0], quartiles[2], color=COLORS[0], alpha=0.2)
     middle.plot(offsets, [np.mean(aligned[offset]) for offset in offsets], color=COLORS[0], marker="o")
-    heights, errors = [results[name] for name in CHOICES], [results[f"{name}_se"] for name in CHOICES]
+    heights, errors = [results[name] for name in CHOICES], [results.get(f"{name}_se", 0.0) for name in CHOICES]
     colors = [COLORS[0] if name == "best_of_n" else COLORS[-1] for name in CHOICES]
     right.bar(list(CHOICES.values()), heights, yerr=errors, color=colors, capsize=4)
     for x, height in enumerate(heights):

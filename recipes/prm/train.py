@@ -102,7 +102,8 @@ class Config:
 
     @property
     def max_tokens(self) -> int:
-        return ChainBuilder(num_steps=self.task.num_steps).recommended_max_tokens()
+        largest = max(99, self.task.max_total)  # with room, where totals have one digit
+        return ChainBuilder(num_steps=self.task.num_steps, max_total=largest).recommended_max_tokens()
 
     def chains(self) -> list[Chain]:
         return self.task.chains(self.num_problems, [self.seed, PRM_CHAINS])

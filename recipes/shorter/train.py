@@ -25,7 +25,7 @@ from envs.pairwise import PairwiseBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.learning_rate import LRSchedule
-from posttrain.backend.ranges import COUNT, LEARNING_RATE, WHOLE
+from posttrain.backend.ranges import COUNT, LEARNING_RATE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
@@ -51,7 +51,7 @@ class Config(train.Config):
         doc="builder of the prompts and the judge",
     )
     warm_start_steps: int = chz.field(
-        default=200, validator=WHOLE, doc="supervised steps before RL, unless load_checkpoint_path is given"
+        default=200, validator=COUNT, doc="supervised steps before RL, unless load_checkpoint_path is given"
     )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     max_tokens: int | None = chz.field(default=64, validator=COUNT, doc="maximum tokens of an answer")

@@ -124,6 +124,7 @@ async def main(config: Config) -> list[Row]:
     """Trains or resumes; returns the rows of the final table. Run folder: log_path/classifier;
     accuracy by step: log_path/qsharp and log_path/cd.
     """
+    config.task.check_measured()
     graph, device = config.task.graph(), training_device()
     rows_D_T, test = config.task.split()
     check_model(config.policy_path, graph)

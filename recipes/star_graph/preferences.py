@@ -64,6 +64,7 @@ class Config(train_dpo.Config):
 
 
 async def main(config: Config) -> train_dpo.Metrics:
+    config.task.check_measured()
     graph = config.task.graph()
     check_model(config.model_name, graph)
     layout = layout_of(load_tokenizer(config.model_name, config.backend.max_length), graph)

@@ -71,6 +71,7 @@ async def train_with(config: Config, objective: Callable[[Layout], train.Objecti
     """The supervised loop with any objective, and accuracy and loss on the held-out graphs."""
     builder = config.dataset
     assert isinstance(builder, StarGraphExamplesBuilder)
+    builder.check_measured()
     graph = builder.graph()
     if config.model_name:
         check_model(config.model_name, graph)

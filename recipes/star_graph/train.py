@@ -37,6 +37,7 @@ from recipes.star_graph import guided, preferences, pretrain, reinforce
 from recipes.star_graph.comparison import picture, table
 from recipes.star_graph.model import model_stage
 from recipes.star_graph.side_by_side import run_side_by_side
+from recipes.warm_start import check_seeds
 from rl import train as rl_train
 
 FROM_SCRATCH = ("gpt", "reversed", "teacherless", "bst")
@@ -217,9 +218,9 @@ def chosen_methods(config: Config) -> list[str]:
 
 
 async def main(config: Config) -> None:
+    config.task.check_measured()
     methods = chosen_methods(config)
-    if not config.seeds:
-        raise ConfigError("seeds is empty: give at least one seed")
+    check_seeds(config.seeds)
     num_steps = {"bst": config.bst_steps, "guided": config.classifier_steps}
     num_steps |= dict.fromkeys(FROM_SCRATCH[:3], config.pretrain_steps)
     stages_S = [stages_of(config, seed) for seed in config.seeds]
