@@ -1,7 +1,7 @@
 r"""Finds the final answer of a solution, normalises its notation, and reads plain numbers exactly.
 
 Styles: "boxed" is the last \boxed{...} with balanced braces (or \boxed 7); "hash" the rest of the
-line after the last "####" that has one; "stated" the text after the last "the answer is", "Answer:" or "A:".
+line after the last "####"; "stated" the text after the last "the answer is", "Answer:" or "A:".
 """
 
 import re
@@ -38,7 +38,7 @@ def extract_boxed(text: str) -> str | None:
 
 
 def extract_hash(text: str) -> str | None:
-    answers = [answer for answer in re.findall(r"####[ \t:=*]*([^\n#]*)", text) if answer.strip()]
+    answers = re.findall(r"####[ \t:=*]*([^\n#]*)", text)
     return answers[-1].replace("**", "") if answers else None
 
 
