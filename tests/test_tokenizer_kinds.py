@@ -181,6 +181,25 @@ def test_a_tokenizer_is_that_of_its_file_whatever_its_class_is_called(kind: str,
             assert (tokenizer.chat_template, tokenizer.all_special_ids[:3]) == (CHATML, made.all_special_ids[:3])
 
 
+# Trap: of a tokenizer.model alone transformers makes Mistral's without the space before a first word.
+@pytest.mark.needs_vllm  # which brings sentencepiece
+@pytest.mark.parametrize(("family", "warned"), [("Llama 3", False), ("Mistral", True)])
+def test_a_tokenizer_that_is_made_otherwise_than_its_file_is_warned_of(
+    family: str, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sentencepiece import SentencePieceTrainer
+
+    folder = save_random_model(family, tmp_path)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}))
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    load_tokenizer(str(folder))
+    assert ("tokenizer.model writes 'yes it is' as" in capsys.readouterr().out) == warned
+
+
 def test_a_text_with_its_bos_gets_no_second_one() -> None:
     tokenizer = wrapped(KINDS["Llama 2"]())
     assert encode_text(tokenizer, "<s>hello") == [1, *encode(tokenizer, "hello", begins=True)]

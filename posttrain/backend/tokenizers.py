@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # commands answer before transformers is imported
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
 # Words, spaces, digits, accents.
 PROBES = ("That is\tit,\n\n  isn't it?\nYES or 12 + 345: 日本語 é naïve\u00a0x", " a ")
+WORDS = "yes it is"
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -86,6 +87,8 @@ def _as_in_its_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "PreT
     from transformers import PreTrainedTokenizerFast
 
     file = folder / "tokenizer.json"
+    if not file.exists():
+        _warn_of_other_words(tokenizer, folder)
     if not file.exists() or not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer
     saved = Tokenizer.from_file(str(file))
@@ -102,6 +105,25 @@ def _as_in_its_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "PreT
         return tokenizer
     plain = PreTrainedTokenizerFast.from_pretrained(folder)
     return plain if is_same(plain) else tokenizer
+
+
+def _warn_of_other_words(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Where transformers, of a tokenizer.model alone, makes one that splits a plain text otherwise than it, such as
+    without the space before the first word."""
+    file = folder / "tokenizer.model"
+    try:
+        from sentencepiece import SentencePieceProcessor
+
+        theirs = SentencePieceProcessor(model_file=str(file)).encode(WORDS, out_type=str)
+    except (ImportError, OSError, RuntimeError):  # tiktoken's and Mistral's files have this name, too
+        return
+    ours = tokenizer.convert_ids_to_tokens(tokenizer.encode(WORDS, add_special_tokens=False))
+    if ours != theirs:
+        print(
+            f"WARNING {file} writes {WORDS!r} as {theirs}, and the tokenizer that transformers makes of it as {ours}: "
+            "put the model's tokenizer.json into the folder, or one that transformers 4 saves",
+            flush=True,
+        )
 
 
 def _answer_ends(folder: Path) -> list[int]:
