@@ -3,7 +3,6 @@ activations from passes of fake tensors (shapes without numbers), engines in byt
 processes that share a device, rows longer than a micro-batch.
 """
 
-import copy
 import itertools
 import logging
 import os
@@ -440,7 +439,7 @@ def _fake_model(
     """The base, and the model that is trained: shapes that take no memory. `merged`: other than fp32,
     adapters are merged in it."""
     with torch.device("meta"):
-        base = new_model(copy.deepcopy(hf_config))
+        base = new_model(hf_config)
         cast_weights(base, dtype)
         model = add_lora(base, "", lora, 0) if lora else base
     with FakeTensorMode():
