@@ -1,14 +1,27 @@
 """bf16 weights with fp32 masters, 8-bit moments, stochastic rounding, an offloaded optimizer."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from posttrain.backend import lean_adamw
 from posttrain.backend.config import BackendConfig, param_dtype
 from posttrain.backend.errors import CheckpointError, ConfigError
-from posttrain.backend.lean_adamw import MEAN_LEVELS, SQUARE_LEVELS, LeanAdamW, dequantized, quantized, to_bf16
+from posttrain.backend.lean_adamw import (
+    MEAN_LEVELS,
+    PIECE_BYTES,
+    SQUARE_LEVELS,
+    STEP_BYTES,
+    LeanAdamW,
+    dequantized,
+    quantized,
+    to_bf16,
+)
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
@@ -148,6 +161,44 @@ def test_lean_steps_in_fp32_are_torchs() -> None:
             optimizer.param_groups[0].update(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
             optimizer.step()
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes of new tensors that exist at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._live = 0, dict[int, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self._live:
+                self._live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._live.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._live.values()))
+        return out
+
+
+def test_a_step_needs_the_memory_that_is_planned_and_its_pieces_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the largest weight of 8B, half a billion values, rounding whole took 80 bytes each."""
+
+    def steps(piece: int) -> tuple[list[torch.Tensor], float]:
+        monkeypatch.setattr(lean_adamw, "PIECE", piece)
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(600, 257, generator=generator).bfloat16())
+        lean, allocated = LeanAdamW([p], 0, True), Allocated()
+        lean.param_groups[0]["lr"] = 1e-2
+        for _ in range(2):
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+            lean.step()
+        with allocated:
+            lean.step()
+        return [p, *lean.state[p].values()], allocated.peak / p.numel()
+
+    (whole, most), (pieces, least) = steps(2**24), steps(1024)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    assert 0.75 * STEP_BYTES < least <= STEP_BYTES < most <= STEP_BYTES + PIECE_BYTES
 
 
 def test_weights_in_bf16_keep_their_rotations_in_fp32() -> None:

@@ -9,7 +9,9 @@ import torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor of a state
+STEP_BYTES = 24  # of each value of the weight that is stepped, beside its state
 BLOCK = 256  # values with a common scale, their largest magnitude
+PIECE, PIECE_BYTES = 2**24, 64  # values that are rounded at once, a multiple of BLOCK, and what each takes
 # Levels of |value| / scale, evenly spaced in the logarithm: 5 decades for means, 7 for squares.
 MEAN_LEVELS = torch.logspace(-5, 0, 127, dtype=torch.float64).float()
 SQUARE_LEVELS = torch.logspace(-7, 0, 255, dtype=torch.float64).float()
@@ -43,9 +45,10 @@ class LeanAdamW(torch.optim.Optimizer):
         mean, square = self._read(state, "exp_avg", p), self._read(state, "exp_avg_sq", p)
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        denominator = (square.sqrt() / (1 - beta2**count) ** 0.5).add_(group["eps"])
+        denominator = square.sqrt().div_((1 - beta2**count) ** 0.5).add_(group["eps"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**count))
+        del gradient, denominator
         if self.eight_bits:
             state["exp_avg"], state["exp_avg_scale"] = quantized(mean, MEAN_LEVELS, generator)
             state["exp_avg_sq"], state["exp_avg_sq_scale"] = quantized(square, SQUARE_LEVELS, generator)
@@ -71,8 +74,19 @@ def quantized(
     """(codes like `values`, scale of each block). A code is 0, or the number of a level, from 1;
     with 127 levels those of negative values are from 128. The expected level is the value; only
     squares below the lowest level are raised to it, as a square of 0 would divide by 0."""
-    levels, signed = levels.to(values.device), len(levels) < 128
     flat = values.flatten()
+    code_N = torch.empty(len(flat), dtype=torch.uint8, device=flat.device)
+    scale_B = torch.empty(-(-len(flat) // BLOCK), device=flat.device)
+    for piece in _pieces(len(flat)):
+        blocks = slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
+        code_N[piece], scale_B[blocks] = _quantized(flat[piece], levels.to(flat.device), generator)
+    return code_N.view(values.shape), scale_B
+
+
+def _quantized(
+    flat: torch.Tensor, levels: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    signed = len(levels) < 128
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(-1)
     share = (blocks.abs() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).clamp_(max=1)
@@ -83,18 +97,33 @@ def quantized(
     code = torch.where((share - low) > noise * (high - low), above, above - 1)
     negative = torch.where((blocks < 0) & (code > 0), code + 127, code)
     code = negative if signed else torch.where(blocks > 0, code.clamp(min=1), code)
-    return code.to(torch.uint8).flatten()[: len(flat)].view(values.shape), scale
+    return code.to(torch.uint8).flatten()[: len(flat)], scale
 
 
 def dequantized(code: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     levels = levels.to(code.device)
     zero, signs = levels.new_zeros(1), [levels, -levels] if len(levels) < 128 else [levels]
-    flat = torch.cat([zero, *signs])[code.flatten().long()]
-    padded = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK) * scale[:, None]
-    return padded.flatten()[: len(flat)].view(code.shape)
+    ladder, flat = torch.cat([zero, *signs]), code.flatten()
+    value_N = torch.empty(len(flat), device=flat.device)
+    for piece in _pieces(len(flat)):
+        value = ladder[flat[piece].long()]
+        blocks = slice(piece.start // BLOCK, -(-piece.stop // BLOCK))
+        padded = torch.nn.functional.pad(value, (0, -len(value) % BLOCK)).view(-1, BLOCK) * scale[blocks, None]
+        value_N[piece] = padded.flatten()[: len(value)]
+    return value_N.view(code.shape)
 
 
 def to_bf16(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Rounded up with the probability of the 16 bits that bf16 drops, so exact on average."""
-    noise = torch.randint(0, 2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
-    return ((values.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
+    flat = values.contiguous().flatten()
+    rounded_N = torch.empty(len(flat), dtype=torch.bfloat16, device=flat.device)
+    for piece in _pieces(len(flat)):
+        part = flat[piece]
+        noise = torch.randint(0, 2**16, part.shape, generator=generator, device=part.device, dtype=torch.int32)
+        rounded_N[piece] = ((part.view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+    return rounded_N.view(values.shape)
+
+
+def _pieces(count: int) -> list[slice]:
+    """Of a tensor's values: what rounding them takes is needed for a piece at a time."""
+    return [slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE)]

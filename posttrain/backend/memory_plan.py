@@ -3,7 +3,6 @@ activations from passes of fake tensors (shapes without numbers), engines in byt
 processes that share a device, rows longer than a micro-batch.
 """
 
-import copy
 import itertools
 import logging
 import os
@@ -23,6 +22,7 @@ from posttrain.backend.attention import packs
 from posttrain.backend.batching import SHARED_ROW_TOKENS
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.errors import ModelError
+from posttrain.backend.lean_adamw import PIECE, PIECE_BYTES, STEP_BYTES
 from posttrain.backend.logprobs import CHUNK_ELEMENTS
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
@@ -57,19 +57,27 @@ SURELY = 0.25
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of each part: there always, only in a training pass, only while sampling."""
+    """Bytes of each part: there always, only in a training pass, in the optimizer's step, while sampling."""
 
     always: Mapping[str, int]
     training: Mapping[str, int]
+    stepping: Mapping[str, int]
     sampling: Mapping[str, int]
 
     @property
     def peak(self) -> int:
-        return sum(self.always.values()) + max(sum(self.training.values()), sum(self.sampling.values()))
+        now_and_then = (self.training, self.stepping, self.sampling)
+        return sum(self.always.values()) + max(sum(parts.values()) for parts in now_and_then)
 
     def table(self) -> str:
         lines = [f"{'part':<48}{'GiB':>8}"]
-        for when, parts in (("", self.always), (", in a pass", self.training), (", sampling", self.sampling)):
+        times = {
+            "": self.always,
+            ", in a pass": self.training,
+            ", in a step": self.stepping,
+            ", sampling": self.sampling,
+        }
+        for when, parts in times.items():
             lines += [f"{name + when:<48}{size / GIB:>8.2f}" for name, size in parts.items()]
         return "\n".join([*lines, f"{'peak':<48}{self.peak / GIB:>8.2f}"])
 
@@ -84,6 +92,7 @@ class ModelSize:
     hidden: int
     intermediate: int
     vocabulary: int
+    largest: int  # number of values of a trained weight
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class PlannedRun:
 
     @cached_property
     def plan(self) -> MemoryPlan:
-        return MemoryPlan(self._always(), self._training(), self._sampling())
+        return MemoryPlan(self._always(), self._training(), self._stepping(), self._sampling())
 
     def _always(self) -> dict[str, int]:
         device, size, weights = self.device.type, self.size, self.weights
@@ -184,6 +193,14 @@ class PlannedRun:
         parts = {f"activations of {tokens} tokens": self._activations(tokens), "head": self._head(tokens)}
         return parts | ({"masks of shared prefixes": masks} if (masks := self._masks(tokens)) else {})
 
+    def _stepping(self) -> dict[str, int]:
+        """Of the largest weight; torch's fused AdamW works where the numbers lie."""
+        backend, largest = self.backend, self.size.largest
+        rounds = self.lora is None and self.weights == torch.bfloat16 and not self.masters
+        if not (rounds or backend.moments == "8bit") or (backend.offload_optimizer and self.device.type == "cuda"):
+            return {}
+        return {"the largest weight, fp32": STEP_BYTES * largest + PIECE_BYTES * min(PIECE, largest)}
+
     def _masks(self, tokens: int) -> int:
         """Of a micro-batch of the longest shared rows, for each kind of layer, and as booleans on the
         way; packed rows have none."""
@@ -245,7 +262,9 @@ class PlannedRun:
         size = self.size
         widths = size.layers * (40 * size.hidden + 10 * size.intermediate)
         rest = 4 * widths * self.backend.micro_batch_tokens + self._head(self.backend.micro_batch_tokens)
-        return sum(self._always().values()) + rest + sum(self._sampling().values()) < free * SURELY
+        for parts in (self._always(), self._stepping(), self._sampling()):
+            rest += sum(parts.values())
+        return rest < free * SURELY
 
     def that_fits(self, free: int) -> dict[str, Any] | None:
         """The fewest settings, at their mildest values, with which the peak is at most `free`
@@ -363,11 +382,13 @@ def model_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> M
             head: Any = base.get_output_embeddings()
             vocabulary, hidden = (head.base_layer if hasattr(head, "base_layer") else head).weight.shape
             parameters = sum(p.numel() for p in model.parameters())
-            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            trained = [p.numel() for p in model.parameters() if p.requires_grad]
         widths = getattr(text, "intermediate_size", None) or 4 * hidden
         widest = max(widths) if isinstance(widths, list) else widths  # Gemma 3n has a width for each layer
         intermediate = widest * max(1, experts_per_token(hf_config))
-        _sizes[key] = ModelSize(parameters, trainable, text.num_hidden_layers, hidden, intermediate, vocabulary)
+        _sizes[key] = ModelSize(
+            parameters, sum(trained), text.num_hidden_layers, hidden, intermediate, vocabulary, max(trained, default=0)
+        )
     return _sizes[key]
 
 
@@ -440,7 +461,7 @@ def _fake_model(
     """The base, and the model that is trained: shapes that take no memory. `merged`: other than fp32,
     adapters are merged in it."""
     with torch.device("meta"):
-        base = new_model(copy.deepcopy(hf_config))
+        base = new_model(hf_config)
         cast_weights(base, dtype)
         model = add_lora(base, "", lora, 0) if lora else base
     with FakeTensorMode():

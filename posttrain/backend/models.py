@@ -353,9 +353,10 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 
 def new_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Of random fp32 weights."""
+    """Of random fp32 weights. transformers would write its kernel into `config`, where an opened model of this
+    config reads its own (attention.set_packing)."""
     kernel = kernel_of_attention(config)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=kernel)
 
 
 @computing()
@@ -369,7 +370,7 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
     config = model_config(model_name)
     if model_name in PRESETS:
         with drawn_from(seed):
-            model = new_model(copy.deepcopy(config))
+            model = new_model(config)
         model.config.architectures = [type(model).__name__]  # read by vLLM
     else:
         check_text_only(model_name, config)
