@@ -100,6 +100,7 @@ OWN: dict[str, dict[str, Any]] = {
             "qwen3_vl_text",
             "qwen3_vl_moe_text",
             "glm_ocr_text",
+            "cosmos3_edge_text",
         )
     },
     "qwen3_omni_moe_text": {"rope_parameters": _MROPE, "head_dim": 16},
