@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -53,6 +54,42 @@ def test_the_parts_for_an_offline_machine_are_of_one_size_and_join_to_what_was_p
     assert [file.name for file in light.rglob("*.whl")] == ["chz-0.4.0-py3-none-any.whl"]
     sizes = [sum(file.stat().st_size for file in (light / str(part)).iterdir()) for part in (1, 2, 3)]
     assert max(sizes) - min(sizes) <= 2
+
+
+def test_blocks_run_in_turn_or_together_and_what_failed_comes_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    together, began = Barrier(2, timeout=20), list[str]()
+
+    def run(name: str, out: Path, limit: float) -> dict[str, Any]:
+        began.append(name)
+        if name in ("learning", "star_graph_run"):
+            together.wait()
+        assert limit == first_light.SECONDS[name]
+        return {"passed": name != "head", "seconds": 1.0}
+
+    monkeypatch.setattr(first_light, "run_block", run)
+    for name, passed in (("facts", True), ("sampling", False)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"passed": passed}))
+    blocks = "facts,sampling,learning+star_graph_run,head"
+    monkeypatch.setattr("sys.argv", ["first_light.py", "--out", str(tmp_path), "--blocks", blocks])
+    assert first_light.main() == 1
+    assert set(began[:2]) == {"learning", "star_graph_run"} and began[2:] == ["head", "sampling"]
+
+
+def test_what_is_sent_back_is_never_half_written(tmp_path: Path) -> None:
+    """copy_results of offline.sh, beside a log that grows."""
+    kept, sent = tmp_path / "kept" / "first_light", tmp_path / "sent"
+    for folder in (kept, sent):
+        folder.mkdir(parents=True)
+    (kept / "first_light.json").write_text("{}")
+    (kept / "facts.log").write_text("{}\n")
+    script = (first_light.ROOT / "benchmarks" / "gpu" / "offline.sh").read_text()
+    function = script[script.index("copy_results() {") : script.index("run_blocks() {")]
+    command = f"set -euo pipefail; keep={kept.parent}; OUT={sent}\n{function}\ntar() {{ command tar $*; return 1; }}"
+    subprocess.run(["bash", "-c", f"{command}\ncopy_results"], check=True)
+    assert {file.name for file in sent.iterdir()} == {"first_light.json", "first_light.tgz"}
+    assert b"facts.log" in subprocess.run(["tar", "-tzf", sent / "first_light.tgz"], capture_output=True).stdout
 
 
 def test_figures_of_a_cpu_are_not_judged() -> None:

@@ -3,6 +3,8 @@ its own with a time limit.
 
     python benchmarks/gpu/first_light.py [--out FOLDER] [--blocks facts,trainer,...] [--seconds 1800]
 
+`--blocks a,b+c`: b and c, which time nothing, run beside each other.
+
 A block prints its record after each figure, one JSON object on a line; the last becomes
 FOLDER/NAME.json, what else it prints goes to FOLDER/NAME.log. A block that fails or runs out of time
 is recorded as such, with the figures it had, and the next one runs. A session that was cut off goes
@@ -19,7 +21,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +41,14 @@ SECONDS = {
     "train_step": 240,
     "half_b_engine": 180,
     "sampling": 310,
-    "large_models": 360,
+    "large_models": 150,
     "learning": 330,
     "belief_state": 60,
     "sleep": 120,
     "small_engines": 240,
     "star_graph_run": 300,
     "sampling_more": 420,
+    "large_models_more": 300,
     "memory": 150,
     "reproducible": 180,
     "user_runs": 150,
@@ -51,6 +56,7 @@ SECONDS = {
     "head": 60,
     "cluster": 240,  # of two GPUs
 }
+_writing = threading.Lock()  # of blocks beside each other
 FEWEST_SECONDS = 20.0  # in which a block can tell anything
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -77,8 +83,13 @@ def last_record(lines: list[str]) -> dict[str, Any]:
     return {"passed": False, "error": f"it printed no record; the last lines: {lines[-3:]}"}
 
 
+def in_turn(groups: list[list[str]], out: Path) -> list[list[str]]:
+    """First the blocks that have not run, then those that did not pass."""
+    return sorted(groups, key=lambda names: all((out / f"{name}.json").exists() for name in names))
+
+
 def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
-    """The block's own record, or one that says how it ended."""
+    """The block's own record, or one that says how it ended. Written, and into the summary."""
     start = time.monotonic()
     command = [sys.executable, "-m", f"benchmarks.gpu.{name}"]
     with open(out / f"{name}.log", "w+") as log:
@@ -103,7 +114,11 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
     record = last_record(lines)
     if "error" in record:
         record |= {"error": f"{ending}; the last lines: {[line for line in lines if not line.startswith('{')][-3:]}"}
-    return record | {"block": name, "seconds": round(time.monotonic() - start, 1)}
+    record |= {"block": name, "seconds": round(time.monotonic() - start, 1)}
+    with _writing:
+        (out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_summary(out)
+    return record
 
 
 def write_summary(out: Path) -> None:
@@ -127,22 +142,25 @@ def main() -> int:
     end = time.monotonic() + arguments.seconds
     arguments.out.mkdir(parents=True, exist_ok=True)
     failed = 0
-    files = {name: arguments.out / f"{name}.json" for name in arguments.blocks.split(",")}
-    for name, file in sorted(files.items(), key=lambda item: item[1].exists()):
-        if has_passed(file):
-            print(f"{name}: passed before")
+    for names in in_turn([names.split("+") for names in arguments.blocks.split(",")], arguments.out):
+        waiting = [name for name in names if not has_passed(arguments.out / f"{name}.json")]
+        for name in names:
+            if name not in waiting:
+                print(f"{name}: passed before")
+        if not waiting:
             continue
         if (left := end - time.monotonic()) < FEWEST_SECONDS:
-            print(f"{name}: no time left")
-            failed += 1
+            print(f"{', '.join(waiting)}: no time left")
+            failed += len(waiting)
             continue
-        record = run_block(name, arguments.out, min(arguments.patience * SECONDS[name], left))
-        file.write_text(json.dumps(record, indent=2) + "\n")
-        write_summary(arguments.out)
-        failed += not record["passed"]
-        print(f"{name}: {'passed' if record['passed'] else 'FAILED'} in {record['seconds']} s", flush=True)
-        for key, value in record.items():
-            print(f"    {key}: {value}", flush=True)
+        with ThreadPoolExecutor(len(waiting)) as together:
+            limits = [min(arguments.patience * SECONDS[name], left) for name in waiting]
+            records = together.map(run_block, waiting, [arguments.out] * len(waiting), limits)
+            for name, record in zip(waiting, records, strict=True):
+                failed += not record["passed"]
+                print(f"{name}: {'passed' if record['passed'] else 'FAILED'} in {record['seconds']} s", flush=True)
+                for key, value in record.items():
+                    print(f"    {key}: {value}", flush=True)
     for what, _, _, bound, found, verdict in table(read_records(arguments.out, SECONDS)):
         print(f"{verdict:<13} {what}: {found or '-'} ({bound})", flush=True)
     return failed

@@ -1,6 +1,6 @@
-"""Block `large_models`: tokens/s and peak memory of training 8B, 3B and 1.5B shapes: LoRA, alone and
-with vLLM beside it (merged, unmerged, and of one base, this of 32B, too), and all weights with and without
-fp32 copies. Random weights, made on the card.
+"""Block `large_models`: tokens/s and peak memory of training an 8B shape: LoRA, and all weights with and without
+fp32 copies. `large_models_more`: with vLLM beside LoRA (merged, unmerged, and of one base, this of 32B, too),
+3B, 1.5B. Random weights, made on the card.
 """
 
 import copy
@@ -27,6 +27,8 @@ from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, LoraConfig
 
 Lora = Literal["merged", "unmerged", "shared"]
+CUDA = training_device().type == "cuda"
+BATCH = (8, 1024) if CUDA else (2, 64)  # rows, tokens of each
 
 
 def shapes(cuda: bool) -> dict[str, PretrainedConfig]:
@@ -131,29 +133,33 @@ def lora_beside_an_engine(
         return found | {"start, s": started, "sync, ms": min(syncs), "|dlogp|": gap, "GiB of the card": peak_gib()}
 
 
+def measured(record: Record, title: str, name: str, backend: BackendConfig, lora: LoraConfig | None) -> Any:
+    config, (rows, length) = shapes(CUDA)[name], BATCH
+    return attempt(record, title, lambda: trained_alone(name, config, rows, length, lora, backend))
+
+
 def main() -> None:
-    record, cuda = Record(), training_device().type == "cuda"
-    configs, (rows, length) = shapes(cuda), (8, 1024) if cuda else (2, 64)
-
-    def measured(title: str, name: str, backend: BackendConfig, lora: LoraConfig | None) -> Any:
-        return attempt(record, title, lambda: trained_alone(name, configs[name], rows, length, lora, backend))
-
-    found = {}
+    record, found = Record(), {}
     for title, (name, backend, lora) in EIGHT_B.items():
-        found[title] = measured(title, name, backend, lora)
+        found[title] = measured(record, title, name, backend, lora)
         for aim in AIMS:
             fit = [case for title, case in found.items() if title.startswith(aim) and isinstance(case, dict)]
             for key in ("tokens/s", "GiB of the card"):
                 record.figure(f"{aim}: {key}", max(fit, key=lambda case: case["tokens/s"])[key] if fit else None)
+    record.print()
+
+
+def main_of_more() -> None:
+    record = Record()
 
     def beside(title: str, name: str, lora: Lora) -> None:
-        attempt(record, title, partial(lora_beside_an_engine, name, configs[name], rows, length, cuda, lora))
+        attempt(record, title, partial(lora_beside_an_engine, name, shapes(CUDA)[name], *BATCH, CUDA, lora))
 
     beside("8B, LoRA, with vLLM beside it", "8b", "merged")
     for title, (name, backend, lora) in SMALLER.items():
-        measured(title, name, backend, lora)
+        measured(record, title, name, backend, lora)
     beside("8B, LoRA unmerged, with vLLM beside it", "8b", "unmerged")
-    if cuda:  # on a CPU vLLM shares no weights
+    if CUDA:  # on a CPU vLLM shares no weights
         beside("8B, LoRA, one base for passes and vLLM", "8b", "shared")
         beside("32B, LoRA, one base for passes and vLLM", "32b", "shared")  # two copies are 122 GiB
     record.print()

@@ -30,8 +30,10 @@ pack() {
 
 copy_results() {
   [ -n "${OUT:-}" ] && [ -e "$keep/first_light/first_light.json" ] || return 0
-  cp "$keep/first_light/first_light.json" "$OUT/"
-  tar -czf "$OUT/first_light.tgz" -C "$keep" first_light
+  # under other names first: the command may be killed meanwhile
+  cp "$keep/first_light/first_light.json" "$OUT/new.json" && mv "$OUT/new.json" "$OUT/first_light.json"
+  tar -czf "$OUT/new.tgz" -C "$keep" first_light || [ $? = 1 ] # a log that grows
+  mv "$OUT/new.tgz" "$OUT/first_light.tgz"
 }
 
 run_blocks() {
@@ -48,7 +50,7 @@ pack) pack "$2" ;;
 1)
   mkdir -p "$keep/site" && cp .light/1/* "$keep/"
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$keep/site" "$keep"/*.whl
-  run_blocks facts,train_step "${2:-300}"
+  run_blocks facts,train_step,belief_state "${2:-340}"
   ;;
 2) cp .light/2/* "$keep/" ;;
 3 | 4)
@@ -56,6 +58,6 @@ pack) pack "$2" ;;
     cp .light/3/* "$keep/"
     cat "$keep"/vllm.tar.xz.* | xz -dc -T0 | tar -xf - -C "$keep/site"
   fi
-  run_blocks half_b_engine,sampling,large_models,learning "${2:-480}"
+  run_blocks half_b_engine,sampling,large_models,learning+star_graph_run "${2:-480}"
   ;;
 esac
