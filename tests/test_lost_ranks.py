@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from posttrain.backend import cluster, trainer_group, weight_files
+from posttrain.backend import cluster, trainer_group, trainer_rank, weight_files
 from posttrain.backend.cluster import ProcessLost
-from posttrain.backend.errors import DataError, EngineError, OutOfMemoryError, TrainerLostError
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, DataError, EngineError, OutOfMemoryError, TrainerLostError
+from posttrain.backend.ranks import ALONE
 from posttrain.backend.trainer_group import TrainerRanks, _GroupWeights
-from posttrain.backend.trainer_rank import interface_of
+from posttrain.backend.trainer_rank import TrainerRank, interface_of
 from posttrain.backend.types import GetInfoResponse
 from posttrain.backend.weight_files import write_shard
 
@@ -64,6 +66,31 @@ def test_a_process_that_dies_while_others_wait_for_it_is_heard_of_at_once(monkey
 
 def test_the_interface_of_an_address() -> None:
     assert interface_of("127.0.0.1") == "lo" and interface_of("192.0.2.77") is None
+
+
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
+def test_a_folder_that_a_node_does_not_see_is_refused_by_its_name(
+    address: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`elsewhere` is a rank on a node with another file system: of a folder here, it finds none."""
+    monkeypatch.setattr(trainer_rank, "node_address", lambda: "10.0.0.2")
+    elsewhere: Any = SimpleNamespace(_processes=ALONE)
+    asked: list[str] = []
+
+    def every(method: str, folder: str) -> None:
+        asked.append(folder)
+        getattr(TrainerRank, method)(elsewhere, folder + "/elsewhere")
+
+    ranks: Any = SimpleNamespace(cluster=SimpleNamespace(config=BackendConfig(cluster=address)), every=every)
+    TrainerRanks.check_seen(ranks, Path("Qwen/Qwen2.5-0.5B"))  # a name
+    TrainerRanks.check_seen(ranks, tmp_path / "gone")  # nor here
+    assert not asked
+    if address:
+        with pytest.raises(ConfigError, match=f"node 10.0.0.2 does not see {tmp_path}.* that all nodes share"):
+            TrainerRanks.check_seen(ranks, tmp_path)
+    else:
+        TrainerRanks.check_seen(ranks, tmp_path)
+        assert not asked  # one machine
 
 
 def test_weights_without_room_name_the_folder_and_leave_nothing(

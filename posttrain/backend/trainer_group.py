@@ -71,8 +71,14 @@ class TrainerRanks:
             raise
 
     def open(self, kind: str, model_name: str, seed: int, lora: LoraConfig | None) -> "TrainerGroup":
-        number = next(self._numbers)
-        return TrainerGroup(self, number, kind, absolute(model_name), seed, lora)
+        number, model_name = next(self._numbers), absolute(model_name)
+        self.check_seen(Path(model_name))
+        return TrainerGroup(self, number, kind, model_name, seed, lora)
+
+    def check_seen(self, folder: Path) -> None:
+        """ConfigError for a node that does not see a folder that is here: it would not know why it is missing."""
+        if self.cluster.config.cluster is not None and folder.is_absolute() and folder.is_dir():
+            self.every("check_seen", str(folder))
 
     def call(self, number: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """The result of a trainer's method."""
@@ -207,6 +213,7 @@ class TrainerGroup:
         self._call("save_policy", tokenizer, path.absolute())
 
     def load_state(self, path: Path, with_optimizer: bool) -> None:
+        self._ranks.check_seen(path.absolute())
         self._call("load_state", path.absolute(), with_optimizer)
 
     def sampler_weights(self) -> FileWeights:

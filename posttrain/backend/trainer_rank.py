@@ -17,6 +17,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from posttrain.backend import ranks
 from posttrain.backend.cluster import node_address
 from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
 from posttrain.backend.sharded_trainer import ShardedScalarTrainer, ShardedTrainer
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.weight_files import write_shard
@@ -46,6 +47,12 @@ class TrainerRank:
             # gloo would take the interface of the host's name, which is the loopback on many systems
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._processes = ranks.join(self._rank, self._count, self._store)
+
+    def check_seen(self, folder: str) -> None:
+        """ConfigError, in all ranks, if the node of one does not have the folder."""
+        with self._processes.same_outcome():
+            if not os.path.isdir(folder):
+                raise ConfigError(f"node {node_address()} does not see {folder}: take a folder that all nodes share")
 
     def open(self, number: int, kind: str, model_name: str, seed: int, lora: LoraConfig | None) -> dict[str, Any]:
         """What the driver has to know of the trainer."""
