@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ SECONDS = {
     "cluster": 240,  # of two GPUs
 }
 _writing = threading.Lock()  # of blocks beside each other
+_running: set[int] = set()  # their processes
 FEWEST_SECONDS = 20.0  # in which a block can tell anything
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -88,6 +90,16 @@ def in_turn(groups: list[list[str]], out: Path) -> list[list[str]]:
     return sorted(groups, key=lambda names: all((out / f"{name}.json").exists() for name in names))
 
 
+def ended(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """As they come. Whoever stops the driver stops the blocks."""
+    try:
+        yield from records
+    except BaseException:
+        for block in list(_running):
+            _kill(block)
+        raise
+
+
 def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
     """The block's own record, or one that says how it ended. Written, and into the summary."""
     start = time.monotonic()
@@ -101,14 +113,15 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        _running.add(process.pid)
         try:
             ending = f"exit status {process.wait(limit)}"
         except subprocess.TimeoutExpired:
             ending = f"ran out of its {limit:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its engines, too, which would keep the GPU's memory
+            _kill(process.pid)
             process.wait()
+            _running.remove(process.pid)
         log.seek(0)
         lines = log.read().strip().splitlines()
     record = last_record(lines)
@@ -119,6 +132,12 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
         (out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
         write_summary(out)
     return record
+
+
+def _kill(block: int) -> None:
+    """And its engines, which would keep the GPU's memory."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(block, signal.SIGKILL)
 
 
 def write_summary(out: Path) -> None:
@@ -156,7 +175,7 @@ def main() -> int:
         with ThreadPoolExecutor(len(waiting)) as together:
             limits = [min(arguments.patience * SECONDS[name], left) for name in waiting]
             records = together.map(run_block, waiting, [arguments.out] * len(waiting), limits)
-            for name, record in zip(waiting, records, strict=True):
+            for name, record in zip(waiting, ended(records), strict=True):
                 failed += not record["passed"]
                 print(f"{name}: {'passed' if record['passed'] else 'FAILED'} in {record['seconds']} s", flush=True)
                 for key, value in record.items():
@@ -167,4 +186,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a machine's time limit ends it
     sys.exit(main())
