@@ -240,6 +240,7 @@ def test_targets_by_hand():
 def test_batches_are_fresh_and_resume_by_their_index():
     renderer = get_renderer("plain", numeral_tokenizer(SMALL))
     train, test = StarGraphExamplesBuilder(num_test=30, batch_size=16, n_batches=3)(renderer)
+    assert test is not None
     rows = []
     for epoch in (0, 1):
         train.set_epoch(epoch)
@@ -276,7 +277,7 @@ def test_the_environment_rewards_whole_paths_only():
     renderer = get_renderer("plain", numeral_tokenizer(SMALL))
     builder = StarGraphBuilder(num_test=5, batch_size=4, group_size=3, n_batches=2, wrong_reward=-0.1)
     train, test = asyncio.run(builder(renderer))
-    assert len(train.get_batch(0)) == 4 and sum(len(test.get_batch(i)) for i in range(len(test))) == 5
+    assert test is not None and len(train.get_batch(0)) == 4 and sum(len(test.get_batch(i)) for i in range(len(test))) == 5
     ids_T = train.get_batch(0)[0].ids_T  # type: ignore[attr-defined]
 
     async def play(answer: list[int]):
