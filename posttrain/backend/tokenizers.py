@@ -107,7 +107,7 @@ def _as_in_its_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "PreT
     return plain if is_same(plain) else tokenizer
 
 
-def _warn_of_other_words(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _warn_of_other_words(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Where transformers, of a tokenizer.model alone, makes one that splits a plain text otherwise than it, such as
     without the space before the first word."""
     file = folder / "tokenizer.model"
