@@ -26,6 +26,7 @@ MOVES = {aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default}
 # whose indices may lie on the CPU
 INDEXED = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default}
 INDEXED |= {aten._index_put_impl_.default, aten._unsafe_index_put.default}
+FUSED = {aten._fused_adamw_.default, aten._fused_adam_.default, aten._fused_adamw_.tensor_lr}
 # of CUDA's autocast, as far as decoders have them
 IN_BF16 = {F.linear, F.conv1d, F.scaled_dot_product_attention, torch.matmul, torch.mm, torch.bmm, torch.addmm}
 IN_BF16 |= {torch.baddbmm, torch.einsum, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__}
@@ -170,8 +171,8 @@ def _check_devices(func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
         tensors = [args[0], *(x for x in args[2:3] if isinstance(x, torch.Tensor))] + [
             x for x in args[1] if isinstance(x, OnGpu)
         ]
-    # a number that lies on the CPU is taken by value
-    others = [x for x in tensors if not isinstance(x, OnGpu) and x.ndim]
+    # a number that lies on the CPU is taken by value, but by fused kernels: the count of an optimizer's steps
+    others = [x for x in tensors if not isinstance(x, OnGpu) and (x.ndim or func in FUSED)]
     if others and len(others) < len(tensors) and any(isinstance(x, OnGpu) for x in tensors) and func not in MOVES:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found cuda:0 and cpu")
 
