@@ -277,7 +277,9 @@ def test_the_environment_rewards_whole_paths_only():
     renderer = get_renderer("plain", numeral_tokenizer(SMALL))
     builder = StarGraphBuilder(num_test=5, batch_size=4, group_size=3, n_batches=2, wrong_reward=-0.1)
     train, test = asyncio.run(builder(renderer))
-    assert test is not None and len(train.get_batch(0)) == 4 and sum(len(test.get_batch(i)) for i in range(len(test))) == 5
+    assert (
+        test is not None and len(train.get_batch(0)) == 4 and sum(len(test.get_batch(i)) for i in range(len(test))) == 5
+    )
     ids_T = train.get_batch(0)[0].ids_T  # type: ignore[attr-defined]
 
     async def play(answer: list[int]):
