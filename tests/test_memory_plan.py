@@ -6,7 +6,7 @@ from typing import Any
 import chz
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2_5_VLConfig, T5Config
+from transformers import AutoModelForCausalLM, PaliGemmaConfig, T5Config
 
 import posttrain.preflight
 from posttrain.backend.checkpoint_files import SCALAR_HEAD_FILE
@@ -171,7 +171,7 @@ def test_preflight_refuses_what_a_run_would(options: list[str], message: str) ->
     ("config", "message"),
     [
         (T5Config(), "t5 is not a causal language model"),
-        (Qwen2_5_VLConfig(), "reads pictures besides text"),
+        (PaliGemmaConfig(), "reads pictures besides text"),
         (PRESETS["tiny"], "is a scalar model: plan its base model"),
     ],
 )

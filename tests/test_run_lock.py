@@ -224,7 +224,8 @@ def test_a_stopped_command_says_the_line_that_continues_it(
     """Whoever typed `make demo` does not know it, and recipes that resume by themselves refuse the option."""
     monkeypatch.setattr(how_to_resume, "_options", None)
     assert "the same program with behavior_if_log_dir_exists=resume" in how_to_resume.how_to_resume()
-    monkeypatch.setattr(sys, "orig_argv", ["my python", "recipes/demo.py", *given])
+    monkeypatch.setattr(sys, "orig_argv", ["my python", "-u", "recipes/demo.py", *given])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr(sys, "argv", ["recipes/demo.py", *given])
 
     @with_restarts
@@ -242,6 +243,7 @@ def test_ctrl_c_ends_a_command_that_opens_a_model(lost: bool, monkeypatch: pytes
     weak reference's callback raises, it still does."""
     monkeypatch.setattr(sys, "argv", ["recipes/demo.py"])
     opened: list[bool] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts with &
 
     async def main(config: Recipe) -> None:
         with suppress(*[KeyboardInterrupt] * lost):
@@ -251,7 +253,10 @@ def test_ctrl_c_ends_a_command_that_opens_a_model(lost: bool, monkeypatch: pytes
         await asyncio.sleep(0)
         opened.append(True)
 
-    with pytest.raises(SystemExit) as end:
-        run_command(main, Recipe)
-    assert end.value.code == 130 and not opened
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_command(main, Recipe)
+        assert end.value.code == 130 and not opened
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

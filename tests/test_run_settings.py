@@ -213,7 +213,13 @@ def test_stages_of_rlhf_depend_on_those_before_them(tmp_path: Path) -> None:
 def test_latro_begins_with_the_warm_start_it_asks_for(tmp_path: Path) -> None:
     task = ToyBuilder(num_train=32, num_validation=4)
     config = latro.prepared(
-        latro.Config(dataset=task, warm_start_updates=2, log_path=str(tmp_path), behavior_if_log_dir_exists="resume")
+        latro.Config(
+            dataset=task,
+            warm_start_updates=2,
+            num_evaluations=1,
+            log_path=str(tmp_path),
+            behavior_if_log_dir_exists="resume",
+        )
     )
     (stage,) = latro.beginning(config)
     asyncio.run(run_stages([stage]))

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Collection
+from pathlib import Path
 
 OPTION = "behavior_if_log_dir_exists"
 _options: Collection[str] | None = None
@@ -21,7 +22,13 @@ def how_to_resume() -> str:
     """ "to continue, run: python rl/train_cli.py env=gsm8k behavior_if_log_dir_exists=resume"."""
     if _options is None or "WORLD_SIZE" in os.environ:  # torchrun's: its own command is not known here
         return f"the same program with {OPTION}=resume continues from there"
-    words = [word for word in sys.orig_argv if not word.startswith((f"{OPTION}=", f"--{OPTION}="))]
-    if OPTION in _options:
-        words.append(f"{OPTION}=resume")
-    return f"to continue, run: {shlex.join(words)}"
+    given = [word for word in sys.argv[1:] if word.lstrip("-").partition("=")[0] != OPTION]
+    added = [f"{OPTION}=resume"] if OPTION in _options else []
+    return f"to continue, run: {shlex.join([*_program(), *given, *added])}"
+
+
+def _program() -> list[str]:
+    if Path(sys.argv[0]).name.startswith("posttrain-"):
+        return [sys.argv[0]]
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    return [sys.orig_argv[0], *(["-m", module.name] if module else [sys.argv[0]])]
