@@ -32,7 +32,8 @@ def adapted(dtype: str, name: str = "micro") -> Trainer:
                 parameter.copy_(parameter.bfloat16())
         for parameter_name, parameter in trainer.named_trainable.items():
             if "lora_B" in parameter_name:
-                parameter.normal_(0, 1e-4, generator=torch.Generator().manual_seed(0))
+                drawn = torch.empty(parameter.shape).normal_(0, 1e-4, generator=torch.Generator().manual_seed(0))
+                parameter.copy_(drawn)
     return trainer
 
 
