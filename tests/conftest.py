@@ -199,6 +199,12 @@ def policy_data(count: int, seed: int = 0, longest: int = 30) -> list[Datum]:
     return data
 
 
+def full_logits(model: torch.nn.Module, tokens: Sequence[int]) -> torch.Tensor:
+    """(T, V) by transformers' own forward: no batch, no mask, no cache, no chunks. Differentiable, on the CPU."""
+    ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+
 def gradients(trainer) -> dict[str, torch.Tensor]:  # noqa: ANN001
     return {name: p.grad.clone() for name, p in trainer.named_trainable.items() if p.grad is not None}
 

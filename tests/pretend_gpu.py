@@ -137,7 +137,7 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     ours = [x for x in tensors if isinstance(x, OnGpu)]
     asked = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else None
-    on_gpu = asked == "cuda" or bool(ours)
+    on_gpu = asked == "cuda" or (bool(ours) and asked != "meta")
     _check_devices(func, args, tensors)
     generator = kwargs.get("generator")
     if generator is not None and (generator._cdata in _NewGenerator.of_gpu) != on_gpu:
@@ -149,7 +149,9 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not ours or dtype != torch.float32 or {a.dtype, b.dtype} != {torch.bfloat16}:
             raise NotImplementedError("mm with out_dtype: of bf16 on CUDA")
         return OnGpu(a.held.float() @ b.held.float())
-    if asked:
+    if func is aten.histc.default and on_gpu:  # a CPU's has no integers
+        return OnGpu(func(args[0].held.float(), *args[1:]).to(args[0].dtype))
+    if asked == "cuda":
         kwargs = kwargs | {"device": torch.device("cpu")}
     if kwargs.pop("pin_memory", None) and on_gpu:
         raise RuntimeError("Only dense CPU tensors can be pinned")
@@ -293,6 +295,7 @@ def pretend_gpu() -> Iterator[None]:
         "is_bf16_supported": True, "synchronize": None, "empty_cache": None, "memory_allocated": 0, "_lazy_init": None,
         "max_memory_allocated": 0, "memory_reserved": 0, "max_memory_reserved": 0, "reset_peak_memory_stats": None,
         "get_rng_state_all": [torch.zeros(16, dtype=torch.uint8)], "set_rng_state_all": None, "set_device": None,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
         "current_stream": stream, "default_stream": stream, "is_initialized": True,
     }  # fmt: skip
 

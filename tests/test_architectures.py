@@ -31,7 +31,7 @@ from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.architectures import FAMILIES, NOT_WITH_VLLM, WINDOW, save_random_model
-from tests.conftest import ROOT, gradients, random_tokens
+from tests.conftest import ROOT, full_logits, gradients, random_tokens
 
 DOCS = ROOT / "docs" / "architectures.md"
 ATOL = 2e-4  # of a logprob in fp32, after two layers computed in another order
@@ -78,7 +78,7 @@ def move_every_weight(client: TrainingClient) -> None:
     with torch.no_grad():
         trainer: Any = client._trainer
         for parameter in trainer.named_trainable.values():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
     client.forward_backward([datum_of(random_tokens(np.random.default_rng(5), 40))], "cross_entropy").result()
     client.optim_step(AdamParams(1e-3)).result()
 
@@ -101,9 +101,7 @@ def mixed_data() -> list[Datum]:
 
 @torch.no_grad()
 def full_logprobs(model: PreTrainedModel | PeftModel, tokens: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """(T, V) by transformers' own forward: no batch, no mask, no cache, no chunks."""
-    logits_TV = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
-    return (logits_TV / temperature).log_softmax(-1)
+    return (full_logits(model, tokens) / temperature).log_softmax(-1)
 
 
 def of_targets(logprobs_TV: torch.Tensor, datum: Datum) -> np.ndarray:
@@ -117,12 +115,15 @@ def check_passes(trainer: Trainer, data_D: list[Datum], expected_D: list[torch.T
     """
     shares = trainer.shares_prefixes
     alone = [trainer.run([datum], "cross_entropy", backward=False).loss_fn_outputs[0] for datum in data_D]
+    packs = trainer.packs  # on a GPU: then every row has ends
     trainer.shares_prefixes = False
     padded = trainer.run(data_D, "cross_entropy", backward=False).loss_fn_outputs
-    assert all(batch.ends_BT is None for batch in trainer._micro_batches(data_D, range(len(data_D))))
+    assert packs or all(batch.ends_BT is None for batch in trainer._micro_batches(data_D, range(len(data_D))))
     trainer.shares_prefixes = shares
     shared = trainer.run(data_D, "cross_entropy", backward=False).loss_fn_outputs
-    assert shares == any(batch.ends_BT is not None for batch in trainer._micro_batches(data_D, range(len(data_D))))
+    assert packs or shares == any(
+        batch.ends_BT is not None for batch in trainer._micro_batches(data_D, range(len(data_D)))
+    )
     for name, outputs in (("alone", alone), ("padded", padded), ("shared", shared)):
         for datum, output, expected_TV in zip(data_D, outputs, expected_D, strict=True):
             gap = np.abs(output["logprobs"].array - of_targets(expected_TV, datum)).max()
@@ -136,9 +137,7 @@ def check_gradients(trainer: Trainer, data_D: list[Datum]) -> None:
     found = gradients(trainer)
     trainer.zero_grad()
     for datum in data_D:
-        logits_TV = (
-            trainer.base(input_ids=torch.tensor([datum.model_input.to_ints()]), use_cache=False).logits[0].float()
-        )
+        logits_TV = full_logits(trainer.base, datum.model_input.to_ints())
         weights_T, targets_T = (datum.loss_fn_inputs[key].to_torch() for key in ("weights", "target_tokens"))
         (nn.functional.cross_entropy(logits_TV, targets_T, reduction="none") * weights_T).sum().backward()
     expected = gradients(trainer)

@@ -60,7 +60,8 @@ def varlen_by_definition(
     for start, end in zip(starts[:-1], starts[1:], strict=True):
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_TND, k_TND, v_TND))
         assert end - start <= longest and window_size[1] == 0
-        behind = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        places = torch.arange(end - start, device=q_TND.device)
+        behind = places[:, None] - places
         seen = (behind >= 0) & ((behind <= window_size[0]) | (window_size[0] < 0))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
         outputs.append(out[0].transpose(0, 1))
@@ -69,7 +70,7 @@ def varlen_by_definition(
 
 def packed_trainer(folder: Path, whole: bool) -> Trainer:
     """Its first pass with a dense mask."""
-    trainer = Trainer(str(folder), BackendConfig(engine="torch"))
+    trainer = Trainer(str(folder), BackendConfig(engine="torch", attention="dense"))
     trainer.whole_sequences = whole
     return trainer
 
@@ -217,7 +218,7 @@ def test_packed_sequences_have_their_starts_and_no_more_tokens_than_the_budget()
 @pytest.mark.parametrize("setting", ["flex", "varlen"])
 def test_a_setting_that_this_machine_lacks_is_refused_before_a_model_is_loaded(setting: Any) -> None:
     with pytest.raises(ConfigError, match=f"backend.attention={setting} needs a GPU.*take dense"):
-        Trainer("no such model is looked for", BackendConfig(attention=setting, max_length=64))
+        Trainer("no such model is looked for", BackendConfig(device="cpu", attention=setting, max_length=64))
 
 
 def test_flash_attention_has_no_float32() -> None:

@@ -52,6 +52,7 @@ def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metrics
 
 
+@pytest.mark.cpu_only
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """Of a file as the original's generator writes it: drawn pairs, the cosine and the order of
     each epoch are functions of the step.
@@ -142,7 +143,7 @@ def test_a_failed_pass_moves_nothing() -> None:
     trainer.optim_step(AdamParams(0.1, weight_decay=0.5))
     for name, p in model.named_parameters():
         expected = before[name] * (1 - 0.1 * 0.5 * (p.ndim > 1))
-        assert np.allclose(p.detach().numpy(), expected.numpy(), atol=1e-7), name
+        assert np.allclose(p.detach().cpu().numpy(), expected.cpu().numpy(), atol=1e-7), name
     assert all(p.grad is None for p in model.parameters())
 
 

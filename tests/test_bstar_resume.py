@@ -123,6 +123,7 @@ def finished(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 
 # Trap: stages repeated or changed by a kill.
+@pytest.mark.cpu_only
 def test_killed_at_any_stage_repeats_no_finished_work_and_ends_in_the_same_state(reference: Path, tmp_path: Path):
     folder = tmp_path / "killed"
     kept: set[tuple[str, int, int]] = set()

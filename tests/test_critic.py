@@ -61,7 +61,8 @@ def test_a_turns_reward_is_at_its_last_token_and_the_groups_at_the_very_last() -
 # Trap: a value that has read the token it is the baseline of.
 def test_values_have_read_the_tokens_before_the_action_and_go_into_the_advantages(torch_service) -> None:  # noqa: ANN001
     client = torch_service.create_scalar_client("tiny")
-    client._trainer.scalar_head.data.normal_(generator=torch.Generator().manual_seed(0))
+    head = client._trainer.scalar_head.data
+    head.copy_(torch.empty(head.shape).normal_(generator=torch.Generator().manual_seed(0)))
     # the second turn extends the first: one row; of the third trajectory each turn is a row
     one_row = Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0], 0.5), turn([1, 2, 3, 4, 9], [5], [-0.5], 0.25)])
     two_rows = Trajectory([turn([1, 2], [6], [-1.0], 0.0), turn([8], [7], [-0.5], 1.0)])

@@ -27,6 +27,7 @@ from rl.kl import penalized_advantages
 from rl.types import Trajectory, TrajectoryGroup
 from supervised import distill
 from supervised.data import FileBuilder
+from tests.conftest import full_logits
 from tests.test_estimators import advantages, two_data
 from tests.test_group_sources import metrics, weights
 from tests.test_rl import turn
@@ -208,10 +209,10 @@ def test_top_k_training_has_the_gradient_of_the_whole_distribution(torch_service
     trainer.zero_grad()
     teacher, total, kls = torch_service.create_training_client("micro")._trainer.model, torch.zeros(()), []
     for plain in dataset.get_batch(0):
-        tokens, w = torch.tensor([plain.model_input.to_ints()]), torch.from_numpy(plain.loss_fn_inputs["weights"].array)
+        tokens, w = plain.model_input.to_ints(), torch.from_numpy(plain.loss_fn_inputs["weights"].array)
         with torch.no_grad():
-            q_TK, at_TK = teacher(tokens).logits[0].softmax(-1).topk(k)
-        p_TV = trainer.model(tokens).logits[0].log_softmax(-1)
+            q_TK, at_TK = full_logits(teacher, tokens).softmax(-1).topk(k)
+        p_TV = full_logits(trainer.model, tokens).log_softmax(-1)
         p_TK, q_rest = p_TV.gather(-1, at_TK), 1 - q_TK.sum(-1, keepdim=True)
         if rest:
             p_TK = torch.cat([p_TK, (1 - p_TK.exp().sum(-1, keepdim=True)).log()], -1)

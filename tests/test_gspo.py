@@ -15,7 +15,7 @@ from posttrain.backend.errors import DataError, NonFiniteError
 from posttrain.backend.losses import LOSSES
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import Datum, ModelInput
-from tests.conftest import ROUNDING, gradients, policy_data
+from tests.conftest import ROUNDING, full_logits, gradients, policy_data
 
 CLIP = {"clip_low_threshold": 0.95, "clip_high_threshold": 1.05}
 
@@ -55,7 +55,7 @@ def marked(count: int) -> list[Datum]:
 
 def naive(trainer: Trainer, datum: Datum) -> torch.Tensor:
     """One sequence at a time, through the model's own logits."""
-    logits_TV = trainer.base(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0].float()
+    logits_TV = full_logits(trainer.base, datum.model_input.to_ints())
     inputs = {key: value.to_torch() for key, value in datum.loss_fn_inputs.items()}
     p = torch.log_softmax(logits_TV, -1).gather(-1, inputs["target_tokens"][:, None])[:, 0]
     marks = inputs.get("sequence_ratio_mask", inputs.get("mask"))

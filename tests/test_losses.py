@@ -20,7 +20,7 @@ from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 from supervised.data import datum_from_tokens_weights
 from supervised.nll import nll_means, nll_sums
-from tests.conftest import ROUNDING, VOCABULARY, gradients, policy_data, random_tokens
+from tests.conftest import ROUNDING, VOCABULARY, full_logits, gradients, policy_data, random_tokens
 
 P, Q, A = [-1.0, -0.5, -3.0], [-1.2, -0.2, -1.0], [2.0, -1.0, 0.5]  # ratios 1.2214, 0.7408, 0.1353
 R = [math.exp(p - q) for p, q in zip(P, Q, strict=True)]
@@ -91,7 +91,7 @@ def naive_loss(trainer: Trainer, datum: Datum, name: str, config: dict) -> torch
     """The same loss through the model's full logits, one sequence at a time, written a second
     time.
     """
-    logits_TV = trainer.base(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0].float()
+    logits_TV = full_logits(trainer.base, datum.model_input.to_ints())
     inputs = {key: value.to_torch() for key, value in datum.loss_fn_inputs.items()}
     if "temperature" in inputs:
         logits_TV = logits_TV / inputs["temperature"][:, None]
@@ -250,7 +250,7 @@ def test_topk_cross_entropy_targets() -> None:
     output = trainer.run(
         [Datum(ModelInput.from_ints(tokens), {"target_tokens": targets, "weights": weights})], "cross_entropy"
     )
-    logprobs_TV = trainer.base(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
+    logprobs_TV = full_logits(trainer.base, tokens).log_softmax(-1)
     expected = -(0.7 * logprobs_TV[0, 8] + 0.3 * logprobs_TV[0, 9] + logprobs_TV[1, 10])
     assert output.metrics["loss:sum"] == pytest.approx(expected.item(), rel=1e-5)
     assert output.loss_fn_outputs[0]["logprobs"].shape == [3, 2]
@@ -378,7 +378,7 @@ def test_every_position_has_its_logprob_whatever_its_weight(budget: int) -> None
     def mean_over_all(data_D: list[Datum], logprobs_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         return torch.cat(logprobs_D).mean(), {}
 
-    logits_D = [trainer.base(input_ids=torch.tensor([d.model_input.to_ints()])).logits[0].float() for d in data]
+    logits_D = [full_logits(trainer.base, d.model_input.to_ints()) for d in data]
     targets_D = [d.loss_fn_inputs["target_tokens"].to_torch() for d in data]
     expected_D = [z.log_softmax(-1).gather(-1, t[:, None])[:, 0] for z, t in zip(logits_D, targets_D, strict=True)]
     torch.cat(expected_D).mean().backward()

@@ -32,7 +32,8 @@ def adapted(dtype: str, name: str = "micro") -> Trainer:
                 parameter.copy_(parameter.bfloat16())
         for parameter_name, parameter in trainer.named_trainable.items():
             if "lora_B" in parameter_name:
-                parameter.normal_(0, 1e-4, generator=torch.Generator().manual_seed(0))
+                drawn = torch.empty(parameter.shape).normal_(0, 1e-4, generator=torch.Generator().manual_seed(0))
+                parameter.copy_(drawn)
     return trainer
 
 
@@ -47,7 +48,9 @@ def test_a_layer_computes_with_the_samplers_weights(name: str) -> None:
     for layer_name, layer in lora_layers(trainer).items():
         weight = sampled[f"{layer_name}.weight"]
         weight_OI = weight.T if name.startswith("gpt2") else weight
-        x = torch.randn(3, 5, weight_OI.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+        x = torch.randn(3, 5, weight_OI.shape[1], generator=torch.Generator().manual_seed(0)).to(
+            trainer.device, torch.bfloat16
+        )
         y = F.linear(x, weight_OI)
         bias = layer.get_submodule("base_layer")._parameters.get("bias")
         assert torch.equal(layer(x), y if bias is None else y + bias.to(y.dtype))

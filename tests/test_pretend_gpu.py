@@ -57,8 +57,11 @@ def logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> np.ndarray:
 
 
 def custom(data: list[Datum], logprobs_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-    assert all(p.device == GPU for p in logprobs_D)
-    return -torch.cat(logprobs_D).mean(), {"largest": max(float(p.detach().max()) for p in logprobs_D)}
+    """With a Datum's own arrays, as losses written for Tinker."""
+    masks_D = [datum.loss_fn_inputs["mask"].to_torch() for datum in data]
+    return -torch.stack([(p * mask).sum() for p, mask in zip(logprobs_D, masks_D, strict=True)]).mean(), {
+        "largest": max(float(p.detach().max()) for p in logprobs_D)
+    }
 
 
 def sampled_gap(client: TrainingClient, sampler: Any) -> float:

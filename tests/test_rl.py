@@ -37,7 +37,7 @@ from rl.types import (
     TrajectoryGroup,
     Transition,
 )
-from tests.conftest import training_data
+from tests.conftest import full_logits, training_data
 
 
 def turn(
@@ -303,16 +303,13 @@ def test_policy_gradient_estimator_is_unbiased() -> None:
     head = trainer.base.get_input_embeddings().weight  # tied
 
     def logprobs() -> torch.Tensor:
-        return trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[choices]
+        return full_logits(trainer.base, prompt)[-1].log_softmax(-1)[choices]
 
     p = logprobs().exp().detach().double().numpy()
     # Members outside the three choices would have reward 0, too; restrict the policy's support by
     # conditioning on the choices.
     p_given = p / p.sum()
-    (
-        trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].softmax(-1)
-        * torch.tensor(rewards).float()
-    ).sum().backward()
+    (full_logits(trainer.base, prompt)[-1][choices].softmax(-1) * torch.tensor(rewards).float()).sum().backward()
     assert head.grad is not None
     exact = head.grad.clone()  # type: ignore
     trainer.zero_grad()
@@ -321,9 +318,7 @@ def test_policy_gradient_estimator_is_unbiased() -> None:
         for j in range(3):
             advantages = LeaveOneOut()(rewards[[i, j]])
             for member, advantage in zip((i, j), advantages, strict=True):
-                conditional = (
-                    trainer.base(input_ids=torch.tensor([prompt])).logits[0, -1][choices].log_softmax(-1)[member]
-                )
+                conditional = full_logits(trainer.base, prompt)[-1][choices].log_softmax(-1)[member]
                 (gradient,) = torch.autograd.grad(conditional, head)  # type: ignore
                 total += float(p_given[i] * p_given[j] * advantage / 2) * gradient
     assert torch.allclose(total, exact, atol=1e-6)

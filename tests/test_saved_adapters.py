@@ -17,7 +17,7 @@ from posttrain.backend.models import PRESETS, load_model, new_model
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import LoraConfig, ModelInput
-from tests.conftest import trainer_of
+from tests.conftest import full_logits, trainer_of
 from tests.test_checkpoints import CPU, TOKENS, logprobs, sampler_logprobs, train
 
 
@@ -148,7 +148,7 @@ def test_an_adapter_made_by_peft_is_a_start(torch_service: ServiceClient, tmp_pa
 
 def of_peft(model: Any) -> torch.Tensor:
     """Logprobs of TOKENS by peft's own forward pass."""
-    logprobs = model(input_ids=torch.tensor([TOKENS.to_ints()])).logits[0].log_softmax(-1)
+    logprobs = full_logits(model, TOKENS.to_ints()).log_softmax(-1)
     return logprobs[:-1].gather(-1, torch.tensor(TOKENS.to_ints()[1:])[:, None])[:, 0].detach()
 
 

@@ -48,7 +48,8 @@ def nudge_head(*trainers: ScalarTrainer) -> None:
     """A zero head sends no gradient into the trunk."""
     for t in trainers:
         assert t.scalar_head is not None
-        nn.init.normal_(t.scalar_head, std=0.1, generator=torch.Generator().manual_seed(1))
+        drawn = torch.empty(t.scalar_head.shape).normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+        t.scalar_head.data.copy_(drawn)
 
 
 def train(client: TrainingClient, steps: range) -> None:
@@ -88,14 +89,17 @@ def test_loss_and_gradients_equal_a_naive_forward_and_a_linear_row() -> None:
     loss = ours.run(data, bce).metrics["loss:sum"]
     found = gradients(ours)
     ours.zero_grad()
-    row = nn.Linear(128, 1, bias=False).double()
+    row = nn.Linear(128, 1, bias=False).to(ours.device, torch.float64)
     assert ours.scalar_head is not None
     row.weight.data.copy_(ours.scalar_head)
     model = ours.base.double()
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=ours.device)
     for datum in data:
-        hidden_TH = model(torch.tensor([datum.model_input.to_ints()]), output_hidden_states=True).hidden_states[-1][0]
-        labels, weights = (torch.tensor(datum.loss_fn_inputs[key].array).double() for key in ("labels", "weights"))
+        tokens = torch.tensor([datum.model_input.to_ints()], device=ours.device)
+        hidden_TH = model(tokens, output_hidden_states=True).hidden_states[-1][0]
+        labels, weights = (
+            datum.loss_fn_inputs[key].to_torch().to(ours.device, torch.float64) for key in ("labels", "weights")
+        )
         total += binary_cross_entropy_with_logits(row(hidden_TH)[:, 0], labels, weights, reduction="sum")
     total.backward()
     assert row.weight.grad is not None

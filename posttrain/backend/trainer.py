@@ -271,8 +271,8 @@ class Trainer:
 
     @computing()
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
-        """`fn(data, logprobs_D)` gets the differentiable logprobs of all positions: one forward,
-        one backward.
+        """`fn(data, logprobs_D)` gets the differentiable logprobs of all positions, on the CPU, where
+        the arrays of a Datum are: one forward, one backward.
 
         Data of several micro-batches are passed through again with the gradient of `fn` on their
         logprobs, to keep one micro-batch's activations at a time. The gradients are the same.
@@ -287,7 +287,9 @@ class Trainer:
                 for p_NK in parts:
                     p_NK.requires_grad_()
             logprobs_D = _split_by_datum(
-                data_D, [positions for batch in batches for positions in (batch.loss, batch.others)], parts
+                data_D,
+                [positions for batch in batches for positions in (batch.loss, batch.others)],
+                [p_NK.cpu() for p_NK in parts],
             )
             loss, metrics = fn(list(data_D), logprobs_D)
             check_loss(loss)

@@ -94,7 +94,7 @@ class TrainingClient(Ready):
     def forward_backward_custom(
         self, data: Sequence[Datum], loss_fn: CustomLoss, *, loss_type_input: Literal["logprobs"] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """`loss_fn(data, logprobs_D) -> (loss, metrics)`, differentiated in one pass."""
+        """`loss_fn(data, logprobs_D) -> (loss, metrics)`, differentiated in one pass; its tensors are on the CPU."""
         if loss_type_input not in (None, "logprobs"):
             raise ConfigError(f"loss_type_input={loss_type_input!r}: a custom loss is given logprobs")
         return self._submit_pass(self._trainer.run_custom, data, loss_fn)
