@@ -99,7 +99,9 @@ def members_of_a_row_see_each_other(patch: pytest.MonkeyPatch) -> None:
     def causal(mask: Any, ends_BT: Any, *rest: Any) -> Any:
         return mask(ends_BT.new_full(ends_BT.shape, ends_BT.shape[1]), *rest)
 
-    wrapped(patch, posttrain.backend.trainer, "dense_mask", causal)
+    for mask in ("dense_mask", "tree_mask"):  # the second, and whole sequences without a mask, on a GPU
+        wrapped(patch, posttrain.backend.trainer, mask, causal)
+    patch.setattr(Trainer, "whole_sequences", property(lambda trainer: False, lambda trainer, _: None), raising=False)
     patch.setattr("posttrain.backend.trainer.check_rows", lambda trainer: None)
 
 
