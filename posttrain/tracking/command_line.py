@@ -92,12 +92,15 @@ def run_command(
 ) -> None:
     """The entry point of a command: parses sys.argv and runs `main`, under `one_line_errors`."""
     allow_open_files()
-    with one_line_errors():
-        config = parse(config_class, None, short_names, presets)
-        remember_options(chz.chz_fields(config))
-        outcome = main(config)
-        if isinstance(outcome, Coroutine):
-            asyncio.run(ctrl_c_at_once(outcome))
+    try:
+        with one_line_errors():
+            config = parse(config_class, None, short_names, presets)
+            remember_options(chz.chz_fields(config))
+            outcome = main(config)
+            if isinstance(outcome, Coroutine):
+                asyncio.run(ctrl_c_at_once(outcome))
+    finally:
+        remember_options(None)
 
 
 def run_on_folders(main: Callable[..., object], **options: str) -> None:

@@ -12,15 +12,16 @@ OPTION = "behavior_if_log_dir_exists"
 _options: Collection[str] | None = None
 
 
-def remember_options(options: Collection[str]) -> None:
-    """The names of the options of the command that this process is."""
+def remember_options(options: Collection[str] | None) -> None:
+    """The names of the options of the command that this process is; None after its end."""
     global _options
     _options = options
 
 
 def how_to_resume() -> str:
     """ "to continue, run: python rl/train_cli.py env=gsm8k behavior_if_log_dir_exists=resume"."""
-    if _options is None or "WORLD_SIZE" in os.environ:  # torchrun's: its own command is not known here
+    # WORLD_SIZE is torchrun's, whose own command is not known here
+    if _options is None or "WORLD_SIZE" in os.environ or sys.argv[0] in ("", "-c"):
         return f"the same program with {OPTION}=resume continues from there"
     given = [word for word in sys.argv[1:] if word.lstrip("-").partition("=")[0] != OPTION]
     added = [f"{OPTION}=resume"] if OPTION in _options else []
