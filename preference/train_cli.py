@@ -12,9 +12,6 @@ if not __package__:
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from collections.abc import Coroutine
-from typing import Any
-
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import Metrics
 from preference.config import Config
@@ -22,10 +19,10 @@ from preference.names import DATASETS, METHODS
 from supervised.names import EVALUATOR_OPTIONS
 
 
-def trained(config: Config) -> Coroutine[Any, Any, Metrics]:
+async def trained(config: Config) -> Metrics:
     from preference import train_dpo  # with torch, for which --help and errors do not wait
 
-    return train_dpo.main(config)
+    return await train_dpo.main(config)
 
 
 def main() -> None:

@@ -11,9 +11,6 @@ if not __package__:
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from collections.abc import Coroutine
-from typing import Any
-
 import chz
 
 from posttrain.backend.ranges import COUNT
@@ -50,10 +47,10 @@ class CLIConfig(Config):
         return chz.replace(self, env=env, group_size=None, groups_per_batch=None)
 
 
-def trained(config: CLIConfig) -> Coroutine[Any, Any, Metrics]:
+async def trained(config: CLIConfig) -> Metrics:
     from rl import train  # with torch, for which --help and errors do not wait
 
-    return train.main(config.resolved())
+    return await train.main(config.resolved())
 
 
 def main() -> None:

@@ -9,8 +9,7 @@ from transformers import PretrainedConfig
 from posttrain.backend.checkpoint_files import ADAPTER_CONFIG_FILE
 from posttrain.backend.errors import ModelError
 
-COMPRESSED_TENSORS = "compressed-tensors"
-DEQUANTIZED = {"fp8", "mxfp4", COMPRESSED_TENSORS}
+DEQUANTIZED = {"fp8", "mxfp4", "compressed-tensors"}
 
 
 def ask_for_whole_weights(model_name: str, config: PretrainedConfig) -> None:

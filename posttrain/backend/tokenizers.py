@@ -89,14 +89,15 @@ def _as_in_its_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "PreT
     file = folder / "tokenizer.json"
     if not file.exists():
         _warn_of_other_words(tokenizer, folder)
-    if not file.exists() or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer
     saved = Tokenizer.from_file(str(file))
     saved.no_truncation()
     saved.no_padding()
+    tokens = [saved.encode(text, add_special_tokens=False).ids for text in PROBES]
 
     def is_same(found: PreTrainedTokenizerFast) -> bool:
-        tokens = [saved.encode(text, add_special_tokens=False).ids for text in PROBES]
         return tokens == [found.encode(text, add_special_tokens=False, verbose=False) for text in PROBES] and all(
             saved.decode(ids) == found.backend_tokenizer.decode(ids) for ids in tokens
         )

@@ -101,9 +101,8 @@ class Datum:
 def _as_tensor_data(value: Any) -> TensorData:
     if isinstance(value, TensorData):
         return value
-    return (
-        TensorData.from_torch(value) if hasattr(value, "detach") else TensorData(value)
-    )  # torch is not imported for it
+    # torch is not imported to know its tensors
+    return TensorData.from_torch(value) if hasattr(value, "detach") else TensorData(value)
 
 
 @dataclass(frozen=True)
@@ -219,9 +218,7 @@ class ForwardBackwardOutput:
     loss_fn_outputs: list[dict[str, TensorData]]
     metrics: dict[str, float]
     loss_fn_output_type: str = "ArrayRecord"
-    kept_D: list[tuple[int, int]] | None = (
-        None  # of forward_terms(keep=True): the rows that a LossTerm may name (KeptRow)
-    )
+    kept_D: list[KeptRow] | None = None  # of forward_terms(keep=True): the rows that a LossTerm may name
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Figures of panels in one style: curves by label, thin for each seed and thick for their mean.
-A curve of very many steps is thin, with the means of equal bins in front. matplotlib is imported on the first drawing, without a window system.
+A curve of very many steps is thin, with the means of equal bins in front. matplotlib is imported on
+the first drawing, without a window system.
 """
 
 import io
