@@ -93,6 +93,7 @@ def test_killed_and_resumed_equals_uninterrupted(
         kill_at(arguments, tmp_path / "killed", file, count)
     output = finish(arguments, tmp_path / "killed")
     assert "resuming" in output and whole.wait() == 0
+    assert "ERROR" not in output + whole.output()  # of a library, in a run that is well
     (weights, metrics), (weights_whole, metrics_whole) = outcome(tmp_path / "killed"), outcome(tmp_path / "whole")
     assert metrics == metrics_whole
     assert weights == weights_whole

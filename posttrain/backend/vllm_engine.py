@@ -282,7 +282,10 @@ def _model_folder(hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
     with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as name:
         folder = Path(name) / "model"
         hf_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder / "tokenizer")  # beside a config, transformers takes that type's class for it
+        # Beside the model's config, transformers takes that type's class for it. Without any, vLLM prints errors
+        # and waits two seconds. To this type belongs no tokenizer's class.
+        tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / "tokenizer" / "config.json").write_text('{"model_type": "vit"}')
         if keep:
             digest = hashlib.sha256()
             for file in sorted(folder.rglob("*.*")):
