@@ -29,6 +29,7 @@ from rl.types import (
     StepResult,
     StopCondition,
     Trajectory,
+    TrajectoryGroup,
     Transition,
 )
 
@@ -286,3 +287,23 @@ def short_batches(builder: RLDatasetBuilder, dataset: RLDataset) -> str | None:
     if available >= wanted:
         return None
     return f"env.batch_size={wanted} is more than the {available:,} problems there are: each batch is all of them"
+
+
+def without_signal(
+    groups_P: Sequence[TrajectoryGroup], token_advantages_P: Sequence[Mapping[int, np.ndarray]]
+) -> str | None:
+    """What is printed of a step that teaches nothing: every advantage is 0, and nothing else is trained on. None
+    if there is a signal."""
+    rewards_P = [group.get_total_rewards() for group in groups_P if group.trajectories_G]
+    learnt = any(advantages_N.any() for advantages in token_advantages_P for advantages_N in advantages.values())
+    if learnt or not rewards_P or any(t.supervised for group in groups_P for t in group.trajectories_G):
+        return None
+    rewards = [reward for rewards_G in rewards_P for reward in rewards_G]
+    if min(rewards) == max(rewards):
+        what = f"all {len(rewards)} rollouts have the reward {rewards[0]:.4g}"
+    else:
+        what = "in every group all rollouts have the same reward"
+    return (
+        f"nothing to learn: {what}, so every advantage is 0. Read a transcript: too hard, too easy, or does the "
+        "prompt not say what to answer, and in which form?"
+    )

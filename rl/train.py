@@ -147,6 +147,7 @@ class Loop:
     custom: RunEvaluators
     source: GroupSource
     timeline: Timeline
+    said_without_signal: bool = False
 
     async def run(self, num_steps: int) -> Metrics:
         """Runs the remaining steps; returns the last metrics."""
@@ -182,6 +183,10 @@ class Loop:
         self.source.set_policy(step, self.sampling_client)
         outcome = await train_step(self.learner, self.source, step, adam, metrics)
         metrics |= compute_trajectory_metrics(outcome.groups_P)
+        notice = step_checks.without_signal(outcome.groups_P, outcome.token_advantages_P)
+        if notice and not self.said_without_signal:
+            self.said_without_signal = True
+            print(f"WARNING step {step + 1}: {notice}", flush=True)
         self.compare_rollouts(outcome, metrics)
         with timed(metrics, "sync"):
             self.sampling_client = await self.sync(step, outcome.data_D)

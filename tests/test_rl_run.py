@@ -24,6 +24,7 @@ from posttrain.tracking.progress import TrainingProgress
 from preference.bradley_terry import ScalarBatchReward
 from preference.prm import PrmReward, ProcessReward, StepScores
 from rl import train
+from rl.advantages import NoBaseline
 from rl.data_processing import rows_of
 from rl.evaluators import sample_metrics
 from rl.group_sources import GroupSource
@@ -31,8 +32,8 @@ from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.metrics import compute_trajectory_metrics
 from rl.step_checks import short_batches
 from rl.transcripts import write_rollouts
-from rl.types import EnvGroupBuilder, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
-from tests.test_group_sources import LowTokenBuilder, LowTokenDataset, config, metrics
+from rl.types import EnvGroupBuilder, StepResult, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
+from tests.test_group_sources import LowTokenBuilder, LowTokenDataset, LowTokenEnv, config, metrics
 
 
 def run(folder: Path, behavior: str = "delete", **settings: Any) -> dict[str, float]:
@@ -119,6 +120,28 @@ def test_a_transcript_shows_the_advantages_that_tokens_are_trained_with(tmp_path
     lines = (tmp_path / "transcripts" / "000000.jsonl").read_text().splitlines()
     shown = np.concatenate([turn["advantages"] for line in map(json.loads, lines) for turn in line["turns"]])
     assert (shown.mean(), shown.std()) == pytest.approx((0, 1), abs=1e-5) and len(set(shown)) > len(shown) / 2
+
+
+# Trap: a run whose rewards are all equal, which trains on nothing from its first step to its last, without a word.
+@pytest.mark.parametrize(
+    ("reward", "settings", "said"),
+    [
+        (1.0, {}, "step 1: nothing to learn: all 12 rollouts have the reward 1, so"),
+        (None, {}, "step 1: nothing to learn: in every group all rollouts have the same reward, so"),
+        (1.0, {"entropy_coef": 0.1}, None),
+        (1.0, {"advantage": NoBaseline()}, None),
+    ],
+)
+def test_steps_that_teach_nothing_are_said_once(
+    reward: float | None, settings: Any, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    async def step(self: LowTokenEnv, action: list[int]) -> StepResult:
+        return StepResult(self.number if reward is None else reward, True, ModelInput.empty())
+
+    monkeypatch.setattr(LowTokenEnv, "step", step)
+    run(tmp_path, max_steps=2, **settings)
+    output = capsys.readouterr().out
+    assert output.count("nothing to learn") == (said is not None) and (said or "") in output
 
 
 def test_finished_groups_become_json_only_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
