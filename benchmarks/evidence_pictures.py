@@ -94,6 +94,11 @@ PICTURES = [
         of_metrics("test/env/all/loss", "test/env/seat1/loss", "env/all/illegal", "optim/entropy"),
     ),
     Picture(
+        "recipes/pretrained/curve.png",
+        {"SmolLM2-135M-Instruct": "pretrained/{seed}/run"},
+        of_metrics("test/env/all/correct", "env/all/correct", "env/all/ac_tokens_per_turn", "optim/entropy"),
+    ),
+    Picture(
         "recipes/prm/rl.png",
         {label: f"prm/{{seed}}/run/{run}" for label, run in PRM_REWARDS.items()},
         of_metrics("env/all/correct", "test/env/all/correct"),

@@ -273,6 +273,24 @@ RECIPES = [
             for when, take in BEFORE_AND_AFTER
         },
     ),
+    Row(
+        "pretrained",  # after recipes/pretrained/wheel.py folder=runs/smollm2
+        "recipes/pretrained/train.py model_name=runs/smollm2 seed={seed} log_path={folder}/run "
+        "behavior_if_log_dir_exists=resume",
+        (*RL, "recipes/pretrained"),
+        {
+            f"{when} | {label}": Metric(key, take, "run", over)
+            for label, key, over in (
+                ("held out, greedy", CORRECT, 1),
+                ("sampled, 5 steps", "env/all/correct", 5),
+                ("tokens of an answer, 5 steps", "env/all/ac_tokens_per_turn", 5),
+                ("entropy, nats per token, 5 steps", "optim/entropy", 5),
+                ("mean gap of sampler and trainer", GAP, 1),
+            )
+            for when, take in zip(("before RL", "after RL"), FIRST_AND_LAST, strict=True)
+        },
+        seeds=(0,),
+    ),
     tool_calls("tool_calls", "train.py", "with_calculator"),
     tool_calls("retrieval", "retrieval.py", "with_search"),
     Row(

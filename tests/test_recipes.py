@@ -2,12 +2,16 @@
 steps and the torch sampler.
 """
 
+import asyncio
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.renderers import get_renderer
+from recipes.pretrained.word_sums import WordSumsBuilder
 from tests import commands
 from tests.conftest import ROOT
 
@@ -73,6 +77,23 @@ def test_rl_basic_warm_starts_and_then_trains(tmp_path):
     assert max(first["optim/logprob_gap_mean"], second["optim/logprob_gap_mean"]) < 1e-4
     assert "test/env/all/correct" in first and "test/env/all/correct" in final
     assert list((tmp_path / "rl" / "transcripts").glob("*.html"))
+
+
+# Trap: held-out problems that differ from a training problem in a name alone.
+def test_pretrained_holds_numbers_out_and_trains_a_model_of_any_kind(tmp_path):
+    renderer = get_renderer("chat_template", load_tokenizer("tiny"))
+    told = []
+    for data in asyncio.run(WordSumsBuilder(num_test=100, group_size=1)(renderer)):
+        groups = [group for batch in range(len(data)) for group in data.get_batch(batch)]
+        problems = [asyncio.run(group.make_envs())[0].problem for group in groups]
+        told.append({(p.gold, *re.findall(r"gets|gives|[0-9]+", p.question)) for p in problems})
+    train, test = told
+    assert len(test) == 100 and len(train) > 400 and not train & test
+    for gold, a, kind, b in train | test:
+        assert int(gold) == int(a) + (int(b) if kind == "gets" else -int(b)) > 0
+    small = ["model_name=micro", "max_steps=2", "max_tokens=4", "env.batch_size=2", "env.group_size=2", "env.num_test=4"]
+    run_recipe("pretrained/train", tmp_path, *small, "backend.engine=torch", f"log_path={tmp_path}/run")
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [0, 1, 2]
 
 
 @pytest.mark.slow
