@@ -207,7 +207,7 @@ def finish_axis(axis: Any, title: str, with_legend: bool = False, xlabel: str = 
     axis.set_title(title, loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color("#9aa3ad")
-    axis.tick_params(labelsize=8, color="#9aa3ad", labelcolor="#4a525c")
+    axis.tick_params(which="both", labelsize=8, color="#9aa3ad", labelcolor="#4a525c")
     axis.yaxis.get_offset_text().set_fontsize(8)
     axis.grid(axis="y", color="#e5e8ec", linewidth=0.8)
     axis.set_axisbelow(True)
