@@ -35,6 +35,7 @@ class Config(train.Config):
     )
     max_tokens: int | None = chz.field(default=32, validator=COUNT, doc="longest answer")
     learning_rate: float = chz.field(default=8e-6, validator=LEARNING_RATE, doc="constant")
+    num_epochs: int = chz.field(default=2, validator=COUNT, doc="passes over the 332 problems")
     max_steps: int | None = chz.field(default=60, validator=COUNT, doc="steps of RL")
     eval_every: int = chz.field(default=10, validator=WHOLE, doc="held-out accuracy after every this many steps")
     log_path: str = log_path_field("runs/pretrained")
