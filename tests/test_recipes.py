@@ -91,7 +91,14 @@ def test_pretrained_holds_numbers_out_and_trains_a_model_of_any_kind(tmp_path):
     assert len(test) == 100 and len(train) > 400 and not train & test
     for gold, a, kind, b in train | test:
         assert int(gold) == int(a) + (int(b) if kind == "gets" else -int(b)) > 0
-    small = ["model_name=micro", "max_steps=2", "max_tokens=4", "env.batch_size=2", "env.group_size=2", "env.num_test=4"]
+    small = [
+        "model_name=micro",
+        "max_steps=2",
+        "max_tokens=4",
+        "env.batch_size=2",
+        "env.group_size=2",
+        "env.num_test=4",
+    ]
     run_recipe("pretrained/train", tmp_path, *small, "backend.engine=torch", f"log_path={tmp_path}/run")
     assert [record["step"] for record in metrics(tmp_path / "run")] == [0, 1, 2]
 

@@ -3,12 +3,13 @@ are not in the vocabulary, texts changed by a normaliser.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from posttrain.backend.errors import ConfigError, DataError, ModelError
@@ -231,3 +232,38 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         with pytest.raises(ModelError, match="its vocabulary .* is missing"):
             load_tokenizer(str(folder))
+
+
+# Trap: Mistral's repositories, of which transformers makes a tokenizer of mistral-common's, without a chat template and
+# with a method where others have a dictionary; and a tokenizer.json that splits words otherwise than the model's own.
+@pytest.mark.slow
+@pytest.mark.needs_vllm  # which brings mistral-common, and so a real vocabulary
+def test_mistrals_own_tokenizer_file_is_read_beside_a_tokenizer_json(tmp_path: Path) -> None:
+    from mistral_common.tokens.tokenizers import tekken
+
+    own = Path(tekken.__file__).parents[2] / "data" / "tekken_240911.json"
+    folder = save_random_model("Mistral", tmp_path)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    shutil.copy(own, folder / "tekken.json")
+    with pytest.raises(ModelError, match="tekken.json alone.*put a tokenizer.json"):
+        load_tokenizer(str(folder))
+    converted = PreTrainedTokenizerFast.from_pretrained(folder, bos_token="<s>", eos_token="</s>")
+    converted.chat_template = "{{ bos_token }}{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}"
+    converted.save_pretrained(folder)
+    text, right = "'The'", tekken.Tekkenizer.from_file(own)
+    split = pre_tokenizers.Split(Regex(r"'[tT]|[^\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    for wrong in (False, True):
+        if wrong:  # as in repositories that were converted before the expression was mended
+            saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            saved.pre_tokenizer = pre_tokenizers.Sequence(
+                [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            )
+            assert saved.encode(text).ids != right.encode(text, bos=False, eos=False)
+            saved.save(str(folder / "tokenizer.json"))
+            config = json.loads((folder / "config.json").read_text()) | {"transformers_version": "4.50.0"}
+            (folder / "config.json").write_text(json.dumps(config))
+        tokenizer = load_tokenizer(str(folder))
+        assert tokenizer.encode(text, add_special_tokens=False) == right.encode(text, bos=False, eos=False)
+        prompt = get_renderer("chat_template", tokenizer).build_generation_prompt([{"role": "user", "content": "a"}])
+        assert tokenizer.decode(prompt.to_ints()) == "<s>[INST]a[/INST]"

@@ -16,6 +16,7 @@ TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
 # Words, spaces, digits, accents.
 PROBES = ("That is\tit,\n\n  isn't it?\nYES or 12 + 345: 日本語 é naïve\u00a0x", " a ")
 WORDS = "yes it is"
+CASES = "'The' (\"Call'This'\")"  # where tokenizer.json files of Mistral's split otherwise than its tekken.json
 SPECIAL_TOKENS = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -62,7 +63,11 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> "PreTraine
             f"{model_name} has no tokenizer (tokenizer.json, tokenizer_config.json): save the model's tokenizer into it"
         )
     try:
-        tokenizer = _as_in_its_file(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        is_mistrals = (folder / "tekken.json").exists() and not hasattr(tokenizer, "backend_tokenizer")
+        tokenizer = _as_in_tekken(folder) if is_mistrals else _as_in_its_file(tokenizer, folder)
+    except ModelError:
+        raise
     except Exception as error:  # of a damaged file, the tokenizers library raises a plain Exception
         reason = not_pulled(folder) or " ".join(str(error).split())[:300] or type(error).__name__
         if "custom code" in reason:
@@ -106,6 +111,25 @@ def _as_in_its_file(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> "PreT
         return tokenizer
     plain = PreTrainedTokenizerFast.from_pretrained(folder)
     return plain if is_same(plain) else tokenizer
+
+
+def _as_in_tekken(folder: Path) -> "PreTrainedTokenizerBase":
+    """Of Mistral's repositories with a tekken.json, of which transformers makes a tokenizer of mistral-common's, with
+    neither a chat template nor the methods of others: that of tokenizer.json, with the regular expression that agrees
+    with tekken.json."""
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").exists():
+        raise ModelError(
+            f"{folder} has Mistral's tekken.json alone, whose chat format is code of the package mistral-common: put "
+            "a tokenizer.json and its chat template beside it, as the newer of Mistral's repositories have them"
+        )
+    theirs = Tekkenizer.from_file(folder / "tekken.json").encode(CASES, bos=False, eos=False)
+    as_it_is, mended = (
+        PreTrainedTokenizerFast.from_pretrained(folder, fix_mistral_regex=mend) for mend in (False, True)
+    )
+    return mended if mended.encode(CASES, add_special_tokens=False) == theirs else as_it_is
 
 
 def _warn_of_other_words(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
