@@ -96,22 +96,18 @@ class PreferenceObjective:
         self.loss, self.micro_batch_tokens = loss, micro_batch_tokens
 
     async def passes(self, client: TrainingClient, batch: list[Pair]) -> list[Pass]:
-        parts = self._micro_batches(batch)
         return [
             (
                 data_D := as_data(part),
                 client.forward_backward_custom(data_D, partial(self._share_of_mean, part, len(batch))),
             )
-            for part in parts
+            for part in micro_batches_of_pairs(batch, self.micro_batch_tokens)
         ]
 
     def metrics(self, batch: list[Pair], outputs: Sequence[ForwardBackwardOutput]) -> Metrics:
-        pairs = [pair for part in self._micro_batches(batch) for pair in part]
+        pairs = [pair for part in micro_batches_of_pairs(batch, self.micro_batch_tokens) for pair in part]
         outputs_D = [output_D for output in outputs for output_D in output.loss_fn_outputs]
         return _metrics(self.loss, pairs, outputs_D) | {"num_pairs": len(batch)}
-
-    def _micro_batches(self, batch: list[Pair]) -> list[list[Pair]]:
-        return micro_batches_of_pairs(batch, self.micro_batch_tokens)
 
     def _share_of_mean(
         self, pairs: Sequence[Pair], num_pairs: int, data_D: list[Datum], logprobs_D: list[torch.Tensor]
@@ -120,12 +116,10 @@ class PreferenceObjective:
         return self.loss(pair_logprobs(pairs, sequence_logprobs(data_D, logprobs_D))).sum() / num_pairs, {}
 
 
-async def evaluate_pairs(
-    client: TrainingClient, loss: PreferenceLoss, pairs: Sequence[Pair], name: str = "test"
-) -> Metrics:
+async def evaluate_pairs(client: TrainingClient, loss: PreferenceLoss, pairs: Sequence[Pair]) -> Metrics:
     """Metrics of held-out pairs: one forward pass, no gradient."""
     outputs_D = (await client.forward(as_data(pairs), "cross_entropy")).loss_fn_outputs
-    return {f"{name}/{key}": value for key, value in _metrics(loss, pairs, outputs_D).items()}
+    return {f"test/{key}": value for key, value in _metrics(loss, pairs, outputs_D).items()}
 
 
 def _metrics(loss: PreferenceLoss, pairs: Sequence[Pair], outputs_D: Sequence[dict[str, Any]]) -> Metrics:
