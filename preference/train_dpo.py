@@ -53,8 +53,9 @@ async def train_on_pairs(
             await client.load_state(config.load_checkpoint_path)
         await check_at_start(client, alarms := Alarms(client.get_info(), config.backend.alarm))
         if config.method.needs_reference:  # before a resumed run's own weights are loaded
-            file, reference = folder.path / "reference_logprobs.jsonl", _reference(config)
-            pairs = await with_reference([*train, *test], client, file, reference)
+            names = ("model_name", "load_checkpoint_path", "seed", "lora_rank")
+            start = {name: getattr(config, name) for name in names}
+            pairs = await with_reference([*train, *test], client, folder.path / "reference_logprobs.jsonl", start)
             train, test = pairs[: len(train)], pairs[len(train) :]
 
         async def evaluate(client: TrainingClient) -> Metrics:
@@ -82,11 +83,6 @@ def _pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
     options = (config.renderer(), config.max_length, config.ties, config.overlong)
     pairs = render_pairs(train, *options)
     return pairs, render_pairs(test, *options, kind="held-out") if test and config.eval_every else []
-
-
-def _reference(config: Config) -> dict[str, Any]:
-    """The settings that name the starting policy."""
-    return {name: getattr(config, name) for name in ("model_name", "load_checkpoint_path", "seed", "lora_rank")}
 
 
 class PreferenceObjective:
