@@ -121,23 +121,25 @@ async def _play_pair(config: Tournament, slots: asyncio.Semaphore, first: Player
     return Pair(
         games=len(games),
         points=sum(game.points for game in games),
-        distinct=len({(game.seats, game.moves) for game in games}),
+        distinct=len({(game.seats, tuple(text for _, text, _ in game.moves)) for game in games}),
         lost=len(failures),
-        moves=(sum(game.made[0] for game in games), sum(game.made[1] for game in games)),
-        illegal=(sum(game.illegal[0] for game in games), sum(game.illegal[1] for game in games)),
+        moves=_by_side([side for game in games for side, _, _ in game.moves]),
+        illegal=_by_side([side for game in games for side, _, legal in game.moves if not legal]),
     )
+
+
+def _by_side(sides: Sequence[int]) -> tuple[int, int]:
+    return sides.count(0), sides.count(1)
 
 
 @dataclass(frozen=True)
 class Played:
-    """A finished game: who had each seat (0 the first player, 1 the second), the moves, the points
-    of the first player; of each player its moves and illegal moves."""
+    """A finished game: who had each seat (0 the first player, 1 the second); who moved, the move, and
+    whether it was legal; the points of the first player."""
 
     seats: tuple[int, ...]
-    moves: tuple[str, ...]
+    moves: list[tuple[int, str, bool]]
     points: float
-    made: tuple[int, int]
-    illegal: tuple[int, int]
 
 
 async def play_game(config: Tournament, first: Player, second: Player, k: int) -> Played:
@@ -158,12 +160,7 @@ async def play_game(config: Tournament, first: Player, second: Player, k: int) -
         text = await (first, second)[seats[player]](game, rngs[player])
         moves.append((seats[player], text, game.move(text)))
     won = points(game, seat)
-    made, illegal = [0, 0], [0, 0]
-    for side, _, legal in moves:
-        made[side] += 1
-        illegal[side] += not legal
-    texts = tuple(text for _, text, _ in moves)
-    return Played(seats, texts, 1 - won if alone else won, (made[0], made[1]), (illegal[0], illegal[1]))
+    return Played(seats, moves, 1 - won if alone else won)
 
 
 def points(game: Game, seat: int) -> float:

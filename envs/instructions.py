@@ -195,36 +195,33 @@ def no_comma(text: str) -> bool:
     return "," not in text
 
 
-# instruction -> its check and the arguments it needs
-CHECKS: Mapping[str, tuple[Check, tuple[str, ...]]] = {
-    "keywords:existence": (has_keywords, ("keywords",)),
-    "keywords:frequency": (keyword_frequency, ("keyword", "frequency", "relation")),
-    "keywords:forbidden_words": (no_forbidden_words, ("forbidden_words",)),
-    "keywords:letter_frequency": (letter_frequency, ("letter", "let_frequency", "let_relation")),
-    "language:response_language": (in_language, ("language",)),
-    "length_constraints:number_sentences": (number_of_sentences, ("num_sentences", "relation")),
-    "length_constraints:number_paragraphs": (number_of_paragraphs, ("num_paragraphs",)),
-    "length_constraints:number_words": (number_of_words, ("num_words", "relation")),
-    "length_constraints:nth_paragraph_first_word": (
-        nth_paragraph_first_word,
-        ("num_paragraphs", "nth_paragraph", "first_word"),
-    ),
-    "detectable_content:number_placeholders": (has_placeholders, ("num_placeholders",)),
-    "detectable_content:postscript": (has_postscript, ("postscript_marker",)),
-    "detectable_format:number_bullet_lists": (number_of_bullets, ("num_bullets",)),
-    "detectable_format:constrained_response": (constrained_response, ()),
-    "detectable_format:number_highlighted_sections": (highlighted_sections, ("num_highlights",)),
-    "detectable_format:multiple_sections": (multiple_sections, ("section_spliter", "num_sections")),
-    "detectable_format:json_format": (is_json, ()),
-    "detectable_format:title": (has_title, ()),
-    "combination:two_responses": (two_responses, ()),
-    "combination:repeat_prompt": (repeats_prompt, ("prompt_to_repeat",)),
-    "startend:end_checker": (ends_with, ("end_phrase",)),
-    "startend:quotation": (in_quotes, ()),
-    "change_case:capital_word_frequency": (capital_word_frequency, ("capital_frequency", "capital_relation")),
-    "change_case:english_capital": (all_capitals, ()),
-    "change_case:english_lowercase": (all_lowercase, ()),
-    "punctuation:no_comma": (no_comma, ()),
+# instruction -> its check, whose parameters after the text are the arguments it needs
+CHECKS: Mapping[str, Check] = {
+    "keywords:existence": has_keywords,
+    "keywords:frequency": keyword_frequency,
+    "keywords:forbidden_words": no_forbidden_words,
+    "keywords:letter_frequency": letter_frequency,
+    "language:response_language": in_language,
+    "length_constraints:number_sentences": number_of_sentences,
+    "length_constraints:number_paragraphs": number_of_paragraphs,
+    "length_constraints:number_words": number_of_words,
+    "length_constraints:nth_paragraph_first_word": nth_paragraph_first_word,
+    "detectable_content:number_placeholders": has_placeholders,
+    "detectable_content:postscript": has_postscript,
+    "detectable_format:number_bullet_lists": number_of_bullets,
+    "detectable_format:constrained_response": constrained_response,
+    "detectable_format:number_highlighted_sections": highlighted_sections,
+    "detectable_format:multiple_sections": multiple_sections,
+    "detectable_format:json_format": is_json,
+    "detectable_format:title": has_title,
+    "combination:two_responses": two_responses,
+    "combination:repeat_prompt": repeats_prompt,
+    "startend:end_checker": ends_with,
+    "startend:quotation": in_quotes,
+    "change_case:capital_word_frequency": capital_word_frequency,
+    "change_case:english_capital": all_capitals,
+    "change_case:english_lowercase": all_lowercase,
+    "punctuation:no_comma": no_comma,
 }
 LANGUAGE = "language:response_language"
 # arguments that the authors' code reads as regular expressions
@@ -236,7 +233,10 @@ def check_instruction(where: str, name: str, arguments: Arguments) -> dict[str, 
     another kind, or an unknown relation."""
     if name not in CHECKS:
         raise DataError(f"{where}: the instruction {name!r} is none of {', '.join(CHECKS)}")
-    needed = {argument: arguments.get(argument) for argument in CHECKS[name][1]}
+    kinds = {
+        argument: kind for argument, kind in CHECKS[name].__annotations__.items() if argument not in ("text", "return")
+    }
+    needed = {argument: arguments.get(argument) for argument in kinds}
     if missing := [argument for argument, value in needed.items() if value is None]:
         raise DataError(f"{where}: the instruction {name!r} needs {missing[0]!r} in its kwargs")
     relation = needed.get("relation") or needed.get("let_relation") or needed.get("capital_relation")
@@ -250,7 +250,7 @@ def check_instruction(where: str, name: str, arguments: Arguments) -> dict[str, 
     # the data set has 3.0 for 3
     found: dict[str, Any] = {key: int(value) if isinstance(value, float) else value for key, value in needed.items()}
     for argument, value in found.items():
-        _check_argument(f"{where}: {argument} of {name!r}", value, CHECKS[name][0].__annotations__[argument])
+        _check_argument(f"{where}: {argument} of {name!r}", value, kinds[argument])
         for pattern in (value if isinstance(value, list) else [value]) if argument in PATTERNS else ():
             try:
                 re.compile(pattern)
@@ -271,7 +271,7 @@ def _check_argument(what: str, value: Any, kind: Any) -> None:
 
 def follows(text: str, name: str, arguments: Arguments) -> bool:
     """Strict: an empty response follows nothing."""
-    return bool(text.strip()) and CHECKS[name][0](text, **arguments)
+    return bool(text.strip()) and CHECKS[name](text, **arguments)
 
 
 def loose_variants(text: str) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import POSITIVE
 from posttrain.renderers.types import Renderer
-from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.datasets import held_out
 from rl.evaluators import all_groups
 from rl.names import ENVS
 from rl.types import EnvGroupBuilder, RLDataset, RLDatasetBuilder
@@ -65,12 +65,12 @@ class InterleavedBuilder(RLDatasetBuilder):
         if not self.builders or len(weights) != len(self.builders):
             raise ConfigError(f"{len(self.builders)} builders with weights {self.weights}: give one weight for each")
         common = {name: getattr(self, name) for name in chz.chz_fields(RLDatasetBuilder)}
-        train, held_out = [], []
+        train, tests = [], []
         for i, (builder, count) in enumerate(zip(self.builders, shares(self.batch_size, weights), strict=True)):
             for name, value in common.items():
                 if (given := getattr(builder, name)) not in (chz.chz_fields(builder)[name]._default, value):
                     raise ConfigError(f"builders.{i}.{name}={given}: set {name} on the whole, where it holds for all")
             dataset, test = await chz.replace(builder, **{**common, "batch_size": count})(renderer)
             train.append(dataset)
-            held_out += all_groups(test) if test else []
-        return InterleavedDataset(train), (ListDataset(held_out, self.batch_size, shuffle=False) if held_out else None)
+            tests += all_groups(test) if test else []
+        return InterleavedDataset(train), held_out(tests, self.batch_size)

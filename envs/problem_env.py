@@ -17,7 +17,7 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Message, Renderer
-from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.datasets import DrawnDataset, ListDataset, held_out
 from posttrain.tracking.seeds import EXAMPLES, GROUPS
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
 from supervised.data import ChatDatasetBuilder, render
@@ -184,24 +184,19 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
         if train and not left:
             raise DataError(f"few_shot={self.few_shot} of {len(train)} training problems leaves none to train on")
         dataset = ListDataset(self.groups(left, renderer, self.group_size, "train", prefix), self.batch_size, self.seed)
-        return dataset, self._held_out(test, renderer, prefix)
+        return dataset, held_out(self.groups(test, renderer, 1, "test", prefix), self.batch_size)
 
     async def test_set(self, renderer: Renderer) -> RLDataset | None:
         """Reads no training problems but those of `few_shot`."""
         examples = self.read("train", self.few_shot) if self.few_shot else []
         test, shown = (apply_template(self.prompt_template, p) for p in (self.read("test", self.num_test), examples))
-        return self._held_out(test, renderer, self._prefix(shown))
+        return held_out(self.groups(test, renderer, 1, "test", self._prefix(shown)), self.batch_size)
 
     def _prefix(self, examples: Sequence[Problem]) -> list[Message]:
         """DataError where there is no example, or one has no worked solution."""
         if self.few_shot and not examples:
             raise DataError(f"few_shot={self.few_shot}: {type(self).__name__} has no training problems to show")
         return [message for example in examples for message in example.messages()]
-
-    def _held_out(self, test: list[Problem], renderer: Renderer, prefix: Sequence[Message]) -> RLDataset | None:
-        if not test:
-            return None
-        return ListDataset(self.groups(test, renderer, 1, "test", prefix), self.batch_size, shuffle=False)
 
     def groups(
         self, problems: list[Problem], renderer: Renderer, size: int, split: str, prefix: Sequence[Message] = ()
@@ -222,9 +217,8 @@ class ProblemExamples(ChatDatasetBuilder):
         train, test = (apply_template(self.prompt_template, problems) for problems in self.problems.splits())
         if not any(problem.solution for problem in train):
             raise DataError(f"none of the {len(train)} problems has a worked solution to imitate")
-        return [(p.id, {"problem": p}) for p in train if p.solution], [
-            (p.id, {"problem": p}) for p in test if p.solution
-        ]
+        solved, solved_test = ([p for p in part if p.solution] for part in (train, test))
+        return [(p.id, {"problem": p}) for p in solved], [(p.id, {"problem": p}) for p in solved_test]
 
     def messages(self, fields: Fields) -> list[Message]:
         return fields["problem"].messages()
@@ -269,8 +263,8 @@ class DrawnProblemsBuilder(DrawnProblems, RLDatasetBuilder):
             return problem_groups(problems, renderer, self.group_size, prefix, self.env_class)
 
         test = fit_problems(self.held_out(), renderer, overlong="raise", prefix=prefix)
-        held_out = problem_groups(test, renderer, 1, prefix, self.env_class)
-        return DrawnDataset(draw, self.n_batches), ListDataset(held_out, self.batch_size, shuffle=False)
+        test_groups = problem_groups(test, renderer, 1, prefix, self.env_class)
+        return DrawnDataset(draw, self.n_batches), ListDataset(test_groups, self.batch_size, shuffle=False)
 
 
 @chz.chz
@@ -287,5 +281,5 @@ class DrawnExamplesBuilder(DrawnProblems, SupervisedDatasetBuilder):
             problems = self.draw(self.batch_size, [self.seed, EXAMPLES, epoch, index])
             return render([self.messages(problem) for problem in problems], renderer, self)
 
-        held_out = render([self.messages(problem) for problem in self.held_out()], renderer, self)
-        return DrawnDataset(draw, self.n_batches), ListDataset(held_out, self.batch_size, shuffle=False)
+        test = render([self.messages(problem) for problem in self.held_out()], renderer, self)
+        return DrawnDataset(draw, self.n_batches), ListDataset(test, self.batch_size, shuffle=False)

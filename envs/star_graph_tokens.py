@@ -20,9 +20,9 @@ SYMBOLS = ["|", "=", "/", "$"]
 SPECIAL = ["<eos>", "<pad>"]
 
 
-def numeral_tokenizer(graph: StarGraph, max_length: int | None = None) -> PreTrainedTokenizerFast:
+def numeral_tokenizer(graph: StarGraph) -> PreTrainedTokenizerFast:
     """Node i is i, then | = / $, EOS and padding: the ids of star_graph.py. Commas are skipped."""
-    return word_tokenizer(graph.num_nodes, SYMBOLS, r"\d+|[|=/$]", max_length or graph.length + 1)
+    return word_tokenizer(graph.num_nodes, SYMBOLS, r"\d+|[|=/$]", graph.length + 1)
 
 
 def word_tokenizer(num_nodes: int, symbols: list[str], words: str, max_length: int) -> PreTrainedTokenizerFast:

@@ -27,7 +27,7 @@ from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.renderers import from_openai, to_openai, with_tools
 from posttrain.renderers.parts import tool_spec
 from posttrain.renderers.types import Message, Renderer, ToolSpec
-from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.datasets import ListDataset, held_out
 from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageStep, ParsePolicy
 from rl.step_checks import is_reserved
 from rl.types import EnvGroupBuilder, Metrics, Observation, RLDataset, RLDatasetBuilder, StopCondition
@@ -218,4 +218,4 @@ class VerifiersBuilder(RLDatasetBuilder):
             return [VerifiersGroupBuilder(source, int(task), num_envs, renderer, self.parse) for task in tasks_D]
 
         train = ListDataset(groups(train_D, self.group_size), self.batch_size, self.seed)
-        return train, ListDataset(groups(test_D, 1), self.batch_size, shuffle=False) if self.num_test else None
+        return train, held_out(groups(test_D, 1), self.batch_size)

@@ -41,11 +41,7 @@ class ShorterJudgeBuilder(JudgeBuilder):
     """The shorter answer is better: a judge for tests and demos."""
 
     def __call__(self, tokenizer: Tokenizer) -> Judge:
-        return RuleJudge(_brevity)
-
-
-def _brevity(comparison: Comparison, answer: str) -> float:
-    return -float(len(answer))
+        return RuleJudge(lambda comparison, answer: -float(len(answer)))
 
 
 @chz.chz

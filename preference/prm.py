@@ -25,7 +25,14 @@ from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup, 
 
 MALFORMED_LOGIT = -5.0
 Aggregation = Literal["min", "product", "last", "mean"]
+AGGREGATES = {"min": np.min, "product": np.prod, "last": lambda values_S: values_S[-1], "mean": np.mean}
 Scale = Literal["logit", "probability"]
+
+
+def check_aggregation(how: Aggregation, scale: Scale) -> None:
+    """ConfigError for a product of logits, which means nothing."""
+    if how == "product" and scale == "logit":
+        raise ConfigError("aggregation=product is of probabilities: set scale=probability, or take min, last or mean")
 
 
 @dataclass(frozen=True)
@@ -42,21 +49,9 @@ class StepScores:
         return 1 / (1 + np.exp(-self.logits_S))
 
     def aggregate(self, how: Aggregation, scale: Scale = "probability") -> float:
-        """A number for the solution. ConfigError for a product of logits, which means nothing."""
-        values_S = self.probabilities_S if scale == "probability" else self.logits_S
-        match how, scale:
-            case "product", "logit":
-                raise ConfigError(
-                    "aggregation=product is of probabilities: set scale=probability, or take min, last or mean"
-                )
-            case "product", _:
-                return float(values_S.prod())
-            case "min", _:
-                return float(values_S.min())
-            case "mean", _:
-                return float(values_S.mean())
-            case _:
-                return float(values_S[-1])
+        """A number for the solution."""
+        check_aggregation(how, scale)
+        return float(AGGREGATES[how](self.probabilities_S if scale == "probability" else self.logits_S))
 
 
 class ProcessRewardModel:
@@ -189,10 +184,7 @@ class PrmReward(SavedPrm, BatchRewardBuilder):
     async def __call__(
         self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
     ) -> BatchReward:
-        if self.aggregation == "product" and self.scale == "logit":
-            raise ConfigError(
-                "aggregation=product is of probabilities: set scale=probability, or take min, last or mean"
-            )
+        check_aggregation(self.aggregation, self.scale)
         model = self.load(renderer.tokenizer, service)
         self.check_renderer(model.renderer, renderer)
         return ProcessReward(model, self)

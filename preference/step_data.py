@@ -112,12 +112,10 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
         if shared := sum(record.input in held_out for record in train):
             print(f"{self.path}: {shared:,} solutions of held-out questions dropped from the training set")
             train = [record for record in train if record.input not in held_out]
-        train_D, test_D = (
-            self._data(train, renderer, "training"),
-            self._data(test, renderer, "held-out") if test else [],
-        )
-        test_set = step_dataset(test_D, self.batch_size, shuffle=False) if test_D else None
-        return step_dataset(train_D, self.batch_size, self.seed), test_set
+        train_set = step_dataset(self._data(train, renderer, "training"), self.batch_size, self.seed)
+        if not test:
+            return train_set, None
+        return train_set, step_dataset(self._data(test, renderer, "held-out"), self.batch_size, shuffle=False)
 
     def _split(self, train: list[StepRecord], test: list[StepRecord]) -> tuple[list[StepRecord], list[StepRecord]]:
         questions = sorted({record.input for record in train})

@@ -53,8 +53,9 @@ async def train_on_pairs(
             await client.load_state(config.load_checkpoint_path)
         await check_at_start(client, alarms := Alarms(client.get_info(), config.backend.alarm))
         if config.method.needs_reference:  # before a resumed run's own weights are loaded
-            file, reference = folder.path / "reference_logprobs.jsonl", _reference(config)
-            pairs = await with_reference([*train, *test], client, file, reference)
+            names = ("model_name", "load_checkpoint_path", "seed", "lora_rank")
+            start = {name: getattr(config, name) for name in names}
+            pairs = await with_reference([*train, *test], client, folder.path / "reference_logprobs.jsonl", start)
             train, test = pairs[: len(train)], pairs[len(train) :]
 
         async def evaluate(client: TrainingClient) -> Metrics:
@@ -84,11 +85,6 @@ def _pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
     return pairs, render_pairs(test, *options, kind="held-out") if test and config.eval_every else []
 
 
-def _reference(config: Config) -> dict[str, Any]:
-    """The settings that name the starting policy."""
-    return {name: getattr(config, name) for name in ("model_name", "load_checkpoint_path", "seed", "lora_rank")}
-
-
 class PreferenceObjective:
     """The mean loss of a batch of pairs, in micro-batches to bound the memory of activations."""
 
@@ -96,22 +92,18 @@ class PreferenceObjective:
         self.loss, self.micro_batch_tokens = loss, micro_batch_tokens
 
     async def passes(self, client: TrainingClient, batch: list[Pair]) -> list[Pass]:
-        parts = self._micro_batches(batch)
         return [
             (
                 data_D := as_data(part),
                 client.forward_backward_custom(data_D, partial(self._share_of_mean, part, len(batch))),
             )
-            for part in parts
+            for part in micro_batches_of_pairs(batch, self.micro_batch_tokens)
         ]
 
     def metrics(self, batch: list[Pair], outputs: Sequence[ForwardBackwardOutput]) -> Metrics:
-        pairs = [pair for part in self._micro_batches(batch) for pair in part]
+        pairs = [pair for part in micro_batches_of_pairs(batch, self.micro_batch_tokens) for pair in part]
         outputs_D = [output_D for output in outputs for output_D in output.loss_fn_outputs]
         return _metrics(self.loss, pairs, outputs_D) | {"num_pairs": len(batch)}
-
-    def _micro_batches(self, batch: list[Pair]) -> list[list[Pair]]:
-        return micro_batches_of_pairs(batch, self.micro_batch_tokens)
 
     def _share_of_mean(
         self, pairs: Sequence[Pair], num_pairs: int, data_D: list[Datum], logprobs_D: list[torch.Tensor]
@@ -120,12 +112,10 @@ class PreferenceObjective:
         return self.loss(pair_logprobs(pairs, sequence_logprobs(data_D, logprobs_D))).sum() / num_pairs, {}
 
 
-async def evaluate_pairs(
-    client: TrainingClient, loss: PreferenceLoss, pairs: Sequence[Pair], name: str = "test"
-) -> Metrics:
+async def evaluate_pairs(client: TrainingClient, loss: PreferenceLoss, pairs: Sequence[Pair]) -> Metrics:
     """Metrics of held-out pairs: one forward pass, no gradient."""
     outputs_D = (await client.forward(as_data(pairs), "cross_entropy")).loss_fn_outputs
-    return {f"{name}/{key}": value for key, value in _metrics(loss, pairs, outputs_D).items()}
+    return {f"test/{key}": value for key, value in _metrics(loss, pairs, outputs_D).items()}
 
 
 def _metrics(loss: PreferenceLoss, pairs: Sequence[Pair], outputs_D: Sequence[dict[str, Any]]) -> Metrics:

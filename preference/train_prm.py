@@ -56,8 +56,8 @@ class StepEvaluator:
     whose first step below 1/2 is the first labelled 0. A soft label of at most 1/2 counts as 0.
     `loss` is the mean of the batches' losses."""
 
-    def __init__(self, dataset: SupervisedDataset, name: str = "test"):
-        self._batches, self._name = [dataset.get_batch(i) for i in range(len(dataset))], name
+    def __init__(self, dataset: SupervisedDataset):
+        self._batches = [dataset.get_batch(i) for i in range(len(dataset))]
 
     async def __call__(self, client: TrainingClient) -> Metrics:
         submitted = [(batch_D, client.forward(batch_D, step_cross_entropy)) for batch_D in self._batches]
@@ -72,13 +72,12 @@ class StepEvaluator:
                 labels.append(~wrong_S)
                 first_found.append(first(bad_S) == first(wrong_S))
         good = float(np.concatenate(labels).mean())
-        metrics = {
-            "loss": float(np.mean(losses)),
-            "accuracy": float(np.concatenate(right).mean()),
-            "majority": max(good, 1 - good),
-            "first_error": float(np.mean(first_found)),
+        return {
+            "test/loss": float(np.mean(losses)),
+            "test/accuracy": float(np.concatenate(right).mean()),
+            "test/majority": max(good, 1 - good),
+            "test/first_error": float(np.mean(first_found)),
         }
-        return {f"{self._name}/{key}": value for key, value in metrics.items()}
 
 
 def first(marked_S: np.ndarray) -> int | None:

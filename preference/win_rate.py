@@ -14,6 +14,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers.types import Message, Renderer
 from posttrain.tracking.metrics_log import Metrics
+from posttrain.tracking.seeds import sampling_seed
 from preference.reward_types import Judge, judge_all
 from preference.types import Comparison
 
@@ -67,8 +68,7 @@ class WinRateEvaluator:
         return [[self.renderer.parse_response(tokens)[0]] for tokens in responses]
 
     async def _sample(self, client: SamplingClient, prompt: Sequence[Message], side: int, p: int) -> list[int]:
-        seed = int(np.random.SeedSequence([self.seed, side, p]).generate_state(1, np.uint64)[0] >> 1)
-        stop = self.renderer.get_stop_sequences()
+        seed, stop = sampling_seed([self.seed, side, p]), self.renderer.get_stop_sequences()
         params = SamplingParams(max_tokens=self.max_tokens, seed=seed, stop=stop, temperature=self.temperature)
         response = await client.sample_async(self.renderer.build_generation_prompt(prompt), 1, params)
         return response.sequences[0].tokens

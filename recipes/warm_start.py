@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import chz
 
+from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import SEED
 from posttrain.tracking.command_line import parse
@@ -17,6 +18,11 @@ from supervised import train as supervised_train
 from supervised.types import SupervisedDatasetBuilder
 
 RLConfig = TypeVar("RLConfig", bound=rl_train.Config)
+
+
+def torch_backend(doc: str = "how this machine trains and samples") -> Any:
+    """The field `backend` of a recipe with a small model, which torch itself samples."""
+    return chz.field(default_factory=lambda: BackendConfig(engine="torch"), doc=doc)
 
 
 def shared_settings(config: Any) -> dict[str, Any]:

@@ -139,13 +139,6 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"loss_fn={config.loss_fn} does not use advantages: it is not a loss for reinforcement learning"
         )
-    for name in ("max_tokens", "num_substeps", "num_epochs", "num_minibatches"):
-        if (getattr(config, name) or 0) < 1:
-            raise ConfigError(f"{name}={getattr(config, name)} must be at least 1")
-    if config.max_steps_off_policy < 0:
-        raise ConfigError(
-            f"max_steps_off_policy={config.max_steps_off_policy}: 0 is synchronous, 1 or more asynchronous"
-        )
     other = config.distill.paths() or config.batch_reward or config.critic.model
     if isinstance(config.advantage, NoReward) and not other:
         raise ConfigError(
@@ -178,10 +171,6 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             f"limits.min_group_size={config.limits.min_group_size} is more than group_size={config.env.group_size}: no "
             "group would be trained on"
-        )
-    if config.temperature <= 0:
-        raise ConfigError(
-            f"temperature={config.temperature}: rollouts that do not differ teach nothing; it must be above 0"
         )
     if not loss.scales_with_advantage and (config.loss_reduction != "sum" or config.mismatch.mode != "none"):
         raise ConfigError(

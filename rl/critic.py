@@ -155,10 +155,8 @@ class Critic:
         self._outputs, self._steps = [], []
         if not outputs or not steps:
             return {}
-        losses, norms = (
-            [output.metrics["value_loss:mean"] for output in outputs],
-            [step.metrics["grad_norm"] for step in steps],
-        )
+        losses = [output.metrics["value_loss:mean"] for output in outputs]
+        norms = [step.metrics["grad_norm"] for step in steps]
         return {"critic/value_loss": float(np.mean(losses)), "critic/grad_norm": float(np.mean(norms))}
 
 

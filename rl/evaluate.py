@@ -100,43 +100,19 @@ class Evaluated:
     label: str
     groups_P: Sequence[TrajectoryGroup]
     values: Values
-    tags_P: Sequence[Sequence[str]]
     page: str
-
-    def estimates(self) -> Estimates:
-        return estimates(self.values)
 
     def by_tag(self) -> dict[str, Estimates]:
         """Of tags that only some of the problems have."""
         places: dict[str, list[int]] = defaultdict(list)
-        for p, tags in enumerate(self.tags_P):
-            for tag in set(tags):
+        for p, group in enumerate(self.groups_P):
+            for tag in set(group.tags):
                 places[tag].append(p)
         return {
             tag: estimates(self.values, places_T)
             for tag, places_T in sorted(places.items())
-            if len(places_T) < len(self.tags_P)
+            if len(places_T) < len(self.groups_P)
         }
-
-    @property
-    def lost(self) -> int:
-        return sum(len(group.errors) for group in self.groups_P)
-
-    @property
-    def questions_P(self) -> list[str | None]:
-        """As the environment logs them, to tell whether two models had the same problems."""
-        return [
-            next(
-                (
-                    turn.logs["question"]
-                    for t in group.trajectories_G
-                    for turn in t.transitions
-                    if "question" in turn.logs
-                ),
-                None,
-            )
-            for group in self.groups_P
-        ]
 
 
 async def main(config: Config) -> list[Evaluated]:
@@ -207,7 +183,7 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
     check_failures(groups_P, config.limits)
     page = _transcripts(config, label, groups_P, renderer)
     values = problem_values(groups_P, config.sample_sizes(), config.env.ratios())
-    return Evaluated(model, label, groups_P, values, [group.tags for group in groups_P], page)
+    return Evaluated(model, label, groups_P, values, page)
 
 
 def _open_samples(
@@ -290,7 +266,7 @@ def to_json(config: Config, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
     first, *others = evaluated
     paired = []
     for other in others:
-        if not _same_problems(other.questions_P, first.questions_P):
+        if not _same_problems(_questions(other), _questions(first)):
             print(f"{other.label} and {first.label} were not given the same problems: no paired differences")
             continue
         found = differences(other.values, first.values)
@@ -301,14 +277,20 @@ def to_json(config: Config, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
             "model": one.model.name,
             "folder": str(one.model.folder) if one.model.folder else None,
             "problems": len(one.groups_P),
-            "samples_lost": one.lost,
-            "metrics": _json(one.estimates()),
+            "samples_lost": sum(len(group.errors) for group in one.groups_P),
+            "metrics": _json(estimates(one.values)),
             "tags": {tag: _json(found) for tag, found in one.by_tag().items()},
             "transcripts": one.page,
         }
         for one in evaluated
     ]
     return {"settings": config_to_json(config), "models": models, "paired": paired}
+
+
+def _questions(evaluated: Evaluated) -> list[str | None]:
+    """Of each problem, as the environment logs it."""
+    turns_P = [[turn for t in group.trajectories_G for turn in t.transitions] for group in evaluated.groups_P]
+    return [next((turn.logs["question"] for turn in turns if "question" in turn.logs), None) for turns in turns_P]
 
 
 def _same_problems(questions_P: Sequence[str | None], others_P: Sequence[str | None]) -> bool:

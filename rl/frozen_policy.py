@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import chz
-import numpy as np
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, CookbookError
@@ -18,6 +17,7 @@ from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message, Renderer
 from posttrain.tracking.model_source import ModelSource, find_model
+from posttrain.tracking.seeds import sampling_seed
 from rl.types import RolloutError
 
 if TYPE_CHECKING:  # commands answer before torch is imported
@@ -42,7 +42,7 @@ class MessageCompleter:
     async def __call__(self, messages: Sequence[Message]) -> Message:
         """Raises FrozenPolicyError if there is no reply, or a truncated one."""
         prompt = self.renderer.build_generation_prompt(messages)
-        seed = int(np.random.SeedSequence([self.seed, *prompt.to_ints()]).generate_state(1, np.uint64)[0] >> 1)
+        seed = sampling_seed([self.seed, *prompt.to_ints()])
         params = SamplingParams(self.max_tokens, seed, self.renderer.get_stop_sequences(), self.temperature)
         try:
             response = await self.client.sample_async(prompt, 1, params)

@@ -44,14 +44,11 @@ class GroupSource:
         concurrent_rollouts: int | None = None,
         max_refills: int = 0,
     ):
-        self._dataset, self._num_steps, self._max_tokens, self._temperature = (
-            dataset,
-            num_steps,
-            max_tokens,
-            temperature,
-        )
-        self._seed, self._limits, self.num_minibatches = seed, limits or RolloutLimits(), num_minibatches
-        self.max_steps_off_policy, self.max_refills = max_steps_off_policy, max_refills
+        self._dataset, self._num_steps = dataset, num_steps
+        self._max_tokens, self._temperature = max_tokens, temperature
+        self._seed, self._limits = seed, limits or RolloutLimits()
+        self.max_steps_off_policy, self.num_minibatches = max_steps_off_policy, num_minibatches
+        self.max_refills = max_refills
         self._slots = asyncio.Semaphore(concurrent_rollouts or NO_LIMIT)
         # batch -> index in it -> its rollouts
         self._groups: dict[int, dict[int, asyncio.Future[TrajectoryGroup]]] = {}

@@ -17,7 +17,9 @@ import numpy as np
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import NON_NEGATIVE, SHARE
+from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.types import Datum, LoraConfig
+from posttrain.renderers.types import Tokenizer
 from rl.data_processing import Row, sampled_in_time, split_by_row
 from rl.types import Metrics, TrajectoryGroup
 
@@ -44,6 +46,11 @@ class KLPenalty:
         munger=lambda _, path: path and str(Path(path).expanduser()),
         doc="the reference: a checkpoint or a model with the policy's tokenizer; None = the weights the run began with",
     )
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """ConfigError for a reference with another vocabulary, before any model is loaded."""
+        if self.coef and self.reference_path:
+            check_vocabulary(f"kl.reference_path={self.reference_path}", self.reference_path, tokenizer)
 
 
 class Reference:

@@ -14,13 +14,12 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import chz
-import numpy as np
 
 from posttrain.backend.errors import ContextLengthError, DataError
 from posttrain.backend.ranges import COUNT, POSITIVE, SHARE, WHOLE
 from posttrain.backend.routing import sampling_group
 from posttrain.backend.types import ModelInput, SamplingParams
-from posttrain.tracking.seeds import RETRY
+from posttrain.tracking.seeds import RETRY, sampling_seed
 from posttrain.tracking.timeline import span
 from rl import step_checks
 from rl.env_calls import SamplingClock, call, call_now
@@ -95,14 +94,10 @@ class Policy:
     ) -> TokensWithLogprobs:
         """`max_tokens` lowers the policy's own limit."""
         limit = min(self.max_tokens, max_tokens or self.max_tokens)
-        params = SamplingParams(max_tokens=limit, seed=_seed_number(seed), stop=stop, temperature=self.temperature)
+        params = SamplingParams(max_tokens=limit, seed=sampling_seed(seed), stop=stop, temperature=self.temperature)
         response = await self.client.sample_async(ob, 1, params)
         sequence = response.sequences[0]
         return TokensWithLogprobs(sequence.tokens, sequence.logprobs, sequence.stop_reason, self.temperature)
-
-
-def _seed_number(seed: Seed) -> int:
-    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
 
 
 # --- one episode --------------------------------------------------------------------------------

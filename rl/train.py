@@ -26,7 +26,6 @@ from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.models import PRESETS
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Renderer, Tokenizer
 from posttrain.tracking.checkpointing import Checkpointed
@@ -59,11 +58,8 @@ async def main(config: Config) -> Metrics:
     config = chz.replace(config, max_tokens=max_tokens)
     check_config(config)
     renderer = config.renderer()
-    if config.kl.coef and config.kl.reference_path:
-        option = f"kl.reference_path={config.kl.reference_path}"
-        check_vocabulary(option, config.kl.reference_path, renderer.tokenizer)
-    config.distill.check(renderer.tokenizer)
-    config.critic.check(renderer.tokenizer)
+    for models in (config.kl, config.distill, config.critic):
+        models.check(renderer.tokenizer)
     dataset, test_dataset = await step_checks.datasets(config.env, renderer)
     custom = await config.build_evaluators(renderer)
     num_steps = config.num_steps(len(dataset))
@@ -218,7 +214,7 @@ class Loop:
         with span("eval"):
             for evaluator in self.evaluators:
                 metrics |= await evaluator(self.sampling_client)
-            metrics = await self.custom.frequent(self.evaluated(), metrics)
+            metrics = await self.custom.frequent(Evaluated(self.learner.client, self.sampling_client), metrics)
         if self.evaluators:
             shown = self.evaluators[-1].groups[: self.config.num_groups_to_log]
             write_rollouts(self.folder.transcripts / "test", step, shown, None, self.tokenizer)
@@ -226,10 +222,7 @@ class Loop:
 
     async def evaluate_infrequently(self, step: int) -> Metrics:
         with span("eval"):
-            return await self.custom.infrequent(self.evaluated())
-
-    def evaluated(self) -> Evaluated:
-        return Evaluated(self.learner.client, self.sampling_client)
+            return await self.custom.infrequent(Evaluated(self.learner.client, self.sampling_client))
 
     async def probe(self, step: int, datum: Datum, metrics: Metrics) -> None:
         """Compares sampler and trainer right after a sync, before rollouts; on a prompt of this

@@ -232,10 +232,8 @@ class _Passes:
                 data_D = [datum for term in terms for datum in term.data_D]
                 raise write_offending_data(self._learner.folder, step, data_D, error) from error
         critic_metrics = await self._learner.critic.metrics() if self._learner.critic else {}
-        outputs, supervised = (
-            [task.result()[0] for task in self._outputs],
-            [out for task in self._outputs for out in task.result()[1:]],
-        )
+        outputs = [task.result()[0] for task in self._outputs]
+        supervised = [out for task in self._outputs for out in task.result()[1:]]
         steps = [task.result() for task in self._steps]
         outcome.data_D = [datum for terms in self._terms for datum in terms[0].data_D]
         logprobs_D = [out["logprobs"] for output in outputs for out in output.loss_fn_outputs]
@@ -243,10 +241,8 @@ class _Passes:
         metrics = {f"optim/{name}": value for name, value in _reduced([output.metrics for output in outputs]).items()}
         if supervised:
             metrics["optim/supervised_loss"] = sum(output.metrics["loss:sum"] for output in supervised)
-        metrics |= {
-            f"optim/{name}": value for name, value in mean_by_key(response.metrics for response in steps).items()
-        }
-        metrics |= critic_metrics
+        of_steps = mean_by_key(response.metrics for response in steps)
+        metrics |= {f"optim/{name}": value for name, value in of_steps.items()} | critic_metrics
         return metrics | (compute_sampling_metrics(outcome.data_D, logprobs_D) if logprobs_D else {})
 
 

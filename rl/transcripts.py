@@ -61,8 +61,18 @@ def _turns(
     turns, ends = trajectory.transitions, np.cumsum([len(turn.ac.tokens) for turn in trajectory.transitions])
     of_turns = [None] * len(turns) if advantages_N is None or not turns else np.split(advantages_N, ends[:-1])
     return [
-        _turn(turn, ob, continues, _advantages(turn, advantage, of_turn), tokenizer)
-        for turn, (ob, continues), of_turn in zip(turns, trajectory.new_observations(), of_turns, strict=True)
+        TranscriptTurn(
+            prompt_text=decode(tokenizer, new_ob),
+            tokens=[token_text(tokenizer, token) for token in turn.ac.tokens],
+            advantages=_advantages(turn, advantage, of_turn),
+            logprobs=turn.ac.logprobs,
+            reward=turn.reward,
+            metrics=turn.metrics,
+            logs=turn.logs,
+            stop_reason=turn.ac.stop_reason,
+            continues=continues,
+        )
+        for turn, (new_ob, continues), of_turn in zip(turns, trajectory.new_observations(), of_turns, strict=True)
     ]
 
 
@@ -72,20 +82,3 @@ def _advantages(turn: Transition, advantage: float | None, of_turn: np.ndarray |
     if of_turn is not None:
         return [float(f"{number:.7g}") for number in of_turn]  # fp32 has no more digits
     return [advantage + token_advantage for token_advantage in turn.token_advantages or [0.0] * len(turn.ac.tokens)]
-
-
-def _turn(
-    turn: Transition, new_ob: list[int], continues: bool, advantages: list[float] | None, tokenizer: Tokenizer
-) -> TranscriptTurn:
-    tokens = turn.ac.tokens
-    return TranscriptTurn(
-        prompt_text=decode(tokenizer, new_ob),
-        tokens=[token_text(tokenizer, token) for token in tokens],
-        advantages=advantages,
-        logprobs=turn.ac.logprobs,
-        reward=turn.reward,
-        metrics=turn.metrics,
-        logs=turn.logs,
-        stop_reason=turn.ac.stop_reason,
-        continues=continues,
-    )

@@ -109,7 +109,7 @@ def test_paired_differences_by_hand() -> None:
 def test_a_lost_problem_is_left_out_of_the_paired_differences(capsys: pytest.CaptureFixture[str]) -> None:
     def evaluated(label: str, *groups: TrajectoryGroup) -> evaluate.Evaluated:
         values = problem_values(groups, [1], {})
-        return evaluate.Evaluated(find_model("micro"), label, groups, values, [[] for _ in groups], f"{label}.html")
+        return evaluate.Evaluated(find_model("micro"), label, groups, values, f"{label}.html")
 
     def asking(question: str) -> TrajectoryGroup:
         asked = episode(1.0)

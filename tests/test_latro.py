@@ -29,7 +29,7 @@ from posttrain.renderers.plain import PlainRenderer
 from posttrain.renderers.turns import decode
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import open_run_folder
-from recipes.latro import train
+from recipes.latro import env, train
 from recipes.latro.env import LatentRationales, RationaleGroup, answer_tokens, prompt_tokens
 from recipes.latro.evaluation import Best, best_so_far
 from recipes.latro.examples import example
@@ -39,7 +39,6 @@ from recipes.latro.toy import ToyBuilder
 from rl.kl import Reference, starting_weights
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.train_step import Learner, train_step
-from rl.truncation import stop_strings, tokens_before_stop
 from rl.types import Metrics, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import ROUNDING, full_logits, random_tokens, trainer_of
 
@@ -66,7 +65,7 @@ def rationale_group(
     actions_G: Sequence[list[int]],
     temperature: float = 1.0,
 ) -> TrajectoryGroup:
-    builder = RationaleGroup(Task("", ""), prompt, answer, stop_strings(renderer), renderer, len(actions_G))
+    builder = RationaleGroup(Task("", ""), prompt, answer, env.stop_strings(renderer), renderer, len(actions_G))
     sampled_G = [TokensWithLogprobs(ac, [0.0] * len(ac), temperature=temperature) for ac in actions_G]
     turns_G = [Transition(ModelInput.from_ints(prompt), sampled, 0.0, True) for sampled in sampled_G]
     group = TrajectoryGroup([Trajectory([turn]) for turn in turns_G], [0.0] * len(actions_G), [{} for _ in actions_G])
@@ -184,17 +183,17 @@ def test_rationales_that_never_stop_get_twice_the_mean():
 def test_rationales_end_before_the_stop_string_however_it_was_tokenized():
     """Case D6, with stops as text, and tokens that are not characters."""
     stops = [decode(CHARACTERS, [2]), decode(CHARACTERS, [50, 51])]
-    assert tokens_before_stop(CHARACTERS, [7, 8, 50, 51, 9, 2], stops) == (2, True)
-    assert tokens_before_stop(CHARACTERS, [7, 8, 50, 9], stops) == (4, False)
-    assert tokens_before_stop(CHARACTERS, [2, 7], stops) == (0, True)
+    assert env.tokens_before_stop(CHARACTERS, [7, 8, 50, 51, 9, 2], stops) == (2, True)
+    assert env.tokens_before_stop(CHARACTERS, [7, 8, 50, 9], stops) == (4, False)
+    assert env.tokens_before_stop(CHARACTERS, [2, 7], stops) == (0, True)
     merged = words(["so", "it", ".The", "answer", "is", "7"])
     tokens = [2, 3, 4, 5, 6, 7]
     assert decode(merged, tokens) == "so it .The answer is 7"
     # ".The" is partly stop
-    assert tokens_before_stop(merged, tokens, ["The answer is"]) == (2, True)
+    assert env.tokens_before_stop(merged, tokens, ["The answer is"]) == (2, True)
     accents = CHARACTERS.encode("né=1")
     # é is two tokens
-    assert tokens_before_stop(CHARACTERS, accents, ["="]) == (3, True) and len(accents) == 5
+    assert env.tokens_before_stop(CHARACTERS, accents, ["="]) == (3, True) and len(accents) == 5
 
 
 def test_answers_are_read_exactly():
@@ -391,7 +390,7 @@ def test_one_bos_and_answers_begin_where_the_stop_was():
     assert datum.loss_fn_inputs["weights"].array.sum() == len(tokens) - len(prompt_tokens(renderer, task))
     plain = PlainRenderer(CHARACTERS)
     said = [*CHARACTERS.encode("So"), *answer_tokens(plain, task.answer)]
-    assert tokens_before_stop(CHARACTERS, said, stop_strings(plain, ANSWER_STOPS)) == (2, True)
+    assert env.tokens_before_stop(CHARACTERS, said, env.stop_strings(plain, ANSWER_STOPS)) == (2, True)
 
 
 @pytest.mark.parametrize(

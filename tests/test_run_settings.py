@@ -236,10 +236,11 @@ def test_latro_begins_with_the_warm_start_it_asks_for(tmp_path: Path) -> None:
 def test_star_graph_models_are_those_asked_for(tmp_path: Path) -> None:
     from envs.star_graph import StarGraph
 
-    asyncio.run(make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16))
-    asyncio.run(make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, 1, 2, 16))
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden": 16}
+    asyncio.run(make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, **sizes))
+    asyncio.run(make_model(StarGraph(2, 3, 8), tmp_path / "model", 0, **sizes))
     with pytest.raises(ConfigError, match=r"was made with model.seed=0 \(now 1\)"):
-        asyncio.run(make_model(StarGraph(2, 3, 8), tmp_path / "model", 1, 1, 2, 16))
+        asyncio.run(make_model(StarGraph(2, 3, 8), tmp_path / "model", 1, **sizes))
 
 
 @pytest.mark.parametrize("eval_every", [0, 2])

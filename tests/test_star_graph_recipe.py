@@ -26,7 +26,6 @@ from posttrain.tracking.stages import Stage
 from preference.losses import DPO, RPO
 from preference.pairs import as_data, sequence_logprobs
 from recipes.star_graph import preferences, reinforce, train
-from recipes.star_graph.comparison import table
 from recipes.star_graph.evaluation import AccuracyEvaluator, decode_paths
 from recipes.star_graph.model import check_model, make_model
 from recipes.star_graph.rollouts import collect_pairs, read_pairs
@@ -324,4 +323,4 @@ def test_runs_side_by_side_wait_fail_and_are_not_run_twice(tmp_path: Path, capfd
         [{"step": 0, "test/first_hop": 0.1, "test/exact": 0}, {"step": 9, "test/first_hop": hop, "test/exact": path}]
         for hop, path in ((0.4, 0.4), (0.6, 0.5))
     ]
-    assert table({"gpt": runs}).splitlines()[1].split() == ["gpt", "9", "0.500", "0.450", "0.400", "0.600"]
+    assert train.table({"gpt": runs}).splitlines()[1].split() == ["gpt", "9", "0.500", "0.450", "0.400", "0.600"]

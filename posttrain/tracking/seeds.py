@@ -31,6 +31,10 @@ one recipe have seeds 1 or 1000 apart (a completer, its policy; a seed of star_g
     ""
 )
 
+from collections.abc import Sequence
+
+import numpy as np
+
 # tasks drawn anew: for RL, to imitate, and the demonstrations of held-out ones
 GROUPS, EXAMPLES, HELD_OUT_EXAMPLES = 1, 2, 3
 TRAINING_GAMES, TEST_GAMES, RATED_GAMES = 0, 1, 2
@@ -41,3 +45,8 @@ DEV = 7
 TRAINING, EVALUATION, LIKELIHOOD = 0, 1, 77
 RETRY = 1 << 16  # keeps the attempts of a member apart from the members
 SWEEP, SAMPLE, TEST, GREEDY = range(4)
+
+
+def sampling_seed(entropy: Sequence[int]) -> int:
+    """One number for a sampler, a pure function of such a list."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

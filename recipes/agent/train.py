@@ -34,7 +34,7 @@ from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.agent.shop import ITEMS, SHOP
-from recipes.warm_start import seeds_of, shared_settings, warm_start
+from recipes.warm_start import seeds_of, shared_settings, torch_backend, warm_start
 from rl import train
 from supervised.data import ConversationFileBuilder
 
@@ -55,9 +55,7 @@ class Config:
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL")
     log_path: str = log_path_field("runs/agent", "folder of the runs and the picture")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with existing run folders")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
 
 def demonstration(rng: np.random.Generator) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
 from recipes.algorithms.variants import DRAWN, GAP, VARIANTS
 from recipes.labels import folder_name
-from recipes.warm_start import preset, seeds_of, warm_start
+from recipes.warm_start import preset, seeds_of, torch_backend, warm_start
 from rl import train
 
 CORRECT, SAMPLED = "test/env/all/correct", ("env/all/total_ac_tokens", "train/refill_tokens")
@@ -61,9 +61,7 @@ class Config:
     num_steps: int = chz.field(default=150, validator=COUNT, doc="steps of RL, 32 problems by 8 rollouts each")
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="at the first step; falls to 0")
     log_path: str = log_path_field("runs/beside_grpo", "folder of the runs")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
 
 def stages_of(config: Config, seed: int) -> list[Stage]:

@@ -29,7 +29,7 @@ from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.plots import compare_runs
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
-from recipes.warm_start import preset, warm_start
+from recipes.warm_start import preset, torch_backend, warm_start
 from rl import train
 from rl.algorithms import ALGORITHMS
 from rl.types import RLDatasetBuilder
@@ -52,9 +52,7 @@ class Config:
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at the first step; falls to 0")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the data and the sampling")
     log_path: str = log_path_field("runs/algorithms", "folder of the runs, one for each preset")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
 
 def rl_config(config: Config, algorithm: str, start: Stage, env: RLDatasetBuilder) -> train.Config:

@@ -29,6 +29,7 @@ from supervised.rows import read_rows
 Vote = Literal["first", "tie", "second"]
 SHARED_FIELDS = ("original", "prompt", "goal")
 Z_95 = 1.959964
+STORIES_AT_ONCE = 64
 
 
 # --- the two files ------------------------------------------------------------------------------
@@ -114,14 +115,12 @@ class Votes:
         return hashlib.sha256(question.encode()).hexdigest()[:32]
 
 
-async def collect_votes(
-    contests: Sequence[Contest], votes: Votes, num_judges: int, stories_at_once: int = 64
-) -> list[list[Vote | JudgeError]]:
+async def collect_votes(contests: Sequence[Contest], votes: Votes, num_judges: int) -> list[list[Vote | JudgeError]]:
     """`num_judges` votes on each story; a JudgeError in place of a failed vote."""
     collected: list[list[Vote | JudgeError]] = []
     with TrainingProgress(len(contests), description="judging") as progress:
-        for start in range(0, len(contests), stories_at_once):
-            batch = list(enumerate(contests))[start : start + stories_at_once]
+        for start in range(0, len(contests), STORIES_AT_ONCE):
+            batch = list(enumerate(contests))[start : start + STORIES_AT_ONCE]
             coroutines = [votes(contest, story, vote) for story, contest in batch for vote in range(num_judges)]
             answers = await asyncio.gather(*coroutines, return_exceptions=True)
             for answer in answers:
@@ -187,8 +186,9 @@ def verdict(collected: Sequence[Sequence[Vote | JudgeError]], votes: Votes) -> V
     )
 
 
-def wilson_interval(share: float, n: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """Wilson's score interval (1927) of a share of n, at 95%."""
+    z = Z_95
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * float(np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -6,7 +6,7 @@ A row is graph, path, EOS. Prefixes end at "=" or later and pairs are at least t
 on the path alone, as the BST is.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,30 +41,11 @@ def task_name(graph: StarGraph) -> str:
     return f"{graph.name} N={graph.num_nodes}"
 
 
-@dataclass(frozen=True)
 class StarGraphSource:
-    batches: Batches
-    loss_on: Literal["all", "path"] = "all"
-
-    @property
-    def graph(self) -> StarGraph:
-        return self.batches.graph
-
-    @property
-    def vocab_size(self) -> int:
-        return self.graph.vocab_size
-
-    @property
-    def eos_id(self) -> int:
-        return self.graph.eos
-
-    @property
-    def task(self) -> str:
-        return task_name(self.graph)
-
-    @property
-    def context_length(self) -> int:
-        return self.graph.prefix_length - 1
+    def __init__(self, batches: Batches, loss_on: Literal["all", "path"]):
+        self.batches, self.graph, self.loss_on = batches, batches.graph, loss_on
+        self.vocab_size, self.eos_id, self.task = self.graph.vocab_size, self.graph.eos, task_name(self.graph)
+        self.context_length = self.graph.prefix_length - 1
 
     def get_batch(self, step: int) -> TokenBatch:
         epoch, index = divmod(step, len(self.batches))

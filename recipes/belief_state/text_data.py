@@ -197,10 +197,8 @@ class TextData:
     def texts(self) -> tuple[list[str], list[str]]:
         """Training and held-out documents; no text is in both."""
         if self.source == "stories":
-            train, test = (
-                stories.generate(self.num_stories, self.seed),
-                stories.generate(self.test_size, self.seed + 1_000_003),
-            )
+            train = stories.generate(self.num_stories, self.seed)
+            test = stories.generate(self.test_size, self.seed + 1_000_003)
         else:
             train, test = self._read(self.source, self.split), self._held_out_texts()
             if not test:

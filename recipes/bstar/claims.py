@@ -19,8 +19,8 @@ from posttrain.backend.errors import DataError
 from posttrain.tracking.command_line import run_on_folders
 from recipes.bstar.methods import METHODS
 from recipes.bstar.pictures import samples_of, value
-from recipes.bstar.records import Summary, read_summaries
-from recipes.bstar.report import method_folders
+from recipes.bstar.records import Summary
+from recipes.bstar.report import read_methods
 from recipes.intervals import mean_and_margin
 
 NOISE = 0.02
@@ -28,7 +28,7 @@ NOISE = 0.02
 
 def read_rounds(run: Path) -> dict[str, list[Summary]]:
     """The rounds of all methods, B-STaR's first. DataError if it or all fixed online runs are missing."""
-    rounds = {name: read_summaries(folder) for name, folder in method_folders(run).items()}
+    rounds = read_methods(run)
     if "bstar" not in rounds or not fixed_online(rounds):
         raise DataError(f"{run}: needs bstar and an online method with fixed settings")
     if short := [name for name, summaries in rounds.items() if len(summaries) < 3]:

@@ -18,15 +18,15 @@ from posttrain.tracking.figures import save_figure
 from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.pages import figure_html, html_page, table
 from recipes.bstar.pictures import as_svg, draw_comparison, test_keys, value
-from recipes.bstar.records import Summary, read_summaries
-from recipes.bstar.report import STYLE, method_folders
+from recipes.bstar.records import Summary
+from recipes.bstar.report import STYLE, read_methods
 
 Runs = dict[str, list[list[Summary]]]  # method -> seed -> rounds
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[Runs, list[str]]:
     """Methods and rounds that all folders have, and notes on the rest. DataError if none."""
-    runs = [{name: read_summaries(folder) for name, folder in method_folders(run).items()} for run in folders]
+    runs = [read_methods(run) for run in folders]
     shared = [name for name in runs[0] if all(name in methods for methods in runs)]
     rest = sorted({name for methods in runs for name in methods} - set(shared))
     if not shared:
@@ -56,12 +56,12 @@ def _cell(summaries: Sequence[Summary], key: str) -> str:
     )
 
 
-def gains(runs: Mapping[str, Sequence[Sequence[Summary]]], key: str = "test/pass@1") -> dict[str, tuple[float, float]]:
-    """Method -> mean gain in the first half of the rounds, and in the second."""
+def gains(runs: Mapping[str, Sequence[Sequence[Summary]]]) -> dict[str, tuple[float, float]]:
+    """Method -> mean gain in P@1 in the first half of the rounds, and in the second."""
     gained = {}
     for method, seeds in runs.items():
         first_S, half_S, last_S = (
-            np.array([value(run[place], key) for run in seeds]) for place in (0, (len(seeds[0]) - 1) // 2, -1)
+            np.array([value(run[place], "test/pass@1") for run in seeds]) for place in (0, (len(seeds[0]) - 1) // 2, -1)
         )
         gained[method] = (float((half_S - first_S).mean()), float((last_S - half_S).mean()))
     return gained

@@ -49,32 +49,26 @@ def write_questions(run: Path, task: Task) -> None:
     write_jsonl(run / QUESTIONS, lines)
 
 
-def method_folders(run: Path) -> dict[str, Path]:
-    """Folders of methods with a finished round 1, in the order of METHODS. DataError if none."""
-    files = sorted(run.glob("*/round_*/summary.json"))
-    folders = {file.parent.parent.name: file.parent.parent for file in files if file.parent.name != "round_00"}
-    if not folders:
+def read_methods(run: Path) -> dict[str, list[Summary]]:
+    """The rounds of each method with a finished round 1, in the order of METHODS. DataError if none."""
+    files = run.glob("*/round_*/summary.json")
+    names = {file.parent.parent.name for file in files if file.parent.name != "round_00"}
+    if not names:
         raise DataError(f"{run}: no method there has finished a round; a run folder has METHOD/round_01/summary.json")
-    order = list(METHODS)
-    return dict(
-        sorted(folders.items(), key=lambda item: (order.index(item[0]) if item[0] in order else len(order), item[0]))
-    )
+    order = [*METHODS, *sorted(names - METHODS.keys())]
+    return {name: read_summaries(run / name) for name in order if name in names}
 
 
 def write_report(run: Path) -> Path:
     """Writes report.html into the run folder and returns its path."""
-    folders = method_folders(run)
-    summaries = {name: read_summaries(folder) for name, folder in folders.items()}
-    settings = _settings(run, next(iter(folders)))
-    body = [
-        _overview(summaries),
-        *(_method(name, folder, summaries[name], settings) for name, folder in folders.items()),
-    ]
+    summaries = read_methods(run)
+    settings = _settings(run, next(iter(summaries)))
+    body = [_overview(summaries), *(_method(run / name, rounds, settings) for name, rounds in summaries.items())]
     shown = ("model_name", "samples", "steps", "batch_size", "n_star", "seed")
     facts = [f"{key} {settings[key]}" for key in shown if key in settings]
     facts += [settings["task"]["class"].partition(":")[2]] if "task" in settings else []
     page = run / "report.html"
-    links = {f"#{name}": name for name in folders}
+    links = {f"#{name}": name for name in summaries}
     write_atomically(page, html_page(f"B-STaR: {run.resolve().name}", facts, links, "".join(body), STYLE))
     return page
 
@@ -114,10 +108,11 @@ def _overview(summaries: Mapping[str, Sequence[Summary]]) -> str:
 # --- one method ---------------------------------------------------------------------------------
 
 
-def _method(name: str, folder: Path, summaries: Sequence[Summary], settings: Mapping) -> str:
+def _method(folder: Path, summaries: Sequence[Summary], settings: Mapping) -> str:
     choices = {n: read_choice(_round(folder, n) / "choice.json") for n in (summary.round for summary in summaries) if n}
     surfaces: dict[int, Choice] = {number: choice for number, choice in choices.items() if choice.surface}
-    parts = [f'<section id="{escape(name)}"><h2>{escape(name)}</h2>', _rounds_tables(summaries)]
+    name = escape(folder.name)
+    parts = [f'<section id="{name}"><h2>{name}</h2>', _rounds_tables(summaries)]
     parts.append(figure_html(as_svg(draw_panels(panels(summaries))), "Metrics by round."))
     if surfaces:
         caption = (

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from recipes.bstar.metrics import auc, model_part
 from recipes.bstar.pictures import samples_of, value
-from recipes.bstar.records import Summary, read_candidates, read_summaries
-from recipes.bstar.report import method_folders
+from recipes.bstar.records import Summary, read_candidates
+from recipes.bstar.report import read_methods
 from recipes.bstar.sums import sum_of
 from recipes.bstar.tasks import Task
 
 
 def final_numbers(run: Path, task: Task) -> dict[str, float]:
-    rounds = {name: read_summaries(folder) for name, folder in method_folders(run).items()}
+    rounds = read_methods(run)
     start = next(iter(rounds.values()))[0]
     wide = [f"pass@{samples_of([start])}-{distinct}" for distinct in (4, 8)]
     tests = {key: f"test/{key}" for key in ("greedy", "pass@1", *wide, "diversity")}

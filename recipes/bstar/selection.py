@@ -9,7 +9,7 @@ against the quota. Ties are broken by a hash of the text, so the order of candid
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.errors import DataError
 from recipes.bstar.balance import Counts
 from recipes.bstar.records import Candidate, Selected
 
@@ -29,8 +29,6 @@ def select(
     `human`: id -> human solution, which competes with the candidates. `quota` overrides
     `target_size`. DataError for candidates without a reward or of other queries.
     """
-    if target_size < 1 or (quota is not None and quota < 1):
-        raise ConfigError(f"target_size={target_size} and quota={quota}: at least 1")
     human = human or {}
     pool: dict[str, dict[str, Selected]] = {query: {} for query in queries}
     for query, text in human.items():

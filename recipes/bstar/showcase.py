@@ -38,10 +38,8 @@ def _query(
     taken: set[tuple[str, int | None]],
     form: StepFormat,
 ) -> str:
-    right, chosen = (
-        sum(candidate.correct for candidate in group),
-        sum((query, candidate.sample) in taken for candidate in group),
-    )
+    right = sum(candidate.correct for candidate in group)
+    chosen = sum((query, candidate.sample) in taken for candidate in group)
     facts = f"{right} of {len(group)} right, {chosen} selected"
     cards = "".join(_card(why, candidate, form) for why, candidate in _examples(group, taken).items())
     question = f"<p>{escape(str(text.get('question', '')))[:SHOWN_CHARS]}</p>" if text else ""

@@ -1,6 +1,5 @@
 """A teacher's answers to training questions, as conversations to imitate: a stage that writes JSONL."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message
-from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.jsonl import write_jsonl
 from posttrain.tracking.stages import Stage
 from recipes.distillation.teacher import Config
 
@@ -27,7 +26,7 @@ async def _write(config: Config, path: Path, teacher: Stage, number: int, contex
     problems = ArithmeticTask(num_digits=2).draw(number, [config.seed, 0])
     lines = await _answers(config, str(teacher.result), problems, context)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps({"messages": line}) + "\n" for line in lines).encode())
+    write_jsonl(path, ({"messages": line} for line in lines))
 
 
 async def _answers(config: Config, teacher: str, problems: list[Problem], context: str | None) -> list[list[Message]]:

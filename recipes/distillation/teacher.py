@@ -15,7 +15,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage
-from recipes.warm_start import warm_start
+from recipes.warm_start import torch_backend, warm_start
 from rl.evaluators import RLTestSetEvaluator
 from rl.types import RLDatasetBuilder
 
@@ -29,9 +29,7 @@ class Config:
     teacher_steps: int = chz.field(default=600, validator=COUNT, doc="supervised steps of the teacher, 128 sums each")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the student's weights, the data and the sampling")
     log_path: str = log_path_field("runs/distillation", "folder of the stages; the recipes share the teacher")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
 
 def teacher_stage(config: Config) -> Stage:

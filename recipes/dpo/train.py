@@ -34,7 +34,7 @@ from preference import train_dpo
 from preference.losses import DPO, RPO
 from recipes.dpo.letters import RandomOrderBuilder, SortedPreferredBuilder
 from recipes.results import write_results
-from recipes.warm_start import shared_settings, warm_start
+from recipes.warm_start import shared_settings, torch_backend, warm_start
 
 RENDERER = "plain"
 
@@ -55,9 +55,7 @@ class Config:
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the model, the questions and their order")
     log_path: str = log_path_field("runs/dpo_recipe", "folder of the runs: warm_start, dpo and rpo")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with existing run folders")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains"
-    )
+    backend: BackendConfig = torch_backend("how this machine trains")
 
 
 def stages_of(config: Config) -> list[Stage]:

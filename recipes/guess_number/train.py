@@ -23,7 +23,7 @@ from posttrain.backend.learning_rate import LRSchedule
 from posttrain.backend.ranges import LEARNING_RATE, NON_NEGATIVE, WHOLE
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.run_config import log_path_field
-from recipes.warm_start import warm_started
+from recipes.warm_start import torch_backend, warm_started
 from rl import train
 from rl.types import RLDatasetBuilder
 
@@ -48,9 +48,7 @@ class Config(train.Config):
         default=50, validator=WHOLE, doc="checkpoint after every this many steps, and at the end"
     )
     log_path: str = log_path_field("runs/guess_number", "the run folder; the warm start's is beside it")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
 
 def examples(config: Config) -> GuessNumberExamplesBuilder:

@@ -16,10 +16,9 @@ from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import COUNT
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.turns import decode, encode
-from posttrain.renderers.types import Message, Renderer
+from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.tracking.datasets import ListDataset
 from recipes.latro.tasks import Task, TaskBuilder
-from rl.truncation import stop_strings, tokens_before_stop
 from rl.types import Action, Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
 
 
@@ -32,6 +31,28 @@ def answer_tokens(renderer: Renderer, answer: str) -> list[int]:
     """The answer and the end of the message, as tokens that follow the rationale."""
     end = renderer.get_stop_sequences()[0]
     return encode(renderer.tokenizer, answer) + (encode(renderer.tokenizer, end) if isinstance(end, str) else [end])
+
+
+def tokens_before_stop(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str]) -> tuple[int, bool]:
+    """Number of `tokens` wholly before the earliest stop string, and whether there is one; all of
+    them if not. Special tokens are stops by name, e.g. "<|endoftext|>"."""
+    text = decode(tokenizer, tokens)
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    if not places:
+        return len(tokens), False
+    before, length = text[: min(places)], len(tokens)
+    # few steps: the sampler stops right after a stop
+    while not before.startswith(decode(tokenizer, tokens[:length])):
+        length -= 1
+    return length, True
+
+
+def stop_strings(renderer: Renderer, stop_seqs: Sequence[str] = (), pad: bool = True) -> list[str]:
+    """`stop_seqs`, the end of a message, EOS and, with `pad`, the padding token: distinct strings."""
+    tokenizer = renderer.tokenizer
+    ends = [stop if isinstance(stop, str) else decode(tokenizer, [stop]) for stop in renderer.get_stop_sequences()]
+    special = [tokenizer.eos_token, tokenizer.pad_token if pad else None]
+    return list(dict.fromkeys([*stop_seqs, *ends, *(str(token) for token in special if token)]))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import LoraConfig
 from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Renderer
 from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import RunFolder
@@ -67,7 +68,7 @@ class Evaluation:
 
     async def __call__(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
         """Metrics of `checkpoint`; None is the model without one."""
-        renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
+        renderer = self._renderer()
         with ServiceClient(self.backend) as service:
             client = self._client(service, checkpoint)
             sampler = client.save_weights_and_get_sampling_client()
@@ -83,7 +84,7 @@ class Evaluation:
 
     async def best_of(self, checkpoints: dict[int, str | Path | None], tasks: list[Task]) -> Best:
         """The checkpoint (by step) with the highest greedy accuracy; ties go to the latest."""
-        renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
+        renderer = self._renderer()
         dataset = ListDataset(responses(self.env.groups(tasks, renderer)), 64, shuffle=False)
         evaluator = RLTestSetEvaluator(dataset, self.env.response_length, seed=self.seed)
         results = []
@@ -96,7 +97,7 @@ class Evaluation:
 
     async def diagnose(self, checkpoint: str | Path | None, tasks: list[Task]) -> Metrics:
         """log p(y|x) against log p(y|x, gold rationale), without sampling."""
-        renderer = get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
+        renderer = self._renderer()
         pairs = [
             (example(renderer, task, "", answer_only=True), example(renderer, task, task.solution, answer_only=True))
             for task in tasks
@@ -113,6 +114,9 @@ class Evaluation:
             without = float(np.mean(await answer_logprobs(client, [bare for bare, _ in pairs])))
             with_gold = float(np.mean(await answer_logprobs(client, [full for _, full in pairs])))
         return {"without_rationale": without, "with_gold_rationale": with_gold, "difference": with_gold - without}
+
+    def _renderer(self) -> Renderer:
+        return get_renderer(self.renderer_name, load_tokenizer(self.model_name, self.backend.max_length))
 
     def _client(self, service: ServiceClient, checkpoint: str | Path | None) -> TrainingClient:
         lora = LoraConfig(rank=self.lora_rank, seed=self.seed) if self.lora_rank else None

@@ -28,11 +28,8 @@ def targets(builder: TaskBuilder, tasks: Sequence[Task], target: Target) -> list
 
 def example(renderer: Renderer, task: Task, rationale: str, answer_only: bool = False) -> Datum:
     """Weight 1 on everything after the question, or on the answer only."""
-    context, thought, answer = (
-        prompt_tokens(renderer, task),
-        encode(renderer.tokenizer, rationale),
-        answer_tokens(renderer, task.answer),
-    )
+    context, thought = prompt_tokens(renderer, task), encode(renderer.tokenizer, rationale)
+    answer = answer_tokens(renderer, task.answer)
     return answer_datum([*context, *thought], answer) if answer_only else answer_datum(context, [*thought, *answer])
 
 

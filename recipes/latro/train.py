@@ -43,7 +43,7 @@ from posttrain.tracking.run_folder import BehaviorIfExists, RunFolder
 from posttrain.tracking.settings import read_settings
 from posttrain.tracking.stages import Stage, run_stages
 from recipes.latro.env import LatentRationales, VerifiedResponses
-from recipes.latro.evaluation import Evaluation, best_so_far
+from recipes.latro.evaluation import Best, Evaluation, best_so_far
 from recipes.latro.examples import TaskExamples
 from recipes.latro.sizes import Sizes, derive_sizes, estimated_minutes
 from recipes.latro.tasks import Task, TaskBuilder
@@ -184,10 +184,12 @@ def method_stage(config: Config, needs: Sequence[Stage] = ()) -> Stage:
 
 
 async def run_method(config: Config, sizes: Sizes, held_out: list[Task], begin: str | None) -> None:
-    method, evaluate = sft if config.method == "sft" else reinforced, evaluation(config)
-    best = await method(config, sizes, begin)
+    train, evaluate = sft if config.method == "sft" else reinforced, evaluation(config)
+    best = await train(config, sizes, begin)
+    after = str(best.path) if best.path else begin
+    print(f"best on the validation split: {best.value:.3f} after update {best.step}: {after}")
     last = config.folder(config.method) / "checkpoints" / "final"
-    weights = {"before": begin, "after": best, "last": last}
+    weights = {"before": begin, "after": after, "last": last}
     summary = {name: await evaluate(path, held_out) for name, path in weights.items()}
     write_atomically(config.folder(config.method) / "summary.json", json.dumps(summary, indent=2) + "\n")
 
@@ -318,16 +320,15 @@ def rl_config(config: Config, sizes: Sizes, begin: str | None) -> rl_train.Confi
     )
 
 
-async def reinforced(config: Config, sizes: Sizes, begin: str | None) -> str | None:
+async def reinforced(config: Config, sizes: Sizes, begin: str | None) -> Best:
     """Trains; returns the best checkpoint on the validation split."""
     await rl_train.main(rl_config(config, sizes, begin))
     best = best_so_far(config.folder(config.method))
     assert best is not None
-    print(f"best on the validation split: {best.value:.3f} after update {best.step}: {best.path or begin}")
-    return str(best.path) if best.path else begin
+    return best
 
 
-async def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
+async def sft(config: Config, sizes: Sizes, begin: str | None) -> Best:
     """The baseline: the same number of updates and of sequences per update, on the answers with or
     without the gold rationale. Returns the best checkpoint on the validation split.
     """
@@ -348,9 +349,7 @@ async def sft(config: Config, sizes: Sizes, begin: str | None) -> str | None:
     )
     await supervised_train.main(settings)
     checkpoints = {record.step: record.path for record in RunFolder(config.folder("sft")).list_checkpoints()}
-    best = await evaluation(config).best_of({0: begin, **checkpoints}, config.dataset.split()[1])
-    print(f"best on the validation split: {best.value:.3f} after update {best.step}: {best.path or begin}")
-    return str(best.path) if best.path else begin
+    return await evaluation(config).best_of({0: begin, **checkpoints}, config.dataset.split()[1])
 
 
 def evaluation(config: Config) -> Evaluation:

@@ -2,7 +2,6 @@
 (preference/prm_labels.py).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SamplingParams
-from posttrain.tracking.jsonl import as_dataclass, read_jsonl, write_atomically
+from posttrain.tracking.jsonl import as_dataclass, read_jsonl, write_jsonl
 from posttrain.tracking.stages import Stage
 from preference.prm_labels import LabelConfig, label_solutions
 from preference.solutions import GradedProblem, Solution, sample_solutions
@@ -34,8 +33,7 @@ def solutions_stage(
         with ServiceClient(backend) as service:
             client = service.create_sampling_client(str(policy.result))
             solutions_P_G = await sample_solutions(client, problems_P, number, params)
-        lines = (json.dumps({"solutions": [asdict(solution) for solution in group]}) + "\n" for group in solutions_P_G)
-        write_atomically(file, "".join(lines))
+        write_jsonl(file, ({"solutions": [asdict(solution) for solution in group]} for group in solutions_P_G))
 
     return Stage(file.stem, file, {**settings, "number": number, "params": params}, make, [policy])
 

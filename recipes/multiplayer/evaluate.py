@@ -24,6 +24,7 @@ from posttrain.backend.ranges import COUNT, SEED, TEMPERATURE
 from posttrain.backend.service_client import ServiceClient
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
+from recipes.warm_start import torch_backend
 from rl.evaluators import RLTestSetEvaluator
 from rl.types import Metrics
 
@@ -44,9 +45,7 @@ class Config:
         doc="the game, as in training",
     )
     renderer_name: str | None = chz.field(default="plain", doc="as in training")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine samples"
-    )
+    backend: BackendConfig = torch_backend("how this machine samples")
 
 
 async def evaluate(config: Config) -> dict[str, Metrics]:

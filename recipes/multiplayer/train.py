@@ -34,7 +34,7 @@ from posttrain.tracking.command_line import run_command
 from posttrain.tracking.datasets import DrawnDataset
 from posttrain.tracking.run_config import log_path_field
 from recipes.multiplayer.model import random_game, save_model
-from recipes.warm_start import warm_started
+from recipes.warm_start import torch_backend, warm_started
 from rl import train
 from rl.advantages import AdvantageEstimator, SeatMean
 from rl.kl import KLPenalty
@@ -106,9 +106,8 @@ class Config(train.Config):
     save_every: int = chz.field(
         default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end"
     )
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"),
-        doc="how this machine trains and samples; the README's results use the torch sampler",
+    backend: BackendConfig = torch_backend(
+        "how this machine trains and samples; the README's results use the torch sampler"
     )
     log_path: str = log_path_field("runs/multiplayer", "the run folder; the warm start's and the model's are beside it")
 

@@ -53,7 +53,7 @@ from recipes.libraries.labelled_solutions import labels_stage, read_solutions, s
 from recipes.prm.evaluation import evaluate, label_noise
 from recipes.prm.picture import draw
 from recipes.results import write_results
-from recipes.warm_start import shared_settings, warm_start
+from recipes.warm_start import shared_settings, torch_backend, warm_start
 from rl import train as rl_train
 
 STAGES = ("warm_start", "completer", "solutions", "labels", "prm", "evaluate")
@@ -92,9 +92,7 @@ class Config:
     rl_steps: int = chz.field(default=30, validator=COUNT, doc="steps of each run of the stage rl")
     best_of: int = chz.field(default=8, validator=COUNT, doc="solutions of each held-out chain to choose from")
     log_path: str = log_path_field("runs/prm")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine runs models"
-    )
+    backend: BackendConfig = torch_backend("how this machine runs models")
 
     @property
     def folder(self) -> Path:
@@ -119,10 +117,8 @@ def stages_of(config: Config) -> list[Stage]:
     completer = warm_start(config, chains, folder / "completer", "completer", [policy], **stop, **imitation)
 
     problems, test_problems = _envs(config, config.chains()), _envs(config, config.task.test_chains())
-    params, settings = (
-        SamplingParams(config.max_tokens, seed=1000 * config.seed + 1),
-        {"num_problems": config.num_problems},
-    )
+    params = SamplingParams(config.max_tokens, seed=1000 * config.seed + 1)
+    settings = {"num_problems": config.num_problems}
     file, number = folder / "solutions.jsonl", config.solutions_per_problem
     solutions = solutions_stage(file, policy, problems, number, params, settings, config.backend)
     labelling = LabelConfig(

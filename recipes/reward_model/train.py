@@ -33,10 +33,9 @@ from preference import train_reward_model
 from preference.bradley_terry import BradleyTerryJudgeBuilder, PreferencePairsBuilder, ScalarModelBuilder
 from preference.label_model import LabelExamplesBuilder, LabelModelBuilder
 from preference.names import DATASETS
-from preference.reward_data import RewardExamplesBuilder
 from preference.reward_evaluation import Evaluation, evaluate_judge, length_baseline, plot_reliability
 from preference.reward_types import JudgeBuilder
-from preference.types import ComparisonDatasetBuilder, LabeledComparison
+from preference.types import ComparisonDatasetBuilder
 from recipes.results import write_results
 
 
@@ -95,12 +94,6 @@ def saved_judge(config: Config, kind: str) -> JudgeBuilder:
     return LabelModelBuilder(path=path, both_orders=False, backend=config.backend)
 
 
-def held_out(config: Config, dataset: RewardExamplesBuilder) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
-    return dataset.load(
-        get_renderer(config.renderer_name, load_tokenizer(config.model_name, config.backend.max_length))
-    )
-
-
 async def main(config: Config) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -110,6 +103,7 @@ async def main(config: Config) -> None:
         raise ConfigError(
             f"kinds={config.kinds}: {', '.join(unknown)} is unknown; choose from {', '.join(LEARNING_RATES)}"
         )
+    tokenizer = load_tokenizer(config.model_name, config.backend.max_length)
     table = Table(
         "", "accuracy", "always the longer*", "chance", "ECE", "both orders agree", "held out", title=config.log_path
     )
@@ -118,9 +112,8 @@ async def main(config: Config) -> None:
     for kind in kinds:
         run = training(config, kind)
         await train_reward_model.main(run)
-        train_D, test_D = held_out(config, run.dataset)
-        judge = saved_judge(config, kind)(load_tokenizer(config.model_name, config.backend.max_length))
-        evaluations[kind] = await evaluate_judge(judge, test_D)
+        train_D, test_D = run.dataset.load(get_renderer(config.renderer_name, tokenizer))
+        evaluations[kind] = await evaluate_judge(saved_judge(config, kind)(tokenizer), test_D)
         m = evaluations[kind].metrics()
         baseline = length_baseline(train_D, test_D)
         results |= {f"{kind}/{name}": value for name, value in m.items()} | {f"{kind}/always_longer": baseline}

@@ -21,7 +21,6 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.jsonl import write_jsonl
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, chosen, run_stages, training_stage
 from preference import train_reward_model
@@ -46,7 +45,7 @@ from preference.bradley_terry import PreferencePairsBuilder, ScalarModelBuilder
 from preference.comparisons import LabeledBuilder
 from preference.types import Comparison
 from recipes.rlhf.curve import plot_curve
-from recipes.warm_start import shared_settings, warm_start
+from recipes.warm_start import shared_settings, torch_backend, warm_start
 from rl import train as rl_train
 from rl.kl import KLPenalty
 
@@ -73,9 +72,7 @@ class Config:
         default=64, validator=COUNT, doc="maximum tokens of a note; the SFT policy writes up to 40"
     )
     log_path: str = log_path_field("runs/rlhf", "folder of the stages")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
     @property
     def folder(self) -> Path:
@@ -101,7 +98,7 @@ def comparisons(config: Config, policy: Path, file: Path) -> None:
         | {"completion_B": labeled.comparison.completion_B, "label": labeled.label}
         for labeled in labeled_D
     ]
-    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(file, rows)
 
 
 def curve(runs: dict[str, Path], file: Path) -> None:

@@ -35,7 +35,7 @@ from posttrain.tracking.run_folder import BehaviorIfExists
 from preference.judges import ShorterJudgeBuilder
 from preference.win_rate import WinRateEvaluator
 from recipes.results import write_results
-from recipes.warm_start import warm_started
+from recipes.warm_start import torch_backend, warm_started
 from rl import train
 from rl.types import Metrics, RLDatasetBuilder
 
@@ -63,9 +63,7 @@ class Config(train.Config):
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
         default="delete", doc="what to do with the last run's folders"
     )
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
 
 async def compare(config: Config, trained: str, reference: str) -> Metrics:

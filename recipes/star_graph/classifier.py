@@ -40,14 +40,7 @@ class BeliefStateTrunk(nn.Module):
     def __init__(self, model: BeliefState):
         super().__init__()
         self.model = model
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.model.config.hidden
+        self.vocab_size, self.hidden_size = model.config.vocab_size, model.config.hidden
 
     def read(self, tokens_B_T: torch.Tensor, cache: KVCache | None = None) -> tuple[torch.Tensor, KVCache]:
         cache = list(cache or [])

@@ -31,7 +31,7 @@ from posttrain.backend.models import load_model
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.jsonl import write_atomically
+from posttrain.tracking.jsonl import write_jsonl
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run import Metrics, Run
 from posttrain.tracking.run_config import RunConfig, log_path_field
@@ -112,12 +112,6 @@ class Config(RunConfig):
         default=250, validator=COUNT, doc="checkpoint after every this many steps, and at the end"
     )
     log_path: str = log_path_field("runs/star_graph_guided")
-
-    @chz.validate
-    def _check(self) -> None:
-        for kl_coef in self.kl_coefs:
-            # validates before training
-            chz.replace(self.guidance, kl_coef=kl_coef)
 
 
 async def main(config: Config) -> list[Row]:
@@ -283,16 +277,13 @@ def _write_method_folders(config: Config, run: RunFolder) -> None:
     for method, name in FOLDERS.items():
         lines = []
         for record in read_metrics(run.path):
-            accuracy = {
-                key.replace(f"{method}/", "test/"): value
-                for key, value in record.items()
-                if key.startswith(f"{method}/")
-            }
+            accuracy = {key: value for key, value in record.items() if key.startswith(f"{method}/")}
             if accuracy:
-                lines.append(json.dumps({"step": record["step"], **accuracy}) + "\n")
+                renamed = {key.replace(f"{method}/", "test/"): value for key, value in accuracy.items()}
+                lines.append({"step": record["step"], **renamed})
         folder = Path(config.log_path) / name
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "metrics.jsonl", "".join(lines))
+        write_jsonl(folder / "metrics.jsonl", lines)
 
 
 if __name__ == "__main__":

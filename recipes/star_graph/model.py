@@ -2,8 +2,10 @@
 numeral tokenizer, as a Hugging Face folder. Its config records the graphs' size.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
@@ -16,31 +18,23 @@ from posttrain.backend.random_state import drawn_from
 from posttrain.tracking.stages import Stage, run_stages
 
 INIT_STD = 0.08  # with GPT-2's 0.02 a narrow model takes several times as long to learn look-ups
+SIZES = {"num_layers": 2, "num_heads": 4, "hidden": 64}
 
 
-async def make_model(
-    graph: StarGraph, path: str | Path, seed: int = 0, num_layers: int = 2, num_heads: int = 4, hidden: int = 64
-) -> Path:
+async def make_model(graph: StarGraph, path: str | Path, seed: int = 0, **sizes: int) -> Path:
     """Writes the folder, unless it exists with the same settings, and returns its path."""
-    stage = model_stage(graph, Path(path), seed, num_layers, num_heads, hidden)
+    stage = model_stage(graph, Path(path), seed, sizes)
     await run_stages([stage])
     return stage.path
 
 
-def model_stage(
-    graph: StarGraph,
-    path: Path,
-    seed: int,
-    num_layers: int = 2,
-    num_heads: int = 4,
-    hidden: int = 64,
-    name: str = "model",
-) -> Stage:
-    settings = {"graph": graph, "seed": seed, "num_layers": num_layers, "num_heads": num_heads, "hidden": hidden}
-    return Stage(name, path, settings, partial(_write_model, graph, path, seed, num_layers, num_heads, hidden))
+def model_stage(graph: StarGraph, path: Path, seed: int, sizes: Mapping[str, int] = {}, name: str = "model") -> Stage:
+    """`sizes`: those that are not SIZES."""
+    settings: dict[str, Any] = {"graph": graph, "seed": seed, **SIZES, **sizes}
+    return Stage(name, path, settings, partial(_write_model, path=path, **settings))
 
 
-def _write_model(graph: StarGraph, path: Path, seed: int, num_layers: int, num_heads: int, hidden: int) -> None:
+def _write_model(path: Path, graph: StarGraph, seed: int, num_layers: int, num_heads: int, hidden: int) -> None:
     config = GPT2Config(
         vocab_size=graph.vocab_size,
         n_positions=graph.length + 1,

@@ -35,6 +35,7 @@ from preference.types import ComparisonDatasetBuilder
 from recipes.star_graph.evaluation import AccuracyEvaluator
 from recipes.star_graph.model import check_model
 from recipes.star_graph.rollouts import collect_pairs, read_pairs
+from recipes.warm_start import torch_backend
 
 
 @chz.chz
@@ -58,9 +59,7 @@ class Config(train_dpo.Config):
         default=25, validator=WHOLE, doc="accuracy on held-out graphs before every this many steps, and at the end"
     )
     log_path: str = log_path_field("runs/star_graph_dpo")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
 
 async def main(config: Config) -> train_dpo.Metrics:

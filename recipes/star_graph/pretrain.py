@@ -33,6 +33,7 @@ from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import open_run_folder
 from recipes.star_graph.evaluation import AccuracyEvaluator
 from recipes.star_graph.model import check_model, make_model
+from recipes.warm_start import torch_backend
 from supervised import train
 from supervised.nll import NLLEvaluator
 from supervised.types import SupervisedDatasetBuilder
@@ -58,9 +59,7 @@ class Config(train.Config):
         default=250, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
     )
     log_path: str = log_path_field("runs/star_graph_gpt")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
 
 async def main(config: Config) -> Metrics:

@@ -5,7 +5,6 @@ Left out: several machines, a GPU per process.
 """
 
 import asyncio
-import json
 import multiprocessing
 import os
 import signal
@@ -18,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 from posttrain.backend.errors import CookbookError
+from posttrain.tracking.jsonl import read_last_records
 from posttrain.tracking.stages import Stage, plan
 
-TAIL = 1 << 16  # bytes of a metrics file's end, for the progress bar
+SHOWN_RECORDS = 100  # of a metrics file's end, for the progress bar
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -167,18 +167,7 @@ class _Display:
 
 def _progress(stage: Stage) -> tuple[int, str]:
     """Steps completed and the last first-hop accuracies, from the end of the metrics file."""
-    path = stage.path / "metrics.jsonl"
-    if not path.exists():
-        return 0, ""
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - TAIL))
-        lines = stream.read().decode(errors="replace").splitlines()
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # a partial line
+    records = read_last_records(stage.path / "metrics.jsonl", SHOWN_RECORDS)
     accuracy = {
         key: value
         for record in records

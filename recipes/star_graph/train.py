@@ -15,18 +15,20 @@ if not __package__:  # run as a file: put the project on the path
 
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import chz
+import numpy as np
 
 from envs.star_graph_data import StarGraphBuilder, StarGraphExamplesBuilder, StarGraphTask, Targets
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, SEED
 from posttrain.tracking.command_line import run_command
+from posttrain.tracking.figures import SHARE, Panel, Records, curves_by_label, draw_panels, save_figure
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.stages import Stage, run_stages, training_stage
@@ -34,7 +36,6 @@ from preference.losses import DPO, RPO, PreferenceLoss
 from recipes.belief_state import star_graph as bst_star_graph
 from recipes.belief_state import train as bst_train
 from recipes.star_graph import guided, preferences, pretrain, reinforce
-from recipes.star_graph.comparison import picture, table
 from recipes.star_graph.model import model_stage
 from recipes.star_graph.side_by_side import run_side_by_side
 from recipes.warm_start import check_seeds
@@ -42,6 +43,10 @@ from rl import train as rl_train
 
 FROM_SCRATCH = ("gpt", "reversed", "teacherless", "bst")
 FROM_GPT = ("reinforce", "rl", "dpo", "rpo", "guided")
+# names of an evaluator, and of rl/
+FIRST_HOP = ("test/first_hop", "test/env/all/first_hop")
+EXACT = ("test/exact", "test/env/all/correct")
+Runs = Mapping[str, Sequence[Records]]  # method -> the metrics of each seed
 
 
 @chz.chz
@@ -247,6 +252,29 @@ def report(config: Config, methods: Sequence[str]) -> None:
     }
     title = f"{graph.name} over {graph.num_nodes} nodes"
     print(f"{text}\npicture: {picture(panels, 1 / graph.num_paths, title, out / 'star_graph.png')}")
+
+
+def table(runs: Runs) -> str:
+    """Accuracy at the end of each method's training: the mean over seeds, and each seed."""
+    lines = [f"{'method':12s} {'steps':>6s}  {'first hop':>9s}  {'whole path':>10s}   first hop of each seed"]
+    hops, paths = curves_by_label(runs, *FIRST_HOP), curves_by_label(runs, *EXACT)
+    for name in runs:
+        hop_S, path_S = ([curve.values_K[-1] for curve in curves[name]] for curves in (hops, paths))
+        each = " ".join(f"{hop:.3f}" for hop in hop_S)
+        lines.append(
+            f"{name:12s} {hops[name][0].steps_K[-1]:6d}  {np.mean(hop_S):9.3f}  {np.mean(path_S):10.3f}   {each}"
+        )
+    return "\n".join(lines)
+
+
+def picture(panels: Mapping[str, Runs], chance: float, title: str, out: Path) -> Path:
+    """A figure with a panel for each entry of `panels`."""
+    drawn = [
+        Panel(f"first-hop accuracy, {name}", curves_by_label(runs, *FIRST_HOP), levels={"chance": chance}, limits=SHARE)
+        for name, runs in panels.items()
+        if runs
+    ]
+    return save_figure(draw_panels(drawn, title), out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_config import log_path_field
 from posttrain.tracking.run_folder import BehaviorIfExists
 from posttrain.tracking.stages import Stage, run_stages, training_stage
-from recipes.warm_start import shared_settings, warm_start
+from recipes.warm_start import shared_settings, torch_backend, warm_start
 from rl import train
 
 EXAMPLES = {SumsBuilder: SumsExamplesBuilder, RetrievalBuilder: RetrievalExamplesBuilder}
@@ -55,9 +55,7 @@ class Config:
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights, the data and the sampling")
     log_path: str = log_path_field("runs/tool_calls", "folder of the four runs and the picture")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(default="ask", doc="what to do with existing run folders")
-    backend: BackendConfig = chz.field(
-        default_factory=lambda: BackendConfig(engine="torch"), doc="how this machine trains and samples"
-    )
+    backend: BackendConfig = torch_backend()
 
 
 def labels_of(config: Config) -> tuple[str, str]:

@@ -50,10 +50,8 @@ def pair_pass(
         b_B_T_H = model.backward_states(tokens_B_T[:, first_j:], packed)
         computed = (f_B_T_H, b_B_T_H, *model.text_head.parts(f_B_T_H, b_B_T_H))
     leaves = [x.detach().to(_at_least_fp32(x)).flatten(0, 1).requires_grad_(backward) for x in computed]
-    f_index_N, b_index_N = (
-        pairs.row_N * f_B_T_H.shape[1] + pairs.i_N - c,
-        pairs.row_N * b_B_T_H.shape[1] + pairs.j_N - first_j,
-    )
+    f_index_N = pairs.row_N * f_B_T_H.shape[1] + pairs.i_N - c
+    b_index_N = pairs.row_N * b_B_T_H.shape[1] + pairs.j_N - first_j
     sums = {name: torch.zeros((), dtype=torch.float64, device=tokens_B_T.device) for name in ("loss_next", "loss_prev")}
     for start in range(0, len(pairs), pairs_per_chunk):
         chunk = slice(start, start + pairs_per_chunk)

@@ -21,6 +21,7 @@ from posttrain.backend.futures import APIFuture, InOrder
 from posttrain.backend.ranges import COUNT
 from posttrain.backend.types import AdamParams, OptimStepResponse, SaveWeightsResponse
 from posttrain.tracking.metrics_log import Metrics
+from posttrain.tracking.seeds import sampling_seed
 from recipes.libraries.belief_state.files import Model, load_state, save_state
 from recipes.libraries.belief_state.losses import Sums, empty_side_losses, next_token_pass, pair_pass
 from recipes.libraries.belief_state.model import BeliefState, NextToken
@@ -240,10 +241,7 @@ class BeliefStateClient:
 
 def row_seeds(seed: Sequence[int], first: int, count: int) -> list[int]:
     """A seed for each row of a batch, independent of the micro-batches."""
-    return [
-        int(np.random.SeedSequence((*seed, row)).generate_state(1, np.uint64)[0] >> 1)
-        for row in range(first, first + count)
-    ]
+    return [sampling_seed((*seed, row)) for row in range(first, first + count)]
 
 
 def check_tokens(batch: TokenBatch, vocab_size: int) -> None:

@@ -62,18 +62,8 @@ class LanguageModelTrunk(torch.nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        return self.model.config.hidden_size
-
-    @property
-    def max_length(self) -> int | None:
-        return getattr(self.model.config, "max_position_embeddings", None)
+        self.vocab_size, self.hidden_size = model.config.vocab_size, model.config.hidden_size
+        self.max_length: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def read(self, tokens_B_T: torch.Tensor, cache: DynamicCache | None = None) -> tuple[torch.Tensor, DynamicCache]:
         cache = DynamicCache(config=self.model.config) if cache is None else self._copy(cache)
