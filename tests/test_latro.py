@@ -459,3 +459,13 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "likelihood/answer_logprob" not in verified
     asyncio.run(train.main(chz.replace(small, method="diagnose")))
     assert "with_gold_rationale" in capsys.readouterr().out
+
+
+# Trap: the best of a run's checkpoints, reported on the questions that chose it, as if on a test set.
+@pytest.mark.parametrize("num_test", [0, 8])
+def test_a_result_without_a_test_set_says_so(num_test: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = train.Config(dataset=ToyBuilder(num_tasks=99, num_test=num_test), log_path=str(tmp_path))
+    (tmp_path / "latro").mkdir()
+    (tmp_path / "latro" / "summary.json").write_text(json.dumps({"before": {}, "after": {}}))
+    train.print_summary(config)
+    assert ("without a test set" in capsys.readouterr().out) == (not num_test)
