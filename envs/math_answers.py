@@ -89,6 +89,7 @@ _REPLACEMENTS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<![\\A-Za-z])(?:exp(?=\s*[({])|(?:ln|log)(?=\s*(?:[({\\]|[a-z\d](?![A-Za-z]))))", r"\\\g<0>"),
     (r"[\u2212\u2013\u2012\ufe63\uff0d]", "-"),
     (r"\\left\b|\\right\b|\\displaystyle\b|(?<!\\)\\[,;: ]|\\q?quad\b|[\u00a0\u202f]|~", " "),
+    (";", ","),  # (1;2) is (1,2)
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d|\{)", r"\\frac{\1}\2"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),

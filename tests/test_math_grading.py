@@ -115,6 +115,7 @@ EQUAL = [
     (r"\emptyset", r"\varnothing"),
     ("5", "5 pounds of flour"),
     ("30", "30 sec"),
+    ("(1,2)", "(1;2)"),
 ]
 DIFFERENT = [
     ("12", "112"),
@@ -174,6 +175,8 @@ DIFFERENT = [
     ("10:00", "10"),
     ("±3", "(3,-3)"),
     ("±3", "3"),
+    ("(1,2)", "1;2"),
+    (r"\{1,2\}", "(1;2)"),
     ("x=1, y=2", "2, 1"),
     ("-5", "--5"),
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
