@@ -85,6 +85,8 @@ class Evidence:
             return "stale: its command is another now"
         if stale := [reason for run in runs if (reason := self.changed(run["commit"], row.code))]:
             return f"stale: {stale[0]}"
+        if lacking := next((figure for run in runs for figure in _lacking(row, run)), None):
+            return f"incomplete: no figure {lacking!r}"
         busiest = max(run["other processes, cores"] or 0.0 for run in runs)
         return f"taken beside other work, {busiest:.1f} cores" if row.is_timed and busiest > BUSY else "current"
 
@@ -122,9 +124,16 @@ class Evidence:
         if record["command"] != row.command:
             record = {"command": row.command, "seeds": {}}
         taken = {seed: record["seeds"].get(str(seed)) for seed in row.seeds}
-        due = [seed for seed, run in taken.items() if not run or self.changed(run["commit"], row.code)]
+        folders = {seed: self.runs / row.name / str(seed) for seed in row.seeds}
+        due = [
+            seed
+            for seed, run in taken.items()
+            if not run
+            or self.changed(run["commit"], row.code)
+            or (_lacking(row, run) and not (folders[seed] / "begun.json").exists())
+        ]
         for seed, run in taken.items():
-            folder = self.runs / row.name / str(seed)
+            folder = folders[seed]
             if seed in due:
                 record["seeds"][str(seed)] = self.run_seed(row, seed, folder)
                 if row.picture and seed == row.seeds[-1]:
@@ -244,6 +253,11 @@ class Evidence:
                 page.write_text(new)
                 written.append(page)
         return written
+
+
+def _lacking(row: Row, run: Mapping[str, Any]) -> list[str]:
+    """Figures of the row that were not read when the seed was run."""
+    return [label for label in row.metrics if label not in run["figures"]]
 
 
 def _shown(value: float) -> str:

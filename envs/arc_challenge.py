@@ -23,7 +23,8 @@ from posttrain.backend.errors import DataError
 from supervised.rows import Fields, read_rows, text_of
 
 ANSWER_PHRASE = "The answer is"
-_ANSWER = re.compile(r"answer is:?[\s(*]*([A-Z])\b")  # also (B) and **B**
+# also (B) and **B**, and no letter of "A or B"
+_ANSWER = re.compile(r"answer is:?[\s(*]*([A-Z])\b(?![\s)*]*(?:[,/&-]|or\b|and\b)[\s(*]*[A-Z]\b)")
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@ reward = 1 if the last number of the answer is the exact value, else 0. envs/too
 calculator itself, and the same tasks for base models, in lines of text.
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
 
 import chz
 import numpy as np
 
-from envs.graders import with_ascii_minus
+from envs.graders import numbers
 from envs.tool_games import ToolGame, ToolGameBuilder, ToolGameExamplesBuilder, called
 from envs.tool_use import Calculator, CalculatorError, calculate, read_number
 from posttrain.renderers.types import Message
@@ -35,8 +34,8 @@ CALCULATOR = tool(calculator)
 
 def score(answer: str, expression: str) -> float:
     """Compares the last number of `answer` with the exact value."""
-    numbers = re.findall(r"-?\d+(?:[./]\d+)?", with_ascii_minus(answer).replace(",", ""))
-    return float(bool(numbers) and read_number(numbers[-1]) == calculate(expression))
+    found = numbers(answer)
+    return float(bool(found) and read_number(found[-1]) == calculate(expression))
 
 
 def open_sum(expression: str, prompt: str, tools: list[Tool], limits: ToolLimits) -> ToolEnv:

@@ -10,9 +10,16 @@ from fractions import Fraction
 
 from envs.problem import Grader
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\.)\.\d+)")
 LONGEST_NUMBER = 1000  # digits; from 4,300 on Python raises, and a wrong answer would be a lost rollout
 ANSWER_PHRASE = re.compile(r"answer\s+is:?", re.IGNORECASE)
+_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+"  # 1,234 is a number, 3,4 are two
+_MINUS = r"(?<![\w)\]}])[-\u2212\u2013]|\bnegative\s|(?<!\d )\bminus\s"  # of -5, and not of 10-5
+_NUMBER = re.compile(
+    rf"(?P<minus>{_MINUS})?(?:\\?[$€£])?"
+    rf"(?:(?:(?P<whole>\d+)\s)?(?<!/)(?P<over>{_DECIMAL})\s?/\s?(?P<under>[1-9]\d*)(?![\d/])"
+    rf"|(?P<decimal>{_DECIMAL})(?:e(?P<power>[+-]?\d{{1,3}}))?)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,9 @@ class StatedNumber(Grader):
     """The first number after the last "answer is", else the last number of the text. 18.0 = 018."""
 
     def extract(self, text: str) -> str | None:
-        text = with_ascii_minus(text)
-        *_, last = ANSWER_PHRASE.split(text)
-        numbers = NUMBER.findall(last)
-        if not numbers:
-            return None
-        return plain_number(numbers[-1] if last == text else numbers[0])
+        *before, last = ANSWER_PHRASE.split(text)
+        found = numbers(last)
+        return found[0 if before else -1] if found else None
 
     async def is_right(self, answer: str, gold: str) -> bool:
         if len(answer) > LONGEST_NUMBER:
@@ -49,15 +53,34 @@ def with_ascii_minus(text: str) -> str:
 
 
 def is_number(text: str) -> bool:
-    return NUMBER.fullmatch(with_ascii_minus(text).strip()) is not None
+    return re.fullmatch(rf"-?(?:{_DECIMAL})", with_ascii_minus(text).strip()) is not None
 
 
-def plain_number(text: str) -> str:
-    """A decimal without commas and needless zeros: -3, 0.5, 18."""
-    digits = text.replace(",", "").lstrip("-")
-    whole, _, decimals = digits.partition(".")
-    number = (whole.lstrip("0") or "0") + ("." + decimals.rstrip("0") if decimals.strip("0") else "")
-    return "-" + number if text.startswith("-") and number != "0" else number
+def numbers(text: str) -> list[str]:
+    """The numbers in `text`, equal ones as equal texts: -3, 0.5 (also for 1/2 and 5e-1), 1/3, 18."""
+    return [_plain(match) for match in _NUMBER.finditer(text)]
+
+
+def _plain(match: re.Match[str]) -> str:
+    number = match["decimal"]
+    if len(match[0]) <= LONGEST_NUMBER and (match["over"] or match["power"]):
+        value = _value(number or match["over"]) * Fraction(10) ** int(match["power"] or 0)
+        value = _value(match["whole"] or "0") + value / int(match["under"] or 1)
+        millionths = value * 10**6
+        whole, rest = divmod(millionths.numerator, 10**6)
+        number = f"{whole}.{rest:06d}" if millionths.denominator == 1 else str(value)
+    number = _without_zeros(number or match["over"])
+    return "-" + number if match["minus"] and number != "0" else number
+
+
+def _value(decimal: str) -> Fraction:
+    return Fraction(decimal.replace(",", ""))
+
+
+def _without_zeros(number: str) -> str:
+    """Without commas and needless zeros: 0.5, 18, 1/3."""
+    whole, _, decimals = number.replace(",", "").partition(".")
+    return (whole.lstrip("0") or "0") + ("." + decimals.rstrip("0") if decimals.strip("0") else "")
 
 
 class StatedText(Grader):

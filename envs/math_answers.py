@@ -46,10 +46,13 @@ def extract_hash(text: str) -> str | None:
 _EMPHASIS = re.compile(r"(?<![^\s(])\*++(?=\S)|(?<=[^\s*])\*++(?![^\s.,:;!?)])")
 
 
+_AFTER_ANSWER = re.compile(r"[.?](?:\s|$)|,?\s(?:because|since)\s|,\s(?:as|so|which|where)\s")
+
+
 def extract_stated(text: str) -> str | None:
     said = re.compile(r"(?:\banswer(?: is)?:|\banswer is|^A:)\s*([^\n]+)", re.IGNORECASE | re.MULTILINE)
     answers = said.findall(_EMPHASIS.sub("", text))
-    return re.split(r"[.?](?:\s|$)", answers[-1])[0] if answers else None
+    return re.split(_AFTER_ANSWER, answers[-1])[0] if answers else None
 
 
 _Extractor = Callable[[str], str | None]
@@ -74,9 +77,19 @@ _REPLACEMENTS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     ),
     (r"[·⋅]", r"\\cdot "),
     (r"º", "°"),
-    (r"(?<![\\A-Za-z])exp(?=\s*[({])", r"\\exp"),
+    (r"\\!\s*", ""),  # 10,\!000 is 10,000
+    (r"(?<=\d)(?:\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ""),  # 1\,234 is 1234
+    (r"\u2044", "/"),
+    (r"±", r"\\pm "),
+    (r"\\varnothing\b", r"\\emptyset"),
+    (
+        r"(?<![\\A-Za-z])(?=[a-z])(?:arc)?(?:sin|cos|tan|sec|csc|cot)h?(?=\s*(?:[({\\^]|[a-z\d](?![A-Za-z])))",
+        r"\\\g<0>",
+    ),
+    (r"(?<![\\A-Za-z])(?:exp(?=\s*[({])|(?:ln|log)(?=\s*(?:[({\\]|[a-z\d](?![A-Za-z]))))", r"\\\g<0>"),
     (r"[\u2212\u2013\u2012\ufe63\uff0d]", "-"),
-    (r"\\left\b|\\right\b|\\displaystyle\b|(?<!\\)\\[!,;: ]|\\q?quad\b|[\u00a0\u202f]|~", " "),
+    (r"\\left\b|\\right\b|\\displaystyle\b|(?<!\\)\\[,;: ]|\\q?quad\b|[\u00a0\u202f]|~", " "),
+    (";", ","),  # (1;2) is (1,2)
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d|\{)", r"\\frac{\1}\2"),
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
@@ -122,8 +135,11 @@ _QUANTITY = re.compile(
 _UNIT_OF_CURRENCY = {"$": "dollar", "\\$": "dollar", "€": "euro", "£": "pound", None: ""}
 # A number before these words is no quantity: they change its value or say that it is not the answer.
 _NOT_UNITS = re.compile(
-    r"\b(?:hundred|thousand|million|billion|trillion|dozen|hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|pair|score|point|over"
-    r"|plus|minus|times|to|less|more|fewer|than|not|mod|choose|factorial|squared|cubed|sin|cos|tan|log|ln|exp|pi|sqrt)\b"
+    r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|pair|score|ten|lakh|crore|third|quarter|fourth|fifth|sixth"
+    r"|seventh|eighth|ninth|tenth|hundredth|thousandth)s?|mil|mi?ll?n|bi?l?n|hal(?:f|ves)|twice|double|triple"
+    r"|(?:one|two|three|four|five|six|seven|eight|nine|eleven|twelve|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
+    r"|point|over|plus|minus|times|multiplied|divided|by|out|to|through|until|less|more|fewer|than|least|most|below|negative"
+    r"|remainder|root|not|mod|choose|factorial|squared|cubed|sin|cos|tan|log|ln|exp|pi|sqrt)\b"
 )
 
 
@@ -135,7 +151,7 @@ def quantity(answer: str) -> Quantity | None:
     whole, over, under = match["whole"] or match["whole2"] or "0", match["fn"] or match["n"], match["fd"] or match["d"]
     power = int(match["e"] or match["e2"] or match["e3"] or 0)
     value = _fraction(match["decimal"] or over) * Fraction(10) ** power
-    if over and (divisor := _fraction(under)) == 0:
+    if (over and (divisor := _fraction(under)) == 0) or match["sign"] == match["sign2"] == "-":
         return None
     value = _fraction(whole) + value / divisor if over else value
     negative = "-" in (match["sign"], match["sign2"])

@@ -3,6 +3,7 @@ r"""Decides whether two answers are equal, never by substring. The first rule th
 1. The same text after math_answers.normalise.
 2. Two numbers, exactly, as fractions: 1,000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333. Units
   are compared where both have one: 5 cm = 5, but not 5 km; 50% = 50; 36\pi cm^3 = 36\pi. 1011_2 is neither 1011 nor 11.
+  Ratios, as math_verify has them: 3:4 = 6:8 = 3/4. Times of day: 2:30 is not 1:15, 10:00 not 10.
 3. Inequalities and intervals, by their ends: x>3 is (3,\infty).
 4. Lists and tuples by element, with the same brackets; the order is free in braces or without
   brackets. 1,234 is a number, 1, 234 a list.
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +54,13 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
         if any(in_ten):
             return is_equal(in_ten[0] or gold, in_ten[1] or answer, seconds)
         return gold_numeral == other_numeral
+    gold_ratio, ratio = _ratio(gold), _ratio(answer)
+    if gold_ratio and ratio:
+        return _proportional(gold_ratio, ratio)
+    if terms := gold_ratio or ratio:
+        if len(terms) > 2 or terms[1].startswith("0"):
+            return False
+        gold, answer = (gold.replace(":", "/"), answer) if gold_ratio else (gold, answer.replace(":", "/"))
     gold_number, number = quantity(gold), quantity(answer)
     if gold_number and number:
         return gold_number.value == number.value and (
@@ -70,7 +79,7 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
     answer = str(number.value) if number else answer
     if is_words(gold) or is_words(answer):
         return _bare_words(gold) == _bare_words(answer)
-    if re.search(r"[\d)}]\s+\d", answer):  # "1 2": the parser would add them
+    if re.search(r"[\d)}]\s+\d", re.sub(r"\\begin\{\w+\}", "", answer)):  # "1 2": the parser would add them
         return False
     # a base within an expression: the parser would drop it
     if re.search(r"[\d)]\s*_", gold + "," + answer):
@@ -111,12 +120,29 @@ def check_gold(gold: str, seconds: float = DEFAULT_SECONDS) -> bool:
 
 def is_words(text: str) -> bool:
     """Whether `text` has words beside formulas and LaTeX commands, or is a choice such as (A)."""
-    plain = re.sub(r"\\[A-Za-z]+|\b(?:sin|cos|tan|log|exp|mod)\b", " ", text)
+    plain = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+|\b(?:sin|cos|tan|log|exp|mod)\b", " ", text)
     return bool(re.search(r"[A-Za-z]{3,}", plain)) or bool(re.fullmatch(r"\(?[A-Z]\)?", text))
 
 
 def _bare_words(text: str) -> str:
     return re.sub(r"[\s\"']", "", text.lower()).strip("().")
+
+
+def _ratio(text: str) -> list[str]:
+    """The terms of a ratio or a time of day, 3:4 or 2:30; [] for other texts."""
+    return re.split(r"\s*:\s*", text) if re.fullmatch(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+", text) else []
+
+
+def _proportional(gold: list[str], answer: list[str]) -> bool:
+    """3:4 and 6:8, but not 1:15 and 2:30, which may be times of day."""
+    left, right = [Fraction(term) for term in gold], [Fraction(term) for term in answer]
+    if left == right or len(left) != len(right) or all(map(_may_be_time, (gold, answer))):
+        return left == right
+    return any(left) and any(right) and all(a * sum(right) == b * sum(left) for a, b in zip(left, right, strict=True))
+
+
+def _may_be_time(terms: list[str]) -> bool:
+    return len(terms) == 2 and bool(re.fullmatch(r"(?:[01]?\d|2[0-4]):[0-5]\d", ":".join(terms)))
 
 
 _ASSIGNMENT = re.compile(r"(?:\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?|[A-Za-z]\([a-z]\))\s*=\s*([^=]+)")
@@ -136,7 +162,8 @@ class Items(NamedTuple):
 
 
 def _sequence(text: str) -> Items | None:
-    """Splits at the commas outside brackets, without a pair around the whole. None without commas."""
+    """Splits at the commas outside brackets, without a pair around the whole; 1 \\pm 2 outside a tuple
+    is 1 + 2, 1 - 2. None for one item."""
     text = text.replace("\\{", "{").replace("\\}", "}")
     brackets = ""
     if text[:1] in tuple("([{") and text[-1:] in tuple(")]}") and _closes_at_end(text):
@@ -148,7 +175,12 @@ def _sequence(text: str) -> Items | None:
             items.append("")
         else:
             items[-1] += char
-    items = [item.strip() for item in items]
+    signs = "" if brackets in ("()", "[]", "(]", "[)") else "+-"
+    items = [
+        (item.replace("\\pm", sign) if sign else item).strip().removeprefix("+").strip()
+        for item in items
+        for sign in (signs if item.count("\\pm") == 1 and signs else [""])
+    ]
     return Items(brackets, items) if len(items) > 1 and all(items) else None
 
 
@@ -165,9 +197,10 @@ def _sequences_equal(gold: Items, answer: Items, seconds: float) -> bool:
     free = {"", "{}"}
     if len(gold.items) != len(answer.items):
         return False
-    if not {gold.brackets, answer.brackets} <= free:
+    if not {gold.brackets, answer.brackets} <= free or _names_several(gold) != _names_several(answer):
         pairs = zip(gold.items, answer.items, strict=True)
-        return gold.brackets == answer.brackets and all(is_equal(g, a, seconds) for g, a in pairs)
+        kinds = ["" if items.brackets in free else items.brackets for items in (gold, answer)]
+        return kinds[0] == kinds[1] and all(is_equal(g, a, seconds) for g, a in pairs)
     left = list(answer.items)
     for item in gold.items:
         match = next((i for i, other in enumerate(left) if is_equal(item, other, seconds)), None)
@@ -175,6 +208,13 @@ def _sequences_equal(gold: Items, answer: Items, seconds: float) -> bool:
             return False
         del left[match]
     return True
+
+
+def _names_several(items: Items) -> bool:
+    """Whether it gives values to different variables: x=1, y=2, but not x_1=1, x_2=2."""
+    return (
+        len({match[0] for item in items.items if (match := re.match(r"\\?[A-Za-z]+(?=(?:_\{?\w+\}?)?\s*=)", item))}) > 1
+    )
 
 
 def _solutions(gold: str, answer: str) -> tuple[Solution, Solution] | None:

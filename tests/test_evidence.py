@@ -113,6 +113,19 @@ def test_other_numbers_of_a_run_are_read_without_running_it_again(evidence: Evid
     )  # t of 2 degrees of freedom, 4.30, over the root of 3
 
 
+# Trap: a page whose text speaks of figures that no record has.
+def test_a_row_with_a_new_figure_is_incomplete_and_is_run_again_without_its_folder(evidence: Evidence) -> None:
+    (row,) = evidence.rows
+    evidence.run(row)
+    evidence.rows = [more := replace(row, metrics={**row.metrics, "largest": Metric("x", "max", "run")})]
+    assert evidence.state(more) == "incomplete: no figure 'largest'"
+    assert "; incomplete: no figure 'largest'." in evidence.table(["climb"])
+    shutil.rmtree(evidence.runs)
+    evidence.run(more)
+    assert [run["figures"]["largest"] for run in seeds(evidence).values()] == [2, 3, 4]
+    assert evidence.state(more) == "current"
+
+
 def test_a_run_of_other_code_or_another_command_is_not_resumed(evidence: Evidence) -> None:
     (row,) = evidence.rows
     (evidence.root / "break").touch()

@@ -15,8 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from envs.calculator import score as calculator_score
-from envs.graders import StatedNumber, StatedText
+from envs.graders import StatedNumber
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.futures import InOrder
@@ -194,24 +193,6 @@ def test_rationales_end_before_the_stop_string_however_it_was_tokenized():
     accents = CHARACTERS.encode("né=1")
     # é is two tokens
     assert env.tokens_before_stop(CHARACTERS, accents, ["="]) == (3, True) and len(accents) == 5
-
-
-def test_answers_are_read_exactly():
-    """Case D15, and the difference between an option and a part of one."""
-    number, text = StatedNumber(), StatedText()
-    assert number.extract("The answer is 1,234.") == "1234"
-    assert number.extract("so 3 and 4") == "4"
-    assert number.extract("The answer is 3. No: the answer is 5, not 6.") == "5"
-    assert number.extract("no idea") is None
-    assert not asyncio.run(number.is_right("1" * 5000, "1"))
-    assert asyncio.run(number.is_right("18.0", "18")) and not asyncio.run(number.is_right("18", "180"))
-    for said, right in [("the answer is 5.", True), ("The answer is 15", False), ("The answer is 5, 15 or 25", False)]:
-        assert asyncio.run(text.is_right(text.extract(said) or "", "5")) is right
-    assert text.extract("five") is None
-    minus = "the answer is \u22125"
-    assert (
-        asyncio.run(number.is_right("-5", "\u22125")) and text.extract(minus) == "-5" and calculator_score(minus, "-5")
-    )
 
 
 # --- the estimator ------------------------------------------------------------------------------
@@ -479,20 +460,11 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "with_gold_rationale" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("The answer is 18.", "18"),
-        ("The answer is 18.0", "18"),
-        ("The answer is 018", "18"),
-        ("The answer is $1,800.50.", "1800.5"),
-        ("The answer is .5", "0.5"),
-        ("The answer is -.50", "-0.5"),
-        ("The answer is -0.0", "0"),
-        ("The answer is \u22125", "-5"),
-        ("so... 5", "5"),
-        ("so...5", "5"),
-    ],
-)
-def test_equal_numbers_are_one_vote(text: str, answer: str):
-    assert StatedNumber().extract(text) == answer
+# Trap: the best of a run's checkpoints, reported on the questions that chose it, as if on a test set.
+@pytest.mark.parametrize("num_test", [0, 8])
+def test_a_result_without_a_test_set_says_so(num_test: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = train.Config(dataset=ToyBuilder(num_tasks=99, num_test=num_test), log_path=str(tmp_path))
+    (tmp_path / "latro").mkdir()
+    (tmp_path / "latro" / "summary.json").write_text(json.dumps({"before": {}, "after": {}}))
+    train.print_summary(config)
+    assert ("without a test set" in capsys.readouterr().out) == (not num_test)

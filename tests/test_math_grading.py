@@ -96,6 +96,26 @@ EQUAL = [
     (r"\binom{100}{2}", "4950"),
     ("120!/118!", "14280"),
     ("(1+x)^{10}", "(x+1)^{10}"),
+    (r"11,\! 111,\! 100", "11111100"),
+    ("1234", r"1\,234"),
+    ("1234", "1\u202f234"),
+    ("3:4", "3/4"),
+    ("3:4", "6:8"),
+    ("1:2:3", "2:4:6"),
+    ("02:30", "2:30"),
+    (r"\frac{1\pm\sqrt5}{2}", r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}"),
+    (r"\pm1,\pm2", "1,-1,2,-2"),
+    ("±3", "+3, -3"),
+    ("x=1, y=2", "1, 2"),
+    ("1, 2", "x_1=2, x_2=1"),
+    (r"\begin{pmatrix}1/2&2\\3&4\end{pmatrix}", r"\begin{bmatrix} \frac12 & 2 \\ 3 & 4.0 \end{bmatrix}"),
+    (r"\ln 4", "2ln(2)"),
+    (r"\sin(2x)", "2 sin x cos x"),
+    (r"\sin^2 x", "sin^2(x)"),
+    (r"\emptyset", r"\varnothing"),
+    ("5", "5 pounds of flour"),
+    ("30", "30 sec"),
+    ("(1,2)", "(1;2)"),
 ]
 DIFFERENT = [
     ("12", "112"),
@@ -148,6 +168,26 @@ DIFFERENT = [
     ("(1,2)", "1 < x <= 2"),
     (r"(-\infty,1)\cup[5,\infty)", "x<1"),
     ("x>3", "3"),
+    ("3:4", "4/3"),
+    ("1:2:3", "1/6"),
+    ("1:2", "0:0"),
+    ("2:30", "1:15"),
+    ("10:00", "10"),
+    ("±3", "(3,-3)"),
+    ("±3", "3"),
+    ("(1,2)", "1;2"),
+    (r"\{1,2\}", "(1;2)"),
+    ("x=1, y=2", "2, 1"),
+    ("-5", "--5"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\begin{pmatrix}12\\34\end{pmatrix}", r"\begin{pmatrix}1 2\\3 4\end{pmatrix}"),
+    (r"\sin x", "nis(x)"),
+    ("5", "5 hundreds"),
+    ("5", "5 million"),
+    ("5", "5 tenths"),
+    ("5", "5 at least"),
+    ("5", "5 remainder two"),
+    ("5", "5 out of ten"),
 ]
 # What an answer may hold to use up a grader's time; all are wrong at once, whatever the gold answer
 # is.
@@ -298,6 +338,8 @@ def test_a_busy_machine_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch):
         ("She has $18\nA: 18", "18"),
         ("I do not know. 18", None),
         (r"the answer is 3, that is \boxed{4}", "4"),
+        ("The answer is 18, since 9*2=18.", "18"),
+        ("The answer is $5$ because $2+3=5$.", "$5$"),
     ],
 )
 def test_extraction(text: str, expected: str | None):
@@ -316,6 +358,7 @@ def test_units_that_change_the_value_are_no_units():
 
 def test_golds_that_cannot_be_graded_against():
     assert all(map(check_gold, ["5", r"\text{Evelyn}", r"\frac{\sqrt{3}}{2}", "(1, x)"]))
+    assert check_gold(r"\frac{1\pm\sqrt5}{2}")
     assert not any(map(check_gold, ["", r"\frac{3", "((", "1, ((3"]))
 
 
