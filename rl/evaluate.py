@@ -64,12 +64,12 @@ class Config:
     )
     env: RLDatasetBuilder = chz.field(default_factory=by_name(ENVS["arithmetic"]), doc="the environment or benchmark")
     num_problems: int | None = chz.field(default=None, validator=COUNT, doc="the first problems; None = all")
-    num_samples: int = chz.field(default=1, validator=COUNT, doc="samples of each problem")
+    num_samples: int = chz.field(default=1, validator=COUNT, doc="samples per problem")
     ks: tuple[int, ...] | None = chz.field(
         default=None, validator=COUNT, doc="k of pass@k, maj@k and best@k; None = the powers of two up to num_samples"
     )
     temperature: float | None = chz.field(
-        default=None, validator=TEMPERATURE, doc="None = 0, greedy, for one sample, and 1 for several"
+        default=None, validator=TEMPERATURE, doc="sampling temperature; None = 0 (greedy) for one sample, 1 for several"
     )
     max_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens sampled per turn; None = what the environment recommends"
@@ -80,7 +80,7 @@ class Config:
     limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="limits of a rollout")
     concurrent_rollouts: int = chz.field(default=1024, validator=COUNT, doc="most groups of rollouts in flight")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of sampling, and of a preset's weights")
-    num_transcripts: int = chz.field(default=50, validator=WHOLE, doc="problems on a page of transcripts")
+    num_transcripts: int = chz.field(default=50, validator=WHOLE, doc="problems shown on a page of transcripts")
     log_path: str = log_path_field("runs/eval", doc="the folder of samples and results")
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine samples")
 
