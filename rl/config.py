@@ -170,11 +170,11 @@ def check_config(config: Config) -> None:
         if lost := next((name for name, given in in_reward.items() if given), None):
             raise ConfigError(f"{lost} changes the reward, which advantage=no_reward does not learn from")
     if config.kl.coef and config.kl.discount and config.kl.where == "reward":
-        raise ConfigError(f"kl.discount={config.kl.discount} is of kl.where=advantage, and kl.where=reward has none")
+        raise ConfigError(f"kl.discount={config.kl.discount} needs kl.where=advantage: set that, or kl.discount=0")
     if config.critic.model and not config.learning_rate:
         raise ConfigError(
-            "learning_rate=0 with a critic, whose rate is a multiple of it: to train the critic alone give a tiny one, as "
-            "1e-12"
+            "learning_rate=0 with a critic, whose rate is a multiple of it: to train the critic alone set a tiny one, such "
+            "as 1e-12"
         )
     if config.critic.model and not isinstance(config.advantage, NoReward):
         raise ConfigError(
@@ -185,7 +185,7 @@ def check_config(config: Config) -> None:
         _check_lone_rollouts(config, other)
     if config.max_refills and config.batch_reward is not None:
         raise ConfigError(
-            f"max_refills={config.max_refills}: a batch_reward comes after the sampling that would be repeated"
+            f"max_refills={config.max_refills}: a batch_reward is computed after the sampling that would be repeated; set max_refills=0"
         )
     if config.limits.min_group_size > config.env.group_size:
         raise ConfigError(
@@ -199,7 +199,7 @@ def check_config(config: Config) -> None:
     if not loss.scales_with_advantage and (config.loss_reduction != "sum" or config.mismatch.mode != "none"):
         raise ConfigError(
             f"loss_fn={config.loss_fn} is not proportional to the advantage, so loss_reduction and mismatch do not "
-            "apply"
+            "apply: leave them out, or take another loss_fn"
         )
     if config.max_tokens:
         config.length.checked(config.max_tokens)
@@ -212,7 +212,7 @@ def _check_lone_rollouts(config: Config, other: object) -> None:
     learn from."""
     equal = "with group_size=1 all rewards of a group are equal"
     if config.max_refills:
-        raise ConfigError(f"max_refills={config.max_refills}: {equal}")
+        raise ConfigError(f"max_refills={config.max_refills}: {equal}; set max_refills=0, or group_size=2 or more")
     if config.remove_constant_reward_groups:
         raise ConfigError(f"remove_constant_reward_groups: {equal}, so no group would be trained on")
     if isinstance(config.advantage, GroupMean | GroupMeanStd) and not other:
@@ -238,8 +238,8 @@ def _check_ratios(config: Config) -> None:
     wrong += [(name, bound) for name, bound in highs.items() if bound < 1]
     for name, bound in wrong:
         raise ConfigError(
-            f"{name}={bound} cuts tokens whose probability has not changed: it bounds a ratio of probabilities, 1 at "
-            "first, and is no epsilon; an epsilon of 0.2 is 0.8 or 1.2"
+            f"{name}={bound} clips tokens whose probability has not changed: it bounds the ratio of probabilities, which "
+            "starts at 1; for an epsilon of 0.2 give 0.8 or 1.2"
         )
 
 
@@ -264,5 +264,5 @@ def _check_minibatches(config: Config) -> None:
     }
     if part := next((name for name, needs_batch in parts.items() if needs_batch), None):
         raise ConfigError(
-            f"{part} needs the whole batch before the first pass: it does not go with num_minibatches={minibatches}"
+            f"{part} needs the whole batch before the first pass: set num_minibatches=1 instead of {minibatches}"
         )

@@ -68,7 +68,9 @@ class Distillation:
                 if path != POLICY:
                     check_vocabulary(f"{option}={path}", path, tokenizer)
                 elif not self.context:
-                    raise ConfigError(f"{option}={POLICY} needs distill.context: a policy is no teacher of itself")
+                    raise ConfigError(
+                        f"{option}={POLICY} needs distill.context: without it the teacher is the policy itself"
+                    )
 
 
 @runtime_checkable
@@ -123,7 +125,7 @@ class Teachers:
                 return tag
         raise ConfigError(
             f"no teacher for a group with the tags {group.tags}: distill.teachers has {', '.join(known)}; "
-            "distill.teacher would have the rest"
+            "set distill.teacher for all others"
         )
 
 

@@ -175,8 +175,8 @@ def _labels(models: Sequence[ModelSource]) -> list[str]:
     labels = [model.label for model in models]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ConfigError(
-            f"two of the models are called {twice[0]}, by their last folder: name a copy or a link otherwise, or give "
-            "each its own log_path"
+            f"two models have the label {twice[0]}, their last folder: link or copy one under another name, or evaluate "
+            "them with separate log_path"
         )
     return labels
 
@@ -194,7 +194,7 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
     missing = [(p, s) for s in range(config.num_samples) for p in range(len(builders_P)) if (p, s) not in saved]
     if missing:
         if saved:
-            print(f"{label}: {len(saved)} samples are there, {len(missing)} to go", flush=True)
+            print(f"{label}: {len(saved)} samples exist, {len(missing)} are left to draw", flush=True)
         from posttrain.backend.service_client import ServiceClient  # with torch, for which --help does not wait
 
         with ServiceClient(config.backend) as service:

@@ -121,5 +121,5 @@ async def _built(option: str, builders: Sequence[EvaluatorBuilder], renderer: Re
 
 async def _awaited(option: str, result: Any) -> Any:
     if not inspect.isawaitable(result):
-        raise ConfigError(f"{option} returned {result!r:.100} and is no `async def`: it cannot be awaited")
+        raise ConfigError(f"{option} returned {result!r:.100} without being an `async def`")
     return await result

@@ -16,7 +16,7 @@ from posttrain.backend.ranges import Range
 
 Row = tuple[str, str, str, str]  # option, type, value it would have, doc
 
-# The options that most runs set come first, in this order; then the others, as they are declared.
+# Of a training run, the options that most runs set come first, in this order; then the others, as they are declared.
 OFTEN_SET = (
     "model_name",
     "env",
@@ -54,12 +54,13 @@ def help_text(
         *(path for path in parameters if path in names or any(other.startswith(f"{path}.") for other in parameters)),
     ]
     rows: dict[str, list[Row]] = {parent: [] for parent in objects}
-    often = [name for name in OFTEN_SET if name in parameters]
+    often = [name for name in OFTEN_SET if name in parameters and "save_every" in parameters]
     for path in [*often, *(path for path in parameters if path not in often)]:
         parameter = parameters[path]
         if path in objects and path in often:
             kind = "NAME | module:Class" if path in names else "module:Class"
-            rows[""].append((path, kind, _value_text(path, values, parameter), f"see {path}= below"))
+            doc = f"{parameter.doc}; see {path}= below"
+            rows[""].append((path, kind, _value_text(path, values, parameter), doc))
         elif path not in objects:
             number, bar, rest = type_text(parameter.type).partition(" |")
             kind = f"{number}{_range_text(path, values)}{bar}{rest}"

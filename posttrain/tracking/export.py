@@ -63,7 +63,7 @@ def main(config: Config) -> Path:
     """Returns the new folder. Nothing that exists is overwritten, here or on the hub."""
     source, out = find_model(config.model), Path(config.out).expanduser()
     if source.folder is None:
-        raise ConfigError(f"model={config.model} is no folder: only a model that was saved can be exported")
+        raise ConfigError(f"model={config.model} is not a folder: only a saved model can be exported")
     if out.exists():
         raise ConfigError(f"{out} exists already: choose another folder for out, or delete it")
     check_readable(source.folder)
@@ -155,7 +155,7 @@ def _check_hub(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"push_to={name} is no name of a repository: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"push_to={name} is not a repository name: {' '.join(str(error).split())}") from error
     try:
         api = HfApi()
         api.whoami()

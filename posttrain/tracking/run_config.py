@@ -42,7 +42,7 @@ class RunConfig:
     save_tokens: int | None = chz.field(
         default=None,
         validator=COUNT,
-        doc="also save when this many tokens have been trained on since the last checkpoint; None = do not",
+        doc="also save after this many tokens of prompts and answers since the last checkpoint; None = do not",
     )
     keep_checkpoints: int | None = chz.field(
         default=3, validator=COUNT, doc="how many of the last checkpoints to keep, besides `final`; None = all"
